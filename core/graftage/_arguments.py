@@ -1,0 +1,173 @@
+"""The arguments that both clients take, written once, and how they are read into what a session works on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+from graftage import _messages
+from graftage.exceptions import RequestRejected
+from graftage.types import ACTIVE, AdapterChoice, ChatRequest, GenerateRequest, Timeouts
+
+Timeout: TypeAlias = "float | Timeouts | None"
+
+
+class Arguments(TypedDict, total=False):
+    """What `chat` and `generate` take alike."""
+
+    model: str | None
+    """The model, where it is not the client's."""
+    adapter: AdapterChoice
+    """An adapter for this call; None for the base model; left out for the active one."""
+    format: _messages.Format
+    """A pydantic model, a JSON schema, or `"json"`; the result is in `Reply.parsed`."""
+    think: bool | str | None
+    """Whether to think first, or how hard: `low`, `medium`, `high`."""
+    images: Sequence[_messages.ImageLike] | None
+    """Paths or bytes, for the user's last message."""
+    options: Mapping[str, Any] | None
+    """`temperature`, `seed` and so on; `capabilities().options` has the names."""
+    keep_alive: float | str | None
+    """How long the model stays loaded: seconds, `"5m"`, -1 for ever."""
+    context_window: int | None
+    """Tokens of prompt and answer together."""
+    max_tokens: int | None
+    """Tokens of the answer."""
+    timeout: Timeout
+    """Seconds for the whole call, or `Timeouts`."""
+
+
+class ChatArguments(Arguments, total=False):
+    """What `chat` takes besides the messages."""
+
+    tools: Sequence[_messages.ToolLike] | None
+    """What the model may call: Python functions, pydantic models, mappings or `Tool`s."""
+
+
+class GenerateArguments(Arguments, total=False):
+    """What `generate` takes besides the prompt."""
+
+    system: str | None
+    """A system prompt, where the template has a place for one."""
+    suffix: str | None
+    """What comes after the gap that the model is to fill."""
+    raw: bool
+    """Send the prompt without the model's template."""
+
+
+class EmbedArguments(TypedDict, total=False):
+    """What `embed` takes besides the inputs."""
+
+    model: str | None
+    dimensions: int | None
+    """Cut the vectors to this length, where the model allows it."""
+    truncate: bool
+    """Cut an input that does not fit, which is the default; otherwise it is a `ContextOverflow`."""
+    options: Mapping[str, Any] | None
+    keep_alive: float | str | None
+    context_window: int | None
+    timeout: Timeout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """A call's arguments, read and checked as far as they can be without a model."""
+
+    model: str | None = None
+    adapter: AdapterChoice = ACTIVE
+    timeout: float | Timeouts | None = None
+    keep_alive: float | str | None = None
+    context_window: int | None = None
+    max_tokens: int | None = None
+    options: Mapping[str, Any] | None = None
+    parse: _messages.Parse | None = None
+    prompt_characters: int | None = None
+    needs: tuple[str, ...] = ()
+    """Features the provider and the model must have."""
+    build: Callable[..., ChatRequest | GenerateRequest] | None = None
+    """Makes the request from what is settled later: call, model, adapter, options and the clamped figures."""
+
+
+def chat_wants(messages: _messages.Messages, arguments: Mapping[str, Any]) -> Wants:
+    """Read the arguments of `chat`."""
+    check_names("chat", arguments, ChatArguments)
+    read = _messages.read_messages(messages, arguments.get("images"))
+    tools = _messages.read_tools(arguments.get("tools"))
+    schema, parse = _messages.read_format(arguments.get("format"))
+    think = arguments.get("think")
+
+    def build(**settled: Any) -> ChatRequest:
+        return ChatRequest(messages=read, tools=tools, format=schema, think=think, **settled)
+
+    return Wants(
+        build=build,
+        parse=parse,
+        prompt_characters=sum(len(each.content) for each in read),
+        needs=_needs(arguments, images=any(each.images for each in read)),
+        **_common(arguments),
+    )
+
+
+def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
+    """Read the arguments of `generate`."""
+    check_names("generate", arguments, GenerateArguments)
+    if not isinstance(prompt, str):
+        raise RequestRejected(f"`prompt` must be a text, not {type(prompt).__name__}.")
+    images = _messages.read_images(arguments.get("images") or ())
+    schema, parse = _messages.read_format(arguments.get("format"))
+    own = {name: arguments[name] for name in ("system", "suffix", "raw", "think") if name in arguments}
+
+    def build(**settled: Any) -> GenerateRequest:
+        return GenerateRequest(prompt=prompt, images=images, format=schema, **own, **settled)
+
+    return Wants(
+        build=build,
+        parse=parse,
+        prompt_characters=len(prompt),
+        needs=_needs(arguments, images=bool(images)),
+        **_common(arguments),
+    )
+
+
+COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "options")
+
+
+def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    common = {name: arguments[name] for name in COMMON if name in arguments}
+    for name in ("context_window", "max_tokens"):
+        value = common.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise RequestRejected(f"`{name}` must be a whole number of tokens above 0, not {value!r}.")
+    adapter = common.get("adapter", ACTIVE)
+    if adapter is not ACTIVE and not isinstance(adapter, (str, Path, type(None))):
+        raise RequestRejected(f"`adapter` must be a reference in text or a path, not {type(adapter).__name__}.")
+    return common
+
+
+def _needs(arguments: Mapping[str, Any], *, images: bool) -> tuple[str, ...]:
+    wanted = {
+        "tools": arguments.get("tools"),
+        "images": images,
+        "structured_output": arguments.get("format"),
+        "thinking": arguments.get("think"),
+        "suffix": arguments.get("suffix"),
+        "logprobs": (arguments.get("options") or {}).get("logprobs"),
+    }
+    return tuple(feature for feature, value in wanted.items() if value)
+
+
+def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> None:
+    """Refuse a misspelt argument as Python would, and name the right one.
+
+    Raises:
+        TypeError: an argument is unknown.
+    """
+    names = [name for base in known.__mro__ for name in getattr(base, "__annotations__", ())]
+    for name in arguments:
+        if name not in names:
+            right = _messages.SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            hint = f"; did you mean `{right}`?" if right else ""
+            raise TypeError(f"{operation}() has no argument `{name}`{hint}")

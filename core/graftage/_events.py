@@ -1,0 +1,127 @@
+"""Events: told to observers, counted, and logged where the host has enabled it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftage.types import Event, Stats
+
+__all__ = ["Counters", "Emitter", "Observer", "enable_logging"]
+
+Observer = tuple[str, Callable[[Event], None]]
+_enabled = False
+_ids = itertools.count(1)
+
+
+def enable_logging() -> None:
+    """Let Graftage and its providers log through loguru: one line for each call, retry and failure, never a prompt.
+
+    Sinks, levels and formats stay the host's business. Without this call loguru is not even imported.
+    """
+    global _enabled  # noqa: PLW0603 - one switch for the process, as documented
+    _enabled = True
+
+
+def log(level: str, message: str, **facts: Any) -> None:
+    """Log a line where the host has enabled it."""
+    if _enabled:
+        from loguru import logger  # noqa: PLC0415 - a host that does not log does not pay
+
+        logger.bind(**facts).log(level, message)
+
+
+def new_call_id() -> str:
+    """A name for one call, unique among the calls of this process."""
+    return f"{os.getpid():x}-{next(_ids):x}"
+
+
+@dataclass(slots=True)
+class Counters:
+    """What `stats` reports."""
+
+    calls: int = 0
+    failures: int = 0
+    retries: int = 0
+    running: int = 0
+    waiting: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **changes: int) -> None:
+        """Change several counters at once."""
+        with self._lock:
+            for name, change in changes.items():
+                setattr(self, name, getattr(self, name) + change)
+
+    def snapshot(self, active_adapter: str | None) -> Stats:
+        """The counters as they are now."""
+        with self._lock:
+            return Stats(
+                calls=self.calls,
+                failures=self.failures,
+                retries=self.retries,
+                running=self.running,
+                waiting=self.waiting,
+                input_tokens=self.input_tokens,
+                output_tokens=self.output_tokens,
+                active_adapter=active_adapter,
+            )
+
+
+class Emitter:
+    """Tells one client's observers; one that raises is reported once and dropped."""
+
+    def __init__(self, observers: list[Observer], counters: Counters) -> None:
+        self._observers = observers
+        self._counters = counters
+
+    def for_call(self, **facts: Any) -> Callable[..., None]:
+        """The `emit` of one call: the facts that all its events share are given here."""
+
+        def emit(kind: str, **more: Any) -> None:
+            if kind == "retry":
+                self._counters.add(retries=1)
+            if not (self._observers or _enabled):
+                return
+            event = Event(kind=kind, at=time.monotonic(), **{**facts, **more})  # type: ignore[arg-type] # checked by type checkers at the callers' side only
+            self._tell(event)
+            _log_event(event)
+
+        return emit
+
+    def _tell(self, event: Event) -> None:
+        for observer in list(self._observers):
+            name, function = observer
+            try:
+                function(event)
+            except Exception as error:  # noqa: BLE001 - an observer must never break a call
+                self._observers.remove(observer)
+                log("WARNING", f"the observer `{name}` failed and is dropped: {type(error).__name__}: {error}")
+
+
+def _log_event(event: Event) -> None:
+    facts = {"call_id": event.call_id, "provider": event.provider, "model": event.model, "operation": event.operation}
+    subject = f"{event.operation} {event.provider}:{event.model or ''}".rstrip(":")
+    if event.kind == "retry":
+        log(
+            "WARNING",
+            f"{subject}: attempt {event.attempt} failed, next in {event.delay:.1f} s: {_name(event)}",
+            **facts,
+        )
+    elif event.kind == "error":
+        log("ERROR", f"{subject}: {_name(event)}", **facts)
+    elif event.kind == "finish":
+        log("INFO", f"{subject}: {event.finish_reason or 'done'}", **facts)
+    else:
+        log("DEBUG", f"{subject}: {event.kind}", **facts)
+
+
+def _name(event: Event) -> str:
+    return f"{type(event.error).__name__}: {event.error}"

@@ -1,0 +1,232 @@
+"""Two ways to wait, so that the logic of a client is written once.
+
+`graftage._session` is written as coroutines against `IO`. `AsyncClient` awaits them. `Client` drives them with
+`Blocking`, whose methods block instead of suspending, so that `drive` gets the result from a single step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from graftage._stream import Source
+from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
+from graftage.types import Call
+
+if TYPE_CHECKING:
+    from graftage._plugins import Relay
+
+T = TypeVar("T")
+GRACE = 0.5
+"""Seconds past the deadline after which the core stops waiting for a provider that should have."""
+
+
+class IO(Protocol):
+    """How to wait."""
+
+    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
+        """Call a hook of the connection that answers once."""
+        ...
+
+    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
+        """Call a hook of the connection that answers with an iterator."""
+        ...
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a plugin's blocking code."""
+        ...
+
+    async def wait(self, future: Future[T], deadline: float) -> T:
+        """Wait for a future until the deadline.
+
+        Raises:
+            TimeoutError: the deadline passed first.
+        """
+        ...
+
+    def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
+        """Call a hook of the connection from a plugin's blocking code."""
+        ...
+
+
+def has(relay: Relay, hook: str) -> bool:
+    """Whether the connection implements a hook or its async twin."""
+    return hook in relay.hooks or f"a{hook}" in relay.hooks
+
+
+# --- Sync ------------------------------------------------------------------------------------------------------------
+
+
+class Blocking:
+    """Waits by blocking the thread."""
+
+    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:  # noqa: ARG002 - providers keep the deadline
+        _require_sync(relay, hook)
+        return relay.call(hook, request)
+
+    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:  # noqa: ARG002
+        _require_sync(relay, hook)
+        return _Pulled(relay.call(hook, request))
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return function(*arguments)
+
+    async def wait(self, future: Future[T], deadline: float) -> T:
+        try:
+            return future.result(None if deadline == math.inf else max(deadline - time.monotonic(), 0))
+        except _FutureTimeout as error:
+            raise TimeoutError from error
+
+    def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
+        return relay.call(hook, request) if hook in relay.hooks else None
+
+
+def _require_sync(relay: Relay, hook: str) -> None:
+    if hook not in relay.hooks:
+        raise CapabilityUnsupported(f"The provider answers `{hook}` only asynchronously.", hint="Use `connect_async`.")
+
+
+class _Pulled:
+    """A sync iterator as a source."""
+
+    def __init__(self, chunks: Iterator[Any]) -> None:
+        self.chunks = chunks
+
+    async def pull(self) -> Any:
+        return next(self.chunks, None)
+
+    async def close(self) -> None:
+        close = getattr(self.chunks, "close", None)
+        if close is not None:
+            close()
+
+
+# `concurrent.futures.TimeoutError` is the built-in one only since Python 3.11, and so is asyncio's.
+if sys.version_info >= (3, 11):
+    _FutureTimeout: type[Exception] = TimeoutError
+    _AsyncTimeout: type[Exception] = TimeoutError
+else:
+    from concurrent.futures import TimeoutError as _FutureTimeout
+
+    _AsyncTimeout = asyncio.TimeoutError
+
+
+# --- Async -----------------------------------------------------------------------------------------------------------
+
+
+class Awaiting:
+    """Waits by awaiting; sync hooks run in worker threads."""
+
+    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
+        if f"a{hook}" in relay.hooks:
+            return await _until(relay.call(f"a{hook}", request), call)
+        return await _until(asyncio.to_thread(relay.call, hook, request), call)
+
+    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
+        if f"a{hook}" in relay.hooks:
+            return _Awaited(relay.call(f"a{hook}", request), call)
+        return _Awaited(_in_threads(relay.call(hook, request)), call)
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        token = _loop.set(asyncio.get_running_loop())
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        finally:
+            _loop.reset(token)
+
+    async def wait(self, future: Future[T], deadline: float) -> T:
+        timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+        except _AsyncTimeout as error:
+            raise TimeoutError from error
+
+    def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
+        if hook in relay.hooks:
+            return relay.call(hook, request)
+        if f"a{hook}" not in relay.hooks:
+            return None
+        return asyncio.run_coroutine_threadsafe(relay.call(f"a{hook}", request), _loop.get()).result()
+
+
+_loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
+"""The loop whose worker thread runs a plugin's code."""
+
+
+async def _until(work: Coroutine[Any, Any, T], call: Call) -> T:
+    if call.deadline == math.inf:
+        return await work
+    try:
+        return await asyncio.wait_for(work, max(call.deadline + GRACE - time.monotonic(), 0))
+    except _AsyncTimeout as error:
+        raise _too_late(call) from error
+
+
+def _too_late(call: Call) -> ProviderTimeout:
+    return ProviderTimeout(
+        f"The call was not finished within {call.timeouts.total:g} s.", phase="total", hint="Raise `timeout`."
+    )
+
+
+async def _in_threads(chunks: Iterator[Any]) -> AsyncIterator[Any]:
+    """A sync iterator, each step in a worker thread."""
+    try:
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield chunk
+    finally:
+        close = getattr(chunks, "close", None)
+        if close is not None:
+            await asyncio.to_thread(close)
+
+
+class _Awaited:
+    """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
+
+    The timer cancels whoever waits for a chunk when it fires. So no task and no timer is made for a chunk.
+    """
+
+    def __init__(self, chunks: AsyncIterator[Any], call: Call) -> None:
+        self._chunks = chunks
+        self._call = call
+        self._reader: asyncio.Task[Any] | None = None
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None
+        if call.deadline != math.inf:
+            delay = max(call.deadline + GRACE - time.monotonic(), 0)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._fire)
+
+    def _has_fired(self) -> bool:
+        return self._late
+
+    def _fire(self) -> None:
+        self._late = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def pull(self) -> Any:
+        if self._late:
+            raise _too_late(self._call)
+        self._reader = asyncio.current_task()
+        try:
+            return await anext(self._chunks, None)
+        except asyncio.CancelledError:
+            if not self._has_fired():
+                raise
+            if sys.version_info >= (3, 11) and (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            raise _too_late(self._call) from None
+        finally:
+            self._reader = None
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        close = getattr(self._chunks, "aclose", None)
+        if close is not None:
+            await close()

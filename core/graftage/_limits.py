@@ -1,0 +1,148 @@
+"""Limits: merged from policies, clamped into requests, and held as slots until a call has ended."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from graftage.exceptions import Overloaded
+from graftage.types import Limits
+
+__all__ = ["Gate", "clamp", "gate_for", "merge"]
+
+FIGURES = tuple(each.name for each in fields(Limits) if each.name not in ("unload", "reasons", "warnings"))
+"""The fields of which the smallest value wins."""
+
+
+def merge(answers: Iterable[tuple[str, Limits]]) -> Limits | None:
+    """The tightest value of each field, with its reason; None where nobody limits anything."""
+    merged: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    unload: list[str] = []
+    warnings: list[str] = []
+    answered = False
+    for policy, limits in answers:
+        answered = True
+        unload += [model for model in limits.unload if model not in unload]
+        warnings += limits.warnings
+        for name in FIGURES:
+            value = getattr(limits, name)
+            if value is not None and (name not in merged or value < merged[name]):
+                merged[name] = value
+                reasons[name] = f"{policy}: {limits.reasons.get(name, 'no reason given')}"
+    if not answered:
+        return None
+    return Limits(**merged, unload=tuple(unload), reasons=reasons, warnings=tuple(warnings))
+
+
+def clamp(wanted: Mapping[str, Any], limits: Limits | None) -> tuple[dict[str, Any], list[str]]:
+    """What a request may have of what it wants, and what to say of the difference.
+
+    A field that was left unset takes the limit; one that was set is lowered to it, with a warning.
+    """
+    clamped = dict(wanted)
+    warnings = list(limits.warnings) if limits else []
+    for name in wanted:
+        limit = getattr(limits, name, None)
+        if limit is None:
+            continue
+        value = wanted[name]
+        clamped[name] = limit if value is None else min(value, limit)
+        if value is not None and value > limit:
+            reason = limits.reasons.get(name, "") if limits else ""
+            warnings.append(f"`{name}` was lowered from {value:g} to {limit:g} ({reason}).")
+    return clamped, warnings
+
+
+@dataclass(slots=True)
+class _Waiter:
+    granted: Future[None]
+    limit: int | None
+
+
+class Gate:
+    """Slots of one server, shared by all clients of the process: threads and tasks wait in one fair line."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[_Waiter] = deque()
+        self._models: Counter[str] = Counter()
+        self.running = 0
+
+    def enter(self, limit: int | None, queued: int | None = None) -> Future[None]:
+        """Ask for a slot: the future is done when it is granted.
+
+        A caller that stops waiting must call `withdraw`; one that was granted a slot must call `leave`.
+
+        Raises:
+            Overloaded: more than `queued` are waiting already.
+        """
+        waiter = _Waiter(Future(), limit)
+        with self._lock:
+            if queued is not None and self._full(limit) and len(self._waiting) >= queued:
+                raise Overloaded(
+                    f"{self.running} requests are running and {len(self._waiting)} are waiting; no more may wait.",
+                    hint="Ask again later, or raise the policy's `queued_requests`.",
+                )
+            self._waiting.append(waiter)
+            self._grant()
+        return waiter.granted
+
+    def withdraw(self, granted: Future[None]) -> None:
+        """Stop waiting. A slot that was granted in the meantime is given back."""
+        if not granted.cancel():
+            self.leave()
+            return
+        with self._lock:
+            self._waiting = deque(each for each in self._waiting if each.granted is not granted)
+            self._grant()
+
+    def leave(self) -> None:
+        """Give a slot back."""
+        with self._lock:
+            self.running -= 1
+            self._grant()
+
+    def use(self, model: str, change: int) -> None:
+        """Note that a request starts (1) or stops (-1) using a model."""
+        with self._lock:
+            self._models[model] += change
+
+    def in_use(self) -> dict[str, int]:
+        """Models that requests are using, and how many requests."""
+        with self._lock:
+            return {model: count for model, count in self._models.items() if count > 0}
+
+    def _full(self, limit: int | None) -> bool:
+        return limit is not None and self.running >= max(limit, 1)
+
+    def _grant(self) -> None:
+        while self._waiting and not self._full(self._waiting[0].limit):
+            waiter = self._waiting.popleft()
+            if waiter.granted.set_running_or_notify_cancel():
+                self.running += 1
+                waiter.granted.set_result(None)
+
+
+_gates: dict[tuple[str, str], Gate] = {}
+_gates_lock = threading.Lock()
+
+
+def gate_for(provider: str, address: str) -> Gate:
+    """The gate of a server: one for the whole process, since the server is one for the whole process."""
+    with _gates_lock:
+        return _gates.setdefault((provider, address), Gate())
+
+
+def with_concurrency(limits: Limits | None, concurrency: int | None) -> Limits | None:
+    """The limits with the client's own `concurrency` setting counted as one more policy."""
+    if concurrency is None:
+        return limits
+    if limits is not None and limits.concurrent_requests is not None and limits.concurrent_requests <= concurrency:
+        return limits
+    reasons = {**(limits.reasons if limits else {}), "concurrent_requests": "settings: `concurrency`"}
+    return replace(limits or Limits(), concurrent_requests=concurrency, reasons=reasons)

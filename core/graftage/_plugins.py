@@ -1,0 +1,332 @@
+"""Find plugins without importing them, load the chosen ones, explain the rest, and build one relay for a connection."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import importlib_metadata
+import pluggy
+
+import graftage
+from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
+from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
+
+__all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
+
+Kind = Literal["provider", "plugin", "connection"]
+State = Literal["available", "loaded", "disabled", "quarantined"]
+GROUPS: dict[str, Kind] = {"graftage.providers": "provider", "graftage.plugins": "plugin"}
+SPECS: dict[Kind, tuple[type, ...]] = {
+    "provider": PROVIDER_SPECS,
+    "plugin": PLUGIN_SPECS,
+    "connection": CONNECTION_SPECS,
+}
+
+
+class PluginWarning(UserWarning):
+    """A plugin was left out; `graftage plugins` tells why."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """A plugin as it was found, and what became of it."""
+
+    name: str
+    kind: Kind
+    distribution: str | None = None
+    version: str | None = None
+    state: State = "available"
+    error: PluginError | None = None
+    """Why it is quarantined."""
+    plugin: object | None = None
+    hooks: tuple[str, ...] = ()
+    entry_point: importlib_metadata.EntryPoint | None = field(default=None, repr=False)
+
+    @property
+    def origin(self) -> str:
+        """The distribution and its version, in words."""
+        return f"{self.distribution} {self.version}" if self.distribution else "an object given to connect"
+
+
+class Catalog:
+    """What is installed, and what was given as objects.
+
+    Args:
+        objects: plugin objects to use without installing them; a name they share with something installed wins.
+        environment: where `GRAFTAGE_DISABLED_PLUGINS` and `GRAFTAGE_STRICT_PLUGINS` are read.
+    """
+
+    def __init__(self, objects: Iterable[object] = (), environment: Mapping[str, str] = os.environ) -> None:
+        self.strict = environment.get("GRAFTAGE_STRICT_PLUGINS", "") not in ("", "0")
+        disabled = environment.get("GRAFTAGE_DISABLED_PLUGINS", "")
+        self._disabled = {name.strip() for name in disabled.split(",") if name.strip()}
+        self._given = [self._admit_object(each) for each in objects]
+        taken = {(entry.kind, entry.name) for entry in self._given}
+        self.entries = [*self._given, *(each for each in self._discover() if (each.kind, each.name) not in taken)]
+        self._mark_conflicts()
+
+    def names(self, kind: Kind | None = None) -> list[str]:
+        """The names of everything found, or of one kind."""
+        return sorted({entry.name for entry in self.entries if kind in (None, entry.kind)})
+
+    def provider(self, name: str) -> Entry:
+        """The loaded provider of that name.
+
+        Raises:
+            ProviderNotFound: nothing of that name is installed, or it is disabled.
+            PluginConflict: two distributions claim the name.
+            PluginLoadError: it is broken.
+        """
+        for entry in self.entries:
+            if entry.kind == "provider" and entry.name == name:
+                if entry.state == "disabled":
+                    raise ProviderNotFound(
+                        f"The provider `{name}` is disabled.",
+                        plugin=name,
+                        hint="Take it out of GRAFTAGE_DISABLED_PLUGINS.",
+                    )
+                self._load(entry)
+                if entry.error is not None:
+                    raise entry.error
+                return entry
+        raise self._not_found(name)
+
+    def plugins(self) -> list[Entry]:
+        """Every enabled plugin that works, loaded. The others are quarantined with a warning.
+
+        Raises:
+            PluginError: a plugin is broken and `GRAFTAGE_STRICT_PLUGINS` is set.
+        """
+        chosen = [entry for entry in self.entries if entry.kind == "plugin" and entry.state != "disabled"]
+        for entry in chosen:
+            self._load(entry)
+            if entry.error is not None:
+                if self.strict:
+                    raise entry.error
+                warnings.warn(f"The plugin `{entry.name}` is left out: {entry.error}", PluginWarning, stacklevel=2)
+        return [entry for entry in chosen if entry.state == "loaded"]
+
+    def inspect_all(self) -> list[Entry]:
+        """Every entry, loaded where it can be, for a report."""
+        for entry in self.entries:
+            if entry.state != "disabled":
+                self._load(entry)
+        return sorted(self.entries, key=lambda entry: (entry.kind != "provider", entry.name, entry.origin))
+
+    def _discover(self) -> list[Entry]:
+        found = []
+        for group, kind in GROUPS.items():
+            for point in importlib_metadata.entry_points(group=group):
+                found.append(
+                    Entry(
+                        name=point.name,
+                        kind=kind,
+                        distribution=point.dist.metadata["Name"] if point.dist else None,
+                        version=point.dist.version if point.dist else None,
+                        state="disabled" if point.name in self._disabled else "available",
+                        entry_point=point,
+                    )
+                )
+        return found
+
+    def _admit_object(self, plugin: object) -> Entry:
+        kind: Kind = "provider" if is_provider(plugin) else "plugin"
+        entry = Entry(name=plugin_name(plugin), kind=kind, plugin=plugin)
+        self._inspect(entry)
+        if entry.error is not None:
+            raise entry.error  # The caller handed it over: there is nobody else to shield.
+        return entry
+
+    def _mark_conflicts(self) -> None:
+        for entry in self.entries:
+            rivals = [each for each in self.entries if (each.kind, each.name) == (entry.kind, entry.name)]
+            if len(rivals) > 1 and entry.state != "disabled":
+                entry.state = "quarantined"
+                entry.error = PluginConflict(
+                    f"The {entry.kind} name `{entry.name}` is claimed by {' and '.join(each.origin for each in rivals)}.",
+                    plugin=entry.name,
+                    distributions=[each.origin for each in rivals],
+                    hint="Uninstall one of them.",
+                )
+
+    def _load(self, entry: Entry) -> None:
+        if entry.state != "available" or entry.entry_point is None:
+            return
+        try:
+            _check_core(entry)
+            entry.plugin = entry.entry_point.load()
+        except PluginLoadError as error:
+            self._quarantine(entry, error)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever a plugin's module raises, the others must not suffer
+            problem = f"could not be imported: {type(error).__name__}: {error}"
+            self._quarantine(entry, _load_error(entry, problem, "Mend or uninstall it."), error)
+            return
+        self._inspect(entry)
+
+    def _inspect(self, entry: Entry) -> None:
+        try:
+            entry.hooks = checked_hooks(entry.plugin, entry.kind)
+        except _Problem as problem:
+            self._quarantine(entry, _load_error(entry, problem.text, problem.hint), problem.__cause__)
+            return
+        entry.state = "loaded"
+
+    def _quarantine(self, entry: Entry, error: PluginError, cause: BaseException | None = None) -> None:
+        error.__cause__ = cause
+        entry.state, entry.error, entry.plugin = "quarantined", error, None
+
+    def _not_found(self, name: str) -> ProviderNotFound:
+        names = self.names("provider")
+        close = difflib.get_close_matches(name, names, n=1)
+        installed = f"Installed: {', '.join(f'`{each}`' for each in names)}." if names else "None is installed."
+        hint = f"Did you mean `{close[0]}`?" if close else f"{installed} Install one, for example `graftage-ollama`."
+        return ProviderNotFound(f"There is no provider `{name}`.", plugin=name, hint=hint)
+
+
+def plugin_name(plugin: object) -> str:
+    """The name of a plugin object: its `name`, a module's last part, or its class's name in lower case."""
+    named = getattr(plugin, "name", None)
+    if isinstance(named, str):
+        return named
+    if inspect.ismodule(plugin):
+        return plugin.__name__.rpartition(".")[2]
+    return (plugin if inspect.isclass(plugin) else type(plugin)).__name__.lower()
+
+
+def is_provider(plugin: object) -> bool:
+    """Whether an object is a provider: it implements `connect`."""
+    return bool(getattr(getattr(plugin, "connect", None), "graftage_impl", None))
+
+
+class _Problem(Exception):  # noqa: N818 - never leaves this module
+    """What is wrong with a plugin object."""
+
+    def __init__(self, text: str, hint: str) -> None:
+        super().__init__(text)
+        self.text = text
+        self.hint = hint
+
+
+def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
+    return PluginLoadError(
+        f"The {entry.kind} `{entry.name}` ({entry.origin}) {problem}.",
+        plugin=entry.name,
+        distributions=[entry.origin] if entry.distribution else (),
+        hint=hint,
+    )
+
+
+def _check_core(entry: Entry) -> None:
+    """Refuse a plugin whose metadata asks for another Graftage: pip leaves such pairs installed."""
+    from packaging.requirements import InvalidRequirement, Requirement  # noqa: PLC0415 - only when something is loaded
+
+    dist = entry.entry_point.dist if entry.entry_point else None
+    for text in (dist.requires or ()) if dist else ():
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if wanted.name == "graftage" and not wanted.specifier.contains(graftage.__version__, prereleases=True):
+            raise _load_error(
+                entry,
+                f"requires graftage{wanted.specifier}, and this is {graftage.__version__}",
+                "Install versions that fit each other.",
+            )
+
+
+def _manager(specs: Iterable[type]) -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("graftage")
+    for spec in specs:
+        manager.add_hookspecs(spec)
+    return manager
+
+
+def _spec_names(specs: Iterable[type]) -> set[str]:
+    return {name for spec in specs for name, value in vars(spec).items() if hasattr(value, "graftage_spec")}
+
+
+NAMES: dict[Kind, set[str]] = {kind: _spec_names(specs) for kind, specs in SPECS.items()}
+
+
+def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
+    """The hooks that an object implements, once they are known to be right."""
+    if inspect.isclass(plugin):
+        raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
+    manager = _manager(SPECS[kind])
+    try:
+        manager.register(plugin, "plugin")
+    except pluggy.PluginValidationError as error:
+        raise _Problem(
+            f"has a hook with a wrong signature: {str(error).strip().splitlines()[-1]}",
+            "Take the parameters that `graftage.hookspecs` gives the hook.",
+        ) from error
+    callers = manager.get_hookcallers(plugin) or []
+    for caller in callers:
+        for impl in caller.get_hookimpls():
+            _check_hook(caller.name, impl, kind)
+    if not callers:
+        raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
+    return tuple(sorted(caller.name for caller in callers))
+
+
+def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
+    if impl.wrapper or impl.hookwrapper:
+        raise _Problem(f"wraps the hook `{name}`", "Hooks are not wrapped: answer them, or use `observe`.")
+    if name in NAMES[kind] or impl.optionalhook:
+        return
+    for other, names in NAMES.items():
+        if name in names:
+            raise _Problem(
+                f"implements `{name}`, which is a hook of a {other}, not of a {kind}",
+                "A provider's `connect` returns the connection that has such hooks."
+                if other == "connection"
+                else f"Move it to a {other}.",
+            )
+    close = difflib.get_close_matches(name, NAMES[kind], n=1)
+    hint = f"Did you mean `{close[0]}`?" if close else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
+    raise _Problem(f"implements `{name}`, which is no hook", hint)
+
+
+class Relay:
+    """The hooks of one connection: its own, and those of the plugins that are enabled for it."""
+
+    def __init__(self, provider: str, connection: object, plugins: Sequence[Entry]) -> None:
+        try:
+            self.hooks = frozenset(checked_hooks(connection, "connection"))
+        except _Problem as problem:
+            raise PluginLoadError(
+                f"The connection of the provider `{provider}` {problem.text}.", plugin=provider, hint=problem.hint
+            ) from problem
+        missing = {"chat", "achat"}.isdisjoint(self.hooks) or {"health", "ahealth"}.isdisjoint(self.hooks)
+        if missing:
+            raise PluginLoadError(
+                f"The connection of the provider `{provider}` lacks a required hook.",
+                plugin=provider,
+                hint="Implement `chat` and `health`.",
+            )
+        self._manager = _manager((*CONNECTION_SPECS, *PLUGIN_SPECS))
+        self._manager.register(connection, f"provider {provider}")
+        for entry in plugins:
+            self._manager.register(entry.plugin, entry.name)
+
+    def call(self, name: str, request: object = None) -> Any:
+        """Call a hook of the connection."""
+        caller = getattr(self._manager.hook, name)
+        return caller(request=request) if request is not None else caller()
+
+    def each(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
+        """The implementations of a plugin hook, each with its plugin's name; the one registered last comes first."""
+        impls = reversed(getattr(self._manager.hook, name).get_hookimpls())
+        return [(impl.plugin_name, _positional(impl)) for impl in impls]
+
+
+def _positional(impl: pluggy.HookImpl) -> Callable[..., Any]:
+    """The function of an implementation that may leave the hook's parameter out, as pluggy allows."""
+    return impl.function if impl.argnames else lambda *_: impl.function()

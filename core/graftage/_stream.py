@@ -1,0 +1,330 @@
+"""An answer while it comes: chunks folded into a reply, and the two streams that hand them on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from graftage._messages import Parse, parsed
+from graftage.exceptions import GraftageError, ProviderError, StreamInterrupted
+from graftage.types import Call, Chunk, Limits, Reply, Timings, Usage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["AsyncStream", "Run", "Source", "Stream", "drive"]
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """The chunks of a provider, pulled one by one."""
+
+    async def pull(self) -> Any:
+        """The next chunk, or None at the end."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the provider's work. Safe to call twice."""
+        ...
+
+
+def drive(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, because its `IO` is `Blocking`."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    finally:
+        work.close()
+    raise RuntimeError("a coroutine of the sync client suspended")
+
+
+class Fold:
+    """Adds chunks up to a reply."""
+
+    __slots__ = ("_base", "_first", "_last", "_logprobs", "_started", "_text", "_thinking", "_tool_calls", "_warnings")
+
+    def __init__(self, base: Reply, started: float) -> None:
+        self._base = base
+        self._text: list[str] = []
+        self._thinking: list[str] = []
+        self._tool_calls: list[Any] = []
+        self._logprobs: list[Any] = []
+        self._warnings: list[str] = []
+        self._last: Chunk | None = None
+        self._started = started
+        self._first: float | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Take one more chunk."""
+        if self._first is None:
+            self._first = time.monotonic() - self._started
+        if chunk.text:
+            self._text.append(chunk.text)
+        if chunk.thinking:
+            self._thinking.append(chunk.thinking)
+        self._tool_calls += chunk.tool_calls
+        self._logprobs += chunk.logprobs
+        self._warnings += chunk.warnings
+        self._last = chunk
+
+    @property
+    def received(self) -> bool:
+        """Whether anything has come."""
+        return self._last is not None
+
+    def reply(self) -> Reply:
+        """What has come so far; its `finish_reason` is None until the last chunk is in."""
+        last = self._last or Chunk()
+        timings = replace(last.timings or Timings(), first_chunk=self._first, wall=time.monotonic() - self._started)
+        return replace(
+            self._base,
+            text="".join(self._text),
+            thinking="".join(self._thinking),
+            tool_calls=tuple(self._tool_calls),
+            logprobs=tuple(self._logprobs),
+            finish_reason=last.finish_reason,
+            usage=last.usage or Usage(),
+            timings=timings,
+            model=last.model or self._base.model,
+            warnings=(*self._base.warnings, *self._warnings),
+            raw=last.raw,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One call from its start to its end, whichever end that is."""
+
+    provider: str
+    model: str
+    operation: str
+    call: Call
+    started: float
+    emit: Callable[..., None]
+    release: Callable[[], None]
+    """Gives back what the call holds; done once, at its end."""
+    count: Callable[..., None]
+    translate: Callable[[GraftageError], Exception]
+    parse: Parse | None = None
+    adapter: str | None = None
+    limits: Limits | None = None
+    warnings: tuple[str, ...] = ()
+    source: Source | None = None
+    fold: Fold | None = None
+    reply: Reply | None = None
+    ended: bool = False
+
+    def begin_fold(self) -> Fold:
+        """Start adding up, with what is known before the first chunk."""
+        self.fold = Fold(
+            Reply(
+                text="",
+                model=self.model,
+                provider=self.provider,
+                adapter=self.adapter,
+                limits=self.limits,
+                warnings=self.warnings,
+            ),
+            self.started,
+        )
+        return self.fold
+
+    async def pull(self) -> Chunk | None:
+        """The next chunk; None after the last one. Ends the run at the last chunk, and on any error."""
+        if self.source is None or self.fold is None or self.ended:
+            return None
+        try:
+            chunk: Chunk | None = await self.source.pull()
+            if chunk is None:
+                raise StreamInterrupted(
+                    "The answer ended before it was done.",
+                    retryable=not self.fold.received,
+                    hint="The text so far is in `partial`; ask again for a whole answer.",
+                )
+            first = not self.fold.received
+            self.fold.add(chunk)
+            if first:
+                self.emit("first_chunk")
+            if chunk.finish_reason is not None:
+                await self.source.close()
+                self._finish(chunk)
+        except BaseException as error:
+            await self.abandon()
+            failure = self.failed(error)
+            raise failure from failure.__cause__
+        return chunk
+
+    def _finish(self, last: Chunk) -> None:
+        fold = self.fold
+        if fold is None:  # pragma: no cover - pull makes sure
+            raise RuntimeError("there is nothing to finish")
+        reply = fold.reply()
+        if self.parse is not None and not reply.tool_calls:
+            reply = replace(reply, parsed=parsed(reply, self.parse))
+        self.reply = reply
+        self.end()
+        usage = reply.usage
+        self.count(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
+        self.emit("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
+
+    def end(self) -> None:
+        """Release what is held, once."""
+        if not self.ended:
+            self.ended = True
+            self.release()
+
+    async def abandon(self) -> None:
+        """Stop the provider's work, whatever it thinks of that."""
+        try:
+            if self.source is not None:
+                await self.source.close()
+        except Exception:  # noqa: BLE001, S110 - the error that led here is the one to tell
+            pass
+        finally:
+            self.end()
+
+    def failed(self, error: BaseException) -> BaseException:
+        """The error to raise for one that occurred, counted and told to observers."""
+        self.end()
+        if not isinstance(error, Exception):
+            self.emit("finish")  # Cancelled or interrupted by the caller: not a failure.
+            return error
+        typed = typed_error(error, self.provider)
+        if isinstance(typed, ProviderError):
+            typed.provider = typed.provider or self.provider
+            typed.model = typed.model or self.model or None
+            typed.operation = typed.operation or self.operation
+            if typed.partial is None and self.fold is not None and self.fold.received:
+                typed.partial = self.fold.reply()
+        self.count(failures=1)
+        self.emit("error", error=typed)
+        translated = self.translate(typed)
+        if translated is not typed:
+            translated.__cause__ = typed
+        return translated
+
+
+def typed_error(error: Exception, provider: str) -> GraftageError:
+    """The error itself, or a typed one for what a provider should not have let out."""
+    if isinstance(error, GraftageError):
+        return error
+    typed = ProviderError(
+        f"The provider `{provider}` failed with {type(error).__name__}: {error}.",
+        provider=provider,
+        hint="That is a fault of the provider; tell its authors.",
+    )
+    typed.__cause__ = error
+    return typed
+
+
+class _StreamBase:
+    """What both streams share."""
+
+    def __init__(self, run: Run, first: Chunk | None) -> None:
+        self._run = run
+        self._first = first
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply, once the last chunk has come.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if self._run.reply is None:
+            raise RuntimeError("the stream has not been read to its end; `partial` has what came so far")
+        return self._run.reply
+
+    @property
+    def partial(self) -> Reply:
+        """What has come so far."""
+        if self._run.reply is not None:
+            return self._run.reply
+        if self._run.fold is None:  # pragma: no cover - a stream is made after its first chunk
+            raise RuntimeError("the stream has not begun")
+        return self._run.fold.reply()
+
+
+class Stream(_StreamBase):
+    """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
+
+    def __init__(self, run: Run, first: Chunk | None) -> None:
+        super().__init__(run, first)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        with self._lock:
+            chunk, self._first = self._first, None
+            if chunk is None and not self._closed:
+                chunk = drive(self._run.pull())
+            if self._closed:
+                drive(self._run.abandon())
+                raise StopIteration
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Stop the answer and give its slot back. From another thread it takes effect when a pending read returns."""
+        self._closed = True
+        if self._lock.acquire(blocking=False):
+            try:
+                drive(self._run.abandon())
+            finally:
+                self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A loop that was left by `break` drops the stream: its slot must not stay taken.
+        if not self._run.ended:
+            self.close()
+
+
+class AsyncStream(_StreamBase):
+    """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk, self._first = self._first, None
+        if chunk is None:
+            chunk = await self._run.pull()
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        """Stop the answer and give its slot back."""
+        self._first = None
+        await self._run.abandon()
+
+    close = aclose
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # Nothing can be awaited here; the event loop ends the provider's iterator, this gives the slot back.
+        self._run.end()

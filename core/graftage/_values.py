@@ -1,0 +1,42 @@
+"""Small readings of what callers write."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import timedelta
+from typing import Any
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+
+
+def keep_alive_seconds(value: Any) -> float | None:
+    """Seconds a model is to stay loaded: from a number, a `timedelta`, or text such as `5m`, `1h30m`, `-1`.
+
+    A negative value is for ever and comes back as infinity.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if value is None:
+        return None
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    seconds = _from_text(value) if isinstance(value, str) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or math.isnan(seconds):
+        raise ValueError(f"keep_alive must be seconds, a text such as '5m' or '1h30m', or -1 for ever, not {value!r}")
+    return math.inf if seconds < 0 else float(seconds)
+
+
+def _from_text(text: str) -> float | None:
+    """A number, or a duration as Go writes it."""
+    text = text.strip()
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    sign, body = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
+    if not body or _PART.sub("", body):
+        return None
+    return sign * sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(body))

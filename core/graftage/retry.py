@@ -1,0 +1,195 @@
+"""Retries, for providers to use where they open a call. tenacity, set up once.
+
+    chunks = retry.call(lambda: open_and_read_the_first_chunk(), request.call)
+
+Only errors that say they are `retryable` are tried again, never past the deadline, and never after the first chunk:
+that is up to the provider, by retrying the opening alone. tenacity is imported and set up only after a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from graftage.exceptions import ConnectionFailed, InferenceFailed, ModelLoadFailed, Overloaded, ProviderError
+
+if TYPE_CHECKING:
+    import tenacity
+
+    from graftage.types import Call
+
+__all__ = ["DEFAULT_POLICY", "Budget", "RetryPolicy", "acall", "call", "no_waiting"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """The schedule, as data. All waits are seconds."""
+
+    connection_waits: tuple[float, ...] = (0.1, 0.5)
+    """After a refused or broken connection: short, so that the verdict on a dead server takes less than a second."""
+    fault_base: float = 1.0
+    """After a fault of the server: doubled each time, within the two bounds below."""
+    fault_min: float = 4.0
+    fault_max: float = 10.0
+    jitter: float = 0.1
+    """Up to this share of the wait is added, so that clients do not come back together."""
+    retry_after_max: float = 60.0
+    """A server's `Retry-After` is honoured up to this."""
+    crash_attempts: int = 2
+    """A runner that crashed is tried again once: a second crash has a cause that a third try will not mend."""
+
+    def wait(self, error: BaseException | None, attempt: int, jitter: float) -> float:
+        """Seconds to wait after attempt number `attempt`; `jitter` is a random number from 0 to 1."""
+        if isinstance(error, Overloaded) and error.retry_after is not None:
+            return min(error.retry_after, self.retry_after_max)
+        if isinstance(error, ConnectionFailed):
+            base = self.connection_waits[min(attempt, len(self.connection_waits)) - 1]
+        else:
+            base = min(max(self.fault_base * 2 ** (attempt - 1), self.fault_min), self.fault_max)
+        return base * (1 + self.jitter * jitter)
+
+    def attempts_for(self, error: BaseException | None, attempts: int) -> int:
+        """How often a call that fails like this may be tried."""
+        crashed = isinstance(error, (ModelLoadFailed, InferenceFailed))
+        return min(attempts, self.crash_attempts) if crashed else attempts
+
+
+DEFAULT_POLICY: Final = RetryPolicy()
+
+
+@dataclass(slots=True)
+class Budget:
+    """Retries that a connection can afford, so that a sick server is not hammered.
+
+    A token bucket as in the AWS SDKs' standard mode: a retry takes `cost`, a call that works at once gives `refill`.
+    """
+
+    capacity: float = 100.0
+    cost: float = 5.0
+    refill: float = 1.0
+    _tokens: float = field(default=100.0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._tokens = self.capacity
+
+    def spend(self) -> bool:
+        """Take the price of one retry; False where it cannot be paid."""
+        with self._lock:
+            if self._tokens < self.cost:
+                return False
+            self._tokens -= self.cost
+            return True
+
+    def earn(self) -> None:
+        """Give back a little after a call that worked at once."""
+        if self._tokens < self.capacity:
+            with self._lock:
+                self._tokens = min(self.capacity, self._tokens + self.refill)
+
+
+_waits: ContextVar[bool] = ContextVar("graftage_retry_waits", default=True)
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Make every wait between attempts free, for tests. Attempts, budget and events stay as they are."""
+    token = _waits.set(False)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+def call(function: Callable[[], T], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
+    """Call `function`, again where its error is safe to retry.
+
+    Raises:
+        ProviderError: the last error, with its number of attempts.
+    """
+    try:
+        result = function()
+    except ProviderError as error:
+        return _retrying(error, function, of, policy)
+    _earn(of)
+    return result
+
+
+async def acall(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
+    """`call`, for a function that returns an awaitable."""
+    try:
+        result = await function()
+    except ProviderError as error:
+        return await _aretrying(error, function, of, policy)
+    _earn(of)
+    return result
+
+
+def _earn(of: Call) -> None:
+    if of.budget is not None:
+        of.budget.earn()
+
+
+def _retrying(first: ProviderError, function: Callable[[], T], of: Call, policy: RetryPolicy) -> T:
+    import tenacity  # noqa: PLC0415 - needed only after a failure
+
+    failed = [first]
+
+    def attempt() -> T:
+        if failed:
+            raise failed.pop()  # The first attempt has been made already.
+        return function()
+
+    return tenacity.Retrying(sleep=time.sleep, **_schedule(of, policy))(attempt)
+
+
+async def _aretrying(first: ProviderError, function: Callable[[], Awaitable[T]], of: Call, policy: RetryPolicy) -> T:
+    import tenacity  # noqa: PLC0415 - needed only after a failure
+
+    failed = [first]
+
+    async def attempt() -> T:
+        if failed:
+            raise failed.pop()
+        return await function()
+
+    return await tenacity.AsyncRetrying(sleep=asyncio.sleep, **_schedule(of, policy))(attempt)
+
+
+def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:
+    import random  # noqa: PLC0415 - needed only after a failure
+
+    def error_of(state: tenacity.RetryCallState) -> BaseException | None:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, ProviderError):
+            error.attempts = state.attempt_number
+        return error
+
+    def worth(state: tenacity.RetryCallState) -> bool:
+        error = error_of(state)
+        return isinstance(error, ProviderError) and error.retryable
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        seconds = policy.wait(error_of(state), state.attempt_number, random.random())  # noqa: S311 - not a secret
+        return seconds if _waits.get() else 0.0
+
+    def stop(state: tenacity.RetryCallState) -> bool:
+        error = error_of(state)
+        if state.attempt_number >= policy.attempts_for(error, of.attempts):
+            return True
+        if time.monotonic() + state.upcoming_sleep >= of.deadline:
+            return True
+        return of.budget is not None and not of.budget.spend()
+
+    def before_sleep(state: tenacity.RetryCallState) -> None:
+        of.emit("retry", attempt=state.attempt_number, delay=state.upcoming_sleep, error=error_of(state))
+
+    return {"retry": worth, "wait": wait, "stop": stop, "before_sleep": before_sleep, "reraise": True}

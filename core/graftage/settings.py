@@ -1,0 +1,290 @@
+"""Settings: arguments over environment variables over a TOML file, each value with its origin.
+
+A provider that has settings of its own subclasses `Settings` and returns the class from its `settings_model` hook:
+
+    class MySettings(Settings):
+        native_environment: ClassVar[Mapping[str, str]] = {"api_key": "MY_SERVICE_KEY"}
+
+        region: str = "eu"
+
+The value of a field is taken from the first of these that has it: an argument of `connect`; the mapping given as
+`settings`; `GRAFTAGE_<PROVIDER>_<FIELD>`; `GRAFTAGE_<FIELD>`; the variable that the provider's own tools read
+(`native_environment`); the provider's table in the TOML file; the top of that file. A host application can set its own
+prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from graftage._values import keep_alive_seconds
+from graftage.exceptions import SettingsError
+from graftage.types import Timeouts
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Loaded", "Settings", "config_path", "load", "nearest"]
+
+PREFIX = "GRAFTAGE"
+RESERVED = frozenset({"CONFIG", "PROVIDER", "MODEL", "DISABLED_PLUGINS", "STRICT_PLUGINS", "LIVE_OLLAMA", "DEBUG"})
+"""Variables of the prefix that are not fields of a provider's settings."""
+CHOICE_KEYS = ("provider", "model")
+"""Keys of the file's top level that choose instead of configure."""
+
+
+class Settings(BaseSettings):
+    """The settings that every provider understands."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_nested_delimiter="__")
+
+    native_environment: ClassVar[Mapping[str, str]] = {}
+    """Field to environment variable, for names that the provider's own tools read."""
+
+    host: str | None = Field(default=None, description="Address of the server")
+    api_key: SecretStr | None = Field(
+        default=None, description="Sent as a bearer token; never in clear to a remote host"
+    )
+    headers: Mapping[str, SecretStr] = Field(default_factory=dict, description="Sent with every request")
+    timeouts: Timeouts = Field(default_factory=Timeouts, description="connect, first_token, idle, total, in seconds")
+    attempts: int = Field(default=3, ge=1, le=10, description="How often a safe failure is tried; 1 turns retries off")
+    keep_alive: float | None = Field(
+        default=None, description="How long a model stays loaded: seconds, 5m, -1 for ever"
+    )
+    context_window: int | None = Field(default=None, ge=1, description="Tokens of prompt and answer together")
+    concurrency: int | None = Field(
+        default=None, ge=1, description="Requests at once on that server, from this process"
+    )
+    max_reply_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, description="A larger answer is refused")
+    transport: Any = Field(
+        default=None, exclude=True, description="A `graftage.types.Transport`, for tests and recording"
+    )
+
+    @field_validator("keep_alive", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> float | None:
+        return keep_alive_seconds(value)
+
+    @field_validator("timeouts", mode="before")
+    @classmethod
+    def _timeouts(cls, value: Any) -> Any:
+        # Named parts keep the defaults of the others; a misspelt part must not be swallowed.
+        if isinstance(value, Mapping):
+            known = [each.name for each in fields(Timeouts)]
+            for name in value:
+                if name not in known:
+                    raise ValueError(f"`timeouts` has no part `{name}`; {nearest(name, known)}")
+            return Timeouts(**{name: float(seconds) for name, seconds in value.items()})
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what `load` gathered and nothing else: `load` knows the provider, and where each value came from."""
+        return (init_settings,)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Settings of one provider, and where each value came from."""
+
+    settings: Settings
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """For each field that is not a default: `argument`, `environment GRAFTAGE_HOST`, or a file's path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where settings may come from, besides arguments."""
+
+    prefix: str = PREFIX
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    file: Path | None = None
+
+    @classmethod
+    def of(cls, prefix: str | None = None, file: str | Path | None = None) -> Sources:
+        """The process's environment, and the given file or the user's own."""
+        chosen = prefix or PREFIX
+        return cls(prefix=chosen, file=Path(file) if file else config_path(chosen))
+
+    def document(self) -> dict[str, Any]:
+        """The TOML file as plain data; empty where there is none.
+
+        Raises:
+            SettingsError: it cannot be read or is not TOML.
+        """
+        if self.file is None:
+            return {}
+        try:
+            return tomllib.loads(self.file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(
+                f"The settings file {self.file} cannot be used: {error}.",
+                source=str(self.file),
+                hint=f"Mend it, or name another one in {self.prefix}_CONFIG.",
+            ) from error
+
+    def choice(self, key: str) -> tuple[str | None, str]:
+        """The `provider` or `model` to use where the caller names none, and where it came from."""
+        variable = f"{self.prefix}_{key}".upper()
+        if value := self.environment.get(variable):
+            return value, f"environment {variable}"
+        value = self.document().get(key)
+        if value is not None and not isinstance(value, str):
+            raise SettingsError(f"`{key}` in {self.file} must be text, not {value!r}.", key=key, source=str(self.file))
+        return value, str(self.file)
+
+
+def config_path(prefix: str = PREFIX) -> Path:
+    """The settings file: what `GRAFTAGE_CONFIG` names, else `config.toml` in the user's config folder."""
+    if named := os.environ.get(f"{prefix}_CONFIG"):
+        return Path(named).expanduser()
+    from platformdirs import user_config_path  # noqa: PLC0415 - not needed where the variable is set
+
+    return user_config_path(prefix.lower(), appauthor=False) / "config.toml"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The way out for a name that is not known: the nearest one, else all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known are {', '.join(f'`{each}`' for each in names)}"
+
+
+def load(
+    model: type[AnySettings],
+    *,
+    provider: str,
+    arguments: Mapping[str, Any],
+    mapping: Mapping[str, Any] | None = None,
+    sources: Sources,
+    plugins: Iterable[str] = (),
+) -> Loaded:
+    """Gather and check the settings of one provider.
+
+    Args:
+        model: the provider's settings class.
+        provider: its plugin name, which names its table and its variables.
+        arguments: what the caller gave by keyword.
+        mapping: what the caller gave as `settings`.
+        sources: environment and file.
+        plugins: names of everything installed: their tables and variables are none of our business.
+
+    Raises:
+        SettingsError: a key is unknown or a value is wrong; the message names the source and the nearest key.
+    """
+    known = set(model.model_fields)
+    plugins = {provider, *plugins}
+    layers = [
+        *_given(arguments, "argument", known),
+        *_given(mapping or {}, "the `settings` mapping", known),
+        *_from_environment(model, provider, sources, plugins),
+        *_from_file(provider, sources, known, plugins),
+    ]
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, key, value in layers:
+        if key not in merged:
+            merged[key], origins[key] = value, origin
+        elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
+            merged[key] = {**value, **merged[key]}
+    try:
+        return Loaded(settings=model(**merged), origins=origins)
+    except ValidationError as error:
+        raise _explained(error, origins) from None
+
+
+_Layer = tuple[str, str, Any]
+
+
+def _given(values: Mapping[str, Any], origin: str, known: set[str]) -> Iterable[_Layer]:
+    for key, value in values.items():
+        _require(key, known, origin)
+        yield origin, key, value
+
+
+def _from_environment(model: type[Settings], provider: str, sources: Sources, plugins: set[str]) -> Iterable[_Layer]:
+    known = set(model.model_fields) - {"transport"}
+    own = f"{sources.prefix}_{provider}_".upper().replace("-", "_")
+    common = f"{sources.prefix}_"
+    if sources.prefix == PREFIX:
+        # A host's own prefix names many things that are not ours; under ours a stray name is a mistake.
+        _check_variables(sources, known, plugins)
+    for prefix in (own, common):
+        source = EnvSettingsSource(model, env_prefix=prefix, case_sensitive=False, env_ignore_empty=True)
+        source.env_vars = {name.lower(): value for name, value in sources.environment.items() if value}
+        for key, value in source().items():
+            if key in known:
+                yield f"environment {prefix}{key.upper()}", key, value
+    for key, variable in model.native_environment.items():
+        if value := sources.environment.get(variable):
+            yield f"environment {variable}", key, value
+
+
+def _check_variables(sources: Sources, known: set[str], plugins: set[str]) -> None:
+    prefixes = tuple(f"{name}_".upper().replace("-", "_") for name in plugins)
+    for variable in sources.environment:
+        if not variable.startswith(f"{sources.prefix}_"):
+            continue
+        rest = variable[len(sources.prefix) + 1 :]
+        if rest in RESERVED or rest.startswith(("TEST_", *prefixes)):
+            continue
+        name = rest.split("__")[0].lower()
+        if name not in known:
+            _require(name, {*known, *(each.lower() for each in RESERVED)}, f"environment {variable}")
+
+
+def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[str]) -> Iterable[_Layer]:
+    document = sources.document()
+    origin = str(sources.file)
+    table = document.get(provider, {})
+    if not isinstance(table, Mapping):
+        raise SettingsError(f"`{provider}` in {origin} must be a table.", key=provider, source=origin)
+    yield from _given(table, f"{origin} [{provider}]", known)
+    for key, value in document.items():
+        if key in CHOICE_KEYS or key in plugins:
+            continue
+        _require(key, {*known, *CHOICE_KEYS, *plugins}, origin)
+        yield origin, key, value
+
+
+def _require(key: str, known: Iterable[str], origin: str) -> None:
+    if key not in set(known):
+        hint = nearest(key, known)
+        raise SettingsError(
+            f"There is no setting `{key}` ({origin});",
+            key=key,
+            source=origin,
+            hint=hint if hint.endswith("?") else f"{hint}.",
+        )
+
+
+def _explained(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    origin = origins.get(str(first["loc"][0]) if first["loc"] else "", "argument")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    # The value itself is left out: it may be a secret.
+    return SettingsError(f"The setting `{key}` ({origin}) is wrong: {message}.", key=key, source=origin)

@@ -1,0 +1,735 @@
+"""The data that crosses the boundary between a host, the core and the plugins.
+
+Everything here is frozen and keyword-only, and grows by fields with defaults: a plugin written for this release still
+works with the next. An unknown figure is `None`, never 0. Durations are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    import httpx
+
+    from graftage.retry import Budget
+    from graftage.settings import Settings
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "unload", "load", "other"]
+"""Why an answer ended. Readers must tolerate new values; the server's own word is in `raw`."""
+Feature: TypeAlias = Literal[
+    "chat",
+    "generate",
+    "embed",
+    "tools",
+    "structured_output",
+    "thinking",
+    "images",
+    "logprobs",
+    "suffix",
+    "list_models",
+    "show_model",
+    "loaded_models",
+    "pull_model",
+    "load_model",
+    "unload_model",
+    "load_adapter",
+    "unload_adapter",
+]
+Operation: TypeAlias = str
+"""The name of a connection hook, such as `chat` or `pull_model`."""
+
+
+class _Unset(enum.Enum):
+    ACTIVE = "the adapter that is active"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+ACTIVE: Final = _Unset.ACTIVE
+"""Stands for "the adapter that `use_adapter` made active"; `None` means the base model."""
+AdapterChoice: TypeAlias = "str | Path | Literal[_Unset.ACTIVE] | None"
+
+
+# --- Messages --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """A picture that goes with a message."""
+
+    data: bytes = field(repr=False)
+    """The encoded picture (PNG, JPEG, WebP), as it is in its file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A function the model wants called."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    """The arguments as the model wrote them: untrusted, and not checked against the tool's schema."""
+    id: str
+    """Names this call when its result is sent back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function the model may call."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    """A JSON schema of type `object`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str = ""
+    images: tuple[Image, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_name: str | None = None
+    """On a message with role `tool`: the function whose result this is."""
+    tool_call_id: str | None = None
+    """On a message with role `tool`: the `ToolCall.id` this answers."""
+    thinking: str | None = None
+    """What the model thought before it answered."""
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens counted by the server."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Input and output together, where both are known."""
+        if self.input_tokens is None or self.output_tokens is None:
+            return None
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went, in seconds: `first_chunk` and `wall` by the client's clock, the rest as the server says."""
+
+    total: float | None = None
+    load: float | None = None
+    """Bringing the model into memory."""
+    prompt: float | None = None
+    """Reading the prompt."""
+    generation: float | None = None
+    first_chunk: float | None = None
+    """From the call to the first chunk, waiting for a slot included."""
+    wall: float | None = None
+    """From the call to the last chunk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """A token that was chosen, and how probable it was."""
+
+    token: str
+    logprob: float
+    """Natural logarithm of the probability."""
+    top: tuple[Logprob, ...] = ()
+    """The most probable tokens at this place, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of an answer as a provider yields it. The last one, and no other, has a `finish_reason`."""
+
+    text: str = ""
+    thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    model: str | None = None
+    """The model that answered, in the server's words."""
+    warnings: tuple[str, ...] = ()
+    raw: Mapping[str, Any] | None = field(default=None, repr=False)
+    """On the last chunk: what the server sent, unchanged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A whole answer, or as much of one as there is (`finish_reason` is then `None`)."""
+
+    text: str
+    thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    parsed: Any = None
+    """With `format`: the text as an instance of the pydantic model, or as plain data."""
+    finish_reason: FinishReason | None = None
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    model: str = ""
+    provider: str = ""
+    """Who answered."""
+    adapter: str | None = None
+    """The adapter that answered, or `None` for the base model."""
+    limits: Limits | None = None
+    """What the policies allowed, and why."""
+    warnings: tuple[str, ...] = ()
+    raw: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def message(self) -> Message:
+        """The answer as the next message of the conversation."""
+        return Message(role="assistant", content=self.text, tool_calls=self.tool_calls, thinking=self.thinking or None)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """One vector for each input, in the order of the inputs."""
+
+    vectors: tuple[tuple[float, ...], ...] = field(repr=False)
+    model: str = ""
+    provider: str = ""
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    limits: Limits | None = None
+    warnings: tuple[str, ...] = ()
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+class _Record:
+    """Lets a record be read like a mapping, for hosts that used plain dictionaries before."""
+
+    __slots__ = ()
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.keys():
+            return getattr(self, name)
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field of that name, or `default`."""
+        return getattr(self, name) if name in self.keys() else default
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of all fields."""
+        return tuple(each.name for each in fields(self))  # type: ignore[arg-type] # every subclass is a dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo(_Record):
+    """What is known of a model. A list knows less than `show`; what is not known is `None`."""
+
+    name: str
+    """The canonical name, tag included: `llama3.2:latest`."""
+    digest: str | None = None
+    size: int | None = None
+    """Bytes on disk."""
+    modified_at: datetime | None = None
+    family: str | None = None
+    architecture: str | None = None
+    parameters: str | None = None
+    """Number of parameters in the server's words: `134.52M`."""
+    quantization: str | None = None
+    context_window: int | None = None
+    """The largest window the model was trained for, in tokens."""
+    features: frozenset[str] | None = None
+    """Names of `Feature` this model has; `None` where the server does not tell."""
+    parent: str | None = None
+    """The model this one was made from."""
+    adapters: tuple[str, ...] = ()
+    """Digests of the adapters inside it."""
+    template: str | None = None
+    system: str | None = None
+    licence: str | None = None
+    path: Path | None = None
+    """The model's file, where it is on this machine and readable."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The GGUF keys with their arrays, or the like."""
+    tensors: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)
+    """The shape of each tensor, by name, where the server tells."""
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel(_Record):
+    """A model in memory."""
+
+    name: str
+    digest: str | None = None
+    size: int | None = None
+    """Bytes in memory, all together."""
+    accelerator_size: int | None = None
+    """Bytes of those on the accelerator."""
+    expires_at: datetime | None = None
+    """When it will be unloaded; `None` for unknown or never."""
+    context_window: int | None = None
+    """The window it was loaded with, in tokens."""
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullProgress:
+    """A step of a download. The last one of a pull that worked has the status `success`."""
+
+    status: str
+    digest: str | None = None
+    total: int | None = None
+    completed: int | None = None
+
+
+HealthLevel: TypeAlias = Literal["reachable", "api", "model_present", "model_loaded", "answers"]
+HEALTH_LEVELS: Final[tuple[HealthLevel, ...]] = ("reachable", "api", "model_present", "model_loaded", "answers")
+"""Each level includes those before it; only `answers` makes the model work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How far up the levels a provider is well. A level that was not looked at is `None`."""
+
+    level: HealthLevel
+    """The level that was asked for."""
+    reachable: bool
+    api: bool | None = None
+    """The right service answers there."""
+    model_present: bool | None = None
+    model_loaded: bool | None = None
+    answers: bool | None = None
+    version: str | None = None
+    """The server's version."""
+    address: str | None = None
+    model: str | None = None
+    latency: float | None = None
+    """Seconds the check took."""
+    error: Exception | None = None
+    """Why the first level that failed did."""
+    cached: bool = False
+    age: float = 0.0
+    """Seconds since it was measured."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every level up to the one asked for is well."""
+        upto = HEALTH_LEVELS[: HEALTH_LEVELS.index(self.level) + 1]
+        return all(getattr(self, level) for level in upto)
+
+    def raise_for_error(self) -> None:
+        """Raise why it is not well; do nothing where it is.
+
+        Raises:
+            ProviderError: the failure that the check met.
+        """
+        if not self.ok:
+            raise self.error or RuntimeError(f"the health check did not reach the level `{self.level}`")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a provider can do, known without asking a server."""
+
+    features: frozenset[str]
+    """Names of `Feature`."""
+    options: frozenset[str] = frozenset()
+    """The names that `options` of a call may have."""
+
+
+# --- Limits ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a policy allows. An unset field does not limit."""
+
+    context_window: int | None = None
+    """Tokens."""
+    max_tokens: int | None = None
+    concurrent_requests: int | None = None
+    """Requests at once on that server, from this process."""
+    queued_requests: int | None = None
+    """Requests that may wait for a slot; one more is `Overloaded`."""
+    loaded_models: int | None = None
+    keep_alive: float | None = None
+    """Seconds; infinity is for ever."""
+    unload: tuple[str, ...] = ()
+    """Idle models that the core unloads before the request is admitted."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """For each field that is set, why: `{"context_window": "16 GB leave 4 GB for the cache"}`."""
+    warnings: tuple[str, ...] = ()
+    """Notes that go onto the reply."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsQuery:
+    """What a policy may know of a request before it is admitted."""
+
+    operation: Operation
+    provider: str
+    address: str
+    model: str
+    context_window: int | None = None
+    """As the caller set it."""
+    max_tokens: int | None = None
+    keep_alive: float | None = None
+    prompt_characters: int | None = None
+    adapter: str | None = None
+    model_info: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
+    """Facts about the model: asked on the first call, then remembered; `None` where the provider cannot tell."""
+    loaded_models: Callable[[], tuple[LoadedModel, ...] | None] = field(default=lambda: None, repr=False)
+    """What is in memory: asked once for each request; `None` where the provider cannot tell."""
+    in_use: Callable[[], Mapping[str, int]] = field(default=dict, repr=False)
+    """Models that requests of this process are using, and how many requests."""
+
+
+# --- Settings and calls ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """The four limits on a call, in seconds. All are finite."""
+
+    connect: float = 5.0
+    """To reach the server."""
+    first_token: float = 300.0
+    """From sending the request to the first chunk: queueing, loading the model, reading the prompt."""
+    idle: float = 60.0
+    """Between chunks."""
+    total: float = 600.0
+    """The whole call by the wall clock, all attempts included. A pull has `idle` only."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(
+                    f"the timeout `{each.name}` must be a number of seconds above 0 and finite, not {value!r}"
+                )
+
+
+class Transport(Protocol):
+    """Stands between a provider and the network: for recording, replaying, testing and embedding.
+
+    Each method gets a function that builds the provider's own transport, and returns the one to use; a replay never
+    calls that function, so no connection is ever made.
+    """
+
+    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
+        """The transport of the sync client."""
+        ...
+
+    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
+        """The transport of the async client."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened, for observers and logs. Never holds a prompt or an answer."""
+
+    kind: Literal["start", "admitted", "attempt", "retry", "first_chunk", "progress", "finish", "error"]
+    """One `start` and one `finish` or `error` for each call; the rest between them."""
+    call_id: str
+    operation: Operation
+    provider: str
+    model: str | None = None
+    adapter: str | None = None
+    address: str | None = None
+    at: float = 0.0
+    """Seconds on the monotonic clock."""
+    stream: bool = False
+    attempt: int | None = None
+    delay: float | None = None
+    """With `retry`: seconds until the next attempt."""
+    error: Exception | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    progress: PullProgress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What every operation's request carries about the call itself."""
+
+    deadline: float = math.inf
+    """Seconds on the monotonic clock: after this the call has failed. Infinite for a pull."""
+    timeouts: Timeouts = Timeouts()
+    attempts: int = 3
+    """How often a safe failure may be tried, the first time included."""
+    budget: Budget | None = None
+    """Retries this connection can still afford."""
+    max_reply_bytes: int = 64 * 1024 * 1024
+    emit: Callable[..., None] = field(default=lambda kind, **facts: None, repr=False)
+    """Tells observers: `emit("retry", attempt=1, delay=0.1, error=error)`; the core adds the rest of the `Event`."""
+
+
+# --- Requests: the one argument of each hook -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectRequest:
+    """What `connect` is asked."""
+
+    name: str
+    """The provider's plugin name."""
+    settings: Settings
+    """An instance of what `settings_model` returned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseRequest:
+    """What `close` is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """What `chat` is asked."""
+
+    call: Call
+    model: str
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    format: Mapping[str, Any] | Literal["json"] | None = None
+    """A JSON schema, or any JSON."""
+    think: bool | str | None = None
+    """Whether to think first, or how hard: `low`, `medium`, `high`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Checked by the core against `Capabilities.options`."""
+    keep_alive: float | None = None
+    context_window: int | None = None
+    max_tokens: int | None = None
+    adapter: LoadedAdapter | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """What `generate` is asked."""
+
+    call: Call
+    model: str
+    prompt: str
+    suffix: str | None = None
+    """What comes after the gap that the model is to fill."""
+    system: str | None = None
+    raw: bool = False
+    """Send the prompt as it is, without the model's template."""
+    images: tuple[Image, ...] = ()
+    format: Mapping[str, Any] | Literal["json"] | None = None
+    think: bool | str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep_alive: float | None = None
+    context_window: int | None = None
+    max_tokens: int | None = None
+    adapter: LoadedAdapter | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """What `embed` is asked."""
+
+    call: Call
+    model: str
+    inputs: tuple[str, ...]
+    dimensions: int | None = None
+    truncate: bool = True
+    """Cut an input that does not fit; otherwise it is a `ContextOverflow`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep_alive: float | None = None
+    context_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthRequest:
+    """What `health` is asked."""
+
+    call: Call
+    level: HealthLevel = "api"
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsRequest:
+    """What `list_models` and `loaded_models` are asked."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """What `show_model`, `pull_model` and `unload_model` are asked."""
+
+    call: Call
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadModelRequest:
+    """What `load_model` is asked."""
+
+    call: Call
+    model: str
+    keep_alive: float | None = None
+    context_window: int | None = None
+    """The window that the next requests will have: another one would load the model again."""
+
+
+# --- Adapters --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether an adapter fits a base model."""
+
+    status: Literal["compatible", "incompatible", "unknown"]
+    reasons: tuple[str, ...] = ()
+    """Every contradiction, or what is missing to know."""
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """A LoRA adapter that a resolver has found and checked. The provider decides how its server takes it."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` over the content that acts: equal adapters have equal digests."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """The strength it was made for (alpha by rank, with rank-stabilising counted)."""
+        ...
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits the base model that the request named."""
+        ...
+
+    @property
+    def served_as(self) -> str | None:
+        """The model of the server that already carries it, where the reference named one."""
+        ...
+
+    def gguf(self, base: ModelInfo) -> Path:
+        """A GGUF file of the adapter, converted for `base` where it was not one.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit.
+        """
+        ...
+
+    def merge(self, base_file: Path, out: Path) -> Path:
+        """Write the base model with the adapter merged into it to `out`.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """An adapter that a plugin knows of, not yet checked against a model."""
+
+    name: str
+    reference: str
+    """What to give to `use_adapter`."""
+    source: str = ""
+    """Where it was found: a plugin's own word."""
+    base_model: str | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveRequest:
+    """What `resolve_adapter` is asked."""
+
+    reference: str
+    model: str
+    """The base model's name on the provider."""
+    provider: str = ""
+    base: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
+    """Facts about the base model: asked on the first call, then remembered."""
+    call: Call = field(default_factory=Call)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadAdapterRequest:
+    """What `load_adapter` is asked."""
+
+    call: Call
+    adapter: Adapter
+    model: str
+    keep_alive: float | None = None
+    context_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedAdapter:
+    """An adapter the provider can answer with."""
+
+    name: str
+    digest: str
+    model: str
+    """The model to ask for: a derived one, or the base where the adapter has a slot."""
+    slot: int | None = None
+    """The engine's number for it, where adapters are switched per request."""
+    scale: float = 1.0
+    strategy: str = ""
+    """How it was made usable: a provider's own word."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadAdapterRequest:
+    """What `unload_adapter` is asked."""
+
+    call: Call
+    adapter: LoadedAdapter
+
+
+# --- Counters --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What a client has done so far, as `Client.stats` gives it."""
+
+    calls: int = 0
+    failures: int = 0
+    retries: int = 0
+    running: int = 0
+    """Calls and streams that have not ended."""
+    waiting: int = 0
+    """Calls that wait for a slot."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    active_adapter: str | None = None
+
+
+Chunks: TypeAlias = Iterator[Chunk]
