@@ -15,7 +15,6 @@ Needs the extra `graftage[http]`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import ipaddress
 import json
@@ -116,14 +115,20 @@ class Exchange:
 _current: ContextVar[Exchange | None] = ContextVar("graftage_http_exchange", default=None)
 
 
-@contextlib.contextmanager
-def exchange(of: Exchange) -> Iterator[Exchange]:
-    """Make `of` the exchange of all HTTP in this block. A generator must not yield inside it."""
-    token = _current.set(of)
-    try:
-        yield of
-    finally:
-        _current.reset(token)
+class exchange:  # noqa: N801 - reads as a word in a `with`
+    """Makes `of` the exchange of all HTTP in a block. A generator must not yield inside it."""
+
+    __slots__ = ("_of", "_token")
+
+    def __init__(self, of: Exchange) -> None:
+        self._of = of
+
+    def __enter__(self) -> Exchange:
+        self._token = _current.set(self._of)
+        return self._of
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
 
 
 def current() -> Exchange:

@@ -1,0 +1,609 @@
+"""Real exchanges, recorded once and replayed offline: a transport for providers that are built on httpx.
+
+    with Cassette("cassettes/story.yaml", mode="record", server="Ollama 0.9.3") as cassette:
+        with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
+            llm.chat("Tell me a story")
+
+The files are vcrpy's, so that any vcrpy from 8.2.1 on replays them. Two keys of a response are ours, and vcrpy carries
+them along: `chunk_lengths`, the borders at which the body came, and `cut_short`, where it ended before its end. Nothing
+is patched: two cassettes may be open at once, in threads and in tasks.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import threading
+import urllib.parse
+import uuid
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import httpx
+import yaml
+
+from graftage.exceptions import GraftageError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["Cassette", "CassetteError", "CassetteMiss"]
+
+Key: TypeAlias = tuple[str, str, str]
+"""What requests are matched by: the method, the path with its query, the body in canonical form."""
+
+ORIGIN: Final = "http://localhost:11434"
+"""Stands in every file for the server's address: a cassette names no machine, and plays on any."""
+KEPT_OF_REQUEST: Final = ("content-type",)
+KEPT_OF_RESPONSE: Final = ("content-type", "retry-after", "content-encoding")
+MAX_BYTES: Final = 16 * 1024 * 1024
+"""Larger files are refused before they are parsed."""
+_MAX_DEPTH: Final = 32
+"""Nesting in a file. The C parser has no limit of its own: a file of 100,000 brackets ends the process."""
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class CassetteError(GraftageError):
+    """A cassette cannot be read, or must not be written."""
+
+
+class CassetteMiss(CassetteError):
+    """A request was replayed that the cassette does not hold, or not once more."""
+
+
+@dataclass
+class _Interaction:
+    """A request and what came back."""
+
+    method: str
+    target: str
+    """Path and query."""
+    request_headers: Mapping[str, list[str]]
+    request_body: bytes
+    status: int
+    reason: str
+    headers: Mapping[str, list[str]]
+    chunks: list[bytes] = field(default_factory=list)
+    cut_short: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.method, self.target, _canonical(self.request_body)
+
+
+class Cassette:
+    """A recording, given to a provider as its `transport` setting.
+
+    On replay each interaction plays once: equal requests get the answers in the order they were recorded. On recording,
+    the file is written when the block ends without an error, in one step, and replaces the one before. An exchange that
+    failed before its answer came, such as a refused connection, is not recorded.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: Literal["replay", "record"] = "replay",
+        server: str | None = None,
+    ) -> None:
+        """Read the file, or begin a new one.
+
+        Args:
+            path: where the file is, or will be.
+            mode: `record` sends requests on and keeps the answers; `replay` never opens a connection.
+            server: the server and its version in words, such as `Ollama 0.9.3`, kept in the file.
+
+        Raises:
+            CassetteError: there is no such file to replay, or it is malformed.
+        """
+        self.path = Path(path)
+        self.mode = mode
+        self.server = server
+        self.misses: list[CassetteMiss] = []
+        """What was asked and not found; here even where a provider swallowed the error."""
+        self._interactions: list[_Interaction] = []
+        self._waiting: defaultdict[Key, deque[_Interaction]] = defaultdict(deque)
+        self._lock = threading.Lock()
+        if mode == "replay":
+            self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.mode == "record" and error is None:
+            self.save()
+
+    def __len__(self) -> int:
+        return len(self._interactions)
+
+    @property
+    def unplayed(self) -> tuple[str, ...]:
+        """What the file holds and nobody asked for, as `POST /api/chat`."""
+        with self._lock:
+            return tuple(f"{each.method} {each.target}" for queue in self._waiting.values() for each in queue)
+
+    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
+        """A transport that replays, or records what the provider's own one does."""
+        return _Recorder(self, build()) if self.mode == "record" else _Player(self)
+
+    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
+        """The same for async clients; both play the same file."""
+        return _AsyncRecorder(self, build()) if self.mode == "record" else _AsyncPlayer(self)
+
+    def save(self) -> None:
+        """Write the file, through a temporary one beside it.
+
+        Raises:
+            CassetteError: nothing was recorded, or something that looks like a secret was.
+        """
+        if not self._interactions:
+            raise CassetteError(
+                f"Nothing was recorded for {self.path}.", hint="Was the cassette given to the provider as `transport`?"
+            )
+        text = _to_yaml(self._interactions, self.server)
+        _refuse_secrets(self.path, text, self._interactions)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(text.encode())
+            os.replace(temporary, self.path)  # noqa: PTH105 # says that it replaces, on every system
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        self.server, self._interactions = _from_yaml(self.path)
+        for each in self._interactions:
+            self._waiting[each.key].append(each)
+
+    def _take(self, request: httpx.Request) -> _Interaction:
+        """The answer to a request whose body has been read; each is taken once."""
+        key = (request.method, _target(request), _canonical(request.content))
+        with self._lock:
+            if queue := self._waiting.get(key):
+                return queue.popleft()
+            miss = CassetteMiss(
+                f"{self.path} does not hold this request. {_explain(key, self._interactions)}",
+                hint="Record it again, or ask what was recorded.",
+            )
+            self.misses.append(miss)
+        raise miss
+
+    def _begin(self, request: httpx.Request, response: httpx.Response) -> _Interaction:
+        """Note an answer at its headers: the file then has the order in which answers began."""
+        interaction = _Interaction(
+            request.method,
+            _target(request),
+            _kept(request.headers, KEPT_OF_REQUEST),
+            request.content,
+            response.status_code,
+            response.reason_phrase,
+            _kept(response.headers, KEPT_OF_RESPONSE),
+            cut_short=True,
+        )
+        with self._lock:
+            self._interactions.append(interaction)
+        return interaction
+
+
+# --- Transports ------------------------------------------------------------------------------------------------------
+
+
+class _Recorder(httpx.BaseTransport):
+    def __init__(self, cassette: Cassette, inner: httpx.BaseTransport) -> None:
+        self._cassette = cassette
+        self._inner = inner
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        _ask_for_plain_text(request)
+        response = self._inner.handle_request(request)
+        interaction = self._cassette._begin(request, response)  # noqa: SLF001 # one module, one thing
+        assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101 # narrows the type
+        response.stream = _Tee(response.stream, interaction)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _AsyncRecorder(httpx.AsyncBaseTransport):
+    def __init__(self, cassette: Cassette, inner: httpx.AsyncBaseTransport) -> None:
+        self._cassette = cassette
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        _ask_for_plain_text(request)
+        response = await self._inner.handle_async_request(request)
+        interaction = self._cassette._begin(request, response)  # noqa: SLF001 # one module, one thing
+        assert isinstance(response.stream, httpx.AsyncByteStream)  # noqa: S101 # narrows the type
+        response.stream = _AsyncTee(response.stream, interaction)
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Tee(httpx.SyncByteStream):
+    """Hands each chunk on as it comes and keeps a copy: the reader waits no longer than without it."""
+
+    def __init__(self, inner: httpx.SyncByteStream, interaction: _Interaction) -> None:
+        self._inner = inner
+        self._interaction = interaction
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._inner:
+            self._interaction.chunks.append(chunk)
+            yield chunk
+        self._interaction.cut_short = False
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _AsyncTee(httpx.AsyncByteStream):
+    """The async twin of `_Tee`."""
+
+    def __init__(self, inner: httpx.AsyncByteStream, interaction: _Interaction) -> None:
+        self._inner = inner
+        self._interaction = interaction
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._inner:
+            self._interaction.chunks.append(chunk)
+            yield chunk
+        self._interaction.cut_short = False
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Player(httpx.BaseTransport):
+    def __init__(self, cassette: Cassette) -> None:
+        self._cassette = cassette
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        return _revive(self._cassette._take(request))  # noqa: SLF001 # one module, one thing
+
+
+class _AsyncPlayer(httpx.AsyncBaseTransport):
+    def __init__(self, cassette: Cassette) -> None:
+        self._cassette = cassette
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        return _revive(self._cassette._take(request))  # noqa: SLF001 # one module, one thing
+
+
+class _Replayed(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A recorded body, with its borders, and with its break where it had one."""
+
+    def __init__(self, interaction: _Interaction) -> None:
+        self._interaction = interaction
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._interaction.chunks
+        if self._interaction.cut_short:
+            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body (recorded)")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self:
+            yield chunk
+
+
+def _revive(interaction: _Interaction) -> httpx.Response:
+    return httpx.Response(
+        interaction.status,
+        headers=[(name, value) for name, values in interaction.headers.items() for value in values],
+        stream=_Replayed(interaction),
+        extensions={"reason_phrase": interaction.reason.encode("ascii", "replace"), "http_version": b"HTTP/1.1"},
+    )
+
+
+def _ask_for_plain_text(request: httpx.Request) -> None:
+    """Ask the server not to compress: a compressed body can neither be read in a diff nor searched for secrets."""
+    request.headers["accept-encoding"] = "identity"
+
+
+def _target(request: httpx.Request) -> str:
+    return request.url.raw_path.decode("ascii")
+
+
+def _kept(headers: httpx.Headers, names: Iterable[str]) -> dict[str, list[str]]:
+    return {name: headers.get_list(name) for name in names if name in headers}
+
+
+# --- Matching --------------------------------------------------------------------------------------------------------
+
+
+def _canonical(body: bytes) -> str:
+    """JSON with its keys sorted; anything else as it is."""
+    try:
+        return json.dumps(json.loads(body), sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "backslashreplace")
+
+
+def _explain(key: Key, recorded: list[_Interaction]) -> str:
+    """Say which recorded request is nearest, and what differs."""
+    asked = f"Asked: {key[0]} {key[1]}."
+    if not recorded:
+        return f"{asked} It holds none at all."
+    if equal := sum(each.key == key for each in recorded):
+        return f"{asked} It was recorded {_times(equal)} and has been played as often."
+    nearest, differences = min(
+        ((each.key, list(_differences(each.key, key))) for each in recorded), key=lambda pair: len(pair[1])
+    )
+    shown = "; ".join(differences[:8])
+    return f"{asked} The nearest recorded request is {nearest[0]} {nearest[1]}, which differs in {shown}."
+
+
+def _differences(recorded: Key, asked: Key) -> Iterator[str]:
+    for name, was, now in (("method", recorded[0], asked[0]), ("path", recorded[1], asked[1])):
+        if was != now:
+            # A request to another path is no neighbour, however alike its body: it counts like many fields.
+            yield from [f"the {name} (recorded {was}, asked {now})"] * 8
+    old, new = _flat(recorded[2]), _flat(asked[2])
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield f"`{name}` (recorded {_short(old.get(name))}, asked {_short(new.get(name))})"
+
+
+def _flat(body: str) -> dict[str, str]:
+    """The leaves of a JSON body by their paths: `{"options.seed": "42"}`."""
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict) and value:
+            for name, each in value.items():
+                yield from walk(each, f"{path}.{name}" if path else name)
+        elif isinstance(value, list) and value:
+            for place, each in enumerate(value):
+                yield from walk(each, f"{path}[{place}]")
+        else:
+            yield path or "body", json.dumps(value, ensure_ascii=False)
+
+    try:
+        return dict(walk(json.loads(body), ""))
+    except (ValueError, RecursionError):
+        return {"body": body} if body else {}
+
+
+def _short(value: str | None, limit: int = 80) -> str:
+    if value is None:
+        return "nothing"
+    return value if len(value) <= limit else f"{value[:limit]}…"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+class _Flow(list[Any]):
+    """A list that is written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text for people: blocks where there are lines, no folding, no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 # the name and shape are PyYAML's
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    if re.search("[\r\x85\u2028\u2029]", text):
+        # YAML takes these for line breaks too and would give back other ones; only double quotes escape them.
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(
+    _Flow, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+
+
+def _to_yaml(interactions: Iterable[_Interaction], server: str | None) -> str:
+    """The file's text: the same interactions give the same text."""
+    content: dict[str, Any] = {"version": 1}
+    if server:
+        # vcrpy 9.4 keeps this key when it adds to a file; older ones ignore it.
+        content["metadata"] = {"server": server}
+    content["interactions"] = [_to_plain(each) for each in interactions]
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+def _to_plain(interaction: _Interaction) -> dict[str, Any]:
+    response: dict[str, Any] = {
+        "status": {"code": interaction.status, "message": interaction.reason},
+        "headers": _one_line_each(interaction.headers),
+        "body": {"string": _text(b"".join(interaction.chunks))},
+        "chunk_lengths": _Flow(len(chunk) for chunk in interaction.chunks),
+    }
+    if interaction.cut_short:
+        response["cut_short"] = True
+    request = {
+        "method": interaction.method,
+        "uri": ORIGIN + interaction.target,
+        "headers": _one_line_each(interaction.request_headers),
+        "body": _text(interaction.request_body),
+    }
+    return {"request": request, "response": response}
+
+
+def _one_line_each(headers: Mapping[str, list[str]]) -> dict[str, _Flow]:
+    return {name: _Flow(values) for name, values in headers.items()}
+
+
+def _text(body: bytes) -> str | bytes:
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return body
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+_SECRET_NAMES: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+_MIN_SECRET: Final = 8
+"""Shorter values, such as `1` or `true`, occur everywhere and protect nothing."""
+_SECRET_SHAPES: Final = re.compile(
+    r"(?P<key>\bsk-[A-Za-z0-9_-]{16,})"
+    r"|(?P<token>\bhf_[A-Za-z0-9]{16,}|\bgh[opsu]_[A-Za-z0-9]{20,})"
+    r"|(?P<bearer>\bBearer\s+[\w.~+/-]{16,})"
+    r"|(?P<private_key>-----BEGIN [A-Z ]*PRIVATE KEY-----)"
+)
+
+
+def _refuse_secrets(path: Path, text: str, interactions: Iterable[_Interaction]) -> None:
+    """Refuse to write what looks like a secret. The message names where it is known from, and never shows it."""
+    searched = [text]
+    for each in interactions:
+        if any(value != "identity" for value in each.headers.get("content-encoding", ())):
+            raise CassetteError(f"{path} was not written: the server sent a compressed body, which cannot be searched.")
+        # The file's own quoting may hide what the plain bodies show.
+        searched += [body.decode("utf-8", "replace") for body in (each.request_body, b"".join(each.chunks))]
+    whole = "\n".join(searched)
+    if found := next(_secrets_in(whole), None):
+        raise CassetteError(
+            f"{path} was not written: it would hold {found}.", hint="Record without it, or with a key made for tests."
+        )
+
+
+def _secrets_in(text: str) -> Iterator[str]:
+    for name, value in os.environ.items():
+        named = _SECRET_NAMES.search(name) and len(value) >= _MIN_SECRET
+        if named and any(form in text for form in _disguises(value)):
+            yield f"the value of the environment variable `{name}`"
+    for match in _SECRET_SHAPES.finditer(text):
+        yield f"what looks like a secret ({match.lastgroup})"
+
+
+def _disguises(value: str) -> set[str]:
+    """How a secret may stand in a body: plain, in JSON, in an address, in basic authentication."""
+    return {
+        value,
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        urllib.parse.quote(value, safe=""),
+        base64.b64encode(value.encode("utf-8", "surrogateescape")).decode().rstrip("="),
+    }
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
+    """The server and the interactions of a file of ours or of vcrpy's.
+
+    Raises:
+        CassetteError: the file is missing, too large, or not what it should be.
+    """
+    content = _load(path)
+    try:
+        _expect(isinstance(content, dict), "the file is no mapping")
+        _expect(content.get("version") == 1, "its `version` is not 1")
+        _expect(isinstance(content.get("interactions"), list), "`interactions` is no list")
+        metadata = content.get("metadata") or {}
+        server = metadata.get("server") if isinstance(metadata, dict) else None
+        return server, [_from_plain(place, each) for place, each in enumerate(content["interactions"])]
+    except (ValueError, httpx.InvalidURL) as error:
+        raise CassetteError(f"{path} is no cassette: {error}.", hint="Record it again.") from error
+
+
+def _load(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise CassetteError(
+            f"There is no cassette {path}.", hint="Record it: with our pytest plugin, run `pytest --graftage-record`."
+        ) from error
+    except OSError as error:
+        raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_BYTES:
+        raise CassetteError(f"The cassette {path} is larger than {MAX_BYTES} bytes.")
+    try:
+        _check_depth(path, data)
+        return yaml.load(data, Loader=_LOADER)  # noqa: S506 # it is a safe loader, in C where there is one
+    except (yaml.YAMLError, ValueError) as error:
+        raise CassetteError(f"The cassette {path} is no valid YAML: {error}", hint="Record it again.") from error
+
+
+def _check_depth(path: Path, data: bytes) -> None:
+    depth = 0
+    for event in yaml.parse(data, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise CassetteError(f"The cassette {path} is nested more than {_MAX_DEPTH} deep.")
+
+
+def _from_plain(place: int, plain: Any) -> _Interaction:
+    where = f"in interaction {place}, "
+    _expect(isinstance(plain, dict), where + "there is no mapping")
+    request, response = plain.get("request"), plain.get("response")
+    _expect(isinstance(request, dict), where + "`request` is no mapping")
+    _expect(isinstance(response, dict), where + "`response` is no mapping")
+    method, uri, status = request.get("method"), request.get("uri"), response.get("status")
+    _expect(isinstance(method, str) and isinstance(uri, str), where + "`method` or `uri` is no text")
+    _expect(isinstance(status, dict) and isinstance(status.get("code"), int), where + "`status.code` is no number")
+    body = response.get("body")
+    _expect(isinstance(body, dict), where + "`response.body` is no mapping")
+    return _Interaction(
+        method,
+        httpx.URL(uri).raw_path.decode("ascii"),
+        _headers(where, request.get("headers")),
+        _bytes(where, request.get("body")),
+        status["code"],
+        str(status.get("message") or ""),
+        _headers(where, response.get("headers")),
+        _pieces(_bytes(where, body.get("string")), response.get("chunk_lengths")),
+        cut_short=response.get("cut_short") is True,
+    )
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _headers(where: str, headers: Any) -> dict[str, list[str]]:
+    _expect(headers is None or isinstance(headers, dict), where + "`headers` is no mapping")
+    lists = {name: value if isinstance(value, list) else [value] for name, value in (headers or {}).items()}
+    for name, values in lists.items():
+        _expect(all(isinstance(each, str) for each in (name, *values)), where + f"the header {name!r} is no text")
+    return lists
+
+
+def _bytes(where: str, body: Any) -> bytes:
+    _expect(body is None or isinstance(body, str | bytes), where + "a body is neither text nor bytes")
+    return body.encode() if isinstance(body, str) else body or b""
+
+
+def _pieces(body: bytes, lengths: Any) -> list[bytes]:
+    """The body in its chunks; whole where the borders are unknown or belong to a body that was edited since."""
+    known = isinstance(lengths, list) and all(isinstance(each, int) and each > 0 for each in lengths)
+    if not known or sum(lengths) != len(body):
+        return [body] if body else []
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(body[start : start + length])
+        start += length
+    return pieces

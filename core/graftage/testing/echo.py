@@ -1,0 +1,585 @@
+"""A provider without a model: it answers from a script, or with the caller's own words.
+
+    echo = Echo(["Hello!", ConnectionFailed("gone"), [Chunk(text="Hel"), StreamInterrupted("cut")]])
+    with graftage.connect(echo, model="echo:latest") as llm:
+        assert llm.chat("Hi").text == "Hello!"
+
+It implements every hook of a connection, sync and async, remembers what it was asked, and opens nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+import itertools
+import math
+import re
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from graftage.exceptions import ModelNotFound, ProviderTimeout, StreamInterrupted
+from graftage.hookspecs import hookimpl
+from graftage.types import (
+    HEALTH_LEVELS,
+    Call,
+    Capabilities,
+    ChatRequest,
+    Chunk,
+    Embeddings,
+    GenerateRequest,
+    Health,
+    LoadedAdapter,
+    LoadedModel,
+    ModelInfo,
+    PullProgress,
+    Timings,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+
+    from graftage.types import (
+        CloseRequest,
+        ConnectRequest,
+        EmbedRequest,
+        HealthRequest,
+        LoadAdapterRequest,
+        LoadModelRequest,
+        ModelRequest,
+        ModelsRequest,
+        UnloadAdapterRequest,
+    )
+
+__all__ = ["Echo", "Pause"]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Stands between the chunks of a script and holds the stream there until it is released.
+
+    The stream's own time limits still hold, and closing the connection ends the pause: a test that forgets to release
+    it fails, and does not hang.
+    """
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    """Set it, or call `release`, to let the stream go on."""
+    reached: threading.Event = field(default_factory=threading.Event)
+    """Is set when the stream arrives here."""
+
+    def release(self) -> None:
+        """Let the stream go on."""
+        self.gate.set()
+
+
+Item: TypeAlias = "Chunk | Exception | Pause"
+Answer: TypeAlias = "str | Exception | Sequence[Item]"
+Step: TypeAlias = "Answer | Callable[[Any], Answer]"
+
+OPTIONS: Final = frozenset(
+    {
+        "frequency_penalty",
+        "logprobs",
+        "min_p",
+        "presence_penalty",
+        "repeat_penalty",
+        "seed",
+        "stop",
+        "temperature",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+    }
+)
+_OPERATIONS: Final = (
+    "chat",
+    "generate",
+    "embed",
+    "list_models",
+    "show_model",
+    "loaded_models",
+    "pull_model",
+    "load_model",
+    "unload_model",
+    "load_adapter",
+    "unload_adapter",
+)
+_ACCEPTED: Final = frozenset({"tools", "structured_output", "thinking", "images", "logprobs", "suffix"})
+_CONTEXT_WINDOW: Final = 8192
+_DIMENSIONS: Final = 8
+_MODEL_SIZE: Final = 1_000_000
+_POLL: Final = 0.002
+"""Seconds between two looks at a pause: short enough for a test, and no thread stays behind a cancelled task."""
+
+_numbers = itertools.count(1)
+
+
+class Echo:
+    """A provider plugin that plays a script, call after call, and then repeats the caller's last message.
+
+    Each step of the script answers one `chat` or `generate`:
+
+    - a string: the answer, word by word, with its usage counted in words and the finish reason `stop`;
+    - an exception: raised when the hook is called;
+    - a sequence of chunks, in which an exception is raised where it stands and a `Pause` holds the stream;
+    - a function of the request that gives one of these.
+    """
+
+    name = "echo"
+
+    def __init__(  # noqa: PLR0913 # each has a default, and all but the script a name
+        self,
+        script: Iterable[Step] = (),
+        *,
+        models: Iterable[str | ModelInfo] = ("echo:latest",),
+        strict: bool = False,
+        without: Iterable[str] = (),
+        errors: Mapping[str, Exception] | None = None,
+        address: str | None = None,
+    ) -> None:
+        """Build the plugin.
+
+        Args:
+            script: the steps; afterwards, or without them, it echoes.
+            models: the models it has, by name or with their facts.
+            strict: whether any other model is a `ModelNotFound`, instead of being taken as it comes.
+            without: names of hooks, such as `embed` and `achat`, that its connections shall lack.
+            errors: what an operation other than those of the script raises, by its name; `health` reports it instead.
+            address: the connection's address; each object has one of its own, so that two tests never share slots.
+        """
+        self.strict = strict
+        self.errors = dict(errors or {})
+        self.address = address or f"echo/{next(_numbers)}"
+        self.connections: list[Any] = []
+        """Every connection it made."""
+        self.calls: list[tuple[str, Any]] = []
+        """Every hook that was called, by its exact name (`achat`), with its request."""
+        self.running = 0
+        """Streams that are open."""
+        self.lock = threading.Lock()
+        self.models = {info.name: info for info in map(_model_info, models)}
+        self.loaded: dict[str, LoadedModel] = {}
+        self._script = deque(script)
+        self._kind = _connection_class(frozenset(without))
+
+    @property
+    def requests(self) -> list[Any]:
+        """Every request it got, in order, without those to connect and to close."""
+        with self.lock:
+            return [request for hook, request in self.calls if hook not in {"connect", "close", "aclose"}]
+
+    @property
+    def closed(self) -> bool:
+        """Whether there were connections and all of them are closed."""
+        return bool(self.connections) and all(each.closed for each in self.connections)
+
+    @hookimpl
+    def connect(self, request: ConnectRequest) -> object:
+        """Answer with a connection that has all hooks but those left out."""
+        connection = self._kind(self)
+        with self.lock:
+            self.calls.append(("connect", request))
+            self.connections.append(connection)
+        return connection
+
+    def note(self, hook: str, request: Any) -> None:
+        """Remember a call, and raise what it is to raise."""
+        with self.lock:
+            self.calls.append((hook, request))
+        if error := self.errors.get(_operation(hook)):
+            raise error
+
+    def next_step(self, request: Any) -> Answer:
+        """What the script has for this request."""
+        with self.lock:
+            step = self._script.popleft() if self._script else _last_words(request)
+        return step(request) if callable(step) else step
+
+
+class _Workings:
+    """What the hooks of a connection have in common; private, so that leaving out a hook leaves nothing of it."""
+
+    def __init__(self, echo: Echo) -> None:
+        self._echo = echo
+        self.address = echo.address
+        self.closed = False
+
+    def _close(self, hook: str, request: CloseRequest) -> None:
+        self._echo.note(hook, request)
+        self.closed = True
+
+    # Streams
+
+    def _open(self, hook: str, request: ChatRequest | GenerateRequest) -> Iterator[Item]:
+        self._echo.note(hook, request)
+        model = request.adapter.model if request.adapter else request.model
+        self._check_model(request.model, hook)
+        self._load(request.model, request.context_window)
+        answer = self._echo.next_step(request)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, str):
+            return _words_as_chunks(answer, request, model)
+        return iter(answer)
+
+    def _play(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> Iterator[Chunk]:
+        with self._running():
+            started = False
+            for item in items:
+                if isinstance(item, Pause):
+                    for gate in self._hold(item, request.call, started=started):
+                        gate.wait(_POLL)
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    started = True
+                    yield item
+
+    async def _aplay(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> AsyncIterator[Chunk]:
+        with self._running():
+            started = False
+            for item in items:
+                if isinstance(item, Pause):
+                    for _ in self._hold(item, request.call, started=started):
+                        await asyncio.sleep(_POLL)
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    started = True
+                    yield item
+
+    def _hold(self, pause: Pause, call: Call, *, started: bool) -> Iterator[threading.Event]:
+        """Yield as long as the pause lasts; the caller waits a little each time, in its own way."""
+        phase: Literal["idle", "first_token", "total"] = "idle" if started else "first_token"
+        until = time.monotonic() + (call.timeouts.idle if started else call.timeouts.first_token)
+        if call.deadline < until:
+            phase, until = "total", call.deadline
+        pause.reached.set()
+        while not pause.gate.is_set():
+            if self.closed:
+                raise StreamInterrupted("The connection was closed during the answer.", provider=Echo.name)
+            if time.monotonic() > until:
+                raise ProviderTimeout("The script paused for too long.", phase=phase, provider=Echo.name)
+            yield pause.gate
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._echo.lock:
+            self._echo.running += 1
+        try:
+            yield
+        finally:
+            with self._echo.lock:
+                self._echo.running -= 1
+
+    # Everything else
+
+    def _embed(self, hook: str, request: EmbedRequest) -> Embeddings:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        self._load(request.model, request.context_window)
+        return Embeddings(
+            vectors=tuple(_vector(text, request.dimensions or _DIMENSIONS) for text in request.inputs),
+            model=request.model,
+            provider=Echo.name,
+            usage=Usage(input_tokens=sum(len(text.split()) for text in request.inputs)),
+        )
+
+    def _health(self, hook: str, request: HealthRequest) -> Health:
+        try:
+            self._echo.note(hook, request)
+        except Exception as error:  # noqa: BLE001 # the contract: what went wrong is reported, not raised
+            return Health(level=request.level, reachable=False, address=self.address, error=error)
+        name = _canonical(request.model) if request.model else None
+        levels: dict[str, bool] = {
+            "api": True,
+            "model_present": name in self._echo.models or not self._echo.strict,
+            "model_loaded": name in self._echo.loaded,
+            "answers": True,
+        }
+        asked = HEALTH_LEVELS[1 : HEALTH_LEVELS.index(request.level) + 1]
+        return Health(
+            level=request.level,
+            reachable=True,
+            version="echo",
+            address=self.address,
+            model=request.model,
+            latency=0.0,
+            **{level: levels[level] for level in asked},  # type: ignore[arg-type] # the names are levels
+        )
+
+    def _list_models(self, hook: str, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+        self._echo.note(hook, request)
+        with self._echo.lock:
+            return tuple(self._echo.models.values())
+
+    def _show_model(self, hook: str, request: ModelRequest) -> ModelInfo:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        return self._echo.models.get(_canonical(request.model)) or _model_info(request.model)
+
+    def _loaded_models(self, hook: str, request: ModelsRequest) -> tuple[LoadedModel, ...]:
+        self._echo.note(hook, request)
+        with self._echo.lock:
+            return tuple(self._echo.loaded.values())
+
+    def _pull(self, request: ModelRequest) -> Iterator[PullProgress]:
+        info = _model_info(request.model)
+        total = info.size or 0
+        yield PullProgress(status="pulling manifest")
+        for completed in (0, total // 2, total):
+            yield PullProgress(status=f"pulling {info.name}", digest=info.digest, total=total, completed=completed)
+        with self._echo.lock:
+            self._echo.models.setdefault(info.name, info)
+        yield PullProgress(status="success")
+
+    def _load_model(self, hook: str, request: LoadModelRequest) -> None:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        self._load(request.model, request.context_window)
+
+    def _unload_model(self, hook: str, request: ModelRequest) -> None:
+        self._echo.note(hook, request)
+        self._forget(request.model)
+
+    def _load_adapter(self, hook: str, request: LoadAdapterRequest) -> LoadedAdapter:
+        """Answer like a server that keeps an adapter as a model of its own."""
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        adapter = request.adapter
+        derived = f"{request.model}+{adapter.name}"
+        with self._echo.lock:
+            self._echo.models.setdefault(_canonical(derived), _model_info(derived))
+        self._load(derived, request.context_window)
+        return LoadedAdapter(
+            name=adapter.name, digest=adapter.digest, model=derived, scale=adapter.scale, strategy="derived"
+        )
+
+    def _unload_adapter(self, hook: str, request: UnloadAdapterRequest) -> None:
+        self._echo.note(hook, request)
+        self._forget(request.adapter.model)
+
+    def _load(self, model: str, context_window: int | None) -> None:
+        name = _canonical(model)
+        with self._echo.lock:
+            info = self._echo.models.get(name) or _model_info(name)
+            self._echo.loaded[name] = LoadedModel(
+                name=name,
+                digest=info.digest,
+                size=info.size,
+                accelerator_size=info.size,
+                context_window=context_window or info.context_window,
+            )
+
+    def _forget(self, model: str) -> None:
+        with self._echo.lock:
+            self._echo.loaded.pop(_canonical(model), None)
+
+    def _check_model(self, model: str, hook: str) -> None:
+        if not self._echo.strict or _canonical(model) in self._echo.models:
+            return
+        close = difflib.get_close_matches(_canonical(model), self._echo.models, n=3)
+        raise ModelNotFound(
+            f"There is no model `{model}`.",
+            hint="Pull it, or give `Echo` its name.",
+            provider=Echo.name,
+            model=model,
+            operation=_operation(hook),
+            status=404,
+            suggestions=close,
+        )
+
+
+class EchoConnection(_Workings):
+    """The connection of `Echo`, with every hook of the contract."""
+
+    @hookimpl
+    def chat(self, request: ChatRequest) -> Iterator[Chunk]:
+        return self._play(request, self._open("chat", request))
+
+    @hookimpl
+    def achat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        return self._aplay(request, self._open("achat", request))
+
+    @hookimpl
+    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
+        return self._play(request, self._open("generate", request))
+
+    @hookimpl
+    def agenerate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        return self._aplay(request, self._open("agenerate", request))
+
+    @hookimpl
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        return self._embed("embed", request)
+
+    @hookimpl
+    async def aembed(self, request: EmbedRequest) -> Embeddings:
+        return self._embed("aembed", request)
+
+    @hookimpl
+    def health(self, request: HealthRequest) -> Health:
+        return self._health("health", request)
+
+    @hookimpl
+    async def ahealth(self, request: HealthRequest) -> Health:
+        return self._health("ahealth", request)
+
+    @hookimpl
+    def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+        return self._list_models("list_models", request)
+
+    @hookimpl
+    async def alist_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+        return self._list_models("alist_models", request)
+
+    @hookimpl
+    def show_model(self, request: ModelRequest) -> ModelInfo:
+        return self._show_model("show_model", request)
+
+    @hookimpl
+    async def ashow_model(self, request: ModelRequest) -> ModelInfo:
+        return self._show_model("ashow_model", request)
+
+    @hookimpl
+    def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
+        return self._loaded_models("loaded_models", request)
+
+    @hookimpl
+    async def aloaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
+        return self._loaded_models("aloaded_models", request)
+
+    @hookimpl
+    def pull_model(self, request: ModelRequest) -> Iterator[PullProgress]:
+        self._echo.note("pull_model", request)
+        return self._pull(request)
+
+    @hookimpl
+    def apull_model(self, request: ModelRequest) -> AsyncIterator[PullProgress]:
+        self._echo.note("apull_model", request)
+        return _as_async(self._pull(request))
+
+    @hookimpl
+    def load_model(self, request: LoadModelRequest) -> None:
+        self._load_model("load_model", request)
+
+    @hookimpl
+    async def aload_model(self, request: LoadModelRequest) -> None:
+        self._load_model("aload_model", request)
+
+    @hookimpl
+    def unload_model(self, request: ModelRequest) -> None:
+        self._unload_model("unload_model", request)
+
+    @hookimpl
+    async def aunload_model(self, request: ModelRequest) -> None:
+        self._unload_model("aunload_model", request)
+
+    @hookimpl
+    def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
+        return self._load_adapter("load_adapter", request)
+
+    @hookimpl
+    async def aload_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
+        return self._load_adapter("aload_adapter", request)
+
+    @hookimpl
+    def unload_adapter(self, request: UnloadAdapterRequest) -> None:
+        self._unload_adapter("unload_adapter", request)
+
+    @hookimpl
+    async def aunload_adapter(self, request: UnloadAdapterRequest) -> None:
+        self._unload_adapter("aunload_adapter", request)
+
+    @hookimpl
+    def capabilities(self) -> Capabilities:
+        present = {name for name in _OPERATIONS if hasattr(self, name) or hasattr(self, "a" + name)}
+        return Capabilities(features=_ACCEPTED | present, options=OPTIONS)
+
+    @hookimpl
+    def close(self, request: CloseRequest) -> None:
+        self._close("close", request)
+
+    @hookimpl
+    async def aclose(self, request: CloseRequest) -> None:
+        self._close("aclose", request)
+
+
+def _connection_class(without: frozenset[str]) -> Callable[[Echo], Any]:
+    """`EchoConnection`, or a copy that truly lacks some hooks: a subclass would still have them."""
+    hooks = {name: value for name, value in vars(EchoConnection).items() if hasattr(value, "graftage_impl")}
+    if unknown := without - hooks.keys():
+        raise ValueError(f"`Echo` has no hooks {sorted(unknown)} to leave out; it has {sorted(hooks)}")
+    if not without:
+        return EchoConnection
+    kept = {name: hook for name, hook in hooks.items() if name not in without}
+    return type("EchoConnection", (_Workings,), kept)
+
+
+def _operation(hook: str) -> str:
+    """The operation of a hook or of its async twin."""
+    return hook[1:] if hook[1:] in {*_OPERATIONS, "health", "close"} else hook
+
+
+def _last_words(request: ChatRequest | GenerateRequest) -> str:
+    if isinstance(request, GenerateRequest):
+        return request.prompt
+    return next((each.content for each in reversed(request.messages) if each.role == "user"), "")
+
+
+def _words_as_chunks(text: str, request: ChatRequest | GenerateRequest, model: str) -> Iterator[Chunk]:
+    """One chunk for each word, spaces kept, and a last one that tells why it ends there."""
+    words = re.findall(r"^\s+|\S+\s*", text)
+    allowed = words[: request.max_tokens]
+    for word in allowed:
+        yield Chunk(text=word)
+    yield Chunk(
+        finish_reason="stop" if len(allowed) == len(words) else "length",
+        usage=Usage(input_tokens=_count_words(request), output_tokens=len(allowed)),
+        timings=Timings(total=0.0, load=0.0, prompt=0.0, generation=0.0),
+        model=model,
+        raw={"model": model, "done": True},
+    )
+
+
+def _count_words(request: ChatRequest | GenerateRequest) -> int:
+    if isinstance(request, GenerateRequest):
+        return len(request.prompt.split())
+    return sum(len(each.content.split()) for each in request.messages)
+
+
+def _canonical(model: str) -> str:
+    return model if ":" in model else f"{model}:latest"
+
+
+def _model_info(model: str | ModelInfo) -> ModelInfo:
+    if isinstance(model, ModelInfo):
+        return model
+    name = _canonical(model)
+    return ModelInfo(
+        name=name,
+        digest="sha256:" + hashlib.sha256(name.encode()).hexdigest(),
+        size=_MODEL_SIZE,
+        family="echo",
+        architecture="echo",
+        context_window=_CONTEXT_WINDOW,
+        features=_ACCEPTED | {"chat", "generate", "embed"},
+    )
+
+
+def _vector(text: str, dimensions: int) -> tuple[float, ...]:
+    """A unit vector that depends on the text alone."""
+    digests = (hashlib.sha256(f"{place} {text}".encode()).digest() for place in range(dimensions))
+    numbers = [int.from_bytes(digest[:4], "big") / 2**31 - 1 for digest in digests]
+    length = math.sqrt(sum(number**2 for number in numbers)) or 1.0
+    return tuple(number / length for number in numbers)
+
+
+async def _as_async(items: Iterator[PullProgress]) -> AsyncIterator[PullProgress]:
+    for item in items:
+        yield item

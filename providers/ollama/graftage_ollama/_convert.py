@@ -1,0 +1,410 @@
+"""Graftage's types to Ollama's JSON, and its answers back.
+
+The bodies of chat and generate are built here, because the request types of the official package drop what they do not
+know: nested tool schemas, the ids of tool calls, `verbose`. Answers are read with its response types.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import ollama
+
+from graftage.types import (
+    ChatRequest,
+    Chunk,
+    Embeddings,
+    FinishReason,
+    GenerateRequest,
+    Image,
+    LoadedModel,
+    Logprob,
+    Message,
+    ModelInfo,
+    PullProgress,
+    Timings,
+    Tool,
+    ToolCall,
+    Usage,
+)
+
+__all__ = [
+    "OPTIONS",
+    "canonical",
+    "chat_body",
+    "chat_chunk",
+    "embeddings",
+    "generate_body",
+    "generate_chunk",
+    "keep_alive",
+    "loaded_model",
+    "model_info",
+    "progress",
+    "server_options",
+]
+
+SERVER_OPTIONS: Final = frozenset(
+    {
+        "frequency_penalty",
+        "main_gpu",
+        "min_p",
+        "mirostat",
+        "mirostat_eta",
+        "mirostat_tau",
+        "num_batch",
+        "num_gpu",
+        "num_keep",
+        "num_thread",
+        "penalize_newline",
+        "presence_penalty",
+        "repeat_last_n",
+        "repeat_penalty",
+        "seed",
+        "stop",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "use_mmap",
+    }
+)
+REQUEST_OPTIONS: Final = frozenset({"logprobs", "top_logprobs"})
+"""Options of ours that stand beside `options` in Ollama's request."""
+OPTIONS: Final = SERVER_OPTIONS | REQUEST_OPTIONS
+
+FINISH: Final[Mapping[str, FinishReason]] = {"stop": "stop", "length": "length", "load": "load", "unload": "unload"}
+FEATURES: Final = {
+    "completion": ("chat", "generate", "structured_output", "logprobs"),
+    "tools": ("tools",),
+    "vision": ("images",),
+    "thinking": ("thinking",),
+    "insert": ("suffix",),
+    "embedding": ("embed",),
+}
+NEVER_YEAR = 2300
+"""Ollama writes "for ever" as some date in that century."""
+CHARACTERS_PER_TOKEN = 12
+"""More characters than this for each token counted: no tokenizer packs prose or code so tightly."""
+SLACK_CHARACTERS = 400
+
+
+def canonical(name: str) -> str:
+    """A model's full name for comparing: `llama3.2` is `llama3.2:latest`, in any case, with or without the registry."""
+    name = name.strip().removeprefix("registry.ollama.ai/").removeprefix("library/").lower()
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def keep_alive(seconds: float | None) -> float | int | None:
+    """Seconds as Ollama takes them: negative is for ever."""
+    if seconds is None:
+        return None
+    if seconds == math.inf:
+        return -1
+    return int(seconds) if seconds.is_integer() else seconds
+
+
+def server_options(
+    options: Mapping[str, Any], context_window: int | None = None, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """The `options` of a request."""
+    out = {name: value for name, value in options.items() if name in SERVER_OPTIONS}
+    if isinstance(out.get("stop"), str):
+        out["stop"] = [out["stop"]]
+    if context_window is not None:
+        out["num_ctx"] = context_window
+    if max_tokens is not None:
+        out["num_predict"] = max_tokens
+    return out
+
+
+def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": request.model,
+        "stream": True,
+        "format": request.format,
+        "think": request.think,
+        "options": server_options(request.options, request.context_window, request.max_tokens) or None,
+        "keep_alive": keep_alive(request.keep_alive),
+        **{name: request.options.get(name) for name in REQUEST_OPTIONS},
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def chat_body(request: ChatRequest) -> dict[str, Any]:
+    """The JSON of a chat request."""
+    body = _shared_body(request)
+    body["messages"] = [_message(each) for each in request.messages]
+    if request.tools:
+        body["tools"] = [_tool(each) for each in request.tools]
+    return body
+
+
+def generate_body(request: GenerateRequest) -> dict[str, Any]:
+    """The JSON of a generate request."""
+    body = _shared_body(request)
+    body["prompt"] = request.prompt
+    for name in ("suffix", "system"):
+        if (value := getattr(request, name)) is not None:
+            body[name] = value
+    if request.raw:
+        body["raw"] = True
+    if request.images:
+        body["images"] = [_image(each) for each in request.images]
+    return body
+
+
+def _message(message: Message) -> dict[str, Any]:
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thinking:
+        out["thinking"] = message.thinking
+    if message.images:
+        out["images"] = [_image(each) for each in message.images]
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": each.id, "function": {"name": each.name, "arguments": dict(each.arguments)}}
+            for each in message.tool_calls
+        ]
+    if message.tool_name:
+        out["tool_name"] = message.tool_name
+    if message.tool_call_id:
+        out["tool_call_id"] = message.tool_call_id
+    return out
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+def _image(image: Image) -> str:
+    return base64.b64encode(image.data).decode("ascii")
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def chat_chunk(line: bytes, request: ChatRequest) -> Chunk:
+    """A line of a chat."""
+    part = ollama.ChatResponse.model_validate_json(line)
+    message = part.message
+    calls = _tool_calls(line) if message.tool_calls else ()
+    text = clean(message.content)
+    if not part.done:
+        if part.logprobs is None and not calls:
+            return Chunk(text=text, thinking=clean(message.thinking))
+        return Chunk(text=text, thinking=clean(message.thinking), tool_calls=calls, logprobs=_logprobs(part))
+    return _last(part, line, request, text=text, thinking=clean(message.thinking), tool_calls=calls)
+
+
+def generate_chunk(line: bytes, request: GenerateRequest) -> Chunk:
+    """A line of a generate."""
+    part = ollama.GenerateResponse.model_validate_json(line)
+    text = clean(part.response)
+    if not part.done:
+        return Chunk(text=text, thinking=clean(part.thinking), logprobs=_logprobs(part))
+    return _last(part, line, request, text=text, thinking=clean(part.thinking))
+
+
+def _last(
+    part: ollama.ChatResponse | ollama.GenerateResponse,
+    line: bytes,
+    request: ChatRequest | GenerateRequest,
+    **content: Any,
+) -> Chunk:
+    usage = Usage(input_tokens=part.prompt_eval_count, output_tokens=part.eval_count)
+    return Chunk(
+        **content,
+        logprobs=_logprobs(part),
+        finish_reason=FINISH.get(part.done_reason or "", "other"),
+        usage=usage,
+        timings=Timings(
+            total=_seconds(part.total_duration),
+            load=_seconds(part.load_duration),
+            prompt=_seconds(part.prompt_eval_duration),
+            generation=_seconds(part.eval_duration),
+        ),
+        model=part.model,
+        warnings=_cut_warning(request, usage),
+        raw=json.loads(line),
+    )
+
+
+def _cut_warning(request: ChatRequest | GenerateRequest, usage: Usage) -> tuple[str, ...]:
+    """A warning where the prompt was probably cut: Ollama drops what does not fit and says nothing."""
+    read = usage.input_tokens
+    if not read:
+        return ()
+    window = request.context_window
+    if isinstance(request, ChatRequest):
+        characters = sum(len(each.content) for each in request.messages)
+    else:
+        characters = len(request.prompt)
+    if (window and read >= window) or characters > read * CHARACTERS_PER_TOKEN + SLACK_CHARACTERS:
+        size = f" of {window} tokens" if window else ""
+        return (
+            f"The prompt was probably cut to fit the context window{size}: the server read {read} tokens of "
+            f"{characters} characters. Raise `context_window`, or send less.",
+        )
+    return ()
+
+
+def clean(text: str | None) -> str:
+    """Text that can be encoded: a lone surrogate, which JSON can carry, would break whoever writes it out."""
+    if not text or text.isascii():
+        return text or ""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _tool_calls(line: bytes) -> tuple[ToolCall, ...]:
+    """The tool calls of a line, with their ids, which the official types drop."""
+    found = json.loads(line)["message"]["tool_calls"]
+    return tuple(
+        ToolCall(
+            name=str(each["function"]["name"]),
+            arguments=each["function"].get("arguments") or {},
+            id=str(each.get("id") or f"call_{place}"),
+        )
+        for place, each in enumerate(found)
+    )
+
+
+def _logprobs(part: ollama.ChatResponse | ollama.GenerateResponse) -> tuple[Logprob, ...]:
+    return tuple(
+        Logprob(
+            token=each.token,
+            logprob=each.logprob,
+            top=tuple(Logprob(token=top.token, logprob=top.logprob) for top in each.top_logprobs or ()),
+        )
+        for each in part.logprobs or ()
+    )
+
+
+def _seconds(nanoseconds: int | None) -> float | None:
+    return None if nanoseconds is None else nanoseconds / 1e9
+
+
+def embeddings(answer: ollama.EmbedResponse) -> Embeddings:
+    """The vectors of an answer."""
+    return Embeddings(
+        vectors=tuple(tuple(vector) for vector in answer.embeddings),
+        model=answer.model or "",
+        usage=Usage(input_tokens=answer.prompt_eval_count),
+        timings=Timings(total=_seconds(answer.total_duration), load=_seconds(answer.load_duration)),
+    )
+
+
+def progress(part: ollama.ProgressResponse) -> PullProgress:
+    """A step of a pull."""
+    return PullProgress(status=part.status or "", digest=part.digest, total=part.total, completed=part.completed)
+
+
+def loaded_model(found: ollama.ProcessResponse.Model) -> LoadedModel:
+    """A model in memory."""
+    expires = found.expires_at
+    return LoadedModel(
+        name=found.model or found.name or "",
+        digest=found.digest,
+        size=found.size,
+        accelerator_size=found.size_vram,
+        expires_at=None if expires is None or expires.year >= NEVER_YEAR else expires,
+        context_window=found.context_length,
+        raw=found.model_dump(mode="json"),
+    )
+
+
+def listed_model(found: ollama.ListResponse.Model) -> ModelInfo:
+    """A model of a list."""
+    details = found.details or ollama._types.ModelDetails()  # noqa: SLF001 - the type of a public field, not exported
+    return ModelInfo(
+        name=found.model or "",
+        digest=found.digest,
+        size=found.size,
+        modified_at=found.modified_at,
+        family=details.family or None,
+        parameters=details.parameter_size or None,
+        quantization=details.quantization_level or None,
+        parent=details.parent_model or None,
+        raw=found.model_dump(mode="json"),
+    )
+
+
+def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
+    """What `/api/show` says of a model when it is asked verbosely."""
+    details = answer.get("details") or {}
+    metadata = answer.get("model_info") or {}
+    architecture = metadata.get("general.architecture")
+    modelfile = answer.get("modelfile") or ""
+    return ModelInfo(
+        name=canonical(name),
+        modified_at=_time(answer.get("modified_at")),
+        family=details.get("family") or None,
+        architecture=architecture,
+        parameters=details.get("parameter_size") or None,
+        quantization=details.get("quantization_level") or None,
+        context_window=metadata.get(f"{architecture}.context_length"),
+        features=_features(answer.get("capabilities")),
+        parent=details.get("parent_model") or None,
+        adapters=_digests(modelfile, "ADAPTER"),
+        template=answer.get("template") or None,
+        system=answer.get("system") or None,
+        licence=answer.get("license") or None,
+        path=_file(modelfile),
+        metadata=metadata,
+        tensors=_tensors(answer.get("tensors")),
+        raw={key: value for key, value in answer.items() if key not in ("model_info", "tensors")},
+    )
+
+
+def _features(capabilities: Any) -> frozenset[str] | None:
+    if not isinstance(capabilities, list):
+        return None
+    return frozenset(feature for each in capabilities for feature in FEATURES.get(str(each), (str(each),)))
+
+
+def _tensors(found: Any) -> dict[str, tuple[int, ...]] | None:
+    if not isinstance(found, list):
+        return None
+    return {str(each.get("name")): tuple(each.get("shape") or ()) for each in found}
+
+
+def _lines(modelfile: str, word: str) -> list[str]:
+    return [line.split(None, 1)[1].strip() for line in modelfile.splitlines() if line.startswith(f"{word} ")]
+
+
+def _digests(modelfile: str, word: str) -> tuple[str, ...]:
+    return tuple(f"sha256:{path.rpartition('sha256-')[2]}" for path in _lines(modelfile, word) if "sha256-" in path)
+
+
+def _file(modelfile: str) -> Path | None:
+    """The file of the weights: only where the server is this machine, and this user may read it."""
+    for line in _lines(modelfile, "FROM"):
+        path = Path(line)
+        try:
+            with path.open("rb"):
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def _time(text: Any) -> datetime | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        # Python 3.10 reads neither nanoseconds nor a `Z`.
+        return datetime.fromisoformat(text.replace("Z", "+00:00") if len(text) < 27 else _micro(text))  # noqa: PLR2004
+    except ValueError:
+        return None
+
+
+def _micro(text: str) -> str:
+    head, _, rest = text.partition(".")
+    digits = "".join(each for each in rest if each.isdigit())[:6]
+    zone = rest.lstrip("0123456789")
+    return f"{head}.{digits:0<6}{'+00:00' if zone in ('Z', '') else zone}"

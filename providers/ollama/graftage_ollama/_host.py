@@ -1,0 +1,109 @@
+"""Reads the address of a server in every form that Ollama's own tools take, and refuses the rest with a reason."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import NoReturn
+
+import httpx
+
+from graftage.exceptions import SettingsError
+
+__all__ = ["parse_host"]
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 11434
+PORTS = {"http": 80, "https": 443}
+MAX_PORT = 65535
+_SHAPE = re.compile(
+    r"(?:(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://)?"
+    r"(?P<user>[^/@]*@)?"
+    r"(?P<host>\[[^\]/]*\]|[^/:\[\]?#]*)"
+    r"(?::(?P<port>[^/:?#]*))?"
+    r"(?P<path>/[^?#]*)?"
+    r"(?P<extra>[?#].*)?"
+)
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+_LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised in order not to be used
+
+
+def parse_host(text: str | None) -> httpx.URL:
+    """The URL of a server: `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`; None is the default.
+
+    An address that a server listens on, `0.0.0.0`, becomes the loopback address it can be reached at from here.
+
+    Raises:
+        SettingsError: it is none of these.
+    """
+    text = (text or "").strip().strip("'\"").strip()
+    if not text:
+        return httpx.URL(scheme="http", host=DEFAULT_HOST, port=DEFAULT_PORT)
+    found = _SHAPE.fullmatch(text)
+    if found is None:
+        if _is_bare_ipv6(text):
+            _refuse(text, "is an IPv6 address without brackets", f"Write `[{text}]` or `[{text}]:{DEFAULT_PORT}`.")
+        _refuse(text, "is no address", "Write it as `host:port` or `http://host:port`.")
+    scheme = (found["scheme"] or "").lower()
+    if scheme not in ("", *PORTS):
+        _refuse(text, f"has the scheme `{scheme}`", "Use `http://` or `https://`.")
+    if found["user"]:
+        _refuse_secret("a user or a password in it", "Put the key into `api_key`.")
+    if found["extra"]:
+        _refuse(text, "has a query or a fragment", "Leave them out.")
+    port = _port(text, found["port"], PORTS.get(scheme, DEFAULT_PORT))
+    host = _host(text, found["host"], named=bool(scheme))
+    path = (found["path"] or "/").rstrip("/") or "/"
+    return httpx.URL(scheme=scheme or "http", host=host, port=port, path=path)
+
+
+def _port(text: str, port: str | None, default: int) -> int:
+    if port is None:
+        return default
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) <= MAX_PORT:
+        _refuse(text, f"has the port `{port}`", f"A port is a number from 1 to {MAX_PORT}.")
+    return int(port)
+
+
+def _host(text: str, host: str, *, named: bool) -> str:
+    if not host:
+        if named:
+            _refuse(text, "names no host", "Write it as `http://host:port`.")
+        return DEFAULT_HOST
+    if host.startswith("["):
+        return _ipv6(text, host[1:-1])
+    if re.fullmatch(r"[0-9.]+|0[xX][0-9a-fA-F.xX]*", host):
+        try:
+            host = str(ipaddress.IPv4Address(host))
+        except ValueError:
+            _refuse(text, "is no IPv4 address", "Write four numbers from 0 to 255, such as 127.0.0.1.")
+    elif not _NAME.fullmatch(host):
+        _refuse(text, "is no host name", "Names have letters, digits, dots and hyphens.")
+    return _LISTEN_ONLY.get(host, host)
+
+
+def _ipv6(text: str, address: str) -> str:
+    try:
+        found = str(ipaddress.IPv6Address(address))
+    except ValueError:
+        _refuse(text, "has no IPv6 address in its brackets", "Write it as `[::1]:11434`.")
+    if "%" in found:
+        _refuse(text, "has a zone in its IPv6 address", "Use an address that needs none.")
+    return _LISTEN_ONLY.get(found, found)
+
+
+def _is_bare_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse(text: str, problem: str, hint: str) -> NoReturn:
+    raise SettingsError(f"The host {text[:200]!r} {problem}.", key="host", hint=hint)
+
+
+def _refuse_secret(problem: str, hint: str) -> NoReturn:
+    # The text is not repeated: it holds a secret.
+    raise SettingsError(f"The host has {problem}, which would not be sent.", key="host", hint=hint)

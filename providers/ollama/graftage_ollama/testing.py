@@ -1,0 +1,436 @@
+"""A server on loopback that speaks Ollama's API, as well or as badly as a test needs.
+
+    with FakeOllama() as fake:
+        fake.script("/api/chat", Answer([{"error": "busy"}], status=503), Answer([b"{half a li"], ending="reset"))
+        ...
+        assert [seen.path for seen in fake.requests] == ["/api/chat", "/api/chat"]
+
+Each scripted answer is given once; afterwards, and on all other paths, it answers as Ollama 0.9 does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import struct
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from http import HTTPStatus
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["Answer", "FakeOllama", "Seen"]
+
+Piece: TypeAlias = "bytes | Mapping[str, Any] | threading.Event"
+_DATE: Final = "2026-01-01T00:00:00Z"
+_JSON: Final = "application/json; charset=utf-8"
+_NDJSON: Final = "application/x-ndjson"
+_JOIN: Final = 5.0
+"""Seconds a thread has to end after its socket was shut; none comes near."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server sends for one request."""
+
+    chunks: Sequence[Piece] = ()
+    """The body, in transfer chunks: bytes as they are, mappings as lines of JSON; an event is waited for."""
+    _: KW_ONLY
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Added to the usual ones, or put in their place, even where that makes them wrong."""
+    framing: Literal["chunked", "length", "none"] = "chunked"
+    """How the reader finds the end of the body; with `none`, by the end of the connection."""
+    ending: Literal["end", "close", "reset", "stall"] = "end"
+    """After the chunks: end as promised; close without the end; reset; or say nothing until the client goes."""
+    delay: float = 0.0
+    """Seconds before each chunk."""
+    raw: bytes | None = None
+    """Sent before the chunks in place of status and headers; the chunks then go out bare."""
+
+
+class Seen(NamedTuple):
+    """A request the server got."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    """By lower-case name."""
+    body: Any
+    """Parsed where it is JSON, else bytes; `None` where there is none."""
+
+
+class FakeOllama:
+    """The server. Use it as a context manager: when the block ends, no thread and no socket is left."""
+
+    def __init__(
+        self,
+        *,
+        models: Iterable[str] = ("smollm2:135m",),
+        version: str = "0.9.3",
+        reply: str = "Hello from the fake.",
+    ) -> None:
+        self.version = version
+        self.models = [_canonical(model) for model in models]
+        self.reply = reply
+        """What it answers to every chat and prompt, word by word."""
+        self.loaded: list[str] = []
+        """Models in memory."""
+        self.requests: list[Seen] = []
+        self._scripts: defaultdict[str, deque[Answer]] = defaultdict(deque)
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._acceptor = threading.Thread(target=self._accept, name="FakeOllama", daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        # `accept` wakes up for a connection on every system, and for a closed socket on some.
+        with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname()):
+            pass
+        self._acceptor.join(_JOIN)
+        self._listener.close()
+        with self._lock:
+            open_ones = list(self._connections.items())
+        for connection, thread in open_ones:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join(_JOIN)
+
+    @property
+    def url(self) -> str:
+        """The address to give as `host`."""
+        host, port = self._listener.getsockname()
+        return f"http://{host}:{port}"
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that neither side has closed."""
+        with self._lock:
+            return len(self._connections)
+
+    def script(self, path: str, *answers: Answer) -> None:
+        """Queue answers for a path, whatever the method."""
+        with self._lock:
+            self._scripts[path].extend(answers)
+
+    # Connections
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            if self._stopping.is_set():
+                connection.close()
+                return
+            # Small chunks shall arrive as they are sent.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            thread = threading.Thread(target=self._serve, args=(connection,), name="FakeOllama", daemon=True)
+            with self._lock:
+                self._connections[connection] = thread
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Answer one connection's requests until either side ends it."""
+        try:
+            with connection, connection.makefile("rb") as reader, contextlib.suppress(OSError):
+                while (seen := _read_request(reader)) and not self._stopping.is_set():
+                    with self._lock:
+                        self.requests.append(seen)
+                    if not self._send(connection, seen, self._answer(seen)):
+                        return
+        finally:
+            with self._lock:
+                del self._connections[connection]
+
+    def _send(self, connection: socket.socket, seen: Seen, answer: Answer) -> bool:
+        """Send an answer; whether the connection can take another request."""
+        framed = answer.framing if answer.raw is None else "none"
+        connection.sendall(_head(answer) if answer.raw is None else answer.raw)
+        if seen.method == "HEAD":
+            return answer.ending == "end"
+        for piece in answer.chunks:
+            self._stopping.wait(answer.delay)
+            if isinstance(piece, threading.Event):
+                self._wait_for(piece)
+            elif data := _encode(piece):
+                connection.sendall(b"%x\r\n%s\r\n" % (len(data), data) if framed == "chunked" else data)
+            if self._stopping.is_set():
+                return False
+        if framed == "chunked" and answer.ending == "end":
+            connection.sendall(b"0\r\n\r\n")
+        _end(connection, answer.ending)
+        return answer.ending == "end" and framed != "none" and seen.headers.get("connection", "").lower() != "close"
+
+    def _wait_for(self, event: threading.Event) -> None:
+        while not event.wait(0.01) and not self._stopping.is_set():
+            pass
+
+    # Answers
+
+    def _answer(self, seen: Seen) -> Answer:
+        with self._lock:
+            if script := self._scripts[seen.path.partition("?")[0]]:
+                return script.popleft()
+        return self._usual_answer(seen)
+
+    def _usual_answer(self, seen: Seen) -> Answer:
+        methods: tuple[str, ...] = ("GET", "HEAD")
+        handlers: dict[str, Callable[[], Answer]] = {
+            "/": lambda: _plain("Ollama is running"),
+            "/api/version": lambda: _object({"version": self.version}),
+            "/api/tags": lambda: _object({"models": [_tag(model) for model in self.models]}),
+            "/api/ps": lambda: _object({"models": [_loaded(model) for model in self.loaded]}),
+        }
+        posts: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
+            "/api/show": self._show,
+            "/api/chat": self._chat,
+            "/api/generate": self._generate,
+            "/api/embed": self._embed,
+            "/api/pull": self._pull,
+        }
+        if post := posts.get(seen.path):
+            methods = ("POST",)
+            handlers[seen.path] = lambda: post(seen.body) if isinstance(seen.body, Mapping) else _bad_json()
+        if seen.path not in handlers:
+            return _plain("404 page not found", 404)
+        return handlers[seen.path]() if seen.method in methods else _plain("405 method not allowed", 405)
+
+    def _show(self, asked: Mapping[str, Any]) -> Answer:
+        model = _canonical(str(asked.get("model", "")))
+        if model not in self.models:
+            return _error(f"model '{asked.get('model')}' not found", 404)
+        return _object(_facts())
+
+    def _chat(self, asked: Mapping[str, Any]) -> Answer:
+        def part(text: str) -> dict[str, Any]:
+            return {"message": {"role": "assistant", "content": text}}
+
+        return self._infer(asked, asked.get("messages"), part, 'model "{}" not found, try pulling it first')
+
+    def _generate(self, asked: Mapping[str, Any]) -> Answer:
+        return self._infer(asked, asked.get("prompt"), lambda text: {"response": text}, "model '{}' not found")
+
+    def _infer(
+        self, asked: Mapping[str, Any], prompt: object, part: Callable[[str], dict[str, Any]], missing: str
+    ) -> Answer:
+        model = _canonical(str(asked.get("model", "")))
+        if model not in self.models:
+            return _error(missing.format(asked.get("model")), 404)
+        head = {"model": asked["model"], "created_at": _DATE}
+        if not prompt:
+            return _object({**head, **part(""), "done_reason": self._place(model, asked), "done": True})
+        self._place(model, asked)
+        words, reason = _cut(re.findall(r"\S+\s*", self.reply), asked)
+        last = {"done_reason": reason, "done": True, **_figures(len(words))}
+        if asked.get("stream") is False:
+            return _object({**head, **part("".join(words)), **last})
+        lines = [{**head, **part(word), "done": False} for word in words]
+        return Answer([*lines, {**head, **part(""), **last}])
+
+    def _place(self, model: str, asked: Mapping[str, Any]) -> str:
+        """Bring a model into memory or out of it; the reason that Ollama gives then."""
+        leaving = asked.get("keep_alive") in (0, "0", "0s")
+        with self._lock:
+            others = [each for each in self.loaded if each != model]
+            self.loaded = others if leaving else [*others, model]
+        return "unload" if leaving else "load"
+
+    def _embed(self, asked: Mapping[str, Any]) -> Answer:
+        model = _canonical(str(asked.get("model", "")))
+        if model not in self.models:
+            return _error(f'model "{asked.get("model")}" not found, try pulling it first', 404)
+        self._place(model, asked)
+        given = asked.get("input", [])
+        texts = [given] if isinstance(given, str) else given
+        vectors = [[float(len(text)), 1.0, 0.0, 0.0] for text in texts]
+        figures = {"total_duration": 1_000_000, "load_duration": 1_000, "prompt_eval_count": len(texts)}
+        return _object({"model": asked["model"], "embeddings": vectors, **figures})
+
+    def _pull(self, asked: Mapping[str, Any]) -> Answer:
+        model = _canonical(str(asked.get("model", "")))
+        if model not in self.models:
+            self.models.append(model)
+        layer = {"status": "pulling b179c9523d0e", "digest": _digest(model), "total": 100}
+        lines: list[Mapping[str, Any]] = [
+            {"status": "pulling manifest"},
+            layer,
+            {**layer, "completed": 50},
+            {**layer, "completed": 100},
+            {"status": "verifying sha256 digest"},
+            {"status": "writing manifest"},
+            {"status": "success"},
+        ]
+        return _object(lines[-1]) if asked.get("stream") is False else Answer(lines)
+
+
+# --- Requests --------------------------------------------------------------------------------------------------------
+
+
+def _read_request(reader: IO[bytes]) -> Seen | None:
+    """The next request, or `None` where the client has gone or sent something else."""
+    words = reader.readline().decode("latin-1").split()
+    if len(words) != 3:  # noqa: PLR2004 # method, target, version
+        return None
+    headers = {}
+    while (line := reader.readline().decode("latin-1").strip()) and ":" in line:
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    if words[2] == "HTTP/1.0":
+        headers.setdefault("connection", "close")
+    return Seen(words[0], words[1], headers, _parse(b"".join(_read_body(reader, headers))))
+
+
+def _read_body(reader: IO[bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
+    if headers.get("transfer-encoding", "").lower() != "chunked":
+        yield reader.read(int(headers.get("content-length", "0")))
+        return
+    while size := int(reader.readline().partition(b";")[0] or b"0", 16):
+        yield reader.read(size)
+        reader.readline()
+    while reader.readline().strip():
+        pass
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body) if body else None
+    except ValueError:
+        return body
+
+
+# --- Responses -------------------------------------------------------------------------------------------------------
+
+
+def _encode(piece: bytes | Mapping[str, Any]) -> bytes:
+    if isinstance(piece, bytes):
+        return piece
+    return json.dumps(piece, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _head(answer: Answer) -> bytes:
+    headers = {"content-type": _NDJSON if answer.framing == "chunked" else _JSON}
+    if answer.framing == "chunked":
+        headers["transfer-encoding"] = "chunked"
+    elif answer.framing == "length":
+        pieces = (piece for piece in answer.chunks if not isinstance(piece, threading.Event))
+        headers["content-length"] = str(sum(len(_encode(piece)) for piece in pieces))
+    else:
+        headers["connection"] = "close"
+    headers.update({name.lower(): value for name, value in answer.headers.items()})
+    known = answer.status in HTTPStatus._value2member_map_
+    lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase if known else 'Unknown'}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def _end(connection: socket.socket, ending: Literal["end", "close", "reset", "stall"]) -> None:
+    """Do what comes after the chunks; the caller closes the socket unless all is well."""
+    if ending == "reset":
+        # A socket that lingers for no time is reset when it is closed.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    elif ending == "stall":
+        while connection.recv(4096):
+            pass
+
+
+def _object(content: Mapping[str, Any], status: int = 200) -> Answer:
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    return Answer([body], status=status, framing="length")
+
+
+def _plain(text: str, status: int = 200) -> Answer:
+    return Answer([text.encode()], status=status, framing="length", headers={"content-type": "text/plain"})
+
+
+def _error(text: str, status: int) -> Answer:
+    return _object({"error": text}, status)
+
+
+def _bad_json() -> Answer:
+    return _error("unexpected EOF", 400)
+
+
+# --- Ollama's records ------------------------------------------------------------------------------------------------
+
+
+def _canonical(model: str) -> str:
+    return model if ":" in model else f"{model}:latest"
+
+
+def _digest(model: str) -> str:
+    return "sha256:" + model.encode().hex().ljust(64, "0")[:64]
+
+
+def _details() -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "llama",
+        "families": ["llama"],
+        "parameter_size": "134.52M",
+        "quantization_level": "Q4_1",
+    }
+
+
+def _tag(model: str) -> dict[str, Any]:
+    digest = _digest(model).removeprefix("sha256:")
+    names = {"name": model, "model": model}
+    return {**names, "modified_at": _DATE, "size": 98_363_134, "digest": digest, "details": _details()}
+
+
+def _loaded(model: str) -> dict[str, Any]:
+    facts = {name: value for name, value in _tag(model).items() if name != "modified_at"}
+    return {**facts, "size": 298_153_728, "expires_at": "2026-01-01T00:05:00Z", "size_vram": 0}
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "modelfile": "# Modelfile generated by the fake\nFROM fake\n",
+        "parameters": 'stop                           "<|im_end|>"',
+        "template": "{{- range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}",
+        "details": _details(),
+        "model_info": {
+            "general.architecture": "llama",
+            "general.parameter_count": 134_515_008,
+            "llama.attention.head_count": 9,
+            "llama.attention.head_count_kv": 3,
+            "llama.block_count": 30,
+            "llama.context_length": 8192,
+            "llama.embedding_length": 576,
+            "tokenizer.ggml.tokens": None,
+        },
+        "tensors": [{"name": "token_embd.weight", "type": "Q8_0", "shape": [576, 49152]}],
+        "capabilities": ["completion", "embedding", "tools"],
+        "modified_at": _DATE,
+    }
+
+
+def _figures(tokens: int) -> dict[str, int]:
+    return {
+        "total_duration": 4_000_000,
+        "load_duration": 1_000_000,
+        "prompt_eval_count": 5,
+        "prompt_eval_duration": 1_000_000,
+        "eval_count": tokens,
+        "eval_duration": 2_000_000,
+    }
+
+
+def _cut(words: list[str], asked: Mapping[str, Any]) -> tuple[list[str], str]:
+    limit = (asked.get("options") or {}).get("num_predict", -1)
+    return (words[:limit], "length") if 0 <= limit < len(words) else (words, "stop")

@@ -1,0 +1,1051 @@
+"""The test kit tests itself: Echo, cassettes, the pytest plugin, and the fake server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import yaml
+from graftage.exceptions import ConnectionFailed, ModelNotFound, ProviderTimeout, StreamInterrupted
+from graftage.hookspecs import CONNECTION_SPECS, PROVIDER_SPECS
+from graftage.testing import Cassette, CassetteError, CassetteMiss, Echo, Pause
+from graftage.types import (
+    Call,
+    ChatRequest,
+    Chunk,
+    CloseRequest,
+    ConnectRequest,
+    EmbedRequest,
+    GenerateRequest,
+    HealthRequest,
+    LoadAdapterRequest,
+    LoadModelRequest,
+    Message,
+    ModelInfo,
+    ModelRequest,
+    ModelsRequest,
+    Timeouts,
+    UnloadAdapterRequest,
+)
+from graftage_ollama.testing import Answer, FakeOllama
+from hypothesis import given
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+pytest_plugins = ["pytester"]
+
+CALL = Call()
+HOOKS = [name for spec in CONNECTION_SPECS for name in vars(spec) if hasattr(vars(spec)[name], "graftage_spec")]
+
+
+# --- Echo ------------------------------------------------------------------------------------------------------------
+
+
+def joined(echo: Echo) -> Any:
+    return echo.connect(ConnectRequest(name="echo", settings=None))  # type: ignore[arg-type] # it has no settings
+
+
+def chat_request(*contents: str, call: Call = CALL, model: str = "echo", **more: Any) -> ChatRequest:
+    messages = tuple(Message(role="user", content=each) for each in contents or ("good  morning\nworld",))
+    return ChatRequest(call=call, model=model, messages=messages, **more)
+
+
+async def collect(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
+
+
+def both(mode: str, connection: Any, hook: str, request: Any) -> Any:
+    """What a hook answers, all of it, through its sync or its async form."""
+    if mode == "sync":
+        answer = getattr(connection, hook)(request)
+        return list(answer) if hasattr(answer, "__next__") else answer
+
+    async def run() -> Any:
+        answer = getattr(connection, "a" + hook)(request)
+        return await collect(answer) if hasattr(answer, "__aiter__") else await answer
+
+    return asyncio.run(run())
+
+
+modes = pytest.mark.parametrize("mode", ["sync", "async"])
+
+
+def test_echo_has_every_hook_of_the_contract() -> None:
+    hooks = joined(Echo())
+    assert [name for name in HOOKS if not hasattr(getattr(hooks, name, None), "graftage_impl")] == []
+
+
+def test_echo_is_accepted_by_pluggy() -> None:
+    import pluggy
+
+    manager = pluggy.PluginManager("graftage")
+    for spec in PROVIDER_SPECS + CONNECTION_SPECS:
+        manager.add_hookspecs(spec)
+    echo = Echo()
+    manager.register(echo)
+    manager.register(joined(echo))
+    manager.check_pending()
+    assert "".join(chunk.text for chunk in manager.hook.chat(request=chat_request("Hi there"))) == "Hi there"
+
+
+@modes
+def test_chat_echoes_word_by_word_and_counts_words(mode: str) -> None:
+    chunks = both(mode, joined(Echo()), "chat", chat_request("not this", "good  morning\nworld "))
+    assert [chunk.text for chunk in chunks] == ["good  ", "morning\n", "world ", ""]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "stop"]
+    assert (chunks[-1].usage.input_tokens, chunks[-1].usage.output_tokens) == (5, 3)
+
+
+@modes
+def test_max_tokens_cuts_the_answer_and_says_so(mode: str) -> None:
+    chunks = both(mode, joined(Echo()), "chat", chat_request("one two three", max_tokens=2))
+    assert "".join(chunk.text for chunk in chunks) == "one two "
+    assert chunks[-1].finish_reason == "length"
+
+
+@modes
+def test_generate_echoes_its_prompt(mode: str) -> None:
+    chunks = both(mode, joined(Echo()), "generate", GenerateRequest(call=CALL, model="m", prompt="a b"))
+    assert "".join(chunk.text for chunk in chunks) == "a b"
+
+
+@modes
+def test_a_script_is_played_call_after_call(mode: str) -> None:
+    chunks = [Chunk(text="x"), Chunk(finish_reason="stop")]
+    hooks = joined(Echo(["Hello!", chunks, lambda request: request.messages[0].content.upper()]))
+    answers = [both(mode, hooks, "chat", chat_request("hi")) for _ in range(4)]
+    assert ["".join(chunk.text for chunk in answer) for answer in answers] == ["Hello!", "x", "HI", "hi"]
+    assert answers[1] == chunks
+
+
+def test_an_exception_as_a_step_is_raised_by_the_call() -> None:
+    error = ConnectionFailed("gone")
+    hooks = joined(Echo([error, error]))
+    for hook in ("chat", "achat"):
+        with pytest.raises(ConnectionFailed) as caught:
+            getattr(hooks, hook)(chat_request())
+        assert caught.value is error
+
+
+@modes
+def test_an_exception_among_chunks_is_raised_where_it_stands(mode: str) -> None:
+    hooks = joined(Echo([[Chunk(text="Hel"), StreamInterrupted("cut"), Chunk(text="lo")]]))
+    seen: list[str] = []
+
+    async def run() -> None:
+        async for chunk in hooks.achat(chat_request()):
+            seen.append(chunk.text)  # noqa: PERF401 # what came before the error is what counts
+
+    def read() -> None:
+        if mode == "async":
+            asyncio.run(run())
+        else:
+            seen.extend(chunk.text for chunk in hooks.chat(chat_request()))
+
+    with pytest.raises(StreamInterrupted):
+        read()
+    assert seen == ["Hel"]
+
+
+def test_a_pause_holds_a_stream_open_until_it_is_released() -> None:
+    pause = Pause()
+    echo = Echo([[Chunk(text="a"), pause, Chunk(finish_reason="stop")]])
+    answer: list[Chunk] = []
+    thread = threading.Thread(target=lambda: answer.extend(joined(echo).chat(chat_request())))
+    thread.start()
+    assert pause.reached.wait(10)
+    assert (echo.running, thread.is_alive()) == (1, True)
+    pause.release()
+    thread.join(10)
+    assert ([chunk.text for chunk in answer], echo.running) == (["a", ""], 0)
+
+
+def test_a_paused_stream_can_be_cancelled() -> None:
+    pause = Pause()
+    echo = Echo([[pause]])
+
+    async def run() -> None:
+        task = asyncio.create_task(collect(joined(echo).achat(chat_request())))
+        assert await asyncio.to_thread(pause.reached.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert echo.running == 0
+
+
+@modes
+def test_a_pause_that_is_never_released_ends_at_the_time_limit(mode: str) -> None:
+    hooks = joined(Echo([[Pause()], [Chunk(text="a"), Pause()], [Pause()]]))
+    phases = []
+    for call in (
+        Call(timeouts=Timeouts(first_token=0.01)),
+        Call(timeouts=Timeouts(idle=0.01)),
+        Call(deadline=0.0),
+    ):
+        with pytest.raises(ProviderTimeout) as caught:
+            both(mode, hooks, "chat", chat_request(call=call))
+        phases.append(caught.value.phase)
+    assert phases == ["first_token", "idle", "total"]
+
+
+def test_closing_the_connection_ends_a_pause() -> None:
+    pause = Pause()
+    echo = Echo([[Chunk(text="a"), pause]])
+    hooks = joined(echo)
+    stream = hooks.chat(chat_request())
+    next(stream)
+    hooks.close(CloseRequest())
+    with pytest.raises(StreamInterrupted):
+        next(stream)
+    assert echo.closed
+
+
+@modes
+def test_closing_twice_is_no_error(mode: str) -> None:
+    echo = Echo()
+    hooks = joined(echo)
+    assert not echo.closed
+    both(mode, hooks, "close", CloseRequest())
+    both(mode, hooks, "close", CloseRequest())
+    assert echo.closed
+
+
+@modes
+def test_vectors_depend_on_the_text_alone(mode: str) -> None:
+    request = EmbedRequest(call=CALL, model="m", inputs=("a b", "c", "a b"))
+    first, second = (both(mode, joined(Echo()), "embed", request).vectors for _ in range(2))
+    assert first == second
+    assert first[0] == first[2] != first[1]
+    assert sum(number**2 for number in first[0]) == pytest.approx(1)
+    longer = EmbedRequest(call=CALL, model="m", inputs=("a",), dimensions=3)
+    assert len(both(mode, joined(Echo()), "embed", longer).vectors[0]) == 3
+
+
+@modes
+def test_health_goes_up_to_the_level_asked_for(mode: str) -> None:
+    hooks = joined(Echo(strict=True))
+    api = both(mode, hooks, "health", HealthRequest(call=CALL, level="api"))
+    assert (api.ok, api.api, api.model_present, api.answers) == (True, True, None, None)
+    missing = both(mode, hooks, "health", HealthRequest(call=CALL, level="model_present", model="other"))
+    assert not missing.ok
+    assert both(mode, hooks, "health", HealthRequest(call=CALL, level="model_present", model="echo")).ok
+
+
+@modes
+def test_errors_are_raised_by_operation_and_health_reports_its_own(mode: str) -> None:
+    error = ConnectionFailed("down")
+    hooks = joined(Echo(errors={"health": error, "embed": error}))
+    health = both(mode, hooks, "health", HealthRequest(call=CALL))
+    assert (health.reachable, health.error) == (False, error)
+    with pytest.raises(ConnectionFailed):
+        both(mode, hooks, "embed", EmbedRequest(call=CALL, model="m", inputs=("a",)))
+
+
+@modes
+def test_a_strict_echo_knows_its_models_and_suggests_them(mode: str) -> None:
+    hooks = joined(Echo(models=("llama3.2", "qwen:0.5b"), strict=True))
+    with pytest.raises(ModelNotFound) as caught:
+        both(mode, hooks, "chat", chat_request(model="lama3.2"))
+    assert caught.value.suggestions == ("llama3.2:latest",)
+    assert (caught.value.model, caught.value.operation) == ("lama3.2", "chat")
+
+
+@modes
+def test_models_are_listed_shown_and_pulled(mode: str) -> None:
+    own = ModelInfo(name="own:1b", size=7)
+    hooks = joined(Echo(models=("echo", own), strict=True))
+    names = [info.name for info in both(mode, hooks, "list_models", ModelsRequest(call=CALL))]
+    assert names == ["echo:latest", "own:1b"]
+    assert both(mode, hooks, "show_model", ModelRequest(call=CALL, model="own:1b")) is own
+    steps = both(mode, hooks, "pull_model", ModelRequest(call=CALL, model="new"))
+    assert steps[-1].status == "success"
+    assert both(mode, hooks, "show_model", ModelRequest(call=CALL, model="new")).name == "new:latest"
+
+
+@modes
+def test_models_are_loaded_and_unloaded(mode: str) -> None:
+    hooks = joined(Echo())
+    both(mode, hooks, "load_model", LoadModelRequest(call=CALL, model="echo", context_window=2048))
+    (loaded,) = both(mode, hooks, "loaded_models", ModelsRequest(call=CALL))
+    assert (loaded.name, loaded.context_window) == ("echo:latest", 2048)
+    both(mode, hooks, "unload_model", ModelRequest(call=CALL, model="echo"))
+    assert both(mode, hooks, "loaded_models", ModelsRequest(call=CALL)) == ()
+
+
+class Scion:
+    name, digest, scale, verdict, served_as = "botany", "sha256:ab", 2.0, None, None
+
+
+@modes
+def test_an_adapter_becomes_a_model_of_its_own(mode: str) -> None:
+    hooks = joined(Echo(strict=True))
+    request = LoadAdapterRequest(call=CALL, adapter=Scion(), model="echo:latest")  # type: ignore[arg-type]
+    adapter = both(mode, hooks, "load_adapter", request)
+    assert (adapter.name, adapter.digest, adapter.model) == ("botany", "sha256:ab", "echo:latest+botany")
+    chunks = both(mode, hooks, "chat", chat_request("hi", model="echo:latest+botany", adapter=adapter))
+    assert chunks[-1].model == "echo:latest+botany"
+    both(mode, hooks, "unload_adapter", UnloadAdapterRequest(call=CALL, adapter=adapter))
+    names = [model.name for model in both(mode, hooks, "loaded_models", ModelsRequest(call=CALL))]
+    assert "echo:latest+botany" not in names
+
+
+def test_hooks_can_be_left_out_of_the_connection() -> None:
+    hooks = joined(Echo(without={"embed", "aembed", "achat"}))
+    assert [name for name in ("embed", "aembed", "achat") if hasattr(hooks, name)] == []
+    features = hooks.capabilities().features
+    assert "embed" not in features
+    assert {"chat", "generate", "tools"} <= features
+    assert hasattr(joined(Echo()), "embed")
+
+
+def test_a_hook_that_does_not_exist_cannot_be_left_out() -> None:
+    with pytest.raises(ValueError, match="embedd"):
+        Echo(without={"embedd"})
+
+
+def test_every_call_is_remembered_by_the_hook_that_was_called() -> None:
+    echo = Echo()
+    hooks = joined(echo)
+    request = chat_request()
+    list(hooks.chat(request))
+    asyncio.run(collect(hooks.achat(request)))
+    hooks.close(CloseRequest())
+    assert echo.requests == [request, request]
+    assert [hook for hook, _ in echo.calls] == ["connect", "chat", "achat", "close"]
+
+
+def test_a_script_is_shared_out_once_among_threads() -> None:
+    echo = Echo([str(number) for number in range(200)])
+    hooks = joined(echo)
+    answers: list[str] = []
+
+    def run() -> None:
+        for _ in range(25):
+            answers.append(next(iter(hooks.chat(chat_request()))).text)  # noqa: PERF401 # not read to the end
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert sorted(map(int, answers)) == list(range(200))
+    assert echo.running == 0
+
+
+# --- Cassettes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+Exchange = tuple[int, list[bytes]]
+
+
+def exchange(
+    mode: str, cassette: Any, url: str, method: str = "POST", pieces: int | None = None, **more: Any
+) -> Exchange:
+    """The status and the body's pieces as a client sees them, through a cassette; leaving after some if wanted."""
+    got: list[bytes] = []
+
+    def sync() -> Exchange:
+        transport = cassette.sync_transport(httpx.HTTPTransport)
+        with httpx.Client(transport=transport) as client, client.stream(method, url, **more) as response:
+            for piece in response.iter_raw():
+                got.append(piece)
+                if len(got) == pieces:
+                    break
+            return response.status_code, got
+
+    async def run() -> Exchange:
+        transport = cassette.async_transport(httpx.AsyncHTTPTransport)
+        async with httpx.AsyncClient(transport=transport) as client, client.stream(method, url, **more) as response:
+            async for piece in response.aiter_raw():
+                got.append(piece)
+                if len(got) == pieces:
+                    break
+            return response.status_code, got
+
+    return sync() if mode == "sync" else asyncio.run(run())
+
+
+def recorded(path: Path, fake: FakeOllama, *answers: Answer, mode: str = "sync", **more: Any) -> Exchange:
+    fake.script("/api/chat", *answers)
+    with Cassette(path, mode="record", server="Ollama 0.9.3") as cassette:
+        return exchange(mode, cassette, f"{fake.url}/api/chat", **more)
+
+
+ELSEWHERE = "http://nowhere.invalid:1"
+STREAM = Answer([{"n": 1}, {"n": 2, "text": "grüß 🌱"}, b'{"n":', b"3}\n"])
+
+
+@modes
+@pytest.mark.parametrize("by", ["sync", "async"])
+def test_what_was_recorded_is_replayed_with_its_borders(tmp_path: Path, fake: FakeOllama, mode: str, by: str) -> None:
+    path = tmp_path / "one" / "story.yaml"
+    live = recorded(path, fake, STREAM, mode=by, json={"model": "m"})
+    with Cassette(path) as cassette:
+        again = exchange(mode, cassette, f"{ELSEWHERE}/api/chat", json={"model": "m"})
+    assert again == live
+    assert b"".join(live[1]) == '{"n":1}\n{"n":2,"text":"grüß 🌱"}\n{"n":3}\n'.encode()
+    assert (cassette.unplayed, cassette.misses, cassette.server) == ((), [], "Ollama 0.9.3")
+
+
+def test_chunks_are_handed_on_while_recording(tmp_path: Path, fake: FakeOllama) -> None:
+    gate = threading.Event()
+    fake.script("/api/chat", Answer([b"first", gate, b"second"]))
+    with Cassette(tmp_path / "a.yaml", mode="record") as cassette:
+        transport = cassette.sync_transport(httpx.HTTPTransport)
+        with httpx.Client(transport=transport) as client, client.stream("POST", f"{fake.url}/api/chat") as response:
+            pieces = response.iter_raw()
+            first = next(pieces)  # would wait for ever if the body were read first
+            gate.set()
+            assert [first, *pieces] == [b"first", b"second"]
+
+
+@modes
+@pytest.mark.parametrize("ending", ["close", "reset"])
+def test_a_broken_stream_breaks_again_on_replay(tmp_path: Path, fake: FakeOllama, mode: str, ending: Any) -> None:
+    path = tmp_path / "a.yaml"
+    gate = threading.Event()
+    with Cassette(path, mode="record") as cassette:
+        fake.script("/api/chat", Answer([{"n": 1}, gate], ending=ending))
+        transport = cassette.sync_transport(httpx.HTTPTransport)
+        with httpx.Client(transport=transport) as client, client.stream("POST", f"{fake.url}/api/chat") as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            gate.set()
+            with pytest.raises(httpx.TransportError):
+                next(pieces)
+    assert "cut_short: true" in path.read_text()
+    with pytest.raises(httpx.RemoteProtocolError):
+        exchange(mode, Cassette(path), f"{ELSEWHERE}/api/chat")
+    assert exchange(mode, Cassette(path), f"{ELSEWHERE}/api/chat", pieces=1) == (200, [b'{"n":1}\n'])
+
+
+@modes
+def test_a_reader_who_left_early_leaves_a_cut_recording(tmp_path: Path, fake: FakeOllama, mode: str) -> None:
+    path = tmp_path / "a.yaml"
+    recorded(path, fake, Answer([{"n": 1}], ending="stall"), mode=mode, pieces=1)
+    content = yaml.safe_load(path.read_text())
+    response = content["interactions"][0]["response"]
+    assert (response["body"]["string"], response["cut_short"]) == ('{"n":1}\n', True)
+
+
+def test_a_file_reads_well_in_a_diff(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    recorded(
+        path, fake, STREAM, headers={"authorization": "Bearer secret-of-mine", "cookie": "a=b"}, json={"q": "é" * 90}
+    )
+    assert (
+        path.read_text(encoding="utf-8")
+        == """\
+version: 1
+metadata:
+  server: Ollama 0.9.3
+interactions:
+- request:
+    method: POST
+    uri: http://localhost:11434/api/chat
+    headers:
+      content-type: [application/json]
+    body: '{"q":"%s"}'
+  response:
+    status:
+      code: 200
+      message: OK
+    headers:
+      content-type: [application/x-ndjson]
+    body:
+      string: |
+        {"n":1}
+        {"n":2,"text":"grüß 🌱"}
+        {"n":3}
+    chunk_lengths: [8, 29, 5, 3]
+"""
+        % ("é" * 90)
+    )
+
+
+@given(body=st.binary() | st.text().map(str.encode), question=st.text())
+def test_any_body_comes_back_as_it_was(body: bytes, question: str) -> None:
+    from graftage.testing import cassettes
+
+    one = cassettes._Interaction("POST", "/x?a=%20", {}, question.encode(), 200, "OK", {}, [body] if body else [])
+    text = cassettes._to_yaml([one], None)
+    content = yaml.load(text.encode(), Loader=cassettes._LOADER)
+    assert cassettes._from_plain(0, content["interactions"][0]) == one
+
+
+def test_line_breaks_other_than_the_usual_survive(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    live = recorded(path, fake, Answer(["a\x85b\nc\u2028d\ne\r\nf\n".encode()]))
+    assert exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat") == live
+
+
+def test_bodies_match_by_content_and_equal_ones_play_in_order(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    with Cassette(path, mode="record") as cassette:
+        for n, body in enumerate((b'{"a":1,"b":[2]}', b'{"a":2}', b'{"a":1,"b":[2]}')):
+            fake.script("/api/chat", Answer([{"n": n}]))
+            exchange("sync", cassette, f"{fake.url}/api/chat", content=body)
+    cassette = Cassette(path)
+    answers = [
+        exchange("sync", cassette, f"{ELSEWHERE}/api/chat", content=body)[1]
+        for body in (b' {"b": [2], "a": 1}', b'{"b":[2],"a":1}', b'{"a":2}')
+    ]
+    assert answers == [[b'{"n":0}\n'], [b'{"n":2}\n'], [b'{"n":1}\n']]
+
+
+@modes
+def test_a_miss_names_the_nearest_request_and_the_field_that_differs(
+    tmp_path: Path, fake: FakeOllama, mode: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    with Cassette(path, mode="record") as cassette:
+        exchange("sync", cassette, f"{fake.url}/api/version", "GET")
+        exchange("sync", cassette, f"{fake.url}/api/chat", json={"model": "m", "options": {"seed": 7}})
+    cassette = Cassette(path)
+    with pytest.raises(CassetteMiss) as caught:
+        exchange(mode, cassette, f"{ELSEWHERE}/api/chat", json={"model": "m", "options": {"seed": 42}})
+    assert "The nearest recorded request is POST /api/chat" in str(caught.value)
+    assert "differs in `options.seed` (recorded 7, asked 42)." in str(caught.value)
+    assert cassette.misses == [caught.value]
+    assert cassette.unplayed == ("GET /api/version", "POST /api/chat")
+
+
+def test_an_interaction_plays_once(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    recorded(path, fake, STREAM)
+    cassette = Cassette(path)
+    exchange("sync", cassette, f"{ELSEWHERE}/api/chat")
+    with pytest.raises(CassetteMiss, match="recorded once and has been played as often"):
+        exchange("sync", cassette, f"{ELSEWHERE}/api/chat")
+    assert len(cassette.misses) == 1
+
+
+@pytest.mark.parametrize("where", ["answer", "request", "split", "quoted"])
+def test_the_value_of_a_secret_variable_is_never_written(
+    tmp_path: Path, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    secret = 'it\'s "quite" öpaque' if where == "quoted" else "quite-opaque-value"
+    monkeypatch.setenv("MY_SERVICE_TOKEN", secret)
+    path = tmp_path / "a.yaml"
+    path.write_text("the one before")
+    answers: dict[str, list[Any]] = {
+        "answer": [{"text": secret}],
+        "quoted": [{"text": secret}],
+        "split": [b"quite-opa", b"que-value"],
+    }
+    with pytest.raises(CassetteError, match="MY_SERVICE_TOKEN") as caught:
+        recorded(path, fake, Answer(answers.get(where, [])), content=secret if where == "request" else "")
+    assert secret not in str(caught.value)
+    assert path.read_text() == "the one before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "sk-abcdefghijklmnopqrstuv",
+        "hf_abcdefghijklmnopqrstuv",
+        "Bearer abcdefghijklmnopqrst.uv",
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
+)
+def test_what_looks_like_a_key_is_never_written(tmp_path: Path, fake: FakeOllama, secret: str) -> None:
+    path = tmp_path / "a.yaml"
+    with pytest.raises(CassetteError, match="looks like a secret") as caught:
+        recorded(path, fake, Answer([{"text": f"use {secret} now"}]))
+    assert secret not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compressed_answer_is_not_written(tmp_path: Path, fake: FakeOllama) -> None:
+    with pytest.raises(CassetteError, match="compressed"):
+        recorded(tmp_path / "a.yaml", fake, Answer([b"..."], headers={"content-encoding": "gzip"}))
+    assert fake.requests[0].headers["accept-encoding"] == "identity"
+
+
+def recorded_and_broken(cassette: Cassette, fake: FakeOllama) -> None:
+    exchange("sync", cassette, f"{fake.url}/api/version", "GET")
+    fake.script("/api/chat", Answer([b"x"], ending="close"))
+    exchange("sync", cassette, f"{fake.url}/api/chat")
+
+
+def test_a_block_that_fails_writes_nothing(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    with pytest.raises(httpx.RemoteProtocolError), Cassette(path, mode="record") as cassette:
+        recorded_and_broken(cassette, fake)
+    assert not path.exists()
+    assert len(cassette) == 2
+
+
+def test_a_recording_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CassetteError, match="Nothing was recorded"), Cassette(tmp_path / "a.yaml", mode="record"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+GOOD = "{status: {code: 200}, body: {string: ''}}"
+
+
+def one_interaction(request: str, response: str) -> str:
+    return f"version: 1\ninteractions: [{{request: {request}, response: {response}}}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: [", "no valid YAML"),
+        ("[" * 100_000, "nested"),
+        ("a: !!python/object/apply:os.getcwd []", "no valid YAML"),
+        ("\x00", "no valid YAML"),
+        ("- 1", "no mapping"),
+        ("version: 2\ninteractions: []", "version"),
+        ("version: 1", "interactions"),
+        ("version: 1\ninteractions: [1]", "in interaction 0, there is no mapping"),
+        (one_interaction("{}", "null"), "`response` is no mapping"),
+        (one_interaction("{method: GET, uri: 1}", "{}"), "`method` or `uri`"),
+        (one_interaction("{method: GET, uri: /}", "{status: 1}"), "status.code"),
+        (one_interaction("{method: GET, uri: 'http://a:b'}", GOOD), "Invalid port"),
+        (one_interaction("{method: GET, uri: /, body: {}}", GOOD), "neither text nor bytes"),
+        (one_interaction("{method: GET, uri: /, headers: []}", GOOD), "`headers` is no mapping"),
+        (one_interaction("{method: GET, uri: /, headers: {a: [1]}}", GOOD), "header 'a'"),
+        (one_interaction("{method: GET, uri: /}", "{status: {code: 200}}"), "`response.body`"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_a_reason(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(CassetteError, match=complaint):
+        Cassette(path)
+
+
+def test_a_missing_file_says_how_to_record_it(tmp_path: Path) -> None:
+    with pytest.raises(CassetteError, match="--graftage-record"):
+        Cassette(tmp_path / "a.yaml")
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftage.testing.cassettes.MAX_BYTES", 100)
+    (tmp_path / "a.yaml").write_text("#" * 101)
+    with pytest.raises(CassetteError, match="larger than 100 bytes"):
+        Cassette(tmp_path / "a.yaml")
+
+
+def test_a_body_that_was_edited_plays_in_one_piece(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    recorded(path, fake, STREAM)
+    path.write_text(path.read_text(encoding="utf-8").replace('"n":1', '"n":1000'), encoding="utf-8")
+    _, pieces = exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat")
+    assert len(pieces) == 1
+
+
+def test_threads_may_share_a_cassette(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+
+    def on_threads(work: Callable[[int], object]) -> None:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    with Cassette(path, mode="record") as cassette:
+        on_threads(lambda n: exchange("sync", cassette, f"{fake.url}/api/show", json={"n": n % 4}))
+    replay = Cassette(path)
+    on_threads(lambda n: exchange("sync", replay, f"{ELSEWHERE}/api/show", json={"n": n % 4}))
+    assert (len(replay), replay.unplayed, replay.misses) == (16, (), [])
+
+
+def test_vcrpy_plays_our_files(tmp_path: Path, fake: FakeOllama) -> None:
+    import vcr  # type: ignore[import-untyped] # it has no types
+
+    path = tmp_path / "a.yaml"
+    _, pieces = recorded(path, fake, STREAM, json={"model": "m"})
+    player = vcr.VCR(record_mode=vcr.mode.NONE, match_on=["method", "path", "body"])
+    with player.use_cassette(str(path)) as cassette, httpx.Client() as client:
+        response = client.post(f"{ELSEWHERE}/api/chat", json={"model": "m"})
+    assert response.content == b"".join(pieces)
+    assert cassette.all_played
+
+
+def test_our_keys_survive_a_rewrite_by_vcrpy(tmp_path: Path, fake: FakeOllama) -> None:
+    import vcr
+
+    path = tmp_path / "a.yaml"
+    live = recorded(path, fake, STREAM)
+    recorder = vcr.VCR(record_mode=vcr.mode.NEW_EPISODES, match_on=["method", "path", "body"])
+    with recorder.use_cassette(str(path)), httpx.Client() as client:
+        client.get(f"{fake.url}/api/version")
+    cassette = Cassette(path)
+    assert exchange("async", cassette, f"{ELSEWHERE}/api/chat") == live
+    assert exchange("sync", cassette, f"{ELSEWHERE}/api/version", "GET") == (200, [b'{"version":"0.9.3"}'])
+
+
+@modes
+def test_we_play_the_files_of_vcrpy(tmp_path: Path, fake: FakeOllama, mode: str) -> None:
+    import vcr
+
+    path = tmp_path / "a.yaml"
+    with vcr.use_cassette(str(path)), httpx.Client() as client:
+        client.post(f"{fake.url}/api/show", json={"model": "nosuch"})
+    answer = exchange(mode, Cassette(path), f"{ELSEWHERE}/api/show", json={"model": "nosuch"})
+    assert answer == (404, [b'{"error":"model \'nosuch\' not found"}'])
+
+
+# --- The pytest plugin -----------------------------------------------------------------------------------------------
+
+SUITE = """
+import asyncio, httpx, pytest
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_version(cassette, mode):
+    url = "URL/api/version"
+    if mode == "sync":
+        with httpx.Client(transport=cassette.sync_transport(httpx.HTTPTransport)) as client:
+            assert client.get(url).json() == {"version": "0.9.3"}
+        return
+
+    async def run():
+        async with httpx.AsyncClient(transport=cassette.async_transport(httpx.AsyncHTTPTransport)) as client:
+            return (await client.get(url)).json()
+
+    assert asyncio.run(run()) == {"version": "0.9.3"}
+"""
+
+
+@pytest.fixture
+def outer(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A folder with our plugin and no other, whatever is installed."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeconftest('pytest_plugins = ["graftage.testing.plugin"]')
+    return pytester
+
+
+@pytest.fixture
+def suite(outer: pytest.Pytester, fake: FakeOllama) -> pytest.Pytester:
+    """A suite whose one test has recorded its cassette."""
+    outer.makepyfile(test_it=SUITE.replace("URL", fake.url))
+    outer.runpytest("--graftage-record").assert_outcomes(passed=2)
+    return outer
+
+
+def test_sync_and_async_replay_one_cassette(suite: pytest.Pytester, fake: FakeOllama) -> None:
+    asked = len(fake.requests)
+    suite.runpytest().assert_outcomes(passed=2)
+    assert (asked, len(fake.requests)) == (1, 1)
+    assert [path.name for path in (suite.path / "cassettes" / "test_it").iterdir()] == ["test_version.yaml"]
+
+
+def test_a_miss_that_was_swallowed_fails_the_test(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_it="""
+        import contextlib, httpx
+
+        def test_version(cassette):
+            client = httpx.Client(transport=cassette.sync_transport(None))
+            client.get("http://x/api/version")
+            with contextlib.suppress(Exception):
+                client.get("http://x/api/other")
+        """
+    )
+    result = suite.runpytest()
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*Asked: GET /api/other*"])
+
+
+def test_an_interaction_that_was_not_played_fails_the_test(suite: pytest.Pytester) -> None:
+    suite.makepyfile(test_it="def test_version(cassette): pass")
+    result = suite.runpytest()
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*left unplayed in part: GET /api/version.*"])
+
+
+def test_a_test_that_fails_keeps_the_cassette_before(suite: pytest.Pytester, fake: FakeOllama) -> None:
+    path = suite.path / "cassettes" / "test_it" / "test_version.yaml"
+    before = path.read_text()
+    fake.version = "0.9.4"
+    suite.runpytest("--graftage-record").assert_outcomes(failed=1, passed=1)
+    assert path.read_text() == before
+
+
+def test_a_marker_chooses_the_cassette(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_it="""
+        import httpx, pytest
+
+        @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.cassette("test_it/test_version"))])
+        @pytest.mark.cassette("test_version")
+        def test_other(cassette, n):
+            client = httpx.Client(transport=cassette.sync_transport(None))
+            assert client.get("http://x/api/version").json()
+        """
+    )
+    result = suite.runpytest("--strict-markers")
+    result.assert_outcomes(passed=2)
+    assert result.ret == 0
+
+
+def test_an_orphan_fails_a_whole_run_and_no_other(suite: pytest.Pytester) -> None:
+    orphan = suite.path / "cassettes" / "old.yaml"
+    orphan.write_text("version: 1\ninteractions: []\n")
+    whole = suite.runpytest()
+    assert whole.ret == pytest.ExitCode.TESTS_FAILED
+    whole.stdout.fnmatch_lines(["*cassettes that no test uses*", "*old.yaml"])
+    partial = [("test_it.py",), ("-k", "not async"), ("--deselect", "test_it.py::test_version[sync]"), ("--co",)]
+    assert [suite.runpytest(*options).ret for options in partial] == [0, 0, 0, 0]
+
+
+def test_a_module_that_skips_itself_leaves_no_orphans(suite: pytest.Pytester) -> None:
+    suite.makepyfile(test_it="import pytest; pytest.importorskip('nothing_of_that_name')")
+    assert suite.runpytest().ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    suite.makepyfile(test_more="def test_more(): pass")
+    assert suite.runpytest().ret == 0
+
+
+def test_a_claimed_cassette_is_no_orphan(suite: pytest.Pytester) -> None:
+    (suite.path / "cassettes" / "more.yaml").write_text("version: 1\ninteractions: []\n")
+    suite.makepyfile(test_more="def test_more(claim_cassette): assert claim_cassette('more.yaml').exists()")
+    assert suite.runpytest().ret == 0
+
+
+def test_waiting_is_free_where_a_test_asks_for_it(suite: pytest.Pytester) -> None:
+    pytest.importorskip("graftage.retry")
+    suite.makepyfile(
+        test_free="""
+        from graftage import retry
+        from graftage.exceptions import ConnectionFailed
+        from graftage.types import Call
+
+        def test_free(free_waiting):
+            tries = iter([True, True, False])
+            def work():
+                if next(tries):
+                    raise ConnectionFailed("once more")
+                return "done"
+            assert retry.call(work, Call()) == "done"
+        """
+    )
+    suite.runpytest("test_free.py").assert_outcomes(passed=1)
+    assert suite.path.exists()
+
+
+GUARDED = """
+import asyncio, socket, pytest
+from graftage.testing.plugin import NetworkRefused
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+@pytest.mark.parametrize("reach", [
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
+    lambda: socket.getaddrinfo("example.invalid", 80),
+    lambda: socket.gethostbyname("example.invalid"),
+    lambda: with_socket(lambda one: one.connect(("192.0.2.1", 80))),
+    lambda: with_socket(lambda one: one.connect_ex(("192.0.2.1", 80))),
+    lambda: with_socket(lambda one: one.sendto(b"x", ("192.0.2.1", 53)), socket.SOCK_DGRAM),
+    lambda: asyncio.run(asyncio.open_connection("example.invalid", 80)),
+])
+def test_others(reach):
+    with pytest.raises(NetworkRefused):
+        reach()
+
+def with_socket(use, kind=socket.SOCK_STREAM):
+    with socket.socket(socket.AF_INET, kind) as one:
+        use(one)
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.9.9.9", "::1", None])
+def test_loopback(host):
+    assert socket.getaddrinfo(host, 80)
+
+def test_connection():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        assert one.getpeername() == server.getsockname()
+"""
+
+
+def test_the_guard_refuses_the_network_and_allows_loopback(outer: pytest.Pytester) -> None:
+    before = socket.socket.connect, socket.getaddrinfo
+    outer.makepyfile(GUARDED)
+    outer.runpytest().assert_outcomes(passed=13)
+    assert (socket.socket.connect, socket.getaddrinfo) == before
+
+
+# --- FakeOllama ------------------------------------------------------------------------------------------------------
+
+
+def lines(response: httpx.Response) -> list[Any]:
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+@pytest.fixture
+def client(fake: FakeOllama) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fake.url) as client:
+        yield client
+
+
+def test_the_fake_answers_like_ollama(client: httpx.Client) -> None:
+    assert client.get("/").text == "Ollama is running"
+    assert client.head("/").status_code == 200
+    assert client.get("/api/version").json() == {"version": "0.9.3"}
+    assert [model["name"] for model in client.get("/api/tags").json()["models"]] == ["smollm2:135m"]
+    assert client.post("/api/show", json={"model": "smollm2:135m"}).json()["capabilities"][0] == "completion"
+    missing = client.post("/api/show", json={"model": "nosuch"})
+    assert (missing.status_code, missing.json()) == (404, {"error": "model 'nosuch' not found"})
+    assert client.post("/api/show", content="{").json() == {"error": "unexpected EOF"}
+    assert client.get("/api/chat").status_code == 405
+    assert client.get("/api/nothing").text == "404 page not found"
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "text"),
+    [
+        ("/api/chat", {"messages": [{"role": "user", "content": "Hi"}]}, lambda line: line["message"]["content"]),
+        ("/api/generate", {"prompt": "Hi"}, lambda line: line["response"]),
+    ],
+)
+def test_the_fake_infers_loads_and_unloads(client: httpx.Client, path: str, given: dict[str, Any], text: Any) -> None:
+    model = {"model": "smollm2:135m"}
+    streamed = lines(client.post(path, json={**model, **given}))
+    assert "".join(map(text, streamed)) == "Hello from the fake."
+    assert [line["done"] for line in streamed] == [False] * 4 + [True]
+    assert streamed[-1]["done_reason"] == "stop"
+    short = client.post(path, json={**model, **given, "stream": False, "options": {"num_predict": 2}}).json()
+    assert (text(short), short["done_reason"], short["eval_count"]) == ("Hello from ", "length", 2)
+    assert [each["name"] for each in client.get("/api/ps").json()["models"]] == ["smollm2:135m"]
+    (unloaded,) = lines(client.post(path, json={**model, "keep_alive": 0}))
+    assert unloaded["done_reason"] == "unload"
+    assert client.get("/api/ps").json() == {"models": []}
+    (loaded,) = lines(client.post(path, json=model))
+    assert loaded["done_reason"] == "load"
+    assert client.post(path, json={"model": "nosuch", **given}).status_code == 404
+
+
+def test_the_fake_embeds_and_pulls(client: httpx.Client) -> None:
+    answer = client.post("/api/embed", json={"model": "smollm2:135m", "input": ["a", "bb"]}).json()
+    assert len(answer["embeddings"]) == 2
+    assert client.post("/api/embed", json={"model": "new", "input": "a"}).status_code == 404
+    assert lines(client.post("/api/pull", json={"model": "new"}))[-1] == {"status": "success"}
+    assert client.post("/api/embed", json={"model": "new", "input": "a"}).status_code == 200
+
+
+def test_the_official_client_understands_the_fake(fake: FakeOllama) -> None:
+    import ollama
+
+    client = ollama.Client(fake.url)
+    with client._client:
+        parts = [
+            part.message.content
+            for part in client.chat("smollm2:135m", [{"role": "user", "content": "Hi"}], stream=True)
+        ]
+        assert "".join(map(str, parts)) == "Hello from the fake."
+        assert client.list().models[0].model == "smollm2:135m"
+        assert client.show("smollm2:135m").details is not None
+        assert client.embed("smollm2:135m", "a").embeddings
+        assert client.ps().models[0].name == "smollm2:135m"
+        assert [step.status for step in client.pull("new", stream=True)][-1] == "success"
+
+
+def test_a_script_is_played_before_the_usual_answers(client: httpx.Client, fake: FakeOllama) -> None:
+    fake.script("/api/version", Answer([{"error": "busy"}], status=503, headers={"retry-after": "2"}))
+    first, second = client.get("/api/version?x=1"), client.get("/api/version")
+    assert (first.status_code, first.headers["retry-after"], first.json()) == (503, "2", {"error": "busy"})
+    assert second.status_code == 200
+
+
+def test_requests_are_seen_parsed(client: httpx.Client, fake: FakeOllama) -> None:
+    client.post("/api/chat", json={"a": 1})
+    client.post("/api/blobs/x", content=(part for part in (b"\xff", b"bytes")))
+    assert [(seen.method, seen.path, seen.body) for seen in fake.requests] == [
+        ("POST", "/api/chat", {"a": 1}),
+        ("POST", "/api/blobs/x", b"\xffbytes"),
+    ]
+    assert fake.requests[0].headers["content-type"] == "application/json"
+
+
+def test_a_connection_is_kept_unless_the_client_says_otherwise(client: httpx.Client, fake: FakeOllama) -> None:
+    for _ in range(3):
+        client.get("/api/version")
+    assert fake.open_connections == 1
+    client.get("/api/version", headers={"connection": "close"})
+    assert client.get("/api/version").status_code == 200
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "none"])
+def test_every_framing_carries_the_body(client: httpx.Client, fake: FakeOllama, framing: Any) -> None:
+    fake.script("/x", Answer([{"a": 1}, b"tail"], framing=framing))
+    assert [client.get("/x").content, client.get("/api/version").status_code] == [b'{"a":1}\ntail', 200]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (Answer(raw=b"", ending="reset"), httpx.ReadError),
+        (Answer(raw=b"", ending="close"), httpx.RemoteProtocolError),
+        (Answer(raw=b"", ending="stall"), httpx.ReadTimeout),
+        (Answer(raw=b"garbage\r\n\r\n"), httpx.RemoteProtocolError),
+        (Answer(raw=b"HTTP/1.1 200 OK\r\ncontent-"), httpx.RemoteProtocolError),
+        (Answer([{"n": 1}], ending="close"), httpx.RemoteProtocolError),
+        (Answer([{"n": 1}], ending="stall"), httpx.ReadTimeout),
+        (Answer([{"n": 1}], ending="reset"), httpx.ReadError),
+        (
+            Answer([b"12345"], framing="length", headers={"Content-Length": "9"}, ending="close"),
+            httpx.RemoteProtocolError,
+        ),
+        (Answer([b"no gzip at all"], headers={"content-encoding": "gzip"}), httpx.DecodingError),
+    ],
+)
+def test_faults_reach_the_client(fake: FakeOllama, answer: Answer, error: type[Exception]) -> None:
+    fake.script("/api/chat", answer)
+    patience = 0.2 if answer.ending == "stall" else 10
+    with httpx.Client(base_url=fake.url, timeout=patience) as client, pytest.raises(error):
+        client.post("/api/chat", json={})
+
+
+def test_a_stream_is_held_at_an_event(client: httpx.Client, fake: FakeOllama) -> None:
+    gate = threading.Event()
+    fake.script("/x", Answer([b"a", gate, b"b"], delay=0.001))
+    with client.stream("GET", "/x") as response:
+        pieces = response.iter_raw()
+        assert next(pieces) == b"a"
+        gate.set()
+        assert list(pieces) == [b"b"]
+
+
+def test_when_the_fake_stops_nothing_is_left() -> None:
+    with FakeOllama() as fake:
+        fake.script("/stall", Answer([b"x"], ending="stall"))
+        fake.script("/held", Answer([b"x", threading.Event()]))
+        client = httpx.Client(base_url=fake.url)
+        streams = [client.send(client.build_request("GET", path), stream=True) for path in ("/stall", "/held", "/")]
+        assert fake.open_connections == 3
+    for stream in streams:
+        stream.close()
+    client.close()
+    gc.collect()
+    assert fake.open_connections == 0
+    assert [thread for thread in threading.enumerate() if thread.name == "FakeOllama"] == []
+
+
+def test_the_fake_notices_a_client_that_leaves() -> None:
+    with FakeOllama() as fake:
+        fake.script("/stall", Answer([b"x"], ending="stall"))
+        with httpx.Client(base_url=fake.url) as client, client.stream("GET", "/stall"):
+            (thread,) = fake._connections.values()
+        thread.join(10)
+        assert fake.open_connections == 0
