@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from graftage._arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout, Wants
+    from graftage._chain import Chain
     from graftage._messages import Messages
-    from graftage._plugins import Catalog, Entry
+    from graftage._opening import Wish
     from graftage._session import Session
     from graftage._stream import AsyncStream, Stream
     from graftage.exceptions import GraftageError
-    from graftage.settings import Loaded, Settings
+    from graftage.settings import Settings
     from graftage.types import (
         AdapterInfo,
         Capabilities,
@@ -36,16 +37,16 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "connect", "connect_async"]
 
-DEFAULT_PROVIDER = "ollama"
 T = TypeVar("T")
 
 
 def connect(
-    provider: str | object | None = None,
+    provider: str | object | Sequence[str | object] | None = None,
     *,
     model: str | None = None,
+    models: Sequence[str] = (),
     settings: SettingsLike = None,
-    plugins: Sequence[object] | None = None,
+    plugins: Sequence[object] = (),
     translate_error: Callable[[GraftageError], Exception] | None = None,
     env_prefix: str | None = None,
     **overrides: Any,
@@ -53,9 +54,12 @@ def connect(
     """Join a provider; nothing is opened until it is needed.
 
     Args:
-        provider: a provider's name, `"provider:model"`, a plugin object, or None for the one that `GRAFTAGE_PROVIDER`
-            or the settings file names, else `ollama`.
+        provider: a provider's name, `"provider:model"`, a plugin object, or a list of these: a fallback chain, whose
+            next member is asked where the one before could not begin to answer. None or `"auto"` is the one that
+            `GRAFTAGE_PROVIDER` or the settings file names, else Ollama where it answers with the wanted model, else
+            the embedded provider; that is settled once, on entering the client or at its first call.
         model: what calls ask when they name no model.
+        models: names in order of preference; the first that is there becomes the model.
         settings: a mapping of settings, or the path of a TOML file to read instead of the user's own.
         plugins: plugin objects to use besides those that are installed.
         translate_error: makes the host's own error from each `GraftageError` before it is raised.
@@ -67,117 +71,78 @@ def connect(
         PluginError: it is broken, or claimed by two distributions.
         SettingsError: a setting is unknown or wrong.
     """
-    return Client(_Opening(provider, model, settings, plugins or (), translate_error, env_prefix, overrides))
+    client = connect_async(
+        provider,
+        model=model,
+        models=models,
+        settings=settings,
+        plugins=plugins,
+        translate_error=translate_error,
+        env_prefix=env_prefix,
+        **overrides,
+    )
+    return Client(client._wish)  # noqa: SLF001 - one way to read the arguments
 
 
 def connect_async(
-    provider: str | object | None = None,
+    provider: str | object | Sequence[str | object] | None = None,
     *,
     model: str | None = None,
+    models: Sequence[str] = (),
     settings: SettingsLike = None,
-    plugins: Sequence[object] | None = None,
+    plugins: Sequence[object] = (),
     translate_error: Callable[[GraftageError], Exception] | None = None,
     env_prefix: str | None = None,
     **overrides: Any,
 ) -> AsyncClient:
     """`connect` for asyncio. A plain function: the client opens on `async with`, or at its first call."""
-    return AsyncClient(_Opening(provider, model, settings, plugins or (), translate_error, env_prefix, overrides))
+    from graftage._opening import Wish  # noqa: PLC0415 - `import graftage` must stay light
 
-
-@dataclass(slots=True)
-class _Opening:
-    """What `connect` was asked, and how to do it."""
-
-    provider: str | object | None
-    model: str | None
-    settings: SettingsLike
-    plugins: Sequence[object]
-    translate: Callable[[GraftageError], Exception] | None
-    env_prefix: str | None
-    overrides: Mapping[str, Any]
-    origins: dict[str, str] = field(default_factory=dict)
-
-    def open(self) -> Callable[..., Session]:
-        """Find and load everything; what is left is a session that only wants its `IO`."""
-        from graftage._session import Session  # noqa: PLC0415 - `import graftage` must stay light
-        from graftage.exceptions import GraftageError  # noqa: PLC0415 - the same holds for all such imports here
-
-        try:
-            name, parts = self._parts()
-        except GraftageError as error:
-            if self.translate is None:
-                raise
-            raise self.translate(error) from error
-        return lambda io: Session(provider=name, io=io, translate=self.translate, **parts)
-
-    def _parts(self) -> tuple[str, dict[str, Any]]:
-        from graftage._plugins import Catalog  # noqa: PLC0415
-        from graftage.settings import Sources  # noqa: PLC0415
-        from graftage.types import ConnectRequest  # noqa: PLC0415
-
-        file = self.settings if isinstance(self.settings, (str, Path)) else None
-        sources = Sources.of(self.env_prefix, file)
-        given = [self.provider] if not isinstance(self.provider, (str, type(None))) else []
-        catalog = Catalog([*given, *self.plugins])
-        name, model = self._chosen(catalog, sources)
-        entry = catalog.provider(name)
-        loaded = self._load_settings(entry, catalog, sources)
-        plugins = catalog.plugins()
-        connection = _hook(entry, "connect")(request=ConnectRequest(name=name, settings=loaded.settings))
-        self.origins.update(loaded.origins)
-        return name, {"model": model, "settings": loaded.settings, "connection": connection, "plugins": plugins}
-
-    def _chosen(self, catalog: Catalog, sources: Any) -> tuple[str, str | None]:
-        """The provider's name, and the model."""
-        from graftage._plugins import plugin_name  # noqa: PLC0415
-
-        model = self.model
-        if isinstance(self.provider, str):
-            name, _, named_model = self.provider.partition(":")
-            model = model or named_model or None
-        elif self.provider is None:
-            name, _ = sources.choice("provider")
-            name = name or self._only_given(catalog) or DEFAULT_PROVIDER
-        else:
-            name = plugin_name(self.provider)
-        if model is None:
-            model, self.origins["model"] = sources.choice("model")
-        return name, model
-
-    def _only_given(self, catalog: Catalog) -> str | None:
-        """The provider among the given objects, where there is just one: it was surely handed over to be used."""
-        given = [entry.name for entry in catalog.entries if entry.kind == "provider" and entry.entry_point is None]
-        return given[0] if len(given) == 1 else None
-
-    def _load_settings(self, entry: Entry, catalog: Catalog, sources: Any) -> Loaded:
-        from graftage.settings import Settings, load  # noqa: PLC0415
-
-        mapping = self.settings
-        if isinstance(mapping, Settings):
-            mapping = {name: getattr(mapping, name) for name in mapping.model_fields_set}
-        return load(
-            _hook(entry, "settings_model")() if "settings_model" in entry.hooks else Settings,
-            provider=entry.name,
-            arguments=self.overrides,
-            mapping=mapping if isinstance(mapping, Mapping) else None,
-            sources=sources,
-            plugins=catalog.names(),
+    return AsyncClient(
+        Wish(
+            provider=provider,
+            model=model,
+            models=tuple(models),
+            settings=settings,
+            plugins=tuple(plugins),
+            translate=translate_error,
+            env_prefix=env_prefix,
+            overrides=overrides,
         )
-
-
-def _hook(entry: Entry, name: str) -> Callable[..., Any]:
-    hook: Callable[..., Any] = getattr(entry.plugin, name)
-    return hook
+    )
 
 
 class Client:
     """A provider's connection for threads. Made by `connect`; close it, or use it as a context manager."""
 
-    def __init__(self, opening: _Opening) -> None:
+    def __init__(self, wish: Wish) -> None:
         from graftage._io import Blocking  # noqa: PLC0415
+        from graftage._opening import Opening, translated  # noqa: PLC0415
 
-        self._session = opening.open()(Blocking())
+        opening = translated(wish, lambda: Opening(wish))
         self._origins = opening.origins
+        self._lock = threading.Lock()
+        self._resolve: Callable[[], Session | Chain] = lambda: _run(opening.resolve(Blocking()))
+        self._resolved: Session | Chain | None = None if opening.must_ask else self._resolve()
+        self._closed = False
+
+    @classmethod
+    def _of(cls, session: Session) -> Self:
+        """A member of a chain as a client of its own."""
+        client = cls.__new__(cls)
+        client._origins, client._lock, client._closed = {}, threading.Lock(), False
+        client._resolved = session
+        return client
+
+    @property
+    def _session(self) -> Session | Chain:
+        if self._resolved is None:
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the client is closed")
+                if self._resolved is None:
+                    self._resolved = self._resolve()
+        return self._resolved
 
     @property
     def provider(self) -> str:
@@ -188,6 +153,17 @@ class Client:
     def model(self) -> str | None:
         """What calls ask when they name no model."""
         return self._session.model
+
+    @property
+    def address(self) -> str:
+        """Where the provider's server is, in words."""
+        return self._session.address
+
+    @property
+    def members(self) -> tuple[Client, ...]:
+        """The providers of a chain, each as a client; this client alone where it is no chain."""
+        sessions = getattr(self._session, "sessions", None)
+        return tuple(Client._of(each) for each in sessions) if sessions else (self,)
 
     @property
     def settings(self) -> Settings:
@@ -298,11 +274,11 @@ class Client:
             max_age: seconds an earlier answer may be old; 0 asks anew. The default is 5, and 1 after a failure.
             timeout: seconds for the check. The default is 10, and the client's own limits for `answers`.
         """
-        return _run(self._session.health(level, model, max_age, timeout))
+        return _run(self._session.single().health(level, model, max_age, timeout))
 
     def models(self, *, timeout: Timeout = None) -> tuple[ModelInfo, ...]:
         """The models that can be asked without a download."""
-        return _run(self._session.models(timeout))
+        return _run(self._session.single().models(timeout))
 
     def show(self, model: str | None = None, *, timeout: Timeout = None) -> ModelInfo:
         """One model in full.
@@ -310,11 +286,11 @@ class Client:
         Raises:
             ModelNotFound: it is not there.
         """
-        return _run(self._session.show(model, timeout))
+        return _run(self._session.single().show(model, timeout))
 
     def loaded(self, *, timeout: Timeout = None) -> tuple[LoadedModel, ...]:
         """The models in memory."""
-        return _run(self._session.loaded(timeout))
+        return _run(self._session.single().loaded(timeout))
 
     def pull(
         self,
@@ -330,7 +306,7 @@ class Client:
             on_progress: called with each step; an error it raises ends the download.
             timeout: seconds for the whole download.
         """
-        return _run(self._session.pull(model, on_progress, timeout))
+        return _run(self._session.single().pull(model, on_progress, timeout))
 
     def ensure(
         self,
@@ -351,7 +327,7 @@ class Client:
         Raises:
             ModelNotFound: it is not there and `policy` is `never`.
         """
-        return _run(self._session.ensure(model, policy, on_progress, timeout))
+        return _run(self._session.single().ensure(model, policy, on_progress, timeout))
 
     def load(
         self,
@@ -362,11 +338,11 @@ class Client:
         timeout: Timeout = None,
     ) -> None:
         """Bring a model into memory, with the window that the next calls will have."""
-        _run(self._session.load(model, keep_alive, context_window, timeout))
+        _run(self._session.single().load(model, keep_alive, context_window, timeout))
 
     def unload(self, model: str | None = None, *, timeout: Timeout = None) -> None:
         """Put a model out of memory."""
-        _run(self._session.unload(model, timeout))
+        _run(self._session.single().unload(model, timeout))
 
     def use_adapter(
         self,
@@ -402,9 +378,12 @@ class Client:
 
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
-        _run(self._session.close())
+        self._closed = True
+        if self._resolved is not None:
+            _run(self._resolved.close())
 
     def __enter__(self) -> Self:
+        self._session  # noqa: B018 - settles which provider answers
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -420,32 +399,74 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 class AsyncClient:
     """A provider's connection for asyncio; the methods are those of `Client`. Works from several event loops."""
 
-    def __init__(self, opening: _Opening) -> None:
-        self._opening = opening
-        self._session: Session | None = None
+    def __init__(self, wish: Wish) -> None:
+        self._wish = wish
+        self._origins: Mapping[str, str] = {}
+        self._session: Session | Chain | None = None
         self._closed = False
         self._lock = threading.Lock()
+        self._opening: Future[None] | None = None
 
-    async def _open(self) -> Session:
+    async def _open(self) -> Session | Chain:
+        """The session; the first caller opens it, those that come meanwhile wait."""
         if self._session is None:
-            import asyncio  # noqa: PLC0415
+            if self._closed:
+                raise RuntimeError("the client is closed")
+            await self._open_once()
+        return self._ready()
 
-            await asyncio.to_thread(self._open_once)  # It imports and reads files: not on the event loop.
-        if self._session is None:
-            raise RuntimeError("the client is closed")
-        return self._session
-
-    def _open_once(self) -> None:
-        from graftage._io import Awaiting  # noqa: PLC0415
+    async def _open_once(self) -> None:
+        import asyncio  # noqa: PLC0415
 
         with self._lock:
-            if self._session is None and not self._closed:
-                self._session = self._opening.open()(Awaiting())
+            opening, mine = self._opening or Future(), self._opening is None
+            self._opening = opening
+        if not mine:
+            await asyncio.wrap_future(opening)
+            return
+        try:
+            await self._open_now()
+        except BaseException as error:
+            self._opening = None  # The next call may try again.
+            opening.set_exception(error if isinstance(error, Exception) else RuntimeError("opening was given up"))
+            opening.exception()
+            raise
+        opening.set_result(None)
 
-    def _ready(self) -> Session:
+    async def _open_now(self) -> None:
+        import asyncio  # noqa: PLC0415
+
+        from graftage._io import Awaiting  # noqa: PLC0415
+        from graftage._opening import Opening, translated  # noqa: PLC0415
+
+        # It imports and reads files: not on the event loop.
+        opening = await asyncio.to_thread(translated, self._wish, lambda: Opening(self._wish))
+        session = await opening.resolve(Awaiting())
+        self._origins = opening.origins
+        self._session = session
+
+    def _ready(self) -> Session | Chain:
         if self._session is None:
             raise RuntimeError("the client is not open: use `async with`, or call it first")
         return self._session
+
+    @classmethod
+    def _of(cls, wish: Wish, session: Session) -> AsyncClient:
+        """A member of a chain as a client of its own."""
+        client = cls(wish)
+        client._session = session
+        return client
+
+    @property
+    def address(self) -> str:
+        """Where the provider's server is, once the client is open."""
+        return self._ready().address
+
+    @property
+    def members(self) -> tuple[AsyncClient, ...]:
+        """The providers of a chain, once the client is open."""
+        sessions = getattr(self._ready(), "sessions", None)
+        return tuple(AsyncClient._of(self._wish, each) for each in sessions) if sessions else (self,)
 
     @property
     def provider(self) -> str:
@@ -465,7 +486,7 @@ class AsyncClient:
     @property
     def origins(self) -> Mapping[str, str]:
         """Where each setting that is not a default came from."""
-        return self._opening.origins
+        return self._origins
 
     @overload
     async def chat(
@@ -509,7 +530,7 @@ class AsyncClient:
         return await self._answer(session, "generate", want, stream)
 
     async def _answer(
-        self, session: Session, operation: Literal["chat", "generate"], want: Wants, stream: bool
+        self, session: Session | Chain, operation: Literal["chat", "generate"], want: Wants, stream: bool
     ) -> Reply | AsyncStream:
         from graftage._stream import AsyncStream  # noqa: PLC0415
 
@@ -535,22 +556,22 @@ class AsyncClient:
     ) -> Health:
         """As `Client.health`."""
         session = await self._open()
-        return await session.health(level, model, max_age, timeout)
+        return await session.single().health(level, model, max_age, timeout)
 
     async def models(self, *, timeout: Timeout = None) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         session = await self._open()
-        return await session.models(timeout)
+        return await session.single().models(timeout)
 
     async def show(self, model: str | None = None, *, timeout: Timeout = None) -> ModelInfo:
         """As `Client.show`."""
         session = await self._open()
-        return await session.show(model, timeout)
+        return await session.single().show(model, timeout)
 
     async def loaded(self, *, timeout: Timeout = None) -> tuple[LoadedModel, ...]:
         """As `Client.loaded`."""
         session = await self._open()
-        return await session.loaded(timeout)
+        return await session.single().loaded(timeout)
 
     async def pull(
         self,
@@ -561,7 +582,7 @@ class AsyncClient:
     ) -> PullProgress:
         """As `Client.pull`."""
         session = await self._open()
-        return await session.pull(model, on_progress, timeout)
+        return await session.single().pull(model, on_progress, timeout)
 
     async def ensure(
         self,
@@ -573,7 +594,7 @@ class AsyncClient:
     ) -> ModelInfo:
         """As `Client.ensure`."""
         session = await self._open()
-        return await session.ensure(model, policy, on_progress, timeout)
+        return await session.single().ensure(model, policy, on_progress, timeout)
 
     async def load(
         self,
@@ -585,12 +606,12 @@ class AsyncClient:
     ) -> None:
         """As `Client.load`."""
         session = await self._open()
-        await session.load(model, keep_alive, context_window, timeout)
+        await session.single().load(model, keep_alive, context_window, timeout)
 
     async def unload(self, model: str | None = None, *, timeout: Timeout = None) -> None:
         """As `Client.unload`."""
         session = await self._open()
-        await session.unload(model, timeout)
+        await session.single().unload(model, timeout)
 
     async def use_adapter(
         self,

@@ -75,7 +75,7 @@ class Session:
         translate: Callable[[GraftageError], Exception] | None,
     ) -> None:
         self.provider = provider
-        self.model = model
+        self.model = model or getattr(connection, "default_model", None)
         self.settings = settings
         self.io = io
         self.relay = Relay(provider, connection, plugins)
@@ -89,6 +89,10 @@ class Session:
         self._translate = translate or (lambda error: error)
         self._infos: dict[str, ModelInfo] = {}
         self._closed = False
+
+    def single(self) -> Session:
+        """This session; a chain of several has none."""
+        return self
 
     # --- Calls -------------------------------------------------------------------------------------------------------
 
@@ -156,15 +160,16 @@ class Session:
         try:
             return replace(self.settings.timeouts, total=given)
         except ValueError as error:
-            raise RequestRejected(f"The timeout is wrong: {error}.") from error
+            raise self._translated(RequestRejected(f"The timeout is wrong: {error}.")) from error
 
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
+        if model is not None and not isinstance(model, str):
+            raise self._translated(RequestRejected(f"`model` must be a name, not {type(model).__name__}."))
         chosen = model or self.model
         if not chosen:
-            raise RequestRejected(
-                "No model is chosen.", hint="Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
-            )
+            hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
+            raise self._translated(RequestRejected("No model is chosen.", provider=self.provider, hint=hint))
         return chosen
 
     async def ask(
@@ -196,8 +201,10 @@ class Session:
 
     # --- Inference ---------------------------------------------------------------------------------------------------
 
-    async def infer(self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool) -> tuple[Run, Any]:
-        """Start an answer: the run, and its first chunk."""
+    async def infer(
+        self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool, warnings: Sequence[str] = ()
+    ) -> tuple[Run, Any]:
+        """Start an answer: the run, and its first chunk. `warnings` go onto its reply."""
         model = self.choose_model(want.model)
         run = self.run(operation, model, self.timeouts(want.timeout), stream=stream)
         run.parse = want.parse
@@ -205,9 +212,9 @@ class Session:
             self.require(operation)
             options = _messages.read_options(want.options, self.capabilities().options)
             self._require_features(model, want.needs)
-            adapter, warnings = await self.adapters.for_call(want.adapter, model, run.call)
+            adapter, notes = await self.adapters.for_call(want.adapter, model, run.call)
             run.adapter = adapter.name if adapter else None
-            run.warnings = (*warnings, *(adapter.warnings if adapter else ()))
+            run.warnings = (*warnings, *notes, *(adapter.warnings if adapter else ()))
             run.model = adapter.model if adapter else model
             figures = await self._admit(run, operation, want, run.model)
             if want.build is None:  # pragma: no cover - chat and generate always have one

@@ -65,8 +65,8 @@ class Connect(Protocol):
         """Called once for each client, when its provider is chosen.
 
         Return the connection: an object whose methods implement the hooks below. It opens nothing until an operation
-        needs it, since connecting must be cheap. It may have an attribute `address`, the server's address in words,
-        which names the slots that limits are held on.
+        needs it, since connecting must be cheap. It may have two attributes: `address`, the server's address in words,
+        which names the slots that limits are held on; and `default_model`, which is asked where nobody names a model.
 
         Raises:
             SettingsError: a setting cannot be used.

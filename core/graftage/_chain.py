@@ -1,0 +1,168 @@
+"""A fallback chain: providers in order, the next one asked where the one before could not begin to answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+from graftage.exceptions import (
+    CapabilityUnsupported,
+    ConnectionFailed,
+    GraftageError,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    ProviderError,
+    ProviderTimeout,
+)
+from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Stats, Timeouts
+
+if TYPE_CHECKING:
+    from graftage._arguments import Wants
+    from graftage._session import Session
+    from graftage._stream import Run
+
+__all__ = ["Chain"]
+
+T = TypeVar("T")
+PASSED_ON = (ConnectionFailed, Overloaded, ModelNotFound, ModelLoadFailed, CapabilityUnsupported)
+"""Errors after which another provider may do better. All others say something about the request or the answer."""
+PASSED_ON_PHASES = ("connect", "first_token")
+
+
+def passes_on(error: BaseException) -> bool:
+    """Whether the next provider is asked after this error."""
+    if isinstance(error, ProviderTimeout):
+        return error.phase in PASSED_ON_PHASES
+    return isinstance(error, PASSED_ON)
+
+
+class Chain:
+    """Sessions in order. Has the methods of a session that make sense for several providers."""
+
+    def __init__(self, sessions: Sequence[Session], translate: Callable[[GraftageError], Exception] | None) -> None:
+        self.sessions = tuple(sessions)
+        self._translate = translate or (lambda error: error)
+        self._adapter: Any = None
+
+    @property
+    def io(self) -> Any:
+        """How to wait: alike for all members."""
+        return self.sessions[0].io
+
+    @property
+    def provider(self) -> str:
+        """The names of the members, in order."""
+        return ", ".join(session.provider for session in self.sessions)
+
+    @property
+    def model(self) -> str | None:
+        """The first member's model."""
+        return self.sessions[0].model
+
+    @property
+    def settings(self) -> Any:
+        """The first member's settings."""
+        return self.sessions[0].settings
+
+    @property
+    def address(self) -> str:
+        """The members' addresses, in order."""
+        return ", ".join(session.address for session in self.sessions)
+
+    def single(self) -> Session:
+        """Refuse what is for one provider."""
+        raise RuntimeError("this client has several providers: call it on one of its `members`")
+
+    def read(
+        self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
+    ) -> Wants:
+        """Read the arguments of a call."""
+        try:
+            return self.sessions[0].read(reader, subject, arguments)
+        except GraftageError as error:
+            self._raise(error)
+
+    async def infer(self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool) -> tuple[Run, Any]:
+        """Start an answer: the first member that gives a first chunk has the word, and keeps it."""
+        if want.adapter is ACTIVE:
+            want = replace(want, adapter=self._adapter)
+
+        async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> tuple[Run, Any]:
+            run, first = await session.infer(
+                operation, replace(want, timeout=timeouts), stream=stream, warnings=skipped
+            )
+            run.translate = self._translate
+            return run, first
+
+        return await self._first(ask, want.timeout)
+
+    async def embed(self, inputs: str | Sequence[str], arguments: Mapping[str, Any]) -> Embeddings:
+        """One vector for each input, all from one member."""
+
+        async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> Embeddings:
+            answer = await session.embed(inputs, {**arguments, "timeout": timeouts})
+            return replace(answer, warnings=(*skipped, *answer.warnings))
+
+        return await self._first(ask, arguments.get("timeout"))
+
+    async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
+        try:
+            timeouts = self.sessions[0].timeouts(timeout)
+            deadline = time.monotonic() + timeouts.total
+            skipped: list[str] = []
+            for session in self.sessions:
+                left = deadline - time.monotonic()
+                try:
+                    return await ask(session, replace(timeouts, total=max(left, 0.001)), tuple(skipped))
+                except ProviderError as error:
+                    if session is self.sessions[-1] or not passes_on(error) or left <= 0:
+                        error.details.setdefault("skipped", tuple(skipped))
+                        raise
+                    skipped.append(f"`{session.provider}` was skipped: {error.message}")
+        except GraftageError as error:
+            self._raise(error)
+        raise RuntimeError("a chain without members")  # pragma: no cover - connect refuses an empty list
+
+    async def use_adapter(self, reference: Any, **_: Any) -> LoadedAdapter | None:
+        """Note the adapter of all calls that follow: each member resolves it when it is asked."""
+        self._adapter = reference
+        return None
+
+    async def list_adapters(self) -> tuple[AdapterInfo, ...]:
+        """The adapters that the plugins know of."""
+        return await self.sessions[0].list_adapters()
+
+    def capabilities(self) -> Capabilities:
+        """What at least one member can do, with the options that all of them know."""
+        each = [session.capabilities() for session in self.sessions]
+        return Capabilities(
+            features=frozenset().union(*(one.features for one in each)),
+            options=frozenset.intersection(*(one.options for one in each)),
+        )
+
+    def stats(self) -> Stats:
+        """The counters of all members together."""
+        each = [session.stats() for session in self.sessions]
+        names = ("calls", "failures", "retries", "running", "waiting", "input_tokens", "output_tokens")
+        active = str(self._adapter) if self._adapter is not None else None
+        return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)
+
+    async def close(self) -> None:
+        """Close every member, whatever one of them says to it."""
+        failed: GraftageError | None = None
+        for session in self.sessions:
+            try:
+                await session.close()
+            except GraftageError as error:
+                failed = error
+        if failed is not None:
+            self._raise(failed)
+
+    def _raise(self, error: GraftageError) -> NoReturn:
+        translated = self._translate(error)
+        if translated is error:
+            raise error
+        raise translated from error

@@ -1,0 +1,225 @@
+"""From what `connect` was asked to a session: choosing providers and models, loading settings and plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftage._chain import Chain
+from graftage._io import IO
+from graftage._plugins import Catalog, Entry, plugin_name
+from graftage._session import Session
+from graftage.exceptions import GraftageError, ModelNotFound, ProviderError, ProviderNotFound, SettingsError
+from graftage.settings import Loaded, Settings, Sources, load
+from graftage.types import ConnectRequest, ModelInfo
+
+__all__ = ["Opening", "Wish"]
+
+AUTO = "auto"
+SERVER, EMBEDDED = "ollama", "llamacpp"
+"""What `auto` looks for, in this order."""
+Translate = Callable[[GraftageError], Exception]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What `connect` was asked."""
+
+    provider: Any
+    model: str | None = None
+    models: Sequence[str] = ()
+    settings: Any = None
+    plugins: Sequence[object] = ()
+    translate: Translate | None = None
+    env_prefix: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A provider that was chosen by name, ready to be connected."""
+
+    entry: Entry
+    model: str | None
+    loaded: Loaded
+
+
+class Opening:
+    """Reads a wish: plugins are found and settings checked at once; what must ask a server waits for `resolve`."""
+
+    def __init__(self, wish: Wish) -> None:
+        self._wish = wish
+        self._sources = Sources.of(wish.env_prefix, wish.settings if isinstance(wish.settings, (str, Path)) else None)
+        wanted = wish.provider if isinstance(wish.provider, (list, tuple)) else [wish.provider]
+        objects = [each for each in wanted if not isinstance(each, (str, type(None)))]
+        self._catalog = Catalog([*objects, *wish.plugins])
+        self.origins: dict[str, str] = {}
+        if not wanted:
+            raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
+        self._chained = isinstance(wish.provider, (list, tuple))
+        self._names = [self._named(each) for each in wanted]
+        self._members = [] if self.is_auto else [self._member(*each) for each in self._names]
+        self._plugins = self._catalog.plugins()
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the provider is still to be chosen."""
+        return not self._chained and self._names[0][0] == AUTO
+
+    @property
+    def must_ask(self) -> bool:
+        """Whether a server must be asked before the first call."""
+        return self.is_auto or bool(self._wish.models)
+
+    async def resolve(self, io: IO) -> Session | Chain:
+        """The session, or the chain of them."""
+        if self.is_auto:
+            return await self._auto(io)
+        translate = self._wish.translate
+        if not self._chained:
+            return await self._preferring(self._session(self._members[0], io, translate))
+        sessions = [await self._preferring(self._session(each, io, None)) for each in self._members]
+        return Chain(sessions, translate)
+
+    def _named(self, provider: Any) -> tuple[str, str | None]:
+        """The name and the model in one item of the wish."""
+        if isinstance(provider, str):
+            name, _, model = provider.partition(":")
+            return name, model or None
+        if provider is not None:
+            return plugin_name(provider), None
+        chosen, origin = self._sources.choice("provider")
+        if chosen:
+            self.origins["provider"] = origin
+            return self._named(chosen)
+        given = [each.name for each in self._catalog.entries if each.kind == "provider" and each.entry_point is None]
+        # The one provider that was handed over as an object was surely handed over to be used.
+        return (given[0] if len(given) == 1 else AUTO), None
+
+    def _member(self, name: str, model: str | None) -> _Member:
+        entry = self._catalog.provider(name)
+        return _Member(entry, model or self._default_model(), self._settings_of(entry))
+
+    def _default_model(self) -> str | None:
+        if self._wish.model or self._wish.models:
+            return self._wish.model
+        model, origin = self._sources.choice("model")
+        if model:
+            self.origins["model"] = origin
+        return model
+
+    def _settings_of(self, entry: Entry) -> Loaded:
+        mapping = self._wish.settings
+        if isinstance(mapping, Settings):
+            mapping = {name: getattr(mapping, name) for name in mapping.model_fields_set}
+        if not isinstance(mapping, (Mapping, str, Path, type(None))):
+            raise SettingsError(
+                "`settings` must be a mapping, a `Settings`, or the path of a TOML file.", key="settings"
+            )
+        loaded = load(
+            _hook(entry, "settings_model")() if "settings_model" in entry.hooks else Settings,
+            provider=entry.name,
+            arguments=self._wish.overrides,
+            mapping=mapping if isinstance(mapping, Mapping) else None,
+            sources=self._sources,
+            plugins=self._catalog.names(),
+        )
+        self.origins.update(loaded.origins)
+        return loaded
+
+    def _session(self, member: _Member, io: IO, translate: Translate | None) -> Session:
+        request = ConnectRequest(name=member.entry.name, settings=member.loaded.settings)
+        return Session(
+            provider=member.entry.name,
+            model=member.model,
+            settings=member.loaded.settings,
+            connection=_hook(member.entry, "connect")(request=request),
+            plugins=self._plugins,
+            io=io,
+            translate=translate,
+        )
+
+    async def _preferring(self, session: Session) -> Session:
+        """The session with the first of the wished models that is there."""
+        wished = self._wish.models
+        if not wished:
+            return session
+        for model in wished:
+            try:
+                session.model = (await session.show(model, None)).name
+            except ModelNotFound:
+                continue
+            return session
+        raise ModelNotFound(
+            f"The provider `{session.provider}` has none of {', '.join(f'`{each}`' for each in wished)}.",
+            provider=session.provider,
+            hint=f"Pull one: `graftage models pull {wished[0]}`.",
+        )
+
+    # --- auto --------------------------------------------------------------------------------------------------------
+
+    async def _auto(self, io: IO) -> Session:
+        """Ollama where it answers with the wanted model, else the embedded provider."""
+        installed = self._catalog.names("provider")
+        reason = "Ollama's provider is not installed"
+        if SERVER in installed:
+            session = self._session(self._member(SERVER, None), io, self._wish.translate)
+            error = await self._unfit(session)
+            if error is None:
+                return session
+            await session.close()
+            reason = str(error)
+        if EMBEDDED in installed:
+            return await self._preferring(self._session(self._member(EMBEDDED, None), io, self._wish.translate))
+        raise ProviderNotFound(
+            f"No provider can answer: {reason.rstrip('.')}.",
+            plugin=AUTO,
+            hint="Start Ollama, or install `graftage-llamacpp`, which needs no server.",
+        )
+
+    async def _unfit(self, session: Session) -> Exception | None:
+        """Why the server cannot be taken; None where it can, and then the session has a model where one was found."""
+        session_model = session.model
+        try:
+            if self._wish.models:
+                await self._preferring(session)
+            elif session_model:
+                health = await session.health("model_present", session_model, None, None)
+                return None if health.ok else health.error or ProviderError("it is not well")
+            else:
+                session.model = await _used_model(session)
+        except GraftageError as error:
+            return error
+        return None
+
+
+async def _used_model(session: Session) -> str:
+    """The model that a server's user seems to work with: one that is loaded, else the newest."""
+    loaded = await session.loaded(None)
+    if loaded:
+        return loaded[0].name
+    found = await session.models(None)
+    if not found:
+        raise ModelNotFound("The server has no model.", provider=session.provider)
+    return max(found, key=_age).name
+
+
+def _age(model: ModelInfo) -> float:
+    return model.modified_at.timestamp() if model.modified_at else 0.0
+
+
+def _hook(entry: Entry, name: str) -> Callable[..., Any]:
+    hook: Callable[..., Any] = getattr(entry.plugin, name)
+    return hook
+
+
+def translated(wish: Wish, work: Callable[[], Opening]) -> Opening:
+    """Open, with errors told as the host wants them."""
+    try:
+        return work()
+    except GraftageError as error:
+        if wish.translate is None:
+            raise
+        raise wish.translate(error) from error
