@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncClient", "Client", "connect", "connect_async"]
 
 T = TypeVar("T")
+DEFAULT_PROVIDER = "ollama"
 
 
 def connect(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 import time
@@ -182,7 +183,9 @@ async def _in_threads(chunks: Iterator[Any]) -> AsyncIterator[Any]:
     finally:
         close = getattr(chunks, "close", None)
         if close is not None:
-            await asyncio.to_thread(close)
+            # A worker that is still inside the iterator keeps it; it is closed when the worker lets it go.
+            with contextlib.suppress(ValueError):
+                await asyncio.to_thread(close)
 
 
 class _Awaited:

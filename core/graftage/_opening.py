@@ -30,11 +30,12 @@ class Wish:
     provider: Any
     model: str | None = None
     models: Sequence[str] = ()
-    settings: Any = None
+    settings: Any = field(default=None, repr=False)
     plugins: Sequence[object] = ()
     translate: Translate | None = None
     env_prefix: str | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """May hold secrets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ class Session:
         clamped, warnings = _limits.clamp(wanted, limits)
         run.limits = limits
         run.warnings = (*run.warnings, *warnings)
-        for idle in limits.unload if limits else ():
+        for idle in limits.unload if limits and has(self.relay, "unload_model") else ():
             if idle not in self._gate.in_use():
                 await self.io.call(self.relay, "unload_model", ModelRequest(call=run.call, model=idle), run.call)
         await self._take_slot(run, limits, model)

@@ -160,6 +160,8 @@ class Guard(httpx.BaseTransport):
             response = self._inner.handle_request(request)
         except Exception as error:
             raise _before_answer(error, of, request) from error
+        if of.clock.phase == "connect":  # A transport that is not `Network` does not tell when it was connected.
+            of.clock.enter("first_token")
         stream = response.stream
         if not isinstance(stream, httpx.SyncByteStream):  # pragma: no cover - a broken inner transport
             raise TypeError("the transport of a sync client must answer with a sync stream")
@@ -200,7 +202,7 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         stream = response.stream
         if not isinstance(stream, httpx.AsyncByteStream):  # pragma: no cover - a broken inner transport
             raise TypeError("the transport of an async client must answer with an async stream")
-        of.clock.enter("first_token")
+        of.clock.phase = "first_token"  # Its limit goes on: headers are no token.
         try:
             if response.status_code >= REDIRECT_STATUS:
                 raise _refusal(of, response, await _acapped(_abounded(stream, of), MAX_ERROR_BODY))
@@ -375,29 +377,36 @@ class _LineReader:
         self._rest: list[bytes] = []
         self._size = 0
 
-    def feed(self, piece: bytes) -> Iterator[bytes]:
+    def feed(self, piece: bytes) -> list[bytes]:
+        """The whole lines that this piece completes, read."""
         *whole, rest = piece.split(b"\n")
-        for part in whole:
-            line = b"".join((*self._rest, part)) if self._rest else part
-            self._rest, self._size = [], 0
-            yield from self._read(line, True)
+        lines: list[bytes] = []
+        if whole:
+            if self._rest:
+                whole[0] = b"".join((*self._rest, whole[0]))
+                self._rest, self._size = [], 0
+            for line in whole:
+                self._read(line, True, lines)
             self._of.clock.enter("idle")
         if rest:
             self._rest.append(rest)
             self._size += len(rest)
             if self._size > MAX_LINE:
                 raise _too_large(MAX_LINE)
+        return lines
 
-    def end(self) -> Iterator[bytes]:
+    def end(self) -> list[bytes]:
+        """The last line, where no line break ended it."""
+        lines: list[bytes] = []
         if self._rest:
-            yield from self._read(b"".join(self._rest), False)
+            self._read(b"".join(self._rest), False, lines)
+        return lines
 
-    def _read(self, line: bytes, whole: bool) -> Iterator[bytes]:
-        if not line.strip():
-            return
-        read = self._of.line(mend_line(line), whole)
-        if read is not None:
-            yield read + b"\n"
+    def _read(self, line: bytes, whole: bool, into: list[bytes]) -> None:
+        if line and not line.isspace():
+            read = self._of.line(mend_line(line), whole)
+            if read is not None:
+                into.append(read + b"\n")
 
 
 _BREAKS = re.compile(rb"[\x0b\x0c\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9]")
@@ -527,13 +536,40 @@ def proxy_for(url: httpx.URL) -> str | None:
     proxies = urllib.request.getproxies()
     if urllib.request.proxy_bypass(url.host):
         return None
-    return proxies.get(url.scheme) or proxies.get("all")
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+
+def _proxy_options(proxy: str) -> dict[str, Any]:
+    """A proxy's address, and the user and password in it, as httpcore takes them.
+
+    Raises:
+        ConnectionFailed: it is none that can be used. The address is not repeated: it may hold a password.
+    """
+    hint = "Set an http proxy, or name the host in NO_PROXY."
+    try:
+        url = httpx.URL(proxy)
+    except httpx.InvalidURL as error:
+        raise _failed("The proxy that the environment names is no address.", "proxy", hint) from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise _failed(f"The environment names a proxy of a kind that cannot be used: {url.scheme}.", "proxy", hint)
+    address = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=b"/")
+    return {"proxy_url": address, "proxy_auth": (url.username, url.password) if url.userinfo else None}
 
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """The one TLS context of the process: building one costs some 50 ms, and no plain-http host needs it."""
-    return httpx.create_ssl_context()
+    """The one TLS context of the process: building one costs some 50 ms, and no plain-http host needs it.
+
+    Raises:
+        ConnectionFailed: the certificates cannot be read.
+    """
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one
+        raise _failed(
+            f"The certificates for TLS cannot be read: {error}.", "tls", "Check SSL_CERT_FILE and SSL_CERT_DIR."
+        ) from error
 
 
 def _pool_options(url: httpx.URL) -> dict[str, Any]:
@@ -553,7 +589,9 @@ class Network(httpx.HTTPTransport):
         # methods inherited from it use nothing but `_pool`.
         options = {**_pool_options(url), "network_backend": _ClockedBackend(httpcore.SyncBackend())}
         proxy = proxy_for(url)
-        self._pool = httpcore.HTTPProxy(proxy, **options) if proxy else httpcore.ConnectionPool(**options)
+        self._pool = (
+            httpcore.HTTPProxy(**_proxy_options(proxy), **options) if proxy else httpcore.ConnectionPool(**options)
+        )
 
 
 class _ClockedBackend(httpcore.NetworkBackend):
@@ -652,7 +690,11 @@ class _AsyncTransport(httpx.AsyncHTTPTransport):
     def __init__(self, url: httpx.URL) -> None:
         options = _pool_options(url)  # Built here for the same reason as in `Network`.
         proxy = proxy_for(url)
-        self._pool = httpcore.AsyncHTTPProxy(proxy, **options) if proxy else httpcore.AsyncConnectionPool(**options)
+        self._pool = (
+            httpcore.AsyncHTTPProxy(**_proxy_options(proxy), **options)
+            if proxy
+            else httpcore.AsyncConnectionPool(**options)
+        )
 
 
 class _AsyncPool:
