@@ -296,11 +296,14 @@ class _Workings:
         except Exception as error:  # noqa: BLE001 # the contract: what went wrong is reported, not raised
             return Health(level=request.level, reachable=False, address=self.address, error=error)
         name = _canonical(request.model) if request.model else None
+        present = name in self._echo.models or not self._echo.strict
+        # To see whether a model answers, it is made to: then it is in memory, too.
+        answers = present and request.level == "answers"
         levels: dict[str, bool] = {
             "api": True,
-            "model_present": name in self._echo.models or not self._echo.strict,
-            "model_loaded": name in self._echo.loaded,
-            "answers": True,
+            "model_present": present,
+            "model_loaded": answers or name in self._echo.loaded,
+            "answers": answers,
         }
         asked = HEALTH_LEVELS[1 : HEALTH_LEVELS.index(request.level) + 1]
         return Health(
