@@ -1,0 +1,147 @@
+"""Prints an answer as it comes, or as a whole, and tells what a reader should know of it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from graftage._cli import show
+from graftage.exceptions import ProviderError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graftage.types import Chunk, Reply
+
+__all__ = ["Stopped", "answer", "streamed"]
+
+Ask = Callable[..., Any]
+"""`Client.chat` or `Client.generate` with all arguments but `stream`."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C came during an answer."""
+
+    def __init__(self, partial: "Reply") -> None:
+        super().__init__()
+        self.partial = partial
+        """What had come."""
+
+
+def answer(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
+    """Ask, and print the answer in the way that was wanted."""
+    if as_json:
+        with show.waiting("waiting for the answer"):
+            reply = ask(stream=False)
+        show.print_json(_data(reply))
+    elif stream:
+        streamed(ask, raw=raw)
+    else:
+        with show.waiting("waiting for the answer"):
+            reply = ask(stream=False)
+        printer = _Printer(raw=raw)
+        printer.add(reply)
+        printer.end()
+        _tell(reply)
+
+
+def streamed(ask: Ask, *, raw: bool) -> "Reply":
+    """Ask, print the answer as it comes, and give it back.
+
+    Raises:
+        Stopped: Ctrl-C came; the stream is closed.
+    """
+    with show.waiting("waiting for the first word"):
+        stream = ask(stream=True)
+    printer = _Printer(raw=raw)
+    try:
+        with stream:
+            for chunk in stream:
+                printer.add(chunk)
+    except KeyboardInterrupt:
+        raise Stopped(stream.partial) from None
+    except ProviderError as error:
+        printer.catch_up(error)
+        raise
+    finally:
+        printer.end()
+    reply: Reply = stream.reply
+    _tell(reply)
+    return reply
+
+
+class _Printer:
+    """Prints text to stdout and thinking, dimmed, to stderr."""
+
+    def __init__(self, *, raw: bool) -> None:
+        self._text = show.Escaper(raw=raw)
+        self._thinking = show.Escaper(raw=raw)
+        self._fed = 0
+        self._last = ""
+        self._thoughts_open = False
+        self._dimmed: Console | None = None
+
+    def add(self, piece: "Chunk | Reply") -> None:
+        """Print a piece."""
+        if piece.thinking:
+            self._think(self._thinking.feed(piece.thinking))
+        if piece.text:
+            self._end_thinking()
+            self._fed += len(piece.text)
+            self._write(self._text.feed(piece.text))
+
+    def catch_up(self, error: ProviderError) -> None:
+        """Print what the error brought along: the chunk it was found in never came out."""
+        if error.partial is not None and (rest := error.partial.text[self._fed :]):
+            self._write(self._text.feed(rest))
+
+    def end(self) -> None:
+        """End the last line."""
+        self._end_thinking()
+        self._write(self._text.end())
+        if self._last and not self._last.endswith("\n"):
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._last = text
+
+    def _think(self, text: str) -> None:
+        from rich.text import Text  # noqa: PLC0415 - few models think
+
+        self._dimmed = self._dimmed or show.console(error=True)
+        self._dimmed.print(Text(text, style="dim"), end="", soft_wrap=True)
+        self._thoughts_open = True
+
+    def _end_thinking(self) -> None:
+        if self._thoughts_open:
+            self._think(self._thinking.end() + "\n")
+            self._thoughts_open = False
+
+
+def _tell(reply: "Reply") -> None:
+    for warning in reply.warnings:
+        show.note(warning, kind="warning")
+    if reply.finish_reason == "length":
+        show.note("The answer was cut: raise `--max-tokens`, or `--context-window`.", kind="warning")
+
+
+def _data(reply: "Reply") -> dict[str, Any]:
+    """A reply for programs."""
+    data = {
+        "text": reply.text,
+        "model": reply.model,
+        "provider": reply.provider,
+        "adapter": reply.adapter,
+        "finish_reason": reply.finish_reason,
+        "usage": asdict(reply.usage),
+        "timings": asdict(reply.timings),
+        "warnings": list(reply.warnings),
+    }
+    if reply.thinking:
+        data["thinking"] = reply.thinking
+    if reply.parsed is not None:
+        data["parsed"] = reply.parsed
+    return data

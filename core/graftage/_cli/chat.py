@@ -1,0 +1,71 @@
+"""`graftage chat`: one answer, or a conversation."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftage._cli import options
+from graftage._cli.answer import answer
+from graftage._cli.errors import Misuse
+from graftage._cli.prompt import read_prompt
+
+__all__ = ["chat"]
+
+
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask. Without it, a conversation begins, or the pipe is read.")
+    ] = None,
+    *,
+    model: options.Model = None,
+    system: options.System = None,
+    adapter: options.Adapter = None,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    max_tokens: options.MaxTokens = None,
+    context_window: options.ContextWindow = None,
+    keep_alive: options.KeepAlive = None,
+    think: options.Think = None,
+    image: options.Images = None,
+    answer_format: options.Format = None,
+    timeout: options.Timeout = None,
+    host: options.Host = None,
+    no_stream: options.NoStream = False,
+    as_json: options.AsJson = False,
+    raw: options.Raw = False,
+) -> None:
+    """Ask a model, or talk with it.
+
+    `cat notes.txt | graftage chat "Summarise this."` sends both.
+    """
+    arguments = options.given(
+        {
+            "adapter": adapter,
+            "options": options.given({"temperature": temperature, "seed": seed}) or None,
+            "max_tokens": max_tokens,
+            "context_window": context_window,
+            "keep_alive": keep_alive,
+            "think": think,
+            "format": options.read_format(answer_format),
+            "timeout": timeout,
+        }
+    )
+    text = read_prompt(prompt)
+    if text is None and as_json:
+        raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
+    with options.connected(model, host=host) as client:
+        options.require_model(client)
+        messages = [{"role": "system", "content": system}] if system else []
+        if text is None:
+            from graftage._cli.conversation import Conversation  # noqa: PLC0415 - most calls ask one thing
+
+            Conversation(client, messages, arguments, images=image or (), raw=raw).run()
+            return
+        messages.append(_question(text, image))
+        answer(partial(client.chat, messages, **arguments), stream=not no_stream, as_json=as_json, raw=raw)
+
+
+def _question(text: str, images: list[Path] | None) -> dict[str, Any]:
+    return {"role": "user", "content": text, "images": images or []}

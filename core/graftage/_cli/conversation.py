@@ -1,0 +1,107 @@
+"""The interactive part of `graftage chat`."""
+
+import contextlib
+import importlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftage._cli import errors, show
+from graftage._cli.answer import Stopped, streamed
+from graftage.exceptions import GraftageError
+
+if TYPE_CHECKING:
+    from graftage import Client
+
+__all__ = ["Conversation"]
+
+PROMPT = ">>> "
+HELP = """\
+/clear   forget what was said so far
+/exit    end the conversation, as Ctrl-D does
+/help    show this
+Ctrl-C   stop the answer"""
+
+
+class Conversation:
+    """Questions and answers that the model remembers.
+
+    Args:
+        client: who answers.
+        start: the messages that `/clear` leaves.
+        arguments: what each call is given.
+        images: pictures for the first question.
+        raw: print control characters as they are.
+    """
+
+    def __init__(
+        self,
+        client: "Client",
+        start: Sequence[Any],
+        arguments: Mapping[str, Any],
+        *,
+        images: Sequence[Path] = (),
+        raw: bool = False,
+    ) -> None:
+        self._client = client
+        self._start = tuple(start)
+        self._history = list(start)
+        self._arguments = arguments
+        self._images = list(images)
+        self._raw = raw
+
+    def run(self) -> None:
+        """Talk until the end of the input, or `/exit`."""
+        with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself.
+            importlib.import_module("readline")
+        show.note(f"{self._client.model} on {self._client.provider}. /help shows what you can do.")
+        while (line := _read_line()) is not None:
+            if re.fullmatch(r"/\w+", line):
+                if line == "/exit":
+                    return
+                self._command(line)
+            elif line:
+                self._turn(line)
+
+    def _command(self, line: str) -> None:
+        if line == "/clear":
+            self._history = list(self._start)
+            show.note("Forgotten.")
+        elif line == "/help":
+            show.note(HELP, indent="")
+        else:
+            show.note(f"There is no `{line}`; /help shows what there is.")
+
+    def _turn(self, text: str) -> None:
+        """One question and its answer. A question that got no answer is forgotten."""
+        messages = [*self._history, {"role": "user", "content": text, "images": self._images}]
+        try:
+            reply = streamed(partial(self._client.chat, messages, **self._arguments), raw=self._raw)
+        except Stopped as stopped:
+            show.note("(stopped)")
+            reply = stopped.partial
+        except KeyboardInterrupt:
+            show.note("(stopped before it began)")
+            return
+        except GraftageError as error:
+            errors.tell(error)
+            return
+        if reply.text:
+            self._history = [*messages, {"role": "assistant", "content": reply.text}]
+            self._images = []
+
+
+def _read_line() -> str | None:
+    """The next line, empty where Ctrl-C took it back; None at the end."""
+    try:
+        return input(PROMPT).strip()
+    except EOFError:
+        sys.stdout.write("\n")
+        return None
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        show.note("Ctrl-D or /exit ends the conversation.")
+        return ""

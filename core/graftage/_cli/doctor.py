@@ -1,0 +1,332 @@
+"""`graftage doctor`: looks at everything between here and an answer, in the order in which it can fail."""
+
+import contextlib
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import SplitResult, urlsplit
+
+import typer
+
+from graftage._cli import options, show
+from graftage._cli.errors import FAILED, exit_code, way_out
+from graftage._cli.plugins import plugin_data, print_plugins
+from graftage.exceptions import GraftageError
+
+if TYPE_CHECKING:
+    from graftage import Client
+    from graftage.settings import Sources
+    from graftage.types import Health, HealthLevel
+
+__all__ = ["doctor"]
+
+State = Literal["ok", "fail", "note", "skip"]
+STYLES = {"ok": "green", "fail": "bold red", "note": "yellow", "skip": "dim"}
+PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+DEFAULT_PORTS = {"http": 80, "https": 443}
+LISTENS_EVERYWHERE = re.compile(r"(^|[/@])(0\.0\.0\.0|\[?::\]?)(:\d+)?(/|$)")
+SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
+MASK = "**********"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was looked at, and what was found."""
+
+    name: str
+    state: State
+    text: str
+    hint: str | None = None
+
+
+def doctor(
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find out why it does not work.
+
+    Exit code: 0 all is well, 1 a check failed, 2 the settings are wrong.
+    """
+    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+
+    with contextlib.closing(Examination(model, provider, host)) as examination:
+        checks = []
+        for check in examination.checks():
+            checks.append(check)
+            if not as_json:
+                _print_check(check)
+        settings = examination.settings()
+    entries = Catalog().inspect_all()
+    if as_json:
+        plugins = [plugin_data(each) for each in entries]
+        found = [asdict(each) for each in checks]
+        show.print_json({"ok": not examination.code, "checks": found, "settings": settings, "plugins": plugins})
+    else:
+        _print_settings(settings)
+        show.line("")
+        print_plugins(entries)
+    raise typer.Exit(examination.code)
+
+
+class Examination:
+    """The checks, each of which needs what those before it found."""
+
+    def __init__(self, model: str | None, provider: str | None, host: str | None) -> None:
+        self.code = 0
+        """The exit code so far."""
+        self._provider, self._model = (provider, model) if provider else options.split(model)
+        self._host = host
+        self._client: Client | None = None
+        self._proxy: str | None = None
+
+    def checks(self) -> Iterator[Check]:
+        """Make them, one after the other; after one that failed the rest would only repeat it."""
+        steps: dict[str, Callable[[], Check]] = {
+            "settings file": self._settings_file,
+            "provider": self._provider_found,
+            "settings": self._settings_read,
+            "address": self._address_read,
+            "proxy": self._proxy_found,
+            "name": self._name_resolved,
+            "port": self._port_open,
+            "server": self._server_answers,
+            "model": self._model_present,
+        }
+        for name, step in steps.items():
+            check = Check(name, "skip", "not looked at") if self.code else self._made(name, step)
+            if check.state == "fail":
+                self.code = self.code or FAILED
+            yield check
+
+    def _made(self, name: str, step: Callable[[], Check]) -> Check:
+        try:
+            return step()
+        except GraftageError as error:
+            self.code = exit_code(error)
+            return Check(name, "fail", error.message, way_out(error))
+
+    def settings(self) -> list[dict[str, str]]:
+        """The settings in effect and where each came from; secrets are masked."""
+        if self._client is None:
+            return []
+        values = self._client.settings
+        return [
+            {"name": name, "value": _masked(name, getattr(values, name)), "origin": self._origin(name)}
+            for name in type(values).model_fields
+            if name != "transport"
+        ]
+
+    def close(self) -> None:
+        """Give the client back."""
+        if self._client is not None:
+            self._client.close()
+
+    # The checks
+
+    def _settings_file(self) -> Check:
+        sources = _sources()
+        sources.document()
+        if sources.file is not None and sources.file.is_file():
+            return Check("settings file", "ok", f"{sources.file} is read")
+        return Check("settings file", "ok", f"{sources.file} does not exist, which is fine")
+
+    def _provider_found(self) -> Check:
+        from graftage._plugins import Catalog  # noqa: PLC0415
+
+        origin = "command line"
+        if self._provider is None:
+            self._provider, origin = options.usual_provider()
+        entry = Catalog().provider(self._provider)
+        return Check("provider", "ok", f"`{entry.name}` from {entry.origin} ({origin})")
+
+    def _settings_read(self) -> Check:
+        self._client = options.connected(self._model, self._provider, host=self._host)
+        known = [name for name in self._client.origins if name not in ("model", "provider")]
+        return Check("settings", "ok", f"{len(known)} set, the rest are defaults" if known else "all are defaults")
+
+    def _address_read(self) -> Check:
+        given = str(self._connected.settings.host or "")
+        text = f"{_without_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
+        if LISTENS_EVERYWHERE.search(given):
+            return Check(
+                "address",
+                "note",
+                text,
+                f"`{_without_user(given)}` is an address to listen on. Name the machine: 127.0.0.1 if it is this one.",
+            )
+        return Check("address", "ok", text)
+
+    def _proxy_found(self) -> Check:
+        if self._url is None:
+            return Check("proxy", "skip", "there is no network on the way")
+        names = [name for name in PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
+        try:
+            import httpx  # noqa: PLC0415
+
+            from graftage.http import proxy_for  # noqa: PLC0415
+        except ImportError:
+            return Check("proxy", "skip", "the provider does not use Graftage's HTTP")
+        self._proxy = proxy_for(httpx.URL(self._address))
+        if self._proxy:
+            return Check(
+                "proxy",
+                "note",
+                f"{_without_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
+                f"Set NO_PROXY={self._url.hostname} to go straight.",
+            )
+        return Check("proxy", "ok", f"none applies, though {', '.join(names)} is set" if names else "none is set")
+
+    def _name_resolved(self) -> Check:
+        if self._target is None:
+            return Check("name", "skip", "there is no network on the way")
+        host, port = self._target
+        found = _resolved(host, port, self._connected.settings.timeouts.connect)
+        if isinstance(found, str):
+            return Check("name", "fail", f"`{host}` is not known: {found}", self._place_hint("Check the spelling."))
+        return Check("name", "ok", f"{host} is {', '.join(found)}")
+
+    def _port_open(self) -> Check:
+        if self._target is None:
+            return Check("port", "skip", "there is no network on the way")
+        host, port = self._target
+        try:
+            socket.create_connection((host, port), timeout=self._connected.settings.timeouts.connect).close()
+        except OSError as error:
+            text = f"{host} port {port} does not answer: {error.strerror or error}"
+            return Check("port", "fail", text, self._place_hint("Is the server running, and is the port right?"))
+        return Check("port", "ok", f"{host} listens on port {port}")
+
+    def _place_hint(self, hint: str) -> str:
+        if self._proxy:
+            return f"That is the proxy. {hint}"
+        if Path("/.dockerenv").exists() and self._url is not None and _is_loopback(self._url.hostname or ""):
+            return f"{hint} In a container, localhost is the container: outside it is `host.docker.internal`."
+        return hint
+
+    def _server_answers(self) -> Check:
+        health = self._healthy("api")
+        version = f"version {health.version}" if health.version else "of unknown version"
+        return Check("server", "ok", f"answers, {version}, in {1000 * (health.latency or 0):.0f} ms")
+
+    def _model_present(self) -> Check:
+        model = self._connected.model
+        if not model:
+            return Check("model", "note", "none is chosen", "Name one with `-m`, or set GRAFTAGE_MODEL.")
+        self._healthy("model_present")
+        return Check("model", "ok", f"`{model}` is there ({self._connected.origins.get('model') or 'command line'})")
+
+    def _healthy(self, level: "HealthLevel") -> "Health":
+        health = self._connected.health(level, max_age=0)
+        if health.ok:
+            return health
+        if isinstance(health.error, GraftageError):
+            raise health.error
+        if level == "model_present":
+            from graftage.exceptions import ModelNotFound  # noqa: PLC0415
+
+            raise ModelNotFound(f"The model `{health.model}` is not there.", model=health.model)
+        raise GraftageError(f"It is not well: {health.error or 'no reason was given'}.")
+
+    # What they need
+
+    @property
+    def _connected(self) -> "Client":
+        if self._client is None:
+            raise GraftageError("There is no connection to look at.")
+        return self._client
+
+    def _origin(self, name: str) -> str:
+        origin = self._connected.origins.get(name, "default")
+        return "command line" if origin == "argument" else origin
+
+    @property
+    def _address(self) -> str:
+        return self._connected.address
+
+    @property
+    def _url(self) -> SplitResult | None:
+        parts = urlsplit(self._address)
+        return parts if parts.scheme in DEFAULT_PORTS and parts.hostname else None
+
+    @property
+    def _target(self) -> tuple[str, int] | None:
+        """Whom to call: the server, or the proxy in front of it."""
+        parts = urlsplit(self._proxy) if self._proxy else self._url
+        if parts is None:
+            return None
+        return parts.hostname or "", parts.port or DEFAULT_PORTS.get(parts.scheme, 80)
+
+
+def _sources() -> "Sources":
+    from graftage.settings import Sources  # noqa: PLC0415
+
+    return Sources.of()
+
+
+def _resolved(host: str, port: int, seconds: float) -> list[str] | str:
+    """The addresses of a name, or why there are none. A resolver cannot be told how long to take."""
+    found: list[list[str] | str] = []
+
+    def look() -> None:
+        try:
+            records = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            found.append(str(getattr(error, "strerror", None) or error))
+        else:
+            found.append(sorted({str(record[4][0]) for record in records}))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else f"no answer within {seconds:g} s"
+
+
+def _is_loopback(host: str) -> bool:
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def _without_user(address: str) -> str:
+    """The address without a password that may be in it."""
+    return re.sub(r"//[^/@]*@", "//", address)
+
+
+def _masked(name: str, value: Any) -> str:
+    """A setting for the eyes of whoever reads the report."""
+    if value is None:
+        return ""
+    if SECRET.search(name) or hasattr(value, "get_secret_value"):
+        return MASK
+    if name == "headers":
+        return ", ".join(f"{header}: {MASK}" for header in value)
+    if name == "timeouts":
+        return ", ".join(f"{part} {seconds:g}" for part, seconds in asdict(value).items())
+    return _without_user(str(value))
+
+
+def _print_check(check: Check) -> None:
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    row = Table.grid(padding=(0, 1, 0, 0))
+    row.add_column(width=4)
+    row.add_column(width=13)
+    row.add_column(overflow="fold")
+    row.add_row(Text(check.state, style=STYLES[check.state]), Text(check.name), Text(show.cell(check.text)))
+    if check.hint:
+        row.add_row("", "", Text(show.cell(check.hint), style="italic"))
+    show.console().print(row)
+
+
+def _print_settings(settings: list[dict[str, str]]) -> None:
+    if settings:
+        show.line("")
+        show.print_table(
+            ("setting", "value", "from"), ((each["name"], each["value"], each["origin"]) for each in settings)
+        )

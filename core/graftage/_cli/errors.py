@@ -1,0 +1,97 @@
+"""Every error of a command becomes one message with the way out, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from graftage._cli import show
+from graftage.exceptions import GraftageError, ModelNotFound, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["FAILED", "INTERRUPTED", "MISUSED", "Misuse", "Reporting", "exit_code", "tell", "way_out"]
+
+FAILED = 1
+MISUSED = 2
+INTERRUPTED = 130
+"""What a shell gives a program that Ctrl-C ended."""
+
+
+class Misuse(GraftageError):
+    """The command was called in a way that makes no sense."""
+
+
+class Reporting(TyperGroup):
+    """The root of the commands: what escapes from one of them is told here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with _reported(debug=ctx.params.get("debug") or os.environ.get("GRAFTAGE_DEBUG", "") not in ("", "0")):
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _reported(*, debug: bool) -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        _discard_output()
+        raise typer.Exit(FAILED) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if hasattr(error, "exit_code"):  # Typer's own, about the usage; its class moved between releases.
+            raise
+        with contextlib.suppress(BrokenPipeError):
+            tell(error, debug=debug)
+        raise typer.Exit(exit_code(error)) from None
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code that an error means."""
+    return MISUSED if isinstance(error, (Misuse, SettingsError)) else FAILED
+
+
+def tell(error: Exception, *, debug: bool = False) -> None:
+    """Print an error and the way out."""
+    sys.stdout.flush()
+    if debug:
+        show.note("".join(traceback.format_exception(error)).rstrip(), indent="")
+    if isinstance(error, GraftageError):
+        show.note(error.message.removesuffix(";"), kind="error")
+        hint = way_out(error)
+    else:
+        show.note(f"{type(error).__name__}: {error}", kind="error")
+        hint = "That is a fault of Graftage or of a plugin: run `graftage --debug ...` and report the traceback."
+    if hint:
+        show.note(hint, kind="hint")
+
+
+def way_out(error: GraftageError) -> str | None:
+    """What to do about an error, with the commands that do it."""
+    hint = error.hint or ""
+    if isinstance(error, ModelNotFound):
+        if error.suggestions and not any(name in hint for name in error.suggestions):
+            hint = f"{hint} Did you mean {' or '.join(f'`{name}`' for name in error.suggestions)}?"
+        if error.model and "graftage models pull" not in hint:
+            hint = f"{hint} `graftage models pull {error.model}` downloads it."
+    return hint.strip() or None
+
+
+def _discard_output() -> None:
+    """Let nobody write to the pipe that is gone, or Python complains when it flushes at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

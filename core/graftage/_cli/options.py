@@ -1,0 +1,125 @@
+"""The options that several commands share, and what is made of them."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftage._cli.errors import Misuse
+
+if TYPE_CHECKING:
+    from graftage import Client
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="[PROVIDER:]MODEL",
+        help="The model, and the provider if it is not the usual one. Default: GRAFTAGE_MODEL, or the settings file.",
+    ),
+]
+Provider = Annotated[
+    str | None,
+    typer.Option("--provider", "-p", help="The provider. Default: GRAFTAGE_PROVIDER, the settings file, else ollama."),
+]
+Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Limit on the whole call.")]
+System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter to answer with.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="0 for the likeliest words, 1 for variety.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same answer, where all else is equal.")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of the answer.")]
+ContextWindow = Annotated[
+    int | None, typer.Option("--context-window", min=1, help="Tokens of prompt and answer together.")
+]
+KeepAlive = Annotated[
+    str | None, typer.Option("--keep-alive", help="How long the model stays loaded: seconds, 5m, -1 for ever.")
+]
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Whether to think before answering.")]
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="Picture to go with the prompt; may be repeated.")
+]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
+]
+NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Print control characters of the answer as they are: they can steer a terminal.")
+]
+
+
+def connected(model: str | None, provider: str | None = None, **overrides: Any) -> "Client":
+    """The client that the options choose.
+
+    The part before the first colon is a provider only where one of that name is installed: `llama3.2:1b` is a model.
+    """
+    import graftage  # noqa: PLC0415 - `graftage --help` must be quick; the same holds for all such imports here
+
+    if provider is None:
+        provider, model = split(model)
+    return graftage.connect(provider, model=model or None, **given(overrides))
+
+
+def managed(model: str | None, provider: str | None, **overrides: Any) -> "Client":
+    """The client for looking after models: of one provider, whether or not it has a model that could answer."""
+    if provider is None:
+        provider, model = split(model)
+    return connected(model, provider or usual_provider()[0], **overrides)
+
+
+def usual_provider() -> tuple[str, str]:
+    """The provider to look after where none is named, and why it."""
+    from graftage._opening import AUTO, EMBEDDED, SERVER  # noqa: PLC0415
+    from graftage._plugins import Catalog  # noqa: PLC0415
+    from graftage.settings import Sources  # noqa: PLC0415
+
+    name, origin = Sources.of().choice("provider")
+    if name and name != AUTO:
+        return name.partition(":")[0], origin
+    installed = Catalog().names("provider")
+    found = next((each for each in (SERVER, EMBEDDED) if each in installed), SERVER)
+    return found, "default"
+
+
+def split(model: str | None) -> tuple[str | None, str | None]:
+    """The provider, where one is named, and the model."""
+    from graftage._plugins import Catalog  # noqa: PLC0415
+
+    name, colon, rest = (model or "").partition(":")
+    if colon and name in Catalog().names("provider"):
+        return name, rest or None
+    return None, model
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were used."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def require_model(client: "Client") -> None:
+    """Refuse to go on without a model."""
+    if not client.model:
+        raise Misuse(
+            "No model is chosen.",
+            hint="Name one with `-m`, or set GRAFTAGE_MODEL. `graftage models list` shows what there is.",
+        )
+
+
+def read_format(value: str | None) -> Any:
+    """What `--format` names: `json`, or the schema in a file."""
+    if value in (None, "json"):
+        return value
+    try:
+        schema = json.loads(Path(str(value)).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Misuse(
+            f"`--format {value}` cannot be used: {error}.", hint="Give `json`, or a JSON schema's file."
+        ) from None
+    if not isinstance(schema, dict) or not schema:
+        raise Misuse(f"`--format {value}` holds no JSON schema.", hint="A schema is an object, not empty.")
+    return schema

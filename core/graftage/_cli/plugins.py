@@ -1,0 +1,60 @@
+"""`graftage plugins`: what is installed, and what became of it."""
+
+from typing import TYPE_CHECKING, Any
+
+from graftage._cli import options, show
+from graftage._cli.errors import way_out
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from graftage._plugins import Entry
+
+__all__ = ["plugin_data", "plugins", "print_plugins"]
+
+
+def plugins(as_json: options.AsJson = False) -> None:
+    """List providers and plugins, and why one is left out."""
+    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
+
+    entries = Catalog().inspect_all()
+    if as_json:
+        show.print_json([plugin_data(each) for each in entries])
+    else:
+        print_plugins(entries)
+
+
+def print_plugins(entries: "Sequence[Entry]") -> None:
+    """Print the table, and below it what is wrong."""
+    if not entries:
+        show.line("No provider or plugin is installed. `pip install graftage-ollama` brings one.")
+        return
+    show.print_table(
+        ("name", "kind", "distribution", "version", "state", "hooks"),
+        (
+            (each.name, each.kind, each.distribution, each.version, each.state, ", ".join(each.hooks))
+            for each in entries
+        ),
+    )
+    for entry in entries:
+        if why := _why(entry):
+            show.line(f"\n{show.cell(entry.name)}: {show.cell(why)}")
+
+
+def plugin_data(entry: "Entry") -> dict[str, Any]:
+    """A plugin for programs."""
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "hooks": list(entry.hooks),
+        "state": entry.state,
+        "why": _why(entry),
+    }
+
+
+def _why(entry: "Entry") -> str | None:
+    if entry.error is not None:
+        return " ".join(filter(None, (entry.error.message, way_out(entry.error))))
+    return "GRAFTAGE_DISABLED_PLUGINS names it." if entry.state == "disabled" else None

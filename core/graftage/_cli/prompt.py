@@ -1,0 +1,29 @@
+"""Where the prompt comes from: the command line, a pipe, or both."""
+
+import sys
+
+from graftage._cli.errors import Misuse
+from graftage._cli.show import is_terminal
+
+__all__ = ["read_prompt"]
+
+
+def read_prompt(prompt: str | None) -> str | None:
+    """The prompt to send; None where a person sits at the terminal and gave none.
+
+    What is piped in comes first and the prompt after it, as one says what to do with a text.
+    """
+    text = prompt
+    if sys.stdin is not None and not is_terminal(sys.stdin):
+        piped = _piped()
+        text = f"{piped.rstrip()}\n\n{prompt}" if prompt and piped.strip() else prompt or piped
+    if text is not None and not text.strip():
+        raise Misuse("There is no prompt.", hint='Give one: `graftage chat "Why is the sky blue?"`.')
+    return text
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Misuse(f"What is piped in is no text in UTF-8: {error.reason} at byte {error.start}.") from None

@@ -1,0 +1,197 @@
+"""What reaches the terminal. Models, servers and plugins write what they like; none of it may steer the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "Escaper",
+    "cell",
+    "console",
+    "date",
+    "escaped",
+    "line",
+    "note",
+    "prepare_streams",
+    "print_json",
+    "print_table",
+    "size",
+    "waiting",
+]
+
+_RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 without tab and line feed, DEL, C1, what turns the direction of text, and halves of surrogate pairs."""
+_PIPE_WIDTH = 1000
+"""Columns of a table that goes to a file or a pipe: nothing is cut or folded there."""
+_NAME_WIDTH = 24
+_LAST_OF_LATIN_1 = 0xFF
+
+
+# --- Escaping --------------------------------------------------------------------------------------------------------
+
+
+def escaped(text: str) -> str:
+    """The text with every control character made visible, ESC as backslash-x1b; tabs and line breaks stay."""
+    return _RISKY.sub(_visible, text.replace("\r\n", "\n"))
+
+
+def cell(value: object) -> str:
+    """A value as escaped text on one line; `None` is empty."""
+    text = "" if value is None else escaped(str(value))
+    return text.replace("\n", r"\n").replace("\t", r"\t")
+
+
+def _visible(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code <= _LAST_OF_LATIN_1 else f"\\u{code:04x}"
+
+
+class Escaper:
+    """Escapes a text that comes in pieces; a line break may be split between two."""
+
+    def __init__(self, *, raw: bool = False) -> None:
+        self._raw = raw
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """What of it can be printed now."""
+        if self._raw:
+            return piece
+        text = self._held + piece
+        self._held = "\r" if text.endswith("\r") else ""
+        return escaped(text.removesuffix("\r") if self._held else text)
+
+    def end(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return escaped(held)
+
+
+# --- Streams ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_streams() -> None:
+    """No character may end the command: what the terminal cannot show becomes a question mark."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            with contextlib.suppress(ValueError, OSError):
+                reconfigure(errors="replace")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    note(str(message), kind="warning")
+
+
+def line(text: str) -> None:
+    """Print a line of our own."""
+    sys.stdout.write(f"{text}\n")
+
+
+def note(text: str, *, kind: str | None = None, indent: str = "  ") -> None:
+    """Tell something on stderr, escaped: `error: ...`. Further lines are indented, or they could pose as another."""
+    start = f"{kind}: " if kind else ""
+    sys.stderr.write(f"{start}{escaped(text)}".replace("\n", f"\n{indent}") + "\n")
+    sys.stderr.flush()
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person may be looking at a stream."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def console(*, error: bool = False) -> Console:
+    """Where tables, bars and dimmed text go."""
+    from rich.console import Console  # noqa: PLC0415 - only what draws something pays for rich
+
+    stream = sys.stderr if error else sys.stdout
+    return Console(
+        stderr=error,
+        width=None if is_terminal(stream) else _PIPE_WIDTH,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show that something is going on, until it has happened."""
+    if not (is_terminal(sys.stderr) and is_terminal(sys.stdout)):
+        yield
+        return
+    from rich.text import Text  # noqa: PLC0415
+
+    with console(error=True).status(Text(cell(text), style="dim"), spinner_style="dim"):
+        yield
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    """Print plain data. JSON has an escape of its own for every risky character."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=_plain)
+    sys.stdout.write(_RISKY.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Path):
+        return str(value)
+    return repr(value)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; each cell is escaped, and folded rather than cut where the terminal is narrow."""
+    from rich.text import Text  # noqa: PLC0415
+
+    cells = [[Text(cell(value)) for value in row] for row in rows]
+    table = _table(columns, first=max((row[0].cell_len for row in cells), default=0))
+    for row in cells:
+        table.add_row(*row)
+    console().print(table)
+
+
+def _table(columns: Sequence[str], *, first: int) -> Table:
+    """A table whose first column, which holds names, is the last to be folded."""
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
+    for place, name in enumerate(columns):
+        table.add_column(name, overflow="fold", min_width=None if place else min(first, _NAME_WIDTH))
+    return table
+
+
+def size(count: int | None) -> str | None:
+    """Bytes for people: `271 MB`."""
+    if count is None:
+        return None
+    from rich.filesize import decimal  # noqa: PLC0415
+
+    return decimal(count)
+
+
+def date(moment: datetime | None) -> str | None:
+    """A moment in local time, to the minute."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else None
