@@ -1,7 +1,7 @@
 """One connection to a server: every hook of the contract but adapters, sync and async.
 
-What the official package does without loss goes through its clients (embed, list, ps, pull); chat, generate, show and
-version go through an httpx client beside it. Both stand on one guarded transport, which bounds and types every answer.
+What the official package does without loss goes through its clients (embed, ps, pull); the rest goes through an httpx
+client beside it. Both stand on one guarded transport, which bounds and types every answer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -26,7 +26,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
-from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, exchange, is_loopback
+from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, current, exchange, is_loopback
 from graftage.types import Call, Capabilities, Chunk, Health, ModelInfo, PullProgress, Timeouts
 from graftage_ollama import _convert
 from graftage_ollama._errors import refusal
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from graftage.types import (
         ChatRequest,
         CloseRequest,
-        EmbedRequest,
         Embeddings,
+        EmbedRequest,
         GenerateRequest,
         HealthRequest,
         LoadedModel,
@@ -94,12 +94,12 @@ class OllamaConnection:
     @hookimpl
     def chat(self, request: ChatRequest) -> Iterator[Chunk]:
         body = _convert.chat_body(request)
-        return self._stream(request.call, "chat", body, lambda line: _convert.chat_chunk(line, request))
+        return self._stream(request.call, "chat", body, _convert.ChatReader(request).chunk)
 
     @hookimpl
     def achat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         body = _convert.chat_body(request)
-        return self._astream(request.call, "chat", body, lambda line: _convert.chat_chunk(line, request))
+        return self._astream(request.call, "chat", body, _convert.ChatReader(request).chunk)
 
     @hookimpl
     def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
@@ -167,89 +167,117 @@ class OllamaConnection:
     @hookimpl
     def embed(self, request: EmbedRequest) -> Embeddings:
         arguments = _embed_arguments(request)
-        answer = self._ask(request.call, "embed", lambda each: each.ollama.embed(**arguments), request.model)
-        return _convert.embeddings(answer)
+        return self._ask(
+            request.call,
+            "embed",
+            lambda each: each.ollama.embed(**arguments),
+            lambda answer: _convert.embeddings(answer, request.dimensions),
+            request.model,
+        )
 
     @hookimpl
     async def aembed(self, request: EmbedRequest) -> Embeddings:
         arguments = _embed_arguments(request)
-        answer = await self._aask(request.call, "embed", lambda each: each.ollama.embed(**arguments), request.model)
-        return _convert.embeddings(answer)
+        return await self._aask(
+            request.call,
+            "embed",
+            lambda each: each.ollama.embed(**arguments),
+            lambda answer: _convert.embeddings(answer, request.dimensions),
+            request.model,
+        )
 
     @hookimpl
     def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
-        answer = self._ask(request.call, "list_models", lambda each: each.ollama.list())
-        return tuple(_convert.listed_model(found) for found in answer.models)
+        return self._listed(request.call)
 
     @hookimpl
     async def alist_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
-        answer = await self._aask(request.call, "list_models", lambda each: each.ollama.list())
-        return tuple(_convert.listed_model(found) for found in answer.models)
+        return await self._alisted(request.call)
 
     @hookimpl
     def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
-        answer = self._ask(request.call, "loaded_models", lambda each: each.ollama.ps())
-        return tuple(_convert.loaded_model(found) for found in answer.models)
+        return self._ask(request.call, "loaded_models", lambda each: each.ollama.ps(), _convert.loaded_models)
 
     @hookimpl
     async def aloaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
-        answer = await self._aask(request.call, "loaded_models", lambda each: each.ollama.ps())
-        return tuple(_convert.loaded_model(found) for found in answer.models)
+        return await self._aask(request.call, "loaded_models", lambda each: each.ollama.ps(), _convert.loaded_models)
 
     @hookimpl
     def show_model(self, request: ModelRequest) -> ModelInfo:
         # Only `verbose` gives the arrays of the metadata; the official client cannot ask for it.
         body = {"model": request.model, "verbose": True}
-        answer = self._ask(request.call, "show_model", lambda each: each.json("POST", "/api/show", body), request.model)
-        return _convert.model_info(request.model, answer)
+        return self._ask(
+            request.call,
+            "show_model",
+            lambda each: each.json("POST", "/api/show", body),
+            lambda answer: _convert.model_info(request.model, answer),
+            request.model,
+        )
 
     @hookimpl
     async def ashow_model(self, request: ModelRequest) -> ModelInfo:
         body = {"model": request.model, "verbose": True}
-        answer = await self._aask(
-            request.call, "show_model", lambda each: each.json("POST", "/api/show", body), request.model
+        return await self._aask(
+            request.call,
+            "show_model",
+            lambda each: each.json("POST", "/api/show", body),
+            lambda answer: _convert.model_info(request.model, answer),
+            request.model,
         )
-        return _convert.model_info(request.model, answer)
 
     @hookimpl
     def load_model(self, request: LoadModelRequest) -> None:
         body = _residency(request.model, request.keep_alive, request.context_window)
-        self._ask(request.call, "load_model", lambda each: each.json("POST", "/api/generate", body), request.model)
+        self._json(request.call, "load_model", "/api/generate", body)
 
     @hookimpl
     async def aload_model(self, request: LoadModelRequest) -> None:
         body = _residency(request.model, request.keep_alive, request.context_window)
-        await self._aask(
-            request.call, "load_model", lambda each: each.json("POST", "/api/generate", body), request.model
-        )
+        await self._ajson(request.call, "load_model", "/api/generate", body)
 
     @hookimpl
     def unload_model(self, request: ModelRequest) -> None:
-        body = _residency(request.model, 0.0, None)
-        self._ask(request.call, "unload_model", lambda each: each.json("POST", "/api/generate", body), request.model)
+        self._json(request.call, "unload_model", "/api/generate", _residency(request.model, 0.0, None))
 
     @hookimpl
     async def aunload_model(self, request: ModelRequest) -> None:
-        body = _residency(request.model, 0.0, None)
-        await self._aask(
-            request.call, "unload_model", lambda each: each.json("POST", "/api/generate", body), request.model
-        )
+        await self._ajson(request.call, "unload_model", "/api/generate", _residency(request.model, 0.0, None))
 
-    def _ask(self, call: Call, operation: str, ask: Callable[[_Clients], T], model: str | None = None) -> T:
+    def _ask(
+        self,
+        call: Call,
+        operation: str,
+        ask: Callable[[_Clients], Any],
+        read: Callable[[Any], T],
+        model: str | None = None,
+    ) -> T:
+        """Ask and read the answer; neither lets a foreign error out."""
+
         def once() -> T:
             with exchange(self._exchange(call, operation, model)), _typed():
-                return ask(self._clients())
+                return read(ask(self._clients()))
 
         return self._suggesting(lambda: retry.call(once, call), call)
 
     async def _aask(
-        self, call: Call, operation: str, ask: Callable[[_AsyncClients], Awaitable[T]], model: str | None = None
+        self,
+        call: Call,
+        operation: str,
+        ask: Callable[[_AsyncClients], Awaitable[Any]],
+        read: Callable[[Any], T],
+        model: str | None = None,
     ) -> T:
         async def once() -> T:
             with exchange(self._exchange(call, operation, model)), _typed():
-                return await ask(self._aclients())
+                return read(await ask(self._aclients()))
 
         return await self._asuggesting(lambda: retry.acall(once, call), call)
+
+    def _json(self, call: Call, operation: str, path: str, body: Mapping[str, Any]) -> Any:
+        return self._ask(call, operation, lambda each: each.json("POST", path, body), _same, body["model"])
+
+    async def _ajson(self, call: Call, operation: str, path: str, body: Mapping[str, Any]) -> Any:
+        return await self._aask(call, operation, lambda each: each.json("POST", path, body), _same, body["model"])
 
     # --- Pull --------------------------------------------------------------------------------------------------------
 
@@ -263,8 +291,12 @@ class OllamaConnection:
         lines, part = retry.call(opened, request.call)
         try:
             while part is not None:
-                yield _convert.progress(part)
-                part = lines.next()
+                step = _convert.progress(part)
+                if step.status == "success":
+                    lines.drain()  # That word is the end, whatever the connection does.
+                    part = None
+                yield step
+                part = lines.next() if part is not None else None
         finally:
             lines.close()
 
@@ -279,8 +311,12 @@ class OllamaConnection:
         lines, part = await retry.acall(opened, request.call)
         try:
             while part is not None:
-                yield _convert.progress(part)
-                part = await lines.next()
+                step = _convert.progress(part)
+                if step.status == "success":
+                    await lines.drain()  # That word is the end, whatever the connection does.
+                    part = None
+                yield step
+                part = await lines.next() if part is not None else None
         finally:
             await lines.close()
 
@@ -289,21 +325,16 @@ class OllamaConnection:
     @hookimpl
     def health(self, request: HealthRequest) -> Health:
         look = _Look(request, self.address)
+        call = request.call
         try:
-            look.version(self._ask(request.call, "health", lambda each: each.json("GET", "/api/version")))
+            self._ask(call, "health", lambda each: each.json("GET", "/api/version"), look.version)
             if look.wants("model_present"):
                 # Asked without `verbose`: the vocabulary is not needed to know that it is there.
-                body = {"model": request.model}
-                self._ask(request.call, "health", lambda each: each.json("POST", "/api/show", body), request.model)
-                look.found["model_present"] = True
+                look.present(self._json(call, "health", "/api/show", {"model": request.model}))
             if look.wants("model_loaded"):
-                look.loaded(self._ask(request.call, "health", lambda each: each.ollama.ps()))
+                self._ask(call, "health", lambda each: each.ollama.ps(), look.loaded)
             if look.wants("answers"):
-                answer = _one_token(request.model)
-                self._ask(
-                    request.call, "health", lambda each: each.json("POST", "/api/generate", answer), request.model
-                )
-                look.answered()
+                look.answered(self._json(call, "health", "/api/generate", _one_token(request.model)))
         except ProviderError as error:
             look.failed(error)
         return look.health()
@@ -311,22 +342,15 @@ class OllamaConnection:
     @hookimpl
     async def ahealth(self, request: HealthRequest) -> Health:
         look = _Look(request, self.address)
+        call = request.call
         try:
-            look.version(await self._aask(request.call, "health", lambda each: each.json("GET", "/api/version")))
+            await self._aask(call, "health", lambda each: each.json("GET", "/api/version"), look.version)
             if look.wants("model_present"):
-                body = {"model": request.model}
-                await self._aask(
-                    request.call, "health", lambda each: each.json("POST", "/api/show", body), request.model
-                )
-                look.found["model_present"] = True
+                look.present(await self._ajson(call, "health", "/api/show", {"model": request.model}))
             if look.wants("model_loaded"):
-                look.loaded(await self._aask(request.call, "health", lambda each: each.ollama.ps()))
+                await self._aask(call, "health", lambda each: each.ollama.ps(), look.loaded)
             if look.wants("answers"):
-                answer = _one_token(request.model)
-                await self._aask(
-                    request.call, "health", lambda each: each.json("POST", "/api/generate", answer), request.model
-                )
-                look.answered()
+                look.answered(await self._ajson(call, "health", "/api/generate", _one_token(request.model)))
         except ProviderError as error:
             look.failed(error)
         return look.health()
@@ -370,21 +394,29 @@ class OllamaConnection:
 
         return Exchange(call=call, refuse=refuse, line=read, lines=lines)
 
+    def _listed(self, call: Call) -> tuple[ModelInfo, ...]:
+        return self._ask(call, "list_models", lambda each: each.json("GET", "/api/tags"), _convert.listed_models)
+
+    async def _alisted(self, call: Call) -> tuple[ModelInfo, ...]:
+        return await self._aask(call, "list_models", lambda each: each.json("GET", "/api/tags"), _convert.listed_models)
+
     def _suggesting(self, work: Callable[[], T], call: Call) -> T:
         """Do the work; where the model is missing, add the names that are there."""
         try:
             return work()
         except ModelNotFound as error:
-            with contextlib.suppress(GraftageError):
-                _suggest(error, self._ask(_brief(call), "list_models", lambda each: each.ollama.list()))
+            if error.model:  # The list of models has none: it must not be asked because of itself.
+                with contextlib.suppress(GraftageError):
+                    _suggest(error, self._listed(_brief(call)))
             raise
 
     async def _asuggesting(self, work: Callable[[], Awaitable[T]], call: Call) -> T:
         try:
             return await work()
         except ModelNotFound as error:
-            with contextlib.suppress(GraftageError):
-                _suggest(error, await self._aask(_brief(call), "list_models", lambda each: each.ollama.list()))
+            if error.model:
+                with contextlib.suppress(GraftageError):
+                    _suggest(error, await self._alisted(_brief(call)))
             raise
 
 
@@ -398,7 +430,7 @@ class _Clients:
         def build() -> httpx.BaseTransport:
             return Network(url)
 
-        guard = Guard(transport.sync_transport(build) if transport else build(), headers)
+        guard = Guard(transport.sync_transport(build) if transport is not None else build(), headers)
         self.http = httpx.Client(base_url=url, transport=guard, trust_env=False, timeout=None)  # noqa: S113 - the guard keeps the time
         self.ollama = ollama.Client(host=str(url), transport=guard, trust_env=False, follow_redirects=False)
 
@@ -418,7 +450,7 @@ class _AsyncClients:
         def build() -> httpx.AsyncBaseTransport:
             return AsyncNetwork(url)
 
-        guard = AsyncGuard(transport.async_transport(build) if transport else build(), headers)
+        guard = AsyncGuard(transport.async_transport(build) if transport is not None else build(), headers)
         self.http = httpx.AsyncClient(base_url=url, transport=guard, trust_env=False, timeout=None)  # noqa: S113 - the guard keeps the time
         self.ollama = ollama.AsyncClient(host=str(url), transport=guard, trust_env=False, follow_redirects=False)
 
@@ -561,7 +593,14 @@ def _object(data: bytes) -> dict[str, Any]:
     found = _parsed(data)
     if not isinstance(found, dict):
         raise ProtocolError("The answer is no JSON object.", hint="Is it another service? Check `host`.")
+    if "error" in found:
+        # Some proxies, and old servers once they had begun, say 200 to that too.
+        raise current().refuse(200, {}, data)
     return found
+
+
+def _same(answer: T) -> T:
+    return answer
 
 
 def _converted(convert: Callable[[bytes], Chunk], line: bytes) -> Chunk:
@@ -630,9 +669,9 @@ def _brief(call: Call) -> Call:
     return replace(call, deadline=deadline, timeouts=SUGGESTION_TIMEOUTS, attempts=1)
 
 
-def _suggest(error: ModelNotFound, answer: Any) -> None:
+def _suggest(error: ModelNotFound, models: Sequence[ModelInfo]) -> None:
     """Add the names of the server that are close to the one that was asked for."""
-    names = [str(found.model) for found in answer.models if found.model]
+    names = [found.name for found in models if found.name]
     wanted = error.model or ""
     close = difflib.get_close_matches(wanted.lower(), names, n=3, cutoff=0.5)
     family = wanted.partition(":")[0].lower()
@@ -655,19 +694,20 @@ class _Look:
         return HEALTH_LEVELS.index(self._request.level) >= HEALTH_LEVELS.index(level)
 
     def version(self, answer: Mapping[str, Any]) -> None:
-        self.found["reachable"] = True
         version = answer.get("version")
-        self.found["api"] = isinstance(version, str)
         if not isinstance(version, str):
             raise ProtocolError("Another service than Ollama answers there.", hint="Check `host` and its port.")
-        self.found["version"] = version
+        self.found.update(reachable=True, api=True, version=version)
+
+    def present(self, _answer: Mapping[str, Any]) -> None:
+        self.found["model_present"] = True
 
     def loaded(self, answer: Any) -> None:
         wanted = _convert.canonical(self._request.model or "")
         names = {_convert.canonical(found.model or found.name or "") for found in answer.models}
         self.found["model_loaded"] = wanted in names
 
-    def answered(self) -> None:
+    def answered(self, _answer: Mapping[str, Any]) -> None:
         # It may not have been in memory before, but it is now.
         self.found.update(model_loaded=True, answers=True)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -36,14 +37,15 @@ from graftage.types import (
 
 __all__ = [
     "OPTIONS",
+    "ChatReader",
     "canonical",
     "chat_body",
-    "chat_chunk",
     "embeddings",
     "generate_body",
     "generate_chunk",
     "keep_alive",
-    "loaded_model",
+    "listed_models",
+    "loaded_models",
     "model_info",
     "progress",
     "server_options",
@@ -87,6 +89,7 @@ FEATURES: Final = {
     "insert": ("suffix",),
     "embedding": ("embed",),
 }
+HEAD_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
 """Ollama writes "for ever" as some date in that century."""
 CHARACTERS_PER_TOKEN = 12
@@ -189,17 +192,43 @@ def _image(image: Image) -> str:
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
-def chat_chunk(line: bytes, request: ChatRequest) -> Chunk:
-    """A line of a chat."""
-    part = ollama.ChatResponse.model_validate_json(line)
-    message = part.message
-    calls = _tool_calls(line) if message.tool_calls else ()
-    text = clean(message.content)
-    if not part.done:
+class ChatReader:
+    """Reads the lines of one chat."""
+
+    __slots__ = ("_calls", "_request")
+
+    def __init__(self, request: ChatRequest) -> None:
+        self._request = request
+        self._calls = 0
+
+    def chunk(self, line: bytes) -> Chunk:
+        """A line as a chunk."""
+        part = ollama.ChatResponse.model_validate_json(line)
+        message = part.message
+        calls = self._tool_calls(line) if message.tool_calls else ()
+        text = clean(message.content)
+        thinking = clean(message.thinking)
+        if part.done:
+            last = _last(part, line, self._request, text=text, thinking=thinking, tool_calls=calls)
+            # Ollama says `stop` after tool calls too; its own word stays in `raw`.
+            return replace(last, finish_reason="tool_calls") if self._calls and last.finish_reason == "stop" else last
         if part.logprobs is None and not calls:
-            return Chunk(text=text, thinking=clean(message.thinking))
-        return Chunk(text=text, thinking=clean(message.thinking), tool_calls=calls, logprobs=_logprobs(part))
-    return _last(part, line, request, text=text, thinking=clean(message.thinking), tool_calls=calls)
+            return Chunk(text=text, thinking=thinking)
+        return Chunk(text=text, thinking=thinking, tool_calls=calls, logprobs=_logprobs(part))
+
+    def _tool_calls(self, line: bytes) -> tuple[ToolCall, ...]:
+        """The tool calls of a line, with their ids, which the official types drop and older servers do not give."""
+        found = json.loads(line)["message"]["tool_calls"]
+        calls = tuple(
+            ToolCall(
+                name=str(each["function"]["name"]),
+                arguments=each["function"].get("arguments") or {},
+                id=str(each.get("id") or f"call_{place}"),
+            )
+            for place, each in enumerate(found, self._calls)
+        )
+        self._calls += len(calls)
+        return calls
 
 
 def generate_chunk(line: bytes, request: GenerateRequest) -> Chunk:
@@ -261,19 +290,6 @@ def clean(text: str | None) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _tool_calls(line: bytes) -> tuple[ToolCall, ...]:
-    """The tool calls of a line, with their ids, which the official types drop."""
-    found = json.loads(line)["message"]["tool_calls"]
-    return tuple(
-        ToolCall(
-            name=str(each["function"]["name"]),
-            arguments=each["function"].get("arguments") or {},
-            id=str(each.get("id") or f"call_{place}"),
-        )
-        for place, each in enumerate(found)
-    )
-
-
 def _logprobs(part: ollama.ChatResponse | ollama.GenerateResponse) -> tuple[Logprob, ...]:
     return tuple(
         Logprob(
@@ -289,13 +305,16 @@ def _seconds(nanoseconds: int | None) -> float | None:
     return None if nanoseconds is None else nanoseconds / 1e9
 
 
-def embeddings(answer: ollama.EmbedResponse) -> Embeddings:
+def embeddings(answer: ollama.EmbedResponse, dimensions: int | None) -> Embeddings:
     """The vectors of an answer."""
+    length = len(answer.embeddings[0]) if answer.embeddings else dimensions
+    ignored = f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it."
     return Embeddings(
         vectors=tuple(tuple(vector) for vector in answer.embeddings),
         model=answer.model or "",
         usage=Usage(input_tokens=answer.prompt_eval_count),
         timings=Timings(total=_seconds(answer.total_duration), load=_seconds(answer.load_duration)),
+        warnings=(ignored,) if dimensions is not None and length != dimensions else (),
     )
 
 
@@ -304,8 +323,12 @@ def progress(part: ollama.ProgressResponse) -> PullProgress:
     return PullProgress(status=part.status or "", digest=part.digest, total=part.total, completed=part.completed)
 
 
-def loaded_model(found: ollama.ProcessResponse.Model) -> LoadedModel:
-    """A model in memory."""
+def loaded_models(answer: ollama.ProcessResponse) -> tuple[LoadedModel, ...]:
+    """The models in memory."""
+    return tuple(_loaded_model(found) for found in answer.models)
+
+
+def _loaded_model(found: ollama.ProcessResponse.Model) -> LoadedModel:
     expires = found.expires_at
     return LoadedModel(
         name=found.model or found.name or "",
@@ -318,19 +341,27 @@ def loaded_model(found: ollama.ProcessResponse.Model) -> LoadedModel:
     )
 
 
-def listed_model(found: ollama.ListResponse.Model) -> ModelInfo:
-    """A model of a list."""
-    details = found.details or ollama._types.ModelDetails()  # noqa: SLF001 - the type of a public field, not exported
+def listed_models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
+    """The models of a list."""
+    return tuple(_listed_model(found) for found in answer["models"] or ())
+
+
+def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
+    model = ollama.ListResponse.Model.model_validate(found)
+    details = found.get("details") or {}
     return ModelInfo(
-        name=found.model or "",
-        digest=found.digest,
-        size=found.size,
-        modified_at=found.modified_at,
-        family=details.family or None,
-        parameters=details.parameter_size or None,
-        quantization=details.quantization_level or None,
-        parent=details.parent_model or None,
-        raw=found.model_dump(mode="json"),
+        name=model.model or "",
+        digest=model.digest,
+        size=model.size,
+        modified_at=model.modified_at,
+        family=details.get("family") or None,
+        parameters=details.get("parameter_size") or None,
+        quantization=details.get("quantization_level") or None,
+        # From Ollama 0.3x on; the official types drop them.
+        context_window=details.get("context_length"),
+        features=_features(found.get("capabilities")),
+        parent=details.get("parent_model") or None,
+        raw=found,
     )
 
 
@@ -373,8 +404,17 @@ def _tensors(found: Any) -> dict[str, tuple[int, ...]] | None:
     return {str(each.get("name")): tuple(each.get("shape") or ()) for each in found}
 
 
-def _lines(modelfile: str, word: str) -> list[str]:
-    return [line.split(None, 1)[1].strip() for line in modelfile.splitlines() if line.startswith(f"{word} ")]
+def _lines(modelfile: str, word: str) -> Iterator[str]:
+    """What stands after a word in the head of a Modelfile.
+
+    The head ends at the template: from there on a model's author may have put anything at the beginning of a line.
+    """
+    for line in modelfile.splitlines():
+        first, _, rest = line.partition(" ")
+        if first in HEAD_ENDS:
+            return
+        if first == word and rest.strip():
+            yield rest.strip()
 
 
 def _digests(modelfile: str, word: str) -> tuple[str, ...]:
@@ -385,6 +425,8 @@ def _file(modelfile: str) -> Path | None:
     """The file of the weights: only where the server is this machine, and this user may read it."""
     for line in _lines(modelfile, "FROM"):
         path = Path(line)
+        if not path.is_absolute():
+            continue
         try:
             with path.open("rb"):
                 return path

@@ -68,6 +68,7 @@ REJECTED = (
     "invalid options",
     "template:",
     "invalid think value",
+    "raw mode does not support",
 )
 STATUS_GATEWAY = (502, 521, 522, 523)
 STATUS_TIMEOUT = (408, 425, 504)
@@ -141,6 +142,8 @@ def _by_words(
             f"The prompt does not fit into the context window. {_full(said)}",
             hint="Send less, or raise `context_window`.",
         )
+    if has(*REJECTED):
+        return RequestRejected(_full(said), hint="Mend the request.")
     if has(*UNSUPPORTED):
         return CapabilityUnsupported(f"{_full(said)}", hint="`graftage models show` tells what a model can do.")
     if has("timed out waiting for llama"):
@@ -177,8 +180,6 @@ def _by_words(
         return ModelNotFound(
             f"The server does not have {name}.", hint=f"Pull it: `graftage models pull {model or 'NAME'}`."
         )
-    if has(*REJECTED):
-        return RequestRejected(_full(said), hint="Mend the request.")
     if has("nan or inf"):
         return InferenceFailed(_full(said), hint="The model's weights or the input are broken.")
     if status == 200:  # noqa: PLR2004 - an error line that says nothing we know

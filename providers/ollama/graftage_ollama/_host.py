@@ -24,7 +24,11 @@ _SHAPE = re.compile(
     r"(?P<path>/[^?#]*)?"
     r"(?P<extra>[?#].*)?"
 )
-_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?=.{{1,254}}$)({_LABEL}\.)*{_LABEL}\.?")
+"""What look-ups take: an empty or an overlong label would break them with an error of their own."""
+_PATH = re.compile(r"[\x21-\x7e]*")
+MAX_TEXT = 2000
 _LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised in order not to be used
 
 
@@ -36,10 +40,15 @@ def parse_host(text: str | None) -> httpx.URL:
     Raises:
         SettingsError: it is none of these.
     """
-    text = (text or "").strip().strip("'\"").strip()
-    if not text:
-        return httpx.URL(scheme="http", host=DEFAULT_HOST, port=DEFAULT_PORT)
+    text = (text or "").strip().strip("'\"").strip() or DEFAULT_HOST
     found = _SHAPE.fullmatch(text)
+    # A query may hold a secret: it is refused before anything that would repeat it.
+    if found["extra"] if found else re.search(r"[?#]", text):
+        _refuse_secret("a query or a fragment", "Leave them out.")
+    if found and found["user"]:
+        _refuse_user()
+    if len(text) > MAX_TEXT:
+        _refuse(text, "is too long", f"An address has at most {MAX_TEXT} characters.")
     if found is None:
         if _is_bare_ipv6(text):
             _refuse(text, "is an IPv6 address without brackets", f"Write `[{text}]` or `[{text}]:{DEFAULT_PORT}`.")
@@ -47,21 +56,20 @@ def parse_host(text: str | None) -> httpx.URL:
     scheme = (found["scheme"] or "").lower()
     if scheme not in ("", *PORTS):
         _refuse(text, f"has the scheme `{scheme}`", "Use `http://` or `https://`.")
-    if found["user"]:
-        _refuse_secret("a user or a password in it", "Put the key into `api_key`.")
-    if found["extra"]:
-        _refuse(text, "has a query or a fragment", "Leave them out.")
     port = _port(text, found["port"], PORTS.get(scheme, DEFAULT_PORT))
     host = _host(text, found["host"], named=bool(scheme))
     path = (found["path"] or "/").rstrip("/") or "/"
+    if not _PATH.fullmatch(path):
+        _refuse(text, "has a path with spaces or other odd characters", "Write them as `%20` and so on.")
     return httpx.URL(scheme=scheme or "http", host=host, port=port, path=path)
 
 
 def _port(text: str, port: str | None, default: int) -> int:
     if port is None:
         return default
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) <= MAX_PORT:
-        _refuse(text, f"has the port `{port}`", f"A port is a number from 1 to {MAX_PORT}.")
+    # The length comes first: Python refuses to read thousands of digits.
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) <= MAX_PORT:
+        _refuse(text, f"has the port `{port[:20]}`", f"A port is a number from 1 to {MAX_PORT}.")
     return int(port)
 
 
@@ -101,9 +109,15 @@ def _is_bare_ipv6(text: str) -> bool:
 
 
 def _refuse(text: str, problem: str, hint: str) -> NoReturn:
+    if "@" in text:
+        _refuse_user()
     raise SettingsError(f"The host {text[:200]!r} {problem}.", key="host", hint=hint)
 
 
+def _refuse_user() -> NoReturn:
+    _refuse_secret("a user or a password in it", "Put the key into `api_key`.")
+
+
 def _refuse_secret(problem: str, hint: str) -> NoReturn:
-    # The text is not repeated: it holds a secret.
+    # The text is not repeated: it may hold a secret.
     raise SettingsError(f"The host has {problem}, which would not be sent.", key="host", hint=hint)

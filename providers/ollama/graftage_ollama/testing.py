@@ -85,6 +85,8 @@ class FakeOllama:
         self.loaded: list[str] = []
         """Models in memory."""
         self.requests: list[Seen] = []
+        self.accepted = 0
+        """Connections taken so far, closed ones too."""
         self._scripts: defaultdict[str, deque[Answer]] = defaultdict(deque)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -142,6 +144,7 @@ class FakeOllama:
             thread = threading.Thread(target=self._serve, args=(connection,), name="FakeOllama", daemon=True)
             with self._lock:
                 self._connections[connection] = thread
+                self.accepted += 1
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:

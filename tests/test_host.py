@@ -1,0 +1,177 @@
+"""Every form of `host`: what Ollama's own tools take is taken, the rest is refused with a reason."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftage.exceptions import SettingsError
+from graftage_ollama._host import parse_host
+
+ACCEPTED = {
+    None: "http://127.0.0.1:11434",
+    "": "http://127.0.0.1:11434",
+    "  ": "http://127.0.0.1:11434",
+    "localhost": "http://localhost:11434",
+    "127.0.0.1": "http://127.0.0.1:11434",
+    "192.168.1.20": "http://192.168.1.20:11434",
+    "example.com": "http://example.com:11434",
+    "example.com.": "http://example.com.:11434",
+    "my_server": "http://my_server:11434",
+    "xn--bcher-kva.example": "http://xn--bcher-kva.example:11434",
+    "a" * 63 + ".example": "http://" + "a" * 63 + ".example:11434",
+    "localhost:8080": "http://localhost:8080",
+    "127.0.0.1:1": "http://127.0.0.1:1",
+    "127.0.0.1:65535": "http://127.0.0.1:65535",
+    "host:080": "http://host",
+    ":8080": "http://127.0.0.1:8080",
+    "[::1]": "http://[::1]:11434",
+    "[::1]:1234": "http://[::1]:1234",
+    "[2001:DB8:0:0::7]": "http://[2001:db8::7]:11434",
+    "http://localhost": "http://localhost",
+    "http://localhost:80": "http://localhost",
+    "http://localhost:11434": "http://localhost:11434",
+    "http://localhost:11434/": "http://localhost:11434",
+    "https://example.com": "https://example.com",
+    "https://example.com:8443": "https://example.com:8443",
+    "HTTPS://Example.COM": "https://example.com",
+    "https://example.com/ollama": "https://example.com/ollama",
+    "https://example.com/a/b/": "https://example.com/a/b",
+    "http://[::1]:11434/a": "http://[::1]:11434/a",
+    "example.com/ollama": "http://example.com:11434/ollama",
+    "example.com/a@b": "http://example.com:11434/a@b",
+    "  127.0.0.1:8080\n": "http://127.0.0.1:8080",
+    '"127.0.0.1:8080"': "http://127.0.0.1:8080",
+    "' localhost '": "http://localhost:11434",
+    # A server listens on these; from here it is reached at loopback.
+    "0.0.0.0": "http://127.0.0.1:11434",
+    "0.0.0.0:8080": "http://127.0.0.1:8080",
+    "http://0.0.0.0:11434": "http://127.0.0.1:11434",
+    "[::]:11434": "http://[::1]:11434",
+    "[0:0:0:0:0:0:0:0]": "http://[::1]:11434",
+}
+REFUSED = {
+    "::1": "IPv6 address without brackets",
+    "fe80::1%eth0": "IPv6 address without brackets",
+    "2001:db8::7": "IPv6 address without brackets",
+    "[fe80::1%eth0]": "zone",
+    "[::1": "no address",
+    "[localhost]": "no IPv6 address in its brackets",
+    "[]": "no IPv6 address in its brackets",
+    "h:1:2": "no address",
+    "h:0": "the port `0`",
+    "h:99999": "the port `99999`",
+    "h:65536": "the port `65536`",
+    "h:-1": "the port `-1`",
+    "h:abc": "the port `abc`",
+    "h:": "the port ``",
+    "h:1.5": "the port `1.5`",
+    "h:١": "the port",
+    "h:" + "9" * 1500: "the port `99999999999999999999`",
+    "a b": "no host name",
+    "-h": "no host name",
+    "a..b": "no host name",
+    ".": "no IPv4 address",
+    "a" * 64: "no host name",
+    ".".join(["abc"] * 70): "no host name",
+    "bücher.example": "no host name",
+    "h\x00": "no host name",
+    "999.1.1.1": "no IPv4 address",
+    "127.1": "no IPv4 address",
+    "0x7f.1": "no IPv4 address",
+    "2130706433": "no IPv4 address",
+    "0177.0.0.1": "no IPv4 address",
+    "http://": "names no host",
+    "http://:8080": "names no host",
+    "http:/h": "the port ``",
+    "ftp://h": "the scheme `ftp`",
+    "file:///etc/passwd": "the scheme `file`",
+    "unix:///tmp/socket": "the scheme `unix`",
+    "://h": "the port ``",
+    "http://h?q=1": "a query or a fragment",
+    "http://h/x#f": "a query or a fragment",
+    "h/a b": "a path with spaces",
+    "h/\x00": "a path with spaces",
+    "h/" + "a" * 3000: "too long",
+}
+
+
+@pytest.mark.parametrize(("given", "url"), ACCEPTED.items(), ids=map(repr, ACCEPTED))
+def test_an_address_that_ollama_takes_is_taken(given: str | None, url: str) -> None:
+    assert str(parse_host(given)).rstrip("/") == url
+
+
+@pytest.mark.parametrize(("given", "problem"), REFUSED.items(), ids=lambda text: repr(text[:30]))
+def test_anything_else_is_refused_with_its_reason_and_a_way_out(given: str, problem: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_host(given)
+    assert problem in caught.value.message
+    assert caught.value.key == "host"
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://me:hunter2@h",
+        "http://hunter2@h",
+        "me:hunter2@h",
+        "ftp://me:hunter2@h",
+        "http://me:hunter2@h:99999",
+        "http://me:hunter2@h:1:2",
+        "http://me:hunter2@h/" + "x" * 3000,
+        "http://me:hun/ter2@h:1:2",
+        "https://h/?key=hunter2",
+        "https://h:1:2/?key=hunter2",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(given: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_host(given)
+    assert "hunter2" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+def test_a_loopback_address_in_every_spelling_is_this_machine() -> None:
+    from graftage.http import is_loopback
+
+    assert all(map(is_loopback, ("localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("localhost.example.com", "10.0.0.1", "0.0.0.0", "notlocalhost", "", "::")))
+
+
+@given(st.text() | st.from_regex(r"\A(https?://)?[a-z0-9.\[\]:%@/?#-]{0,40}\Z"))
+def test_any_text_is_an_address_or_a_settings_error(text: str) -> None:
+    try:
+        url = parse_host(text)
+    except SettingsError as error:
+        assert error.hint
+    else:
+        assert isinstance(url, httpx.URL)
+        assert url.scheme in ("http", "https")
+        assert url.host
+        assert parse_host(str(url)) == url
+
+
+def test_the_host_of_a_client_is_told_as_its_address() -> None:
+    import graftage
+
+    with graftage.connect("ollama", host="https://example.com/ollama/") as llm:
+        assert llm.settings.host == "https://example.com/ollama/"
+        assert llm._session.address == "https://example.com/ollama"
+
+
+def test_a_host_that_cannot_be_is_refused_by_connect_before_anything_is_opened() -> None:
+    import graftage
+
+    with pytest.raises(SettingsError, match="the scheme `ftp`"):
+        graftage.connect("ollama", host="ftp://h")
+
+
+def test_ollama_host_of_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    import graftage
+
+    monkeypatch.setenv("OLLAMA_HOST", "0.0.0.0:8080")
+    with graftage.connect("ollama") as llm:
+        assert llm._session.address == "http://127.0.0.1:8080"

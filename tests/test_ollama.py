@@ -1,0 +1,477 @@
+"""Every operation, and every error that a real Ollama 0.9.3 gives, on cassettes recorded from it; sync and async alike.
+
+Record them again, from any server that has `smollm2:135m` (`tools/real-ollama` of the workshop starts one):
+
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest tests/test_ollama.py --graftage-record
+
+With the variable set and no `--graftage-record` the tests marked `live` run against that server too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+import graftage
+from graftage.exceptions import (
+    CapabilityUnsupported,
+    ConnectionFailed,
+    ContextOverflow,
+    ModelNotFound,
+    ProtocolError,
+    ProviderError,
+    RequestRejected,
+)
+from graftage.testing import Cassette
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from conftest import Both
+
+MODEL = "smollm2:135m"
+LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
+CALM: dict[str, Any] = {"temperature": 0, "seed": 7}
+"""Options under which the model says the same again."""
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8cfc0000003010100c9fe92ef"
+    "0000000049454e44ae426082"
+)
+
+
+@pytest.fixture(scope="session")
+def server() -> str:
+    """The live server's name and version."""
+    return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
+
+
+@pytest.fixture
+def cassette_server(request: pytest.FixtureRequest) -> str | None:
+    if not request.config.getoption("--graftage-record"):
+        return None
+    if not LIVE:
+        pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
+    named: str = request.getfixturevalue("server")
+    return named
+
+
+@pytest.fixture
+def llm(both: Both, cassette: Cassette) -> Iterator[Any]:
+    """A client of either kind that replays the test's cassette, or records it."""
+    yield both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette)
+    for each in cassette._interactions if cassette.mode == "record" else ():
+        if each.target == "/api/show":
+            # It names the folder of the models, and so perhaps a person.
+            each.chunks[:] = [re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", b"".join(each.chunks))]
+
+
+# --- Chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_gives_text_usage_timings_and_the_reason_it_ended(llm: Any) -> None:
+    reply = llm.chat("What is the capital of France? Answer with one word.", options=CALM, max_tokens=20)
+    assert "Paris" in reply.text
+    assert reply.finish_reason == "stop"
+    assert reply.usage.input_tokens > 5
+    assert 0 < reply.usage.output_tokens <= 20
+    assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
+    assert reply.timings.total >= reply.timings.generation > 0
+    assert (reply.model, reply.provider, reply.adapter) == (MODEL, "ollama", None)
+    assert reply.warnings == ()
+    assert reply.raw["done_reason"] == "stop"
+
+
+def test_a_streamed_chat_gives_the_text_piece_by_piece_and_the_same_reply(llm: Any) -> None:
+    with llm.chat("Count to three.", stream=True, options=CALM, max_tokens=20) as stream:
+        chunks = list(stream)
+    assert len(chunks) > 3
+    assert "".join(chunk.text for chunk in chunks) == stream.reply.text != ""
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == stream.reply.finish_reason
+    assert stream.reply.usage.output_tokens == stream.reply.raw["eval_count"]
+
+
+def test_a_conversation_goes_on_from_what_was_said(llm: Any) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "Answer shortly."},
+        {"role": "user", "content": "My name is Zora. What is the capital of Italy?"},
+    ]
+    first = llm.chat(messages, options=CALM, max_tokens=24)
+    second = llm.chat([*messages, first, "What is my name?"], options=CALM, max_tokens=24)
+    assert first.text
+    assert second.text
+    assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
+
+
+def test_a_reply_that_reaches_max_tokens_ends_by_length(llm: Any) -> None:
+    reply = llm.chat("Tell me a long story.", options=CALM, max_tokens=3)
+    assert reply.finish_reason == "length"
+    assert reply.usage.output_tokens == 3
+
+
+def test_a_reply_ends_before_a_stop_text(llm: Any) -> None:
+    reply = llm.chat("Tell me a story.", options={**CALM, "stop": " "}, max_tokens=20)
+    assert " " not in reply.text
+    assert reply.finish_reason == "stop"
+
+
+def test_options_figures_and_the_stay_in_memory_are_sent(llm: Any, cassette: Cassette) -> None:
+    options = {**CALM, "top_k": 5, "top_p": 0.9, "repeat_penalty": 1.1, "stop": ["#"]}
+    llm.chat("Hi", options=options, max_tokens=2, context_window=512, keep_alive="10m")
+    body = json.loads(cassette._interactions[0].request_body)
+    assert body["options"] == {**options, "num_ctx": 512, "num_predict": 2}
+    assert body["keep_alive"] == 600
+    (loaded,) = (each for each in llm.loaded() if each.name == MODEL)
+    assert loaded.expires_at is not None
+
+
+def test_any_json_is_parsed(llm: Any) -> None:
+    reply = llm.chat('Repeat this JSON object: {"city": "Paris"}', format="json", options=CALM, max_tokens=60)
+    assert isinstance(reply.parsed, dict)
+    assert reply.parsed
+
+
+def test_a_json_schema_binds_the_answer(llm: Any) -> None:
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    reply = llm.chat("The capital of France?", format=schema, options=CALM, max_tokens=40)
+    assert reply.parsed == {"city": "Paris"}
+
+
+class Person(BaseModel):
+    name: Literal["Bob", "Eve"]
+    age: int
+
+
+def test_a_pydantic_model_binds_the_answer_and_reads_it(llm: Any) -> None:
+    reply = llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=60)
+    assert isinstance(reply.parsed, Person)
+    assert reply.parsed.name == "Bob"
+
+
+def test_json_that_was_cut_is_told_with_the_reply_so_far(llm: Any) -> None:
+    with pytest.raises(ProtocolError, match="cut before its JSON was complete") as caught:
+        llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=3)
+    assert caught.value.partial is not None
+    assert caught.value.partial.text.startswith("{")
+    assert caught.value.partial.finish_reason == "length"
+
+
+def test_a_prompt_that_does_not_fit_the_window_is_cut_with_a_warning(llm: Any) -> None:
+    reply = llm.chat("word " * 600, options=CALM, max_tokens=1, context_window=256)
+    (warning,) = reply.warnings
+    assert "probably cut to fit the context window of 256 tokens" in warning
+
+
+def test_pictures_for_a_model_without_eyes_are_ignored_by_this_server(llm: Any) -> None:
+    reply = llm.chat("What is this?", images=[PNG], options=CALM, max_tokens=2)
+    assert reply.finish_reason == "length"
+
+
+def test_probabilities_that_this_server_does_not_know_are_just_missing(llm: Any) -> None:
+    reply = llm.chat("Hi", options={**CALM, "logprobs": True, "top_logprobs": 2}, max_tokens=2)
+    assert reply.text
+    assert reply.logprobs == ()
+
+
+# --- What the server refuses -----------------------------------------------------------------------------------------
+
+
+def refused(kind: type[ProviderError], status: int | None, call: Callable[[], Any]) -> Any:
+    """The error of a call that is refused once and for all."""
+    with pytest.raises(kind) as caught:
+        call()
+    error: Any = caught.value
+    assert type(error) is kind
+    assert error.status == status
+    assert error.attempts == 1
+    assert not error.retryable
+    assert (error.provider, error.partial) == ("ollama", None)
+    assert error.hint
+    return error
+
+
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return city
+
+
+def test_tools_for_a_model_that_takes_none_are_unsupported(llm: Any) -> None:
+    error = refused(CapabilityUnsupported, 400, lambda: llm.chat("Weather?", tools=[weather]))
+    assert "does not support tools" in error.details["server_message"]
+
+
+def test_tools_for_a_streamed_chat_are_refused_by_the_call_itself(llm: Any) -> None:
+    error = refused(CapabilityUnsupported, 400, lambda: llm.chat("Weather?", tools=[weather], stream=True))
+    assert error.operation == "chat"
+
+
+def test_thinking_on_a_model_that_does_not_is_unsupported(llm: Any) -> None:
+    refused(CapabilityUnsupported, 400, lambda: llm.chat("Hi", think=True))
+
+
+def test_a_degree_of_thinking_that_this_server_does_not_know_is_rejected(llm: Any) -> None:
+    refused(RequestRejected, 400, lambda: llm.chat("Hi", think="high"))
+
+
+def test_an_option_of_a_wrong_type_is_rejected_though_the_server_calls_it_its_own_failure(llm: Any) -> None:
+    error = refused(RequestRejected, 500, lambda: llm.chat("Hi", options={"temperature": "hot"}))
+    assert "temperature" in str(error)
+
+
+def test_a_schema_that_is_none_is_rejected_inside_the_stream(llm: Any) -> None:
+    error = refused(RequestRejected, None, lambda: llm.chat("Hi", format={"type": "nonsense"}))
+    assert error.details["server_message"] == "invalid JSON schema in format"
+
+
+def test_a_model_name_that_cannot_be_is_rejected(llm: Any) -> None:
+    refused(RequestRejected, 400, lambda: llm.chat("Hi", model="no such name!!"))
+
+
+def test_a_suffix_for_a_model_that_cannot_fill_gaps_is_unsupported(llm: Any) -> None:
+    refused(CapabilityUnsupported, 400, lambda: llm.generate("def f(", suffix="return 1"))
+
+
+def test_a_system_prompt_beside_a_raw_one_is_rejected(llm: Any) -> None:
+    refused(RequestRejected, 400, lambda: llm.generate("Hi", raw=True, system="You are a pirate."))
+
+
+def test_a_text_too_long_to_embed_is_an_overflow_where_it_must_not_be_cut(llm: Any) -> None:
+    refused(ContextOverflow, 400, lambda: llm.embed("word " * 600, truncate=False, context_window=256))
+
+
+@pytest.mark.parametrize("operation", ["chat", "generate", "embed", "show", "load", "unload"])
+def test_an_unknown_model_is_not_found_and_the_close_name_is_suggested(llm: Any, operation: str) -> None:
+    inputs = ["Hi"] if operation in ("chat", "generate", "embed") else []
+    error = refused(ModelNotFound, 404, lambda: getattr(llm, operation)(*inputs, model="smollm2:136m"))
+    assert error.model == "smollm2:136m"
+    assert error.suggestions[0] == MODEL
+    assert f"Did you mean `{MODEL}`" in error.hint
+
+
+def test_a_model_like_no_other_is_not_found_and_the_way_to_pull_it_is_told(llm: Any) -> None:
+    error = refused(ModelNotFound, 404, lambda: llm.chat("Hi", model="xyzzy-42"))
+    assert error.suggestions == ()
+    assert "graftage models pull xyzzy-42" in error.hint
+
+
+# --- Generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_continues_a_prompt(llm: Any) -> None:
+    reply = llm.generate("The capital of France is", options=CALM, max_tokens=12)
+    assert reply.text
+    assert reply.usage.output_tokens <= 12
+
+
+def test_generate_streams_too(llm: Any) -> None:
+    with llm.generate("The sky is", stream=True, options=CALM, max_tokens=6) as stream:
+        texts = [chunk.text for chunk in stream]
+    assert len(texts) > 3
+    assert "".join(texts) == stream.reply.text
+
+
+def test_a_raw_prompt_goes_past_the_template(llm: Any) -> None:
+    plain = llm.generate("The capital of France is", options=CALM, max_tokens=2)
+    raw = llm.generate("The capital of France is", raw=True, options=CALM, max_tokens=2)
+    assert raw.usage.input_tokens < plain.usage.input_tokens
+
+
+def test_a_system_prompt_is_read(llm: Any) -> None:
+    short = llm.generate("Who are you?", system="You are a pirate.", options=CALM, max_tokens=2)
+    long = llm.generate("Who are you?", system="You are a pirate. " * 9, options=CALM, max_tokens=2)
+    assert long.usage.input_tokens > short.usage.input_tokens
+
+
+def test_generate_binds_its_answer_to_a_schema(llm: Any) -> None:
+    reply = llm.generate("Bob is 31 years old. As JSON:", format=Person, options=CALM, max_tokens=60)
+    assert isinstance(reply.parsed, Person)
+
+
+# --- Embed -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_becomes_one_vector(llm: Any) -> None:
+    found = llm.embed("hello")
+    (vector,) = found.vectors
+    assert len(vector) == 576
+    assert sum(number * number for number in vector) == pytest.approx(1, abs=1e-3)
+    assert found.usage.input_tokens == 1
+    assert (found.model, found.provider, found.warnings) == (MODEL, "ollama", ())
+
+
+def test_texts_become_vectors_in_their_order(llm: Any) -> None:
+    found = llm.embed(["hello", "good bye", "hello"])
+    assert len(found.vectors) == 3
+    assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-4)
+    assert found.vectors[0] != pytest.approx(found.vectors[1], abs=1e-2)
+
+
+def test_a_length_of_vectors_that_this_server_ignores_is_told(llm: Any) -> None:
+    found = llm.embed("hello", dimensions=4)
+    assert len(found.vectors[0]) == 576
+    assert found.warnings == (
+        "`dimensions` had no effect: the vectors have 576 numbers. Another model or server may heed it.",
+    )
+
+
+# --- Health ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["reachable", "api", "model_present"])
+def test_a_healthy_server_is_well_at(llm: Any, level: Any) -> None:
+    found = llm.health(level)
+    assert found.ok
+    assert found.error is None
+    assert (found.reachable, found.api) == (True, True)
+    assert found.version.count(".") == 2
+    assert found.model_present is (True if level == "model_present" else None)
+    assert (found.model_loaded, found.answers) == (None, None)
+    assert found.latency > 0
+
+
+def test_a_model_in_memory_is_seen(llm: Any) -> None:
+    llm.load()
+    found = llm.health("model_loaded")
+    assert found.ok
+    assert (found.model_present, found.model_loaded, found.answers) == (True, True, None)
+
+
+def test_a_model_that_answers_is_well_at_every_level(llm: Any) -> None:
+    found = llm.health("answers")
+    assert found.ok
+    assert (found.model_present, found.model_loaded, found.answers) == (True, True, True)
+
+
+@pytest.mark.parametrize("level", ["model_present", "model_loaded", "answers"])
+def test_an_absent_model_is_seen_at(llm: Any, level: Any) -> None:
+    found = llm.health(level, model="smollm2:136m")
+    assert not found.ok
+    assert (found.reachable, found.api, found.model_present) == (True, True, False)
+    assert (found.model_loaded, found.answers) == (None, None)
+    assert found.error.suggestions == (MODEL,)
+    with pytest.raises(ModelNotFound):
+        found.raise_for_error()
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_are_listed(llm: Any) -> None:
+    (model,) = (each for each in llm.models() if each.name == MODEL)
+    assert len(model.digest) == 64
+    assert model.size > 90_000_000
+    assert model.modified_at.year >= 2025
+    assert (model.family, model.parameters, model.quantization) == ("llama", "134.52M", "Q4_1")
+    assert model["name"] == model.get("name") == MODEL
+
+
+def test_a_model_is_loaded_and_seen_in_memory(llm: Any) -> None:
+    llm.load(keep_alive=600)
+    (model,) = (each for each in llm.loaded() if each.name == MODEL)
+    assert len(model.digest) == 64
+    assert model.size > 90_000_000
+    assert model.accelerator_size == 0
+    assert model.expires_at is not None
+
+
+def test_a_model_that_stays_for_ever_does_not_expire(llm: Any) -> None:
+    llm.load(keep_alive=-1)
+    (model,) = (each for each in llm.loaded() if each.name == MODEL)
+    assert model.expires_at is None
+    llm.load(keep_alive="5m")
+    (model,) = (each for each in llm.loaded() if each.name == MODEL)
+    assert model.expires_at is not None
+
+
+def test_a_model_is_unloaded(llm: Any, cassette: Cassette) -> None:
+    llm.load()
+    assert MODEL in [each.name for each in llm.loaded()]
+    llm.unload()
+    if cassette.mode == "record":
+        time.sleep(3)  # The runner goes a moment later.
+    assert MODEL not in [each.name for each in llm.loaded()]
+
+
+def test_a_pull_that_fails_says_so_inside_the_stream_and_after_progress(llm: Any) -> None:
+    seen: list[str] = []
+    with pytest.raises(ConnectionFailed) as caught:
+        # The server is sent to a port of its own machine where no registry is.
+        llm.pull("localhost:9/library/nosuch:1b", on_progress=lambda step: seen.append(step.status))
+    assert seen == ["pulling manifest"]
+    assert caught.value.status is None
+    assert caught.value.details["cause"] == "registry"
+    assert not caught.value.retryable
+
+
+# What `show` says with `verbose` holds a vocabulary of 49,152 tokens: 1.2 MB, too much for a cassette. The recordings of
+# newer servers (test_ollama_recordings.py) have the rest of it, and the live tests below have all.
+
+
+# --- Live ------------------------------------------------------------------------------------------------------------
+
+needs_server = pytest.mark.skipif(not LIVE, reason="GRAFTAGE_LIVE_OLLAMA names no server")
+
+
+@pytest.mark.live
+@needs_server
+def test_live_chat(both: Both) -> None:
+    llm = both.connect("ollama", model=MODEL, host=LIVE)
+    reply = llm.chat("What is the capital of France?", options=CALM, max_tokens=30)
+    assert reply.text
+    assert reply.finish_reason in ("stop", "length")
+
+
+@pytest.mark.live
+@needs_server
+def test_live_chat_streamed(both: Both) -> None:
+    llm = both.connect("ollama", model=MODEL, host=LIVE)
+    with llm.chat("What is the capital of France?", stream=True, options=CALM, max_tokens=30) as stream:
+        texts = [chunk.text for chunk in stream]
+    assert len(texts) > 3
+    assert "".join(texts) == stream.reply.text
+
+
+@pytest.mark.live
+@needs_server
+def test_live_show_has_the_arrays_and_the_tensors(both: Both) -> None:
+    info = both.connect("ollama", model=MODEL, host=LIVE).show()
+    assert info.architecture == "llama"
+    assert info.context_window == 8192
+    assert len(info.metadata["tokenizer.ggml.tokens"]) == 49152
+    assert info.tensors["token_embd.weight"] == (576, 49152)
+
+
+@pytest.mark.live
+@needs_server
+def test_live_stream_left_early_frees_the_server(both: Both) -> None:
+    llm = both.connect("ollama", model=MODEL, host=LIVE)
+    for _ in range(3):
+        with llm.chat("Write a very long story.", stream=True, options={"temperature": 1.2}, max_tokens=4000) as stream:
+            assert next(iter(stream)).text
+    # Were the stories still being written, the server's slots would be taken for minutes.
+    assert llm.chat("Hi", max_tokens=1, timeout=20).finish_reason == "length"
+
+
+@pytest.mark.live
+@needs_server
+def test_live_async_call_that_is_cancelled_frees_the_server() -> None:
+    async def main() -> str | None:
+        async with graftage.connect_async("ollama", model=MODEL, host=LIVE) as llm:
+            tasks = [asyncio.create_task(llm.chat("Write a very long story.", max_tokens=4000)) for _ in range(3)]
+            await asyncio.sleep(0.5)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert llm.stats().running == 0
+            reply = await llm.chat("Hi", max_tokens=1, timeout=20)
+            return reply.finish_reason
+
+    assert asyncio.run(main()) == "length"
