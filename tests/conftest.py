@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import importlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from graftage.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from graftage.types import Event
+
 pytest_plugins = ["graftage.testing.plugin"]
+
+PATIENCE = 20.0
+"""Seconds until a test that should have ended long ago fails instead of hanging."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +49,26 @@ def _free(free_waiting: None) -> None:
     """Waits between attempts are free."""
 
 
+# --- One test for both kinds of client -------------------------------------------------------------------------------
+
+
 class Both:
     """One client of either kind, so that a test says what happens once: `llm.chat(...)` in both modes.
 
-    In async mode each method runs to its end in one event loop that lives as long as the test.
+    In async mode each method runs as a task of one event loop, in a thread that lives as long as the test: calls from
+    several threads of a test are several tasks of that loop. What the loop has to complain about fails the test.
     """
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self._loop = asyncio.new_event_loop() if mode == "async" else None
+        self.complaints: list[str] = []
         self._clients: list[Any] = []
+        self._threads = ThreadPoolExecutor(32, "caller")
+        self._loop = asyncio.new_event_loop() if mode == "async" else None
+        if self._loop is not None:
+            self._loop.set_exception_handler(lambda _, context: self.complaints.append(repr(context)))
+            self._thread = threading.Thread(target=self._loop.run_forever, name="event loop", daemon=True)
+            self._thread.start()
 
     def connect(self, *arguments: Any, **settings: Any) -> Any:
         """A client whose methods block, whichever kind it is inside."""
@@ -55,18 +81,46 @@ class Both:
         self._clients.append(client)
         return client
 
+    def opened(self, *arguments: Any, **settings: Any) -> Any:
+        """A client that has made its connection, which an async one does only when it is entered or called."""
+        client = self.connect(*arguments, **settings)
+        return client.__enter__()
+
     def run(self, work: Any) -> Any:
         """Run a coroutine to its end."""
         assert self._loop is not None
-        return self._loop.run_until_complete(work)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+
+    def start(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
+        """Run a function in a thread of its own, where what it calls may block."""
+        context = contextvars.copy_context()
+        return self._threads.submit(lambda: context.run(function, *arguments, **named))
+
+    def together(self, functions: Iterable[Callable[[], Any]]) -> list[Any]:
+        """Run functions at one time; what each of them gives or raises, in order."""
+        begun = [self.start(function) for function in functions]
+        return [each.exception(PATIENCE) or each.result(PATIENCE) for each in begun]
 
     def close(self) -> None:
+        """Close everything, and complain of what the event loop complained of."""
         for client in self._clients:
             client.close()
+        self._threads.shutdown()
         if self._loop is not None:
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self.run(self._wind_up())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(PATIENCE)
             self._loop.close()
+        assert self.complaints == []
+
+    async def _wind_up(self) -> None:
+        assert self._loop is not None
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
 
 
 class _Waiting:
@@ -99,6 +153,7 @@ class _Waiting:
             raise StopIteration from None
 
     def __enter__(self) -> _Waiting:
+        self._run(self._inner.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,3 +166,91 @@ def both(request: pytest.FixtureRequest) -> Iterator[Both]:
     kind = Both(request.param)
     yield kind
     kind.close()
+
+
+# --- Plugins that tests hand over or install -------------------------------------------------------------------------
+
+
+class Watcher:
+    """An observer that remembers."""
+
+    name = "watcher"
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    @hookimpl
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
+
+    def kinds(self, operation: str | None = None) -> list[str]:
+        """What kinds of events there were, in order."""
+        return [event.kind for event in self.events if operation in (None, event.operation)]
+
+    def last(self, kind: str) -> Event:
+        """The last event of a kind."""
+        return [event for event in self.events if event.kind == kind][-1]
+
+
+@pytest.fixture
+def watcher() -> Watcher:
+    """An observer that remembers, to be given as a plugin."""
+    return Watcher()
+
+
+class Site:
+    """A folder of distributions, as an installer leaves them; importable as long as the test runs."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self._monkeypatch = monkeypatch
+
+    def add(
+        self,
+        distribution: str,
+        *,
+        version: str = "1.0",
+        providers: Mapping[str, str] | None = None,
+        plugins: Mapping[str, str] | None = None,
+        requires: Iterable[str] = (),
+        modules: Mapping[str, str] | None = None,
+        metadata: str | None = None,
+    ) -> None:
+        """Install a distribution: its metadata, and the source of its modules."""
+        # Hyphens in the name of that folder would make several distributions collapse into one.
+        info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        text = [f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}"]
+        text += [f"Requires-Dist: {each}" for each in requires]
+        if metadata != "":
+            (info / "METADATA").write_text(metadata or "\n".join(text) + "\n", encoding="utf-8")
+        groups = [("graftage.providers", providers or {}), ("graftage.plugins", plugins or {})]
+        lines = [
+            f"[{group}]\n" + "".join(f"{name} = {at}\n" for name, at in points.items()) for group, points in groups
+        ]
+        (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+        for module, source in (modules or {}).items():
+            (self.folder / f"{module}.py").write_text(source, encoding="utf-8")
+        self._monkeypatch.syspath_prepend(self.folder)
+        importlib.invalidate_caches()
+
+    def imported(self) -> list[str]:
+        """The modules of this folder that have been imported."""
+        here = str(self.folder)
+        modules = list(sys.modules.items())
+        return sorted(name for name, module in modules if str(getattr(module, "__file__", "")).startswith(here))
+
+    def forget(self) -> None:
+        """Let no other test find the modules."""
+        for name in self.imported():
+            del sys.modules[name]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """Distributions that are installed as long as the test runs."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    made = Site(folder, monkeypatch)
+    yield made
+    made.forget()

@@ -156,7 +156,7 @@ class Chain:
         for session in self.sessions:
             try:
                 await session.close()
-            except GraftageError as error:
+            except GraftageError as error:  # noqa: PERF203 - each member may fail
                 failed = error
         if failed is not None:
             self._raise(failed)

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["AsyncClient", "Client", "connect", "connect_async"]
 
 T = TypeVar("T")
-DEFAULT_PROVIDER = "ollama"
 
 
 def connect(
@@ -116,24 +115,25 @@ def connect_async(
 class Client:
     """A provider's connection for threads. Made by `connect`; close it, or use it as a context manager."""
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: Wish, session: Session | None = None) -> None:
+        self._wish = wish
+        self._lock = threading.Lock()
+        self._closed = False
+        self._origins: Mapping[str, str] = {}
+        self._resolved: Session | Chain | None = session
+        if session is None:
+            self._resolve = self._opened()
+
+    def _opened(self) -> Callable[[], Session | Chain]:
+        """Find and check everything; what is left is settled at once where no server must be asked for it."""
         from graftage._io import Blocking  # noqa: PLC0415
         from graftage._opening import Opening, translated  # noqa: PLC0415
 
-        opening = translated(wish, lambda: Opening(wish))
+        opening = translated(self._wish, lambda: Opening(self._wish))
         self._origins = opening.origins
-        self._lock = threading.Lock()
-        self._resolve: Callable[[], Session | Chain] = lambda: _run(opening.resolve(Blocking()))
-        self._resolved: Session | Chain | None = None if opening.must_ask else self._resolve()
-        self._closed = False
-
-    @classmethod
-    def _of(cls, session: Session) -> Self:
-        """A member of a chain as a client of its own."""
-        client = cls.__new__(cls)
-        client._origins, client._lock, client._closed = {}, threading.Lock(), False
-        client._resolved = session
-        return client
+        if not opening.must_ask:
+            self._resolved = _run(opening.resolve(Blocking()))
+        return lambda: _run(opening.resolve(Blocking()))
 
     @property
     def _session(self) -> Session | Chain:
@@ -164,7 +164,7 @@ class Client:
     def members(self) -> tuple[Client, ...]:
         """The providers of a chain, each as a client; this client alone where it is no chain."""
         sessions = getattr(self._session, "sessions", None)
-        return tuple(Client._of(each) for each in sessions) if sessions else (self,)
+        return tuple(Client(self._wish, each) for each in sessions) if sessions else (self,)
 
     @property
     def settings(self) -> Settings:
@@ -400,12 +400,12 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 class AsyncClient:
     """A provider's connection for asyncio; the methods are those of `Client`. Works from several event loops."""
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: Wish, session: Session | None = None) -> None:
         self._wish = wish
-        self._origins: Mapping[str, str] = {}
-        self._session: Session | Chain | None = None
-        self._closed = False
         self._lock = threading.Lock()
+        self._closed = False
+        self._origins: Mapping[str, str] = {}
+        self._session: Session | Chain | None = session
         self._opening: Future[None] | None = None
 
     async def _open(self) -> Session | Chain:
@@ -450,24 +450,6 @@ class AsyncClient:
         if self._session is None:
             raise RuntimeError("the client is not open: use `async with`, or call it first")
         return self._session
-
-    @classmethod
-    def _of(cls, wish: Wish, session: Session) -> AsyncClient:
-        """A member of a chain as a client of its own."""
-        client = cls(wish)
-        client._session = session
-        return client
-
-    @property
-    def address(self) -> str:
-        """Where the provider's server is, once the client is open."""
-        return self._ready().address
-
-    @property
-    def members(self) -> tuple[AsyncClient, ...]:
-        """The providers of a chain, once the client is open."""
-        sessions = getattr(self._ready(), "sessions", None)
-        return tuple(AsyncClient._of(self._wish, each) for each in sessions) if sessions else (self,)
 
     @property
     def provider(self) -> str:

@@ -11,7 +11,8 @@ from graftage._chain import Chain
 from graftage._io import IO
 from graftage._plugins import Catalog, Entry, plugin_name
 from graftage._session import Session
-from graftage.exceptions import GraftageError, ModelNotFound, ProviderError, ProviderNotFound, SettingsError
+from graftage._stream import typed_error
+from graftage.exceptions import GraftageError, ModelNotFound, ProviderNotFound, SettingsError
 from graftage.settings import Loaded, Settings, Sources, load
 from graftage.types import ConnectRequest, ModelInfo
 
@@ -164,23 +165,23 @@ class Opening:
     async def _auto(self, io: IO) -> Session:
         """Ollama where it answers with the wanted model, else the embedded provider."""
         installed = self._catalog.names("provider")
-        reason = "Ollama's provider is not installed"
+        failed: GraftageError | None = None
         if SERVER in installed:
             session = self._session(self._member(SERVER, None), io, self._wish.translate)
-            error = await self._unfit(session)
-            if error is None:
+            failed = await self._unfit(session)
+            if failed is None:
                 return session
             await session.close()
-            reason = str(error)
         if EMBEDDED in installed:
             return await self._preferring(self._session(self._member(EMBEDDED, None), io, self._wish.translate))
+        if failed is not None:
+            failed.hint = f"{failed.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
+            raise failed
         raise ProviderNotFound(
-            f"No provider can answer: {reason.rstrip('.')}.",
-            plugin=AUTO,
-            hint="Start Ollama, or install `graftage-llamacpp`, which needs no server.",
+            "No provider is installed.", plugin=AUTO, hint="Install `graftage-ollama` or `graftage-llamacpp`."
         )
 
-    async def _unfit(self, session: Session) -> Exception | None:
+    async def _unfit(self, session: Session) -> GraftageError | None:
         """Why the server cannot be taken; None where it can, and then the session has a model where one was found."""
         session_model = session.model
         try:
@@ -188,7 +189,8 @@ class Opening:
                 await self._preferring(session)
             elif session_model:
                 health = await session.health("model_present", session_model, None, None)
-                return None if health.ok else health.error or ProviderError("it is not well")
+                if not health.ok:
+                    return typed_error(health.error or RuntimeError("it is not well"), session.provider)
             else:
                 session.model = await _used_model(session)
         except GraftageError as error:

@@ -120,20 +120,18 @@ class Catalog:
         return sorted(self.entries, key=lambda entry: (entry.kind != "provider", entry.name, entry.origin))
 
     def _discover(self) -> list[Entry]:
-        found = []
-        for group, kind in GROUPS.items():
-            for point in importlib_metadata.entry_points(group=group):
-                found.append(
-                    Entry(
-                        name=point.name,
-                        kind=kind,
-                        distribution=point.dist.metadata["Name"] if point.dist else None,
-                        version=point.dist.version if point.dist else None,
-                        state="disabled" if point.name in self._disabled else "available",
-                        entry_point=point,
-                    )
-                )
-        return found
+        return [
+            Entry(
+                name=point.name,
+                kind=kind,
+                distribution=point.dist.metadata["Name"] if point.dist else None,
+                version=point.dist.version if point.dist else None,
+                state="disabled" if point.name in self._disabled else "available",
+                entry_point=point,
+            )
+            for group, kind in GROUPS.items()
+            for point in importlib_metadata.entry_points(group=group)
+        ]
 
     def _admit_object(self, plugin: object) -> Entry:
         kind: Kind = "provider" if is_provider(plugin) else "plugin"
@@ -148,8 +146,9 @@ class Catalog:
             rivals = [each for each in self.entries if (each.kind, each.name) == (entry.kind, entry.name)]
             if len(rivals) > 1 and entry.state != "disabled":
                 entry.state = "quarantined"
+                claimants = " and ".join(each.origin for each in rivals)
                 entry.error = PluginConflict(
-                    f"The {entry.kind} name `{entry.name}` is claimed by {' and '.join(each.origin for each in rivals)}.",
+                    f"The {entry.kind} name `{entry.name}` is claimed by {claimants}.",
                     plugin=entry.name,
                     distributions=[each.origin for each in rivals],
                     hint="Uninstall one of them.",
@@ -164,7 +163,7 @@ class Catalog:
         except PluginLoadError as error:
             self._quarantine(entry, error)
             return
-        except Exception as error:  # noqa: BLE001 - whatever a plugin's module raises, the others must not suffer
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - others must not suffer for it
             problem = f"could not be imported: {type(error).__name__}: {error}"
             self._quarantine(entry, _load_error(entry, problem, "Mend or uninstall it."), error)
             return
@@ -205,7 +204,7 @@ def is_provider(plugin: object) -> bool:
     return bool(getattr(getattr(plugin, "connect", None), "graftage_impl", None))
 
 
-class _Problem(Exception):  # noqa: N818 - never leaves this module
+class _Problem(Exception):
     """What is wrong with a plugin object."""
 
     def __init__(self, text: str, hint: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from graftage import _limits, _messages
 from graftage._adapters import Adapters
 from graftage._arguments import EmbedArguments, Wants, check_names
 from graftage._events import Counters, Emitter, new_call_id
-from graftage._health import HealthCache
+from graftage._health import Flight, HealthCache
 from graftage._io import IO, has
 from graftage._limits import Gate
 from graftage._plugins import Entry, Relay
@@ -35,8 +35,8 @@ from graftage.types import (
     Call,
     Capabilities,
     CloseRequest,
-    EmbedRequest,
     Embeddings,
+    EmbedRequest,
     Health,
     HealthLevel,
     HealthRequest,
@@ -183,14 +183,11 @@ class Session:
     ) -> Any:
         """Call a hook that answers once, as a call of its own."""
         run = self.run(hook, model, self.timeouts(timeout))
-        try:
+        with run.failing():
             self.require(hook)
             if around is not None:
                 await around(run)
             answer = await self.io.call(self.relay, hook, build(run.call), run.call)
-        except BaseException as error:
-            failure = run.failed(error)
-            raise failure from failure.__cause__
         run.end()
         run.emit("finish")
         return answer
@@ -208,25 +205,26 @@ class Session:
         model = self.choose_model(want.model)
         run = self.run(operation, model, self.timeouts(want.timeout), stream=stream)
         run.parse = want.parse
-        try:
-            self.require(operation)
-            options = _messages.read_options(want.options, self.capabilities().options)
-            self._require_features(model, want.needs)
-            adapter, notes = await self.adapters.for_call(want.adapter, model, run.call)
-            run.adapter = adapter.name if adapter else None
-            run.warnings = (*warnings, *notes, *(adapter.warnings if adapter else ()))
-            run.model = adapter.model if adapter else model
-            figures = await self._admit(run, operation, want, run.model)
-            if want.build is None:  # pragma: no cover - chat and generate always have one
-                raise RuntimeError("there is no request to build")
-            request = want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
+        run.warnings = tuple(warnings)
+        with run.failing():
+            request = await self._inference_request(run, operation, want, model)
             run.begin_fold()
             run.source = await self.io.open(self.relay, operation, request, run.call)
-        except BaseException as error:
-            await run.abandon()
-            failure = run.failed(error)
-            raise failure from failure.__cause__
         return run, await run.pull()
+
+    async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:
+        """Settle everything that a request needs: options, adapter, limits and a slot."""
+        self.require(operation)
+        options = _messages.read_options(want.options, self.capabilities().options)
+        self._require_features(model, want.needs)
+        adapter, notes = await self.adapters.for_call(want.adapter, model, run.call)
+        run.adapter = adapter.name if adapter else None
+        run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
+        run.model = adapter.model if adapter else model
+        figures = await self._admit(run, operation, want, run.model)
+        if want.build is None:  # pragma: no cover - chat and generate always have one
+            raise RuntimeError("there is no request to build")
+        return want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
 
     def _require_features(self, model: str, needs: Sequence[str]) -> None:
         """Refuse what the provider cannot do, or what this model is known not to do."""
@@ -362,13 +360,10 @@ class Session:
         check_names("embed", arguments, EmbedArguments)
         model = self.choose_model(arguments.get("model"))
         run = self.run("embed", model, self.timeouts(arguments.get("timeout")))
-        try:
+        with run.failing():
             self.require("embed")
             request = await self._embed_request(run, model, inputs, arguments)
             answer: Embeddings = await self.io.call(self.relay, "embed", request, run.call)
-        except BaseException as error:
-            failure = run.failed(error)
-            raise failure from failure.__cause__
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
@@ -385,7 +380,7 @@ class Session:
     async def _embed_request(
         self, run: Run, model: str, inputs: str | Sequence[str], arguments: Mapping[str, Any]
     ) -> EmbedRequest:
-        texts = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        texts = (inputs,) if isinstance(inputs, str) else tuple(inputs) if isinstance(inputs, Iterable) else ()
         if not texts or not all(isinstance(text, str) for text in texts):
             raise RequestRejected("`inputs` must be a text, or a sequence of at least one text.")
         want = Wants(
@@ -424,21 +419,27 @@ class Session:
         if not flight.mine:
             return await self._join(flight.result, timeouts)
         run = self.run("health", chosen, timeouts)
-        try:
-            request = HealthRequest(call=replace(run.call, attempts=1), level=level, model=chosen)
-            found: Health = await self.io.call(self.relay, "health", request, run.call)
-        except BaseException as error:
-            if isinstance(error, Exception):
-                typed = typed_error(error, self.provider)
-                flight.land(Health(level=level, reachable=False, address=self.address, model=chosen, error=typed))
-            else:
-                flight.land(None)
-            failure = run.failed(error)
-            raise failure from failure.__cause__
-        found = replace(found, address=found.address or self.address, latency=time.monotonic() - run.started)
-        flight.land(found)
+        with run.failing():
+            found = await self._checked(HealthRequest(call=run.call, level=level, model=chosen), flight)
         run.end()
         run.emit("finish")
+        return found
+
+    async def _checked(self, request: HealthRequest, flight: Flight) -> Health:
+        started = time.monotonic()
+        try:
+            found: Health = await self.io.call(
+                self.relay, "health", replace(request, call=replace(request.call, attempts=1)), request.call
+            )
+        except BaseException as error:
+            typed = typed_error(error, self.provider) if isinstance(error, Exception) else None
+            # Those who joined get an answer, too; where this caller was cancelled, they are told so.
+            flight.land(
+                Health(level=request.level, reachable=False, model=request.model, error=typed) if typed else None
+            )
+            raise
+        found = replace(found, address=found.address or self.address, latency=time.monotonic() - started)
+        flight.land(found)
         return found
 
     async def _join(self, result: Future[Health | None], timeouts: Timeouts) -> Health:
@@ -477,32 +478,31 @@ class Session:
         name = self.choose_model(model)
         given = timeout if timeout is not None else self.settings.timeouts
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
-        gate = _limits.gate_for(f"pull {self.provider}", f"{self.address} {name}")
-        try:
+        with run.failing():
             self.require("pull_model")
+            gate = _limits.gate_for(f"pull {self.provider}", f"{self.address} {name}")
             await self._granted(gate, gate.enter(1), run.call)
-        except BaseException as error:
-            failure = run.failed(error)
-            raise failure from failure.__cause__
-        run.release = _both(gate.leave, run.release)
-        last: PullProgress | None = None
-        try:
-            run.source = await self.io.open(self.relay, "pull_model", ModelRequest(call=run.call, model=name), run.call)
-            while (step := await run.source.pull()) is not None:
-                last = step
-                run.emit("progress", progress=step)
-                if on_progress is not None:
-                    on_progress(step)
-            if last is None or last.status != "success":
-                raise StreamInterrupted("The download ended before it was complete.", hint="Pull again: it goes on.")
-        except BaseException as error:
-            await run.abandon()
-            failure = run.failed(error)
-            raise failure from failure.__cause__
-        await run.abandon()
+            run.release = _both(gate.leave, run.release)
+            try:
+                last = await self._pull(run, name, on_progress)
+            finally:
+                await run.abandon()
         run.emit("finish")
         self._infos.pop(name, None)
         self.health_cache.drop()
+        return last
+
+    async def _pull(self, run: Run, model: str, on_progress: Callable[[PullProgress], None] | None) -> PullProgress:
+        request = ModelRequest(call=run.call, model=model)
+        last: PullProgress | None = None
+        run.source = await self.io.open(self.relay, "pull_model", request, run.call)
+        while (step := await run.source.pull()) is not None:
+            last = step
+            run.emit("progress", progress=step)
+            if on_progress is not None:
+                on_progress(step)
+        if last is None or last.status != "success":
+            raise StreamInterrupted("The download ended before it was complete.", hint="Pull again: it goes on.")
         return last
 
     async def ensure(
@@ -574,11 +574,8 @@ class Session:
         """Switch the adapter of all calls that follow."""
         name = self.choose_model(model) if reference is not None else ""
         run = self.run("use_adapter", name or None, self.timeouts(timeout))
-        try:
+        with run.failing():
             active = await self.adapters.switch(reference, name, on_missing, run.call)
-        except BaseException as error:
-            failure = run.failed(error)
-            raise failure from failure.__cause__
         run.end()
         run.emit("finish", adapter=active.name if active else None)
         return active

@@ -140,31 +140,31 @@ class Run:
         """The next chunk; None after the last one. Ends the run at the last chunk, and on any error."""
         if self.source is None or self.fold is None or self.ended:
             return None
+        with self.failing():
+            return await self._pull(self.source, self.fold)
+
+    async def _pull(self, source: Source, fold: Fold) -> Chunk:
         try:
-            chunk: Chunk | None = await self.source.pull()
+            chunk: Chunk | None = await source.pull()
             if chunk is None:
                 raise StreamInterrupted(
                     "The answer ended before it was done.",
-                    retryable=not self.fold.received,
+                    retryable=not fold.received,
                     hint="The text so far is in `partial`; ask again for a whole answer.",
                 )
-            first = not self.fold.received
-            self.fold.add(chunk)
+            first = not fold.received
+            fold.add(chunk)
             if first:
                 self.emit("first_chunk")
             if chunk.finish_reason is not None:
-                await self.source.close()
-                self._finish(chunk)
-        except BaseException as error:
+                await source.close()
+                self._finish(chunk, fold)
+        except BaseException:
             await self.abandon()
-            failure = self.failed(error)
-            raise failure from failure.__cause__
+            raise
         return chunk
 
-    def _finish(self, last: Chunk) -> None:
-        fold = self.fold
-        if fold is None:  # pragma: no cover - pull makes sure
-            raise RuntimeError("there is nothing to finish")
+    def _finish(self, last: Chunk, fold: Fold) -> None:
         reply = fold.reply()
         if self.parse is not None and not reply.tool_calls:
             reply = replace(reply, parsed=parsed(reply, self.parse))
@@ -190,6 +190,10 @@ class Run:
         finally:
             self.end()
 
+    def failing(self) -> _Failing:
+        """A block whose errors are those of this run."""
+        return _Failing(self)
+
     def failed(self, error: BaseException) -> BaseException:
         """The error to raise for one that occurred, counted and told to observers."""
         self.end()
@@ -209,6 +213,25 @@ class Run:
         if translated is not typed:
             translated.__cause__ = typed
         return translated
+
+
+class _Failing:
+    """Ends a run with the error that leaves the block, typed, counted, told and translated."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        failure = self._run.failed(error)
+        if failure is not error:
+            raise failure from failure.__cause__
 
 
 def typed_error(error: Exception, provider: str) -> GraftageError:

@@ -6,7 +6,8 @@
     │   ├── ProviderNotFound        nothing of that name is installed
     │   ├── PluginConflict          two distributions claim one name
     │   └── PluginLoadError         import, signature or version is wrong; cause attached
-    ├── ProviderError               .provider .model .operation .status .retryable .attempts .suggestions .partial .details
+    ├── ProviderError               .provider .model .operation .status .retryable .attempts .suggestions .partial
+    │   │                           .details
     │   ├── ConnectionFailed        nothing answered at that address
     │   ├── ProviderTimeout         .phase: connect, first_token, idle, total
     │   ├── AuthenticationFailed

@@ -6,9 +6,9 @@ with `hookimpl`. A **plugin** is found through `graftage.plugins` and may implem
 
 Each hook takes one frozen object from `graftage.types` and grows by fields of that object, never by parameters. An
 operation that a connection does not implement is `CapabilityUnsupported` before anything is sent. Hooks prefixed with
-`a` are the async twins: without one, `AsyncClient` runs the sync hook in a worker thread; without the sync one, `Client`
-raises `CapabilityUnsupported`. Connection hooks are called from the thread, or the event loop, of the caller; several
-calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
+`a` are the async twins: without one, `AsyncClient` runs the sync hook in a worker thread; without the sync one,
+`Client` raises `CapabilityUnsupported`. Connection hooks are called from the thread, or the event loop, of the caller;
+several calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         Chunk,
         CloseRequest,
         ConnectRequest,
-        EmbedRequest,
         Embeddings,
+        EmbedRequest,
         Event,
         GenerateRequest,
         Health,

@@ -153,12 +153,13 @@ class Guard(httpx.BaseTransport):
         self._headers = headers or {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and hand its answer on, once it is known to be none that refuses."""
         of = current()
         of.clock.enter("connect")
         _prepare(request, self._headers)
         try:
             response = self._inner.handle_request(request)
-        except Exception as error:
+        except httpx.TransportError as error:
             raise _before_answer(error, of, request) from error
         if of.clock.phase == "connect":  # A transport that is not `Network` does not tell when it was connected.
             of.clock.enter("first_token")
@@ -175,6 +176,7 @@ class Guard(httpx.BaseTransport):
         return _guarded(response, _Body(stream, of))
 
     def close(self) -> None:
+        """Close the transport inside."""
         self._inner.close()
 
 
@@ -186,6 +188,7 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         self._headers = headers or {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and hand its answer on, once it is known to be none that refuses."""
         of = current()
         of.clock.enter("connect")
         _prepare(request, self._headers)
@@ -197,7 +200,7 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         except TimeoutError as error:
             of.clock.phase = "first_token"
             raise of.clock.expired() from error
-        except Exception as error:
+        except httpx.TransportError as error:
             raise _before_answer(error, of, request) from error
         stream = response.stream
         if not isinstance(stream, httpx.AsyncByteStream):  # pragma: no cover - a broken inner transport
@@ -214,6 +217,7 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         return _guarded(response, _AsyncBody(stream, of))
 
     async def aclose(self) -> None:
+        """Close the transport inside."""
         await self._inner.aclose()
 
 
@@ -313,7 +317,7 @@ def _bounded(stream: httpx.SyncByteStream, of: Exchange) -> Iterator[bytes]:
     while True:
         try:
             piece = next(pieces, None)
-        except Exception as error:
+        except httpx.TransportError as error:
             raise _within_answer(error, of) from error
         if piece is None:
             return
@@ -329,7 +333,7 @@ async def _abounded(stream: httpx.AsyncByteStream, of: Exchange) -> AsyncIterato
                 piece = await anext(pieces, None)
         except TimeoutError as error:
             raise of.clock.expired() from error
-        except Exception as error:
+        except httpx.TransportError as error:
             raise _within_answer(error, of) from error
         if piece is None:
             return
@@ -370,7 +374,7 @@ def _too_large(limit: int) -> ProtocolError:
 
 
 class _LineReader:
-    """Cuts bytes into lines at `\\n` and nowhere else."""
+    """Cuts bytes into lines at the byte for a new line and nowhere else."""
 
     def __init__(self, of: Exchange) -> None:
         self._of = of
@@ -422,10 +426,8 @@ def mend_line(line: bytes) -> bytes:
 # --- What a failure means --------------------------------------------------------------------------------------------
 
 
-def _before_answer(error: Exception, of: Exchange, request: httpx.Request) -> Exception:
+def _before_answer(error: httpx.TransportError, of: Exchange, request: httpx.Request) -> ProviderError:
     """The typed error for what went wrong before the status line was there."""
-    if isinstance(error, ProviderError):
-        return error
     if isinstance(error, httpx.ConnectTimeout):
         of.clock.phase = "connect"
         of.clock.until = time.monotonic()
@@ -436,24 +438,18 @@ def _before_answer(error: Exception, of: Exchange, request: httpx.Request) -> Ex
         return ProtocolError(
             f"What answers at {_place(request.url)} does not speak HTTP: {error}.", hint="Check `host` and its port."
         )
-    if isinstance(error, httpx.TransportError):
-        return connection_failed(error, request.url)
-    return error
+    return connection_failed(error, request.url)
 
 
-def _within_answer(error: Exception, of: Exchange) -> Exception:
+def _within_answer(error: httpx.TransportError, of: Exchange) -> ProviderError:
     """The typed error for what went wrong while the body was read."""
-    if isinstance(error, ProviderError):
-        return error
     if isinstance(error, httpx.TimeoutException):
         return of.clock.expired()
-    if isinstance(error, httpx.TransportError):
-        return StreamInterrupted(
-            f"The connection broke before the answer was complete: {error}.",
-            retryable=True,
-            hint="Was the server stopped, or a proxy's limit reached?",
-        )
-    return error
+    return StreamInterrupted(
+        f"The connection broke before the answer was complete: {error}.",
+        retryable=True,
+        hint="Was the server stopped, or a proxy's limit reached?",
+    )
 
 
 def connection_failed(error: BaseException, url: httpx.URL) -> ConnectionFailed:
@@ -598,7 +594,7 @@ class _ClockedBackend(httpcore.NetworkBackend):
     def __init__(self, inner: httpcore.NetworkBackend) -> None:
         self._inner = inner
 
-    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any) -> Any:  # noqa: ARG002, ASYNC109 - the clock replaces it
+    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any) -> Any:  # noqa: ARG002 - the clock replaces it
         return _ClockedStream(self._inner.connect_tcp(host, port, _left(httpcore.ConnectTimeout), *args, **options))
 
 
@@ -616,8 +612,11 @@ class _ClockedStream(httpcore.NetworkStream):
         self._inner.write(buffer, _left(httpcore.WriteTimeout))
 
     def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> Any:  # noqa: ARG002 - the clock replaces it
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ARG002 - the clock replaces it
+    ) -> Any:
         return _ClockedStream(self._inner.start_tls(ssl_context, server_hostname, _left(httpcore.ConnectTimeout)))
 
     def get_extra_info(self, info: str) -> Any:
@@ -647,6 +646,7 @@ class AsyncNetwork(httpx.AsyncBaseTransport):
         self._lock = threading.Lock()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request through the pool of the running loop."""
         pool = self._pool()
         pool.users += 1
         try:
@@ -676,6 +676,7 @@ class AsyncNetwork(httpx.AsyncBaseTransport):
                     del self._pools[loop]
 
     async def aclose(self) -> None:
+        """Close the pools of all loops that still run."""
         with self._lock:
             pools = list(self._pools.items())
             self._pools.clear()

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
             known = [each.name for each in fields(Timeouts)]
             for name in value:
                 if name not in known:
-                    raise ValueError(f"`timeouts` has no part `{name}`; {nearest(name, known)}")
+                    raise ValueError(f"`timeouts` has no part `{name}`. {nearest(name, known)}")
             return Timeouts(**{name: float(seconds) for name, seconds in value.items()})
         return value
 
@@ -170,7 +170,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The way out for a name that is not known: the nearest one, else all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name.lower(), names, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"known are {', '.join(f'`{each}`' for each in names)}"
+    return f"Did you mean `{close[0]}`?" if close else f"Known are {', '.join(f'`{each}`' for each in names)}."
 
 
 def load(
@@ -272,12 +272,8 @@ def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[st
 
 def _require(key: str, known: Iterable[str], origin: str) -> None:
     if key not in set(known):
-        hint = nearest(key, known)
         raise SettingsError(
-            f"There is no setting `{key}` ({origin});",
-            key=key,
-            source=origin,
-            hint=hint if hint.endswith("?") else f"{hint}.",
+            f"There is no setting `{key}` ({origin}).", key=key, source=origin, hint=nearest(key, known)
         )
 
 

@@ -467,6 +467,10 @@ class Event:
     progress: PullProgress | None = None
 
 
+def _tell_nobody(_kind: str, **_facts: Any) -> None:
+    """The `emit` of a call that nobody observes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """What every operation's request carries about the call itself."""
@@ -479,7 +483,7 @@ class Call:
     budget: Budget | None = None
     """Retries this connection can still afford."""
     max_reply_bytes: int = 64 * 1024 * 1024
-    emit: Callable[..., None] = field(default=lambda kind, **facts: None, repr=False)
+    emit: Callable[..., None] = field(default=_tell_nobody, repr=False)
     """Tells observers: `emit("retry", attempt=1, delay=0.1, error=error)`; the core adds the rest of the `Event`."""
 
 

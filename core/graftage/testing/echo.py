@@ -132,7 +132,7 @@ class Echo:
 
     name = "echo"
 
-    def __init__(  # noqa: PLR0913 # each has a default, and all but the script a name
+    def __init__(  # each has a default, and all but the script a name
         self,
         script: Iterable[Step] = (),
         *,
@@ -299,10 +299,12 @@ class _Workings:
         present = name in self._echo.models or not self._echo.strict
         # To see whether a model answers, it is made to: then it is in memory, too.
         answers = present and request.level == "answers"
+        if answers and request.model:
+            self._load(request.model, None)
         levels: dict[str, bool] = {
             "api": True,
             "model_present": present,
-            "model_loaded": answers or name in self._echo.loaded,
+            "model_loaded": name in self._echo.loaded,
             "answers": answers,
         }
         asked = HEALTH_LEVELS[1 : HEALTH_LEVELS.index(request.level) + 1]

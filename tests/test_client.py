@@ -1,0 +1,1516 @@
+"""What a host can say to a client, and what it gets: each behaviour sync and async, against Echo."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import json
+import math
+import threading
+import time
+from dataclasses import FrozenInstanceError
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import BaseModel
+
+import graftage
+from graftage.exceptions import (
+    AdapterNotFound,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    GraftageError,
+    InferenceFailed,
+    ModelNotFound,
+    PluginLoadError,
+    ProtocolError,
+    ProviderError,
+    ProviderNotFound,
+    ProviderTimeout,
+    RequestRejected,
+    SettingsError,
+    StreamInterrupted,
+)
+from graftage.hookspecs import hookimpl
+from graftage.settings import Settings
+from graftage.testing import Echo, Pause
+from graftage.types import (
+    Capabilities,
+    Chunk,
+    Health,
+    Image,
+    LoadedModel,
+    Message,
+    ModelInfo,
+    PullProgress,
+    Reply,
+    Timeouts,
+    Tool,
+    ToolCall,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+MODEL = "m:1"
+HAS_TWINS = (
+    "chat",
+    "generate",
+    "embed",
+    "health",
+    "list_models",
+    "show_model",
+    "loaded_models",
+    "pull_model",
+    "load_model",
+    "unload_model",
+    "load_adapter",
+    "unload_adapter",
+    "close",
+)
+SYNC_ONLY = [f"a{hook}" for hook in HAS_TWINS]
+JSON_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+class Street(BaseModel):
+    """Where a house is."""
+
+    name: str
+
+
+class House(BaseModel):
+    """A place to live in."""
+
+    street: Street
+    number: int
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_answers_and_says_by_whom_and_for_how_much(both: Any) -> None:
+    llm = both.connect(Echo(["Hello you there"]), model=MODEL)
+    reply = llm.chat("Hi there")
+    assert (reply.text, reply.finish_reason) == ("Hello you there", "stop")
+    assert (reply.provider, reply.model, reply.adapter) == ("echo", MODEL, None)
+    assert reply.usage == Usage(input_tokens=2, output_tokens=3)
+    assert reply.usage.total_tokens == 5
+    assert reply.message == Message(role="assistant", content="Hello you there")
+    assert str(reply) == "Hello you there"
+    assert (reply.limits, reply.warnings, reply.parsed) == (None, (), None)
+    assert reply.raw == {"model": MODEL, "done": True}
+    assert 0 <= reply.timings.first_chunk <= reply.timings.wall
+
+
+def test_generate_continues_a_prompt_with_all_its_arguments(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    reply = llm.generate("Once upon", system="Be brief", suffix="the end", raw=True, think=False, max_tokens=1)
+    assert (reply.text, reply.finish_reason) == ("Once ", "length")
+    request = echo.requests[-1]
+    assert (request.prompt, request.system, request.suffix) == ("Once upon", "Be brief", "the end")
+    assert (request.raw, request.think, request.max_tokens) == (True, False, 1)
+
+
+def test_a_plain_answer_is_the_fold_of_the_streamed_one(both: Any) -> None:
+    call = ToolCall(name="look", arguments={"where": "up"}, id="call_0")
+    chunks = [
+        Chunk(thinking="hm "),
+        Chunk(thinking="yes", warnings=("one",)),
+        Chunk(text="a "),
+        Chunk(text="b", tool_calls=(call,)),
+        Chunk(finish_reason="tool_calls", usage=Usage(input_tokens=1), model="m:1-real", warnings=("two",)),
+    ]
+    llm = both.connect(Echo([chunks, chunks]), model=MODEL)
+    whole = llm.chat("x")
+    stream = llm.chat("x", stream=True)
+    assert list(stream) == chunks
+    for reply in (whole, stream.reply):
+        assert (reply.text, reply.thinking, reply.tool_calls) == ("a b", "hm yes", (call,))
+        assert (reply.model, reply.warnings) == ("m:1-real", ("one", "two"))
+        assert reply.message.thinking == "hm yes"
+
+
+def test_an_unknown_figure_is_none_and_never_zero(both: Any) -> None:
+    llm = both.connect(Echo([[Chunk(text="x", finish_reason="stop")]]), model=MODEL)
+    reply = llm.chat("x")
+    assert reply.usage == Usage(input_tokens=None, output_tokens=None)
+    assert reply.usage.total_tokens is None
+    assert (reply.timings.total, reply.timings.load) == (None, None)
+
+
+def test_answers_are_typed_and_frozen_records_and_not_the_libraries_objects(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL)
+    reply, health, models = llm.chat("x"), llm.health(), llm.models()
+    assert (type(reply), type(health), type(models[0])) == (Reply, Health, ModelInfo)
+    with pytest.raises(FrozenInstanceError):
+        reply.text = "y"
+
+
+def test_embeddings_come_one_for_each_text_in_order(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    several = llm.embed(["a b", "c"], dimensions=3, truncate=False, options={"seed": 1})
+    assert [len(each) for each in several.vectors] == [3, 3]
+    assert several.vectors[1] == llm.embed("c", dimensions=3).vectors[0]
+    assert (several.model, several.provider, several.usage.input_tokens) == (MODEL, "echo", 3)
+    assert several.timings.wall >= 0
+    first = echo.requests[0]
+    assert (first.inputs, first.dimensions, first.truncate, first.options) == (("a b", "c"), 3, False, {"seed": 1})
+
+
+@pytest.mark.parametrize("inputs", [[], [1], ["a", None], b"ab"])
+def test_inputs_that_are_no_texts_are_refused(both: Any, inputs: Any) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="inputs"):
+        both.connect(echo, model=MODEL).embed(inputs)
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize("inputs", [None, 5])
+def test_inputs_that_are_no_sequence_are_refused_and_not_blamed_on_the_provider(both: Any, inputs: Any) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="inputs"):
+        both.connect(echo, model=MODEL).embed(inputs)
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize("name", ["context_window", "max_tokens"])
+def test_a_figure_that_is_no_number_of_tokens_is_refused(both: Any, name: str) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    for figure in (0, -3, 2.5, "many", True):
+        for act in (llm.chat, llm.generate):
+            with pytest.raises(RequestRejected, match=name):
+                act("x", **{name: figure})
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize("operation", ["embed", "load"])
+def test_a_window_that_is_no_number_of_tokens_is_refused_for_every_operation(both: Any, operation: str) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    act = llm.load if operation == "load" else functools.partial(llm.embed, "x")
+    for figure in (0, -3, 2.5, "many", True):
+        with pytest.raises(RequestRejected, match="context_window"):
+            act(context_window=figure)
+    assert echo.requests == []
+
+
+# --- Messages --------------------------------------------------------------------------------------------------------
+
+HELLO = Message(role="user", content="Hi")
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("Hi", (HELLO,)),
+        (HELLO, (HELLO,)),
+        ({"role": "user", "content": "Hi"}, (HELLO,)),
+        (["Hi"], (HELLO,)),
+        ((HELLO, HELLO), (HELLO, HELLO)),
+        (({"role": "system", "content": "S"}, "Hi"), (Message(role="system", content="S"), HELLO)),
+        (["Hi", Reply(text="Ho", thinking="t")], (HELLO, Message(role="assistant", content="Ho", thinking="t"))),
+        (
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}],
+            },
+            (Message(role="assistant", tool_calls=(ToolCall(name="f", arguments={"a": 1}, id="call_0"),)),),
+        ),
+        (
+            {"role": "tool", "content": "9", "tool_name": "f", "tool_call_id": "c"},
+            (Message(role="tool", content="9", tool_name="f", tool_call_id="c"),),
+        ),
+    ],
+)
+def test_messages_are_read_in_every_form(both: Any, given: Any, read: tuple[Message, ...]) -> None:
+    echo = Echo(["ok"])
+    both.connect(echo, model=MODEL).chat(given)
+    assert echo.requests[0].messages == read
+
+
+def test_messages_may_come_from_a_generator(both: Any) -> None:
+    echo = Echo(["ok"])
+    both.connect(echo, model=MODEL).chat(each for each in ["one", "two"])
+    assert [each.content for each in echo.requests[0].messages] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (5, "messages"),
+        (None, "messages"),
+        ([], "no messages"),
+        ([5], "message"),
+        (b"Hi", "message"),
+        ({"role": "bishop", "content": "x"}, "user, assistant"),
+        ({"content": "x"}, "role"),
+        ({"role": "user", "contents": "x"}, "`content`"),
+        ({"role": "user", "content": [{"type": "text"}]}, "content"),
+        ({"role": "assistant", "tool_calls": [5]}, "tool call"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "not JSON"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, "object"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_refused_before_anything_is_sent(
+    both: Any, given: Any, complaint: str
+) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match=complaint):
+        both.connect(echo, model=MODEL).chat(given)
+    assert echo.requests == []
+
+
+def test_a_prompt_that_is_no_text_is_refused(both: Any) -> None:
+    with pytest.raises(RequestRejected, match="prompt"):
+        both.connect(Echo(), model=MODEL).generate(["x"])
+
+
+def test_images_are_paths_or_bytes_and_go_with_the_last_message_of_the_user(both: Any, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    file.write_bytes(b"from a file")
+    pictures = [file, str(file), b"bytes", Image(data=b"image")]
+    echo = Echo(["ok", "ok"])
+    llm = both.connect(echo, model=MODEL)
+    llm.chat(["first", "second", Reply(text="third")], images=pictures)
+    assert [len(each.images) for each in echo.requests[0].messages] == [0, 4, 0]
+    expected = [b"from a file", b"from a file", b"bytes", b"image"]
+    assert [each.data for each in echo.requests[0].messages[1].images] == expected
+    llm.generate("what?", images=pictures[2:])
+    assert [each.data for each in echo.requests[1].images] == [b"bytes", b"image"]
+
+
+@pytest.mark.parametrize("given", ["cat.png", b"bytes", [5], ["/no/such/cat.png"], ["\0"]])
+def test_images_that_cannot_be_read_are_refused(both: Any, given: Any) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="image"):
+        both.connect(echo, model=MODEL).chat("x", images=given)
+    assert echo.requests == []
+
+
+def test_images_without_a_message_of_the_user_are_refused(both: Any) -> None:
+    with pytest.raises(RequestRejected, match="user"):
+        both.connect(Echo(), model=MODEL).chat(Reply(text="x"), images=[b"x"])
+
+
+# --- Tools -----------------------------------------------------------------------------------------------------------
+
+
+def weather(city: str, days: int = 1) -> str:
+    """Forecast the weather.
+
+    Args:
+        city: where.
+        days (int): how far ahead.
+
+    Returns:
+        words
+    """
+    return f"{city} {days}"
+
+
+def sell(house: House) -> None:
+    """Sell a house."""
+
+
+def tools_of(both: Any, *tools: Any) -> tuple[Tool, ...]:
+    echo = Echo(["ok"])
+    both.connect(echo, model=MODEL).chat("x", tools=list(tools))
+    read: tuple[Tool, ...] = echo.requests[0].tools
+    return read
+
+
+def test_a_function_is_a_tool_by_its_signature_and_docstring(both: Any) -> None:
+    (tool,) = tools_of(both, weather)
+    assert (tool.name, tool.description) == ("weather", "Forecast the weather.")
+    assert tool.parameters["required"] == ["city"]
+    properties = tool.parameters["properties"]
+    assert (properties["city"]["type"], properties["city"]["description"]) == ("string", "where.")
+    assert (properties["days"]["default"], properties["days"]["description"]) == (1, "how far ahead.")
+
+
+def test_nested_schemas_of_tools_are_kept(both: Any) -> None:
+    by_function, by_model = tools_of(both, sell, House)
+    assert by_function.parameters["$defs"]["Street"]["properties"]["name"]["type"] == "string"
+    assert (by_model.name, by_model.description) == ("House", "A place to live in.")
+    assert by_model.parameters["$defs"]["Street"]["required"] == ["name"]
+
+
+def test_tools_may_be_mappings_in_two_forms_or_tools(both: Any) -> None:
+    plain = {"name": "f", "description": "d", "parameters": JSON_SCHEMA}
+    tool = Tool(name="f", description="d", parameters=JSON_SCHEMA)
+    read = tools_of(both, plain, {"type": "function", "function": plain}, tool, {"name": "g"})
+    assert read == (tool, tool, tool, Tool(name="g"))
+
+
+def test_a_bound_method_is_a_tool_without_its_self(both: Any) -> None:
+    class Home:
+        def heat(self, degrees: float) -> None:
+            """Heat it."""
+
+    (tool,) = tools_of(both, Home().heat)
+    assert list(tool.parameters["properties"]) == ["degrees"]
+
+
+@pytest.mark.parametrize("tool", [5, "weather", {"parameters": {}}, {"function": 5}, lambda stream: stream.read])
+def test_what_cannot_be_a_tool_is_refused(both: Any, tool: Any) -> None:
+    if callable(tool):
+        tool.__annotations__ = {"stream": threading.Thread}  # A type that has no JSON schema.
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="tool"):
+        both.connect(echo, model=MODEL).chat("x", tools=[tool])
+    assert echo.requests == []
+
+
+def test_a_partial_function_is_a_tool_or_refused_and_nothing_else(both: Any) -> None:
+    echo = Echo(["ok"])
+    with pytest.raises(RequestRejected, match="tool"):
+        both.connect(echo, model=MODEL).chat("x", tools=[functools.partial(weather, days=2)])
+
+
+def test_a_tool_of_positional_parameters_has_a_schema_of_type_object_or_is_refused(both: Any) -> None:
+    def positional(city: str, /) -> str:
+        return city
+
+    echo = Echo(["ok"])
+    with pytest.raises(RequestRejected, match="tool"):
+        both.connect(echo, model=MODEL).chat("x", tools=[positional])
+
+
+@pytest.mark.parametrize("tools", [weather, 5])
+def test_tools_that_are_no_sequence_are_refused_with_a_reason(both: Any, tools: Any) -> None:
+    with pytest.raises(RequestRejected, match="tools"):
+        both.connect(Echo(), model=MODEL).chat("x", tools=tools)
+
+
+# --- Structured output -----------------------------------------------------------------------------------------------
+
+GOOD = '{"street": {"name": "Elm"}, "number": 9}'
+
+
+def test_a_pydantic_format_is_sent_as_a_schema_and_parsed_to_an_instance(both: Any) -> None:
+    echo = Echo([GOOD, GOOD])
+    llm = both.connect(echo, model=MODEL)
+    assert llm.chat("x", format=House).parsed == House(street=Street(name="Elm"), number=9)
+    assert echo.requests[0].format["$defs"]["Street"]["required"] == ["name"]
+    stream = llm.generate("x", format=House, stream=True)
+    assert "".join(chunk.text for chunk in stream) == GOOD
+    assert stream.reply.parsed.number == 9
+
+
+@pytest.mark.parametrize("given", ["json", JSON_SCHEMA])
+def test_a_schema_or_json_is_sent_as_it_is_and_parsed_to_plain_data(both: Any, given: Any) -> None:
+    echo = Echo(['{"city": "Ulm"}'])
+    assert both.connect(echo, model=MODEL).chat("x", format=given).parsed == {"city": "Ulm"}
+    assert echo.requests[0].format == given
+
+
+@pytest.mark.parametrize("given", ["xml", 5, {}, str])
+def test_a_format_that_is_none_of_these_is_refused(both: Any, given: Any) -> None:
+    with pytest.raises(RequestRejected, match="format"):
+        both.connect(Echo(), model=MODEL).chat("x", format=given)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("given", "answer"), [(House, '{"number": 9}'), (House, "plain words"), ("json", "{"), (JSON_SCHEMA, "")]
+)
+def test_an_answer_that_does_not_fit_the_format_is_an_error_with_the_answer_in_partial(
+    both: Any, given: Any, answer: str, stream: bool
+) -> None:
+    llm = both.connect(Echo([answer]), model=MODEL)
+
+    def act() -> None:
+        reply = llm.chat("x", format=given, stream=stream)
+        if stream:
+            list(reply)
+
+    with pytest.raises(ProtocolError, match="format") as caught:
+        act()
+    assert caught.value.partial is not None
+    assert (caught.value.partial.text, caught.value.partial.finish_reason) == (answer, "stop")
+    assert answer == "" or answer not in str(caught.value)
+    assert llm.stats().running == 0
+
+
+def test_an_answer_that_was_cut_says_so_instead_of_blaming_the_schema(both: Any) -> None:
+    with pytest.raises(ProtocolError, match="cut .* Raise `max_tokens`"):
+        both.connect(Echo([GOOD]), model=MODEL).chat("x", format=House, max_tokens=2)
+
+
+def test_an_answer_that_calls_tools_is_not_parsed(both: Any) -> None:
+    call = ToolCall(name="f", arguments={}, id="c")
+    llm = both.connect(Echo([[Chunk(tool_calls=(call,), finish_reason="tool_calls")]]), model=MODEL)
+    assert llm.chat("x", format=House, tools=[weather]).parsed is None
+
+
+def test_json_that_is_nested_too_deep_is_a_protocol_error(both: Any) -> None:
+    with pytest.raises(ProtocolError):
+        both.connect(Echo(["[" * 100_000]), model=MODEL).chat("x", format="json")
+
+
+# --- Options and arguments -------------------------------------------------------------------------------------------
+
+
+def test_options_are_sent_and_unset_ones_left_out(both: Any) -> None:
+    echo = Echo(["ok"])
+    both.connect(echo, model=MODEL).chat("x", options={"temperature": 0, "seed": None})
+    assert echo.requests[0].options == {"temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("temprature", "`temperature`"),
+        ("zzz", "temperature"),
+        ("num_ctx", "`context_window`"),
+        ("num_predict", "`max_tokens`"),
+        ("max_tokens", "`max_tokens`"),
+        ("context_window", "`context_window`"),
+        ("keep_alive", "`keep_alive`"),
+    ],
+)
+def test_an_unknown_option_or_a_synonym_is_refused_with_the_right_name(both: Any, name: str, way_out: str) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    for act in (llm.chat, llm.generate, llm.embed):
+        with pytest.raises(RequestRejected, match=way_out):
+            act("x", options={name: 1})
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize("options", [["temperature"], "hot", 5])
+def test_options_that_are_no_mapping_are_refused(both: Any, options: Any) -> None:
+    with pytest.raises(RequestRejected, match="options"):
+        both.connect(Echo(), model=MODEL).chat("x", options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("max_token", "max_tokens"), ("num_ctx", "context_window"), ("stop_after", None), ("formatt", "format")],
+)
+def test_an_unknown_argument_is_a_type_error_that_names_the_right_one(both: Any, name: str, right: str | None) -> None:
+    echo = Echo()
+    with pytest.raises(TypeError, match=f"`{name}`{f'.*`{right}`' if right else '$'}"):
+        both.connect(echo, model=MODEL).chat("x", **{name: 1})
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (5, 5.0),
+        (0, 0.0),
+        ("5m", 300.0),
+        ("1h30m", 5400.0),
+        (-1, math.inf),
+        ("-1", math.inf),
+        (timedelta(minutes=1), 60.0),
+    ],
+)
+def test_keep_alive_and_the_window_are_really_sent(both: Any, given: Any, sent: float) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, keep_alive=7, context_window=512)
+    for act in (llm.chat, llm.generate, llm.embed):
+        act("x", keep_alive=given, context_window=1024)
+    llm.load(keep_alive=given, context_window=1024)
+    assert [(each.keep_alive, each.context_window) for each in echo.requests] == [(sent, 1024)] * 4
+    llm.chat("x")
+    assert (echo.requests[-1].keep_alive, echo.requests[-1].context_window) == (7.0, 512)
+
+
+@pytest.mark.parametrize("given", ["soon", "5 parrots", True, [5], math.nan])
+def test_a_keep_alive_that_is_no_duration_is_refused(both: Any, given: Any) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="keep_alive"):
+        both.connect(echo, model=MODEL).chat("x", keep_alive=given)
+    assert echo.requests == []
+
+
+def test_a_call_without_a_model_is_refused_with_ways_to_choose_one(both: Any) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match=r"`model=`.*GRAFTAGE_MODEL"):
+        both.connect(echo).chat("x")
+    assert echo.requests == []
+
+
+def test_the_model_of_a_call_goes_before_the_clients(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    llm.chat("x", model="other")
+    assert echo.requests[0].model == "other"
+
+
+def test_a_provider_and_its_model_are_split_at_the_first_colon(both: Any) -> None:
+    echo = Echo()
+    llm = both.opened("echo:smollm2:135m", plugins=[echo])
+    assert (llm.provider, llm.model) == ("echo", "smollm2:135m")
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_call_has_finite_limits_and_a_deadline_of_its_own(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    before = time.monotonic()
+    llm.chat("x")
+    call = echo.requests[0].call
+    assert call.timeouts == Timeouts(connect=5, first_token=300, idle=60, total=600)
+    assert before + 600 <= call.deadline <= time.monotonic() + 600
+
+
+def test_a_number_as_timeout_is_the_total_and_may_be_a_fraction(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, timeouts={"idle": 7})
+    llm.chat("x", timeout=0.5)
+    llm.chat("x", timeout=Timeouts(connect=1, first_token=2, idle=3, total=4))
+    first, second = (each.call.timeouts for each in echo.requests)
+    assert first == Timeouts(idle=7, total=0.5)
+    assert second == Timeouts(connect=1, first_token=2, idle=3, total=4)
+
+
+def test_a_timeout_that_is_no_finite_time_above_zero_is_refused(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    acts = (functools.partial(llm.chat, "x"), functools.partial(llm.embed, "x"), llm.health, llm.models, llm.pull)
+    for given in (0, -1, math.inf, math.nan, True, "5", "soon", [5]):
+        for act in acts:
+            with pytest.raises(RequestRejected, match="timeout"):
+                act(timeout=given)
+    assert echo.requests == []
+    assert llm.stats().running == 0
+
+
+def test_retries_and_limits_of_time_can_be_configured_and_reach_the_provider(both: Any) -> None:
+    echo = Echo()
+    both.connect(echo, model=MODEL, attempts=7, timeouts={"total": 9}, max_reply_bytes=4096).chat("x")
+    call = echo.requests[0].call
+    assert (call.attempts, call.timeouts.total, call.max_reply_bytes) == (7, 9, 4096)
+    assert call.budget is not None
+
+
+class Deaf:
+    """A provider whose async hooks never answer, and never look at the clock."""
+
+    name = "deaf"
+    ended = False
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        return self.Connection(self)
+
+    class Connection:
+        def __init__(self, owner: Deaf) -> None:
+            self.owner = owner
+            self.address = f"deaf {id(owner)}"
+
+        @hookimpl
+        async def achat(self, request: Any) -> AsyncIterator[Chunk]:
+            try:
+                if request.messages[0].content == "begin":
+                    yield Chunk(text="so far")
+                await asyncio.Event().wait()
+            finally:
+                self.owner.ended = True
+
+        @hookimpl
+        async def aembed(self, request: Any) -> Any:
+            await asyncio.Event().wait()
+
+        @hookimpl
+        async def ahealth(self, request: Any) -> Health:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+
+def test_the_backstop_ends_a_provider_that_never_answers() -> None:
+    async def main() -> None:
+        deaf = Deaf()
+        async with graftage.connect_async(deaf, model=MODEL) as llm:
+            for act in (llm.chat("x", timeout=0.01), llm.embed("x", timeout=0.01)):
+                with pytest.raises(ProviderTimeout, match="timeout") as caught:
+                    await act
+                assert (caught.value.phase, caught.value.retryable) == ("total", False)
+            assert deaf.ended
+            assert llm.stats().running == 0
+
+    asyncio.run(main())
+
+
+def test_the_backstop_ends_a_stream_that_stands_still_and_keeps_what_came() -> None:
+    async def main() -> None:
+        deaf = Deaf()
+        async with graftage.connect_async(deaf, model=MODEL) as llm:
+            stream = await llm.chat("begin", timeout=0.01, stream=True)
+            with pytest.raises(ProviderTimeout) as caught:
+                [chunk async for chunk in stream]
+            assert caught.value.partial is not None
+            assert caught.value.partial.text == "so far"
+            assert deaf.ended
+            assert (llm.stats().running, llm.stats().failures) == (0, 1)
+            task = asyncio.current_task()
+            assert task is not None
+            assert not task.cancelled()
+            assert getattr(task, "cancelling", lambda: 0)() == 0
+
+    asyncio.run(main())
+
+
+def test_a_health_check_that_never_answers_is_an_answer_too() -> None:
+    async def main() -> Health:
+        async with graftage.connect_async(Deaf(), model=MODEL) as llm:
+            return await llm.health(timeout=0.01)
+
+    health = asyncio.run(main())
+    assert not health.ok
+    assert isinstance(health.error, ProviderTimeout)
+
+
+# --- What providers do wrong -----------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_is_its_own_error_with_close_names(both: Any) -> None:
+    llm = both.connect(Echo(strict=True, models=["llama3.2:latest"]), model=MODEL)
+    with pytest.raises(ModelNotFound) as caught:
+        llm.chat("x", model="llama3")
+    error = caught.value
+    assert (error.provider, error.model, error.operation, error.status) == ("echo", "llama3", "chat", 404)
+    assert error.suggestions == ("llama3.2:latest",)
+    assert not error.retryable
+
+
+def test_an_error_is_completed_with_provider_model_and_operation(both: Any) -> None:
+    llm = both.connect(Echo([ConnectionFailed("gone")]), model=MODEL)
+    with pytest.raises(ConnectionFailed) as caught:
+        llm.chat("x")
+    assert (caught.value.provider, caught.value.model, caught.value.operation) == ("echo", MODEL, "chat")
+
+
+@pytest.mark.parametrize("raised", [KeyError("k"), ValueError("v"), OSError("o"), StopIteration(), RuntimeError("r")])
+@pytest.mark.parametrize("place", ["call", "first chunk", "later chunk"])
+def test_a_foreign_exception_of_a_provider_never_leaves_it(both: Any, raised: Exception, place: str) -> None:
+    steps: dict[str, Any] = {
+        "call": raised,
+        "first chunk": [raised],
+        "later chunk": [Chunk(text="so far"), raised],
+    }
+    llm = both.connect(Echo([steps[place]]), model=MODEL)
+    with pytest.raises(ProviderError) as caught:
+        llm.chat("x")
+    error = caught.value
+    assert (error.provider, error.model, error.operation, error.retryable) == ("echo", MODEL, "chat", False)
+    assert "fault of the provider" in str(error)
+    assert isinstance(error.__cause__, type(raised) | RuntimeError)
+    assert (error.partial.text if error.partial else None) == ("so far" if place == "later chunk" else None)
+
+
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "chat": lambda llm: llm.chat("x"),
+    "generate": lambda llm: llm.generate("x"),
+    "embed": lambda llm: llm.embed("x"),
+    "list_models": lambda llm: llm.models(),
+    "show_model": lambda llm: llm.show(),
+    "loaded_models": lambda llm: llm.loaded(),
+    "pull_model": lambda llm: llm.pull(),
+    "load_model": lambda llm: llm.load(),
+    "unload_model": lambda llm: llm.unload(),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_wraps_foreign_exceptions(both: Any, operation: str) -> None:
+    llm = both.connect(Echo(errors={operation: KeyError("k")}), model=MODEL)
+    with pytest.raises(ProviderError) as caught:
+        OPERATIONS[operation](llm)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert caught.value.operation == operation
+    assert llm.stats().running == 0
+
+
+class MuteConnection:
+    """Its hooks forget to return."""
+
+    address = "mute"
+
+    @hookimpl
+    def chat(self, request: Any) -> Any:
+        return None
+
+    @hookimpl
+    def health(self, request: Any) -> Any:
+        return None
+
+    @hookimpl
+    def embed(self, request: Any) -> Any:
+        return None
+
+    @hookimpl
+    def list_models(self, request: Any) -> Any:
+        return None
+
+    @hookimpl
+    def loaded_models(self, request: Any) -> Any:
+        return None
+
+    @hookimpl
+    def show_model(self, request: Any) -> Any:
+        return None
+
+    @hookimpl
+    def pull_model(self, request: Any) -> Any:
+        return None
+
+
+class MuteProvider:
+    name = "mute"
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        return MuteConnection()
+
+
+@pytest.mark.parametrize(
+    "operation", ["chat", "embed", "list_models", "loaded_models", "show_model", "pull_model", "health"]
+)
+def test_a_hook_that_forgets_to_answer_is_a_typed_error_and_leaves_nothing_running(both: Any, operation: str) -> None:
+    llm = both.connect(MuteProvider(), model=MODEL)
+    act = {**OPERATIONS, "health": lambda llm: llm.health(timeout=1).raise_for_error()}[operation]
+    with pytest.raises(GraftageError):
+        act(llm)
+    assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("chunk", ["text", 5, {"text": "x"}])
+def test_a_chunk_that_is_no_chunk_is_a_typed_error(both: Any, chunk: Any) -> None:
+    llm = both.connect(Echo([[chunk]]), model=MODEL)
+    with pytest.raises(ProviderError):
+        llm.chat("x")
+    assert llm.stats().running == 0
+
+
+def test_what_the_provider_lacks_is_refused_before_anything_is_sent(both: Any) -> None:
+    absent = [hook for hook in HAS_TWINS if hook not in ("chat", "health", "close")]
+    echo = Echo(without=[*absent, *(f"a{hook}" for hook in absent)])
+    llm = both.connect(echo, model=MODEL)
+    for operation, act in OPERATIONS.items():
+        if operation != "chat":
+            with pytest.raises(CapabilityUnsupported, match=f"`{operation}`") as caught:
+                act(llm)
+            assert (caught.value.provider, caught.value.retryable) == ("echo", False)
+    with pytest.raises(CapabilityUnsupported, match="load_adapter"):
+        llm.use_adapter("x")
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize(
+    ("feature", "arguments"),
+    [
+        ("tools", {"tools": [weather]}),
+        ("structured_output", {"format": "json"}),
+        ("thinking", {"think": True}),
+        ("images", {"images": [b"x"]}),
+    ],
+)
+def test_a_feature_the_provider_lacks_is_refused_before_anything_is_sent(
+    both: Any, feature: str, arguments: dict[str, Any]
+) -> None:
+    echo = Echo(without=["capabilities"])
+    with pytest.raises(CapabilityUnsupported, match=feature):
+        both.connect(echo, model=MODEL).chat("x", **arguments)
+    assert echo.requests == []
+
+
+def test_a_feature_the_model_lacks_is_refused_only_where_its_facts_are_known(both: Any) -> None:
+    plain = ModelInfo(name="plain:1", features=frozenset({"chat"}))
+    echo = Echo(["ok"], models=[plain])
+    llm = both.connect(echo, model="plain:1")
+    assert llm.chat("x", tools=[weather]).text == "ok"
+    llm.show()
+    asked = len(echo.requests)
+    with pytest.raises(CapabilityUnsupported, match=r"`tools` with `plain:1`"):
+        llm.chat("x", tools=[weather])
+    assert len(echo.requests) == asked
+
+
+def test_without_the_hook_the_implemented_hooks_are_the_capabilities(both: Any) -> None:
+    llm = both.opened(Echo(without=["capabilities", "embed", "aembed"]), model=MODEL)
+    features = llm.capabilities().features
+    assert {"chat", "generate", "pull_model"} <= features
+    assert "embed" not in features
+    assert both.opened(Echo(), model=MODEL).capabilities().options >= {"temperature", "seed"}
+
+
+def test_capabilities_without_the_hook_name_features_and_nothing_else(both: Any) -> None:
+    declared = both.opened(Echo(), model=MODEL).capabilities().features
+    found = both.opened(Echo(without=["capabilities"]), model=MODEL).capabilities().features
+    assert sorted(found - declared) == []
+
+
+def test_capabilities_are_asked_without_io(both: Any) -> None:
+    echo = Echo()
+    assert isinstance(both.opened(echo, model=MODEL).capabilities(), Capabilities)
+    assert echo.requests == []
+
+
+# --- Sync hooks under AsyncClient, and the other way round -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_provider_with_only_async_hooks_makes_the_sync_client_raise(operation: str) -> None:
+    echo = Echo(without=HAS_TWINS)
+    llm = graftage.connect(echo, model=MODEL)
+    with pytest.raises(CapabilityUnsupported, match="connect_async"):
+        OPERATIONS[operation](llm)
+    assert echo.requests == []
+
+
+def test_a_client_of_an_async_provider_can_be_closed() -> None:
+    llm = graftage.connect(Echo(without=HAS_TWINS), model=MODEL)
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.chat("x")
+
+
+class Placing(Echo):
+    """Remembers on which threads its hooks were called."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__([lambda _: self._here() or "a b c", lambda _: self._here() or "d"], **options)
+        self.threads: dict[str, int] = {}
+
+    def note(self, hook: str, request: Any) -> None:
+        self.threads[hook] = threading.get_ident()
+        super().note(hook, request)
+
+    def _here(self) -> None:
+        self.threads["script"] = threading.get_ident()
+
+
+async def every_operation(llm: Any) -> Reply:
+    reply: Reply = await llm.chat("x")
+    await llm.generate("x")
+    await llm.embed("x")
+    await llm.health()
+    await llm.models()
+    await llm.show()
+    await llm.loaded()
+    await llm.pull()
+    await llm.load()
+    await llm.unload()
+    return reply
+
+
+def test_a_provider_with_only_sync_hooks_works_under_asyncio() -> None:
+    async def main() -> None:
+        echo = Placing(without=SYNC_ONLY)
+        async with graftage.connect_async(echo, model=MODEL) as llm:
+            reply = await every_operation(llm)
+            stream = await llm.chat("one two", stream=True)
+            assert [chunk.text async for chunk in stream] == ["one ", "two", ""]
+        assert (reply.text, reply.finish_reason) == ("a b c", "stop")
+        assert echo.closed
+
+    asyncio.run(main())
+
+
+def test_sync_hooks_never_run_on_the_event_loop() -> None:
+    async def main() -> None:
+        here = threading.get_ident()
+        echo = Placing(without=SYNC_ONLY)
+        async with graftage.connect_async(echo, model=MODEL) as llm:
+            await every_operation(llm)
+        assert [hook for hook, thread in echo.threads.items() if thread == here] == []
+
+    asyncio.run(main())
+
+
+def test_async_hooks_run_on_the_event_loop() -> None:
+    async def main() -> None:
+        here = threading.get_ident()
+        echo = Placing()
+        async with graftage.connect_async(echo, model=MODEL) as llm:
+            await every_operation(llm)
+        assert [hook for hook, thread in echo.threads.items() if thread != here] == []
+
+    asyncio.run(main())
+
+
+def test_sync_and_async_say_the_same_words() -> None:
+    def public(kind: type) -> set[str]:
+        return {name for name in dir(kind) if not name.startswith("_")}
+
+    assert public(graftage.Client) == public(graftage.AsyncClient)
+
+
+# --- Event loops, tasks, threads -------------------------------------------------------------------------------------
+
+
+def test_an_async_client_works_from_several_event_loops() -> None:
+    echo = Echo()
+    llm = graftage.connect_async(echo, model=MODEL, concurrency=1)
+    assert [asyncio.run(llm.chat(word)).text for word in ("one", "two", "three")] == ["one", "two", "three"]
+    asyncio.run(llm.close())
+    assert (len(echo.connections), echo.closed) == (1, True)
+
+
+def test_the_first_calls_of_many_threads_and_tasks_make_one_connection(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    replies = both.together([lambda word=word: llm.chat(word).text for word in "abcdefgh"])
+    assert replies == list("abcdefgh")
+    assert len(echo.connections) == 1
+
+
+class Slow(Echo):
+    """A provider that takes its time while it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.reached = threading.Event(), threading.Event()
+
+    @hookimpl
+    def settings_model(self) -> type[Settings]:
+        self.reached.set()
+        self.gate.wait(5)
+        return Settings
+
+
+def test_a_task_that_gives_up_opening_does_not_spoil_it_for_the_others() -> None:
+    async def main() -> list[Any]:
+        slow = Slow()
+        llm = graftage.connect_async(slow, model=MODEL)
+        tasks = [asyncio.create_task(llm.chat(word)) for word in ("one", "two", "three")]
+        while not slow.reached.is_set():
+            await asyncio.sleep(0.001)
+        tasks[1].cancel()
+        await asyncio.sleep(0.005)
+        slow.gate.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await llm.close()
+        return [getattr(each, "text", type(each)) for each in outcomes]
+
+    assert asyncio.run(main()) == ["one", asyncio.CancelledError, "three"]
+
+
+def test_the_first_task_that_gives_up_opening_does_not_spoil_it_for_the_others() -> None:
+    async def main() -> list[Any]:
+        slow = Slow()
+        llm = graftage.connect_async(slow, model=MODEL)
+        tasks = [asyncio.create_task(llm.chat(word)) for word in ("one", "two")]
+        while not slow.reached.is_set():
+            await asyncio.sleep(0.001)
+        tasks[0].cancel()
+        await asyncio.sleep(0.005)
+        slow.gate.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await llm.close()
+        return [getattr(each, "text", type(each)) for each in outcomes]
+
+    assert asyncio.run(main()) == [asyncio.CancelledError, "two"]
+
+
+def test_a_client_closed_while_it_opens_leaves_no_connection_open() -> None:
+    async def main() -> Slow:
+        slow = Slow()
+        llm = graftage.connect_async(slow, model=MODEL)
+        task = asyncio.create_task(llm.chat("x"))
+        while not slow.reached.is_set():
+            await asyncio.sleep(0.001)
+        closing = asyncio.create_task(llm.close())
+        await asyncio.sleep(0.005)
+        slow.gate.set()
+        await asyncio.gather(task, closing, return_exceptions=True)
+        return slow
+
+    slow = asyncio.run(main())
+    assert all(each.closed for each in slow.connections)
+
+
+def test_connecting_never_blocks_the_event_loop() -> None:
+    class Heavy(Echo):
+        thread = 0
+
+        @hookimpl
+        def connect(self, request: Any) -> object:
+            self.thread = threading.get_ident()
+            return super().connect(request)
+
+    async def main() -> None:
+        heavy = Heavy()
+        async with graftage.connect_async(heavy, model=MODEL) as llm:
+            await llm.chat("x")
+        assert heavy.thread != threading.get_ident()
+
+    asyncio.run(main())
+
+
+def test_many_threads_or_tasks_of_one_client_each_get_their_own_answer(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, concurrency=3)
+    words = [f"word{number}" for number in range(60)]
+    assert both.together([lambda word=word: llm.chat(word).text for word in words]) == words
+    stats = llm.stats()
+    assert (stats.calls, stats.failures, stats.running, stats.waiting) == (60, 0, 0, 0)
+
+
+async def settled(echo: Echo) -> None:
+    """Let what was cancelled wind up."""
+    for _ in range(500):
+        if not echo.running:
+            return
+        gc.collect()
+        await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("without", [(), SYNC_ONLY], ids=["async hooks", "sync hooks"])
+@pytest.mark.parametrize("place", ["opening", "streaming"])
+def test_a_cancelled_task_gives_its_slot_back_and_ends_the_work(place: str, without: list[str]) -> None:
+    async def main() -> None:
+        pause = Pause()
+        items = [Chunk(text="a"), pause] if place == "streaming" else [pause]
+        echo = Echo([[*items, Chunk(finish_reason="stop")], "free"], without=without)
+        async with graftage.connect_async(echo, model=MODEL, concurrency=1) as llm:
+            task = asyncio.create_task(llm.chat("x"))
+            while not pause.reached.is_set():
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            del task
+            stats = llm.stats()
+            assert (stats.running, stats.failures) == (0, 0)
+            assert (await llm.chat("y")).text == "free"
+            pause.release()  # A worker thread cannot be cancelled: it ends with its own wait.
+            await settled(echo)
+            assert echo.running == 0
+
+    asyncio.run(main())
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_a_slot_leaves_the_line() -> None:
+    async def main() -> None:
+        pause = Pause()
+        echo = Echo([[Chunk(text="a"), pause, Chunk(finish_reason="stop")], "second"])
+        async with graftage.connect_async(echo, model=MODEL, concurrency=1) as llm:
+            first = asyncio.create_task(llm.chat("x"))
+            while not pause.reached.is_set():
+                await asyncio.sleep(0.001)
+            waiting = asyncio.create_task(llm.chat("given up"))
+            third = asyncio.create_task(llm.chat("z"))
+            while llm.stats().waiting < 2:
+                await asyncio.sleep(0.001)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert llm.stats().waiting == 1
+            pause.release()
+            assert [(await first).text, (await third).text] == ["a", "second"]
+            stats = llm.stats()
+            assert (stats.running, stats.waiting, stats.failures) == (0, 0, 0)
+        assert [request.messages[0].content for request in echo.requests] == ["x", "z"]
+
+    asyncio.run(main())
+
+
+def test_an_async_call_honours_a_host_that_limits_it_from_outside() -> None:
+    async def main() -> None:
+        pause = Pause()
+        echo = Echo([[pause]])
+        async with graftage.connect_async(echo, model=MODEL) as llm:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(llm.chat("x"), 0.05)
+            await settled(echo)
+            assert (echo.running, llm.stats().running) == (0, 0)
+
+    asyncio.run(main())
+
+
+# --- Errors in the host's own words ----------------------------------------------------------------------------------
+
+
+class HostError(Exception):
+    """What the host wants to see."""
+
+    def __init__(self, error: GraftageError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Forgetful(Echo):
+    """A provider whose connection lacks what is required."""
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        return Capabilities(features=frozenset())
+
+
+class Bursting(Echo):
+    """A provider that cannot even connect."""
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        raise ValueError("burst")
+
+
+GONE = ConnectionFailed("gone")
+TRANSLATED: dict[str, tuple[type[Exception], Callable[[], Any], Callable[[Any], Any]]] = {
+    "an open error": (ConnectionFailed, lambda: Echo([GONE]), lambda llm: llm.chat("x")),
+    "an open stream": (ConnectionFailed, lambda: Echo([GONE]), lambda llm: llm.chat("x", stream=True)),
+    "a foreign error": (ProviderError, lambda: Echo([KeyError()]), lambda llm: llm.chat("x")),
+    "a broken stream": (
+        StreamInterrupted,
+        lambda: Echo([[Chunk(text="a")]]),
+        lambda llm: list(llm.chat("x", stream=True)),
+    ),
+    "generate": (ConnectionFailed, lambda: Echo([GONE]), lambda llm: llm.generate("x")),
+    **{
+        operation: (ConnectionFailed, lambda operation=operation: Echo(errors={operation: GONE}), act)
+        for operation, act in OPERATIONS.items()
+        if operation not in ("chat", "generate")
+    },
+    "ensure": (ModelNotFound, lambda: Echo(strict=True), lambda llm: llm.ensure("no", policy="never")),
+    "a wrong policy": (RequestRejected, Echo, lambda llm: llm.ensure(policy="perhaps")),
+    "a format": (ProtocolError, lambda: Echo(["no"]), lambda llm: llm.chat("x", format="json")),
+    "messages": (RequestRejected, Echo, lambda llm: llm.chat(5)),
+    "options": (RequestRejected, Echo, lambda llm: llm.chat("x", options={"no": 1})),
+    "a timeout": (RequestRejected, Echo, lambda llm: llm.chat("x", timeout=0)),
+    "no model": (RequestRejected, Echo, lambda llm: llm.chat("x", model="")),
+    "a capability": (
+        CapabilityUnsupported,
+        lambda: Echo(without=["embed", "aembed"]),
+        lambda llm: llm.embed("x"),
+    ),
+    "a switch": (AdapterNotFound, Echo, lambda llm: llm.use_adapter("no")),
+    "an adapter of one call": (AdapterNotFound, Echo, lambda llm: llm.chat("x", adapter="no")),
+    "close": (ConnectionFailed, lambda: Echo(errors={"close": GONE}), lambda llm: llm.close()),
+}
+
+
+@pytest.mark.parametrize("case", TRANSLATED)
+def test_every_error_is_raised_in_the_hosts_own_words(both: Any, case: str) -> None:
+    kind, build, act = TRANSLATED[case]
+    llm = both.opened(build(), model=None if case == "no model" else MODEL, translate_error=HostError)
+    with pytest.raises(HostError) as caught:
+        act(llm)
+    assert type(caught.value.error) is kind
+    assert caught.value.__cause__ is caught.value.error
+
+
+def test_a_call_after_a_failed_switch_is_translated_too(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, translate_error=HostError)
+    for act in (lambda: llm.use_adapter("no"), lambda: llm.chat("x")):
+        with pytest.raises(HostError) as caught:
+            act()
+        assert isinstance(caught.value.error, AdapterNotFound)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "named"),
+    [
+        (ProviderNotFound, ["no-such-provider"], {}),
+        (SettingsError, [Echo()], {"hots": "x"}),
+        (SettingsError, [Echo()], {"attempts": 0}),
+        (PluginLoadError, [Echo], {}),
+        (PluginLoadError, [Forgetful()], {}),
+        (GraftageError, [Bursting()], {}),
+    ],
+    ids=["unknown provider", "unknown setting", "wrong setting", "class", "broken connection", "failing connect"],
+)
+def test_errors_of_connecting_are_raised_in_the_hosts_own_words(
+    both: Any, kind: type, arguments: list[Any], named: dict[str, Any]
+) -> None:
+    with pytest.raises(HostError) as caught:
+        both.connect(*arguments, model=MODEL, translate_error=HostError, **named).chat("x")
+    assert isinstance(caught.value.error, kind)
+
+
+def test_a_foreign_exception_of_connect_is_wrapped_and_named(both: Any) -> None:
+    with pytest.raises(GraftageError, match="burst") as caught:
+        both.connect(Bursting(), model=MODEL).chat("x")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_shown_loaded_and_unloaded(both: Any) -> None:
+    llm = both.connect(Echo(models=["a:1", "b:2"], strict=True), model="a:1")
+    assert [each.name for each in llm.models()] == ["a:1", "b:2"]
+    assert (llm.show().name, llm.show("b:2").name) == ("a:1", "b:2")
+    assert llm.loaded() == ()
+    llm.load(context_window=512)
+    assert [(type(each), each.name, each.context_window) for each in llm.loaded()] == [(LoadedModel, "a:1", 512)]
+    llm.unload()
+    assert llm.loaded() == ()
+    with pytest.raises(ModelNotFound):
+        llm.show("c")
+
+
+def test_a_record_can_also_be_read_as_a_mapping_with_its_name(both: Any) -> None:
+    (info,) = both.connect(Echo(models=["a:1"]), model="a:1").models()
+    assert (info["name"], info.get("name"), info.get("nothing", 5)) == ("a:1", "a:1", 5)
+    assert dict(info)["size"] == info.size
+    with pytest.raises(KeyError):
+        info["_private"]
+
+
+def test_no_call_lists_the_models_first(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    llm.chat("x")
+    llm.generate("x")
+    llm.embed("x")
+    prefix = "a" if both.mode == "async" else ""
+    assert [hook for hook, _ in echo.calls] == ["connect", f"{prefix}chat", f"{prefix}generate", f"{prefix}embed"]
+
+
+def test_a_pull_shows_its_steps_and_ends_with_success(both: Any) -> None:
+    steps: list[PullProgress] = []
+    llm = both.connect(Echo(strict=True), model="new")
+    last = llm.pull(on_progress=steps.append)
+    assert last.status == "success"
+    assert steps[-1] is last
+    assert [each.completed for each in steps if each.digest] == [0, 500_000, 1_000_000]
+    assert llm.show().name == "new:latest"
+
+
+def test_a_pull_has_no_total_limit_unless_one_is_given(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, timeouts={"total": 1, "idle": 5})
+    llm.pull()
+    llm.pull(timeout=30)
+    unbounded, bounded = (each.call for each in echo.requests)
+    assert (unbounded.deadline, unbounded.timeouts.idle) == (math.inf, 5)
+    assert bounded.deadline < math.inf
+
+
+class Halting(Echo):
+    """Its downloads stop before they are done."""
+
+    def __init__(self, steps: list[PullProgress]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        steps = self.steps
+
+        class Connection(type(super().connect(request))):  # type: ignore[misc] # a connection that pulls in its own way
+            @hookimpl
+            def pull_model(self, request: Any) -> Iterator[PullProgress]:
+                yield from steps
+
+            @hookimpl
+            async def apull_model(self, request: Any) -> AsyncIterator[PullProgress]:
+                for step in steps:
+                    yield step
+
+        return Connection(self)
+
+
+@pytest.mark.parametrize("steps", [[], [PullProgress(status="pulling")]])
+def test_a_download_that_ends_early_is_interrupted(both: Any, steps: list[PullProgress]) -> None:
+    llm = both.connect(Halting(steps), model=MODEL)
+    with pytest.raises(StreamInterrupted, match="Pull again"):
+        llm.pull()
+    assert llm.stats().running == 0
+
+
+def test_a_callback_that_raises_ends_the_download_with_its_own_error(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL)
+
+    def stop(progress: PullProgress) -> None:
+        raise HostStop(progress.status)
+
+    with pytest.raises(HostStop):
+        llm.pull(on_progress=stop)
+    assert llm.stats().running == 0
+
+
+class HostStop(Exception):
+    """The user pressed stop."""
+
+
+def test_one_pull_of_a_model_runs_at_a_time(both: Any) -> None:
+    steps = [PullProgress(status="a"), PullProgress(status="success")]
+    llm = both.connect(Halting(steps), model=MODEL)
+    inside, most = [0], [0]
+
+    def step(progress: PullProgress) -> None:
+        if progress.status == "a":
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+        else:
+            inside[0] -= 1
+
+    outcomes = both.together([lambda: llm.pull(on_progress=step).status] * 6)
+    assert outcomes == ["success"] * 6
+    assert most == [1]
+
+
+def test_ensure_pulls_only_what_is_missing(both: Any) -> None:
+    echo = Echo(strict=True, models=["here:1"])
+    llm = both.connect(echo, model="here:1")
+    assert llm.ensure().name == "here:1"
+    assert not any("pull" in hook for hook, _ in echo.calls)
+    steps: list[PullProgress] = []
+    assert llm.ensure("new", on_progress=steps.append).name == "new:latest"
+    assert steps[-1].status == "success"
+
+
+def test_ensure_never_pulls_or_always_does_where_asked(both: Any) -> None:
+    echo = Echo(strict=True, models=["here:1"])
+    llm = both.connect(echo, model="here:1")
+    with pytest.raises(ModelNotFound):
+        llm.ensure("new", policy="never")
+    assert not any("pull" in hook for hook, _ in echo.calls)
+    llm.ensure(policy="always")
+    assert any("pull" in hook for hook, _ in echo.calls)
+
+
+def test_ensure_reports_an_outage_as_an_outage_and_not_as_a_missing_model(both: Any) -> None:
+    echo = Echo(errors={"show_model": GONE})
+    with pytest.raises(ConnectionFailed):
+        both.connect(echo, model=MODEL).ensure()
+    assert not any("pull" in hook for hook, _ in echo.calls)
+
+
+def test_ensure_raises_where_the_model_is_still_missing_after_the_pull(both: Any) -> None:
+    echo = Halting([PullProgress(status="success")])
+    echo.strict = True
+    with pytest.raises(ModelNotFound):
+        both.connect(echo, model="new").ensure()
+
+
+def test_ensure_works_with_a_host_that_translates_errors(both: Any) -> None:
+    llm = both.connect(Echo(strict=True), model="new", translate_error=HostError)
+    assert llm.ensure().name == "new:latest"
+
+
+def test_facts_of_a_model_are_forgotten_when_it_is_pulled_again(both: Any) -> None:
+    echo = Echo(["ok"], models=[ModelInfo(name="plain:1", features=frozenset({"chat"}))])
+    llm = both.connect(echo, model="plain:1")
+    llm.show()
+    llm.pull()
+    assert llm.chat("x", tools=[weather]).text == "ok"
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+
+def test_leaving_the_block_closes_the_connection(both: Any) -> None:
+    echo = Echo()
+    with both.connect(echo, model=MODEL) as llm:
+        llm.chat("x")
+        assert not echo.closed
+    assert echo.closed
+
+
+def test_closing_twice_closes_once(both: Any) -> None:
+    echo = Echo()
+    llm = both.opened(echo, model=MODEL)
+    llm.close()
+    llm.close()
+    assert [hook for hook, _ in echo.calls if "close" in hook] == ["aclose" if both.mode == "async" else "close"]
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
+def test_use_after_close_is_a_runtime_error(both: Any, used: bool) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    if used:
+        llm.chat("x")
+    sent = len(echo.requests)
+    llm.close()
+    others: list[Callable[[Any], Any]] = [
+        lambda llm: llm.health(),
+        lambda llm: llm.ensure(),
+        lambda llm: llm.use_adapter("x"),
+        lambda llm: llm.use_adapter(None),
+        lambda llm: llm.chat("x", stream=True),
+    ]
+    for act in (*OPERATIONS.values(), *others):
+        with pytest.raises(RuntimeError, match="closed"):
+            act(llm)
+    assert len(echo.requests) == sent
+
+
+def test_a_remembered_health_answer_is_not_given_after_close(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL)
+    assert llm.health().ok
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.health()
+
+
+def test_adapters_are_not_listed_after_close(both: Any) -> None:
+    llm = both.opened(Echo(), model=MODEL)
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.adapters()
+
+
+def test_a_client_that_was_never_used_opens_nothing_when_it_is_closed() -> None:
+    echo = Echo()
+    asyncio.run(graftage.connect_async(echo, model=MODEL).close())
+    assert echo.connections == []
+
+
+def test_an_async_client_that_is_not_open_says_so() -> None:
+    llm = graftage.connect_async(Echo(), model=MODEL)
+    for act in (llm.stats, llm.capabilities, lambda: llm.provider, lambda: llm.model, lambda: llm.settings):
+        with pytest.raises(RuntimeError, match="not open"):
+            act()
+
+
+def test_connecting_that_failed_can_be_tried_again() -> None:
+    class Moody(Echo):
+        failed = False
+
+        @hookimpl
+        def connect(self, request: Any) -> object:
+            if not self.failed:
+                self.failed = True
+                raise SettingsError("not yet")
+            return super().connect(request)
+
+    async def twice() -> str:
+        llm = graftage.connect_async(Moody(), model=MODEL)
+        with pytest.raises(SettingsError):
+            await llm.chat("x")
+        text = (await llm.chat("x")).text
+        await llm.close()
+        return text
+
+    assert asyncio.run(twice()) == "x"
+
+
+def test_counters_tell_what_a_client_has_done(both: Any) -> None:
+    llm = both.connect(Echo(["a b", InferenceFailed("no")]), model=MODEL)
+    llm.chat("one two three")
+    with pytest.raises(InferenceFailed):
+        llm.chat("x")
+    stats = llm.stats()
+    assert (stats.calls, stats.failures, stats.running, stats.retries) == (2, 1, 0, 0)
+    assert (stats.input_tokens, stats.output_tokens, stats.active_adapter) == (3, 2, None)
+
+
+def test_a_dead_server_is_asked_once_and_not_once_for_each_layer(both: Any) -> None:
+    echo = Echo([GONE])
+    with pytest.raises(ConnectionFailed):
+        both.connect(echo, model=MODEL).chat("x")
+    assert len(echo.requests) == 1
+
+
+def test_replies_can_be_told_apart_from_dictionaries_and_written_as_json(both: Any) -> None:
+    reply = both.connect(Echo(["x"]), model=MODEL).chat("x")
+    assert json.loads(json.dumps(reply.raw)) == {"model": MODEL, "done": True}
+    assert not isinstance(reply, dict)

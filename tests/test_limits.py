@@ -1,0 +1,581 @@
+"""Limits: what policies answer is merged, clamped into the request, and held as slots until a call has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import graftage
+from graftage._limits import Gate
+from graftage.exceptions import ConnectionFailed, Overloaded, PluginError, ProviderTimeout, ResourceLimitExceeded
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo, Pause
+from graftage.types import Chunk, Limits, ModelInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from graftage.types import LimitsQuery
+
+MODEL = "m:1"
+END = Chunk(finish_reason="stop")
+
+
+class Policy:
+    """Answers as it is told, and remembers what it was asked."""
+
+    def __init__(
+        self, answer: Limits | Exception | Callable[[LimitsQuery], Limits | None] | None, name: str = "policy"
+    ) -> None:
+        self.name = name
+        self.answer = answer
+        self.queries: list[LimitsQuery] = []
+
+    @hookimpl
+    def resource_limits(self, query: LimitsQuery) -> Limits | None:
+        self.queries.append(query)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer(query) if callable(self.answer) else self.answer
+
+
+def held(*, then: Any = "free") -> tuple[Echo, Pause]:
+    """A provider whose first answer is held, and then others."""
+    pause = Pause()
+    return Echo([[Chunk(text="a"), pause, END], then, then, then]), pause
+
+
+def until(truth: Callable[[], bool]) -> None:
+    """Wait for something another thread does."""
+    end = time.monotonic() + 5
+    while not truth():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+# --- Merging and clamping --------------------------------------------------------------------------------------------
+
+
+def test_the_tightest_value_of_each_field_wins_and_carries_its_reason(both: Any) -> None:
+    echo = Echo()
+    one = Policy(Limits(context_window=4096, max_tokens=10, reasons={"context_window": "16 GB"}), "one")
+    two = Policy(Limits(context_window=2048, max_tokens=50, reasons={"context_window": "hot"}), "two")
+    reply = both.connect(echo, model=MODEL, plugins=[one, two, Policy(None, "three")]).chat("x")
+    assert (echo.requests[0].context_window, echo.requests[0].max_tokens) == (2048, 10)
+    assert (reply.limits.context_window, reply.limits.max_tokens) == (2048, 10)
+    assert reply.limits.reasons == {"context_window": "two: hot", "max_tokens": "one: no reason given"}
+
+
+def test_a_field_left_unset_takes_the_limit_without_a_warning(both: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(context_window=2048, max_tokens=7, keep_alive=60.0))
+    reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x")
+    request = echo.requests[0]
+    assert (request.context_window, request.max_tokens, request.keep_alive) == (2048, 7, 60.0)
+    assert reply.warnings == ()
+
+
+def test_a_field_that_was_set_is_lowered_and_the_reply_says_why(both: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(context_window=2048, reasons={"context_window": "16 GB"}), "m4")
+    reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", context_window=8192)
+    assert echo.requests[0].context_window == 2048
+    assert reply.warnings == ("`context_window` was lowered from 8192 to 2048 (m4: 16 GB).",)
+
+
+def test_a_field_below_the_limit_is_left_alone(both: Any) -> None:
+    echo = Echo()
+    reply = both.connect(echo, model=MODEL, plugins=[Policy(Limits(context_window=2048))]).chat("x", context_window=512)
+    assert (echo.requests[0].context_window, reply.warnings) == (512, ())
+
+
+def test_a_setting_is_limited_as_an_argument_is(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, context_window=8192, plugins=[Policy(Limits(context_window=2048))])
+    assert "8192 to 2048" in llm.chat("x").warnings[0]
+    assert echo.requests[0].context_window == 2048
+
+
+@pytest.mark.parametrize("given", [-1, "-1", math.inf])
+def test_a_keep_alive_for_ever_is_infinite_and_is_lowered(both: Any, given: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(keep_alive=300.0))
+    reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", keep_alive=given)
+    assert policy.queries[0].keep_alive == math.inf
+    assert echo.requests[0].keep_alive == 300.0
+    assert "from inf to 300" in reply.warnings[0]
+
+
+def test_a_keep_alive_of_zero_is_not_taken_for_unset(both: Any) -> None:
+    echo = Echo()
+    both.connect(echo, model=MODEL, plugins=[Policy(Limits(keep_alive=300.0))]).chat("x", keep_alive=0)
+    assert echo.requests[0].keep_alive == 0.0
+
+
+def test_warnings_of_a_policy_go_onto_the_reply(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[Policy(Limits(warnings=("hot",)))])
+    assert llm.chat("x").warnings == ("hot",)
+    assert llm.embed("x").warnings == ("hot",)
+
+
+def test_limits_reach_every_kind_of_call(both: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(context_window=1024, keep_alive=9.0))
+    llm = both.connect(echo, model=MODEL, plugins=[policy])
+    llm.chat("x")
+    list(llm.chat("x", stream=True))
+    llm.generate("x")
+    llm.embed("x")
+    llm.load()
+    assert [(each.context_window, each.keep_alive) for each in echo.requests] == [(1024, 9.0)] * 5
+    assert [each.operation for each in policy.queries] == ["chat", "chat", "generate", "embed", "load_model"]
+
+
+# --- What policies are told, and what they do wrong ------------------------------------------------------------------
+
+
+def test_a_policy_is_told_what_is_known_of_the_request(both: Any) -> None:
+    policy = Policy(None)
+    echo = Echo()
+    both.connect(echo, model=MODEL, plugins=[policy]).chat(["abc", "de"], max_tokens=5, keep_alive="1m")
+    query = policy.queries[0]
+    assert (query.operation, query.provider, query.address, query.model) == ("chat", "echo", echo.address, MODEL)
+    assert (query.prompt_characters, query.max_tokens, query.keep_alive, query.context_window) == (5, 5, 60.0, None)
+    assert (query.adapter, query.in_use()) == (None, {})
+
+
+def hooks_of(echo: Echo) -> list[str]:
+    return [hook[1:] if hook in ("ashow_model", "aloaded_models", "achat") else hook for hook, _ in echo.calls[1:]]
+
+
+def test_a_policy_that_does_not_ask_costs_nothing(both: Any) -> None:
+    echo = Echo()
+    both.connect(echo, model=MODEL, plugins=[Policy(None)]).chat("x")
+    assert hooks_of(echo) == ["chat"]
+
+
+def test_facts_are_asked_once_and_residency_once_for_each_request(both: Any) -> None:
+    def ask(query: LimitsQuery) -> None:
+        for _ in range(3):
+            assert query.model_info() is not None
+            assert query.loaded_models() is not None
+
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[Policy(ask, "one"), Policy(ask, "two")])
+    llm.chat("x")
+    llm.chat("y")
+    assert hooks_of(echo) == ["show_model", "loaded_models", "chat", "loaded_models", "chat"]
+
+
+@pytest.mark.parametrize("without", ["sync", "async", "all"])
+def test_facts_are_none_where_the_provider_cannot_tell(without: str) -> None:
+    async def main() -> tuple[Any, Any]:
+        hooks = ["show_model", "loaded_models"]
+        absent = {"sync": hooks, "async": [f"a{each}" for each in hooks]}
+        gone = [*absent["sync"], *absent["async"]] if without == "all" else absent[without]
+        seen: list[Any] = []
+        policy = Policy(lambda query: seen.append((query.model_info(), query.loaded_models())))
+        async with graftage.connect_async(Echo(without=gone), model=MODEL, plugins=[policy]) as llm:
+            await llm.chat("x")
+        facts: tuple[Any, Any] = seen[0]
+        return facts
+
+    info, loaded = asyncio.run(main())
+    assert (info is None, loaded is None) == (without == "all", without == "all")
+
+
+def test_facts_of_a_missing_model_are_none_and_the_request_tells(both: Any) -> None:
+    seen: list[Any] = []
+    policy = Policy(lambda query: seen.append(query.model_info()))
+    echo = Echo(strict=True)
+    with pytest.raises(graftage.GraftageError, match=r"no model `no:1`"):
+        both.connect(echo, model="no:1", plugins=[policy]).chat("x")
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("ask", ["model_info", "loaded_models"])
+def test_a_dead_server_is_a_failed_connection_even_where_a_policy_asks_it_first(both: Any, ask: str) -> None:
+    gone = ConnectionFailed("gone")
+    echo = Echo([gone], errors={"show_model": gone, "loaded_models": gone})
+    policy = Policy(lambda query: getattr(query, ask)() and None)
+    with pytest.raises(ConnectionFailed):
+        both.connect(echo, model=MODEL, plugins=[policy]).chat("x")
+
+
+def test_a_policy_that_fails_fails_the_call_and_is_named(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[Policy(ValueError("burst"), "m4")])
+    with pytest.raises(PluginError, match=r"`m4`.*ValueError: burst.*GRAFTAGE_DISABLED_PLUGINS") as caught:
+        llm.chat("x")
+    assert caught.value.plugin == "m4"
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert echo.requests == []
+    assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("answer", ["none", 5, {"context_window": 5}])
+def test_a_policy_that_answers_nonsense_fails_the_call_and_is_named(both: Any, answer: Any) -> None:
+    echo = Echo()
+    with pytest.raises(PluginError, match="m4") as caught:
+        both.connect(echo, model=MODEL, plugins=[Policy(lambda _: answer, "m4")]).chat("x")
+    assert caught.value.plugin == "m4"
+    assert echo.requests == []
+
+
+def test_a_refusal_of_a_policy_passes_as_it_is_and_names_the_policy(both: Any) -> None:
+    refusal = ResourceLimitExceeded("no room", limit="context_window", value=512, reason="0.3 GB free")
+    llm = both.connect(Echo(), model=MODEL, plugins=[Policy(refusal, "m4")])
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        llm.chat("x")
+    error = caught.value
+    assert (error.limit, error.value, error.plugin, error.reason) == ("context_window", 512, "m4", "0.3 GB free")
+    assert llm.stats().running == 0
+
+
+def test_policies_run_outside_the_event_loop() -> None:
+    async def main() -> bool:
+        threads: list[int] = []
+        policy = Policy(lambda _: threads.append(threading.get_ident()))
+        async with graftage.connect_async(Echo(), model=MODEL, plugins=[policy]) as llm:
+            await llm.chat("x")
+        return threads[0] != threading.get_ident()
+
+    assert asyncio.run(main())
+
+
+# --- Unloading -------------------------------------------------------------------------------------------------------
+
+
+def test_idle_models_that_a_policy_names_are_unloaded_before_the_request(both: Any) -> None:
+    echo = Echo()
+    plugins = [Policy(Limits(unload=("a:1", "b:1")), "one"), Policy(Limits(unload=("b:1", "c:1")), "two")]
+    both.connect(echo, model=MODEL, plugins=plugins).chat("x")
+    unloaded = [request.model for hook, request in echo.calls if "unload_model" in hook]
+    assert sorted(unloaded) == ["a:1", "b:1", "c:1"]
+    assert "chat" in echo.calls[-1][0]
+
+
+@pytest.mark.parametrize("spelling", ["busy:latest", "busy"])
+def test_a_model_in_use_is_never_unloaded_however_it_is_spelt(both: Any, spelling: str) -> None:
+    echo, pause = held()
+    policy = Policy(lambda query: Limits(unload=tuple(each.name for each in query.loaded_models() or ())))
+    llm = both.connect(echo, model=MODEL, plugins=[policy])
+    with llm.chat("x", model=spelling, stream=True):
+        llm.chat("y", model="other:1")
+    pause.release()
+    assert [request.model for hook, request in echo.calls if "unload_model" in hook] == []
+
+
+def test_a_provider_that_cannot_unload_is_not_asked_to(both: Any) -> None:
+    echo = Echo(without=["unload_model", "aunload_model"])
+    llm = both.connect(echo, model=MODEL, plugins=[Policy(Limits(unload=("a:1",)))])
+    assert llm.chat("x").text == "x"
+
+
+def test_models_in_use_are_told_with_their_number_of_requests(both: Any) -> None:
+    echo, pause = held()
+    policy = Policy(None)
+    llm = both.connect(echo, model=MODEL, plugins=[policy])
+    with llm.chat("x", stream=True):
+        llm.chat("y", model="other:1")
+        assert policy.queries[-1].in_use() == {MODEL: 1}
+    pause.release()
+    assert policy.queries[-1].in_use() == {}
+
+
+# --- Slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_is_held_until_the_stream_ends(both: Any) -> None:
+    echo, pause = held()
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    stream = llm.chat("x", stream=True)
+    second = both.start(llm.chat, "y")
+    until(lambda: llm.stats().waiting == 1)
+    assert len(echo.requests) == 1
+    pause.release()
+    assert [chunk.text for chunk in stream] == ["a", ""]
+    assert second.result(5).text == "free"
+
+
+@pytest.mark.parametrize("by", ["setting", "policy"])
+def test_no_more_calls_run_at_once_than_are_allowed(both: Any, by: str) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def busy(_: Any) -> str:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.002)
+        with lock:
+            running[0] -= 1
+        return "ok"
+
+    how: dict[str, Any] = (
+        {"concurrency": 2} if by == "setting" else {"plugins": [Policy(Limits(concurrent_requests=2))]}
+    )
+    # Sync hooks, so that in both modes calls would really run at one time.
+    echo = Echo([busy] * 12, without=["achat"])
+    llm = both.connect(echo, model=MODEL, **how)
+    assert [reply.text for reply in both.together([lambda: llm.chat("x")] * 12)] == ["ok"] * 12
+    assert 1 <= most[0] <= 2
+
+
+def test_the_tighter_of_setting_and_policy_holds_and_says_so(both: Any) -> None:
+    policy = Policy(Limits(concurrent_requests=3, reasons={"concurrent_requests": "hot"}), "m4")
+    loose = both.connect(Echo(), model=MODEL, concurrency=8, plugins=[policy]).chat("x").limits
+    assert (loose.concurrent_requests, loose.reasons["concurrent_requests"]) == (3, "m4: hot")
+    tight = both.connect(Echo(), model=MODEL, concurrency=1, plugins=[policy]).chat("x").limits
+    assert (tight.concurrent_requests, tight.reasons["concurrent_requests"]) == (1, "settings: `concurrency`")
+
+
+def test_slots_are_shared_by_all_clients_of_one_server(both: Any) -> None:
+    address = f"shared {both.mode}"
+    pause = Pause()
+    one = Echo([[Chunk(text="a"), pause, END]], address=address)
+    two = Echo(["second"], address=address)
+    first = both.connect(one, model=MODEL, concurrency=1)
+    second = both.connect(two, model=MODEL, concurrency=1)
+    stream = first.chat("x", stream=True)
+    waiting = both.start(second.chat, "y")
+    until(lambda: both.mode == "sync" or bool(two.connections))
+    until(lambda: bool(two.connections) and second.stats().waiting == 1)
+    assert two.requests == []
+    pause.release()
+    list(stream)
+    assert waiting.result(5).text == "second"
+
+
+def test_slots_of_another_server_are_free(both: Any) -> None:
+    echo, pause = held()
+    first = both.connect(echo, model=MODEL, concurrency=1)
+    with first.chat("x", stream=True):
+        assert both.connect(Echo(["other"]), model=MODEL, concurrency=1).chat("y").text == "other"
+    pause.release()
+
+
+def test_slots_are_shared_between_a_sync_and_an_async_client() -> None:
+    pause = Pause()
+    one = Echo([[Chunk(text="a"), pause, END]], address="sync and async")
+    stream = graftage.connect(one, model=MODEL, concurrency=1).chat("x", stream=True)
+
+    async def main() -> str:
+        two = Echo(["second"], address="sync and async")
+        async with graftage.connect_async(two, model=MODEL, concurrency=1) as llm:
+            task = asyncio.create_task(llm.chat("y"))
+            while not llm.stats().waiting:
+                await asyncio.sleep(0.001)
+            pause.release()
+            await asyncio.to_thread(list, stream)
+            return (await task).text
+
+    assert asyncio.run(main()) == "second"
+
+
+def test_whoever_came_first_is_served_first(both: Any) -> None:
+    echo, pause = held(then=lambda request: request.messages[0].content)
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    stream = llm.chat("first", stream=True)
+    others = []
+    for number in range(1, 4):
+        others.append(both.start(llm.chat, f"number {number}"))
+        until(lambda number=number: llm.stats().waiting == number)  # type: ignore[misc] # mypy cannot infer a default
+    pause.release()
+    list(stream)
+    for each in others:
+        each.result(5)
+    assert [request.messages[0].content for request in echo.requests[1:]] == ["number 1", "number 2", "number 3"]
+
+
+def test_one_more_than_may_wait_is_refused_at_once(both: Any) -> None:
+    echo, pause = held()
+    llm = both.connect(echo, model=MODEL, plugins=[Policy(Limits(concurrent_requests=1, queued_requests=1))])
+    stream = llm.chat("x", stream=True)
+    waiting = both.start(llm.chat, "y")
+    until(lambda: llm.stats().waiting == 1)
+    with pytest.raises(Overloaded, match="queued_requests") as caught:
+        llm.chat("z")
+    assert caught.value.retryable
+    pause.release()
+    list(stream)
+    assert waiting.result(5).text == "free"
+    assert llm.stats().running == 0
+
+
+def test_waiting_for_a_slot_ends_with_the_calls_time(both: Any) -> None:
+    echo, pause = held()
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    with llm.chat("x", stream=True):
+        with pytest.raises(ProviderTimeout, match="slot") as caught:
+            llm.chat("y", timeout=0.01)
+        assert caught.value.phase == "total"
+        assert (llm.stats().waiting, len(echo.requests)) == (0, 1)
+    pause.release()
+    assert llm.chat("z").text == "free"
+
+
+@pytest.mark.parametrize("operation", ["embed", "load", "generate"])
+def test_every_operation_that_works_the_model_takes_a_slot(both: Any, operation: str) -> None:
+    echo, pause = held()
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    act: dict[str, Callable[[], Any]] = {
+        "embed": lambda: llm.embed("x", timeout=0.01),
+        "load": lambda: llm.load(timeout=0.01),
+        "generate": lambda: llm.generate("x", timeout=0.01),
+    }
+    with llm.chat("x", stream=True):
+        with pytest.raises(ProviderTimeout, match="slot"):
+            act[operation]()
+        assert llm.health().ok
+        assert llm.models()
+    pause.release()
+
+
+def test_a_limit_of_zero_slots_is_one_and_no_deadlock(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[Policy(Limits(concurrent_requests=0))])
+    assert llm.chat("x", timeout=5).text == "x"
+
+
+def test_a_refusal_or_error_after_admission_gives_the_slot_back(both: Any) -> None:
+    echo = Echo([KeyError("k"), [KeyError("k")], "free"], errors={"embed": KeyError("k"), "load_model": KeyError("k")})
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    for act in (lambda: llm.chat("x"), lambda: llm.chat("x"), lambda: llm.embed("x"), llm.load):
+        with pytest.raises(graftage.GraftageError):
+            act()
+    assert llm.chat("x", timeout=5).text == "free"
+
+
+def test_facts_of_the_model_may_decide(both: Any) -> None:
+    def by_size(query: LimitsQuery) -> Limits:
+        info = query.model_info()
+        return Limits(context_window=1024 if info and (info.size or 0) > 100 else None)
+
+    echo = Echo(models=[ModelInfo(name="big:1", size=1000), ModelInfo(name="small:1", size=1)])
+    llm = both.connect(echo, model="big:1", plugins=[Policy(by_size)])
+    llm.chat("x")
+    llm.chat("x", model="small:1")
+    chats = [request.context_window for hook, request in echo.calls if hook in ("chat", "achat")]
+    assert chats == [1024, None]
+
+
+# --- The gate --------------------------------------------------------------------------------------------------------
+
+
+class GateMachine(RuleBasedStateMachine):
+    """Callers come with limits of their own, are served, leave, or give up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.line: list[tuple[Future[None], int | None]] = []
+        self.inside: list[Future[None]] = []
+
+    def settle(self) -> None:
+        """Those whom the gate has let in; they must be the first of the line."""
+        let_in = [granted for granted, _ in self.line if granted.done()]
+        assert let_in == [granted for granted, _ in self.line[: len(let_in)]]
+        self.line = self.line[len(let_in) :]
+        self.inside += let_in
+
+    @rule(limit=st.one_of(st.none(), st.integers(0, 4)))
+    def come(self, limit: int | None) -> None:
+        granted = self.gate.enter(limit)
+        alone = not self.line
+        self.line.append((granted, limit))
+        if granted.done():
+            assert alone
+            assert limit is None or len(self.inside) < max(limit, 1)
+        self.settle()
+
+    @rule(limit=st.integers(0, 3), queued=st.integers(0, 3))
+    def come_to_a_bounded_line(self, limit: int, queued: int) -> None:
+        full = len(self.inside) >= max(limit, 1)
+        try:
+            self.line.append((self.gate.enter(limit, queued), limit))
+        except Overloaded:
+            assert full
+            assert len(self.line) >= queued
+        else:
+            assert not full or len(self.line) <= queued
+            self.settle()
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.inside.remove(data.draw(st.sampled_from(self.inside)))
+        self.gate.leave()
+        self.settle()
+
+    @precondition(lambda self: self.line)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.line))
+        self.line.remove(entry)
+        self.gate.withdraw(entry[0])
+        self.settle()
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def give_up_too_late(self, data: st.DataObject) -> None:
+        granted = data.draw(st.sampled_from(self.inside))
+        self.inside.remove(granted)
+        self.gate.withdraw(granted)
+        self.settle()
+
+    @invariant()
+    def counts_are_true_and_nobody_waits_who_could_run(self) -> None:
+        assert self.gate.running == len(self.inside)
+        if self.line:
+            limit = self.line[0][1]
+            assert limit is not None
+            assert len(self.inside) >= max(limit, 1)
+
+    def teardown(self) -> None:
+        while self.inside or self.line:
+            if not self.inside:
+                raise AssertionError("somebody was lost in the line")
+            self.inside.pop()
+            self.gate.leave()
+            self.settle()
+        assert self.gate.running == 0
+
+
+TestGate = GateMachine.TestCase
+TestGate.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def test_the_gate_loses_nobody_under_threads() -> None:
+    gate = Gate()
+    inside, most, served, lock = [0], [0], [0], threading.Lock()
+
+    def caller(number: int) -> None:
+        for turn in range(40):
+            granted = gate.enter(3)
+            if (number + turn) % 5 == 0:
+                gate.withdraw(granted)
+                continue
+            granted.result(10)
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                served[0] += 1
+            with lock:
+                inside[0] -= 1
+            gate.leave()
+
+    threads = [threading.Thread(target=caller, args=(number,)) for number in range(10)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(20)
+    assert (gate.running, inside[0], served[0]) == (0, 0, 320)
+    assert most[0] <= 3

@@ -1,0 +1,386 @@
+"""Answers while they come: what a stream gives, when it ends, and that its slot always comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import graftage
+from graftage.exceptions import ConnectionFailed, InferenceFailed, ProviderError, ProviderTimeout, StreamInterrupted
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo, Pause
+from graftage.types import Chunk, Health, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODEL = "m:1"
+END = Chunk(finish_reason="stop")
+
+
+def text_of(chunks: Any) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def soon(truth: Any) -> bool:
+    """Whether something becomes true, garbage being collected meanwhile."""
+    until = time.monotonic() + 2
+    while not truth() and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.002)
+    return bool(truth())
+
+
+# --- The beginning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [ConnectionFailed("gone"), [ConnectionFailed("gone")]], ids=["call", "first chunk"])
+@pytest.mark.parametrize("operation", ["chat", "generate"])
+def test_an_error_to_open_is_raised_by_the_call_and_not_by_the_first_next(
+    both: Any, operation: str, script: Any
+) -> None:
+    llm = both.connect(Echo([script, "free"]), model=MODEL, concurrency=1)
+    with pytest.raises(ConnectionFailed) as caught:
+        getattr(llm, operation)("x", stream=True)
+    assert caught.value.partial is None
+    assert getattr(llm, operation)("y").text == "free"
+
+
+def test_the_first_chunk_has_come_when_the_call_returns(both: Any) -> None:
+    echo = Echo([[Chunk(text="first"), Chunk(text=" second"), END]])
+    stream = both.connect(echo, model=MODEL).chat("x", stream=True)
+    assert stream.partial.text == "first"
+    assert text_of(stream) == "first second"
+
+
+def test_chunks_come_as_the_provider_makes_them_and_not_at_the_end(both: Any) -> None:
+    pause = Pause()
+    stream = both.connect(Echo([[Chunk(text="now"), pause, Chunk(text=" later"), END]]), model=MODEL).chat(
+        "x", stream=True
+    )
+    assert next(stream).text == "now"
+    pause.release()
+    assert text_of(stream) == " later"
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_reply_is_there_at_the_end_and_a_runtime_error_before(both: Any) -> None:
+    stream = both.connect(Echo(["one two"]), model=MODEL).chat("x", stream=True)
+    next(stream)
+    with pytest.raises(RuntimeError, match="partial"):
+        stream.reply  # noqa: B018 - reading it is the test
+    list(stream)
+    assert (stream.reply.text, stream.reply.finish_reason) == ("one two", "stop")
+    assert stream.partial is stream.reply
+
+
+def test_partial_grows_with_the_chunks_and_has_no_finish_reason_before_the_end(both: Any) -> None:
+    stream = both.connect(Echo(["one two three"]), model=MODEL).chat("x", stream=True)
+    seen = []
+    for _ in stream:
+        seen.append((stream.partial.text, stream.partial.finish_reason))
+    assert seen == [("one ", None), ("one two ", None), ("one two three", None), ("one two three", "stop")]
+
+
+def test_an_answer_in_one_chunk_is_a_whole_stream(both: Any) -> None:
+    only = Chunk(text="all", finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=1))
+    llm = both.connect(Echo([[only]]), model=MODEL)
+    stream = llm.chat("x", stream=True)
+    assert list(stream) == [only]
+    assert (stream.reply.text, stream.reply.usage.total_tokens) == ("all", 2)
+    assert llm.stats().running == 0
+
+
+def test_a_stream_that_ended_gives_nothing_more(both: Any) -> None:
+    stream = both.connect(Echo(["one"]), model=MODEL).chat("x", stream=True)
+    list(stream)
+    assert list(stream) == []
+    stream.close()
+    assert stream.reply.text == "one"
+
+
+def test_nothing_is_read_after_the_chunk_that_ends_the_answer(both: Any) -> None:
+    echo = Echo([[Chunk(text="a", finish_reason="stop"), InferenceFailed("too late")]])
+    assert both.connect(echo, model=MODEL).chat("x").text == "a"
+    assert echo.running == 0
+
+
+@pytest.mark.parametrize("items", [[], [Chunk(text="so far")]], ids=["nothing", "something"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_without_a_finish_reason_is_an_interruption(both: Any, items: list[Chunk], stream: bool) -> None:
+    llm = both.connect(Echo([items, "free"]), model=MODEL, concurrency=1)
+    with pytest.raises(StreamInterrupted) as caught:
+        list(llm.chat("x", stream=stream))
+    assert caught.value.retryable is (not items)
+    assert (caught.value.partial.text if caught.value.partial else None) == ("so far" if items else None)
+    assert llm.chat("y").text == "free"
+
+
+@pytest.mark.parametrize("error", [InferenceFailed("broke"), KeyError("k"), ProviderTimeout("late", phase="idle")])
+def test_an_error_in_the_middle_carries_what_came_before(both: Any, error: Exception) -> None:
+    llm = both.connect(Echo([[Chunk(text="so "), Chunk(text="far", thinking="t"), error], "free"]), model=MODEL)
+    stream = llm.chat("x", stream=True)
+    seen = []
+    with pytest.raises(ProviderError) as caught:
+        seen += list(stream)
+    assert caught.value.partial is not None
+    assert (caught.value.partial.text, caught.value.partial.thinking) == ("so far", "t")
+    assert stream.partial.text == "so far"
+    assert list(stream) == []
+    with pytest.raises(RuntimeError):
+        stream.reply  # noqa: B018
+    assert llm.stats().running == 0
+
+
+def test_an_error_in_the_middle_is_never_retried(both: Any) -> None:
+    echo = Echo([[Chunk(text="a"), ConnectionFailed("cut")]])
+    with pytest.raises(ConnectionFailed) as caught:
+        both.connect(echo, model=MODEL).chat("x")
+    assert (len(echo.requests), caught.value.attempts) == (1, 1)
+
+
+class Untidy:
+    """Its generators fail while they are closed."""
+
+    name = "untidy"
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        return UntidyConnection()
+
+
+class UntidyConnection:
+    address = "untidy"
+
+    @hookimpl
+    def chat(self, request: Any) -> Iterator[Chunk]:
+        try:
+            yield Chunk(text="whole")
+            yield Chunk(text=" answer", finish_reason="stop")
+        finally:
+            raise ValueError("untidy")
+
+    @hookimpl
+    def health(self, request: Any) -> Health:
+        raise NotImplementedError
+
+
+def test_a_provider_that_fails_to_tidy_up_spoils_no_whole_answer(both: Any) -> None:
+    assert both.connect(Untidy(), model=MODEL).chat("x").text == "whole answer"
+
+
+def test_a_provider_that_fails_to_tidy_up_still_gives_its_slot_back(both: Any) -> None:
+    llm = both.connect(Untidy(), model=MODEL)
+    stream = llm.chat("x", stream=True)
+    stream.close()
+    assert llm.stats().running == 0
+
+
+# --- Leaving early ---------------------------------------------------------------------------------------------------
+
+
+def two_calls(both: Any) -> tuple[Echo, Any]:
+    """A client with one slot, which a stream that does not end by itself will take."""
+    echo = Echo([[Chunk(text="a"), Chunk(text="b"), Pause(), END], "free"])
+    return echo, both.connect(echo, model=MODEL, concurrency=1, timeouts={"total": 20})
+
+
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_closing_early_ends_the_work_and_frees_the_slot(both: Any, read: int) -> None:
+    echo, llm = two_calls(both)
+    stream = llm.chat("x", stream=True)
+    for _ in range(read):
+        next(stream)
+    stream.close()
+    assert (echo.running, llm.stats().running) == (0, 0)
+    assert list(stream) == []
+    assert stream.partial.text == ("ab" if read == 2 else "a")
+    assert llm.chat("y").text == "free"
+    stream.close()
+
+
+def test_leaving_the_block_closes_the_stream(both: Any) -> None:
+    echo, llm = two_calls(both)
+    with llm.chat("x", stream=True) as stream:
+        assert next(stream).text == "a"
+    assert echo.running == 0
+    assert llm.chat("y").text == "free"
+
+
+def test_an_error_in_the_block_closes_the_stream_and_goes_on(both: Any) -> None:
+    echo, llm = two_calls(both)
+
+    def act() -> None:
+        with llm.chat("x", stream=True):
+            raise KeyError("the host's own")
+
+    with pytest.raises(KeyError):
+        act()
+    assert echo.running == 0
+
+
+def test_a_stream_that_was_dropped_frees_its_slot(both: Any) -> None:
+    _, llm = two_calls(both)
+
+    def glance() -> str:
+        for chunk in llm.chat("x", stream=True):
+            return str(chunk.text)
+        raise AssertionError
+
+    assert glance() == "a"
+    assert soon(lambda: llm.stats().running == 0)
+    assert llm.chat("y").text == "free"
+
+
+def test_a_stream_that_was_dropped_ends_the_providers_work(both: Any) -> None:
+    echo, llm = two_calls(both)
+    next(llm.chat("x", stream=True))
+    assert soon(lambda: echo.running == 0)
+
+
+def test_a_stream_can_be_closed_from_another_thread_while_a_read_is_pending(both: Any) -> None:
+    pause = Pause()
+    echo = Echo([[Chunk(text="a"), pause, Chunk(text="b"), END], "free"])
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    stream = llm.chat("x", stream=True)
+    reading = both.start(lambda: text_of(stream))
+    assert pause.reached.wait(5)
+    both.start(stream.close).result(5)
+    pause.release()
+    assert reading.result(5) == "a"
+    assert llm.chat("y").text == "free"
+    assert soon(lambda: echo.running == 0)
+
+
+def test_a_slot_is_held_until_the_pending_read_of_a_closed_stream_returns(both: Any) -> None:
+    pause = Pause()
+    echo = Echo([[Chunk(text="a"), pause, Chunk(text="b"), END]])
+    llm = both.connect(echo, model=MODEL)
+    stream = llm.chat("x", stream=True)
+    reading = both.start(lambda: text_of(stream))
+    assert pause.reached.wait(5)
+    both.start(stream.close).result(5)
+    # Either the work has ended, or the call still counts: a slot must never be free while its server is busy.
+    assert (echo.running, llm.stats().running) in {(0, 0), (1, 1)}
+    pause.release()
+    reading.result(5)
+
+
+def test_chunks_are_never_lost_or_doubled_between_threads() -> None:
+    words = [f"w{number} " for number in range(200)]
+    stream = graftage.connect(Echo(["".join(words)]), model=MODEL).chat("x", stream=True)
+    with ThreadPoolExecutor(4) as threads:
+        parts = list(threads.map(lambda _: [chunk.text for chunk in stream], range(4)))
+    assert sorted(word for part in parts for word in part if word) == sorted(words)
+    assert stream.reply.text == "".join(words)
+
+
+def test_closing_the_client_ends_a_stream_with_a_typed_error(both: Any) -> None:
+    pause = Pause()
+    echo = Echo([[Chunk(text="a"), pause, END]])
+    llm = both.connect(echo, model=MODEL)
+    stream = llm.chat("x", stream=True)
+    reading = both.start(list, stream)
+    assert pause.reached.wait(5)
+    llm.close()
+    assert isinstance(reading.exception(5), StreamInterrupted)
+
+
+def test_an_async_stream_is_iterated_and_left_by_async_with() -> None:
+    async def main() -> None:
+        echo = Echo(["one two"])
+        async with (
+            graftage.connect_async(echo, model=MODEL) as llm,
+            await llm.chat("x", stream=True) as stream,
+        ):
+            assert [chunk.text async for chunk in stream] == ["one ", "two", ""]
+            assert stream.reply.text == "one two"
+        assert echo.running == 0
+
+    asyncio.run(main())
+
+
+def test_a_dropped_async_stream_of_a_closed_loop_still_frees_its_slot() -> None:
+    echo = Echo([[Chunk(text="a"), Pause(), END], "free"])
+    llm = graftage.connect_async(echo, model=MODEL, concurrency=1)
+
+    async def glance() -> str:
+        stream = await llm.chat("x", stream=True)
+        return (await anext(stream)).text
+
+    assert asyncio.run(glance()) == "a"
+    gc.collect()
+    assert asyncio.run(llm.chat("y")).text == "free"
+    asyncio.run(llm.close())
+
+
+def test_an_idle_stream_does_not_keep_its_event_loop_waiting() -> None:
+    async def main() -> int:
+        async with graftage.connect_async(Echo(["one"]), model=MODEL) as llm:
+            stream = await llm.chat("x", stream=True)
+            assert [chunk.text async for chunk in stream] == ["one", ""]
+        loop: Any = asyncio.get_running_loop()
+        return sum(1 for handle in loop._scheduled if not handle.cancelled())
+
+    assert asyncio.run(main()) == 0
+
+
+# --- Any answer ------------------------------------------------------------------------------------------------------
+
+PIECES = st.lists(st.builds(Chunk, text=st.text(max_size=8), thinking=st.text(max_size=4)), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=PIECES, last=st.sampled_from(["stop", "length", "other"]), broken=st.booleans(), read=st.integers(0, 14))
+def test_whatever_comes_is_folded_in_order_and_the_call_is_given_back(
+    pieces: list[Chunk], last: Any, broken: bool, read: int
+) -> None:
+    script = [*pieces, InferenceFailed("broken") if broken else Chunk(text="!", finish_reason=last)]
+    llm = CLIENT.setdefault("llm", graftage.connect(ECHO, model=MODEL))
+    ECHO._script.append(script)
+    seen: list[Chunk] = []
+    reply = None
+    try:
+        stream = llm.chat("x", stream=True)
+        for chunk, _ in zip(stream, range(read), strict=False):
+            seen.append(chunk)
+        reply = stream.partial
+        stream.close()
+    except InferenceFailed as error:
+        reply = error.partial
+    whole = text_of(script[: len(script) - broken])
+    assert whole.startswith(reply.text if reply else "")
+    assert text_of(seen) in (reply.text if reply else "")
+    assert (llm.stats().running, ECHO.running) == (0, 0)
+
+
+ECHO = Echo()
+CLIENT: dict[str, Any] = {}
+
+
+def test_a_stream_is_safe_to_close_by_many_threads_at_once() -> None:
+    echo = Echo([[Chunk(text="a"), Pause(), END]])
+    llm = graftage.connect(echo, model=MODEL)
+    stream = llm.chat("x", stream=True)
+    start = threading.Barrier(8)
+
+    def close() -> None:
+        start.wait(5)
+        stream.close()
+
+    threads = [threading.Thread(target=close) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(5)
+    assert (echo.running, llm.stats().running) == (0, 0)
