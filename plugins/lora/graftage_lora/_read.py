@@ -1,0 +1,481 @@
+"""Reads PEFT, MLX and GGUF adapters into one form, and refuses what it cannot read rightly.
+
+Each file is opened once, its head is checked against bounds before anything is read by it, and check, hash and numbers
+come from the same descriptor. Nothing is allocated that the file's size does not pay for. Pickles are never read, and
+no path out of a configuration is ever followed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+
+from graftage_lora import _gguf
+from graftage_lora._files import Files, Opened, Refused
+from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, gguf_name
+
+__all__ = ["MAX_BYTES", "read", "stated_base"]
+
+MAX_BYTES: Final = 2 << 30
+MAX_CONFIG: Final = 1 << 20
+MAX_HEADER: Final = 4 << 20
+"""Of a safetensors file; an adapter of 27,000 tensors fits."""
+MAX_TENSORS: Final = 65_536
+MAX_RANK: Final = 1024
+MAX_SIDE: Final = 1 << 31
+GGUF_FLOATS: Final = {0: "<f4", 1: "<f2", 30: "<u2"}
+SAFETENSORS_FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+Halves: TypeAlias = dict[str, dict[str, Array]]
+"""Tensor to its `a` and `b`."""
+Scales: TypeAlias = Callable[[str], tuple[int | None, float]]
+"""Module to its rank, where it is stated, and scale."""
+
+
+def read(files: Files, *, max_bytes: int = MAX_BYTES) -> Lora:
+    """The adapter in some files.
+
+    Raises:
+        Refused: it is malformed, unsafe, or of a kind that is not supported.
+    """
+    with Opened(files.weights, within=files.within, limit=max_bytes) as file:
+        start = file.peek(8)
+        if start.startswith(_gguf.MAGIC):
+            return _read_gguf(file)
+        _refuse_pickle(start, file.name)
+        if files.config is None:
+            raise Refused(f"`{file.name}` is neither safetensors nor GGUF")
+        return _read_safetensors(file, _config(files))
+
+
+def stated_base(files: Files) -> str | None:
+    """The base model a configuration names: for lists, where a broken one is no error."""
+    if files.config is None:
+        return None
+    try:
+        config = _config(files)
+    except Refused:
+        return None
+    return _text(config, "base_model_name_or_path") or _text(config, "model")
+
+
+def _refuse_pickle(start: bytes, name: str) -> None:
+    zipped, pickled, array = start.startswith(b"PK\x03\x04"), start[:1] == b"\x80", start.startswith(b"\x93NUMPY")
+    # The second byte of a pickle is its protocol; that of a safetensors file is part of a length.
+    if zipped or array or (pickled and start[1:2] in b"\x02\x03\x04\x05" and any(start[3:8])):
+        raise Refused(
+            f"`{name}` is a pickle or a NumPy archive, which can run any program when it is read",
+            "Save the adapter as safetensors.",
+        )
+
+
+# --- Configurations --------------------------------------------------------------------------------------------------
+
+
+def _config(files: Files) -> dict[str, Any]:
+    if files.config is None or not files.config.exists():
+        raise Refused("there is no `adapter_config.json` beside it, which states the scale", "Copy it there.")
+    with Opened(files.config, within=files.within, limit=MAX_CONFIG) as file:
+        return _json(bytes(file.rest()), f"`{file.name}`")
+
+
+def _json(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, _JsonRule) else "it is not JSON"
+        raise Refused(f"{what} cannot be read: {reason}") from None
+    if not isinstance(found, dict):
+        raise Refused(f"{what} is not a JSON object")
+    return found
+
+
+class _JsonRule(ValueError):
+    """A rule beyond JSON's own."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _JsonRule("a key is there twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise _JsonRule(f"it holds {name}")
+
+
+def _text(config: Mapping[str, Any], key: str) -> str | None:
+    found = config.get(key)
+    return found if isinstance(found, str) and found else None
+
+
+def _figure(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number that is not zero: a scale of zero would change nothing."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not _finite(value):
+        raise Refused(f"`{key}` is {str(value)[:40]}; it must be a finite number other than 0")
+    return float(value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _rank(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise Refused(f"`{key}` is {str(value)[:40]}; it must be a whole number from 1 to {MAX_RANK}")
+    return value
+
+
+REFUSED_FIELDS: Final[Mapping[str, str]] = {
+    "lora_bias": "it trains biases of its own",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it trains single tokens",
+    "layer_replication": "it repeats layers of the base model",
+    "target_parameters": "it targets bare parameters",
+    "arrow_config": "it routes between adapters",
+    "monteclora_config": "it samples its weights",
+    "velora_config": "it projects its inputs",
+}
+REFUSED_STARTS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to initialise that change the base model too: saved as they are, the two halves are not the whole change."""
+
+
+def _check_peft(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise Refused(f"its `peft_type` is {str(kind)[:40]}; supported is LORA")
+    for key, reason in REFUSED_FIELDS.items():
+        if config.get(key):
+            raise Refused(f"`{key}` is set: {reason}, which no server of ours can apply")
+    for key, value in config.items():
+        if key.startswith("use_") and key != "use_rslora" and value:
+            raise Refused(f"`{key[:40]}` is set: a variant of LoRA that no server of ours can apply")
+    if config.get("bias", "none") not in ("none", None):
+        raise Refused("`bias` is set: it trains the biases of the base model")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(REFUSED_STARTS):
+        raise Refused(
+            f"it was initialised by `{start[:40]}`, which changes the base model as well",
+            "Save it with `path_initial_model_for_weight_conversion`.",
+        )
+
+
+def _peft_scales(config: Mapping[str, Any]) -> Scales:
+    """PEFT: alpha / r, or alpha / sqrt(r) where it is rank-stabilised; patterns give single modules their own."""
+    rank = _rank(config.get("r"), "r")
+    alpha = _figure(config, "lora_alpha")
+    ranks = {key: _rank(value, "rank_pattern") for key, value in _pattern(config, "rank_pattern").items()}
+    alphas = {
+        key: _figure({"alpha_pattern": value}, "alpha_pattern")
+        for key, value in _pattern(config, "alpha_pattern").items()
+    }
+    power = 0.5 if config.get("use_rslora") else 1.0
+
+    def scale(module: str) -> tuple[int, float]:
+        own = _matching(ranks, module, rank)
+        return own, _matching(alphas, module, alpha) / own**power
+
+    return scale
+
+
+def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict) or len(found) > MAX_TENSORS:
+        raise Refused(f"`{key}` is not a JSON object")
+    for name in found:
+        # PEFT takes any regular expression, and some of those run for ever.
+        if not re.fullmatch(r"\^?[\w.]+", name):
+            raise Refused(f"`{key}` has the pattern `{name[:80]}`; only names are supported, not expressions")
+    return found
+
+
+def _matching(figures: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's `get_pattern_key`: the first key that is the module's name, or the end of it after a dot."""
+    for key, value in figures.items():
+        name = key.removeprefix("^")
+        if module == name or (name == key and module.endswith(f".{name}")):
+            return value
+    return default
+
+
+def _check_mlx(config: Mapping[str, Any]) -> None:
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise Refused(f"its `fine_tune_type` is {str(kind)[:40]}; supported is lora")
+
+
+def _mlx_scales(config: Mapping[str, Any]) -> Scales:
+    """mlx-lm: the scale as it is, 20 where none is given; no alpha."""
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise Refused("it has no `lora_parameters`, which state the scale")
+    rank = _rank(parameters["rank"], "rank") if "rank" in parameters else None
+    scale = _figure(parameters, "scale", 20.0)
+    if "alpha" in parameters and parameters["alpha"] != rank:
+        # Releases of 2024 multiplied by alpha / rank; later ones ignore an alpha that an old configuration still has.
+        raise Refused(
+            "its `lora_parameters` hold an `alpha`, and releases of mlx-lm differ in what that means",
+            "Remove it, and multiply `scale` by alpha / rank if it was trained before October 2024.",
+        )
+    return lambda _: (rank, scale)
+
+
+def _invocation(value: Any) -> tuple[int, ...]:
+    if not value:
+        return ()
+    tokens = tuple(value) if isinstance(value, (list, tuple)) else (-1,)
+    if len(tokens) > 4096 or not all(type(each) is int and 0 <= each < MAX_SIDE for each in tokens):  # noqa: PLR2004
+        raise Refused("its invocation tokens are not a list of numbers of tokens")
+    return tokens
+
+
+# --- Safetensors -----------------------------------------------------------------------------------------------------
+
+PEFT_NAME: Final = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?([AB])(?:\.[\w-]+?)??(\.weight)?")
+MLX_NAME: Final = re.compile(r"(.+)\.lora_([ab])")
+LEFTOVERS: Final = {
+    "lora_magnitude_vector": "a DoRA magnitude",
+    ".bias": "a bias",
+    "modules_to_save": "a saved module",
+    "base_layer": "a weight of the base model",
+}
+
+
+def _read_safetensors(file: Opened, config: Mapping[str, Any]) -> Lora:
+    layout: Literal["peft", "mlx"]
+    if "peft_type" in config:
+        layout, check, scales, named = "peft", _check_peft, _peft_scales, _peft_half
+    elif "lora_parameters" in config or "fine_tune_type" in config:
+        layout, check, scales, named = "mlx", _check_mlx, _mlx_scales, _mlx_half
+    else:
+        raise Refused("its configuration is neither PEFT's (`peft_type`) nor mlx-lm's (`lora_parameters`)")
+    check(config)
+    scale = scales(config)
+    halves: Halves = {}
+    modules: dict[str, str] = {}
+    for name, data in _safetensors(file).items():
+        module, half, array = named(name, data)
+        tensor = gguf_name(module)
+        modules[tensor] = module
+        _add(halves, tensor, half, array)
+    parts = _parts(halves, lambda tensor: scale(modules[tensor]))
+    return _lora(
+        parts,
+        layout=layout,
+        sha256=file.sha256,
+        base_model=_text(config, "base_model_name_or_path") or _text(config, "model"),
+        invocation=_invocation(config.get("alora_invocation_tokens")),
+    )
+
+
+def _peft_half(name: str, data: Array) -> tuple[str, str, Array]:
+    match = PEFT_NAME.fullmatch(name)
+    if match is None or bool(match[2]) == bool(match[4]):
+        raise Refused(_leftover(name))
+    half = match[3].lower()
+    if match[2]:
+        # PEFT's embedding adds (B @ A) turned over: its halves change places.
+        return match[1], "b" if half == "a" else "a", data.T
+    return match[1], half, data
+
+
+def _mlx_half(name: str, data: Array) -> tuple[str, str, Array]:
+    if name.endswith(".m"):
+        raise Refused("it is a DoRA adapter, which no server of ours can apply")
+    match = MLX_NAME.fullmatch(name)
+    if match is None:
+        raise Refused(_leftover(name))
+    if gguf_name(match[1]) == EMBEDDING:
+        return match[1], "b" if match[2] == "a" else "a", data.T if match[2] == "b" else data
+    return match[1], match[2], data.T
+
+
+def _leftover(name: str) -> str:
+    what = next((words for part, words in LEFTOVERS.items() if part in name), "not one half of a LoRA pair")
+    return f"the tensor `{name[:120]}` is {what}"
+
+
+def _safetensors(file: Opened) -> dict[str, Array]:
+    """The tensors of a safetensors file, by the rules of its reference reader and a few more for adapters."""
+    if file.size < 8:  # noqa: PLR2004 - the length of the length
+        raise Refused(f"`{file.name}` is too short to be safetensors")
+    (length,) = struct.unpack("<Q", file.take(8, "head"))
+    if length > min(MAX_HEADER, file.left):
+        raise Refused(f"its head states a length of {length} bytes, more than the file or an adapter can have")
+    text = file.take(length, "head")
+    if text.count(b"{") > MAX_TENSORS + 2 or text.count(b"[") > 2 * MAX_TENSORS + 2:
+        raise Refused(f"it states more than {MAX_TENSORS} tensors")
+    table = _json(text, "its head")
+    notes = table.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(each, str) for each in notes.values()):
+        raise Refused("its `__metadata__` is not a table of texts")
+    if not table:
+        raise Refused("it holds no tensors")
+    places = {name: _place(name, entry) for name, entry in table.items()}
+    _check_ranges(places, file.left)
+    data = file.rest()
+    return {name: _array(name, data[start:end], kind, shape) for name, (kind, shape, start, end) in places.items()}
+
+
+def _place(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
+    label = f"the tensor `{name[:120]}`"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise Refused(f"{label} is not described by dtype, shape and data_offsets")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in SAFETENSORS_FLOATS:
+        raise Refused(f"{label} has the type {str(kind)[:20]}; supported are F32, F16 and BF16")
+    if not _whole(shape, 2) or not all(1 <= side < MAX_SIDE for side in shape):
+        raise Refused(f"{label} has the shape {str(shape)[:60]}; expected are two sides, each at least 1")
+    if not _whole(offsets, 2) or not 0 <= offsets[0] < offsets[1]:
+        raise Refused(f"{label} has the data_offsets {str(offsets)[:60]}")
+    width = np.dtype(SAFETENSORS_FLOATS[kind]).itemsize
+    if shape[0] * shape[1] * width != offsets[1] - offsets[0]:
+        raise Refused(f"{label} has {offsets[1] - offsets[0]} bytes, which its shape {shape} contradicts")
+    return SAFETENSORS_FLOATS[kind], (shape[0], shape[1]), offsets[0], offsets[1]
+
+
+def _whole(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(each) is int for each in value)
+
+
+def _check_ranges(places: Mapping[str, tuple[str, tuple[int, int], int, int]], size: int) -> None:
+    position = 0
+    for name, (_, _, start, end) in sorted(places.items(), key=lambda item: item[1][2]):
+        if start != position:
+            what = "overlaps another one" if start < position else "leaves a gap before it"
+            raise Refused(f"the tensor `{name[:120]}` {what}")
+        position = end
+    if position != size:
+        what = "reach past the end of the file" if position > size else "leave bytes at its end unused"
+        raise Refused(f"its tensors {what}")
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def _read_gguf(file: Opened) -> Lora:
+    header = _gguf.read(file, _gguf.ADAPTER)
+    keys = header.metadata
+    if not header.is_adapter:
+        raise Refused("it is a whole model and not an adapter", "Name it as the model instead.")
+    if keys.get("adapter.type") != "lora":
+        raise Refused(f"its `adapter.type` is {str(keys.get('adapter.type'))[:40]}; supported is lora")
+    if header.architecture is None:
+        raise Refused("it does not state its `general.architecture`")
+    halves, skipped = _gguf_halves(file, header)
+    alpha = keys.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, (int, float)) or not _finite(alpha):
+        raise Refused(f"its `adapter.lora.alpha` is {str(alpha)[:40]}")
+    # llama.cpp: alpha / rank, and plain 1 where alpha is 0 or missing.
+    parts = _parts(halves, lambda tensor: (None, alpha / halves[tensor]["b"].shape[1] if alpha else 1.0))
+    return _lora(
+        parts,
+        layout="gguf",
+        sha256=file.sha256,
+        architecture=header.architecture,
+        base_model=_gguf_base(keys),
+        invocation=_invocation(keys.get("adapter.alora.invocation_tokens")),
+        warnings=(f"{skipped} norm tensors of the adapter are not applied: no server applies them.",)
+        if skipped
+        else (),
+    )
+
+
+def _gguf_halves(file: Opened, header: _gguf.Header) -> tuple[Halves, int]:
+    file.take(header.data - file.position if header.data <= file.size else 0, "padding")
+    data = file.rest()
+    halves: Halves = {}
+    skipped = 0
+    for tensor in header.tensors:
+        name, _, half = tensor.name.rpartition(".lora_")
+        if half not in ("a", "b"):
+            if not tensor.name.endswith("_norm.weight"):
+                raise Refused(_leftover(tensor.name))
+            skipped += 1
+            continue
+        if len(tensor.shape) != 2:  # noqa: PLR2004
+            raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; expected are 2")
+        array = _gguf_array(tensor, data[tensor.offset : tensor.offset + tensor.size])
+        if name == EMBEDDING:
+            # llama.cpp looks rows of A up by token: A is stored turned over, and takes the place of B.
+            half, array = ("b", array) if half == "a" else ("a", array.T)
+        _add(halves, name, half, array)
+    return halves, skipped
+
+
+def _gguf_array(tensor: _gguf.Tensor, data: memoryview) -> Array:
+    shape = (tensor.shape[1], tensor.shape[0])
+    if tensor.kind in GGUF_FLOATS:
+        return _array(tensor.name, data, GGUF_FLOATS[tensor.kind], shape)
+    label = _gguf.TYPES[tensor.kind][0]
+    if label != "Q8_0":
+        raise Refused(f"the tensor `{tensor.name}` has the type {label}; supported are F32, F16, BF16 and Q8_0")
+    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("numbers", "i1", 32)]))
+    numbers = blocks["numbers"] * blocks["scale"].astype(np.float32)[:, None]
+    return _finite_array(tensor.name, numbers.astype(np.float32).reshape(shape))
+
+
+def _gguf_base(keys: Mapping[str, Any]) -> str | None:
+    name = _text(keys, "general.base_model.0.name")
+    owner = _text(keys, "general.base_model.0.organization")
+    return f"{owner}/{name}" if name and owner else name
+
+
+# --- Both ------------------------------------------------------------------------------------------------------------
+
+
+def _array(name: str, data: memoryview, kind: str, shape: tuple[int, int]) -> Array:
+    array = np.frombuffer(data, kind).reshape(shape)
+    if kind == "<u2":  # BF16 is the upper half of an F32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return _finite_array(name, array)
+
+
+def _finite_array(name: str, array: Array) -> Array:
+    if not np.isfinite(array).all():
+        raise Refused(f"the tensor `{name[:120]}` holds NaN or infinity")
+    return array
+
+
+def _add(halves: Halves, tensor: str, half: str, array: Array) -> None:
+    pair = halves.setdefault(tensor, {})
+    if half in pair:
+        raise Refused(f"`{tensor[:120]}` has its half {half.upper()} twice")
+    pair[half] = array
+
+
+def _parts(halves: Halves, scale: Scales) -> list[Part]:
+    parts = []
+    for tensor, pair in sorted(halves.items()):
+        if missing := {"a", "b"} - set(pair):
+            raise Refused(f"`{tensor[:120]}` lacks its half {missing.pop().upper()}")
+        a, b = pair["a"], pair["b"]
+        rank, factor = scale(tensor)
+        if len(a) != b.shape[1] or len(a) > MAX_RANK:
+            raise Refused(
+                f"`{tensor[:120]}` has the ranks {len(a)} and {b.shape[1]}; both must be one, up to {MAX_RANK}"
+            )
+        if rank is not None and rank != len(a):
+            raise Refused(f"`{tensor[:120]}` has the rank {len(a)}, and its configuration states {rank}")
+        parts.append(Part(tensor=tensor, a=a, b=b, scale=factor))
+    return parts
+
+
+def _lora(parts: Iterable[Part], **facts: Any) -> Lora:
+    found = tuple(parts)
+    if not found:
+        raise Refused("it holds no LoRA pairs")
+    if not any(part.a.any() and part.b.any() for part in found):
+        raise Refused("all of its changes are zero", "It was saved before it was trained.")
+    return Lora(facts=Facts(shapes=tuple(part.shape for part in found), **facts), parts=found)
