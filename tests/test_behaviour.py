@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from graftage_ollama.testing import FakeOllama
 
 from graftage.exceptions import CapabilityUnsupported, ModelNotFound, RequestRejected
 from graftage.testing import Echo
+from graftage_ollama.testing import FakeOllama
 
 HAS_ENGINE = importlib.util.find_spec("graftage_llamacpp") is not None
 

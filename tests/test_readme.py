@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from graftage_ollama.testing import FakeOllama
 
 ROOT = Path(__file__).resolve().parent.parent

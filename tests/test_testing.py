@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
 from graftage.exceptions import ConnectionFailed, ModelNotFound, ProviderTimeout, StreamInterrupted
 from graftage.hookspecs import CONNECTION_SPECS, PROVIDER_SPECS
 from graftage.testing import Cassette, CassetteError, CassetteMiss, Echo, Pause
@@ -34,8 +37,6 @@ from graftage.types import (
     UnloadAdapterRequest,
 )
 from graftage_ollama.testing import Answer, FakeOllama
-from hypothesis import given
-from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
