@@ -344,11 +344,10 @@ def test_slots_are_shared_by_all_clients_of_one_server(both: Any) -> None:
     one = Echo([[Chunk(text="a"), pause, END]], address=address)
     two = Echo(["second"], address=address)
     first = both.connect(one, model=MODEL, concurrency=1)
-    second = both.connect(two, model=MODEL, concurrency=1)
+    second = both.opened(two, model=MODEL, concurrency=1)
     stream = first.chat("x", stream=True)
     waiting = both.start(second.chat, "y")
-    until(lambda: both.mode == "sync" or bool(two.connections))
-    until(lambda: bool(two.connections) and second.stats().waiting == 1)
+    until(lambda: second.stats().waiting == 1)
     assert two.requests == []
     pause.release()
     list(stream)

@@ -6,19 +6,28 @@ import copy
 import itertools
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftage import _limits, _messages
-from graftage._io import has
+from graftage import _limits
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
     AdapterInvalid,
     AdapterNotFound,
+    ProviderError,
     RequestRejected,
 )
-from graftage.types import ACTIVE, Adapter, AdapterChoice, Call, LoadAdapterRequest, LoadedAdapter, ResolveRequest
+from graftage.types import (
+    ACTIVE,
+    Adapter,
+    AdapterChoice,
+    Call,
+    LoadAdapterRequest,
+    LoadedAdapter,
+    ResolveRequest,
+    UnloadAdapterRequest,
+)
 
 if TYPE_CHECKING:
     from graftage._session import Session
@@ -36,6 +45,7 @@ class _State:
     error: BaseException | None = None
     """Why the last switch failed: every call raises it, or another project's adapter might answer."""
     warnings: tuple[str, ...] = ()
+    force: bool = False
 
 
 class Adapters:
@@ -56,7 +66,7 @@ class Adapters:
         return loaded.name if loaded else None
 
     async def switch(
-        self, reference: Any, model: str, on_missing: Literal["error", "base"], call: Call
+        self, reference: Any, model: str, call: Call, *, on_missing: Literal["error", "base"], force: bool
     ) -> LoadedAdapter | None:
         """Make an adapter the active one; of several switches at one time, the one that was asked for last wins."""
         if on_missing not in ("error", "base"):
@@ -66,13 +76,15 @@ class Adapters:
         if reference is None:
             state = _State()
         else:
-            state = await self._switched(os.fspath(reference), model, on_missing, call, ticket)
+            state = await self._switched(read_reference(reference), model, call, ticket, on_missing, force=force)
         self._settle(ticket, state)
         return self._state.loaded
 
-    async def _switched(self, reference: str, model: str, on_missing: str, call: Call, ticket: int) -> _State:
+    async def _switched(
+        self, reference: str, model: str, call: Call, ticket: int, on_missing: str, *, force: bool
+    ) -> _State:
         try:
-            loaded = await self._load(reference, model, call)
+            loaded = await self._load(reference, model, call, force=force)
         except AdapterNotFound as error:
             if on_missing != "base":
                 self._settle(ticket, _State(reference, model, error=error))
@@ -82,7 +94,7 @@ class Adapters:
         except BaseException as error:
             self._settle(ticket, _State(reference, model, error=error))
             raise
-        return _State(reference, model, loaded)
+        return _State(reference, model, loaded, force=force)
 
     def _settle(self, ticket: int, state: _State) -> None:
         with self._lock:
@@ -90,48 +102,64 @@ class Adapters:
                 self._state = state
 
     async def for_call(
-        self, choice: AdapterChoice, model: str, call: Call
+        self, choice: AdapterChoice, model: str, call: Call, *, force: bool = False
     ) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
         """The adapter one call answers with, and warnings: a snapshot, whatever is switched meanwhile."""
         if choice is None:
             return None, ()
         if choice is not ACTIVE:
-            return await self._load(os.fspath(choice), model, call), ()
+            return await self._load(read_reference(choice), model, call, force=force), ()
         state = self._state
         if state.error is not None:
             raise _again(state)
         if state.reference is None or state.model == model:
             return state.loaded, state.warnings
-        return await self._load(state.reference, model, call), state.warnings
+        return await self._load(state.reference, model, call, force=force or state.force), state.warnings
 
-    async def _load(self, reference: str, model: str, call: Call) -> LoadedAdapter:
+    async def unload(self, reference: Any, model: str, call: Call) -> None:
+        """Free what an adapter holds; a call that names it again loads it again."""
         session = self._session
-        _messages.require("load_adapter", has(session.relay, "load_adapter"), session.provider)
-        adapter = await self._resolve(reference, model, call)
-        if adapter.verdict.status == "incompatible":
-            raise AdapterIncompatible(
-                f"The adapter `{reference}` does not fit `{model}`: {'; '.join(adapter.verdict.reasons)}.",
-                reference=reference,
-                reasons=adapter.verdict.reasons,
-                hint="Choose the model it was made for.",
+        session.require("unload_adapter")
+        adapter = await self.resolve(reference, model, call)
+        loaded = self._loaded.pop((adapter.digest, model), None)
+        if loaded is not None:
+            await session.io.call(
+                session.relay, "unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call
             )
-        key = (adapter.digest, model)
-        if key in self._loaded:
-            return self._loaded[key]
-        gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
-        await session._granted(gate, gate.enter(1), call)  # noqa: SLF001 - one loads, the others wait and find it
-        try:
-            if key not in self._loaded:
-                request = LoadAdapterRequest(call=call, adapter=adapter, model=model)
-                self._loaded[key] = await session.io.call(session.relay, "load_adapter", request, call)
-        finally:
-            gate.leave()
-        return self._loaded[key]
 
-    async def _resolve(self, reference: str, model: str, call: Call) -> Adapter:
+    def forget(self, model: str) -> None:
+        """Load anew what answers as this model: it is no longer there."""
+        for key, loaded in list(self._loaded.items()):
+            if loaded.model == model:
+                self._loaded.pop(key, None)
+
+    def forget_all(self) -> None:
+        """Load everything anew."""
+        self._loaded.clear()
+
+    async def _load(self, reference: str, model: str, call: Call, *, force: bool) -> LoadedAdapter:
+        session = self._session
+        session.require("load_adapter")
+        adapter = await self.resolve(reference, model, call)
+        warnings = _checked(adapter, reference, model, force=force)
+        key = (adapter.digest, model)
+        if key not in self._loaded:
+            gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
+            await session._granted(gate, gate.enter(1), call)  # noqa: SLF001 - one loads, the others wait and find it
+            try:
+                if key not in self._loaded:
+                    request = LoadAdapterRequest(call=call, adapter=adapter, model=model, force=force)
+                    self._loaded[key] = await session._call("load_adapter", request, call, LoadedAdapter)  # noqa: SLF001
+            finally:
+                gate.leave()
+        loaded = self._loaded[key]
+        return replace(loaded, warnings=(*warnings, *loaded.warnings))
+
+    async def resolve(self, reference: Any, model: str, call: Call) -> Adapter:
+        """The adapter behind a reference: the first one that a resolver knows."""
         session = self._session
         request = ResolveRequest(
-            reference=reference,
+            reference=read_reference(reference),
             model=model,
             provider=session.provider,
             base=session.base_facts(model, call),
@@ -140,22 +168,55 @@ class Adapters:
         said: list[str] = []
         for name, resolver in session.relay.each("resolve_adapter"):
             try:
-                found: Adapter | None = await session.io.run(resolver, request)
-            except (AdapterInvalid, AdapterIncompatible):
-                raise
+                found: Any = await session.io.run(resolver, request)
+            except (AdapterInvalid, AdapterIncompatible, ProviderError):
+                raise  # The reference was known, and the answer is no; or the provider failed when it was asked.
             except Exception as error:  # noqa: BLE001 - one resolver's failure must not hide what another knows
                 said.append(f"{name}: {type(error).__name__}: {error}")
                 continue
-            if found is not None:
-                return found
-            said.append(f"{name}: does not know it")
+            if callable(getattr(found, "gguf", None)):
+                adapter: Adapter = found
+                return adapter
+            said.append(f"{name}: {'does not know it' if found is None else 'gave something that is no adapter'}")
         what = "; ".join(said) or "no plugin that resolves adapters is installed"
         raise AdapterNotFound(
-            f"The adapter `{reference}` was not found ({what}).",
-            reference=reference,
+            f"The adapter `{request.reference}` was not found ({what}).",
+            reference=request.reference,
             reasons=said,
             hint="Check its name, or install `graftage-lora`." if not said else "Check its name.",
         )
+
+
+def read_reference(reference: Any) -> str:
+    """A reference as text.
+
+    Raises:
+        RequestRejected: it is neither text nor a path, or empty.
+    """
+    text = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text.strip():
+        raise RequestRejected(f"An adapter must be named in text or by a path, not {reference!r}.")
+    return text
+
+
+def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tuple[str, ...]:
+    """What to warn of, once it is known that the adapter may be used."""
+    verdict = adapter.verdict
+    if verdict.status != "incompatible":
+        unsure = f"Whether the adapter `{adapter.name}` fits `{model}` is not known: {'; '.join(verdict.reasons)}."
+        return (*verdict.warnings, *((unsure,) if verdict.status == "unknown" else ()))
+    reasons = "; ".join(verdict.reasons)
+    if not force:
+        raise AdapterIncompatible(
+            f"The adapter `{reference}` does not fit `{model}`: {reasons}.",
+            reference=reference,
+            reasons=verdict.reasons,
+            hint="Choose the model it was made for; `force` loads it all the same.",
+        )
+    return (
+        *verdict.warnings,
+        f"The adapter `{adapter.name}` was forced onto `{model}`, which it does not fit: {reasons}.",
+    )
 
 
 def _again(state: _State) -> BaseException:
@@ -164,7 +225,7 @@ def _again(state: _State) -> BaseException:
     if isinstance(error, AdapterError):
         return copy.copy(error)  # One instance raised in several threads would mix their tracebacks.
     failed = AdapterError(
-        f"The switch to the adapter `{state.reference}` failed: {error}",
+        f"The switch to the adapter `{state.reference}` failed: {error or type(error).__name__}",
         reference=state.reference,
         hint="Switch again, or call `use_adapter(None)` for the base model.",
     )

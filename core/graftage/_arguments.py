@@ -36,6 +36,8 @@ class Arguments(TypedDict, total=False):
     """Tokens of prompt and answer together."""
     max_tokens: int | None
     """Tokens of the answer."""
+    force: bool
+    """Go on where a policy refuses or lowers something, or an adapter does not fit; the reply then warns of it."""
     timeout: Timeout
     """Seconds for the whole call, or `Timeouts`."""
 
@@ -69,6 +71,7 @@ class EmbedArguments(TypedDict, total=False):
     options: Mapping[str, Any] | None
     keep_alive: float | str | None
     context_window: int | None
+    force: bool
     timeout: Timeout
 
 
@@ -82,6 +85,7 @@ class Wants:
     keep_alive: float | str | None = None
     context_window: int | None = None
     max_tokens: int | None = None
+    force: bool = False
     options: Mapping[str, Any] | None = None
     parse: _messages.Parse | None = None
     prompt_characters: int | None = None
@@ -132,29 +136,38 @@ def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     )
 
 
-COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "options")
+COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "force", "options")
 
 
 def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     common = {name: arguments[name] for name in COMMON if name in arguments}
     for name in ("context_window", "max_tokens"):
-        value = common.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise RequestRejected(f"`{name}` must be a whole number of tokens above 0, not {value!r}.")
+        check_tokens(name, common.get(name))
     adapter = common.get("adapter", ACTIVE)
     if adapter is not ACTIVE and not isinstance(adapter, (str, Path, type(None))):
         raise RequestRejected(f"`adapter` must be a reference in text or a path, not {type(adapter).__name__}.")
     return common
 
 
+def check_tokens(name: str, value: Any) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        RequestRejected: it is neither None nor a whole number above 0.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise RequestRejected(f"`{name}` must be a whole number of tokens above 0, not {value!r}.")
+
+
 def _needs(arguments: Mapping[str, Any], *, images: bool) -> tuple[str, ...]:
+    options = arguments.get("options")
     wanted = {
         "tools": arguments.get("tools"),
         "images": images,
         "structured_output": arguments.get("format"),
         "thinking": arguments.get("think"),
         "suffix": arguments.get("suffix"),
-        "logprobs": (arguments.get("options") or {}).get("logprobs"),
+        "logprobs": isinstance(options, Mapping) and options.get("logprobs"),
     }
     return tuple(feature for feature, value in wanted.items() if value)
 

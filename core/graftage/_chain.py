@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from graftage._stream import Translate, as_it_is, telling
 from graftage.exceptions import (
+    AdapterNotFound,
     CapabilityUnsupported,
     ConnectionFailed,
     GraftageError,
@@ -39,13 +41,23 @@ def passes_on(error: BaseException) -> bool:
     return isinstance(error, PASSED_ON)
 
 
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What `use_adapter` asked for."""
+
+    reference: Any
+    on_missing: Literal["error", "base"] = "error"
+    force: bool = False
+
+
 class Chain:
     """Sessions in order. Has the methods of a session that make sense for several providers."""
 
-    def __init__(self, sessions: Sequence[Session], translate: Callable[[GraftageError], Exception] | None) -> None:
+    def __init__(self, sessions: Sequence[Session]) -> None:
         self.sessions = tuple(sessions)
-        self._translate = translate or (lambda error: error)
-        self._adapter: Any = None
+        self.translate: Translate = as_it_is
+        """How the host wants to see errors: the members' own stay as they are, since the chain must read them."""
+        self._adapter = _Adapter(None)
 
     @property
     def io(self) -> Any:
@@ -80,21 +92,25 @@ class Chain:
         self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
     ) -> Wants:
         """Read the arguments of a call."""
-        try:
+        with telling(self.translate):
             return self.sessions[0].read(reader, subject, arguments)
-        except GraftageError as error:
-            self._raise(error)
 
     async def infer(self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool) -> tuple[Run, Any]:
         """Start an answer: the first member that gives a first chunk has the word, and keeps it."""
-        if want.adapter is ACTIVE:
-            want = replace(want, adapter=self._adapter)
+        wish = self._adapter if want.adapter is ACTIVE else _Adapter(want.adapter, force=want.force)
+        want = replace(want, adapter=wish.reference, force=want.force or wish.force)
 
-        async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> tuple[Run, Any]:
-            run, first = await session.infer(
-                operation, replace(want, timeout=timeouts), stream=stream, warnings=skipped
-            )
-            run.translate = self._translate
+        async def ask(session: Session, timeouts: Timeouts, notes: Sequence[str]) -> tuple[Run, Any]:
+            here = replace(want, timeout=timeouts)
+            try:
+                run, first = await session.infer(operation, here, stream=stream, warnings=notes)
+            except AdapterNotFound:
+                if wish.on_missing != "base":
+                    raise
+                notes = (*notes, f"The adapter `{wish.reference}` was not found; the base model answers.")
+                here = replace(here, adapter=None)
+                run, first = await session.infer(operation, here, stream=stream, warnings=notes)
+            run.translate = self.translate
             return run, first
 
         return await self._first(ask, want.timeout)
@@ -109,7 +125,7 @@ class Chain:
         return await self._first(ask, arguments.get("timeout"))
 
     async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
-        try:
+        with telling(self.translate):
             timeouts = self.sessions[0].timeouts(timeout)
             deadline = time.monotonic() + timeouts.total
             skipped: list[str] = []
@@ -122,13 +138,13 @@ class Chain:
                         error.details.setdefault("skipped", tuple(skipped))
                         raise
                     skipped.append(f"`{session.provider}` was skipped: {error.message}")
-        except GraftageError as error:
-            self._raise(error)
         raise RuntimeError("a chain without members")  # pragma: no cover - connect refuses an empty list
 
-    async def use_adapter(self, reference: Any, **_: Any) -> LoadedAdapter | None:
+    async def use_adapter(
+        self, reference: Any, *, on_missing: Literal["error", "base"], force: bool, **_: Any
+    ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it when it is asked."""
-        self._adapter = reference
+        self._adapter = _Adapter(reference, on_missing=on_missing, force=force)
         return None
 
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
@@ -147,7 +163,8 @@ class Chain:
         """The counters of all members together."""
         each = [session.stats() for session in self.sessions]
         names = ("calls", "failures", "retries", "running", "waiting", "input_tokens", "output_tokens")
-        active = str(self._adapter) if self._adapter is not None else None
+        reference = self._adapter.reference
+        active = str(reference) if reference is not None else None
         return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)
 
     async def close(self) -> None:
@@ -158,11 +175,6 @@ class Chain:
                 await session.close()
             except GraftageError as error:  # noqa: PERF203 - each member may fail
                 failed = error
-        if failed is not None:
-            self._raise(failed)
-
-    def _raise(self, error: GraftageError) -> NoReturn:
-        translated = self._translate(error)
-        if translated is error:
-            raise error
-        raise translated from error
+        with telling(self.translate):
+            if failed is not None:
+                raise failed

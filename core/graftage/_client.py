@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from graftage.exceptions import GraftageError
     from graftage.settings import Settings
     from graftage.types import (
+        Adapter,
         AdapterInfo,
         Capabilities,
         Embeddings,
@@ -97,6 +99,7 @@ def connect_async(
 ) -> AsyncClient:
     """`connect` for asyncio. A plain function: the client opens on `async with`, or at its first call."""
     from graftage._opening import Wish  # noqa: PLC0415 - `import graftage` must stay light
+    from graftage._stream import as_it_is  # noqa: PLC0415
 
     return AsyncClient(
         Wish(
@@ -105,7 +108,7 @@ def connect_async(
             models=tuple(models),
             settings=settings,
             plugins=tuple(plugins),
-            translate=translate_error,
+            translate=translate_error or as_it_is,
             env_prefix=env_prefix,
             overrides=overrides,
         )
@@ -127,9 +130,9 @@ class Client:
     def _opened(self) -> Callable[[], Session | Chain]:
         """Find and check everything; what is left is settled at once where no server must be asked for it."""
         from graftage._io import Blocking  # noqa: PLC0415
-        from graftage._opening import Opening, translated  # noqa: PLC0415
+        from graftage._opening import Opening  # noqa: PLC0415
 
-        opening = translated(self._wish, lambda: Opening(self._wish))
+        opening = Opening(self._wish)
         self._origins = opening.origins
         if not opening.must_ask:
             self._resolved = _run(opening.resolve(Blocking()))
@@ -201,6 +204,7 @@ class Client:
                 `keep_alive`: how long the model stays loaded: seconds, `"5m"`, -1 for ever.
                 `context_window`: tokens of prompt and answer together.
                 `max_tokens`: tokens of the answer.
+                `force`: go on where a policy refuses or lowers something, or an adapter does not fit; the reply warns.
                 `timeout`: seconds for the whole call, or `Timeouts`.
 
         Raises:
@@ -336,10 +340,11 @@ class Client:
         *,
         keep_alive: float | str | None = None,
         context_window: int | None = None,
+        force: bool = False,
         timeout: Timeout = None,
     ) -> None:
-        """Bring a model into memory, with the window that the next calls will have."""
-        _run(self._session.single().load(model, keep_alive, context_window, timeout))
+        """Bring a model into memory, with the window that the next calls will have; `force` goes past policies."""
+        _run(self._session.single().load(model, keep_alive, context_window, timeout, force=force))
 
     def unload(self, model: str | None = None, *, timeout: Timeout = None) -> None:
         """Put a model out of memory."""
@@ -350,6 +355,7 @@ class Client:
         reference: str | Path | None,
         *,
         on_missing: Literal["error", "base"] = "error",
+        force: bool = False,
         model: str | None = None,
         timeout: Timeout = None,
     ) -> LoadedAdapter | None:
@@ -360,14 +366,48 @@ class Client:
         Args:
             reference: a name, a path, or whatever else the installed resolvers understand.
             on_missing: `"base"` answers with the base model, and a warning on each reply, where it is not found.
+            force: use it although it does not fit the model, with a warning on each reply.
             model: the base model, where it is not the client's.
             timeout: seconds for finding and loading it.
         """
-        return _run(self._session.use_adapter(reference, on_missing=on_missing, model=model, timeout=timeout))
+        return _run(
+            self._session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout)
+        )
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """The adapters that the installed plugins know of."""
         return _run(self._session.list_adapters())
+
+    def resolve_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> Adapter:
+        """Find an adapter and check it against a model, without loading it; `Adapter.verdict` says whether it fits.
+
+        Raises:
+            AdapterNotFound: no resolver knows the reference.
+            AdapterInvalid: its files are malformed, unsafe or unsupported.
+        """
+        return _run(self._session.single().resolve_adapter(reference, model, timeout))
+
+    def unload_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> None:
+        """Free what an adapter holds in memory; nothing is deleted, and a call that names it loads it again."""
+        _run(self._session.single().unload_adapter(reference, model, timeout))
+
+    def prune_adapters(
+        self,
+        *,
+        keep: Sequence[str] = (),
+        older_than: float | None = None,
+        dry_run: bool = True,
+        timeout: Timeout = None,
+    ) -> tuple[ModelInfo, ...]:
+        """Delete the models that loading adapters has left on the server; gives those that are gone, or would be.
+
+        Args:
+            keep: names of models to leave alone.
+            older_than: leave alone what is younger than this many seconds.
+            dry_run: only say what would go.
+            timeout: seconds for all of it.
+        """
+        return _run(self._session.single().prune_adapters(keep, older_than, dry_run, timeout))
 
     def capabilities(self) -> Capabilities:
         """What the provider can do, without asking a server."""
@@ -380,8 +420,10 @@ class Client:
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
         self._closed = True
-        if self._resolved is not None:
-            _run(self._resolved.close())
+        with self._lock:  # Another thread may be opening it.
+            session = self._resolved
+        if session is not None:
+            _run(session.close())
 
     def __enter__(self) -> Self:
         self._session  # noqa: B018 - settles which provider answers
@@ -406,45 +448,43 @@ class AsyncClient:
         self._closed = False
         self._origins: Mapping[str, str] = {}
         self._session: Session | Chain | None = session
-        self._opening: Future[None] | None = None
+        self._opening: Future[bool] | None = None
 
     async def _open(self) -> Session | Chain:
-        """The session; the first caller opens it, those that come meanwhile wait."""
-        if self._session is None:
+        """The session; the first caller starts to open it, and everyone waits, whoever gives up meanwhile."""
+        while self._session is None:
             if self._closed:
                 raise RuntimeError("the client is closed")
-            await self._open_once()
-        return self._ready()
+            await self._opened()
+        return self._session
 
-    async def _open_once(self) -> None:
+    async def _opened(self) -> bool:
+        """Wait for the opening under way, or for a new one; whether it came to an end."""
         import asyncio  # noqa: PLC0415
 
         with self._lock:
-            opening, mine = self._opening or Future(), self._opening is None
-            self._opening = opening
-        if not mine:
-            await asyncio.wrap_future(opening)
-            return
-        try:
-            await self._open_now()
-        except BaseException as error:
-            self._opening = None  # The next call may try again.
-            opening.set_exception(error if isinstance(error, Exception) else RuntimeError("opening was given up"))
-            opening.exception()
-            raise
-        opening.set_result(None)
+            opening = self._opening
+            if opening is None or opening.done():
+                opening = self._opening = Future()
+                self._task = asyncio.create_task(self._open_now(opening))
+        return await asyncio.shield(asyncio.wrap_future(opening))
 
-    async def _open_now(self) -> None:
+    async def _open_now(self, opening: Future[bool]) -> None:
         import asyncio  # noqa: PLC0415
 
         from graftage._io import Awaiting  # noqa: PLC0415
-        from graftage._opening import Opening, translated  # noqa: PLC0415
+        from graftage._opening import Opening  # noqa: PLC0415
 
-        # It imports and reads files: not on the event loop.
-        opening = await asyncio.to_thread(translated, self._wish, lambda: Opening(self._wish))
-        session = await opening.resolve(Awaiting())
-        self._origins = opening.origins
-        self._session = session
+        try:
+            # It imports and reads files: not on the event loop.
+            found = await asyncio.to_thread(Opening, self._wish)
+            self._origins = found.origins
+            self._session = await found.resolve(Awaiting())
+        except Exception as error:  # noqa: BLE001 - it goes to everyone who waits
+            opening.set_exception(error)
+        finally:
+            if not opening.done():  # False where the event loop ended first: another one may try again.
+                opening.set_result(self._session is not None)
 
     def _ready(self) -> Session | Chain:
         if self._session is None:
@@ -460,6 +500,17 @@ class AsyncClient:
     def model(self) -> str | None:
         """What calls ask when they name no model, once the client is open."""
         return self._ready().model
+
+    @property
+    def address(self) -> str:
+        """As `Client.address`, once the client is open."""
+        return self._ready().address
+
+    @property
+    def members(self) -> tuple[AsyncClient, ...]:
+        """As `Client.members`, once the client is open."""
+        sessions = getattr(self._ready(), "sessions", None)
+        return tuple(AsyncClient(self._wish, each) for each in sessions) if sessions else (self,)
 
     @property
     def settings(self) -> Settings:
@@ -509,7 +560,7 @@ class AsyncClient:
         from graftage._arguments import generate_wants  # noqa: PLC0415
 
         session = await self._open()
-        want = session.read(generate_wants, prompt, arguments)
+        want = await session.io.run(session.read, generate_wants, prompt, arguments)
         return await self._answer(session, "generate", want, stream)
 
     async def _answer(
@@ -585,11 +636,12 @@ class AsyncClient:
         *,
         keep_alive: float | str | None = None,
         context_window: int | None = None,
+        force: bool = False,
         timeout: Timeout = None,
     ) -> None:
         """As `Client.load`."""
         session = await self._open()
-        await session.single().load(model, keep_alive, context_window, timeout)
+        await session.single().load(model, keep_alive, context_window, timeout, force=force)
 
     async def unload(self, model: str | None = None, *, timeout: Timeout = None) -> None:
         """As `Client.unload`."""
@@ -601,17 +653,42 @@ class AsyncClient:
         reference: str | Path | None,
         *,
         on_missing: Literal["error", "base"] = "error",
+        force: bool = False,
         model: str | None = None,
         timeout: Timeout = None,
     ) -> LoadedAdapter | None:
         """As `Client.use_adapter`."""
         session = await self._open()
-        return await session.use_adapter(reference, on_missing=on_missing, model=model, timeout=timeout)
+        return await session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         """As `Client.adapters`."""
         session = await self._open()
         return await session.list_adapters()
+
+    async def resolve_adapter(
+        self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None
+    ) -> Adapter:
+        """As `Client.resolve_adapter`."""
+        session = await self._open()
+        return await session.single().resolve_adapter(reference, model, timeout)
+
+    async def unload_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> None:
+        """As `Client.unload_adapter`."""
+        session = await self._open()
+        await session.single().unload_adapter(reference, model, timeout)
+
+    async def prune_adapters(
+        self,
+        *,
+        keep: Sequence[str] = (),
+        older_than: float | None = None,
+        dry_run: bool = True,
+        timeout: Timeout = None,
+    ) -> tuple[ModelInfo, ...]:
+        """As `Client.prune_adapters`."""
+        session = await self._open()
+        return await session.single().prune_adapters(keep, older_than, dry_run, timeout)
 
     def capabilities(self) -> Capabilities:
         """As `Client.capabilities`, once the client is open."""
@@ -624,6 +701,9 @@ class AsyncClient:
     async def close(self) -> None:
         """As `Client.close`."""
         self._closed = True
+        if self._session is None and self._opening is not None and not self._opening.done():
+            with contextlib.suppress(Exception):  # It goes to whoever wanted it opened.
+                await self._opened()
         if self._session is not None:
             await self._session.close()
 

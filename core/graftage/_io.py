@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from graftage._stream import Source
 from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
@@ -55,6 +55,10 @@ class IO(Protocol):
         """Call a hook of the connection from a plugin's blocking code."""
         ...
 
+    def can(self, relay: Relay, hook: str) -> bool:
+        """Whether this way of waiting can call a hook of the connection."""
+        ...
+
 
 def has(relay: Relay, hook: str) -> bool:
     """Whether the connection implements a hook or its async twin."""
@@ -86,6 +90,9 @@ class Blocking:
 
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
         return relay.call(hook, request) if hook in relay.hooks else None
+
+    def can(self, relay: Relay, hook: str) -> bool:
+        return hook in relay.hooks
 
 
 def _require_sync(relay: Relay, hook: str) -> None:
@@ -132,7 +139,7 @@ class Awaiting:
     async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         if f"a{hook}" in relay.hooks:
             return _Awaited(relay.call(f"a{hook}", request), call)
-        return _Awaited(_in_threads(relay.call(hook, request)), call)
+        return _Awaited(_in_threads(await asyncio.to_thread(relay.call, hook, request)), call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         token = _loop.set(asyncio.get_running_loop())
@@ -154,6 +161,9 @@ class Awaiting:
         if f"a{hook}" not in relay.hooks:
             return None
         return asyncio.run_coroutine_threadsafe(relay.call(f"a{hook}", request), _loop.get()).result()
+
+    def can(self, relay: Relay, hook: str) -> bool:
+        return has(relay, hook)
 
 
 _loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
@@ -191,45 +201,68 @@ async def _in_threads(chunks: Iterator[Any]) -> AsyncIterator[Any]:
 class _Awaited:
     """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
 
-    The timer cancels whoever waits for a chunk when it fires. So no task and no timer is made for a chunk.
+    The timer, and `close` from another task, cancel whoever waits for a chunk. So no task and no timer is made for a
+    chunk.
     """
 
     def __init__(self, chunks: AsyncIterator[Any], call: Call) -> None:
         self._chunks = chunks
         self._call = call
         self._reader: asyncio.Task[Any] | None = None
-        self._late = False
+        self._read = asyncio.Event()
+        self._over: Literal["late", "closed"] | None = None
         self._timer: asyncio.TimerHandle | None = None
         if call.deadline != math.inf:
             delay = max(call.deadline + GRACE - time.monotonic(), 0)
-            self._timer = asyncio.get_running_loop().call_later(delay, self._fire)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._end, "late")
 
-    def _has_fired(self) -> bool:
-        return self._late
-
-    def _fire(self) -> None:
-        self._late = True
+    def _end(self, why: Literal["late", "closed"]) -> None:
+        self._over = self._over or why
         if self._reader is not None:
             self._reader.cancel()
 
     async def pull(self) -> Any:
-        if self._late:
-            raise _too_late(self._call)
+        if self._over is not None:
+            return self._at_the_end()
         self._reader = asyncio.current_task()
+        self._read.clear()
+        cancels = _cancels(self._reader)
         try:
             return await anext(self._chunks, None)
         except asyncio.CancelledError:
-            if not self._has_fired():
+            if not self._was_ended(cancels):
                 raise
-            if sys.version_info >= (3, 11) and (task := asyncio.current_task()) is not None:
-                task.uncancel()
-            raise _too_late(self._call) from None
+            return self._at_the_end()
         finally:
             self._reader = None
+            self._read.set()
+
+    def _was_ended(self, cancels: int) -> bool:
+        """Whether the cancellation that arrived is ours alone; then it is taken back."""
+        if self._over is None:
+            return False
+        if sys.version_info >= (3, 11) and self._reader is not None:
+            return self._reader.uncancel() <= cancels
+        return True
+
+    def _at_the_end(self) -> None:
+        if self._over == "late":
+            raise _too_late(self._call)
 
     async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._end("closed")
+            await self._read.wait()
+        self._over = self._over or "closed"
         close = getattr(self._chunks, "aclose", None)
         if close is not None:
             await close()
+
+
+def _cancels(task: asyncio.Task[Any] | None) -> int:
+    """How often a task has been asked to end."""
+    if sys.version_info >= (3, 11) and task is not None:
+        return task.cancelling()
+    return 0

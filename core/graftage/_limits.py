@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -9,12 +10,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from graftage._values import plain_name
 from graftage.exceptions import Overloaded
 from graftage.types import Limits
 
 __all__ = ["Gate", "clamp", "gate_for", "merge"]
 
-FIGURES = tuple(each.name for each in fields(Limits) if each.name not in ("unload", "reasons", "warnings"))
+FIGURES = tuple(each.name for each in fields(Limits) if each.name not in ("unload", "wait_for", "reasons", "warnings"))
 """The fields of which the smallest value wins."""
 
 
@@ -22,12 +24,14 @@ def merge(answers: Iterable[tuple[str, Limits]]) -> Limits | None:
     """The tightest value of each field, with its reason; None where nobody limits anything."""
     merged: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    unload: list[str] = []
+    unload: dict[str, None] = {}
+    wait_for: dict[str, None] = {}
     warnings: list[str] = []
     answered = False
     for policy, limits in answers:
         answered = True
-        unload += [model for model in limits.unload if model not in unload]
+        unload.update(dict.fromkeys(limits.unload))
+        wait_for.update(dict.fromkeys(limits.wait_for))
         warnings += limits.warnings
         for name in FIGURES:
             value = getattr(limits, name)
@@ -36,25 +40,28 @@ def merge(answers: Iterable[tuple[str, Limits]]) -> Limits | None:
                 reasons[name] = f"{policy}: {limits.reasons.get(name, 'no reason given')}"
     if not answered:
         return None
-    return Limits(**merged, unload=tuple(unload), reasons=reasons, warnings=tuple(warnings))
+    return Limits(**merged, unload=tuple(unload), wait_for=tuple(wait_for), reasons=reasons, warnings=tuple(warnings))
 
 
-def clamp(wanted: Mapping[str, Any], limits: Limits | None) -> tuple[dict[str, Any], list[str]]:
+def clamp(wanted: Mapping[str, Any], limits: Limits | None, *, force: bool = False) -> tuple[dict[str, Any], list[str]]:
     """What a request may have of what it wants, and what to say of the difference.
 
-    A field that was left unset takes the limit; one that was set is lowered to it, with a warning.
+    A field that was left unset takes the limit; one that was set is lowered to it, or with `force` left as it is; the
+    warning says which.
     """
     clamped = dict(wanted)
     warnings = list(limits.warnings) if limits else []
-    for name in wanted:
+    for name, value in wanted.items():
         limit = getattr(limits, name, None)
-        if limit is None:
+        if limits is None or limit is None:
             continue
-        value = wanted[name]
-        clamped[name] = limit if value is None else min(value, limit)
-        if value is not None and value > limit:
-            reason = limits.reasons.get(name, "") if limits else ""
-            warnings.append(f"`{name}` was lowered from {value:g} to {limit:g} ({reason}).")
+        if value is None:
+            clamped[name] = limit
+        elif value > limit:
+            reason = limits.reasons.get(name, "")
+            what = f"stays at {value:g} by `force`, above" if force else f"was lowered from {value:g} to"
+            warnings.append(f"`{name}` {what} {limit:g} ({reason}).")
+            clamped[name] = value if force else limit
     return clamped, warnings
 
 
@@ -64,6 +71,10 @@ class _Waiter:
     limit: int | None
 
 
+class _Move(Future[None]):
+    """Waits for some request to stop using its model."""
+
+
 class Gate:
     """Slots of one server, shared by all clients of the process: threads and tasks wait in one fair line."""
 
@@ -71,6 +82,7 @@ class Gate:
         self._lock = threading.Lock()
         self._waiting: deque[_Waiter] = deque()
         self._models: Counter[str] = Counter()
+        self._movers: list[_Move] = []
         self.running = 0
 
     def enter(self, limit: int | None, queued: int | None = None) -> Future[None]:
@@ -94,12 +106,15 @@ class Gate:
 
     def withdraw(self, granted: Future[None]) -> None:
         """Stop waiting. A slot that was granted in the meantime is given back."""
-        if not granted.cancel():
+        if isinstance(granted, _Move):
+            with self._lock, contextlib.suppress(ValueError):
+                self._movers.remove(granted)
+        elif not granted.cancel():
             self.leave()
-            return
-        with self._lock:
-            self._waiting = deque(each for each in self._waiting if each.granted is not granted)
-            self._grant()
+        else:
+            with self._lock:
+                self._waiting = deque(each for each in self._waiting if each.granted is not granted)
+                self._grant()
 
     def leave(self) -> None:
         """Give a slot back."""
@@ -111,11 +126,26 @@ class Gate:
         """Note that a request starts (1) or stops (-1) using a model."""
         with self._lock:
             self._models[model] += change
+            movers, self._movers = (self._movers, []) if change < 0 else ([], self._movers)
+        for moved in movers:
+            moved.set_result(None)
 
     def in_use(self) -> dict[str, int]:
-        """Models that requests are using, and how many requests."""
+        """Models that requests are using or will use, and how many requests."""
         with self._lock:
             return {model: count for model, count in self._models.items() if count > 0}
+
+    def busy(self, models: Iterable[str]) -> bool:
+        """Whether requests use one of these models, however it is spelt."""
+        used = {plain_name(each) for each in self.in_use()}
+        return any(plain_name(each) in used for each in models)
+
+    def moved(self) -> Future[None]:
+        """Is done when some request has stopped using its model; give it to `withdraw` when it is not needed."""
+        moved = _Move()
+        with self._lock:
+            self._movers.append(moved)
+        return moved
 
     def _full(self, limit: int | None) -> bool:
         return limit is not None and self.running >= max(limit, 1)

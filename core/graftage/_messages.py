@@ -149,7 +149,11 @@ def read_tools(values: Sequence[ToolLike] | None) -> tuple[Tool, ...]:
     Raises:
         RequestRejected: one of them cannot be read.
     """
-    return tuple(_read_tool(each) for each in values or ())
+    if values is None:
+        return ()
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise _rejected("`tools` must be a sequence of tools", values)
+    return tuple(_read_tool(each) for each in values)
 
 
 def _read_tool(value: ToolLike) -> Tool:
@@ -179,17 +183,24 @@ def _tool_of(function: Callable[..., Any]) -> Tool:
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(cast("Any", function))
         schema = adapter.json_schema()
-    except (PydanticUserError, NameError, TypeError) as error:
-        name = getattr(function, "__name__", repr(function))
-        raise RequestRejected(
-            f"The function `{name}` cannot be offered as a tool: {error}.",
-            hint="Annotate its parameters with types that have a JSON schema, or give a `Tool`.",
-        ) from error
+        called = function.__name__
+    except (PydanticUserError, AttributeError, NameError, TypeError) as error:
+        raise _no_tool(function, str(error)) from error
+    if schema.get("type") != "object":  # Positional parameters make an array, which a model cannot call by name.
+        raise _no_tool(function, "its parameters have no names to call them by")
     summary, arguments = _read_docstring(inspect.getdoc(function) or "")
     for name, text in arguments.items():
         if name in schema.get("properties", {}):
             schema["properties"][name].setdefault("description", text)
-    return Tool(name=function.__name__, description=summary, parameters=schema)
+    return Tool(name=called, description=summary, parameters=schema)
+
+
+def _no_tool(function: Callable[..., Any], why: str) -> RequestRejected:
+    name = getattr(function, "__name__", type(function).__name__)
+    return RequestRejected(
+        f"`{name}` cannot be offered as a tool: {why}.",
+        hint="Give a function whose parameters have names and types with a JSON schema, or a `Tool`.",
+    )
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
@@ -234,7 +245,7 @@ def parsed(reply: Reply, parse: Parse) -> Any:
     """
     try:
         return parse(reply.text)
-    except ValueError as error:  # pydantic's ValidationError is one
+    except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         cut = reply.finish_reason == "length"
         raise ProtocolError(
             "The answer was cut before its JSON was complete." if cut else "The answer does not fit the `format`.",
@@ -253,6 +264,8 @@ def read_options(options: Mapping[str, Any] | None, known: frozenset[str]) -> di
     Raises:
         RequestRejected: a name is unknown, or belongs to a parameter of the call.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise _rejected("`options` must be a mapping", options)
     for name in options or {}:
         if name in known:
             continue

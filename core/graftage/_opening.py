@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from graftage._chain import Chain
 from graftage._io import IO
 from graftage._plugins import Catalog, Entry, plugin_name
 from graftage._session import Session
-from graftage._stream import typed_error
-from graftage.exceptions import GraftageError, ModelNotFound, ProviderNotFound, SettingsError
+from graftage._stream import Translate, as_it_is, telling, typed_error
+from graftage.exceptions import GraftageError, ModelNotFound, PluginLoadError, ProviderNotFound, SettingsError
 from graftage.settings import Loaded, Settings, Sources, load
 from graftage.types import ConnectRequest, ModelInfo
 
@@ -21,7 +21,6 @@ __all__ = ["Opening", "Wish"]
 AUTO = "auto"
 SERVER, EMBEDDED = "ollama", "llamacpp"
 """What `auto` looks for, in this order."""
-Translate = Callable[[GraftageError], Exception]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +32,7 @@ class Wish:
     models: Sequence[str] = ()
     settings: Any = field(default=None, repr=False)
     plugins: Sequence[object] = ()
-    translate: Translate | None = None
+    translate: Translate = as_it_is
     env_prefix: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """May hold secrets."""
@@ -53,11 +52,16 @@ class Opening:
 
     def __init__(self, wish: Wish) -> None:
         self._wish = wish
+        self.origins: dict[str, str] = {}
+        with telling(wish.translate):
+            self._read()
+
+    def _read(self) -> None:
+        wish = self._wish
         self._sources = Sources.of(wish.env_prefix, wish.settings if isinstance(wish.settings, (str, Path)) else None)
         wanted = wish.provider if isinstance(wish.provider, (list, tuple)) else [wish.provider]
         objects = [each for each in wanted if not isinstance(each, (str, type(None)))]
         self._catalog = Catalog([*objects, *wish.plugins])
-        self.origins: dict[str, str] = {}
         if not wanted:
             raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
         self._chained = isinstance(wish.provider, (list, tuple))
@@ -77,13 +81,14 @@ class Opening:
 
     async def resolve(self, io: IO) -> Session | Chain:
         """The session, or the chain of them."""
-        if self.is_auto:
-            return await self._auto(io)
-        translate = self._wish.translate
-        if not self._chained:
-            return await self._preferring(self._session(self._members[0], io, translate))
-        sessions = [await self._preferring(self._session(each, io, None)) for each in self._members]
-        return Chain(sessions, translate)
+        with telling(self._wish.translate):
+            found = await (self._auto(io) if self.is_auto else self._chosen(io))
+        found.translate = self._wish.translate
+        return found
+
+    async def _chosen(self, io: IO) -> Session | Chain:
+        sessions = [await self._preferring(await self._session(each, io)) for each in self._members]
+        return Chain(sessions) if self._chained else sessions[0]
 
     def _named(self, provider: Any) -> tuple[str, str | None]:
         """The name and the model in one item of the wish."""
@@ -121,7 +126,7 @@ class Opening:
                 "`settings` must be a mapping, a `Settings`, or the path of a TOML file.", key="settings"
             )
         loaded = load(
-            _hook(entry, "settings_model")() if "settings_model" in entry.hooks else Settings,
+            _hook(entry, "settings_model") if "settings_model" in entry.hooks else Settings,
             provider=entry.name,
             arguments=self._wish.overrides,
             mapping=mapping if isinstance(mapping, Mapping) else None,
@@ -131,16 +136,19 @@ class Opening:
         self.origins.update(loaded.origins)
         return loaded
 
-    def _session(self, member: _Member, io: IO, translate: Translate | None) -> Session:
+    async def _session(self, member: _Member, io: IO) -> Session:
+        # A provider's `connect` may read files: not on the event loop.
+        return await io.run(self._connected, member, io)
+
+    def _connected(self, member: _Member, io: IO) -> Session:
         request = ConnectRequest(name=member.entry.name, settings=member.loaded.settings)
         return Session(
             provider=member.entry.name,
             model=member.model,
             settings=member.loaded.settings,
-            connection=_hook(member.entry, "connect")(request=request),
+            connection=_hook(member.entry, "connect", request=request),
             plugins=self._plugins,
             io=io,
-            translate=translate,
         )
 
     async def _preferring(self, session: Session) -> Session:
@@ -167,13 +175,13 @@ class Opening:
         installed = self._catalog.names("provider")
         failed: GraftageError | None = None
         if SERVER in installed:
-            session = self._session(self._member(SERVER, None), io, self._wish.translate)
+            session = await self._session(self._member(SERVER, None), io)
             failed = await self._unfit(session)
             if failed is None:
                 return session
             await session.close()
         if EMBEDDED in installed:
-            return await self._preferring(self._session(self._member(EMBEDDED, None), io, self._wish.translate))
+            return await self._preferring(await self._session(self._member(EMBEDDED, None), io))
         if failed is not None:
             failed.hint = f"{failed.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
             raise failed
@@ -213,16 +221,16 @@ def _age(model: ModelInfo) -> float:
     return model.modified_at.timestamp() if model.modified_at else 0.0
 
 
-def _hook(entry: Entry, name: str) -> Callable[..., Any]:
-    hook: Callable[..., Any] = getattr(entry.plugin, name)
-    return hook
-
-
-def translated(wish: Wish, work: Callable[[], Opening]) -> Opening:
-    """Open, with errors told as the host wants them."""
+def _hook(entry: Entry, name: str, **arguments: Any) -> Any:
+    """Call a hook of a provider plugin."""
     try:
-        return work()
-    except GraftageError as error:
-        if wish.translate is None:
-            raise
-        raise wish.translate(error) from error
+        return getattr(entry.plugin, name)(**arguments)
+    except GraftageError:
+        raise
+    except Exception as error:
+        raise PluginLoadError(
+            f"The provider `{entry.name}` failed in `{name}` with {type(error).__name__}: {error}.",
+            plugin=entry.name,
+            distributions=[entry.origin] if entry.distribution else (),
+            hint="That is a fault of the provider; tell its authors.",
+        ) from error

@@ -7,22 +7,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from graftage import _limits, _messages
 from graftage._adapters import Adapters
-from graftage._arguments import EmbedArguments, Wants, check_names
-from graftage._events import Counters, Emitter, new_call_id
+from graftage._arguments import EmbedArguments, Wants, check_names, check_tokens
+from graftage._events import Counters, Emitter, log, new_call_id
 from graftage._health import Flight, HealthCache
 from graftage._io import IO, has
 from graftage._limits import Gate
 from graftage._plugins import Entry, Relay
-from graftage._stream import Run, typed_error
+from graftage._stream import Run, Translate, as_it_is, telling, typed_error
 from graftage._values import keep_alive_seconds
 from graftage.exceptions import (
-    GraftageError,
+    CapabilityUnsupported,
     ModelNotFound,
     PluginError,
+    ProviderError,
     ProviderTimeout,
     RequestRejected,
     ResourceLimitExceeded,
@@ -31,12 +32,14 @@ from graftage.exceptions import (
 from graftage.retry import Budget
 from graftage.settings import Settings
 from graftage.types import (
+    Adapter,
     AdapterInfo,
     Call,
     Capabilities,
     CloseRequest,
     Embeddings,
     EmbedRequest,
+    Feature,
     Health,
     HealthLevel,
     HealthRequest,
@@ -48,6 +51,7 @@ from graftage.types import (
     ModelInfo,
     ModelRequest,
     ModelsRequest,
+    PruneAdaptersRequest,
     PullProgress,
     Stats,
     Timeouts,
@@ -72,7 +76,6 @@ class Session:
         connection: object,
         plugins: Sequence[Entry],
         io: IO,
-        translate: Callable[[GraftageError], Exception] | None,
     ) -> None:
         self.provider = provider
         self.model = model or getattr(connection, "default_model", None)
@@ -84,9 +87,12 @@ class Session:
         self.emitter = Emitter(self.relay.each("observe"), self.counters)
         self.health_cache = HealthCache()
         self.adapters = Adapters(self)
+        self.translate: Translate = as_it_is
+        """How the host wants to see errors; set once the client is open, since opening must read them itself."""
         self._gate = _limits.gate_for(provider, self.address)
+        self._door = _limits.gate_for(f"admission {provider}", self.address)
+        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
         self._budget = Budget()
-        self._translate = translate or (lambda error: error)
         self._infos: dict[str, ModelInfo] = {}
         self._closed = False
 
@@ -98,8 +104,7 @@ class Session:
 
     def run(self, operation: str, model: str | None, timeouts: Timeouts, *, bounded: bool = True, **facts: Any) -> Run:
         """Begin a call: its deadline, its events, its counters."""
-        if self._closed:
-            raise RuntimeError("the client is closed")
+        self._require_open()
         started = time.monotonic()
         emit = self.emitter.for_call(
             call_id=new_call_id(),
@@ -128,23 +133,19 @@ class Session:
             emit=emit,
             release=lambda: self.counters.add(running=-1),
             count=self._count,
-            translate=self._translate,
+            translate=self.translate,
         )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the client is closed")
 
     def read(
         self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
     ) -> Wants:
         """Read the arguments of a call; what is wrong with them is told as any other failure is."""
-        try:
+        with telling(self.translate):
             return reader(subject, arguments)
-        except GraftageError as error:
-            raise self._translated(error) from error.__cause__
-
-    def _translated(self, error: GraftageError) -> Exception:
-        translated = self._translate(error)
-        if translated is not error:
-            translated.__cause__ = error
-        return translated
 
     def _count(self, **changes: int) -> None:
         if "failures" in changes:
@@ -157,25 +158,28 @@ class Session:
             return self.settings.timeouts
         if isinstance(given, Timeouts):
             return given
-        try:
-            return replace(self.settings.timeouts, total=given)
-        except ValueError as error:
-            raise self._translated(RequestRejected(f"The timeout is wrong: {error}.")) from error
+        with telling(self.translate):
+            try:
+                return replace(self.settings.timeouts, total=given)
+            except ValueError as error:
+                raise RequestRejected(f"The timeout is wrong: {error}.") from error
 
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
-        if model is not None and not isinstance(model, str):
-            raise self._translated(RequestRejected(f"`model` must be a name, not {type(model).__name__}."))
-        chosen = model or self.model
-        if not chosen:
-            hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
-            raise self._translated(RequestRejected("No model is chosen.", provider=self.provider, hint=hint))
-        return chosen
+        with telling(self.translate):
+            if model is not None and not isinstance(model, str):
+                raise RequestRejected(f"`model` must be a name, not {type(model).__name__}.")
+            chosen = model or self.model
+            if not chosen:
+                hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
+                raise RequestRejected("No model is chosen.", provider=self.provider, hint=hint)
+            return chosen
 
     async def ask(
         self,
         hook: str,
         build: Callable[[Call], Any],
+        answers: type | None = None,
         *,
         model: str | None = None,
         timeout: float | Timeouts | None = None,
@@ -187,9 +191,20 @@ class Session:
             self.require(hook)
             if around is not None:
                 await around(run)
-            answer = await self.io.call(self.relay, hook, build(run.call), run.call)
+            answer = await self._call(hook, build(run.call), run.call, answers)
         run.end()
         run.emit("finish")
+        return answer
+
+    async def _call(self, hook: str, request: Any, call: Call, answers: type | None = None) -> Any:
+        """Call a hook, and refuse an answer of another kind than the contract says."""
+        answer = await self.io.call(self.relay, hook, request, call)
+        if answers is not None and not isinstance(answer, answers):
+            raise ProviderError(
+                f"The provider `{self.provider}` answered `{hook}` with {type(answer).__name__} instead of "
+                f"{answers.__name__}.",
+                hint="That is a fault of the provider; tell its authors.",
+            )
         return answer
 
     def require(self, hook: str) -> None:
@@ -210,14 +225,19 @@ class Session:
             request = await self._inference_request(run, operation, want, model)
             run.begin_fold()
             run.source = await self.io.open(self.relay, operation, request, run.call)
-        return run, await run.pull()
+        try:
+            return run, await run.pull()
+        except Exception as error:
+            if run.adapter and is_missing(error):
+                self.adapters.forget(request.model)  # Somebody has deleted it: the next call makes it again.
+            raise
 
     async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:
         """Settle everything that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
         options = _messages.read_options(want.options, self.capabilities().options)
         self._require_features(model, want.needs)
-        adapter, notes = await self.adapters.for_call(want.adapter, model, run.call)
+        adapter, notes = await self.adapters.for_call(want.adapter, model, run.call, force=want.force)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
         run.model = adapter.model if adapter else model
@@ -242,16 +262,43 @@ class Session:
             "context_window": want.context_window or self.settings.context_window,
             "max_tokens": want.max_tokens,
         }
-        limits = await self._limits(run, operation, model, wanted, want.prompt_characters)
-        clamped, warnings = _limits.clamp(wanted, limits)
+        policies = self.relay.each("resource_limits")
+        limits = await self._allowed(run, operation, want, model, wanted) if policies else None
+        if not policies:
+            self._reserve(run, model)
+        limits = _limits.with_concurrency(limits, self.settings.concurrency)
+        clamped, warnings = _limits.clamp(wanted, limits, force=want.force)
         run.limits = limits
         run.warnings = (*run.warnings, *warnings)
-        for idle in limits.unload if limits and has(self.relay, "unload_model") else ():
-            if idle not in self._gate.in_use():
-                await self.io.call(self.relay, "unload_model", ModelRequest(call=run.call, model=idle), run.call)
-        await self._take_slot(run, limits, model)
+        await self._take_slot(run, limits)
         run.emit("admitted")
         return clamped
+
+    async def _allowed(
+        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
+    ) -> Limits | None:
+        """What the policies allow, once those models have gone that must; the model is then reserved."""
+        await self._granted(self._door, self._door.enter(1), run.call)
+        try:
+            while True:
+                moved = self._gate.moved()
+                limits = await self._limits(run, operation, want, model, wanted)
+                if limits is None or not self._gate.busy(limits.wait_for):
+                    self._gate.withdraw(moved)
+                    break
+                await self._granted(self._gate, moved, run.call)
+            for idle in limits.unload if limits and has(self.relay, "unload_model") else ():
+                if not self._gate.busy([idle]):
+                    await self.io.call(self.relay, "unload_model", ModelRequest(call=run.call, model=idle), run.call)
+            self._reserve(run, model)
+            return limits
+        finally:
+            self._door.leave()
+
+    def _reserve(self, run: Run, model: str) -> None:
+        """Count a model as in use until the run ends."""
+        self._gate.use(model, 1)
+        run.release = _both(lambda: self._gate.use(model, -1), run.release)
 
     def _keep_alive(self, given: float | str | None) -> float | None:
         try:
@@ -260,44 +307,48 @@ class Session:
             raise RequestRejected(f"The setting is wrong: {error}.") from error
 
     async def _limits(
-        self, run: Run, operation: str, model: str, wanted: Mapping[str, Any], characters: int | None
+        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
     ) -> Limits | None:
-        policies = self.relay.each("resource_limits")
+        query = LimitsQuery(
+            operation=operation,
+            provider=self.provider,
+            address=self.address,
+            model=model,
+            prompt_characters=want.prompt_characters,
+            adapter=run.adapter,
+            force=want.force,
+            model_info=self._lazily(lambda: self._show_now(model, run.call)),
+            loaded_models=self._lazily(
+                lambda: self.io.from_thread(self.relay, "loaded_models", ModelsRequest(call=run.call))
+            ),
+            in_use=self._gate.in_use,
+            **wanted,
+        )
         answers: list[tuple[str, Limits]] = []
-        if policies:
-            query = LimitsQuery(
-                operation=operation,
-                provider=self.provider,
-                address=self.address,
-                model=model,
-                prompt_characters=characters,
-                adapter=run.adapter,
-                model_info=self._lazily(lambda: self._show_now(model, run.call)),
-                loaded_models=self._lazily(
-                    lambda: self.io.from_thread(self.relay, "loaded_models", ModelsRequest(call=run.call))
-                ),
-                in_use=self._gate.in_use,
-                **wanted,
-            )
-            for name, policy in policies:
-                answer = await self._ask_policy(name, policy, query)
-                if answer is not None:
-                    answers.append((name, answer))
-        return _limits.with_concurrency(_limits.merge(answers), self.settings.concurrency)
+        for name, policy in self.relay.each("resource_limits"):
+            answer = await self._ask_policy(name, policy, query)
+            if answer is not None:
+                answers.append((name, answer))
+        return _limits.merge(answers)
 
     async def _ask_policy(self, name: str, policy: Callable[..., Any], query: LimitsQuery) -> Limits | None:
+        problem, cause = "", None
         try:
-            answer: Limits | None = await self.io.run(policy, query)
+            answer = await self.io.run(policy, query)
+            if answer is None or isinstance(answer, Limits):
+                return answer
+            problem = f"answered with {type(answer).__name__} instead of Limits"
         except ResourceLimitExceeded as refusal:
             refusal.plugin = refusal.plugin or name
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"The policy `{name}` failed with {type(error).__name__}: {error}.",
-                plugin=name,
-                hint="Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
-            ) from error
-        return answer
+            if not query.force:
+                raise
+            return Limits(warnings=(f"`force` overrode a refusal of the policy `{refusal.plugin}`: {refusal.message}",))
+        except ProviderError:
+            raise  # The provider failed when the policy asked about it.
+        except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
+            problem, cause = f"failed with {type(error).__name__}: {error}", error
+        hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
+        raise PluginError(f"The policy `{name}` {problem}.", plugin=name, hint=hint) from cause
 
     def _lazily(self, ask: Callable[[], T]) -> Callable[[], T]:
         answers: list[T] = []
@@ -321,19 +372,11 @@ class Session:
             self._infos[model] = info
         return self._infos[model]
 
-    async def _take_slot(self, run: Run, limits: Limits | None, model: str) -> None:
+    async def _take_slot(self, run: Run, limits: Limits | None) -> None:
         gate = self._gate
         granted = gate.enter(limits.concurrent_requests if limits else None, limits.queued_requests if limits else None)
         await self._granted(gate, granted, run.call)
-        gate.use(model, 1)
-        before = run.release
-
-        def release() -> None:
-            gate.use(model, -1)
-            gate.leave()
-            before()
-
-        run.release = release
+        run.release = _both(gate.leave, run.release)
 
     async def _granted(self, gate: Gate, granted: Future[None], call: Call) -> None:
         """Wait for a slot, and give the place up where the waiting ends otherwise."""
@@ -363,7 +406,7 @@ class Session:
         with run.failing():
             self.require("embed")
             request = await self._embed_request(run, model, inputs, arguments)
-            answer: Embeddings = await self.io.call(self.relay, "embed", request, run.call)
+            answer: Embeddings = await self._call("embed", request, run.call, Embeddings)
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
@@ -380,12 +423,15 @@ class Session:
     async def _embed_request(
         self, run: Run, model: str, inputs: str | Sequence[str], arguments: Mapping[str, Any]
     ) -> EmbedRequest:
-        texts = (inputs,) if isinstance(inputs, str) else tuple(inputs) if isinstance(inputs, Iterable) else ()
+        given: Any = inputs
+        texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
         if not texts or not all(isinstance(text, str) for text in texts):
             raise RequestRejected("`inputs` must be a text, or a sequence of at least one text.")
+        check_tokens("context_window", arguments.get("context_window"))
         want = Wants(
             keep_alive=arguments.get("keep_alive"),
             context_window=arguments.get("context_window"),
+            force=arguments.get("force", False),
             prompt_characters=sum(map(len, texts)),
         )
         options = _messages.read_options(arguments.get("options"), self.capabilities().options)
@@ -407,6 +453,7 @@ class Session:
         self, level: HealthLevel, model: str | None, max_age: float | None, timeout: float | Timeouts | None
     ) -> Health:
         """How well the provider is, remembered for a little while; callers at one time share one check."""
+        self._require_open()
         needs_model = level in ("model_present", "model_loaded", "answers")
         chosen = self.choose_model(model) if needs_model else None
         timeouts = self.timeouts(timeout)
@@ -427,16 +474,17 @@ class Session:
 
     async def _checked(self, request: HealthRequest, flight: Flight) -> Health:
         started = time.monotonic()
+        once = replace(request, call=replace(request.call, attempts=1))
         try:
-            found: Health = await self.io.call(
-                self.relay, "health", replace(request, call=replace(request.call, attempts=1)), request.call
-            )
-        except BaseException as error:
-            typed = typed_error(error, self.provider) if isinstance(error, Exception) else None
-            # Those who joined get an answer, too; where this caller was cancelled, they are told so.
-            flight.land(
-                Health(level=request.level, reachable=False, model=request.model, error=typed) if typed else None
-            )
+            found: Health = await self._call("health", once, request.call, Health)
+        except CapabilityUnsupported:
+            flight.land(None)
+            raise
+        except Exception as error:  # noqa: BLE001 - what went wrong is the answer
+            typed = typed_error(error, self.provider)
+            found = Health(level=request.level, reachable=False, model=request.model, error=typed)
+        except BaseException:
+            flight.land(None)  # Those who joined are told that this caller gave up.
             raise
         found = replace(found, address=found.address or self.address, latency=time.monotonic() - started)
         flight.land(found)
@@ -455,21 +503,26 @@ class Session:
 
     async def models(self, timeout: float | Timeouts | None) -> tuple[ModelInfo, ...]:
         """The models that can be asked."""
-        found = await self.ask("list_models", lambda call: ModelsRequest(call=call), timeout=timeout)
-        return tuple(found)
+        found: tuple[ModelInfo, ...] = await self.ask(
+            "list_models", lambda call: ModelsRequest(call=call), tuple, timeout=timeout
+        )
+        return found
 
     async def show(self, model: str | None, timeout: float | Timeouts | None) -> ModelInfo:
         """One model in full."""
         name = self.choose_model(model)
         info: ModelInfo = await self.ask(
-            "show_model", lambda call: ModelRequest(call=call, model=name), model=name, timeout=timeout
+            "show_model", lambda call: ModelRequest(call=call, model=name), ModelInfo, model=name, timeout=timeout
         )
         self._infos[name] = info
         return info
 
     async def loaded(self, timeout: float | Timeouts | None) -> tuple[LoadedModel, ...]:
         """What is in memory."""
-        return tuple(await self.ask("loaded_models", lambda call: ModelsRequest(call=call), timeout=timeout))
+        found: tuple[LoadedModel, ...] = await self.ask(
+            "loaded_models", lambda call: ModelsRequest(call=call), tuple, timeout=timeout
+        )
+        return found
 
     async def pull(
         self, model: str | None, on_progress: Callable[[PullProgress], None] | None, timeout: float | Timeouts | None
@@ -500,7 +553,7 @@ class Session:
             last = step
             run.emit("progress", progress=step)
             if on_progress is not None:
-                on_progress(step)
+                _tell(run, on_progress, step)
         if last is None or last.status != "success":
             raise StreamInterrupted("The download ended before it was complete.", hint="Pull again: it goes on.")
         return last
@@ -514,13 +567,14 @@ class Session:
     ) -> ModelInfo:
         """Make sure that a model is there."""
         if policy not in ("never", "missing", "always"):
-            raise RequestRejected(f"There is no policy {policy!r}.", hint="Use never, missing or always.")
+            with telling(self.translate):
+                raise RequestRejected(f"There is no policy {policy!r}.", hint="Use never, missing or always.")
         if policy == "always":
             await self.pull(model, on_progress, timeout)
         try:
             return await self.show(model, None)
         except Exception as error:
-            if policy != "missing" or not _is_missing(error):
+            if policy != "missing" or not is_missing(error):
                 raise
         await self.pull(model, on_progress, timeout)
         return await self.show(model, None)
@@ -531,10 +585,14 @@ class Session:
         keep_alive: float | str | None,
         context_window: int | None,
         timeout: float | Timeouts | None,
+        *,
+        force: bool,
     ) -> None:
         """Bring a model into memory, with the window that the next calls will have."""
         name = self.choose_model(model)
-        want = Wants(keep_alive=keep_alive, context_window=context_window)
+        with telling(self.translate):
+            check_tokens("context_window", context_window)
+        want = Wants(keep_alive=keep_alive, context_window=context_window, force=force)
         figures: dict[str, Any] = {}
 
         async def admit(run: Run) -> None:
@@ -559,7 +617,7 @@ class Session:
         if "capabilities" in self.relay.hooks:
             answer: Capabilities = self.relay.call("capabilities")
             return answer
-        return Capabilities(features=frozenset(hook.removeprefix("a") for hook in self.relay.hooks) | self.relay.hooks)
+        return Capabilities(features=frozenset(name for name in get_args(Feature) if has(self.relay, name)))
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -568,6 +626,7 @@ class Session:
         reference: Any,
         *,
         on_missing: Literal["error", "base"],
+        force: bool,
         model: str | None,
         timeout: float | Timeouts | None,
     ) -> LoadedAdapter | None:
@@ -575,16 +634,53 @@ class Session:
         name = self.choose_model(model) if reference is not None else ""
         run = self.run("use_adapter", name or None, self.timeouts(timeout))
         with run.failing():
-            active = await self.adapters.switch(reference, name, on_missing, run.call)
+            active = await self.adapters.switch(reference, name, run.call, on_missing=on_missing, force=force)
         run.end()
         run.emit("finish", adapter=active.name if active else None)
         return active
 
+    async def resolve_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> Adapter:
+        """The adapter behind a reference, with the verdict on it."""
+        name = self.choose_model(model)
+        run = self.run("resolve_adapter", name, self.timeouts(timeout))
+        with run.failing():
+            adapter = await self.adapters.resolve(reference, name, run.call)
+        run.end()
+        run.emit("finish", adapter=adapter.name)
+        return adapter
+
+    async def unload_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> None:
+        """Free what an adapter holds."""
+        name = self.choose_model(model)
+        run = self.run("unload_adapter", name, self.timeouts(timeout))
+        with run.failing():
+            await self.adapters.unload(reference, name, run.call)
+        run.end()
+        run.emit("finish")
+
+    async def prune_adapters(
+        self, keep: Sequence[str], older_than: float | None, dry_run: bool, timeout: float | Timeouts | None
+    ) -> tuple[ModelInfo, ...]:
+        """Delete what loaded adapters have left on the server."""
+        found: tuple[ModelInfo, ...] = await self.ask(
+            "prune_adapters",
+            lambda call: PruneAdaptersRequest(call=call, keep=tuple(keep), older_than=older_than, dry_run=dry_run),
+            tuple,
+            timeout=timeout,
+        )
+        if not dry_run:
+            self.adapters.forget_all()
+        return found
+
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        """The adapters that the plugins know of."""
+        """The adapters that the plugins know of; one that fails to list hides nobody else's."""
+        self._require_open()
         found: list[AdapterInfo] = []
-        for _, function in self.relay.each("list_adapters"):
-            found += await self.io.run(lambda ask=function: tuple(ask()))
+        for name, function in self.relay.each("list_adapters"):
+            try:
+                found += await self.io.run(lambda ask=function: tuple(ask()))
+            except Exception as error:  # noqa: BLE001, PERF203 - plugins are isolated from each other
+                log("WARNING", f"the plugin `{name}` failed to list its adapters: {type(error).__name__}: {error}")
         return tuple(found)
 
     def base_facts(self, model: str, call: Call) -> Callable[[], ModelInfo | None]:
@@ -602,11 +698,12 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        if has(self.relay, "close"):
-            try:
-                await self.io.call(self.relay, "close", CloseRequest(), Call())
-            except Exception as error:
-                raise self._translate(typed_error(error, self.provider)) from error
+        if self.io.can(self.relay, "close"):
+            with telling(self.translate):
+                try:
+                    await self.io.call(self.relay, "close", CloseRequest(), Call())
+                except Exception as error:  # noqa: BLE001 - it is typed
+                    raise typed_error(error, self.provider) from error.__cause__
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
@@ -617,6 +714,14 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
     return both
 
 
-def _is_missing(error: BaseException | None) -> bool:
+def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgress) -> None:
+    try:
+        on_progress(step)
+    except Exception as error:
+        run.hosts_own = error
+        raise
+
+
+def is_missing(error: BaseException | None) -> bool:
     """Whether an error, or the one it was translated from, says that the model is not there."""
     return isinstance(error, ModelNotFound) or isinstance(getattr(error, "__cause__", None), ModelNotFound)

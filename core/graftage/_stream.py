@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["AsyncStream", "Run", "Source", "Stream", "drive"]
 
 T = TypeVar("T")
+Translate = Callable[[GraftageError], Exception]
+"""How a host wants to see an error."""
 
 
 class Source(Protocol):
@@ -29,7 +32,7 @@ class Source(Protocol):
         ...
 
     async def close(self) -> None:
-        """Stop the provider's work. Safe to call twice."""
+        """Stop the provider's work, a pending `pull` of another task too. Safe to call twice."""
         ...
 
 
@@ -111,7 +114,7 @@ class Run:
     release: Callable[[], None]
     """Gives back what the call holds; done once, at its end."""
     count: Callable[..., None]
-    translate: Callable[[GraftageError], Exception]
+    translate: Translate
     parse: Parse | None = None
     adapter: str | None = None
     limits: Limits | None = None
@@ -120,6 +123,10 @@ class Run:
     fold: Fold | None = None
     reply: Reply | None = None
     ended: bool = False
+    stopped: bool = False
+    """Whether the reader wants no more: an end without a last chunk is then no fault."""
+    hosts_own: BaseException | None = None
+    """What a callback of the host has raised: it goes back to the host as it is."""
 
     def begin_fold(self) -> Fold:
         """Start adding up, with what is known before the first chunk."""
@@ -143,9 +150,12 @@ class Run:
         with self.failing():
             return await self._pull(self.source, self.fold)
 
-    async def _pull(self, source: Source, fold: Fold) -> Chunk:
+    async def _pull(self, source: Source, fold: Fold) -> Chunk | None:
         try:
             chunk: Chunk | None = await source.pull()
+            if self.stopped:
+                await self.abandon()
+                return None
             if chunk is None:
                 raise StreamInterrupted(
                     "The answer ended before it was done.",
@@ -157,7 +167,7 @@ class Run:
             if first:
                 self.emit("first_chunk")
             if chunk.finish_reason is not None:
-                await source.close()
+                await self._close_source()
                 self._finish(chunk, fold)
         except BaseException:
             await self.abandon()
@@ -182,13 +192,17 @@ class Run:
 
     async def abandon(self) -> None:
         """Stop the provider's work, whatever it thinks of that."""
+        self.stopped = True
         try:
-            if self.source is not None:
-                await self.source.close()
-        except Exception:  # noqa: BLE001, S110 - the error that led here is the one to tell
-            pass
+            await self._close_source()
         finally:
             self.end()
+
+    async def _close_source(self) -> None:
+        # The whole answer, or the error that led here, is what to tell; not that tidying up failed.
+        with contextlib.suppress(Exception):
+            if self.source is not None:
+                await self.source.close()
 
     def failing(self) -> _Failing:
         """A block whose errors are those of this run."""
@@ -197,7 +211,7 @@ class Run:
     def failed(self, error: BaseException) -> BaseException:
         """The error to raise for one that occurred, counted and told to observers."""
         self.end()
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) or error is self.hosts_own:
             self.emit("finish")  # Cancelled or interrupted by the caller: not a failure.
             return error
         typed = typed_error(error, self.provider)
@@ -209,10 +223,38 @@ class Run:
                 typed.partial = self.fold.reply()
         self.count(failures=1)
         self.emit("error", error=typed)
-        translated = self.translate(typed)
-        if translated is not typed:
-            translated.__cause__ = typed
-        return translated
+        return translated(typed, self.translate)
+
+
+def as_it_is(error: GraftageError) -> Exception:
+    """How a host that asked for nothing else sees an error."""
+    return error
+
+
+def translated(error: GraftageError, translate: Translate) -> Exception:
+    """An error as the host wants to see it, with the typed one as its cause."""
+    told = translate(error)
+    if told is not error:
+        told.__cause__ = error
+    return told
+
+
+class telling:  # noqa: N801 - reads as a word in a `with`
+    """A block whose typed errors are raised as the host wants to see them."""
+
+    __slots__ = ("_translate",)
+
+    def __init__(self, translate: Translate) -> None:
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, GraftageError):
+            told = translated(error, self._translate)
+            if told is not error:
+                raise told from error
 
 
 class _Failing:
@@ -322,6 +364,12 @@ class Stream(_StreamBase):
 class AsyncStream(_StreamBase):
     """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
 
+    def __init__(self, run: Run, first: Chunk | None) -> None:
+        import asyncio  # noqa: PLC0415 - `import graftage` must stay light
+
+        super().__init__(run, first)
+        self._loop = asyncio.get_running_loop()
+
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
@@ -334,7 +382,7 @@ class AsyncStream(_StreamBase):
         return chunk
 
     async def aclose(self) -> None:
-        """Stop the answer and give its slot back."""
+        """Stop the answer and give its slot back; another task that waits for a chunk gets none."""
         self._first = None
         await self._run.abandon()
 
@@ -349,5 +397,12 @@ class AsyncStream(_StreamBase):
         await self.aclose()
 
     def __del__(self) -> None:
-        # Nothing can be awaited here; the event loop ends the provider's iterator, this gives the slot back.
+        # A loop that was left by `break` drops the stream: its work must end and its slot must not stay taken.
+        if self._run.ended:
+            return
         self._run.end()
+        abandoning = self._run.abandon()
+        try:
+            self._loop.call_soon_threadsafe(self._loop.create_task, abandoning)
+        except RuntimeError:  # The event loop is closed, and with it whatever it ran.
+            abandoning.close()

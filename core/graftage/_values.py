@@ -29,6 +29,11 @@ def keep_alive_seconds(value: Any) -> float | None:
     return math.inf if seconds < 0 else float(seconds)
 
 
+def plain_name(model: str) -> str:
+    """A model's name for comparing: in lower case and without the tag that a missing one stands for."""
+    return model.strip().lower().removesuffix(":latest")
+
+
 def _from_text(text: str) -> float | None:
     """A number, or a duration as Go writes it."""
     text = text.strip()

@@ -310,6 +310,7 @@ class ResourceLimitExceeded(GraftageError):
         value: float | str | None = None,
         plugin: str | None = None,
         reason: str | None = None,
+        details: Mapping[str, Any] | None = None,
         hint: str | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
@@ -321,3 +322,5 @@ class ResourceLimitExceeded(GraftageError):
         """The policy that refused."""
         self.reason = reason
         """Why, with figures."""
+        self.details = dict(details or {})
+        """The figures for a program, such as `required` and `available` in bytes."""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         ModelInfo,
         ModelRequest,
         ModelsRequest,
+        PruneAdaptersRequest,
         PullProgress,
         ResolveRequest,
         UnloadAdapterRequest,
@@ -326,6 +327,25 @@ class UnloadAdapter(Protocol):
         ...
 
 
+class PruneAdapters(Protocol):
+    """Delete what `load_adapter` has left on the server."""
+
+    @hookspec(firstresult=True)
+    def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        """Called to list or delete the models that `load_adapter` derived, now or in earlier runs.
+
+        Return those that were deleted, or would be. Never touch a model that is not provably of this provider's making.
+
+        Since 0.1.
+        """
+        ...
+
+    @hookspec(firstresult=True)
+    async def aprune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        """The async twin of `prune_adapters`. Since 0.1."""
+        ...
+
+
 # --- Other plugins: the module or object behind an entry point of `graftage.plugins` ---------------------------------
 # They are called one implementation at a time, outside the event loop.
 
@@ -335,7 +355,7 @@ class ResourceLimits(Protocol):
 
     @hookspec
     def resource_limits(self, query: LimitsQuery) -> Limits | None:
-        """Called before each request is admitted; the tightest value of each field wins.
+        """Called before each request is admitted, one request of a server at a time; the tightest value wins.
 
         Return None to allow everything. A field that the caller left unset takes the limit; one that was set is
         clamped, and the reply says so. Any error but `ResourceLimitExceeded` fails the call and names the plugin.
@@ -396,5 +416,6 @@ CONNECTION_SPECS = (
     UnloadModel,
     LoadAdapter,
     UnloadAdapter,
+    PruneAdapters,
 )
 PLUGIN_SPECS = (ResourceLimits, ResolveAdapter, Observe)

@@ -25,7 +25,7 @@ import threading
 import time
 import urllib.request
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -63,17 +63,21 @@ KEEPALIVE_EXPIRY = 30.0
 class Clock:
     """Which limit of a call runs now, and when it ends."""
 
-    __slots__ = ("deadline", "phase", "timeouts", "until")
+    __slots__ = ("deadline", "phase", "scope", "timeouts", "until")
 
     def __init__(self, call: Call) -> None:
         self.timeouts = call.timeouts
         self.deadline = call.deadline
+        self.scope: anyio.CancelScope | None = None
+        """Where async code waits for this clock: its end moves with the limit."""
         self.enter("connect")
 
     def enter(self, phase: Phase) -> None:
         """Start the limit of a phase afresh."""
         self.phase = phase
         self.until = time.monotonic() + float(getattr(self.timeouts, phase))
+        if self.scope is not None:
+            self.scope.deadline = anyio.current_time() + max(self.left(), 0)
 
     def left(self) -> float:
         """Seconds until the nearest limit; 0 or less when it has passed."""
@@ -192,16 +196,20 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         of = current()
         of.clock.enter("connect")
         _prepare(request, self._headers)
-        request.extensions = {**request.extensions, "timeout": {"connect": max(of.clock.left(), 0.001)}}
-        of.clock.until += of.call.timeouts.first_token  # httpcore bounds the first part of this by itself.
+        limits = {"connect": max(of.clock.left(), 0.001)}
+        request.extensions = {**request.extensions, "timeout": limits, "trace": _connected(of.clock)}
+        # httpcore bounds the first part of this by itself, and tells when it is over; other transports do not.
+        of.clock.until += of.call.timeouts.first_token
         try:
-            with anyio.fail_after(max(of.clock.left(), 0)):
+            with anyio.fail_after(max(of.clock.left(), 0)) as of.clock.scope:
                 response = await self._inner.handle_async_request(request)
         except TimeoutError as error:
             of.clock.phase = "first_token"
             raise of.clock.expired() from error
         except httpx.TransportError as error:
             raise _before_answer(error, of, request) from error
+        finally:
+            of.clock.scope = None
         stream = response.stream
         if not isinstance(stream, httpx.AsyncByteStream):  # pragma: no cover - a broken inner transport
             raise TypeError("the transport of an async client must answer with an async stream")
@@ -219,6 +227,16 @@ class AsyncGuard(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Close the transport inside."""
         await self._inner.aclose()
+
+
+def _connected(clock: Clock) -> Callable[[str, Mapping[str, Any]], Awaitable[None]]:
+    """For httpcore's `trace`: the time for the first token begins when the request is being sent."""
+
+    async def trace(event: str, _facts: Mapping[str, Any]) -> None:
+        if event.endswith("send_request_headers.started"):
+            clock.enter("first_token")
+
+    return trace
 
 
 def _prepare(request: httpx.Request, headers: Mapping[str, str | None]) -> None:

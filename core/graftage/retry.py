@@ -48,8 +48,9 @@ class RetryPolicy:
 
     def wait(self, error: BaseException | None, attempt: int, jitter: float) -> float:
         """Seconds to wait after attempt number `attempt`; `jitter` is a random number from 0 to 1."""
-        if isinstance(error, Overloaded) and error.retry_after is not None:
-            return min(error.retry_after, self.retry_after_max)
+        named = error.retry_after if isinstance(error, Overloaded) else None
+        if named is not None and named >= 0:  # Neither before now nor not a number: then it is as if it were not named.
+            return min(named, self.retry_after_max)
         if isinstance(error, ConnectionFailed):
             base = self.connection_waits[min(attempt, len(self.connection_waits)) - 1]
         else:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from graftage._values import keep_alive_seconds
@@ -33,7 +35,7 @@ from graftage.types import Timeouts
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore] # newer Pythons do not install it
 
 __all__ = ["Loaded", "Settings", "config_path", "load", "nearest"]
 
@@ -84,9 +86,14 @@ class Settings(BaseSettings):
             known = [each.name for each in fields(Timeouts)]
             for name in value:
                 if name not in known:
-                    raise ValueError(f"`timeouts` has no part `{name}`. {nearest(name, known)}")
-            return Timeouts(**{name: float(seconds) for name, seconds in value.items()})
+                    raise ValueError(f"it has no part `{name}`. {nearest(name, known).rstrip('?.')}")
+            return Timeouts(**{name: _number(seconds) for name, seconds in value.items()})
         return value
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """All fields; of an address without the name and the password that may be in it."""
+        for name, value in super().__repr_args__():
+            yield name, re.sub(r"//[^/@]*@", "//", value) if name == "host" and value else value
 
     @classmethod
     def settings_customise_sources(
@@ -118,14 +125,17 @@ class Sources:
     """Where settings may come from, besides arguments."""
 
     prefix: str = PREFIX
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+    """Holds secrets, and not only ours."""
     file: Path | None = None
+    required: bool = False
+    """Whether a file that is not there is an error."""
 
     @classmethod
     def of(cls, prefix: str | None = None, file: str | Path | None = None) -> Sources:
         """The process's environment, and the given file or the user's own."""
         chosen = prefix or PREFIX
-        return cls(prefix=chosen, file=Path(file) if file else config_path(chosen))
+        return cls(prefix=chosen, file=Path(file) if file else config_path(chosen), required=bool(file))
 
     def document(self) -> dict[str, Any]:
         """The TOML file as plain data; empty where there is none.
@@ -136,15 +146,16 @@ class Sources:
         if self.file is None:
             return {}
         try:
-            return tomllib.loads(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
+            document: dict[str, Any] = tomllib.loads(self.file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            if isinstance(error, FileNotFoundError) and not self.required:
+                return {}
             raise SettingsError(
                 f"The settings file {self.file} cannot be used: {error}.",
                 source=str(self.file),
                 hint=f"Mend it, or name another one in {self.prefix}_CONFIG.",
             ) from error
+        return document
 
     def choice(self, key: str) -> tuple[str | None, str]:
         """The `provider` or `model` to use where the caller names none, and where it came from."""
@@ -213,7 +224,7 @@ def load(
     try:
         return Loaded(settings=model(**merged), origins=origins)
     except ValidationError as error:
-        raise _explained(error, origins) from None
+        raise _explained(error, model, origins) from None
 
 
 _Layer = tuple[str, str, Any]
@@ -225,40 +236,77 @@ def _given(values: Mapping[str, Any], origin: str, known: set[str]) -> Iterable[
         yield origin, key, value
 
 
+class _Environment(EnvSettingsSource):
+    """The variables of one prefix; where one is to hold JSON and does not, its value is not repeated."""
+
+    def __init__(self, model: type[Settings], prefix: str, environment: Mapping[str, str]) -> None:
+        super().__init__(model, env_prefix=prefix, case_sensitive=False, env_ignore_empty=True)
+        self.names = {name: name.upper() for name, value in environment.items() if value}
+        self.env_vars = {name.lower(): environment[name] for name in self.names}
+
+    def origin(self, key: str) -> str:
+        """The variables that a setting came from."""
+        whole = f"{self.env_prefix}{key}".upper()
+        return "environment " + ", ".join(
+            sorted(name for name, upper in self.names.items() if upper == whole or upper.startswith(f"{whole}__"))
+        )
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Read JSON."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            origin = self.origin(field_name)
+            raise SettingsError(
+                f"The setting `{field_name}` ({origin}) is wrong: it is no JSON.",
+                key=field_name,
+                source=origin,
+                hint=f"Give an object, or a variable for each part: {self.env_prefix}{field_name.upper()}__PART.",
+            ) from None
+
+
 def _from_environment(model: type[Settings], provider: str, sources: Sources, plugins: set[str]) -> Iterable[_Layer]:
     known = set(model.model_fields) - {"transport"}
-    own = f"{sources.prefix}_{provider}_".upper().replace("-", "_")
-    common = f"{sources.prefix}_"
     if sources.prefix == PREFIX:
         # A host's own prefix names many things that are not ours; under ours a stray name is a mistake.
-        _check_variables(sources, known, plugins)
-    for prefix in (own, common):
-        source = EnvSettingsSource(model, env_prefix=prefix, case_sensitive=False, env_ignore_empty=True)
-        source.env_vars = {name.lower(): value for name, value in sources.environment.items() if value}
+        _check_variables(sources, known, provider, plugins)
+    for prefix in (f"{sources.prefix}_{_own(provider)}", f"{sources.prefix}_"):
+        source = _Environment(model, prefix, sources.environment)
         for key, value in source().items():
             if key in known:
-                yield f"environment {prefix}{key.upper()}", key, value
+                yield source.origin(key), key, value
     for key, variable in model.native_environment.items():
         if value := sources.environment.get(variable):
             yield f"environment {variable}", key, value
 
 
-def _check_variables(sources: Sources, known: set[str], plugins: set[str]) -> None:
-    prefixes = tuple(f"{name}_".upper().replace("-", "_") for name in plugins)
+def _own(plugin: str) -> str:
+    """What a plugin's own variables begin with, after the prefix."""
+    return f"{plugin}_".upper().replace("-", "_")
+
+
+def _check_variables(sources: Sources, known: set[str], provider: str, plugins: set[str]) -> None:
+    """Refuse a variable that nobody will read; those of other plugins are theirs to check."""
     for variable in sources.environment:
-        if not variable.startswith(f"{sources.prefix}_"):
+        rest = variable.removeprefix(f"{sources.prefix}_")
+        if rest == variable or rest in RESERVED or _field(rest) in known:
             continue
-        rest = variable[len(sources.prefix) + 1 :]
-        if rest in RESERVED or rest.startswith(("TEST_", *prefixes)):
-            continue
-        name = rest.split("__")[0].lower()
-        if name not in known:
-            _require(name, {*known, *(each.lower() for each in RESERVED)}, f"environment {variable}")
+        owner = max((each for each in plugins if rest.startswith(_own(each))), key=len, default=None)
+        if owner is None:
+            _require(_field(rest), {*known, *(each.lower() for each in RESERVED)}, f"environment {variable}")
+        elif owner == provider:
+            _require(_field(rest.removeprefix(_own(owner))), known, f"environment {variable}")
+
+
+def _field(name: str) -> str:
+    """The setting that a variable is about: `TIMEOUTS__TOTAL` is a part of `timeouts`."""
+    return name.partition("__")[0].lower()
 
 
 def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[str]) -> Iterable[_Layer]:
     document = sources.document()
     origin = str(sources.file)
+    known = known - {"transport"}
     table = document.get(provider, {})
     if not isinstance(table, Mapping):
         raise SettingsError(f"`{provider}` in {origin} must be a table.", key=provider, source=origin)
@@ -266,6 +314,9 @@ def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[st
     for key, value in document.items():
         if key in CHOICE_KEYS or key in plugins:
             continue
+        if isinstance(value, Mapping) and key not in known:
+            hint = f"No provider and no plugin of that name is installed. {nearest(key, {*known, *plugins})}"
+            raise SettingsError(f"There is no table `{key}` ({origin}).", key=key, source=origin, hint=hint)
         _require(key, {*known, *CHOICE_KEYS, *plugins}, origin)
         yield origin, key, value
 
@@ -277,10 +328,27 @@ def _require(key: str, known: Iterable[str], origin: str) -> None:
         )
 
 
-def _explained(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
+def _explained(error: ValidationError, model: type[Settings], origins: Mapping[str, str]) -> SettingsError:
     first = error.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
     key = ".".join(str(part) for part in first["loc"])
-    origin = origins.get(str(first["loc"][0]) if first["loc"] else "", "argument")
+    origin = origins.get(name, "argument")
     message = str(first["msg"]).removeprefix("Value error, ")
+    about = model.model_fields[name].description if name in model.model_fields else None
     # The value itself is left out: it may be a secret.
-    return SettingsError(f"The setting `{key}` ({origin}) is wrong: {message}.", key=key, source=origin)
+    return SettingsError(
+        f"The setting `{key}` ({origin}) is wrong: {message.rstrip('.')}.",
+        key=key,
+        source=origin,
+        hint=f"`{name}`: {about}." if about else None,
+    )
+
+
+def _number(value: Any) -> float:
+    """A number of seconds; text only where it is one, as variables hold it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"a number of seconds is wanted, not {type(value).__name__}")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("a number of seconds is wanted") from None

@@ -42,6 +42,7 @@ Feature: TypeAlias = Literal[
     "unload_model",
     "load_adapter",
     "unload_adapter",
+    "prune_adapters",
 ]
 Operation: TypeAlias = str
 """The name of a connection hook, such as `chat` or `pull_model`."""
@@ -372,7 +373,9 @@ class Limits:
     keep_alive: float | None = None
     """Seconds; infinity is for ever."""
     unload: tuple[str, ...] = ()
-    """Idle models that the core unloads before the request is admitted."""
+    """Idle models that the core unloads before the request is admitted; one in use is left alone."""
+    wait_for: tuple[str, ...] = ()
+    """Models whose requests must end first: while one is in use the request waits, then the policies are asked anew."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """For each field that is set, why: `{"context_window": "16 GB leave 4 GB for the cache"}`."""
     warnings: tuple[str, ...] = ()
@@ -393,6 +396,8 @@ class LimitsQuery:
     keep_alive: float | None = None
     prompt_characters: int | None = None
     adapter: str | None = None
+    force: bool = False
+    """The caller wants it done all the same: a refusal and a clamp become warnings on the reply."""
     model_info: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
     """Facts about the model: asked on the first call, then remembered; `None` where the provider cannot tell."""
     loaded_models: Callable[[], tuple[LoadedModel, ...] | None] = field(default=lambda: None, repr=False)
@@ -610,6 +615,10 @@ class Verdict:
     warnings: tuple[str, ...] = ()
 
 
+def _merged_silently(_written: int, _total: int) -> None:
+    """The `on_progress` of a merge that nobody watches."""
+
+
 @runtime_checkable
 class Adapter(Protocol):
     """A LoRA adapter that a resolver has found and checked. The provider decides how its server takes it."""
@@ -647,8 +656,13 @@ class Adapter(Protocol):
         """
         ...
 
-    def merge(self, base_file: Path, out: Path) -> Path:
-        """Write the base model with the adapter merged into it to `out`.
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _merged_silently) -> Path:
+        """Write the base model with the adapter merged into it to `out`; nothing is left of it where that fails.
+
+        Args:
+            base_file: the base model in GGUF.
+            out: the file to write.
+            on_progress: told bytes written and bytes in all; an error that it raises ends the work.
 
         Raises:
             AdapterError: it cannot be read or does not fit.
@@ -689,6 +703,9 @@ class LoadAdapterRequest:
     call: Call
     adapter: Adapter
     model: str
+    """The base model."""
+    force: bool = False
+    """Load it although it may not fit: the caller said so."""
     keep_alive: float | None = None
     context_window: int | None = None
 
@@ -715,6 +732,19 @@ class UnloadAdapterRequest:
 
     call: Call
     adapter: LoadedAdapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneAdaptersRequest:
+    """What `prune_adapters` is asked."""
+
+    call: Call
+    keep: tuple[str, ...] = ()
+    """Names of models to leave alone."""
+    older_than: float | None = None
+    """Seconds since a model was made; younger ones are left alone."""
+    dry_run: bool = True
+    """Only say what would go."""
 
 
 # --- Counters --------------------------------------------------------------------------------------------------------

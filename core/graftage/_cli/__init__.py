@@ -5,13 +5,14 @@ from typing import Annotated
 import typer
 
 import graftage
-from graftage._cli import chat, doctor, embed, errors, generate, models, plugins, show
+from graftage._cli import adapters, chat, doctor, embed, generate, models, plugins, providers, show
+from graftage._cli.commands import Commands
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="graftage",
-    cls=errors.Reporting,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -21,6 +22,8 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("embed")(embed.embed)
 app.add_typer(models.app, name="models")
+app.add_typer(adapters.app, name="adapters")
+app.command("providers")(providers.providers)
 app.command("plugins")(plugins.plugins)
 app.command("doctor")(doctor.doctor)
 
@@ -41,7 +44,7 @@ def _root(
     ] = False,
 ) -> None:
     """Talk to language models through whatever provider is installed."""
-    # `errors.Reporting` reads `debug`, and the callback of `version` does all of its work.
+    # `Commands` reads `debug`, and the callback of `version` does all of its work.
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from graftage._cli import show
+from graftage._cli.progress import Waiting
 from graftage.exceptions import ProviderError
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class Stopped(KeyboardInterrupt):
 def answer(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
     """Ask, and print the answer in the way that was wanted."""
     if as_json:
-        with show.waiting("waiting for the answer"):
+        with Waiting("waiting for the answer"):
             reply = ask(stream=False)
         show.print_json(_data(reply))
     elif stream:
         streamed(ask, raw=raw)
     else:
-        with show.waiting("waiting for the answer"):
+        with Waiting("waiting for the answer"):
             reply = ask(stream=False)
         printer = _Printer(raw=raw)
         printer.add(reply)
@@ -51,7 +52,7 @@ def streamed(ask: Ask, *, raw: bool) -> "Reply":
     Raises:
         Stopped: Ctrl-C came; the stream is closed.
     """
-    with show.waiting("waiting for the first word"):
+    with Waiting("waiting for the first word"):
         stream = ask(stream=True)
     printer = _Printer(raw=raw)
     try:

@@ -32,6 +32,7 @@ def chat(
     answer_format: options.Format = None,
     timeout: options.Timeout = None,
     host: options.Host = None,
+    force: options.Force = False,
     no_stream: options.NoStream = False,
     as_json: options.AsJson = False,
     raw: options.Raw = False,
@@ -50,13 +51,13 @@ def chat(
             "think": think,
             "format": options.read_format(answer_format),
             "timeout": timeout,
+            "force": force or None,
         }
     )
     text = read_prompt(prompt)
     if text is None and as_json:
         raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
-    with options.connected(model, host=host) as client:
-        options.require_model(client)
+    with options.answering(model, host=host, tell=text is not None) as client:
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
             from graftage._cli.conversation import Conversation  # noqa: PLC0415 - most calls ask one thing

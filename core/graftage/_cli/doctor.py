@@ -16,7 +16,7 @@ import typer
 from graftage._cli import options, show
 from graftage._cli.errors import FAILED, exit_code, way_out
 from graftage._cli.plugins import plugin_data, print_plugins
-from graftage.exceptions import GraftageError
+from graftage.exceptions import GraftageError, ModelNotFound
 
 if TYPE_CHECKING:
     from graftage import Client
@@ -82,6 +82,7 @@ class Examination:
         self.code = 0
         """The exit code so far."""
         self._provider, self._model = (provider, model) if provider else options.split(model)
+        self._model_origin = "command line"
         self._host = host
         self._client: Client | None = None
         self._proxy: str | None = None
@@ -140,11 +141,24 @@ class Examination:
     def _provider_found(self) -> Check:
         from graftage._plugins import Catalog  # noqa: PLC0415
 
-        origin = "command line"
+        origin, hint = "command line", None
         if self._provider is None:
             self._provider, origin = options.usual_provider()
+            if origin == options.DEFAULT and self._host is None:
+                hint = self._taken_by_auto(self._provider)
         entry = Catalog().provider(self._provider)
-        return Check("provider", "ok", f"`{entry.name}` from {entry.origin} ({origin})")
+        text = f"`{entry.name}` from {entry.origin} ({origin})"
+        return Check("provider", "note" if hint else "ok", text, hint)
+
+    def _taken_by_auto(self, usual: str) -> str | None:
+        """Look at what `auto` takes, or at the server where it can take nothing; tells why it is not the server."""
+        with contextlib.suppress(GraftageError), options.connected(self._model) as client:
+            self._provider = client.provider
+            if self._provider == usual and self._model is None and "model" not in client.origins:
+                self._model, self._model_origin = client.model, "the one in use there"
+        if self._provider == usual:
+            return None
+        return f"`{usual}` cannot answer now: `graftage doctor -p {usual}` tells why."
 
     def _settings_read(self) -> Check:
         self._client = options.connected(self._model, self._provider, host=self._host)
@@ -153,14 +167,10 @@ class Examination:
 
     def _address_read(self) -> Check:
         given = str(self._connected.settings.host or "")
-        text = f"{_without_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
+        text = f"{show.without_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
         if LISTENS_EVERYWHERE.search(given):
-            return Check(
-                "address",
-                "note",
-                text,
-                f"`{_without_user(given)}` is an address to listen on. Name the machine: 127.0.0.1 if it is this one.",
-            )
+            listens = f"`{show.without_user(given)}` is an address to listen on."
+            return Check("address", "note", text, f"{listens} Name the machine: 127.0.0.1 if it is this one.")
         return Check("address", "ok", text)
 
     def _proxy_found(self) -> Check:
@@ -178,7 +188,7 @@ class Examination:
             return Check(
                 "proxy",
                 "note",
-                f"{_without_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
+                f"{show.without_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
                 f"Set NO_PROXY={self._url.hostname} to go straight.",
             )
         return Check("proxy", "ok", f"none applies, though {', '.join(names)} is set" if names else "none is set")
@@ -219,8 +229,15 @@ class Examination:
         model = self._connected.model
         if not model:
             return Check("model", "note", "none is chosen", "Name one with `-m`, or set GRAFTAGE_MODEL.")
-        self._healthy("model_present")
-        return Check("model", "ok", f"`{model}` is there ({self._connected.origins.get('model') or 'command line'})")
+        origin = self._connected.origins.get("model") or self._model_origin
+        try:
+            self._healthy("model_present")
+        except ModelNotFound:
+            if self._model or "model" in self._connected.origins:
+                raise
+            # A provider that names a default model answers with it, whether or not it is there yet.
+            return Check("model", "note", f"`{model}` is not there yet", "The first answer downloads it.")
+        return Check("model", "ok", f"`{model}` is there ({origin})")
 
     def _healthy(self, level: "HealthLevel") -> "Health":
         health = self._connected.health(level, max_age=0)
@@ -229,8 +246,6 @@ class Examination:
         if isinstance(health.error, GraftageError):
             raise health.error
         if level == "model_present":
-            from graftage.exceptions import ModelNotFound  # noqa: PLC0415
-
             raise ModelNotFound(f"The model `{health.model}` is not there.", model=health.model)
         raise GraftageError(f"It is not well: {health.error or 'no reason was given'}.")
 
@@ -292,11 +307,6 @@ def _is_loopback(host: str) -> bool:
     return host in {"localhost", "::1"} or host.startswith("127.")
 
 
-def _without_user(address: str) -> str:
-    """The address without a password that may be in it."""
-    return re.sub(r"//[^/@]*@", "//", address)
-
-
 def _masked(name: str, value: Any) -> str:
     """A setting for the eyes of whoever reads the report."""
     if value is None:
@@ -307,7 +317,7 @@ def _masked(name: str, value: Any) -> str:
         return ", ".join(f"{header}: {MASK}" for header in value)
     if name == "timeouts":
         return ", ".join(f"{part} {seconds:g}" for part, seconds in asdict(value).items())
-    return _without_user(str(value))
+    return show.without_user(str(value))
 
 
 def _print_check(check: Check) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from graftage._cli import options, show
 from graftage._cli.errors import Misuse
+from graftage._cli.progress import Waiting
 from graftage._cli.prompt import read_prompt
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def embed(
         {"dimensions": dimensions, "context_window": context_window, "keep_alive": keep_alive, "timeout": timeout}
     )
     inputs = texts or _from_pipe()
-    with options.connected(model, host=host) as client:
-        options.require_model(client)
+    with options.answering(model, host=host) as client, Waiting("waiting for the vectors"):
         found = client.embed(inputs, **arguments)
     if as_json:
         show.print_json(_data(found))

@@ -12,7 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from graftage._cli import show
-from graftage.exceptions import GraftageError, ModelNotFound, SettingsError
+from graftage.exceptions import (
+    AdapterError,
+    AdapterIncompatible,
+    GraftageError,
+    ModelNotFound,
+    ResourceLimitExceeded,
+    SettingsError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +76,7 @@ def tell(error: Exception, *, debug: bool = False) -> None:
     if debug:
         show.note("".join(traceback.format_exception(error)).rstrip(), indent="")
     if isinstance(error, GraftageError):
-        show.note(error.message.removesuffix(";"), kind="error")
+        show.note("\n".join((error.message.removesuffix(";"), *_reasons(error))), kind="error")
         hint = way_out(error)
     else:
         show.note(f"{type(error).__name__}: {error}", kind="error")
@@ -79,14 +86,23 @@ def tell(error: Exception, *, debug: bool = False) -> None:
 
 
 def way_out(error: GraftageError) -> str | None:
-    """What to do about an error, with the commands that do it."""
+    """What to do about an error, with the command or the option that does it."""
     hint = error.hint or ""
     if isinstance(error, ModelNotFound):
         if error.suggestions and not any(name in hint for name in error.suggestions):
             hint = f"{hint} Did you mean {' or '.join(f'`{name}`' for name in error.suggestions)}?"
-        if error.model and "graftage models pull" not in hint:
-            hint = f"{hint} `graftage models pull {error.model}` downloads it."
+        if error.model and not error.hint:
+            name = f"{error.provider}:{error.model}" if error.provider else error.model
+            hint = f"{hint} `graftage models pull {name}` downloads it."
+    if isinstance(error, (AdapterIncompatible, ResourceLimitExceeded)) and "--force" not in hint:
+        hint = f"{hint} `--force` goes on all the same."
     return hint.strip() or None
+
+
+def _reasons(error: GraftageError) -> list[str]:
+    """What an error about an adapter knows beyond its message."""
+    reasons = error.reasons if isinstance(error, AdapterError) else ()
+    return [reason for reason in reasons if reason not in error.message]
 
 
 def _discard_output() -> None:

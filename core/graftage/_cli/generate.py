@@ -35,6 +35,7 @@ def generate(
     answer_format: options.Format = None,
     timeout: options.Timeout = None,
     host: options.Host = None,
+    force: options.Force = False,
     no_stream: options.NoStream = False,
     as_json: options.AsJson = False,
     raw: options.Raw = False,
@@ -54,11 +55,11 @@ def generate(
             "images": image or None,
             "format": options.read_format(answer_format),
             "timeout": timeout,
+            "force": force or None,
         }
     )
     text = read_prompt(prompt)
     if text is None:
         raise Misuse("There is no prompt.", hint='Give one: `graftage generate "Once upon a time"`.')
-    with options.connected(model, host=host) as client:
-        options.require_model(client)
+    with options.answering(model, host=host) as client:
         answer(partial(client.generate, text, **arguments), stream=not no_stream, as_json=as_json, raw=raw)

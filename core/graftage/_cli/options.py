@@ -1,11 +1,14 @@
 """The options that several commands share, and what is made of them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftage._cli import progress, show
 from graftage._cli.errors import Misuse
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ Model = Annotated[
 ]
 Provider = Annotated[
     str | None,
-    typer.Option("--provider", "-p", help="The provider. Default: GRAFTAGE_PROVIDER, the settings file, else ollama."),
+    typer.Option("--provider", "-p", help="The provider. Default: GRAFTAGE_PROVIDER, the settings file, else one that answers."),
 ]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Limit on the whole call.")]
@@ -36,6 +39,9 @@ MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Toke
 ContextWindow = Annotated[
     int | None, typer.Option("--context-window", min=1, help="Tokens of prompt and answer together.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on where a policy refuses or an adapter does not fit; warns of it.")
+]
 KeepAlive = Annotated[
     str | None, typer.Option("--keep-alive", help="How long the model stays loaded: seconds, 5m, -1 for ever.")
 ]
@@ -47,6 +53,8 @@ Format = Annotated[
     str | None, typer.Option("--format", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
 ]
 NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")]
+DEFAULT = "default"
+"""Where a choice came from that nobody made."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Raw = Annotated[
     bool, typer.Option("--raw", help="Print control characters of the answer as they are: they can steer a terminal.")
@@ -62,14 +70,52 @@ def connected(model: str | None, provider: str | None = None, **overrides: Any) 
 
     if provider is None:
         provider, model = split(model)
-    return graftage.connect(provider, model=model or None, **given(overrides))
+    return graftage.connect(provider, model=model or None, plugins=[progress.watcher()], **given(overrides))
 
 
-def managed(model: str | None, provider: str | None, **overrides: Any) -> "Client":
+@contextmanager
+def answering(model: str | None, *, host: str | None, tell: bool = True) -> "Iterator[Client]":
+    """The client of a command that asks a model. Tells who answers where nobody has chosen it.
+
+    Whoever names a server means that server: then nobody else is looked for.
+    """
+    provider, name = split(model)
+    chosen = provider or (usual_provider()[0] if host else None)
+    with connected(name, chosen, host=host) as client:
+        require_model(client)
+        if tell and chosen is None and usual_provider()[1] == DEFAULT:
+            show.note(f"{client.model} on {client.provider}, as no provider was named.")
+        yield client
+
+
+def managed(model: str | None, provider: str | None, *, host: str | None = None) -> "Client":
     """The client for looking after models: of one provider, whether or not it has a model that could answer."""
     if provider is None:
         provider, model = split(model)
-    return connected(model, provider or usual_provider()[0], **overrides)
+    return connected(model, provider or _provider_in_use(host), host=host)
+
+
+def _provider_in_use(host: str | None) -> str:
+    """The usual provider; where nobody chose it and no server answers, the embedded one."""
+    from graftage._opening import EMBEDDED, SERVER  # noqa: PLC0415
+    from graftage._plugins import Catalog  # noqa: PLC0415
+
+    name, origin = usual_provider()
+    if host or origin != DEFAULT or name != SERVER or EMBEDDED not in Catalog().names("provider"):
+        return name
+    with connected(None, SERVER) as client:
+        if client.health("api").ok:
+            return name
+    show.note(f"Looking at {EMBEDDED}, as no provider was named and no {SERVER} answers.")
+    return EMBEDDED
+
+
+@contextmanager
+def one_model(model: str | None, provider: str | None, *, host: str | None) -> "Iterator[Client]":
+    """The client for looking after one model."""
+    with managed(model, provider, host=host) as client:
+        require_model(client)
+        yield client
 
 
 def usual_provider() -> tuple[str, str]:
@@ -83,7 +129,7 @@ def usual_provider() -> tuple[str, str]:
         return name.partition(":")[0], origin
     installed = Catalog().names("provider")
     found = next((each for each in (SERVER, EMBEDDED) if each in installed), SERVER)
-    return found, "default"
+    return found, DEFAULT
 
 
 def split(model: str | None) -> tuple[str | None, str | None]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
     from rich.table import Table
+
+    from graftage.types import LoadedModel, ModelInfo
 
 __all__ = [
     "Escaper",
@@ -24,13 +26,15 @@ __all__ = [
     "console",
     "date",
     "escaped",
+    "is_terminal",
     "line",
     "note",
     "prepare_streams",
     "print_json",
     "print_table",
+    "record",
     "size",
-    "waiting",
+    "without_user",
 ]
 
 _RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -38,6 +42,8 @@ _RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202
 _PIPE_WIDTH = 1000
 """Columns of a table that goes to a file or a pipe: nothing is cut or folded there."""
 _NAME_WIDTH = 24
+_HIDDEN = ("raw", "tensors")
+"""Fields of a record that even `--json` leaves out: the server's own form of the same, and thousands of shapes."""
 _LAST_OF_LATIN_1 = 0xFF
 
 
@@ -129,18 +135,6 @@ def console(*, error: bool = False) -> Console:
     )
 
 
-@contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Show that something is going on, until it has happened."""
-    if not (is_terminal(sys.stderr) and is_terminal(sys.stdout)):
-        yield
-        return
-    from rich.text import Text  # noqa: PLC0415
-
-    with console(error=True).status(Text(cell(text), style="dim"), spinner_style="dim"):
-        yield
-
-
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +142,11 @@ def print_json(value: Any) -> None:
     """Print plain data. JSON has an escape of its own for every risky character."""
     text = json.dumps(value, ensure_ascii=False, indent=2, default=_plain)
     sys.stdout.write(_RISKY.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def record(facts: ModelInfo | LoadedModel) -> dict[str, Any]:
+    """A record for programs."""
+    return {name: facts[name] for name in facts.keys() if name not in _HIDDEN}  # noqa: SIM118 - a record is no mapping
 
 
 def _plain(value: Any) -> Any:
@@ -190,6 +189,11 @@ def size(count: int | None) -> str | None:
     from rich.filesize import decimal  # noqa: PLC0415
 
     return decimal(count)
+
+
+def without_user(address: str) -> str:
+    """An address without a name and a password that may be in it."""
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def date(moment: datetime | None) -> str | None:

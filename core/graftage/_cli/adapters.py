@@ -1,0 +1,294 @@
+"""`graftage adapters`: find LoRA adapters, see whether they fit, make them usable, and turn them into other files."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graftage._cli import options, show
+from graftage._cli.errors import FAILED, Misuse
+from graftage._cli.progress import Waiting
+from graftage.exceptions import AdapterIncompatible, AdapterInvalid
+
+if TYPE_CHECKING:
+    from graftage import Client
+    from graftage.types import Adapter
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Find, check, load and convert LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
+UNDECIDED = 3
+"""The exit code of `check` where nobody can say whether the adapter fits."""
+DIGEST = 19
+"""Characters of a digest that people look at: `sha256:` and twelve more."""
+DAY = 86400.0
+
+Reference = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="A name, a path, or what else the installed plugins understand.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file where there is one.")]
+
+
+@app.command("list")
+def list_adapters(provider: options.Provider = None, as_json: options.AsJson = False) -> None:
+    """List the adapters that the installed plugins know of."""
+    with options.managed(None, provider) as client:
+        found = client.adapters()
+    if as_json:
+        show.print_json([asdict(each) for each in found])
+        return
+    show.print_table(
+        ("name", "base model", "digest", "source", "reference"),
+        ((each.name, each.base_model, (each.digest or "")[:DIGEST], each.source, each.reference) for each in found),
+    )
+    if not found:
+        show.note("No plugin knows of one. `pip install graftage-lora` brings a plugin that finds them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `check` found out."""
+
+    reference: str
+    model: str | None
+    status: str
+    """`compatible`, `incompatible`, `unknown`; or `invalid` where it is no adapter that can be used at all."""
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    name: str | None = None
+    digest: str | None = None
+    scale: float | None = None
+    served_as: str | None = None
+
+
+@app.command("check")
+def check_adapter(
+    reference: Reference,
+    *,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Tell whether an adapter fits a model, and why not.
+
+    Exit code: 0 it fits, 1 it does not, 3 nobody can say.
+    """
+    with options.one_model(model, provider, host=host) as client:
+        report = _report(client, reference)
+    if as_json:
+        show.print_json(asdict(report))
+    else:
+        _print_report(report)
+    raise typer.Exit({"compatible": 0, "unknown": UNDECIDED}.get(report.status, FAILED))
+
+
+def _report(client: "Client", reference: str) -> Report:
+    try:
+        adapter = client.resolve_adapter(reference)
+    except (AdapterInvalid, AdapterIncompatible) as error:
+        status = "invalid" if isinstance(error, AdapterInvalid) else "incompatible"
+        return Report(reference=reference, model=client.model, status=status, reasons=error.reasons or (error.message,))
+    return Report(
+        reference=reference,
+        model=client.model,
+        status=adapter.verdict.status,
+        reasons=adapter.verdict.reasons,
+        warnings=adapter.verdict.warnings,
+        name=adapter.name,
+        digest=adapter.digest,
+        scale=adapter.scale,
+        served_as=adapter.served_as,
+    )
+
+
+def _print_report(report: Report) -> None:
+    rows: list[tuple[str, object]] = [
+        ("adapter", report.name or report.reference),
+        ("model", report.model),
+        ("verdict", report.status),
+        *(("reason", reason) for reason in report.reasons),
+        *(("warning", warning) for warning in report.warnings),
+        ("digest", report.digest),
+        ("scale", report.scale),
+        ("served as", report.served_as),
+    ]
+    show.print_table(("", ""), (row for row in rows if row[1] is not None))
+
+
+@app.command("load")
+def load_adapter(
+    reference: Reference,
+    *,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    force: options.Force = False,
+) -> None:
+    """Make an adapter usable now, so that the first answer need not wait for it."""
+    with options.one_model(model, provider, host=host) as client:
+        with Waiting("making it usable"):
+            loaded = client.use_adapter(reference, force=force)
+        if loaded is None:
+            raise Misuse("There is nothing to load.", hint="Name an adapter.")
+        how = f" ({loaded.strategy})" if loaded.strategy else ""
+        show.line(f"{show.cell(loaded.name)} is loaded as {show.cell(loaded.model)}{show.cell(how)}.")
+    for warning in loaded.warnings:
+        show.note(warning, kind="warning")
+
+
+@app.command("unload")
+def unload_adapter(
+    reference: Reference,
+    *,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+) -> None:
+    """Put an adapter out of memory; nothing is deleted."""
+    with options.one_model(model, provider, host=host) as client:
+        client.unload_adapter(reference)
+    show.line(f"{show.cell(reference)} is not in memory.")
+
+
+@app.command("prune")
+def prune_adapters(
+    *,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="AGE", help="Only what was made that long ago: 12h, 7d.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="MODEL", help="Leave it; may be repeated.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only tell what would go.")] = False,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Delete the models that loading adapters has left on a server."""
+    age = _seconds(older_than)
+    with options.managed(None, provider, host=host) as client:
+        gone = client.prune_adapters(keep=tuple(keep or ()), older_than=age, dry_run=not yes)
+    if as_json:
+        show.print_json({"deleted": yes, "models": [show.record(each) for each in gone]})
+        return
+    if gone:
+        rows = ((each.name, show.size(each.size), show.date(each.modified_at)) for each in gone)
+        show.print_table(("name", "size", "made"), rows)
+    show.line(_pruned(len(gone), yes=yes))
+
+
+def _pruned(count: int, *, yes: bool) -> str:
+    if not count:
+        return "There is nothing to delete."
+    models = "1 model" if count == 1 else f"{count} models"
+    return f"{models} deleted." if yes else f"{models} would be deleted: `--yes` does it."
+
+
+def _seconds(age: str | None) -> float | None:
+    """An age in seconds, from `90`, `5m`, `1h30m` or `7d`."""
+    from graftage._values import keep_alive_seconds  # noqa: PLC0415
+
+    if age is None:
+        return None
+    days = re.fullmatch(r"(\d+(?:\.\d+)?)d", age.strip())
+    try:
+        seconds = DAY * float(days[1]) if days else keep_alive_seconds(age)
+    except ValueError:
+        seconds = None
+    if seconds is None or seconds == float("inf"):
+        raise Misuse(f"`--older-than {age}` is no age.", hint="Give a number of seconds, or 30m, 12h, 7d.")
+    return seconds
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("convert")
+def convert_adapter(
+    reference: Reference,
+    *,
+    out: Out,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    force: options.Force = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter as GGUF, converted for a model."""
+    with options.one_model(model, provider, host=host) as client, _writing(out, overwrite=overwrite) as fresh:
+        adapter = _fitting(client, reference, force=force)
+        with Waiting("converting"):
+            shutil.copyfile(adapter.gguf(client.show()), fresh)
+    show.line(f"{show.cell(out)} is written.")
+
+
+@app.command("merge")
+def merge_adapter(
+    reference: Reference,
+    *,
+    out: Out,
+    base_file: Annotated[
+        Path | None,
+        typer.Option("--base-file", metavar="FILE", help="The model in GGUF. Default: the provider's file."),
+    ] = None,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    force: options.Force = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model with an adapter merged into it."""
+    from graftage.types import PullProgress  # noqa: PLC0415
+
+    with options.one_model(model, provider, host=host) as client, _writing(out, overwrite=overwrite) as fresh:
+        adapter = _fitting(client, reference, force=force)
+        base = base_file or _file_of(client)
+        with Waiting("merging") as waiting:
+            adapter.merge(
+                base,
+                fresh,
+                lambda written, total: waiting.step(PullProgress(status="merging", total=total, completed=written)),
+            )
+    show.line(f"{show.cell(out)} is written.")
+
+
+def _fitting(client: "Client", reference: str, *, force: bool) -> "Adapter":
+    adapter = client.resolve_adapter(reference)
+    if adapter.verdict.status == "incompatible" and not force:
+        raise AdapterIncompatible(
+            f"The adapter `{reference}` does not fit `{client.model}`: {'; '.join(adapter.verdict.reasons)}.",
+            reference=reference,
+            reasons=adapter.verdict.reasons,
+            hint="Choose the model it was made for.",
+        )
+    return adapter
+
+
+def _file_of(client: "Client") -> Path:
+    path = client.show().path
+    if path is None:
+        raise Misuse(
+            f"The file of `{client.model}` is not on this machine, or not readable.", hint="Name it with `--base-file`."
+        )
+    return path
+
+
+@contextmanager
+def _writing(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A file to write, which takes the place of `out` when all went well; nothing is left of it otherwise."""
+    if out.exists() and not overwrite:
+        raise Misuse(f"`{out}` is there already.", hint="Choose another name, or `--overwrite` it.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            yield Path(folder, out.name)
+            Path(folder, out.name).replace(out)
+    except OSError as error:
+        raise Misuse(f"`{out}` cannot be written: {error.strerror or error}.", hint="Name another file.") from error

@@ -1,0 +1,115 @@
+"""Subcommands that plugins bring: listed from metadata alone, imported only when one of them is run."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+from graftage._cli.errors import Reporting
+from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
+
+if TYPE_CHECKING:
+    from importlib_metadata import EntryPoint
+
+__all__ = ["Commands"]
+
+GROUP = "graftage.commands"
+"""The entry-point group: names of subcommands, each with a `typer.Typer`."""
+
+
+class Commands(Reporting):
+    """The root of the commands: its own, and those of plugins, which cannot take a name of its own."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all that can be run, its own first."""
+        brought = {point.name for point in _entry_points()} - self.commands.keys() - _disabled()
+        return [*super().list_commands(ctx), *sorted(brought)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, or None; nothing of a plugin is imported for it."""
+        own = super().get_command(ctx, cmd_name)
+        points = [] if own else [point for point in _entry_points() if point.name == cmd_name]
+        return _Brought(points) if points else own
+
+
+class _Brought(TyperCommand):
+    """Stands in the list for a plugin's command, and makes way for it when it is run."""
+
+    def __init__(self, points: list[EntryPoint]) -> None:
+        self._points = points
+        super().__init__(points[0].name, help=f"From {' and '.join(map(_origin, points))}.")
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command."""
+        self._refuse()
+        return _loaded(self._points[0]).make_context(info_name, args, parent, **extra)
+
+    def _refuse(self) -> None:
+        """Import nothing that is disabled, or that two distributions claim."""
+        if self.name in _disabled():
+            raise PluginError(
+                f"The command `{self.name}` is disabled.",
+                plugin=self.name,
+                hint="Take it out of GRAFTAGE_DISABLED_PLUGINS.",
+            )
+        if len(self._points) > 1:
+            origins = [_origin(point) for point in self._points]
+            raise PluginConflict(
+                f"The command `{self.name}` is claimed by {' and '.join(origins)}.",
+                plugin=self.name,
+                distributions=origins,
+                hint="Uninstall one of them.",
+            )
+
+
+def _loaded(point: EntryPoint) -> Any:
+    """The real command.
+
+    Raises:
+        PluginLoadError: it cannot be imported, is no `typer.Typer`, or needs another Graftage.
+    """
+    _check_core(point)
+    try:
+        app = point.load()
+        if not isinstance(app, typer.Typer):
+            raise TypeError(f"`{point.value}` is no `typer.Typer`, but a `{type(app).__name__}`")
+        return typer.main.get_command(app)
+    except (Exception, SystemExit) as error:
+        raise PluginLoadError(
+            f"The command `{point.name}` ({_origin(point)}) could not be loaded: {type(error).__name__}: {error}.",
+            plugin=point.name,
+            distributions=[_origin(point)],
+            hint="Mend or uninstall it.",
+        ) from error
+
+
+def _check_core(point: EntryPoint) -> None:
+    from graftage import _plugins  # noqa: PLC0415 - only when a plugin's command is run
+
+    dist = point.dist
+    _plugins._check_core(  # noqa: SLF001 - one rule for all that plugins bring
+        _plugins.Entry(
+            name=point.name,
+            kind="plugin",
+            distribution=dist.metadata["Name"] if dist else None,
+            version=dist.version if dist else None,
+            entry_point=point,
+        )
+    )
+
+
+def _entry_points() -> list[EntryPoint]:
+    from importlib_metadata import entry_points  # noqa: PLC0415 - most runs are of a command of our own
+
+    return list(entry_points(group=GROUP))
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.metadata['Name']} {point.dist.version}" if point.dist else "an unknown distribution"
+
+
+def _disabled() -> set[str]:
+    return {name.strip() for name in os.environ.get("GRAFTAGE_DISABLED_PLUGINS", "").split(",")}

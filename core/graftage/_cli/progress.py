@@ -1,0 +1,106 @@
+"""What a command waits for, told on stderr: the first word, a download, an adapter that is made usable."""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from graftage._cli import show
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.status import Status
+    from typing_extensions import Self
+
+    from graftage.types import Event, PullProgress
+
+__all__ = ["Waiting", "watcher"]
+
+_current: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
+END = "success"
+"""The status of the last step of a download."""
+
+
+def watcher() -> object:
+    """A plugin that shows the steps a provider tells of in whatever is waited for."""
+    from graftage.hookspecs import hookimpl  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+
+    class Watcher:
+        name = "graftage-command"
+
+        @hookimpl
+        def observe(self, event: Event) -> None:
+            waiting = _current.get()
+            if waiting is not None and event.progress is not None:
+                waiting.step(event.progress)
+
+    return Watcher()
+
+
+class Waiting:
+    """Shows that something is going on until the block ends: a spinner, then the steps, where it has any.
+
+    On a terminal a step that counts bytes is a bar; all others, and those that go to a file, are lines.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._spinner: Status | None = None
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        self._before = _current.set(self)
+        self._spin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._before)
+        self._stop()
+
+    def step(self, step: PullProgress) -> None:
+        """Show a step."""
+        if step.status == END:
+            self._stop()
+            self._spin()
+        elif show.is_terminal(sys.stderr) and step.total is not None and step.completed is not None:
+            self._draw(step.digest or step.status, step.status, step.total, step.completed)
+        elif step.status != self._last:
+            self._last = step.status
+            show.note(show.cell(step.status))
+
+    def _draw(self, key: str, title: str, total: int, completed: int) -> None:
+        bars = self._bars or self._begin_bars()
+        if key not in self._tasks:
+            self._tasks[key] = bars.add_task("", total=None)
+        bars.update(self._tasks[key], description=show.cell(title), total=total, completed=completed)
+
+    def _begin_bars(self) -> Progress:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
+        from rich.table import Column  # noqa: PLC0415
+
+        self._stop()  # A terminal shows one moving thing at a time.
+        title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self._bars = Progress(
+            title, BarColumn(bar_width=None), DownloadColumn(), console=show.console(error=True), expand=True
+        )
+        self._bars.start()
+        return self._bars
+
+    def _spin(self) -> None:
+        if not (show.is_terminal(sys.stderr) and show.is_terminal(sys.stdout)):
+            return
+        from rich.text import Text  # noqa: PLC0415
+
+        text = Text(show.cell(self._text), style="dim")
+        self._spinner = show.console(error=True).status(text, spinner_style="dim")
+        self._spinner.start()
+
+    def _stop(self) -> None:
+        for moving in (self._spinner, self._bars):
+            if moving is not None:
+                moving.stop()
+        self._spinner = self._bars = None
+        self._tasks.clear()

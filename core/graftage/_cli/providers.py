@@ -1,0 +1,152 @@
+"""`graftage providers`: compares what is installed, so that one can choose."""
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from graftage._cli import options, show
+from graftage._cli.errors import way_out
+from graftage.exceptions import GraftageError, PluginError
+
+if TYPE_CHECKING:
+    from graftage import Client
+    from graftage._plugins import Entry
+
+__all__ = ["providers"]
+
+LIMIT = 10.0
+"""Seconds each provider has, all of them at one time, unless `--timeout` says otherwise."""
+GRACE = 1.0
+"""Seconds more until one that does not keep to its limit is left behind."""
+SHOWN = 5
+"""Models named in the table."""
+
+
+@dataclass(kw_only=True)
+class Finding:
+    """What was found out about a provider; what is unknown is None."""
+
+    name: str
+    distribution: str | None
+    version: str | None
+    state: str = "available"
+    health: str = "unknown"
+    """In words: `well`, or `not well`."""
+    address: str | None = None
+    server_version: str | None = None
+    models: list[str] | None = None
+    features: list[str] | None = None
+    problems: list[str] = field(default_factory=list)
+    """What went wrong, each with the way out."""
+
+
+def providers(
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit on each.")] = LIMIT,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare the installed providers: how well each is, what it can do, which models it has."""
+    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+
+    entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
+    found = _examined(sorted(entries, key=lambda entry: entry.name), timeout)
+    if as_json:
+        show.print_json([asdict(each) for each in found])
+    elif not found:
+        show.line("No provider is installed. `pip install graftage-ollama` brings one.")
+    else:
+        _print(found)
+
+
+def _examined(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
+    """Look at all of them at one time; one that does not come back in time is left behind."""
+    found = [
+        Finding(name=entry.name, distribution=entry.distribution, version=entry.version, state=entry.state)
+        for entry in entries
+    ]
+    # A thread that hangs in somebody's code must not keep the command from ending.
+    looks = [threading.Thread(target=_look, args=(each, timeout), daemon=True) for each in found]
+    for thread in looks:
+        thread.start()
+    deadline = time.monotonic() + timeout + GRACE
+    for thread, each in zip(looks, found, strict=True):
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            each.problems.append(f"It gave no answer within {timeout:g} s.")
+    return [replace(each) for each in found]  # What comes too late changes nothing any more.
+
+
+def _look(finding: Finding, timeout: float) -> None:
+    """Fill in what can be found out; whatever a provider does is its own affair."""
+    if finding.state == "disabled":
+        finding.problems.append("GRAFTAGE_DISABLED_PLUGINS names it.")
+        return
+    try:
+        with options.connected(None, finding.name) as client:
+            finding.state = "loaded"
+            _ask(client, finding, timeout)
+    except Exception as error:  # noqa: BLE001 - the others must not suffer for it
+        if isinstance(error, PluginError):
+            finding.state = "quarantined"
+        finding.problems.append(_told(error))
+
+
+def _ask(client: "Client", finding: Finding, timeout: float) -> None:
+    capabilities = client.capabilities()
+    finding.features = sorted(capabilities.features)
+    finding.address = show.without_user(client.address) or None
+    health = client.health("api", max_age=0, timeout=timeout)
+    finding.health = "well" if health.ok else "not well"
+    finding.server_version = health.version
+    if health.error is not None:
+        finding.problems.append(_told(health.error))
+    elif "list_models" in capabilities.features:
+        finding.models = [model.name for model in client.models(timeout=timeout)]
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, GraftageError):
+        return " ".join(filter(None, (error.message, way_out(error))))
+    return f"{type(error).__name__}: {error}"
+
+
+def _print(found: Sequence[Finding]) -> None:
+    """A column for each provider, and below them what is wrong."""
+    rows = [
+        ("distribution", *(" ".join(filter(None, (each.distribution, each.version))) for each in found)),
+        ("state", *(each.state for each in found)),
+        ("health", *(each.health for each in found)),
+        ("address", *(each.address for each in found)),
+        ("version", *(each.server_version for each in found)),
+        ("models", *(_names(each.models) for each in found)),
+        *((feature, *(_can(each, feature) for each in found)) for feature in _features(found)),
+    ]
+    show.print_table(("", *(each.name for each in found)), rows)
+    for each in found:
+        for problem in each.problems:
+            show.line(f"\n{show.cell(each.name)}: {show.cell(problem)}")
+
+
+def _names(models: Sequence[str] | None) -> str | None:
+    if models is None:
+        return None
+    more = f" and {len(models) - SHOWN} more" if len(models) > SHOWN else ""
+    return (", ".join(models[:SHOWN]) or "none") + more
+
+
+def _features(found: Iterable[Finding]) -> list[str]:
+    """What at least one of them can do, in the order of the contract; what the contract does not know comes last."""
+    from graftage.types import Feature  # noqa: PLC0415
+
+    able = {feature for each in found for feature in each.features or ()}
+    known = [feature for feature in get_args(Feature) if feature in able]
+    return [*known, *sorted(able.difference(known))]
+
+
+def _can(finding: Finding, feature: str) -> str | None:
+    if finding.features is None:
+        return None
+    return "yes" if feature in finding.features else "no"
