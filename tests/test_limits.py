@@ -292,6 +292,89 @@ def test_models_in_use_are_told_with_their_number_of_requests(both: Any) -> None
     assert policy.queries[-1].in_use() == {}
 
 
+# --- Admission -------------------------------------------------------------------------------------------------------
+
+
+def test_policies_of_one_server_are_asked_one_request_at_a_time(both: Any) -> None:
+    inside, most, lock = [0], [0], threading.Lock()
+
+    def look(query: LimitsQuery) -> None:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+        with lock:
+            inside[0] -= 1
+
+    llm = both.connect(Echo(), model=MODEL, plugins=[Policy(look)])
+    assert both.together([lambda: llm.chat("x").text] * 12) == ["x"] * 12
+    assert most == [1]
+
+
+def test_a_request_that_waits_for_a_slot_counts_as_using_its_model(both: Any) -> None:
+    echo, pause = held()
+    policy = Policy(None)
+    llm = both.opened(echo, model=MODEL, concurrency=1, plugins=[policy])
+    with llm.chat("x", stream=True):
+        waiting = both.start(llm.chat, "y", model="other:1")
+        until(lambda: llm.stats().waiting == 1)
+        assert policy.queries[-1].in_use() == {MODEL: 1, "other:1": 1}
+        pause.release()
+    waiting.result(5)
+    assert policy.queries[-1].in_use() == {}
+
+
+def only_one(query: LimitsQuery) -> Limits:
+    """One model at a time: others must first be idle, and then go."""
+    others = tuple(each.name for each in query.loaded_models() or () if each.name != query.model)
+    return Limits(wait_for=others, unload=others)
+
+
+def test_a_request_waits_for_models_in_use_and_then_unloads_them(both: Any) -> None:
+    echo, pause = held()
+    llm = both.opened(echo, model="a:1", plugins=[Policy(only_one)])
+    stream = llm.chat("x", stream=True)
+    second = both.start(llm.chat, "y", model="b:1")
+    until(lambda: llm.stats().waiting == 1)
+    assert [hook for hook, _ in echo.calls if "unload" in hook] == []
+    pause.release()
+    list(stream)
+    assert second.result(5).model == "b:1"
+    assert [request.model for hook, request in echo.calls if "unload" in hook] == ["a:1"]
+    assert list(echo.loaded) == ["b:1"]
+
+
+def test_waiting_for_a_model_ends_with_the_calls_time_and_leaves_the_line(both: Any) -> None:
+    echo, pause = held()
+    llm = both.opened(echo, model="a:1", plugins=[Policy(only_one)])
+    with llm.chat("x", stream=True):
+        with pytest.raises(ProviderTimeout):
+            llm.chat("y", model="b:1", timeout=0.05)
+        assert (llm.stats().waiting, llm.stats().running) == (0, 1)
+    pause.release()
+    assert llm.chat("z", model="b:1").model == "b:1"
+
+
+def test_force_overrides_a_refusal_and_the_reply_says_so(both: Any) -> None:
+    refusal = ResourceLimitExceeded("no room", limit="context_window", reason="0.3 GB free")
+    policy = Policy(refusal, "m4")
+    llm = both.connect(Echo(), model=MODEL, plugins=[policy])
+    for reply in (llm.chat("x", force=True), llm.generate("x", force=True), llm.embed("x", force=True)):
+        assert reply.warnings == ("`force` overrode a refusal of the policy `m4`: no room",)
+    llm.load(force=True)
+    assert all(query.force for query in policy.queries)
+    with pytest.raises(ResourceLimitExceeded):
+        llm.chat("x")
+
+
+def test_force_keeps_what_the_caller_set_and_the_reply_says_so(both: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(context_window=2048, keep_alive=60.0, reasons={"context_window": "16 GB"}), "m4")
+    reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", context_window=8192, force=True)
+    assert (echo.requests[0].context_window, echo.requests[0].keep_alive) == (8192, 60.0)
+    assert reply.warnings == ("`context_window` stays at 8192 by `force`, above 2048 (m4: 16 GB).",)
+
+
 # --- Slots -----------------------------------------------------------------------------------------------------------
 
 

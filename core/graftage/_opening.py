@@ -9,7 +9,7 @@ from typing import Any
 
 from graftage._chain import Chain
 from graftage._io import IO
-from graftage._plugins import Catalog, Entry, plugin_name
+from graftage._plugins import Catalog, Entry
 from graftage._session import Session
 from graftage._stream import Translate, as_it_is, telling, typed_error
 from graftage.exceptions import GraftageError, ModelNotFound, PluginLoadError, ProviderNotFound, SettingsError
@@ -90,23 +90,24 @@ class Opening:
         sessions = [await self._preferring(await self._session(each, io)) for each in self._members]
         return Chain(sessions) if self._chained else sessions[0]
 
-    def _named(self, provider: Any) -> tuple[str, str | None]:
-        """The name and the model in one item of the wish."""
+    def _named(self, provider: Any) -> tuple[Any, str | None]:
+        """The provider, by name or as an object, and the model in one item of the wish."""
         if isinstance(provider, str):
             name, _, model = provider.partition(":")
             return name, model or None
         if provider is not None:
-            return plugin_name(provider), None
+            return provider, None
         chosen, origin = self._sources.choice("provider")
         if chosen:
             self.origins["provider"] = origin
             return self._named(chosen)
-        given = [each.name for each in self._catalog.entries if each.kind == "provider" and each.entry_point is None]
+        given = [each.plugin for each in self._catalog.entries if each.kind == "provider" and each.entry_point is None]
         # The one provider that was handed over as an object was surely handed over to be used.
         return (given[0] if len(given) == 1 else AUTO), None
 
-    def _member(self, name: str, model: str | None) -> _Member:
-        entry = self._catalog.provider(name)
+    def _member(self, provider: Any, model: str | None) -> _Member:
+        by_name = isinstance(provider, str)
+        entry = self._catalog.provider(provider) if by_name else self._catalog.given_provider(provider)
         return _Member(entry, model or self._default_model(), self._settings_of(entry))
 
     def _default_model(self) -> str | None:

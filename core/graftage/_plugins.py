@@ -97,6 +97,19 @@ class Catalog:
                 return entry
         raise self._not_found(name)
 
+    def given_provider(self, plugin: object) -> Entry:
+        """The entry of a provider object that was given to `connect`.
+
+        Raises:
+            ProviderNotFound: the object is no provider.
+        """
+        entry = next(entry for entry in self._given if entry.plugin is plugin)
+        if entry.kind != "provider":
+            raise ProviderNotFound(
+                f"The object `{entry.name}` is no provider.", plugin=entry.name, hint="A provider implements `connect`."
+            )
+        return entry
+
     def plugins(self) -> list[Entry]:
         """Every enabled plugin that works, loaded. The others are quarantined with a warning.
 
@@ -144,7 +157,9 @@ class Catalog:
     def _mark_conflicts(self) -> None:
         for entry in self.entries:
             rivals = [each for each in self.entries if (each.kind, each.name) == (entry.kind, entry.name)]
-            if len(rivals) > 1 and entry.state != "disabled":
+            # Provider objects are told apart by identity: a chain may have two of one kind.
+            given = entry.kind == "provider" and entry.entry_point is None
+            if len(rivals) > 1 and entry.state != "disabled" and not given:
                 entry.state = "quarantined"
                 claimants = " and ".join(each.origin for each in rivals)
                 entry.error = PluginConflict(
@@ -312,7 +327,7 @@ class Relay:
             )
         self._manager = _manager((*CONNECTION_SPECS, *PLUGIN_SPECS))
         self._manager.register(connection, f"provider {provider}")
-        for entry in plugins:
+        for entry in reversed(plugins):  # pluggy asks first what was registered last.
             self._manager.register(entry.plugin, entry.name)
 
     def call(self, name: str, request: object = None) -> Any:
@@ -321,7 +336,10 @@ class Relay:
         return caller(request=request) if request is not None else caller()
 
     def each(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
-        """The implementations of a plugin hook, each with its plugin's name; the one registered last comes first."""
+        """The implementations of a plugin hook, each with its plugin's name, in the order to ask them.
+
+        Objects given to `connect` come before what is installed, unless a hook is marked `tryfirst` or `trylast`.
+        """
         impls = reversed(getattr(self._manager.hook, name).get_hookimpls())
         return [(impl.plugin_name, _positional(impl)) for impl in impls]
 

@@ -221,15 +221,15 @@ class Session:
         run = self.run(operation, model, self.timeouts(want.timeout), stream=stream)
         run.parse = want.parse
         run.warnings = tuple(warnings)
-        with run.failing():
-            request = await self._inference_request(run, operation, want, model)
-            run.begin_fold()
-            run.source = await self.io.open(self.relay, operation, request, run.call)
         try:
+            with run.failing():
+                request = await self._inference_request(run, operation, want, model)
+                run.begin_fold()
+                run.source = await self.io.open(self.relay, operation, request, run.call)
             return run, await run.pull()
         except Exception as error:
             if run.adapter and is_missing(error):
-                self.adapters.forget(request.model)  # Somebody has deleted it: the next call makes it again.
+                self.adapters.forget(run.model)  # Somebody has deleted it: the next call makes it again.
             raise
 
     async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:

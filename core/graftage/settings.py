@@ -37,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore] # newer Pythons do not install it
 
-__all__ = ["Loaded", "Settings", "config_path", "load", "nearest"]
+__all__ = ["Loaded", "Settings", "config_path", "load", "nearest", "without_user"]
 
 PREFIX = "GRAFTAGE"
 RESERVED = frozenset({"CONFIG", "PROVIDER", "MODEL", "DISABLED_PLUGINS", "STRICT_PLUGINS", "LIVE_OLLAMA", "DEBUG"})
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """All fields; of an address without the name and the password that may be in it."""
         for name, value in super().__repr_args__():
-            yield name, re.sub(r"//[^/@]*@", "//", value) if name == "host" and value else value
+            yield name, without_user(value) if name == "host" and value else value
 
     @classmethod
     def settings_customise_sources(
@@ -175,6 +175,11 @@ def config_path(prefix: str = PREFIX) -> Path:
     from platformdirs import user_config_path  # noqa: PLC0415 - not needed where the variable is set
 
     return user_config_path(prefix.lower(), appauthor=False) / "config.toml"
+
+
+def without_user(address: str) -> str:
+    """An address for people: without the name and the password that may be in it."""
+    return re.sub(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)?.*@", r"\1", address, flags=re.DOTALL)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -347,7 +352,8 @@ def _explained(error: ValidationError, model: type[Settings], origins: Mapping[s
 def _number(value: Any) -> float:
     """A number of seconds; text only where it is one, as variables hold it."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"a number of seconds is wanted, not {type(value).__name__}")
+        # pydantic lets a `TypeError` of a validator escape.
+        raise ValueError(f"a number of seconds is wanted, not {type(value).__name__}")  # noqa: TRY004
     try:
         return float(value)
     except ValueError:

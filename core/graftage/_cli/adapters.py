@@ -4,7 +4,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -226,7 +226,9 @@ def convert_adapter(
     with options.one_model(model, provider, host=host) as client, _writing(out, overwrite=overwrite) as fresh:
         adapter = _fitting(client, reference, force=force)
         with Waiting("converting"):
-            shutil.copyfile(adapter.gguf(client.show()), fresh)
+            made = adapter.gguf(client.show())
+        with _telling(out):
+            shutil.copyfile(made, fresh)
     show.line(f"{show.cell(out)} is written.")
 
 
@@ -237,7 +239,13 @@ def merge_adapter(
     out: Out,
     base_file: Annotated[
         Path | None,
-        typer.Option("--base-file", metavar="FILE", help="The model in GGUF. Default: the provider's file."),
+        typer.Option(
+            "--base-file",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="The model in GGUF. Default: the provider's file.",
+        ),
     ] = None,
     model: options.Model = None,
     provider: options.Provider = None,
@@ -286,9 +294,17 @@ def _writing(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A file to write, which takes the place of `out` when all went well; nothing is left of it otherwise."""
     if out.exists() and not overwrite:
         raise Misuse(f"`{out}` is there already.", hint="Choose another name, or `--overwrite` it.")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-            yield Path(folder, out.name)
+    with ExitStack() as stack:
+        with _telling(out):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent))
+        yield Path(folder, out.name)
+        with _telling(out):
             Path(folder, out.name).replace(out)
+
+
+@contextmanager
+def _telling(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise Misuse(f"`{out}` cannot be written: {error.strerror or error}.", hint="Name another file.") from error

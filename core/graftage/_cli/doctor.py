@@ -167,9 +167,9 @@ class Examination:
 
     def _address_read(self) -> Check:
         given = str(self._connected.settings.host or "")
-        text = f"{show.without_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
+        text = f"{_without_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
         if LISTENS_EVERYWHERE.search(given):
-            listens = f"`{show.without_user(given)}` is an address to listen on."
+            listens = f"`{_without_user(given)}` is an address to listen on."
             return Check("address", "note", text, f"{listens} Name the machine: 127.0.0.1 if it is this one.")
         return Check("address", "ok", text)
 
@@ -188,7 +188,7 @@ class Examination:
             return Check(
                 "proxy",
                 "note",
-                f"{show.without_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
+                f"{_without_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
                 f"Set NO_PROXY={self._url.hostname} to go straight.",
             )
         return Check("proxy", "ok", f"none applies, though {', '.join(names)} is set" if names else "none is set")
@@ -307,6 +307,12 @@ def _is_loopback(host: str) -> bool:
     return host in {"localhost", "::1"} or host.startswith("127.")
 
 
+def _without_user(address: str) -> str:
+    from graftage.settings import without_user  # noqa: PLC0415
+
+    return without_user(address)
+
+
 def _masked(name: str, value: Any) -> str:
     """A setting for the eyes of whoever reads the report."""
     if value is None:
@@ -317,7 +323,7 @@ def _masked(name: str, value: Any) -> str:
         return ", ".join(f"{header}: {MASK}" for header in value)
     if name == "timeouts":
         return ", ".join(f"{part} {seconds:g}" for part, seconds in asdict(value).items())
-    return show.without_user(str(value))
+    return _without_user(str(value))
 
 
 def _print_check(check: Check) -> None:

@@ -25,7 +25,9 @@ Model = Annotated[
 ]
 Provider = Annotated[
     str | None,
-    typer.Option("--provider", "-p", help="The provider. Default: GRAFTAGE_PROVIDER, the settings file, else one that answers."),
+    typer.Option(
+        "--provider", "-p", help="The provider. Default: GRAFTAGE_PROVIDER, or the settings file, else what answers."
+    ),
 ]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Limit on the whole call.")]

@@ -95,9 +95,11 @@ def _look(finding: Finding, timeout: float) -> None:
 
 
 def _ask(client: "Client", finding: Finding, timeout: float) -> None:
+    from graftage.settings import without_user  # noqa: PLC0415
+
     capabilities = client.capabilities()
     finding.features = sorted(capabilities.features)
-    finding.address = show.without_user(client.address) or None
+    finding.address = without_user(client.address) or None
     health = client.health("api", max_age=0, timeout=timeout)
     finding.health = "well" if health.ok else "not well"
     finding.server_version = health.version

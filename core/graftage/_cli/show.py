@@ -34,7 +34,6 @@ __all__ = [
     "print_table",
     "record",
     "size",
-    "without_user",
 ]
 
 _RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -189,11 +188,6 @@ def size(count: int | None) -> str | None:
     from rich.filesize import decimal  # noqa: PLC0415
 
     return decimal(count)
-
-
-def without_user(address: str) -> str:
-    """An address without a name and a password that may be in it."""
-    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def date(moment: datetime | None) -> str | None:

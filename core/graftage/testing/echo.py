@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         LoadModelRequest,
         ModelRequest,
         ModelsRequest,
+        PruneAdaptersRequest,
         UnloadAdapterRequest,
     )
 
@@ -108,6 +109,7 @@ _OPERATIONS: Final = (
     "unload_model",
     "load_adapter",
     "unload_adapter",
+    "prune_adapters",
 )
 _ACCEPTED: Final = frozenset({"tools", "structured_output", "thinking", "images", "logprobs", "suffix"})
 _CONTEXT_WINDOW: Final = 8192
@@ -164,6 +166,8 @@ class Echo:
         self.lock = threading.Lock()
         self.models = {info.name: info for info in map(_model_info, models)}
         self.loaded: dict[str, LoadedModel] = {}
+        self.derived: set[str] = set()
+        """Names of the models that it made for adapters."""
         self._script = deque(script)
         self._kind = _connection_class(frozenset(without))
 
@@ -360,6 +364,7 @@ class _Workings:
         derived = f"{request.model}+{adapter.name}"
         with self._echo.lock:
             self._echo.models.setdefault(_canonical(derived), _model_info(derived))
+            self._echo.derived.add(_canonical(derived))
         self._load(derived, request.context_window)
         return LoadedAdapter(
             name=adapter.name, digest=adapter.digest, model=derived, scale=adapter.scale, strategy="derived"
@@ -368,6 +373,17 @@ class _Workings:
     def _unload_adapter(self, hook: str, request: UnloadAdapterRequest) -> None:
         self._echo.note(hook, request)
         self._forget(request.adapter.model)
+
+    def _prune_adapters(self, hook: str, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        self._echo.note(hook, request)
+        with self._echo.lock:
+            gone = sorted(self._echo.derived - set(request.keep))
+            found = tuple(self._echo.models[name] for name in gone)
+            for name in () if request.dry_run else gone:
+                self._echo.derived.discard(name)
+                self._echo.models.pop(name, None)
+                self._echo.loaded.pop(name, None)
+        return found
 
     def _load(self, model: str, context_window: int | None) -> None:
         name = _canonical(model)
@@ -500,6 +516,14 @@ class EchoConnection(_Workings):
     @hookimpl
     async def aunload_adapter(self, request: UnloadAdapterRequest) -> None:
         self._unload_adapter("aunload_adapter", request)
+
+    @hookimpl
+    def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        return self._prune_adapters("prune_adapters", request)
+
+    @hookimpl
+    async def aprune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        return self._prune_adapters("aprune_adapters", request)
 
     @hookimpl
     def capabilities(self) -> Capabilities:

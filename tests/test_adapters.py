@@ -1,0 +1,433 @@
+"""Adapters: found by resolvers, loaded by the provider, and never another one than was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import graftage
+from graftage.exceptions import (
+    AdapterError,
+    AdapterIncompatible,
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    ModelNotFound,
+    RequestRejected,
+)
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo
+from graftage.types import AdapterInfo, ModelInfo, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from graftage.types import ResolveRequest
+
+MODEL = "m:1"
+FITS = Verdict(status="compatible")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An adapter as a resolver gives it."""
+
+    name: str
+    verdict: Verdict = FITS
+    scale: float = 1.0
+    served_as: str | None = None
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{self.name}"
+
+    def gguf(self, base: ModelInfo) -> Path:
+        raise NotImplementedError
+
+    def merge(self, base_file: Path, out: Path, on_progress: Any = None) -> Path:
+        raise NotImplementedError
+
+
+@dataclass
+class Shelf:
+    """A resolver with a shelf of adapters; what stands there may also be an error."""
+
+    patches: dict[str, Any] = field(default_factory=dict)
+    name: str = "shelf"
+    asked: list[ResolveRequest] = field(default_factory=list)
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Any:
+        self.asked.append(request)
+        found = self.patches.get(request.reference)
+        if isinstance(found, Exception):
+            raise found
+        return found(request) if callable(found) else found
+
+    @hookimpl
+    def list_adapters(self) -> list[AdapterInfo]:
+        return [AdapterInfo(name=name, reference=name) for name in self.patches]
+
+
+def shelf(*names: str, **more: Any) -> Shelf:
+    return Shelf({**{name: Patch(name) for name in names}, **more})
+
+
+def test_an_adapter_of_one_call_answers_that_call_and_no_other(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+    with_it, without = llm.chat("x", adapter="poet"), llm.chat("x")
+    assert (with_it.adapter, with_it.model) == ("poet", "m:1+poet")
+    assert (without.adapter, without.model) == (None, MODEL)
+
+
+def test_an_active_adapter_answers_until_it_is_switched_off(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+    active = llm.use_adapter("poet")
+    assert (active.name, active.model, active.strategy) == ("poet", "m:1+poet", "derived")
+    assert llm.stats().active_adapter == "poet"
+    assert [llm.chat("x").adapter, llm.generate("x").adapter, llm.chat("x", adapter=None).adapter] == [
+        "poet",
+        "poet",
+        None,
+    ]
+    assert llm.use_adapter(None) is None
+    assert (llm.chat("x").adapter, llm.stats().active_adapter) == (None, None)
+
+
+def test_an_adapter_is_loaded_once_for_many_calls_at_one_time(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+    replies = both.together([lambda: llm.chat("x", adapter="poet").adapter] * 16)
+    assert replies == ["poet"] * 16
+    assert sum("load_adapter" in hook for hook, _ in echo.calls) == 1
+
+
+def test_after_a_failed_switch_every_call_raises_that_error_until_a_switch_works(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+    llm.use_adapter("poet")
+    with pytest.raises(AdapterNotFound):
+        llm.use_adapter("pirate")
+    for act in (llm.chat, llm.generate):
+        with pytest.raises(AdapterNotFound, match="pirate"):
+            act("x")
+    assert llm.chat("x", adapter=None).adapter is None
+    assert llm.chat("x", adapter="poet").adapter == "poet"
+    llm.use_adapter("poet")
+    assert llm.chat("x").adapter == "poet"
+
+
+def test_a_switch_that_the_provider_fails_is_told_by_every_call_too(both: Any) -> None:
+    echo = Echo(errors={"load_adapter": ConnectionFailed("gone")})
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+    with pytest.raises(ConnectionFailed):
+        llm.use_adapter("poet")
+    with pytest.raises(AdapterError, match="poet") as caught:
+        llm.chat("x")
+    assert isinstance(caught.value.__cause__, ConnectionFailed)
+    llm.use_adapter(None)
+    assert llm.chat("x").adapter is None
+
+
+def test_a_missing_adapter_falls_back_to_the_base_only_where_asked_and_says_so_on_every_reply(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf()])
+    assert llm.use_adapter("pirate", on_missing="base") is None
+    for _ in range(2):
+        reply = llm.chat("x")
+        assert reply.adapter is None
+        assert any("pirate" in warning for warning in reply.warnings)
+    llm.use_adapter(None)
+    assert llm.chat("x").warnings == ()
+
+
+def test_falling_back_covers_what_is_missing_and_nothing_else(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf(torn=AdapterInvalid("torn"))])
+    with pytest.raises(AdapterInvalid):
+        llm.use_adapter("torn", on_missing="base")
+    with pytest.raises(RequestRejected, match="on_missing"):
+        llm.use_adapter("torn", on_missing="whatever")
+
+
+NO = Verdict(status="incompatible", reasons=("40 layers against 30", "width 960 against 576"))
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_every_reason(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
+    with pytest.raises(AdapterIncompatible, match="40 layers") as caught:
+        llm.chat("x", adapter="big")
+    assert caught.value.reasons == NO.reasons
+    assert "force" in str(caught.value)
+    assert not any("load_adapter" in hook for hook, _ in echo.calls)
+
+
+def test_force_loads_it_all_the_same_and_each_reply_tells(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
+    once = llm.chat("x", adapter="big", force=True)
+    llm.use_adapter("big", force=True)
+    for reply in (once, llm.chat("x")):
+        assert reply.adapter == "big"
+        assert any("forced" in warning and "40 layers" in warning for warning in reply.warnings)
+    assert next(request for hook, request in echo.calls if "load_adapter" in hook).force
+    with pytest.raises(AdapterIncompatible):
+        llm.chat("x", adapter="big")
+
+
+def test_an_adapter_that_may_fit_is_used_with_a_warning(both: Any) -> None:
+    unsure = Verdict(status="unknown", reasons=("the shapes of the base are not told",), warnings=("other name",))
+    reply = both.connect(Echo(), model=MODEL, plugins=[shelf(odd=Patch("odd", unsure))]).chat("x", adapter="odd")
+    assert reply.warnings[0] == "other name"
+    assert "shapes of the base" in reply.warnings[1]
+
+
+def test_resolvers_are_asked_in_turn_and_each_says_why_it_passed(both: Any) -> None:
+    broken, empty, full = Shelf({"poet": OSError("no disk")}, "one"), Shelf({}, "two"), Shelf({}, "three")
+    llm = both.connect(Echo(), model=MODEL, plugins=[broken, empty, full])
+    with pytest.raises(AdapterNotFound) as caught:
+        llm.chat("x", adapter="poet")
+    assert caught.value.reasons == ("one: OSError: no disk", "two: does not know it", "three: does not know it")
+    full.patches["poet"] = Patch("poet")
+    assert llm.chat("x", adapter="poet").adapter == "poet"
+
+
+def test_an_answer_that_is_no_adapter_counts_for_nothing(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf(poet={"name": "poet"})])
+    with pytest.raises(AdapterNotFound, match="no adapter"):
+        llm.chat("x", adapter="poet")
+
+
+def test_without_a_resolver_the_error_says_what_to_install(both: Any) -> None:
+    with pytest.raises(AdapterNotFound, match="graftage-lora"):
+        both.connect(Echo(), model=MODEL).chat("x", adapter="poet")
+
+
+def test_a_provider_that_takes_no_adapters_says_so_before_anything_is_resolved(both: Any) -> None:
+    found = shelf("poet")
+    echo = Echo(without=["load_adapter", "aload_adapter"])
+    with pytest.raises(CapabilityUnsupported, match="load_adapter"):
+        both.connect(echo, model=MODEL, plugins=[found]).chat("x", adapter="poet")
+    assert found.asked == []
+
+
+def test_a_resolver_gets_the_facts_of_the_base_only_when_it_asks(both: Any) -> None:
+    facts: list[ModelInfo | None] = []
+
+    def look(request: ResolveRequest) -> Patch:
+        facts.extend([request.base(), request.base()])
+        return Patch("poet")
+
+    echo = Echo(models=[ModelInfo(name="m:1", architecture="llama")])
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("plain", poet=look)])
+    llm.chat("x", adapter="plain")
+    assert not any("show_model" in hook for hook, _ in echo.calls)
+    llm.chat("x", adapter="poet")
+    assert [info.architecture if info else None for info in facts] == ["llama", "llama"]
+    assert sum("show_model" in hook for hook, _ in echo.calls) == 1
+
+
+def test_a_dead_server_is_no_missing_adapter(both: Any) -> None:
+    echo = Echo(errors={"show_model": ConnectionFailed("gone")})
+    with pytest.raises(ConnectionFailed):
+        both.connect(echo, model=MODEL, plugins=[shelf(poet=lambda request: request.base())]).chat("x", adapter="poet")
+
+
+@pytest.mark.parametrize("reference", ["", "  ", 5, b"poet", ["poet"]])
+def test_a_reference_that_is_none_is_refused(both: Any, reference: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+    with pytest.raises(RequestRejected, match="dapter"):
+        llm.use_adapter(reference)
+
+
+def test_resolving_shows_the_verdict_and_loads_nothing(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
+    assert llm.resolve_adapter("big").verdict == NO
+    assert echo.requests == []
+    with pytest.raises(AdapterNotFound):
+        llm.resolve_adapter("small")
+
+
+def test_adapters_of_all_plugins_are_listed_and_a_broken_one_hides_nobody(both: Any) -> None:
+    class Broken(Shelf):
+        @hookimpl
+        def list_adapters(self) -> list[AdapterInfo]:
+            raise OSError("no disk")
+
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet"), Broken(name="broken"), Shelf({"pirate": 1}, "b")])
+    assert [each.name for each in llm.adapters()] == ["poet", "pirate"]
+
+
+def test_an_adapter_that_was_unloaded_is_loaded_again_by_the_call_that_names_it(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+    llm.use_adapter("poet")
+    llm.unload_adapter("poet")
+    llm.unload_adapter("poet")
+    assert llm.loaded() == ()
+    assert llm.chat("x", adapter="poet").adapter == "poet"
+    hooks = [hook.removeprefix("a") for hook, _ in echo.calls if "load_adapter" in hook]
+    assert hooks == ["load_adapter", "unload_adapter", "load_adapter"]
+
+
+def test_pruning_says_what_would_go_and_deletes_only_where_asked(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "pirate")])
+    for name in ("poet", "pirate"):
+        llm.chat("x", adapter=name)
+    assert [each.name for each in llm.prune_adapters()] == ["m:1+pirate", "m:1+poet"]
+    assert echo.derived == {"m:1+pirate", "m:1+poet"}
+    assert [each.name for each in llm.prune_adapters(keep=["m:1+poet"], dry_run=False)] == ["m:1+pirate"]
+    assert echo.derived == {"m:1+poet"}
+    assert llm.chat("x", adapter="pirate").adapter == "pirate"
+
+
+def test_a_derived_model_that_somebody_deleted_is_an_error_once_and_then_made_again(both: Any) -> None:
+    gone = ModelNotFound("deleted", model="m:1+poet")
+    echo = Echo(["a", gone, "b"])
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+    assert llm.chat("x", adapter="poet").text == "a"
+    with pytest.raises(ModelNotFound):
+        llm.chat("x", adapter="poet")
+    assert llm.chat("x", adapter="poet").text == "b"
+    assert sum("load_adapter" in hook for hook, _ in echo.calls) == 2
+
+
+def test_the_last_of_many_switches_at_one_time_wins(both: Any) -> None:
+    gates = {name: threading.Event() for name in ("one", "two", "three")}
+
+    def slow(name: str) -> Callable[[Any], Patch]:
+        return lambda _: gates[name].wait(5) and Patch(name)  # type: ignore[return-value] # it is set by the test
+
+    llm = both.opened(Echo(), model=MODEL, plugins=[shelf(**{name: slow(name) for name in gates})])
+    switches = []
+    for name in gates:
+        switches.append(both.start(llm.use_adapter, name))
+        until(lambda name=name: name in llm_asked(llm))
+    for name in ("three", "one", "two"):  # They end in another order than they were asked for.
+        gates[name].set()
+    for each in switches:
+        each.result(5)
+    assert llm.chat("x").adapter == "three"
+
+
+def until(truth: Callable[[], bool]) -> None:
+    """Wait for something another thread does."""
+    end = time.monotonic() + 5
+    while not truth():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def llm_asked(llm: Any) -> list[str]:
+    """The switches that have been begun, by the plugin's own notes."""
+    inner = getattr(llm, "_inner", llm)
+    (plugin,) = inner._wish.plugins
+    return [request.reference for request in plugin.asked]
+
+
+def test_a_call_keeps_the_adapter_it_began_with_while_another_is_switched_to() -> None:
+    async def main() -> None:
+        llm = graftage.connect_async(Echo(["a b c", "d"]), model=MODEL, plugins=[shelf("poet", "pirate")])
+        async with llm:
+            await llm.use_adapter("poet")
+            async with await llm.chat("x", stream=True) as stream:
+                await llm.use_adapter("pirate")
+                assert [chunk.text async for chunk in stream] == ["a ", "b ", "c", ""]
+                assert (stream.reply.adapter, stream.reply.model) == ("poet", "m:1+poet")
+            assert (await llm.chat("y")).adapter == "pirate"
+
+    asyncio.run(main())
+
+
+def test_a_chain_resolves_the_adapter_for_the_member_that_answers(both: Any) -> None:
+    first = Echo([ConnectionFailed("gone")], address="chain first")
+    llm = both.opened([first, Echo(address="chain second")], model=MODEL, plugins=[shelf("poet")])
+    assert llm.use_adapter("poet") is None
+    reply = llm.chat("x")
+    assert (reply.adapter, reply.model) == ("poet", "m:1+poet")
+    assert llm.use_adapter("nobody", on_missing="base") is None
+    reply = llm.chat("x")
+    assert reply.adapter is None
+    assert any("nobody" in warning for warning in reply.warnings)
+
+
+# --- Never another project's adapter ---------------------------------------------------------------------------------
+
+NAMES = ("one", "two", "three")
+UNFIT = {
+    "torn": AdapterInvalid("torn"),
+    "unsupported": AdapterUnsupported("not here"),
+    "big": Patch("big", NO),
+}
+
+
+class AdapterMachine(RuleBasedStateMachine):
+    """Whatever is switched, dropped, pruned or failed: a reply names the adapter that was asked for, or there is none."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.echo = Echo()
+        self.llm = graftage.connect(self.echo, model=MODEL, plugins=[shelf(*NAMES, **UNFIT)])
+        self.expected: str | None = None
+        self.failed = False
+
+    @rule(name=st.sampled_from([*NAMES, *UNFIT, "nobody", None]), lost=st.booleans())
+    def switch(self, name: str | None, lost: bool) -> None:
+        self.echo.errors = {"load_adapter": ConnectionFailed("gone")} if lost else {}
+        try:
+            active = self.llm.use_adapter(name)
+        except graftage.GraftageError:
+            self.failed = True
+        else:
+            self.failed, self.expected = False, name
+            assert (active.name if active else None) == name
+        self.echo.errors = {}
+
+    @rule()
+    def chat(self) -> None:
+        try:
+            reply = self.llm.chat("x")
+        except AdapterError:
+            assert self.failed
+            return
+        assert not self.failed
+        assert reply.adapter == self.expected
+        assert reply.model == (f"{MODEL}+{self.expected}" if self.expected else MODEL)
+        assert self.echo.requests[-1].model == reply.model
+
+    @rule(name=st.sampled_from([*NAMES, None]), lost=st.booleans())
+    def chat_once_with(self, name: str | None, lost: bool) -> None:
+        self.echo.errors = {"load_adapter": ConnectionFailed("gone")} if lost else {}
+        try:
+            assert self.llm.chat("x", adapter=name).adapter == name
+        except ConnectionFailed:
+            assert lost
+        self.echo.errors = {}
+
+    @rule(name=st.sampled_from(NAMES))
+    def unload(self, name: str) -> None:
+        self.llm.unload_adapter(name)
+
+    @rule()
+    def prune(self) -> None:
+        self.llm.prune_adapters(dry_run=False)
+
+    @invariant()
+    def nothing_is_left_running(self) -> None:
+        if hasattr(self, "llm"):
+            assert (self.llm.stats().running, self.echo.running) == (0, 0)
+
+
+TestAdapterMachine = AdapterMachine.TestCase
+TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
