@@ -35,12 +35,13 @@ def _offline(no_network: None) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No setting of the machine reaches a test."""
+    """No setting of the machine reaches a test, and no plugin that is installed but the providers."""
     for name in list(os.environ):
         if name.startswith(("GRAFTAGE_", "OLLAMA_")) and not name.startswith("GRAFTAGE_LIVE"):
             monkeypatch.delenv(name)
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "lora,m4")
     monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path_factory.getbasetemp() / "no-settings.toml"))
 
 
