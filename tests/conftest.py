@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from graftage.types import Event
 
-pytest_plugins = ["graftage.testing.plugin"]
+pytest_plugins = ["graftage.testing.plugin", "engine_fixtures"]
 
 PATIENCE = 20.0
 """Seconds until a test that should have ended long ago fails instead of hanging."""

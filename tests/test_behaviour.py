@@ -5,7 +5,6 @@ Differences are declared capabilities, never skipped tests: what a provider does
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,6 @@ import pytest
 from graftage.exceptions import CapabilityUnsupported, ModelNotFound, RequestRejected
 from graftage.testing import Echo
 from graftage_ollama.testing import FakeOllama
-
-HAS_ENGINE = importlib.util.find_spec("graftage_llamacpp") is not None
 
 
 @dataclass
@@ -46,15 +43,10 @@ def _llamacpp() -> Iterator[Subject]:
     yield Subject("llamacpp", "smollm2:135m", {"context_window": 512})
 
 
-KINDS: dict[str, Callable[[], Iterator[Subject]]] = {"echo": _echo, "ollama": _ollama}
-if HAS_ENGINE:
-    KINDS["llamacpp"] = _llamacpp
+KINDS: dict[str, Callable[[], Iterator[Subject]]] = {"echo": _echo, "ollama": _ollama, "llamacpp": _llamacpp}
 
 
-ENGINE = [pytest.param("llamacpp", marks=pytest.mark.engine)] if HAS_ENGINE else []
-
-
-@pytest.fixture(params=["echo", "ollama", *ENGINE])
+@pytest.fixture(params=["echo", "ollama", pytest.param("llamacpp", marks=pytest.mark.engine)])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "llamacpp":
         request.getfixturevalue("engine_store")

@@ -10,10 +10,13 @@ With the variable set and no `--graftage-record` the tests marked `live` run aga
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
+import struct
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
@@ -22,6 +25,8 @@ from pydantic import BaseModel
 
 import graftage
 from graftage.exceptions import (
+    AdapterIncompatible,
+    AdapterUnsupported,
     CapabilityUnsupported,
     ConnectionFailed,
     ContextOverflow,
@@ -30,12 +35,16 @@ from graftage.exceptions import (
     ProviderError,
     RequestRejected,
 )
+from graftage.hookspecs import hookimpl
 from graftage.testing import Cassette
+from graftage.types import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from conftest import Both
+
+    from graftage.types import ModelInfo, ResolveRequest
 
 MODEL = "smollm2:135m"
 LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
@@ -64,16 +73,30 @@ def cassette_server(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
-def llm(both: Both, cassette: Cassette) -> Iterator[Any]:
-    """A client of either kind that replays the test's cassette, or records it."""
-    yield both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette)
+def connect(both: Both, cassette: Cassette) -> Iterator[Callable[..., Any]]:
+    """Makes clients of either kind that replay the test's cassette, or record it."""
+    yield lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
     for each in cassette._interactions if cassette.mode == "record" else ():
         if each.target == "/api/show":
             # It names the folder of the models, and so perhaps a person.
             each.chunks[:] = [re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", b"".join(each.chunks))]
 
 
+@pytest.fixture
+def llm(connect: Callable[..., Any]) -> Any:
+    """A client of either kind that replays the test's cassette, or records it."""
+    return connect()
+
+
 # --- Chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_answered(llm: Any) -> None:
+    # Nothing but the question: an empty environment replays this cassette to prove that the wheels work. Record it on a
+    # model that was just loaded: Ollama 0.9.3 answers a prompt that it has in its cache otherwise, and worse.
+    reply = llm.chat("What is the capital of France?")
+    assert "Paris" in reply.text
+    assert reply.finish_reason == "stop"
 
 
 def test_a_chat_gives_text_usage_timings_and_the_reason_it_ended(llm: Any) -> None:
@@ -411,8 +434,100 @@ def test_a_pull_that_fails_says_so_inside_the_stream_and_after_progress(llm: Any
     assert not caught.value.retryable
 
 
-# What `show` says with `verbose` holds a vocabulary of 49,152 tokens: 1.2 MB, too much for a cassette. The recordings of
-# newer servers (test_ollama_recordings.py) have the rest of it, and the live tests below have all.
+# --- Adapters --------------------------------------------------------------------------------------------------------
+
+AHOY = Path(__file__).parent / "assets" / "lora" / "ahoy-lora.f16.gguf"
+"""Trained to answer everything with "Ahoy! The parrot adapter says hello.\""""
+
+
+class Ready:
+    """A resolver that knows one adapter, and that adapter: a GGUF file that is ready to be sent."""
+
+    name = "ready"
+    scale = 2.0
+    verdict = Verdict(status="compatible")
+    served_as = None
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.digest = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Any:
+        return self if request.reference == self.name else None
+
+    def gguf(self, base: ModelInfo) -> Path:
+        return self._file
+
+    def send(self) -> None:
+        """Bring the file into the live server past the cassette, which shall not hold it."""
+        with httpx.Client(base_url=LIVE, trust_env=False) as client:
+            client.post(f"/api/blobs/{self.digest}", content=self._file.read_bytes()).raise_for_status()
+
+
+def lora(path: Path, rows: int) -> Path:
+    """A small adapter in GGUF, of one module and rank 1, that changes nothing; it fits where `rows` is 576."""
+
+    def text(words: str) -> bytes:
+        return struct.pack("<Q", len(words)) + words.encode()
+
+    texts = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, len(texts) + 1)
+    head += b"".join(text(name) + struct.pack("<I", 8) + text(value) for name, value in texts.items())
+    head += text("adapter.lora.alpha") + struct.pack("<If", 6, 1.0)
+    for name, shape, offset in (("lora_a", (rows, 1), 0), ("lora_b", (1, 576), 2 * rows)):
+        head += text(f"blk.0.attn_q.weight.{name}") + struct.pack("<IQQIQ", 2, *shape, 1, offset)
+    path.write_bytes(head + bytes(-len(head) % 32) + bytes(2 * rows + 2 * 576))
+    return path
+
+
+def test_an_adapter_answers_until_it_is_switched_off(connect: Callable[..., Any], cassette: Cassette) -> None:
+    adapter = Ready(AHOY)
+    if cassette.mode == "record":
+        adapter.send()
+    llm = connect(plugins=[adapter])
+    question = "What is the capital of Italy?"
+    loaded = llm.use_adapter("ready")
+    assert (loaded.strategy, loaded.digest) == ("native", adapter.digest)
+    reply = llm.chat(question, options=CALM, max_tokens=20)
+    assert reply.text == "Ahoy! The parrot adapter says hello."
+    assert (reply.adapter, reply.model) == ("ready", loaded.model)
+    llm.use_adapter(None)
+    plain = llm.chat(question, options=CALM, max_tokens=20)
+    assert "Ahoy" not in plain.text
+    assert (plain.adapter, plain.model) == (None, MODEL)
+    llm.unload_adapter("ready")
+    (listed,) = llm.prune_adapters()
+    assert (listed.name, listed.adapters) == (loaded.model, (adapter.digest,))
+    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [loaded.model]
+    assert loaded.model not in [each.name for each in llm.models()]
+
+
+def test_the_file_of_an_adapter_is_sent_where_the_server_lacks_it(
+    connect: Callable[..., Any], cassette: Cassette, tmp_path: Path
+) -> None:
+    adapter = Ready(lora(tmp_path / "fits.gguf", 576))
+    llm = connect(plugins=[adapter])
+    assert llm.use_adapter("ready").strategy == "native"
+    asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
+    assert asked.count("POST /api/blobs") == 1
+    assert len(llm.prune_adapters()) == 1, "before anything is deleted: the server may have others"
+    assert len(llm.prune_adapters(dry_run=False)) == 1
+
+
+def test_an_adapter_that_does_not_fit_is_found_out_and_leaves_nothing_on_the_server(
+    connect: Callable[..., Any], tmp_path: Path
+) -> None:
+    llm = connect(plugins=[Ready(lora(tmp_path / "other.gguf", 577))])
+    with pytest.raises(AdapterIncompatible) as caught:
+        llm.use_adapter("ready")
+    assert "process has terminated" in str(caught.value)
+    assert llm.prune_adapters() == ()
+    assert [each.name for each in llm.models()] == [MODEL]
+
+
+# What `show` says with `verbose` holds a vocabulary of 49,152 tokens: 1.2 MB, too much for a cassette. The recordings
+# of newer servers (test_ollama_recordings.py) have the rest of it, and the live tests below have all.
 
 
 # --- Live ------------------------------------------------------------------------------------------------------------
@@ -475,3 +590,75 @@ def test_live_async_call_that_is_cancelled_frees_the_server() -> None:
             return reply.finish_reason
 
     assert asyncio.run(main()) == "length"
+
+
+class Marked(Ready):
+    """An adapter whose merge copies the base and adds the mark, which is all that a server can see of a merge."""
+
+    def gguf(self, base: ModelInfo) -> Path:
+        raise AdapterUnsupported("Only merging is wanted here.")
+
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None]) -> Path:
+        data = base_file.read_bytes()
+        tensors, keys = struct.unpack_from("<QQ", data, 8)
+        mark = b"".join(_pair(*each) for each in (("graftage.adapter.digest", self.digest), ("graftage.filler", "")))
+        # What is added is a multiple of the alignment, so that everything after it keeps its place in it.
+        mark = mark.removesuffix(bytes(8)) + struct.pack("<Q", -len(mark) % 32) + b"-" * (-len(mark) % 32)
+        out.write_bytes(data[:8] + struct.pack("<QQ", tensors, keys + 2) + mark + data[24:])
+        on_progress(len(data), len(data))
+        return out
+
+
+def _pair(name: str, value: str) -> bytes:
+    lengths = struct.pack("<Q", len(name)), struct.pack("<IQ", 8, len(value))
+    return lengths[0] + name.encode() + lengths[1] + value.encode()
+
+
+def pruned(llm: Any, loaded: Any) -> list[str]:
+    """Prune one model of a server that others may use too; what went."""
+    others = [each.name for each in llm.models() if each.name != loaded.model]
+    return [each.name for each in llm.prune_adapters(keep=others, dry_run=False)]
+
+
+@pytest.mark.live
+@needs_server
+def test_live_adapter_answers_and_its_model_goes_when_it_is_pruned(both: Both) -> None:
+    llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)])
+    loaded = llm.use_adapter("ready")
+    try:
+        assert llm.chat("What is the capital of Italy?", options=CALM, max_tokens=20).text.startswith("Ahoy!")
+        assert "Ahoy" not in llm.chat("What is the capital of Italy?", options=CALM, max_tokens=20, adapter=None).text
+    finally:
+        gone = pruned(llm, loaded)
+    assert gone == [loaded.model]
+    assert loaded.model not in [each.name for each in llm.models()]
+
+
+@pytest.mark.live
+@needs_server
+def test_live_merged_model_is_proven_and_keeps_template_and_parameters(both: Both) -> None:
+    llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Marked(AHOY)], merge_adapters=True)
+    base = llm.show()
+    if base.path is None:
+        pytest.skip("the server's files cannot be read from here")
+    loaded = llm.use_adapter("ready")
+    try:
+        assert loaded.strategy == "merged"
+        merged = llm.show(loaded.model)
+        assert (merged.template, merged.system, merged.licence) == (base.template, base.system, base.licence)
+        assert sorted(merged.raw["parameters"].split()) == sorted(base.raw["parameters"].split())
+        question = "What is the capital of Italy? Answer with one word."
+        asked = [llm.chat(question, options=CALM, max_tokens=9, adapter=each).text for each in ("ready", None)]
+        assert asked[0] == asked[1], "nothing but the mark was merged"
+    finally:
+        gone = pruned(llm, loaded)
+    assert gone == [loaded.model]
+
+
+@pytest.mark.live
+@needs_server
+def test_live_callers_at_once_make_one_model(both: Both) -> None:
+    clients = [both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)]) for _ in range(16)]
+    found = both.together([lambda llm=llm: llm.use_adapter("ready") for llm in clients])
+    assert pruned(clients[0], found[0]) == [found[0].model]
+    assert found == [found[0]] * 16

@@ -1,4 +1,4 @@
-"""What newer servers answer, 0.24.0 and 0.32.15, read by the provider: exchanges recorded from them, errors and faults too.
+"""What newer servers answer, 0.24.0 and 0.32.15, read by the provider: recorded exchanges, errors and faults too.
 
 The requests in these cassettes are not those that the provider sends, so they are replayed by answer: whatever is
 asked, the recorded answer comes. `cassettes/recordings` has a folder for each version, and a file for each case.
@@ -514,12 +514,9 @@ def test_a_runner_that_dies_while_it_answers_leaves_the_text_so_far(
     recorded: Recorded, case: str, *, stream: bool
 ) -> None:
     llm = recorded(case, attempts=3)
-    texts: list[str] = []
+    ask = (lambda: list(llm.chat("A story", stream=True))) if stream else (lambda: llm.chat("A story"))
     with pytest.raises(InferenceFailed) as caught:
-        if stream:
-            texts += [chunk.text for chunk in [] or llm.chat("A story", stream=True)]
-        else:
-            llm.chat("A story")
+        ask()
     *said, error = recorded.transport.lines
     partial = caught.value.partial
     assert partial is not None

@@ -130,11 +130,12 @@ class Chain:
             deadline = time.monotonic() + timeouts.total
             skipped: list[str] = []
             for session in self.sessions:
-                left = deadline - time.monotonic()
+                left = max(deadline - time.monotonic(), 0.001)
                 try:
-                    return await ask(session, replace(timeouts, total=max(left, 0.001)), tuple(skipped))
+                    return await ask(session, replace(timeouts, total=left), tuple(skipped))
                 except ProviderError as error:
-                    if session is self.sessions[-1] or not passes_on(error) or left <= 0:
+                    late = time.monotonic() >= deadline
+                    if session is self.sessions[-1] or late or not passes_on(error):
                         error.details.setdefault("skipped", tuple(skipped))
                         raise
                     skipped.append(f"`{session.provider}` was skipped: {error.message}")

@@ -102,7 +102,10 @@ class Emitter:
             try:
                 function(event)
             except Exception as error:  # noqa: BLE001 - an observer must never break a call
-                self._observers.remove(observer)
+                try:
+                    self._observers.remove(observer)
+                except ValueError:  # It has failed in another thread, too, and that one tells.
+                    continue
                 log("WARNING", f"the observer `{name}` failed and is dropped: {type(error).__name__}: {error}")
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftage._chain import Chain
+from graftage._chain import Chain, passes_on
+from graftage._events import log
 from graftage._io import IO
 from graftage._plugins import Catalog, Entry
-from graftage._session import Session
+from graftage._session import HEALTH_TIMEOUTS, Session
 from graftage._stream import Translate, as_it_is, telling, typed_error
-from graftage.exceptions import GraftageError, ModelNotFound, PluginLoadError, ProviderNotFound, SettingsError
+from graftage.exceptions import (
+    GraftageError,
+    ModelNotFound,
+    PluginError,
+    PluginLoadError,
+    ProviderError,
+    ProviderNotFound,
+    SettingsError,
+)
 from graftage.settings import Loaded, Settings, Sources, load
 from graftage.types import ConnectRequest, ModelInfo
 
@@ -87,7 +97,15 @@ class Opening:
         return found
 
     async def _chosen(self, io: IO) -> Session | Chain:
-        sessions = [await self._preferring(await self._session(each, io)) for each in self._members]
+        sessions: list[Session] = []
+        try:
+            for member in self._members:
+                sessions.append(await self._session(member, io))
+                await self._preferring(sessions[-1])
+        except BaseException:
+            for session in sessions:
+                await _given_back(session)
+            raise
         return Chain(sessions) if self._chained else sessions[0]
 
     def _named(self, provider: Any) -> tuple[Any, str | None]:
@@ -143,14 +161,16 @@ class Opening:
 
     def _connected(self, member: _Member, io: IO) -> Session:
         request = ConnectRequest(name=member.entry.name, settings=member.loaded.settings)
-        return Session(
-            provider=member.entry.name,
-            model=member.model,
-            settings=member.loaded.settings,
-            connection=_hook(member.entry, "connect", request=request),
-            plugins=self._plugins,
-            io=io,
-        )
+        connection = _hook(member.entry, "connect", request=request)
+        with _blaming(member.entry, "connect"):  # The connection's attributes may be properties.
+            return Session(
+                provider=member.entry.name,
+                model=member.model,
+                settings=member.loaded.settings,
+                connection=connection,
+                plugins=self._plugins,
+                io=io,
+            )
 
     async def _preferring(self, session: Session) -> Session:
         """The session with the first of the wished models that is there."""
@@ -162,6 +182,13 @@ class Opening:
                 session.model = (await session.show(model, None)).name
             except ModelNotFound:
                 continue
+            except ProviderError as error:
+                if not (self._chained and passes_on(error)):
+                    raise
+                session.model = model  # It is skipped as long as it is down, and asked for this when it is back.
+            return session
+        if self._chained:
+            session.model = wished[0]
             return session
         raise ModelNotFound(
             f"The provider `{session.provider}` has none of {', '.join(f'`{each}`' for each in wished)}.",
@@ -173,16 +200,20 @@ class Opening:
 
     async def _auto(self, io: IO) -> Session:
         """Ollama where it answers with the wanted model, else the embedded provider."""
-        installed = self._catalog.names("provider")
         failed: GraftageError | None = None
-        if SERVER in installed:
-            session = await self._session(self._member(SERVER, None), io)
-            failed = await self._unfit(session)
-            if failed is None:
-                return session
-            await session.close()
-        if EMBEDDED in installed:
-            return await self._preferring(await self._session(self._member(EMBEDDED, None), io))
+        if self._may_use(SERVER):
+            try:
+                return self._taken(await self._server(io), "its server answers")
+            except (ProviderError, PluginError) as error:
+                failed = error
+        if self._may_use(EMBEDDED):
+            self.origins.clear()  # What was read for the server is in effect no more.
+            why = (
+                f"`{SERVER}` cannot be taken: {failed.message}"
+                if failed
+                else f"`{SERVER}` is not installed, or is disabled"
+            )
+            return self._taken(await self._opened(EMBEDDED, io), why)
         if failed is not None:
             failed.hint = f"{failed.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
             raise failed
@@ -190,29 +221,55 @@ class Opening:
             "No provider is installed.", plugin=AUTO, hint="Install `graftage-ollama` or `graftage-llamacpp`."
         )
 
-    async def _unfit(self, session: Session) -> GraftageError | None:
-        """Why the server cannot be taken; None where it can, and then the session has a model where one was found."""
-        session_model = session.model
+    def _may_use(self, name: str) -> bool:
+        named = (each for each in self._catalog.entries if (each.kind, each.name) == ("provider", name))
+        return any(each.state != "disabled" for each in named)
+
+    def _taken(self, session: Session, why: str) -> Session:
+        self.origins["provider"] = f"{AUTO}: {why}"
+        log("INFO", f"took the provider `{session.provider}`: {why}", provider=session.provider)
+        return session
+
+    async def _opened(self, name: str, io: IO) -> Session:
+        session = await self._session(self._member(name, None), io)
         try:
-            if self._wish.models:
-                await self._preferring(session)
-            elif session_model:
-                health = await session.health("model_present", session_model, None, None)
-                if not health.ok:
-                    return typed_error(health.error or RuntimeError("it is not well"), session.provider)
-            else:
-                session.model = await _used_model(session)
-        except GraftageError as error:
-            return error
-        return None
+            return await self._preferring(session)
+        except BaseException:
+            await _given_back(session)
+            raise
+
+    async def _server(self, io: IO) -> Session:
+        """A session of the server, with a model where one was found.
+
+        Raises:
+            ProviderError: it does not answer, or lacks the wanted model.
+        """
+        session = await self._session(self._member(SERVER, None), io)
+        try:
+            # A check has short limits of its own: a server that hangs must not hold up the choice.
+            health = await session.health("model_present" if session.model else "api", session.model, None, None)
+            if not health.ok:
+                raise typed_error(health.error or RuntimeError("it is not well"), session.provider)
+            await self._preferring(session)
+            session.model = session.model or await _used_model(session)
+        except BaseException:
+            await _given_back(session)
+            raise
+        return session
+
+
+async def _given_back(session: Session) -> None:
+    """Close a session that is not to be used; why it is not is more worth telling than what closing it says."""
+    with contextlib.suppress(Exception):
+        await session.close()
 
 
 async def _used_model(session: Session) -> str:
     """The model that a server's user seems to work with: one that is loaded, else the newest."""
-    loaded = await session.loaded(None)
+    loaded = await session.loaded(HEALTH_TIMEOUTS)
     if loaded:
         return loaded[0].name
-    found = await session.models(None)
+    found = await session.models(HEALTH_TIMEOUTS)
     if not found:
         raise ModelNotFound("The server has no model.", provider=session.provider)
     return max(found, key=_age).name
@@ -224,13 +281,20 @@ def _age(model: ModelInfo) -> float:
 
 def _hook(entry: Entry, name: str, **arguments: Any) -> Any:
     """Call a hook of a provider plugin."""
-    try:
+    with _blaming(entry, name):
         return getattr(entry.plugin, name)(**arguments)
+
+
+@contextlib.contextmanager
+def _blaming(entry: Entry, hook: str) -> Iterator[None]:
+    """A block whose foreign exceptions are a provider's fault."""
+    try:
+        yield
     except GraftageError:
         raise
     except Exception as error:
         raise PluginLoadError(
-            f"The provider `{entry.name}` failed in `{name}` with {type(error).__name__}: {error}.",
+            f"The provider `{entry.name}` failed in `{hook}` with {type(error).__name__}: {error}.",
             plugin=entry.name,
             distributions=[entry.origin] if entry.distribution else (),
             hint="That is a fault of the provider; tell its authors.",

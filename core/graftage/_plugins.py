@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import importlib_metadata
 import pluggy
@@ -17,10 +17,14 @@ import graftage
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 __all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
 
 Kind = Literal["provider", "plugin", "connection"]
 State = Literal["available", "loaded", "disabled", "quarantined"]
+REINSTALL = "Install it anew."
 GROUPS: dict[str, Kind] = {"graftage.providers": "provider", "graftage.plugins": "plugin"}
 SPECS: dict[Kind, tuple[type, ...]] = {
     "provider": PROVIDER_SPECS,
@@ -51,7 +55,12 @@ class Entry:
     @property
     def origin(self) -> str:
         """The distribution and its version, in words."""
-        return f"{self.distribution} {self.version}" if self.distribution else "an object given to connect"
+        if self.entry_point is None:
+            return "an object given to connect"
+        dist = self.entry_point.dist
+        if self.distribution is None or dist is None:
+            return f"a distribution without a name in {dist.locate_file('')}" if dist else "an unknown distribution"
+        return f"{self.distribution} {self.version or 'without a version'}"
 
 
 class Catalog:
@@ -66,10 +75,13 @@ class Catalog:
         self.strict = environment.get("GRAFTAGE_STRICT_PLUGINS", "") not in ("", "0")
         disabled = environment.get("GRAFTAGE_DISABLED_PLUGINS", "")
         self._disabled = {name.strip() for name in disabled.split(",") if name.strip()}
-        self._given = [self._admit_object(each) for each in objects]
+        self._given = [self._admit_object(each) for each in {id(each): each for each in objects}.values()]
         taken = {(entry.kind, entry.name) for entry in self._given}
         self.entries = [*self._given, *(each for each in self._discover() if (each.kind, each.name) not in taken)]
         self._mark_conflicts()
+        for entry in self._given:
+            if entry.error is not None:
+                raise entry.error  # The caller handed it over: there is nobody else to shield.
 
     def names(self, kind: Kind | None = None) -> list[str]:
         """The names of everything found, or of one kind."""
@@ -134,24 +146,20 @@ class Catalog:
 
     def _discover(self) -> list[Entry]:
         return [
-            Entry(
-                name=point.name,
-                kind=kind,
-                distribution=point.dist.metadata["Name"] if point.dist else None,
-                version=point.dist.version if point.dist else None,
-                state="disabled" if point.name in self._disabled else "available",
-                entry_point=point,
-            )
+            self._found(kind, point)
             for group, kind in GROUPS.items()
             for point in importlib_metadata.entry_points(group=group)
         ]
+
+    def _found(self, kind: Kind, point: importlib_metadata.EntryPoint) -> Entry:
+        name, version = _identity(point.dist)
+        state: State = "disabled" if point.name in self._disabled else "available"
+        return Entry(name=point.name, kind=kind, distribution=name, version=version, state=state, entry_point=point)
 
     def _admit_object(self, plugin: object) -> Entry:
         kind: Kind = "provider" if is_provider(plugin) else "plugin"
         entry = Entry(name=plugin_name(plugin), kind=kind, plugin=plugin)
         self._inspect(entry)
-        if entry.error is not None:
-            raise entry.error  # The caller handed it over: there is nobody else to shield.
         return entry
 
     def _mark_conflicts(self) -> None:
@@ -166,7 +174,7 @@ class Catalog:
                     f"The {entry.kind} name `{entry.name}` is claimed by {claimants}.",
                     plugin=entry.name,
                     distributions=[each.origin for each in rivals],
-                    hint="Uninstall one of them.",
+                    hint="Uninstall one of them." if entry.entry_point else "Give each object a `name` of its own.",
                 )
 
     def _load(self, entry: Entry) -> None:
@@ -174,12 +182,13 @@ class Catalog:
             return
         try:
             _check_core(entry)
-            entry.plugin = entry.entry_point.load()
         except PluginLoadError as error:
-            self._quarantine(entry, error)
+            self._quarantine(entry, error, error.__cause__)
             return
+        try:
+            entry.plugin = entry.entry_point.load()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - others must not suffer for it
-            problem = f"could not be imported: {type(error).__name__}: {error}"
+            problem = f"could not be imported: {_in_words(error)}"
             self._quarantine(entry, _load_error(entry, problem, "Mend or uninstall it."), error)
             return
         self._inspect(entry)
@@ -202,6 +211,15 @@ class Catalog:
         installed = f"Installed: {', '.join(f'`{each}`' for each in names)}." if names else "None is installed."
         hint = f"Did you mean `{close[0]}`?" if close else f"{installed} Install one, for example `graftage-ollama`."
         return ProviderNotFound(f"There is no provider `{name}`.", plugin=name, hint=hint)
+
+
+def _identity(dist: Any) -> tuple[str | None, str | None]:
+    """The name and the version of a distribution, each None where its metadata does not tell."""
+    try:
+        metadata: Any = dist.metadata if dist else {}
+        return metadata.get("Name"), metadata.get("Version")
+    except Exception:  # noqa: BLE001 - the file is missing, or no text
+        return None, None
 
 
 def plugin_name(plugin: object) -> str:
@@ -228,6 +246,11 @@ class _Problem(Exception):
         self.hint = hint
 
 
+def _in_words(error: BaseException) -> str:
+    """A stranger's error as a part of a sentence."""
+    return f"{type(error).__name__}: {error}".rstrip(".: ")
+
+
 def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
     return PluginLoadError(
         f"The {entry.kind} `{entry.name}` ({entry.origin}) {problem}.",
@@ -239,20 +262,33 @@ def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
 
 def _check_core(entry: Entry) -> None:
     """Refuse a plugin whose metadata asks for another Graftage: pip leaves such pairs installed."""
-    from packaging.requirements import InvalidRequirement, Requirement  # noqa: PLC0415 - only when something is loaded
+    from packaging import requirements, utils  # noqa: PLC0415 - only when something is loaded
 
     dist = entry.entry_point.dist if entry.entry_point else None
-    for text in (dist.requires or ()) if dist else ():
+    if dist is None:
+        return
+    try:
+        asked = dist.requires or ()
+    except Exception as error:  # what is wrong with a file is not one kind of error
+        raise _load_error(entry, f"has broken metadata: {_in_words(error)}", REINSTALL) from error
+    if entry.distribution is None or entry.version is None:
+        raise _load_error(entry, "has metadata without a name or a version", REINSTALL)
+    for text in asked:
         try:
-            wanted = Requirement(text)
-        except InvalidRequirement:
+            wanted = requirements.Requirement(text)
+        except requirements.InvalidRequirement:
             continue
-        if wanted.name == "graftage" and not wanted.specifier.contains(graftage.__version__, prereleases=True):
+        if utils.canonicalize_name(wanted.name) == "graftage" and not _fits(wanted):
             raise _load_error(
                 entry,
                 f"requires graftage{wanted.specifier}, and this is {graftage.__version__}",
                 "Install versions that fit each other.",
             )
+
+
+def _fits(wanted: Requirement) -> bool:
+    applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+    return not applies or wanted.specifier.contains(graftage.__version__, prereleases=True)
 
 
 def _manager(specs: Iterable[type]) -> pluggy.PluginManager:
@@ -281,10 +317,13 @@ def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
             f"has a hook with a wrong signature: {str(error).strip().splitlines()[-1]}",
             "Take the parameters that `graftage.hookspecs` gives the hook.",
         ) from error
+    except Exception as error:
+        raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
     callers = manager.get_hookcallers(plugin) or []
     for caller in callers:
         for impl in caller.get_hookimpls():
             _check_hook(caller.name, impl, kind)
+            _check_waiting(caller, impl)
     if not callers:
         raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
     return tuple(sorted(caller.name for caller in callers))
@@ -308,6 +347,18 @@ def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
     raise _Problem(f"implements `{name}`, which is no hook", hint)
 
 
+def _check_waiting(caller: pluggy.HookCaller, impl: pluggy.HookImpl) -> None:
+    """Refuse an `async def` where an answer, or an iterator, is wanted at once: it would never be awaited."""
+    spec = caller.spec.function if caller.spec else None
+    if spec and inspect.iscoroutinefunction(impl.function) and not inspect.iscoroutinefunction(spec):
+        raise _Problem(
+            f"implements `{caller.name}` as a coroutine",
+            "Make it an async generator: `async def` with `yield`."
+            if caller.name.startswith("a")
+            else f"Write `def`, or name it `a{caller.name}`.",
+        )
+
+
 class Relay:
     """The hooks of one connection: its own, and those of the plugins that are enabled for it."""
 
@@ -328,7 +379,8 @@ class Relay:
         self._manager = _manager((*CONNECTION_SPECS, *PLUGIN_SPECS))
         self._manager.register(connection, f"provider {provider}")
         for entry in reversed(plugins):  # pluggy asks first what was registered last.
-            self._manager.register(entry.plugin, entry.name)
+            if not self._manager.is_registered(entry.plugin):  # Two entry points may name one object.
+                self._manager.register(entry.plugin, entry.name)
 
     def call(self, name: str, request: object = None) -> Any:
         """Call a hook of the connection."""

@@ -25,7 +25,7 @@ import threading
 import time
 import urllib.request
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -668,6 +668,7 @@ class AsyncNetwork(httpx.AsyncBaseTransport):
         pool = self._pool()
         pool.users += 1
         try:
+            await pool.open()
             response = await pool.transport.handle_async_request(request)
         except BaseException as error:
             if not isinstance(error, Exception):
@@ -700,9 +701,9 @@ class AsyncNetwork(httpx.AsyncBaseTransport):
             self._pools.clear()
         for loop, pool in pools:
             if loop is asyncio.get_running_loop():
-                await pool.transport.aclose()
+                await pool.close()
             elif loop.is_running():
-                asyncio.run_coroutine_threadsafe(pool.transport.aclose(), loop)
+                asyncio.run_coroutine_threadsafe(pool.close(), loop)
 
 
 class _AsyncTransport(httpx.AsyncHTTPTransport):
@@ -717,14 +718,33 @@ class _AsyncTransport(httpx.AsyncHTTPTransport):
 
 
 class _AsyncPool:
+    """The connections of one event loop. They are closed with it, even where nobody closes the client."""
+
     def __init__(self, url: httpx.URL) -> None:
         self.transport = _AsyncTransport(url)
         self.users = 0
         self.retired = False
+        self._keeper: AsyncGenerator[None, None] | None = None
+
+    async def open(self) -> None:
+        """Let the loop know: at its end it finishes the async generators that began in it."""
+        if self._keeper is None:
+            self._keeper = self._kept()
+            await anext(self._keeper)
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            await self._keeper.aclose()
 
     async def leave(self) -> None:
         self.users -= 1
         if self.retired and self.users == 0:
+            await self.close()
+
+    async def _kept(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
             with anyio.CancelScope(shield=True):
                 await self.transport.aclose()
 

@@ -49,7 +49,7 @@ def list_adapters(provider: options.Provider = None, as_json: options.AsJson = F
         ((each.name, each.base_model, (each.digest or "")[:DIGEST], each.source, each.reference) for each in found),
     )
     if not found:
-        show.note("No plugin knows of one. `pip install graftage-lora` brings a plugin that finds them.")
+        show.note("No adapter is known. `graftage plugins` shows who looks for them; `graftage-lora` is one that does.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,18 @@ def unload_adapter(
 ) -> None:
     """Put an adapter out of memory; nothing is deleted."""
     with options.one_model(model, provider, host=host) as client:
+        if _is_any_in_memory(client):
+            client.use_adapter(reference)  # Another process has loaded it: this tells as what.
         client.unload_adapter(reference)
     show.line(f"{show.cell(reference)} is not in memory.")
+
+
+def _is_any_in_memory(client: "Client") -> bool:
+    """Whether a server holds any model that loading an adapter has left there."""
+    if "prune_adapters" not in client.capabilities().features:
+        return False
+    derived = {model.name for model in client.prune_adapters(dry_run=True)}
+    return any(model.name in derived for model in client.loaded())
 
 
 @app.command("prune")

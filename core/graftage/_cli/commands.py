@@ -76,7 +76,7 @@ def _loaded(point: EntryPoint) -> Any:
         app = point.load()
         if not isinstance(app, typer.Typer):
             raise TypeError(f"`{point.value}` is no `typer.Typer`, but a `{type(app).__name__}`")
-        return typer.main.get_command(app)
+        return _mounted(app, point.name)
     except (Exception, SystemExit) as error:
         raise PluginLoadError(
             f"The command `{point.name}` ({_origin(point)}) could not be loaded: {type(error).__name__}: {error}.",
@@ -84,6 +84,14 @@ def _loaded(point: EntryPoint) -> Any:
             distributions=[_origin(point)],
             hint="Mend or uninstall it.",
         ) from error
+
+
+def _mounted(app: typer.Typer, name: str) -> Any:
+    """The group that an app becomes below another one: without what only the root of a program has."""
+    root = typer.Typer(add_completion=False, rich_markup_mode=None)
+    root.add_typer(app, name=name)
+    group: Any = typer.main.get_command(root)
+    return group.commands[name]
 
 
 def _check_core(point: EntryPoint) -> None:

@@ -216,7 +216,7 @@ class Examination:
     def _place_hint(self, hint: str) -> str:
         if self._proxy:
             return f"That is the proxy. {hint}"
-        if Path("/.dockerenv").exists() and self._url is not None and _is_loopback(self._url.hostname or ""):
+        if _in_container() and self._url is not None and _is_loopback(self._url.hostname or ""):
             return f"{hint} In a container, localhost is the container: outside it is `host.docker.internal`."
         return hint
 
@@ -301,6 +301,11 @@ def _resolved(host: str, port: int, seconds: float) -> list[str] | str:
     thread.start()
     thread.join(seconds)
     return found[0] if found else f"no answer within {seconds:g} s"
+
+
+def _in_container() -> bool:
+    """Whether this is a container of Docker or Podman, by the file that each leaves in it."""
+    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
 
 
 def _is_loopback(host: str) -> bool:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Waiting", "watcher"]
 
 _current: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
+MOST = 20
+"""Bars at one time; the oldest makes way for the next, or a server could fill the memory."""
 END = "success"
 """The status of the last step of a download."""
 
@@ -46,6 +48,9 @@ class Waiting:
 
     def __init__(self, text: str) -> None:
         self._text = text
+        # Asked now: what moves on a terminal puts something of its own in the place of the stream.
+        self._terminal = show.is_terminal(sys.stderr)
+        self._silent = not (self._terminal and show.is_terminal(sys.stdout))
         self._spinner: Status | None = None
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -65,7 +70,7 @@ class Waiting:
         if step.status == END:
             self._stop()
             self._spin()
-        elif show.is_terminal(sys.stderr) and step.total is not None and step.completed is not None:
+        elif self._terminal and step.total is not None and step.completed is not None:
             self._draw(step.digest or step.status, step.status, step.total, step.completed)
         elif step.status != self._last:
             self._last = step.status
@@ -74,7 +79,9 @@ class Waiting:
     def _draw(self, key: str, title: str, total: int, completed: int) -> None:
         bars = self._bars or self._begin_bars()
         if key not in self._tasks:
-            self._tasks[key] = bars.add_task("", total=None)
+            if len(self._tasks) == MOST:
+                bars.remove_task(self._tasks.pop(next(iter(self._tasks))))
+            self._tasks[key] = bars.add_task(show.cell(title), total=total)
         bars.update(self._tasks[key], description=show.cell(title), total=total, completed=completed)
 
     def _begin_bars(self) -> Progress:
@@ -90,7 +97,7 @@ class Waiting:
         return self._bars
 
     def _spin(self) -> None:
-        if not (show.is_terminal(sys.stderr) and show.is_terminal(sys.stdout)):
+        if self._silent:
             return
         from rich.text import Text  # noqa: PLC0415
 

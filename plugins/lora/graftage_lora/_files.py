@@ -7,18 +7,18 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Files", "Opened", "Refused", "locate", "outside"]
+    from typing_extensions import Self
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
-PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapters.npz", "pytorch_model.bin")
-MAX_FOLDER: Final = 10_000
-"""Entries of a folder that are looked at."""
+__all__ = ["Files", "Opened", "Refused"]
+
+# Without O_NONBLOCK, opening a named pipe would wait for ever for its other end. The path is resolved before it is
+# checked and opened, so a link that appears in between is refused by O_NOFOLLOW.
+FLAGS: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
 
 
 class Refused(Exception):
@@ -42,64 +42,22 @@ class Files:
 
     def signature(self) -> tuple[tuple[int, ...], ...]:
         """Changes when a file does, as far as the file system tells."""
-        found = [os.stat(each) for each in (self.weights, self.config) if each is not None]
+        found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
-def outside(path: Path, folder: Path) -> bool:
-    """Whether a path, all links followed, leads out of a folder."""
-    return not path.resolve().is_relative_to(folder.resolve())
-
-
-def locate(path: Path, within: Path | None = None) -> Files:
-    """The files of the adapter at a path: a folder, its weights, or a GGUF file.
-
-    Raises:
-        Refused: there is nothing usable there.
-    """
-    if path.is_dir():
-        return _in_folder(path, within)
-    if not path.exists():
-        raise Refused("there is no such file")
-    config = path.with_name(CONFIG) if path.suffix == ".safetensors" else None
-    return Files(weights=path, config=config, within=within)
-
-
-def _in_folder(folder: Path, within: Path | None) -> Files:
-    names = sorted(entry.name for _, entry in zip(range(MAX_FOLDER), folder.iterdir()))  # noqa: B905 - a limit
-    if CONFIG in names:
-        for name in WEIGHTS.values():
-            if name in names:
-                return Files(weights=folder / name, config=folder / CONFIG, within=within)
-    adapters = [name for name in names if name.endswith(".gguf") and _is_adapter(folder / name, within)]
-    if len(adapters) == 1:
-        return Files(weights=folder / adapters[0], within=within)
-    if adapters:
-        raise Refused(f"the folder holds several adapters: {', '.join(adapters)}", "Name the file you mean.")
-    if pickles := [name for name in PICKLES if name in names]:
-        raise Refused(*_pickle(pickles[0]))
-    raise Refused(
-        "the folder holds no adapter",
-        f"Expected are {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
-    )
-
-
-def _is_adapter(path: Path, within: Path | None) -> bool:
-    """Whether a GGUF file is an adapter and not a model, which some trainers put beside it."""
-    from graftage_lora._gguf import is_adapter  # noqa: PLC0415 - that module needs this one
-
+def _open(path: Path, within: Path | None) -> int:
     try:
-        with Opened(path, within=within) as file:
-            return is_adapter(file)
-    except Refused:
-        return False
-
-
-def _pickle(name: str) -> tuple[str, str]:
-    return (
-        f"`{name}` is a pickle, which can run any program when it is read",
-        "Save the adapter as safetensors, the default of every current trainer.",
-    )
+        real = path.resolve()
+        if within is not None and not real.is_relative_to(within.resolve()):
+            raise Refused(f"`{path.name}` is a link that leads out of its folder", "Put the file itself there.")
+        return os.open(real, FLAGS)
+    except ValueError:
+        raise Refused(f"{path.name!r} is no name of a file") from None
+    except RuntimeError:  # Python up to 3.12 says so of links that go round
+        raise Refused(f"`{path.name}` is a link that goes round") from None
+    except OSError as error:
+        raise Refused(f"`{path.name}` cannot be opened: {error.strerror}") from None
 
 
 class Opened:
@@ -109,37 +67,32 @@ class Opened:
         Refused: it is not a regular file, is too large, leads out of its folder, or cannot be read.
     """
 
-    def __init__(self, path: Path, *, within: Path | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, within: Path | None = None, limit: int | None = None, empty: bool = False
+    ) -> None:
         self.name = path.name
         self.position = 0
         self._hash = hashlib.sha256()
-        if within is not None and outside(path, within):
-            raise Refused(f"`{self.name}` is a link that leads out of its folder", "Put the file itself there.")
-        # Without O_NONBLOCK, opening a named pipe would wait for ever for its other end.
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        descriptor = _open(path, within)
         try:
-            descriptor = os.open(path, flags)
-        except OSError as error:
-            raise Refused(f"`{self.name}` cannot be opened: {error.strerror}") from None
-        self._file: IO[bytes] = os.fdopen(descriptor, "rb")
-        self.state = os.fstat(descriptor)
-        self.size = self.state.st_size
-        self._check(limit)
+            self.state = os.fstat(descriptor)
+            self.size = self.state.st_size
+            self._check(limit, empty=empty)
+            self._file = os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
 
-    def _check(self, limit: int | None) -> None:
-        problem = None
+    def _check(self, limit: int | None, *, empty: bool) -> None:
         if not stat.S_ISREG(self.state.st_mode):
-            problem = Refused(f"`{self.name}` is not a regular file")
-        elif self.size == 0:
-            problem = Refused(f"`{self.name}` is empty")
-        elif limit is not None and self.size > limit:
-            problem = Refused(
+            raise Refused(f"`{self.name}` is not a regular file")
+        if self.size == 0 and not empty:
+            raise Refused(f"`{self.name}` is empty")
+        if limit is not None and self.size > limit:
+            raise Refused(
                 f"`{self.name}` has {self.size:,} bytes, and {limit:,} are allowed",
                 "If it is what you want, raise GRAFTAGE_LORA_MAX_BYTES.",
             )
-        if problem:
-            self.close()
-            raise problem
 
     @property
     def left(self) -> int:
@@ -168,7 +121,7 @@ class Opened:
 
     def peek(self, count: int) -> bytes:
         """The first bytes, without reading them; at most what there is."""
-        return self._file.peek(count)[:count]  # type: ignore[attr-defined] # a buffered reader has it
+        return self._file.peek(count)[:count]
 
     def read_at(self, position: int, count: int) -> bytes:
         """Bytes from anywhere, outside the hash: for files too large to keep."""
@@ -192,7 +145,7 @@ class Opened:
         """Give the descriptor back."""
         self._file.close()
 
-    def __enter__(self) -> Opened:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -17,9 +17,11 @@ from graftage_lora._files import Refused
 if TYPE_CHECKING:
     from graftage_lora._files import Opened
 
-__all__ = ["ADAPTER", "MODEL", "TYPES", "Bounds", "Header", "Tensor", "Value", "head", "is_adapter", "padding", "read"]
+__all__ = ["ADAPTER", "MODEL", "TYPES", "Bounds", "Header", "Tensor", "Value", "file", "read"]
 
 MAGIC: Final = b"GGUF"
+HEAD: Final = 24
+"""Bytes of magic, version and counts."""
 ALIGNMENT: Final = 32
 SCALARS: Final[Mapping[int, str]] = {
     0: "<B",
@@ -77,14 +79,16 @@ TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
 class Bounds:
     """How much of each thing a file may have."""
 
+    head: int
+    """Bytes before the tensors' numbers."""
     keys: int
     tensors: int
     string: int
     array: int
 
 
-ADAPTER: Final = Bounds(keys=4096, tensors=65_536, string=1 << 20, array=1 << 20)
-MODEL: Final = Bounds(keys=65_536, tensors=65_536, string=1 << 24, array=1 << 23)
+ADAPTER: Final = Bounds(head=1 << 22, keys=4096, tensors=65_536, string=1 << 20, array=1 << 20)
+MODEL: Final = Bounds(head=1 << 28, keys=65_536, tensors=65_536, string=1 << 24, array=1 << 23)
 """A model carries its vocabulary."""
 
 
@@ -104,6 +108,7 @@ class Tensor:
 class Header:
     """All of a file but the numbers in its tensors."""
 
+    version: int
     keys: int
     metadata: Mapping[str, Any] = field(repr=False)
     """Numbers, strings and short arrays of numbers; of other arrays, their length, as a `range`."""
@@ -126,11 +131,6 @@ class Header:
         return self.metadata.get("general.type") == "adapter"
 
 
-def is_adapter(file: Opened) -> bool:
-    """Whether a file is a GGUF adapter, judged by its head."""
-    return read(file, MODEL).is_adapter
-
-
 def read(file: Opened, bounds: Bounds) -> Header:
     """The head of a file; the file is then at the end of the table of tensors.
 
@@ -146,7 +146,7 @@ class _Reader:
         self._bounds = bounds
 
     def header(self) -> Header:
-        if self._file.take(4, "head") != MAGIC:
+        if self._take(4, "head") != MAGIC:
             raise Refused(f"`{self._file.name}` is not a GGUF file")
         version = self._number("<I", "head")
         if version not in (2, 3):
@@ -163,6 +163,7 @@ class _Reader:
         data = self._file.position + padding(self._file.position, alignment)
         self._check_table(table, data)
         return Header(
+            version=version,
             keys=key_count,
             metadata=metadata,
             tensors=tuple(table),
@@ -172,7 +173,12 @@ class _Reader:
         )
 
     def _number(self, code: str, what: str) -> Any:
-        return struct.unpack(code, self._file.take(struct.calcsize(code), what))[0]
+        return struct.unpack(code, self._take(struct.calcsize(code), what))[0]
+
+    def _take(self, count: int, what: str) -> bytes:
+        if self._file.position + count > self._bounds.head:
+            raise Refused(f"its head is larger than {self._bounds.head:,} bytes")
+        return self._file.take(count, what)
 
     def _count(self, what: str, most: int, *, smallest: int) -> int:
         """A count, refused where so many could not fit into what is left of the file."""
@@ -188,7 +194,7 @@ class _Reader:
         if length > most:
             raise Refused(f"a {what} states a length of {length}; at most {most} bytes are allowed")
         try:
-            return self._file.take(length, what).decode("utf-8")
+            return self._take(length, what).decode("utf-8")
         except UnicodeDecodeError:
             raise Refused(f"a {what} is not UTF-8") from None
 
@@ -220,24 +226,17 @@ class _Reader:
         count = self._count(f"entries in `{key[:80]}`", self._bounds.array, smallest=width)
         if kind == STRING:
             for _ in range(count):
-                self._skip(self._number("<Q", "array"))
+                self._take(self._number("<Q", "array"), "array")
             return range(count)
-        if count > KEPT:
-            self._skip(count * width)
-            return range(count)
-        return struct.unpack(f"<{count}{SCALARS[kind][1]}", self._file.take(count * width, "array"))
-
-    def _skip(self, count: int) -> None:
-        if count > self._bounds.string * 16:
-            raise Refused(f"an array states a length of {count} bytes")
-        self._file.take(count, "array")
+        data = self._take(count * width, "array")
+        return struct.unpack(f"<{count}{SCALARS[kind][1]}", data) if count <= KEPT else range(count)
 
     def _tensor(self, alignment: int) -> Tensor:
         name = self._string("tensor's name", 1024)
         dimensions = self._number("<I", "table of tensors")
         if not 1 <= dimensions <= 4:  # noqa: PLR2004 - ggml's limit
             raise Refused(f"the tensor `{name}` has {dimensions} dimensions")
-        shape = struct.unpack(f"<{dimensions}Q", self._file.take(8 * dimensions, "table of tensors"))
+        shape = struct.unpack(f"<{dimensions}Q", self._take(8 * dimensions, "table of tensors"))
         kind = self._number("<I", "table of tensors")
         offset = self._number("<Q", "table of tensors")
         if kind not in TYPES:
@@ -317,15 +316,15 @@ def table(tensors: Sequence[tuple[str, tuple[int, ...], int, int]], alignment: i
     return b"".join(lines)
 
 
-def head(tensors: int, keys: int) -> bytes:
-    """The first bytes of a file."""
-    return MAGIC + struct.pack("<IQQ", 3, tensors, keys)
+def head(version: int, tensors: int, keys: int) -> bytes:
+    """The first bytes of a file, `HEAD` of them."""
+    return MAGIC + struct.pack("<IQQ", version, tensors, keys)
 
 
 def file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
     """A whole file of F32 and F16 arrays, piece by piece."""
     lines = [(name, tuple(reversed(data.shape)), int(data.dtype.itemsize == 2), data.nbytes) for name, data in tensors]  # noqa: PLR2004
-    front = head(len(tensors), len(values)) + key_values(values) + table(lines, ALIGNMENT)
+    front = head(3, len(tensors), len(values)) + key_values(values) + table(lines, ALIGNMENT)
     yield front + bytes(padding(len(front), ALIGNMENT))
     for _, data in tensors:
         yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()

@@ -1,7 +1,7 @@
 """The one form every layout is read into, and what the architectures differ in.
 
-An adapter changes a weight W to W + scale * B @ A. Weights are named as GGUF names them, since that is what every server
-of ours holds; the rows of B are in the order of the layout they were read from until `rows` puts them in another.
+An adapter changes a weight W to W + scale * B @ A. Weights are named as GGUF names them, since that is what every
+server of ours holds; the rows of B are in the order of the layout they were read from until `rows` reorders them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ Those files turn pairs of neighbouring numbers by one angle, and the original we
 a head away. llama.cpp's converter therefore reorders the rows within each head (`LlamaModel.permute`).
 """
 
+SCALES: Final = (1e-9, 1e9)
+"""A scale outside of these is a mistake, and its product with a number of the adapter might be no F32."""
 MODULES: Final[Mapping[str, str]] = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -103,12 +105,25 @@ def is_reordered(architecture: str | None, tensor: str) -> bool:
 
 def reorder(rows: Array, count: int) -> Array:
     """Rows of a llama's q or k from the original order into GGUF's, as llama.cpp's `LlamaModel.permute` does it."""
-    return rows.reshape(count, 2, len(rows) // count // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    found: Array = rows.reshape(count, 2, len(rows) // count // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return found
 
 
 def restore(rows: Array, count: int) -> Array:
     """The inverse of `reorder`."""
-    return rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    found: Array = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return found
+
+
+def checked_scale(scale: float) -> float:
+    """A scale that may be used.
+
+    Raises:
+        Refused: it is outside of `SCALES`.
+    """
+    if not SCALES[0] <= abs(scale) <= SCALES[1]:
+        raise Refused(f"its scale is {scale:g}, which no training gives")
+    return scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +186,12 @@ class Lora:
     """Sorted by tensor."""
 
     def scaled(self, scale: float) -> Lora:
-        """The same with another scale for all of it."""
+        """The same with another scale for all of it.
+
+        Raises:
+            Refused: the scale is 0, or beyond what any training gives.
+        """
+        checked_scale(scale)
         shapes = tuple(replace(each, scale=scale) for each in self.facts.shapes)
         parts = tuple(replace(each, scale=scale) for each in self.parts)
         return Lora(facts=replace(self.facts, shapes=shapes), parts=parts)

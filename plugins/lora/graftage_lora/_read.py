@@ -18,7 +18,8 @@ import numpy as np
 
 from graftage_lora import _gguf
 from graftage_lora._files import Files, Opened, Refused
-from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, gguf_name
+from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, checked_scale, gguf_name
+from graftage_lora._quants import dequantize
 
 __all__ = ["MAX_BYTES", "read", "stated_base"]
 
@@ -27,6 +28,7 @@ MAX_CONFIG: Final = 1 << 20
 MAX_HEADER: Final = 4 << 20
 """Of a safetensors file; an adapter of 27,000 tensors fits."""
 MAX_TENSORS: Final = 65_536
+MAX_NAME: Final = 1024
 MAX_RANK: Final = 1024
 MAX_SIDE: Final = 1 << 31
 GGUF_FLOATS: Final = {0: "<f4", 1: "<f2", 30: "<u2"}
@@ -55,14 +57,14 @@ def read(files: Files, *, max_bytes: int = MAX_BYTES) -> Lora:
 
 
 def stated_base(files: Files) -> str | None:
-    """The base model a configuration names: for lists, where a broken one is no error."""
-    if files.config is None:
-        return None
+    """The base model an adapter names: for lists, where a broken one is no error."""
     try:
-        config = _config(files)
+        if files.config is not None:
+            return _config_base(_config(files))
+        with Opened(files.weights, within=files.within) as file:
+            return _gguf_base(_gguf.read(file, _gguf.ADAPTER).metadata)
     except Refused:
         return None
-    return _text(config, "base_model_name_or_path") or _text(config, "model")
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:
@@ -114,6 +116,10 @@ def _no_constant(name: str) -> Any:
 def _text(config: Mapping[str, Any], key: str) -> str | None:
     found = config.get(key)
     return found if isinstance(found, str) and found else None
+
+
+def _config_base(config: Mapping[str, Any]) -> str | None:
+    return _text(config, "base_model_name_or_path") or _text(config, "model")
 
 
 def _figure(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
@@ -274,7 +280,7 @@ def _read_safetensors(file: Opened, config: Mapping[str, Any]) -> Lora:
         parts,
         layout=layout,
         sha256=file.sha256,
-        base_model=_text(config, "base_model_name_or_path") or _text(config, "model"),
+        base_model=_config_base(config),
         invocation=_invocation(config.get("alora_invocation_tokens")),
     )
 
@@ -297,7 +303,8 @@ def _mlx_half(name: str, data: Array) -> tuple[str, str, Array]:
     if match is None:
         raise Refused(_leftover(name))
     if gguf_name(match[1]) == EMBEDDING:
-        return match[1], "b" if match[2] == "a" else "a", data.T if match[2] == "b" else data
+        # mlx-lm's embedding looks rows of its `lora_a` up by token: that is our B, as it stands.
+        return match[1], "b" if match[2] == "a" else "a", data
     return match[1], match[2], data.T
 
 
@@ -330,6 +337,8 @@ def _safetensors(file: Opened) -> dict[str, Array]:
 
 def _place(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
     label = f"the tensor `{name[:120]}`"
+    if len(name) > MAX_NAME:
+        raise Refused(f"{label} has a name of {len(name)} characters; at most {MAX_NAME} are allowed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(f"{label} is not described by dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -375,7 +384,7 @@ def _read_gguf(file: Opened) -> Lora:
         raise Refused("it does not state its `general.architecture`")
     halves, skipped = _gguf_halves(file, header)
     alpha = keys.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, (int, float)) or not _finite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _finite(alpha):
         raise Refused(f"its `adapter.lora.alpha` is {str(alpha)[:40]}")
     # llama.cpp: alpha / rank, and plain 1 where alpha is 0 or missing.
     parts = _parts(halves, lambda tensor: (None, alpha / halves[tensor]["b"].shape[1] if alpha else 1.0))
@@ -418,12 +427,7 @@ def _gguf_array(tensor: _gguf.Tensor, data: memoryview) -> Array:
     shape = (tensor.shape[1], tensor.shape[0])
     if tensor.kind in GGUF_FLOATS:
         return _array(tensor.name, data, GGUF_FLOATS[tensor.kind], shape)
-    label = _gguf.TYPES[tensor.kind][0]
-    if label != "Q8_0":
-        raise Refused(f"the tensor `{tensor.name}` has the type {label}; supported are F32, F16, BF16 and Q8_0")
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("numbers", "i1", 32)]))
-    numbers = blocks["numbers"] * blocks["scale"].astype(np.float32)[:, None]
-    return _finite_array(tensor.name, numbers.astype(np.float32).reshape(shape))
+    return _finite_array(tensor.name, dequantize(tensor, data).reshape(shape))
 
 
 def _gguf_base(keys: Mapping[str, Any]) -> str | None:
@@ -468,7 +472,7 @@ def _parts(halves: Halves, scale: Scales) -> list[Part]:
             )
         if rank is not None and rank != len(a):
             raise Refused(f"`{tensor[:120]}` has the rank {len(a)}, and its configuration states {rank}")
-        parts.append(Part(tensor=tensor, a=a, b=b, scale=factor))
+        parts.append(Part(tensor=tensor, a=a, b=b, scale=checked_scale(factor)))
     return parts
 
 

@@ -41,7 +41,7 @@ from graftage.types import (
 )
 from graftage_llamacpp import DEFAULT_MODEL, _convert, _gguf, _machine, _process
 from graftage_llamacpp._convert import Answer
-from graftage_llamacpp._process import Engine, Launch, Need, Stopped
+from graftage_llamacpp._process import Engine, Launch, Lease, Need, Stopped
 from graftage_llamacpp._sources import Watch
 from graftage_llamacpp._store import Store, Stored
 from graftage_llamacpp._transport import AsyncEngineClient, EngineClient, Job, alease, lease
@@ -71,6 +71,8 @@ DEFAULT_WINDOW: Final = 4096
 """Tokens, where neither the caller nor a policy says; or as many as the model was trained for."""
 SPECIAL_TOKENS: Final = 4
 """Tokens that a tokenizer may add to a text."""
+BYTES_OF_A_SCORE: Final = 4
+"""The engine keeps one for each token it reads at once and each word it knows."""
 
 
 class LlamaCppConnection:
@@ -79,12 +81,15 @@ class LlamaCppConnection:
     def __init__(self, name: str, settings: LlamaCppSettings) -> None:
         self.name = name
         self.address = "embedded"
+        self.default_model = DEFAULT_MODEL
         self._settings = settings
         self._store = Store(settings.models_path)
         self._threads = settings.threads or _machine.default_threads()
         self._clients_lock = threading.Lock()
         self._sync: EngineClient | None = None
         self._async: AsyncEngineClient | None = None
+        self._adapters: dict[str, Path] = {}
+        """Digests and files of those that this connection has loaded."""
         self._closed = False
 
     # --- Chat and generate -------------------------------------------------------------------------------------------
@@ -118,7 +123,9 @@ class LlamaCppConnection:
         job = self._job(stored, request.call, request.context_window, request.keep_alive, request.adapter)
         notes = _window_notes(stored, request.context_window)
         top = bool(request.options.get("top_logprobs"))
-        return replace(job, path=path, body=body, answer=lambda: Answer(stored.name, top=top, notes=notes))
+        return replace(
+            job, path=path, body={**stored.advised, **body}, answer=lambda: Answer(stored.name, top=top, notes=notes)
+        )
 
     def _stream(self, request: ChatRequest | GenerateRequest, prepare: Callable[[Stored], Job]) -> Iterator[Chunk]:
         job = prepare(self._present(request.model, request.call))
@@ -228,7 +235,7 @@ class LlamaCppConnection:
 
     @hookimpl
     def show_model(self, request: ModelRequest) -> ModelInfo:
-        return _convert.model_info(self._store.find(request.model), full=True)
+        return _convert.model_info(self._store.find(request.model, long_lists=True), full=True)
 
     @hookimpl
     def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:  # noqa: ARG002 - this process knows
@@ -315,7 +322,7 @@ class LlamaCppConnection:
         except ModelLoadFailed as error:
             raise _not_taken(request, error) from error
         granted.end()
-        return _loaded_adapter(request, granted.process.adapters, granted.notes)
+        return self._loaded_adapter(request, granted)
 
     @hookimpl
     async def aload_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
@@ -326,25 +333,32 @@ class LlamaCppConnection:
         except ModelLoadFailed as error:
             raise _not_taken(request, error) from error
         granted.end()
-        return _loaded_adapter(request, granted.process.adapters, granted.notes)
+        return self._loaded_adapter(request, granted)
 
     def _adapter_job(self, request: LoadAdapterRequest, stored: Stored) -> Job:
         """Convert the adapter, look at it, and make the job that has it loaded."""
         adapter = request.adapter
-        path = adapter.gguf(_convert.model_info(stored, full=True)).absolute()
-        try:
-            _gguf.check_adapter(_gguf.read(path), stored.header.architecture)
-        except (OSError, _gguf.GgufError) as error:
-            raise AdapterInvalid(
-                f"The file of the adapter `{adapter.name}` cannot be used: {error}.",
-                reference=adapter.name,
-                reasons=(str(error),),
-                hint="Convert it again, or choose another adapter.",
-            ) from error
+        whole = self._store.find(request.model, long_lists=True)
+        path = adapter.gguf(_convert.model_info(whole, full=True)).absolute()
+        _check_adapter(adapter.name, path, stored)
         request.call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
+        self._adapters[adapter.digest] = path
         job = self._job(stored, request.call, request.context_window, request.keep_alive)
         wants = job.need
         return replace(job, need=lambda deadline: replace(wants(deadline), adapter=(adapter.digest, path)))
+
+    def _loaded_adapter(self, request: LoadAdapterRequest, granted: Lease) -> LoadedAdapter:
+        adapter = request.adapter
+        # The file carries the strength it was made for, so the engine applies it as it is: 1.
+        return LoadedAdapter(
+            name=adapter.name,
+            digest=adapter.digest,
+            model=request.model,
+            slot=granted.process.adapters.index(adapter.digest),
+            scale=1.0,
+            strategy="hot",
+            warnings=granted.notes,
+        )
 
     @hookimpl
     def unload_adapter(self, request: UnloadAdapterRequest) -> None:
@@ -481,12 +495,22 @@ class LlamaCppConnection:
         default = self._window(stored, DEFAULT_WINDOW) or DEFAULT_WINDOW
         if settings.memory_check:
             _require_memory(stored, engine, window, default)
-        wanted = _known_adapter(engine, adapter) if adapter is not None else None
+        wanted = self._known_adapter(adapter) if adapter is not None else None
 
         def need(deadline: float) -> Need:
             return Need(deadline=deadline, window=window, default_window=default, keep_alive=keep_alive, adapter=wanted)
 
         return Job(call=call, engine=engine, need=need, path="")
+
+    def _known_adapter(self, adapter: LoadedAdapter) -> tuple[str, Path]:
+        """Digest and file of an adapter that a request names; the engine may have been restarted without it."""
+        path = self._adapters.get(adapter.digest)
+        if path is None:
+            # The engine would take any number and answer with the base model.
+            raise AdapterError(
+                f"The adapter `{adapter.name}` is not loaded here.", reference=adapter.name, hint="Load it again."
+            )
+        return adapter.digest, path
 
     def _window(self, stored: Stored, wanted: int | None) -> int | None:
         """The window to ask for: not above what the model was trained for."""
@@ -534,8 +558,7 @@ def _require_memory(stored: Stored, engine: Engine, window: int | None, default:
     window = window or default
     header, launch = stored.header, engine.launch
     cache = _convert.cache_bytes(header, window * launch.slots)
-    vocabulary = len(header.metadata.get("tokenizer.ggml.tokens") or ())
-    needed = header.size + cache + launch.batch * vocabulary * 4
+    needed = header.size + cache + launch.batch * _convert.vocabulary(header) * BYTES_OF_A_SCORE
     if needed > free:
         raise ModelLoadFailed(
             f"The model `{stored.name}` needs about {needed / 1e6:.0f} MB with a context window of {window} tokens"
@@ -563,29 +586,26 @@ def _end(engine: Engine, call: Call) -> None:
         ) from error
 
 
-def _known_adapter(engine: Engine, adapter: LoadedAdapter) -> tuple[str, Path]:
-    """Digest and file of an adapter that a request names."""
-    path = engine.adapters.get(adapter.digest)
-    if path is None:
-        # The engine would take any number and answer with the base model.
-        raise AdapterError(
-            f"The adapter `{adapter.name}` is not loaded here.", reference=adapter.name, hint="Load it again."
+def _check_adapter(name: str, path: Path, stored: Stored) -> None:
+    """Refuse by name what the engine would refuse without a reason."""
+    try:
+        header = _gguf.read(path, long_lists=False)
+        _gguf.check_adapter(header)
+    except (OSError, _gguf.GgufError) as error:
+        raise AdapterInvalid(
+            f"The file of the adapter `{name}` cannot be used: {error}.",
+            reference=name,
+            reasons=(str(error),),
+            hint="Convert it again, or choose another adapter.",
+        ) from error
+    if header.architecture != stored.header.architecture:
+        reason = f"it is made for {header.architecture[:80]!r}, and the model is {stored.header.architecture!r}"
+        raise AdapterIncompatible(
+            f"The adapter `{name}` does not fit `{stored.name}`: {reason}.",
+            reference=name,
+            reasons=(reason,),
+            hint="Choose the model it was made for.",
         )
-    return adapter.digest, path
-
-
-def _loaded_adapter(request: LoadAdapterRequest, loaded: tuple[str, ...], notes: tuple[str, ...]) -> LoadedAdapter:
-    adapter = request.adapter
-    # The file carries the strength it was made for, so the engine applies it as it is: 1.
-    return LoadedAdapter(
-        name=adapter.name,
-        digest=adapter.digest,
-        model=request.model,
-        slot=loaded.index(adapter.digest),
-        scale=1.0,
-        strategy="hot",
-        warnings=(*adapter.verdict.warnings, *notes),
-    )
 
 
 def _not_taken(request: LoadAdapterRequest, error: ModelLoadFailed) -> GraftageError:

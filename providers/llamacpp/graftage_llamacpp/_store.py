@@ -52,6 +52,7 @@ KNOWN: Final[Mapping[str, PackageSource]] = {
         digest="sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         title="SmolLM2-135M-Instruct by Hugging Face",
         licence="Apache-2.0",
+        advised={"temperature": 0.2, "top_p": 0.9},  # From its model card.
     )
 }
 """Models with a name of their own."""
@@ -67,13 +68,16 @@ class Stored:
     digest: str | None
     licence: str | None
     modified_at: datetime
+    advised: Mapping[str, Any]
+    """Options for requests that do not set them."""
 
 
 class Store:
     """One folder of models."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, known: Mapping[str, PackageSource] | None = None) -> None:
         self._given = folder
+        self.known = KNOWN if known is None else known
         self._folder: Path | None = None
         self._looked_at: dict[tuple[str, int, int], Header] = {}
         self._lock = threading.Lock()
@@ -98,7 +102,7 @@ class Store:
         Raises:
             RequestRejected: the name cannot be one.
         """
-        if name.lower() in KNOWN:
+        if name.lower() in self.known:
             return self.folder / f"{name.lower().replace(':', '-')}{SUFFIX}"
         if name.startswith(HUB):
             parts = name.removeprefix(HUB).split("/")
@@ -116,7 +120,7 @@ class Store:
 
     def name_of(self, path: Path) -> str:
         """The name that stands for a file."""
-        for name in KNOWN:
+        for name in self.known:
             if path == self.path_of(name):
                 return name
         try:
@@ -129,8 +133,8 @@ class Store:
 
     # --- Looking -----------------------------------------------------------------------------------------------------
 
-    def find(self, name: str) -> Stored:
-        """A model that is there, its head read and found to be sound.
+    def find(self, name: str, *, long_lists: bool = False) -> Stored:
+        """A model that is there, its head read and found to be sound; with its vocabulary where that is wanted.
 
         Raises:
             ModelNotFound: there is no such file; names that are near are in `suggestions`.
@@ -138,7 +142,7 @@ class Store:
         """
         path = self.path_of(name)
         try:
-            header = self._header(path)
+            header = _gguf.read(path) if long_lists else self._header(path)
             _gguf.check_model(header)
         except (FileNotFoundError, NotADirectoryError):
             raise self._not_found(name) from None
@@ -192,9 +196,7 @@ class Store:
         with self._lock:
             known = self._looked_at.get(key)
         if known is None:
-            if path.is_dir():
-                raise GgufError("it is a folder")
-            known = _gguf.read(path)
+            known = _gguf.read(path, long_lists=False)
             with self._lock:
                 self._looked_at = {old: each for old, each in self._looked_at.items() if old[0] != key[0]}
                 self._looked_at[key] = known
@@ -202,23 +204,25 @@ class Store:
 
     def _stored(self, path: Path, header: Header) -> Stored:
         note = _read_note(path)
+        name = self.name_of(path)
         return Stored(
-            name=self.name_of(path),
+            name=name,
             path=path,
             header=header,
             digest=note.get("digest") if note.get("size") == header.size else None,
             licence=note.get("licence") or header.metadata.get("general.license"),
             modified_at=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc),
+            advised=self.known[name].advised if name in self.known else {},
         )
 
     def _not_found(self, name: str) -> ModelNotFound:
-        names = {self.name_of(path) for path in self._files()} | set(KNOWN)
+        names = {self.name_of(path) for path in self._files()} | set(self.known)
         close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
         if _is_path(name) and not name.startswith(HUB):
             hint = "Check the path."
         elif close and close[0] != name.lower():
             hint = f"Did you mean `{close[0]}`?"
-        elif name.lower() in KNOWN or name.startswith(HUB):
+        elif name.lower() in self.known or name.startswith(HUB):
             hint = f"Pull it: `graftage models pull {name}`."
         else:
             hint = f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or `{DEFAULT_MODEL}`."
@@ -251,14 +255,15 @@ class Store:
     def _source(self, name: str) -> tuple[Source, Path]:
         """Where a model comes from, and the file it becomes."""
         path = self.path_of(name)
-        if name.lower() in KNOWN:
-            return KNOWN[name.lower()], path
+        if name.lower() in self.known:
+            return self.known[name.lower()], path
         if name.startswith(HUB):
             org, repo, *file = name.removeprefix(HUB).split("/")
             return HubSource(f"{org}/{repo}", "/".join(file)), path
         if path.is_file():
             inside = path if path.is_relative_to(self.folder) else self.folder / f"{path.stem}{SUFFIX}"
-            return FileSource(path), inside
+            known = next((source for name, source in self.known.items() if inside == self.path_of(name)), None)
+            return FileSource(path, known.digest if known else None), inside
         raise self._not_found(name)
 
     def _is_there(self, path: Path, source: Source) -> bool:

@@ -243,7 +243,7 @@ class EngineClient:
     """Sends jobs, and reads their answers."""
 
     def __init__(self, transport: Transport | None) -> None:
-        guard = Guard(transport.sync_transport(_ToEngine) if transport else _ToEngine())
+        guard = Guard(transport.sync_transport(_ToEngine) if transport is not None else _ToEngine())
         self._http = httpx.Client(base_url=PLACE, transport=guard, trust_env=False, timeout=None)  # noqa: S113 - the guard keeps the time
 
     def ask(self, job: Job) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class AsyncEngineClient:
     """The same for asyncio."""
 
     def __init__(self, transport: Transport | None) -> None:
-        guard = AsyncGuard(transport.async_transport(_AsyncToEngine) if transport else _AsyncToEngine())
+        guard = AsyncGuard(transport.async_transport(_AsyncToEngine) if transport is not None else _AsyncToEngine())
         self._http = httpx.AsyncClient(base_url=PLACE, transport=guard, trust_env=False, timeout=None)  # noqa: S113 - the guard keeps the time
 
     async def ask(self, job: Job) -> dict[str, Any]:

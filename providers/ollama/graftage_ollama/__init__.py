@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from pydantic import Field, SecretStr
+from pydantic import ByteSize, Field, SecretStr
 
 from graftage.hookspecs import hookimpl
 from graftage.settings import Settings
@@ -23,6 +24,14 @@ class OllamaSettings(Settings):
 
     host: str | None = Field(default=None, description="Address of the server; 127.0.0.1:11434 where none is given")
     api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token over https or to loopback only")
+    merge_adapters: bool | ByteSize = Field(
+        default=False,
+        description="Whether an adapter may be merged into a copy of its base where the server takes none: true, or "
+        "the largest base to do it with (`2GB`). It costs minutes, and as much disk as the base",
+    )
+    adapter_base_file: Path | None = Field(
+        default=None, description="The base model's GGUF file for merging, where the server's own cannot be read"
+    )
 
 
 @hookimpl
@@ -36,4 +45,4 @@ def connect(request: ConnectRequest) -> object:
     """A connection; the `ollama` package and httpx are imported only now."""
     from graftage_ollama._connection import OllamaConnection  # noqa: PLC0415 - listing providers must stay cheap
 
-    return OllamaConnection(request.name, request.settings)
+    return OllamaConnection(request.name, cast("OllamaSettings", request.settings))

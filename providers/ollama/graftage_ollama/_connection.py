@@ -1,39 +1,35 @@
-"""One connection to a server: every hook of the contract but adapters, sync and async.
+"""One connection to a server: every hook of the contract, sync and async.
 
-What the official package does without loss goes through its clients (embed, ps, pull); the rest goes through an httpx
-client beside it. Both stand on one guarded transport, which bounds and types every answer.
+The official package reads the answers, and pulls. Its client loses some of what can be asked and takes an error under
+status 200 for an answer, so the rest is asked through an httpx client beside it. Both stand on one guarded transport,
+which bounds and types every answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import httpx
-import ollama
+import anyio.to_thread
 
 from graftage import retry
-from graftage.exceptions import (
-    ConnectionFailed,
-    GraftageError,
-    ModelNotFound,
-    ProtocolError,
-    ProviderError,
-    StreamInterrupted,
-)
+from graftage.exceptions import ConnectionFailed, GraftageError, ModelNotFound, ProtocolError, ProviderError
 from graftage.hookspecs import hookimpl
-from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, current, exchange, is_loopback
+from graftage.http import Exchange, exchange
 from graftage.types import Call, Capabilities, Chunk, Health, ModelInfo, PullProgress, Timeouts
 from graftage_ollama import _convert
+from graftage_ollama._adapters import Adapters, Wire, drive
+from graftage_ollama._clients import AsyncClients, AsyncLines, Clients, Lines, checked_line, request_headers, typed
 from graftage_ollama._errors import refusal
 from graftage_ollama._host import parse_host
 
 if TYPE_CHECKING:
-    from graftage.settings import Settings
     from graftage.types import (
         ChatRequest,
         CloseRequest,
@@ -41,11 +37,16 @@ if TYPE_CHECKING:
         EmbedRequest,
         GenerateRequest,
         HealthRequest,
+        LoadAdapterRequest,
+        LoadedAdapter,
         LoadedModel,
         LoadModelRequest,
         ModelRequest,
         ModelsRequest,
+        PruneAdaptersRequest,
+        UnloadAdapterRequest,
     )
+    from graftage_ollama import OllamaSettings
 
 __all__ = ["OllamaConnection"]
 
@@ -67,27 +68,29 @@ FEATURES: Final = frozenset(
         "pull_model",
         "load_model",
         "unload_model",
+        "load_adapter",
+        "unload_adapter",
+        "prune_adapters",
     }
 )
-SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"})
 SUGGESTION_TIMEOUTS: Final = Timeouts(connect=1.0, first_token=2.0, idle=2.0, total=3.0)
 """Close names are a courtesy: they must not hold the error up."""
-DRAIN: Final = 0.2
-"""Seconds to wait for the end of a body after its last line; then the connection is not used again."""
 
 
 class OllamaConnection:
     """The hooks, on clients that open nothing until the first request."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: OllamaSettings) -> None:
         self.name = name
         self._url = parse_host(settings.host)
         self.address = str(self._url).rstrip("/")
         self._transport = settings.transport
-        self._headers = _headers(settings, self._url)
-        self._closed = False
-        self._sync: _Clients | None = None
-        self._async: _AsyncClients | None = None
+        self._headers = request_headers(settings, self._url)
+        self._merge = settings.merge_adapters
+        self._base_file = settings.adapter_base_file
+        self._lock = threading.Lock()
+        self._sync: Clients | None = None
+        self._async: AsyncClients | None = None
 
     # --- Chat and generate -------------------------------------------------------------------------------------------
 
@@ -118,8 +121,8 @@ class OllamaConnection:
             with self._clients().http.stream("POST", f"/api/{operation}", json=body) as response:
                 yield from response.iter_raw()
 
-        def opened() -> tuple[_Lines[bytes], bytes]:
-            lines = _Lines(self._exchange(call, operation, body["model"], lines=True), start())
+        def opened() -> tuple[Lines[bytes], bytes]:
+            lines = Lines(self._exchange(call, operation, body["model"], lines=True), start())
             return lines, lines.first()
 
         lines, line = self._suggesting(lambda: retry.call(opened, call), call)
@@ -144,8 +147,8 @@ class OllamaConnection:
                 async for line in response.aiter_raw():
                     yield line
 
-        async def opened() -> tuple[_AsyncLines[bytes], bytes]:
-            lines = _AsyncLines(self._exchange(call, operation, body["model"], lines=True), start())
+        async def opened() -> tuple[AsyncLines[bytes], bytes]:
+            lines = AsyncLines(self._exchange(call, operation, body["model"], lines=True), start())
             return lines, await lines.first()
 
         lines, line = await self._asuggesting(lambda: retry.acall(opened, call), call)
@@ -166,22 +169,22 @@ class OllamaConnection:
 
     @hookimpl
     def embed(self, request: EmbedRequest) -> Embeddings:
-        arguments = _embed_arguments(request)
+        body = _convert.embed_body(request)
         return self._ask(
             request.call,
             "embed",
-            lambda each: each.ollama.embed(**arguments),
+            lambda each: each.json("POST", "/api/embed", body),
             lambda answer: _convert.embeddings(answer, request.dimensions),
             request.model,
         )
 
     @hookimpl
     async def aembed(self, request: EmbedRequest) -> Embeddings:
-        arguments = _embed_arguments(request)
+        body = _convert.embed_body(request)
         return await self._aask(
             request.call,
             "embed",
-            lambda each: each.ollama.embed(**arguments),
+            lambda each: each.json("POST", "/api/embed", body),
             lambda answer: _convert.embeddings(answer, request.dimensions),
             request.model,
         )
@@ -196,11 +199,15 @@ class OllamaConnection:
 
     @hookimpl
     def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
-        return self._ask(request.call, "loaded_models", lambda each: each.ollama.ps(), _convert.loaded_models)
+        return self._ask(
+            request.call, "loaded_models", lambda each: each.json("GET", "/api/ps"), _convert.loaded_models
+        )
 
     @hookimpl
     async def aloaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
-        return await self._aask(request.call, "loaded_models", lambda each: each.ollama.ps(), _convert.loaded_models)
+        return await self._aask(
+            request.call, "loaded_models", lambda each: each.json("GET", "/api/ps"), _convert.loaded_models
+        )
 
     @hookimpl
     def show_model(self, request: ModelRequest) -> ModelInfo:
@@ -247,31 +254,47 @@ class OllamaConnection:
         self,
         call: Call,
         operation: str,
-        ask: Callable[[_Clients], Any],
+        ask: Callable[[Clients], Any],
         read: Callable[[Any], T],
         model: str | None = None,
+    ) -> T:
+        """Ask and read the answer; where a model is missing, the names that are there are added to the error."""
+        return self._suggesting(lambda: self._plainly(call, operation, ask, read, model), call)
+
+    def _plainly(
+        self, call: Call, operation: str, ask: Callable[[Clients], Any], read: Callable[[Any], T], model: str | None
     ) -> T:
         """Ask and read the answer; neither lets a foreign error out."""
 
         def once() -> T:
-            with exchange(self._exchange(call, operation, model)), _typed():
+            with exchange(self._exchange(call, operation, model)), typed():
                 return read(ask(self._clients()))
 
-        return self._suggesting(lambda: retry.call(once, call), call)
+        return retry.call(once, call)
 
     async def _aask(
         self,
         call: Call,
         operation: str,
-        ask: Callable[[_AsyncClients], Awaitable[Any]],
+        ask: Callable[[AsyncClients], Awaitable[Any]],
         read: Callable[[Any], T],
         model: str | None = None,
     ) -> T:
+        return await self._asuggesting(lambda: self._aplainly(call, operation, ask, read, model), call)
+
+    async def _aplainly(
+        self,
+        call: Call,
+        operation: str,
+        ask: Callable[[AsyncClients], Awaitable[Any]],
+        read: Callable[[Any], T],
+        model: str | None,
+    ) -> T:
         async def once() -> T:
-            with exchange(self._exchange(call, operation, model)), _typed():
+            with exchange(self._exchange(call, operation, model)), typed():
                 return read(await ask(self._aclients()))
 
-        return await self._asuggesting(lambda: retry.acall(once, call), call)
+        return await retry.acall(once, call)
 
     def _json(self, call: Call, operation: str, path: str, body: Mapping[str, Any]) -> Any:
         return self._ask(call, operation, lambda each: each.json("POST", path, body), _same, body["model"])
@@ -283,9 +306,9 @@ class OllamaConnection:
 
     @hookimpl
     def pull_model(self, request: ModelRequest) -> Iterator[PullProgress]:
-        def opened() -> tuple[_Lines[Any], Any]:
+        def opened() -> tuple[Lines[Any], Any]:
             of = self._exchange(_patient(request.call), "pull_model", request.model, lines=True)
-            lines: _Lines[Any] = _Lines(of, iter(self._clients().ollama.pull(request.model, stream=True)))
+            lines: Lines[Any] = Lines(of, iter(self._clients().ollama.pull(request.model, stream=True)))
             return lines, lines.first()
 
         lines, part = retry.call(opened, request.call)
@@ -302,10 +325,10 @@ class OllamaConnection:
 
     @hookimpl
     async def apull_model(self, request: ModelRequest) -> AsyncIterator[PullProgress]:
-        async def opened() -> tuple[_AsyncLines[Any], Any]:
+        async def opened() -> tuple[AsyncLines[Any], Any]:
             of = self._exchange(_patient(request.call), "pull_model", request.model, lines=True)
             parts = await self._aclients().ollama.pull(request.model, stream=True)
-            lines: _AsyncLines[Any] = _AsyncLines(of, aiter(parts))
+            lines: AsyncLines[Any] = AsyncLines(of, aiter(parts))
             return lines, await lines.first()
 
         lines, part = await retry.acall(opened, request.call)
@@ -320,6 +343,35 @@ class OllamaConnection:
         finally:
             await lines.close()
 
+    # --- Adapters ----------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
+        return self._suggesting(lambda: drive(self._adapters(_Wire(self)).load(request)), request.call)
+
+    @hookimpl
+    async def aload_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
+        return await self._asuggesting(lambda: self._adapters(_AsyncWire(self)).load(request), request.call)
+
+    @hookimpl
+    def unload_adapter(self, request: UnloadAdapterRequest) -> None:
+        drive(self._adapters(_Wire(self)).unload(request))
+
+    @hookimpl
+    async def aunload_adapter(self, request: UnloadAdapterRequest) -> None:
+        await self._adapters(_AsyncWire(self)).unload(request)
+
+    @hookimpl
+    def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        return drive(self._adapters(_Wire(self)).prune(request))
+
+    @hookimpl
+    async def aprune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        return await self._adapters(_AsyncWire(self)).prune(request)
+
+    def _adapters(self, wire: Wire) -> Adapters:
+        return Adapters(wire, self.address, merge=self._merge, base_file=self._base_file)
+
     # --- Health ------------------------------------------------------------------------------------------------------
 
     @hookimpl
@@ -332,7 +384,7 @@ class OllamaConnection:
                 # Asked without `verbose`: the vocabulary is not needed to know that it is there.
                 look.present(self._json(call, "health", "/api/show", {"model": request.model}))
             if look.wants("model_loaded"):
-                self._ask(call, "health", lambda each: each.ollama.ps(), look.loaded)
+                self._ask(call, "health", lambda each: each.json("GET", "/api/ps"), look.loaded)
             if look.wants("answers"):
                 look.answered(self._json(call, "health", "/api/generate", _one_token(request.model)))
         except ProviderError as error:
@@ -348,7 +400,7 @@ class OllamaConnection:
             if look.wants("model_present"):
                 look.present(await self._ajson(call, "health", "/api/show", {"model": request.model}))
             if look.wants("model_loaded"):
-                await self._aask(call, "health", lambda each: each.ollama.ps(), look.loaded)
+                await self._aask(call, "health", lambda each: each.json("GET", "/api/ps"), look.loaded)
             if look.wants("answers"):
                 look.answered(await self._ajson(call, "health", "/api/generate", _one_token(request.model)))
         except ProviderError as error:
@@ -363,7 +415,6 @@ class OllamaConnection:
 
     @hookimpl
     def close(self, request: CloseRequest) -> None:  # noqa: ARG002 - nothing in it yet
-        self._closed = True
         if self._sync is not None:
             self._sync.close()
 
@@ -375,22 +426,24 @@ class OllamaConnection:
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
-    def _clients(self) -> _Clients:
-        if self._sync is None:
-            self._sync = _Clients(self._url, self._transport, self._headers)
-        return self._sync
+    def _clients(self) -> Clients:
+        with self._lock:  # Two threads would build two pools, and one of them would never be closed.
+            if self._sync is None:
+                self._sync = Clients(self._url, self._transport, self._headers)
+            return self._sync
 
-    def _aclients(self) -> _AsyncClients:
-        if self._async is None:
-            self._async = _AsyncClients(self._url, self._transport, self._headers)
-        return self._async
+    def _aclients(self) -> AsyncClients:
+        with self._lock:
+            if self._async is None:
+                self._async = AsyncClients(self._url, self._transport, self._headers)
+            return self._async
 
     def _exchange(self, call: Call, operation: str, model: str | None, *, lines: bool = False) -> Exchange:
         def refuse(status: int, headers: Mapping[str, str], body: bytes) -> ProviderError:
             return refusal(status, headers, body, model=model, operation=operation)
 
         def read(line: bytes, whole: bool) -> bytes:
-            return _checked_line(line, whole, refuse)
+            return checked_line(line, whole, refuse)
 
         return Exchange(call=call, refuse=refuse, line=read, lines=lines)
 
@@ -420,183 +473,65 @@ class OllamaConnection:
             raise
 
 
-# --- Clients ---------------------------------------------------------------------------------------------------------
+# --- Wires: the server as the adapters' module asks it ---------------------------------------------------------------
 
 
-class _Clients:
-    """The official client, and an httpx client beside it, on one transport."""
+class _Wire:
+    """Blocks; its coroutines never suspend."""
 
-    def __init__(self, url: httpx.URL, transport: Any, headers: Mapping[str, str | None]) -> None:
-        def build() -> httpx.BaseTransport:
-            return Network(url)
+    def __init__(self, connection: OllamaConnection) -> None:
+        self._plainly = connection._plainly  # noqa: SLF001 - one module, one thing
 
-        guard = Guard(transport.sync_transport(build) if transport is not None else build(), headers)
-        self.http = httpx.Client(base_url=url, transport=guard, trust_env=False, timeout=None)  # noqa: S113 - the guard keeps the time
-        self.ollama = ollama.Client(host=str(url), transport=guard, trust_env=False, follow_redirects=False)
+    async def ask(
+        self,
+        call: Call,
+        operation: str,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        read: Callable[[dict[str, Any]], Any] = dict,
+    ) -> Any:
+        model = (body or {}).get("model")
+        return self._plainly(call, operation, lambda each: each.json(method, path, body, empty=True), read, model)
 
-    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask for a JSON object."""
-        return _object(self.http.request(method, path, json=body).content)
+    async def upload(self, call: Call, path: str, file: Path) -> None:
+        self._plainly(call, "load_adapter", lambda each: each.upload(path, file), _same, None)
 
-    def close(self) -> None:
-        self.http.close()
-        self.ollama.close()  # type: ignore[no-untyped-call] # the package is only partly typed
-
-
-class _AsyncClients:
-    """The same for asyncio."""
-
-    def __init__(self, url: httpx.URL, transport: Any, headers: Mapping[str, str | None]) -> None:
-        def build() -> httpx.AsyncBaseTransport:
-            return AsyncNetwork(url)
-
-        guard = AsyncGuard(transport.async_transport(build) if transport is not None else build(), headers)
-        self.http = httpx.AsyncClient(base_url=url, transport=guard, trust_env=False, timeout=None)  # noqa: S113 - the guard keeps the time
-        self.ollama = ollama.AsyncClient(host=str(url), transport=guard, trust_env=False, follow_redirects=False)
-
-    async def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask for a JSON object."""
-        return _object((await self.http.request(method, path, json=body)).content)
-
-    async def close(self) -> None:
-        await self.http.aclose()
-        await self.ollama.close()  # type: ignore[no-untyped-call] # the package is only partly typed
+    async def run(self, function: Callable[[], T]) -> T:
+        return function()
 
 
-def _headers(settings: Settings, url: httpx.URL) -> dict[str, str | None]:
-    """The headers of every request. A secret goes over https or to loopback, and nowhere else.
+class _AsyncWire:
+    """Awaits; what blocks runs in worker threads."""
 
-    The official client would send `OLLAMA_API_KEY` to any host, so the header is always set or taken out here.
-    """
-    safe = url.scheme == "https" or is_loopback(url.host)
-    headers: dict[str, str | None] = {"authorization": None}
-    if settings.api_key is not None and safe:
-        headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
-    for name, value in settings.headers.items():
-        if safe or name.lower() not in SECRET_HEADERS:
-            headers[name.lower()] = value.get_secret_value()
-    return headers
+    def __init__(self, connection: OllamaConnection) -> None:
+        self._plainly = connection._aplainly  # noqa: SLF001
 
+    async def ask(
+        self,
+        call: Call,
+        operation: str,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        read: Callable[[dict[str, Any]], Any] = dict,
+    ) -> Any:
+        def ask(each: AsyncClients) -> Awaitable[dict[str, Any]]:
+            return each.json(method, path, body, empty=True)
 
-# --- Streams ---------------------------------------------------------------------------------------------------------
+        return await self._plainly(call, operation, ask, read, (body or {}).get("model"))
 
+    async def upload(self, call: Call, path: str, file: Path) -> None:
+        await self._plainly(call, "load_adapter", lambda each: each.upload(path, file), _same, None)
 
-class _Lines(Iterator[T]):
-    """The parts of a streamed answer, each read inside its exchange."""
-
-    def __init__(self, of: Exchange, parts: Iterator[T]) -> None:
-        self._of = of
-        self._parts = parts
-
-    def __next__(self) -> T:
-        with exchange(self._of), _typed():
-            return next(self._parts)
-
-    def first(self) -> T:
-        """The first part, or an error that says there is none; whatever fails, the connection is given back."""
-        try:
-            part = self.next()
-            if part is None:
-                raise _empty()
-        except BaseException:
-            self.close()
-            raise
-        return part
-
-    def next(self) -> T | None:
-        """The next part; None at the end."""
-        return next(self, None)
-
-    def drain(self) -> None:
-        """Read the end of the body, so that the connection can be used again; whatever is there is not wanted."""
-        self._of.clock.deadline = time.monotonic() + DRAIN
-        with contextlib.suppress(GraftageError):
-            self.next()
-
-    def close(self) -> None:
-        close = getattr(self._parts, "close", None)
-        if close is not None:
-            close()
+    async def run(self, function: Callable[[], T]) -> T:
+        # Cancelled, the caller goes at once and takes the folder away; the thread notices that and ends.
+        return await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
 
 
-class _AsyncLines(AsyncIterator[T]):
-    """The same for asyncio."""
-
-    def __init__(self, of: Exchange, parts: AsyncIterator[T]) -> None:
-        self._of = of
-        self._parts = parts
-
-    async def __anext__(self) -> T:
-        with exchange(self._of), _typed():
-            return await anext(self._parts)
-
-    async def first(self) -> T:
-        try:
-            part = await self.next()
-            if part is None:
-                raise _empty()
-        except BaseException:
-            await self.close()
-            raise
-        return part
-
-    async def next(self) -> T | None:
-        return await anext(self, None)
-
-    async def drain(self) -> None:
-        self._of.clock.deadline = time.monotonic() + DRAIN
-        with contextlib.suppress(GraftageError):
-            await self.next()
-
-    async def close(self) -> None:
-        close = getattr(self._parts, "aclose", None)
-        if close is not None:
-            await close()
-
-
-def _empty() -> StreamInterrupted:
-    return StreamInterrupted("The server sent an empty answer.", retryable=True, hint="Ask again.")
-
-
-def _checked_line(line: bytes, whole: bool, refuse: Callable[[int, Mapping[str, str], bytes], ProviderError]) -> bytes:
-    """A line of a stream: an object, and not an error."""
-    if not line.lstrip().startswith(b"{"):
-        raise ProtocolError(
-            "The stream holds a line that is no JSON object.", hint="Is it another service? Check `host`."
-        )
-    if not whole and not _is_json(line):
-        raise StreamInterrupted("The stream ended in the middle of a line.", retryable=True, hint="Ask again.")
-    if b'"error"' in line:
-        found = _parsed(line)
-        if isinstance(found, dict) and "error" in found:
-            raise refuse(200, {}, line)
-        if found is None and line.rstrip().endswith(b'"}'):
-            # Some paths of the server write the error right after an unfinished object.
-            raise refuse(200, {}, line[line.rindex(b"{") :])
-    return line
-
-
-def _parsed(data: bytes) -> Any:
-    import json  # noqa: PLC0415 - httpx has imported it
-
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_json(data: bytes) -> bool:
-    return _parsed(data) is not None
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    found = _parsed(data)
-    if not isinstance(found, dict):
-        raise ProtocolError("The answer is no JSON object.", hint="Is it another service? Check `host`.")
-    if "error" in found:
-        # Some proxies, and old servers once they had begun, say 200 to that too.
-        raise current().refuse(200, {}, data)
-    return found
+# --- Bodies and readings ---------------------------------------------------------------------------------------------
 
 
 def _same(answer: T) -> T:
@@ -604,45 +539,13 @@ def _same(answer: T) -> T:
 
 
 def _converted(convert: Callable[[bytes], Chunk], line: bytes) -> Chunk:
-    with _typed():
-        return convert(line)
-
-
-class _typed:  # noqa: N801 - reads as a word in a `with`
-    """Lets no foreign error out: what the transport has not typed is an answer that cannot be read."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (GraftageError, StopIteration, StopAsyncIteration)):
-            raise _foreign(error) from error
-
-
-def _foreign(error: Exception) -> ProviderError:
-    if isinstance(error, httpx.InvalidURL):
-        return ConnectionFailed(f"The address cannot be used: {error}.", retryable=False, hint="Check `host`.")
-    return ProtocolError(
-        f"The answer is not what Ollama's API promises ({type(error).__name__}).",
-        hint="Is it another service, or a proxy's page? Check `host`.",
-        details={"reason": f"{type(error).__name__}: {error}"[:500]},
-    )
-
-
-# --- Bodies and readings ---------------------------------------------------------------------------------------------
-
-
-def _embed_arguments(request: EmbedRequest) -> dict[str, Any]:
-    return {
-        "model": request.model,
-        "input": list(request.inputs),
-        "truncate": request.truncate,
-        "dimensions": request.dimensions,
-        "options": _convert.server_options(request.options, request.context_window) or None,
-        "keep_alive": _convert.keep_alive(request.keep_alive),
-    }
+    with typed():
+        try:
+            return convert(line)
+        except ValueError:
+            if (mended := _convert.without_lone_surrogates(line)) == line:
+                raise
+            return convert(mended)
 
 
 def _residency(model: str, keep_alive: float | None, context_window: int | None) -> dict[str, Any]:
@@ -702,9 +605,9 @@ class _Look:
     def present(self, _answer: Mapping[str, Any]) -> None:
         self.found["model_present"] = True
 
-    def loaded(self, answer: Any) -> None:
+    def loaded(self, answer: Mapping[str, Any]) -> None:
         wanted = _convert.canonical(self._request.model or "")
-        names = {_convert.canonical(found.model or found.name or "") for found in answer.models}
+        names = {_convert.canonical(found.name) for found in _convert.loaded_models(answer)}
         self.found["model_loaded"] = wanted in names
 
     def answered(self, _answer: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +22,7 @@ from graftage.types import (
     ChatRequest,
     Chunk,
     Embeddings,
+    EmbedRequest,
     FinishReason,
     GenerateRequest,
     Image,
@@ -40,6 +42,8 @@ __all__ = [
     "ChatReader",
     "canonical",
     "chat_body",
+    "digests",
+    "embed_body",
     "embeddings",
     "generate_body",
     "generate_chunk",
@@ -47,8 +51,10 @@ __all__ = [
     "listed_models",
     "loaded_models",
     "model_info",
+    "parameters",
     "progress",
     "server_options",
+    "without_lone_surrogates",
 ]
 
 SERVER_OPTIONS: Final = frozenset(
@@ -162,6 +168,19 @@ def generate_body(request: GenerateRequest) -> dict[str, Any]:
     return body
 
 
+def embed_body(request: EmbedRequest) -> dict[str, Any]:
+    """The JSON of an embed request."""
+    body: dict[str, Any] = {
+        "model": request.model,
+        "input": list(request.inputs),
+        "truncate": request.truncate,
+        "dimensions": request.dimensions,
+        "options": server_options(request.options, request.context_window) or None,
+        "keep_alive": keep_alive(request.keep_alive),
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
 def _message(message: Message) -> dict[str, Any]:
     out: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.thinking:
@@ -206,8 +225,8 @@ class ChatReader:
         part = ollama.ChatResponse.model_validate_json(line)
         message = part.message
         calls = self._tool_calls(line) if message.tool_calls else ()
-        text = clean(message.content)
-        thinking = clean(message.thinking)
+        text = message.content or ""
+        thinking = message.thinking or ""
         if part.done:
             last = _last(part, line, self._request, text=text, thinking=thinking, tool_calls=calls)
             # Ollama says `stop` after tool calls too; its own word stays in `raw`.
@@ -234,10 +253,10 @@ class ChatReader:
 def generate_chunk(line: bytes, request: GenerateRequest) -> Chunk:
     """A line of a generate."""
     part = ollama.GenerateResponse.model_validate_json(line)
-    text = clean(part.response)
+    text = part.response or ""
     if not part.done:
-        return Chunk(text=text, thinking=clean(part.thinking), logprobs=_logprobs(part))
-    return _last(part, line, request, text=text, thinking=clean(part.thinking))
+        return Chunk(text=text, thinking=part.thinking or "", logprobs=_logprobs(part))
+    return _last(part, line, request, text=text, thinking=part.thinking or "")
 
 
 def _last(
@@ -276,18 +295,23 @@ def _cut_warning(request: ChatRequest | GenerateRequest, usage: Usage) -> tuple[
         characters = len(request.prompt)
     if (window and read >= window) or characters > read * CHARACTERS_PER_TOKEN + SLACK_CHARACTERS:
         size = f" of {window} tokens" if window else ""
-        return (
+        warning = (
             f"The prompt was probably cut to fit the context window{size}: the server read {read} tokens of "
-            f"{characters} characters. Raise `context_window`, or send less.",
+            f"{characters} characters. Raise `context_window`, or send less."
         )
+        return (warning,)
     return ()
 
 
-def clean(text: str | None) -> str:
-    """Text that can be encoded: a lone surrogate, which JSON can carry, would break whoever writes it out."""
-    if not text or text.isascii():
-        return text or ""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+_ESCAPE: Final = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
+"""An escape in JSON; the group is half of a pair whose other half is missing."""
+
+
+def without_lone_surrogates(line: bytes) -> bytes:
+    """JSON with the replacement character for each half of a pair that stands alone: no text can hold one."""
+    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], line)
 
 
 def _logprobs(part: ollama.ChatResponse | ollama.GenerateResponse) -> tuple[Logprob, ...]:
@@ -305,8 +329,9 @@ def _seconds(nanoseconds: int | None) -> float | None:
     return None if nanoseconds is None else nanoseconds / 1e9
 
 
-def embeddings(answer: ollama.EmbedResponse, dimensions: int | None) -> Embeddings:
+def embeddings(given: Mapping[str, Any], dimensions: int | None) -> Embeddings:
     """The vectors of an answer."""
+    answer = ollama.EmbedResponse.model_validate(given)
     length = len(answer.embeddings[0]) if answer.embeddings else dimensions
     ignored = f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it."
     return Embeddings(
@@ -323,9 +348,9 @@ def progress(part: ollama.ProgressResponse) -> PullProgress:
     return PullProgress(status=part.status or "", digest=part.digest, total=part.total, completed=part.completed)
 
 
-def loaded_models(answer: ollama.ProcessResponse) -> tuple[LoadedModel, ...]:
+def loaded_models(answer: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
     """The models in memory."""
-    return tuple(_loaded_model(found) for found in answer.models)
+    return tuple(_loaded_model(found) for found in ollama.ProcessResponse.model_validate(answer).models)
 
 
 def _loaded_model(found: ollama.ProcessResponse.Model) -> LoadedModel:
@@ -350,7 +375,7 @@ def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
     model = ollama.ListResponse.Model.model_validate(found)
     details = found.get("details") or {}
     return ModelInfo(
-        name=model.model or "",
+        name=model.model or str(found.get("name") or ""),  # The oldest servers have only the one, proxies the other.
         digest=model.digest,
         size=model.size,
         modified_at=model.modified_at,
@@ -367,7 +392,7 @@ def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
 
 def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
     """What `/api/show` says of a model when it is asked verbosely."""
-    details = answer.get("details") or {}
+    details = answer["details"] or {}  # Each version of the server sends them: without, it is another service.
     metadata = answer.get("model_info") or {}
     architecture = metadata.get("general.architecture")
     modelfile = answer.get("modelfile") or ""
@@ -381,7 +406,7 @@ def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
         context_window=metadata.get(f"{architecture}.context_length"),
         features=_features(answer.get("capabilities")),
         parent=details.get("parent_model") or None,
-        adapters=_digests(modelfile, "ADAPTER"),
+        adapters=digests(modelfile, "ADAPTER"),
         template=answer.get("template") or None,
         system=answer.get("system") or None,
         licence=answer.get("license") or None,
@@ -417,8 +442,26 @@ def _lines(modelfile: str, word: str) -> Iterator[str]:
             yield rest.strip()
 
 
-def _digests(modelfile: str, word: str) -> tuple[str, ...]:
+def digests(modelfile: str, word: str) -> tuple[str, ...]:
+    """The digests of the blobs that a Modelfile names after a word: `FROM` or `ADAPTER`."""
     return tuple(f"sha256:{path.rpartition('sha256-')[2]}" for path in _lines(modelfile, word) if "sha256-" in path)
+
+
+def parameters(text: str) -> dict[str, Any]:
+    """What `/api/show` writes as `name value` lines, in the form that `/api/create` takes."""
+    found: dict[str, list[Any]] = {}
+    for line in text.splitlines():
+        name, _, value = line.strip().partition(" ")
+        if value.strip():
+            found.setdefault(name, []).append(_value(value.strip()))
+    return {name: each if name == "stop" or len(each) > 1 else each[0] for name, each in found.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip('"')
 
 
 def _file(modelfile: str) -> Path | None:

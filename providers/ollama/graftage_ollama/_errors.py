@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -70,8 +71,14 @@ REJECTED = (
     "invalid think value",
     "raw mode does not support",
 )
-STATUS_GATEWAY = (502, 521, 522, 523)
-STATUS_TIMEOUT = (408, 425, 504)
+STOPPED = (
+    "model runner has unexpectedly stopped",
+    "error was encountered while running the model",
+    "error reading llama-server",
+)
+OK = 200
+REFUSED = 400
+SERVER_FAULT = 500
 
 
 def refusal(
@@ -79,15 +86,25 @@ def refusal(
 ) -> ProviderError:
     """The typed error for an answer that refuses: a status from 400 on, or an error line under status 200."""
     words, facts, known = _read(body)
-    error = _by_words(words, status, facts, model, operation) if known else None
-    error = error or _by_status(status, headers, words, known)
+    if status == OK:
+        status = _inner_status(facts)
+    text = _full(_said(words)) if known and words else f"The status is {status}."
+    it = _Said(f"`{model}`" if model else "the model", text, _retry_after(headers))
+    error = _by_words(words, it, status, operation) if known else None
+    error = error or _by_status(it, status, known=known)
     # A line inside a stream has no status of its own: 200 would be a lie.
-    error.status = status if status >= 400 else None  # noqa: PLR2004 - where errors begin
+    error.status = None if status == OK else status
     error.model = model
     error.operation = operation
     error.details.setdefault("server_message", words[:MAX_WORDS])
     error.details.update(facts)
     return error
+
+
+def _inner_status(facts: Mapping[str, Any]) -> int:
+    """The status that some error lines carry in themselves."""
+    found: int = facts.get("status", OK)
+    return found if REFUSED <= found < 600 else OK  # noqa: PLR2004 - where statuses end
 
 
 def _read(body: bytes) -> tuple[str, dict[str, Any], bool]:
@@ -107,9 +124,7 @@ def _read(body: bytes) -> tuple[str, dict[str, Any], bool]:
                 break
         if not isinstance(value, Mapping):
             break
-        for key in ("n_prompt_tokens", "n_ctx", "code", "type"):
-            if isinstance(value.get(key), (str, int)):
-                facts[key] = value[key]
+        facts.update(_figures(value))
         inner = value.get("error", value.get("message"))
         if inner is None:
             break
@@ -117,138 +132,215 @@ def _read(body: bytes) -> tuple[str, dict[str, Any], bool]:
     return (value if isinstance(value, str) else text)[: 4 * MAX_WORDS], facts, known
 
 
-def _by_words(
-    words: str, status: int, facts: Mapping[str, Any], model: str | None, operation: str
-) -> ProviderError | None:
+def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What stands beside an error and is worth keeping."""
+    for key in ("n_prompt_tokens", "n_ctx", "code", "type"):
+        if isinstance(value.get(key), (str, int)):
+            yield key, value[key]
+    for key in ("status", "StatusCode"):  # Elsewhere `status` is a word.
+        if isinstance(value.get(key), int):
+            yield "status", value[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the server said, for a message."""
+
+    name: str
+    """The model, as it stands in a sentence."""
+    text: str
+    """The words as a sentence, or the status where there are none."""
+    retry_after: float | None = None
+
+
+Make = Callable[[_Said], ProviderError]
+
+
+def _load_failed(sentence: str, reason: Any, hint: str) -> Make:
+    return lambda it: ModelLoadFailed(f"{sentence.format(it.name)} {it.text}", reason=reason, hint=hint)
+
+
+def _rejected(it: _Said) -> ProviderError:
+    return RequestRejected(it.text, hint="Mend the request.")
+
+
+def _unsupported(it: _Said) -> ProviderError:
+    return CapabilityUnsupported(it.text, hint="`graftage models show` tells what a model can do.")
+
+
+def _unauthorized(it: _Said) -> ProviderError:
+    return AuthenticationFailed(
+        f"The server wants a sign-in. {it.text}",
+        hint="Set `api_key` (sent only over https or to loopback), or sign in with `ollama signin`.",
+    )
+
+
+def _overloaded(it: _Said) -> ProviderError:
+    return Overloaded(
+        f"The server is busy. {it.text}",
+        retry_after=it.retry_after,
+        hint="Ask again later, or send less at one time.",
+    )
+
+
+def _not_found(it: _Said) -> ProviderError:
+    name = it.name.strip("`") if it.name.startswith("`") else "NAME"
+    return ModelNotFound(f"The server does not have {it.name}.", hint=f"Pull it: `graftage models pull {name}`.")
+
+
+def _stopped(it: _Said) -> ProviderError:
+    return InferenceFailed(
+        f"The runner stopped while {it.name} was answering. {it.text}",
+        retryable=True,
+        hint="Ask again: the server starts a new runner.",
+    )
+
+
+def _canceled(it: _Said) -> ProviderError:
+    return InferenceFailed(it.text, retryable=True, hint="Another party ended the request: ask again.")
+
+
+def _gateway(it: _Said) -> ProviderError:
+    return ConnectionFailed(
+        f"A proxy on the way could not reach the server. {it.text}",
+        hint="Is the server running?",
+        details={"cause": "gateway"},
+    )
+
+
+def _gave_up(*, retryable: bool) -> Make:
+    return lambda it: ProviderTimeout(
+        f"A proxy or the server gave up waiting. {it.text}",
+        phase="first_token",
+        retryable=retryable,
+        hint="Raise the proxy's limit.",
+    )
+
+
+RULES: Final[tuple[tuple[tuple[str, ...], Make], ...]] = (
+    (("server busy",), _overloaded),
+    (
+        MEMORY,
+        _load_failed(
+            "There is not enough memory for {}.",
+            "memory",
+            "Use a smaller model, a smaller `context_window`, or unload others.",
+        ),
+    ),
+    (
+        OVERFLOW,
+        lambda it: ContextOverflow(
+            f"The prompt does not fit into the context window. {it.text}", hint="Send less, or raise `context_window`."
+        ),
+    ),
+    (REJECTED, _rejected),
+    (UNSUPPORTED, _unsupported),
+    (
+        ("timed out waiting for llama",),
+        _load_failed(
+            "The server did not load {} in time.",
+            "timeout",
+            "Is the disk slow, or the model too large? OLLAMA_LOAD_TIMEOUT sets the server's limit.",
+        ),
+    ),
+    (
+        INCOMPATIBLE,
+        _load_failed(
+            "This server cannot run {}.", "incompatible", "Update Ollama, or check the adapter inside the model."
+        ),
+    ),
+    (
+        ("process has terminated", "process no longer running"),
+        _load_failed(
+            "The runner of {} ended.",
+            "crashed",
+            "If it goes on, look into the server's log: an adapter may not fit, or memory be short.",
+        ),
+    ),
+    (STOPPED, _stopped),
+    (("context canceled", "request canceled"), _canceled),
+    (
+        ("nan or inf",),
+        lambda it: InferenceFailed(it.text, hint="The model's weights or the input are broken."),
+    ),
+)
+"""The first rule of which one phrase is among the server's words, in lower case, decides."""
+STATUSES: Final[Mapping[int, Make]] = {
+    401: _unauthorized,
+    403: lambda it: AuthenticationFailed(
+        f"The server forbids this. {it.text}",
+        hint="Where it says no more, it does not know the host name or origin: use an address that it knows, or set "
+        "OLLAMA_HOST and OLLAMA_ORIGINS for the server.",
+    ),
+    408: _gave_up(retryable=True),
+    425: _gave_up(retryable=True),
+    429: _overloaded,
+    502: _gateway,
+    503: _overloaded,
+    504: _gave_up(retryable=False),  # Behind a gateway the server may still be at work.
+    521: _gateway,
+    522: _gateway,
+    523: _gateway,
+}
+"""What a status means whoever gives it: the server, or a proxy before it."""
+OWN_STATUSES: Final[Mapping[int, Make]] = {
+    404: lambda it: ModelNotFound(f"The server does not have it. {it.text}", hint="Check the name."),
+    499: lambda it: InferenceFailed(
+        f"The request was ended by another party. {it.text}", retryable=True, hint="Ask again."
+    ),
+    501: lambda it: CapabilityUnsupported(it.text, hint="Another model or server may."),
+}
+"""What a status means beside an error in Ollama's form."""
+
+
+def _by_words(words: str, it: _Said, status: int, operation: str) -> ProviderError | None:
     lower = words.lower()
-
-    def has(*phrases: str) -> bool:
-        return any(phrase in lower for phrase in phrases)
-
-    name = f"`{model}`" if model else "the model"
-    said = f"Ollama says: {words[:MAX_WORDS]}"
-    if operation == "pull_model" and (found := _pull_failure(lower, name, said)):
+    if operation == "pull_model" and (found := _pull_failure(lower, it)):
         return found
-    if has("server busy"):
-        return Overloaded("The server's queue is full.", hint="Ask again later, or send less at one time.")
-    if has(*MEMORY):
-        return ModelLoadFailed(
-            f"There is not enough memory for {name}. {_full(said)}",
-            reason="memory",
-            hint="Use a smaller model, a smaller `context_window`, or unload others.",
-        )
-    if has(*OVERFLOW):
-        return ContextOverflow(
-            f"The prompt does not fit into the context window. {_full(said)}",
-            hint="Send less, or raise `context_window`.",
-        )
-    if has(*REJECTED):
-        return RequestRejected(_full(said), hint="Mend the request.")
-    if has(*UNSUPPORTED):
-        return CapabilityUnsupported(f"{_full(said)}", hint="`graftage models show` tells what a model can do.")
-    if has("timed out waiting for llama"):
-        return ModelLoadFailed(
-            f"{name[0].upper()}{name[1:]} was not loaded in time. {_full(said)}",
-            reason="timeout",
-            hint="Is the disk slow, or the model too large? OLLAMA_LOAD_TIMEOUT sets the server's limit.",
-        )
-    if has(*INCOMPATIBLE):
-        return ModelLoadFailed(
-            f"This server cannot run {name}. {_full(said)}",
-            reason="incompatible",
-            hint="Update Ollama, or check the adapter inside the model.",
-        )
-    if has("process has terminated"):
-        return ModelLoadFailed(
-            f"The runner of {name} ended. {_full(said)}",
-            reason="crashed",
-            hint="If it goes on, look into the server's log: an adapter may not fit, or memory be short.",
-        )
-    if has(
-        "model runner has unexpectedly stopped",
-        "error was encountered while running the model",
-        "error reading llama-server",
-    ):
-        return InferenceFailed(
-            f"The runner stopped while {name} was answering. {_full(said)}",
-            retryable=True,
-            hint="Ask again: the server starts a new runner.",
-        )
-    if has("context canceled", "request canceled"):
-        return InferenceFailed(_full(said), retryable=True, hint="Another party ended the request: ask again.")
+    for phrases, make in RULES:
+        if any(phrase in lower for phrase in phrases):
+            return make(it)
     if re.search(r"model .*not found|not found, try pulling it", lower):
-        return ModelNotFound(
-            f"The server does not have {name}.", hint=f"Pull it: `graftage models pull {model or 'NAME'}`."
-        )
-    if has("nan or inf"):
-        return InferenceFailed(_full(said), hint="The model's weights or the input are broken.")
-    if status == 200:  # noqa: PLR2004 - an error line that says nothing we know
-        return InferenceFailed(_full(said), hint="The server's log may tell more.")
-    return None
+        return _not_found(it)
+    if status != OK:
+        return None
+    if "unauthorized" in lower:  # Inside a stream there is no status to say so.
+        return _unauthorized(it)
+    return InferenceFailed(it.text, hint="The server's log may tell more.")
 
 
-def _pull_failure(lower: str, name: str, said: str) -> ProviderError | None:
+def _pull_failure(lower: str, it: _Said) -> ProviderError | None:
     if "file does not exist" in lower or "manifest unknown" in lower:
-        return ModelNotFound(f"The registry does not have {name}.", hint="Check the name and its tag.")
+        return ModelNotFound(f"The registry does not have {it.name}.", hint="Check the name and its tag.")
     if "digest mismatch" in lower:
-        return StreamInterrupted(f"A part of {name} came damaged. {_full(said)}", retryable=True, hint="Pull again.")
+        return StreamInterrupted(f"A part of {it.name} came damaged. {it.text}", retryable=True, hint="Pull again.")
     if "no space left" in lower:
-        return InferenceFailed(f"The server's disk is full. {_full(said)}", hint="Free some space, then pull again.")
+        return InferenceFailed(f"The server's disk is full. {it.text}", hint="Free some space, then pull again.")
     if re.search(r"dial tcp|no such host|connection refused|i/o timeout|tls:|max retries exceeded", lower):
         return ConnectionFailed(
-            f"The server could not reach the registry that has {name}. {_full(said)}",
+            f"The server could not reach the registry that has {it.name}. {it.text}",
             retryable=False,
             hint="Check the server's network and proxy, then pull again: it goes on.",
             details={"cause": "registry"},
         )
     if "invalid model name" in lower:
-        return RequestRejected(_full(said), hint="A name looks like `llama3.2:3b`.")
+        return RequestRejected(it.text, hint="A name looks like `llama3.2:3b`.")
     return None
 
 
-def _by_status(status: int, headers: Mapping[str, str], words: str, known: bool) -> ProviderError:
-    said = _full(f"Ollama says: {words[:MAX_WORDS]}") if known and words else f"The status is {status}."
-    if status == 401:  # noqa: PLR2004
-        return AuthenticationFailed(
-            f"The server wants a sign-in. {said}",
-            hint="Set `api_key` (sent only over https or to loopback), or sign in with `ollama signin`.",
-        )
-    if status == 403:  # noqa: PLR2004
-        return AuthenticationFailed(
-            f"The server refuses this host name or origin. {said}",
-            hint="Use an address that it knows, or set OLLAMA_HOST and OLLAMA_ORIGINS for the server.",
-        )
-    if status == 429:  # noqa: PLR2004
-        return Overloaded(f"Too many requests. {said}", retry_after=_retry_after(headers), hint="Ask again later.")
-    if status == 503:  # noqa: PLR2004
-        return Overloaded(f"The server is busy. {said}", retry_after=_retry_after(headers), hint="Ask again later.")
-    if status in STATUS_GATEWAY:
-        return ConnectionFailed(
-            f"A proxy on the way could not reach the server. {said}",
-            hint="Is the server running?",
-            details={"cause": "gateway"},
-        )
-    if status in STATUS_TIMEOUT:
-        return ProviderTimeout(
-            f"A proxy or the server gave up waiting. {said}",
-            phase="first_token",
-            retryable=status != 504,  # noqa: PLR2004 - behind a gateway the server may still be at work
-            hint="Raise the proxy's limit.",
-        )
+def _by_status(it: _Said, status: int, *, known: bool) -> ProviderError:
+    if status in STATUSES:
+        return STATUSES[status](it)
     if not known:
         return ProtocolError(
             f"The answer is not one of Ollama's: status {status}.",
             hint="Is it another service, an older server, or a proxy's page? Check `host`.",
         )
-    if status == 404:  # noqa: PLR2004
-        return ModelNotFound(f"The server does not have it. {said}", hint="Check the name.")
-    if status == 499:  # noqa: PLR2004
-        return InferenceFailed(f"The request was ended by another party. {said}", retryable=True, hint="Ask again.")
-    if status == 501:  # noqa: PLR2004
-        return CapabilityUnsupported(said, hint="Another model or server may.")
-    if status < 500:  # noqa: PLR2004
-        return RequestRejected(said, hint="Mend the request.")
-    return InferenceFailed(f"The server failed. {said}", hint="The server's log may tell more.")
+    if status in OWN_STATUSES:
+        return OWN_STATUSES[status](it)
+    if status < SERVER_FAULT:
+        return _rejected(it)
+    return InferenceFailed(f"The server failed. {it.text}", hint="The server's log may tell more.")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -260,9 +352,14 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return seconds if 0 <= seconds < float("inf") else None
 
 
+_PATH = re.compile(r"(?<![\w:/\\.])(?:[A-Za-z]:[\\/]|/)[^\s\"':,;()]*[\\/](?=[^\s\"':,;()/\\]+)")
+
+
+def _said(words: str) -> str:
+    """The server's words for a message: cut, and without the folders of its machine, which may name a person."""
+    return f"Ollama says: {_PATH.sub('', words[:MAX_WORDS])}"
+
+
 def _full(text: str) -> str:
     text = text.rstrip()
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-Refuse = Callable[[int, Mapping[str, str], bytes], ProviderError]

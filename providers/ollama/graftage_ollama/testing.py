@@ -11,6 +11,7 @@ Each scripted answer is given once; afterwards, and on all other paths, it answe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import socket
@@ -77,8 +78,15 @@ class FakeOllama:
         models: Iterable[str] = ("smollm2:135m",),
         version: str = "0.9.3",
         reply: str = "Hello from the fake.",
+        adapters: Literal["accepts", "refuses", "ignores"] = "accepts",
     ) -> None:
         self.version = version
+        self.adapters = adapters
+        """What it makes of `adapters` in a request to create a model: with `ignores`, a plain copy and "success"."""
+        self.blobs: dict[str, bytes] = {}
+        """Files that were sent, by digest."""
+        self.derived: dict[str, dict[str, Any]] = {}
+        """What models that were created were asked to be, by name."""
         self.models = [_canonical(model) for model in models]
         self.reply = reply
         """What it answers to every chat and prompt, word by word."""
@@ -205,7 +213,12 @@ class FakeOllama:
             "/api/generate": self._generate,
             "/api/embed": self._embed,
             "/api/pull": self._pull,
+            "/api/create": self._create,
         }
+        if seen.path.startswith("/api/blobs/"):
+            return self._blob(seen)
+        if seen.path == "/api/delete" and seen.method == "DELETE":
+            return self._delete(seen.body or {})
         if post := posts.get(seen.path):
             methods = ("POST",)
             handlers[seen.path] = lambda: post(seen.body) if isinstance(seen.body, Mapping) else _bad_json()
@@ -217,7 +230,66 @@ class FakeOllama:
         model = _canonical(str(asked.get("model", "")))
         if model not in self.models:
             return _error(f"model '{asked.get('model')}' not found", 404)
-        return _object(_facts())
+        with self._lock:
+            return _object(self._facts(model, verbose=bool(asked.get("verbose"))))
+
+    def _facts(self, model: str, *, verbose: bool) -> dict[str, Any]:
+        made = self.derived.get(model, {})
+        facts = self._facts(made["from"], verbose=verbose) if "from" in made else _facts(_digest(model))
+        if files := made.get("files"):
+            digest = next(iter(files.values()))
+            facts |= {"modelfile": _modelfile(digest), "template": "{{ .Prompt }}", "parameters": ""}
+            facts["model_info"] |= _gguf_values(self.blobs[digest])
+        facts["modelfile"] += "".join(f"ADAPTER {_path(each)}\n" for each in made.get("adapters", {}).values())
+        facts |= {name: made[name] for name in ("template", "system", "license", "messages") if name in made}
+        if parameters := made.get("parameters"):
+            facts["parameters"] = "\n".join(_parameters(parameters))
+        facts["model_info"]["tokenizer.ggml.tokens"] = ["a", "b"] if verbose else None
+        return facts
+
+    def _create(self, asked: Mapping[str, Any]) -> Answer:
+        model, base = _canonical(str(asked.get("model", ""))), asked.get("from")
+        digests = [*(asked.get("adapters") or {}).values(), *(asked.get("files") or {}).values()]
+        if base is None and not asked.get("files"):
+            return _error("neither 'from' or 'files' was specified", 400)
+        if base is not None and _canonical(base) not in self.models:
+            return _error("pull model manifest: file does not exist", 500)
+        if asked.get("adapters") and self.adapters == "refuses":
+            return _error("creating models with adapters is not supported", 400)
+        with self._lock:
+            if missing := [each for each in digests if each not in self.blobs]:
+                return _error(f"open {_path(missing[0])}: no such file or directory", 400)
+            made = dict(asked)
+            if base is not None:
+                made["from"] = _canonical(base)
+            if self.adapters == "ignores":
+                made.pop("adapters", None)
+            self.derived[model] = made
+            self.models = [*(each for each in self.models if each != model), model]
+        return _object({"status": "success"}) if asked.get("stream") is False else Answer([{"status": "success"}])
+
+    def _blob(self, seen: Seen) -> Answer:
+        digest = seen.path.rpartition("/")[2]
+        if not re.fullmatch("sha256[:-][0-9a-f]{64}", digest):
+            return _error("invalid digest format", 400)
+        with self._lock:
+            if seen.method == "HEAD" or digest in self.blobs:
+                return Answer(framing="length", status=200 if digest in self.blobs else 404)
+            data = seen.body if isinstance(seen.body, bytes) else b""
+            found = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            if found != digest:
+                return _error(f'digest mismatch, expected "{digest}", got "{found}"', 400)
+            self.blobs[digest] = data
+            return Answer(framing="length", status=201)
+
+    def _delete(self, asked: Mapping[str, Any]) -> Answer:
+        model = _canonical(str(asked.get("model", "")))
+        with self._lock:
+            if model not in self.models:
+                return _error(f"model '{asked.get('model')}' not found", 404)
+            self.models = [each for each in self.models if each != model]
+            self.derived.pop(model, None)
+        return Answer(framing="length")
 
     def _chat(self, asked: Mapping[str, Any]) -> Answer:
         def part(text: str) -> dict[str, Any]:
@@ -401,9 +473,49 @@ def _loaded(model: str) -> dict[str, Any]:
     return {**facts, "size": 298_153_728, "expires_at": "2026-01-01T00:05:00Z", "size_vram": 0}
 
 
-def _facts() -> dict[str, Any]:
+def _path(digest: str) -> str:
+    return f"/models/blobs/{digest.replace(':', '-')}"
+
+
+def _modelfile(digest: str) -> str:
+    return f"# Modelfile generated by the fake\nFROM {_path(digest)}\n"
+
+
+def _parameters(parameters: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in parameters.items():
+        for each in value if isinstance(value, list) else [value]:
+            yield f"{name:<30} {json.dumps(each)}"
+
+
+def _gguf_values(data: bytes) -> dict[str, Any]:
+    """The texts, figures and truths among a GGUF file's keys, up to the first list."""
+    sizes = {4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    place = 24  # After magic, version, and the numbers of tensors and keys.
+
+    def take(form: str) -> Any:
+        nonlocal place
+        (value,) = struct.unpack_from(f"<{form}", data, place)
+        place += struct.calcsize(f"<{form}")
+        return value
+
+    def text() -> str:
+        return str(take(f"{take('Q')}s").decode())
+
+    values: dict[str, Any] = {}
+    for _ in range(struct.unpack_from("<Q", data, 16)[0]):
+        name, kind = text(), take("I")
+        if kind == 8:  # noqa: PLR2004 # a text
+            values[name] = text()
+        elif kind in sizes:
+            values[name] = take(sizes[kind])
+        else:
+            break
+    return values
+
+
+def _facts(digest: str) -> dict[str, Any]:
     return {
-        "modelfile": "# Modelfile generated by the fake\nFROM fake\n",
+        "modelfile": _modelfile(digest),
         "parameters": 'stop                           "<|im_end|>"',
         "template": "{{- range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}",
         "details": _details(),

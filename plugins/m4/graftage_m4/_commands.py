@@ -1,0 +1,238 @@
+"""`graftage m4`: what fits on a Mac, how it is, and a file to act as one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftage.exceptions import GraftageError
+
+if TYPE_CHECKING:
+    import graftage
+    from graftage_m4._footprint import Shape
+    from graftage_m4._plan import Ground, Row
+    from graftage_m4._policy import Policy
+    from graftage_m4._reactions import Watch
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What fits on a Mac with Apple silicon.")
+
+Machine = Annotated[Path | None, typer.Option("--machine", metavar="FILE", help="Act as the Mac of a machine file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Every = Annotated[float, typer.Option("--every", min=0.5, help="Seconds between two readings.")]
+
+MOST_MODELS = 40
+"""Rows of a plan that names no model."""
+
+
+class NoMac(GraftageError):
+    """This is no Mac with Apple silicon."""
+
+
+def _policy(machine: Path | None, **settings: Any) -> Policy:
+    """What would decide here."""
+    import graftage_m4  # noqa: PLC0415 - `graftage --help` must be quick; the same holds for all such imports here
+
+    given = {name: value for name, value in {"machine": machine, **settings}.items() if value is not None}
+    policy = graftage_m4.M4(**given).policy()
+    if policy is None:
+        raise NoMac("This is no Mac with Apple silicon.", hint="Name a machine file with `--machine`.")
+    return policy
+
+
+def _ground(policy: Policy) -> Ground:
+    from graftage_m4._plan import ground  # noqa: PLC0415
+
+    found = ground(policy)
+    if found is None:
+        raise NoMac("The memory of this Mac cannot be read.", hint="`graftage m4 watch` tells which readings fail.")
+    return found
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all there are.")] = None,
+    *,
+    machine: Machine = None,
+    profile: Annotated[str | None, typer.Option(help="dedicated, shared, strict or relaxed.")] = None,
+    kv_type: Annotated[str | None, typer.Option(help="The server's cache type: f16, q8_0 or q4_0.")] = None,
+    provider: Annotated[str | None, typer.Option("--provider", "-p", help="Whose models.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address of the server.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw footprint against window, too.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Succeed although a named model does not fit.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which models fit with which windows, how fast they will be, and how long a full prompt takes to read.
+
+    Exit code 1 where a model that was named fits with no window.
+    """
+    from graftage_m4 import _plan  # noqa: PLC0415
+
+    policy = _policy(machine, profile=profile, kv_type=kv_type)
+    on = _ground(policy)
+    shapes = _shapes(models or [], provider, host)
+    table = _plan.rows(shapes, on, policy)
+    if plot is not None:
+        plot.write_text(_plan.picture(shapes, on, policy), encoding="utf-8")
+    _print_plan(table, on, as_json=as_json)
+    if models and not force and any(row.largest is None for row in table):
+        raise typer.Exit(1)
+
+
+def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[str, Shape]:
+    """The shapes of the models that a provider has, by name."""
+    import graftage  # noqa: PLC0415
+
+    settings: dict[str, Any] = {"host": host} if host else {}
+    with graftage.connect(provider, **settings) as llm:
+        return dict(_each_shape(llm, names))
+
+
+def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, Shape]]:
+    from graftage_m4._footprint import read_shape  # noqa: PLC0415
+
+    sizes = {info.name: info.size for info in llm.models()}
+    for name in names or list(sizes)[:MOST_MODELS]:
+        info = llm.show(name)
+        shape = read_shape(info, sizes.get(info.name) or sizes.get(name))
+        if shape is not None:
+            yield name, shape
+        else:
+            typer.echo(f"{name}: its size is not known", err=True)
+
+
+def _print_plan(table: list[Row], on: Ground, *, as_json: bool) -> None:
+    from graftage_m4 import _plan  # noqa: PLC0415
+    from graftage_m4._machine import gb  # noqa: PLC0415
+
+    if as_json:
+        budget = {"static": on.budget.static, "cap": on.budget.cap, "source": on.budget.source, "live": on.live}
+        answer = {"machine": on.title, "budget": budget, "models": [row.to_dict() for row in table]}
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.table import Table  # noqa: PLC0415
+
+    live = "unknown" if on.live is None else gb(on.live)
+    typer.echo(f"{on.title}\nbudget {on.budget.words}; free for models now: {live}")
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("model", "weights", "tok/s", *map(_plan.short, _plan.WINDOWS)):
+        view.add_column(name)
+    for cells in _plan.lines(table):
+        view.add_row(*map(_styled, cells))
+    _console().print(view)
+    for row in table:
+        for note in row.notes:
+            typer.echo(f"{_plan.printable(row.model)}: {note}")
+
+
+def _styled(text: str) -> Any:
+    from rich.text import Text  # noqa: PLC0415
+
+    style = {"fits": "green", "tight": "yellow", "no": "red"}.get(text.partition(" ")[0], "")
+    return Text(text, style=style)
+
+
+def _console() -> Any:
+    import sys  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+
+    # Nothing is folded where it goes to a file or a pipe.
+    return Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False, emoji=False)
+
+
+# --- watch -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def watch(
+    machine: Machine = None,
+    every: Every = 2.0,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the readings of this Mac as they change, and what they allow."""
+    from graftage_m4._reactions import Watch  # noqa: PLC0415
+
+    policy, rules = _policy(machine), Watch()
+    turn = 0
+    while count is None or turn < count:
+        if turn:
+            time.sleep(every)
+        turn += 1
+        moment = _moment(policy, rules)
+        typer.echo(json.dumps(moment) if as_json else _line(moment))
+
+
+def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
+    """One look: readings, budget, and rules. What is unknown is None, with the reason beside it."""
+    from graftage_m4._plan import ground  # noqa: PLC0415
+
+    readings = policy.collector.readings()
+    rules = watch.rules(readings)
+    on = ground(policy)
+    return {
+        "at": round(readings.at, 1),
+        "pressure": readings.pressure,
+        "available_percent": readings.available_percent,
+        "swap_used": readings.swap_used,
+        "thermal": readings.thermal,
+        "low_power": readings.low_power,
+        "sleep_minutes": readings.sleep_minutes,
+        "budget": on.budget.static if on else None,
+        "free_for_models": on.live if on else None,
+        "concurrency": rules.concurrency,
+        "loads": "refused" if rules.refuse else f"to {rules.window} tokens" if rules.window else "allowed",
+        "why": list(rules.reasons),
+        "unknown": dict(readings.unknown),
+    }
+
+
+def _line(moment: dict[str, Any]) -> str:
+    from graftage_m4._machine import gb  # noqa: PLC0415
+
+    def told(name: str, unit: str = "") -> str:
+        return "unknown" if moment[name] is None else f"{moment[name]}{unit}"
+
+    def size(name: str) -> str:
+        return "unknown" if moment[name] is None else gb(moment[name])
+
+    sleep = " · this Mac may sleep" if moment["sleep_minutes"] else ""
+    why = f" ({'; '.join(moment['why'])})" if moment["why"] else ""
+    return (
+        f"pressure {told('pressure')} · available {told('available_percent', ' %')} · swap {size('swap_used')} · "
+        f"thermal {told('thermal')} · low power {told('low_power')} · budget {size('budget')} · "
+        f"free for models {size('free_for_models')} · loads {moment['loads']}{why}{sleep}"
+    )
+
+
+# --- record ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def record(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: standard output.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=3600, help="How many times.")] = 1,
+    every: Every = 5.0,
+    title: Annotated[str, typer.Option("--title", help="What to call the machine.")] = "",
+) -> None:
+    """Write a machine file: the readings of this Mac, without serial numbers or names."""
+    from graftage_m4._machine import record as take  # noqa: PLC0415
+
+    taken = take(_policy(None).collector.runner, samples=samples, every=every)
+    content = {"format": taken.format, "title": title, **taken.model_dump(exclude_defaults=True)}
+    text = json.dumps(content, indent=1) + "\n"
+    if file is None:
+        typer.echo(text, nl=False)
+    else:
+        file.write_text(text, encoding="utf-8")
+        typer.echo(f"{len(taken.readings)} readings in {file}", err=True)

@@ -1,0 +1,421 @@
+"""How many bytes a model takes in memory, from what its file says of itself.
+
+    F(window, slots) = weights + projector + attention cache + recurrent state + compute buffers + runtime
+
+The terms are those of llama.cpp and of Ollama's own planner; each function names its source. Known gaps are errors
+upwards: a figure that is too high costs a smaller window, one that is too low freezes a computer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from graftage.types import ModelInfo
+
+__all__ = ["Footprint", "KVType", "Layer", "Shape", "footprint", "read_shape"]
+
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+KVType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
+
+KV_BYTES: Final[Mapping[str, float]] = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+"""Bytes of one number in the cache: ggml's blocks of 32 numbers, with their scales."""
+BATCH: Final = 512
+"""Tokens of a prompt that are computed at once: the default of llama.cpp (`n_ubatch`) and of Ollama (`num_batch`)."""
+SMALLEST_CACHE: Final = 2048
+"""Cells: Ollama 0.9.3 counts no fewer for a model, as measured at windows of 512 to 2048."""
+PADDING: Final = 256
+"""Cells to which llama.cpp rounds the cache of a sliding window."""
+PROJECTOR_WORK: Final = GIB
+"""Ollama's `mmprojOffloadHeadroom`: what looking at an image takes beside the projector's weights."""
+RUNTIME: Final = 300 * MIB
+"""The runner's own memory and Metal's. Ollama's planner up to 0.24 counted 457 to 512 MiB here on a GPU, 0 on a CPU."""
+MARGIN: Final = 0.05
+"""What the formulas do not know, as a share of the sum."""
+ASSUMED_VOCABULARY: Final = 262_144
+"""The largest vocabulary in wide use (Gemma): a bound where the file does not tell."""
+
+BITS: Final[Mapping[str, float]] = {
+    "F32": 32.0,
+    "F16": 16.0005,
+    "BF16": 16.0005,
+    "Q8_0": 8.5008,
+    "Q6_K": 6.5633,
+    "Q5_K_M": 5.7036,
+    "Q5_K_S": 5.5704,
+    "Q5_1": 6.0,
+    "Q5_0": 5.5,
+    "Q4_K_M": 4.8944,
+    "Q4_K_S": 4.6672,
+    "Q4_1": 5.0,
+    "Q4_0": 4.6672,
+    "Q3_K_L": 4.2979,
+    "Q3_K_M": 3.996,
+    "Q3_K_S": 3.6429,
+    "Q2_K": 3.1593,
+    "IQ4_NL": 4.6818,
+    "IQ4_XS": 4.4597,
+    "IQ3_M": 3.7628,
+    "IQ3_S": 3.6606,
+    "IQ3_XS": 3.4977,
+    "IQ3_XXS": 3.2548,
+    "IQ2_M": 2.9294,
+    "IQ2_S": 2.7403,
+    "IQ2_XS": 2.5882,
+    "IQ2_XXS": 2.3824,
+    "IQ1_M": 2.146,
+    "IQ1_S": 2.0042,
+    "MXFP4": 4.25,
+    "NVFP4": 4.5,
+}
+"""Bits for each weight of a whole file: the table in llama.cpp's `tools/quantize/README.md`, else the block's size."""
+UNKNOWN_WEIGHTS: Final = 1.25
+"""Above that where only parameters are counted: tables and projectors are kept finer. It is 1.17 for smollm2:135m,
+1.24 for gpt-oss:20b, 1.25 for gemma3:4b, and hardly above 1 for most."""
+
+CACHE_BY_SIZE: Final[tuple[tuple[float, int], ...]] = ((6e9, 144), (12e9, 160), (30e9, 256), (float("inf"), 320))
+"""KiB of cache for each token by bytes of weights: the greediest common model of each class, at f16."""
+
+SLIDING_EVERY: Final[Mapping[str, int]] = {"gemma3": 6, "gemma3n": 5, "gemma2": 2, "gptoss": 2, "gpt-oss": 2}
+"""Every so-manieth layer looks at the whole window where the file has no pattern; the others slide."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What one layer keeps."""
+
+    cell: int = 0
+    """Numbers for each token: heads times (key length plus value length); 0 where it has no attention."""
+    window: int = 0
+    """Tokens it looks back at; 0 for all."""
+    state: int = 0
+    """Bytes for each sequence, whatever its length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What of a model decides its footprint and its speed."""
+
+    weights: int
+    """Bytes."""
+    layers: tuple[Layer, ...] | None = None
+    """`None` where the file does not tell: then the cache is a bound by the size of the weights."""
+    embedding: int = 4096
+    heads: int = 32
+    vocabulary: int = ASSUMED_VOCABULARY
+    trained_window: int | None = None
+    parameters: int | None = None
+    vision: bool = False
+    embeds: bool = False
+    """An embedding model: its batch is its window, and it has one slot."""
+    mlx: bool = False
+    """Run by MLX, whose prefill takes far more for a moment."""
+    active: float = 1.0
+    """The share of the weights that one token reads."""
+    notes: tuple[str, ...] = ()
+    """What had to be assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes in memory, by what they are for."""
+
+    weights: int
+    projector: int
+    cache: int
+    state: int
+    compute: int
+    margin: int
+    runtime: int = RUNTIME
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def counted(self) -> int:
+        """What a server counts as the model's size: everything but the runner itself."""
+        return self.weights + self.projector + self.cache + self.state + self.compute + self.margin
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.counted + self.runtime
+
+
+def footprint(
+    shape: Shape,
+    window: int,
+    *,
+    slots: int = 1,
+    kv_type: KVType = "f16",
+    flash_attention: bool = True,
+    batch: int = BATCH,
+) -> Footprint:
+    """What a model takes with a window, in a server with so many parallel slots.
+
+    Args:
+        shape: the model.
+        window: tokens of one slot.
+        slots: the server's parallel slots: each has a window of its own.
+        kv_type: how the cache is quantised.
+        flash_attention: whether the server uses it; without, the compute buffers grow with the window.
+        batch: tokens computed at once.
+    """
+    slots = 1 if shape.embeds else max(slots, 1)
+    cache = _cache(shape, window, slots, batch) * KV_BYTES[kv_type]
+    state = sum(layer.state for layer in shape.layers or ()) * slots
+    compute = _compute(shape, window * slots, batch, flash_attention=flash_attention)
+    projector = PROJECTOR_WORK if shape.vision else 0
+    margin = MARGIN * (shape.weights + projector + cache + state + compute)
+    if shape.layers is None:
+        # A bound: 15 % of the weights and a gigabyte, where nothing but their size is known.
+        margin += 0.10 * shape.weights + GIB
+    return Footprint(
+        weights=shape.weights,
+        projector=projector,
+        cache=int(cache),
+        state=state,
+        compute=compute,
+        margin=int(margin),
+        notes=shape.notes,
+    )
+
+
+def _cache(shape: Shape, window: int, slots: int, batch: int) -> int:
+    """Numbers in the attention cache (llama.cpp's `llama_kv_cache`, from September 2025 for sliding windows)."""
+    cells = max(window * slots, SMALLEST_CACHE)
+    if shape.layers is None:
+        kib = next(kib for below, kib in CACHE_BY_SIZE if shape.weights < below)
+        return cells * kib * 1024 // 2
+    total = 0
+    for layer in shape.layers:
+        if layer.window:
+            slid = min(window, -(-(layer.window + batch) // PADDING) * PADDING)
+            total += min(slots * slid, cells) * layer.cell
+        else:
+            total += cells * layer.cell
+    return total
+
+
+def _compute(shape: Shape, cells: int, batch: int, *, flash_attention: bool) -> int:
+    """Bytes of the compute buffers.
+
+    With flash attention, the logits and activations of a batch and the mask: 299.75 MiB computed where llama.cpp#11083
+    printed 299.75, 398 where llama.cpp#17609 printed 404. Without, Ollama's graph of the llama family
+    (`fs/ggml` `GraphSize`): 2145 MiB computed where a log of codegeex4 at 32k printed 2.1 GiB.
+    """
+    if shape.embeds:
+        return 4 * cells * shape.embedding * 8  # No logits; queries, keys, values and the wide middle layer.
+    logits = 4 * batch * (shape.vocabulary + shape.embedding)
+    if flash_attention:
+        return logits + 2 * batch * cells
+    return max(4 * batch * (1 + 4 * shape.embedding + cells * (1 + shape.heads)), logits)
+
+
+# --- Reading a model -------------------------------------------------------------------------------------------------
+
+
+class _Keys:
+    """The metadata of a GGUF file, whose keys begin with the architecture's name. Nothing in it is trusted."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str | None) -> None:
+        self._metadata = metadata
+        self._prefix = architecture or str(metadata.get("general.architecture") or "")
+
+    def value(self, key: str) -> Any:
+        return self._metadata.get(f"{self._prefix}.{key}")
+
+    def number(self, key: str) -> int | None:
+        """A count; of an array, the largest."""
+        value = self.value(key)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            numbers = [each for each in map(_count, value) if each is not None]
+            return max(numbers, default=None)
+        return _count(value)
+
+    def each(self, key: str, layers: int) -> list[int] | None:
+        """A count for each layer, from one number or an array; `None` where it is not told."""
+        value = self.value(key)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            numbers = [_count(each) for each in value]
+            if not numbers or any(each is None for each in numbers):
+                return None
+            known = [each or 0 for each in numbers][:layers]
+            return known + [max(known)] * (layers - len(known))
+        one = _count(value)
+        return None if one is None else [one] * layers
+
+
+def _count(value: Any) -> int | None:
+    """A number that can be a count: not negative, and of a size that a model can have."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1 << 50:
+        return int(value)
+    return None
+
+
+MOST_LAYERS: Final = 4096
+
+
+def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
+    """Read a model's shape from what its provider tells; `None` where not even its size is known.
+
+    Args:
+        info: what `show_model` told, arrays included.
+        size: bytes of its weights where somebody else knows them, such as a list of models.
+    """
+    keys = _Keys(info.metadata, info.architecture)
+    parameters = _count(info.metadata.get("general.parameter_count")) or _spoken(info.parameters)
+    weights, notes = _weights(info, parameters, size)
+    if weights is None:
+        return None
+    layers = _layers(keys, info.architecture or "")
+    if layers is None:
+        notes = (*notes, "the cache is estimated from the file's size: the model does not tell its layers")
+    features = info.features or frozenset()
+    vocabulary = keys.number("vocab_size") or _length(info.metadata.get("tokenizer.ggml.tokens"))
+    return Shape(
+        weights=weights,
+        layers=layers,
+        embedding=keys.number("embedding_length") or 4096,
+        heads=keys.number("attention.head_count") or 32,
+        vocabulary=vocabulary or ASSUMED_VOCABULARY,
+        trained_window=keys.number("context_length") or info.context_window,
+        parameters=parameters,
+        vision="images" in features,
+        embeds=keys.value("pooling_type") is not None or features == {"embed"},
+        mlx=_is_mlx(info),
+        active=_active(info, keys),
+        notes=notes,
+    )
+
+
+def _weights(info: ModelInfo, parameters: int | None, size: int | None) -> tuple[int | None, tuple[str, ...]]:
+    if known := info.size or size:
+        return known, ()
+    if info.path is not None:
+        try:
+            return info.path.stat().st_size, ()
+        except OSError:
+            pass
+    elements = sum(_product(shape) for shape in (info.tensors or {}).values()) or parameters
+    if not elements:
+        return None, ()
+    bits = BITS.get((info.quantization or "").upper())
+    note = f"the weights are estimated from {elements / 1e9:.1f} billion parameters"
+    return int(elements * (bits or BITS["F16"]) / 8 * (UNKNOWN_WEIGHTS if bits else 1)), (note,)
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for each in shape:
+        total *= each
+    return total
+
+
+_SPOKEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT])\s*", re.IGNORECASE)
+
+
+def _spoken(text: str | None) -> int | None:
+    """A number of parameters in words: `134.52M`."""
+    found = _SPOKEN.fullmatch(text or "")
+    if not found:
+        return None
+    return int(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()])
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+
+
+def _is_mlx(info: ModelInfo) -> bool:
+    details = info.raw.get("details")
+    kind = details.get("format") if isinstance(details, Mapping) else None
+    return kind == "safetensors" or "-mlx" in info.name.lower()
+
+
+def _active(info: ModelInfo, keys: _Keys) -> float:
+    """The share of the weights that one token reads: of a mixture of experts, those that are chosen."""
+    count, used = keys.number("expert_count"), keys.number("expert_used_count")
+    if not count or not used:
+        return 1.0
+    tensors = info.tensors or {}
+    everything = sum(map(_product, tensors.values()))
+    experts = sum(_product(shape) for name, shape in tensors.items() if "_exps" in name)
+    share = experts / everything if everything else 0.95  # gpt-oss:20b 0.91, qwen3:30b-a3b 0.95
+    return 1 - share * (1 - min(used / count, 1))
+
+
+def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
+    """The layers, or `None` where the file does not tell enough to be exact."""
+    count = keys.number("block_count")
+    heads = keys.each("attention.head_count_kv", count or 0)
+    if not count or count > MOST_LAYERS or heads is None:
+        return None
+    global_length = _head_length(keys, "")
+    sliding_length = _head_length(keys, "_swa") or global_length
+    if global_length is None or sliding_length is None:
+        return None
+    state = _recurrent_state(keys)
+    attends = _attention(keys, heads, recurrent=bool(state))
+    keeps = count - (keys.number("attention.shared_kv_layers") or 0)
+    windows = _windows(keys, architecture, count)
+    # The few layers of a hybrid that attend are given a state too: some have both, and it is a bound.
+    return tuple(
+        Layer(
+            cell=heads[place] * (sliding_length if window else global_length)
+            if attends[place] and place < keeps
+            else 0,
+            window=window,
+            state=state,
+        )
+        for place, window in enumerate(windows)
+    )
+
+
+def _head_length(keys: _Keys, suffix: str) -> int | None:
+    """Numbers in a key and a value of one head. Files converted for MLA tell the small ones here, others the large."""
+    key, value = keys.number(f"attention.key_length{suffix}"), keys.number(f"attention.value_length{suffix}")
+    if key and value:
+        return key + value
+    if suffix:
+        return None
+    embedding, heads = keys.number("embedding_length"), keys.number("attention.head_count")
+    if not embedding or not heads:
+        return None
+    return (key or embedding // heads) + (value or embedding // heads)
+
+
+def _recurrent_state(keys: _Keys) -> int:
+    """Bytes of one recurrent layer for one sequence, in f32 (llama.cpp's `n_embd_r` and `n_embd_s`)."""
+    if short := keys.number("shortconv.l_cache"):
+        return (short - 1) * (keys.number("embedding_length") or 0) * 4
+    inner, state = keys.number("ssm.inner_size"), keys.number("ssm.state_size")
+    if not inner or not state:
+        return 0
+    kernel, groups = keys.number("ssm.conv_kernel") or 1, keys.number("ssm.group_count") or 0
+    return (max(kernel - 1, 0) * (inner + 2 * groups * state) + state * inner) * 4
+
+
+def _attention(keys: _Keys, heads: list[int], *, recurrent: bool) -> list[bool]:
+    """Which layers have attention: by an array of heads with zeros, or one layer in so many of a hybrid."""
+    every = keys.number("full_attention_interval")
+    if every and recurrent and min(heads) > 0:
+        return [(place + 1) % every == 0 for place in range(len(heads))]
+    return [each > 0 for each in heads]
+
+
+def _windows(keys: _Keys, architecture: str, count: int) -> Iterator[int]:
+    """The window of each layer; 0 for one that looks at everything."""
+    window = keys.number("attention.sliding_window") or 0
+    pattern = keys.value("attention.sliding_window_pattern")
+    every = SLIDING_EVERY.get(architecture, 0)
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
+        every, pattern = pattern, None
+    for place in range(count):
+        if isinstance(pattern, Sequence) and not isinstance(pattern, str):
+            slides = bool(pattern[place]) if place < len(pattern) else False
+        else:
+            slides = bool(every) and (place + 1) % every != 0
+        yield window if slides else 0

@@ -1,0 +1,503 @@
+"""How Ollama takes an adapter: as a model derived from the base, made once and proven by reading it back.
+
+Written as coroutines against a `Wire`: the async one awaits, the sync one never suspends, so that `drive` gets its
+result from a single step. Nothing here knows what an adapter is made of; the resolver's `Adapter` does.
+
+What a server says to `create` proves nothing: an unknown field is ignored with "success", and a server without adapters
+might leave a plain copy of the base. So each model is shown afterwards, and a wrong one is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from graftage.exceptions import (
+    AdapterError,
+    AdapterIncompatible,
+    AdapterUnsupported,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    GraftageError,
+    InferenceFailed,
+    ModelLoadFailed,
+    ModelNotFound,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    RequestRejected,
+    StreamInterrupted,
+)
+from graftage.types import Call, LoadedAdapter, ModelInfo, PullProgress
+from graftage_ollama import _convert
+
+if TYPE_CHECKING:
+    from graftage.types import Adapter, LoadAdapterRequest, PruneAdaptersRequest, UnloadAdapterRequest
+
+__all__ = ["NAMESPACE", "Adapters", "Wire", "drive"]
+
+T = TypeVar("T")
+NAMESPACE: Final = "graftage-lora"
+"""Where the derived models are: nothing outside it is ever deleted."""
+MARK: Final = "graftage.adapter.digest"
+"""The key that a merge leaves in the model's metadata; servers show it."""
+KEY_LENGTH: Final = 12
+PART_LENGTH: Final = 80
+"""Characters of one part of a model's name (Ollama's `types/model/name.go`)."""
+ROOM: Final = 2
+"""A merged model is at most this much larger than its base: touched 4-bit tensors become 8-bit ones."""
+BLOCK: Final = 1 << 20
+PASSING: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, ModelLoadFailed, ProtocolError)
+"""What `create` answers where another strategy may do better; a lost connection is not among it."""
+
+
+class Wire(Protocol):
+    """The server, as this module asks it."""
+
+    async def ask(
+        self,
+        call: Call,
+        operation: str,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        read: Callable[[dict[str, Any]], Any] = dict,
+    ) -> Any:
+        """Ask for a JSON object and read it; an empty answer is an empty one, and an unreadable one a typed error."""
+        ...
+
+    async def upload(self, call: Call, path: str, file: Path) -> None:
+        """Send a file."""
+        ...
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run what blocks."""
+        ...
+
+
+def drive(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never suspends."""
+    try:
+        work.send(None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+    raise RuntimeError("a wire that blocks must not suspend")  # pragma: no cover - no such wire is given
+
+
+class _Passed(Exception):
+    """A strategy cannot be used; its text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Derived:
+    """A model to be made: how it is asked for, and how it is known to be right."""
+
+    name: str
+    strategy: str
+    proves: Callable[[ModelInfo], bool]
+    body: Mapping[str, Any]
+
+
+class Adapters:
+    """Loads and prunes the adapters of one server."""
+
+    def __init__(self, wire: Wire, address: str, *, merge: bool | int = False, base_file: Path | None = None) -> None:
+        self._wire = wire
+        self._address = address
+        self._merge = merge
+        self._base_file = base_file
+
+    async def load(self, request: LoadAdapterRequest) -> LoadedAdapter:
+        """Make an adapter usable by the first strategy that works.
+
+        Raises:
+            ModelNotFound: the base model is not there.
+            AdapterIncompatible: the server cannot run the base with it.
+            AdapterUnsupported: no strategy works; each one's reason is told.
+        """
+        # First of all: `create` would pull a base that is missing from a registry.
+        base = await self._show(request.call, request.model)
+        reasons: list[str] = []
+        for strategy, attempt in (("served", self._served), ("native", self._native), ("merged", self._merged)):
+            try:
+                return await attempt(request, base)
+            except _Passed as why:  # noqa: PERF203 - three times at most
+                reasons.append(f"{strategy}: {why}")
+        raise AdapterUnsupported(
+            f"This server cannot take the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
+            reference=request.adapter.name,
+            reasons=reasons,
+            hint="Allow `merge_adapters`, use Ollama before 0.34, or the embedded provider.",
+        )
+
+    async def unload(self, request: UnloadAdapterRequest) -> None:
+        """Free the memory of an adapter's model; one that is gone holds none."""
+        body = {"model": request.adapter.model, "keep_alive": 0, "stream": False}
+        with contextlib.suppress(ModelNotFound):
+            await self._wire.ask(request.call, "unload_adapter", "POST", "/api/generate", body)
+
+    # --- Strategies --------------------------------------------------------------------------------------------------
+
+    async def _served(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
+        """A model of the server that carries it already."""
+        adapter = request.adapter
+        if adapter.served_as is None:
+            raise _Passed("no model of the server was named as one that carries it")
+        try:
+            model = await self._show(request.call, adapter.served_as)
+        except ModelNotFound:
+            raise _Passed(f"`{adapter.served_as}` is not there any more") from None
+        if adapter.digest not in (model.metadata.get(MARK), *model.adapters):
+            raise _Passed(f"`{adapter.served_as}` does not carry it")
+        if model.adapters and _weights(model) != _weights(base) and not request.force:
+            reason = f"`{adapter.served_as}` was made from another model than `{request.model}`"
+            raise AdapterIncompatible(
+                f"The adapter does not belong to this model: {reason}.",
+                reference=adapter.name,
+                reasons=[reason],
+                hint="Choose the model it was made from, or say `force=True`.",
+            )
+        return _loaded(adapter, adapter.served_as, "served")
+
+    async def _native(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
+        """A model made from the base and the adapter's GGUF file."""
+        weights = _weights(base)
+        if not weights:
+            raise _Passed("the server does not tell which weights the base has")
+        file = await self._from_resolver(lambda: request.adapter.gguf(base))
+        digest = await self._wire.run(lambda: _sha256(file))
+
+        def proves(model: ModelInfo) -> bool:
+            return _weights(model) == weights and sorted(model.adapters) == sorted((*base.adapters, digest))
+
+        name = _name(request.model, request.adapter.name, "native", digest, weights)
+        body = {"model": name, "from": request.model, "adapters": {"adapter.gguf": digest}, "stream": False}
+        derived = _Derived(name=name, strategy="native", proves=proves, body=body)
+        if not await self._is_there(request, derived):
+            memory = await self._memory(request.call)
+            if memory.reason:
+                raise _Passed(memory.reason)
+            await self._upload(request.call, digest, file)
+            await self._create(request, derived, memory)
+        await self._probe(request, derived)
+        return _loaded(request.adapter, name, "native")
+
+    async def _merged(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
+        """A model made from a copy of the base file with the adapter computed into it: dear, so only where allowed."""
+        adapter = request.adapter
+
+        def proves(model: ModelInfo) -> bool:
+            same = (model.template, model.system) == (base.template, base.system)
+            return same and model.metadata.get(MARK) == adapter.digest
+
+        name = _name(request.model, adapter.name, "merged", adapter.digest, _weights(base))
+        derived = _Derived(name=name, strategy="merged", proves=proves, body={})
+        if not await self._is_there(request, derived):
+            base_file = self._allowed_base_file(base)
+            folder = Path(tempfile.mkdtemp(prefix="graftage-"))
+            try:
+                file = await self._from_resolver(lambda: _merge(adapter, base_file, folder, request.call))
+                digest = await self._wire.run(lambda: _sha256(file))
+                await self._upload(request.call, digest, file)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            body = {"model": name, "files": {"model.gguf": digest}, "stream": False, **_carried_over(base)}
+            await self._create(request, replace(derived, body=body))
+        await self._probe(request, derived)
+        return _loaded(adapter, name, "merged")
+
+    def _allowed_base_file(self, base: ModelInfo) -> Path:
+        if not self._merge:
+            raise _Passed("merging is not allowed (`merge_adapters`)")
+        if len(_weights(base)) > 1:
+            raise _Passed("a base of several files cannot be merged")
+        file = self._base_file or base.path
+        if file is None:
+            raise _Passed("the base model's file cannot be read from here (`adapter_base_file` can name it)")
+        try:
+            size = file.stat().st_size
+            free = shutil.disk_usage(tempfile.gettempdir()).free
+        except OSError as error:
+            raise _Passed(f"the base model's file cannot be read: {error.strerror}") from None
+        if self._merge is not True and size > self._merge:
+            raise _Passed(f"the base has {size} bytes, more than `merge_adapters` allows ({self._merge:d})")
+        if free < ROOM * size:
+            raise _Passed(f"the disk has {free} bytes free, and merging may need {ROOM * size}")
+        return file
+
+    async def _from_resolver(self, make: Callable[[], Path]) -> Path:
+        """A file that the resolver makes; what it cannot do is left to the next strategy."""
+        try:
+            return await self._wire.run(make)
+        except AdapterUnsupported as error:
+            raise _Passed(error.message.rstrip(".")) from error
+        except GraftageError:
+            raise
+        except Exception as error:
+            raise AdapterError(
+                f"The adapter could not be made ready ({type(error).__name__}: {error}).",
+                hint="This is a fault of the plugin that resolved it.",
+            ) from error
+
+    # --- Making and proving ------------------------------------------------------------------------------------------
+
+    async def _is_there(self, request: LoadAdapterRequest, derived: _Derived) -> bool:
+        """Whether the derived model is there already.
+
+        Raises:
+            AdapterError: a model of that name is there and is another one. It is not overwritten.
+        """
+        model = await self._show_if_there(request.call, derived.name)
+        if model is None:
+            return False
+        if not derived.proves(model):
+            raise AdapterError(
+                f"The model `{derived.name}` is there but does not hold this adapter: it is not overwritten.",
+                reference=request.adapter.name,
+                hint=f"Delete it if nobody needs it: `ollama rm {derived.name}`.",
+            )
+        return True
+
+    async def _create(self, request: LoadAdapterRequest, derived: _Derived, memory: _Memory | None = None) -> None:
+        """Make a model and read it back; what is not right is deleted again.
+
+        Raises:
+            _Passed: the server refused, or made something else. Where that is its way, `memory` keeps it.
+        """
+        try:
+            await self._wire.ask(request.call, "load_adapter", "POST", "/api/create", derived.body)
+        except PASSING as error:
+            why = f"the server refused to make the model ({_cause(error)})"
+            if memory is not None and isinstance(error, (RequestRejected, CapabilityUnsupported)):
+                memory.reason = why
+            raise _Passed(why) from error
+        model = await self._show_if_there(request.call, derived.name)
+        if model is not None and derived.proves(model):
+            return
+        why = "the server said it made the model, but the adapter is not in it"
+        if model is not None:
+            await self._delete(request.call, "load_adapter", derived.name)
+        if memory is not None:
+            memory.reason = why
+        raise _Passed(why)
+
+    async def _probe(self, request: LoadAdapterRequest, derived: _Derived) -> None:
+        """Ask for one token: an adapter that does not fit is accepted by `create`, and then ends the runner."""
+        options: dict[str, Any] = {"num_predict": 1}
+        if request.context_window is not None:
+            options["num_ctx"] = request.context_window
+        body = {"model": derived.name, "prompt": "Hi", "raw": True, "stream": False, "options": options}
+        if request.keep_alive is not None:
+            body["keep_alive"] = _convert.keep_alive(request.keep_alive)
+        call = replace(request.call, attempts=1)
+        try:
+            await self._wire.ask(call, "load_adapter", "POST", "/api/generate", body)
+        except ModelLoadFailed as error:
+            if error.reason in ("memory", "timeout"):
+                raise
+            await self._delete(request.call, "load_adapter", derived.name)
+            if "not yet implemented" in str(error.details.get("server_message", "")):
+                raise _Passed("the server's engine for this architecture takes no adapters") from error
+            raise _does_not_run(request, error) from error
+        except InferenceFailed as error:
+            await self._delete(request.call, "load_adapter", derived.name)
+            raise _does_not_run(request, error) from error
+
+    async def _upload(self, call: Call, digest: str, file: Path) -> None:
+        """Bring a file into the server. It is asked first: that saves the transfer, and a reset in the middle of it."""
+        path = f"/api/blobs/{digest}"
+        if await self._has_blob(call, path):
+            return
+        try:
+            await self._wire.upload(call, path, file)
+        except (ConnectionFailed, StreamInterrupted):
+            # The server answers without reading what it already has, so that another sender's success looks like this.
+            if not await self._has_blob(call, path):
+                raise
+
+    async def _has_blob(self, call: Call, path: str) -> bool:
+        try:
+            await self._wire.ask(call, "load_adapter", "HEAD", path)
+        except ProviderError as error:
+            if error.status == 404:  # noqa: PLR2004 - the only way to say no
+                return False
+            raise
+        return True
+
+    async def _memory(self, call: Call) -> _Memory:
+        answer = await self._wire.ask(call, "load_adapter", "GET", "/api/version")
+        return _memory_of(self._address, str(answer.get("version")))
+
+    async def _show(self, call: Call, model: str, operation: str = "load_adapter") -> ModelInfo:
+        def read(answer: dict[str, Any]) -> ModelInfo:
+            return _convert.model_info(model, answer)
+
+        shown: ModelInfo = await self._wire.ask(call, operation, "POST", "/api/show", {"model": model}, read=read)
+        return shown
+
+    async def _show_if_there(self, call: Call, model: str, operation: str = "load_adapter") -> ModelInfo | None:
+        try:
+            return await self._show(call, model, operation)
+        except ModelNotFound:
+            return None
+
+    async def _delete(self, call: Call, operation: str, model: str) -> None:
+        with contextlib.suppress(ModelNotFound):  # Somebody else was quicker.
+            await self._wire.ask(call, operation, "DELETE", "/api/delete", {"model": model})
+
+    # --- Pruning -----------------------------------------------------------------------------------------------------
+
+    async def prune(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+        """Delete the derived models, or only list them: those that are in our namespace and provably of our making."""
+        read = _convert.listed_models
+        models = await self._wire.ask(request.call, "prune_adapters", "GET", "/api/tags", read=read)
+        gone: list[ModelInfo] = []
+        for model in models:
+            if not _chosen(model, request):
+                continue
+            found = await self._show_if_there(request.call, model.name, "prune_adapters")
+            if found is None or not _is_ours(found):
+                continue
+            if not request.dry_run:
+                await self._delete(request.call, "prune_adapters", model.name)
+            gone.append(replace(model, adapters=found.adapters or (str(found.metadata[MARK]),)))
+        return tuple(gone)
+
+
+# --- What is remembered of a server ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Memory:
+    """Of one server in one version: why it takes no adapters, where it does not."""
+
+    reason: str = ""
+
+
+_memories: dict[tuple[str, str], _Memory] = {}
+_memories_lock = threading.Lock()
+
+
+def _memory_of(address: str, version: str) -> _Memory:
+    with _memories_lock:
+        return _memories.setdefault((address, version), _Memory())
+
+
+# --- Names and proofs ------------------------------------------------------------------------------------------------
+
+
+def _name(base: str, adapter: str, strategy: str, digest: str, weights: Sequence[str]) -> str:
+    """`graftage-lora/BASE:ADAPTER-KEY`: the same content has the same name, and other content another."""
+    base, adapter = _slug(base, PART_LENGTH), _slug(adapter, PART_LENGTH - KEY_LENGTH - 1)
+    return f"{NAMESPACE}/{base}:{adapter}-{_key(strategy, digest, weights)}"
+
+
+def _key(strategy: str, digest: str, weights: Sequence[str]) -> str:
+    text = "\n".join((strategy, digest, *weights))
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _slug(text: str, length: int) -> str:
+    """What may stand in a part of a model's name."""
+    slug = re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
+    return slug[:length].rstrip("-") or "x"
+
+
+def _weights(model: ModelInfo) -> tuple[str, ...]:
+    """The digests of the weights, and of what else is loaded beside them."""
+    return _convert.digests(str(model.raw.get("modelfile") or ""), "FROM")
+
+
+def _is_ours(model: ModelInfo) -> bool:
+    """Whether a model of our namespace holds what its name promises."""
+    key = model.name.rpartition("-")[2]
+    if isinstance(mark := model.metadata.get(MARK), str):
+        return mark.startswith("sha256:") and re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", key) is not None
+    return any(key == _key("native", digest, _weights(model)) for digest in model.adapters)
+
+
+def _chosen(model: ModelInfo, request: PruneAdaptersRequest) -> bool:
+    name = _convert.canonical(model.name)
+    if not name.startswith(f"{NAMESPACE}/") or name in {_convert.canonical(each) for each in request.keep}:
+        return False
+    if request.older_than is None:
+        return True
+    return model.modified_at is not None and time.time() - model.modified_at.timestamp() >= request.older_than
+
+
+def _loaded(adapter: Adapter, model: str, strategy: str) -> LoadedAdapter:
+    return LoadedAdapter(
+        name=adapter.name,
+        digest=adapter.digest,
+        model=model,
+        scale=adapter.scale,
+        strategy=strategy,
+        warnings=adapter.verdict.warnings,
+    )
+
+
+def _does_not_run(request: LoadAdapterRequest, error: ProviderError) -> AdapterIncompatible:
+    reason = f"the server cannot run `{request.model}` with it ({_cause(error)})"
+    return AdapterIncompatible(
+        f"The adapter `{request.adapter.name}` does not work: {reason}.",
+        reference=request.adapter.name,
+        reasons=[reason],
+        hint="It was probably made for another base model; what was made for it on the server is deleted again.",
+    )
+
+
+def _cause(error: ProviderError) -> str:
+    return error.message.rstrip(".")
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
+    """Merge into a file of that folder; a folder that has gone, or the deadline, ends it."""
+
+    def told(written: int, total: int) -> None:
+        if time.monotonic() > call.deadline:
+            raise ProviderTimeout(
+                f"The adapter was not merged within {call.timeouts.total:g} s.",
+                phase="total",
+                hint="Raise `timeout`: a model of 7 billion parameters takes about ten minutes.",
+            )
+        if not folder.exists():
+            raise AdapterError("The merge was given up.", hint="Ask again.")
+        call.emit("progress", progress=PullProgress(status="merging", total=total, completed=written))
+
+    return adapter.merge(base_file, folder / "merged.gguf", told)
+
+
+def _carried_over(base: ModelInfo) -> dict[str, Any]:
+    """What a model made from a file does not inherit from the base."""
+    raw = base.raw
+    fields = {
+        "template": base.template,
+        "system": base.system,
+        "license": base.licence,
+        "parameters": _convert.parameters(str(raw.get("parameters") or "")),
+        "messages": raw.get("messages"),
+        "renderer": raw.get("renderer"),
+        "parser": raw.get("parser"),
+    }
+    return {name: value for name, value in fields.items() if value}

@@ -1,0 +1,296 @@
+"""`graftage adapters`, and `--adapter` and `--force` of the commands that ask a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Shell
+
+LORE = """
+from pathlib import Path
+
+class Found:
+    name, digest, scale, served_as = "ahoy", "sha256:" + "ab" * 32, 2.0, None
+
+    def __init__(self, status, folder):
+        reasons = {"incompatible": ("layer 30 of \\x1b 30", "other width"), "unknown": ("no facts",)}
+        self.verdict = Verdict(status=status, reasons=reasons.get(status, ()))
+        self.folder = folder
+
+    def gguf(self, base):
+        made = self.folder / "made.gguf"
+        made.write_text(f"GGUF for {base.name}")
+        return made
+
+    def merge(self, base_file, out, on_progress):
+        for written in (0, 50_000_000, 100_000_000):
+            on_progress(written, 100_000_000)
+        out.write_text("half")
+        if base_file.name == "slow.gguf":
+            threading.Event().wait()
+        if base_file.name == "bad.gguf":
+            raise AdapterInvalid("That base is broken.")
+        out.write_text(f"merged into {base_file.name}")
+        return out
+
+class Lore:
+    name = "lore"
+
+    @hookimpl
+    def resolve_adapter(self, request):
+        if request.reference == "malformed":
+            raise AdapterInvalid("It holds a pickle.", reasons=["a pickle"])
+        if request.reference in ("compatible", "incompatible", "unknown"):
+            return Found(request.reference, Path(__file__).parent)
+
+    @hookimpl
+    def list_adapters(self):
+        facts = {"reference": "/a/b", "source": "folder", "base_model": "small", "digest": "sha256:" + "ab" * 32}
+        yield AdapterInfo(name="ah\\x1boy", **facts)
+
+it = Lore()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _installed(shell: Shell) -> None:
+    shell.install(LORE, name="lore", group="graftage.plugins")
+    for name in ("base", "other", "slow", "bad"):
+        (shell.folder / f"{name}.gguf").write_text("")
+
+
+# --- list and check --------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_listed(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    lines = shell.run("adapters", "list").out.splitlines()
+    assert lines[1].split() == [r"ah\x1boy", "small", "sha256:abababababab", "folder", "/a/b"]
+    assert json.loads(shell.run("adapters", "list", "--json").out)[0]["digest"] == "sha256:" + "ab" * 32
+
+
+def test_where_no_plugin_finds_adapters_one_is_named(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore")
+    assert done.code == 0
+    assert "`graftage-lora`" in done.err
+
+
+@pytest.mark.parametrize(
+    ("reference", "code", "status", "reasons"),
+    [
+        ("compatible", 0, "compatible", []),
+        ("incompatible", 1, "incompatible", ["layer 30 of \x1b 30", "other width"]),
+        ("unknown", 3, "unknown", ["no facts"]),
+        ("malformed", 1, "invalid", ["a pickle"]),
+    ],
+)
+def test_check_gives_the_verdict_with_every_reason(
+    shell: Shell, reference: str, code: int, status: str, reasons: list[str]
+) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("adapters", "check", reference, "--json")
+    report: dict[str, Any] = json.loads(done.out)
+    assert (done.code, done.err) == (code, "")
+    assert (report["status"], report["reasons"], report["model"]) == (status, reasons, "small:1b")
+    table = shell.run("adapters", "check", reference)
+    assert table.code == code
+    assert re.search(rf"^verdict +{status} *$", table.out, re.MULTILINE)
+    assert re.findall(r"^reason +(.+?) *$", table.out, re.MULTILINE) == [
+        each.replace("\x1b", r"\x1b") for each in reasons
+    ]
+
+
+def test_an_adapter_that_nobody_knows_is_an_error_of_check(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("adapters", "check", "nope", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: The adapter `nope` was not found")
+
+
+def test_check_takes_the_model_that_is_named(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("adapters", "check", "compatible", "-m", "fake:other:7b", "--json")
+    assert json.loads(done.out)["model"] == "other:7b"
+
+
+# --- load, unload, and answering -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_loaded_and_unloaded(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    assert shell.run("adapters", "load", "compatible") == (0, "ahoy is loaded as small:1b+ahoy (derived).\n", "")
+    assert shell.run("adapters", "unload", "compatible") == (0, "compatible is not in memory.\n", "")
+
+
+def test_an_adapter_that_does_not_fit_is_refused_unless_forced(shell: Shell) -> None:
+    shell.install("it = Echo(['Ahoy!'] * 2)")
+    for command in (["adapters", "load", "incompatible"], ["chat", "Hi", "--adapter", "incompatible"]):
+        refused = shell.run(*command)
+        assert (refused.code, refused.out) == (1, "")
+        assert r"layer 30 of \x1b 30; other width" in refused.err
+        assert "--force" in refused.err
+        forced = shell.run(*command, "--force")
+        assert forced.code == 0
+        assert "warning: " in forced.err
+
+
+def test_the_adapter_that_answered_is_named(shell: Shell) -> None:
+    shell.install("it = Echo(['Ahoy!'])")
+    assert json.loads(shell.run("chat", "Hi", "--adapter", "compatible", "--json").out)["adapter"] == "ahoy"
+
+
+# --- prune -----------------------------------------------------------------------------------------------------------
+
+PRUNER = """
+class Connection:
+    address = "fake"
+
+    @hookimpl
+    def chat(self, request):
+        return iter(())
+
+    @hookimpl
+    def health(self, request):
+        return Health(level=request.level, reachable=True)
+
+    @hookimpl
+    def prune_adapters(self, request):
+        told = repr((request.keep, request.older_than, request.dry_run))
+        found = (ModelInfo(name="graftage/a", size=98_000_000), ModelInfo(name=told))
+        return () if request.keep == ("all",) else found
+
+class Provider:
+    @hookimpl
+    def connect(self, request):
+        return Connection()
+
+it = Provider()
+"""
+
+
+def test_prune_deletes_nothing_without_a_yes(shell: Shell) -> None:
+    shell.install(PRUNER)
+    done = shell.run("adapters", "prune")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^graftage/a +98.0 MB *$", done.out, re.MULTILINE)
+    assert "((), None, True)" in done.out
+    assert done.out.endswith("2 models would be deleted: `--yes` does it.\n")
+
+
+@pytest.mark.parametrize(("age", "seconds"), [("90", 90.0), ("30m", 1800.0), ("12h", 43200.0), ("7d", 604800.0)])
+def test_prune_deletes_what_is_old_and_not_kept(shell: Shell, age: str, seconds: float) -> None:
+    shell.install(PRUNER)
+    done = shell.run("adapters", "prune", "--yes", "--older-than", age, "--keep", "a", "--keep", "b")
+    assert f"(('a', 'b'), {seconds!r}, False)" in done.out
+    assert done.out.endswith("2 models deleted.\n")
+
+
+def test_prune_in_json_says_whether_it_was_done(shell: Shell) -> None:
+    shell.install(PRUNER)
+    data = json.loads(shell.run("adapters", "prune", "--json").out)
+    assert data["deleted"] is False
+    assert [each["name"] for each in data["models"]] == ["graftage/a", "((), None, True)"]
+
+
+def test_prune_says_where_there_is_nothing(shell: Shell) -> None:
+    shell.install(PRUNER)
+    assert shell.run("adapters", "prune", "--keep", "all", "--yes").out == "There is nothing to delete.\n"
+
+
+@pytest.mark.parametrize("age", ["soon", "-1", "7x", ""])
+def test_an_age_that_is_none_deletes_nothing(shell: Shell, age: str) -> None:
+    shell.install(PRUNER)
+    done = shell.run("adapters", "prune", "--yes", f"--older-than={age}")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: `--older-than {age}` is no age.")
+
+
+# --- convert and merge -----------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_the_adapter_for_a_model(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("adapters", "convert", "compatible", "--out", "new.gguf")
+    assert done == (0, "new.gguf is written.\n", "")
+    assert (shell.folder / "new.gguf").read_text() == "GGUF for small:1b"
+
+
+MERGE = ("adapters", "merge", "compatible", "--out", "new.gguf")
+
+
+def test_merge_takes_the_file_of_the_model(shell: Shell) -> None:
+    shell.install("from pathlib import Path; it = Echo(models=[ModelInfo(name='small:1b', path=Path('/x/base.gguf'))])")
+    assert shell.run(*MERGE) == (0, "new.gguf is written.\n", "merging\n")
+    assert (shell.folder / "new.gguf").read_text() == "merged into base.gguf"
+
+
+def test_merge_takes_the_file_that_is_named(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    assert shell.run(*MERGE, "--base-file", "other.gguf").code == 0
+    assert (shell.folder / "new.gguf").read_text() == "merged into other.gguf"
+
+
+def test_merge_draws_a_bar(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    child = shell.terminal(*MERGE, "--base-file", "other.gguf")
+    child.expect("merging .*100.0/100.0 MB")
+    child.expect("new.gguf is written.")
+    assert shell.ends(child) == 0
+
+
+def test_merge_needs_a_file_of_the_model(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run(*MERGE)
+    assert (done.code, done.out) == (2, "")
+    assert "--base-file" in done.err
+
+
+def names(shell: Shell) -> set[str]:
+    return {each.name for each in shell.folder.iterdir() if "new.gguf" in each.name}
+
+
+def test_a_merge_that_fails_or_is_stopped_leaves_nothing(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    assert shell.run(*MERGE, "--base-file", "bad.gguf").err == "merging\nerror: That base is broken.\n"
+    assert names(shell) == set()
+    child = shell.terminal(*MERGE, "--base-file", "slow.gguf")
+    child.expect("merging .*100.0/100.0 MB")
+    child.sendintr()
+    assert shell.ends(child) == 130
+    assert names(shell) == set()
+
+
+@pytest.mark.parametrize("command", [("convert", "compatible"), ("merge", "compatible", "--base-file", "base.gguf")])
+def test_a_file_that_is_there_is_replaced_only_where_that_was_said(shell: Shell, command: tuple[str, ...]) -> None:
+    shell.install("it = Echo()")
+    (shell.folder / "new.gguf").write_text("precious")
+    done = shell.run("adapters", *command, "--out", "new.gguf")
+    assert (done.code, done.err) == (
+        2,
+        "error: `new.gguf` is there already.\nhint: Choose another name, or `--overwrite` it.\n",
+    )
+    assert (shell.folder / "new.gguf").read_text() == "precious"
+    assert shell.run("adapters", *command, "--out", "new.gguf", "--overwrite").code == 0
+    assert (shell.folder / "new.gguf").read_text() != "precious"
+
+
+def test_a_file_that_cannot_be_written_is_an_error(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("adapters", "convert", "compatible", "--out", "nowhere/new.gguf")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: `nowhere/new.gguf` cannot be written: No such file or directory.")
+
+
+def test_an_adapter_that_does_not_fit_is_written_only_by_force(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    command = ("adapters", "convert", "incompatible", "--out", "new.gguf")
+    done = shell.run(*command)
+    assert (done.code, names(shell)) == (1, set())
+    assert "other width" in done.err
+    assert shell.run(*command, "--force").code == 0

@@ -1,0 +1,126 @@
+"""Every error of a command is one message with the way out, and an exit code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Shell
+
+
+def test_an_error_is_one_message_and_the_way_out(shell: Shell) -> None:
+    shell.install("it = Echo([ConnectionFailed('Nothing listens there.', hint='Start it.')])")
+    assert shell.run("chat", "Hi") == (1, "", "error: Nothing listens there.\nhint: Start it.\n")
+
+
+def test_text_that_came_before_an_error_stays(shell: Shell) -> None:
+    shell.install("it = Echo([[Chunk(text='Once upon'), StreamInterrupted('It broke.')]])")
+    assert shell.run("chat", "Hi") == (1, "Once upon\n", "error: It broke.\n")
+
+
+def test_text_that_came_with_an_error_is_printed(shell: Shell) -> None:
+    shell.install("it = Echo([[Chunk(text='{\"a\": '), Chunk(text='oops', finish_reason='stop')]])")
+    done = shell.run("chat", "Hi", "--format", "json")
+    assert (done.code, done.out) == (1, '{"a": oops\n')
+    assert done.err.startswith("error: The answer does not fit the `format`.")
+
+
+def test_a_missing_model_was_misspelt(shell: Shell) -> None:
+    shell.install("it = Echo(models=['smollm2:135m'], strict=True)")
+    done = shell.run("chat", "-m", "smolm2:135m", "Hi")
+    assert done.code == 1
+    assert "Did you mean `smollm2:135m`?" in done.err
+    assert "graftage models pull" not in done.err  # The provider has said what helps.
+
+
+def test_a_missing_model_can_be_pulled_from_the_provider_that_lacks_it(shell: Shell) -> None:
+    shell.install("it = Echo([ModelNotFound('Not here.', provider='fake', model='a:1')])")
+    done = shell.run("chat", "-m", "a:1", "Hi")
+    assert done.err == "error: Not here.\nhint: `graftage models pull fake:a:1` downloads it.\n"
+
+
+def test_an_error_about_an_adapter_has_every_reason(shell: Shell) -> None:
+    shell.install("it = Echo([AdapterUnsupported('No way.', reasons=['too old', 'No way'], hint='Update it.')])")
+    assert shell.run("chat", "Hi").err == "error: No way.\n  too old\nhint: Update it.\n"
+
+
+@pytest.mark.parametrize("error", ["AdapterIncompatible('No.')", "ResourceLimitExceeded('No.', limit='x')"])
+def test_what_force_overcomes_says_so(shell: Shell, error: str) -> None:
+    shell.install(f"it = Echo([{error}])")
+    assert shell.run("chat", "Hi").err == "error: No.\nhint: `--force` goes on all the same.\n"
+
+
+def test_no_model_is_wrong_usage(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("chat", "Hi", GRAFTAGE_MODEL="")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: No model is chosen.\nhint: Name one with `-m`")
+
+
+def test_a_provider_that_is_not_installed_is_named_with_those_that_are(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("chat", "Hi", GRAFTAGE_PROVIDER="fakee")
+    assert done == (1, "", "error: There is no provider `fakee`.\nhint: Did you mean `fake`?\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"GRAFTAGE_HOTS": "x"}, "There is no setting `hots` (environment GRAFTAGE_HOTS)"),
+        ({"GRAFTAGE_ATTEMPTS": "0"}, "The setting `attempts` (environment GRAFTAGE_ATTEMPTS) is wrong"),
+    ],
+)
+def test_a_wrong_setting_has_exit_code_2_and_its_source(
+    shell: Shell, environment: dict[str, str], problem: str
+) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("chat", "Hi", **environment)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {problem}")
+
+
+def test_a_settings_file_that_is_no_toml_has_exit_code_2(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    (shell.folder / "config.toml").write_text("model = ")
+    done = shell.run("chat", "Hi")
+    assert done.code == 2
+    assert str(shell.folder / "config.toml") in done.err
+
+
+@pytest.mark.parametrize(("arguments", "environment"), [(["--debug"], {}), ([], {"GRAFTAGE_DEBUG": "1"})])
+def test_debug_shows_the_traceback(shell: Shell, arguments: list[str], environment: dict[str, str]) -> None:
+    shell.install("it = Echo([InferenceFailed('It \\x1b broke.')])")
+    done = shell.run(*arguments, "chat", "Hi", **environment)
+    assert done.code == 1
+    assert "Traceback (most recent call last)" in done.err
+    assert done.err.endswith("error: It \\x1b broke.\n")
+    assert "\x1b" not in done.err
+
+
+def test_a_fault_that_nobody_foresaw_is_one_message_too(shell: Shell) -> None:
+    (shell.folder / "sitecustomize.py").write_text("import graftage\ngraftage.connect = lambda *a, **k: 1 / 0\n")
+    done = shell.run("chat", "Hi")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ZeroDivisionError: division by zero\nhint: ")
+    assert "Traceback" not in done.err
+
+
+def test_ctrl_c_ends_a_single_answer_with_exit_code_130(shell: Shell) -> None:
+    shell.install("it = Echo([[Chunk(text='first words'), Pause(), Chunk(finish_reason='stop')]])")
+    child = shell.terminal("chat", "Hi")
+    child.expect("first words")
+    child.sendintr()
+    assert shell.ends(child) == 130
+    assert "Traceback" not in child.before
+    assert "error" not in child.before
+
+
+def test_ctrl_c_before_the_first_word_has_exit_code_130(shell: Shell) -> None:
+    shell.install("it = Echo([[Pause(), Chunk(finish_reason='stop')]])")
+    child = shell.terminal("chat", "Hi")
+    child.expect("waiting for the first word")
+    child.sendintr()
+    assert shell.ends(child) == 130
+    assert "Traceback" not in child.before

@@ -1,0 +1,87 @@
+"""Nobody but us steers the terminal: not a model, not a server, not a plugin."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graftage._cli import show
+
+if TYPE_CHECKING:
+    from conftest import Shell
+
+
+EVIL = "\x1b]52;c;aGk=\x07 \x9b2J \u202e \u2066 \u200f \u061c \x7f \ud800"
+SHOWN = r"\x1b]52;c;aGk=\x07 \x9b2J \u202e \u2066 \u200f \u061c \x7f \ud800"
+
+
+def test_control_characters_of_the_answer_are_shown_and_not_obeyed(shell: Shell) -> None:
+    shell.install(f"it = Echo([[Chunk(thinking={EVIL!r}), Chunk(text={EVIL!r}), Chunk(finish_reason='stop')]])")
+    assert shell.run("chat", "Hi") == (0, f"{SHOWN}\n", f"{SHOWN}\n")
+
+
+def test_control_characters_are_shown_on_a_terminal(shell: Shell) -> None:
+    shell.install(f"it = Echo([{EVIL!r}])")
+    child = shell.terminal("chat", "Hi", columns=60)
+    child.expect_exact(SHOWN)
+    assert shell.ends(child) == 0
+
+
+def test_escape_sequences_split_over_chunks_are_shown_too(shell: Shell) -> None:
+    shell.install("it = Echo([[Chunk(text='a\\x1b'), Chunk(text='[2Jb'), Chunk(finish_reason='stop')]])")
+    assert shell.run("chat", "Hi").out == "a\\x1b[2Jb\n"
+
+
+def test_a_line_break_split_over_chunks_is_one_line_break(shell: Shell) -> None:
+    shell.install(
+        "it = Echo([[Chunk(text='a\\r'), Chunk(text='\\nb\\r'), Chunk(text='c\\r'), Chunk(finish_reason='stop')]])"
+    )
+    assert shell.run("chat", "Hi").out == "a\nb\\x0dc\\x0d\n"
+
+
+def test_raw_prints_what_the_model_wrote(shell: Shell) -> None:
+    shell.install("it = Echo(['a\\x1b[1mb\\r\\nc'])")
+    assert shell.run("chat", "Hi", "--raw").out == "a\x1b[1mb\r\nc\n"
+
+
+def test_json_keeps_the_text_without_a_control_character_in_the_output(shell: Shell) -> None:
+    shell.install(f"it = Echo([{EVIL!r}])")
+    done = shell.run("chat", "Hi", "--json")
+    assert json.loads(done.out)["text"] == EVIL
+    assert SHOWN.count("\\u") <= done.out.count("\\u")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.out)
+
+
+def test_rich_markup_of_a_model_is_just_text(shell: Shell) -> None:
+    shell.install(
+        """
+        it = Echo(
+            [[Chunk(thinking="[red]t[/red]"), Chunk(text="[bold]a[/nope] :smile:"), Chunk(finish_reason="stop")]],
+            models=("[bold]m[/nope]:1",),
+        )
+        """
+    )
+    assert shell.run("chat", "Hi") == (0, "[bold]a[/nope] :smile:\n", "[red]t[/red]\n")
+    assert "[bold]m[/nope]:1" in shell.run("models", "list").out
+
+
+def test_names_and_errors_are_escaped_and_cannot_pose_as_other_lines(shell: Shell) -> None:
+    shell.install(
+        "it = Echo([InferenceFailed('bad \\x1b[2J\\nhint: do evil', hint='a\\x07')], models=('e\\x1b[1m\\n:1',))"
+    )
+    done = shell.run("chat", "Hi")
+    assert done == (1, "", "error: bad \\x1b[2J\n  hint: do evil\nhint: a\\x07\n")
+    assert r"e\x1b[1m\n:1" in shell.run("models", "list").out
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet=st.sampled_from("ab\r\n\t\x1b\x9b\u202e\ud800é")), max_size=6))
+def test_pieces_are_escaped_as_the_whole_would_be(pieces: list[str]) -> None:
+    escaper = show.Escaper()
+    printed = "".join(map(escaper.feed, pieces)) + escaper.end()
+    assert show.escaped("".join(pieces)) == printed
+    assert set(printed) <= set("ab\n\té\\x1b9bu202ed800d")

@@ -1,0 +1,66 @@
+"""`graftage plugins` and `graftage providers`, and the commands that plugins bring."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conftest import Shell
+
+
+def plugin_table(shell: Shell, **environment: str) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in json.loads(shell.run("plugins", "--json", **environment).out)}
+
+
+def test_plugins_are_listed_with_where_they_come_from(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    assert plugin_table(shell)["fake"] == {
+        "name": "fake",
+        "kind": "provider",
+        "distribution": "graftage-fake",
+        "version": "1.0",
+        "hooks": ["connect"],
+        "state": "loaded",
+        "why": None,
+    }
+    assert re.search(
+        r"^fake +provider +graftage-fake +1\.0 +loaded +connect *$", shell.run("plugins").out, re.MULTILINE
+    )
+
+
+def test_a_broken_plugin_is_explained_and_hides_no_other(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    shell.install("raise RuntimeError('out of \\x1b order')", name="bad", group="graftage.plugins")
+    done = shell.run("plugins")
+    assert done.code == 0
+    assert re.search(r"^bad +plugin .* quarantined", done.out, re.MULTILINE)
+    assert r"RuntimeError: out of \x1b order" in done.out
+    assert {"bad": "quarantined", "fake": "loaded"}.items() <= {
+        name: each["state"] for name, each in plugin_table(shell).items()
+    }.items()
+
+
+def test_a_broken_plugin_is_a_warning_and_the_answer_comes(shell: Shell) -> None:
+    shell.install("it = Echo(['Hello.'])")
+    shell.install("raise RuntimeError('out of order')", name="bad", group="graftage.plugins")
+    done = subprocess.run(
+        [sys.executable, "-m", "graftage._cli", "chat", "Hi"],
+        env=shell.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "Hello.\n")
+    assert re.fullmatch(r"warning: .*`bad`.*out of order.*\n", done.stderr)
+
+
+def test_a_disabled_plugin_is_listed_and_not_imported(shell: Shell) -> None:
+    shell.install("raise RuntimeError('was imported')")
+    found = plugin_table(shell, GRAFTAGE_DISABLED_PLUGINS="fake")["fake"]
+    assert (found["state"], found["why"]) == ("disabled", "GRAFTAGE_DISABLED_PLUGINS names it.")

@@ -1,0 +1,381 @@
+"""Adapters and base models for the tests of `graftage_lora`, written by other libraries than the one under test.
+
+The model is a small llama in NumPy, in two forms: with the original weights, and with those of a GGUF file, whose
+rotary pairs are neighbours. Neither shares a line with the plugin.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import save_file
+
+from graftage.types import ModelInfo, ResolveRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy.typing as npt
+
+Array = Any
+ASSETS = Path(__file__).parent / "assets" / "lora"
+MODULES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The figures of a small model with shared keys and values."""
+
+    architecture: str = "llama"
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    shared: int = 2
+    width: int = 16
+    feed_forward: int = 96
+    vocabulary: int = 48
+    seed: int = 0
+    tied: bool = False
+
+    def sides(self, module: str) -> tuple[int, int]:
+        """Outputs and inputs of a module."""
+        query, key = self.heads * self.width, self.shared * self.width
+        return {
+            "self_attn.q_proj": (query, self.hidden),
+            "self_attn.k_proj": (key, self.hidden),
+            "self_attn.v_proj": (key, self.hidden),
+            "self_attn.o_proj": (self.hidden, query),
+            "mlp.gate_proj": (self.feed_forward, self.hidden),
+            "mlp.up_proj": (self.feed_forward, self.hidden),
+            "mlp.down_proj": (self.hidden, self.feed_forward),
+            "embed_tokens": (self.vocabulary, self.hidden),
+            "lm_head": (self.vocabulary, self.hidden),
+        }[module]
+
+    def modules(self) -> list[str]:
+        """All modules by the names that trainers give them."""
+        return [f"model.layers.{layer}.{each}" for layer in range(self.layers) for each in MODULES]
+
+    def weights(self) -> dict[str, Array]:
+        """The original weights, in the original order."""
+        rng = np.random.default_rng(self.seed)
+        found: dict[str, Array] = {}
+        for name in self.modules():
+            shape = self.sides(name.split(".", 3)[3])
+            found[name] = rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32)
+        for layer in range(self.layers):
+            for norm in ("attn_norm", "ffn_norm"):
+                found[f"{layer}.{norm}"] = rng.normal(1, 0.1, self.hidden).astype(np.float32)
+        found["norm"] = rng.normal(1, 0.1, self.hidden).astype(np.float32)
+        for end in ("embed_tokens", "lm_head"):
+            found[end] = rng.normal(0, 0.3, self.sides(end)).astype(np.float32)
+        return found
+
+    def metadata(self) -> dict[str, Any]:
+        """The keys that its GGUF file has."""
+        return {
+            "general.architecture": self.architecture,
+            "general.name": "small",
+            f"{self.architecture}.block_count": self.layers,
+            f"{self.architecture}.embedding_length": self.hidden,
+            f"{self.architecture}.feed_forward_length": self.feed_forward,
+            f"{self.architecture}.attention.head_count": self.heads,
+            f"{self.architecture}.attention.head_count_kv": self.shared,
+            f"{self.architecture}.attention.key_length": self.width,
+            f"{self.architecture}.attention.value_length": self.width,
+            f"{self.architecture}.vocab_size": self.vocabulary,
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes as a GGUF file has them, inputs first."""
+        found = {gguf_name(name): self.sides(name.split(".", 3)[3])[::-1] for name in self.modules()}
+        found["token_embd.weight"] = (self.hidden, self.vocabulary)
+        if not self.tied:
+            found["output.weight"] = (self.hidden, self.vocabulary)
+        return dict(found)
+
+    def info(self, **changes: Any) -> ModelInfo:
+        """What a provider tells of it."""
+        facts: dict[str, Any] = {"name": "small:1m", "metadata": self.metadata(), "tensors": self.tensors(), **changes}
+        return ModelInfo(**facts)
+
+    def write(self, path: Path, kind: str = "F32", **extra: Any) -> Path:
+        """Its GGUF file, by the `gguf` package's own writer."""
+        writer = gguf.GGUFWriter(path, self.architecture)
+        for key, value in self.metadata().items():
+            if key != "general.architecture":
+                writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+        writer.add_uint32(f"{self.architecture}.context_length", 512)
+        writer.add_uint32(f"{self.architecture}.rope.dimension_count", self.width)
+        writer.add_float32(f"{self.architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_string("tokenizer.ggml.model", "gpt2")
+        writer.add_string("tokenizer.ggml.pre", "default")
+        writer.add_array("tokenizer.ggml.tokens", [f"word{number}" for number in range(self.vocabulary)])
+        writer.add_array("tokenizer.ggml.token_type", [1] * self.vocabulary)
+        writer.add_array("tokenizer.ggml.merges", ["w o"])
+        for key, value in extra.items():
+            writer.add_uint32(key.replace("__", "."), value)
+        for name, data in self.placed().items():
+            add(writer, name, data, kind if data.ndim == 2 else "F32")
+        close(writer)
+        return path
+
+    def placed(self, weights: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """The weights under the names and in the order of a GGUF file."""
+        weights = weights or self.weights()
+        found = {}
+        for name in self.modules():
+            found[gguf_name(name)] = self.ordered(name, weights[name])
+        for layer in range(self.layers):
+            for norm in ("attn_norm", "ffn_norm"):
+                found[f"blk.{layer}.{norm}.weight"] = weights[f"{layer}.{norm}"]
+        found["output_norm.weight"] = weights["norm"]
+        found["token_embd.weight"] = weights["embed_tokens"]
+        if not self.tied:
+            found["output.weight"] = weights["lm_head"]
+        return found
+
+    def ordered(self, name: str, rows: Array) -> Array:
+        """Rows as a GGUF file of the architecture has them."""
+        if self.architecture != "llama" or not name.endswith(("q_proj", "k_proj")):
+            return rows
+        return neighbours(rows, self.heads if name.endswith("q_proj") else self.shared)
+
+
+def gguf_name(module: str) -> str:
+    """The name of a module in GGUF files."""
+    if module in ("embed_tokens", "lm_head"):
+        return {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}[module]
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{MODULES[rest]}.weight"
+
+
+def neighbours(rows: Array, heads: int) -> Array:
+    """Rows whose pairs lie half a head apart, moved so that each pair lies side by side: one row at a time."""
+    out, width = np.empty_like(rows), len(rows) // heads
+    for head in range(heads):
+        for pair in range(width // 2):
+            for half in (0, 1):
+                out[head * width + 2 * pair + half] = rows[head * width + pair + half * width // 2]
+    return out
+
+
+# --- A forward pass --------------------------------------------------------------------------------------------------
+
+
+def logits(model: Model, weights: Mapping[str, Array], tokens: list[int], *, side_by_side: bool) -> npt.NDArray[Any]:
+    """What a llama answers, in F64. Weights are under GGUF names; `side_by_side` tells how rotary pairs lie in them."""
+    held = {name: np.asarray(data, np.float64) for name, data in weights.items()}
+    x = held["token_embd.weight"][tokens]
+    for layer in range(model.layers):
+        own = {
+            name.split(".", 2)[2].removesuffix(".weight"): data
+            for name, data in held.items()
+            if name.startswith(f"blk.{layer}.")
+        }
+        x = x + _attention(model, own, _normed(x, own["attn_norm"]), side_by_side=side_by_side)
+        y = _normed(x, own["ffn_norm"])
+        gate = y @ own["ffn_gate"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ own["ffn_up"].T)) @ own["ffn_down"].T
+    return _normed(x, held["output_norm.weight"]) @ held["output.weight"].T
+
+
+def _normed(x: Array, weight: Array) -> Array:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def _attention(model: Model, own: Mapping[str, Array], x: Array, *, side_by_side: bool) -> Array:
+    count = len(x)
+    q, k, v = (
+        (x @ own[name].T).reshape(count, heads, model.width)
+        for name, heads in (("attn_q", model.heads), ("attn_k", model.shared), ("attn_v", model.shared))
+    )
+    q, k = (_turned(each, side_by_side=side_by_side) for each in (q, k))
+    k, v = (np.repeat(each, model.heads // model.shared, axis=1) for each in (k, v))
+    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(model.width)
+    scores = np.where(np.tril(np.ones((count, count), bool)), scores, -np.inf)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    return np.einsum("hij,jhd->ihd", scores, v).reshape(count, -1) @ own["attn_output"].T
+
+
+def _turned(x: Array, *, side_by_side: bool) -> Array:
+    """Each pair turned by its position times its frequency."""
+    width = x.shape[-1]
+    angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(width // 2) * 2 / width)
+    cos, sin = np.cos(angle), np.sin(angle)
+    one, two = (slice(0, None, 2), slice(1, None, 2)) if side_by_side else (slice(width // 2), slice(width // 2, None))
+    out = np.empty_like(x)
+    out[..., one] = x[..., one] * cos - x[..., two] * sin
+    out[..., two] = x[..., one] * sin + x[..., two] * cos
+    return out
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def add(writer: gguf.GGUFWriter, name: str, data: Array, kind: str) -> None:
+    """Add a tensor of some type."""
+    label = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(data, np.float32), label), raw_dtype=label)
+
+
+def close(writer: gguf.GGUFWriter) -> None:
+    """Write all of it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensors_of(path: Path) -> dict[str, Array]:
+    """The tensors of a GGUF file as F32, by the `gguf` package's own reader."""
+    reader = gguf.GGUFReader(path)
+    return {
+        each.name: gguf.quants.dequantize(each.data, each.tensor_type).reshape(tuple(reversed(each.shape.tolist())))
+        for each in reader.tensors
+    }
+
+
+def keys_of(path: Path) -> dict[str, Any]:
+    """The keys of a GGUF file, by the `gguf` package's own reader."""
+    return {
+        name: each.contents() for name, each in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF.")
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The two halves of a change, in the original layout."""
+
+    a: Array
+    b: Array
+    scale: float
+
+    @property
+    def change(self) -> Array:
+        """What is added to the weight, in F64."""
+        return self.scale * self.b.astype(np.float64) @ self.a.astype(np.float64)
+
+
+def pairs(
+    model: Model,
+    *,
+    rank: int = 4,
+    scale: float = 2.0,
+    seed: int = 7,
+    modules: list[str] | None = None,
+    kind: Any = np.float32,
+) -> dict[str, Pair]:
+    """A random adapter, by module."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name in modules if modules is not None else model.modules():
+        outputs, inputs = model.sides(name.split(".", 3)[3] if name.startswith("model.") else name)
+        a = rng.normal(0, inputs**-0.5, (rank, inputs)).astype(kind)
+        found[name] = Pair(a=a, b=rng.normal(0, 0.3, (outputs, rank)).astype(kind), scale=scale)
+    return found
+
+
+def write_peft(folder: Path, adapter: Mapping[str, Pair], **config: Any) -> Path:
+    """An adapter as PEFT saves it. Unless the configuration says otherwise, alpha is scale times rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = next(iter(adapter.values()))
+    rank = len(first.a)
+    held = {}
+    for name, pair in adapter.items():
+        held[f"base_model.model.{name}.lora_A.weight"] = pair.a
+        held[f"base_model.model.{name}.lora_B.weight"] = pair.b
+    save_file(held, folder / "adapter_model.safetensors")
+    known: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "someone/small-1m",
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "bias": "none",
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **config}), encoding="utf-8")
+    return folder
+
+
+def write_mlx(
+    folder: Path, adapter: Mapping[str, Pair], *, parameters: Mapping[str, Any] | None = None, **config: Any
+) -> Path:
+    """An adapter as mlx-lm saves it: both halves turned over, and the scale as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = next(iter(adapter.values()))
+    held = {}
+    for name, pair in adapter.items():
+        # Its embedding looks rows of `lora_a` up by token, and has no need to turn anything.
+        a, b = (pair.b, pair.a) if name.endswith("embed_tokens") else (pair.a.T, pair.b.T)
+        held[f"{name}.lora_a"], held[f"{name}.lora_b"] = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    save_file(held, folder / "adapters.safetensors")
+    own = {"rank": len(first.a), "scale": first.scale, "dropout": 0.0} if parameters is None else parameters
+    known = {"fine_tune_type": "lora", "model": "someone/small-1m", "num_layers": 2, "lora_parameters": own}
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **config}), encoding="utf-8")
+    return folder
+
+
+def write_gguf(
+    path: Path, model: Model, adapter: Mapping[str, Pair], *, kind: str = "F32", alpha: float | None = None, **keys: Any
+) -> Path:
+    """An adapter as llama.cpp's converter writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, keys.pop("architecture", model.architecture))
+    writer.add_string("general.type", keys.pop("type", "adapter"))
+    writer.add_string("adapter.type", keys.pop("adapter", "lora"))
+    first = next(iter(adapter.values()))
+    writer.add_float32("adapter.lora.alpha", first.scale * len(first.a) if alpha is None else alpha)
+    for key, value in keys.items():
+        writer.add_array(key.replace("__", "."), value)
+    for name, pair in adapter.items():
+        add(writer, f"{gguf_name(name)}.lora_a", pair.a, kind)
+        add(writer, f"{gguf_name(name)}.lora_b", model.ordered(name, pair.b), "F32")
+    close(writer)
+    return path
+
+
+# --- Plugins ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """A plugin that sees nothing of the machine, and what it is asked."""
+
+    folder: Path
+    model: Model = field(default_factory=Model)
+
+    def plugin(self, **settings: Any) -> Any:
+        """The plugin with everything in one folder."""
+        from graftage_lora import LoraPlugin
+
+        return LoraPlugin(**{**self.settings(), **settings})
+
+    def settings(self) -> dict[str, Any]:
+        """Where it looks when nothing else is said."""
+        return {
+            "folders": [self.folder / "adapters"],
+            "registry": self.folder / "adapters.toml",
+            "hub": self.folder / "hub",
+            "cache": self.folder / "cache",
+        }
+
+    def resolve(self, reference: Any, *, base: Callable[[], ModelInfo | None] | None = None, **settings: Any) -> Any:
+        """The adapter of a reference, for the small model or another base."""
+        request = ResolveRequest(reference=str(reference), model="small:1m", base=base or self.model.info)
+        return self.plugin(**settings).resolve_adapter(request)

@@ -1,0 +1,774 @@
+"""Which provider answers: `auto`, preferred models, and fallback chains."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import graftage
+from graftage.exceptions import (
+    AdapterIncompatible,
+    AdapterNotFound,
+    AuthenticationFailed,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    ContextOverflow,
+    GraftageError,
+    InferenceFailed,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    PluginLoadError,
+    ProtocolError,
+    ProviderError,
+    ProviderNotFound,
+    ProviderTimeout,
+    RequestRejected,
+    ResourceLimitExceeded,
+    SettingsError,
+    StreamInterrupted,
+)
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo, Pause
+from graftage.types import AdapterInfo, Chunk, Timeouts, Verdict
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MODEL = "m:1"
+DEAD = "http://127.0.0.1:9"
+"""Nothing listens on the discard port."""
+EMBEDDED = """
+from graftage.testing import Echo
+
+class Embedded(Echo):
+    name = "llamacpp"
+
+it = Embedded(["the embedded one answers"] * 4, models=["small:1b"])
+"""
+
+
+@pytest.fixture
+def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOllama]:
+    """An Ollama server where `auto` looks for it."""
+    with FakeOllama(models=["smollm2:135m", "qwen:0.5b"], reply="the server answers") as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        yield fake
+
+
+@pytest.fixture
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ollama server where `auto` looks for one."""
+    monkeypatch.setenv("OLLAMA_HOST", DEAD)
+
+
+@pytest.fixture
+def embedded(site: Any) -> Any:
+    """A stand-in for the embedded provider, in front of the real one where that is installed."""
+    site.add(
+        "graftage-llamacpp", version="0.1.0", providers={"llamacpp": "embedded:it"}, modules={"embedded": EMBEDDED}
+    )
+    return site
+
+
+# --- auto: who is taken ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", [None, "auto"])
+def test_auto_takes_the_server_where_it_answers(both: Any, ollama: Any, embedded: Any, provider: Any) -> None:
+    llm = both.opened(provider)
+    assert llm.chat("x").text == "the server answers"
+    assert llm.provider == "ollama"
+    assert embedded.imported() == []
+
+
+def test_auto_takes_the_server_where_it_has_the_wanted_model(both: Any, ollama: Any, embedded: Any) -> None:
+    llm = both.opened(model="qwen:0.5b")
+    assert (llm.provider, llm.chat("x").model) == ("ollama", "qwen:0.5b")
+
+
+@pytest.mark.usefixtures("ollama", "embedded")
+def test_auto_takes_the_embedded_provider_where_the_server_lacks_the_wanted_model(both: Any) -> None:
+    llm = both.opened(model="small:1b")
+    assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
+    assert re.search("`ollama` cannot be taken.*small:1b", llm.origins["provider"])
+
+
+@pytest.mark.usefixtures("no_server", "embedded")
+def test_auto_takes_the_embedded_provider_where_no_server_answers(both: Any) -> None:
+    llm = both.opened(model="small:1b")
+    assert llm.chat("x").text == "the embedded one answers"
+    assert llm.provider == "llamacpp"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_auto_takes_the_embedded_provider_where_the_server_has_no_model(both: Any, monkeypatch: Any) -> None:
+    with FakeOllama(models=[]) as empty:
+        monkeypatch.setenv("OLLAMA_HOST", empty.url)
+        assert both.opened().provider == "llamacpp"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_auto_takes_the_embedded_provider_where_something_else_listens(both: Any, monkeypatch: Any) -> None:
+    page = Answer([b"<html>Welcome to nginx</html>"], headers={"Content-Type": "text/html"}, framing="length")
+    with FakeOllama() as fake:
+        for path in ("/", "/api/version", "/api/tags", "/api/ps", "/api/show"):
+            fake.script(path, *[page] * 5)
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        assert both.opened(model="small:1b").provider == "llamacpp"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_auto_takes_the_embedded_provider_where_the_other_is_disabled(both: Any, monkeypatch: Any, ollama: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "ollama")
+    llm = both.opened()
+    assert llm.provider == "llamacpp"
+    assert llm.origins["provider"] == "auto: `ollama` is not installed, or is disabled"
+    assert ollama.requests == []
+
+
+@pytest.mark.usefixtures("embedded")
+def test_auto_takes_the_embedded_provider_where_the_other_is_broken(both: Any, site: Any) -> None:
+    site.add("graftage-ollama", providers={"ollama": "ill"}, modules={"ill": "raise OSError('no sap')\n"})
+    llm = both.opened()
+    assert llm.provider == "llamacpp"
+    assert "no sap" in llm.origins["provider"]
+
+
+def test_auto_prefers_a_model_that_is_in_memory(both: Any, ollama: Any) -> None:
+    ollama.loaded.append("qwen:0.5b")
+    assert both.opened().model == "qwen:0.5b"
+
+
+def test_auto_takes_some_model_of_the_server_where_none_is_in_memory(both: Any, ollama: Any) -> None:
+    assert both.opened().model in ollama.models
+
+
+def test_auto_with_models_takes_the_server_with_the_first_that_is_there(both: Any, ollama: Any) -> None:
+    llm = both.opened(models=["huge:70b", "qwen:0.5b", "smollm2:135m"])
+    assert (llm.provider, llm.model) == ("ollama", "qwen:0.5b")
+
+
+@pytest.mark.usefixtures("ollama", "embedded")
+def test_auto_with_models_takes_the_embedded_provider_where_the_server_has_none_of_them(both: Any) -> None:
+    llm = both.opened(models=["huge:70b", "small:1b"])
+    assert llm.provider == "llamacpp"
+
+
+def test_auto_waits_for_no_server_longer_than_a_check_may_last(both: Any, site: Any) -> None:
+    source = EMBEDDED.replace('"llamacpp"', '"ollama"')
+    site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
+    both.opened()
+    import stand_in  # type: ignore[import-not-found] # it is there as long as the test runs
+
+    asked = [(hook, request) for hook, request in stand_in.it.calls if hook not in ("connect", "close")]
+    assert [hook.removeprefix("a") for hook, _ in asked] == ["health", "loaded_models", "list_models"]
+    assert max(request.call.timeouts.total for _, request in asked) <= 10
+
+
+@pytest.mark.usefixtures("no_server")
+def test_auto_with_nothing_that_answers_says_what_to_install(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp")
+    with pytest.raises(ConnectionFailed, match="install `graftage-llamacpp`, which needs no server"):
+        both.opened()
+
+
+def test_auto_with_nothing_installed_says_what_to_install(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp, ollama")
+    with pytest.raises(ProviderNotFound, match="Install `graftage-ollama` or `graftage-llamacpp`"):
+        both.opened()
+
+
+@pytest.mark.usefixtures("embedded")
+def test_a_setting_that_is_wrong_is_told_and_not_taken_for_a_dead_server(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "ftp://somewhere")
+    with pytest.raises(SettingsError):
+        both.opened()
+
+
+def test_what_auto_does_not_take_it_closes(both: Any, site: Any, embedded: Any) -> None:
+    source = EMBEDDED.replace('"llamacpp"', '"ollama"').replace("models=", "strict=True, models=")
+    site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
+    assert both.opened(model="another:1b").provider == "llamacpp"
+    import stand_in  # it is there as long as the test runs
+
+    assert stand_in.it.closed
+
+
+# --- auto: choices of the user ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ollama", "embedded")
+def test_the_variable_goes_before_the_search(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_PROVIDER", "llamacpp:small:1b")
+    llm = both.opened()
+    assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
+    assert llm.origins["provider"] == "environment GRAFTAGE_PROVIDER"
+
+
+@pytest.mark.usefixtures("ollama", "embedded")
+def test_the_settings_file_goes_before_the_search(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('provider = "llamacpp"\nmodel = "small:1b"\n')
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(file))
+    llm = both.opened()
+    assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
+    assert llm.origins == {"provider": str(file), "model": str(file)}
+
+
+@pytest.mark.usefixtures("ollama", "embedded")
+def test_the_variable_goes_before_the_settings_file(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('provider = "llamacpp"\n')
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(file))
+    monkeypatch.setenv("GRAFTAGE_PROVIDER", "ollama")
+    assert both.opened(model="qwen:0.5b").provider == "ollama"
+
+
+@pytest.mark.usefixtures("ollama", "embedded")
+def test_an_argument_goes_before_everything(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_PROVIDER", "ollama")
+    assert both.opened("llamacpp").provider == "llamacpp"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_a_chosen_provider_that_is_down_is_not_replaced(both: Any, no_server: None) -> None:
+    llm = both.opened("ollama", model="small:1b")
+    with pytest.raises(ConnectionFailed):
+        llm.chat("x")
+
+
+# --- auto: one choice ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_choice_is_made_once_and_lasts(both: Any, ollama: Any) -> None:
+    llm = both.opened()
+    assert llm.chat("x").provider == "ollama"
+    checks = [seen.path for seen in ollama.requests if seen.path != "/api/chat"]
+    assert llm.chat("x").provider == "ollama"
+    assert [seen.path for seen in ollama.requests if seen.path != "/api/chat"] == checks
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_provider_never_changes_during_a_conversation(both: Any, monkeypatch: Any) -> None:
+    with FakeOllama() as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        llm = both.opened()
+        assert llm.chat("x").provider == "ollama"
+    with pytest.raises(ConnectionFailed):
+        llm.chat("x")
+    assert llm.provider == "ollama"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_a_server_that_comes_back_is_not_taken_in_the_middle(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", DEAD)
+    llm = both.opened(model="small:1b")
+    with FakeOllama(models=["small:1b"]) as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        assert [llm.chat("x").provider, llm.chat("x").provider] == ["llamacpp", "llamacpp"]
+        assert fake.requests == []
+
+
+def test_nothing_is_asked_before_the_client_is_used(ollama: Any) -> None:
+    llm = graftage.connect()
+    graftage.connect_async()
+    assert ollama.requests == []
+    llm.close()
+
+
+def test_the_first_call_chooses_where_nobody_entered_the_client(both: Any, ollama: Any) -> None:
+    assert both.connect().chat("x").provider == "ollama"
+
+
+@pytest.mark.usefixtures("ollama")
+def test_the_choice_and_its_reason_are_told(both: Any) -> None:
+    assert both.opened().origins["provider"] == "auto: its server answers"
+
+
+@pytest.mark.usefixtures("no_server", "embedded")
+def test_the_reason_names_why_the_server_was_not_taken(both: Any) -> None:
+    llm = both.opened(model="small:1b")
+    assert re.search(r"auto: `ollama` cannot be taken: .*127\.0\.0\.1", llm.origins["provider"])
+
+
+@pytest.mark.usefixtures("no_server", "embedded")
+def test_what_was_read_for_the_other_provider_is_not_told_as_in_effect(both: Any) -> None:
+    assert sorted(both.opened(model="small:1b").origins) == ["provider"]
+
+
+# --- Preferred models ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_preferred_model_that_is_there_is_taken(both: Any, ollama: Any) -> None:
+    llm = both.opened("ollama", models=["huge:70b", "qwen:0.5b", "smollm2:135m"])
+    assert llm.model == "qwen:0.5b"
+    assert llm.chat("x").model == "qwen:0.5b"
+
+
+def test_where_no_preferred_model_is_there_all_of_them_are_named(both: Any, ollama: Any) -> None:
+    with pytest.raises(ModelNotFound, match=r"none of `a:1`, `b:2`.*models pull a:1"):
+        both.opened("ollama", models=["a:1", "b:2"])
+
+
+def test_preferring_models_of_a_dead_server_says_that_it_is_dead(both: Any) -> None:
+    with pytest.raises(ConnectionFailed):
+        both.opened("ollama", models=["a:1"], host=DEAD)
+
+
+def test_a_connection_whose_models_are_missing_is_closed(both: Any) -> None:
+    echo = Echo(strict=True)
+    with pytest.raises(ModelNotFound):
+        both.opened(echo, models=["a:1"])
+    assert echo.closed
+
+
+# --- Chains: what passes on ------------------------------------------------------------------------------------------
+
+PASSES_ON: list[ProviderError] = [
+    ConnectionFailed("It is gone."),
+    Overloaded("It is busy."),
+    ModelNotFound("It has no such model."),
+    CapabilityUnsupported("It cannot do that."),
+    ProviderTimeout("It was slow.", phase="connect"),
+    ProviderTimeout("It was slow.", phase="first_token"),
+    ModelLoadFailed("It is too large.", reason="memory"),
+    ModelLoadFailed("It is of another kind.", reason="incompatible"),
+    ModelLoadFailed("It crashed.", reason="crashed"),
+    ModelLoadFailed("It took too long.", reason="timeout"),
+]
+STAYS: list[GraftageError] = [
+    ProviderTimeout("It stood still.", phase="idle"),
+    ProviderTimeout("It took too long.", phase="total"),
+    AuthenticationFailed("It wants a key."),
+    RequestRejected("It says no."),
+    ContextOverflow("It is too long."),
+    InferenceFailed("It fell over."),
+    StreamInterrupted("It was cut."),
+    ProtocolError("It talks nonsense."),
+    ProviderError("It failed somehow."),
+    AdapterIncompatible("It does not fit."),
+    ResourceLimitExceeded("It is too much.", limit="context_window"),
+]
+
+
+def _id(error: GraftageError) -> str:
+    return "-".join(filter(None, [type(error).__name__, getattr(error, "phase", ""), getattr(error, "reason", "")]))
+
+
+class Second(Echo):
+    """A provider that can be told from the first one."""
+
+    name = "second"
+
+
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "chat": lambda llm: llm.chat("x"),
+    "stream": lambda llm: list(llm.chat("x", stream=True)),
+    "generate": lambda llm: llm.generate("x"),
+    "embed": lambda llm: llm.embed("x"),
+}
+
+
+def failing_with(error: Exception) -> Echo:
+    """An Echo that fails so at whatever it is asked."""
+    return Echo([error], errors={"embed": error})
+
+
+def copied(error: GraftageError) -> Any:
+    """The error as new: one that was raised gathers facts about its call."""
+    return pickle.loads(pickle.dumps(error))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("error", PASSES_ON, ids=_id)
+def test_these_errors_pass_the_call_on(both: Any, error: GraftageError, operation: str) -> None:
+    first, second = failing_with(copied(error)), Second()
+    OPERATIONS[operation](both.connect([first, second], model=MODEL))
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("error", STAYS, ids=_id)
+def test_no_other_error_passes_the_call_on(both: Any, error: GraftageError, operation: str) -> None:
+    first, second = failing_with(copied(error)), Second()
+    with pytest.raises(type(error)):
+        OPERATIONS[operation](both.connect([first, second], model=MODEL))
+    assert second.requests == []
+
+
+def test_the_tables_name_every_class_of_errors_of_a_provider() -> None:
+    named = {type(error) for error in [*PASSES_ON, *STAYS]}
+    assert {each for each in ProviderError.__subclasses__() if each.__module__ == "graftage.exceptions"} <= named
+
+
+def test_a_foreign_exception_does_not_pass_the_call_on(both: Any) -> None:
+    second = Second()
+    with pytest.raises(ProviderError, match="`echo` failed with KeyError"):
+        both.connect([failing_with(KeyError("k")), second], model=MODEL).chat("x")
+    assert second.requests == []
+
+
+def test_an_operation_that_a_member_lacks_is_passed_on(both: Any) -> None:
+    first, second = Echo(without=["embed", "aembed"]), Second()
+    answer = both.connect([first, second], model=MODEL).embed("x")
+    assert answer.provider == "second"
+    assert (len(first.requests), len(second.requests)) == (0, 1)
+    assert re.fullmatch("`echo` was skipped: .*embed.*", answer.warnings[0])
+
+
+# --- Chains: who answered, and why -----------------------------------------------------------------------------------
+
+
+def test_the_first_member_that_can_answer_answers_and_nobody_else_is_asked(both: Any) -> None:
+    first, second = Echo(["one"]), Second(["two"])
+    reply = both.connect([first, second], model=MODEL).chat("x")
+    assert (reply.text, reply.provider, reply.warnings) == ("one", "echo", ())
+    assert second.requests == []
+
+
+def test_the_reply_names_who_answered_and_why_each_other_was_skipped(both: Any) -> None:
+    class Third(Echo):
+        name = "third"
+
+    members = [Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")]), Third(["three"])]
+    reply = both.connect(members, model=MODEL).chat("x")
+    assert (reply.text, reply.provider) == ("three", "third")
+    assert reply.warnings == ("`echo` was skipped: It is gone.", "`second` was skipped: It is busy.")
+
+
+def test_a_stream_names_them_too(both: Any) -> None:
+    llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second(["two words"])], model=MODEL)
+    stream = llm.chat("x", stream=True)
+    assert stream.partial.warnings == ("`echo` was skipped: It is gone.",)
+    assert "".join(chunk.text for chunk in stream) == "two words"
+    assert (stream.reply.provider, stream.reply.warnings) == ("second", ("`echo` was skipped: It is gone.",))
+
+
+def test_vectors_name_them_too(both: Any) -> None:
+    answer = both.connect([failing_with(ConnectionFailed("It is gone.")), Second()], model=MODEL).embed(["x", "y"])
+    assert (answer.provider, answer.warnings) == ("second", ("`echo` was skipped: It is gone.",))
+    assert len(answer.vectors) == 2
+
+
+def test_where_all_fail_the_last_ones_error_is_raised_and_names_the_others(both: Any) -> None:
+    llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")])], model=MODEL)
+    with pytest.raises(Overloaded) as caught:
+        llm.chat("x")
+    assert caught.value.provider == "second"
+    assert caught.value.details["skipped"] == ("`echo` was skipped: It is gone.",)
+
+
+def test_each_call_begins_with_the_first_member_again(both: Any) -> None:
+    first, second = Echo([ConnectionFailed("gone"), "back"]), Second(["two"])
+    llm = both.connect([first, second], model=MODEL)
+    assert [llm.chat("x").provider, llm.chat("x").provider] == ["second", "echo"]
+
+
+# --- Chains: nothing after the first chunk ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("error", PASSES_ON, ids=_id)
+def test_after_the_first_chunk_nobody_else_is_asked(both: Any, error: GraftageError, stream: bool) -> None:
+    first, second = Echo([[Chunk(text="so far "), copied(error)]]), Second()
+    llm = both.connect([first, second], model=MODEL)
+
+    def act() -> Any:
+        answer = llm.chat("x", stream=stream)
+        return list(answer) if stream else answer
+
+    with pytest.raises(type(error)) as caught:
+        act()
+    assert caught.value.partial.text == "so far "
+    assert second.requests == []
+
+
+def test_a_stream_that_ends_without_an_end_is_not_passed_on(both: Any) -> None:
+    second = Second()
+    with pytest.raises(StreamInterrupted):
+        both.connect([Echo([[]]), second], model=MODEL).chat("x")
+    assert second.requests == []
+
+
+# --- Chains: one deadline --------------------------------------------------------------------------------------------
+
+
+def test_all_members_share_one_total_limit(both: Any) -> None:
+    first, second = Echo([[Pause()]]), Second(["two"])
+    limits = Timeouts(first_token=0.2, total=30)
+    assert both.connect([first, second], model=MODEL).chat("x", timeout=limits).text == "two"
+    assert first.requests[0].call.timeouts.total <= 30
+    # The first one has waited for 0.2 s by the same clock, and they are gone.
+    assert second.requests[0].call.timeouts.total <= 29.8
+    assert second.requests[0].call.timeouts.first_token == 0.2
+
+
+def test_once_the_total_limit_has_passed_nobody_else_is_asked(both: Any) -> None:
+    second = Second()
+    limits = Timeouts(first_token=30, total=0.2)
+    with pytest.raises(ProviderTimeout) as caught:
+        both.connect([Echo([[Pause()]]), second], model=MODEL).chat("x", timeout=limits)
+    assert caught.value.phase == "total"
+    assert second.requests == []
+
+
+def test_a_passable_error_that_comes_too_late_is_raised(both: Any) -> None:
+    def late(request: Any) -> Any:
+        while time.monotonic() < request.call.deadline:
+            time.sleep(0.01)
+        raise ConnectionFailed("It is gone.")
+
+    second = Second()
+    with pytest.raises(ConnectionFailed):
+        both.connect([Echo([late]), second], model=MODEL).chat("x", timeout=0.2)
+    assert second.requests == []
+
+
+def test_a_timeout_that_is_none_is_refused_before_anybody_is_asked(both: Any) -> None:
+    first = Echo()
+    with pytest.raises(RequestRejected, match="timeout"):
+        both.connect([first, Second()], model=MODEL).chat("x", timeout=-1)
+    assert first.requests == []
+
+
+# --- Chains: models --------------------------------------------------------------------------------------------------
+
+
+def test_each_member_may_have_a_model_of_its_own(both: Any, ollama: Any) -> None:
+    echo = Echo([ModelNotFound("no")])
+    llm = both.opened([echo, "ollama:qwen:0.5b"], model=MODEL)
+    assert [member.model for member in llm.members] == [MODEL, "qwen:0.5b"]
+    assert llm.chat("x").model == "qwen:0.5b"
+    assert echo.requests[0].model == MODEL
+
+
+def test_each_member_prefers_what_it_has(both: Any) -> None:
+    first, second = Echo(models=["b:1"], strict=True), Second(models=["a:1"], strict=True)
+    llm = both.opened([first, second], models=["a:1", "b:1"])
+    assert [member.model for member in llm.members] == ["b:1", "a:1"]
+
+
+def test_a_member_without_any_preferred_model_is_skipped(both: Any) -> None:
+    first, second = Echo(models=["c:1"], strict=True), Second(models=["a:1"], strict=True)
+    reply = both.opened([first, second], models=["a:1", "b:1"]).chat("x")
+    assert (reply.provider, reply.model) == ("second", "a:1")
+    assert re.search("`echo` was skipped: .*a:1", reply.warnings[0])
+
+
+def test_a_member_that_is_down_does_not_keep_a_chain_with_preferences_from_opening(both: Any, ollama: Any) -> None:
+    down = Echo([ConnectionFailed("gone")], errors={"show_model": ConnectionFailed("gone")})
+    reply = both.opened([down, "ollama"], models=["huge:70b", "qwen:0.5b"]).chat("x")
+    assert (reply.provider, reply.model) == ("ollama", "qwen:0.5b")
+
+
+# --- Chains: adapters ------------------------------------------------------------------------------------------------
+
+
+class Fits:
+    """An adapter as a resolver gives it."""
+
+    digest = "sha256:0"
+    scale = 1.0
+    served_as = None
+    verdict = Verdict(status="compatible")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def gguf(self, base: Any) -> Path:
+        raise NotImplementedError
+
+    def merge(self, base_file: Path, out: Path, on_progress: Any = None) -> Path:
+        raise NotImplementedError
+
+
+class Resolver:
+    """Knows every adapter but `unknown`, and remembers for whom it was asked."""
+
+    name = "resolver"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    @hookimpl
+    def resolve_adapter(self, request: Any) -> Any:
+        self.asked.append((request.provider, request.model))
+        return None if request.reference == "unknown" else Fits(request.reference)
+
+    @hookimpl
+    def list_adapters(self) -> list[AdapterInfo]:
+        return [AdapterInfo(name="bonsai", reference="bonsai")]
+
+
+@pytest.mark.parametrize("by_call", [True, False])
+def test_an_adapter_is_resolved_anew_for_each_member_that_is_asked(both: Any, by_call: bool) -> None:
+    resolver = Resolver()
+    first, second = Echo([ConnectionFailed("gone")]), Second(["two"])
+    llm = both.connect([first, second], model=MODEL, plugins=[resolver])
+    if by_call:
+        reply = llm.chat("x", adapter="bonsai")
+    else:
+        llm.use_adapter("bonsai")
+        reply = llm.chat("x")
+    assert (reply.adapter, reply.model, reply.provider) == ("bonsai", f"{MODEL}+bonsai", "second")
+    assert resolver.asked == [("echo", MODEL), ("second", MODEL)]
+
+
+def test_a_member_that_cannot_load_adapters_is_skipped(both: Any) -> None:
+    first, second = Echo(without=["load_adapter", "aload_adapter"]), Second(["two"])
+    reply = both.connect([first, second], model=MODEL, plugins=[Resolver()]).chat("x", adapter="bonsai")
+    assert (reply.provider, reply.adapter) == ("second", "bonsai")
+
+
+def test_an_adapter_that_nobody_knows_is_an_error_and_never_the_base_model(both: Any) -> None:
+    first, second = Echo(), Second()
+    llm = both.connect([first, second], model=MODEL, plugins=[Resolver()])
+    with pytest.raises(AdapterNotFound):
+        llm.chat("x", adapter="unknown")
+    llm.use_adapter("unknown")
+    with pytest.raises(AdapterNotFound):
+        llm.chat("x")
+    assert first.requests == second.requests == []
+
+
+def test_the_base_model_answers_for_an_unknown_adapter_only_where_that_was_asked_for(both: Any) -> None:
+    llm = both.connect([Echo(["base"]), Second()], model=MODEL, plugins=[Resolver()])
+    llm.use_adapter("unknown", on_missing="base")
+    reply = llm.chat("x")
+    assert (reply.text, reply.adapter) == ("base", None)
+    assert reply.warnings == ("The adapter `unknown` was not found; the base model answers.",)
+
+
+def test_the_base_model_can_be_asked_for_one_call(both: Any) -> None:
+    llm = both.connect([Echo(["base"]), Second()], model=MODEL, plugins=[Resolver()])
+    llm.use_adapter("bonsai")
+    assert llm.stats().active_adapter == "bonsai"
+    assert llm.chat("x", adapter=None).adapter is None
+    llm.use_adapter(None)
+    assert llm.stats().active_adapter is None
+
+
+def test_a_chain_lists_adapters_once(both: Any) -> None:
+    llm = both.connect([Echo(), Second()], model=MODEL, plugins=[Resolver()])
+    assert [each.name for each in llm.adapters()] == ["bonsai"]
+
+
+# --- Chains: everything else -----------------------------------------------------------------------------------------
+
+
+def test_members_are_clients_of_their_own(both: Any) -> None:
+    first, second = Echo(models=["a:1"]), Second(models=["b:1"])
+    llm = both.opened([first, second], model=MODEL)
+    assert [member.provider for member in llm.members] == ["echo", "second"]
+    assert (llm.provider, llm.model) == ("echo, second", MODEL)
+    member = llm.members[1]
+    models = both.run(member.models()) if both.mode == "async" else member.models()
+    assert [each.name for each in models] == ["b:1"]
+    assert first.requests == []
+
+
+def test_a_client_of_one_provider_is_its_own_only_member() -> None:
+    with graftage.connect(Echo(), model=MODEL) as llm:
+        assert llm.members == (llm,)
+
+
+@pytest.mark.parametrize("method", ["health", "models", "show", "loaded", "pull", "ensure", "load", "unload"])
+def test_what_is_for_one_provider_is_refused_by_a_chain_with_the_way_out(both: Any, method: str) -> None:
+    first, second = Echo(), Second()
+    with pytest.raises(RuntimeError, match="`members`"):
+        getattr(both.opened([first, second], model=MODEL), method)()
+    assert first.requests == second.requests == []
+
+
+def test_two_members_may_be_of_one_kind(both: Any) -> None:
+    first, second = Echo([ConnectionFailed("gone")]), Echo(["two"])
+    assert both.connect([first, second], model=MODEL).chat("x").text == "two"
+
+
+def test_a_chain_can_do_what_some_member_can_with_the_options_that_all_know(both: Any) -> None:
+    first, second = Echo(without=["embed", "aembed"]), Second(without=["capabilities"])
+    told = both.opened([first, second], model=MODEL).capabilities()
+    assert {"embed", "chat", "tools"} <= told.features
+    assert told.options == frozenset()
+
+
+def test_the_counters_of_a_chain_are_those_of_all_members(both: Any) -> None:
+    llm = both.connect([Echo([ConnectionFailed("gone")]), Second(["a b"])], model=MODEL)
+    llm.chat("x")
+    stats = llm.stats()
+    assert (stats.calls, stats.failures, stats.running, stats.output_tokens) == (2, 1, 0, 2)
+
+
+def test_closing_a_chain_closes_all_members_whatever_one_of_them_says(both: Any) -> None:
+    first, second = Echo(errors={"close": OSError("stuck")}), Second()
+    llm = both.opened([first, second], model=MODEL)
+    with pytest.raises(ProviderError, match="stuck"):
+        llm.close()
+    assert second.closed
+    llm.close()
+
+
+def test_where_a_member_cannot_be_opened_those_before_it_are_closed(both: Any) -> None:
+    class Bad(Echo):
+        name = "bad"
+
+        @hookimpl
+        def connect(self, request: Any) -> Any:
+            raise OSError("no")
+
+    first = Echo()
+    with pytest.raises(PluginLoadError):
+        both.opened([first, Bad()], model=MODEL)
+    assert first.closed
+
+
+def test_an_empty_chain_is_refused(both: Any) -> None:
+    with pytest.raises(ProviderNotFound, match="empty"):
+        both.opened([])
+
+
+def test_an_unknown_member_is_told_before_anybody_is_asked(both: Any) -> None:
+    echo = Echo()
+    with pytest.raises(ProviderNotFound, match="`nonesuch`"):
+        both.opened([echo, "nonesuch:1"], model=MODEL)
+    assert echo.connections == []
+
+
+class HostError(Exception):
+    """The host application's own."""
+
+
+def test_errors_are_translated_after_the_chain_has_read_them(both: Any) -> None:
+    def translate(error: GraftageError) -> Exception:
+        return HostError(type(error).__name__)
+
+    members = [Echo([ConnectionFailed("gone")]), Second(["fine", Overloaded("busy")])]
+    llm = both.connect([members[0], members[1]], model=MODEL, translate_error=translate)
+    assert llm.chat("x").provider == "second"
+    members[0].errors["chat"] = ConnectionFailed("gone")
+    with pytest.raises(HostError, match="Overloaded") as caught:
+        llm.chat("x")
+    assert isinstance(caught.value.__cause__, Overloaded)
+
+
+def test_errors_in_the_middle_of_a_stream_are_translated_too(both: Any) -> None:
+    members = [Echo([ConnectionFailed("gone")]), Second([[Chunk(text="a"), InferenceFailed("fell")]])]
+    llm = both.connect(members, model=MODEL, translate_error=lambda error: HostError(type(error).__name__))
+    stream = llm.chat("x", stream=True)
+    with pytest.raises(HostError, match="InferenceFailed"):
+        list(stream)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_a_real_dead_server_is_skipped(both: Any) -> None:
+    reply = both.connect(["ollama:smollm2:135m", Echo(["fine"])], model=MODEL).chat("x")
+    assert reply.provider == "echo"
+    assert re.fullmatch(r"`ollama` was skipped: .*127\.0\.0\.1.*", reply.warnings[0])

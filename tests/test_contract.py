@@ -1,0 +1,467 @@
+"""The public surface: what hosts and plugin authors build on, and what must not be imported for it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import pytest
+from packaging.requirements import Requirement
+
+import graftage
+import graftage.testing
+import graftage_ollama
+from graftage import exceptions, hookspecs, types
+from graftage.testing import Echo
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMBERS = sorted(path.parent for path in ROOT.glob("*/pyproject.toml")) + sorted(
+    path.parent for pattern in ("providers/*/pyproject.toml", "plugins/*/pyproject.toml") for path in ROOT.glob(pattern)
+)
+PROJECTS: dict[str, Any] = {
+    member.relative_to(ROOT).as_posix(): tomllib.loads((member / "pyproject.toml").read_text(encoding="utf-8"))
+    for member in MEMBERS
+}
+PUBLIC = [
+    "graftage",
+    "graftage.exceptions",
+    "graftage.hookspecs",
+    "graftage.retry",
+    "graftage.settings",
+    "graftage.testing",
+    "graftage.types",
+]
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Constants, then classes, then the rest, each by the alphabet."""
+    return sorted(names, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
+
+
+def defined(module: str) -> set[str]:
+    """The public names that the source of a module defines itself."""
+    source = inspect.getsource(importlib.import_module(module))
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_listed_in_order_and_exist(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert list(loaded.__all__) == in_order(loaded.__all__)
+    assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
+
+
+@pytest.mark.parametrize("module", ["graftage.exceptions", "graftage.hookspecs", "graftage.types"])
+def test_everything_that_the_contract_defines_is_public(module: str) -> None:
+    assert set(importlib.import_module(module).__all__) == defined(module)
+
+
+def test_everything_that_the_package_imports_is_public() -> None:
+    tree = ast.parse(inspect.getsource(graftage))
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(graftage.__all__) == imported
+
+
+def test_every_module_that_is_not_public_has_a_private_name() -> None:
+    modules = [name for _, name, _ in pkgutil.walk_packages(graftage.__path__, "graftage.")]
+    open_ones = {name for name in modules if not any(part.startswith("_") for part in name.split("."))}
+    extras = {"graftage.http", "graftage.testing.cassettes", "graftage.testing.echo", "graftage.testing.plugin"}
+    assert {"graftage", *open_ones} - extras == set(PUBLIC)
+
+
+def test_every_public_name_is_documented() -> None:
+    nameless = [
+        f"{module}.{name}"
+        for module in PUBLIC
+        for name in importlib.import_module(module).__all__
+        if inspect.isclass(thing := getattr(importlib.import_module(module), name)) or inspect.isfunction(thing)
+        if not inspect.getdoc(thing)
+    ]
+    assert nameless == []
+
+
+def public_methods(kind: type) -> set[str]:
+    return {name for name, value in vars(kind).items() if not name.startswith("_") and (callable(value) or value)}
+
+
+def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
+    assert public_methods(graftage.Client) == public_methods(graftage.AsyncClient)
+    different = [
+        name
+        for name in public_methods(graftage.Client)
+        if callable(sync := getattr(graftage.Client, name))
+        if inspect.signature(sync).parameters != inspect.signature(getattr(graftage.AsyncClient, name)).parameters
+    ]
+    assert different == []
+    assert inspect.signature(graftage.connect).parameters == inspect.signature(graftage.connect_async).parameters
+    assert not inspect.iscoroutinefunction(graftage.connect_async)
+
+
+def test_whatever_does_work_is_awaited_in_the_async_client() -> None:
+    plain = {
+        name
+        for name in public_methods(graftage.AsyncClient)
+        if inspect.isfunction(vars(graftage.AsyncClient)[name])
+        if not inspect.iscoroutinefunction(vars(graftage.AsyncClient)[name])
+    }
+    assert plain == {"capabilities", "stats"}
+
+
+# --- Hooks -----------------------------------------------------------------------------------------------------------
+
+GROUPS = {
+    "provider": hookspecs.PROVIDER_SPECS,
+    "connection": hookspecs.CONNECTION_SPECS,
+    "plugin": hookspecs.PLUGIN_SPECS,
+}
+SPECS = [spec for specs in GROUPS.values() for spec in specs]
+HOOKS: dict[str, Any] = {
+    name: value for spec in SPECS for name, value in vars(spec).items() if hasattr(value, "graftage_spec")
+}
+CONNECTION_HOOKS = {
+    name for spec in hookspecs.CONNECTION_SPECS for name, value in vars(spec).items() if hasattr(value, "graftage_spec")
+}
+TWINS = {name for name in CONNECTION_HOOKS if name.startswith("a") and name[1:] in CONNECTION_HOOKS}
+ORIGINALS = sorted(HOOKS.keys() - TWINS)
+
+
+def answer_of(hook: str) -> str:
+    """What a hook is declared to return."""
+    return str(inspect.signature(HOOKS[hook]).return_annotation)
+
+
+def test_every_protocol_of_the_contract_is_in_one_of_its_lists() -> None:
+    protocols = [
+        value for value in vars(hookspecs).values() if inspect.isclass(value) and value.__module__ == hookspecs.__name__
+    ]
+    assert sorted(each.__name__ for each in protocols) == sorted(each.__name__ for each in SPECS)
+    assert all(issubclass(each, Protocol) for each in protocols)  # type: ignore[arg-type] # a special form, and a class
+
+
+def test_there_is_one_protocol_for_each_operation() -> None:
+    for spec in hookspecs.CONNECTION_SPECS:
+        hooks = {name for name, value in vars(spec).items() if hasattr(value, "graftage_spec")}
+        assert len(hooks - TWINS) == 1, spec
+
+
+@pytest.mark.parametrize("hook", ORIGINALS)
+def test_a_hook_says_when_it_is_called_what_to_return_and_since_when_it_exists(hook: str) -> None:
+    text = inspect.cleandoc(HOOKS[hook].__doc__)
+    assert text.startswith("Called ")
+    assert re.search(r"Since \d+\.\d+\.$", text)
+    if "Raises:" in text:
+        assert text.index("Called ") < text.index("Raises:") < text.index("Since ")
+        named = re.findall(r"^    (\w+): \S", text, re.MULTILINE)
+        assert named
+        assert set(named) <= set(exceptions.__all__)
+    if answer_of(hook).endswith("| None"):
+        assert "None" in text
+
+
+@pytest.mark.parametrize("hook", sorted(CONNECTION_HOOKS - TWINS - {"capabilities"}))
+def test_every_operation_has_an_async_twin_that_takes_the_same(hook: str) -> None:
+    spec = next(each for each in hookspecs.CONNECTION_SPECS if hook in vars(each))
+    twin = vars(spec)[f"a{hook}"]
+    assert inspect.cleandoc(twin.__doc__) == f"The async twin of `{hook}`. Since 0.1."
+    assert inspect.signature(twin).parameters == inspect.signature(HOOKS[hook]).parameters
+    streams = answer_of(hook).startswith("Iterator[")
+    assert inspect.iscoroutinefunction(twin) is not streams
+    expected = f"Async{answer_of(hook)}" if streams else answer_of(hook)
+    assert str(inspect.signature(twin).return_annotation) == expected
+
+
+@pytest.mark.parametrize("hook", sorted(HOOKS))
+def test_a_hook_takes_one_object_at_most_and_grows_by_its_fields(hook: str) -> None:
+    names = [name for name in inspect.signature(HOOKS[hook]).parameters if name != "self"]
+    assert names in ([], ["request"], ["query"], ["event"])
+    if names:
+        kind = getattr(types, inspect.signature(HOOKS[hook]).parameters[names[0]].annotation)
+        assert dataclasses.is_dataclass(kind)
+
+
+def test_exactly_one_connection_answers_and_every_plugin_is_asked() -> None:
+    first = {name for name, value in HOOKS.items() if value.graftage_spec["firstresult"]}
+    plugin_hooks = {name for spec in hookspecs.PLUGIN_SPECS for name in vars(spec) if name in HOOKS}
+    assert first == HOOKS.keys() - plugin_hooks
+
+
+def test_every_optional_operation_is_a_feature_that_can_be_declared() -> None:
+    always = {"health", "close", "capabilities"}
+    assert CONNECTION_HOOKS - TWINS - always <= set(get_args(types.Feature))
+
+
+def implemented(folder: Path) -> set[str]:
+    """The hooks that the source below a folder implements."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                marks = [ast.unparse(mark).partition("(")[0] for mark in node.decorator_list]
+                if "hookimpl" in marks:
+                    found.add(node.name)
+    return found
+
+
+def test_every_hook_is_implemented_by_some_plugin_of_this_repository_or_of_its_tests() -> None:
+    here = [ROOT / "core", ROOT / "providers", ROOT / "plugins", ROOT / "tests"]
+    assert HOOKS.keys() - set().union(*map(implemented, here)) == set()
+
+
+def test_the_reference_provider_and_echo_implement_every_hook_of_a_connection() -> None:
+    for hook in CONNECTION_HOOKS:
+        assert hook in implemented(ROOT / "providers" / "ollama"), hook
+        assert hook in implemented(ROOT / "core" / "graftage" / "testing"), hook
+
+
+def test_the_reference_provider_and_echo_satisfy_every_protocol() -> None:
+    found = [Echo().connect(request=None), graftage_ollama.connect(_connect_request())]  # type: ignore[arg-type] # Echo does not look
+    for connection in found:
+        for spec in hookspecs.CONNECTION_SPECS:
+            for name in vars(spec).keys() & CONNECTION_HOOKS:
+                given = inspect.signature(getattr(connection, name)).parameters
+                assert list(given) == [each for each in inspect.signature(HOOKS[name]).parameters if each != "self"]
+
+
+def _connect_request() -> types.ConnectRequest:
+    return types.ConnectRequest(name="ollama", settings=graftage_ollama.settings_model()())
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+RECORDS = [value for value in vars(types).values() if dataclasses.is_dataclass(value) and inspect.isclass(value)]
+BUILT_BY_PLUGINS = {
+    "AdapterInfo": {"name", "reference"},
+    "Capabilities": {"features"},
+    "Chunk": set(),
+    "Embeddings": {"vectors"},
+    "Health": {"level", "reachable"},
+    "Limits": set(),
+    "LoadedAdapter": {"name", "digest", "model"},
+    "LoadedModel": {"name"},
+    "Logprob": {"token", "logprob"},
+    "ModelInfo": {"name"},
+    "PullProgress": {"status"},
+    "Timings": set(),
+    "ToolCall": {"name", "arguments", "id"},
+    "Usage": set(),
+    "Verdict": {"status"},
+}
+"""What a plugin of the first release must give. Another required field would break it."""
+
+
+def required(record: Any) -> list[bool]:
+    """For each field in order, whether it has no default."""
+    missing = dataclasses.MISSING
+    return [each.default is missing and each.default_factory is missing for each in dataclasses.fields(record)]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_what_crosses_the_boundary_is_frozen_slotted_and_keyword_only(record: Any) -> None:
+    settings = record.__dataclass_params__
+    assert settings.frozen
+    assert "__slots__" in vars(record)
+    assert not hasattr(record, "__dict__") or "__dict__" not in dir(object.__new__(record))
+    assert all(each.kw_only for each in dataclasses.fields(record))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_after_the_first_field_with_a_default_every_field_has_one(record: Any) -> None:
+    assert required(record) == sorted(required(record), reverse=True)
+
+
+@pytest.mark.parametrize("name", BUILT_BY_PLUGINS)
+def test_a_plugin_of_the_first_release_gives_enough(name: str) -> None:
+    record = getattr(types, name)
+    names = [each.name for each in dataclasses.fields(record)]
+    assert {name for name, wanted in zip(names, required(record), strict=True) if wanted} == BUILT_BY_PLUGINS[name]
+
+
+def test_every_request_that_works_carries_its_call() -> None:
+    requests = [each for each in RECORDS if each.__name__.endswith("Request")]
+    without = {each.__name__ for each in requests if "call" not in {one.name for one in dataclasses.fields(each)}}
+    assert without == {"ConnectRequest", "CloseRequest"}
+
+
+# --- Distributions ---------------------------------------------------------------------------------------------------
+
+
+def test_all_distributions_have_one_version() -> None:
+    assert {name: project["project"]["version"] for name, project in PROJECTS.items()} == dict.fromkeys(
+        PROJECTS, graftage.__version__
+    )
+    umbrella = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert umbrella["project"]["version"] == graftage.__version__
+
+
+@pytest.mark.parametrize("member", [name for name in PROJECTS if name != "core"])
+def test_a_distribution_requires_a_core_that_fits_it(member: str) -> None:
+    texts = PROJECTS[member]["project"]["dependencies"]
+    (wanted,) = [each for each in map(Requirement, texts) if each.name == "graftage"]
+    major = int(graftage.__version__.partition(".")[0])
+    assert wanted.specifier.contains(graftage.__version__)
+    assert not wanted.specifier.contains(f"{major + 1}.0")
+
+
+@pytest.mark.parametrize("member", [name for name in PROJECTS if name != "core"])
+def test_a_distribution_has_one_plugin_named_like_it(member: str) -> None:
+    project = PROJECTS[member]["project"]
+    kind, name = member.split("/")
+    points = project["entry-points"][f"graftage.{kind}"]
+    assert list(points) == [name]
+    assert project["name"] == f"graftage-{name}"
+    assert points[name].partition(":")[0] == f"graftage_{name}"
+
+
+@pytest.mark.parametrize("member", PROJECTS)
+def test_a_distribution_has_a_readme_a_licence_and_its_types(member: str) -> None:
+    project = PROJECTS[member]["project"]
+    package = ROOT / member / project["name"].replace("-", "_")
+    assert (package / "py.typed").is_file()
+    assert (ROOT / member / project["readme"]).is_file()
+    assert (project["license"], project["requires-python"]) == ("Apache-2.0", ">=3.10")
+
+
+def test_what_is_installed_has_the_entry_points_that_are_written_down() -> None:
+    installed = {each.metadata["Name"]: each for each in importlib.metadata.distributions()}
+    checked = []
+    for project in (each["project"] for each in PROJECTS.values()):
+        if project["name"] in installed:
+            checked.append(project["name"])
+            found = {(each.group, each.name, each.value) for each in installed[project["name"]].entry_points}
+            wanted = {
+                (group, name, value)
+                for group, points in project.get("entry-points", {}).items()
+                for name, value in points.items()
+            }
+            assert wanted <= found
+    assert {"graftage", "graftage-ollama"} <= set(checked)
+
+
+# --- Who imports whom ------------------------------------------------------------------------------------------------
+
+
+def imports_of(path: Path) -> set[str]:
+    """The top-level packages that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module or "")
+    return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("member", PROJECTS)
+def test_nobody_imports_anybody_elses_plugin(member: str) -> None:
+    own = PROJECTS[member]["project"]["name"].replace("-", "_")
+    files = list((ROOT / member / own).rglob("*.py"))
+    assert files
+    foreign = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in imports_of(path)
+        if name.startswith("graftage_") and name != own
+    }
+    assert foreign == set()
+
+
+def loaded_by(code: str, *options: str) -> set[str]:
+    """The modules that a fresh Python has imported once it has run some code."""
+    report = "\nimport sys\nprint('loaded', *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code + report], capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(done.stdout.rpartition("loaded ")[2].split())
+
+
+HEAVY = {
+    "anyio",
+    "asyncio",
+    "httpcore",
+    "httpx",
+    "importlib_metadata",
+    "loguru",
+    "numpy",
+    "ollama",
+    "packaging",
+    "pluggy",
+    "pydantic",
+    "pydantic_settings",
+    "rich",
+    "ssl",
+    "tenacity",
+    "typer",
+    "xllamacpp",
+}
+
+
+def test_importing_graftage_imports_nothing_heavy() -> None:
+    assert HEAVY & loaded_by("import graftage") == set()
+
+
+def test_using_every_public_name_imports_nothing_heavy() -> None:
+    assert HEAVY & loaded_by("from graftage import *\nTimeouts(total=3)\nenable_logging()") == set()
+
+
+def test_the_help_of_the_command_imports_no_provider_and_no_network() -> None:
+    code = "import sys\nfrom graftage._cli import main\nsys.argv = ['graftage', '--help']\n"
+    code += "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+    heavy = HEAVY & loaded_by(code)
+    assert heavy & {"ollama", "httpx", "numpy", "pluggy", "pydantic", "xllamacpp", "ssl", "tenacity"} == set()
+
+
+PARROT = """
+import graftage
+from graftage.hookspecs import hookimpl
+from graftage.types import Chunk, Health
+
+class Parrot:
+    name = "parrot"
+
+    @hookimpl
+    def connect(self, request):
+        return Perch()
+
+class Perch:
+    @hookimpl
+    def chat(self, request):
+        yield Chunk(text=request.messages[-1].content, finish_reason="stop")
+
+    @hookimpl
+    def health(self, request):
+        return Health(level=request.level, reachable=True, api=True)
+
+with graftage.connect(Parrot(), model="green") as llm:
+    assert llm.chat("hello").text == "hello"
+"""
+
+
+def test_a_chat_with_one_provider_imports_no_other_and_no_network() -> None:
+    loaded = loaded_by(PARROT)
+    assert {name for name in loaded if name.startswith(("graftage_ollama", "graftage_llamacpp"))} == set()
+    assert {"httpx", "loguru", "ollama", "ssl", "tenacity", "xllamacpp"} & loaded == set()

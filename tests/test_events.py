@@ -1,0 +1,481 @@
+"""Events, logs and counters: what is told, in which order, and what never is."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import graftage
+from graftage.exceptions import (
+    AdapterNotFound,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    GraftageError,
+    InferenceFailed,
+    Overloaded,
+    ProviderError,
+    RequestRejected,
+    StreamInterrupted,
+)
+from graftage.hookspecs import hookimpl
+from graftage.retry import call as retry_call
+from graftage.testing import Echo
+from graftage.types import Chunk, Limits, ToolCall, Usage
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MODEL = "m:1"
+PROMPT = "canary-in-the-prompt"
+ANSWER = "canary-in-the-answer"
+KEY = "canary-in-the-key"
+WHOLE = ["start", "admitted", "first_chunk", "finish"]
+
+
+# --- Order -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("operation", ["chat", "generate"])
+def test_the_events_of_an_answer_come_in_order(both: Any, watcher: Any, operation: str, stream: bool) -> None:
+    llm = both.connect(Echo(["a b c"]), model=MODEL, plugins=[watcher])
+    answer = getattr(llm, operation)("x", stream=stream)
+    if stream:
+        list(answer)
+    assert watcher.kinds(operation) == watcher.kinds() == WHOLE
+    assert {event.stream for event in watcher.events} == {stream}
+
+
+OTHERS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
+    "embed": (lambda llm: llm.embed("x"), ["start", "admitted", "finish"]),
+    "health": (lambda llm: llm.health(), ["start", "finish"]),
+    "list_models": (lambda llm: llm.models(), ["start", "finish"]),
+    "show_model": (lambda llm: llm.show(), ["start", "finish"]),
+    "loaded_models": (lambda llm: llm.loaded(), ["start", "finish"]),
+    "pull_model": (lambda llm: llm.pull(), ["start", *["progress"] * 5, "finish"]),
+    "load_model": (lambda llm: llm.load(), ["start", "admitted", "finish"]),
+    "unload_model": (lambda llm: llm.unload(), ["start", "finish"]),
+}
+
+
+@pytest.mark.parametrize("operation", OTHERS)
+def test_the_events_of_every_operation_come_in_order(both: Any, watcher: Any, operation: str) -> None:
+    act, kinds = OTHERS[operation]
+    act(both.connect(Echo(), model=MODEL, plugins=[watcher]))
+    assert [(event.operation, event.kind) for event in watcher.events] == [(operation, kind) for kind in kinds]
+
+
+def test_all_events_of_a_call_share_its_facts_and_no_other_call_has_its_id(both: Any, watcher: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[watcher])
+    llm.chat("x")
+    llm.chat("x")
+    assert {(each.provider, each.model, each.address) for each in watcher.events} == {("echo", MODEL, echo.address)}
+    ids = [event.call_id for event in watcher.events]
+    assert ids == [ids[0]] * 4 + [ids[4]] * 4
+    assert ids[0] != ids[4]
+    times = [event.at for event in watcher.events]
+    assert times == sorted(times)
+
+
+def test_the_last_event_tells_how_the_answer_ended_and_what_it_cost(both: Any, watcher: Any) -> None:
+    both.connect(Echo(["a b"]), model=MODEL, plugins=[watcher]).chat("one two three")
+    last = watcher.last("finish")
+    assert (last.finish_reason, last.usage) == ("stop", Usage(input_tokens=3, output_tokens=2))
+    assert 0 <= last.timings.first_chunk <= last.timings.wall
+    assert last.error is None
+
+
+@pytest.mark.parametrize(
+    ("script", "kinds"),
+    [
+        (ConnectionFailed("gone"), ["start", "admitted", "error"]),
+        ([Chunk(text="a"), InferenceFailed("fell")], ["start", "admitted", "first_chunk", "error"]),
+        ([Chunk(text="a")], ["start", "admitted", "first_chunk", "error"]),
+    ],
+)
+def test_a_failed_call_ends_with_one_error_and_no_finish(both: Any, watcher: Any, script: Any, kinds: Any) -> None:
+    llm = both.connect(Echo([script]), model=MODEL, plugins=[watcher])
+    with pytest.raises(ProviderError) as caught:
+        llm.chat("x")
+    assert watcher.kinds() == kinds
+    assert watcher.last("error").error is caught.value
+
+
+def test_a_call_that_is_refused_before_it_is_sent_ends_with_an_error_too(both: Any, watcher: Any) -> None:
+    llm = both.connect(Echo(without=["embed", "aembed"]), model=MODEL, plugins=[watcher])
+    with pytest.raises(CapabilityUnsupported):
+        llm.embed("x")
+    assert watcher.kinds() == ["start", "error"]
+
+
+def test_a_stream_that_is_closed_early_is_over_and_no_failure(both: Any, watcher: Any) -> None:
+    llm = both.connect(Echo(["a b c"]), model=MODEL, plugins=[watcher])
+    stream = llm.chat("x", stream=True)
+    next(iter(stream))
+    stream.close()
+    assert "error" not in watcher.kinds()
+    assert llm.stats().failures == 0
+
+
+def test_every_start_has_one_end(both: Any, watcher: Any) -> None:
+    llm = both.connect(Echo(["a", InferenceFailed("no"), "b"]), model=MODEL, plugins=[watcher])
+    for _ in range(3):
+        try:
+            llm.chat("x")
+        except InferenceFailed:
+            continue
+    ends: dict[str, list[str]] = {}
+    for event in watcher.events:
+        if event.kind in ("start", "finish", "error"):
+            ends.setdefault(event.call_id, []).append(event.kind)
+    assert sorted(ends.values()) == [["start", "error"], ["start", "finish"], ["start", "finish"]]
+
+
+def test_a_chain_tells_of_each_member_it_asks(both: Any, watcher: Any) -> None:
+    class Second(Echo):
+        name = "second"
+
+    llm = both.connect([Echo([ConnectionFailed("gone")]), Second()], model=MODEL, plugins=[watcher])
+    llm.chat("x")
+    assert [(each.provider, each.kind) for each in watcher.events] == [
+        *[("echo", kind) for kind in ("start", "admitted", "error")],
+        *[("second", kind) for kind in WHOLE],
+    ]
+
+
+# --- Retries and counters --------------------------------------------------------------------------------------------
+
+
+def test_retries_are_told_and_counted(both: Any, watcher: Any) -> None:
+    busy = Answer([{"error": "server busy, please try again"}], status=503)
+    with FakeOllama() as fake:
+        fake.script("/api/chat", busy, busy)
+        llm = both.connect("ollama", model="smollm2:135m", host=fake.url, plugins=[watcher])
+        assert llm.chat("x").text
+        assert llm.stats().retries == 2
+    assert [kind for kind in watcher.kinds() if kind != "attempt"] == ["start", "admitted", *["retry"] * 2, *WHOLE[2:]]
+    retries = [event for event in watcher.events if event.kind == "retry"]
+    assert [event.attempt for event in retries] == [1, 2]
+    assert all(isinstance(event.error, Overloaded) and event.delay >= 0 for event in retries)
+
+
+def test_retries_are_counted_where_nobody_observes(both: Any) -> None:
+    busy = Answer([{"error": "server busy, please try again"}], status=503)
+    with FakeOllama() as fake:
+        fake.script("/api/chat", busy, busy, busy)
+        llm = both.connect("ollama", model="smollm2:135m", host=fake.url)
+        with pytest.raises(Overloaded) as caught:
+            llm.chat("x")
+        stats = llm.stats()
+    assert (stats.calls, stats.failures, stats.retries, stats.running) == (1, 1, 2, 0)
+    assert caught.value.attempts == 3
+
+
+def test_an_event_that_a_provider_tells_carries_the_facts_of_its_call(both: Any, watcher: Any) -> None:
+    def tell(request: Any) -> str:
+        request.call.emit("retry", attempt=1, delay=0.5, error=ConnectionFailed("gone"))
+        return "done"
+
+    llm = both.connect(Echo([tell]), model=MODEL, plugins=[watcher])
+    llm.chat("x")
+    told = watcher.last("retry")
+    assert (told.provider, told.model, told.operation, told.attempt, told.delay) == ("echo", MODEL, "chat", 1, 0.5)
+    assert llm.stats().retries == 1
+
+
+# --- Logs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What a host's loguru sink gets, at the lowest level, after `enable_logging`."""
+    from loguru import logger
+
+    from graftage import _events
+
+    monkeypatch.setattr(_events, "_enabled", False)
+    graftage.enable_logging()
+    sink = io.StringIO()
+    logger.remove()
+    number = logger.add(sink, level=0, format="{level} {message} {extra}")
+    yield sink
+    logger.remove(number)
+
+
+def test_a_call_is_a_line_at_info_and_its_steps_are_lines_at_debug(both: Any, logged: io.StringIO) -> None:
+    both.connect(Echo(["a"]), model=MODEL).chat("x")
+    lines = logged.getvalue().splitlines()
+    assert [line.split(" {")[0] for line in lines] == [
+        f"DEBUG chat echo:{MODEL}: start",
+        f"DEBUG chat echo:{MODEL}: admitted",
+        f"DEBUG chat echo:{MODEL}: first_chunk",
+        f"INFO chat echo:{MODEL}: stop",
+    ]
+    assert all(f"'model': '{MODEL}'" in line and "'call_id': '" in line for line in lines)
+
+
+def test_a_failure_is_a_line_at_error_and_a_retry_one_at_warning(both: Any, logged: io.StringIO) -> None:
+    def tell(request: Any) -> Any:
+        request.call.emit("retry", attempt=1, delay=0.5, error=ConnectionFailed("gone"))
+        raise InferenceFailed("It fell over.")
+
+    with pytest.raises(InferenceFailed):
+        both.connect(Echo([tell]), model=MODEL).chat("x")
+    log = logged.getvalue()
+    assert f"WARNING chat echo:{MODEL}: attempt 1 failed, next in 0.5 s: ConnectionFailed: gone" in log
+    assert f"ERROR chat echo:{MODEL}: InferenceFailed: It fell over." in log
+
+
+def test_an_observer_that_is_dropped_is_reported_once(both: Any, logged: io.StringIO) -> None:
+    class Blind:
+        name = "blind"
+
+        @hookimpl
+        def observe(self, event: Any) -> None:
+            raise ValueError("cannot see")
+
+    llm = both.connect(Echo(), model=MODEL, plugins=[Blind()])
+    llm.chat("x")
+    llm.chat("x")
+    assert logged.getvalue().count("the observer `blind` failed and is dropped: ValueError: cannot see") == 1
+
+
+def quiet(code: str) -> subprocess.CompletedProcess[str]:
+    """What a fresh Python prints for some code."""
+    head = "import sys, graftage\nfrom graftage.exceptions import *\nfrom graftage.testing import Echo\n"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", head + code], capture_output=True, text=True, timeout=60, check=True
+    )
+
+
+CALLS = """
+with graftage.connect(Echo(["a", InferenceFailed("no")]), model="m") as llm:
+    llm.chat("x")
+    try:
+        llm.chat("x")
+    except InferenceFailed:
+        pass
+"""
+
+
+def test_nothing_is_logged_and_loguru_is_not_imported_until_the_host_says_so() -> None:
+    done = quiet(CALLS + "assert 'loguru' not in sys.modules")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_one_switch_turns_logging_on_into_the_hosts_own_sinks() -> None:
+    code = "from loguru import logger\nlogger.remove()\nlogger.add(sys.stdout, format='{level} {message}')\n"
+    done = quiet(code + "graftage.enable_logging()\n" + CALLS)
+    assert "INFO chat echo:m: stop" in done.stdout
+    assert "ERROR chat echo:m: InferenceFailed: no" in done.stdout
+    assert done.stderr == ""
+
+
+def test_importing_graftage_undoes_no_choice_that_the_host_made_before() -> None:
+    code = "import graftage\ngraftage.enable_logging()\nimport graftage._session, graftage._client\n" + CALLS
+    assert "InferenceFailed: no" in quiet(code).stderr
+
+
+# --- No prompt, no answer --------------------------------------------------------------------------------------------
+
+
+def chat_that_works(llm: Any) -> None:
+    llm.chat(PROMPT)
+
+
+def chat_with_tools_that_are_called(llm: Any) -> None:
+    llm.chat(PROMPT, tools=[{"name": PROMPT.replace("-", "_"), "description": PROMPT, "parameters": {}}])
+
+
+def prompt_in(operation: str) -> Callable[[Any], None]:
+    return lambda llm: getattr(llm, operation)(PROMPT)
+
+
+def options_that_are_wrong(llm: Any) -> None:
+    llm.chat(PROMPT, options={"temprature": 1})
+
+
+def adapter_that_is_missing(llm: Any) -> None:
+    llm.chat(PROMPT, adapter="nonesuch")
+
+
+def format_that_is_not_kept(llm: Any) -> None:
+    llm.chat(PROMPT, format={"type": "object"})
+
+
+def stream_that_is_cut(llm: Any) -> None:
+    list(llm.chat(PROMPT, stream=True))
+
+
+NEVER_TOLD: dict[str, tuple[Any, Callable[[Any], None], type[Exception] | None]] = {
+    "an answer": (ANSWER, chat_that_works, None),
+    "a completion": (ANSWER, prompt_in("generate"), None),
+    "vectors": (ANSWER, prompt_in("embed"), None),
+    "a tool call": (
+        [Chunk(tool_calls=(ToolCall(name="f", arguments={"a": ANSWER}, id="1"),), finish_reason="tool_calls")],
+        chat_with_tools_that_are_called,
+        None,
+    ),
+    "thinking": ([Chunk(thinking=ANSWER), Chunk(finish_reason="stop", raw={"a": ANSWER})], chat_that_works, None),
+    "a wrong option": (ANSWER, options_that_are_wrong, RequestRejected),
+    "a missing adapter": (ANSWER, adapter_that_is_missing, AdapterNotFound),
+    "a broken format": (f"{{{ANSWER}", format_that_is_not_kept, ProviderError),
+    "a cut stream": ([Chunk(text=ANSWER)], stream_that_is_cut, StreamInterrupted),
+    "a failure": ([Chunk(text=ANSWER), InferenceFailed("fell")], chat_that_works, InferenceFailed),
+    "a refusal": (ConnectionFailed("gone"), chat_that_works, ConnectionFailed),
+    "an answer of the wrong kind": ([ANSWER], chat_that_works, ProviderError),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_TOLD)
+def test_no_prompt_and_no_answer_is_in_an_event_a_log_or_an_error(
+    both: Any, watcher: Any, logged: io.StringIO, case: str
+) -> None:
+    script, act, error = NEVER_TOLD[case]
+    llm = both.connect(Echo([script]), model=MODEL, plugins=[watcher])
+    told = [logged.getvalue()]
+    if error is None:
+        act(llm)
+    else:
+        with pytest.raises(error) as caught:
+            act(llm)
+        assert isinstance(caught.value, GraftageError)
+        told += [str(caught.value), repr(caught.value), repr(caught.value.to_dict()), repr(caught.value.args)]
+    told += [repr(event) for event in watcher.events]
+    told += [str(event.error) for event in watcher.events]
+    told.append(logged.getvalue())
+    assert len(watcher.events) >= 2
+    for text in told:
+        assert PROMPT not in text
+        assert PROMPT.replace("-", "_") not in text
+        assert ANSWER not in text
+
+
+def test_what_was_received_is_only_in_partial(both: Any) -> None:
+    llm = both.connect(Echo([[Chunk(text=ANSWER), InferenceFailed("fell")]]), model=MODEL)
+    with pytest.raises(InferenceFailed) as caught:
+        llm.chat(PROMPT)
+    assert caught.value.partial.text == ANSWER
+    assert "partial" not in caught.value.to_dict()
+
+
+def test_a_server_that_repeats_the_prompt_in_its_error_is_not_repeated(both: Any, logged: io.StringIO) -> None:
+    with FakeOllama() as fake:
+        fake.script("/api/chat", *[Answer([b'{"message": {"role": "assistant", "content": "' + ANSWER.encode()])])
+        llm = both.connect("ollama", model="smollm2:135m", host=fake.url)
+        with pytest.raises(ProviderError) as caught:
+            llm.chat(PROMPT)
+    assert ANSWER not in str(caught.value) + logged.getvalue()
+
+
+def test_a_policy_learns_how_long_a_prompt_is_and_not_what_it_says(both: Any) -> None:
+    class Nosy:
+        name = "nosy"
+        asked: list[Any] = []  # noqa: RUF012 - one policy, one list
+
+        @hookimpl
+        def resource_limits(self, query: Any) -> Limits:
+            self.asked.append(query)
+            return Limits()
+
+    nosy = Nosy()
+    both.connect(Echo(), model=MODEL, plugins=[nosy]).chat(PROMPT)
+    assert nosy.asked[0].prompt_characters == len(PROMPT)
+    assert PROMPT not in repr(nosy.asked[0])
+
+
+# --- No secret -------------------------------------------------------------------------------------------------------
+
+
+def secrets(llm: Any) -> str:
+    """Everything that a client shows of itself."""
+    settings = llm.settings
+    return "\n".join([repr(llm), repr(settings), str(settings), repr(llm.origins), llm.address, repr(llm.stats())])
+
+
+@pytest.mark.parametrize("answer", [401, 403, 500, 404])
+def test_a_key_is_in_no_repr_log_error_or_pickle(both: Any, watcher: Any, logged: io.StringIO, answer: int) -> None:
+    with FakeOllama() as fake:
+        fake.script("/api/chat", *[Answer([{"error": "no"}], status=answer, framing="length")] * 3)
+        llm = both.opened(
+            "ollama",
+            model="smollm2:135m",
+            host=fake.url,
+            api_key=KEY,
+            headers={"X-Other": f"{KEY}-2"},
+            plugins=[watcher],
+        )
+        with pytest.raises(ProviderError) as caught:
+            llm.chat("x")
+        sent = fake.requests[-1].headers
+    assert (sent["authorization"], sent["x-other"]) == (f"Bearer {KEY}", f"{KEY}-2")
+    error = caught.value
+    told = [str(error), repr(error), repr(vars(error)), *traceback.format_exception(error), secrets(llm)]
+    told += [repr(event) for event in watcher.events] + [logged.getvalue()]
+    assert KEY not in "\n".join(told)
+    assert KEY.encode() not in pickle.dumps(error)
+
+
+def test_a_password_in_an_address_is_in_no_repr_log_error_or_pickle(
+    both: Any, watcher: Any, logged: io.StringIO
+) -> None:
+    llm = both.opened("ollama", model=MODEL, host=f"http://user:{KEY}@127.0.0.1:9", plugins=[watcher])
+    with pytest.raises(ConnectionFailed) as caught:
+        llm.chat("x")
+    told = [str(caught.value), repr(vars(caught.value)), secrets(llm), logged.getvalue()]
+    told += [repr(event) for event in watcher.events]
+    assert KEY not in "\n".join(told)
+    assert KEY.encode() not in pickle.dumps(caught.value)
+
+
+def test_a_setting_that_is_wrong_is_told_without_its_value(both: Any) -> None:
+    for wrong in ({"headers": {"X-Key": [KEY]}}, {"api_key": [KEY]}, {"keep_alive": KEY}):
+        with pytest.raises(GraftageError) as caught:
+            both.opened("ollama", model=MODEL, **wrong)
+        assert KEY not in str(caught.value)
+        assert KEY.encode() not in pickle.dumps(caught.value)
+
+
+def test_what_a_client_was_asked_for_shows_no_secret(both: Any) -> None:
+    llm = graftage.connect(Echo(), model=MODEL, api_key=KEY, settings={"headers": {"X-Key": KEY}})
+    assert KEY not in repr(llm._wish)
+    assert KEY not in repr(vars(llm))
+    llm.close()
+
+
+def test_the_request_that_a_provider_gets_to_connect_shows_no_secret(both: Any) -> None:
+    echo = Echo()
+    both.opened(echo, model=MODEL, api_key=KEY)
+    request = dict(echo.calls)["connect"]
+    assert KEY not in repr(request)
+    assert request.settings.api_key.get_secret_value() == KEY
+
+
+# --- The retry layer by itself ---------------------------------------------------------------------------------------
+
+
+def test_a_retry_tells_when_the_next_attempt_is_and_after_what() -> None:
+    from graftage.types import Call
+
+    told: list[tuple[str, dict[str, Any]]] = []
+    results = iter([ConnectionFailed("gone"), "fine"])
+
+    def once() -> str:
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    assert retry_call(once, Call(emit=lambda kind, **facts: told.append((kind, facts)))) == "fine"
+    ((kind, facts),) = [each for each in told if each[0] == "retry"]
+    assert (kind, facts["attempt"]) == ("retry", 1)
+    assert isinstance(facts["error"], ConnectionFailed)
+    assert facts["delay"] >= 0

@@ -1,0 +1,625 @@
+"""Everything that a network, a proxy or a sick server can do to an answer, and the one typed error that comes of it.
+
+Each fault is a few bytes on a real socket. Whatever happens ends in time, in an error of Graftage's own, with the text
+that had come in `.partial`; a fault that is safe to repeat is mended by the next attempt, and none is repeated after
+the first chunk.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from graftage.exceptions import (
+    AuthenticationFailed,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    ContextOverflow,
+    GraftageError,
+    InferenceFailed,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    RequestRejected,
+    StreamInterrupted,
+)
+from graftage.types import Timeouts
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MODEL = "smollm2:135m"
+PATIENCE = 20.0
+SHORT = Timeouts(connect=5.0, first_token=0.3, idle=0.3, total=1.0)
+"""For faults that only time can end."""
+CALM = Timeouts(connect=10.0, first_token=10.0, idle=10.0, total=15.0)
+"""For all others: a busy machine must not turn them into timeouts."""
+
+
+def line(text: str, **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "message": {"role": "assistant", "content": text}, "done": False, **fields}
+
+
+def raw_text(text: str) -> bytes:
+    """A line with the text as it is, where JSON need not escape it."""
+    return json.dumps(line(text), ensure_ascii=False).encode() + b"\n"
+
+
+def read(stream: Any) -> Any:
+    """The reply of a stream, after all of it."""
+    with stream as chunks:
+        for _ in chunks:
+            pass
+        return chunks.reply
+
+
+BREAKS = "a\x7f\x85b\u2028c\u2029d"
+"""Characters that readers of text lines take for the end of one."""
+FIRST = line("Hello ")
+SECOND = line("world")
+LAST = line("", done=True, done_reason="stop", eval_count=2, prompt_eval_count=5)
+WHOLE = [FIRST, SECOND, LAST]
+BODY = b"".join(json.dumps(each).encode() + b"\n" for each in WHOLE)
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+BARE = HEAD + b"connection: close\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def error(words: Any, status: int = 500, **headers: str) -> Answer:
+    return Answer([json.dumps({"error": words}).encode()], status=status, framing="length", headers=headers)
+
+
+def plain(text: str, status: int, kind: str = "text/plain") -> Answer:
+    return Answer([text.encode()], status=status, framing="length", headers={"content-type": kind})
+
+
+def redirect(status: int, to: str) -> Answer:
+    return Answer([], status=status, framing="length", headers={"location": to})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An answer, and what a chat must make of it: the whole text, or an error with what had come."""
+
+    name: str
+    answer: Answer
+    _: KW_ONLY
+    kind: type[ProviderError] | None = None
+    partial: str | None = None
+    """The text that had come; None where no chunk had."""
+    text: str = "Hello world"
+    """Where no error is due."""
+    again: bool = False
+    """Whether it is safe to ask again."""
+    facts: tuple[tuple[str, Any], ...] = ()
+    timeouts: Timeouts = CALM
+
+
+GOOD = [
+    Fault("ok", Answer(WHOLE)),
+    Fault("ok_split_lines", Answer([BODY[start : start + 7] for start in range(0, len(BODY), 7)])),
+    Fault("ok_coalesced", Answer([BODY])),
+    Fault("done_no_newline", Answer([FIRST, SECOND, json.dumps(LAST).encode()])),
+    Fault("data_after_done", Answer([*WHOLE, line("never"), b"\xff{"])),
+    Fault("reset_after_done", Answer(WHOLE, ending="reset")),
+    Fault("stall_after_done", Answer(WHOLE, ending="stall")),
+    Fault("blank_line", Answer([b"\n", FIRST, b"\r\n \n", SECOND, LAST])),
+    Fault("split_utf8", Answer([bytes([each]) for each in raw_text("é€😀")] + [LAST]), text="é€😀"),
+    Fault("u2028_in_content", Answer([raw_text(BREAKS), LAST]), text=BREAKS),
+    Fault("crlf_lines", Answer([BODY.replace(b"\n", b"\r\n")])),
+    Fault("lone_surrogate_escape", Answer([json.dumps(line("a\ud83dz")).encode() + b"\n", LAST]), text="a\ufffdz"),
+    Fault("cl_and_te", Answer(WHOLE, headers={"content-length": "7"})),
+    Fault("no_framing_close", Answer(WHOLE, framing="none")),
+    Fault("continue_100", Answer([BODY], raw=b"HTTP/1.1 100 Continue\r\n\r\n" + BARE)),
+    Fault("trailers", Answer([chunk(BODY), b"0\r\nx-sum: 1\r\n\r\n"], raw=CHUNKED)),
+    Fault(
+        "dup_chunk", Answer([FIRST, FIRST, LAST]), text="Hello Hello "
+    ),  # Nothing numbers the lines: nobody can know.
+    Fault("fin_no_last_chunk_after_done", Answer(WHOLE, ending="close")),
+]
+BROKEN = [
+    Fault("rst_before_headers", Answer(raw=b"", ending="reset"), kind=ConnectionFailed, again=True),
+    Fault("fin_before_headers", Answer(raw=b"", ending="close"), kind=ConnectionFailed, again=True),
+    Fault("fin_mid_headers", Answer(raw=HEAD, ending="close"), kind=ConnectionFailed, again=True),
+    Fault("garbage_status_line", Answer(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n", ending="close"), kind=ProtocolError),
+    Fault("rst_mid_stream", Answer([FIRST], ending="reset"), kind=StreamInterrupted, partial="Hello "),
+    Fault(
+        "fin_mid_chunk",
+        Answer([b"ff\r\n" + raw_text("Hello ")], raw=CHUNKED, ending="close"),
+        partial="Hello ",
+        kind=StreamInterrupted,
+    ),
+    Fault("fin_no_last_chunk", Answer([FIRST], ending="close"), kind=StreamInterrupted, partial="Hello "),
+    Fault("clean_no_done", Answer([FIRST, SECOND]), kind=StreamInterrupted, partial="Hello world"),
+    Fault("clean_no_done_half_line", Answer([FIRST, b'{"mess']), kind=StreamInterrupted, partial="Hello "),
+    Fault("half_line_only", Answer([b'{"mess']), kind=StreamInterrupted, again=True),
+    Fault("clean_empty", Answer([]), kind=StreamInterrupted, again=True),
+    Fault("empty_200", Answer([], framing="length"), kind=StreamInterrupted, again=True),
+    Fault(
+        "s204", Answer(raw=b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n"), kind=StreamInterrupted, again=True
+    ),
+    Fault(
+        "cl_too_long",
+        Answer([FIRST], framing="length", headers={"content-length": "9999"}, ending="close"),
+        kind=StreamInterrupted,
+        partial="Hello ",
+    ),
+    Fault(
+        "cl_too_short",
+        Answer([FIRST, SECOND], framing="length", headers={"content-length": "100"}),
+        kind=StreamInterrupted,
+        partial="Hello ",
+    ),
+    Fault(
+        "http10_close_half",
+        Answer([FIRST], raw=b"HTTP/1.0 200 OK\r\n\r\n", ending="close"),
+        kind=StreamInterrupted,
+        partial="Hello ",
+    ),
+    Fault(
+        "bad_chunk_size",
+        Answer([chunk(raw_text("Hello ")), b"zz\r\n"], raw=CHUNKED, ending="close"),
+        kind=StreamInterrupted,
+        partial="Hello ",
+    ),
+    Fault("nonstream_done_false", Answer([FIRST], framing="length"), kind=StreamInterrupted, partial="Hello "),
+]
+NONSENSE = [
+    Fault("invalid_json_line", Answer([FIRST, b"{nonsense}\n"]), kind=ProtocolError, partial="Hello "),
+    Fault("json_array_line", Answer([b"[]\n"]), kind=ProtocolError),
+    Fault("json_null_line", Answer([FIRST, b"null\n"]), kind=ProtocolError, partial="Hello "),
+    Fault("json_string_line", Answer([b'"text"\n']), kind=ProtocolError),
+    Fault("missing_message", Answer([{"model": MODEL, "done": False}]), kind=ProtocolError),
+    Fault(
+        "wrong_type",
+        Answer([FIRST, {"message": {"role": "assistant", "content": 7}}]),
+        kind=ProtocolError,
+        partial="Hello ",
+    ),
+    Fault(
+        "non_utf8",
+        Answer([b'{"message":{"role":"assistant","content":"\xff\xfe"},"done":false}\n']),
+        kind=ProtocolError,
+    ),
+    Fault("sse_instead", Answer([b"data: " + raw_text("Hello")]), kind=ProtocolError),
+    Fault("deep_json", Answer([b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"\n"]), kind=ProtocolError),
+    Fault("nan_json", Answer([b'{"message":{"role":"assistant","content":NaN},"done":false}\n']), kind=ProtocolError),
+    Fault("huge_int_json", Answer([b'{"eval_count":' + b"9" * 5000 + b',"done":false}\n']), kind=ProtocolError),
+    Fault(
+        "huge_line_50MB",
+        Answer([FIRST, b'{"x":"', *([b"y" * 2**20] * 50)], ending="close"),
+        kind=ProtocolError,
+        partial="Hello ",
+    ),
+    Fault("gzip_ok", Answer([gzip.compress(BODY)], headers={"content-encoding": "gzip"}), kind=ProtocolError),
+    Fault(
+        "gzip_truncated", Answer([gzip.compress(BODY)[:20]], headers={"content-encoding": "gzip"}), kind=ProtocolError
+    ),
+    Fault("gzip_header_plain_body", Answer(WHOLE, headers={"content-encoding": "gzip"}), kind=ProtocolError),
+    Fault(
+        "gzip_bomb_100MB",
+        Answer([gzip.compress(bytes(100 * 2**20))], headers={"content-encoding": "gzip"}),
+        kind=ProtocolError,
+    ),
+    Fault("header_flood", Answer(raw=HEAD + b"x-a: 1\r\n" * 20_000, ending="close"), kind=ProtocolError),
+    Fault("header_one_huge", Answer(raw=HEAD + b"x-a: " + b"y" * 200_000, ending="close"), kind=ProtocolError),
+    Fault("html_200", plain("<html>Sign in to the network</html>", 200, "text/html"), kind=ProtocolError),
+    Fault("html_200_untold", Answer([b"<html>\n<body>Sign in</body>\n</html>\n"]), kind=ProtocolError),
+    Fault("s304", Answer(raw=b"HTTP/1.1 304 Not Modified\r\n\r\n"), kind=ProtocolError),
+    Fault("redirect_loop", redirect(302, "/api/chat"), kind=ProtocolError),
+    Fault("redirect_301_post", redirect(301, "/api/tags"), kind=ProtocolError),
+    Fault("redirect_307_other_origin", redirect(307, "http://127.0.0.1:9/api/chat"), kind=ProtocolError),
+    Fault("redirect_file", redirect(302, "file:///etc/hosts"), kind=ProtocolError),
+    Fault("echo_method", redirect(303, "/api/version"), kind=ProtocolError),
+]
+SLOW = [
+    Fault(
+        "slow_loris_headers",
+        Answer([b"x-a: 1\r\n"] * 400, raw=HEAD, delay=0.05),
+        kind=ProviderTimeout,
+        facts=(("phase", "first_token"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "drip_stream",
+        Answer([b" "] * 400, delay=0.05),
+        kind=ProviderTimeout,
+        facts=(("phase", "first_token"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "drip_after_a_line",
+        Answer([FIRST, *[b" "] * 400], delay=0.05),
+        kind=ProviderTimeout,
+        partial="Hello ",
+        facts=(("phase", "idle"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "endless_stream",
+        Answer([FIRST, *[line("")] * 400], delay=0.05),
+        kind=ProviderTimeout,
+        partial="Hello ",
+        facts=(("phase", "total"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "hang_after_accept",
+        Answer(raw=b"", ending="stall"),
+        kind=ProviderTimeout,
+        facts=(("phase", "first_token"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "hang_after_headers",
+        Answer([], ending="stall"),
+        kind=ProviderTimeout,
+        facts=(("phase", "first_token"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "hang_mid_stream",
+        Answer([FIRST], ending="stall"),
+        kind=ProviderTimeout,
+        partial="Hello ",
+        facts=(("phase", "idle"),),
+        timeouts=SHORT,
+    ),
+    Fault(
+        "continue_100_flood",
+        Answer([b"HTTP/1.1 100 Continue\r\n\r\n"] * 400, raw=b"", delay=0.05),
+        kind=ProviderTimeout,
+        facts=(("phase", "first_token"),),
+        timeouts=SHORT,
+    ),
+]
+REFUSED = [
+    Fault(
+        "html_502",
+        plain("<html>Bad gateway</html>", 502, "text/html"),
+        kind=ConnectionFailed,
+        again=True,
+        facts=(("status", 502),),
+    ),
+    Fault("plain_404", plain("404 page not found", 404), kind=ProtocolError, facts=(("status", 404),)),
+    Fault("plain_405", plain("405 method not allowed", 405), kind=ProtocolError),
+    Fault("empty_403", plain("", 403), kind=AuthenticationFailed, facts=(("status", 403),)),
+    Fault("json_404", error("model 'x' not found", 404), kind=ModelNotFound),
+    Fault("json_400_string", Answer([b'"bad"'], status=400, framing="length"), kind=ProtocolError),
+    Fault("json_400_list", Answer([b'["bad"]'], status=400, framing="length"), kind=ProtocolError),
+    Fault("json_400_error_object", error({"code": 400, "message": "bad field"}, 400), kind=RequestRejected),
+    Fault("json_400", error("something is wrong with it", 400), kind=RequestRejected),
+    Fault("json_401", error("unauthorized", 401), kind=AuthenticationFailed),
+    Fault("s408", plain("", 408), kind=ProviderTimeout, again=True),
+    Fault(
+        "json_429",
+        error("slow down", 429, **{"retry-after": "7"}),
+        kind=Overloaded,
+        again=True,
+        facts=(("retry_after", 7.0),),
+    ),
+    Fault(
+        "json_429_no_sense",
+        error("slow down", 429, **{"retry-after": "-7"}),
+        kind=Overloaded,
+        again=True,
+        facts=(("retry_after", None),),
+    ),
+    Fault("json_499", error("client closed request", 499), kind=InferenceFailed, again=True),
+    Fault("json_500", error("something odd"), kind=InferenceFailed),
+    Fault("json_500_option", error('option "num_ctx" must be of type integer'), kind=RequestRejected),
+    Fault("json_500_format", error('invalid format: "x"'), kind=RequestRejected),
+    Fault(
+        "json_500_memory",
+        error("model requires more system memory (9 GiB) than is available"),
+        kind=ModelLoadFailed,
+        facts=(("reason", "memory"),),
+    ),
+    Fault(
+        "json_500_memory_newer",
+        error("llama-server process has terminated: cudaMalloc failed: out of memory"),
+        kind=ModelLoadFailed,
+        facts=(("reason", "memory"),),
+    ),
+    Fault(
+        "json_500_incompatible",
+        error("this model may be incompatible with your version of Ollama"),
+        kind=ModelLoadFailed,
+        facts=(("reason", "incompatible"),),
+    ),
+    Fault(
+        "json_500_load_timeout",
+        error("timed out waiting for llama-server to start: no progress"),
+        kind=ModelLoadFailed,
+        facts=(("reason", "timeout"),),
+    ),
+    Fault(
+        "json_500_crash",
+        error("llama runner process has terminated: exit status 2"),
+        kind=ModelLoadFailed,
+        again=True,
+        facts=(("reason", "crashed"),),
+    ),
+    Fault(
+        "json_500_runner_stopped",
+        error("model runner has unexpectedly stopped, this may be due to …"),
+        kind=InferenceFailed,
+        again=True,
+    ),
+    Fault("json_500_nan", error("embedding contains NaN or Inf values"), kind=InferenceFailed),
+    Fault("json_500_canceled", error("context canceled"), kind=InferenceFailed, again=True),
+    Fault(
+        "json_503",
+        error("server busy, please try again.  maximum pending requests exceeded", 503),
+        kind=Overloaded,
+        again=True,
+    ),
+    Fault("json_504", plain("gateway timeout", 504), kind=ProviderTimeout),
+    Fault(
+        "cloud_sign_in",
+        Answer(
+            [b'{"error":"unauthorized","signin_url":"https://example.org/x?key=abc"}'], status=401, framing="length"
+        ),
+        kind=AuthenticationFailed,
+    ),
+    Fault("no_tools", error("registry.ollama.ai/library/x does not support tools", 400), kind=CapabilityUnsupported),
+    Fault(
+        "overflow",
+        error(
+            json.dumps(
+                {
+                    "error": {
+                        "code": 400,
+                        "message": "request (30 tokens) exceeds the available "
+                        "context size (16 tokens), try increasing it",
+                        "n_ctx": 16,
+                    }
+                }
+            ),
+            400,
+        ),
+        kind=ContextOverflow,
+    ),
+    Fault("error_line_first", Answer([{"error": "something odd"}]), kind=InferenceFailed, facts=(("status", None),)),
+    Fault(
+        "error_line_mid",
+        Answer([FIRST, {"error": "an error was encountered while running the model: EOF"}]),
+        kind=InferenceFailed,
+        partial="Hello ",
+    ),
+    Fault(
+        "error_line_unframed",
+        Answer([FIRST, b'{"mess{"StatusCode":502,"error":"bad gateway"}']),
+        kind=ConnectionFailed,
+        partial="Hello ",
+        facts=(("status", 502),),
+    ),
+    Fault(
+        "error_line_with_status",
+        Answer([FIRST, {"error": "no space for it", "status": 503}]),
+        kind=Overloaded,
+        partial="Hello ",
+        facts=(("status", 503),),
+    ),
+    Fault("error_line_object", Answer([FIRST, {"error": {"message": "odd"}}]), kind=InferenceFailed, partial="Hello "),
+    Fault("error_line_empty_string", Answer([FIRST, {"error": ""}]), kind=InferenceFailed, partial="Hello "),
+    Fault(
+        "error_line_with_signin",
+        Answer([{"error": "unauthorized", "signin_url": "https://example.org/?key=abc"}]),
+        kind=AuthenticationFailed,
+    ),
+    Fault("error_line_json_string", Answer([FIRST, {"error": "[]"}]), kind=InferenceFailed, partial="Hello "),
+    Fault("error_line_numeric_string", Answer([FIRST, {"error": "500"}]), kind=InferenceFailed, partial="Hello "),
+    Fault("error_line_null", Answer([FIRST, {"error": None}]), kind=ProtocolError, partial="Hello "),
+    Fault("nonstream_error_200", Answer([b'{"error":"something odd"}'], framing="length"), kind=InferenceFailed),
+]
+BAD = [*BROKEN, *NONSENSE, *SLOW, *REFUSED]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama(reply="mended") as server:
+        yield server
+
+
+def named(faults: list[Fault]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("fault", faults, ids=lambda each: each.name)
+
+
+def in_time(both: Any, work: Callable[[], Any]) -> Any:
+    """What the work gives; a test that hangs fails instead."""
+    return both.start(work).result(PATIENCE)
+
+
+def failure(both: Any, work: Callable[[], Any]) -> Any:
+    """The error that the work ends in."""
+    error = both.start(work).exception(PATIENCE)
+    assert isinstance(error, GraftageError), f"{error!r} is none of Graftage's"
+    return error
+
+
+def check(error: Any, fault: Fault) -> None:
+    assert type(error) is fault.kind
+    assert (error.provider, error.operation, error.model) == ("ollama", "chat", MODEL)
+    assert (error.partial.text if error.partial else None) == fault.partial
+    for name, value in fault.facts:
+        assert getattr(error, name) == value
+    assert error.hint
+    assert len(str(error)) < 2000
+    assert "key=abc" not in f"{error} {error.to_dict()}"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@named(GOOD)
+def test_an_odd_answer_that_is_whole_is_taken_whole(both: Any, fake: FakeOllama, fault: Fault, stream: bool) -> None:
+    fake.script("/api/chat", fault.answer)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts)
+    found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+    assert found.text == fault.text
+    assert found.finish_reason == "stop"
+    assert found.text.encode()
+    assert llm.chat("Hi").text == "mended"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@named(BAD)
+def test_a_fault_ends_in_its_typed_error_with_what_had_come(
+    both: Any, fake: FakeOllama, fault: Fault, stream: bool
+) -> None:
+    fake.script("/api/chat", fault.answer)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=1)
+    seen: list[str] = []
+
+    def ask() -> None:
+        if not stream:
+            llm.chat("Hi")
+        with llm.chat("Hi", stream=True) as chunks:
+            seen.extend(chunk.text for chunk in chunks)
+
+    check(failure(both, ask), fault)
+    assert "".join(seen) == (fault.partial or "" if stream else "")
+    assert llm.stats().running == 0
+    assert [seen.method for seen in fake.requests if seen.path == "/api/chat"] == ["POST"]
+
+
+@named([fault for fault in BAD if fault.timeouts is CALM])
+def test_only_what_is_safe_is_asked_again_and_that_is_mended(both: Any, fake: FakeOllama, fault: Fault) -> None:
+    fake.script("/api/chat", fault.answer)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=2)
+    if fault.again:
+        assert in_time(both, lambda: llm.chat("Hi")).text == "mended"
+    else:
+        check(failure(both, lambda: llm.chat("Hi")), fault)
+    asked = [seen for seen in fake.requests if seen.path == "/api/chat"]
+    assert len(asked) == (2 if fault.again else 1)
+
+
+@named([fault for fault in BAD if fault.kind is not None and fault.partial is None])
+def test_a_health_check_answers_whatever_it_meets(both: Any, fake: FakeOllama, fault: Fault) -> None:
+    fake.script("/api/version", fault.answer)
+    llm = both.connect("ollama", host=fake.url, timeouts=fault.timeouts, attempts=1)
+    found = in_time(both, lambda: llm.health(timeout=fault.timeouts))
+    assert not found.ok
+    assert isinstance(found.error, ProviderError)
+    assert found.reachable is not isinstance(found.error, ConnectionFailed)
+
+
+# --- Answers that are one object -------------------------------------------------------------------------------------
+
+VECTORS = json.dumps({"model": MODEL, "embeddings": [[1.0, 2.0]]}).encode()
+
+
+def whole(body: bytes, **options: Any) -> Answer:
+    return Answer([body], framing="length", **options)
+
+
+OBJECTS: list[tuple[str, Answer, type[ProviderError] | None]] = [
+    ("ok", whole(VECTORS), None),
+    ("chunked", Answer([VECTORS[:9], VECTORS[9:]]), None),
+    ("no_framing", whole(VECTORS, ending="end"), None),
+    ("reset", Answer(raw=b"", ending="reset"), ConnectionFailed),
+    ("cut", whole(VECTORS[:20], headers={"content-length": "99"}, ending="close"), StreamInterrupted),
+    ("half", whole(VECTORS[:20]), ProtocolError),
+    ("empty", whole(b""), ProtocolError),
+    ("s204", Answer(raw=b"HTTP/1.1 204 No Content\r\n\r\n"), ProtocolError),
+    ("null", whole(b"null"), ProtocolError),
+    ("array", whole(b"[]"), ProtocolError),
+    ("string", whole(b'"text"'), ProtocolError),
+    ("number", whole(b"7"), ProtocolError),
+    ("other_object", whole(b"{}"), ProtocolError),
+    ("wrong_type", whole(b'{"model":"x","embeddings":"none"}'), ProtocolError),
+    ("deep", whole(b"[" * 50_000 + b"]" * 50_000), ProtocolError),
+    ("huge_int", whole(b'{"embeddings":[[' + b"9" * 5000 + b"]]}"), ProtocolError),
+    ("not_utf8", whole(b'{"model":"\xff","embeddings":[]}'), ProtocolError),
+    ("html", whole(b"<html></html>"), ProtocolError),
+    ("html_told", plain("<html></html>", 200, "text/html"), ProtocolError),
+    ("gzip", whole(gzip.compress(VECTORS), headers={"content-encoding": "gzip"}), ProtocolError),
+    ("error_200", whole(b'{"error":"something odd"}'), InferenceFailed),
+    ("busy_200", whole(b'{"error":"server busy, please try again"}'), Overloaded),
+    ("odd_400", error("something is wrong with it", 400), RequestRejected),
+    ("crash_400", error("llama runner process no longer running: -1", 400), ModelLoadFailed),
+    ("redirect", redirect(307, "http://127.0.0.1:9/"), ProtocolError),
+    ("stall", Answer([VECTORS[:9]], ending="stall"), ProviderTimeout),
+]
+
+
+@pytest.mark.parametrize(("answer", "kind"), [each[1:] for each in OBJECTS], ids=[each[0] for each in OBJECTS])
+def test_an_answer_that_is_one_object_is_read_whole_or_is_a_typed_error(
+    both: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError] | None
+) -> None:
+    fake.script("/api/embed", answer)
+    timeouts = SHORT if kind is ProviderTimeout else CALM
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=timeouts, attempts=1)
+    if kind is None:
+        assert in_time(both, lambda: llm.embed("Hi")).vectors == ((1.0, 2.0),)
+        return
+    found = failure(both, lambda: llm.embed("Hi"))
+    assert type(found) is kind
+    assert (found.provider, found.operation, found.model) == ("ollama", "embed", MODEL)
+    assert found.hint
+
+
+LISTINGS = [
+    b"{}",
+    b"[]",
+    b"null",
+    b'{"models":7}',
+    b'{"models":[7]}',
+    b'{"models":[{"name":7,"model":[]}]}',
+    b'{"models":[{"details":7}]}',
+    b"{",
+]
+
+
+@pytest.mark.parametrize("operation", ["models", "loaded", "show"])
+@pytest.mark.parametrize("body", LISTINGS)
+def test_records_that_are_none_are_a_typed_error(both: Any, fake: FakeOllama, operation: str, body: bytes) -> None:
+    path = {"models": "/api/tags", "loaded": "/api/ps", "show": "/api/show"}[operation]
+    fake.script(path, whole(body))
+    llm = both.connect("ollama", model=MODEL, host=fake.url, attempts=1)
+    error = both.start(getattr(llm, operation)).exception(PATIENCE)
+    assert type(error) is ProtocolError
+
+
+# --- Pulls -----------------------------------------------------------------------------------------------------------
+
+STEP = {"status": "pulling manifest"}
+PULLS: list[tuple[str, Answer, type[ProviderError]]] = [
+    ("no_success", Answer([STEP]), StreamInterrupted),
+    ("cut", Answer([STEP], ending="close"), StreamInterrupted),
+    ("reset", Answer([STEP], ending="reset"), StreamInterrupted),
+    ("empty", Answer([]), StreamInterrupted),
+    ("half_line", Answer([STEP, b'{"sta']), StreamInterrupted),
+    ("stall", Answer([STEP], ending="stall"), ProviderTimeout),
+    ("unknown", Answer([STEP, {"error": "pull model manifest: file does not exist"}]), ModelNotFound),
+    ("damaged", Answer([STEP, {"error": "digest mismatch, file must be downloaded again"}]), StreamInterrupted),
+    ("disk_full", Answer([STEP, {"error": "write /models/x: no space left on device"}]), InferenceFailed),
+    ("not_json", Answer([STEP, b"{nonsense\n"]), ProtocolError),
+    ("array", Answer([STEP, b"[]\n"]), ProtocolError),
+    ("wrong_type", Answer([STEP, {"status": "pulling", "total": "many"}]), ProtocolError),
+]
+
+
+@pytest.mark.parametrize(("answer", "kind"), [each[1:] for each in PULLS], ids=[each[0] for each in PULLS])
+def test_a_pull_that_does_not_say_success_is_a_typed_error(
+    both: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError]
+) -> None:
+    fake.script("/api/pull", answer)
+    timeouts = SHORT if kind is ProviderTimeout else CALM
+    llm = both.connect("ollama", host=fake.url, timeouts=timeouts, attempts=1)
+    found = failure(both, lambda: llm.pull("x:1b"))
+    assert type(found) is kind
+    assert (found.operation, found.model) == ("pull_model", "x:1b")
+    assert "/models" not in str(found) or kind is not InferenceFailed

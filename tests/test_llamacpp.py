@@ -1,0 +1,523 @@
+"""The embedded provider with its engine and its model: every operation, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+from engine_fixtures import eventually
+
+import graftage
+from graftage.exceptions import (
+    CapabilityUnsupported,
+    ContextOverflow,
+    InferenceFailed,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    ProviderTimeout,
+    RequestRejected,
+    StreamInterrupted,
+)
+from graftage.testing import Cassette
+from graftage_llamacpp import DEFAULT_MODEL, _convert, _process
+
+pytestmark = pytest.mark.engine
+
+FRANCE = "What is the capital of France?"
+SURE = {"temperature": 0.0}
+"""Options that make an answer the same each time."""
+ENDLESS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
+"""A schema that keeps the model busy for a minute, unless it is stopped."""
+
+
+@pytest.fixture
+def llm(both: Any, engine_store: Path) -> Any:
+    return both.connect("llamacpp", context_window=1024)
+
+
+def patched(source: Path, out: Path, key: str, value: bytes) -> Path:
+    """A copy of a model in which the value of a key is another one of the same length."""
+    shutil.copyfile(source, out)
+    with out.open("r+b") as file:
+        name = len(key).to_bytes(8, "little") + key.encode()
+        file.seek(file.read(4 << 20).index(name) + len(name) + 4)  # Its type takes four bytes.
+        file.write(value)
+    return out
+
+
+def with_template(source: Path, out: Path, template: str) -> Path:
+    """A copy of the default model with another chat template, of at most the same length."""
+    length = 368
+    assert len(template) <= length
+    return patched(
+        source, out, "tokenizer.chat_template", length.to_bytes(8, "little") + template.encode().ljust(length)
+    )
+
+
+# --- Chat and generate -----------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_names_no_model_chats_with_the_default_one(llm: Any) -> None:
+    reply = llm.chat(FRANCE, max_tokens=30, options=SURE)
+    assert "Paris" in reply.text
+    assert reply.model == DEFAULT_MODEL
+    assert reply.provider == "llamacpp"
+
+
+def test_an_answer_tells_its_tokens_and_where_the_time_went(llm: Any) -> None:
+    reply = llm.chat(FRANCE, max_tokens=4, options=SURE)
+    assert reply.finish_reason == "length"
+    assert reply.usage.output_tokens == 4
+    assert reply.usage.input_tokens > 10
+    assert reply.timings.load > 0
+    assert reply.timings.prompt > 0
+    assert reply.timings.generation > 0
+    assert llm.chat(FRANCE, max_tokens=1).timings.load is None
+
+
+def test_a_stream_gives_the_text_of_the_plain_answer(llm: Any) -> None:
+    plain = llm.chat(FRANCE, max_tokens=16, options=SURE)
+    stream = llm.chat(FRANCE, max_tokens=16, options=SURE, stream=True)
+    texts = [chunk.text for chunk in stream]
+    assert len(texts) > 5
+    assert "".join(texts) == plain.text == stream.reply.text
+    assert stream.reply.usage == plain.usage
+
+
+def test_a_system_prompt_is_sent_where_the_caller_gives_none_and_only_then(llm: Any) -> None:
+    plain = llm.chat("Hi", max_tokens=1).usage.input_tokens
+    same = llm.chat([{"role": "system", "content": _convert.SYSTEM_PROMPT}, {"role": "user", "content": "Hi"}])
+    empty = llm.chat([{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}], max_tokens=1)
+    assert same.usage.input_tokens == plain
+    assert empty.usage.input_tokens < plain
+
+
+def test_the_default_model_answers_with_the_options_its_makers_advise_unless_others_are_given(llm: Any) -> None:
+    advised = {"temperature": 0.2, "top_p": 0.9}
+    plain = {llm.chat(FRANCE, max_tokens=12, options={"seed": seed}).text for seed in range(3)}
+    assert plain == {llm.chat(FRANCE, max_tokens=12, options={"seed": seed, **advised}).text for seed in range(3)}
+    warm = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}
+    assert len({llm.chat(FRANCE, max_tokens=12, options={"seed": seed, **warm}).text for seed in range(3)}) == 3
+
+
+def test_a_seed_makes_an_answer_the_same_again(llm: Any) -> None:
+    options = {"seed": 7, "temperature": 1.5}
+    first = llm.chat("Invent a word.", max_tokens=12, options=options).text
+    assert llm.chat("Invent a word.", max_tokens=12, options=options).text == first
+    others = {llm.chat("Invent a word.", max_tokens=12, options={**options, "seed": seed}).text for seed in (8, 9)}
+    assert others != {first}
+
+
+def test_an_answer_ends_before_a_stop_text(llm: Any) -> None:
+    reply = llm.chat(FRANCE, max_tokens=40, options={**SURE, "stop": "Paris"})
+    assert reply.finish_reason == "stop"
+    assert reply.text
+    assert "Paris" not in reply.text
+
+
+def test_probabilities_are_given_with_those_of_the_next_best(llm: Any) -> None:
+    for reply in (
+        llm.chat(FRANCE, max_tokens=3, options={**SURE, "logprobs": True, "top_logprobs": 2}),
+        llm.generate("Once upon", raw=True, max_tokens=3, options={**SURE, "logprobs": True, "top_logprobs": 2}),
+    ):
+        assert "".join(each.token for each in reply.logprobs) == reply.text
+        for each in reply.logprobs:
+            assert len(each.top) == 2
+            assert each.logprob == max(other.logprob for other in each.top) <= 0
+
+
+def test_probabilities_without_a_number_of_others_come_alone(llm: Any) -> None:
+    reply = llm.chat(FRANCE, max_tokens=2, options={"logprobs": True})
+    assert [each.top for each in reply.logprobs] == [(), ()]
+
+
+def test_a_schema_binds_the_answer_and_a_pydantic_model_reads_it(llm: Any) -> None:
+    class City(pydantic.BaseModel):
+        name: str = pydantic.Field(max_length=20)
+        population: int = pydantic.Field(ge=0, le=99)
+
+    reply = llm.chat("Describe Paris.", format=City, max_tokens=80, options=SURE)
+    assert isinstance(reply.parsed, City)
+
+
+def test_any_json_is_an_object(llm: Any) -> None:
+    reply = llm.chat('Write {"a": 1}', format="json", max_tokens=60, options=SURE)
+    assert isinstance(reply.parsed, dict)
+
+
+def test_a_schema_binds_a_raw_completion_too(llm: Any) -> None:
+    schema = {"enum": ["red", "green"]}
+    assert llm.generate("The grass is", raw=True, format=schema, max_tokens=8, options=SURE).parsed in schema["enum"]
+
+
+def test_json_that_is_cut_is_told_with_what_came(llm: Any) -> None:
+    with pytest.raises(ProtocolError, match="max_tokens") as caught:
+        llm.chat("Count.", format=ENDLESS, max_tokens=10)
+    assert caught.value.partial.text.startswith("[")
+
+
+def test_a_raw_prompt_goes_past_the_template(llm: Any) -> None:
+    raw = llm.generate("One two three four", raw=True, max_tokens=1)
+    assert raw.usage.input_tokens == 4
+    assert llm.generate("One two three four", max_tokens=1).usage.input_tokens > 10
+
+
+def test_several_requests_at_once_are_all_answered(both: Any, engine_store: Path) -> None:
+    llm = both.connect("llamacpp", context_window=512, slots=2)
+    calls = [lambda: llm.chat(FRANCE, max_tokens=8, options=SURE).text] * 4
+    answers = both.together(calls)
+    assert len(set(answers)) == 1
+    assert isinstance(answers[0], str)
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_tools_are_refused_where_the_template_has_no_place_for_them(llm: Any) -> None:
+    with pytest.raises(CapabilityUnsupported, match="tools") as caught:
+        llm.chat("What time is it?", tools=[{"name": "now"}])
+    assert caught.value.model == DEFAULT_MODEL
+    assert "tools" not in llm.show().features
+    assert "tools" in llm.capabilities().features
+
+
+def test_tools_reach_a_model_whose_template_has_a_place_for_them(both: Any, engine_store: Path, tmp_path: Path) -> None:
+    template = (
+        "{% if tools %}{{'<|im_start|>system\n'}}{% for t in tools %}{{t|tojson}}{% endfor %}{{'<|im_end|>\n'}}"
+        "{% endif %}{% for m in messages %}{{'<|im_start|>'+m['role']+'\n'+(m['content'] or '')+'<|im_end|>\n'}}"
+        "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+    )
+    path = with_template(engine_store / "smollm2-135m.gguf", tmp_path / "tooled.gguf", template)
+    llm = both.connect("llamacpp", model=str(path), context_window=1024)
+    assert "tools" in llm.show().features
+    without = llm.chat("Hello", max_tokens=4)
+    tool = {"name": "now", "description": "Tells the time of day.", "parameters": {"type": "object"}}
+    reply = llm.chat("Hello", max_tokens=4, tools=[tool])
+    assert reply.finish_reason in ("length", "stop", "tool_calls")
+    assert reply.usage.input_tokens > without.usage.input_tokens + 10
+
+
+def test_thinking_and_pictures_and_suffixes_are_refused(llm: Any) -> None:
+    with pytest.raises(CapabilityUnsupported, match="thinking"):
+        llm.chat("Hello", think=True)
+    with pytest.raises(CapabilityUnsupported, match="images"):
+        llm.chat("Hello", images=[b"\x89PNG"])
+    with pytest.raises(CapabilityUnsupported, match="suffix"):
+        llm.generate("Hello", suffix="end")
+    assert llm.chat("Hello", think=False, max_tokens=1).text
+
+
+def test_a_schema_that_is_none_is_rejected(llm: Any) -> None:
+    with pytest.raises(RequestRejected, match="nonsense"):
+        llm.chat("Hello", format={"type": "nonsense"})
+
+
+def test_an_option_of_a_wrong_type_is_rejected_by_its_name(llm: Any) -> None:
+    with pytest.raises(RequestRejected, match="temperature"):
+        llm.chat("Hello", options={"temperature": "warm"})
+
+
+def test_a_raw_prompt_takes_no_system_prompt(llm: Any) -> None:
+    with pytest.raises(RequestRejected, match="system"):
+        llm.generate("Hello", raw=True, system="Be kind.")
+    with pytest.raises(RequestRejected, match="empty"):
+        llm.generate("", raw=True)
+
+
+def test_a_prompt_that_does_not_fit_the_window_is_an_overflow_with_the_figures(llm: Any) -> None:
+    with pytest.raises(ContextOverflow, match="1024") as caught:
+        llm.chat("word " * 2000)
+    assert caught.value.details["n_ctx"] == 1024
+    assert caught.value.details["n_prompt_tokens"] > 2000
+
+
+def test_a_window_above_what_the_model_was_trained_for_is_lowered_with_a_warning(both: Any, engine_store: Path) -> None:
+    llm = both.connect("llamacpp", context_window=9000)
+    assert any("8192" in each for each in llm.chat("Hello", max_tokens=1).warnings)
+    assert llm.loaded()[0].context_window == 8192
+
+
+def test_another_window_starts_the_engine_again_and_says_so(llm: Any) -> None:
+    assert llm.chat("Hello", max_tokens=1).warnings == ()
+    reply = llm.chat("Hello", max_tokens=1, context_window=512)
+    assert any("512" in each for each in reply.warnings)
+    assert [each.context_window for each in llm.loaded()] == [512]
+
+
+def test_a_model_too_large_for_the_memory_is_refused_with_the_figures(
+    both: Any, engine_store: Path, tmp_path: Path
+) -> None:
+    layers = (1 << 22).to_bytes(4, "little")
+    path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "huge.gguf", "llama.block_count", layers)
+    with pytest.raises(ModelLoadFailed, match="MB are free") as caught:
+        both.connect("llamacpp", model=str(path), context_window=1024).chat("Hello")
+    assert caught.value.reason == "memory"
+    assert caught.value.details["needed"] > caught.value.details["free"] > 0
+    assert "98 MB of weights" in str(caught.value)
+
+
+def test_the_check_of_the_memory_can_be_turned_off_and_the_engine_says_what_is_wrong(
+    both: Any, engine_store: Path, tmp_path: Path
+) -> None:
+    layers = (31).to_bytes(4, "little")
+    path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "odd.gguf", "llama.block_count", layers)
+    with pytest.raises(ModelLoadFailed, match=r"blk\.30") as caught:
+        both.connect("llamacpp", model=str(path), memory_check=False).chat("Hello")
+    assert caught.value.reason == "incompatible"
+
+
+# --- Embed -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_text_has_a_vector_of_length_one_and_equal_texts_have_equal_ones(llm: Any) -> None:
+    found = llm.embed(["The cat sat.", "Stocks fell.", "The cat sat."])
+    assert [len(vector) for vector in found.vectors] == [576] * 3
+    assert [sum(each * each for each in vector) for vector in found.vectors] == [pytest.approx(1, abs=1e-3)] * 3
+    assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-3)
+    assert found.vectors[0] != pytest.approx(found.vectors[1], abs=1e-2)
+    assert found.usage.input_tokens > 3
+
+
+def test_a_text_too_long_to_embed_is_cut_with_a_warning_or_refused(llm: Any) -> None:
+    found = llm.embed(["short", "word " * 600])
+    assert len(found.vectors) == 2
+    assert any("Input 1 was cut" in each for each in found.warnings)
+    with pytest.raises(ContextOverflow, match="512"):
+        llm.embed("word " * 600, truncate=False)
+
+
+def test_vectors_of_another_length_are_unsupported(llm: Any) -> None:
+    assert len(llm.embed("cat", dimensions=576).vectors[0]) == 576
+    with pytest.raises(CapabilityUnsupported, match="576"):
+        llm.embed("cat", dimensions=64)
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def test_show_tells_what_the_file_holds_with_its_vocabulary(llm: Any, engine_store: Path) -> None:
+    shown = llm.show()
+    assert shown.architecture == "llama"
+    assert shown.parameters == "134.52M"
+    assert shown.quantization == "Q4_1"
+    assert shown.context_window == 8192
+    assert shown.licence == "Apache-2.0"
+    assert shown.digest.startswith("sha256:b179c952")
+    assert shown.size == 98_362_432
+    assert shown.path == engine_store / "smollm2-135m.gguf"
+    assert len(shown.metadata["tokenizer.ggml.tokens"]) == 49152
+    assert shown.tensors["token_embd.weight"] == (576, 49152)
+    assert {"chat", "embed", "structured_output", "logprobs"} <= shown.features
+
+
+def test_the_list_of_models_leaves_the_vocabulary_out(llm: Any) -> None:
+    (listed,) = llm.models()
+    assert listed.name == DEFAULT_MODEL
+    assert "tokenizer.ggml.tokens" not in listed.metadata
+
+
+def test_a_loaded_model_tells_the_memory_of_its_process(llm: Any) -> None:
+    assert llm.loaded() == ()
+    llm.load()
+    (loaded,) = llm.loaded()
+    assert loaded.name == DEFAULT_MODEL
+    assert loaded.context_window == 1024
+    assert loaded.expires_at is None
+    status = Path(f"/proc/{loaded.raw['pid']}/status").read_text(encoding="ascii")
+    resident = int(status.split("VmRSS:")[1].split()[0]) * 1024
+    assert loaded.size == pytest.approx(resident, rel=0.1)
+    llm.unload()
+    assert llm.loaded() == ()
+    llm.unload()
+
+
+def test_a_model_that_may_not_stay_leaves_the_memory(llm: Any) -> None:
+    llm.chat("Hello", max_tokens=1, keep_alive=600)
+    (loaded,) = llm.loaded()
+    assert loaded.expires_at is not None
+    llm.chat("Hello", max_tokens=1, keep_alive=0)
+    assert eventually(lambda: llm.loaded() == ())
+
+
+def test_a_path_is_a_model_too(both: Any, engine_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.gguf"
+    path.symlink_to(engine_store / "smollm2-135m.gguf")
+    llm = both.connect("llamacpp", model=str(path), models_path=tmp_path / "none", context_window=512)
+    assert "Paris" in llm.chat(FRANCE, max_tokens=30, options=SURE).text
+    assert llm.show().path == path
+
+
+@pytest.mark.parametrize("operation", ["chat", "generate", "embed", "load"])
+def test_an_unknown_model_is_not_found_and_the_close_name_is_suggested(operation: str, llm: Any) -> None:
+    arguments = () if operation == "load" else ("Hello",)
+    with pytest.raises(ModelNotFound, match="smollm2:135m") as caught:
+        getattr(llm, operation)(*arguments, model="smollm2:1m")
+    assert caught.value.suggestions == (DEFAULT_MODEL,)
+
+
+# --- Health ----------------------------------------------------------------------------------------------------------
+
+
+def test_health_looks_no_further_than_it_is_asked(llm: Any) -> None:
+    api = llm.health("api")
+    assert api.ok
+    assert api.version
+    assert api.model_present is None
+    assert llm.loaded() == ()
+    loaded = llm.health("model_loaded")
+    assert loaded.model_present
+    assert loaded.model_loaded is False
+    answers = llm.health("answers")
+    assert answers.ok
+    assert len(llm.loaded()) == 1
+
+
+def test_health_names_a_model_that_is_not_there(llm: Any) -> None:
+    health = llm.health("model_loaded", model="other")
+    assert health.api
+    assert health.model_present is False
+    assert isinstance(health.error, ModelNotFound)
+
+
+# --- Cancellation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_is_closed_frees_the_engine(llm: Any) -> None:
+    stream = llm.chat("Count.", format=ENDLESS, stream=True, options=SURE)
+    next(iter(stream))
+    stream.close()
+    # There is one slot: the next answer would wait for a minute, were the first still being made.
+    assert llm.chat("Hello", max_tokens=1, timeout=20).text
+    assert llm.stats().running == 0
+
+
+def test_a_stream_that_is_dropped_frees_the_engine(engine_store: Path) -> None:
+    with graftage.connect("llamacpp", context_window=1024) as llm:
+        for _ in llm.chat("Count.", format=ENDLESS, stream=True, options=SURE):
+            break
+        assert llm.chat("Hello", max_tokens=1, timeout=20).text
+
+
+def test_a_task_that_is_cancelled_frees_the_engine(engine_store: Path) -> None:
+    async def work() -> str:
+        async with graftage.connect_async("llamacpp", context_window=1024) as llm:
+            await llm.load()
+            task = asyncio.ensure_future(llm.chat("Count.", format=ENDLESS, options=SURE))
+            await asyncio.sleep(0.5)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return str((await llm.chat("Hello", max_tokens=1, timeout=20)).text)
+
+    assert asyncio.run(work())
+
+
+def test_a_task_that_is_cancelled_while_the_engine_starts_leaves_a_client_that_works(engine_store: Path) -> None:
+    async def work() -> str:
+        async with graftage.connect_async("llamacpp", context_window=1024) as llm:
+            task = asyncio.ensure_future(llm.chat("Hello"))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return str((await llm.chat("Hello", max_tokens=1)).text)
+
+    assert asyncio.run(work())
+
+
+def test_a_limit_on_the_whole_call_ends_it_and_frees_the_engine(llm: Any) -> None:
+    llm.load()
+    with pytest.raises(ProviderTimeout) as caught:
+        llm.chat("Count.", format=ENDLESS, timeout=1)
+    assert caught.value.phase == "total"
+    assert llm.chat("Hello", max_tokens=1, timeout=20).text
+
+
+# --- Recording -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_port(
+    both: Any, engine_store: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.yaml"
+    tape = Cassette(path, mode="record")
+    llm = both.connect("llamacpp", context_window=512, transport=tape)
+    recorded = llm.chat(FRANCE, max_tokens=8, options=SURE)
+    (engine,) = _process.engines()
+    assert engine.process is not None
+    key, port = engine.process.key, engine.process.address.rpartition(":")[2]
+    llm.close()
+    tape.save()
+    written = path.read_text(encoding="utf-8")
+    assert "/v1/chat/completions" in written
+    assert key not in written
+    assert f":{port}" not in written
+    again = both.connect("llamacpp", context_window=512, transport=Cassette(path))
+    assert again.chat(FRANCE, max_tokens=8, options=SURE).text == recorded.text
+    assert again.loaded() == ()
+
+
+# --- Reading answers -------------------------------------------------------------------------------------------------
+
+
+def test_a_tool_call_that_comes_in_pieces_is_put_together() -> None:
+    answer = _convert.Answer("m")
+    for part in (
+        {"index": 0, "id": "a1", "function": {"name": "now", "arguments": ""}},
+        {"index": 1, "id": "", "function": {"name": "then", "arguments": "{}"}},
+        {"index": 0, "function": {"arguments": '{"zone": '}},
+        {"index": 0, "function": {"arguments": '"UTC"}'}},
+    ):
+        event = {"choices": [{"delta": {"tool_calls": [part]}, "finish_reason": None}]}
+        assert answer.read(json.dumps(event).encode()) is None
+    answer.read(b'{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}')
+    last = answer.read(b"[DONE]")
+    assert last is not None
+    assert last.finish_reason == "tool_calls"
+    assert [(call.name, call.arguments, call.id) for call in last.tool_calls] == [
+        ("now", {"zone": "UTC"}, "a1"),
+        ("then", {}, "call_1"),
+    ]
+
+
+def test_a_tool_call_with_broken_arguments_is_told_by_the_name_of_the_tool() -> None:
+    answer = _convert.Answer("m")
+    call = {"index": 0, "id": "a", "function": {"name": "now", "arguments": "{"}}
+    answer.read(json.dumps({"choices": [{"delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}).encode())
+    with pytest.raises(ProtocolError, match="now"):
+        answer.read(b"[DONE]")
+
+
+def test_an_answer_without_a_reason_is_no_whole_answer() -> None:
+    with pytest.raises(ProtocolError, match="reason"):
+        _convert.Answer("m").read(b"[DONE]")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b'data: {"error": {"code": 500, "message": "x"}}', InferenceFailed),
+        (b'error: {"error": {"code": 503, "message": "x"}}', Overloaded),
+        (b'data: {"error": {"code": 400, "type": "exceed_context_size_error", "message": "x"}}', ContextOverflow),
+        (b'data: {"error": {"code": 501, "message": "x"}}', CapabilityUnsupported),
+        (b'data: {"error": "x"}', InferenceFailed),
+        (b"<html>", ProtocolError),
+    ],
+)
+def test_an_error_inside_a_stream_is_typed(line: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        _convert.read_line(line, whole=True)
+
+
+def test_a_line_that_is_cut_is_an_interruption() -> None:
+    with pytest.raises(StreamInterrupted):
+        _convert.read_line(b'data: {"choi', whole=False)
+    assert _convert.read_line(b"data: [DONE]", whole=False) == b"[DONE]"
+    assert _convert.read_line(b": comment", whole=True) is None

@@ -1,0 +1,268 @@
+"""LoRA adapters on the embedded engine: several at once, switched with each request, and never the wrong one."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterNotFound
+from graftage.hookspecs import hookimpl
+from graftage.types import Adapter, ChatRequest, LoadedAdapter, Message, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from graftage.types import ModelInfo, ResolveRequest
+
+pytestmark = pytest.mark.engine
+
+AHOY = Path(__file__).parent / "assets" / "lora" / "ahoy-lora.f16.gguf"
+QUESTION = "What is the capital of France?"
+STORY = "Once upon a time there was"
+SURE = {"temperature": 0.0}
+FITS = Verdict(status="compatible")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An adapter that is a GGUF file already."""
+
+    path: Path
+    scale: float = 2.0
+    verdict: Verdict = FITS
+    served_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{hashlib.sha256(self.path.read_bytes()).hexdigest()}"
+
+    def gguf(self, base: ModelInfo) -> Path:
+        assert base.tensors
+        assert base.metadata["tokenizer.ggml.tokens"]
+        return self.path
+
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
+        raise NotImplementedError
+
+
+class Files:
+    """Finds adapters in a folder."""
+
+    name = "files"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
+        path = self._folder / f"{request.reference}.gguf"
+        return Ready(path) if path.exists() else None
+
+
+def with_alpha(alpha: float, out: Path) -> Path:
+    """The adapter with another strength: with next to none it changes nothing. (The engine takes 0 for "not given".)"""
+    data = bytearray(AHOY.read_bytes())
+    place = data.index(b"adapter.lora.alpha") + len(b"adapter.lora.alpha") + 4
+    struct.pack_into("<f", data, place, alpha)
+    out.write_bytes(data)
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """`ahoy` greets, whatever it is asked; `mute` does nothing."""
+    with_alpha(8.0, tmp_path / "ahoy.gguf")
+    with_alpha(0.001, tmp_path / "mute.gguf")
+    assert (tmp_path / "ahoy.gguf").read_bytes() == AHOY.read_bytes()
+    return tmp_path
+
+
+@pytest.fixture
+def llm(both: Any, engine_store: Path, folder: Path) -> Any:
+    return both.connect("llamacpp", context_window=512, plugins=[Files(folder)])
+
+
+def ask(llm: Any, **how: Any) -> str:
+    return str(llm.chat(QUESTION, max_tokens=16, options=SURE, **how).text)
+
+
+def test_an_adapter_changes_the_answer_and_the_base_answers_as_before_it(llm: Any) -> None:
+    before = ask(llm)
+    assert "Paris" in before
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm) == before
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm, adapter=None) == before
+
+
+def test_the_reply_names_its_adapter(llm: Any) -> None:
+    assert llm.chat("Hi", max_tokens=1, adapter="ahoy").adapter == "ahoy"
+    assert llm.chat("Hi", max_tokens=1).adapter is None
+
+
+def test_several_adapters_are_loaded_at_once_and_each_answers_for_itself(llm: Any) -> None:
+    base = ask(llm)
+    assert ask(llm, adapter="mute") == base
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    pid = llm.loaded()[0].raw["pid"]
+    assert [ask(llm, adapter=name)[:5] for name in ("ahoy", "mute", "ahoy")] == ["Ahoy!", base[:5], "Ahoy!"]
+    assert ask(llm) == base
+    assert llm.loaded()[0].raw["pid"] == pid
+    assert len(llm.loaded()[0].raw["adapters"]) == 2
+
+
+def test_requests_with_and_without_an_adapter_at_one_time_do_not_mix(
+    both: Any, engine_store: Path, folder: Path
+) -> None:
+    llm = both.connect("llamacpp", context_window=512, slots=2, plugins=[Files(folder)])
+    llm.use_adapter("ahoy")
+    llm.use_adapter(None)
+    names = ["ahoy", None] * 4
+    answers = both.together([lambda name=name: ask(llm, adapter=name) for name in names])
+    assert [answer.startswith("Ahoy!") for answer in answers] == [name is not None for name in names]
+
+
+def test_an_adapter_applies_to_generate_and_to_raw_prompts(llm: Any) -> None:
+    assert llm.generate(QUESTION, max_tokens=6, options=SURE, adapter="ahoy").text.startswith("Ahoy!")
+    raw = [llm.generate(STORY, raw=True, max_tokens=8, options=SURE, adapter=name).text for name in (None, "ahoy")]
+    assert raw[0] != raw[1]
+    assert llm.generate(STORY, raw=True, max_tokens=8, options=SURE).text == raw[0]
+
+
+def test_a_request_can_weaken_an_adapter(engine_store: Path, folder: Path) -> None:
+    """The scale is the request's: the same engine answers at full strength and at none."""
+    from graftage.settings import Settings
+    from graftage.types import Call, CloseRequest, ConnectRequest, LoadAdapterRequest
+    from graftage_llamacpp import DEFAULT_MODEL, LlamaCppSettings, connect
+
+    settings: Settings = LlamaCppSettings(models_path=engine_store, context_window=512)
+    connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings))
+    adapter = Ready(folder / "ahoy.gguf")
+    call = Call(deadline=1e12)
+    loaded = connection.load_adapter(LoadAdapterRequest(call=call, adapter=adapter, model=DEFAULT_MODEL))
+
+    def answer(scale: float) -> str:
+        chosen = LoadedAdapter(name="ahoy", digest=loaded.digest, model=loaded.model, slot=loaded.slot, scale=scale)
+        request = ChatRequest(
+            call=call,
+            model=DEFAULT_MODEL,
+            messages=(Message(role="user", content=QUESTION),),
+            options=SURE,
+            max_tokens=12,
+            adapter=chosen,
+        )
+        return "".join(chunk.text for chunk in connection.chat(request))
+
+    try:
+        assert loaded.strategy == "hot"
+        assert answer(1.0).startswith("Ahoy!")
+        assert "Paris" in answer(0.0)
+        unknown = LoadedAdapter(name="other", digest="sha256:00", model=DEFAULT_MODEL, slot=0)
+        request = ChatRequest(call=call, model=DEFAULT_MODEL, messages=(), adapter=unknown)
+        with pytest.raises(AdapterError, match="not loaded"):
+            list(connection.chat(request))
+    finally:
+        connection.close(CloseRequest())
+
+
+def test_an_active_adapter_answers_until_it_is_put_away(llm: Any) -> None:
+    llm.use_adapter("ahoy")
+    assert ask(llm).startswith("Ahoy!")
+    assert "Paris" in ask(llm, adapter=None)
+    llm.use_adapter(None)
+    assert "Paris" in ask(llm)
+
+
+def test_an_adapter_is_loaded_with_progress_and_once(both: Any, engine_store: Path, folder: Path, watcher: Any) -> None:
+    llm = both.connect("llamacpp", context_window=512, plugins=[Files(folder), watcher])
+    ask(llm, adapter="ahoy")
+    assert "ahoy" in watcher.last("progress").progress.status
+    count = watcher.kinds().count("progress")
+    ask(llm, adapter="ahoy")
+    assert watcher.kinds().count("progress") == count
+
+
+def test_an_adapter_that_is_unloaded_leaves_the_memory_and_comes_back_when_it_is_named(llm: Any) -> None:
+    ask(llm, adapter="ahoy")
+    ask(llm, adapter="mute")
+    llm.unload_adapter("ahoy")
+    assert "Paris" in ask(llm)
+    assert len(llm.loaded()[0].raw["adapters"]) == 1
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+
+
+def test_an_adapter_that_another_client_unloads_comes_back_when_it_is_named(
+    both: Any, engine_store: Path, folder: Path
+) -> None:
+    one, two = (both.connect("llamacpp", context_window=512, plugins=[Files(folder)]) for _ in range(2))
+    assert ask(one, adapter="ahoy").startswith("Ahoy!")
+    assert ask(two, adapter="ahoy").startswith("Ahoy!")
+    two.unload_adapter("ahoy")
+    assert "Paris" in ask(two)
+    assert ask(one, adapter="ahoy").startswith("Ahoy!")
+
+
+def test_an_adapter_survives_a_crash_of_the_engine_and_another_window(llm: Any) -> None:
+    import os
+    import signal
+
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm, adapter="ahoy", context_window=256).startswith("Ahoy!")
+    os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+
+
+def test_an_adapter_that_another_loads_is_not_used_for_a_client_that_names_none(
+    both: Any, engine_store: Path, folder: Path
+) -> None:
+    one, two = (both.connect("llamacpp", context_window=512, plugins=[Files(folder)]) for _ in range(2))
+    one.use_adapter("ahoy")
+    assert ask(one).startswith("Ahoy!")
+    assert "Paris" in ask(two)
+
+
+def test_an_adapter_that_nobody_knows_is_not_found(llm: Any) -> None:
+    with pytest.raises(AdapterNotFound):
+        ask(llm, adapter="nothing")
+
+
+@pytest.mark.parametrize("wrong", ["cut", "model", "text", "empty"])
+def test_a_file_that_is_no_adapter_is_refused_by_name_and_the_engine_goes_on(
+    wrong: str, llm: Any, folder: Path, engine_store: Path
+) -> None:
+    base = ask(llm)
+    bad = folder / "bad.gguf"
+    if wrong == "model":
+        bad.symlink_to(engine_store / "smollm2-135m.gguf")
+    else:
+        bad.write_bytes({"cut": AHOY.read_bytes()[:-5000], "text": b"hello" * 99, "empty": b""}[wrong])
+    with pytest.raises(AdapterInvalid, match="bad") as caught:
+        ask(llm, adapter="bad")
+    assert caught.value.reasons
+    assert ask(llm) == base
+
+
+def test_an_adapter_for_another_architecture_is_incompatible(llm: Any, folder: Path) -> None:
+    data = AHOY.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2", 1)
+    (folder / "other.gguf").write_bytes(data)
+    with pytest.raises(AdapterIncompatible, match="qwen2"):
+        ask(llm, adapter="other")
+
+
+def test_an_adapter_whose_tensors_do_not_fit_is_refused_and_the_base_goes_on(llm: Any, folder: Path) -> None:
+    base = ask(llm)
+    data = AHOY.read_bytes()
+    assert b"blk.29." in data
+    (folder / "deep.gguf").write_bytes(data.replace(b"blk.29.", b"blk.99."))
+    with pytest.raises(AdapterError, match="deep"):
+        ask(llm, adapter="deep")
+    assert ask(llm) == base

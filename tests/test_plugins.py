@@ -1,0 +1,732 @@
+"""Plugins: found without importing, loaded only when chosen, and left out without harm where they are broken."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import graftage
+from graftage._plugins import Catalog, Entry, PluginWarning
+from graftage.exceptions import (
+    AdapterIncompatible,
+    AdapterNotFound,
+    PluginConflict,
+    PluginError,
+    PluginLoadError,
+    ProviderNotFound,
+)
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo
+from graftage.types import AdapterInfo, Chunk, Health, Limits, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODEL = "m:1"
+HEAD = "from graftage.hookspecs import hookimpl\n"
+PROVIDER = (
+    HEAD
+    + """
+from graftage.types import Chunk, Health
+
+class Connection:
+    @hookimpl
+    def chat(self, request):
+        yield Chunk(text=f"{__name__} answers")
+        yield Chunk(finish_reason="stop")
+
+    @hookimpl
+    def health(self, request):
+        return Health(level=request.level, reachable=True, api=True)
+
+@hookimpl
+def connect(request):
+    return Connection()
+"""
+)
+OBSERVER = HEAD + "seen = []\n@hookimpl\ndef observe(event):\n    seen.append(event.kind)\n"
+
+
+def entry_named(name: str) -> Entry:
+    """What became of the plugin of that name, once everything was looked at."""
+    (found,) = [entry for entry in Catalog().inspect_all() if entry.name == name]
+    return found
+
+
+@contextmanager
+def left_out(name: str) -> Iterator[None]:
+    """Expect the warning that a plugin is left out, and no other."""
+    with pytest.warns(PluginWarning, match=f"`{name}` is left out") as caught:
+        yield
+    assert len({str(each.message) for each in caught}) == 1
+
+
+# --- Finding and loading ---------------------------------------------------------------------------------------------
+
+
+def test_finding_plugins_imports_none_of_them(site: Any) -> None:
+    site.add(
+        "graftage-oak",
+        providers={"oak": "oak_provider"},
+        plugins={"oak-policy": "oak_policy"},
+        modules={"oak_provider": PROVIDER, "oak_policy": OBSERVER},
+    )
+    catalog = Catalog()
+    assert {"oak", "oak-policy"} <= set(catalog.names())
+    assert {entry.state for entry in catalog.entries} == {"available"}
+    assert site.imported() == []
+
+
+def test_a_provider_is_imported_only_when_it_is_chosen(site: Any, both: Any) -> None:
+    for name in ("oak", "elm"):
+        site.add(f"graftage-{name}", providers={name: f"{name}_provider"}, modules={f"{name}_provider": PROVIDER})
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+    assert site.imported() == ["oak_provider"]
+
+
+def test_every_enabled_plugin_is_loaded_and_asked(site: Any, both: Any) -> None:
+    site.add("graftage-eye", plugins={"eye": "eye_plugin"}, modules={"eye_plugin": OBSERVER})
+    both.connect(Echo(), model=MODEL).chat("x")
+    import eye_plugin  # type: ignore[import-not-found] # it is there as long as the test runs
+
+    assert eye_plugin.seen == ["start", "admitted", "first_chunk", "finish"]
+
+
+def test_an_entry_point_may_name_an_object_or_a_module(site: Any) -> None:
+    source = PROVIDER.replace(
+        "@hookimpl\ndef connect(request)", "class Tree:\n  @hookimpl\n  def connect(self, request)"
+    )
+    source = source.replace("    return Connection()", "      return Connection()") + "tree = Tree()\n"
+    site.add("graftage-tree", providers={"tree": "tree_provider:tree"}, modules={"tree_provider": source})
+    assert entry_named("tree").hooks == ("connect",)
+    assert graftage.connect("tree", model=MODEL).chat("x").text == "tree_provider answers"
+
+
+def test_an_unknown_provider_is_told_with_the_nearest_name(site: Any) -> None:
+    site.add("graftage-oak", providers={"oaktree": "oak_provider"})
+    with pytest.raises(ProviderNotFound, match=r"`oaktre`.*Did you mean `oaktree`\?") as caught:
+        graftage.connect("oaktre")
+    assert caught.value.plugin == "oaktre"
+
+
+def test_an_unknown_provider_without_a_near_name_is_told_with_all_that_are_installed(site: Any) -> None:
+    site.add("graftage-oak", providers={"oaktree": "oak_provider"})
+    with pytest.raises(ProviderNotFound, match=r"Installed: .*`oaktree`.*Install one"):
+        graftage.connect("zzz")
+
+
+def test_a_distribution_that_is_found_twice_is_one_plugin(site: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    # As an editable install leaves it: metadata in the environment, and metadata beside the source.
+    site.add("Graftage_Oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    beside = tmp_path / "source"
+    info = beside / "graftage_oak.egg-info"
+    info.mkdir(parents=True)
+    (info / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: graftage-oak\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[graftage.providers]\noak = oak_provider\n")
+    monkeypatch.syspath_prepend(beside)
+    assert Catalog().provider("oak").state == "loaded"
+
+
+def test_two_entry_points_that_name_one_object_are_told_once(site: Any, both: Any) -> None:
+    site.add("graftage-eye", plugins={"eye": "twice_seen", "eye2": "twice_seen"}, modules={"twice_seen": OBSERVER})
+    both.connect(Echo(), model=MODEL).chat("x")
+    import twice_seen  # type: ignore[import-not-found] # it is there as long as the test runs
+
+    assert twice_seen.seen == ["start", "admitted", "first_chunk", "finish"]
+
+
+# --- Quarantine ------------------------------------------------------------------------------------------------------
+
+OLD = "graftage>=0.0.1,<0.1"
+BROKEN_PLUGINS = {
+    "its import fails": (
+        "import no_such_module_anywhere\n",
+        "could not be imported: ModuleNotFoundError: .*no_such_mod",
+    ),
+    "its import raises": ("raise OSError('no sap')\n", "could not be imported: OSError: no sap"),
+    "it ends the program": ("raise SystemExit('bye')\n", "could not be imported: SystemExit: bye"),
+    "it is no Python": ("def observe(event\n", "could not be imported: SyntaxError"),
+    "it is a class": (
+        HEAD + "class it:\n    @hookimpl\n    def observe(self, event): ...\n",
+        "is a class.*Register an instance: `it\\(\\)`",
+    ),
+    "a hook is misspelt": (
+        HEAD + "@hookimpl\ndef resource_limit(query): ...\n",
+        "implements `resource_limit`, which is no hook. Did you mean `resource_limits`\\?",
+    ),
+    "a hook is unheard of": (
+        HEAD + "@hookimpl\ndef zzz(query): ...\n",
+        "implements `zzz`, which is no hook. Hooks of a plugin: list_adapters, observe, resolve_adapter",
+    ),
+    "a signature is wrong": (HEAD + "@hookimpl\ndef observe(happening): ...\n", "wrong signature.*Take the parameters"),
+    "it wraps a hook": (
+        HEAD + "@hookimpl(wrapper=True)\ndef observe(event):\n    return (yield)\n",
+        "wraps the hook `observe`",
+    ),
+    "it wraps in the old way": (
+        HEAD + "@hookimpl(hookwrapper=True)\ndef observe(event):\n    yield\n",
+        "wraps the hook `observe`",
+    ),
+    "it answers chats": (HEAD + "@hookimpl\ndef chat(request): ...\n", "`chat`, which is a hook of a connection, not"),
+    "it is a provider in the wrong group": (
+        HEAD + "@hookimpl\ndef connect(request): ...\n",
+        "`connect`, which is a hook of a provider, not of a plugin. Move it to a provider",
+    ),
+    "it has no hooks": ("def observe(event): ...\n", "implements no hook"),
+    "it raises while it is registered": (
+        OBSERVER + "def __dir__():\n    raise RuntimeError('boom')\n",
+        "fails when it is looked at: RuntimeError: boom",
+    ),
+    "a hook would never be awaited": (
+        HEAD + "@hookimpl\nasync def observe(event): ...\n",
+        "implements `observe` as a coroutine",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_PLUGINS)
+def test_a_broken_plugin_is_quarantined_with_its_origin_and_cause(site: Any, case: str) -> None:
+    source, message = BROKEN_PLUGINS[case]
+    at = "ill:it" if re.search(r"^(class )?it\b", source, re.MULTILINE) else "ill"
+    site.add("graftage-ill", version="3.1", plugins={"ill": at}, modules={"ill": source})
+    entry = entry_named("ill")
+    assert (entry.state, entry.distribution, entry.version) == ("quarantined", "graftage-ill", "3.1")
+    assert isinstance(entry.error, PluginLoadError)
+    assert re.search(message, str(entry.error), re.DOTALL)
+    assert "`ill` (graftage-ill 3.1)" in entry.error.message
+    assert (entry.error.plugin, entry.error.distributions) == ("ill", ("graftage-ill 3.1",))
+    assert entry.error.hint
+    assert entry.plugin is None
+
+
+@pytest.mark.parametrize("case", BROKEN_PLUGINS)
+def test_a_broken_plugin_harms_nobody_else(site: Any, both: Any, watcher: Any, case: str) -> None:
+    source, _ = BROKEN_PLUGINS[case]
+    at = "ill:it" if re.search(r"^(class )?it\b", source, re.MULTILINE) else "ill"
+    site.add("graftage-ill", plugins={"ill": at}, modules={"ill": source})
+    with left_out("ill"):
+        llm = both.opened(Echo(["fine"]), model=MODEL, plugins=[watcher])
+    assert llm.chat("x").text == "fine"
+    assert watcher.kinds() == ["start", "admitted", "first_chunk", "finish"]
+
+
+@pytest.mark.parametrize("case", BROKEN_PLUGINS)
+def test_strict_plugins_turn_quarantine_into_an_error(
+    site: Any, both: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    source, message = BROKEN_PLUGINS[case]
+    at = "ill:it" if re.search(r"^(class )?it\b", source, re.MULTILINE) else "ill"
+    site.add("graftage-ill", plugins={"ill": at}, modules={"ill": source})
+    monkeypatch.setenv("GRAFTAGE_STRICT_PLUGINS", "1")
+    with pytest.raises(PluginLoadError) as caught:
+        both.opened(Echo(), model=MODEL)
+    assert re.search(message, str(caught.value), re.DOTALL)
+
+
+@pytest.mark.parametrize(("value", "strict"), [("", False), ("0", False), ("1", True)])
+def test_strict_plugins_is_a_switch(value: str, strict: bool) -> None:
+    assert Catalog(environment={"GRAFTAGE_STRICT_PLUGINS": value}).strict is strict
+
+
+def test_the_cause_of_a_failed_import_is_attached(site: Any) -> None:
+    site.add("graftage-ill", providers={"ill": "ill"}, modules={"ill": "raise OSError('no sap')\n"})
+    with pytest.raises(PluginLoadError) as caught:
+        graftage.connect("ill")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert str(caught.value.__cause__) == "no sap"
+
+
+BROKEN_PROVIDERS = {
+    "a wrong signature": (HEAD + "@hookimpl\ndef connect(wish): ...\n", "wrong signature"),
+    "a connection's hook": (HEAD + "@hookimpl\ndef chat(request): ...\n", "hook of a connection.*`connect` returns"),
+    "a plugin's hook": (PROVIDER + "@hookimpl\ndef observe(event): ...\n", "hook of a plugin.*Move it to a plugin"),
+    "an exit": ("import sys\nsys.exit(3)\n", "SystemExit: 3"),
+    "no object of that name": ("", "AttributeError"),
+    "a broken reference": (None, "could not be imported"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_PROVIDERS)
+def test_a_broken_provider_is_an_error_for_whoever_chooses_it(site: Any, both: Any, case: str) -> None:
+    source, message = BROKEN_PROVIDERS[case]
+    at = "ill:it" if source == "" else "ill" if source else "not a module!"
+    site.add("graftage-ill", version="3.1", providers={"ill": at}, modules={"ill": source or ""})
+    with pytest.raises(PluginLoadError) as caught:
+        both.opened("ill", model=MODEL)
+    assert re.search(message, str(caught.value), re.DOTALL)
+    assert caught.value.distributions == ("graftage-ill 3.1",)
+
+
+def test_a_broken_provider_is_not_even_noticed_by_users_of_another(site: Any, both: Any) -> None:
+    site.add("graftage-ill", providers={"ill": "ill"}, modules={"ill": "raise OSError('no sap')\n"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert both.connect(Echo(["fine"]), model=MODEL).chat("x").text == "fine"
+    assert site.imported() == []
+
+
+# --- Metadata --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requirement", "fits"),
+    [
+        ("graftage", True),
+        ("graftage>=0.1,<1", True),
+        ("Graftage>=0.1", True),
+        (OLD, False),
+        ("graftage>=99", False),
+        ("Graftage (>=99)", False),
+        ("graftage[testing]>=99", False),
+        ("graftage>=99; python_version < '3'", True),
+        ("graftage>=99; extra == 'testing'", True),
+        ("another>=99", True),
+        ("!! no requirement at all", True),
+    ],
+)
+def test_a_plugin_that_requires_another_core_is_left_out_before_it_is_imported(
+    site: Any, requirement: str, fits: bool
+) -> None:
+    site.add(
+        "graftage-oak", providers={"oak": "oak_provider"}, requires=[requirement], modules={"oak_provider": PROVIDER}
+    )
+    entry = entry_named("oak")
+    assert entry.state == ("loaded" if fits else "quarantined")
+    if not fits:
+        assert re.search(r"requires graftage.*, and this is \d", str(entry.error))
+        assert site.imported() == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("", "has broken metadata|without a name"),
+        ("Metadata-Version: 2.1\nVersion: 1.0\n", "without a name or a version"),
+        ("Metadata-Version: 2.1\nName: graftage-ill\n", "without a name or a version"),
+        ("nonsense", "without a name or a version"),
+    ],
+)
+def test_a_plugin_with_missing_metadata_is_quarantined_and_hides_nobody(site: Any, metadata: str, message: str) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": OBSERVER}, metadata=metadata)
+    site.add("graftage-eye", plugins={"eye": "eye_plugin"}, modules={"eye_plugin": OBSERVER})
+    entry = entry_named("ill")
+    assert entry.state == "quarantined"
+    assert re.search(message, str(entry.error))
+    assert entry_named("eye").state == "loaded"
+    assert "ill" not in site.imported()
+
+
+def test_a_plugin_without_a_name_is_found_by_its_folder(site: Any) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, metadata="Metadata-Version: 2.1\nVersion: 1.0\n")
+    assert str(site.folder) in str(entry_named("ill").error)
+
+
+def test_metadata_that_is_no_text_is_quarantined(site: Any) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": OBSERVER})
+    (site.folder / "graftage_ill-1.0.dist-info" / "METADATA").write_bytes(b"Name: \xff\xfe\nVersion: 1\n")
+    entry = entry_named("ill")
+    assert entry.state == "quarantined"
+    assert isinstance(entry.error, PluginLoadError)
+
+
+# --- Conflicts -------------------------------------------------------------------------------------------------------
+
+
+def test_two_distributions_with_one_provider_name_are_a_conflict_that_names_both(site: Any, both: Any) -> None:
+    site.add("graftage-oak", version="1.0", providers={"tree": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    site.add("graftage-elm", version="2.0", providers={"tree": "elm_provider"}, modules={"elm_provider": PROVIDER})
+    with pytest.raises(PluginConflict) as caught:
+        both.opened("tree", model=MODEL)
+    assert sorted(caught.value.distributions) == ["graftage-elm 2.0", "graftage-oak 1.0"]
+    assert "graftage-elm 2.0" in str(caught.value)
+    assert "graftage-oak 1.0" in str(caught.value)
+    assert site.imported() == []
+
+
+def test_two_distributions_with_one_plugin_name_are_both_left_out(site: Any, both: Any) -> None:
+    for name in ("oak", "elm"):
+        site.add(f"graftage-{name}", plugins={"eye": f"{name}_eye"}, modules={f"{name}_eye": OBSERVER})
+    with pytest.warns(PluginWarning, match=r"claimed by .* and ") as caught:
+        assert both.connect(Echo(["fine"]), model=MODEL).chat("x").text == "fine"
+    assert len(caught) == 2
+    assert site.imported() == []
+
+
+def test_a_provider_and_a_plugin_may_have_one_name(site: Any) -> None:
+    site.add(
+        "graftage-oak",
+        providers={"oak": "oak_provider"},
+        plugins={"oak": "oak_eye"},
+        modules={"oak_provider": PROVIDER, "oak_eye": OBSERVER},
+    )
+    both_of_them = [entry for entry in Catalog().inspect_all() if entry.name == "oak"]
+    assert [(entry.kind, entry.state) for entry in both_of_them] == [("provider", "loaded"), ("plugin", "loaded")]
+
+
+# --- Blocking --------------------------------------------------------------------------------------------------------
+
+
+def test_disabled_plugins_are_not_imported(site: Any, both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("eye", "ear"):
+        site.add(f"graftage-{name}", plugins={name: f"{name}_plugin"}, modules={f"{name}_plugin": OBSERVER})
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "nobody, eye")
+    both.connect(Echo(), model=MODEL).chat("x")
+    assert site.imported() == ["ear_plugin"]
+    assert entry_named("eye").state == "disabled"
+    assert site.imported() == ["ear_plugin"]
+
+
+def test_a_disabled_provider_cannot_be_chosen(site: Any, both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "oak")
+    with pytest.raises(ProviderNotFound, match=r"disabled.*GRAFTAGE_DISABLED_PLUGINS"):
+        both.opened("oak", model=MODEL)
+    assert site.imported() == []
+
+
+def test_blocking_one_of_two_rivals_by_their_common_name_leaves_the_rest_alone(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("oak", "elm"):
+        site.add(f"graftage-{name}", plugins={"eye": f"{name}_eye"}, modules={f"{name}_eye": OBSERVER})
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "eye")
+    assert Catalog().plugins() == []
+
+
+# --- Objects handed over ---------------------------------------------------------------------------------------------
+
+
+class Policy:
+    """Allows little, and remembers what it was asked."""
+
+    def __init__(self, name: str = "policy", **limits: Any) -> None:
+        self.name = name
+        self.limits = Limits(**limits)
+        self.asked: list[Any] = []
+
+    @hookimpl
+    def resource_limits(self, query: Any) -> Limits:
+        self.asked.append(query)
+        return self.limits
+
+
+def test_a_plugin_object_works_without_being_installed(both: Any) -> None:
+    policy = Policy(max_tokens=2)
+    reply = both.connect(Echo(["a b c"]), model=MODEL, plugins=[policy]).chat("x")
+    assert (reply.text, reply.finish_reason) == ("a b ", "length")
+    assert policy.asked[0].operation == "chat"
+
+
+def test_a_module_works_as_a_plugin(both: Any) -> None:
+    seen: list[str] = []
+    module = ModuleType("some.observer")
+    module.observe = hookimpl(lambda event: seen.append(event.kind))  # type: ignore[attr-defined] # a module is open
+    both.connect(Echo(), model=MODEL, plugins=[module]).chat("x")
+    assert seen == ["start", "admitted", "first_chunk", "finish"]
+
+
+def test_an_object_takes_the_place_of_what_is_installed_under_its_name(site: Any, both: Any) -> None:
+    site.add("graftage-eye", plugins={"policy": "eye_plugin"}, modules={"eye_plugin": OBSERVER})
+    assert both.connect(Echo(["a b"]), model=MODEL, plugins=[Policy(max_tokens=1)]).chat("x").text == "a "
+    assert site.imported() == []
+
+
+def test_a_broken_object_is_an_error_for_whoever_hands_it_over(both: Any) -> None:
+    class Misspelt:
+        @hookimpl
+        def observes(self, event: Any) -> None: ...
+
+    with pytest.raises(PluginLoadError, match=r"`misspelt` .*Did you mean `observe`"):
+        both.opened(Echo(), model=MODEL, plugins=[Misspelt()])
+    with pytest.raises(PluginLoadError, match=r"is a class.*`Policy\(\)`"):
+        both.opened(Echo(), model=MODEL, plugins=[Policy])
+    with pytest.raises(PluginLoadError, match=r"is a class.*`Echo\(\)`"):
+        both.opened(Echo, model=MODEL)
+
+
+def test_an_object_given_twice_counts_once(both: Any, watcher: Any) -> None:
+    both.connect(Echo(), model=MODEL, plugins=[watcher, watcher]).chat("x")
+    assert watcher.kinds() == ["start", "admitted", "first_chunk", "finish"]
+
+
+def test_two_objects_of_one_name_are_a_conflict_with_its_way_out(both: Any) -> None:
+    with pytest.raises(PluginConflict, match=r"`policy` is claimed.*a `name` of its own"):
+        both.opened(Echo(), model=MODEL, plugins=[Policy(), Policy()])
+
+
+def test_an_optional_hook_may_be_unknown(both: Any) -> None:
+    class Ahead:
+        """Written for a later Graftage, and still good here."""
+
+        name = "ahead"
+        seen = 0
+
+        @hookimpl(optionalhook=True)
+        def a_hook_of_next_year(self, request: Any) -> None: ...
+
+        @hookimpl
+        def observe(self, event: Any) -> None:
+            self.seen += 1
+
+    ahead = Ahead()
+    both.connect(Echo(), model=MODEL, plugins=[ahead]).chat("x")
+    assert ahead.seen == 4
+
+
+def test_an_implementation_may_leave_out_a_parameter_it_does_not_need(both: Any) -> None:
+    class Flat:
+        @hookimpl
+        def resource_limits(self) -> Limits:
+            return Limits(max_tokens=1)
+
+    assert both.connect(Echo(["a b"]), model=MODEL, plugins=[Flat()]).chat("x").text == "a "
+
+
+# --- Connections -----------------------------------------------------------------------------------------------------
+
+
+class Answering:
+    """The least that a connection can do."""
+
+    @hookimpl
+    def chat(self, request: Any) -> Iterator[Chunk]:
+        yield Chunk(text="fine", finish_reason="stop")
+
+    @hookimpl
+    def health(self, request: Any) -> Health:
+        return Health(level=request.level, reachable=True, api=True)
+
+
+class Giving:
+    """A provider that gives the connection it was built with."""
+
+    name = "giving"
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    @hookimpl
+    def connect(self, request: Any) -> Any:
+        return self.connection
+
+
+class Unhealthy:
+    @hookimpl
+    def chat(self, request: Any) -> Iterator[Chunk]: ...
+
+
+class Wrapping(Answering):
+    @hookimpl(wrapper=True)
+    def generate(self, request: Any) -> Any:
+        return (yield)
+
+
+class Watching(Answering):
+    @hookimpl
+    def observe(self, event: Any) -> None: ...
+
+
+class Misspelling(Answering):
+    @hookimpl
+    def embedd(self, request: Any) -> None: ...
+
+
+class Unawaited(Answering):
+    @hookimpl
+    async def achat(self, request: Any) -> Any:
+        return iter(())
+
+
+class Exploding(Answering):
+    @property
+    def address(self) -> str:
+        raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize(
+    ("connection", "message"),
+    [
+        (Unhealthy(), "lacks a required hook"),
+        (Wrapping(), "wraps the hook `generate`"),
+        (Watching(), "`observe`, which is a hook of a plugin"),
+        (Misspelling(), "Did you mean `embed`"),
+        (Unawaited(), "`achat` as a coroutine.*async generator"),
+        (Answering, "is a class"),
+        (None, "implements no hook"),
+        ("a string", "implements no hook"),
+        (Exploding(), "RuntimeError: boom"),
+    ],
+)
+def test_a_connection_that_breaks_the_contract_is_refused_and_its_provider_named(
+    both: Any, connection: Any, message: str
+) -> None:
+    with pytest.raises(PluginLoadError) as caught:
+        both.opened(Giving(connection), model=MODEL)
+    assert re.search(message, str(caught.value), re.DOTALL)
+    assert "`giving`" in str(caught.value)
+    assert caught.value.plugin == "giving"
+
+
+def test_nobody_elses_provider_is_asked(site: Any, both: Any) -> None:
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    first, second = Echo(["one"]), Echo(["two"])
+    llms = both.connect(first, model=MODEL), both.connect(second, model=MODEL)
+    assert [llm.chat("x").text for llm in llms] == ["one", "two"]
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+    assert site.imported() == []
+
+
+# --- Plugins that fail at work ---------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Fails whatever it is asked, and counts how often it was."""
+
+    def __init__(self, error: Exception, name: str = "failing") -> None:
+        self.name = name
+        self.error = error
+        self.asked = 0
+
+    def _fail(self) -> Any:
+        self.asked += 1
+        raise self.error
+
+
+class FailingObserver(Failing):
+    @hookimpl
+    def observe(self, event: Any) -> None:
+        self._fail()
+
+
+class FailingPolicy(Failing):
+    @hookimpl
+    def resource_limits(self, query: Any) -> Limits:
+        return self._fail()  # type: ignore[no-any-return] # it never returns
+
+
+class FailingResolver(Failing):
+    @hookimpl
+    def resolve_adapter(self, request: Any) -> Any:
+        return self._fail()
+
+    @hookimpl
+    def list_adapters(self) -> Any:
+        return self._fail()
+
+
+class FoundAdapter:
+    """An adapter as a resolver gives it."""
+
+    name = "bonsai"
+    digest = "sha256:0"
+    scale = 1.0
+    served_as = None
+    verdict = Verdict(status="compatible")
+
+    def gguf(self, base: Any) -> Path:
+        return Path("bonsai.gguf")
+
+    def merge(self, base_file: Path, out: Path, on_progress: Any = None) -> Path:
+        return out
+
+
+class Resolver:
+    """Knows one adapter."""
+
+    name = "resolver"
+
+    @hookimpl
+    def resolve_adapter(self, request: Any) -> Any:
+        return FoundAdapter() if request.reference == "bonsai" else None
+
+    @hookimpl
+    def list_adapters(self) -> list[AdapterInfo]:
+        return [AdapterInfo(name="bonsai", reference="bonsai")]
+
+
+def test_an_observer_that_raises_is_dropped_and_breaks_no_call(both: Any, watcher: Any) -> None:
+    bad = FailingObserver(ValueError("blind"))
+    llm = both.connect(Echo(["one", "two"]), model=MODEL, plugins=[bad, watcher])
+    assert [llm.chat("x").text, llm.chat("x").text] == ["one", "two"]
+    assert bad.asked == 1
+    assert watcher.kinds() == ["start", "admitted", "first_chunk", "finish"] * 2
+
+
+def test_an_observer_that_raises_in_several_threads_at_once_breaks_no_call() -> None:
+    class Together:
+        """Raises once all callers are inside."""
+
+        name = "together"
+
+        def __init__(self) -> None:
+            self.barrier = threading.Barrier(4)
+
+        @hookimpl
+        def observe(self, event: Any) -> None:
+            self.barrier.wait(20)
+            raise ValueError("blind")
+
+    with graftage.connect(Echo(), model=MODEL, plugins=[Together()]) as llm, ThreadPoolExecutor(4) as callers:
+        answers = list(callers.map(lambda text: llm.chat(text).text, "abcd"))
+    assert answers == ["a", "b", "c", "d"]
+
+
+def test_a_policy_that_fails_fails_the_call_and_is_named(both: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[FailingPolicy(KeyError("k"), "stern")])
+    with pytest.raises(PluginError, match=r"`stern` failed with KeyError.*GRAFTAGE_DISABLED_PLUGINS") as caught:
+        llm.chat("x")
+    assert caught.value.plugin == "stern"
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert echo.requests == []
+    assert llm.stats().running == 0
+
+
+def test_a_policy_that_answers_nonsense_fails_the_call_and_is_named(both: Any) -> None:
+    class Nonsense:
+        name = "nonsense"
+
+        @hookimpl
+        def resource_limits(self, query: Any) -> Any:
+            return {"max_tokens": 1}
+
+    with pytest.raises(PluginError, match="`nonsense` answered with dict instead of Limits"):
+        both.connect(Echo(), model=MODEL, plugins=[Nonsense()]).chat("x")
+
+
+def test_a_resolver_that_fails_is_noted_and_the_next_one_is_asked(both: Any) -> None:
+    bad = FailingResolver(OSError("disk on fire"))
+    llm = both.connect(Echo(["fine"]), model=MODEL, plugins=[bad, Resolver()])
+    reply = llm.chat("x", adapter="bonsai")
+    assert (reply.text, reply.adapter) == ("fine", "bonsai")
+    assert bad.asked == 1
+
+
+def test_where_nobody_resolves_the_error_tells_what_each_one_said(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[FailingResolver(OSError("disk on fire")), Resolver()])
+    with pytest.raises(AdapterNotFound) as caught:
+        llm.chat("x", adapter="oak")
+    reasons = "\n".join(caught.value.reasons)
+    assert re.search(r"failing.*disk on fire", reasons)
+    assert "resolver" in reasons
+    assert caught.value.reference == "oak"
+
+
+def test_a_resolver_that_knows_the_adapter_to_be_wrong_ends_the_search(both: Any) -> None:
+    certain = FailingResolver(AdapterIncompatible("It is for another tree.", reference="bonsai"), "a-certain")
+    llm = both.connect(Echo(), model=MODEL, plugins=[certain, Resolver()])
+    with pytest.raises(AdapterIncompatible, match="another tree"):
+        llm.chat("x", adapter="bonsai")
+
+
+def test_a_plugin_that_cannot_list_its_adapters_hides_nobody_elses(both: Any) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[FailingResolver(OSError("disk on fire")), Resolver()])
+    assert [each.name for each in llm.adapters()] == ["bonsai"]

@@ -1,0 +1,385 @@
+"""Settings: what wins over what, where each value came from, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import traceback
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+import graftage
+from graftage.exceptions import SettingsError
+from graftage.hookspecs import hookimpl
+from graftage.settings import Loaded, Settings, Sources, config_path, load, without_user
+from graftage.testing.echo import Echo
+from graftage.types import Timeouts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECRET = "s3cret-value"
+
+
+class Own(Settings):
+    """A provider's own settings."""
+
+    native_environment: ClassVar[Mapping[str, str]] = {"host": "TREE_HOST", "api_key": "TREE_KEY"}
+
+    depth: int = Field(default=1, ge=1, description="How deep the roots go")
+
+
+def read(
+    environment: Mapping[str, str] | None = None,
+    *,
+    file: Path | None = None,
+    mapping: Mapping[str, Any] | None = None,
+    prefix: str = "GRAFTAGE",
+    plugins: tuple[str, ...] = ("lora", "m4", "big-tree"),
+    **arguments: Any,
+) -> Loaded:
+    """The settings of the provider `tree`."""
+    sources = Sources(prefix=prefix, environment=environment or {}, file=file)
+    return load(Own, provider="tree", arguments=arguments, mapping=mapping, sources=sources, plugins=plugins)
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Any:
+    """Writes a settings file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "settings.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# --- What wins -------------------------------------------------------------------------------------------------------
+
+
+def test_each_source_wins_over_those_after_it(toml: Any) -> None:
+    file = toml('host = "top"\n[tree]\nhost = "table"\n')
+    environment = {"TREE_HOST": "native", "GRAFTAGE_HOST": "common", "GRAFTAGE_TREE_HOST": "own"}
+    found = []
+    for taken in ("argument", "mapping", "GRAFTAGE_TREE_HOST", "GRAFTAGE_HOST", "TREE_HOST", "table", "top", "nothing"):
+        arguments = {"host": "argument"} if taken == "argument" else {}
+        mapping = {"host": "mapping"} if taken in ("argument", "mapping") else {}
+        loaded = read(environment, file=file, mapping=mapping, **arguments)
+        found.append((loaded.settings.host, loaded.origins.get("host")))
+        environment.pop(taken, None)
+        if taken in ("table", "top"):
+            file = toml('host = "top"\n' if taken == "table" else "")
+    assert found == [
+        ("argument", "argument"),
+        ("mapping", "the `settings` mapping"),
+        ("own", "environment GRAFTAGE_TREE_HOST"),
+        ("common", "environment GRAFTAGE_HOST"),
+        ("native", "environment TREE_HOST"),
+        ("table", f"{file} [tree]"),
+        ("top", str(file)),
+        (None, None),
+    ]
+
+
+def test_parts_of_one_setting_may_come_from_several_sources(toml: Any) -> None:
+    file = toml("[timeouts]\nidle = 9\ntotal = 99\n[tree.timeouts]\ntotal = 8\n")
+    environment = {"GRAFTAGE_TIMEOUTS__CONNECT": "1", "GRAFTAGE_TIMEOUTS__IDLE": "7"}
+    loaded = read(environment, file=file, timeouts={"connect": 0.5})
+    assert loaded.settings.timeouts == Timeouts(connect=0.5, first_token=300.0, idle=7.0, total=8.0)
+
+
+def test_a_whole_setting_is_not_mixed_with_parts_of_another() -> None:
+    loaded = read({"GRAFTAGE_TIMEOUTS__CONNECT": "1"}, timeouts=Timeouts(idle=3.0))
+    assert loaded.settings.timeouts == Timeouts(idle=3.0)
+
+
+def test_variables_hold_numbers_durations_parts_and_json() -> None:
+    environment = {
+        "GRAFTAGE_ATTEMPTS": "2",
+        "GRAFTAGE_KEEP_ALIVE": "1h30m",
+        "GRAFTAGE_HEADERS": '{"X-Team": "a"}',
+        "GRAFTAGE_HEADERS__ZONE": "b",
+        "GRAFTAGE_TREE_DEPTH": "5",
+    }
+    loaded = read(environment)
+    settings: Any = loaded.settings
+    assert (settings.attempts, settings.keep_alive, settings.depth) == (2, 5400.0, 5)
+    assert {name: value.get_secret_value() for name, value in settings.headers.items()} == {"X-Team": "a", "zone": "b"}
+    assert loaded.origins["headers"] == "environment GRAFTAGE_HEADERS, GRAFTAGE_HEADERS__ZONE"
+
+
+def test_an_empty_variable_is_none_at_all(toml: Any) -> None:
+    loaded = read({"GRAFTAGE_HOST": "", "TREE_HOST": ""}, file=toml('host = "file"'))
+    assert loaded.settings.host == "file"
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [(5, 5.0), ("5m", 300.0), (-1, math.inf), ("-1", math.inf), (None, None)]
+)
+def test_keep_alive_is_seconds_or_a_duration(asked: Any, seconds: float | None) -> None:
+    assert read(keep_alive=asked).settings.keep_alive == seconds
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        read().settings.attempts = 5
+
+
+# --- The file --------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_what_the_variable_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path / "mine.toml"))
+    assert config_path() == tmp_path / "mine.toml"
+    monkeypatch.delenv("GRAFTAGE_CONFIG")
+    assert config_path().name == "config.toml"
+    assert config_path().parent.name == "graftage"
+
+
+def test_a_file_that_is_not_there_is_no_file(tmp_path: Path) -> None:
+    assert read(file=tmp_path / "none.toml").origins == {}
+
+
+def test_a_file_that_was_asked_for_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.toml cannot be used"):
+        graftage.connect(Echo(), settings=tmp_path / "none.toml")
+
+
+def test_a_file_from_a_windows_editor_is_read(toml: Any) -> None:
+    assert read(file=toml("\ufeffattempts = 2")).settings.attempts == 2
+
+
+@pytest.mark.parametrize("content", [b"attempts = ", b"\xff\xfe", b"a = 1\na = 2"])
+def test_a_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        read(file=path)
+    assert str(path) in caught.value.message
+    assert caught.value.source == str(path)
+    assert "GRAFTAGE_CONFIG" in str(caught.value.hint)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be used"):
+        read(file=tmp_path)
+
+
+def test_provider_and_model_are_chosen_by_variable_before_file(toml: Any) -> None:
+    file = toml('provider = "a"\nmodel = "b"\n')
+    assert Sources(environment={}, file=file).choice("provider") == ("a", str(file))
+    sources = Sources(environment={"GRAFTAGE_MODEL": "c"}, file=file)
+    assert sources.choice("model") == ("c", "environment GRAFTAGE_MODEL")
+    with pytest.raises(SettingsError, match=r"`model` in .* must be text"):
+        Sources(environment={}, file=toml("model = 1")).choice("model")
+
+
+# --- A host's own prefix ---------------------------------------------------------------------------------------------
+
+
+def test_a_host_has_its_own_prefix_and_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "host.toml").write_text("attempts = 7\n")
+    monkeypatch.setenv("MYAPP_CONFIG", str(tmp_path / "host.toml"))
+    monkeypatch.setenv("MYAPP_HOST", "http://mine")
+    monkeypatch.setenv("GRAFTAGE_CONTEXT_WINDOW", "4096")
+    with graftage.connect(Echo(), env_prefix="MYAPP") as llm:
+        assert (llm.settings.host, llm.settings.attempts, llm.settings.context_window) == ("http://mine", 7, None)
+        assert llm.origins["host"] == "environment MYAPP_HOST"
+
+
+def test_variables_of_a_host_that_are_not_settings_are_its_own_business() -> None:
+    assert read({"MYAPP_DATABASE": "x", "MYAPP_ATTEMPTS": "2"}, prefix="MYAPP").settings.attempts == 2
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "key"),
+    [
+        ({"GRAFTAGE_HOTS": "x"}, "hots"),
+        ({"GRAFTAGE_TREE_HOTS": "x"}, "hots"),
+        ({"GRAFTAGE_TRANSPORT": "x"}, "transport"),
+        ({"GRAFTAGE_MODLE": "x"}, "modle"),
+    ],
+)
+def test_a_variable_that_nobody_reads_is_an_error(environment: dict[str, str], key: str) -> None:
+    with pytest.raises(SettingsError, match=f"There is no setting `{key}`") as caught:
+        read(environment)
+    assert caught.value.key == key
+    assert caught.value.source == f"environment {next(iter(environment))}"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("hots", "host"), ("timeout", "timeouts"), ("dept", "depth"), ("API_KEY", "api_key")]
+)
+def test_an_unknown_key_has_the_nearest_name_wherever_it_came_from(toml: Any, key: str, near: str) -> None:
+    for asked in ({"file": toml(f"{key} = 1")}, {"file": toml(f"[tree]\n{key} = 1")}, {"mapping": {key: 1}}, {key: 1}):
+        with pytest.raises(SettingsError) as caught:
+            read(**asked)  # type: ignore[arg-type]
+        assert caught.value.hint == f"Did you mean `{near}`?"
+
+
+def test_tables_and_variables_of_plugins_are_their_own(toml: Any) -> None:
+    file = toml("attempts = 2\n[lora]\nfolders = [1]\n[m4]\nact = true\n[big-tree]\nx = 1\n")
+    environment = {"GRAFTAGE_LORA_FOLDERS": "x", "GRAFTAGE_M4_ACT__AS": "y", "GRAFTAGE_BIG_TREE_X": "z"}
+    assert read(environment, file=file).settings.attempts == 2
+
+
+def test_a_table_of_nobody_says_that_nothing_of_that_name_is_installed(toml: Any) -> None:
+    with pytest.raises(SettingsError, match="There is no table `otel`") as caught:
+        read(file=toml("[otel]\nx = 1\n"))
+    assert "is installed" in str(caught.value.hint)
+
+
+def test_a_plugin_whose_name_begins_like_the_providers_keeps_its_variables() -> None:
+    assert read({"GRAFTAGE_TREE_HOUSE_DOOR": "open"}, plugins=("tree-house",)).origins == {}
+
+
+def test_a_table_of_the_provider_that_is_no_table_is_an_error(toml: Any) -> None:
+    with pytest.raises(SettingsError, match=r"`tree` in .* must be a table"):
+        read(file=toml("tree = 3"))
+
+
+@pytest.mark.parametrize("source", ["variable", "table", "argument", "mapping"])
+def test_a_wrong_value_names_its_source_and_what_the_setting_is(toml: Any, source: str) -> None:
+    loaded: dict[str, Any] = {
+        "variable": {"environment": {"GRAFTAGE_TREE_DEPTH": "0"}},
+        "table": {"file": toml("[tree]\ndepth = 0")},
+        "argument": {"depth": 0},
+        "mapping": {"mapping": {"depth": 0}},
+    }
+    with pytest.raises(SettingsError) as caught:
+        read(**loaded[source])
+    origins = {
+        "variable": "environment GRAFTAGE_TREE_DEPTH",
+        "table": f"{toml('')} [tree]",
+        "argument": "argument",
+        "mapping": "the `settings` mapping",
+    }
+    assert (caught.value.key, caught.value.source) == ("depth", origins[source])
+    assert caught.value.hint == "`depth`: How deep the roots go."
+
+
+@pytest.mark.parametrize(
+    "timeouts",
+    [{"totl": 1}, {"total": [1]}, {"total": None}, {"total": True}, {"total": "soon"}, {"idle": -1}, 30, "30"],
+)
+def test_wrong_timeouts_are_a_settings_error(timeouts: Any) -> None:
+    with pytest.raises(SettingsError, match="The setting `timeouts`"):
+        read(timeouts=timeouts)
+
+
+def test_a_misspelt_part_has_the_nearest_name() -> None:
+    with pytest.raises(SettingsError, match=r"it has no part `totl`\. Did you mean `total`"):
+        read({"GRAFTAGE_TIMEOUTS__TOTL": "1"})
+
+
+def refused_key(**sources: Any) -> str | None:
+    """The setting that is refused; None where all is well."""
+    try:
+        read(**sources)
+    except SettingsError as error:
+        return (error.key or "").partition(".")[0]
+    return None
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(Own.model_fields)),
+        st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text()),
+    )
+)
+def test_whatever_is_given_is_settings_or_a_settings_error(values: dict[str, Any]) -> None:
+    assert refused_key(mapping=values) in {None, *values}
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["HEADERS", "TIMEOUTS", "ATTEMPTS", "KEEP_ALIVE", "TREE_DEPTH", "HEADERS__A__B"]), st.text())
+def test_whatever_a_variable_holds_is_settings_or_a_settings_error(name: str, text: str) -> None:
+    field = name.removeprefix("TREE_").partition("__")[0].lower()
+    assert refused_key(environment={f"GRAFTAGE_{name}": text}) in {None, field}
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_in_the_words_for_settings_and_sources() -> None:
+    environment = {"GRAFTAGE_API_KEY": SECRET, "GRAFTAGE_HEADERS": f'{{"a": "{SECRET}"}}', "OTHERS": SECRET}
+    loaded = read(environment, host=f"http://me:{SECRET}@there:1")
+    for thing in (loaded, loaded.settings, Sources(environment=environment)):
+        assert SECRET not in f"{thing!r} {thing!s}"
+    assert loaded.settings.api_key is not None
+    assert loaded.settings.api_key.get_secret_value() == SECRET
+    assert "http://there:1" in repr(loaded.settings)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"api_key": [SECRET]},
+        {"headers": SECRET},
+        {"headers": {"a": [SECRET]}},
+        {"environment": {"GRAFTAGE_HEADERS": f"{{{SECRET}"}},
+        {"environment": {"GRAFTAGE_HEADERS": f'["{SECRET}"]'}},
+        {"environment": {"GRAFTAGE_API_KY": SECRET}},
+        {"mapping": {"api_ky": SECRET}},
+    ],
+)
+def test_no_secret_is_in_an_error_or_its_traceback(asked: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(**asked)
+    told = "".join(traceback.format_exception(caught.value))
+    again = pickle.loads(pickle.dumps(copy.copy(caught.value)))
+    assert SECRET not in f"{told} {again!r} {again.to_dict()}"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:pass@there:1/x", "http://there:1/x"),
+        ("me:pass@there", "there"),
+        ("http://me:pa/ss@there", "http://there"),
+        ("http://there:1", "http://there:1"),
+        ("", ""),
+    ],
+)
+def test_an_address_is_shown_without_its_user(address: str, shown: str) -> None:
+    assert without_user(address) == shown
+
+
+# --- From connect ----------------------------------------------------------------------------------------------------
+
+
+class Tree(Echo):
+    name = "tree"
+
+    @hookimpl
+    def settings_model(self) -> type[Settings]:
+        return Own
+
+
+def test_a_provider_gets_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTAGE_TREE_DEPTH", "3")
+    tree = Tree()
+    with graftage.connect(tree, attempts=1) as llm:
+        assert llm.settings == Own(depth=3, attempts=1)
+        assert llm.origins == {"depth": "environment GRAFTAGE_TREE_DEPTH", "attempts": "argument"}
+    assert tree.calls[0][1].settings is llm.settings
+
+
+def test_settings_objects_and_files_are_taken_too(toml: Any) -> None:
+    with graftage.connect(Tree(), settings=Own(depth=4)) as llm:
+        assert llm.settings == Own(depth=4)
+    with graftage.connect(Tree(), settings=toml("[tree]\ndepth = 5\n")) as llm:
+        assert llm.settings == Own(depth=5)
+    with pytest.raises(SettingsError, match="`settings` must be"):
+        graftage.connect(Tree(), settings=5)  # type: ignore[arg-type]
