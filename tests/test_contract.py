@@ -464,4 +464,4 @@ with graftage.connect(Parrot(), model="green") as llm:
 def test_a_chat_with_one_provider_imports_no_other_and_no_network() -> None:
     loaded = loaded_by(PARROT)
     assert {name for name in loaded if name.startswith(("graftage_ollama", "graftage_llamacpp"))} == set()
-    assert {"httpx", "loguru", "ollama", "ssl", "tenacity", "xllamacpp"} & loaded == set()
+    assert {"httpx", "loguru", "ollama", "tenacity", "xllamacpp"} & loaded == set()

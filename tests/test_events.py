@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import subprocess
@@ -21,6 +22,7 @@ from graftage.exceptions import (
     Overloaded,
     ProviderError,
     RequestRejected,
+    SettingsError,
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
@@ -128,10 +130,8 @@ def test_a_stream_that_is_closed_early_is_over_and_no_failure(both: Any, watcher
 def test_every_start_has_one_end(both: Any, watcher: Any) -> None:
     llm = both.connect(Echo(["a", InferenceFailed("no"), "b"]), model=MODEL, plugins=[watcher])
     for _ in range(3):
-        try:
+        with contextlib.suppress(InferenceFailed):
             llm.chat("x")
-        except InferenceFailed:
-            continue
     ends: dict[str, list[str]] = {}
     for event in watcher.events:
         if event.kind in ("start", "finish", "error"):
@@ -367,9 +367,10 @@ def test_what_was_received_is_only_in_partial(both: Any) -> None:
     assert "partial" not in caught.value.to_dict()
 
 
-def test_a_server_that_repeats_the_prompt_in_its_error_is_not_repeated(both: Any, logged: io.StringIO) -> None:
+def test_a_line_of_a_server_that_cannot_be_read_is_not_repeated(both: Any, logged: io.StringIO) -> None:
     with FakeOllama() as fake:
-        fake.script("/api/chat", *[Answer([b'{"message": {"role": "assistant", "content": "' + ANSWER.encode()])])
+        broken = Answer([b'{"message": {"role": "assistant", "content": "' + ANSWER.encode() + b"\n"])
+        fake.script("/api/chat", broken, broken, broken)
         llm = both.connect("ollama", model="smollm2:135m", host=fake.url)
         with pytest.raises(ProviderError) as caught:
             llm.chat(PROMPT)
@@ -424,20 +425,20 @@ def test_a_key_is_in_no_repr_log_error_or_pickle(both: Any, watcher: Any, logged
     assert KEY.encode() not in pickle.dumps(error)
 
 
-def test_a_password_in_an_address_is_in_no_repr_log_error_or_pickle(
-    both: Any, watcher: Any, logged: io.StringIO
-) -> None:
-    llm = both.opened("ollama", model=MODEL, host=f"http://user:{KEY}@127.0.0.1:9", plugins=[watcher])
-    with pytest.raises(ConnectionFailed) as caught:
-        llm.chat("x")
-    told = [str(caught.value), repr(vars(caught.value)), secrets(llm), logged.getvalue()]
-    told += [repr(event) for event in watcher.events]
-    assert KEY not in "\n".join(told)
+def test_a_password_in_an_address_is_refused_without_being_repeated(both: Any, logged: io.StringIO) -> None:
+    with pytest.raises(SettingsError, match="password") as caught:
+        both.opened("ollama", model=MODEL, host=f"http://user:{KEY}@127.0.0.1:9")
+    assert KEY not in "\n".join([str(caught.value), repr(vars(caught.value)), logged.getvalue()])
     assert KEY.encode() not in pickle.dumps(caught.value)
 
 
+def test_a_password_in_an_address_shows_in_no_settings_of_any_provider(both: Any) -> None:
+    llm = both.opened(Echo(), model=MODEL, host=f"http://user:{KEY}@127.0.0.1:9")
+    assert KEY not in secrets(llm)
+
+
 def test_a_setting_that_is_wrong_is_told_without_its_value(both: Any) -> None:
-    for wrong in ({"headers": {"X-Key": [KEY]}}, {"api_key": [KEY]}, {"keep_alive": KEY}):
+    for wrong in ({"headers": {"X-Key": [KEY]}}, {"api_key": [KEY]}, {"headers": KEY}):
         with pytest.raises(GraftageError) as caught:
             both.opened("ollama", model=MODEL, **wrong)
         assert KEY not in str(caught.value)

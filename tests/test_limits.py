@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -373,6 +374,33 @@ def test_force_keeps_what_the_caller_set_and_the_reply_says_so(both: Any) -> Non
     reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", context_window=8192, force=True)
     assert (echo.requests[0].context_window, echo.requests[0].keep_alive) == (8192, 60.0)
     assert reply.warnings == ("`context_window` stays at 8192 by `force`, above 2048 (m4: 16 GB).",)
+
+
+def test_a_loaded_model_keeps_its_window_for_who_asks_for_less_and_the_reply_says_so(both: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(context_window=8192, keep_window=True), "m4")
+    reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", context_window=2048)
+    assert echo.requests[0].context_window == 8192
+    assert reply.warnings == ("`context_window` was raised from 2048 to 8192: the model is loaded with it.",)
+
+
+def test_no_more_may_wait_at_the_door_than_may_wait_for_a_slot(both: Any) -> None:
+    echo, pause = held()
+
+    def strict(query: LimitsQuery) -> Limits:
+        return replace(only_one(query), queued_requests=1)
+
+    llm = both.opened(echo, model="a:1", plugins=[Policy(strict)])
+    stream = llm.chat("x", stream=True)
+    first = both.start(llm.chat, "y", model="b:1")
+    until(lambda: llm.stats().waiting == 1)
+    second = both.start(llm.chat, "z", model="b:1")
+    until(lambda: llm.stats().waiting == 2)
+    with pytest.raises(Overloaded):
+        llm.chat("w", model="b:1")
+    pause.release()
+    list(stream)
+    assert [first.result(5).model, second.result(5).model] == ["b:1", "b:1"]
 
 
 # --- Slots -----------------------------------------------------------------------------------------------------------

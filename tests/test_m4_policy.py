@@ -416,8 +416,17 @@ def test_who_asks_for_less_does_not_take_the_window_from_others() -> None:
     desk = Desk(Mac(24))
     desk.give(MIDDLE, 16_384)
     less = desk.give(MIDDLE, 4096)
-    assert "is 4096 instead of 16384, as asked: the server loads it again" in less.warnings[0]
+    assert (less.context_window, less.keep_window) == (16_384, True)
     assert desk.ask(MIDDLE).context_window == 16_384
+
+
+def test_who_asks_for_less_while_memory_is_short_gives_some_back_and_is_told() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 16_384)
+    desk.mac.pressure, desk.mac.now = 2, 10.0
+    less = desk.ask(MIDDLE, 4096)
+    assert (less.context_window, less.keep_window) == (4096, False)
+    assert "is 4096 instead of 16384, as asked: the server loads it again" in less.warnings[0]
 
 
 def test_a_window_that_had_to_shrink_is_told() -> None:

@@ -562,6 +562,7 @@ def test_live_show_has_the_arrays_and_the_tensors(both: Both) -> None:
     assert info.context_window == 8192
     assert len(info.metadata["tokenizer.ggml.tokens"]) == 49152
     assert info.tensors["token_embd.weight"] == (576, 49152)
+    assert 96_000_000 < info.size < 98_363_134, "the tensors, which are nearly all of the file"
 
 
 @pytest.mark.live

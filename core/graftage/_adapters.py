@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftage import _limits
+from graftage._arguments import Wants
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -21,7 +22,6 @@ from graftage.exceptions import (
 from graftage.types import (
     ACTIVE,
     Adapter,
-    AdapterChoice,
     Call,
     LoadAdapterRequest,
     LoadedAdapter,
@@ -84,7 +84,7 @@ class Adapters:
         self, reference: str, model: str, call: Call, ticket: int, on_missing: str, *, force: bool
     ) -> _State:
         try:
-            loaded = await self._load(reference, model, call, force=force)
+            loaded = await self._load(reference, model, call, Wants(force=force))
         except AdapterNotFound as error:
             if on_missing != "base":
                 self._settle(ticket, _State(reference, model, error=error))
@@ -101,20 +101,25 @@ class Adapters:
             if ticket == self._latest:
                 self._state = state
 
-    async def for_call(
-        self, choice: AdapterChoice, model: str, call: Call, *, force: bool = False
-    ) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
+    async def for_call(self, want: Wants, model: str, call: Call) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
         """The adapter one call answers with, and warnings: a snapshot, whatever is switched meanwhile."""
-        if choice is None:
+        if want.adapter is None:
             return None, ()
-        if choice is not ACTIVE:
-            return await self._load(read_reference(choice), model, call, force=force), ()
+        if want.adapter is not ACTIVE:
+            return await self._load(read_reference(want.adapter), model, call, want), ()
         state = self._state
         if state.error is not None:
             raise _again(state)
-        if state.reference is None or state.model == model:
+        if state.reference is None or (state.model == model and self._holds(state.loaded)):
             return state.loaded, state.warnings
-        return await self._load(state.reference, model, call, force=force or state.force), state.warnings
+        forced = replace(want, force=want.force or state.force)
+        return await self._load(state.reference, model, call, forced), state.warnings
+
+    def _holds(self, loaded: LoadedAdapter | None) -> bool:
+        """Whether an adapter is still loaded: pruned or unloaded, it must be loaded again."""
+        return loaded is not None and any(
+            (each.digest, each.model) == (loaded.digest, loaded.model) for each in self._loaded.values()
+        )
 
     async def unload(self, reference: Any, model: str, call: Call) -> None:
         """Free what an adapter holds; a call that names it again loads it again."""
@@ -137,18 +142,25 @@ class Adapters:
         """Load everything anew."""
         self._loaded.clear()
 
-    async def _load(self, reference: str, model: str, call: Call, *, force: bool) -> LoadedAdapter:
+    async def _load(self, reference: str, model: str, call: Call, want: Wants) -> LoadedAdapter:
         session = self._session
         session.require("load_adapter")
         adapter = await self.resolve(reference, model, call)
-        warnings = _checked(adapter, reference, model, force=force)
+        warnings = _checked(adapter, reference, model, force=want.force)
         key = (adapter.digest, model)
         if key not in self._loaded:
             gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
             await session._granted(gate, gate.enter(1), call)  # noqa: SLF001 - one loads, the others wait and find it
             try:
                 if key not in self._loaded:
-                    request = LoadAdapterRequest(call=call, adapter=adapter, model=model, force=force)
+                    request = LoadAdapterRequest(
+                        call=call,
+                        adapter=adapter,
+                        model=model,
+                        force=want.force,
+                        keep_alive=session.keep_alive(want.keep_alive),
+                        context_window=want.context_window or session.settings.context_window,
+                    )
                     self._loaded[key] = await session._call("load_adapter", request, call, LoadedAdapter)  # noqa: SLF001
             finally:
                 gate.leave()
@@ -162,7 +174,8 @@ class Adapters:
             reference=read_reference(reference),
             model=model,
             provider=session.provider,
-            base=session.base_facts(model, call),
+            base=lambda: session.facts(model, call),
+            show=lambda name: session.facts(name, call),
             call=call,
         )
         said: list[str] = []
@@ -171,6 +184,9 @@ class Adapters:
                 found: Any = await session.io.run(resolver, request)
             except (AdapterInvalid, AdapterIncompatible, ProviderError):
                 raise  # The reference was known, and the answer is no; or the provider failed when it was asked.
+            except AdapterNotFound as error:
+                said += [f"{name}: {reason}" for reason in error.reasons or (error.message,)]
+                continue
             except Exception as error:  # noqa: BLE001 - one resolver's failure must not hide what another knows
                 said.append(f"{name}: {type(error).__name__}: {error}")
                 continue

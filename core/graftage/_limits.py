@@ -16,7 +16,11 @@ from graftage.types import Limits
 
 __all__ = ["Gate", "clamp", "gate_for", "merge"]
 
-FIGURES = tuple(each.name for each in fields(Limits) if each.name not in ("unload", "wait_for", "reasons", "warnings"))
+FIGURES = tuple(
+    each.name
+    for each in fields(Limits)
+    if each.name not in ("keep_window", "unload", "wait_for", "reasons", "warnings")
+)
 """The fields of which the smallest value wins."""
 
 
@@ -37,6 +41,8 @@ def merge(answers: Iterable[tuple[str, Limits]]) -> Limits | None:
             value = getattr(limits, name)
             if value is not None and (name not in merged or value < merged[name]):
                 merged[name] = value
+                if name == "context_window":
+                    merged["keep_window"] = limits.keep_window
                 reasons[name] = f"{policy}: {limits.reasons.get(name, 'no reason given')}"
     if not answered:
         return None
@@ -57,6 +63,9 @@ def clamp(wanted: Mapping[str, Any], limits: Limits | None, *, force: bool = Fal
             continue
         if value is None:
             clamped[name] = limit
+        elif name == "context_window" and limits.keep_window and value < limit and not force:
+            clamped[name] = limit
+            warnings.append(f"`{name}` was raised from {value:g} to {limit:g}: the model is loaded with it.")
         elif value > limit:
             reason = limits.reasons.get(name, "")
             what = f"stays at {value:g} by `force`, above" if force else f"was lowered from {value:g} to"

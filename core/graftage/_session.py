@@ -92,6 +92,8 @@ class Session:
         self._gate = _limits.gate_for(provider, self.address)
         self._door = _limits.gate_for(f"admission {provider}", self.address)
         """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
+        self._most_waiting: int | None = None
+        """How many may wait at the door, as the policies said last."""
         self._budget = Budget()
         self._infos: dict[str, ModelInfo] = {}
         self._closed = False
@@ -237,7 +239,7 @@ class Session:
         self.require(operation)
         options = _messages.read_options(want.options, self.capabilities().options)
         self._require_features(model, want.needs)
-        adapter, notes = await self.adapters.for_call(want.adapter, model, run.call, force=want.force)
+        adapter, notes = await self.adapters.for_call(want, model, run.call)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
         run.model = adapter.model if adapter else model
@@ -258,7 +260,7 @@ class Session:
     async def _admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
         """Ask the policies, unload what they name, clamp, and take a slot."""
         wanted = {
-            "keep_alive": self._keep_alive(want.keep_alive),
+            "keep_alive": self.keep_alive(want.keep_alive),
             "context_window": want.context_window or self.settings.context_window,
             "max_tokens": want.max_tokens,
         }
@@ -278,11 +280,12 @@ class Session:
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
     ) -> Limits | None:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
-        await self._granted(self._door, self._door.enter(1), run.call)
+        await self._granted(self._door, self._door.enter(1, self._most_waiting), run.call)
         try:
             while True:
                 moved = self._gate.moved()
                 limits = await self._limits(run, operation, want, model, wanted)
+                self._most_waiting = limits.queued_requests if limits else None
                 if limits is None or not self._gate.busy(limits.wait_for):
                     self._gate.withdraw(moved)
                     break
@@ -300,7 +303,8 @@ class Session:
         self._gate.use(model, 1)
         run.release = _both(lambda: self._gate.use(model, -1), run.release)
 
-    def _keep_alive(self, given: float | str | None) -> float | None:
+    def keep_alive(self, given: float | str | None) -> float | None:
+        """Seconds a model is to stay: as the call says, else the settings."""
         try:
             return keep_alive_seconds(given) if given is not None else self.settings.keep_alive
         except ValueError as error:
@@ -321,6 +325,7 @@ class Session:
             loaded_models=self._lazily(
                 lambda: self.io.from_thread(self.relay, "loaded_models", ModelsRequest(call=run.call))
             ),
+            models=self._lazily(lambda: self.io.from_thread(self.relay, "list_models", ModelsRequest(call=run.call))),
             in_use=self._gate.in_use,
             **wanted,
         )
@@ -683,9 +688,9 @@ class Session:
                 log("WARNING", f"the plugin `{name}` failed to list its adapters: {type(error).__name__}: {error}")
         return tuple(found)
 
-    def base_facts(self, model: str, call: Call) -> Callable[[], ModelInfo | None]:
-        """Facts about a base model for a resolver, asked only when it does."""
-        return self._lazily(lambda: self._show_now(model, call))
+    def facts(self, model: str, call: Call) -> ModelInfo | None:
+        """Facts about a model, from a plugin's blocking code; remembered."""
+        return self._show_now(model, call)
 
     def stats(self) -> Stats:
         """What has been done so far."""

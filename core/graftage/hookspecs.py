@@ -50,6 +50,34 @@ if TYPE_CHECKING:
         UnloadAdapterRequest,
     )
 
+__all__ = [
+    "CONNECTION_SPECS",
+    "PLUGIN_SPECS",
+    "PROVIDER_SPECS",
+    "Chat",
+    "CheckHealth",
+    "Close",
+    "Connect",
+    "DescribeCapabilities",
+    "Embed",
+    "Generate",
+    "ListModels",
+    "LoadAdapter",
+    "LoadModel",
+    "LoadedModels",
+    "Observe",
+    "PruneAdapters",
+    "PullModel",
+    "ResolveAdapter",
+    "ResourceLimits",
+    "SettingsModel",
+    "ShowModel",
+    "UnloadAdapter",
+    "UnloadModel",
+    "hookimpl",
+    "hookspec",
+]
+
 hookspec = pluggy.HookspecMarker("graftage")
 hookimpl = pluggy.HookimplMarker("graftage")
 """Marks an implementation: `@hookimpl` above a method or function named like the hook."""

@@ -21,6 +21,57 @@ if TYPE_CHECKING:
     from graftage.retry import Budget
     from graftage.settings import Settings
 
+__all__ = [
+    "ACTIVE",
+    "HEALTH_LEVELS",
+    "Adapter",
+    "AdapterChoice",
+    "AdapterInfo",
+    "Call",
+    "Capabilities",
+    "ChatRequest",
+    "Chunk",
+    "Chunks",
+    "CloseRequest",
+    "ConnectRequest",
+    "EmbedRequest",
+    "Embeddings",
+    "Event",
+    "Feature",
+    "FinishReason",
+    "GenerateRequest",
+    "Health",
+    "HealthLevel",
+    "HealthRequest",
+    "Image",
+    "Limits",
+    "LimitsQuery",
+    "LoadAdapterRequest",
+    "LoadModelRequest",
+    "LoadedAdapter",
+    "LoadedModel",
+    "Logprob",
+    "Message",
+    "ModelInfo",
+    "ModelRequest",
+    "ModelsRequest",
+    "Operation",
+    "PruneAdaptersRequest",
+    "PullProgress",
+    "Reply",
+    "ResolveRequest",
+    "Role",
+    "Stats",
+    "Timeouts",
+    "Timings",
+    "Tool",
+    "ToolCall",
+    "Transport",
+    "UnloadAdapterRequest",
+    "Usage",
+    "Verdict",
+]
+
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "unload", "load", "other"]
 """Why an answer ended. Readers must tolerate new values; the server's own word is in `raw`."""
@@ -372,6 +423,9 @@ class Limits:
     loaded_models: int | None = None
     keep_alive: float | None = None
     """Seconds; infinity is for ever."""
+    keep_window: bool = False
+    """The model is loaded with `context_window`: a caller who sets a smaller one gets this one, or it would be loaded
+    again."""
     unload: tuple[str, ...] = ()
     """Idle models that the core unloads before the request is admitted; one in use is left alone."""
     wait_for: tuple[str, ...] = ()
@@ -402,8 +456,10 @@ class LimitsQuery:
     """Facts about the model: asked on the first call, then remembered; `None` where the provider cannot tell."""
     loaded_models: Callable[[], tuple[LoadedModel, ...] | None] = field(default=lambda: None, repr=False)
     """What is in memory: asked once for each request; `None` where the provider cannot tell."""
+    models: Callable[[], tuple[ModelInfo, ...] | None] = field(default=lambda: None, repr=False)
+    """What could be asked instead: asked once for each request; `None` where the provider cannot tell."""
     in_use: Callable[[], Mapping[str, int]] = field(default=dict, repr=False)
-    """Models that requests of this process are using, and how many requests."""
+    """Models that admitted requests of this process use or wait for, and how many requests."""
 
 
 # --- Settings and calls ----------------------------------------------------------------------------------------------
@@ -693,6 +749,8 @@ class ResolveRequest:
     provider: str = ""
     base: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
     """Facts about the base model: asked on the first call, then remembered."""
+    show: Callable[[str], ModelInfo | None] = field(default=lambda _name: None, repr=False)
+    """Facts about any model of the server; `None` where it has none of that name or cannot tell."""
     call: Call = field(default_factory=Call)
 
 

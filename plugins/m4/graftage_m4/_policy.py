@@ -231,8 +231,8 @@ class Policy:
         mine = scene.mine
         if mine is None or mine.window is None:
             return self._loaded(scene, wanted, promised=before is not None and before.window == wanted)
-        if wanted < mine.window:
-            return Plan(window=wanted)  # As asked; the server gives memory back for it.
+        if wanted < mine.window and (scene.query.force or scene.rules.steps or scene.rules.window):
+            return Plan(window=wanted)  # As asked: memory is short, and the server gives some back for it.
         grown = self._grown(scene, mine.window, wanted) if wanted > mine.window else None
         return grown or Plan(window=mine.window, loads=False)
 
@@ -346,6 +346,7 @@ class Policy:
             queued_requests=self.settings.queued_requests,
             loaded_models=self._loaded_models(scene),
             keep_alive=keep,
+            keep_window=not plan.loads,
             unload=tuple(each.name for each in plan.gone),
             wait_for=plan.wait_for,
             reasons={

@@ -95,6 +95,25 @@ FEATURES: Final = {
     "insert": ("suffix",),
     "embedding": ("embed",),
 }
+BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+    "MXFP4": (32, 17),
+}
+"""Numbers in a block of each type, and its bytes: the table in ggml's `ggml.c`, also `gguf.GGML_QUANT_SIZES`."""
 HEAD_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
 """Ollama writes "for ever" as some date in that century."""
@@ -345,7 +364,9 @@ def embeddings(given: Mapping[str, Any], dimensions: int | None) -> Embeddings:
 
 def progress(part: ollama.ProgressResponse) -> PullProgress:
     """A step of a pull."""
-    return PullProgress(status=part.status or "", digest=part.digest, total=part.total, completed=part.completed)
+    # The server leaves a nought out: a step with a total has begun.
+    completed = 0 if part.completed is None and part.total is not None else part.completed
+    return PullProgress(status=part.status or "", digest=part.digest, total=part.total, completed=completed)
 
 
 def loaded_models(answer: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
@@ -398,6 +419,7 @@ def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
     modelfile = answer.get("modelfile") or ""
     return ModelInfo(
         name=canonical(name),
+        size=_weights(answer.get("tensors")),
         modified_at=_time(answer.get("modified_at")),
         family=details.get("family") or None,
         architecture=architecture,
@@ -421,6 +443,19 @@ def _features(capabilities: Any) -> frozenset[str] | None:
     if not isinstance(capabilities, list):
         return None
     return frozenset(feature for each in capabilities for feature in FEATURES.get(str(each), (str(each),)))
+
+
+def _weights(found: Any) -> int | None:
+    """Bytes of the tensors, which are nearly all of a file; None where a type is not known."""
+    if not isinstance(found, list) or not found:
+        return None
+    size = 0
+    for each in found:
+        block = BLOCKS.get(str(each.get("type")).upper())
+        if block is None:
+            return None
+        size += math.prod(each.get("shape") or ()) // block[0] * block[1]
+    return size
 
 
 def _tensors(found: Any) -> dict[str, tuple[int, ...]] | None:

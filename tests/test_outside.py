@@ -1,0 +1,94 @@
+"""A provider that knows nothing of this repository: packed and installed by pip, then used by its name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OUTSIDE = Path(__file__).resolve().parent / "outside"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of programs that find the provider, installed into a folder of its own."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("pip is not in this environment")
+    target = tmp_path_factory.mktemp("installed")
+    # The build backend is the one that all of this repository needs; from where it is not, pip fetches it.
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *isolation, "--target", str(target)]
+    done = subprocess.run([*command, str(OUTSIDE)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GRAFTAGE_", "OLLAMA_"))}
+    return {**kept, "PYTHONPATH": str(target), "GRAFTAGE_CONFIG": str(target / "none.toml"), "PYTHONUTF8": "1"}
+
+
+def run(environment: dict[str, str], *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        env={**environment, **more},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def graftage(environment: dict[str, str], *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return run(environment, "-m", "graftage._cli", *arguments, **more)
+
+
+def test_the_command_chats_with_it(environment: dict[str, str]) -> None:
+    done = graftage(environment, "chat", "-m", "parrot:grey", "hello")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "hello", "")
+
+
+def test_the_command_lists_it_with_its_distribution(environment: dict[str, str]) -> None:
+    done = graftage(environment, "plugins", "--json")
+    found: dict[str, Any] = {each["name"]: each for each in json.loads(done.stdout)}
+    parrot = found["parrot"]
+    assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-parrot", "2.5")
+    assert (parrot["state"], parrot["hooks"]) == ("loaded", ["connect", "settings_model"])
+
+
+def test_it_has_settings_of_its_own(environment: dict[str, str]) -> None:
+    done = graftage(environment, "chat", "-m", "parrot:green", "hello", GRAFTAGE_PARROT_TIMES="3")
+    assert done.stdout.split() == ["hello"] * 3
+
+
+def test_its_errors_reach_the_user_with_their_way_out(environment: dict[str, str]) -> None:
+    done = graftage(environment, "chat", "-m", "parrot:blue", "hello")
+    assert done.returncode != 0
+    assert "There is no blue parrot." in done.stderr
+    assert "green" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_works_for_async_hosts_though_it_has_no_async_hook(environment: dict[str, str]) -> None:
+    code = """
+import asyncio, graftage
+
+async def main():
+    async with graftage.connect_async("parrot") as llm:
+        stream = await llm.chat("hello there", stream=True)
+        print([chunk.text async for chunk in stream], [model.name for model in await llm.models()])
+
+asyncio.run(main())
+"""
+    done = run(environment, "-c", code)
+    assert (done.stdout.strip(), done.stderr) == ("['hello there ', ''] ['green', 'grey']", "")
+
+
+def test_what_it_cannot_do_is_refused_by_name(environment: dict[str, str]) -> None:
+    done = graftage(environment, "embed", "-m", "parrot:green", "hello")
+    assert done.returncode != 0
+    assert "embed" in done.stderr
+    assert "parrot" in done.stderr

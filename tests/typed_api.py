@@ -1,0 +1,271 @@
+"""What type checkers see of the public surface. Never run: `mypy --strict` reads it, and a wrong type is an error."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from typing_extensions import assert_type
+
+import graftage
+from graftage.exceptions import GraftageError, ProviderTimeout
+from graftage.hookspecs import (
+    Chat,
+    CheckHealth,
+    Close,
+    Connect,
+    DescribeCapabilities,
+    Embed,
+    ListModels,
+    Observe,
+    ResolveAdapter,
+    ResourceLimits,
+    SettingsModel,
+    hookimpl,
+)
+from graftage.settings import Settings
+from graftage.types import (
+    Adapter,
+    AdapterInfo,
+    Capabilities,
+    ChatRequest,
+    Chunk,
+    CloseRequest,
+    ConnectRequest,
+    Embeddings,
+    EmbedRequest,
+    Event,
+    Health,
+    HealthRequest,
+    Limits,
+    LimitsQuery,
+    LoadedAdapter,
+    LoadedModel,
+    Message,
+    ModelInfo,
+    ModelsRequest,
+    PullProgress,
+    Reply,
+    ResolveRequest,
+    Stats,
+    Timeouts,
+)
+
+
+class City(BaseModel):
+    """An answer of a known form."""
+
+    name: str
+
+
+def look_up(name: str) -> str:
+    """A tool."""
+    return name
+
+
+def show(step: PullProgress) -> None:
+    """Watch a download."""
+    assert_type(step.completed, int | None)
+
+
+class HostError(Exception):
+    """The host application's own error."""
+
+
+def translate(error: GraftageError) -> Exception:
+    """How the host wants to see errors."""
+    return HostError(str(error))
+
+
+# --- A host ----------------------------------------------------------------------------------------------------------
+
+
+def sync_host(streamed: bool) -> None:
+    """Every method of `Client`."""
+    with graftage.connect("ollama", model="m", timeouts=Timeouts(total=3), translate_error=translate) as llm:
+        assert_type(llm, graftage.Client)
+        assert_type(llm.chat("x"), Reply)
+        assert_type(llm.chat("x", stream=False), Reply)
+        assert_type(llm.generate("x", suffix="y", raw=True), Reply)
+        assert_type(llm.chat([Message(role="user", content="x"), {"role": "user", "content": "y"}]), Reply)
+        assert_type(llm.chat("x", tools=[look_up], format=City, images=[Path("a.png"), b""], timeout=3), Reply)
+        assert_type(llm.chat("x", adapter=None, options={"seed": 1}, keep_alive="5m", force=True), Reply)
+        with llm.chat("x", stream=True) as stream:
+            assert_type(stream, graftage.Stream)
+            for chunk in stream:
+                assert_type(chunk, Chunk)
+            assert_type(stream.reply, Reply)
+            assert_type(stream.partial, Reply)
+        assert_type(llm.generate("x", stream=True), graftage.Stream)
+        assert_type(llm.embed(["x", "y"], dimensions=3), Embeddings)
+        assert_type(llm.health("model_loaded", max_age=0), Health)
+        assert_type(llm.models(), tuple[ModelInfo, ...])
+        assert_type(llm.show(), ModelInfo)
+        assert_type(llm.loaded(), tuple[LoadedModel, ...])
+        assert_type(llm.pull("m", on_progress=show), PullProgress)
+        assert_type(llm.ensure(policy="never"), ModelInfo)
+        assert_type(llm.use_adapter("a", on_missing="base"), LoadedAdapter | None)
+        assert_type(llm.resolve_adapter("a"), Adapter)
+        assert_type(llm.adapters(), tuple[AdapterInfo, ...])
+        assert_type(llm.prune_adapters(older_than=3.0), tuple[ModelInfo, ...])
+        assert_type(llm.capabilities(), Capabilities)
+        assert_type(llm.stats(), Stats)
+        assert_type(llm.members, tuple[graftage.Client, ...])
+        llm.load(context_window=4096)
+        llm.unload()
+        llm.chat("x", temprature=1)  # type: ignore[call-overload] # a misspelt argument is an error already here
+        llm.chat(3)  # type: ignore[call-overload] # and so is what is no message
+        llm.health("well")  # type: ignore[arg-type] # and an unknown level
+
+
+async def async_host() -> None:
+    """Every method of `AsyncClient`."""
+    async with graftage.connect_async(["ollama:m", "llamacpp"]) as llm:
+        assert_type(llm, graftage.AsyncClient)
+        assert_type(await llm.chat("x"), Reply)
+        assert_type(await llm.generate("x"), Reply)
+        stream = await llm.chat("x", stream=True)
+        assert_type(stream, graftage.AsyncStream)
+        async with stream:
+            async for chunk in stream:
+                assert_type(chunk, Chunk)
+        assert_type(stream.reply, Reply)
+        assert_type(await llm.embed("x"), Embeddings)
+        assert_type(await llm.health(), Health)
+        assert_type(await llm.models(), tuple[ModelInfo, ...])
+        assert_type(await llm.show("m"), ModelInfo)
+        assert_type(await llm.pull("m"), PullProgress)
+        assert_type(await llm.use_adapter(None), LoadedAdapter | None)
+        assert_type(llm.stats(), Stats)
+        assert_type(llm.members, tuple[graftage.AsyncClient, ...])
+
+
+def readers(reply: Reply, error: GraftageError) -> None:
+    """What answers and errors are made of."""
+    assert_type(reply.text, str)
+    assert_type(reply.usage.output_tokens, int | None)
+    assert_type(reply.timings.wall, float | None)
+    assert_type(reply.message, Message)
+    assert_type(error.hint, str | None)
+    if isinstance(error, ProviderTimeout):
+        assert_type(error.partial, Reply | None)
+        assert_type(error.attempts, int)
+    reply.text = "y"  # type: ignore[misc] # answers are frozen
+
+
+# --- A plugin author -------------------------------------------------------------------------------------------------
+
+
+class TreeSettings(Settings):
+    """The common settings, and one more."""
+
+    height: int = 3
+
+
+class Tree:
+    """A provider."""
+
+    @hookimpl
+    def connect(self, request: ConnectRequest) -> Branch:
+        """Grow a branch."""
+        assert_type(request.settings, Settings)
+        return Branch()
+
+    @hookimpl
+    def settings_model(self) -> type[Settings]:
+        """Its settings."""
+        return TreeSettings
+
+
+class Branch:
+    """A connection."""
+
+    @hookimpl
+    def chat(self, request: ChatRequest) -> Iterator[Chunk]:
+        """Answer."""
+        assert_type(request.messages, tuple[Message, ...])
+        yield Chunk(text="a", finish_reason="stop")
+
+    @hookimpl
+    async def achat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        """Answer."""
+        yield Chunk(text=request.model, finish_reason="stop")
+
+    @hookimpl
+    def health(self, request: HealthRequest) -> Health:
+        """It is well."""
+        return Health(level=request.level, reachable=True)
+
+    @hookimpl
+    async def ahealth(self, request: HealthRequest) -> Health:
+        """It is well."""
+        return Health(level=request.level, reachable=True)
+
+    @hookimpl
+    def close(self, request: CloseRequest) -> None:
+        """Nothing to give back."""
+
+    @hookimpl
+    async def aclose(self, request: CloseRequest) -> None:
+        """Nothing to give back."""
+
+    @hookimpl
+    def embed(self, request: EmbedRequest) -> Embeddings:
+        """Vectors."""
+        return Embeddings(vectors=tuple((0.0,) for _ in request.inputs))
+
+    @hookimpl
+    async def aembed(self, request: EmbedRequest) -> Embeddings:
+        """Vectors."""
+        return self.embed(request)
+
+    @hookimpl
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+        return Capabilities(features=frozenset({"chat", "embed"}))
+
+    @hookimpl
+    def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+        """One model."""
+        return (ModelInfo(name="oak"),)
+
+    @hookimpl
+    async def alist_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+        """One model."""
+        return (ModelInfo(name="oak"),)
+
+
+class Gardener:
+    """A plugin: policy, resolver and observer."""
+
+    @hookimpl
+    def resource_limits(self, query: LimitsQuery) -> Limits | None:
+        """Little."""
+        info = query.model_info()
+        return Limits(context_window=info.context_window) if info else None
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
+        """None."""
+        assert_type(request.base(), ModelInfo | None)
+        return None
+
+    @hookimpl
+    def list_adapters(self) -> list[AdapterInfo]:
+        """None."""
+        return []
+
+    @hookimpl
+    def observe(self, event: Event) -> None:
+        """Watch."""
+        assert_type(event.error, Exception | None)
+
+
+def protocols(tree: Tree, branch: Branch, gardener: Gardener) -> None:
+    """Each class satisfies the Protocols of what it implements, as mypy sees it."""
+    _provider: tuple[Connect, SettingsModel] = (tree, tree)
+    _required: tuple[Chat, CheckHealth, Close] = (branch, branch, branch)
+    _optional: tuple[Embed, DescribeCapabilities, ListModels] = (branch, branch, branch)
+    _plugin: tuple[ResourceLimits, ResolveAdapter, Observe] = (gardener, gardener, gardener)
+    _wrong: Chat = gardener  # type: ignore[assignment] # a gardener cannot chat
