@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from typing_extensions import Self
+
     from graftage.types import Event
 
 pytest_plugins = ["graftage.testing.plugin", "engine_fixtures"]
@@ -153,7 +155,7 @@ class _Waiting:
         except StopAsyncIteration:
             raise StopIteration from None
 
-    def __enter__(self) -> _Waiting:
+    def __enter__(self) -> Self:
         self._run(self._inner.__aenter__())
         return self
 

@@ -373,7 +373,7 @@ UNFIT = {
 
 
 class AdapterMachine(RuleBasedStateMachine):
-    """Whatever is switched, dropped, pruned or failed: a reply names the adapter that was asked for, or there is none."""
+    """Whatever is switched, dropped, pruned or failed: a reply names the adapter that was asked for."""
 
     @initialize()
     def begin(self) -> None:

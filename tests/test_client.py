@@ -441,7 +441,7 @@ def test_an_answer_that_does_not_fit_the_format_is_an_error_with_the_answer_in_p
 
 
 def test_an_answer_that_was_cut_says_so_instead_of_blaming_the_schema(both: Any) -> None:
-    with pytest.raises(ProtocolError, match="cut .* Raise `max_tokens`"):
+    with pytest.raises(ProtocolError, match=r"cut .* Raise `max_tokens`"):
         both.connect(Echo([GOOD]), model=MODEL).chat("x", format=House, max_tokens=2)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftage_lora import LoraPlugin
 from lora_files import Model, pairs, write_gguf
 
 from graftage.exceptions import AdapterIncompatible, AdapterInvalid
+from graftage_lora import LoraPlugin
 
 ADAPTERS = Path(__file__).parent / "assets" / "lora"
 LAYOUTS = ["ahoy-peft", "ahoy-mlx", "ahoy-lora.f16.gguf"]

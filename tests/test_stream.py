@@ -86,9 +86,7 @@ def test_the_reply_is_there_at_the_end_and_a_runtime_error_before(both: Any) -> 
 
 def test_partial_grows_with_the_chunks_and_has_no_finish_reason_before_the_end(both: Any) -> None:
     stream = both.connect(Echo(["one two three"]), model=MODEL).chat("x", stream=True)
-    seen = []
-    for _ in stream:
-        seen.append((stream.partial.text, stream.partial.finish_reason))
+    seen = [(stream.partial.text, stream.partial.finish_reason) for _ in stream]
     assert seen == [("one ", None), ("one two ", None), ("one two three", None), ("one two three", "stop")]
 
 

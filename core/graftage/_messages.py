@@ -109,7 +109,9 @@ def _read_image(value: ImageLike) -> Image:
     try:
         return Image(data=Path(value).expanduser().read_bytes())
     except (OSError, ValueError) as error:
-        raise RequestRejected(f"The image {str(value)[:200]!r} cannot be read: {error}.") from error
+        raise RequestRejected(
+            f"The image {str(value)[:200]!r} cannot be read: {error}.", hint="Check the path, or give its bytes."
+        ) from error
 
 
 def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
@@ -119,7 +121,9 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
         if messages[place].role == "user":
             messages[place] = replace(messages[place], images=(*messages[place].images, *images))
             return
-    raise RequestRejected("There is no message of the user that the images could go with.")
+    raise RequestRejected(
+        "There is no message of the user that the images could go with.", hint="Add one with the role `user`."
+    )
 
 
 def _read_tool_call(value: Any, place: int) -> ToolCall:
@@ -134,7 +138,9 @@ def _read_tool_call(value: Any, place: int) -> ToolCall:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise RequestRejected(f"The arguments of the tool call `{name}` are not JSON: {error}.") from error
+            raise RequestRejected(
+                f"The arguments of the tool call `{name}` are not JSON.", hint="Give a mapping, or JSON of an object."
+            ) from error
     if not isinstance(arguments, Mapping):
         raise _rejected("the arguments of a tool call must be an object", arguments)
     return ToolCall(name=name, arguments=arguments, id=str(value.get("id") or f"call_{place}"))

@@ -271,7 +271,9 @@ async def _used_model(session: Session) -> str:
         return loaded[0].name
     found = await session.models(HEALTH_TIMEOUTS)
     if not found:
-        raise ModelNotFound("The server has no model.", provider=session.provider)
+        raise ModelNotFound(
+            "The server has no model.", provider=session.provider, hint="Pull one: `graftage models pull llama3.2`."
+        )
     return max(found, key=_age).name
 
 

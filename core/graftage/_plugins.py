@@ -14,6 +14,7 @@ import importlib_metadata
 import pluggy
 
 import graftage
+from graftage._values import identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
@@ -152,7 +153,7 @@ class Catalog:
         ]
 
     def _found(self, kind: Kind, point: importlib_metadata.EntryPoint) -> Entry:
-        name, version = _identity(point.dist)
+        name, version = identity(point.dist)
         state: State = "disabled" if point.name in self._disabled else "available"
         return Entry(name=point.name, kind=kind, distribution=name, version=version, state=state, entry_point=point)
 
@@ -211,15 +212,6 @@ class Catalog:
         installed = f"Installed: {', '.join(f'`{each}`' for each in names)}." if names else "None is installed."
         hint = f"Did you mean `{close[0]}`?" if close else f"{installed} Install one, for example `graftage-ollama`."
         return ProviderNotFound(f"There is no provider `{name}`.", plugin=name, hint=hint)
-
-
-def _identity(dist: Any) -> tuple[str | None, str | None]:
-    """The name and the version of a distribution, each None where its metadata does not tell."""
-    try:
-        metadata: Any = dist.metadata if dist else {}
-        return metadata.get("Name"), metadata.get("Version")
-    except Exception:  # noqa: BLE001 - the file is missing, or no text
-        return None, None
 
 
 def plugin_name(plugin: object) -> str:

@@ -164,7 +164,8 @@ class Session:
             try:
                 return replace(self.settings.timeouts, total=given)
             except ValueError as error:
-                raise RequestRejected(f"The timeout is wrong: {error}.") from error
+                hint = "Give seconds above 0, or `Timeouts`."
+                raise RequestRejected(f"The timeout is wrong: {error}.", hint=hint) from error
 
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
@@ -308,7 +309,7 @@ class Session:
         try:
             return keep_alive_seconds(given) if given is not None else self.settings.keep_alive
         except ValueError as error:
-            raise RequestRejected(f"The setting is wrong: {error}.") from error
+            raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
 
     async def _limits(
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
@@ -499,9 +500,13 @@ class Session:
         try:
             found = await self.io.wait(result, time.monotonic() + timeouts.total)
         except TimeoutError as error:
-            raise ProviderTimeout("The health check was not finished in time.", phase="total") from error
+            raise ProviderTimeout(
+                "The health check was not finished in time.", phase="total", hint="Raise `timeout`."
+            ) from error
         if found is None:
-            raise ProviderTimeout("The health check was given up by the caller that had started it.", phase="total")
+            raise ProviderTimeout(
+                "The health check was given up by the caller that had started it.", phase="total", hint="Ask again."
+            )
         return found
 
     # --- Models ------------------------------------------------------------------------------------------------------

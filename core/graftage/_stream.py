@@ -281,9 +281,10 @@ def typed_error(error: Exception, provider: str) -> GraftageError:
     if isinstance(error, GraftageError):
         return error
     typed = ProviderError(
-        f"The provider `{provider}` failed with {type(error).__name__}: {error}.",
+        # The words of a foreign error may hold the prompt: they stay in the cause.
+        f"The provider `{provider}` failed with {type(error).__name__}, which it should have typed.",
         provider=provider,
-        hint="That is a fault of the provider; tell its authors.",
+        hint="That is a fault of the provider: tell its authors, with the traceback of the cause.",
     )
     typed.__cause__ = error
     return typed

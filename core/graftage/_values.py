@@ -45,3 +45,12 @@ def _from_text(text: str) -> float | None:
     if not body or _PART.sub("", body):
         return None
     return sign * sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(body))
+
+
+def identity(dist: Any) -> tuple[str | None, str | None]:
+    """The name and the version of a distribution, each None where its metadata does not tell."""
+    try:
+        metadata: Any = dist.metadata if dist else {}
+        return metadata.get("Name"), metadata.get("Version")
+    except Exception:  # noqa: BLE001 - the file is missing, or no text
+        return None, None

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from graftage._cli.errors import Reporting
+from graftage._values import identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ def _mounted(app: typer.Typer, name: str) -> Any:
 def _check_core(point: EntryPoint) -> None:
     from graftage import _plugins  # noqa: PLC0415 - only when a plugin's command is run
 
-    dist = point.dist
+    name, version = identity(point.dist)
     _plugins._check_core(  # noqa: SLF001 - one rule for all that plugins bring
         _plugins.Entry(
             name=point.name,
             kind="plugin",
-            distribution=dist.metadata["Name"] if dist else None,
-            version=dist.version if dist else None,
+            distribution=name,
+            version=version,
             entry_point=point,
         )
     )
@@ -116,7 +117,8 @@ def _entry_points() -> list[EntryPoint]:
 
 
 def _origin(point: EntryPoint) -> str:
-    return f"{point.dist.metadata['Name']} {point.dist.version}" if point.dist else "an unknown distribution"
+    name, version = identity(point.dist)
+    return f"{name} {version or ''}".rstrip() if name else "an unknown distribution"
 
 
 def _disabled() -> set[str]:

@@ -25,7 +25,7 @@ from graftage_lora._locate import CONFIG, WEIGHTS, entries, is_adapter, locate, 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore] # newer Pythons do not install it
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
