@@ -99,10 +99,8 @@ def test_a_system_prompt_is_sent_where_the_caller_gives_none_and_only_then(llm: 
     assert empty.usage.input_tokens < plain
 
 
-def test_the_default_model_answers_with_the_options_its_makers_advise_unless_others_are_given(llm: Any) -> None:
-    advised = {"temperature": 0.2, "top_p": 0.9}
-    plain = {llm.chat(FRANCE, max_tokens=12, options={"seed": seed}).text for seed in range(3)}
-    assert plain == {llm.chat(FRANCE, max_tokens=12, options={"seed": seed, **advised}).text for seed in range(3)}
+def test_the_default_model_answers_as_surely_as_it_can_unless_options_are_given(llm: Any) -> None:
+    assert {llm.chat(FRANCE, max_tokens=6).text.strip() for _ in range(3)} == {"The capital of France is Paris"}
     warm = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}
     assert len({llm.chat(FRANCE, max_tokens=12, options={"seed": seed, **warm}).text for seed in range(3)}) == 3
 

@@ -122,7 +122,7 @@ def test_the_engine_listens_on_loopback_and_wants_a_key_that_nobody_can_read(llm
     address, key = engine_.process.address, engine_.process.key
     assert address.startswith("http://127.0.0.1:")
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer "}):
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}):
         refused = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
         assert refused.status_code == 401
         assert not refused.headers.get("access-control-allow-origin")

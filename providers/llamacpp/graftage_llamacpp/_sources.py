@@ -195,7 +195,7 @@ class PackageSource:
     title: str
     licence: str
     advised: Mapping[str, Any] = field(default_factory=dict)
-    """Options that its makers advise, for requests that do not set them."""
+    """Options for requests that do not set them."""
 
     @property
     def label(self) -> str:
