@@ -710,7 +710,7 @@ def test_the_counters_of_a_chain_are_those_of_all_members(both: Any) -> None:
 def test_closing_a_chain_closes_all_members_whatever_one_of_them_says(both: Any) -> None:
     first, second = Echo(errors={"close": OSError("stuck")}), Second()
     llm = both.opened([first, second], model=MODEL)
-    with pytest.raises(ProviderError, match="stuck"):
+    with pytest.raises(ProviderError, match="OSError"):
         llm.close()
     assert second.closed
     llm.close()

@@ -613,7 +613,7 @@ def one_interaction(request: str, response: str) -> str:
     ("text", "complaint"),
     [
         ("a: [", "no valid YAML"),
-        ("[" * 100_000, "nested"),
+        ("[" * 100_000, "nested|maximum"),  # Newer YAML readers have a limit of their own.
         ("a: !!python/object/apply:os.getcwd []", "no valid YAML"),
         ("\x00", "no valid YAML"),
         ("- 1", "no mapping"),
