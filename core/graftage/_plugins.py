@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import importlib_metadata
 import pluggy
 
 import graftage
-from graftage._values import identity
+from graftage._values import entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
 if TYPE_CHECKING:
+    from importlib_metadata import EntryPoint
     from packaging.requirements import Requirement
 
 __all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
@@ -51,7 +51,7 @@ class Entry:
     """Why it is quarantined."""
     plugin: object | None = None
     hooks: tuple[str, ...] = ()
-    entry_point: importlib_metadata.EntryPoint | None = field(default=None, repr=False)
+    entry_point: EntryPoint | None = field(default=None, repr=False)
 
     @property
     def origin(self) -> str:
@@ -146,13 +146,9 @@ class Catalog:
         return sorted(self.entries, key=lambda entry: (entry.kind != "provider", entry.name, entry.origin))
 
     def _discover(self) -> list[Entry]:
-        return [
-            self._found(kind, point)
-            for group, kind in GROUPS.items()
-            for point in importlib_metadata.entry_points(group=group)
-        ]
+        return [self._found(kind, point) for group, kind in GROUPS.items() for point in entry_points(group)]
 
-    def _found(self, kind: Kind, point: importlib_metadata.EntryPoint) -> Entry:
+    def _found(self, kind: Kind, point: EntryPoint) -> Entry:
         name, version = identity(point.dist)
         state: State = "disabled" if point.name in self._disabled else "available"
         return Entry(name=point.name, kind=kind, distribution=name, version=version, state=state, entry_point=point)

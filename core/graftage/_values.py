@@ -1,11 +1,16 @@
-"""Small readings of what callers write."""
+"""Small readings: of what callers write, and of what is installed."""
 
 from __future__ import annotations
 
 import math
 import re
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from importlib_metadata import EntryPoint
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
@@ -45,6 +50,37 @@ def _from_text(text: str) -> float | None:
     if not body or _PART.sub("", body):
         return None
     return sign * sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(body))
+
+
+# --- What is installed: the one place that reads metadata ------------------------------------------------------------
+
+
+def entry_points(group: str) -> list[EntryPoint]:
+    """The entry points of a group, read from metadata: nothing is imported."""
+    import importlib_metadata  # noqa: PLC0415 - `import graftage` must stay light
+
+    try:
+        return list(importlib_metadata.entry_points(group=group))
+    except ValueError:  # The last release for Python 3.10 refuses all of them for one that is malformed.
+        distributions = {each.name: each for each in reversed(list(importlib_metadata.distributions()))}
+        return [point for each in distributions.values() for point in _points_of(each, group)]
+
+
+def _points_of(dist: Any, group: str) -> Iterable[EntryPoint]:
+    """The entry points of one distribution; a malformed reference is left to fail when it is loaded."""
+    import configparser  # noqa: PLC0415 - hardly ever needed
+    import importlib.metadata  # noqa: PLC0415
+
+    config = configparser.ConfigParser(delimiters="=", interpolation=None, strict=False)
+    config.optionxform = str  # type: ignore[method-assign, assignment] # names keep their case
+    try:
+        config.read_string(dist.read_text("entry_points.txt") or "")
+    except configparser.Error:
+        return
+    for name, value in config.items(group) if config.has_section(group) else ():
+        point: Any = importlib.metadata.EntryPoint(name, value, group)
+        point.dist = dist
+        yield point
 
 
 def identity(dist: Any) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
@@ -31,7 +31,6 @@ __all__ = [
     "Capabilities",
     "ChatRequest",
     "Chunk",
-    "Chunks",
     "CloseRequest",
     "ConnectRequest",
     "EmbedRequest",
@@ -822,6 +821,3 @@ class Stats:
     input_tokens: int = 0
     output_tokens: int = 0
     active_adapter: str | None = None
-
-
-Chunks: TypeAlias = Iterator[Chunk]

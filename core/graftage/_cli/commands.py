@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from graftage._cli.errors import Reporting
-from graftage._values import identity
+from graftage._values import entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ class Commands(Reporting):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of all that can be run, its own first."""
-        brought = {point.name for point in _entry_points()} - self.commands.keys() - _disabled()
+        brought = {point.name for point in entry_points(GROUP)} - self.commands.keys() - _disabled()
         return [*super().list_commands(ctx), *sorted(brought)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name, or None; nothing of a plugin is imported for it."""
         own = super().get_command(ctx, cmd_name)
-        points = [] if own else [point for point in _entry_points() if point.name == cmd_name]
+        points = [] if own else [point for point in entry_points(GROUP) if point.name == cmd_name]
         return _Brought(points) if points else own
 
 
@@ -108,12 +108,6 @@ def _check_core(point: EntryPoint) -> None:
             entry_point=point,
         )
     )
-
-
-def _entry_points() -> list[EntryPoint]:
-    from importlib_metadata import entry_points  # noqa: PLC0415 - most runs are of a command of our own
-
-    return list(entry_points(group=GROUP))
 
 
 def _origin(point: EntryPoint) -> str:
