@@ -1203,6 +1203,12 @@ def test_every_error_is_raised_in_the_hosts_own_words(both: Any, case: str) -> N
     assert caught.value.__cause__ is caught.value.error
 
 
+def test_an_error_that_the_host_does_not_translate_is_raised_as_it_is(both: Any) -> None:
+    llm = both.connect(Echo([GONE]), model=MODEL, translate_error=lambda error: None)
+    with pytest.raises(ConnectionFailed):
+        llm.chat("x")
+
+
 def test_a_call_after_a_failed_switch_is_translated_too(both: Any) -> None:
     llm = both.connect(Echo(), model=MODEL, translate_error=HostError)
     for act in (lambda: llm.use_adapter("no"), lambda: llm.chat("x")):

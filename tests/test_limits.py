@@ -232,6 +232,18 @@ def test_a_policy_that_answers_nonsense_fails_the_call_and_is_named(both: Any, a
     assert echo.requests == []
 
 
+@pytest.mark.parametrize(
+    "figures",
+    [{"context_window": -5}, {"keep_alive": math.nan}, {"concurrent_requests": "x"}, {"max_tokens": True}],
+    ids=str,
+)
+def test_a_limit_that_is_no_number_fails_the_call_and_names_the_policy(both: Any, figures: dict[str, Any]) -> None:
+    echo = Echo()
+    with pytest.raises(PluginError, match=rf"`m4` failed.*{next(iter(figures))}"):
+        both.connect(echo, model=MODEL, plugins=[Policy(lambda _: Limits(**figures), "m4")]).chat("x")
+    assert echo.requests == []
+
+
 def test_a_refusal_of_a_policy_passes_as_it_is_and_names_the_policy(both: Any) -> None:
     refusal = ResourceLimitExceeded("no room", limit="context_window", value=512, reason="0.3 GB free")
     llm = both.connect(Echo(), model=MODEL, plugins=[Policy(refusal, "m4")])

@@ -233,7 +233,9 @@ def as_it_is(error: GraftageError) -> Exception:
 
 def translated(error: GraftageError, translate: Translate) -> Exception:
     """An error as the host wants to see it, with the typed one as its cause."""
-    told = translate(error)
+    told: Any = translate(error)
+    if not isinstance(told, Exception):
+        return error  # A host that translates some errors may forget to hand on the others.
     if told is not error:
         told.__cause__ = error
     return told

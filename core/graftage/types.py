@@ -434,6 +434,17 @@ class Limits:
     warnings: tuple[str, ...] = ()
     """Notes that go onto the reply."""
 
+    def __post_init__(self) -> None:
+        for name in ("context_window", "max_tokens", "concurrent_requests", "queued_requests", "loaded_models"):
+            _check_figure(name, getattr(self, name), int)
+        _check_figure("keep_alive", self.keep_alive, (int, float))
+
+
+def _check_figure(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if value is not None and not (right and value >= 0):
+        raise ValueError(f"the limit `{name}` must be a number that is not negative, not {value!r}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsQuery:
