@@ -233,9 +233,9 @@ def as_it_is(error: GraftageError) -> Exception:
 
 def translated(error: GraftageError, translate: Translate) -> Exception:
     """An error as the host wants to see it, with the typed one as its cause."""
-    told: Any = translate(error)
-    if not isinstance(told, Exception):
-        return error  # A host that translates some errors may forget to hand on the others.
+    answer: Any = translate(error)
+    # A host that translates some errors may forget to hand on the others.
+    told: Exception = answer if isinstance(answer, Exception) else error
     if told is not error:
         told.__cause__ = error
     return told
