@@ -30,6 +30,14 @@ PATIENCE = 20.0
 """Seconds until a test that should have ended long ago fails instead of hanging."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, one alone has the server and one the engine: their tests count what is there."""
+    for item in items:
+        for group in ("live", "engine"):
+            if item.get_closest_marker(group):
+                item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def _offline(no_network: None) -> None:
     """Only loopback can be reached."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _MODES: Final = {"sync", "async"}
 """Parts of a test's id that do not make another cassette."""
 _claims = pytest.StashKey[set[Path]]()
+_TOLD = "graftage"
+"""What a worker of pytest-xdist tells its controller is under this name."""
 _orphans = pytest.StashKey[list[Path]]()
 _partial = pytest.StashKey[bool]()
 _passed = pytest.StashKey[bool]()
@@ -158,9 +160,22 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         items[0].config.stash[_partial] = True
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear from a worker of pytest-xdist what it has claimed: the controller itself collects nothing."""
+    told = getattr(node, "workeroutput", {}).get(_TOLD)
+    stash = node.config.stash
+    stash[_claims] |= {Path(each) for each in told["claims"]} if told else set()
+    stash[_partial] = stash.get(_partial, False) or not told or told["partial"]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a session that was whole and good if cassettes were left over."""
     config = session.config
+    output = getattr(config, "workeroutput", None)
+    if output is not None:
+        output[_TOLD] = {"claims": [str(each) for each in config.stash[_claims]], "partial": not _is_whole(session)}
+        return
     if not _is_whole(session):
         return
     claims = config.stash[_claims]
@@ -184,13 +199,12 @@ def _is_whole(session: pytest.Session) -> bool:
     config = session.config
     options = ("collectonly", "ignore", "ignore_glob", "lf", "stepwise")
     narrowed = (
-        config.args_source is pytest.Config.ArgsSource.ARGS
+        (config.args_source is pytest.Config.ArgsSource.ARGS and not hasattr(config, "workerinput"))
         or config.stash.get(_partial, False)
         or any(config.getoption(name, None) for name in options)
     )
-    # Workers of pytest-xdist see all tests but run some; their controller collects none.
-    distributed = hasattr(config, "workerinput") or not session.items
-    return not (narrowed or distributed or session.testsfailed or session.shouldstop or session.shouldfail)
+    nothing = not session.items and not config.stash[_claims]
+    return not (narrowed or nothing or session.testsfailed or session.shouldstop or session.shouldfail)
 
 
 # --- Time and network ------------------------------------------------------------------------------------------------
