@@ -674,6 +674,14 @@ def test_a_health_check_that_never_answers_is_an_answer_too() -> None:
     assert isinstance(health.error, ProviderTimeout)
 
 
+@pytest.mark.parametrize("level", ["model", "", None, 3])
+def test_a_level_of_health_that_there_is_not_is_refused_with_those_there_are(both: Any, level: Any) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="model_present"):
+        both.connect(echo, model=MODEL).health(level)
+    assert echo.requests == []
+
+
 # --- What providers do wrong -----------------------------------------------------------------------------------------
 
 

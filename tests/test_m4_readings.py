@@ -261,6 +261,14 @@ def test_a_machine_file_replays_everywhere_and_says_where_it_comes_from(path: Pa
     assert all(sample.source for sample in machine.readings)
 
 
+@pytest.mark.parametrize("text", ["[]", "5", "null", "{}", '{"format": 1, "readngs": []}', "{", "\x00"])
+def test_a_file_that_is_no_machine_file_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mini.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"mini\.json"):
+        read_machine(path)
+
+
 def test_a_recording_plays_in_its_own_time() -> None:
     clock = Clock()
     samples = [Sample(name="thermal", at=at, stdout=f"{level}") for at, level in [(0, 0), (60, 2), (30, 1)]]

@@ -659,6 +659,16 @@ def test_pruning_never_touches_what_is_not_provably_ours(
     assert fake.models == [MODEL, name]
 
 
+def test_a_merged_model_under_another_key_is_left_alone(merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+    llm = merging()
+    model = llm.use_adapter("ahoy").model
+    copy = model[:-12] + "abcdef012345"
+    fake.models.append(copy)
+    fake.derived[copy] = fake.derived[model]
+    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
+    assert made(fake) == [copy]
+
+
 def test_a_model_of_the_same_content_under_a_name_of_ones_own_is_left_alone(connect: Any, fake: FakeOllama) -> None:
     llm = connect()
     model = llm.use_adapter("ahoy").model
@@ -666,6 +676,32 @@ def test_a_model_of_the_same_content_under_a_name_of_ones_own_is_left_alone(conn
     fake.derived["mine:latest"] = fake.derived[model]
     llm.prune_adapters(dry_run=False)
     assert fake.models == [MODEL, "mine:latest"]
+
+
+def test_a_derived_model_that_somebody_made_his_own_is_left_alone(connect: Any, fake: FakeOllama) -> None:
+    llm = connect()
+    model = llm.use_adapter("ahoy").model
+    fake.derived[model] = {**fake.derived[model], "system": "You are a pirate."}
+    assert llm.prune_adapters(dry_run=False) == ()
+    assert made(fake) == [model]
+
+
+def test_a_copy_under_another_base_or_with_another_key_is_left_alone(connect: Any, fake: FakeOllama) -> None:
+    llm = connect()
+    model = llm.use_adapter("ahoy").model
+    copies = ["graftage-lora/mine:ahoy-" + model[-12:], model[:-12] + "abcdef012345"]
+    fake.models += copies
+    fake.derived.update(dict.fromkeys(copies, fake.derived[model]))
+    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
+    assert made(fake) == copies
+
+
+def test_a_model_whose_base_has_gone_cannot_be_proven_and_stays(connect: Any, fake: FakeOllama) -> None:
+    llm = connect()
+    model = llm.use_adapter("ahoy").model
+    fake.models.remove(MODEL)
+    assert llm.prune_adapters(dry_run=False) == ()
+    assert fake.models == [model]
 
 
 def test_pruning_keeps_what_it_is_told_to(connect: Any, fake: FakeOllama) -> None:

@@ -32,6 +32,7 @@ from graftage.exceptions import (
 from graftage.retry import Budget
 from graftage.settings import Settings
 from graftage.types import (
+    HEALTH_LEVELS,
     Adapter,
     AdapterInfo,
     Call,
@@ -460,6 +461,9 @@ class Session:
     ) -> Health:
         """How well the provider is, remembered for a little while; callers at one time share one check."""
         self._require_open()
+        with telling(self.translate):
+            if level not in HEALTH_LEVELS:
+                raise RequestRejected(f"There is no level {level!r}.", hint=f"Use one of {', '.join(HEALTH_LEVELS)}.")
         needs_model = level in ("model_present", "model_loaded", "answers")
         chosen = self.choose_model(model) if needs_model else None
         timeouts = self.timeouts(timeout)

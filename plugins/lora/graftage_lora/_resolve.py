@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Resolver"]
 
-MODEL: Final = re.compile(r"\w[\w.-]*(?:/[\w.-]+){0,3}(?::[\w.-]+)?", re.ASCII)
+MODEL: Final = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){0,3}(?::\w[\w.-]*)?", re.ASCII)
 """How providers name their models."""
 REMEMBERED: Final = 64
 """Adapters whose facts are kept: a chat that names its adapter must not read it each time."""

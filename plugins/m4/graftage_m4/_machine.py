@@ -162,8 +162,9 @@ def read_machine(path: Path) -> MachineFile:
         machine = MachineFile.model_validate(json.loads(data))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        close = difflib.get_close_matches(str(first["loc"][-1]), {*MachineFile.model_fields, *Sample.model_fields}, n=1)
+        where = ".".join(map(str, first["loc"])) or "the top"
+        key = str(first["loc"][-1]) if first["loc"] else ""
+        close = difflib.get_close_matches(key, {*MachineFile.model_fields, *Sample.model_fields}, n=1)
         way = f"Did you mean `{close[0]}`?" if close and "extra" in first["type"] else hint
         raise SettingsError(f"The machine file {path} is wrong at `{where}`: {first['msg']}.", hint=way) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -320,7 +320,13 @@ class _ReadingBase:
     def _interrupted(self, error: StreamInterrupted | None = None) -> StreamInterrupted:
         """The error for a stream that ended before its last event. An engine that is killed ends it without a word."""
         ended = self._granted.process.how_it_ended(PATIENCE) if self._granted else None
-        what = f"the engine {ended}" if ended else "the engine closed the connection"
+        what = (
+            f"the engine was {ended}"
+            if ended and ended.startswith("killed")
+            else f"the engine {ended}"
+            if ended
+            else "the engine closed the connection"
+        )
         failed = StreamInterrupted(
             f"The answer ended before it was done: {what}.",
             retryable=not self._begun,

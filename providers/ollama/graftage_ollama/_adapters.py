@@ -278,8 +278,8 @@ class Adapters:
             await self._wire.ask(request.call, "load_adapter", "POST", "/api/create", derived.body)
         except PASSING as error:
             why = f"the server refused to make the model ({_cause(error)})"
-            if memory is not None and isinstance(error, (RequestRejected, CapabilityUnsupported)):
-                memory.reason = why
+            if memory is not None and "adapter" in str(error.details.get("server_message", error)).lower():
+                memory.reason = why  # Other refusals may be of this one request.
             raise _Passed(why) from error
         model = await self._show_if_there(request.call, derived.name)
         if model is not None and derived.proves(model):
@@ -366,12 +366,22 @@ class Adapters:
             if not _chosen(model, request):
                 continue
             found = await self._show_if_there(request.call, model.name, "prune_adapters")
-            if found is None or not _is_ours(found):
+            if found is None or not await self._is_ours(request.call, found, models):
                 continue
             if not request.dry_run:
                 await self._delete(request.call, "prune_adapters", model.name)
             gone.append(replace(model, adapters=found.adapters or (str(found.metadata[MARK]),)))
         return tuple(gone)
+
+    async def _is_ours(self, call: Call, model: ModelInfo, models: Sequence[ModelInfo]) -> bool:
+        """Whether a model is what its name promises and nothing more: a base that is still there must prove it."""
+        promised = _convert.canonical(model.name).partition("/")[2].partition(":")[0]
+        for each in models:
+            if promised in {_slug(name, PART_LENGTH) for name in (each.name, each.name.removesuffix(":latest"))}:
+                base = await self._show_if_there(call, each.name, "prune_adapters")
+                if base is not None and _made_from(base, model):
+                    return True
+        return False
 
 
 # --- What is remembered of a server ----------------------------------------------------------------------------------
@@ -418,12 +428,20 @@ def _weights(model: ModelInfo) -> tuple[str, ...]:
     return _convert.digests(str(model.raw.get("modelfile") or ""), "FROM")
 
 
-def _is_ours(model: ModelInfo) -> bool:
-    """Whether a model of our namespace holds what its name promises."""
-    key = model.name.rpartition("-")[2]
+def _made_from(base: ModelInfo, model: ModelInfo) -> bool:
+    """Whether a model is the base with one adapter, by the key in its name, and is otherwise the base unchanged."""
+    key, weights = model.name.rpartition("-")[2], _weights(base)
+    if _settings(model) != _settings(base):
+        return False  # Somebody has made it his own.
     if isinstance(mark := model.metadata.get(MARK), str):
-        return mark.startswith("sha256:") and re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", key) is not None
-    return any(key == _key("native", digest, _weights(model)) for digest in model.adapters)
+        return key == _key("merged", mark, weights)
+    return _weights(model) == weights and any(key == _key("native", digest, weights) for digest in model.adapters)
+
+
+def _settings(model: ModelInfo) -> tuple[Any, ...]:
+    """What a model says beside its weights."""
+    raw = model.raw
+    return model.template, model.system, _convert.parameters(str(raw.get("parameters") or "")), raw.get("messages")
 
 
 def _chosen(model: ModelInfo, request: PruneAdaptersRequest) -> bool:
