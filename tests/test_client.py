@@ -664,6 +664,91 @@ def test_the_backstop_ends_a_stream_that_stands_still_and_keeps_what_came() -> N
     asyncio.run(main())
 
 
+def test_a_stream_that_nobody_reads_gives_its_slot_back_at_its_deadline() -> None:
+    async def main() -> None:
+        echo = Echo([[Chunk(text="a"), Pause(), Chunk(finish_reason="stop")], "free"])
+        async with graftage.connect_async(echo, model=MODEL, concurrency=1) as llm:
+            stream = await llm.chat("x", timeout=0.01, stream=True)
+            assert (await llm.chat("y", timeout=5)).text == "free"
+            with pytest.raises(ProviderTimeout) as caught:
+                [chunk async for chunk in stream]
+            assert caught.value.partial is not None
+            assert (caught.value.partial.text, llm.stats().running) == ("a", 0)
+
+    asyncio.run(main())
+
+
+def test_two_tasks_that_read_one_stream_lose_nothing() -> None:
+    async def main() -> list[str]:
+        words = "".join(f"w{number} " for number in range(50))
+        async with graftage.connect_async(Echo([words]), model=MODEL) as llm:
+            stream = await llm.chat("x", stream=True)
+
+            async def read() -> list[str]:
+                return [chunk.text async for chunk in stream]
+
+            parts = await asyncio.gather(read(), read(), read())
+            assert stream.reply.text == words
+            return sorted(word for part in parts for word in part)
+
+    assert [word for word in asyncio.run(main()) if word] == sorted(f"w{number} " for number in range(50))
+
+
+@pytest.mark.parametrize("place", ["chat", "policy", "resolver"])
+def test_a_stop_iteration_of_sync_code_never_hangs_an_async_client(place: str) -> None:
+    class Stopping:
+        name = "stopping"
+
+        @hookimpl
+        def resource_limits(self, query: Any) -> Any:
+            return next(iter(())) if place == "policy" else None
+
+        @hookimpl
+        def resolve_adapter(self, request: Any) -> Any:
+            return next(iter(()))
+
+    async def main() -> None:
+        echo = Echo([StopIteration()] if place == "chat" else [], without=SYNC_ONLY)
+        async with graftage.connect_async(echo, model=MODEL, plugins=[Stopping()]) as llm:
+            with pytest.raises(GraftageError):
+                await asyncio.wait_for(llm.chat("x", adapter="a" if place == "resolver" else None), 5)
+
+    asyncio.run(main())
+
+
+def test_a_stream_dropped_by_the_garbage_collector_never_waits_for_a_lock() -> None:
+    llm = graftage.connect(Echo(), model=MODEL, concurrency=1)
+    before = gc.get_threshold()
+    gc.set_threshold(3, 2, 2)  # So often that it runs inside every locked block.
+    try:
+        for _ in range(50):
+            cycle: list[Any] = [llm.chat("a b", stream=True)]
+            cycle.append(cycle)
+            next(cycle[0])
+            del cycle
+            gc.collect()
+    finally:
+        gc.set_threshold(*before)
+    assert (llm.stats().running, llm.chat("x", timeout=5).text) == (0, "x")
+
+
+@pytest.mark.parametrize("timeout", [1e10, 10**400], ids=["long", "longer"])
+def test_a_timeout_no_clock_can_hold_is_refused(both: Any, timeout: Any) -> None:
+    with pytest.raises(RequestRejected, match="timeout"):
+        both.connect(Echo(), model=MODEL).chat("x", timeout=timeout)
+    with pytest.raises(RequestRejected, match="keep_alive"):
+        both.connect(Echo(), model=MODEL).chat("x", keep_alive=10**400)
+
+
+def test_a_server_that_repeats_the_key_does_not_get_it_into_the_error(both: Any) -> None:
+    key = "canary-in-the-key"
+    refusal = RequestRejected(f"bad header {key}", hint=key, details={"server_message": f"Bearer {key}", "n": [key]})
+    llm = both.connect(Echo([refusal]), model=MODEL, api_key=key)
+    with pytest.raises(RequestRejected) as caught:
+        llm.chat("x")
+    assert key not in str(caught.value) + repr(caught.value) + str(caught.value.to_dict())
+
+
 def test_a_health_check_that_never_answers_is_an_answer_too() -> None:
     async def main() -> Health:
         async with graftage.connect_async(Deaf(), model=MODEL) as llm:

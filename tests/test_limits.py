@@ -234,7 +234,14 @@ def test_a_policy_that_answers_nonsense_fails_the_call_and_is_named(both: Any, a
 
 @pytest.mark.parametrize(
     "figures",
-    [{"context_window": -5}, {"keep_alive": math.nan}, {"concurrent_requests": "x"}, {"max_tokens": True}],
+    [
+        {"context_window": -5},
+        {"keep_alive": math.nan},
+        {"concurrent_requests": "x"},
+        {"max_tokens": True},
+        {"unload": "abc"},
+        {"wait_for": (5,)},
+    ],
     ids=str,
 )
 def test_a_limit_that_is_no_number_fails_the_call_and_names_the_policy(both: Any, figures: dict[str, Any]) -> None:
@@ -366,6 +373,27 @@ def test_waiting_for_a_model_ends_with_the_calls_time_and_leaves_the_line(both: 
         assert (llm.stats().waiting, llm.stats().running) == (0, 1)
     pause.release()
     assert llm.chat("z", model="b:1").model == "b:1"
+
+
+def test_a_waiter_that_gives_up_while_a_model_becomes_free_harms_nobody() -> None:
+    async def main() -> None:
+        echo, _ = held()
+        async with graftage.connect_async(echo, model="a:1", plugins=[Policy(only_one)]) as llm:
+            for steps in range(12):
+                stream = await llm.chat("x", stream=True)
+                waiting = asyncio.create_task(llm.chat("y", model="b:1"))
+                while llm.stats().waiting < 1:
+                    await asyncio.sleep(0.001)
+                waiting.cancel()
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                await stream.aclose()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+                assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+                echo._script.appendleft([Chunk(text="a"), Pause(), END])
+
+    asyncio.run(main())
 
 
 def test_force_overrides_a_refusal_and_the_reply_says_so(both: Any) -> None:

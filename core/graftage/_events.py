@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,17 +54,28 @@ class Counters:
     input_tokens: int = 0
     output_tokens: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _changes: deque[dict[str, int]] = field(default_factory=deque, repr=False)
 
     def add(self, **changes: int) -> None:
         """Change several counters at once."""
-        with self._lock:
-            for name, change in changes.items():
-                setattr(self, name, getattr(self, name) + change)
+        # A stream's `__del__` may come here from the garbage collector while its thread holds the lock: never wait.
+        self._changes.append(changes)
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._changes and self._lock.acquire(blocking=False):
+            try:
+                while self._changes:
+                    for name, change in self._changes.popleft().items():
+                        setattr(self, name, getattr(self, name) + change)
+            finally:
+                self._lock.release()
 
     def snapshot(self, active_adapter: str | None) -> Stats:
         """The counters as they are now."""
+        self._settle()
         with self._lock:
-            return Stats(
+            stats = Stats(
                 calls=self.calls,
                 failures=self.failures,
                 retries=self.retries,
@@ -73,6 +85,8 @@ class Counters:
                 output_tokens=self.output_tokens,
                 active_adapter=active_adapter,
             )
+        self._settle()
+        return stats
 
 
 class Emitter:

@@ -105,6 +105,7 @@ class _Pulled:
 
     def __init__(self, chunks: Iterator[Any]) -> None:
         self.chunks = chunks
+        self.on_late: Callable[[], None] = _nothing
 
     async def pull(self) -> Any:
         return next(self.chunks, None)
@@ -134,17 +135,17 @@ class Awaiting:
     async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
         if f"a{hook}" in relay.hooks:
             return await _until(relay.call(f"a{hook}", request), call)
-        return await _until(asyncio.to_thread(relay.call, hook, request), call)
+        return await _until(asyncio.to_thread(_no_stop, relay.call, hook, request), call)
 
     async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         if f"a{hook}" in relay.hooks:
             return _Awaited(relay.call(f"a{hook}", request), call)
-        return _Awaited(_in_threads(await asyncio.to_thread(relay.call, hook, request)), call)
+        return _Awaited(_in_threads(await asyncio.to_thread(_no_stop, relay.call, hook, request)), call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         token = _loop.set(asyncio.get_running_loop())
         try:
-            return await asyncio.to_thread(function, *arguments)
+            return await asyncio.to_thread(_no_stop, function, *arguments)
         finally:
             _loop.reset(token)
 
@@ -198,6 +199,14 @@ async def _in_threads(chunks: Iterator[Any]) -> AsyncIterator[Any]:
                 await asyncio.to_thread(close)
 
 
+def _no_stop(function: Callable[..., T], *arguments: Any) -> T:
+    """Call; a `StopIteration` cannot be set on asyncio's futures: whoever awaits one would wait for ever."""
+    try:
+        return function(*arguments)
+    except StopIteration as error:
+        raise RuntimeError("a hook let StopIteration out") from error
+
+
 class _Awaited:
     """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
 
@@ -211,6 +220,8 @@ class _Awaited:
         self._reader: asyncio.Task[Any] | None = None
         self._read = asyncio.Event()
         self._over: Literal["late", "closed"] | None = None
+        self.on_late: Callable[[], None] = _nothing
+        """Is called where the deadline passes while nobody reads: what the call holds must not wait for a reader."""
         self._timer: asyncio.TimerHandle | None = None
         if call.deadline != math.inf:
             delay = max(call.deadline + GRACE - time.monotonic(), 0)
@@ -220,10 +231,15 @@ class _Awaited:
         self._over = self._over or why
         if self._reader is not None:
             self._reader.cancel()
+        elif why == "late":
+            self.on_late()
 
     async def pull(self) -> Any:
         if self._over is not None:
             return self._at_the_end()
+        if self._reader is not None:
+            await self._read.wait()  # Another task reads: each chunk goes to one of them, and none is lost.
+            return await self.pull()
         self._reader = asyncio.current_task()
         self._read.clear()
         cancels = _cancels(self._reader)
@@ -254,11 +270,16 @@ class _Awaited:
             self._timer.cancel()
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._end("closed")
-            await self._read.wait()
+            with contextlib.suppress(_AsyncTimeout):  # A provider that will not be cancelled is left to itself.
+                await asyncio.wait_for(self._read.wait(), GRACE)
         self._over = self._over or "closed"
         close = getattr(self._chunks, "aclose", None)
         if close is not None:
             await close()
+
+
+def _nothing() -> None:
+    """The `on_late` of a stream that holds nothing."""
 
 
 def _cancels(task: asyncio.Task[Any] | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -93,6 +93,36 @@ class Gate:
         self._models: Counter[str] = Counter()
         self._movers: list[_Move] = []
         self.running = 0
+        self._returns: deque[str | None] = deque()
+        """Slots (None) and models given back and not yet booked. `__del__` of a stream may run within `with
+        self._lock` of its own thread, so giving back never waits for the lock: whoever has it books it."""
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._returns and self._lock.acquire(blocking=False):
+            movers: list[_Move] = []
+            try:
+                while self._returns:
+                    model = self._returns.popleft()
+                    if model is None:
+                        self.running -= 1
+                    else:
+                        self._models[model] -= 1
+                        movers += self._movers
+                        self._movers = []
+                self._grant()
+            finally:
+                self._lock.release()
+            for moved in movers:
+                if moved.set_running_or_notify_cancel():
+                    moved.set_result(None)
 
     def enter(self, limit: int | None, queued: int | None = None) -> Future[None]:
         """Ask for a slot: the future is done when it is granted.
@@ -103,7 +133,7 @@ class Gate:
             Overloaded: more than `queued` are waiting already.
         """
         waiter = _Waiter(Future(), limit)
-        with self._lock:
+        with self._locked():
             if queued is not None and self._full(limit) and len(self._waiting) >= queued:
                 raise Overloaded(
                     f"{self.running} requests are running and {len(self._waiting)} are waiting; no more may wait.",
@@ -116,32 +146,32 @@ class Gate:
     def withdraw(self, granted: Future[None]) -> None:
         """Stop waiting. A slot that was granted in the meantime is given back."""
         if isinstance(granted, _Move):
-            with self._lock, contextlib.suppress(ValueError):
+            with self._locked(), contextlib.suppress(ValueError):
                 self._movers.remove(granted)
         elif not granted.cancel():
             self.leave()
         else:
-            with self._lock:
+            with self._locked():
                 self._waiting = deque(each for each in self._waiting if each.granted is not granted)
                 self._grant()
 
     def leave(self) -> None:
         """Give a slot back."""
-        with self._lock:
-            self.running -= 1
-            self._grant()
+        self._returns.append(None)
+        self._settle()
 
     def use(self, model: str, change: int) -> None:
         """Note that a request starts (1) or stops (-1) using a model."""
-        with self._lock:
-            self._models[model] += change
-            movers, self._movers = (self._movers, []) if change < 0 else ([], self._movers)
-        for moved in movers:
-            moved.set_result(None)
+        if change < 0:
+            self._returns.append(model)
+            self._settle()
+        else:
+            with self._locked():
+                self._models[model] += change
 
     def in_use(self) -> dict[str, int]:
         """Models that requests are using or will use, and how many requests."""
-        with self._lock:
+        with self._locked():
             return {model: count for model, count in self._models.items() if count > 0}
 
     def busy(self, models: Iterable[str]) -> bool:
@@ -152,7 +182,7 @@ class Gate:
     def moved(self) -> Future[None]:
         """Is done when some request has stopped using its model; give it to `withdraw` when it is not needed."""
         moved = _Move()
-        with self._lock:
+        with self._locked():
             self._movers.append(moved)
         return moved
 

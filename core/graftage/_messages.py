@@ -65,6 +65,8 @@ def read_messages(value: Messages, images: Sequence[ImageLike] | None = None) ->
 def read_message(value: MessageLike) -> Message:
     """One message."""
     if isinstance(value, Message):
+        if not isinstance(value.content, str):
+            raise _rejected("the `content` of a message must be a text", value.content)
         return value
     if isinstance(value, str):
         return Message(role="user", content=value)
@@ -137,7 +139,7 @@ def _read_tool_call(value: Any, place: int) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestRejected(
                 f"The arguments of the tool call `{name}` are not JSON.", hint="Give a mapping, or JSON of an object."
             ) from error

@@ -18,9 +18,10 @@ from graftage._io import IO, has
 from graftage._limits import Gate
 from graftage._plugins import Entry, Relay
 from graftage._stream import Run, Translate, as_it_is, telling, typed_error
-from graftage._values import keep_alive_seconds
+from graftage._values import hidden, keep_alive_seconds
 from graftage.exceptions import (
     CapabilityUnsupported,
+    GraftageError,
     ModelNotFound,
     PluginError,
     ProviderError,
@@ -137,7 +138,17 @@ class Session:
             release=lambda: self.counters.add(running=-1),
             count=self._count,
             translate=self.translate,
+            hide=self.hide,
         )
+
+    def hide(self, error: GraftageError) -> None:
+        """Take secrets out of what an error says: a server may repeat the headers it got."""
+        settings = self.settings
+        secrets = [each.get_secret_value() for each in (settings.api_key, *settings.headers.values()) if each]
+        for secret in secrets:
+            error.args = tuple(hidden(each, secret) for each in error.args)
+            for name, value in vars(error).items():
+                setattr(error, name, hidden(value, secret))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -230,6 +241,7 @@ class Session:
                 request = await self._inference_request(run, operation, want, model)
                 run.begin_fold()
                 run.source = await self.io.open(self.relay, operation, request, run.call)
+                run.source.on_late = run.end
             return run, await run.pull()
         except Exception as error:
             if run.adapter and is_missing(error):
@@ -492,6 +504,7 @@ class Session:
             raise
         except Exception as error:  # noqa: BLE001 - what went wrong is the answer
             typed = typed_error(error, self.provider)
+            self.hide(typed)
             found = Health(level=request.level, reachable=False, model=request.model, error=typed)
         except BaseException:
             flight.land(None)  # Those who joined are told that this caller gave up.

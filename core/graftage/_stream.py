@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -26,6 +26,8 @@ Translate = Callable[[GraftageError], Exception]
 
 class Source(Protocol):
     """The chunks of a provider, pulled one by one."""
+
+    on_late: Callable[[], None]
 
     async def pull(self) -> Any:
         """The next chunk, or None at the end."""
@@ -115,6 +117,8 @@ class Run:
     """Gives back what the call holds; done once, at its end."""
     count: Callable[..., None]
     translate: Translate
+    hide: Callable[[GraftageError], None] = field(default=lambda _: None)
+    """Takes secrets out of what an error says: a server may repeat the headers it got."""
     parse: Parse | None = None
     adapter: str | None = None
     limits: Limits | None = None
@@ -145,7 +149,7 @@ class Run:
 
     async def pull(self) -> Chunk | None:
         """The next chunk; None after the last one. Ends the run at the last chunk, and on any error."""
-        if self.source is None or self.fold is None or self.ended:
+        if self.source is None or self.fold is None or self.stopped or self.reply is not None:
             return None
         with self.failing():
             return await self._pull(self.source, self.fold)
@@ -215,6 +219,7 @@ class Run:
             self.emit("finish")  # Cancelled or interrupted by the caller: not a failure.
             return error
         typed = typed_error(error, self.provider)
+        self.hide(typed)
         if isinstance(typed, ProviderError):
             typed.provider = typed.provider or self.provider
             typed.model = typed.model or self.model or None

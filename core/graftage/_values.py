@@ -29,9 +29,25 @@ def keep_alive_seconds(value: Any) -> float | None:
     if isinstance(value, timedelta):
         value = value.total_seconds()
     seconds = _from_text(value) if isinstance(value, str) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or math.isnan(seconds):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds != seconds:  # noqa: PLR0124 - NaN
         raise ValueError(f"keep_alive must be seconds, a text such as '5m' or '1h30m', or -1 for ever, not {value!r}")
-    return math.inf if seconds < 0 else float(seconds)
+    if seconds < 0:
+        return math.inf
+    try:
+        return float(seconds)
+    except OverflowError as error:
+        raise ValueError("keep_alive is larger than any number of seconds; -1 is for ever") from error
+
+
+def hidden(value: Any, secret: str) -> Any:
+    """The same text, mapping or tuple without the secret."""
+    if isinstance(value, str):
+        return value.replace(secret, "***")
+    if isinstance(value, dict):
+        return {key: hidden(each, secret) for key, each in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(hidden(each, secret) for each in value)
+    return value
 
 
 def plain_name(model: str) -> str:

@@ -414,7 +414,10 @@ class _LineReader:
             self._rest.append(rest)
             self._size += len(rest)
             if self._size > MAX_LINE:
-                raise _too_large(MAX_LINE)
+                raise ProtocolError(
+                    f"A line of the answer is longer than {MAX_LINE} bytes.",
+                    hint="No model writes so much at once: is it the right service?",
+                )
         return lines
 
     def end(self) -> list[bytes]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACTIVE",
     "HEALTH_LEVELS",
+    "LONGEST",
     "Adapter",
     "AdapterChoice",
     "AdapterInfo",
@@ -438,6 +439,10 @@ class Limits:
         for name in ("context_window", "max_tokens", "concurrent_requests", "queued_requests", "loaded_models"):
             _check_figure(name, getattr(self, name), int)
         _check_figure("keep_alive", self.keep_alive, (int, float))
+        for name in ("unload", "wait_for", "warnings"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+                raise ValueError(f"the limit `{name}` must be a tuple of texts, not {value!r}")
 
 
 def _check_figure(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
@@ -475,6 +480,10 @@ class LimitsQuery:
 # --- Settings and calls ----------------------------------------------------------------------------------------------
 
 
+LONGEST: Final = 366 * 86400.0
+"""Seconds: more than that is a mistake, and some clocks of the system overflow."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
     """The four limits on a call, in seconds. All are finite."""
@@ -491,9 +500,10 @@ class Timeouts:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LONGEST:
                 raise ValueError(
-                    f"the timeout `{each.name}` must be a number of seconds above 0 and finite, not {value!r}"
+                    f"the timeout `{each.name}` must be a number of seconds above 0 and finite (a year at most), "
+                    f"not {str(value)[:40]}"
                 )
 
 
