@@ -30,6 +30,7 @@ PATIENCE = 20.0
 """Seconds until a test that should have ended long ago fails instead of hanging."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, one alone has the server and one the engine: their tests count what is there."""
     for item in items:

@@ -245,12 +245,16 @@ def parent(engine_store: Path) -> Iterator[Any]:
     started: list[tuple[subprocess.Popen[str], int]] = []
 
     def start(then: str) -> tuple[subprocess.Popen[str], int]:
-        code = PARENT + then
-        host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        code = f"{PARENT}sys.stdin.readline()\n{then}"
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        host = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+        assert host.stdin is not None
         assert host.stdout is not None
         pid = int(host.stdout.readline())
         started.append((host, pid))
         assert is_engine(pid)
+        host.stdin.write("\n")  # Only now may it end.
+        host.stdin.flush()
         return host, pid
 
     yield start

@@ -124,7 +124,7 @@ class LlamaCppConnection:
         notes = _window_notes(stored, request.context_window)
         top = bool(request.options.get("top_logprobs"))
         return replace(
-            job, path=path, body={**stored.advised, **body}, answer=lambda: Answer(stored.name, top=top, notes=notes)
+            job, path=path, body={**_advised(stored, request), **body}, answer=lambda: Answer(stored.name, top=top, notes=notes)
         )
 
     def _stream(self, request: ChatRequest | GenerateRequest, prepare: Callable[[Stored], Job]) -> Iterator[Chunk]:
@@ -519,6 +519,12 @@ class LlamaCppConnection:
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def _advised(stored: Stored, request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+    """The options for what the caller leaves open. JSON repeats its marks, so nothing may hold that against it."""
+    bound = request.format is not None
+    return {name: value for name, value in stored.advised.items() if not (bound and name == "repeat_penalty")}
 
 
 def _window_notes(stored: Stored, wanted: int | None) -> tuple[str, ...]:
