@@ -124,7 +124,10 @@ class LlamaCppConnection:
         notes = _window_notes(stored, request.context_window)
         top = bool(request.options.get("top_logprobs"))
         return replace(
-            job, path=path, body={**_advised(stored, request), **body}, answer=lambda: Answer(stored.name, top=top, notes=notes)
+            job,
+            path=path,
+            body={**_advised(stored, request), **body},
+            answer=lambda: Answer(stored.name, top=top, notes=notes),
         )
 
     def _stream(self, request: ChatRequest | GenerateRequest, prepare: Callable[[Stored], Job]) -> Iterator[Chunk]:
