@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 from graftage.hookspecs import hookimpl
 
@@ -30,13 +31,15 @@ PATIENCE = 20.0
 """Seconds until a test that should have ended long ago fails instead of hanging."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, one alone has the server and one the engine: their tests count what is there."""
-    for item in items:
-        for group in ("live", "engine"):
-            if item.get_closest_marker(group):
-                item.add_marker(pytest.mark.xdist_group(group))
+@pytest.fixture(autouse=True)
+def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With several workers, one test at a time has the real server: each counts what is there."""
+    if request.node.get_closest_marker("live") is None:
+        yield
+        return
+    # The folder above that of a worker is the same for all of them.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "live.lock"):
+        yield
 
 
 @pytest.fixture(autouse=True)
