@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 __all__ = ["ARCHITECTURES", "GgufError", "Header", "Tensor", "check_adapter", "check_model", "read"]
@@ -30,6 +30,8 @@ MAX_ENTRIES: Final = 1 << 22
 LONG: Final = 1024
 """Entries above which a list is none of figures, one for each layer, but belongs to the vocabulary."""
 MAX_STRING: Final = 1 << 20
+LENGTH: Final = struct.Struct("<Q")
+"""What stands before each text."""
 MAX_NAME: Final = 255
 """Bytes of a key; ggml's limit for a tensor's name is 63."""
 MAX_DIMENSIONS: Final = 4
@@ -277,11 +279,29 @@ class _Reader:
             raise GgufError(f"the list `{key}` holds values of type {kind}, which is not allowed")
         if count * 8 > self._limit - self._place:  # Each text has a length of 8 bytes at least.
             raise GgufError(f"the list `{key}` is longer than the file")
-        texts = (self._text(key) for _ in range(count))
+        texts = self._texts(key, count)
         if keep:
-            return list(texts)
+            return [text.decode(errors="replace") for text in texts]
         deque(texts, maxlen=0)
         return None
+
+    def _texts(self, key: str, count: int) -> Iterator[bytes]:
+        """Many texts. Vocabularies have a hundred thousand and more: this loop is most of the time of a first look."""
+        read, length_of, limit, place = self._file.read, LENGTH.unpack, self._limit, self._place
+        for _ in range(count):
+            prefix = read(LENGTH.size)
+            place += LENGTH.size
+            if place > limit or len(prefix) != LENGTH.size:
+                raise self._ended(place)
+            (length,) = length_of(prefix)
+            if length > MAX_STRING:
+                raise _too_many(f"bytes of text in `{key}`", length, MAX_STRING)
+            text = read(length)
+            place += length
+            if place > limit or len(text) != length:
+                raise self._ended(place)
+            yield text
+        self._place = place
 
     def _name(self, what: str) -> str:
         length = self._number("Q")
@@ -303,18 +323,27 @@ class _Reader:
     def _take(self, count: int) -> bytes:
         self._place += count
         if self._place > self._limit:
-            if self._limit < self._size:
-                raise GgufError(f"its head is larger than {MAX_HEADER} bytes")
-            raise GgufError("it is cut: it ends within its head")
+            raise self._ended(self._place)
         data = self._file.read(count)
         if len(data) != count:
-            raise GgufError("it became shorter while it was read")
+            raise self._ended(self._place)
         return data
+
+    def _ended(self, place: int) -> GgufError:
+        if place <= self._limit:
+            return GgufError("it became shorter while it was read")
+        if self._limit < self._size:
+            return GgufError(f"its head is larger than {MAX_HEADER} bytes")
+        return GgufError("it is cut: it ends within its head")
 
 
 def _bound(what: str, count: int, most: int) -> None:
     if count > most:
-        raise GgufError(f"it claims {count} {what}; more than {most} are not read")
+        raise _too_many(what, count, most)
+
+
+def _too_many(what: str, count: int, most: int) -> GgufError:
+    return GgufError(f"it claims {count} {what}; more than {most} are not read")
 
 
 def _alignment(metadata: Mapping[str, Any]) -> int:

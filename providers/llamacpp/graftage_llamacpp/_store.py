@@ -81,7 +81,7 @@ class Store:
         self.known = KNOWN if known is None else known
         self._folder: Path | None = None
         self._looked_at: dict[tuple[str, int, int], Header] = {}
-        self._lock = threading.Lock()
+        self._reading = threading.Lock()
 
     @property
     def folder(self) -> Path:
@@ -194,13 +194,14 @@ class Store:
     def _header(self, path: Path) -> Header:
         status = path.stat()
         key = (str(path), status.st_size, status.st_mtime_ns)
-        with self._lock:
-            known = self._looked_at.get(key)
+        known = self._looked_at.get(key)
         if known is None:
-            known = _gguf.read(path, long_lists=False)
-            with self._lock:
-                self._looked_at = {old: each for old, each in self._looked_at.items() if old[0] != key[0]}
-                self._looked_at[key] = known
+            with self._reading:  # A vocabulary takes a tenth of a second: callers that come together read it once.
+                known = self._looked_at.get(key)
+                if known is None:
+                    known = _gguf.read(path, long_lists=False)
+                    kept = {old: each for old, each in self._looked_at.items() if old[0] != key[0]}
+                    self._looked_at = {**kept, key: known}
         return known
 
     def _stored(self, path: Path, header: Header) -> Stored:
