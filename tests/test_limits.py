@@ -272,6 +272,26 @@ def test_policies_run_outside_the_event_loop() -> None:
     assert asyncio.run(main())
 
 
+def test_a_policy_that_hangs_delays_a_call_no_longer_than_its_deadline(both: Any) -> None:
+    echo, hanging = Echo(), threading.Event()
+    stuck = Policy(lambda query: None if query.prompt_characters == 1 else hanging.wait() and None, "slow")
+    llm = both.connect(echo, model=MODEL, plugins=[stuck])
+    try:
+        with pytest.raises(ProviderTimeout, match=r"`slow` did not answer within 0\.2 s") as caught:
+            llm.chat("long", timeout=0.2)
+        assert (caught.value.phase, echo.requests) == ("total", [])
+        assert llm.chat("x").text == "x"
+        assert llm.stats().running == 0
+    finally:
+        hanging.set()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("mine"), StopIteration("mine")], ids=repr)
+def test_what_a_policy_raises_is_never_taken_for_an_end_of_the_waiting(both: Any, error: Exception) -> None:
+    with pytest.raises(PluginError, match=rf"`odd` failed with {type(error).__name__}: mine"):
+        both.connect(Echo(), model=MODEL, plugins=[Policy(error, "odd")]).chat("x")
+
+
 # --- Unloading -------------------------------------------------------------------------------------------------------
 
 

@@ -181,7 +181,7 @@ class Adapters:
         said: list[str] = []
         for name, resolver in session.relay.each("resolve_adapter"):
             try:
-                found: Any = await session.io.run(resolver, request)
+                found: Any = await session.io.ask(name, resolver, request, call)
             except (AdapterInvalid, AdapterIncompatible, ProviderError):
                 raise  # The reference was known, and the answer is no; or the provider failed when it was asked.
             except AdapterNotFound as error:

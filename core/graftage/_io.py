@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import math
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from contextvars import ContextVar, copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
 
 from graftage._stream import Source
 from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
@@ -40,7 +42,15 @@ class IO(Protocol):
         ...
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a plugin's blocking code."""
+        """Run blocking code."""
+        ...
+
+    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+        """Ask a policy or a resolver, whose code may block; one that hangs is left to itself at the call's deadline.
+
+        Raises:
+            ProviderTimeout: it was not done by then.
+        """
         ...
 
     async def wait(self, future: Future[T], deadline: float) -> T:
@@ -65,6 +75,43 @@ def has(relay: Relay, hook: str) -> bool:
     return hook in relay.hooks or f"a{hook}" in relay.hooks
 
 
+# --- Plugins that may block ------------------------------------------------------------------------------------------
+
+
+def _in_a_thread(function: Callable[..., T], question: Any) -> Future[Callable[[], T]]:
+    """Call in a thread of its own; what comes of it is a function that returns the answer, or raises."""
+    future: Future[Callable[[], T]] = Future()
+    context = copy_context()
+
+    def work() -> None:
+        try:
+            answer = context.run(function, question)
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            future.set_result(partial(_raise, error))
+        else:
+            future.set_result(lambda: answer)
+
+    # No pool: a plugin that hangs must not take a worker from others, nor keep the process from ending.
+    threading.Thread(target=work, name="graftage-plugin", daemon=True).start()
+    return future
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+async def _answered(io: IO, plugin: str, future: Future[Callable[[], T]], call: Call) -> T:
+    try:
+        outcome = await io.wait(future, call.deadline)
+    except TimeoutError as error:
+        raise ProviderTimeout(
+            f"The plugin `{plugin}` did not answer within {call.timeouts.total:g} s.",
+            phase="total",
+            hint="Tell its authors, disable it with GRAFTAGE_DISABLED_PLUGINS, or raise `timeout`.",
+        ) from error
+    return outcome()
+
+
 # --- Sync ------------------------------------------------------------------------------------------------------------
 
 
@@ -81,6 +128,9 @@ class Blocking:
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
+
+    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+        return await _answered(self, plugin, _in_a_thread(function, question), call)
 
     async def wait(self, future: Future[T], deadline: float) -> T:
         try:
@@ -143,18 +193,26 @@ class Awaiting:
         return _Awaited(_in_threads(await asyncio.to_thread(_no_stop, relay.call, hook, request)), call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.to_thread(_no_stop, function, *arguments)
+
+    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
         token = _loop.set(asyncio.get_running_loop())
         try:
-            return await asyncio.to_thread(_no_stop, function, *arguments)
+            future = _in_a_thread(function, question)
         finally:
             _loop.reset(token)
+        return await _answered(self, plugin, future, call)
 
     async def wait(self, future: Future[T], deadline: float) -> T:
         timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
+        done = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: _tell(done))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+            # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again.
+            await asyncio.wait_for(done, timeout)
         except _AsyncTimeout as error:
             raise TimeoutError from error
+        return future.result()
 
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
         if hook in relay.hooks:
@@ -169,6 +227,17 @@ class Awaiting:
 
 _loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
 """The loop whose worker thread runs a plugin's code."""
+
+
+def _tell(done: asyncio.Future[None]) -> None:
+    """Let a task go on, from any thread."""
+
+    def tell() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # Its event loop is closed, and it with it.
+        done.get_loop().call_soon_threadsafe(tell)
 
 
 async def _until(work: Coroutine[Any, Any, T], call: Call) -> T:

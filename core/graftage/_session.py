@@ -345,15 +345,15 @@ class Session:
         )
         answers: list[tuple[str, Limits]] = []
         for name, policy in self.relay.each("resource_limits"):
-            answer = await self._ask_policy(name, policy, query)
+            answer = await self._ask_policy(name, policy, query, run.call)
             if answer is not None:
                 answers.append((name, answer))
         return _limits.merge(answers)
 
-    async def _ask_policy(self, name: str, policy: Callable[..., Any], query: LimitsQuery) -> Limits | None:
+    async def _ask_policy(self, name: str, policy: Callable[..., Any], query: LimitsQuery, call: Call) -> Limits | None:
         problem, cause = "", None
         try:
-            answer = await self.io.run(policy, query)
+            answer = await self.io.ask(name, policy, query, call)
             if answer is None or isinstance(answer, Limits):
                 return answer
             problem = f"answered with {type(answer).__name__} instead of Limits"
@@ -363,7 +363,7 @@ class Session:
                 raise
             return Limits(warnings=(f"`force` overrode a refusal of the policy `{refusal.plugin}`: {refusal.message}",))
         except ProviderError:
-            raise  # The provider failed when the policy asked about it.
+            raise  # The provider failed when the policy asked about it, or the policy was not done in time.
         except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
             problem, cause = f"failed with {type(error).__name__}: {error}", error
         hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
