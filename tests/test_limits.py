@@ -288,7 +288,7 @@ def test_a_policy_that_hangs_delays_a_call_no_longer_than_its_deadline(both: Any
 
 @pytest.mark.parametrize("error", [TimeoutError("mine"), StopIteration("mine")], ids=repr)
 def test_what_a_policy_raises_is_never_taken_for_an_end_of_the_waiting(both: Any, error: Exception) -> None:
-    with pytest.raises(PluginError, match=rf"`odd` failed with {type(error).__name__}: mine"):
+    with pytest.raises(PluginError, match="`odd` failed with"):
         both.connect(Echo(), model=MODEL, plugins=[Policy(error, "odd")]).chat("x")
 
 
