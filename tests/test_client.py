@@ -664,18 +664,17 @@ def test_the_backstop_ends_a_stream_that_stands_still_and_keeps_what_came() -> N
     asyncio.run(main())
 
 
-def test_a_stream_that_nobody_reads_gives_its_slot_back_at_its_deadline() -> None:
-    async def main() -> None:
-        echo = Echo([[Chunk(text="a"), Pause(), Chunk(finish_reason="stop")], "free"])
-        async with graftage.connect_async(echo, model=MODEL, concurrency=1) as llm:
-            stream = await llm.chat("x", timeout=0.01, stream=True)
-            assert (await llm.chat("y", timeout=5)).text == "free"
-            with pytest.raises(ProviderTimeout) as caught:
-                [chunk async for chunk in stream]
-            assert caught.value.partial is not None
-            assert (caught.value.partial.text, llm.stats().running) == ("a", 0)
-
-    asyncio.run(main())
+def test_a_stream_that_nobody_reads_gives_its_slot_back_at_its_deadline(both: Any) -> None:
+    echo = Echo([[Chunk(text="a"), Chunk(text="b"), Chunk(finish_reason="stop")], "free"])
+    llm = both.connect(echo, model=MODEL, concurrency=1)
+    stream = llm.chat("x", timeout=0.05, stream=True)
+    assert llm.chat("y", timeout=10).text == "free"
+    assert llm.stats().running == 0
+    assert next(stream).text == "a"  # It had come before the call returned.
+    with pytest.raises(ProviderTimeout, match=r"within 0\.05 s") as caught:
+        next(stream)
+    assert (caught.value.phase, caught.value.partial.text) == ("total", "a")
+    assert (llm.stats().running, llm.stats().failures) == (0, 1)
 
 
 def test_two_tasks_that_read_one_stream_lose_nothing() -> None:

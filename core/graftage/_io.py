@@ -18,7 +18,7 @@ from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
 
-from graftage._stream import Source
+from graftage._stream import Source, too_late
 from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
 from graftage.types import Call
 
@@ -155,7 +155,6 @@ class _Pulled:
 
     def __init__(self, chunks: Iterator[Any]) -> None:
         self.chunks = chunks
-        self.on_late: Callable[[], None] = _nothing
 
     async def pull(self) -> Any:
         return next(self.chunks, None)
@@ -246,13 +245,7 @@ async def _until(work: Coroutine[Any, Any, T], call: Call) -> T:
     try:
         return await asyncio.wait_for(work, max(call.deadline + GRACE - time.monotonic(), 0))
     except _AsyncTimeout as error:
-        raise _too_late(call) from error
-
-
-def _too_late(call: Call) -> ProviderTimeout:
-    return ProviderTimeout(
-        f"The call was not finished within {call.timeouts.total:g} s.", phase="total", hint="Raise `timeout`."
-    )
+        raise too_late(call) from error
 
 
 async def _in_threads(chunks: Iterator[Any]) -> AsyncIterator[Any]:
@@ -289,8 +282,6 @@ class _Awaited:
         self._reader: asyncio.Task[Any] | None = None
         self._read = asyncio.Event()
         self._over: Literal["late", "closed"] | None = None
-        self.on_late: Callable[[], None] = _nothing
-        """Is called where the deadline passes while nobody reads: what the call holds must not wait for a reader."""
         self._timer: asyncio.TimerHandle | None = None
         if call.deadline != math.inf:
             delay = max(call.deadline + GRACE - time.monotonic(), 0)
@@ -300,8 +291,6 @@ class _Awaited:
         self._over = self._over or why
         if self._reader is not None:
             self._reader.cancel()
-        elif why == "late":
-            self.on_late()
 
     async def pull(self) -> Any:
         if self._over is not None:
@@ -332,7 +321,7 @@ class _Awaited:
 
     def _at_the_end(self) -> None:
         if self._over == "late":
-            raise _too_late(self._call)
+            raise too_late(self._call)
 
     async def close(self) -> None:
         if self._timer is not None:
@@ -345,10 +334,6 @@ class _Awaited:
         close = getattr(self._chunks, "aclose", None)
         if close is not None:
             await close()
-
-
-def _nothing() -> None:
-    """The `on_late` of a stream that holds nothing."""
 
 
 def _cancels(task: asyncio.Task[Any] | None) -> int:

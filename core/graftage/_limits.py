@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from graftage._values import plain_name
 from graftage.exceptions import Overloaded
@@ -74,6 +74,18 @@ def clamp(wanted: Mapping[str, Any], limits: Limits | None, *, force: bool = Fal
     return clamped, warnings
 
 
+class Held(Protocol):
+    """A stream, which holds a slot between two reads, when nothing of it runs."""
+
+    def forgotten(self) -> bool:
+        """Whether its time is over and nobody reads it."""
+        ...
+
+    def end(self) -> None:
+        """Give back what it holds, once."""
+        ...
+
+
 @dataclass(slots=True)
 class _Waiter:
     granted: Future[None]
@@ -92,6 +104,7 @@ class Gate:
         self._waiting: deque[_Waiter] = deque()
         self._models: Counter[str] = Counter()
         self._movers: list[_Move] = []
+        self._streams: dict[int, Held] = {}
         self.running = 0
         self._returns: deque[str | None] = deque()
         """Slots (None) and models given back and not yet booked. `__del__` of a stream may run within `with
@@ -133,6 +146,7 @@ class Gate:
             Overloaded: more than `queued` are waiting already.
         """
         waiter = _Waiter(Future(), limit)
+        self.take_back()
         with self._locked():
             if queued is not None and self._full(limit) and len(self._waiting) >= queued:
                 raise Overloaded(
@@ -171,6 +185,7 @@ class Gate:
 
     def in_use(self) -> dict[str, int]:
         """Models that requests are using or will use, and how many requests."""
+        self.take_back()
         with self._locked():
             return {model: count for model, count in self._models.items() if count > 0}
 
@@ -185,6 +200,20 @@ class Gate:
         with self._locked():
             self._movers.append(moved)
         return moved
+
+    def hold(self, stream: Held) -> None:
+        """Note a stream until `let_go`, since its reader may never come back."""
+        self._streams[id(stream)] = stream
+
+    def let_go(self, stream: Held) -> None:
+        """The stream has ended."""
+        self._streams.pop(id(stream), None)
+
+    def take_back(self) -> None:
+        """End the streams whose readers never came back in time."""
+        for stream in list(self._streams.values()):
+            if stream.forgotten():
+                stream.end()
 
     def _full(self, limit: int | None) -> bool:
         return limit is not None and self.running >= max(limit, 1)

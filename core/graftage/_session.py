@@ -64,6 +64,8 @@ __all__ = ["Session"]
 T = TypeVar("T")
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
+LOOK = 1.0
+"""Seconds after which one who waits for a slot looks for streams that were left unread past their time."""
 
 
 class Session:
@@ -241,7 +243,8 @@ class Session:
                 request = await self._inference_request(run, operation, want, model)
                 run.begin_fold()
                 run.source = await self.io.open(self.relay, operation, request, run.call)
-                run.source.on_late = run.end
+                self._gate.hold(run)
+                run.release = _both(lambda: self._gate.let_go(run), run.release)
             return run, await run.pull()
         except Exception as error:
             if run.adapter and is_missing(error):
@@ -403,7 +406,8 @@ class Session:
             return
         self.counters.add(waiting=1)
         try:
-            await self.io.wait(granted, call.deadline)
+            while not await self._looked(granted, call.deadline):
+                gate.take_back()
         except TimeoutError as error:
             gate.withdraw(granted)
             raise ProviderTimeout(
@@ -416,6 +420,21 @@ class Session:
             raise
         finally:
             self.counters.add(waiting=-1)
+
+    async def _looked(self, granted: Future[None], deadline: float) -> bool:
+        """Wait a little while; whether the slot was granted.
+
+        Raises:
+            TimeoutError: the deadline passed.
+        """
+        until = min(deadline, time.monotonic() + LOOK)
+        try:
+            await self.io.wait(granted, until)
+        except TimeoutError:
+            if until == deadline:
+                raise
+            return False
+        return True
 
     async def embed(self, inputs: str | Sequence[str], arguments: Mapping[str, Any]) -> Embeddings:
         """One vector for each input."""

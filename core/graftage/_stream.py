@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from graftage._messages import Parse, parsed
-from graftage.exceptions import GraftageError, ProviderError, StreamInterrupted
+from graftage.exceptions import GraftageError, ProviderError, ProviderTimeout, StreamInterrupted
 from graftage.types import Call, Chunk, Limits, Reply, Timings, Usage
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ Translate = Callable[[GraftageError], Exception]
 
 class Source(Protocol):
     """The chunks of a provider, pulled one by one."""
-
-    on_late: Callable[[], None]
 
     async def pull(self) -> Any:
         """The next chunk, or None at the end."""
@@ -127,6 +125,7 @@ class Run:
     fold: Fold | None = None
     reply: Reply | None = None
     ended: bool = False
+    reading: bool = False
     stopped: bool = False
     """Whether the reader wants no more: an end without a last chunk is then no fault."""
     hosts_own: BaseException | None = None
@@ -152,9 +151,13 @@ class Run:
         if self.source is None or self.fold is None or self.stopped or self.reply is not None:
             return None
         with self.failing():
+            if self.ended:  # Its slot was taken back: `forgotten`.
+                await self.abandon()
+                raise too_late(self.call)
             return await self._pull(self.source, self.fold)
 
     async def _pull(self, source: Source, fold: Fold) -> Chunk | None:
+        self.reading = True
         try:
             chunk: Chunk | None = await source.pull()
             if self.stopped:
@@ -176,7 +179,13 @@ class Run:
         except BaseException:
             await self.abandon()
             raise
+        finally:
+            self.reading = False
         return chunk
+
+    def forgotten(self) -> bool:
+        """Whether its time is over and nobody reads it."""
+        return not self.reading and time.monotonic() > self.call.deadline
 
     def _finish(self, last: Chunk, fold: Fold) -> None:
         reply = fold.reply()
@@ -229,6 +238,13 @@ class Run:
         self.count(failures=1)
         self.emit("error", error=typed)
         return translated(typed, self.translate)
+
+
+def too_late(call: Call) -> ProviderTimeout:
+    """The error of a call that has used up its time."""
+    return ProviderTimeout(
+        f"The call was not finished within {call.timeouts.total:g} s.", phase="total", hint="Raise `timeout`."
+    )
 
 
 def as_it_is(error: GraftageError) -> Exception:
