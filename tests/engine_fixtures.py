@@ -17,7 +17,7 @@ import graftage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds until what should have happened long ago is taken not to happen."""
 
 

@@ -430,4 +430,4 @@ class AdapterMachine(RuleBasedStateMachine):
 
 
 TestAdapterMachine = AdapterMachine.TestCase
-TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=30)

@@ -39,6 +39,8 @@ ACCEPTED = {
     "HTTPS://Example.COM": "https://example.com",
     "https://example.com/ollama": "https://example.com/ollama",
     "https://example.com/a/b/": "https://example.com/a/b",
+    "https://example.com/a/./b/../": "https://example.com/a",
+    "https://example.com/.": "https://example.com",
     "http://[::1]:11434/a": "http://[::1]:11434/a",
     "example.com/ollama": "http://example.com:11434/ollama",
     "example.com/a@b": "http://example.com:11434/a@b",

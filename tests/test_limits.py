@@ -720,7 +720,7 @@ class GateMachine(RuleBasedStateMachine):
 
 
 TestGate = GateMachine.TestCase
-TestGate.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestGate.settings = settings(max_examples=150, stateful_step_count=30)
 
 
 def test_the_gate_loses_nobody_under_threads() -> None:

@@ -228,7 +228,7 @@ def test_no_name_leaves_its_folder(place: Place, ours: Path, reference: str) -> 
     assert caught.value.reasons
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     reference=st.text(max_size=30)
     | st.lists(st.sampled_from(["..", ".", "/", "\\", "mine", "secret", "hf://", "@", "a", ":", "~", "%2e"])).map(

@@ -433,7 +433,7 @@ def test_a_model_beside_an_adapter_is_not_taken_for_it(place: Place) -> None:
 
 # --- Fuzzing ---------------------------------------------------------------------------------------------------------
 
-FUZZED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZED = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EDITS = st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3), st.binary(min_size=1, max_size=9)), max_size=6)
 
 

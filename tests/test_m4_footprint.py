@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import graftage
@@ -305,7 +305,6 @@ SHAPES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(
     SHAPES,
     st.integers(1, 300_000),

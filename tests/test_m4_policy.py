@@ -625,7 +625,7 @@ def given_or_nothing(desk: Desk, info: ModelInfo, window: int | None) -> tuple[f
     return (limits.context_window or 0, limits.loaded_models or 0, limits.keep_alive or 0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.sampled_from(list(MODELS.values())),
     st.none() | st.integers(512, 200_000),
@@ -643,7 +643,7 @@ def test_more_memory_never_gives_less(
     assert all(less <= greater for less, greater in zip(small, large, strict=True))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from([SMALL, MIDDLE, LARGE]), st.integers(512, 100_000), st.integers(0, 100_000))
 def test_who_asks_for_more_never_gets_less(info: ModelInfo, window: int, more: int) -> None:
     small, large = (Desk(Mac(24)).ask(info, each).context_window or 0 for each in (window, window + more))
@@ -818,4 +818,4 @@ class BudgetMachine(RuleBasedStateMachine):
 
 
 TestBudget = BudgetMachine.TestCase
-TestBudget.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestBudget.settings = settings(max_examples=100, stateful_step_count=40)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -291,7 +291,6 @@ def refused_key(**sources: Any) -> str | None:
     return None
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(sorted(Own.model_fields)),
@@ -302,7 +301,6 @@ def test_whatever_is_given_is_settings_or_a_settings_error(values: dict[str, Any
     assert refused_key(mapping=values) in {None, *values}
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["HEADERS", "TIMEOUTS", "ATTEMPTS", "KEEP_ALIVE", "TREE_DEPTH", "HEADERS__A__B"]), st.text())
 def test_whatever_a_variable_holds_is_settings_or_a_settings_error(name: str, text: str) -> None:
     field = name.removeprefix("TREE_").partition("__")[0].lower()

@@ -338,7 +338,7 @@ def test_an_idle_stream_does_not_keep_its_event_loop_waiting() -> None:
 PIECES = st.lists(st.builds(Chunk, text=st.text(max_size=8), thinking=st.text(max_size=4)), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pieces=PIECES, last=st.sampled_from(["stop", "length", "other"]), broken=st.booleans(), read=st.integers(0, 14))
 def test_whatever_comes_is_folded_in_order_and_the_call_is_given_back(
     pieces: list[Chunk], last: Any, broken: bool, read: int

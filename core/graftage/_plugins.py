@@ -27,11 +27,6 @@ Kind = Literal["provider", "plugin", "connection"]
 State = Literal["available", "loaded", "disabled", "quarantined"]
 REINSTALL = "Install it anew."
 GROUPS: dict[str, Kind] = {"graftage.providers": "provider", "graftage.plugins": "plugin"}
-SPECS: dict[Kind, tuple[type, ...]] = {
-    "provider": PROVIDER_SPECS,
-    "plugin": PLUGIN_SPECS,
-    "connection": CONNECTION_SPECS,
-}
 
 
 class PluginWarning(UserWarning):
@@ -146,7 +141,7 @@ class Catalog:
         return sorted(self.entries, key=lambda entry: (entry.kind != "provider", entry.name, entry.origin))
 
     def _discover(self) -> list[Entry]:
-        return [self._found(kind, point) for group, kind in GROUPS.items() for point in entry_points(group)]
+        return [self._found(GROUPS[point.group], point) for point in entry_points(*GROUPS)]
 
     def _found(self, kind: Kind, point: EntryPoint) -> Entry:
         name, version = identity(point.dist)
@@ -279,25 +274,34 @@ def _fits(wanted: Requirement) -> bool:
     return not applies or wanted.specifier.contains(graftage.__version__, prereleases=True)
 
 
-def _manager(specs: Iterable[type]) -> pluggy.PluginManager:
+def _specs(classes: Iterable[type]) -> type:
+    """The hooks of some Protocols and nothing else: pluggy looks at every attribute, each time a client is opened."""
+    found = {name: value for each in classes for name, value in vars(each).items() if hasattr(value, "graftage_spec")}
+    return type("Specs", (), found)
+
+
+SPECS: dict[Kind, type] = {
+    "provider": _specs(PROVIDER_SPECS),
+    "plugin": _specs(PLUGIN_SPECS),
+    "connection": _specs(CONNECTION_SPECS),
+}
+NAMES: dict[Kind, set[str]] = {
+    kind: {name for name in vars(specs) if not name.startswith("_")} for kind, specs in SPECS.items()
+}
+
+
+def _manager(*kinds: Kind) -> pluggy.PluginManager:
     manager = pluggy.PluginManager("graftage")
-    for spec in specs:
-        manager.add_hookspecs(spec)
+    for kind in kinds:
+        manager.add_hookspecs(SPECS[kind])
     return manager
-
-
-def _spec_names(specs: Iterable[type]) -> set[str]:
-    return {name for spec in specs for name, value in vars(spec).items() if hasattr(value, "graftage_spec")}
-
-
-NAMES: dict[Kind, set[str]] = {kind: _spec_names(specs) for kind, specs in SPECS.items()}
 
 
 def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
     """The hooks that an object implements, once they are known to be right."""
     if inspect.isclass(plugin):
         raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
-    manager = _manager(SPECS[kind])
+    manager = _manager(kind)
     try:
         manager.register(plugin, "plugin")
     except pluggy.PluginValidationError as error:
@@ -364,7 +368,7 @@ class Relay:
                 plugin=provider,
                 hint="Implement `chat` and `health`.",
             )
-        self._manager = _manager((*CONNECTION_SPECS, *PLUGIN_SPECS))
+        self._manager = _manager("connection", "plugin")
         self._manager.register(connection, f"provider {provider}")
         for entry in reversed(plugins):  # pluggy asks first what was registered last.
             if not self._manager.is_registered(entry.plugin):  # Two entry points may name one object.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,15 +74,31 @@ def _from_text(text: str) -> float | None:
 # --- What is installed: the one place that reads metadata ------------------------------------------------------------
 
 
-def entry_points(group: str) -> list[EntryPoint]:
-    """The entry points of a group, read from metadata: nothing is imported."""
+def entry_points(*groups: str) -> tuple[EntryPoint, ...]:
+    """The entry points of some groups, read from metadata: nothing is imported.
+
+    They are read again when something has been installed, which changes its folder.
+    """
+    return _entry_points(groups, tuple((each, _changed(each)) for each in sys.path))
+
+
+def _changed(folder: str) -> int | None:
+    try:
+        return Path(folder).stat().st_mtime_ns
+    except (OSError, ValueError):
+        return None
+
+
+@functools.lru_cache(maxsize=4)
+def _entry_points(groups: tuple[str, ...], folders: object) -> tuple[EntryPoint, ...]:  # noqa: ARG001 - part of the key
     import importlib_metadata  # noqa: PLC0415 - `import graftage` must stay light
 
     try:
-        return list(importlib_metadata.entry_points(group=group))
+        every = importlib_metadata.entry_points()
+        return tuple(point for group in groups for point in every.select(group=group))
     except ValueError:  # The last release for Python 3.10 refuses all of them for one that is malformed.
         distributions = {each.name: each for each in reversed(list(importlib_metadata.distributions()))}
-        return [point for each in distributions.values() for point in _points_of(each, group)]
+        return tuple(point for group in groups for each in distributions.values() for point in _points_of(each, group))
 
 
 def _points_of(dist: Any, group: str) -> Iterable[EntryPoint]:

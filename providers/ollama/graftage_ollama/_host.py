@@ -58,10 +58,15 @@ def parse_host(text: str | None) -> httpx.URL:
         _refuse(text, f"has the scheme `{scheme}`", "Use `http://` or `https://`.")
     port = _port(text, found["port"], PORTS.get(scheme, DEFAULT_PORT))
     host = _host(text, found["host"], named=bool(scheme))
-    path = (found["path"] or "/").rstrip("/") or "/"
+    path = _without_dots(found["path"] or "").rstrip("/") or "/"
     if not _PATH.fullmatch(path):
         _refuse(text, "has a path with spaces or other odd characters", "Write them as `%20` and so on.")
     return httpx.URL(scheme=scheme or "http", host=host, port=port, path=path)
+
+
+def _without_dots(path: str) -> str:
+    """A path as httpx will make it, so that what is stripped from it is at its end."""
+    return httpx.URL(f"http://host{path}").raw_path.decode() if _PATH.fullmatch(path) else path
 
 
 def _port(text: str, port: str | None, default: int) -> int:
