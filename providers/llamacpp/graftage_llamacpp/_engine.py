@@ -17,6 +17,8 @@ from typing import Any
 
 PARENT_CHECK = 1.0
 """Seconds between two looks at the parent: a process it forked may hold the pipe open after its death."""
+LOG_PATIENCE = 2.0
+LOG_STEP = 0.1
 
 
 def main() -> None:
@@ -34,12 +36,24 @@ def main() -> None:
         answer = {"error": "import", "message": str(error)}
     except Exception as error:  # noqa: BLE001 - the bindings raise several kinds, and all of them mean the same
         answer = {"error": "load", "message": f"{type(error).__name__}: {error}"}
+        _let_the_log_be_written()
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     if "address" not in answer:
         os._exit(1)
     while True:
         time.sleep(3600)
+
+
+def _let_the_log_be_written() -> None:
+    """Wait until standard error, a file, grows no more: a thread of the engine writes there what was wrong."""
+    end = time.monotonic() + LOG_PATIENCE
+    size = 0
+    while time.monotonic() < end:
+        before, size = size, os.fstat(2).st_size
+        if size and size == before:
+            return
+        time.sleep(LOG_STEP)
 
 
 def _end_with_input() -> None:

@@ -295,7 +295,7 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
             details=details,
         )
     return ModelLoadFailed(
-        f"The engine could not load the model: {_cause(words) or details['engine_message']}.",
+        f"The engine could not load the model: {_cause(words) or details['engine_message'].rstrip('.')}.",
         reason="incompatible",
         hint="Was it made for a newer engine, or is the file damaged?",
         details=details,
