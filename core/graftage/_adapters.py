@@ -150,7 +150,7 @@ class Adapters:
         key = (adapter.digest, model)
         if key not in self._loaded:
             gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
-            await session._granted(gate, gate.enter(1), call)  # noqa: SLF001 - one loads, the others wait and find it
+            await session.admission.granted(gate, gate.enter(1), call)  # One loads, the others wait and find it.
             try:
                 if key not in self._loaded:
                     request = LoadAdapterRequest(

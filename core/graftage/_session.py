@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 from graftage import _limits, _messages
 from graftage._adapters import Adapters
+from graftage._admission import Admission
 from graftage._arguments import EmbedArguments, Wants, check_names, check_tokens
 from graftage._events import Counters, Emitter, log, new_call_id
 from graftage._health import Flight, HealthCache
 from graftage._io import IO, has
-from graftage._limits import Gate
 from graftage._plugins import Entry, Relay
 from graftage._stream import Run, Translate, as_it_is, telling, typed_error
 from graftage._values import hidden, keep_alive_seconds
@@ -23,11 +23,9 @@ from graftage.exceptions import (
     CapabilityUnsupported,
     GraftageError,
     ModelNotFound,
-    PluginError,
     ProviderError,
     ProviderTimeout,
     RequestRejected,
-    ResourceLimitExceeded,
     StreamInterrupted,
 )
 from graftage.retry import Budget
@@ -45,8 +43,6 @@ from graftage.types import (
     Health,
     HealthLevel,
     HealthRequest,
-    Limits,
-    LimitsQuery,
     LoadedAdapter,
     LoadedModel,
     LoadModelRequest,
@@ -64,8 +60,6 @@ __all__ = ["Session"]
 T = TypeVar("T")
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
-LOOK = 1.0
-"""Seconds after which one who waits for a slot looks for streams that were left unread past their time."""
 
 
 class Session:
@@ -93,11 +87,7 @@ class Session:
         self.adapters = Adapters(self)
         self.translate: Translate = as_it_is
         """How the host wants to see errors; set once the client is open, since opening must read them itself."""
-        self._gate = _limits.gate_for(provider, self.address)
-        self._door = _limits.gate_for(f"admission {provider}", self.address)
-        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
-        self._most_waiting: int | None = None
-        """How many may wait at the door, as the policies said last."""
+        self.admission = Admission(self)
         self._budget = Budget()
         self._infos: dict[str, ModelInfo] = {}
         self._closed = False
@@ -243,8 +233,7 @@ class Session:
                 request = await self._inference_request(run, operation, want, model)
                 run.begin_fold()
                 run.source = await self.io.open(self.relay, operation, request, run.call)
-                self._gate.hold(run)
-                run.release = _both(lambda: self._gate.let_go(run), run.release)
+                self.admission.watch(run)
             return run, await run.pull()
         except Exception as error:
             if run.adapter and is_missing(error):
@@ -260,7 +249,7 @@ class Session:
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
         run.model = adapter.model if adapter else model
-        figures = await self._admit(run, operation, want, run.model)
+        figures = await self.admission.admit(run, operation, want, run.model)
         if want.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
         return want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
@@ -274,167 +263,12 @@ class Session:
             if info is not None and info.features is not None and feature in ("tools", "images", "thinking"):
                 _messages.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
 
-    async def _admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
-        """Ask the policies, unload what they name, clamp, and take a slot."""
-        wanted = {
-            "keep_alive": self.keep_alive(want.keep_alive),
-            "context_window": want.context_window or self.settings.context_window,
-            "max_tokens": want.max_tokens,
-        }
-        policies = self.relay.each("resource_limits")
-        limits = await self._allowed(run, operation, want, model, wanted) if policies else None
-        if not policies:
-            self._reserve(run, model)
-        limits = _limits.with_concurrency(limits, self.settings.concurrency)
-        clamped, warnings = _limits.clamp(wanted, limits, force=want.force)
-        run.limits = limits
-        run.warnings = (*run.warnings, *warnings)
-        await self._take_slot(run, limits)
-        run.emit("admitted")
-        return clamped
-
-    async def _allowed(
-        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
-    ) -> Limits | None:
-        """What the policies allow, once those models have gone that must; the model is then reserved."""
-        await self._granted(self._door, self._door.enter(1, self._most_waiting), run.call)
-        try:
-            while True:
-                moved = self._gate.moved()
-                limits = await self._limits(run, operation, want, model, wanted)
-                self._most_waiting = limits.queued_requests if limits else None
-                if limits is None or not self._gate.busy(limits.wait_for):
-                    self._gate.withdraw(moved)
-                    break
-                await self._granted(self._gate, moved, run.call)
-            for idle in limits.unload if limits and has(self.relay, "unload_model") else ():
-                if not self._gate.busy([idle]):
-                    await self.io.call(self.relay, "unload_model", ModelRequest(call=run.call, model=idle), run.call)
-            self._reserve(run, model)
-            return limits
-        finally:
-            self._door.leave()
-
-    def _reserve(self, run: Run, model: str) -> None:
-        """Count a model as in use until the run ends."""
-        self._gate.use(model, 1)
-        run.release = _both(lambda: self._gate.use(model, -1), run.release)
-
     def keep_alive(self, given: float | str | None) -> float | None:
         """Seconds a model is to stay: as the call says, else the settings."""
         try:
             return keep_alive_seconds(given) if given is not None else self.settings.keep_alive
         except ValueError as error:
             raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
-
-    async def _limits(
-        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
-    ) -> Limits | None:
-        query = LimitsQuery(
-            operation=operation,
-            provider=self.provider,
-            address=self.address,
-            model=model,
-            prompt_characters=want.prompt_characters,
-            adapter=run.adapter,
-            force=want.force,
-            model_info=self._lazily(lambda: self._show_now(model, run.call)),
-            loaded_models=self._lazily(
-                lambda: self.io.from_thread(self.relay, "loaded_models", ModelsRequest(call=run.call))
-            ),
-            models=self._lazily(lambda: self.io.from_thread(self.relay, "list_models", ModelsRequest(call=run.call))),
-            in_use=self._gate.in_use,
-            **wanted,
-        )
-        answers: list[tuple[str, Limits]] = []
-        for name, policy in self.relay.each("resource_limits"):
-            answer = await self._ask_policy(name, policy, query, run.call)
-            if answer is not None:
-                answers.append((name, answer))
-        return _limits.merge(answers)
-
-    async def _ask_policy(self, name: str, policy: Callable[..., Any], query: LimitsQuery, call: Call) -> Limits | None:
-        problem, cause = "", None
-        try:
-            answer = await self.io.ask(name, policy, query, call)
-            if answer is None or isinstance(answer, Limits):
-                return answer
-            problem = f"answered with {type(answer).__name__} instead of Limits"
-        except ResourceLimitExceeded as refusal:
-            refusal.plugin = refusal.plugin or name
-            if not query.force:
-                raise
-            return Limits(warnings=(f"`force` overrode a refusal of the policy `{refusal.plugin}`: {refusal.message}",))
-        except ProviderError:
-            raise  # The provider failed when the policy asked about it, or the policy was not done in time.
-        except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
-            problem, cause = f"failed with {type(error).__name__}: {error}", error
-        hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
-        raise PluginError(f"The policy `{name}` {problem}.", plugin=name, hint=hint) from cause
-
-    def _lazily(self, ask: Callable[[], T]) -> Callable[[], T]:
-        answers: list[T] = []
-
-        def once() -> T:
-            if not answers:
-                answers.append(ask())
-            return answers[0]
-
-        return once
-
-    def _show_now(self, model: str, call: Call) -> ModelInfo | None:
-        """Facts about a model, from a plugin's blocking code."""
-        if model not in self._infos:
-            try:
-                info = self.io.from_thread(self.relay, "show_model", ModelRequest(call=call, model=model))
-            except ModelNotFound:
-                return None  # The request itself will tell, with suggestions.
-            if info is None:
-                return None
-            self._infos[model] = info
-        return self._infos[model]
-
-    async def _take_slot(self, run: Run, limits: Limits | None) -> None:
-        gate = self._gate
-        granted = gate.enter(limits.concurrent_requests if limits else None, limits.queued_requests if limits else None)
-        await self._granted(gate, granted, run.call)
-        run.release = _both(gate.leave, run.release)
-
-    async def _granted(self, gate: Gate, granted: Future[None], call: Call) -> None:
-        """Wait for a slot, and give the place up where the waiting ends otherwise."""
-        if granted.done():
-            return
-        self.counters.add(waiting=1)
-        try:
-            while not await self._looked(granted, call.deadline):
-                gate.take_back()
-        except TimeoutError as error:
-            gate.withdraw(granted)
-            raise ProviderTimeout(
-                f"No slot became free within {call.timeouts.total:g} s.",
-                phase="total",
-                hint="Raise `timeout`, or the limit on concurrent requests.",
-            ) from error
-        except BaseException:
-            gate.withdraw(granted)
-            raise
-        finally:
-            self.counters.add(waiting=-1)
-
-    async def _looked(self, granted: Future[None], deadline: float) -> bool:
-        """Wait a little while; whether the slot was granted.
-
-        Raises:
-            TimeoutError: the deadline passed.
-        """
-        until = min(deadline, time.monotonic() + LOOK)
-        try:
-            await self.io.wait(granted, until)
-        except TimeoutError:
-            if until == deadline:
-                raise
-            return False
-        return True
 
     async def embed(self, inputs: str | Sequence[str], arguments: Mapping[str, Any]) -> Embeddings:
         """One vector for each input."""
@@ -473,7 +307,7 @@ class Session:
             prompt_characters=sum(map(len, texts)),
         )
         options = _messages.read_options(arguments.get("options"), self.capabilities().options)
-        figures = await self._admit(run, "embed", want, model)
+        figures = await self.admission.admit(run, "embed", want, model)
         figures.pop("max_tokens")
         return EmbedRequest(
             call=run.call,
@@ -580,8 +414,8 @@ class Session:
         with run.failing():
             self.require("pull_model")
             gate = _limits.gate_for(f"pull {self.provider}", f"{self.address} {name}")
-            await self._granted(gate, gate.enter(1), run.call)
-            run.release = _both(gate.leave, run.release)
+            await self.admission.granted(gate, gate.enter(1), run.call)
+            run.at_end(gate.leave)
             try:
                 last = await self._pull(run, name, on_progress)
             finally:
@@ -642,7 +476,7 @@ class Session:
         figures: dict[str, Any] = {}
 
         async def admit(run: Run) -> None:
-            figures.update(await self._admit(run, "load_model", want, name))
+            figures.update(await self.admission.admit(run, "load_model", want, name))
             figures.pop("max_tokens")
 
         await self.ask(
@@ -731,7 +565,15 @@ class Session:
 
     def facts(self, model: str, call: Call) -> ModelInfo | None:
         """Facts about a model, from a plugin's blocking code; remembered."""
-        return self._show_now(model, call)
+        if model not in self._infos:
+            try:
+                info = self.io.from_thread(self.relay, "show_model", ModelRequest(call=call, model=model))
+            except ModelNotFound:
+                return None  # The request itself will tell, with suggestions.
+            if info is None:
+                return None
+            self._infos[model] = info
+        return self._infos[model]
 
     def stats(self) -> Stats:
         """What has been done so far."""
@@ -750,14 +592,6 @@ class Session:
                     await self.io.call(self.relay, "close", CloseRequest(), Call())
                 except Exception as error:  # noqa: BLE001 - it is typed
                     raise typed_error(error, self.provider) from error.__cause__
-
-
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
-    def both() -> None:
-        first()
-        second()
-
-    return both
 
 
 def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgress) -> None:

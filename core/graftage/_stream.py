@@ -197,6 +197,16 @@ class Run:
         self.count(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
         self.emit("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
 
+    def at_end(self, give_back: Callable[[], None]) -> None:
+        """Give one more thing back at the end, before what was taken earlier."""
+        earlier = self.release
+
+        def release() -> None:
+            give_back()
+            earlier()
+
+        self.release = release
+
     def end(self) -> None:
         """Release what is held, once."""
         if not self.ended:

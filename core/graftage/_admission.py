@@ -1,0 +1,209 @@
+"""Admission: what the policies allow a request, which models go before it, and the slot it waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from graftage import _limits
+from graftage._io import has
+from graftage.exceptions import PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
+from graftage.types import Limits, LimitsQuery, ModelRequest, ModelsRequest
+
+if TYPE_CHECKING:
+    from graftage._arguments import Wants
+    from graftage._limits import Gate
+    from graftage._session import Session
+    from graftage._stream import Run
+    from graftage.types import Call
+
+__all__ = ["Admission"]
+
+T = TypeVar("T")
+LOOK = 1.0
+"""Seconds after which one who waits for a slot looks for streams that were left unread past their time."""
+
+
+class Admission:
+    """The way in to one server, shared by all clients of the process that use it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.gate = _limits.gate_for(session.provider, session.address)
+        self._door = _limits.gate_for(f"admission {session.provider}", session.address)
+        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
+        self._most_waiting: int | None = None
+        """How many may wait at the door, as the policies said last."""
+
+    async def admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
+        """Ask the policies, unload what they name, clamp, and take a slot; the figures that the request may have."""
+        session = self._session
+        wanted = {
+            "keep_alive": session.keep_alive(want.keep_alive),
+            "context_window": want.context_window or session.settings.context_window,
+            "max_tokens": want.max_tokens,
+        }
+        policies = session.relay.each("resource_limits")
+        limits = await self._allowed(run, operation, want, model, wanted) if policies else None
+        if not policies:
+            self._reserve(run, model)
+        limits = _limits.with_concurrency(limits, session.settings.concurrency)
+        clamped, warnings = _limits.clamp(wanted, limits, force=want.force)
+        run.limits = limits
+        run.warnings = (*run.warnings, *warnings)
+        await self._take_slot(run, limits)
+        run.emit("admitted")
+        return clamped
+
+    def watch(self, run: Run) -> None:
+        """Take back what an answer holds, where its reader never comes back."""
+        self.gate.hold(run)
+        run.at_end(lambda: self.gate.let_go(run))
+
+    async def granted(self, gate: Gate, granted: Future[None], call: Call) -> None:
+        """Wait for a slot, and give the place up where the waiting ends otherwise.
+
+        Raises:
+            ProviderTimeout: the deadline passed.
+        """
+        if granted.done():
+            return
+        counters = self._session.counters
+        counters.add(waiting=1)
+        try:
+            while not await self._looked(granted, call.deadline):
+                gate.take_back()
+        except TimeoutError as error:
+            gate.withdraw(granted)
+            raise ProviderTimeout(
+                f"No slot became free within {call.timeouts.total:g} s.",
+                phase="total",
+                hint="Raise `timeout`, or the limit on concurrent requests.",
+            ) from error
+        except BaseException:
+            gate.withdraw(granted)
+            raise
+        finally:
+            counters.add(waiting=-1)
+
+    async def _looked(self, granted: Future[None], deadline: float) -> bool:
+        """Wait a little while; whether the slot was granted.
+
+        Raises:
+            TimeoutError: the deadline passed.
+        """
+        until = min(deadline, time.monotonic() + LOOK)
+        try:
+            await self._session.io.wait(granted, until)
+        except TimeoutError:
+            if until == deadline:
+                raise
+            return False
+        return True
+
+    async def _take_slot(self, run: Run, limits: Limits | None) -> None:
+        gate = self.gate
+        granted = gate.enter(limits.concurrent_requests if limits else None, limits.queued_requests if limits else None)
+        await self.granted(gate, granted, run.call)
+        run.at_end(gate.leave)
+
+    def _reserve(self, run: Run, model: str) -> None:
+        """Count a model as in use until the run ends."""
+        self.gate.use(model, 1)
+        run.at_end(lambda: self.gate.use(model, -1))
+
+    # --- Policies ----------------------------------------------------------------------------------------------------
+
+    async def _allowed(
+        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
+    ) -> Limits | None:
+        """What the policies allow, once those models have gone that must; the model is then reserved."""
+        await self.granted(self._door, self._door.enter(1, self._most_waiting), run.call)
+        try:
+            limits = await self._when_there_is_room(run, self._query(run, operation, want, model, wanted))
+            await self._unload(limits, run.call)
+            self._reserve(run, model)
+            return limits
+        finally:
+            self._door.leave()
+
+    async def _when_there_is_room(self, run: Run, query: Callable[[], LimitsQuery]) -> Limits | None:
+        """What the policies say once nothing is in use any more that they want to be done first."""
+        while True:
+            moved = self.gate.moved()
+            limits = await self._limits(query(), run.call)
+            self._most_waiting = limits.queued_requests if limits else None
+            if limits is None or not self.gate.busy(limits.wait_for):
+                self.gate.withdraw(moved)
+                return limits
+            await self.granted(self.gate, moved, run.call)
+
+    async def _unload(self, limits: Limits | None, call: Call) -> None:
+        session = self._session
+        for idle in limits.unload if limits and has(session.relay, "unload_model") else ():
+            if not self.gate.busy([idle]):
+                await session.io.call(session.relay, "unload_model", ModelRequest(call=call, model=idle), call)
+
+    def _query(
+        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
+    ) -> Callable[[], LimitsQuery]:
+        """Makes the question to the policies, whose facts are asked for lazily, and anew each time."""
+        session, call = self._session, run.call
+
+        def ask(hook: str) -> Callable[[], Any]:
+            return _once(lambda: session.io.from_thread(session.relay, hook, ModelsRequest(call=call)))
+
+        return lambda: LimitsQuery(
+            operation=operation,
+            provider=session.provider,
+            address=session.address,
+            model=model,
+            prompt_characters=want.prompt_characters,
+            adapter=run.adapter,
+            force=want.force,
+            model_info=_once(lambda: session.facts(model, call)),
+            loaded_models=ask("loaded_models"),
+            models=ask("list_models"),
+            in_use=self.gate.in_use,
+            **wanted,
+        )
+
+    async def _limits(self, query: LimitsQuery, call: Call) -> Limits | None:
+        answers: list[tuple[str, Limits]] = []
+        for name, policy in self._session.relay.each("resource_limits"):
+            answer = await self._ask(name, policy, query, call)
+            if answer is not None:
+                answers.append((name, answer))
+        return _limits.merge(answers)
+
+    async def _ask(self, name: str, policy: Callable[..., Any], query: LimitsQuery, call: Call) -> Limits | None:
+        problem, cause = "", None
+        try:
+            answer = await self._session.io.ask(name, policy, query, call)
+            if answer is None or isinstance(answer, Limits):
+                return answer
+            problem = f"answered with {type(answer).__name__} instead of Limits"
+        except ResourceLimitExceeded as refusal:
+            refusal.plugin = refusal.plugin or name
+            if not query.force:
+                raise
+            return Limits(warnings=(f"`force` overrode a refusal of the policy `{refusal.plugin}`: {refusal.message}",))
+        except ProviderError:
+            raise  # The provider failed when the policy asked about it, or the policy was not done in time.
+        except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
+            problem, cause = f"failed with {type(error).__name__}: {error}", error
+        hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
+        raise PluginError(f"The policy `{name}` {problem}.", plugin=name, hint=hint) from cause
+
+
+def _once(ask: Callable[[], T]) -> Callable[[], T]:
+    answers: list[T] = []
+
+    def once() -> T:
+        if not answers:
+            answers.append(ask())
+        return answers[0]
+
+    return once
