@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -623,3 +626,27 @@ def test_a_pull_that_does_not_say_success_is_a_typed_error(
     assert type(found) is kind
     assert (found.operation, found.model) == ("pull_model", "x:1b")
     assert "/models" not in str(found) or kind is not InferenceFailed
+
+
+FORKED = """
+import os, sys, graftage
+llm = graftage.connect("ollama:smollm2:135m", host=sys.argv[1], concurrency=1)
+llm.chat("one")
+stream = llm.chat("two", stream=True)
+child = os.fork()
+if not child:
+    print("child:", llm.chat("three", timeout=10).text, llm.chat("four", timeout=10).text, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("parent:", "".join(chunk.text for chunk in stream), llm.chat("five", timeout=10).text)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+def test_a_process_that_was_forked_off_shares_neither_connections_nor_slots(fake: FakeOllama) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKED, fake.url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(ended.stdout.splitlines()) == [f"{who}: {fake.reply} {fake.reply}" for who in ("child", "parent")]
+    assert fake.accepted == 2  # One of each.

@@ -31,11 +31,18 @@ class Admission:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.gate = _limits.gate_for(session.provider, session.address)
-        self._door = _limits.gate_for(f"admission {session.provider}", session.address)
-        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
         self._most_waiting: int | None = None
         """How many may wait at the door, as the policies said last."""
+
+    @property
+    def gate(self) -> Gate:
+        """The slots of the server. Looked up each time: in a process that was forked off there is another."""
+        return _limits.gate_for(self._session.provider, self._session.address)
+
+    @property
+    def _door(self) -> Gate:
+        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
+        return _limits.gate_for(f"admission {self._session.provider}", self._session.address)
 
     async def admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
         """Ask the policies, unload what they name, clamp, and take a slot; the figures that the request may have."""
@@ -59,8 +66,9 @@ class Admission:
 
     def watch(self, run: Run) -> None:
         """Take back what an answer holds, where its reader never comes back."""
-        self.gate.hold(run)
-        run.at_end(lambda: self.gate.let_go(run))
+        gate = self.gate
+        gate.hold(run)
+        run.at_end(lambda: gate.let_go(run))
 
     async def granted(self, gate: Gate, granted: Future[None], call: Call) -> None:
         """Wait for a slot, and give the place up where the waiting ends otherwise.
@@ -111,8 +119,9 @@ class Admission:
 
     def _reserve(self, run: Run, model: str) -> None:
         """Count a model as in use until the run ends."""
-        self.gate.use(model, 1)
-        run.at_end(lambda: self.gate.use(model, -1))
+        gate = self.gate
+        gate.use(model, 1)
+        run.at_end(lambda: gate.use(model, -1))
 
     # --- Policies ----------------------------------------------------------------------------------------------------
 
@@ -120,25 +129,27 @@ class Admission:
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
     ) -> Limits | None:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
-        await self.granted(self._door, self._door.enter(1, self._most_waiting), run.call)
+        door = self._door
+        await self.granted(door, door.enter(1, self._most_waiting), run.call)
         try:
             limits = await self._when_there_is_room(run, self._query(run, operation, want, model, wanted))
             await self._unload(limits, run.call)
             self._reserve(run, model)
             return limits
         finally:
-            self._door.leave()
+            door.leave()
 
     async def _when_there_is_room(self, run: Run, query: Callable[[], LimitsQuery]) -> Limits | None:
         """What the policies say once nothing is in use any more that they want to be done first."""
+        gate = self.gate
         while True:
-            moved = self.gate.moved()
+            moved = gate.moved()
             limits = await self._limits(query(), run.call)
             self._most_waiting = limits.queued_requests if limits else None
-            if limits is None or not self.gate.busy(limits.wait_for):
-                self.gate.withdraw(moved)
+            if limits is None or not gate.busy(limits.wait_for):
+                gate.withdraw(moved)
                 return limits
-            await self.granted(self.gate, moved, run.call)
+            await self.granted(gate, moved, run.call)
 
     async def _unload(self, limits: Limits | None, call: Call) -> None:
         session = self._session

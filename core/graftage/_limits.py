@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -234,6 +235,17 @@ def gate_for(provider: str, address: str) -> Gate:
     """The gate of a server: one for the whole process, since the server is one for the whole process."""
     with _gates_lock:
         return _gates.setdefault((provider, address), Gate())
+
+
+def _forget_all() -> None:
+    """After a fork: what runs, runs in the parent."""
+    global _gates_lock  # noqa: PLW0603 - another thread may have held it at the fork
+    _gates_lock = threading.Lock()
+    _gates.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def with_concurrency(limits: Limits | None, concurrency: int | None) -> Limits | None:

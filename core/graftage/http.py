@@ -18,6 +18,7 @@ import asyncio
 import functools
 import ipaddress
 import json
+import os
 import re
 import socket
 import ssl
@@ -602,13 +603,28 @@ class Network(httpx.HTTPTransport):
     """A pool of connections to one server, each read and write of which keeps to the clock of the current exchange."""
 
     def __init__(self, url: httpx.URL) -> None:
+        self._url = url
+        self._inherited: list[Any] = []
+        self._open()
+
+    def _open(self) -> None:
         # httpx's own constructor builds a TLS context and takes no network backend, so the pool is built here; the
         # methods inherited from it use nothing but `_pool`.
-        options = {**_pool_options(url), "network_backend": _ClockedBackend(httpcore.SyncBackend())}
-        proxy = proxy_for(url)
+        options = {**_pool_options(self._url), "network_backend": _ClockedBackend(httpcore.SyncBackend())}
+        proxy = proxy_for(self._url)
         self._pool = (
             httpcore.HTTPProxy(**_proxy_options(proxy), **options) if proxy else httpcore.ConnectionPool(**options)
         )
+        self._process = os.getpid()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; in a process that was forked off, over connections of its own."""
+        if self._process != os.getpid():
+            # Two processes that read from one socket get each other's answers. The parent's pool is kept, not closed:
+            # another thread may have held its lock at the fork.
+            self._inherited.append(self._pool)
+            self._open()
+        return super().handle_request(request)
 
 
 class _ClockedBackend(httpcore.NetworkBackend):
