@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -16,6 +17,7 @@ from graftage.exceptions import (
     AdapterIncompatible,
     AdapterInvalid,
     AdapterNotFound,
+    GraftageError,
     ProviderError,
     RequestRejected,
 )
@@ -30,6 +32,8 @@ from graftage.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from graftage._session import Session
 
 __all__ = ["Adapters"]
@@ -65,35 +69,38 @@ class Adapters:
         loaded = self._state.loaded
         return loaded.name if loaded else None
 
-    async def switch(
-        self, reference: Any, model: str, call: Call, *, on_missing: Literal["error", "base"], force: bool
-    ) -> LoadedAdapter | None:
-        """Make an adapter the active one; of several switches at one time, the one that was asked for last wins."""
-        if on_missing not in ("error", "base"):
-            raise RequestRejected(f"`on_missing` is {on_missing!r}.", hint="Use 'error' or 'base'.")
+    @contextlib.contextmanager
+    def switching(self, reference: Any) -> Iterator[int]:
+        """A switch from its first look at the arguments to its end; whatever ends it early is its failure."""
         with self._lock:
             ticket = self._latest = next(self._tickets)
-        if reference is None:
-            state = _State()
-        else:
-            state = await self._switched(read_reference(reference), model, call, ticket, on_missing, force=force)
+        try:
+            yield ticket
+        except BaseException as error:
+            # Where the host wants to see another error, that has ours as its cause.
+            ours = error if isinstance(error, GraftageError) or error.__cause__ is None else error.__cause__
+            self._settle(ticket, _State(str(reference), error=ours))
+            raise
+
+    async def switch(
+        self, ticket: int, reference: Any, model: str, call: Call, *, on_missing: Literal["error", "base"], force: bool
+    ) -> LoadedAdapter | None:
+        """Make an adapter the active one; of several switches at one time, the one that was asked for last wins."""
+        check_on_missing(on_missing)
+        state = _State()
+        if reference is not None:
+            state = await self._switched(read_reference(reference), model, call, on_missing, force=force)
         self._settle(ticket, state)
         return self._state.loaded
 
-    async def _switched(
-        self, reference: str, model: str, call: Call, ticket: int, on_missing: str, *, force: bool
-    ) -> _State:
+    async def _switched(self, reference: str, model: str, call: Call, on_missing: str, *, force: bool) -> _State:
         try:
             loaded = await self._load(reference, model, call, Wants(force=force))
-        except AdapterNotFound as error:
+        except AdapterNotFound:
             if on_missing != "base":
-                self._settle(ticket, _State(reference, model, error=error))
                 raise
             note = f"The adapter `{reference}` was not found; the base model answers."
             return _State(None, model, warnings=(note,))
-        except BaseException as error:
-            self._settle(ticket, _State(reference, model, error=error))
-            raise
         return _State(reference, model, loaded, force=force)
 
     def _settle(self, ticket: int, state: _State) -> None:
@@ -118,7 +125,7 @@ class Adapters:
     def _holds(self, loaded: LoadedAdapter | None) -> bool:
         """Whether an adapter is still loaded: pruned or unloaded, it must be loaded again."""
         return loaded is not None and any(
-            (each.digest, each.model) == (loaded.digest, loaded.model) for each in self._loaded.values()
+            (each.digest, each.model) == (loaded.digest, loaded.model) for each in list(self._loaded.values())
         )
 
     async def unload(self, reference: Any, model: str, call: Call) -> None:
@@ -148,11 +155,13 @@ class Adapters:
         adapter = await self.resolve(reference, model, call)
         warnings = _checked(adapter, reference, model, force=want.force)
         key = (adapter.digest, model)
-        if key not in self._loaded:
+        loaded = self._loaded.get(key)
+        if loaded is None:
             gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
             await session.admission.granted(gate, gate.enter(1), call)  # One loads, the others wait and find it.
             try:
-                if key not in self._loaded:
+                loaded = self._loaded.get(key)
+                if loaded is None:
                     request = LoadAdapterRequest(
                         call=call,
                         adapter=adapter,
@@ -161,11 +170,12 @@ class Adapters:
                         keep_alive=session.keep_alive(want.keep_alive),
                         context_window=want.context_window or session.settings.context_window,
                     )
-                    self._loaded[key] = await session._call("load_adapter", request, call, LoadedAdapter)  # noqa: SLF001
+                    loaded = await session._call("load_adapter", request, call, LoadedAdapter)  # noqa: SLF001
+                    self._loaded[key] = loaded
             finally:
                 gate.leave()
-        loaded = self._loaded[key]
-        return replace(loaded, warnings=(*warnings, *loaded.warnings))
+        # Two references may have the same content: what is loaded once answers under the name that was asked for.
+        return replace(loaded, name=adapter.name, warnings=(*warnings, *loaded.warnings))
 
     async def resolve(self, reference: Any, model: str, call: Call) -> Adapter:
         """The adapter behind a reference: the first one that a resolver knows."""
@@ -201,6 +211,16 @@ class Adapters:
             reasons=said,
             hint="Check its name, or install `graftage-lora`." if not said else "Check its name.",
         )
+
+
+def check_on_missing(on_missing: str) -> None:
+    """Refuse what `use_adapter` does not know.
+
+    Raises:
+        RequestRejected: it is neither `error` nor `base`.
+    """
+    if on_missing not in ("error", "base"):
+        raise RequestRejected(f"`on_missing` is {on_missing!r}.", hint="Use 'error' or 'base'.")
 
 
 def read_reference(reference: Any) -> str:
@@ -241,7 +261,7 @@ def _again(state: _State) -> BaseException:
     if isinstance(error, AdapterError):
         return copy.copy(error)  # One instance raised in several threads would mix their tracebacks.
     failed = AdapterError(
-        f"The switch to the adapter `{state.reference}` failed: {error or type(error).__name__}",
+        f"The switch to the adapter `{state.reference}` failed: {str(error) or type(error).__name__}",
         reference=state.reference,
         hint="Switch again, or call `use_adapter(None)` for the base model.",
     )

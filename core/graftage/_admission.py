@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftage import _limits
 from graftage._io import has
-from graftage.exceptions import PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
+from graftage.exceptions import ModelNotFound, PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
 from graftage.types import Limits, LimitsQuery, ModelRequest, ModelsRequest
 
 if TYPE_CHECKING:
@@ -144,18 +145,21 @@ class Admission:
         gate = self.gate
         while True:
             moved = gate.moved()
-            limits = await self._limits(query(), run.call)
-            self._most_waiting = limits.queued_requests if limits else None
-            if limits is None or not gate.busy(limits.wait_for):
+            try:
+                limits = await self._limits(query(), run.call)
+                self._most_waiting = limits.queued_requests if limits else None
+                if limits is None or not gate.busy(limits.wait_for):
+                    return limits
+                await self.granted(gate, moved, run.call)
+            finally:
                 gate.withdraw(moved)
-                return limits
-            await self.granted(gate, moved, run.call)
 
     async def _unload(self, limits: Limits | None, call: Call) -> None:
         session = self._session
         for idle in limits.unload if limits and has(session.relay, "unload_model") else ():
             if not self.gate.busy([idle]):
-                await session.io.call(session.relay, "unload_model", ModelRequest(call=call, model=idle), call)
+                with contextlib.suppress(ModelNotFound):  # It was deleted while it was in memory, or has just gone.
+                    await session.io.call(session.relay, "unload_model", ModelRequest(call=call, model=idle), call)
 
     def _query(
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from graftage._adapters import check_on_missing, read_reference
 from graftage._stream import Translate, as_it_is, telling
 from graftage.exceptions import (
     AdapterNotFound,
@@ -146,7 +147,15 @@ class Chain:
     ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it when it is asked."""
         self._adapter = _Adapter(reference, on_missing=on_missing, force=force)
+        with telling(self.translate):
+            check_on_missing(on_missing)
+            if reference is not None:
+                read_reference(reference)
         return None
+
+    def switch_failed(self, reference: Any, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
+        """A switch ended before it came here."""
+        self._adapter = _Adapter(reference)
 
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
         """The adapters that the plugins know of."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 if TYPE_CHECKING:
+    import asyncio
+
     from typing_extensions import Self, Unpack
 
     from graftage._arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout, Wants
@@ -449,6 +451,8 @@ class AsyncClient:
         self._origins: Mapping[str, str] = {}
         self._session: Session | Chain | None = session
         self._opening: Future[bool] | None = None
+        self._opener: asyncio.AbstractEventLoop
+        self._failed_switch: tuple[Any, BaseException] | None = None
 
     async def _open(self) -> Session | Chain:
         """The session; the first caller starts to open it, and everyone waits, whoever gives up meanwhile."""
@@ -456,17 +460,23 @@ class AsyncClient:
             if self._closed:
                 raise RuntimeError("the client is closed")
             await self._opened()
+        if self._failed_switch is not None:
+            (reference, error), self._failed_switch = self._failed_switch, None
+            self._session.switch_failed(reference, error)
         return self._session
 
     async def _opened(self) -> bool:
         """Wait for the opening under way, or for a new one; whether it came to an end."""
         import asyncio  # noqa: PLC0415
 
+        loop = asyncio.get_running_loop()  # Without one, nothing is begun.
         with self._lock:
             opening = self._opening
-            if opening is None or opening.done():
+            # A loop that has stopped will hardly go on with what it began.
+            if opening is None or opening.done() or not self._opener.is_running():
                 opening = self._opening = Future()
-                self._task = asyncio.create_task(self._open_now(opening))
+                self._opener = loop
+                self._task = loop.create_task(self._open_now(opening))
         return await asyncio.shield(asyncio.wrap_future(opening))
 
     async def _open_now(self, opening: Future[bool]) -> None:
@@ -478,8 +488,13 @@ class AsyncClient:
         try:
             # It imports and reads files: not on the event loop.
             found = await asyncio.to_thread(Opening, self._wish)
-            self._origins = found.origins
-            self._session = await found.resolve(Awaiting())
+            session = await found.resolve(Awaiting())
+            with self._lock:
+                late = self._opening is not opening
+                if not late:
+                    self._origins, self._session = found.origins, session
+            if late:  # Another event loop has begun anew meanwhile.
+                await session.close()
         except Exception as error:  # noqa: BLE001 - it goes to everyone who waits
             opening.set_exception(error)
         finally:
@@ -658,7 +673,11 @@ class AsyncClient:
         timeout: Timeout = None,
     ) -> LoadedAdapter | None:
         """As `Client.use_adapter`."""
-        session = await self._open()
+        try:
+            session = await self._open()
+        except BaseException as error:
+            self._failed_switch = (reference, error)  # Told to the session where it opens all the same.
+            raise
         return await session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:

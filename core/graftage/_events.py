@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftage.exceptions import GraftageError
 from graftage.types import Event, Stats
 
 __all__ = ["Counters", "Emitter", "Observer", "enable_logging"]
@@ -92,9 +94,12 @@ class Counters:
 class Emitter:
     """Tells one client's observers; one that raises is reported once and dropped."""
 
-    def __init__(self, observers: list[Observer], counters: Counters) -> None:
+    def __init__(
+        self, observers: list[Observer], counters: Counters, hide: Callable[[GraftageError], None] = lambda _: None
+    ) -> None:
         self._observers = observers
         self._counters = counters
+        self._hide = hide
 
     def for_call(self, **facts: Any) -> Callable[..., None]:
         """The `emit` of one call: the facts that all its events share are given here."""
@@ -104,11 +109,23 @@ class Emitter:
                 self._counters.add(retries=1)
             if not (self._observers or _enabled):
                 return
+            error = more.get("error")
+            if isinstance(error, GraftageError):
+                more["error"] = self._harmless(error)
             event = Event(kind=kind, at=time.monotonic(), **{**facts, **more})  # type: ignore[arg-type] # checked by type checkers at the callers' side only
             self._tell(event)
             _log_event(event)
 
         return emit
+
+    def _harmless(self, error: GraftageError) -> GraftageError:
+        """The error without secrets and without the answer so far."""
+        self._hide(error)
+        if getattr(error, "partial", None) is None:
+            return error
+        shown = copy.copy(error)
+        shown.partial = None  # type: ignore[attr-defined] # it has one
+        return shown
 
     def _tell(self, event: Event) -> None:
         for observer in list(self._observers):

@@ -159,6 +159,9 @@ class _Pulled:
     async def pull(self) -> Any:
         return next(self.chunks, None)
 
+    def gone(self) -> bool:
+        return False
+
     async def close(self) -> None:
         close = getattr(self.chunks, "close", None)
         if close is not None:
@@ -282,10 +285,11 @@ class _Awaited:
         self._reader: asyncio.Task[Any] | None = None
         self._read = asyncio.Event()
         self._over: Literal["late", "closed"] | None = None
+        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         if call.deadline != math.inf:
             delay = max(call.deadline + GRACE - time.monotonic(), 0)
-            self._timer = asyncio.get_running_loop().call_later(delay, self._end, "late")
+            self._timer = self._loop.call_later(delay, self._end, "late")
 
     def _end(self, why: Literal["late", "closed"]) -> None:
         self._over = self._over or why
@@ -310,6 +314,9 @@ class _Awaited:
         finally:
             self._reader = None
             self._read.set()
+
+    def gone(self) -> bool:
+        return self._loop.is_closed()
 
     def _was_ended(self, cancels: int) -> bool:
         """Whether the cancellation that arrived is ours alone; then it is taken back."""

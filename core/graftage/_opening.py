@@ -31,6 +31,8 @@ __all__ = ["Opening", "Wish"]
 AUTO = "auto"
 SERVER, EMBEDDED = "ollama", "llamacpp"
 """What `auto` looks for, in this order."""
+DERIVED = "graftage-"
+"""How the names of models begin that were made of an adapter (`hookspecs.LoadAdapter`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +181,7 @@ class Opening:
             return session
         for model in wished:
             try:
-                session.model = (await session.show(model, None)).name
+                session.model = (await session.show(model, HEALTH_TIMEOUTS)).name
             except ModelNotFound:
                 continue
             except ProviderError as error:
@@ -265,16 +267,20 @@ async def _given_back(session: Session) -> None:
 
 
 async def _used_model(session: Session) -> str:
-    """The model that a server's user seems to work with: one that is loaded, else the newest."""
-    loaded = await session.loaded(HEALTH_TIMEOUTS)
-    if loaded:
-        return loaded[0].name
-    found = await session.models(HEALTH_TIMEOUTS)
+    """The model that a server's user seems to work with: one that is loaded, else the newest.
+
+    Never one that was made of an adapter: nobody is answered by somebody else's adapter because he named no model.
+    """
+    in_memory = await session.loaded(HEALTH_TIMEOUTS)
+    found = {each.name: each for each in await session.models(HEALTH_TIMEOUTS) if not each.name.startswith(DERIVED)}
     if not found:
         raise ModelNotFound(
             "The server has no model.", provider=session.provider, hint="Pull one: `graftage models pull llama3.2`."
         )
-    return max(found, key=_age).name
+    for loaded in in_memory:
+        if loaded.name in found:  # A model that was deleted may still be in memory.
+            return loaded.name
+    return max(found.values(), key=_age).name
 
 
 def _age(model: ModelInfo) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from graftage._events import Counters, Emitter, log, new_call_id
 from graftage._health import Flight, HealthCache
 from graftage._io import IO, has
 from graftage._plugins import Entry, Relay
-from graftage._stream import Run, Translate, as_it_is, telling, typed_error
+from graftage._stream import Run, Translate, as_it_is, closed_meanwhile, telling, typed_error
 from graftage._values import hidden, keep_alive_seconds
 from graftage.exceptions import (
     CapabilityUnsupported,
@@ -60,6 +61,10 @@ __all__ = ["Session"]
 T = TypeVar("T")
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
+SOON = 30.0
+"""Seconds for facts about models."""
+SHORTEST_SECRET = 4
+"""Characters: what is shorter stands in many words by chance, and would tell its place by its absence."""
 
 
 class Session:
@@ -82,7 +87,7 @@ class Session:
         self.relay = Relay(provider, connection, plugins)
         self.address = str(getattr(connection, "address", ""))
         self.counters = Counters()
-        self.emitter = Emitter(self.relay.each("observe"), self.counters)
+        self.emitter = Emitter(self.relay.each("observe"), self.counters, self.hide)
         self.health_cache = HealthCache()
         self.adapters = Adapters(self)
         self.translate: Translate = as_it_is
@@ -118,8 +123,8 @@ class Session:
             max_reply_bytes=self.settings.max_reply_bytes,
             emit=emit,
         )
-        self.counters.add(calls=1, running=1)
         emit("start")
+        self.counters.add(calls=1, running=1)
         return Run(
             provider=self.provider,
             model=model or "",
@@ -131,13 +136,14 @@ class Session:
             count=self._count,
             translate=self.translate,
             hide=self.hide,
+            closed=lambda: self._closed,
         )
 
     def hide(self, error: GraftageError) -> None:
         """Take secrets out of what an error says: a server may repeat the headers it got."""
         settings = self.settings
         secrets = [each.get_secret_value() for each in (settings.api_key, *settings.headers.values()) if each]
-        for secret in secrets:
+        for secret in (each for each in secrets if len(each) >= SHORTEST_SECRET):
             error.args = tuple(hidden(each, secret) for each in error.args)
             for name, value in vars(error).items():
                 setattr(error, name, hidden(value, secret))
@@ -170,6 +176,15 @@ class Session:
             except ValueError as error:
                 hint = "Give seconds above 0, or `Timeouts`."
                 raise RequestRejected(f"The timeout is wrong: {error}.", hint=hint) from error
+
+    def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
+        """The limits of a call for which no model works: a server that does not answer it soon will not at all."""
+        own = self.settings.timeouts
+        return (
+            given
+            if given is not None
+            else replace(own, first_token=min(own.first_token, SOON), total=min(own.total, SOON))
+        )
 
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
@@ -250,6 +265,8 @@ class Session:
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
         run.model = adapter.model if adapter else model
         figures = await self.admission.admit(run, operation, want, run.model)
+        if self._closed:
+            raise closed_meanwhile()
         if want.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
         return want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
@@ -362,6 +379,8 @@ class Session:
         except BaseException:
             flight.land(None)  # Those who joined are told that this caller gave up.
             raise
+        if isinstance(found.error, GraftageError):
+            self.hide(found.error)
         found = replace(found, address=found.address or self.address, latency=time.monotonic() - started)
         flight.land(found)
         return found
@@ -384,7 +403,7 @@ class Session:
     async def models(self, timeout: float | Timeouts | None) -> tuple[ModelInfo, ...]:
         """The models that can be asked."""
         found: tuple[ModelInfo, ...] = await self.ask(
-            "list_models", lambda call: ModelsRequest(call=call), tuple, timeout=timeout
+            "list_models", lambda call: ModelsRequest(call=call), tuple, timeout=self._soon(timeout)
         )
         return found
 
@@ -392,7 +411,11 @@ class Session:
         """One model in full."""
         name = self.choose_model(model)
         info: ModelInfo = await self.ask(
-            "show_model", lambda call: ModelRequest(call=call, model=name), ModelInfo, model=name, timeout=timeout
+            "show_model",
+            lambda call: ModelRequest(call=call, model=name),
+            ModelInfo,
+            model=name,
+            timeout=self._soon(timeout),
         )
         self._infos[name] = info
         return info
@@ -400,7 +423,7 @@ class Session:
     async def loaded(self, timeout: float | Timeouts | None) -> tuple[LoadedModel, ...]:
         """What is in memory."""
         found: tuple[LoadedModel, ...] = await self.ask(
-            "loaded_models", lambda call: ModelsRequest(call=call), tuple, timeout=timeout
+            "loaded_models", lambda call: ModelsRequest(call=call), tuple, timeout=self._soon(timeout)
         )
         return found
 
@@ -511,13 +534,22 @@ class Session:
         timeout: float | Timeouts | None,
     ) -> LoadedAdapter | None:
         """Switch the adapter of all calls that follow."""
-        name = self.choose_model(model) if reference is not None else ""
-        run = self.run("use_adapter", name or None, self.timeouts(timeout))
-        with run.failing():
-            active = await self.adapters.switch(reference, name, run.call, on_missing=on_missing, force=force)
+        self._require_open()
+        with self.adapters.switching(reference) as ticket:
+            name = self.choose_model(model) if reference is not None else ""
+            run = self.run("use_adapter", name or None, self.timeouts(timeout))
+            with run.failing():
+                active = await self.adapters.switch(
+                    ticket, reference, name, run.call, on_missing=on_missing, force=force
+                )
         run.end()
         run.emit("finish", adapter=active.name if active else None)
         return active
+
+    def switch_failed(self, reference: Any, error: BaseException) -> None:
+        """A switch ended before it came here."""
+        with contextlib.suppress(BaseException), self.adapters.switching(reference):
+            raise error
 
     async def resolve_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> Adapter:
         """The adapter behind a reference, with the verdict on it."""

@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from graftage._messages import Parse, parsed
-from graftage.exceptions import GraftageError, ProviderError, ProviderTimeout, StreamInterrupted
+from graftage.exceptions import (
+    ConnectionFailed,
+    GraftageError,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    StreamInterrupted,
+)
 from graftage.types import Call, Chunk, Limits, Reply, Timings, Usage
 
 if TYPE_CHECKING:
@@ -24,11 +31,19 @@ Translate = Callable[[GraftageError], Exception]
 """How a host wants to see an error."""
 
 
+BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
+"""What a call meets whose client is closed under it."""
+
+
 class Source(Protocol):
     """The chunks of a provider, pulled one by one."""
 
     async def pull(self) -> Any:
         """The next chunk, or None at the end."""
+        ...
+
+    def gone(self) -> bool:
+        """Whether nobody can read on: its event loop is closed."""
         ...
 
     async def close(self) -> None:
@@ -128,6 +143,10 @@ class Run:
     reading: bool = False
     stopped: bool = False
     """Whether the reader wants no more: an end without a last chunk is then no fault."""
+    closed: Callable[[], bool] = field(default=lambda: False)
+    """Whether the client has been closed meanwhile."""
+    told: bool = False
+    """Whether observers know how it ended."""
     hosts_own: BaseException | None = None
     """What a callback of the host has raised: it goes back to the host as it is."""
 
@@ -184,7 +203,9 @@ class Run:
         return chunk
 
     def forgotten(self) -> bool:
-        """Whether its time is over and nobody reads it."""
+        """Whether its time is over and nobody reads it, or can."""
+        if self.source is not None and self.source.gone():
+            return True
         return not self.reading and time.monotonic() > self.call.deadline
 
     def _finish(self, last: Chunk, fold: Fold) -> None:
@@ -195,7 +216,20 @@ class Run:
         self.end()
         usage = reply.usage
         self.count(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
-        self.emit("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
+        self._tell("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        """Tell observers how it ended, once."""
+        if not self.told:
+            self.told = True
+            self.emit(kind, **facts)
+
+    async def give_up(self) -> None:
+        """Stop because the reader wants no more, which is no failure."""
+        try:
+            await self.abandon()
+        finally:
+            self._tell("finish", timings=self.fold.reply().timings if self.fold else None)
 
     def at_end(self, give_back: Callable[[], None]) -> None:
         """Give one more thing back at the end, before what was taken earlier."""
@@ -235,9 +269,11 @@ class Run:
         """The error to raise for one that occurred, counted and told to observers."""
         self.end()
         if not isinstance(error, Exception) or error is self.hosts_own:
-            self.emit("finish")  # Cancelled or interrupted by the caller: not a failure.
+            self._tell("finish")  # Cancelled or interrupted by the caller: not a failure.
             return error
         typed = typed_error(error, self.provider)
+        if self.closed() and (typed is not error or isinstance(typed, BROKEN)):
+            typed = closed_meanwhile(typed, received=self.fold is not None and self.fold.received)
         self.hide(typed)
         if isinstance(typed, ProviderError):
             typed.provider = typed.provider or self.provider
@@ -246,7 +282,7 @@ class Run:
             if typed.partial is None and self.fold is not None and self.fold.received:
                 typed.partial = self.fold.reply()
         self.count(failures=1)
-        self.emit("error", error=typed)
+        self._tell("error", error=typed)
         return translated(typed, self.translate)
 
 
@@ -255,6 +291,15 @@ def too_late(call: Call) -> ProviderTimeout:
     return ProviderTimeout(
         f"The call was not finished within {call.timeouts.total:g} s.", phase="total", hint="Raise `timeout`."
     )
+
+
+def closed_meanwhile(cause: GraftageError | None = None, *, received: bool = False) -> ProviderError:
+    """The error of a call whose client was closed under it."""
+    kind = StreamInterrupted if received else ConnectionFailed
+    hint = "Close a client when its calls are done."
+    failed = kind("The client was closed while this call was under way.", retryable=False, hint=hint)
+    failed.__cause__ = cause
+    return failed
 
 
 def as_it_is(error: GraftageError) -> Exception:
@@ -368,7 +413,7 @@ class Stream(_StreamBase):
             if chunk is None and not self._closed:
                 chunk = drive(self._run.pull())
             if self._closed:
-                drive(self._run.abandon())
+                drive(self._run.give_up())
                 raise StopIteration
         if chunk is None:
             raise StopIteration
@@ -376,10 +421,13 @@ class Stream(_StreamBase):
 
     def close(self) -> None:
         """Stop the answer and give its slot back. From another thread it takes effect when a pending read returns."""
+        self._stop(self._run.give_up)
+
+    def _stop(self, stop: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._closed = True
         if self._lock.acquire(blocking=False):
             try:
-                drive(self._run.abandon())
+                drive(stop())
             finally:
                 self._lock.release()
 
@@ -390,9 +438,10 @@ class Stream(_StreamBase):
         self.close()
 
     def __del__(self) -> None:
-        # A loop that was left by `break` drops the stream: its slot must not stay taken.
+        # A loop that was left by `break` drops the stream: its slot must not stay taken. Observers are not told: they
+        # may hold a lock of their own at the very step at which the garbage collector runs this.
         if not self._run.ended:
-            self.close()
+            self._stop(self._run.abandon)
 
 
 class AsyncStream(_StreamBase):
@@ -418,7 +467,7 @@ class AsyncStream(_StreamBase):
     async def aclose(self) -> None:
         """Stop the answer and give its slot back; another task that waits for a chunk gets none."""
         self._first = None
-        await self._run.abandon()
+        await self._run.give_up()
 
     close = aclose
 
@@ -435,7 +484,7 @@ class AsyncStream(_StreamBase):
         if self._run.ended:
             return
         self._run.end()
-        abandoning = self._run.abandon()
+        abandoning = self._run.give_up()
         try:
             self._loop.call_soon_threadsafe(self._loop.create_task, abandoning)
         except RuntimeError:  # The event loop is closed, and with it whatever it ran.

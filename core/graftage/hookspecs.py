@@ -327,6 +327,7 @@ class LoadAdapter(Protocol):
         """Called when a request or `use_adapter` names an adapter that this connection has not loaded.
 
         Return the model to ask for, or the adapter's slot. Tell slow steps with `request.call.emit("progress", …)`.
+        A model that is made for it has a name that begins with `graftage-`: it is not taken where nobody names one.
 
         Raises:
             AdapterUnsupported: neither this server nor this version can take it; `reasons` tells what was tried.
