@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from graftage._session import Session
+    from graftage._stream import Run
 
 __all__ = ["Adapters"]
 
@@ -60,7 +61,8 @@ class Adapters:
         self._state = _State()
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
-        self._latest = 0
+        self._settled = 0
+        """The ticket of the latest switch that has come to its end."""
         self._loaded: dict[tuple[str, str], LoadedAdapter] = {}
 
     @property
@@ -72,8 +74,7 @@ class Adapters:
     @contextlib.contextmanager
     def switching(self, reference: Any) -> Iterator[int]:
         """A switch from its first look at the arguments to its end; whatever ends it early is its failure."""
-        with self._lock:
-            ticket = self._latest = next(self._tickets)
+        ticket = next(self._tickets)
         try:
             yield ticket
         except BaseException as error:
@@ -83,19 +84,19 @@ class Adapters:
             raise
 
     async def switch(
-        self, ticket: int, reference: Any, model: str, call: Call, *, on_missing: Literal["error", "base"], force: bool
+        self, ticket: int, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"], force: bool
     ) -> LoadedAdapter | None:
         """Make an adapter the active one; of several switches at one time, the one that was asked for last wins."""
         check_on_missing(on_missing)
         state = _State()
         if reference is not None:
-            state = await self._switched(read_reference(reference), model, call, on_missing, force=force)
+            state = await self._switched(read_reference(reference), model, run, on_missing, force=force)
         self._settle(ticket, state)
         return self._state.loaded
 
-    async def _switched(self, reference: str, model: str, call: Call, on_missing: str, *, force: bool) -> _State:
+    async def _switched(self, reference: str, model: str, run: Run, on_missing: str, *, force: bool) -> _State:
         try:
-            loaded = await self._load(reference, model, call, Wants(force=force))
+            loaded = await self._load(reference, model, run, Wants(force=force))
         except AdapterNotFound:
             if on_missing != "base":
                 raise
@@ -105,22 +106,22 @@ class Adapters:
 
     def _settle(self, ticket: int, state: _State) -> None:
         with self._lock:
-            if ticket == self._latest:
-                self._state = state
+            if ticket > self._settled:
+                self._settled, self._state = ticket, state
 
-    async def for_call(self, want: Wants, model: str, call: Call) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
+    async def for_call(self, want: Wants, model: str, run: Run) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
         """The adapter one call answers with, and warnings: a snapshot, whatever is switched meanwhile."""
         if want.adapter is None:
             return None, ()
         if want.adapter is not ACTIVE:
-            return await self._load(read_reference(want.adapter), model, call, want), ()
+            return await self._load(read_reference(want.adapter), model, run, want), ()
         state = self._state
         if state.error is not None:
             raise _again(state)
         if state.reference is None or (state.model == model and self._holds(state.loaded)):
             return state.loaded, state.warnings
         forced = replace(want, force=want.force or state.force)
-        return await self._load(state.reference, model, call, forced), state.warnings
+        return await self._load(state.reference, model, run, forced), state.warnings
 
     def _holds(self, loaded: LoadedAdapter | None) -> bool:
         """Whether an adapter is still loaded: pruned or unloaded, it must be loaded again."""
@@ -149,8 +150,8 @@ class Adapters:
         """Load everything anew."""
         self._loaded.clear()
 
-    async def _load(self, reference: str, model: str, call: Call, want: Wants) -> LoadedAdapter:
-        session = self._session
+    async def _load(self, reference: str, model: str, run: Run, want: Wants) -> LoadedAdapter:
+        session, call = self._session, run.call
         session.require("load_adapter")
         adapter = await self.resolve(reference, model, call)
         warnings = _checked(adapter, reference, model, force=want.force)
@@ -162,20 +163,23 @@ class Adapters:
             try:
                 loaded = self._loaded.get(key)
                 if loaded is None:
-                    request = LoadAdapterRequest(
-                        call=call,
-                        adapter=adapter,
-                        model=model,
-                        force=want.force,
-                        keep_alive=session.keep_alive(want.keep_alive),
-                        context_window=want.context_window or session.settings.context_window,
-                    )
-                    loaded = await session._call("load_adapter", request, call, LoadedAdapter)  # noqa: SLF001
-                    self._loaded[key] = loaded
+                    loaded = self._loaded[key] = await self._loaded_now(adapter, model, run, want)
             finally:
                 gate.leave()
         # Two references may have the same content: what is loaded once answers under the name that was asked for.
         return replace(loaded, name=adapter.name, warnings=(*warnings, *loaded.warnings))
+
+    async def _loaded_now(self, adapter: Adapter, model: str, run: Run, want: Wants) -> LoadedAdapter:
+        """Let the provider load it. That brings the model into memory, so the policies must allow it first."""
+        session = self._session
+        allowed = await session.admission.allow(run, "load_adapter", want, model)
+        try:
+            figures = {name: allowed.figures[name] for name in ("keep_alive", "context_window")}
+            request = LoadAdapterRequest(call=run.call, adapter=adapter, model=model, force=want.force, **figures)
+            loaded: LoadedAdapter = await session._call("load_adapter", request, run.call, LoadedAdapter)  # noqa: SLF001
+            return loaded
+        finally:
+            allowed.give_back()
 
     async def resolve(self, reference: Any, model: str, call: Call) -> Adapter:
         """The adapter behind a reference: the first one that a resolver knows."""

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftage import _limits
@@ -25,6 +26,17 @@ __all__ = ["Admission"]
 T = TypeVar("T")
 LOOK = 1.0
 """Seconds after which one who waits for a slot looks for streams that were left unread past their time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a request may have, before it waits for its slot."""
+
+    figures: dict[str, Any]
+    limits: Limits | None
+    warnings: tuple[str, ...]
+    give_back: Callable[[], None]
+    """The model is in use no more."""
 
 
 class Admission:
@@ -47,6 +59,16 @@ class Admission:
 
     async def admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
         """Ask the policies, unload what they name, clamp, and take a slot; the figures that the request may have."""
+        allowed = await self.allow(run, operation, want, model)
+        run.at_end(allowed.give_back)
+        run.limits = allowed.limits
+        run.warnings = (*run.warnings, *allowed.warnings)
+        await self._take_slot(run, allowed.limits)
+        run.emit("admitted")
+        return allowed.figures
+
+    async def allow(self, run: Run, operation: str, want: Wants, model: str) -> Allowed:
+        """Ask the policies, unload what they name, and clamp. The model counts as in use until it is given back."""
         session = self._session
         wanted = {
             "keep_alive": session.keep_alive(want.keep_alive),
@@ -54,16 +76,13 @@ class Admission:
             "max_tokens": want.max_tokens,
         }
         policies = session.relay.each("resource_limits")
-        limits = await self._allowed(run, operation, want, model, wanted) if policies else None
-        if not policies:
-            self._reserve(run, model)
+        if policies:
+            limits, give_back = await self._as_policies_say(run, operation, want, model, wanted)
+        else:
+            limits, give_back = None, self._reserve(model)
         limits = _limits.with_concurrency(limits, session.settings.concurrency)
-        clamped, warnings = _limits.clamp(wanted, limits, force=want.force)
-        run.limits = limits
-        run.warnings = (*run.warnings, *warnings)
-        await self._take_slot(run, limits)
-        run.emit("admitted")
-        return clamped
+        figures, warnings = _limits.clamp(wanted, limits, force=want.force)
+        return Allowed(figures, limits, tuple(warnings), give_back)
 
     def watch(self, run: Run) -> None:
         """Take back what an answer holds, where its reader never comes back."""
@@ -118,39 +137,41 @@ class Admission:
         await self.granted(gate, granted, run.call)
         run.at_end(gate.leave)
 
-    def _reserve(self, run: Run, model: str) -> None:
-        """Count a model as in use until the run ends."""
+    def _reserve(self, model: str) -> Callable[[], None]:
+        """Count a model as in use, until the answer is called."""
         gate = self.gate
         gate.use(model, 1)
-        run.at_end(lambda: gate.use(model, -1))
+        return lambda: gate.use(model, -1)
 
     # --- Policies ----------------------------------------------------------------------------------------------------
 
-    async def _allowed(
+    async def _as_policies_say(
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
-    ) -> Limits | None:
+    ) -> tuple[Limits | None, Callable[[], None]]:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
         door = self._door
         await self.granted(door, door.enter(1, self._most_waiting), run.call)
         try:
             limits = await self._when_there_is_room(run, self._query(run, operation, want, model, wanted))
             await self._unload(limits, run.call)
-            self._reserve(run, model)
-            return limits
+            return limits, self._reserve(model)
         finally:
             door.leave()
 
     async def _when_there_is_room(self, run: Run, query: Callable[[], LimitsQuery]) -> Limits | None:
-        """What the policies say once nothing is in use any more that they want to be done first."""
+        """What the policies say once no model is in use that they want to be done first."""
         gate = self.gate
         while True:
             moved = gate.moved()
+            used = gate.in_use()
             try:
                 limits = await self._limits(query(), run.call)
                 self._most_waiting = limits.queued_requests if limits else None
-                if limits is None or not gate.busy(limits.wait_for):
+                if limits is None or not _limits.named(limits.wait_for, used):
                     return limits
-                await self.granted(gate, moved, run.call)
+                # One that was done while they answered is idle now, and may have to go: they are asked again.
+                if gate.busy(limits.wait_for):
+                    await self.granted(gate, moved, run.call)
             finally:
                 gate.withdraw(moved)
 

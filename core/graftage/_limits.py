@@ -192,8 +192,7 @@ class Gate:
 
     def busy(self, models: Iterable[str]) -> bool:
         """Whether requests use one of these models, however it is spelt."""
-        used = {plain_name(each) for each in self.in_use()}
-        return any(plain_name(each) in used for each in models)
+        return named(models, self.in_use())
 
     def moved(self) -> Future[None]:
         """Is done when some request has stopped using its model; give it to `withdraw` when it is not needed."""
@@ -225,6 +224,12 @@ class Gate:
             if waiter.granted.set_running_or_notify_cancel():
                 self.running += 1
                 waiter.granted.set_result(None)
+
+
+def named(models: Iterable[str], among: Iterable[str]) -> bool:
+    """Whether one of these models is among others, however they are spelt."""
+    others = {plain_name(each) for each in among}
+    return any(plain_name(each) in others for each in models)
 
 
 _gates: dict[tuple[str, str], Gate] = {}

@@ -27,6 +27,7 @@ from graftage.exceptions import (
     ProviderError,
     ProviderTimeout,
     RequestRejected,
+    ResourceLimitExceeded,
     StreamInterrupted,
 )
 from graftage.retry import Budget
@@ -260,7 +261,7 @@ class Session:
         self.require(operation)
         options = _messages.read_options(want.options, self.capabilities().options)
         self._require_features(model, want.needs)
-        adapter, notes = await self.adapters.for_call(want, model, run.call)
+        adapter, notes = await self.adapters.for_call(want, model, run)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
         run.model = adapter.model if adapter else model
@@ -359,16 +360,16 @@ class Session:
             return await self._join(flight.result, timeouts)
         run = self.run("health", chosen, timeouts)
         with run.failing():
-            found = await self._checked(HealthRequest(call=run.call, level=level, model=chosen), flight)
+            found = await self._checked(run, HealthRequest(call=run.call, level=level, model=chosen), flight)
         run.end()
         run.emit("finish")
         return found
 
-    async def _checked(self, request: HealthRequest, flight: Flight) -> Health:
+    async def _checked(self, run: Run, request: HealthRequest, flight: Flight) -> Health:
         started = time.monotonic()
         once = replace(request, call=replace(request.call, attempts=1))
         try:
-            found: Health = await self._call("health", once, request.call, Health)
+            found = await self._looked_at(run, once)
         except CapabilityUnsupported:
             flight.land(None)
             raise
@@ -383,6 +384,20 @@ class Session:
             self.hide(found.error)
         found = replace(found, address=found.address or self.address, latency=time.monotonic() - started)
         flight.land(found)
+        return found
+
+    async def _looked_at(self, run: Run, request: HealthRequest) -> Health:
+        """Ask the provider; a model that has to answer must be allowed to, as for any request."""
+        found: Health
+        if request.level == "answers" and request.model is not None:
+            try:
+                figures = await self.admission.admit(run, "health", Wants(), request.model)
+            except ResourceLimitExceeded as refusal:
+                found = await self._call("health", replace(request, level="model_loaded"), request.call, Health)
+                return replace(found, level="answers", answers=False, error=found.error or refusal)
+            figures.pop("max_tokens")
+            request = replace(request, **figures)
+        found = await self._call("health", request, request.call, Health)
         return found
 
     async def _join(self, result: Future[Health | None], timeouts: Timeouts) -> Health:
@@ -539,9 +554,7 @@ class Session:
             name = self.choose_model(model) if reference is not None else ""
             run = self.run("use_adapter", name or None, self.timeouts(timeout))
             with run.failing():
-                active = await self.adapters.switch(
-                    ticket, reference, name, run.call, on_missing=on_missing, force=force
-                )
+                active = await self.adapters.switch(ticket, reference, name, run, on_missing=on_missing, force=force)
         run.end()
         run.emit("finish", adapter=active.name if active else None)
         return active

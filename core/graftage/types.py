@@ -650,6 +650,9 @@ class HealthRequest:
     call: Call
     level: HealthLevel = "api"
     model: str | None = None
+    context_window: int | None = None
+    """For `answers`, as of a chat: the model must not be loaded otherwise than its users want it."""
+    keep_alive: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

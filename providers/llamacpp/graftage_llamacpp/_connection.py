@@ -383,7 +383,7 @@ class LlamaCppConnection:
         try:
             stored = self._look(look, request)
             if look.wants("answers") and stored is not None:
-                self._run(self._job(stored, request.call, None, None), _one_token())
+                self._run(self._job(stored, request.call, request.context_window, request.keep_alive), _one_token())
                 look.found.update(model_loaded=True, answers=True)
         except GraftageError as error:
             look.failed(error)
@@ -395,7 +395,9 @@ class LlamaCppConnection:
         try:
             stored = await asyncio.to_thread(self._look, look, request)
             if look.wants("answers") and stored is not None:
-                job = await asyncio.to_thread(self._job, stored, request.call, None, None)
+                job = await asyncio.to_thread(
+                    self._job, stored, request.call, request.context_window, request.keep_alive
+                )
                 await self._arun(job, _one_token())
                 look.found.update(model_loaded=True, answers=True)
         except GraftageError as error:

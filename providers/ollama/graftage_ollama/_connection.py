@@ -386,7 +386,7 @@ class OllamaConnection:
             if look.wants("model_loaded"):
                 self._ask(call, "health", lambda each: each.json("GET", "/api/ps"), look.loaded)
             if look.wants("answers"):
-                look.answered(self._json(call, "health", "/api/generate", _one_token(request.model)))
+                look.answered(self._json(call, "health", "/api/generate", _one_token(request)))
         except ProviderError as error:
             look.failed(error)
         return look.health()
@@ -402,7 +402,7 @@ class OllamaConnection:
             if look.wants("model_loaded"):
                 await self._aask(call, "health", lambda each: each.json("GET", "/api/ps"), look.loaded)
             if look.wants("answers"):
-                look.answered(await self._ajson(call, "health", "/api/generate", _one_token(request.model)))
+                look.answered(await self._ajson(call, "health", "/api/generate", _one_token(request)))
         except ProviderError as error:
             look.failed(error)
         return look.health()
@@ -558,8 +558,9 @@ def _residency(model: str, keep_alive: float | None, context_window: int | None)
     return body
 
 
-def _one_token(model: str | None) -> dict[str, Any]:
-    return {"model": model, "prompt": "Hi", "stream": False, "options": {"num_predict": 1}}
+def _one_token(request: HealthRequest) -> dict[str, Any]:
+    body = _residency(str(request.model), request.keep_alive, request.context_window)
+    return {**body, "prompt": "Hi", "options": {**body.get("options", {}), "num_predict": 1}}
 
 
 def _patient(call: Call) -> Call:
