@@ -24,10 +24,11 @@ from graftage.exceptions import (
     ConnectionFailed,
     ModelNotFound,
     RequestRejected,
+    ResourceLimitExceeded,
 )
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo
-from graftage.types import AdapterInfo, ModelInfo, Verdict
+from graftage.types import AdapterInfo, Limits, ModelInfo, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -431,3 +432,89 @@ class AdapterMachine(RuleBasedStateMachine):
 
 TestAdapterMachine = AdapterMachine.TestCase
 TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+@pytest.mark.parametrize(
+    ("reference", "arguments"),
+    [("", {}), (5, {}), ("other", {"timeout": 0}), ("other", {"on_missing": "bse"}), ("other", {"model": 5})],
+)
+def test_a_switch_that_fails_at_its_arguments_leaves_no_other_adapter_in_its_place(
+    both: Any, reference: Any, arguments: dict[str, Any]
+) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet", "other")])
+    llm.use_adapter("poet")
+    with pytest.raises(RequestRejected):
+        llm.use_adapter(reference, **arguments)
+    with pytest.raises(AdapterError, match="Switch again"):
+        llm.chat("x")
+    llm.use_adapter(None)
+    assert llm.chat("x").adapter is None
+
+
+def test_a_switch_that_is_cancelled_while_the_client_opens_is_a_failed_switch() -> None:
+    async def main() -> None:
+        llm = graftage.connect_async(Echo(), model=MODEL, plugins=[shelf("poet")])
+        switching = asyncio.create_task(llm.use_adapter("poet"))
+        await asyncio.sleep(0)
+        switching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await switching
+        with pytest.raises(AdapterError, match="Switch again"):
+            await llm.chat("x")
+        await llm.close()
+
+    asyncio.run(main())
+
+
+def test_a_switch_that_succeeds_is_in_effect_while_a_later_one_is_under_way(both: Any) -> None:
+    gates = {name: (threading.Event(), threading.Event()) for name in ("early", "late")}
+
+    def slow(request: ResolveRequest) -> Patch:
+        reached, go = gates[request.reference]
+        reached.set()
+        assert go.wait(10)
+        return Patch(request.reference)
+
+    llm = both.opened(Echo(), model=MODEL, plugins=[shelf(early=slow, late=slow)])
+    switches = []
+    for name, (reached, _) in gates.items():
+        switches.append(both.start(llm.use_adapter, name))
+        assert reached.wait(10)
+    for (_, go), switch, name in zip(gates.values(), switches, gates, strict=True):
+        go.set()
+        assert switch.result(10).name == name
+        assert llm.stats().active_adapter == name
+
+
+def test_two_names_of_one_content_are_each_named_as_they_were_asked_for(both: Any) -> None:
+    @dataclass(frozen=True)
+    class Same(Patch):
+        @property
+        def digest(self) -> str:
+            return "sha256:same"
+
+    llm = both.connect(Echo(), model=MODEL, plugins=[shelf(one=Same("one"), two=Same("two"))])
+    assert [llm.chat("x", adapter=name).adapter for name in ("one", "two", "one")] == ["one", "two", "one"]
+
+
+def test_an_adapter_is_loaded_only_where_the_policies_allow_it_and_with_their_window(both: Any) -> None:
+    class Strict:
+        name = "strict"
+        answer: Any = Limits(context_window=512)
+
+        @hookimpl
+        def resource_limits(self, query: Any) -> Any:
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    policy = Strict()
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "other"), policy])
+    llm.use_adapter("poet")
+    (loading,) = [request for hook, request in echo.calls if hook.endswith("load_adapter")]
+    assert loading.context_window == 512
+    policy.answer = ResourceLimitExceeded("no room", limit="memory", value=1)
+    with pytest.raises(ResourceLimitExceeded):
+        llm.use_adapter("other")
+    assert len([hook for hook, _ in echo.calls if hook.endswith("load_adapter")]) == 1

@@ -161,6 +161,16 @@ def test_auto_with_models_takes_the_embedded_provider_where_the_server_has_none_
     assert llm.provider == "llamacpp"
 
 
+def test_auto_never_takes_a_model_that_was_made_of_an_adapter(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    derived = "graftage-lora/smollm2-135m:ahoy-e6f3be36d42c"
+    with FakeOllama(models=["smollm2:135m", derived]) as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        fake.loaded.append(derived)
+        assert both.opened().model == "smollm2:135m"
+        fake.models.remove("smollm2:135m")
+        assert derived not in str(both.opened().model)
+
+
 def test_auto_waits_for_no_server_longer_than_a_check_may_last(both: Any, site: Any) -> None:
     source = EMBEDDED.replace('"llamacpp"', '"ollama"')
     site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import json
@@ -280,11 +281,11 @@ def test_images_are_paths_or_bytes_and_go_with_the_last_message_of_the_user(both
     echo = Echo(["ok", "ok"])
     llm = both.connect(echo, model=MODEL)
     llm.chat(["first", "second", Reply(text="third")], images=pictures)
-    assert [len(each.images) for each in echo.requests[0].messages] == [0, 4, 0]
+    assert [len(each.images) for each in echo.requests[-1].messages] == [0, 4, 0]
     expected = [b"from a file", b"from a file", b"bytes", b"image"]
-    assert [each.data for each in echo.requests[0].messages[1].images] == expected
+    assert [each.data for each in echo.requests[-1].messages[1].images] == expected
     llm.generate("what?", images=pictures[2:])
-    assert [each.data for each in echo.requests[1].images] == [b"bytes", b"image"]
+    assert [each.data for each in echo.requests[-1].images] == [b"bytes", b"image"]
 
 
 @pytest.mark.parametrize("given", ["cat.png", b"bytes", [5], ["/no/such/cat.png"], ["\0"]])
@@ -662,6 +663,72 @@ def test_the_backstop_ends_a_stream_that_stands_still_and_keeps_what_came() -> N
             assert getattr(task, "cancelling", lambda: 0)() == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("operation", ["models", "show", "loaded"])
+def test_facts_about_models_are_not_waited_for_as_long_as_an_answer(both: Any, operation: str) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    getattr(llm, operation)()
+    assert (echo.requests[-1].call.timeouts.first_token, echo.requests[-1].call.timeouts.total) == (30, 30)
+    getattr(llm, operation)(timeout=100)
+    assert echo.requests[-1].call.timeouts.total == 100
+
+
+@pytest.mark.parametrize("end", ["cancelled", "no loop"])
+def test_an_async_client_opens_in_another_loop_where_the_first_has_ended(end: str) -> None:
+    llm = graftage.connect_async(Echo(), model=MODEL)
+    if end == "no loop":
+        call = llm.chat("x")
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            call.send(None)
+    else:
+        loop = asyncio.new_event_loop()
+        opening = loop.create_task(llm.chat("x"))
+        loop.run_until_complete(asyncio.sleep(0))
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(opening)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.close()
+    assert asyncio.run(llm.chat("y")).text == "y"
+
+
+def test_a_call_in_a_loop_that_was_closed_gives_its_slot_back() -> None:
+    pause = Pause()
+    llm = graftage.connect_async(
+        Echo([[Chunk(text="a"), pause, Chunk(finish_reason="stop")], "free"]), model=MODEL, concurrency=1
+    )
+    loop = asyncio.new_event_loop()
+    held = loop.create_task(llm.chat("x"))
+    while not pause.reached.is_set():
+        loop.run_until_complete(asyncio.sleep(0.001))
+    loop._ready.clear()  # type: ignore[attr-defined] # as a host does that stops in the middle
+    loop.close()
+    held._log_destroy_pending = False  # type: ignore[attr-defined] # asyncio complains of the host, and rightly
+    assert asyncio.run(llm.chat("y", timeout=10)).text == "free"
+
+
+def test_a_call_whose_client_is_closed_under_it_says_so(both: Any) -> None:
+    pause = Pause()
+    llm = both.connect(Echo([[Chunk(text="a"), pause, Chunk(finish_reason="stop")]]), model=MODEL, concurrency=1)
+    stream = llm.chat("x", stream=True)
+    waiting = both.start(llm.chat, "y")
+    while llm.stats().waiting == 0:
+        time.sleep(0.001)
+    llm.close()
+    stream.close()
+    error = waiting.exception(10)
+    assert isinstance(error, ConnectionFailed)
+    assert "client was closed" in str(error)
+
+
+def test_a_pull_within_its_own_progress_is_refused_instead_of_waiting_for_itself() -> None:
+    with graftage.connect(Echo(strict=True), model="new") as llm:
+        with pytest.raises(RequestRejected, match="from within itself"):
+            llm.pull(on_progress=lambda _: llm.pull())
+        assert llm.pull().status == "success"
 
 
 def test_a_stream_that_nobody_reads_gives_its_slot_back_at_its_deadline(both: Any) -> None:

@@ -485,3 +485,27 @@ def test_a_retry_tells_when_the_next_attempt_is_and_after_what() -> None:
     assert (kind, facts["attempt"]) == ("retry", 1)
     assert isinstance(facts["error"], ConnectionFailed)
     assert facts["delay"] >= 0
+
+
+def test_a_stream_that_is_closed_early_has_finished(both: Any, watcher: Any) -> None:
+    llm = both.connect(Echo(["a b c"]), model=MODEL, plugins=[watcher])
+    with llm.chat("x", stream=True) as stream:
+        next(stream)
+    stream.close()
+    assert watcher.kinds() == WHOLE
+    assert watcher.last("finish").finish_reason is None
+
+
+def test_no_event_and_no_health_check_holds_a_secret_that_a_server_repeats(both: Any, watcher: Any) -> None:
+    echo = Echo(errors={"health": ConnectionFailed(f"denied to {KEY}")})
+    llm = both.connect(echo, model=MODEL, plugins=[watcher], api_key=KEY)
+    assert KEY not in repr(llm.health().error)
+    with FakeOllama() as fake:
+        told = both.connect("ollama:smollm2:135m", host=fake.url, plugins=[watcher], api_key=KEY, attempts=2)
+        words = "x" * 480 + KEY  # A server's words are cut to a length, and the key must not survive in part.
+        fake.script("/api/chat", Answer([{"error": words}], status=503), Answer([{"error": words}], status=503))
+        with pytest.raises(ProviderError) as caught:
+            told.chat("x")
+    assert watcher.last("retry").error is not None
+    seen = [repr(event.error) + str(getattr(event.error, "details", "")) for event in watcher.events if event.error]
+    assert not [text for text in (*seen, repr(caught.value), str(caught.value.details)) if KEY[:8] in text]

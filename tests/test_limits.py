@@ -16,7 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import graftage
 from graftage._limits import Gate
-from graftage.exceptions import ConnectionFailed, Overloaded, PluginError, ProviderTimeout, ResourceLimitExceeded
+from graftage.exceptions import (
+    ConnectionFailed,
+    ModelNotFound,
+    Overloaded,
+    PluginError,
+    ProviderTimeout,
+    RequestRejected,
+    ResourceLimitExceeded,
+)
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo, Pause
 from graftage.types import Chunk, Limits, ModelInfo
@@ -304,6 +312,12 @@ def test_idle_models_that_a_policy_names_are_unloaded_before_the_request(both: A
     assert "chat" in echo.calls[-1][0]
 
 
+def test_a_model_that_is_gone_need_not_be_unloaded(both: Any) -> None:
+    echo = Echo(errors={"unload_model": ModelNotFound("it was deleted")})
+    llm = both.connect(echo, model=MODEL, plugins=[Policy(Limits(unload=("deleted:1",)))])
+    assert llm.chat("x").text == "x"
+
+
 @pytest.mark.parametrize("spelling", ["busy:latest", "busy"])
 def test_a_model_in_use_is_never_unloaded_however_it_is_spelt(both: Any, spelling: str) -> None:
     echo, pause = held()
@@ -382,6 +396,51 @@ def test_a_request_waits_for_models_in_use_and_then_unloads_them(both: Any) -> N
     assert second.result(5).model == "b:1"
     assert [request.model for hook, request in echo.calls if "unload" in hook] == ["a:1"]
     assert list(echo.loaded) == ["b:1"]
+
+
+def test_policies_are_asked_again_where_a_model_they_wait_for_is_done_before_they_have_answered(both: Any) -> None:
+    echo, pause = held()
+    streams: list[Any] = []
+
+    def careful(query: LimitsQuery) -> Limits:
+        busy = tuple(each for each in query.in_use() if each != query.model)
+        if busy:  # Its reader comes to the end just now.
+            pause.release()
+            list(streams.pop())
+            return Limits(wait_for=busy)
+        idle = tuple(each.name for each in query.loaded_models() or () if each.name != query.model)
+        return Limits(unload=idle)
+
+    llm = both.opened(echo, model="a:1", plugins=[Policy(careful)])
+    streams.append(llm.chat("x", stream=True))
+    assert llm.chat("y", model="b:1").model == "b:1"
+    assert list(echo.loaded) == ["b:1"]
+
+
+def test_a_policy_that_asks_the_server_it_decides_about_is_refused_at_once(both: Any) -> None:
+    llm: Any = None
+
+    def selfish(query: LimitsQuery) -> None:
+        if query.prompt_characters == 1:
+            llm.chat("should I?")
+
+    llm = both.connect(Echo(), model=MODEL, plugins=[Policy(selfish)])
+    with pytest.raises(RequestRejected, match="from within itself"):
+        llm.chat("x", timeout=30)
+    assert llm.chat("another").text == "another"
+
+
+def test_a_health_check_that_makes_a_model_answer_is_admitted_as_a_chat_is(both: Any) -> None:
+    echo = Echo()
+    policy = Policy(Limits(context_window=512))
+    llm = both.connect(echo, model=MODEL, plugins=[policy])
+    assert llm.health("answers").ok
+    assert echo.requests[-1].context_window == 512
+    policy.answer = ResourceLimitExceeded("no room", limit="memory", value=1)
+    health = llm.health("answers", max_age=0)
+    assert (health.reachable, health.answers, type(health.error)) == (True, False, ResourceLimitExceeded)
+    assert echo.requests[-1].level == "model_loaded"
+    assert llm.health("api").ok
 
 
 def test_waiting_for_a_model_ends_with_the_calls_time_and_leaves_the_line(both: Any) -> None:

@@ -193,9 +193,9 @@ def test_a_prompt_that_does_not_fit_the_window_is_cut_with_a_warning(llm: Any) -
     assert "probably cut to fit the context window of 256 tokens" in warning
 
 
-def test_pictures_for_a_model_without_eyes_are_ignored_by_this_server(llm: Any) -> None:
-    reply = llm.chat("What is this?", images=[PNG], options=CALM, max_tokens=2)
-    assert reply.finish_reason == "length"
+def test_pictures_for_a_model_without_eyes_are_refused_though_this_server_would_leave_them_out(llm: Any) -> None:
+    with pytest.raises(CapabilityUnsupported, match="images` with `smollm2:135m"):
+        llm.chat("What is this?", images=[PNG], options=CALM, max_tokens=2)
 
 
 def test_probabilities_that_this_server_does_not_know_are_just_missing(llm: Any) -> None:

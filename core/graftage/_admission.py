@@ -150,9 +150,15 @@ class Admission:
     ) -> tuple[Limits | None, Callable[[], None]]:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
         door = self._door
-        await self.granted(door, door.enter(1, self._most_waiting), run.call)
+        with _limits.inside(door, "The leave of a policy"):
+            await self.granted(door, door.enter(1, self._most_waiting), run.call)
+            return await self._behind(door, run, model, self._query(run, operation, want, model, wanted))
+
+    async def _behind(
+        self, door: Gate, run: Run, model: str, query: Callable[[], LimitsQuery]
+    ) -> tuple[Limits | None, Callable[[], None]]:
         try:
-            limits = await self._when_there_is_room(run, self._query(run, operation, want, model, wanted))
+            limits = await self._when_there_is_room(run, query)
             await self._unload(limits, run.call)
             return limits, self._reserve(model)
         finally:

@@ -8,11 +8,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from graftage._values import plain_name
-from graftage.exceptions import Overloaded
+from graftage.exceptions import Overloaded, RequestRejected
 from graftage.types import Limits
 
 __all__ = ["Gate", "clamp", "gate_for", "merge"]
@@ -230,6 +231,26 @@ def named(models: Iterable[str], among: Iterable[str]) -> bool:
     """Whether one of these models is among others, however they are spelt."""
     others = {plain_name(each) for each in among}
     return any(plain_name(each) in others for each in models)
+
+
+_inside: ContextVar[tuple[Gate, ...]] = ContextVar("graftage_inside", default=())
+"""Gates of one place that this piece of code is within: whoever waits for one of them again waits for himself."""
+
+
+@contextlib.contextmanager
+def inside(gate: Gate, what: str) -> Iterator[None]:
+    """A block of a plugin's or host's code that runs while its caller holds the one place of a gate.
+
+    Raises:
+        RequestRejected: on entering it again from within, instead of waiting for ever.
+    """
+    if gate in _inside.get():
+        raise RequestRejected(f"{what} was asked for from within itself.", hint="Ask when it is done.")
+    token = _inside.set((*_inside.get(), gate))
+    try:
+        yield
+    finally:
+        _inside.reset(token)
 
 
 _gates: dict[tuple[str, str], Gate] = {}

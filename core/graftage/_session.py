@@ -19,7 +19,7 @@ from graftage._health import Flight, HealthCache
 from graftage._io import IO, has
 from graftage._plugins import Entry, Relay
 from graftage._stream import Run, Translate, as_it_is, closed_meanwhile, telling, typed_error
-from graftage._values import hidden, keep_alive_seconds
+from graftage._values import SHORTEST_SECRET, hidden, keep_alive_seconds
 from graftage.exceptions import (
     CapabilityUnsupported,
     GraftageError,
@@ -64,8 +64,6 @@ HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
 SOON = 30.0
 """Seconds for facts about models."""
-SHORTEST_SECRET = 4
-"""Characters: what is shorter stands in many words by chance, and would tell its place by its absence."""
 
 
 class Session:
@@ -261,6 +259,9 @@ class Session:
         self.require(operation)
         options = _messages.read_options(want.options, self.capabilities().options)
         self._require_features(model, want.needs)
+        if "images" in want.needs:  # Some servers leave them out without a word, and the model makes something up.
+            await self._know(model, run.call)
+            self._require_features(model, want.needs)
         adapter, notes = await self.adapters.for_call(want, model, run)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
@@ -271,6 +272,14 @@ class Session:
         if want.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
         return want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
+
+    async def _know(self, model: str, call: Call) -> None:
+        """Learn what a model can do, where the provider can tell."""
+        if model not in self._infos and has(self.relay, "show_model"):
+            with contextlib.suppress(ProviderError):  # The request itself will tell.
+                self._infos[model] = await self._call(
+                    "show_model", ModelRequest(call=call, model=model), call, ModelInfo
+                )
 
     def _require_features(self, model: str, needs: Sequence[str]) -> None:
         """Refuse what the provider cannot do, or what this model is known not to do."""
@@ -452,12 +461,13 @@ class Session:
         with run.failing():
             self.require("pull_model")
             gate = _limits.gate_for(f"pull {self.provider}", f"{self.address} {name}")
-            await self.admission.granted(gate, gate.enter(1), run.call)
-            run.at_end(gate.leave)
-            try:
-                last = await self._pull(run, name, on_progress)
-            finally:
-                await run.abandon()
+            with _limits.inside(gate, f"The pull of `{name}`"):
+                await self.admission.granted(gate, gate.enter(1), run.call)
+                run.at_end(gate.leave)
+                try:
+                    last = await self._pull(run, name, on_progress)
+                finally:
+                    await run.abandon()
         run.emit("finish")
         self._infos.pop(name, None)
         self.health_cache.drop()

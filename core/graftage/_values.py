@@ -42,6 +42,10 @@ def keep_alive_seconds(value: Any) -> float | None:
         raise ValueError("keep_alive is larger than any number of seconds; -1 is for ever") from error
 
 
+SHORTEST_SECRET = 4
+"""Characters: what is shorter stands in many words by chance, and would tell its place by its absence."""
+
+
 def hidden(value: Any, secret: str) -> Any:
     """The same text, mapping or tuple without the secret."""
     if isinstance(value, str):

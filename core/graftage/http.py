@@ -35,6 +35,7 @@ import anyio
 import httpcore
 import httpx
 
+from graftage._values import SHORTEST_SECRET
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout, StreamInterrupted
 from graftage.types import Call
 
@@ -173,7 +174,8 @@ class Guard(httpx.BaseTransport):
             raise TypeError("the transport of a sync client must answer with a sync stream")
         try:
             if response.status_code >= REDIRECT_STATUS:
-                raise _refusal(of, response, b"".join(_capped(_bounded(stream, of), MAX_ERROR_BODY)))
+                body = b"".join(_capped(_bounded(stream, of), MAX_ERROR_BODY))
+                raise _refusal(of, response, _without(body, self._headers))
             _check_encoding(response)
         except BaseException:
             stream.close()
@@ -217,7 +219,8 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         of.clock.phase = "first_token"  # Its limit goes on: headers are no token.
         try:
             if response.status_code >= REDIRECT_STATUS:
-                raise _refusal(of, response, await _acapped(_abounded(stream, of), MAX_ERROR_BODY))
+                body = await _acapped(_abounded(stream, of), MAX_ERROR_BODY)
+                raise _refusal(of, response, _without(body, self._headers))
             _check_encoding(response)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -247,6 +250,15 @@ def _prepare(request: httpx.Request, headers: Mapping[str, str | None]) -> None:
             request.headers.pop(name, None)
         else:
             request.headers[name] = value
+
+
+def _without(body: bytes, headers: Mapping[str, str | None]) -> bytes:
+    """What a server says without the headers that it may repeat: here, before its words are cut to a length."""
+    for value in headers.values():
+        for part in (value, value.rpartition(" ")[2]) if value else ():
+            if len(part) >= SHORTEST_SECRET:
+                body = body.replace(part.encode(), b"***")
+    return body
 
 
 def _guarded(response: httpx.Response, stream: httpx.SyncByteStream | httpx.AsyncByteStream) -> httpx.Response:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 import httpx
-import ollama
 
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
 from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, current, exchange, is_loopback
+from graftage_ollama._package import ollama
 
 if TYPE_CHECKING:
     from graftage.settings import Settings

@@ -91,6 +91,7 @@ class OllamaConnection:
         self._lock = threading.Lock()
         self._sync: Clients | None = None
         self._async: AsyncClients | None = None
+        self._closed = False
 
     # --- Chat and generate -------------------------------------------------------------------------------------------
 
@@ -415,6 +416,8 @@ class OllamaConnection:
 
     @hookimpl
     def close(self, request: CloseRequest) -> None:  # noqa: ARG002 - nothing in it yet
+        with self._lock:
+            self._closed = True
         if self._sync is not None:
             self._sync.close()
 
@@ -428,15 +431,21 @@ class OllamaConnection:
 
     def _clients(self) -> Clients:
         with self._lock:  # Two threads would build two pools, and one of them would never be closed.
+            self._require_open()
             if self._sync is None:
                 self._sync = Clients(self._url, self._transport, self._headers)
             return self._sync
 
     def _aclients(self) -> AsyncClients:
         with self._lock:
+            self._require_open()
             if self._async is None:
                 self._async = AsyncClients(self._url, self._transport, self._headers)
             return self._async
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use a client that is open.")
 
     def _exchange(self, call: Call, operation: str, model: str | None, *, lines: bool = False) -> Exchange:
         def refuse(status: int, headers: Mapping[str, str], body: bytes) -> ProviderError:

@@ -16,8 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import ollama
-
 from graftage.types import (
     ChatRequest,
     Chunk,
@@ -36,6 +34,7 @@ from graftage.types import (
     ToolCall,
     Usage,
 )
+from graftage_ollama._package import ollama
 
 __all__ = [
     "OPTIONS",
