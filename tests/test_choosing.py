@@ -431,7 +431,7 @@ def test_an_operation_that_a_member_lacks_is_passed_on(both: Any) -> None:
     answer = both.connect([first, second], model=MODEL).embed("x")
     assert answer.provider == "second"
     assert (len(first.requests), len(second.requests)) == (0, 1)
-    assert re.fullmatch("`echo` was skipped: .*embed.*", answer.warnings[0])
+    assert re.fullmatch("`echo:m:1` was skipped: .*embed.*", answer.warnings[0])
 
 
 # --- Chains: who answered, and why -----------------------------------------------------------------------------------
@@ -451,20 +451,20 @@ def test_the_reply_names_who_answered_and_why_each_other_was_skipped(both: Any) 
     members = [Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")]), Third(["three"])]
     reply = both.connect(members, model=MODEL).chat("x")
     assert (reply.text, reply.provider) == ("three", "third")
-    assert reply.warnings == ("`echo` was skipped: It is gone.", "`second` was skipped: It is busy.")
+    assert reply.warnings == ("`echo:m:1` was skipped: It is gone.", "`second:m:1` was skipped: It is busy.")
 
 
 def test_a_stream_names_them_too(both: Any) -> None:
     llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second(["two words"])], model=MODEL)
     stream = llm.chat("x", stream=True)
-    assert stream.partial.warnings == ("`echo` was skipped: It is gone.",)
+    assert stream.partial.warnings == ("`echo:m:1` was skipped: It is gone.",)
     assert "".join(chunk.text for chunk in stream) == "two words"
-    assert (stream.reply.provider, stream.reply.warnings) == ("second", ("`echo` was skipped: It is gone.",))
+    assert (stream.reply.provider, stream.reply.warnings) == ("second", ("`echo:m:1` was skipped: It is gone.",))
 
 
 def test_vectors_name_them_too(both: Any) -> None:
     answer = both.connect([failing_with(ConnectionFailed("It is gone.")), Second()], model=MODEL).embed(["x", "y"])
-    assert (answer.provider, answer.warnings) == ("second", ("`echo` was skipped: It is gone.",))
+    assert (answer.provider, answer.warnings) == ("second", ("`echo:m:1` was skipped: It is gone.",))
     assert len(answer.vectors) == 2
 
 
@@ -473,7 +473,8 @@ def test_where_all_fail_the_last_ones_error_is_raised_and_names_the_others(both:
     with pytest.raises(Overloaded) as caught:
         llm.chat("x")
     assert caught.value.provider == "second"
-    assert caught.value.details["skipped"] == ("`echo` was skipped: It is gone.",)
+    assert caught.value.details["skipped"] == ("`echo:m:1` was skipped: It is gone.",)
+    assert "Before it: `echo:m:1` was skipped: It is gone." in caught.value.hint
 
 
 def test_each_call_begins_with_the_first_member_again(both: Any) -> None:
@@ -570,7 +571,7 @@ def test_a_member_without_any_preferred_model_is_skipped(both: Any) -> None:
     first, second = Echo(models=["c:1"], strict=True), Second(models=["a:1"], strict=True)
     reply = both.opened([first, second], models=["a:1", "b:1"]).chat("x")
     assert (reply.provider, reply.model) == ("second", "a:1")
-    assert re.search("`echo` was skipped: .*a:1", reply.warnings[0])
+    assert re.search("`echo:.*` was skipped: .*a:1", reply.warnings[0])
 
 
 def test_a_member_that_is_down_does_not_keep_a_chain_with_preferences_from_opening(both: Any, ollama: Any) -> None:
@@ -781,4 +782,4 @@ def test_errors_in_the_middle_of_a_stream_are_translated_too(both: Any) -> None:
 def test_a_real_dead_server_is_skipped(both: Any) -> None:
     reply = both.connect(["ollama:smollm2:135m", Echo(["fine"])], model=MODEL).chat("x")
     assert reply.provider == "echo"
-    assert re.fullmatch(r"`ollama` was skipped: .*127\.0\.0\.1.*", reply.warnings[0])
+    assert re.fullmatch(r"`ollama:.*` was skipped: .*127\.0\.0\.1.*", reply.warnings[0])

@@ -166,7 +166,7 @@ BROKEN_PLUGINS = {
         HEAD + "@hookimpl\ndef zzz(query): ...\n",
         "implements `zzz`, which is no hook. Hooks of a plugin: list_adapters, observe, resolve_adapter",
     ),
-    "a signature is wrong": (HEAD + "@hookimpl\ndef observe(happening): ...\n", "wrong signature.*Take the parameters"),
+    "a signature is wrong": (HEAD + "@hookimpl\ndef observe(happening): ...\n", "the hook `observe` with a wrong signature.*Its parameters are: event"),
     "it wraps a hook": (
         HEAD + "@hookimpl(wrapper=True)\ndef observe(event):\n    return (yield)\n",
         "wraps the hook `observe`",
@@ -560,7 +560,7 @@ class Exploding(Answering):
         (Misspelling(), "Did you mean `embed`"),
         (Unawaited(), "`achat` as a coroutine.*async generator"),
         (Answering, "is a class"),
-        (None, "implements no hook"),
+        (None, "gave no connection"),
         ("a string", "implements no hook"),
         (Exploding(), "RuntimeError: boom"),
     ],

@@ -382,3 +382,10 @@ def test_a_stream_is_safe_to_close_by_many_threads_at_once() -> None:
     for each in threads:
         each.join(5)
     assert (echo.running, llm.stats().running) == (0, 0)
+
+
+def test_a_provider_that_gives_something_else_than_chunks_is_named_with_what_it_gave(both: Any) -> None:
+    text: Any = "only text"
+    llm = both.connect(Echo([[text]]), model=MODEL)
+    with pytest.raises(ProviderError, match="`echo` gave str instead of a Chunk"):
+        llm.chat("x")

@@ -138,8 +138,12 @@ class Chain:
                     late = time.monotonic() >= deadline
                     if session is self.sessions[-1] or late or not passes_on(error):
                         error.details.setdefault("skipped", tuple(skipped))
+                        if skipped:
+                            error.hint = " ".join(filter(None, (error.hint, "Before it:", *skipped)))
                         raise
-                    skipped.append(f"`{session.provider}` was skipped: {error.message}")
+                    skipped.append(
+                        f"`{session.provider}:{error.model or session.model or ''}` was skipped: {error.message}"
+                    )
         raise RuntimeError("a chain without members")  # pragma: no cover - connect refuses an empty list
 
     async def use_adapter(

@@ -107,7 +107,7 @@ async def _answered(io: IO, plugin: str, future: Future[Callable[[], T]], call: 
         raise ProviderTimeout(
             f"The plugin `{plugin}` did not answer within {call.timeouts.total:g} s.",
             phase="total",
-            hint="Tell its authors, disable it with GRAFTAGE_DISABLED_PLUGINS, or raise `timeout`.",
+            hint="Raise `timeout`; where it hangs, tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
         ) from error
     return outcome()
 

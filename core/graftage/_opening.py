@@ -164,6 +164,13 @@ class Opening:
     def _connected(self, member: _Member, io: IO) -> Session:
         request = ConnectRequest(name=member.entry.name, settings=member.loaded.settings)
         connection = _hook(member.entry, "connect", request=request)
+        if connection is None:
+            raise PluginLoadError(
+                f"The provider `{member.entry.name}` gave no connection: its `connect` returned None.",
+                plugin=member.entry.name,
+                distributions=[member.entry.origin] if member.entry.distribution else (),
+                hint="It must return the object that implements `chat` and `health`.",
+            )
         with _blaming(member.entry, "connect"):  # The connection's attributes may be properties.
             return Session(
                 provider=member.entry.name,
@@ -172,6 +179,7 @@ class Opening:
                 connection=connection,
                 plugins=self._plugins,
                 io=io,
+                origin=member.entry.origin,
             )
 
     async def _preferring(self, session: Session) -> Session:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -305,10 +306,7 @@ def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
     try:
         manager.register(plugin, "plugin")
     except pluggy.PluginValidationError as error:
-        raise _Problem(
-            f"has a hook with a wrong signature: {str(error).strip().splitlines()[-1]}",
-            "Take the parameters that `graftage.hookspecs` gives the hook.",
-        ) from error
+        raise _wrong_signature(error, kind) from error
     except Exception as error:
         raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
     callers = manager.get_hookcallers(plugin) or []
@@ -319,6 +317,17 @@ def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
     if not callers:
         raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
     return tuple(sorted(caller.name for caller in callers))
+
+
+def _wrong_signature(error: pluggy.PluginValidationError, kind: Kind) -> _Problem:
+    found = re.search(r"for hook '(\w+)'", str(error))
+    hook = found[1] if found else "?"
+    wanted = inspect.signature(getattr(SPECS[kind], hook)).parameters if hook in NAMES[kind] else ("self", "request")
+    parameters = ", ".join(name for name in wanted if name != "self") or "none"
+    return _Problem(
+        f"has the hook `{hook}` with a wrong signature: {str(error).strip().splitlines()[-1]}",
+        f"Its parameters are: {parameters}.",
+    )
 
 
 def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
@@ -354,17 +363,18 @@ def _check_waiting(caller: pluggy.HookCaller, impl: pluggy.HookImpl) -> None:
 class Relay:
     """The hooks of one connection: its own, and those of the plugins that are enabled for it."""
 
-    def __init__(self, provider: str, connection: object, plugins: Sequence[Entry]) -> None:
+    def __init__(self, provider: str, connection: object, plugins: Sequence[Entry], origin: str = "") -> None:
+        whose = f"The connection of the provider `{provider}`{f' from {origin}' if origin else ''}"
         try:
             self.hooks = frozenset(checked_hooks(connection, "connection"))
         except _Problem as problem:
             raise PluginLoadError(
-                f"The connection of the provider `{provider}` {problem.text}.", plugin=provider, hint=problem.hint
+                f"{whose} {problem.text}.", plugin=provider, distributions=[origin] if origin else (), hint=problem.hint
             ) from problem
         missing = {"chat", "achat"}.isdisjoint(self.hooks) or {"health", "ahealth"}.isdisjoint(self.hooks)
         if missing:
             raise PluginLoadError(
-                f"The connection of the provider `{provider}` lacks a required hook.",
+                f"{whose} lacks a required hook.",
                 plugin=provider,
                 hint="Implement `chat` and `health`.",
             )

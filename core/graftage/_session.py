@@ -78,12 +78,13 @@ class Session:
         connection: object,
         plugins: Sequence[Entry],
         io: IO,
+        origin: str = "",
     ) -> None:
         self.provider = provider
         self.model = model or getattr(connection, "default_model", None)
         self.settings = settings
         self.io = io
-        self.relay = Relay(provider, connection, plugins)
+        self.relay = Relay(provider, connection, plugins, origin)
         self.address = str(getattr(connection, "address", ""))
         self.counters = Counters()
         self.emitter = Emitter(self.relay.each("observe"), self.counters, self.hide)

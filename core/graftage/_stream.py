@@ -188,6 +188,11 @@ class Run:
                     retryable=not fold.received,
                     hint="The text so far is in `partial`; ask again for a whole answer.",
                 )
+            if not isinstance(chunk, Chunk):
+                raise ProviderError(
+                    f"The provider `{self.provider}` gave {type(chunk).__name__} instead of a Chunk.",
+                    hint="That is a fault of the provider; tell its authors.",
+                )
             first = not fold.received
             fold.add(chunk)
             if first:

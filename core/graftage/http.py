@@ -95,8 +95,9 @@ class Clock:
             "idle": "The stream stood still for",
             "total": "The call was not finished within",
         }[phase]
+        knob = "timeout" if phase == "total" else f"timeouts.{phase}"
         return ProviderTimeout(
-            f"{what} {seconds:g} s.", phase=phase, hint=f"Raise `timeouts.{phase}`, or ask for less at a time."
+            f"{what} {seconds:g} s.", phase=phase, hint=f"Raise `{knob}`, or ask for less at a time."
         )
 
 

@@ -70,7 +70,7 @@ class Watch:
             raise ProviderTimeout(
                 f"The download was not finished within {self._total:g} s.",
                 phase="total",
-                hint="Raise `timeouts.total`, or pull it first: `pull` has no such limit.",
+                hint="Raise `timeout`, or pull it first: `pull` has no such limit.",
             )
 
     def wait(self, seconds: float) -> None:

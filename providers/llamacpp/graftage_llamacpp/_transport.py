@@ -11,7 +11,7 @@ import json
 import time
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import httpx
 
@@ -114,9 +114,13 @@ async def alease(job: Job, deadline: float) -> Lease:
 
 def _not_free(job: Job, deadline: float) -> ProviderTimeout:
     total = deadline >= job.call.deadline - 2 * MARGIN
+    phase: Literal["total", "first_token"] = "total" if total else "first_token"
+    running = job.engine.running
+    if not running:
+        return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the limit of time.")
     return ProviderTimeout(
-        f"The engine was not ready in time: {job.engine.running} requests hold it, and this one needs it restarted.",
-        phase="total" if total else "first_token",
+        f"The engine was not ready in time: {running} requests hold it, and this one needs it restarted.",
+        phase=phase,
         hint="Close streams that are not read, ask for the same `context_window` everywhere, or raise the limit.",
     )
 
