@@ -650,3 +650,13 @@ def test_a_process_that_was_forked_off_shares_neither_connections_nor_slots(fake
     assert ended.returncode == 0, ended.stderr
     assert sorted(ended.stdout.splitlines()) == [f"{who}: {fake.reply} {fake.reply}" for who in ("child", "parent")]
     assert fake.accepted == 2  # One of each.
+
+
+def test_an_error_about_a_broken_answer_holds_no_word_of_the_answer(both: Any, fake: FakeOllama) -> None:
+    broken = line("canary-in-the-answer")
+    broken["message"] = [broken["message"]]
+    fake.script("/api/chat", Answer([broken]))
+    with pytest.raises(ProtocolError) as caught:
+        both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+    assert "ValidationError: message" in caught.value.details["reason"]
+    assert "canary" not in f"{caught.value!r} {caught.value.details}"

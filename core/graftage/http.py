@@ -50,6 +50,7 @@ __all__ = [
     "is_loopback",
     "mend_line",
     "proxy_for",
+    "reason",
 ]
 
 Phase = Literal["connect", "first_token", "idle", "total"]
@@ -485,6 +486,15 @@ def _within_answer(error: httpx.TransportError, of: Exchange) -> ProviderError:
         retryable=True,
         hint="Was the server stopped, or a proxy's limit reached?",
     )
+
+
+def reason(error: Exception) -> str:
+    """What was wrong with an answer, without a word of the answer, which may hold what nobody may log."""
+    found = getattr(error, "errors", None)
+    if callable(found):  # pydantic's
+        places = [f"{'.'.join(map(str, each['loc']))} ({each['type']})" for each in found(include_input=False)]
+        return f"{type(error).__name__}: {', '.join(places)}"[:500]
+    return f"{type(error).__name__}: {error.args[0]!r}"[:200] if isinstance(error, KeyError) else type(error).__name__
 
 
 def connection_failed(error: BaseException, url: httpx.URL) -> ConnectionFailed:

@@ -23,7 +23,7 @@ from graftage.exceptions import (
     ProviderTimeout,
     StreamInterrupted,
 )
-from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, exchange
+from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, exchange, reason
 from graftage_llamacpp import _convert
 from graftage_llamacpp._convert import Answer
 
@@ -438,7 +438,7 @@ class typed:  # noqa: N801 - reads as a word in a `with`
             raise ProtocolError(
                 f"The engine's answer is not what its API promises ({type(error).__name__}).",
                 hint="That is a fault of the provider; tell its authors.",
-                details={"reason": f"{type(error).__name__}: {error}"[:500]},
+                details={"reason": reason(error)},
             ) from error
 
 

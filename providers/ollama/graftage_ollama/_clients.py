@@ -13,7 +13,7 @@ import anyio
 import httpx
 
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
-from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, current, exchange, is_loopback
+from graftage.http import AsyncGuard, AsyncNetwork, Exchange, Guard, Network, current, exchange, is_loopback, reason
 from graftage_ollama._package import ollama
 
 if TYPE_CHECKING:
@@ -254,5 +254,5 @@ def _foreign(error: Exception) -> ProviderError:
     return ProtocolError(
         f"The answer is not what Ollama's API promises ({type(error).__name__}).",
         hint="Is it another service, or a proxy's page? Check `host`.",
-        details={"reason": f"{type(error).__name__}: {error}"[:500]},
+        details={"reason": reason(error)},
     )
