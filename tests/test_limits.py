@@ -525,6 +525,18 @@ def test_no_more_may_wait_at_the_door_than_may_wait_for_a_slot(both: Any) -> Non
 # --- Slots -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("other", ["http://localhost:11434", "http://[::1]:11434"])
+def test_a_server_on_this_machine_has_the_same_slots_by_each_of_its_names(both: Any, other: str) -> None:
+    pause = Pause()
+    first = Echo([[Chunk(text="a"), pause, END]], address="http://127.0.0.1:11434")
+    llm = both.connect(first, model=MODEL, concurrency=1)
+    same = both.connect(Echo(address=other), model=MODEL, concurrency=1)
+    with llm.chat("x", stream=True), pytest.raises(ProviderTimeout):
+        same.chat("y", timeout=0.05)
+    pause.release()
+    assert same.chat("z").text == "z"
+
+
 def test_a_slot_is_held_until_the_stream_ends(both: Any) -> None:
     echo, pause = held()
     llm = both.connect(echo, model=MODEL, concurrency=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -253,14 +254,17 @@ def inside(gate: Gate, what: str) -> Iterator[None]:
         _inside.reset(token)
 
 
+_LOOPBACK = re.compile(r"(?<=//)(localhost|\[::1\])(?=[:/]|$)")
+"""This machine by its other names."""
 _gates: dict[tuple[str, str], Gate] = {}
 _gates_lock = threading.Lock()
 
 
 def gate_for(provider: str, address: str) -> Gate:
     """The gate of a server: one for the whole process, since the server is one for the whole process."""
+    key = (provider, _LOOPBACK.sub("127.0.0.1", address))
     with _gates_lock:
-        return _gates.setdefault((provider, address), Gate())
+        return _gates.setdefault(key, Gate())
 
 
 def _forget_all() -> None:
