@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import json
 import socket
 import threading
+import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -529,6 +531,41 @@ def test_a_miss_names_the_nearest_request_and_the_field_that_differs(
     assert cassette.unplayed == ("GET /api/version", "POST /api/chat")
 
 
+def test_a_miss_tells_each_difference_once(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    with Cassette(path, mode="record") as cassette:
+        for n in range(7):
+            exchange("sync", cassette, f"{fake.url}/api/show", json={"n": n})
+    with pytest.raises(CassetteMiss) as caught:
+        exchange("sync", Cassette(path), f"{ELSEWHERE}/api/other", "GET")
+    assert (
+        str(caught.value)
+        .partition("request. ")[2]
+        .startswith(
+            "Asked: GET /api/other. The nearest recorded request is POST /api/show,"
+            " which differs in the method; the path; `n` (recorded 0, asked nothing)."
+        )
+    )
+
+
+def test_a_miss_tells_some_differences_and_the_number_of_the_others(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    recorded(path, fake, STREAM, json=dict.fromkeys("abcdefg", 1))
+    with pytest.raises(CassetteMiss, match=r"`e` \(recorded 1, asked 2\); and in 2 more\.") as caught:
+        exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat", json=dict.fromkeys("abcdefg", 2))
+    assert str(caught.value).count("(recorded 1, asked 2)") == 5
+
+
+def test_a_request_to_the_same_path_is_nearer_than_one_with_the_same_body(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    body = dict.fromkeys("abcdefghijkl", 1)
+    with Cassette(path, mode="record") as cassette:
+        exchange("sync", cassette, f"{fake.url}/api/show", json=body)
+        exchange("sync", cassette, f"{fake.url}/api/chat", json=dict.fromkeys(body, 2))
+    with pytest.raises(CassetteMiss, match="The nearest recorded request is POST /api/chat"):
+        exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat", json=body)
+
+
 def test_an_interaction_plays_once(tmp_path: Path, fake: FakeOllama) -> None:
     path = tmp_path / "a.yaml"
     recorded(path, fake, STREAM)
@@ -574,6 +611,116 @@ def test_what_looks_like_a_key_is_never_written(tmp_path: Path, fake: FakeOllama
         recorded(path, fake, Answer([{"text": f"use {secret} now"}]))
     assert secret not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+SENT = 'q7&/+é"x'
+"""Sent as a header. It has what JSON, addresses and base64 each write in another way."""
+
+
+def in_base64(*, before: str = "", alphabet: bytes = b"+/") -> bytes:
+    return base64.b64encode(f"{before}{SENT}~~~".encode(), altchars=alphabet)
+
+
+ECHOES: dict[str, Answer] = {
+    "401": Answer([{"error": f"{SENT} is no key of ours"}], status=401),
+    "raw": Answer([f"you sent {SENT}".encode()]),
+    "chunks": Answer([b"you sent " + SENT.encode()[:4], SENT.encode()[4:]]),
+    "lines": Answer([{"message": {"content": SENT[:4]}}, {"message": {"content": SENT[4:]}}]),
+    "events": Answer([b'data: {"delta":"' + each + b'"}\n\n' for each in (b"q7&/", b'+\\u00e9\\"x')]),
+    "json": Answer([json.dumps({"error": SENT}).encode()]),
+    "json as Go writes it": Answer([b'{"error":"q7\\u0026/+\xc3\xa9\\"x"}']),
+    "json as PHP writes it": Answer([b'{"error":"q7&\\/+\\u00E9\\"x"}']),
+    "json in json": Answer([json.dumps({"error": json.dumps({"error": SENT})}).encode()]),
+    "url": Answer([urllib.parse.quote(SENT, safe="").encode()]),
+    "url in small letters": Answer([urllib.parse.quote(SENT, safe="").lower().encode()]),
+    "base64": Answer([base64.b64encode(SENT.encode())]),
+    "base64 after one": Answer([in_base64(before="~")]),
+    "base64 after two": Answer([in_base64(before="~~")]),
+    "base64 for addresses": Answer([in_base64(before="user:", alphabet=b"-_")]),
+    "header": Answer([b"x"], status=429, headers={"retry-after": "in q7&/+e"}),
+}
+
+
+@modes
+@pytest.mark.parametrize("header", ["authorization", "X-Api-Key", "X-Anything"])
+@pytest.mark.parametrize("how", ECHOES)
+def test_a_header_that_the_server_repeats_is_never_written(
+    tmp_path: Path, fake: FakeOllama, how: str, header: str, mode: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("the one before")
+    secret = "q7&/+e" if how == "header" else SENT
+    sent = f"Bearer {secret}" if header == "authorization" else secret
+    with pytest.raises(CassetteError, match=f"request header `{header.lower()}`") as caught:
+        recorded(path, fake, ECHOES[how], mode=mode, headers={header: sent.encode()})
+    assert secret not in f"{caught.value!r} {caught.value} {caught.value.hint}"
+    assert path.read_text() == "the one before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({"authorization": "Bearer opaque-1"}, "opaque-1"),
+        ({"authorization": "Own-Scheme opaque-1"}, "opaque-1"),
+        ({"authorization": "opaque-1"}, "opaque-1"),
+        ({"authorization": f"Basic {base64.b64encode(b'me:opaque-1').decode()}"}, "opaque-1"),
+        ({"proxy-authorization": "Bearer opaque-1"}, "opaque-1"),
+        ({"x-team": "bearer opaque-1"}, "opaque-1"),
+        ({"cookie": "theme=dark; session=opaque-1"}, "opaque-1"),
+        ({"cookie": 'session="opaque-1"'}, "opaque-1"),
+        ({"x-six": "opaque"}, "opaque"),
+        ({"x-two-words": "opaque words"}, "opaque words"),
+    ],
+)
+def test_a_header_is_known_by_its_credentials_alone(
+    tmp_path: Path, fake: FakeOllama, headers: dict[str, str], told: str
+) -> None:
+    (name,) = headers
+    with pytest.raises(CassetteError, match=f"request header `{name}`") as caught:
+        recorded(tmp_path / "a.yaml", fake, Answer([{"text": told}]), headers=headers)
+    assert told not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["prompt", "address"])
+def test_a_key_that_the_caller_also_wrote_elsewhere_is_never_written(
+    tmp_path: Path, fake: FakeOllama, where: str
+) -> None:
+    more: dict[str, Any] = (
+        {"json": {"prompt": "My key is opaque-1."}} if where == "prompt" else {"params": {"key": "opaque-1"}}
+    )
+    with pytest.raises(CassetteError, match="request header `x-api-key`"):
+        recorded(tmp_path / "a.yaml", fake, STREAM, headers={"x-api-key": "opaque-1"}, **more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_of_one_request_is_sought_in_all(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    key = {"x-api-key": "opaque-1"}
+    fake.script("/api/chat", Answer([{"text": "opaque-1"}]))
+    cassette = Cassette(path, mode="record")
+    exchange("sync", cassette, f"{fake.url}/api/chat")
+    with pytest.raises(httpx.ConnectError):
+        exchange("sync", cassette, "http://127.0.0.1:1/", headers=key)
+    with pytest.raises(CassetteError, match="request header `x-api-key`"):
+        cassette.save()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_harmless_and_short_headers_may_be_repeated(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    headers = {
+        "accept": "application/json",
+        "accept-language": "de, en",
+        "user-agent": "python-httpx/9",
+        "x-short": "seven",
+        "x-silent": "opaque-1",
+    }
+    text = " ".join([*(value for name, value in headers.items() if name != "x-silent"), fake.url, "Bearer identity"])
+    live = recorded(path, fake, Answer([{"text": text}]), headers=headers)
+    assert exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat") == live
+    assert "opaque-1" not in path.read_text()
 
 
 def test_a_compressed_answer_is_not_written(tmp_path: Path, fake: FakeOllama) -> None:
@@ -637,9 +784,17 @@ def test_a_malformed_file_is_refused_with_a_reason(tmp_path: Path, text: str, co
         Cassette(path)
 
 
-def test_a_missing_file_says_how_to_record_it(tmp_path: Path) -> None:
-    with pytest.raises(CassetteError, match="--graftage-record"):
+def test_a_missing_file_says_both_ways_to_record_it(tmp_path: Path) -> None:
+    with pytest.raises(CassetteError) as caught:
         Cassette(tmp_path / "a.yaml")
+    assert 'Cassette(path, mode="record")' in str(caught.value.hint)
+    assert "pytest --graftage-record" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("mode", ["rec", "RECORD", "", None])
+def test_a_mode_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path, mode: Any) -> None:
+    with pytest.raises(ValueError, match="`replay` or `record`"):
+        Cassette(tmp_path / "a.yaml", mode=mode)
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ is patched: two cassettes may be open at once, in threads and in tasks.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -101,8 +102,11 @@ class Cassette:
             server: the server and its version in words, such as `Ollama 0.9.3`, kept in the file.
 
         Raises:
+            ValueError: there is no such mode.
             CassetteError: there is no such file to replay, or it is malformed.
         """
+        if mode not in ("replay", "record"):
+            raise ValueError(f"`mode` is `replay` or `record`, not {mode!r}")
         self.path = Path(path)
         self.mode = mode
         self.server = server
@@ -110,6 +114,8 @@ class Cassette:
         """What was asked and not found; here even where a provider swallowed the error."""
         self._interactions: list[_Interaction] = []
         self._waiting: defaultdict[Key, deque[_Interaction]] = defaultdict(deque)
+        self._sent: dict[str, str] = {}
+        """The secrets that requests carried, each with the name of its header; they never reach the file."""
         self._lock = threading.Lock()
         if mode == "replay":
             self._read()
@@ -144,14 +150,15 @@ class Cassette:
         """Write the file, through a temporary one beside it.
 
         Raises:
-            CassetteError: nothing was recorded, or something that looks like a secret was.
+            CassetteError: nothing was recorded, or a secret was: the value of a request's header, or of a variable of
+                the environment that is named like one, or what looks like a key.
         """
         if not self._interactions:
             raise CassetteError(
                 f"Nothing was recorded for {self.path}.", hint="Was the cassette given to the provider as `transport`?"
             )
+        _refuse_secrets(self.path, self._interactions, self.server, self._sent)
         text = _to_yaml(self._interactions, self.server)
-        _refuse_secrets(self.path, text, self._interactions)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -177,6 +184,15 @@ class Cassette:
             )
             self.misses.append(miss)
         raise miss
+
+    def _prepare(self, request: httpx.Request) -> None:
+        """Before a request is sent on: note its secrets, and ask the server not to compress.
+
+        A compressed body can neither be read in a diff nor searched for secrets.
+        """
+        with self._lock:
+            self._sent.update(_secrets_of(request.headers))
+        request.headers["accept-encoding"] = "identity"
 
     def _begin(self, request: httpx.Request, response: httpx.Response) -> _Interaction:
         """Note an answer at its headers: the file then has the order in which answers began."""
@@ -205,7 +221,7 @@ class _Recorder(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         request.read()
-        _ask_for_plain_text(request)
+        self._cassette._prepare(request)  # noqa: SLF001 # one module, one thing
         response = self._inner.handle_request(request)
         interaction = self._cassette._begin(request, response)  # noqa: SLF001 # one module, one thing
         assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101 # narrows the type
@@ -223,7 +239,7 @@ class _AsyncRecorder(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await request.aread()
-        _ask_for_plain_text(request)
+        self._cassette._prepare(request)  # noqa: SLF001 # one module, one thing
         response = await self._inner.handle_async_request(request)
         interaction = self._cassette._begin(request, response)  # noqa: SLF001 # one module, one thing
         assert isinstance(response.stream, httpx.AsyncByteStream)  # noqa: S101 # narrows the type
@@ -311,11 +327,6 @@ def _revive(interaction: _Interaction) -> httpx.Response:
     )
 
 
-def _ask_for_plain_text(request: httpx.Request) -> None:
-    """Ask the server not to compress: a compressed body can neither be read in a diff nor searched for secrets."""
-    request.headers["accept-encoding"] = "identity"
-
-
 def _target(request: httpx.Request) -> str:
     return request.url.raw_path.decode("ascii")
 
@@ -325,6 +336,10 @@ def _kept(headers: httpx.Headers, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 # --- Matching --------------------------------------------------------------------------------------------------------
+
+
+_MAX_SHOWN: Final = 5
+"""Differences that are told of a request that was not found."""
 
 
 def _canonical(body: bytes) -> str:
@@ -342,18 +357,22 @@ def _explain(key: Key, recorded: list[_Interaction]) -> str:
         return f"{asked} It holds none at all."
     if equal := sum(each.key == key for each in recorded):
         return f"{asked} It was recorded {_times(equal)} and has been played as often."
+    # A request to another path is no neighbour, however alike its body.
     nearest, differences = min(
-        ((each.key, list(_differences(each.key, key))) for each in recorded), key=lambda pair: len(pair[1])
+        ((each.key, list(_differences(each.key, key))) for each in recorded),
+        key=lambda pair: (pair[0][:2] != key[:2], len(pair[1])),
     )
-    shown = "; ".join(differences[:8])
-    return f"{asked} The nearest recorded request is {nearest[0]} {nearest[1]}, which differs in {shown}."
+    shown = "; ".join(differences[:_MAX_SHOWN])
+    more = f"; and in {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
+    return f"{asked} The nearest recorded request is {nearest[0]} {nearest[1]}, which differs in {shown}{more}."
 
 
 def _differences(recorded: Key, asked: Key) -> Iterator[str]:
-    for name, was, now in (("method", recorded[0], asked[0]), ("path", recorded[1], asked[1])):
-        if was != now:
-            # A request to another path is no neighbour, however alike its body: it counts like many fields.
-            yield from [f"the {name} (recorded {was}, asked {now})"] * 8
+    # What they were is in the message already.
+    if recorded[0] != asked[0]:
+        yield "the method"
+    if recorded[1] != asked[1]:
+        yield "the path"
     old, new = _flat(recorded[2]), _flat(asked[2])
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -468,40 +487,113 @@ _SECRET_SHAPES: Final = re.compile(
     r"|(?P<private_key>-----BEGIN [A-Z ]*PRIVATE KEY-----)"
 )
 
+_HARMLESS: Final = re.compile(
+    r"accept(-\w+)?|cache-control|connection|content-(encoding|length|type)|date|expect|host|keep-alive|pragma|range"
+    r"|te|traceparent|transfer-encoding|upgrade|user-agent|x-stainless-.+"
+)
+"""Request headers that clients set by themselves. The value of any other one is taken for a secret."""
+_MIN_SENT: Final = 6
+_SCHEMES: Final = frozenset({"basic", "bearer", "token"})
+"""Words that stand before credentials in headers of any name; before `authorization` any word may."""
 
-def _refuse_secrets(path: Path, text: str, interactions: Iterable[_Interaction]) -> None:
-    """Refuse to write what looks like a secret. The message names where it is known from, and never shows it."""
-    searched = [text]
+
+def _secrets_of(headers: httpx.Headers) -> Iterator[tuple[str, str]]:
+    """The secrets of a request, each with the name of its header."""
+    for name, value in headers.multi_items():
+        if not _HARMLESS.fullmatch(name):
+            yield from ((part.strip(), name) for part in _parts(name, value) if len(part.strip()) >= _MIN_SENT)
+
+
+def _parts(name: str, value: str) -> Iterator[str]:
+    """What a server may repeat of a header: credentials without their scheme, a password, each cookie."""
+    scheme, _, credentials = value.strip().partition(" ")
+    has_scheme = credentials and ("authorization" in name or scheme.lower() in _SCHEMES)
+    yield credentials if has_scheme else value
+    if has_scheme and scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            yield base64.b64decode(credentials).decode().partition(":")[2]
+    if name == "cookie":
+        yield from (each.partition("=")[2].strip(' "') for each in value.split(";"))
+
+
+def _refuse_secrets(path: Path, interactions: list[_Interaction], server: str | None, sent: Mapping[str, str]) -> None:
+    """Refuse to write a secret. The message names where it is known from, and never shows it."""
+    texts = [server or ""]
     for each in interactions:
         if any(value != "identity" for value in each.headers.get("content-encoding", ())):
             raise CassetteError(f"{path} was not written: the server sent a compressed body, which cannot be searched.")
-        # The file's own quoting may hide what the plain bodies show.
-        searched += [body.decode("utf-8", "replace") for body in (each.request_body, b"".join(each.chunks))]
-    whole = "\n".join(searched)
-    if found := next(_secrets_in(whole), None):
+        texts += _texts(each)
+    searched = "\n".join(dict.fromkeys(_readings("\n".join(texts))))
+    if found := next(_secrets_in(searched, sent), None):
         raise CassetteError(
-            f"{path} was not written: it would hold {found}.", hint="Record without it, or with a key made for tests."
+            f"{path} was not written: it would hold {found}.",
+            hint="Record without it, or with a value made for tests that occurs nowhere else.",
         )
 
 
-def _secrets_in(text: str) -> Iterator[str]:
+def _texts(interaction: _Interaction) -> Iterator[str]:
+    """All that a file holds of an interaction and that is not ours."""
+    yield from (interaction.method, interaction.target, interaction.reason)
+    for headers in (interaction.request_headers, interaction.headers):
+        yield from (value for values in headers.values() for value in values)
+    for body in (interaction.request_body, b"".join(interaction.chunks)):
+        text = body.decode("utf-8", "replace")
+        yield text
+        yield from _streamed(text)
+
+
+def _streamed(text: str) -> Iterator[str]:
+    """Each field of a stream of JSON, put together: a model tells a word in many lines."""
+    fields: defaultdict[str, list[str]] = defaultdict(list)
+    for line in text.split("\n"):
+        for name, value in _flat(line.removeprefix("data:")).items():
+            if value.startswith('"'):
+                fields[name].append(value[1:-1])
+    yield from map("".join, fields.values())
+
+
+def _readings(text: str) -> Iterator[str]:
+    """The text as it is, and without the escapes of JSON and of addresses, twice: JSON may stand in JSON."""
+    yield text
+    for undo in (_unescaped, urllib.parse.unquote) * 2:
+        text = undo(text)
+        yield text
+
+
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))")
+_ESCAPED: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+
+def _unescaped(text: str) -> str:
+    # Servers choose what they escape: Go writes `\u0026` for `&`, PHP `\/` for `/`.
+    text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else _ESCAPED.get(found[2], found[2]), text)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _secrets_in(text: str, sent: Mapping[str, str]) -> Iterator[str]:
     for name, value in os.environ.items():
         named = _SECRET_NAMES.search(name) and len(value) >= _MIN_SECRET
         if named and any(form in text for form in _disguises(value)):
             yield f"the value of the environment variable `{name}`"
+    for value, header in sent.items():
+        if any(form in text for form in _disguises(value)):
+            yield f"the value of the request header `{header}`, or a part of it"
     for match in _SECRET_SHAPES.finditer(text):
         yield f"what looks like a secret ({match.lastgroup})"
 
 
 def _disguises(value: str) -> set[str]:
-    """How a secret may stand in a body: plain, in JSON, in an address, in basic authentication."""
-    return {
-        value,
-        json.dumps(value)[1:-1],
-        json.dumps(value, ensure_ascii=False)[1:-1],
-        urllib.parse.quote(value, safe=""),
-        base64.b64encode(value.encode("utf-8", "surrogateescape")).decode().rstrip("="),
-    }
+    """How a secret may stand in a text without escapes: plain, as in a form, in base64."""
+    data = value.encode("utf-8", "surrogateescape")
+    return {value, urllib.parse.quote_plus(data), *_in_base64(data)}
+
+
+def _in_base64(data: bytes) -> Iterator[str]:
+    """What base64 makes of bytes among others: three things, by where they begin in a group of three bytes."""
+    for before, start in ((0, 0), (1, 2), (2, 3)):
+        signs = base64.b64encode(bytes(before) + data).decode()[start : (before + len(data)) * 8 // 6]
+        yield signs
+        yield signs.replace("+", "-").replace("/", "_")
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -531,7 +623,8 @@ def _load(path: Path) -> Any:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise CassetteError(
-            f"There is no cassette {path}.", hint="Record it: with our pytest plugin, run `pytest --graftage-record`."
+            f"There is no cassette {path}.",
+            hint='Record it with `Cassette(path, mode="record")`, or by our pytest plugin: `pytest --graftage-record`.',
         ) from error
     except OSError as error:
         raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
