@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import unicodedata
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,12 +126,58 @@ def test_a_project_s_folder_is_asked_after_the_configured_ones(place: Place, our
 def test_a_source_that_fails_does_not_hide_the_next(place: Place, ours: Path) -> None:
     broken = place.folder / "a file"
     broken.write_text("no folder", encoding="utf-8")
-    (place.folder / "adapters.toml").write_text("this is [ no TOML", encoding="utf-8")
     assert place.resolve("mine", folders=[broken, ours]).name == "mine"
     with pytest.raises(AdapterNotFound) as caught:
         place.resolve("other", folders=[broken, ours])
-    assert any("adapters.toml cannot be used" in reason for reason in caught.value.reasons)
     assert any("Not a directory" in reason for reason in caught.value.reasons)
+
+
+BOUND = '[mine]\npath = "elsewhere"\ndigest = "sha256:deadbeef"\n'
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "an error of TOML": lambda path: path.write_text(BOUND + "[other]\nbroken", encoding="utf-8"),
+    "a table twice": lambda path: path.write_text(BOUND + BOUND, encoding="utf-8"),
+    "a name in two forms": lambda path: path.write_text(
+        '["\u00fc"]\npath="a"\n["u\u0308"]\npath="b"\n', encoding="utf-8"
+    ),
+    "no UTF-8": lambda path: path.write_bytes(BOUND.encode("utf-16")),
+    "a folder": lambda path: path.mkdir(),
+    "a link that goes round": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "too large": lambda path: path.write_text(BOUND + "#" * (1 << 20), encoding="utf-8"),
+}
+
+
+@pytest.mark.parametrize("where", ["the user's", "a folder's"])
+@pytest.mark.parametrize("what", list(UNREADABLE))
+def test_a_registry_that_cannot_be_read_hands_no_name_to_another_source(
+    place: Place, ours: Path, what: str, where: str
+) -> None:
+    first = place.folder / "first"
+    first.mkdir()
+    UNREADABLE[what]((place.folder if where == "the user's" else first) / "adapters.toml")
+    with pytest.raises(AdapterInvalid, match=r"adapters\.toml, which may bind that name") as caught:
+        place.resolve("mine", folders=[first, ours])
+    assert caught.value.hint
+    assert place.resolve(ours / "mine", folders=[first, ours]).name == "mine", "a path is bound by nobody"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("hf://me/mine", "hf download me/mine"),
+        ("hf://", "owner and a name"),
+        ("x" * 300, r"File name too long|no such file"),
+        ("nowhere", "no such file"),
+    ],
+)
+def test_a_name_that_is_bound_to_what_is_not_there_is_taken_from_nowhere_else(
+    place: Place, ours: Path, path: str, reason: str
+) -> None:
+    text = f'[mine]\npath = "{path}"\ndigest = "sha256:deadbeef"\n'
+    (place.folder / "adapters.toml").write_text(text, encoding="utf-8")
+    (place.folder / "hub").mkdir()
+    with pytest.raises(AdapterInvalid, match=reason):
+        place.resolve("mine")
 
 
 def test_a_known_adapter_that_is_broken_ends_the_search(place: Place, ours: Path) -> None:
@@ -253,6 +300,13 @@ def test_a_link_out_of_a_folder_is_refused_and_one_inside_is_followed(place: Pla
         place.resolve("outside")
 
 
+def test_a_link_that_goes_round_is_refused_and_hides_no_other_adapter(place: Place, ours: Path) -> None:
+    (ours / "round").symlink_to("round")
+    with pytest.raises(AdapterInvalid, match=r"out of its folder|no such file"):
+        place.resolve("round")
+    assert [each.name for each in place.plugin().list_adapters()] == ["mine"]
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_file_that_is_a_link_out_of_the_folder_is_refused(place: Place, ours: Path, name: str) -> None:
     write_peft(place.folder / "secret", pairs(place.model))
@@ -271,6 +325,19 @@ def test_names_may_be_in_any_language_and_have_dots(place: Place, ours: Path) ->
     for name in ("Übung 1", "проект", "v1.2", "a+b_c-d"):
         write_peft(ours / name, pairs(place.model))
         assert place.resolve(name).name == name
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_found_whichever_form_of_its_accents_the_system_writes(place: Place, ours: Path, form: Any) -> None:
+    name, written = "Übung é", unicodedata.normalize(form, "Übung é")
+    write_peft(ours / written, pairs(place.model))
+    write_gguf(ours / f"{written} 2.gguf", place.model, pairs(place.model))
+    (place.folder / "adapters.toml").write_text(f'["{written} 3"]\npath = "adapters/mine"\n', encoding="utf-8")
+    for each in (name, f"{name} 2", f"{name} 3"):
+        for asked in ("NFC", "NFD"):
+            assert place.resolve(unicodedata.normalize(asked, each)).name == each  # type: ignore[arg-type]
+    listed = {each.reference for each in place.plugin().list_adapters()}
+    assert listed == {"mine", name, f"{name} 2", f"{name} 3"}
 
 
 # --- The registry ----------------------------------------------------------------------------------------------------
@@ -323,6 +390,8 @@ def test_a_registry_of_a_folder_binds_names_within_it(place: Place, ours: Path) 
         ({"scale": 2}, "wrong `path`"),
         ({"path": 7}, "wrong `path`"),
         ({"path": "mine", "scale": "big"}, "wrong `scale`"),
+        ({"path": "mine", "scale": "2"}, "wrong `scale`"),
+        ({"path": "mine", "scale": True}, "wrong `scale`"),
         ({"path": "mine", "digest": "abc"}, "wrong `digest`"),
         ({"path": "nowhere"}, "no such file"),
         ({"path": "mine", "scale": 0}, "scale"),
@@ -361,6 +430,16 @@ def test_a_repository_of_the_cache_is_found_offline(place: Place) -> None:
     assert place.resolve(f"hf://someone/ahoy@{found.digest}").digest == found.digest
     bind(place.folder / "adapters.toml", path="hf://someone/ahoy")
     assert place.resolve("bound").digest == found.digest
+
+
+def test_a_revision_may_be_a_reference_of_the_hub_and_stays_in_the_cache(place: Place) -> None:
+    folder = hub(place)
+    (folder / "refs" / "refs" / "pr").mkdir(parents=True)
+    (folder / "refs" / "refs" / "pr" / "1").write_text(COMMIT, encoding="ascii")
+    assert place.resolve("hf://someone/ahoy@refs/pr/1").name == "ahoy"
+    for revision in ("refs/../../main", "../main", "refs//main", "/main", "refs/", "x/" * 300 + "x"):
+        with pytest.raises(AdapterNotFound, match="followed by an owner and a name"):
+            place.resolve(f"hf://someone/ahoy@{revision}")
 
 
 def test_what_is_not_in_the_cache_says_how_to_get_it(place: Place) -> None:
@@ -661,6 +740,8 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "a value that is wrong": ({"GRAFTAGE_LORA_MAX_BYTES": "many"}, "", "max_bytes"),
     "a key of the file that is not known": ({}, "[lora]\nregistri = 'x'\n", "Did you mean `registry`"),
     "a table that is none": ({}, "lora = 7\n", "must be a table"),
+    "a folder of nobody": ({"GRAFTAGE_LORA_FOLDERS": "~nobody-at-all/x"}, "", "home folder"),
+    "a hub of nobody": ({"HF_HUB_CACHE": "~nobody-at-all/x"}, "", "HF_"),
     "a type that is not known": ({}, "[lora]\nmerge_type = 'Q4_0'\n", "merge_type"),
 }
 

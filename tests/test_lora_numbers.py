@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -381,6 +382,20 @@ def test_a_cancelled_merge_leaves_nothing_and_raises_what_cancelled_it(place: Pl
     assert caught.value is error
     assert [each.name for each in out.parent.iterdir()] == ["merged.gguf"]
     assert out.read_bytes() == b"what was here"
+
+
+def test_what_a_killed_merge_left_is_deleted_by_the_next_one_and_what_is_being_written_stays(place: Place) -> None:
+    write_peft(place.folder / "adapters" / "mine", pairs(place.model))
+    base = place.model.write(place.folder / "base.gguf")
+    names = ("old", "young", "other")
+    old, young, other = (place.folder / f".merged.gguf.{name}.part" for name in names)
+    other = other.with_name(".else.gguf.other.part")
+    for each in (old, young, other):
+        each.write_bytes(b"left")
+    for each in (old, other):
+        os.utime(each, (1, 1))
+    place.resolve("mine").merge(base, place.folder / "merged.gguf")
+    assert sorted(each.name for each in place.folder.glob(".*.part")) == sorted((young.name, other.name))
 
 
 def test_a_merge_that_the_disk_cannot_take_is_refused_before_it_begins(

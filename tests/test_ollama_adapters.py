@@ -7,6 +7,8 @@ The adapters here are stand-ins with files of their own: what an adapter is made
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import re
 import shutil
 import struct
@@ -29,8 +31,11 @@ from graftage.exceptions import (
     AdapterInvalid,
     AdapterUnsupported,
     ConnectionFailed,
+    GraftageError,
+    InferenceFailed,
     ModelLoadFailed,
     ModelNotFound,
+    Overloaded,
     ProtocolError,
     ProviderTimeout,
 )
@@ -38,6 +43,7 @@ from graftage.hookspecs import hookimpl
 from graftage.types import Call, CloseRequest, ConnectRequest, LoadAdapterRequest, Verdict
 from graftage_ollama import OllamaSettings
 from graftage_ollama._adapters import _name
+from graftage_ollama._errors import refusal
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -192,9 +198,68 @@ def test_the_file_is_sent_as_it_is(connect: Any, fake: FakeOllama, adapter: Ahoy
     assert list(fake.blobs.values()) == [adapter.file.read_bytes()]
 
 
-def blob_path(adapter: Ahoy) -> str:
-    import hashlib
+class Fleeting(Ahoy):
+    """An adapter in a cache that is emptied, once or for ever, after its file was made."""
 
+    content: bytes = b""
+    times: int = 1
+
+    def gguf(self, base: ModelInfo) -> Path:
+        if not self.content:
+            self.content = self.file.read_bytes()
+        self.file.write_bytes(self.content)
+        if self.times:
+            self.times -= 1
+            self.file.unlink()
+        return self.file
+
+
+def test_a_file_that_was_deleted_before_it_was_read_is_made_again(
+    connect: Any, fake: FakeOllama, adapter: Ahoy
+) -> None:
+    llm = connect(Resolver(Fleeting(adapter.file, name="fleeting")))
+    assert [llm.use_adapter("fleeting").model] == made(fake)
+
+
+def test_a_file_that_is_always_deleted_is_told_as_that(connect: Any, adapter: Ahoy) -> None:
+    fleeting = Fleeting(adapter.file, name="fleeting")
+    fleeting.times = 99
+    with pytest.raises(AdapterError, match=r"gone as soon as it is made\. Does something empty") as caught:
+        connect(Resolver(fleeting)).use_adapter("fleeting")
+    assert "fault of the plugin" not in str(caught.value)
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_file_that_was_deleted_before_it_was_sent_is_made_again_once(
+    connect: Any, fake: FakeOllama, adapter: Ahoy, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    content = adapter.file.read_bytes()
+    answer = fake._blob
+    deleted: list[str] = []
+
+    def deletes(seen: Any) -> Answer:
+        if seen.method == "HEAD" and len(deleted) < times:
+            deleted.append(seen.path)
+            adapter.file.unlink()
+        return answer(seen)
+
+    class Renewed(Ahoy):
+        def gguf(self, base: ModelInfo) -> Path:
+            self.file.write_bytes(content)
+            return self.file
+
+    monkeypatch.setattr(fake, "_blob", deletes)
+    llm = connect(Resolver(Renewed(adapter.file, name="renewed")))
+    if times == 1:
+        assert [llm.use_adapter("renewed").model] == made(fake)
+        assert list(fake.blobs.values()) == [content]
+    else:
+        with pytest.raises(AdapterError, match="gone as soon as it is made"):
+            llm.use_adapter("renewed")
+    assert len(deleted) == min(times, 2)
+
+
+def blob_path(adapter: Ahoy) -> str:
     return f"/api/blobs/sha256:{hashlib.sha256(adapter.file.read_bytes()).hexdigest()}"
 
 
@@ -378,6 +443,16 @@ def test_a_merge_that_cannot_be_says_why(merging: Any, adapter: Ahoy, settings: 
     assert adapter.merged == []
 
 
+def test_a_folder_for_temporary_files_that_cannot_be_used_is_named(
+    merging: Any, adapter: Ahoy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(AdapterUnsupported) as caught:
+        merging().use_adapter("ahoy")
+    assert "temporary files (TMPDIR) cannot be used: No such file" in caught.value.reasons[2]
+    assert adapter.merged == []
+
+
 def test_a_size_allows_the_merge_of_a_base_up_to_it(merging: Any) -> None:
     assert merging(merge_adapters="1MB").use_adapter("ahoy").strategy == "merged"
 
@@ -442,26 +517,114 @@ def test_a_cancelled_merge_ends_and_leaves_nothing(
 # --- Tried before it is used -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        PANIC,
-        "llama runner process has terminated: panic:",
-        "llama-server process has terminated: exit status 1",
-        "model runner has unexpectedly stopped",
-        "unable to load model: /models/blobs/sha256-1",
-    ],
-)
+def fails(fake: FakeOllama, words: str, status: int = 500) -> None:
+    """Let the next try of a model fail."""
+    fake.script("/api/generate", Answer([{"error": words}], status=status, framing="length"))
+
+
+PROOFS = [
+    PANIC,
+    "llama runner process has terminated: panic:",
+    "unable to load model: /models/blobs/sha256-1",
+]
+GAVE_UP = ["llama runner process has terminated: exit status 2", "llama-server process has terminated: exit status 1"]
+
+
+@pytest.mark.parametrize("words", PROOFS + GAVE_UP)
 def test_an_adapter_that_ends_the_runner_is_incompatible_and_its_model_goes(
     connect: Any, fake: FakeOllama, words: str
 ) -> None:
-    fake.script("/api/generate", Answer([{"error": words}], status=500, framing="length"))
+    fails(fake, words)
     with pytest.raises(AdapterIncompatible) as caught:
-        connect().use_adapter("ahoy")
+        connect(attempts=3).use_adapter("ahoy")
     assert made(fake) == []
+    assert steps(fake).count("POST generate") == 1, "it would end again"
     assert len(caught.value.reasons) == 1
     assert "/models" not in str(caught.value)
     assert caught.value.hint
+
+
+TRANSIENT: list[tuple[str, int, type[GraftageError]]] = [
+    ("llama-server reported out-of-memory during startup", 500, ModelLoadFailed),
+    ("model failed to load, this may be due to resource limitations or an internal error", 500, ModelLoadFailed),
+    ("llama-server process has terminated: signal: killed", 500, ModelLoadFailed),
+    ("llama runner process has terminated with exit code -1", 500, ModelLoadFailed),
+    ("llama runner process has terminated: cudaMalloc failed: out of memory", 500, ModelLoadFailed),
+    ("unknown model architecture: 'odd'", 500, ModelLoadFailed),
+    ("timed out waiting for llama runner to start - progress 0.00 - ", 500, ModelLoadFailed),
+    ("model runner has unexpectedly stopped, this may be due to resource limitations", 500, InferenceFailed),
+    ("an error was encountered while running the model: unexpected EOF", 500, InferenceFailed),
+    ("unexpected server status: llm server loading model", 500, Overloaded),
+    ("server busy, please try again.  maximum pending requests exceeded", 503, Overloaded),
+    ("EOF", 500, InferenceFailed),
+    ("context canceled", 499, InferenceFailed),
+    ("something odd", 500, InferenceFailed),
+]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize(("words", "status", "kind"), TRANSIENT)
+def test_a_fault_of_the_server_says_nothing_of_the_adapter_and_its_model_stays(
+    connect: Any, fake: FakeOllama, words: str, status: int, kind: type[GraftageError], *, is_new: bool
+) -> None:
+    if not is_new:
+        connect().use_adapter("ahoy")
+    fails(fake, words, status)
+    with pytest.raises(kind):
+        connect().use_adapter("ahoy")
+    assert len(made(fake)) == 1
+    assert connect().use_adapter("ahoy").model == made(fake)[0]
+
+
+@pytest.mark.parametrize("words", PROOFS + GAVE_UP)
+def test_a_model_that_was_there_before_is_never_deleted(connect: Any, fake: FakeOllama, words: str) -> None:
+    model = connect().use_adapter("ahoy").model
+    fails(fake, words)
+    with pytest.raises(ModelLoadFailed if words in GAVE_UP else AdapterIncompatible) as caught:
+        connect().use_adapter("ahoy")
+    assert made(fake) == [model]
+    assert "deleted again" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["unexpected server status: llm server loading model", "llama-server process has terminated: signal: killed"],
+)
+def test_a_fault_that_passes_is_mended_by_the_next_attempt(connect: Any, fake: FakeOllama, words: str) -> None:
+    fails(fake, words)
+    llm = connect(attempts=2)
+    assert [llm.use_adapter("ahoy").model] == made(fake)
+    assert llm.stats().retries == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "llama-server reported out-of-memory during startup",
+        "model failed to load, this may be due to resource limitations or an internal error",
+    ],
+)
+def test_a_server_short_of_memory_is_told_as_that(connect: Any, fake: FakeOllama, words: str) -> None:
+    fails(fake, words)
+    with pytest.raises(ModelLoadFailed) as caught:
+        connect().use_adapter("ahoy")
+    assert caught.value.reason == "memory"
+
+
+def test_a_server_that_is_still_loading_is_asked_again(connect: Any, fake: FakeOllama) -> None:
+    busy = Answer([{"error": "unexpected server status: llm server loading model"}], status=500, framing="length")
+    fake.script("/api/chat", busy, busy)
+    llm = connect(attempts=3)
+    assert llm.chat("Hi").text == fake.reply
+    assert llm.stats().retries == 2
+
+
+def test_a_secret_is_hidden_before_the_words_of_a_server_are_cut() -> None:
+    secret = "sk-0123456789abcdef"
+    for length in range(460, 520):
+        body = json.dumps({"error": "x" * length + secret + "y" * 3000}).encode()
+        error = refusal(500, {}, body, model="m", operation="chat", secrets=[secret])
+        assert "sk-" not in f"{error} {error.details}", length
 
 
 def test_an_engine_that_takes_no_adapters_leaves_the_merge(merging: Any, fake: FakeOllama) -> None:
@@ -678,10 +841,20 @@ def test_a_model_of_the_same_content_under_a_name_of_ones_own_is_left_alone(conn
     assert fake.models == [MODEL, "mine:latest"]
 
 
-def test_a_derived_model_that_somebody_made_his_own_is_left_alone(connect: Any, fake: FakeOllama) -> None:
+OWN: dict[str, Any] = {
+    "system": "You are a pirate.",
+    "license": "Mine alone.",
+    "template": "{{ .Prompt }}",
+    "parameters": {"num_ctx": 99},
+    "messages": [{"role": "user", "content": "Hello"}],
+}
+
+
+@pytest.mark.parametrize("what", list(OWN))
+def test_a_derived_model_that_somebody_made_his_own_is_left_alone(connect: Any, fake: FakeOllama, what: str) -> None:
     llm = connect()
     model = llm.use_adapter("ahoy").model
-    fake.derived[model] = {**fake.derived[model], "system": "You are a pirate."}
+    fake.derived[model] = {**fake.derived[model], what: OWN[what]}
     assert llm.prune_adapters(dry_run=False) == ()
     assert made(fake) == [model]
 

@@ -20,6 +20,7 @@ from graftage.exceptions import (
     GraftageError,
     ProviderError,
     RequestRejected,
+    SettingsError,
 )
 from graftage.types import (
     ACTIVE,
@@ -196,7 +197,7 @@ class Adapters:
         for name, resolver in session.relay.each("resolve_adapter"):
             try:
                 found: Any = await session.io.ask(name, resolver, request, call)
-            except (AdapterInvalid, AdapterIncompatible, ProviderError):
+            except (AdapterInvalid, AdapterIncompatible, ProviderError, SettingsError):
                 raise  # The reference was known, and the answer is no; or the provider failed when it was asked.
             except AdapterNotFound as error:
                 said += [f"{name}: {reason}" for reason in error.reasons or (error.message,)]

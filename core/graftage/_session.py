@@ -28,6 +28,7 @@ from graftage.exceptions import (
     ProviderTimeout,
     RequestRejected,
     ResourceLimitExceeded,
+    SettingsError,
     StreamInterrupted,
 )
 from graftage.retry import Budget
@@ -615,7 +616,9 @@ class Session:
         for name, function in self.relay.each("list_adapters"):
             try:
                 found += await self.io.run(lambda ask=function: tuple(ask()))
-            except Exception as error:  # noqa: BLE001, PERF203 - plugins are isolated from each other
+            except Exception as error:  # noqa: PERF203 - plugins are isolated from each other
+                if isinstance(error, SettingsError):  # It is the user's to mend, and silence looks like an empty list.
+                    raise
                 log("WARNING", f"the plugin `{name}` failed to list its adapters: {type(error).__name__}: {error}")
         return tuple(found)
 

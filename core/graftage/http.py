@@ -35,7 +35,6 @@ import anyio
 import httpcore
 import httpx
 
-from graftage._values import SHORTEST_SECRET
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout, StreamInterrupted
 from graftage.types import Call
 
@@ -177,7 +176,7 @@ class Guard(httpx.BaseTransport):
         try:
             if response.status_code >= REDIRECT_STATUS:
                 body = b"".join(_capped(_bounded(stream, of), MAX_ERROR_BODY))
-                raise _refusal(of, response, _without(body, self._headers))
+                raise _refusal(of, response, body)
             _check_encoding(response)
         except BaseException:
             stream.close()
@@ -222,7 +221,7 @@ class AsyncGuard(httpx.AsyncBaseTransport):
         try:
             if response.status_code >= REDIRECT_STATUS:
                 body = await _acapped(_abounded(stream, of), MAX_ERROR_BODY)
-                raise _refusal(of, response, _without(body, self._headers))
+                raise _refusal(of, response, body)
             _check_encoding(response)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -252,15 +251,6 @@ def _prepare(request: httpx.Request, headers: Mapping[str, str | None]) -> None:
             request.headers.pop(name, None)
         else:
             request.headers[name] = value
-
-
-def _without(body: bytes, headers: Mapping[str, str | None]) -> bytes:
-    """What a server says without the headers that it may repeat: here, before its words are cut to a length."""
-    for value in headers.values():
-        for part in (value, value.rpartition(" ")[2]) if value else ():
-            if len(part) >= SHORTEST_SECRET:
-                body = body.replace(part.encode(), b"***")
-    return body
 
 
 def _guarded(response: httpx.Response, stream: httpx.SyncByteStream | httpx.AsyncByteStream) -> httpx.Response:

@@ -6,9 +6,12 @@ difference is folded into B. The file holds no name, no time and no path.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +31,8 @@ __all__ = ["check_placed", "pieces", "store", "written"]
 
 TOLERANCE: Final = 1e-6
 """Of a scale: alpha is written as F32."""
+STALE: Final = 3600.0
+"""Seconds in which nothing was written to a file that nobody writes any more; a merge writes several times a second."""
 
 
 def pieces(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
@@ -86,6 +91,7 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
 def written(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
     """A file that appears under its name only when all of it is on the disk; after any error, nothing is left of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -97,6 +103,14 @@ def written(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return out
+
+
+def _sweep(out: Path) -> None:
+    """Delete what runs that were killed have left of the same file."""
+    for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
 
 
 def store(content: Iterable[bytes], folder: Path, name: str) -> Path:

@@ -20,8 +20,11 @@ MAX_FOLDER: Final = 10_000
 
 
 def outside(path: Path, folder: Path) -> bool:
-    """Whether a path, all links followed, leads out of a folder."""
-    return not path.resolve().is_relative_to(folder.resolve())
+    """Whether a path, all links followed, leads out of a folder; a link that goes round leads nowhere in it."""
+    try:
+        return not path.resolve().is_relative_to(folder.resolve())
+    except RuntimeError:  # Python up to 3.12
+        return True
 
 
 def entries(folder: Path) -> list[str]:

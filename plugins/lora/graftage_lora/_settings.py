@@ -29,6 +29,13 @@ def _hub() -> Path:
     return (Path(home) if home else Path(cache) / "huggingface") / "hub"
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"the home folder in `{path}` is not known") from None
+
+
 class LoraSettings(BaseSettings):
     """Where adapters are looked for, and how far they are let in."""
 
@@ -66,8 +73,8 @@ class LoraSettings(BaseSettings):
     @classmethod
     def _at_home(cls, value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(each.expanduser() for each in value)
-        return value.expanduser() if isinstance(value, Path) else value
+            return tuple(map(_expanded, value))
+        return _expanded(value) if isinstance(value, Path) else value
 
     @classmethod
     def settings_customise_sources(
@@ -100,10 +107,10 @@ def load(arguments: Mapping[str, Any]) -> LoraSettings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
+        # The hub is the only default that may be wrong: other variables name it.
+        source = origins.get(key, "environment HF_…")
         raise SettingsError(
-            f"The setting `{key}` ({origins.get(key)}) of the plugin `lora` is wrong: {first['msg']}.",
-            key=key,
-            source=origins.get(key),
+            f"The setting `{key}` ({source}) of the plugin `lora` is wrong: {first['msg']}.", key=key, source=source
         ) from None
 
 

@@ -7,11 +7,12 @@ link is followed only where it stays inside.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -41,6 +42,7 @@ NAME: Final = re.compile(r"\w[\w.+ -]{0,127}")
 DEVICES: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)", re.IGNORECASE)
 PINNED: Final = re.compile(r"(.+)@(?:sha256:([0-9a-f]{8,64})|([0-9a-f]{12,64}))")
 HUB_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+MAX_REVISION: Final = 256
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -63,9 +65,9 @@ class Reference:
         return self.text.startswith(HUB)
 
     @property
-    def is_name(self) -> bool:
-        """Whether it is a name, which no file system can take for anything else."""
-        return problem_of(self.text) is None
+    def name(self) -> str:
+        """It as a name, in one form of those that Unicode has for a letter: some systems write another into folders."""
+        return composed(self.text)
 
 
 def parse(text: str) -> Reference:
@@ -81,6 +83,11 @@ def parse(text: str) -> Reference:
     if match and (match[2] or not text.startswith(HUB)):
         return Reference(text=match[1], digest=match[2] or match[3])
     return Reference(text=text)
+
+
+def composed(text: str) -> str:
+    """A text with each letter and its accents as one character, where there is one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def problem_of(name: str) -> str | None:
@@ -162,7 +169,7 @@ class Paths:
             raise Passed("paths are switched off (`paths`)")
         if text.startswith("\\\\"):
             raise Passed("it is on another machine")
-        path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+        path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
             raise Passed("there is no such file or folder")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
@@ -186,25 +193,25 @@ class Folder:
 
     def find(self, reference: Reference) -> Found:
         """The files of a name."""
-        name = reference.text
+        name = reference.name
         if problem := problem_of(name):
             raise Passed(problem)
-        names = self._names()
-        if REGISTRY in names and (bound := self._registry.get(name)):
+        names = {composed(entry): entry for entry in self._names()}
+        if bound := self._registry.get(name):
             return replace(bound, source=self.name)
         for entry in (name, f"{name}.gguf"):
             if entry in names:
-                return self._found(name, entry)
+                return self._found(name, names[entry])
         raise Passed(_missing(name, names))
 
     def known(self) -> Iterator[Found]:
         """All adapters in the folder."""
         names = self._names()
-        bound = list(self._registry.known()) if REGISTRY in names else []
+        bound = list(self._registry.known())
         yield from (replace(each, source=self.name) for each in bound)
         taken = {each.name for each in bound}
         for entry in names:
-            name = entry.removesuffix(".gguf")
+            name = composed(entry).removesuffix(".gguf")
             if name not in taken and problem_of(name) is None and self._is_adapter(entry):
                 taken.add(name)
                 yield self._found(name, entry)
@@ -227,7 +234,19 @@ class Folder:
             raise Passed("the folder is not there") from None
 
 
-def _missing(name: str, names: list[str]) -> str:
+def _by_name(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a registry by names in one form."""
+    entries = {composed(name): entry for name, entry in document.items()}
+    if len(entries) < len(document):
+        raise ValueError("two of its names differ only in how their accents are written")
+    return entries
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _missing(name: str, names: Iterable[str]) -> str:
     others = [each for each in names if each.removesuffix(".gguf").casefold() == name.casefold()]
     return f"there is `{others[0]}`, written otherwise" if others else "there is no such entry"
 
@@ -253,7 +272,8 @@ class Registry:
         scale = 2.0
 
     In the user's own file a path may lead anywhere; in that of a folder, which may come with somebody's project, it
-    stays in the folder.
+    stays in the folder. A file that cannot be read may bind any name, and to a digest: it answers for all of them, and
+    the answer is no. Else another adapter of that name would be taken from somewhere else.
     """
 
     name = "registry"
@@ -265,40 +285,47 @@ class Registry:
 
     def find(self, reference: Reference) -> Found:
         """The files of a name."""
-        if problem := problem_of(reference.text):
+        if problem := problem_of(reference.name):
             raise Passed(problem)
-        if found := self.get(reference.text):
+        if found := self.get(reference.name):
             return found
         raise Passed(f"it is not in {self._path}")
 
     def get(self, name: str) -> Found | None:
-        """The files of a name, or `None`."""
+        """The files of a name, or `None`.
+
+        Raises:
+            Refused: the name is bound and its files cannot be had, or the file cannot be read.
+        """
         document = self._document()
         return self._found(name, document[name]) if name in document else None
 
     def known(self) -> Iterator[Found]:
         """All names whose files are there."""
         for name, entry in self._document().items():
-            try:
-                if problem_of(name) is None:
+            if problem_of(name) is None:
+                with contextlib.suppress(Refused):
                     yield self._found(name, entry)
-            except (Refused, Passed, OSError):  # noqa: PERF203 - each entry is on its own
-                continue
 
     def _document(self) -> dict[str, Any]:
-        if not self._path.exists():
-            raise Passed(f"there is no {self._path}")
         within = None if self._trusted else self._path.parent
         try:
+            self._path.lstat()
             with Opened(self._path, within=within, limit=MAX_REGISTRY, empty=True) as file:
-                document: dict[str, Any] = tomllib.loads(bytes(file.rest()).decode("utf-8"))
-                return document
-        except (Refused, ValueError, RecursionError) as error:
-            raise Passed(f"{self._path} cannot be used: {error}") from None
+                return _by_name(tomllib.loads(bytes(file.rest()).decode("utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (Refused, OSError, ValueError, RecursionError) as error:
+            raise Refused(
+                f"{self._path}, which may bind that name, cannot be read: {_words(error)}", "Mend it, or move it away."
+            ) from None
 
     def _found(self, name: str, entry: Any) -> Found:
         binding = self._binding(name, entry)
-        files = self._files(binding.path)
+        try:
+            files = self._files(binding.path)
+        except (Passed, OSError) as error:
+            raise Refused(f"{self._path} binds it to `{binding.path[:200]}`: {_words(error)}") from None
         return Found(
             name=name,
             reference=name,
@@ -318,7 +345,7 @@ class Registry:
                     f"{self._path} has the unknown key `{key}` in `[{name}]`", nearest(key, Binding.model_fields)
                 )
         try:
-            return Binding.model_validate(entry, strict=False)
+            return Binding.model_validate(entry, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(each) for each in first["loc"])
@@ -351,7 +378,7 @@ class Hub:
             raise Passed(f"it does not begin with `{HUB}`")
         repository, _, revision = reference.text.removeprefix(HUB).partition("@")
         parts = repository.split("/")
-        if len(parts) != 2 or not all(map(_is_hub_part, (*parts, revision or "main"))):  # noqa: PLR2004
+        if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):  # noqa: PLR2004
             raise Passed(f"`{HUB}` is followed by an owner and a name, and perhaps `@` and a revision")
         return self._found(parts[0], parts[1], revision)
 
@@ -382,11 +409,16 @@ class Hub:
         try:
             return os.listdir(self._folder)  # noqa: PTH208 - names alone
         except FileNotFoundError:
-            raise Passed(f"there is no {self._folder}") from None
+            return []
 
 
 def _is_hub_part(text: str) -> bool:
     return HUB_PART.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def _is_revision(text: str) -> bool:
+    """Whether it may be a branch, a tag, a commit, or a reference such as `refs/pr/1`."""
+    return len(text) <= MAX_REVISION and all(HUB_PART.fullmatch(part) and ".." not in part for part in text.split("/"))
 
 
 def _commit(folder: Path, revision: str) -> str:

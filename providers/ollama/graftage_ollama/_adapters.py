@@ -56,6 +56,13 @@ PART_LENGTH: Final = 80
 ROOM: Final = 2
 """A merged model is at most this much larger than its base: touched 4-bit tensors become 8-bit ones."""
 BLOCK: Final = 1 << 20
+MISFIT: Final = re.compile(
+    r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
+)
+"""What a server says of an adapter that it cannot apply (recorded from 0.24), and its newer engine of any."""
+GAVE_UP: Final = re.compile(r"terminated: exit status")
+"""All that 0.9 and 0.32 say of it (recorded). Other faults may end a runner so, too: it is proof only of a model
+that never worked: one that this call has made."""
 PASSING: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, ModelLoadFailed, ProtocolError)
 """What `create` answers where another strategy may do better; a lost connection is not among it."""
 
@@ -142,9 +149,12 @@ class Adapters:
 
     async def unload(self, request: UnloadAdapterRequest) -> None:
         """Free the memory of an adapter's model; one that is gone holds none."""
-        body = {"model": request.adapter.model, "keep_alive": 0, "stream": False}
+        await self._unload(request.call, "unload_adapter", request.adapter.model)
+
+    async def _unload(self, call: Call, operation: str, model: str) -> None:
+        body = {"model": model, "keep_alive": 0, "stream": False}
         with contextlib.suppress(ModelNotFound):
-            await self._wire.ask(request.call, "unload_adapter", "POST", "/api/generate", body)
+            await self._wire.ask(call, operation, "POST", "/api/generate", body)
 
     # --- Strategies --------------------------------------------------------------------------------------------------
 
@@ -174,8 +184,7 @@ class Adapters:
         weights = _weights(base)
         if not weights:
             raise _Passed("the server does not tell which weights the base has")
-        file = await self._from_resolver(lambda: request.adapter.gguf(base))
-        digest = await self._wire.run(lambda: _sha256(file))
+        file, digest = await self._converted(request, base)
 
         def proves(model: ModelInfo) -> bool:
             return _weights(model) == weights and sorted(model.adapters) == sorted((*base.adapters, digest))
@@ -183,13 +192,14 @@ class Adapters:
         name = _name(request.model, request.adapter.name, "native", digest, weights)
         body = {"model": name, "from": request.model, "adapters": {"adapter.gguf": digest}, "stream": False}
         derived = _Derived(name=name, strategy="native", proves=proves, body=body)
-        if not await self._is_there(request, derived):
+        is_new = not await self._is_there(request, derived)
+        if is_new:
             memory = await self._memory(request.call)
             if memory.reason:
                 raise _Passed(memory.reason)
-            await self._upload(request.call, digest, file)
+            await self._send(request, base, file, digest)
             await self._create(request, derived, memory)
-        await self._probe(request, derived)
+        await self._probe(request, derived, is_new=is_new)
         return _loaded(request.adapter, name, "native")
 
     async def _merged(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
@@ -202,21 +212,23 @@ class Adapters:
 
         name = _name(request.model, adapter.name, "merged", adapter.digest, _weights(base))
         derived = _Derived(name=name, strategy="merged", proves=proves, body={})
-        if not await self._is_there(request, derived):
-            base_file = self._allowed_base_file(base)
-            folder = Path(tempfile.mkdtemp(prefix="graftage-"))
+        is_new = not await self._is_there(request, derived)
+        if is_new:
+            base_file, size = self._allowed_base_file(base)
+            folder = _scratch(ROOM * size)
             try:
                 file = await self._from_resolver(lambda: _merge(adapter, base_file, folder, request.call))
                 digest = await self._wire.run(lambda: _sha256(file))
                 await self._upload(request.call, digest, file)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            body = {"model": name, "files": {"model.gguf": digest}, "stream": False, **_carried_over(base)}
+            body = {"model": name, "files": {"model.gguf": digest}, "stream": False, **_settings(base)}
             await self._create(request, replace(derived, body=body))
-        await self._probe(request, derived)
+        await self._probe(request, derived, is_new=is_new)
         return _loaded(adapter, name, "merged")
 
-    def _allowed_base_file(self, base: ModelInfo) -> Path:
+    def _allowed_base_file(self, base: ModelInfo) -> tuple[Path, int]:
+        """The file to merge into, and its size."""
         if not self._merge:
             raise _Passed("merging is not allowed (`merge_adapters`)")
         if len(_weights(base)) > 1:
@@ -226,17 +238,37 @@ class Adapters:
             raise _Passed("the base model's file cannot be read from here (`adapter_base_file` can name it)")
         try:
             size = file.stat().st_size
-            free = shutil.disk_usage(tempfile.gettempdir()).free
         except OSError as error:
             raise _Passed(f"the base model's file cannot be read: {error.strerror}") from None
         if self._merge is not True and size > self._merge:
             raise _Passed(f"the base has {size} bytes, more than `merge_adapters` allows ({self._merge:d})")
-        if free < ROOM * size:
-            raise _Passed(f"the disk has {free} bytes free, and merging may need {ROOM * size}")
-        return file
+        return file, size
 
-    async def _from_resolver(self, make: Callable[[], Path]) -> Path:
-        """A file that the resolver makes; what it cannot do is left to the next strategy."""
+    async def _converted(self, request: LoadAdapterRequest, base: ModelInfo) -> tuple[Path, str]:
+        """The adapter's GGUF file and its digest. The file lies in a cache, which may be emptied at any time."""
+
+        def make() -> tuple[Path, str]:
+            for _ in range(2):
+                file = request.adapter.gguf(base)
+                with contextlib.suppress(FileNotFoundError):
+                    return file, _sha256(file)
+            raise _gone(request, file)
+
+        return await self._from_resolver(make)
+
+    async def _send(self, request: LoadAdapterRequest, base: ModelInfo, file: Path, digest: str) -> None:
+        """Bring the adapter's file into the server, made once more where it has gone meanwhile."""
+        for _ in range(2):
+            try:
+                return await self._upload(request.call, digest, file)
+            except ProtocolError:
+                if await self._wire.run(file.exists):
+                    raise
+            file, digest = await self._converted(request, base)
+        raise _gone(request, file)
+
+    async def _from_resolver(self, make: Callable[[], T]) -> T:
+        """What the resolver makes; what it cannot do is left to the next strategy."""
         try:
             return await self._wire.run(make)
         except AdapterUnsupported as error:
@@ -291,27 +323,33 @@ class Adapters:
             memory.reason = why
         raise _Passed(why)
 
-    async def _probe(self, request: LoadAdapterRequest, derived: _Derived) -> None:
-        """Ask for one token: an adapter that does not fit is accepted by `create`, and then ends the runner."""
+    async def _probe(self, request: LoadAdapterRequest, derived: _Derived, *, is_new: bool) -> None:
+        """Ask for one token: an adapter that does not fit is accepted by `create`, and then ends the runner.
+
+        A model that was there before this call has worked before: it is never deleted.
+
+        Raises:
+            AdapterIncompatible: the server's words prove that it does not fit.
+            ProviderError: something else went wrong. It says nothing of the adapter, and the model stays.
+            _Passed: the server's engine takes no adapters.
+        """
         options: dict[str, Any] = {"num_predict": 1}
         if request.context_window is not None:
             options["num_ctx"] = request.context_window
         body = {"model": derived.name, "prompt": "Hi", "raw": True, "stream": False, "options": options}
         if request.keep_alive is not None:
             body["keep_alive"] = _convert.keep_alive(request.keep_alive)
-        call = replace(request.call, attempts=1)
         try:
-            await self._wire.ask(call, "load_adapter", "POST", "/api/generate", body)
+            await self._wire.ask(request.call, "load_adapter", "POST", "/api/generate", body)
         except ModelLoadFailed as error:
-            if error.reason in ("memory", "timeout"):
+            words = str(error.details.get("server_message", ""))
+            if not _is_misfit(error, words, is_new=is_new):
                 raise
-            await self._delete(request.call, "load_adapter", derived.name)
-            if "not yet implemented" in str(error.details.get("server_message", "")):
+            if is_new:
+                await self._delete(request.call, "load_adapter", derived.name)
+            if "not yet implemented" in words:
                 raise _Passed("the server's engine for this architecture takes no adapters") from error
-            raise _does_not_run(request, error) from error
-        except InferenceFailed as error:
-            await self._delete(request.call, "load_adapter", derived.name)
-            raise _does_not_run(request, error) from error
+            raise _does_not_run(request, derived, error, is_new=is_new) from error
 
     async def _upload(self, call: Call, digest: str, file: Path) -> None:
         """Bring a file into the server. It is asked first: that saves the transfer, and a reset in the middle of it."""
@@ -369,6 +407,8 @@ class Adapters:
             if found is None or not await self._is_ours(request.call, found, models):
                 continue
             if not request.dry_run:
+                # A model that is deleted stays in memory, where its name can no longer be used to put it out.
+                await self._unload(request.call, "prune_adapters", model.name)
                 await self._delete(request.call, "prune_adapters", model.name)
             gone.append(replace(model, adapters=found.adapters or (str(found.metadata[MARK]),)))
         return tuple(gone)
@@ -438,10 +478,19 @@ def _made_from(base: ModelInfo, model: ModelInfo) -> bool:
     return _weights(model) == weights and any(key == _key("native", digest, weights) for digest in model.adapters)
 
 
-def _settings(model: ModelInfo) -> tuple[Any, ...]:
-    """What a model says beside its weights."""
+def _settings(model: ModelInfo) -> dict[str, Any]:
+    """What a model says beside its weights, in the words of `create`; one made from a file inherits none of it."""
     raw = model.raw
-    return model.template, model.system, _convert.parameters(str(raw.get("parameters") or "")), raw.get("messages")
+    fields = {
+        "template": model.template,
+        "system": model.system,
+        "license": model.licence,
+        "parameters": _convert.parameters(str(raw.get("parameters") or "")),
+        "messages": raw.get("messages"),
+        "renderer": raw.get("renderer"),
+        "parser": raw.get("parser"),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def _chosen(model: ModelInfo, request: PruneAdaptersRequest) -> bool:
@@ -464,13 +513,31 @@ def _loaded(adapter: Adapter, model: str, strategy: str) -> LoadedAdapter:
     )
 
 
-def _does_not_run(request: LoadAdapterRequest, error: ProviderError) -> AdapterIncompatible:
+def _is_misfit(error: ModelLoadFailed, words: str, *, is_new: bool) -> bool:
+    """Whether a failure to load proves that the adapter does not fit, and not only that the server is in need."""
+    if error.reason in ("memory", "timeout"):
+        return False
+    return bool(MISFIT.search(words) or (is_new and GAVE_UP.search(words)))
+
+
+def _does_not_run(
+    request: LoadAdapterRequest, derived: _Derived, error: ProviderError, *, is_new: bool
+) -> AdapterIncompatible:
     reason = f"the server cannot run `{request.model}` with it ({_cause(error)})"
+    rest = "is deleted again" if is_new else f"was there before and stays: `ollama rm {derived.name}` deletes it"
     return AdapterIncompatible(
         f"The adapter `{request.adapter.name}` does not work: {reason}.",
         reference=request.adapter.name,
         reasons=[reason],
-        hint="It was probably made for another base model; what was made for it on the server is deleted again.",
+        hint=f"It was probably made for another base model; what was made for it on the server {rest}.",
+    )
+
+
+def _gone(request: LoadAdapterRequest, file: Path) -> AdapterError:
+    return AdapterError(
+        f"The file `{file.name}` of the adapter is gone as soon as it is made.",
+        reference=request.adapter.name,
+        hint="Does something empty the cache of adapters? Ask again when it is done.",
     )
 
 
@@ -489,6 +556,18 @@ def _sha256(file: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def _scratch(room: int) -> Path:
+    """A new folder for temporary files that has room."""
+    try:
+        where = tempfile.gettempdir()
+        free = shutil.disk_usage(where).free
+        if free < room:
+            raise _Passed(f"the disk has {free} bytes free, and merging may need {room}")
+        return Path(tempfile.mkdtemp(prefix="graftage-"))
+    except OSError as error:
+        raise _Passed(f"the folder for temporary files (TMPDIR) cannot be used: {error.strerror or error}") from None
+
+
 def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
     """Merge into a file of that folder; a folder that has gone, or the deadline, ends it."""
 
@@ -504,18 +583,3 @@ def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
         call.emit("progress", progress=PullProgress(status="merging", total=total, completed=written))
 
     return adapter.merge(base_file, folder / "merged.gguf", told)
-
-
-def _carried_over(base: ModelInfo) -> dict[str, Any]:
-    """What a model made from a file does not inherit from the base."""
-    raw = base.raw
-    fields = {
-        "template": base.template,
-        "system": base.system,
-        "license": base.licence,
-        "parameters": _convert.parameters(str(raw.get("parameters") or "")),
-        "messages": raw.get("messages"),
-        "renderer": raw.get("renderer"),
-        "parser": raw.get("parser"),
-    }
-    return {name: value for name, value in fields.items() if value}

@@ -86,6 +86,9 @@ class OllamaConnection:
         self.address = str(self._url).rstrip("/")
         self._transport = settings.transport
         self._headers = request_headers(settings, self._url)
+        self._secrets = tuple(
+            each.get_secret_value() for each in (settings.api_key, *settings.headers.values()) if each
+        )
         self._merge = settings.merge_adapters
         self._base_file = settings.adapter_base_file
         self._lock = threading.Lock()
@@ -449,7 +452,7 @@ class OllamaConnection:
 
     def _exchange(self, call: Call, operation: str, model: str | None, *, lines: bool = False) -> Exchange:
         def refuse(status: int, headers: Mapping[str, str], body: bytes) -> ProviderError:
-            return refusal(status, headers, body, model=model, operation=operation)
+            return refusal(status, headers, body, model=model, operation=operation, secrets=self._secrets)
 
         def read(line: bytes, whole: bool) -> bytes:
             return checked_line(line, whole, refuse)

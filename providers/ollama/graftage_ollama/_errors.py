@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,9 +32,12 @@ __all__ = ["refusal"]
 
 MAX_WORDS = 500
 """Characters of the server's words that go into a message."""
+SHORTEST_SECRET = 4
+"""Characters; what is shorter stands in many words by chance."""
 MEMORY = (
     "requires more system memory",
     "out of memory",
+    "out-of-memory",  # "llama-server reported out-of-memory during startup", WaitUntilRunning since 0.30
     "out of device memory",
     "outofdevicememory",
     "cudamalloc failed",
@@ -46,7 +49,13 @@ MEMORY = (
     "vk_error_out_of_device_memory",
     "erroroutofmemory",
     "unable to load full model on gpu",
+    # llm/server.go, where a runner does not answer the request to load. What goes on so after "model runner has
+    # unexpectedly stopped" is another thing: that is said of one that was killed, too, and the next request mends it.
+    "model failed to load, this may be due to resource limitations",
 )
+LOADING = ("llm server loading model", "llm server launched")
+"""The runner is not ready: Completion in llm/server.go answers "unexpected server status: …", and it will be soon. Seen
+where a request was ended while its model was loaded, and the next one came before that was done."""
 INCOMPATIBLE = (
     "may be incompatible with your version",
     "unable to load lora",
@@ -56,6 +65,8 @@ INCOMPATIBLE = (
     "unable to load model",
     "invalid file magic",
 )
+ENDED_ITSELF = re.compile(r"terminated: (?:panic|exit status)")
+"""A runner that gave up while it loaded; one that was killed says "signal: killed" or "exit code -1"."""
 OVERFLOW = ("exceeds the available context size", "exceeds the context length", "exceeds maximum context length")
 UNSUPPORTED = ("does not support", "not support multimodal", "this model is missing data required for image input")
 REJECTED = (
@@ -82,10 +93,19 @@ SERVER_FAULT = 500
 
 
 def refusal(
-    status: int, headers: Mapping[str, str], body: bytes, *, model: str | None, operation: str
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    model: str | None,
+    operation: str,
+    secrets: Iterable[str] = (),
 ) -> ProviderError:
-    """The typed error for an answer that refuses: a status from 400 on, or an error line under status 200."""
-    words, facts, known = _read(body)
+    """The typed error for an answer that refuses: a status from 400 on, or an error line under status 200.
+
+    What is in `secrets` is taken out of the server's words before they are cut, so that no part of it is left.
+    """
+    words, facts, known = _read(body, secrets)
     if status == OK:
         status = _inner_status(facts)
     text = _full(_said(words)) if known and words else f"The status is {status}."
@@ -96,6 +116,8 @@ def refusal(
     error.status = None if status == OK else status
     error.model = model
     error.operation = operation
+    if operation == "load_adapter" and ENDED_ITSELF.search(words):
+        error.retryable = False  # It would end again: that is how an adapter that does not fit shows itself.
     error.details.setdefault("server_message", words[:MAX_WORDS])
     error.details.update(facts)
     return error
@@ -107,7 +129,7 @@ def _inner_status(facts: Mapping[str, Any]) -> int:
     return found if REFUSED <= found < 600 else OK  # noqa: PLR2004 - where statuses end
 
 
-def _read(body: bytes) -> tuple[str, dict[str, Any], bool]:
+def _read(body: bytes, secrets: Iterable[str]) -> tuple[str, dict[str, Any], bool]:
     """The server's words, the figures beside them, and whether the body was an error in Ollama's form."""
     text = body.decode("utf-8", "replace").strip()
     facts: dict[str, Any] = {}
@@ -129,7 +151,11 @@ def _read(body: bytes) -> tuple[str, dict[str, Any], bool]:
         if inner is None:
             break
         known, value = True, inner
-    return (value if isinstance(value, str) else text)[: 4 * MAX_WORDS], facts, known
+    words = value if isinstance(value, str) else text
+    for secret in secrets:
+        if len(secret) >= SHORTEST_SECRET:
+            words = words.replace(secret, "***")
+    return words[: 4 * MAX_WORDS], facts, known
 
 
 def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -183,6 +209,10 @@ def _overloaded(it: _Said) -> ProviderError:
     )
 
 
+def _loading(it: _Said) -> ProviderError:
+    return Overloaded(f"The server is still loading {it.name}. {it.text}", hint="Ask again in some seconds.")
+
+
 def _not_found(it: _Said) -> ProviderError:
     name = it.name.strip("`") if it.name.startswith("`") else "NAME"
     return ModelNotFound(f"The server does not have {it.name}.", hint=f"Pull it: `graftage models pull {name}`.")
@@ -219,6 +249,7 @@ def _gave_up(*, retryable: bool) -> Make:
 
 RULES: Final[tuple[tuple[tuple[str, ...], Make], ...]] = (
     (("server busy",), _overloaded),
+    (LOADING, _loading),
     (
         MEMORY,
         _load_failed(
