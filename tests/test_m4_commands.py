@@ -205,6 +205,13 @@ def test_off_a_mac_the_command_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     assert "machine file with `--machine`" in str(result.exception)
 
 
+def test_off_a_mac_recording_hints_at_no_option_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    error = run("record").exception
+    assert error.hint.startswith("Record on the Mac itself; ")
+    assert "m4 plan --machine" in error.hint, "only as an option of another command"
+
+
 def test_the_watch_shows_readings_and_what_they_allow() -> None:
     result = run("watch", "--machine", SMALLEST, "--count", 1)
     assert result.stdout.startswith("pressure 1 · available 71 % · swap 0.1 GB · thermal 0 · low power False")

@@ -53,6 +53,7 @@ class Shell:
         group: str = "graftage.providers",
         distribution: str = "",
         requires: str = "graftage",
+        summary: str = "",
     ) -> None:
         """Put a distribution onto the path, with an entry point of that name for the module's `it`."""
         module = (distribution or f"graftage-{name}").replace("-", "_")
@@ -60,7 +61,9 @@ class Shell:
         info = self.folder / f"{module}-1.0.dist-info"
         info.mkdir()
         title = module.replace("_", "-")
-        metadata = ("Metadata-Version: 2.1", f"Name: {title}", "Version: 1.0", f"Requires-Dist: {requires}")
+        metadata = ["Metadata-Version: 2.1", f"Name: {title}", "Version: 1.0", f"Requires-Dist: {requires}"]
+        if summary:
+            metadata.append(f"Summary: {summary}")
         (info / "METADATA").write_text("\n".join(metadata) + "\n")
         (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:it\n")
 

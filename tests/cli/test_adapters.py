@@ -76,9 +76,22 @@ def test_adapters_are_listed(shell: Shell) -> None:
 
 def test_where_no_plugin_finds_adapters_one_is_named(shell: Shell) -> None:
     shell.install("it = Echo()")
-    done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore")
-    assert done.code == 0
-    assert "`graftage-lora`" in done.err
+    done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore,lora")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.endswith("`graftage-lora` is one that does.\n")
+
+
+def test_where_there_is_no_adapter_the_places_are_told_and_how_to_name_one(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    (shell.folder / "mine").mkdir()
+    places = {name: str(shell.folder / "mine") for name in ("HF_HUB_CACHE", "GRAFTAGE_LORA_FOLDERS")}
+    registry = str(shell.folder / "adapters.toml")
+    done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore", GRAFTAGE_LORA_REGISTRY=registry, **places)
+    assert (done.code, done.out) == (0, ""), done.err
+    assert f"looked in the folders of GRAFTAGE_LORA_FOLDERS ({shell.folder / 'mine'})" in done.err
+    assert f"`[lora]` in {shell.folder / 'config.toml'}" in done.err
+    assert "`GRAFTAGE_LORA_FOLDERS=FOLDER graftage adapters list`" in done.err
+    assert "is one that does" not in done.err
 
 
 @pytest.mark.parametrize(
@@ -113,6 +126,19 @@ def test_an_adapter_that_nobody_knows_is_an_error_of_check(shell: Shell) -> None
     assert done.err.startswith("error: The adapter `nope` was not found")
 
 
+def test_check_against_a_model_that_is_not_there_is_an_error_and_no_verdict(shell: Shell) -> None:
+    shell.install("it = Echo(models=['small:1b'], strict=True)")
+    done = shell.run("adapters", "check", "unknown", "-m", "smal:1b", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: There is no model `smal:1b`.\n")
+    assert "Did you mean `small:1b`?" in done.err
+
+
+def test_check_does_without_a_provider_that_describes_models(shell: Shell) -> None:
+    shell.install("it = Echo(without=['show_model', 'ashow_model'])")
+    assert shell.run("adapters", "check", "unknown", "--json").code == 3
+
+
 def test_check_takes_the_model_that_is_named(shell: Shell) -> None:
     shell.install("it = Echo()")
     done = shell.run("adapters", "check", "compatible", "-m", "fake:other:7b", "--json")
@@ -126,6 +152,13 @@ def test_an_adapter_is_loaded_and_unloaded(shell: Shell) -> None:
     shell.install("it = Echo()")
     assert shell.run("adapters", "load", "compatible") == (0, "ahoy is loaded as small:1b+ahoy (derived).\n", "")
     assert shell.run("adapters", "unload", "compatible") == (0, "compatible is not in memory.\n", "")
+
+
+def test_an_adapter_in_an_embedded_engine_is_loaded_only_as_long_as_the_command(shell: Shell) -> None:
+    shell.install("it = Echo(address='embedded')")
+    done = shell.run("adapters", "load", "compatible")
+    assert done.out == "ahoy is loaded as small:1b+ahoy (derived).\n"
+    assert done.err == "It ends with this command; a program that holds the client keeps it.\n"
 
 
 def test_an_adapter_that_does_not_fit_is_refused_unless_forced(shell: Shell) -> None:

@@ -93,6 +93,25 @@ def test_a_model_names_its_provider_only_where_one_is_installed(shell: Shell, mo
     assert shell.run("chat", "-m", model, "Hi").out == f"{asked}\n"
 
 
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_provider_by_option_leaves_the_model_as_it_is_written(shell: Shell, command: str) -> None:
+    shell.install("it = Echo([lambda request: request.model])")
+    done = shell.run(command, "-p", "fake", "-m", "ollama:1b", "Hi", GRAFTAGE_PROVIDER="")
+    assert done == (0, "ollama:1b\n", "")
+
+
+def test_an_embedding_is_of_the_provider_by_option(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    done = shell.run("embed", "-p", "fake", "Hi", "--json", GRAFTAGE_PROVIDER="")
+    assert json.loads(done.out)["provider"] == "fake"
+
+
+def test_the_help_of_generate_says_that_the_template_makes_a_question_of_the_text(shell: Shell) -> None:
+    told = " ".join(shell.run("generate", "--help").out.split())
+    assert "Answer one text; `--raw-prompt` continues it." in told
+    assert "With `--raw-prompt` the model gets the text as it is" in told
+
+
 def test_model_and_provider_come_from_the_settings_file(shell: Shell) -> None:
     shell.install("it = Echo([lambda request: request.model])")
     (shell.folder / "config.toml").write_text('provider = "fake"\nmodel = "named:here"\n')
@@ -201,6 +220,43 @@ def test_thinking_and_warnings_go_to_stderr(shell: Shell) -> None:
         "warning: The window was clamped.\n"
         "warning: The answer was cut: raise `--max-tokens`, or `--context-window`.\n"
     )
+
+
+POLICY = """
+class Tight:
+    name = "tight"
+
+    @hookimpl
+    def resource_limits(self, query):
+        return Limits(**FIGURES, reasons={name: "a small machine" for name in FIGURES})
+
+it = Tight()
+"""
+
+
+@pytest.mark.parametrize(
+    ("figures", "arguments", "told"),
+    [
+        (
+            {"max_tokens": 3},
+            (),
+            "at `--max-tokens` 3 by tight: a small machine. `--max-tokens N --force` goes past it.",
+        ),
+        ({"max_tokens": 3}, ("--max-tokens", "9"), "at `--max-tokens` 3 by tight: a small machine."),
+        ({"max_tokens": 3}, ("--max-tokens", "2"), ": raise `--max-tokens`, or `--context-window`."),
+        ({"max_tokens": 3}, ("--max-tokens", "4", "--force"), ": raise `--max-tokens`, or `--context-window`."),
+        ({"context_window": 7}, ("--max-tokens", "2"), "at `--context-window` 7 by tight: a small machine."),
+    ],
+)
+def test_an_answer_that_a_policy_has_cut_names_the_policy(
+    shell: Shell, figures: dict[str, int], arguments: tuple[str, ...], told: str
+) -> None:
+    shell.install(f"FIGURES = {figures}\n{POLICY}", name="tight", group="graftage.plugins")
+    shell.install("it = Echo()")
+    done = shell.run("chat", "one two three four five", *arguments)
+    warnings = [each for each in done.err.splitlines() if "The answer was cut" in each]
+    assert len(warnings) == 1
+    assert told in warnings[0]
 
 
 # --- Pipes -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ def test_commands_of_plugins_are_listed_with_their_distribution_and_not_imported
     assert "  tree       From graftage-tree 1.0.\n" in done.out
 
 
+def test_a_command_is_listed_with_what_its_distribution_says_of_itself(shell: Shell) -> None:
+    source = "raise RuntimeError('was imported')"
+    shell.install(source, name="tree", group=GROUP, summary="Plants \x1b trees: oaks and more")
+    assert "  tree       Plants \\x1b trees: oaks and more\n" in shell.run("--help").out
+
+
 def test_a_command_of_a_plugin_is_run_with_its_arguments(shell: Shell) -> None:
     shell.install(TREE, name="tree", group=GROUP)
     assert shell.run("tree", "plant", "oak", "--count", "3") == (0, "3 oak\n", "")

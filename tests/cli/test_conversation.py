@@ -23,6 +23,69 @@ def test_a_conversation_sends_what_was_said_before(shell: Shell) -> None:
     assert shell.ends(child) == 0
 
 
+LINES = [f"line {number}" for number in range(41)]
+TOLD = """
+def told(request):
+    return f"{len(request.messages)} messages, the last of {len(request.messages[-1].content.splitlines())} lines"
+it = Echo([told] * 3)
+"""
+
+
+def test_a_paste_of_many_lines_in_brackets_is_one_message_once_it_is_sent(shell: Shell) -> None:
+    shell.install(TOLD)
+    child = shell.terminal("chat", columns=200)
+    child.expect_exact("\x1b[?2004h")  # The terminal is asked to put brackets around what is pasted.
+    child.expect(">>> ")
+    child.send("\x1b[200~" + "\r".join(LINES) + "\r\x1b[201~")
+    child.expect("line 40")
+    child.sendline(" and a word")
+    child.expect_exact("1 messages, the last of 42 lines")
+    child.expect(">>> ")
+    child.sendline("Hi")
+    child.expect_exact("3 messages, the last of 1 lines")
+    child.expect(">>> ")
+    child.sendeof()
+    assert shell.ends(child) == 0
+
+
+def test_lines_that_wait_in_the_terminal_are_one_message_where_no_brackets_come(shell: Shell) -> None:
+    shell.install(TOLD)
+    child = shell.terminal("chat", columns=200)
+    child.expect(">>> ")
+    child.send("\r".join(LINES) + "\r")
+    child.expect_exact("1 messages, the last of 41 lines")
+    child.expect(">>> ")
+    child.sendline("Hi")
+    child.expect_exact("3 messages, the last of 1 lines")
+    child.expect(">>> ")
+    child.sendeof()
+    assert shell.ends(child) == 0
+
+
+def test_a_paste_that_ends_within_a_line_waits_for_its_end(shell: Shell) -> None:
+    shell.install("it = Echo([history])")
+    child = shell.terminal("chat", columns=200)
+    child.expect(">>> ")
+    child.send("  first\rsecond")
+    child.expect_exact("... ")
+    child.expect("second")
+    child.sendline(" and more")
+    child.expect("user:   first\r\nsecond and more\r\n")
+    child.expect(">>> ")
+    child.sendeof()
+    assert shell.ends(child) == 0
+
+
+def test_a_command_takes_no_further_line_and_the_end_of_the_input_sends_what_was_typed(shell: Shell) -> None:
+    shell.install("it = Echo([history])")
+    child = shell.terminal("chat", columns=200)
+    child.expect(">>> ")
+    child.send("/clear\rone\rtwo\r\x04")
+    child.expect("Forgotten")
+    child.expect("user: one\r\ntwo\r\n")
+    assert shell.ends(child) == 0
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(shell: Shell) -> None:
     shell.install(
         """

@@ -189,6 +189,15 @@ def test_doctor_is_content_with_a_model_that_comes_by_itself(shell: Shell) -> No
     assert examined(shell, GRAFTAGE_MODEL="own:1b", code=1)["checks"]["model"]["state"] == "fail"
 
 
+def test_doctor_names_the_origin_of_a_model_that_nobody_chose(shell: Shell) -> None:
+    shell.install(DEFAULT.replace("other:1b", "own:1b"))
+    text = "`own:1b` is there"
+    assert examined(shell, GRAFTAGE_MODEL="")["checks"]["model"]["text"] == f"{text} (the provider's own default)"
+    named = examined(shell, "-m", "own:1b", GRAFTAGE_MODEL="")["checks"]["model"]
+    assert named["text"] == f"{text} (command line)"
+    assert examined(shell, GRAFTAGE_MODEL="own:1b")["checks"]["model"]["text"] == f"{text} (environment GRAFTAGE_MODEL)"
+
+
 def test_doctor_looks_at_the_server_that_would_answer(shell: Shell) -> None:
     with FakeOllama() as server:
         report = examined(shell, GRAFTAGE_PROVIDER="", GRAFTAGE_MODEL="", OLLAMA_HOST=server.url)

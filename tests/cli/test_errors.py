@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +40,46 @@ def test_a_missing_model_can_be_pulled_from_the_provider_that_lacks_it(shell: Sh
     shell.install("it = Echo([ModelNotFound('Not here.', provider='fake', model='a:1')])")
     done = shell.run("chat", "-m", "a:1", "Hi")
     assert done.err == "error: Not here.\nhint: `graftage models pull fake:a:1` downloads it.\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("fakke:small:1b", "Did you mean `fake:small:1b`? Not here."),
+        ("fakke:small", "Did you mean `fake:small`? Not here."),
+        ("fakke:7b", None),
+        ("fakke/x:q4_K_M", None),
+        ("fakke://x/y", None),
+        ("fake:fake", "`fake` is a provider: write `fake:`, or `fake:MODEL`. Not here."),
+    ],
+)
+@pytest.mark.parametrize("error", ["ModelNotFound", "RequestRejected"])
+def test_a_model_that_is_not_there_may_be_a_misspelt_provider(
+    shell: Shell, error: str, model: str, told: str | None
+) -> None:
+    shell.install(
+        f"""
+        def refuse(request):
+            return {error}(f"No `{{request.model}}`.", hint="Not here.")
+        it = Echo([refuse])
+        """
+    )
+    done = shell.run("chat", "-m", model, "Hi")
+    assert done.code == 1
+    assert done.err.endswith(f"hint: {told or 'Not here.'}\n")
+
+
+def test_a_name_that_is_like_no_provider_is_told_which_are_installed(shell: Shell) -> None:
+    shell.install("it = Echo(models=['nope:foo1'], strict=True)")
+    assert "Did you mean `nope:foo1`?" in (near := shell.run("chat", "-m", "nope:foo", "Hi").err)
+    assert "is no provider" not in near
+    told = shell.run("chat", "-m", "strange:thing", "Hi").err
+    assert re.search(r"hint: `strange` is no provider; installed: `fake`, .*`ollama`\.", told)
+
+
+def test_a_request_that_is_rejected_for_another_reason_says_nothing_of_providers(shell: Shell) -> None:
+    shell.install("it = Echo([RequestRejected('No such option.', hint='Leave it out.')])")
+    assert shell.run("chat", "-m", "fakke:small", "Hi").err.endswith("hint: Leave it out.\n")
 
 
 def test_an_error_about_an_adapter_has_every_reason(shell: Shell) -> None:

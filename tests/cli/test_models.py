@@ -68,11 +68,25 @@ def test_models_show_describes_one_model(shell: Shell) -> None:
 
 def test_models_are_loaded_and_unloaded(shell: Shell) -> None:
     shell.install("it = Echo(); it.loaded['m:1'] = LoadedModel(name='m:1', size=100, accelerator_size=50)")
-    assert shell.run("models", "load", "m:1").out == "m:1 is loaded.\n"
-    assert shell.run("models", "unload", "m:1").out == "m:1 is not in memory.\n"
+    assert shell.run("models", "load", "m:1") == (0, "m:1 is loaded.\n", "")
+    assert shell.run("models", "unload", "m:1").out == "m:1 was unloaded.\n"
     line = shell.run("models", "loaded").out.splitlines()[1]
     assert line.split() == ["m:1", "100", "bytes", "50", "%"]
     assert json.loads(shell.run("models", "loaded", "--json").out)[0]["size"] == 100
+
+
+def test_where_nothing_is_loaded_that_is_said_and_no_table_printed(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    assert shell.run("models", "loaded") == (0, "", "Nothing is loaded.\n")
+    assert shell.run("models", "loaded", "--json") == (0, "[]\n", "")
+
+
+ENDS = "It ends with this command; a program that holds the client keeps it.\n"
+
+
+def test_a_model_in_an_embedded_engine_is_loaded_only_as_long_as_the_command(shell: Shell) -> None:
+    shell.install("it = Echo(address='embedded')")
+    assert shell.run("models", "load", "m:1") == (0, "m:1 is loaded.\n", ENDS)
 
 
 def test_a_provider_is_chosen_by_option(shell: Shell) -> None:

@@ -1,5 +1,6 @@
 """`graftage adapters`: find LoRA adapters, see whether they fit, make them usable, and turn them into other files."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ UNDECIDED = 3
 DIGEST = 19
 """Characters of a digest that people look at: `sha256:` and twelve more."""
 DAY = 86400.0
+LORA, FOLDERS = "lora", "GRAFTAGE_LORA_FOLDERS"
+"""The plugin that most people find their adapters with, and the variable that names its folders."""
 
 Reference = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A name, a path, or what else the installed plugins understand.")
@@ -44,12 +47,29 @@ def list_adapters(provider: options.Provider = None, as_json: options.AsJson = F
     if as_json:
         show.print_json([asdict(each) for each in found])
         return
+    if not found:
+        show.note(_nothing_known())
+        return
     show.print_table(
         ("name", "base model", "digest", "source", "reference"),
         ((each.name, each.base_model, (each.digest or "")[:DIGEST], each.source, each.reference) for each in found),
     )
-    if not found:
-        show.note("No adapter is known. `graftage plugins` shows who looks for them; `graftage-lora` is one that does.")
+
+
+def _nothing_known() -> str:
+    """Where adapters were looked for, as far as that is known here."""
+    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage.settings import Sources  # noqa: PLC0415
+
+    looking = [each.name for each in Catalog().entries if each.kind == "plugin" and each.state != "disabled"]
+    if LORA not in looking:
+        return "No adapter is known. `graftage plugins` shows who looks for them; `graftage-lora` is one that does."
+    named = os.environ.get(FOLDERS) or "not set"
+    return (
+        f"No adapter is known. `graftage-lora` looked in the folders of {FOLDERS} ({named}), in those of `[{LORA}]` in "
+        f"{Sources.of().file}, in your `adapters.toml`, and in the cache of `huggingface_hub`. Name a folder: "
+        f"`{FOLDERS}=FOLDER graftage adapters list`."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +111,8 @@ def check_adapter(
 
 
 def _report(client: "Client", reference: str) -> Report:
+    if "show_model" in client.capabilities().features:
+        client.show()  # A model that is not there is an error, and no verdict on the adapter.
     try:
         adapter = client.resolve_adapter(reference)
     except (AdapterInvalid, AdapterIncompatible) as error:
@@ -140,6 +162,7 @@ def load_adapter(
             raise Misuse("There is nothing to load.", hint="Name an adapter.")
         how = f" ({loaded.strategy})" if loaded.strategy else ""
         show.line(f"{show.cell(loaded.name)} is loaded as {show.cell(loaded.model)}{show.cell(how)}.")
+        options.tell_if_embedded(client)
     for warning in loaded.warnings:
         show.note(warning, kind="warning")
 

@@ -126,7 +126,19 @@ def _tell(reply: "Reply") -> None:
     for warning in reply.warnings:
         show.note(warning, kind="warning")
     if reply.finish_reason == "length":
-        show.note("The answer was cut: raise `--max-tokens`, or `--context-window`.", kind="warning")
+        show.note(_cut(reply), kind="warning")
+
+
+def _cut(reply: "Reply") -> str:
+    """Why an answer ended before its end: a policy, where it came to that policy's limit."""
+    written, read = reply.usage.output_tokens or 0, reply.usage.input_tokens or 0
+    for name, tokens in (("max_tokens", written), ("context_window", read + written)):
+        limit = getattr(reply.limits, name, None)
+        if reply.limits is not None and tokens and tokens == limit:
+            why = reply.limits.reasons.get(name, "a policy")
+            option = f"--{name.replace('_', '-')}"
+            return f"The answer was cut at `{option}` {limit} by {why}. `{option} N --force` goes past it."
+    return "The answer was cut: raise `--max-tokens`, or `--context-window`."
 
 
 def _data(reply: "Reply") -> dict[str, Any]:

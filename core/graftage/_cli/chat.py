@@ -20,6 +20,7 @@ def chat(
     ] = None,
     *,
     model: options.Model = None,
+    provider: options.Provider = None,
     system: options.System = None,
     adapter: options.Adapter = None,
     temperature: options.Temperature = None,
@@ -57,7 +58,7 @@ def chat(
     text = read_prompt(prompt)
     if text is None and as_json:
         raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
-    with options.answering(model, host=host, tell=text is not None) as client:
+    with options.answering(model, provider, host=host, tell=text is not None) as client:
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
             from graftage._cli.conversation import Conversation  # noqa: PLC0415 - most calls ask one thing

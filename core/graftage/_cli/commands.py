@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
 
+from graftage._cli import show
 from graftage._cli.errors import Reporting
 from graftage._values import entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
@@ -41,7 +43,7 @@ class _Brought(TyperCommand):
 
     def __init__(self, points: list[EntryPoint]) -> None:
         self._points = points
-        super().__init__(points[0].name, help=f"From {' and '.join(map(_origin, points))}.")
+        super().__init__(points[0].name, help=_summary(points))
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the real command."""
@@ -64,6 +66,15 @@ class _Brought(TyperCommand):
                 distributions=origins,
                 hint="Uninstall one of them.",
             )
+
+
+def _summary(points: list[EntryPoint]) -> str:
+    """What the one distribution that brings a command says of itself, else where it is from."""
+    said: Any = None
+    if len(points) == 1:
+        with contextlib.suppress(Exception):  # The file is missing, or no text.
+            said = points[0].dist and points[0].dist.metadata.get("Summary")
+    return show.cell(said or f"From {' and '.join(map(_origin, points))}.")
 
 
 def _loaded(point: EntryPoint) -> Any:

@@ -3,8 +3,9 @@
 import contextlib
 import importlib
 import re
+import select
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["Conversation"]
 
 PROMPT = ">>> "
+CONTINUED = "... "
+COMMAND = re.compile(r"\s*/\w+\s*")
+GAP = 0.02
+"""Seconds within which the next line of a paste is there; nobody types one in that time."""
 HELP = """\
 /clear   forget what was said so far
 /exit    end the conversation, as Ctrl-D does
@@ -56,15 +61,16 @@ class Conversation:
     def run(self) -> None:
         """Talk until the end of the input, or `/exit`."""
         with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself.
-            importlib.import_module("readline")
+            # Python turns it off. GNU's then hands over a paste as one text; others do not know the variable.
+            importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
         show.note(f"{self._client.model} on {self._client.provider}. /help shows what you can do.")
-        while (line := _read_line()) is not None:
-            if re.fullmatch(r"/\w+", line):
-                if line == "/exit":
+        for text in _texts():
+            if COMMAND.fullmatch(text):
+                if text.strip() == "/exit":
                     return
-                self._command(line)
-            elif line:
-                self._turn(line)
+                self._command(text.strip())
+            elif text:
+                self._turn(text)
 
     def _command(self, line: str) -> None:
         if line == "/clear":
@@ -94,14 +100,30 @@ class Conversation:
             self._images = []
 
 
-def _read_line() -> str | None:
-    """The next line, empty where Ctrl-C took it back; None at the end."""
+def _texts() -> Iterator[str]:
+    """What is typed or pasted until the end of the input, each empty where Ctrl-C took it back."""
+    ended = False
+    while not ended:
+        lines: list[str] = []
+        try:
+            lines.append(input(PROMPT))
+            while _more_waits(lines):
+                lines.append(input(CONTINUED))
+        except EOFError:
+            sys.stdout.write("\n")
+            ended = True
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            show.note("Ctrl-D or /exit ends the conversation.")
+            lines.clear()
+        yield "\n".join(lines).strip("\n").rstrip()  # The first line of pasted code may be indented, too.
+
+
+def _more_waits(lines: Sequence[str]) -> bool:
+    """Whether more of a paste is in the terminal's input, where no brackets around it have told so."""
+    if COMMAND.fullmatch(lines[0]):
+        return False
     try:
-        return input(PROMPT).strip()
-    except EOFError:
-        sys.stdout.write("\n")
-        return None
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        show.note("Ctrl-D or /exit ends the conversation.")
-        return ""
+        return bool(select.select([sys.stdin], [], [], GAP)[0])
+    except (OSError, ValueError):  # On Windows only sockets can be looked at.
+        return False

@@ -82,7 +82,7 @@ class Examination:
         self.code = 0
         """The exit code so far."""
         self._provider, self._model = (provider, model) if provider else options.split(model)
-        self._model_origin = "command line"
+        self._model_origin = "command line" if self._model else "the provider's own default"
         self._host = host
         self._client: Client | None = None
         self._proxy: str | None = None

@@ -24,6 +24,7 @@ def embed(
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Texts, or one from the pipe.")] = None,
     *,
     model: options.Model = None,
+    provider: options.Provider = None,
     dimensions: Annotated[
         int | None, typer.Option("--dimensions", min=1, help="Cut the vectors to this length, where the model can.")
     ] = None,
@@ -41,7 +42,7 @@ def embed(
         {"dimensions": dimensions, "context_window": context_window, "keep_alive": keep_alive, "timeout": timeout}
     )
     inputs = texts or _from_pipe()
-    with options.answering(model, host=host) as client, Waiting("waiting for the vectors"):
+    with options.answering(model, provider, host=host) as client, Waiting("waiting for the vectors"):
         found = client.embed(inputs, **arguments)
     if as_json:
         show.print_json(_data(found))

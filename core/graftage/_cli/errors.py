@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+import re
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from graftage.exceptions import (
     AdapterIncompatible,
     GraftageError,
     ModelNotFound,
+    RequestRejected,
     ResourceLimitExceeded,
     SettingsError,
 )
@@ -28,6 +31,10 @@ __all__ = ["FAILED", "INTERRUPTED", "MISUSED", "Misuse", "Reporting", "exit_code
 
 FAILED = 1
 MISUSED = 2
+NEAR = 0.75
+"""How alike two names must be, from 0 to 1, for one to be meant by the other."""
+TAG = re.compile(r"latest|i?q\d\w*|b?f(p?16|32)|\W.*|\d.*", re.IGNORECASE)
+"""What follows the colon in the name of a model, or of a path, and is no model of a provider."""
 INTERRUPTED = 130
 """What a shell gives a program that Ctrl-C ended."""
 
@@ -94,9 +101,31 @@ def way_out(error: GraftageError) -> str | None:
         if error.model and not error.hint:
             name = f"{error.provider}:{error.model}" if error.provider else error.model
             hint = f"{hint} `graftage models pull {name}` downloads it."
+    if meant := _provider_meant(error):
+        hint = f"{meant} {hint}"
     if isinstance(error, (AdapterIncompatible, ResourceLimitExceeded)) and "--force" not in hint:
         hint = f"{hint} `--force` goes on all the same."
     return hint.strip() or None
+
+
+def _provider_meant(error: GraftageError) -> str | None:
+    """What to say of a model that is not there and whose name has, or is, something like a provider's."""
+    model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
+    if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
+        return None
+    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
+
+    installed = Catalog().names("provider")
+    name, _, rest = model.removesuffix(":latest").partition(":")
+    if not rest and name in installed:
+        return f"`{name}` is a provider: write `{name}:`, or `{name}:MODEL`."
+    if not rest or name in installed or TAG.fullmatch(rest) or not re.fullmatch(r"[a-z][\w-]*", name, re.IGNORECASE):
+        return None
+    if close := difflib.get_close_matches(name.lower(), installed, n=1, cutoff=NEAR):
+        return f"Did you mean `{close[0]}:{rest}`?"
+    if isinstance(error, ModelNotFound) and error.suggestions:
+        return None
+    return f"`{name}` is no provider; installed: {', '.join(f'`{each}`' for each in installed)}."
 
 
 def _reasons(error: GraftageError) -> list[str]:

@@ -1,4 +1,4 @@
-"""`graftage generate`: continue a text."""
+"""`graftage generate`: answer one text, or continue it."""
 
 from functools import partial
 from typing import Annotated
@@ -14,15 +14,14 @@ __all__ = ["generate"]
 
 
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue. What is piped in comes before it.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text. What is piped in comes before it.")] = None,
     *,
     model: options.Model = None,
+    provider: options.Provider = None,
     system: options.System = None,
     suffix: Annotated[str | None, typer.Option("--suffix", help="What comes after the gap to fill.")] = None,
     raw_prompt: Annotated[
-        bool, typer.Option("--raw-prompt", help="Send the prompt without the model's template.")
+        bool, typer.Option("--raw-prompt", help="Continue the text as it is, without the model's template.")
     ] = False,
     adapter: options.Adapter = None,
     temperature: options.Temperature = None,
@@ -40,7 +39,11 @@ def generate(
     as_json: options.AsJson = False,
     raw: options.Raw = False,
 ) -> None:
-    """Continue a text, without a conversation around it."""
+    """Answer one text; `--raw-prompt` continues it.
+
+    The model's template makes a question of the text, as in a chat without a history. With `--raw-prompt` the model
+    gets the text as it is, and goes on from its end.
+    """
     arguments = options.given(
         {
             "system": system,
@@ -61,5 +64,5 @@ def generate(
     text = read_prompt(prompt)
     if text is None:
         raise Misuse("There is no prompt.", hint='Give one: `graftage generate "Once upon a time"`.')
-    with options.answering(model, host=host) as client:
+    with options.answering(model, provider, host=host) as client:
         answer(partial(client.generate, text, **arguments), stream=not no_stream, as_json=as_json, raw=raw)

@@ -73,6 +73,9 @@ def loaded_models(
     if as_json:
         show.print_json([show.record(each) for each in found])
         return
+    if not found:
+        show.note("Nothing is loaded.")
+        return
     show.print_table(
         ("name", "size", "on the accelerator", "window", "until"),
         (
@@ -95,6 +98,7 @@ def load_model(
         with Waiting("loading"):
             client.load(keep_alive=keep_alive, context_window=context_window)
         show.line(f"{show.cell(client.model)} is loaded.")
+        options.tell_if_embedded(client)
 
 
 @app.command("unload")
@@ -102,7 +106,7 @@ def unload_model(model: Name = None, provider: options.Provider = None, host: op
     """Put a model out of memory."""
     with options.one_model(model, provider, host=host) as client:
         client.unload()
-        show.line(f"{show.cell(client.model)} is not in memory.")
+        show.line(f"{show.cell(client.model)} was unloaded.")
 
 
 def _facts(info: "ModelInfo") -> Iterator[tuple[str, object]]:

@@ -55,6 +55,8 @@ Format = Annotated[
     str | None, typer.Option("--format", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
 ]
 NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")]
+IN_PROCESS = "embedded"
+"""The address of a connection whose engine ends with it."""
 DEFAULT = "default"
 """Where a choice came from that nobody made."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -76,14 +78,15 @@ def connected(model: str | None, provider: str | None = None, **overrides: Any) 
 
 
 @contextmanager
-def answering(model: str | None, *, host: str | None, tell: bool = True) -> "Iterator[Client]":
+def answering(model: str | None, provider: str | None, *, host: str | None, tell: bool = True) -> "Iterator[Client]":
     """The client of a command that asks a model. Tells who answers where nobody has chosen it.
 
     Whoever names a server means that server: then nobody else is looked for.
     """
-    provider, name = split(model)
+    if provider is None:
+        provider, model = split(model)
     chosen = provider or (usual_provider()[0] if host else None)
-    with connected(name, chosen, host=host) as client:
+    with connected(model, chosen, host=host) as client:
         require_model(client)
         if tell and chosen is None and usual_provider()[1] == DEFAULT:
             show.note(f"{client.model} on {client.provider}, as no provider was named.")
@@ -118,6 +121,12 @@ def one_model(model: str | None, provider: str | None, *, host: str | None) -> "
     with managed(model, provider, host=host) as client:
         require_model(client)
         yield client
+
+
+def tell_if_embedded(client: "Client") -> None:
+    """Say that what was loaded does not stay, where no server keeps it."""
+    if client.address == IN_PROCESS:
+        show.note("It ends with this command; a program that holds the client keeps it.")
 
 
 def usual_provider() -> tuple[str, str]:

@@ -35,14 +35,18 @@ class NoMac(GraftageError):
     """This is no Mac with Apple silicon."""
 
 
-def _policy(machine: Path | None, **settings: Any) -> Policy:
+ELSEWHERE = "Name a machine file with `--machine`."
+"""The way out for a command that can act as another machine."""
+
+
+def _policy(machine: Path | None, *, hint: str = ELSEWHERE, **settings: Any) -> Policy:
     """What would decide here."""
     import graftage_m4  # noqa: PLC0415 - `graftage --help` must be quick; the same holds for all such imports here
 
     given = {name: value for name, value in {"machine": machine, **settings}.items() if value is not None}
     policy = graftage_m4.M4(**given).policy()
     if policy is None:
-        raise NoMac("This is no Mac with Apple silicon.", hint="Name a machine file with `--machine`.")
+        raise NoMac("This is no Mac with Apple silicon.", hint=hint)
     return policy
 
 
@@ -228,7 +232,8 @@ def record(
     """Write a machine file: the readings of this Mac, without serial numbers or names."""
     from graftage_m4._machine import record as take  # noqa: PLC0415
 
-    taken = take(_policy(None).collector.runner, samples=samples, every=every)
+    hint = "Record on the Mac itself; what it gave is used elsewhere with `graftage m4 plan --machine FILE`."
+    taken = take(_policy(None, hint=hint).collector.runner, samples=samples, every=every)
     content = {"format": taken.format, "title": title, **taken.model_dump(exclude_defaults=True)}
     text = json.dumps(content, indent=1) + "\n"
     if file is None:
