@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tracemalloc
+import xml.etree.ElementTree as ET
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graftage
+import graftage_m4
 from graftage.types import ModelInfo
+from graftage_m4 import _plan
 from graftage_m4._footprint import BITS, CACHE_BY_SIZE, GIB, KV_BYTES, Layer, Shape, footprint, read_shape
 
 ASSETS = Path(__file__).parent / "assets" / "m4"
@@ -274,6 +279,38 @@ def test_nonsense_in_the_metadata_is_unknown_and_no_error(key: str, bad: Any) ->
     assert 0 < footprint(shape, 8192).total < 1 << 50
 
 
+@pytest.mark.parametrize("layers", [10**9, 1 << 49])
+def test_a_layer_count_that_cannot_be_costs_no_memory(layers: int) -> None:
+    info = model(*LLAMA_8B, 4.9)
+    tracemalloc.start()
+    shape = read_shape(replace(info, metadata={**info.metadata, "llama.block_count": layers}))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert shape is not None
+    assert (shape.layers, shape.odd) == (None, ("block_count",))
+    assert most < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"parameters": "9" * 320 + "B"}, {"parameters": "9" * 400 + "B", "tensors": {"a": (10**15, 10**15)}},
+        {"size": -5_000_000_000}, {"size": 10**30}, {"tensors": {"a": (-5, 7)}}, {"tensors": {"a": ("5", 2)}},
+        {"tensors": {"a": (10**15,) * 30, "b": (-1,)}}, {"path": Path("a\0b")}, {"quantization": 4, "parameters": 5},
+        {"architecture": ["llama"]},
+    ],
+)  # fmt: skip
+def test_a_size_that_cannot_be_is_unknown_and_no_error(facts: dict[str, Any]) -> None:
+    assert read_shape(ModelInfo(name="x:1", **facts)) is None
+    shape = read_shape(ModelInfo(name="x:1", **{**facts, "parameters": "8.0B"}))
+    assert shape is not None
+    assert shape.weights == pytest.approx(16e9, rel=0.01)
+
+
+def test_a_model_whose_heads_are_all_none_is_bounded_by_its_size() -> None:
+    assert shape_of("llama", 32, 32, 0, 128, 4096, 128_256, 4.9).layers is None
+
+
 def test_a_mixture_of_experts_reads_a_part_of_its_weights() -> None:
     moe = shape_of("gptoss", 24, 64, 8, 64, 2880, 201_088, 13.8, expert_count=32, expert_used_count=4)
     assert 0.15 < moe.active < 0.25
@@ -327,3 +364,67 @@ def test_a_longer_window_never_takes_less(  # noqa: PLR0917 - each is drawn
 def test_the_tables_rise() -> None:
     assert [kib for _, kib in CACHE_BY_SIZE] == sorted(kib for _, kib in CACHE_BY_SIZE)
     assert BITS["Q8_0"] > BITS["Q6_K"] > BITS["Q5_K_M"] > BITS["Q4_K_M"] > BITS["Q3_K_M"] > BITS["Q2_K"]
+
+
+# --- As a picture ----------------------------------------------------------------------------------------------------
+
+SPACE = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(models: dict[str, Shape], live: int | None = None, **changed: Any) -> ET.Element:
+    """The picture of models on a Mac with 16 GB."""
+    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
+    assert policy is not None
+    on = _plan.ground(policy)
+    assert on is not None
+    return ET.fromstring(_plan.picture(models, replace(on, live=live, **changed), policy))
+
+
+def text_of(root: ET.Element, begins: str) -> ET.Element:
+    return next(each for each in root.iter(f"{SPACE}text") if (each.text or "").startswith(begins))
+
+
+@pytest.mark.parametrize("live", [10_370_000_000, 10_200_000_000, 5_000_000_000, 0])
+def test_the_names_of_budget_and_free_memory_do_not_cover_each_other(live: int) -> None:
+    root = drawn({"m:1": shape_of(*QWEN3_4B)}, live)
+    budget, free = (float(text_of(root, begins).attrib["y"]) for begins in ("budget 10.4 GB", "free now"))
+    assert free - budget >= 15
+
+
+def test_a_line_that_leaves_the_picture_is_marked_where_it_does() -> None:
+    large, small = shape_of("llama", 80, 64, 8, 128, 8192, 128_256, 42.5), shape_of(*QWEN3_4B)
+    root = drawn({"large:70b": large, "small:4b": small})
+    assert text_of(root, "large:70b").text == "large:70b (above: 90.5 GB)"
+    assert text_of(root, "small:4b").text == "small:4b"
+    assert len(root.findall(f"{SPACE}path")) == 1
+    lines = [line.attrib["points"].split() for line in root.iter(f"{SPACE}polyline")]
+    tops = sorted(sum(point.endswith(",50.0") for point in points) for points in lines)
+    assert tops == [0, 1], "none runs along the edge"
+
+
+def test_a_picture_is_as_wide_as_its_names_and_as_high_as_they_are_many() -> None:
+    shape = shape_of(*QWEN3_4B)
+    name = "owner/" + "long-" * 20 + "name:30b"
+    few, many = drawn({name: shape}), drawn({f"m{number}:1": shape for number in range(60)})
+    label, width = text_of(few, name), float(few.attrib["viewBox"].split()[2])
+    text = label.text or ""
+    assert text.startswith(name)
+    assert float(label.attrib["x"]) + 7 * len(text) < width
+    heights = sorted(float(each.attrib["y"]) for each in many.iter(f"{SPACE}text") if (each.text or "").startswith("m"))
+    assert all(above + 14 <= below for above, below in pairwise(heights))
+    assert 0 < heights[0] < heights[-1] < float(many.attrib["viewBox"].split()[3])
+
+
+def test_control_characters_make_no_broken_picture() -> None:
+    root = drawn({"a\x1b[2J\x00\ud800&<b>:1": shape_of(*QWEN3_4B)}, title="Apple\x07 M4")
+    assert text_of(root, "a?[2J??&<b>:1").text
+    assert "Apple? M4" in (text_of(root, "Memory").text or "")
+
+
+def test_a_machine_that_gives_models_nothing_can_be_drawn() -> None:
+    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
+    assert policy is not None
+    on = _plan.ground(policy)
+    assert on is not None
+    none = replace(on, live=0, budget=replace(on.budget, static=0))
+    assert ET.fromstring(_plan.picture({"m:1": shape_of(*QWEN3_4B)}, none, policy)).tag == f"{SPACE}svg"

@@ -21,6 +21,7 @@ from graftage.exceptions import ConnectionFailed, ProviderTimeout, ResourceLimit
 from graftage.testing import Echo
 from graftage.types import Limits, LimitsQuery, LoadedModel, ModelInfo
 from graftage_m4._footprint import footprint, read_shape
+from graftage_m4._ledger import Ledger, server_of
 from graftage_m4._machine import budget_of
 from graftage_m4._policy import LADDER
 from graftage_m4._reactions import Watch
@@ -139,6 +140,8 @@ class Desk:
         self.plugin = plugin or graftage_m4.M4(runner=mac, clock=mac.clock, **settings)
         self.loaded: dict[str, LoadedModel] = {}
         self.used: Counter[str] = Counter()
+        self.tells = True
+        """Whether the server tells what it has in memory."""
 
     def ask(self, info: ModelInfo | None, window: int | None = None, **more: Any) -> Limits:
         query = LimitsQuery(
@@ -148,7 +151,7 @@ class Desk:
             model=info.name if info else "unknown:1",
             context_window=window,
             model_info=lambda: info,
-            loaded_models=lambda: tuple(self.loaded.values()),
+            loaded_models=lambda: tuple(self.loaded.values()) if self.tells else None,
             in_use=lambda: {name: count for name, count in self.used.items() if count},
             **more,
         )
@@ -512,6 +515,224 @@ def test_a_model_that_runs_partly_on_the_cpu_is_told_and_gets_less_next_time() -
     assert "runs on the CPU" in limits.warnings[0]
     desk.loaded.clear()
     assert desk.ask(MIDDLE).context_window == 8192
+
+
+def test_models_that_the_server_does_not_tell_of_are_counted_and_used_one_at_a_time() -> None:
+    desk = Desk(Mac(24))
+    desk.tells = False
+    first = desk.ask(MIDDLE, 8192)
+    assert "does not tell what it has in memory" in first.warnings[0]
+    second = desk.ask(SMALL, 4096)
+    assert (second.unload, second.loaded_models) == ((MIDDLE.name,), 1)
+    desk.used[SMALL.name] = 1
+    assert desk.ask(MIDDLE, 8192).wait_for == (SMALL.name,)
+    desk.used.clear()
+    desk.tells = True
+    seen = desk.ask(SMALL, 4096)
+    assert (seen.unload, seen.warnings) == ((), ())
+
+
+def test_a_model_that_is_not_seen_is_free_again_once_its_time_is_over() -> None:
+    desk = Desk(Mac(16))
+    desk.tells = False
+    desk.ask(MIDDLE, 8192)
+    assert desk.ask(SMALL, 4096).unload == (MIDDLE.name,)
+    desk.mac.now = 100_000.0
+    assert desk.ask(LARGE, 4096, force=True).unload == ()
+
+
+def test_two_objects_for_one_machine_know_what_the_other_gave() -> None:
+    file = ASSETS / "mini-16-macos15.json"
+    one, other = graftage_m4.M4(machine=file), graftage_m4.M4(machine=str(file))
+    address = "http://127.0.0.1:1"
+    first = Desk(Mac(), address, one)
+    first.ask(MIDDLE, 16_384)
+    first.used[MIDDLE.name] = 1
+    second = Desk(Mac(), address, other)
+    second.used = first.used
+    assert second.ask(SMALL).wait_for == (MIDDLE.name,)
+    elsewhere = Desk(Mac(), "http://127.0.0.1:2", graftage_m4.M4(machine=file))
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        elsewhere.ask(SMALL)
+    assert caught.value.details["retryable"] is True
+    first.used.clear()
+    assert elsewhere.ask(SMALL).context_window, "its server may be no more, where one only acts as a Mac"
+
+
+def test_an_object_with_a_clock_of_its_own_starts_afresh() -> None:
+    file, mac = ASSETS / "mini-16-macos15.json", Mac()
+    for _ in range(2):
+        desk = Desk(mac, "http://127.0.0.1:3", graftage_m4.M4(machine=file, clock=mac.clock))
+        desk.used[MIDDLE.name] = 1
+        assert desk.ask(SMALL).wait_for == ()
+        desk.ask(MIDDLE)
+
+
+def test_all_names_of_this_machine_are_one_server() -> None:
+    desk = Desk(Mac(16))
+    other = Desk(desk.mac, "http://localhost:11434/", desk.plugin)
+    desk.give(MIDDLE, 16_384)
+    other.loaded = desk.loaded
+    assert other.ask(SMALL).unload == (MIDDLE.name,)
+    assert other.ask(MIDDLE).context_window == 16_384
+
+
+def test_a_model_in_use_by_another_address_is_neither_unloaded_nor_waited_for() -> None:
+    desk = Desk(Mac(16))
+    other = Desk(desk.mac, "http://[::1]:11434", desk.plugin)
+    limits = desk.ask(MIDDLE, 16_384)
+    for seen in ({}, desk.loaded):
+        other.loaded = dict(seen)
+        with pytest.raises(ResourceLimitExceeded, match="in use elsewhere") as caught:
+            other.ask(SMALL, 32_768)
+        assert caught.value.details["retryable"] is True
+        desk.used[MIDDLE.name] = 1
+        desk.load(MIDDLE, limits.context_window or 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "other", "same"),
+    [
+        ("http://127.0.0.1:11434", "http://LOCALHOST:11434/", True),
+        ("http://127.0.0.1", "http://localhost:80", True),
+        ("http://127.0.0.1:11434", "http://0.0.0.0:11434", True),
+        ("http://127.0.0.1:11434", "http://127.0.0.1:11435", False),
+        ("http://192.0.2.7:11434", "http://127.0.0.1:11434", False),
+        ("http://127.0.0.1:99999", "http://127.0.0.1:11434", False),
+        ("engine", "http://127.0.0.1:11434", False),
+    ],
+)
+def test_a_server_is_known_by_its_port_on_this_machine(address: str, other: str, *, same: bool) -> None:
+    assert (server_of("ollama", address) == server_of("ollama", other)) is same
+
+
+def test_a_fork_starts_without_the_requests_of_its_parent() -> None:
+    ledger = Ledger()
+    ledger.ask_later(("ollama", "x"), "x", lambda: {"a:1": 1})
+    assert ledger.used(("ollama", "x")) == {"a:1"}
+    with ledger.lock:
+        ledger.forked()
+    assert ledger.lock.acquire(blocking=False)
+    assert ledger.used(("ollama", "x")) == set()
+
+
+# --- What a conversation was promised --------------------------------------------------------------------------------
+
+
+def test_every_conversation_is_told_of_a_window_that_had_to_shrink_and_again_until_it_has_it_back() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 32_768)
+    desk.loaded.clear()
+    desk.mac.pressure, desk.mac.now = 2, 10.0
+    for _ in range(3):  # The first of them may have failed before anybody could read it.
+        limits = desk.give(MIDDLE)
+        assert limits.warnings == (
+            "The window of `llama3.1:8b` is 8192 instead of 32768, memory pressure is at warning.",
+        )
+    desk.mac.pressure = 1
+    for now in (20.0, 40.0, 60.0, 80.0):
+        desk.mac.now = now
+        limits = desk.give(MIDDLE)
+    assert (limits.context_window, desk.ask(MIDDLE).warnings) == (32_768, ())
+
+
+def test_who_asks_for_less_while_a_model_is_away_takes_nothing_from_a_conversation() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 16_384)
+    desk.loaded.clear()
+    less = desk.give(MIDDLE, 4096)
+    assert (less.context_window, less.warnings) == (4096, ())
+    assert desk.give(MIDDLE).context_window == 16_384
+    desk.loaded.clear()
+    desk.give(MIDDLE, 4096)
+    desk.mac.free = 0
+    back = desk.ask(MIDDLE)
+    assert back.context_window == 4096
+    assert "is 4096 instead of 16384" in back.warnings[0]
+    assert desk.ask(MIDDLE, 4096).warnings == (), "who asked for it himself knows"
+
+
+def test_calls_after_a_forced_one_are_told_while_models_have_more_than_they_may() -> None:
+    desk = Desk(Mac(16))
+    desk.give(MIDDLE, 131_072, force=True)
+    for _ in range(2):
+        assert "Models have 23.9 GB, and may have 10.4 GB" in desk.give(MIDDLE).warnings[0]
+    desk.loaded.clear()
+    assert not any("Models have" in each for each in desk.give(MIDDLE).warnings)
+
+
+# --- Nonsense --------------------------------------------------------------------------------------------------------
+
+
+def test_slots_that_one_wrong_size_gave_away_are_forgotten_with_the_next_right_one() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 8192)
+    desk.load(MIDDLE, 8192, told=1.9)
+    during = desk.ask(SMALL, 131_072).context_window or 0
+    desk.load(MIDDLE, 8192)
+    assert during < (desk.ask(SMALL, 131_072).context_window or 0) == 40_960
+
+
+ODD_FIGURES: list[dict[str, Any]] = [
+    {"context_window": 10**12}, {"context_window": -1}, {"context_window": "8192"}, {"context_window": 10**7},
+    {"size": -(10**11)}, {"size": 10**30}, {"size": "12"}, {"size": float("nan")}, {"accelerator_size": -5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("figures", ODD_FIGURES, ids=str)
+def test_odd_figures_of_what_is_loaded_are_not_believed_and_the_reply_says_so(figures: dict[str, Any]) -> None:
+    desk = Desk(Mac(16))
+    desk.load(MIDDLE, 8192)
+    desk.loaded[MIDDLE.name] = replace(desk.loaded[MIDDLE.name], **figures)
+    limits = desk.ask(MIDDLE)
+    assert limits.context_window in (8192, 16_384)
+    assert "odd figures of what it has in memory, which are not believed: 'llama3.1:8b'" in limits.warnings[-1]
+    assert "odd figures" in desk.ask(SMALL, 4096).warnings[-1]
+
+
+def test_a_loaded_model_without_a_name_counts_and_is_not_unloaded() -> None:
+    desk = Desk(Mac(16))
+    desk.load(replace(MIDDLE, name=""), 16_384)
+    with pytest.raises(ResourceLimitExceeded, match="elsewhere"):
+        desk.ask(SMALL, 32_768)
+
+
+@pytest.mark.parametrize("year", [1, 9999])
+def test_a_time_at_the_end_of_the_calendar_is_no_fault(year: int) -> None:
+    desk = Desk(Mac(16))
+    desk.give(MIDDLE, 8192)
+    desk.loaded[MIDDLE.name] = replace(desk.loaded[MIDDLE.name], expires_at=datetime(year, 1, 1))  # noqa: DTZ001
+    assert desk.ask(SMALL).unload == (MIDDLE.name,)
+
+
+def test_thousands_of_loaded_models_are_weighed_in_few_steps() -> None:
+    desk = Desk(Mac(16))
+    for number in range(3000):
+        desk.loaded[f"m{number}:1"] = LoadedModel(name=f"m{number}:1", size=1000, expires_at=START)
+    calls: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, _: calls.update([frame.f_code.co_name] if event == "call" else []))
+    try:
+        limits = desk.ask(MIDDLE)
+    finally:
+        sys.setprofile(None)
+    assert len(limits.unload) == 3000
+    assert 0 < calls["fits"] < 100
+
+
+ODD_FACTS: list[dict[str, Any]] = [
+    {"block_count": 10**9}, {"context_length": "8192"}, {"context_length": -1}, {"context_length": 1},
+    {"attention__head_count_kv": 1 << 49}, {"embedding_length": float("inf")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", ODD_FACTS, ids=str)
+def test_odd_facts_of_a_model_are_not_believed_and_the_reply_says_so(facts: dict[str, Any]) -> None:
+    odd = model("odd:1", 1.0)
+    changed = {f"test.{key.replace('__', '.')}": value for key, value in facts.items()}
+    odd = replace(odd, context_window=-1, metadata={**odd.metadata, **changed})
+    limits = Desk(Mac(16)).ask(odd)
+    assert 4096 <= (limits.context_window or 0) <= 32_768
+    assert "What is told of `odd:1` is odd, and not believed:" in limits.warnings[0]
 
 
 # --- Reactions -------------------------------------------------------------------------------------------------------

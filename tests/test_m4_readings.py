@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import sys
 import textwrap
@@ -14,7 +15,18 @@ import pytest
 import graftage_m4
 from graftage.exceptions import SettingsError
 from graftage_m4._machine import MachineFile, Recorded, Sample, budget_of, read_machine, record
-from graftage_m4._readings import READINGS, Collector, Live, Output, Reading, Readings, Static, kept, read_live
+from graftage_m4._readings import (
+    READINGS,
+    Collector,
+    Live,
+    Output,
+    Reading,
+    Readings,
+    Static,
+    kept,
+    read_live,
+    read_static,
+)
 from graftage_m4._settings import load
 
 if TYPE_CHECKING:
@@ -126,6 +138,15 @@ UNKNOWN: list[tuple[str, Output | str, str]] = [
     ("swap_used", MEMORY.replace("used = 96.50M", "used = lots"), "memory"),
     ("page", VM_STAT.partition("\n")[2], "vm_stat"),
     ("page", Output(VM_STAT, exit=2), "vm_stat"),
+    ("page", VM_STAT.replace("16384", "0"), "vm_stat"),
+    ("page", VM_STAT.replace("16384", "9" * 400), "vm_stat"),
+    ("page", VM_STAT.replace("16384", "9" * 4400), "vm_stat"),
+    ("swap_used", MEMORY.replace("96.50", "9" * 400 + ".5"), "memory"),
+    ("swap_used", MEMORY.replace("96.50", "9" * 4400), "memory"),
+    ("wired_limit", MEMORY.replace("mb: 0", "mb: 9999999999999999999"), "memory"),
+    ("working_set", '{"recommended_working_set": %s}' % ("9" * 400), "metal"),
+    ("working_set", '{"recommended_working_set": %s}' % ("9" * 4400), "metal"),
+    ("working_set", "[" * 60_000, "metal"),
     ("thermal", "com.apple.system.thermalpressurelevel: Failed with code 9\n", "thermal"),
     ("thermal", "com.apple.system.thermalpressurelevel 5\n", "thermal"),
     ("thermal", "com.apple.system.thermalpressurelevel -1\n", "thermal"),
@@ -153,6 +174,29 @@ def test_a_reading_that_fails_or_makes_no_sense_is_unknown_and_says_why(
 def test_a_count_of_pages_that_is_missing_makes_what_is_free_unknown() -> None:
     text = VM_STAT.replace("Pages purgeable:                                6112.\n", "")
     assert read_live(outputs(vm_stat=text), 0.0).available(64 * GIB) is None
+
+
+@pytest.mark.parametrize("digits", [20, 400, 4400])
+def test_a_count_of_pages_that_cannot_be_makes_what_is_free_unknown(digits: int) -> None:
+    text = VM_STAT.replace("612410", "9" * digits) + "Pages stuff: " + "9" * digits + ".\n"
+    readings = read_live(outputs(vm_stat=text), 0.0)
+    assert readings.available(16 * GIB) is None
+    assert readings.pages["swapouts"] == 918_224
+
+
+def test_a_mac_of_which_nothing_is_used_is_not_believed() -> None:
+    assert read_live(outputs(vm_stat=VM_STAT.replace("402118", "999999999")), 0.0).available(16 * GIB) is None
+
+
+@pytest.mark.parametrize("text", ["Apple M4\x1b[2J", "A" * 5000])
+def test_a_chip_and_a_system_that_cannot_be_shown_are_unknown(text: str) -> None:
+    found = read_static(Output(f"machdep.cpu.brand_string: {text}\nkern.osproductversion: {text}\n"))
+    assert (found.chip, found.os) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["\u00b26.1", "9" * 70, "x.1"])
+def test_a_release_that_is_no_number_is_unknown(text: str) -> None:
+    assert Static(os=text).os_major is None
 
 
 def test_heat_comes_from_the_coarse_source_where_the_fine_one_fails() -> None:
@@ -326,6 +370,22 @@ def test_a_bad_machine_file_is_a_clear_error(tmp_path: Path, text: str, says: st
     assert says in str(caught.value)
 
 
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for path, says in ((pipe, "no file"), (tmp_path, "no file"), (tmp_path / "none.json", "no such file")):
+        with pytest.raises(SettingsError, match=says):
+            read_machine(path)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/mini.json", "a\0b"])
+def test_a_path_that_cannot_be_is_a_clear_error(path: str) -> None:
+    with pytest.raises(SettingsError, match="cannot be used"):
+        read_machine(Path(path))
+    with pytest.raises(SettingsError):
+        graftage_m4.M4(machine=path).policy()
+
+
 # --- Budget ----------------------------------------------------------------------------------------------------------
 
 USUAL = {
@@ -372,6 +432,14 @@ def test_the_wired_limit_is_the_budget_where_it_is_set_lower_or_metal_is_silent(
     assert [(each.cap // GIB, each.source) for each in (lowered, silent, usual) if each] == [
         (10, "wired_limit"), (20, "wired_limit"), (16, "metal"),
     ]  # fmt: skip
+
+
+def test_a_share_that_is_more_than_there_is_is_not_believed() -> None:
+    static = Static(memory=16 * GIB, os="15.4")
+    for readings in (Readings(working_set=15_000 * GIB), Readings(wired_limit=15_000 * GIB)):
+        budget = budget_of(static, readings)
+        assert budget is not None
+        assert (budget.source, budget.cap) == ("table", int(16 * GIB * 2 / 3))
 
 
 def test_a_wired_limit_that_leaves_too_little_is_warned_of() -> None:

@@ -7,15 +7,14 @@ Installed, it works by itself. To act as another machine, or with other settings
 
 from __future__ import annotations
 
-import ipaddress
 import platform
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from graftage.hookspecs import hookimpl
+from graftage_m4._ledger import Ledger, is_here, ledger_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +27,10 @@ __all__ = ["M4", "plugin"]
 
 
 class M4:
-    """The policy as a plugin. Nothing is read, and nothing of it is imported, before the first request.
+    """The policy as a plugin. Nothing is read, and nothing heavy is imported, before the first request.
+
+    All objects for one Mac, or for one machine file, know what the others gave. One with a runner or a clock of its own
+    stands for a Mac of its own, so a test that gives one starts afresh.
 
     Args:
         runner: runs the readings; the default is this Mac, or the machine file of the settings.
@@ -54,7 +56,7 @@ class M4:
     def resource_limits(self, query: LimitsQuery) -> Limits | None:
         """Limits for one request; None where this is no Mac with Apple silicon, or the server is elsewhere."""
         policy = self.policy()
-        if policy is None or not (self._acts or _is_here(query.address)):
+        if policy is None or not (self._acts or is_here(query.address)):
             return None
         return policy.limits(query)
 
@@ -84,19 +86,9 @@ class M4:
         runner = self._runner
         if runner is None:
             runner = Recorded(read_machine(settings.machine), self._clock) if settings.machine else Live()
-        return Policy(settings, Collector(runner, self._clock))
-
-
-def _is_here(address: str) -> bool:
-    """Whether a server is on this machine. An address that is no URL is an engine in this process."""
-    if "://" not in address:
-        return True
-    host = urlsplit(address).hostname or ""
-    try:
-        found = ipaddress.ip_address(host)
-    except ValueError:
-        return host in ("localhost", platform.node()) or host.endswith(".localhost")
-    return found.is_loopback or found.is_unspecified
+        own = self._runner is not None or self._clock is not time.monotonic
+        ledger = Ledger() if own else ledger_of(settings.machine)
+        return Policy(settings, Collector(runner, self._clock), ledger)
 
 
 plugin = M4()

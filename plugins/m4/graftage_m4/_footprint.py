@@ -8,6 +8,7 @@ upwards: a figure that is too high costs a smaller window, one that is too low f
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 if TYPE_CHECKING:
     from graftage.types import ModelInfo
 
-__all__ = ["Footprint", "KVType", "Layer", "Shape", "footprint", "read_shape"]
+__all__ = ["Footprint", "KVType", "Layer", "Shape", "count_of", "footprint", "read_shape"]
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -118,6 +119,8 @@ class Shape:
     """The share of the weights that one token reads."""
     notes: tuple[str, ...] = ()
     """What had to be assumed."""
+    odd: tuple[str, ...] = ()
+    """Facts that cannot be, and are taken as not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,45 +220,64 @@ def _compute(shape: Shape, cells: int, batch: int, *, flash_attention: bool) -> 
 # --- Reading a model -------------------------------------------------------------------------------------------------
 
 
-class _Keys:
-    """The metadata of a GGUF file, whose keys begin with the architecture's name. Nothing in it is trusted."""
-
-    def __init__(self, metadata: Mapping[str, Any], architecture: str | None) -> None:
-        self._metadata = metadata
-        self._prefix = architecture or str(metadata.get("general.architecture") or "")
-
-    def value(self, key: str) -> Any:
-        return self._metadata.get(f"{self._prefix}.{key}")
-
-    def number(self, key: str) -> int | None:
-        """A count; of an array, the largest."""
-        value = self.value(key)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            numbers = [each for each in map(_count, value) if each is not None]
-            return max(numbers, default=None)
-        return _count(value)
-
-    def each(self, key: str, layers: int) -> list[int] | None:
-        """A count for each layer, from one number or an array; `None` where it is not told."""
-        value = self.value(key)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            numbers = [_count(each) for each in value]
-            if not numbers or any(each is None for each in numbers):
-                return None
-            known = [each or 0 for each in numbers][:layers]
-            return known + [max(known)] * (layers - len(known))
-        one = _count(value)
-        return None if one is None else [one] * layers
+MOST_BYTES: Final = 1 << 50
+"""No model is larger."""
+MOST_NUMBER: Final = 1 << 24
+"""No window, vocabulary, or width of a layer is larger: the longest window in use is 10 million."""
+MOST_LAYERS: Final = 4096
+LEAST_TRAINED: Final = 64
+"""No model was trained for fewer tokens."""
 
 
-def _count(value: Any) -> int | None:
+def count_of(value: Any, most: int = MOST_BYTES) -> int | None:
     """A number that can be a count: not negative, and of a size that a model can have."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1 << 50:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most:
         return int(value)
     return None
 
 
-MOST_LAYERS: Final = 4096
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+class _Keys:
+    """The metadata of a GGUF file, whose keys begin with the architecture's name. Nothing in it is trusted."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
+        self._metadata = metadata
+        self._prefix = architecture or str(metadata.get("general.architecture") or "")
+        self.odd: dict[str, None] = {}
+        """Keys whose value cannot be, in the order in which they were found."""
+
+    def value(self, key: str) -> Any:
+        return self._metadata.get(f"{self._prefix}.{key}")
+
+    def checked(self, key: str, value: Any, most: int = MOST_NUMBER) -> int | None:
+        """A count; what is told and is none is noted as odd."""
+        count = count_of(value, most)
+        if count is None and value is not None:
+            self.odd[key] = None
+        return count
+
+    def number(self, key: str, most: int = MOST_NUMBER) -> int | None:
+        """A count; of an array, the largest."""
+        value = self.value(key)
+        if _is_list(value):
+            numbers = [each for each in (self.checked(key, each, most) for each in value) if each is not None]
+            return max(numbers, default=None)
+        return self.checked(key, value, most)
+
+    def each(self, key: str, layers: int) -> list[int] | None:
+        """A count for each layer, from one number or an array; `None` where it is not told."""
+        value = self.value(key)
+        if _is_list(value):
+            numbers = [self.checked(key, each) for each in value[:layers]]
+            if not numbers or any(each is None for each in numbers):
+                return None
+            known = [each or 0 for each in numbers]
+            return known + [max(known)] * (layers - len(known))
+        one = self.checked(key, value)
+        return None if one is None else [one] * layers
 
 
 def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
@@ -265,12 +287,13 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
         info: what `show_model` told, arrays included.
         size: bytes of its weights where somebody else knows them, such as a list of models.
     """
-    keys = _Keys(info.metadata, info.architecture)
-    parameters = _count(info.metadata.get("general.parameter_count")) or _spoken(info.parameters)
-    weights, notes = _weights(info, parameters, size)
-    if weights is None:
+    keys = _Keys(info.metadata, _text(info.architecture))
+    parameters = keys.checked("parameters", info.metadata.get("general.parameter_count"), MOST_BYTES)
+    parameters = parameters or keys.checked("parameters", _spoken(info.parameters), MOST_BYTES)
+    weights, notes = _weights(info, keys, parameters, size)
+    if not weights:
         return None
-    layers = _layers(keys, info.architecture or "")
+    layers = _layers(keys, _text(info.architecture))
     if layers is None:
         notes = (*notes, "the cache is estimated from the file's size: the model does not tell its layers")
     features = info.features or frozenset()
@@ -281,52 +304,67 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
         embedding=keys.number("embedding_length") or 4096,
         heads=keys.number("attention.head_count") or 32,
         vocabulary=vocabulary or ASSUMED_VOCABULARY,
-        trained_window=keys.number("context_length") or info.context_window,
+        trained_window=_trained(keys, info),
         parameters=parameters,
         vision="images" in features,
         embeds=keys.value("pooling_type") is not None or features == {"embed"},
         mlx=_is_mlx(info),
         active=_active(info, keys),
         notes=notes,
+        odd=tuple(keys.odd),
     )
 
 
-def _weights(info: ModelInfo, parameters: int | None, size: int | None) -> tuple[int | None, tuple[str, ...]]:
-    if known := info.size or size:
+def _trained(keys: _Keys, info: ModelInfo) -> int | None:
+    trained = keys.number("context_length") or keys.checked("context_length", info.context_window, MOST_NUMBER)
+    if trained is not None and trained < LEAST_TRAINED:
+        keys.odd["context_length"] = None
+        return None
+    return trained
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _weights(
+    info: ModelInfo, keys: _Keys, parameters: int | None, size: int | None
+) -> tuple[int | None, tuple[str, ...]]:
+    if known := keys.checked("size", info.size, MOST_BYTES) or keys.checked("size", size, MOST_BYTES):
         return known, ()
     if info.path is not None:
         try:
             return info.path.stat().st_size, ()
-        except OSError:
+        except (OSError, ValueError):
             pass
-    elements = sum(_product(shape) for shape in (info.tensors or {}).values()) or parameters
+    elements = keys.checked("tensors", sum(map(_product, (info.tensors or {}).values())), MOST_BYTES) or parameters
     if not elements:
         return None, ()
-    bits = BITS.get((info.quantization or "").upper())
+    bits = BITS.get(_text(info.quantization).upper())
     note = f"the weights are estimated from {elements / 1e9:.1f} billion parameters"
     return int(elements * (bits or BITS["F16"]) / 8 * (UNKNOWN_WEIGHTS if bits else 1)), (note,)
 
 
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for each in shape:
-        total *= each
-    return total
+def _product(shape: Sequence[int]) -> float:
+    """The elements of a tensor; infinite where there cannot be so many."""
+    counts = [count_of(each) for each in shape]
+    total = math.prod(each or 0 for each in counts)
+    return float("inf") if None in counts or total > MOST_BYTES else total
 
 
 _SPOKEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT])\s*", re.IGNORECASE)
 
 
-def _spoken(text: str | None) -> int | None:
-    """A number of parameters in words: `134.52M`."""
-    found = _SPOKEN.fullmatch(text or "")
+def _spoken(text: str | None) -> float | None:
+    """A number of parameters in words: `134.52M`; infinite where it has hundreds of digits."""
+    found = _SPOKEN.fullmatch(_text(text))
     if not found:
         return None
-    return int(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()])
+    return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()]
 
 
 def _length(value: Any) -> int | None:
-    return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+    return len(value) if _is_list(value) else None
 
 
 def _is_mlx(info: ModelInfo) -> bool:
@@ -341,7 +379,7 @@ def _active(info: ModelInfo, keys: _Keys) -> float:
     if not count or not used:
         return 1.0
     tensors = info.tensors or {}
-    everything = sum(map(_product, tensors.values()))
+    everything = count_of(sum(map(_product, tensors.values())))
     experts = sum(_product(shape) for name, shape in tensors.items() if "_exps" in name)
     share = experts / everything if everything else 0.95  # gpt-oss:20b 0.91, qwen3:30b-a3b 0.95
     return 1 - share * (1 - min(used / count, 1))
@@ -349,15 +387,17 @@ def _active(info: ModelInfo, keys: _Keys) -> float:
 
 def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
     """The layers, or `None` where the file does not tell enough to be exact."""
-    count = keys.number("block_count")
-    heads = keys.each("attention.head_count_kv", count or 0)
-    if not count or count > MOST_LAYERS or heads is None:
+    count = keys.number("block_count", MOST_LAYERS)
+    heads = keys.each("attention.head_count_kv", count) if count else None
+    if not count or heads is None:
         return None
     global_length = _head_length(keys, "")
     sliding_length = _head_length(keys, "_swa") or global_length
     if global_length is None or sliding_length is None:
         return None
     state = _recurrent_state(keys)
+    if not any(heads) and not state:
+        return None  # A model that remembers nothing is none.
     attends = _attention(keys, heads, recurrent=bool(state))
     keeps = count - (keys.number("attention.shared_kv_layers") or 0)
     windows = _windows(keys, architecture, count)
@@ -412,9 +452,9 @@ def _windows(keys: _Keys, architecture: str, count: int) -> Iterator[int]:
     pattern = keys.value("attention.sliding_window_pattern")
     every = SLIDING_EVERY.get(architecture, 0)
     if isinstance(pattern, int) and not isinstance(pattern, bool):
-        every, pattern = pattern, None
+        every, pattern = keys.checked("attention.sliding_window_pattern", pattern, count) or 0, None
     for place in range(count):
-        if isinstance(pattern, Sequence) and not isinstance(pattern, str):
+        if _is_list(pattern):
             slides = bool(pattern[place]) if place < len(pattern) else False
         else:
             slides = bool(every) and (place + 1) % every != 0

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftage.exceptions import SettingsError
-from graftage_m4._readings import READINGS, Output, Reading, Readings, Runner, Static, kept
+from graftage_m4._readings import MOST_DIGITS, READINGS, Output, Reading, Readings, Runner, Static, kept
 
 __all__ = ["Budget", "MachineFile", "Recorded", "Sample", "budget_of", "read_machine", "record"]
 
@@ -96,11 +96,13 @@ def budget_of(static: Static, readings: Readings, profile: str = "dedicated") ->
 
 def _cap(static: Static, readings: Readings) -> tuple[int | None, Literal["metal", "wired_limit", "table"]]:
     wired = readings.wired_limit or None  # 0 is the system's own rule.
-    if readings.working_set:
+    metal = readings.working_set
+    most = static.memory or 10**MOST_DIGITS
+    if metal and metal <= most:
         # The limit holds at once, while Metal was perhaps asked some minutes ago.
-        lowered = wired is not None and wired < readings.working_set
-        return (wired, "wired_limit") if lowered else (readings.working_set, "metal")
-    if wired:
+        lowered = wired is not None and wired < metal
+        return (wired, "wired_limit") if lowered else (metal, "metal")
+    if wired and wired <= most:
         return wired, "wired_limit"
     if not static.memory:
         return None, "table"
@@ -127,7 +129,7 @@ class Sample(_Strict):
     """What one program answered at one moment."""
 
     name: str
-    at: float = Field(default=0.0, ge=0)
+    at: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Seconds after the recording began."""
     stdout: str = ""
     exit: int = 0
@@ -155,11 +157,7 @@ def read_machine(path: Path) -> MachineFile:
     """
     hint = "`graftage m4 record` writes one."
     try:
-        with path.expanduser().open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES // 1024**2} MB")
-        machine = MachineFile.model_validate(json.loads(data))
+        machine = MachineFile.model_validate(json.loads(_content(path.expanduser())))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the top"
@@ -167,7 +165,7 @@ def read_machine(path: Path) -> MachineFile:
         close = difflib.get_close_matches(key, {*MachineFile.model_fields, *Sample.model_fields}, n=1)
         way = f"Did you mean `{close[0]}`?" if close and "extra" in first["type"] else hint
         raise SettingsError(f"The machine file {path} is wrong at `{where}`: {first['msg']}.", hint=way) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # Of these: a home that is not known, JSON that is too deep.
         raise SettingsError(f"The machine file {path} cannot be used: {error}.", source=str(path), hint=hint) from None
     for sample in machine.readings:
         if sample.name not in READINGS:
@@ -175,6 +173,17 @@ def read_machine(path: Path) -> MachineFile:
             way = f"Did you mean `{close[0]}`?" if close else f"There are {', '.join(READINGS)}."
             raise SettingsError(f"The machine file {path} has an unknown reading `{sample.name}`.", hint=way)
     return machine
+
+
+def _content(path: Path) -> bytes:
+    # Whoever opens a pipe waits for one who writes.
+    if not path.is_file():
+        raise ValueError("it is no file" if path.exists() else "there is no such file")
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES // 1024**2} MB")
+    return data
 
 
 class Recorded:

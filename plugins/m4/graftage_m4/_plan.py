@@ -100,7 +100,7 @@ def rows(models: Mapping[str, Shape], on: Ground, policy: Policy, windows: Seque
             weights=shape.weights,
             speed=decode_speed(shape, on.chip, low_power=on.low_power),
             cells=tuple(_cell(shape, window, on, policy) for window in windows),
-            notes=shape.notes,
+            notes=(*shape.notes, *(f"{fact} is odd, and not believed" for fact in shape.odd)),
         )
         for name, shape in models.items()
     ]
@@ -133,91 +133,156 @@ def _cell(shape: Shape, window: int, on: Ground, policy: Policy) -> Cell:
 
 # --- The picture -----------------------------------------------------------------------------------------------------
 
-WIDTH: Final = 860
+PLOT: Final = 600
+"""Width of the part within the axes."""
 HEIGHT: Final = 480
+"""At least; many models make it higher."""
 LEFT: Final = 60
-RIGHT: Final = 200
 TOP: Final = 50
 BOTTOM: Final = 50
+LINE: Final = 15
+"""Height of a line of text."""
+LETTER: Final = 7.5
+"""Width of a letter, rather too much: who draws the picture knows its font, and this does not."""
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#8c564b")
 """Told apart by those who do not see all colours."""
 
 
 def picture(models: Mapping[str, Shape], on: Ground, policy: Policy, windows: Sequence[int] = WINDOWS) -> str:
     """Footprint against window as SVG, with the line of the budget."""
-    curves = {
-        name: [size_with(shape, window, policy) for window in windows if window <= (shape.trained_window or window)]
-        for name, shape in models.items()
-    }
-    top = max([on.budget.static * 1.25, *(min(sizes[0], on.budget.static * 3) for sizes in curves.values() if sizes)])
-    frame = _Frame(windows, top)
-    parts = [frame.axes(), frame.line(on.budget.static, "budget", "#b00020")]
-    if on.live is not None and on.live < on.budget.static:
-        parts.append(frame.line(on.live, "free now", "#b06000"))
-    labels: list[float] = []
-    for place, (name, sizes) in enumerate(curves.items()):
-        parts.append(frame.curve(name, sizes, COLOURS[place % len(COLOURS)], labels))
-    title = f"Memory of models by context window: {on.title}"
+    curves = [
+        _Curve(printable(name), _sizes(shape, windows, policy), COLOURS[place % len(COLOURS)])
+        for place, (name, shape) in enumerate(models.items())
+        if shape.trained_window is None or shape.trained_window >= windows[0]
+    ]
+    budget = on.budget.static
+    top = max([1e9, budget * 1.25, *(min(curve.sizes[0], budget * 3) for curve in curves)])
+    frame = _Frame(windows, top, max(HEIGHT, TOP + BOTTOM + LINE * len(curves)))
+    title = printable(f"Memory of models by context window: {on.title}")
+    parts = [frame.axes(), *frame.curves(curves), frame.limits(budget, on.live)]
+    longest = max(
+        [LEFT + LETTER * len(title) * 15 / 12, *(frame.right + LETTER * len(each.label(top)) for each in curves)]
+    )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        f'font-size="12"><title>{escape(title)}</title><rect width="100%" height="100%" fill="white"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {longest + LINE:.0f} {frame.height}" '
+        f'font-family="sans-serif" font-size="12"><title>{escape(title)}</title>'
+        f'<rect width="100%" height="100%" fill="white"/>'
         f'<text x="{LEFT}" y="24" font-size="15">{escape(title)}</text>{"".join(parts)}</svg>\n'
     )
+
+
+def _sizes(shape: Shape, windows: Sequence[int], policy: Policy) -> list[int]:
+    return [size_with(shape, window, policy) for window in windows if window <= (shape.trained_window or window)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """A model's line."""
+
+    name: str
+    sizes: Sequence[int]
+    colour: str
+
+    def label(self, top: float) -> str:
+        """Its name, and how far it goes where the picture does not follow."""
+        return f"{self.name} (above: {gb(self.sizes[-1])})" if self.sizes[-1] > top else self.name
 
 
 class _Frame:
     """Where a window and a size lie on the picture."""
 
-    def __init__(self, windows: Sequence[int], top: float) -> None:
+    def __init__(self, windows: Sequence[int], top: float, height: int) -> None:
         self._windows = windows
         self._top = top
+        self.height = height
+        self._bottom = height - BOTTOM
+        self._edge = LEFT + PLOT
+        self.right = self._edge + LINE
+        """Where the names begin."""
 
-    def x(self, place: int) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * place / max(len(self._windows) - 1, 1)
+    def x(self, place: float) -> float:
+        return LEFT + PLOT * place / max(len(self._windows) - 1, 1)
 
     def y(self, size: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(size / self._top, 1.0)
+        return self._bottom - (self._bottom - TOP) * min(size / self._top, 1.0)
 
     def axes(self) -> str:
-        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if self._top / 1e9 / step <= 12)  # noqa: PLR2004
-        marks = range(0, int(self._top / 1e9) + 1, step)
+        step = 1.0
+        while self._top / 1e9 / step > 12:  # noqa: PLR2004
+            step *= 2.5 if str(step).startswith("2") else 2  # 1, 2, 5, 10 and so on
+        marks = (step * place for place in range(int(self._top / 1e9 / step) + 1))
         return "".join([*map(self._mark, marks), *(self._tick(place) for place in range(len(self._windows)))])
 
-    def _mark(self, gigabytes: int) -> str:
+    def _mark(self, gigabytes: float) -> str:
         y = self.y(gigabytes * 1e9)
         return (
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{gigabytes} GB</text>'
+            f'<line x1="{LEFT}" x2="{self._edge}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{gigabytes:.0f} GB</text>'
         )
 
     def _tick(self, place: int) -> str:
-        y = HEIGHT - BOTTOM + 20
+        y = self._bottom + 20
         return f'<text x="{self.x(place):.1f}" y="{y}" text-anchor="middle">{short(self._windows[place])}</text>'
 
-    def line(self, size: float, name: str, colour: str) -> str:
+    def limits(self, budget: int, live: int | None) -> str:
+        """The line of the budget, named above it, and that of what is free now, named below it."""
+        drawn = self._limit(budget, f"budget {gb(budget)}", "#b00020", -6)
+        if live is None or live >= budget:
+            return drawn
+        # Where nothing is free there is no place below, and where little is, none between the lines is needed.
+        below = LINE if self.y(live) < self._bottom - LINE else -6
+        return drawn + self._limit(live, f"free now {gb(live)}", "#b06000", below)
+
+    def _limit(self, size: float, text: str, colour: str, shift: int) -> str:
         y = self.y(size)
         return (
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
+            f'<line x1="{LEFT}" x2="{self._edge}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
             f'stroke-dasharray="6 4" stroke-width="2"/>'
-            f'<text x="{LEFT + 6}" y="{y - 6:.1f}" fill="{colour}">{name} {gb(size)}</text>'
+            f'<rect x="{LEFT + 3}" y="{y + shift - 11:.1f}" width="{LETTER * len(text):.0f}" height="14" '
+            f'fill="white" fill-opacity="0.7"/>'
+            f'<text x="{LEFT + 6}" y="{y + shift:.1f}" fill="{colour}">{text}</text>'
         )
 
-    def curve(self, name: str, sizes: Sequence[int], colour: str, labels: list[float]) -> str:
-        """A model's line, and its name where no other stands."""
-        if not sizes:
-            return ""
-        points = " ".join(f"{self.x(place):.1f},{self.y(size):.1f}" for place, size in enumerate(sizes))
-        y = self.y(sizes[-1])
-        while any(abs(y - other) < 14 for other in labels):  # noqa: PLR2004 - the height of a line of text
-            y += 14
-        labels.append(y)
-        last = self.x(len(sizes) - 1)
+    def curves(self, curves: Sequence[_Curve]) -> list[str]:
+        """The models' lines, and their names one below the other."""
+        ordered = sorted(curves, key=lambda curve: self.y(curve.sizes[-1]))
+        places = _spread([self.y(curve.sizes[-1]) for curve in ordered], self._bottom)
+        return [self._curve(curve, y) for curve, y in zip(ordered, places, strict=True)]
+
+    def _curve(self, curve: _Curve, label: float) -> str:
+        points = self._points(curve.sizes)
+        x, y = points[-1]
+        text, colour = escape(curve.label(self._top)), curve.colour
+        above = curve.sizes[-1] > self._top
+        arrow = f'<path d="M{x:.1f},{TOP - 8} l-5,8 h10 z" fill="{colour}"/>' if above else ""
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         return (
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<line x1="{last:.1f}" y1="{self.y(sizes[-1]):.1f}" x2="{WIDTH - RIGHT + 8}" y2="{y:.1f}" '
-            f'stroke="{colour}" stroke-width="0.5"/>'
-            f'<text x="{WIDTH - RIGHT + 12}" y="{y + 4:.1f}" fill="{colour}">{escape(printable(name))}</text>'
+            f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>{arrow}'
+            f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{self.right - 4}" y2="{label:.1f}" stroke="{colour}" '
+            f'stroke-width="0.5"/><text x="{self.right}" y="{label + 4:.1f}" fill="{colour}">{text}</text>'
         )
+
+    def _points(self, sizes: Sequence[int]) -> list[tuple[float, float]]:
+        """The points of a line, up to where it leaves the picture through the top."""
+        inside = [size for size in sizes if size <= self._top]
+        points = [(self.x(place), self.y(size)) for place, size in enumerate(inside)]
+        if not inside:
+            return [(self.x(0), TOP)]
+        if len(inside) < len(sizes):
+            last, following = inside[-1], sizes[len(inside)]
+            share = (self._top - last) / (following - last)
+            points.append((self.x(len(inside) - 1 + share), TOP))
+        return points
+
+
+def _spread(wanted: Sequence[float], bottom: float) -> list[float]:
+    """Heights for lines of text, near those that are wanted, from the top down, none upon another."""
+    places: list[float] = []
+    for y in wanted:
+        places.append(max(y, places[-1] + LINE) if places else y)
+    for place in range(len(places) - 1, -1, -1):
+        places[place] = min(places[place], bottom - LINE * (len(places) - 1 - place))
+    return places
 
 
 def short(window: int) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from graftage.exceptions import ConnectionFailed, GraftageError, ResourceLimitExceeded
 from graftage.types import Limits
-from graftage_m4._footprint import GIB, RUNTIME, Footprint, Shape, footprint, read_shape
+from graftage_m4._footprint import GIB, MOST_NUMBER, RUNTIME, Footprint, Shape, count_of, footprint, read_shape
+from graftage_m4._ledger import Ledger, plain, remember, server_of
 from graftage_m4._machine import budget_of, gb
-from graftage_m4._reactions import Watch
+from graftage_m4._reactions import UNSEEN, Watch
 from graftage_m4._readings import Collector
 from graftage_m4._refusal import not_now, too_large
-from graftage_m4._scene import ALIVE, Grant, Key, Plan, Resident, Scene
+from graftage_m4._scene import ALIVE, Grant, Key, Plan, Resident, Scene, Server
 from graftage_m4._speed import readable_window
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ __all__ = ["LADDER", "Policy"]
 
 LADDER: Final = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 """Windows that a model gets where nobody asked for another."""
+UNTOLD: Final = 8192
+"""The longest window that nobody asked for, where a model does not tell what it was trained for."""
 SMALL_EMBEDDING: Final = 500_000_000
 """Bytes: an embedding model below this does not count as a loaded model."""
 MOST_SLOTS: Final = 16
@@ -34,7 +37,11 @@ CHARACTERS_PER_TOKEN: Final = 3
 ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
 """Seconds: the default limit on a whole call, after which a model's time in memory begins anew."""
-MOST_REMEMBERED: Final = 512
+UNDERWAY: Final = 60.0
+"""Seconds within which a model that was given to another address of a server is in use there, or is not coming."""
+STRETCHED: Final = 8
+"""A loaded window that is longer than this many times what the model was trained for is no fact."""
+MOST_NAMED: Final = 5
 QUEUE_REASON: Final = "more could not be answered before their callers give up"
 
 CLASSES: Final = (3.3e9, 5.8e9, 10e9, 15.5e9, 22e9)
@@ -58,17 +65,13 @@ T = TypeVar("T")
 class Policy:
     """Decides about requests, one after the other. Safe for threads."""
 
-    def __init__(self, settings: M4Settings, collector: Collector) -> None:
+    def __init__(self, settings: M4Settings, collector: Collector, ledger: Ledger | None = None) -> None:
         self.settings = settings
         self.collector = collector
+        self.ledger = ledger or Ledger()
         self._watch = Watch()
-        self._grants: dict[Key, Grant] = {}
-        self._shapes: dict[Key, Shape] = {}
-        self._slots: dict[tuple[str, str], int] = {}
-        self._on_cpu: set[Key] = set()
-        self._in_use: dict[tuple[str, str], Callable[[], Mapping[str, int]]] = {}
-        """For each server, which models requests use; its gate lives as long as the process."""
-        self._lock = threading.Lock()
+        self._name = object()
+        """What this policy signs with: it does not keep it alive."""
 
     def limits(self, query: LimitsQuery) -> Limits:
         """What a request may have.
@@ -77,7 +80,7 @@ class Policy:
             ResourceLimitExceeded: it must not run, or not now.
         """
         info, loaded = _told(query.model_info), _told(query.loaded_models)
-        with self._lock:
+        with self.ledger.lock:
             scene = self._scene(query, info, loaded)
             return scene if isinstance(scene, Limits) else self._decide(scene)
 
@@ -93,16 +96,20 @@ class Policy:
         budget = budget_of(static, readings, self.settings.profile)
         if budget is None:
             return _unmeasured(self.settings)
-        key = _key(query, query.model)
+        server = server_of(query.provider, query.address)
+        self.ledger.ask_later(server, query.address, query.in_use)
+        key = _key(server, query.model)
         shape = self._shape(key, info)
         if shape is None:
             return _of_unknown(query, self.settings)
-        slots = self._learned_slots(query, loaded)
-        everyone = {each.key: each for each in self._residents(query, loaded, slots)}
+        told = [self._believed(server, each) for each in loaded or ()]
+        slots = self._learned_slots(server, told)
+        everyone = self._everyone(server, query.address, None if loaded is None else told, slots)
         mine = everyone.pop(key, None)
-        elsewhere, coming = self._elsewhere(query)
-        grant = self._grants.get(key)
-        if mine is None or query.context_window or (grant is not None and grant.window != mine.window):
+        others, beyond = _reachable(query, everyone.values())
+        elsewhere, coming = self._elsewhere(server)
+        promise = self.ledger.promises.get(key, 0)
+        if mine is None or query.context_window or promise > (mine.window or 0):
             # A load is decided on what is free now; 2 seconds ago another model may not have been there.
             readings = self.collector.readings(fresh=True)
         return Scene(
@@ -113,34 +120,47 @@ class Policy:
             readings=readings,
             memory=static.memory or budget.cap,
             chip=static.chip,
-            rules=rules,
+            rules=rules if loaded is not None else rules.and_(UNSEEN),
             mine=mine,
-            others=tuple(everyone.values()),
-            elsewhere=elsewhere,
-            coming_elsewhere=coming,
+            others=others,
+            elsewhere=elsewhere + sum(each.size for each in beyond),
+            coming_elsewhere=coming + sum(each.coming for each in beyond),
             slots=slots,
+            promise=promise,
+            odd=tuple(each.name for each, believed in zip(loaded or (), told, strict=True) if each != believed),
+            seen=loaded is not None,
             settings=self.settings,
         )
 
     def _shape(self, key: Key, info: ModelInfo | None) -> Shape | None:
         shape = read_shape(info) if info is not None else None
         if shape is not None:
-            _remember(self._shapes, key, shape)
-        return self._shapes.get(key)
+            remember(self.ledger.shapes, key, shape)
+        return self.ledger.shapes.get(key)
 
-    def _learned_slots(self, query: LimitsQuery, loaded: tuple[LoadedModel, ...] | None) -> int:
-        """The server's parallel slots: as set, else no fewer than a loaded model's size gives away."""
+    def _believed(self, server: Server, model: LoadedModel) -> LoadedModel:
+        """What a server tells of a loaded model, without what cannot be."""
+        shape = self.ledger.shapes.get(_key(server, model.name))
+        longest = (shape.trained_window or 0) * STRETCHED if shape is not None else 0
+        window = count_of(model.context_window)
+        return replace(
+            model,
+            size=count_of(model.size),
+            accelerator_size=count_of(model.accelerator_size),
+            context_window=window if window is not None and window <= (longest or MOST_NUMBER) else None,
+        )
+
+    def _learned_slots(self, server: Server, loaded: Iterable[LoadedModel]) -> int:
+        """The server's parallel slots: as set, else no fewer than the size of a model gave away when last seen."""
         if self.settings.slots is not None:
             return self.settings.slots
-        server = (query.provider, query.address)
-        for each in loaded or ():
-            key = _key(query, each.name)
-            grant = self._grants.get(key)
+        for each in loaded:
+            key = _key(server, each.name)
+            grant, shape = self.ledger.grants.get(key), self.ledger.shapes.get(key)
             window = each.context_window or (grant.window if grant else None)
-            shape = self._shapes.get(key)
             if shape is not None and shape.layers and not shape.embeds and window and each.size:
-                self._slots[server] = max(self._slots.get(server, 1), self._slots_of(shape, window, each.size))
-        return self._slots.get(server, 1)
+                remember(self.ledger.slots, key, self._slots_of(shape, window, each.size))
+        return max((slots for key, slots in self.ledger.slots.items() if key[:2] == server), default=1)
 
     def _slots_of(self, shape: Shape, window: int, size: int) -> int:
         for slots in range(1, MOST_SLOTS + 1):
@@ -152,43 +172,62 @@ class Policy:
         settings = self.settings
         return footprint(shape, window, slots=slots, kv_type=settings.kv_type, flash_attention=settings.flash_attention)
 
-    def _residents(self, query: LimitsQuery, loaded: tuple[LoadedModel, ...] | None, slots: int) -> Iterable[Resident]:
-        """Models in memory, and those that admitted requests are bringing there."""
-        used = {_plain(model) for model, count in query.in_use().items() if count > 0}
-        seen = set()
+    def _everyone(
+        self, server: Server, address: str, loaded: list[LoadedModel] | None, slots: int
+    ) -> dict[Key, Resident]:
+        """Models in memory, and those that admitted requests are bringing there; `loaded` is None where unknown."""
+        used = self.ledger.used(server)
+        found: dict[Key, Resident] = {}
         for each in loaded or ():
-            resident = self._resident(query, each, used, slots)
-            seen.add(resident.key)
-            yield resident
-        for name in used:
-            key = _key(query, name)
-            grant = self._grants.get(key)
-            if key not in seen and grant is not None:
-                yield Resident(
-                    key=key,
-                    name=name,
-                    size=grant.size,
-                    coming=grant.size,
-                    window=grant.window,
-                    loading=True,
-                    busy=True,
-                )
+            resident = self._resident(server, each, used, slots)
+            before = found.get(resident.key, resident)
+            found[resident.key] = max(before, resident, key=lambda one: one.size)
+        for key, grant in list(self.ledger.grants.items()):
+            if key[:2] != server or key in found:
+                continue
+            if key[2] in used or self._underway(grant, address):
+                found[key] = _coming(key, grant)
+            elif loaded is None and self._lives(grant):
+                found[key] = self._unseen(key, grant)
+            elif loaded is not None:
+                del self.ledger.grants[key]  # It has gone.
+        return found
 
-    def _resident(self, query: LimitsQuery, model: LoadedModel, used: set[str], slots: int) -> Resident:
-        key = _key(query, model.name)
-        grant, shape = self._grants.get(key), self._shapes.get(key)
+    def _underway(self, grant: Grant, address: str) -> bool:
+        """Whether it was given this moment to somebody whose requests are counted by another address."""
+        return grant.loads and grant.address != address and self.collector.clock() - grant.at < UNDERWAY
+
+    def _lives(self, grant: Grant) -> bool:
+        """Whether a model may still be in memory."""
+        return self.collector.clock() - grant.at < LONGEST_CALL + grant.keep_alive
+
+    def _unseen(self, key: Key, grant: Grant) -> Resident:
+        """A model that may be in memory. Its bytes surely come back only while it surely is there."""
+        there = self.collector.clock() - grant.at < grant.keep_alive
+        return Resident(
+            key=key,
+            name=grant.name,
+            size=grant.size,
+            freed=max(grant.size - RUNTIME, 0) if there else 0,
+            window=grant.window,
+            expires=grant.at,
+        )
+
+    def _resident(self, server: Server, model: LoadedModel, used: set[str], slots: int) -> Resident:
+        ledger, key = self.ledger, _key(server, model.name)
+        grant, shape = ledger.grants.get(key), ledger.shapes.get(key)
         window = model.context_window or (grant.window if grant else None)
         told = model.size or 0
         estimate = self._footprint(shape, window, slots).total if shape is not None and window else 0
         loads = grant is not None and key[2] in used and (window or 0) < grant.window
         if grant is not None and grant.loads and not loads:
-            self._grants[key] = replace(grant, loads=False)
+            ledger.grants[key] = replace(grant, loads=False)
         # `/api/ps` counts too little for sliding windows: it is a floor, and never the truth. What is in use may be
         # about to be loaded again with what it was given.
         size = max(estimate, told + RUNTIME, grant.size if grant and key[2] in used else 0)
         on_cpu = bool(told) and model.accelerator_size is not None and model.accelerator_size < told
         if on_cpu:
-            self._on_cpu.add(key)
+            ledger.on_cpu.add(key)
         return Resident(
             key=key,
             name=model.name,
@@ -202,16 +241,18 @@ class Policy:
             on_cpu=on_cpu,
         )
 
-    def _elsewhere(self, query: LimitsQuery) -> tuple[int, int]:
-        """Bytes of models that other servers of this Mac were given and may still have; and those not taken yet."""
-        here = (query.provider, query.address)
-        self._in_use[here] = query.in_use
-        used = {server: {_plain(name) for name in in_use()} for server, in_use in self._in_use.items()}
-        now = self.collector.clock()
+    def _elsewhere(self, here: Server) -> tuple[int, int]:
+        """Bytes of models that other servers of this Mac were given and may still have; and those not taken yet.
+
+        Where one acts as a Mac, the idle models of somebody else who does are none of his: his server may be no more.
+        """
         total = coming = 0
-        for key, grant in self._grants.items():
-            busy = key[2] in used[key[:2]]
-            if key[:2] != here and (busy or now - grant.at < LONGEST_CALL + grant.keep_alive):
+        for key, grant in self.ledger.grants.items():
+            if key[:2] == here:
+                continue
+            busy = key[2] in self.ledger.used(key[:2])
+            known = self.settings.machine is None or grant.by is self._name
+            if busy or (known and self._lives(grant)):
                 total += grant.size
                 coming += grant.size if busy and grant.loads else 0
         return total, coming
@@ -219,40 +260,40 @@ class Policy:
     # --- What follows ------------------------------------------------------------------------------------------------
 
     def _decide(self, scene: Scene) -> Limits:
-        before = self._grants.get(scene.key)
-        plan = self._plan(scene, before)
+        plan = self._plan(scene)
         if not plan.loads and scene.rules.drop_idle:
             plan = replace(plan, gone=tuple(scene.idle))
-        return self._granted(scene, plan, before)
+        return self._granted(scene, plan)
 
-    def _plan(self, scene: Scene, before: Grant | None) -> Plan:
+    def _plan(self, scene: Scene) -> Plan:
         """A loaded model keeps its window, unless the caller or an earlier promise wants more and that fits."""
-        wanted = self._wanted(scene, before)
+        wanted = self._wanted(scene)
         mine = scene.mine
         if mine is None or mine.window is None:
-            return self._loaded(scene, wanted, promised=before is not None and before.window == wanted)
+            return self._loaded(scene, wanted, promised=scene.promise == wanted)
         if wanted < mine.window and (scene.query.force or scene.rules.steps or scene.rules.window):
             return Plan(window=wanted)  # As asked: memory is short, and the server gives some back for it.
         grown = self._grown(scene, mine.window, wanted) if wanted > mine.window else None
         return grown or Plan(window=mine.window, loads=False)
 
-    def _wanted(self, scene: Scene, before: Grant | None) -> int:
-        """The window to give: as asked, else as before, else what can be read in good time."""
+    def _wanted(self, scene: Scene) -> int:
+        """The window to give: as asked, else as promised, else what can be read in good time."""
         if scene.query.context_window is not None:
             return self._trained(scene, scene.query.context_window)
         has = scene.mine.window if scene.mine else None
-        if has or before:
-            return max(has or 0, before.window if before else 0)
+        if has or scene.promise:
+            return max(has or 0, scene.promise)
         readable = readable_window(scene.shape, scene.chip, self.settings.prefill_seconds)
         needed = -(-(scene.query.prompt_characters or 0) // CHARACTERS_PER_TOKEN)
         needed += scene.query.max_tokens or ROOM_FOR_ANSWER
-        usual = max([step for step in LADDER if readable is None or step <= readable], default=LADDER[0])
+        most = min(readable or LADDER[-1], LADDER[-1] if scene.shape.trained_window else UNTOLD)
+        usual = max([step for step in LADDER if step <= most], default=LADDER[0])
         enough = next((step for step in LADDER if step >= needed), LADDER[-1])
         return self._trained(scene, max(usual, enough))
 
     @staticmethod
     def _trained(scene: Scene, window: int) -> int:
-        return min(window, scene.shape.trained_window or window)
+        return min(window, scene.shape.trained_window or MOST_NUMBER)
 
     def _loaded(self, scene: Scene, wanted: int, *, promised: bool = False) -> Plan:
         """How to load a model: the largest window first, and the fewest idle models out of memory for it.
@@ -304,29 +345,29 @@ class Policy:
         return Plan(window=wanted, gone=gone, forced=refused)
 
     def _too_large(self, scene: Scene, window: int) -> ResourceLimitExceeded:
-        known = {key[2]: shape for key, shape in self._shapes.items() if key[:2] == scene.key[:2] and key != scene.key}
+        shapes = self.ledger.shapes
+        known = {key[2]: shape for key, shape in shapes.items() if key[:2] == scene.key[:2] and key != scene.key}
         return too_large(scene, window, known)
 
     def _lowered(self, scene: Scene, wanted: int) -> int:
         """The window after what the state of the Mac, and of the model's last load, takes from it."""
         lower = [step for step in LADDER if step < wanted]
         window = wanted
-        for _ in range(scene.rules.steps + (scene.key in self._on_cpu)):
+        for _ in range(scene.rules.steps + (scene.key in self.ledger.on_cpu)):
             window = lower.pop() if lower else window
         return min(window, scene.rules.window or window)
 
     def _counted(self, scene: Scene, plan: Plan) -> Plan:
         """Let more idle models go where too many would be loaded; wait for busy ones only where memory is short."""
         allowed = self._loaded_models(scene)
-        gone = list(plan.gone)
-        leaving = {each.key for each in gone}
-        stay = [each for each in scene.others if each.key not in leaving and not each.small]
-        for each in scene.idle:
-            if each in stay and len(stay) + 1 > allowed:
-                gone.append(each)
-                stay.remove(each)
+        leaving = {each.key for each in plan.gone}
+        stay = {each.key: each for each in scene.others if each.key not in leaving and not each.small}
+        surplus = [each for each in scene.idle if each.key in stay][: max(len(stay) + 1 - allowed, 0)]
+        for each in surplus:
+            del stay[each.key]
         short = scene.rules.loaded is not None and len(stay) + 1 > allowed
-        return replace(plan, gone=tuple(gone), wait_for=tuple(each.name for each in stay) if short else ())
+        wait_for = tuple(each.name for each in stay.values()) if short else ()
+        return replace(plan, gone=(*plan.gone, *surplus), wait_for=wait_for)
 
     def _loaded_models(self, scene: Scene) -> int:
         usual = _below(LOADED, scene.memory / GIB)
@@ -334,11 +375,11 @@ class Policy:
 
     # --- Answers -----------------------------------------------------------------------------------------------------
 
-    def _granted(self, scene: Scene, plan: Plan, before: Grant | None) -> Limits:
+    def _granted(self, scene: Scene, plan: Plan) -> Limits:
         keep = self._keep_alive(scene)
         together, why_together = self._together(scene, plan)
         if not plan.wait_for:
-            self._note(scene, plan, before, keep)
+            self._note(scene, plan, keep)
         rules = scene.rules
         return Limits(
             context_window=plan.window,
@@ -356,29 +397,34 @@ class Policy:
                 "loaded_models": rules.words or f"{gb(scene.memory)} of memory",
                 "keep_alive": rules.words if rules.keep_alive is not None else "what the model takes of the budget",
             },
-            warnings=self._warnings(scene, plan, before),
+            warnings=self._warnings(scene, plan),
         )
 
-    def _note(self, scene: Scene, plan: Plan, before: Grant | None, keep: float) -> None:
+    def _note(self, scene: Scene, plan: Plan, keep: float) -> None:
         """Remember what was given. Who asks for less than others have does not take it from them."""
-        size = scene.footprint(plan.window).total
-        if scene.mine is not None:
-            size = max(size, scene.mine.size)
-        has = max(scene.mine.window if scene.mine and scene.mine.window else 0, before.window if before else 0)
-        promised = max(has, plan.window) if scene.query.context_window is not None and scene.mine else plan.window
-        _remember(
-            self._grants,
-            scene.key,
-            Grant(
-                window=promised,
-                size=size,
-                at=self.collector.clock(),
-                keep_alive=keep,
-                loads=plan.loads or bool(scene.mine and scene.mine.coming),
-            ),
+        ledger, mine = self.ledger, scene.mine
+        before = ledger.grants.get(scene.key)
+        window, size = plan.window, scene.footprint(plan.window).total
+        if mine is not None:
+            size = max(size, mine.size)
+            if scene.query.context_window is not None:
+                window = max(window, mine.window or 0, before.window if before else 0)
+        grant = Grant(
+            name=scene.query.model,
+            address=scene.query.address,
+            by=self._name,
+            window=window,
+            size=size,
+            at=self.collector.clock(),
+            keep_alive=keep,
+            loads=plan.loads or bool(mine and mine.coming),
         )
+        for each in plan.gone:
+            ledger.grants.pop(each.key, None)
+        remember(ledger.grants, scene.key, grant)
+        remember(ledger.promises, scene.key, max(plan.window, scene.promise))
         if plan.loads:
-            self._on_cpu.discard(scene.key)
+            ledger.on_cpu.discard(scene.key)
 
     def _why_window(self, scene: Scene, plan: Plan) -> str:
         asked = scene.query.context_window or 0
@@ -409,12 +455,12 @@ class Policy:
         usual = 60.0 * minutes[sum(scene.shape.weights >= bound for bound in CLASSES)]
         return usual if scene.rules.keep_alive is None else min(usual, scene.rules.keep_alive)
 
-    def _warnings(self, scene: Scene, plan: Plan, before: Grant | None) -> tuple[str, ...]:
+    def _warnings(self, scene: Scene, plan: Plan) -> tuple[str, ...]:
         query, window = scene.query, plan.window
         notes = [*scene.budget.warnings]
         if plan.forced is not None:
             notes.append(f"`force` overrode a refusal of the policy `m4`: {plan.forced}")
-        notes += _window_note(scene, plan, before)
+        notes += [*_window_note(scene, plan), *_budget_note(scene, plan), *_doubts(scene)]
         if not scene.rules.measured:
             notes.append("The memory pressure could not be measured; the limits are those of the machine alone.")
         if scene.mine is not None and scene.mine.on_cpu:
@@ -425,16 +471,37 @@ class Policy:
         return (*notes, *scene.shape.notes) if plan.forced else tuple(notes)
 
 
-def _window_note(scene: Scene, plan: Plan, before: Grant | None) -> list[str]:
-    """What to say of a window that is not the one its conversations had."""
-    loaded = scene.mine.window if scene.mine else None
-    promised = max(loaded or 0, before.window if before else 0)
+def _window_note(scene: Scene, plan: Plan) -> Iterator[str]:
+    """What to say of a window that is not the one its conversations had: to each of them, for one may not listen."""
+    loaded = (scene.mine.window if scene.mine else None) or 0
+    had, asked = max(loaded, scene.promise), scene.query.context_window
     name, window = scene.query.model, plan.window
-    if not promised or window == promised or plan.wait_for:
-        return []
-    why = "as asked" if scene.query.context_window == window else scene.rules.words or "as much as fits now"
-    change = f"The window of `{name}` is {window} instead of {promised}, {why}"
-    return [f"{change}: the server loads it again." if plan.loads and loaded else f"{change}."]
+    again = bool(plan.loads and loaded)
+    if not had or window == had or plan.wait_for or (asked is not None and asked <= window and not again):
+        return
+    why = "as asked" if asked == window else scene.rules.words or "as much as fits now"
+    yield f"The window of `{name}` is {window} instead of {had}, {why}{': the server loads it again' if again else ''}."
+
+
+def _budget_note(scene: Scene, plan: Plan) -> Iterator[str]:
+    """What to say while models have more than they may, as after a call with `force`."""
+    has = scene.resident - sum(each.size for each in plan.gone)
+    if not plan.loads and has > scene.budget.static:
+        yield (
+            f"Models have {gb(has)}, and may have {gb(scene.budget.static)}: the Mac may freeze. "
+            "Unload one, or have it loaded with a smaller window."
+        )
+
+
+def _doubts(scene: Scene) -> Iterator[str]:
+    """What to say of a server that does not tell all, or tells what cannot be."""
+    if not scene.seen:
+        yield "The server does not tell what it has in memory: one model is used at a time."
+    if scene.shape.odd:
+        yield f"What is told of `{scene.query.model}` is odd, and not believed: {', '.join(scene.shape.odd)}."
+    if scene.odd:
+        names = ", ".join(map(repr, scene.odd[:MOST_NAMED]))
+        yield f"The server tells odd figures of what it has in memory, which are not believed: {names}."
 
 
 def _of_unknown(query: LimitsQuery, settings: M4Settings) -> Limits:
@@ -467,6 +534,32 @@ def _unmeasured(settings: M4Settings) -> Limits:
     )
 
 
+def _coming(key: Key, grant: Grant) -> Resident:
+    """A model that an admitted request is bringing into memory."""
+    return Resident(
+        key=key,
+        name=grant.name,
+        size=grant.size,
+        coming=grant.size,
+        window=grant.window,
+        loading=True,
+        busy=True,
+    )
+
+
+def _reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Resident, ...], list[Resident]]:
+    """The other models that the core can unload or wait for, and those that it cannot.
+
+    It knows no model that is used by another address of the server, or that has no name.
+    """
+    mine = {plain(model) for model, count in query.in_use().items() if count > 0}
+    reach: list[Resident] = []
+    beyond: list[Resident] = []
+    for each in others:
+        (reach if each.name and (not each.busy or each.key[2] in mine) else beyond).append(each)
+    return tuple(reach), beyond
+
+
 def _waiting(scene: Scene, window: int) -> Plan:
     """A window that fits once those that work now are done."""
     return Plan(
@@ -479,10 +572,10 @@ def _waiting(scene: Scene, window: int) -> Plan:
 def _fewest_gone(scene: Scene, window: int) -> tuple[Resident, ...] | None:
     """The fewest idle models that must go for a window to fit; `None` where not even all of them suffice."""
     idle = scene.idle
-    for count in range(len(idle) if scene.rules.drop_idle else 0, len(idle) + 1):
-        if scene.fits(window, idle[:count]):
-            return tuple(idle[:count])
-    return None
+    counts = range(len(idle) if scene.rules.drop_idle else 0, len(idle) + 1)
+    # The more are gone the more fits, so the fewest are found by halving: a server may tell of thousands.
+    found = bisect_left(counts, True, key=lambda count: scene.fits(window, idle[:count]))
+    return tuple(idle[: counts[found]]) if found < len(counts) else None
 
 
 def _steps_down(window: int, least: int) -> list[int]:
@@ -506,22 +599,12 @@ def _told(ask: Callable[[], T]) -> T | None:
         return None
 
 
-def _plain(model: str) -> str:
-    """A model's name for comparing."""
-    return model.strip().lower().removesuffix(":latest")
-
-
-def _key(query: LimitsQuery, model: str) -> Key:
-    return query.provider, query.address, _plain(model)
+def _key(server: Server, model: str) -> Key:
+    return *server, plain(model)
 
 
 def _expiry(moment: datetime | None) -> float:
-    return float("inf") if moment is None else moment.timestamp()
-
-
-def _remember(memory: dict[Key, T], key: Key, value: T) -> None:
-    """Keep the newest, and drop the oldest beyond what a host can use."""
-    memory.pop(key, None)
-    memory[key] = value
-    if len(memory) > MOST_REMEMBERED:
-        del memory[next(iter(memory))]
+    try:
+        return float("inf") if moment is None else moment.timestamp()
+    except (OverflowError, ValueError, OSError):  # A year without a time zone at either end of the calendar.
+        return 0.0

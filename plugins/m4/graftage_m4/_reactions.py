@@ -7,7 +7,7 @@ from typing import Final
 
 from graftage_m4._readings import Readings
 
-__all__ = ["Rules", "Watch"]
+__all__ = ["UNSEEN", "Rules", "Watch"]
 
 SAMPLES: Final = 3
 SPAN: Final = 30.0
@@ -113,6 +113,7 @@ TOO_HOT: Final = Rules(
     reasons=("the Mac is too hot",),
 )  # fmt: skip
 UNFELT: Final = Rules(concurrency=1, reasons=("the heat is not measured",))
+UNSEEN: Final = Rules(loaded=1, reasons=("what the server has in memory is not known",))
 SAVING: Final = Rules(concurrency=1, reasons=("low power mode is on",))
 
 

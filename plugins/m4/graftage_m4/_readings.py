@@ -36,6 +36,10 @@ PYTHON: Final = "" if getattr(sys, "frozen", False) else sys.executable or ""
 PROBE: Final = str(Path(__file__).with_name("_probe.py"))
 MOST_OUTPUT: Final = 64 * 1024
 """Characters of an answer that are looked at."""
+MOST_DIGITS: Final = 15
+"""Digits of a number that a Mac can have of anything."""
+PAGE_SIZES: Final = range(4096, 65_537)
+"""Bytes that a page can have: it has 16 384 on Apple silicon."""
 THERMAL_KEY: Final = "com.apple.system.thermalpressurelevel"
 THERMAL_LEVELS: Final = range(5)
 PRESSURE_LEVELS: Final = (1, 2, 4)
@@ -156,8 +160,7 @@ class Static:
     @property
     def os_major(self) -> int | None:
         """The release that decides how much of the memory Metal gives away."""
-        head = (self.os or "").partition(".")[0]
-        return int(head) if head.isdigit() else None
+        return _whole((self.os or "").partition(".")[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +199,7 @@ class Readings:
             return None
         known = {name: count or 0 for name, count in counts.items()}
         taken = sum(known[name] for name in used) - sum(known[name] for name in spare)
-        return max(memory - self.page * taken, 0)
+        return max(memory - self.page * taken, 0) if taken > 0 else None  # No Mac runs on nothing.
 
 
 class Collector:
@@ -240,11 +243,11 @@ def read_static(output: Output) -> Static:
     values = _sysctl(output)
     return Static(
         memory=_whole(values.get("hw.memsize")) or None,
-        chip=values.get("machdep.cpu.brand_string") or None,
-        model=values.get("hw.model") or None,
+        chip=_label_of(values.get("machdep.cpu.brand_string")),
+        model=_label_of(values.get("hw.model")),
         performance_cores=_whole(values.get("hw.perflevel0.physicalcpu")),
         efficiency_cores=_whole(values.get("hw.perflevel1.physicalcpu")),
-        os=values.get("kern.osproductversion") or None,
+        os=_label_of(values.get("kern.osproductversion")),
     )
 
 
@@ -288,7 +291,12 @@ def _sysctl(output: Output) -> dict[str, str]:
 
 
 def _whole(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 20 else None  # noqa: PLR2004
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else None
+
+
+def _label_of(text: str | None) -> str | None:
+    """A short text that can be shown anywhere."""
+    return text if text and text.isprintable() and len(text) < 80 else None  # noqa: PLR2004
 
 
 def _one_of(levels: range | tuple[int, ...], text: str | None) -> int | None:
@@ -296,7 +304,7 @@ def _one_of(levels: range | tuple[int, ...], text: str | None) -> int | None:
     return value if value in levels else None
 
 
-_SWAP = re.compile(r"total = [\d.]+M  used = (\d+(?:\.\d+)?)M  free = [\d.]+M")
+_SWAP = re.compile(r"total = [\d.]+M  used = ([0-9]{1,12}(?:\.[0-9]{1,6})?)M  free = [\d.]+M")
 
 
 def _swap_used(text: str | None) -> int | None:
@@ -305,7 +313,7 @@ def _swap_used(text: str | None) -> int | None:
     return int(float(found[1]) * (1 << 20)) if found else None
 
 
-_PAGE_SIZE = re.compile(r"Mach Virtual Memory Statistics: \(page size of (\d+) bytes\)")
+_PAGE_SIZE = re.compile(r"Mach Virtual Memory Statistics: \(page size of ([0-9]+) bytes\)")
 _PAGES = re.compile(r'"?([A-Za-z][\w -]*?)"?: +(\d+)\.')
 
 
@@ -316,7 +324,10 @@ def _vm_stat(output: Output) -> tuple[int | None, dict[str, int]]:
     if output.exit or not found:
         return None, {}
     matches = filter(None, map(_PAGES.fullmatch, map(str.strip, rest.splitlines())))
-    return int(found[1]), {_label(each[1]): int(each[2]) for each in matches}
+    counts = {_label(each[1]): _whole(each[2]) for each in matches}
+    known = {label: count for label, count in counts.items() if count is not None}
+    page = _whole(found[1])
+    return (page, known) if page in PAGE_SIZES else (None, {})
 
 
 def _label(text: str) -> str:
@@ -341,10 +352,10 @@ def _power(output: Output) -> dict[str, int | bool | None]:
 def _json(output: Output) -> dict[str, int]:
     try:
         answer = json.loads(output.stdout) if output.exit == 0 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     values = answer if isinstance(answer, dict) else {}
-    return {str(key): value for key, value in values.items() if type(value) is int and value >= 0}
+    return {str(key): value for key, value in values.items() if type(value) is int and 0 <= value < 10**MOST_DIGITS}
 
 
 def _metal(output: Output) -> dict[str, int | bool | None]:

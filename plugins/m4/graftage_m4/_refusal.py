@@ -58,10 +58,11 @@ def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> Resource
     alternatives += [*_present(scene), *_known(scene, known, room.bytes)]
     if room.binding == "budget":
         alternatives += _wired_limit(scene, needs.total)
-        where = f"this Mac gives models {gb(room.bytes)} ({scene.budget.words})"
+        where = f"this Mac gives models {gb(room.bytes)} ({scene.budget.words}{_elsewhere(scene)})"
     else:
         alternatives.append({"kind": "free_memory", "bytes": needs.total - room.bytes})
         where = f"only {gb(room.bytes)} are free now, with {gb(scene.budget.live_reserve)} kept back"
+    later = room.binding == "live" or needs.total <= room.static + scene.elsewhere
     smaller = next((each["context_window"] for each in alternatives if each["kind"] == "context_window"), None)
     return ResourceLimitExceeded(
         f"`{scene.query.model}` needs {gb(needs.total)} with a window of {window} tokens; {where}.",
@@ -70,8 +71,8 @@ def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> Resource
         reason=f"weights {gb(needs.weights)}, cache {gb(needs.cache)}, working memory "
         f"{gb(needs.total - needs.weights - needs.cache)}",
         details={
-            "retryable": room.binding == "live",
-            "retry_after": 30.0 if room.binding == "live" else None,
+            "retryable": later,
+            "retry_after": 30.0 if later else None,
             "required": needs.total,
             "available": room.bytes,
             "binding": room.binding,
@@ -83,6 +84,10 @@ def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> Resource
         if alternatives
         else "Use a smaller model, or go on with `force=True`.",
     )
+
+
+def _elsewhere(scene: Scene) -> str:
+    return f"; models in use elsewhere on this Mac have {gb(scene.elsewhere)}" if scene.elsewhere else ""
 
 
 def _smaller_windows(scene: Scene, window: int, room: int) -> Iterator[Alternative]:

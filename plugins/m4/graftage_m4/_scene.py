@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from graftage_m4._readings import Readings
     from graftage_m4._settings import M4Settings
 
-__all__ = ["Grant", "Key", "Plan", "Resident", "Room", "Scene"]
+__all__ = ["Grant", "Key", "Plan", "Resident", "Room", "Scene", "Server"]
 
 ALIVE = 300.0
 """Seconds a model is thought to stay where nobody said: Ollama's own default."""
 MLX_RESERVE = 3 * GIB
 """MLX takes far more than its cache for a moment while it reads a prompt."""
 
+Server: TypeAlias = tuple[str, str]
+"""Provider and address."""
 Key: TypeAlias = tuple[str, str, str]
 """Provider, address, and the model's plain name."""
 
@@ -51,10 +53,14 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What a model was given last."""
+    """What a model was given last, while it may be in memory."""
 
+    name: str
+    address: str
+    """As whoever it was given to writes it."""
+    by: object
+    """The policy that gave it."""
     window: int
-    """The window its conversations have."""
     size: int
     at: float
     keep_alive: float = ALIVE
@@ -111,17 +117,29 @@ class Scene:
     """The model itself, where it is in memory or on its way."""
     others: tuple[Resident, ...]
     elsewhere: int
-    """Bytes of models on other servers of this Mac."""
+    """Bytes of models that this request can neither wait for nor unload: on other servers of this Mac, or in use by
+    requests that reach this one by another address."""
     coming_elsewhere: int
     """Those of them that may not be taken yet."""
     slots: int
     """Parallel slots of the server."""
+    promise: int
+    """The largest window that the model was given; 0 for none."""
+    odd: tuple[str, ...]
+    """Loaded models of which the server tells nonsense."""
+    seen: bool
+    """Whether the server told what it has in memory."""
     settings: M4Settings
 
     @property
     def idle(self) -> list[Resident]:
         """Others that no request uses, the longest idle first."""
         return sorted((each for each in self.others if not each.busy), key=lambda each: each.expires)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of all models that are in memory, or on their way there."""
+        return self.elsewhere + sum(each.size for each in self.others) + (self.mine.size if self.mine else 0)
 
     def footprint(self, window: int, slots: int = 1) -> Footprint:
         """The model's footprint with that window, in this server."""
