@@ -166,7 +166,10 @@ BROKEN_PLUGINS = {
         HEAD + "@hookimpl\ndef zzz(query): ...\n",
         "implements `zzz`, which is no hook. Hooks of a plugin: list_adapters, observe, resolve_adapter",
     ),
-    "a signature is wrong": (HEAD + "@hookimpl\ndef observe(happening): ...\n", "the hook `observe` with a wrong signature.*Its parameters are: event"),
+    "a signature is wrong": (
+        HEAD + "@hookimpl\ndef observe(happening): ...\n",
+        "the hook `observe` with a wrong signature.*Its parameters are: event",
+    ),
     "it wraps a hook": (
         HEAD + "@hookimpl(wrapper=True)\ndef observe(event):\n    return (yield)\n",
         "wraps the hook `observe`",

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import threading
 import traceback
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 import graftage
 from graftage.exceptions import SettingsError
 from graftage.hookspecs import hookimpl
-from graftage.settings import Loaded, Settings, Sources, config_path, load, without_user
+from graftage.settings import LARGEST_FILE, Loaded, Settings, Sources, config_path, load, without_user
 from graftage.testing.echo import Echo
 from graftage.types import Timeouts
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SECRET = "s3cret-value"
 
@@ -172,6 +172,65 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         read(file=tmp_path)
 
 
+def test_a_pipe_is_no_settings_file_and_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes by name")
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(path))
+    # Who waits for it is let go, so that this test fails instead of hanging.
+    writer = threading.Thread(target=lambda: path.open("wb").close())
+    writer.start()
+    try:
+        with pytest.raises(SettingsError, match="not a regular file"):
+            graftage.connect(Echo())
+    finally:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        writer.join()
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser-of-all/x.toml", "~\0", "a\0b", "\ud800"])
+def test_a_path_that_leads_nowhere_is_a_settings_error(path: str) -> None:
+    with pytest.raises(SettingsError, match="cannot be used") as caught:
+        graftage.connect(Echo(), settings=path)
+    assert "GRAFTAGE_CONFIG" in str(caught.value.hint)
+
+
+def test_a_variable_that_names_the_file_of_an_unknown_user_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTAGE_CONFIG", "~nosuchuser-of-all/x.toml")
+    assert config_path() == Path("~nosuchuser-of-all/x.toml")
+    assert graftage.connect(Echo()).origins == {}
+
+
+def test_a_file_of_ones_own_is_found_by_its_tilde(monkeypatch: pytest.MonkeyPatch, toml: Any) -> None:
+    monkeypatch.setenv("HOME", str(toml("attempts = 7").parent))
+    monkeypatch.setenv("USERPROFILE", str(toml("attempts = 7").parent))
+    with graftage.connect(Echo(), settings="~/settings.toml") as llm:
+        assert llm.settings.attempts == 7
+
+
+def test_a_missing_file_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        graftage.connect(Echo(), settings=tmp_path / "none.toml")
+    assert caught.value.message.count("none.toml") == 1
+    assert "Errno" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("attempts = " + "9" * 5000, "out of range"),
+        ("x = " + "[" * 100_000, "larger than"),
+        ("x = " + "[" * 50_000, "nested too deeply"),
+        ("#" * (LARGEST_FILE + 1), "larger than"),
+        ("x = 2024-13-45", ""),
+    ],
+)
+def test_a_file_that_no_reader_can_take_is_a_settings_error(toml: Any, text: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=f"cannot be used: .*{reason}"):
+        read(file=toml(text))
+
+
 def test_provider_and_model_are_chosen_by_variable_before_file(toml: Any) -> None:
     file = toml('provider = "a"\nmodel = "b"\n')
     assert Sources(environment={}, file=file).choice("provider") == ("a", str(file))
@@ -208,6 +267,9 @@ def test_variables_of_a_host_that_are_not_settings_are_its_own_business() -> Non
         ({"GRAFTAGE_TREE_HOTS": "x"}, "hots"),
         ({"GRAFTAGE_TRANSPORT": "x"}, "transport"),
         ({"GRAFTAGE_MODLE": "x"}, "modle"),
+        ({"GRAFTAGE_HOST__X": "x"}, "host__x"),
+        ({"GRAFTAGE_TREE_HOST__X": "x"}, "host__x"),
+        ({"GRAFTAGE_ATTEMPTS__": "x"}, "attempts__"),
     ],
 )
 def test_a_variable_that_nobody_reads_is_an_error(environment: dict[str, str], key: str) -> None:
@@ -270,7 +332,19 @@ def test_a_wrong_value_names_its_source_and_what_the_setting_is(toml: Any, sourc
 
 @pytest.mark.parametrize(
     "timeouts",
-    [{"totl": 1}, {"total": [1]}, {"total": None}, {"total": True}, {"total": "soon"}, {"idle": -1}, 30, "30"],
+    [
+        {"totl": 1},
+        {5: 1},
+        {"total": [1]},
+        {"total": None},
+        {"total": True},
+        {"total": "soon"},
+        {"total": 10**400},
+        {"total": math.nan},
+        {"idle": -1},
+        30,
+        "30",
+    ],
 )
 def test_wrong_timeouts_are_a_settings_error(timeouts: Any) -> None:
     with pytest.raises(SettingsError, match="The setting `timeouts`"):
@@ -278,8 +352,25 @@ def test_wrong_timeouts_are_a_settings_error(timeouts: Any) -> None:
 
 
 def test_a_misspelt_part_has_the_nearest_name() -> None:
-    with pytest.raises(SettingsError, match=r"it has no part `totl`\. Did you mean `total`"):
+    with pytest.raises(SettingsError, match=r"it has no part `totl`\. Did you mean `total`\?(?! ?\.)"):
         read({"GRAFTAGE_TIMEOUTS__TOTL": "1"})
+
+
+def test_a_key_that_is_no_text_is_a_setting_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match="There is no setting `5`"):
+        read(mapping={5: 1})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"total": ' + "9" * 5000 + "}", '{"total": ' + "9" * 400 + "}"])
+def test_a_variable_that_no_reader_can_take_is_a_settings_error(text: str) -> None:
+    with pytest.raises(SettingsError, match="The setting `timeouts`"):
+        read({"GRAFTAGE_TIMEOUTS": text})
+
+
+@pytest.mark.parametrize("prefix", [5, "a\0b", "\ud800", "a=b", "a b"])
+def test_a_prefix_that_no_variable_can_have_is_refused(prefix: Any) -> None:
+    with pytest.raises(SettingsError, match="`env_prefix`"):
+        graftage.connect(Echo(), env_prefix=prefix)
 
 
 def refused_key(**sources: Any) -> str | None:
@@ -305,6 +396,47 @@ def test_whatever_is_given_is_settings_or_a_settings_error(values: dict[str, Any
 def test_whatever_a_variable_holds_is_settings_or_a_settings_error(name: str, text: str) -> None:
     field = name.removeprefix("TREE_").partition("__")[0].lower()
     assert refused_key(environment={f"GRAFTAGE_{name}": text}) in {None, field}
+
+
+# --- What goes into headers ------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_was_read_from_a_file_loses_its_line_feed() -> None:
+    assert secret(read(api_key=f" {SECRET}\r\n").settings.api_key) == SECRET
+    assert secret(read({"TREE_KEY": f"{SECRET}\n"}).settings.api_key) == SECRET
+    assert secret(read(api_key=SecretStr(f"{SECRET}\n")).settings.api_key) == SECRET
+    assert secret(read(headers={"X-Key": f"{SECRET}\n"}).settings.headers["X-Key"]) == SECRET
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_none(key: str) -> None:
+    assert read(api_key=key).settings.api_key is None
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\n", "\0", "\x7f", "\x85", "\u2603", "\ud800"])
+def test_what_no_header_may_have_is_refused_and_not_repeated(inside: str) -> None:
+    for key, asked in (("api_key", f"{SECRET}{inside}x"), ("headers", {"X-Key": f"{SECRET}{inside}x"})):
+        with pytest.raises(SettingsError, match=f"The setting `{key}`") as caught:
+            read(**{key: asked})
+        assert (caught.value.key, SECRET in "".join(traceback.format_exception(caught.value))) == (key, False)
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\nb", "a:", "é", f"Authorization: Bearer {SECRET}"])
+def test_a_name_that_no_header_may_have_is_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(SettingsError, match="The setting `headers`") as caught:
+        read(headers={name: "x"})
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_headers_of_every_legal_kind_are_kept() -> None:
+    headers = {"X-Team": "a\tb", "x_1!#$%&'*+.^`|~": "", "Name": "J\xfcrgen"}
+    assert {name: secret(each) for name, each in read(headers=headers).settings.headers.items()} == headers
+
+
+def secret(value: SecretStr | None) -> str | None:
+    """What a secret holds."""
+    return None if value is None else value.get_secret_value()
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graftage import _limits
 from graftage._arguments import Wants
+from graftage._messages import text
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -234,10 +235,12 @@ def read_reference(reference: Any) -> str:
     Raises:
         RequestRejected: it is neither text nor a path, or empty.
     """
-    text = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text.strip():
-        raise RequestRejected(f"An adapter must be named in text or by a path, not {reference!r}.")
-    return text
+    name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name.strip():
+        raise RequestRejected(
+            f"An adapter cannot be {reference!r}.", hint="Name it in text, or give the path of its file or folder."
+        )
+    return text(name, "the name of the adapter")
 
 
 def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tuple[str, ...]:

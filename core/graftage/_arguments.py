@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 from graftage import _messages
 from graftage.exceptions import RequestRejected
-from graftage.types import ACTIVE, AdapterChoice, ChatRequest, GenerateRequest, Timeouts
+from graftage.types import ACTIVE, AdapterChoice, ChatRequest, EmbedRequest, GenerateRequest, Timeouts
 
 Timeout: TypeAlias = "float | Timeouts | None"
+EFFORTS = ("low", "medium", "high")
+LARGEST_COUNT = 2**31 - 1
+"""What engines count tokens in has 32 bits."""
 
 
 class Arguments(TypedDict, total=False):
@@ -27,7 +30,7 @@ class Arguments(TypedDict, total=False):
     think: bool | str | None
     """Whether to think first, or how hard: `low`, `medium`, `high`."""
     images: Sequence[_messages.ImageLike] | None
-    """Paths or bytes, for the user's last message."""
+    """Paths or bytes, for the user's last message. A file has 64 MB at most."""
     options: Mapping[str, Any] | None
     """`temperature`, `seed` and so on; `capabilities().options` has the names."""
     keep_alive: float | str | None
@@ -91,7 +94,7 @@ class Wants:
     prompt_characters: int | None = None
     needs: tuple[str, ...] = ()
     """Features the provider and the model must have."""
-    build: Callable[..., ChatRequest | GenerateRequest] | None = None
+    build: Callable[..., ChatRequest | GenerateRequest | EmbedRequest] | None = None
     """Makes the request from what is settled later: call, model, adapter, options and the clamped figures."""
 
 
@@ -101,16 +104,17 @@ def chat_wants(messages: _messages.Messages, arguments: Mapping[str, Any]) -> Wa
     read = _messages.read_messages(messages, arguments.get("images"))
     tools = _messages.read_tools(arguments.get("tools"))
     schema, parse = _messages.read_format(arguments.get("format"))
-    think = arguments.get("think")
+    think = _read_think(arguments.get("think"))
 
     def build(**settled: Any) -> ChatRequest:
         return ChatRequest(messages=read, tools=tools, format=schema, think=think, **settled)
 
+    pictures = any(each.images for each in read)
     return Wants(
         build=build,
         parse=parse,
         prompt_characters=sum(len(each.content) for each in read),
-        needs=_needs(arguments, images=any(each.images for each in read)),
+        needs=_needs(arguments, tools=tools, images=pictures, structured_output=schema, thinking=think),
         **_common(arguments),
     )
 
@@ -118,22 +122,45 @@ def chat_wants(messages: _messages.Messages, arguments: Mapping[str, Any]) -> Wa
 def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     """Read the arguments of `generate`."""
     check_names("generate", arguments, GenerateArguments)
-    if not isinstance(prompt, str):
-        raise RequestRejected(f"`prompt` must be a text, not {type(prompt).__name__}.")
-    images = _messages.read_images(arguments.get("images") or ())
+    prompt = _messages.text(prompt, "`prompt`")
+    images = _messages.read_images(arguments.get("images"))
     schema, parse = _messages.read_format(arguments.get("format"))
-    own = {name: arguments[name] for name in ("system", "suffix", "raw", "think") if name in arguments}
+    think = _read_think(arguments.get("think"))
+    own: dict[str, Any] = {
+        "system": _messages.optional_text(arguments.get("system"), "`system`"),
+        "suffix": _messages.optional_text(arguments.get("suffix"), "`suffix`"),
+        "raw": read_flag("raw", arguments.get("raw", False)),
+    }
 
     def build(**settled: Any) -> GenerateRequest:
-        return GenerateRequest(prompt=prompt, images=images, format=schema, **own, **settled)
+        return GenerateRequest(prompt=prompt, images=images, format=schema, think=think, **own, **settled)
 
     return Wants(
         build=build,
         parse=parse,
         prompt_characters=len(prompt),
-        needs=_needs(arguments, images=bool(images)),
+        needs=_needs(arguments, images=images, structured_output=schema, thinking=think, suffix=own["suffix"]),
         **_common(arguments),
     )
+
+
+def embed_wants(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Wants:
+    """Read the arguments of `embed`."""
+    check_names("embed", arguments, EmbedArguments)
+    given = (
+        (inputs,) if isinstance(inputs, str) else _messages.items(inputs, "`inputs`", "a text or a sequence of them")
+    )
+    if not given:
+        raise RequestRejected("There are no `inputs`.", hint="Give a text, or a sequence of at least one.")
+    texts = tuple(_messages.text(each, "one of the `inputs`") for each in given)
+    dimensions = arguments.get("dimensions")
+    _check_count("dimensions", dimensions, "numbers")
+    truncate = read_flag("truncate", arguments.get("truncate", True))
+
+    def build(**settled: Any) -> EmbedRequest:
+        return EmbedRequest(inputs=texts, dimensions=dimensions, truncate=truncate, **settled)
+
+    return Wants(build=build, prompt_characters=sum(map(len, texts)), **_common(arguments))
 
 
 COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "force", "options")
@@ -143,9 +170,10 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     common = {name: arguments[name] for name in COMMON if name in arguments}
     for name in ("context_window", "max_tokens"):
         check_tokens(name, common.get(name))
+    read_flag("force", common.get("force", False))
     adapter = common.get("adapter", ACTIVE)
     if adapter is not ACTIVE and not isinstance(adapter, (str, Path, type(None))):
-        raise RequestRejected(f"`adapter` must be a reference in text or a path, not {type(adapter).__name__}.")
+        raise _messages.rejected("`adapter`", "a reference in text or a path", adapter)
     return common
 
 
@@ -153,23 +181,50 @@ def check_tokens(name: str, value: Any) -> None:
     """Refuse what is no number of tokens.
 
     Raises:
-        RequestRejected: it is neither None nor a whole number above 0.
+        RequestRejected: it is neither None nor a whole number above 0 that engines can count to.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise RequestRejected(f"`{name}` must be a whole number of tokens above 0, not {value!r}.")
+    _check_count(name, value, "tokens")
 
 
-def _needs(arguments: Mapping[str, Any], *, images: bool) -> tuple[str, ...]:
+def _check_count(name: str, value: Any, of: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and 0 < value <= LARGEST_COUNT):
+        raise RequestRejected(
+            f"`{name}` is no number of {of}.", hint=f"Give a whole number from 1 to {LARGEST_COUNT}, or leave it out."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no name of a model.
+
+    Raises:
+        RequestRejected: it is no text, empty, or cannot be sent.
+    """
+    if not _messages.text(model, "`model`").strip():
+        raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out for the client's own.")
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """A switch: any text would be true, `"no"` as well.
+
+    Raises:
+        RequestRejected: it is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise _messages.rejected(f"`{name}`", "True or False", value)
+    return value
+
+
+def _read_think(value: Any) -> bool | str | None:
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and value in EFFORTS):
+        return value
+    raise RequestRejected("`think` is unknown.", hint=f"Give True, False, or one of {', '.join(EFFORTS)}.")
+
+
+def _needs(arguments: Mapping[str, Any], **wanted: Any) -> tuple[str, ...]:
     options = arguments.get("options")
-    wanted = {
-        "tools": arguments.get("tools"),
-        "images": images,
-        "structured_output": arguments.get("format"),
-        "thinking": arguments.get("think"),
-        "suffix": arguments.get("suffix"),
-        "logprobs": isinstance(options, Mapping) and options.get("logprobs"),
-    }
-    return tuple(feature for feature, value in wanted.items() if value)
+    logprobs = isinstance(options, Mapping) and options.get("logprobs")
+    return tuple(feature for feature, value in (*wanted.items(), ("logprobs", logprobs)) if value)
 
 
 def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> None:

@@ -116,14 +116,14 @@ class Chain:
 
         return await self._first(ask, want.timeout)
 
-    async def embed(self, inputs: str | Sequence[str], arguments: Mapping[str, Any]) -> Embeddings:
+    async def embed(self, want: Wants) -> Embeddings:
         """One vector for each input, all from one member."""
 
         async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> Embeddings:
-            answer = await session.embed(inputs, {**arguments, "timeout": timeouts})
+            answer = await session.embed(replace(want, timeout=timeouts))
             return replace(answer, warnings=(*skipped, *answer.warnings))
 
-        return await self._first(ask, arguments.get("timeout"))
+        return await self._first(ask, want.timeout)
 
     async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
         with telling(self.translate):

@@ -48,9 +48,9 @@ def connect(
     provider: str | object | Sequence[str | object] | None = None,
     *,
     model: str | None = None,
-    models: Sequence[str] = (),
+    models: Sequence[str] | None = (),
     settings: SettingsLike = None,
-    plugins: Sequence[object] = (),
+    plugins: Sequence[object] | None = (),
     translate_error: Callable[[GraftageError], Exception] | None = None,
     env_prefix: str | None = None,
     **overrides: Any,
@@ -92,9 +92,9 @@ def connect_async(
     provider: str | object | Sequence[str | object] | None = None,
     *,
     model: str | None = None,
-    models: Sequence[str] = (),
+    models: Sequence[str] | None = (),
     settings: SettingsLike = None,
-    plugins: Sequence[object] = (),
+    plugins: Sequence[object] | None = (),
     translate_error: Callable[[GraftageError], Exception] | None = None,
     env_prefix: str | None = None,
     **overrides: Any,
@@ -107,9 +107,9 @@ def connect_async(
         Wish(
             provider=provider,
             model=model,
-            models=tuple(models),
+            models=tuple(models or ()),
             settings=settings,
-            plugins=tuple(plugins),
+            plugins=tuple(plugins or ()),
             translate=translate_error or as_it_is,
             env_prefix=env_prefix,
             overrides=overrides,
@@ -263,7 +263,9 @@ class Client:
                 `dimensions`: cut the vectors to this length, where the model allows it.
                 `truncate`: False makes an input that does not fit a `ContextOverflow`.
         """
-        return _run(self._session.embed(inputs, arguments))
+        from graftage._arguments import embed_wants  # noqa: PLC0415
+
+        return _run(self._session.embed(self._session.read(embed_wants, inputs, arguments)))
 
     def health(
         self,
@@ -592,8 +594,10 @@ class AsyncClient:
 
     async def embed(self, inputs: str | Sequence[str], **arguments: Unpack[EmbedArguments]) -> Embeddings:
         """As `Client.embed`."""
+        from graftage._arguments import embed_wants  # noqa: PLC0415
+
         session = await self._open()
-        return await session.embed(inputs, arguments)
+        return await session.embed(session.read(embed_wants, inputs, arguments))
 
     async def health(
         self,

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import json
+import math
+import re
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
@@ -13,6 +19,8 @@ from graftage.exceptions import CapabilityUnsupported, ProtocolError, RequestRej
 from graftage.types import Image, Message, Reply, Role, Tool, ToolCall
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from pydantic import BaseModel
 
 MessageLike: TypeAlias = "str | Message | Reply | Mapping[str, Any]"
@@ -24,6 +32,10 @@ Parse: TypeAlias = Callable[[str], Any]
 
 ROLES: tuple[str, ...] = get_args(Role)
 MESSAGE_KEYS = ("role", "content", "images", "tool_calls", "tool_name", "tool_call_id", "thinking")
+LARGEST_IMAGE = 64 * 1024 * 1024
+"""Bytes of a file: more than any model takes."""
+DEEPEST = 64
+"""Levels of nesting in schemas, options and arguments: servers refuse, or fall over, where there are many more."""
 SYNONYMS = {
     "num_ctx": "context_window",
     "n_ctx": "context_window",
@@ -42,7 +54,7 @@ SYNONYMS = {
 """What an option is called here when it is a parameter of the call: as an option it would bypass the limits."""
 
 
-def read_messages(value: Messages, images: Sequence[ImageLike] | None = None) -> tuple[Message, ...]:
+def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) -> tuple[Message, ...]:
     """A conversation from a string, a message, or a sequence of messages and mappings.
 
     `images` go to the last message of the user.
@@ -52,73 +64,71 @@ def read_messages(value: Messages, images: Sequence[ImageLike] | None = None) ->
     """
     if isinstance(value, (str, Message, Reply, Mapping)):
         value = (value,)
-    if not isinstance(value, Iterable):
-        raise _rejected("`messages` must be a text, a message, or a sequence of messages", value)
-    messages = [read_message(each) for each in value]
+    messages = [read_message(each) for each in items(value, "`messages`", "a text, a message, or a sequence of them")]
     if not messages:
         raise RequestRejected("There are no messages.", hint="Send at least one.")
-    if images:
-        _attach(messages, read_images(images))
+    if pictures := read_images(images):
+        _attach(messages, pictures)
     return tuple(messages)
 
 
 def read_message(value: MessageLike) -> Message:
     """One message."""
-    if isinstance(value, Message):
-        if not isinstance(value.content, str):
-            raise _rejected("the `content` of a message must be a text", value.content)
-        return value
     if isinstance(value, str):
-        return Message(role="user", content=value)
-    if isinstance(value, Reply):
-        return value.message
-    if not isinstance(value, Mapping):
-        raise _rejected("a message must be a text, a Message or a mapping", value)
-    for key in value:
-        if key not in MESSAGE_KEYS:
-            raise RequestRejected(f"A message has no key `{key}`.", hint=_nearest(str(key), MESSAGE_KEYS))
-    role = value.get("role")
+        return Message(role="user", content=text(value, "the text of a message"))
+    given = _parts(value)
+    role = given.get("role")
     if role not in ROLES:
-        raise RequestRejected(f"A message has the role {role!r}.", hint=f"Use one of {', '.join(ROLES)}.")
-    content = value.get("content")
-    if not isinstance(content, (str, type(None))):
-        raise _rejected("the `content` of a message must be a text", content)
+        raise RequestRejected(f"A message has the role {repr(role)[:40]}.", hint=f"Use one of {', '.join(ROLES)}.")
+    calls = items(given.get("tool_calls"), "the `tool_calls` of a message", "a sequence of tool calls")
     return Message(
         role=cast("Role", role),
-        content=content or "",
-        images=read_images(value.get("images") or ()),
-        tool_calls=tuple(_read_tool_call(each, place) for place, each in enumerate(value.get("tool_calls") or ())),
-        tool_name=value.get("tool_name"),
-        tool_call_id=value.get("tool_call_id"),
-        thinking=value.get("thinking"),
+        content=optional_text(given.get("content"), "the `content` of a message") or "",
+        images=read_images(given.get("images")),
+        tool_calls=tuple(_read_tool_call(each, place) for place, each in enumerate(calls)),
+        tool_name=optional_text(given.get("tool_name"), "the `tool_name` of a message"),
+        tool_call_id=optional_text(given.get("tool_call_id"), "the `tool_call_id` of a message"),
+        thinking=optional_text(given.get("thinking"), "the `thinking` of a message"),
     )
 
 
-def read_images(values: Sequence[ImageLike]) -> tuple[Image, ...]:
-    """Pictures from paths or bytes."""
-    if isinstance(values, (str, bytes)):
-        raise _rejected("`images` must be a sequence of paths or bytes", values)
-    return tuple(_read_image(each) for each in values)
+def _parts(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(value, Reply):
+        value = value.message
+    if isinstance(value, Message):
+        return {name: getattr(value, name) for name in MESSAGE_KEYS}
+    if not isinstance(value, Mapping):
+        raise rejected("a message", "a text, a `Message` or a mapping", value)
+    for key in value:
+        if key not in MESSAGE_KEYS:
+            raise RequestRejected(f"A message has no key `{key}`.", hint=_nearest(str(key), MESSAGE_KEYS))
+    return value
+
+
+def read_images(values: Iterable[ImageLike] | None) -> tuple[Image, ...]:
+    """Pictures from paths or bytes; a file must be a regular one of `LARGEST_IMAGE` at most."""
+    return tuple(_read_image(each) for each in items(values, "`images`", "a sequence of paths or bytes"))
 
 
 def _read_image(value: ImageLike) -> Image:
-    if isinstance(value, Image):
-        return value
     if isinstance(value, bytes):
         return Image(data=value)
+    if isinstance(value, Image):
+        if not isinstance(value.data, bytes):
+            raise rejected("the `data` of an image", "bytes", value.data)
+        return value
     if not isinstance(value, (str, Path)):
-        raise _rejected("an image must be a path or bytes", value)
+        raise rejected("an image", "a path or bytes", value)
     try:
-        return Image(data=Path(value).expanduser().read_bytes())
-    except (OSError, ValueError) as error:
+        return Image(data=read_file(user_path(value), LARGEST_IMAGE))
+    except OSError as error:
         raise RequestRejected(
-            f"The image {str(value)[:200]!r} cannot be read: {error}.", hint="Check the path, or give its bytes."
+            f"The image {str(value)[:200]!r} cannot be read: {error.strerror}.",
+            hint="Check the path, or give its bytes.",
         ) from error
 
 
 def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
-    from dataclasses import replace  # noqa: PLC0415 - pictures are rare
-
     for place in range(len(messages) - 1, -1, -1):
         if messages[place].role == "user":
             messages[place] = replace(messages[place], images=(*messages[place].images, *images))
@@ -130,85 +140,100 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
 
 def _read_tool_call(value: Any, place: int) -> ToolCall:
     if isinstance(value, ToolCall):
-        return value
+        value = {"name": value.name, "arguments": value.arguments, "id": value.id}
     body = value.get("function", value) if isinstance(value, Mapping) else None
-    name = body.get("name") if isinstance(body, Mapping) else None
-    if not isinstance(body, Mapping) or not isinstance(name, str):
-        raise _rejected("a tool call must be a ToolCall or a mapping with `name` and `arguments`", value)
-    arguments = body.get("arguments") or {}
-    if isinstance(arguments, str):
+    if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
+        raise RequestRejected(
+            "A tool call has no name.", hint="Give a `ToolCall`, or a mapping with `name` and `arguments`."
+        )
+    name = text(body["name"], "the name of a tool call")
+    return ToolCall(
+        name=name,
+        arguments=_read_call_arguments(body.get("arguments") or {}, f"the arguments of the tool call `{name}`"),
+        id=text(str(value.get("id") or f"call_{place}"), "the id of a tool call"),
+    )
+
+
+def _read_call_arguments(value: Any, what: str) -> dict[str, Any]:
+    if isinstance(value, str):
         try:
-            arguments = json.loads(arguments)
+            value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RequestRejected(
-                f"The arguments of the tool call `{name}` are not JSON.", hint="Give a mapping, or JSON of an object."
+                f"{_capital(what)} are not JSON.", hint="Give a mapping, or JSON of an object."
             ) from error
-    if not isinstance(arguments, Mapping):
-        raise _rejected("the arguments of a tool call must be an object", arguments)
-    return ToolCall(name=name, arguments=arguments, id=str(value.get("id") or f"call_{place}"))
+    return plain_object(value, what, "an object")
 
 
 # --- Tools -----------------------------------------------------------------------------------------------------------
 
 
-def read_tools(values: Sequence[ToolLike] | None) -> tuple[Tool, ...]:
+def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
     """Tools from functions, pydantic models, mappings (also in OpenAI's form), or `Tool`.
 
     Raises:
         RequestRejected: one of them cannot be read.
     """
-    if values is None:
-        return ()
-    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise _rejected("`tools` must be a sequence of tools", values)
-    return tuple(_read_tool(each) for each in values)
+    return tuple(_read_tool(each) for each in items(values, "`tools`", "a sequence of tools"))
 
 
 def _read_tool(value: ToolLike) -> Tool:
-    if isinstance(value, Tool):
-        return value
+    tool = value if isinstance(value, Tool) else _made_tool(value)
+    name = text(tool.name, "the name of a tool")
+    return Tool(
+        name=name,
+        description=text(tool.description, f"the description of the tool `{name}`"),
+        parameters=plain_object(tool.parameters, f"the `parameters` of the tool `{name}`", "a JSON schema"),
+    )
+
+
+def _made_tool(value: Callable[..., Any] | Mapping[str, Any] | type) -> Tool:
     if isinstance(value, Mapping):
         body = value.get("function", value)
-        if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
-            raise _rejected("a tool needs a `name`", value)
+        if not isinstance(body, Mapping) or not body.get("name"):
+            raise RequestRejected(
+                "A tool has no name.", hint="Give a mapping with `name`, `description` and `parameters`."
+            )
         return Tool(
             name=body["name"],
             description=str(body.get("description") or ""),
             parameters=body.get("parameters") or {"type": "object", "properties": {}},
         )
-    if inspect.isclass(value) and hasattr(value, "model_json_schema"):
-        return Tool(name=value.__name__, description=inspect.getdoc(value) or "", parameters=value.model_json_schema())
+    if _has_schema(value):
+        return Tool(name=value.__name__, description=inspect.getdoc(value) or "", parameters=_schema_of(value))
     if callable(value):
         return _tool_of(value)
-    raise _rejected("a tool must be a function, a mapping, a pydantic model or a Tool", value)
+    raise rejected("a tool", "a function, a mapping, a pydantic model or a `Tool`", value)
 
 
 def _tool_of(function: Callable[..., Any]) -> Tool:
     """A tool from a function's signature and docstring."""
     from pydantic import TypeAdapter  # noqa: PLC0415 - tools are rare, and pydantic is slow to import
-    from pydantic.errors import PydanticUserError  # noqa: PLC0415
 
+    called = getattr(function, "__name__", "<lambda>")
+    if called == "<lambda>":
+        raise _no_tool(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(cast("Any", function))
         schema = adapter.json_schema()
-        called = function.__name__
-    except (PydanticUserError, AttributeError, NameError, TypeError) as error:
-        raise _no_tool(function, str(error)) from error
+    except Exception as error:  # Signatures and schemas of the caller's own types are made in there.
+        raise _no_tool(function, _first_sentence(error)) from error
     if schema.get("type") != "object":  # Positional parameters make an array, which a model cannot call by name.
         raise _no_tool(function, "its parameters have no names to call them by")
     summary, arguments = _read_docstring(inspect.getdoc(function) or "")
-    for name, text in arguments.items():
+    for name, words in arguments.items():
         if name in schema.get("properties", {}):
-            schema["properties"][name].setdefault("description", text)
+            schema["properties"][name].setdefault("description", words)
     return Tool(name=called, description=summary, parameters=schema)
 
 
-def _no_tool(function: Callable[..., Any], why: str) -> RequestRejected:
+def _no_tool(
+    function: Callable[..., Any],
+    why: str,
+    hint: str = "Give a function whose parameters have names and types with a JSON schema, or a `Tool`.",
+) -> RequestRejected:
     name = getattr(function, "__name__", type(function).__name__)
-    return RequestRejected(
-        f"`{name}` cannot be offered as a tool: {why}.",
-        hint="Give a function whose parameters have names and types with a JSON schema, or a `Tool`.",
-    )
+    return RequestRejected(f"`{name}` cannot be offered as a tool: {why}.", hint=hint)
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
@@ -224,6 +249,25 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
     return summary.split("\n\nReturns:")[0].strip(), arguments
 
 
+def _has_schema(value: object) -> TypeGuard[type[BaseModel]]:
+    return inspect.isclass(value) and hasattr(value, "model_json_schema")
+
+
+def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    try:
+        return model.model_json_schema()
+    except Exception as error:  # Schemas of the caller's own types are made in there.
+        raise RequestRejected(
+            f"`{model.__name__}` has no JSON schema: {_first_sentence(error)}.",
+            hint="Give a model all of whose fields have types with a JSON schema, or a schema of your own.",
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """What pydantic says, without its advice and its links."""
+    return re.split(r"\n|\. ", str(error), maxsplit=1)[0].rstrip(".")[:200]
+
+
 # --- Formats ---------------------------------------------------------------------------------------------------------
 
 
@@ -235,14 +279,14 @@ def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | No
     """
     if value is None:
         return None, None
-    if value == "json":
+    if isinstance(value, str) and value == "json":
         return "json", json.loads
-    if inspect.isclass(value) and hasattr(value, "model_json_schema"):
-        model = cast("type[BaseModel]", value)
-        return model.model_json_schema(), model.model_validate_json
-    if isinstance(value, Mapping) and value:
-        return value, json.loads
-    raise _rejected("`format` must be a pydantic model, a JSON schema or 'json'", value)
+    wanted = "a pydantic model, a JSON schema or 'json'"
+    if _has_schema(value):
+        return plain_object(_schema_of(value), "`format`", wanted), value.model_validate_json
+    if not value:
+        raise rejected("`format`", wanted, value)
+    return plain_object(value, "`format`", wanted), json.loads
 
 
 def parsed(reply: Reply, parse: Parse) -> Any:
@@ -270,17 +314,18 @@ def read_options(options: Mapping[str, Any] | None, known: frozenset[str]) -> di
     """The options of a call, once every name is known.
 
     Raises:
-        RequestRejected: a name is unknown, or belongs to a parameter of the call.
+        RequestRejected: a name is unknown, or belongs to a parameter of the call; a value is not JSON.
     """
     if options is not None and not isinstance(options, Mapping):
-        raise _rejected("`options` must be a mapping", options)
+        raise rejected("`options`", "a mapping", options)
     for name in options or {}:
         if name in known:
             continue
         if name in SYNONYMS:
             raise RequestRejected(f"`{name}` is not an option.", hint=f"Use the parameter `{SYNONYMS[name]}`.")
         raise RequestRejected(f"There is no option `{name}`.", hint=_nearest(str(name), known))
-    return {name: value for name, value in (options or {}).items() if value is not None}
+    given = (options or {}).items()
+    return {name: plain(value, f"the option `{name}`") for name, value in given if value is not None}
 
 
 def require(feature: str, has: bool, provider: str, what: str | None = None) -> None:
@@ -303,5 +348,132 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"Did you mean `{close[0]}`?" if close else f"Known are {', '.join(names) or 'none'}."
 
 
-def _rejected(problem: str, value: object) -> RequestRejected:
-    return RequestRejected(f"{problem[0].upper()}{problem[1:]}, not {type(value).__name__}.".replace("``", "`"))
+# --- What can be sent ------------------------------------------------------------------------------------------------
+
+
+def items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
+    """What is in a sequence or comes from a generator, in its order; an error of that generator is the caller's own.
+
+    Raises:
+        RequestRejected: it is a text, has no order, or cannot be iterated over.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(value, Iterable):
+        raise rejected(what, wanted, value)
+    return tuple(value)
+
+
+def text(value: Any, what: str) -> str:
+    """A text that can be sent.
+
+    Raises:
+        RequestRejected: it is none, or UTF-8 has no bytes for it.
+    """
+    if not isinstance(value, str):
+        raise rejected(what, "a text", value)
+    if not value.isascii() and not _is_utf8(value):
+        raise RequestRejected(
+            f"There is half of a surrogate pair in {what}, which is no character.",
+            hint='Take it out: `text.encode("utf-8", "replace").decode()` puts a `?` in its place.',
+        )
+    return value
+
+
+def optional_text(value: Any, what: str) -> str | None:
+    """A text that can be sent, or None."""
+    return None if value is None else text(value, what)
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # It holds the text: it must be no cause of what is raised.
+        return False
+    return True
+
+
+def plain(value: Any, what: str, depth: int = DEEPEST) -> Any:
+    """A copy of JSON data, of plain dictionaries and lists.
+
+    Raises:
+        RequestRejected: it is not JSON: another type, a number that is not finite, nested too deeply or in a circle.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return text(value, what)
+    if isinstance(value, (int, float)):
+        return _finite(value, what)
+    if not isinstance(value, (Mapping, list, tuple)):
+        raise rejected(what, "data that JSON has: objects, lists, texts, numbers, true, false, null", value)
+    if not depth:
+        raise RequestRejected(
+            f"There are too many levels in {what}.", hint=f"Nest {DEEPEST} at most, and in no circle."
+        )
+    if isinstance(value, Mapping):
+        return {text(key, f"a key in {what}"): plain(each, what, depth - 1) for key, each in value.items()}
+    return [plain(each, what, depth - 1) for each in value]
+
+
+def plain_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
+    """A copy of a JSON object.
+
+    Raises:
+        RequestRejected: it is none.
+    """
+    if not isinstance(value, Mapping):
+        raise rejected(what, wanted, value)
+    return cast("dict[str, Any]", plain(value, what))
+
+
+def _finite(value: float, what: str) -> float:
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # A whole number may be larger than any float.
+        finite = False
+    if not finite:
+        raise RequestRejected(
+            f"There is a number in {what} that JSON does not have.", hint="Give a finite one, within a double's range."
+        )
+    return value
+
+
+def user_path(value: str | Path) -> Path:
+    """A path whose `~` is made whole; as it is where there is no such user."""
+    try:
+        return Path(value).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(value)
+
+
+def read_file(path: Path, largest: int) -> bytes:
+    """What is in a regular file: a pipe or a device may never end.
+
+    Args:
+        path: the file.
+        largest: bytes it may have.
+
+    Raises:
+        OSError: it cannot be read, is another kind of file, or larger; `strerror` says which.
+    """
+    try:
+        kind = path.stat().st_mode
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "No file can have that name") from error
+    if not stat.S_ISREG(kind):
+        raise OSError(errno.EINVAL, "It is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"It is larger than {largest} bytes")
+    return data
+
+
+def rejected(what: str, wanted: str, value: object) -> RequestRejected:
+    """The error for an argument of the wrong kind; the value itself may be a prompt, and is not told."""
+    return RequestRejected(f"{_capital(what)} cannot be read.", hint=f"Give {wanted}, not {type(value).__name__}.")
+
+
+def _capital(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftage._arguments import check_model
 from graftage._chain import Chain, passes_on
 from graftage._events import log
 from graftage._io import IO
@@ -21,6 +22,7 @@ from graftage.exceptions import (
     PluginLoadError,
     ProviderError,
     ProviderNotFound,
+    RequestRejected,
     SettingsError,
 )
 from graftage.settings import Loaded, Settings, Sources, load
@@ -70,6 +72,7 @@ class Opening:
 
     def _read(self) -> None:
         wish = self._wish
+        self._check_names()
         self._sources = Sources.of(wish.env_prefix, wish.settings if isinstance(wish.settings, (str, Path)) else None)
         wanted = wish.provider if isinstance(wish.provider, (list, tuple)) else [wish.provider]
         objects = [each for each in wanted if not isinstance(each, (str, type(None)))]
@@ -90,6 +93,13 @@ class Opening:
     def must_ask(self) -> bool:
         """Whether a server must be asked before the first call."""
         return self.is_auto or bool(self._wish.models)
+
+    def _check_names(self) -> None:
+        for model in (self._wish.model, *self._wish.models):
+            if model is not None:
+                check_model(model)
+        if None in self._wish.models:
+            raise RequestRejected("One of the `models` is None.", hint="Name each model.")
 
     async def resolve(self, io: IO) -> Session | Chain:
         """The session, or the chain of them."""

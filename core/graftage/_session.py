@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from graftage import _limits, _messages
 from graftage._adapters import Adapters
 from graftage._admission import Admission
-from graftage._arguments import EmbedArguments, Wants, check_names, check_tokens
+from graftage._arguments import Wants, check_model, check_tokens, read_flag
 from graftage._events import Counters, Emitter, log, new_call_id
 from graftage._health import Flight, HealthCache
 from graftage._io import IO, has
@@ -41,7 +41,6 @@ from graftage.types import (
     Capabilities,
     CloseRequest,
     Embeddings,
-    EmbedRequest,
     Feature,
     Health,
     HealthLevel,
@@ -190,8 +189,8 @@ class Session:
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
         with telling(self.translate):
-            if model is not None and not isinstance(model, str):
-                raise RequestRejected(f"`model` must be a name, not {type(model).__name__}.")
+            if model is not None:
+                check_model(model)
             chosen = model or self.model
             if not chosen:
                 hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
@@ -299,14 +298,13 @@ class Session:
         except ValueError as error:
             raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
 
-    async def embed(self, inputs: str | Sequence[str], arguments: Mapping[str, Any]) -> Embeddings:
+    async def embed(self, want: Wants) -> Embeddings:
         """One vector for each input."""
-        check_names("embed", arguments, EmbedArguments)
-        model = self.choose_model(arguments.get("model"))
-        run = self.run("embed", model, self.timeouts(arguments.get("timeout")))
+        model = self.choose_model(want.model)
+        run = self.run("embed", model, self.timeouts(want.timeout))
         with run.failing():
             self.require("embed")
-            request = await self._embed_request(run, model, inputs, arguments)
+            request = await self._embed_request(run, model, want)
             answer: Embeddings = await self._call("embed", request, run.call, Embeddings)
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
@@ -321,32 +319,13 @@ class Session:
             warnings=(*run.warnings, *answer.warnings),
         )
 
-    async def _embed_request(
-        self, run: Run, model: str, inputs: str | Sequence[str], arguments: Mapping[str, Any]
-    ) -> EmbedRequest:
-        given: Any = inputs
-        texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise RequestRejected("`inputs` must be a text, or a sequence of at least one text.")
-        check_tokens("context_window", arguments.get("context_window"))
-        want = Wants(
-            keep_alive=arguments.get("keep_alive"),
-            context_window=arguments.get("context_window"),
-            force=arguments.get("force", False),
-            prompt_characters=sum(map(len, texts)),
-        )
-        options = _messages.read_options(arguments.get("options"), self.capabilities().options)
+    async def _embed_request(self, run: Run, model: str, want: Wants) -> Any:
+        options = _messages.read_options(want.options, self.capabilities().options)
         figures = await self.admission.admit(run, "embed", want, model)
         figures.pop("max_tokens")
-        return EmbedRequest(
-            call=run.call,
-            model=model,
-            inputs=texts,
-            dimensions=arguments.get("dimensions"),
-            truncate=arguments.get("truncate", True),
-            options=options,
-            **figures,
-        )
+        if want.build is None:  # pragma: no cover - embed always has one
+            raise RuntimeError("there is no request to build")
+        return want.build(call=run.call, model=model, options=options, **figures)
 
     # --- Health ------------------------------------------------------------------------------------------------------
 
@@ -522,6 +501,7 @@ class Session:
         name = self.choose_model(model)
         with telling(self.translate):
             check_tokens("context_window", context_window)
+            read_flag("force", force)
         want = Wants(keep_alive=keep_alive, context_window=context_window, force=force)
         figures: dict[str, Any] = {}
 

@@ -28,6 +28,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from graftage._messages import read_file, user_path
 from graftage._values import keep_alive_seconds
 from graftage.exceptions import SettingsError
 from graftage.types import Timeouts
@@ -42,8 +43,13 @@ __all__ = ["Loaded", "Settings", "config_path", "load", "nearest", "without_user
 PREFIX = "GRAFTAGE"
 RESERVED = frozenset({"CONFIG", "PROVIDER", "MODEL", "DISABLED_PLUGINS", "STRICT_PLUGINS", "LIVE_OLLAMA", "DEBUG"})
 """Variables of the prefix that are not fields of a provider's settings."""
+LARGEST_FILE = 64 * 1024
+"""Bytes of a settings file: reading nested names takes time that grows with their square."""
 CHOICE_KEYS = ("provider", "model")
 """Keys of the file's top level that choose instead of configure."""
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
+"""RFC 9110, 5.1 and 5.5; without the control characters of Latin-1, which nobody means."""
 
 
 class Settings(BaseSettings):
@@ -73,6 +79,21 @@ class Settings(BaseSettings):
         default=None, exclude=True, description="A `graftage.types.Transport`, for tests and recording"
     )
 
+    @field_validator("api_key")
+    @classmethod
+    def _key(cls, value: SecretStr | None) -> SecretStr | None:
+        # A key that was read from a file ends with a line feed; an empty one is none.
+        key = _header_value(value).get_secret_value() if value else ""
+        return SecretStr(key) if key else None
+
+    @field_validator("headers")
+    @classmethod
+    def _headers(cls, value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
+        # What is no name may be a whole header with its secret: it is not repeated.
+        if not all(HEADER_NAME.fullmatch(name) for name in value):
+            raise ValueError("a header's name may have letters, digits and hyphens, and no space or colon")
+        return {name: _header_value(each) for name, each in value.items()}
+
     @field_validator("keep_alive", mode="before")
     @classmethod
     def _seconds(cls, value: Any) -> float | None:
@@ -86,7 +107,7 @@ class Settings(BaseSettings):
             known = [each.name for each in fields(Timeouts)]
             for name in value:
                 if name not in known:
-                    raise ValueError(f"it has no part `{name}`. {nearest(name, known).rstrip('?.')}")
+                    raise ValueError(f"it has no part `{name}`. {nearest(str(name), known)}")
             return Timeouts(**{name: _number(seconds) for name, seconds in value.items()})
         return value
 
@@ -133,29 +154,41 @@ class Sources:
 
     @classmethod
     def of(cls, prefix: str | None = None, file: str | Path | None = None) -> Sources:
-        """The process's environment, and the given file or the user's own."""
-        chosen = prefix or PREFIX
-        return cls(prefix=chosen, file=Path(file) if file else config_path(chosen), required=bool(file))
+        """The process's environment, and the given file or the user's own.
+
+        Raises:
+            SettingsError: the prefix is none that a variable could have.
+        """
+        chosen: Any = prefix or PREFIX
+        if not isinstance(chosen, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen):
+            raise SettingsError(
+                "`env_prefix` is no prefix of variables.", key="env_prefix", hint="Use letters, digits and `_`."
+            )
+        return cls(prefix=chosen, file=user_path(file) if file else config_path(chosen), required=bool(file))
 
     def document(self) -> dict[str, Any]:
         """The TOML file as plain data; empty where there is none.
 
         Raises:
-            SettingsError: it cannot be read or is not TOML.
+            SettingsError: it cannot be read, is no regular file or larger than `LARGEST_FILE`, or is not TOML.
         """
         if self.file is None:
             return {}
         try:
-            document: dict[str, Any] = tomllib.loads(self.file.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            if isinstance(error, FileNotFoundError) and not self.required:
+            return _read_toml(read_file(self.file, LARGEST_FILE))
+        except FileNotFoundError as error:
+            if not self.required:
                 return {}
-            raise SettingsError(
-                f"The settings file {self.file} cannot be used: {error}.",
-                source=str(self.file),
-                hint=f"Mend it, or name another one in {self.prefix}_CONFIG.",
-            ) from error
-        return document
+            raise self._unusable(error) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> SettingsError:
+        return SettingsError(
+            f"The settings file {self.file} cannot be used: {_reason(error)}.",
+            source=str(self.file),
+            hint=f"Mend it, or name another one in {self.prefix}_CONFIG.",
+        )
 
     def choice(self, key: str) -> tuple[str | None, str]:
         """The `provider` or `model` to use where the caller names none, and where it came from."""
@@ -164,17 +197,36 @@ class Sources:
             return value, f"environment {variable}"
         value = self.document().get(key)
         if value is not None and not isinstance(value, str):
-            raise SettingsError(f"`{key}` in {self.file} must be text, not {value!r}.", key=key, source=str(self.file))
+            kind = type(value).__name__
+            raise SettingsError(f"`{key}` in {self.file} must be text, not {kind}.", key=key, source=str(self.file))
         return value, str(self.file)
 
 
 def config_path(prefix: str = PREFIX) -> Path:
     """The settings file: what `GRAFTAGE_CONFIG` names, else `config.toml` in the user's config folder."""
     if named := os.environ.get(f"{prefix}_CONFIG"):
-        return Path(named).expanduser()
+        return user_path(named)
     from platformdirs import user_config_path  # noqa: PLC0415 - not needed where the variable is set
 
     return user_config_path(prefix.lower(), appauthor=False) / "config.toml"
+
+
+def _read_toml(data: bytes) -> dict[str, Any]:
+    document: dict[str, Any] = tomllib.loads(data.decode("utf-8-sig"))
+    return document
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be used, in words of its reader; where those are Python's own, in ours."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return (
+        "it is nested too deeply" if isinstance(error, RecursionError) else "a number or a date in it is out of range"
+    )
 
 
 def without_user(address: str) -> str:
@@ -235,7 +287,7 @@ def load(
 _Layer = tuple[str, str, Any]
 
 
-def _given(values: Mapping[str, Any], origin: str, known: set[str]) -> Iterable[_Layer]:
+def _given(values: Mapping[Any, Any], origin: str, known: set[str]) -> Iterable[_Layer]:
     for key, value in values.items():
         _require(key, known, origin)
         yield origin, key, value
@@ -260,7 +312,7 @@ class _Environment(EnvSettingsSource):
         """Read JSON."""
         try:
             return super().decode_complex_value(field_name, field, value)
-        except ValueError:
+        except (ValueError, RecursionError):
             origin = self.origin(field_name)
             raise SettingsError(
                 f"The setting `{field_name}` ({origin}) is wrong: it is no JSON.",
@@ -274,7 +326,7 @@ def _from_environment(model: type[Settings], provider: str, sources: Sources, pl
     known = set(model.model_fields) - {"transport"}
     if sources.prefix == PREFIX:
         # A host's own prefix names many things that are not ours; under ours a stray name is a mistake.
-        _check_variables(sources, known, provider, plugins)
+        _check_variables(sources, model, provider, plugins)
     for prefix in (f"{sources.prefix}_{_own(provider)}", f"{sources.prefix}_"):
         source = _Environment(model, prefix, sources.environment)
         for key, value in source().items():
@@ -290,22 +342,26 @@ def _own(plugin: str) -> str:
     return f"{plugin}_".upper().replace("-", "_")
 
 
-def _check_variables(sources: Sources, known: set[str], provider: str, plugins: set[str]) -> None:
+def _check_variables(sources: Sources, model: type[Settings], provider: str, plugins: set[str]) -> None:
     """Refuse a variable that nobody will read; those of other plugins are theirs to check."""
+    known = set(model.model_fields) - {"transport"}
     for variable in sources.environment:
         rest = variable.removeprefix(f"{sources.prefix}_")
-        if rest == variable or rest in RESERVED or _field(rest) in known:
+        if rest == variable or rest in RESERVED or _field(rest, model) in known:
             continue
         owner = max((each for each in plugins if rest.startswith(_own(each))), key=len, default=None)
         if owner is None:
-            _require(_field(rest), {*known, *(each.lower() for each in RESERVED)}, f"environment {variable}")
+            _require(_field(rest, model), {*known, *(each.lower() for each in RESERVED)}, f"environment {variable}")
         elif owner == provider:
-            _require(_field(rest.removeprefix(_own(owner))), known, f"environment {variable}")
+            _require(_field(rest.removeprefix(_own(owner)), model), known, f"environment {variable}")
 
 
-def _field(name: str) -> str:
-    """The setting that a variable is about: `TIMEOUTS__TOTAL` is a part of `timeouts`."""
-    return name.partition("__")[0].lower()
+def _field(name: str, model: type[Settings]) -> str:
+    """The setting that a variable is about: `TIMEOUTS__TOTAL` is a part of `timeouts`, and `host` has no parts."""
+    whole = name.lower()
+    of, nested, _ = whole.partition("__")
+    field = model.model_fields.get(of) if nested else None
+    return of if field is not None and EnvSettingsSource(model).field_is_complex(field) else whole
 
 
 def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[str]) -> Iterable[_Layer]:
@@ -326,10 +382,11 @@ def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[st
         yield origin, key, value
 
 
-def _require(key: str, known: Iterable[str], origin: str) -> None:
+def _require(key: Any, known: Iterable[str], origin: str) -> None:
     if key not in set(known):
+        name = str(key)
         raise SettingsError(
-            f"There is no setting `{key}` ({origin}).", key=key, source=origin, hint=nearest(key, known)
+            f"There is no setting `{name}` ({origin}).", key=name, source=origin, hint=nearest(name, known)
         )
 
 
@@ -342,7 +399,7 @@ def _explained(error: ValidationError, model: type[Settings], origins: Mapping[s
     about = model.model_fields[name].description if name in model.model_fields else None
     # The value itself is left out: it may be a secret.
     return SettingsError(
-        f"The setting `{key}` ({origin}) is wrong: {message.rstrip('.')}.",
+        f"The setting `{key}` ({origin}) is wrong: {message if message[-1:] in '.?' else f'{message}.'}",
         key=key,
         source=origin,
         hint=f"`{name}`: {about}." if about else None,
@@ -356,5 +413,13 @@ def _number(value: Any) -> float:
         raise ValueError(f"a number of seconds is wanted, not {type(value).__name__}")  # noqa: TRY004
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("a number of seconds is wanted") from None
+
+
+def _header_value(value: SecretStr) -> SecretStr:
+    """What can be sent in a header; the space around it is no part of it (RFC 9110, 5.5)."""
+    text = value.get_secret_value().strip()
+    if not HEADER_VALUE.fullmatch(text):
+        raise ValueError("it holds a line feed or another character that no header may have")
+    return SecretStr(text)

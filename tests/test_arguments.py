@@ -1,0 +1,374 @@
+"""What callers give: all of it is read and checked before anything is sent, and a bad call changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from graftage._messages import DEEPEST, LARGEST_IMAGE
+from graftage.exceptions import RequestRejected
+from graftage.testing.echo import Echo
+from graftage.types import Image, Message, Tool, ToolCall
+
+MODEL = "echo:latest"
+HALF = "\ud800"
+"""Half of a surrogate pair: no UTF-8 has it."""
+Act: TypeAlias = Callable[[Any], Any]
+
+
+def refusal(both: Any, act: Act) -> RequestRejected:
+    """How a call is refused; nothing is sent, and the next call works as if it had not been."""
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    with pytest.raises(RequestRejected) as caught:
+        act(llm)
+    assert caught.value.hint
+    assert echo.requests == []
+    assert llm.chat("again").text == "again"
+    assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+    return caught.value
+
+
+def calls(name: str, arguments: Any) -> dict[str, Any]:
+    """A message that calls a tool."""
+    return {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}
+
+
+def tool(parameters: Any) -> dict[str, Any]:
+    """A tool as a mapping."""
+    return {"name": "f", "parameters": parameters}
+
+
+def nested(levels: int) -> Any:
+    """Lists in lists."""
+    return functools.reduce(lambda inner, _: [inner], range(levels - 1), [])
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A pipe by name; whoever opens it to read is let go, so that a test fails instead of hanging."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes by name")
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.open("wb").close())
+    writer.start()
+    yield path
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    writer.join()
+
+
+def test_a_picture_from_a_pipe_is_refused_and_not_waited_for(both: Any, pipe: Path) -> None:
+    assert "not a regular file" in refusal(both, lambda llm: llm.chat("x", images=[pipe])).message
+
+
+def test_a_picture_that_is_larger_than_any_is_refused(both: Any, tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(LARGEST_IMAGE + 1)
+    assert f"larger than {LARGEST_IMAGE} bytes" in refusal(both, lambda llm: llm.generate("x", images=[path])).message
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser-of-all/cat.png", "~\0", "cat.png\0", HALF, "/no/such/cat.png", "", "."])
+def test_a_picture_whose_path_leads_nowhere_is_refused_in_words_that_name_it_once(both: Any, path: str) -> None:
+    message = refusal(both, lambda llm: llm.chat("x", images=[path])).message
+    assert "Errno" not in message
+    assert message.count("cat.png") <= 1
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm: llm.chat("x", images=5),
+        lambda llm: llm.generate("x", images=5),
+        lambda llm: llm.chat("x", images={"cat.png": 1}),
+        lambda llm: llm.chat("x", images=[Image(data="text")]),  # type: ignore[arg-type]
+        lambda llm: llm.chat({"role": "user", "content": "x", "images": 5}),
+        lambda llm: llm.chat(Message(role="user", content="x", images=5)),  # type: ignore[arg-type]
+        lambda llm: llm.chat(Message(role="user", content="x", images=("nothing.png",))),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_picture_is_refused(both: Any, act: Act) -> None:
+    assert "image" in refusal(both, act).message
+
+
+# --- Text that can be sent -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm: llm.chat(HALF),
+        lambda llm: llm.chat({"role": "user", "content": HALF}),
+        lambda llm: llm.chat(Message(role="user", content=HALF)),
+        lambda llm: llm.chat({"role": "assistant", "thinking": HALF}),
+        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_name": HALF}),
+        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_call_id": HALF}),
+        lambda llm: llm.chat(calls(HALF, {})),
+        lambda llm: llm.chat(calls("f", {"a": HALF})),
+        lambda llm: llm.chat(calls("f", {HALF: 1})),
+        lambda llm: llm.chat(calls("f", '{"a": "\\ud800"}')),
+        lambda llm: llm.chat("x", tools=[Tool(name=HALF)]),
+        lambda llm: llm.chat("x", tools=[Tool(name="f", description=HALF)]),
+        lambda llm: llm.chat("x", tools=[tool({"a": HALF})]),
+        lambda llm: llm.chat("x", format={"a": HALF}),
+        lambda llm: llm.chat("x", options={"stop": [HALF]}),
+        lambda llm: llm.chat("x", adapter=HALF),
+        lambda llm: llm.resolve_adapter(HALF),
+        lambda llm: llm.generate(HALF),
+        lambda llm: llm.generate("x", system=HALF),
+        lambda llm: llm.generate("x", suffix=HALF),
+        lambda llm: llm.embed(HALF),
+        lambda llm: llm.embed(["x", HALF]),
+        lambda llm: llm.chat("x", model=HALF),
+        lambda llm: llm.embed("x", model=HALF),
+        lambda llm: llm.show(HALF),
+        lambda llm: llm.pull(HALF),
+        lambda llm: llm.load(HALF),
+    ],
+)
+def test_text_that_has_no_utf8_is_refused_and_not_repeated(both: Any, act: Act) -> None:
+    error = refusal(both, act)
+    assert "surrogate" in error.message
+    assert HALF not in str(error)
+
+
+def test_text_of_any_language_is_sent_as_it_is(both: Any) -> None:
+    echo = Echo()
+    words = "Grüße, 世界 🌍 \0"
+    assert both.connect(echo, model=MODEL).chat(words, options={"stop": [words]}).text == words
+    assert echo.requests[0].options == {"stop": [words]}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm: llm.chat({"role": "assistant", "tool_calls": 5}),
+        lambda llm: llm.chat(Message(role="user", tool_calls=5)),  # type: ignore[arg-type]
+        lambda llm: llm.chat(Message(role="assistant", tool_calls=(ToolCall(name="f", arguments="x", id="1"),))),  # type: ignore[arg-type]
+        lambda llm: llm.chat({"role": "assistant", "tool_calls": [{"arguments": {}}]}),
+        lambda llm: llm.chat(Message(role="bishop", content="x")),  # type: ignore[arg-type]
+        lambda llm: llm.chat({"role": "assistant", "thinking": 5}),
+        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_name": b"f"}),
+        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_call_id": 5}),
+        lambda llm: llm.chat({"a", "b"}),
+        lambda llm: llm.chat("x", tools=[Tool(name=5)]),  # type: ignore[arg-type]
+        lambda llm: llm.chat("x", tools=[Tool(name="f", parameters=5)]),  # type: ignore[arg-type]
+        lambda llm: llm.chat("x", tools=[tool(5)]),
+        lambda llm: llm.generate("x", system={1}),
+        lambda llm: llm.generate("x", suffix=5),
+        lambda llm: llm.embed({"a": 1}),
+        lambda llm: llm.embed({"a"}),
+        lambda llm: llm.embed("x", dimensions=math.nan),
+        lambda llm: llm.embed("x", dimensions=-5),
+        lambda llm: llm.chat("x", max_tokens=10**5000),
+        lambda llm: llm.chat("x", context_window=2**31),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(both: Any, act: Act) -> None:
+    assert "which it should have typed" not in refusal(both, act).message
+
+
+# --- Data that is JSON -----------------------------------------------------------------------------------------------
+
+CIRCLE: dict[str, Any] = {"type": "object"}
+CIRCLE["properties"] = CIRCLE
+NO_JSON = {
+    "nan": math.nan,
+    "infinity": math.inf,
+    "a number beyond any float": 10**400,
+    "a set": {1},
+    "an object": object(),
+    "bytes": b"x",
+    "a key that is no text": {1: 2},
+    "a circle": CIRCLE,
+    "too many levels": nested(5000),
+    "one level too many": nested(DEEPEST),
+}
+
+
+@pytest.mark.parametrize("value", NO_JSON.values(), ids=NO_JSON)
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm, value: llm.chat("x", format={"default": value}),
+        lambda llm, value: llm.chat("x", tools=[tool({"default": value})]),
+        lambda llm, value: llm.chat("x", tools=[Tool(name="f", parameters={"default": value})]),
+        lambda llm, value: llm.chat(calls("f", {"a": value})),
+        lambda llm, value: llm.embed("x", options={"stop": [value]}),
+    ],
+    ids=["format", "tool", "Tool", "arguments of a call", "option"],
+)
+def test_what_is_no_json_is_refused(both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
+    assert refusal(both, lambda llm: act(llm, value))
+
+
+def test_json_is_sent_as_it_is_from_any_mapping_and_as_deep_as_is_allowed(both: Any) -> None:
+    echo = Echo(["{}"])
+    schema = MappingProxyType({"type": "object", "default": nested(DEEPEST - 1), "enum": (1, 2.5, None, True, "a")})
+    both.connect(echo, model=MODEL).chat("x", format=schema)
+    expected = {"type": "object", "default": nested(DEEPEST - 1), "enum": [1, 2.5, None, True, "a"]}
+    assert echo.requests[0].format == expected
+    assert type(echo.requests[0].format) is dict
+
+
+def test_what_was_sent_does_not_change_with_the_callers_data(both: Any) -> None:
+    echo = Echo(["{}"])
+    schema: dict[str, Any] = {"type": "object", "required": []}
+    both.connect(echo, model=MODEL).chat("x", format=schema)
+    schema["required"].append("later")
+    assert echo.requests[0].format == {"type": "object", "required": []}
+
+
+# --- Formats and tools -----------------------------------------------------------------------------------------------
+
+
+class Opaque:
+    pass
+
+
+class WithObject(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    thing: Opaque
+
+
+class WithFunction(BaseModel):
+    act: Callable[[int], int]
+
+
+class WithNan(BaseModel):
+    number: float = math.nan
+
+
+@pytest.mark.parametrize("model", [BaseModel, WithObject, WithFunction, WithNan])
+@pytest.mark.parametrize("argument", ["format", "tools"])
+def test_a_model_without_a_json_schema_is_refused_without_foreign_advice(both: Any, argument: str, model: Any) -> None:
+    given = model if argument == "format" else [model]
+    error = refusal(both, lambda llm: llm.chat("x", **{argument: given}))
+    assert "http" not in str(error)
+
+
+def takes_object(thing: Opaque) -> None:
+    """Take something that no schema describes."""
+
+
+@pytest.mark.parametrize(
+    "function", [functools.partial(int, base=2), takes_object, print, Opaque], ids=lambda each: type(each).__name__
+)
+def test_what_has_no_schema_is_no_tool_and_gets_no_foreign_advice(both: Any, function: Any) -> None:
+    error = refusal(both, lambda llm: llm.chat("x", tools=[function]))
+    assert "cannot be offered as a tool" in error.message
+    assert "http" not in str(error)
+    assert "arbitrary_types_allowed" not in str(error)
+
+
+def test_a_function_without_a_name_is_no_tool_until_it_has_one(both: Any) -> None:
+    error = refusal(both, lambda llm: llm.chat("x", tools=[lambda x: x]))
+    assert "Give it a name" in str(error.hint)
+
+
+# --- What the caller's own code raises -------------------------------------------------------------------------------
+
+
+def breaking() -> Iterator[str]:
+    """A generator that fails halfway."""
+    yield "x"
+    raise LookupError("the caller's own")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm: llm.chat(breaking()),
+        lambda llm: llm.embed(breaking()),
+        lambda llm: llm.chat("x", images=breaking()),
+        lambda llm: llm.chat("x", tools=breaking()),
+        lambda llm: llm.generate("x", images=breaking()),
+    ],
+)
+def test_an_error_of_the_callers_generator_is_the_callers(both: Any, act: Act) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    with pytest.raises(LookupError, match="the caller's own"):
+        act(llm)
+    assert echo.requests == []
+    assert (llm.stats().running, llm.stats().failures) == (0, 0)
+    assert llm.chat("again").text == "again"
+
+
+# --- Switches and names ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["no", "x", 1, None])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm, value: llm.chat("x", force=value),
+        lambda llm, value: llm.generate("x", raw=value),
+        lambda llm, value: llm.embed("x", truncate=value),
+        lambda llm, value: llm.embed("x", force=value),
+        lambda llm, value: llm.load(force=value),
+    ],
+    ids=["chat force", "raw", "truncate", "embed force", "load force"],
+)
+def test_a_switch_is_true_or_false_and_nothing_else(both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
+    assert "True or False" in str(refusal(both, lambda llm: act(llm, value)).hint)
+
+
+@pytest.mark.parametrize("value", ["banana", "", 5, {}, math.nan, "LOW"])
+def test_thinking_is_a_switch_or_one_of_three_efforts(both: Any, value: Any) -> None:
+    assert "low, medium, high" in str(refusal(both, lambda llm: llm.chat("x", think=value)).hint)
+    assert "low, medium, high" in str(refusal(both, lambda llm: llm.generate("x", think=value)).hint)
+
+
+@pytest.mark.parametrize("value", [True, False, None, "low", "medium", "high"])
+def test_every_effort_is_sent_as_it_is(both: Any, value: Any) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    llm.chat("x", think=value)
+    llm.generate("x", think=value)
+    assert [each.think for each in echo.requests] == [value, value]
+
+
+@pytest.mark.parametrize("value", ["", " ", 5, b"x", True])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda llm, value: llm.chat("x", model=value),
+        lambda llm, value: llm.generate("x", model=value),
+        lambda llm, value: llm.embed("x", model=value),
+        lambda llm, value: llm.show(value),
+        lambda llm, value: llm.pull(value),
+        lambda llm, value: llm.unload(value),
+    ],
+    ids=["chat", "generate", "embed", "show", "pull", "unload"],
+)
+def test_a_model_without_a_name_is_refused_instead_of_the_default_taken(
+    both: Any, act: Callable[[Any, Any], Any], value: Any
+) -> None:
+    assert "model" in refusal(both, lambda llm: act(llm, value)).message
+
+
+@pytest.mark.parametrize("names", [{"model": ""}, {"model": 5}, {"model": HALF}, {"models": [5]}, {"models": [""]}])
+def test_a_client_without_a_name_for_its_model_is_not_made(both: Any, names: dict[str, Any]) -> None:
+    echo = Echo()
+    with pytest.raises(RequestRejected, match="model"):
+        both.opened(echo, **names)
+    assert echo.calls == []
+
+
+def test_no_plugins_and_no_models_may_be_none(both: Any) -> None:
+    assert both.connect(Echo(), model=MODEL, models=None, plugins=None).chat("x").text == "x"
