@@ -93,7 +93,7 @@ def test_a_picture_whose_path_leads_nowhere_is_refused_in_words_that_name_it_onc
     [
         lambda llm: llm.chat("x", images=5),
         lambda llm: llm.generate("x", images=5),
-        lambda llm: llm.chat("x", images={"cat.png": 1}),
+        lambda llm: llm.chat("x", images={b"x": 1}),
         lambda llm: llm.chat("x", images=[Image(data="text")]),  # type: ignore[arg-type]
         lambda llm: llm.chat({"role": "user", "content": "x", "images": 5}),
         lambda llm: llm.chat(Message(role="user", content="x", images=5)),  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ def test_a_pipe_is_no_settings_file_and_not_waited_for(monkeypatch: pytest.Monke
     writer.start()
     try:
         with pytest.raises(SettingsError, match="not a regular file"):
-            graftage.connect(Echo())
+            Sources.of().document()
     finally:
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         writer.join()
