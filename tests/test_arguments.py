@@ -372,3 +372,16 @@ def test_a_client_without_a_name_for_its_model_is_not_made(both: Any, names: dic
 
 def test_no_plugins_and_no_models_may_be_none(both: Any) -> None:
     assert both.connect(Echo(), model=MODEL, models=None, plugins=None).chat("x").text == "x"
+
+
+@pytest.mark.parametrize("keep", ["abc", 5, {"a": 1}, [5]])
+def test_what_is_to_be_kept_of_models_is_a_sequence_of_names_or_nothing_is_deleted(both: Any, keep: Any) -> None:
+    assert "keep" in refusal(both, lambda llm: llm.prune_adapters(keep=keep, dry_run=False)).message
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_force_of_a_switch_is_true_or_false(both: Any, chained: bool) -> None:
+    echo = Echo()
+    llm = both.connect([echo] if chained else echo, model=MODEL)
+    with pytest.raises(RequestRejected, match="force"):
+        llm.use_adapter("poet", force="no")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftage import _limits
-from graftage._arguments import Wants
+from graftage._arguments import Wants, read_flag
 from graftage._messages import text
 from graftage.exceptions import (
     AdapterError,
@@ -90,6 +90,7 @@ class Adapters:
     ) -> LoadedAdapter | None:
         """Make an adapter the active one; of several switches at one time, the one that was asked for last wins."""
         check_on_missing(on_missing)
+        read_flag("force", force)
         state = _State()
         if reference is not None:
             state = await self._switched(read_reference(reference), model, run, on_missing, force=force)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graftage._adapters import check_on_missing, read_reference
+from graftage._arguments import read_flag
 from graftage._stream import Translate, as_it_is, telling
 from graftage.exceptions import (
     AdapterNotFound,
@@ -153,6 +154,7 @@ class Chain:
         self._adapter = _Adapter(reference, on_missing=on_missing, force=force)
         with telling(self.translate):
             check_on_missing(on_missing)
+            read_flag("force", force)
             if reference is not None:
                 read_reference(reference)
         return None

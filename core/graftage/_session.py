@@ -189,13 +189,12 @@ class Session:
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
         with telling(self.translate):
-            if model is not None:
-                check_model(model)
-            chosen = model or self.model
-            if not chosen:
+            chosen = self.model if model is None else model
+            if not chosen and model is None:
                 hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
                 raise RequestRejected("No model is chosen.", provider=self.provider, hint=hint)
-            return chosen
+            check_model(chosen)
+            return str(chosen)
 
     async def ask(
         self,
@@ -579,9 +578,14 @@ class Session:
         self, keep: Sequence[str], older_than: float | None, dry_run: bool, timeout: float | Timeouts | None
     ) -> tuple[ModelInfo, ...]:
         """Delete what loaded adapters have left on the server."""
+        with telling(self.translate):
+            kept = tuple(
+                _messages.text(each, "`keep`") for each in _messages.items(keep, "`keep`", "a sequence of names")
+            )
+            read_flag("dry_run", dry_run)
         found: tuple[ModelInfo, ...] = await self.ask(
             "prune_adapters",
-            lambda call: PruneAdaptersRequest(call=call, keep=tuple(keep), older_than=older_than, dry_run=dry_run),
+            lambda call: PruneAdaptersRequest(call=call, keep=kept, older_than=older_than, dry_run=dry_run),
             tuple,
             timeout=timeout,
         )
