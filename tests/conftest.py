@@ -70,6 +70,22 @@ def _free(free_waiting: None) -> None:
     """Waits between attempts are free."""
 
 
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A pipe by name. Whoever opens it to read is let go, so that a test fails instead of hanging."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes by name")
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.open("wb").close())
+    writer.start()
+    yield path
+    while writer.is_alive():  # It may not have come to open it yet: it is let go as often as it takes.
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        writer.join(0.1)
+        os.close(reader)
+
+
 # --- One test for both kinds of client -------------------------------------------------------------------------------
 
 

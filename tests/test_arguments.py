@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -54,20 +52,6 @@ def nested(levels: int) -> Any:
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> Iterator[Path]:
-    """A pipe by name; whoever opens it to read is let go, so that a test fails instead of hanging."""
-    if not hasattr(os, "mkfifo"):
-        pytest.skip("this system has no pipes by name")
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    writer = threading.Thread(target=lambda: path.open("wb").close())
-    writer.start()
-    yield path
-    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-    writer.join()
 
 
 def test_a_picture_from_a_pipe_is_refused_and_not_waited_for(both: Any, pipe: Path) -> None:

@@ -726,7 +726,7 @@ def test_a_call_whose_client_is_closed_under_it_says_so(both: Any) -> None:
 
 def test_a_pull_within_its_own_progress_is_refused_instead_of_waiting_for_itself() -> None:
     with graftage.connect(Echo(strict=True), model="new") as llm:
-        with pytest.raises(RequestRejected, match="from within itself"):
+        with pytest.raises(RequestRejected, match="wait for itself"):
             llm.pull(on_progress=lambda _: llm.pull())
         assert llm.pull().status == "success"
 

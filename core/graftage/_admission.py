@@ -150,7 +150,7 @@ class Admission:
     ) -> tuple[Limits | None, Callable[[], None]]:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
         door = self._door
-        with _limits.inside(door, "The leave of a policy"):
+        with _limits.inside(door, "A policy made a request to the server that it was deciding about."):
             await self.granted(door, door.enter(1, self._most_waiting), run.call)
             return await self._behind(door, run, model, self._query(run, operation, want, model, wanted))
 

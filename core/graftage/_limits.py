@@ -239,14 +239,14 @@ _inside: ContextVar[tuple[Gate, ...]] = ContextVar("graftage_inside", default=()
 
 
 @contextlib.contextmanager
-def inside(gate: Gate, what: str) -> Iterator[None]:
+def inside(gate: Gate, problem: str) -> Iterator[None]:
     """A block of a plugin's or host's code that runs while its caller holds the one place of a gate.
 
     Raises:
         RequestRejected: on entering it again from within, instead of waiting for ever.
     """
     if gate in _inside.get():
-        raise RequestRejected(f"{what} was asked for from within itself.", hint="Ask when it is done.")
+        raise RequestRejected(problem, hint="Ask when it is done, or from somewhere else.")
     token = _inside.set((*_inside.get(), gate))
     try:
         yield

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import inspect
 import json
 import math
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
+from graftage._values import read_file, user_path
 from graftage.exceptions import CapabilityUnsupported, ProtocolError, RequestRejected
 from graftage.types import Image, Message, Reply, Role, Tool, ToolCall
 
@@ -437,37 +436,6 @@ def _finite(value: float, what: str) -> float:
             f"There is a number in {what} that JSON does not have.", hint="Give a finite one, within a double's range."
         )
     return value
-
-
-def user_path(value: str | Path) -> Path:
-    """A path whose `~` is made whole; as it is where there is no such user."""
-    try:
-        return Path(value).expanduser()
-    except (RuntimeError, ValueError):
-        return Path(value)
-
-
-def read_file(path: Path, largest: int) -> bytes:
-    """What is in a regular file: a pipe or a device may never end.
-
-    Args:
-        path: the file.
-        largest: bytes it may have.
-
-    Raises:
-        OSError: it cannot be read, is another kind of file, or larger; `strerror` says which.
-    """
-    try:
-        kind = path.stat().st_mode
-    except ValueError as error:
-        raise OSError(errno.EINVAL, "No file can have that name") from error
-    if not stat.S_ISREG(kind):
-        raise OSError(errno.EINVAL, "It is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise OSError(errno.EFBIG, f"It is larger than {largest} bytes")
-    return data
 
 
 def rejected(what: str, wanted: str, value: object) -> RequestRejected:

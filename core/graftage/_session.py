@@ -179,12 +179,10 @@ class Session:
 
     def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
         """The limits of a call for which no model works: a server that does not answer it soon will not at all."""
+        if given is not None:
+            return given
         own = self.settings.timeouts
-        return (
-            given
-            if given is not None
-            else replace(own, first_token=min(own.first_token, SOON), total=min(own.total, SOON))
-        )
+        return replace(own, first_token=min(own.first_token, SOON), total=min(own.total, SOON))
 
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""
@@ -441,7 +439,7 @@ class Session:
         with run.failing():
             self.require("pull_model")
             gate = _limits.gate_for(f"pull {self.provider}", f"{self.address} {name}")
-            with _limits.inside(gate, f"The pull of `{name}`"):
+            with _limits.inside(gate, f"`{name}` was to be pulled by its own pull, which would wait for itself."):
                 await self.admission.granted(gate, gate.enter(1), run.call)
                 run.at_end(gate.leave)
                 try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import re
+import stat
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +42,37 @@ def keep_alive_seconds(value: Any) -> float | None:
         return float(seconds)
     except OverflowError as error:
         raise ValueError("keep_alive is larger than any number of seconds; -1 is for ever") from error
+
+
+def user_path(value: str | Path) -> Path:
+    """A path whose `~` is made whole; as it is where there is no such user."""
+    try:
+        return Path(value).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(value)
+
+
+def read_file(path: Path, largest: int) -> bytes:
+    """What is in a regular file: a pipe or a device may never end.
+
+    Args:
+        path: the file.
+        largest: bytes it may have.
+
+    Raises:
+        OSError: it cannot be read, is another kind of file, or larger; `strerror` says which.
+    """
+    try:
+        kind = path.stat().st_mode
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "No file can have that name") from error
+    if not stat.S_ISREG(kind):
+        raise OSError(errno.EINVAL, "It is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"It is larger than {largest} bytes")
+    return data
 
 
 SHORTEST_SECRET = 4

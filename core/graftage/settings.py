@@ -28,8 +28,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from graftage._messages import read_file, user_path
-from graftage._values import keep_alive_seconds
+from graftage._values import keep_alive_seconds, read_file, user_path
 from graftage.exceptions import SettingsError
 from graftage.types import Timeouts
 
