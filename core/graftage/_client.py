@@ -486,10 +486,11 @@ class AsyncClient:
 
         from graftage._io import Awaiting  # noqa: PLC0415
         from graftage._opening import Opening  # noqa: PLC0415
+        from graftage._threads import submit  # noqa: PLC0415
 
         try:
             # It imports and reads files: not on the event loop.
-            found = await asyncio.to_thread(Opening, self._wish)
+            found = await asyncio.wrap_future(submit(Opening, self._wish))
             session = await found.resolve(Awaiting())
             with self._lock:
                 late = self._opening is not opening

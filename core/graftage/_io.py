@@ -10,15 +10,15 @@ import asyncio
 import contextlib
 import math
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextvars import ContextVar, copy_context
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
+from contextvars import ContextVar
+from queue import Empty
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from graftage._stream import Source, too_late
+from graftage._threads import Items, submit
 from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
 from graftage.types import Call
 
@@ -53,8 +53,8 @@ class IO(Protocol):
         """
         ...
 
-    async def wait(self, future: Future[T], deadline: float) -> T:
-        """Wait for a future until the deadline.
+    async def wait(self, future: Future[Any], deadline: float) -> None:
+        """Wait until a future is done, whatever came of it.
 
         Raises:
             TimeoutError: the deadline passed first.
@@ -75,66 +75,89 @@ def has(relay: Relay, hook: str) -> bool:
     return hook in relay.hooks or f"a{hook}" in relay.hooks
 
 
-# --- Plugins that may block ------------------------------------------------------------------------------------------
+# --- Code that may block ---------------------------------------------------------------------------------------------
 
 
-def _in_a_thread(function: Callable[..., T], question: Any) -> Future[Callable[[], T]]:
-    """Call in a thread of its own; what comes of it is a function that returns the answer, or raises."""
-    future: Future[Callable[[], T]] = Future()
-    context = copy_context()
-
-    def work() -> None:
-        try:
-            answer = context.run(function, question)
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
-            future.set_result(partial(_raise, error))
-        else:
-            future.set_result(lambda: answer)
-
-    # No pool: a plugin that hangs must not take a worker from others, nor keep the process from ending.
-    threading.Thread(target=work, name="graftage-plugin", daemon=True).start()
-    return future
-
-
-def _raise(error: BaseException) -> NoReturn:
-    raise error
-
-
-async def _answered(io: IO, plugin: str, future: Future[Callable[[], T]], call: Call) -> T:
+async def _answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
     try:
-        outcome = await io.wait(future, call.deadline)
+        await io.wait(future, call.deadline)
     except TimeoutError as error:
         raise ProviderTimeout(
             f"The plugin `{plugin}` did not answer within {call.timeouts.total:g} s.",
             phase="total",
             hint="Raise `timeout`; where it hangs, tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
         ) from error
-    return outcome()
+    return future.result()
+
+
+async def _called(io: IO, relay: Relay, hook: str, request: Any, call: Call) -> Any:
+    """Call a plain hook in a thread, which is left behind where it outlasts the call."""
+    future = submit(relay.call, hook, request)
+    try:
+        await io.wait(future, call.deadline + GRACE)
+    except TimeoutError as error:
+        raise too_late(call) from error
+    return future.result()
+
+
+class _Threaded:
+    """An iterator that a thread of its own goes through, as a source that keeps the limits of the call."""
+
+    def __init__(self, io: IO, relay: Relay, hook: str, request: Any, call: Call) -> None:
+        self._io = io
+        self._call = call
+        self._items: Items[Any] = Items(lambda: relay.call(hook, request))
+        self._phase: Literal["first_token", "idle"] = "idle" if call.deadline == math.inf else "first_token"
+
+    async def pull(self) -> Any:
+        limit = time.monotonic() + float(getattr(self._call.timeouts, self._phase))
+        try:
+            item = await self._next(min(limit, self._call.deadline) + GRACE)
+        except TimeoutError as error:
+            self._items.stop()
+            raise too_late(self._call, "total" if self._call.deadline <= limit else self._phase) from error
+        self._phase = "idle"
+        return item
+
+    async def _next(self, until: float) -> Any:
+        while True:
+            await self._io.wait(self._items.news(), until)
+            with contextlib.suppress(Empty):
+                return self._items.take()
+
+    def gone(self) -> bool:
+        return False
+
+    async def close(self) -> None:
+        self._items.stop()
+        # A provider that is still at work is left to itself.
+        with contextlib.suppress(TimeoutError):
+            await self._io.wait(self._items.ended, time.monotonic() + GRACE)
 
 
 # --- Sync ------------------------------------------------------------------------------------------------------------
 
 
 class Blocking:
-    """Waits by blocking the thread."""
+    """Waits by blocking the thread; plain hooks of a provider that keeps no time run in threads of ours."""
 
-    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:  # noqa: ARG002 - providers keep the deadline
+    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
         _require_sync(relay, hook)
-        return relay.call(hook, request)
+        return relay.call(hook, request) if relay.keeps_time else await _called(self, relay, hook, request, call)
 
-    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:  # noqa: ARG002
+    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         _require_sync(relay, hook)
-        return _Pulled(relay.call(hook, request))
+        return _Pulled(relay.call(hook, request)) if relay.keeps_time else _Threaded(self, relay, hook, request, call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
-        return await _answered(self, plugin, _in_a_thread(function, question), call)
+        return await _answered(self, plugin, submit(function, question), call)
 
-    async def wait(self, future: Future[T], deadline: float) -> T:
+    async def wait(self, future: Future[Any], deadline: float) -> None:
         try:
-            return future.result(None if deadline == math.inf else max(deadline - time.monotonic(), 0))
+            future.exception(None if deadline == math.inf else max(deadline - time.monotonic(), 0))
         except _FutureTimeout as error:
             raise TimeoutError from error
 
@@ -182,30 +205,32 @@ else:
 
 
 class Awaiting:
-    """Waits by awaiting; sync hooks run in worker threads."""
+    """Waits by awaiting; plain hooks run in threads of ours."""
 
     async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
         if f"a{hook}" in relay.hooks:
             return await _until(relay.call(f"a{hook}", request), call)
-        return await _until(asyncio.to_thread(_no_stop, relay.call, hook, request), call)
+        return await _called(self, relay, hook, request, call)
 
     async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         if f"a{hook}" in relay.hooks:
             return _Awaited(relay.call(f"a{hook}", request), call)
-        return _Awaited(_in_threads(await asyncio.to_thread(_no_stop, relay.call, hook, request)), call)
+        return _Threaded(self, relay, hook, request, call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.to_thread(_no_stop, function, *arguments)
+        future = submit(function, *arguments)
+        await self.wait(future, math.inf)
+        return future.result()
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
         token = _loop.set(asyncio.get_running_loop())
         try:
-            future = _in_a_thread(function, question)
+            future = submit(function, question)
         finally:
             _loop.reset(token)
         return await _answered(self, plugin, future, call)
 
-    async def wait(self, future: Future[T], deadline: float) -> T:
+    async def wait(self, future: Future[Any], deadline: float) -> None:
         timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
         done = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: _tell(done))
@@ -214,7 +239,6 @@ class Awaiting:
             await asyncio.wait_for(done, timeout)
         except _AsyncTimeout as error:
             raise TimeoutError from error
-        return future.result()
 
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
         if hook in relay.hooks:
@@ -249,27 +273,6 @@ async def _until(work: Coroutine[Any, Any, T], call: Call) -> T:
         return await asyncio.wait_for(work, max(call.deadline + GRACE - time.monotonic(), 0))
     except _AsyncTimeout as error:
         raise too_late(call) from error
-
-
-async def _in_threads(chunks: Iterator[Any]) -> AsyncIterator[Any]:
-    """A sync iterator, each step in a worker thread."""
-    try:
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-            yield chunk
-    finally:
-        close = getattr(chunks, "close", None)
-        if close is not None:
-            # A worker that is still inside the iterator keeps it; it is closed when the worker lets it go.
-            with contextlib.suppress(ValueError):
-                await asyncio.to_thread(close)
-
-
-def _no_stop(function: Callable[..., T], *arguments: Any) -> T:
-    """Call; a `StopIteration` cannot be set on asyncio's futures: whoever awaits one would wait for ever."""
-    try:
-        return function(*arguments)
-    except StopIteration as error:
-        raise RuntimeError("a hook let StopIteration out") from error
 
 
 class _Awaited:

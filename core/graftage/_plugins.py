@@ -378,6 +378,7 @@ class Relay:
                 plugin=provider,
                 hint="Implement `chat` and `health`.",
             )
+        self.keeps_time = bool(getattr(connection, "keeps_time", False))
         self._manager = _manager("connection", "plugin")
         self._manager.register(connection, f"provider {provider}")
         for entry in reversed(plugins):  # pluggy asks first what was registered last.

@@ -389,11 +389,12 @@ class Session:
 
     async def _join(self, result: Future[Health | None], timeouts: Timeouts) -> Health:
         try:
-            found = await self.io.wait(result, time.monotonic() + timeouts.total)
+            await self.io.wait(result, time.monotonic() + timeouts.total)
         except TimeoutError as error:
             raise ProviderTimeout(
                 "The health check was not finished in time.", phase="total", hint="Raise `timeout`."
             ) from error
+        found = result.result()
         if found is None:
             raise ProviderTimeout(
                 "The health check was given up by the caller that had started it.", phase="total", hint="Ask again."

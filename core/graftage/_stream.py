@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from graftage._messages import Parse, parsed
 from graftage.exceptions import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncStream", "Run", "Source", "Stream", "drive"]
 
 T = TypeVar("T")
+Phase = Literal["connect", "first_token", "idle", "total"]
 Translate = Callable[[GraftageError], Exception]
 """How a host wants to see an error."""
 
@@ -291,11 +292,17 @@ class Run:
         return translated(typed, self.translate)
 
 
-def too_late(call: Call) -> ProviderTimeout:
-    """The error of a call that has used up its time."""
-    return ProviderTimeout(
-        f"The call was not finished within {call.timeouts.total:g} s.", phase="total", hint="Raise `timeout`."
-    )
+def too_late(call: Call, phase: Phase = "total") -> ProviderTimeout:
+    """The error of a call that has used up one of its limits."""
+    what = {
+        "connect": "The server could not be reached within",
+        "first_token": "The server gave no first token within",
+        "idle": "The stream stood still for",
+        "total": "The call was not finished within",
+    }[phase]
+    knob = "timeout" if phase == "total" else f"timeouts.{phase}"
+    seconds = float(getattr(call.timeouts, phase))
+    return ProviderTimeout(f"{what} {seconds:g} s.", phase=phase, hint=f"Raise `{knob}`, or ask for less at a time.")
 
 
 def closed_meanwhile(cause: GraftageError | None = None, *, received: bool = False) -> ProviderError:

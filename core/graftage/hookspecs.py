@@ -6,9 +6,10 @@ with `hookimpl`. A **plugin** is found through `graftage.plugins` and may implem
 
 Each hook takes one frozen object from `graftage.types` and grows by fields of that object, never by parameters. An
 operation that a connection does not implement is `CapabilityUnsupported` before anything is sent. Hooks prefixed with
-`a` are the async twins: without one, `AsyncClient` runs the sync hook in a worker thread; without the sync one,
-`Client` raises `CapabilityUnsupported`. Connection hooks are called from the thread, or the event loop, of the caller;
-several calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
+`a` are the async twins: without one, `AsyncClient` runs the sync hook in a thread; without the sync one, `Client`
+raises `CapabilityUnsupported`. A plain hook is called in one thread of the core, from its start to the end of its
+iterator, or in the caller's where the connection says that it `keeps_time`; an async one on the event loop of the
+caller. Several calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
 """
 
 from __future__ import annotations
@@ -94,8 +95,12 @@ class Connect(Protocol):
         """Called once for each client, when its provider is chosen.
 
         Return the connection: an object whose methods implement the hooks below. It opens nothing until an operation
-        needs it, since connecting must be cheap. It may have two attributes: `address`, the server's address in words,
-        which names the slots that limits are held on; and `default_model`, which is asked where nobody names a model.
+        needs it, since connecting must be cheap. It may have three attributes:
+
+        - `address`, the server's address in words, which names the slots that limits are held on;
+        - `default_model`, which is asked where nobody names a model;
+        - `keeps_time = True`, a promise that its plain hooks end by the limits of `request.call`. Without it they run
+          in a thread of the core, which is left behind where it outlasts them.
 
         Raises:
             SettingsError: a setting cannot be used.

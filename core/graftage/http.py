@@ -29,12 +29,13 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 import httpcore
 import httpx
 
+from graftage._stream import Phase, too_late
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout, StreamInterrupted
 from graftage.types import Call
 
@@ -52,7 +53,6 @@ __all__ = [
     "reason",
 ]
 
-Phase = Literal["connect", "first_token", "idle", "total"]
 MAX_LINE = 8 * 1024 * 1024
 """Bytes of one line of a stream: what Ollama's own client takes (`api/client.go`, `maxBufferSize`)."""
 MAX_ERROR_BODY = 64 * 1024
@@ -65,9 +65,10 @@ KEEPALIVE_EXPIRY = 30.0
 class Clock:
     """Which limit of a call runs now, and when it ends."""
 
-    __slots__ = ("deadline", "phase", "scope", "timeouts", "until")
+    __slots__ = ("_call", "deadline", "phase", "scope", "timeouts", "until")
 
     def __init__(self, call: Call) -> None:
+        self._call = call
         self.timeouts = call.timeouts
         self.deadline = call.deadline
         self.scope: anyio.CancelScope | None = None
@@ -87,18 +88,7 @@ class Clock:
 
     def expired(self) -> ProviderTimeout:
         """The error for the limit that has passed, or that is the next to pass."""
-        phase: Phase = "total" if self.deadline <= self.until else self.phase
-        seconds = self.timeouts.total if phase == "total" else getattr(self.timeouts, phase)
-        what = {
-            "connect": "The server could not be reached within",
-            "first_token": "The server gave no first token within",
-            "idle": "The stream stood still for",
-            "total": "The call was not finished within",
-        }[phase]
-        knob = "timeout" if phase == "total" else f"timeouts.{phase}"
-        return ProviderTimeout(
-            f"{what} {seconds:g} s.", phase=phase, hint=f"Raise `{knob}`, or ask for less at a time."
-        )
+        return too_late(self._call, "total" if self.deadline <= self.until else self.phase)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -208,6 +208,8 @@ class Echo:
 class _Workings:
     """What the hooks of a connection have in common; private, so that leaving out a hook leaves nothing of it."""
 
+    keeps_time = True
+
     def __init__(self, echo: Echo) -> None:
         self._echo = echo
         self.address = echo.address

@@ -78,6 +78,8 @@ BYTES_OF_A_SCORE: Final = 4
 class LlamaCppConnection:
     """The hooks, on an engine that is started by the first request which needs it."""
 
+    keeps_time = True
+
     def __init__(self, name: str, settings: LlamaCppSettings) -> None:
         self.name = name
         self.address = "embedded"

@@ -80,6 +80,8 @@ SUGGESTION_TIMEOUTS: Final = Timeouts(connect=1.0, first_token=2.0, idle=2.0, to
 class OllamaConnection:
     """The hooks, on clients that open nothing until the first request."""
 
+    keeps_time = True
+
     def __init__(self, name: str, settings: OllamaSettings) -> None:
         self.name = name
         self._url = parse_host(settings.host)

@@ -1,0 +1,169 @@
+"""Threads of ours for code that may block: plugins, and hooks of a provider that keep no time.
+
+They are daemons and kept for the next: one that hangs is left behind, takes nothing from the others, and does not keep
+the process from ending, as the workers of `asyncio.to_thread` would.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextvars import copy_context
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Generic, TypeVar
+
+__all__ = ["Items", "submit"]
+
+T = TypeVar("T")
+KEPT: Final = 8
+"""Idle threads that wait for more work."""
+AHEAD: Final = 16
+"""Items that a provider may make before the caller has asked for them."""
+
+Work = Callable[[], None]
+
+
+class _Threads:
+    """Hands each piece of work to a thread that is idle, or to a new one."""
+
+    def __init__(self) -> None:
+        self._idle: list[SimpleQueue[Work]] = []
+        self._lock = threading.Lock()
+
+    def start(self, work: Work) -> None:
+        """Do the work, which must not raise, in a thread."""
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            inbox = SimpleQueue()
+            threading.Thread(target=self._serve, args=(inbox,), name="graftage", daemon=True).start()
+        inbox.put(work)
+
+    def _serve(self, inbox: SimpleQueue[Work]) -> None:
+        while True:
+            inbox.get()()
+            with self._lock:
+                if len(self._idle) >= KEPT:
+                    return
+                self._idle.append(inbox)
+
+
+_threads = _Threads()
+
+
+def _renew() -> None:
+    """After a fork: the threads are the parent's."""
+    global _threads  # noqa: PLW0603 - one pool for the process
+    _threads = _Threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def submit(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call a function in a thread, with the context variables of the caller."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # What runs cannot be cancelled; nobody must try.
+    context = copy_context()
+
+    def work() -> None:
+        try:
+            result = context.run(function, *arguments)
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            future.set_exception(_raisable(error))
+        else:
+            future.set_result(result)
+
+    _threads.start(work)
+    return future
+
+
+def _raisable(error: BaseException) -> BaseException:
+    """The error; for a `StopIteration`, which no coroutine can raise and asyncio's futures refuse, another one."""
+    if not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError("a function let StopIteration out")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+class Items(Generic[T]):
+    """What an iterator gives, made in one thread from its start to its end and handed over through a bounded queue.
+
+    The thread closes the iterator itself, so it is never used by two threads at once.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[T]]) -> None:
+        """Start the work; `make` makes the iterator, in the thread."""
+        self._lock = threading.Lock()
+        self._ready: deque[T] = deque()
+        self._failure: BaseException | None = None
+        self._news: Future[None] = Future()
+        self._room = threading.Semaphore(AHEAD)
+        self._stopped = False
+        self._over = False
+        self.ended = submit(self._run, make)
+        """Is done when the thread has let the iterator go."""
+
+    def news(self) -> Future[None]:
+        """Is done when `take` has an answer."""
+        return self._news
+
+    def take(self) -> T | None:
+        """The next item, or None after the last one; what the iterator raised is raised here, once.
+
+        Raises:
+            queue.Empty: another reader was faster.
+        """
+        with self._lock:
+            if self._ready:
+                item = self._ready.popleft()
+                if not (self._ready or self._over):
+                    self._news = Future()
+                self._room.release()
+                return item
+            if not (self._over or self._stopped):
+                raise Empty
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return None
+
+    def stop(self) -> None:
+        """Let the thread close the iterator as soon as it has it back; whoever waits for an item gets none."""
+        self._stopped = True
+        self._room.release()
+        self._tell()
+
+    def _run(self, make: Callable[[], Iterator[T]]) -> None:
+        try:
+            self._hand_over(make())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the item is waited for
+            self._failure = _raisable(error)
+        finally:
+            with self._lock:
+                self._over = True
+            self._tell()
+
+    def _hand_over(self, iterator: Iterator[T]) -> None:
+        try:
+            for item in iterator:
+                self._room.acquire()
+                if self._stopped:
+                    return
+                with self._lock:
+                    self._ready.append(item)
+                self._tell()
+        finally:
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+
+    def _tell(self) -> None:
+        with self._lock:
+            if not self._news.done():
+                self._news.set_result(None)
