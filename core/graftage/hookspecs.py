@@ -9,7 +9,8 @@ operation that a connection does not implement is `CapabilityUnsupported` before
 `a` are the async twins: without one, `AsyncClient` runs the sync hook in a thread; without the sync one, `Client`
 raises `CapabilityUnsupported`. A plain hook is called in one thread of the core, from its start to the end of its
 iterator, or in the caller's where the connection says that it `keeps_time`; an async one on the event loop of the
-caller. Several calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
+caller. Several calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is
+wrapped.
 """
 
 from __future__ import annotations
