@@ -743,6 +743,14 @@ def test_a_block_that_fails_writes_nothing(tmp_path: Path, fake: FakeOllama) -> 
     assert len(cassette) == 2
 
 
+def test_a_client_records_on_a_cassette_that_is_still_empty(tmp_path: Path, fake: FakeOllama, both: Any) -> None:
+    path = tmp_path / "a.yaml"
+    with Cassette(path, mode="record") as cassette:
+        assert (bool(cassette), len(cassette)) == (True, 0)
+        both.connect("ollama", host=fake.url, transport=cassette).chat("Hi", model="smollm2:135m")
+    assert Cassette(path).unplayed == ("POST /api/chat",)
+
+
 def test_a_recording_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CassetteError, match="Nothing was recorded"), Cassette(tmp_path / "a.yaml", mode="record"):
         pass

@@ -132,6 +132,10 @@ class Cassette:
     def __len__(self) -> int:
         return len(self._interactions)
 
+    def __bool__(self) -> bool:
+        # By its length, a new recording would be false, and `if transport` would go past it to the network.
+        return True
+
     @property
     def unplayed(self) -> tuple[str, ...]:
         """What the file holds and nobody asked for, as `POST /api/chat`."""
