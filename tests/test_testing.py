@@ -7,8 +7,11 @@ import base64
 import gc
 import json
 import socket
+import subprocess
+import sys
 import threading
 import urllib.parse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -42,10 +45,10 @@ from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
 pytest_plugins = ["pytester"]
 
+HERE = Path(__file__).parent
 CALL = Call()
 HOOKS = [name for spec in CONNECTION_SPECS for name in vars(spec) if hasattr(vars(spec)[name], "graftage_spec")]
 
@@ -458,8 +461,6 @@ def test_a_file_reads_well_in_a_diff(tmp_path: Path, fake: FakeOllama) -> None:
         path.read_text(encoding="utf-8")
         == """\
 version: 1
-metadata:
-  server: Ollama 0.9.3
 interactions:
 - request:
     method: POST
@@ -468,6 +469,7 @@ interactions:
       content-type: [application/json]
     body: '{"q":"%s"}'
   response:
+    server: Ollama 0.9.3
     status:
       code: 200
       message: OK
@@ -849,17 +851,44 @@ def test_vcrpy_plays_our_files(tmp_path: Path, fake: FakeOllama) -> None:
     assert cassette.all_played
 
 
-def test_our_keys_survive_a_rewrite_by_vcrpy(tmp_path: Path, fake: FakeOllama) -> None:
+@pytest.mark.parametrize("by", ["vcrpy", "pytest-recording"])
+def test_our_keys_survive_a_rewrite(outer: pytest.Pytester, fake: FakeOllama, by: str) -> None:
     import vcr
 
-    path = tmp_path / "a.yaml"
+    path = outer.path / "cassettes" / "test_it" / "test_more.yaml"
     live = recorded(path, fake, STREAM)
-    recorder = vcr.VCR(record_mode=vcr.mode.NEW_EPISODES, match_on=["method", "path", "body"])
-    with recorder.use_cassette(str(path)), httpx.Client() as client:
-        client.get(f"{fake.url}/api/version")
+    if by == "vcrpy":
+        with vcr.use_cassette(str(path), record_mode=vcr.mode.NEW_EPISODES), httpx.Client() as client:
+            client.get(f"{fake.url}/api/version")
+    else:
+        outer.makepyfile(
+            test_it=f"""
+            import httpx, pytest
+
+            @pytest.mark.vcr
+            def test_more():
+                assert httpx.get("{fake.url}/api/version").is_success
+            """
+        )
+        result = outer.runpytest_subprocess("-p", "pytest_recording.plugin", "--record-mode=new_episodes")
+        result.assert_outcomes(passed=1)
     cassette = Cassette(path)
+    assert (len(cassette), cassette.server) == (2, "Ollama 0.9.3")
     assert exchange("async", cassette, f"{ELSEWHERE}/api/chat") == live
     assert exchange("sync", cassette, f"{ELSEWHERE}/api/version", "GET") == (200, [b'{"version":"0.9.3"}'])
+
+
+def test_a_file_of_version_0_1_tells_its_server_and_can_be_converted(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "more" / "a.yaml"
+    recorded(path, fake, Answer([b"metadata:\n  server: x\n  response:\n"]))
+    new = path.read_text(encoding="utf-8")
+    moved = "    server: Ollama 0.9.3\n"
+    old = new.replace(moved, "").replace("interactions:", "metadata:\n  server: Ollama 0.9.3\ninteractions:", 1)
+    path.write_text(old, encoding="utf-8")
+    assert Cassette(path).server == "Ollama 0.9.3"
+    for _ in range(2):
+        subprocess.run([sys.executable, HERE.parent / "scripts" / "move_cassette_server.py", tmp_path], check=True)
+        assert path.read_text(encoding="utf-8") == new
 
 
 @modes

@@ -4,9 +4,10 @@
         with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
             llm.chat("Tell me a story")
 
-The files are vcrpy's, so that any vcrpy from 8.2.1 on replays them. Two keys of a response are ours, and vcrpy carries
-them along: `chunk_lengths`, the borders at which the body came, and `cut_short`, where it ended before its end. Nothing
-is patched: two cassettes may be open at once, in threads and in tasks.
+The files are vcrpy's, so that any vcrpy from 8.2.1 on replays them, and pytest-recording too. Three keys of a response
+are ours, and vcrpy carries them along: `server`, which server it came from, `chunk_lengths`, the borders at which the
+body came, and `cut_short`, where it ended before its end. Nothing is patched: two cassettes may be open at once, in
+threads and in tasks.
 """
 
 from __future__ import annotations
@@ -442,16 +443,14 @@ _Dumper.add_representer(
 
 def _to_yaml(interactions: Iterable[_Interaction], server: str | None) -> str:
     """The file's text: the same interactions give the same text."""
-    content: dict[str, Any] = {"version": 1}
-    if server:
-        # vcrpy 9.4 keeps this key when it adds to a file; older ones ignore it.
-        content["metadata"] = {"server": server}
-    content["interactions"] = [_to_plain(each) for each in interactions]
+    content = {"version": 1, "interactions": [_to_plain(each, server) for each in interactions]}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
-def _to_plain(interaction: _Interaction) -> dict[str, Any]:
-    response: dict[str, Any] = {
+def _to_plain(interaction: _Interaction, server: str | None) -> dict[str, Any]:
+    # vcrpy has a place for such facts beside `interactions`, but pytest-recording 0.14 fails on it.
+    response: dict[str, Any] = {"server": server} if server else {}
+    response |= {
         "status": {"code": interaction.status, "message": interaction.reason},
         "headers": _one_line_each(interaction.headers),
         "body": {"string": _text(b"".join(interaction.chunks))},
@@ -614,9 +613,11 @@ def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
         _expect(isinstance(content, dict), "the file is no mapping")
         _expect(content.get("version") == 1, "its `version` is not 1")
         _expect(isinstance(content.get("interactions"), list), "`interactions` is no list")
-        metadata = content.get("metadata") or {}
-        server = metadata.get("server") if isinstance(metadata, dict) else None
-        return server, [_from_plain(place, each) for place, each in enumerate(content["interactions"])]
+        interactions = [_from_plain(place, each) for place, each in enumerate(content["interactions"])]
+        # Files of version 0.1 say it once, as metadata.
+        places = [content.get("metadata"), *(each["response"] for each in content["interactions"])]
+        servers = (each.get("server") for each in places if isinstance(each, dict))
+        return next((each for each in servers if isinstance(each, str)), None), interactions
     except (ValueError, httpx.InvalidURL) as error:
         raise CassetteError(f"{path} is no cassette: {error}.", hint="Record it again.") from error
 
