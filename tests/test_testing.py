@@ -878,6 +878,25 @@ def test_our_keys_survive_a_rewrite(outer: pytest.Pytester, fake: FakeOllama, by
     assert exchange("sync", cassette, f"{ELSEWHERE}/api/version", "GET") == (200, [b'{"version":"0.9.3"}'])
 
 
+def test_vcrpy_and_pytest_recording_read_all_cassettes_of_this_repository(outer: pytest.Pytester) -> None:
+    import vcr
+
+    paths = sorted((HERE.parent / "cassettes").rglob("*.yaml"))
+    lengths = {str(path): len(Cassette(path)) for path in paths}
+    assert {path: len(vcr.cassette.Cassette.load(path=path)) for path in lengths} == lengths
+    # Of several cassettes pytest-recording makes one.
+    outer.makepyfile(
+        test_it=f"""
+        import pytest
+
+        @pytest.mark.vcr(*{list(lengths)})
+        def test_all(vcr):
+            assert len(vcr) == {sum(lengths.values())}
+        """
+    )
+    outer.runpytest_subprocess("-p", "pytest_recording.plugin").assert_outcomes(passed=1)
+
+
 def test_a_file_of_version_0_1_tells_its_server_and_can_be_converted(tmp_path: Path, fake: FakeOllama) -> None:
     path = tmp_path / "more" / "a.yaml"
     recorded(path, fake, Answer([b"metadata:\n  server: x\n  response:\n"]))
