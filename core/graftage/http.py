@@ -545,9 +545,11 @@ def is_loopback(host: str) -> bool:
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
+    # Python before 3.13 does not look into `::ffff:127.0.0.1`.
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def proxy_for(url: httpx.URL) -> str | None:

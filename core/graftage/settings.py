@@ -63,7 +63,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None, description="Sent as a bearer token; never in clear to a remote host"
     )
-    headers: Mapping[str, SecretStr] = Field(default_factory=dict, description="Sent with every request")
+    headers: Mapping[str, SecretStr] = Field(
+        default_factory=dict, description="Sent with every request; a secret never in clear to a remote host"
+    )
     timeouts: Timeouts = Field(default_factory=Timeouts, description="connect, first_token, idle, total, in seconds")
     attempts: int = Field(default=3, ge=1, le=10, description="How often a safe failure is tried; 1 turns retries off")
     keep_alive: float | None = Field(

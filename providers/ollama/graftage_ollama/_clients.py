@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["AsyncClients", "AsyncLines", "Clients", "Lines", "checked_line", "request_headers", "typed"]
 
 T = TypeVar("T")
-SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"})
+SECRET_HEADER: Final = re.compile("auth|cookie|credential|key|passw|secret|session|token", re.IGNORECASE)
+"""In the name of a header: gateways have many names for a key."""
 DRAIN: Final = 0.2
 """Seconds to wait for the end of a body after its last line; then the connection is not used again."""
 BLOCK: Final = 1 << 18
@@ -109,7 +111,7 @@ def request_headers(settings: Settings, url: httpx.URL) -> dict[str, str | None]
     if settings.api_key is not None and safe:
         headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
     for name, value in settings.headers.items():
-        if safe or name.lower() not in SECRET_HEADERS:
+        if safe or not SECRET_HEADER.search(name):
             headers[name.lower()] = value.get_secret_value()
     return headers
 

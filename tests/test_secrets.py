@@ -1,0 +1,233 @@
+"""Keys and prompts go where they were meant to go: no key in clear to another machine, no prompt through a proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from graftage.exceptions import GraftageError
+from graftage.hookspecs import hookimpl
+from graftage.types import Verdict
+from graftage_ollama.testing import FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MODEL = "smollm2:135m"
+KEY = "opaque-key-1"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+class Detour(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """A transport that leads every request to the fake server, which then sees what a remote host would see."""
+
+    def __init__(self, fake: FakeOllama) -> None:
+        self._fake = httpx.URL(fake.url)
+        self._sync, self._async = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
+
+    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
+        return self
+
+    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
+        return self
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return self._sync.handle_request(self._led(request))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await self._async.handle_async_request(self._led(request))
+
+    def close(self) -> None:
+        self._sync.close()
+
+    async def aclose(self) -> None:
+        await self._async.aclose()
+
+    def _led(self, request: httpx.Request) -> httpx.Request:
+        request.url = request.url.copy_with(scheme="http", host=self._fake.host, port=self._fake.port)
+        return request
+
+
+# --- Keys ------------------------------------------------------------------------------------------------------------
+
+REMOTE = [
+    "http://models.example",
+    "models.example:11434",
+    "192.168.1.20",
+    "http://10.0.0.1",
+    "[2001:db8::7]",
+    "[::ffff:192.0.2.1]",
+    "localhost.example",
+    "127.0.0.1.example",
+    "notlocalhost",
+]
+TRUSTED = [
+    "https://models.example",
+    "HTTPS://192.168.1.20:8443",
+    "https://127.0.0.1",
+    None,
+    "localhost",
+    "LOCALHOST:8080",
+    "localhost.",
+    "127.0.0.1",
+    "127.1.2.3:11434",
+    "0.0.0.0",
+    "[::1]",
+    "[::ffff:127.0.0.1]",
+]
+SECRETS = [
+    "Authorization",
+    "Proxy-Authorization",
+    "Cookie",
+    "X-Api-Key",
+    "api-key",
+    "apikey",
+    "X-Goog-Api-Key",
+    "Ocp-Apim-Subscription-Key",
+    "X-Auth-Token",
+    "X-Access-Token",
+    "CF-Access-Client-Secret",
+    "X-Amz-Credential",
+    "X-Password",
+    "X-Session-Id",
+]
+
+
+def carried(fake: FakeOllama) -> set[str]:
+    """The names of the headers that carried a key, in any request."""
+    return {name for seen in fake.requests for name, value in seen.headers.items() if KEY in value}
+
+
+def ask_everything(llm: Any, adapter: str) -> None:
+    llm.chat("Hi")
+    list(llm.chat("Hi", stream=True))
+    llm.generate("Hi")
+    llm.embed("Hi")
+    llm.health("answers")
+    llm.models()
+    llm.show()
+    llm.loaded()
+    llm.load()
+    llm.unload()
+    llm.pull("other:1b")
+    llm.use_adapter(adapter)
+
+
+class Ahoy:
+    """An adapter, and the plugin that finds it."""
+
+    name, digest, scale, served_as = "ahoy", "sha256:" + "a" * 64, 1.0, None
+    verdict = Verdict(status="compatible")
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        key, value = b"general.type", b"adapter"
+        text = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
+        file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text)
+
+    @hookimpl
+    def resolve_adapter(self, request: Any) -> Any:
+        return self
+
+    def gguf(self, base: Any) -> Path:
+        return self._file
+
+    def merge(self, base_file: Path, out: Path, on_progress: Any = None) -> Path:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("given", ["argument", "OLLAMA_API_KEY", "GRAFTAGE_API_KEY"])
+def test_the_key_is_sent_over_https_or_to_this_machine_only(
+    both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    settings = {"api_key": KEY} if given == "argument" else {}
+    if not settings:
+        monkeypatch.setenv(given, KEY)
+    for host in (*REMOTE, *TRUSTED):
+        llm = both.connect("ollama", model=MODEL, host=host, transport=Detour(fake), **settings)
+        llm.chat("Hi")
+        llm.pull("other:1b")
+        sent = [f"Bearer {KEY}" if host in TRUSTED else None] * 2
+        assert (host, [seen.headers.get("authorization") for seen in fake.requests]) == (host, sent)
+        assert carried(fake) == ({"authorization"} if host in TRUSTED else set())
+        fake.requests.clear()
+
+
+@pytest.mark.parametrize("host", ["http://models.example", "https://models.example", "localhost"])
+def test_that_holds_for_requests_of_every_kind(
+    both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", KEY)
+    plugin = Ahoy(tmp_path / "ahoy.gguf")
+    settings = {"model": MODEL, "host": host, "headers": {"X-Api-Key": KEY, "X-Team": "green"}, "plugins": [plugin]}
+    ask_everything(both.connect("ollama", transport=Detour(fake), **settings), "ahoy")
+    paths = {seen.path.rpartition("/sha256")[0] or seen.path for seen in fake.requests}
+    asked = {"chat", "generate", "embed", "version", "tags", "show", "ps", "pull", "create", "blobs"}
+    assert {f"/api/{each}" for each in asked} <= paths
+    sent = set() if host.startswith("http:") else {"authorization", "x-api-key"}
+    for seen in fake.requests:
+        assert {name for name, value in seen.headers.items() if KEY in value} == sent, seen.path
+        assert seen.headers["x-team"] == "green"
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_header_that_is_named_like_a_secret_is_sent_as_a_key_is(both: Any, fake: FakeOllama, name: str) -> None:
+    for host, sent in [("http://models.example", set()), ("https://models.example", {name.lower()})]:
+        llm = both.connect("ollama", model=MODEL, host=host, transport=Detour(fake), headers={name: KEY})
+        llm.chat("Hi")
+        llm.pull("other:1b")
+        assert (host, carried(fake)) == (host, sent)
+        fake.requests.clear()
+
+
+# --- Proxies ---------------------------------------------------------------------------------------------------------
+
+VARIABLES = ["HTTP_PROXY", "http_proxy", "Http_Proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy"]
+
+
+def schemes(variable: str) -> list[str]:
+    return {"http_proxy": ["http"], "https_proxy": ["https"]}.get(variable.lower(), ["http", "https"])
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        monkeypatch.setenv(request.param, server.url)
+        yield server
+
+
+@pytest.mark.parametrize(("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES)
+def test_a_request_to_this_machine_goes_through_no_proxy(
+    both: Any, fake: FakeOllama, proxy: FakeOllama, variable: str
+) -> None:
+    port = httpx.URL(fake.url).port
+    hosts = ["127.0.0.1", "localhost", "LocalHost", "localhost.", "127.1.2.3", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
+    for scheme in schemes(variable):
+        for host in hosts:
+            llm = both.connect("ollama", model=MODEL, host=f"{scheme}://{host}:{port}", attempts=1)
+            # The fake listens at 127.0.0.1 and speaks no TLS: with the others it counts where they did not go.
+            with contextlib.suppress(GraftageError):
+                llm.chat("Hi")
+            assert (host, proxy.accepted) == (host, 0)
+    if "http" in schemes(variable):
+        assert [seen.path for seen in fake.requests][:1] == ["/api/chat"]
+
+
+@pytest.mark.parametrize(("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES)
+def test_a_request_to_another_machine_goes_through_the_proxy(both: Any, proxy: FakeOllama, variable: str) -> None:
+    for scheme in schemes(variable):
+        before = proxy.accepted
+        # The fake does not know the way on.
+        with pytest.raises(GraftageError):
+            both.connect("ollama", model=MODEL, host=f"{scheme}://models.example", attempts=1).chat("Hi")
+        assert proxy.accepted > before
