@@ -52,6 +52,7 @@ from graftage.types import (
     ToolCall,
     Usage,
 )
+from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -823,6 +824,24 @@ def test_a_health_check_that_never_answers_is_an_answer_too() -> None:
     health = asyncio.run(main())
     assert not health.ok
     assert isinstance(health.error, ProviderTimeout)
+
+
+def test_callers_at_one_time_share_one_health_check(both: Any) -> None:
+    gate = threading.Event()
+    with FakeOllama() as fake:
+        fake.script("/api/version", Answer([gate, {"version": "0.9.3"}]))
+        llm = both.connect("ollama", host=fake.url)
+        first = both.start(llm.health)
+        while not fake.requests:
+            assert not first.done()
+            time.sleep(0.001)
+        # One that waits for another caller's check has nothing to tell when its own time is over.
+        with pytest.raises(ProviderTimeout, match="not finished in time"):
+            llm.health(timeout=0.05)
+        others = [both.start(llm.health) for _ in range(4)]
+        gate.set()
+        assert [each.result(10).ok for each in (first, *others)] == [True] * 5
+        assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize("level", ["model", "", None, 3])
