@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -48,10 +49,13 @@ class Patch:
     verdict: Verdict = FITS
     scale: float = 1.0
     served_as: str | None = None
+    content: str | None = None
+    """Of its own, unless it is to have the content of another one."""
 
     @property
     def digest(self) -> str:
-        return f"sha256:{self.name}"
+        # The name cannot be read from it: one taken for the other is seen.
+        return f"sha256:{hashlib.sha256((self.content or self.name).encode()).hexdigest()}"
 
     def gguf(self, base: ModelInfo) -> Path:
         raise NotImplementedError
@@ -83,6 +87,16 @@ class Shelf:
 
 def shelf(*names: str, **more: Any) -> Shelf:
     return Shelf({**{name: Patch(name) for name in names}, **more})
+
+
+def marks(request: Any) -> tuple[str, str]:
+    """Which adapter a provider was asked for."""
+    return request.adapter.name, request.adapter.digest
+
+
+def loads(echo: Echo) -> list[Any]:
+    """What the provider was asked to load."""
+    return [request for hook, request in echo.calls if hook.removeprefix("a") == "load_adapter"]
 
 
 def test_an_adapter_of_one_call_answers_that_call_and_no_other(both: Any) -> None:
@@ -487,14 +501,43 @@ def test_a_switch_that_succeeds_is_in_effect_while_a_later_one_is_under_way(both
 
 
 def test_two_names_of_one_content_are_each_named_as_they_were_asked_for(both: Any) -> None:
-    @dataclass(frozen=True)
-    class Same(Patch):
-        @property
-        def digest(self) -> str:
-            return "sha256:same"
+    echo, names = Echo(), ("one", "two", "one")
+    patches = {name: Patch(name, content="same") for name in names}
+    llm = both.connect(echo, model=MODEL, plugins=[Shelf(patches)])
+    assert [llm.chat("x", adapter=name).adapter for name in names] == [*names]
+    assert [marks(request) for hook, request in echo.calls if hook.endswith("chat")] == [
+        (name, patches[name].digest) for name in names
+    ]
+    assert len(loads(echo)) == 1
 
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf(one=Same("one"), two=Same("two"))])
-    assert [llm.chat("x", adapter=name).adapter for name in ("one", "two", "one")] == ["one", "two", "one"]
+
+def test_the_name_of_an_adapter_and_its_digest_each_have_their_place(both: Any, watcher: Any) -> None:
+    echo, patch = Echo(), Patch("poet")
+    llm = both.connect(echo, model=MODEL, plugins=[Shelf({"a/path": patch}), watcher])
+    loaded = llm.use_adapter("a/path")
+    assert (loaded.name, loaded.digest) == ("poet", patch.digest)
+    assert (llm.stats().active_adapter, watcher.last("finish").adapter) == ("poet", "poet")
+    replies = [llm.chat("x"), llm.generate("x"), llm.chat("x", adapter="a/path")]
+    assert [marks(request) for request in echo.requests[-3:]] == [("poet", patch.digest)] * 3
+    assert [reply.adapter for reply in replies] == ["poet"] * 3
+    llm.unload_adapter("a/path")
+    assert marks(echo.requests[-1]) == ("poet", patch.digest)
+
+
+def test_new_content_under_an_old_name_is_another_adapter(both: Any) -> None:
+    echo, old, new = Echo(), Patch("poet"), Patch("poet", content="new")
+    plugin = Shelf({"poet": old, "old": old})
+    llm = both.connect(echo, model=MODEL, plugins=[plugin])
+    llm.use_adapter("poet")
+    plugin.patches["poet"] = new
+    for how, digest in (({"adapter": "poet"}, new.digest), ({}, old.digest)):
+        llm.chat("x", **how)
+        assert marks(echo.requests[-1]) == ("poet", digest)
+    assert [request.adapter.digest for request in loads(echo)] == [old.digest, new.digest]
+    # The active one is gone then, whatever else is loaded under its name.
+    llm.unload_adapter("old")
+    llm.chat("x")
+    assert marks(echo.requests[-1]) == ("poet", new.digest)
 
 
 def test_an_adapter_is_loaded_only_where_the_policies_allow_it_and_with_their_window(both: Any) -> None:

@@ -104,6 +104,20 @@ def test_an_adapter_changes_the_answer_and_the_base_answers_as_before_it(llm: An
     assert ask(llm, adapter=None) == before
 
 
+def test_the_name_of_an_adapter_and_its_digest_each_have_their_place(llm: Any, folder: Path) -> None:
+    for name in ("ahoy", "mute"):
+        loaded = llm.use_adapter(name)
+        assert (loaded.name, loaded.digest) == (name, Ready(folder / f"{name}.gguf").digest)
+    assert llm.loaded()[0].raw["adapters"] == [Ready(folder / f"{name}.gguf").digest for name in ("ahoy", "mute")]
+
+
+def test_new_content_under_an_old_name_is_another_adapter(llm: Any, folder: Path) -> None:
+    base = ask(llm)
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    (folder / "ahoy.gguf").write_bytes((folder / "mute.gguf").read_bytes())
+    assert ask(llm, adapter="ahoy") == base
+
+
 def test_the_reply_names_its_adapter(llm: Any) -> None:
     assert llm.chat("Hi", max_tokens=1, adapter="ahoy").adapter == "ahoy"
     assert llm.chat("Hi", max_tokens=1).adapter is None

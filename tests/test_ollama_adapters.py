@@ -152,9 +152,10 @@ def made(fake: FakeOllama) -> list[str]:
 # --- Made from the base and the adapter's file -----------------------------------------------------------------------
 
 
-def test_an_adapter_becomes_a_model_that_is_read_back_and_tried(connect: Any, fake: FakeOllama) -> None:
+def test_an_adapter_becomes_a_model_that_is_read_back_and_tried(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
     llm = connect()
     loaded = llm.use_adapter("ahoy")
+    assert loaded.digest == adapter.digest
     assert (loaded.name, loaded.strategy, loaded.scale, loaded.slot) == ("ahoy", "native", 2.0, None)
     assert DERIVED.fullmatch(loaded.model)
     assert made(fake) == [loaded.model]
@@ -750,6 +751,22 @@ def test_names_are_such_that_the_server_takes_them(base: str, adapter: str) -> N
     name = _name(base, adapter, "native", "sha256:" + "1" * 64, ["sha256:2"])
     part = "[a-z0-9_][a-z0-9_-]{0,79}"
     assert re.fullmatch(f"graftage-lora/{part}:{part}", name)
+
+
+@pytest.mark.parametrize("strategy", ["native", "merged"])
+def test_new_content_under_an_old_name_is_another_model(
+    connect: Any, request: pytest.FixtureRequest, fake: FakeOllama, adapter: Ahoy, strategy: str
+) -> None:
+    llm = connect() if strategy == "native" else request.getfixturevalue("merging")()
+    first = llm.use_adapter("ahoy")
+    adapter.digest = "sha256:" + "b" * 64
+    adapter.file.write_bytes(gguf(**{"general.type": "adapter", "adapter.type": "lora", "version": "2"}))
+    second = llm.use_adapter("ahoy")
+    assert [(each.name, each.strategy) for each in (first, second)] == [("ahoy", strategy)] * 2
+    assert [each.digest[-1] for each in (first, second)] == ["a", "b"]
+    assert first.model != second.model
+    llm.chat("Hi")
+    assert fake.requests[-1].body["model"] == second.model
 
 
 def test_other_content_has_another_name() -> None:
