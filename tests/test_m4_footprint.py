@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGML_QUANT_SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ import graftage_m4
 from graftage.types import ModelInfo
 from graftage_m4 import _plan
 from graftage_m4._footprint import BITS, CACHE_BY_SIZE, GIB, KV_BYTES, Layer, Shape, footprint, read_shape
+from graftage_ollama.testing import Answer, FakeOllama
 
 ASSETS = Path(__file__).parent / "assets" / "m4"
 MEASURED = json.loads((ASSETS / "smollm2-loaded.json").read_text())
@@ -262,8 +264,80 @@ def test_weights_are_estimated_from_parameters_where_no_size_is_told() -> None:
     shape = read_shape(info)
     assert shape is not None
     assert 4.9e9 < shape.weights < 6.2e9
-    assert "estimated from 8.0 billion parameters" in shape.notes[0]
-    assert read_shape(info, 4_920_000_000) == replace(shape, weights=4_920_000_000, notes=(shape.notes[1],))
+    assert "estimated from 8.0 billion parameters of 4.9 bits" in shape.notes[0]
+    listed = read_shape(info, 4_920_000_000)
+    assert listed == replace(shape, weights=4_920_000_000, estimated=False, notes=(shape.notes[1],))
+
+
+def test_a_listed_size_wins_over_a_computed_one() -> None:
+    shape = read_shape(model(*LLAMA_8B, 4.9), 5_100_000_000)
+    assert shape is not None
+    assert shape.weights == 5_100_000_000
+
+
+BLOCK_BITS = {kind.name: size * 8 / numbers for kind, (numbers, size) in GGML_QUANT_SIZES.items()}
+FILES = {
+    "IQ3_XS": "IQ3_XXS",
+    "IQ3_M": "IQ3_S",
+    "IQ2_M": "IQ2_S",
+    "Q2_K_S": "Q2_K",
+    **{
+        f"Q{bits}_K_{kind}": f"Q{bits}_K"
+        for bits in (3, 4, 5)
+        for kind in "SML"
+        if (bits, kind) not in {(4, "L"), (5, "L")}
+    },
+}
+"""Kinds of files that hold several types of tensors, by the type that most of them have."""
+NEVER_A_FILE = {"Q3_K", "Q4_K", "Q5_K", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
+
+
+@pytest.mark.parametrize("kind", sorted({*BLOCK_BITS, *FILES} - NEVER_A_FILE))
+def test_a_quantised_file_takes_what_its_blocks_take_and_a_little_more(kind: str) -> None:
+    block = BLOCK_BITS[FILES.get(kind, kind)]
+    assert block <= BITS[kind] <= block + 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [("INT4", 5), ("INT8", 8.5), ("MXFP4", 4.25), ("MXFP8", 8.25), ("NVFP4", 4.5), ("FP8", 8), ("F8_E4M3", 8),
+     ("F8_E5M2", 8), ("BF16", 16), ("bfloat16", 16), ("float16", 16), ("float32", 32)],
+)  # fmt: skip
+def test_a_type_of_safetensors_has_its_bits(kind: str, bits: float) -> None:
+    for written in (kind.upper(), kind.lower()):
+        shape = read_shape(ModelInfo(name="x:1", quantization=written, tensors={"a": (1000, 1_000_000)}))
+        assert shape is not None
+        assert shape.weights == pytest.approx(1e9 * bits / 8 * 1.25, rel=0.001)
+
+
+BLOCKS = {
+    **{kind.name: block for kind, block in GGML_QUANT_SIZES.items() if kind.name not in {"Q8_1", "Q8_K"}},
+    "INT4": (32, 20), "INT8": (64, 68), "MXFP8": (32, 33), "F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "U8": (1, 1),
+    "U32": (1, 4),
+}  # fmt: skip
+"""Numbers in a block, and its bytes. The two that are left out are never in a file."""
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, "int4", "nvfp4", "mxfp8"])
+def test_tensors_of_ollama_take_what_their_blocks_take(kind: str) -> None:
+    numbers, size = BLOCKS[kind.upper()]
+    shown = {
+        "details": {},
+        "model_info": {"general.architecture": "llama"},
+        "tensors": [{"name": "a", "type": kind, "shape": [256, 1000]}, {"name": "b", "type": "F32", "shape": [10]}],
+    }
+    with FakeOllama() as fake, graftage.connect("ollama", model="smollm2:135m", host=fake.url) as llm:
+        fake.script("/api/show", Answer([shown]))
+        assert llm.show().size == 256_000 // numbers * size + 40
+
+
+@pytest.mark.parametrize("quantization", [None, "", "unknown", "int5", "MXFP6", "Q9_X"])
+def test_a_type_that_is_not_known_is_never_taken_for_16_bits(quantization: str | None) -> None:
+    info = ModelInfo(name="x:1", quantization=quantization, parameters="12.0B", tensors={"a": (12_000_000, 1000)})
+    assert read_shape(info) is None
+    shape = read_shape(info, 7_600_000_000)
+    assert shape is not None
+    assert (shape.weights, shape.estimated) == (7_600_000_000, False)
 
 
 def test_a_model_of_which_nothing_is_known_has_no_shape() -> None:
@@ -302,9 +376,9 @@ def test_a_layer_count_that_cannot_be_costs_no_memory(layers: int) -> None:
 )  # fmt: skip
 def test_a_size_that_cannot_be_is_unknown_and_no_error(facts: dict[str, Any]) -> None:
     assert read_shape(ModelInfo(name="x:1", **facts)) is None
-    shape = read_shape(ModelInfo(name="x:1", **{**facts, "parameters": "8.0B"}))
-    assert shape is not None
-    assert shape.weights == pytest.approx(16e9, rel=0.01)
+    shape = read_shape(ModelInfo(name="x:1", **{"quantization": "Q8_0", **facts, "parameters": "8.0B"}))
+    assert (shape is None) == (facts.get("quantization") == 4), "a type that is no text has no size"
+    assert shape is None or shape.weights == pytest.approx(8e9 * 8.5008 / 8 * 1.25)
 
 
 def test_a_model_whose_heads_are_all_none_is_bounded_by_its_size() -> None:

@@ -20,12 +20,13 @@ import graftage_m4
 from graftage.exceptions import ConnectionFailed, ProviderTimeout, ResourceLimitExceeded
 from graftage.testing import Echo
 from graftage.types import Limits, LimitsQuery, LoadedModel, ModelInfo
-from graftage_m4._footprint import footprint, read_shape
+from graftage_m4._footprint import BITS, footprint, read_shape
 from graftage_m4._ledger import Ledger, server_of
 from graftage_m4._machine import budget_of
 from graftage_m4._policy import LADDER
 from graftage_m4._reactions import Watch
 from graftage_m4._readings import Collector, Output, Reading, Readings
+from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -343,6 +344,143 @@ def test_a_coarser_quantisation_and_a_smaller_window_are_offered_where_they_fit(
         Desk(Mac(16)).ask(hungry)
     assert (caught.value.limit, caught.value.value) == ("context_window", 2048)
     assert Desk(Mac(16), minimum_window=2048).ask(hungry, 2048).context_window == 2048
+
+
+QUANTISED = [
+    ("Q8_0", 8.5), ("Q6_K", 6.6), ("Q5_K_M", 5.7), ("Q4_K_M", 4.9), ("MXFP4", 4.25), ("INT8", 8.5), ("INT4", 5.0),
+    ("IQ3_XXS", 3.3), ("Q2_K", 3.2), ("IQ1_S", 2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [1.0, 1.3], ids=["as its type", "with finer tables"])
+@pytest.mark.parametrize(("quantization", "bits"), QUANTISED)
+def test_a_quantisation_that_is_offered_is_coarser_than_the_one_there_is(
+    quantization: str, bits: float, share: float
+) -> None:
+    billions = 20 * 8 / bits / share
+    large = replace(model("large:1", 20.0, layers=1, billions=billions), quantization=quantization)
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        Desk(Mac(24)).ask(large)
+    for each in caught.value.details["alternatives"]:
+        if each["kind"] == "quantization":
+            assert BITS[each["quantization"]] < bits
+            assert each["bytes"] < caught.value.details["required"]
+
+
+def test_a_refusal_says_what_it_assumes() -> None:
+    untold = ModelInfo(name="large:1", quantization="MXFP8", parameters="40B")
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        Desk(Mac(24)).ask(untold)
+    assert "the weights are estimated from 40.0 billion parameters of 8.2 bits" in caught.value.reason
+
+
+# --- The size of the weights -----------------------------------------------------------------------------------------
+
+
+def mlx(level: str | None, **facts: Any) -> ModelInfo:
+    """A model for Apple silicon as Ollama shows it: its size is not told, and half of its bytes are its parameters."""
+    metadata = {"general.architecture": "gemma4", "gemma4.context_length": 131_072,
+                "general.parameter_count": 3_800_000_000}  # fmt: skip
+    told = {
+        "architecture": "gemma4", "quantization": level, "metadata": metadata,
+        "tensors": {"a": (12_000_000, 1000)}, "raw": {"details": {"format": "safetensors"}}, **facts,
+    }  # fmt: skip
+    return ModelInfo(name="gemma4:12b-mlx", **told)
+
+
+LEVELS = ["int4", "int8", "mxfp4", "mxfp8", "nvfp4", "INT4", "IQ1_S", "IQ2_XXS", "IQ3_M", "TQ1_0", "TQ2_0", "unknown",
+          "fp3_of_tomorrow", "", None]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_model_is_as_large_as_it_is_listed_whatever_its_type(level: str | None) -> None:
+    listed = (ModelInfo(name="other:1", size=1), ModelInfo(name="gemma4:12b-mlx", size=7_600_000_000))
+    limits = Desk(Mac(24, cap=17.76)).ask(mlx(level), 16_384, models=lambda: listed)
+    assert limits.context_window == 16_384
+    assert limits.warnings == ()
+
+
+def test_a_listed_size_is_believed_before_that_of_its_tensors() -> None:
+    with pytest.raises(ResourceLimitExceeded) as caught:
+        Desk(Mac(24)).ask(MIDDLE, models=lambda: (replace(MIDDLE, size=40_000_000_000),))
+    assert caught.value.reason.startswith("weights 40.0 GB")
+
+
+@pytest.mark.parametrize("size", [-1, 384, 900_000_000, 1 << 60])
+def test_a_listed_size_that_cannot_be_is_not_believed(size: int) -> None:
+    listed = (replace(MIDDLE, size=size),)
+    limits = Desk(Mac(16)).ask(MIDDLE, models=lambda: listed)
+    assert limits.context_window == Desk(Mac(16)).ask(MIDDLE).context_window
+    assert limits.warnings == ("What is told of `llama3.1:8b` is odd, and not believed: size.",)
+
+
+NAMES = [
+    ("gemma4", "gemma4:latest"), ("gemma4:latest", "gemma4"), ("Gemma4:12B", "gemma4:12b"),
+    ("registry.ollama.ai/library/gemma4", "gemma4:latest"), ("library/gemma4:12b", "gemma4:12b"),
+    ("gemma4:12b", "registry.ollama.ai/library/gemma4:12b"), ("owner/gemma4", "owner/gemma4:latest"),
+    ("hf.co/owner/gemma4:Q4", "hf.co/owner/gemma4:q4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "listed"), NAMES)
+def test_a_listed_model_is_found_however_its_name_is_written(asked: str, listed: str) -> None:
+    models = (ModelInfo(name=listed, size=7_600_000_000),)
+    limits = Desk(Mac(24)).ask(replace(mlx("unknown"), name=asked), 8192, models=lambda: models)
+    assert limits.context_window == 8192
+    assert limits.warnings == ()
+
+
+def fail() -> Any:
+    raise ProviderTimeout("late", phase="total")
+
+
+UNLISTED = [lambda: None, lambda: (), lambda: (ModelInfo(name="gemma4:12b-mlx"),), fail,
+            lambda: (ModelInfo(name="gemma4:12b-mlx", size=0),),
+            lambda: (ModelInfo(name="gemma4:12b", size=9),)]  # fmt: skip
+
+
+@pytest.mark.parametrize("models", UNLISTED)
+def test_without_a_listed_size_an_assumption_is_stated_or_nothing_is_refused(models: Any) -> None:
+    limits = Desk(Mac(24, cap=17.76)).ask(mlx("int4"), 4096, models=models)
+    assert limits.context_window == 4096
+    assert "estimated from 12.0 billion parameters of 5.0 bits" in limits.warnings[0]
+    limits = Desk(Mac(8)).ask(mlx("unknown"), 65_536, models=models)
+    assert limits.context_window is None
+    assert "not known: nothing that was asked is lowered or refused" in limits.warnings[0]
+
+
+def test_a_list_is_asked_once_for_each_state_of_a_model_and_again_where_it_failed() -> None:
+    asked = []
+
+    def models() -> tuple[ModelInfo, ...] | None:
+        asked.append(1)
+        return (ModelInfo(name="gemma4:12b-mlx", size=7_600_000_000),) if len(asked) > 1 else None
+
+    desk = Desk(Mac(24, cap=17.76))
+    for count in (1, 2, 2, 2):
+        desk.ask(mlx("int4"), 4096, models=models)
+        assert len(asked) == count
+    desk.ask(mlx("int4", modified_at=START), 4096, models=models)
+    assert len(asked) == 3
+
+
+def test_both_clients_take_the_size_from_the_list(both: Any) -> None:
+    shown = {
+        "details": {"format": "safetensors", "quantization_level": "MXFP6"},
+        "model_info": {"general.architecture": "gemma4", "gemma4.context_length": 8192},
+        "tensors": [{"name": "a", "type": "MXFP6", "shape": [144_000, 1000]}],
+    }
+    mac = Mac(16)
+    with FakeOllama() as fake:
+        fake.script("/api/show", Answer([shown]))
+        llm = both.connect(
+            "ollama", model="smollm2:135m", host=fake.url, plugins=[graftage_m4.M4(runner=mac, clock=mac.clock)]
+        )
+        reply = llm.chat("x")
+        assert (reply.limits.context_window, reply.warnings) == (8192, ())
+        assert [seen.path for seen in fake.requests].count("/api/tags") == 1
+        llm.chat("x")
+        assert [seen.path for seen in fake.requests].count("/api/tags") == 1
 
 
 def test_memory_that_others_hold_is_named_as_what_binds() -> None:

@@ -103,11 +103,12 @@ def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[st
 
 def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, Shape]]:
     from graftage_m4._footprint import read_shape  # noqa: PLC0415
+    from graftage_m4._ledger import listed_size  # noqa: PLC0415
 
-    sizes = {info.name: info.size for info in llm.models()}
-    for name in names or list(sizes)[:MOST_MODELS]:
+    models = llm.models()
+    for name in names or [info.name for info in models][:MOST_MODELS]:
         info = llm.show(name)
-        shape = read_shape(info, sizes.get(info.name) or sizes.get(name))
+        shape = read_shape(info, listed_size(models, name, info.name))
         if shape is not None:
             yield name, shape
         else:

@@ -70,13 +70,32 @@ BITS: Final[Mapping[str, float]] = {
     "IQ2_XXS": 2.3824,
     "IQ1_M": 2.146,
     "IQ1_S": 2.0042,
+    "TQ1_0": 1.6875,
+    "TQ2_0": 2.0625,
+    "Q1_0": 1.125,
     "MXFP4": 4.25,
     "NVFP4": 4.5,
+    "Q2_K_S": 2.9697,
+    "MXFP8": 8.25,
+    "INT4": 5.0,
+    "INT8": 8.5,
+    "FP8": 8.0,
+    "F8_E4M3": 8.0,
+    "F8_E5M2": 8.0,
+    "FLOAT32": 32.0,
+    "FLOAT16": 16.0005,
+    "BFLOAT16": 16.0005,
 }
-"""Bits for each weight of a whole file: the table in llama.cpp's `tools/quantize/README.md`, else the block's size."""
+"""Bits for each weight of a whole file: the table in llama.cpp's `tools/quantize/README.md`, else the block's size.
+
+The blocks are those of `gguf.GGML_QUANT_SIZES`. MLX keeps a scale and a bias of 16 bits for 32 numbers of `INT4` and
+for 64 of `INT8`. A whole file in full precision has its type by torch's name.
+"""
 UNKNOWN_WEIGHTS: Final = 1.25
 """Above that where only parameters are counted: tables and projectors are kept finer. It is 1.17 for smollm2:135m,
 1.24 for gpt-oss:20b, 1.25 for gemma3:4b, and hardly above 1 for most."""
+LEAST_BITS: Final = 1
+"""Of each weight: a list that says fewer does not say the size, as of a model that runs elsewhere."""
 
 CACHE_BY_SIZE: Final[tuple[tuple[float, int], ...]] = ((6e9, 144), (12e9, 160), (30e9, 256), (float("inf"), 320))
 """KiB of cache for each token by bytes of weights: the greediest common model of each class, at f16."""
@@ -110,6 +129,10 @@ class Shape:
     vocabulary: int = ASSUMED_VOCABULARY
     trained_window: int | None = None
     parameters: int | None = None
+    bits: float | None = None
+    """Of each weight, as its type says, else as size and parameters do."""
+    estimated: bool = False
+    """Nobody tells the size of the weights: it follows from parameters and type."""
     vision: bool = False
     embeds: bool = False
     """An embedding model: its batch is its window, and it has one slot."""
@@ -285,14 +308,16 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
 
     Args:
         info: what `show_model` told, arrays included.
-        size: bytes of its weights where somebody else knows them, such as a list of models.
+        size: bytes of its weights as a list of models tells them: measured, so that it wins over what `info` says.
     """
     keys = _Keys(info.metadata, _text(info.architecture))
     parameters = keys.checked("parameters", info.metadata.get("general.parameter_count"), MOST_BYTES)
     parameters = parameters or keys.checked("parameters", _spoken(info.parameters), MOST_BYTES)
-    weights, notes = _weights(info, keys, parameters, size)
+    bits = BITS.get(_text(info.quantization).upper())
+    weights, notes = _weights(info, keys, parameters, bits, size)
     if not weights:
         return None
+    estimated = bool(notes)
     layers = _layers(keys, _text(info.architecture))
     if layers is None:
         notes = (*notes, "the cache is estimated from the file's size: the model does not tell its layers")
@@ -306,6 +331,9 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
         vocabulary=vocabulary or ASSUMED_VOCABULARY,
         trained_window=_trained(keys, info),
         parameters=parameters,
+        # Of a safetensors model Ollama tells half of its bytes as parameters.
+        bits=bits or (weights * 8 / parameters if parameters and not _is_mlx(info) else None),
+        estimated=estimated,
         vision="images" in features,
         embeds=keys.value("pooling_type") is not None or features == {"embed"},
         mlx=_is_mlx(info),
@@ -328,21 +356,25 @@ def _text(value: Any) -> str:
 
 
 def _weights(
-    info: ModelInfo, keys: _Keys, parameters: int | None, size: int | None
+    info: ModelInfo, keys: _Keys, parameters: int | None, bits: float | None, size: int | None
 ) -> tuple[int | None, tuple[str, ...]]:
-    if known := keys.checked("size", info.size, MOST_BYTES) or keys.checked("size", size, MOST_BYTES):
+    elements = keys.checked("tensors", sum(map(_product, (info.tensors or {}).values())), MOST_BYTES) or parameters
+    listed = keys.checked("size", size, MOST_BYTES)
+    if listed and listed * 8 < (elements or 0) * LEAST_BITS:
+        keys.odd["size"] = None
+        listed = None
+    if known := listed or keys.checked("size", info.size, MOST_BYTES):
         return known, ()
     if info.path is not None:
         try:
             return info.path.stat().st_size, ()
         except (OSError, ValueError):
             pass
-    elements = keys.checked("tensors", sum(map(_product, (info.tensors or {}).values())), MOST_BYTES) or parameters
-    if not elements:
+    if not elements or not bits:
+        # A type that is not known may have 1 bit or 32: no number is better than a wrong one.
         return None, ()
-    bits = BITS.get(_text(info.quantization).upper())
-    note = f"the weights are estimated from {elements / 1e9:.1f} billion parameters"
-    return int(elements * (bits or BITS["F16"]) / 8 * (UNKNOWN_WEIGHTS if bits else 1)), (note,)
+    note = f"the weights are estimated from {elements / 1e9:.1f} billion parameters of {bits:.1f} bits"
+    return int(elements * bits / 8 * UNKNOWN_WEIGHTS), (note,)
 
 
 def _product(shape: Sequence[int]) -> float:

@@ -6,17 +6,18 @@ import ipaddress
 import os
 import platform
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from graftage.types import ModelInfo
     from graftage_m4._footprint import Shape
     from graftage_m4._scene import Grant, Key, Server
 
-__all__ = ["Ledger", "is_here", "ledger_of", "plain", "remember", "server_of"]
+__all__ = ["Ledger", "is_here", "ledger_of", "listed_size", "plain", "remember", "server_of"]
 
 MOST_REMEMBERED: Final = 512
 PORTS: Final = {"http": 80, "https": 443}
@@ -34,6 +35,8 @@ class Ledger:
         self.promises: dict[Key, int] = {}
         """The largest window that each model was given: its conversations may be as long."""
         self.shapes: dict[Key, Shape] = {}
+        self.listed: dict[Hashable, int | None] = {}
+        """The size of each state of a model by its server's list; `None` where the list lacks it."""
         self.slots: dict[Key, int] = {}
         """The parallel slots that the size of each model gave away when it was last seen."""
         self.on_cpu: set[Key] = set()
@@ -86,7 +89,14 @@ def remember(memory: dict[K, T], key: K, value: T) -> None:
 
 def plain(model: str) -> str:
     """A model's name for comparing."""
-    return model.strip().lower().removesuffix(":latest")
+    name = model.strip().lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return name.removesuffix(":latest")
+
+
+def listed_size(models: Iterable[ModelInfo], *names: str) -> int | None:
+    """Bytes of a model in a list, however its name is written there and here."""
+    wanted = {plain(name) for name in names}
+    return next((each.size for each in models if each.size and plain(each.name) in wanted), None)
 
 
 def is_here(address: str) -> bool:

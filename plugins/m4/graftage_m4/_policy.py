@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from graftage.exceptions import ConnectionFailed, GraftageError, ResourceLimitExceeded
 from graftage.types import Limits
 from graftage_m4._footprint import GIB, MOST_NUMBER, RUNTIME, Footprint, Shape, count_of, footprint, read_shape
-from graftage_m4._ledger import Ledger, plain, remember, server_of
+from graftage_m4._ledger import Ledger, listed_size, plain, remember, server_of
 from graftage_m4._machine import budget_of, gb
 from graftage_m4._reactions import UNSEEN, Watch
 from graftage_m4._readings import Collector
@@ -80,14 +80,27 @@ class Policy:
             ResourceLimitExceeded: it must not run, or not now.
         """
         info, loaded = _told(query.model_info), _told(query.loaded_models)
+        size = self._listed_size(query, info) if info is not None else None
         with self.ledger.lock:
-            scene = self._scene(query, info, loaded)
+            scene = self._scene(query, info, size, loaded)
             return scene if isinstance(scene, Limits) else self._decide(scene)
 
     # --- What is the case --------------------------------------------------------------------------------------------
 
+    def _listed_size(self, query: LimitsQuery, info: ModelInfo) -> int | None:
+        """Bytes of a model by its server's list, which is asked once for each state of the model."""
+        key = _key(server_of(query.provider, query.address), query.model)
+        state = (key, info.digest, info.modified_at, info.size)
+        if state not in self.ledger.listed:
+            models = _told(query.models)
+            if models is None:
+                return None
+            with self.ledger.lock:
+                remember(self.ledger.listed, state, listed_size(models, query.model, info.name))
+        return self.ledger.listed.get(state)
+
     def _scene(
-        self, query: LimitsQuery, info: ModelInfo | None, loaded: tuple[LoadedModel, ...] | None
+        self, query: LimitsQuery, info: ModelInfo | None, size: int | None, loaded: tuple[LoadedModel, ...] | None
     ) -> Scene | Limits:
         """Everything to decide on, or the answer where too little is known to decide."""
         static = self.collector.static()
@@ -99,7 +112,7 @@ class Policy:
         server = server_of(query.provider, query.address)
         self.ledger.ask_later(server, query.address, query.in_use)
         key = _key(server, query.model)
-        shape = self._shape(key, info)
+        shape = self._shape(key, info, size)
         if shape is None:
             return _of_unknown(query, self.settings)
         told = [self._believed(server, each) for each in loaded or ()]
@@ -132,8 +145,8 @@ class Policy:
             settings=self.settings,
         )
 
-    def _shape(self, key: Key, info: ModelInfo | None) -> Shape | None:
-        shape = read_shape(info) if info is not None else None
+    def _shape(self, key: Key, info: ModelInfo | None, size: int | None) -> Shape | None:
+        shape = read_shape(info, size) if info is not None else None
         if shape is not None:
             remember(self.ledger.shapes, key, shape)
         return self.ledger.shapes.get(key)
@@ -497,6 +510,8 @@ def _doubts(scene: Scene) -> Iterator[str]:
     """What to say of a server that does not tell all, or tells what cannot be."""
     if not scene.seen:
         yield "The server does not tell what it has in memory: one model is used at a time."
+    if scene.shape.estimated:
+        yield f"The server does not tell the size of `{scene.query.model}`: {scene.shape.notes[0]}."
     if scene.shape.odd:
         yield f"What is told of `{scene.query.model}` is odd, and not believed: {', '.join(scene.shape.odd)}."
     if scene.odd:

@@ -69,7 +69,7 @@ def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> Resource
         limit="context_window" if smaller else "memory",
         value=smaller or room.bytes,
         reason=f"weights {gb(needs.weights)}, cache {gb(needs.cache)}, working memory "
-        f"{gb(needs.total - needs.weights - needs.cache)}",
+        f"{gb(needs.total - needs.weights - needs.cache)}{''.join(f'; {note}' for note in needs.notes)}",
         details={
             "retryable": later,
             "retry_after": 30.0 if later else None,
@@ -98,11 +98,10 @@ def _smaller_windows(scene: Scene, window: int, room: int) -> Iterator[Alternati
 
 
 def _quantizations(scene: Scene, window: int, room: int) -> Iterator[Alternative]:
-    parameters = scene.shape.parameters
-    for name in QUANTIZATIONS if parameters else ():
-        weights = int((parameters or 0) * BITS[name] / 8)
-        coarser = replace(scene, shape=replace(scene.shape, weights=weights))
-        if weights < scene.shape.weights and coarser.footprint(window).total <= room:
+    shape, bits = scene.shape, scene.shape.bits or 0
+    for name in (each for each in QUANTIZATIONS if BITS[each] < bits):
+        coarser = replace(scene, shape=replace(shape, weights=int(shape.weights * BITS[name] / bits)))
+        if coarser.footprint(window).total <= room:
             yield {"kind": "quantization", "quantization": name, "bytes": coarser.footprint(window).total}
             return
 

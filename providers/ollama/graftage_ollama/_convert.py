@@ -108,11 +108,38 @@ BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
     "Q4_K": (256, 144),
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
+    "IQ1_S": (256, 50),
+    "IQ1_M": (256, 56),
+    "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98),
+    "IQ3_S": (256, 110),
     "IQ4_NL": (32, 18),
     "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
+    "Q1_0": (128, 18),
     "MXFP4": (32, 17),
+    "NVFP4": (64, 36),
+    "I8": (1, 1),
+    "I16": (1, 2),
+    "I32": (1, 4),
+    "I64": (1, 8),
+    "F64": (1, 8),
+    "INT4": (32, 20),
+    "INT8": (64, 68),
+    "MXFP8": (32, 33),
+    "F8_E4M3": (1, 1),
+    "F8_E5M2": (1, 1),
+    "U8": (1, 1),
+    "U32": (1, 4),
 }
-"""Numbers in a block of each type, and its bytes: the table in ggml's `ggml.c`, also `gguf.GGML_QUANT_SIZES`."""
+"""Numbers in a block of each type, and its bytes: the table in ggml's `ggml.c`, also `gguf.GGML_QUANT_SIZES`.
+
+Below those, the types of safetensors models: Ollama's `x/server/show.go` tells the shapes without the scales, and MLX
+keeps a scale and a bias of 16 bits for 32 numbers of `INT4` and for 64 of `INT8`, a scale of 8 bits for 32 of `MXFP8`.
+"""
 HEAD_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
 """Ollama writes "for ever" as some date in that century."""
