@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import importlib
 import os
+import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,19 @@ pytest_plugins = ["graftage.testing.plugin", "engine_fixtures"]
 PATIENCE = 60.0
 """Seconds until a test that should have ended long ago fails instead of hanging."""
 
+LONG = 600.0
+"""Seconds for a test that may have to fetch a model and start an engine, or to wait for the one real server."""
+
 # The gate says the same of the same code each time, on a slow machine too. `--hypothesis-profile=search` looks further.
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("gate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("engine") or item.get_closest_marker("live"):
+            item.add_marker(pytest.mark.timeout(LONG))
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +78,17 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 @pytest.fixture(autouse=True)
 def _free(free_waiting: None) -> None:
     """Waits between attempts are free."""
+
+
+@pytest.fixture
+def heed_ctrl_c() -> Iterator[None]:
+    """Programs that the test starts heed Ctrl-C, though the tests may run where it is ignored.
+
+    A job in the background (`pytest &` in a script, `nohup`) ignores it, and what it starts inherits that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

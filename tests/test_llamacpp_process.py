@@ -240,7 +240,7 @@ print(llm.loaded()[0].raw["pid"], flush=True)
 
 
 @pytest.fixture
-def parent(engine_store: Path) -> Iterator[Any]:
+def parent(engine_store: Path, heed_ctrl_c: None) -> Iterator[Any]:
     """Starts a host that has an engine; gives the host, and the engine's process."""
     started: list[tuple[subprocess.Popen[str], int]] = []
 

@@ -109,7 +109,7 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
+def shell(tmp_path: Path, heed_ctrl_c: None) -> Iterator[Shell]:
     ours = (
         "GRAFTAGE_",
         "OLLAMA_",
