@@ -404,7 +404,7 @@ HEAVY = {
     "asyncio",
     "httpcore",
     "httpx",
-    "importlib_metadata",
+    "importlib.metadata",
     "loguru",
     "numpy",
     "ollama",

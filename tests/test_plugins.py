@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -733,3 +736,138 @@ def test_a_resolver_that_knows_the_adapter_to_be_wrong_ends_the_search(both: Any
 def test_a_plugin_that_cannot_list_its_adapters_hides_nobody_elses(both: Any) -> None:
     llm = both.connect(Echo(), model=MODEL, plugins=[FailingResolver(OSError("disk on fire")), Resolver()])
     assert [each.name for each in llm.adapters()] == ["bonsai"]
+
+
+# --- Damaged metadata ------------------------------------------------------------------------------------------------
+
+CLAIM = b"[graftage.plugins]\nill = ill\n"
+NOT_TEXT = b"[console_scripts]\nf\xe9 = a\n"
+STRANGERS: dict[str, bytes | None] = {
+    "a line without a value": b"[console_scripts]\nfoo\n",
+    "Latin-1": NOT_TEXT,
+    "UTF-16": "[console_scripts]\nfoo = a\n".encode("utf-16"),
+    "zero bytes": b"\0\0\0\n[\0]\n\0 = \0\n",
+    "no section": b"foo = a\n",
+    "a section that is not closed": b"[console_scripts\nfoo = a\n",
+    "the same section and name twice": b"[a]\nb = c\nb = c\n[a]\nb = d\n",
+    "no reference": b"[console_scripts]\nfoo = 1+1\n",
+    "a folder in its place": None,
+    "our section without entries": b"[graftage.plugins]\n\n[graftage.providers]\n",
+    "our section with an entry that has no name": b"[graftage.providers]\n= a\n",
+}
+CLAIMS = {
+    "not UTF-8": (NOT_TEXT + CLAIM, "entry_points.txt that is not UTF-8"),
+    "no value": (b"[graftage.plugins]\nill\n", "could not be imported: "),
+    "no reference": (b"[graftage.plugins]\nill = 1+1\n", "could not be imported: "),
+    "a zero byte": (b"[graftage.plugins]\nill = i\0l\n", "could not be imported: "),
+    "claimed twice": (b"[graftage.plugins]\nill = a\nill = b\n", "claimed by graftage-ill 1.0 and graftage-ill 1.0"),
+}
+READABLE = {
+    "a mark of byte order": b"\xef\xbb\xbf" + CLAIM,
+    "line ends of Windows": CLAIM.replace(b"\n", b"\r\n"),
+    "comments": b"# one\n; two\n[graftage.plugins]\n; ill = no\n# ill = no\nill = ill\n",
+    "the same line twice": CLAIM + b"ill = ill\n",
+    "other lines that make no sense": b"foo\n[x\n" + CLAIM,
+}
+
+
+def damage(site: Any, distribution: str, entry_points: bytes | None) -> None:
+    """Put something else in the place of a distribution's entry points."""
+    (file,) = site.folder.glob(f"{distribution.replace('-', '_')}-*.dist-info/entry_points.txt")
+    if entry_points is None:
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(entry_points)
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_damaged_metadata_of_a_stranger_harms_nobody(site: Any, both: Any, case: str) -> None:
+    site.add("a-stranger")
+    damage(site, "a-stranger", STRANGERS[case])
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+    assert not any(entry.distribution == "a-stranger" for entry in Catalog().entries)
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_damaged_metadata_of_a_stranger_does_not_stop_a_program_at_its_start(site: Any, case: str) -> None:
+    site.add("a-stranger")
+    damage(site, "a-stranger", STRANGERS[case])
+    program = (
+        "import graftage; from graftage.testing import Echo; print(graftage.connect(Echo(), model='m').chat('hi').text)"
+    )
+    # Libraries that ours stands on read all metadata, too, once in a process: so this needs one of its own.
+    path = os.pathsep.join([str(site.folder), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("hi\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_damaged_metadata_of_a_plugin_quarantines_it_alone(site: Any, both: Any, case: str) -> None:
+    source, message = CLAIMS[case]
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": OBSERVER})
+    site.add("graftage-eye", plugins={"eye": "eye_plugin"}, modules={"eye_plugin": OBSERVER})
+    damage(site, "graftage-ill", source)
+    with left_out("ill"):
+        both.connect(Echo(), model=MODEL).chat("x")
+    entries = {entry.name: entry for entry in Catalog().inspect_all() if entry.kind == "plugin"}
+    assert (entries["ill"].state, entries["eye"].state) == ("quarantined", "loaded")
+    assert message in str(entries["ill"].error)
+    assert "ill" not in site.imported()
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_entry_points_are_read_as_people_write_them(site: Any, case: str) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": OBSERVER})
+    damage(site, "graftage-ill", READABLE[case])
+    assert entry_named("ill").state == "loaded"
+
+
+@pytest.mark.parametrize("metadata", ["", "Version: 1.0\n", "Name: graftage-oak\n"])
+def test_a_damaged_rest_of_a_provider_does_not_stand_in_the_way_of_a_whole_one(
+    site: Any, both: Any, metadata: str
+) -> None:
+    # As an update leaves it that was cut short. Some of the names come before the whole one's, and some after.
+    for version in ("0.9", "1.1"):
+        site.add("graftage-oak", version=version, providers={"oak": "no_such_module"}, metadata=metadata)
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+
+
+def test_a_distribution_that_comes_first_hides_the_entry_points_of_its_older_self(
+    site: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    site.add("graftage-oak", plugins={"oak": "oak_plugin"}, modules={"oak_plugin": OBSERVER})
+    newer = tmp_path / "newer"
+    (newer / "graftage_oak-2.0.dist-info").mkdir(parents=True)
+    (newer / "graftage_oak-2.0.dist-info" / "METADATA").write_text("Name: Graftage.Oak\nVersion: 2.0\n")
+    monkeypatch.syspath_prepend(newer)
+    assert "oak" not in Catalog().names()
+
+
+@pytest.mark.parametrize("folder", [5, b"bytes", None, "/no/such/folder", __file__, ""])
+def test_a_search_path_with_something_strange_in_it_is_read_all_the_same(
+    site: Any, both: Any, monkeypatch: Any, folder: Any
+) -> None:
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    monkeypatch.setattr(sys, "path", [folder, *sys.path])
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no archive"])
+def test_a_broken_archive_on_the_search_path_harms_nobody(
+    site: Any, both: Any, monkeypatch: Any, tmp_path: Path, content: bytes
+) -> None:
+    for name in ("old.egg", "new.zip", "linked.egg-link"):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.syspath_prepend(tmp_path / name)
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"

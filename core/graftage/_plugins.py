@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pluggy
 
 import graftage
-from graftage._values import entry_points, identity
+from graftage._values import EntryPoint, entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
 if TYPE_CHECKING:
-    from importlib_metadata import EntryPoint
     from packaging.requirements import Requirement
 
 __all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
@@ -74,7 +73,9 @@ class Catalog:
         self._disabled = {name.strip() for name in disabled.split(",") if name.strip()}
         self._given = [self._admit_object(each) for each in {id(each): each for each in objects}.values()]
         taken = {(entry.kind, entry.name) for entry in self._given}
-        self.entries = [*self._given, *(each for each in self._discover() if (each.kind, each.name) not in taken)]
+        found = [each for each in self._discover() if (each.kind, each.name) not in taken]
+        # What is damaged comes last: it must not stand in the way of another one of its name.
+        self.entries = [*self._given, *sorted(found, key=lambda each: each.state == "quarantined")]
         self._mark_conflicts()
         for entry in self._given:
             if entry.error is not None:
@@ -147,7 +148,10 @@ class Catalog:
     def _found(self, kind: Kind, point: EntryPoint) -> Entry:
         name, version = identity(point.dist)
         state: State = "disabled" if point.name in self._disabled else "available"
-        return Entry(name=point.name, kind=kind, distribution=name, version=version, state=state, entry_point=point)
+        entry = Entry(name=point.name, kind=kind, distribution=name, version=version, state=state, entry_point=point)
+        if state == "available" and (damage := _damage(entry)):
+            self._quarantine(entry, _load_error(entry, damage, REINSTALL))
+        return entry
 
     def _admit_object(self, plugin: object) -> Entry:
         kind: Kind = "provider" if is_provider(plugin) else "plugin"
@@ -156,8 +160,9 @@ class Catalog:
         return entry
 
     def _mark_conflicts(self) -> None:
-        for entry in self.entries:
-            rivals = [each for each in self.entries if (each.kind, each.name) == (entry.kind, entry.name)]
+        sound = [entry for entry in self.entries if entry.state != "quarantined"]
+        for entry in sound:
+            rivals = [each for each in sound if (each.kind, each.name) == (entry.kind, entry.name)]
             # Provider objects are told apart by identity: a chain may have two of one kind.
             given = entry.kind == "provider" and entry.entry_point is None
             if len(rivals) > 1 and entry.state != "disabled" and not given:
@@ -244,6 +249,12 @@ def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
     )
 
 
+def _damage(entry: Entry) -> str | None:
+    """What is wrong with the metadata of a distribution, where something is."""
+    unnamed = None if entry.distribution and entry.version else "has metadata without a name or a version"
+    return (entry.entry_point.damage if entry.entry_point else None) or unnamed
+
+
 def _check_core(entry: Entry) -> None:
     """Refuse a plugin whose metadata asks for another Graftage: pip leaves such pairs installed."""
     from packaging import requirements, utils  # noqa: PLC0415 - only when something is loaded
@@ -255,8 +266,8 @@ def _check_core(entry: Entry) -> None:
         asked = dist.requires or ()
     except Exception as error:  # what is wrong with a file is not one kind of error
         raise _load_error(entry, f"has broken metadata: {_in_words(error)}", REINSTALL) from error
-    if entry.distribution is None or entry.version is None:
-        raise _load_error(entry, "has metadata without a name or a version", REINSTALL)
+    if damage := _damage(entry):
+        raise _load_error(entry, damage, REINSTALL)
     for text in asked:
         try:
             wanted = requirements.Requirement(text)

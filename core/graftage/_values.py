@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
 import re
 import stat
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from importlib_metadata import EntryPoint
+    from collections.abc import Iterator
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
@@ -111,12 +111,40 @@ def _from_text(text: str) -> float | None:
 # --- What is installed: the one place that reads metadata ------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class EntryPoint:
+    """What a distribution offers under a name, read from its metadata."""
+
+    group: str
+    name: str
+    value: str
+    dist: Any
+    damage: str | None = None
+    """Why the file that it stands in cannot be trusted."""
+
+    def load(self) -> Any:
+        """Import it.
+
+        Raises:
+            Exception: whatever its import raises, or that its value is no reference.
+        """
+        from importlib import metadata  # noqa: PLC0415 - `import graftage` must stay light
+
+        ready_pydantic()
+        point: Any = metadata.EntryPoint(self.name, self.value, self.group)
+        return point.load()
+
+
 def entry_points(*groups: str) -> tuple[EntryPoint, ...]:
     """The entry points of some groups, read from metadata: nothing is imported.
 
-    They are read again when something has been installed, which changes its folder.
+    They are read again when something has been installed, which changes its folder. Each distribution is read by
+    itself: `importlib.metadata.entry_points` gives none at all where the files of a single one are damaged.
     """
-    return _entry_points(groups, tuple((each, _changed(each)) for each in sys.path))
+    # Python imports from nothing but text, and a folder that is named twice is one.
+    path: list[Any] = sys.path
+    folders = dict.fromkeys(each for each in path if isinstance(each, str))
+    return _entry_points(groups, tuple((each, _changed(each)) for each in folders))
 
 
 def _changed(folder: str) -> int | None:
@@ -127,32 +155,64 @@ def _changed(folder: str) -> int | None:
 
 
 @functools.lru_cache(maxsize=4)
-def _entry_points(groups: tuple[str, ...], folders: object) -> tuple[EntryPoint, ...]:  # noqa: ARG001 - part of the key
-    import importlib_metadata  # noqa: PLC0415 - `import graftage` must stay light
+def _entry_points(groups: tuple[str, ...], folders: tuple[tuple[str, int | None], ...]) -> tuple[EntryPoint, ...]:
+    found: dict[Any, list[EntryPoint]] = {}
+    for folder, _ in folders:
+        for dist in _distributions(path=[folder]):
+            if not _points_of(dist, groups):
+                continue
+            # What counts is what an import would find: the first of that name, whether it has entry points or not.
+            name = _plain_name(dist)
+            first = next((each for each in _distributions(name=name) if _plain_name(each) == name), dist)
+            found.setdefault(name or id(dist), _points_of(first if name else dist, groups))
+    return tuple(point for group in groups for points in found.values() for point in points if point.group == group)
 
+
+def _distributions(**where: Any) -> Iterator[Any]:
+    """What is installed, in the order of an import, as far as the folders can be read."""
+    from importlib import metadata  # noqa: PLC0415 - `import graftage` must stay light
+
+    with contextlib.suppress(Exception):  # What is wrong with a stranger's folder or archive is not one kind of error.
+        yield from metadata.distributions(**where)
+
+
+def _points_of(dist: Any, groups: tuple[str, ...]) -> list[EntryPoint]:
+    """The entry points of one distribution. A malformed one is left to fail when it is loaded."""
+    damage = None
     try:
-        every = importlib_metadata.entry_points()
-        return tuple(point for group in groups for point in every.select(group=group))
-    except ValueError:  # The last release for Python 3.10 refuses all of them for one that is malformed.
-        distributions = {each.name: each for each in reversed(list(importlib_metadata.distributions()))}
-        return tuple(point for group in groups for each in distributions.values() for point in _points_of(each, group))
+        text = dist.read_text("entry_points.txt") or ""
+    except UnicodeDecodeError as error:
+        text, damage = error.object.decode(errors="replace"), "has an entry_points.txt that is not UTF-8"
+    except Exception:  # noqa: BLE001 - it cannot be read, so nobody can say what it offers
+        return []
+    if not any(group in text for group in groups):
+        return []
+    section, found = "", {}
+    for line in map(str.strip, text.removeprefix("\ufeff").splitlines()):
+        name, _, value = (part.strip() for part in line.partition("="))
+        if line.startswith("[") and line.endswith("]"):
+            section = line[1:-1].strip()
+        elif section in groups and name and not name.startswith(("#", ";")):
+            found[section, name, value] = EntryPoint(section, name, value, dist, damage)
+    return list(found.values())
 
 
-def _points_of(dist: Any, group: str) -> Iterable[EntryPoint]:
-    """The entry points of one distribution; a malformed reference is left to fail when it is loaded."""
-    import configparser  # noqa: PLC0415 - hardly ever needed
-    import importlib.metadata  # noqa: PLC0415
+def _plain_name(dist: Any) -> str | None:
+    """The name of a distribution for comparing; None where its metadata is damaged."""
+    name, version = identity(dist)
+    return re.sub(r"[-_.]+", "-", name).lower() if name and version else None
 
-    config = configparser.ConfigParser(delimiters="=", interpolation=None, strict=False)
-    config.optionxform = str  # type: ignore[method-assign, assignment] # names keep their case
-    try:
-        config.read_string(dist.read_text("entry_points.txt") or "")
-    except configparser.Error:
-        return
-    for name, value in config.items(group) if config.has_section(group) else ():
-        point: Any = importlib.metadata.EntryPoint(name, value, group)
-        point.dist = dist
-        yield point
+
+def ready_pydantic() -> None:
+    """Let pydantic be imported and used, whatever is installed.
+
+    At the first type of a process it looks for plugins of its own, and fails, once, where the metadata of any
+    distribution is damaged.
+    """
+    with contextlib.suppress(Exception):
+        from pydantic import TypeAdapter  # noqa: PLC0415 - `import graftage` must stay light
+
+        TypeAdapter(None)
 
 
 def identity(dist: Any) -> tuple[str | None, str | None]:

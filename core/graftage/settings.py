@@ -24,13 +24,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-
-from graftage._values import keep_alive_seconds, read_file, user_path
+from graftage._values import keep_alive_seconds, read_file, ready_pydantic, user_path
 from graftage.exceptions import SettingsError
 from graftage.types import Timeouts
+
+ready_pydantic()
+
+from pydantic import Field, SecretStr, ValidationError, field_validator  # noqa: E402 - it must be ready
+from pydantic.fields import FieldInfo  # noqa: E402
+from pydantic_settings import (  # noqa: E402
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
 from graftage._cli import show
 from graftage._cli.errors import Reporting
-from graftage._values import entry_points, identity
+from graftage._values import EntryPoint, entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
-
-if TYPE_CHECKING:
-    from importlib_metadata import EntryPoint
 
 __all__ = ["Commands"]
 
