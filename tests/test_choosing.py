@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 
 import graftage
 from graftage.exceptions import (
@@ -33,6 +34,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
+from graftage.settings import Settings
 from graftage.testing import Echo, Pause
 from graftage.types import AdapterInfo, Chunk, Timeouts, Verdict
 from graftage_ollama.testing import Answer, FakeOllama
@@ -783,3 +785,173 @@ def test_a_real_dead_server_is_skipped(both: Any) -> None:
     reply = both.connect(["ollama:smollm2:135m", Echo(["fine"])], model=MODEL).chat("x")
     assert reply.provider == "echo"
     assert re.fullmatch(r"`ollama:.*` was skipped: .*127\.0\.0\.1.*", reply.warnings[0])
+
+
+# --- Settings of a chain's members -----------------------------------------------------------------------------------
+
+SECRET = "sk-for-one-of-them"
+
+
+class Guarded(Settings):
+    token: SecretStr | None = None
+
+
+class Guarding(Echo):
+    name = "guarding"
+
+    @hookimpl
+    def settings_model(self) -> type[Settings]:
+        return Guarded
+
+
+def given(echo: Echo) -> Any:
+    """The settings that a provider was connected with."""
+    return next(request.settings for hook, request in echo.calls if hook == "connect")
+
+
+SHARED: dict[str, tuple[dict[str, Any], dict[str, str], str, tuple[str, str]]] = {
+    "an argument api_key": ({"api_key": SECRET}, {}, "", ("api_key", "argument")),
+    "an argument host": ({"host": f"http://{SECRET}@gpu"}, {}, "", ("host", "argument")),
+    "an argument headers": ({"headers": {"X-Key": SECRET}}, {}, "", ("headers", "argument")),
+    "a mapping": ({"settings": {"api_key": SECRET}}, {}, "", ("api_key", "the `settings` mapping")),
+    "an object": ({"settings": Settings(api_key=SecretStr(SECRET))}, {}, "", ("api_key", "the `settings` mapping")),
+    "a variable": ({}, {"GRAFTAGE_API_KEY": SECRET}, "", ("api_key", "environment GRAFTAGE_API_KEY")),
+    "a variable with the host": ({}, {"GRAFTAGE_HOST": SECRET}, "", ("host", "environment GRAFTAGE_HOST")),
+    "a variable with JSON": (
+        {},
+        {"GRAFTAGE_HEADERS": f'{{"X-Key": "{SECRET}"}}'},
+        "",
+        ("headers", "environment GRAFTAGE_HEADERS"),
+    ),
+    "a variable with a part": (
+        {},
+        {"GRAFTAGE_HEADERS__X_KEY": SECRET},
+        "",
+        ("headers", "environment GRAFTAGE_HEADERS__X_KEY"),
+    ),
+    "a variable of the host's own": (
+        {"env_prefix": "TREES"},
+        {"TREES_API_KEY": SECRET},
+        "",
+        ("api_key", "environment TREES_API_KEY"),
+    ),
+    "the top of the file": ({}, {}, f"api_key = '{SECRET}'", ("api_key", "FILE")),
+    "a table at the top of the file": ({}, {}, f"headers.X-Key = '{SECRET}'", ("headers", "FILE")),
+}
+
+
+@pytest.mark.parametrize("names", [("guarding", "echo"), ("echo", "guarding"), ("echo", "echo")])
+@pytest.mark.parametrize("case", SHARED)
+def test_a_key_or_an_address_for_a_whole_chain_is_refused(
+    both: Any, monkeypatch: Any, tmp_path: Path, case: str, names: tuple[str, str]
+) -> None:
+    arguments, variables, text, (key, source) = SHARED[case]
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("TREES_CONFIG" if "env_prefix" in arguments else "GRAFTAGE_CONFIG", f"{tmp_path}/settings.toml")
+    members = [Guarding() if name == "guarding" else Echo() for name in names]
+    with pytest.raises(SettingsError, match=f"`{key}`.*every member") as caught:
+        both.opened(members, model=MODEL, **arguments)
+    assert (caught.value.key, caught.value.source) == (key, source.replace("FILE", f"{tmp_path}/settings.toml"))
+    assert caught.value.hint
+    assert SECRET not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
+    assert [member.connections for member in members] == [[], []]
+
+
+def test_a_key_for_everyone_is_refused_where_a_member_has_none_of_its_own(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", "its own")
+    monkeypatch.setenv("GRAFTAGE_API_KEY", SECRET)
+    with pytest.raises(SettingsError, match=r"`api_key` \(environment GRAFTAGE_API_KEY\).*every member"):
+        both.opened([Guarding(), Echo()], model=MODEL)
+    members = [Guarding(), Guarding()]
+    both.opened(members, model=MODEL)
+    assert [given(each).api_key for each in members] == [SecretStr("its own")] * 2
+
+
+def test_a_secret_of_the_providers_own_is_for_one_member_too(both: Any) -> None:
+    with pytest.raises(SettingsError, match=r"`token`.*every member"):
+        both.opened([Guarding(), Guarding()], model=MODEL, token=SECRET)
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_list_of_one_takes_what_one_provider_takes(both: Any, monkeypatch: Any, tmp_path: Path, case: str) -> None:
+    arguments, variables, text, (key, _) = SHARED[case]
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("TREES_CONFIG" if "env_prefix" in arguments else "GRAFTAGE_CONFIG", f"{tmp_path}/settings.toml")
+    echo = Echo()
+    both.opened([echo], model=MODEL, **arguments)
+    assert getattr(given(echo), key)
+
+
+@pytest.mark.parametrize(
+    "nothing", [{"api_key": None}, {"host": None}, {"headers": {}}, {"api_key": ""}, {"settings": {"api_key": None}}]
+)
+def test_nothing_for_everyone_is_not_refused(both: Any, nothing: dict[str, Any]) -> None:
+    assert both.connect([Echo(["one"]), Echo()], model=MODEL, **nothing).chat("x").text == "one"
+
+
+def test_what_is_no_secret_reaches_every_member(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_ATTEMPTS", "1")
+    transport = object()
+    members = [Echo(), Guarding()]
+    both.opened(members, model=MODEL, transport=transport, keep_alive="5m")
+    for member in members:
+        assert (given(member).attempts, given(member).keep_alive) == (1, 300)
+        assert given(member).transport is transport
+
+
+def test_a_key_reaches_the_member_that_it_is_named_for(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("[guarding]\nhost = 'gpu'\n[guarding.headers]\nX-A = 'a'\n")
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path / "settings.toml"))
+    monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", SECRET)
+    first, second = Guarding(), Echo()
+    both.opened([first, second], model=MODEL)
+    assert (given(first).host, given(first).api_key, list(given(first).headers)) == ("gpu", SecretStr(SECRET), ["X-A"])
+    assert (given(second).host, given(second).api_key, given(second).headers) == (None, None, {})
+
+
+def test_the_servers_own_variable_reaches_its_member_alone(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", SECRET)
+    monkeypatch.setenv("OLLAMA_HOST", DEAD)
+    echo = Echo()
+    llm = both.opened(["ollama:m", echo], model=MODEL)
+    assert llm.members[0].address == DEAD
+    assert given(echo).api_key is None
+
+
+def test_a_member_may_have_settings_and_a_model_of_its_own(both: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTAGE_ECHO_HOST", "elsewhere")
+    first, second, third = Echo(), Echo(), Echo()
+    own = {"host": "gpu", "api_key": SECRET, "headers": {"X-Key": SECRET}, "attempts": 2, "model": "own:1"}
+    llm = both.opened([(first, own), second, (third, {})], model=MODEL, attempts=1)
+    assert [each.model for each in llm.members] == ["own:1", MODEL, MODEL]
+    assert [given(each).attempts for each in (first, second, third)] == [2, 1, 1]
+    assert [given(each).host for each in (first, second, third)] == ["gpu", "elsewhere", "elsewhere"]
+    assert [given(each).api_key for each in (first, second, third)] == [SecretStr(SECRET), None, None]
+    assert "model" in own
+
+
+def test_a_member_by_name_may_have_settings_of_its_own(both: Any) -> None:
+    with FakeOllama(models=["smollm2:135m"], reply="the server answers") as fake:
+        members = [("ollama:smollm2:135m", {"host": DEAD}), ("ollama", {"host": fake.url, "model": "smollm2:135m"})]
+        reply = both.connect(members).chat("x")
+    assert (reply.text, len(reply.warnings)) == ("the server answers", 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        ({"api_kye": SECRET}, SettingsError, r"`api_kye` \(argument of the member\).*`api_key`"),
+        ({"attempts": 0}, SettingsError, r"`attempts` \(argument of the member\)"),
+        ({5: 5}, SettingsError, "`5`"),
+        ({"model": " "}, RequestRejected, "`model` is empty"),
+        ({"model": 5}, RequestRejected, "`model`"),
+    ],
+)
+def test_wrong_settings_of_a_member_are_told(both: Any, own: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        both.opened([(Echo(), own), Echo()], model=MODEL)
+    assert SECRET not in str(caught.value)

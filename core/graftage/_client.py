@@ -59,7 +59,9 @@ def connect(
 
     Args:
         provider: a provider's name, `"provider:model"`, a plugin object, or a list of these: a fallback chain, whose
-            next member is asked where the one before could not begin to answer. None or `"auto"` is the one that
+            next member is asked where the one before could not begin to answer. A member may be a pair of one of
+            these and a mapping of its own `model` and settings, `("ollama", {"host": "gpu:11434"})`; what is secret
+            and `host` are refused where every member would get them. None or `"auto"` is the one that
             `GRAFTAGE_PROVIDER` or the settings file names, else Ollama where it answers with the wanted model, else
             the embedded provider; that is settled once, on entering the client or at its first call.
         model: what calls ask when they name no model.

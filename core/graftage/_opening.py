@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from graftage._arguments import check_model
@@ -74,14 +75,17 @@ class Opening:
         wish = self._wish
         self._check_names()
         self._sources = Sources.of(wish.env_prefix, wish.settings if isinstance(wish.settings, (str, Path)) else None)
-        wanted = wish.provider if isinstance(wish.provider, (list, tuple)) else [wish.provider]
-        objects = [each for each in wanted if not isinstance(each, (str, type(None)))]
+        self._chained = isinstance(wish.provider, (list, tuple))
+        wanted = [_with_settings(each) for each in (wish.provider if self._chained else [wish.provider])]
+        objects = [each for each, _ in wanted if not isinstance(each, (str, type(None)))]
         self._catalog = Catalog([*objects, *wish.plugins])
         if not wanted:
             raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
-        self._chained = isinstance(wish.provider, (list, tuple))
-        self._names = [self._named(each) for each in wanted]
-        self._members = [] if self.is_auto else [self._member(*each) for each in self._names]
+        self._several = len(wanted) > 1
+        self._names = [self._named(each) for each, _ in wanted]
+        self._members = []
+        if not self.is_auto:
+            self._members = [self._member(*name, own) for name, (_, own) in zip(self._names, wanted, strict=True)]
         self._plugins = self._catalog.plugins()
 
     @property
@@ -135,10 +139,14 @@ class Opening:
         # The one provider that was handed over as an object was surely handed over to be used.
         return (given[0] if len(given) == 1 else AUTO), None
 
-    def _member(self, provider: Any, model: str | None) -> _Member:
+    def _member(self, provider: Any, model: str | None, own: Mapping[str, Any] = MappingProxyType({})) -> _Member:
         by_name = isinstance(provider, str)
         entry = self._catalog.provider(provider) if by_name else self._catalog.given_provider(provider)
-        return _Member(entry, model or self._default_model(), self._settings_of(entry))
+        settings = dict(own)
+        own_model = settings.pop("model", None)
+        if own_model is not None:
+            check_model(own_model)
+        return _Member(entry, model or own_model or self._default_model(), self._settings_of(entry, settings))
 
     def _default_model(self) -> str | None:
         if self._wish.model or self._wish.models:
@@ -148,7 +156,7 @@ class Opening:
             self.origins["model"] = origin
         return model
 
-    def _settings_of(self, entry: Entry) -> Loaded:
+    def _settings_of(self, entry: Entry, own: Mapping[str, Any]) -> Loaded:
         mapping = self._wish.settings
         if isinstance(mapping, Settings):
             mapping = {name: getattr(mapping, name) for name in mapping.model_fields_set}
@@ -160,9 +168,11 @@ class Opening:
             _hook(entry, "settings_model") if "settings_model" in entry.hooks else Settings,
             provider=entry.name,
             arguments=self._wish.overrides,
+            own=own,
             mapping=mapping if isinstance(mapping, Mapping) else None,
             sources=self._sources,
             plugins=self._catalog.names(),
+            chained=self._several,
         )
         self.origins.update(loaded.origins)
         return loaded
@@ -276,6 +286,13 @@ class Opening:
             await _given_back(session)
             raise
         return session
+
+
+def _with_settings(member: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A member of a chain, and the settings that are for it alone."""
+    if isinstance(member, tuple) and len(member) == 2 and isinstance(member[1], Mapping):  # noqa: PLR2004 - a pair
+        return member[0], member[1]
+    return member, {}
 
 
 async def _given_back(session: Session) -> None:

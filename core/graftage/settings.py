@@ -11,6 +11,9 @@ The value of a field is taken from the first of these that has it: an argument o
 `settings`; `GRAFTAGE_<PROVIDER>_<FIELD>`; `GRAFTAGE_<FIELD>`; the variable that the provider's own tools read
 (`native_environment`); the provider's table in the TOML file; the top of that file. A host application can set its own
 prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest known one.
+
+What is for one server, its address and whatever is secret, goes to a member of a chain only from where that member is
+named.
 """
 
 from __future__ import annotations
@@ -254,9 +257,11 @@ def load(
     *,
     provider: str,
     arguments: Mapping[str, Any],
+    own: Mapping[str, Any] | None = None,
     mapping: Mapping[str, Any] | None = None,
     sources: Sources,
     plugins: Iterable[str] = (),
+    chained: bool = False,
 ) -> Loaded:
     """Gather and check the settings of one provider.
 
@@ -264,9 +269,11 @@ def load(
         model: the provider's settings class.
         provider: its plugin name, which names its table and its variables.
         arguments: what the caller gave by keyword.
+        own: what the caller gave for this one member of a chain.
         mapping: what the caller gave as `settings`.
         sources: environment and file.
         plugins: names of everything installed: their tables and variables are none of our business.
+        chained: whether there are other members, which a key or an address for all of them would reach too.
 
     Raises:
         SettingsError: a key is unknown or a value is wrong; the message names the source and the nearest key.
@@ -274,6 +281,7 @@ def load(
     known = set(model.model_fields)
     plugins = {provider, *plugins}
     layers = [
+        *_given(own or {}, "argument of the member", known, shared=False),
         *_given(arguments, "argument", known),
         *_given(mapping or {}, "the `settings` mapping", known),
         *_from_environment(model, provider, sources, plugins),
@@ -281,8 +289,11 @@ def load(
     ]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, key, value in layers:
-        if key not in merged:
+    for origin, key, value, shared in layers:
+        whole = key not in merged
+        if chained and shared and _is_private(key, model) and value and (whole or isinstance(value, Mapping)):
+            raise _for_everyone(key, origin, provider, sources.prefix)
+        if whole:
             merged[key], origins[key] = value, origin
         elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
             merged[key] = {**value, **merged[key]}
@@ -292,13 +303,30 @@ def load(
         raise _explained(error, model, origins) from None
 
 
-_Layer = tuple[str, str, Any]
+_Layer = tuple[str, str, Any, bool]
+"""Where a value is from, its key, the value, and whether every member of a chain would get it."""
 
 
-def _given(values: Mapping[Any, Any], origin: str, known: set[str]) -> Iterable[_Layer]:
+def _given(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
     for key, value in values.items():
         _require(key, known, origin)
-        yield origin, key, value
+        yield origin, key, value, shared
+
+
+def _is_private(key: str, model: type[Settings]) -> bool:
+    """Whether a setting is for one server: its address, or anything secret."""
+    return key == "host" or "Secret" in repr(model.model_fields[key].annotation)
+
+
+def _for_everyone(key: str, origin: str, provider: str, prefix: str) -> SettingsError:
+    variable = f"{prefix}_{_own(provider)}{key}".upper()
+    return SettingsError(
+        f"The setting `{key}` ({origin}) would reach every member of the chain.",
+        key=key,
+        source=origin,
+        hint=f"Give it to the one it is for: as `(provider, {{{key!r}: ...}})` in the list, in the table of that "
+        f"provider in the settings file, such as `[{provider}]`, or in its own variable, such as {variable}.",
+    )
 
 
 class _Environment(EnvSettingsSource):
@@ -339,10 +367,10 @@ def _from_environment(model: type[Settings], provider: str, sources: Sources, pl
         source = _Environment(model, prefix, sources.environment)
         for key, value in source().items():
             if key in known:
-                yield source.origin(key), key, value
+                yield source.origin(key), key, value, prefix == f"{sources.prefix}_"
     for key, variable in model.native_environment.items():
         if value := sources.environment.get(variable):
-            yield f"environment {variable}", key, value
+            yield f"environment {variable}", key, value, False
 
 
 def _own(plugin: str) -> str:
@@ -379,7 +407,7 @@ def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[st
     table = document.get(provider, {})
     if not isinstance(table, Mapping):
         raise SettingsError(f"`{provider}` in {origin} must be a table.", key=provider, source=origin)
-    yield from _given(table, f"{origin} [{provider}]", known)
+    yield from _given(table, f"{origin} [{provider}]", known, shared=False)
     for key, value in document.items():
         if key in CHOICE_KEYS or key in plugins:
             continue
@@ -387,7 +415,7 @@ def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[st
             hint = f"No provider and no plugin of that name is installed. {nearest(key, {*known, *plugins})}"
             raise SettingsError(f"There is no table `{key}` ({origin}).", key=key, source=origin, hint=hint)
         _require(key, {*known, *CHOICE_KEYS, *plugins}, origin)
-        yield origin, key, value
+        yield origin, key, value, True
 
 
 def _require(key: Any, known: Iterable[str], origin: str) -> None:
