@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -24,9 +25,11 @@ from graftage.exceptions import (
     PluginConflict,
     PluginError,
     PluginLoadError,
+    ProviderError,
     ProviderNotFound,
 )
 from graftage.hookspecs import hookimpl
+from graftage.settings import Settings
 from graftage.testing import Echo
 from graftage.types import AdapterInfo, Chunk, Health, Limits, Verdict
 
@@ -871,3 +874,202 @@ def test_a_broken_archive_on_the_search_path_harms_nobody(
         monkeypatch.syspath_prepend(tmp_path / name)
     site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
     assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+
+
+# --- Plugins that end the program ------------------------------------------------------------------------------------
+
+
+class Panic(BaseException):
+    """As an extension raises it whose Rust code has panicked."""
+
+
+ENDS: dict[str, BaseException] = {"exit": SystemExit(0), "exit with words": SystemExit("bye"), "panic": Panic("oh")}
+
+
+class Ending(Echo):
+    """Ends the program in one hook of its connection, called or iterated, or in a property of it."""
+
+    name = "ending"
+
+    def __init__(self, end: BaseException, at: str, **more: Any) -> None:
+        super().__init__(**more)
+        self.end = end
+        self.at = at
+
+    def note(self, hook: str, request: Any) -> None:
+        if self.at == hook.removeprefix("a"):
+            raise self.end
+        super().note(hook, request)
+
+    @hookimpl
+    def settings_model(self) -> Any:
+        if self.at == "settings_model":
+            raise self.end
+        return Settings
+
+    @hookimpl
+    def connect(self, request: Any) -> Any:
+        if self.at == "connect":
+            raise self.end
+        connection: Any = super().connect(request)
+        if self.at in ("address", "default_model"):
+
+            def fail(_: Any) -> Any:
+                raise self.end
+
+            connection.__class__ = type("Odd", (type(connection),), {self.at: property(fail)})
+        return connection
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("at", ["settings_model", "connect", "address", "default_model"])
+def test_a_provider_that_ends_the_program_when_it_is_opened_is_named(both: Any, at: str, end: str) -> None:
+    with pytest.raises(PluginLoadError, match="`ending`") as caught:
+        both.opened(Ending(ENDS[end], at))
+    assert type(ENDS[end]).__name__ in str(caught.value)
+
+
+CALLS: dict[str, Any] = {
+    "chat": lambda llm: llm.chat("x"),
+    "generate": lambda llm: llm.generate("x"),
+    "embed": lambda llm: llm.embed("x"),
+    "list_models": lambda llm: llm.models(),
+    "show_model": lambda llm: llm.show(),
+    "loaded_models": lambda llm: llm.loaded(),
+    "pull_model": lambda llm: llm.pull(),
+    "load_model": lambda llm: llm.load(),
+    "unload_model": lambda llm: llm.unload(),
+    "prune_adapters": lambda llm: llm.prune_adapters(),
+    "health": lambda llm: llm.health(max_age=0).raise_for_error(),
+}
+
+
+@pytest.mark.parametrize("twins", [(), ("achat", "agenerate", "aembed", "apull_model", "ahealth", "alist_models")])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("at", CALLS)
+def test_a_hook_that_ends_the_program_fails_its_call(both: Any, at: str, end: str, twins: tuple[str, ...]) -> None:
+    # Without its async twin a hook runs in a thread of the async client's.
+    llm = both.connect(Ending(ENDS[end], at, without=twins), model=MODEL)
+    with pytest.raises(ProviderError, match="`ending` failed with") as caught:
+        CALLS[at](llm)
+    assert caught.value.__cause__ is ENDS[end]
+    assert llm.stats().running == 0
+    assert both.connect(Echo(["and on"]), model=MODEL).chat("x").text == "and on"
+
+
+@pytest.mark.parametrize("without", [(), ("achat",)])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_provider_that_ends_the_program_between_chunks_fails_its_call(both: Any, end: str, without: Any) -> None:
+    class Connection:
+        @hookimpl
+        def chat(self, request: Any) -> Any:
+            yield Chunk(text="one")
+            raise ENDS[end]
+
+        @hookimpl
+        async def achat(self, request: Any) -> Any:
+            yield Chunk(text="one")
+            raise ENDS[end]
+
+        @hookimpl
+        def health(self, request: Any) -> Any: ...
+
+    if without:
+        Connection.achat = None  # type: ignore[assignment, method-assign]
+    llm = both.connect(Giving(Connection()), model=MODEL)
+    stream = llm.chat("x", stream=True)
+    with pytest.raises(ProviderError, match="`giving` failed with") as caught:
+        list(stream)
+    assert caught.value.partial is not None
+    assert caught.value.partial.text == "one"
+    assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("without", [(), ("aclose",)])
+def test_a_provider_that_ends_the_program_when_it_is_closed_fails_to_close(end: str, without: Any) -> None:
+    for mode in ("sync", "async"):
+        with pytest.raises(ProviderError, match="`ending` failed with"):
+            close_in(mode, Ending(ENDS[end], "close", without=without))
+
+
+def close_in(mode: str, provider: Any) -> None:
+    """Open and close a client."""
+
+    async def work() -> None:
+        async with graftage.connect_async(provider, model=MODEL):
+            pass
+
+    if mode == "async":
+        asyncio.run(work())
+    else:
+        with graftage.connect(provider, model=MODEL):
+            pass
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_capabilities_that_end_the_program_are_an_error(both: Any, end: str) -> None:
+    class Connection:
+        @hookimpl
+        def chat(self, request: Any) -> Any: ...
+
+        @hookimpl
+        def health(self, request: Any) -> Any: ...
+
+        @hookimpl
+        def capabilities(self) -> Any:
+            raise ENDS[end]
+
+    llm = both.opened(Giving(Connection()), model=MODEL)
+    for ask in (llm.capabilities, lambda: llm.chat("x")):
+        with pytest.raises(ProviderError, match="`giving` failed with") as caught:
+            ask()
+        assert caught.value.__cause__ is ENDS[end]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_plugin_that_ends_the_program_is_treated_as_one_that_fails(both: Any, watcher: Any, end: str) -> None:
+    error: Any = ENDS[end]
+    bad = FailingObserver(error)
+    llm = both.connect(Echo(["one"]), model=MODEL, plugins=[bad, watcher, FailingResolver(error, "bad"), Resolver()])
+    reply = llm.chat("x", adapter="bonsai")
+    assert (reply.text, bad.asked) == ("one", 1)
+    assert "finish" in watcher.kinds()
+    assert [each.name for each in llm.adapters()] == ["bonsai"]
+    with pytest.raises(AdapterNotFound, match=f"`bad` failed with {type(error).__name__}"):
+        llm.chat("x", adapter="oak")
+    llm = both.connect(Echo(), model=MODEL, plugins=[FailingPolicy(error, "stern")])
+    with pytest.raises(PluginError, match=f"`stern` failed with {type(error).__name__}") as caught:
+        llm.chat("x")
+    assert caught.value.plugin == "stern"
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "import asyncio; raise asyncio.CancelledError"])
+def test_an_interrupt_is_not_taken_for_a_fault_of_the_plugin(site: Any, end: str) -> None:
+    site.add("graftage-ill", providers={"ill": "ill"}, modules={"ill": f"{end}\n"})
+    with pytest.raises((KeyboardInterrupt, asyncio.CancelledError)):
+        graftage.connect("ill")
+
+
+@pytest.mark.parametrize("wish", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_a_hosts_own_callback_raises_goes_back_to_the_host(wish: BaseException) -> None:
+    def stop(_: Any) -> None:
+        raise wish
+
+    with graftage.connect(Echo(), model=MODEL) as llm, pytest.raises(type(wish)) as caught:
+        llm.pull(on_progress=stop)
+    assert caught.value is wish
+
+
+def test_an_interrupt_in_a_hook_stays_the_users() -> None:
+    with (
+        graftage.connect(Ending(KeyboardInterrupt(), "chat"), model=MODEL) as llm,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        llm.chat("x")
+
+
+def test_a_plugin_that_panics_when_it_is_imported_is_quarantined(site: Any) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": "class P(BaseException): ...\nraise P('oh')\n"})
+    assert "could not be imported: P: oh" in str(entry_named("ill").error)

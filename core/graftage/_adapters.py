@@ -157,8 +157,9 @@ class Adapters:
         session, call = self._session, run.call
         session.require("load_adapter")
         adapter = await self.resolve(reference, model, call)
-        warnings = _checked(adapter, reference, model, force=want.force)
-        key = (adapter.digest, model)
+        with session.relay.contained:  # Its attributes may be properties.
+            warnings = _checked(adapter, reference, model, force=want.force)
+            key = (adapter.digest, model)
         loaded = self._loaded.get(key)
         if loaded is None:
             gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
@@ -207,7 +208,9 @@ class Adapters:
             except Exception as error:  # noqa: BLE001 - one resolver's failure must not hide what another knows
                 said.append(f"{name}: {type(error).__name__}: {error}")
                 continue
-            if callable(getattr(found, "gguf", None)):
+            with session.relay.contained:
+                known = callable(getattr(found, "gguf", None))
+            if known:
                 adapter: Adapter = found
                 return adapter
             said.append(f"{name}: {'does not know it' if found is None else 'gave something that is no adapter'}")

@@ -232,8 +232,8 @@ class Admission:
             if not query.force:
                 raise
             return Limits(warnings=(f"`force` overrode a refusal of the policy `{refusal.plugin}`: {refusal.message}",))
-        except ProviderError:
-            raise  # The provider failed when the policy asked about it, or the policy was not done in time.
+        except (ProviderError, PluginError):
+            raise  # The provider failed when the policy asked about it, or the policy has been named already.
         except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
             problem, cause = f"failed with {type(error).__name__}: {error}", error
         hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."

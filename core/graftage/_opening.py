@@ -15,7 +15,7 @@ from graftage._events import log
 from graftage._io import IO
 from graftage._plugins import Catalog, Entry
 from graftage._session import HEALTH_TIMEOUTS, Session
-from graftage._stream import Translate, as_it_is, telling, typed_error
+from graftage._stream import Translate, as_it_is, is_fault, telling, typed_error
 from graftage.exceptions import (
     GraftageError,
     ModelNotFound,
@@ -164,16 +164,17 @@ class Opening:
             raise SettingsError(
                 "`settings` must be a mapping, a `Settings`, or the path of a TOML file.", key="settings"
             )
-        loaded = load(
-            _hook(entry, "settings_model") if "settings_model" in entry.hooks else Settings,
-            provider=entry.name,
-            arguments=self._wish.overrides,
-            own=own,
-            mapping=mapping if isinstance(mapping, Mapping) else None,
-            sources=self._sources,
-            plugins=self._catalog.names(),
-            chained=self._several,
-        )
+        with _blaming(entry, "settings_model"):  # A provider's own settings may have validators of its own.
+            loaded = load(
+                _hook(entry, "settings_model") if "settings_model" in entry.hooks else Settings,
+                provider=entry.name,
+                arguments=self._wish.overrides,
+                own=own,
+                mapping=mapping if isinstance(mapping, Mapping) else None,
+                sources=self._sources,
+                plugins=self._catalog.names(),
+                chained=self._several,
+            )
         self.origins.update(loaded.origins)
         return loaded
 
@@ -335,7 +336,9 @@ def _blaming(entry: Entry, hook: str) -> Iterator[None]:
         yield
     except GraftageError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise PluginLoadError(
             f"The provider `{entry.name}` failed in `{hook}` with {type(error).__name__}: {error}.",
             plugin=entry.name,

@@ -7,13 +7,15 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
 import graftage
+from graftage._stream import Contained, is_fault, typed_error
 from graftage._values import EntryPoint, entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
@@ -185,7 +187,9 @@ class Catalog:
             return
         try:
             entry.plugin = entry.entry_point.load()
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - others must not suffer for it
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             problem = f"could not be imported: {_in_words(error)}"
             self._quarantine(entry, _load_error(entry, problem, "Mend or uninstall it."), error)
             return
@@ -318,7 +322,9 @@ def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
         manager.register(plugin, "plugin")
     except pluggy.PluginValidationError as error:
         raise _wrong_signature(error, kind) from error
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
     callers = manager.get_hookcallers(plugin) or []
     for caller in callers:
@@ -375,6 +381,8 @@ class Relay:
     """The hooks of one connection: its own, and those of the plugins that are enabled for it."""
 
     def __init__(self, provider: str, connection: object, plugins: Sequence[Entry], origin: str = "") -> None:
+        self.contained = Contained(partial(typed_error, provider=provider))
+        """A block of the provider's code."""
         whose = f"The connection of the provider `{provider}`{f' from {origin}' if origin else ''}"
         try:
             self.hooks = frozenset(checked_hooks(connection, "connection"))
@@ -399,7 +407,13 @@ class Relay:
     def call(self, name: str, request: object = None) -> Any:
         """Call a hook of the connection."""
         caller = getattr(self._manager.hook, name)
-        return caller(request=request) if request is not None else caller()
+        with self.contained:
+            answer = caller(request=request) if request is not None else caller()
+        return self._awaited(answer) if inspect.iscoroutine(answer) else answer
+
+    async def _awaited(self, work: Coroutine[Any, Any, Any]) -> Any:
+        with self.contained:
+            return await work
 
     def each(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The implementations of a plugin hook, each with its plugin's name, in the order to ask them.
@@ -407,9 +421,22 @@ class Relay:
         Objects given to `connect` come before what is installed, unless a hook is marked `tryfirst` or `trylast`.
         """
         impls = reversed(getattr(self._manager.hook, name).get_hookimpls())
-        return [(impl.plugin_name, _positional(impl)) for impl in impls]
+        return [(impl.plugin_name, _function(impl)) for impl in impls]
 
 
-def _positional(impl: pluggy.HookImpl) -> Callable[..., Any]:
-    """The function of an implementation that may leave the hook's parameter out, as pluggy allows."""
-    return impl.function if impl.argnames else lambda *_: impl.function()
+def _function(impl: pluggy.HookImpl) -> Callable[..., Any]:
+    """The function of an implementation; it may leave the hook's parameter out, as pluggy allows."""
+    contained = Contained(partial(_plugin_error, impl.plugin_name))
+
+    def call(*arguments: Any) -> Any:
+        with contained:
+            answer = impl.function(*arguments[: len(impl.argnames)])
+            # A list that is made while it is read is read in here.
+            return list(answer) if inspect.isgenerator(answer) else answer
+
+    return call
+
+
+def _plugin_error(name: str, error: BaseException) -> PluginError:
+    hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
+    return PluginError(f"The plugin `{name}` failed with {_in_words(error)}.", plugin=name, hint=hint)

@@ -523,7 +523,11 @@ class Session:
     def capabilities(self) -> Capabilities:
         """What the provider can do: as it says, or as its hooks show."""
         if "capabilities" in self.relay.hooks:
-            answer: Capabilities = self.relay.call("capabilities")
+            try:
+                answer: Capabilities = self.relay.call("capabilities")
+            except Exception as error:  # noqa: BLE001 - it is typed
+                typed = typed_error(error, self.provider)
+                raise typed from typed.__cause__
             return answer
         return Capabilities(features=frozenset(name for name in get_args(Feature) if has(self.relay, name)))
 
@@ -633,7 +637,8 @@ class Session:
                 try:
                     await self.io.call(self.relay, "close", CloseRequest(), Call())
                 except Exception as error:  # noqa: BLE001 - it is typed
-                    raise typed_error(error, self.provider) from error.__cause__
+                    typed = typed_error(error, self.provider)
+                    raise typed from typed.__cause__
 
 
 def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgress) -> None:

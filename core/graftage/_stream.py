@@ -366,7 +366,33 @@ class _Failing:
             raise failure from failure.__cause__
 
 
-def typed_error(error: Exception, provider: str) -> GraftageError:
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception from a plugin's code is its fault: an interrupt or a cancellation is somebody's wish."""
+    from asyncio import CancelledError  # noqa: PLC0415 - `import graftage` must stay light
+
+    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, CancelledError))
+
+
+class Contained:
+    """A block of a plugin's code. What would end the program or the event loop, as `sys.exit` does, becomes an error.
+
+    It must be the code alone: where the host's own thread waits for it, such an exception is the host's.
+    """
+
+    __slots__ = ("_blame",)
+
+    def __init__(self, blame: Callable[[BaseException], GraftageError]) -> None:
+        self._blame = blame
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, Exception) and is_fault(error):
+            raise self._blame(error) from error
+
+
+def typed_error(error: BaseException, provider: str) -> GraftageError:
     """The error itself, or a typed one for what a provider should not have let out."""
     if isinstance(error, GraftageError):
         return error

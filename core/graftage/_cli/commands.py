@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from graftage._cli import show
 from graftage._cli.errors import Reporting
+from graftage._stream import is_fault
 from graftage._values import EntryPoint, entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
 
@@ -86,7 +87,9 @@ def _loaded(point: EntryPoint) -> Any:
         if not isinstance(app, typer.Typer):
             raise TypeError(f"`{point.value}` is no `typer.Typer`, but a `{type(app).__name__}`")
         return _mounted(app, point.name)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise PluginLoadError(
             f"The command `{point.name}` ({_origin(point)}) could not be loaded: {type(error).__name__}: {error}.",
             plugin=point.name,
