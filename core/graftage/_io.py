@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from graftage._stream import Source, too_late
+from graftage._stream import Contained, Source, too_late
 from graftage._threads import Items, submit
 from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
 from graftage.types import Call
@@ -106,7 +106,7 @@ class _Threaded:
     def __init__(self, io: IO, relay: Relay, hook: str, request: Any, call: Call) -> None:
         self._io = io
         self._call = call
-        self._items: Items[Any] = Items(lambda: relay.call(hook, request))
+        self._items: Items[Any] = Items(lambda: relay.call(hook, request), relay.contained)
         self._phase: Literal["first_token", "idle"] = "idle" if call.deadline == math.inf else "first_token"
 
     async def pull(self) -> Any:
@@ -147,7 +147,7 @@ class Blocking:
 
     async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         _require_sync(relay, hook)
-        return _Pulled(relay.call(hook, request)) if relay.keeps_time else _Threaded(self, relay, hook, request, call)
+        return _Pulled(relay.call(hook, request), relay.contained) if relay.keeps_time else _Threaded(self, relay, hook, request, call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
@@ -176,19 +176,22 @@ def _require_sync(relay: Relay, hook: str) -> None:
 class _Pulled:
     """A sync iterator as a source."""
 
-    def __init__(self, chunks: Iterator[Any]) -> None:
+    def __init__(self, chunks: Iterator[Any], contained: Contained) -> None:
         self.chunks = chunks
+        self.contained = contained
 
     async def pull(self) -> Any:
-        return next(self.chunks, None)
+        with self.contained:
+            return next(self.chunks, None)
 
     def gone(self) -> bool:
         return False
 
     async def close(self) -> None:
-        close = getattr(self.chunks, "close", None)
-        if close is not None:
-            close()
+        with self.contained:
+            close = getattr(self.chunks, "close", None)
+            if close is not None:
+                close()
 
 
 # `concurrent.futures.TimeoutError` is the built-in one only since Python 3.11, and so is asyncio's.
@@ -214,7 +217,7 @@ class Awaiting:
 
     async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         if f"a{hook}" in relay.hooks:
-            return _Awaited(relay.call(f"a{hook}", request), call)
+            return _Awaited(relay.call(f"a{hook}", request), call, relay.contained)
         return _Threaded(self, relay, hook, request, call)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -282,8 +285,9 @@ class _Awaited:
     chunk.
     """
 
-    def __init__(self, chunks: AsyncIterator[Any], call: Call) -> None:
+    def __init__(self, chunks: AsyncIterator[Any], call: Call, contained: Contained) -> None:
         self._chunks = chunks
+        self._contained = contained
         self._call = call
         self._reader: asyncio.Task[Any] | None = None
         self._read = asyncio.Event()
@@ -309,7 +313,8 @@ class _Awaited:
         self._read.clear()
         cancels = _cancels(self._reader)
         try:
-            return await anext(self._chunks, None)
+            with self._contained:
+                return await anext(self._chunks, None)
         except asyncio.CancelledError:
             if not self._was_ended(cancels):
                 raise
@@ -341,9 +346,10 @@ class _Awaited:
             with contextlib.suppress(_AsyncTimeout):  # A provider that will not be cancelled is left to itself.
                 await asyncio.wait_for(self._read.wait(), GRACE)
         self._over = self._over or "closed"
-        close = getattr(self._chunks, "aclose", None)
-        if close is not None:
-            await close()
+        with self._contained:
+            close = getattr(self._chunks, "aclose", None)
+            if close is not None:
+                await close()
 
 
 def _cancels(task: asyncio.Task[Any] | None) -> int:

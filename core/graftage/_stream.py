@@ -370,7 +370,21 @@ def is_fault(error: BaseException) -> bool:
     """Whether an exception from a plugin's code is its fault: an interrupt or a cancellation is somebody's wish."""
     from asyncio import CancelledError  # noqa: PLC0415 - `import graftage` must stay light
 
-    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, CancelledError))
+    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, CancelledError)) and not _by_a_signal(error)
+
+
+def _by_a_signal(error: BaseException) -> bool:
+    """Whether a handler of the host's raised it: it strikes wherever the main thread is, in a plugin's code as well."""
+    import signal  # noqa: PLC0415
+
+    handlers = [signal.getsignal(each) for each in signal.valid_signals()]
+    codes = {getattr(each, "__code__", None) for each in handlers} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 class Contained:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
@@ -97,8 +98,14 @@ class Items(Generic[T]):
     The thread closes the iterator itself, so it is never used by two threads at once.
     """
 
-    def __init__(self, make: Callable[[], Iterator[T]]) -> None:
-        """Start the work; `make` makes the iterator, in the thread."""
+    def __init__(self, make: Callable[[], Iterator[T]], around: AbstractContextManager[None]) -> None:
+        """Start the work.
+
+        Args:
+            make: makes the iterator, in the thread.
+            around: what the iterator's own code runs within.
+        """
+        self._around = around
         self._lock = threading.Lock()
         self._ready: deque[T] = deque()
         self._failure: BaseException | None = None
@@ -141,7 +148,8 @@ class Items(Generic[T]):
 
     def _run(self, make: Callable[[], Iterator[T]]) -> None:
         try:
-            self._hand_over(make())
+            with self._around:
+                self._hand_over(make())
         except BaseException as error:  # noqa: BLE001 - it is raised where the item is waited for
             self._failure = _raisable(error)
         finally:
