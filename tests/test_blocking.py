@@ -208,3 +208,19 @@ def test_the_event_loop_goes_on_while_a_hook_hangs(deaf: Deaf) -> None:
             return steps
 
     assert asyncio.run(main()) > 0
+
+
+@pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
+def test_an_exit_from_a_signal_handler_ends_the_host() -> None:
+    program = """
+        import signal, sys
+        import graftage
+        from graftage.testing import Echo, Pause
+
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with graftage.connect(Echo([[Pause()]]), model="m") as llm:
+            llm.chat("x", timeout=30)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=60, check=False)
+    assert ended.returncode == 3

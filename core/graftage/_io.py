@@ -147,7 +147,11 @@ class Blocking:
 
     async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
         _require_sync(relay, hook)
-        return _Pulled(relay.call(hook, request), relay.contained) if relay.keeps_time else _Threaded(self, relay, hook, request, call)
+        return (
+            _Pulled(relay.call(hook, request), relay.contained)
+            if relay.keeps_time
+            else _Threaded(self, relay, hook, request, call)
+        )
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
