@@ -40,6 +40,7 @@ from graftage.testing import Echo, Pause
 from graftage.types import (
     Capabilities,
     Chunk,
+    Embeddings,
     Health,
     Image,
     LoadedModel,
@@ -163,6 +164,77 @@ def test_embeddings_come_one_for_each_text_in_order(both: Any) -> None:
     assert several.timings.wall >= 0
     first = echo.requests[0]
     assert (first.inputs, first.dimensions, first.truncate, first.options) == (("a b", "c"), 3, False, {"seed": 1})
+
+
+class Vectors:
+    """A provider that answers every `embed` with the same vectors, whatever was asked."""
+
+    name = "vectors"
+
+    def __init__(self, vectors: Any) -> None:
+        self.vectors = vectors
+
+    @hookimpl
+    def connect(self, request: Any) -> Any:
+        return VectorsConnection(self.vectors)
+
+
+class VectorsConnection:
+    address = "nowhere"
+
+    def __init__(self, vectors: Any) -> None:
+        self.vectors = vectors
+
+    @hookimpl
+    def chat(self, request: Any) -> Any:
+        return iter([Chunk(finish_reason="stop")])
+
+    @hookimpl
+    def embed(self, request: Any) -> Embeddings:
+        return Embeddings(vectors=self.vectors, usage=Usage(input_tokens=7))
+
+    @hookimpl
+    def health(self, request: Any) -> Health:
+        return Health(level=request.level, reachable=True, api=True)
+
+
+WRONG_VECTORS: dict[str, tuple[Any, str]] = {
+    "too few": (((1.0, 2.0),), "1 for 2"),
+    "too many": (((1.0,), (2.0,), (3.0,)), "3 for 2"),
+    "none": ((), "0 for 2"),
+    "one that is empty": (((1.0,), ()), "empty"),
+    "all empty": (((), ()), "empty"),
+    "two lengths": (((1.0, 2.0), (1.0,)), "from 1 to 2"),
+    "not a number": (((1.0,), (math.nan,)), "finite"),
+    "infinite": (((1.0,), (-math.inf,)), "finite"),
+    "beyond any float": (((1.0,), (10**400,)), "finite"),
+    "a truth value": (((1.0,), (True,)), "finite"),
+    "a text": (((1.0,), ("1.0",)), "finite"),
+    "a null": (((1.0,), (None,)), "finite"),
+    "texts for vectors": (("1", "2"), "finite"),
+    "numbers for vectors": ((1.0, 2.0), "sequence"),
+    "nulls for vectors": ((None, None), "sequence"),
+    "null": (None, "sequence"),
+}
+
+
+@pytest.mark.parametrize(("vectors", "complaint"), WRONG_VECTORS.values(), ids=WRONG_VECTORS)
+def test_vectors_that_do_not_fit_the_inputs_are_a_typed_error_whoever_provides(
+    both: Any, vectors: Any, complaint: str
+) -> None:
+    llm = both.connect(Vectors(vectors), model=MODEL)
+    with pytest.raises(ProtocolError, match=complaint) as caught:
+        llm.embed(["a", "b"])
+    assert (caught.value.provider, caught.value.operation, caught.value.model) == ("vectors", "embed", MODEL)
+    assert caught.value.hint
+    assert (llm.stats().failures, llm.stats().running, llm.stats().input_tokens) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("vectors", [((1, 0.5), (0, 2)), [[1, 0.5], [0, 2]]], ids=["tuples", "lists"])
+def test_vectors_are_tuples_of_floats_whatever_numbers_came(both: Any, vectors: Any) -> None:
+    found = both.connect(Vectors(vectors), model=MODEL).embed(["a", "b"]).vectors
+    assert found == ((1.0, 0.5), (0.0, 2.0))
+    assert {type(number) for vector in found for number in vector} == {float}
 
 
 @pytest.mark.parametrize("inputs", [[], [1], ["a", None], b"ab"])

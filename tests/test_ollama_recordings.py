@@ -284,14 +284,17 @@ def test_an_embedding_of_one_text_is_one_vector(recorded: Recorded) -> None:
 
 
 @pytest.mark.parametrize("version", [OLD], indirect=True)
-@pytest.mark.parametrize(("case", "length"), [("41-embed", 576), ("41-embed-list", 8)])
-def test_any_model_embeds_on_older_servers(recorded: Recorded, case: str, length: int) -> None:
-    assert len(recorded(case).embed("hello world").vectors[0]) == length
+@pytest.mark.parametrize(
+    ("case", "inputs", "length"), [("41-embed", ["hello world"], 576), ("41-embed-list", ["hello", "world"], 8)]
+)
+def test_any_model_embeds_on_older_servers(recorded: Recorded, case: str, inputs: list[str], length: int) -> None:
+    found = recorded(case).embed(inputs)
+    assert [len(vector) for vector in found.vectors] == [length] * len(inputs)
 
 
-def test_nothing_to_embed_gives_no_vectors(recorded: Recorded) -> None:
-    found = recorded("41-embed-empty").embed("x")
-    assert (found.vectors, found.usage.input_tokens) == ((), None)
+def test_an_answer_without_vectors_is_no_answer(recorded: Recorded) -> None:
+    with pytest.raises(ProtocolError, match="0 for 1"):
+        recorded("41-embed-empty").embed("x")
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
 from graftage import _limits, _messages
@@ -24,6 +25,7 @@ from graftage.exceptions import (
     CapabilityUnsupported,
     GraftageError,
     ModelNotFound,
+    ProtocolError,
     ProviderError,
     ProviderTimeout,
     RequestRejected,
@@ -303,12 +305,14 @@ class Session:
             self.require("embed")
             request = await self._embed_request(run, model, want)
             answer: Embeddings = await self._call("embed", request, run.call, Embeddings)
+            vectors = _checked_vectors(answer.vectors, len(request.inputs))
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
         run.emit("finish", usage=answer.usage, timings=timings)
         return replace(
             answer,
+            vectors=vectors,
             model=answer.model or model,
             provider=self.provider,
             timings=timings,
@@ -647,6 +651,39 @@ def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgr
     except Exception as error:
         run.hosts_own = error
         raise
+
+
+def _checked_vectors(given: Any, inputs: int) -> tuple[tuple[float, ...], ...]:
+    """The vectors of an answer, one for each input; a vector too few would put each later one to the wrong text.
+
+    Raises:
+        ProtocolError: there are more or fewer, one is empty or longer than another, or holds what is no finite number.
+    """
+    try:
+        vectors = tuple(map(tuple, given))
+    except TypeError:
+        raise _wrong_vectors("what is no sequence of vectors") from None
+    if len(vectors) != inputs:
+        raise _wrong_vectors(f"another number of vectors than there are inputs, {len(vectors)} for {inputs}")
+    lengths = sorted(set(map(len, vectors)))
+    if lengths[0] == 0:
+        raise _wrong_vectors("an empty vector", "Choose a model that is made for embeddings.")
+    if len(lengths) > 1:
+        raise _wrong_vectors(f"vectors of different lengths, from {lengths[0]} to {lengths[-1]} numbers")
+    kinds = set().union(*(map(type, each) for each in vectors))
+    try:
+        right = bool not in kinds and all(issubclass(each, Real) for each in kinds)
+        if right and all(all(map(math.isfinite, each)) for each in vectors):
+            return vectors if kinds == {float} else tuple(tuple(map(float, each)) for each in vectors)
+    except OverflowError:  # A whole number may be larger than any float.
+        pass
+    raise _wrong_vectors("a vector that holds what is no finite number")
+
+
+def _wrong_vectors(
+    what: str, hint: str = "Embed one text at a time to find the one that fails; another model may do."
+) -> ProtocolError:
+    return ProtocolError(f"The answer has {what}.", hint=hint)
 
 
 def is_missing(error: BaseException | None) -> bool:

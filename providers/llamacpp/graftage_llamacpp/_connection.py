@@ -202,7 +202,7 @@ class LlamaCppConnection:
         found = sorted(answer["data"], key=lambda each: int(each["index"]))
         usage = answer.get("usage") or {}
         return Embeddings(
-            vectors=tuple(tuple(map(float, each["embedding"])) for each in found),
+            vectors=tuple(each["embedding"] for each in found),
             model=stored.name,
             provider=self.name,
             usage=Usage(input_tokens=usage.get("prompt_tokens")),

@@ -380,7 +380,7 @@ def embeddings(given: Mapping[str, Any], dimensions: int | None) -> Embeddings:
     length = len(answer.embeddings[0]) if answer.embeddings else dimensions
     ignored = f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it."
     return Embeddings(
-        vectors=tuple(tuple(vector) for vector in answer.embeddings),
+        vectors=given["embeddings"],  # As they came: the official type makes numbers of texts.
         model=answer.model or "",
         usage=Usage(input_tokens=answer.prompt_eval_count),
         timings=Timings(total=_seconds(answer.total_duration), load=_seconds(answer.load_duration)),
