@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+import graftage
 from graftage._messages import DEEPEST, LARGEST_IMAGE
 from graftage.exceptions import RequestRejected
 from graftage.testing.echo import Echo
-from graftage.types import Image, Message, Tool, ToolCall
+from graftage.types import Image, Message, Reply, Tool, ToolCall
 
 MODEL = "echo:latest"
 HALF = "\ud800"
@@ -79,6 +82,11 @@ def test_a_picture_whose_path_leads_nowhere_is_refused_in_words_that_name_it_onc
         lambda llm: llm.generate("x", images=5),
         lambda llm: llm.chat("x", images={b"x": 1}),
         lambda llm: llm.chat("x", images=[Image(data="text")]),  # type: ignore[arg-type]
+        lambda llm: llm.chat("x", images=[Image(data=b"x", path="cat.png")]),
+        lambda llm: llm.chat("x", images=[Image(path=5)]),  # type: ignore[arg-type]
+        lambda llm: llm.chat("x", images=[Image()]),
+        lambda llm: llm.chat("x", images=[b""]),
+        lambda llm: llm.chat({"role": "user", "images": [{"path": "cat.png"}]}),
         lambda llm: llm.chat({"role": "user", "content": "x", "images": 5}),
         lambda llm: llm.chat(Message(role="user", content="x", images=5)),  # type: ignore[arg-type]
         lambda llm: llm.chat(Message(role="user", content="x", images=("nothing.png",))),  # type: ignore[arg-type]
@@ -86,6 +94,151 @@ def test_a_picture_whose_path_leads_nowhere_is_refused_in_words_that_name_it_onc
 )
 def test_what_is_no_picture_is_refused(both: Any, act: Act) -> None:
     assert "image" in refusal(both, act).message
+
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+BASE64 = base64.b64encode(PNG).decode()
+JPEG = b"\xff\xd8\xff\xe0" + PNG
+"""Its base64 begins as a path does."""
+
+
+class Text(str):
+    """A text that says it is a path, too."""
+
+    __slots__ = ()
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+
+TEXTS: dict[str, tuple[str, bytes, str]] = {
+    "base64": (BASE64, PNG, "image/png"),
+    "base64 of a subclass": (Text(BASE64), PNG, "image/png"),
+    "base64 in lines": (base64.encodebytes(PNG * 3).decode(), PNG * 3, "image/png"),
+    "base64 with blanks around": (f" \r\n{BASE64}\t", PNG, "image/png"),
+    "base64 without its padding": (BASE64.rstrip("="), PNG, "image/png"),
+    "base64 for addresses": (base64.urlsafe_b64encode(PNG).decode(), PNG, "image/png"),
+    "base64 like a path": (base64.b64encode(JPEG).decode(), JPEG, "image/jpeg"),
+    "a URI": (f"data:image/png;base64,{BASE64}", PNG, "image/png"),
+    "a URI of a subclass": (Text(f"data:image/png;base64,{BASE64}"), PNG, "image/png"),
+    "a URI in capitals": (f"DATA:IMAGE/PNG;BASE64,{BASE64}", PNG, "image/png"),
+    "a URI with blanks": (f"\n data:image/png; base64, {BASE64}\n", PNG, "image/png"),
+    "a URI with a parameter": (f"data:image/png;name=cat.png;base64,{BASE64}", PNG, "image/png"),
+    "a URI without its padding": (f"data:image/png;base64,{BASE64.rstrip('=')}", PNG, "image/png"),
+    "a URI with escaped base64": (f"data:image/png;base64,{BASE64.replace('+', '%2B')}", PNG, "image/png"),
+    "a URI without base64": ("data:image/png," + "".join(f"%{each:02x}" for each in PNG), PNG, "image/png"),
+    "a URI of a type without a mark": ("data:image/x-tga;base64,AAECAw==", b"\0\1\2\3", "image/x-tga"),
+}
+NO_PICTURES: dict[str, str] = {
+    "nothing": "",
+    "blanks": " \n",
+    "a path that is base64, too": "/etc/passwd",
+    "a path in a home": "~/cat.png",
+    "a name": "cat",
+    "a name of a subclass": Text("cat"),
+    "words": "not a picture",
+    "words outside ASCII": "Kätzchen",
+    "half of a pair": HALF,
+    "a file's address": "file:///etc/passwd",
+    "an address": "https://example.org/cat.png",
+    "an address in capitals": " HTTP://EXAMPLE.ORG/CAT",
+    "base64 of a text": base64.b64encode(b"a text of somebody").decode(),
+    "base64 that is cut": BASE64[:41],
+    "a URI of a text": f"data:text/plain;base64,{BASE64}",
+    "a URI without a type": f"data:;base64,{BASE64}",
+    "a URI without data": "data:image/gif;base64,",
+    "a URI without a comma": "data:image/gif;base64",
+    "a URI that is no base64": "data:image/png;base64,a cat!",
+    "a URI with half of a pair": f"data:image/png;base64,{HALF}",
+}
+
+
+def in_mapping(image: Any) -> Any:
+    return {"role": "user", "content": "x", "images": [image]}
+
+
+def in_message(image: Any) -> Any:
+    return Message(role="user", content="x", images=(image,))
+
+
+def in_history(image: Any) -> Any:
+    return [in_mapping(image), Reply(text="y"), "z"]
+
+
+WAYS = [in_mapping, in_message, in_history]
+
+
+def picture(both: Any, messages: Any, **arguments: Any) -> Image:
+    """The picture that reaches the provider."""
+    echo = Echo()
+    both.connect(echo, model=MODEL).chat(messages, **arguments)
+    (found,) = echo.requests[-1].messages[0].images
+    return cast("Image", found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_text_in_a_message_is_a_picture_in_base64_or_a_data_uri(both: Any, way: Act, case: str) -> None:
+    given, data, media_type = TEXTS[case]
+    assert picture(both, way(given)) == Image(data=data, media_type=media_type)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", NO_PICTURES)
+def test_any_other_text_in_a_message_is_refused_and_not_repeated(both: Any, way: Act, case: str) -> None:
+    given = NO_PICTURES[case]
+    error = refusal(both, lambda llm: llm.chat(way(given)))
+    assert error.__cause__ is error.__context__ is None
+    assert not given.strip() or given not in str(error)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", [str, Text, os.fspath, Path.as_uri], ids=["str", "subclass", "fspath", "address"])
+def test_no_text_in_a_message_reads_a_file(both: Any, tmp_path: Path, way: Act, form: Act) -> None:
+    file = tmp_path / "cat.png"
+    file.write_bytes(PNG)
+    error = refusal(both, lambda llm: llm.chat(way(form(file))))
+    assert "cat.png" not in str(error)
+    assert "pathlib.Path" in str(error.hint)
+
+
+@pytest.mark.parametrize("way", [*WAYS, None])
+def test_what_is_plainly_a_file_or_bytes_is_a_picture_everywhere(both: Any, tmp_path: Path, way: Act | None) -> None:
+    file = tmp_path / "cat.png"
+    file.write_bytes(PNG)
+    images = [file, PNG, bytearray(PNG), memoryview(PNG), Image(data=PNG), Image(path=file), Image(path=str(file))]
+    for given in images:
+        found = picture(both, way(given)) if way else picture(both, "x", images=[given])
+        assert found == graftage.Image(data=PNG, media_type="image/png")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_in_a_message_is_a_regular_one(both: Any, pipe: Path, way: Act) -> None:
+    for given in (pipe, Image(path=pipe), Path("/dev/zero")):
+        assert "not a regular file" in refusal(both, lambda llm, given=given: llm.chat(way(given))).message
+
+
+def test_a_picture_of_any_form_has_a_largest_size(both: Any) -> None:
+    huge = PNG + bytes(LARGEST_IMAGE)
+    for given in (huge, "data:image/png;base64," + base64.b64encode(huge).decode()):
+        error = refusal(both, lambda llm, given=given: llm.chat(in_mapping(given)))
+        assert f"larger than {LARGEST_IMAGE} bytes" in error.message
+
+
+def test_a_text_of_the_hosts_own_call_is_a_data_uri_or_a_path(both: Any, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    file.write_bytes(PNG)
+    for given in (str(file), f"data:image/png;base64,{BASE64}"):
+        assert picture(both, "x", images=[given]) == Image(data=PNG, media_type="image/png")
+
+
+@pytest.mark.parametrize("given", [BASE64, "https://example.org/cat.png", "data:text/plain,cat", "no-such-cat"])
+def test_a_text_of_the_hosts_own_call_that_is_neither_is_not_repeated(both: Any, given: str) -> None:
+    error = refusal(both, lambda llm: llm.generate("x", images=[given]))
+    assert given not in f"{error} {error.__cause__} {error.__context__}"
+    assert "bytes" in str(error.hint) or "base64" in str(error.hint)
 
 
 # --- Text that can be sent -------------------------------------------------------------------------------------------

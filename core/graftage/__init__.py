@@ -4,7 +4,7 @@ from graftage._client import AsyncClient, Client, connect, connect_async
 from graftage._events import enable_logging
 from graftage._stream import AsyncStream, Stream
 from graftage.exceptions import GraftageError
-from graftage.types import ACTIVE, Message, Reply, Timeouts, Tool
+from graftage.types import ACTIVE, Image, Message, Reply, Timeouts, Tool
 
 __all__ = [
     "ACTIVE",
@@ -12,6 +12,7 @@ __all__ = [
     "AsyncStream",
     "Client",
     "GraftageError",
+    "Image",
     "Message",
     "Reply",
     "Stream",

@@ -30,7 +30,8 @@ class Arguments(TypedDict, total=False):
     think: bool | str | None
     """Whether to think first, or how hard: `low`, `medium`, `high`."""
     images: Sequence[_messages.ImageLike] | None
-    """Paths or bytes, for the user's last message. A file has 64 MB at most."""
+    """Pictures for the user's last message, each of 64 MB at most: bytes, `Path`, `Image`, or a text that is a `data:`
+    URI or a path. Inside a message a text is a `data:` URI or base64, and never a path."""
     options: Mapping[str, Any] | None
     """`temperature`, `seed` and so on; `capabilities().options` has the names."""
     keep_alive: float | str | None
@@ -123,7 +124,7 @@ def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     """Read the arguments of `generate`."""
     check_names("generate", arguments, GenerateArguments)
     prompt = _messages.text(prompt, "`prompt`")
-    images = _messages.read_images(arguments.get("images"))
+    images = _messages.read_images(arguments.get("images"), paths=True)
     schema, parse = _messages.read_format(arguments.get("format"))
     think = _read_think(arguments.get("think"))
     own: dict[str, Any] = {

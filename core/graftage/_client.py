@@ -203,7 +203,7 @@ class Client:
                 `tools`: what the model may call: Python functions, pydantic models, mappings or `Tool`s.
                 `format`: a pydantic model, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
                 `think`: whether to think first, or how hard.
-                `images`: paths or bytes, for the user's last message.
+                `images`: pictures for the user's last message: bytes, `Image`, paths, or `data:` URIs.
                 `options`: `temperature`, `seed` and so on; `capabilities().options` has the names.
                 `keep_alive`: how long the model stays loaded: seconds, `"5m"`, -1 for ever.
                 `context_window`: tokens of prompt and answer together.

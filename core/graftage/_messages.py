@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import difflib
 import inspect
 import json
@@ -12,6 +14,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from urllib.parse import unquote_to_bytes
 
 from graftage._values import read_file, user_path
 from graftage.exceptions import CapabilityUnsupported, ProtocolError, RequestRejected
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 MessageLike: TypeAlias = "str | Message | Reply | Mapping[str, Any]"
 Messages: TypeAlias = "MessageLike | Sequence[MessageLike]"
-ImageLike: TypeAlias = "str | Path | bytes | Image"
+ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | Image"
 ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type"
 Format: TypeAlias = "Literal['json'] | Mapping[str, Any] | type | None"
 Parse: TypeAlias = Callable[[str], Any]
@@ -32,7 +35,44 @@ Parse: TypeAlias = Callable[[str], Any]
 ROLES: tuple[str, ...] = get_args(Role)
 MESSAGE_KEYS = ("role", "content", "images", "tool_calls", "tool_name", "tool_call_id", "thinking")
 LARGEST_IMAGE = 64 * 1024 * 1024
-"""Bytes of a file: more than any model takes."""
+"""Bytes of a picture: more than any model takes."""
+PICTURES = (
+    (re.compile(rb"\x89PNG"), "image/png"),
+    (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "image/webp"),
+    (re.compile(rb"GIF8[79]a"), "image/gif"),
+    (re.compile(rb"BM.{4}\0{4}", re.DOTALL), "image/bmp"),
+    (re.compile(rb"II\*\0|MM\0\*"), "image/tiff"),
+    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "image/avif"),
+    (re.compile(rb".{4}ftyp(?:hei[cx]|mif1)", re.DOTALL), "image/heic"),
+)
+"""How the files of pictures begin."""
+CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
+SCHEMA_KEYS = ("parameters", "inputSchema", "input_schema")
+"""What the schema of a tool is called: here and by OpenAI, by MCP, by Anthropic."""
+TOOL_KEYS = ("name", "description", *SCHEMA_KEYS)
+IGNORED_TOOL_KEYS = frozenset(
+    {
+        "type",
+        "strict",
+        "cache_control",
+        # Anthropic's
+        "input_examples",
+        "defer_loading",
+        "allowed_callers",
+        "eager_input_streaming",
+        # MCP's
+        "title",
+        "annotations",
+        "outputSchema",
+        "icons",
+        "execution",
+        "_meta",
+        "meta",
+    }
+)
+"""What else real tools have, and no model needs."""
+OUTER_TOOL_KEYS = ("type", "function", "strict", "cache_control")
 DEEPEST = 64
 """Levels of nesting in schemas, options and arguments: servers refuse, or fall over, where there are many more."""
 SYNONYMS = {
@@ -66,7 +106,7 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
     messages = [read_message(each) for each in items(value, "`messages`", "a text, a message, or a sequence of them")]
     if not messages:
         raise RequestRejected("There are no messages.", hint="Send at least one.")
-    if pictures := read_images(images):
+    if pictures := read_images(images, paths=True):
         _attach(messages, pictures)
     return tuple(messages)
 
@@ -104,25 +144,101 @@ def _parts(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
-def read_images(values: Iterable[ImageLike] | None) -> tuple[Image, ...]:
-    """Pictures from paths or bytes; a file must be a regular one of `LARGEST_IMAGE` at most."""
-    return tuple(_read_image(each) for each in items(values, "`images`", "a sequence of paths or bytes"))
+def read_images(values: Iterable[ImageLike] | None, *, paths: bool = False) -> tuple[Image, ...]:
+    """Pictures, each with its bytes in `data`.
+
+    Args:
+        values: bytes, paths, images, or texts: `data:` URIs and base64.
+        paths: a text that is no `data:` URI is a path. Never inside a message, which may have come from outside: the
+            sender would choose a file of this machine to be read and sent.
+
+    Raises:
+        RequestRejected: one of them is no picture, or its file cannot be read.
+    """
+    wanted = "a sequence of paths, bytes or images"
+    return tuple(_read_image(each, paths=paths) for each in items(values, "`images`", wanted))
 
 
-def _read_image(value: ImageLike) -> Image:
-    if isinstance(value, bytes):
-        return Image(data=value)
-    if isinstance(value, Image):
-        if not isinstance(value.data, bytes):
-            raise rejected("the `data` of an image", "bytes", value.data)
-        return value
-    if not isinstance(value, (str, Path)):
-        raise rejected("an image", "a path or bytes", value)
+def _read_image(value: ImageLike, *, paths: bool) -> Image:
+    if isinstance(value, str):
+        image = _read_picture(value, paths=paths)
+    elif isinstance(value, Path):
+        image = Image(path=value)
+    else:
+        image = value if isinstance(value, Image) else Image(data=cast("bytes", value))
+    if image.path is not None and image.data:
+        raise RequestRejected("An image has both `data` and a `path`.", hint="Give one of them.")
+    data = image.data if image.path is None else _read_image_file(image.path)
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise rejected("an image", "bytes, a path or a `graftage.Image`", data)
+    data = bytes(data)
+    if not data:
+        raise RequestRejected("An image is empty.", hint="Give the bytes of its file.")
+    if len(data) > LARGEST_IMAGE:
+        raise RequestRejected(f"An image is larger than {LARGEST_IMAGE} bytes.", hint="Make it smaller.")
+    return Image(data=data, media_type=optional_text(image.media_type, "the media type of an image") or _kind(data))
+
+
+def _kind(data: bytes) -> str | None:
+    """The media type of a picture, by its first bytes."""
+    return next((name for begins, name in PICTURES if begins.match(data)), None)
+
+
+def _read_picture(value: str, *, paths: bool) -> Image:
+    """A picture from a text, of which nothing is repeated in an error."""
+    scheme = value.lstrip()[:8].lower()
+    if scheme.startswith(("http://", "https://")):
+        raise RequestRejected("An image is given by its address.", hint="Download it, and give its bytes.")
+    if scheme.startswith("data:"):
+        return _read_data_uri(value.strip())
+    if paths:
+        with contextlib.suppress(OSError):  # It names the file: it must be no cause of what is raised.
+            return Image(data=read_file(user_path(value), LARGEST_IMAGE))
+        raise RequestRejected(
+            "A text given as an image is neither a `data:` URI nor the path of a file that can be read.",
+            hint="Check the path; give base64 text as `data:image/png;base64,…`.",
+        )
+    data = _from_base64(_bytes(value))
+    if data is None or _kind(data) is None:  # Many words and paths are valid base64, too.
+        raise RequestRejected(
+            "A text given as an image of a message is neither base64 of a picture nor a `data:` URI.",
+            hint="A text in a message is never a path: give a `pathlib.Path`, a `graftage.Image`, or bytes.",
+        )
+    return Image(data=data)
+
+
+def _read_data_uri(value: str) -> Image:
+    head, _, body = value.partition(",")
+    media_type, *parameters = (each.strip() for each in head.lower().removeprefix("data:").split(";"))
+    raw = unquote_to_bytes(_bytes(body))
+    data = _from_base64(raw) if "base64" in parameters else raw
+    if not data or not media_type.startswith("image/"):
+        raise RequestRejected(
+            "An image cannot be read from its `data:` URI.", hint="Give `data:image/png;base64,…`, or its bytes."
+        )
+    return Image(data=data, media_type=media_type)
+
+
+def _from_base64(value: bytes) -> bytes | None:
+    """What a text in base64 stands for: in either alphabet, in one line or several, with its padding or without."""
+    value = b"".join(value.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+    return None
+
+
+def _bytes(value: str) -> bytes:
+    return value.encode("utf-8", "surrogatepass")
+
+
+def _read_image_file(path: str | Path) -> bytes:
+    if not isinstance(path, (str, Path)):
+        raise rejected("the `path` of an image", "a text or a `pathlib.Path`", path)
     try:
-        return Image(data=read_file(user_path(value), LARGEST_IMAGE))
+        return read_file(user_path(path), LARGEST_IMAGE)
     except OSError as error:
         raise RequestRejected(
-            f"The image {str(value)[:200]!r} cannot be read: {error.strerror}.",
+            f"The image {str(path)[:200]!r} cannot be read: {error.strerror}.",
             hint="Check the path, or give its bytes.",
         ) from error
 

@@ -118,8 +118,12 @@ AdapterChoice: TypeAlias = "str | Path | Literal[_Unset.ACTIVE] | None"
 class Image:
     """A picture that goes with a message."""
 
-    data: bytes = field(repr=False)
+    data: bytes = field(default=b"", repr=False)
     """The encoded picture (PNG, JPEG, WebP), as it is in its file."""
+    path: str | Path | None = None
+    """The file to read it from, instead of `data`. A provider gets `data` alone."""
+    media_type: str | None = None
+    """Such as `image/png`; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
