@@ -417,6 +417,138 @@ def test_a_function_without_a_name_is_no_tool_until_it_has_one(both: Any) -> Non
     assert "Give it a name" in str(error.hint)
 
 
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+PLAIN = {"name": "f", "description": "d"}
+READ = Tool(name="f", description="d", parameters=SCHEMA)
+TOOLS: dict[str, dict[str, Any]] = {
+    "ours": {**PLAIN, "parameters": SCHEMA},
+    "OpenAI's": {"type": "function", "function": {**PLAIN, "parameters": SCHEMA, "strict": True}},
+    "OpenAI's without levels": {"type": "function", **PLAIN, "parameters": SCHEMA, "strict": True},
+    "Anthropic's": {**PLAIN, "input_schema": SCHEMA, "type": "custom", "cache_control": {"type": "ephemeral"}},
+    "MCP's": {
+        **PLAIN,
+        "inputSchema": SCHEMA,
+        "title": "F",
+        "outputSchema": {"type": "object"},
+        "annotations": {"readOnlyHint": True},
+        "icons": None,
+        "execution": None,
+        "_meta": {},
+    },
+    "MCP's in OpenAI's": {"type": "function", "function": {**PLAIN, "inputSchema": SCHEMA}},
+    "the same schema twice": {**PLAIN, "parameters": dict(SCHEMA), "inputSchema": SCHEMA},
+    "a schema and a key without": {**PLAIN, "parameters": None, "input_schema": SCHEMA},
+}
+NO_TOOLS: dict[str, tuple[dict[str, Any], str]] = {
+    "a misspelt schema": ({**PLAIN, "paramaters": SCHEMA}, "`parameters`"),
+    "a schema in capitals": ({**PLAIN, "Parameters": SCHEMA}, "`parameters`"),
+    "a misspelt schema of MCP": ({**PLAIN, "inputSchma": SCHEMA}, "`inputSchema`"),
+    "a misspelt schema of Anthropic": ({**PLAIN, "input_shema": SCHEMA}, "`input_schema`"),
+    "a misspelt description": ({"name": "f", "descripton": "d"}, "`description`"),
+    "a schema under another word": ({**PLAIN, "json": SCHEMA}, "parameters"),
+    "a schema without its key": ({**PLAIN, **SCHEMA}, "parameters"),
+    "a key that is no text": ({**PLAIN, 5: SCHEMA}, "parameters"),  # type: ignore[dict-item]
+    "a misspelt schema in OpenAI's": ({"function": {**PLAIN, "params": SCHEMA}}, "parameters"),
+    "a schema beside OpenAI's": ({"function": PLAIN, "parameters": SCHEMA}, "function"),
+    "a description beside OpenAI's": ({"function": {"name": "f"}, "description": "d"}, "function"),
+    "two schemas": ({**PLAIN, "parameters": SCHEMA, "inputSchema": {"type": "object"}}, "`inputSchema`"),
+    "a schema and an empty one": ({**PLAIN, "parameters": {}, "input_schema": SCHEMA}, "`input_schema`"),
+    "a list for a schema": ({**PLAIN, "parameters": []}, "JSON schema"),
+    "a text for a schema": ({**PLAIN, "inputSchema": "{}"}, "JSON schema"),
+    "a description that is no text": ({"name": "f", "description": ["d"]}, "text"),
+}
+
+
+@pytest.mark.parametrize("given", TOOLS.values(), ids=TOOLS)
+def test_a_tool_keeps_its_schema_in_every_form(both: Any, given: dict[str, Any]) -> None:
+    echo = Echo()
+    both.connect(echo, model=MODEL).chat("x", tools=[given])
+    assert echo.requests[0].tools == (READ,)
+
+
+@pytest.mark.parametrize("given", [{}, {"parameters": None}, {"parameters": {}}, {"inputSchema": {}}])
+def test_a_tool_without_a_schema_takes_nothing(both: Any, given: dict[str, Any]) -> None:
+    echo = Echo()
+    both.connect(echo, model=MODEL).chat("x", tools=[{"name": "f", **given}])
+    assert echo.requests[0].tools == (Tool(name="f"),)
+
+
+@pytest.mark.parametrize(("given", "way_out"), NO_TOOLS.values(), ids=NO_TOOLS)
+def test_a_tool_whose_schema_might_be_lost_is_refused(both: Any, given: dict[str, Any], way_out: str) -> None:
+    assert way_out in str(refusal(both, lambda llm: llm.chat("x", tools=[given])).hint)
+
+
+# --- Calls of tools --------------------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "an object": ({"arguments": {"a": 1}}, {"a": 1}),
+    "an empty object": ({"arguments": {}}, {}),
+    "none": ({}, {}),
+    "null": ({"arguments": None}, {}),
+    "an empty text": ({"arguments": ""}, {}),
+    "blanks": ({"arguments": " \n"}, {}),
+    "a text of null": ({"arguments": "null"}, {}),
+    "a text of an object": ({"arguments": ' {"a": 1}\n'}, {"a": 1}),
+    "a text of a text of an object": ({"arguments": '"{\\"a\\": 1}"'}, {"a": 1}),
+    "a text of a text of null": ({"arguments": '"null"'}, {}),
+}
+NO_ARGUMENTS = [
+    "{",
+    "canary",
+    '{"a": canary}',
+    "[1]",
+    "5",
+    "true",
+    '"canary"',
+    [1],
+    [],
+    5,
+    0,
+    True,
+    False,
+    "[" * 100_000,
+]
+
+
+def made(body: dict[str, Any]) -> list[Any]:
+    """A conversation in which the model has called the tool `f`, in OpenAI's form and in ours."""
+    return [
+        {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", **body}}]},
+        {"role": "assistant", "tool_calls": [{"id": "1", "name": "f", **body}]},
+    ]
+
+
+@pytest.mark.parametrize(("given", "read"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_the_arguments_of_an_earlier_call_are_read_as_what_they_mean(
+    both: Any, given: dict[str, Any], read: dict[str, Any]
+) -> None:
+    echo = Echo(["ok"])
+    both.connect(echo, model=MODEL).chat(made(given))
+    for message in echo.requests[0].messages:
+        assert message.tool_calls == (ToolCall(name="f", arguments=read, id="1"),)
+
+
+@pytest.mark.parametrize("given", NO_ARGUMENTS, ids=lambda each: str(each)[:20])
+def test_an_earlier_call_whose_arguments_are_no_object_is_refused_as_malformed(both: Any, given: Any) -> None:
+    for message in made({"arguments": given}):
+        error = refusal(both, lambda llm, message=message: llm.chat(message))
+        assert "tool `f` is malformed" in error.message
+        assert "canary" not in f"{error} {error.__cause__} {error.__context__} {error.to_dict()}"
+
+
+@pytest.mark.parametrize("key", ["input", "args", "argumets"])
+def test_an_earlier_call_whose_arguments_have_another_key_is_refused(both: Any, key: str) -> None:
+    for message in made({key: {"a": 1}}):
+        assert "`arguments`" in str(refusal(both, lambda llm, message=message: llm.chat(message)).hint)
+
+
+def test_what_else_real_calls_carry_is_left_out(both: Any) -> None:
+    echo = Echo(["ok"])
+    call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": "{}", "index": 0}, "extra_content": {}}
+    both.connect(echo, model=MODEL).chat({"role": "assistant", "tool_calls": [call]})
+    assert echo.requests[0].messages[0].tool_calls == (ToolCall(name="f", arguments={}, id="1"),)
+
+
 # --- What the caller's own code raises -------------------------------------------------------------------------------
 
 

@@ -284,7 +284,7 @@ def _read_call_arguments(value: Any, what: str) -> dict[str, Any]:
 
 
 def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
-    """Tools from functions, pydantic models, mappings (also in OpenAI's form), or `Tool`.
+    """Tools from functions, pydantic models, `Tool`, or mappings in OpenAI's, Anthropic's or MCP's form.
 
     Raises:
         RequestRejected: one of them cannot be read.
@@ -304,21 +304,40 @@ def _read_tool(value: ToolLike) -> Tool:
 
 def _made_tool(value: Callable[..., Any] | Mapping[str, Any] | type) -> Tool:
     if isinstance(value, Mapping):
-        body = value.get("function", value)
-        if not isinstance(body, Mapping) or not body.get("name"):
-            raise RequestRejected(
-                "A tool has no name.", hint="Give a mapping with `name`, `description` and `parameters`."
-            )
-        return Tool(
-            name=body["name"],
-            description=str(body.get("description") or ""),
-            parameters=body.get("parameters") or {"type": "object", "properties": {}},
-        )
+        return _tool_from(value)
     if _has_schema(value):
         return Tool(name=value.__name__, description=inspect.getdoc(value) or "", parameters=_schema_of(value))
     if callable(value):
         return _tool_of(value)
     raise rejected("a tool", "a function, a mapping, a pydantic model or a `Tool`", value)
+
+
+def _tool_from(value: Mapping[str, Any]) -> Tool:
+    """A tool from a mapping; a key that is not known may be a misspelt one, and the schema with it lost."""
+    body = value.get("function", value)
+    if not isinstance(body, Mapping) or not body.get("name"):
+        raise RequestRejected("A tool has no name.", hint="Give a mapping with `name`, `description` and `parameters`.")
+    if body is not value:
+        _check_keys(value, OUTER_TOOL_KEYS)
+    _check_keys(body, TOOL_KEYS, IGNORED_TOOL_KEYS)
+    schemas = [body[key] for key in SCHEMA_KEYS if body.get(key) is not None]
+    if any(each != schemas[0] for each in schemas[1:]):
+        raise RequestRejected(
+            f"The tool `{str(body['name'])[:80]}` has several schemas that are not the same.",
+            hint=f"Give one of {', '.join(f'`{key}`' for key in SCHEMA_KEYS)}.",
+        )
+    empty: dict[str, Any] = {"type": "object", "properties": {}}
+    return Tool(
+        name=body["name"],
+        description=body.get("description") or "",
+        parameters=schemas[0] if schemas and schemas[0] != {} else empty,
+    )
+
+
+def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
+    for key in value:
+        if key not in known and key not in ignored:
+            raise RequestRejected(f"A tool has no key `{key}`.", hint=_nearest(str(key), known))
 
 
 def _tool_of(function: Callable[..., Any]) -> Tool:
