@@ -329,7 +329,7 @@ def test_messages_may_come_from_a_generator(both: Any) -> None:
         ({"role": "user", "contents": "x"}, "`content`"),
         ({"role": "user", "content": [{"type": "text"}]}, "content"),
         ({"role": "assistant", "tool_calls": [5]}, "tool call"),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "not JSON"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "no JSON object"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, "object"),
     ],
 )

@@ -652,6 +652,78 @@ def test_a_process_that_was_forked_off_shares_neither_connections_nor_slots(fake
     assert fake.accepted == 2  # One of each.
 
 
+# --- Answers that are JSON and wrong all the same -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [[[1.0, 2.0]], [[1.0], [2.0], [3.0]], [], [[], []], [[1.0], [1.0, 2.0]], [["1.0"], ["2.0"]], [[True], [1]]],
+)
+def test_vectors_that_do_not_fit_the_inputs_are_a_typed_error(both: Any, fake: FakeOllama, vectors: Any) -> None:
+    fake.script("/api/embed", Answer([{"model": MODEL, "embeddings": vectors}]))
+    with pytest.raises(ProtocolError):
+        both.connect("ollama", model=MODEL, host=fake.url).embed(["a", "b"])
+
+
+def calling(*calls: Any, done: bool = False, text: str = "") -> dict[str, Any]:
+    """A line that calls tools."""
+    found = line(text, done=done, done_reason="stop" if done else None)
+    found["message"]["tool_calls"] = list(calls)
+    return found
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "an object": ({"arguments": {"a": 1}}, {"a": 1}),
+    "none": ({}, {}),
+    "null": ({"arguments": None}, {}),
+    "an empty text": ({"arguments": ""}, {}),
+    "blanks": ({"arguments": "  "}, {}),
+    "a text of null": ({"arguments": "null"}, {}),
+    "a text of an object": ({"arguments": '{"a": "\u00e9"}'}, {"a": "\u00e9"}),
+    "half of a pair": ({"arguments": {"a": "\ud800"}}, {"a": "\ufffd"}),
+}
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["in the middle", "in the last line"])
+@pytest.mark.parametrize(("given", "read"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_the_arguments_of_a_call_are_read_as_what_they_mean(
+    both: Any, fake: FakeOllama, given: dict[str, Any], read: dict[str, Any], done: bool
+) -> None:
+    lines = [line("Let "), calling({"function": {"name": "now", **given}}, done=done, text="me see.")]
+    lines += [] if done else [line("", done=True, done_reason="stop")]
+    fake.script("/api/chat", Answer([json.dumps(each).encode() + b"\n" for each in lines]))
+    reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("now", read)]
+    assert (reply.text, reply.finish_reason) == ("Let me see.", "tool_calls")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": "now", "arguments": '{"a": "canary'},
+        {"name": "now", "arguments": "canary"},
+        {"name": "now", "arguments": '["canary"]'},
+        {"name": "now", "arguments": ["canary"]},
+        {"name": "", "arguments": {"a": "canary"}},
+        {"name": None, "arguments": {"a": "canary"}},
+        {"arguments": {"a": "canary"}},
+    ],
+)
+def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
+    both: Any, fake: FakeOllama, function: dict[str, Any]
+) -> None:
+    fake.script("/api/chat", Answer([line("Let me see."), calling({"function": function})]))
+    with pytest.raises(ProtocolError, match=r"model's call.* malformed") as caught:
+        both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+    error = caught.value
+    assert ("`now`" in error.message) == bool(function.get("name"))
+    assert "max_tokens" in str(error.hint)
+    assert "service" not in str(error)
+    assert error.partial is not None
+    assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
+    assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
+
+
 def test_an_error_about_a_broken_answer_holds_no_word_of_the_answer(both: Any, fake: FakeOllama) -> None:
     broken = line("canary-in-the-answer")
     broken["message"] = [broken["message"]]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pydantic
 import pytest
 from engine_fixtures import eventually
@@ -485,12 +487,75 @@ def test_a_tool_call_that_comes_in_pieces_is_put_together() -> None:
     ]
 
 
-def test_a_tool_call_with_broken_arguments_is_told_by_the_name_of_the_tool() -> None:
-    answer = _convert.Answer("m")
-    call = {"index": 0, "id": "a", "function": {"name": "now", "arguments": "{"}}
-    answer.read(json.dumps({"choices": [{"delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}).encode())
-    with pytest.raises(ProtocolError, match="now"):
-        answer.read(b"[DONE]")
+class Saying:
+    """A transport that answers each chat with the same events, without an engine."""
+
+    def __init__(self, *events: dict[str, Any]) -> None:
+        lines = [*(json.dumps(each) for each in events), "[DONE]"]
+        self._body = "".join(f"data: {each}\n\n" for each in lines).encode()
+
+    def _answer(self, _request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=self._body, headers={"content-type": "text/event-stream"})
+
+    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
+        return httpx.MockTransport(self._answer)
+
+    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
+        return httpx.MockTransport(self._answer)
+
+
+def calling(function: dict[str, Any]) -> Saying:
+    """An answer that says something, and calls a tool."""
+    call = {"index": 0, "id": "a", "function": function}
+    return Saying(
+        {"choices": [{"delta": {"content": "Let me see."}, "finish_reason": None}]},
+        {"choices": [{"delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"arguments": '{"a": 1}'}, {"a": 1}),
+        ({"arguments": {"a": 1}}, {"a": 1}),
+        ({}, {}),
+        ({"arguments": None}, {}),
+        ({"arguments": ""}, {}),
+        ({"arguments": "  "}, {}),
+        ({"arguments": "null"}, {}),
+    ],
+    ids=str,
+)
+def test_the_arguments_of_a_call_are_read_as_what_they_mean(
+    both: Any, engine_store: Path, given: dict[str, Any], read: dict[str, Any]
+) -> None:
+    llm = both.connect("llamacpp", transport=calling({"name": "now", **given}))
+    reply = llm.chat("Hello")
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("now", read)]
+    assert (reply.text, reply.finish_reason) == ("Let me see.", "tool_calls")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": "now", "arguments": "{canary"},
+        {"name": "now", "arguments": '["canary"]'},
+        {"name": None, "arguments": '{"a": "canary"}'},
+    ],
+    ids=str,
+)
+def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
+    both: Any, engine_store: Path, function: dict[str, Any]
+) -> None:
+    llm = both.connect("llamacpp", transport=calling(function))
+    with pytest.raises(ProtocolError, match=r"model's call.* malformed") as caught:
+        llm.chat("Hello")
+    error = caught.value
+    assert ("`now`" in error.message) == bool(function["name"])
+    assert "max_tokens" in str(error.hint)
+    assert error.partial is not None
+    assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
+    assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
 
 
 def test_an_answer_without_a_reason_is_no_whole_answer() -> None:

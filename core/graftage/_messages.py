@@ -124,7 +124,7 @@ def read_message(value: MessageLike) -> Message:
         role=cast("Role", role),
         content=optional_text(given.get("content"), "the `content` of a message") or "",
         images=read_images(given.get("images")),
-        tool_calls=tuple(_read_tool_call(each, place) for place, each in enumerate(calls)),
+        tool_calls=tuple(_read_sent_tool_call(each, place) for place, each in enumerate(calls)),
         tool_name=optional_text(given.get("tool_name"), "the `tool_name` of a message"),
         tool_call_id=optional_text(given.get("tool_call_id"), "the `tool_call_id` of a message"),
         thinking=optional_text(given.get("thinking"), "the `thinking` of a message"),
@@ -253,7 +253,43 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
     )
 
 
-def _read_tool_call(value: Any, place: int) -> ToolCall:
+# --- Tool calls ------------------------------------------------------------------------------------------------------
+
+
+def read_tool_call(name: Any, arguments: Any, call_id: str) -> ToolCall:
+    """A call of a tool as a model has written it, for providers.
+
+    Args:
+        name: the name of the tool.
+        arguments: an object, or JSON of one in a text; None, `null` and an empty text are an object without entries.
+        call_id: names the call when its result is sent back.
+
+    Raises:
+        ProtocolError: it has no name, or arguments that are no object; what the model wrote is in `partial.raw`.
+    """
+    found = _read_arguments(arguments)
+    if isinstance(name, str) and name and found is not None:
+        return ToolCall(name=name, arguments=found, id=call_id)
+    of = f" of the tool `{name[:80]}`" if isinstance(name, str) and name else ""
+    raise ProtocolError(
+        f"The model's call{of} is malformed: {'its arguments are no JSON object' if of else 'it names no tool'}.",
+        hint="Ask again, raise `max_tokens`, or choose a larger model.",
+        partial=Reply(text="", raw={"name": name, "arguments": arguments}),
+    )
+
+
+def _read_arguments(value: Any) -> dict[str, Any] | None:
+    """The arguments of a tool call; None where they cannot be read as an object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        while isinstance(value, str):  # Some servers write the JSON of a text that is JSON.
+            value = json.loads(value) if value.strip() else None
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+def _read_sent_tool_call(value: Any, place: int) -> ToolCall:
+    """A tool call of an earlier answer, on its way back to the model."""
     if isinstance(value, ToolCall):
         value = {"name": value.name, "arguments": value.arguments, "id": value.id}
     body = value.get("function", value) if isinstance(value, Mapping) else None
@@ -262,22 +298,20 @@ def _read_tool_call(value: Any, place: int) -> ToolCall:
             "A tool call has no name.", hint="Give a `ToolCall`, or a mapping with `name` and `arguments`."
         )
     name = text(body["name"], "the name of a tool call")
+    unknown = [key for key in body if key not in CALL_KEYS]
+    if unknown and "arguments" not in body:
+        raise RequestRejected(f"A tool call has no key `{unknown[0]}`.", hint="Give its arguments as `arguments`.")
+    arguments = _read_arguments(body.get("arguments", value.get("arguments")))
+    if arguments is None:
+        raise RequestRejected(
+            f"The call of the tool `{name}` is malformed: its arguments are no JSON object.",
+            hint="Give an object, or JSON of one; leave out a message whose call a model has written wrongly.",
+        )
     return ToolCall(
         name=name,
-        arguments=_read_call_arguments(body.get("arguments") or {}, f"the arguments of the tool call `{name}`"),
+        arguments=plain_object(arguments, f"the arguments of the tool call `{name}`", "an object"),
         id=text(str(value.get("id") or f"call_{place}"), "the id of a tool call"),
     )
-
-
-def _read_call_arguments(value: Any, what: str) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RequestRejected(
-                f"{_capital(what)} are not JSON.", hint="Give a mapping, or JSON of an object."
-            ) from error
-    return plain_object(value, what, "an object")
 
 
 # --- Tools -----------------------------------------------------------------------------------------------------------

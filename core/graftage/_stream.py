@@ -285,8 +285,10 @@ class Run:
             typed.provider = typed.provider or self.provider
             typed.model = typed.model or self.model or None
             typed.operation = typed.operation or self.operation
-            if typed.partial is None and self.fold is not None and self.fold.received:
-                typed.partial = self.fold.reply()
+            if self.fold is not None and self.fold.received:
+                came = self.fold.reply()
+                # What a provider puts there is what it could not make a chunk of.
+                typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came
         self.count(failures=1)
         self._tell("error", error=typed)
         return translated(typed, self.translate)

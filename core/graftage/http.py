@@ -35,6 +35,7 @@ import anyio
 import httpcore
 import httpx
 
+from graftage._messages import read_tool_call
 from graftage._stream import Phase, too_late
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout, StreamInterrupted
 from graftage.types import Call
@@ -50,6 +51,7 @@ __all__ = [
     "is_loopback",
     "mend_line",
     "proxy_for",
+    "read_tool_call",
     "reason",
 ]
 

@@ -21,6 +21,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
+from graftage.http import read_tool_call
 from graftage.types import (
     ChatRequest,
     Chunk,
@@ -31,7 +32,6 @@ from graftage.types import (
     ModelInfo,
     Timings,
     Tool,
-    ToolCall,
     Usage,
 )
 from graftage_llamacpp._gguf import FILE_TYPES, Header
@@ -420,7 +420,9 @@ class Answer:
         function = part.get("function") or {}
         call["id"] = part.get("id") or call["id"]
         call["name"] += function.get("name") or ""
-        call["arguments"] += function.get("arguments") or ""
+        piece = function.get("arguments")
+        if piece is not None:
+            call["arguments"] += piece if isinstance(piece, str) else json.dumps(piece)
 
     def _end(self) -> Chunk:
         if self._finish is None:
@@ -428,7 +430,10 @@ class Answer:
         usage = self._last.get("usage") or {}
         timings = self._last.get("timings") or {}
         return Chunk(
-            tool_calls=tuple(_tool_call(call, place) for place, call in sorted(self._calls.items())),
+            tool_calls=tuple(
+                read_tool_call(call["name"], call["arguments"], call["id"] or f"call_{place}")
+                for place, call in sorted(self._calls.items())
+            ),
             finish_reason=FINISH.get(self._finish, "other"),
             usage=Usage(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens")),
             timings=Timings(
@@ -440,19 +445,6 @@ class Answer:
             warnings=self.notes,
             raw=self._last,
         )
-
-
-def _tool_call(call: Mapping[str, str], place: int) -> ToolCall:
-    try:
-        arguments = json.loads(call["arguments"] or "{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ProtocolError(
-            f"The model's call of the tool `{call['name'][:80]}` has arguments that are no JSON object.",
-            hint="Ask again, raise `max_tokens`, or choose a larger model.",
-        )
-    return ToolCall(name=call["name"], arguments=arguments, id=call["id"] or f"call_{place}")
 
 
 def _logprobs(found: Any, *, top: bool) -> tuple[Logprob, ...]:

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from graftage.http import read_tool_call
 from graftage.types import (
     ChatRequest,
     Chunk,
@@ -267,9 +268,12 @@ class ChatReader:
 
     def chunk(self, line: bytes) -> Chunk:
         """A line as a chunk."""
-        part = ollama.ChatResponse.model_validate_json(line)
+        calls: tuple[ToolCall, ...] = ()
+        if b'"tool_calls"' in line:
+            calls, part = self._tool_calls(line)
+        else:
+            part = ollama.ChatResponse.model_validate_json(line)
         message = part.message
-        calls = self._tool_calls(line) if message.tool_calls else ()
         text = message.content or ""
         thinking = message.thinking or ""
         if part.done:
@@ -280,19 +284,22 @@ class ChatReader:
             return Chunk(text=text, thinking=thinking)
         return Chunk(text=text, thinking=thinking, tool_calls=calls, logprobs=_logprobs(part))
 
-    def _tool_calls(self, line: bytes) -> tuple[ToolCall, ...]:
-        """The tool calls of a line, with their ids, which the official types drop and older servers do not give."""
-        found = json.loads(line)["message"]["tool_calls"]
+    def _tool_calls(self, line: bytes) -> tuple[tuple[ToolCall, ...], ollama.ChatResponse]:
+        """The tool calls of a line, and the rest of it.
+
+        The official types drop their ids, which older servers do not give, and take only objects for their arguments.
+        """
+        found = json.loads(without_lone_surrogates(line))
+        given = (found.get("message") or {}).pop("tool_calls", None) or ()
+        part = ollama.ChatResponse.model_validate(found)
         calls = tuple(
-            ToolCall(
-                name=str(each["function"]["name"]),
-                arguments=each["function"].get("arguments") or {},
-                id=str(each.get("id") or f"call_{place}"),
+            read_tool_call(
+                each["function"].get("name"), each["function"].get("arguments"), str(each.get("id") or f"call_{place}")
             )
-            for place, each in enumerate(found, self._calls)
+            for place, each in enumerate(given, self._calls)
         )
         self._calls += len(calls)
-        return calls
+        return calls, part
 
 
 def generate_chunk(line: bytes, request: GenerateRequest) -> Chunk:
