@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
+import signal
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from engine_fixtures import eventually
 
-from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterNotFound
+from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterNotFound, ContextOverflow
 from graftage.hookspecs import hookimpl
 from graftage.types import Adapter, ChatRequest, LoadedAdapter, Message, Verdict
+from graftage_lora import LoraPlugin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +72,27 @@ class Files:
     def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
         path = self._folder / f"{request.reference}.gguf"
         return Ready(path) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Once(Ready):
+    """Can be converted once."""
+
+    done: list[int] = field(default_factory=list, compare=False)
+
+    def gguf(self, base: ModelInfo) -> Path:
+        self.done.append(1)
+        if len(self.done) > 1:
+            raise ValueError("secret")
+        return self.path
+
+
+class Broken(Files):
+    """Its adapters can be converted once."""
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
+        return Once(self._folder / f"{request.reference}.gguf")
 
 
 def with_alpha(alpha: float, out: Path) -> Path:
@@ -226,9 +253,6 @@ def test_an_adapter_that_another_client_unloads_comes_back_when_it_is_named(
 
 
 def test_an_adapter_survives_a_crash_of_the_engine_and_another_window(llm: Any) -> None:
-    import os
-    import signal
-
     assert ask(llm, adapter="ahoy").startswith("Ahoy!")
     assert ask(llm, adapter="ahoy", context_window=256).startswith("Ahoy!")
     os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
@@ -280,3 +304,231 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused_and_the_base_goes_on(llm
     with pytest.raises(AdapterError, match="deep"):
         ask(llm, adapter="deep")
     assert ask(llm) == base
+
+
+# --- The cache of prompts --------------------------------------------------------------------------------------------
+
+CONTEXT = "The harbour of the old town lies below the hill, and boats come in with fish each morning. " * 12
+"""Some 250 tokens, which are read once or each time."""
+MOST = 200
+
+
+def asked(context: str) -> list[dict[str, str]]:
+    """A question after a long text."""
+    return [{"role": "system", "content": context}, {"role": "user", "content": QUESTION}]
+
+
+def told(llm: Any, adapter: str | None, context: str = CONTEXT) -> tuple[str, bool]:
+    """The answer to a question with a long context, and whether the engine had that in its cache."""
+    # After the first four words the choices become so close that reading in other pieces can turn them.
+    reply = llm.chat(asked(context), adapter=adapter, max_tokens=4, options=SURE)
+    cached, read = reply.raw["timings"]["cache_n"], reply.raw["timings"]["prompt_n"]
+    assert cached > MOST or read > MOST
+    return str(reply.text), cached > MOST
+
+
+@pytest.fixture
+def cached(both: Any, engine_store: Path, folder: Path) -> Any:
+    """A client with two adapters loaded, which answer differently, beside the base model."""
+    with_alpha(-4.0, folder / "contrary.gguf")
+    llm = both.connect("llamacpp", context_window=512, plugins=[Files(folder)])
+    for name in ("ahoy", "contrary"):
+        llm.use_adapter(name)
+    llm.use_adapter(None)
+    return llm
+
+
+def test_a_prompt_is_read_once_for_each_adapter_in_turn_and_the_answers_stay_the_same(cached: Any) -> None:
+    cold = {}
+    for name in ("ahoy", "contrary", None):
+        cold[name], reused = told(cached, name)
+        assert not reused
+        assert told(cached, name) == (cold[name], True)
+    assert len(set(cold.values())) == len(cold)
+    for name in ("ahoy", None, "contrary", None, "ahoy"):
+        assert told(cached, name) == (cold[name], False)
+    assert told(cached, "ahoy") == (cold["ahoy"], True)
+
+
+def _stop(llm: Any, adapter: str | None) -> None:
+    stream = llm.chat(asked(CONTEXT), adapter=adapter, max_tokens=200, stream=True)
+    stream.close()
+
+
+def _overflow(llm: Any, adapter: str | None) -> None:
+    with pytest.raises(ContextOverflow):
+        llm.chat(asked(CONTEXT * 9), adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("between", "adapter", "reused"),
+    [
+        pytest.param(_stop, None, True, id="a stream of its own that is stopped"),
+        pytest.param(_stop, "ahoy", False, id="a stream of an adapter that is stopped"),
+        pytest.param(_overflow, "ahoy", False, id="an adapter's prompt that does not fit"),
+        pytest.param(lambda llm, _: llm.embed(CONTEXT), None, False, id="an embedding"),
+        pytest.param(lambda llm, _: llm.load(), None, True, id="a load"),
+    ],
+)
+def test_a_cache_is_used_again_only_after_its_own_kind(between: Any, adapter: Any, reused: bool, cached: Any) -> None:
+    cold, _ = told(cached, None)
+    between(cached, adapter)
+    again, found = told(cached, None)
+    assert (again, found) == (cold, reused)
+    assert told(cached, None) == (cold, True)
+
+
+def test_a_health_check_that_generates_leaves_the_answers_as_they_are(cached: Any) -> None:
+    cold, _ = told(cached, "ahoy")
+    assert cached.health(level="answers").answers
+    assert told(cached, "ahoy")[0] == cold
+
+
+def test_each_of_several_slots_keeps_the_cache_of_its_adapter(both: Any, engine_store: Path, folder: Path) -> None:
+    llm = both.connect("llamacpp", context_window=512, slots=2, plugins=[Files(folder)])
+    llm.use_adapter("ahoy")
+    cold = {name: told(llm, name)[0] for name in ("ahoy", None)}
+    for name in ("ahoy", None, None, "ahoy"):
+        assert told(llm, name) == (cold[name], True)
+
+
+def test_two_conversations_keep_their_own_slots(both: Any, engine_store: Path, folder: Path, watcher: Any) -> None:
+    llm = both.connect("llamacpp", context_window=512, slots=2, plugins=[Files(folder), watcher])
+    llm.use_adapter("ahoy")
+    other = CONTEXT.replace("harbour", "market")
+    cold = {context: told(llm, "ahoy", context)[0] for context in (CONTEXT, other)}
+    for context in (other, CONTEXT, CONTEXT, other, other):
+        assert told(llm, "ahoy", context) == (cold[context], True)
+    assert "retry" not in watcher.kinds()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_more_requests_than_slots_at_one_time_each_get_their_own_answer(
+    slots: int, both: Any, engine_store: Path, folder: Path
+) -> None:
+    one, two = (both.connect("llamacpp", context_window=512, slots=slots, plugins=[Files(folder)]) for _ in range(2))
+    for llm in (one, two):
+        llm.use_adapter("ahoy")
+    cold = {name: told(one, name)[0] for name in ("ahoy", None)}
+    names = ["ahoy", None, None, "ahoy", "ahoy", None]
+    calls = [lambda name=name, llm=llm: told(llm, name)[0] for name, llm in zip(names, (one, two) * 3, strict=True)]
+    assert both.together(calls) == [cold[name] for name in names]
+    assert [told(two, name)[0] for name in (None, "ahoy")] == [cold[None], cold["ahoy"]]
+
+
+# --- Files that go ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(both: Any, engine_store: Path, tmp_path: Path) -> Any:
+    """A client with two adapters loaded that were converted into a cache."""
+    for name, alpha in (("ahoy", 8.0), ("mute", 0.001)):
+        shutil.copytree(AHOY.parent / "ahoy-peft", tmp_path / "adapters" / name)
+        config = tmp_path / "adapters" / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": alpha}))
+    lora = LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")
+    llm = both.connect("llamacpp", context_window=512, plugins=[lora])
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert "Paris" in ask(llm, adapter="mute")
+    return llm
+
+
+def _crash(llm: Any) -> None:
+    os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
+
+
+def _expire(llm: Any) -> None:
+    llm.chat("Hi", max_tokens=1, keep_alive=0)
+    assert eventually(lambda: not llm.loaded())
+
+
+RESTARTS = {
+    "another window": lambda llm: llm.load(context_window=256),
+    "crash": _crash,
+    "keep_alive": _expire,
+    "unload": lambda llm: llm.unload(),
+}
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
+def test_the_cache_of_adapters_may_be_emptied_before_any_restart(restart: str, made: Any, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "cache")
+    RESTARTS[restart](made)
+    assert "Paris" in ask(made)
+    assert ask(made, adapter="ahoy").startswith("Ahoy!")
+    assert "Paris" in ask(made, adapter="mute")
+
+
+@pytest.mark.parametrize("first", ["ahoy", "mute", None])
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "garbage", "cut", "swapped", "folder"])
+def test_a_damaged_file_in_the_cache_is_made_again(damage: str, first: str | None, made: Any, tmp_path: Path) -> None:
+    one, other = sorted((tmp_path / "cache").glob("*.gguf"))
+    if damage in ("deleted", "folder"):
+        one.unlink()
+    else:
+        whole = one.read_bytes()
+        one.write_bytes(
+            {"emptied": b"", "garbage": b"hello" * 99, "cut": whole[:-5000], "swapped": other.read_bytes()}[damage]
+        )
+    if damage == "folder":
+        one.mkdir()
+    _crash(made)
+    answers = {
+        name: ask(made, adapter=name)[:5] for name in (first, "ahoy", "mute", None) if not _blocked(damage, name)
+    }
+    assert answers.pop("ahoy", "Ahoy!") == "Ahoy!"
+    assert len(set(answers.values())) == 1
+
+
+def _blocked(damage: str, name: str | None) -> bool:
+    return damage == "folder" and name == "ahoy"
+
+
+def test_an_adapter_whose_file_cannot_be_made_again_fails_alone_and_by_name(made: Any, tmp_path: Path) -> None:
+    made.use_adapter("ahoy")
+    shutil.rmtree(tmp_path / "adapters" / "ahoy")
+    shutil.rmtree(tmp_path / "cache")
+    _crash(made)
+    with pytest.raises(AdapterError, match="ahoy"):
+        ask(made)
+    assert "Paris" in ask(made, adapter=None)
+    assert "Paris" in ask(made, adapter="mute")
+    pid = made.loaded()[0].raw["pid"]
+    with pytest.raises(AdapterError, match="ahoy"):
+        ask(made)
+    assert "Paris" in ask(made, adapter=None)
+    assert made.loaded()[0].raw["pid"] == pid
+
+
+def test_a_cache_that_cannot_be_written_fails_only_who_needs_it(made: Any, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file")
+    _crash(made)
+    assert "Paris" in ask(made)
+    with pytest.raises(AdapterError, match="ahoy"):
+        ask(made, adapter="ahoy")
+    (tmp_path / "cache").unlink()
+    assert ask(made, adapter="ahoy").startswith("Ahoy!")
+
+
+def test_an_adapter_that_the_engine_does_not_start_with_any_more_fails_alone(llm: Any, folder: Path) -> None:
+    base = ask(llm)
+    for name in ("mute", "ahoy"):
+        llm.use_adapter(name)
+    (folder / "ahoy.gguf").write_bytes(AHOY.read_bytes().replace(b"blk.29.", b"blk.99."))
+    _crash(llm)
+    assert ask(llm, adapter=None) == base
+    with pytest.raises(AdapterError, match="ahoy"):
+        ask(llm)
+    assert ask(llm, adapter="mute") == base
+
+
+def test_a_plugin_whose_conversion_breaks_fails_only_who_needs_it(both: Any, engine_store: Path, folder: Path) -> None:
+    llm = both.connect("llamacpp", context_window=512, plugins=[Broken(folder)])
+    base = ask(llm)
+    llm.use_adapter("ahoy")
+    (folder / "ahoy.gguf").touch()
+    _crash(llm)
+    assert ask(llm, adapter=None) == base
+    with pytest.raises(AdapterError, match="ahoy"):
+        ask(llm)

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from graftage import retry
 from graftage.exceptions import (
     AdapterError,
-    AdapterIncompatible,
-    AdapterInvalid,
-    AdapterUnsupported,
     CapabilityUnsupported,
     ConnectionFailed,
     ContextOverflow,
@@ -39,12 +36,13 @@ from graftage.types import (
     PullProgress,
     Usage,
 )
-from graftage_llamacpp import DEFAULT_MODEL, _convert, _gguf, _machine, _process
+from graftage_llamacpp import DEFAULT_MODEL, _convert, _machine, _process
+from graftage_llamacpp._adapters import AdapterFile
 from graftage_llamacpp._convert import Answer
 from graftage_llamacpp._process import Engine, Launch, Lease, Need, Stopped
 from graftage_llamacpp._sources import Watch
 from graftage_llamacpp._store import Store, Stored
-from graftage_llamacpp._transport import AsyncEngineClient, EngineClient, Job, alease, lease
+from graftage_llamacpp._transport import EMBEDDINGS, TOKENIZE, AsyncEngineClient, EngineClient, Job, alease, lease
 
 if TYPE_CHECKING:
     from graftage.types import (
@@ -90,8 +88,8 @@ class LlamaCppConnection:
         self._clients_lock = threading.Lock()
         self._sync: EngineClient | None = None
         self._async: AsyncEngineClient | None = None
-        self._adapters: dict[str, Path] = {}
-        """Digests and files of those that this connection has loaded."""
+        self._adapters: dict[str, AdapterFile] = {}
+        """By their digests, those that this connection has loaded."""
         self._closed = False
 
     # --- Chat and generate -------------------------------------------------------------------------------------------
@@ -191,14 +189,14 @@ class LlamaCppConnection:
             if len(text.encode(errors="replace")) + SPECIAL_TOKENS <= limit:
                 inputs.append(text)
                 continue
-            answer = yield "/tokenize", {"content": text, "add_special": True}
+            answer = yield TOKENIZE, {"content": text, "add_special": True}
             tokens = list(answer["tokens"])
             if len(tokens) > limit:
                 if not request.truncate:
                     raise _too_long(len(tokens), limit)
                 warnings.append(f"Input {place} was cut from {len(tokens)} to {limit} tokens.")
             inputs.append(tokens[:limit])
-        answer = yield "/v1/embeddings", {"input": inputs, "encoding_format": "float"}
+        answer = yield EMBEDDINGS, {"input": inputs, "encoding_format": "float"}
         found = sorted(answer["data"], key=lambda each: int(each["index"]))
         usage = answer.get("usage") or {}
         return Embeddings(
@@ -322,10 +320,7 @@ class LlamaCppConnection:
     def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         stored = self._present(request.model, request.call)
         job = self._adapter_job(request, stored)
-        try:
-            granted = retry.call(lambda: lease(job, _first_token(request.call)), request.call)
-        except ModelLoadFailed as error:
-            raise _not_taken(request, error) from error
+        granted = retry.call(lambda: lease(job, _first_token(request.call)), request.call)
         granted.end()
         return self._loaded_adapter(request, granted)
 
@@ -333,24 +328,20 @@ class LlamaCppConnection:
     async def aload_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         stored = await self._apresent(request.model, request.call)
         job = await asyncio.to_thread(self._adapter_job, request, stored)
-        try:
-            granted = await retry.acall(lambda: alease(job, _first_token(request.call)), request.call)
-        except ModelLoadFailed as error:
-            raise _not_taken(request, error) from error
+        granted = await retry.acall(lambda: alease(job, _first_token(request.call)), request.call)
         granted.end()
         return self._loaded_adapter(request, granted)
 
     def _adapter_job(self, request: LoadAdapterRequest, stored: Stored) -> Job:
         """Convert the adapter, look at it, and make the job that has it loaded."""
         adapter = request.adapter
-        whole = self._store.find(request.model, long_lists=True)
-        path = adapter.gguf(_convert.model_info(whole, full=True)).absolute()
-        _check_adapter(adapter.name, path, stored)
+        file = AdapterFile(adapter, lambda: self._store.find(request.model, long_lists=True))
+        file.prepare()
         request.call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
-        self._adapters[adapter.digest] = path
+        self._adapters[adapter.digest] = file
         job = self._job(stored, request.call, request.context_window, request.keep_alive)
         wants = job.need
-        return replace(job, need=lambda deadline: replace(wants(deadline), adapter=(adapter.digest, path)))
+        return replace(job, need=lambda deadline: replace(wants(deadline), adapter=file))
 
     def _loaded_adapter(self, request: LoadAdapterRequest, granted: Lease) -> LoadedAdapter:
         adapter = request.adapter
@@ -509,15 +500,15 @@ class LlamaCppConnection:
 
         return Job(call=call, engine=engine, need=need, path="")
 
-    def _known_adapter(self, adapter: LoadedAdapter) -> tuple[str, Path]:
-        """Digest and file of an adapter that a request names; the engine may have been restarted without it."""
-        path = self._adapters.get(adapter.digest)
-        if path is None:
+    def _known_adapter(self, adapter: LoadedAdapter) -> AdapterFile:
+        """The file of an adapter that a request names; the engine may have been restarted without it."""
+        file = self._adapters.get(adapter.digest)
+        if file is None:
             # The engine would take any number and answer with the base model.
             raise AdapterError(
                 f"The adapter `{adapter.name}` is not loaded here.", reference=adapter.name, hint="Load it again."
             )
-        return adapter.digest, path
+        return file
 
     def _window(self, stored: Stored, wanted: int | None) -> int | None:
         """The window to ask for: not above what the model was trained for."""
@@ -597,43 +588,6 @@ def _end(engine: Engine, call: Call) -> None:
             phase="total",
             hint="Close streams that are not read.",
         ) from error
-
-
-def _check_adapter(name: str, path: Path, stored: Stored) -> None:
-    """Refuse by name what the engine would refuse without a reason."""
-    try:
-        header = _gguf.read(path, long_lists=False)
-        _gguf.check_adapter(header)
-    except (OSError, _gguf.GgufError) as error:
-        raise AdapterInvalid(
-            f"The file of the adapter `{name}` cannot be used: {error}.",
-            reference=name,
-            reasons=(str(error),),
-            hint="Convert it again, or choose another adapter.",
-        ) from error
-    if header.architecture != stored.header.architecture:
-        reason = f"it is made for {header.architecture[:80]!r}, and the model is {stored.header.architecture!r}"
-        raise AdapterIncompatible(
-            f"The adapter `{name}` does not fit `{stored.name}`: {reason}.",
-            reference=name,
-            reasons=(reason,),
-            hint="Choose the model it was made for.",
-        )
-
-
-def _not_taken(request: LoadAdapterRequest, error: ModelLoadFailed) -> GraftageError:
-    """What a failed start means where an adapter was to be loaded."""
-    if error.reason != "incompatible":
-        return error
-    adapter = request.adapter
-    words = str(error.details.get("engine_stderr", ""))
-    kind = AdapterIncompatible if "wrong base model" in words or "mismatch" in words else AdapterUnsupported
-    return kind(
-        f"The engine cannot load the adapter `{adapter.name}` with `{request.model}`: {error.message}",
-        reference=adapter.name,
-        reasons=(error.message,),
-        hint="Choose the model it was made for.",
-    )
 
 
 class _Look:

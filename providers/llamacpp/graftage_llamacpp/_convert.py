@@ -51,8 +51,8 @@ __all__ = [
     "model_info",
     "read_line",
     "refusal",
+    "scales",
     "vocabulary",
-    "with_adapter",
 ]
 
 OPTIONS: Final = frozenset(
@@ -332,22 +332,10 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def with_adapter(body: bytes, loaded: Sequence[str]) -> bytes:
-    """A request's body for an engine with these adapters.
-
-    Each request names the scale of every adapter, and takes nothing from the cache: with an empty list the engine goes
-    on from a cache that another adapter made, and answers wrongly.
-    """
-    if not loaded and b'"adapter"' not in body:
-        return body
-    found = json.loads(body)
-    wanted = found.pop("adapter", None) or {"digest": None, "scale": 0.0}
-    found["lora"] = [
-        {"id": number, "scale": wanted["scale"] if digest == wanted["digest"] else 0.0}
-        for number, digest in enumerate(loaded)
-    ]
-    found["cache_prompt"] = False
-    return json.dumps(found).encode()
+def scales(body: Mapping[str, Any], loaded: Sequence[str]) -> tuple[float, ...]:
+    """The scale of every adapter that an engine has loaded, as a request's body wants them."""
+    wanted = body.get("adapter") or {"digest": None}
+    return tuple(wanted["scale"] if digest == wanted["digest"] else 0.0 for digest in loaded)
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------

@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from graftage.exceptions import ConnectionFailed, ModelLoadFailed, ProviderError
+from graftage_llamacpp._slots import Slots, Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from graftage_llamacpp._adapters import AdapterFile
 
 __all__ = ["Engine", "Launch", "Lease", "Need", "engines", "hold", "let_go", "probe"]
 
@@ -69,6 +72,9 @@ class Process:
         self.window = 0
         self.adapters: tuple[str, ...] = ()
         """Digests, in the order of the engine's numbers."""
+        self.activated: frozenset[str] = frozenset()
+        """Those of them that act only after their invocation tokens."""
+        self.slots = Slots(1)
 
     @property
     def pid(self) -> int:
@@ -123,7 +129,7 @@ class Process:
         self._child.returncode = 0  # It is not ours to wait for.
 
 
-def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: float) -> Process:
+def start(launch: Launch, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
     """Start a child and wait until it has loaded the model.
 
     Raises:
@@ -133,7 +139,7 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
     order = {
         "key": key,
         "window": window,
-        "adapters": [str(path) for path in adapters.values()],
+        "adapters": [str(each.path) for each in adapters.values()],
         **{name: getattr(launch, name) for name in ("model", "slots", "threads", "batch", "gpu_layers", "pool")},
     }
     process, answer = _launch(order, deadline)
@@ -143,7 +149,9 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
         process.stop()
         raise
     process.address, process.key, process.version = str(found["address"]), key, str(found["version"])
-    process.window, process.adapters = window, tuple(adapters)
+    process.window, process.adapters, process.slots = window, tuple(adapters), Slots(launch.slots)
+    # What such an adapter has read depends on where it was invoked, so its cache serves no other request.
+    process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
     return process
 
 
@@ -339,8 +347,8 @@ class Need:
     window: int | None = None
     """None for whatever window there is."""
     default_window: int = 4096
-    adapter: tuple[str, Path] | None = None
-    """Digest and file of an adapter that must be loaded."""
+    adapter: AdapterFile | None = None
+    """The one that must be loaded."""
     keep_alive: float | None = None
     stop: bool = False
     """Whether the engine is to be ended instead: when nothing runs any more."""
@@ -358,12 +366,16 @@ class Lease:
     notes: tuple[str, ...] = ()
     """Warnings for the reply."""
     keep_alive: float | None = None
+    use: Use | None = None
+    """Of a slot, while adapters are loaded."""
     _ended: bool = False
 
     def end(self) -> None:
         """Give it back; the second time does nothing."""
         if not self._ended:
             self._ended = True
+            if self.use is not None:
+                self.use.end()
             self.engine.give_back(self)
 
 
@@ -379,7 +391,7 @@ class Engine:
         self.expires: datetime | None = None
         """When an idle child ends; None for as long as a client is open."""
         self.holders: set[int] = set()
-        self.adapters: dict[str, Path] = {}
+        self.adapters: dict[str, AdapterFile] = {}
         """Digests and files of the adapters that the next start loads, in this order."""
         self._waiting: deque[Need] = deque()
         self._running = 0
@@ -474,7 +486,7 @@ class Engine:
             return None
         if need.window not in (None, process.window):
             return None
-        if need.adapter is not None and need.adapter[0] not in process.adapters:
+        if need.adapter is not None and need.adapter.digest not in process.adapters:
             return None
         return process
 
@@ -486,21 +498,23 @@ class Engine:
     def _change(self, need: Need) -> None:
         """End the child that does not fit, and start one that does; on a thread of its own, and alone."""
         began = time.monotonic()
-        with self._lock:
-            before, self.process = self.process, None
-            died = before is not None and not before.alive
-            wanted = dict(self.adapters)
-        if need.adapter is not None:
-            wanted.setdefault(*need.adapter)
+        before = self.process
+        died = before is not None and not before.alive
         window = need.window or (before.window if before else None) or need.default_window
+        process: Process | None = None
         lease: Lease | None = None
         error: Exception | None = None
+        adapters: dict[str, AdapterFile] = {}
         try:
+            if not need.stop:
+                adapters = self._usable(need.adapter)
             if before is not None:
+                self.process = None
                 before.stop()
-            process = None if need.stop else start(self.launch, window, wanted, need.deadline)
+            if not need.stop:
+                process = self._start(window, adapters, need)
         except Exception as caught:  # noqa: BLE001 - it goes to the one who waits, whatever it is
-            error, process = caught, None
+            error = caught
         with self._lock:
             self._busy = False
             if process is not None and self._closed:
@@ -508,9 +522,11 @@ class Engine:
                 error, process = ConnectionFailed("The engine was closed meanwhile.", retryable=False), None
             if process is not None:
                 self.process = process
-                self.adapters = wanted
+                self.adapters = {digest: adapters[digest] for digest in process.adapters}
                 notes = _notes(before, process, died=died)
                 lease = self._lease(need, process, time.monotonic() - began, notes)
+            elif self.process is not None:
+                self._rest(need.keep_alive)
         if lease is not None:
             need.future.set_result(lease)
         elif need.stop and error is None:
@@ -518,6 +534,28 @@ class Engine:
         else:
             need.future.set_exception(error or ProviderError("The engine did not start."))
         self._pump()
+
+    def _usable(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
+        """The adapters to start with: a file that cannot be had is left out, and fails only who needs it."""
+        usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
+        if needed is not None:
+            needed.prepare()
+            usable[needed.digest] = needed
+        return usable
+
+    def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
+        """Start a child; if it fails, again without the adapters that are not needed, for it may be one of them."""
+        try:
+            return start(self.launch, window, adapters, need.deadline)
+        except ModelLoadFailed as error:
+            failed = error
+        needed = {} if need.adapter is None else {need.adapter.digest: need.adapter}
+        if len(needed) < len(adapters) and failed.reason != "timeout":
+            try:
+                return start(self.launch, window, needed, need.deadline)
+            except ModelLoadFailed as error:
+                failed = error
+        raise failed if need.adapter is None else need.adapter.not_taken(failed)
 
     # How long an idle child stays
 

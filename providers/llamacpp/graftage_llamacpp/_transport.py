@@ -33,16 +33,18 @@ if TYPE_CHECKING:
     from graftage.types import Call, Chunk, Transport
     from graftage_llamacpp._process import Engine, Lease, Need
 
-__all__ = ["AsyncEngineClient", "EngineClient", "Job"]
+__all__ = ["EMBEDDINGS", "TOKENIZE", "AsyncEngineClient", "EngineClient", "Job"]
 
 PLACE: Final = httpx.URL("http://llamacpp.invalid")
 """Stands for the engine, wherever it listens."""
 JOB: Final = "graftage_job"
 LEASE: Final = "graftage_lease"
+TOKENIZE: Final = "/tokenize"
+EMBEDDINGS: Final = "/v1/embeddings"
 MARGIN: Final = 0.05
 """Seconds kept back from a limit, so that the engine's own error comes before that of the clock."""
 DRAIN: Final = 0.2
-"""Seconds to wait for the end of a body after its last event; then the connection is not used again."""
+"""Seconds to wait for the end of a body after its last event."""
 PATIENCE: Final = 0.2
 """Seconds to wait for a broken engine's end, to say how it ended."""
 
@@ -182,10 +184,27 @@ def _directed(request: httpx.Request, granted: Lease) -> httpx.Request:
     """The request as it goes over the wire: with the engine's address, its key, and its numbers of the adapters."""
     process = granted.process
     url = httpx.URL(process.address).copy_with(path=request.url.path)
-    body = _convert.with_adapter(request.content, process.adapters)
+    body = _with_adapters(request.content, request.url.path, granted) if process.adapters else request.content
     headers = {"authorization": f"Bearer {process.key}", "content-type": "application/json"}
     extensions = {name: value for name, value in request.extensions.items() if name != JOB}
     return httpx.Request(request.method, url, headers=headers, content=body, extensions=extensions)
+
+
+def _with_adapters(body: bytes, path: str, granted: Lease) -> bytes:
+    """A body that names the scale of every adapter, its slot, and whether to go on from the cache of that."""
+    if path == TOKENIZE:
+        return body
+    process, found = granted.process, json.loads(body)
+    scales = _convert.scales(found, process.adapters)
+    found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
+    if path == EMBEDDINGS:
+        granted.use = process.slots.take_any()
+    else:
+        wanted = (found.pop("adapter", None) or {}).get("digest")
+        text = found.get("messages") or found.get("prompt") or ()
+        granted.use = process.slots.take(None if wanted in process.activated else scales, text)
+        found.update(id_slot=granted.use.number, cache_prompt=granted.use.reuse)
+    return json.dumps(found).encode()
 
 
 def _ended(granted: Lease) -> ConnectionFailed | None:
@@ -321,6 +340,12 @@ class _ReadingBase:
             answer.load = self._granted.load
             answer.notes = (*answer.notes, *self._granted.notes)
 
+    def _answered(self) -> None:
+        """Note that the first chunk has come: the engine's status does not wait for the prompt to be read."""
+        self._begun = True
+        if self._granted is not None and self._granted.use is not None:
+            self._granted.use.answered()
+
     def _interrupted(self, error: StreamInterrupted | None = None) -> StreamInterrupted:
         """The error for a stream that ended before its last event. An engine that is killed ends it without a word."""
         ended = self._granted.process.how_it_ended(PATIENCE) if self._granted else None
@@ -356,7 +381,7 @@ class Reading(_ReadingBase):
     def begin(self) -> None:
         """Wait for the first chunk."""
         self.first = self.next()
-        self._begun = True
+        self._answered()
 
     def next(self) -> Chunk:
         """The next chunk; after the one with a `finish_reason` there is none."""
@@ -375,7 +400,7 @@ class Reading(_ReadingBase):
                 return chunk
 
     def _drain(self) -> None:
-        """Read the end of the body, so that the connection can be used again."""
+        """Read the end of the body, so that whatever stands in between sees all of it."""
         self._end_soon()
         with exchange(self._of), contextlib.suppress(GraftageError, httpx.HTTPError):
             next(self._lines, None)
@@ -397,7 +422,7 @@ class AsyncReading(_ReadingBase):
     async def begin(self) -> None:
         """Wait for the first chunk."""
         self.first = await self.next()
-        self._begun = True
+        self._answered()
 
     async def next(self) -> Chunk:
         """The next chunk; after the one with a `finish_reason` there is none."""
