@@ -185,7 +185,12 @@ def _directed(request: httpx.Request, granted: Lease) -> httpx.Request:
     process = granted.process
     url = httpx.URL(process.address).copy_with(path=request.url.path)
     body = _with_adapters(request.content, request.url.path, granted) if process.adapters else request.content
-    headers = {"authorization": f"Bearer {process.key}", "content-type": "application/json"}
+    headers = {
+        "authorization": f"Bearer {process.key}",
+        "content-type": "application/json",
+        # With several slots the engine often closes a connection just when it is to be used again.
+        "connection": "close",
+    }
     extensions = {name: value for name, value in request.extensions.items() if name != JOB}
     return httpx.Request(request.method, url, headers=headers, content=body, extensions=extensions)
 
