@@ -14,17 +14,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from graftage.gguf import BLOCKS
+
 if TYPE_CHECKING:
     from graftage.types import ModelInfo
 
-__all__ = ["Footprint", "KVType", "Layer", "Shape", "count_of", "footprint", "read_shape"]
+__all__ = [
+    "BITS",
+    "KV_BYTES",
+    "MOST_NUMBER",
+    "RUNTIME",
+    "Footprint",
+    "KVType",
+    "Layer",
+    "Shape",
+    "count_of",
+    "footprint",
+    "read_shape",
+]
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 KVType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
 
-KV_BYTES: Final[Mapping[str, float]] = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-"""Bytes of one number in the cache: ggml's blocks of 32 numbers, with their scales."""
+
+def _width(kind: str) -> float:
+    """Bytes of one number of a type, its share of the block's scales included."""
+    entries, size = BLOCKS[kind]
+    return size / entries
+
+
+KV_BYTES: Final[Mapping[KVType, float]] = {"f16": _width("F16"), "q8_0": _width("Q8_0"), "q4_0": _width("Q4_0")}
+"""Bytes of one number in the cache."""
 BATCH: Final = 512
 """Tokens of a prompt that are computed at once: the default of llama.cpp (`n_ubatch`) and of Ollama (`num_batch`)."""
 SMALLEST_CACHE: Final = 2048
@@ -40,24 +61,21 @@ MARGIN: Final = 0.05
 ASSUMED_VOCABULARY: Final = 262_144
 """The largest vocabulary in wide use (Gemma): a bound where the file does not tell."""
 
-BITS: Final[Mapping[str, float]] = {
-    "F32": 32.0,
+BITS: Final[Mapping[str, float]] = {kind: 8 * _width(kind) for kind in BLOCKS} | {
     "F16": 16.0005,
     "BF16": 16.0005,
     "Q8_0": 8.5008,
     "Q6_K": 6.5633,
     "Q5_K_M": 5.7036,
     "Q5_K_S": 5.5704,
-    "Q5_1": 6.0,
-    "Q5_0": 5.5,
     "Q4_K_M": 4.8944,
     "Q4_K_S": 4.6672,
-    "Q4_1": 5.0,
     "Q4_0": 4.6672,
     "Q3_K_L": 4.2979,
     "Q3_K_M": 3.996,
     "Q3_K_S": 3.6429,
     "Q2_K": 3.1593,
+    "Q2_K_S": 2.9697,
     "IQ4_NL": 4.6818,
     "IQ4_XS": 4.4597,
     "IQ3_M": 3.7628,
@@ -70,26 +88,14 @@ BITS: Final[Mapping[str, float]] = {
     "IQ2_XXS": 2.3824,
     "IQ1_M": 2.146,
     "IQ1_S": 2.0042,
-    "TQ1_0": 1.6875,
-    "TQ2_0": 2.0625,
-    "Q1_0": 1.125,
-    "MXFP4": 4.25,
-    "NVFP4": 4.5,
-    "Q2_K_S": 2.9697,
-    "MXFP8": 8.25,
-    "INT4": 5.0,
-    "INT8": 8.5,
     "FP8": 8.0,
-    "F8_E4M3": 8.0,
-    "F8_E5M2": 8.0,
     "FLOAT32": 32.0,
     "FLOAT16": 16.0005,
     "BFLOAT16": 16.0005,
 }
 """Bits for each weight of a whole file: the table in llama.cpp's `tools/quantize/README.md`, else the block's size.
 
-The blocks are those of `gguf.GGML_QUANT_SIZES`. MLX keeps a scale and a bias of 16 bits for 32 numbers of `INT4` and
-for 64 of `INT8`. A whole file in full precision has its type by torch's name.
+A whole file in full precision has its type by torch's name.
 """
 UNKNOWN_WEIGHTS: Final = 1.25
 """Above that where only parameters are counted: tables and projectors are kept finer. It is 1.17 for smollm2:135m,
@@ -272,6 +278,9 @@ class _Keys:
         self.odd: dict[str, None] = {}
         """Keys whose value cannot be, in the order in which they were found."""
 
+    def has(self, key: str) -> bool:
+        return f"{self._prefix}.{key}" in self._metadata
+
     def value(self, key: str) -> Any:
         return self._metadata.get(f"{self._prefix}.{key}")
 
@@ -322,13 +331,12 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
     if layers is None:
         notes = (*notes, "the cache is estimated from the file's size: the model does not tell its layers")
     features = info.features or frozenset()
-    vocabulary = keys.number("vocab_size") or _length(info.metadata.get("tokenizer.ggml.tokens"))
     return Shape(
         weights=weights,
         layers=layers,
         embedding=keys.number("embedding_length") or 4096,
         heads=keys.number("attention.head_count") or 32,
-        vocabulary=vocabulary or ASSUMED_VOCABULARY,
+        vocabulary=_vocabulary(info, keys) or ASSUMED_VOCABULARY,
         trained_window=_trained(keys, info),
         parameters=parameters,
         # Of a safetensors model Ollama tells half of its bytes as parameters.
@@ -341,6 +349,12 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
         notes=notes,
         odd=tuple(keys.odd),
     )
+
+
+def _vocabulary(info: ModelInfo, keys: _Keys) -> int | None:
+    told = keys.number("vocab_size") or _length(info.metadata.get("tokenizer.ggml.tokens"))
+    table = (info.tensors or {}).get("token_embd.weight") or (None,)
+    return told or keys.checked("token_embd.weight", table[-1])
 
 
 def _trained(keys: _Keys, info: ModelInfo) -> int | None:
@@ -420,10 +434,10 @@ def _active(info: ModelInfo, keys: _Keys) -> float:
 def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
     """The layers, or `None` where the file does not tell enough to be exact."""
     count = keys.number("block_count", MOST_LAYERS)
-    heads = keys.each("attention.head_count_kv", count) if count else None
+    heads = _kv_heads(keys, count) if count else None
     if not count or heads is None:
         return None
-    global_length = _head_length(keys, "")
+    global_length = _head_length(keys, "") if any(heads) else 0
     sliding_length = _head_length(keys, "_swa") or global_length
     if global_length is None or sliding_length is None:
         return None
@@ -444,6 +458,15 @@ def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
         )
         for place, window in enumerate(windows)
     )
+
+
+def _kv_heads(keys: _Keys, layers: int) -> list[int] | None:
+    """Heads of keys and values in each layer: as many as of queries where the key is left out, as GGUF has it.
+
+    A key without a value is one that the provider did not tell.
+    """
+    left_out = not keys.has("attention.head_count_kv")
+    return keys.each("attention.head_count" if left_out else "attention.head_count_kv", layers)
 
 
 def _head_length(keys: _Keys, suffix: str) -> int | None:
