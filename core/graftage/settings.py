@@ -10,7 +10,11 @@ A provider that has settings of its own subclasses `Settings` and returns the cl
 The value of a field is taken from the first of these that has it: an argument of `connect`; the mapping given as
 `settings`; `GRAFTAGE_<PROVIDER>_<FIELD>`; `GRAFTAGE_<FIELD>`; the variable that the provider's own tools read
 (`native_environment`); the provider's table in the TOML file; the top of that file. A host application can set its own
-prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest known one.
+prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest known one, and so is a variable that is
+near a known one; any other that nobody reads is ignored with a warning in the log.
+
+Other plugins subclass `PluginSettings`. Theirs come from the arguments that their object was built with, from their
+table in the mapping, from `GRAFTAGE_<PLUGIN>_<FIELD>`, and from their table in the file.
 
 What is for one server, its address and whatever is secret, goes to a member of a chain only from where that member is
 named.
@@ -21,11 +25,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from graftage._values import keep_alive_seconds, read_file, ready_pydantic, user_path
 from graftage.exceptions import SettingsError
@@ -42,12 +46,7 @@ from pydantic_settings import (  # noqa: E402
     SettingsConfigDict,
 )
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore] # newer Pythons do not install it
-
-__all__ = ["Loaded", "Settings", "config_path", "load", "nearest", "without_user"]
+__all__ = ["Loaded", "PluginSettings", "Settings", "Sources", "config_path", "load", "nearest", "without_user"]
 
 PREFIX = "GRAFTAGE"
 RESERVED = frozenset({"CONFIG", "PROVIDER", "MODEL", "DISABLED_PLUGINS", "STRICT_PLUGINS", "LIVE_OLLAMA", "DEBUG"})
@@ -56,18 +55,39 @@ LARGEST_FILE = 64 * 1024
 """Bytes of a settings file: reading nested names takes time that grows with their square."""
 CHOICE_KEYS = ("provider", "model")
 """Keys of the file's top level that choose instead of configure."""
+MAPPING = "the `settings` mapping"
+GIVEN = ("argument", "argument of the member", MAPPING)
+"""Origins that are in the call of `connect`."""
+NEAR = 0.75
+"""How alike two names must be, from 0 to 1, for one to be meant by the other."""
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 """RFC 9110, 5.1 and 5.5; without the control characters of Latin-1, which nobody means."""
 
 
-class Settings(BaseSettings):
-    """The settings that every provider understands."""
+class PluginSettings(BaseSettings):
+    """What a plugin can be told: subclass it, and return the class from `settings_model`."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_nested_delimiter="__")
 
     native_environment: ClassVar[Mapping[str, str]] = {}
-    """Field to environment variable, for names that the provider's own tools read."""
+    """Field to environment variable, for names that other tools read."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what `load` gathered and nothing else: `load` knows the plugin, and where each value came from."""
+        return (init_settings,)
+
+
+class Settings(PluginSettings):
+    """The settings that every provider understands."""
 
     host: str | None = Field(default=None, description="Address of the server")
     api_key: SecretStr | None = Field(
@@ -87,8 +107,15 @@ class Settings(BaseSettings):
     )
     max_reply_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, description="A larger answer is refused")
     transport: Any = Field(
-        default=None, exclude=True, description="A `graftage.types.Transport`, for tests and recording"
+        default=None, exclude=True, description="A `graftage.http.Wrapper`, such as a cassette: for tests and recording"
     )
+
+    @field_validator("transport")
+    @classmethod
+    def _wraps(cls, value: Any) -> Any:
+        if value is not None and not callable(getattr(value, "wrap", None)):
+            raise ValueError("it has no method `wrap`: give a cassette, or another `graftage.http.Wrapper`")
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -127,29 +154,19 @@ class Settings(BaseSettings):
         for name, value in super().__repr_args__():
             yield name, without_user(value) if name == "host" and value else value
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library's signature
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what `load` gathered and nothing else: `load` knows the provider, and where each value came from."""
-        return (init_settings,)
 
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
+AnySettings = TypeVar("AnySettings", bound=PluginSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """Settings of one provider, and where each value came from."""
+class Loaded(Generic[AnySettings]):
+    """Settings of one provider or plugin, and where each value came from."""
 
-    settings: Settings
+    settings: AnySettings
     origins: Mapping[str, str] = field(default_factory=dict)
     """For each field that is not a default: `argument`, `environment GRAFTAGE_HOST`, or a file's path."""
+    ignored: tuple[str, ...] = ()
+    """Variables of the prefix that nobody reads, and that seem to be meant for what is not installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +200,7 @@ class Sources:
         Raises:
             SettingsError: it cannot be read, is no regular file or larger than `LARGEST_FILE`, or is not TOML.
         """
-        if self.file is None:
+        if self.file is None or str(self.file) == os.devnull:
             return {}
         try:
             return _read_toml(read_file(self.file, LARGEST_FILE))
@@ -252,53 +269,77 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Did you mean `{close[0]}`?" if close else f"Known are {', '.join(f'`{each}`' for each in names)}."
 
 
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """Whose settings are gathered."""
+
+    name: str
+    model: type[PluginSettings]
+    plugins: frozenset[str]
+    """Names of everything installed, its own included."""
+
+    @property
+    def is_provider(self) -> bool:
+        """Whether it takes what is said to all providers, too."""
+        return issubclass(self.model, Settings)
+
+    @property
+    def writable(self) -> set[str]:
+        """What can be set in text."""
+        return set(self.model.model_fields) - {"transport"}
+
+
 def load(
     model: type[AnySettings],
     *,
-    provider: str,
+    name: str,
     arguments: Mapping[str, Any],
     own: Mapping[str, Any] | None = None,
     mapping: Mapping[str, Any] | None = None,
-    sources: Sources,
+    sources: Sources | None = None,
     plugins: Iterable[str] = (),
     chained: bool = False,
-) -> Loaded:
-    """Gather and check the settings of one provider.
+) -> Loaded[AnySettings]:
+    """Gather and check the settings of one provider or plugin.
 
     Args:
-        model: the provider's settings class.
-        provider: its plugin name, which names its table and its variables.
+        model: its settings class.
+        name: its plugin name, which names its table and its variables.
         arguments: what the caller gave by keyword.
         own: what the caller gave for this one member of a chain.
         mapping: what the caller gave as `settings`.
-        sources: environment and file.
+        sources: environment and file; those of the process where none are given.
         plugins: names of everything installed: their tables and variables are none of our business.
         chained: whether there are other members, which a key or an address for all of them would reach too.
 
     Raises:
         SettingsError: a key is unknown or a value is wrong; the message names the source and the nearest key.
     """
+    sources = sources or Sources.of()
+    owner = _Owner(name, model, frozenset({name, *plugins}))
     known = set(model.model_fields)
-    plugins = {provider, *plugins}
+    # A host's own prefix names many things that are not ours; under ours a stray name may be a mistake.
+    ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
     layers = [
         *_given(own or {}, "argument of the member", known, shared=False),
         *_given(arguments, "argument", known),
-        *_given(mapping or {}, "the `settings` mapping", known),
-        *_from_environment(model, provider, sources, plugins),
-        *_from_file(provider, sources, known, plugins),
+        *_from_document(mapping or {}, MAPPING, owner, known),
+        *_from_environment(owner, sources),
+        *_from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS),
     ]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, key, value, shared in layers:
         whole = key not in merged
-        if chained and shared and _is_private(key, model) and value and (whole or isinstance(value, Mapping)):
-            raise _for_everyone(key, origin, provider, sources.prefix)
+        private = chained and owner.is_provider and shared and _is_private(key, model)
+        if private and value and (whole or isinstance(value, Mapping)):
+            raise _for_everyone(key, origin, name, sources.prefix)
         if whole:
             merged[key], origins[key] = value, origin
         elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
             merged[key] = {**value, **merged[key]}
     try:
-        return Loaded(settings=model(**merged), origins=origins)
+        return Loaded(settings=model(**merged), origins=origins, ignored=tuple(ignored))
     except ValidationError as error:
         raise _explained(error, model, origins) from None
 
@@ -313,7 +354,7 @@ def _given(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: b
         yield origin, key, value, shared
 
 
-def _is_private(key: str, model: type[Settings]) -> bool:
+def _is_private(key: str, model: type[PluginSettings]) -> bool:
     """Whether a setting is for one server: its address, or anything secret."""
     return key == "host" or "Secret" in repr(model.model_fields[key].annotation)
 
@@ -332,7 +373,7 @@ def _for_everyone(key: str, origin: str, provider: str, prefix: str) -> Settings
 class _Environment(EnvSettingsSource):
     """The variables of one prefix; where one is to hold JSON and does not, its value is not repeated."""
 
-    def __init__(self, model: type[Settings], prefix: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, model: type[PluginSettings], prefix: str, environment: Mapping[str, str]) -> None:
         super().__init__(model, env_prefix=prefix, case_sensitive=False, env_ignore_empty=True)
         self.names = {name: name.upper() for name, value in environment.items() if value}
         self.env_vars = {name.lower(): environment[name] for name in self.names}
@@ -358,17 +399,14 @@ class _Environment(EnvSettingsSource):
             ) from None
 
 
-def _from_environment(model: type[Settings], provider: str, sources: Sources, plugins: set[str]) -> Iterable[_Layer]:
-    known = set(model.model_fields) - {"transport"}
-    if sources.prefix == PREFIX:
-        # A host's own prefix names many things that are not ours; under ours a stray name is a mistake.
-        _check_variables(sources, model, provider, plugins)
-    for prefix in (f"{sources.prefix}_{_own(provider)}", f"{sources.prefix}_"):
-        source = _Environment(model, prefix, sources.environment)
+def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
+    everyones = f"{sources.prefix}_"
+    for prefix in (f"{everyones}{_own(owner.name)}", everyones)[: 1 + owner.is_provider]:
+        source = _Environment(owner.model, prefix, sources.environment)
         for key, value in source().items():
-            if key in known:
-                yield source.origin(key), key, value, prefix == f"{sources.prefix}_"
-    for key, variable in model.native_environment.items():
+            if key in owner.writable:
+                yield source.origin(key), key, value, prefix == everyones
+    for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
             yield f"environment {variable}", key, value, False
 
@@ -378,21 +416,44 @@ def _own(plugin: str) -> str:
     return f"{plugin}_".upper().replace("-", "_")
 
 
-def _check_variables(sources: Sources, model: type[Settings], provider: str, plugins: set[str]) -> None:
-    """Refuse a variable that nobody will read; those of other plugins are theirs to check."""
-    known = set(model.model_fields) - {"transport"}
+def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
+    """Refuse a variable that seems to be meant for this plugin and will not be read; others' are theirs to check.
+
+    The answer is those that are near nothing that is known.
+    """
+    ignored = []
     for variable in sources.environment:
         rest = variable.removeprefix(f"{sources.prefix}_")
-        if rest == variable or rest in RESERVED or _field(rest, model) in known:
+        if rest == variable or rest in RESERVED or (owner.is_provider and _field(rest, owner.model) in owner.writable):
             continue
-        owner = max((each for each in plugins if rest.startswith(_own(each))), key=len, default=None)
-        if owner is None:
-            _require(_field(rest, model), {*known, *(each.lower() for each in RESERVED)}, f"environment {variable}")
-        elif owner == provider:
-            _require(_field(rest.removeprefix(_own(owner)), model), known, f"environment {variable}")
+        origin = f"environment {variable}"
+        whose = max((each for each in owner.plugins if rest.startswith(_own(each))), key=len, default=None)
+        if whose == owner.name:
+            _require(_field(rest.removeprefix(_own(whose)), owner.model), owner.writable, origin)
+        elif whose is None:
+            name = _field(rest, owner.model)
+            known = {*owner.writable, *map(str.lower, RESERVED)} if owner.is_provider else set()
+            if (meant := _meant(name, owner)) is not None:
+                _require(name, {*known, meant} - {"transport"}, origin)
+            else:
+                ignored.append(variable)
+    return ignored
 
 
-def _field(name: str, model: type[Settings]) -> str:
+def _meant(name: str, owner: _Owner) -> str | None:
+    """What the name of a variable was probably to be: a setting, or a setting of a plugin that is installed."""
+    name = name.partition("__")[0]
+    fields = {*owner.model.model_fields, *(map(str.lower, RESERVED) if owner.is_provider else ())}
+    plugins = [_own(each).lower() for each in owner.plugins]
+    for each in fields:
+        if name.endswith(f"_{each}"):
+            close = difflib.get_close_matches(name.removesuffix(each), plugins, n=1, cutoff=NEAR)
+            return f"{close[0]}{each}" if close else None
+    own = fields if owner.is_provider else {f"{_own(owner.name)}{each}".lower() for each in fields}
+    return next(iter(difflib.get_close_matches(name, own, n=1, cutoff=NEAR)), None)
+
+
+def _field(name: str, model: type[PluginSettings]) -> str:
     """The setting that a variable is about: `TIMEOUTS__TOTAL` is a part of `timeouts`, and `host` has no parts."""
     whole = name.lower()
     of, nested, _ = whole.partition("__")
@@ -400,21 +461,21 @@ def _field(name: str, model: type[Settings]) -> str:
     return of if field is not None and EnvSettingsSource(model).field_is_complex(field) else whole
 
 
-def _from_file(provider: str, sources: Sources, known: set[str], plugins: set[str]) -> Iterable[_Layer]:
-    document = sources.document()
-    origin = str(sources.file)
-    known = known - {"transport"}
-    table = document.get(provider, {})
+def _from_document(
+    document: Mapping[Any, Any], origin: str, owner: _Owner, known: set[str], choices: Iterable[str] = ()
+) -> Iterable[_Layer]:
+    """What is in the plugin's own table and, for a provider, at the top of the file or the mapping."""
+    table = document.get(owner.name, {})
     if not isinstance(table, Mapping):
-        raise SettingsError(f"`{provider}` in {origin} must be a table.", key=provider, source=origin)
-    yield from _given(table, f"{origin} [{provider}]", known, shared=False)
-    for key, value in document.items():
-        if key in CHOICE_KEYS or key in plugins:
+        raise SettingsError(f"`{owner.name}` in {origin} must be a table.", key=owner.name, source=origin)
+    yield from _given(table, f"{origin} [{owner.name}]", known, shared=False)
+    for key, value in document.items() if owner.is_provider else ():
+        if key in choices or key in owner.plugins:
             continue
         if isinstance(value, Mapping) and key not in known:
-            hint = f"No provider and no plugin of that name is installed. {nearest(key, {*known, *plugins})}"
-            raise SettingsError(f"There is no table `{key}` ({origin}).", key=key, source=origin, hint=hint)
-        _require(key, {*known, *CHOICE_KEYS, *plugins}, origin)
+            hint = f"No provider and no plugin of that name is installed. {nearest(str(key), {*known, *owner.plugins})}"
+            raise SettingsError(f"There is no table `{key}` ({origin}).", key=str(key), source=origin, hint=hint)
+        _require(key, {*known, *choices, *owner.plugins}, origin)
         yield origin, key, value, True
 
 
@@ -426,11 +487,11 @@ def _require(key: Any, known: Iterable[str], origin: str) -> None:
         )
 
 
-def _explained(error: ValidationError, model: type[Settings], origins: Mapping[str, str]) -> SettingsError:
+def _explained(error: ValidationError, model: type[PluginSettings], origins: Mapping[str, str]) -> SettingsError:
     first = error.errors(include_url=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     key = ".".join(str(part) for part in first["loc"])
-    origin = origins.get(name, "argument")
+    origin = origins.get(name, "default")
     message = str(first["msg"]).removeprefix("Value error, ")
     about = model.model_fields[name].description if name in model.model_fields else None
     # The value itself is left out: it may be a secret.
