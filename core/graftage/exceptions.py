@@ -17,6 +17,7 @@
     │   ├── CapabilityUnsupported   refused before sending where it can be known
     │   ├── ContextOverflow         the prompt does not fit, or was cut
     │   ├── Overloaded              queue full or rate limited; .retry_after
+    │   ├── QuotaExceeded           a plan's limit is used up, or does not cover it; .retry_after
     │   ├── InferenceFailed
     │   ├── StreamInterrupted       the stream ended before it was done; .partial
     │   └── ProtocolError           the answer is not what the API promises
@@ -28,7 +29,7 @@
     └── ResourceLimitExceeded       .limit .value .plugin .reason
 
 Building an error writes no log line and keeps no reference to the mappings it was given.
-All of them pickle and copy. Their text never holds a prompt or an answer; `ProviderError.partial` does.
+All of them pickle and copy. Their text never holds a prompt or an answer; `GraftageError.partial` does.
 Wrong use of an object, such as a client after `close`, is a `RuntimeError` and not in this tree.
 """
 
@@ -63,6 +64,7 @@ __all__ = [
     "ProviderError",
     "ProviderNotFound",
     "ProviderTimeout",
+    "QuotaExceeded",
     "RequestRejected",
     "ResourceLimitExceeded",
     "SettingsError",
@@ -71,7 +73,11 @@ __all__ = [
 
 
 class GraftageError(Exception):
-    """The one class to catch around everything Graftage does."""
+    """The one class to catch around everything Graftage does. A chain does not fall back unless a class says so."""
+
+    default_falls_back: ClassVar[bool] = False
+    partial: Reply | None = None
+    """What had been received when it failed: text, thinking and tool calls."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -82,6 +88,11 @@ class GraftageError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether a chain asks its next provider after this error: it could not begin to answer, and another may."""
+        return self.default_falls_back
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception.__reduce__ would call the class with its positional arguments alone.
@@ -179,19 +190,25 @@ class ProviderError(GraftageError):
         self.suggestions = tuple(suggestions)
         """Names that were probably meant."""
         self.partial = partial
-        """What had been received when it failed: text, thinking and tool calls."""
         self.details = dict(details or {})
         """Facts for a program, such as the server's own words under `server_message`."""
 
 
 class ConnectionFailed(ProviderError):
-    """Nothing answered at that address, or the connection broke before an answer. Retrying is safe."""
+    """Nothing answered at that address, or the connection broke before an answer. Retrying is safe.
+
+    A chain falls back.
+    """
 
     default_retryable = True
+    default_falls_back = True
 
 
 class ProviderTimeout(ProviderError):
-    """A time limit passed. Retrying is safe only for `connect`: the server may still be working on the rest."""
+    """A time limit passed. Retrying is safe only for `connect`: the server may still be working on the rest.
+
+    A chain falls back where `phase` is `connect` or `first_token`.
+    """
 
     def __init__(
         self,
@@ -205,17 +222,31 @@ class ProviderTimeout(ProviderError):
         self.phase = phase
         """Which of the four limits passed."""
 
+    @property
+    def falls_back(self) -> bool:
+        """Whether a chain asks its next provider after this error."""
+        return self.phase in ("connect", "first_token")
+
 
 class AuthenticationFailed(ProviderError):
-    """The server wants a key, a sign-in, or another host name. Retrying does not help."""
+    """The server wants a key, a sign-in, or another host name. Retrying does not help. A chain falls back."""
+
+    default_falls_back = True
 
 
 class ModelNotFound(ProviderError):
-    """The server does not have the model; close names are in `suggestions`. Pull it, then retry."""
+    """The server does not have the model; close names are in `suggestions`. Pull it, then retry. A chain falls back."""
+
+    default_falls_back = True
 
 
 class ModelLoadFailed(ProviderError):
-    """The model could not be brought into memory. Retrying is safe only where `reason` is `crashed`."""
+    """The model could not be brought into memory. Retrying is safe only where `reason` is `crashed`.
+
+    A chain falls back.
+    """
+
+    default_falls_back = True
 
     def __init__(
         self,
@@ -231,21 +262,32 @@ class ModelLoadFailed(ProviderError):
 
 
 class RequestRejected(ProviderError):
-    """The request is wrong: says the server, or Graftage before sending it. Retrying does not help."""
+    """The request is wrong: says the server, or Graftage before sending it. Retrying does not help.
+
+    A chain never falls back: the next provider would be sent the same mistake.
+    """
 
 
 class CapabilityUnsupported(ProviderError):
-    """The provider or the model cannot do that. Retrying does not help."""
+    """The provider or the model cannot do that. Retrying does not help. A chain falls back."""
+
+    default_falls_back = True
 
 
 class ContextOverflow(ProviderError):
-    """The prompt does not fit into the context window. Retrying does not help; a larger window may."""
+    """The prompt does not fit into the context window. Retrying does not help; a larger window may.
+
+    A chain falls back: the next model may have one.
+    """
+
+    default_falls_back = True
 
 
 class Overloaded(ProviderError):
-    """The queue is full or a rate limit was reached. Retrying is safe after `retry_after`."""
+    """The queue is full or a rate limit was reached. Retrying is safe after `retry_after`. A chain falls back."""
 
     default_retryable = True
+    default_falls_back = True
 
     def __init__(self, message: str, *, retry_after: float | None = None, **attributes: Any) -> None:
         super().__init__(message, **attributes)
@@ -253,8 +295,30 @@ class Overloaded(ProviderError):
         """Seconds to wait, where the server named them."""
 
 
+class QuotaExceeded(ProviderError):
+    """A plan's limit is used up, or the plan does not cover the model. Retrying does not help before `retry_after`.
+
+    A chain falls back.
+    """
+
+    default_falls_back = True
+
+    def __init__(self, message: str, *, retry_after: float | None = None, **attributes: Any) -> None:
+        super().__init__(message, **attributes)
+        self.retry_after = retry_after
+        """Seconds until it is renewed, where the server named them."""
+
+
 class InferenceFailed(ProviderError):
-    """The model or its runner failed while answering. Retrying is safe where `retryable` says so."""
+    """The model or its runner failed while answering. Retrying is safe where `retryable` says so.
+
+    A chain falls back where `retryable` says so, too.
+    """
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether a chain asks its next provider after this error."""
+        return self.retryable
 
 
 class StreamInterrupted(ProviderError):
@@ -296,11 +360,21 @@ class AdapterIncompatible(AdapterError):
 
 
 class AdapterUnsupported(AdapterError):
-    """This provider, or this version of its server, cannot load the adapter; `reasons` tells what was tried."""
+    """This provider, or this version of its server, cannot load the adapter; `reasons` tells what was tried.
+
+    A chain falls back.
+    """
+
+    default_falls_back = True
 
 
 class ResourceLimitExceeded(GraftageError):
-    """A policy refused the request because the machine cannot take it."""
+    """A policy refused the request because the machine cannot take it.
+
+    A chain falls back: the next provider may be elsewhere, or its model smaller.
+    """
+
+    default_falls_back = True
 
     def __init__(
         self,
