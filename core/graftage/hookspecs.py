@@ -4,62 +4,82 @@ A **provider** is found through the entry-point group `graftage.providers` and l
 implements `connect`, which returns a **connection**: an object with the hooks of the operations it can do, each marked
 with `hookimpl`. A **plugin** is found through `graftage.plugins` and may implement policies, adapters and observers.
 
-Each hook takes one frozen object from `graftage.types` and grows by fields of that object, never by parameters. An
-operation that a connection does not implement is `CapabilityUnsupported` before anything is sent. Hooks prefixed with
-`a` are the async twins: without one, `AsyncClient` runs the sync hook in a thread; without the sync one, `Client`
-raises `CapabilityUnsupported`. A plain hook is called in one thread of the core, from its start to the end of its
-iterator, or in the caller's where the connection says that it `keeps_time`; an async one on the event loop of the
-caller. Several calls may run at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is
-wrapped.
+Each hook takes one frozen object from `graftage.calls` and grows by fields of that object, never by parameters. An
+operation that a connection does not implement is `CapabilityUnsupported` before anything is sent. Several calls may run
+at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
+
+**One hook, one name, one colour**: an author writes each operation of a connection once, and both clients use it.
+
+- `async def` (for a stream an async generator) on the toolkit, `graftage.http` and `request.call`: awaited by an async
+  client; under a sync one the toolkit's coroutines block, and never suspend.
+- `async def` that awaits something of its own: the connection says so with `needs_event_loop = True`, and runs on one
+  event loop in the background, under both clients.
+- `def` (for a stream a generator): in a thread of the core, from its start to the end of its iterator. The call does
+  not wait for it past its limits, so it need not keep them.
+
+All other hooks are `def`, and are called where their caller is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
 
-    from graftage.settings import Settings
+    from graftage.calls import (
+        ChatRequest,
+        CloseRequest,
+        EmbedRequest,
+        Event,
+        GenerateRequest,
+        HealthRequest,
+        LimitsQuery,
+        ListAdaptersRequest,
+        LoadAdapterRequest,
+        LoadModelRequest,
+        ModelRequest,
+        ModelsRequest,
+        NativeRequest,
+        PruneAdaptersRequest,
+        ResolveRequest,
+        UnloadAdapterRequest,
+    )
+    from graftage.http import Http, Refusal, Transport
+    from graftage.settings import PluginSettings, Settings
     from graftage.types import (
         Adapter,
         AdapterInfo,
         Capabilities,
-        ChatRequest,
         Chunk,
-        CloseRequest,
-        ConnectRequest,
         Embeddings,
-        EmbedRequest,
-        Event,
-        GenerateRequest,
         Health,
-        HealthRequest,
         Limits,
-        LimitsQuery,
-        LoadAdapterRequest,
         LoadedAdapter,
         LoadedModel,
-        LoadModelRequest,
         ModelInfo,
-        ModelRequest,
-        ModelsRequest,
-        PruneAdaptersRequest,
         PullProgress,
-        ResolveRequest,
-        UnloadAdapterRequest,
     )
+
+    T = TypeVar("T")
+    Once: TypeAlias = T | Awaitable[T]
+    Stream: TypeAlias = Iterator[T] | AsyncIterator[T]
 
 __all__ = [
     "CONNECTION_SPECS",
     "PLUGIN_SPECS",
     "PROVIDER_SPECS",
+    "Answers",
+    "AnswersRequest",
     "Chat",
     "CheckHealth",
     "Close",
     "Connect",
+    "ConnectRequest",
     "DescribeCapabilities",
     "Embed",
     "Generate",
@@ -67,6 +87,8 @@ __all__ = [
     "LoadAdapter",
     "LoadModel",
     "LoadedModels",
+    "MakeHttp",
+    "Native",
     "Observe",
     "PruneAdapters",
     "PullModel",
@@ -85,6 +107,63 @@ hookimpl = pluggy.HookimplMarker("graftage")
 """Marks an implementation: `@hookimpl` above a method or function named like the hook."""
 
 
+class MakeHttp(Protocol):
+    """What `ConnectRequest.http` is."""
+
+    def __call__(
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        refusal: Refusal | None = None,
+        server: str = "the server",
+        transport: Callable[[Callable[[str], Transport]], Transport] | None = None,
+    ) -> Http:
+        """A client for one server, closed with the connection; it opens nothing until the first request.
+
+        Args:
+            base_url: scheme, host, port, and a path that is put before that of each request.
+            headers: sent with each request, besides `api_key` as a bearer token and `headers` of the settings.
+            refusal: the author's own table of errors; what it passes is typed by the status.
+            server: who refuses, for messages: `Ollama`.
+            transport: builds the author's own transport, which stands in the place of the network; it is given what
+                makes the network for an address, in the colour of the client.
+
+        Raises:
+            SettingsError: `base_url` is no http or https URL, or has a user, a query or a fragment.
+        """
+        ...
+
+
+def _no_http(base_url: str, **_: object) -> Http:  # noqa: ARG001 - the shape is `MakeHttp`'s
+    raise RuntimeError("the core makes the clients of a connection; this request is none of its making")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectRequest:
+    """What `connect` is asked."""
+
+    name: str
+    """The provider's plugin name."""
+    settings: Settings
+    """An instance of what `settings_model` returned."""
+    http: MakeHttp = field(default=_no_http, repr=False)
+    """Makes a client of the toolkit for a server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswersRequest:
+    """What `answers` is asked."""
+
+    name: str
+    """The provider's plugin name."""
+    settings: Settings
+    """An instance of what `settings_model` returned."""
+    given: frozenset[str] = frozenset()
+    """The settings that were given to Graftage: by an argument, a variable of its own, or its file. What comes from the
+    variable of another tool is not among them."""
+
+
 # --- A provider plugin: the module or object behind an entry point of `graftage.providers` ---------------------------
 
 
@@ -100,8 +179,7 @@ class Connect(Protocol):
 
         - `address`, the server's address in words, which names the slots that limits are held on;
         - `default_model`, which is asked where nobody names a model;
-        - `keeps_time = True`, a promise that its plain hooks end by the limits of `request.call`. Without it they run
-          in a thread of the core, which is left behind where it outlasts them.
+        - `needs_event_loop = True`, where its hooks await more than the toolkit.
 
         Raises:
             SettingsError: a setting cannot be used.
@@ -112,27 +190,45 @@ class Connect(Protocol):
 
 
 class SettingsModel(Protocol):
-    """What a provider plugin implements to have settings of its own."""
+    """What a provider or any other plugin implements to have settings of its own."""
 
     @hookspec(firstresult=True)
-    def settings_model(self) -> type[Settings]:
-        """Called before `connect`, to know which settings to look for.
+    def settings_model(self) -> type[PluginSettings]:
+        """Called once for each client, to know which settings to look for.
 
-        Return a subclass of `graftage.settings.Settings`. Without this hook the provider has the common settings.
+        A provider returns a subclass of `graftage.settings.Settings`, and finds an instance in `ConnectRequest`;
+        without this hook it has the common settings. Another plugin returns a subclass of `PluginSettings`, and finds
+        an instance in each of its requests: clients differ, so its object keeps none. What a host gave to the object
+        when it built it stands in the object's `arguments`, a mapping, and wins over all other sources.
 
         Since 0.1.
         """
         ...
 
 
-# --- A connection: required ------------------------------------------------------------------------------------------
+class Answers(Protocol):
+    """What a provider plugin implements to be found where nobody chose a provider."""
+
+    @hookspec(firstresult=True)
+    def answers(self, request: AnswersRequest) -> int | None:
+        """Called where nobody chose; the provider with the highest rank whose `health` is well at `api` is taken.
+
+        Return a rank, or None for "not me". A server is asked by `health`, not here. No prompt may leave this machine
+        unless its user said so: an address elsewhere has no rank unless `host` is in `request.given`.
+
+        Since 0.1.
+        """
+        ...
+
+
+# --- A connection: `chat` is required, and all else is optional ------------------------------------------------------
 
 
 class Chat(Protocol):
     """Answer a conversation."""
 
     @hookspec(firstresult=True)
-    def chat(self, request: ChatRequest) -> Iterator[Chunk]:
+    def chat(self, request: ChatRequest) -> Stream[Chunk]:
         """Called for each chat, streamed or not: a plain answer is a fold over the chunks.
 
         Return an iterator. Nothing need happen before its first `next`; closing it must stop the work. The last chunk,
@@ -146,17 +242,12 @@ class Chat(Protocol):
         """
         ...
 
-    @hookspec(firstresult=True)
-    def achat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        """The async twin of `chat`. Since 0.1."""
-        ...
-
 
 class CheckHealth(Protocol):
-    """Say how well the provider is."""
+    """Say how well the provider is. Without this hook `list_models` tells, `loaded_models`, and a chat of one token."""
 
     @hookspec(firstresult=True)
-    def health(self, request: HealthRequest) -> Health:
+    def health(self, request: HealthRequest) -> Once[Health]:
         """Called when a host asks and no fresh answer is remembered: the core caches and joins callers.
 
         Return how far up the levels it is well, up to `request.level` and no further; put what went wrong into
@@ -166,43 +257,25 @@ class CheckHealth(Protocol):
         """
         ...
 
-    @hookspec(firstresult=True)
-    async def ahealth(self, request: HealthRequest) -> Health:
-        """The async twin of `health`. Since 0.1."""
-        ...
-
 
 class Close(Protocol):
-    """Give everything back."""
+    """Give everything back. Clients of the toolkit are closed without it."""
 
     @hookspec(firstresult=True)
-    def close(self, request: CloseRequest) -> None:
+    def close(self, request: CloseRequest) -> Once[None]:
         """Called when the client is closed, perhaps twice: the second time does nothing.
 
         Since 0.1.
         """
         ...
 
-    @hookspec(firstresult=True)
-    async def aclose(self, request: CloseRequest) -> None:
-        """The async twin of `close`. Since 0.1."""
-        ...
-
-
-# --- A connection: optional ------------------------------------------------------------------------------------------
-
 
 class Generate(Protocol):
     """Continue a text."""
 
     @hookspec(firstresult=True)
-    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
+    def generate(self, request: GenerateRequest) -> Stream[Chunk]:
         """Called for each completion of a prompt; the same rules as for `chat`. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    def agenerate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """The async twin of `generate`. Since 0.1."""
         ...
 
 
@@ -210,13 +283,8 @@ class Embed(Protocol):
     """Turn texts into vectors."""
 
     @hookspec(firstresult=True)
-    def embed(self, request: EmbedRequest) -> Embeddings:
+    def embed(self, request: EmbedRequest) -> Once[Embeddings]:
         """Called for each batch of texts. Return one vector for each input, in order. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    async def aembed(self, request: EmbedRequest) -> Embeddings:
-        """The async twin of `embed`. Since 0.1."""
         ...
 
 
@@ -225,7 +293,13 @@ class DescribeCapabilities(Protocol):
 
     @hookspec(firstresult=True)
     def capabilities(self) -> Capabilities:
-        """Called often; answer without I/O. Without this hook, the implemented hooks are the features. Since 0.1."""
+        """Called often; answer without I/O.
+
+        Return what the hooks do not show: the features that are implemented hooks are added. Without this hook they are
+        all there is.
+
+        Since 0.1.
+        """
         ...
 
 
@@ -233,13 +307,8 @@ class ListModels(Protocol):
     """Say which models there are."""
 
     @hookspec(firstresult=True)
-    def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+    def list_models(self, request: ModelsRequest) -> Once[tuple[ModelInfo, ...]]:
         """Called to list the models that can be asked without a download. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    async def alist_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
-        """The async twin of `list_models`. Since 0.1."""
         ...
 
 
@@ -247,7 +316,7 @@ class ShowModel(Protocol):
     """Describe one model."""
 
     @hookspec(firstresult=True)
-    def show_model(self, request: ModelRequest) -> ModelInfo:
+    def show_model(self, request: ModelRequest) -> Once[ModelInfo]:
         """Called to describe one model in full, arrays included.
 
         Raises:
@@ -257,23 +326,13 @@ class ShowModel(Protocol):
         """
         ...
 
-    @hookspec(firstresult=True)
-    async def ashow_model(self, request: ModelRequest) -> ModelInfo:
-        """The async twin of `show_model`. Since 0.1."""
-        ...
-
 
 class LoadedModels(Protocol):
     """Say which models are in memory."""
 
     @hookspec(firstresult=True)
-    def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
+    def loaded_models(self, request: ModelsRequest) -> Once[tuple[LoadedModel, ...]]:
         """Called to list what is in memory, with its size as measured. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    async def aloaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
-        """The async twin of `loaded_models`. Since 0.1."""
         ...
 
 
@@ -281,7 +340,7 @@ class PullModel(Protocol):
     """Download a model."""
 
     @hookspec(firstresult=True)
-    def pull_model(self, request: ModelRequest) -> Iterator[PullProgress]:
+    def pull_model(self, request: ModelRequest) -> Stream[PullProgress]:
         """Called to download a model; the core lets one pull of a model run at a time.
 
         Return an iterator whose last item has the status `success`; an end without it is a `StreamInterrupted`. The
@@ -291,23 +350,13 @@ class PullModel(Protocol):
         """
         ...
 
-    @hookspec(firstresult=True)
-    def apull_model(self, request: ModelRequest) -> AsyncIterator[PullProgress]:
-        """The async twin of `pull_model`. Since 0.1."""
-        ...
-
 
 class LoadModel(Protocol):
     """Bring a model into memory."""
 
     @hookspec(firstresult=True)
-    def load_model(self, request: LoadModelRequest) -> None:
+    def load_model(self, request: LoadModelRequest) -> Once[None]:
         """Called to load a model with the window the next requests will have. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    async def aload_model(self, request: LoadModelRequest) -> None:
-        """The async twin of `load_model`. Since 0.1."""
         ...
 
 
@@ -315,13 +364,8 @@ class UnloadModel(Protocol):
     """Put a model out of memory."""
 
     @hookspec(firstresult=True)
-    def unload_model(self, request: ModelRequest) -> None:
+    def unload_model(self, request: ModelRequest) -> Once[None]:
         """Called to free a model's memory; one that is not loaded is no error. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    async def aunload_model(self, request: ModelRequest) -> None:
-        """The async twin of `unload_model`. Since 0.1."""
         ...
 
 
@@ -329,7 +373,7 @@ class LoadAdapter(Protocol):
     """Make an adapter usable."""
 
     @hookspec(firstresult=True)
-    def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
+    def load_adapter(self, request: LoadAdapterRequest) -> Once[LoadedAdapter]:
         """Called when a request or `use_adapter` names an adapter that this connection has not loaded.
 
         Return the model to ask for, or the adapter's slot. Tell slow steps with `request.call.emit("progress", …)`.
@@ -342,23 +386,13 @@ class LoadAdapter(Protocol):
         """
         ...
 
-    @hookspec(firstresult=True)
-    async def aload_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
-        """The async twin of `load_adapter`. Since 0.1."""
-        ...
-
 
 class UnloadAdapter(Protocol):
     """Free what an adapter holds."""
 
     @hookspec(firstresult=True)
-    def unload_adapter(self, request: UnloadAdapterRequest) -> None:
+    def unload_adapter(self, request: UnloadAdapterRequest) -> Once[None]:
         """Called to free an adapter's memory; it deletes nothing. Since 0.1."""
-        ...
-
-    @hookspec(firstresult=True)
-    async def aunload_adapter(self, request: UnloadAdapterRequest) -> None:
-        """The async twin of `unload_adapter`. Since 0.1."""
         ...
 
 
@@ -366,7 +400,7 @@ class PruneAdapters(Protocol):
     """Delete what `load_adapter` has left on the server."""
 
     @hookspec(firstresult=True)
-    def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+    def prune_adapters(self, request: PruneAdaptersRequest) -> Once[tuple[ModelInfo, ...]]:
         """Called to list or delete the models that `load_adapter` derived, now or in earlier runs.
 
         Return those that were deleted, or would be. Never touch a model that is not provably of this provider's making.
@@ -375,9 +409,19 @@ class PruneAdapters(Protocol):
         """
         ...
 
+
+class Native(Protocol):
+    """Hand out the server's own client."""
+
     @hookspec(firstresult=True)
-    async def aprune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
-        """The async twin of `prune_adapters`. Since 0.1."""
+    def native(self, request: NativeRequest) -> Once[object]:
+        """Called when a host wants what the contract does not have.
+
+        Return the official client of the server, sync or async as the client is, on `Http.httpx_transport()`: so it
+        keeps the limits of the settings and sends keys nowhere else. It is the host's from then on.
+
+        Since 0.1.
+        """
         ...
 
 
@@ -392,8 +436,9 @@ class ResourceLimits(Protocol):
     def resource_limits(self, query: LimitsQuery) -> Limits | None:
         """Called before each request is admitted, one request of a server at a time; the tightest value wins.
 
-        Return None to allow everything. A field that the caller left unset takes the limit; one that was set is
-        clamped, and the reply says so. Any error but `ResourceLimitExceeded` fails the call and names the plugin.
+        Return None to allow everything, or `NEVER_APPLIES` to be asked no more on this connection. A field that the
+        caller left unset takes the limit; one that was set is clamped, and the reply says so. Any error but
+        `ResourceLimitExceeded` fails the call and names the plugin.
 
         Raises:
             ResourceLimitExceeded: the request must not run at all.
@@ -418,7 +463,7 @@ class ResolveAdapter(Protocol):
         ...
 
     @hookspec
-    def list_adapters(self) -> Iterable[AdapterInfo]:
+    def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
         """Called to list the adapters that this plugin knows of. Since 0.1."""
         ...
 
@@ -435,7 +480,7 @@ class Observe(Protocol):
         ...
 
 
-PROVIDER_SPECS = (Connect, SettingsModel)
+PROVIDER_SPECS = (Connect, SettingsModel, Answers)
 CONNECTION_SPECS = (
     Chat,
     CheckHealth,
@@ -452,5 +497,6 @@ CONNECTION_SPECS = (
     LoadAdapter,
     UnloadAdapter,
     PruneAdapters,
+    Native,
 )
-PLUGIN_SPECS = (ResourceLimits, ResolveAdapter, Observe)
+PLUGIN_SPECS = (SettingsModel, ResourceLimits, ResolveAdapter, Observe)

@@ -1,6 +1,6 @@
 """Retries, for providers to use where they open a call. tenacity, set up once.
 
-    chunks = retry.call(lambda: open_and_read_the_first_chunk(), request.call)
+    first = await retry.call(open_and_read_the_first_chunk, request.call)
 
 Only errors that say they are `retryable` are tried again, never past the deadline, and never after the first chunk:
 that is up to the provider, by retrying the opening alone. tenacity is imported and set up only after a failure.
@@ -8,13 +8,11 @@ that is up to the provider, by retrying the opening alone. tenacity is imported 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from graftage.exceptions import ConnectionFailed, InferenceFailed, ModelLoadFailed, Overloaded, ProviderError
@@ -22,9 +20,9 @@ from graftage.exceptions import ConnectionFailed, InferenceFailed, ModelLoadFail
 if TYPE_CHECKING:
     import tenacity
 
-    from graftage.types import Call
+    from graftage.calls import Call
 
-__all__ = ["DEFAULT_POLICY", "Budget", "RetryPolicy", "acall", "call", "no_waiting"]
+__all__ = ["DEFAULT_POLICY", "RetryPolicy", "call", "no_waiting"]
 
 T = TypeVar("T")
 
@@ -66,37 +64,6 @@ class RetryPolicy:
 DEFAULT_POLICY: Final = RetryPolicy()
 
 
-@dataclass(slots=True)
-class Budget:
-    """Retries that a connection can afford, so that a sick server is not hammered.
-
-    A token bucket as in the AWS SDKs' standard mode: a retry takes `cost`, a call that works at once gives `refill`.
-    """
-
-    capacity: float = 100.0
-    cost: float = 5.0
-    refill: float = 1.0
-    _tokens: float = field(default=100.0, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._tokens = self.capacity
-
-    def spend(self) -> bool:
-        """Take the price of one retry; False where it cannot be paid."""
-        with self._lock:
-            if self._tokens < self.cost:
-                return False
-            self._tokens -= self.cost
-            return True
-
-    def earn(self) -> None:
-        """Give back a little after a call that worked at once."""
-        if self._tokens < self.capacity:
-            with self._lock:
-                self._tokens = min(self.capacity, self._tokens + self.refill)
-
-
 _waits: ContextVar[bool] = ContextVar("graftage_retry_waits", default=True)
 
 
@@ -110,59 +77,32 @@ def no_waiting() -> Iterator[None]:
         _waits.reset(token)
 
 
-def call(function: Callable[[], T], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
-    """Call `function`, again where its error is safe to retry.
+async def call(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
+    """Await what `function` returns, again where its error is safe to retry; waits as the client of the call does.
 
     Raises:
         ProviderError: the last error, with its number of attempts.
     """
     try:
-        result = function()
-    except ProviderError as error:
-        return _retrying(error, function, of, policy)
-    _earn(of)
-    return result
-
-
-async def acall(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
-    """`call`, for a function that returns an awaitable."""
-    try:
         result = await function()
     except ProviderError as error:
-        return await _aretrying(error, function, of, policy)
-    _earn(of)
+        return await _retrying(error, function, of, policy)
+    if of.budget is not None:
+        of.budget.earn()
     return result
 
 
-def _earn(of: Call) -> None:
-    if of.budget is not None:
-        of.budget.earn()
-
-
-def _retrying(first: ProviderError, function: Callable[[], T], of: Call, policy: RetryPolicy) -> T:
-    import tenacity  # noqa: PLC0415 - needed only after a failure
-
-    failed = [first]
-
-    def attempt() -> T:
-        if failed:
-            raise failed.pop()  # The first attempt has been made already.
-        return function()
-
-    return tenacity.Retrying(sleep=time.sleep, **_schedule(of, policy))(attempt)
-
-
-async def _aretrying(first: ProviderError, function: Callable[[], Awaitable[T]], of: Call, policy: RetryPolicy) -> T:
+async def _retrying(first: ProviderError, function: Callable[[], Awaitable[T]], of: Call, policy: RetryPolicy) -> T:
     import tenacity  # noqa: PLC0415 - needed only after a failure
 
     failed = [first]
 
     async def attempt() -> T:
         if failed:
-            raise failed.pop()
+            raise failed.pop()  # The first attempt has been made already.
         return await function()
 
-    return await tenacity.AsyncRetrying(sleep=asyncio.sleep, **_schedule(of, policy))(attempt)
+    return await tenacity.AsyncRetrying(sleep=of.sleep, **_schedule(of, policy))(attempt)
 
 
 def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:

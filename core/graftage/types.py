@@ -1,4 +1,4 @@
-"""The data that crosses the boundary between a host, the core and the plugins.
+"""The data that a host sees: messages, answers, models, limits, adapters. What hooks are given is in `calls`.
 
 Everything here is frozen and keyword-only, and grows by fields with defaults: a plugin written for this release still
 works with the next. An unknown figure is `None`, never 0. Durations are seconds, sizes are bytes.
@@ -7,7 +7,7 @@ works with the next. An unknown figure is `None`, never 0. Durations are seconds
 from __future__ import annotations
 
 import enum
-import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,60 +16,42 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runt
 if TYPE_CHECKING:
     from datetime import datetime
 
-    import httpx
-
-    from graftage.retry import Budget
-    from graftage.settings import Settings
 
 __all__ = [
     "ACTIVE",
     "HEALTH_LEVELS",
     "LONGEST",
+    "NEVER_APPLIES",
     "Adapter",
     "AdapterChoice",
     "AdapterInfo",
-    "Call",
     "Capabilities",
-    "ChatRequest",
     "Chunk",
-    "CloseRequest",
-    "ConnectRequest",
-    "EmbedRequest",
     "Embeddings",
-    "Event",
     "Feature",
     "FinishReason",
-    "GenerateRequest",
     "Health",
     "HealthLevel",
-    "HealthRequest",
     "Image",
     "Limits",
-    "LimitsQuery",
-    "LoadAdapterRequest",
-    "LoadModelRequest",
     "LoadedAdapter",
     "LoadedModel",
     "Logprob",
     "Message",
     "ModelInfo",
-    "ModelRequest",
-    "ModelsRequest",
     "Operation",
-    "PruneAdaptersRequest",
+    "Phase",
     "PullProgress",
     "Reply",
-    "ResolveRequest",
     "Role",
     "Stats",
     "Timeouts",
     "Timings",
     "Tool",
     "ToolCall",
-    "Transport",
-    "UnloadAdapterRequest",
     "Usage",
     "Verdict",
+    "canonical_name",
 ]
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -94,6 +76,7 @@ Feature: TypeAlias = Literal[
     "load_adapter",
     "unload_adapter",
     "prune_adapters",
+    "native",
 ]
 Operation: TypeAlias = str
 """The name of a connection hook, such as `chat` or `pull_model`."""
@@ -293,12 +276,33 @@ class _Record:
         return tuple(each.name for each in fields(self))  # type: ignore[arg-type] # every subclass is a dataclass
 
 
+_FILE: Final = re.compile(r"[/~.\\]|[a-z]:\\|hf://|[^:]*\.gguf$", re.IGNORECASE)
+_DEFAULTS: Final = ("https://", "http://", "registry.ollama.ai/", "library/")
+"""What a name may begin with and need not, from the outermost."""
+
+
+def canonical_name(name: str) -> str:
+    """A model's name for comparing: in lower case, tag included, without what Ollama adds where it is left out.
+
+    So `Llama3.2`, `library/llama3.2` and `registry.ollama.ai/library/llama3.2:latest` are all `llama3.2:latest`, and
+    `hf.co/Owner/Model:Q4_0` is `hf.co/owner/model:q4_0`: Ollama heeds case in no name. The path of a file, or
+    `hf://org/repo/file.gguf`, stays as it is, since there case counts.
+    """
+    name = name.strip()
+    if _FILE.match(name):
+        return name
+    name = name.lower()
+    for prefix in _DEFAULTS:
+        name = name.removeprefix(prefix)
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo(_Record):
     """What is known of a model. A list knows less than `show`; what is not known is `None`."""
 
     name: str
-    """The canonical name, tag included: `llama3.2:latest`."""
+    """As a request names it: `gpt-4o`; where the server has tags, with its tag: `llama3.2:latest`."""
     digest: str | None = None
     size: int | None = None
     """Bytes on disk."""
@@ -408,6 +412,9 @@ class Capabilities:
     """Names of `Feature`."""
     options: frozenset[str] = frozenset()
     """The names that `options` of a call may have."""
+    parameters: frozenset[str] | None = None
+    """Which of `keep_alive`, `context_window` and `max_tokens` it reads; `None` where it does not say. Another one that
+    is set is a warning on the reply."""
 
 
 # --- Limits ----------------------------------------------------------------------------------------------------------
@@ -455,35 +462,15 @@ def _check_figure(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
         raise ValueError(f"the limit `{name}` must be a number that is not negative, not {value!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsQuery:
-    """What a policy may know of a request before it is admitted."""
-
-    operation: Operation
-    provider: str
-    address: str
-    model: str
-    context_window: int | None = None
-    """As the caller set it."""
-    max_tokens: int | None = None
-    keep_alive: float | None = None
-    prompt_characters: int | None = None
-    adapter: str | None = None
-    force: bool = False
-    """The caller wants it done all the same: a refusal and a clamp become warnings on the reply."""
-    model_info: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
-    """Facts about the model: asked on the first call, then remembered; `None` where the provider cannot tell."""
-    loaded_models: Callable[[], tuple[LoadedModel, ...] | None] = field(default=lambda: None, repr=False)
-    """What is in memory: asked once for each request; `None` where the provider cannot tell."""
-    models: Callable[[], tuple[ModelInfo, ...] | None] = field(default=lambda: None, repr=False)
-    """What could be asked instead: asked once for each request; `None` where the provider cannot tell."""
-    in_use: Callable[[], Mapping[str, int]] = field(default=dict, repr=False)
-    """Models that admitted requests of this process use or wait for, and how many requests."""
+NEVER_APPLIES: Final = Limits()
+"""What a policy answers that can never limit anything on this connection: it is not asked again."""
 
 
-# --- Settings and calls ----------------------------------------------------------------------------------------------
+# --- Limits of time --------------------------------------------------------------------------------------------------
 
 
+Phase: TypeAlias = Literal["connect", "first_token", "idle", "total"]
+"""The limits on a call."""
 LONGEST: Final = 366 * 86400.0
 """Seconds: more than that is a mistake, and some clocks of the system overflow."""
 
@@ -509,180 +496,6 @@ class Timeouts:
                     f"the timeout `{each.name}` must be a number of seconds above 0 and finite (a year at most), "
                     f"not {str(value)[:40]}"
                 )
-
-
-class Transport(Protocol):
-    """Stands between a provider and the network: for recording, replaying, testing and embedding.
-
-    Each method gets a function that builds the provider's own transport, and returns the one to use; a replay never
-    calls that function, so no connection is ever made.
-    """
-
-    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
-        """The transport of the sync client."""
-        ...
-
-    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
-        """The transport of the async client."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that happened, for observers and logs. Never holds a prompt or an answer."""
-
-    kind: Literal["start", "admitted", "attempt", "retry", "first_chunk", "progress", "finish", "error"]
-    """One `start` and one `finish` or `error` for each call; the rest between them."""
-    call_id: str
-    operation: Operation
-    provider: str
-    model: str | None = None
-    adapter: str | None = None
-    address: str | None = None
-    at: float = 0.0
-    """Seconds on the monotonic clock."""
-    stream: bool = False
-    attempt: int | None = None
-    delay: float | None = None
-    """With `retry`: seconds until the next attempt."""
-    error: Exception | None = None
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    timings: Timings | None = None
-    progress: PullProgress | None = None
-
-
-def _tell_nobody(_kind: str, **_facts: Any) -> None:
-    """The `emit` of a call that nobody observes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """What every operation's request carries about the call itself."""
-
-    deadline: float = math.inf
-    """Seconds on the monotonic clock: after this the call has failed. Infinite for a pull."""
-    timeouts: Timeouts = Timeouts()
-    attempts: int = 3
-    """How often a safe failure may be tried, the first time included."""
-    budget: Budget | None = None
-    """Retries this connection can still afford."""
-    max_reply_bytes: int = 64 * 1024 * 1024
-    emit: Callable[..., None] = field(default=_tell_nobody, repr=False)
-    """Tells observers: `emit("retry", attempt=1, delay=0.1, error=error)`; the core adds the rest of the `Event`."""
-
-
-# --- Requests: the one argument of each hook -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectRequest:
-    """What `connect` is asked."""
-
-    name: str
-    """The provider's plugin name."""
-    settings: Settings
-    """An instance of what `settings_model` returned."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CloseRequest:
-    """What `close` is asked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
-    """What `chat` is asked."""
-
-    call: Call
-    model: str
-    messages: tuple[Message, ...]
-    tools: tuple[Tool, ...] = ()
-    format: Mapping[str, Any] | Literal["json"] | None = None
-    """A JSON schema, or any JSON."""
-    think: bool | str | None = None
-    """Whether to think first, or how hard: `low`, `medium`, `high`."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Checked by the core against `Capabilities.options`."""
-    keep_alive: float | None = None
-    context_window: int | None = None
-    max_tokens: int | None = None
-    adapter: LoadedAdapter | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
-    """What `generate` is asked."""
-
-    call: Call
-    model: str
-    prompt: str
-    suffix: str | None = None
-    """What comes after the gap that the model is to fill."""
-    system: str | None = None
-    raw: bool = False
-    """Send the prompt as it is, without the model's template."""
-    images: tuple[Image, ...] = ()
-    format: Mapping[str, Any] | Literal["json"] | None = None
-    think: bool | str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    keep_alive: float | None = None
-    context_window: int | None = None
-    max_tokens: int | None = None
-    adapter: LoadedAdapter | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedRequest:
-    """What `embed` is asked."""
-
-    call: Call
-    model: str
-    inputs: tuple[str, ...]
-    dimensions: int | None = None
-    truncate: bool = True
-    """Cut an input that does not fit; otherwise it is a `ContextOverflow`."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    keep_alive: float | None = None
-    context_window: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HealthRequest:
-    """What `health` is asked."""
-
-    call: Call
-    level: HealthLevel = "api"
-    model: str | None = None
-    context_window: int | None = None
-    """For `answers`, as of a chat: the model must not be loaded otherwise than its users want it."""
-    keep_alive: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelsRequest:
-    """What `list_models` and `loaded_models` are asked."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRequest:
-    """What `show_model`, `pull_model` and `unload_model` are asked."""
-
-    call: Call
-    model: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadModelRequest:
-    """What `load_model` is asked."""
-
-    call: Call
-    model: str
-    keep_alive: float | None = None
-    context_window: int | None = None
-    """The window that the next requests will have: another one would load the model again."""
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------
@@ -767,35 +580,6 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResolveRequest:
-    """What `resolve_adapter` is asked."""
-
-    reference: str
-    model: str
-    """The base model's name on the provider."""
-    provider: str = ""
-    base: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
-    """Facts about the base model: asked on the first call, then remembered."""
-    show: Callable[[str], ModelInfo | None] = field(default=lambda _name: None, repr=False)
-    """Facts about any model of the server; `None` where it has none of that name or cannot tell."""
-    call: Call = field(default_factory=Call)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadAdapterRequest:
-    """What `load_adapter` is asked."""
-
-    call: Call
-    adapter: Adapter
-    model: str
-    """The base model."""
-    force: bool = False
-    """Load it although it may not fit: the caller said so."""
-    keep_alive: float | None = None
-    context_window: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
     """An adapter the provider can answer with."""
 
@@ -809,27 +593,6 @@ class LoadedAdapter:
     strategy: str = ""
     """How it was made usable: a provider's own word."""
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnloadAdapterRequest:
-    """What `unload_adapter` is asked."""
-
-    call: Call
-    adapter: LoadedAdapter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneAdaptersRequest:
-    """What `prune_adapters` is asked."""
-
-    call: Call
-    keep: tuple[str, ...] = ()
-    """Names of models to leave alone."""
-    older_than: float | None = None
-    """Seconds since a model was made; younger ones are left alone."""
-    dry_run: bool = True
-    """Only say what would go."""
 
 
 # --- Counters --------------------------------------------------------------------------------------------------------
