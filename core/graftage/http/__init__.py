@@ -1,0 +1,41 @@
+"""The toolkit for providers that speak HTTP. `request.http(base_url)` in `connect` makes a client.
+
+    class Connection:
+        def __init__(self, request):
+            self._http = request.http("http://127.0.0.1:11434")
+
+        @hookimpl
+        async def list_models(self, request):
+            return await self._http.json("GET", "/api/tags", call=request.call, read=to_models)
+
+Its coroutines serve both colours. Everything a request has to keep to stands inside: the four limits of time, bounds on
+sizes, whole lines, typed errors, retries of the opening, no redirect, no proxy to loopback, no key in clear.
+"""
+
+from graftage._engine.inputs import read_tool_call
+from graftage.http.address import is_loopback, is_private, place, proxy_for
+from graftage.http.client import Document, Event, Http, Items
+from graftage.http.clock import Clock
+from graftage.http.errors import Answer, Refusal
+from graftage.http.transport import Colour, Headers, Request, Response, Transport, Wrapper
+
+__all__ = [
+    "Answer",
+    "Clock",
+    "Colour",
+    "Document",
+    "Event",
+    "Headers",
+    "Http",
+    "Items",
+    "Refusal",
+    "Request",
+    "Response",
+    "Transport",
+    "Wrapper",
+    "is_loopback",
+    "is_private",
+    "place",
+    "proxy_for",
+    "read_tool_call",
+]

@@ -1,0 +1,702 @@
+"""HTTP for providers, written once for both colours: JSON, lines, server-sent events, uploads.
+
+What a provider's author would write again stands here: limits on time and size, whole lines, typed errors, retries of
+the opening, keys that go nowhere else. `ConnectRequest.http` makes one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from graftage import retry
+from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
+from graftage.http.address import SECRET_NAMES, check_base, is_private
+from graftage.http.clock import Clock
+from graftage.http.errors import OK, Answer, Refusal, refused
+from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from graftage.calls import Call
+    from graftage.http.httpx_transport import AsyncTransport, BlockingTransport
+
+__all__ = ["Document", "Event", "Http", "Items"]
+
+T = TypeVar("T")
+MAX_LINE: Final = 8 * 1024 * 1024
+"""Bytes of one line of a stream: what Ollama's own client takes (`api/client.go`, `maxBufferSize`)."""
+MAX_ERROR_BODY: Final = 64 * 1024
+REDIRECT: Final = 300
+REFUSED: Final = 400
+DRAIN: Final = 0.2
+"""Seconds to wait for the end of a body after its last item; then the connection is not used again."""
+SHORTEST_SECRET: Final = 4
+"""Characters; what is shorter stands in many words by chance."""
+AGENT: Final = "graftage"
+ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+DONE: Final = "[DONE]"
+"""What ends a stream of events in OpenAI's API."""
+
+
+class Document(dict[str, Any]):
+    """A JSON object that a server answered with."""
+
+    headers: Headers = ()
+    """The headers that came with it."""
+
+
+class Http:
+    """Asks one server. Opens nothing until the first request."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        build: Callable[[], Transport],
+        colour: Colour,
+        begin: Callable[[], Call],
+        headers: Mapping[str, str] | None = None,
+        refusal: Refusal | None = None,
+        server: str = "the server",
+    ) -> None:
+        """Take what all requests share.
+
+        Args:
+            base_url: scheme, host, port, and a path that is put before that of each request.
+            build: makes what sends the requests; the first one calls it.
+            colour: the kind of client that asks.
+            begin: makes the call of a request that comes from an SDK, with the limits of the settings.
+            headers: sent with each request; one that is named like a secret only over https or to loopback.
+            refusal: the author's own table of errors.
+            server: who refuses, for messages.
+
+        Raises:
+            SettingsError: nothing can be sent to `base_url`.
+        """
+        self.base_url = check_base(base_url)
+        self.headers: Headers = _kept((headers or {}).items(), safe=is_private(base_url))
+        self._build = build
+        self.colour = colour
+        self._begin = begin
+        self._transport: Transport | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._refusal = refusal
+        self._server = server
+        self._secrets = tuple(
+            part.encode()
+            for name, value in (headers or {}).items()
+            if SECRET_NAMES.search(name)
+            for part in (value, value.partition(" ")[2])
+            if len(part) >= SHORTEST_SECRET
+        )
+
+    async def json(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        call: Call,
+        read: Callable[[Document], T] = lambda found: found,  # type: ignore[assignment, return-value]
+        empty: bool = False,
+        context: Mapping[str, object] | None = None,
+    ) -> T:
+        """Ask for a JSON object; asked again where its error is safe to retry.
+
+        Args:
+            method: the HTTP method.
+            path: is put after the base URL.
+            body: is sent as JSON.
+            call: the call that this belongs to: its limits hold.
+            read: makes the result of the object; whatever it raises that is not typed is a `ProtocolError`.
+            empty: whether no body at all is an object, too.
+            context: is for a transport of the author's own, and is not sent.
+
+        Raises:
+            ProviderError: whichever class fits.
+        """
+
+        async def ask() -> T:
+            clock = Clock(call)
+            request = self._request(method, path, _encoded(body), context=context)
+            response = await self.send(request, call, clock)
+            try:
+                data, within = await read_all(response, call.max_reply_bytes)
+            finally:
+                await response.close()
+            if not within:
+                raise _too_large(call)
+            document = Document() if empty and not data else self._document(data, response.headers, call)
+            with reading():
+                return read(document)
+
+        return await retry.call(ask, call)
+
+    def lines(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        call: Call,
+        read: Callable[[dict[str, Any]], T],
+        context: Mapping[str, object] | None = None,
+    ) -> Items[T]:
+        """Ask for a stream of lines, each a JSON object (NDJSON). Opening is retried; nothing is after the first line.
+
+        Args:
+            method: the HTTP method.
+            path: is put after the base URL.
+            body: is sent as JSON.
+            call: the call that this belongs to: its limits hold, and its end closes the stream.
+            read: makes an item of an object; whatever it raises that is not typed is a `ProtocolError`.
+            context: is for a transport of the author's own, and is not sent.
+        """
+        request = self._request(method, path, _encoded(body), context=context)
+        return Items(self, request, call, reader=_Lines(self, call), read=read)
+
+    def events(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        call: Call,
+        read: Callable[[Event], T],
+        context: Mapping[str, object] | None = None,
+    ) -> Items[T]:
+        """Ask for server-sent events; the arguments are those of `lines`. `[DONE]` ends them.
+
+        `read` is given the `Event`, whose `json()` gives the data as an object, or raises the error that it is. Where
+        events belong together, such as a reason and the usage after it, let `read` keep them, and yield the last chunk
+        after the loop.
+        """
+        request = self._request(method, path, _encoded(body), ("accept", "text/event-stream"), context=context)
+        return Items(self, request, call, reader=_Events(self, call), read=read)
+
+    async def upload(self, path: str, file: Path, *, call: Call, method: str = "POST") -> None:
+        """Send a file, however long that takes while it goes on.
+
+        Raises:
+            ProviderError: whichever class fits.
+        """
+
+        async def send() -> None:
+            with reading():  # The file may be gone.
+                request = self._request(method, path, b"", ("content-type", "application/octet-stream"), file=file)
+                response = await self.send(request, call, Clock(call))
+            await response.close()
+
+        await retry.call(send, call)
+
+    def httpx_transport(self) -> BlockingTransport | AsyncTransport:
+        """A transport for an SDK that is built on httpx: for its sync client or its async one, as ours is.
+
+        Each request has the limits of the settings and is sent once; whatever the SDK says of time, proxies, redirects
+        and keys is not heeded. It raises httpx's own errors, with the typed one as their cause. To close it does
+        nothing: its connections are those of this client.
+        """
+        from graftage.http.httpx_transport import AsyncTransport, BlockingTransport  # noqa: PLC0415 - slow to import
+
+        return (BlockingTransport if self.colour == "sync" else AsyncTransport)(self.base_url, self._forward)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        with self._lock:
+            self._closed = True
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.close()
+
+    # --- Inside ------------------------------------------------------------------------------------------------------
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        *more: tuple[str, str],
+        file: Path | None = None,
+        context: Mapping[str, object] | None = None,
+    ) -> Request:
+        # Compressed answers could be bombs, and nothing on a local line is won by them.
+        headers = [("accept-encoding", "identity"), ("user-agent", AGENT), *more]
+        if body:
+            headers.append(("content-type", "application/json"))
+        given = {name for name, _ in self.headers}
+        kept = (pair for pair in headers if pair[0] not in given)
+        return Request(
+            method=method,
+            url=f"{self.base_url}{path}",
+            headers=(*kept, *self.headers),
+            body=body,
+            file=file,
+            context=context or {},
+        )
+
+    async def send(self, request: Request, call: Call, clock: Clock) -> Response:
+        """Send a request; its answer is handed on once it is known to be none that refuses."""
+        response = await (self._transport or self._opened()).send(request, clock)
+        try:
+            if response.status >= REDIRECT:
+                body, _ = await read_all(response, MAX_ERROR_BODY)
+                raise self.refused(response.status, response.headers, body, call)
+            _check_kind(response)
+        except BaseException:
+            await response.close()
+            raise
+        return response
+
+    async def _forward(self, request: Request) -> Response:
+        """Send what an SDK asks for, with our keys in place of its own; an answer that refuses is the SDK's to read."""
+        call = self._begin()
+        given = {name for name, _ in self.headers}
+        kept = (pair for pair in _kept(request.headers, safe=False) if pair[0] not in given)
+        request = replace(request, headers=(("accept-encoding", "identity"), *kept, *self.headers))
+        response = await (self._transport or self._opened()).send(request, Clock(call))
+        try:
+            if response.status < REDIRECT:
+                _check_kind(response)
+                return _Bounded(response, call)
+            body, _ = await read_all(response, MAX_ERROR_BODY)
+            if response.status < REFUSED:
+                raise self.refused(response.status, response.headers, body, call)
+            await response.close()
+            return _Whole(response, self._hidden(body))
+        except BaseException:
+            await response.close()
+            raise
+
+    def _hidden(self, body: bytes) -> bytes:
+        for secret in self._secrets:
+            body = body.replace(secret, b"***")
+        return body
+
+    def _opened(self) -> Transport:
+        with self._lock:  # Two threads would build two pools, and one of them would never be closed.
+            if self._closed:
+                raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use a client that is open.")
+            if self._transport is None:
+                self._transport = self._build()
+            return self._transport
+
+    def refused(self, status: int, headers: Headers, body: bytes, call: Call) -> ProviderError:
+        """The typed error for an answer that refuses."""
+        if REDIRECT <= status < REFUSED:
+            # Followed, a redirect would send the prompt to whatever it names.
+            return ProtocolError(
+                f"The server redirects (status {status}); redirects are not followed.",
+                status=status,
+                hint="Put the final address into `host`.",
+            )
+        answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
+        return refused(answer, self._refusal)
+
+    def _document(self, data: bytes, headers: Headers, call: Call) -> Document:
+        try:
+            found = _parsed(data)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ProtocolError("The answer is no JSON object.", hint="Is it another service? Check `host`.")
+        if found.get("error") is not None:
+            # Some proxies, and old servers once they had begun, say 200 to that too.
+            raise self.refused(OK, headers, data, call)
+        document = Document(found)
+        document.headers = headers
+        return document
+
+
+class Items(Generic[T]):
+    """What a streamed answer is made of, item by item. What is opened here ends with the call, at the latest.
+
+    A chunk with a `finish_reason`, or a step of a pull with the status `success`, is the last item, whatever the
+    connection does after it.
+    """
+
+    def __init__(
+        self, http: Http, request: Request, call: Call, *, reader: _Lines | _Events, read: Callable[[Any], T]
+    ) -> None:
+        self._http = http
+        self._request = request
+        self._call = call
+        self._reader = reader
+        self._read = read
+        self._clock = Clock(call, patient=True)
+        self._response: Response | None = None
+        self._ready: deque[Any] = deque()
+        self._size = 0
+        self._over = False
+
+    @property
+    def headers(self) -> Headers:
+        """The headers of the answer, once its first item has come."""
+        return self._response.headers if self._response else ()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        ready = self._ready
+        try:
+            if self._response is None and not self._over:
+                return await retry.call(self._open, self._call)
+            while not ready:
+                if self._over or self._response is None:
+                    raise StopAsyncIteration
+                piece = await self._response.read()
+                self._size += len(piece)
+                if self._size > self._call.max_reply_bytes:
+                    raise _too_large(self._call)
+                self._over = not piece
+                (self._reader.feed if piece else self._reader.end)(piece, ready, self._clock)
+                if self._reader.done:
+                    await self._drain()
+            try:
+                item = self._read(ready.popleft())
+            except GraftageError:
+                raise
+            except Exception as error:
+                raise _unreadable(error) from error
+            if getattr(item, "finish_reason", None) is not None or getattr(item, "status", None) == "success":
+                await self._drain()
+        except BaseException:
+            await self.close()
+            raise
+        return item
+
+    async def _open(self) -> T:
+        """Send the request and wait for the first item."""
+        self._reader.reset()
+        # An attempt before this one may have come to the end of its answer.
+        self._ready.clear()
+        self._size, self._over = 0, False
+        self._clock = Clock(self._call, patient=True)
+        self._call.opened[id(self)] = self
+        self._response = await self._http.send(self._request, self._call, self._clock)
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            raise StreamInterrupted("The server sent an empty answer.", retryable=True, hint="Ask again.") from None
+
+    async def _drain(self) -> None:
+        """Read the end of the body, so that the connection can be used again; what is there is not wanted."""
+        self._over = True
+        self._clock.deadline = min(self._clock.deadline, time.monotonic() + DRAIN)
+        with contextlib.suppress(GraftageError):
+            while self._response is not None and await self._response.read():
+                pass
+        await self._drop()
+
+    async def _drop(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            await response.close()
+
+    async def close(self) -> None:
+        """Stop reading. Safe to call twice."""
+        self._over = True
+        self._call.opened.pop(id(self), None)
+        await self._drop()
+
+
+# --- Answers for an SDK -----------------------------------------------------------------------------------------------
+
+
+class _Bounded:
+    """An answer as it comes, up to the largest that its call allows."""
+
+    def __init__(self, response: Response, call: Call) -> None:
+        self.status, self.reason, self.headers = response.status, response.reason, response.headers
+        self._response = response
+        self._call = call
+        self._size = 0
+
+    async def read(self) -> bytes:
+        piece = await self._response.read()
+        self._size += len(piece)
+        if self._size > self._call.max_reply_bytes:
+            raise _too_large(self._call)
+        return piece
+
+    async def close(self) -> None:
+        await self._response.close()
+
+
+class _Whole:
+    """An answer that has been read. The headers about its body may not be true any more."""
+
+    def __init__(self, response: Response, body: bytes) -> None:
+        self.status, self.reason = response.status, response.reason
+        self.headers = tuple(pair for pair in response.headers if pair[0] not in ABOUT_BODY)
+        self._body = body
+
+    async def read(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+    async def close(self) -> None:
+        pass
+
+
+# --- Lines and events ------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """Pieces of bytes to JSON objects, one a line.
+
+    Bytes are cut at the byte for a new line and nowhere else: U+0085 and U+2028 stand inside of JSON.
+    """
+
+    done = False
+
+    def __init__(self, http: Http, call: Call) -> None:
+        self._http = http
+        self._call = call
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with another answer."""
+        self._rest = bytearray()
+
+    def feed(self, piece: bytes, ready: deque[Any], clock: Clock) -> None:
+        """Take a piece of the body, and give the objects that it completes. A whole line starts the limit afresh."""
+        *whole, rest = piece.split(b"\n")
+        if whole:
+            whole[0] = bytes(self._rest) + whole[0]
+            self._rest = bytearray(rest)
+        else:
+            self._rest += rest
+        if len(self._rest) > MAX_LINE:
+            raise _too_long()
+        for line in whole:
+            if not line or line.isspace():
+                continue
+            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+            try:
+                text = line.decode()
+                found = json.loads(text)
+                if "\\ud" in text or "\\uD" in text:
+                    found = _whole(found)
+            except (ValueError, RecursionError):
+                found = None
+            if isinstance(found, dict) and found.get("error") is None:
+                ready.append(found)
+            else:
+                raise self._odd(line, found)
+
+    def end(self, _: bytes, ready: deque[Any], clock: Clock) -> None:
+        """Take the end of the body: the last line may lack its line break."""
+        line, self._rest = bytes(self._rest), bytearray()
+        try:
+            self.feed(line + b"\n", ready, clock)
+        except ProtocolError as error:
+            if line.lstrip()[:1] != b"{":
+                raise
+            raise _cut() from error
+
+    def _odd(self, line: bytes, found: Any) -> ProviderError:
+        """The error for a line that is an error, or no object."""
+        tail = line if found else line[max(line.rfind(b"{"), 0) :]
+        if b'"error"' in tail:  # Some servers write the error right after an unfinished object.
+            return self._http.refused(OK, (), tail, self._call)
+        return ProtocolError(
+            "The stream holds a line that is no JSON object.", hint="Is it another service? Check `host`."
+        )
+
+
+class Event:
+    """A server-sent event."""
+
+    __slots__ = ("_call", "_http", "data", "event", "id", "retry")
+
+    def __init__(self, http: Http, call: Call, fields: Mapping[str, str], data: str) -> None:
+        self._http = http
+        self._call = call
+        self.data = data
+        self.event = fields.get("event", "message")
+        self.id = fields.get("id")
+        self.retry = fields.get("retry")
+
+    def json(self) -> dict[str, Any]:
+        """The data as a JSON object.
+
+        Raises:
+            ProviderError: it is an error of the server's.
+        """
+        data = self.data.encode()
+        try:
+            found = _parsed(data)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ProtocolError("The stream holds an event that is no JSON object.", hint="Is it another service?")
+        if found.get("error") is not None or self.event == "error":
+            raise self._http.refused(OK, (), data, self._call)
+        return found
+
+
+class _Events:
+    """Pieces of bytes to events (HTML Living Standard, 9.2.6); a lone carriage return ends no line here."""
+
+    def __init__(self, http: Http, call: Call) -> None:
+        self._http = http
+        self._call = call
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with another answer."""
+        self.done = False
+        self._rest = bytearray()
+        self._fields: dict[str, str] = {}
+        self._data: list[str] = []
+
+    def feed(self, piece: bytes, ready: deque[Any], clock: Clock) -> None:
+        """Take a piece of the body, and give the events that it completes. Comments do not move the clock."""
+        *whole, rest = piece.split(b"\n")
+        if whole:
+            whole[0] = bytes(self._rest) + whole[0]
+            self._rest = bytearray(rest)
+        else:
+            self._rest += rest
+        if len(self._rest) > MAX_LINE:
+            raise _too_long()
+        for each in whole:
+            line = each.removesuffix(b"\r").decode("utf-8", "replace")
+            if line.startswith(":") or not (line or self._data):
+                continue
+            if line.startswith("{"):  # No field has such a name.
+                Event(self._http, self._call, {}, line).json()
+                raise ProtocolError("The answer is an object and no stream of events.", hint="Is it the right service?")
+            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+            if line:
+                self._take(line)
+            elif self._data:
+                self._dispatch(ready)
+
+    def end(self, _: bytes, ready: deque[Any], clock: Clock) -> None:
+        """Take the end of the body: an event that no empty line ended is cut."""
+        if self._rest:
+            self.feed(b"\n", ready, clock)
+        if self._data and not self.done and "".join(self._data).strip() != DONE:
+            raise _cut()
+        self.done = self.done or bool(self._data)
+
+    def _take(self, line: str) -> None:
+        name, _, value = line.removeprefix("\ufeff").partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        else:
+            self._fields[name] = value
+
+    def _dispatch(self, ready: deque[Any]) -> None:
+        data, self._data = "\n".join(self._data), []
+        fields, self._fields = self._fields, {}
+        self.done = self.done or data.strip() == DONE
+        if not self.done:
+            ready.append(Event(self._http, self._call, fields, data))
+
+
+def _too_long() -> ProtocolError:
+    return ProtocolError(
+        f"A line of the answer is longer than {MAX_LINE} bytes.",
+        hint="No model writes so much at once: is it the right service?",
+    )
+
+
+def _cut() -> StreamInterrupted:
+    return StreamInterrupted("The stream ended in the middle of a line.", retryable=True, hint="Ask again.")
+
+
+def _too_large(call: Call) -> ProtocolError:
+    return ProtocolError(f"The answer is larger than {call.max_reply_bytes} bytes.", hint="Raise `max_reply_bytes`.")
+
+
+def _kept(headers: Iterable[tuple[str, str]], *, safe: bool) -> Headers:
+    """The headers that may be sent: a secret goes over https or to loopback, and nowhere else."""
+    return tuple((name.lower(), value) for name, value in headers if safe or not SECRET_NAMES.search(name))
+
+
+def _check_kind(response: Response) -> None:
+    encoding = (header(response.headers, "content-encoding") or "identity").lower()
+    if encoding != "identity":
+        raise ProtocolError(
+            f"The answer is compressed ({encoding[:40]}), which was not asked for.",
+            hint="Is a proxy between here and the server?",
+        )
+    if "text/html" in (header(response.headers, "content-type") or "").lower():
+        raise ProtocolError(
+            "The address answers with a web page: it is another service, or a proxy's page.",
+            status=response.status,
+            hint="Check `host` and its port.",
+        )
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _encoded(body: Mapping[str, Any] | None) -> bytes:
+    if body is None:
+        return b""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON, with the replacement character for half of a surrogate pair that stands alone: no text can hold one.
+
+    Raises:
+        ValueError: it is no JSON, or no UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    text = data.decode()
+    found = json.loads(text)
+    return _whole(found) if "\\ud" in text or "\\uD" in text else found
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole(key): _whole(each) for key, each in value.items()}
+    return [_whole(each) for each in value] if isinstance(value, list) else value
+
+
+class reading:  # noqa: N801 - reads as a word in a `with`
+    """A block that reads an answer: what it raises and is not typed says that the answer is not what it should be."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, GraftageError):
+            raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ProtocolError:
+    return ProtocolError(
+        f"The answer is not what the API promises ({type(error).__name__}).",
+        hint="Is it another service, or a proxy's page? Check `host`.",
+        details={"reason": reason(error)},
+    )
+
+
+def reason(error: Exception) -> str:
+    """What was wrong with an answer, without a word of the answer, which may hold what nobody may log."""
+    found = getattr(error, "errors", None)
+    if callable(found):  # pydantic's
+        places = [f"{'.'.join(map(str, each['loc']))} ({each['type']})" for each in found(include_input=False)]
+        return f"{type(error).__name__}: {', '.join(places)}"[:500]
+    return f"{type(error).__name__}: {error.args[0]!r}"[:200] if isinstance(error, KeyError) else type(error).__name__
