@@ -1,8 +1,9 @@
 """Graftage joins language-model providers to an application through plugins."""
 
 from graftage._client import AsyncClient, Client, connect, connect_async
-from graftage._events import enable_logging
-from graftage._stream import AsyncStream, Stream
+from graftage._engine.call import AsyncStream, Stream
+from graftage._engine.events import enable_logging
+from graftage._version import __version__
 from graftage.exceptions import GraftageError
 from graftage.types import ACTIVE, Image, Message, Reply, Timeouts, Tool
 
@@ -18,8 +19,8 @@ __all__ = [
     "Stream",
     "Timeouts",
     "Tool",
+    "__version__",
     "connect",
     "connect_async",
     "enable_logging",
 ]
-__version__ = "0.1.0"

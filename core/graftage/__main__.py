@@ -1,6 +1,6 @@
 """`python -m graftage` is the command `graftage`."""
 
-from graftage._cli import main
+from graftage._cli.app import main
 
 if __name__ == "__main__":
     main()

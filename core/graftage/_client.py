@@ -1,26 +1,30 @@
-"""`connect`, and the two clients it makes. Both do what `graftage._session` says; one blocks, the other awaits."""
+"""`connect`, and the two clients it makes. Both do what the engine's `session` says; one blocks, the other awaits."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+
+from graftage._engine.call import AsyncStream, Stream, Translate, as_it_is, raise_translated
+from graftage._engine.driving import drive
+from graftage.exceptions import GraftageError
 
 if TYPE_CHECKING:
     import asyncio
+    from typing import Self
 
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
-    from graftage._arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout, Wants
-    from graftage._chain import Chain
-    from graftage._messages import Messages
-    from graftage._opening import Wish
-    from graftage._session import Session
-    from graftage._stream import AsyncStream, Stream
-    from graftage.exceptions import GraftageError
+    from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout
+    from graftage._engine.choosing import Wish
+    from graftage._engine.fallback import Chain
+    from graftage._engine.inputs import Messages
+    from graftage._engine.session import Session
     from graftage.settings import Settings
     from graftage.types import (
         Adapter,
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "connect", "connect_async"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -62,11 +67,13 @@ def connect(
             next member is asked where the one before could not begin to answer. A member may be a pair of one of
             these and a mapping of its own `model` and settings, `("ollama", {"host": "gpu:11434"})`; what is secret
             and `host` are refused where every member would get them. None or `"auto"` is the one that
-            `GRAFTAGE_PROVIDER` or the settings file names, else Ollama where it answers with the wanted model, else
-            the embedded provider; that is settled once, on entering the client or at its first call.
+            `GRAFTAGE_PROVIDER` or the settings file names, else the first on this machine that answers, Ollama before
+            the embedded one; that is settled once, on entering the client or at its first call. Where `host` is given,
+            it is that server or none. A model that it lacks is a `ModelNotFound`, and nobody else is asked.
         model: what calls ask when they name no model.
         models: names in order of preference; the first that is there becomes the model.
-        settings: a mapping of settings, or the path of a TOML file to read instead of the user's own.
+        settings: a mapping of settings, in which a plugin's are under its name, as in the file; or the path of a TOML
+            file to read instead of the user's own.
         plugins: plugin objects to use besides those that are installed.
         translate_error: makes the host's own error from each `GraftageError` before it is raised.
         env_prefix: the prefix of environment variables, in place of `GRAFTAGE`.
@@ -102,8 +109,7 @@ def connect_async(
     **overrides: Any,
 ) -> AsyncClient:
     """`connect` for asyncio. A plain function: the client opens on `async with`, or at its first call."""
-    from graftage._opening import Wish  # noqa: PLC0415 - `import graftage` must stay light
-    from graftage._stream import as_it_is  # noqa: PLC0415
+    from graftage._engine.choosing import Wish  # noqa: PLC0415 - `import graftage` must stay light
 
     return AsyncClient(
         Wish(
@@ -119,6 +125,37 @@ def connect_async(
     )
 
 
+def _translate_errors(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of a client whose errors the host sees in its own words."""
+
+    @functools.wraps(method)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return method(*arguments, **named)
+        except GraftageError as error:
+            raise_translated(error, _translate_of(arguments[0]))
+
+    return call
+
+
+def _translate_errors_async(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """`_translate_errors` for what is awaited."""
+
+    @functools.wraps(method)
+    async def call(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return await method(*arguments, **named)
+        except GraftageError as error:
+            raise_translated(error, _translate_of(arguments[0]))
+
+    return call
+
+
+def _translate_of(client: Any) -> Translate:
+    wish: Wish = client._wish  # noqa: SLF001 - one module, one thing
+    return wish.translate
+
+
 class Client:
     """A provider's connection for threads. Made by `connect`; close it, or use it as a context manager."""
 
@@ -129,18 +166,21 @@ class Client:
         self._origins: Mapping[str, str] = {}
         self._resolved: Session | Chain | None = session
         if session is None:
-            self._resolve = self._opened()
+            try:
+                self._resolve = self._opened()
+            except GraftageError as error:
+                raise_translated(error, wish.translate)
 
     def _opened(self) -> Callable[[], Session | Chain]:
         """Find and check everything; what is left is settled at once where no server must be asked for it."""
-        from graftage._io import Blocking  # noqa: PLC0415
-        from graftage._opening import Opening  # noqa: PLC0415
+        from graftage._engine.choosing import Opening  # noqa: PLC0415
+        from graftage._engine.waiting import BlockingIO  # noqa: PLC0415
 
         opening = Opening(self._wish)
         self._origins = opening.origins
         if not opening.must_ask:
-            self._resolved = _run(opening.resolve(Blocking()))
-        return lambda: _run(opening.resolve(Blocking()))
+            self._resolved = drive(opening.resolve(BlockingIO()))
+        return lambda: drive(opening.resolve(BlockingIO()))
 
     @property
     def _session(self) -> Session | Chain:
@@ -153,27 +193,32 @@ class Client:
         return self._resolved
 
     @property
+    @_translate_errors
     def provider(self) -> str:
         """The provider's name."""
         return self._session.provider
 
     @property
+    @_translate_errors
     def model(self) -> str | None:
         """What calls ask when they name no model."""
         return self._session.model
 
     @property
+    @_translate_errors
     def address(self) -> str:
         """Where the provider's server is, in words."""
         return self._session.address
 
     @property
+    @_translate_errors
     def members(self) -> tuple[Client, ...]:
         """The providers of a chain, each as a client; this client alone where it is no chain."""
         sessions = getattr(self._session, "sessions", None)
         return tuple(Client(self._wish, each) for each in sessions) if sessions else (self,)
 
     @property
+    @_translate_errors
     def settings(self) -> Settings:
         """The settings in effect."""
         return self._session.settings
@@ -191,6 +236,7 @@ class Client:
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **arguments: Unpack[ChatArguments]) -> Stream: ...
 
+    @_translate_errors
     def chat(self, messages: Messages, *, stream: bool = False, **arguments: Unpack[ChatArguments]) -> Reply | Stream:
         """Answer a conversation.
 
@@ -216,9 +262,11 @@ class Client:
             AdapterError: the adapter cannot be used.
             ResourceLimitExceeded: a policy refused.
         """
-        from graftage._arguments import chat_wants  # noqa: PLC0415
+        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
 
-        return self._answer("chat", self._session.read(chat_wants, messages, arguments), stream)
+        session = self._session
+        run, first = drive(session.infer("chat", session.read(chat_wants, messages, arguments), stream=stream))
+        return Stream(run, first, self._wish.translate) if stream else run.whole()
 
     @overload
     def generate(
@@ -228,6 +276,7 @@ class Client:
     @overload
     def generate(self, prompt: str, *, stream: Literal[True], **arguments: Unpack[GenerateArguments]) -> Stream: ...
 
+    @_translate_errors
     def generate(self, prompt: str, *, stream: bool = False, **arguments: Unpack[GenerateArguments]) -> Reply | Stream:
         """Continue a text.
 
@@ -242,20 +291,13 @@ class Client:
         Raises:
             ProviderError: as for `chat`.
         """
-        from graftage._arguments import generate_wants  # noqa: PLC0415
+        from graftage._engine.arguments import generate_wants  # noqa: PLC0415
 
-        return self._answer("generate", self._session.read(generate_wants, prompt, arguments), stream)
+        session = self._session
+        run, first = drive(session.infer("generate", session.read(generate_wants, prompt, arguments), stream=stream))
+        return Stream(run, first, self._wish.translate) if stream else run.whole()
 
-    def _answer(self, operation: Literal["chat", "generate"], want: Wants, stream: bool) -> Reply | Stream:
-        from graftage._stream import Stream, drive  # noqa: PLC0415
-
-        run, first = drive(self._session.infer(operation, want, stream=stream))
-        if stream:
-            return Stream(run, first)
-        while run.reply is None:
-            drive(run.pull())
-        return run.reply
-
+    @_translate_errors
     def embed(self, inputs: str | Sequence[str], **arguments: Unpack[EmbedArguments]) -> Embeddings:
         """Turn texts into vectors, one for each, in order.
 
@@ -265,10 +307,11 @@ class Client:
                 `dimensions`: cut the vectors to this length, where the model allows it.
                 `truncate`: False makes an input that does not fit a `ContextOverflow`.
         """
-        from graftage._arguments import embed_wants  # noqa: PLC0415
+        from graftage._engine.arguments import embed_wants  # noqa: PLC0415
 
-        return _run(self._session.embed(self._session.read(embed_wants, inputs, arguments)))
+        return drive(self._session.embed(self._session.read(embed_wants, inputs, arguments)))
 
+    @_translate_errors
     def health(
         self,
         level: HealthLevel = "api",
@@ -285,24 +328,28 @@ class Client:
             max_age: seconds an earlier answer may be old; 0 asks anew. The default is 5, and 1 after a failure.
             timeout: seconds for the check. The default is 10, and the client's own limits for `answers`.
         """
-        return _run(self._session.single().health(level, model, max_age, timeout))
+        return drive(self._session.single().health(level, model, max_age, timeout))
 
+    @_translate_errors
     def models(self, *, timeout: Timeout = None) -> tuple[ModelInfo, ...]:
         """The models that can be asked without a download."""
-        return _run(self._session.single().models(timeout))
+        return drive(self._session.single().models(timeout))
 
+    @_translate_errors
     def show(self, model: str | None = None, *, timeout: Timeout = None) -> ModelInfo:
         """One model in full.
 
         Raises:
             ModelNotFound: it is not there.
         """
-        return _run(self._session.single().show(model, timeout))
+        return drive(self._session.single().show(model, timeout))
 
+    @_translate_errors
     def loaded(self, *, timeout: Timeout = None) -> tuple[LoadedModel, ...]:
         """The models in memory."""
-        return _run(self._session.single().loaded(timeout))
+        return drive(self._session.single().loaded(timeout))
 
+    @_translate_errors
     def pull(
         self,
         model: str | None = None,
@@ -317,8 +364,9 @@ class Client:
             on_progress: called with each step; an error it raises ends the download.
             timeout: seconds for the whole download.
         """
-        return _run(self._session.single().pull(model, on_progress, timeout))
+        return drive(self._session.single().pull(model, on_progress, timeout))
 
+    @_translate_errors
     def ensure(
         self,
         model: str | None = None,
@@ -338,8 +386,9 @@ class Client:
         Raises:
             ModelNotFound: it is not there and `policy` is `never`.
         """
-        return _run(self._session.single().ensure(model, policy, on_progress, timeout))
+        return drive(self._session.single().ensure(model, policy, on_progress, timeout))
 
+    @_translate_errors
     def load(
         self,
         model: str | None = None,
@@ -350,12 +399,14 @@ class Client:
         timeout: Timeout = None,
     ) -> None:
         """Bring a model into memory, with the window that the next calls will have; `force` goes past policies."""
-        _run(self._session.single().load(model, keep_alive, context_window, timeout, force=force))
+        drive(self._session.single().load(model, keep_alive, context_window, timeout, force=force))
 
+    @_translate_errors
     def unload(self, model: str | None = None, *, timeout: Timeout = None) -> None:
         """Put a model out of memory."""
-        _run(self._session.single().unload(model, timeout))
+        drive(self._session.single().unload(model, timeout))
 
+    @_translate_errors
     def use_adapter(
         self,
         reference: str | Path | None,
@@ -376,14 +427,16 @@ class Client:
             model: the base model, where it is not the client's.
             timeout: seconds for finding and loading it.
         """
-        return _run(
+        return drive(
             self._session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout)
         )
 
+    @_translate_errors
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """The adapters that the installed plugins know of."""
-        return _run(self._session.list_adapters())
+        return drive(self._session.list_adapters())
 
+    @_translate_errors
     def resolve_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> Adapter:
         """Find an adapter and check it against a model, without loading it; `Adapter.verdict` says whether it fits.
 
@@ -391,12 +444,14 @@ class Client:
             AdapterNotFound: no resolver knows the reference.
             AdapterInvalid: its files are malformed, unsafe or unsupported.
         """
-        return _run(self._session.single().resolve_adapter(reference, model, timeout))
+        return drive(self._session.single().resolve_adapter(reference, model, timeout))
 
+    @_translate_errors
     def unload_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> None:
         """Free what an adapter holds in memory; nothing is deleted, and a call that names it loads it again."""
-        _run(self._session.single().unload_adapter(reference, model, timeout))
+        drive(self._session.single().unload_adapter(reference, model, timeout))
 
+    @_translate_errors
     def prune_adapters(
         self,
         *,
@@ -413,36 +468,46 @@ class Client:
             dry_run: only say what would go.
             timeout: seconds for all of it.
         """
-        return _run(self._session.single().prune_adapters(keep, older_than, dry_run, timeout))
+        return drive(self._session.single().prune_adapters(keep, older_than, dry_run, timeout))
 
+    @_translate_errors
+    def native(self) -> Any:
+        """The server's own client, such as `ollama.Client`, on this client's connections: for what Graftage lacks.
+
+        It keeps the time limits, sizes and addresses of the settings, and each of its requests is sent once. It raises
+        errors of its own, and knows nothing of adapters, policies and events. It is of use until this client is closed.
+
+        Raises:
+            CapabilityUnsupported: the provider has none.
+        """
+        return drive(self._session.single().native())
+
+    @_translate_errors
     def capabilities(self) -> Capabilities:
         """What the provider can do, without asking a server."""
         return self._session.capabilities()
 
+    @_translate_errors
     def stats(self) -> Stats:
         """What this client has done so far."""
         return self._session.stats()
 
+    @_translate_errors
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
         self._closed = True
         with self._lock:  # Another thread may be opening it.
             session = self._resolved
         if session is not None:
-            _run(session.close())
+            drive(session.close())
 
+    @_translate_errors
     def __enter__(self) -> Self:
         self._session  # noqa: B018 - settles which provider answers
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    from graftage._stream import drive  # noqa: PLC0415
-
-    return drive(work)
 
 
 class AsyncClient:
@@ -486,14 +551,14 @@ class AsyncClient:
     async def _open_now(self, opening: Future[bool]) -> None:
         import asyncio  # noqa: PLC0415
 
-        from graftage._io import Awaiting  # noqa: PLC0415
-        from graftage._opening import Opening  # noqa: PLC0415
-        from graftage._threads import submit  # noqa: PLC0415
+        from graftage._engine.choosing import Opening  # noqa: PLC0415
+        from graftage._engine.threads import submit  # noqa: PLC0415
+        from graftage._engine.waiting import AwaitingIO  # noqa: PLC0415
 
         try:
             # It imports and reads files: not on the event loop.
             found = await asyncio.wrap_future(submit(Opening, self._wish))
-            session = await found.resolve(Awaiting())
+            session = await found.resolve(AwaitingIO())
             with self._lock:
                 late = self._opening is not opening
                 if not late:
@@ -552,16 +617,18 @@ class AsyncClient:
         self, messages: Messages, *, stream: Literal[True], **arguments: Unpack[ChatArguments]
     ) -> AsyncStream: ...
 
+    @_translate_errors_async
     async def chat(
         self, messages: Messages, *, stream: bool = False, **arguments: Unpack[ChatArguments]
     ) -> Reply | AsyncStream:
         """As `Client.chat`."""
-        from graftage._arguments import chat_wants  # noqa: PLC0415
+        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
 
         session = await self._open()
         # Pictures are read from files: not on the event loop.
         want = await session.io.run(session.read, chat_wants, messages, arguments)
-        return await self._answer(session, "chat", want, stream)
+        run, first = await session.infer("chat", want, stream=stream)
+        return AsyncStream(run, first, self._wish.translate) if stream else run.whole()
 
     @overload
     async def generate(
@@ -573,35 +640,27 @@ class AsyncClient:
         self, prompt: str, *, stream: Literal[True], **arguments: Unpack[GenerateArguments]
     ) -> AsyncStream: ...
 
+    @_translate_errors_async
     async def generate(
         self, prompt: str, *, stream: bool = False, **arguments: Unpack[GenerateArguments]
     ) -> Reply | AsyncStream:
         """As `Client.generate`."""
-        from graftage._arguments import generate_wants  # noqa: PLC0415
+        from graftage._engine.arguments import generate_wants  # noqa: PLC0415
 
         session = await self._open()
         want = await session.io.run(session.read, generate_wants, prompt, arguments)
-        return await self._answer(session, "generate", want, stream)
+        run, first = await session.infer("generate", want, stream=stream)
+        return AsyncStream(run, first, self._wish.translate) if stream else run.whole()
 
-    async def _answer(
-        self, session: Session | Chain, operation: Literal["chat", "generate"], want: Wants, stream: bool
-    ) -> Reply | AsyncStream:
-        from graftage._stream import AsyncStream  # noqa: PLC0415
-
-        run, first = await session.infer(operation, want, stream=stream)
-        if stream:
-            return AsyncStream(run, first)
-        while run.reply is None:
-            await run.pull()
-        return run.reply
-
+    @_translate_errors_async
     async def embed(self, inputs: str | Sequence[str], **arguments: Unpack[EmbedArguments]) -> Embeddings:
         """As `Client.embed`."""
-        from graftage._arguments import embed_wants  # noqa: PLC0415
+        from graftage._engine.arguments import embed_wants  # noqa: PLC0415
 
         session = await self._open()
         return await session.embed(session.read(embed_wants, inputs, arguments))
 
+    @_translate_errors_async
     async def health(
         self,
         level: HealthLevel = "api",
@@ -614,21 +673,25 @@ class AsyncClient:
         session = await self._open()
         return await session.single().health(level, model, max_age, timeout)
 
+    @_translate_errors_async
     async def models(self, *, timeout: Timeout = None) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         session = await self._open()
         return await session.single().models(timeout)
 
+    @_translate_errors_async
     async def show(self, model: str | None = None, *, timeout: Timeout = None) -> ModelInfo:
         """As `Client.show`."""
         session = await self._open()
         return await session.single().show(model, timeout)
 
+    @_translate_errors_async
     async def loaded(self, *, timeout: Timeout = None) -> tuple[LoadedModel, ...]:
         """As `Client.loaded`."""
         session = await self._open()
         return await session.single().loaded(timeout)
 
+    @_translate_errors_async
     async def pull(
         self,
         model: str | None = None,
@@ -640,6 +703,7 @@ class AsyncClient:
         session = await self._open()
         return await session.single().pull(model, on_progress, timeout)
 
+    @_translate_errors_async
     async def ensure(
         self,
         model: str | None = None,
@@ -652,6 +716,7 @@ class AsyncClient:
         session = await self._open()
         return await session.single().ensure(model, policy, on_progress, timeout)
 
+    @_translate_errors_async
     async def load(
         self,
         model: str | None = None,
@@ -665,11 +730,13 @@ class AsyncClient:
         session = await self._open()
         await session.single().load(model, keep_alive, context_window, timeout, force=force)
 
+    @_translate_errors_async
     async def unload(self, model: str | None = None, *, timeout: Timeout = None) -> None:
         """As `Client.unload`."""
         session = await self._open()
         await session.single().unload(model, timeout)
 
+    @_translate_errors_async
     async def use_adapter(
         self,
         reference: str | Path | None,
@@ -687,11 +754,13 @@ class AsyncClient:
             raise
         return await session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout)
 
+    @_translate_errors_async
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         """As `Client.adapters`."""
         session = await self._open()
         return await session.list_adapters()
 
+    @_translate_errors_async
     async def resolve_adapter(
         self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None
     ) -> Adapter:
@@ -699,11 +768,13 @@ class AsyncClient:
         session = await self._open()
         return await session.single().resolve_adapter(reference, model, timeout)
 
+    @_translate_errors_async
     async def unload_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> None:
         """As `Client.unload_adapter`."""
         session = await self._open()
         await session.single().unload_adapter(reference, model, timeout)
 
+    @_translate_errors_async
     async def prune_adapters(
         self,
         *,
@@ -716,14 +787,23 @@ class AsyncClient:
         session = await self._open()
         return await session.single().prune_adapters(keep, older_than, dry_run, timeout)
 
+    @_translate_errors_async
+    async def native(self) -> Any:
+        """As `Client.native`: an async one, such as `ollama.AsyncClient`."""
+        session = await self._open()
+        return await session.single().native()
+
+    @_translate_errors
     def capabilities(self) -> Capabilities:
         """As `Client.capabilities`, once the client is open."""
         return self._ready().capabilities()
 
+    @_translate_errors
     def stats(self) -> Stats:
         """As `Client.stats`, once the client is open."""
         return self._ready().stats()
 
+    @_translate_errors_async
     async def close(self) -> None:
         """As `Client.close`."""
         self._closed = True
@@ -733,6 +813,7 @@ class AsyncClient:
         if self._session is not None:
             await self._session.close()
 
+    @_translate_errors_async
     async def __aenter__(self) -> Self:
         await self._open()
         return self

@@ -90,11 +90,6 @@ def hidden(value: Any, secret: str) -> Any:
     return value
 
 
-def plain_name(model: str) -> str:
-    """A model's name for comparing: in lower case and without the tag that a missing one stands for."""
-    return model.strip().lower().removesuffix(":latest")
-
-
 def _from_text(text: str) -> float | None:
     """A number, or a duration as Go writes it."""
     text = text.strip()

@@ -10,34 +10,27 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftage import _limits
-from graftage._arguments import Wants, read_flag
-from graftage._messages import text
+from graftage._engine import limits as gates
+from graftage._engine.arguments import Wants, read_flag
+from graftage._engine.inputs import text
+from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
     AdapterInvalid,
     AdapterNotFound,
-    GraftageError,
     ProviderError,
     RequestRejected,
     SettingsError,
 )
-from graftage.types import (
-    ACTIVE,
-    Adapter,
-    Call,
-    LoadAdapterRequest,
-    LoadedAdapter,
-    ResolveRequest,
-    UnloadAdapterRequest,
-)
+from graftage.types import ACTIVE, Adapter, LoadedAdapter, canonical_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from graftage._session import Session
-    from graftage._stream import Run
+    from graftage._engine.admission import Admission
+    from graftage._engine.call import Run
+    from graftage._engine.connection import Connection
 
 __all__ = ["Adapters"]
 
@@ -58,8 +51,9 @@ class _State:
 class Adapters:
     """The active adapter and those loaded so far."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Connection, admission: Admission) -> None:
         self._session = session
+        self._admission = admission
         self._state = _State()
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
@@ -80,9 +74,7 @@ class Adapters:
         try:
             yield ticket
         except BaseException as error:
-            # Where the host wants to see another error, that has ours as its cause.
-            ours = error if isinstance(error, GraftageError) or error.__cause__ is None else error.__cause__
-            self._settle(ticket, _State(str(reference), error=ours))
+            self._settle(ticket, _State(str(reference), error=error))
             raise
 
     async def switch(
@@ -121,7 +113,9 @@ class Adapters:
         state = self._state
         if state.error is not None:
             raise _again(state)
-        if state.reference is None or (state.model == model and self._holds(state.loaded)):
+        if state.reference is None:
+            return state.loaded, state.warnings
+        if canonical_name(state.model) == canonical_name(model) and self._holds(state.loaded):
             return state.loaded, state.warnings
         forced = replace(want, force=want.force or state.force)
         return await self._load(state.reference, model, run, forced), state.warnings
@@ -137,16 +131,15 @@ class Adapters:
         session = self._session
         session.require("unload_adapter")
         adapter = await self.resolve(reference, model, call)
-        loaded = self._loaded.pop((adapter.digest, model), None)
+        loaded = self._loaded.pop((adapter.digest, canonical_name(model)), None)
         if loaded is not None:
-            await session.io.call(
-                session.relay, "unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call
-            )
+            await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
 
     def forget(self, model: str) -> None:
         """Load anew what answers as this model: it is no longer there."""
+        name = canonical_name(model)
         for key, loaded in list(self._loaded.items()):
-            if loaded.model == model:
+            if canonical_name(loaded.model) == name:
                 self._loaded.pop(key, None)
 
     def forget_all(self) -> None:
@@ -159,11 +152,11 @@ class Adapters:
         adapter = await self.resolve(reference, model, call)
         with session.relay.contained:  # Its attributes may be properties.
             warnings = _checked(adapter, reference, model, force=want.force)
-            key = (adapter.digest, model)
+            key = (adapter.digest, canonical_name(model))
         loaded = self._loaded.get(key)
         if loaded is None:
-            gate = _limits.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
-            await session.admission.granted(gate, gate.enter(1), call)  # One loads, the others wait and find it.
+            gate = gates.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
+            await self._admission.granted(gate, gate.enter(1), call)  # One loads, the others wait and find it.
             try:
                 loaded = self._loaded.get(key)
                 if loaded is None:
@@ -176,11 +169,11 @@ class Adapters:
     async def _loaded_now(self, adapter: Adapter, model: str, run: Run, want: Wants) -> LoadedAdapter:
         """Let the provider load it. That brings the model into memory, so the policies must allow it first."""
         session = self._session
-        allowed = await session.admission.allow(run, "load_adapter", want, model)
+        allowed = await self._admission.allow(run, "load_adapter", want, model)
         try:
             figures = {name: allowed.figures[name] for name in ("keep_alive", "context_window")}
             request = LoadAdapterRequest(call=run.call, adapter=adapter, model=model, force=want.force, **figures)
-            loaded: LoadedAdapter = await session._call("load_adapter", request, run.call, LoadedAdapter)  # noqa: SLF001
+            loaded: LoadedAdapter = await session.call("load_adapter", request, run.call, LoadedAdapter)
             return loaded
         finally:
             allowed.give_back()

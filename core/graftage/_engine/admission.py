@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from graftage import _limits
-from graftage._io import has
+from graftage._engine import limits as gates
+from graftage._engine.waiting import call_hook
+from graftage.calls import LimitsQuery, ModelRequest, ModelsRequest
 from graftage.exceptions import ModelNotFound, PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
-from graftage.types import Limits, LimitsQuery, ModelRequest, ModelsRequest
+from graftage.types import NEVER_APPLIES, Limits
 
 if TYPE_CHECKING:
-    from graftage._arguments import Wants
-    from graftage._limits import Gate
-    from graftage._session import Session
-    from graftage._stream import Run
-    from graftage.types import Call
+    from graftage._engine.arguments import Wants
+    from graftage._engine.call import Run
+    from graftage._engine.connection import Connection
+    from graftage._engine.limits import Gate
+    from graftage.calls import Call
 
 __all__ = ["Admission"]
 
@@ -42,20 +43,15 @@ class Allowed:
 class Admission:
     """The way in to one server, shared by all clients of the process that use it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Connection) -> None:
         self._session = session
         self._most_waiting: int | None = None
-        """How many may wait at the door, as the policies said last."""
+        """How many may wait for the policies, as they said last."""
 
     @property
     def gate(self) -> Gate:
         """The slots of the server. Looked up each time: in a process that was forked off there is another."""
-        return _limits.gate_for(self._session.provider, self._session.address)
-
-    @property
-    def _door(self) -> Gate:
-        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
-        return _limits.gate_for(f"admission {self._session.provider}", self._session.address)
+        return gates.gate_for(self._session.provider, self._session.address)
 
     async def admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
         """Ask the policies, unload what they name, clamp, and take a slot; the figures that the request may have."""
@@ -80,9 +76,16 @@ class Admission:
             limits, give_back = await self._as_policies_say(run, operation, want, model, wanted)
         else:
             limits, give_back = None, self._reserve(model)
-        limits = _limits.with_concurrency(limits, session.settings.concurrency)
-        figures, warnings = _limits.clamp(wanted, limits, force=want.force)
-        return Allowed(figures, limits, tuple(warnings), give_back)
+        limits = gates.with_concurrency(limits, session.settings.concurrency)
+        figures, warnings = gates.clamp(wanted, limits, force=want.force)
+        return Allowed(figures, limits, (*warnings, *self._without_effect(wanted)), give_back)
+
+    def _without_effect(self, wanted: Mapping[str, Any]) -> Iterator[str]:
+        """A warning for each parameter that is set and that the provider says it does not read."""
+        read = self._session.capabilities().parameters
+        for name, value in wanted.items():
+            if value is not None and read is not None and name not in read:
+                yield f"`{name}` has no effect: the provider `{self._session.provider}` does not read it."
 
     def watch(self, run: Run) -> None:
         """Take back what an answer holds, where its reader never comes back."""
@@ -149,20 +152,20 @@ class Admission:
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
     ) -> tuple[Limits | None, Callable[[], None]]:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
-        door = self._door
-        with _limits.inside(door, "A policy made a request to the server that it was deciding about."):
-            await self.granted(door, door.enter(1, self._most_waiting), run.call)
-            return await self._behind(door, run, model, self._query(run, operation, want, model, wanted))
+        lock = self.gate.policy_lock
+        with gates.inside(lock, "A policy made a request to the server that it was deciding about."):
+            await self.granted(lock, lock.enter(1, self._most_waiting), run.call)
+            return await self._locked(lock, run, model, self._query(run, operation, want, model, wanted))
 
-    async def _behind(
-        self, door: Gate, run: Run, model: str, query: Callable[[], LimitsQuery]
+    async def _locked(
+        self, lock: Gate, run: Run, model: str, query: Callable[[], LimitsQuery]
     ) -> tuple[Limits | None, Callable[[], None]]:
         try:
             limits = await self._when_there_is_room(run, query)
             await self._unload(limits, run.call)
             return limits, self._reserve(model)
         finally:
-            door.leave()
+            lock.leave()
 
     async def _when_there_is_room(self, run: Run, query: Callable[[], LimitsQuery]) -> Limits | None:
         """What the policies say once no model is in use that they want to be done first."""
@@ -173,7 +176,7 @@ class Admission:
             try:
                 limits = await self._limits(query(), run.call)
                 self._most_waiting = limits.queued_requests if limits else None
-                if limits is None or not _limits.named(limits.wait_for, used):
+                if limits is None or not gates.named(limits.wait_for, used):
                     return limits
                 # One that was done while they answered is idle now, and may have to go: they are asked again.
                 if gate.busy(limits.wait_for):
@@ -183,10 +186,12 @@ class Admission:
 
     async def _unload(self, limits: Limits | None, call: Call) -> None:
         session = self._session
-        for idle in limits.unload if limits and has(session.relay, "unload_model") else ():
+        for idle in limits.unload if limits and session.has("unload_model") else ():
             if not self.gate.busy([idle]):
                 with contextlib.suppress(ModelNotFound):  # It was deleted while it was in memory, or has just gone.
-                    await session.io.call(session.relay, "unload_model", ModelRequest(call=call, model=idle), call)
+                    await call_hook(
+                        session.io, session.relay.hooks["unload_model"], ModelRequest(call=call, model=idle), call
+                    )
 
     def _query(
         self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
@@ -216,9 +221,11 @@ class Admission:
         answers: list[tuple[str, Limits]] = []
         for name, policy in self._session.relay.each("resource_limits"):
             answer = await self._ask(name, policy, query, call)
-            if answer is not None:
+            if answer is NEVER_APPLIES:
+                self._session.relay.drop("resource_limits", name)
+            elif answer is not None:
                 answers.append((name, answer))
-        return _limits.merge(answers)
+        return gates.merge(answers)
 
     async def _ask(self, name: str, policy: Callable[..., Any], query: LimitsQuery, call: Call) -> Limits | None:
         problem, cause = "", None

@@ -6,11 +6,15 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
-from graftage import _messages
+from graftage._engine import inputs as reading
+from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import RequestRejected
-from graftage.types import ACTIVE, AdapterChoice, ChatRequest, EmbedRequest, GenerateRequest, Timeouts
+from graftage.types import ACTIVE, AdapterChoice, Timeouts
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Timeout: TypeAlias = "float | Timeouts | None"
 EFFORTS = ("low", "medium", "high")
@@ -25,14 +29,14 @@ class Arguments(TypedDict, total=False):
     """The model, where it is not the client's."""
     adapter: AdapterChoice
     """An adapter for this call; None for the base model; left out for the active one."""
-    format: _messages.Format
+    format: reading.Format
     """A pydantic model, a JSON schema, or `"json"`; the result is in `Reply.parsed`."""
     think: bool | str | None
     """Whether to think first, or how hard: `low`, `medium`, `high`."""
-    images: Sequence[_messages.ImageLike] | None
+    images: Sequence[reading.ImageLike] | None
     """Pictures for the user's last message, each of 64 MB at most: bytes, `Path`, `Image`, or a text that is a `data:`
     URI or a path. Inside a message a text is a `data:` URI or base64, and never a path."""
-    options: Mapping[str, Any] | None
+    options: Mapping[str, Any] | BaseModel | None
     """`temperature`, `seed` and so on; `capabilities().options` has the names."""
     keep_alive: float | str | None
     """How long the model stays loaded: seconds, `"5m"`, -1 for ever."""
@@ -49,7 +53,7 @@ class Arguments(TypedDict, total=False):
 class ChatArguments(Arguments, total=False):
     """What `chat` takes besides the messages."""
 
-    tools: Sequence[_messages.ToolLike] | None
+    tools: Sequence[reading.ToolLike] | None
     """What the model may call: Python functions, pydantic models, mappings or `Tool`s."""
 
 
@@ -72,7 +76,7 @@ class EmbedArguments(TypedDict, total=False):
     """Cut the vectors to this length, where the model allows it."""
     truncate: bool
     """Cut an input that does not fit, which is the default; otherwise it is a `ContextOverflow`."""
-    options: Mapping[str, Any] | None
+    options: Mapping[str, Any] | BaseModel | None
     keep_alive: float | str | None
     context_window: int | None
     force: bool
@@ -90,8 +94,8 @@ class Wants:
     context_window: int | None = None
     max_tokens: int | None = None
     force: bool = False
-    options: Mapping[str, Any] | None = None
-    parse: _messages.Parse | None = None
+    options: Mapping[str, Any] | BaseModel | None = None
+    parse: reading.Parse | None = None
     prompt_characters: int | None = None
     needs: tuple[str, ...] = ()
     """Features the provider and the model must have."""
@@ -99,12 +103,12 @@ class Wants:
     """Makes the request from what is settled later: call, model, adapter, options and the clamped figures."""
 
 
-def chat_wants(messages: _messages.Messages, arguments: Mapping[str, Any]) -> Wants:
+def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Wants:
     """Read the arguments of `chat`."""
     check_names("chat", arguments, ChatArguments)
-    read = _messages.read_messages(messages, arguments.get("images"))
-    tools = _messages.read_tools(arguments.get("tools"))
-    schema, parse = _messages.read_format(arguments.get("format"))
+    read = reading.read_messages(messages, arguments.get("images"))
+    tools = reading.read_tools(arguments.get("tools"))
+    schema, parse = reading.read_format(arguments.get("format"))
     think = _read_think(arguments.get("think"))
 
     def build(**settled: Any) -> ChatRequest:
@@ -123,13 +127,13 @@ def chat_wants(messages: _messages.Messages, arguments: Mapping[str, Any]) -> Wa
 def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     """Read the arguments of `generate`."""
     check_names("generate", arguments, GenerateArguments)
-    prompt = _messages.text(prompt, "`prompt`")
-    images = _messages.read_images(arguments.get("images"), paths=True)
-    schema, parse = _messages.read_format(arguments.get("format"))
+    prompt = reading.text(prompt, "`prompt`")
+    images = reading.read_images(arguments.get("images"), paths=True)
+    schema, parse = reading.read_format(arguments.get("format"))
     think = _read_think(arguments.get("think"))
     own: dict[str, Any] = {
-        "system": _messages.optional_text(arguments.get("system"), "`system`"),
-        "suffix": _messages.optional_text(arguments.get("suffix"), "`suffix`"),
+        "system": reading.optional_text(arguments.get("system"), "`system`"),
+        "suffix": reading.optional_text(arguments.get("suffix"), "`suffix`"),
         "raw": read_flag("raw", arguments.get("raw", False)),
     }
 
@@ -148,12 +152,10 @@ def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
 def embed_wants(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Wants:
     """Read the arguments of `embed`."""
     check_names("embed", arguments, EmbedArguments)
-    given = (
-        (inputs,) if isinstance(inputs, str) else _messages.items(inputs, "`inputs`", "a text or a sequence of them")
-    )
+    given = (inputs,) if isinstance(inputs, str) else reading.items(inputs, "`inputs`", "a text or a sequence of them")
     if not given:
         raise RequestRejected("There are no `inputs`.", hint="Give a text, or a sequence of at least one.")
-    texts = tuple(_messages.text(each, "one of the `inputs`") for each in given)
+    texts = tuple(reading.text(each, "one of the `inputs`") for each in given)
     dimensions = arguments.get("dimensions")
     _check_count("dimensions", dimensions, "numbers")
     truncate = read_flag("truncate", arguments.get("truncate", True))
@@ -174,7 +176,7 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     read_flag("force", common.get("force", False))
     adapter = common.get("adapter", ACTIVE)
     if adapter is not ACTIVE and not isinstance(adapter, (str, Path, type(None))):
-        raise _messages.rejected("`adapter`", "a reference in text or a path", adapter)
+        raise reading.rejected("`adapter`", "a reference in text or a path", adapter)
     return common
 
 
@@ -201,7 +203,7 @@ def check_model(model: Any) -> None:
     Raises:
         RequestRejected: it is no text, empty, or cannot be sent.
     """
-    if not _messages.text(model, "`model`").strip():
+    if not reading.text(model, "`model`").strip():
         raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out for the client's own.")
 
 
@@ -212,7 +214,7 @@ def read_flag(name: str, value: Any) -> bool:
         RequestRejected: it is neither True nor False.
     """
     if not isinstance(value, bool):
-        raise _messages.rejected(f"`{name}`", "True or False", value)
+        raise reading.rejected(f"`{name}`", "True or False", value)
     return value
 
 
@@ -237,6 +239,6 @@ def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> No
     names = [name for base in known.__mro__ for name in getattr(base, "__annotations__", ())]
     for name in arguments:
         if name not in names:
-            right = _messages.SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            right = reading.SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
             hint = f"; did you mean `{right}`?" if right else ""
             raise TypeError(f"{operation}() has no argument `{name}`{hint}")

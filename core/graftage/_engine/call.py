@@ -8,26 +8,30 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from graftage._messages import Parse, parsed
+from graftage._engine.driving import drive
+from graftage._engine.faults import is_fault, typed_error
+from graftage._engine.inputs import Parse, parsed
 from graftage.exceptions import (
     ConnectionFailed,
     GraftageError,
+    ModelNotFound,
     ProtocolError,
     ProviderError,
-    ProviderTimeout,
     StreamInterrupted,
 )
-from graftage.types import Call, Chunk, Limits, Reply, Timings, Usage
+from graftage.types import Chunk, Limits, Reply, Timings, Usage
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
-__all__ = ["AsyncStream", "Run", "Source", "Stream", "drive"]
+    from graftage._engine.waiting import Source
+    from graftage.calls import Call
+
+__all__ = ["AsyncStream", "Run", "Stream"]
 
 T = TypeVar("T")
-Phase = Literal["connect", "first_token", "idle", "total"]
 Translate = Callable[[GraftageError], Exception]
 """How a host wants to see an error."""
 
@@ -36,83 +40,42 @@ BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
 """What a call meets whose client is closed under it."""
 
 
-class Source(Protocol):
-    """The chunks of a provider, pulled one by one."""
-
-    async def pull(self) -> Any:
-        """The next chunk, or None at the end."""
-        ...
-
-    def gone(self) -> bool:
-        """Whether nobody can read on: its event loop is closed."""
-        ...
-
-    async def close(self) -> None:
-        """Stop the provider's work, a pending `pull` of another task too. Safe to call twice."""
-        ...
-
-
-def drive(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, because its `IO` is `Blocking`."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    finally:
-        work.close()
-    raise RuntimeError("a coroutine of the sync client suspended")
-
-
 class Fold:
     """Adds chunks up to a reply."""
 
-    __slots__ = ("_base", "_first", "_last", "_logprobs", "_started", "_text", "_thinking", "_tool_calls", "_warnings")
+    __slots__ = ("_base", "_first", "_started", "chunks")
 
     def __init__(self, base: Reply, started: float) -> None:
         self._base = base
-        self._text: list[str] = []
-        self._thinking: list[str] = []
-        self._tool_calls: list[Any] = []
-        self._logprobs: list[Any] = []
-        self._warnings: list[str] = []
-        self._last: Chunk | None = None
         self._started = started
         self._first: float | None = None
+        self.chunks: list[Chunk] = []
 
-    def add(self, chunk: Chunk) -> None:
-        """Take one more chunk."""
-        if self._first is None:
-            self._first = time.monotonic() - self._started
-        if chunk.text:
-            self._text.append(chunk.text)
-        if chunk.thinking:
-            self._thinking.append(chunk.thinking)
-        self._tool_calls += chunk.tool_calls
-        self._logprobs += chunk.logprobs
-        self._warnings += chunk.warnings
-        self._last = chunk
+    def begin(self) -> None:
+        """The first chunk is here."""
+        self._first = time.monotonic() - self._started
 
     @property
     def received(self) -> bool:
         """Whether anything has come."""
-        return self._last is not None
+        return bool(self.chunks)
 
     def reply(self) -> Reply:
         """What has come so far; its `finish_reason` is None until the last chunk is in."""
-        last = self._last or Chunk()
+        chunks = list(self.chunks)
+        last = chunks[-1] if chunks else Chunk()
         timings = replace(last.timings or Timings(), first_chunk=self._first, wall=time.monotonic() - self._started)
         return replace(
             self._base,
-            text="".join(self._text),
-            thinking="".join(self._thinking),
-            tool_calls=tuple(self._tool_calls),
-            logprobs=tuple(self._logprobs),
+            text="".join([each.text for each in chunks]),
+            thinking="".join([each.thinking for each in chunks]),
+            tool_calls=tuple(call for each in chunks for call in each.tool_calls),
+            logprobs=tuple(token for each in chunks for token in each.logprobs),
             finish_reason=last.finish_reason,
             usage=last.usage or Usage(),
             timings=timings,
             model=last.model or self._base.model,
-            warnings=(*self._base.warnings, *self._warnings),
+            warnings=(*self._base.warnings, *(warning for each in chunks for warning in each.warnings)),
             raw=last.raw,
         )
 
@@ -130,9 +93,10 @@ class Run:
     release: Callable[[], None]
     """Gives back what the call holds; done once, at its end."""
     count: Callable[..., None]
-    translate: Translate
     hide: Callable[[GraftageError], None] = field(default=lambda _: None)
     """Takes secrets out of what an error says: a server may repeat the headers it got."""
+    suggest: Callable[[ModelNotFound], Coroutine[Any, Any, None]]
+    """Adds names that were probably meant to an error about one that is not there."""
     parse: Parse | None = None
     adapter: str | None = None
     limits: Limits | None = None
@@ -168,45 +132,64 @@ class Run:
 
     async def pull(self) -> Chunk | None:
         """The next chunk; None after the last one. Ends the run at the last chunk, and on any error."""
-        if self.source is None or self.fold is None or self.stopped or self.reply is not None:
+        source, fold = self.source, self.fold
+        over = self.stopped or self.reply is not None
+        if source is None or fold is None or over:
             return None
-        with self.failing():
-            if self.ended:  # Its slot was taken back: `forgotten`.
-                await self.abandon()
-                raise too_late(self.call)
-            return await self._pull(self.source, self.fold)
-
-    async def _pull(self, source: Source, fold: Fold) -> Chunk | None:
+        chunks = fold.chunks
         self.reading = True
         try:
-            chunk: Chunk | None = await source.pull()
+            if self.ended:  # Its slot was taken back: `forgotten`.
+                raise self.call.timed_out()
+            chunk: Any = await source.pull()
             if self.stopped:
                 await self.abandon()
                 return None
-            if chunk is None:
-                raise StreamInterrupted(
-                    "The answer ended before it was done.",
-                    retryable=not fold.received,
-                    hint="The text so far is in `partial`; ask again for a whole answer.",
-                )
-            if not isinstance(chunk, Chunk):
-                raise ProviderError(
-                    f"The provider `{self.provider}` gave {type(chunk).__name__} instead of a Chunk.",
-                    hint="That is a fault of the provider; tell its authors.",
-                )
-            first = not fold.received
-            fold.add(chunk)
-            if first:
+            texts = (getattr(chunk, "text", None), getattr(chunk, "thinking", None))
+            if not isinstance(chunk, Chunk) or not (isinstance(texts[0], str) and isinstance(texts[1], str)):
+                raise self._no_chunk(chunk)
+            chunks.append(chunk)
+            if len(chunks) == 1:
+                fold.begin()
                 self.emit("first_chunk")
             if chunk.finish_reason is not None:
                 await self._close_source()
                 self._finish(chunk, fold)
-        except BaseException:
-            await self.abandon()
-            raise
+        except BaseException as error:
+            if (failure := await self._broken(error)) is error:
+                raise
+            raise failure from failure.__cause__
         finally:
             self.reading = False
         return chunk
+
+    def _no_chunk(self, found: Any) -> ProviderError:
+        """The error for what is no chunk: the end, or a fault of the provider."""
+        if found is not None:
+            odd = f"{type(found).__name__} instead of a Chunk"
+            what = "a Chunk whose `text` or `thinking` is no text" if isinstance(found, Chunk) else odd
+            return ProviderError(
+                f"The provider `{self.provider}` gave {what}.",
+                hint="That is a fault of the provider; tell its authors.",
+            )
+        return StreamInterrupted(
+            "The answer ended before it was done.",
+            retryable=not (self.fold and self.fold.received),
+            hint="The text so far is in `partial`; ask again for a whole answer.",
+        )
+
+    async def _broken(self, error: BaseException) -> BaseException:
+        """End the run where a chunk did not come; the error to raise."""
+        if isinstance(error, ModelNotFound):
+            await self.suggest(error)
+        await self.abandon()
+        return self.failed(error)
+
+    def whole(self) -> Reply:
+        """The reply of an answer that has been read to its end."""
+        if self.reply is None:  # pragma: no cover - the engine reads it to its end, or raises
+            raise RuntimeError("the answer has not been read to its end")
+        return self.reply
 
     def forgotten(self) -> bool:
         """Whether its time is over and nobody reads it, or can."""
@@ -263,9 +246,15 @@ class Run:
 
     async def _close_source(self) -> None:
         # The whole answer, or the error that led here, is what to tell; not that tidying up failed.
-        with contextlib.suppress(Exception):
+        try:
             if self.source is not None:
                 await self.source.close()
+        except BaseException as error:
+            if not is_fault(error):
+                raise
+        finally:
+            with contextlib.suppress(Exception):
+                await self.call.release()
 
     def failing(self) -> _Failing:
         """A block whose errors are those of this run."""
@@ -274,7 +263,7 @@ class Run:
     def failed(self, error: BaseException) -> BaseException:
         """The error to raise for one that occurred, counted and told to observers."""
         self.end()
-        if not isinstance(error, Exception) or error is self.hosts_own:
+        if not is_fault(error) or error is self.hosts_own:
             self._tell("finish")  # Cancelled or interrupted by the caller: not a failure.
             return error
         typed = typed_error(error, self.provider)
@@ -285,26 +274,13 @@ class Run:
             typed.provider = typed.provider or self.provider
             typed.model = typed.model or self.model or None
             typed.operation = typed.operation or self.operation
-            if self.fold is not None and self.fold.received:
-                came = self.fold.reply()
-                # What a provider puts there is what it could not make a chunk of.
-                typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came
+        if self.fold is not None and self.fold.received:
+            came = self.fold.reply()
+            # What a provider puts there is what it could not make a chunk of.
+            typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came
         self.count(failures=1)
         self._tell("error", error=typed)
-        return translated(typed, self.translate)
-
-
-def too_late(call: Call, phase: Phase = "total") -> ProviderTimeout:
-    """The error of a call that has used up one of its limits."""
-    what = {
-        "connect": "The server could not be reached within",
-        "first_token": "The server gave no first token within",
-        "idle": "The stream stood still for",
-        "total": "The call was not finished within",
-    }[phase]
-    knob = "timeout" if phase == "total" else f"timeouts.{phase}"
-    seconds = float(getattr(call.timeouts, phase))
-    return ProviderTimeout(f"{what} {seconds:g} s.", phase=phase, hint=f"Raise `{knob}`, or ask for less at a time.")
+        return typed
 
 
 def closed_meanwhile(cause: GraftageError | None = None, *, received: bool = False) -> ProviderError:
@@ -321,36 +297,17 @@ def as_it_is(error: GraftageError) -> Exception:
     return error
 
 
-def translated(error: GraftageError, translate: Translate) -> Exception:
-    """An error as the host wants to see it, with the typed one as its cause."""
+def raise_translated(error: GraftageError, translate: Translate) -> NoReturn:
+    """Raise an error as the host wants to see it, with the typed one as its cause."""
     answer: Any = translate(error)
     # A host that translates some errors may forget to hand on the others.
-    told: Exception = answer if isinstance(answer, Exception) else error
-    if told is not error:
-        told.__cause__ = error
-    return told
-
-
-class telling:  # noqa: N801 - reads as a word in a `with`
-    """A block whose typed errors are raised as the host wants to see them."""
-
-    __slots__ = ("_translate",)
-
-    def __init__(self, translate: Translate) -> None:
-        self._translate = translate
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, GraftageError):
-            told = translated(error, self._translate)
-            if told is not error:
-                raise told from error
+    if answer is error or not isinstance(answer, Exception):
+        raise error
+    raise answer from error
 
 
 class _Failing:
-    """Ends a run with the error that leaves the block, typed, counted, told and translated."""
+    """Ends a run with the error that leaves the block: typed, counted, and told to observers."""
 
     __slots__ = ("_run",)
 
@@ -368,66 +325,13 @@ class _Failing:
             raise failure from failure.__cause__
 
 
-def is_fault(error: BaseException) -> bool:
-    """Whether an exception from a plugin's code is its fault: an interrupt or a cancellation is somebody's wish."""
-    from asyncio import CancelledError  # noqa: PLC0415 - `import graftage` must stay light
-
-    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, CancelledError)) and not _by_a_signal(error)
-
-
-def _by_a_signal(error: BaseException) -> bool:
-    """Whether a handler of the host's raised it: it strikes wherever the main thread is, in a plugin's code as well."""
-    import signal  # noqa: PLC0415
-
-    handlers = [signal.getsignal(each) for each in signal.valid_signals()]
-    codes = {getattr(each, "__code__", None) for each in handlers} - {None}
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
-        trace = trace.tb_next
-    return False
-
-
-class Contained:
-    """A block of a plugin's code. What would end the program or the event loop, as `sys.exit` does, becomes an error.
-
-    It must be the code alone: where the host's own thread waits for it, such an exception is the host's.
-    """
-
-    __slots__ = ("_blame",)
-
-    def __init__(self, blame: Callable[[BaseException], GraftageError]) -> None:
-        self._blame = blame
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, Exception) and is_fault(error):
-            raise self._blame(error) from error
-
-
-def typed_error(error: BaseException, provider: str) -> GraftageError:
-    """The error itself, or a typed one for what a provider should not have let out."""
-    if isinstance(error, GraftageError):
-        return error
-    typed = ProviderError(
-        # The words of a foreign error may hold the prompt: they stay in the cause.
-        f"The provider `{provider}` failed with {type(error).__name__}, which it should have typed.",
-        provider=provider,
-        hint="That is a fault of the provider: tell its authors, with the traceback of the cause.",
-    )
-    typed.__cause__ = error
-    return typed
-
-
 class _StreamBase:
     """What both streams share."""
 
-    def __init__(self, run: Run, first: Chunk | None) -> None:
+    def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
         self._run = run
         self._first = first
+        self._translate = translate
 
     @property
     def reply(self) -> Reply:
@@ -453,8 +357,8 @@ class _StreamBase:
 class Stream(_StreamBase):
     """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
 
-    def __init__(self, run: Run, first: Chunk | None) -> None:
-        super().__init__(run, first)
+    def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
+        super().__init__(run, first, translate)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -465,7 +369,10 @@ class Stream(_StreamBase):
         with self._lock:
             chunk, self._first = self._first, None
             if chunk is None and not self._closed:
-                chunk = drive(self._run.pull())
+                try:
+                    chunk = drive(self._run.pull())
+                except GraftageError as error:
+                    raise_translated(error, self._translate)
             if self._closed:
                 drive(self._run.give_up())
                 raise StopIteration
@@ -501,10 +408,10 @@ class Stream(_StreamBase):
 class AsyncStream(_StreamBase):
     """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
 
-    def __init__(self, run: Run, first: Chunk | None) -> None:
+    def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
         import asyncio  # noqa: PLC0415 - `import graftage` must stay light
 
-        super().__init__(run, first)
+        super().__init__(run, first, translate)
         self._loop = asyncio.get_running_loop()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -513,7 +420,10 @@ class AsyncStream(_StreamBase):
     async def __anext__(self) -> Chunk:
         chunk, self._first = self._first, None
         if chunk is None:
-            chunk = await self._run.pull()
+            try:
+                chunk = await self._run.pull()
+            except GraftageError as error:
+                raise_translated(error, self._translate)
         if chunk is None:
             raise StopAsyncIteration
         return chunk

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from graftage._arguments import check_model
-from graftage._chain import Chain, passes_on
-from graftage._events import log
-from graftage._io import IO
-from graftage._plugins import Catalog, Entry
-from graftage._session import HEALTH_TIMEOUTS, Session
-from graftage._stream import Translate, as_it_is, is_fault, telling, typed_error
+from graftage._engine.arguments import check_model
+from graftage._engine.call import Translate, as_it_is
+from graftage._engine.clients import Clients
+from graftage._engine.events import log
+from graftage._engine.fallback import Chain
+from graftage._engine.faults import is_fault, typed_error
+from graftage._engine.plugins import Catalog, Entry
+from graftage._engine.session import HEALTH_TIMEOUTS, Session
+from graftage._engine.waiting import IO
 from graftage.exceptions import (
     GraftageError,
     ModelNotFound,
@@ -26,14 +28,15 @@ from graftage.exceptions import (
     RequestRejected,
     SettingsError,
 )
-from graftage.settings import Loaded, Settings, Sources, load
-from graftage.types import ConnectRequest, ModelInfo
+from graftage.hookspecs import AnswersRequest, ConnectRequest
+from graftage.settings import GIVEN, Loaded, PluginSettings, Settings, Sources, load
+from graftage.types import ModelInfo, canonical_name
+
+AnySettings = TypeVar("AnySettings", bound=PluginSettings)
 
 __all__ = ["Opening", "Wish"]
 
 AUTO = "auto"
-SERVER, EMBEDDED = "ollama", "llamacpp"
-"""What `auto` looks for, in this order."""
 DERIVED = "graftage-"
 """How the names of models begin that were made of an adapter (`hookspecs.LoadAdapter`)."""
 
@@ -59,7 +62,13 @@ class _Member:
 
     entry: Entry
     model: str | None
-    loaded: Loaded
+    loaded: Loaded[Settings]
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The settings that were given to Graftage, and do not come from another tool's variable."""
+        others = {f"environment {variable}" for variable in type(self.loaded.settings).native_environment.values()}
+        return frozenset(name for name, origin in self.loaded.origins.items() if origin not in others)
 
 
 class Opening:
@@ -68,8 +77,7 @@ class Opening:
     def __init__(self, wish: Wish) -> None:
         self._wish = wish
         self.origins: dict[str, str] = {}
-        with telling(wish.translate):
-            self._read()
+        self._read()
 
     def _read(self) -> None:
         wish = self._wish
@@ -78,7 +86,8 @@ class Opening:
         self._chained = isinstance(wish.provider, (list, tuple))
         wanted = [_with_settings(each) for each in (wish.provider if self._chained else [wish.provider])]
         objects = [each for each, _ in wanted if not isinstance(each, (str, type(None)))]
-        self._catalog = Catalog([*objects, *wish.plugins])
+        self._catalog = Catalog([*objects, *wish.plugins], self._sources.environment, self._sources.prefix)
+        self._mapping = _as_mapping(wish.settings)
         if not wanted:
             raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
         self._several = len(wanted) > 1
@@ -86,7 +95,9 @@ class Opening:
         self._members = []
         if not self.is_auto:
             self._members = [self._member(*name, own) for name, (_, own) in zip(self._names, wanted, strict=True)]
-        self._plugins = self._catalog.plugins()
+        for member in self._members:
+            self.origins.update(member.loaded.origins)
+        self._plugins = self._loaded_plugins()
 
     @property
     def is_auto(self) -> bool:
@@ -107,10 +118,7 @@ class Opening:
 
     async def resolve(self, io: IO) -> Session | Chain:
         """The session, or the chain of them."""
-        with telling(self._wish.translate):
-            found = await (self._auto(io) if self.is_auto else self._chosen(io))
-        found.translate = self._wish.translate
-        return found
+        return await (self._auto(io) if self.is_auto else self._chosen(io))
 
     async def _chosen(self, io: IO) -> Session | Chain:
         sessions: list[Session] = []
@@ -146,7 +154,10 @@ class Opening:
         own_model = settings.pop("model", None)
         if own_model is not None:
             check_model(own_model)
-        return _Member(entry, model or own_model or self._default_model(), self._settings_of(entry, settings))
+        loaded = self._settings_of(entry, Settings, arguments=self._wish.overrides, own=settings)
+        for variable in loaded.ignored:
+            log("WARNING", f"{variable} is ignored: neither `{entry.name}` nor another plugin has such a setting")
+        return _Member(entry, model or own_model or self._default_model(), loaded)
 
     def _default_model(self) -> str | None:
         if self._wish.model or self._wish.models:
@@ -156,26 +167,32 @@ class Opening:
             self.origins["model"] = origin
         return model
 
-    def _settings_of(self, entry: Entry, own: Mapping[str, Any]) -> Loaded:
-        mapping = self._wish.settings
-        if isinstance(mapping, Settings):
-            mapping = {name: getattr(mapping, name) for name in mapping.model_fields_set}
-        if not isinstance(mapping, (Mapping, str, Path, type(None))):
-            raise SettingsError(
-                "`settings` must be a mapping, a `Settings`, or the path of a TOML file.", key="settings"
-            )
-        with _blaming(entry, "settings_model"):  # A provider's own settings may have validators of its own.
-            loaded = load(
-                _hook(entry, "settings_model") if "settings_model" in entry.hooks else Settings,
-                provider=entry.name,
-                arguments=self._wish.overrides,
-                own=own,
-                mapping=mapping if isinstance(mapping, Mapping) else None,
+    def _loaded_plugins(self) -> list[Entry]:
+        """The enabled plugins with their settings; one that cannot say what its settings are is left out."""
+        plugins = self._catalog.plugins()
+        for entry in plugins:
+            if "settings_model" in entry.hooks:
+                try:
+                    arguments = getattr(entry.plugin, "arguments", {})
+                    entry.settings = self._settings_of(entry, PluginSettings, arguments=arguments).settings
+                except PluginError as error:
+                    self._catalog.quarantine(entry, error)
+        return [entry for entry in plugins if entry.error is None]
+
+    def _settings_of(self, entry: Entry, kind: type[AnySettings], **given: Any) -> Loaded[AnySettings]:
+        with _blaming(entry, "settings_model"):  # Its settings may have validators of its own.
+            model = _hook(entry, "settings_model") if "settings_model" in entry.hooks else kind
+            if not issubclass(model, kind):
+                raise TypeError(f"`{model.__name__}` is no subclass of `{kind.__name__}`")
+            loaded: Loaded[AnySettings] = load(
+                model,
+                name=entry.name,
+                mapping=self._mapping,
                 sources=self._sources,
                 plugins=self._catalog.names(),
                 chained=self._several,
+                **given,
             )
-        self.origins.update(loaded.origins)
         return loaded
 
     async def _session(self, member: _Member, io: IO) -> Session:
@@ -183,14 +200,15 @@ class Opening:
         return await io.run(self._connected, member, io)
 
     def _connected(self, member: _Member, io: IO) -> Session:
-        request = ConnectRequest(name=member.entry.name, settings=member.loaded.settings)
+        clients = Clients(member.loaded.settings, io.colour)
+        request = ConnectRequest(name=member.entry.name, settings=member.loaded.settings, http=clients.make)
         connection = _hook(member.entry, "connect", request=request)
         if connection is None:
             raise PluginLoadError(
                 f"The provider `{member.entry.name}` gave no connection: its `connect` returned None.",
                 plugin=member.entry.name,
                 distributions=[member.entry.origin] if member.entry.distribution else (),
-                hint="It must return the object that implements `chat` and `health`.",
+                hint="It must return the object that implements `chat`.",
             )
         with _blaming(member.entry, "connect"):  # The connection's attributes may be properties.
             return Session(
@@ -200,6 +218,7 @@ class Opening:
                 connection=connection,
                 plugins=self._plugins,
                 io=io,
+                clients=clients,
                 origin=member.entry.origin,
             )
 
@@ -214,7 +233,7 @@ class Opening:
             except ModelNotFound:
                 continue
             except ProviderError as error:
-                if not (self._chained and passes_on(error)):
+                if not (self._chained and error.falls_back):
                     raise
                 session.model = model  # It is skipped as long as it is down, and asked for this when it is back.
             return session
@@ -230,63 +249,112 @@ class Opening:
     # --- auto --------------------------------------------------------------------------------------------------------
 
     async def _auto(self, io: IO) -> Session:
-        """Ollama where it answers with the wanted model, else the embedded provider."""
-        failed: GraftageError | None = None
-        if self._may_use(SERVER):
+        """The provider with the highest rank whose server is well."""
+        members, wrong = self._ranked()
+        for member in members:
             try:
-                return self._taken(await self._server(io), "its server answers")
+                session = await self._well(member, io)
             except (ProviderError, PluginError) as error:
-                failed = error
-        if self._may_use(EMBEDDED):
-            self.origins.clear()  # What was read for the server is in effect no more.
-            why = (
-                f"`{SERVER}` cannot be taken: {failed.message}"
-                if failed
-                else f"`{SERVER}` is not installed, or is disabled"
-            )
-            return self._taken(await self._opened(EMBEDDED, io), why)
-        if failed is not None:
-            failed.hint = f"{failed.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
-            raise failed
-        raise ProviderNotFound(
-            "No provider is installed.", plugin=AUTO, hint="Install `graftage-ollama` or `graftage-llamacpp`."
-        )
+                if "host" in member.given:
+                    raise  # Who names a server means that server.
+                wrong = {**wrong, member.entry.name: error}
+                continue
+            self._note_taken(member, wrong)
+            return await self._with_model(session)
+        raise self._none_taken(wrong)
 
-    def _may_use(self, name: str) -> bool:
-        named = (each for each in self._catalog.entries if (each.kind, each.name) == ("provider", name))
-        return any(each.state != "disabled" for each in named)
+    def ranked(self) -> list[str]:
+        """The names of the providers that `auto` may take, in the order in which it asks them."""
+        members, wrong = self._ranked()
+        if not members:
+            raise self._none_taken(wrong)
+        return [member.entry.name for member in members]
 
-    def _taken(self, session: Session, why: str) -> Session:
-        self.origins["provider"] = f"{AUTO}: {why}"
-        log("INFO", f"took the provider `{session.provider}`: {why}", provider=session.provider)
-        return session
+    def _ranked(self) -> tuple[list[_Member], dict[str, GraftageError]]:
+        """The providers that say that they may be taken, and what is wrong with those that cannot say."""
+        found: list[tuple[int, _Member]] = []
+        wrong: dict[str, GraftageError] = {}
+        for name in self._catalog.names("provider", enabled=True):
+            try:
+                member = self._member(name, None)
+                rank = _rank(member)
+            except PluginError as error:
+                wrong[name] = error
+            except SettingsError as error:
+                if error.source not in GIVEN:
+                    raise
+                wrong[name] = error  # What the caller asks for is not for this one.
+            else:
+                if rank is not None:
+                    found.append((-rank, member))
+        return [member for _, member in sorted(found, key=lambda each: (each[0], each[1].entry.name))], wrong
 
-    async def _opened(self, name: str, io: IO) -> Session:
-        session = await self._session(self._member(name, None), io)
-        try:
-            return await self._preferring(session)
-        except BaseException:
-            await _given_back(session)
-            raise
-
-    async def _server(self, io: IO) -> Session:
-        """A session of the server, with a model where one was found.
+    async def _well(self, member: _Member, io: IO) -> Session:
+        """A session of a provider that answers.
 
         Raises:
-            ProviderError: it does not answer, or lacks the wanted model.
+            ProviderError: it does not.
         """
-        session = await self._session(self._member(SERVER, None), io)
+        session = await self._session(member, io)
         try:
             # A check has short limits of its own: a server that hangs must not hold up the choice.
-            health = await session.health("model_present" if session.model else "api", session.model, None, None)
+            health = await session.health("api", None, None, None)
             if not health.ok:
                 raise typed_error(health.error or RuntimeError("it is not well"), session.provider)
-            await self._preferring(session)
-            session.model = session.model or await _used_model(session)
         except BaseException:
             await _given_back(session)
             raise
         return session
+
+    def _note_taken(self, member: _Member, wrong: Mapping[str, GraftageError]) -> None:
+        why = " ".join(f"`{name}` cannot be taken: {error.message}" for name, error in wrong.items()) or "it answers"
+        self.origins.update(member.loaded.origins)
+        self.origins["provider"] = f"{AUTO}: {why}"
+        log("INFO", f"took the provider `{member.entry.name}`: {why}", provider=member.entry.name)
+
+    async def _with_model(self, session: Session) -> Session:
+        """The session with a model where one can be found. One that was named is not looked for: the call will tell."""
+        try:
+            await self._preferring(session)
+            session.model = session.model or await _default_model(session)
+        except BaseException:
+            await _given_back(session)
+            raise
+        return session
+
+    def _none_taken(self, wrong: Mapping[str, GraftageError]) -> GraftageError:
+        if wrong:
+            # A provider that was asked says more than one that could not even say whether it may be.
+            error = min(wrong.values(), key=lambda each: not isinstance(each, ProviderError))
+            if len(wrong) == 1:
+                error.hint = f"{error.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
+            return error
+        names = self._catalog.names("provider", enabled=True)
+        if not names:
+            hint = "Install `graftage-ollama` or `graftage-llamacpp`."
+            return ProviderNotFound("No provider is installed.", plugin=AUTO, hint=hint)
+        hint = f"Name one, or the `host` of its server. Installed: {', '.join(f'`{name}`' for name in names)}."
+        return ProviderNotFound("No provider on this machine can be taken where none is named.", plugin=AUTO, hint=hint)
+
+
+def _rank(member: _Member) -> int | None:
+    entry = member.entry
+    if "answers" not in entry.hooks:
+        return None
+    request = AnswersRequest(name=entry.name, settings=member.loaded.settings, given=member.given)
+    rank = _hook(entry, "answers", request=request)
+    with _blaming(entry, "answers"):
+        if rank is not None and not isinstance(rank, int):
+            raise TypeError(f"its rank is {type(rank).__name__}")
+    return rank
+
+
+def _as_mapping(settings: Any) -> Mapping[Any, Any] | None:
+    if isinstance(settings, Settings):
+        return {name: getattr(settings, name) for name in settings.model_fields_set}
+    if not isinstance(settings, (Mapping, str, Path, type(None))):
+        raise SettingsError("`settings` must be a mapping, a `Settings`, or the path of a TOML file.", key="settings")
+    return settings if isinstance(settings, Mapping) else None
 
 
 def _with_settings(member: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -302,21 +370,31 @@ async def _given_back(session: Session) -> None:
         await session.close()
 
 
-async def _used_model(session: Session) -> str:
-    """The model that a server's user seems to work with: one that is loaded, else the newest.
+async def _default_model(session: Session) -> str | None:
+    """The model that a server's user seems to chat with: one that is loaded, else the newest; None where there is none.
 
     Never one that was made of an adapter: nobody is answered by somebody else's adapter because he named no model.
     """
-    in_memory = await session.loaded(HEALTH_TIMEOUTS)
-    found = {each.name: each for each in await session.models(HEALTH_TIMEOUTS) if not each.name.startswith(DERIVED)}
-    if not found:
-        raise ModelNotFound(
-            "The server has no model.", provider=session.provider, hint="Pull one: `graftage models pull llama3.2`."
-        )
-    for loaded in in_memory:
-        if loaded.name in found:  # A model that was deleted may still be in memory.
-            return loaded.name
-    return max(found.values(), key=_age).name
+    if not session.has("list_models"):
+        return None
+    listed = sorted(await session.models(HEALTH_TIMEOUTS), key=_age, reverse=True)
+    found = {canonical_name(each.name): each for each in listed if not each.name.startswith(DERIVED)}
+    loaded = await session.loaded(HEALTH_TIMEOUTS) if session.has("loaded_models") else ()
+    for name in dict.fromkeys([*(canonical_name(each.name) for each in loaded), *found]):
+        # A model that was deleted may still be in memory.
+        if name in found and await _chats(session, found[name]):
+            return found[name].name
+    return None
+
+
+async def _chats(session: Session, model: ModelInfo) -> bool:
+    """Whether a model can chat, and has no adapter in it; a list may not say, so it is shown."""
+    if model.features is None and session.has("show_model"):
+        try:
+            model = await session.show(model.name, HEALTH_TIMEOUTS)
+        except ModelNotFound:
+            return False
+    return not model.adapters and (model.features is None or "chat" in model.features)
 
 
 def _age(model: ModelInfo) -> float:
@@ -324,14 +402,14 @@ def _age(model: ModelInfo) -> float:
 
 
 def _hook(entry: Entry, name: str, **arguments: Any) -> Any:
-    """Call a hook of a provider plugin."""
+    """Call a hook that is called where its caller is."""
     with _blaming(entry, name):
-        return getattr(entry.plugin, name)(**arguments)
+        return getattr(entry.plugin, name)(**arguments if entry.hooks[name] else {})
 
 
 @contextlib.contextmanager
 def _blaming(entry: Entry, hook: str) -> Iterator[None]:
-    """A block whose foreign exceptions are a provider's fault."""
+    """A block whose foreign exceptions are the plugin's fault."""
     try:
         yield
     except GraftageError:
@@ -340,8 +418,8 @@ def _blaming(entry: Entry, hook: str) -> Iterator[None]:
         if not is_fault(error):
             raise
         raise PluginLoadError(
-            f"The provider `{entry.name}` failed in `{hook}` with {type(error).__name__}: {error}.",
+            f"The {entry.kind} `{entry.name}` failed in `{hook}` with {type(error).__name__}: {error}.",
             plugin=entry.name,
             distributions=[entry.origin] if entry.distribution else (),
-            hint="That is a fault of the provider; tell its authors.",
+            hint=f"That is a fault of the {entry.kind}; tell its authors.",
         ) from error

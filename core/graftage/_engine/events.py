@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftage.calls import Event
 from graftage.exceptions import GraftageError
-from graftage.types import Event, Stats
+from graftage.types import Stats
 
 __all__ = ["Counters", "Emitter", "Observer", "enable_logging"]
 
@@ -124,7 +125,7 @@ class Emitter:
         if getattr(error, "partial", None) is None:
             return error
         shown = copy.copy(error)
-        shown.partial = None  # type: ignore[attr-defined] # it has one
+        shown.partial = None
         return shown
 
     def _tell(self, event: Event) -> None:

@@ -7,40 +7,28 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graftage._adapters import check_on_missing, read_reference
-from graftage._arguments import read_flag
-from graftage._stream import Translate, as_it_is, telling
-from graftage.exceptions import (
-    AdapterNotFound,
-    CapabilityUnsupported,
-    ConnectionFailed,
-    GraftageError,
-    ModelLoadFailed,
-    ModelNotFound,
-    Overloaded,
-    ProviderError,
-    ProviderTimeout,
-)
+from graftage._engine.adapters import check_on_missing, read_reference
+from graftage._engine.arguments import read_flag
+from graftage.exceptions import AdapterNotFound, GraftageError
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Stats, Timeouts
 
 if TYPE_CHECKING:
-    from graftage._arguments import Wants
-    from graftage._session import Session
-    from graftage._stream import Run
+    from graftage._engine.arguments import Wants
+    from graftage._engine.call import Run
+    from graftage._engine.session import Session
 
 __all__ = ["Chain"]
 
 T = TypeVar("T")
-PASSED_ON = (ConnectionFailed, Overloaded, ModelNotFound, ModelLoadFailed, CapabilityUnsupported)
-"""Errors after which another provider may do better. All others say something about the request or the answer."""
-PASSED_ON_PHASES = ("connect", "first_token")
 
 
-def passes_on(error: BaseException) -> bool:
-    """Whether the next provider is asked after this error."""
-    if isinstance(error, ProviderTimeout):
-        return error.phase in PASSED_ON_PHASES
-    return isinstance(error, PASSED_ON)
+def _note_skipped(error: GraftageError, skipped: Sequence[str]) -> None:
+    """Let the error that ends a chain say what happened to the members before it."""
+    details = getattr(error, "details", None)
+    if isinstance(details, dict):
+        details.setdefault("skipped", tuple(skipped))
+    if skipped:
+        error.hint = " ".join(filter(None, (error.hint, "Before it:", *skipped)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +45,6 @@ class Chain:
 
     def __init__(self, sessions: Sequence[Session]) -> None:
         self.sessions = tuple(sessions)
-        self.translate: Translate = as_it_is
         """How the host wants to see errors: the members' own stay as they are, since the chain must read them."""
         self._adapter = _Adapter(None)
 
@@ -94,8 +81,7 @@ class Chain:
         self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
     ) -> Wants:
         """Read the arguments of a call."""
-        with telling(self.translate):
-            return self.sessions[0].read(reader, subject, arguments)
+        return self.sessions[0].read(reader, subject, arguments)
 
     async def infer(self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool) -> tuple[Run, Any]:
         """Start an answer: the first member that gives a first chunk has the word, and keeps it."""
@@ -112,7 +98,6 @@ class Chain:
                 notes = (*notes, f"The adapter `{wish.reference}` was not found; the base model answers.")
                 here = replace(here, adapter=None)
                 run, first = await session.infer(operation, here, stream=stream, warnings=notes)
-            run.translate = self.translate
             return run, first
 
         return await self._first(ask, want.timeout)
@@ -127,24 +112,21 @@ class Chain:
         return await self._first(ask, want.timeout)
 
     async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
-        with telling(self.translate):
-            timeouts = self.sessions[0].timeouts(timeout)
-            deadline = time.monotonic() + timeouts.total
-            skipped: list[str] = []
-            for session in self.sessions:
-                left = max(deadline - time.monotonic(), 0.001)
-                try:
-                    return await ask(session, replace(timeouts, total=left), tuple(skipped))
-                except ProviderError as error:
-                    late = time.monotonic() >= deadline
-                    if session is self.sessions[-1] or late or not passes_on(error):
-                        error.details.setdefault("skipped", tuple(skipped))
-                        if skipped:
-                            error.hint = " ".join(filter(None, (error.hint, "Before it:", *skipped)))
-                        raise
-                    skipped.append(
-                        f"`{session.provider}:{error.model or session.model or ''}` was skipped: {error.message}"
-                    )
+        timeouts = self.sessions[0].timeouts(timeout)
+        deadline = time.monotonic() + timeouts.total
+        skipped: list[str] = []
+        for session in self.sessions:
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                return await ask(session, replace(timeouts, total=left), tuple(skipped))
+            except GraftageError as error:
+                late = time.monotonic() >= deadline
+                begun = error.partial is not None
+                if session is self.sessions[-1] or late or begun or not error.falls_back:
+                    _note_skipped(error, skipped)
+                    raise
+                model = getattr(error, "model", None) or session.model or ""
+                skipped.append(f"`{session.provider}:{model}` was skipped: {error.message}")
         raise RuntimeError("a chain without members")  # pragma: no cover - connect refuses an empty list
 
     async def use_adapter(
@@ -152,11 +134,10 @@ class Chain:
     ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it when it is asked."""
         self._adapter = _Adapter(reference, on_missing=on_missing, force=force)
-        with telling(self.translate):
-            check_on_missing(on_missing)
-            read_flag("force", force)
-            if reference is not None:
-                read_reference(reference)
+        check_on_missing(on_missing)
+        read_flag("force", force)
+        if reference is not None:
+            read_reference(reference)
         return None
 
     def switch_failed(self, reference: Any, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
@@ -189,8 +170,7 @@ class Chain:
         for session in self.sessions:
             try:
                 await session.close()
-            except GraftageError as error:  # noqa: PERF203 - each member may fail
+            except GraftageError as error:
                 failed = error
-        with telling(self.translate):
-            if failed is not None:
-                raise failed
+        if failed is not None:
+            raise failed

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-MessageLike: TypeAlias = "str | Message | Reply | Mapping[str, Any]"
+MessageLike: TypeAlias = "str | Message | Reply | Mapping[str, Any] | BaseModel"
 Messages: TypeAlias = "MessageLike | Sequence[MessageLike]"
-ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | Image"
-ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type"
+ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | Image | BaseModel"
+ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type | BaseModel"
 Format: TypeAlias = "Literal['json'] | Mapping[str, Any] | type | None"
 Parse: TypeAlias = Callable[[str], Any]
 
@@ -101,6 +101,7 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
     Raises:
         RequestRejected: it cannot be read as messages.
     """
+    value = fields(value)
     if isinstance(value, (str, Message, Reply, Mapping)):
         value = (value,)
     messages = [read_message(each) for each in items(value, "`messages`", "a text, a message, or a sequence of them")]
@@ -115,7 +116,7 @@ def read_message(value: MessageLike) -> Message:
     """One message."""
     if isinstance(value, str):
         return Message(role="user", content=text(value, "the text of a message"))
-    given = _parts(value)
+    given = _parts(fields(value))
     role = given.get("role")
     if role not in ROLES:
         raise RequestRejected(f"A message has the role {repr(role)[:40]}.", hint=f"Use one of {', '.join(ROLES)}.")
@@ -144,6 +145,20 @@ def _parts(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
+def fields(value: Any) -> Any:
+    """What is set in an object of pydantic's, such as `ollama.Message`, as a mapping; anything else as it is.
+
+    It is not dumped: one of `ollama.Image` reads a file by its name then, and the name may have come from outside.
+    """
+    if not _is_model_object(value):
+        return value
+    return {name: each for name, each in value if each is not None}
+
+
+def _is_model_object(value: object) -> TypeGuard[BaseModel]:
+    return hasattr(value, "model_dump") and not inspect.isclass(value)
+
+
 def read_images(values: Iterable[ImageLike] | None, *, paths: bool = False) -> tuple[Image, ...]:
     """Pictures, each with its bytes in `data`.
 
@@ -160,6 +175,8 @@ def read_images(values: Iterable[ImageLike] | None, *, paths: bool = False) -> t
 
 
 def _read_image(value: ImageLike, *, paths: bool) -> Image:
+    if _is_model_object(value):  # As `ollama.Image`; a text in it is read as any other.
+        value = fields(value).get("value")
     if isinstance(value, str):
         image = _read_picture(value, paths=paths)
     elif isinstance(value, Path):
@@ -292,7 +309,8 @@ def _read_sent_tool_call(value: Any, place: int) -> ToolCall:
     """A tool call of an earlier answer, on its way back to the model."""
     if isinstance(value, ToolCall):
         value = {"name": value.name, "arguments": value.arguments, "id": value.id}
-    body = value.get("function", value) if isinstance(value, Mapping) else None
+    value = fields(value)
+    body = fields(value.get("function", value)) if isinstance(value, Mapping) else None
     if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
         raise RequestRejected(
             "A tool call has no name.", hint="Give a `ToolCall`, or a mapping with `name` and `arguments`."
@@ -336,14 +354,23 @@ def _read_tool(value: ToolLike) -> Tool:
     )
 
 
-def _made_tool(value: Callable[..., Any] | Mapping[str, Any] | type) -> Tool:
+def _made_tool(value: Callable[..., Any] | Mapping[str, Any] | type | BaseModel) -> Tool:
     if isinstance(value, Mapping):
         return _tool_from(value)
     if _has_schema(value):
         return Tool(name=value.__name__, description=inspect.getdoc(value) or "", parameters=_schema_of(value))
     if callable(value):
         return _tool_of(value)
+    if _is_model_object(value):
+        return _tool_from(_dumped_tool(value))
     raise rejected("a tool", "a function, a mapping, a pydantic model or a `Tool`", value)
+
+
+def _dumped_tool(tool: BaseModel) -> Mapping[str, Any]:
+    try:
+        return tool.model_dump(by_alias=True, exclude_none=True)
+    except Exception:  # noqa: BLE001 - serializers of the caller's own types run in there, and may repeat what they got
+        raise rejected("a tool", "one whose fields JSON has", tool) from None
 
 
 def _tool_from(value: Mapping[str, Any]) -> Tool:
@@ -478,12 +505,13 @@ def parsed(reply: Reply, parse: Parse) -> Any:
 # --- Options ---------------------------------------------------------------------------------------------------------
 
 
-def read_options(options: Mapping[str, Any] | None, known: frozenset[str]) -> dict[str, Any]:
+def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset[str]) -> dict[str, Any]:
     """The options of a call, once every name is known.
 
     Raises:
         RequestRejected: a name is unknown, or belongs to a parameter of the call; a value is not JSON.
     """
+    options = fields(options)
     if options is not None and not isinstance(options, Mapping):
         raise rejected("`options`", "a mapping", options)
     for name in options or {}:
@@ -508,6 +536,13 @@ def require(feature: str, has: bool, provider: str, what: str | None = None) -> 
             provider=provider,
             hint="Choose another provider.",
         )
+
+
+def close_names(wanted: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names that were probably meant: spelt alike, or of the same family."""
+    close = difflib.get_close_matches(wanted.lower(), names, n=3, cutoff=0.5)
+    family = wanted.partition(":")[0].lower()
+    return tuple(dict.fromkeys([*close, *(name for name in names if name.partition(":")[0] == family)]))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

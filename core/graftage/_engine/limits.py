@@ -13,9 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
-from graftage._values import plain_name
 from graftage.exceptions import Overloaded, RequestRejected
-from graftage.types import Limits
+from graftage.types import Limits, canonical_name
 
 __all__ = ["Gate", "clamp", "gate_for", "merge"]
 
@@ -100,7 +99,10 @@ class _Move(Future[None]):
 
 
 class Gate:
-    """Slots of one server, shared by all clients of the process: threads and tasks wait in one fair line."""
+    """Slots, models in use and the policies' lock of one server, shared by all clients of the process.
+
+    Threads and tasks wait in one fair line.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -108,10 +110,19 @@ class Gate:
         self._models: Counter[str] = Counter()
         self._movers: list[_Move] = []
         self._streams: dict[int, Held] = {}
+        self._policy_lock: Gate | None = None
         self.running = 0
         self._returns: deque[str | None] = deque()
         """Slots (None) and models given back and not yet booked. `__del__` of a stream may run within `with
         self._lock` of its own thread, so giving back never waits for the lock: whoever has it books it."""
+
+    @property
+    def policy_lock(self) -> Gate:
+        """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
+        with self._lock:
+            if self._policy_lock is None:
+                self._policy_lock = Gate()
+            return self._policy_lock
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -230,8 +241,8 @@ class Gate:
 
 def named(models: Iterable[str], among: Iterable[str]) -> bool:
     """Whether one of these models is among others, however they are spelt."""
-    others = {plain_name(each) for each in among}
-    return any(plain_name(each) in others for each in models)
+    others = {canonical_name(each) for each in among}
+    return any(canonical_name(each) in others for each in models)
 
 
 _inside: ContextVar[tuple[Gate, ...]] = ContextVar("graftage_inside", default=())

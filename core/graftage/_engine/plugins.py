@@ -7,21 +7,24 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-import graftage
-from graftage._stream import Contained, is_fault, typed_error
+from graftage._engine.faults import Contained, is_fault, typed_error
 from graftage._values import EntryPoint, entry_points, identity
-from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
+from graftage._version import __version__
+from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+    from graftage.settings import PluginSettings
 
 __all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
 
@@ -47,8 +50,11 @@ class Entry:
     error: PluginError | None = None
     """Why it is quarantined."""
     plugin: object | None = None
-    hooks: tuple[str, ...] = ()
+    hooks: Mapping[str, bool] = field(default_factory=dict)
+    """The names of its hooks, and whether each takes its argument."""
     entry_point: EntryPoint | None = field(default=None, repr=False)
+    settings: PluginSettings | None = None
+    """What it is told, where it is no provider and has settings."""
 
     @property
     def origin(self) -> str:
@@ -67,11 +73,18 @@ class Catalog:
     Args:
         objects: plugin objects to use without installing them; a name they share with something installed wins.
         environment: where `GRAFTAGE_DISABLED_PLUGINS` and `GRAFTAGE_STRICT_PLUGINS` are read.
+        prefix: what these begin with, in the place of `GRAFTAGE`.
     """
 
-    def __init__(self, objects: Iterable[object] = (), environment: Mapping[str, str] = os.environ) -> None:
-        self.strict = environment.get("GRAFTAGE_STRICT_PLUGINS", "") not in ("", "0")
-        disabled = environment.get("GRAFTAGE_DISABLED_PLUGINS", "")
+    def __init__(
+        self,
+        objects: Iterable[object] = (),
+        environment: Mapping[str, str] = os.environ,
+        prefix: str = "GRAFTAGE",
+    ) -> None:
+        self.strict = environment.get(f"{prefix}_STRICT_PLUGINS", "") not in ("", "0")
+        self._prefix = prefix
+        disabled = environment.get(f"{prefix}_DISABLED_PLUGINS", "")
         self._disabled = {name.strip() for name in disabled.split(",") if name.strip()}
         self._given = [self._admit_object(each) for each in {id(each): each for each in objects}.values()]
         taken = {(entry.kind, entry.name) for entry in self._given}
@@ -83,9 +96,10 @@ class Catalog:
             if entry.error is not None:
                 raise entry.error  # The caller handed it over: there is nobody else to shield.
 
-    def names(self, kind: Kind | None = None) -> list[str]:
-        """The names of everything found, or of one kind."""
-        return sorted({entry.name for entry in self.entries if kind in (None, entry.kind)})
+    def names(self, kind: Kind | None = None, *, enabled: bool = False) -> list[str]:
+        """The names of everything found, or of one kind, or of what is not disabled."""
+        found = (entry for entry in self.entries if kind in (None, entry.kind))
+        return sorted({entry.name for entry in found if not enabled or entry.state != "disabled"})
 
     def provider(self, name: str) -> Entry:
         """The loaded provider of that name.
@@ -101,7 +115,7 @@ class Catalog:
                     raise ProviderNotFound(
                         f"The provider `{name}` is disabled.",
                         plugin=name,
-                        hint="Take it out of GRAFTAGE_DISABLED_PLUGINS.",
+                        hint=f"Take it out of {self._prefix}_DISABLED_PLUGINS.",
                     )
                 self._load(entry)
                 if entry.error is not None:
@@ -132,10 +146,22 @@ class Catalog:
         for entry in chosen:
             self._load(entry)
             if entry.error is not None:
-                if self.strict:
-                    raise entry.error
-                warnings.warn(f"The plugin `{entry.name}` is left out: {entry.error}", PluginWarning, stacklevel=2)
+                self._leave_out(entry, entry.error)
         return [entry for entry in chosen if entry.state == "loaded"]
+
+    def quarantine(self, entry: Entry, error: PluginError) -> None:
+        """Leave out a plugin that was found to be broken after it was loaded.
+
+        Raises:
+            PluginError: `GRAFTAGE_STRICT_PLUGINS` is set.
+        """
+        self._quarantine(entry, error, error.__cause__)
+        self._leave_out(entry, error)
+
+    def _leave_out(self, entry: Entry, error: PluginError) -> None:
+        if self.strict:
+            raise error
+        warnings.warn(f"The plugin `{entry.name}` is left out: {error}", PluginWarning, stacklevel=2)
 
     def inspect_all(self) -> list[Entry]:
         """Every entry, loaded where it can be, for a report."""
@@ -280,14 +306,14 @@ def _check_core(entry: Entry) -> None:
         if utils.canonicalize_name(wanted.name) == "graftage" and not _fits(wanted):
             raise _load_error(
                 entry,
-                f"requires graftage{wanted.specifier}, and this is {graftage.__version__}",
+                f"requires graftage{wanted.specifier}, and this is {__version__}",
                 "Install versions that fit each other.",
             )
 
 
 def _fits(wanted: Requirement) -> bool:
     applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-    return not applies or wanted.specifier.contains(graftage.__version__, prereleases=True)
+    return not applies or wanted.specifier.contains(__version__, prereleases=True)
 
 
 def _specs(classes: Iterable[type]) -> type:
@@ -313,10 +339,56 @@ def _manager(*kinds: Kind) -> pluggy.PluginManager:
     return manager
 
 
-def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
-    """The hooks that an object implements, once they are known to be right."""
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A hook of a connection, looked up once."""
+
+    name: str
+    function: Callable[[Any], Any]
+    is_async: bool
+    needs_event_loop: bool
+    contained: Contained
+    """A block of the provider's code."""
+
+    def __call__(self, request: Any) -> Any:
+        """What the hook returns: of an async one, what is to be awaited or iterated over."""
+        return self.function(request)
+
+    async def once(self, request: Any) -> Any:
+        """The result of an async hook that answers once."""
+        with self.contained:
+            return await self.function(request)
+
+    def plain(self, request: Any) -> Any:
+        """The result of a plain hook.
+
+        Raises:
+            ProviderError: it returned something that must be awaited.
+        """
+        with self.contained:
+            result = self.function(request)
+        if inspect.isawaitable(result) or hasattr(result, "__aiter__"):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise ProviderError(
+                f"The provider's `{self.name}` is a `def` that returned {type(result).__name__}.",
+                hint="Its authors must write `async def`, so that it can be seen that it is awaited.",
+            )
+        return result
+
+
+Hooks = Mapping[str, bool]
+"""The names of the hooks that an object implements, and whether each takes its argument: pluggy lets it be left out."""
+_checked_classes: weakref.WeakKeyDictionary[type, Hooks] = weakref.WeakKeyDictionary()
+
+
+def checked_hooks(plugin: object, kind: Kind) -> Hooks:
+    """The hooks that an object implements, once they are known to be right. A class is checked once in a process."""
     if inspect.isclass(plugin):
         raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
+    of_class = not any(hasattr(each, "graftage_impl") for each in getattr(plugin, "__dict__", {}).values())
+    if of_class and (found := _checked_classes.get(type(plugin))) is not None:
+        return found
     manager = _manager(kind)
     try:
         manager.register(plugin, "plugin")
@@ -326,14 +398,17 @@ def checked_hooks(plugin: object, kind: Kind) -> tuple[str, ...]:
         if not is_fault(error):
             raise
         raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
-    callers = manager.get_hookcallers(plugin) or []
-    for caller in callers:
+    hooks: dict[str, bool] = {}
+    for caller in manager.get_hookcallers(plugin) or []:
         for impl in caller.get_hookimpls():
             _check_hook(caller.name, impl, kind)
-            _check_waiting(caller, impl)
-    if not callers:
+            _check_colour(caller.name, impl.function, kind)
+            hooks[caller.name] = bool(impl.argnames)
+    if not hooks:
         raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
-    return tuple(sorted(caller.name for caller in callers))
+    if of_class:
+        _checked_classes[type(plugin)] = hooks
+    return hooks
 
 
 def _wrong_signature(error: pluggy.PluginValidationError, kind: Kind) -> _Problem:
@@ -360,77 +435,106 @@ def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
                 if other == "connection"
                 else f"Move it to a {other}.",
             )
+    if name[:1] == "a" and name[1:] in NAMES["connection"]:
+        hint = f"It is `{name[1:]}` now: one hook serves both clients, as `def` or as `async def`."
+        raise _Problem(f"implements `{name}`, a hook of Graftage 0.1", hint)
     close = difflib.get_close_matches(name, NAMES[kind], n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
     raise _Problem(f"implements `{name}`, which is no hook", hint)
 
 
-def _check_waiting(caller: pluggy.HookCaller, impl: pluggy.HookImpl) -> None:
-    """Refuse an `async def` where an answer, or an iterator, is wanted at once: it would never be awaited."""
-    spec = caller.spec.function if caller.spec else None
-    if spec and inspect.iscoroutinefunction(impl.function) and not inspect.iscoroutinefunction(spec):
-        raise _Problem(
-            f"implements `{caller.name}` as a coroutine",
-            "Make it an async generator: `async def` with `yield`."
-            if caller.name.startswith("a")
-            else f"Write `def`, or name it `a{caller.name}`.",
-        )
+STREAMS = ("chat", "generate", "pull_model")
+"""Hooks that answer with an iterator."""
+
+
+def _check_colour(name: str, function: Callable[..., Any], kind: Kind) -> None:
+    """Refuse what would fail at its first call: a coroutine where an iterator is wanted, and the reverse."""
+    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    if kind != "connection" or name == "capabilities":
+        if is_async:
+            raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is called where its caller is.")
+    elif name in STREAMS:
+        if inspect.iscoroutinefunction(function):
+            raise _Problem(f"implements `{name}` as `async def` without `yield`", "Make it an async generator.")
+    elif inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        raise _Problem(f"implements `{name}` as a generator", "It answers once: `return` the result.")
+
+
+ATTRIBUTES = ("address", "default_model", "needs_event_loop")
+"""What the core reads of a connection besides its hooks."""
+
+
+def _check_attributes(connection: object, hooks: Hooks) -> None:
+    """Refuse a misspelt attribute: it would have no effect, and nobody would know why."""
+    present = {name for name in dir(connection) if name[0] != "_"}
+    for name in ATTRIBUTES:
+        if name not in present and (close := difflib.get_close_matches(name, present - {*hooks}, n=1, cutoff=0.85)):
+            raise _Problem(f"has an attribute `{close[0]}`", f"Did you mean `{name}`? Else put a `_` before it.")
 
 
 class Relay:
-    """The hooks of one connection: its own, and those of the plugins that are enabled for it."""
+    """The hooks of one connection, its own and those of the plugins that are enabled for it, looked up once."""
 
     def __init__(self, provider: str, connection: object, plugins: Sequence[Entry], origin: str = "") -> None:
-        self.contained = Contained(partial(typed_error, provider=provider))
-        """A block of the provider's code."""
         whose = f"The connection of the provider `{provider}`{f' from {origin}' if origin else ''}"
         try:
-            self.hooks = frozenset(checked_hooks(connection, "connection"))
+            hooks = checked_hooks(connection, "connection")
+            _check_attributes(connection, hooks)
+            if "chat" not in hooks:
+                raise _Problem("lacks a required hook", "Implement `chat`.")
         except _Problem as problem:
             raise PluginLoadError(
                 f"{whose} {problem.text}.", plugin=provider, distributions=[origin] if origin else (), hint=problem.hint
             ) from problem
-        missing = {"chat", "achat"}.isdisjoint(self.hooks) or {"health", "ahealth"}.isdisjoint(self.hooks)
-        if missing:
-            raise PluginLoadError(
-                f"{whose} lacks a required hook.",
-                plugin=provider,
-                hint="Implement `chat` and `health`.",
-            )
-        self.keeps_time = bool(getattr(connection, "keeps_time", False))
-        self._manager = _manager("connection", "plugin")
-        self._manager.register(connection, f"provider {provider}")
-        for entry in reversed(plugins):  # pluggy asks first what was registered last.
-            if not self._manager.is_registered(entry.plugin):  # Two entry points may name one object.
-                self._manager.register(entry.plugin, entry.name)
-
-    def call(self, name: str, request: object = None) -> Any:
-        """Call a hook of the connection."""
-        caller = getattr(self._manager.hook, name)
-        with self.contained:
-            answer = caller(request=request) if request is not None else caller()
-        return self._awaited(answer) if inspect.iscoroutine(answer) else answer
-
-    async def _awaited(self, work: Coroutine[Any, Any, Any]) -> Any:
-        with self.contained:
-            return await work
+        self.needs_event_loop = on_loop = bool(getattr(connection, "needs_event_loop", False))
+        self.contained = Contained(partial(typed_error, provider=provider))
+        """A block of the provider's code."""
+        self.hooks = {name: _hook(connection, name, takes, on_loop, self.contained) for name, takes in hooks.items()}
+        # Two entry points may name one object: it is asked once.
+        self._plugins = list({id(entry.plugin): entry for entry in reversed(plugins)}.values())[::-1]
+        self._asked: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
 
     def each(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The implementations of a plugin hook, each with its plugin's name, in the order to ask them.
 
         Objects given to `connect` come before what is installed, unless a hook is marked `tryfirst` or `trylast`.
         """
-        impls = reversed(getattr(self._manager.hook, name).get_hookimpls())
-        return [(impl.plugin_name, _function(impl)) for impl in impls]
+        if name not in self._asked:
+            found = []
+            for entry in self._plugins:
+                if name in entry.hooks:
+                    options = getattr(getattr(entry.plugin, name), "graftage_impl", None) or {}
+                    rank = options.get("trylast", False) - options.get("tryfirst", False)
+                    found.append((rank, entry.name, _plugin_function(entry, name)))
+            found.sort(key=lambda each: each[0])
+            self._asked[name] = [(plugin, function) for _, plugin, function in found]
+        return self._asked[name]
+
+    def drop(self, name: str, plugin: str) -> None:
+        """Do not ask a plugin's hook again."""
+        self._asked[name] = [each for each in self.each(name) if each[0] != plugin]
 
 
-def _function(impl: pluggy.HookImpl) -> Callable[..., Any]:
-    """The function of an implementation; it may leave the hook's parameter out, as pluggy allows."""
-    contained = Contained(partial(_plugin_error, impl.plugin_name))
+def _hook(connection: object, name: str, takes: bool, on_loop: bool, contained: Contained) -> Hook:
+    function = getattr(connection, name)
+    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    return Hook(name, _positional(function, takes=takes), is_async, on_loop, contained)
 
-    def call(*arguments: Any) -> Any:
+
+def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:
+    """The function of an implementation that may leave the hook's parameter out, as pluggy allows."""
+    return function if takes else lambda *_: function()
+
+
+def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
+    function = _positional(getattr(entry.plugin, hook), takes=entry.hooks[hook])
+    contained = Contained(partial(_plugin_error, entry.name))
+
+    def call(request: Any) -> Any:
+        if entry.settings is not None and hook != "observe":
+            request = replace(request, settings=entry.settings)
         with contained:
-            answer = impl.function(*arguments[: len(impl.argnames)])
+            answer = function(request)
             # A list that is made while it is read is read in here.
             return list(answer) if inspect.isgenerator(answer) else answer
 

@@ -1,26 +1,39 @@
-"""One connection at work: what `Client` and `AsyncClient` share, written once against `graftage._io.IO`."""
+"""One connection at work: what `Client` and `AsyncClient` share, written once against `graftage._engine.waiting.IO`."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
-from graftage import _limits, _messages
-from graftage._adapters import Adapters
-from graftage._admission import Admission
-from graftage._arguments import Wants, check_model, check_tokens, read_flag
-from graftage._events import Counters, Emitter, log, new_call_id
-from graftage._health import Flight, HealthCache
-from graftage._io import IO, has
-from graftage._plugins import Entry, Relay
-from graftage._stream import Run, Translate, as_it_is, closed_meanwhile, telling, typed_error
-from graftage._values import SHORTEST_SECRET, hidden, keep_alive_seconds
+from graftage._engine import inputs
+from graftage._engine import limits as gates
+from graftage._engine.adapters import Adapters
+from graftage._engine.admission import Admission
+from graftage._engine.arguments import Wants, check_tokens, read_flag
+from graftage._engine.call import Run, closed_meanwhile
+from graftage._engine.connection import Connection
+from graftage._engine.events import log
+from graftage._engine.faults import typed_error
+from graftage._engine.health import Flight
+from graftage._engine.waiting import call_hook, open_hook
+from graftage.calls import (
+    Call,
+    ChatRequest,
+    CloseRequest,
+    HealthRequest,
+    ListAdaptersRequest,
+    LoadModelRequest,
+    ModelRequest,
+    ModelsRequest,
+    NativeRequest,
+    PruneAdaptersRequest,
+)
 from graftage.exceptions import (
     CapabilityUnsupported,
     GraftageError,
@@ -33,71 +46,37 @@ from graftage.exceptions import (
     SettingsError,
     StreamInterrupted,
 )
-from graftage.retry import Budget
-from graftage.settings import Settings
 from graftage.types import (
     HEALTH_LEVELS,
     Adapter,
     AdapterInfo,
-    Call,
-    Capabilities,
-    CloseRequest,
+    Chunk,
     Embeddings,
-    Feature,
     Health,
     HealthLevel,
-    HealthRequest,
     LoadedAdapter,
     LoadedModel,
-    LoadModelRequest,
+    Message,
     ModelInfo,
-    ModelRequest,
-    ModelsRequest,
-    PruneAdaptersRequest,
     PullProgress,
     Stats,
     Timeouts,
+    canonical_name,
 )
 
-__all__ = ["Session"]
+__all__ = ["HEALTH_TIMEOUTS", "Session"]
 
-T = TypeVar("T")
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
-SOON = 30.0
-"""Seconds for facts about models."""
 
 
-class Session:
-    """A provider's connection with everything that is bound to it: relay, slots, caches, adapters, counters."""
+class Session(Connection):
+    """The operations of a client, on one connection with its admission and its adapters."""
 
-    def __init__(
-        self,
-        *,
-        provider: str,
-        model: str | None,
-        settings: Settings,
-        connection: object,
-        plugins: Sequence[Entry],
-        io: IO,
-        origin: str = "",
-    ) -> None:
-        self.provider = provider
-        self.model = model or getattr(connection, "default_model", None)
-        self.settings = settings
-        self.io = io
-        self.relay = Relay(provider, connection, plugins, origin)
-        self.address = str(getattr(connection, "address", ""))
-        self.counters = Counters()
-        self.emitter = Emitter(self.relay.each("observe"), self.counters, self.hide)
-        self.health_cache = HealthCache()
-        self.adapters = Adapters(self)
-        self.translate: Translate = as_it_is
-        """How the host wants to see errors; set once the client is open, since opening must read them itself."""
+    def __init__(self, **of: Any) -> None:
+        super().__init__(**of)
         self.admission = Admission(self)
-        self._budget = Budget()
-        self._infos: dict[str, ModelInfo] = {}
-        self._closed = False
+        self.adapters = Adapters(self, self.admission)
 
     def single(self) -> Session:
         """This session; a chain of several has none."""
@@ -105,139 +84,12 @@ class Session:
 
     # --- Calls -------------------------------------------------------------------------------------------------------
 
-    def run(self, operation: str, model: str | None, timeouts: Timeouts, *, bounded: bool = True, **facts: Any) -> Run:
-        """Begin a call: its deadline, its events, its counters."""
-        self._require_open()
-        started = time.monotonic()
-        emit = self.emitter.for_call(
-            call_id=new_call_id(),
-            operation=operation,
-            provider=self.provider,
-            model=model,
-            address=self.address or None,
-            **facts,
-        )
-        call = Call(
-            deadline=started + timeouts.total if bounded else math.inf,
-            timeouts=timeouts,
-            attempts=self.settings.attempts,
-            budget=self._budget,
-            max_reply_bytes=self.settings.max_reply_bytes,
-            emit=emit,
-        )
-        emit("start")
-        self.counters.add(calls=1, running=1)
-        return Run(
-            provider=self.provider,
-            model=model or "",
-            operation=operation,
-            call=call,
-            started=started,
-            emit=emit,
-            release=lambda: self.counters.add(running=-1),
-            count=self._count,
-            translate=self.translate,
-            hide=self.hide,
-            closed=lambda: self._closed,
-        )
-
-    def hide(self, error: GraftageError) -> None:
-        """Take secrets out of what an error says: a server may repeat the headers it got."""
-        settings = self.settings
-        secrets = [each.get_secret_value() for each in (settings.api_key, *settings.headers.values()) if each]
-        for secret in (each for each in secrets if len(each) >= SHORTEST_SECRET):
-            error.args = tuple(hidden(each, secret) for each in error.args)
-            for name, value in vars(error).items():
-                setattr(error, name, hidden(value, secret))
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the client is closed")
-
-    def read(
-        self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
-    ) -> Wants:
-        """Read the arguments of a call; what is wrong with them is told as any other failure is."""
-        with telling(self.translate):
-            return reader(subject, arguments)
-
-    def _count(self, **changes: int) -> None:
-        if "failures" in changes:
-            self.health_cache.drop()
-        self.counters.add(**changes)
-
-    def timeouts(self, given: float | Timeouts | None) -> Timeouts:
-        """The limits of a call; a number means the total."""
-        if given is None:
-            return self.settings.timeouts
-        if isinstance(given, Timeouts):
-            return given
-        with telling(self.translate):
-            try:
-                return replace(self.settings.timeouts, total=given)
-            except ValueError as error:
-                hint = "Give seconds above 0, or `Timeouts`."
-                raise RequestRejected(f"The timeout is wrong: {error}.", hint=hint) from error
-
-    def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
-        """The limits of a call for which no model works: a server that does not answer it soon will not at all."""
-        if given is not None:
-            return given
-        own = self.settings.timeouts
-        return replace(own, first_token=min(own.first_token, SOON), total=min(own.total, SOON))
-
-    def choose_model(self, model: str | None) -> str:
-        """The model of a call, or the client's."""
-        with telling(self.translate):
-            chosen = self.model if model is None else model
-            if not chosen and model is None:
-                hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL."
-                raise RequestRejected("No model is chosen.", provider=self.provider, hint=hint)
-            check_model(chosen)
-            return str(chosen)
-
-    async def ask(
-        self,
-        hook: str,
-        build: Callable[[Call], Any],
-        answers: type | None = None,
-        *,
-        model: str | None = None,
-        timeout: float | Timeouts | None = None,
-        around: Callable[[Run], Any] | None = None,
-    ) -> Any:
-        """Call a hook that answers once, as a call of its own."""
-        run = self.run(hook, model, self.timeouts(timeout))
-        with run.failing():
-            self.require(hook)
-            if around is not None:
-                await around(run)
-            answer = await self._call(hook, build(run.call), run.call, answers)
-        run.end()
-        run.emit("finish")
-        return answer
-
-    async def _call(self, hook: str, request: Any, call: Call, answers: type | None = None) -> Any:
-        """Call a hook, and refuse an answer of another kind than the contract says."""
-        answer = await self.io.call(self.relay, hook, request, call)
-        if answers is not None and not isinstance(answer, answers):
-            raise ProviderError(
-                f"The provider `{self.provider}` answered `{hook}` with {type(answer).__name__} instead of "
-                f"{answers.__name__}.",
-                hint="That is a fault of the provider; tell its authors.",
-            )
-        return answer
-
-    def require(self, hook: str) -> None:
-        """Refuse an operation that the connection does not implement."""
-        _messages.require(hook, has(self.relay, hook), self.provider)
-
     # --- Inference ---------------------------------------------------------------------------------------------------
 
     async def infer(
         self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool, warnings: Sequence[str] = ()
     ) -> tuple[Run, Any]:
-        """Start an answer: the run, and its first chunk. `warnings` go onto its reply."""
+        """An answer: the run at its end, or as a stream with its first chunk. `warnings` go onto its reply."""
         model = self.choose_model(want.model)
         run = self.run(operation, model, self.timeouts(want.timeout), stream=stream)
         run.parse = want.parse
@@ -246,18 +98,21 @@ class Session:
             with run.failing():
                 request = await self._inference_request(run, operation, want, model)
                 run.begin_fold()
-                run.source = await self.io.open(self.relay, operation, request, run.call)
+                run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
                 self.admission.watch(run)
-            return run, await run.pull()
+            first = await run.pull()
+            while not stream and run.reply is None:
+                await run.pull()
+            return run, first
         except Exception as error:
-            if run.adapter and is_missing(error):
+            if run.adapter and isinstance(error, ModelNotFound):
                 self.adapters.forget(run.model)  # Somebody has deleted it: the next call makes it again.
             raise
 
     async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:
         """Settle everything that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
-        options = _messages.read_options(want.options, self.capabilities().options)
+        options = inputs.read_options(want.options, self.capabilities().options)
         self._require_features(model, want.needs)
         if "images" in want.needs:  # Some servers leave them out without a word, and the model makes something up.
             await self._know(model, run.call)
@@ -273,30 +128,6 @@ class Session:
             raise RuntimeError("there is no request to build")
         return want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
 
-    async def _know(self, model: str, call: Call) -> None:
-        """Learn what a model can do, where the provider can tell."""
-        if model not in self._infos and has(self.relay, "show_model"):
-            with contextlib.suppress(ProviderError):  # The request itself will tell.
-                self._infos[model] = await self._call(
-                    "show_model", ModelRequest(call=call, model=model), call, ModelInfo
-                )
-
-    def _require_features(self, model: str, needs: Sequence[str]) -> None:
-        """Refuse what the provider cannot do, or what this model is known not to do."""
-        able = self.capabilities().features
-        info = self._infos.get(model)
-        for feature in needs:
-            _messages.require(feature, feature in able, self.provider)
-            if info is not None and info.features is not None and feature in ("tools", "images", "thinking"):
-                _messages.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
-
-    def keep_alive(self, given: float | str | None) -> float | None:
-        """Seconds a model is to stay: as the call says, else the settings."""
-        try:
-            return keep_alive_seconds(given) if given is not None else self.settings.keep_alive
-        except ValueError as error:
-            raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
-
     async def embed(self, want: Wants) -> Embeddings:
         """One vector for each input."""
         model = self.choose_model(want.model)
@@ -304,7 +135,7 @@ class Session:
         with run.failing():
             self.require("embed")
             request = await self._embed_request(run, model, want)
-            answer: Embeddings = await self._call("embed", request, run.call, Embeddings)
+            answer: Embeddings = await self.call("embed", request, run.call, Embeddings)
             vectors = _checked_vectors(answer.vectors, len(request.inputs))
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
@@ -321,7 +152,7 @@ class Session:
         )
 
     async def _embed_request(self, run: Run, model: str, want: Wants) -> Any:
-        options = _messages.read_options(want.options, self.capabilities().options)
+        options = inputs.read_options(want.options, self.capabilities().options)
         figures = await self.admission.admit(run, "embed", want, model)
         figures.pop("max_tokens")
         if want.build is None:  # pragma: no cover - embed always has one
@@ -335,9 +166,8 @@ class Session:
     ) -> Health:
         """How well the provider is, remembered for a little while; callers at one time share one check."""
         self._require_open()
-        with telling(self.translate):
-            if level not in HEALTH_LEVELS:
-                raise RequestRejected(f"There is no level {level!r}.", hint=f"Use one of {', '.join(HEALTH_LEVELS)}.")
+        if level not in HEALTH_LEVELS:
+            raise RequestRejected(f"There is no level {level!r}.", hint=f"Use one of {', '.join(HEALTH_LEVELS)}.")
         needs_model = level in ("model_present", "model_loaded", "answers")
         chosen = self.choose_model(model) if needs_model else None
         timeouts = self.timeouts(timeout)
@@ -384,12 +214,60 @@ class Session:
             try:
                 figures = await self.admission.admit(run, "health", Wants(), request.model)
             except ResourceLimitExceeded as refusal:
-                found = await self._call("health", replace(request, level="model_loaded"), request.call, Health)
+                found = await self._ask_health(replace(request, level="model_loaded"))
                 return replace(found, level="answers", answers=False, error=found.error or refusal)
             figures.pop("max_tokens")
             request = replace(request, **figures)
-        found = await self._call("health", request, request.call, Health)
-        return found
+        return await self._ask_health(request)
+
+    async def _ask_health(self, request: HealthRequest) -> Health:
+        """Ask the hook; a provider without one is as well as its list of models."""
+        call = request.call
+        if self.has("health"):
+            asked: Health = await self.call("health", request, call, Health)
+            if isinstance(asked.error, ModelNotFound):
+                await self._suggest(asked.error, "health", call)
+            return asked
+        self.require("list_models")
+        levels: dict[str, Any] = {}
+        try:
+            await self._look(request, levels)
+        except ProviderError as error:
+            return request.result(levels, error)
+        return request.result(levels)
+
+    async def _look(self, request: HealthRequest, found: dict[str, Any]) -> None:
+        """Go up the levels by the other hooks."""
+        call, model = request.call, request.model
+        models = await self.call("list_models", ModelsRequest(call=call), call, tuple)
+        found.update(reachable=True, api=True)
+        if model is None or not request.wants("model_present"):
+            return
+        names = [each.name for each in models]
+        if canonical_name(model) not in map(canonical_name, names):
+            close = inputs.close_names(model, names)
+            raise ModelNotFound(
+                f"The server does not list `{model}`.", model=model, suggestions=close, hint="Choose one that it lists."
+            )
+        found["model_present"] = True
+        if request.wants("answers"):
+            found["model_loaded"] = None  # Not known if it fails now.
+            await self._one_token(request, model)
+            found.update(model_loaded=True, answers=True)
+        elif request.wants("model_loaded"):
+            self.require("loaded_models")
+            loaded = await self.call("loaded_models", ModelsRequest(call=call), call, tuple)
+            found["model_loaded"] = canonical_name(model) in {canonical_name(each.name) for each in loaded}
+
+    async def _one_token(self, request: HealthRequest, model: str) -> None:
+        chat = ChatRequest(call=request.call, model=model, messages=(Message(role="user", content="Hi"),), max_tokens=1)
+        source = open_hook(self.io, self.relay.hooks["chat"], chat, request.call)
+        try:
+            while isinstance(chunk := await source.pull(), Chunk) and chunk.finish_reason is None:
+                pass
+        finally:
+            await source.close()
+            await request.call.release()
 
     async def _join(self, result: Future[Health | None], timeouts: Timeouts) -> Health:
         try:
@@ -443,8 +321,8 @@ class Session:
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
         with run.failing():
             self.require("pull_model")
-            gate = _limits.gate_for(f"pull {self.provider}", f"{self.address} {name}")
-            with _limits.inside(gate, f"`{name}` was to be pulled by its own pull, which would wait for itself."):
+            gate = gates.gate_for(f"pull {self.provider}", f"{self.address} {name}")
+            with gates.inside(gate, f"`{name}` was to be pulled by its own pull, which would wait for itself."):
                 await self.admission.granted(gate, gate.enter(1), run.call)
                 run.at_end(gate.leave)
                 try:
@@ -459,7 +337,7 @@ class Session:
     async def _pull(self, run: Run, model: str, on_progress: Callable[[PullProgress], None] | None) -> PullProgress:
         request = ModelRequest(call=run.call, model=model)
         last: PullProgress | None = None
-        run.source = await self.io.open(self.relay, "pull_model", request, run.call)
+        run.source = open_hook(self.io, self.relay.hooks["pull_model"], request, run.call)
         while (step := await run.source.pull()) is not None:
             last = step
             run.emit("progress", progress=step)
@@ -478,14 +356,13 @@ class Session:
     ) -> ModelInfo:
         """Make sure that a model is there."""
         if policy not in ("never", "missing", "always"):
-            with telling(self.translate):
-                raise RequestRejected(f"There is no policy {policy!r}.", hint="Use never, missing or always.")
+            raise RequestRejected(f"There is no policy {policy!r}.", hint="Use never, missing or always.")
         if policy == "always":
             await self.pull(model, on_progress, timeout)
         try:
             return await self.show(model, None)
-        except Exception as error:
-            if policy != "missing" or not is_missing(error):
+        except ModelNotFound:
+            if policy != "missing":
                 raise
         await self.pull(model, on_progress, timeout)
         return await self.show(model, None)
@@ -501,9 +378,8 @@ class Session:
     ) -> None:
         """Bring a model into memory, with the window that the next calls will have."""
         name = self.choose_model(model)
-        with telling(self.translate):
-            check_tokens("context_window", context_window)
-            read_flag("force", force)
+        check_tokens("context_window", context_window)
+        read_flag("force", force)
         want = Wants(keep_alive=keep_alive, context_window=context_window, force=force)
         figures: dict[str, Any] = {}
 
@@ -523,17 +399,6 @@ class Session:
         """Put a model out of memory."""
         name = self.choose_model(model)
         await self.ask("unload_model", lambda call: ModelRequest(call=call, model=name), model=name, timeout=timeout)
-
-    def capabilities(self) -> Capabilities:
-        """What the provider can do: as it says, or as its hooks show."""
-        if "capabilities" in self.relay.hooks:
-            try:
-                answer: Capabilities = self.relay.call("capabilities")
-            except Exception as error:  # noqa: BLE001 - it is typed
-                typed = typed_error(error, self.provider)
-                raise typed from typed.__cause__
-            return answer
-        return Capabilities(features=frozenset(name for name in get_args(Feature) if has(self.relay, name)))
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -585,11 +450,8 @@ class Session:
         self, keep: Sequence[str], older_than: float | None, dry_run: bool, timeout: float | Timeouts | None
     ) -> tuple[ModelInfo, ...]:
         """Delete what loaded adapters have left on the server."""
-        with telling(self.translate):
-            kept = tuple(
-                _messages.text(each, "`keep`") for each in _messages.items(keep, "`keep`", "a sequence of names")
-            )
-            read_flag("dry_run", dry_run)
+        kept = tuple(inputs.text(each, "`keep`") for each in inputs.items(keep, "`keep`", "a sequence of names"))
+        read_flag("dry_run", dry_run)
         found: tuple[ModelInfo, ...] = await self.ask(
             "prune_adapters",
             lambda call: PruneAdaptersRequest(call=call, keep=kept, older_than=older_than, dry_run=dry_run),
@@ -604,26 +466,19 @@ class Session:
         """The adapters that the plugins know of; one that fails to list hides nobody else's."""
         self._require_open()
         found: list[AdapterInfo] = []
+        request = ListAdaptersRequest(call=Call(operation="list_adapters", waiting=self.io))
         for name, function in self.relay.each("list_adapters"):
             try:
-                found += await self.io.run(lambda ask=function: tuple(ask()))
-            except Exception as error:  # noqa: PERF203 - plugins are isolated from each other
+                found += await self.io.run(lambda ask=function: tuple(ask(request)))
+            except Exception as error:
                 if isinstance(error, SettingsError):  # It is the user's to mend, and silence looks like an empty list.
                     raise
                 log("WARNING", f"the plugin `{name}` failed to list its adapters: {type(error).__name__}: {error}")
         return tuple(found)
 
-    def facts(self, model: str, call: Call) -> ModelInfo | None:
-        """Facts about a model, from a plugin's blocking code; remembered."""
-        if model not in self._infos:
-            try:
-                info = self.io.from_thread(self.relay, "show_model", ModelRequest(call=call, model=model))
-            except ModelNotFound:
-                return None  # The request itself will tell, with suggestions.
-            if info is None:
-                return None
-            self._infos[model] = info
-        return self._infos[model]
+    async def native(self) -> Any:
+        """The server's own client, on this connection."""
+        return await self.ask("native", lambda call: NativeRequest(call=call))
 
     def stats(self) -> Stats:
         """What has been done so far."""
@@ -636,19 +491,21 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        if self.io.can(self.relay, "close"):
-            with telling(self.translate):
-                try:
-                    await self.io.call(self.relay, "close", CloseRequest(), Call())
-                except Exception as error:  # noqa: BLE001 - it is typed
-                    typed = typed_error(error, self.provider)
-                    raise typed from typed.__cause__
+        try:
+            if self.has("close"):
+                request = CloseRequest(call=Call(waiting=self.waiting))
+                await call_hook(self.io, self.relay.hooks["close"], request, request.call)
+        except Exception as error:  # noqa: BLE001 - it is typed
+            typed = typed_error(error, self.provider)
+            raise typed from typed.__cause__
+        finally:
+            await self.waiting.finish(self._clients.close)
 
 
 def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgress) -> None:
     try:
         on_progress(step)
-    except Exception as error:
+    except BaseException as error:
         run.hosts_own = error
         raise
 
@@ -684,8 +541,3 @@ def _wrong_vectors(
     what: str, hint: str = "Embed one text at a time to find the one that fails; another model may do."
 ) -> ProtocolError:
     return ProtocolError(f"The answer has {what}.", hint=hint)
-
-
-def is_missing(error: BaseException | None) -> bool:
-    """Whether an error, or the one it was translated from, says that the model is not there."""
-    return isinstance(error, ModelNotFound) or isinstance(getattr(error, "__cause__", None), ModelNotFound)

@@ -1,7 +1,7 @@
 """Two ways to wait, so that the logic of a client is written once.
 
-`graftage._session` is written as coroutines against `IO`. `AsyncClient` awaits them. `Client` drives them with
-`Blocking`, whose methods block instead of suspending, so that `drive` gets the result from a single step.
+The engine is written as coroutines against `IO`. `AsyncClient` awaits them. `Client` drives them with `BlockingIO`,
+whose methods block instead of suspending, so that `drive` gets the result from a single step.
 """
 
 from __future__ import annotations
@@ -9,48 +9,62 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import sys
+import os
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import ContextVar
+from functools import partial
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
-from graftage._stream import Contained, Source, too_late
-from graftage._threads import Items, submit
-from graftage.exceptions import CapabilityUnsupported, ProviderTimeout
-from graftage.types import Call
+from graftage._engine.driving import drive
+from graftage._engine.threads import Items, submit
+from graftage.calls import Blocking, Call
+from graftage.exceptions import ProviderTimeout
 
 if TYPE_CHECKING:
-    from graftage._plugins import Relay
+    from graftage._engine.plugins import Hook, Relay
+    from graftage.http import Colour
 
 T = TypeVar("T")
-GRACE = 0.5
+GRACE: Final = 0.5
 """Seconds past the deadline after which the core stops waiting for a provider that should have."""
+
+
+class Source(Protocol):
+    """The chunks of a provider, pulled one by one."""
+
+    @property
+    def pull(self) -> Callable[[], Awaitable[Any]]:
+        """Gives the next chunk, or None at the end."""
+        ...
+
+    def gone(self) -> bool:
+        """Whether nobody can read on: its event loop is closed."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the provider's work, a pending `pull` of another task too. Safe to call twice."""
+        ...
 
 
 class IO(Protocol):
     """How to wait."""
 
-    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
-        """Call a hook of the connection that answers once."""
-        ...
+    colour: Colour
 
-    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
-        """Call a hook of the connection that answers with an iterator."""
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
         ...
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run blocking code."""
         ...
 
-    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
-        """Ask a policy or a resolver, whose code may block; one that hangs is left to itself at the call's deadline.
-
-        Raises:
-            ProviderTimeout: it was not done by then.
-        """
+    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do what gives back what hooks have opened, where they have opened it."""
         ...
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
@@ -61,173 +75,124 @@ class IO(Protocol):
         """
         ...
 
+    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:
+        """Await a hook that needs no event loop but the caller's."""
+        ...
+
+    def source(self, hook: Hook, request: Any, call: Call) -> Source:
+        """The chunks of such a hook."""
+        ...
+
+    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+        """Ask a policy or a resolver, whose code may block; one that hangs is left to itself at the call's deadline.
+
+        Raises:
+            ProviderTimeout: it was not done by then.
+        """
+        ...
+
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
         """Call a hook of the connection from a plugin's blocking code."""
         ...
 
-    def can(self, relay: Relay, hook: str) -> bool:
-        """Whether this way of waiting can call a hook of the connection."""
-        ...
+
+async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
+    """Call a hook of a connection that answers once, in its own colour."""
+    if not hook.is_async:
+        return await _result(io, submit(hook.plain, request), call)
+    if hook.needs_event_loop:
+        return await _result(io, asyncio.run_coroutine_threadsafe(hook.once(request), background_loop()), call)
+    return await io.awaited(hook.once(request), call)
 
 
-def has(relay: Relay, hook: str) -> bool:
-    """Whether the connection implements a hook or its async twin."""
-    return hook in relay.hooks or f"a{hook}" in relay.hooks
+def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
+    """Call a hook of a connection that answers with an iterator, in its own colour."""
+    if not hook.is_async:
+        return _Threaded(io, hook, request, call)
+    if hook.needs_event_loop:
+        return _OnLoop(io, hook, request, call)
+    return io.source(hook, request, call)
 
 
-# --- Code that may block ---------------------------------------------------------------------------------------------
-
-
-async def _answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
-    try:
-        await io.wait(future, call.deadline)
-    except TimeoutError as error:
-        raise ProviderTimeout(
-            f"The plugin `{plugin}` did not answer within {call.timeouts.total:g} s.",
-            phase="total",
-            hint="Raise `timeout`; where it hangs, tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
-        ) from error
-    return future.result()
-
-
-async def _called(io: IO, relay: Relay, hook: str, request: Any, call: Call) -> Any:
-    """Call a plain hook in a thread, which is left behind where it outlasts the call."""
-    future = submit(relay.call, hook, request)
+async def _result(io: IO, future: Future[Any], call: Call) -> Any:
+    """What comes of work elsewhere, which is left behind where it outlasts the call."""
     try:
         await io.wait(future, call.deadline + GRACE)
     except TimeoutError as error:
-        raise too_late(call) from error
+        raise call.timed_out() from error
+    finally:
+        future.cancel()  # Of no effect once it is done.
     return future.result()
-
-
-class _Threaded:
-    """An iterator that a thread of its own goes through, as a source that keeps the limits of the call."""
-
-    def __init__(self, io: IO, relay: Relay, hook: str, request: Any, call: Call) -> None:
-        self._io = io
-        self._call = call
-        self._items: Items[Any] = Items(lambda: relay.call(hook, request), relay.contained)
-        self._phase: Literal["first_token", "idle"] = "idle" if call.deadline == math.inf else "first_token"
-
-    async def pull(self) -> Any:
-        limit = time.monotonic() + float(getattr(self._call.timeouts, self._phase))
-        try:
-            item = await self._next(min(limit, self._call.deadline) + GRACE)
-        except TimeoutError as error:
-            self._items.stop()
-            raise too_late(self._call, "total" if self._call.deadline <= limit else self._phase) from error
-        self._phase = "idle"
-        return item
-
-    async def _next(self, until: float) -> Any:
-        while True:
-            await self._io.wait(self._items.news(), until)
-            with contextlib.suppress(Empty):
-                return self._items.take()
-
-    def gone(self) -> bool:
-        return False
-
-    async def close(self) -> None:
-        self._items.stop()
-        # A provider that is still at work is left to itself.
-        with contextlib.suppress(TimeoutError):
-            await self._io.wait(self._items.ended, time.monotonic() + GRACE)
 
 
 # --- Sync ------------------------------------------------------------------------------------------------------------
 
 
-class Blocking:
-    """Waits by blocking the thread; plain hooks of a provider that keeps no time run in threads of ours."""
+class BlockingIO(Blocking):
+    """Waits by blocking the thread."""
 
-    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
-        _require_sync(relay, hook)
-        return relay.call(hook, request) if relay.keeps_time else await _called(self, relay, hook, request, call)
+    colour: Colour = "sync"
 
-    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
-        _require_sync(relay, hook)
-        return (
-            _Pulled(relay.call(hook, request), relay.contained)
-            if relay.keeps_time
-            else _Threaded(self, relay, hook, request, call)
-        )
+    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:  # noqa: ARG002 - the toolkit keeps the time
+        return await work
 
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        return function(*arguments)
+    def source(self, hook: Hook, request: Any, call: Call) -> Source:  # noqa: ARG002
+        return _Pulled(hook, request)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
         return await _answered(self, plugin, submit(function, question), call)
 
-    async def wait(self, future: Future[Any], deadline: float) -> None:
-        try:
-            future.exception(None if deadline == math.inf else max(deadline - time.monotonic(), 0))
-        except _FutureTimeout as error:
-            raise TimeoutError from error
-
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
-        return relay.call(hook, request) if hook in relay.hooks else None
-
-    def can(self, relay: Relay, hook: str) -> bool:
-        return hook in relay.hooks
-
-
-def _require_sync(relay: Relay, hook: str) -> None:
-    if hook not in relay.hooks:
-        raise CapabilityUnsupported(f"The provider answers `{hook}` only asynchronously.", hint="Use `connect_async`.")
+        found = relay.hooks.get(hook)
+        return drive(call_hook(self, found, request, request.call)) if found else None
 
 
 class _Pulled:
-    """A sync iterator as a source."""
+    """An async iterator that never suspends."""
 
-    def __init__(self, chunks: Iterator[Any], contained: Contained) -> None:
-        self.chunks = chunks
-        self.contained = contained
-
-    async def pull(self) -> Any:
-        with self.contained:
-            return next(self.chunks, None)
+    def __init__(self, hook: Hook, request: Any) -> None:
+        self._chunks = hook(request)
+        self.pull = partial(anext, self._chunks, None)
 
     def gone(self) -> bool:
         return False
 
     async def close(self) -> None:
-        with self.contained:
-            close = getattr(self.chunks, "close", None)
-            if close is not None:
-                close()
-
-
-# `concurrent.futures.TimeoutError` is the built-in one only since Python 3.11, and so is asyncio's.
-if sys.version_info >= (3, 11):
-    _FutureTimeout: type[Exception] = TimeoutError
-    _AsyncTimeout: type[Exception] = TimeoutError
-else:
-    from concurrent.futures import TimeoutError as _FutureTimeout
-
-    _AsyncTimeout = asyncio.TimeoutError
+        await self._chunks.aclose()
 
 
 # --- Async -----------------------------------------------------------------------------------------------------------
 
 
-class Awaiting:
-    """Waits by awaiting; plain hooks run in threads of ours."""
+class AwaitingIO:
+    """Waits by awaiting."""
 
-    async def call(self, relay: Relay, hook: str, request: Any, call: Call) -> Any:
-        if f"a{hook}" in relay.hooks:
-            return await _until(relay.call(f"a{hook}", request), call)
-        return await _called(self, relay, hook, request, call)
+    colour: Colour = "async"
 
-    async def open(self, relay: Relay, hook: str, request: Any, call: Call) -> Source:
-        if f"a{hook}" in relay.hooks:
-            return _Awaited(relay.call(f"a{hook}", request), call, relay.contained)
-        return _Threaded(self, relay, hook, request, call)
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         future = submit(function, *arguments)
         await self.wait(future, math.inf)
         return future.result()
+
+    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await work()
+
+    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:
+        if call.deadline == math.inf:
+            return await work
+        try:
+            async with asyncio.timeout(max(call.deadline + GRACE - time.monotonic(), 0)) as limit:
+                return await work
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise call.timed_out() from error
+
+    def source(self, hook: Hook, request: Any, call: Call) -> Source:
+        return _Awaited(hook, request, call)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
         token = _loop.set(asyncio.get_running_loop())
@@ -241,21 +206,14 @@ class Awaiting:
         timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
         done = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: _tell(done))
-        try:
-            # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again.
-            await asyncio.wait_for(done, timeout)
-        except _AsyncTimeout as error:
-            raise TimeoutError from error
+        # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again.
+        await asyncio.wait_for(done, timeout)
 
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
-        if hook in relay.hooks:
-            return relay.call(hook, request)
-        if f"a{hook}" not in relay.hooks:
+        found = relay.hooks.get(hook)
+        if found is None:
             return None
-        return asyncio.run_coroutine_threadsafe(relay.call(f"a{hook}", request), _loop.get()).result()
-
-    def can(self, relay: Relay, hook: str) -> bool:
-        return has(relay, hook)
+        return asyncio.run_coroutine_threadsafe(call_hook(self, found, request, request.call), _loop.get()).result()
 
 
 _loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
@@ -273,15 +231,6 @@ def _tell(done: asyncio.Future[None]) -> None:
         done.get_loop().call_soon_threadsafe(tell)
 
 
-async def _until(work: Coroutine[Any, Any, T], call: Call) -> T:
-    if call.deadline == math.inf:
-        return await work
-    try:
-        return await asyncio.wait_for(work, max(call.deadline + GRACE - time.monotonic(), 0))
-    except _AsyncTimeout as error:
-        raise too_late(call) from error
-
-
 class _Awaited:
     """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
 
@@ -289,9 +238,8 @@ class _Awaited:
     chunk.
     """
 
-    def __init__(self, chunks: AsyncIterator[Any], call: Call, contained: Contained) -> None:
-        self._chunks = chunks
-        self._contained = contained
+    def __init__(self, hook: Hook, request: Any, call: Call) -> None:
+        self._chunks = hook(request)
         self._call = call
         self._reader: asyncio.Task[Any] | None = None
         self._read = asyncio.Event()
@@ -315,10 +263,9 @@ class _Awaited:
             return await self.pull()
         self._reader = asyncio.current_task()
         self._read.clear()
-        cancels = _cancels(self._reader)
+        cancels = self._reader.cancelling() if self._reader else 0
         try:
-            with self._contained:
-                return await anext(self._chunks, None)
+            return await anext(self._chunks, None)
         except asyncio.CancelledError:
             if not self._was_ended(cancels):
                 raise
@@ -332,32 +279,155 @@ class _Awaited:
 
     def _was_ended(self, cancels: int) -> bool:
         """Whether the cancellation that arrived is ours alone; then it is taken back."""
-        if self._over is None:
-            return False
-        if sys.version_info >= (3, 11) and self._reader is not None:
-            return self._reader.uncancel() <= cancels
-        return True
+        return self._over is not None and self._reader is not None and self._reader.uncancel() <= cancels
 
     def _at_the_end(self) -> None:
         if self._over == "late":
-            raise too_late(self._call)
+            raise self._call.timed_out()
 
     async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._end("closed")
-            with contextlib.suppress(_AsyncTimeout):  # A provider that will not be cancelled is left to itself.
+            with contextlib.suppress(TimeoutError):  # A provider that will not be cancelled is left to itself.
                 await asyncio.wait_for(self._read.wait(), GRACE)
         self._over = self._over or "closed"
+        await self._chunks.aclose()
+
+
+# --- Elsewhere: threads, and the loop in the background --------------------------------------------------------------
+
+
+async def _answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
+    try:
+        await io.wait(future, call.deadline)
+    except TimeoutError as error:
+        raise ProviderTimeout(
+            f"The plugin `{plugin}` did not answer within {call.timeouts.total:g} s.",
+            phase="total",
+            hint="Raise `timeout`; where it hangs, tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
+        ) from error
+    return future.result()
+
+
+class _Elsewhere:
+    """A source whose work is done elsewhere: the core keeps the limits of the call."""
+
+    def __init__(self, io: IO, call: Call) -> None:
+        self._io = io
+        self._call = call
+        self._phase: Literal["first_token", "idle"] = "idle" if call.deadline == math.inf else "first_token"
+
+    async def pull(self) -> Any:
+        limit = time.monotonic() + float(getattr(self._call.timeouts, self._phase))
+        try:
+            item = await self._next(min(limit, self._call.deadline) + GRACE)
+        except TimeoutError as error:
+            raise self._call.timed_out("total" if self._call.deadline <= limit else self._phase) from error
+        self._phase = "idle"
+        return item
+
+    async def _next(self, until: float) -> Any:
+        raise NotImplementedError
+
+    def gone(self) -> bool:
+        return False
+
+
+class _Threaded(_Elsewhere):
+    """An iterator that one thread goes through."""
+
+    def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
+        super().__init__(io, call)
+        self._items: Items[Any] = Items(lambda: hook.plain(request), hook.contained)
+
+    async def _next(self, until: float) -> Any:
+        while True:
+            await self._io.wait(self._items.news(), until)
+            with contextlib.suppress(Empty):
+                return self._items.take()
+
+    async def close(self) -> None:
+        self._items.stop()
+        # A provider that is still at work is left to itself.
+        with contextlib.suppress(TimeoutError):
+            await self._io.wait(self._items.ended, time.monotonic() + GRACE)
+
+
+class _OnLoop(_Elsewhere):
+    """An async iterator on the loop in the background."""
+
+    def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
+        super().__init__(io, call)
+        self._contained = hook.contained
+        self._chunks = hook(request)
+        self._closed = False
+        self._pending: Future[Any] | None = None
+        """A chunk on its way: kept where its reader is cancelled, so that none is lost."""
+
+    async def _next(self, until: float) -> Any:
+        if self._closed:
+            return None
+        if self._pending is None:
+            self._pending = asyncio.run_coroutine_threadsafe(self._after(), background_loop())
+        future = self._pending
+        try:
+            await self._io.wait(future, until)
+        finally:
+            if future.done():
+                self._pending = None
+        return None if future.cancelled() else future.result()
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._pending is not None:
+            self._pending.cancel()
+        closing = asyncio.run_coroutine_threadsafe(self._end(), background_loop())
+        with contextlib.suppress(TimeoutError):
+            await self._io.wait(closing, time.monotonic() + GRACE)
+
+    async def _after(self) -> Any:
         with self._contained:
-            close = getattr(self._chunks, "aclose", None)
-            if close is not None:
-                await close()
+            return await anext(self._chunks, None)
+
+    async def _end(self) -> None:
+        with contextlib.suppress(RuntimeError), self._contained:  # A chunk may be on its way that is not cancelled.
+            await self._chunks.aclose()
 
 
-def _cancels(task: asyncio.Task[Any] | None) -> int:
-    """How often a task has been asked to end."""
-    if sys.version_info >= (3, 11) and task is not None:
-        return task.cancelling()
-    return 0
+class BackgroundIO(AwaitingIO):
+    """How the hooks of a connection that needs an event loop wait: on the one in the background, for either client."""
+
+    def __init__(self, io: IO) -> None:
+        self._io = io
+
+    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        done = asyncio.run_coroutine_threadsafe(work(), background_loop())
+        with contextlib.suppress(TimeoutError):
+            await self._io.wait(done, time.monotonic() + GRACE)
+
+
+_background: list[asyncio.AbstractEventLoop] = []
+_background_lock = threading.Lock()
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The one event loop of the process for connections that need one under a sync client."""
+    with _background_lock:
+        if not _background:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="graftage-loop", daemon=True).start()
+            _background.append(loop)
+        return _background[0]
+
+
+def _forget_loop() -> None:
+    """After a fork: its thread is the parent's."""
+    global _background_lock  # noqa: PLW0603 - another thread may have held it at the fork
+    _background_lock = threading.Lock()
+    _background.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_loop)

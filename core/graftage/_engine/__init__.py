@@ -1,0 +1,1 @@
+"""The engine: what stands behind the clients. Its imports run one way."""

@@ -1,0 +1,91 @@
+"""The toolkit's clients of one connection: with its settings, on the transport of its client, closed with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from graftage.calls import Call
+from graftage.exceptions import SettingsError
+
+if TYPE_CHECKING:
+    from graftage.http import Colour, Http, Refusal, Transport
+    from graftage.settings import Settings
+
+__all__ = ["Clients"]
+
+
+class Clients:
+    """Makes the toolkit's clients of one connection, and closes them."""
+
+    def __init__(self, settings: Settings, colour: Colour) -> None:
+        self._settings = settings
+        self.colour = colour
+        """That of the hooks that use them."""
+        self._made: list[Http] = []
+
+    def make(
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        refusal: Refusal | None = None,
+        server: str = "the server",
+        transport: Callable[[Callable[[str], Transport]], Transport] | None = None,
+    ) -> Http:
+        """What `ConnectRequest.http` promises."""
+        from graftage.http.client import Http  # noqa: PLC0415 - a provider without HTTP does not need it
+
+        def network() -> Transport:
+            return transport(self._network) if transport is not None else self._network(base_url)
+
+        def build() -> Transport:
+            wrapper = self._settings.transport
+            built: Transport = wrapper.wrap(network) if wrapper is not None else network()
+            if built.colour not in (None, self.colour):
+                raise SettingsError(
+                    f"The `transport` is one for {built.colour} clients, and this client is {self.colour}.",
+                    key="transport",
+                    hint="Give each kind of client its own.",
+                )
+            return built
+
+        http = Http(
+            base_url,
+            build=build,
+            colour=self.colour,
+            begin=self._begin,
+            headers=self._headers(headers or {}),
+            refusal=refusal,
+            server=server,
+        )
+        self._made.append(http)
+        return http
+
+    def _begin(self) -> Call:
+        """The call of a request that comes from an SDK."""
+        timeouts = self._settings.timeouts
+        return Call(
+            operation="native",
+            timeouts=timeouts,
+            deadline=time.monotonic() + timeouts.total,
+            max_reply_bytes=self._settings.max_reply_bytes,
+        )
+
+    def _network(self, url: str) -> Transport:
+        from graftage.http.network import AsyncNetwork, BlockingNetwork  # noqa: PLC0415 - httpx is slow to import
+
+        return BlockingNetwork(url) if self.colour == "sync" else AsyncNetwork(url)
+
+    def _headers(self, own: Mapping[str, str]) -> dict[str, str]:
+        settings = self._settings
+        given = {name.lower(): value for name, value in own.items()}
+        if settings.api_key is not None:
+            given["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
+        return given | {name.lower(): value.get_secret_value() for name, value in settings.headers.items()}
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for http in self._made:
+            await http.close()

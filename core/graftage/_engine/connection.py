@@ -1,0 +1,289 @@
+"""One connection and what every call of it needs: hooks, settings, deadlines, events, counters, secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from graftage._engine import inputs
+from graftage._engine.arguments import Wants, check_model
+from graftage._engine.call import Run
+from graftage._engine.clients import Clients
+from graftage._engine.events import Counters, Emitter, new_call_id
+from graftage._engine.faults import typed_error
+from graftage._engine.health import HealthCache
+from graftage._engine.plugins import Entry, Relay
+from graftage._engine.waiting import IO, BackgroundIO, call_hook
+from graftage._values import SHORTEST_SECRET, hidden, keep_alive_seconds
+from graftage.calls import (
+    Budget,
+    Call,
+    ModelRequest,
+    ModelsRequest,
+    Waiting,
+)
+from graftage.exceptions import (
+    GraftageError,
+    ModelNotFound,
+    ProviderError,
+    RequestRejected,
+)
+from graftage.settings import Settings
+from graftage.types import (
+    Capabilities,
+    Feature,
+    ModelInfo,
+    Timeouts,
+)
+
+__all__ = ["Connection"]
+
+BRIEF = Timeouts(connect=1.0, first_token=2.0, idle=2.0, total=3.0)
+"""Close names are a courtesy: they must not hold the error up."""
+SOON = 30.0
+"""Seconds for facts about models."""
+
+
+class Connection:
+    """A provider's connection with what is bound to it, for all of its calls."""
+
+    def __init__(
+        self,
+        *,
+        provider: str,
+        model: str | None,
+        settings: Settings,
+        connection: object,
+        plugins: Sequence[Entry],
+        io: IO,
+        clients: Clients,
+        origin: str = "",
+    ) -> None:
+        self.provider = provider
+        self.model = model or getattr(connection, "default_model", None)
+        self.settings = settings
+        self.io = io
+        self.relay = Relay(provider, connection, plugins, origin)
+        self.waiting: Waiting = BackgroundIO(io) if self.relay.needs_event_loop else io
+        """How its hooks wait."""
+        if self.relay.needs_event_loop:
+            clients.colour = "async"
+        self.address = str(getattr(connection, "address", ""))
+        self.counters = Counters()
+        self.emitter = Emitter(self.relay.each("observe"), self.counters, self.hide)
+        self.health_cache = HealthCache()
+        self._budget = Budget()
+        self._clients = clients
+        self._infos: dict[str, ModelInfo] = {}
+        self._capabilities: Capabilities | None = None
+        self._closed = False
+
+    def run(self, operation: str, model: str | None, timeouts: Timeouts, *, bounded: bool = True, **facts: Any) -> Run:
+        """Begin a call: its deadline, its events, its counters."""
+        self._require_open()
+        started = time.monotonic()
+        emit = self.emitter.for_call(
+            call_id=new_call_id(),
+            operation=operation,
+            provider=self.provider,
+            model=model,
+            address=self.address or None,
+            **facts,
+        )
+        call = Call(
+            operation=operation,
+            model=model,
+            waiting=self.waiting,
+            deadline=started + timeouts.total if bounded else math.inf,
+            timeouts=timeouts,
+            attempts=self.settings.attempts,
+            budget=self._budget,
+            max_reply_bytes=self.settings.max_reply_bytes,
+            emit=emit,
+        )
+        emit("start")
+        self.counters.add(calls=1, running=1)
+        return Run(
+            provider=self.provider,
+            model=model or "",
+            operation=operation,
+            call=call,
+            started=started,
+            emit=emit,
+            release=lambda: self.counters.add(running=-1),
+            count=self._count,
+            hide=self.hide,
+            closed=lambda: self._closed,
+            suggest=lambda error: self._suggest(error, operation, call),
+        )
+
+    async def ask(
+        self,
+        hook: str,
+        build: Callable[[Call], Any],
+        answers: type | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | Timeouts | None = None,
+        around: Callable[[Run], Any] | None = None,
+    ) -> Any:
+        """Call a hook that answers once, as a call of its own."""
+        run = self.run(hook, model, self.timeouts(timeout))
+        with run.failing():
+            self.require(hook)
+            if around is not None:
+                await around(run)
+            answer = await self.call(hook, build(run.call), run.call, answers)
+        run.end()
+        run.emit("finish")
+        return answer
+
+    async def call(self, hook: str, request: Any, call: Call, answers: type | None = None) -> Any:
+        """Call a hook, and refuse an answer of another kind than the contract says."""
+        try:
+            answer = await call_hook(self.io, self.relay.hooks[hook], request, call)
+        except ModelNotFound as error:
+            await self._suggest(error, hook, call)
+            raise
+        finally:
+            await call.release()
+        if answers is not None and not isinstance(answer, answers):
+            raise ProviderError(
+                f"The provider `{self.provider}` answered `{hook}` with {type(answer).__name__} instead of "
+                f"{answers.__name__}.",
+                hint="That is a fault of the provider; tell its authors.",
+            )
+        return answer
+
+    async def _suggest(self, error: ModelNotFound, hook: str, call: Call) -> None:
+        """Add the names that are there and close to the one that was asked for: a courtesy that must not take long."""
+        wanted = error.model or call.model
+        if hook == "list_models" or error.suggestions or not wanted or not self.has("list_models"):
+            return
+        brief = replace(
+            call, deadline=min(call.deadline, time.monotonic() + BRIEF.total), timeouts=BRIEF, attempts=1, opened={}
+        )
+        with contextlib.suppress(Exception):
+            models = await self.call("list_models", ModelsRequest(call=brief), brief, tuple)
+            error.suggestions = inputs.close_names(wanted, [each.name for each in models if each.name])
+        if error.suggestions:
+            pull = f" Otherwise pull it: `graftage models pull {wanted}`." if self.has("pull_model") else ""
+            error.hint = f"Did you mean `{error.suggestions[0]}`?{pull}"
+
+    def has(self, hook: str) -> bool:
+        """Whether the connection implements a hook."""
+        return hook in self.relay.hooks
+
+    def require(self, hook: str) -> None:
+        """Refuse an operation that the connection does not implement."""
+        inputs.require(hook, self.has(hook), self.provider)
+
+    def capabilities(self) -> Capabilities:
+        """What the provider can do: as it says, or as its hooks show. Asked once."""
+        if self._capabilities is None:
+            self._capabilities = self._asked_capabilities()
+        return self._capabilities
+
+    def _asked_capabilities(self) -> Capabilities:
+        shown = frozenset(name for name in get_args(Feature) if self.has(name))
+        if not self.has("capabilities"):
+            return Capabilities(features=shown)
+        try:
+            answer: Capabilities = self.relay.hooks["capabilities"].plain(None)
+        except Exception as error:  # noqa: BLE001 - it is typed
+            typed = typed_error(error, self.provider)
+            raise typed from typed.__cause__
+        return replace(answer, features=answer.features | shown)
+
+    async def _know(self, model: str, call: Call) -> None:
+        """Learn what a model can do, where the provider can tell."""
+        if model not in self._infos and self.has("show_model"):
+            with contextlib.suppress(ProviderError):  # The request itself will tell.
+                self._infos[model] = await self.call(
+                    "show_model", ModelRequest(call=call, model=model), call, ModelInfo
+                )
+
+    def _require_features(self, model: str, needs: Sequence[str]) -> None:
+        """Refuse what the provider cannot do, or what this model is known not to do."""
+        able = self.capabilities().features
+        info = self._infos.get(model)
+        for feature in needs:
+            inputs.require(feature, feature in able, self.provider)
+            if info is not None and info.features is not None and feature in ("tools", "images", "thinking"):
+                inputs.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
+
+    def facts(self, model: str, call: Call) -> ModelInfo | None:
+        """Facts about a model, from a plugin's blocking code; remembered."""
+        if model not in self._infos:
+            try:
+                info = self.io.from_thread(self.relay, "show_model", ModelRequest(call=call, model=model))
+            except ModelNotFound:
+                return None  # The request itself will tell, with suggestions.
+            if info is None:
+                return None
+            self._infos[model] = info
+        return self._infos[model]
+
+    def read(
+        self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
+    ) -> Wants:
+        """Read the arguments of a call; what is wrong with them is told as any other failure is."""
+        return reader(subject, arguments)
+
+    def timeouts(self, given: float | Timeouts | None) -> Timeouts:
+        """The limits of a call; a number means the total."""
+        if given is None:
+            return self.settings.timeouts
+        if isinstance(given, Timeouts):
+            return given
+        try:
+            return replace(self.settings.timeouts, total=given)
+        except ValueError as error:
+            hint = "Give seconds above 0, or `Timeouts`."
+            raise RequestRejected(f"The timeout is wrong: {error}.", hint=hint) from error
+
+    def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
+        """The limits of a call for which no model works: a server that does not answer it soon will not at all."""
+        if given is not None:
+            return given
+        own = self.settings.timeouts
+        return replace(own, first_token=min(own.first_token, SOON), total=min(own.total, SOON))
+
+    def keep_alive(self, given: float | str | None) -> float | None:
+        """Seconds a model is to stay: as the call says, else the settings."""
+        try:
+            return keep_alive_seconds(given) if given is not None else self.settings.keep_alive
+        except ValueError as error:
+            raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
+
+    def choose_model(self, model: str | None) -> str:
+        """The model of a call, or the client's."""
+        chosen = self.model if model is None else model
+        if not chosen and model is None:
+            hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL. `graftage models list` shows "
+            hint += "what there is, and `graftage models pull NAME` gets one."
+            raise RequestRejected("No model is chosen.", provider=self.provider, hint=hint)
+        check_model(chosen)
+        return str(chosen)
+
+    def hide(self, error: GraftageError) -> None:
+        """Take secrets out of what an error says: a server may repeat the headers it got."""
+        settings = self.settings
+        secrets = [each.get_secret_value() for each in (settings.api_key, *settings.headers.values()) if each]
+        for secret in (each for each in secrets if len(each) >= SHORTEST_SECRET):
+            error.args = tuple(hidden(each, secret) for each in error.args)
+            for name, value in vars(error).items():
+                setattr(error, name, hidden(value, secret))
+
+    def _count(self, **changes: int) -> None:
+        if "failures" in changes:
+            self.health_cache.drop()
+        self.counters.add(**changes)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the client is closed")
