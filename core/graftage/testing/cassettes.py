@@ -1,4 +1,4 @@
-"""Real exchanges, recorded once and replayed offline: a transport for providers that are built on httpx.
+"""Real exchanges, recorded once and replayed offline: a transport for providers that are built on the toolkit.
 
     with Cassette("cassettes/story.yaml", mode="record", server="Ollama 0.9.3") as cassette:
         with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
@@ -25,16 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-import httpx
 import yaml
 
-from graftage.exceptions import GraftageError
+from graftage.exceptions import GraftageError, StreamInterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import TracebackType
+    from typing import Self
 
-    from typing_extensions import Self
+    from graftage.http import Clock, Colour, Headers, Request, Response, Transport
 
 __all__ = ["Cassette", "CassetteError", "CassetteMiss"]
 
@@ -143,13 +143,9 @@ class Cassette:
         with self._lock:
             return tuple(f"{each.method} {each.target}" for queue in self._waiting.values() for each in queue)
 
-    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
-        """A transport that replays, or records what the provider's own one does."""
-        return _Recorder(self, build()) if self.mode == "record" else _Player(self)
-
-    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
-        """The same for async clients; both play the same file."""
-        return _AsyncRecorder(self, build()) if self.mode == "record" else _AsyncPlayer(self)
+    def wrap(self, network: Callable[[], Transport]) -> Transport:
+        """A transport that replays, or records what the provider's own one does; both colours play the same file."""
+        return _Recorder(self, network()) if self.mode == "record" else _Player(self)
 
     def save(self) -> None:
         """Write the file, through a temporary one beside it.
@@ -177,9 +173,13 @@ class Cassette:
         for each in self._interactions:
             self._waiting[each.key].append(each)
 
-    def _take(self, request: httpx.Request) -> _Interaction:
-        """The answer to a request whose body has been read; each is taken once."""
-        key = (request.method, _target(request), _canonical(request.content))
+    def take(self, request: Request) -> _Interaction:
+        """The answer to a request; each is taken once.
+
+        Raises:
+            CassetteMiss: the file does not hold it, or not once more.
+        """
+        key = (request.method, _target(request.url), _canonical(_body(request)))
         with self._lock:
             if queue := self._waiting.get(key):
                 return queue.popleft()
@@ -190,24 +190,20 @@ class Cassette:
             self.misses.append(miss)
         raise miss
 
-    def _prepare(self, request: httpx.Request) -> None:
-        """Before a request is sent on: note its secrets, and ask the server not to compress.
-
-        A compressed body can neither be read in a diff nor searched for secrets.
-        """
+    def note_secrets(self, request: Request) -> None:
+        """Note the secrets of a request that is to be sent: a later answer may repeat them, though none comes to it."""
         with self._lock:
             self._sent.update(_secrets_of(request.headers))
-        request.headers["accept-encoding"] = "identity"
 
-    def _begin(self, request: httpx.Request, response: httpx.Response) -> _Interaction:
-        """Note an answer at its headers: the file then has the order in which answers began."""
+    def begin(self, request: Request, response: Response) -> _Interaction:
+        """Note an answer at its head: the file then has the order in which answers began."""
         interaction = _Interaction(
             request.method,
-            _target(request),
+            _target(request.url),
             _kept(request.headers, KEPT_OF_REQUEST),
-            request.content,
-            response.status_code,
-            response.reason_phrase,
+            _body(request),
+            response.status,
+            response.reason,
             _kept(response.headers, KEPT_OF_RESPONSE),
             cut_short=True,
         )
@@ -219,125 +215,86 @@ class Cassette:
 # --- Transports ------------------------------------------------------------------------------------------------------
 
 
-class _Recorder(httpx.BaseTransport):
-    def __init__(self, cassette: Cassette, inner: httpx.BaseTransport) -> None:
+class _Recorder:
+    def __init__(self, cassette: Cassette, inner: Transport) -> None:
+        self.colour = inner.colour
         self._cassette = cassette
         self._inner = inner
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request.read()
-        self._cassette._prepare(request)  # noqa: SLF001 # one module, one thing
-        response = self._inner.handle_request(request)
-        interaction = self._cassette._begin(request, response)  # noqa: SLF001 # one module, one thing
-        assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101 # narrows the type
-        response.stream = _Tee(response.stream, interaction)
-        return response
+    async def send(self, request: Request, clock: Clock) -> Response:
+        self._cassette.note_secrets(request)
+        response = await self._inner.send(request, clock)
+        return _Recording(response, self._cassette.begin(request, response))
 
-    def close(self) -> None:
-        self._inner.close()
+    async def close(self) -> None:
+        await self._inner.close()
 
 
-class _AsyncRecorder(httpx.AsyncBaseTransport):
-    def __init__(self, cassette: Cassette, inner: httpx.AsyncBaseTransport) -> None:
-        self._cassette = cassette
-        self._inner = inner
+class _Recording:
+    """Hands each piece on as it comes and keeps a copy: the reader waits no longer than without it."""
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        await request.aread()
-        self._cassette._prepare(request)  # noqa: SLF001 # one module, one thing
-        response = await self._inner.handle_async_request(request)
-        interaction = self._cassette._begin(request, response)  # noqa: SLF001 # one module, one thing
-        assert isinstance(response.stream, httpx.AsyncByteStream)  # noqa: S101 # narrows the type
-        response.stream = _AsyncTee(response.stream, interaction)
-        return response
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-
-class _Tee(httpx.SyncByteStream):
-    """Hands each chunk on as it comes and keeps a copy: the reader waits no longer than without it."""
-
-    def __init__(self, inner: httpx.SyncByteStream, interaction: _Interaction) -> None:
+    def __init__(self, inner: Response, interaction: _Interaction) -> None:
+        self.status, self.reason, self.headers = inner.status, inner.reason, inner.headers
         self._inner = inner
         self._interaction = interaction
 
-    def __iter__(self) -> Iterator[bytes]:
-        for chunk in self._inner:
-            self._interaction.chunks.append(chunk)
-            yield chunk
-        self._interaction.cut_short = False
+    async def read(self) -> bytes:
+        piece = await self._inner.read()
+        if piece:
+            self._interaction.chunks.append(piece)
+        else:
+            self._interaction.cut_short = False
+        return piece
 
-    def close(self) -> None:
-        self._inner.close()
-
-
-class _AsyncTee(httpx.AsyncByteStream):
-    """The async twin of `_Tee`."""
-
-    def __init__(self, inner: httpx.AsyncByteStream, interaction: _Interaction) -> None:
-        self._inner = inner
-        self._interaction = interaction
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._inner:
-            self._interaction.chunks.append(chunk)
-            yield chunk
-        self._interaction.cut_short = False
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
+    async def close(self) -> None:
+        await self._inner.close()
 
 
-class _Player(httpx.BaseTransport):
+class _Player:
+    colour: Colour | None = None
+
     def __init__(self, cassette: Cassette) -> None:
         self._cassette = cassette
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request.read()
-        return _revive(self._cassette._take(request))  # noqa: SLF001 # one module, one thing
+    async def send(self, request: Request, clock: Clock) -> Response:
+        interaction = self._cassette.take(request)
+        clock.sent()
+        return Replayed(interaction)
+
+    async def close(self) -> None:
+        pass
 
 
-class _AsyncPlayer(httpx.AsyncBaseTransport):
-    def __init__(self, cassette: Cassette) -> None:
-        self._cassette = cassette
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        await request.aread()
-        return _revive(self._cassette._take(request))  # noqa: SLF001 # one module, one thing
-
-
-class _Replayed(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """A recorded body, with its borders, and with its break where it had one."""
+class Replayed:
+    """A recorded answer, with the borders of its pieces, and with its break where it had one."""
 
     def __init__(self, interaction: _Interaction) -> None:
-        self._interaction = interaction
+        self.status, self.reason = interaction.status, interaction.reason
+        self.headers = tuple((name.lower(), value) for name, values in interaction.headers.items() for value in values)
+        self._pieces = iter(interaction.chunks)
+        self._cut_short = interaction.cut_short
 
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._interaction.chunks
-        if self._interaction.cut_short:
-            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body (recorded)")
+    async def read(self) -> bytes:
+        piece = next(self._pieces, b"")
+        if not piece and self._cut_short:
+            raise StreamInterrupted(
+                "The connection broke before the answer was complete (recorded).",
+                retryable=True,
+                hint="Was the server stopped, or a proxy's limit reached?",
+            )
+        return piece
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self:
-            yield chunk
-
-
-def _revive(interaction: _Interaction) -> httpx.Response:
-    return httpx.Response(
-        interaction.status,
-        headers=[(name, value) for name, values in interaction.headers.items() for value in values],
-        stream=_Replayed(interaction),
-        extensions={"reason_phrase": interaction.reason.encode("ascii", "replace"), "http_version": b"HTTP/1.1"},
-    )
+    async def close(self) -> None:
+        pass
 
 
-def _target(request: httpx.Request) -> str:
-    return request.url.raw_path.decode("ascii")
+def _body(request: Request) -> bytes:
+    return request.file.read_bytes() if request.file is not None else request.body
 
 
-def _kept(headers: httpx.Headers, names: Iterable[str]) -> dict[str, list[str]]:
-    return {name: headers.get_list(name) for name in names if name in headers}
+def _kept(headers: Headers, names: Iterable[str]) -> dict[str, list[str]]:
+    found = {name: [value for each, value in headers if each == name] for name in names}
+    return {name: values for name, values in found.items() if values}
 
 
 # --- Matching --------------------------------------------------------------------------------------------------------
@@ -500,9 +457,9 @@ _SCHEMES: Final = frozenset({"basic", "bearer", "token"})
 """Words that stand before credentials in headers of any name; before `authorization` any word may."""
 
 
-def _secrets_of(headers: httpx.Headers) -> Iterator[tuple[str, str]]:
+def _secrets_of(headers: Headers) -> Iterator[tuple[str, str]]:
     """The secrets of a request, each with the name of its header."""
-    for name, value in headers.multi_items():
+    for name, value in headers:
         if not _HARMLESS.fullmatch(name):
             yield from ((part.strip(), name) for part in _parts(name, value) if len(part.strip()) >= _MIN_SENT)
 
@@ -618,7 +575,7 @@ def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
         places = [content.get("metadata"), *(each["response"] for each in content["interactions"])]
         servers = (each.get("server") for each in places if isinstance(each, dict))
         return next((each for each in servers if isinstance(each, str)), None), interactions
-    except (ValueError, httpx.InvalidURL) as error:
+    except ValueError as error:
         raise CassetteError(f"{path} is no cassette: {error}.", hint="Record it again.") from error
 
 
@@ -666,7 +623,7 @@ def _from_plain(place: int, plain: Any) -> _Interaction:
     _expect(isinstance(body, dict), where + "`response.body` is no mapping")
     return _Interaction(
         method,
-        httpx.URL(uri).raw_path.decode("ascii"),
+        _target(uri),
         _headers(where, request.get("headers")),
         _bytes(where, request.get("body")),
         status["code"],
@@ -675,6 +632,17 @@ def _from_plain(place: int, plain: Any) -> _Interaction:
         _pieces(_bytes(where, body.get("string")), response.get("chunk_lengths")),
         cut_short=response.get("cut_short") is True,
     )
+
+
+_PLAIN: Final = "/?%:@!$&'()*+,;=~"
+"""Signs that stand in paths and queries as they are, besides letters, digits and `-._`."""
+
+
+def _target(uri: str) -> str:
+    """Path and query of an address, as they are sent."""
+    parts = urllib.parse.urlsplit(uri)
+    query = f"?{parts.query}" if parts.query else ""
+    return urllib.parse.quote((parts.path or "/") + query, safe=_PLAIN)
 
 
 def _expect(condition: bool, otherwise: str) -> None:

@@ -4,12 +4,11 @@
     with graftage.connect(echo, model="echo:latest") as llm:
         assert llm.chat("Hi").text == "Hello!"
 
-It implements every hook of a connection, sync and async, remembers what it was asked, and opens nothing.
+It implements every hook of a connection, remembers what it was asked, and opens nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import hashlib
 import itertools
@@ -18,20 +17,18 @@ import re
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from graftage.calls import Call, ChatRequest, GenerateRequest
 from graftage.exceptions import ModelNotFound, ProviderTimeout, StreamInterrupted
 from graftage.hookspecs import hookimpl
 from graftage.types import (
     HEALTH_LEVELS,
-    Call,
     Capabilities,
-    ChatRequest,
     Chunk,
     Embeddings,
-    GenerateRequest,
     Health,
     LoadedAdapter,
     LoadedModel,
@@ -39,14 +36,14 @@ from graftage.types import (
     PullProgress,
     Timings,
     Usage,
+    canonical_name,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 
-    from graftage.types import (
+    from graftage.calls import (
         CloseRequest,
-        ConnectRequest,
         EmbedRequest,
         HealthRequest,
         LoadAdapterRequest,
@@ -56,6 +53,7 @@ if TYPE_CHECKING:
         PruneAdaptersRequest,
         UnloadAdapterRequest,
     )
+    from graftage.hookspecs import ConnectRequest
 
 __all__ = ["Echo", "Pause"]
 
@@ -112,6 +110,7 @@ _OPERATIONS: Final = (
     "prune_adapters",
 )
 _ACCEPTED: Final = frozenset({"tools", "structured_output", "thinking", "images", "logprobs", "suffix"})
+_PARAMETERS: Final = frozenset({"keep_alive", "context_window", "max_tokens"})
 _CONTEXT_WINDOW: Final = 8192
 _DIMENSIONS: Final = 8
 _MODEL_SIZE: Final = 1_000_000
@@ -150,7 +149,7 @@ class Echo:
             script: the steps; afterwards, or without them, it echoes.
             models: the models it has, by name or with their facts.
             strict: whether any other model is a `ModelNotFound`, instead of being taken as it comes.
-            without: names of hooks, such as `embed` and `achat`, that its connections shall lack.
+            without: names of hooks, such as `embed`, that its connections shall lack.
             errors: what an operation other than those of the script raises, by its name; `health` reports it instead.
             address: the connection's address; each object has one of its own, so that two tests never share slots.
         """
@@ -160,7 +159,7 @@ class Echo:
         self.connections: list[Any] = []
         """Every connection it made."""
         self.calls: list[tuple[str, Any]] = []
-        """Every hook that was called, by its exact name (`achat`), with its request."""
+        """Every hook that was called, with its request."""
         self.running = 0
         """Streams that are open."""
         self.lock = threading.Lock()
@@ -175,7 +174,7 @@ class Echo:
     def requests(self) -> list[Any]:
         """Every request it got, in order, without those to connect and to close."""
         with self.lock:
-            return [request for hook, request in self.calls if hook not in {"connect", "close", "aclose"}]
+            return [request for hook, request in self.calls if hook not in {"connect", "close"}]
 
     @property
     def closed(self) -> bool:
@@ -195,7 +194,7 @@ class Echo:
         """Remember a call, and raise what it is to raise."""
         with self.lock:
             self.calls.append((hook, request))
-        if error := self.errors.get(_operation(hook)):
+        if error := self.errors.get(hook):
             raise error
 
     def next_step(self, request: Any) -> Answer:
@@ -207,8 +206,6 @@ class Echo:
 
 class _Workings:
     """What the hooks of a connection have in common; private, so that leaving out a hook leaves nothing of it."""
-
-    keeps_time = True
 
     def __init__(self, echo: Echo) -> None:
         self._echo = echo
@@ -233,33 +230,20 @@ class _Workings:
             return _words_as_chunks(answer, request, model)
         return iter(answer)
 
-    def _play(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> Iterator[Chunk]:
-        with self._running():
-            started = False
-            for item in items:
-                if isinstance(item, Pause):
-                    for gate in self._hold(item, request.call, started=started):
-                        gate.wait(_POLL)
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    started = True
-                    yield item
-
-    async def _aplay(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> AsyncIterator[Chunk]:
+    async def _play(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> AsyncGenerator[Chunk, None]:
         with self._running():
             started = False
             for item in items:
                 if isinstance(item, Pause):
                     for _ in self._hold(item, request.call, started=started):
-                        await asyncio.sleep(_POLL)
+                        await request.call.sleep(_POLL)
                 elif isinstance(item, Exception):
                     raise item
                 else:
                     started = True
                     yield item
 
-    def _hold(self, pause: Pause, call: Call, *, started: bool) -> Iterator[threading.Event]:
+    def _hold(self, pause: Pause, call: Call, *, started: bool) -> Iterator[None]:
         """Yield as long as the pause lasts; the caller waits a little each time, in its own way."""
         phase: Literal["idle", "first_token", "total"] = "idle" if started else "first_token"
         until = time.monotonic() + (call.timeouts.idle if started else call.timeouts.first_token)
@@ -271,7 +255,7 @@ class _Workings:
                 raise StreamInterrupted("The connection was closed during the answer.", provider=Echo.name)
             if time.monotonic() > until:
                 raise ProviderTimeout("The script paused for too long.", phase=phase, provider=Echo.name)
-            yield pause.gate
+            yield
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -301,7 +285,7 @@ class _Workings:
             self._echo.note(hook, request)
         except Exception as error:  # noqa: BLE001 # the contract: what went wrong is reported, not raised
             return Health(level=request.level, reachable=False, address=self.address, error=error)
-        name = _canonical(request.model) if request.model else None
+        name = canonical_name(request.model) if request.model else None
         present = name in self._echo.models or not self._echo.strict
         # To see whether a model answers, it is made to: then it is in memory, too.
         answers = present and request.level == "answers"
@@ -332,7 +316,7 @@ class _Workings:
     def _show_model(self, hook: str, request: ModelRequest) -> ModelInfo:
         self._echo.note(hook, request)
         self._check_model(request.model, hook)
-        return self._echo.models.get(_canonical(request.model)) or _model_info(request.model)
+        return self._echo.models.get(canonical_name(request.model)) or _model_info(request.model)
 
     def _loaded_models(self, hook: str, request: ModelsRequest) -> tuple[LoadedModel, ...]:
         self._echo.note(hook, request)
@@ -365,8 +349,8 @@ class _Workings:
         adapter = request.adapter
         derived = f"{request.model}+{adapter.name}"
         with self._echo.lock:
-            self._echo.models.setdefault(_canonical(derived), _model_info(derived))
-            self._echo.derived.add(_canonical(derived))
+            self._echo.models.setdefault(canonical_name(derived), _model_info(derived))
+            self._echo.derived.add(canonical_name(derived))
         self._load(derived, request.context_window)
         return LoadedAdapter(
             name=adapter.name, digest=adapter.digest, model=derived, scale=adapter.scale, strategy="derived"
@@ -388,7 +372,7 @@ class _Workings:
         return found
 
     def _load(self, model: str, context_window: int | None) -> None:
-        name = _canonical(model)
+        name = canonical_name(model)
         with self._echo.lock:
             info = self._echo.models.get(name) or _model_info(name)
             self._echo.loaded[name] = LoadedModel(
@@ -401,18 +385,18 @@ class _Workings:
 
     def _forget(self, model: str) -> None:
         with self._echo.lock:
-            self._echo.loaded.pop(_canonical(model), None)
+            self._echo.loaded.pop(canonical_name(model), None)
 
     def _check_model(self, model: str, hook: str) -> None:
-        if not self._echo.strict or _canonical(model) in self._echo.models:
+        if not self._echo.strict or canonical_name(model) in self._echo.models:
             return
-        close = difflib.get_close_matches(_canonical(model), self._echo.models, n=3)
+        close = difflib.get_close_matches(canonical_name(model), self._echo.models, n=3)
         raise ModelNotFound(
             f"There is no model `{model}`.",
             hint="Pull it, or give `Echo` its name.",
             provider=Echo.name,
             model=model,
-            operation=_operation(hook),
+            operation=hook,
             status=404,
             suggestions=close,
         )
@@ -422,123 +406,71 @@ class EchoConnection(_Workings):
     """The connection of `Echo`, with every hook of the contract."""
 
     @hookimpl
-    def chat(self, request: ChatRequest) -> Iterator[Chunk]:
-        return self._play(request, self._open("chat", request))
+    async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        async with aclosing(self._play(request, self._open("chat", request))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     @hookimpl
-    def achat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        return self._aplay(request, self._open("achat", request))
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        async with aclosing(self._play(request, self._open("generate", request))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     @hookimpl
-    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
-        return self._play(request, self._open("generate", request))
-
-    @hookimpl
-    def agenerate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        return self._aplay(request, self._open("agenerate", request))
-
-    @hookimpl
-    def embed(self, request: EmbedRequest) -> Embeddings:
+    async def embed(self, request: EmbedRequest) -> Embeddings:
         return self._embed("embed", request)
 
     @hookimpl
-    async def aembed(self, request: EmbedRequest) -> Embeddings:
-        return self._embed("aembed", request)
-
-    @hookimpl
-    def health(self, request: HealthRequest) -> Health:
+    async def health(self, request: HealthRequest) -> Health:
         return self._health("health", request)
 
     @hookimpl
-    async def ahealth(self, request: HealthRequest) -> Health:
-        return self._health("ahealth", request)
-
-    @hookimpl
-    def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+    async def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
         return self._list_models("list_models", request)
 
     @hookimpl
-    async def alist_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
-        return self._list_models("alist_models", request)
-
-    @hookimpl
-    def show_model(self, request: ModelRequest) -> ModelInfo:
+    async def show_model(self, request: ModelRequest) -> ModelInfo:
         return self._show_model("show_model", request)
 
     @hookimpl
-    async def ashow_model(self, request: ModelRequest) -> ModelInfo:
-        return self._show_model("ashow_model", request)
-
-    @hookimpl
-    def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
+    async def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
         return self._loaded_models("loaded_models", request)
 
     @hookimpl
-    async def aloaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
-        return self._loaded_models("aloaded_models", request)
-
-    @hookimpl
-    def pull_model(self, request: ModelRequest) -> Iterator[PullProgress]:
+    async def pull_model(self, request: ModelRequest) -> AsyncIterator[PullProgress]:
         self._echo.note("pull_model", request)
-        return self._pull(request)
+        for step in self._pull(request):
+            yield step
 
     @hookimpl
-    def apull_model(self, request: ModelRequest) -> AsyncIterator[PullProgress]:
-        self._echo.note("apull_model", request)
-        return _as_async(self._pull(request))
-
-    @hookimpl
-    def load_model(self, request: LoadModelRequest) -> None:
+    async def load_model(self, request: LoadModelRequest) -> None:
         self._load_model("load_model", request)
 
     @hookimpl
-    async def aload_model(self, request: LoadModelRequest) -> None:
-        self._load_model("aload_model", request)
-
-    @hookimpl
-    def unload_model(self, request: ModelRequest) -> None:
+    async def unload_model(self, request: ModelRequest) -> None:
         self._unload_model("unload_model", request)
 
     @hookimpl
-    async def aunload_model(self, request: ModelRequest) -> None:
-        self._unload_model("aunload_model", request)
-
-    @hookimpl
-    def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
+    async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         return self._load_adapter("load_adapter", request)
 
     @hookimpl
-    async def aload_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
-        return self._load_adapter("aload_adapter", request)
-
-    @hookimpl
-    def unload_adapter(self, request: UnloadAdapterRequest) -> None:
+    async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
         self._unload_adapter("unload_adapter", request)
 
     @hookimpl
-    async def aunload_adapter(self, request: UnloadAdapterRequest) -> None:
-        self._unload_adapter("aunload_adapter", request)
-
-    @hookimpl
-    def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
+    async def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
         return self._prune_adapters("prune_adapters", request)
 
     @hookimpl
-    async def aprune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
-        return self._prune_adapters("aprune_adapters", request)
-
-    @hookimpl
     def capabilities(self) -> Capabilities:
-        present = {name for name in _OPERATIONS if hasattr(self, name) or hasattr(self, "a" + name)}
-        return Capabilities(features=_ACCEPTED | present, options=OPTIONS)
+        present = {name for name in _OPERATIONS if hasattr(self, name)}
+        return Capabilities(features=_ACCEPTED | present, options=OPTIONS, parameters=_PARAMETERS)
 
     @hookimpl
-    def close(self, request: CloseRequest) -> None:
+    async def close(self, request: CloseRequest) -> None:
         self._close("close", request)
-
-    @hookimpl
-    async def aclose(self, request: CloseRequest) -> None:
-        self._close("aclose", request)
 
 
 def _connection_class(without: frozenset[str]) -> Callable[[Echo], Any]:
@@ -550,11 +482,6 @@ def _connection_class(without: frozenset[str]) -> Callable[[Echo], Any]:
         return EchoConnection
     kept = {name: hook for name, hook in hooks.items() if name not in without}
     return type("EchoConnection", (_Workings,), kept)
-
-
-def _operation(hook: str) -> str:
-    """The operation of a hook or of its async twin."""
-    return hook[1:] if hook[1:] in {*_OPERATIONS, "health", "close"} else hook
 
 
 def _last_words(request: ChatRequest | GenerateRequest) -> str:
@@ -584,14 +511,10 @@ def _count_words(request: ChatRequest | GenerateRequest) -> int:
     return sum(len(each.content.split()) for each in request.messages)
 
 
-def _canonical(model: str) -> str:
-    return model if ":" in model else f"{model}:latest"
-
-
 def _model_info(model: str | ModelInfo) -> ModelInfo:
     if isinstance(model, ModelInfo):
         return model
-    name = _canonical(model)
+    name = canonical_name(model)
     return ModelInfo(
         name=name,
         digest="sha256:" + hashlib.sha256(name.encode()).hexdigest(),
@@ -609,8 +532,3 @@ def _vector(text: str, dimensions: int) -> tuple[float, ...]:
     numbers = [int.from_bytes(digest[:4], "big") / 2**31 - 1 for digest in digests]
     length = math.sqrt(sum(number**2 for number in numbers)) or 1.0
     return tuple(number / length for number in numbers)
-
-
-async def _as_async(items: Iterator[PullProgress]) -> AsyncIterator[PullProgress]:
-    for item in items:
-        yield item

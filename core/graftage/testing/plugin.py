@@ -23,6 +23,16 @@ from graftage.testing.cassettes import Cassette
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+__all__ = [
+    "NetworkRefused",
+    "cassette",
+    "cassette_root",
+    "cassette_server",
+    "claim_cassette",
+    "free_waiting",
+    "no_network",
+]
+
 _MODES: Final = {"sync", "async"}
 """Parts of a test's id that do not make another cassette."""
 _claims = pytest.StashKey[set[Path]]()
