@@ -42,7 +42,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file w
 @app.command("list")
 def list_adapters(provider: options.Provider = None, as_json: options.AsJson = False) -> None:
     """List the adapters that the installed plugins know of."""
-    with options.managed(None, provider) as client:
+    # The plugins know them: no server need answer.
+    with options.connected(None, provider or options.usual_provider()[0]) as client:
         found = client.adapters()
     if as_json:
         show.print_json([asdict(each) for each in found])
@@ -58,7 +59,7 @@ def list_adapters(provider: options.Provider = None, as_json: options.AsJson = F
 
 def _nothing_known() -> str:
     """Where adapters were looked for, as far as that is known here."""
-    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
     from graftage.settings import Sources  # noqa: PLC0415
 
     looking = [each.name for each in Catalog().entries if each.kind == "plugin" and each.state != "disabled"]
@@ -187,8 +188,10 @@ def _is_any_in_memory(client: "Client") -> bool:
     """Whether a server holds any model that loading an adapter has left there."""
     if "prune_adapters" not in client.capabilities().features:
         return False
-    derived = {model.name for model in client.prune_adapters(dry_run=True)}
-    return any(model.name in derived for model in client.loaded())
+    from graftage.types import canonical_name  # noqa: PLC0415 - `graftage --help` must be quick
+
+    derived = {canonical_name(model.name) for model in client.prune_adapters(dry_run=True)}
+    return any(canonical_name(model.name) in derived for model in client.loaded())
 
 
 @app.command("prune")

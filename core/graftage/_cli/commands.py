@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from graftage._cli import show
 from graftage._cli.errors import Reporting
-from graftage._stream import is_fault
+from graftage._engine.faults import is_fault
 from graftage._values import EntryPoint, entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
 
@@ -107,11 +107,11 @@ def _mounted(app: typer.Typer, name: str) -> Any:
 
 
 def _check_core(point: EntryPoint) -> None:
-    from graftage import _plugins  # noqa: PLC0415 - only when a plugin's command is run
+    from graftage._engine import plugins  # noqa: PLC0415 - only when a plugin's command is run
 
     name, version = identity(point.dist)
-    _plugins._check_core(  # noqa: SLF001 - one rule for all that plugins bring
-        _plugins.Entry(
+    plugins._check_core(  # noqa: SLF001 - one rule for all that plugins bring
+        plugins.Entry(
             name=point.name,
             kind="plugin",
             distribution=name,

@@ -54,7 +54,7 @@ def doctor(
 
     Exit code: 0 all is well, 1 a check failed, 2 the settings are wrong.
     """
-    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
 
     with contextlib.closing(Examination(model, provider, host)) as examination:
         checks = []
@@ -139,11 +139,11 @@ class Examination:
         return Check("settings file", "ok", f"{sources.file} does not exist, which is fine")
 
     def _provider_found(self) -> Check:
-        from graftage._plugins import Catalog  # noqa: PLC0415
+        from graftage._engine.plugins import Catalog  # noqa: PLC0415
 
         origin, hint = "command line", None
         if self._provider is None:
-            self._provider, origin = options.usual_provider()
+            self._provider, origin = options.usual_provider(self._host)
             if origin == options.DEFAULT and self._host is None:
                 hint = self._taken_by_auto(self._provider)
         entry = Catalog().provider(self._provider)
@@ -178,12 +178,10 @@ class Examination:
             return Check("proxy", "skip", "there is no network on the way")
         names = [name for name in PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
         try:
-            import httpx  # noqa: PLC0415
-
             from graftage.http import proxy_for  # noqa: PLC0415
         except ImportError:
             return Check("proxy", "skip", "the provider does not use Graftage's HTTP")
-        self._proxy = proxy_for(httpx.URL(self._address))
+        self._proxy = proxy_for(self._address)
         if self._proxy:
             return Check(
                 "proxy",

@@ -113,7 +113,7 @@ def _provider_meant(error: GraftageError) -> str | None:
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
         return None
-    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
+    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
 
     installed = Catalog().names("provider")
     name, _, rest = model.removesuffix(":latest").partition(":")

@@ -79,16 +79,12 @@ def connected(model: str | None, provider: str | None = None, **overrides: Any) 
 
 @contextmanager
 def answering(model: str | None, provider: str | None, *, host: str | None, tell: bool = True) -> "Iterator[Client]":
-    """The client of a command that asks a model. Tells who answers where nobody has chosen it.
-
-    Whoever names a server means that server: then nobody else is looked for.
-    """
+    """The client of a command that asks a model. Tells who answers where nobody has chosen it."""
     if provider is None:
         provider, model = split(model)
-    chosen = provider or (usual_provider()[0] if host else None)
-    with connected(model, chosen, host=host) as client:
+    with connected(model, provider, host=host) as client:
         require_model(client)
-        if tell and chosen is None and usual_provider()[1] == DEFAULT:
+        if tell and host is None and taken(client):
             show.note(f"{client.model} on {client.provider}, as no provider was named.")
         yield client
 
@@ -97,22 +93,19 @@ def managed(model: str | None, provider: str | None, *, host: str | None = None)
     """The client for looking after models: of one provider, whether or not it has a model that could answer."""
     if provider is None:
         provider, model = split(model)
-    return connected(model, provider or _provider_in_use(host), host=host)
+    client = connected(model, provider, host=host)
+    if (why := taken(client)) and why != "it answers":
+        show.note(f"Looking at {client.provider}, as no provider was named. {why}")
+    return client
 
 
-def _provider_in_use(host: str | None) -> str:
-    """The usual provider; where nobody chose it and no server answers, the embedded one."""
-    from graftage._opening import EMBEDDED, SERVER  # noqa: PLC0415
-    from graftage._plugins import Catalog  # noqa: PLC0415
+def taken(client: "Client") -> str | None:
+    """Why the client's provider was taken, where nobody has chosen it."""
+    from graftage._engine.choosing import AUTO  # noqa: PLC0415
 
-    name, origin = usual_provider()
-    if host or origin != DEFAULT or name != SERVER or EMBEDDED not in Catalog().names("provider"):
-        return name
-    with connected(None, SERVER) as client:
-        if client.health("api").ok:
-            return name
-    show.note(f"Looking at {EMBEDDED}, as no provider was named and no {SERVER} answers.")
-    return EMBEDDED
+    _ = client.provider  # The choice is made where it is needed.
+    how, _, why = client.origins.get("provider", "").partition(": ")
+    return why if how == AUTO else None
 
 
 @contextmanager
@@ -129,23 +122,20 @@ def tell_if_embedded(client: "Client") -> None:
         show.note("It ends with this command; a program that holds the client keeps it.")
 
 
-def usual_provider() -> tuple[str, str]:
-    """The provider to look after where none is named, and why it."""
-    from graftage._opening import AUTO, EMBEDDED, SERVER  # noqa: PLC0415
-    from graftage._plugins import Catalog  # noqa: PLC0415
+def usual_provider(host: str | None = None) -> tuple[str, str]:
+    """The provider that is asked first where none is named, and why it."""
+    from graftage._engine.choosing import AUTO, Opening, Wish  # noqa: PLC0415
     from graftage.settings import Sources  # noqa: PLC0415
 
     name, origin = Sources.of().choice("provider")
     if name and name != AUTO:
         return name.partition(":")[0], origin
-    installed = Catalog().names("provider")
-    found = next((each for each in (SERVER, EMBEDDED) if each in installed), SERVER)
-    return found, DEFAULT
+    return Opening(Wish(provider=AUTO, overrides=given({"host": host}))).ranked()[0], DEFAULT
 
 
 def split(model: str | None) -> tuple[str | None, str | None]:
     """The provider, where one is named, and the model."""
-    from graftage._plugins import Catalog  # noqa: PLC0415
+    from graftage._engine.plugins import Catalog  # noqa: PLC0415
 
     name, colon, rest = (model or "").partition(":")
     if colon and name in Catalog().names("provider"):

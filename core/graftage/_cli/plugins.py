@@ -8,14 +8,14 @@ from graftage._cli.errors import way_out
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from graftage._plugins import Entry
+    from graftage._engine.plugins import Entry
 
 __all__ = ["plugin_data", "plugins", "print_plugins"]
 
 
 def plugins(as_json: options.AsJson = False) -> None:
     """List providers and plugins, and why one is left out."""
-    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
+    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
 
     entries = Catalog().inspect_all()
     if as_json:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from graftage._cli import show
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from rich.progress import Progress, TaskID
     from rich.status import Status
-    from typing_extensions import Self
 
-    from graftage.types import Event, PullProgress
+    from graftage.calls import Event
+    from graftage.types import PullProgress
 
 __all__ = ["Waiting", "watcher"]
 

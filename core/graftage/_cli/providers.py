@@ -14,7 +14,7 @@ from graftage.exceptions import GraftageError, PluginError
 
 if TYPE_CHECKING:
     from graftage import Client
-    from graftage._plugins import Entry
+    from graftage._engine.plugins import Entry
 
 __all__ = ["providers"]
 
@@ -49,7 +49,7 @@ def providers(
     as_json: options.AsJson = False,
 ) -> None:
     """Compare the installed providers: how well each is, what it can do, which models it has."""
-    from graftage._plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
 
     entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
     found = _examined(sorted(entries, key=lambda entry: entry.name), timeout)

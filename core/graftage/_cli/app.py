@@ -1,0 +1,53 @@
+"""The `graftage` command. Each command imports what it needs when it runs: `graftage --help` must be quick."""
+
+from typing import Annotated
+
+import typer
+
+import graftage
+from graftage._cli import adapters, chat, doctor, embed, generate, models, plugins, providers, show
+from graftage._cli.commands import Commands
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="graftage",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("embed")(embed.embed)
+app.add_typer(models.app, name="models")
+app.add_typer(adapters.app, name="adapters")
+app.command("providers")(providers.providers)
+app.command("plugins")(plugins.plugins)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        show.line(f"graftage {graftage.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (or set GRAFTAGE_DEBUG=1).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Talk to language models through whatever provider is installed."""
+    # `Commands` reads `debug`, and the callback of `version` does all of its work.
+
+
+def main() -> None:
+    """Run the command."""
+    show.prepare_streams()
+    app(prog_name="graftage")
