@@ -1,7 +1,6 @@
 """How Ollama takes an adapter: as a model derived from the base, made once and proven by reading it back.
 
-Written as coroutines against a `Wire`: the async one awaits, the sync one never suspends, so that `drive` gets its
-result from a single step. Nothing here knows what an adapter is made of; the resolver's `Adapter` does.
+Nothing here knows what an adapter is made of; the resolver's `Adapter` does.
 
 What a server says to `create` proves nothing: an unknown field is ignored with "success", and a server without adapters
 might leave a plain copy of the base. So each model is shown afterwards, and a wrong one is deleted.
@@ -16,11 +15,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from graftage.calls import Call
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -37,13 +38,15 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
-from graftage.types import Call, LoadedAdapter, ModelInfo, PullProgress
+from graftage.types import LoadedAdapter, ModelInfo, PullProgress, canonical_name
 from graftage_ollama import _convert
 
 if TYPE_CHECKING:
-    from graftage.types import Adapter, LoadAdapterRequest, PruneAdaptersRequest, UnloadAdapterRequest
+    from graftage.calls import LoadAdapterRequest, PruneAdaptersRequest, UnloadAdapterRequest
+    from graftage.http import Http
+    from graftage.types import Adapter
 
-__all__ = ["NAMESPACE", "Adapters", "Wire", "drive"]
+__all__ = ["NAMESPACE", "Adapters"]
 
 T = TypeVar("T")
 NAMESPACE: Final = "graftage-lora"
@@ -67,40 +70,6 @@ PASSING: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, Model
 """What `create` answers where another strategy may do better; a lost connection is not among it."""
 
 
-class Wire(Protocol):
-    """The server, as this module asks it."""
-
-    async def ask(
-        self,
-        call: Call,
-        operation: str,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        read: Callable[[dict[str, Any]], Any] = dict,
-    ) -> Any:
-        """Ask for a JSON object and read it; an empty answer is an empty one, and an unreadable one a typed error."""
-        ...
-
-    async def upload(self, call: Call, path: str, file: Path) -> None:
-        """Send a file."""
-        ...
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """Run what blocks."""
-        ...
-
-
-def drive(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never suspends."""
-    try:
-        work.send(None)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
-    raise RuntimeError("a wire that blocks must not suspend")  # pragma: no cover - no such wire is given
-
-
 class _Passed(Exception):
     """A strategy cannot be used; its text says why."""
 
@@ -118,8 +87,8 @@ class _Derived:
 class Adapters:
     """Loads and prunes the adapters of one server."""
 
-    def __init__(self, wire: Wire, address: str, *, merge: bool | int = False, base_file: Path | None = None) -> None:
-        self._wire = wire
+    def __init__(self, http: Http, address: str, *, merge: bool | int = False, base_file: Path | None = None) -> None:
+        self._http = http
         self._address = address
         self._merge = merge
         self._base_file = base_file
@@ -138,7 +107,7 @@ class Adapters:
         for strategy, attempt in (("served", self._served), ("native", self._native), ("merged", self._merged)):
             try:
                 return await attempt(request, base)
-            except _Passed as why:  # noqa: PERF203 - three times at most
+            except _Passed as why:
                 reasons.append(f"{strategy}: {why}")
         raise AdapterUnsupported(
             f"This server cannot take the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
@@ -149,12 +118,26 @@ class Adapters:
 
     async def unload(self, request: UnloadAdapterRequest) -> None:
         """Free the memory of an adapter's model; one that is gone holds none."""
-        await self._unload(request.call, "unload_adapter", request.adapter.model)
+        await self._unload(request.call, request.adapter.model)
 
-    async def _unload(self, call: Call, operation: str, model: str) -> None:
+    async def _unload(self, call: Call, model: str) -> None:
         body = {"model": model, "keep_alive": 0, "stream": False}
         with contextlib.suppress(ModelNotFound):
-            await self._wire.ask(call, operation, "POST", "/api/generate", body)
+            await self._ask(call, "POST", "/api/generate", body)
+
+    async def _ask(
+        self,
+        call: Call,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        read: Callable[[Mapping[str, Any]], Any] = dict,
+    ) -> Any:
+        """Ask for a JSON object and read it; an empty answer is an empty one."""
+        # What an error is about is the model that was asked for, and not the one of the call.
+        about = replace(call, operation="load_adapter", model=(body or {}).get("model"))
+        return await self._http.json(method, path, body, call=about, read=read, empty=True)
 
     # --- Strategies --------------------------------------------------------------------------------------------------
 
@@ -217,8 +200,8 @@ class Adapters:
             base_file, size = self._allowed_base_file(base)
             folder = _scratch(ROOM * size)
             try:
-                file = await self._from_resolver(lambda: _merge(adapter, base_file, folder, request.call))
-                digest = await self._wire.run(lambda: _sha256(file))
+                file = await self._from_resolver(request.call, lambda: _merge(adapter, base_file, folder, request.call))
+                digest = await request.call.run(_sha256, file)
                 await self._upload(request.call, digest, file)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -254,7 +237,7 @@ class Adapters:
                     return file, _sha256(file)
             raise _gone(request, file)
 
-        return await self._from_resolver(make)
+        return await self._from_resolver(request.call, make)
 
     async def _send(self, request: LoadAdapterRequest, base: ModelInfo, file: Path, digest: str) -> None:
         """Bring the adapter's file into the server, made once more where it has gone meanwhile."""
@@ -262,15 +245,15 @@ class Adapters:
             try:
                 return await self._upload(request.call, digest, file)
             except ProtocolError:
-                if await self._wire.run(file.exists):
+                if await request.call.run(file.exists):
                     raise
             file, digest = await self._converted(request, base)
         raise _gone(request, file)
 
-    async def _from_resolver(self, make: Callable[[], T]) -> T:
+    async def _from_resolver(self, call: Call, make: Callable[[], T]) -> T:
         """What the resolver makes; what it cannot do is left to the next strategy."""
         try:
-            return await self._wire.run(make)
+            return await call.run(make)
         except AdapterUnsupported as error:
             raise _Passed(error.message.rstrip(".")) from error
         except GraftageError:
@@ -307,7 +290,7 @@ class Adapters:
             _Passed: the server refused, or made something else. Where that is its way, `memory` keeps it.
         """
         try:
-            await self._wire.ask(request.call, "load_adapter", "POST", "/api/create", derived.body)
+            await self._ask(request.call, "POST", "/api/create", derived.body)
         except PASSING as error:
             why = f"the server refused to make the model ({_cause(error)})"
             if memory is not None and "adapter" in str(error.details.get("server_message", error)).lower():
@@ -318,7 +301,7 @@ class Adapters:
             return
         why = "the server said it made the model, but the adapter is not in it"
         if model is not None:
-            await self._delete(request.call, "load_adapter", derived.name)
+            await self._delete(request.call, derived.name)
         if memory is not None:
             memory.reason = why
         raise _Passed(why)
@@ -340,13 +323,13 @@ class Adapters:
         if request.keep_alive is not None:
             body["keep_alive"] = _convert.keep_alive(request.keep_alive)
         try:
-            await self._wire.ask(request.call, "load_adapter", "POST", "/api/generate", body)
+            await self._ask(request.call, "POST", "/api/generate", body)
         except ModelLoadFailed as error:
             words = str(error.details.get("server_message", ""))
             if not _is_misfit(error, words, is_new=is_new):
                 raise
             if is_new:
-                await self._delete(request.call, "load_adapter", derived.name)
+                await self._delete(request.call, derived.name)
             if "not yet implemented" in words:
                 raise _Passed("the server's engine for this architecture takes no adapters") from error
             raise _does_not_run(request, derived, error, is_new=is_new) from error
@@ -357,7 +340,7 @@ class Adapters:
         if await self._has_blob(call, path):
             return
         try:
-            await self._wire.upload(call, path, file)
+            await self._http.upload(path, file, call=call)
         except (ConnectionFailed, StreamInterrupted):
             # The server answers without reading what it already has, so that another sender's success looks like this.
             if not await self._has_blob(call, path):
@@ -365,7 +348,7 @@ class Adapters:
 
     async def _has_blob(self, call: Call, path: str) -> bool:
         try:
-            await self._wire.ask(call, "load_adapter", "HEAD", path)
+            await self._ask(call, "HEAD", path)
         except ProviderError as error:
             if error.status == 404:  # noqa: PLR2004 - the only way to say no
                 return False
@@ -373,52 +356,50 @@ class Adapters:
         return True
 
     async def _memory(self, call: Call) -> _Memory:
-        answer = await self._wire.ask(call, "load_adapter", "GET", "/api/version")
+        answer = await self._ask(call, "GET", "/api/version")
         return _memory_of(self._address, str(answer.get("version")))
 
-    async def _show(self, call: Call, model: str, operation: str = "load_adapter") -> ModelInfo:
-        def read(answer: dict[str, Any]) -> ModelInfo:
-            return _convert.model_info(model, answer)
-
-        shown: ModelInfo = await self._wire.ask(call, operation, "POST", "/api/show", {"model": model}, read=read)
+    async def _show(self, call: Call, model: str) -> ModelInfo:
+        read = partial(_convert.model_info, model)
+        shown: ModelInfo = await self._ask(call, "POST", "/api/show", {"model": model}, read=read)
         return shown
 
-    async def _show_if_there(self, call: Call, model: str, operation: str = "load_adapter") -> ModelInfo | None:
+    async def _show_if_there(self, call: Call, model: str) -> ModelInfo | None:
         try:
-            return await self._show(call, model, operation)
+            return await self._show(call, model)
         except ModelNotFound:
             return None
 
-    async def _delete(self, call: Call, operation: str, model: str) -> None:
+    async def _delete(self, call: Call, model: str) -> None:
         with contextlib.suppress(ModelNotFound):  # Somebody else was quicker.
-            await self._wire.ask(call, operation, "DELETE", "/api/delete", {"model": model})
+            await self._ask(call, "DELETE", "/api/delete", {"model": model})
 
     # --- Pruning -----------------------------------------------------------------------------------------------------
 
     async def prune(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
         """Delete the derived models, or only list them: those that are in our namespace and provably of our making."""
         read = _convert.listed_models
-        models = await self._wire.ask(request.call, "prune_adapters", "GET", "/api/tags", read=read)
+        models = await self._ask(request.call, "GET", "/api/tags", read=read)
         gone: list[ModelInfo] = []
         for model in models:
             if not _chosen(model, request):
                 continue
-            found = await self._show_if_there(request.call, model.name, "prune_adapters")
+            found = await self._show_if_there(request.call, model.name)
             if found is None or not await self._is_ours(request.call, found, models):
                 continue
             if not request.dry_run:
                 # A model that is deleted stays in memory, where its name can no longer be used to put it out.
-                await self._unload(request.call, "prune_adapters", model.name)
-                await self._delete(request.call, "prune_adapters", model.name)
+                await self._unload(request.call, model.name)
+                await self._delete(request.call, model.name)
             gone.append(replace(model, adapters=found.adapters or (str(found.metadata[MARK]),)))
         return tuple(gone)
 
     async def _is_ours(self, call: Call, model: ModelInfo, models: Sequence[ModelInfo]) -> bool:
         """Whether a model is what its name promises and nothing more: a base that is still there must prove it."""
-        promised = _convert.canonical(model.name).partition("/")[2].partition(":")[0]
+        promised = canonical_name(model.name).partition("/")[2].partition(":")[0]
         for each in models:
             if promised in {_slug(name, PART_LENGTH) for name in (each.name, each.name.removesuffix(":latest"))}:
-                base = await self._show_if_there(call, each.name, "prune_adapters")
+                base = await self._show_if_there(call, each.name)
                 if base is not None and _made_from(base, model):
                     return True
         return False
@@ -494,8 +475,8 @@ def _settings(model: ModelInfo) -> dict[str, Any]:
 
 
 def _chosen(model: ModelInfo, request: PruneAdaptersRequest) -> bool:
-    name = _convert.canonical(model.name)
-    if not name.startswith(f"{NAMESPACE}/") or name in {_convert.canonical(each) for each in request.keep}:
+    name = canonical_name(model.name)
+    if not name.startswith(f"{NAMESPACE}/") or name in {canonical_name(each) for each in request.keep}:
         return False
     if request.older_than is None:
         return True

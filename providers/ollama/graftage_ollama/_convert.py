@@ -1,7 +1,7 @@
 """Graftage's types to Ollama's JSON, and its answers back.
 
-The bodies of chat and generate are built here, because the request types of the official package drop what they do not
-know: nested tool schemas, the ids of tool calls, `verbose`. Answers are read with its response types.
+Neither uses the types of the official package: they drop what they do not know (nested tool schemas, the ids of tool
+calls, `verbose`), and importing it costs more than a chat.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from __future__ import annotations
 import base64
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
+from graftage.gguf import BLOCKS, bytes_of
 from graftage.http import read_tool_call
 from graftage.types import (
-    ChatRequest,
     Chunk,
     Embeddings,
-    EmbedRequest,
     FinishReason,
-    GenerateRequest,
     Image,
     LoadedModel,
     Logprob,
@@ -34,13 +32,12 @@ from graftage.types import (
     Tool,
     ToolCall,
     Usage,
+    canonical_name,
 )
-from graftage_ollama._package import ollama
 
 __all__ = [
     "OPTIONS",
     "ChatReader",
-    "canonical",
     "chat_body",
     "digests",
     "embed_body",
@@ -53,8 +50,8 @@ __all__ = [
     "model_info",
     "parameters",
     "progress",
+    "residency",
     "server_options",
-    "without_lone_surrogates",
 ]
 
 SERVER_OPTIONS: Final = frozenset(
@@ -95,64 +92,12 @@ FEATURES: Final = {
     "insert": ("suffix",),
     "embedding": ("embed",),
 }
-BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q2_K": (256, 84),
-    "Q3_K": (256, 110),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "IQ1_S": (256, 50),
-    "IQ1_M": (256, 56),
-    "IQ2_XXS": (256, 66),
-    "IQ2_XS": (256, 74),
-    "IQ2_S": (256, 82),
-    "IQ3_XXS": (256, 98),
-    "IQ3_S": (256, 110),
-    "IQ4_NL": (32, 18),
-    "IQ4_XS": (256, 136),
-    "TQ1_0": (256, 54),
-    "TQ2_0": (256, 66),
-    "Q1_0": (128, 18),
-    "MXFP4": (32, 17),
-    "NVFP4": (64, 36),
-    "I8": (1, 1),
-    "I16": (1, 2),
-    "I32": (1, 4),
-    "I64": (1, 8),
-    "F64": (1, 8),
-    "INT4": (32, 20),
-    "INT8": (64, 68),
-    "MXFP8": (32, 33),
-    "F8_E4M3": (1, 1),
-    "F8_E5M2": (1, 1),
-    "U8": (1, 1),
-    "U32": (1, 4),
-}
-"""Numbers in a block of each type, and its bytes: the table in ggml's `ggml.c`, also `gguf.GGML_QUANT_SIZES`.
-
-Below those, the types of safetensors models: Ollama's `x/server/show.go` tells the shapes without the scales, and MLX
-keeps a scale and a bias of 16 bits for 32 numbers of `INT4` and for 64 of `INT8`, a scale of 8 bits for 32 of `MXFP8`.
-"""
 HEAD_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
 """Ollama writes "for ever" as some date in that century."""
 CHARACTERS_PER_TOKEN = 12
 """More characters than this for each token counted: no tokenizer packs prose or code so tightly."""
 SLACK_CHARACTERS = 400
-
-
-def canonical(name: str) -> str:
-    """A model's full name for comparing: `llama3.2` is `llama3.2:latest`, in any case, with or without the registry."""
-    name = name.strip().removeprefix("registry.ollama.ai/").removeprefix("library/").lower()
-    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def keep_alive(seconds: float | None) -> float | int | None:
@@ -266,73 +211,73 @@ class ChatReader:
         self._request = request
         self._calls = 0
 
-    def chunk(self, line: bytes) -> Chunk:
+    def chunk(self, part: Mapping[str, Any]) -> Chunk:
         """A line as a chunk."""
-        calls: tuple[ToolCall, ...] = ()
-        if b'"tool_calls"' in line:
-            calls, part = self._tool_calls(line)
-        else:
-            part = ollama.ChatResponse.model_validate_json(line)
-        message = part.message
-        text = message.content or ""
-        thinking = message.thinking or ""
-        if part.done:
-            last = _last(part, line, self._request, text=text, thinking=thinking, tool_calls=calls)
+        message = part["message"]
+        text, thinking = message.get("content") or "", message.get("thinking") or ""
+        if not (isinstance(text, str) and isinstance(thinking, str)):
+            raise TypeError("a text is wanted")
+        found = message.get("tool_calls")
+        calls = self._tool_calls(found) if found else ()
+        if part.get("done"):
+            last = _last(part, self._request, text=text, thinking=thinking, tool_calls=calls)
             # Ollama says `stop` after tool calls too; its own word stays in `raw`.
             return replace(last, finish_reason="tool_calls") if self._calls and last.finish_reason == "stop" else last
-        if part.logprobs is None and not calls:
+        if not calls and part.get("logprobs") is None:
             return Chunk(text=text, thinking=thinking)
         return Chunk(text=text, thinking=thinking, tool_calls=calls, logprobs=_logprobs(part))
 
-    def _tool_calls(self, line: bytes) -> tuple[tuple[ToolCall, ...], ollama.ChatResponse]:
-        """The tool calls of a line, and the rest of it.
-
-        The official types drop their ids, which older servers do not give, and take only objects for their arguments.
-        """
-        found = json.loads(without_lone_surrogates(line))
-        given = (found.get("message") or {}).pop("tool_calls", None) or ()
-        part = ollama.ChatResponse.model_validate(found)
+    def _tool_calls(self, found: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+        """The tool calls of a line; older servers give them no ids."""
         calls = tuple(
             read_tool_call(
                 each["function"].get("name"), each["function"].get("arguments"), str(each.get("id") or f"call_{place}")
             )
-            for place, each in enumerate(given, self._calls)
+            for place, each in enumerate(found, self._calls)
         )
         self._calls += len(calls)
-        return calls, part
+        return calls
 
 
-def generate_chunk(line: bytes, request: GenerateRequest) -> Chunk:
+def generate_chunk(request: GenerateRequest, part: Mapping[str, Any]) -> Chunk:
     """A line of a generate."""
-    part = ollama.GenerateResponse.model_validate_json(line)
-    text = part.response or ""
-    if not part.done:
-        return Chunk(text=text, thinking=part.thinking or "", logprobs=_logprobs(part))
-    return _last(part, line, request, text=text, thinking=part.thinking or "")
+    text, thinking = _text(part["response"]), _text(part.get("thinking"))
+    if not part.get("done"):
+        return Chunk(text=text, thinking=thinking, logprobs=_logprobs(part))
+    return _last(part, request, text=text, thinking=thinking)
 
 
-def _last(
-    part: ollama.ChatResponse | ollama.GenerateResponse,
-    line: bytes,
-    request: ChatRequest | GenerateRequest,
-    **content: Any,
-) -> Chunk:
-    usage = Usage(input_tokens=part.prompt_eval_count, output_tokens=part.eval_count)
+def _last(part: Mapping[str, Any], request: ChatRequest | GenerateRequest, **content: Any) -> Chunk:
+    usage = Usage(input_tokens=_count(part.get("prompt_eval_count")), output_tokens=_count(part.get("eval_count")))
     return Chunk(
         **content,
         logprobs=_logprobs(part),
-        finish_reason=FINISH.get(part.done_reason or "", "other"),
+        finish_reason=FINISH.get(str(part.get("done_reason")), "other"),
         usage=usage,
         timings=Timings(
-            total=_seconds(part.total_duration),
-            load=_seconds(part.load_duration),
-            prompt=_seconds(part.prompt_eval_duration),
-            generation=_seconds(part.eval_duration),
+            total=_seconds(part.get("total_duration")),
+            load=_seconds(part.get("load_duration")),
+            prompt=_seconds(part.get("prompt_eval_duration")),
+            generation=_seconds(part.get("eval_duration")),
         ),
-        model=part.model,
+        model=_text(part.get("model")) or None,
         warnings=_cut_warning(request, usage),
-        raw=json.loads(line),
+        raw=part,
     )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError("a text is wanted")
+    return value
+
+
+def _count(value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError("a whole number is wanted")
+    return value
 
 
 def _cut_warning(request: ChatRequest | GenerateRequest, usage: Usage) -> tuple[str, ...]:
@@ -355,69 +300,69 @@ def _cut_warning(request: ChatRequest | GenerateRequest, usage: Usage) -> tuple[
     return ()
 
 
-_ESCAPE: Final = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([dD][89a-fA-F][0-9a-fA-F]{2})|.)"
-)
-"""An escape in JSON; the group is half of a pair whose other half is missing."""
-
-
-def without_lone_surrogates(line: bytes) -> bytes:
-    """JSON with the replacement character for each half of a pair that stands alone: no text can hold one."""
-    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], line)
-
-
-def _logprobs(part: ollama.ChatResponse | ollama.GenerateResponse) -> tuple[Logprob, ...]:
+def _logprobs(part: Mapping[str, Any]) -> tuple[Logprob, ...]:
     return tuple(
         Logprob(
-            token=each.token,
-            logprob=each.logprob,
-            top=tuple(Logprob(token=top.token, logprob=top.logprob) for top in each.top_logprobs or ()),
+            token=each["token"],
+            logprob=each["logprob"],
+            top=tuple(Logprob(token=top["token"], logprob=top["logprob"]) for top in each.get("top_logprobs") or ()),
         )
-        for each in part.logprobs or ()
+        for each in part.get("logprobs") or ()
     )
 
 
-def _seconds(nanoseconds: int | None) -> float | None:
-    return None if nanoseconds is None else nanoseconds / 1e9
+def _seconds(nanoseconds: Any) -> float | None:
+    found = _count(nanoseconds)
+    return None if found is None else found / 1e9
 
 
-def embeddings(given: Mapping[str, Any], dimensions: int | None) -> Embeddings:
+def embeddings(answer: Mapping[str, Any], dimensions: int | None) -> Embeddings:
     """The vectors of an answer."""
-    answer = ollama.EmbedResponse.model_validate(given)
-    length = len(answer.embeddings[0]) if answer.embeddings else dimensions
+    vectors = answer["embeddings"]  # As they came: the core checks them.
+    length = len(vectors[0]) if vectors else dimensions
     ignored = f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it."
     return Embeddings(
-        vectors=given["embeddings"],  # As they came: the official type makes numbers of texts.
-        model=answer.model or "",
-        usage=Usage(input_tokens=answer.prompt_eval_count),
-        timings=Timings(total=_seconds(answer.total_duration), load=_seconds(answer.load_duration)),
+        vectors=vectors,
+        model=_text(answer.get("model")),
+        usage=Usage(input_tokens=_count(answer.get("prompt_eval_count"))),
+        timings=Timings(total=_seconds(answer.get("total_duration")), load=_seconds(answer.get("load_duration"))),
         warnings=(ignored,) if dimensions is not None and length != dimensions else (),
     )
 
 
-def progress(part: ollama.ProgressResponse) -> PullProgress:
+def progress(part: Mapping[str, Any]) -> PullProgress:
     """A step of a pull."""
+    total, completed = _count(part.get("total")), _count(part.get("completed"))
     # The server leaves a nought out: a step with a total has begun.
-    completed = 0 if part.completed is None and part.total is not None else part.completed
-    return PullProgress(status=part.status or "", digest=part.digest, total=part.total, completed=completed)
+    begun = 0 if completed is None and total is not None else completed
+    return PullProgress(
+        status=_text(part.get("status")), digest=_text(part.get("digest")) or None, total=total, completed=begun
+    )
 
 
 def loaded_models(answer: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
     """The models in memory."""
-    return tuple(_loaded_model(found) for found in ollama.ProcessResponse.model_validate(answer).models)
+    return tuple(_loaded_model(found) for found in answer["models"] or ())
 
 
-def _loaded_model(found: ollama.ProcessResponse.Model) -> LoadedModel:
-    expires = found.expires_at
+def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
+    expires = _time(found.get("expires_at"))
     return LoadedModel(
-        name=found.model or found.name or "",
-        digest=found.digest,
-        size=found.size,
-        accelerator_size=found.size_vram,
+        name=_name(found),
+        digest=_text(found.get("digest")) or None,
+        size=_count(found.get("size")),
+        accelerator_size=_count(found.get("size_vram")),
         expires_at=None if expires is None or expires.year >= NEVER_YEAR else expires,
-        context_window=found.context_length,
-        raw=found.model_dump(mode="json"),
+        context_window=_count(found.get("context_length")),
+        raw=found,
     )
+
+
+def _name(found: Mapping[str, Any]) -> str:
+    name = _text(found.get("model")) or _text(found.get("name"))  # The oldest servers have only one of them.
+    if not name:
+        raise ValueError("a model has a name")
+    return name
 
 
 def listed_models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
@@ -426,18 +371,16 @@ def listed_models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
 
 
 def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
-    model = ollama.ListResponse.Model.model_validate(found)
     details = found.get("details") or {}
     return ModelInfo(
-        name=model.model or str(found.get("name") or ""),  # The oldest servers have only the one, proxies the other.
-        digest=model.digest,
-        size=model.size,
-        modified_at=model.modified_at,
+        name=_name(found),
+        digest=_text(found.get("digest")) or None,
+        size=_count(found.get("size")),
+        modified_at=_time(found.get("modified_at")),
         family=details.get("family") or None,
         parameters=details.get("parameter_size") or None,
         quantization=details.get("quantization_level") or None,
-        # From Ollama 0.3x on; the official types drop them.
-        context_window=details.get("context_length"),
+        context_window=details.get("context_length"),  # From Ollama 0.3x on.
         features=_features(found.get("capabilities")),
         parent=details.get("parent_model") or None,
         raw=found,
@@ -451,7 +394,7 @@ def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
     architecture = metadata.get("general.architecture")
     modelfile = answer.get("modelfile") or ""
     return ModelInfo(
-        name=canonical(name),
+        name=canonical_name(name),
         size=_weights(answer.get("tensors")),
         modified_at=_time(answer.get("modified_at")),
         family=details.get("family") or None,
@@ -484,10 +427,11 @@ def _weights(found: Any) -> int | None:
         return None
     size = 0
     for each in found:
-        block = BLOCKS.get(str(each.get("type")).upper())
-        if block is None:
+        # Of a safetensors model Ollama tells the shapes without the scales, and the blocks count them in.
+        kind = str(each.get("type")).upper()
+        if kind not in BLOCKS:
             return None
-        size += math.prod(each.get("shape") or ()) // block[0] * block[1]
+        size += bytes_of(kind, math.prod(each.get("shape") or ()))
     return size
 
 
@@ -547,17 +491,17 @@ def _file(modelfile: str) -> Path | None:
 
 
 def _time(text: Any) -> datetime | None:
-    if not isinstance(text, str):
-        return None
     try:
-        # Python 3.10 reads neither nanoseconds nor a `Z`.
-        return datetime.fromisoformat(text.replace("Z", "+00:00") if len(text) < 27 else _micro(text))  # noqa: PLR2004
+        return datetime.fromisoformat(text) if isinstance(text, str) else None
     except ValueError:
         return None
 
 
-def _micro(text: str) -> str:
-    head, _, rest = text.partition(".")
-    digits = "".join(each for each in rest if each.isdigit())[:6]
-    zone = rest.lstrip("0123456789")
-    return f"{head}.{digits:0<6}{'+00:00' if zone in ('Z', '') else zone}"
+def residency(model: str, keep_alive_: float | None, context_window: int | None) -> dict[str, Any]:
+    """An empty prompt loads a model, or with a `keep_alive` of 0 unloads it."""
+    body: dict[str, Any] = {"model": model, "stream": False}
+    if keep_alive_ is not None:
+        body["keep_alive"] = keep_alive(keep_alive_)
+    if context_window is not None:
+        body["options"] = {"num_ctx": context_window}
+    return body

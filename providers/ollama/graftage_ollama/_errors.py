@@ -6,11 +6,9 @@ stream have no status of their own. The words are those of Ollama 0.6 to 0.32 an
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -21,19 +19,14 @@ from graftage.exceptions import (
     ModelLoadFailed,
     ModelNotFound,
     Overloaded,
-    ProtocolError,
     ProviderError,
-    ProviderTimeout,
     RequestRejected,
     StreamInterrupted,
 )
+from graftage.http import Answer
 
 __all__ = ["refusal"]
 
-MAX_WORDS = 500
-"""Characters of the server's words that go into a message."""
-SHORTEST_SECRET = 4
-"""Characters; what is shorter stands in many words by chance."""
 MEMORY = (
     "requires more system memory",
     "out of memory",
@@ -88,163 +81,77 @@ STOPPED = (
     "error reading llama-server",
 )
 OK = 200
-REFUSED = 400
-SERVER_FAULT = 500
+UNAUTHORIZED = 401
+FORBIDDEN = 403
 
 
-def refusal(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    model: str | None,
-    operation: str,
-    secrets: Iterable[str] = (),
-) -> ProviderError:
-    """The typed error for an answer that refuses: a status from 400 on, or an error line under status 200.
-
-    What is in `secrets` is taken out of the server's words before they are cut, so that no part of it is left.
-    """
-    words, facts, known = _read(body, secrets)
-    if status == OK:
-        status = _inner_status(facts)
-    text = _full(_said(words)) if known and words else f"The status is {status}."
-    it = _Said(f"`{model}`" if model else "the model", text, _retry_after(headers))
-    error = _by_words(words, it, status, operation) if known else None
-    error = error or _by_status(it, status, known=known)
-    # A line inside a stream has no status of its own: 200 would be a lie.
-    error.status = None if status == OK else status
-    error.model = model
-    error.operation = operation
-    if operation == "load_adapter" and ENDED_ITSELF.search(words):
+def refusal(it: Answer) -> ProviderError | None:
+    """The typed error for an answer that refuses; None where the server's words do not tell, and its status must."""
+    if not it.known:
+        return None
+    error = _by_words(it)
+    if it.call.operation == "load_adapter" and error is not None and ENDED_ITSELF.search(it.words):
         error.retryable = False  # It would end again: that is how an adapter that does not fit shows itself.
-    error.details.setdefault("server_message", words[:MAX_WORDS])
-    error.details.update(facts)
     return error
 
 
-def _inner_status(facts: Mapping[str, Any]) -> int:
-    """The status that some error lines carry in themselves."""
-    found: int = facts.get("status", OK)
-    return found if REFUSED <= found < 600 else OK  # noqa: PLR2004 - where statuses end
-
-
-def _read(body: bytes, secrets: Iterable[str]) -> tuple[str, dict[str, Any], bool]:
-    """The server's words, the figures beside them, and whether the body was an error in Ollama's form."""
-    text = body.decode("utf-8", "replace").strip()
-    facts: dict[str, Any] = {}
-    known = False
-    value: Any = text
-    # A runner's answer is passed on as a text inside the server's own: unwrap it, but not for ever.
-    for _ in range(4):
-        if isinstance(value, str):
-            if not value.lstrip().startswith("{"):
-                break
-            try:
-                value = json.loads(value.splitlines()[0] if "\n" in value else value)
-            except (ValueError, RecursionError):
-                break
-        if not isinstance(value, Mapping):
-            break
-        facts.update(_figures(value))
-        inner = value.get("error", value.get("message"))
-        if inner is None:
-            break
-        known, value = True, inner
-    words = value if isinstance(value, str) else text
-    for secret in secrets:
-        if len(secret) >= SHORTEST_SECRET:
-            words = words.replace(secret, "***")
-    return words[: 4 * MAX_WORDS], facts, known
-
-
-def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What stands beside an error and is worth keeping."""
-    for key in ("n_prompt_tokens", "n_ctx", "code", "type"):
-        if isinstance(value.get(key), (str, int)):
-            yield key, value[key]
-    for key in ("status", "StatusCode"):  # Elsewhere `status` is a word.
-        if isinstance(value.get(key), int):
-            yield "status", value[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What the server said, for a message."""
-
-    name: str
-    """The model, as it stands in a sentence."""
-    text: str
-    """The words as a sentence, or the status where there are none."""
-    retry_after: float | None = None
-
-
-Make = Callable[[_Said], ProviderError]
+Make: TypeAlias = Callable[[Answer], ProviderError]
 
 
 def _load_failed(sentence: str, reason: Any, hint: str) -> Make:
-    return lambda it: ModelLoadFailed(f"{sentence.format(it.name)} {it.text}", reason=reason, hint=hint)
+    return lambda it: ModelLoadFailed(f"{sentence.format(it.model)} {it.said}", reason=reason, hint=hint)
 
 
-def _rejected(it: _Said) -> ProviderError:
-    return RequestRejected(it.text, hint="Mend the request.")
+def _rejected(it: Answer) -> ProviderError:
+    return RequestRejected(it.said, hint="Mend the request.")
 
 
-def _unsupported(it: _Said) -> ProviderError:
-    return CapabilityUnsupported(it.text, hint="`graftage models show` tells what a model can do.")
+def _unsupported(it: Answer) -> ProviderError:
+    return CapabilityUnsupported(it.said, hint="`graftage models show` tells what a model can do.")
 
 
-def _unauthorized(it: _Said) -> ProviderError:
+def _unauthorized(it: Answer) -> ProviderError:
     return AuthenticationFailed(
-        f"The server wants a sign-in. {it.text}",
+        f"The server wants a sign-in. {it.said}",
         hint="Set `api_key` (sent only over https or to loopback), or sign in with `ollama signin`.",
     )
 
 
-def _overloaded(it: _Said) -> ProviderError:
+def _forbidden(it: Answer) -> ProviderError:
+    return AuthenticationFailed(
+        f"The server forbids this. {it.said}",
+        hint="Where it says no more, it does not know the host name or origin: use an address that it knows, or set "
+        "OLLAMA_HOST and OLLAMA_ORIGINS for the server.",
+    )
+
+
+def _overloaded(it: Answer) -> ProviderError:
     return Overloaded(
-        f"The server is busy. {it.text}",
+        f"The server is busy. {it.said}",
         retry_after=it.retry_after,
         hint="Ask again later, or send less at one time.",
     )
 
 
-def _loading(it: _Said) -> ProviderError:
-    return Overloaded(f"The server is still loading {it.name}. {it.text}", hint="Ask again in some seconds.")
+def _loading(it: Answer) -> ProviderError:
+    return Overloaded(f"The server is still loading {it.model}. {it.said}", hint="Ask again in some seconds.")
 
 
-def _not_found(it: _Said) -> ProviderError:
-    name = it.name.strip("`") if it.name.startswith("`") else "NAME"
-    return ModelNotFound(f"The server does not have {it.name}.", hint=f"Pull it: `graftage models pull {name}`.")
+def _not_found(it: Answer) -> ProviderError:
+    name = it.model.strip("`") if it.model.startswith("`") else "NAME"
+    return ModelNotFound(f"The server does not have {it.model}.", hint=f"Pull it: `graftage models pull {name}`.")
 
 
-def _stopped(it: _Said) -> ProviderError:
+def _stopped(it: Answer) -> ProviderError:
     return InferenceFailed(
-        f"The runner stopped while {it.name} was answering. {it.text}",
+        f"The runner stopped while {it.model} was answering. {it.said}",
         retryable=True,
         hint="Ask again: the server starts a new runner.",
     )
 
 
-def _canceled(it: _Said) -> ProviderError:
-    return InferenceFailed(it.text, retryable=True, hint="Another party ended the request: ask again.")
-
-
-def _gateway(it: _Said) -> ProviderError:
-    return ConnectionFailed(
-        f"A proxy on the way could not reach the server. {it.text}",
-        hint="Is the server running?",
-        details={"cause": "gateway"},
-    )
-
-
-def _gave_up(*, retryable: bool) -> Make:
-    return lambda it: ProviderTimeout(
-        f"A proxy or the server gave up waiting. {it.text}",
-        phase="first_token",
-        retryable=retryable,
-        hint="Raise the proxy's limit.",
-    )
+def _canceled(it: Answer) -> ProviderError:
+    return InferenceFailed(it.said, retryable=True, hint="Another party ended the request: ask again.")
 
 
 RULES: Final[tuple[tuple[tuple[str, ...], Make], ...]] = (
@@ -261,7 +168,7 @@ RULES: Final[tuple[tuple[tuple[str, ...], Make], ...]] = (
     (
         OVERFLOW,
         lambda it: ContextOverflow(
-            f"The prompt does not fit into the context window. {it.text}", hint="Send less, or raise `context_window`."
+            f"The prompt does not fit into the context window. {it.said}", hint="Send less, or raise `context_window`."
         ),
     ),
     (REJECTED, _rejected),
@@ -292,105 +199,42 @@ RULES: Final[tuple[tuple[tuple[str, ...], Make], ...]] = (
     (("context canceled", "request canceled"), _canceled),
     (
         ("nan or inf",),
-        lambda it: InferenceFailed(it.text, hint="The model's weights or the input are broken."),
+        lambda it: InferenceFailed(it.said, hint="The model's weights or the input are broken."),
     ),
 )
 """The first rule of which one phrase is among the server's words, in lower case, decides."""
-STATUSES: Final[Mapping[int, Make]] = {
-    401: _unauthorized,
-    403: lambda it: AuthenticationFailed(
-        f"The server forbids this. {it.text}",
-        hint="Where it says no more, it does not know the host name or origin: use an address that it knows, or set "
-        "OLLAMA_HOST and OLLAMA_ORIGINS for the server.",
-    ),
-    408: _gave_up(retryable=True),
-    425: _gave_up(retryable=True),
-    429: _overloaded,
-    502: _gateway,
-    503: _overloaded,
-    504: _gave_up(retryable=False),  # Behind a gateway the server may still be at work.
-    521: _gateway,
-    522: _gateway,
-    523: _gateway,
-}
-"""What a status means whoever gives it: the server, or a proxy before it."""
-OWN_STATUSES: Final[Mapping[int, Make]] = {
-    404: lambda it: ModelNotFound(f"The server does not have it. {it.text}", hint="Check the name."),
-    499: lambda it: InferenceFailed(
-        f"The request was ended by another party. {it.text}", retryable=True, hint="Ask again."
-    ),
-    501: lambda it: CapabilityUnsupported(it.text, hint="Another model or server may."),
-}
-"""What a status means beside an error in Ollama's form."""
 
 
-def _by_words(words: str, it: _Said, status: int, operation: str) -> ProviderError | None:
-    lower = words.lower()
-    if operation == "pull_model" and (found := _pull_failure(lower, it)):
+def _by_words(it: Answer) -> ProviderError | None:
+    lower = it.words.lower()
+    if it.call.operation == "pull_model" and (found := _pull_failure(lower, it)):
         return found
     for phrases, make in RULES:
         if any(phrase in lower for phrase in phrases):
             return make(it)
     if re.search(r"model .*not found|not found, try pulling it", lower):
         return _not_found(it)
-    if status != OK:
-        return None
-    if "unauthorized" in lower:  # Inside a stream there is no status to say so.
-        return _unauthorized(it)
-    return InferenceFailed(it.text, hint="The server's log may tell more.")
+    if (it.inner_status in (OK, UNAUTHORIZED) and "unauthorized" in lower) or it.inner_status == UNAUTHORIZED:
+        return _unauthorized(it)  # Inside a stream there is no status to say so.
+    if it.inner_status == FORBIDDEN:
+        return _forbidden(it)
+    return None
 
 
-def _pull_failure(lower: str, it: _Said) -> ProviderError | None:
+def _pull_failure(lower: str, it: Answer) -> ProviderError | None:
     if "file does not exist" in lower or "manifest unknown" in lower:
-        return ModelNotFound(f"The registry does not have {it.name}.", hint="Check the name and its tag.")
+        return ModelNotFound(f"The registry does not have {it.model}.", hint="Check the name and its tag.")
     if "digest mismatch" in lower:
-        return StreamInterrupted(f"A part of {it.name} came damaged. {it.text}", retryable=True, hint="Pull again.")
+        return StreamInterrupted(f"A part of {it.model} came damaged. {it.said}", retryable=True, hint="Pull again.")
     if "no space left" in lower:
-        return InferenceFailed(f"The server's disk is full. {it.text}", hint="Free some space, then pull again.")
+        return InferenceFailed(f"The server's disk is full. {it.said}", hint="Free some space, then pull again.")
     if re.search(r"dial tcp|no such host|connection refused|i/o timeout|tls:|max retries exceeded", lower):
         return ConnectionFailed(
-            f"The server could not reach the registry that has {it.name}. {it.text}",
+            f"The server could not reach the registry that has {it.model}. {it.said}",
             retryable=False,
             hint="Check the server's network and proxy, then pull again: it goes on.",
             details={"cause": "registry"},
         )
     if "invalid model name" in lower:
-        return RequestRejected(it.text, hint="A name looks like `llama3.2:3b`.")
+        return RequestRejected(it.said, hint="A name looks like `llama3.2:3b`.")
     return None
-
-
-def _by_status(it: _Said, status: int, *, known: bool) -> ProviderError:
-    if status in STATUSES:
-        return STATUSES[status](it)
-    if not known:
-        return ProtocolError(
-            f"The answer is not one of Ollama's: status {status}.",
-            hint="Is it another service, an older server, or a proxy's page? Check `host`.",
-        )
-    if status in OWN_STATUSES:
-        return OWN_STATUSES[status](it)
-    if status < SERVER_FAULT:
-        return _rejected(it)
-    return InferenceFailed(f"The server failed. {it.text}", hint="The server's log may tell more.")
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from a `Retry-After` header; a date in it is not worth a clock comparison."""
-    try:
-        seconds = float(headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < float("inf") else None
-
-
-_PATH = re.compile(r"(?<![\w:/\\.])(?:[A-Za-z]:[\\/]|/)[^\s\"':,;()]*[\\/](?=[^\s\"':,;()/\\]+)")
-
-
-def _said(words: str) -> str:
-    """The server's words for a message: cut, and without the folders of its machine, which may name a person."""
-    return f"Ollama says: {_PATH.sub('', words[:MAX_WORDS])}"
-
-
-def _full(text: str) -> str:
-    text = text.rstrip()
-    return text if text.endswith((".", "!", "?")) else f"{text}."

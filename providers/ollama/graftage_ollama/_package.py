@@ -1,37 +1,30 @@
-"""The official package, whatever the environment says.
-
-Importing it builds a client of its own, which reads proxies, certificates and `OLLAMA_HOST` and fails where one of them
-is wrong, though the provider's own client may have nothing to do with it. Then it is imported without them.
-"""
+"""The official package, whatever the environment says."""
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+__all__ = ["official_package"]
 
-__all__ = ["ollama"]
+READS: Final = ("OLLAMA_HOST", "OLLAMA_API_KEY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
-@contextlib.contextmanager
-def _without_what_it_reads() -> Iterator[None]:
-    names = ("OLLAMA_HOST", "SSL_CERT_FILE", "SSL_CERT_DIR")
-    taken = {name: os.environ[name] for name in os.environ if name in names or name.lower().endswith("_proxy")}
-    for name in taken:
-        del os.environ[name]
+def official_package() -> Any:
+    """Import `ollama`.
+
+    Its import builds a client of its own, which reads proxies, certificates, a key and `OLLAMA_HOST`, and fails where
+    one of them is wrong, though our own connections may have nothing to do with it. Then it is imported without them.
+    """
     try:
-        yield
-    finally:
-        os.environ.update(taken)
-
-
-try:
-    import ollama
-except ModuleNotFoundError:
-    raise
-except Exception:  # noqa: BLE001 - whatever it stumbled over
-    with _without_what_it_reads():
-        import ollama
+        return importlib.import_module("ollama")
+    except ModuleNotFoundError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever it stumbled over
+        names = [name for name in os.environ if name in READS or name.lower().endswith("_proxy")]
+        taken = {name: os.environ.pop(name) for name in names}
+        try:
+            return importlib.import_module("ollama")
+        finally:
+            os.environ.update(taken)

@@ -1,16 +1,40 @@
-"""Reads the address of a server in every form that Ollama's own tools take, and refuses the rest with a reason."""
+"""The settings, and the address of the server in every form that Ollama's own tools take."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from typing import NoReturn
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Final, NoReturn
 
-import httpx
+from pydantic import ByteSize, Field, SecretStr
 
 from graftage.exceptions import SettingsError
+from graftage.settings import Settings
 
-__all__ = ["parse_host"]
+__all__ = ["OllamaSettings", "parse_host"]
+
+
+class OllamaSettings(Settings):
+    """The common settings, also from the variables that Ollama's own tools read."""
+
+    native_environment: ClassVar[Mapping[str, str]] = {"host": "OLLAMA_HOST", "api_key": "OLLAMA_API_KEY"}
+
+    host: str | None = Field(default=None, description="Address of the server; 127.0.0.1:11434 where none is given")
+    api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token over https or to loopback only")
+    merge_adapters: bool | ByteSize = Field(
+        default=False,
+        description="Whether an adapter may be merged into a copy of its base where the server takes none: true, or "
+        "the largest base to do it with (`2GB`). It costs minutes, and as much disk as the base",
+    )
+    adapter_base_file: Path | None = Field(
+        default=None, description="The base model's GGUF file for merging, where the server's own cannot be read"
+    )
+
+
+# --- The address -----------------------------------------------------------------------------------------------------
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 11434
@@ -28,17 +52,19 @@ _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,254}}$)({_LABEL}\.)*{_LABEL}\.?")
 """What look-ups take: an empty or an overlong label would break them with an error of their own."""
 _PATH = re.compile(r"[\x21-\x7e]*")
+SAFE: Final = "/%:@!$&'()*+,;=~-._"
+"""What may stand in a path as it is (RFC 3986, 3.3)."""
 MAX_TEXT = 2000
 _LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised in order not to be used
 
 
-def parse_host(text: str | None) -> httpx.URL:
-    """The URL of a server: `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`; None is the default.
+def parse_host(text: str | None) -> str:
+    """The address of a server: `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`; None: the default.
 
     An address that a server listens on, `0.0.0.0`, becomes the loopback address it can be reached at from here.
 
     Raises:
-        SettingsError: it is none of these.
+        SettingsError: it has none of these forms.
     """
     text = (text or "").strip().strip("'\"").strip() or DEFAULT_HOST
     found = _SHAPE.fullmatch(text)
@@ -61,12 +87,15 @@ def parse_host(text: str | None) -> httpx.URL:
     path = _without_dots(found["path"] or "").rstrip("/") or "/"
     if not _PATH.fullmatch(path):
         _refuse(text, "has a path with spaces or other odd characters", "Write them as `%20` and so on.")
-    return httpx.URL(scheme=scheme or "http", host=host, port=port, path=path)
+    scheme = scheme or "http"
+    name = f"[{host}]" if ":" in host else host.lower()
+    place = name if port == PORTS[scheme] else f"{name}:{port}"
+    return f"{scheme}://{place}{urllib.parse.quote(path, safe=SAFE) if path != '/' else ''}"
 
 
 def _without_dots(path: str) -> str:
-    """A path as httpx will make it, so that what is stripped from it is at its end."""
-    return httpx.URL(f"http://host{path}").raw_path.decode() if _PATH.fullmatch(path) else path
+    """A path whose `.` and `..` are resolved, as a server would."""
+    return urllib.parse.urlsplit(urllib.parse.urljoin("http://host", path)).path if _PATH.fullmatch(path) else path
 
 
 def _port(text: str, port: str | None, default: int) -> int:

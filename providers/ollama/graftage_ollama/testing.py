@@ -23,10 +23,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from http import HTTPStatus
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
+from graftage.types import canonical_name
+
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
 __all__ = ["Answer", "FakeOllama", "Seen"]
 
@@ -87,7 +88,7 @@ class FakeOllama:
         """Files that were sent, by digest."""
         self.derived: dict[str, dict[str, Any]] = {}
         """What models that were created were asked to be, by name."""
-        self.models = [_canonical(model) for model in models]
+        self.models = [canonical_name(model) for model in models]
         self.reply = reply
         """What it answers to every chat and prompt, word by word."""
         self.loaded: list[str] = []
@@ -227,7 +228,7 @@ class FakeOllama:
         return handlers[seen.path]() if seen.method in methods else _plain("405 method not allowed", 405)
 
     def _show(self, asked: Mapping[str, Any]) -> Answer:
-        model = _canonical(str(asked.get("model", "")))
+        model = canonical_name(str(asked.get("model", "")))
         if model not in self.models:
             return _error(f"model '{asked.get('model')}' not found", 404)
         with self._lock:
@@ -248,11 +249,11 @@ class FakeOllama:
         return facts
 
     def _create(self, asked: Mapping[str, Any]) -> Answer:
-        model, base = _canonical(str(asked.get("model", ""))), asked.get("from")
+        model, base = canonical_name(str(asked.get("model", ""))), asked.get("from")
         digests = [*(asked.get("adapters") or {}).values(), *(asked.get("files") or {}).values()]
         if base is None and not asked.get("files"):
             return _error("neither 'from' or 'files' was specified", 400)
-        if base is not None and _canonical(base) not in self.models:
+        if base is not None and canonical_name(base) not in self.models:
             return _error("pull model manifest: file does not exist", 500)
         if asked.get("adapters") and self.adapters == "refuses":
             return _error("creating models with adapters is not supported", 400)
@@ -261,7 +262,7 @@ class FakeOllama:
                 return _error(f"open {_path(missing[0])}: no such file or directory", 400)
             made = dict(asked)
             if base is not None:
-                made["from"] = _canonical(base)
+                made["from"] = canonical_name(base)
             if self.adapters == "ignores":
                 made.pop("adapters", None)
             self.derived[model] = made
@@ -283,7 +284,7 @@ class FakeOllama:
             return Answer(framing="length", status=201)
 
     def _delete(self, asked: Mapping[str, Any]) -> Answer:
-        model = _canonical(str(asked.get("model", "")))
+        model = canonical_name(str(asked.get("model", "")))
         with self._lock:
             if model not in self.models:
                 return _error(f"model '{asked.get('model')}' not found", 404)
@@ -303,7 +304,7 @@ class FakeOllama:
     def _infer(
         self, asked: Mapping[str, Any], prompt: object, part: Callable[[str], dict[str, Any]], missing: str
     ) -> Answer:
-        model = _canonical(str(asked.get("model", "")))
+        model = canonical_name(str(asked.get("model", "")))
         if model not in self.models:
             return _error(missing.format(asked.get("model")), 404)
         head = {"model": asked["model"], "created_at": _DATE}
@@ -326,7 +327,7 @@ class FakeOllama:
         return "unload" if leaving else "load"
 
     def _embed(self, asked: Mapping[str, Any]) -> Answer:
-        model = _canonical(str(asked.get("model", "")))
+        model = canonical_name(str(asked.get("model", "")))
         if model not in self.models:
             return _error(f'model "{asked.get("model")}" not found, try pulling it first', 404)
         self._place(model, asked)
@@ -337,7 +338,7 @@ class FakeOllama:
         return _object({"model": asked["model"], "embeddings": vectors, **figures})
 
     def _pull(self, asked: Mapping[str, Any]) -> Answer:
-        model = _canonical(str(asked.get("model", "")))
+        model = canonical_name(str(asked.get("model", "")))
         if model not in self.models:
             self.models.append(model)
         layer = {"status": "pulling b179c9523d0e", "digest": _digest(model), "total": 100}
@@ -441,10 +442,6 @@ def _bad_json() -> Answer:
 
 
 # --- Ollama's records ------------------------------------------------------------------------------------------------
-
-
-def _canonical(model: str) -> str:
-    return model if ":" in model else f"{model}:latest"
 
 
 def _digest(model: str) -> str:
