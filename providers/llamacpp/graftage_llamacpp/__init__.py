@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from graftage.hookspecs import hookimpl
-from graftage.settings import Settings
+from graftage_llamacpp._process import DEFAULT_MODEL, LlamaCppSettings
 
 if TYPE_CHECKING:
-    from graftage.types import ConnectRequest
+    from graftage.hookspecs import AnswersRequest, ConnectRequest
+    from graftage.settings import Settings
 
-__all__ = ["DEFAULT_MODEL", "LlamaCppSettings", "connect", "settings_model"]
-
-DEFAULT_MODEL: Final = "smollm2:135m"
-"""What to ask where the host names no model: small, free, and downloaded from the package index on its first use."""
-
-
-class LlamaCppSettings(Settings):
-    """The common settings, of which `host`, `api_key` and `headers` have no use here, and those of the engine."""
-
-    models_path: Path | None = Field(
-        default=None, description="Folder of the models; graftage/models in the user's data folder where none is given"
-    )
-    threads: int | None = Field(
-        default=None, ge=1, description="Threads of the engine; one less than the processor has cores by default"
-    )
-    slots: int = Field(default=1, ge=1, le=64, description="Requests answered at once; each slot has its own window")
-    batch: int = Field(
-        default=512, ge=32, le=8192, description="Tokens read at once, and of the longest text that `embed` takes"
-    )
-    gpu_layers: int | None = Field(
-        default=None, ge=0, description="Layers on the graphics processor, where the engine has one; all by default"
-    )
-    memory_check: bool = Field(default=True, description="Refuse a model that the free memory cannot hold")
+__all__ = ["DEFAULT_MODEL", "LlamaCppSettings", "answers", "connect", "settings_model"]
 
 
 @hookimpl
 def settings_model() -> type[Settings]:
     """The settings of this provider."""
     return LlamaCppSettings
+
+
+@hookimpl
+def answers(request: AnswersRequest) -> int | None:
+    """After a server that runs already; not at all if a host is named, since the engine has none."""
+    return 10 if request.settings.host is None else None
 
 
 @hookimpl
@@ -52,4 +34,4 @@ def connect(request: ConnectRequest) -> object:
     settings = request.settings
     if not isinstance(settings, LlamaCppSettings):
         settings = LlamaCppSettings(**{name: getattr(settings, name) for name in settings.model_fields_set})
-    return LlamaCppConnection(request.name, settings)
+    return LlamaCppConnection(request, settings)

@@ -10,49 +10,32 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from graftage.calls import ChatRequest, GenerateRequest
 from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
     ContextOverflow,
-    InferenceFailed,
-    Overloaded,
-    ProtocolError,
     ProviderError,
     RequestRejected,
-    StreamInterrupted,
 )
-from graftage.http import read_tool_call
-from graftage.types import (
-    ChatRequest,
-    Chunk,
-    FinishReason,
-    GenerateRequest,
-    Logprob,
-    Message,
-    ModelInfo,
-    Timings,
-    Tool,
-    Usage,
-)
-from graftage_llamacpp._gguf import FILE_TYPES, Header
+from graftage.gguf import Header
+from graftage.http import Answer, Event, read_tool_call
+from graftage.types import Chunk, Embeddings, FinishReason, Logprob, Message, ModelInfo, Timings, Tool, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from graftage_llamacpp._store import Stored
 
 __all__ = [
     "FEATURES",
     "OPTIONS",
-    "Answer",
+    "ChunkReader",
     "chat_body",
     "features",
     "generate_body",
     "model_info",
-    "read_line",
     "refusal",
-    "scales",
-    "vocabulary",
 ]
 
 OPTIONS: Final = frozenset(
@@ -75,25 +58,8 @@ OPTIONS: Final = frozenset(
         "typical_p",
     }
 )
-FEATURES: Final = frozenset(
-    {
-        "chat",
-        "generate",
-        "embed",
-        "tools",
-        "structured_output",
-        "thinking",
-        "logprobs",
-        "list_models",
-        "show_model",
-        "loaded_models",
-        "pull_model",
-        "load_model",
-        "unload_model",
-        "load_adapter",
-        "unload_adapter",
-    }
-)
+FEATURES: Final = frozenset({"tools", "structured_output", "thinking", "logprobs"})
+"""Of the engine, besides what its hooks show."""
 SYSTEM_PROMPT: Final = "You are a helpful assistant."
 """Sent where the caller gives none: with what small models have built in, they answer nonsense."""
 NO_SYSTEM_ROLE: Final = re.compile(r"system role not supported", re.IGNORECASE)
@@ -105,13 +71,7 @@ FINISH: Final[Mapping[str, FinishReason]] = {
 }
 ANY_OBJECT: Final = {"type": "object"}
 """The engine's own `json_object` does not hold the model to JSON."""
-DONE: Final = b"[DONE]"
-MAX_WORDS: Final = 500
-STATUS_REJECTED: Final = 400
 STATUS_UNAUTHORISED: Final = 401
-STATUS_UNSUPPORTED: Final = 501
-STATUS_BUSY: Final = 503
-STATUS_FAULT: Final = 500
 EMBEDDERS: Final = frozenset(
     {"bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert"}
 ) | {
@@ -145,8 +105,7 @@ def model_info(stored: Stored, *, full: bool) -> ModelInfo:
     header = stored.header
     metadata = dict(header.metadata)
     if not full:
-        metadata = {key: value for key, value in metadata.items() if not isinstance(value, list)}
-    file_type = header.metadata.get("general.file_type")
+        metadata = {key: value for key, value in metadata.items() if isinstance(value, str | int | float)}
     return ModelInfo(
         name=stored.name,
         digest=stored.digest,
@@ -155,7 +114,7 @@ def model_info(stored: Stored, *, full: bool) -> ModelInfo:
         family=header.architecture,
         architecture=header.architecture,
         parameters=_count(header),
-        quantization=FILE_TYPES.get(file_type) if isinstance(file_type, int) else None,
+        quantization=header.quantization,
         context_window=header.figure("context_length"),
         features=features(header),
         template=header.template or None,
@@ -178,22 +137,6 @@ def _count(header: Header) -> str:
         if total >= unit:
             return f"{total / unit:.2f}{name}" if unit < 1e9 else f"{total / unit:.1f}{name}"  # noqa: PLR2004
     return str(total)
-
-
-def vocabulary(header: Header) -> int:
-    """How many tokens the model knows."""
-    table = header.tensors.get("token_embd.weight")
-    return table.shape[-1] if table else header.figure("vocab_size") or 0
-
-
-def cache_bytes(header: Header, window: int) -> int:
-    """Bytes of the engine's cache of keys and values for a window."""
-    heads = header.figure("attention.head_count") or 1
-    shared = header.figure("attention.head_count_kv") or heads
-    size = (header.figure("embedding_length") or 0) // heads
-    key = header.figure("attention.key_length") or size
-    value = header.figure("attention.value_length") or size
-    return (header.figure("block_count") or 0) * shared * (key + value) * 2 * window
 
 
 # --- Requests --------------------------------------------------------------------------------------------------------
@@ -332,67 +275,30 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def scales(body: Mapping[str, Any], loaded: Sequence[str]) -> tuple[float, ...]:
-    """The scale of every adapter that an engine has loaded, as a request's body wants them."""
-    wanted = body.get("adapter") or {"digest": None}
-    return tuple(wanted["scale"] if digest == wanted["digest"] else 0.0 for digest in loaded)
-
-
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
-def read_line(line: bytes, whole: bool) -> bytes | None:
-    """The JSON of one line of a stream of events; None for lines without.
+class ChunkReader:
+    """Makes the chunks of one answer from its events."""
 
-    Raises:
-        ProviderError: the line is an error, or none of the stream's.
-    """
-    line = line.strip()
-    if not line or line.startswith((b":", b"event:", b"id:", b"retry:")):
-        return None
-    name, colon, data = line.partition(b":")
-    if not colon or name not in (b"data", b"error"):
-        raise ProtocolError("The engine sent a line that is no event.")
-    data = data.strip()
-    if not whole and data != DONE:
-        raise StreamInterrupted("The answer ended in the middle of a line.", hint="Ask again.")
-    if name == b"error" or b'"error"' in data:
-        found = _object(data)
-        if "error" in found:
-            raise refusal(STATUS_FAULT, data)
-    return data
-
-
-class Answer:
-    """One answer as it comes: events to chunks."""
-
-    def __init__(self, model: str, *, top: bool = False, notes: tuple[str, ...] = ()) -> None:
+    def __init__(self, model: str, *, top: bool) -> None:
         self._model = model
         self._top = top
         self._calls: dict[int, dict[str, str]] = {}
-        self._finish: str | None = None
         self._last: dict[str, Any] = {}
-        self.load: float | None = None
-        """Seconds the engine took to start for it."""
-        self.notes = notes
-        """Warnings to put onto the last chunk."""
+        self.finish: str | None = None
+        """The engine's own word for why it ended, once it has."""
 
-    def read(self, data: bytes) -> Chunk | None:
-        """The chunk an event makes, if it makes one. The last event is `[DONE]`, and it makes the last chunk.
-
-        Raises:
-            ProtocolError: it is not what the server promises.
-        """
-        if data == DONE:
-            return self._end()
-        event = _object(data)
-        if event.get("usage") or event.get("timings"):
-            self._last = event
-        choices = event.get("choices") or ()
+    def read(self, event: Event) -> Chunk | None:
+        """The chunk an event makes, if it makes one."""
+        found = event.json()
+        if found.get("usage") or found.get("timings"):
+            self._last = found
+        choices = found.get("choices") or ()
         if not choices:
             return None
         choice = choices[0]
-        self._finish = choice.get("finish_reason") or self._finish
+        self.finish = choice.get("finish_reason") or self.finish
         delta = choice.get("delta") or {"content": choice.get("text")}
         for call in delta.get("tool_calls") or ():
             self._add_call(call)
@@ -412,9 +318,8 @@ class Answer:
         if piece is not None:
             call["arguments"] += piece if isinstance(piece, str) else json.dumps(piece)
 
-    def _end(self) -> Chunk:
-        if self._finish is None:
-            raise ProtocolError("The engine ended its answer without a reason.")
+    def last(self, load: float | None, notes: tuple[str, ...]) -> Chunk:
+        """The last chunk, with the seconds that the engine took to start, and warnings."""
         usage = self._last.get("usage") or {}
         timings = self._last.get("timings") or {}
         return Chunk(
@@ -422,15 +327,15 @@ class Answer:
                 read_tool_call(call["name"], call["arguments"], call["id"] or f"call_{place}")
                 for place, call in sorted(self._calls.items())
             ),
-            finish_reason=FINISH.get(self._finish, "other"),
+            finish_reason=FINISH.get(self.finish or "", "other"),
             usage=Usage(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens")),
             timings=Timings(
-                load=self.load,
+                load=load,
                 prompt=_seconds(timings.get("prompt_ms")),
                 generation=_seconds(timings.get("predicted_ms")),
             ),
             model=self._model,
-            warnings=self.notes,
+            warnings=notes,
             raw=self._last,
         )
 
@@ -455,44 +360,28 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("The engine sent what is no JSON.") from error
-    if not isinstance(found, dict):
-        raise ProtocolError("The engine sent what is no JSON object.")
-    return found
+def embeddings(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Embeddings:
+    """The vectors of an answer, in the order of the inputs."""
+    data = sorted(found["data"], key=lambda each: int(each["index"]))
+    return Embeddings(
+        vectors=tuple(each["embedding"] for each in data),
+        model=model,
+        usage=Usage(input_tokens=(found.get("usage") or {}).get("prompt_tokens")),
+        warnings=warnings,
+    )
 
 
-def refusal(status: int, body: bytes) -> ProviderError:
-    """The typed error for an answer that refuses, or for an error inside a stream."""
-    try:
-        found = _object(body).get("error")
-    except ProtocolError:
-        found = None
-    facts = found if isinstance(found, dict) else {"message": str(found or body[:MAX_WORDS].decode(errors="replace"))}
-    words = str(facts.get("message", ""))[:MAX_WORDS]
-    code, kind = facts.get("code"), facts.get("type")
-    status = code if isinstance(code, int) else status
-    details = {"server_message": words}
-    if kind == "exceed_context_size_error" or "exceeds the available context size" in words:
-        figures = {name: facts[name] for name in ("n_prompt_tokens", "n_ctx") if name in facts}
+def refusal(it: Answer) -> ProviderError | None:
+    """What the engine refuses for reasons of its own."""
+    kind = it.facts.get("type")
+    if kind == "exceed_context_size_error" or "exceeds the available context size" in it.words:
         return ContextOverflow(
-            f"The prompt of {figures.get('n_prompt_tokens', 'too many')} tokens does not fit into the context window"
-            f" of {figures.get('n_ctx', 'the engine')} tokens.",
-            status=status,
+            f"The prompt of {it.facts.get('n_prompt_tokens', 'too many')} tokens does not fit into the context window"
+            f" of {it.facts.get('n_ctx', 'the engine')} tokens.",
             hint="Raise `context_window`, or send less.",
-            details={**details, **figures},
         )
-    if status == STATUS_UNAUTHORISED:
-        return AuthenticationFailed("The engine did not accept its key.", status=status, details=details)
-    if kind == "not_supported_error" or status == STATUS_UNSUPPORTED:
-        return CapabilityUnsupported(f"The engine cannot do that: {words}.", status=status, details=details)
-    if status == STATUS_BUSY:
-        return Overloaded(f"The engine is not ready: {words}.", status=status, details=details)
-    if status == STATUS_REJECTED:
-        return RequestRejected(f"The engine refused the request: {words.rstrip('.')}.", status=status, details=details)
-    if status >= STATUS_FAULT:
-        return InferenceFailed(f"The engine failed: {words.rstrip('.')}.", status=status, details=details)
-    return ProtocolError(f"The engine answered {status}: {words.rstrip('.')}.", status=status, details=details)
+    if it.inner_status == STATUS_UNAUTHORISED:
+        return AuthenticationFailed("The engine did not accept its key.", hint="Close the client and open another.")
+    if kind == "not_supported_error":
+        return CapabilityUnsupported(it.said, hint="Another model may.")
+    return None

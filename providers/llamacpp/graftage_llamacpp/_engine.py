@@ -1,106 +1,656 @@
-"""The engine's own process: one llama.cpp server on loopback, which ends when its parent does.
+"""The engine of one model, shared by all clients of this process, and the transport that takes their requests to it.
 
-Started as a script by `_process`, isolated (`-I -S`) and with nothing of Graftage imported. It reads its order as one
-line of JSON from standard input, so that the key is in no argument list; it answers with one line on standard output;
-and it ends when standard input does: the parent closed it, or is gone, however it went.
+Each request takes a lease on the engine, which starts it where needed, until its answer ends. Above the transport the
+engine has one address and no key, so a recorder that stands in between sees neither port nor secret.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import math
 import os
-import signal
-import sys
 import threading
 import time
-from typing import Any
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
 
-PARENT_CHECK = 1.0
-"""Seconds between two looks at the parent: a process it forked may hold the pipe open after its death."""
-LOG_PATIENCE = 2.0
-LOG_STEP = 0.1
+from graftage.exceptions import (
+    AdapterError,
+    AdapterIncompatible,
+    AdapterInvalid,
+    AdapterUnsupported,
+    ConnectionFailed,
+    GraftageError,
+    ModelLoadFailed,
+    ProviderTimeout,
+    StreamInterrupted,
+)
+from graftage.gguf import GgufError, read_file
+from graftage.http import Request, Response, Transport
+from graftage_llamacpp import _convert
+from graftage_llamacpp._process import Launch, Process, Use, start
+from graftage_llamacpp._sources import check_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from graftage.calls import Call
+    from graftage.http import Clock
+    from graftage.types import Adapter, Phase
+    from graftage_llamacpp._store import Stored
+
+__all__ = [
+    "EMBEDDINGS",
+    "PLACE",
+    "TOKENIZE",
+    "AdapterFile",
+    "Engine",
+    "EngineTransport",
+    "Job",
+    "Need",
+    "engines",
+    "hold",
+    "let_go",
+]
+
+PLACE: Final = "http://llamacpp.invalid"
+"""Stands for the engine, wherever it listens."""
+TOKENIZE: Final = "/tokenize"
+EMBEDDINGS: Final = "/v1/embeddings"
+MARGIN: Final = 0.05
+"""Seconds kept back from a limit, so that the engine's own error comes before that of the clock."""
+PATIENCE: Final = 0.2
+"""Seconds to wait for a broken engine's end, to say how it ended."""
 
 
-def main() -> None:
-    """Serve until the parent is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host: it may want to go on.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # Whatever native code prints must not mix with the answer.
-    order = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    if os.name == "posix":
-        threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
-    try:
-        answer = _serve(order)
-    except ImportError as error:
-        answer = {"error": "import", "message": str(error)}
-    except Exception as error:  # noqa: BLE001 - the bindings raise several kinds, and all of them mean the same
-        answer = {"error": "load", "message": f"{type(error).__name__}: {error}"}
-        _let_the_log_be_written()
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
-    if "address" not in answer:
-        os._exit(1)
-    while True:
-        time.sleep(3600)
+# --- The transport ---------------------------------------------------------------------------------------------------
 
 
-def _let_the_log_be_written() -> None:
-    """Wait until standard error, a file, grows no more: a thread of the engine writes there what was wrong."""
-    end = time.monotonic() + LOG_PATIENCE
-    size = 0
-    while time.monotonic() < end:
-        before, size = size, os.fstat(2).st_size
-        if size and size == before:
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """What a request to an engine is for: the context of its HTTP requests."""
+
+    call: Call
+    stored: Stored
+    engine: Engine
+    need: Need
+    lease: Lease | None = None
+    """Of its last request; a replay has none."""
+
+    async def take(self, deadline: float) -> Lease:
+        """Wait for the right to send a request.
+
+        Raises:
+            ProviderTimeout: the engine was not free in time.
+            ModelLoadFailed: it could not be started.
+        """
+        self.lease = cast("Lease", await self.engine.grant(self.need, self.call, deadline))
+        return self.lease
+
+
+class EngineTransport:
+    """Sends each request to the engine that its job names."""
+
+    def __init__(self, network: Callable[[str], Transport]) -> None:
+        self._network = network("http://127.0.0.1")
+        self.colour = self._network.colour
+
+    async def send(self, request: Request, clock: Clock) -> Response:
+        """Wait for the engine, send it a request, and wait for the head of its answer."""
+        job = cast("Job", request.context["job"])
+        clock.enter("first_token")
+        lease = await job.take(time.monotonic() + clock.left() - MARGIN)
+        try:
+            clock.enter("connect")
+            return _Leased(await self._network.send(_directed(request, lease), clock), lease, job.call)
+        except ConnectionFailed as error:
+            ended = await job.call.run(lease.process.how_it_ended, PATIENCE)
+            lease.end()
+            if ended is None:
+                raise
+            raise _ended(ended, lease.process) from error
+        except BaseException:
+            lease.end()
+            raise
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._network.close()
+
+
+class _Leased:
+    """An answer of the engine. Its end gives the lease back."""
+
+    def __init__(self, inner: Response, lease: Lease, call: Call) -> None:
+        self.status, self.reason, self.headers = inner.status, inner.reason, inner.headers
+        self._inner = inner
+        self._lease = lease
+        self._call = call
+        self._begun = False
+
+    async def read(self) -> bytes:
+        try:
+            piece = await self._inner.read()
+        except StreamInterrupted as error:
+            raise await self._call.run(self._interrupted) from error
+        # The status does not wait for the prompt to be read, and comments may come before the first event.
+        if not self._begun and b'"choices"' in piece:
+            self._begun = True
+            if self._lease.use is not None:
+                self._lease.use.answered()
+        return piece
+
+    def _interrupted(self) -> StreamInterrupted:
+        """The error for an answer that broke off: an engine that is killed ends it without a word."""
+        process = self._lease.process
+        ended = process.how_it_ended(PATIENCE)
+        return StreamInterrupted(
+            f"The answer ended before it was done: the engine {ended or 'closed the connection'}.",
+            retryable=not self._begun,
+            hint="Ask again: an engine that has ended is started again.",
+            details={"engine_stderr": process.last_words()} if ended else None,
+        )
+
+    async def close(self) -> None:
+        try:
+            await self._inner.close()
+        finally:
+            self._lease.end()
+
+
+def _directed(request: Request, lease: Lease) -> Request:
+    """The request as it goes over the wire: with the engine's address, its key, and its numbers of the adapters."""
+    process = lease.process
+    headers = (
+        ("authorization", f"Bearer {process.key}"),
+        ("content-type", "application/json"),
+        # With several slots the engine often closes a connection just when it is to be used again.
+        ("connection", "close"),
+    )
+    body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
+    return Request(method=request.method, url=f"{process.address}{request.target}", headers=headers, body=body)
+
+
+def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
+    """A body that names the scale of every adapter, its slot, and whether to go on from the cache of that."""
+    if path == TOKENIZE:
+        return body
+    process, found = lease.process, json.loads(body)
+    wanted = found.pop("adapter", None) or {"digest": None}
+    scales = tuple(wanted["scale"] if digest == wanted["digest"] else 0.0 for digest in process.adapters)
+    found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
+    if path == EMBEDDINGS:
+        lease.use = process.slots.take_any()
+    else:
+        text = found.get("messages") or found.get("prompt") or ()
+        lease.use = process.slots.take(None if wanted["digest"] in process.activated else scales, text)
+        found.update(id_slot=lease.use.number, cache_prompt=lease.use.reuse)
+    return json.dumps(found).encode()
+
+
+def _ended(how: str, process: Process) -> ConnectionFailed:
+    """The error for an engine that ended before it answered."""
+    return ConnectionFailed(
+        f"The engine {how} before it answered.",
+        hint="It is started again for the next request. Is there enough memory?",
+        details={"cause": "engine", "engine_stderr": process.last_words()},
+    )
+
+
+# --- The engine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Need:
+    """What a request wants of the engine before it can be sent."""
+
+    deadline: float = math.inf
+    window: int | None = None
+    """None for whatever window there is."""
+    default_window: int = 4096
+    adapter: AdapterFile | None = None
+    """The one that must be loaded."""
+    keep_alive: float | None = None
+    stop: bool = False
+    """Whether the engine is to be ended instead: when nothing runs any more."""
+    future: Future[Lease | None] = field(default_factory=Future, init=False)
+    """None where it was to be ended."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Lease:
+    """The right to send one request; while there is one, the engine is not restarted."""
+
+    engine: Engine
+    process: Process
+    load: float | None = None
+    """Seconds it took to start the engine for this request."""
+    notes: tuple[str, ...] = ()
+    """Warnings for the reply."""
+    keep_alive: float | None = None
+    use: Use | None = None
+    """Of a slot, while adapters are loaded."""
+    _ended: bool = False
+
+    def end(self) -> None:
+        """Give it back; the second time does nothing."""
+        if not self._ended:
+            self._ended = True
+            if self.use is not None:
+                self.use.end()
+            self.engine.give_back(self)
+
+
+class Engine:
+    """The child of one launch: there is one or none, and what wants it waits in one fair line.
+
+    A restart, for another window or a new adapter, waits until what runs has ended; what comes later waits behind it.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.process: Process | None = None
+        self.expires: datetime | None = None
+        """When an idle child ends; None for as long as a client is open."""
+        self.holders: set[int] = set()
+        self.adapters: dict[str, AdapterFile] = {}
+        """Digests and files of the adapters that the next start loads, in this order."""
+        self._waiting: deque[Need] = deque()
+        self._running = 0
+        self._busy = False
+        self._closed = False
+        self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def running(self) -> Process | None:
+        """The child, where it lives."""
+        process = self.process
+        return process if process is not None and process.alive else None
+
+    async def grant(self, need: Need, call: Call, deadline: float) -> Lease | None:
+        """Wait in line until the engine is what a request needs; for a lease, or for None where it was to be ended.
+
+        Raises:
+            ProviderTimeout: it was not free in time.
+            ModelLoadFailed: it could not be started.
+        """
+        future = self._ask(replace(need, deadline=deadline))
+        try:
+            await call.waiting.wait(future, deadline + MARGIN)
+            return future.result()
+        except TimeoutError as error:
+            self._withdraw(future)
+            raise self._not_free(call, deadline) from error
+        except BaseException:
+            self._withdraw(future)
+            raise
+
+    async def end(self, call: Call) -> None:
+        """End the child once nothing runs on it."""
+        await self.grant(Need(stop=True), call, call.deadline)
+
+    def _not_free(self, call: Call, deadline: float) -> ProviderTimeout:
+        phase: Phase = "total" if deadline >= call.deadline - 2 * MARGIN else "first_token"
+        if not self._running:
+            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the limit of time.")
+        return ProviderTimeout(
+            f"The engine could not be restarted or ended in time: {self._running} requests hold it.",
+            phase=phase,
+            hint="Close streams that are not read, ask for the same `context_window` everywhere, or raise the limit.",
+        )
+
+    def _ask(self, need: Need) -> Future[Lease | None]:
+        with self._lock:
+            if self._closed:
+                raise ConnectionFailed(
+                    "The engine has been closed.", retryable=False, hint="Use a client that is open."
+                )
+            self._waiting.append(need)
+        self._pump()
+        return need.future
+
+    def _withdraw(self, future: Future[Lease | None]) -> None:
+        """Stop waiting; a lease that is granted all the same is given back."""
+
+        def give_back(done: Future[Lease | None]) -> None:
+            if done.exception() is None and (lease := done.result()) is not None:
+                lease.end()
+
+        if not future.cancel():
+            future.add_done_callback(give_back)
+        self._pump()
+
+    def give_back(self, lease: Lease) -> None:
+        """End one request."""
+        with self._lock:
+            self._running -= 1
+            self._rest(lease.keep_alive)
+        self._pump()
+
+    def drop_adapter(self, digest: str) -> bool:
+        """Leave an adapter out from the next start on; whether the running child still holds it."""
+        with self._lock:
+            self.adapters.pop(digest, None)
+            return self.process is not None and digest in self.process.adapters
+
+    def close(self) -> None:
+        """End the child now, whatever it does, and refuse what waits."""
+        with self._lock:
+            self._closed = True
+            process, self.process = self.process, None
+            waiting, self._waiting = self._waiting, deque()
+            self._cancel_timer()
+        if process is not None:
+            process.stop()
+        for need in waiting:
+            if need.future.set_running_or_notify_cancel():
+                need.future.set_exception(
+                    ConnectionFailed(
+                        "The engine was closed meanwhile.", retryable=False, hint="Use a client that is open."
+                    )
+                )
+
+    def disown(self) -> None:
+        """In a process that was forked off: let go of the child without ending it."""
+        if self.process is not None:
+            self.process.disown()
+
+    def _pump(self) -> None:
+        """Grant what can be granted, and start a restart where the next in line needs one."""
+        granted: list[tuple[Need, Lease]] = []
+        with self._lock:
+            while self._waiting and not self._busy:
+                need = self._waiting[0]
+                if need.future.cancelled():
+                    self._waiting.popleft()
+                elif not need.stop and (process := self._fitting(need)) is not None:
+                    self._waiting.popleft()
+                    if need.future.set_running_or_notify_cancel():
+                        granted.append((need, self._lease(need, process)))
+                elif self._running == 0:
+                    self._waiting.popleft()
+                    if need.future.set_running_or_notify_cancel():
+                        self._busy = True
+                        threading.Thread(target=self._change, args=(need,), name="graftage-engine", daemon=True).start()
+                else:
+                    break
+        for need, lease in granted:
+            need.future.set_result(lease)
+
+    def _fitting(self, need: Need) -> Process | None:
+        """The running child, where it is what the request needs."""
+        process = self.running
+        if process is None:
+            return None
+        if need.window not in (None, process.window):
+            return None
+        if need.adapter is not None and need.adapter.digest not in process.adapters:
+            return None
+        return process
+
+    def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
+        self._running += 1
+        self._cancel_timer()
+        return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
+
+    def _change(self, need: Need) -> None:
+        """End the child that does not fit, and start one that does; on a thread of its own, and alone."""
+        began = time.monotonic()
+        before = self.process
+        died = before is not None and not before.alive
+        window = need.window or (before.window if before else None) or need.default_window
+        process: Process | None = None
+        lease: Lease | None = None
+        error: Exception | None = None
+        adapters: dict[str, AdapterFile] = {}
+        try:
+            if not need.stop:
+                adapters = self._usable(need.adapter)
+            if before is not None:
+                self.process = None
+                before.stop()
+            if not need.stop:
+                process = self._start(window, adapters, need)
+        except Exception as caught:  # noqa: BLE001 - it is raised where the request waits, whatever it is
+            error = caught
+        with self._lock:
+            self._busy = False
+            if process is not None and self._closed:
+                process.stop()
+                error, process = ConnectionFailed("The engine was closed meanwhile.", retryable=False), None
+            if process is not None:
+                self.process = process
+                self.adapters = {digest: adapters[digest] for digest in process.adapters}
+                notes = _notes(before, process, died=died)
+                lease = self._lease(need, process, time.monotonic() - began, notes)
+            elif self.process is not None:
+                self._rest(need.keep_alive)
+        if error is not None:
+            need.future.set_exception(error)
+        else:
+            need.future.set_result(lease)
+        self._pump()
+
+    def _usable(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
+        """The adapters to start with: one without a usable file is left out, and fails only requests that need it."""
+        usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
+        if needed is not None:
+            needed.prepare()
+            usable[needed.digest] = needed
+        return usable
+
+    def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
+        """Start a child; if it fails, again without the adapters that are not needed, for it may be one of them."""
+        try:
+            return self._child(window, adapters, need.deadline)
+        except ModelLoadFailed as error:
+            failed = error
+        needed = {} if need.adapter is None else {need.adapter.digest: need.adapter}
+        if len(needed) < len(adapters) and failed.reason != "timeout":
+            try:
+                return self._child(window, needed, need.deadline)
+            except ModelLoadFailed as error:
+                failed = error
+        raise failed if need.adapter is None else need.adapter.not_taken(failed)
+
+    def _child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
+        process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
+        # What such an adapter has read depends on where it was invoked, so its cache serves no other request.
+        process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
+        return process
+
+    # How long an idle child stays
+
+    def _rest(self, keep_alive: float | None) -> None:
+        self._cancel_timer()
+        if self._running or self._closed or keep_alive is None or keep_alive == math.inf:
             return
-        time.sleep(LOG_STEP)
+        self.expires = datetime.now(UTC) + timedelta(seconds=keep_alive)
+        self._timer = threading.Timer(keep_alive, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _cancel_timer(self) -> None:
+        self.expires = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        with self._lock:
+            if self._running or self._waiting or self._busy or self._closed:
+                return
+            self._waiting.append(Need(stop=True))
+        self._pump()
 
 
-def _end_with_input() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
+def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str, ...]:
+    if before is None:
+        return ()
+    if died:
+        return ("The engine had ended unexpectedly and was started again.",)
+    if before.window != process.window:
+        return (
+            f"The engine was started again with a context window of {process.window} tokens, before {before.window}.",
+        )
+    return ()
 
 
-def _end_with_parent(parent: int) -> None:
-    # PR_SET_PDEATHSIG would not do: it follows the thread that started this process, not the parent as a whole.
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECK)
-    os._exit(0)
+# --- Files of adapters -----------------------------------------------------------------------------------------------
 
 
-_servers: list[Any] = []
-"""Keeps the server alive."""
+class AdapterFile:
+    """An adapter as a file that an engine can load with one model."""
+
+    def __init__(self, adapter: Adapter, model: Callable[[], Stored]) -> None:
+        self.name = adapter.name
+        self.digest = adapter.digest
+        self.path = Path()
+        self.activated = False
+        """Whether it acts only after its invocation tokens."""
+        self._adapter = adapter
+        self._model = model
+        self._state: tuple[int, ...] | None = None
+
+    def prepare(self) -> None:
+        """Make the file at `path`, unless it is still what it was.
+
+        Raises:
+            GraftageError: it cannot be made, or the engine cannot take it.
+        """
+        if self._state is None or _state(self.path) != self._state:
+            self._state = None
+            self._make()
+
+    def usable(self) -> bool:
+        """Whether it can be prepared."""
+        try:
+            self.prepare()
+        except GraftageError:
+            return False
+        return True
+
+    def _make(self) -> None:
+        model = self._model()
+        try:
+            self.path = self._adapter.gguf(_convert.model_info(model, full=True)).absolute()
+        except GraftageError:
+            raise
+        except Exception as error:
+            raise AdapterError(
+                f"The file of the adapter `{self.name}` could not be made: {type(error).__name__}.",
+                reference=self.name,
+                hint="Ask the authors of the plugin that found it.",
+            ) from error
+        state = _state(self.path)
+        self._check(model)
+        self._state = state
+
+    def _check(self, model: Stored) -> None:
+        """Refuse by name what the engine would refuse without a reason."""
+        try:
+            header = read_file(self.path)
+            check_adapter(header)
+        except (OSError, GgufError) as error:
+            raise AdapterInvalid(
+                f"The file of the adapter `{self.name}` cannot be used: {error}.",
+                reference=self.name,
+                reasons=(str(error),),
+                hint="Convert it again, or choose another adapter.",
+            ) from error
+        if header.architecture != model.header.architecture:
+            reason = f"it is made for {header.architecture[:80]!r}, and the model is {model.header.architecture!r}"
+            raise AdapterIncompatible(
+                f"The adapter `{self.name}` does not fit `{model.name}`: {reason}.",
+                reference=self.name,
+                reasons=(reason,),
+                hint="Choose the model it was made for.",
+            )
+        self.activated = "adapter.alora.invocation_tokens" in header.metadata
+
+    def not_taken(self, error: ModelLoadFailed) -> GraftageError:
+        """What it means that an engine did not start with this adapter and no other."""
+        words = str(error.details.get("engine_stderr", ""))
+        if error.reason != "incompatible" or "adapter_lora" not in words:
+            return error
+        kind = AdapterIncompatible if "wrong base model" in words or "mismatch" in words else AdapterUnsupported
+        failed = kind(
+            f"The engine cannot load the adapter `{self.name}`: {error.message}",
+            reference=self.name,
+            reasons=(error.message,),
+            hint="Choose the model it was made for.",
+        )
+        failed.__cause__ = error
+        return failed
 
 
-def _serve(order: dict[str, Any]) -> dict[str, Any]:
-    sys.path.insert(0, order["location"])
-    import xllamacpp  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: PLC0415 - found above
-
-    if order["model"] is None:
-        return {"version": xllamacpp.__version__, "error": None}
-    params = xllamacpp.CommonParams()
-    params.model.path = order["model"]
-    params.n_ctx = order["window"] * order["slots"]
-    params.n_parallel = order["slots"]
-    params.n_batch = params.n_ubatch = order["batch"]
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["threads"]
-    if order["gpu_layers"] is not None:
-        params.n_gpu_layers = order["gpu_layers"]
-    params.embedding = True
-    if order["pool"]:
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in order["adapters"]]
-    params.api_keys = [order["key"]]
-    params.cors_origins = ""
-    params.endpoint_slots = params.ui = False
-    params.cache_ram_mib = 0  # Otherwise the prompts of finished requests pile up to 8 GB.
-    params.fit_params = False  # The window is the one that was asked for, or an error.
-    params.verbosity = 1  # Errors only: they go to standard error, which the parent keeps for its own errors.
-    server = xllamacpp.Server(params)
-    _servers.append(server)
-    return {"address": server.listening_address, "version": xllamacpp.__version__}
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Changes when a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-if __name__ == "__main__":
-    main()
+# --- All engines of this process -------------------------------------------------------------------------------------
+
+_engines: dict[Launch, Engine] = {}
+_lock = threading.Lock()
+
+
+def hold(launch: Launch, holder: int) -> Engine:
+    """The engine of a launch, which stays until its last holder lets go."""
+    with _lock:
+        engine = _engines.get(launch)
+        if engine is None:
+            engine = _engines[launch] = Engine(launch)
+        engine.holders.add(holder)
+        return engine
+
+
+def let_go(holder: int) -> None:
+    """Let go of everything one holder has; what has no holder left ends."""
+    idle = []
+    with _lock:
+        for launch, engine in list(_engines.items()):
+            engine.holders.discard(holder)
+            if not engine.holders:
+                idle.append(_engines.pop(launch))
+    for engine in idle:
+        engine.close()
+
+
+def engines(model: Path | None = None) -> list[Engine]:
+    """Every engine of this process, or those of the model in a file."""
+    with _lock:
+        return [each for each in _engines.values() if model is None or each.launch.model == str(model)]
+
+
+def _end_all() -> None:
+    with _lock:
+        left = list(_engines.values())
+        _engines.clear()
+    for engine in left:
+        engine.close()
+
+
+def _forget_all() -> None:
+    """After a fork: the children are the parent's."""
+    global _lock  # noqa: PLW0603 - another thread may have held it at the fork
+    _lock = threading.Lock()
+    for engine in _engines.values():
+        engine.disown()
+    _engines.clear()
+
+
+atexit.register(_end_all)
+_at_fork: Callable[..., None] | None = getattr(os, "register_at_fork", None)
+if _at_fork is not None:
+    _at_fork(after_in_child=_forget_all)

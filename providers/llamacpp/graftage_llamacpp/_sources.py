@@ -1,4 +1,7 @@
-"""Where models come from: a file, the package index, the Hugging Face hub. Each writes one file, step by step."""
+"""Where models come from: a file, the package index, the Hugging Face hub. Each writes one file, step by step.
+
+And what a file must be: the engine says "Failed to init server" whatever is wrong, so files are refused by name before.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
+from graftage.calls import Call
 from graftage.exceptions import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -27,21 +31,33 @@ from graftage.exceptions import (
     ProviderTimeout,
     RequestRejected,
 )
-from graftage.types import Call, PullProgress
+from graftage.gguf import GgufError, read_file
+from graftage.types import PullProgress
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
     import httpx
 
-__all__ = ["FileSource", "HubSource", "PackageSource", "Source", "Watch"]
+    from graftage.gguf import Header
+
+__all__ = [
+    "ARCHITECTURES",
+    "FileSource",
+    "HubSource",
+    "PackageSource",
+    "Source",
+    "Watch",
+    "check_adapter",
+    "check_model",
+]
 
 BLOCK: Final = 1024 * 1024
 STEP: Final = 0.2
-"""Seconds between two steps of a download that somebody else makes."""
+"""Seconds between two steps of a slow download: the core takes one without steps for one that stands still."""
 SHA256_HEX: Final = 64
 TAIL: Final = 2000
-TIED: Final = Path(__file__).with_name("_tied.py")
+CHILD: Final = Path(__file__).with_name("_child.py")
 UNAUTHORISED: Final = (401, 403)
 NOT_FOUND: Final = (404, 410)
 TOO_MANY: Final = 429
@@ -140,11 +156,9 @@ class FileSource:
 
     def look(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
         """Nothing to find out; a file that is no model is refused before it is copied."""
-        from graftage_llamacpp import _gguf  # noqa: PLC0415 - only here
-
         try:
-            _gguf.check_model(_gguf.read(self.path))
-        except _gguf.GgufError as error:
+            check_model(read_file(self.path))
+        except GgufError as error:
             raise ModelLoadFailed(
                 f"The file {self.path} cannot be used: {error}.", reason="incompatible", hint="Choose another file."
             ) from error
@@ -249,7 +263,7 @@ class PackageSource:
         raise ConnectionFailed(
             f"The package index did not give {self.label}.",
             retryable=False,
-            hint=f"Try `pip download --no-deps {self.distribution}=={self.version}`; the details tell what it said.",
+            hint=f"Try `pip download --no-deps {self.distribution}=={self.version}`; the details have its output.",
             details=said,
         )
 
@@ -270,13 +284,13 @@ def _downloaders(requirement: str, out: Path) -> dict[str, Sequence[str]]:
 def _run(
     command: Sequence[str], work: Path, watch: Watch, status: str, total: int
 ) -> Generator[PullProgress, None, str | None]:
-    """Run a downloader, and tell how far it is by what it has written; returns what it said where it failed."""
+    """Run a downloader, and report progress by what it has written; returns what it said where it failed."""
     # What is on its way must be on the disk of the models, and in sight.
     places = {name: str(work) for name in ("TMPDIR", "TEMP", "TMP")}
     environment = {**os.environ, **places, "UV_CACHE_DIR": str(work / "cache")}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(  # noqa: S603 - a fixed command
-            [sys.executable, "-I", "-S", str(TIED), *command],
+            [sys.executable, "-I", "-S", str(CHILD), *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -369,7 +383,7 @@ class HubSource:
         import httpx  # noqa: PLC0415 - the store is looked at without it, too
 
         if self.digest is None:
-            part.unlink(missing_ok=True)  # Without a digest nobody can tell whether the two halves fit.
+            part.unlink(missing_ok=True)  # Without a digest it cannot be known whether the two halves fit.
         total = self.size or 0
         timeout = httpx.Timeout(watch.idle, connect=watch.connect)
         try:
@@ -398,15 +412,15 @@ class HubSource:
                 raise _status_error(response.status_code, self.label)
             goes_on = response.status_code == PARTIAL and _starts_at(response.headers.get("content-range", ""), done)
             with part.open("ab" if goes_on else "wb") as out:
-                told = 0
+                shown, since = 0, time.monotonic()
                 for block in response.iter_raw():
                     watch.check()
                     out.write(block)
                     size = out.tell()
                     if size > total:
                         raise ProtocolError(f"{self.label} is larger than the hub said.", hint="Pull again.")
-                    if size - told >= BLOCK or size == total:
-                        told = size
+                    if size - shown >= BLOCK or size == total or time.monotonic() - since >= STEP:
+                        shown, since = size, time.monotonic()
                         status = f"downloading {self.file}"
                         yield PullProgress(status=status, digest=self.digest, total=total, completed=size)
 
@@ -465,3 +479,58 @@ def _origin(url: str) -> tuple[str, str]:
 def _starts_at(content_range: str, place: int) -> bool:
     found = re.match(r"bytes (\d+)-", content_range)
     return found is not None and int(found[1]) == place
+
+
+# --- What the engine can use -----------------------------------------------------------------------------------------
+
+ARCHITECTURES: Final = frozenset(
+    """
+    afmoe apertus arcee arctic arwkv7 baichuan bailingmoe bailingmoe2 bailingmoe3 bert bitnet bloom chameleon
+    chatglm codeshell cogvlm cohere2 cohere2moe command-r dbrx deci deepseek deepseek2 deepseek2-ocr deepseek32
+    deepseek4 dots1 dots3note dream ernie4_5 ernie4_5-moe eurobert exaone exaone-moe exaone4 falcon falcon-h1
+    gemma gemma-embedding gemma-embedding2 gemma2 gemma3 gemma3n gemma4 gemma4-assistant glm-dsa glm4 glm4moe
+    glm5-next gpt-oss gpt2 gptneox granite granite_swa granitehybrid granitemoe graniteswitch grok grovemoe
+    hrm_text hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 hy_v4 internlm2 jais jais2 jamba jina-bert-v2 jina-bert-v3
+    k2-horizon kimi-k3 kimi-linear laguna lfm2 lfm2moe llada llada-moe llama llama-embed llama4 maincoder mamba
+    mamba2 maple mellum mimo2 minicpm minicpm3 minimax-01 minimax-m2 mistral3 mistral4 modern-bert mpt nanbeige
+    nemotron nemotron_h nemotron_h_moe neo-bert nomic-bert nomic-bert-moe olmo olmo2 olmoe openelm orion paddleocr
+    pangu-embedded phi2 phi3 phimoe plamo plamo2 plamo3 plm pockettts qwen qwen2 qwen2moe qwen2vl qwen3 qwen35
+    qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe qwen4exp refact rnd1 rwkv6 rwkv6qwen2 rwkv7 seed_oss
+    smallthinker smollm3 spark2_5 stablelm starcoder starcoder2 step35 t5 t5encoder talkie wavtokenizer-dec xverse
+    """.split()  # noqa: SIM905 - a list of 149 lines is not easier to read
+)
+"""What the pinned engine knows: each name was tried on it with an otherwise empty model."""
+
+
+def check_model(header: Header) -> None:
+    """Make sure that a file is a language model which the engine knows.
+
+    Raises:
+        GgufError: it is something else, or incomplete.
+    """
+    kind = header.metadata.get("general.type", "model")
+    if header.is_adapter:
+        raise GgufError("it is an adapter, not a model: give it as `adapter`")
+    if kind != "model" or header.architecture == "clip":
+        raise GgufError(f"it holds no language model but {kind if kind != 'model' else 'an image encoder'!r}")
+    if header.architecture not in ARCHITECTURES:
+        raise GgufError(f"its architecture {header.architecture[:80]!r} is not known to this engine")
+    if header.metadata.get("split.count", 0) not in (0, 1):
+        raise GgufError("it is one part of several: join them with `llama-gguf-split --merge`")
+    for name in ("context_length", "embedding_length", "block_count"):
+        if not header.figure(name):
+            raise GgufError(f"its key `{header.architecture}.{name}` is missing")
+    if not header.tensors:
+        raise GgufError("it has no tensors")
+
+
+def check_adapter(header: Header) -> None:
+    """Make sure that a file is a LoRA adapter.
+
+    Raises:
+        GgufError: it is not.
+    """
+    if not header.is_adapter or header.metadata.get("adapter.type") != "lora":
+        raise GgufError("it is not a LoRA adapter")
+    if not header.tensors:
+        raise GgufError("it has no tensors")

@@ -19,15 +19,15 @@ import shutil
 import sys
 import threading
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from graftage.exceptions import ModelLoadFailed, ModelNotFound, ProviderError, RequestRejected
-from graftage.types import PullProgress
-from graftage_llamacpp import DEFAULT_MODEL, _gguf
-from graftage_llamacpp._gguf import GgufError, Header
-from graftage_llamacpp._sources import FileSource, HubSource, PackageSource, Source, Watch
+from graftage.gguf import GgufError, Header, read_file
+from graftage.types import PullProgress, canonical_name
+from graftage_llamacpp._process import DEFAULT_MODEL
+from graftage_llamacpp._sources import FileSource, HubSource, PackageSource, Source, Watch, check_model
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
@@ -103,8 +103,8 @@ class Store:
         Raises:
             RequestRejected: the name cannot be one.
         """
-        if name.lower() in self.known:
-            return self.folder / f"{name.lower().replace(':', '-')}{SUFFIX}"
+        if known := self._known(name):
+            return self.folder / f"{known.replace(':', '-')}{SUFFIX}"
         if name.startswith(HUB):
             parts = name.removeprefix(HUB).split("/")
             if not HUB_NAME.fullmatch(name) or not name.lower().endswith(SUFFIX) or ".." in parts:
@@ -117,7 +117,12 @@ class Store:
                 raise _bad_name(name) from error
         if not PLAIN_NAME.fullmatch(name):
             raise _bad_name(name)
-        return self.folder / f"{name.replace(':', '-')}{SUFFIX}"
+        return self.folder / f"{name.removesuffix(':latest').replace(':', '-')}{SUFFIX}"
+
+    def _known(self, name: str) -> str | None:
+        """The model with a name of its own that a name means."""
+        wanted = canonical_name(name)
+        return next((each for each in self.known if canonical_name(each) == wanted), None)
 
     def name_of(self, path: Path) -> str:
         """The name that stands for a file."""
@@ -143,8 +148,8 @@ class Store:
         """
         path = self.path_of(name)
         try:
-            header = _gguf.read(path) if long_lists else self._header(path)
-            _gguf.check_model(header)
+            header = read_file(path, long_arrays=True) if long_lists else self._header(path)
+            check_model(header)
         except (FileNotFoundError, NotADirectoryError):
             raise self._not_found(name) from None
         except OSError as error:
@@ -170,7 +175,7 @@ class Store:
         for path in sorted(self._files()):
             with contextlib.suppress(OSError, GgufError):
                 header = self._header(path)
-                _gguf.check_model(header)
+                check_model(header)
                 found.append(self._stored(path, header))
         return found
 
@@ -199,7 +204,7 @@ class Store:
             with self._reading:  # A vocabulary takes a tenth of a second: callers that come together read it once.
                 known = self._looked_at.get(key)
                 if known is None:
-                    known = _gguf.read(path, long_lists=False)
+                    known = read_file(path)
                     kept = {old: each for old, each in self._looked_at.items() if old[0] != key[0]}
                     self._looked_at = {**kept, key: known}
         return known
@@ -213,18 +218,20 @@ class Store:
             header=header,
             digest=note.get("digest") if note.get("size") == header.size else None,
             licence=note.get("licence") or header.metadata.get("general.license"),
-            modified_at=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc),
+            modified_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
             advised=self.known[name].advised if name in self.known else {},
         )
 
     def _not_found(self, name: str) -> ModelNotFound:
         names = {self.name_of(path) for path in self._files()} | set(self.known)
         close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-        if _is_path(name) and not name.startswith(HUB):
+        if known := self._known(name):
+            hint = f"Pull it: `graftage models pull {known}`."
+        elif _is_path(name) and not name.startswith(HUB):
             hint = "Check the path."
-        elif close and close[0] != name.lower():
+        elif close:
             hint = f"Did you mean `{close[0]}`?"
-        elif name.lower() in self.known or name.startswith(HUB):
+        elif name.startswith(HUB):
             hint = f"Pull it: `graftage models pull {name}`."
         else:
             hint = f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or `{DEFAULT_MODEL}`."
@@ -257,15 +264,15 @@ class Store:
     def _source(self, name: str) -> tuple[Source, Path]:
         """Where a model comes from, and the file it becomes."""
         path = self.path_of(name)
-        if name.lower() in self.known:
-            return self.known[name.lower()], path
+        if known := self._known(name):
+            return self.known[known], path
         if name.startswith(HUB):
             org, repo, *file = name.removeprefix(HUB).split("/")
             return HubSource(f"{org}/{repo}", "/".join(file)), path
         if path.is_file():
             inside = path if path.is_relative_to(self.folder) else self.folder / f"{path.stem}{SUFFIX}"
-            known = next((source for name, source in self.known.items() if inside == self.path_of(name)), None)
-            return FileSource(path, known.digest if known else None), inside
+            same = next((source for name, source in self.known.items() if inside == self.path_of(name)), None)
+            return FileSource(path, same.digest if same else None), inside
         raise self._not_found(name)
 
     def _is_there(self, path: Path, source: Source) -> bool:
@@ -328,7 +335,7 @@ class Store:
 def _check(part: Path, digest: str, expected: str | None) -> None:
     if expected is not None and digest != expected:
         raise GgufError(f"its digest is {digest}, and should be {expected}")
-    _gguf.check_model(_gguf.read(part))
+    check_model(read_file(part))
 
 
 def _is_path(name: str) -> bool:
