@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from graftage.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from graftage.types import Adapter, AdapterInfo, ResolveRequest
+    from graftage.calls import ListAdaptersRequest, ResolveRequest
+    from graftage.types import Adapter, AdapterInfo
     from graftage_lora._resolve import Resolver
+    from graftage_lora._settings import LoraSettings
 
 __all__ = ["LoraPlugin", "plugin"]
 
@@ -36,7 +38,7 @@ class LoraPlugin:
         max_bytes: a larger adapter is refused; 2 GiB by default.
         merge_type: type of a quantised tensor after a merge, `Q8_0` (the default) or `F16`.
 
-    Wrong settings are a `SettingsError` at the first use.
+    Wrong settings are a `SettingsError` when a client opens.
     """
 
     name = "lora"
@@ -63,34 +65,44 @@ class LoraPlugin:
             "max_bytes": max_bytes,
             "merge_type": merge_type,
         }
-        self._given = {key: value for key, value in given.items() if value is not None}
-        self._made: Resolver | None = None
+        self.arguments = {key: value for key, value in given.items() if value is not None}
+        self._resolvers: dict[LoraSettings, Resolver] = {}
         self._lock = threading.Lock()
+
+    @hookimpl
+    def settings_model(self) -> type[LoraSettings]:
+        """The settings of this plugin."""
+        from graftage_lora._settings import LoraSettings  # noqa: PLC0415 - to find the plugin must cost nothing
+
+        return LoraSettings
 
     @hookimpl
     def resolve_adapter(self, request: ResolveRequest) -> Adapter:
         """The adapter of a reference, read and judged.
 
         Raises:
-            AdapterNotFound: none of the sources knows it; `reasons` tells what each said.
+            AdapterNotFound: none of the sources knows it; `reasons` has what each said.
             AdapterInvalid: it was found and cannot be used.
-            SettingsError: the plugin's settings are wrong.
         """
-        return self._resolver().resolve(request)
+        return self._resolver(request).resolve(request)
 
     @hookimpl
-    def list_adapters(self) -> Iterable[AdapterInfo]:
+    def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
         """The adapters that the sources know of."""
-        return tuple(self._resolver().known())
+        return tuple(self._resolver(request).known())
 
-    def _resolver(self) -> Resolver:
+    def _resolver(self, request: ResolveRequest | ListAdaptersRequest) -> Resolver:
+        """The one for these settings: it remembers the adapters that it has read."""
+        from graftage.settings import load  # noqa: PLC0415 - to find the plugin must cost nothing
         from graftage_lora._resolve import Resolver  # noqa: PLC0415 - NumPy, only where an adapter is named
-        from graftage_lora._settings import load  # noqa: PLC0415 - the same
 
+        settings = cast("LoraSettings | None", request.settings)
+        if settings is None:  # It is asked without a client.
+            settings = load(self.settings_model(), name=self.name, arguments=self.arguments).settings
         with self._lock:
-            if self._made is None:
-                self._made = Resolver(load(self._given))
-            return self._made
+            if settings not in self._resolvers:
+                self._resolvers[settings] = Resolver(settings)
+            return self._resolvers[settings]
 
 
 plugin = LoraPlugin()

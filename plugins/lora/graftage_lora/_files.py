@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: opened once, then checked, hashed and read from that one descriptor."""
+"""Files that cannot be trusted: opened once, then checked, hashed and read from that one descriptor; heads of GGUF."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from graftage import gguf
+from graftage.gguf import GgufError
+
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Self
 
-    from typing_extensions import Self
+__all__ = ["Files", "Opened", "Refused", "read_adapter", "read_model"]
 
-__all__ = ["Files", "Opened", "Refused"]
-
+ADAPTER_HEAD: Final = 1 << 22
+"""Bytes that an adapter's head may have: it carries no vocabulary, and a model beside it is soon known by its own."""
 # Without O_NONBLOCK, opening a named pipe would wait for ever for its other end. The path is resolved before it is
 # checked and opened, so a link that appears in between is refused by O_NOFOLLOW.
 FLAGS: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
@@ -41,7 +45,7 @@ class Files:
     """The folder that no link may lead out of."""
 
     def signature(self) -> tuple[tuple[int, ...], ...]:
-        """Changes when a file does, as far as the file system tells."""
+        """Changes when a file does, as far as the file system shows."""
         found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
@@ -103,21 +107,21 @@ class Opened:
         """The next bytes; asking for more than there are allocates nothing."""
         if not 0 <= count <= self.left:
             raise Refused(f"`{self.name}` ends within its {what}")
-        data = self._file.read(count)
-        self._advance(data, count)
+        data = self.read(count)
+        if len(data) != count:
+            raise Refused(f"`{self.name}` became shorter while it was read")
         return data
 
     def rest(self) -> memoryview:
         """Everything that is left."""
-        data = self._file.read(self.left)
-        self._advance(data, self.left)
-        return memoryview(data)
+        return memoryview(self.take(self.left, "end"))
 
-    def _advance(self, data: bytes, count: int) -> None:
-        if len(data) != count:
-            raise Refused(f"`{self.name}` became shorter while it was read")
+    def read(self, count: int) -> bytes:
+        """The next bytes; fewer where the file ends."""
+        data = self._file.read(count)
         self._hash.update(data)
-        self.position += count
+        self.position += len(data)
+        return data
 
     def peek(self, count: int) -> bytes:
         """The first bytes, without reading them; at most what there is."""
@@ -152,3 +156,31 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# --- Heads of GGUF files ---------------------------------------------------------------------------------------------
+
+
+def read_adapter(file: Opened) -> gguf.Header:
+    """The head of an adapter; the file is then at the end of the table of tensors.
+
+    Raises:
+        Refused: it breaks a rule of the format or a bound.
+    """
+    return _read(file, ADAPTER_HEAD)
+
+
+def read_model(file: Opened) -> gguf.Header:
+    """The same of a model.
+
+    Raises:
+        Refused: as for an adapter.
+    """
+    return _read(file, gguf.MAX_HEAD)
+
+
+def _read(file: Opened, most: int) -> gguf.Header:
+    try:
+        return gguf.read(file, file.size, most=most)
+    except GgufError as error:
+        raise Refused(str(error)) from None

@@ -12,16 +12,18 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from graftage_lora import _gguf
-from graftage_lora._files import Files, Opened, Refused
+from graftage.gguf import MAGIC, Header, Tensor, bytes_of
+from graftage_lora._files import Files, Opened, Refused, read_adapter
 from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, checked_scale, gguf_name
-from graftage_lora._quants import dequantize
 
-__all__ = ["MAX_BYTES", "read", "stated_base"]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["MAX_BYTES", "dequantize", "read", "stated_base"]
 
 MAX_BYTES: Final = 2 << 30
 MAX_CONFIG: Final = 1 << 20
@@ -31,8 +33,7 @@ MAX_TENSORS: Final = 65_536
 MAX_NAME: Final = 1024
 MAX_RANK: Final = 1024
 MAX_SIDE: Final = 1 << 31
-GGUF_FLOATS: Final = {0: "<f4", 1: "<f2", 30: "<u2"}
-SAFETENSORS_FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 Halves: TypeAlias = dict[str, dict[str, Array]]
 """Tensor to its `a` and `b`."""
@@ -48,7 +49,7 @@ def read(files: Files, *, max_bytes: int = MAX_BYTES) -> Lora:
     """
     with Opened(files.weights, within=files.within, limit=max_bytes) as file:
         start = file.peek(8)
-        if start.startswith(_gguf.MAGIC):
+        if start.startswith(MAGIC):
             return _read_gguf(file)
         _refuse_pickle(start, file.name)
         if files.config is None:
@@ -62,7 +63,7 @@ def stated_base(files: Files) -> str | None:
         if files.config is not None:
             return _config_base(_config(files))
         with Opened(files.weights, within=files.within) as file:
-            return _gguf_base(_gguf.read(file, _gguf.ADAPTER).metadata)
+            return _gguf_base(read_adapter(file).metadata)
     except Refused:
         return None
 
@@ -342,16 +343,16 @@ def _place(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(f"{label} is not described by dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in SAFETENSORS_FLOATS:
+    if not isinstance(kind, str) or kind not in FLOATS:
         raise Refused(f"{label} has the type {str(kind)[:20]}; supported are F32, F16 and BF16")
     if not _whole(shape, 2) or not all(1 <= side < MAX_SIDE for side in shape):
         raise Refused(f"{label} has the shape {str(shape)[:60]}; expected are two sides, each at least 1")
     if not _whole(offsets, 2) or not 0 <= offsets[0] < offsets[1]:
         raise Refused(f"{label} has the data_offsets {str(offsets)[:60]}")
-    width = np.dtype(SAFETENSORS_FLOATS[kind]).itemsize
+    width = np.dtype(FLOATS[kind]).itemsize
     if shape[0] * shape[1] * width != offsets[1] - offsets[0]:
         raise Refused(f"{label} has {offsets[1] - offsets[0]} bytes, which its shape {shape} contradicts")
-    return SAFETENSORS_FLOATS[kind], (shape[0], shape[1]), offsets[0], offsets[1]
+    return FLOATS[kind], (shape[0], shape[1]), offsets[0], offsets[1]
 
 
 def _whole(value: Any, count: int) -> bool:
@@ -374,13 +375,13 @@ def _check_ranges(places: Mapping[str, tuple[str, tuple[int, int], int, int]], s
 
 
 def _read_gguf(file: Opened) -> Lora:
-    header = _gguf.read(file, _gguf.ADAPTER)
+    header = read_adapter(file)
     keys = header.metadata
     if not header.is_adapter:
         raise Refused("it is a whole model and not an adapter", "Name it as the model instead.")
     if keys.get("adapter.type") != "lora":
         raise Refused(f"its `adapter.type` is {str(keys.get('adapter.type'))[:40]}; supported is lora")
-    if header.architecture is None:
+    if not header.architecture:
         raise Refused("it does not state its `general.architecture`")
     halves, skipped = _gguf_halves(file, header)
     alpha = keys.get("adapter.lora.alpha", 0.0)
@@ -401,12 +402,12 @@ def _read_gguf(file: Opened) -> Lora:
     )
 
 
-def _gguf_halves(file: Opened, header: _gguf.Header) -> tuple[Halves, int]:
+def _gguf_halves(file: Opened, header: Header) -> tuple[Halves, int]:
     file.take(header.data - file.position if header.data <= file.size else 0, "padding")
     data = file.rest()
     halves: Halves = {}
     skipped = 0
-    for tensor in header.tensors:
+    for tensor in header.tensors.values():
         name, _, half = tensor.name.rpartition(".lora_")
         if half not in ("a", "b"):
             if not tensor.name.endswith("_norm.weight"):
@@ -415,7 +416,7 @@ def _gguf_halves(file: Opened, header: _gguf.Header) -> tuple[Halves, int]:
             continue
         if len(tensor.shape) != 2:  # noqa: PLR2004
             raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; expected are 2")
-        array = _gguf_array(tensor, data[tensor.offset : tensor.offset + tensor.size])
+        array = _gguf_array(tensor, data[tensor.offset - header.data :][: tensor.size])
         if name == EMBEDDING:
             # llama.cpp looks rows of A up by token: A is stored turned over, and takes the place of B.
             half, array = ("b", array) if half == "a" else ("a", array.T)
@@ -423,10 +424,10 @@ def _gguf_halves(file: Opened, header: _gguf.Header) -> tuple[Halves, int]:
     return halves, skipped
 
 
-def _gguf_array(tensor: _gguf.Tensor, data: memoryview) -> Array:
+def _gguf_array(tensor: Tensor, data: memoryview) -> Array:
     shape = (tensor.shape[1], tensor.shape[0])
-    if tensor.kind in GGUF_FLOATS:
-        return _array(tensor.name, data, GGUF_FLOATS[tensor.kind], shape)
+    if tensor.kind in FLOATS:
+        return _array(tensor.name, data, FLOATS[tensor.kind], shape)
     return _finite_array(tensor.name, dequantize(tensor, data).reshape(shape))
 
 
@@ -483,3 +484,19 @@ def _lora(parts: Iterable[Part], **facts: Any) -> Lora:
     if not any(part.a.any() and part.b.any() for part in found):
         raise Refused("all of its changes are zero", "It was saved before it was trained.")
     return Lora(facts=Facts(shapes=tuple(part.shape for part in found), **facts), parts=found)
+
+
+def dequantize(tensor: Tensor, data: Any) -> npt.NDArray[np.float32]:
+    """Whole rows of a tensor as F32.
+
+    Raises:
+        Refused: the `gguf` package does not know the type.
+    """
+    from gguf import GGMLQuantizationType, quants  # noqa: PLC0415 - a quarter of a second, only where it is needed
+
+    rows = np.frombuffer(data, np.uint8).reshape(-1, bytes_of(tensor.kind, tensor.shape[0]))
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is looked for afterwards
+            return quants.dequantize(rows, GGMLQuantizationType[tensor.kind])
+    except (NotImplementedError, KeyError, ValueError):
+        raise Refused(f"the tensor `{tensor.name}` has the type {tensor.kind}, which cannot be read") from None

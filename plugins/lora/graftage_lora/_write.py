@@ -1,0 +1,383 @@
+"""Writes adapters as the GGUF files that servers take, and base models with an adapter merged into them.
+
+**An adapter**: one content, one file, one digest. llama.cpp has one alpha for a file and divides it by each pair's own
+rank, so where modules have scales of their own the difference is folded into B. The file holds no name, no time and no
+path.
+
+**A merged model** is written front to back. Keys and values are copied byte for byte and ours added; a tensor that the
+adapter does not touch is copied in blocks; one that it does is read in blocks of rows, changed, and quantised again.
+Memory stays at a few blocks, whatever the model's size. Quantising a changed tensor to its own coarse type would lose
+part of a small change, so Q8_0 is the default there; a tensor of floats keeps its type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPES, Header, Tensor, bytes_of
+from graftage_lora._files import Opened, Refused
+from graftage_lora._lora import ARCHITECTURES, EMBEDDING, Array, Lora, Part, is_placed
+from graftage_lora._read import dequantize
+
+if TYPE_CHECKING:
+    from typing import IO
+
+__all__ = ["DIGEST", "SCALE", "NoRoom", "Progress", "merge", "pieces", "store"]
+
+TOLERANCE: Final = 1e-6
+"""Of a scale: alpha is written as F32."""
+STALE: Final = 3600.0
+"""Seconds in which nothing was written before a file counts as abandoned; a merge writes several times a second."""
+
+
+def pieces(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
+    """The adapter's GGUF file, piece by piece, for a base model with that metadata.
+
+    Raises:
+        Refused: the adapter cannot be placed in such a model.
+    """
+    _check_placed(lora, metadata)
+    alpha = Counter(part.scale * len(part.a) for part in lora.parts).most_common(1)[0][0]
+    tensors: list[tuple[str, Array]] = []
+    for part in lora.parts:
+        tensors += _halves(part, lora.rows(part, metadata), part.scale * len(part.a) / alpha)
+    return _file(_keys(lora, metadata, alpha), tensors)
+
+
+def _check_placed(lora: Lora, metadata: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose modules have no known place in a model with that metadata."""
+    architecture = metadata.get("general.architecture")
+    if lora.facts.layout != "gguf" and architecture not in ARCHITECTURES:
+        raise Refused(
+            f"its modules cannot be placed in the architecture `{str(architecture)[:40]}`",
+            f"Known are {', '.join(ARCHITECTURES)}; a GGUF adapter made for it needs no placing.",
+        )
+    for part in lora.parts:
+        if not is_placed(part.tensor):
+            raise Refused(f"`{part.tensor[:120]}` is no module that can be placed")
+
+
+def _keys(lora: Lora, metadata: Mapping[str, Any], alpha: float) -> dict[str, Value]:
+    architecture = lora.facts.architecture or metadata["general.architecture"]
+    keys = {
+        "general.architecture": Value(STRING, architecture),
+        "general.type": Value(STRING, "adapter"),
+        "adapter.type": Value(STRING, "lora"),
+        "adapter.lora.alpha": Value(FLOAT32, alpha),
+    }
+    if lora.facts.invocation:
+        keys["adapter.alora.invocation_tokens"] = Value(ARRAY, lora.facts.invocation)
+    return keys
+
+
+def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
+    if abs(factor - 1) > TOLERANCE:
+        rows = rows.astype(np.float32) * np.float32(factor)
+    a = part.a
+    if part.tensor == EMBEDDING:
+        # llama.cpp looks rows of A up by token, so the halves change places there.
+        a, rows = rows, a.T
+    return [(f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", np.ascontiguousarray(rows))]
+
+
+# --- Files that are whole or not there -------------------------------------------------------------------------------
+
+
+def _written(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
+    """A file that appears under its name only when all of it is on the disk; after any error, nothing is left of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(out)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return out
+
+
+def _sweep(out: Path) -> None:
+    """Delete what runs that were killed have left of the same file."""
+    for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
+
+
+def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
+    """Keep a file in a folder under a name that ends in the beginning of its SHA-256, unless it is there already."""
+    data = b"".join(content)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = folder / f"{name}-{sha256[:16]}.gguf"
+    if not _holds(path, len(data), sha256):
+        _written(path, lambda file: _write(file, data))
+    return path
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+
+
+def _holds(path: Path, size: int, sha256: str) -> bool:
+    """Whether a file has that content: what an earlier run left may have been cut or changed since."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == size and hashlib.sha256(file.read(size)).hexdigest() == sha256
+    except OSError:
+        return False
+
+
+# --- Merged models ---------------------------------------------------------------------------------------------------
+
+VERSION: Final = 1
+"""Of what a merge writes; it goes up when the same input gives another file."""
+DIGEST: Final = "graftage.adapter.digest"
+SCALE: Final = "graftage.adapter.scale"
+TYPE: Final = "graftage.merge.type"
+MARKS: Final = (DIGEST, SCALE, TYPE, "graftage.merge.version")
+"""Keys that mark a merged model; servers show them."""
+BLOCK: Final = 4 << 20
+"""Numbers, or bytes of an untouched tensor, that are worked on at once."""
+SPARE: Final = 64 << 20
+"""Bytes that are left free on the disk."""
+FLOATS: Final = ("F32", "F16", "BF16")
+HALF_LIMIT: Final = 65504.0
+"""The largest F16; in Q8_0 it scales numbers of up to 127."""
+FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
+
+Progress = Callable[[int, int], None]
+
+
+class NoRoom(Exception):
+    """The disk cannot take the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A tensor of the new file."""
+
+    tensor: Tensor
+    kind: str
+    size: int
+    part: Part | None = None
+    rows: Array | None = None
+    """The part's B in the order of the file."""
+
+
+def _marks(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
+    """The keys that a merge adds."""
+    values = (
+        Value(STRING, digest),
+        Value(FLOAT32, lora.facts.scale),
+        Value(STRING, kind),
+        Value(UINT32, VERSION),
+    )
+    return dict(zip(MARKS, values, strict=True))
+
+
+def merge(
+    base: Opened, header: Header, lora: Lora, out: Path, *, digest: str, kind: str, on_progress: Progress
+) -> Path:
+    """Write the merged model; what `on_progress` raises ends the work and is raised.
+
+    Args:
+        base: the base model's file.
+        header: its head.
+        lora: the adapter; it must fit.
+        out: where to write.
+        digest: the adapter's.
+        kind: the type of touched tensors that are quantised: `Q8_0` or `F16`.
+        on_progress: called with bytes written and bytes in all.
+
+    Raises:
+        Refused: the adapter or the base model is of a kind that cannot be merged.
+        NoRoom: the disk cannot take it.
+    """
+    _check(header, lora)
+    jobs = _jobs(header, lora, kind)
+    head = _head(base, header, jobs, _marks(digest, lora, kind))
+    total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
+    _check_room(out, total)
+
+    def fill(file: IO[bytes]) -> None:
+        done = file.write(head)
+        for data in _contents(base, header, jobs):
+            on_progress(done, total)
+            done += file.write(data)
+        on_progress(done, total)
+
+    _written(out, fill)
+    return out
+
+
+def _check(header: Header, lora: Lora) -> None:
+    if lora.facts.invocation:
+        raise Refused("it acts only after its invocation tokens, and a merged one would always act")
+    if present := [key for key in MARKS if key in header.metadata]:
+        raise Refused(f"the base model has an adapter merged into it already (`{present[0]}`)", "Give the plain model.")
+    if header.metadata.get("split.count", 1) not in (0, 1):
+        raise Refused("the base model's file is one of several (`split.count`)", "Join them with `llama-gguf-split`.")
+    _check_placed(lora, header.metadata)
+
+
+def _check_room(out: Path, total: int) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < total + SPARE:
+        raise NoRoom(f"the merged model needs {total:,} bytes and the disk has {free:,} free")
+
+
+def _jobs(header: Header, lora: Lora, kind: str) -> list[_Job]:
+    parts = {part.tensor: part for part in lora.parts}
+    return [_job(tensor, parts.get(tensor.name), lora, header.metadata, kind) for tensor in header.tensors.values()]
+
+
+def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, Any], kind: str) -> _Job:
+    if part is None:
+        return _Job(tensor=tensor, kind=tensor.kind, size=tensor.size)
+    inputs, outputs = tensor.shape
+    if tensor.kind in FLOATS:
+        kind = tensor.kind
+    elif inputs % BLOCKS[kind][0]:
+        kind = "F16"
+    size = outputs * bytes_of(kind, inputs)
+    return _Job(tensor=tensor, kind=kind, size=size, part=part, rows=lora.rows(part, metadata))
+
+
+def _head(base: Opened, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
+    lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
+    head = b"".join(
+        (
+            _front(header.version, len(jobs), len(header.metadata) + len(added)),
+            base.read_at(FRONT, header.keys_end - FRONT),
+            _key_values(added),
+            _table(lines, header.alignment),
+        )
+    )
+    return head + bytes(_padding(len(head), header.alignment))
+
+
+def _contents(base: Opened, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
+    for job in jobs:
+        yield from _copied(base, job.tensor) if job.part is None else _changed(base, job)
+        yield bytes(_padding(job.size, header.alignment))
+    if not base.unchanged():
+        raise Refused("the base model's file changed while it was read")
+
+
+def _copied(base: Opened, tensor: Tensor) -> Iterator[bytes]:
+    for position in range(0, tensor.size, BLOCK):
+        yield base.read_at(tensor.offset + position, min(BLOCK, tensor.size - position))
+
+
+def _changed(base: Opened, job: _Job) -> Iterator[bytes]:
+    part, rows = job.part, job.rows
+    assert part is not None and rows is not None  # noqa: S101, PT018 - `_job` sets both
+    inputs, outputs = job.tensor.shape
+    width = bytes_of(job.tensor.kind, inputs)
+    step = max(1, BLOCK // inputs)
+    a = part.a.astype(np.float32) * np.float32(part.scale)
+    for row in range(0, outputs, step):
+        count = min(step, outputs - row)
+        block = dequantize(job.tensor, base.read_at(job.tensor.offset + row * width, count * width))
+        yield _quantize(_sum(block, rows[row : row + count].astype(np.float32), a, job), job.kind)
+
+
+def _sum(block: Array, b: Array, a: Array, job: _Job) -> Array:
+    with np.errstate(all="ignore"):  # what is not finite is looked for
+        block = block + b @ a
+    limit = HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf)
+    # The comparison is false for NaN, too.
+    if not np.abs(block).max() <= min(limit, FLOAT_LIMIT):
+        raise Refused(f"the change of `{job.tensor.name}` leads out of what its type can hold")
+    return block
+
+
+def _quantize(rows: Array, kind: str) -> bytes:
+    """Rows of F32 as a type of floats, or as Q8_0."""
+    from gguf import GGMLQuantizationType, quants  # noqa: PLC0415 - a quarter of a second, only where it is needed
+
+    return quants.quantize(rows, GGMLQuantizationType[kind]).tobytes()
+
+
+# --- The parts of a GGUF file ----------------------------------------------------------------------------------------
+
+FRONT: Final = 24
+"""Bytes of magic, version and counts."""
+UINT32, FLOAT32 = 4, 6
+
+
+def _padding(position: int, alignment: int) -> int:
+    """Bytes to the next multiple of the alignment."""
+    return -position % alignment
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A key's value with its type."""
+
+    kind: int
+    data: Any
+
+
+def _key_values(values: Mapping[str, Value]) -> bytes:
+    """Keys and values as they stand in a file."""
+    return b"".join(
+        _text(key) + struct.pack("<I", value.kind) + _encoded(value.kind, value.data) for key, value in values.items()
+    )
+
+
+def _encoded(kind: int, data: Any) -> bytes:
+    if kind == STRING:
+        return _text(data)
+    if kind == ARRAY:
+        return struct.pack(f"<IQ{len(data)}I", UINT32, len(data), *data)
+    return struct.pack(f"<{SCALARS[kind]}", data)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _table(tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: int) -> bytes:
+    """A table of tensors, given as name, shape, type and size, whose data follow each other."""
+    lines = []
+    offset = 0
+    for name, shape, kind, size in tensors:
+        lines.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], offset))
+        offset += size + _padding(size, alignment)
+    return b"".join(lines)
+
+
+def _front(version: int, tensors: int, keys: int) -> bytes:
+    """The first bytes of a file, `FRONT` of them."""
+    return MAGIC + struct.pack("<IQQ", version, tensors, keys)
+
+
+def _file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
+    """A whole file of F32 and F16 arrays, piece by piece."""
+    lines = [(name, tuple(reversed(data.shape)), f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
+    head = _front(3, len(tensors), len(values)) + _key_values(values) + _table(lines, ALIGNMENT)
+    yield head + bytes(_padding(len(head), ALIGNMENT))
+    for _, data in tensors:
+        yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
+        yield bytes(_padding(data.nbytes, ALIGNMENT))
