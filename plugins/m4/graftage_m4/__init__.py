@@ -11,17 +11,19 @@ import platform
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from graftage.hookspecs import hookimpl
-from graftage_m4._ledger import Ledger, is_here, ledger_of
+from graftage.types import NEVER_APPLIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from graftage.types import Limits, LimitsQuery
+    from graftage.calls import LimitsQuery
+    from graftage.types import Limits
+    from graftage_m4._machine import Runner
     from graftage_m4._policy import Policy
-    from graftage_m4._readings import Runner
+    from graftage_m4._settings import M4Settings
 
 __all__ = ["M4", "plugin"]
 
@@ -45,43 +47,60 @@ class M4:
     ) -> None:
         self._runner = runner
         self._clock = clock
-        self._settings = settings
-        self._policy: Policy | None = None
-        self._acts = False
-        """Whether it was told what machine to be, wherever the server is."""
-        self._ready = False
+        self.arguments = settings
+        self._policies: dict[M4Settings, Policy | None] = {}
         self._lock = threading.Lock()
 
     @hookimpl
-    def resource_limits(self, query: LimitsQuery) -> Limits | None:
-        """Limits for one request; None where this is no Mac with Apple silicon, or the server is elsewhere."""
-        policy = self.policy()
-        if policy is None or not (self._acts or is_here(query.address)):
-            return None
-        return policy.limits(query)
+    def settings_model(self) -> type[M4Settings]:
+        """The settings of this plugin."""
+        from graftage_m4._settings import M4Settings  # noqa: PLC0415 - to find the plugin must cost nothing
 
-    def policy(self) -> Policy | None:
-        """What decides, built once; None off a Mac with Apple silicon, unless told to act as one.
+        return M4Settings
+
+    @hookimpl
+    def resource_limits(self, query: LimitsQuery) -> Limits | None:
+        """Limits for one request; none ever where this is no Mac with Apple silicon, or the server is elsewhere."""
+        settings = cast("M4Settings | None", query.settings) or self.settings()
+        policy = self.policy(settings)
+        if policy is None:
+            return NEVER_APPLIES
+        from graftage_m4._scene import is_here  # noqa: PLC0415 - with a policy, it has been imported
+
+        return policy.limits(query) if self._acts(settings) or is_here(query.address) else NEVER_APPLIES
+
+    def settings(self) -> M4Settings:
+        """The settings of the process, for a caller without a client.
+
+        Raises:
+            SettingsError: one is unknown or wrong.
+        """
+        from graftage.settings import load  # noqa: PLC0415 - a client has loaded them already
+
+        return load(self.settings_model(), name=self.name, arguments=self.arguments).settings
+
+    def policy(self, settings: M4Settings | None = None) -> Policy | None:
+        """What decides with these settings, built once; None off a Mac with Apple silicon, unless it acts as one.
 
         Raises:
             SettingsError: a setting or the machine file is wrong.
         """
+        settings = settings or self.settings()
         with self._lock:
-            if not self._ready:
-                self._policy = self._build()
-                self._ready = True
-            return self._policy
+            if settings not in self._policies:
+                self._policies[settings] = self._build(settings)
+            return self._policies[settings]
 
-    def _build(self) -> Policy | None:
-        from graftage_m4._settings import load  # noqa: PLC0415 - a host that is no Mac pays for nothing more
+    def _acts(self, settings: M4Settings) -> bool:
+        """Whether it stands for a machine that was named, wherever the server is."""
+        return self._runner is not None or settings.machine is not None
 
-        settings = load(self._settings)
-        self._acts = self._runner is not None or settings.machine is not None
-        if not self._acts and (sys.platform != "darwin" or platform.machine() != "arm64"):
+    def _build(self, settings: M4Settings) -> Policy | None:
+        if not self._acts(settings) and (sys.platform != "darwin" or platform.machine() != "arm64"):
             return None
-        from graftage_m4._machine import Recorded, read_machine  # noqa: PLC0415
+        from graftage_m4._machine import Collector, Live, Recorded, read_machine  # noqa: PLC0415
         from graftage_m4._policy import Policy  # noqa: PLC0415
-        from graftage_m4._readings import Collector, Live  # noqa: PLC0415
+        from graftage_m4._scene import Ledger, ledger_of  # noqa: PLC0415
 
         runner = self._runner
         if runner is None:

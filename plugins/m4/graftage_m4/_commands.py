@@ -14,10 +14,10 @@ from graftage.exceptions import GraftageError
 
 if TYPE_CHECKING:
     import graftage
-    from graftage_m4._footprint import Shape
+    from graftage.footprint import Shape
     from graftage_m4._plan import Ground, Row
     from graftage_m4._policy import Policy
-    from graftage_m4._reactions import Watch
+    from graftage_m4._scene import Watch
 
 __all__ = ["app"]
 
@@ -55,7 +55,7 @@ def _ground(policy: Policy) -> Ground:
 
     found = ground(policy)
     if found is None:
-        raise NoMac("The memory of this Mac cannot be read.", hint="`graftage m4 watch` tells which readings fail.")
+        raise NoMac("The memory of this Mac cannot be read.", hint="`graftage m4 watch` shows which readings fail.")
     return found
 
 
@@ -102,8 +102,8 @@ def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[st
 
 
 def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, Shape]]:
-    from graftage_m4._footprint import read_shape  # noqa: PLC0415
-    from graftage_m4._ledger import listed_size  # noqa: PLC0415
+    from graftage.footprint import read_shape  # noqa: PLC0415
+    from graftage_m4._scene import listed_size  # noqa: PLC0415
 
     models = llm.models()
     for name in names or [info.name for info in models][:MOST_MODELS]:
@@ -166,7 +166,7 @@ def watch(
     as_json: AsJson = False,
 ) -> None:
     """Show the readings of this Mac as they change, and what they allow."""
-    from graftage_m4._reactions import Watch  # noqa: PLC0415
+    from graftage_m4._scene import Watch  # noqa: PLC0415
 
     policy, rules = _policy(machine), Watch()
     turn = 0
@@ -205,7 +205,7 @@ def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
 def _line(moment: dict[str, Any]) -> str:
     from graftage_m4._machine import gb  # noqa: PLC0415
 
-    def told(name: str, unit: str = "") -> str:
+    def field(name: str, unit: str = "") -> str:
         return "unknown" if moment[name] is None else f"{moment[name]}{unit}"
 
     def size(name: str) -> str:
@@ -214,8 +214,8 @@ def _line(moment: dict[str, Any]) -> str:
     sleep = " · this Mac may sleep" if moment["sleep_minutes"] else ""
     why = f" ({'; '.join(moment['why'])})" if moment["why"] else ""
     return (
-        f"pressure {told('pressure')} · available {told('available_percent', ' %')} · swap {size('swap_used')} · "
-        f"thermal {told('thermal')} · low power {told('low_power')} · budget {size('budget')} · "
+        f"pressure {field('pressure')} · available {field('available_percent', ' %')} · swap {size('swap_used')} · "
+        f"thermal {field('thermal')} · low power {field('low_power')} · budget {size('budget')} · "
         f"free for models {size('free_for_models')} · loads {moment['loads']}{why}{sleep}"
     )
 

@@ -1,26 +1,384 @@
-"""A machine: what it may give to models, what it is like, and files that stand in for one."""
+"""A Mac: what can be read of it without root, what it may give to models, and how fast it will be with one.
+
+There is one small program for each reading, with a limit of time, and a strict parser. A reading that fails, or whose
+answer is not exactly what that program prints, is unknown: never zero, never normal. A machine file stands in
+for a Mac.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftage.exceptions import SettingsError
-from graftage_m4._readings import MOST_DIGITS, READINGS, Output, Reading, Readings, Runner, Static, kept
+from graftage.footprint import KV_BYTES, Shape
 
-__all__ = ["Budget", "MachineFile", "Recorded", "Sample", "budget_of", "read_machine", "record"]
+__all__ = [
+    "GIB", "Budget", "Collector", "Live", "Output", "Reading", "Readings", "Recorded", "Runner", "budget_of",
+    "decode_speed", "gb", "prefill_seconds", "read_machine", "readable_window", "record",
+]  # fmt: skip
+
+SYSCTL: Final = "/usr/sbin/sysctl"
+PYTHON: Final = "" if getattr(sys, "frozen", False) else sys.executable or ""
+"""What runs the probe; a frozen application is no Python, and would start itself."""
+PROBE: Final = str(Path(__file__).with_name("_probe.py"))
+MOST_OUTPUT: Final = 64 * 1024
+"""Characters of an answer that are looked at."""
+MOST_DIGITS: Final = 15
+"""Digits of a number that a Mac can have of anything."""
+PAGE_SIZES: Final = range(4096, 65_537)
+"""Bytes that a page can have: it has 16 384 on Apple silicon."""
+THERMAL_KEY: Final = "com.apple.system.thermalpressurelevel"
+THERMAL_LEVELS: Final = range(5)
+PRESSURE_LEVELS: Final = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A program to run, and how long its answer holds."""
+
+    name: str
+    argv: tuple[str, ...]
+    life: float
+    """Seconds its answer may be used again."""
+    keep: str
+    """Lines of its answer that say nothing of a person or of one machine: all others are dropped from a recording."""
+    limit: float = 2.0
+    """Seconds it may take; they take 2 to 10 ms, Metal about 100."""
+
+
+_NUMBER_LINE = r'"?[A-Za-z][\w -]*"?: +\d+\.'
+READINGS: Final[Mapping[str, Reading]] = {
+    each.name: each
+    for each in (
+        Reading(
+            "static",
+            (SYSCTL, "-i", "hw.memsize", "machdep.cpu.brand_string", "hw.model", "hw.perflevel0.physicalcpu",
+             "hw.perflevel1.physicalcpu", "kern.osproductversion"),
+            float("inf"),
+            r"(hw\.memsize|hw\.perflevel\d\.physicalcpu): \d+|machdep\.cpu\.brand_string: Apple M[\w ]+"
+            r"|hw\.model: [A-Za-z]+\d+,\d+|kern\.osproductversion: [\d.]+",
+        ),
+        Reading("metal", (PYTHON, "-I", PROBE, "metal"), 600.0, r"\{[\w\": ,]+\}", limit=5.0),
+        Reading(
+            "memory",
+            (SYSCTL, "-i", "kern.memorystatus_vm_pressure_level", "kern.memorystatus_level", "vm.swapusage",
+             "iogpu.wired_limit_mb"),
+            2.0,
+            r"(kern\.memorystatus_vm_pressure_level|kern\.memorystatus_level|iogpu\.wired_limit_mb): -?\d+"
+            r"|vm\.swapusage: [\w =.,()]+",
+        ),
+        Reading(
+            "vm_stat", ("/usr/bin/vm_stat",), 2.0,
+            r"Mach Virtual Memory Statistics: \(page size of \d+ bytes\)|" + _NUMBER_LINE,
+        ),
+        Reading("thermal", ("/usr/bin/notifyutil", "-g", THERMAL_KEY), 5.0, re.escape(THERMAL_KEY) + r"[\w: ]+"),
+        Reading("process", (PYTHON, "-I", PROBE, "process"), 5.0, r"\{[\w\": ,]+\}", limit=5.0),
+        Reading("power", ("/usr/bin/pmset", "-g"), 60.0, r"\s*(lowpowermode|powermode|sleep)\s+\d+"),
+    )
+}  # fmt: skip
+"""Each with its natural life: memory moves in seconds, heat in tens of seconds, a power mode by hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a program answered."""
+
+    stdout: str = ""
+    exit: int = 0
+    problem: str = ""
+    """Why there is no answer: it is missing, or took too long."""
+
+
+class Runner(Protocol):
+    """Runs a reading's program; a machine file stands in for it."""
+
+    def run(self, reading: Reading) -> Output:
+        """The program's answer; what went wrong is in it."""
+        ...
+
+
+class Live:
+    """Runs the programs of this Mac, by their full paths and with an environment of their own."""
+
+    def run(self, reading: Reading) -> Output:
+        """Run it, for no longer than it may take."""
+        if not reading.argv[0]:
+            return Output(exit=1, problem="there is no Python to run it with")
+        try:
+            done = subprocess.run(  # noqa: S603 - fixed paths, no shell, nothing of a caller's
+                reading.argv,
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=reading.limit,
+                env={"LC_ALL": "C", "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Output(exit=1, problem=f"no answer within {reading.limit:g} s")
+        except OSError as error:
+            return Output(exit=1, problem=f"cannot be run ({error.strerror or type(error).__name__})")
+        return Output(done.stdout[:MOST_OUTPUT].decode("utf-8", "replace"), done.returncode)
+
+
+def kept(reading: Reading, stdout: str) -> str:
+    """The answer without what a recording must not hold: serial numbers, names, the names of other programs."""
+    found = re.compile(rf"({reading.keep})")
+    matches = (found.match(line) for line in stdout[:MOST_OUTPUT].splitlines())
+    return "".join(f"{match[0].rstrip()}\n" for match in matches if match)
+
+
+# --- What they say ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Static:
+    """What does not change while a Mac runs. What is unknown is `None`."""
+
+    memory: int | None = None
+    """Bytes."""
+    chip: str | None = None
+    """`Apple M4`."""
+    model: str | None = None
+    performance_cores: int | None = None
+    efficiency_cores: int | None = None
+    os: str | None = None
+    """`15.4`."""
+
+    @property
+    def os_major(self) -> int | None:
+        """The release that decides how much of the memory Metal gives away."""
+        return _whole((self.os or "").partition(".")[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """What a Mac says at one moment. What is unknown is `None`, and `unknown` says why."""
+
+    at: float = 0.0
+    """Seconds on the clock of the collector."""
+    working_set: int | None = None
+    """Metal's `recommendedMaxWorkingSetSize`, in bytes."""
+    largest_buffer: int | None = None
+    wired_limit: int | None = None
+    """`iogpu.wired_limit_mb` in bytes; 0 is the system's own rule."""
+    pressure: int | None = None
+    """1 normal, 2 warning, 4 critical."""
+    available_percent: int | None = None
+    page: int | None = None
+    """Bytes of a page."""
+    pages: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """What `vm_stat` counted, by its labels."""
+    swap_used: int | None = None
+    thermal: int | None = None
+    """0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping."""
+    low_power: bool | None = None
+    sleep_minutes: int | None = None
+    """Until an idle Mac sleeps; 0 is never."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Why a field is `None`."""
+
+    def available(self, memory: int) -> int | None:
+        """Bytes that are free, by the formula of Ollama (`discover/gpu_info_darwin.m`): both then agree."""
+        used = ("active", "inactive", "speculative", "wired down", "occupied by compressor")
+        spare = ("purgeable", "file-backed")
+        counts = {name: self.pages.get(name) for name in (*used, *spare)}
+        if self.page is None or None in counts.values():
+            return None
+        known = {name: count or 0 for name, count in counts.items()}
+        taken = sum(known[name] for name in used) - sum(known[name] for name in spare)
+        return max(memory - self.page * taken, 0) if taken > 0 else None  # No Mac runs on nothing.
+
+
+class Collector:
+    """Runs readings when they are wanted, and keeps each answer for its natural life. Safe for threads."""
+
+    def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+        self.runner = runner
+        self.clock = clock
+        self._answers: dict[str, tuple[float, Output]] = {}
+        self._lock = threading.Lock()
+
+    def output(self, name: str, *, fresh: bool = False) -> Output:
+        """The answer of a reading, run again where the last one is too old or a fresh one is wanted."""
+        reading = READINGS[name]
+        with self._lock:
+            now = self.clock()
+            taken, output = self._answers.get(name, (float("-inf"), Output()))
+            if now - taken >= reading.life or fresh or taken > now:
+                output = self.runner.run(reading)
+                self._answers[name] = (now, output)
+            return output
+
+    def static(self) -> Static:
+        """What does not change."""
+        return read_static(self.output("static"))
+
+    def readings(self, *, fresh: bool = False) -> Readings:
+        """What the Mac says now; `fresh` counts memory again."""
+        outputs = {name: self.output(name) for name in ("metal", "power")}
+        outputs |= {name: self.output(name, fresh=fresh) for name in ("memory", "vm_stat")}
+        outputs["thermal"] = self.output("thermal")
+        readings = read_live(outputs, self.clock())
+        if readings.thermal is None or readings.low_power is None:
+            # The coarse second source costs a Python process; it is asked only where the first failed.
+            readings = read_live({**outputs, "process": self.output("process")}, self.clock())
+        return readings
+
+
+def read_static(output: Output) -> Static:
+    """Parse `sysctl` of what does not change."""
+    values = _sysctl(output)
+    return Static(
+        memory=_whole(values.get("hw.memsize")) or None,
+        chip=_label_of(values.get("machdep.cpu.brand_string")),
+        model=_label_of(values.get("hw.model")),
+        performance_cores=_whole(values.get("hw.perflevel0.physicalcpu")),
+        efficiency_cores=_whole(values.get("hw.perflevel1.physicalcpu")),
+        os=_label_of(values.get("kern.osproductversion")),
+    )
+
+
+def read_live(outputs: Mapping[str, Output], at: float) -> Readings:
+    """Parse all the readings of one moment."""
+    found: dict[str, int | bool | None] = {}
+    memory = _sysctl(outputs["memory"])
+    found |= _metal(outputs["metal"])
+    wired = _whole(memory.get("iogpu.wired_limit_mb"))
+    found["wired_limit"] = None if wired is None else wired << 20
+    found["pressure"] = _one_of(PRESSURE_LEVELS, memory.get("kern.memorystatus_vm_pressure_level"))
+    found["available_percent"] = _one_of(range(101), memory.get("kern.memorystatus_level"))
+    found["swap_used"] = _swap_used(memory.get("vm.swapusage"))
+    found["page"], pages = _vm_stat(outputs["vm_stat"])
+    found["thermal"] = _thermal(outputs["thermal"])
+    found |= _power(outputs["power"])
+    if "process" in outputs:
+        found = _with_process(found, outputs["process"])
+    unknown = {name: _why(outputs, name) for name, value in found.items() if value is None}
+    return Readings(at=at, pages=pages, unknown=unknown, **found)  # type: ignore[arg-type] # the names are fields
+
+
+SOURCE_OF: Final = {
+    "working_set": "metal", "largest_buffer": "metal", "wired_limit": "memory", "pressure": "memory",
+    "available_percent": "memory", "swap_used": "memory", "page": "vm_stat", "thermal": "thermal",
+    "low_power": "power", "sleep_minutes": "power",
+}  # fmt: skip
+
+
+def _why(outputs: Mapping[str, Output], name: str) -> str:
+    output = outputs[SOURCE_OF[name]]
+    if output.problem:
+        return f"{SOURCE_OF[name]}: {output.problem}"
+    return f"{SOURCE_OF[name]}: exit {output.exit}" if output.exit else f"{SOURCE_OF[name]}: not in its answer"
+
+
+def _sysctl(output: Output) -> dict[str, str]:
+    """`key: value` lines; a key that the system does not know is simply left out (`sysctl -i`)."""
+    lines = (line.partition(": ") for line in output.stdout.splitlines() if output.exit == 0)
+    return {key.strip(): value.strip() for key, colon, value in lines if colon}
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else None
+
+
+def _label_of(text: str | None) -> str | None:
+    """A short text that can be shown anywhere."""
+    return text if text and text.isprintable() and len(text) < 80 else None  # noqa: PLR2004
+
+
+def _one_of(levels: range | tuple[int, ...], text: str | None) -> int | None:
+    value = _whole(text)
+    return value if value in levels else None
+
+
+_SWAP = re.compile(r"total = [\d.]+M  used = ([0-9]{1,12}(?:\.[0-9]{1,6})?)M  free = [\d.]+M")
+
+
+def _swap_used(text: str | None) -> int | None:
+    """Bytes of swap in use. Its total means nothing: macOS makes swap files as it needs them."""
+    found = _SWAP.match(text or "")
+    return int(float(found[1]) * (1 << 20)) if found else None
+
+
+_PAGE_SIZE = re.compile(r"Mach Virtual Memory Statistics: \(page size of ([0-9]+) bytes\)")
+_PAGES = re.compile(r'"?([A-Za-z][\w -]*?)"?: +(\d+)\.')
+
+
+def _vm_stat(output: Output) -> tuple[int | None, dict[str, int]]:
+    """The page size and the counts, whatever the width of the columns; labels lose `Pages` and capitals."""
+    head, _, rest = output.stdout.partition("\n")
+    found = _PAGE_SIZE.match(head)
+    if output.exit or not found:
+        return None, {}
+    matches = filter(None, map(_PAGES.fullmatch, map(str.strip, rest.splitlines())))
+    counts = {_label(each[1]): _whole(each[2]) for each in matches}
+    known = {label: count for label, count in counts.items() if count is not None}
+    page = _whole(found[1])
+    return (page, known) if page in PAGE_SIZES else (None, {})
+
+
+def _label(text: str) -> str:
+    return text.lower().removeprefix("pages ").removesuffix(" pages")
+
+
+def _thermal(output: Output) -> int | None:
+    """The level after the one known key. Failures come on stdout with exit 0, and an unknown key reads as 0."""
+    words = output.stdout.split()
+    if output.exit or len(words) != 2 or words[0] != THERMAL_KEY:  # noqa: PLR2004
+        return None
+    return _one_of(THERMAL_LEVELS, words[1])
+
+
+def _power(output: Output) -> dict[str, int | bool | None]:
+    lines = (line.split() for line in output.stdout.splitlines() if output.exit == 0)
+    values = {words[0]: _whole(words[1]) for words in lines if len(words) > 1}
+    low = values.get("lowpowermode")
+    return {"low_power": bool(low) if low in (0, 1) else None, "sleep_minutes": values.get("sleep")}
+
+
+def _json(output: Output) -> dict[str, int]:
+    try:
+        answer = json.loads(output.stdout) if output.exit == 0 else None
+    except (ValueError, RecursionError):
+        return {}
+    values = answer if isinstance(answer, dict) else {}
+    return {str(key): value for key, value in values.items() if type(value) is int and 0 <= value < 10**MOST_DIGITS}
+
+
+def _metal(output: Output) -> dict[str, int | bool | None]:
+    values = _json(output)
+    # A device that recommends nothing has not answered.
+    return {"working_set": values.get("recommended_working_set") or None,
+            "largest_buffer": values.get("largest_buffer") or None}  # fmt: skip
+
+
+def _with_process(found: dict[str, int | bool | None], output: Output) -> dict[str, int | bool | None]:
+    """Fill in from `NSProcessInfo`, which does not distinguish moderate from heavy: its `fair` counts as heavy."""
+    values = _json(output)
+    filled = dict(found)
+    if filled["thermal"] is None and values.get("thermal_state") in range(4):
+        filled["thermal"] = (0, 2, 3, 4)[values["thermal_state"]]
+    if filled["low_power"] is None and values.get("low_power") in (0, 1):
+        filled["low_power"] = bool(values["low_power"])
+    return filled
+
+
+# --- What models may have --------------------------------------------------------------------------------------------
 
 GIB: Final = 1 << 30
-MOST_BYTES: Final = 8 * 1024 * 1024
-"""A machine file is refused above this: an hour of readings is far below it."""
 
 NEW_RULE: Final = 26
 """The first release of macOS in whose logs Metal gives away more; the exact one is not known."""
@@ -28,20 +386,6 @@ NEW_SHARES: Final = ((16, 2 / 3), (32, 0.74), (64, 0.78), (128, 0.81), (float("i
 """Metal's working set by gigabytes of memory below, on macOS 26: logs of 16, 24, 32, 48, 64 and 128 GB Macs."""
 OLD_SHARES: Final = ((36.5, 2 / 3), (float("inf"), 3 / 4))
 """The same up to macOS 15."""
-
-BANDWIDTH: Final[Mapping[str, float]] = {"Apple M4": 120e9, "Apple M4 Pro": 273e9}
-"""Bytes per second that the memory gives, as Apple says; it cannot be read. Others are unknown."""
-PREFILL: Final[Mapping[str, float]] = {"Apple M4": 220.0, "Apple M4 Pro": 440.0}
-"""Tokens of a prompt per second for a dense model of 8 billion parameters: measured on the M4, twice that inferred."""
-DENSE: Final[Mapping[str, float]] = {"Apple M4": 0.8, "Apple M4 Pro": 0.75}
-"""The share of the bandwidth that decoding reaches, from measured tokens per second."""
-EXPERTS: Final = 0.45
-"""The same for a mixture of experts."""
-LOW_POWER: Final = 0.65
-"""What is left of the speed in low power mode."""
-
-
-# --- What models may have ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +462,10 @@ def _hazards(memory: int, wired: int | None) -> tuple[str, ...]:
     return ()
 
 
-# --- Machine files ----------------------------------------------------------------------------------------------------
+# --- Machine files ---------------------------------------------------------------------------------------------------
+
+MOST_BYTES: Final = 8 * 1024 * 1024
+"""A machine file is refused above this: an hour of readings is far below it."""
 
 
 class _Strict(BaseModel):
@@ -176,7 +523,7 @@ def read_machine(path: Path) -> MachineFile:
 
 
 def _content(path: Path) -> bytes:
-    # Whoever opens a pipe waits for one who writes.
+    # To open a pipe is to wait until something writes to it.
     if not path.is_file():
         raise ValueError("it is no file" if path.exists() else "there is no such file")
     with path.open("rb") as file:
@@ -208,7 +555,7 @@ class Recorded:
 def record(
     runner: Runner, *, samples: int = 1, every: float = 5.0, sleep: Callable[[float], None] = time.sleep
 ) -> MachineFile:
-    """Take readings, without what tells a person or one machine from another.
+    """Take readings, without what identifies a person or a machine.
 
     Args:
         runner: whose readings.
@@ -233,5 +580,64 @@ def record(
                     problem=output.problem,
                 )
             )
-    moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
+    moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     return MachineFile(recorded=moment, sources=("recorded by graftage m4 record",), readings=tuple(taken))
+
+
+# --- The speed: for ordering and for patience, never a promise -------------------------------------------------------
+
+BANDWIDTH: Final[Mapping[str, float]] = {"Apple M4": 120e9, "Apple M4 Pro": 273e9}
+"""Bytes per second that the memory gives, as Apple says; it cannot be read. Others are unknown."""
+PREFILL: Final[Mapping[str, float]] = {"Apple M4": 220.0, "Apple M4 Pro": 440.0}
+"""Tokens of a prompt per second for a dense model of 8 billion parameters: measured on the M4, twice that inferred."""
+DENSE: Final[Mapping[str, float]] = {"Apple M4": 0.8, "Apple M4 Pro": 0.75}
+"""The share of the bandwidth that decoding reaches, from measured tokens per second."""
+EXPERTS: Final = 0.45
+"""The same for a mixture of experts."""
+LOW_POWER: Final = 0.65
+"""What is left of the speed in low power mode."""
+MEASURED_WITH: Final = 8e9
+"""Parameters of the model whose reading speed was measured."""
+MIXTURE_PENALTY: Final = 2.0
+"""A mixture with 4 billion active parameters was measured to read as fast as a dense model of 8 billion."""
+
+
+def decode_speed(shape: Shape, chip: str | None, window: int = 0, *, low_power: bool = False) -> float | None:
+    """Tokens per second of an answer: bandwidth over the bytes that a token reads, its cache included.
+
+    Args:
+        shape: the model.
+        chip: the Mac's; one that is not in the table gives `None`.
+        window: tokens that lie before the answer.
+        low_power: whether the Mac saves power.
+    """
+    bandwidth = BANDWIDTH.get(chip or "")
+    if bandwidth is None:
+        return None
+    share = EXPERTS if shape.active < 1 else DENSE[chip or ""]
+    cached = sum(layer.cell * min(window, layer.window or window) for layer in shape.layers or ()) * KV_BYTES["f16"]
+    speed = share * bandwidth / (shape.weights * shape.active + cached)
+    return speed * (LOW_POWER if low_power else 1)
+
+
+def prefill_speed(shape: Shape, chip: str | None, *, low_power: bool = False) -> float | None:
+    """Tokens of a prompt per second: of what was measured with 8 billion parameters, by the number that act."""
+    measured = PREFILL.get(chip or "")
+    if measured is None:
+        return None
+    # Without a count, four bits and a half for each parameter.
+    parameters = (shape.parameters or shape.weights / 4.5 * 8) * shape.active
+    acting = parameters * (MIXTURE_PENALTY if shape.active < 1 else 1)
+    return measured * MEASURED_WITH / acting * (LOW_POWER if low_power else 1)
+
+
+def prefill_seconds(shape: Shape, chip: str | None, window: int, *, low_power: bool = False) -> float | None:
+    """Seconds until the first token where the prompt fills the window; `None` for an unknown chip."""
+    speed = prefill_speed(shape, chip, low_power=low_power)
+    return None if speed is None else window / speed
+
+
+def readable_window(shape: Shape, chip: str | None, seconds: float) -> int | None:
+    """Tokens that can be read in that time; `None` for an unknown chip."""
+    speed = prefill_speed(shape, chip)
+    return None if speed is None else int(speed * seconds)

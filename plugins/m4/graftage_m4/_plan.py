@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from graftage_m4._footprint import Shape, footprint
-from graftage_m4._machine import Budget, budget_of, gb
+from graftage.footprint import Shape, footprint
+from graftage_m4._machine import Budget, budget_of, decode_speed, gb, prefill_seconds
 from graftage_m4._policy import LADDER
-from graftage_m4._speed import decode_speed, prefill_seconds
 
 if TYPE_CHECKING:
     from graftage_m4._policy import Policy
@@ -143,9 +142,9 @@ BOTTOM: Final = 50
 LINE: Final = 15
 """Height of a line of text."""
 LETTER: Final = 7.5
-"""Width of a letter, rather too much: who draws the picture knows its font, and this does not."""
+"""Width of a letter, rather too much: the viewer knows its font, and this code does not."""
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#8c564b")
-"""Told apart by those who do not see all colours."""
+"""Distinct also for colour-blind readers."""
 
 
 def picture(models: Mapping[str, Shape], on: Ground, policy: Policy, windows: Sequence[int] = WINDOWS) -> str:

@@ -9,18 +9,30 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from graftage.exceptions import ConnectionFailed, GraftageError, ResourceLimitExceeded
-from graftage.types import Limits
-from graftage_m4._footprint import GIB, MOST_NUMBER, RUNTIME, Footprint, Shape, count_of, footprint, read_shape
-from graftage_m4._ledger import Ledger, listed_size, plain, remember, server_of
-from graftage_m4._machine import budget_of, gb
-from graftage_m4._reactions import UNSEEN, Watch
-from graftage_m4._readings import Collector
-from graftage_m4._refusal import not_now, too_large
-from graftage_m4._scene import ALIVE, Grant, Key, Plan, Resident, Scene, Server
-from graftage_m4._speed import readable_window
+from graftage.footprint import MOST_NUMBER, RUNTIME, Footprint, Shape, count_of, footprint, read_shape
+from graftage.types import Limits, canonical_name
+from graftage_m4._machine import GIB, Collector, budget_of, gb, readable_window
+from graftage_m4._scene import (
+    ALIVE,
+    UNSEEN,
+    Grant,
+    Key,
+    Ledger,
+    Plan,
+    Resident,
+    Scene,
+    Server,
+    Watch,
+    listed_size,
+    not_now,
+    remember,
+    server_of,
+    too_large,
+)
 
 if TYPE_CHECKING:
-    from graftage.types import LimitsQuery, LoadedModel, ModelInfo
+    from graftage.calls import LimitsQuery
+    from graftage.types import LoadedModel, ModelInfo
     from graftage_m4._settings import M4Settings
 
 __all__ = ["LADDER", "Policy"]
@@ -28,7 +40,7 @@ __all__ = ["LADDER", "Policy"]
 LADDER: Final = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 """Windows that a model gets where nobody asked for another."""
 UNTOLD: Final = 8192
-"""The longest window that nobody asked for, where a model does not tell what it was trained for."""
+"""The longest window that nobody asked for, where a model does not say what it was trained for."""
 SMALL_EMBEDDING: Final = 500_000_000
 """Bytes: an embedding model below this does not count as a loaded model."""
 MOST_SLOTS: Final = 16
@@ -36,7 +48,7 @@ CHARACTERS_PER_TOKEN: Final = 3
 """So few that a prompt is thought longer than it is."""
 ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
-"""Seconds: the default limit on a whole call, after which a model's time in memory begins anew."""
+"""Seconds: the default limit on a whole call, after which a model's time in memory begins again."""
 UNDERWAY: Final = 60.0
 """Seconds within which a model that was given to another address of a server is in use there, or is not coming."""
 STRETCHED: Final = 8
@@ -152,7 +164,7 @@ class Policy:
         return self.ledger.shapes.get(key)
 
     def _believed(self, server: Server, model: LoadedModel) -> LoadedModel:
-        """What a server tells of a loaded model, without what cannot be."""
+        """What a server reports of a loaded model, without what cannot be."""
         shape = self.ledger.shapes.get(_key(server, model.name))
         longest = (shape.trained_window or 0) * STRETCHED if shape is not None else 0
         window = count_of(model.context_window)
@@ -257,7 +269,7 @@ class Policy:
     def _elsewhere(self, here: Server) -> tuple[int, int]:
         """Bytes of models that other servers of this Mac were given and may still have; and those not taken yet.
 
-        Where one acts as a Mac, the idle models of somebody else who does are none of his: his server may be no more.
+        A policy that acts as another Mac does not count idle models of another such policy: their server may be gone.
         """
         total = coming = 0
         for key, grant in self.ledger.grants.items():
@@ -507,16 +519,16 @@ def _budget_note(scene: Scene, plan: Plan) -> Iterator[str]:
 
 
 def _doubts(scene: Scene) -> Iterator[str]:
-    """What to say of a server that does not tell all, or tells what cannot be."""
+    """What to say of a server that does not report everything, or reports what cannot be."""
     if not scene.seen:
-        yield "The server does not tell what it has in memory: one model is used at a time."
+        yield "The server does not report what it has in memory: one model is used at a time."
     if scene.shape.estimated:
-        yield f"The server does not tell the size of `{scene.query.model}`: {scene.shape.notes[0]}."
+        yield f"The server does not report the size of `{scene.query.model}`: {scene.shape.notes[0]}."
     if scene.shape.odd:
-        yield f"What is told of `{scene.query.model}` is odd, and not believed: {', '.join(scene.shape.odd)}."
+        yield f"What is reported of `{scene.query.model}` is odd, and not believed: {', '.join(scene.shape.odd)}."
     if scene.odd:
         names = ", ".join(map(repr, scene.odd[:MOST_NAMED]))
-        yield f"The server tells odd figures of what it has in memory, which are not believed: {names}."
+        yield f"The server reports odd figures for what it has in memory, which are not believed: {names}."
 
 
 def _of_unknown(query: LimitsQuery, settings: M4Settings) -> Limits:
@@ -567,7 +579,7 @@ def _reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Re
 
     It knows no model that is used by another address of the server, or that has no name.
     """
-    mine = {plain(model) for model, count in query.in_use().items() if count > 0}
+    mine = {canonical_name(model) for model, count in query.in_use().items() if count > 0}
     reach: list[Resident] = []
     beyond: list[Resident] = []
     for each in others:
@@ -588,7 +600,7 @@ def _fewest_gone(scene: Scene, window: int) -> tuple[Resident, ...] | None:
     """The fewest idle models that must go for a window to fit; `None` where not even all of them suffice."""
     idle = scene.idle
     counts = range(len(idle) if scene.rules.drop_idle else 0, len(idle) + 1)
-    # The more are gone the more fits, so the fewest are found by halving: a server may tell of thousands.
+    # The more are gone the more fits, so the fewest are found by halving: a server may list thousands.
     found = bisect_left(counts, True, key=lambda count: scene.fits(window, idle[:count]))
     return tuple(idle[: counts[found]]) if found < len(counts) else None
 
@@ -605,7 +617,7 @@ def _below(table: Sequence[tuple[float, T]], value: float) -> T:
 
 
 def _told(ask: Callable[[], T]) -> T | None:
-    """What a provider tells; nothing where it cannot. One that is not there fails the call as it would anyway."""
+    """What a provider reports; nothing if it cannot. One that is not there fails the call as it would anyway."""
     try:
         return ask()
     except ConnectionFailed:
@@ -615,7 +627,7 @@ def _told(ask: Callable[[], T]) -> T | None:
 
 
 def _key(server: Server, model: str) -> Key:
-    return *server, plain(model)
+    return *server, canonical_name(model)
 
 
 def _expiry(moment: datetime | None) -> float:

@@ -1,4 +1,4 @@
-"""Asks macOS what only its frameworks tell, and prints it as JSON. Run as a program of its own, by its path.
+"""Asks macOS what only its frameworks know, and prints it as JSON. Run as a program of its own, by its path.
 
 In a child process a wrong call costs that child, the time is bounded, and the answer can be recorded and replayed.
     python _probe.py metal      what Metal lets programs use of the memory

@@ -1,21 +1,51 @@
-"""What one decision is made of: the machine, the model, and who else is in memory."""
+"""What one decision is made of: the machine and its state, the model, who else is in memory, and what was given before.
+
+And the refusal, which names what would work instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+import ipaddress
+import os
+import platform
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
-from graftage_m4._footprint import GIB, Footprint, Shape, footprint
+from graftage.exceptions import ResourceLimitExceeded
+from graftage.footprint import BITS, Footprint, Shape, footprint
+from graftage.types import canonical_name
+from graftage_m4._machine import GIB, Budget, Readings, gb
 
 if TYPE_CHECKING:
-    from graftage.types import LimitsQuery
-    from graftage_m4._machine import Budget
-    from graftage_m4._reactions import Rules
-    from graftage_m4._readings import Readings
+    from pathlib import Path
+
+    from graftage.calls import LimitsQuery
+    from graftage.types import ModelInfo
     from graftage_m4._settings import M4Settings
 
-__all__ = ["Grant", "Key", "Plan", "Resident", "Room", "Scene", "Server"]
+__all__ = [
+    "UNSEEN",
+    "Grant",
+    "Key",
+    "Ledger",
+    "Plan",
+    "Resident",
+    "Room",
+    "Rules",
+    "Scene",
+    "Server",
+    "Watch",
+    "is_here",
+    "ledger_of",
+    "listed_size",
+    "not_now",
+    "remember",
+    "server_of",
+    "too_large",
+]
 
 ALIVE = 300.0
 """Seconds a model is thought to stay where nobody said: Ollama's own default."""
@@ -25,7 +55,7 @@ MLX_RESERVE = 3 * GIB
 Server: TypeAlias = tuple[str, str]
 """Provider and address."""
 Key: TypeAlias = tuple[str, str, str]
-"""Provider, address, and the model's plain name."""
+"""Provider, address, and the model's canonical name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +87,7 @@ class Grant:
 
     name: str
     address: str
-    """As whoever it was given to writes it."""
+    """As the client that got it writes it."""
     by: object
     """The policy that gave it."""
     window: int
@@ -126,9 +156,9 @@ class Scene:
     promise: int
     """The largest window that the model was given; 0 for none."""
     odd: tuple[str, ...]
-    """Loaded models of which the server tells nonsense."""
+    """Loaded models for which the server reports nonsense."""
     seen: bool
-    """Whether the server told what it has in memory."""
+    """Whether the server reported what it has in memory."""
     settings: M4Settings
 
     @property
@@ -169,3 +199,401 @@ class Scene:
     def fits(self, window: int, gone: Sequence[Resident]) -> bool:
         """Whether the model can be loaded with that window once those are gone."""
         return self.footprint(window).total <= self.room(gone).bytes
+
+
+# --- The state: limits tighten at once, and relax only after the Mac has been well for a while -----------------------
+
+SAMPLES: Final = 3
+SPAN: Final = 30.0
+"""Limits are relaxed after so many better samples that span so many seconds."""
+SAME_SAMPLE: Final = 2.0
+"""Seconds: two looks closer than this have seen one reading."""
+SWAPPING: Final = 64e6
+"""Bytes per second that go out to swap, or come back from the compressor, when memory runs short."""
+SHORTEST: Final = 1.0
+"""Seconds between two counts of pages from which a rate is taken."""
+
+
+@dataclass(slots=True)
+class _Calm:
+    """One severity with hysteresis. What is unknown is no better sample."""
+
+    level: int = 0
+    _better: list[tuple[float, int]] = field(default_factory=list)
+
+    def update(self, level: int | None, at: float) -> int:
+        if level is None:
+            self._better.clear()
+        elif level >= self.level:
+            self.level = level
+            self._better.clear()
+        elif not self._better or at - self._better[-1][0] >= SAME_SAMPLE:
+            self._better.append((at, level))
+            if len(self._better) >= SAMPLES and at - self._better[0][0] >= SPAN:
+                self.level = max(level for _, level in self._better)
+                self._better.clear()
+        return self.level
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the state of the Mac allows. The defaults are those of one that is well."""
+
+    concurrency: int | None = None
+    loaded: int | None = None
+    """Models in memory at most."""
+    window: int | None = None
+    """Tokens of a model that is loaded now."""
+    steps: int = 0
+    """Steps of the ladder to go down for a model that is loaded now."""
+    keep_alive: float | None = None
+    drop_idle: bool = False
+    """Every other idle model goes, whether or not its memory is needed."""
+    measured: bool = True
+    """Whether the pressure is known."""
+    refuse: str | None = None
+    """No model is loaded now: why."""
+    limit: str = ""
+    """What of the Mac refuses."""
+    value: int | None = None
+    """The worst reading at which it would not."""
+    retry_after: float | None = None
+    reasons: tuple[str, ...] = ()
+
+    def and_(self, other: Rules) -> Rules:
+        """Both: the tighter of each."""
+        refusing = self if self.refuse else other
+        return Rules(
+            concurrency=_least(self.concurrency, other.concurrency),
+            loaded=_least(self.loaded, other.loaded),
+            window=_least(self.window, other.window),
+            steps=max(self.steps, other.steps),
+            keep_alive=_least(self.keep_alive, other.keep_alive),
+            drop_idle=self.drop_idle or other.drop_idle,
+            measured=self.measured and other.measured,
+            refuse=refusing.refuse,
+            limit=refusing.limit,
+            value=refusing.value,
+            retry_after=refusing.retry_after,
+            reasons=(*self.reasons, *other.reasons),
+        )
+
+    @property
+    def words(self) -> str:
+        """Why, in one line."""
+        return "; ".join(self.reasons)
+
+
+def _least(*values: float | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return min(known) if known else None  # type: ignore[return-value] # a keep-alive may be a float
+
+
+WELL: Final = Rules()
+UNKNOWN: Final = Rules(
+    concurrency=1, loaded=1, keep_alive=300.0, measured=False, reasons=("the memory pressure is not measured",)
+)
+SWAPS: Final = Rules(concurrency=1, loaded=1, steps=1, keep_alive=300.0, reasons=("memory is being swapped out",))
+WARNING: Final = Rules(
+    concurrency=1, loaded=1, window=8192, keep_alive=60.0, drop_idle=True, reasons=("memory pressure is at warning",)
+)
+CRITICAL: Final = Rules(
+    concurrency=1, loaded=1, window=8192, keep_alive=0.0, drop_idle=True, refuse="memory pressure is critical",
+    limit="memory_pressure", value=2, retry_after=30.0, reasons=("memory pressure is critical",),
+)  # fmt: skip
+THROTTLED: Final = Rules(concurrency=1, reasons=("the Mac is hot and slows down",))
+TOO_HOT: Final = Rules(
+    concurrency=1, refuse="the Mac is too hot", limit="thermal_pressure", value=2, retry_after=60.0,
+    reasons=("the Mac is too hot",),
+)  # fmt: skip
+UNFELT: Final = Rules(concurrency=1, reasons=("the heat is not measured",))
+UNSEEN: Final = Rules(loaded=1, reasons=("what the server has in memory is not known",))
+SAVING: Final = Rules(concurrency=1, reasons=("low power mode is on",))
+
+
+class Watch:
+    """Remembers how the Mac was, and says what that allows."""
+
+    def __init__(self) -> None:
+        self._pressure = _Calm()
+        self._swapping = _Calm()
+        self._thermal = _Calm()
+        self._saving = _Calm()
+        self._pages: tuple[float, int, int] | None = None
+        self._rate: float | None = None
+
+    def rules(self, readings: Readings) -> Rules:
+        """What the readings, and those before them, allow."""
+        at = readings.at
+        pressure = self._pressure.update(readings.pressure, at)
+        swapping = self._swap_level(readings)
+        thermal = self._thermal.update(readings.thermal, at)
+        saving = self._saving.update(None if readings.low_power is None else int(readings.low_power), at)
+        rules = _of_memory(pressure, swapping, known=readings.pressure is not None)
+        rules = rules.and_(_of_heat(thermal, known=readings.thermal is not None))
+        return rules.and_(SAVING) if saving else rules
+
+    def _swap_level(self, readings: Readings) -> int:
+        """Whether pages go out, or come back faster and faster; two counts too close together mean nothing."""
+        out, back = readings.pages.get("swapouts"), readings.pages.get("decompressions")
+        if out is None or back is None or readings.page is None:
+            return self._swapping.update(None, readings.at)
+        if self._pages is None:
+            self._pages = (readings.at, out, back)
+        since, out_before, back_before = self._pages
+        elapsed = readings.at - since
+        if elapsed < SHORTEST:
+            return self._swapping.level
+        self._pages = (readings.at, out, back)
+        swapped = (out - out_before) * readings.page / elapsed
+        returned = (back - back_before) * readings.page / elapsed
+        rising = self._rate is not None and returned > self._rate > SWAPPING
+        self._rate = returned
+        return self._swapping.update(int(swapped > SWAPPING or rising), readings.at)
+
+
+def _of_memory(pressure: int, swapping: int, *, known: bool) -> Rules:
+    felt = CRITICAL if pressure >= 4 else WARNING if pressure >= 2 else SWAPS if swapping else WELL  # noqa: PLR2004
+    return felt if known else felt.and_(UNKNOWN)
+
+
+def _of_heat(thermal: int, *, known: bool) -> Rules:
+    felt = TOO_HOT if thermal >= 3 else THROTTLED if thermal == 2 else WELL  # noqa: PLR2004
+    return felt if known else felt.and_(UNFELT)
+
+
+# --- The ledger: one for all policies of a process that share a Mac --------------------------------------------------
+
+MOST_REMEMBERED: Final = 512
+PORTS: Final = {"http": 80, "https": 443}
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class Ledger:
+    """What was given, promised and learned. To read or write it, hold the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.grants: dict[Key, Grant] = {}
+        self.promises: dict[Key, int] = {}
+        """The largest window that each model was given: its conversations may be as long."""
+        self.shapes: dict[Key, Shape] = {}
+        self.listed: dict[Hashable, int | None] = {}
+        """The size of each state of a model by its server's list; `None` where the list lacks it."""
+        self.slots: dict[Key, int] = {}
+        """The parallel slots that the size of each model gave away when it was last seen."""
+        self.on_cpu: set[Key] = set()
+        self._in_use: dict[Server, dict[str, Callable[[], Mapping[str, int]]]] = {}
+        """For each server, and each way to write its address, which models requests use."""
+
+    def ask_later(self, server: Server, address: str, in_use: Callable[[], Mapping[str, int]]) -> None:
+        """Remember how to ask which models of a server are in use; its gate lives as long as the process."""
+        self._in_use.setdefault(server, {})[address] = in_use
+
+    def used(self, server: Server) -> set[str]:
+        """The canonical names of a server's models that requests of this process use, by whatever address."""
+        counts = [in_use() for in_use in self._in_use.get(server, {}).values()]
+        return {canonical_name(model) for each in counts for model, count in each.items() if count > 0}
+
+    def forked(self) -> None:
+        """In a process that was forked off: what runs, runs in the parent, and its threads hold no lock here."""
+        self.lock = threading.Lock()
+        self._in_use = {}
+
+
+_ledgers: dict[Path | None, Ledger] = {}
+_lock = threading.Lock()
+
+
+def ledger_of(machine: Path | None) -> Ledger:
+    """The ledger of this Mac, or of the one of a machine file."""
+    with _lock:
+        return _ledgers.setdefault(machine and machine.expanduser().resolve(), Ledger())
+
+
+def _forked() -> None:
+    global _lock  # noqa: PLW0603 - another thread may have held it at the fork
+    _lock = threading.Lock()
+    for ledger in _ledgers.values():
+        ledger.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def remember(memory: dict[K, T], key: K, value: T) -> None:
+    """Keep the newest, and drop the oldest beyond what a host can use."""
+    memory.pop(key, None)
+    memory[key] = value
+    if len(memory) > MOST_REMEMBERED:
+        del memory[next(iter(memory))]
+
+
+def listed_size(models: Iterable[ModelInfo], *names: str) -> int | None:
+    """Bytes of a model in a list, however its name is written there and here."""
+    wanted = {canonical_name(name) for name in names}
+    return next((each.size for each in models if each.size and canonical_name(each.name) in wanted), None)
+
+
+def is_here(address: str) -> bool:
+    """Whether a server is on this machine. An address that is no URL is an engine in this process."""
+    return "://" not in address or _is_own(urlsplit(address).hostname or "")
+
+
+def server_of(provider: str, address: str) -> Server:
+    """A server, however its address is written: all names of this machine are one."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port or PORTS.get(parts.scheme)
+    except ValueError:
+        return provider, address
+    own = "://" in address and _is_own(parts.hostname or "")
+    return provider, f"this machine:{port}{parts.path.rstrip('/')}" if own else address
+
+
+def _is_own(host: str) -> bool:
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("localhost", platform.node().lower()) or host.endswith(".localhost")
+    return found.is_loopback or found.is_unspecified
+
+
+# --- The refusal -----------------------------------------------------------------------------------------------------
+
+SMALLER_WINDOWS: Final = (2048, 1024, 512)
+QUANTIZATIONS: Final = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+"""From the finest; all are common."""
+LEAST_SYSTEM: Final = 4 * GIB
+"""A wired limit must leave this, or 15 %, to everything else."""
+
+Alternative = dict[str, Any]
+
+
+def not_now(scene: Scene) -> ResourceLimitExceeded:
+    """The Mac is not well enough to load a model: ask again later."""
+    rules = scene.rules
+    alternatives = list(_present(scene))
+    wait = f"Ask again in {rules.retry_after:g} s"
+    return ResourceLimitExceeded(
+        f"`{scene.query.model}` is not loaded now: {rules.refuse}.",
+        limit=rules.limit,
+        value=rules.value,
+        reason=rules.words,
+        details={
+            "retryable": True,
+            "retry_after": rules.retry_after,
+            "required": scene.footprint(scene.settings.minimum_window).total,
+            "available": 0,
+            "binding": rules.limit,
+            "alternatives": alternatives,
+        },
+        hint=f"{wait}, or use {_words(alternatives)}." if alternatives else f"{wait}.",
+    )
+
+
+def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> ResourceLimitExceeded:
+    """A model does not fit, even with the least window.
+
+    Args:
+        scene: what was decided on.
+        window: that least window.
+        known: other models of that server, by name.
+    """
+    needs = scene.footprint(window)
+    room = scene.room(scene.others)
+    alternatives = [*_smaller_windows(scene, window, room.bytes), *_quantizations(scene, window, room.bytes)]
+    alternatives += [*_present(scene), *_known(scene, known, room.bytes)]
+    if room.binding == "budget":
+        alternatives += _wired_limit(scene, needs.total)
+        where = f"this Mac gives models {gb(room.bytes)} ({scene.budget.words}{_elsewhere(scene)})"
+    else:
+        alternatives.append({"kind": "free_memory", "bytes": needs.total - room.bytes})
+        where = f"only {gb(room.bytes)} are free now, with {gb(scene.budget.live_reserve)} kept back"
+    later = room.binding == "live" or needs.total <= room.static + scene.elsewhere
+    smaller = next((each["context_window"] for each in alternatives if each["kind"] == "context_window"), None)
+    return ResourceLimitExceeded(
+        f"`{scene.query.model}` needs {gb(needs.total)} with a window of {window} tokens; {where}.",
+        limit="context_window" if smaller else "memory",
+        value=smaller or room.bytes,
+        reason=f"weights {gb(needs.weights)}, cache {gb(needs.cache)}, working memory "
+        f"{gb(needs.total - needs.weights - needs.cache)}{''.join(f'; {note}' for note in needs.notes)}",
+        details={
+            "retryable": later,
+            "retry_after": 30.0 if later else None,
+            "required": needs.total,
+            "available": room.bytes,
+            "binding": room.binding,
+            "budget_source": scene.budget.source,
+            "context_window": window,
+            "alternatives": alternatives,
+        },
+        hint=f"{_words(alternatives)[:1].upper()}{_words(alternatives)[1:]}, or go on with `force=True`."
+        if alternatives
+        else "Use a smaller model, or go on with `force=True`.",
+    )
+
+
+def _elsewhere(scene: Scene) -> str:
+    return f"; models in use elsewhere on this Mac have {gb(scene.elsewhere)}" if scene.elsewhere else ""
+
+
+def _smaller_windows(scene: Scene, window: int, room: int) -> Iterator[Alternative]:
+    for smaller in SMALLER_WINDOWS:
+        if smaller < window and scene.footprint(smaller).total <= room:
+            yield {"kind": "context_window", "context_window": smaller}
+            return
+
+
+def _quantizations(scene: Scene, window: int, room: int) -> Iterator[Alternative]:
+    shape, bits = scene.shape, scene.shape.bits or 0
+    for name in (each for each in QUANTIZATIONS if BITS[each] < bits):
+        coarser = replace(scene, shape=replace(shape, weights=int(shape.weights * BITS[name] / bits)))
+        if coarser.footprint(window).total <= room:
+            yield {"kind": "quantization", "quantization": name, "bytes": coarser.footprint(window).total}
+            return
+
+
+def _present(scene: Scene) -> Iterator[Alternative]:
+    for each in scene.others:
+        if not each.loading:
+            yield {"kind": "model", "model": each.name, "loaded": True}
+
+
+def _known(scene: Scene, known: Mapping[str, Shape], room: int) -> Iterator[Alternative]:
+    loaded = {each.key[2] for each in scene.others}
+    for name, shape in known.items():
+        if name not in loaded and replace(scene, shape=shape).footprint(scene.settings.minimum_window).total <= room:
+            yield {"kind": "model", "model": name, "loaded": False}
+
+
+def _wired_limit(scene: Scene, needed: int) -> Iterator[Alternative]:
+    """Raising what Metal may keep, where enough would be left to the rest of the system."""
+    limit = needed + scene.budget.reserve + scene.elsewhere
+    if limit <= scene.memory - max(LEAST_SYSTEM, int(0.15 * scene.memory)):
+        yield {"kind": "wired_limit", "command": f"sudo sysctl iogpu.wired_limit_mb={-(-limit // (1 << 20))}"}
+
+
+def _words(alternatives: list[Alternative]) -> str:
+    """The alternatives in a sentence, the first of each kind."""
+    texts: dict[str, str] = {}
+    for each in alternatives:
+        texts.setdefault(each["kind"], _text(each))
+    words = list(texts.values())
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}" if words else ""
+
+
+def _text(alternative: Alternative) -> str:
+    kind = alternative["kind"]
+    if kind == "context_window":
+        return f"take a window of {alternative['context_window']} (setting `minimum_window`)"
+    if kind == "quantization":
+        return f"take it in {alternative['quantization']} ({gb(alternative['bytes'])})"
+    if kind == "model":
+        return f"use `{alternative['model']}`, which {'is loaded' if alternative['loaded'] else 'fits'}"
+    if kind == "free_memory":
+        return f"close programs that hold {gb(alternative['bytes'])}"
+    return f"give models more with `{alternative['command']}` and restart the server, at the cost of everything else"
