@@ -1,4 +1,4 @@
-"""A provider that knows nothing of this repository: packed and installed by pip, then used by its name."""
+"""Providers that know nothing of this repository: packed and installed by pip, then used by their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTSIDE = Path(__file__).resolve().parent / "outside"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of programs that find the provider, installed into a folder of its own."""
+    """The environment of programs that find the providers, installed into a folder of their own."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("pip is not in this environment")
     target = tmp_path_factory.mktemp("installed")
@@ -27,7 +27,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     done = subprocess.run([*command, str(OUTSIDE)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GRAFTAGE_", "OLLAMA_"))}
-    return {**kept, "PYTHONPATH": str(target), "GRAFTAGE_CONFIG": str(target / "none.toml"), "PYTHONUTF8": "1"}
+    # Where the sources under test are on the path, they stay there.
+    path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path, "GRAFTAGE_CONFIG": str(target / "none.toml"), "PYTHONUTF8": "1"}
 
 
 def run(environment: dict[str, str], *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +57,7 @@ def test_the_command_lists_it_with_its_distribution(environment: dict[str, str])
     done = graftage(environment, "plugins", "--json")
     found: dict[str, Any] = {each["name"]: each for each in json.loads(done.stdout)}
     parrot = found["parrot"]
-    assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-parrot", "2.5")
+    assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-outside", "2.5")
     assert (parrot["state"], parrot["hooks"]) == ("loaded", ["connect", "settings_model"])
 
 
@@ -72,7 +74,7 @@ def test_its_errors_reach_the_user_with_their_way_out(environment: dict[str, str
     assert "Traceback" not in done.stderr
 
 
-def test_it_works_for_async_hosts_though_it_has_no_async_hook(environment: dict[str, str]) -> None:
+def test_its_plain_hooks_serve_async_hosts(environment: dict[str, str]) -> None:
     code = """
 import asyncio, graftage
 
@@ -92,3 +94,35 @@ def test_what_it_cannot_do_is_refused_by_name(environment: dict[str, str]) -> No
     assert done.returncode != 0
     assert "embed" in done.stderr
     assert "parrot" in done.stderr
+
+
+def test_one_on_the_toolkit_answers_both_kinds_of_client(environment: dict[str, str], claim_cassette: Any) -> None:
+    code = """
+import asyncio, sys
+import graftage
+from graftage.testing import Cassette
+
+async def main(**given):
+    async with graftage.connect_async("openai-wire:smollm2:135m", transport=Cassette(sys.argv[1]), **given) as llm:
+        return await ask(llm)
+
+def ask(llm):
+    question = "What is the capital of France? Answer with one word."
+    return llm.chat(question, options={"temperature": 0, "seed": 7}, max_tokens=40)
+
+given = {"host": "http://127.0.0.1:11434/v1"}
+with graftage.connect("openai-wire:smollm2:135m", transport=Cassette(sys.argv[1]), **given) as llm:
+    for reply in ask(llm), asyncio.run(main(**given)):
+        print("Paris" in reply.text, reply.provider)
+"""
+    recorded = claim_cassette("test_outside_openai/test_a_chat_gives_text_usage_and_the_reason_it_ended.yaml")
+    done = run(environment, "-c", code, str(recorded))
+    assert (done.stdout.split("\n"), done.stderr) == (["True openai-wire"] * 2 + [""], "")
+
+
+def test_the_common_settings_of_one_that_names_no_others_come_from_variables(environment: dict[str, str]) -> None:
+    done = graftage(
+        environment, "chat", "-m", "openai-wire:any", "hello", GRAFTAGE_OPENAI_WIRE_HOST="http://127.0.0.1:9"
+    )
+    assert done.returncode != 0
+    assert "Nothing listens at http://127.0.0.1:9." in done.stderr

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+from graftage.calls import ChatRequest, HealthRequest, ModelsRequest
 from graftage.exceptions import ModelNotFound
-from graftage.hookspecs import hookimpl
+from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.settings import Settings
-from graftage.types import ChatRequest, Chunk, ConnectRequest, Health, HealthRequest, ModelInfo, ModelsRequest
+from graftage.types import Chunk, Health, ModelInfo
 
 MODELS = ("green", "grey")
 

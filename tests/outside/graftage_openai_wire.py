@@ -1,0 +1,120 @@
+"""A provider for Graftage that speaks OpenAI's chat API, as many servers do."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from graftage.calls import ChatRequest, EmbedRequest, ModelsRequest
+from graftage.exceptions import ContextOverflow, ProviderError, QuotaExceeded
+from graftage.hookspecs import ConnectRequest, hookimpl
+from graftage.http import Answer, Event, place, read_tool_call
+from graftage.types import Capabilities, Chunk, Embeddings, FinishReason, Message, ModelInfo, Usage
+
+FEATURES = frozenset({"tools", "structured_output"})
+OPTIONS = frozenset({"frequency_penalty", "presence_penalty", "seed", "stop", "temperature", "top_p"})
+FINISH: tuple[FinishReason, ...] = ("stop", "length", "tool_calls", "content_filter")
+
+
+class Connection:
+    def __init__(self, request: ConnectRequest) -> None:
+        host = request.settings.host or "https://api.openai.com/v1"
+        self._http = request.http(host, refusal=refusal)
+        self.address = place(host)
+
+    @hookimpl
+    def capabilities(self) -> Capabilities:
+        return Capabilities(features=FEATURES, options=OPTIONS, parameters=frozenset({"max_tokens"}))
+
+    @hookimpl
+    async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        reader, body = Reader(), chat_body(request)
+        async for text in self._http.events("POST", "/chat/completions", body, call=request.call, read=reader.text):
+            if text:
+                yield Chunk(text=text)
+        if reader.end:  # The usage comes after the reason, so both wait for the end.
+            yield reader.last()
+
+    @hookimpl
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        body = {"model": request.model, "input": request.inputs, "dimensions": request.dimensions, **request.options}
+        return await self._http.json("POST", "/embeddings", given(body), call=request.call, read=embeddings)
+
+    @hookimpl
+    async def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
+        return await self._http.json("GET", "/models", call=request.call, read=models)
+
+
+class Reader:
+    """Reads the events of one answer: the text of each, and at the end what else was in them."""
+
+    def __init__(self) -> None:
+        self.end: dict[str, Any] = {}
+        self._calls: dict[int, tuple[str, str, str]] = {}
+        self._usage: Usage | None = None
+
+    def text(self, event: Event) -> str:
+        part = event.json()
+        self._usage = usage(part) or self._usage
+        choice = (part["choices"] or [{"delta": {}}])[0]
+        if choice.get("finish_reason"):
+            self.end = part
+        for each in choice["delta"].get("tool_calls") or ():
+            function, place = each["function"], each["index"]
+            name, arguments, call_id = self._calls.get(place, ("", "", f"call_{place}"))
+            arguments += function.get("arguments") or ""
+            self._calls[place] = (function.get("name") or name, arguments, each.get("id") or call_id)
+        return "" + (choice["delta"].get("content") or "")  # Anything but a text is an error here.
+
+    def last(self) -> Chunk:
+        calls = tuple(read_tool_call(*call) for _, call in sorted(self._calls.items()))
+        said = self.end["choices"][0]["finish_reason"]
+        reason: FinishReason = next((each for each in FINISH if each == said), "other")
+        return Chunk(tool_calls=calls, finish_reason=reason, usage=self._usage, raw=self.end)
+
+
+def given(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def chat_body(request: ChatRequest) -> dict[str, Any]:
+    schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.format}}
+    tools = [{"name": it.name, "description": it.description, "parameters": it.parameters} for it in request.tools]
+    body = {"model": request.model, "messages": [message(each) for each in request.messages], **request.options}
+    body |= {"max_tokens": request.max_tokens, "stream": True, "stream_options": {"include_usage": True}}
+    body["tools"] = [{"type": "function", "function": each} for each in tools] or None
+    if request.format is not None:
+        body["response_format"] = {"type": "json_object"} if request.format == "json" else schema
+    return given(body)
+
+
+def message(it: Message) -> dict[str, Any]:
+    calls = [
+        {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": json.dumps(each.arguments)}}
+        for each in it.tool_calls
+    ]
+    return given({"role": it.role, "content": it.content, "tool_calls": calls or None, "tool_call_id": it.tool_call_id})
+
+
+def usage(answer: Mapping[str, Any]) -> Usage | None:
+    found = answer.get("usage")
+    return found and Usage(input_tokens=found["prompt_tokens"], output_tokens=found.get("completion_tokens"))
+
+
+def embeddings(answer: Mapping[str, Any]) -> Embeddings:
+    vectors = tuple(each["embedding"] for each in sorted(answer["data"], key=lambda each: each["index"]))
+    return Embeddings(vectors=vectors, usage=usage(answer) or Usage())
+
+
+def models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
+    return tuple(ModelInfo(name=each["id"], raw=each) for each in answer["data"] or ())
+
+
+def refusal(answer: Answer) -> ProviderError | None:
+    kinds = {"context_length_exceeded": ContextOverflow, "insufficient_quota": QuotaExceeded}
+    kind = kinds.get(answer.facts.get("code", ""))
+    return kind(answer.said, hint="Send less, or check the account's plan.") if kind else None
+
+
+@hookimpl
+def connect(request: ConnectRequest) -> Connection:
+    return Connection(request)

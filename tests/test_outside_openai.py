@@ -1,0 +1,440 @@
+"""A provider for OpenAI's chat API that knows nothing but the contract, on cassettes recorded from Ollama's `/v1`.
+
+Record them again, from any server that has `smollm2:135m`:
+
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest tests/test_outside_openai.py --graftage-record
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from graftage.exceptions import (
+    AuthenticationFailed,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    ContextOverflow,
+    InferenceFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    QuotaExceeded,
+    RequestRejected,
+    SettingsError,
+    StreamInterrupted,
+)
+from graftage.types import Timeouts
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from suite import Both
+
+    from graftage.testing import Cassette
+
+SOURCE = Path(__file__).resolve().parent / "outside" / "graftage_openai_wire.py"
+LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
+MODEL = "smollm2:135m"
+CHAT = "/v1/chat/completions"
+CALM: dict[str, Any] = {"temperature": 0, "seed": 7}
+"""Options under which the model says the same again."""
+TOOL = {
+    "name": "get_weather",
+    "description": "The weather in a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+TOOL_MODEL = "smollm2-tools:135m"
+TOOL_TEMPLATE = """\
+{{- if .Tools }}<|im_start|>system
+Tools: {{ range .Tools }}{{ . }}{{ end }}<|im_end|>
+{{ end }}{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}{{ range .ToolCalls }}{"name": "{{ .Function.Name }}", "parameters": {{ .Function.Arguments }}}{{ end }}\
+<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+"""Makes Ollama believe that the model knows tools; a schema then makes it call one."""
+
+
+@pytest.fixture(scope="module")
+def wire() -> Any:
+    """The provider's module, as a host hands it over."""
+    spec = importlib.util.spec_from_file_location("graftage_openai_wire", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- On cassettes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cassette_server(request: pytest.FixtureRequest) -> str | None:
+    if not request.config.getoption("--graftage-record"):
+        return None
+    if not LIVE:
+        pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
+    made = {"model": TOOL_MODEL, "from": MODEL, "template": TOOL_TEMPLATE, "stream": False}
+    httpx.post(f"{LIVE}/api/create", json=made, trust_env=False, timeout=60).raise_for_status()
+    return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
+
+
+@pytest.fixture
+def llm(both: Both, wire: Any, cassette: Cassette) -> Any:
+    """A client of either kind that replays the test's cassette, or records it."""
+    return both.connect(wire, model=MODEL, host=f"{LIVE or 'http://127.0.0.1:11434'}/v1", transport=cassette)
+
+
+def test_a_chat_gives_text_usage_and_the_reason_it_ended(llm: Any) -> None:
+    reply = llm.chat("What is the capital of France? Answer with one word.", options=CALM, max_tokens=40)
+    assert "Paris" in reply.text
+    assert reply.finish_reason == "stop"
+    assert reply.usage.input_tokens > 5
+    assert 0 < reply.usage.output_tokens <= 40
+    assert (reply.model, reply.provider) == (MODEL, "graftage_openai_wire")
+    assert reply.warnings == ()
+    assert reply.raw["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_streamed_chat_gives_the_text_piece_by_piece(llm: Any) -> None:
+    with llm.chat("Count to three.", stream=True, options=CALM, max_tokens=8) as stream:
+        chunks = list(stream)
+    assert len(chunks) == 9
+    assert all(chunk.text and chunk.finish_reason is None for chunk in chunks[:-1])
+    assert stream.reply.text == "".join(chunk.text for chunk in chunks)
+    assert stream.reply.finish_reason == "length"
+    assert stream.reply.usage.output_tokens == 8
+
+
+def test_a_tool_call_is_read_and_its_result_goes_back(llm: Any) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris"]}}, "required": ["city"]}
+    call = {"name": {"type": "string", "enum": ["get_weather"]}, "parameters": city}
+    schema = {"type": "object", "properties": call, "required": ["name", "parameters"]}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    asked: dict[str, Any] = {"model": TOOL_MODEL, "options": CALM, "tools": [TOOL], "max_tokens": 60}
+    reply = llm.chat(messages, format=schema, **asked)
+    assert reply.finish_reason == "tool_calls"
+    (found,) = reply.tool_calls
+    assert (found.name, found.arguments) == ("get_weather", {"city": "Paris"})
+    # The server makes up the id: a constant one lets the second request be replayed after the first is recorded again.
+    messages += [
+        {"role": "assistant", "tool_calls": [{"id": "call_1", "name": found.name, "arguments": found.arguments}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    assert llm.chat(messages, **asked).text
+
+
+def test_an_answer_in_a_schema_is_parsed(llm: Any) -> None:
+    schema = {"type": "object", "properties": {"capital": {"type": "string"}}, "required": ["capital"]}
+    reply = llm.chat("The capital of France, as JSON.", format=schema, options=CALM, max_tokens=40)
+    assert list(reply.parsed) == ["capital"]
+
+
+def test_texts_become_vectors_in_their_order(llm: Any) -> None:
+    both, one = llm.embed(["The sky", "A cat"]), llm.embed("A cat")
+    assert len(both.vectors) == 2
+    assert both.vectors[1] == pytest.approx(one.vectors[0], abs=0.01)
+    assert both.usage.input_tokens > 0
+
+
+def test_the_models_are_listed(llm: Any) -> None:
+    assert {MODEL, TOOL_MODEL} <= {model.name for model in llm.models()}
+
+
+def test_its_health_is_known_without_a_hook_for_it(llm: Any) -> None:
+    health = llm.health(level="answers")
+    assert health.ok
+    assert health.model_present
+
+
+def test_a_model_that_is_not_there_is_named_with_those_that_are_close(llm: Any) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        llm.chat("Hi", model="smolm2:135m")
+    assert MODEL in caught.value.suggestions
+    assert str(caught.value).endswith(f"Did you mean `{MODEL}`?")
+    assert (caught.value.status, caught.value.model) == (404, "smolm2:135m")
+
+
+def test_what_the_server_refuses_is_typed(llm: Any) -> None:
+    with pytest.raises(RequestRejected, match="does not support tools"):
+        llm.chat("Hi", tools=[TOOL])
+
+
+# --- Against a server that is as bad as a test needs -----------------------------------------------------------------
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+@pytest.fixture
+def connect(both: Both, wire: Any, fake: FakeOllama) -> Callable[..., Any]:
+    return lambda **given: both.connect(wire, **{"model": MODEL, "host": f"{fake.url}/v1", "attempts": 1, **given})
+
+
+def event(delta: dict[str, Any] | None = None, finish: str | None = None, **more: Any) -> bytes:
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n".encode()
+
+
+def piece(index: int, **function: str) -> bytes:
+    """A part of a tool call."""
+    more = {"id": function.pop("id")} if "id" in function else {}
+    return event({"tool_calls": [{"index": index, **more, "function": function}]})
+
+
+def events(*chunks: bytes, **more: Any) -> Answer:
+    return Answer(chunks, headers={"content-type": "text/event-stream"}, **more)
+
+
+HELLO = event({"role": "assistant", "content": "Hello"})
+STOP = event({}, "stop")
+USAGE = event(usage={"prompt_tokens": 3, "completion_tokens": 1})
+DONE = b"data: [DONE]\n\n"
+
+
+def test_a_request_holds_what_the_api_wants(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(HELLO, STOP, USAGE, DONE))
+    connect(api_key="sesame").chat(
+        [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
+        tools=[TOOL],
+        options={"stop": ["."]},
+        max_tokens=9,
+    )
+    (seen,) = fake.requests
+    assert seen.headers["authorization"] == "Bearer sesame"
+    assert seen.body == {
+        "model": MODEL,
+        "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": TOOL}],
+        "stop": ["."],
+        "max_tokens": 9,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_comments_and_what_comes_after_the_end_are_no_text(connect: Any, fake: FakeOllama) -> None:
+    alive = b": keepalive\n\n"
+    fake.script(CHAT, events(alive, alive, HELLO, alive, STOP, alive, USAGE, DONE, HELLO))
+    with connect().chat("Hi", stream=True) as stream:
+        assert [(chunk.text, chunk.finish_reason) for chunk in stream] == [("Hello", None), ("", "stop")]
+    assert (stream.reply.usage.input_tokens, stream.reply.usage.output_tokens) == (3, 1)
+
+
+@pytest.mark.parametrize("rest", [(DONE,), (), (USAGE,)], ids=["done", "nothing", "usage"])
+def test_an_answer_is_whole_with_its_reason(connect: Any, fake: FakeOllama, rest: tuple[bytes, ...]) -> None:
+    fake.script(CHAT, events(HELLO, STOP, *rest))
+    reply = connect().chat("Hi")
+    assert (reply.text, reply.finish_reason) == ("Hello", "stop")
+    assert (reply.usage.input_tokens is not None) == (USAGE in rest)
+
+
+def test_tool_calls_are_put_together_from_their_pieces(connect: Any, fake: FakeOllama) -> None:
+    pieces = [
+        piece(0, id="call_a", name="get_weather", arguments=""),
+        piece(0, arguments='{"ci'),
+        piece(1, id="call_b", name="get_weather", arguments='{"city": "Rome"}'),
+        piece(0, arguments='ty": "Paris"}'),
+    ]
+    fake.script(CHAT, events(*pieces, event({}, "tool_calls"), USAGE, DONE))
+    reply = connect().chat("Hi", tools=[TOOL])
+    assert [(each.id, each.arguments) for each in reply.tool_calls] == [
+        ("call_a", {"city": "Paris"}),
+        ("call_b", {"city": "Rome"}),
+    ]
+    assert reply.finish_reason == "tool_calls"
+
+
+def test_arguments_that_were_cut_are_no_tool_call(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(HELLO, piece(0, id="a", name="get_weather", arguments='{"ci'), event({}, "length"), DONE))
+    with pytest.raises(ProtocolError, match="get_weather"):
+        connect().chat("Hi", tools=[TOOL])
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter", "banana"])
+def test_the_reason_is_the_servers_where_graftage_has_it(connect: Any, fake: FakeOllama, reason: str) -> None:
+    fake.script(CHAT, events(HELLO, event({}, reason), DONE))
+    assert connect().chat("Hi").finish_reason == ("other" if reason == "banana" else reason)
+
+
+@pytest.mark.parametrize("ending", ["end", "close", "reset"])
+def test_a_stream_that_was_cut_short_keeps_what_came(connect: Any, fake: FakeOllama, ending: Any) -> None:
+    fake.script(CHAT, events(HELLO, event({"content": " you"}), b'data: {"cho', ending=ending))
+    with pytest.raises(StreamInterrupted) as caught, connect(attempts=3).chat("Hi", stream=True) as stream:
+        for _ in stream:
+            pass
+    assert caught.value.partial is not None
+    assert caught.value.partial.text == "Hello you"
+    assert len(fake.requests) == 1
+
+
+def test_a_stream_without_a_reason_was_cut_short(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(HELLO, DONE))
+    with pytest.raises(StreamInterrupted):
+        connect().chat("Hi")
+
+
+def test_a_stream_that_stands_still_ends(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(HELLO, ending="stall"))
+    with pytest.raises(ProviderTimeout) as caught:
+        connect(timeouts=Timeouts(idle=0.2)).chat("Hi")
+    assert caught.value.phase == "idle"
+    assert caught.value.partial is not None
+    assert caught.value.partial.text == "Hello"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'data: {"error": {"message": "The model crashed", "type": "server_error", "code": null}}\n\n',
+        b'event: error\ndata: {"message": "The model crashed"}\n\n',
+    ],
+)
+def test_an_error_event_ends_the_stream(connect: Any, fake: FakeOllama, bad: bytes) -> None:
+    fake.script(CHAT, events(HELLO, bad))
+    with pytest.raises(InferenceFailed, match="The model crashed") as caught:
+        connect().chat("Hi")
+    assert caught.value.partial is not None
+    assert caught.value.partial.text == "Hello"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"data: half a word\n\n",
+        b"data: [1]\n\n",
+        b'data: {"choices": 5}\n\n',
+        b'data: {"choices": [{"delta": null}]}\n\n',
+        b'data: {"choices": [{"delta": {"tool_calls": [{"function": {}}]}}]}\n\n',
+        b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',
+    ],
+)
+def test_what_is_no_answer_of_the_api_is_a_typed_error(connect: Any, fake: FakeOllama, bad: bytes) -> None:
+    fake.script(CHAT, events(HELLO, bad, STOP, DONE))
+    with pytest.raises(ProviderError) as caught:
+        connect().chat("Hi")
+    assert caught.value.__class__ is ProtocolError
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (400, {"message": "Too long", "code": "context_length_exceeded"}, ContextOverflow),
+        (400, {"message": "No such role", "code": None}, RequestRejected),
+        (401, {"message": "Incorrect API key", "code": "invalid_api_key"}, AuthenticationFailed),
+        (429, {"message": "Slow down", "code": "rate_limit_exceeded"}, Overloaded),
+        (429, {"message": "Pay first", "code": "insufficient_quota"}, QuotaExceeded),
+        (500, {"message": "Oh", "code": None}, InferenceFailed),
+    ],
+)
+def test_errors_are_typed(connect: Any, fake: FakeOllama, status: int, error: Any, kind: type[ProviderError]) -> None:
+    fake.script(CHAT, Answer([json.dumps({"error": error}).encode()], status=status))
+    with pytest.raises(kind, match=error["message"]) as caught:
+        connect().chat("Hi")
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        ({"error": {"message": "The model crashed"}}, InferenceFailed, "The model crashed"),
+        ({"choices": [{"message": {"content": "Hello"}}]}, ProtocolError, "no stream of events"),
+    ],
+)
+def test_an_object_instead_of_events_is_told_as_such(
+    connect: Any, fake: FakeOllama, body: Any, kind: type[ProviderError], said: str
+) -> None:
+    fake.script(CHAT, Answer([json.dumps(body).encode()], headers={"content-type": "application/json"}))
+    with pytest.raises(kind, match=said):
+        connect(attempts=3).chat("Hi")
+    assert len(fake.requests) == 1
+
+
+LISTED = Answer([{"data": [{"id": MODEL}]}])
+
+
+def test_a_server_that_refuses_is_reachable(connect: Any, fake: FakeOllama) -> None:
+    fake.script("/v1/models", Answer([{"error": {"message": "Incorrect API key"}}], status=401))
+    health = connect().health()
+    assert (health.reachable, health.api, type(health.error)) == (True, False, AuthenticationFailed)
+
+
+def test_health_says_why_a_model_is_not_there(connect: Any, fake: FakeOllama) -> None:
+    fake.script("/v1/models", LISTED)
+    health = connect(model="smolm2:135m").health(level="model_present")
+    assert (health.api, health.model_present) == (True, False)
+    with pytest.raises(ModelNotFound) as caught:
+        health.raise_for_error()
+    assert caught.value.suggestions == (MODEL,)
+
+
+def test_health_says_that_nobody_can_tell_what_is_loaded(connect: Any, fake: FakeOllama) -> None:
+    fake.script("/v1/models", LISTED)
+    health = connect().health(level="model_loaded")
+    assert (health.model_present, type(health.error)) == (True, CapabilityUnsupported)
+
+
+def test_health_says_how_far_it_came_where_the_model_fails(connect: Any, fake: FakeOllama) -> None:
+    fake.script("/v1/models", LISTED)
+    fake.script(CHAT, Answer([{"error": {"message": "Oh"}}], status=500))
+    health = connect().health(level="answers")
+    assert (health.model_present, health.model_loaded, health.answers) == (True, None, False)
+    assert isinstance(health.error, InferenceFailed)
+
+
+def test_a_dead_port_is_told_as_such(both: Both, wire: Any) -> None:
+    llm = both.connect(wire, model=MODEL, host="http://127.0.0.1:9/v1", attempts=1)
+    with pytest.raises(ConnectionFailed, match=r"Nothing listens at http://127\.0\.0\.1:9"):
+        llm.chat("Hi")
+    assert not llm.health().reachable
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1:9/v1",
+        "ftp://h",
+        "http://",
+        "http://h:x",
+        "http://h:99999",
+        "http://u:sesame@h",
+        "http://h?key=sesame",
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused_before_anything_is_sent(both: Both, wire: Any, host: str) -> None:
+    with pytest.raises(SettingsError, match="must be an http or https URL") as caught:
+        both.connect(wire, model=MODEL, host=host).chat("Hi")
+    assert caught.value.key == "host"
+    assert "sesame" not in str(caught.value)
+
+
+def test_what_it_cannot_do_is_refused_before_anything_is_sent(connect: Any, fake: FakeOllama) -> None:
+    llm = connect()
+    for operation, given in ("generate", {}), ("chat", {"think": True}):
+        with pytest.raises(CapabilityUnsupported):
+            getattr(llm, operation)("Hi", **given)
+    assert fake.requests == []
+
+
+def test_what_it_cannot_send_is_a_warning(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(HELLO, STOP, DONE))
+    (warning,) = connect().chat("Hi", keep_alive=60).warnings
+    assert "`keep_alive` has no effect" in warning
+
+
+def test_the_provider_is_as_short_as_promised() -> None:
+    assert len(SOURCE.read_text(encoding="utf-8").splitlines()) <= 120
