@@ -1,0 +1,181 @@
+"""What others may rely on, as it was agreed, and which module may import which.
+
+`python tests/test_public.py > tests/public.txt` takes the public names as they are now.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from sources import imports, modules, tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AGREED = Path(__file__).with_name("public.txt")
+RENEW = "python tests/test_public.py > tests/public.txt"
+ARGUMENTS = "graftage._engine.arguments"
+TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments"}
+"""What `chat(**arguments)` and its like take, which stands in a private module."""
+Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
+ENGINE = [
+    "threads",
+    "driving",
+    "faults",
+    "events",
+    "health",
+    "inputs",
+    "arguments",
+    "limits",
+    "plugins",
+    "waiting",
+    "call",
+    "clients",
+    "connection",
+    "admission",
+    "adapters",
+    "session",
+    "fallback",
+    "choosing",
+]
+"""The modules of the engine, from the lowest: each imports only those before it."""
+
+
+# --- The public names ------------------------------------------------------------------------------------------------
+
+
+def surface() -> str:
+    """Every public module with its names, and what a caller can see of each."""
+    lines = []
+    for module in modules():
+        if names := TAKEN if module == ARGUMENTS else _names(module) if _is_public(module) else set():
+            lines += [module, *(f"    {line}" for line in _module(module, names)), ""]
+    return "\n".join(lines)
+
+
+def _module(module: str, public: set[str]) -> Iterator[str]:
+    public = public | _private_bases(module, public)
+    for node in _statements(tree(module).body):
+        if isinstance(node, ast.ImportFrom):
+            yield from _imported(str(node.module), {each.name for each in node.names} & public)
+        elif isinstance(node, ast.ClassDef) and node.name in public:
+            yield from _class(node, built=_is_public(module))
+        elif isinstance(node, Function) and node.name in public:
+            yield _function(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) in public:
+            yield ast.unparse(node)
+
+
+def _private_bases(module: str, public: set[str]) -> set[str]:
+    """What public classes inherit from, and nobody else may name."""
+    classes = [node for node in tree(module).body if isinstance(node, ast.ClassDef) and node.name in public]
+    bases = {ast.unparse(base) for node in classes for base in node.bases}
+    return {base for base in bases if base.startswith("_")}
+
+
+def _imported(module: str, names: set[str]) -> Iterator[str]:
+    """Names of another module: what they are stands there, unless it is private."""
+    if _is_public(module) or not names:
+        yield from (f"{name} is that of {module}" for name in sorted(names))
+    else:
+        yield from _module(module, names)
+
+
+def _is_public(module: str) -> bool:
+    return not any(part.startswith("_") for part in module.split("."))
+
+
+def _names(module: str) -> set[str]:
+    """The names in `__all__`."""
+    for node in tree(module).body:
+        if isinstance(node, ast.Assign) and _target(node) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements([*node.body, *node.orelse])
+        else:
+            yield node
+
+
+def _class(node: ast.ClassDef, *, built: bool) -> Iterator[str]:
+    """A class as it is used, and as it is built where others may build it."""
+    bases = ", ".join(ast.unparse(each) for each in [*node.bases, *node.keywords])
+    decorators = "".join(f"@{ast.unparse(each)} " for each in node.decorator_list)
+    yield f"{decorators}class {node.name}({bases})"
+    for each in node.body:
+        if isinstance(each, Function) and ((each.name == "__init__" and built) or not each.name.startswith("_")):
+            yield f"    {_function(each)}"
+            yield from (f"    {field}" for field in _fields(each) if each.name == "__init__")
+        elif isinstance(each, ast.AnnAssign | ast.Assign) and not _target(each).startswith("_"):
+            yield f"    {ast.unparse(each)}"
+
+
+def _function(node: Function) -> str:
+    decorators = "".join(f"@{each} " for each in map(ast.unparse, node.decorator_list) if each[0] != "_")
+    kind = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{decorators}{kind} {node.name}({ast.unparse(node.args)}){returns}"
+
+
+def _fields(init: Function) -> Iterator[str]:
+    """The public attributes that a class sets when it is built."""
+    for node in ast.walk(init):
+        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+            for each in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if isinstance(each, ast.Attribute) and not each.attr.startswith("_"):
+                    yield f"self.{each.attr}"
+
+
+def _target(node: ast.Assign | ast.AnnAssign) -> str:
+    return ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+
+
+def test_the_public_names_are_those_that_were_agreed() -> None:
+    agreed, found = AGREED.read_text(encoding="utf-8").splitlines(), surface().splitlines()
+    changes = "\n".join(difflib.unified_diff(agreed, found, "agreed", "now", lineterm="", n=1))
+    assert not changes, f"{changes}\nIf that is meant: {RENEW}"
+
+
+def test_each_public_module_says_what_is_public() -> None:
+    assert not [module for module in modules() if _is_public(module) and not _names(module)]
+
+
+def test_each_public_name_is_there() -> None:
+    for module in modules():
+        lines = "\n".join(_module(module, _names(module)))
+        assert not [name for name in _names(module) if name not in lines], module
+
+
+# --- Imports ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter({module: set(imports(module)) for module in modules()}).prepare()
+    except CycleError as error:
+        raise AssertionError(" is imported by ".join(error.args[1])) from None
+
+
+def test_imports_inside_the_engine_run_one_way() -> None:
+    order = [f"graftage._engine.{name}" for name in ENGINE]
+    assert {each for each in modules() if each.startswith("graftage._engine.")} == set(order)
+    up = [
+        f"{modules()[module]}:{line} imports {other}"
+        for place, module in enumerate(order)
+        for other, line in imports(module).items()
+        if other in order[place:]
+    ]
+    assert not up
+
+
+if __name__ == "__main__":
+    sys.stdout.write(surface())

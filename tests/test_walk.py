@@ -1,0 +1,248 @@
+"""How far a call walks: layers of ours between `chat` and the socket, and calls of ours for each chunk.
+
+Counts, not times. `python tests/test_walk.py` prints the walk.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import dis
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from places import M4
+from sources import modules, tree
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
+
+MODEL = "smollm2:135m"
+LAYERS = 12
+CALLS_PER_CHUNK = 10
+LINES = 55
+MOST_LINES = 20
+"""Lines that nine of ten functions keep to."""
+SHORT, LONG = 1, 201
+SOCKET = frozenset({"connect", "send", "sendall", "sendto", "sendmsg", "recv", "recv_into"})
+WALKS = [(mode, how) for mode in ("sync", "async") for how in ("plain", "streamed")]
+KINDS = [f"{mode} {how}" for mode, how in WALKS]
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+MACHINE = M4 / "mini-16-macos15.json"
+STAYS_AWAY = (
+    *("ollama", "openai", "aiohttp", "requests", "trio", "anyio._backends", "loguru", "vcr", "yaml", "pytest"),
+    *("graftage._cli", "graftage.testing", "graftage.footprint"),
+    *("graftage_llamacpp", "graftage_lora", "graftage_m4"),
+)
+"""What a plain chat with Ollama must not import, where no other plugin is enabled."""
+
+
+# --- Counting, in a process of its own -------------------------------------------------------------------------------
+
+
+@cache
+def _resumptions(code: CodeType) -> frozenset[int]:
+    """Where a coroutine goes on after a wait, which is no new call: how often it waits depends on the network."""
+    return frozenset(each.offset for each in dis.get_instructions(code) if each.opname == "RESUME" and _waited(each))
+
+
+def _waited(instruction: dis.Instruction) -> bool:
+    return instruction.arg is not None and instruction.arg & 3 == 3
+
+
+def _ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith("graftage") and not name.startswith("graftage_ollama.testing")
+
+
+class Count:
+    """A profile function for all threads: calls of ours, and the stacks of ours at each use of a socket."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.calls: Counter[str] = Counter()
+        self.walks: dict[tuple[str, ...], None] = {}
+
+    def __call__(self, frame: FrameType, event: str, what: Any) -> None:
+        if not self.on:
+            return
+        if event == "call" and _ours(frame) and frame.f_lasti not in _resumptions(frame.f_code):
+            self.calls[_name(frame)] += 1
+        elif event == "c_call" and getattr(what, "__qualname__", "").startswith("socket.") and what.__name__ in SOCKET:
+            self.walks.setdefault(_stack(frame))
+
+    def __enter__(self) -> None:
+        self.calls.clear()
+        self.on = True
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+
+
+def _name(frame: FrameType) -> str:
+    return f"{frame.f_globals['__name__']}:{frame.f_code.co_qualname}"
+
+
+def _stack(frame: FrameType | None) -> tuple[str, ...]:
+    found = []
+    while frame is not None:
+        if _ours(frame):
+            found.append(_name(frame))
+        frame = frame.f_back
+    return tuple(reversed(found))
+
+
+def _answer(chunks: int) -> Any:
+    from graftage_ollama.testing import Answer
+
+    def line(text: str, **more: Any) -> dict[str, Any]:
+        return {"model": MODEL, "message": {"role": "assistant", "content": text}, "done": False, **more}
+
+    # A chunk to a read, as from a model, and not all of them at once.
+    return Answer([*[line("a")] * chunks, line("", done=True, done_reason="stop")], delay=0.0005)
+
+
+def _sync(count: Count, url: str, chunks: int, script: Any, *, stream: bool) -> None:
+    import graftage
+
+    with graftage.connect("ollama", model=MODEL, host=url) as llm:
+        llm.chat("Hello")  # What only the first call does is not counted.
+        script(_answer(chunks))
+        with count:
+            if stream:
+                list(llm.chat("Hello", stream=True))
+            else:
+                llm.chat("Hello")
+
+
+async def _async(count: Count, url: str, chunks: int, script: Any, *, stream: bool) -> None:
+    import graftage
+
+    async with graftage.connect_async("ollama", model=MODEL, host=url) as llm:
+        await llm.chat("Hello")
+        script(_answer(chunks))
+        with count:
+            if stream:
+                async for _ in await llm.chat("Hello", stream=True):
+                    pass
+            else:
+                await llm.chat("Hello")
+
+
+def walk(mode: str, *, stream: bool) -> dict[str, Any]:
+    """The longest walk from `chat` to the socket, and the calls for each chunk by name."""
+    from graftage_ollama.testing import FakeOllama
+
+    count, calls = Count(), []
+    with FakeOllama() as fake:
+        for chunks in (SHORT, LONG):
+            arguments: Any = (count, fake.url, chunks, lambda answer: fake.script("/api/chat", answer))
+            threading.setprofile(count)
+            sys.setprofile(count)
+            try:
+                if mode == "sync":
+                    _sync(*arguments, stream=stream)
+                else:
+                    asyncio.run(_async(*arguments, stream=stream))
+            finally:
+                sys.setprofile(None)
+                threading.setprofile(None)
+            calls.append(Counter(count.calls))
+    more = LONG - SHORT
+    # To the nearest half: a policy looks at the machine now and then, and a read may bring two chunks.
+    halves = {name: round(2 * number / more) / 2 for name, number in (calls[1] - calls[0]).items()}
+    return {
+        # What a plugin asks from a thread of its own is another call.
+        "walk": max((each for each in count.walks if each and each[0].startswith("graftage._client:")), key=len),
+        "calls": {name: times for name, times in halves.items() if times},
+    }
+
+
+@pytest.fixture(scope="module", params=["no plugin", "lora and m4"])
+def walks(request: pytest.FixtureRequest) -> dict[str, Any]:
+    environment = dict(os.environ)
+    if request.param != "no plugin":
+        environment |= {"GRAFTAGE_DISABLED_PLUGINS": "", "GRAFTAGE_M4_MACHINE": str(MACHINE)}
+    else:
+        environment["GRAFTAGE_DISABLED_PLUGINS"] = "lora,m4"
+    command = [sys.executable, __file__, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_layers_stand_between_a_chat_and_the_socket(walks: dict[str, Any], kind: str) -> None:
+    path = walks[kind]["walk"]
+    assert path[1].endswith("Client.chat"), path
+    assert "network" in path[-1], path
+    assert len(path) <= LAYERS, path
+
+
+def test_the_walk_is_the_one_that_is_described(walks: dict[str, Any]) -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("## How a call walks")[2].partition("\n## ")[0]
+    described = re.findall(r"^\| `([\w.]+)`", text, re.MULTILINE)
+    assert described == [each.partition(":")[2].partition(".<locals>")[0] for each in walks["sync plain"]["walk"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_takes_few_calls(walks: dict[str, Any], kind: str) -> None:
+    calls = walks[kind]["calls"]
+    assert sum(calls.values()) <= CALLS_PER_CHUNK, calls
+
+
+def test_a_chat_imports_only_what_it_needs() -> None:
+    program = f"""
+import sys
+import graftage
+from graftage_ollama.testing import FakeOllama
+with FakeOllama() as fake, graftage.connect("ollama", model={MODEL!r}, host=fake.url) as llm:
+    llm.chat("Hello")
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert not [name for name in loaded for away in STAYS_AWAY if f"{name}.".startswith(f"{away}.")]
+
+
+# --- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+def _lengths() -> dict[str, int]:
+    """Lines of each function of the sources, its decorators and docstring included."""
+    found = {}
+    for module, path in modules().items():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{path}:{node.lineno} {node.name}"
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                found[where] = (node.end_lineno or 0) - first + 1
+    return found
+
+
+def test_no_function_is_long() -> None:
+    lengths = _lengths()
+    assert not {where: lines for where, lines in lengths.items() if lines > LINES}
+
+
+def test_most_functions_are_short() -> None:
+    lengths = sorted(_lengths().values())
+    assert lengths[len(lengths) * 9 // 10] <= MOST_LINES
+
+
+if __name__ == "__main__":
+    measured = {f"{mode} {how}": walk(mode, stream=how == "streamed") for mode, how in WALKS}
+    if "--json" in sys.argv:
+        print(json.dumps(measured))
+    else:
+        for name, each in measured.items():
+            print(f"{name}: {sum(each['calls'].values())} calls for each chunk", *each["walk"], sep="\n    ")
