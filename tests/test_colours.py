@@ -1,0 +1,1050 @@
+"""One hook, one name, one colour: a provider's hook is written once, in the way that suits it, and serves both clients.
+
+Whatever a hook is, and however its caller leaves it: nothing hangs, nothing is sent twice, and all is given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import graftage
+from graftage.exceptions import (
+    AdapterUnsupported,
+    GraftageError,
+    InferenceFailed,
+    PluginError,
+    PluginLoadError,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    ResourceLimitExceeded,
+    SettingsError,
+    StreamInterrupted,
+)
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo
+from graftage.types import Chunk, Embeddings, ModelInfo, Timeouts
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+MODEL = "m:1"
+END = Chunk(finish_reason="stop")
+SHORT = Timeouts(connect=5.0, first_token=0.4, idle=0.4, total=1.5)
+PATIENCE = 20.0
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+
+
+def soon(truth: Callable[[], Any]) -> bool:
+    """Whether something becomes true, garbage being collected meanwhile."""
+    until = time.monotonic() + 5
+    while not truth() and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.005)
+    return bool(truth())
+
+
+def run(program: str, *arguments: str) -> str:
+    """What a program prints; it must end well, and warn of nothing."""
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.stderr, ended.returncode) == ("", 0)
+    return ended.stdout.strip()
+
+
+class Giving:
+    """A provider whose connection is made by a function of the request."""
+
+    def __init__(self, make: Callable[[Any], Any], name: str = "giving") -> None:
+        self.make = make
+        self.name = name
+
+    @hookimpl
+    def connect(self, request: Any) -> Any:
+        return self.make(request)
+
+
+# --- On the toolkit --------------------------------------------------------------------------------------------------
+
+
+class OnToolkit:
+    """Server-sent events and JSON, written once. The author closes nothing."""
+
+    def __init__(self, request: Any, url: str) -> None:
+        self.http = request.http(url)
+        self.address = url
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        def read(event: Any) -> Chunk:
+            found = event.json()
+            return Chunk(text=found.get("text", ""), finish_reason=found.get("end"))
+
+        async for chunk in self.http.events("POST", "/chat", {}, call=request.call, read=read):
+            if chunk.text == "raise":
+                raise InferenceFailed("as the author says")
+            yield chunk
+            if chunk.text == "return":
+                return
+            if chunk.text == "break":
+                break
+
+    @hookimpl
+    async def list_models(self, request: Any) -> tuple[ModelInfo, ...]:
+        def read(found: Any) -> tuple[ModelInfo, ...]:
+            return tuple(ModelInfo(name=each) for each in found["models"])
+
+        found: tuple[ModelInfo, ...] = await self.http.json("GET", "/models", call=request.call, read=read)
+        return found
+
+    @hookimpl
+    async def embed(self, request: Any) -> Embeddings:
+        found = await self.http.json("POST", "/embed", {}, call=request.call)
+        return Embeddings(vectors=found["vectors"])
+
+
+def event(**fields: Any) -> bytes:
+    text = ", ".join(f'"{name}": "{value}"' for name, value in fields.items())
+    return f"data: {{{text}}}\n\n".encode()
+
+
+EVENTS = {"content-type": "text/event-stream"}
+WHOLE = [event(text="Hello "), event(text="world"), event(text="", end="stop"), b"data: [DONE]\n\n"]
+
+
+def said(*chunks: Any, **how: Any) -> Answer:
+    return Answer(list(chunks) or WHOLE, headers=EVENTS, **how)
+
+
+def on_toolkit(fake: FakeOllama) -> Giving:
+    return Giving(lambda request: OnToolkit(request, fake.url))
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+def test_an_async_hook_on_the_toolkit_serves_both_clients(both: Any, fake: FakeOllama) -> None:
+    fake.script("/chat", said(), said())
+    fake.script("/models", Answer([b'{"models": ["a", "b"]}']))
+    fake.script("/embed", Answer([b'{"vectors": [[1.0]]}']))
+    llm = both.connect(on_toolkit(fake), model=MODEL)
+    assert llm.chat("x").text == "Hello world"
+    assert "".join(chunk.text for chunk in llm.chat("x", stream=True)) == "Hello world"
+    assert [each.name for each in llm.models()] == ["a", "b"]
+    assert llm.embed("x").vectors == ((1.0,),)
+    assert (fake.accepted, llm.stats().running) == (1, 0)
+
+
+def test_a_sync_client_inside_a_running_loop_lends_it_nothing(fake: FakeOllama) -> None:
+    """As in Jupyter: a loop runs in this thread, and would end the generators that begin in it."""
+    fake.script("/chat", *[said() for _ in range(6)])
+    adopted: list[Any] = []
+
+    async def main() -> None:
+        before = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(adopted.append, adopted.append)
+        with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=1) as llm:
+            assert llm.chat("x").text == "Hello world"
+            for _chunk in llm.chat("x", stream=True):
+                break
+            gc.collect()
+            stream = llm.chat("x", stream=True)
+            del stream
+            gc.collect()
+            stream = llm.chat("x", stream=True)
+            await asyncio.to_thread(stream.close)
+            stream = llm.chat("x", stream=True)
+            await asyncio.get_running_loop().shutdown_asyncgens()
+            assert "".join(chunk.text for chunk in stream) == "Hello world"
+            assert llm.chat("x").text == "Hello world"
+            assert llm.stats().running == 0
+        assert sys.get_asyncgen_hooks() != before
+        sys.set_asyncgen_hooks(*before)
+
+    asyncio.run(main())
+    assert adopted == []
+
+
+def test_an_error_leaves_the_hooks_of_a_running_loop_as_they_were(fake: FakeOllama) -> None:
+    fake.script("/chat", said(event(text="raise")))
+
+    async def main() -> None:
+        before = sys.get_asyncgen_hooks()
+        with graftage.connect(on_toolkit(fake), model=MODEL) as llm, pytest.raises(InferenceFailed):
+            llm.chat("x")
+        assert sys.get_asyncgen_hooks() == before
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["break", "raise", "return"])
+def test_however_the_authors_loop_ends_its_connection_is_given_back(both: Any, fake: FakeOllama, end: str) -> None:
+    fake.script("/chat", *[said(event(text=end), ending="stall") for _ in range(5)])
+    llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
+    for _ in range(5):
+        with pytest.raises(InferenceFailed if end == "raise" else StreamInterrupted):
+            llm.chat("x", timeout=10)
+        assert soon(lambda: fake.open_connections == 0)
+    assert llm.stats().running == 0
+
+
+def leave_by_break(stream: Any) -> None:
+    for _chunk in stream:
+        break
+
+
+def leave_by_close(stream: Any) -> None:
+    stream.close()
+
+
+def leave_by_error(stream: Any) -> None:
+    with suppress(KeyError), stream:
+        raise KeyError
+
+
+def leave_in_a_thread(stream: Any) -> None:
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    closer.join()
+
+
+@pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_by_error, leave_in_a_thread])
+def test_however_a_reader_leaves_the_connection_is_given_back(
+    both: Any, fake: FakeOllama, leave: Callable[[Any], None]
+) -> None:
+    fake.script("/chat", *[said(event(text="Hello"), ending="stall") for _ in range(5)])
+    llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
+    for _ in range(5):
+        leave(llm.chat("x", stream=True, timeout=10))
+        assert soon(lambda: fake.open_connections == 0)
+        assert soon(lambda: llm.stats().running == 0)
+
+
+# --- What waits for something of its own -----------------------------------------------------------------------------
+
+
+class Sleepy:
+    """Waits for its own loop, and does not say so. Cleans up by waiting, too, as an SDK's session does."""
+
+    def __init__(self, where: str = "before", *, tidies: bool = False, needs_loop: bool = False) -> None:
+        self.where = where
+        self.tidies = tidies
+        self.sent = 0
+        self.tidied = 0
+        self.loops: set[Any] = set()
+        self.threads: set[int] = set()
+        self.address = f"sleepy/{id(self)}"
+        self.hang = False
+        if needs_loop:
+            self.needs_event_loop = True
+
+    async def wait(self) -> None:
+        if not getattr(self, "needs_event_loop", False):
+            waiting: Any = Suspended()
+            await waiting
+            return
+        self.loops.add(asyncio.get_running_loop())
+        self.threads.add(threading.get_ident())
+        await asyncio.sleep(PATIENCE if self.hang else 0.001)
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        self.sent += 1
+        try:
+            if self.where == "before":
+                await self.wait()
+            yield Chunk(text="one ")
+            await self.wait()
+            yield Chunk(text="two", finish_reason="stop")
+        finally:
+            if self.tidies:
+                await self.wait()
+            self.tidied += 1
+
+    @hookimpl
+    async def embed(self, request: Any) -> Embeddings:
+        self.sent += 1
+        try:
+            await self.wait()
+            return Embeddings(vectors=((1.0,),))
+        finally:
+            self.tidied += 1
+
+    @hookimpl
+    async def list_models(self, request: Any) -> tuple[ModelInfo, ...]:
+        self.sent += 1
+        await self.wait()
+        return (ModelInfo(name="a"),)
+
+
+class Suspended:
+    """An awaitable that suspends."""
+
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "chat": lambda llm: llm.chat("x"),
+    "stream": lambda llm: list(llm.chat("x", stream=True)),
+    "embed": lambda llm: llm.embed("x"),
+    "models": lambda llm: llm.models(),
+}
+
+
+@pytest.mark.parametrize("tidies", [False, True], ids=["", "and again to tidy up"])
+@pytest.mark.parametrize("where", ["before", "between"])
+@pytest.mark.parametrize("use", USES)
+def test_a_hook_that_suspends_under_a_sync_client_is_an_error_that_names_the_way_out(
+    use: str, where: str, tidies: bool
+) -> None:
+    connection = Sleepy(where, tidies=tidies)
+    with graftage.connect(Giving(lambda _: connection), model=MODEL, concurrency=1) as llm:
+        for count in (1, 2, 3):
+            with pytest.raises(PluginError, match="needs_event_loop"):
+                USES[use](llm)
+            assert connection.sent == count
+            assert llm.stats().running == 0
+
+
+def test_a_hook_that_asks_for_a_loop_under_a_sync_client_is_given_the_way_out() -> None:
+    class Asking:
+        @hookimpl
+        async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+            await asyncio.sleep(0.001)
+            yield END
+
+    with (
+        graftage.connect(Giving(lambda _: Asking()), model=MODEL) as llm,
+        pytest.raises(GraftageError, match="needs_event_loop"),
+    ):
+        llm.chat("x")
+
+
+def _same(connection: Any, _: Any) -> Any:
+    return connection
+
+
+def _is_tidied(connection: Any, count: int) -> bool:
+    return bool(connection.tidied == count)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_connection_that_needs_a_loop_has_the_one_in_the_background(both: Any, use: str) -> None:
+    first, second = Sleepy(needs_loop=True), Sleepy(needs_loop=True)
+    for connection in (first, second):
+        llm = both.connect(Giving(partial(_same, connection)), model=MODEL, concurrency=1)
+        USES[use](llm)
+        USES[use](llm)
+        assert llm.stats().running == 0
+    assert len(first.loops | second.loops) == 1
+    assert len(first.threads | second.threads) == 1
+    assert threading.get_ident() not in first.threads
+
+
+def test_on_the_background_loop_what_a_hook_raises_comes_back_typed(both: Any) -> None:
+    class Failing(Sleepy):
+        async def wait(self) -> None:
+            await asyncio.sleep(0)
+            raise InferenceFailed("broken")
+
+    llm = both.connect(Giving(lambda _: Failing("between", needs_loop=True)), model=MODEL, concurrency=1)
+    with pytest.raises(InferenceFailed) as caught:
+        llm.chat("x")
+    assert caught.value.partial
+    with pytest.raises(InferenceFailed):
+        llm.embed("x")
+    assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("where", ["before", "between"])
+@pytest.mark.parametrize("use", ["chat", "stream", "embed"])
+def test_on_the_background_loop_a_hook_that_hangs_ends_in_time(both: Any, use: str, where: str) -> None:
+    connection = Sleepy(where, needs_loop=True)
+    connection.hang = True
+    llm = both.connect(Giving(lambda _: connection), model=MODEL, concurrency=1, timeouts=SHORT)
+    with pytest.raises(ProviderTimeout):
+        USES[use](llm)
+    assert llm.stats().running == 0
+    assert soon(lambda: connection.tidied == 1)
+    connection.hang = False
+    USES[use](llm)
+
+
+def test_a_stream_on_the_background_loop_that_is_left_early_ends_the_hook(both: Any) -> None:
+    connection = Sleepy("between", needs_loop=True)
+    connection.hang = True
+    llm = both.connect(Giving(lambda _: connection), model=MODEL, concurrency=1)
+    for count in (1, 2, 3):
+        leave_in_a_thread(llm.chat("x", stream=True))
+        assert soon(partial(_is_tidied, connection, count))
+        assert soon(lambda: llm.stats().running == 0)
+
+
+@pytest.mark.parametrize("use", ["chat", "embed"])
+def test_a_call_that_is_cancelled_ends_its_hook_on_the_background_loop(use: str) -> None:
+    connection = Sleepy(needs_loop=True)
+    connection.hang = True
+
+    async def main() -> None:
+        async with graftage.connect_async(Giving(lambda _: connection), model=MODEL, concurrency=1) as llm:
+            work: Any = llm.chat("x") if use == "chat" else llm.embed("x")
+            task = asyncio.create_task(work)
+            while not connection.threads:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert llm.stats().running == 0
+            for _ in range(1000):
+                if connection.tidied:
+                    break
+                await asyncio.sleep(0.005)
+            assert connection.tidied == 1
+
+    asyncio.run(main())
+
+
+def test_waiting_by_the_call_holds_nobody_else_on_the_background_loop_up(both: Any) -> None:
+    began = threading.Event()
+
+    class Patient:
+        needs_event_loop = True
+
+        @hookimpl
+        async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+            began.set()
+            await request.call.sleep(PATIENCE)
+            yield END
+
+    slow = both.connect(Giving(lambda _: Patient()), model=MODEL)
+    waiting = both.start(lambda: slow.chat("x", timeout=3))
+    assert began.wait(5)
+    quick = both.connect(Giving(lambda _: Sleepy(needs_loop=True)), model=MODEL)
+    assert quick.chat("x", timeout=1.5).text == "one two"
+    assert isinstance(waiting.exception(PATIENCE), ProviderTimeout)
+
+
+def test_the_toolkit_holds_nobody_else_on_the_background_loop_up(both: Any, fake: FakeOllama) -> None:
+    class Mixed(OnToolkit):
+        needs_event_loop = True
+        chat, list_models, embed = OnToolkit.chat, OnToolkit.list_models, OnToolkit.embed
+
+    fake.script("/chat", said(event(text="Hello"), ending="stall"), said())
+    fake.script("/models", Answer([b'{"models": ["a"]}']))
+    llm = both.connect(Giving(lambda request: Mixed(request, fake.url)), model=MODEL)
+    stream = llm.chat("x", stream=True, timeout=Timeouts(connect=5, first_token=5, idle=2, total=10))
+    reading = both.start(list, stream)
+    assert llm.chat("x", timeout=5).text == "Hello world"
+    assert [each.name for each in llm.models(timeout=5)] == ["a"]
+    stream.close()
+    reading.exception(PATIENCE)
+    llm.close()
+    assert soon(lambda: fake.open_connections == 0)
+
+
+FORKED_LOOP = """
+    import asyncio, os, sys, graftage
+    from graftage.hookspecs import hookimpl
+    from graftage.types import Chunk
+
+    class Connection:
+        needs_event_loop = True
+
+        @hookimpl
+        async def chat(self, request):
+            await asyncio.sleep(0.001)
+            yield Chunk(text="fine", finish_reason="stop")
+
+    class Plain:
+        @hookimpl
+        def chat(self, request):
+            yield Chunk(text="fine", finish_reason="stop")
+
+    class Provider:
+        def __init__(self, name, connection):
+            self.name, self.connection = name, connection
+
+        @hookimpl
+        def connect(self, request):
+            return self.connection
+
+    for provider in (Provider("loop", Connection()), Provider("plain", Plain())):
+        llm = graftage.connect(provider, model="m", concurrency=1)
+        assert llm.chat("x").text == "fine"
+        child = os.fork()
+        if not child:
+            assert llm.chat("x", timeout=10).text == "fine"
+
+            async def main():
+                async with graftage.connect_async(provider, model="m") as other:
+                    assert (await other.chat("x", timeout=10)).text == "fine"
+
+            asyncio.run(main())
+            assert not llm.stats().running
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert llm.chat("x", timeout=10).text == "fine"
+    print("the end")
+"""
+
+
+@needs_fork
+def test_a_process_that_was_forked_off_has_threads_and_a_loop_of_its_own() -> None:
+    assert run(FORKED_LOOP).splitlines()[-1] == "the end"
+
+
+# --- Plain hooks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_generator_lives_and_ends_in_one_daemon_thread(both: Any) -> None:
+    threads: list[threading.Thread] = []
+
+    class Plain:
+        @hookimpl
+        def chat(self, request: Any) -> Iterator[Chunk]:
+            try:
+                for _ in range(100):
+                    threads.append(threading.current_thread())
+                    yield Chunk(text="a")
+            finally:
+                threads.append(threading.current_thread())
+
+    llm = both.connect(Giving(lambda _: Plain()), model=MODEL, concurrency=1)
+    for read in (1, 3, 50):
+        threads.clear()
+        stream = llm.chat("x", stream=True)
+        for _ in range(read):
+            next(stream)
+        stream.close()
+        assert soon(lambda: llm.stats().running == 0)
+        assert len(set(threads)) == 1
+        assert threads[0].daemon
+        assert threads[0] is not threading.current_thread()
+
+
+class Returning:
+    """`def` hooks that give back what must be awaited."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+    @hookimpl
+    def chat(self, request: Any) -> Any:
+        return self.make()
+
+    @hookimpl
+    def embed(self, request: Any) -> Any:
+        return self.make()
+
+
+async def coroutine() -> None: ...
+
+
+async def generator() -> AsyncIterator[Chunk]:
+    yield END
+
+
+@pytest.mark.parametrize("make", [coroutine, generator])
+@pytest.mark.parametrize("use", ["chat", "stream", "embed"])
+def test_a_def_that_returns_what_must_be_awaited_is_refused_in_plain_words(
+    both: Any, use: str, make: Callable[[], Any]
+) -> None:
+    llm = both.connect(Giving(lambda _: Returning(make)), model=MODEL, concurrency=1)
+    for _ in range(2):
+        with pytest.raises(ProviderError, match=r"is a `def` that returned .*\n?.*`async def`"):
+            USES[use](llm)
+    assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("given", [None, 5, END, "text", [], iter(())])
+def test_a_chat_that_returns_no_chunks_is_a_typed_error(both: Any, given: Any) -> None:
+    llm = both.connect(Giving(lambda _: Returning(lambda: given)), model=MODEL, concurrency=1)
+    with pytest.raises(ProviderError):
+        llm.chat("x")
+    assert llm.stats().running == 0
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+class Least:
+    @hookimpl
+    def chat(self, request: Any) -> Iterator[Chunk]:
+        yield END
+
+
+class Unyielding:
+    @hookimpl
+    async def chat(self, request: Any) -> Any:
+        return iter([END])
+
+
+class Old(Least):
+    @hookimpl
+    async def aembed(self, request: Any) -> Any: ...
+
+
+class Misspelt(Least):
+    adress = "somewhere"
+
+
+class OfABase(Misspelt):
+    pass
+
+
+class MisspeltNeed(Least):
+    need_event_loop = True
+
+
+class MisspeltInside(Least):
+    def __init__(self) -> None:
+        self.adress = "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("connection", "message"),
+    [
+        (Unyielding, "async generator"),
+        (Old, "`aembed`.*It is `embed` now"),
+        (Misspelt, "Did you mean `address`"),
+        (OfABase, "Did you mean `address`"),
+        (MisspeltInside, "Did you mean `address`"),
+        (MisspeltNeed, "Did you mean `needs_event_loop`"),
+    ],
+)
+def test_a_connection_that_would_fail_later_is_refused_when_it_is_made(
+    both: Any, connection: Any, message: str
+) -> None:
+    with pytest.raises(PluginLoadError, match=rf"(?s){message}"):
+        both.opened(Giving(lambda _: connection()), model=MODEL)
+
+
+@pytest.mark.parametrize("hook", ["resource_limits", "resolve_adapter", "list_adapters", "observe", "settings_model"])
+def test_a_hook_of_a_plugin_that_is_an_async_def_is_refused(both: Any, hook: str) -> None:
+    async def implementation(self: Any, *_: Any) -> None: ...
+
+    async def with_query(self: Any, query: Any) -> None: ...
+
+    async def with_request(self: Any, request: Any) -> None: ...
+
+    async def with_event(self: Any, event: Any) -> None: ...
+
+    async def without(self: Any) -> None: ...
+
+    functions: dict[str, Any] = {"resource_limits": with_query, "observe": with_event, "settings_model": without}
+    function = hookimpl(functions.get(hook, with_request))
+    plugin = type("Wrong", (), {"name": "wrong", hook: function})()
+    with pytest.raises(PluginLoadError, match=rf"(?s)`{hook}` as `async def`.*Write `def`"):
+        both.opened(Echo(), model=MODEL, plugins=[plugin])
+
+
+def test_a_connect_that_is_an_async_def_is_refused(both: Any) -> None:
+    class Provider:
+        name = "late"
+
+        @hookimpl
+        async def connect(self, request: Any) -> Any: ...
+
+    with pytest.raises(PluginLoadError, match="`connect` as `async def`"):
+        both.opened(Provider(), model=MODEL)
+
+
+class Coloured:
+    """A transport of one colour, which counts what it is asked to send."""
+
+    def __init__(self, colour: Any) -> None:
+        self.colour = colour
+        self.sent = 0
+
+    def wrap(self, network: Any) -> Any:
+        return self
+
+    async def send(self, request: Any, clock: Any) -> Any:
+        self.sent += 1
+        raise ProtocolError("sent")
+
+    async def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("colour", ["sync", "async", None])
+def test_a_transport_of_the_wrong_colour_is_refused_before_anything_is_sent(
+    both: Any, fake: FakeOllama, colour: Any
+) -> None:
+    transport = Coloured(colour)
+    llm = both.connect(on_toolkit(fake), model=MODEL, transport=transport, concurrency=1)
+    right = colour in (None, both.mode)
+    with pytest.raises(ProtocolError if right else SettingsError, match=None if right else "transport"):
+        llm.chat("x")
+    assert transport.sent == int(right)
+    assert (llm.stats().running, fake.accepted) == (0, 0)
+
+
+@pytest.mark.parametrize("given", [5, "http", object()])
+def test_what_is_no_transport_is_an_error_in_the_settings(both: Any, fake: FakeOllama, given: Any) -> None:
+    with pytest.raises(SettingsError, match="transport"):
+        both.opened(on_toolkit(fake), model=MODEL, transport=given)
+
+
+# --- Chains ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        AdapterUnsupported("not this one"),
+        ResourceLimitExceeded("too large", limit="memory"),
+        PluginError("broken"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_of_any_family_makes_a_chain_go_on_after_the_first_chunk(
+    both: Any, error: GraftageError, stream: bool
+) -> None:
+    first = Echo([[Chunk(text="one "), error]])
+    second = Echo(["another"])
+    first.name, second.name = "first", "second"
+    llm = both.connect([first, second], model=MODEL)
+    with pytest.raises(type(error)):
+        list(llm.chat("x", stream=True)) if stream else llm.chat("x")
+    assert llm.stats().calls == 1
+    assert llm.stats().running == 0
+
+
+def test_the_members_of_a_chain_share_one_total_deadline(both: Any) -> None:
+    class Hanging:
+        def __init__(self, name: str) -> None:
+            self.address = name
+
+        @hookimpl
+        def chat(self, request: Any) -> Iterator[Chunk]:
+            threading.Event().wait(PATIENCE)
+            yield END
+
+    members = [Giving(partial(_same, Hanging(name)), name) for name in ("one", "two", "three", "four")]
+    llm = both.connect(members, model=MODEL)
+    begun = time.monotonic()
+    with pytest.raises(ProviderTimeout):
+        llm.chat("x", timeout=Timeouts(connect=0.3, first_token=0.3, idle=0.3, total=0.6))
+    assert time.monotonic() - begun < 4 * 0.8
+    assert llm.stats().running == 0
+
+
+# --- Cancels, loops, threads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["chat", "stream", "embed"])
+def test_hundreds_of_cancels_at_any_step_lose_nothing(fake: FakeOllama, use: str) -> None:
+    chance = random.Random(7)
+    body = b"".join(WHOLE)
+    pieces = [body[place : place + 9] for place in range(0, len(body), 9)]
+
+    async def once(llm: Any) -> None:
+        if use == "embed":
+            await llm.embed("x")
+        elif use == "chat":
+            assert (await llm.chat("x")).text == "Hello world"
+        else:
+            async with await llm.chat("x", stream=True) as stream:
+                assert "".join([chunk.text async for chunk in stream]) == "Hello world"
+
+    async def main() -> None:
+        async with graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=2) as llm:
+            for _ in range(300):
+                task = asyncio.create_task(once(llm))
+                for _ in range(chance.randrange(60)):
+                    await asyncio.sleep(0)
+                if chance.random() < 0.3:
+                    await asyncio.sleep(chance.random() / 200)
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+                assert llm.stats().running == 0
+            for _ in range(5):
+                await asyncio.wait_for(once(llm), 5)
+            await asyncio.sleep(0.2)
+            assert fake.open_connections <= 2
+
+    fake.script("/chat", *[said(*pieces) for _ in range(400)])
+    fake.script("/embed", *[Answer([b'{"vectors": ', b"[[1.0]]}"]) for _ in range(400)])
+    asyncio.run(main())
+    assert soon(lambda: fake.open_connections == 0)
+
+
+def test_one_async_client_serves_event_loops_in_turn(fake: FakeOllama) -> None:
+    fake.script("/chat", *[said() for _ in range(20)])
+    llm = graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=1)
+
+    async def main(*, leave: bool) -> None:
+        assert (await llm.chat("x", timeout=10)).text == "Hello world"
+        stream = await llm.chat("x", stream=True)
+        if not leave:
+            await stream.aclose()
+
+    for turn in range(6):
+        asyncio.run(main(leave=turn % 2 == 0))
+        assert soon(lambda: fake.open_connections == 0)
+    assert soon(lambda: llm.stats().running == 0)
+    asyncio.run(llm.close())
+
+
+def test_many_threads_share_a_sync_client(fake: FakeOllama) -> None:
+    fake.script("/chat", *[said() for _ in range(200)])
+    faults: list[BaseException] = []
+    with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=4) as llm:
+
+        def work(number: int) -> None:
+            try:
+                for turn in range(10):
+                    if (turn + number) % 3:
+                        assert llm.chat("x", timeout=30).text == "Hello world"
+                    else:
+                        leave_by_break(llm.chat("x", stream=True, timeout=30))
+            except BaseException as error:  # noqa: BLE001 - the test fails of it
+                faults.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(60)
+        assert faults == []
+        assert soon(lambda: llm.stats().running == 0)
+        assert fake.open_connections <= 4
+
+
+INTERRUPTED = """
+    import signal, sys, graftage
+    from graftage.hookspecs import hookimpl
+    from graftage.types import Chunk
+
+    class Connection:
+        def __init__(self, request):
+            self.http = request.http(sys.argv[1])
+
+        @hookimpl
+        async def chat(self, request):
+            def read(event):
+                found = event.json()
+                return Chunk(text=found["text"], finish_reason=found.get("end"))
+
+            async for chunk in self.http.events("POST", f"/{request.model}", {}, call=request.call, read=read):
+                yield chunk
+
+    class Provider:
+        name = "on-toolkit"
+
+        @hookimpl
+        def connect(self, request):
+            return Connection(request)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    with graftage.connect(Provider(), model="m", concurrency=1) as llm:
+        llm.chat("x")
+        for use in (lambda: llm.chat("x", model="stall"), lambda: list(llm.chat("x", model="stall", stream=True))) * 3:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            try:
+                use()
+            except KeyboardInterrupt:
+                print("interrupted", llm.stats().running)
+        print(llm.chat("x", timeout=5).text, llm.stats().running)
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
+def test_an_interrupt_in_the_middle_of_a_read_gives_the_slot_back(fake: FakeOllama) -> None:
+    stalled = [said(event(text="Hello"), ending="stall"), Answer(raw=b"HTTP/1.1 200 OK\r\n", ending="stall")]
+    fake.script("/stall", *stalled * 3)
+    fake.script("/m", said(), said())
+    assert run(INTERRUPTED, fake.url).splitlines() == ["interrupted 0"] * 6 + ["Hello world 0"]
+
+
+# --- Limits on what a server sends -----------------------------------------------------------------------------------
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+BARE = HEAD + b"connection: close\r\n\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+def drip(data: bytes, times: int = 200) -> Answer:
+    """Bytes without end, slowly."""
+    return Answer([data] * times, headers=EVENTS, delay=0.05)
+
+
+SLOW: dict[str, tuple[Answer, set[str]]] = {
+    "a letter at a time": (drip(b"d"), {"first_token"}),
+    "an event, then a letter at a time": (Answer([WHOLE[0], *[b"d"] * 200], headers=EVENTS, delay=0.05), {"idle"}),
+    "comments": (drip(b": keepalive\n\n"), {"first_token"}),
+    "an event, then comments": (Answer([WHOLE[0], *[b": hi\n\n"] * 200], headers=EVENTS, delay=0.05), {"idle"}),
+    "empty lines": (drip(b"\n"), {"first_token"}),
+    "an event, then empty lines": (Answer([WHOLE[0], *[b"\r\n"] * 200], headers=EVENTS, delay=0.05), {"idle"}),
+    "events for ever": (drip(WHOLE[0]), {"total"}),
+    "a head, byte by byte": (Answer([b"x"] * 200, raw=HEAD, delay=0.05), {"first_token"}),
+    "heads for ever": (Answer([b"HTTP/1.1 100 Continue\r\n\r\n"] * 200, raw=b"", delay=0.05), {"first_token"}),
+    "a size of a chunk": (Answer([b"0"] * 200, raw=CHUNKED, delay=0.05), {"first_token"}),
+    "trailers": (Answer([b"0\r\n", *[b"a: b\r\n"] * 200], raw=CHUNKED, delay=0.05), {"first_token"}),
+    "an error, byte by byte": (Answer([b"x"] * 200, status=400, delay=0.05), {"first_token", "idle"}),
+}
+
+
+@pytest.mark.parametrize(("answer", "phases"), SLOW.values(), ids=SLOW)
+def test_a_stream_of_events_that_drips_ends_in_time(
+    both: Any, fake: FakeOllama, answer: Answer, phases: set[str]
+) -> None:
+    fake.script("/chat", answer)
+    llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
+    begun = time.monotonic()
+    with pytest.raises(ProviderTimeout) as caught:
+        llm.chat("x")
+    assert caught.value.phase in phases
+    assert time.monotonic() - begun < SHORT.total + 2
+    assert llm.stats().running == 0
+    assert soon(lambda: fake.open_connections == 0)
+
+
+@pytest.mark.parametrize("data", [b" ", b"\n", b'{"'], ids=["blanks", "empty lines", "an object"])
+@pytest.mark.parametrize("use", ["models", "embed"])
+def test_an_object_that_drips_ends_in_time(both: Any, fake: FakeOllama, use: str, data: bytes) -> None:
+    fake.script(f"/{use}", Answer([data] * 200, delay=0.05))
+    llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
+    with pytest.raises(ProviderTimeout):
+        USES[use](llm)
+    assert llm.stats().running == 0
+    assert soon(lambda: fake.open_connections == 0)
+
+
+BIG = b"x" * (1 << 20)
+WRONG: dict[str, Answer] = {
+    "a line of 9 MB": said(b"data: ", *[BIG] * 9),
+    "an event without end": said(*[b"data: " + BIG[: 1 << 19] + b"\n"] * 12),
+    "comments without end": said(*[b": " + BIG[: 1 << 19] + b"\n"] * 12),
+    "empty lines without end": said(*[b"\n" * (1 << 20)] * 6),
+    "a huge head": Answer([b"x-a: " + BIG + b"\r\n"], raw=HEAD),
+    "a million heads": Answer([b"a: b\r\n" * 200_000], raw=HEAD),
+    "garbage for the size of a chunk": Answer([b"zz\r\nhello\r\n"], raw=CHUNKED),
+    "a chunk of a negative size": Answer([b"-5\r\nhello\r\n"], raw=CHUNKED),
+    "a chunk of a huge size": Answer([b"f" * 40 + b"\r\nhello\r\n"], raw=CHUNKED),
+    "a chunk that is too short": Answer([b"5\r\nhelloworld\r\n"], raw=CHUNKED),
+    "less than was promised": Answer(
+        WHOLE[:1], framing="none", headers={**EVENTS, "content-length": "999"}, ending="close"
+    ),
+    "no number for a length": Answer(WHOLE, framing="none", headers={**EVENTS, "content-length": "many"}),
+    "a negative length": Answer(WHOLE, framing="none", headers={**EVENTS, "content-length": "-1"}),
+    "two lengths": Answer(WHOLE, raw=HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n"),
+    "the end of an event is missing": said(WHOLE[0], b'data: {"text"', ending="end"),
+    "the end of the stream is missing": said(WHOLE[0]),
+    "no event at all": said(b""),
+    "only the end": said(b"data: [DONE]\n\n"),
+    "an event that is no object": said(b"data: 5\n\n"),
+    "an event that is no JSON": said(b"data: {\n\n"),
+    "an event that is no text": said(b"data: \xff\xfe\n\n"),
+    "an event of deep nests": said(b"data: " + b"[" * 100_000 + b"\n\n"),
+    "an event of a huge number": said(b"data: " + b"9" * 10_000 + b"\n\n"),
+    "an error": said(b'data: {"error": {"message": "full"}}\n\n'),
+    "an event that is called an error": said(b'event: error\ndata: {"message": "full"}\n\n'),
+    "a web page": Answer([b"<html>"], headers={"content-type": "text/html"}),
+    "compressed": Answer([b"xx"], headers={"content-encoding": "gzip"}),
+    "HTTP of another kind": Answer([], raw=b"HTTP/2 200 OK\r\n\r\n", ending="close"),
+    "no HTTP": Answer([BIG], raw=b"", ending="close"),
+    "a switch of protocols": Answer([], raw=b"HTTP/1.1 101 Switching\r\n\r\n", ending="close"),
+    "a code of 999": Answer([b"{}"], raw=b"HTTP/1.1 999 What\r\ncontent-length: 2\r\n\r\n"),
+    "nothing": Answer([], raw=b"HTTP/1.1 204 None\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
+def test_a_wrong_stream_of_events_is_a_typed_error_in_time(both: Any, fake: FakeOllama, answer: Answer) -> None:
+    fake.script("/chat", answer, answer, said())
+    timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
+    llm = both.connect(
+        on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, concurrency=1, max_reply_bytes=4 << 20
+    )
+    for _ in range(2):
+        with pytest.raises(ProviderError) as caught:
+            llm.chat("x")
+        assert not isinstance(caught.value, ProviderTimeout)
+        assert type(caught.value) is not ProviderError, caught.value
+    assert llm.chat("x").text == "Hello world"
+    assert llm.stats().running == 0
+
+
+OBJECTS: dict[str, Answer] = {
+    "without end": Answer([BIG] * 6),
+    "a promise of too much": Answer([], framing="none", headers={"content-length": "99999999999"}, ending="close"),
+    "cut": Answer([b'{"models": ['], framing="none", headers={"content-length": "99"}, ending="close"),
+    "garbage for the size of a chunk": Answer([b"zz\r\n{}\r\n"], raw=CHUNKED),
+    "a huge head": Answer([b"x-a: " + BIG + b"\r\n"], raw=HEAD),
+    "deep nests": Answer([b'{"models": ' + b"[" * 100_000]),
+    "a huge number": Answer([b'{"models": ' + b"9" * 10_000 + b"}"]),
+    "no object": Answer([b"[]"]),
+    "no text": Answer([b"\xff\xfe{}"]),
+    "another object": Answer([b'{"modells": []}']),
+    "nothing": Answer([]),
+    "an error": Answer([b'{"error": "full"}']),
+}
+
+
+@pytest.mark.parametrize("answer", OBJECTS.values(), ids=OBJECTS)
+def test_a_wrong_object_is_a_typed_error_in_time(both: Any, fake: FakeOllama, answer: Answer) -> None:
+    fake.script("/models", answer, Answer([b'{"models": []}']))
+    timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
+    llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, max_reply_bytes=4 << 20)
+    with pytest.raises(ProviderError) as caught:
+        llm.models()
+    assert type(caught.value) not in (ProviderError, ProviderTimeout)
+    assert llm.models() == ()
+    assert llm.stats().running == 0
+
+
+@pytest.mark.xfail(strict=True, reason="httpcore keeps what came after an answer, and takes it for the next one")
+def test_what_a_server_sends_beyond_its_answer_is_not_taken_for_the_next_one(both: Any) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n"
+    good, wrong = b'{"models": ["good"]}', b'{"models": ["evil"]}'
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    extra = head + wrong
+                    while connection.recv(65536):
+                        connection.sendall(head + good + extra)
+                        extra = b""
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        llm = both.connect(Giving(lambda request: OnToolkit(request, url)), model=MODEL)
+        assert [llm.models()[0].name for _ in range(3)] == ["good"] * 3
+        llm.close()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_event_may_begin_with_a_byte_order_mark_and_end_in_any_way(both: Any, fake: FakeOllama) -> None:
+    body = b"\xef\xbb\xbf" + b"".join(WHOLE).replace(b"\n", b"\r\n").replace(b"data: [", b"data:[")
+    fake.script("/chat", said(*[body[place : place + 1] for place in range(len(body))]))
+    assert both.connect(on_toolkit(fake), model=MODEL).chat("x").text == "Hello world"
