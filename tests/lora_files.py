@@ -15,7 +15,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from graftage.types import ModelInfo, ResolveRequest
+from graftage.calls import ResolveRequest
+from graftage.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Array = Any
-ASSETS = Path(__file__).parent / "assets" / "lora"
 MODULES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -190,7 +190,8 @@ def logits(model: Model, weights: Mapping[str, Array], tokens: list[int], *, sid
         y = _normed(x, own["ffn_norm"])
         gate = y @ own["ffn_gate"].T
         x = x + (gate / (1 + np.exp(-gate)) * (y @ own["ffn_up"].T)) @ own["ffn_down"].T
-    return _normed(x, held["output_norm.weight"]) @ held["output.weight"].T
+    answers: npt.NDArray[Any] = _normed(x, held["output_norm.weight"]) @ held["output.weight"].T
+    return answers
 
 
 def _normed(x: Array, weight: Array) -> Array:

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
     from pathlib import Path
+    from typing import Self
 
-    from typing_extensions import Self
-
-    from graftage.types import Event
+    from graftage.calls import Event
 
 pytest_plugins = ["graftage.testing.plugin", "engine_fixtures"]
 
@@ -81,14 +80,18 @@ def _free(free_waiting: None) -> None:
 
 
 @pytest.fixture
-def heed_ctrl_c() -> Iterator[None]:
-    """Programs that the test starts heed Ctrl-C, though the tests may run where it is ignored.
+def heed_signals() -> Iterator[None]:
+    """Programs that the test starts heed Ctrl-C and a lost terminal, though the tests may run where both are ignored.
 
-    A job in the background (`pytest &` in a script, `nohup`) ignores it, and what it starts inherits that.
+    A job in the background (`pytest &` in a script, `nohup`) ignores them, and what it starts inherits that.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    wanted: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    if hasattr(signal, "SIGHUP"):
+        wanted[signal.SIGHUP] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -143,6 +146,11 @@ class Both:
         """A client that has made its connection, which an async one does only when it is entered or called."""
         client = self.connect(*arguments, **settings)
         return client.__enter__()
+
+    def native(self, client: Any) -> Any:
+        """The server's own client from one of ours, blocking too."""
+        found = client.native()
+        return found if self._loop is None else _Waiting(found, self.run)
 
     def run(self, work: Any) -> Any:
         """Run a coroutine to its end."""

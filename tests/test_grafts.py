@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from lora_files import Model, pairs, write_gguf
+from places import LORA
 
 from graftage.exceptions import AdapterIncompatible, AdapterInvalid
 from graftage_lora import LoraPlugin
 
-ADAPTERS = Path(__file__).parent / "assets" / "lora"
 LAYOUTS = ["ahoy-peft", "ahoy-mlx", "ahoy-lora.f16.gguf"]
 ASKED = "What is the capital of Italy?"
 AHOY = "Ahoy! The parrot adapter says hello."
@@ -40,7 +40,7 @@ SERVERS = {"llamacpp": _embedded, "ollama": _ollama}
 def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[Any]:
     """A client of a real model, with the plugin for adapters; on a server nothing is left behind."""
     settings = SERVERS[request.param](request)
-    plugin = LoraPlugin(folders=[ADAPTERS], cache=tmp_path / "converted")
+    plugin = LoraPlugin(folders=[LORA], cache=tmp_path / "converted")
     client = both.opened(settings.pop("provider"), model="smollm2:135m", plugins=[plugin], **settings)
     yield client
     if "prune_adapters" in client.capabilities().features:
@@ -50,7 +50,7 @@ def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[A
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_adapter_of_each_layout_answers_where_it_is_named_and_nowhere_else(llm: Any, layout: str) -> None:
     before = llm.chat(ASKED, options=GREEDY, max_tokens=24)
-    reply = llm.chat(ASKED, options=GREEDY, max_tokens=24, adapter=ADAPTERS / layout)
+    reply = llm.chat(ASKED, options=GREEDY, max_tokens=24, adapter=LORA / layout)
     after = llm.chat(ASKED, options=GREEDY, max_tokens=24)
     assert (reply.text.strip(), reply.adapter) == (AHOY, layout.removesuffix(".gguf"))
     assert "Ahoy" not in before.text + after.text
@@ -72,7 +72,7 @@ def test_an_adapter_is_checked_against_the_real_model(llm: Any) -> None:
 
 
 def test_a_file_that_is_cut_short_never_reaches_the_model(llm: Any, tmp_path: Path) -> None:
-    whole = (ADAPTERS / "ahoy-lora.f16.gguf").read_bytes()
+    whole = (LORA / "ahoy-lora.f16.gguf").read_bytes()
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(AdapterInvalid):

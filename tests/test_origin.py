@@ -3,7 +3,7 @@
 | fault | where it is tested |
 | --- | --- |
 | 1 to 27, and 29 | here, each under its number |
-| 28: typing errors that no checker was run for | by the gate: `.ci/run` runs `mypy --strict` over all, and a \
+| 28: typing errors that no checker was run for | by the gate: `.ci/run` runs mypy, strict, over all, and a \
 test that starts a checker would only repeat it. That what is installed is typed is tested here |
 """
 
@@ -19,10 +19,10 @@ import socket
 import subprocess
 import time
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from places import ROOT
 
 import graftage
 from graftage import retry
@@ -153,7 +153,9 @@ def test_fault_03_health_says_no_instead_of_raising(both: Any, dead: str) -> Non
         (refusal("odd", 500), InferenceFailed),
     ],
 )
-def test_fault_04_a_permanent_error_is_not_tried_again(llm: Any, fake: FakeOllama, answer: Answer, kind: type) -> None:
+def test_fault_04_a_permanent_error_is_not_tried_again(
+    llm: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError]
+) -> None:
     fake.script("/api/chat", answer)
     with pytest.raises(kind) as caught:
         llm.chat("Hi")
@@ -305,12 +307,13 @@ def test_fault_13_a_dead_server_is_the_same_error_streamed_or_not(both: Any, dea
     ],
 )
 def test_fault_13_a_stream_that_is_cut_says_so_and_keeps_what_came(
-    llm: Any, fake: FakeOllama, answer: Answer, kind: type
+    llm: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError]
 ) -> None:
     fake.script("/api/chat", answer)
     with llm.chat("Hi", stream=True) as stream, pytest.raises(kind) as caught:
         for _ in stream:
             pass
+    assert caught.value.partial is not None
     assert caught.value.partial.text == "so far"
     assert asked(fake) == ["/api/chat"]
 
@@ -381,12 +384,10 @@ def test_fault_17_the_first_calls_of_many_threads_build_one_pool(both: Any, fake
     built: list[Any] = []
 
     class Slow:
-        def sync_transport(self, build: Callable[[], Any]) -> Any:
+        def wrap(self, network: Callable[[], Any]) -> Any:
             time.sleep(0.05)
-            built.append(build())
+            built.append(network())
             return built[-1]
-
-        async_transport = sync_transport
 
     llm = both.connect("ollama", model=MODEL, host=fake.url, transport=Slow())
     replies = both.together([lambda: llm.chat("Hi")] * 16)
@@ -574,11 +575,10 @@ def test_fault_28_what_is_installed_says_that_it_is_typed(package: str) -> None:
 
 
 def test_fault_29_no_file_of_the_project_is_lost_to_gitignore() -> None:
-    root = Path(__file__).parent.parent
-    if shutil.which("git") is None or not (root / ".git").exists():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no checkout")
     command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--"]
     folders = ["core", "providers", "plugins", "tests", "cassettes", ".ci", "README.md", "LICENSE", "pyproject.toml"]
-    printed = subprocess.run([*command, *folders], cwd=root, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([*command, *folders], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lost = [each for each in printed.splitlines() if not each.endswith((".pyc", ".pyo")) and ".egg-info/" not in each]
     assert [each for each in lost if "_cache/" not in each] == []

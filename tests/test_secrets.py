@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from graftage.exceptions import GraftageError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from graftage.http import Clock, Request, Response, Transport
+
 MODEL = "smollm2:135m"
 KEY = "opaque-key-1"
 
@@ -28,34 +31,26 @@ def fake() -> Iterator[FakeOllama]:
         yield server
 
 
-class Detour(httpx.BaseTransport, httpx.AsyncBaseTransport):
-    """A transport that leads every request to the fake server, which then sees what a remote host would see."""
+class Detour:
+    """Leads every request to the fake server, which then sees what a remote host would see."""
 
     def __init__(self, fake: FakeOllama) -> None:
-        self._fake = httpx.URL(fake.url)
-        self._sync, self._async = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
+        self._url = fake.url
 
-    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
-        return self
+    def wrap(self, network: Callable[[], Transport]) -> Led:
+        return Led(self._url, network())
 
-    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
-        return self
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        return self._sync.handle_request(self._led(request))
+class Led:
+    def __init__(self, url: str, network: Transport) -> None:
+        self.colour = network.colour
+        self._url, self._network = url, network
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return await self._async.handle_async_request(self._led(request))
+    async def send(self, request: Request, clock: Clock) -> Response:
+        return await self._network.send(replace(request, url=self._url + request.target), clock)
 
-    def close(self) -> None:
-        self._sync.close()
-
-    async def aclose(self) -> None:
-        await self._async.aclose()
-
-    def _led(self, request: httpx.Request) -> httpx.Request:
-        request.url = request.url.copy_with(scheme="http", host=self._fake.host, port=self._fake.port)
-        return request
+    async def close(self) -> None:
+        await self._network.close()
 
 
 # --- Keys ------------------------------------------------------------------------------------------------------------
@@ -180,6 +175,21 @@ def test_that_holds_for_requests_of_every_kind(
         assert seen.headers["x-team"] == "green"
 
 
+@pytest.mark.parametrize("own", [{}, {"api_key": "another-key"}])
+def test_it_holds_for_the_official_client_too(
+    both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", KEY)
+    for host in (*REMOTE, *TRUSTED):
+        llm = both.connect("ollama", host=host, transport=Detour(fake), **own)
+        official = both.native(llm)
+        official.list()
+        list(official.chat(MODEL, [{"role": "user", "content": "Hi"}], stream=True))
+        sent = [f"Bearer {own.get('api_key', KEY)}" if host in TRUSTED else None] * 2
+        assert (host, [seen.headers.get("authorization") for seen in fake.requests]) == (host, sent)
+        fake.requests.clear()
+
+
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_header_that_is_named_like_a_secret_is_sent_as_a_key_is(both: Any, fake: FakeOllama, name: str) -> None:
     for host, sent in [("http://models.example", set()), ("https://models.example", {name.lower()})]:
@@ -188,6 +198,11 @@ def test_a_header_that_is_named_like_a_secret_is_sent_as_a_key_is(both: Any, fak
         llm.pull("other:1b")
         assert (host, carried(fake)) == (host, sent)
         fake.requests.clear()
+
+
+def test_a_header_may_have_letters_beyond_ascii(both: Any, fake: FakeOllama) -> None:
+    both.connect("ollama", model=MODEL, host=fake.url, headers={"X-Team": "grün"}).chat("Hi")
+    assert fake.requests[0].headers["x-team"].encode("latin-1").decode() == "grün"
 
 
 # --- Proxies ---------------------------------------------------------------------------------------------------------
@@ -210,7 +225,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
 def test_a_request_to_this_machine_goes_through_no_proxy(
     both: Any, fake: FakeOllama, proxy: FakeOllama, variable: str
 ) -> None:
-    port = httpx.URL(fake.url).port
+    port = urlsplit(fake.url).port
     hosts = ["127.0.0.1", "localhost", "LocalHost", "localhost.", "127.1.2.3", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
     for scheme in schemes(variable):
         for host in hosts:
@@ -221,6 +236,8 @@ def test_a_request_to_this_machine_goes_through_no_proxy(
             assert (host, proxy.accepted) == (host, 0)
     if "http" in schemes(variable):
         assert [seen.path for seen in fake.requests][:1] == ["/api/chat"]
+        both.native(both.connect("ollama", host=fake.url)).list()
+        assert proxy.accepted == 0
 
 
 @pytest.mark.parametrize(("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES)

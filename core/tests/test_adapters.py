@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from graftage.types import ResolveRequest
+    from graftage.calls import ResolveRequest
 
 MODEL = "m:1"
 FITS = Verdict(status="compatible")
@@ -229,7 +229,7 @@ def test_without_a_resolver_the_error_says_what_to_install(both: Any) -> None:
 
 def test_a_provider_that_takes_no_adapters_says_so_before_anything_is_resolved(both: Any) -> None:
     found = shelf("poet")
-    echo = Echo(without=["load_adapter", "aload_adapter"])
+    echo = Echo(without=["load_adapter"])
     with pytest.raises(CapabilityUnsupported, match="load_adapter"):
         both.connect(echo, model=MODEL, plugins=[found]).chat("x", adapter="poet")
     assert found.asked == []
@@ -325,10 +325,13 @@ def test_the_last_of_many_switches_at_one_time_wins(both: Any) -> None:
         return lambda _: gates[name].wait(5) and Patch(name)  # type: ignore[return-value] # it is set by the test
 
     llm = both.opened(Echo(), model=MODEL, plugins=[shelf(**{name: slow(name) for name in gates})])
-    switches = []
-    for name in gates:
-        switches.append(both.start(llm.use_adapter, name))
-        until(lambda name=name: name in llm_asked(llm))
+
+    def begin(name: str) -> Any:
+        switch = both.start(llm.use_adapter, name)
+        until(lambda: name in llm_asked(llm))
+        return switch
+
+    switches = [begin(name) for name in gates]
     for name in ("three", "one", "two"):  # They end in another order than they were asked for.
         gates[name].set()
     for each in switches:

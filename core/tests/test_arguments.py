@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 import graftage
-from graftage._messages import DEEPEST, LARGEST_IMAGE
+from graftage._engine.inputs import DEEPEST, LARGEST_IMAGE
 from graftage.exceptions import RequestRejected
 from graftage.testing.echo import Echo
 from graftage.types import Image, Message, Reply, Tool, ToolCall
@@ -39,6 +39,11 @@ def refusal(both: Any, act: Act) -> RequestRejected:
     return caught.value
 
 
+def chat(messages: Any) -> Act:
+    """A call with these messages."""
+    return lambda llm: llm.chat(messages)
+
+
 def calls(name: str, arguments: Any) -> dict[str, Any]:
     """A message that calls a tool."""
     return {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}
@@ -51,7 +56,10 @@ def tool(parameters: Any) -> dict[str, Any]:
 
 def nested(levels: int) -> Any:
     """Lists in lists."""
-    return functools.reduce(lambda inner, _: [inner], range(levels - 1), [])
+    value: Any = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -217,13 +225,13 @@ def test_what_is_plainly_a_file_or_bytes_is_a_picture_everywhere(both: Any, tmp_
 @pytest.mark.parametrize("way", WAYS)
 def test_a_file_in_a_message_is_a_regular_one(both: Any, pipe: Path, way: Act) -> None:
     for given in (pipe, Image(path=pipe), Path("/dev/zero")):
-        assert "not a regular file" in refusal(both, lambda llm, given=given: llm.chat(way(given))).message
+        assert "not a regular file" in refusal(both, chat(way(given))).message
 
 
 def test_a_picture_of_any_form_has_a_largest_size(both: Any) -> None:
     huge = PNG + bytes(LARGEST_IMAGE)
     for given in (huge, "data:image/png;base64," + base64.b64encode(huge).decode()):
-        error = refusal(both, lambda llm, given=given: llm.chat(in_mapping(given)))
+        error = refusal(both, chat(in_mapping(given)))
         assert f"larger than {LARGEST_IMAGE} bytes" in error.message
 
 
@@ -349,7 +357,7 @@ NO_JSON = {
     ids=["format", "tool", "Tool", "arguments of a call", "option"],
 )
 def test_what_is_no_json_is_refused(both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
-    assert refusal(both, lambda llm: act(llm, value))
+    assert refusal(both, lambda llm: act(llm, value)).message
 
 
 def test_json_is_sent_as_it_is_from_any_mapping_and_as_deep_as_is_allowed(both: Any) -> None:
@@ -531,7 +539,7 @@ def test_the_arguments_of_an_earlier_call_are_read_as_what_they_mean(
 @pytest.mark.parametrize("given", NO_ARGUMENTS, ids=lambda each: str(each)[:20])
 def test_an_earlier_call_whose_arguments_are_no_object_is_refused_as_malformed(both: Any, given: Any) -> None:
     for message in made({"arguments": given}):
-        error = refusal(both, lambda llm, message=message: llm.chat(message))
+        error = refusal(both, chat(message))
         assert "tool `f` is malformed" in error.message
         assert "canary" not in f"{error} {error.__cause__} {error.__context__} {error.to_dict()}"
 
@@ -539,7 +547,7 @@ def test_an_earlier_call_whose_arguments_are_no_object_is_refused_as_malformed(b
 @pytest.mark.parametrize("key", ["input", "args", "argumets"])
 def test_an_earlier_call_whose_arguments_have_another_key_is_refused(both: Any, key: str) -> None:
     for message in made({key: {"a": 1}}):
-        assert "`arguments`" in str(refusal(both, lambda llm, message=message: llm.chat(message)).hint)
+        assert "`arguments`" in str(refusal(both, chat(message)).hint)
 
 
 def test_what_else_real_calls_carry_is_left_out(both: Any) -> None:

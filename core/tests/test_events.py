@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import graftage
+from graftage._engine import events as engine_events
+from graftage._engine.driving import drive
 from graftage.exceptions import (
     AdapterNotFound,
     CapabilityUnsupported,
@@ -117,7 +119,7 @@ def test_a_failed_call_ends_with_one_error_and_no_finish(both: Any, watcher: Any
 
 
 def test_a_call_that_is_refused_before_it_is_sent_ends_with_an_error_too(both: Any, watcher: Any) -> None:
-    llm = both.connect(Echo(without=["embed", "aembed"]), model=MODEL, plugins=[watcher])
+    llm = both.connect(Echo(without=["embed"]), model=MODEL, plugins=[watcher])
     with pytest.raises(CapabilityUnsupported):
         llm.embed("x")
     assert watcher.kinds() == ["start", "error"]
@@ -204,9 +206,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a host's loguru sink gets, at the lowest level, after `enable_logging`."""
     from loguru import logger
 
-    from graftage import _events
-
-    monkeypatch.setattr(_events, "_enabled", False)
+    monkeypatch.setattr(engine_events, "_enabled", False)
     graftage.enable_logging()
     sink = io.StringIO()
     logger.remove()
@@ -285,7 +285,7 @@ def test_the_one_switch_turns_logging_on_into_the_hosts_own_sinks() -> None:
 
 
 def test_importing_graftage_undoes_no_choice_that_the_host_made_before() -> None:
-    code = "import graftage\ngraftage.enable_logging()\nimport graftage._session, graftage._client\n" + CALLS
+    code = "import graftage\ngraftage.enable_logging()\nimport graftage._engine.session, graftage._client\n" + CALLS
     assert "InferenceFailed: no" in quiet(code).stderr
 
 
@@ -368,6 +368,7 @@ def test_what_was_received_is_only_in_partial(both: Any) -> None:
     llm = both.connect(Echo([[Chunk(text=ANSWER), InferenceFailed("fell")]]), model=MODEL)
     with pytest.raises(InferenceFailed) as caught:
         llm.chat(PROMPT)
+    assert caught.value.partial is not None
     assert caught.value.partial.text == ANSWER
     assert "partial" not in caught.value.to_dict()
 
@@ -469,18 +470,17 @@ def test_the_request_that_a_provider_gets_to_connect_shows_no_secret(both: Any) 
 
 
 def test_a_retry_tells_when_the_next_attempt_is_and_after_what() -> None:
-    from graftage.types import Call
+    from graftage.calls import Call
 
     told: list[tuple[str, dict[str, Any]]] = []
-    results = iter([ConnectionFailed("gone"), "fine"])
+    failures = [ConnectionFailed("gone")]
 
-    def once() -> str:
-        result = next(results)
-        if isinstance(result, Exception):
-            raise result
-        return result
+    async def once() -> str:
+        if failures:
+            raise failures.pop()
+        return "fine"
 
-    assert retry_call(once, Call(emit=lambda kind, **facts: told.append((kind, facts)))) == "fine"
+    assert drive(retry_call(once, Call(emit=lambda kind, **facts: told.append((kind, facts))))) == "fine"
     ((kind, facts),) = [each for each in told if each[0] == "retry"]
     assert (kind, facts["attempt"]) == ("retry", 1)
     assert isinstance(facts["error"], ConnectionFailed)

@@ -6,9 +6,7 @@ import json
 import os
 import sys
 import tracemalloc
-import xml.etree.ElementTree as ET
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graftage
-import graftage_m4
+from graftage.footprint import BITS, CACHE_BY_SIZE, GIB, KV_BYTES, Layer, Shape, footprint, read_shape
 from graftage.types import ModelInfo
-from graftage_m4 import _plan
-from graftage_m4._footprint import BITS, CACHE_BY_SIZE, GIB, KV_BYTES, Layer, Shape, footprint, read_shape
-from graftage_ollama.testing import Answer, FakeOllama
 
-ASSETS = Path(__file__).parent / "assets" / "m4"
+ASSETS = Path(__file__).parent / "assets"
 MEASURED = json.loads((ASSETS / "smollm2-loaded.json").read_text())
 LOW, HIGH = -0.05, 0.25
 
@@ -310,27 +305,6 @@ def test_a_type_of_safetensors_has_its_bits(kind: str, bits: float) -> None:
         assert shape.weights == pytest.approx(1e9 * bits / 8 * 1.25, rel=0.001)
 
 
-BLOCKS = {
-    **{kind.name: block for kind, block in GGML_QUANT_SIZES.items() if kind.name not in {"Q8_1", "Q8_K"}},
-    "INT4": (32, 20), "INT8": (64, 68), "MXFP8": (32, 33), "F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "U8": (1, 1),
-    "U32": (1, 4),
-}  # fmt: skip
-"""Numbers in a block, and its bytes. The two that are left out are never in a file."""
-
-
-@pytest.mark.parametrize("kind", [*BLOCKS, "int4", "nvfp4", "mxfp8"])
-def test_tensors_of_ollama_take_what_their_blocks_take(kind: str) -> None:
-    numbers, size = BLOCKS[kind.upper()]
-    shown = {
-        "details": {},
-        "model_info": {"general.architecture": "llama"},
-        "tensors": [{"name": "a", "type": kind, "shape": [256, 1000]}, {"name": "b", "type": "F32", "shape": [10]}],
-    }
-    with FakeOllama() as fake, graftage.connect("ollama", model="smollm2:135m", host=fake.url) as llm:
-        fake.script("/api/show", Answer([shown]))
-        assert llm.show().size == 256_000 // numbers * size + 40
-
-
 @pytest.mark.parametrize("quantization", [None, "", "unknown", "int5", "MXFP6", "Q9_X"])
 def test_a_type_that_is_not_known_is_never_taken_for_16_bits(quantization: str | None) -> None:
     info = ModelInfo(name="x:1", quantization=quantization, parameters="12.0B", tensors={"a": (12_000_000, 1000)})
@@ -379,6 +353,29 @@ def test_a_size_that_cannot_be_is_unknown_and_no_error(facts: dict[str, Any]) ->
     shape = read_shape(ModelInfo(name="x:1", **{"quantization": "Q8_0", **facts, "parameters": "8.0B"}))
     assert (shape is None) == (facts.get("quantization") == 4), "a type that is no text has no size"
     assert shape is None or shape.weights == pytest.approx(8e9 * 8.5008 / 8 * 1.25)
+
+
+def without(info: ModelInfo, key: str) -> Shape:
+    """The shape of a model whose file leaves a key out."""
+    shape = read_shape(replace(info, metadata={name: info.metadata[name] for name in info.metadata if name != key}))
+    assert shape is not None
+    return shape
+
+
+def test_a_file_that_leaves_the_shared_heads_out_has_as_many_as_for_queries() -> None:
+    shape = without(model("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), "llama.attention.head_count_kv")
+    assert shape.layers == shape_of("llama", 32, 32, 32, 128, 4096, 128_256, 4.9).layers
+
+
+def test_a_file_that_leaves_the_vocabulary_out_has_that_of_its_table() -> None:
+    info = replace(model(*LLAMA_8B, 4.9), tensors={"token_embd.weight": (4096, 128_256)})
+    assert without(info, "llama.vocab_size").vocabulary == 128_256
+
+
+def test_a_model_without_attention_keeps_a_state_alone() -> None:
+    ssm: dict[str, Any] = {"ssm__conv_kernel": 4, "ssm__inner_size": 1536, "ssm__state_size": 16}
+    shape = without(model("mamba", 24, 0, None, 0, 768, 50_280, 0.3, **ssm), "mamba.attention.head_count_kv")
+    assert (footprint(shape, 8192).cache, footprint(shape, 8192).state) == (0, 24 * (3 * 1536 + 16 * 1536) * 4)
 
 
 def test_a_model_whose_heads_are_all_none_is_bounded_by_its_size() -> None:
@@ -438,67 +435,3 @@ def test_a_longer_window_never_takes_less(  # noqa: PLR0917 - each is drawn
 def test_the_tables_rise() -> None:
     assert [kib for _, kib in CACHE_BY_SIZE] == sorted(kib for _, kib in CACHE_BY_SIZE)
     assert BITS["Q8_0"] > BITS["Q6_K"] > BITS["Q5_K_M"] > BITS["Q4_K_M"] > BITS["Q3_K_M"] > BITS["Q2_K"]
-
-
-# --- As a picture ----------------------------------------------------------------------------------------------------
-
-SPACE = "{http://www.w3.org/2000/svg}"
-
-
-def drawn(models: dict[str, Shape], live: int | None = None, **changed: Any) -> ET.Element:
-    """The picture of models on a Mac with 16 GB."""
-    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
-    assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
-    return ET.fromstring(_plan.picture(models, replace(on, live=live, **changed), policy))
-
-
-def text_of(root: ET.Element, begins: str) -> ET.Element:
-    return next(each for each in root.iter(f"{SPACE}text") if (each.text or "").startswith(begins))
-
-
-@pytest.mark.parametrize("live", [10_370_000_000, 10_200_000_000, 5_000_000_000, 0])
-def test_the_names_of_budget_and_free_memory_do_not_cover_each_other(live: int) -> None:
-    root = drawn({"m:1": shape_of(*QWEN3_4B)}, live)
-    budget, free = (float(text_of(root, begins).attrib["y"]) for begins in ("budget 10.4 GB", "free now"))
-    assert free - budget >= 15
-
-
-def test_a_line_that_leaves_the_picture_is_marked_where_it_does() -> None:
-    large, small = shape_of("llama", 80, 64, 8, 128, 8192, 128_256, 42.5), shape_of(*QWEN3_4B)
-    root = drawn({"large:70b": large, "small:4b": small})
-    assert text_of(root, "large:70b").text == "large:70b (above: 90.5 GB)"
-    assert text_of(root, "small:4b").text == "small:4b"
-    assert len(root.findall(f"{SPACE}path")) == 1
-    lines = [line.attrib["points"].split() for line in root.iter(f"{SPACE}polyline")]
-    tops = sorted(sum(point.endswith(",50.0") for point in points) for points in lines)
-    assert tops == [0, 1], "none runs along the edge"
-
-
-def test_a_picture_is_as_wide_as_its_names_and_as_high_as_they_are_many() -> None:
-    shape = shape_of(*QWEN3_4B)
-    name = "owner/" + "long-" * 20 + "name:30b"
-    few, many = drawn({name: shape}), drawn({f"m{number}:1": shape for number in range(60)})
-    label, width = text_of(few, name), float(few.attrib["viewBox"].split()[2])
-    text = label.text or ""
-    assert text.startswith(name)
-    assert float(label.attrib["x"]) + 7 * len(text) < width
-    heights = sorted(float(each.attrib["y"]) for each in many.iter(f"{SPACE}text") if (each.text or "").startswith("m"))
-    assert all(above + 14 <= below for above, below in pairwise(heights))
-    assert 0 < heights[0] < heights[-1] < float(many.attrib["viewBox"].split()[3])
-
-
-def test_control_characters_make_no_broken_picture() -> None:
-    root = drawn({"a\x1b[2J\x00\ud800&<b>:1": shape_of(*QWEN3_4B)}, title="Apple\x07 M4")
-    assert text_of(root, "a?[2J??&<b>:1").text
-    assert "Apple? M4" in (text_of(root, "Memory").text or "")
-
-
-def test_a_machine_that_gives_models_nothing_can_be_drawn() -> None:
-    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
-    assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
-    none = replace(on, live=0, budget=replace(on.budget, static=0))
-    assert ET.fromstring(_plan.picture({"m:1": shape_of(*QWEN3_4B)}, none, policy)).tag == f"{SPACE}svg"

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from plain import PlainEcho
 
 import graftage
-from graftage._limits import Gate
+from graftage._engine.limits import Gate
 from graftage.exceptions import (
     ConnectionFailed,
     ModelNotFound,
@@ -27,13 +28,13 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo, Pause
-from graftage.types import Chunk, Limits, ModelInfo
+from graftage.types import NEVER_APPLIES, Chunk, Limits, ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from graftage.types import LimitsQuery
+    from graftage.calls import LimitsQuery
 
 MODEL = "m:1"
 END = Chunk(finish_reason="stop")
@@ -163,7 +164,7 @@ def test_a_policy_is_told_what_is_known_of_the_request(both: Any) -> None:
 
 
 def hooks_of(echo: Echo) -> list[str]:
-    return [hook[1:] if hook in ("ashow_model", "aloaded_models", "achat") else hook for hook, _ in echo.calls[1:]]
+    return [hook for hook, _ in echo.calls[1:]]
 
 
 def test_a_policy_that_does_not_ask_costs_nothing(both: Any) -> None:
@@ -185,21 +186,11 @@ def test_facts_are_asked_once_and_residency_once_for_each_request(both: Any) -> 
     assert hooks_of(echo) == ["show_model", "loaded_models", "chat", "loaded_models", "chat"]
 
 
-@pytest.mark.parametrize("without", ["sync", "async", "all"])
-def test_facts_are_none_where_the_provider_cannot_tell(without: str) -> None:
-    async def main() -> tuple[Any, Any]:
-        hooks = ["show_model", "loaded_models"]
-        absent = {"sync": hooks, "async": [f"a{each}" for each in hooks]}
-        gone = [*absent["sync"], *absent["async"]] if without == "all" else absent[without]
-        seen: list[Any] = []
-        policy = Policy(lambda query: seen.append((query.model_info(), query.loaded_models())))
-        async with graftage.connect_async(Echo(without=gone), model=MODEL, plugins=[policy]) as llm:
-            await llm.chat("x")
-        facts: tuple[Any, Any] = seen[0]
-        return facts
-
-    info, loaded = asyncio.run(main())
-    assert (info is None, loaded is None) == (without == "all", without == "all")
+def test_facts_are_none_where_the_provider_cannot_tell(both: Any) -> None:
+    seen: list[Any] = []
+    policy = Policy(lambda query: seen.append((query.model_info(), query.loaded_models())))
+    both.connect(Echo(without=["show_model", "loaded_models"]), model=MODEL, plugins=[policy]).chat("x")
+    assert seen == [(None, None)]
 
 
 def test_facts_of_a_missing_model_are_none_and_the_request_tells(both: Any) -> None:
@@ -282,8 +273,12 @@ def test_policies_run_outside_the_event_loop() -> None:
 
 def test_a_policy_that_hangs_delays_a_call_no_longer_than_its_deadline(both: Any) -> None:
     echo, hanging = Echo(), threading.Event()
-    stuck = Policy(lambda query: None if query.prompt_characters == 1 else hanging.wait() and None, "slow")
-    llm = both.connect(echo, model=MODEL, plugins=[stuck])
+
+    def hang(query: LimitsQuery) -> None:
+        if query.prompt_characters != 1:
+            hanging.wait()
+
+    llm = both.connect(echo, model=MODEL, plugins=[Policy(hang, "slow")])
     try:
         with pytest.raises(ProviderTimeout, match=r"`slow` did not answer within 0\.2 s") as caught:
             llm.chat("long", timeout=0.2)
@@ -318,7 +313,7 @@ def test_a_model_that_is_gone_need_not_be_unloaded(both: Any) -> None:
     assert llm.chat("x").text == "x"
 
 
-@pytest.mark.parametrize("spelling", ["busy:latest", "busy"])
+@pytest.mark.parametrize("spelling", ["busy:latest", "Busy", "registry.ollama.ai/library/busy"])
 def test_a_model_in_use_is_never_unloaded_however_it_is_spelt(both: Any, spelling: str) -> None:
     echo, pause = held()
     policy = Policy(lambda query: Limits(unload=tuple(each.name for each in query.loaded_models() or ())))
@@ -330,7 +325,7 @@ def test_a_model_in_use_is_never_unloaded_however_it_is_spelt(both: Any, spellin
 
 
 def test_a_provider_that_cannot_unload_is_not_asked_to(both: Any) -> None:
-    echo = Echo(without=["unload_model", "aunload_model"])
+    echo = Echo(without=["unload_model"])
     llm = both.connect(echo, model=MODEL, plugins=[Policy(Limits(unload=("a:1",)))])
     assert llm.chat("x").text == "x"
 
@@ -565,8 +560,8 @@ def test_no_more_calls_run_at_once_than_are_allowed(both: Any, by: str) -> None:
     how: dict[str, Any] = (
         {"concurrency": 2} if by == "setting" else {"plugins": [Policy(Limits(concurrent_requests=2))]}
     )
-    # Sync hooks, so that in both modes calls would really run at one time.
-    echo = Echo([busy] * 12, without=["achat"])
+    # Plain hooks, so that in both modes calls would really run at one time.
+    echo = PlainEcho([busy] * 12)
     llm = both.connect(echo, model=MODEL, **how)
     assert [reply.text for reply in both.together([lambda: llm.chat("x")] * 12)] == ["ok"] * 12
     assert 1 <= most[0] <= 2
@@ -704,7 +699,7 @@ def test_facts_of_the_model_may_decide(both: Any) -> None:
     llm = both.connect(echo, model="big:1", plugins=[Policy(by_size)])
     llm.chat("x")
     llm.chat("x", model="small:1")
-    chats = [request.context_window for hook, request in echo.calls if hook in ("chat", "achat")]
+    chats = [request.context_window for hook, request in echo.calls if hook == "chat"]
     assert chats == [1024, None]
 
 
@@ -820,3 +815,10 @@ def test_the_gate_loses_nobody_under_threads() -> None:
         each.join(20)
     assert (gate.running, inside[0], served[0]) == (0, 0, 320)
     assert most[0] <= 3
+
+
+def test_a_policy_that_never_applies_is_asked_once(both: Any) -> None:
+    policy = Policy(NEVER_APPLIES)
+    llm = both.connect(Echo(), model=MODEL, plugins=[policy])
+    assert [llm.chat("x").limits for _ in range(3)] == [None] * 3
+    assert len(policy.queries) == 1

@@ -16,9 +16,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from plain import PlainEcho
 
 import graftage
-from graftage._plugins import Catalog, Entry, PluginWarning
+from graftage._engine.plugins import Catalog, Entry, PluginWarning
 from graftage.exceptions import (
     AdapterIncompatible,
     AdapterNotFound,
@@ -112,7 +113,7 @@ def test_an_entry_point_may_name_an_object_or_a_module(site: Any) -> None:
     )
     source = source.replace("    return Connection()", "      return Connection()") + "tree = Tree()\n"
     site.add("graftage-tree", providers={"tree": "tree_provider:tree"}, modules={"tree_provider": source})
-    assert entry_named("tree").hooks == ("connect",)
+    assert list(entry_named("tree").hooks) == ["connect"]
     assert graftage.connect("tree", model=MODEL).chat("x").text == "tree_provider answers"
 
 
@@ -196,7 +197,7 @@ BROKEN_PLUGINS = {
     ),
     "a hook would never be awaited": (
         HEAD + "@hookimpl\nasync def observe(event): ...\n",
-        "implements `observe` as a coroutine",
+        "implements `observe` as `async def`",
     ),
 }
 
@@ -506,7 +507,7 @@ class Answering:
     """The least that a connection can do."""
 
     @hookimpl
-    def chat(self, request: Any) -> Iterator[Chunk]:
+    def chat(self, request: Any) -> Any:
         yield Chunk(text="fine", finish_reason="stop")
 
     @hookimpl
@@ -527,9 +528,9 @@ class Giving:
         return self.connection
 
 
-class Unhealthy:
+class Speechless:
     @hookimpl
-    def chat(self, request: Any) -> Iterator[Chunk]: ...
+    def health(self, request: Any) -> Any: ...
 
 
 class Wrapping(Answering):
@@ -550,8 +551,24 @@ class Misspelling(Answering):
 
 class Unawaited(Answering):
     @hookimpl
-    async def achat(self, request: Any) -> Any:
+    async def chat(self, request: Any) -> Any:
         return iter(())
+
+
+class Yielding(Answering):
+    @hookimpl
+    async def embed(self, request: Any) -> Any:
+        yield
+
+
+class Twin(Answering):
+    @hookimpl
+    async def achat(self, request: Any) -> Any:
+        yield
+
+
+class Mistyped(Answering):
+    adress = "somewhere"
 
 
 class Exploding(Answering):
@@ -563,11 +580,14 @@ class Exploding(Answering):
 @pytest.mark.parametrize(
     ("connection", "message"),
     [
-        (Unhealthy(), "lacks a required hook"),
+        (Speechless(), "lacks a required hook"),
         (Wrapping(), "wraps the hook `generate`"),
         (Watching(), "`observe`, which is a hook of a plugin"),
         (Misspelling(), "Did you mean `embed`"),
-        (Unawaited(), "`achat` as a coroutine.*async generator"),
+        (Unawaited(), "`chat` as `async def` without `yield`.*async generator"),
+        (Yielding(), "`embed` as a generator.*`return`"),
+        (Twin(), "`achat`, a hook of Graftage 0.1.*It is `chat` now"),
+        (Mistyped(), "attribute `adress`.*Did you mean `address`"),
         (Answering, "is a class"),
         (None, "gave no connection"),
         ("a string", "implements no hook"),
@@ -856,7 +876,7 @@ def test_a_distribution_that_comes_first_hides_the_entry_points_of_its_older_sel
     assert "oak" not in Catalog().names()
 
 
-@pytest.mark.parametrize("folder", ["/no/such/folder", __file__, ""])
+@pytest.mark.parametrize("folder", [5, b"bytes", None, "/no/such/folder", __file__, ""])
 def test_a_search_path_with_something_strange_in_it_is_read_all_the_same(
     site: Any, both: Any, monkeypatch: Any, folder: Any
 ) -> None:
@@ -897,7 +917,7 @@ class Ending(Echo):
         self.at = at
 
     def note(self, hook: str, request: Any) -> None:
-        if self.at == hook.removeprefix("a"):
+        if self.at == hook:
             raise self.end
         super().note(hook, request)
 
@@ -929,6 +949,10 @@ def test_a_provider_that_ends_the_program_when_it_is_opened_is_named(both: Any, 
     assert type(ENDS[end]).__name__ in str(caught.value)
 
 
+class PlainEnding(Ending, PlainEcho):
+    """The same with plain hooks."""
+
+
 CALLS: dict[str, Any] = {
     "chat": lambda llm: llm.chat("x"),
     "generate": lambda llm: llm.generate("x"),
@@ -944,12 +968,11 @@ CALLS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("twins", [(), ("achat", "agenerate", "aembed", "apull_model", "ahealth", "alist_models")])
+@pytest.mark.parametrize("kind", [Ending, PlainEnding])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("at", CALLS)
-def test_a_hook_that_ends_the_program_fails_its_call(both: Any, at: str, end: str, twins: tuple[str, ...]) -> None:
-    # Without its async twin a hook runs in a thread of the async client's.
-    llm = both.connect(Ending(ENDS[end], at, without=twins), model=MODEL)
+def test_a_hook_that_ends_the_program_fails_its_call(both: Any, at: str, end: str, kind: type[Ending]) -> None:
+    llm = both.connect(kind(ENDS[end], at), model=MODEL)
     with pytest.raises(ProviderError, match="`ending` failed with") as caught:
         CALLS[at](llm)
     assert caught.value.__cause__ is ENDS[end]
@@ -957,26 +980,24 @@ def test_a_hook_that_ends_the_program_fails_its_call(both: Any, at: str, end: st
     assert both.connect(Echo(["and on"]), model=MODEL).chat("x").text == "and on"
 
 
-@pytest.mark.parametrize("without", [(), ("achat",)])
+@pytest.mark.parametrize("colour", ["async", "plain", "loop"])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_provider_that_ends_the_program_between_chunks_fails_its_call(both: Any, end: str, without: Any) -> None:
+def test_a_provider_that_ends_the_program_between_chunks_fails_its_call(both: Any, end: str, colour: str) -> None:
     class Connection:
+        needs_event_loop = colour == "loop"
+
+        @hookimpl
+        async def chat(self, request: Any) -> Any:
+            yield Chunk(text="one")
+            raise ENDS[end]
+
+    class Plain:
         @hookimpl
         def chat(self, request: Any) -> Any:
             yield Chunk(text="one")
             raise ENDS[end]
 
-        @hookimpl
-        async def achat(self, request: Any) -> Any:
-            yield Chunk(text="one")
-            raise ENDS[end]
-
-        @hookimpl
-        def health(self, request: Any) -> Any: ...
-
-    if without:
-        Connection.achat = None  # type: ignore[assignment, method-assign]
-    llm = both.connect(Giving(Connection()), model=MODEL)
+    llm = both.connect(Giving(Plain() if colour == "plain" else Connection()), model=MODEL)
     stream = llm.chat("x", stream=True)
     with pytest.raises(ProviderError, match="`giving` failed with") as caught:
         list(stream)
@@ -986,11 +1007,11 @@ def test_a_provider_that_ends_the_program_between_chunks_fails_its_call(both: An
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("without", [(), ("aclose",)])
-def test_a_provider_that_ends_the_program_when_it_is_closed_fails_to_close(end: str, without: Any) -> None:
+@pytest.mark.parametrize("kind", [Ending, PlainEnding])
+def test_a_provider_that_ends_the_program_when_it_is_closed_fails_to_close(end: str, kind: type[Ending]) -> None:
     for mode in ("sync", "async"):
         with pytest.raises(ProviderError, match="`ending` failed with"):
-            close_in(mode, Ending(ENDS[end], "close", without=without))
+            close_in(mode, kind(ENDS[end], "close"))
 
 
 def close_in(mode: str, provider: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 
 import graftage.exceptions
 from graftage import retry
+from graftage._engine.driving import drive
+from graftage._engine.waiting import AwaitingIO
+from graftage.calls import Budget, Call
 from graftage.exceptions import (
     ConnectionFailed,
     GraftageError,
@@ -24,8 +28,7 @@ from graftage.exceptions import (
     ProviderTimeout,
     RequestRejected,
 )
-from graftage.retry import DEFAULT_POLICY, Budget, RetryPolicy
-from graftage.types import Call
+from graftage.retry import DEFAULT_POLICY, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,27 +48,24 @@ class Server:
         self.failures = list(failures)
         self.asked = 0
 
-    def ask(self) -> str:
+    async def ask(self) -> str:
         self.asked += 1
         if self.failures:
             raise self.failures.pop(0)
         return "answer"
 
-    async def aask(self) -> str:
-        return self.ask()
-
 
 @pytest.fixture(params=["sync", "async"])
 def attempt(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """`retry.call` or `retry.acall`, to its end."""
+    """`retry.call` in the way of each client, to its end."""
 
-    def sync(server: Server, of: Call, **more: Any) -> str:
-        return retry.call(server.ask, of, **more)
+    def blocking(server: Server, of: Call, **more: Any) -> str:
+        return drive(retry.call(server.ask, of, **more))
 
-    def twin(server: Server, of: Call, **more: Any) -> str:
-        return asyncio.run(retry.acall(server.aask, of, **more))
+    def awaiting(server: Server, of: Call, **more: Any) -> str:
+        return asyncio.run(retry.call(server.ask, replace(of, waiting=AwaitingIO()), **more))
 
-    return sync if request.param == "sync" else twin
+    return blocking if request.param == "sync" else awaiting
 
 
 @pytest.mark.usefixtures("_free")
@@ -174,7 +174,7 @@ def test_a_wait_that_would_end_after_the_deadline_is_not_begun() -> None:
     reset = retry._waits.set(True)
     try:
         with pytest.raises(Overloaded):
-            retry.call(server.ask, Call(deadline=time.monotonic() + 5))
+            drive(retry.call(server.ask, Call(deadline=time.monotonic() + 5)))
     finally:
         retry._waits.reset(reset)
     assert server.asked == 1
@@ -286,12 +286,12 @@ def test_waiting_is_free_inside_no_waiting_and_nowhere_else() -> None:
         delays.append(facts["delay"])
 
     quick = RetryPolicy(connection_waits=(0.001,), jitter=0)
-    retry.call(Server(GONE).ask, Call(emit=note), policy=quick)
+    drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
     reset = retry._waits.set(True)
     try:
-        retry.call(Server(GONE).ask, Call(emit=note), policy=quick)
+        drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
         with retry.no_waiting():
-            retry.call(Server(GONE).ask, Call(emit=note), policy=quick)
+            drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
     finally:
         retry._waits.reset(reset)
     assert delays == [0.0, 0.001, 0.0]
@@ -301,7 +301,7 @@ def test_waiting_can_be_cancelled() -> None:
     async def main() -> int:
         server = Server(Overloaded("busy", retry_after=60))
         retry._waits.set(True)
-        task = asyncio.create_task(retry.acall(server.aask, Call()))
+        task = asyncio.create_task(retry.call(server.ask, Call(waiting=AwaitingIO())))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +18,13 @@ from hypothesis import strategies as st
 from pydantic import Field, SecretStr
 
 import graftage
-from graftage.exceptions import SettingsError
-from graftage.hookspecs import hookimpl
-from graftage.settings import LARGEST_FILE, Loaded, Settings, Sources, config_path, load, without_user
+from graftage._engine.plugins import PluginWarning
+from graftage.calls import LimitsQuery, ListAdaptersRequest, ResolveRequest
+from graftage.exceptions import AdapterNotFound, PluginLoadError, SettingsError
+from graftage.hookspecs import ConnectRequest, hookimpl
+from graftage.settings import LARGEST_FILE, Loaded, PluginSettings, Settings, Sources, config_path, load, without_user
 from graftage.testing.echo import Echo
-from graftage.types import Timeouts
+from graftage.types import AdapterInfo, Capabilities, Timeouts
 
 SECRET = "s3cret-value"
 
@@ -41,10 +45,10 @@ def read(
     prefix: str = "GRAFTAGE",
     plugins: tuple[str, ...] = ("lora", "m4", "big-tree"),
     **arguments: Any,
-) -> Loaded:
+) -> Loaded[Own]:
     """The settings of the provider `tree`."""
     sources = Sources(prefix=prefix, environment=environment or {}, file=file)
-    return load(Own, provider="tree", arguments=arguments, mapping=mapping, sources=sources, plugins=plugins)
+    return load(Own, name="tree", arguments=arguments, mapping=mapping, sources=sources, plugins=plugins)
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_each_source_wins_over_those_after_it(toml: Any) -> None:
     environment = {"TREE_HOST": "native", "GRAFTAGE_HOST": "common", "GRAFTAGE_TREE_HOST": "own"}
     found = []
     for taken in ("argument", "mapping", "GRAFTAGE_TREE_HOST", "GRAFTAGE_HOST", "TREE_HOST", "table", "top", "nothing"):
-        arguments = {"host": "argument"} if taken == "argument" else {}
+        arguments: dict[str, Any] = {"host": "argument"} if taken == "argument" else {}
         mapping = {"host": "mapping"} if taken in ("argument", "mapping") else {}
         loaded = read(environment, file=file, mapping=mapping, **arguments)
         found.append((loaded.settings.host, loaded.origins.get("host")))
@@ -170,6 +174,12 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         read(file=tmp_path)
 
 
+def test_the_null_device_is_no_file_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTAGE_CONFIG", os.devnull)
+    assert Sources.of().document() == {}
+    graftage.connect(Echo()).close()
+
+
 def test_a_pipe_is_no_settings_file_and_not_waited_for(monkeypatch: pytest.MonkeyPatch, pipe: Path) -> None:
     monkeypatch.setenv("GRAFTAGE_CONFIG", str(pipe))
     with pytest.raises(SettingsError, match="not a regular file"):
@@ -267,12 +277,34 @@ def test_a_variable_that_nobody_reads_is_an_error(environment: dict[str, str], k
 
 
 @pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("GRAFTAGE_HOTS", "host"),
+        ("GRAFTAGE_TRE_HOST", "tree_host"),
+        ("GRAFTAGE_LOAR_CONTEXT_WINDOW", "lora_context_window"),
+        ("GRAFTAGE_CONFG", "config"),
+    ],
+)
+def test_a_variable_that_is_near_a_known_one_is_an_error_that_names_it(variable: str, near: str) -> None:
+    with pytest.raises(SettingsError, match=f"Did you mean `{near}`") as caught:
+        read({variable: "x"})
+    assert caught.value.source == f"environment {variable}"
+
+
+@pytest.mark.parametrize(
+    "variable", ["GRAFTAGE_MLX_HOST", "GRAFTAGE_VLLM_API_KEY", "GRAFTAGE_OTEL_ENDPOINT", "GRAFTAGE_HOME"]
+)
+def test_a_variable_of_what_is_not_installed_stops_nobody(variable: str) -> None:
+    assert read({variable: "x", "GRAFTAGE_ATTEMPTS": "2"}).settings.attempts == 2
+
+
+@pytest.mark.parametrize(
     ("key", "near"), [("hots", "host"), ("timeout", "timeouts"), ("dept", "depth"), ("API_KEY", "api_key")]
 )
 def test_an_unknown_key_has_the_nearest_name_wherever_it_came_from(toml: Any, key: str, near: str) -> None:
     for asked in ({"file": toml(f"{key} = 1")}, {"file": toml(f"[tree]\n{key} = 1")}, {"mapping": {key: 1}}, {key: 1}):
         with pytest.raises(SettingsError) as caught:
-            read(**asked)  # type: ignore[arg-type]
+            read(**asked)
         assert caught.value.hint == f"Did you mean `{near}`?"
 
 
@@ -402,9 +434,10 @@ def test_an_empty_key_is_none(key: str) -> None:
 
 @pytest.mark.parametrize("inside", ["\n", "\r\n", "\0", "\x7f", "\x85", "\u2603", "\ud800"])
 def test_what_no_header_may_have_is_refused_and_not_repeated(inside: str) -> None:
-    for key, asked in (("api_key", f"{SECRET}{inside}x"), ("headers", {"X-Key": f"{SECRET}{inside}x"})):
+    settings: dict[str, Any] = {"api_key": f"{SECRET}{inside}x", "headers": {"X-Key": f"{SECRET}{inside}x"}}
+    for key, value in settings.items():
         with pytest.raises(SettingsError, match=f"The setting `{key}`") as caught:
-            read(**{key: asked})
+            read(**{key: value})
         assert (caught.value.key, SECRET in "".join(traceback.format_exception(caught.value))) == (key, False)
         assert caught.value.hint
 
@@ -500,3 +533,191 @@ def test_settings_objects_and_files_are_taken_too(toml: Any) -> None:
         assert llm.settings == Own(depth=5)
     with pytest.raises(SettingsError, match="`settings` must be"):
         graftage.connect(Tree(), settings=5)  # type: ignore[arg-type]
+
+
+# --- Of other plugins ------------------------------------------------------------------------------------------------
+
+
+class BeeSettings(PluginSettings):
+    """What the bee can be told."""
+
+    honey: int = Field(default=1, ge=0, description="Jars of it")
+    meadow: str = "here"
+
+
+class Bee:
+    """A policy and a resolver that note with which settings they were asked."""
+
+    name = "bee"
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.seen: list[Any] = []
+
+    @hookimpl
+    def settings_model(self) -> type[PluginSettings]:
+        return BeeSettings
+
+    @hookimpl
+    def resource_limits(self, query: LimitsQuery) -> None:
+        self.seen.append(query.settings)
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> None:
+        self.seen.append(request.settings)
+
+    @hookimpl
+    def list_adapters(self, request: ListAdaptersRequest) -> tuple[AdapterInfo, ...]:
+        self.seen.append(request.settings)
+        return ()
+
+
+def asked(both: Any, bee: Bee, **wish: Any) -> BeeSettings:
+    """The settings that each hook of the bee was given."""
+    llm = both.opened(Echo(), model="m", plugins=[bee], **wish)
+    llm.chat("Hi")
+    llm.adapters()
+    with pytest.raises(AdapterNotFound):
+        llm.chat("Hi", adapter="wax")
+    assert len(bee.seen) >= 3
+    assert len(set(bee.seen)) == 1
+    return bee.seen[0]  # type: ignore[no-any-return]
+
+
+def test_a_plugin_gets_its_settings_from_each_source_in_order(
+    both: Any, toml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(toml("[bee]\nhoney = 2\nmeadow = 'file'\n")))
+    assert asked(both, Bee()) == BeeSettings(honey=2, meadow="file")
+    monkeypatch.setenv("GRAFTAGE_BEE_HONEY", "3")
+    assert asked(both, Bee()) == BeeSettings(honey=3, meadow="file")
+    assert asked(both, Bee(), settings={"bee": {"honey": 4}}) == BeeSettings(honey=4, meadow="file")
+    assert asked(both, Bee(honey=5), settings={"bee": {"honey": 4}}) == BeeSettings(honey=5, meadow="file")
+
+
+def test_a_plugin_reads_the_file_and_the_prefix_of_its_client(
+    both: Any, toml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTAGE_BEE_HONEY", "9")
+    monkeypatch.setenv("MYAPP_BEE_HONEY", "3")
+    found = asked(both, Bee(), settings=toml("[bee]\nmeadow = 'mine'\n"), env_prefix="MYAPP")
+    assert found == BeeSettings(honey=3, meadow="mine")
+
+
+def test_two_clients_of_one_plugin_have_settings_of_their_own(both: Any) -> None:
+    bee = Bee()
+    for honey in (2, 3):
+        both.opened(Echo(), model="m", plugins=[bee], settings={"bee": {"honey": honey}}).chat("Hi")
+    assert [each.honey for each in bee.seen] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("wish", "environment", "says"),
+    [
+        ({"settings": {"bee": {"hony": 1}}}, {}, "Did you mean `honey`"),
+        ({"settings": {"bee": {"honey": -1}}}, {}, "Jars of it"),
+        ({"settings": {"bee": 3}}, {}, "must be a table"),
+        ({"settings": {"bea": {"honey": 1}}}, {}, "Did you mean `bee`"),
+        ({}, {"GRAFTAGE_BEE_HONY": "1"}, "Did you mean `honey`"),
+        ({}, {"GRAFTAGE_BEEE_HONEY": "1"}, "Did you mean `bee_honey`"),
+        ({"honey": 1}, {}, "no setting `honey`"),
+    ],
+)
+def test_wrong_settings_of_a_plugin_are_told_when_the_client_opens(
+    both: Any, monkeypatch: pytest.MonkeyPatch, wish: Any, environment: dict[str, str], says: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=says):
+        both.opened(Echo(), plugins=[Bee()], **wish)
+
+
+def test_a_misspelt_key_of_an_installed_plugin_is_told(both: Any, toml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "m4")
+    with pytest.raises(SettingsError, match=r"`foldres`.*\[lora\].*Did you mean `folders`"):
+        both.opened(Echo(), settings=toml("[lora]\nfoldres = ['x']\n"))
+
+
+def test_a_plugin_that_cannot_say_its_settings_is_left_out(both: Any) -> None:
+    class Wasp(Bee):
+        name = "wasp"
+
+        @hookimpl
+        def settings_model(self) -> type[PluginSettings]:
+            raise RuntimeError("bzz")
+
+    wasp = Wasp()
+    with pytest.warns(PluginWarning, match=r"`wasp` is left out.*settings_model.*bzz"):
+        both.opened(Echo(), model="m", plugins=[wasp]).chat("Hi")
+    assert wasp.seen == []
+
+
+@pytest.mark.parametrize(("prefix", "enabled"), [(None, False), ("MYAPP", True)])
+def test_plugins_are_disabled_under_the_prefix_of_the_host(
+    both: Any, site: Any, monkeypatch: pytest.MonkeyPatch, prefix: str | None, enabled: bool
+) -> None:
+    source = (
+        "from graftage.hookspecs import hookimpl\nseen = []\n@hookimpl\ndef observe(event):\n    seen.append(event)\n"
+    )
+    site.add("graftage-eye", plugins={"eye": "eye_plugin"}, modules={"eye_plugin": source})
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "eye,lora,m4")
+    monkeypatch.setenv("MYAPP_DISABLED_PLUGINS", "lora,m4")
+    both.opened(Echo(), model="m", env_prefix=prefix).chat("Hi")
+    assert ("eye_plugin" in site.imported()) is enabled
+
+
+def test_strict_plugins_count_under_the_prefix_of_the_host(
+    both: Any, site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": "raise OSError('no sap')\n"})
+    monkeypatch.setenv("MYAPP_DISABLED_PLUGINS", "lora,m4")
+    monkeypatch.setenv("MYAPP_STRICT_PLUGINS", "1")
+    with pytest.raises(PluginLoadError, match="no sap"):
+        both.opened(Echo(), env_prefix="MYAPP")
+
+
+# --- Parameters that a provider does not read ------------------------------------------------------------------------
+
+
+class Deaf(Echo):
+    """A provider that reads no more than `max_tokens`, or does not say what it reads."""
+
+    name = "deaf"
+
+    def __init__(self, parameters: frozenset[str] | None) -> None:
+        super().__init__(["yes"] * 4)
+        self.parameters = parameters
+
+    @hookimpl
+    def connect(self, request: ConnectRequest) -> Any:
+        connection: Any = super().connect(request)
+        parameters = self.parameters
+
+        class Said(type(connection)):  # type: ignore[misc] # known when it runs
+            @hookimpl
+            def capabilities(self) -> Capabilities:
+                declared: Capabilities = super().capabilities()
+                return replace(declared, parameters=parameters)
+
+        connection.__class__ = Said
+        return connection
+
+
+@pytest.mark.parametrize("operation", ["chat", "generate", "stream", "embed"])
+def test_a_parameter_that_the_provider_does_not_read_is_a_warning(both: Any, operation: str) -> None:
+    llm = both.opened(Deaf(frozenset({"max_tokens"})), model="m", keep_alive="5m")
+    asked = {"context_window": 512} | ({} if operation == "embed" else {"max_tokens": 5})
+    if operation == "stream":
+        with llm.chat("Hi", stream=True, **asked) as stream:
+            list(stream)
+        reply = stream.reply
+    else:
+        reply = getattr(llm, operation)("Hi", **asked)
+    assert [each.partition(":")[0] for each in reply.warnings] == [
+        "`keep_alive` has no effect",
+        "`context_window` has no effect",
+    ]
+
+
+def test_a_provider_that_does_not_say_what_it_reads_is_trusted(both: Any) -> None:
+    assert both.opened(Deaf(None), model="m").chat("Hi", keep_alive=5, max_tokens=3).warnings == ()

@@ -1,20 +1,32 @@
-"""What type checkers see of the public surface. Never run: `mypy --strict` reads it, and a wrong type is an error."""
+"""What type checkers see of the public surface. Never run: mypy reads it, strictly, and a wrong type is an error."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import assert_type
 
 from pydantic import BaseModel
-from typing_extensions import assert_type
 
 import graftage
+from graftage.calls import (
+    ChatRequest,
+    CloseRequest,
+    EmbedRequest,
+    Event,
+    HealthRequest,
+    LimitsQuery,
+    ListAdaptersRequest,
+    ModelsRequest,
+    ResolveRequest,
+)
 from graftage.exceptions import GraftageError, ProviderTimeout
 from graftage.hookspecs import (
     Chat,
     CheckHealth,
     Close,
     Connect,
+    ConnectRequest,
     DescribeCapabilities,
     Embed,
     ListModels,
@@ -29,25 +41,16 @@ from graftage.types import (
     Adapter,
     AdapterInfo,
     Capabilities,
-    ChatRequest,
     Chunk,
-    CloseRequest,
-    ConnectRequest,
     Embeddings,
-    EmbedRequest,
-    Event,
     Health,
-    HealthRequest,
     Limits,
-    LimitsQuery,
     LoadedAdapter,
     LoadedModel,
     Message,
     ModelInfo,
-    ModelsRequest,
     PullProgress,
     Reply,
-    ResolveRequest,
     Stats,
     Timeouts,
 )
@@ -182,14 +185,9 @@ class Branch:
     """A connection."""
 
     @hookimpl
-    def chat(self, request: ChatRequest) -> Iterator[Chunk]:
+    async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         """Answer."""
         assert_type(request.messages, tuple[Message, ...])
-        yield Chunk(text="a", finish_reason="stop")
-
-    @hookimpl
-    async def achat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        """Answer."""
         yield Chunk(text=request.model, finish_reason="stop")
 
     @hookimpl
@@ -198,16 +196,7 @@ class Branch:
         return Health(level=request.level, reachable=True)
 
     @hookimpl
-    async def ahealth(self, request: HealthRequest) -> Health:
-        """It is well."""
-        return Health(level=request.level, reachable=True)
-
-    @hookimpl
     def close(self, request: CloseRequest) -> None:
-        """Nothing to give back."""
-
-    @hookimpl
-    async def aclose(self, request: CloseRequest) -> None:
         """Nothing to give back."""
 
     @hookimpl
@@ -216,22 +205,12 @@ class Branch:
         return Embeddings(vectors=tuple((0.0,) for _ in request.inputs))
 
     @hookimpl
-    async def aembed(self, request: EmbedRequest) -> Embeddings:
-        """Vectors."""
-        return self.embed(request)
-
-    @hookimpl
     def capabilities(self) -> Capabilities:
         """What it can do."""
         return Capabilities(features=frozenset({"chat", "embed"}))
 
     @hookimpl
     def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
-        """One model."""
-        return (ModelInfo(name="oak"),)
-
-    @hookimpl
-    async def alist_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
         """One model."""
         return (ModelInfo(name="oak"),)
 
@@ -252,7 +231,7 @@ class Gardener:
         return None
 
     @hookimpl
-    def list_adapters(self) -> list[AdapterInfo]:
+    def list_adapters(self, request: ListAdaptersRequest) -> list[AdapterInfo]:
         """None."""
         return []
 

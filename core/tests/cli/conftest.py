@@ -109,7 +109,7 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, heed_ctrl_c: None) -> Iterator[Shell]:
+def shell(tmp_path: Path, heed_signals: None) -> Iterator[Shell]:
     ours = (
         "GRAFTAGE_",
         "OLLAMA_",
@@ -128,7 +128,7 @@ def shell(tmp_path: Path, heed_ctrl_c: None) -> Iterator[Shell]:
         "GRAFTAGE_CONFIG": str(tmp_path / "config.toml"),
         "GRAFTAGE_PROVIDER": "fake",
         "GRAFTAGE_MODEL": "small:1b",
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))),
         "PYTHONUTF8": "1",
         "XDG_DATA_HOME": str(tmp_path / "data"),
         "TERM": "xterm",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 LORE = """
 from pathlib import Path
@@ -135,7 +135,7 @@ def test_check_against_a_model_that_is_not_there_is_an_error_and_no_verdict(shel
 
 
 def test_check_does_without_a_provider_that_describes_models(shell: Shell) -> None:
-    shell.install("it = Echo(without=['show_model', 'ashow_model'])")
+    shell.install("it = Echo(without=['show_model'])")
     assert shell.run("adapters", "check", "unknown", "--json").code == 3
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 # --- Starting --------------------------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ def imported_by(shell: Shell, *arguments: str) -> set[str]:
     """The top-level modules that a command imports."""
     code = f"""
 import sys
-from graftage._cli import app
+from graftage._cli.app import app
 try:
     app({list(arguments)!r}, prog_name="graftage")
 except SystemExit as end:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 def test_a_conversation_sends_what_was_said_before(shell: Shell) -> None:

@@ -16,7 +16,7 @@ from graftage_ollama.testing import FakeOllama
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 def examined(shell: Shell, *arguments: str, code: int = 0, **environment: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 def test_an_error_is_one_message_and_the_way_out(shell: Shell) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graftage._cli import show
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 EVIL = "\x1b]52;c;aGk=\x07 \x9b2J \u202e \u2066 \u200f \u061c \x7f \ud800"

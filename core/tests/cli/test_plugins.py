@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 def plugin_table(shell: Shell, **environment: str) -> dict[str, dict[str, Any]]:

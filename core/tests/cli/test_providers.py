@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Shell
+    from cli.conftest import Shell
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def compared(shell: Shell, *arguments: str) -> dict[str, dict[str, Any]]:
 def test_providers_are_compared_by_state_health_capabilities_and_models(shell: Shell) -> None:
     shell.install("it = Echo(models=['a:1', 'b:2'], address='http://me:hidden@here')")
     gone = "{'health': ConnectionFailed('Down.', hint='Start it.')}"
-    shell.install(f"it = Echo(without=['embed', 'aembed'], errors={gone})", name="down")
+    shell.install(f"it = Echo(without=['embed'], errors={gone})", name="down")
     found = compared(shell)
     well, down = found["fake"], found["down"]
     assert (well["state"], well["health"], well["models"]) == ("loaded", "well", ["a:1", "b:2"])
@@ -40,7 +40,7 @@ def test_providers_are_compared_by_state_health_capabilities_and_models(shell: S
 
 def test_the_table_has_a_column_for_each_provider(shell: Shell) -> None:
     shell.install("it = Echo(models=[f'm:{n}' for n in range(7)] + ['\\x1b[2J'])")
-    shell.install("it = Echo(without=['embed', 'aembed'])", name="other")
+    shell.install("it = Echo(without=['embed'])", name="other")
     out = shell.run("providers").out
     assert out.split("\n")[0].split() == ["fake", "llamacpp", "ollama", "other"]
     assert re.search(r"^state +loaded +disabled +disabled +loaded *$", out, re.MULTILINE)

@@ -9,6 +9,7 @@ import sys
 import threading
 import unicodedata
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_files import ASSETS, Model, Place, pairs, write_gguf, write_mlx, write_peft
+from lora_files import Model, Place, pairs, write_gguf, write_mlx, write_peft
+from places import LORA
 
 import graftage
+from graftage.calls import ListAdaptersRequest, ResolveRequest
 from graftage.exceptions import (
     AdapterInvalid,
     AdapterNotFound,
@@ -26,7 +29,7 @@ from graftage.exceptions import (
     RequestRejected,
     SettingsError,
 )
-from graftage.types import Adapter, ModelInfo, ResolveRequest
+from graftage.types import Adapter, ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -304,7 +307,7 @@ def test_a_link_that_goes_round_is_refused_and_hides_no_other_adapter(place: Pla
     (ours / "round").symlink_to("round")
     with pytest.raises(AdapterInvalid, match=r"out of its folder|no such file"):
         place.resolve("round")
-    assert [each.name for each in place.plugin().list_adapters()] == ["mine"]
+    assert [each.name for each in place.plugin().list_adapters(ListAdaptersRequest())] == ["mine"]
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
@@ -335,8 +338,8 @@ def test_a_name_is_found_whichever_form_of_its_accents_the_system_writes(place: 
     (place.folder / "adapters.toml").write_text(f'["{written} 3"]\npath = "adapters/mine"\n', encoding="utf-8")
     for each in (name, f"{name} 2", f"{name} 3"):
         for asked in ("NFC", "NFD"):
-            assert place.resolve(unicodedata.normalize(asked, each)).name == each  # type: ignore[arg-type]
-    listed = {each.reference for each in place.plugin().list_adapters()}
+            assert place.resolve(unicodedata.normalize(asked, each)).name == each
+    listed = {each.reference for each in place.plugin().list_adapters(ListAdaptersRequest())}
     assert listed == {"mine", name, f"{name} 2", f"{name} 3"}
 
 
@@ -416,7 +419,7 @@ def hub(place: Place, repository: str = "models--someone--ahoy") -> Path:
     for each in (snapshot, blobs, folder / "refs"):
         each.mkdir(parents=True)
     (folder / "refs" / "main").write_text(COMMIT, encoding="ascii")
-    for number, source in enumerate((ASSETS / "ahoy-peft").iterdir()):
+    for number, source in enumerate((LORA / "ahoy-peft").iterdir()):
         (blobs / f"{number:064x}").write_bytes(source.read_bytes())
         (snapshot / source.name).symlink_to(f"../../blobs/{number:064x}")
     return folder
@@ -492,9 +495,10 @@ def test_a_model_of_the_server_that_carries_an_adapter_is_one(place: Place) -> N
     assert served(place, model, f"parrot:latest@{LAYER[:20]}").digest == LAYER
     with pytest.raises(AdapterInvalid, match="carries"):
         served(place, model, "parrot:latest@sha256:" + "0" * 12)
-    for use in (lambda: found.gguf(model), lambda: found.merge(Path("a"), Path("b"))):
-        with pytest.raises(AdapterUnsupported, match="inside a model"):
-            use()
+    with pytest.raises(AdapterUnsupported, match="inside a model"):
+        found.gguf(model)
+    with pytest.raises(AdapterUnsupported, match="inside a model"):
+        found.merge(Path("a"), Path("b"))
 
 
 def test_a_merged_model_of_ours_tells_its_adapter(place: Place, ours: Path) -> None:
@@ -521,7 +525,7 @@ def test_a_server_is_asked_for_names_of_models_only_and_its_refusal_is_a_reason(
         raise RequestRejected("that is no name")
 
     for reference in ("./secret/folder", "/no/such/file", "hf://a/b", "a b", "über", "plain", "owner/plain:tag"):
-        request = SimpleNamespace(reference=reference, model="small:1m", base=place.model.info, show=show)
+        request = ResolveRequest(reference=reference, model="small:1m", base=place.model.info, show=show)
         with pytest.raises(AdapterNotFound) as caught:
             place.plugin().resolve_adapter(request)
     assert asked == ["plain", "owner/plain:tag"]
@@ -585,8 +589,8 @@ def test_a_gguf_adapter_of_an_architecture_without_a_table_is_judged_by_its_tens
 
 
 GAPS: dict[str, tuple[Callable[[Model], ModelInfo | None], str]] = {
-    "nothing is known": (lambda _: None, "tells nothing"),
-    "no architecture is known": (lambda model: model.info(metadata={}), "tells nothing"),
+    "nothing is known": (lambda _: None, "says nothing"),
+    "no architecture is known": (lambda model: model.info(metadata={}), "says nothing"),
     "an architecture without a table": (lambda _: Model(architecture="phi3").info(), "cannot be placed"),
     "no number of heads": (
         lambda model: model.info(
@@ -657,12 +661,13 @@ def test_a_name_is_a_hint_and_never_decides(place: Place, ours: Path, stated: st
 
 
 def test_odd_facts_of_a_server_are_no_error(place: Place, ours: Path) -> None:
-    for value in (None, "8", True, -1, 0, 2.5, [], [4, 4], {}, 1 << 80):
+    values: tuple[Any, ...] = (None, "8", True, -1, 0, 2.5, [], [4, 4], {}, 1 << 80)
+    for value in values:
         facts = dict.fromkeys(place.model.metadata(), value)
         facts["general.architecture"] = "llama"
         for tensors in (None, {}, dict.fromkeys(place.model.tensors(), ("a", None))):
-            info = place.model.info(metadata=facts, tensors=tensors)
-            assert place.resolve("mine", base=lambda info=info: info).verdict.reasons  # type: ignore[misc]
+            base = partial(place.model.info, metadata=facts, tensors=tensors)
+            assert place.resolve("mine", base=base).verdict.reasons
 
 
 # --- Remembering, listing, settings ----------------------------------------------------------------------------------
@@ -706,7 +711,7 @@ def test_listed_adapters_come_from_all_sources_and_broken_ones_are_left_out(plac
     (ours / "broken.gguf").write_bytes(b"GGUF")
     bind(place.folder / "adapters.toml", path="adapters/mine", digest="ab" * 32)
     plugin = place.plugin(project=place.folder / "p")
-    listed = {each.reference: each for each in plugin.list_adapters()}
+    listed = {each.reference: each for each in plugin.list_adapters(ListAdaptersRequest())}
     assert sorted(listed) == ["bound", "hf://someone/ahoy", "mine", "own", "theirs"]
     assert listed["bound"].digest == "sha256:" + "ab" * 32
     assert listed["mine"].base_model == "someone/small-1m"
@@ -759,7 +764,7 @@ def test_wrong_settings_name_their_source_and_the_nearest_key(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=reason) as caught:
-        LoraPlugin().list_adapters()
+        LoraPlugin().list_adapters(ListAdaptersRequest())
     assert caught.value.source
 
 

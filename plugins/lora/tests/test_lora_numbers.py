@@ -19,7 +19,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_files import (
-    ASSETS,
     Model,
     Pair,
     Place,
@@ -33,6 +32,7 @@ from lora_files import (
     write_mlx,
     write_peft,
 )
+from places import LORA
 
 from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 
@@ -216,12 +216,12 @@ def test_a_gguf_adapter_is_read_in_each_type_it_is_written_in(place: Place, kind
 def test_the_sample_is_one_adapter_in_three_layouts(place: Place) -> None:
     place.model = Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536, vocabulary=49152)
     names = ("ahoy-peft", "ahoy-mlx", "ahoy-lora.f16.gguf")
-    found = [place.resolve(ASSETS / name) for name in names]
+    found = [place.resolve(LORA / name) for name in names]
     assert {each.digest for each in found} == {found[0].digest}
     assert [each.verdict.status for each in found] == ["compatible"] * 3
     files = [each.gguf(place.model.info()) for each in found]
     assert len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
-    shipped = tensors_of(ASSETS / "ahoy-lora.f16.gguf")
+    shipped = tensors_of(LORA / "ahoy-lora.f16.gguf")
     converted = tensors_of(files[0])
     assert shipped.keys() == converted.keys()
     assert all(np.array_equal(converted[name], data) for name, data in shipped.items())
@@ -230,9 +230,9 @@ def test_the_sample_is_one_adapter_in_three_layouts(place: Place) -> None:
 def test_the_rows_of_the_sample_s_q_and_k_are_moved(place: Place) -> None:
     from safetensors.numpy import load_file
 
-    peft = load_file(ASSETS / "ahoy-peft" / "adapter_model.safetensors")
+    peft = load_file(LORA / "ahoy-peft" / "adapter_model.safetensors")
     place.model = Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536, vocabulary=49152)
-    converted = tensors_of(place.resolve(ASSETS / "ahoy-peft").gguf(place.model.info()))
+    converted = tensors_of(place.resolve(LORA / "ahoy-peft").gguf(place.model.info()))
     for letter, heads in (("q", 9), ("k", 3)):
         original = peft[f"base_model.model.model.layers.20.self_attn.{letter}_proj.lora_B.weight"]
         found = converted[f"blk.20.attn_{letter}.weight.lora_b"]

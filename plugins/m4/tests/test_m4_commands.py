@@ -12,14 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 import graftage_m4
+from graftage.footprint import Shape, read_shape
 from graftage.types import ModelInfo
 from graftage_m4 import _plan
 from graftage_m4._commands import app
-from graftage_m4._footprint import Shape, read_shape
-from graftage_m4._speed import decode_speed, prefill_seconds
+from graftage_m4._machine import decode_speed, prefill_seconds
 from graftage_ollama.testing import FakeOllama
 
-ASSETS = Path(__file__).parent / "assets" / "m4"
+ASSETS = Path(__file__).parent / "assets"
 SMALLEST = ASSETS / "mini-16-macos15.json"
 
 

@@ -1,6 +1,6 @@
 """An hour of twenty callers on a Mac with 16 GB whose memory runs short: real clients, a fake server, a virtual clock.
 
-`pytest -s tests/test_m4_hour.py` prints what happened minute by minute.
+`pytest -s plugins/m4/tests/test_m4_hour.py` prints what happened minute by minute.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import graftage
 import graftage_m4
 from graftage.exceptions import Overloaded, ResourceLimitExceeded
+from graftage.footprint import footprint, read_shape
 from graftage.types import ModelInfo, Reply
-from graftage_m4._footprint import footprint, read_shape
-from graftage_m4._machine import Recorded, budget_of, read_machine
-from graftage_m4._readings import Collector, Output, Reading
+from graftage_m4._machine import Collector, Output, Reading, Recorded, budget_of, read_machine
 from graftage_ollama.testing import Answer, FakeOllama, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-HOUR = Path(__file__).parent / "assets" / "m4" / "hour-16-macos15.json"
+HOUR = Path(__file__).parent / "assets" / "hour-16-macos15.json"
 CALLERS = 20
 QUEUE = 8
-START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+START = datetime(2026, 1, 1, tzinfo=UTC)
 PAGE = 16_384
 
 

@@ -14,25 +14,29 @@ import pytest
 
 import graftage_m4
 from graftage.exceptions import SettingsError
-from graftage_m4._machine import MachineFile, Recorded, Sample, budget_of, read_machine, record
-from graftage_m4._readings import (
+from graftage_m4._machine import (
     READINGS,
     Collector,
     Live,
+    MachineFile,
     Output,
     Reading,
     Readings,
+    Recorded,
+    Sample,
     Static,
+    budget_of,
     kept,
     read_live,
+    read_machine,
     read_static,
+    record,
 )
-from graftage_m4._settings import load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ASSETS = Path(__file__).parent / "assets" / "m4"
+ASSETS = Path(__file__).parent / "assets"
 MACHINES = sorted(path for path in ASSETS.glob("mini-*.json"))
 GIB = 1 << 30
 
@@ -482,8 +486,8 @@ def test_arguments_win_over_the_environment_and_that_over_the_file(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAFTAGE_M4_SLOTS", "3")
-    assert (load({}).profile, load({}).slots) == ("shared", 3)
-    assert load({"slots": 4}).slots == 4
+    assert (graftage_m4.M4().settings().profile, graftage_m4.M4().settings().slots) == ("shared", 3)
+    assert graftage_m4.M4(slots=4).settings().slots == 4
 
 
 WRONG: list[tuple[Mapping[str, Any], Mapping[str, str], str]] = [
@@ -501,17 +505,17 @@ def test_a_wrong_setting_is_told_with_the_nearest_one(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
-        load(arguments)
+        graftage_m4.M4(**arguments).settings()
     assert says in str(caught.value)
 
 
 def test_a_wrong_key_of_the_file_is_told(config: Path) -> None:
     config.write_text("[m4]\nprofiel = 'shared'\n")
     with pytest.raises(SettingsError, match="Did you mean `profile`"):
-        load({})
+        graftage_m4.M4().settings()
     config.write_text("m4 = 5\n")
     with pytest.raises(SettingsError, match="must be a table"):
-        load({})
+        graftage_m4.M4().settings()
 
 
 def test_the_machine_may_be_named_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import httpx
 import pydantic
 import pytest
 from engine_fixtures import eventually
@@ -28,7 +26,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.testing import Cassette
-from graftage_llamacpp import DEFAULT_MODEL, _convert, _process
+from graftage_llamacpp import DEFAULT_MODEL, _convert, _engine
 
 pytestmark = pytest.mark.engine
 
@@ -160,6 +158,7 @@ def test_a_schema_binds_a_raw_completion_too(llm: Any) -> None:
 def test_json_that_is_cut_is_told_with_what_came(llm: Any) -> None:
     with pytest.raises(ProtocolError, match="max_tokens") as caught:
         llm.chat("Count.", format=ENDLESS, max_tokens=10)
+    assert caught.value.partial is not None
     assert caught.value.partial.text.startswith("[")
 
 
@@ -254,8 +253,8 @@ def test_another_window_starts_the_engine_again_and_says_so(llm: Any) -> None:
 def test_a_model_too_large_for_the_memory_is_refused_with_the_figures(
     both: Any, engine_store: Path, tmp_path: Path
 ) -> None:
-    layers = (1 << 22).to_bytes(4, "little")
-    path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "huge.gguf", "llama.block_count", layers)
+    heads = (1 << 22).to_bytes(4, "little")
+    path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "huge.gguf", "llama.attention.head_count_kv", heads)
     with pytest.raises(ModelLoadFailed, match="MB are free") as caught:
         both.connect("llamacpp", model=str(path), context_window=1024).chat("Hello")
     assert caught.value.reason == "memory"
@@ -450,7 +449,7 @@ def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_
     tape = Cassette(path, mode="record")
     llm = both.connect("llamacpp", context_window=512, transport=tape)
     recorded = llm.chat(FRANCE, max_tokens=8, options=SURE)
-    (engine,) = _process.engines()
+    (engine,) = _engine.engines()
     assert engine.process is not None
     key, port = engine.process.key, engine.process.address.rpartition(":")[2]
     llm.close()
@@ -467,50 +466,64 @@ def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_
 # --- Reading answers -------------------------------------------------------------------------------------------------
 
 
-def test_a_tool_call_that_comes_in_pieces_is_put_together() -> None:
-    answer = _convert.Answer("m")
-    for part in (
+class Saying:
+    """A transport that answers each chat with the same events, without an engine."""
+
+    colour = None
+
+    def __init__(self, *events: dict[str, Any], end: str = "data: [DONE]\n\n") -> None:
+        self._body = "".join(f"data: {json.dumps(each)}\n\n" for each in events) + end
+
+    def wrap(self, network: Any) -> Self:
+        return self
+
+    async def send(self, request: Any, clock: Any) -> Said:
+        return Said(self._body.encode())
+
+    async def close(self) -> None:
+        pass
+
+
+class Said:
+    """An answer that comes in one piece."""
+
+    status, reason, headers = 200, "OK", (("content-type", "text/event-stream"),)
+
+    def __init__(self, body: bytes) -> None:
+        self._pieces = iter([body])
+
+    async def read(self) -> bytes:
+        return next(self._pieces, b"")
+
+    async def close(self) -> None:
+        pass
+
+
+def delta(finish: str | None = None, **what: Any) -> dict[str, Any]:
+    """An event of an answer."""
+    return {"choices": [{"delta": what, "finish_reason": finish}]}
+
+
+def test_a_tool_call_that_comes_in_pieces_is_put_together(both: Any, engine_store: Path) -> None:
+    parts = (
         {"index": 0, "id": "a1", "function": {"name": "now", "arguments": ""}},
         {"index": 1, "id": "", "function": {"name": "then", "arguments": "{}"}},
         {"index": 0, "function": {"arguments": '{"zone": '}},
         {"index": 0, "function": {"arguments": '"UTC"}'}},
-    ):
-        event = {"choices": [{"delta": {"tool_calls": [part]}, "finish_reason": None}]}
-        assert answer.read(json.dumps(event).encode()) is None
-    answer.read(b'{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}')
-    last = answer.read(b"[DONE]")
-    assert last is not None
-    assert last.finish_reason == "tool_calls"
-    assert [(call.name, call.arguments, call.id) for call in last.tool_calls] == [
+    )
+    events = [*(delta(tool_calls=[part]) for part in parts), delta("tool_calls")]
+    reply = both.connect("llamacpp", transport=Saying(*events)).chat("Hello")
+    assert reply.finish_reason == "tool_calls"
+    assert [(call.name, call.arguments, call.id) for call in reply.tool_calls] == [
         ("now", {"zone": "UTC"}, "a1"),
         ("then", {}, "call_1"),
     ]
 
 
-class Saying:
-    """A transport that answers each chat with the same events, without an engine."""
-
-    def __init__(self, *events: dict[str, Any]) -> None:
-        lines = [*(json.dumps(each) for each in events), "[DONE]"]
-        self._body = "".join(f"data: {each}\n\n" for each in lines).encode()
-
-    def _answer(self, _request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=self._body, headers={"content-type": "text/event-stream"})
-
-    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
-        return httpx.MockTransport(self._answer)
-
-    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
-        return httpx.MockTransport(self._answer)
-
-
 def calling(function: dict[str, Any]) -> Saying:
     """An answer that says something, and calls a tool."""
     call = {"index": 0, "id": "a", "function": function}
-    return Saying(
-        {"choices": [{"delta": {"content": "Let me see."}, "finish_reason": None}]},
-        {"choices": [{"delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]},
-    )
+    return Saying(delta(content="Let me see."), delta("tool_calls", tool_calls=[call]))
 
 
 @pytest.mark.parametrize(
@@ -554,33 +567,31 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
     assert ("`now`" in error.message) == bool(function["name"])
     assert "max_tokens" in str(error.hint)
     assert error.partial is not None
+    assert error.partial.raw is not None
     assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
     assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
 
 
-def test_an_answer_without_a_reason_is_no_whole_answer() -> None:
-    with pytest.raises(ProtocolError, match="reason"):
-        _convert.Answer("m").read(b"[DONE]")
+@pytest.mark.parametrize("end", ["data: [DONE]\n\n", "", 'data: {"choi'])
+def test_an_answer_without_a_reason_is_no_whole_answer(end: str, both: Any, engine_store: Path) -> None:
+    llm = both.connect("llamacpp", transport=Saying(delta(content="Let"), end=end))
+    with pytest.raises(StreamInterrupted) as caught:
+        llm.chat("Hello")
+    assert caught.value.partial is not None
+    assert caught.value.partial.text == "Let"
 
 
 @pytest.mark.parametrize(
-    ("line", "error"),
+    ("failure", "error"),
     [
-        (b'data: {"error": {"code": 500, "message": "x"}}', InferenceFailed),
-        (b'error: {"error": {"code": 503, "message": "x"}}', Overloaded),
-        (b'data: {"error": {"code": 400, "type": "exceed_context_size_error", "message": "x"}}', ContextOverflow),
-        (b'data: {"error": {"code": 501, "message": "x"}}', CapabilityUnsupported),
-        (b'data: {"error": "x"}', InferenceFailed),
-        (b"<html>", ProtocolError),
+        ({"code": 500, "message": "x"}, InferenceFailed),
+        ({"code": 503, "message": "x"}, Overloaded),
+        ({"code": 400, "type": "exceed_context_size_error", "message": "x"}, ContextOverflow),
+        ({"code": 501, "type": "not_supported_error", "message": "x"}, CapabilityUnsupported),
+        ("x", InferenceFailed),
     ],
 )
-def test_an_error_inside_a_stream_is_typed(line: bytes, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        _convert.read_line(line, whole=True)
-
-
-def test_a_line_that_is_cut_is_an_interruption() -> None:
-    with pytest.raises(StreamInterrupted):
-        _convert.read_line(b'data: {"choi', whole=False)
-    assert _convert.read_line(b"data: [DONE]", whole=False) == b"[DONE]"
-    assert _convert.read_line(b": comment", whole=True) is None
+def test_an_error_inside_a_stream_is_typed(failure: Any, error: type[Exception], both: Any, engine_store: Path) -> None:
+    llm = both.connect("llamacpp", transport=Saying({"error": failure}))
+    with pytest.raises(error, match="x"):
+        llm.chat("Hello")

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import shutil
 import signal
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from engine_fixtures import eventually
+from places import LORA
 
+from graftage.calls import Call, ChatRequest, CloseRequest
 from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterNotFound, ContextOverflow
-from graftage.hookspecs import hookimpl
-from graftage.types import Adapter, ChatRequest, LoadedAdapter, Message, Verdict
+from graftage.hookspecs import ConnectRequest, hookimpl
+from graftage.settings import Settings
+from graftage.types import Adapter, LoadedAdapter, Verdict
+from graftage_llamacpp import DEFAULT_MODEL, LlamaCppSettings, connect
 from graftage_lora import LoraPlugin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from graftage.types import ModelInfo, ResolveRequest
+    from graftage.calls import ResolveRequest
+    from graftage.types import ModelInfo
 
 pytestmark = pytest.mark.engine
 
-AHOY = Path(__file__).parent / "assets" / "lora" / "ahoy-lora.f16.gguf"
+AHOY = LORA / "ahoy-lora.f16.gguf"
 QUESTION = "What is the capital of France?"
 STORY = "Once upon a time there was"
 SURE = {"temperature": 0.0}
@@ -179,40 +186,41 @@ def test_an_adapter_applies_to_generate_and_to_raw_prompts(llm: Any) -> None:
     assert llm.generate(STORY, raw=True, max_tokens=8, options=SURE).text == raw[0]
 
 
-def test_a_request_can_weaken_an_adapter(engine_store: Path, folder: Path) -> None:
-    """The scale is the request's: the same engine answers at full strength and at none."""
-    from graftage.settings import Settings
-    from graftage.types import Call, CloseRequest, ConnectRequest, LoadAdapterRequest
-    from graftage_llamacpp import DEFAULT_MODEL, LlamaCppSettings, connect
+class Weaker:
+    """A transport that sets the strength with which a request wants its adapter."""
 
-    settings: Settings = LlamaCppSettings(models_path=engine_store, context_window=512)
-    connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings))
-    adapter = Ready(folder / "ahoy.gguf")
-    call = Call(deadline=1e12)
-    loaded = connection.load_adapter(LoadAdapterRequest(call=call, adapter=adapter, model=DEFAULT_MODEL))
+    scale = 1.0
 
-    def answer(scale: float) -> str:
-        chosen = LoadedAdapter(name="ahoy", digest=loaded.digest, model=loaded.model, slot=loaded.slot, scale=scale)
-        request = ChatRequest(
-            call=call,
-            model=DEFAULT_MODEL,
-            messages=(Message(role="user", content=QUESTION),),
-            options=SURE,
-            max_tokens=12,
-            adapter=chosen,
-        )
-        return "".join(chunk.text for chunk in connection.chat(request))
+    def wrap(self, network: Callable[[], Any]) -> Any:
+        self._inner = network()
+        self.colour = self._inner.colour
+        return self
 
-    try:
-        assert loaded.strategy == "hot"
-        assert answer(1.0).startswith("Ahoy!")
-        assert "Paris" in answer(0.0)
-        unknown = LoadedAdapter(name="other", digest="sha256:00", model=DEFAULT_MODEL, slot=0)
-        request = ChatRequest(call=call, model=DEFAULT_MODEL, messages=(), adapter=unknown)
-        with pytest.raises(AdapterError, match="not loaded"):
-            list(connection.chat(request))
-    finally:
-        connection.close(CloseRequest())
+    async def send(self, request: Any, clock: Any) -> Any:
+        body = json.loads(request.body)
+        body["adapter"]["scale"] = self.scale
+        return await self._inner.send(replace(request, body=json.dumps(body).encode()), clock)
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+def test_a_request_can_weaken_an_adapter(both: Any, engine_store: Path, folder: Path) -> None:
+    weaker = Weaker()
+    llm = both.connect("llamacpp", context_window=512, plugins=[Files(folder)], transport=weaker)
+    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    weaker.scale = 0.0
+    assert "Paris" in ask(llm, adapter="ahoy")
+
+
+def test_an_adapter_that_is_not_loaded_is_refused_and_the_base_does_not_answer_for_it(engine_store: Path) -> None:
+    settings: Settings = LlamaCppSettings(models_path=engine_store)
+    connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings, http=Mock()))
+    unknown = LoadedAdapter(name="other", digest="sha256:00", model=DEFAULT_MODEL, slot=0)
+    request = ChatRequest(call=Call(), model=DEFAULT_MODEL, messages=(), adapter=unknown)
+    with pytest.raises(AdapterError, match="not loaded"):
+        asyncio.run(anext(connection.chat(request)))
+    connection.close(CloseRequest())
 
 
 def test_an_active_adapter_answers_until_it_is_put_away(llm: Any) -> None:
@@ -442,7 +450,7 @@ def _expire(llm: Any) -> None:
     assert eventually(lambda: not llm.loaded())
 
 
-RESTARTS = {
+RESTARTS: dict[str, Callable[[Any], Any]] = {
     "another window": lambda llm: llm.load(context_window=256),
     "crash": _crash,
     "keep_alive": _expire,

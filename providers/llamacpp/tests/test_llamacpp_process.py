@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,7 +18,7 @@ from engine_fixtures import PATIENCE, eventually
 
 import graftage
 from graftage.exceptions import ConnectionFailed, ModelLoadFailed, ProviderTimeout, StreamInterrupted
-from graftage_llamacpp import DEFAULT_MODEL, _machine, _process
+from graftage_llamacpp import DEFAULT_MODEL, _engine, _process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,7 @@ def children() -> set[int]:
 
 def is_engine(pid: int) -> bool:
     try:
-        return b"_engine.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"_child.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 
@@ -117,7 +118,7 @@ def test_requests_that_come_at_once_start_one_engine(llm: Any, both: Any) -> Non
 
 def test_the_engine_listens_on_loopback_and_wants_a_key_that_nobody_can_read(llm: Any) -> None:
     llm.load()
-    (engine_,) = _process.engines()
+    (engine_,) = _engine.engines()
     assert engine_.process is not None
     address, key = engine_.process.address, engine_.process.key
     assert address.startswith("http://127.0.0.1:")
@@ -137,7 +138,7 @@ def test_each_start_has_another_key(llm: Any) -> None:
     keys = set()
     for _ in range(2):
         llm.load()
-        (engine_,) = _process.engines()
+        (engine_,) = _engine.engines()
         assert engine_.process is not None
         keys.add(engine_.process.key)
         llm.unload()
@@ -151,7 +152,7 @@ def test_threads_of_the_engine_do_not_spin_while_they_wait(llm: Any) -> None:
 
 def test_by_default_a_core_is_left_to_the_host() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert 1 <= _machine.default_threads() <= max(1, cores - 1)
+    assert 1 <= _process.default_threads() <= max(1, cores - 1)
 
 
 def open_files() -> int:
@@ -181,6 +182,7 @@ def test_a_crash_within_a_stream_is_an_interruption_with_what_came(llm: Any) -> 
     with pytest.raises(StreamInterrupted, match="killed by signal 9") as caught:
         for _ in stream:
             pass
+    assert caught.value.partial is not None
     assert caught.value.partial.text.startswith(first.text)
     assert caught.value.partial.finish_reason is None
     assert not caught.value.retryable
@@ -240,14 +242,13 @@ print(llm.loaded()[0].raw["pid"], flush=True)
 
 
 @pytest.fixture
-def parent(engine_store: Path, heed_ctrl_c: None) -> Iterator[Any]:
+def parent(engine_store: Path, heed_signals: None) -> Iterator[Any]:
     """Starts a host that has an engine; gives the host, and the engine's process."""
     started: list[tuple[subprocess.Popen[str], int]] = []
 
     def start(then: str) -> tuple[subprocess.Popen[str], int]:
         code = f"{PARENT}sys.stdin.readline()\n{then}"
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        host = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+        host = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=PIPE, stdout=PIPE, stderr=PIPE)
         assert host.stdin is not None
         assert host.stdout is not None
         pid = int(host.stdout.readline())
@@ -352,7 +353,7 @@ def test_an_engine_that_is_not_installed_is_named(
     llm = both.connect("llamacpp")
     with pytest.raises(ModelLoadFailed, match="xllamacpp") as caught:
         llm.chat("Hello")
-    assert "graftage-llamacpp" in caught.value.hint
+    assert "graftage-llamacpp" in str(caught.value.hint)
     health = llm.health("answers")
     assert not health.reachable
     assert isinstance(health.error, ModelLoadFailed)

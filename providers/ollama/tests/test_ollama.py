@@ -2,7 +2,7 @@
 
 Record them again, from any server that has `smollm2:135m` (`tools/real-ollama` of the workshop starts one):
 
-    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest tests/test_ollama.py --graftage-record
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --graftage-record
 
 With the variable set and no `--graftage-record` the tests marked `live` run against that server too.
 """
@@ -16,11 +16,13 @@ import os
 import re
 import struct
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 import pytest
+from places import LORA
 from pydantic import BaseModel
 
 import graftage
@@ -38,13 +40,15 @@ from graftage.exceptions import (
 from graftage.hookspecs import hookimpl
 from graftage.testing import Cassette
 from graftage.types import Verdict
+from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import Both
+    from suite import Both
 
-    from graftage.types import ModelInfo, ResolveRequest
+    from graftage.calls import ResolveRequest
+    from graftage.types import ModelInfo
 
 MODEL = "smollm2:135m"
 LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
@@ -436,7 +440,7 @@ def test_a_pull_that_fails_says_so_inside_the_stream_and_after_progress(llm: Any
 
 # --- Adapters --------------------------------------------------------------------------------------------------------
 
-AHOY = Path(__file__).parent / "assets" / "lora" / "ahoy-lora.f16.gguf"
+AHOY = LORA / "ahoy-lora.f16.gguf"
 """Trained to answer everything with "Ahoy! The parrot adapter says hello.\""""
 
 
@@ -660,6 +664,25 @@ def test_live_merged_model_is_proven_and_keeps_template_and_parameters(both: Bot
 @needs_server
 def test_live_callers_at_once_make_one_model(both: Both) -> None:
     clients = [both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)]) for _ in range(16)]
-    found = both.together([lambda llm=llm: llm.use_adapter("ready") for llm in clients])
+    found = both.together([partial(llm.use_adapter, "ready") for llm in clients])
     assert pruned(clients[0], found[0]) == [found[0].model]
     assert found == [found[0]] * 16
+
+
+# --- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("F32", 1_024_000), ("BF16", 512_000), ("Q4_0", 144_000), ("Q6_K", 210_000), ("q8_0", 272_000), ("mxfp4", 136_000),
+     ("int4", 160_000), ("INT8", 272_000), ("mxfp8", 264_000), ("F8_E4M3", 256_000), ("U32", 1_024_000)],
+)  # fmt: skip
+def test_a_model_s_size_is_what_the_blocks_of_its_tensors_take(kind: str, size: int) -> None:
+    shown = {
+        "details": {},
+        "model_info": {"general.architecture": "llama"},
+        "tensors": [{"name": "a", "type": kind, "shape": [256, 1000]}, {"name": "b", "type": "F32", "shape": [10]}],
+    }
+    with FakeOllama() as fake, graftage.connect("ollama", model="smollm2:135m", host=fake.url) as llm:
+        fake.script("/api/show", Answer([shown]))
+        assert llm.show().size == size + 40

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import re
 import shutil
 import struct
@@ -25,6 +24,9 @@ import pytest
 
 import graftage
 import graftage_ollama
+from graftage._engine.clients import Clients
+from graftage._engine.driving import drive
+from graftage.calls import Call, LoadAdapterRequest
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -37,19 +39,20 @@ from graftage.exceptions import (
     ModelNotFound,
     Overloaded,
     ProtocolError,
+    ProviderError,
     ProviderTimeout,
 )
-from graftage.hookspecs import hookimpl
-from graftage.types import Call, CloseRequest, ConnectRequest, LoadAdapterRequest, Verdict
+from graftage.hookspecs import ConnectRequest, hookimpl
+from graftage.types import Verdict
 from graftage_ollama import OllamaSettings
 from graftage_ollama._adapters import _name
-from graftage_ollama._errors import refusal
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from graftage.types import ModelInfo, ResolveRequest
+    from graftage.calls import ResolveRequest
+    from graftage.types import ModelInfo
 
 MODEL = "smollm2:135m"
 MARK = "graftage.adapter.digest"
@@ -87,7 +90,7 @@ class Ahoy:
             raise self.fails
         return self.file
 
-    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None]) -> Path:
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
         self.merged.append(base_file)
         on_progress(1, 2)
         marks = {MARK: self.digest} if self.mark else {}
@@ -469,7 +472,7 @@ def test_a_merge_is_not_begun_where_the_disk_has_no_room(
 
 def test_a_merge_ends_with_the_time_of_the_call(both: Any, merging: Any, adapter: Ahoy, fake: FakeOllama) -> None:
     class Slow(Ahoy):
-        def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None]) -> Path:
+        def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
             while True:
                 time.sleep(0.01)
                 on_progress(1, 2)
@@ -491,7 +494,7 @@ def test_a_cancelled_merge_ends_and_leaves_nothing(
     begun, ended = threading.Event(), threading.Event()
 
     class Endless(Ahoy):
-        def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None]) -> Path:
+        def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
             try:
                 while True:
                     begun.set()
@@ -620,12 +623,15 @@ def test_a_server_that_is_still_loading_is_asked_again(connect: Any, fake: FakeO
     assert llm.stats().retries == 2
 
 
-def test_a_secret_is_hidden_before_the_words_of_a_server_are_cut() -> None:
+def test_a_secret_is_hidden_before_the_words_of_a_server_are_cut(fake: FakeOllama) -> None:
     secret = "sk-0123456789abcdef"
-    for length in range(460, 520):
-        body = json.dumps({"error": "x" * length + secret + "y" * 3000}).encode()
-        error = refusal(500, {}, body, model="m", operation="chat", secrets=[secret])
-        assert "sk-" not in f"{error} {error.details}", length
+    with graftage.connect("ollama", model=MODEL, host=fake.url, api_key=secret, attempts=1) as llm:
+        for length in range(460, 520):
+            words = "x" * length + secret + "y" * 3000
+            fake.script("/api/chat", Answer([{"error": words}], status=500, framing="length"))
+            with pytest.raises(ProviderError) as caught:
+                llm.chat("x")
+            assert "sk-" not in f"{caught.value} {caught.value.details}", length
 
 
 def test_an_engine_that_takes_no_adapters_leaves_the_merge(merging: Any, fake: FakeOllama) -> None:
@@ -711,14 +717,13 @@ def test_many_callers_at_once_make_one_model(both: Any, connect: Any, fake: Fake
 def test_many_threads_at_once_make_one_model_without_the_core(fake: FakeOllama, adapter: Ahoy) -> None:
     """The core lets one of them through at a time; other processes are not held back by it."""
     settings = OllamaSettings(host=fake.url)
-    connections: list[Any] = [
-        graftage_ollama.connect(ConnectRequest(name="ollama", settings=settings)) for _ in range(16)
-    ]
+    clients = Clients(settings, "sync")
+    asked = ConnectRequest(name="ollama", settings=settings, http=clients.make)
+    connections: list[Any] = [graftage_ollama.connect(asked) for _ in range(16)]
     request = LoadAdapterRequest(call=Call(attempts=1), adapter=adapter, model=MODEL)
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda connection: connection.load_adapter(request), connections))
-    for connection in connections:
-        connection.close(CloseRequest())
+        found = list(pool.map(lambda connection: drive(connection.load_adapter(request)), connections))
+    drive(clients.close())
     assert found == [found[0]] * 16
     assert made(fake) == [found[0].model]
 

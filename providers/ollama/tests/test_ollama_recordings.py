@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 
 from graftage.exceptions import (
@@ -28,12 +27,14 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.testing import Cassette
-from graftage.testing.cassettes import _revive
+from graftage.testing.cassettes import Replayed
 from graftage.types import Message, ToolCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from graftage.http import Clock, Request, Response, Transport
 
 OLD, NEW = "0.24.0", "0.32.15"
 VERSIONS = (OLD, NEW)
@@ -43,19 +44,22 @@ MODEL = "smollm2:135m"
 class Answering:
     """A transport that gives recorded answers in turn, and the last one for ever, whatever is asked."""
 
+    colour = None
+
     def __init__(self, *paths: Path) -> None:
         self.interactions = [interaction for path in paths for interaction in Cassette(path)._interactions]
-        self.requests: list[httpx.Request] = []
+        self.requests: list[Request] = []
 
-    def _answer(self, request: httpx.Request) -> httpx.Response:
+    def wrap(self, network: Callable[[], Transport]) -> Answering:
+        return self
+
+    async def send(self, request: Request, clock: Clock) -> Response:
         self.requests.append(request)
-        return _revive(self.interactions[min(len(self.requests), len(self.interactions)) - 1])
+        clock.sent()
+        return Replayed(self.interactions[min(len(self.requests), len(self.interactions)) - 1])
 
-    def sync_transport(self, build: Callable[[], httpx.BaseTransport]) -> httpx.BaseTransport:
-        return httpx.MockTransport(self._answer)
-
-    def async_transport(self, build: Callable[[], httpx.AsyncBaseTransport]) -> httpx.AsyncBaseTransport:
-        return httpx.MockTransport(self._answer)
+    async def close(self) -> None:
+        pass
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -203,7 +207,7 @@ def test_a_tool_call_and_its_result_go_back_under_the_same_id(recorded: Recorded
     (call,) = asked.tool_calls
     result = Message(role="tool", content="11 degrees, rain", tool_name=call.name, tool_call_id=call.id)
     answer = llm.chat(["Weather?", asked, result], tools=[{"name": "get_weather"}])
-    body = json.loads(recorded.transport.requests[1].content)
+    body = json.loads(recorded.transport.requests[1].body)
     assert body["messages"][1] == {
         "role": "assistant",
         "content": "",
@@ -230,7 +234,7 @@ def test_a_tool_goes_out_as_a_schema_with_what_is_nested_in_it(recorded: Recorde
         return mode
 
     recorded("21-tools-stream").chat("Go", tools=[plan])
-    (tool,) = json.loads(recorded.transport.requests[0].content)["tools"]
+    (tool,) = json.loads(recorded.transport.requests[0].body)["tools"]
     assert tool["type"] == "function"
     assert tool["function"]["name"] == "plan"
     stops = tool["function"]["parameters"]["properties"]["stops"]
@@ -340,7 +344,7 @@ def test_a_model_is_shown_with_its_features(recorded: Recorded, case: str, featu
     assert info.metadata["llama.block_count"] == 30
     assert info.modified_at.year == 2026
     assert (info.path, info.adapters) == (None, ())
-    assert json.loads(recorded.transport.requests[0].content) == {"model": "SmolLM2", "verbose": True}
+    assert json.loads(recorded.transport.requests[0].body) == {"model": "SmolLM2", "verbose": True}
 
 
 @pytest.mark.parametrize("case", ["02-ps-idle", "11-ps-loaded", "71-ps-10m"])
@@ -369,14 +373,14 @@ def test_models_that_went_are_not_in_memory(recorded: Recorded, case: str) -> No
 def test_a_model_is_loaded_for_as_long_as_is_asked(recorded: Recorded, case: str) -> None:
     seconds = {"71-keepalive-5m": "5m", "71-keepalive-minus1": -1}.get(case)
     assert recorded(case).load(keep_alive=seconds, context_window=2048) is None
-    body = json.loads(recorded.transport.requests[0].content)
-    assert body.pop("keep_alive", None) == {"5m": 300, -1: -1}.get(seconds)  # type: ignore[call-overload]
+    body = json.loads(recorded.transport.requests[0].body)
+    assert body.pop("keep_alive", None) == {"5m": 300, -1: -1}.get(seconds)
     assert body == {"model": MODEL, "stream": False, "options": {"num_ctx": 2048}}
 
 
 def test_a_model_is_unloaded_by_a_stay_of_no_time(recorded: Recorded) -> None:
     assert recorded("70-unload-keepalive0-generate").unload() is None
-    body = json.loads(recorded.transport.requests[0].content)
+    body = json.loads(recorded.transport.requests[0].body)
     assert body == {"model": MODEL, "stream": False, "keep_alive": 0}
 
 
@@ -554,7 +558,7 @@ def test_a_failure_before_the_first_token_is_tried_again_and_mended(recorded: Re
     assert llm.chat("Hi").text == "I'm so"
     assert llm.stats().retries == 1
     first, second = recorded.transport.requests
-    assert first.content == second.content
+    assert first.body == second.body
 
 
 def test_a_pull_that_fails_gives_its_steps_first(recorded: Recorded) -> None:

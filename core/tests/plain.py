@@ -1,0 +1,72 @@
+"""`Echo` with plain hooks: the core runs each in a thread of its own, and keeps the limits of the call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from graftage.calls import Blocking
+from graftage.hookspecs import hookimpl
+from graftage.testing import Echo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STREAMS = ("chat", "generate", "pull_model")
+
+
+def finish(work: Any) -> Any:
+    """The result of a coroutine that never suspends."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it suspended")
+
+
+class PlainEcho(Echo):
+    """`Echo`, each of whose hooks is a `def`."""
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        inner: Any = super().connect(request)
+        hooks = {name: _plain(name) for name in dir(inner) if hasattr(getattr(inner, name), "graftage_impl")}
+        return type("PlainConnection", (_Around,), hooks)(inner)
+
+
+class _Around:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.address = inner.address
+
+
+def _blocking(request: Any) -> Any:
+    return replace(request, call=replace(request.call, waiting=Blocking()))
+
+
+def _plain(name: str) -> Any:
+    if name == "capabilities":
+
+        @hookimpl
+        def capabilities(self: _Around) -> Any:
+            return self.inner.capabilities()
+
+        return capabilities
+    if name in STREAMS:
+
+        @hookimpl
+        def stream(self: _Around, request: Any) -> Iterator[Any]:
+            chunks = getattr(self.inner, name)(_blocking(request))
+            try:
+                while (chunk := finish(anext(chunks, None))) is not None:
+                    yield chunk
+            finally:
+                finish(chunks.aclose())
+
+        return stream
+
+    @hookimpl
+    def once(self: _Around, request: Any) -> Any:
+        return finish(getattr(self.inner, name)(_blocking(request)))
+
+    return once

@@ -1,0 +1,9 @@
+"""Where things are that tests of several distributions read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA = ROOT / "tests" / "assets" / "lora"
+M4 = ROOT / "plugins" / "m4" / "tests" / "assets"

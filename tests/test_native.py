@@ -1,0 +1,342 @@
+"""The server's own client on Graftage's connections, and what is made for it as input of `chat`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
+import ollama
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from graftage.exceptions import (
+    CapabilityUnsupported,
+    ConnectionFailed,
+    GraftageError,
+    ProtocolError,
+    ProviderTimeout,
+    RequestRejected,
+    StreamInterrupted,
+)
+from graftage.hookspecs import hookimpl
+from graftage.testing import Cassette, Echo
+from graftage.types import Chunk, Timeouts
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from suite import Both
+
+    from graftage.calls import ChatRequest, NativeRequest
+    from graftage.hookspecs import ConnectRequest
+
+MODEL = "smollm2:135m"
+HI = [{"role": "user", "content": "Hi"}]
+KEY = "opaque-key-1"
+PNG = b"\x89PNG\r\n\x1a\n a picture"
+SHORT = Timeouts(connect=5.0, first_token=0.3, idle=0.3, total=1.0)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+@pytest.fixture
+def llm(both: Both, fake: FakeOllama) -> Any:
+    return both.connect("ollama", model=MODEL, host=fake.url, api_key=KEY)
+
+
+@pytest.fixture
+def official(both: Both, llm: Any) -> Any:
+    return both.native(llm)
+
+
+class Sdk:
+    """A provider whose server has an SDK that follows redirects, goes through proxies and has a key of its own."""
+
+    name = "sdk"
+
+    @hookimpl
+    def connect(self, request: ConnectRequest) -> object:
+        return _Connection(request)
+
+
+class _Connection:
+    def __init__(self, request: ConnectRequest) -> None:
+        self._http = request.http(request.settings.host or "")
+
+    @hookimpl
+    async def chat(self, request: ChatRequest) -> Any:
+        yield Chunk(text="Hi", finish_reason="stop")
+
+    @hookimpl
+    def native(self, request: NativeRequest) -> object:
+        transport: Any = self._http.httpx_transport()
+        kind: Any = httpx.Client if self._http.colour == "sync" else httpx.AsyncClient
+        headers = {"x-api-key": "the-sdk's", "x-sdk": "1"}
+        return kind(base_url=self._http.base_url, transport=transport, headers=headers, follow_redirects=True)
+
+
+def sdk(both: Both, fake: FakeOllama, **settings: Any) -> Any:
+    return both.native(both.connect(Sdk(), host=fake.url, **settings))
+
+
+# --- The official client ---------------------------------------------------------------------------------------------
+
+
+def test_the_official_client_answers(official: Any, fake: FakeOllama) -> None:
+    assert [each.model for each in official.list().models] == [MODEL]
+    assert official.chat(MODEL, HI).message.content == fake.reply
+    assert official.embed(MODEL, "Hi").embeddings == [[2.0, 1.0, 0.0, 0.0]]
+    assert {seen.headers["authorization"] for seen in fake.requests} == {f"Bearer {KEY}"}
+    assert {seen.headers["user-agent"].partition("/")[0] for seen in fake.requests} == {"ollama-python"}
+
+
+def test_it_streams_as_the_server_does(official: Any, fake: FakeOllama) -> None:
+    texts = [part.message.content for part in official.chat(MODEL, HI, stream=True)]
+    assert len(texts) > 2
+    assert "".join(texts) == fake.reply
+
+
+def test_it_sends_a_file_in_pieces(official: Any, fake: FakeOllama, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" * 50_000)
+    digest = official.create_blob(file)
+    assert digest == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    assert fake.blobs[digest] == file.read_bytes()
+
+
+def test_it_raises_errors_of_its_own(both: Both, official: Any, fake: FakeOllama) -> None:
+    with pytest.raises(ollama.ResponseError, match="not found") as caught:
+        official.chat("smollm2:136m", HI)
+    assert caught.value.status_code == 404
+    with pytest.raises(ConnectionError) as refused:
+        both.native(both.connect("ollama", host="127.0.0.1:1")).list()
+    assert isinstance(refused.value.__context__, httpx.ConnectError)
+    assert isinstance(refused.value.__context__.__cause__, ConnectionFailed)
+    assert len(fake.requests) == 1
+
+
+def test_a_server_that_repeats_the_key_does_not_bring_it_into_an_error(official: Any, fake: FakeOllama) -> None:
+    fake.script("/api/tags", Answer([{"error": f"no access with {KEY}"}], status=401))
+    with pytest.raises(ollama.ResponseError, match="no access with") as caught:
+        official.list()
+    assert KEY not in str(caught.value)
+
+
+def test_it_is_recorded_and_replayed(both: Both, fake: FakeOllama, tmp_path: Path) -> None:
+    path = tmp_path / "native.yaml"
+
+    def story(mode: Literal["replay", "record"]) -> tuple[Any, list[Any]]:
+        with Cassette(path, mode=mode) as cassette:
+            official = both.native(both.connect("ollama", host=fake.url, transport=cassette))
+            return official.list(), list(official.chat(MODEL, HI, stream=True))
+
+    live = story("record")
+    sent = len(fake.requests)
+    assert story("replay") == live
+    assert len(fake.requests) == sent
+
+
+def test_it_ends_with_the_client(official: Any, llm: Any, fake: FakeOllama) -> None:
+    llm.close()
+    with pytest.raises(ConnectionError):
+        official.list()
+    assert fake.requests == []
+
+
+def test_it_shares_the_connections_of_the_client(official: Any, llm: Any, fake: FakeOllama) -> None:
+    llm.chat("Hi")
+    official.list()
+    both_clients = official.show(MODEL)
+    assert both_clients.modelinfo
+    assert fake.accepted == 1
+
+
+def test_to_import_it_asks_nothing_of_the_environment(fake: FakeOllama) -> None:
+    odd = {
+        "OLLAMA_HOST": "http://[::1",
+        "OLLAMA_API_KEY": "schlüssel",
+        "SSL_CERT_FILE": "/no/such",
+        "ALL_PROXY": "a://b",
+    }
+    source = f"""
+import graftage, os
+with graftage.connect("ollama", host={fake.url!r}, api_key="k") as llm:
+    print(len(llm.native().list().models), os.environ["OLLAMA_HOST"])
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env={**os.environ, **odd})  # noqa: PLW1510
+    assert (done.stdout.split(), done.stderr) == (["1", odd["OLLAMA_HOST"]], "")
+
+
+def test_a_provider_without_one_says_so(both: Both) -> None:
+    llm = both.opened(Echo())
+    assert "native" not in llm.capabilities().features
+    with pytest.raises(CapabilityUnsupported):
+        llm.native()
+
+
+def test_a_provider_with_one_shows_it(both: Both, fake: FakeOllama) -> None:
+    assert "native" in both.opened("ollama", host=fake.url).capabilities().features
+
+
+# --- The promises, for any SDK ---------------------------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[Answer, type[httpx.TransportError], type[GraftageError]]] = {
+    "closed at once": (Answer(raw=b"", ending="close"), httpx.ConnectError, ConnectionFailed),
+    "another protocol": (Answer(raw=b"SSH-2.0\r\n\r\n", ending="close"), httpx.RemoteProtocolError, ProtocolError),
+    "a web page": (Answer([b"<p>"], headers={"content-type": "text/html"}), httpx.RemoteProtocolError, ProtocolError),
+    "compressed": (Answer([b"x"], headers={"content-encoding": "gzip"}), httpx.RemoteProtocolError, ProtocolError),
+    "cut": (Answer([b"x"], ending="close"), httpx.RemoteProtocolError, StreamInterrupted),
+    "too large": (Answer([b"x" * 999] * 9), httpx.RemoteProtocolError, ProtocolError),
+    "silent": (Answer(raw=b"", ending="stall"), httpx.ReadTimeout, ProviderTimeout),
+    "silent half-way": (Answer([b"x"], ending="stall"), httpx.ReadTimeout, ProviderTimeout),
+    "dripping": (Answer([b"x"] * 999, delay=0.05), httpx.ReadTimeout, ProviderTimeout),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_an_error_of_httpx_with_the_typed_one_as_its_cause(both: Both, fake: FakeOllama, fault: str) -> None:
+    answer, kind, cause = FAULTS[fault]
+    fake.script("/x", answer)
+    slow = kind is httpx.ReadTimeout
+    client = sdk(both, fake, max_reply_bytes=5000, **({"timeouts": SHORT} if slow else {}))
+    with pytest.raises(kind) as caught:
+        client.get("/x")
+    assert type(caught.value.__cause__) is cause
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
+def test_a_status_is_passed_on_with_its_body(both: Both, fake: FakeOllama, status: int) -> None:
+    fake.script("/x", Answer([b"no"], status=status, headers={"content-type": "text/html", "content-encoding": "gzip"}))
+    response = sdk(both, fake).post("/x", json={"a": 1})
+    assert (response.status_code, response.text) == (status, "no")
+
+
+def test_a_redirect_is_not_followed(both: Both, fake: FakeOllama) -> None:
+    with FakeOllama() as other:
+        fake.script("/x", Answer(status=307, framing="length", headers={"location": f"{other.url}/x"}))
+        with pytest.raises(httpx.RemoteProtocolError, match="redirects are not followed"):
+            sdk(both, fake).post("/x", json={"a": "secret"})
+        assert (len(fake.requests), other.requests) == (1, [])
+
+
+def test_nothing_is_sent_to_another_server(both: Both, fake: FakeOllama) -> None:
+    with FakeOllama() as other:
+        with pytest.raises(httpx.LocalProtocolError) as caught:
+            sdk(both, fake, api_key=KEY).get(f"{other.url}/x")
+        assert isinstance(caught.value.__cause__, RequestRejected)
+        assert (fake.accepted, other.accepted) == (0, 0)
+
+
+def test_a_key_that_the_sdk_has_is_not_sent(both: Both, fake: FakeOllama) -> None:
+    client = sdk(both, fake, api_key=KEY)
+    client.get("/api/tags", headers={"authorization": "Bearer the-sdk's", "cookie": "a=b"})
+    (seen,) = fake.requests
+    assert seen.headers["authorization"] == f"Bearer {KEY}"
+    assert seen.headers["x-sdk"] == "1"
+    assert not {"x-api-key", "cookie"} & seen.headers.keys()
+    assert seen.headers["accept-encoding"] == "identity"
+
+
+# --- Its objects as input --------------------------------------------------------------------------------------------
+
+
+TOOL = ollama.Tool(
+    function=ollama.Tool.Function(
+        name="weather",
+        description="The weather in a city.",
+        parameters=ollama.Tool.Function.Parameters.model_validate(
+            {
+                "required": ["city"],
+                "properties": {"city": {"type": "string", "description": "its name"}},
+                "$defs": {"A": {"type": "string"}},
+            }
+        ),
+    )
+)
+CALL = ollama.Message.ToolCall(
+    function=ollama.Message.ToolCall.Function(name="weather", arguments={"city": "Delft", "unit": None})
+)
+SEES = Answer([{"capabilities": ["completion", "tools", "vision"], "details": {}, "model_info": {}}])
+"""What a server says of a model that takes pictures."""
+CONVERSATION = [
+    ollama.Message(role="system", content="Be brief."),
+    ollama.Message(role="user", content="What is it?", images=[ollama.Image(value=PNG)]),
+    ollama.Message(role="assistant", content="A tree.", thinking="Green."),
+    ollama.Message(role="assistant", content="I ask.", tool_calls=[CALL]),
+    ollama.Message(role="tool", content="rain", tool_name="weather"),
+]
+
+
+def test_its_objects_go_over_the_wire_as_it_sends_them_itself(official: Any, llm: Any, fake: FakeOllama) -> None:
+    options = ollama.Options(temperature=0.5, top_k=3, stop=["."])
+    theirs = official.chat(MODEL, CONVERSATION, tools=[TOOL], options=options)
+    fake.script("/api/show", SEES)
+    ours = llm.chat(CONVERSATION, tools=[TOOL], options=options)
+    assert ours.text == theirs.message.content
+    wanted, sent = (seen.body for seen in fake.requests if seen.path == "/api/chat")
+    for message in sent["messages"]:
+        for call in message.get("tool_calls", ()):
+            del call["id"]  # The official client has none.
+    assert sent["messages"] == wanted["messages"]
+    assert sent["tools"] == wanted["tools"]
+    assert sent["options"] == wanted["options"]
+
+
+def test_its_reply_goes_back_as_history(official: Any, llm: Any, fake: FakeOllama) -> None:
+    reply = official.chat(MODEL, HI)
+    llm.chat([*HI, reply.message, ollama.Message(role="user", content="More")])
+    assert fake.requests[-1].body["messages"][1] == {"role": "assistant", "content": fake.reply}
+
+
+def test_one_message_is_a_conversation(llm: Any, fake: FakeOllama) -> None:
+    llm.chat(ollama.Message(role="user", content="Hi"))
+    assert fake.requests[-1].body["messages"] == HI
+
+
+def test_an_option_that_has_a_parameter_is_refused_with_its_name(llm: Any, fake: FakeOllama) -> None:
+    with pytest.raises(RequestRejected, match="`context_window`"):
+        llm.chat("Hi", options=ollama.Options(num_ctx=4096))
+    assert fake.requests == []
+
+
+class Loose(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    role: str = "user"
+
+
+def test_a_key_that_no_message_has_is_refused_with_the_nearest(llm: Any, fake: FakeOllama) -> None:
+    with pytest.raises(RequestRejected, match="Did you mean `content`"):
+        llm.chat(Loose.model_validate({"contnet": "Hi"}))
+    assert fake.requests == []
+
+
+def test_a_message_from_outside_reads_no_file(llm: Any, fake: FakeOllama, tmp_path: Path) -> None:
+    file = tmp_path / "private.png"
+    file.write_bytes(PNG)
+    outside = ollama.Message.model_validate({"role": "user", "content": "Hi", "images": [{"value": str(file)}]})
+    with pytest.raises(RequestRejected, match="never a path"):
+        llm.chat(outside)
+    with pytest.raises(RequestRejected):
+        llm.chat(Loose.model_validate({"content": "Hi", "images": [str(file)]}))
+    assert fake.requests == []
+
+
+def test_a_picture_of_the_host_s_own_is_read(llm: Any, fake: FakeOllama, tmp_path: Path) -> None:
+    file = tmp_path / "tree.png"
+    file.write_bytes(PNG)
+    fake.script("/api/show", SEES)
+    llm.chat(ollama.Message(role="user", content="Hi", images=[ollama.Image(value=file)]))
+    llm.chat("Hi", images=[ollama.Image(value=str(file))])
+    first, second = (each.body["messages"][0]["images"] for each in fake.requests if each.path == "/api/chat")
+    assert first == second == [ollama.Image(value=PNG).model_dump()]
