@@ -1336,6 +1336,22 @@ def test_a_cancelled_task_gives_its_slot_back_and_ends_the_work(place: str, kind
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", [Echo, PlainEcho], ids=["async hooks", "plain hooks"])
+def test_no_cancellation_is_lost_while_chunks_arrive(kind: type[Echo]) -> None:
+    async def main() -> None:
+        echo = kind([[*[Chunk(text="a")] * 40, Chunk(finish_reason="stop")]] * 200)
+        async with graftage.connect_async(echo, model=MODEL) as llm:
+            for moment in range(200):
+                task = asyncio.create_task(llm.chat("x"))
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                was_cancelled = task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled() is was_cancelled
+
+    asyncio.run(main())
+
+
 def test_a_task_that_is_cancelled_while_it_waits_for_a_slot_leaves_the_line() -> None:
     async def main() -> None:
         pause = Pause()

@@ -203,11 +203,12 @@ class AwaitingIO:
         return await _answered(self, plugin, future, call)
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
-        timeout = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
         done = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: _tell(done))
-        # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again.
-        await asyncio.wait_for(done, timeout)
+        # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again. Not `wait_for`,
+        # which in Python 3.11 loses the cancellation of a caller at the moment the future is done.
+        async with asyncio.timeout(None if deadline == math.inf else max(deadline - time.monotonic(), 0)):
+            await done
 
     def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
         found = relay.hooks.get(hook)
@@ -291,7 +292,8 @@ class _Awaited:
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._end("closed")
             with contextlib.suppress(TimeoutError):  # A provider that will not be cancelled is left to itself.
-                await asyncio.wait_for(self._read.wait(), GRACE)
+                async with asyncio.timeout(GRACE):
+                    await self._read.wait()
         self._over = self._over or "closed"
         await self._chunks.aclose()
 
