@@ -338,7 +338,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _innermost(causes: list[BaseException]) -> str:
     texts = [str(each) for each in causes if str(each)]
-    return texts[-1] if texts else type(causes[0]).__name__
+    return texts[-1].rstrip(".") if texts else type(causes[0]).__name__
 
 
 def _proxy_options(proxy: str) -> dict[str, Any]:

@@ -460,6 +460,7 @@ def check(error: Any, fault: Fault) -> None:
     for name, value in fault.facts:
         assert getattr(error, name) == value
     assert error.hint
+    assert ".." not in error.message
     assert len(str(error)) < 2000
     assert "key=abc" not in f"{error} {error.to_dict()}"
 
