@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from giving import Giving
 
 import graftage
 from graftage.exceptions import (
@@ -70,18 +71,6 @@ def run(program: str, *arguments: str) -> str:
     )
     assert (ended.stderr, ended.returncode) == ("", 0)
     return ended.stdout.strip()
-
-
-class Giving:
-    """A provider whose connection is made by a function of the request."""
-
-    def __init__(self, make: Callable[[Any], Any], name: str = "giving") -> None:
-        self.make = make
-        self.name = name
-
-    @hookimpl
-    def connect(self, request: Any) -> Any:
-        return self.make(request)
 
 
 # --- On the toolkit --------------------------------------------------------------------------------------------------

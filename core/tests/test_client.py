@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from giving import Giving
 from plain import PlainEcho
 from pydantic import BaseModel
 
@@ -166,20 +167,9 @@ def test_embeddings_come_one_for_each_text_in_order(both: Any) -> None:
     assert (first.inputs, first.dimensions, first.truncate, first.options) == (("a b", "c"), 3, False, {"seed": 1})
 
 
-class Vectors:
-    """A provider that answers every `embed` with the same vectors, whatever was asked."""
-
-    name = "vectors"
-
-    def __init__(self, vectors: Any) -> None:
-        self.vectors = vectors
-
-    @hookimpl
-    def connect(self, request: Any) -> Any:
-        return VectorsConnection(self.vectors)
-
-
 class VectorsConnection:
+    """Answers every `embed` with the same vectors, whatever was asked."""
+
     address = "nowhere"
 
     def __init__(self, vectors: Any) -> None:
@@ -222,7 +212,7 @@ WRONG_VECTORS: dict[str, tuple[Any, str]] = {
 def test_vectors_that_do_not_fit_the_inputs_are_a_typed_error_whoever_provides(
     both: Any, vectors: Any, complaint: str
 ) -> None:
-    llm = both.connect(Vectors(vectors), model=MODEL)
+    llm = both.connect(Giving(lambda _: VectorsConnection(vectors), "vectors"), model=MODEL)
     with pytest.raises(ProtocolError, match=complaint) as caught:
         llm.embed(["a", "b"])
     assert (caught.value.provider, caught.value.operation, caught.value.model) == ("vectors", "embed", MODEL)
@@ -232,7 +222,7 @@ def test_vectors_that_do_not_fit_the_inputs_are_a_typed_error_whoever_provides(
 
 @pytest.mark.parametrize("vectors", [((1, 0.5), (0, 2)), [[1, 0.5], [0, 2]]], ids=["tuples", "lists"])
 def test_vectors_are_tuples_of_floats_whatever_numbers_came(both: Any, vectors: Any) -> None:
-    found = both.connect(Vectors(vectors), model=MODEL).embed(["a", "b"]).vectors
+    found = both.connect(Giving(lambda _: VectorsConnection(vectors), "vectors"), model=MODEL).embed(["a", "b"]).vectors
     assert found == ((1.0, 0.5), (0.0, 2.0))
     assert {type(number) for vector in found for number in vector} == {float}
 

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from giving import Giving
 from plain import PlainEcho
 
 import graftage
@@ -515,19 +516,6 @@ class Answering:
         return Health(level=request.level, reachable=True, api=True)
 
 
-class Giving:
-    """A provider that gives the connection it was built with."""
-
-    name = "giving"
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-    @hookimpl
-    def connect(self, request: Any) -> Any:
-        return self.connection
-
-
 class Speechless:
     @hookimpl
     def health(self, request: Any) -> Any: ...
@@ -598,7 +586,7 @@ def test_a_connection_that_breaks_the_contract_is_refused_and_its_provider_named
     both: Any, connection: Any, message: str
 ) -> None:
     with pytest.raises(PluginLoadError) as caught:
-        both.opened(Giving(connection), model=MODEL)
+        both.opened(Giving(lambda _: connection), model=MODEL)
     assert re.search(message, str(caught.value), re.DOTALL)
     assert "`giving`" in str(caught.value)
     assert caught.value.plugin == "giving"
@@ -997,7 +985,7 @@ def test_a_provider_that_ends_the_program_between_chunks_fails_its_call(both: An
             yield Chunk(text="one")
             raise ENDS[end]
 
-    llm = both.connect(Giving(Plain() if colour == "plain" else Connection()), model=MODEL)
+    llm = both.connect(Giving(lambda _: Plain() if colour == "plain" else Connection()), model=MODEL)
     stream = llm.chat("x", stream=True)
     with pytest.raises(ProviderError, match="`giving` failed with") as caught:
         list(stream)
@@ -1041,7 +1029,7 @@ def test_capabilities_that_end_the_program_are_an_error(both: Any, end: str) -> 
         def capabilities(self) -> Any:
             raise ENDS[end]
 
-    llm = both.opened(Giving(Connection()), model=MODEL)
+    llm = both.opened(Giving(lambda _: Connection()), model=MODEL)
     for ask in (llm.capabilities, lambda: llm.chat("x")):
         with pytest.raises(ProviderError, match="`giving` failed with") as caught:
             ask()
