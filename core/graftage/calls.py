@@ -167,6 +167,8 @@ class Call:
     budget: Budget | None = None
     """Retries this connection can still afford."""
     max_reply_bytes: int = 64 * 1024 * 1024
+    whole: bool = False
+    """Nobody sees single chunks: those that come together may be one."""
     emit: Callable[..., None] = field(default=_tell_nobody, repr=False)
     """Tells observers: `emit("retry", attempt=1, delay=0.1, error=error)`; the core adds the rest of the `Event`."""
     waiting: Waiting = field(default_factory=Blocking, repr=False)

@@ -117,7 +117,7 @@ class MakeHttp(Protocol):
         headers: Mapping[str, str] | None = None,
         refusal: Refusal | None = None,
         server: str = "the server",
-        transport: Callable[[Callable[[str], Transport]], Transport] | None = None,
+        transport: Callable[[Callable[[], Transport]], Transport] | None = None,
     ) -> Http:
         """A client for one server, closed with the connection; it opens nothing until the first request.
 
@@ -127,7 +127,7 @@ class MakeHttp(Protocol):
             refusal: the author's own table of errors; what it passes is typed by the status.
             server: who refuses, for messages: `Ollama`.
             transport: builds the author's own transport, which stands in the place of the network; it is given what
-                makes the network for an address, in the colour of the client.
+                makes the network, in the colour of the client.
 
         Raises:
             SettingsError: `base_url` is no http or https URL, or has a user, a query or a fragment.

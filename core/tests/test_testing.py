@@ -40,7 +40,8 @@ from graftage.calls import (
 from graftage.exceptions import ConnectionFailed, ModelNotFound, ProviderTimeout, StreamInterrupted
 from graftage.hookspecs import CONNECTION_SPECS, PROVIDER_SPECS, ConnectRequest
 from graftage.http import Clock, Request
-from graftage.http.network import AsyncNetwork, BlockingNetwork
+from graftage.http.asynchronous import AsyncNetwork
+from graftage.http.blocking import BlockingNetwork
 from graftage.testing import Cassette, CassetteError, CassetteMiss, Echo, Pause
 from graftage.types import Chunk, Message, ModelInfo, Timeouts
 from graftage_ollama.testing import Answer, FakeOllama

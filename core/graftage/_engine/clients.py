@@ -32,13 +32,13 @@ class Clients:
         headers: Mapping[str, str] | None = None,
         refusal: Refusal | None = None,
         server: str = "the server",
-        transport: Callable[[Callable[[str], Transport]], Transport] | None = None,
+        transport: Callable[[Callable[[], Transport]], Transport] | None = None,
     ) -> Http:
         """What `ConnectRequest.http` promises."""
         from graftage.http.client import Http  # noqa: PLC0415 - a provider without HTTP does not need it
 
         def network() -> Transport:
-            return transport(self._network) if transport is not None else self._network(base_url)
+            return transport(self._network) if transport is not None else self._network()
 
         def build() -> Transport:
             wrapper = self._settings.transport
@@ -73,10 +73,14 @@ class Clients:
             max_reply_bytes=self._settings.max_reply_bytes,
         )
 
-    def _network(self, url: str) -> Transport:
-        from graftage.http.network import AsyncNetwork, BlockingNetwork  # noqa: PLC0415 - httpx is slow to import
+    def _network(self) -> Transport:
+        if self.colour == "sync":
+            from graftage.http.blocking import BlockingNetwork  # noqa: PLC0415 - only one of the two is needed
 
-        return BlockingNetwork(url) if self.colour == "sync" else AsyncNetwork(url)
+            return BlockingNetwork()
+        from graftage.http.asynchronous import AsyncNetwork  # noqa: PLC0415 - asyncio is slow to import
+
+        return AsyncNetwork()
 
     def _headers(self, own: Mapping[str, str]) -> dict[str, str]:
         settings = self._settings

@@ -82,7 +82,9 @@ class Connection:
         self._capabilities: Capabilities | None = None
         self._closed = False
 
-    def run(self, operation: str, model: str | None, timeouts: Timeouts, *, bounded: bool = True, **facts: Any) -> Run:
+    def run(
+        self, operation: str, model: str | None, timeouts: Timeouts, *, bounded: bool = True, stream: bool = False
+    ) -> Run:
         """Begin a call: its deadline, its events, its counters."""
         self._require_open()
         started = time.monotonic()
@@ -92,7 +94,7 @@ class Connection:
             provider=self.provider,
             model=model,
             address=self.address or None,
-            **facts,
+            stream=stream,
         )
         call = Call(
             operation=operation,
@@ -103,6 +105,7 @@ class Connection:
             attempts=self.settings.attempts,
             budget=self._budget,
             max_reply_bytes=self.settings.max_reply_bytes,
+            whole=not stream,
             emit=emit,
         )
         emit("start")

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from graftage import retry
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
@@ -22,6 +22,7 @@ from graftage.http.address import SECRET_NAMES, check_base, is_private
 from graftage.http.clock import Clock
 from graftage.http.errors import OK, Answer, Refusal, refused
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all
+from graftage.types import Chunk
 
 if TYPE_CHECKING:
     from typing import Self
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Document", "Event", "Http", "Items"]
 
 T = TypeVar("T")
+Words: TypeAlias = Callable[[bytes], "tuple[str, str] | None"]
+"""The text and the thinking of a line that holds nothing else."""
 MAX_LINE: Final = 8 * 1024 * 1024
 """Bytes of one line of a stream: what Ollama's own client takes (`api/client.go`, `maxBufferSize`)."""
 MAX_ERROR_BODY: Final = 64 * 1024
@@ -150,6 +153,7 @@ class Http:
         *,
         call: Call,
         read: Callable[[dict[str, Any]], T],
+        words: Words | None = None,
         context: Mapping[str, object] | None = None,
     ) -> Items[T]:
         """Ask for a stream of lines, each a JSON object (NDJSON). Opening is retried; nothing is after the first line.
@@ -160,10 +164,13 @@ class Http:
             body: is sent as JSON.
             call: the call that this belongs to: its limits hold, and its end closes the stream.
             read: makes an item of an object; whatever it raises that is not typed is a `ProtocolError`.
+            words: reads a line that is nothing but text, as most are, at less cost: gives its text and its thinking,
+                which become a chunk, or None where it is more than that or cannot be read: then `read` has it. Where
+                nobody sees single chunks, those that come together become one.
             context: is for a transport of the author's own, and is not sent.
         """
         request = self._request(method, path, _encoded(body), context=context)
-        return Items(self, request, call, reader=_Lines(self, call), read=read)
+        return Items(self, request, call, _Lines(self, call, read), words)
 
     def events(
         self,
@@ -182,7 +189,7 @@ class Http:
         after the loop.
         """
         request = self._request(method, path, _encoded(body), ("accept", "text/event-stream"), context=context)
-        return Items(self, request, call, reader=_Events(self, call), read=read)
+        return Items(self, request, call, _Events(self, call, read))
 
     async def upload(self, path: str, file: Path, *, call: Call, method: str = "POST") -> None:
         """Send a file, however long that takes while it goes on.
@@ -321,22 +328,27 @@ class Items(Generic[T]):
     """What a streamed answer is made of, item by item. What is opened here ends with the call, at the latest.
 
     A chunk with a `finish_reason`, or a step of a pull with the status `success`, is the last item, whatever the
-    connection does after it.
+    connection does after it. The limit between two items counts while the next one is waited for.
     """
 
     def __init__(
-        self, http: Http, request: Request, call: Call, *, reader: _Lines | _Events, read: Callable[[Any], T]
+        self, http: Http, request: Request, call: Call, reader: _Lines[T] | _Events[T], words: Words | None = None
     ) -> None:
         self._http = http
         self._request = request
         self._call = call
         self._reader = reader
-        self._read = read
-        self._clock = Clock(call, patient=True)
+        self._words = words
         self._response: Response | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._reader.reset()
+        self._clock = Clock(self._call, patient=True)
         self._ready: deque[Any] = deque()
+        self._rest = bytearray()
         self._size = 0
-        self._over = False
+        self._over = self._begun = False
 
     @property
     def headers(self) -> Headers:
@@ -347,41 +359,78 @@ class Items(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        ready = self._ready
+        ready, clock = self._ready, self._clock
         try:
-            if self._response is None and not self._over:
+            if self._begun:
+                clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+            elif self._response is None and not self._over:
                 return await retry.call(self._open, self._call)
             while not ready:
                 if self._over or self._response is None:
                     raise StopAsyncIteration
-                piece = await self._response.read()
-                self._size += len(piece)
-                if self._size > self._call.max_reply_bytes:
-                    raise _too_large(self._call)
-                self._over = not piece
-                (self._reader.feed if piece else self._reader.end)(piece, ready, self._clock)
+                self._take(await self._response.read())
                 if self._reader.done:
                     await self._drain()
-            try:
+            item: Any = self._joined(ready) if self._words is not None else None
+            if item is None:
                 item = self._read(ready.popleft())
-            except GraftageError:
-                raise
-            except Exception as error:
-                raise _unreadable(error) from error
-            if getattr(item, "finish_reason", None) is not None or getattr(item, "status", None) == "success":
-                await self._drain()
+                if getattr(item, "finish_reason", None) is not None or getattr(item, "status", None) == "success":
+                    await self._drain()
         except BaseException:
             await self.close()
             raise
-        return item
+        self._begun = True
+        return cast("T", item)
+
+    def _take(self, piece: bytes) -> None:
+        """Cut a piece of the body into lines. That is at the byte for a new line and nowhere else.
+
+        U+0085 and U+2028 stand inside of JSON.
+        """
+        self._size += len(piece)
+        if self._size > self._call.max_reply_bytes:
+            raise _too_large(self._call)
+        self._over = not piece
+        *whole, rest = piece.split(b"\n")
+        if whole:
+            whole[0] = bytes(self._rest) + whole[0]
+            self._rest = bytearray(rest)
+        else:
+            self._rest += rest
+        if len(self._rest) > MAX_LINE:
+            raise _too_long()
+        self._reader.take(whole, self._ready)
+        if self._over:
+            self._reader.end(bytes(self._rest), self._ready)
+
+    def _read(self, raw: Any) -> T:
+        try:
+            return self._reader.read(raw)
+        except GraftageError:
+            raise
+        except Exception as error:
+            raise _unreadable(error) from error
+
+    def _joined(self, ready: deque[Any]) -> Chunk | None:
+        """The next line as a chunk, where it is nothing but words; with those after it, where nobody sees chunks."""
+        words: Any = self._words
+        found = words(ready[0])
+        if found is None:
+            return None
+        ready.popleft()
+        text, thinking = found
+        if self._call.whole:
+            texts, thoughts = [text], [thinking]
+            while ready and (found := words(ready[0])) is not None:
+                ready.popleft()
+                texts.append(found[0])
+                thoughts.append(found[1])
+            text, thinking = "".join(texts), "".join(thoughts)
+        return Chunk(text=text, thinking=thinking)
 
     async def _open(self) -> T:
         """Send the request and wait for the first item."""
-        self._reader.reset()
-        # An attempt before this one may have come to the end of its answer.
-        self._ready.clear()
-        self._size, self._over = 0, False
-        self._clock = Clock(self._call, patient=True)
+        self._begin()  # An attempt before this one may have come to the end of its answer.
         self._call.opened[id(self)] = self
         self._response = await self._http.send(self._request, self._call, self._clock)
         try:
@@ -452,64 +501,47 @@ class _Whole:
 # --- Lines and events ------------------------------------------------------------------------------------------------
 
 
-class _Lines:
-    """Pieces of bytes to JSON objects, one a line.
-
-    Bytes are cut at the byte for a new line and nowhere else: U+0085 and U+2028 stand inside of JSON.
-    """
+class _Lines(Generic[T]):
+    """Lines, each a JSON object."""
 
     done = False
 
-    def __init__(self, http: Http, call: Call) -> None:
+    def __init__(self, http: Http, call: Call, read: Callable[[dict[str, Any]], T]) -> None:
         self._http = http
         self._call = call
+        self._of = read
         self.reset()
 
     def reset(self) -> None:
         """Begin with another answer."""
-        self._rest = bytearray()
+        self._unfinished = b""
 
-    def feed(self, piece: bytes, ready: deque[Any], clock: Clock) -> None:
-        """Take a piece of the body, and give the objects that it completes. A whole line starts the limit afresh."""
-        *whole, rest = piece.split(b"\n")
-        if whole:
-            whole[0] = bytes(self._rest) + whole[0]
-            self._rest = bytearray(rest)
-        else:
-            self._rest += rest
-        if len(self._rest) > MAX_LINE:
-            raise _too_long()
-        for line in whole:
-            if not line or line.isspace():
-                continue
-            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
-            try:
-                text = line.decode()
-                found = json.loads(text)
-                if "\\ud" in text or "\\uD" in text:
-                    found = _whole(found)
-            except (ValueError, RecursionError):
-                found = None
-            if isinstance(found, dict) and found.get("error") is None:
-                ready.append(found)
-            else:
-                raise self._odd(line, found)
+    def take(self, lines: Iterable[bytes], ready: deque[Any]) -> None:
+        """Take whole lines. They are read one by one: what is wrong with one takes nothing from those before it."""
+        ready.extend(filter(None, map(bytes.strip, lines)))
 
-    def end(self, _: bytes, ready: deque[Any], clock: Clock) -> None:
+    def end(self, rest: bytes, ready: deque[Any]) -> None:
         """Take the end of the body: the last line may lack its line break."""
-        line, self._rest = bytes(self._rest), bytearray()
+        self._unfinished = rest.strip()
+        self.take([rest], ready)
+
+    def read(self, line: bytes) -> T:
+        """A line as an item."""
         try:
-            self.feed(line + b"\n", ready, clock)
-        except ProtocolError as error:
-            if line.lstrip()[:1] != b"{":
-                raise
-            raise _cut() from error
+            found = _parsed(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and found.get("error") is None:
+            return self._of(found)
+        raise self._odd(line, found)
 
     def _odd(self, line: bytes, found: Any) -> ProviderError:
         """The error for a line that is an error, or no object."""
         tail = line if found else line[max(line.rfind(b"{"), 0) :]
         if b'"error"' in tail:  # Some servers write the error right after an unfinished object.
             return self._http.refused(OK, (), tail, self._call)
+        if line == self._unfinished and line.startswith(b"{"):
+            return _cut()
         return ProtocolError(
             "The stream holds a line that is no JSON object.", hint="Is it another service? Check `host`."
         )
@@ -546,53 +578,44 @@ class Event:
         return found
 
 
-class _Events:
-    """Pieces of bytes to events (HTML Living Standard, 9.2.6); a lone carriage return ends no line here."""
+class _Events(Generic[T]):
+    """Events (HTML Living Standard, 9.2.6); a lone carriage return ends no line here."""
 
-    def __init__(self, http: Http, call: Call) -> None:
+    def __init__(self, http: Http, call: Call, read: Callable[[Event], T]) -> None:
         self._http = http
         self._call = call
+        self.read = read
+        """An event as an item."""
         self.reset()
 
     def reset(self) -> None:
         """Begin with another answer."""
         self.done = False
-        self._rest = bytearray()
         self._fields: dict[str, str] = {}
         self._data: list[str] = []
 
-    def feed(self, piece: bytes, ready: deque[Any], clock: Clock) -> None:
-        """Take a piece of the body, and give the events that it completes. Comments do not move the clock."""
-        *whole, rest = piece.split(b"\n")
-        if whole:
-            whole[0] = bytes(self._rest) + whole[0]
-            self._rest = bytearray(rest)
-        else:
-            self._rest += rest
-        if len(self._rest) > MAX_LINE:
-            raise _too_long()
-        for each in whole:
+    def take(self, lines: Iterable[bytes], ready: deque[Any]) -> None:
+        """Take whole lines, and give the events that they complete."""
+        for each in lines:
             line = each.removesuffix(b"\r").decode("utf-8", "replace")
-            if line.startswith(":") or not (line or self._data):
-                continue
             if line.startswith("{"):  # No field has such a name.
                 Event(self._http, self._call, {}, line).json()
                 raise ProtocolError("The answer is an object and no stream of events.", hint="Is it the right service?")
-            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
             if line:
                 self._take(line)
             elif self._data:
                 self._dispatch(ready)
 
-    def end(self, _: bytes, ready: deque[Any], clock: Clock) -> None:
+    def end(self, rest: bytes, ready: deque[Any]) -> None:
         """Take the end of the body: an event that no empty line ended is cut."""
-        if self._rest:
-            self.feed(b"\n", ready, clock)
+        self.take([rest] if rest else [], ready)
         if self._data and not self.done and "".join(self._data).strip() != DONE:
             raise _cut()
         self.done = self.done or bool(self._data)
 
     def _take(self, line: str) -> None:
+        if line.startswith(":"):  # A comment.
+            return
         name, _, value = line.removeprefix("\ufeff").partition(":")
         value = value.removeprefix(" ")
         if name == "data":

@@ -96,8 +96,8 @@ class Job:
 class EngineTransport:
     """Sends each request to the engine that its job names."""
 
-    def __init__(self, network: Callable[[str], Transport]) -> None:
-        self._network = network("http://127.0.0.1")
+    def __init__(self, network: Callable[[], Transport]) -> None:
+        self._network = network()
         self.colour = self._network.colour
 
     async def send(self, request: Request, clock: Clock) -> Response:

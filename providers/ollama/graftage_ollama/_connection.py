@@ -72,7 +72,8 @@ class OllamaConnection:
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         body = _convert.chat_body(request)
         read = _convert.ChatReader(request).chunk
-        async for chunk in self._http.lines("POST", "/api/chat", body, call=request.call, read=read):
+        words = _convert.chat_words
+        async for chunk in self._http.lines("POST", "/api/chat", body, call=request.call, read=read, words=words):
             yield chunk
 
     @hookimpl

@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.gguf import BLOCKS, bytes_of
 from graftage.http import read_tool_call
@@ -39,6 +41,7 @@ __all__ = [
     "OPTIONS",
     "ChatReader",
     "chat_body",
+    "chat_words",
     "digests",
     "embed_body",
     "embeddings",
@@ -200,6 +203,33 @@ def _image(image: Image) -> str:
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+class _Said(msgspec.Struct):
+    content: str
+    thinking: str = ""
+    tool_calls: None = None
+
+
+class _ChatLine(msgspec.Struct):
+    """A line of a chat that holds nothing but words: what is declared None must not be there."""
+
+    message: _Said
+    done: bool
+    logprobs: None = None
+    error: None = None
+
+
+_chat_line = msgspec.json.Decoder(_ChatLine).decode
+
+
+def chat_words(line: bytes) -> tuple[str, str] | None:
+    """The text and the thinking of a line that holds nothing else."""
+    try:
+        found = _chat_line(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return None if found.done else (found.message.content, found.message.thinking)
 
 
 class ChatReader:

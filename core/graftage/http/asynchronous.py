@@ -1,0 +1,364 @@
+"""The network of async clients: asyncio's transports, with one timer for each connection."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from graftage.exceptions import ProviderTimeout
+from graftage.http import patched
+from graftage.http.address import Server, origin_of, server_of
+from graftage.http.framing import BLOCK, HIGH_WATER, OK, Framing, head_of
+from graftage.http.network import (
+    KEEPALIVE,
+    KEEPALIVE_EXPIRY,
+    failed_before_answer,
+    tls_context,
+    tunnel_failed,
+    unanswered,
+)
+
+if TYPE_CHECKING:
+    from graftage.http.clock import Clock
+    from graftage.http.transport import Colour, Headers, Request, Response
+
+__all__ = ["AsyncNetwork"]
+
+SOONER = 0.001
+"""Seconds by which a limit must end before the timer does for the timer to be set anew."""
+
+
+class AsyncNetwork:
+    """Connections for async clients, kept apart by event loop."""
+
+    colour: Colour | None = "async"
+
+    def __init__(self) -> None:
+        self._servers: dict[str, Server] = {}
+        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    async def send(self, request: Request, clock: Clock) -> Response:
+        """Send a request and wait for the head of its answer."""
+        if patched.is_patched():
+            return await asyncio.to_thread(patched.exchange, request, clock)
+        origin = origin_of(request.url)
+        server = self._servers.get(origin)
+        if server is None:
+            server = self._servers[origin] = server_of(origin)
+        head = head_of(request, server)
+        pool = await self._pool()
+        wire = pool.taken(server) or await pool.connected(server, clock)
+        wire.answer = answer = Framing(bodiless=request.method == "HEAD")
+        try:
+            await _send(wire, head, request, clock)
+            while not answer.head and answer.fault is None:
+                await wire.wait(clock)
+            if not answer.head:
+                raise unanswered(answer, clock, request.url)
+        except BaseException:
+            pool.drop(wire)
+            raise
+        return _Response(pool, wire, answer, clock)
+
+    async def _pool(self) -> _Pool:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            pool = self._pools.get(loop)
+            if pool is None:
+                pool = self._pools[loop] = _Pool(loop)
+        if pool.keeper is None:
+            pool.keeper = pool.kept()
+            await anext(pool.keeper)
+        return pool
+
+    async def close(self) -> None:
+        """Close the connections of all loops that still run."""
+        with self._lock:
+            pools = list(self._pools.items())
+            self._pools.clear()
+        for loop, pool in pools:
+            if loop is asyncio.get_running_loop():
+                if pool.keeper is not None:
+                    await pool.keeper.aclose()
+            elif loop.is_running():
+                loop.call_soon_threadsafe(pool.close)
+
+
+class _Pool:
+    """The connections of one event loop. They are closed with it, even where nobody closes the client."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Not the loop itself, whose only weak reference it would keep alive.
+        self._loop = weakref.ref(loop)
+        self._idle: list[_Wire] = []
+        self._busy: set[_Wire] = set()
+        self.keeper: AsyncGenerator[None, None] | None = None
+
+    async def kept(self) -> AsyncGenerator[None, None]:
+        """Begun in a loop, it is finished at the loop's end."""
+        try:
+            yield
+        finally:
+            self.close()
+            await asyncio.sleep(0)  # A transport closes in the next step.
+
+    def taken(self, server: Server) -> _Wire | None:
+        """An idle connection to a server that is still good."""
+        now = time.monotonic()
+        for wire in [each for each in reversed(self._idle) if each.server is server]:
+            self._idle.remove(wire)
+            if wire.since + KEEPALIVE_EXPIRY > now and not wire.lost:
+                self._busy.add(wire)
+                return wire
+            wire.close()
+        return None
+
+    async def connected(self, server: Server, clock: Clock) -> _Wire:
+        """A new connection."""
+        try:
+            async with asyncio.timeout(clock.left()):
+                wire = await _connect(server, clock)
+        except TimeoutError as error:
+            raise clock.expired() from error
+        except OSError as error:
+            raise failed_before_answer(error, clock, server.origin) from error
+        self._busy.add(wire)
+        return wire
+
+    def give_back(self, wire: _Wire, answer: Framing) -> None:
+        """Keep a connection for the next request, where it can take one."""
+        if not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
+            self.drop(wire)
+            return
+        self._busy.discard(wire)
+        wire.rest()
+        self._idle.append(wire)
+        if len(self._idle) > KEEPALIVE:
+            self._idle.pop(0).close()
+
+    def drop(self, wire: _Wire) -> None:
+        """Close a connection."""
+        self._busy.discard(wire)
+        wire.close()
+
+    def close(self) -> None:
+        """Close every connection; who waits at one of them is woken."""
+        idle, self._idle = self._idle, []
+        for wire in (*idle, *self._busy):
+            wire.close()
+
+
+class _Wire(asyncio.Protocol):
+    """One connection, which feeds what comes to the answer that is awaited."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, server: Server) -> None:
+        self._loop = loop
+        self.server = server
+        self.since = 0.0
+        self.answer: Framing | None = None
+        self.lost = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._clock: Clock | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._reading = True
+        self.writable = True
+
+    # --- What asyncio calls ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        answer = self.answer
+        if answer is None:  # Nobody has asked for it.
+            self.close()
+            return
+        answer.feed(data)
+        if answer.size > HIGH_WATER and self._reading:
+            self._reading = False
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> None:
+        self.connection_lost(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost = self.writable = True
+        if self.answer is not None:
+            self.answer.end(error)
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self._wake()
+
+    # --- What a request calls ----------------------------------------------------------------------------------------
+
+    async def wait(self, clock: Clock) -> None:
+        """Wait until something has happened.
+
+        Raises:
+            ProviderTimeout: a limit of the clock passed first.
+        """
+        self._clock = clock
+        left = clock.left()
+        if self._timer is None or self._due > time.monotonic() + left + SOONER:
+            self._arm(left)
+        if not self._reading:
+            self._reading = True
+            self.transport.resume_reading()
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _arm(self, left: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = time.monotonic() + left
+        self._timer = self._loop.call_later(left, self._late)
+
+    def _late(self) -> None:
+        """The timer has run out; since it was set, the limit may have moved."""
+        self._timer = None
+        if self._waiter is None or self._waiter.done() or self._clock is None:
+            return
+        try:
+            self._arm(self._clock.left())
+        except ProviderTimeout as error:
+            self._waiter.set_exception(error)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def rest(self) -> None:
+        """Wait for the next request."""
+        self.answer = self._clock = None
+        self.since = time.monotonic()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def close(self) -> None:
+        """End the connection at once."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.transport.abort()
+
+
+async def _connect(server: Server, clock: Clock) -> _Wire:
+    loop = asyncio.get_running_loop()
+    connection = await _dialled(loop, server)
+    try:
+        _, wire = await loop.create_connection(
+            lambda: _Wire(loop, server),
+            sock=connection,
+            ssl=tls_context() if server.first_tls else None,
+            server_hostname=(server.host if server.tls else server.first[0]) if server.first_tls else None,
+        )
+    except BaseException:
+        connection.close()
+        raise
+    if server.tunnel is not None:
+        try:
+            await _through_proxy(loop, wire, server.tunnel, clock)
+        except BaseException:
+            wire.close()
+            raise
+    return wire
+
+
+async def _dialled(loop: asyncio.AbstractEventLoop, server: Server) -> socket.socket:
+    failure: OSError = OSError("the host has no address")
+    try:
+        found = socket.getaddrinfo(*server.first, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:  # It is a name, which takes a thread.
+        found = await loop.getaddrinfo(*server.first, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, address in found:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, address)
+        except OSError as error:
+            connection.close()
+            failure = error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    raise failure
+
+
+async def _through_proxy(loop: asyncio.AbstractEventLoop, wire: _Wire, tunnel: bytes, clock: Clock) -> None:
+    wire.answer = answer = Framing(bodiless=True)
+    wire.transport.write(tunnel)
+    while not answer.head and answer.fault is None:
+        await wire.wait(clock)
+    if answer.status != OK:
+        raise tunnel_failed(answer, wire.server.origin)
+    wire.answer = None
+    secured = await loop.start_tls(wire.transport, wire, tls_context(), server_hostname=wire.server.host)
+    if secured is None:
+        raise ConnectionResetError("the proxy closed the connection")
+    wire.transport = secured
+
+
+async def _send(wire: _Wire, head: bytes, request: Request, clock: Clock) -> None:
+    clock.sent()
+    if request.file is None:
+        wire.transport.write(head + request.body)
+        return
+    wire.transport.write(head)
+    with await asyncio.to_thread(request.file.open, "rb") as stream:
+        while block := await asyncio.to_thread(stream.read, BLOCK):
+            if wire.lost or wire.answer is None or wire.answer.head:
+                return  # It has answered before it had read all.
+            wire.transport.write(block)
+            while not wire.writable:
+                await wire.wait(clock)
+            clock.enter("first_token")  # It counts from the last block that went out.
+
+
+class _Response:
+    """An answer whose pieces are awaited."""
+
+    def __init__(self, pool: _Pool, wire: _Wire, answer: Framing, clock: Clock) -> None:
+        self.status, self.reason = answer.status, answer.reason
+        self.headers: Headers = tuple(answer.headers)
+        self._pool = pool
+        self._wire: _Wire | None = wire
+        self._answer = answer
+        self._clock = clock
+
+    async def read(self) -> bytes:
+        answer, wire = self._answer, self._wire
+        data = answer.take()
+        while not (data or answer.complete or wire is None):
+            await wire.wait(self._clock)
+            data = answer.take()
+        self._clock.received()
+        return data
+
+    async def close(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.answer = None
+            self._answer.let_go()
+            self._pool.give_back(wire, self._answer)

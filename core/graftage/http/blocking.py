@@ -1,0 +1,287 @@
+"""The network of sync clients: sockets, each read and write of which ends at the limit of the running request."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from graftage.http import patched
+from graftage.http.address import Server, origin_of, server_of
+from graftage.http.framing import BLOCK, OK, Framing, head_of
+from graftage.http.network import (
+    KEEPALIVE,
+    KEEPALIVE_EXPIRY,
+    failed_before_answer,
+    tls_context,
+    tunnel_failed,
+    unanswered,
+)
+
+if TYPE_CHECKING:
+    from graftage.http.clock import Clock
+    from graftage.http.transport import Colour, Headers, Request, Response
+
+__all__ = ["BlockingNetwork"]
+
+
+class BlockingNetwork:
+    """Connections for sync clients; its coroutines block and never suspend."""
+
+    colour: Colour | None = "sync"
+
+    def __init__(self) -> None:
+        self._servers: dict[str, Server] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._idle: list[_Wire] = []
+        self._busy: WeakSet[_Wire] = WeakSet()
+
+    async def send(self, request: Request, clock: Clock) -> Response:
+        """Send a request and wait for the head of its answer."""
+        if patched.is_patched():
+            return patched.exchange(request, clock)
+        if self._process != os.getpid():
+            self._begin()  # Two processes that read from one socket get each other's answers.
+        origin = origin_of(request.url)
+        server = self._servers.get(origin)
+        if server is None:
+            server = self._servers[origin] = server_of(origin)
+        head = head_of(request, server)
+        wire = self._taken(server) or self._connected(server, clock)
+        answer = Framing(bodiless=request.method == "HEAD")
+        try:
+            _send(wire, head, request, clock)
+            _await_head(wire, answer, clock)
+            if not answer.head:
+                raise unanswered(answer, clock, request.url)
+        except BaseException:
+            self._drop(wire)
+            raise
+        return _Response(self, wire, answer, clock)
+
+    def _taken(self, server: Server) -> _Wire | None:
+        """An idle connection to a server that is still good."""
+        while True:
+            with self._lock:
+                wire = next((each for each in reversed(self._idle) if each.server is server), None)
+                if wire is None:
+                    return None
+                self._idle.remove(wire)
+                self._busy.add(wire)
+            if wire.since + KEEPALIVE_EXPIRY > time.monotonic() and wire.is_quiet():
+                return wire
+            self._drop(wire)
+
+    def _connected(self, server: Server, clock: Clock) -> _Wire:
+        wire = _connect(server, clock)
+        with self._lock:
+            self._busy.add(wire)
+        return wire
+
+    def give_back(self, wire: _Wire, *, usable: bool) -> None:
+        """Keep a connection for the next request, where it can take one."""
+        if not usable:
+            self._drop(wire)
+            return
+        wire.since = time.monotonic()
+        with self._lock:
+            self._busy.discard(wire)
+            self._idle.append(wire)
+            spare = self._idle.pop(0) if len(self._idle) > KEEPALIVE else None
+        if spare is not None:
+            spare.close()
+
+    def _drop(self, wire: _Wire) -> None:
+        with self._lock:
+            self._busy.discard(wire)
+        wire.close()
+
+    async def close(self) -> None:
+        """Close every connection; who waits at one of them is woken."""
+        with self._lock:
+            idle, self._idle, busy = self._idle, [], list(self._busy)
+        for wire in idle:
+            wire.close()
+        for wire in busy:
+            wire.wake()
+
+
+class _Wire:
+    """One connection."""
+
+    __slots__ = ("__weakref__", "_quiet", "_socket", "server", "since")
+
+    def __init__(self, connection: socket.socket, server: Server, quiet: type[Exception]) -> None:
+        self._socket = connection
+        self._quiet = quiet
+        self.server = server
+        self.since = 0.0
+
+    def send(self, data: bytes, clock: Clock) -> None:
+        self._socket.settimeout(clock.left())
+        self._socket.sendall(data)
+
+    def receive(self, clock: Clock) -> bytes:
+        self._socket.settimeout(clock.left())
+        return self._socket.recv(BLOCK)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come, not even the end: what is there belongs to no request."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1)
+        except self._quiet:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def wake(self) -> None:
+        """Let another thread that waits for more have the end."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:  # It is closed already.
+            pass
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _send(wire: _Wire, head: bytes, request: Request, clock: Clock) -> None:
+    clock.sent()
+    try:
+        if request.file is None:
+            wire.send(head + request.body, clock)
+            return
+        wire.send(head, clock)
+        with request.file.open("rb") as stream:
+            while block := stream.read(BLOCK):
+                wire.send(block, clock)
+                clock.enter("first_token")  # It counts from the last block that went out.
+    except TimeoutError as error:
+        raise clock.expired() from error
+    except ConnectionError:
+        pass  # It may have answered before it had read all.
+
+
+def _await_head(wire: _Wire, answer: Framing, clock: Clock) -> None:
+    while not answer.head and answer.fault is None:
+        _receive(wire, answer, clock)
+
+
+def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
+    try:
+        data = wire.receive(clock)
+    except TimeoutError as error:
+        raise clock.expired() from error
+    except OSError as error:
+        answer.end(error)
+    else:
+        if data:
+            answer.feed(data)
+        else:
+            answer.end()
+
+
+def _connect(server: Server, clock: Clock) -> _Wire:
+    """A connection: each address of the host is tried within what is left of the limit."""
+    try:
+        wire = _dialled(server, clock)
+        if server.first_tls:
+            wire = _with_tls(wire, clock)
+        if server.tunnel is not None:
+            wire = _through_proxy(wire, server.tunnel, clock)
+    except OSError as error:
+        raise failed_before_answer(error, clock, server.origin) from error
+    return wire
+
+
+def _dialled(server: Server, clock: Clock) -> _Wire:
+    failure: OSError = OSError("the host has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(*server.first, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(clock.left())
+            connection.connect(address)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            connection.close()
+            failure = error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return _Wire(connection, server, BlockingIOError)
+    raise failure
+
+
+def _with_tls(wire: _Wire, clock: Clock) -> _Wire:
+    import ssl  # noqa: PLC0415 - only TLS needs it
+
+    plain = wire._socket  # noqa: SLF001 - it becomes part of another one
+    host = wire.server.host if wire.server.tls else wire.server.first[0]
+    try:
+        plain.settimeout(clock.left())
+        secured = tls_context().wrap_socket(plain, server_hostname=host)
+    except BaseException:
+        plain.close()
+        raise
+    return _Wire(secured, wire.server, ssl.SSLWantReadError)
+
+
+def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> _Wire:
+    answer = Framing(bodiless=True)
+    try:
+        wire.send(tunnel, clock)
+        _await_head(wire, answer, clock)
+        if answer.status != OK:
+            raise tunnel_failed(answer, wire.server.origin)
+    except BaseException:
+        wire.close()
+        raise
+    return _with_tls(wire, clock)
+
+
+class _Response:
+    """An answer whose pieces are read by blocking."""
+
+    def __init__(self, network: BlockingNetwork, wire: _Wire, answer: Framing, clock: Clock) -> None:
+        self.status, self.reason = answer.status, answer.reason
+        self.headers: Headers = tuple(answer.headers)
+        self._network = network
+        self._wire: _Wire | None = wire
+        self._answer = answer
+        self._clock = clock
+        self._reading = False
+
+    async def read(self) -> bytes:
+        answer, wire = self._answer, self._wire
+        data = answer.take()
+        self._reading = True
+        try:
+            while not (data or answer.complete or wire is None):
+                _receive(wire, answer, self._clock)
+                data = answer.take()
+        finally:
+            self._reading = False
+        self._clock.received()
+        return data
+
+    async def close(self) -> None:
+        wire = self._wire
+        if wire is None:
+            return
+        if self._reading:  # In another thread, which then comes here itself.
+            wire.wake()
+            return
+        self._wire = None
+        if self._answer.complete:
+            self._answer.let_go()
+        self._network.give_back(wire, usable=self._answer.usable)

@@ -1,0 +1,65 @@
+"""Requests through `http.client`, while somebody has put a class of their own there: vcrpy does within a cassette.
+
+A cassette takes a body as a whole, so what is seen here are neither the pieces nor the times of the network.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from graftage.http.address import origin_of, server_of
+from graftage.http.network import failed_before_answer, tls_context
+
+if TYPE_CHECKING:
+    from graftage.http.clock import Clock
+    from graftage.http.transport import Request
+
+__all__ = ["exchange", "is_patched"]
+
+
+def is_patched() -> bool:
+    """Whether `http.client` makes connections of somebody else's class. Looked at for each request."""
+    client = sys.modules.get("http.client")
+    return client is not None and client.HTTPConnection.__module__ != "http.client"
+
+
+def exchange(request: Request, clock: Clock) -> Exchanged:
+    """Send a request and read all of its answer, by blocking."""
+    import http.client  # noqa: PLC0415 - it is imported already
+
+    server = server_of(origin_of(request.url))
+    host, port, left = server.host, server.port, clock.left()
+    connection: Any = (
+        http.client.HTTPSConnection(host, port, timeout=left, context=tls_context())
+        if server.tls
+        else http.client.HTTPConnection(host, port, timeout=left)
+    )
+    body = request.file.read_bytes() if request.file is not None else request.body
+    clock.sent()
+    try:
+        connection.request(request.method, request.target, body=body or None, headers=dict(request.headers))
+        return Exchanged(connection.getresponse(), clock)
+    except (OSError, http.client.HTTPException) as error:
+        raise failed_before_answer(error, clock, request.url) from error
+    finally:
+        connection.close()
+
+
+class Exchanged:
+    """An answer that is here as a whole."""
+
+    def __init__(self, response: Any, clock: Clock) -> None:
+        self.status, self.reason = response.status, response.reason or ""
+        self.headers = tuple((name.lower(), value) for name, value in response.getheaders())
+        self._body: bytes = response.read()
+        self._clock = clock
+
+    async def read(self) -> bytes:
+        """The body, at once."""
+        body, self._body = self._body, b""
+        self._clock.received()
+        return body
+
+    async def close(self) -> None:
+        """Nothing is held."""
