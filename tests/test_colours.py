@@ -1011,7 +1011,6 @@ def test_a_wrong_object_is_a_typed_error_in_time(both: Any, fake: FakeOllama, an
     assert llm.stats().running == 0
 
 
-@pytest.mark.xfail(strict=True, reason="httpcore keeps what came after an answer, and takes it for the next one")
 def test_what_a_server_sends_beyond_its_answer_is_not_taken_for_the_next_one(both: Any) -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n"
     good, wrong = b'{"models": ["good"]}', b'{"models": ["evil"]}'

@@ -161,8 +161,10 @@ def walk(mode: str, *, stream: bool) -> dict[str, Any]:
     # To the nearest half: a policy looks at the machine now and then, and a read may bring two chunks.
     halves = {name: round(2 * number / more) / 2 for name, number in (calls[1] - calls[0]).items()}
     return {
-        # What a plugin asks from a thread of its own is another call.
-        "walk": max((each for each in count.walks if each and each[0].startswith("graftage._client:")), key=len),
+        # What a plugin asks from a thread of its own is another call. Of walks of one length, the last reads.
+        "walk": max(
+            (each for each in reversed(count.walks) if each and each[0].startswith("graftage._client:")), key=len
+        ),
         "calls": {name: times for name, times in halves.items() if times},
     }
 
@@ -184,7 +186,7 @@ def walks(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_few_layers_stand_between_a_chat_and_the_socket(walks: dict[str, Any], kind: str) -> None:
     path = walks[kind]["walk"]
     assert path[1].endswith("Client.chat"), path
-    assert "network" in path[-1], path
+    assert path[-1].startswith("graftage.http."), path
     assert len(path) <= LAYERS, path
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from graftage._engine.driving import drive
 from graftage._engine.faults import is_fault, typed_error
@@ -21,7 +21,7 @@ from graftage.exceptions import (
     ProviderError,
     StreamInterrupted,
 )
-from graftage.types import Chunk, Limits, Reply, Timings, Usage
+from graftage.types import Chunk, Limits, Logprob, Reply, Timings, ToolCall, Usage
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,41 +41,48 @@ BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
 
 
 class Fold:
-    """Adds chunks up to a reply."""
+    """Adds chunks up to a reply. It keeps what they say, not the chunks."""
 
-    __slots__ = ("_base", "_first", "_started", "chunks")
+    __slots__ = ("_base", "_first", "_started", "last", "logprobs", "texts", "thoughts", "tool_calls", "warnings")
 
     def __init__(self, base: Reply, started: float) -> None:
         self._base = base
         self._started = started
         self._first: float | None = None
-        self.chunks: list[Chunk] = []
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.tool_calls: list[ToolCall] = []
+        self.logprobs: list[Logprob] = []
+        self.warnings: list[str] = []
+        self.last: Chunk | None = None
+        """None before the first one."""
 
     def begin(self) -> None:
         """The first chunk is here."""
         self._first = time.monotonic() - self._started
 
-    @property
-    def received(self) -> bool:
-        """Whether anything has come."""
-        return bool(self.chunks)
+    def add_more(self, chunk: Chunk) -> None:
+        """Add what few chunks have."""
+        self.thoughts.append(chunk.thinking)
+        self.tool_calls += chunk.tool_calls
+        self.logprobs += chunk.logprobs
+        self.warnings += chunk.warnings
 
     def reply(self) -> Reply:
         """What has come so far; its `finish_reason` is None until the last chunk is in."""
-        chunks = list(self.chunks)
-        last = chunks[-1] if chunks else Chunk()
+        last = self.last or Chunk()
         timings = replace(last.timings or Timings(), first_chunk=self._first, wall=time.monotonic() - self._started)
         return replace(
             self._base,
-            text="".join([each.text for each in chunks]),
-            thinking="".join([each.thinking for each in chunks]),
-            tool_calls=tuple(call for each in chunks for call in each.tool_calls),
-            logprobs=tuple(token for each in chunks for token in each.logprobs),
+            text="".join(self.texts),
+            thinking="".join(self.thoughts),
+            tool_calls=tuple(self.tool_calls),
+            logprobs=tuple(self.logprobs),
             finish_reason=last.finish_reason,
             usage=last.usage or Usage(),
             timings=timings,
             model=last.model or self._base.model,
-            warnings=(*self._base.warnings, *(warning for each in chunks for warning in each.warnings)),
+            warnings=(*self._base.warnings, *self.warnings),
             raw=last.raw,
         )
 
@@ -115,6 +122,11 @@ class Run:
     hosts_own: BaseException | None = None
     """What a callback of the host has raised: it goes back to the host as it is."""
 
+    @property
+    def received(self) -> bool:
+        """Whether anything has come."""
+        return self.fold is not None and self.fold.last is not None
+
     def begin_fold(self) -> Fold:
         """Start adding up, with what is known before the first chunk."""
         self.fold = Fold(
@@ -136,7 +148,6 @@ class Run:
         over = self.stopped or self.reply is not None
         if source is None or fold is None or over:
             return None
-        chunks = fold.chunks
         self.reading = True
         try:
             if self.ended:  # Its slot was taken back: `forgotten`.
@@ -145,13 +156,16 @@ class Run:
             if self.stopped:
                 await self.abandon()
                 return None
-            texts = (getattr(chunk, "text", None), getattr(chunk, "thinking", None))
-            if not isinstance(chunk, Chunk) or not (isinstance(texts[0], str) and isinstance(texts[1], str)):
+            is_chunk = isinstance(chunk, Chunk)
+            if not (is_chunk and isinstance(chunk.text, str) and isinstance(chunk.thinking, str)):
                 raise self._no_chunk(chunk)
-            chunks.append(chunk)
-            if len(chunks) == 1:
+            fold.texts.append(chunk.text)
+            if chunk.thinking or chunk.tool_calls or chunk.logprobs or chunk.warnings:
+                fold.add_more(chunk)
+            if fold.last is None:
                 fold.begin()
                 self.emit("first_chunk")
+            fold.last = chunk
             if chunk.finish_reason is not None:
                 await self._close_source()
                 self._finish(chunk, fold)
@@ -161,7 +175,7 @@ class Run:
             raise failure from failure.__cause__
         finally:
             self.reading = False
-        return chunk
+        return cast("Chunk", chunk)
 
     def _no_chunk(self, found: Any) -> ProviderError:
         """The error for what is no chunk: the end, or a fault of the provider."""
@@ -174,7 +188,7 @@ class Run:
             )
         return StreamInterrupted(
             "The answer ended before it was done.",
-            retryable=not (self.fold and self.fold.received),
+            retryable=not self.received,
             hint="The text so far is in `partial`; ask again for a whole answer.",
         )
 
@@ -268,13 +282,13 @@ class Run:
             return error
         typed = typed_error(error, self.provider)
         if self.closed() and (typed is not error or isinstance(typed, BROKEN)):
-            typed = closed_meanwhile(typed, received=self.fold is not None and self.fold.received)
+            typed = closed_meanwhile(typed, received=self.received)
         self.hide(typed)
         if isinstance(typed, ProviderError):
             typed.provider = typed.provider or self.provider
             typed.model = typed.model or self.model or None
             typed.operation = typed.operation or self.operation
-        if self.fold is not None and self.fold.received:
+        if self.fold is not None and self.fold.last is not None:
             came = self.fold.reply()
             # What a provider puts there is what it could not make a chunk of.
             typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came

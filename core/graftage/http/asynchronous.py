@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from graftage.exceptions import ProviderTimeout
 from graftage.http import patched
 from graftage.http.address import Server, origin_of, server_of
-from graftage.http.framing import BLOCK, HIGH_WATER, OK, Framing, head_of
+from graftage.http.framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
 from graftage.http.network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
@@ -180,14 +180,19 @@ class _Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         answer = self.answer
-        if answer is None:  # Nobody has asked for it.
+        if answer is None or answer.complete:  # Nobody has asked for it.
             self.close()
             return
-        answer.feed(data)
-        if answer.size > HIGH_WATER and self._reading:
+        try:
+            answer.feed(data)
+        except ParserError as error:
+            answer.failed(error)
+        answer.size += len(data)
+        if answer.size > ENOUGH and answer.crowded() and self._reading:
             self._reading = False
             self.transport.pause_reading()
-        self._wake()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def eof_received(self) -> None:
         self.connection_lost(None)
@@ -214,9 +219,9 @@ class _Wire(asyncio.Protocol):
             ProviderTimeout: a limit of the clock passed first.
         """
         self._clock = clock
-        left = clock.left()
-        if self._timer is None or self._due > time.monotonic() + left + SOONER:
-            self._arm(left)
+        limit = min(clock.until, clock.deadline)
+        if self._timer is None or self._due > limit + SOONER:
+            self._arm(clock.left())
         if not self._reading:
             self._reading = True
             self.transport.resume_reading()
@@ -348,12 +353,19 @@ class _Response:
         self._clock = clock
 
     async def read(self) -> bytes:
-        answer, wire = self._answer, self._wire
-        data = answer.take()
-        while not (data or answer.complete or wire is None):
-            await wire.wait(self._clock)
-            data = answer.take()
-        self._clock.received()
+        answer, clock, wire = self._answer, self._clock, self._wire
+        pieces = answer.pieces
+        while not pieces:
+            if answer.complete or wire is None:
+                return b""
+            if answer.fault is not None:
+                raise answer.interrupted()
+            await wire.wait(clock)
+        if not clock.patient:
+            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+        data = b"".join(pieces)
+        pieces.clear()
+        answer.size = 0
         return data
 
     async def close(self) -> None:

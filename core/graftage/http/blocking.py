@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -11,7 +12,7 @@ from weakref import WeakSet
 
 from graftage.http import patched
 from graftage.http.address import Server, origin_of, server_of
-from graftage.http.framing import BLOCK, OK, Framing, head_of
+from graftage.http.framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
 from graftage.http.network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
@@ -58,7 +59,8 @@ class BlockingNetwork:
         answer = Framing(bodiless=request.method == "HEAD")
         try:
             _send(wire, head, request, clock)
-            _await_head(wire, answer, clock)
+            while not answer.head and answer.fault is None:
+                _receive(wire, answer, clock)
             if not answer.head:
                 raise unanswered(answer, clock, request.url)
         except BaseException:
@@ -75,8 +77,14 @@ class BlockingNetwork:
                     return None
                 self._idle.remove(wire)
                 self._busy.add(wire)
-            if wire.since + KEEPALIVE_EXPIRY > time.monotonic() and wire.is_quiet():
-                return wire
+            try:
+                wire.socket.settimeout(0)
+                wire.socket.recv(1)  # What is there, the end or an answer that nobody asked for, belongs to no request.
+            except wire.quiet:
+                if wire.since + KEEPALIVE_EXPIRY > time.monotonic():
+                    return wire
+            except OSError:
+                pass
             self._drop(wire)
 
     def _connected(self, server: Server, clock: Clock) -> _Wire:
@@ -116,54 +124,36 @@ class BlockingNetwork:
 class _Wire:
     """One connection."""
 
-    __slots__ = ("__weakref__", "_quiet", "_socket", "server", "since")
+    __slots__ = ("__weakref__", "quiet", "server", "since", "socket")
 
     def __init__(self, connection: socket.socket, server: Server, quiet: type[Exception]) -> None:
-        self._socket = connection
-        self._quiet = quiet
+        self.socket = connection
+        self.quiet = quiet
+        """What it raises where nothing has come."""
         self.server = server
         self.since = 0.0
 
-    def send(self, data: bytes, clock: Clock) -> None:
-        self._socket.settimeout(clock.left())
-        self._socket.sendall(data)
-
-    def receive(self, clock: Clock) -> bytes:
-        self._socket.settimeout(clock.left())
-        return self._socket.recv(BLOCK)
-
-    def is_quiet(self) -> bool:
-        """Whether nothing has come, not even the end: what is there belongs to no request."""
-        self._socket.settimeout(0)
-        try:
-            self._socket.recv(1)
-        except self._quiet:
-            return True
-        except OSError:
-            pass
-        return False
-
     def wake(self) -> None:
         """Let another thread that waits for more have the end."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # It is closed already.
-            pass
+        with contextlib.suppress(OSError):  # It is closed already.
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()
 
 
 def _send(wire: _Wire, head: bytes, request: Request, clock: Clock) -> None:
     clock.sent()
+    connection = wire.socket
     try:
+        connection.settimeout(clock.left())
+        connection.sendall(head + request.body)
         if request.file is None:
-            wire.send(head + request.body, clock)
             return
-        wire.send(head, clock)
         with request.file.open("rb") as stream:
             while block := stream.read(BLOCK):
-                wire.send(block, clock)
+                connection.settimeout(clock.left())
+                connection.sendall(block)
                 clock.enter("first_token")  # It counts from the last block that went out.
     except TimeoutError as error:
         raise clock.expired() from error
@@ -171,23 +161,28 @@ def _send(wire: _Wire, head: bytes, request: Request, clock: Clock) -> None:
         pass  # It may have answered before it had read all.
 
 
-def _await_head(wire: _Wire, answer: Framing, clock: Clock) -> None:
-    while not answer.head and answer.fault is None:
-        _receive(wire, answer, clock)
-
-
 def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
+    left = min(clock.until, clock.deadline) - time.monotonic()
+    if left <= 0:
+        raise clock.expired()
     try:
-        data = wire.receive(clock)
+        wire.socket.settimeout(left)
+        data = wire.socket.recv(BLOCK)
     except TimeoutError as error:
         raise clock.expired() from error
     except OSError as error:
         answer.end(error)
     else:
-        if data:
-            answer.feed(data)
-        else:
+        if not data:
             answer.end()
+            return
+        try:
+            answer.feed(data)
+        except ParserError as error:
+            answer.failed(error)
+        answer.size += len(data)
+        if answer.size > ENOUGH and not answer.head:
+            answer.crowded()
 
 
 def _connect(server: Server, clock: Clock) -> _Wire:
@@ -225,7 +220,7 @@ def _dialled(server: Server, clock: Clock) -> _Wire:
 def _with_tls(wire: _Wire, clock: Clock) -> _Wire:
     import ssl  # noqa: PLC0415 - only TLS needs it
 
-    plain = wire._socket  # noqa: SLF001 - it becomes part of another one
+    plain = wire.socket
     host = wire.server.host if wire.server.tls else wire.server.first[0]
     try:
         plain.settimeout(clock.left())
@@ -239,8 +234,10 @@ def _with_tls(wire: _Wire, clock: Clock) -> _Wire:
 def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> _Wire:
     answer = Framing(bodiless=True)
     try:
-        wire.send(tunnel, clock)
-        _await_head(wire, answer, clock)
+        wire.socket.settimeout(clock.left())
+        wire.socket.sendall(tunnel)
+        while not answer.head and answer.fault is None:
+            _receive(wire, answer, clock)
         if answer.status != OK:
             raise tunnel_failed(answer, wire.server.origin)
     except BaseException:
@@ -262,16 +259,22 @@ class _Response:
         self._reading = False
 
     async def read(self) -> bytes:
-        answer, wire = self._answer, self._wire
-        data = answer.take()
+        answer, clock, wire = self._answer, self._clock, self._wire
+        pieces = answer.pieces
         self._reading = True
         try:
-            while not (data or answer.complete or wire is None):
-                _receive(wire, answer, self._clock)
-                data = answer.take()
+            while not pieces:
+                if answer.complete or wire is None:
+                    return b""
+                if answer.fault is not None:
+                    raise answer.interrupted()
+                _receive(wire, answer, clock)
         finally:
             self._reading = False
-        self._clock.received()
+        if not clock.patient:
+            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+        data = b"".join(pieces)
+        pieces.clear()
         return data
 
     async def close(self) -> None:

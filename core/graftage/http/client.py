@@ -11,8 +11,9 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
@@ -339,6 +340,7 @@ class Items(Generic[T]):
         self._call = call
         self._reader = reader
         self._words = words
+        self._most = call.max_reply_bytes
         self._response: Response | None = None
         self._begin()
 
@@ -359,7 +361,8 @@ class Items(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        ready, clock = self._ready, self._clock
+        ready, clock, words = self._ready, self._clock, self._words
+        item: Any = None
         try:
             if self._begun:
                 clock.phase, clock.until = "idle", time.monotonic() + clock.idle
@@ -368,65 +371,65 @@ class Items(Generic[T]):
             while not ready:
                 if self._over or self._response is None:
                     raise StopAsyncIteration
-                self._take(await self._response.read())
-                if self._reader.done:
-                    await self._drain()
-            item: Any = self._joined(ready) if self._words is not None else None
-            if item is None:
-                item = self._read(ready.popleft())
-                if getattr(item, "finish_reason", None) is not None or getattr(item, "status", None) == "success":
-                    await self._drain()
+                piece = await self._response.read()
+                self._size += len(piece)
+                # Cut at the byte for a new line and nowhere else: U+0085 and U+2028 stand inside of JSON.
+                *whole, rest = piece.split(b"\n")
+                if whole:
+                    whole[0] = bytes(self._rest) + whole[0]
+                    self._rest = bytearray(rest)
+                    ready.extend(self._reader.take(whole))
+                else:
+                    self._rest += rest
+                if not piece or self._reader.done or len(self._rest) > MAX_LINE or self._size > self._most:
+                    await self._end(piece)
+            found = words(ready[0]) if words is not None else None
+            if found is not None:
+                ready.popleft()
+                text, thinking = self._joined(*found) if self._call.whole and ready else found
+                item = Chunk(text=text, thinking=thinking)
+            else:
+                item = await self._item(ready.popleft())
         except BaseException:
             await self.close()
             raise
         self._begun = True
         return cast("T", item)
 
-    def _take(self, piece: bytes) -> None:
-        """Cut a piece of the body into lines. That is at the byte for a new line and nowhere else.
-
-        U+0085 and U+2028 stand inside of JSON.
-        """
-        self._size += len(piece)
-        if self._size > self._call.max_reply_bytes:
+    async def _end(self, piece: bytes) -> None:
+        """The body has come to its end, or to a bound."""
+        if self._size > self._most:
             raise _too_large(self._call)
-        self._over = not piece
-        *whole, rest = piece.split(b"\n")
-        if whole:
-            whole[0] = bytes(self._rest) + whole[0]
-            self._rest = bytearray(rest)
-        else:
-            self._rest += rest
         if len(self._rest) > MAX_LINE:
             raise _too_long()
-        self._reader.take(whole, self._ready)
-        if self._over:
-            self._reader.end(bytes(self._rest), self._ready)
+        if not piece:
+            self._over = True
+            self._ready.extend(self._reader.end(bytes(self._rest)))
+        if self._reader.done:
+            await self._drain()
 
-    def _read(self, raw: Any) -> T:
+    def _joined(self, text: str, thinking: str) -> tuple[str, str]:
+        """The words of a line with those of the lines after it, since nobody sees single chunks."""
+        words: Any = self._words
+        ready = self._ready
+        texts, thoughts = [text], [thinking]
+        while ready and (found := words(ready[0])) is not None:
+            ready.popleft()
+            texts.append(found[0])
+            thoughts.append(found[1])
+        return "".join(texts), "".join(thoughts)
+
+    async def _item(self, raw: Any) -> T:
+        """A line or an event as an item, after which the body is drained where that was the last one."""
         try:
-            return self._reader.read(raw)
+            item = self._reader.read(raw)
         except GraftageError:
             raise
         except Exception as error:
             raise _unreadable(error) from error
-
-    def _joined(self, ready: deque[Any]) -> Chunk | None:
-        """The next line as a chunk, where it is nothing but words; with those after it, where nobody sees chunks."""
-        words: Any = self._words
-        found = words(ready[0])
-        if found is None:
-            return None
-        ready.popleft()
-        text, thinking = found
-        if self._call.whole:
-            texts, thoughts = [text], [thinking]
-            while ready and (found := words(ready[0])) is not None:
-                ready.popleft()
-                texts.append(found[0])
-                thoughts.append(found[1])
-            text, thinking = "".join(texts), "".join(thoughts)
-        return Chunk(text=text, thinking=thinking)
+        if getattr(item, "finish_reason", None) is not None or getattr(item, "status", None) == "success":
+            await self._drain()
+        return item
 
     async def _open(self) -> T:
         """Send the request and wait for the first item."""
@@ -516,14 +519,13 @@ class _Lines(Generic[T]):
         """Begin with another answer."""
         self._unfinished = b""
 
-    def take(self, lines: Iterable[bytes], ready: deque[Any]) -> None:
-        """Take whole lines. They are read one by one: what is wrong with one takes nothing from those before it."""
-        ready.extend(filter(None, map(bytes.strip, lines)))
+    take: Callable[[Iterable[bytes]], Iterable[bytes]] = staticmethod(partial(filter, bytes.strip))
+    """Lines that are not blank. They are read one by one: what is wrong with one takes nothing from those before it."""
 
-    def end(self, rest: bytes, ready: deque[Any]) -> None:
-        """Take the end of the body: the last line may lack its line break."""
-        self._unfinished = rest.strip()
-        self.take([rest], ready)
+    def end(self, rest: bytes) -> Iterable[bytes]:
+        """The end of the body: the last line may lack its line break."""
+        self._unfinished = rest
+        return self.take([rest])
 
     def read(self, line: bytes) -> T:
         """A line as an item."""
@@ -540,7 +542,7 @@ class _Lines(Generic[T]):
         tail = line if found else line[max(line.rfind(b"{"), 0) :]
         if b'"error"' in tail:  # Some servers write the error right after an unfinished object.
             return self._http.refused(OK, (), tail, self._call)
-        if line == self._unfinished and line.startswith(b"{"):
+        if line is self._unfinished and line.lstrip().startswith(b"{"):
             return _cut()
         return ProtocolError(
             "The stream holds a line that is no JSON object.", hint="Is it another service? Check `host`."
@@ -584,8 +586,7 @@ class _Events(Generic[T]):
     def __init__(self, http: Http, call: Call, read: Callable[[Event], T]) -> None:
         self._http = http
         self._call = call
-        self.read = read
-        """An event as an item."""
+        self._of = read
         self.reset()
 
     def reset(self) -> None:
@@ -594,24 +595,33 @@ class _Events(Generic[T]):
         self._fields: dict[str, str] = {}
         self._data: list[str] = []
 
-    def take(self, lines: Iterable[bytes], ready: deque[Any]) -> None:
-        """Take whole lines, and give the events that they complete."""
+    def take(self, lines: Iterable[bytes]) -> Iterator[Event | str]:
+        """The events that whole lines complete; a line that belongs to none as it is."""
         for each in lines:
             line = each.removesuffix(b"\r").decode("utf-8", "replace")
             if line.startswith("{"):  # No field has such a name.
-                Event(self._http, self._call, {}, line).json()
-                raise ProtocolError("The answer is an object and no stream of events.", hint="Is it the right service?")
-            if line:
+                yield line
+            elif line:
                 self._take(line)
             elif self._data:
-                self._dispatch(ready)
+                event = self._whole()
+                self.done = self.done or event.data.strip() == DONE
+                if not self.done:
+                    yield event
 
-    def end(self, rest: bytes, ready: deque[Any]) -> None:
-        """Take the end of the body: an event that no empty line ended is cut."""
-        self.take([rest] if rest else [], ready)
+    def end(self, rest: bytes) -> Iterator[Event | str]:
+        """The end of the body: an event that no empty line ended is cut."""
+        yield from self.take([rest] if rest else [])
         if self._data and not self.done and "".join(self._data).strip() != DONE:
             raise _cut()
         self.done = self.done or bool(self._data)
+
+    def read(self, found: Event | str) -> T:
+        """An event as an item."""
+        if isinstance(found, Event):
+            return self._of(found)
+        Event(self._http, self._call, {}, found).json()
+        raise ProtocolError("The answer is an object and no stream of events.", hint="Is it the right service?")
 
     def _take(self, line: str) -> None:
         if line.startswith(":"):  # A comment.
@@ -623,12 +633,10 @@ class _Events(Generic[T]):
         else:
             self._fields[name] = value
 
-    def _dispatch(self, ready: deque[Any]) -> None:
+    def _whole(self) -> Event:
         data, self._data = "\n".join(self._data), []
         fields, self._fields = self._fields, {}
-        self.done = self.done or data.strip() == DONE
-        if not self.done:
-            ready.append(Event(self._http, self._call, fields, data))
+        return Event(self._http, self._call, fields, data)
 
 
 def _too_long() -> ProtocolError:

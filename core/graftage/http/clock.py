@@ -37,11 +37,6 @@ class Clock:
         if self.phase == "connect":
             self.enter("first_token")
 
-    def received(self) -> None:
-        """Some of the body has come."""
-        if not self.patient:
-            self.phase, self.until = "idle", time.monotonic() + self.idle
-
     def left(self) -> float:
         """Seconds until the nearest limit.
 

@@ -11,21 +11,23 @@ import httptools
 from graftage.exceptions import RequestRejected, StreamInterrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from graftage.http.address import Server
     from graftage.http.transport import Request
 
-__all__ = ["BLOCK", "HIGH_WATER", "OK", "Framing", "head_of"]
+__all__ = ["BLOCK", "ENOUGH", "OK", "Framing", "ParserError", "head_of"]
 
 BLOCK: Final = 1 << 16
 """Bytes that are received at once."""
-HIGH_WATER: Final = 1 << 18
-"""Bytes that have come and were not read, above which a connection waits with more."""
-MAX_HEAD: Final = 100 * 1024
-"""Bytes of the headers of one answer, those of interim answers (RFC 9110, 15.2) included."""
+ENOUGH: Final = 1 << 16
+"""Bytes that have come and were not read, above which a connection waits with more; what headers may have at most,
+those of interim answers (RFC 9110, 15.2) included."""
 OK: Final = 200
 """The lowest status that is no interim answer."""
 FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
 """Headers that say where a body ends."""
+ParserError = httptools.HttpParserError
 _UNSAFE: Final = re.compile(rb"[\r\n\0]")
 
 
@@ -52,21 +54,37 @@ class Framing:
     """One answer, as far as its bytes have come. What comes after its end makes its connection useless."""
 
     __slots__ = (
-        *("_bodiless", "_parser", "_pieces"),
-        *("complete", "fault", "head", "headers", "reason", "size", "status", "usable"),
+        *(
+            "_bodiless",
+            "_parser",
+            "complete",
+            "fault",
+            "feed",
+            "head",
+            "headers",
+            "on_body",
+            "pieces",
+            "reason",
+            "size",
+        ),
+        *("status", "usable"),
     )
 
     def __init__(self, *, bodiless: bool = False) -> None:
         """Begin. `bodiless` is the answer to HEAD or CONNECT, which ends with its headers whatever they say."""
+        self.pieces: list[bytes] = []
+        """What has come of the body and was not read."""
+        self.on_body = self.pieces.append
         self._parser = httptools.HttpResponseParser(self)
         # Some proxies send a length beside a chunked body; the chunks count (RFC 9112, 6.3).
         self._parser.set_dangerous_leniencies(lenient_chunked_length=True)
+        self.feed: Callable[[bytes], None] = self._parser.feed_data
+        """Takes what has come. Whatever it raises is for `failed`."""
         self._bodiless = bodiless
-        self._pieces: list[bytes] = []
         self.status, self.reason = 0, ""
         self.headers: list[tuple[str, str]] = []
         self.size = 0
-        """Bytes that wait to be taken; before the head is complete, those of the head."""
+        """Bytes that have come since something was read."""
         self.head = False
         self.complete = False
         self.usable = False
@@ -74,88 +92,71 @@ class Framing:
         self.fault: BaseException | None = None
         """Why no more will come."""
 
-    def feed(self, data: bytes) -> None:
-        """Take what has come."""
+    def failed(self, error: BaseException) -> None:
+        """What has come breaks a rule."""
+        self.usable = False
+        if not self.complete:
+            self.fault = self.fault or error
+
+    def crowded(self) -> bool:
+        """Whether enough has come for now. Headers have a bound instead."""
         if not self.head:
-            self.size += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.usable = False
-            if not self.complete:
-                self.fault = self.fault or error
-        if not self.head and self.size > MAX_HEAD:
-            self.fault = self.fault or httptools.HttpParserError(f"the headers are longer than {MAX_HEAD} bytes")
+            self.failed(httptools.HttpParserError(f"the headers are longer than {ENOUGH} bytes"))
+        return self.head
 
     def end(self, error: BaseException | None = None) -> None:
         """The connection has ended, which ends a body that nothing else ends."""
         self.usable = False
-        if self.complete:
-            return
         if error is None and self.head and not any(name in FRAMED for name, _ in self.headers):
             self.complete = True
-        else:
-            self.fault = self.fault or error or EOFError("the server closed the connection")
+        self.failed(error or EOFError("the server closed the connection"))
 
     def let_go(self) -> None:
-        """Nothing more will be fed. The parser and this refer to each other, and neither must wait for the collector."""
-        del self._parser
+        """Nothing more will be fed: the parser and this refer to each other, and must not wait for the collector."""
+        del self._parser, self.feed
 
-    def take(self) -> bytes:
-        """What has come of the body; empty where more has to be received, or where it is `complete`.
-
-        Raises:
-            StreamInterrupted: nothing more will come of a body that is not complete.
-        """
-        if pieces := self._pieces:
-            self._pieces, self.size = [], 0
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if self.fault is not None:
-            raise self._interrupted(self.fault) from self.fault
-        return b""
-
-    @staticmethod
-    def _interrupted(fault: BaseException) -> StreamInterrupted:
-        return StreamInterrupted(
-            f"The connection broke before the answer was complete: {_words(fault)}.",
+    def interrupted(self) -> StreamInterrupted:
+        """The error for a body that will not be complete."""
+        fault = self.fault or EOFError()
+        words = str(fault).rstrip(".") or type(fault).__name__
+        error = StreamInterrupted(
+            f"The connection broke before the answer was complete: {words}.",
             retryable=True,
             hint="Was the server stopped, or a proxy's limit reached?",
         )
+        error.__cause__ = self.fault
+        return error
 
     # --- What httptools calls ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self.complete:  # Nobody has asked for another answer, and it must not be taken for that to the next request.
-            self.usable = False
+        """An answer begins; a second one must not be taken for that to the next request."""
+        if self.complete:
+            raise ValueError("nobody has asked for another answer")
 
     def on_status(self, reason: bytes) -> None:
+        """The reason phrase."""
         if not self.head:
             self.reason = reason.decode("latin-1")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.head:  # Later ones are trailers.
+        """A header, or a trailer, which nobody needs."""
+        if not self.head:
             self.headers.append((name.decode("latin-1").lower(), value.decode("latin-1")))
 
     def on_headers_complete(self) -> None:
+        """The headers of an interim answer, or of the answer itself, are there."""
         if self.complete:
             return
         self.status = self._parser.get_status_code()
         if self.status < OK:
             self.headers.clear()
             return
-        self.head, self.size = True, 0
+        self.head = True
         self.complete = self._bodiless
 
-    def on_body(self, body: bytes) -> None:
-        if not self.complete:
-            self._pieces.append(body)
-            self.size += len(body)
-
     def on_message_complete(self) -> None:
+        """An interim answer, or the answer itself, has ended."""
         if self.head and not self.complete:
             self.complete = True
             self.usable = self._parser.should_keep_alive()
-
-
-def _words(fault: BaseException) -> str:
-    return str(fault).rstrip(".") or type(fault).__name__

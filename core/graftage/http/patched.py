@@ -39,7 +39,7 @@ def exchange(request: Request, clock: Clock) -> Exchanged:
     clock.sent()
     try:
         connection.request(request.method, request.target, body=body or None, headers=dict(request.headers))
-        return Exchanged(connection.getresponse(), clock)
+        return Exchanged(connection.getresponse())
     except (OSError, http.client.HTTPException) as error:
         raise failed_before_answer(error, clock, request.url) from error
     finally:
@@ -49,16 +49,14 @@ def exchange(request: Request, clock: Clock) -> Exchanged:
 class Exchanged:
     """An answer that is here as a whole."""
 
-    def __init__(self, response: Any, clock: Clock) -> None:
+    def __init__(self, response: Any) -> None:
         self.status, self.reason = response.status, response.reason or ""
         self.headers = tuple((name.lower(), value) for name, value in response.getheaders())
         self._body: bytes = response.read()
-        self._clock = clock
 
     async def read(self) -> bytes:
         """The body, at once."""
         body, self._body = self._body, b""
-        self._clock.received()
         return body
 
     async def close(self) -> None:
