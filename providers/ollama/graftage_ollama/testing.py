@@ -18,7 +18,7 @@ import socket
 import struct
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from http import HTTPStatus
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "FakeOllama", "Seen"]
 
 Piece: TypeAlias = "bytes | Mapping[str, Any] | threading.Event"
+Ending: TypeAlias = Literal["end", "close", "reset", "stall", "keep"]
 _DATE: Final = "2026-01-01T00:00:00Z"
 _JSON: Final = "application/json; charset=utf-8"
 _NDJSON: Final = "application/x-ndjson"
@@ -43,20 +44,25 @@ _JOIN: Final = 5.0
 class Answer:
     """What the server sends for one request."""
 
-    chunks: Sequence[Piece] = ()
-    """The body, in transfer chunks: bytes as they are, mappings as lines of JSON; an event is waited for."""
+    chunks: Iterable[Piece] = ()
+    """The body, in transfer chunks: bytes as they are, mappings as lines of JSON; an event is waited for.
+
+    With `itertools.repeat`, it goes on until the client has gone."""
     _: KW_ONLY
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     """Added to the usual ones, or put in their place, even where that makes them wrong."""
     framing: Literal["chunked", "length", "none"] = "chunked"
     """How the reader finds the end of the body; with `none`, by the end of the connection."""
-    ending: Literal["end", "close", "reset", "stall"] = "end"
-    """After the chunks: end as promised; close without the end; reset; or say nothing until the client goes."""
+    ending: Ending = "end"
+    """After the chunks: end as promised; close without the end; reset; say nothing until the client goes; or take the
+    next request, which `end` does not do where no framing is known."""
     delay: float = 0.0
     """Seconds before each chunk."""
     raw: bytes | None = None
     """Sent before the chunks in place of status and headers; the chunks then go out bare."""
+    early: bool = False
+    """Before the body of the request is read. The connection takes no other request."""
 
 
 class Seen(NamedTuple):
@@ -67,7 +73,7 @@ class Seen(NamedTuple):
     headers: dict[str, str]
     """By lower-case name."""
     body: Any
-    """Parsed where it is JSON, else bytes; `None` where there is none."""
+    """Parsed where it is JSON, else bytes; `None` where there is none or it was not read."""
 
 
 class FakeOllama:
@@ -80,7 +86,10 @@ class FakeOllama:
         version: str = "0.9.3",
         reply: str = "Hello from the fake.",
         adapters: Literal["accepts", "refuses", "ignores"] = "accepts",
+        address: str = "127.0.0.1",
     ) -> None:
+        self.address = address
+        """Where it listens: an address of IPv4 or IPv6."""
         self.version = version
         self.adapters = adapters
         """What it makes of `adapters` in a request to create a model: with `ignores`, a plain copy and "success"."""
@@ -102,7 +111,8 @@ class FakeOllama:
         self._connections: dict[socket.socket, threading.Thread] = {}
 
     def __enter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        self._listener = socket.create_server((self.address, 0), family=family)
         self._acceptor = threading.Thread(target=self._accept, name="FakeOllama", daemon=True)
         self._acceptor.start()
         return self
@@ -112,7 +122,7 @@ class FakeOllama:
     ) -> None:
         self._stopping.set()
         # `accept` wakes up for a connection on every system, and for a closed socket on some.
-        with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname()):
+        with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname()[:2]):
             pass
         self._acceptor.join(_JOIN)
         self._listener.close()
@@ -126,8 +136,8 @@ class FakeOllama:
     @property
     def url(self) -> str:
         """The address to give as `host`."""
-        host, port = self._listener.getsockname()
-        return f"http://{host}:{port}"
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def open_connections(self) -> int:
@@ -160,10 +170,13 @@ class FakeOllama:
         """Answer one connection's requests until either side ends it."""
         try:
             with connection, connection.makefile("rb") as reader, contextlib.suppress(OSError):
-                while (seen := _read_request(reader)) and not self._stopping.is_set():
+                while (seen := _read_head(reader)) and not self._stopping.is_set():
+                    answer = self._scripted(seen)
+                    if answer is None or not answer.early:
+                        seen = seen._replace(body=_parse(b"".join(_read_body(reader, seen.headers))))
                     with self._lock:
                         self.requests.append(seen)
-                    if not self._send(connection, seen, self._answer(seen)):
+                    if not self._send(connection, seen, answer or self._usual_answer(seen)):
                         return
         finally:
             with self._lock:
@@ -172,9 +185,10 @@ class FakeOllama:
     def _send(self, connection: socket.socket, seen: Seen, answer: Answer) -> bool:
         """Send an answer; whether the connection can take another request."""
         framed = answer.framing if answer.raw is None else "none"
+        ends_well = answer.ending == "keep" or (answer.ending == "end" and framed != "none")
         connection.sendall(_head(answer) if answer.raw is None else answer.raw)
         if seen.method == "HEAD":
-            return answer.ending == "end"
+            return answer.ending in ("end", "keep")
         for piece in answer.chunks:
             self._stopping.wait(answer.delay)
             if isinstance(piece, threading.Event):
@@ -183,10 +197,10 @@ class FakeOllama:
                 connection.sendall(b"%x\r\n%s\r\n" % (len(data), data) if framed == "chunked" else data)
             if self._stopping.is_set():
                 return False
-        if framed == "chunked" and answer.ending == "end":
+        if framed == "chunked" and ends_well:
             connection.sendall(b"0\r\n\r\n")
         _end(connection, answer.ending)
-        return answer.ending == "end" and framed != "none" and seen.headers.get("connection", "").lower() != "close"
+        return ends_well and not answer.early and seen.headers.get("connection", "").lower() != "close"
 
     def _wait_for(self, event: threading.Event) -> None:
         while not event.wait(0.01) and not self._stopping.is_set():
@@ -194,11 +208,10 @@ class FakeOllama:
 
     # Answers
 
-    def _answer(self, seen: Seen) -> Answer:
+    def _scripted(self, seen: Seen) -> Answer | None:
         with self._lock:
-            if script := self._scripts[seen.path.partition("?")[0]]:
-                return script.popleft()
-        return self._usual_answer(seen)
+            script = self._scripts[seen.path.partition("?")[0]]
+            return script.popleft() if script else None
 
     def _usual_answer(self, seen: Seen) -> Answer:
         methods: tuple[str, ...] = ("GET", "HEAD")
@@ -357,8 +370,8 @@ class FakeOllama:
 # --- Requests --------------------------------------------------------------------------------------------------------
 
 
-def _read_request(reader: IO[bytes]) -> Seen | None:
-    """The next request, or `None` where the client has gone or sent something else."""
+def _read_head(reader: IO[bytes]) -> Seen | None:
+    """The next request without its body, or `None` where the client has gone or sent something else."""
     words = reader.readline().decode("latin-1").split()
     if len(words) != 3:  # noqa: PLR2004 # method, target, version
         return None
@@ -368,7 +381,7 @@ def _read_request(reader: IO[bytes]) -> Seen | None:
         headers[name.strip().lower()] = value.strip()
     if words[2] == "HTTP/1.0":
         headers.setdefault("connection", "close")
-    return Seen(words[0], words[1], headers, _parse(b"".join(_read_body(reader, headers))))
+    return Seen(words[0], words[1], headers, None)
 
 
 def _read_body(reader: IO[bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
@@ -414,7 +427,7 @@ def _head(answer: Answer) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def _end(connection: socket.socket, ending: Literal["end", "close", "reset", "stall"]) -> None:
+def _end(connection: socket.socket, ending: Ending) -> None:
     """Do what comes after the chunks; the caller closes the socket unless all is well."""
     if ending == "reset":
         # A socket that lingers for no time is reset when it is closed.
