@@ -187,7 +187,7 @@ class FakeOllama:
         framed = answer.framing if answer.raw is None else "none"
         ends_well = answer.ending == "keep" or (answer.ending == "end" and framed != "none")
         connection.sendall(_head(answer) if answer.raw is None else answer.raw)
-        if seen.method == "HEAD":
+        if seen.method == "HEAD" and answer.raw is None:
             return answer.ending in ("end", "keep")
         for piece in answer.chunks:
             self._stopping.wait(answer.delay)

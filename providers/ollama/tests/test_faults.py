@@ -7,15 +7,23 @@ the first chunk.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import KW_ONLY, dataclass
+import threading
+import time
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
+from itertools import repeat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from giving import Giving
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -33,16 +41,18 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
-from graftage.types import Timeouts
+from graftage.hookspecs import hookimpl
+from graftage.types import Chunk, Timeouts
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 MODEL = "smollm2:135m"
 PATIENCE = 20.0
 SHORT = Timeouts(connect=5.0, first_token=0.3, idle=0.3, total=1.0)
 """For faults that only time can end."""
+SHORTER = Timeouts(connect=5.0, first_token=0.2, idle=0.2, total=0.4)
 CALM = Timeouts(connect=10.0, first_token=10.0, idle=10.0, total=15.0)
 """For all others: a busy machine must not turn them into timeouts."""
 
@@ -74,10 +84,23 @@ BODY = b"".join(json.dumps(each).encode() + b"\n" for each in WHOLE)
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 BARE = HEAD + b"connection: close\r\n\r\n"
+STATUS, FIELDS = HEAD.split(b"\r\n", 1)
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+HINTS = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+END = b"0\r\n\r\n"
 
 
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
+def chunk(data: bytes, extension: bytes = b"") -> bytes:
+    return b"%x%s\r\n%s\r\n" % (len(data), extension, data)
+
+
+def measured(body: bytes) -> bytes:
+    """A whole answer that says its length."""
+    return HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def bytewise(data: bytes) -> list[bytes]:
+    return [bytes([each]) for each in data]
 
 
 def error(words: Any, status: int = 500, **headers: str) -> Answer:
@@ -119,7 +142,7 @@ GOOD = [
     Fault("reset_after_done", Answer(WHOLE, ending="reset")),
     Fault("stall_after_done", Answer(WHOLE, ending="stall")),
     Fault("blank_line", Answer([b"\n", FIRST, b"\r\n \n", SECOND, LAST])),
-    Fault("split_utf8", Answer([bytes([each]) for each in raw_text("é€😀")] + [LAST]), text="é€😀"),
+    Fault("split_utf8", Answer([*bytewise(raw_text("é€😀")), LAST]), text="é€😀"),
     Fault("u2028_in_content", Answer([raw_text(BREAKS), LAST]), text=BREAKS),
     Fault("crlf_lines", Answer([BODY.replace(b"\n", b"\r\n")])),
     Fault("lone_surrogate_escape", Answer([json.dumps(line("a\ud83dz")).encode() + b"\n", LAST]), text="a\ufffdz"),
@@ -131,6 +154,18 @@ GOOD = [
         "dup_chunk", Answer([FIRST, FIRST, LAST]), text="Hello Hello "
     ),  # Nothing numbers the lines: nobody can know.
     Fault("fin_no_last_chunk_after_done", Answer(WHOLE, ending="close")),
+    *[
+        Fault(name, Answer(raw=raw, ending="close"))
+        for name, raw in {
+            "http10": b"HTTP/1.0 200 OK\r\n\r\n" + BODY,
+            "no_reason_phrase": b"HTTP/1.1 200\r\n" + FIELDS + b"\r\n" + BODY,
+            "bare_line_feeds": BARE.replace(b"\r", b"") + BODY,
+            "folded_header": HEAD + b"x-a: b\r\n c\r\n\r\n" + BODY,
+            "header_not_ascii": HEAD + "x-a: é\r\n\r\n".encode() + BODY,
+            "header_of_8000_bytes": HEAD + b"x-a: " + b"y" * 8000 + b"\r\n\r\n" + BODY,
+            "headers_90": HEAD + b"".join(b"x-%d: y\r\n" % each for each in range(90)) + b"\r\n" + BODY,
+        }.items()
+    ],
 ]
 BROKEN = [
     Fault("rst_before_headers", Answer(raw=b"", ending="reset"), kind=ConnectionFailed, again=True),
@@ -178,6 +213,38 @@ BROKEN = [
         partial="Hello ",
     ),
     Fault("nonstream_done_false", Answer([FIRST], framing="length"), kind=StreamInterrupted, partial="Hello "),
+    Fault(
+        "no_framing_reset", Answer([FIRST], framing="none", ending="reset"), kind=StreamInterrupted, partial="Hello "
+    ),
+    *[
+        Fault(
+            f"chunk_size_{name}",
+            Answer([chunk(raw_text("Hello ")), size + b"\r\n" + BODY], raw=CHUNKED, ending="close"),
+            kind=StreamInterrupted,
+            partial="Hello ",
+        )
+        for name, size in {
+            "negative": b"-5",
+            "with_plus": b"+5",
+            "with_prefix": b"0x5",
+            "with_underscore": b"5_0",
+            "two": b"5 5",
+            "none": b"",
+            "of_100_digits": b"f" * 100,
+        }.items()
+    ],
+    Fault(
+        "chunk_size_2_to_70",
+        Answer([b"%x\r\n" % 2**70 + raw_text("Hello ")], raw=CHUNKED, ending="close"),
+        kind=StreamInterrupted,
+        partial="Hello ",
+    ),
+    Fault(
+        "chunk_longer_than_its_size",
+        Answer([chunk(raw_text("Hello ")), b"1\r\n\n" + BODY], raw=CHUNKED, ending="close"),
+        kind=StreamInterrupted,
+        partial="Hello ",
+    ),
 ]
 NONSENSE = [
     Fault("invalid_json_line", Answer([FIRST, b"{nonsense}\n"]), kind=ProtocolError, partial="Hello "),
@@ -218,6 +285,29 @@ NONSENSE = [
     ),
     Fault("header_flood", Answer(raw=HEAD + b"x-a: 1\r\n" * 20_000, ending="close"), kind=ProtocolError),
     Fault("header_one_huge", Answer(raw=HEAD + b"x-a: " + b"y" * 200_000, ending="close"), kind=ProtocolError),
+    Fault(
+        "headers_2000",
+        Answer(raw=HEAD + b"".join(b"x-%d: %s\r\n" % (each, b"y" * 100) for each in range(2000)), ending="close"),
+        kind=ProtocolError,
+    ),
+    *[
+        Fault(name, Answer(raw=raw + BODY, ending="close"), kind=ProtocolError)
+        for name, raw in {
+            "length_no_number": HEAD + b"content-length: many\r\n\r\n",
+            "length_negative": HEAD + b"content-length: -5\r\n\r\n",
+            "length_with_plus": HEAD + b"content-length: +5\r\n\r\n",
+            "length_with_underscore": HEAD + b"content-length: 5_0\r\n\r\n",
+            "length_twice_different": HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n",
+            "length_of_two": HEAD + b"content-length: 5, 6\r\n\r\n",
+            "transfer_unknown": HEAD + b"transfer-encoding: gzip, chunked\r\n\r\n",
+            "header_without_colon": HEAD + b"nonsense\r\ntransfer-encoding: chunked\r\n\r\n",
+            "header_with_blank_before_colon": HEAD + b"transfer-encoding : chunked\r\n\r\n",
+            "header_with_null": HEAD + b"x-a: b\0c\r\n\r\n",
+            "status_no_number": b"HTTP/1.1 abc OK\r\n\r\n",
+            "status_of_two_digits": b"HTTP/1.1 20 OK\r\n\r\n",
+            "switching_101": b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+        }.items()
+    ],
     Fault("html_200", plain("<html>Sign in to the network</html>", 200, "text/html"), kind=ProtocolError),
     Fault("html_200_untold", Answer([b"<html>\n<body>Sign in</body>\n</html>\n"]), kind=ProtocolError),
     Fault("s304", Answer(raw=b"HTTP/1.1 304 Not Modified\r\n\r\n"), kind=ProtocolError),
@@ -287,6 +377,30 @@ SLOW = [
         facts=(("phase", "first_token"),),
         timeouts=SHORT,
     ),
+    *[
+        Fault(
+            f"drip_of_{name}",
+            Answer(repeat(piece), raw=raw, delay=0.05),
+            kind=ProviderTimeout,
+            partial=None if phase == "first_token" else "Hello ",
+            facts=(("phase", phase),),
+            timeouts=SHORT,
+        )
+        for name, raw, piece, phase in [
+            ("a_status_line", b"", b"H", "first_token"),
+            ("a_header", HEAD + b"x-a: ", b"y", "first_token"),
+            ("hints", b"", HINTS, "first_token"),
+            ("a_first_chunk_size", CHUNKED, b"0", "first_token"),
+            ("a_chunk_size", CHUNKED + chunk(raw_text("Hello ")), b"0", "idle"),
+            ("a_chunk_extension", CHUNKED + chunk(raw_text("Hello ")) + b"5;", b"x", "idle"),
+            ("a_trailer", CHUNKED + chunk(raw_text("Hello ")) + b"0\r\n", b"x", "idle"),
+            ("trailers", CHUNKED + chunk(raw_text("Hello ")) + b"0\r\n", b"x: y\r\n", "idle"),
+            ("a_chunk", CHUNKED + b"ffff\r\n" + raw_text("Hello "), b"y", "idle"),
+            ("a_body", BARE + raw_text("Hello "), b"y", "idle"),
+            ("a_first_line", BARE, b"y", "first_token"),
+            ("a_measured_body", measured(raw_text("Hello ")).replace(b"length: ", b"length: 9"), b"y", "idle"),
+        ]
+    ],
 ]
 REFUSED = [
     Fault(
@@ -532,7 +646,9 @@ def whole(body: bytes, **options: Any) -> Answer:
 OBJECTS: list[tuple[str, Answer, type[ProviderError] | None]] = [
     ("ok", whole(VECTORS), None),
     ("chunked", Answer([VECTORS[:9], VECTORS[9:]]), None),
-    ("no_framing", whole(VECTORS, ending="end"), None),
+    ("no_framing", Answer([VECTORS], framing="none"), None),
+    ("bytewise", Answer(bytewise(measured(VECTORS)), raw=b""), None),
+    ("hints", Answer(raw=HINTS + measured(VECTORS)), None),
     ("reset", Answer(raw=b"", ending="reset"), ConnectionFailed),
     ("cut", whole(VECTORS[:20], headers={"content-length": "99"}, ending="close"), StreamInterrupted),
     ("half", whole(VECTORS[:20]), ProtocolError),
@@ -734,3 +850,297 @@ def test_an_error_about_a_broken_answer_holds_no_word_of_the_answer(both: Any, f
         both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
     assert caught.value.details["reason"] == "AttributeError"
     assert "canary" not in f"{caught.value!r} {caught.value.details}"
+
+
+# --- Connections -----------------------------------------------------------------------------------------------------
+
+CHUNKS = CHUNKED + chunk(BODY)
+SURPLUS = measured(json.dumps(line("evil", done=True, done_reason="stop")).encode())
+SPOILT = "httpcore keeps what came after an answer, and takes it for the next one"
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def kept(*pieces: bytes) -> Answer:
+    """Bytes as they are, after which the server waits for the next request."""
+    return Answer(pieces, raw=b"", ending="keep")
+
+
+def soon(truth: Callable[[], bool]) -> bool:
+    """Whether something becomes true, garbage being collected meanwhile."""
+    until = time.monotonic() + PATIENCE
+    while not truth() and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.005)
+    return truth()
+
+
+class Asking:
+    """A connection that does one thing with the toolkit when it is asked to chat."""
+
+    def __init__(self, url: str, ask: Callable[[Any, Any], Awaitable[Any]], request: Any) -> None:
+        self.http = request.http(url)
+        self.ask = ask
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        await self.ask(self.http, request.call)
+        yield Chunk(finish_reason="stop")
+
+
+REUSED: dict[str, Answer] = {
+    "chunked": Answer(WHOLE),
+    "measured": Answer(WHOLE, framing="length"),
+    "bytewise": kept(*bytewise(CHUNKS + END)),
+    "trailers": kept(CHUNKS + b"0\r\nx-sum: 1\r\nx-b: 2\r\n\r\n"),
+    "chunk extensions": kept(CHUNKED + chunk(BODY, b';a="b;c"; d') + b"0;e\r\n\r\n"),
+    "a size in capitals, with zeros": kept(CHUNKED + b"00%X\r\n%s\r\n" % (len(BODY), BODY) + END),
+    "100 before it": kept(CONTINUE + CHUNKS + END),
+    "103 before it": kept(HINTS, CHUNKS + END),
+    "many before it": kept((CONTINUE + HINTS) * 10 + measured(BODY)),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("answer", REUSED.values(), ids=REUSED)
+def test_many_calls_use_one_connection(both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
+    fake.script("/api/chat", *[answer] * 3)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+    for _ in range(3):
+        found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+        assert found.text == "Hello world"
+    assert fake.accepted == 1
+
+
+SINGLE: dict[str, Answer] = {
+    "close": Answer(WHOLE, headers={"connection": "close"}),
+    "close in capitals": Answer(WHOLE, headers={"connection": "Close"}),
+    "close among others": Answer(WHOLE, headers={"connection": "x-a, close"}),
+    "http10": kept(measured(BODY).replace(b"HTTP/1.1", b"HTTP/1.0")),
+    "no framing": Answer(WHOLE, framing="none"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("answer", SINGLE.values(), ids=SINGLE)
+def test_a_connection_that_takes_one_request_is_used_for_one(
+    both: Any, fake: FakeOllama, answer: Answer, stream: bool
+) -> None:
+    fake.script("/api/chat", *[answer] * 3)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+    for _ in range(3):
+        found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+        assert found.text == "Hello world"
+    assert fake.accepted == 3
+    assert soon(lambda: fake.open_connections == 0)
+
+
+STALE: dict[str, Answer] = {
+    "closed": Answer(WHOLE, framing="length", ending="close"),
+    "reset": Answer(WHOLE, framing="length", ending="reset"),
+    "closed after chunks": Answer(raw=CHUNKS + END, ending="close"),
+    "closed after a farewell": Answer(
+        [b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n\r\n"], raw=measured(BODY), delay=0.05, ending="close"
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", STALE.values(), ids=STALE)
+def test_a_connection_that_the_server_closed_meanwhile_costs_no_attempt(
+    both: Any, fake: FakeOllama, answer: Answer
+) -> None:
+    fake.script("/api/chat", *[answer] * 2)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+    for text in ("Hello world", "Hello world", "mended"):
+        assert in_time(both, lambda: llm.chat("Hi")).text == text
+        assert text == "mended" or soon(lambda: fake.open_connections == 0)
+    assert len(fake.requests) == 3
+
+
+def test_a_connection_that_closes_as_it_is_used_again_costs_one_attempt(both: Any, fake: FakeOllama) -> None:
+    fake.script("/api/chat", Answer(WHOLE), Answer(raw=b"", ending="close"))
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=2)
+    assert [in_time(both, lambda: llm.chat("Hi")).text for _ in range(2)] == ["Hello world", "mended"]
+    assert len(fake.requests) == 3
+
+
+BEYOND: dict[str, Answer] = {
+    "after a length": kept(measured(BODY) + SURPLUS),
+    "after chunks": kept(CHUNKS + END + SURPLUS),
+    "after trailers": kept(CHUNKS + b"0\r\nx-sum: 1\r\n\r\n" + SURPLUS),
+    "half of one": kept(measured(BODY) + SURPLUS[:-9]),
+    "garbage": kept(measured(BODY) + b"\0" * 99),
+    "in another read": Answer([SURPLUS], raw=measured(BODY), delay=0.05, ending="close"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(each, marks=[pytest.mark.xfail(reason=SPOILT)] if each.ending == "keep" else [], id=name)
+        for name, each in BEYOND.items()
+    ],
+)
+def test_what_comes_beyond_an_answer_is_never_the_answer_to_the_next_request(
+    both: Any, fake: FakeOllama, answer: Answer, stream: bool
+) -> None:
+    fake.script("/api/chat", answer)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+    for text in ("Hello world", "mended", "mended"):
+        found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+        assert found.text == text
+        assert answer.ending == "keep" or text == "mended" or soon(lambda: fake.open_connections == 0)
+
+
+BODILESS: dict[str, tuple[str, bytes]] = {
+    "a head with a length": ("HEAD", HEAD + b"content-length: 5\r\n\r\n"),
+    "a head with chunks": ("HEAD", CHUNKED),
+    "a head with neither": ("HEAD", HEAD + b"\r\n"),
+    "a head after hints": ("HEAD", HINTS + CHUNKED),
+    "no content": ("GET", b"HTTP/1.1 204 No Content\r\n\r\n"),
+    "no content with a length": ("GET", b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n"),
+    "a length of zero": ("GET", measured(b"")),
+}
+
+
+@pytest.mark.parametrize(
+    "surplus", [b"", pytest.param(SURPLUS, marks=pytest.mark.xfail(reason=SPOILT))], ids=["", "and yet a body"]
+)
+@pytest.mark.parametrize(("method", "head"), BODILESS.values(), ids=BODILESS)
+def test_an_answer_without_a_body_ends_with_its_head(
+    both: Any, fake: FakeOllama, method: str, head: bytes, surplus: bytes
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    async def ask(http: Any, call: Any) -> None:
+        found.append(await http.json("GET" if found else method, "/api/version", call=call, empty=True))
+
+    fake.script("/api/version", kept(head + surplus))
+    llm = both.connect(Giving(partial(Asking, fake.url, ask)), model=MODEL, timeouts=CALM, attempts=1)
+    for _ in range(3):
+        in_time(both, lambda: llm.chat("Hi"))
+    assert found == [{}, *[{"version": fake.version}] * 2]
+    assert surplus or fake.accepted == 1
+
+
+def leave_by_break(stream: Any) -> None:
+    with stream:
+        for _ in stream:
+            break
+
+
+def leave_by_close(stream: Any) -> None:
+    next(stream)
+    stream.close()
+
+
+def leave_to_the_garbage(stream: Any) -> None:
+    next(stream)
+
+
+@pytest.mark.parametrize("answer", [Answer([FIRST], ending="stall"), Answer(repeat(FIRST))], ids=["stalls", "goes on"])
+@pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_to_the_garbage])
+def test_a_stream_that_is_left_frees_its_slot_and_its_socket_which_is_not_used_again(
+    both: Any, fake: FakeOllama, leave: Callable[[Any], None], answer: Answer
+) -> None:
+    fake.script("/api/chat", *[answer] * 3)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1, concurrency=1)
+    for _ in range(3):
+        in_time(both, lambda: leave(llm.chat("Hi", stream=True)))
+        assert soon(lambda: llm.stats().running == 0)
+        assert soon(lambda: fake.open_connections == 0)
+    assert in_time(both, lambda: llm.chat("Hi")).text == "mended"
+    assert fake.accepted == 4
+
+
+FLOODS: dict[str, Answer] = {
+    "status line": Answer(repeat(b"H" * 1000), raw=b"HTTP/1.1 200 "),
+    "empty lines": Answer(repeat(b"\r\n" * 1000), raw=b""),
+    "hints": Answer(repeat(HINTS * 100), raw=b""),
+    "a header": Answer(repeat(b"y" * 1000), raw=HEAD + b"x-a: "),
+    "headers": Answer(repeat(b"x-a: y\r\n" * 100), raw=HEAD),
+    "a chunk size": Answer(repeat(b"0" * 1000), raw=CHUNKED),
+    "a chunk extension": Answer(repeat(b"x" * 1000), raw=CHUNKED + b"5;"),
+    "tiny chunks": Answer(repeat(chunk(b" ") * 1000), raw=CHUNKED),
+    "a trailer": Answer(repeat(b"x" * 1000), raw=CHUNKED + b"0\r\n"),
+    "trailers": Answer(repeat(b"x: y\r\n" * 100), raw=CHUNKED + b"0\r\n"),
+    "a line": Answer(repeat(b"y" * 1000), framing="none"),
+    "blank lines": Answer(repeat(b"\n" * 1000), framing="none"),
+    "lines": Answer(repeat(raw_text("") * 10), framing="none"),
+    "an error": Answer(repeat(b"y" * 1000), framing="none", status=500),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("answer", FLOODS.values(), ids=FLOODS)
+def test_a_flood_ends_in_a_typed_error_in_time(both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
+    fake.script("/api/chat", answer)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=SHORTER, attempts=1)
+    found = failure(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+    assert isinstance(found, ProviderTimeout | ProtocolError | StreamInterrupted | InferenceFailed)
+    assert soon(lambda: fake.open_connections == 0)
+    assert llm.stats().running == 0
+
+
+class Watched(type(Path())):  # type: ignore[misc]
+    """A path that remembers what was opened at it."""
+
+    def open(self, *arguments: Any, **named: Any) -> Any:
+        self.__dict__.setdefault("opened", []).append(super().open(*arguments, **named))
+        return self.opened[-1]
+
+
+LARGE = 16 << 20
+"""More bytes than the system takes for a reader that does not read."""
+TOO_LARGE = error("the request is too large", 413)
+EARLY: dict[str, tuple[Answer, tuple[type[ProviderError], ...]]] = {
+    "answers and reads on": (replace(TOO_LARGE, ending="stall"), (RequestRejected,)),
+    "answers and closes": (TOO_LARGE, (RequestRejected, ConnectionFailed)),
+    "answers and waits": (
+        replace(TOO_LARGE, chunks=[*TOO_LARGE.chunks, threading.Event()]),
+        (RequestRejected, ProviderTimeout),
+    ),
+    "closes": (Answer(raw=b"", ending="close"), (ConnectionFailed,)),
+    "resets": (Answer(raw=b"", ending="reset"), (ConnectionFailed,)),
+    "reads nothing": (Answer([threading.Event()], raw=b""), (ProviderTimeout,)),
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "file"])
+@pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
+def test_an_answer_before_the_end_of_a_large_request_is_read_or_is_a_typed_error(
+    both: Any, fake: FakeOllama, tmp_path: Path, early: tuple[Answer, tuple[type[ProviderError], ...]], kind: str
+) -> None:
+    answer, errors = early
+    file = Watched(tmp_path / "large")
+    with file.open("wb") as made:
+        made.truncate(LARGE)
+
+    async def ask(http: Any, call: Any) -> None:
+        if kind == "file":
+            await http.upload("/x", file, call=call)
+        else:
+            await http.json("POST", "/x", {"text": "x" * LARGE}, call=call)
+
+    fake.script("/x", replace(answer, early=True))
+    timeouts = SHORT if ProviderTimeout in errors else CALM
+    llm = both.connect(Giving(partial(Asking, fake.url, ask)), model=MODEL, timeouts=timeouts, attempts=1)
+    assert type(failure(both, lambda: llm.chat("Hi"))) in errors
+    assert llm.stats().running == 0
+    assert soon(lambda: all(each.closed for each in file.opened))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_server_on_ipv6_is_reached(both: Any) -> None:
+    with FakeOllama(reply="mended", address="::1") as fake:
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+        assert [in_time(both, lambda: llm.chat("Hi")).text for _ in range(2)] == ["mended"] * 2
+        assert [seen.headers["host"] for seen in fake.requests] == [fake.url.removeprefix("http://")] * 2
+        assert fake.accepted == 1
