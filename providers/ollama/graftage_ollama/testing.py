@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "FakeOllama", "Seen"]
 
 Piece: TypeAlias = "bytes | Mapping[str, Any] | threading.Event"
-Ending: TypeAlias = Literal["end", "close", "reset", "stall", "keep"]
 _DATE: Final = "2026-01-01T00:00:00Z"
 _JSON: Final = "application/json; charset=utf-8"
 _NDJSON: Final = "application/x-ndjson"
@@ -54,9 +53,9 @@ class Answer:
     """Added to the usual ones, or put in their place, even where that makes them wrong."""
     framing: Literal["chunked", "length", "none"] = "chunked"
     """How the reader finds the end of the body; with `none`, by the end of the connection."""
-    ending: Ending = "end"
-    """After the chunks: end as promised; close without the end; reset; say nothing until the client goes; or take the
-    next request, which `end` does not do where no framing is known."""
+    ending: Literal["end", "close", "reset", "stall", "keep"] = "end"
+    """After the chunks: end as promised; close without the end; reset; say nothing until the client goes; or keep the
+    connection for the next request after `raw` too."""
     delay: float = 0.0
     """Seconds before each chunk."""
     raw: bytes | None = None
@@ -427,7 +426,7 @@ def _head(answer: Answer) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def _end(connection: socket.socket, ending: Ending) -> None:
+def _end(connection: socket.socket, ending: str) -> None:
     """Do what comes after the chunks; the caller closes the socket unless all is well."""
     if ending == "reset":
         # A socket that lingers for no time is reset when it is closed.
