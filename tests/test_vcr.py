@@ -31,13 +31,12 @@ def asked(llm: Any) -> tuple[str, list[str], int, int]:
     return text, pieces, len(llm.embed(["one", "two"]).vectors), len(llm.models())
 
 
-def test_plain_vcrpy_records_and_replays_calls(both: Any, fake: FakeOllama, tmp_path: Path) -> None:
+def test_plain_vcrpy_records_and_replays_calls(both: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    url = fake.url
-    with vcr.use_cassette(str(path), match_on=["method", "uri", "body"]) as cassette:
+    with FakeOllama() as fake, vcr.use_cassette(str(path), match_on=["method", "uri", "body"]) as cassette:
+        url = fake.url
         live = asked(both.connect("ollama", model=MODEL, host=url))
     assert len(cassette) == len(fake.requests) == 4
-    fake.close()
     with vcr.use_cassette(str(path), record_mode=vcr.mode.NONE, match_on=["method", "uri", "body"]) as cassette:
         assert asked(both.connect("ollama", model=MODEL, host=url)) == live
         assert cassette.all_played

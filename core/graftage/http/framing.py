@@ -27,7 +27,7 @@ OK: Final = 200
 """The lowest status that is no interim answer."""
 FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
 """Headers that say where a body ends."""
-ParserError = httptools.HttpParserError
+ParserError = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 _UNSAFE: Final = re.compile(rb"[\r\n\0]")
 
 
@@ -74,10 +74,13 @@ class Framing:
         """Begin. `bodiless` is the answer to HEAD or CONNECT, which ends with its headers whatever they say."""
         self.pieces: list[bytes] = []
         """What has come of the body and was not read."""
-        self.on_body = self.pieces.append
+        self.on_body = self._surplus if bodiless else self.pieces.append
         self._parser = httptools.HttpResponseParser(self)
-        # Some proxies send a length beside a chunked body; the chunks count (RFC 9112, 6.3).
-        self._parser.set_dangerous_leniencies(lenient_chunked_length=True)
+        # Some proxies send a length beside a chunked body; the chunks count (RFC 9112, 6.3). Small servers end lines
+        # with a line feed alone (2.2), or pad the sizes of chunks.
+        self._parser.set_dangerous_leniencies(
+            lenient_chunked_length=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
+        )
         self.feed: Callable[[bytes], None] = self._parser.feed_data
         """Takes what has come. Whatever it raises is for `failed`."""
         self._bodiless = bodiless
@@ -152,8 +155,14 @@ class Framing:
         if self.status < OK:
             self.headers.clear()
             return
+        if any(name == "transfer-encoding" and value.lower() != "chunked" for name, value in self.headers):
+            raise ValueError("its transfer encoding is unknown")
         self.head = True
-        self.complete = self._bodiless
+        if self._bodiless:
+            self.complete, self.usable = True, self._parser.should_keep_alive()
+
+    def _surplus(self, _body: bytes) -> None:
+        self.usable = False
 
     def on_message_complete(self) -> None:
         """An interim answer, or the answer itself, has ended."""

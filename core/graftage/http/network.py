@@ -70,7 +70,7 @@ def unanswered(answer: Framing, clock: Clock, url: str) -> ProviderError:
     if isinstance(fault, (OSError, EOFError)):
         return failed_before_answer(fault, clock, url)
     return ProtocolError(
-        f"What answers at {place(url)} does not speak HTTP: {str(fault).rstrip('.')}.",
+        f"What answers at {place(url)} does not speak HTTP: {str(fault.__context__ or fault).rstrip('.')}.",
         hint="Check `host` and its port.",
     )
 
