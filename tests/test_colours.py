@@ -147,6 +147,24 @@ def test_an_async_hook_on_the_toolkit_serves_both_clients(both: Any, fake: FakeO
     assert (fake.accepted, llm.stats().running) == (1, 0)
 
 
+ODD: dict[str, tuple[bytes, list[str]]] = {
+    "half of a surrogate pair": (rb'["a\ud83dz", "\uDE00", "\ud83d\ude00"]', ["a\ufffdz", "\ufffd", "\U0001f600"]),
+    "what is only JavaScript": (b"[NaN, Infinity, -Infinity]", ["nan", "inf", "-inf"]),
+    "beyond any float": (b"[1e400, -1e400, 1e-400]", ["inf", "-inf", "0.0"]),
+    "whole numbers": (b"[9" + b"9" * 30 + b", -0, 18446744073709551616]", ["9" * 31, "0", str(2**64)]),
+    "halfway between two floats": (b"[9007199254740993.0, 5e-324]", ["9007199254740992.0", "5e-324"]),
+    "a name that is there twice": (b'["a"], "models": ["b"]', ["b"]),
+    "nested, within reason": (b'["a"], "more": ' + b"[" * 100 + b"]" * 100, ["a"]),
+}
+
+
+@pytest.mark.parametrize(("body", "read"), ODD.values(), ids=ODD)
+def test_odd_json_is_read_as_python_reads_it(both: Any, fake: FakeOllama, body: bytes, read: list[str]) -> None:
+    fake.script("/models", Answer([b'{"models": ' + body + b"}"]))
+    names = [str(each.name) for each in both.connect(on_toolkit(fake), model=MODEL).models()]
+    assert names == read
+
+
 def test_a_sync_client_inside_a_running_loop_lends_it_nothing(fake: FakeOllama) -> None:
     """As in Jupyter: a loop runs in this thread, and would end the generators that begin in it."""
     fake.script("/chat", *[said() for _ in range(6)])

@@ -415,6 +415,7 @@ HEAVY = {
     "httpx",
     "importlib.metadata",
     "loguru",
+    "msgspec",
     "numpy",
     "ollama",
     "packaging",

@@ -690,6 +690,11 @@ def _parsed(data: bytes) -> Any:
         ValueError: it is no JSON, or no UTF-8.
         RecursionError: it is nested too deeply.
     """
+    import msgspec  # noqa: PLC0415 - importing this module costs nothing that no answer needs
+
+    with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
+        return msgspec.json.decode(data)
+    # What it refuses is wrong, or is what `json` alone takes, such as NaN.
     text = data.decode()
     found = json.loads(text)
     return _whole(found) if "\\ud" in text or "\\uD" in text else found
