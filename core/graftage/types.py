@@ -6,15 +6,22 @@ works with the next. An unknown figure is `None`, never 0. Durations are seconds
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from typing import Self
+
+    from numpy.typing import DTypeLike, NDArray
 
 
 __all__ = [
@@ -50,6 +57,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "Usage",
+    "Vectors",
     "Verdict",
     "canonical_name",
 ]
@@ -241,17 +249,100 @@ class Reply:
         return self.text
 
 
+class Vectors(tuple[tuple[float, ...], ...]):
+    """Vectors of one length, as tuples of finite floats; `numpy()` gives them as one array."""
+
+    __slots__ = ()
+
+    def __new__(cls, vectors: Iterable[Iterable[float]] = ()) -> Self:
+        """Check them, and make floats of all numbers.
+
+        Raises:
+            TypeError: there is no sequence of vectors.
+            ValueError: one is empty or longer than another, or holds what is no finite number.
+        """
+        if type(vectors) is cls:
+            return vectors
+        found = _floats(vectors)
+        lengths = sorted(set(map(len, found)))
+        if lengths and not lengths[0]:
+            raise ValueError("an empty vector")
+        if len(lengths) > 1:
+            raise ValueError(f"vectors of different lengths, from {lengths[0]} to {lengths[-1]} numbers")
+        return super().__new__(cls, found)
+
+    def __repr__(self) -> str:
+        return f"<Vectors {len(self)} x {len(self[0]) if self else 0}>"
+
+    def numpy(self, dtype: DTypeLike = "float32") -> NDArray[Any]:
+        """A new array of the shape (vectors, numbers in each).
+
+        Args:
+            dtype: the kind of number; models compute in no finer one than `float32`.
+
+        Raises:
+            ImportError: NumPy, which Graftage does not need, is not installed.
+        """
+        try:
+            import numpy as np  # noqa: PLC0415 - slow to import, and often not there
+        except ImportError as error:
+            raise ImportError("`numpy()` needs NumPy: `pip install numpy`.", name="numpy") from error
+        shape = len(self), len(self[0]) if self else 0
+        return np.fromiter(chain.from_iterable(self), dtype, shape[0] * shape[1]).reshape(shape)
+
+
+def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
+    import msgspec  # noqa: PLC0415 - slow to import
+
+    with contextlib.suppress(msgspec.ValidationError):  # It takes whole numbers, and no truth values.
+        found = msgspec.convert(vectors, tuple[tuple[float, ...], ...])
+        if all(map(math.isfinite, map(sum, found))):
+            return found
+    # There is some other sequence or number, or the sum of huge ones; or something is wrong.
+    try:
+        found = tuple(map(tuple, vectors))
+    except TypeError:
+        raise TypeError("what is no sequence of vectors") from None
+    kinds = set().union(*(map(type, each) for each in found))
+    with contextlib.suppress(OverflowError):  # A whole number may be larger than any float.
+        if bool not in kinds and all(issubclass(each, Real) for each in kinds):
+            found = tuple(tuple(map(float, each)) for each in found)
+            if all(all(map(math.isfinite, each)) for each in found):
+                return found
+    raise ValueError("a vector that holds what is no finite number")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
     """One vector for each input, in the order of the inputs."""
 
-    vectors: tuple[tuple[float, ...], ...] = field(repr=False)
+    vectors: Vectors = field(repr=False)
+    """As tuples of floats, or as one array: `vectors.numpy()`. A provider gives any sequences of numbers."""
     model: str = ""
     provider: str = ""
     usage: Usage = Usage()
     timings: Timings = Timings()
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:  # What builds one may give less than it reads.
+
+        def __init__(
+            self,
+            *,
+            vectors: Iterable[Iterable[float]],
+            model: str = ...,
+            provider: str = ...,
+            usage: Usage = ...,
+            timings: Timings = ...,
+            limits: Limits | None = ...,
+            warnings: tuple[str, ...] = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        given: Any = self.vectors
+        with contextlib.suppress(TypeError, ValueError):  # What are no vectors the core refuses, and says whose.
+            object.__setattr__(self, "vectors", Vectors(given))
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------

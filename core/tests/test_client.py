@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import gc
 import json
 import math
+import pickle
+import sys
 import threading
 import time
+from array import array
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,6 +59,7 @@ from graftage.types import (
     Tool,
     ToolCall,
     Usage,
+    Vectors,
 )
 from graftage_ollama.testing import Answer, FakeOllama
 
@@ -220,11 +226,69 @@ def test_vectors_that_do_not_fit_the_inputs_are_a_typed_error_whoever_provides(
     assert (llm.stats().failures, llm.stats().running, llm.stats().input_tokens) == (1, 0, 0)
 
 
-@pytest.mark.parametrize("vectors", [((1, 0.5), (0, 2)), [[1, 0.5], [0, 2]]], ids=["tuples", "lists"])
-def test_vectors_are_tuples_of_floats_whatever_numbers_came(both: Any, vectors: Any) -> None:
-    found = both.connect(Giving(lambda _: VectorsConnection(vectors), "vectors"), model=MODEL).embed(["a", "b"]).vectors
+def embedded(both: Any, vectors: Any) -> Vectors:
+    """The vectors of two inputs, whatever the provider gives for them."""
+    answer = both.connect(Giving(lambda _: VectorsConnection(vectors), "vectors"), model=MODEL).embed(["a", "b"])
+    assert isinstance(answer.vectors, Vectors)
+    return answer.vectors
+
+
+RIGHT_VECTORS: dict[str, Callable[[], Any]] = {
+    "tuples": lambda: ((1, 0.5), (0, 2)),
+    "lists": lambda: [[1, 0.5], [0, 2]],
+    "arrays": lambda: [array("f", each) for each in ((1, 0.5), (0, 2))],
+    "a generator": lambda: (iter(each) for each in ((1, 0.5), (0, 2))),
+    "fractions": lambda: [[Fraction(1), Fraction(1, 2)], [0, 2.0]],
+    "an array of NumPy": lambda: pytest.importorskip("numpy").array([[1, 0.5], [0, 2]], "float32"),
+    "numbers of NumPy": lambda: [[pytest.importorskip("numpy").float64(1), 0.5], [0, 2]],
+}
+
+
+@pytest.mark.parametrize("given", RIGHT_VECTORS.values(), ids=RIGHT_VECTORS)
+def test_vectors_are_tuples_of_floats_whatever_numbers_came(both: Any, given: Callable[[], Any]) -> None:
+    found = embedded(both, given())
     assert found == ((1.0, 0.5), (0.0, 2.0))
     assert {type(number) for vector in found for number in vector} == {float}
+
+
+def test_finite_numbers_may_have_an_infinite_sum(both: Any) -> None:
+    assert embedded(both, [[1e308, 1e308], [-1e308, 0.0]]) == ((1e308, 1e308), (-1e308, 0.0))
+
+
+def test_vectors_are_read_copied_and_stored_like_tuples(both: Any) -> None:
+    found = embedded(both, [[0.1, 0.2], [3, 4]])
+    assert (found[0][1], len(found), [list(each) for each in found]) == (0.2, 2, [[0.1, 0.2], [3.0, 4.0]])
+    for again in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found)), Vectors(list(found))):
+        assert type(again) is Vectors
+        assert again == found
+        assert hash(again) == hash(found)
+    assert json.loads(json.dumps(found)) == [[0.1, 0.2], [3.0, 4.0]]
+    assert repr(found) == "<Vectors 2 x 2>"
+
+
+@pytest.mark.parametrize(("vectors", "complaint"), list(WRONG_VECTORS.values())[3:], ids=list(WRONG_VECTORS)[3:])
+def test_what_are_no_vectors_cannot_be_made_such(vectors: Any, complaint: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        Vectors(vectors)
+
+
+def test_vectors_become_one_array_of_numpy(both: Any) -> None:
+    np = pytest.importorskip("numpy")
+    found = embedded(both, [[0.5, 0.1, 2.0], [3, 4, 5]])
+    single, double = found.numpy(), found.numpy("float64")
+    assert (single.shape, single.dtype, double.dtype) == ((2, 3), np.float32, np.float64)
+    assert double.tolist() == [[0.5, 0.1, 2.0], [3.0, 4.0, 5.0]]
+    assert single[0, 1] == np.float32(0.1)
+    single[0] = 0.0  # It is the caller's own.
+    assert found[0] == (0.5, 0.1, 2.0)
+    assert Vectors().numpy().shape == (0, 0)
+
+
+def test_without_numpy_the_error_names_the_way_out(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ImportError, match="pip install numpy") as caught:
+        embedded(both, [[0.5], [1.0]]).numpy()
+    assert caught.value.name == "numpy"
 
 
 @pytest.mark.parametrize("inputs", [[], [1], ["a", None], b"ab"])

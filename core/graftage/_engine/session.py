@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from numbers import Real
 from typing import Any, Literal
 
 from graftage._engine import inputs
@@ -61,6 +59,7 @@ from graftage.types import (
     PullProgress,
     Stats,
     Timeouts,
+    Vectors,
     canonical_name,
 )
 
@@ -510,34 +509,18 @@ def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgr
         raise
 
 
-def _checked_vectors(given: Any, inputs: int) -> tuple[tuple[float, ...], ...]:
+def _checked_vectors(given: Any, inputs: int) -> Vectors:
     """The vectors of an answer, one for each input; a vector too few would put each later one to the wrong text.
 
     Raises:
-        ProtocolError: there are more or fewer, one is empty or longer than another, or holds what is no finite number.
+        ProtocolError: there are more or fewer, or they are no vectors.
     """
+    hint = "Embed one text at a time to find the one that fails, or choose a model that is made for embeddings."
     try:
-        vectors = tuple(map(tuple, given))
-    except TypeError:
-        raise _wrong_vectors("what is no sequence of vectors") from None
+        vectors = Vectors(given)
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"The answer has {error}.", hint=hint) from None
     if len(vectors) != inputs:
-        raise _wrong_vectors(f"another number of vectors than there are inputs, {len(vectors)} for {inputs}")
-    lengths = sorted(set(map(len, vectors)))
-    if lengths[0] == 0:
-        raise _wrong_vectors("an empty vector", "Choose a model that is made for embeddings.")
-    if len(lengths) > 1:
-        raise _wrong_vectors(f"vectors of different lengths, from {lengths[0]} to {lengths[-1]} numbers")
-    kinds = set().union(*(map(type, each) for each in vectors))
-    try:
-        right = bool not in kinds and all(issubclass(each, Real) for each in kinds)
-        if right and all(all(map(math.isfinite, each)) for each in vectors):
-            return vectors if kinds == {float} else tuple(tuple(map(float, each)) for each in vectors)
-    except OverflowError:  # A whole number may be larger than any float.
-        pass
-    raise _wrong_vectors("a vector that holds what is no finite number")
-
-
-def _wrong_vectors(
-    what: str, hint: str = "Embed one text at a time to find the one that fails; another model may do."
-) -> ProtocolError:
-    return ProtocolError(f"The answer has {what}.", hint=hint)
+        found = f"{len(vectors)} for {inputs}"
+        raise ProtocolError(f"The answer has another number of vectors than there are inputs, {found}.", hint=hint)
+    return vectors
