@@ -38,7 +38,7 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo
-from graftage.types import Chunk, Embeddings, ModelInfo, Timeouts
+from graftage.types import Chunk, Embeddings, ModelInfo, Timeouts, Vectors
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -79,9 +79,10 @@ def run(program: str, *arguments: str) -> str:
 class OnToolkit:
     """Server-sent events and JSON, written once. The author closes nothing."""
 
-    def __init__(self, request: Any, url: str) -> None:
+    def __init__(self, request: Any, url: str, vectors: str | None = None) -> None:
         self.http = request.http(url)
         self.address = url
+        self.vectors = vectors
 
     @hookimpl
     async def chat(self, request: Any) -> AsyncIterator[Chunk]:
@@ -108,8 +109,8 @@ class OnToolkit:
 
     @hookimpl
     async def embed(self, request: Any) -> Embeddings:
-        found = await self.http.json("POST", "/embed", {}, call=request.call)
-        return Embeddings(vectors=found["vectors"])
+        found = await self.http.json("POST", "/embed", {}, call=request.call, vectors=self.vectors)
+        return Embeddings(vectors=found["vectors"], warnings=(str(found.get("more")),))
 
 
 def event(**fields: Any) -> bytes:
@@ -163,6 +164,52 @@ def test_odd_json_is_read_as_python_reads_it(both: Any, fake: FakeOllama, body: 
     fake.script("/models", Answer([b'{"models": ' + body + b"}"]))
     names = [str(each.name) for each in both.connect(on_toolkit(fake), model=MODEL).models()]
     assert names == read
+
+
+def embedded(both: Any, fake: FakeOllama, body: bytes, vectors: str | None) -> Any:
+    """What comes of an answer: the vectors and what else was in it, or the error."""
+    fake.script("/embed", Answer([body]))
+    llm = both.connect(Giving(lambda request: OnToolkit(request, fake.url, vectors)), model=MODEL)
+    try:
+        found = llm.embed(["a", "b"])
+    except ProviderError as error:
+        return type(error), error.message
+    assert type(found.vectors) is Vectors
+    return found.vectors, found.warnings
+
+
+@pytest.mark.parametrize("more", ["1", "-0", "1.0", "9" * 30, "null", '"\\ud83d"', "[1, [2]]", '{"a": [true]}'])
+def test_vectors_that_the_toolkit_is_told_of_are_read_as_all_others(both: Any, fake: FakeOllama, more: str) -> None:
+    body = f'{{"vectors": [[1, 0.1], [-2e-3, 1e308]], "more": {more}}}'.encode()
+    found = embedded(both, fake, body, "vectors")
+    assert found == embedded(both, fake, body, None)
+    assert found[0] == ((1.0, 0.1), (-0.002, 1e308))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "[[1.0]]",
+        "[[1.0], []]",
+        "[[1.0], [1.0, 2.0]]",
+        "[[1.0], [NaN]]",
+        "[[1.0], [1e400]]",
+        "[[1], [true]]",
+        '[[1], ["2"]]',
+        '[[1], "2"]',
+        "[1, 2]",
+        "{}",
+        "null",
+        '[[1], [2]], "error": "too busy"',
+    ],
+)
+def test_wrong_vectors_are_the_same_error_whether_the_toolkit_is_told_of_them(
+    both: Any, fake: FakeOllama, wrong: str
+) -> None:
+    body = f'{{"vectors": {wrong}}}'.encode()
+    kind, message = embedded(both, fake, body, "vectors")
+    assert (kind, message) == embedded(both, fake, body, None)
+    assert issubclass(kind, ProviderError)
 
 
 def test_a_sync_client_inside_a_running_loop_lends_it_nothing(fake: FakeOllama) -> None:

@@ -249,6 +249,9 @@ class Reply:
         return self.text
 
 
+_NOT_FINITE: Final = "a vector that holds what is no finite number"
+
+
 class Vectors(tuple[tuple[float, ...], ...]):
     """Vectors of one length, as tuples of finite floats; `numpy()` gives them as one array."""
 
@@ -261,15 +264,20 @@ class Vectors(tuple[tuple[float, ...], ...]):
             TypeError: there is no sequence of vectors.
             ValueError: one is empty or longer than another, or holds what is no finite number.
         """
-        if type(vectors) is cls:
-            return vectors
-        found = _floats(vectors)
-        lengths = sorted(set(map(len, found)))
+        return vectors if type(vectors) is cls else cls._of(_floats(vectors))
+
+    @classmethod
+    def _of(cls, vectors: tuple[tuple[float, ...], ...]) -> Self:
+        """Take what is known to be tuples of floats, and check the rest."""
+        lengths = sorted(set(map(len, vectors)))
         if lengths and not lengths[0]:
             raise ValueError("an empty vector")
         if len(lengths) > 1:
             raise ValueError(f"vectors of different lengths, from {lengths[0]} to {lengths[-1]} numbers")
-        return super().__new__(cls, found)
+        # The sum is quick, but that of huge numbers is infinite, too.
+        if not all(map(math.isfinite, map(sum, vectors))) and not all(map(math.isfinite, chain.from_iterable(vectors))):
+            raise ValueError(_NOT_FINITE)
+        return super().__new__(cls, vectors)
 
     def __repr__(self) -> str:
         return f"<Vectors {len(self)} x {len(self[0]) if self else 0}>"
@@ -292,13 +300,12 @@ class Vectors(tuple[tuple[float, ...], ...]):
 
 
 def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
+    """The vectors as tuples of floats, where all are real numbers and no truth values."""
     import msgspec  # noqa: PLC0415 - slow to import
 
-    with contextlib.suppress(msgspec.ValidationError):  # It takes whole numbers, and no truth values.
-        found = msgspec.convert(vectors, tuple[tuple[float, ...], ...])
-        if all(map(math.isfinite, map(sum, found))):
-            return found
-    # There is some other sequence or number, or the sum of huge ones; or something is wrong.
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(vectors, tuple[tuple[float, ...], ...])
+    # There is some other sequence or number, or something is wrong.
     try:
         found = tuple(map(tuple, vectors))
     except TypeError:
@@ -306,10 +313,8 @@ def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]
     kinds = set().union(*(map(type, each) for each in found))
     with contextlib.suppress(OverflowError):  # A whole number may be larger than any float.
         if bool not in kinds and all(issubclass(each, Real) for each in kinds):
-            found = tuple(tuple(map(float, each)) for each in found)
-            if all(all(map(math.isfinite, each)) for each in found):
-                return found
-    raise ValueError("a vector that holds what is no finite number")
+            return tuple(tuple(map(float, each)) for each in found)
+    raise ValueError(_NOT_FINITE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

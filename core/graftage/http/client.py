@@ -23,7 +23,7 @@ from graftage.http.address import SECRET_NAMES, check_base, is_private
 from graftage.http.clock import Clock
 from graftage.http.errors import OK, Answer, Refusal, refused
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all
-from graftage.types import Chunk
+from graftage.types import Chunk, Vectors
 
 if TYPE_CHECKING:
     from typing import Self
@@ -113,6 +113,7 @@ class Http:
         call: Call,
         read: Callable[[Document], T] = lambda found: found,  # type: ignore[assignment, return-value]
         empty: bool = False,
+        vectors: str | None = None,
         context: Mapping[str, object] | None = None,
     ) -> T:
         """Ask for a JSON object; asked again where its error is safe to retry.
@@ -124,6 +125,7 @@ class Http:
             call: the call that this belongs to: its limits hold.
             read: makes the result of the object; whatever it raises that is not typed is a `ProtocolError`.
             empty: whether no body at all is an object, too.
+            vectors: the name in the object under which there may be many vectors: right ones become `Vectors` at once.
             context: is for a transport of the author's own, and is not sent.
 
         Raises:
@@ -140,7 +142,7 @@ class Http:
                 await response.close()
             if not within:
                 raise _too_large(call)
-            document = Document() if empty and not data else self._document(data, response.headers, call)
+            document = Document() if empty and not data else self._document(data, response.headers, call, vectors)
             with reading():
                 return read(document)
 
@@ -310,9 +312,9 @@ class Http:
         answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
         return refused(answer, self._refusal)
 
-    def _document(self, data: bytes, headers: Headers, call: Call) -> Document:
+    def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None) -> Document:
         try:
-            found = _parsed(data)
+            found = (vectors and _with_vectors(data, vectors)) or _parsed(data)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -698,6 +700,21 @@ def _parsed(data: bytes) -> Any:
     text = data.decode()
     found = json.loads(text)
     return _whole(found) if "\\ud" in text or "\\uD" in text else found
+
+
+def _with_vectors(data: bytes, name: str) -> Any:
+    """A JSON object with `Vectors` under a name, where that is what it has: the lists that they come in are not built.
+
+    `None` is for all else, which is read in the common way.
+    """
+    import msgspec  # noqa: PLC0415 - as above
+
+    plain = str | int | float | bool | dict[str, Any] | None
+    with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
+        found = msgspec.json.decode(data, type=dict[str, tuple[tuple[float, ...], ...] | plain])
+        if isinstance(given := found.get(name), tuple):
+            return {**found, name: Vectors._of(given)}  # noqa: SLF001 - the parser has seen to the types
+    return None
 
 
 def _whole(value: Any) -> Any:

@@ -86,7 +86,8 @@ class OllamaConnection:
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
         read = partial(_convert.embeddings, dimensions=request.dimensions)
-        return await self._http.json("POST", "/api/embed", _convert.embed_body(request), call=request.call, read=read)
+        body = _convert.embed_body(request)
+        return await self._http.json("POST", "/api/embed", body, call=request.call, read=read, vectors="embeddings")
 
     # --- Models ------------------------------------------------------------------------------------------------------
 
