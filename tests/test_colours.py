@@ -178,7 +178,9 @@ def embedded(both: Any, fake: FakeOllama, body: bytes, vectors: str | None) -> A
     return found.vectors, found.warnings
 
 
-@pytest.mark.parametrize("more", ["1", "-0", "1.0", "9" * 30, "null", '"\\ud83d"', "[1, [2]]", '{"a": [true]}'])
+@pytest.mark.parametrize(
+    "more", ["1", "-0", "1.0", "9" * 30, "null", '"\\ud83d"', "[1, [2]]", "[[3]]", "[]", '{"a": [true]}']
+)
 def test_vectors_that_the_toolkit_is_told_of_are_read_as_all_others(both: Any, fake: FakeOllama, more: str) -> None:
     body = f'{{"vectors": [[1, 0.1], [-2e-3, 1e308]], "more": {more}}}'.encode()
     found = embedded(both, fake, body, "vectors")

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import chain
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -306,6 +305,8 @@ def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]
     with contextlib.suppress(msgspec.ValidationError):
         return msgspec.convert(vectors, tuple[tuple[float, ...], ...])
     # There is some other sequence or number, or something is wrong.
+    from numbers import Real  # noqa: PLC0415 - hardly ever needed
+
     try:
         found = tuple(map(tuple, vectors))
     except TypeError:

@@ -53,6 +53,7 @@ from graftage.types import (
     Reply,
     Stats,
     Timeouts,
+    Vectors,
 )
 
 
@@ -102,6 +103,7 @@ def sync_host(streamed: bool) -> None:
             assert_type(stream.partial, Reply)
         assert_type(llm.generate("x", stream=True), graftage.Stream)
         assert_type(llm.embed(["x", "y"], dimensions=3), Embeddings)
+        assert_type(llm.embed("x").vectors, Vectors)
         assert_type(llm.health("model_loaded", max_age=0), Health)
         assert_type(llm.models(), tuple[ModelInfo, ...])
         assert_type(llm.show(), ModelInfo)

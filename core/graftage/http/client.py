@@ -692,7 +692,7 @@ def _parsed(data: bytes) -> Any:
         ValueError: it is no JSON, or no UTF-8.
         RecursionError: it is nested too deeply.
     """
-    import msgspec  # noqa: PLC0415 - importing this module costs nothing that no answer needs
+    import msgspec  # noqa: PLC0415 - slow to import
 
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
         return msgspec.json.decode(data)
@@ -707,13 +707,13 @@ def _with_vectors(data: bytes, name: str) -> Any:
 
     `None` is for all else, which is read in the common way.
     """
-    import msgspec  # noqa: PLC0415 - as above
+    import msgspec  # noqa: PLC0415 - slow to import
 
     plain = str | int | float | bool | dict[str, Any] | None
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
-        found = msgspec.json.decode(data, type=dict[str, tuple[tuple[float, ...], ...] | plain])
-        if isinstance(given := found.get(name), tuple):
-            return {**found, name: Vectors._of(given)}  # noqa: SLF001 - the parser has seen to the types
+        found: dict[str, Any] = msgspec.json.decode(data, type=dict[str, tuple[tuple[float, ...], ...] | plain])
+        if [each for each, value in found.items() if isinstance(value, tuple)] == [name]:
+            return {**found, name: Vectors._of(found[name])}  # noqa: SLF001 - the parser has seen to the types
     return None
 
 
