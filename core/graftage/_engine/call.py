@@ -41,25 +41,19 @@ BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
 
 
 class Fold:
-    """Adds chunks up to a reply. It keeps what they say, not the chunks."""
+    """What has come of an answer: what its chunks say, not the chunks."""
 
-    __slots__ = ("_base", "_first", "_started", "last", "logprobs", "texts", "thoughts", "tool_calls", "warnings")
+    __slots__ = ("first", "last", "logprobs", "texts", "thoughts", "tool_calls", "warnings")
 
-    def __init__(self, base: Reply, started: float) -> None:
-        self._base = base
-        self._started = started
-        self._first: float | None = None
+    def __init__(self) -> None:
+        self.first: float | None = None
+        """When the first chunk came, in seconds on the monotonic clock."""
+        self.last: Chunk | None = None
         self.texts: list[str] = []
         self.thoughts: list[str] = []
         self.tool_calls: list[ToolCall] = []
         self.logprobs: list[Logprob] = []
         self.warnings: list[str] = []
-        self.last: Chunk | None = None
-        """None before the first one."""
-
-    def begin(self) -> None:
-        """The first chunk is here."""
-        self._first = time.monotonic() - self._started
 
     def add_more(self, chunk: Chunk) -> None:
         """Add what few chunks have."""
@@ -67,24 +61,6 @@ class Fold:
         self.tool_calls += chunk.tool_calls
         self.logprobs += chunk.logprobs
         self.warnings += chunk.warnings
-
-    def reply(self) -> Reply:
-        """What has come so far; its `finish_reason` is None until the last chunk is in."""
-        last = self.last or Chunk()
-        timings = replace(last.timings or Timings(), first_chunk=self._first, wall=time.monotonic() - self._started)
-        return replace(
-            self._base,
-            text="".join(self.texts),
-            thinking="".join(self.thoughts),
-            tool_calls=tuple(self.tool_calls),
-            logprobs=tuple(self.logprobs),
-            finish_reason=last.finish_reason,
-            usage=last.usage or Usage(),
-            timings=timings,
-            model=last.model or self._base.model,
-            warnings=(*self._base.warnings, *self.warnings),
-            raw=last.raw,
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,7 +85,7 @@ class Run:
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
     source: Source | None = None
-    fold: Fold | None = None
+    fold: Fold = field(default_factory=Fold)
     reply: Reply | None = None
     ended: bool = False
     reading: bool = False
@@ -125,28 +101,34 @@ class Run:
     @property
     def received(self) -> bool:
         """Whether anything has come."""
-        return self.fold is not None and self.fold.last is not None
+        return self.fold.last is not None
 
-    def begin_fold(self) -> Fold:
-        """Start adding up, with what is known before the first chunk."""
-        self.fold = Fold(
-            Reply(
-                text="",
-                model=self.model,
-                provider=self.provider,
-                adapter=self.adapter,
-                limits=self.limits,
-                warnings=self.warnings,
-            ),
-            self.started,
+    def so_far(self) -> Reply:
+        """What has come; its `finish_reason` is None until the last chunk is in."""
+        fold = self.fold
+        last = fold.last or Chunk()
+        first = None if fold.first is None else fold.first - self.started
+        return Reply(
+            text="".join(fold.texts),
+            thinking="".join(fold.thoughts),
+            tool_calls=tuple(fold.tool_calls),
+            logprobs=tuple(fold.logprobs),
+            finish_reason=last.finish_reason,
+            usage=last.usage or Usage(),
+            timings=replace(last.timings or Timings(), first_chunk=first, wall=time.monotonic() - self.started),
+            model=last.model or self.model,
+            provider=self.provider,
+            adapter=self.adapter,
+            limits=self.limits,
+            warnings=(*self.warnings, *fold.warnings),
+            raw=last.raw,
         )
-        return self.fold
 
     async def pull(self) -> Chunk | None:
         """The next chunk; None after the last one. Ends the run at the last chunk, and on any error."""
         source, fold = self.source, self.fold
         over = self.stopped or self.reply is not None
-        if source is None or fold is None or over:
+        if source is None or over:
             return None
         self.reading = True
         try:
@@ -163,12 +145,12 @@ class Run:
             if chunk.thinking or chunk.tool_calls or chunk.logprobs or chunk.warnings:
                 fold.add_more(chunk)
             if fold.last is None:
-                fold.begin()
+                fold.first = time.monotonic()
                 self.emit("first_chunk")
             fold.last = chunk
             if chunk.finish_reason is not None:
                 await self._close_source()
-                self._finish(chunk, fold)
+                self._finish(chunk)
         except BaseException as error:
             if (failure := await self._broken(error)) is error:
                 raise
@@ -211,8 +193,8 @@ class Run:
             return True
         return not self.reading and time.monotonic() > self.call.deadline
 
-    def _finish(self, last: Chunk, fold: Fold) -> None:
-        reply = fold.reply()
+    def _finish(self, last: Chunk) -> None:
+        reply = self.so_far()
         if self.parse is not None and not reply.tool_calls:
             reply = replace(reply, parsed=parsed(reply, self.parse))
         self.reply = reply
@@ -232,7 +214,7 @@ class Run:
         try:
             await self.abandon()
         finally:
-            self._tell("finish", timings=self.fold.reply().timings if self.fold else None)
+            self._tell("finish", timings=self.so_far().timings if self.received else None)
 
     def at_end(self, give_back: Callable[[], None]) -> None:
         """Give one more thing back at the end, before what was taken earlier."""
@@ -288,8 +270,8 @@ class Run:
             typed.provider = typed.provider or self.provider
             typed.model = typed.model or self.model or None
             typed.operation = typed.operation or self.operation
-        if self.fold is not None and self.fold.last is not None:
-            came = self.fold.reply()
+        if self.received:
+            came = self.so_far()
             # What a provider puts there is what it could not make a chunk of.
             typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came
         self.count(failures=1)
@@ -363,9 +345,7 @@ class _StreamBase:
         """What has come so far."""
         if self._run.reply is not None:
             return self._run.reply
-        if self._run.fold is None:  # pragma: no cover - a stream is made after its first chunk
-            raise RuntimeError("the stream has not begun")
-        return self._run.fold.reply()
+        return self._run.so_far()
 
 
 class Stream(_StreamBase):

@@ -273,9 +273,12 @@ _gates_lock = threading.Lock()
 
 def gate_for(provider: str, address: str) -> Gate:
     """The gate of a server: one for the whole process, since the server is one for the whole process."""
-    key = (provider, _LOOPBACK.sub("127.0.0.1", address))
-    with _gates_lock:
-        return _gates.setdefault(key, Gate())
+    gate = _gates.get((provider, address))
+    if gate is None:
+        with _gates_lock:
+            gate = _gates.setdefault((provider, _LOOPBACK.sub("127.0.0.1", address)), Gate())
+            _gates[provider, address] = gate
+    return gate
 
 
 def _forget_all() -> None:

@@ -96,7 +96,6 @@ class Session(Connection):
         try:
             with run.failing():
                 request = await self._inference_request(run, operation, want, model)
-                run.begin_fold()
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
                 self.admission.watch(run)
             first = await run.pull()

@@ -679,10 +679,11 @@ def _check_kind(response: Response) -> None:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
+_encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def _encoded(body: Mapping[str, Any] | None) -> bytes:
-    if body is None:
-        return b""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return b"" if body is None else _encoder.encode(body).encode()
 
 
 def _parsed(data: bytes) -> Any:
