@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout
+    from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout, Wants
     from graftage._engine.choosing import Wish
     from graftage._engine.fallback import Chain
     from graftage._engine.inputs import Messages
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Stats,
     )
 
+    Reader = Callable[[Any, Mapping[str, Any]], Wants]
     SettingsLike = Mapping[str, Any] | Settings | str | Path | None
 
 __all__ = ["AsyncClient", "Client", "connect", "connect_async"]
@@ -510,6 +511,15 @@ class Client:
         self.close()
 
 
+async def _read_off_loop(session: Session | Chain, reader: Reader, subject: Any, arguments: Mapping[str, Any]) -> Wants:
+    """Read the arguments of a call, in a thread where that may take the time of a file."""
+    from graftage._engine.arguments import may_read_files  # noqa: PLC0415
+
+    if may_read_files(subject, arguments):
+        return await session.io.run(session.read, reader, subject, arguments)
+    return session.read(reader, subject, arguments)
+
+
 class AsyncClient:
     """A provider's connection for asyncio; the methods are those of `Client`. Works from several event loops."""
 
@@ -625,8 +635,7 @@ class AsyncClient:
         from graftage._engine.arguments import chat_wants  # noqa: PLC0415
 
         session = await self._open()
-        # Pictures are read from files: not on the event loop.
-        want = await session.io.run(session.read, chat_wants, messages, arguments)
+        want = await _read_off_loop(session, chat_wants, messages, arguments)
         run, first = await session.infer("chat", want, stream=stream)
         return AsyncStream(run, first, self._wish.translate) if stream else run.whole()
 
@@ -648,7 +657,7 @@ class AsyncClient:
         from graftage._engine.arguments import generate_wants  # noqa: PLC0415
 
         session = await self._open()
-        want = await session.io.run(session.read, generate_wants, prompt, arguments)
+        want = await _read_off_loop(session, generate_wants, prompt, arguments)
         run, first = await session.infer("generate", want, stream=stream)
         return AsyncStream(run, first, self._wish.translate) if stream else run.whole()
 

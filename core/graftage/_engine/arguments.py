@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 from graftage._engine import inputs as reading
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import RequestRejected
-from graftage.types import ACTIVE, AdapterChoice, Timeouts
+from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -101,6 +101,23 @@ class Wants:
     """Features the provider and the model must have."""
     build: Callable[..., ChatRequest | GenerateRequest | EmbedRequest] | None = None
     """Makes the request from what is settled later: call, model, adapter, options and the clamped figures."""
+
+
+def may_read_files(subject: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether to read the arguments of a call may take the time of a file: pictures may stand in files.
+
+    What a generator of messages does is not known.
+    """
+    if arguments.get("images"):
+        return True
+    parts = subject if isinstance(subject, (list, tuple)) else (subject,)
+    return any(_has_pictures(each) for each in parts)
+
+
+def _has_pictures(part: Any) -> bool:
+    if isinstance(part, Mapping):
+        return bool(part.get("images"))
+    return bool(part.images) if isinstance(part, Message) else not isinstance(part, (str, Reply))
 
 
 def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Wants:
