@@ -399,7 +399,7 @@ def exchange(
     request = Request(method=method, url=url, headers=given, body=body)
 
     async def send() -> Exchange:
-        transport = cassette.wrap(lambda: NETWORKS[mode](url))
+        transport = cassette.wrap(lambda: NETWORKS[mode]())
         got: list[bytes] = []
         try:
             response = await transport.send(request, Clock(CALL))
