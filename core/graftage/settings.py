@@ -11,7 +11,8 @@ The value of a field is taken from the first of these that has it: an argument o
 `settings`; `GRAFTAGE_<PROVIDER>_<FIELD>`; `GRAFTAGE_<FIELD>`; the variable that the provider's own tools read
 (`native_environment`); the provider's table in the TOML file; the top of that file. A host application can set its own
 prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest known one, and so is a variable that is
-near a known one; any other that nobody reads is ignored with a warning in the log.
+near a known one; any other that nobody reads is ignored with a warning in the log. A variable of an object holds JSON,
+or each part has one, `GRAFTAGE_TIMEOUTS__IDLE`; that of a list holds JSON, or text that the field's validator splits.
 
 Other plugins subclass `PluginSettings`. Theirs come from the arguments that their object was built with, from their
 table in the mapping, from `GRAFTAGE_<PLUGIN>_<FIELD>`, and from their table in the file.
@@ -23,13 +24,16 @@ named.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin
 
 from graftage._values import keep_alive_seconds, read_file, ready_pydantic, user_path
 from graftage.exceptions import SettingsError
@@ -37,18 +41,13 @@ from graftage.types import Timeouts
 
 ready_pydantic()
 
-from pydantic import Field, SecretStr, ValidationError, field_validator  # noqa: E402 - it must be ready
-from pydantic.fields import FieldInfo  # noqa: E402
-from pydantic_settings import (  # noqa: E402
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator  # noqa: E402 - it is ready
 
 __all__ = ["Loaded", "PluginSettings", "Settings", "Sources", "config_path", "load", "nearest", "without_user"]
 
 PREFIX = "GRAFTAGE"
+NESTED = "__"
+"""What stands between a setting and a part of it in the name of a variable."""
 RESERVED = frozenset({"CONFIG", "PROVIDER", "MODEL", "DISABLED_PLUGINS", "STRICT_PLUGINS", "LIVE_OLLAMA", "DEBUG"})
 """Variables of the prefix that are not fields of a provider's settings."""
 LARGEST_FILE = 64 * 1024
@@ -65,25 +64,19 @@ HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 """RFC 9110, 5.1 and 5.5; without the control characters of Latin-1, which nobody means."""
 
 
-class PluginSettings(BaseSettings):
+class PluginSettings(BaseModel):
     """What a plugin can be told: subclass it, and return the class from `settings_model`."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_nested_delimiter="__")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        validate_default=True,
+        protected_namespaces=("model_validate", "model_dump"),
+    )
 
     native_environment: ClassVar[Mapping[str, str]] = {}
     """Field to environment variable, for names that other tools read."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library's signature
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what `load` gathered and nothing else: `load` knows the plugin, and where each value came from."""
-        return (init_settings,)
 
 
 class Settings(PluginSettings):
@@ -370,45 +363,103 @@ def _for_everyone(key: str, origin: str, provider: str, prefix: str) -> Settings
     )
 
 
-class _Environment(EnvSettingsSource):
-    """The variables of one prefix; where one is to hold JSON and does not, its value is not repeated."""
-
-    def __init__(self, model: type[PluginSettings], prefix: str, environment: Mapping[str, str]) -> None:
-        super().__init__(model, env_prefix=prefix, case_sensitive=False, env_ignore_empty=True)
-        self.names = {name: name.upper() for name, value in environment.items() if value}
-        self.env_vars = {name.lower(): environment[name] for name in self.names}
-
-    def origin(self, key: str) -> str:
-        """The variables that a setting came from."""
-        whole = f"{self.env_prefix}{key}".upper()
-        return "environment " + ", ".join(
-            sorted(name for name, upper in self.names.items() if upper == whole or upper.startswith(f"{whole}__"))
-        )
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Read JSON."""
-        try:
-            return super().decode_complex_value(field_name, field, value)
-        except (ValueError, RecursionError):
-            origin = self.origin(field_name)
-            raise SettingsError(
-                f"The setting `{field_name}` ({origin}) is wrong: it is no JSON.",
-                key=field_name,
-                source=origin,
-                hint=f"Give an object, or a variable for each part: {self.env_prefix}{field_name.upper()}__PART.",
-            ) from None
-
-
 def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
     everyones = f"{sources.prefix}_"
     for prefix in (f"{everyones}{_own(owner.name)}", everyones)[: 1 + owner.is_provider]:
-        source = _Environment(owner.model, prefix, sources.environment)
-        for key, value in source().items():
-            if key in owner.writable:
-                yield source.origin(key), key, value, prefix == everyones
+        for key, found in _variables(prefix, sources.environment).items():
+            annotation = owner.model.model_fields[key].annotation if key in owner.writable else str
+            if key in owner.writable and (() in found or _kinds(annotation) != {"text"}):
+                origin = f"environment {', '.join(sorted(name for name, _ in found.values()))}"
+                try:
+                    value = _from_texts(annotation, {parts: text for parts, (_, text) in found.items()})
+                except (ValueError, RecursionError):
+                    raise _no_json(key, origin, prefix) from None
+                yield origin, key, value, prefix == everyones
     for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
             yield f"environment {variable}", key, value, False
+
+
+def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tuple[str, ...], tuple[str, str]]]:
+    """For each setting that variables of a prefix are about: name and text for the whole, `()`, and for its parts.
+
+    Names count in any case, and a variable that is empty is none.
+    """
+    found: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}
+    for name, text in environment.items():
+        lower = name.lower()
+        if text and lower.startswith(prefix.lower()):
+            key, *parts = lower[len(prefix) :].split(NESTED)
+            found.setdefault(key, {})[tuple(parts)] = name, text
+    return found
+
+
+def _from_texts(annotation: Any, texts: Mapping[tuple[str, ...], str]) -> Any:
+    """What variables hold for a setting or a part of one, from its whole and from its own parts, which win.
+
+    Raises:
+        ValueError: a text must be JSON and is not.
+        RecursionError: it is nested too deeply.
+    """
+    value = _from_text(_kinds(annotation), texts[()]) if () in texts else {}
+    if not isinstance(value, dict):
+        return value
+    for part in {parts[0] for parts in texts if parts}:
+        own = {parts[1:]: text for parts, text in texts.items() if parts[:1] == (part,)}
+        value[part] = _merged(value.get(part), _from_texts(_part(annotation, part), own))
+    return value
+
+
+def _from_text(kinds: set[str], text: str) -> Any:
+    """An object or a list, where one is wanted, from JSON; else the text, which the setting may read in its own way."""
+    if kinds == {"text"}:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        if kinds == {"object"}:
+            raise
+        return text
+    return value if kinds == {"object"} or isinstance(value, (dict, list)) else text
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """What a type takes: an `object` with parts, a `list`, or what is written as one `text`."""
+    annotation = getattr(annotation, "__value__", annotation)  # An alias as Python 3.12 writes it.
+    origin = get_origin(annotation) or annotation
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    if not isinstance(origin, type) or issubclass(origin, (str, bytes)):
+        return {"text"}
+    if is_dataclass(origin) or issubclass(origin, (BaseModel, Mapping)):
+        return {"object"}
+    return {"list"} if issubclass(origin, (Sequence, AbstractSet)) else {"text"}
+
+
+def _part(annotation: Any, key: str) -> Any:
+    """The type of a part: of a field of a model, or of a value of a mapping; text where nobody says."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(key)
+        return field.annotation if field else str
+    return get_args(annotation)[-1] if _kinds(annotation) == {"object"} and get_args(annotation) else str
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """The upper value; two mappings are put together."""
+    if isinstance(under, Mapping) and isinstance(over, Mapping):
+        return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
+    return over
+
+
+def _no_json(key: str, origin: str, prefix: str) -> SettingsError:
+    return SettingsError(
+        f"The setting `{key}` ({origin}) is wrong: it is no JSON.",
+        key=key,
+        source=origin,
+        hint=f"Give an object, or a variable for each part: {prefix}{key.upper()}{NESTED}PART.",
+    )
 
 
 def _own(plugin: str) -> str:
@@ -442,7 +493,7 @@ def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
 
 def _meant(name: str, owner: _Owner) -> str | None:
     """What the name of a variable was probably to be: a setting, or a setting of a plugin that is installed."""
-    name = name.partition("__")[0]
+    name = name.partition(NESTED)[0]
     fields = {*owner.model.model_fields, *(map(str.lower, RESERVED) if owner.is_provider else ())}
     plugins = [_own(each).lower() for each in owner.plugins]
     for each in fields:
@@ -456,9 +507,9 @@ def _meant(name: str, owner: _Owner) -> str | None:
 def _field(name: str, model: type[PluginSettings]) -> str:
     """The setting that a variable is about: `TIMEOUTS__TOTAL` is a part of `timeouts`, and `host` has no parts."""
     whole = name.lower()
-    of, nested, _ = whole.partition("__")
+    of, nested, _ = whole.partition(NESTED)
     field = model.model_fields.get(of) if nested else None
-    return of if field is not None and EnvSettingsSource(model).field_is_complex(field) else whole
+    return of if field is not None and _kinds(field.annotation) != {"text"} else whole
 
 
 def _from_document(

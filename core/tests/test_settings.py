@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr, field_validator
 
 import graftage
 from graftage._engine.plugins import PluginWarning
@@ -115,6 +115,66 @@ def test_variables_hold_numbers_durations_parts_and_json() -> None:
     assert (settings.attempts, settings.keep_alive, settings.depth) == (2, 5400.0, 5)
     assert {name: value.get_secret_value() for name, value in settings.headers.items()} == {"X-Team": "a", "zone": "b"}
     assert loaded.origins["headers"] == "environment GRAFTAGE_HEADERS, GRAFTAGE_HEADERS__ZONE"
+
+
+class Stem(BaseModel):
+    """A part of a setting that has parts of its own."""
+
+    rings: tuple[int, ...] = ()
+    bark: str = ""
+
+
+class Wood(PluginSettings):
+    """A plugin's settings of all kinds."""
+
+    stems: tuple[str, ...] = ()
+    tags: dict[str, str] | str = ""
+    by_name: dict[str, Stem] = Field(default_factory=dict)
+    stem: Stem | None = None
+    label: str = ""
+
+    @field_validator("stems", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
+def wood(**variables: str) -> Wood:
+    """The settings of the plugin `wood`, from variables."""
+    environment = {f"GRAFTAGE_WOOD_{name}": text for name, text in variables.items()}
+    return load(Wood, name="wood", arguments={}, sources=Sources(environment=environment)).settings
+
+
+def test_a_variable_of_a_list_holds_json_or_what_its_field_splits() -> None:
+    assert wood(STEMS='["a,b", "c"]').stems == ("a,b", "c")
+    assert wood(STEMS="a,b").stems == ("a", "b")
+    assert wood(STEMS="1").stems == ("1",)
+
+
+def test_a_variable_that_may_be_text_is_json_only_where_that_is_an_object() -> None:
+    assert wood(TAGS='{"a": "b"}').tags == {"a": "b"}
+    assert wood(TAGS="{a").tags == "{a"
+    assert wood(TAGS="7").tags == "7"
+    assert wood(LABEL='{"a": "b"}').label == '{"a": "b"}'
+
+
+def test_parts_of_parts_have_variables_and_win_over_the_whole() -> None:
+    settings = wood(BY_NAME='{"oak": {"bark": "x", "rings": [1]}}', BY_NAME__OAK__RINGS="[2, 3]", STEM__BARK="[y]")
+    assert settings.by_name == {"oak": Stem(bark="x", rings=(2, 3))}
+    assert settings.stem == Stem(bark="[y]")
+
+
+def test_the_names_of_variables_count_in_any_case() -> None:
+    sources = Sources(environment={"graftage_Wood_Label": "x", "GRAFTAGE_WOOD_STEM__Bark": "y"})
+    loaded = load(Wood, name="wood", arguments={}, sources=sources)
+    assert (loaded.settings.label, loaded.settings.stem) == ("x", Stem(bark="y"))
+    assert loaded.origins["label"] == "environment graftage_Wood_Label"
+
+
+def test_a_variable_of_an_object_that_is_no_json_says_so() -> None:
+    with pytest.raises(SettingsError, match=r"`by_name` \(environment GRAFTAGE_WOOD_BY_NAME\) .* no JSON") as caught:
+        wood(BY_NAME="oak")
+    assert "GRAFTAGE_WOOD_BY_NAME__PART" in str(caught.value.hint)
 
 
 def test_an_empty_variable_is_none_at_all(toml: Any) -> None:

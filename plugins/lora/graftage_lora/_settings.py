@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import platformdirs
 from pydantic import Field, field_validator
-from pydantic_settings import NoDecode
 
 from graftage.settings import PluginSettings
 
@@ -34,7 +33,7 @@ def _expanded(path: Path) -> Path:
 class LoraSettings(PluginSettings):
     """Where adapters are looked for, and how far they are let in."""
 
-    folders: Annotated[tuple[Path, ...], NoDecode] = Field(
+    folders: tuple[Path, ...] = Field(
         default=(), description="Folders of adapters; in the variable, separated as in PATH"
     )
     project: Path | None = Field(
