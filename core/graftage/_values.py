@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import math
+import os
 import re
 import stat
 import sys
@@ -144,7 +145,7 @@ def entry_points(*groups: str) -> tuple[EntryPoint, ...]:
 
 def _changed(folder: str) -> int | None:
     try:
-        return Path(folder).stat().st_mtime_ns
+        return os.stat(folder or os.curdir).st_mtime_ns  # noqa: PTH116 - a third of the time, for each client
     except (OSError, ValueError):
         return None
 
@@ -198,6 +199,7 @@ def _plain_name(dist: Any) -> str | None:
     return re.sub(r"[-_.]+", "-", name).lower() if name and version else None
 
 
+@functools.cache
 def ready_pydantic() -> None:
     """Let pydantic be imported and used, whatever is installed.
 
@@ -210,6 +212,7 @@ def ready_pydantic() -> None:
         TypeAdapter(None)
 
 
+@functools.lru_cache(maxsize=64)
 def identity(dist: Any) -> tuple[str | None, str | None]:
     """The name and the version of a distribution, each None where its metadata does not tell."""
     try:

@@ -387,9 +387,8 @@ def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tu
     """
     found: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}
     for name, text in environment.items():
-        lower = name.lower()
-        if text and lower.startswith(prefix.lower()):
-            key, *parts = lower[len(prefix) :].split(NESTED)
+        if text and name[: len(prefix)].lower() == prefix.lower():
+            key, *parts = name[len(prefix) :].lower().split(NESTED)
             found.setdefault(key, {})[tuple(parts)] = name, text
     return found
 

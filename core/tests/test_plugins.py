@@ -108,6 +108,36 @@ def test_every_enabled_plugin_is_loaded_and_asked(site: Any, both: Any) -> None:
     assert eye_plugin.seen == ["start", "admitted", "first_chunk", "finish"]
 
 
+def test_a_second_client_checks_no_hook_and_reads_no_metadata_again(
+    site: Any, both: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.add(
+        "graftage-oak",
+        providers={"oak": "oak_provider"},
+        plugins={"eye": "eye_plugin"},
+        modules={"oak_provider": PROVIDER, "eye_plugin": OBSERVER},
+        requires=["graftage>=0.2"],
+    )
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it is done again")
+
+    monkeypatch.setattr("pluggy.PluginManager", never)
+    monkeypatch.setattr("importlib.metadata.PathDistribution.read_text", never)
+    assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
+
+
+def test_a_module_whose_functions_change_is_checked_again(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
+    graftage.connect("oak", model=MODEL).close()
+    module: Any = sys.modules["oak_provider"]
+    monkeypatch.setattr(module, "answer", hookimpl(lambda request: None), raising=False)
+    module.answer.__name__ = "answer"
+    with pytest.raises(PluginLoadError, match="implements `answer`"):
+        graftage.connect("oak", model=MODEL)
+
+
 def test_an_entry_point_may_name_an_object_or_a_module(site: Any) -> None:
     source = PROVIDER.replace(
         "@hookimpl\ndef connect(request)", "class Tree:\n  @hookimpl\n  def connect(self, request)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -287,28 +288,33 @@ def _damage(entry: Entry) -> str | None:
 
 def _check_core(entry: Entry) -> None:
     """Refuse a plugin whose metadata asks for another Graftage: pip leaves such pairs installed."""
-    from packaging import requirements, utils  # noqa: PLC0415 - only when something is loaded
-
     dist = entry.entry_point.dist if entry.entry_point else None
     if dist is None:
         return
     try:
-        asked = dist.requires or ()
+        unfit = _unfit(dist)
     except Exception as error:  # what is wrong with a file is not one kind of error
         raise _load_error(entry, f"has broken metadata: {_in_words(error)}", REINSTALL) from error
     if damage := _damage(entry):
         raise _load_error(entry, damage, REINSTALL)
-    for text in asked:
+    if unfit is not None:
+        hint = "Install versions that fit each other."
+        raise _load_error(entry, f"requires graftage{unfit}, and this is {__version__}", hint)
+
+
+@functools.lru_cache(maxsize=64)
+def _unfit(dist: Any) -> str | None:
+    """The versions of Graftage that a distribution asks for, where this is none of them."""
+    from packaging import requirements, utils  # noqa: PLC0415 - only when something is loaded
+
+    for text in dist.requires or ():
         try:
             wanted = requirements.Requirement(text)
         except requirements.InvalidRequirement:
             continue
         if utils.canonicalize_name(wanted.name) == "graftage" and not _fits(wanted):
-            raise _load_error(
-                entry,
-                f"requires graftage{wanted.specifier}, and this is {__version__}",
-                "Install versions that fit each other.",
-            )
+            return str(wanted.specifier)
+    return None
 
 
 def _fits(wanted: Requirement) -> bool:
@@ -379,16 +385,21 @@ class Hook:
 
 Hooks = Mapping[str, bool]
 """The names of the hooks that an object implements, and whether each takes its argument: pluggy lets it be left out."""
-_checked_classes: weakref.WeakKeyDictionary[type, Hooks] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[object, tuple[Kind, Mapping[str, object], Hooks]] = weakref.WeakKeyDictionary()
+"""For each class or module: as what it was checked, the marked functions of a module, and its hooks."""
 
 
 def checked_hooks(plugin: object, kind: Kind) -> Hooks:
-    """The hooks that an object implements, once they are known to be right. A class is checked once in a process."""
+    """The hooks that an object implements, once they are known to be right. A class is checked once in a process.
+
+    So is a module, as long as its functions stay the same; an object with hooks of its own is checked each time.
+    """
     if inspect.isclass(plugin):
         raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
-    of_class = not any(hasattr(each, "graftage_impl") for each in getattr(plugin, "__dict__", {}).values())
-    if of_class and (found := _checked_classes.get(type(plugin))) is not None:
-        return found
+    own = {name: each for name, each in getattr(plugin, "__dict__", {}).items() if hasattr(each, "graftage_impl")}
+    where = plugin if inspect.ismodule(plugin) else type(plugin)
+    if (found := _checked.get(where)) is not None and found[:2] == (kind, own):
+        return found[2]
     manager = _manager(kind)
     try:
         manager.register(plugin, "plugin")
@@ -406,8 +417,8 @@ def checked_hooks(plugin: object, kind: Kind) -> Hooks:
             hooks[caller.name] = bool(impl.argnames)
     if not hooks:
         raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
-    if of_class:
-        _checked_classes[type(plugin)] = hooks
+    if where is plugin or not own:
+        _checked[where] = kind, own, hooks
     return hooks
 
 
@@ -466,10 +477,16 @@ ATTRIBUTES = ("address", "default_model", "needs_event_loop")
 
 def _check_attributes(connection: object, hooks: Hooks) -> None:
     """Refuse a misspelt attribute: it would have no effect, and nobody would know why."""
-    present = {name for name in dir(connection) if name[0] != "_"}
+    if found := _misspelt(frozenset(name for name in dir(connection) if name[0] != "_" and name not in hooks)):
+        raise _Problem(f"has an attribute `{found[1]}`", f"Did you mean `{found[0]}`? Else put a `_` before it.")
+
+
+@functools.lru_cache(maxsize=64)
+def _misspelt(present: frozenset[str]) -> tuple[str, str] | None:
     for name in ATTRIBUTES:
-        if name not in present and (close := difflib.get_close_matches(name, present - {*hooks}, n=1, cutoff=0.85)):
-            raise _Problem(f"has an attribute `{close[0]}`", f"Did you mean `{name}`? Else put a `_` before it.")
+        if name not in present and (close := difflib.get_close_matches(name, present, n=1, cutoff=0.85)):
+            return name, close[0]
+    return None
 
 
 class Relay:
