@@ -411,9 +411,12 @@ def loaded_by(code: str, *options: str) -> set[str]:
 HEAVY = {
     "anyio",
     "asyncio",
+    "concurrent.futures",
+    "difflib",
     "httpcore",
     "httpx",
     "importlib.metadata",
+    "logging",
     "loguru",
     "msgspec",
     "numpy",

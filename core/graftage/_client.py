@@ -6,7 +6,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
@@ -16,6 +15,7 @@ from graftage.exceptions import GraftageError
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future
     from typing import Self
 
     from typing_extensions import Unpack
@@ -547,6 +547,7 @@ class AsyncClient:
     async def _opened(self) -> bool:
         """Wait for the opening under way, or for a new one; whether it came to an end."""
         import asyncio  # noqa: PLC0415
+        from concurrent.futures import Future  # noqa: PLC0415 - it brings `logging`, and a sync client may need neither
 
         loop = asyncio.get_running_loop()  # Without one, nothing is begun.
         with self._lock:

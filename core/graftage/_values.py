@@ -10,13 +10,14 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftage._records import dataclass
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
@@ -74,6 +75,15 @@ def read_file(path: Path, largest: int) -> bytes:
     if len(data) > largest:
         raise OSError(errno.EFBIG, f"It is larger than {largest} bytes")
     return data
+
+
+def close(name: str, names: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The names that are spelt alike, the nearest first."""
+    if not (known := list(names)):
+        return []
+    import difflib  # noqa: PLC0415 - only where something is misspelt
+
+    return difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
 
 
 SHORTEST_SECRET = 4

@@ -6,14 +6,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from graftage._records import dataclass
 from graftage.exceptions import ConnectionFailed, ProviderTimeout
 from graftage.types import HEALTH_LEVELS, Health, Timeouts
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from graftage.settings import PluginSettings
     from graftage.types import (
         Adapter,

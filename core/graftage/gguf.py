@@ -12,9 +12,11 @@ import stat
 import struct
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
+
+from graftage._records import dataclass
 
 __all__ = [
     "ALIGNMENT",

@@ -12,9 +12,9 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from graftage._records import dataclass
 from graftage.exceptions import ConnectionFailed, InferenceFailed, ModelLoadFailed, Overloaded, ProviderError
 
 if TYPE_CHECKING:

@@ -23,19 +23,18 @@ named.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin
 
-from graftage._values import keep_alive_seconds, read_file, ready_pydantic, user_path
+from graftage._records import dataclass
+from graftage._values import close, keep_alive_seconds, read_file, ready_pydantic, user_path
 from graftage.exceptions import SettingsError
 from graftage.types import Timeouts
 
@@ -233,6 +232,8 @@ def config_path(prefix: str = PREFIX) -> Path:
 
 
 def _read_toml(data: bytes) -> dict[str, Any]:
+    import tomllib  # noqa: PLC0415 - only where there is a file
+
     document: dict[str, Any] = tomllib.loads(data.decode("utf-8-sig"))
     return document
 
@@ -241,6 +242,8 @@ def _reason(error: Exception) -> str:
     """Why a file cannot be used, in words of its reader; where those are Python's own, in ours."""
     if isinstance(error, OSError):
         return str(error.strerror)
+    import tomllib  # noqa: PLC0415 - only where there is a file
+
     if isinstance(error, tomllib.TOMLDecodeError):
         return str(error)
     if isinstance(error, UnicodeDecodeError):
@@ -258,8 +261,8 @@ def without_user(address: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The way out for a name that is not known: the nearest one, else all of them."""
     names = sorted(known)
-    close = difflib.get_close_matches(name.lower(), names, n=1)
-    return f"Did you mean `{close[0]}`?" if close else f"Known are {', '.join(f'`{each}`' for each in names)}."
+    near = close(name.lower(), names)
+    return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(f'`{each}`' for each in names)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,10 +500,10 @@ def _meant(name: str, owner: _Owner) -> str | None:
     plugins = [_own(each).lower() for each in owner.plugins]
     for each in fields:
         if name.endswith(f"_{each}"):
-            close = difflib.get_close_matches(name.removesuffix(each), plugins, n=1, cutoff=NEAR)
-            return f"{close[0]}{each}" if close else None
+            near = close(name.removesuffix(each), plugins, cutoff=NEAR)
+            return f"{near[0]}{each}" if near else None
     own = fields if owner.is_provider else {f"{_own(owner.name)}{each}".lower() for each in fields}
-    return next(iter(difflib.get_close_matches(name, own, n=1, cutoff=NEAR)), None)
+    return next(iter(close(name, own, cutoff=NEAR)), None)
 
 
 def _field(name: str, model: type[PluginSettings]) -> str:

@@ -7,12 +7,13 @@ import copy
 import itertools
 import os
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftage._engine import limits as gates
 from graftage._engine.arguments import Wants, read_flag
 from graftage._engine.inputs import text
+from graftage._records import dataclass
 from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
     AdapterError,

@@ -6,11 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftage._engine import limits as gates
 from graftage._engine.waiting import call_hook
+from graftage._records import dataclass
 from graftage.calls import LimitsQuery, ModelRequest, ModelsRequest
 from graftage.exceptions import ModelNotFound, PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
 from graftage.types import NEVER_APPLIES, Limits

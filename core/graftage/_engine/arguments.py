@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from graftage._engine import inputs as reading
+from graftage._records import dataclass
+from graftage._values import close
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import RequestRejected
 from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts
@@ -256,6 +256,6 @@ def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> No
     names = [name for base in known.__mro__ for name in getattr(base, "__annotations__", ())]
     for name in arguments:
         if name not in names:
-            right = reading.SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            right = reading.SYNONYMS.get(name) or next(iter(close(name, names)), None)
             hint = f"; did you mean `{right}`?" if right else ""
             raise TypeError(f"{operation}() has no argument `{name}`{hint}")

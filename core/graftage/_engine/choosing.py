@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from graftage._engine.faults import is_fault, typed_error
 from graftage._engine.plugins import Catalog, Entry
 from graftage._engine.session import HEALTH_TIMEOUTS, Session
 from graftage._engine.waiting import IO
+from graftage._records import dataclass
 from graftage.exceptions import (
     GraftageError,
     ModelNotFound,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graftage._engine.adapters import check_on_missing, read_reference
 from graftage._engine.arguments import read_flag
+from graftage._records import dataclass
 from graftage.exceptions import AdapterNotFound, GraftageError
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Stats, Timeouts
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import difflib
 import inspect
 import json
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 from urllib.parse import unquote_to_bytes
 
-from graftage._values import read_file, user_path
+from graftage._values import close, read_file, user_path
 from graftage.exceptions import CapabilityUnsupported, ProtocolError, RequestRejected
 from graftage.types import Image, Message, Reply, Role, Tool, ToolCall
 
@@ -540,15 +539,15 @@ def require(feature: str, has: bool, provider: str, what: str | None = None) -> 
 
 def close_names(wanted: str, names: Sequence[str]) -> tuple[str, ...]:
     """The names that were probably meant: spelt alike, or of the same family."""
-    close = difflib.get_close_matches(wanted.lower(), names, n=3, cutoff=0.5)
+    near = close(wanted.lower(), names, most=3, cutoff=0.5)
     family = wanted.partition(":")[0].lower()
-    return tuple(dict.fromkeys([*close, *(name for name in names if name.partition(":")[0] == family)]))
+    return tuple(dict.fromkeys([*near, *(name for name in names if name.partition(":")[0] == family)]))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"Did you mean `{close[0]}`?" if close else f"Known are {', '.join(names) or 'none'}."
+    near = close(name, names)
+    return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(names) or 'none'}."
 
 
 # --- What can be sent ------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -10,14 +9,15 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
 from graftage._engine.faults import Contained, is_fault, typed_error
-from graftage._values import EntryPoint, entry_points, identity
+from graftage._records import dataclass
+from graftage._values import EntryPoint, close, entry_points, identity
 from graftage._version import __version__
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
@@ -236,9 +236,9 @@ class Catalog:
 
     def _not_found(self, name: str) -> ProviderNotFound:
         names = self.names("provider")
-        close = difflib.get_close_matches(name, names, n=1)
+        near = close(name, names)
         installed = f"Installed: {', '.join(f'`{each}`' for each in names)}." if names else "None is installed."
-        hint = f"Did you mean `{close[0]}`?" if close else f"{installed} Install one, for example `graftage-ollama`."
+        hint = f"Did you mean `{near[0]}`?" if near else f"{installed} Install one, for example `graftage-ollama`."
         return ProviderNotFound(f"There is no provider `{name}`.", plugin=name, hint=hint)
 
 
@@ -449,8 +449,8 @@ def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
     if name[:1] == "a" and name[1:] in NAMES["connection"]:
         hint = f"It is `{name[1:]}` now: one hook serves both clients, as `def` or as `async def`."
         raise _Problem(f"implements `{name}`, a hook of Graftage 0.1", hint)
-    close = difflib.get_close_matches(name, NAMES[kind], n=1)
-    hint = f"Did you mean `{close[0]}`?" if close else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
+    near = close(name, NAMES[kind])
+    hint = f"Did you mean `{near[0]}`?" if near else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
     raise _Problem(f"implements `{name}`, which is no hook", hint)
 
 
@@ -484,8 +484,8 @@ def _check_attributes(connection: object, hooks: Hooks) -> None:
 @functools.lru_cache(maxsize=64)
 def _misspelt(present: frozenset[str]) -> tuple[str, str] | None:
     for name in ATTRIBUTES:
-        if name not in present and (close := difflib.get_close_matches(name, present, n=1, cutoff=0.85)):
-            return name, close[0]
+        if name not in present and (near := close(name, present.difference(ATTRIBUTES), cutoff=0.85)):
+            return name, near[0]
     return None
 
 
