@@ -40,7 +40,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 MACHINE = M4 / "mini-16-macos15.json"
 STAYS_AWAY = (
     *("ollama", "openai", "aiohttp", "requests", "trio", "anyio._backends", "loguru", "vcr", "yaml", "pytest"),
-    *("pydantic_settings", "dotenv", "difflib", "tomllib"),
+    *("pydantic_settings", "dotenv", "difflib", "tomllib", "packaging"),
     *("graftage._cli", "graftage.testing", "graftage.footprint"),
     *("graftage_llamacpp", "graftage_lora", "graftage_m4"),
 )

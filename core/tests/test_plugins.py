@@ -21,6 +21,7 @@ from plain import PlainEcho
 
 import graftage
 from graftage._engine.plugins import Catalog, Entry, PluginWarning
+from graftage._version import __version__
 from graftage.exceptions import (
     AdapterIncompatible,
     AdapterNotFound,
@@ -329,6 +330,14 @@ def test_a_broken_provider_is_not_even_noticed_by_users_of_another(site: Any, bo
         ("graftage[testing]>=99", False),
         ("graftage>=99; python_version < '3'", True),
         ("graftage>=99; extra == 'testing'", True),
+        ("graftage[testing]; extra == 'testing'", True),
+        ("graftage<99,>=0", True),
+        (f"graftage<{__version__}", False),
+        (f"graftage<{__version__}.0", False),
+        (f"graftage<{__version__}.1", True),
+        (f"graftage>={__version__}.0", True),
+        (f"graftage>={__version__}.1", False),
+        (f"graftage>=0.1,!={__version__}", False),
         ("another>=99", True),
         ("!! no requirement at all", True),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -305,16 +306,41 @@ def _check_core(entry: Entry) -> None:
 @functools.lru_cache(maxsize=64)
 def _unfit(dist: Any) -> str | None:
     """The versions of Graftage that a distribution asks for, where this is none of them."""
-    from packaging import requirements, utils  # noqa: PLC0415 - only when something is loaded
-
     for text in dist.requires or ():
-        try:
-            wanted = requirements.Requirement(text)
-        except requirements.InvalidRequirement:
+        name = re.match(r"\s*([\w.-]*)", text)
+        if not name or re.sub(r"[-_.]+", "-", name[1]).lower() != "graftage" or _is_within(text):
             continue
-        if utils.canonicalize_name(wanted.name) == "graftage" and not _fits(wanted):
-            return str(wanted.specifier)
+        from packaging import requirements  # noqa: PLC0415 - slow to import, and two bounds need no parser
+
+        with contextlib.suppress(requirements.InvalidRequirement):
+            wanted = requirements.Requirement(text)
+            if not _fits(wanted):
+                return str(wanted.specifier)
     return None
+
+
+_BOUNDS = re.compile(r"graftage(?:\[[\w,-]*\])?((?:(?:>=|<)\d{1,9}(?:\.\d{1,9})*(?:,|$))*)")
+
+
+def _is_within(text: str) -> bool:
+    """Whether a requirement has nothing but bounds, `graftage>=0.2,<1`, and this release is surely within them.
+
+    Whether it applies at all does not matter then.
+    """
+    found = _BOUNDS.fullmatch(text.partition(";")[0].strip())
+    if found is None or not re.fullmatch(r"\d+(\.\d+)*", __version__):
+        return False
+    ours = _release(__version__)
+    bounds = found[1].split(",")
+    return all(ours < _release(each[1:]) if each[:1] == "<" else ours >= _release(each[2:]) for each in bounds if each)
+
+
+def _release(version: str) -> list[int]:
+    """The numbers of a release, without zeros at its end: 1.0 and 1 are one."""
+    numbers = [int(each) for each in version.split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
 
 
 def _fits(wanted: Requirement) -> bool:
