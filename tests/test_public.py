@@ -34,6 +34,8 @@ ENGINE = [
     "limits",
     "plugins",
     "waiting",
+    "awaiting",
+    "hooks",
     "call",
     "clients",
     "connection",

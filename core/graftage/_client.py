@@ -562,9 +562,9 @@ class AsyncClient:
     async def _open_now(self, opening: Future[bool]) -> None:
         import asyncio  # noqa: PLC0415
 
+        from graftage._engine.awaiting import AwaitingIO  # noqa: PLC0415
         from graftage._engine.choosing import Opening  # noqa: PLC0415
         from graftage._engine.threads import submit  # noqa: PLC0415
-        from graftage._engine.waiting import AwaitingIO  # noqa: PLC0415
 
         try:
             # It imports and reads files: not on the event loop.

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import graftage.exceptions
 from graftage import retry
+from graftage._engine.awaiting import AwaitingIO
 from graftage._engine.driving import drive
-from graftage._engine.waiting import AwaitingIO
 from graftage.calls import Budget, Call
 from graftage.exceptions import (
     ConnectionFailed,

@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
+from graftage._engine.awaiting import AwaitingIO
 from graftage._engine.driving import drive
-from graftage._engine.waiting import AwaitingIO
 from graftage.calls import (
     Call,
     ChatRequest,
@@ -399,7 +399,7 @@ def exchange(
     request = Request(method=method, url=url, headers=given, body=body)
 
     async def send() -> Exchange:
-        transport = cassette.wrap(lambda: NETWORKS[mode]())
+        transport = cassette.wrap(NETWORKS[mode])
         got: list[bytes] = []
         try:
             response = await transport.send(request, Clock(CALL))

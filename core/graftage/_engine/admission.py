@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftage._engine import limits as gates
-from graftage._engine.waiting import call_hook
+from graftage._engine.hooks import call_hook
 from graftage._records import dataclass
 from graftage.calls import LimitsQuery, ModelRequest, ModelsRequest
 from graftage.exceptions import ModelNotFound, PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
@@ -200,7 +200,7 @@ class Admission:
         session, call = self._session, run.call
 
         def ask(hook: str) -> Callable[[], Any]:
-            return _once(lambda: session.io.from_thread(session.relay, hook, ModelsRequest(call=call)))
+            return _once(lambda: session.from_plugin(hook, ModelsRequest(call=call)))
 
         return lambda: LimitsQuery(
             operation=operation,

@@ -16,8 +16,9 @@ from graftage._engine.clients import Clients
 from graftage._engine.events import Counters, Emitter, new_call_id
 from graftage._engine.faults import typed_error
 from graftage._engine.health import HealthCache
+from graftage._engine.hooks import call_hook
 from graftage._engine.plugins import Entry, Relay
-from graftage._engine.waiting import IO, BackgroundIO, call_hook
+from graftage._engine.waiting import IO
 from graftage._values import SHORTEST_SECRET, hidden, keep_alive_seconds
 from graftage.calls import (
     Budget,
@@ -68,9 +69,12 @@ class Connection:
         self.settings = settings
         self.io = io
         self.relay = Relay(provider, connection, plugins, origin)
-        self.waiting: Waiting = BackgroundIO(io) if self.relay.needs_event_loop else io
+        self.waiting: Waiting = io
         """How its hooks wait."""
         if self.relay.needs_event_loop:
+            from graftage._engine.awaiting import BackgroundIO  # noqa: PLC0415 - asyncio is slow to import
+
+            self.waiting = BackgroundIO(io)
             clients.colour = "async"
         self.address = str(getattr(connection, "address", ""))
         self.counters = Counters()
@@ -219,11 +223,16 @@ class Connection:
             if info is not None and info.features is not None and feature in ("tools", "images", "thinking"):
                 inputs.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
 
+    def from_plugin(self, hook: str, request: Any) -> Any:
+        """Call a hook from a plugin's blocking code; None where the connection has no such hook."""
+        found = self.relay.hooks.get(hook)
+        return self.io.from_thread(lambda: call_hook(self.io, found, request, request.call)) if found else None
+
     def facts(self, model: str, call: Call) -> ModelInfo | None:
         """Facts about a model, from a plugin's blocking code; remembered."""
         if model not in self._infos:
             try:
-                info = self.io.from_thread(self.relay, "show_model", ModelRequest(call=call, model=model))
+                info = self.from_plugin("show_model", ModelRequest(call=call, model=model))
             except ModelNotFound:
                 return None  # The request itself will tell, with suggestions.
             if info is None:

@@ -19,7 +19,7 @@ from graftage._engine.connection import Connection
 from graftage._engine.events import log
 from graftage._engine.faults import typed_error
 from graftage._engine.health import Flight
-from graftage._engine.waiting import call_hook, open_hook
+from graftage._engine.hooks import call_hook, open_hook
 from graftage.calls import (
     Call,
     ChatRequest,

@@ -1,20 +1,16 @@
-"""Two ways to wait, so that the logic of a client is written once.
+"""Two ways to wait, so that the logic of a client is written once; here the one that blocks.
 
-The engine is written as coroutines against `IO`. `AsyncClient` awaits them. `Client` drives them with `BlockingIO`,
-whose methods block instead of suspending, so that `drive` gets the result from a single step.
+The engine is written as coroutines against `IO`. `AsyncClient` awaits them, by `awaiting`. `Client` drives them with
+`BlockingIO`, whose methods block instead of suspending, so that `drive` gets the result from a single step.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
-import os
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from contextvars import ContextVar
 from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
@@ -25,8 +21,10 @@ from graftage.calls import Blocking, Call
 from graftage.exceptions import ProviderTimeout
 
 if TYPE_CHECKING:
-    from graftage._engine.plugins import Hook, Relay
+    from graftage._engine.plugins import Hook
     from graftage.http import Colour
+
+__all__ = ["GRACE", "IO", "BlockingIO", "Elsewhere", "Source", "Threaded", "answered"]
 
 T = TypeVar("T")
 GRACE: Final = 0.5
@@ -91,38 +89,9 @@ class IO(Protocol):
         """
         ...
 
-    def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
-        """Call a hook of the connection from a plugin's blocking code."""
+    def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What comes of a coroutine of the engine, for a plugin's blocking code that `ask` runs."""
         ...
-
-
-async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
-    """Call a hook of a connection that answers once, in its own colour."""
-    if not hook.is_async:
-        return await _result(io, submit(hook.plain, request), call)
-    if hook.needs_event_loop:
-        return await _result(io, asyncio.run_coroutine_threadsafe(hook.once(request), background_loop()), call)
-    return await io.awaited(hook.once(request), call)
-
-
-def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
-    """Call a hook of a connection that answers with an iterator, in its own colour."""
-    if not hook.is_async:
-        return _Threaded(io, hook, request, call)
-    if hook.needs_event_loop:
-        return _OnLoop(io, hook, request, call)
-    return io.source(hook, request, call)
-
-
-async def _result(io: IO, future: Future[Any], call: Call) -> Any:
-    """What comes of work elsewhere, which is left behind where it outlasts the call."""
-    try:
-        await io.wait(future, call.deadline + GRACE)
-    except TimeoutError as error:
-        raise call.timed_out() from error
-    finally:
-        future.cancel()  # Of no effect once it is done.
-    return future.result()
 
 
 # --- Sync ------------------------------------------------------------------------------------------------------------
@@ -140,11 +109,10 @@ class BlockingIO(Blocking):
         return _Pulled(hook, request)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
-        return await _answered(self, plugin, submit(function, question), call)
+        return await answered(self, plugin, submit(function, question), call)
 
-    def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
-        found = relay.hooks.get(hook)
-        return drive(call_hook(self, found, request, request.call)) if found else None
+    def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return drive(work())
 
 
 class _Pulled:
@@ -161,147 +129,15 @@ class _Pulled:
         await self._chunks.aclose()
 
 
-# --- Async -----------------------------------------------------------------------------------------------------------
+# --- Elsewhere: in a thread -------------------------------------------------------------------------------------------
 
 
-class AwaitingIO:
-    """Waits by awaiting."""
+async def answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
+    """What a plugin answers, which is left to itself where it hangs.
 
-    colour: Colour = "async"
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        future = submit(function, *arguments)
-        await self.wait(future, math.inf)
-        return future.result()
-
-    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        await work()
-
-    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:
-        if call.deadline == math.inf:
-            return await work
-        try:
-            async with asyncio.timeout(max(call.deadline + GRACE - time.monotonic(), 0)) as limit:
-                return await work
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise call.timed_out() from error
-
-    def source(self, hook: Hook, request: Any, call: Call) -> Source:
-        return _Awaited(hook, request, call)
-
-    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
-        token = _loop.set(asyncio.get_running_loop())
-        try:
-            future = submit(function, question)
-        finally:
-            _loop.reset(token)
-        return await _answered(self, plugin, future, call)
-
-    async def wait(self, future: Future[Any], deadline: float) -> None:
-        done = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: _tell(done))
-        # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again. Not `wait_for`,
-        # which in Python 3.11 loses the cancellation of a caller at the moment the future is done.
-        async with asyncio.timeout(None if deadline == math.inf else max(deadline - time.monotonic(), 0)):
-            await done
-
-    def from_thread(self, relay: Relay, hook: str, request: Any) -> Any:
-        found = relay.hooks.get(hook)
-        if found is None:
-            return None
-        return asyncio.run_coroutine_threadsafe(call_hook(self, found, request, request.call), _loop.get()).result()
-
-
-_loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
-"""The loop whose worker thread runs a plugin's code."""
-
-
-def _tell(done: asyncio.Future[None]) -> None:
-    """Let a task go on, from any thread."""
-
-    def tell() -> None:
-        if not done.done():
-            done.set_result(None)
-
-    with contextlib.suppress(RuntimeError):  # Its event loop is closed, and it with it.
-        done.get_loop().call_soon_threadsafe(tell)
-
-
-class _Awaited:
-    """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
-
-    The timer, and `close` from another task, cancel whoever waits for a chunk. So no task and no timer is made for a
-    chunk.
+    Raises:
+        ProviderTimeout: it did not answer by the call's deadline.
     """
-
-    def __init__(self, hook: Hook, request: Any, call: Call) -> None:
-        self._chunks = hook(request)
-        self._call = call
-        self._reader: asyncio.Task[Any] | None = None
-        self._read = asyncio.Event()
-        self._over: Literal["late", "closed"] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        if call.deadline != math.inf:
-            delay = max(call.deadline + GRACE - time.monotonic(), 0)
-            self._timer = self._loop.call_later(delay, self._end, "late")
-
-    def _end(self, why: Literal["late", "closed"]) -> None:
-        self._over = self._over or why
-        if self._reader is not None:
-            self._reader.cancel()
-
-    async def pull(self) -> Any:
-        if self._over is not None:
-            return self._at_the_end()
-        if self._reader is not None:
-            await self._read.wait()  # Another task reads: each chunk goes to one of them, and none is lost.
-            return await self.pull()
-        self._reader = asyncio.current_task()
-        self._read.clear()
-        cancels = self._reader.cancelling() if self._reader else 0
-        try:
-            return await anext(self._chunks, None)
-        except asyncio.CancelledError:
-            if not self._was_ended(cancels):
-                raise
-            return self._at_the_end()
-        finally:
-            self._reader = None
-            self._read.set()
-
-    def gone(self) -> bool:
-        return self._loop.is_closed()
-
-    def _was_ended(self, cancels: int) -> bool:
-        """Whether the cancellation that arrived is ours alone; then it is taken back."""
-        return self._over is not None and self._reader is not None and self._reader.uncancel() <= cancels
-
-    def _at_the_end(self) -> None:
-        if self._over == "late":
-            raise self._call.timed_out()
-
-    async def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._reader is not None and self._reader is not asyncio.current_task():
-            self._end("closed")
-            with contextlib.suppress(TimeoutError):  # A provider that will not be cancelled is left to itself.
-                async with asyncio.timeout(GRACE):
-                    await self._read.wait()
-        self._over = self._over or "closed"
-        await self._chunks.aclose()
-
-
-# --- Elsewhere: threads, and the loop in the background --------------------------------------------------------------
-
-
-async def _answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
     try:
         await io.wait(future, call.deadline)
     except TimeoutError as error:
@@ -313,7 +149,7 @@ async def _answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
     return future.result()
 
 
-class _Elsewhere:
+class Elsewhere:
     """A source whose work is done elsewhere: the core keeps the limits of the call."""
 
     def __init__(self, io: IO, call: Call) -> None:
@@ -337,7 +173,7 @@ class _Elsewhere:
         return False
 
 
-class _Threaded(_Elsewhere):
+class Threaded(Elsewhere):
     """An iterator that one thread goes through."""
 
     def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
@@ -355,81 +191,3 @@ class _Threaded(_Elsewhere):
         # A provider that is still at work is left to itself.
         with contextlib.suppress(TimeoutError):
             await self._io.wait(self._items.ended, time.monotonic() + GRACE)
-
-
-class _OnLoop(_Elsewhere):
-    """An async iterator on the loop in the background."""
-
-    def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
-        super().__init__(io, call)
-        self._contained = hook.contained
-        self._chunks = hook(request)
-        self._closed = False
-        self._pending: Future[Any] | None = None
-        """A chunk on its way: kept where its reader is cancelled, so that none is lost."""
-
-    async def _next(self, until: float) -> Any:
-        if self._closed:
-            return None
-        if self._pending is None:
-            self._pending = asyncio.run_coroutine_threadsafe(self._after(), background_loop())
-        future = self._pending
-        try:
-            await self._io.wait(future, until)
-        finally:
-            if future.done():
-                self._pending = None
-        return None if future.cancelled() else future.result()
-
-    async def close(self) -> None:
-        self._closed = True
-        if self._pending is not None:
-            self._pending.cancel()
-        closing = asyncio.run_coroutine_threadsafe(self._end(), background_loop())
-        with contextlib.suppress(TimeoutError):
-            await self._io.wait(closing, time.monotonic() + GRACE)
-
-    async def _after(self) -> Any:
-        with self._contained:
-            return await anext(self._chunks, None)
-
-    async def _end(self) -> None:
-        with contextlib.suppress(RuntimeError), self._contained:  # A chunk may be on its way that is not cancelled.
-            await self._chunks.aclose()
-
-
-class BackgroundIO(AwaitingIO):
-    """How the hooks of a connection that needs an event loop wait: on the one in the background, for either client."""
-
-    def __init__(self, io: IO) -> None:
-        self._io = io
-
-    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        done = asyncio.run_coroutine_threadsafe(work(), background_loop())
-        with contextlib.suppress(TimeoutError):
-            await self._io.wait(done, time.monotonic() + GRACE)
-
-
-_background: list[asyncio.AbstractEventLoop] = []
-_background_lock = threading.Lock()
-
-
-def background_loop() -> asyncio.AbstractEventLoop:
-    """The one event loop of the process for connections that need one under a sync client."""
-    with _background_lock:
-        if not _background:
-            loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="graftage-loop", daemon=True).start()
-            _background.append(loop)
-        return _background[0]
-
-
-def _forget_loop() -> None:
-    """After a fork: its thread is the parent's."""
-    global _background_lock  # noqa: PLW0603 - another thread may have held it at the fork
-    _background_lock = threading.Lock()
-    _background.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_loop)

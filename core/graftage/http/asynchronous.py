@@ -291,10 +291,11 @@ async def _connect(server: Server, clock: Clock) -> _Wire:
 
 async def _dialled(loop: asyncio.AbstractEventLoop, server: Server) -> socket.socket:
     failure: OSError = OSError("the host has no address")
+    host, port = server.first[0].encode(), server.first[1]  # For a text, Python would look into IDNA.
     try:
-        found = socket.getaddrinfo(*server.first, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:  # It is a name, which takes a thread.
-        found = await loop.getaddrinfo(*server.first, type=socket.SOCK_STREAM)
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, kind, protocol, _, address in found:
         connection = socket.socket(family, kind, protocol)
         try:

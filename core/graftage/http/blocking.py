@@ -200,7 +200,8 @@ def _connect(server: Server, clock: Clock) -> _Wire:
 
 def _dialled(server: Server, clock: Clock) -> _Wire:
     failure: OSError = OSError("the host has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(*server.first, type=socket.SOCK_STREAM):
+    host, port = server.first[0].encode(), server.first[1]  # For a text, Python would look into IDNA.
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(clock.left())

@@ -1,0 +1,243 @@
+"""How async clients wait: by awaiting. And the event loop in the background, for connections that need one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from graftage._engine.threads import submit
+from graftage._engine.waiting import GRACE, IO, Elsewhere, Source, answered
+from graftage.calls import Call
+
+if TYPE_CHECKING:
+    from graftage._engine.plugins import Hook
+    from graftage.http import Colour
+
+__all__ = ["AwaitingIO", "BackgroundIO", "OnLoop", "in_background"]
+
+T = TypeVar("T")
+
+
+class AwaitingIO:
+    """Waits by awaiting."""
+
+    colour: Colour = "async"
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        future = submit(function, *arguments)
+        await self.wait(future, math.inf)
+        return future.result()
+
+    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await work()
+
+    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:
+        if call.deadline == math.inf:
+            return await work
+        try:
+            async with asyncio.timeout(max(call.deadline + GRACE - time.monotonic(), 0)) as limit:
+                return await work
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise call.timed_out() from error
+
+    def source(self, hook: Hook, request: Any, call: Call) -> Source:
+        return _Awaited(hook, request, call)
+
+    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+        token = _loop.set(asyncio.get_running_loop())
+        try:
+            future = submit(function, question)
+        finally:
+            _loop.reset(token)
+        return await answered(self, plugin, future, call)
+
+    async def wait(self, future: Future[Any], deadline: float) -> None:
+        done = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: _tell(done))
+        # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again. Not `wait_for`,
+        # which in Python 3.11 loses the cancellation of a caller at the moment the future is done.
+        async with asyncio.timeout(None if deadline == math.inf else max(deadline - time.monotonic(), 0)):
+            await done
+
+    def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return asyncio.run_coroutine_threadsafe(work(), _loop.get()).result()
+
+
+_loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
+"""The loop whose worker thread runs a plugin's code."""
+
+
+def _tell(done: asyncio.Future[None]) -> None:
+    """Let a task go on, from any thread."""
+
+    def tell() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # Its event loop is closed, and it with it.
+        done.get_loop().call_soon_threadsafe(tell)
+
+
+class _Awaited:
+    """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
+
+    The timer, and `close` from another task, cancel whoever waits for a chunk. So no task and no timer is made for a
+    chunk.
+    """
+
+    def __init__(self, hook: Hook, request: Any, call: Call) -> None:
+        self._chunks = hook(request)
+        self._call = call
+        self._reader: asyncio.Task[Any] | None = None
+        self._read = asyncio.Event()
+        self._over: Literal["late", "closed"] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        if call.deadline != math.inf:
+            delay = max(call.deadline + GRACE - time.monotonic(), 0)
+            self._timer = self._loop.call_later(delay, self._end, "late")
+
+    def _end(self, why: Literal["late", "closed"]) -> None:
+        self._over = self._over or why
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def pull(self) -> Any:
+        if self._over is not None:
+            return self._at_the_end()
+        if self._reader is not None:
+            await self._read.wait()  # Another task reads: each chunk goes to one of them, and none is lost.
+            return await self.pull()
+        self._reader = asyncio.current_task()
+        self._read.clear()
+        cancels = self._reader.cancelling() if self._reader else 0
+        try:
+            return await anext(self._chunks, None)
+        except asyncio.CancelledError:
+            if not self._was_ended(cancels):
+                raise
+            return self._at_the_end()
+        finally:
+            self._reader = None
+            self._read.set()
+
+    def gone(self) -> bool:
+        return self._loop.is_closed()
+
+    def _was_ended(self, cancels: int) -> bool:
+        """Whether the cancellation that arrived is ours alone; then it is taken back."""
+        return self._over is not None and self._reader is not None and self._reader.uncancel() <= cancels
+
+    def _at_the_end(self) -> None:
+        if self._over == "late":
+            raise self._call.timed_out()
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._end("closed")
+            with contextlib.suppress(TimeoutError):  # A provider that will not be cancelled is left to itself.
+                async with asyncio.timeout(GRACE):
+                    await self._read.wait()
+        self._over = self._over or "closed"
+        await self._chunks.aclose()
+
+
+# --- The loop in the background ---------------------------------------------------------------------------------------
+
+
+class OnLoop(Elsewhere):
+    """An async iterator on the loop in the background."""
+
+    def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
+        super().__init__(io, call)
+        self._contained = hook.contained
+        self._chunks = hook(request)
+        self._closed = False
+        self._pending: Future[Any] | None = None
+        """A chunk on its way: kept where its reader is cancelled, so that none is lost."""
+
+    async def _next(self, until: float) -> Any:
+        if self._closed:
+            return None
+        if self._pending is None:
+            self._pending = in_background(self._after())
+        future = self._pending
+        try:
+            await self._io.wait(future, until)
+        finally:
+            if future.done():
+                self._pending = None
+        return None if future.cancelled() else future.result()
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._pending is not None:
+            self._pending.cancel()
+        closing = in_background(self._end())
+        with contextlib.suppress(TimeoutError):
+            await self._io.wait(closing, time.monotonic() + GRACE)
+
+    async def _after(self) -> Any:
+        with self._contained:
+            return await anext(self._chunks, None)
+
+    async def _end(self) -> None:
+        with contextlib.suppress(RuntimeError), self._contained:  # A chunk may be on its way that is not cancelled.
+            await self._chunks.aclose()
+
+
+class BackgroundIO(AwaitingIO):
+    """How the hooks of a connection that needs an event loop wait: on the one in the background, for either client."""
+
+    def __init__(self, io: IO) -> None:
+        self._io = io
+
+    async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        done = in_background(work())
+        with contextlib.suppress(TimeoutError):
+            await self._io.wait(done, time.monotonic() + GRACE)
+
+
+_background: list[asyncio.AbstractEventLoop] = []
+_background_lock = threading.Lock()
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    """The one event loop of the process for connections that need one under a sync client."""
+    with _background_lock:
+        if not _background:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="graftage-loop", daemon=True).start()
+            _background.append(loop)
+        return _background[0]
+
+
+def in_background(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run a coroutine on the loop in the background."""
+    return asyncio.run_coroutine_threadsafe(work, _background_loop())
+
+
+def _forget_loop() -> None:
+    """After a fork: its thread is the parent's."""
+    global _background_lock  # noqa: PLW0603 - another thread may have held it at the fork
+    _background_lock = threading.Lock()
+    _background.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_loop)
