@@ -162,9 +162,10 @@ def walk(mode: str, *, stream: bool) -> dict[str, Any]:
     # To the nearest half: a policy looks at the machine now and then, and a read may bring two chunks.
     halves = {name: round(2 * number / more) / 2 for name, number in (calls[1] - calls[0]).items()}
     return {
-        # What a plugin asks from a thread of its own is another call. Of walks of one length, the last reads.
+        # What a plugin asks from a thread of its own is another call. Of walks of one length, the one that sends.
         "walk": max(
-            (each for each in reversed(count.walks) if each and each[0].startswith("graftage._client:")), key=len
+            (each for each in count.walks if each and each[0].startswith("graftage._client:")),
+            key=lambda each: (len(each), each[-1].endswith("_send")),
         ),
         "calls": {name: times for name, times in halves.items() if times},
     }

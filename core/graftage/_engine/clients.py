@@ -75,10 +75,10 @@ class Clients:
 
     def _network(self) -> Transport:
         if self.colour == "sync":
-            from graftage.http.blocking import BlockingNetwork  # noqa: PLC0415 - only one of the two is needed
+            from graftage.http._blocking import BlockingNetwork  # noqa: PLC0415 - only one of the two is needed
 
             return BlockingNetwork()
-        from graftage.http.asynchronous import AsyncNetwork  # noqa: PLC0415 - asyncio is slow to import
+        from graftage.http._asynchronous import AsyncNetwork  # noqa: PLC0415 - asyncio is slow to import
 
         return AsyncNetwork()
 

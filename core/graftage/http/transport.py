@@ -6,9 +6,10 @@ are coroutines in both colours: one of a sync client blocks and never suspends.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Colour", "Headers", "Request", "Response", "Transport", "Wrapper"]
 
+_END: Final = re.compile("[/?#]")
 Colour: TypeAlias = Literal["sync", "async"]
 Headers: TypeAlias = tuple[tuple[str, str], ...]
 """Names in lower case and values, in their order; a name may come several times."""
@@ -38,9 +40,15 @@ class Request:
     @property
     def target(self) -> str:
         """Path and query."""
-        rest = self.url.partition("://")[2]
-        place = rest.find("/")
-        return rest[place:] if place >= 0 else "/"
+        found = self.url[len(self.origin) :]
+        return found if found.startswith("/") else f"/{found}"
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port."""
+        begin = self.url.find("://") + 3
+        found = _END.search(self.url, begin)
+        return self.url[: found.start()] if found else self.url
 
 
 class Response(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -11,10 +12,9 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from graftage.exceptions import ProviderTimeout
-from graftage.http import patched
-from graftage.http.address import Server, origin_of, server_of
-from graftage.http.framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
-from graftage.http.network import (
+from graftage.http import _patched
+from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
+from graftage.http._network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
     failed_before_answer,
@@ -22,6 +22,7 @@ from graftage.http.network import (
     tunnel_failed,
     unanswered,
 )
+from graftage.http._server import Server, server_of
 
 if TYPE_CHECKING:
     from graftage.http.clock import Clock
@@ -45,9 +46,9 @@ class AsyncNetwork:
 
     async def send(self, request: Request, clock: Clock) -> Response:
         """Send a request and wait for the head of its answer."""
-        if patched.is_patched():
-            return await asyncio.to_thread(patched.exchange, request, clock)
-        origin = origin_of(request.url)
+        if _patched.is_patched():
+            return await asyncio.to_thread(_patched.exchange, request, clock)
+        origin = request.origin
         server = self._servers.get(origin)
         if server is None:
             server = self._servers[origin] = server_of(origin)
@@ -160,7 +161,7 @@ class _Wire(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, loop: asyncio.AbstractEventLoop, server: Server) -> None:
-        self._loop = loop
+        self.loop = loop
         self.server = server
         self.since = 0.0
         self.answer: Framing | None = None
@@ -225,7 +226,7 @@ class _Wire(asyncio.Protocol):
         if not self._reading:
             self._reading = True
             self.transport.resume_reading()
-        self._waiter = self._loop.create_future()
+        self._waiter = self.loop.create_future()
         try:
             await self._waiter
         finally:
@@ -235,7 +236,7 @@ class _Wire(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._due = time.monotonic() + left
-        self._timer = self._loop.call_later(left, self._late)
+        self._timer = self.loop.call_later(left, self._late)
 
     def _late(self) -> None:
         """The timer has run out; since it was set, the limit may have moved."""
@@ -370,8 +371,16 @@ class _Response:
         return data
 
     async def close(self) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.answer = None
             self._answer.let_go()
             self._pool.give_back(wire, self._answer)
+
+    def __del__(self) -> None:
+        if self._wire is not None:  # The collector may run in any thread, after the loop's end as well.
+            with contextlib.suppress(RuntimeError):
+                self._wire.loop.call_soon_threadsafe(self._give_back)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from graftage.http.address import origin_of, server_of
-from graftage.http.network import failed_before_answer, tls_context
+from graftage.http._network import failed_before_answer, tls_context
+from graftage.http._server import server_of
 
 if TYPE_CHECKING:
     from graftage.http.clock import Clock
@@ -28,7 +28,7 @@ def exchange(request: Request, clock: Clock) -> Exchanged:
     """Send a request and read all of its answer, by blocking."""
     import http.client  # noqa: PLC0415 - it is imported already
 
-    server = server_of(origin_of(request.url))
+    server = server_of(request.origin)
     host, port, left = server.host, server.port, clock.left()
     connection: Any = (
         http.client.HTTPSConnection(host, port, timeout=left, context=tls_context())

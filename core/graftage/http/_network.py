@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
+    from graftage.http._framing import Framing
     from graftage.http.clock import Clock
-    from graftage.http.framing import Framing
 
 __all__ = [
     "KEEPALIVE",

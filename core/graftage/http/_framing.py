@@ -13,7 +13,7 @@ from graftage.exceptions import RequestRejected, StreamInterrupted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from graftage.http.address import Server
+    from graftage.http._server import Server
     from graftage.http.transport import Request
 
 __all__ = ["BLOCK", "ENOUGH", "OK", "Framing", "ParserError", "head_of"]
@@ -28,6 +28,9 @@ OK: Final = 200
 FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
 """Headers that say where a body ends."""
 ParserError = (httptools.HttpParserError, httptools.HttpParserUpgrade)
+KEPT: Final = "%/?:@!$&'()*+,;=~[]{}|"
+"""What a target keeps as it is, where another character of it has to be encoded."""
+_SAFE: Final = re.compile("[!-~]+")
 _UNSAFE: Final = re.compile(rb"[\r\n\0]")
 
 
@@ -38,7 +41,7 @@ def head_of(request: Request, server: Server) -> bytes:
         RequestRejected: a header cannot be sent. It is not repeated: it may be a key.
     """
     size = request.file.stat().st_size if request.file is not None else len(request.body)
-    target = request.target if request.target.isascii() and request.target.isprintable() else quote(request.target)
+    target = request.target if _SAFE.fullmatch(request.target) else quote(request.target, safe=KEPT)
     if server.absolute:
         target = f"{server.origin}{target}"
     headers = [("host", server.netloc), *server.headers, *request.headers]

@@ -10,10 +10,9 @@ import time
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from graftage.http import patched
-from graftage.http.address import Server, origin_of, server_of
-from graftage.http.framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
-from graftage.http.network import (
+from graftage.http import _patched
+from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
+from graftage.http._network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
     failed_before_answer,
@@ -21,6 +20,7 @@ from graftage.http.network import (
     tunnel_failed,
     unanswered,
 )
+from graftage.http._server import Server, server_of
 
 if TYPE_CHECKING:
     from graftage.http.clock import Clock
@@ -46,11 +46,11 @@ class BlockingNetwork:
 
     async def send(self, request: Request, clock: Clock) -> Response:
         """Send a request and wait for the head of its answer."""
-        if patched.is_patched():
-            return patched.exchange(request, clock)
+        if _patched.is_patched():
+            return _patched.exchange(request, clock)
         if self._process != os.getpid():
             self._begin()  # Two processes that read from one socket get each other's answers.
-        origin = origin_of(request.url)
+        origin = request.origin
         server = self._servers.get(origin)
         if server is None:
             server = self._servers[origin] = server_of(origin)
@@ -268,6 +268,7 @@ class _Response:
                 if answer.complete or wire is None:
                     return b""
                 if answer.fault is not None:
+                    self._give_back()
                     raise answer.interrupted()
                 _receive(wire, answer, clock)
         finally:
@@ -279,13 +280,18 @@ class _Response:
         return data
 
     async def close(self) -> None:
-        wire = self._wire
-        if wire is None:
-            return
-        if self._reading:  # In another thread, which then comes here itself.
-            wire.wake()
-            return
-        self._wire = None
-        if self._answer.complete:
-            self._answer.let_go()
-        self._network.give_back(wire, usable=self._answer.usable)
+        if self._reading and self._wire is not None:  # In another thread, which then comes here itself.
+            self._wire.wake()
+        else:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            if self._answer.complete:
+                self._answer.let_go()
+            self._network.give_back(wire, usable=self._answer.usable)
+
+    def __del__(self) -> None:
+        if self._wire is not None:  # The collector may come here while its thread holds the lock of the network.
+            self._wire.close()
