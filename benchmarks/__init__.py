@@ -1,0 +1,1 @@
+"""Measures of Graftage against other clients, and of how its cost grows; `python -m benchmarks --help`."""
