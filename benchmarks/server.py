@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks.worker import words
 
-MODELS = ("chunks-20", "chunks-100", "chunks-200", "chunks-1000", "chunks-100-delay-5", "chunks-500-delay-1")
+COUNTS = (1, 5, 20, 100, 200, 1000)
+MODELS = (*(f"chunks-{count}" for count in COUNTS), "chunks-100-delay-5", "chunks-500-delay-1", "chunks-5-delay-5")
 """Those it lists; it answers for any number and delay."""
 DATE = "2026-01-01T00:00:00Z"
 DONE = {"done": True, "done_reason": "stop", "total_duration": 4_000_000, "load_duration": 1_000_000} | {
@@ -71,7 +72,10 @@ def answer(path: str, model: str, *, stream: bool) -> tuple[list[bytes], float]:
     """The packets of an answer, and the seconds between them; one packet where they need not be apart."""
     asked = re.fullmatch(r"chunks-(\d+)(-packets)?(?:-delay-(\d+))?", model.removesuffix(":latest"))
     count, apart, delay = (int(asked[1]), bool(asked[2]), int(asked[3] or 0) / 1e3) if asked else (1, False, 0.0)
-    tags = [{"name": each, "model": each, "modified_at": DATE, "size": 1, "digest": "0" * 64} for each in MODELS]
+    tags = [
+        {"name": each, "model": each, "modified_at": DATE, "size": 1, "digest": f"{at:064}"}
+        for at, each in enumerate(MODELS)
+    ]
     vectors = [[(row * 768 + column) % 1999 / 1999 - 0.5 for column in range(768)] for row in range(256)]
     plain: dict[str, Any] = {
         "/api/version": {"version": "0.9.3"},

@@ -17,7 +17,6 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    import socket
     from collections.abc import AsyncIterator, Callable, Iterator
     from typing import Any
 
@@ -36,34 +35,60 @@ class Client:
     """A client as its users have it. What it cannot do raises `NotImplementedError`."""
 
     module = ""
+    sync_chat = True
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.api: Any = sys.modules[self.module]
         self.prompt: Any = "Hello"
+        self.made: dict[str, Any] = {}
 
-    def chat(self, model: str) -> str:
-        """A whole answer."""
-        return run(self.achat(model))
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What users make once and keep; async clients are made inside their loop."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
-    def stream(self, model: str) -> Iterator[str]:
-        """An answer in pieces."""
+    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
+        """Send the prompt: the answer or its pieces, to be awaited where it is for `later`."""
         raise NotImplementedError
 
-    async def achat(self, model: str) -> str:
-        """A whole answer, async."""
+    def text(self, found: Any) -> Any:
+        """The text of a whole answer."""
         raise NotImplementedError
 
-    def astream(self, model: str) -> AsyncIterator[str]:
-        """An answer in pieces, async."""
-        raise NotImplementedError
+    def piece(self, found: Any) -> Any:
+        """The text of a piece of it."""
+        return self.text(found)
+
+    def chat(self, model: str) -> Any:
+        """The text of an answer."""
+        return self.text(self.ask(model, stream=False, later=False))
+
+    def stream(self, model: str) -> Iterator[Any]:
+        """The same in pieces."""
+        return map(self.piece, self.ask(model, stream=True, later=False))
+
+    async def achat(self, model: str) -> Any:
+        """`chat`, async."""
+        return self.text(await self.ask(model, stream=False, later=True))
+
+    async def astream(self, model: str) -> AsyncIterator[Any]:
+        """`stream`, async."""
+        found = self.ask(model, stream=True, later=True)
+        async for each in found if hasattr(found, "__aiter__") else await found:
+            yield self.piece(each)
 
     def embed(self, model: str) -> Any:
         """The vectors of 256 texts."""
         raise NotImplementedError
 
-    def health(self) -> object:
+    def health(self) -> Any:
         """Ask the server anew how it is."""
+        raise NotImplementedError
+
+    def construct(self) -> object:
+        """Make a second client."""
         raise NotImplementedError
 
 
@@ -72,21 +97,21 @@ class Floor(Client):
 
     module = "json"
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        host, _, port = url.removeprefix("http://").partition(":")
-        self.address = (host, int(port))
-        self.idle: list[socket.socket] = []
-
     def request(self, path: str, **body: Any) -> bytes:
+        """The bytes of a request."""
         data = self.api.dumps(body).encode()
         return b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
 
-    def lines(self, request: bytes) -> Iterator[Any]:
+    def address(self) -> tuple[str, int]:
+        """Where the server is."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def objects(self, request: bytes) -> Iterator[Any]:
         """The objects of an answer; a chunked one has one on a line."""
         import socket
 
-        server = self.idle.pop() if self.idle else socket.create_connection(self.address)
+        server = self.made.pop("idle", None) or socket.create_connection(self.address())
         server.sendall(request)
         head, _, rest = server.recv(65536).partition(b"\r\n\r\n")
         if (at := head.find(b"content-length: ")) >= 0:
@@ -98,53 +123,54 @@ class Floor(Client):
         else:
             while True:
                 whole, _, rest = rest.rpartition(b"\n")
-                for line in whole.split(b"\n"):
-                    if line[:1] == b"{":
-                        yield self.api.loads(line)
+                yield from (self.api.loads(line) for line in whole.split(b"\n") if line[:1] == b"{")
                 if whole.endswith(b"\n0\r\n\r"):
                     break
                 rest += server.recv(65536)
-        self.idle.append(server)
+        self.made["idle"] = server
 
-    def chat(self, model: str) -> str:
-        (answer,) = self.lines(self.request("/api/chat", model=model, messages=HELLO, stream=False))
-        return str(answer["message"]["content"])
+    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
+        """Async it is streams only, on `asyncio.Protocol`."""
+        request = self.request("/api/chat", model=model, messages=HELLO, stream=stream or later)
+        if later:
+            return self.later(request) if stream else self.whole(self.later(request))
+        return self.objects(request) if stream else next(self.objects(request))
 
-    def stream(self, model: str) -> Iterator[str]:
-        for line in self.lines(self.request("/api/chat", model=model, messages=HELLO, stream=True)):
-            yield line["message"]["content"]
+    async def whole(self, found: AsyncIterator[Any]) -> Any:
+        """The sum of a stream."""
+        return {"message": {"content": "".join([self.text(each) async for each in found])}}
 
-    async def achat(self, model: str) -> str:
-        return "".join([piece async for piece in self.astream(model)])
-
-    async def astream(self, model: str) -> AsyncIterator[str]:
+    async def later(self, request: bytes) -> AsyncIterator[Any]:
+        """`objects` of a chunked answer."""
         import asyncio
 
-        loads, pieces, ready, state = self.api.loads, list[str](), asyncio.Event(), [b"", b""]
+        found: list[Any] = []
+        loads, ready, state = self.api.loads, asyncio.Event(), [b"", b""]
 
         class Reader(asyncio.Protocol):
             def data_received(self, data: bytes) -> None:
-                whole, _, state[0] = (state[0] + data).rpartition(b"\n")
-                lines = whole.split(b"\n")
-                pieces.extend(loads(line)["message"]["content"] for line in lines if line[:1] == b"{")
-                state[1] = whole[-5:]
+                state[1], _, state[0] = (state[0] + data).rpartition(b"\n")
+                found.extend(loads(line) for line in state[1].split(b"\n") if line[:1] == b"{")
                 ready.set()
 
-        transport, _ = await asyncio.get_running_loop().create_connection(Reader, *self.address)
-        transport.write(self.request("/api/chat", model=model, messages=HELLO, stream=True))
-        while state[1] != b"\n0\r\n\r":
+        transport, _ = await asyncio.get_running_loop().create_connection(Reader, *self.address())
+        transport.write(request)
+        while not state[1].endswith(b"\n0\r\n\r"):
             await ready.wait()
             ready.clear()
-            for piece in pieces:
-                yield piece
-            pieces.clear()
+            for each in found:
+                yield each
+            found.clear()
         transport.close()
 
-    def embed(self, model: str) -> Any:
-        return next(self.lines(self.request("/api/embed", model=model, input=TEXTS)))["embeddings"]
+    def text(self, found: Any) -> Any:
+        return found["message"]["content"]
 
-    def health(self) -> object:
-        return next(self.lines(self.request("/api/version")))
+    def embed(self, model: str) -> Any:
+        return next(self.objects(self.request("/api/embed", model=model, input=TEXTS)))["embeddings"]
+
+    def health(self) -> Any:
+        return next(self.objects(self.request("/api/version")))
 
 
 class Official(Client):
@@ -154,27 +180,23 @@ class Official(Client):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.sync, self.later = self.api.Client(host=url), once(lambda: self.api.AsyncClient(host=url))
+        self.sync = self.api.Client(host=url)
 
-    def chat(self, model: str) -> str:
-        return str(self.sync.chat(model=model, messages=HELLO).message.content)
+    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
+        client = self.once("async", lambda: self.api.AsyncClient(host=self.url)) if later else self.sync
+        return client.chat(model=model, messages=HELLO, stream=stream)
 
-    def stream(self, model: str) -> Iterator[str]:
-        for part in self.sync.chat(model=model, messages=HELLO, stream=True):
-            yield part.message.content
-
-    async def achat(self, model: str) -> str:
-        return str((await self.later().chat(model=model, messages=HELLO)).message.content)
-
-    async def astream(self, model: str) -> AsyncIterator[str]:
-        async for part in await self.later().chat(model=model, messages=HELLO, stream=True):
-            yield part.message.content
+    def text(self, found: Any) -> Any:
+        return found.message.content
 
     def embed(self, model: str) -> Any:
         return self.sync.embed(model=model, input=TEXTS).embeddings
 
-    def health(self) -> object:
+    def health(self) -> Any:
         return self.sync.ps()
+
+    def construct(self) -> object:
+        return self.api.Client(host=self.url)
 
 
 class Graftage(Client):
@@ -184,48 +206,29 @@ class Graftage(Client):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.sync = self.api.connect("ollama", host=url)
-        self.later = once(lambda: self.api.connect_async("ollama", host=url))
+        self.sync = self.construct()
 
-    def chat(self, model: str) -> str:
-        return str(self.sync.chat(self.prompt, model=model).text)
+    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
+        client = self.once("async", lambda: self.api.connect_async("ollama", host=self.url)) if later else self.sync
+        return client.chat(self.prompt, model=model, stream=stream)
 
-    def stream(self, model: str) -> Iterator[str]:
-        for chunk in self.sync.chat(self.prompt, model=model, stream=True):
-            yield chunk.text
-
-    async def achat(self, model: str) -> str:
-        return str((await self.later().chat(self.prompt, model=model)).text)
-
-    async def astream(self, model: str) -> AsyncIterator[str]:
-        async for chunk in await self.later().chat(self.prompt, model=model, stream=True):
-            yield chunk.text
+    def text(self, found: Any) -> Any:
+        return found.text
 
     def embed(self, model: str) -> Any:
         return self.sync.embed(TEXTS, model=model).vectors
 
-    def health(self) -> object:
-        found = self.sync.health(max_age=0)
-        found.raise_for_error()
-        return found
+    def health(self) -> Any:
+        return self.sync.health(max_age=0).ok
+
+    def construct(self) -> Any:
+        return self.api.connect("ollama", host=self.url)
 
 
 CLIENTS: dict[str, type[Client]] = {"floor": Floor, "ollama": Official, "graftage": Graftage}
 
 
-# --- What is measured --------------------------------------------------------------------------------------------------
-
-
-def once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """A client that is made when it is first wanted: an async one inside its loop."""
-    made: list[Any] = []
-
-    def get() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get
+# --- What is measured -------------------------------------------------------------------------------------------------
 
 
 def run(work: Any, loops: list[asyncio.AbstractEventLoop] = []) -> Any:  # noqa: B006 - one loop for the process
@@ -246,9 +249,20 @@ def check(pieces: list[str], model: str, *, whole: bool = False) -> None:
         raise ValueError(f"{model}: got {len(pieces)} pieces, {len(''.join(pieces))} characters")
 
 
+def memory() -> float:
+    """The most this process ever had in memory."""
+    try:  # On Linux `getrusage` tells what whoever started this had, where that is more.
+        with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123
+            return next(float(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
 def fresh(kind: type[Client], url: str, model: str) -> Figures:
     """What a new process pays until its first answer."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, start = time.perf_counter(), time.process_time()
     __import__(kind.module)
     imported = time.process_time()
     client = kind(url)
@@ -256,87 +270,73 @@ def fresh(kind: type[Client], url: str, model: str) -> Figures:
     text = client.chat(model)
     end, ended = time.process_time(), time.perf_counter()
     check([text], model, whole=True)
-    phases = {"import": imported - cpu, "construct": built - imported, "first": end - built}
-    return {"cpu": end - cpu, "wall": ended - wall, **phases, "memory": memory()}
+    phases = {"import": imported - start, "construct": built - imported, "first": end - built}
+    return {"cpu": end - start, "wall": ended - wall, **phases, "memory": memory()}
 
 
-def memory() -> float:
-    """The most this process ever had in memory."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
-
-
-def repeat(client: Client, what: str, model: str, times: int) -> Figures:
-    """One thing after the other, for each the same; the first is not counted."""
-
-    def chat() -> None:
-        check([client.chat(model)], model, whole=True)
-
-    def stream() -> None:
-        check(list(client.stream(model)), model)
-
-    def embed() -> None:
-        vectors = client.embed(model)
-        if len(vectors) != len(TEXTS) or {len(each) for each in vectors} != {768}:
-            raise ValueError("these are not the vectors")
-
-    def health() -> None:
-        if not client.health():
-            raise ValueError("the server is not well")
-
-    def construct() -> None:
-        type(client)(client.url)
-
-    work: Callable[[], None] = {each.__name__: each for each in (chat, stream, embed, health, construct)}[what]
-    work()
-    return timed(work, times)
-
-
-def timed(work: Callable[[], object], times: int = 1) -> Figures:
-    """The cost of each time; memory is what the peak has grown by."""
+def timed(work: Callable[[], object], warm: Callable[[], object], times: int) -> Figures:
+    """The cost of each time after a first that is not counted; memory is what the peak grows by from there on."""
+    before = memory()
+    warm()
     gc.collect()
-    before, wall, cpu = memory(), time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         work()
     ended, end = time.perf_counter(), time.process_time()
     return {"cpu": (end - cpu) / times, "wall": (ended - wall) / times, "memory": memory() - before}
 
 
+def repeat(client: Client, what: str, model: str, times: int) -> Figures:
+    """One thing after the other."""
+
+    def work() -> None:
+        if what == "chat":
+            check([client.chat(model)], model, whole=True)
+        elif what == "stream":
+            check(list(client.stream(model)), model)
+        elif what == "embed":
+            vectors = client.embed(model)
+            if len(vectors) != len(TEXTS) or {len(each) for each in vectors} != {768}:
+                raise ValueError("these are not the vectors")
+        elif not getattr(client, what)():
+            raise ValueError(f"{what} failed")
+
+    return timed(work, work, times)
+
+
 def together(client: Client, what: str, model: str, times: int) -> Figures:
-    """Many at one time: async streams, chats of tasks, or chats of threads."""
+    """Many at one time: `streams` and chats as `tasks` of one loop, or chats in `threads`."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
     firsts: list[float] = []
 
-    async def stream(start: float) -> None:
+    async def one(start: float) -> None:
+        if what == "tasks":
+            return check([await client.achat(model)], model, whole=True)
         pieces: list[str] = []
         async for piece in client.astream(model):
             if not pieces:
                 firsts.append(time.perf_counter() - start)
             pieces.append(piece)
-        check(pieces, model)
-
-    async def chat(_: float) -> None:
-        check([await client.achat(model)], model, whole=True)
-
-    def blocking() -> None:
-        check([client.chat(model)], model, whole=True)
+        return check(pieces, model)
 
     async def gathered(count: int) -> None:
-        one, start = stream if what == "streams" else chat, time.perf_counter()
+        start = time.perf_counter()
         await asyncio.gather(*(one(start) for _ in range(count)))
 
     if what == "threads":
+        if not client.sync_chat:
+            raise NotImplementedError
         with ThreadPoolExecutor(times) as pool:
-            everyone = lambda: [each.result() for each in [pool.submit(blocking) for _ in range(times)]]  # noqa: E731
-            everyone()
-            return timed(everyone)
-    run(gathered(2))
-    firsts.clear()
-    figures = timed(lambda: run(gathered(times)))
-    firsts.sort()
+
+            def threads() -> None:
+                for each in [pool.submit(client.chat, model) for _ in range(times)]:
+                    check([each.result()], model, whole=True)
+
+            return timed(threads, threads, 1)
+    figures = timed(lambda: run(gathered(times)), lambda: run(gathered(min(2, times))), 1)
+    firsts = sorted(firsts[-times:])
     ranks = {"first p50": len(firsts) // 2, "first p99": len(firsts) * 99 // 100}
     return figures | ({name: firsts[rank] for name, rank in ranks.items()} if firsts else {})
 

@@ -1,0 +1,311 @@
+"""Compare Graftage with Ollama's own client, with the least that is possible, and with other frameworks.
+
+Each client is a process of its own. In each repetition every measure is taken of all clients in turn, in an order that
+is drawn anew, and set in relation to the official client there; what is told is the median of these ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks import growth, report
+from benchmarks.peers import REQUIREMENTS
+
+HERE = Path(__file__).resolve().parent
+PATIENCE = 300.0
+"""Seconds for one measure of one client."""
+REFERENCE = "ollama"
+FRESH = "fresh"
+
+
+def _repeat(what: str, model: str, times: int) -> dict[str, Any]:
+    return {"how": "repeat", "what": what, "model": model, "times": times}
+
+
+def _together(what: str, model: str, times: int) -> dict[str, Any]:
+    return {"how": "together", "what": what, "model": model, "times": times}
+
+
+COMMANDS: dict[str, dict[str, Any]] = {
+    "chat 20": _repeat("chat", "chunks-20", 100),
+    "stream 20": _repeat("stream", "chunks-20", 100),
+    "chat 200": _repeat("chat", "chunks-200", 50),
+    "stream 200": _repeat("stream", "chunks-200", 20),
+    "burst": _repeat("stream", "chunks-1000", 5),
+    "paced": _repeat("stream", "chunks-500-delay-1", 1),
+    "embed": _repeat("embed", "chunks-1", 3),
+    "health": _repeat("health", "chunks-1", 100),
+    "construct": _repeat("construct", "chunks-1", 20),
+    "streams": _together("streams", "chunks-100", 200),
+    "paced streams": _together("streams", "chunks-100-delay-5", 200),
+    "tasks": _together("tasks", "chunks-20", 64),
+    "threads": _together("threads", "chunks-20", 64),
+}
+
+
+class Row(NamedTuple):
+    """A line of the table: a figure that a command gives."""
+
+    title: str
+    command: str
+    figure: str = "cpu"
+    unit: str = "ms"
+    each: int = 1
+    """How many things the figure is for."""
+    reference: str = ""
+    """The command of the official client to compare with, where it is another one."""
+
+
+ROWS = (
+    Row("`import` alone", FRESH, "import"),
+    Row("cold: import, client, first chat", FRESH),
+    Row("cold: import, client, first chat; wall", FRESH, "wall"),
+    Row("peak memory of one chat", FRESH, "memory", "MB"),
+    Row("a second client, `connect()`", "construct"),
+    Row("chat, 20 chunks", "chat 20", unit="µs"),
+    Row("chat, 20 chunks, streamed", "stream 20", unit="µs", reference="chat 20"),
+    Row("chat, 200 chunks", "chat 200", unit="µs"),
+    Row("chat, 200 chunks, streamed", "stream 200", unit="µs", reference="chat 200"),
+    Row("stream of 1,000, each chunk", "burst", unit="µs", each=1000),
+    Row("stream of 500, 1 ms apart, each chunk", "paced", unit="µs", each=500),
+    Row("200 async streams of 100", "streams"),
+    Row("200 streams of 100; wall", "streams", "wall"),
+    Row("200 streams of 100; first token, median", "streams", "first p50"),
+    Row("200 streams of 100; first token, 99 %", "streams", "first p99"),
+    Row("200 async streams of 100, 5 ms apart", "paced streams"),
+    Row("200 streams of 100, 5 ms apart; wall", "paced streams", "wall"),
+    Row("200 streams of 100, 5 ms apart; first token, median", "paced streams", "first p50"),
+    Row("200 streams of 100, 5 ms apart; first token, 99 %", "paced streams", "first p99"),
+    Row("embed, 256 texts × 768", "embed"),
+    Row("health, asked anew, against `ps()`", "health", unit="µs"),
+    Row("64 tasks, a chat each", "tasks"),
+    Row("64 tasks, a chat each; wall", "tasks", "wall"),
+    Row("64 threads, a chat each", "threads"),
+    Row("64 threads, a chat each; wall", "threads", "wall"),
+)
+
+
+class Bench:
+    """The server, and the environments of the clients.
+
+    Args:
+        environments: where those of peers are.
+        quick: take little of all.
+    """
+
+    def __init__(self, environments: Path, *, quick: bool) -> None:
+        self.environments = environments
+        self.quick = quick
+        self.url = ""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("GRAFTAGE_", "OLLAMA_")) and not name.lower().endswith("_proxy")
+        }
+        quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HAYSTACK_TELEMETRY_ENABLED": "False"}
+        folders = {"GRAFTAGE_CONFIG": str(environments / "none.toml"), "LLM_USER_PATH": str(environments / "llm-user")}
+        self.environment = {**kept, **quiet, **folders}
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[None]:
+        """Run the server, for as long as the block."""
+        command = [sys.executable, "-m", "benchmarks.server"]
+        with subprocess.Popen(command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            assert server.stdin
+            assert server.stdout
+            self.url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            yield
+            server.stdin.close()
+
+    def _python(self, client: str) -> str:
+        if client not in REQUIREMENTS:
+            return sys.executable
+        return str(self.environments / client / ("Scripts" if os.name == "nt" else "bin") / "python")
+
+    def start(self, client: str, *more: str, path: str = "") -> subprocess.Popen[str]:
+        """A worker; `path` is a folder in which it finds modules, too."""
+        own = client not in REQUIREMENTS
+        script = str(HERE / ("worker.py" if own else "peers.py"))
+        folders = [path, self.environment.get("PYTHONPATH", "")] if own else [path]
+        return subprocess.Popen(
+            [self._python(client), "-P", script, client, self.url, *more],
+            env={**self.environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def fresh(self, client: str, path: str = "") -> dict[str, float]:
+        """What a new process pays until its first answer."""
+        with self.start(client, "chunks-20", path=path) as worker:
+            return read(worker)
+
+    @contextlib.contextmanager
+    def worker(self, client: str, path: str = "") -> Iterator[Callable[[Mapping[str, Any]], dict[str, float]]]:
+        """A process to give commands to."""
+        with self.start(client, path=path) as worker:
+
+            def ask(command: Mapping[str, Any]) -> dict[str, float]:
+                assert worker.stdin
+                with contextlib.suppress(OSError):
+                    worker.stdin.write(json.dumps(command) + "\n")
+                    worker.stdin.flush()
+                return read(worker)
+
+            yield ask
+
+    def version(self, client: str) -> str:
+        """The version of a client, in words."""
+        name = REQUIREMENTS.get(client, [client])[0].partition("[")[0]
+        code = f"import importlib.metadata as m; print(m.version({name!r}))"
+        found = subprocess.run([self._python(client), "-c", code], capture_output=True, text=True, check=False)
+        return found.stdout.strip() or "no version"
+
+    def install(self, client: str) -> None:
+        """Make the environment of a peer, unless it is there.
+
+        Raises:
+            subprocess.CalledProcessError: it cannot be installed.
+        """
+        folder = self.environments / client
+        if (folder / "whole").exists():
+            return
+        say(f"{client}: installing")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True)
+        command = [self._python(client), "-m", "pip", "install", "--quiet", *REQUIREMENTS[client]]
+        subprocess.run(command, check=True, capture_output=True, timeout=4 * PATIENCE)
+        (folder / "whole").touch()
+
+
+def read(worker: subprocess.Popen[str]) -> dict[str, float]:
+    """The figures a worker answers with; one that takes too long is ended.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    assert worker.stdout
+    watch = threading.Timer(PATIENCE, worker.kill)
+    watch.start()
+    line = worker.stdout.readline()
+    watch.cancel()
+    figures: dict[str, Any] = json.loads(line or '{"error": "it died"}')
+    if "error" in figures:
+        raise RuntimeError(figures["error"])
+    return figures
+
+
+def say(text: str) -> None:
+    """Tell how far things are."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def usable(bench: Bench, clients: Sequence[str]) -> list[str]:
+    """The clients that can be installed and give one answer; the others are named."""
+    found = []
+    for client in clients:
+        try:
+            if client in REQUIREMENTS:
+                bench.install(client)
+                bench.fresh(client)  # Whatever is compiled at a first start, is.
+            found.append(client)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            say(f"{client}: skipped, {error}")
+    return found
+
+
+def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
+    """All rows, each with the figures and the ratios of every client."""
+    taken: list[dict[tuple[str, str], dict[str, float]]] = []
+    failed: set[tuple[str, str]] = set()
+    for repetition in range(repetitions):
+        say(f"repetition {repetition + 1} of {repetitions}")
+        order, figures = random.Random(repetition), dict[tuple[str, str], dict[str, float]]()  # noqa: S311 - an order
+        taken.append(figures)
+        for client in order.sample(clients, len(clients)):
+            figures[FRESH, client] = bench.fresh(client)
+        with contextlib.ExitStack() as stack:
+            workers = {client: stack.enter_context(bench.worker(client)) for client in clients}
+            for name, command in COMMANDS.items():
+                if bench.quick:
+                    command = {**command, "times": 2, "model": re.sub(r"\d+", "5", command["model"], count=1)}  # noqa: PLW2901
+                for client in order.sample(clients, len(clients)):
+                    if (name, client) in failed:
+                        continue
+                    try:
+                        figures[name, client] = workers[client](command)
+                    except RuntimeError as error:
+                        failed.add((name, client))
+                        say(f"{client}, {name}: {error}")
+    return [{**row._asdict(), "clients": {client: _cell(row, client, taken) for client in clients}} for row in ROWS]
+
+
+def _cell(row: Row, client: str, taken: Sequence[Mapping[tuple[str, str], Mapping[str, float]]]) -> dict[str, Any]:
+    """The median of a client's figures, and of their ratios to the official client in the same repetition."""
+    values, ratios = [], []
+    for figures in taken:
+        value = figures.get((row.command, client), {}).get(row.figure)
+        base = figures.get((row.reference or row.command, REFERENCE), {}).get(row.figure)
+        if value is not None:
+            values.append(value / row.each)
+            ratios += [value / base] if base else []
+    return {"value": median(values), "ratio": median(ratios) if ratios else None, "all": values} if values else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    temporary = Path(tempfile.gettempdir()) / "graftage-benchmarks"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, default=temporary / "out", help="folder of benchmark.md, .json and .svg")
+    parser.add_argument("--pictures", type=Path, help="another folder for the pictures")
+    parser.add_argument("--peers", action="store_true", help="measure other frameworks, too")
+    parser.add_argument("--environments", type=Path, default=temporary, help="folder where these are installed")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="once and little of all: to see that it works")
+    given = parser.parse_args(arguments)
+    for folder in (given.out, given.environments, given.pictures or given.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    _raise_limit()
+    repetitions = 1 if given.quick else given.repetitions
+    bench = Bench(given.environments.resolve(), quick=given.quick)
+    with bench.serve():
+        clients = usable(bench, ["floor", REFERENCE, "graftage", *(REQUIREMENTS if given.peers else ())])
+        about = {
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "load before": os.getloadavg()[0],
+            "repetitions": repetitions,
+            "versions": {client: bench.version(client) for client in clients if client != "floor"},
+        }
+        rows = compare(bench, clients, repetitions)
+        curves = growth.measure(bench)
+    found = {"about": {**about, "load after": os.getloadavg()[0]}, "rows": rows, "growth": curves}
+    (given.out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = report.markdown(found)
+    (given.out / "benchmark.md").write_text(text, encoding="utf-8")
+    for name, picture in (("benchmark.svg", report.bars(found)), ("growth.svg", report.curves(found))):
+        ((given.pictures or given.out) / name).write_text(picture, encoding="utf-8")
+    print(text)
+
+
+def _raise_limit() -> None:
+    """A thousand streams need as many files."""
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
