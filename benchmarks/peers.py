@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from operator import attrgetter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
     from typing import Any
 
 if __name__ == "__main__":
@@ -41,15 +43,13 @@ class LangChain(Client):
     """LangChain: a chat model by name, kept."""
 
     module = "langchain_ollama"
+    text = attrgetter("content")
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
         chat = self.once(model, lambda: self.api.ChatOllama(model=model, base_url=self.url))
         return getattr(chat, "a" * later + ("stream" if stream else "invoke"))(self.prompt)
 
-    def text(self, found: Any) -> Any:
-        return found.content
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         made = self.once("embed", lambda: self.api.OllamaEmbeddings(model=model, base_url=self.url))
         return made.embed_documents(TEXTS)
 
@@ -58,18 +58,14 @@ class LiteLLM(Client):
     """LiteLLM: functions of the module."""
 
     module = "litellm"
+    text = staticmethod(lambda found: found.choices[0].message.content)
+    piece = staticmethod(lambda found: found.choices[0].delta.content)
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
         complete = self.api.acompletion if later else self.api.completion
         return complete(model=f"ollama_chat/{model}", messages=HELLO, api_base=self.url, stream=stream)
 
-    def text(self, found: Any) -> Any:
-        return found.choices[0].message.content
-
-    def piece(self, found: Any) -> Any:
-        return found.choices[0].delta.content
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         return [each["embedding"] for each in self.api.embedding(f"ollama/{model}", TEXTS, api_base=self.url).data]
 
 
@@ -77,15 +73,13 @@ class Llm(Client):
     """LLM: a model by name, kept; its plugin makes a new client for each call."""
 
     module = "llm"
+    text = staticmethod(str)
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
         os.environ["OLLAMA_HOST"] = self.url
         get = self.api.get_async_model if later else self.api.get_model
         found = self.once(f"{model}{later}", lambda: get(f"ollama/{model}")).prompt(self.prompt, stream=stream)
         return found if stream else found.text()
-
-    def text(self, found: Any) -> Any:
-        return found
 
 
 class AnyLLM(LiteLLM):
@@ -97,7 +91,7 @@ class AnyLLM(LiteLLM):
         made = self.once(f"{later}", lambda: self.api.AnyLLM.create("ollama", api_base=self.url))
         return (made.acompletion if later else made.completion)(model=model, messages=HELLO, stream=stream)
 
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         return [each.embedding for each in self.api.embedding(model, TEXTS, provider="ollama", api_base=self.url).data]
 
 
@@ -105,47 +99,40 @@ class PydanticAI(Client):
     """Pydantic AI, by the path of OpenAI's API, as it has no other; its own way is async."""
 
     module = "pydantic_ai"
-    sync_chat = False
+    text = attrgetter("output")
+    piece = staticmethod(str)
 
     def agent(self, model: str) -> Any:
         provider = sub("pydantic_ai.providers.ollama").OllamaProvider(base_url=f"{self.url}/v1")
         return self.api.Agent(sub("pydantic_ai.models.ollama").OllamaModel(model, provider=provider))
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
-        agent = self.once(model, lambda: self.agent(model))
-        if stream and not later:
+        if not later and (stream or threading.current_thread() is not threading.main_thread()):
             raise NotImplementedError
-        return self.pieces(agent) if stream else agent.run(self.prompt) if later else run(agent.run(self.prompt))
+        agent = self.once(model, lambda: self.agent(model))
+        if stream:
+            return self.streamed(agent)
+        return agent.run(self.prompt) if later else run(agent.run(self.prompt))
 
-    async def pieces(self, agent: Any) -> AsyncIterator[Any]:
+    async def streamed(self, agent: Any) -> AsyncIterator[Any]:
         async with agent.run_stream(self.prompt) as result:
             async for piece in result.stream_text(delta=True, debounce_by=None):
                 yield piece
-
-    def text(self, found: Any) -> Any:
-        return found.output
-
-    def piece(self, found: Any) -> Any:
-        return found
 
 
 class LlamaIndex(Client):
     """LlamaIndex: a model by name, kept."""
 
     module = "llama_index.llms.ollama"
+    text = attrgetter("message.content")
+    piece = attrgetter("delta")
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
         said = [sub("llama_index.core.llms").ChatMessage(role="user", content="Hello")]
         made = self.once(model, lambda: self.api.Ollama(model, base_url=self.url, context_window=8192))
         return getattr(made, "a" * later + "stream_" * stream + "chat")(said)
 
-    def text(self, found: Any) -> Any:
-        return found.message.content
-
-    def piece(self, found: Any) -> Any:
-        return found.delta
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         kind = sub("llama_index.embeddings.ollama").OllamaEmbedding
         made = self.once("embed", lambda: kind(model, base_url=self.url, embed_batch_size=256))
         return made.get_text_embedding_batch(TEXTS)
@@ -155,19 +142,20 @@ class Haystack(Client):
     """Haystack: it hands the pieces of an answer to a callback; here they come out once it has ended."""
 
     module = "haystack_integrations.components.generators.ollama"
+    text = staticmethod(lambda found: found["replies"][0].text)
+    piece = attrgetter("content")
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
         said = [sub("haystack.dataclasses").ChatMessage.from_user("Hello")]
         made = self.once(model, lambda: self.api.OllamaChatGenerator(model=model, url=self.url))
         go = made.run_async if later else made.run
-        return (self.apieces if later else self.pieces)(go, said) if stream else go(said)
-
-    def pieces(self, go: Callable[..., Any], said: Any) -> Iterator[Any]:
+        if later and stream:
+            return self.streamed(go, said)
         found: list[Any] = []
-        go(said, streaming_callback=found.append)
-        yield from found
+        whole = go(said, **({"streaming_callback": found.append} if stream else {}))
+        return found if stream else whole
 
-    async def apieces(self, go: Callable[..., Any], said: Any) -> AsyncIterator[Any]:
+    async def streamed(self, go: Callable[..., Any], said: Any) -> AsyncIterator[Any]:
         found: list[Any] = []
 
         async def keep(chunk: Any) -> None:
@@ -177,13 +165,7 @@ class Haystack(Client):
         for each in found:
             yield each
 
-    def text(self, found: Any) -> Any:
-        return found["replies"][0].text
-
-    def piece(self, found: Any) -> Any:
-        return found.content
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         kind = sub("haystack_integrations.components.embedders.ollama").OllamaDocumentEmbedder
         made = self.once("embed", lambda: kind(model=model, url=self.url, batch_size=256, progress_bar=False))
         return [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
-from xml.sax.saxutils import escape
 
 REFERENCE, OURS, FLOOR = "ollama", "graftage", "floor"
 UNITS = {"µs": 1e6, "ms": 1e3, "MB": 1e-6}

@@ -32,29 +32,22 @@ REFERENCE = "ollama"
 FRESH = "fresh"
 
 
-def _repeat(what: str, model: str, times: int) -> dict[str, Any]:
-    return {"how": "repeat", "what": what, "model": model, "times": times}
-
-
-def _together(what: str, model: str, times: int) -> dict[str, Any]:
-    return {"how": "together", "what": what, "model": model, "times": times}
-
-
-COMMANDS: dict[str, dict[str, Any]] = {
-    "chat 20": _repeat("chat", "chunks-20", 100),
-    "stream 20": _repeat("stream", "chunks-20", 100),
-    "chat 200": _repeat("chat", "chunks-200", 50),
-    "stream 200": _repeat("stream", "chunks-200", 20),
-    "burst": _repeat("stream", "chunks-1000", 5),
-    "paced": _repeat("stream", "chunks-500-delay-1", 1),
-    "embed": _repeat("embed", "chunks-1", 3),
-    "health": _repeat("health", "chunks-1", 100),
-    "construct": _repeat("construct", "chunks-1", 20),
-    "streams": _together("streams", "chunks-100", 200),
-    "paced streams": _together("streams", "chunks-100-delay-5", 200),
-    "tasks": _together("tasks", "chunks-20", 64),
-    "threads": _together("threads", "chunks-20", 64),
+COMMANDS: dict[str, tuple[str, str, int]] = {
+    "chat 20": ("chat", "chunks-20", 100),
+    "stream 20": ("stream", "chunks-20", 100),
+    "chat 200": ("chat", "chunks-200", 50),
+    "stream 200": ("stream", "chunks-200", 20),
+    "burst": ("stream", "chunks-1000", 5),
+    "paced": ("stream", "chunks-500-delay-1", 1),
+    "embed": ("embed", "chunks-1", 3),
+    "health": ("health", "chunks-1", 100),
+    "construct": ("construct", "chunks-1", 20),
+    "streams": ("streams", "chunks-100", 200),
+    "paced streams": ("streams", "chunks-100-delay-5", 200),
+    "tasks": ("tasks", "chunks-20", 64),
+    "threads": ("threads", "chunks-20", 64),
 }
+"""What a worker does, with which model, and how often."""
 
 
 class Row(NamedTuple):
@@ -240,9 +233,10 @@ def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict
             figures[FRESH, client] = bench.fresh(client)
         with contextlib.ExitStack() as stack:
             workers = {client: stack.enter_context(bench.worker(client)) for client in clients}
-            for name, command in COMMANDS.items():
+            for name, (what, model, times) in COMMANDS.items():
+                command = {"what": what, "model": model, "times": times}
                 if bench.quick:
-                    command = {**command, "times": 2, "model": re.sub(r"\d+", "5", command["model"], count=1)}  # noqa: PLW2901
+                    command |= {"model": re.sub(r"\d+", "5", model, count=1), "times": 2}
                 for client in order.sample(clients, len(clients)):
                     if (name, client) in failed:
                         continue

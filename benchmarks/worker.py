@@ -13,14 +13,13 @@ import gc
 import os
 import sys
 import time
+from operator import attrgetter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncIterator, Callable, Iterator
     from typing import Any
-
-    Figures = dict[str, float]
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TEXTS = [f"text {number}" for number in range(256)]
@@ -35,7 +34,10 @@ class Client:
     """A client as its users have it. What it cannot do raises `NotImplementedError`."""
 
     module = ""
-    sync_chat = True
+    text: Any = None
+    """Finds the text of a whole answer."""
+    piece: Any = None
+    """Finds the text of a piece, where it is at another place."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -53,49 +55,52 @@ class Client:
         """Send the prompt: the answer or its pieces, to be awaited where it is for `later`."""
         raise NotImplementedError
 
-    def text(self, found: Any) -> Any:
-        """The text of a whole answer."""
-        raise NotImplementedError
-
-    def piece(self, found: Any) -> Any:
-        """The text of a piece of it."""
-        return self.text(found)
-
-    def chat(self, model: str) -> Any:
-        """The text of an answer."""
-        return self.text(self.ask(model, stream=False, later=False))
-
-    def stream(self, model: str) -> Iterator[Any]:
-        """The same in pieces."""
-        return map(self.piece, self.ask(model, stream=True, later=False))
-
-    async def achat(self, model: str) -> Any:
-        """`chat`, async."""
-        return self.text(await self.ask(model, stream=False, later=True))
-
-    async def astream(self, model: str) -> AsyncIterator[Any]:
-        """`stream`, async."""
-        found = self.ask(model, stream=True, later=True)
+    async def pieces(self, model: str) -> AsyncIterator[Any]:
+        """The pieces of an answer, async."""
+        find, found = self.piece or self.text, self.ask(model, stream=True, later=True)
         async for each in found if hasattr(found, "__aiter__") else await found:
-            yield self.piece(each)
+            yield find(each)
 
-    def embed(self, model: str) -> Any:
-        """The vectors of 256 texts."""
+    def chat(self, model: str) -> None:
+        """Get an answer."""
+        check([self.text(self.ask(model, stream=False, later=False))], model, whole=True)
+
+    def stream(self, model: str) -> None:
+        """Get it in pieces."""
+        check(list(map(self.piece or self.text, self.ask(model, stream=True, later=False))), model)
+
+    def embed(self, model: str) -> None:
+        """Get the vectors of 256 texts."""
+        vectors = self.vectors(model)
+        if len(vectors) != len(TEXTS) or {len(each) for each in vectors} != {768}:
+            raise ValueError("these are not the vectors")
+
+    def vectors(self, model: str) -> Any:
+        """The vectors themselves."""
         raise NotImplementedError
 
-    def health(self) -> Any:
+    def health(self, model: str) -> None:
         """Ask the server anew how it is."""
         raise NotImplementedError
 
-    def construct(self) -> object:
+    def construct(self, model: str) -> None:
         """Make a second client."""
         raise NotImplementedError
+
+
+def check(pieces: list[str], model: str, *, whole: bool = False) -> None:
+    """Refuse an answer that is not what the server said."""
+    count = int(model.split("-")[1])
+    pieces = [piece for piece in pieces if piece]
+    if "".join(pieces) != "".join(words(count)) or len(pieces) != (1 if whole else count):
+        raise ValueError(f"{model}: got {len(pieces)} pieces, {len(''.join(pieces))} characters")
 
 
 class Floor(Client):
     """What no client can be below: sockets and `json`, with no care for anything that may go wrong."""
 
     module = "json"
+    text = staticmethod(lambda found: found["message"]["content"])
 
     def request(self, path: str, **body: Any) -> bytes:
         """The bytes of a request."""
@@ -163,20 +168,18 @@ class Floor(Client):
             found.clear()
         transport.close()
 
-    def text(self, found: Any) -> Any:
-        return found["message"]["content"]
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         return next(self.objects(self.request("/api/embed", model=model, input=TEXTS)))["embeddings"]
 
-    def health(self) -> Any:
-        return next(self.objects(self.request("/api/version")))
+    def health(self, model: str) -> None:
+        next(self.objects(self.request("/api/version")))
 
 
 class Official(Client):
     """Ollama's own client."""
 
     module = "ollama"
+    text = attrgetter("message.content")
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -186,43 +189,38 @@ class Official(Client):
         client = self.once("async", lambda: self.api.AsyncClient(host=self.url)) if later else self.sync
         return client.chat(model=model, messages=HELLO, stream=stream)
 
-    def text(self, found: Any) -> Any:
-        return found.message.content
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         return self.sync.embed(model=model, input=TEXTS).embeddings
 
-    def health(self) -> Any:
-        return self.sync.ps()
+    def health(self, model: str) -> None:
+        self.sync.ps()
 
-    def construct(self) -> object:
-        return self.api.Client(host=self.url)
+    def construct(self, model: str) -> None:
+        self.api.Client(host=self.url)
 
 
 class Graftage(Client):
     """Graftage with the plugins that are installed."""
 
     module = "graftage"
+    text = attrgetter("text")
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.sync = self.construct()
+        self.sync = self.api.connect("ollama", host=url)
 
     def ask(self, model: str, *, stream: bool, later: bool) -> Any:
         client = self.once("async", lambda: self.api.connect_async("ollama", host=self.url)) if later else self.sync
         return client.chat(self.prompt, model=model, stream=stream)
 
-    def text(self, found: Any) -> Any:
-        return found.text
-
-    def embed(self, model: str) -> Any:
+    def vectors(self, model: str) -> Any:
         return self.sync.embed(TEXTS, model=model).vectors
 
-    def health(self) -> Any:
-        return self.sync.health(max_age=0).ok
+    def health(self, model: str) -> None:
+        self.sync.health(max_age=0).raise_for_error()
 
-    def construct(self) -> Any:
-        return self.api.connect("ollama", host=self.url)
+    def construct(self, model: str) -> None:
+        self.api.connect("ollama", host=self.url)
 
 
 CLIENTS: dict[str, type[Client]] = {"floor": Floor, "ollama": Official, "graftage": Graftage}
@@ -241,14 +239,6 @@ def run(work: Any, loops: list[asyncio.AbstractEventLoop] = []) -> Any:  # noqa:
     return loops[0].run_until_complete(work)
 
 
-def check(pieces: list[str], model: str, *, whole: bool = False) -> None:
-    """Refuse an answer that is not what the server said."""
-    count = int(model.split("-")[1])
-    pieces = [piece for piece in pieces if piece]
-    if "".join(pieces) != "".join(words(count)) or len(pieces) != (1 if whole else count):
-        raise ValueError(f"{model}: got {len(pieces)} pieces, {len(''.join(pieces))} characters")
-
-
 def memory() -> float:
     """The most this process ever had in memory."""
     try:  # On Linux `getrusage` tells what whoever started this had, where that is more.
@@ -260,82 +250,72 @@ def memory() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
-def fresh(kind: type[Client], url: str, model: str) -> Figures:
-    """What a new process pays until its first answer."""
+def fresh(kind: type[Client], url: str, model: str) -> dict[str, float]:
+    """What a new process pays until its first answer, and for each that follows."""
     wall, start = time.perf_counter(), time.process_time()
     __import__(kind.module)
     imported = time.process_time()
     client = kind(url)
     built = time.process_time()
-    text = client.chat(model)
-    end, ended = time.process_time(), time.perf_counter()
-    check([text], model, whole=True)
-    phases = {"import": imported - start, "construct": built - imported, "first": end - built}
-    return {"cpu": end - start, "wall": ended - wall, **phases, "memory": memory()}
+    client.chat(model)
+    end, ended, peak = time.process_time(), time.perf_counter(), memory()
+    phases = {"import": imported - start, "construct": built - imported, "memory": peak}
+    again = timed(lambda: client.chat(model), lambda: None, 20)["cpu"]
+    return {"cpu": end - start, "wall": ended - wall, **phases, "again": again}
 
 
-def timed(work: Callable[[], object], warm: Callable[[], object], times: int) -> Figures:
-    """The cost of each time after a first that is not counted; memory is what the peak grows by from there on."""
-    before = memory()
+def timed(work: Callable[[], object], warm: Callable[[], object], times: int) -> dict[str, float]:
+    """The cost of each time after a first that is not counted."""
     warm()
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         work()
     ended, end = time.perf_counter(), time.process_time()
-    return {"cpu": (end - cpu) / times, "wall": (ended - wall) / times, "memory": memory() - before}
+    return {"cpu": (end - cpu) / times, "wall": (ended - wall) / times, "memory": memory()}
 
 
-def repeat(client: Client, what: str, model: str, times: int) -> Figures:
-    """One thing after the other."""
-
-    def work() -> None:
-        if what == "chat":
-            check([client.chat(model)], model, whole=True)
-        elif what == "stream":
-            check(list(client.stream(model)), model)
-        elif what == "embed":
-            vectors = client.embed(model)
-            if len(vectors) != len(TEXTS) or {len(each) for each in vectors} != {768}:
-                raise ValueError("these are not the vectors")
-        elif not getattr(client, what)():
-            raise ValueError(f"{what} failed")
-
-    return timed(work, work, times)
-
-
-def together(client: Client, what: str, model: str, times: int) -> Figures:
-    """Many at one time: `streams` and chats as `tasks` of one loop, or chats in `threads`."""
-    import asyncio
+def measure(client: Client, what: str, model: str, times: int, prompt: Any = "Hello") -> dict[str, float]:
+    """One thing after the other; or at one time async `streams`, chats as `tasks` of a loop, or chats in `threads`."""
+    client.prompt = prompt
+    if what in ("streams", "tasks"):
+        return together(client, what, model, times)
+    if what != "threads":
+        work = getattr(client, what)
+        return timed(lambda: work(model), lambda: work(model), times)
     from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(times) as pool:
+
+        def threads() -> None:
+            for each in [pool.submit(client.chat, model) for _ in range(times)]:
+                each.result()
+
+        return timed(threads, threads, 1)
+
+
+def together(client: Client, what: str, model: str, times: int) -> dict[str, float]:
+    """Many in one event loop; for streams with the time to the first token, too."""
+    import asyncio
 
     firsts: list[float] = []
 
     async def one(start: float) -> None:
-        if what == "tasks":
-            return check([await client.achat(model)], model, whole=True)
         pieces: list[str] = []
-        async for piece in client.astream(model):
-            if not pieces:
-                firsts.append(time.perf_counter() - start)
-            pieces.append(piece)
-        return check(pieces, model)
+        if what == "tasks":
+            pieces.append(client.text(await client.ask(model, stream=False, later=True)))
+        else:
+            async for piece in client.pieces(model):
+                if not pieces:
+                    firsts.append(time.perf_counter() - start)
+                pieces.append(piece)
+        check(pieces, model, whole=what == "tasks")
 
-    async def gathered(count: int) -> None:
+    async def all_of(count: int) -> None:
         start = time.perf_counter()
         await asyncio.gather(*(one(start) for _ in range(count)))
 
-    if what == "threads":
-        if not client.sync_chat:
-            raise NotImplementedError
-        with ThreadPoolExecutor(times) as pool:
-
-            def threads() -> None:
-                for each in [pool.submit(client.chat, model) for _ in range(times)]:
-                    check([each.result()], model, whole=True)
-
-            return timed(threads, threads, 1)
-    figures = timed(lambda: run(gathered(times)), lambda: run(gathered(min(2, times))), 1)
+    figures = timed(lambda: run(all_of(times)), lambda: run(all_of(2)), 1)
     firsts = sorted(firsts[-times:])
     ranks = {"first p50": len(firsts) // 2, "first p99": len(firsts) * 99 // 100}
     return figures | ({name: firsts[rank] for name, rank in ranks.items()} if firsts else {})
@@ -346,24 +326,21 @@ def main(name: str, url: str, model: str = "") -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     kind = CLIENTS[name]
-    figures = fresh(kind, url, model) if model else {}
+    figures: dict[str, Any] = fresh(kind, url, model) if model else {}
     import json
 
     if model:
-        answers.write(json.dumps(figures) + "\n")
+        print(json.dumps(figures), file=answers)
         return
     __import__(kind.module)
     client = kind(url)
     for line in sys.stdin:
-        asked = json.loads(line)
         try:
-            client.prompt = asked.pop("prompt", "Hello")
-            figures = {"repeat": repeat, "together": together}[asked.pop("how")](client, **asked)
+            figures = measure(client, **json.loads(line))
         except NotImplementedError:
             figures = {}
         except Exception as error:  # noqa: BLE001 - one measure that fails must not cost the others
-            print(json.dumps({"error": repr(error)[:500]}), file=answers, flush=True)
-            continue
+            figures = {"error": repr(error)[:500]}
         print(json.dumps(figures), file=answers, flush=True)
 
 
