@@ -144,7 +144,7 @@ def curves(found: Mapping[str, Any]) -> str:
             *(_dot(*at(*point), OURS, colour) for point in zip(sizes, cpu, strict=True)),
             _text(left, top + height + 16, number(sizes[0])),
             _text(left + width, top + height + 16, number(sizes[-1]), "end"),
-            _text(left + 6, at(sizes[0], cpu[0])[1] - 8, f"{number(cpu[0])} ms"),
+            _text(left + 6, at(sizes[0], cpu[0])[1] + 18, f"{number(cpu[0])} ms"),
             _text(left + width, at(sizes[-1], cpu[-1])[1] - 8, f"{number(cpu[-1])} ms", "end"),
         ]
     return _picture(3 * wide, 2 * high, "How the cost of Graftage grows", parts)

@@ -33,6 +33,7 @@ FRESH = "fresh"
 
 
 COMMANDS: dict[str, tuple[str, str, int]] = {
+    FRESH: (FRESH, "chunks-20", 1),
     "chat 20": ("chat", "chunks-20", 100),
     "stream 20": ("stream", "chunks-20", 100),
     "chat 200": ("chat", "chunks-200", 50),
@@ -143,24 +144,35 @@ class Bench:
             text=True,
         )
 
-    def fresh(self, client: str, path: str = "") -> dict[str, float]:
+    def fresh(self, client: str, path: str = "", model: str = "chunks-20") -> dict[str, float]:
         """What a new process pays until its first answer."""
-        with self.start(client, "chunks-20", path=path) as worker:
+        with self.start(client, model, path=path) as worker:
             return read(worker)
 
     @contextlib.contextmanager
-    def worker(self, client: str, path: str = "") -> Iterator[Callable[[Mapping[str, Any]], dict[str, float]]]:
-        """A process to give commands to."""
-        with self.start(client, path=path) as worker:
+    def worker(self, client: str) -> Iterator[Callable[[Mapping[str, Any]], dict[str, float]]]:
+        """A process to give commands to; that for a fresh one goes to another."""
+        with contextlib.ExitStack() as stack:
+            started: list[subprocess.Popen[str]] = []
 
             def ask(command: Mapping[str, Any]) -> dict[str, float]:
-                assert worker.stdin
+                if command["what"] == FRESH:
+                    return self.fresh(client, model=command["model"])
+                if not started:  # Not earlier, while others are measured.
+                    started.append(stack.enter_context(self.start(client)))
+                assert started[0].stdin
                 with contextlib.suppress(OSError):
-                    worker.stdin.write(json.dumps(command) + "\n")
-                    worker.stdin.flush()
-                return read(worker)
+                    started[0].stdin.write(json.dumps(command) + "\n")
+                    started[0].stdin.flush()
+                return read(started[0])
 
             yield ask
+
+    def scaled(self, what: str, model: str, times: int) -> dict[str, Any]:
+        """A command, with little to do where there is no time."""
+        if self.quick:
+            model, times = re.sub(r"\d+", "5", model, count=1), 2
+        return {"what": what, "model": model, "times": times}
 
     def version(self, client: str) -> str:
         """The version of a client, in words."""
@@ -227,21 +239,16 @@ def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict
     failed: set[tuple[str, str]] = set()
     for repetition in range(repetitions):
         say(f"repetition {repetition + 1} of {repetitions}")
-        order, figures = random.Random(repetition), dict[tuple[str, str], dict[str, float]]()  # noqa: S311 - an order
-        taken.append(figures)
-        for client in order.sample(clients, len(clients)):
-            figures[FRESH, client] = bench.fresh(client)
+        taken.append({})
+        order = random.Random(repetition)  # noqa: S311 - an order
         with contextlib.ExitStack() as stack:
             workers = {client: stack.enter_context(bench.worker(client)) for client in clients}
-            for name, (what, model, times) in COMMANDS.items():
-                command = {"what": what, "model": model, "times": times}
-                if bench.quick:
-                    command |= {"model": re.sub(r"\d+", "5", model, count=1), "times": 2}
+            for name, command in COMMANDS.items():
                 for client in order.sample(clients, len(clients)):
                     if (name, client) in failed:
                         continue
                     try:
-                        figures[name, client] = workers[client](command)
+                        taken[-1][name, client] = workers[client](bench.scaled(*command))
                     except RuntimeError as error:
                         failed.add((name, client))
                         say(f"{client}, {name}: {error}")
