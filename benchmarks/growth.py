@@ -115,7 +115,11 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     for source, all_sizes, figures in CURVES:
         print("growth:", *figures, file=sys.stderr, flush=True)
         sizes = all_sizes[:2] if bench.quick else all_sizes
-        base, *points = source(bench, sizes)
+        try:
+            base, *points = source(bench, sizes)
+        except RuntimeError as error:  # What else was measured is not lost.
+            print("growth:", *figures, error, file=sys.stderr, flush=True)
+            continue
         memory = [max(0.0, point["memory"] - base["memory"]) for point in points]
         for title, figure in figures.items():
             cpu = [point[figure] for point in points]

@@ -116,14 +116,12 @@ class Bench:
 
     @contextlib.contextmanager
     def serve(self) -> Iterator[None]:
-        """Run the server, for as long as the block."""
+        """Run the server for as long as the block; it ends with its input, which `Popen` closes."""
         command = [sys.executable, "-m", "benchmarks.server"]
         with subprocess.Popen(command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-            assert server.stdin
             assert server.stdout
             self.url = f"http://127.0.0.1:{int(server.stdout.readline())}"
             yield
-            server.stdin.close()
 
     def _python(self, client: str) -> str:
         if client not in REQUIREMENTS:

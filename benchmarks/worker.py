@@ -326,22 +326,27 @@ def main(name: str, url: str, model: str = "") -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     kind = CLIENTS[name]
-    figures: dict[str, Any] = fresh(kind, url, model) if model else {}
-    import json
 
-    if model:
-        print(json.dumps(figures), file=answers)
-        return
-    __import__(kind.module)
-    client = kind(url)
-    for line in sys.stdin:
+    def answer(work: Callable[[], dict[str, Any]]) -> None:
         try:
-            figures = measure(client, **json.loads(line))
+            figures = work()
         except NotImplementedError:
             figures = {}
         except Exception as error:  # noqa: BLE001 - one measure that fails must not cost the others
             figures = {"error": repr(error)[:500]}
+        import json
+
         print(json.dumps(figures), file=answers, flush=True)
+
+    if model:
+        return answer(lambda: fresh(kind, url, model))
+    import json
+
+    __import__(kind.module)
+    client = kind(url)
+    for line in sys.stdin:
+        answer(lambda: measure(client, **json.loads(line)))  # noqa: B023 - it is done at once
+    return None
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def test_every_measure_gives_a_number(tmp_path: Path) -> None:
             cell = row["clients"][client]
             assert cell["value"] > 0, (row["title"], client, done.stderr)
             assert cell["ratio"] > 0, (row["title"], client, done.stderr)
+    assert len(found["growth"]) == 6, done.stderr
     for curve in found["growth"]:
         assert all(each > 0 for each in curve["cpu"]), curve
         assert all(map(math.isfinite, curve["exponents"].values())), curve
