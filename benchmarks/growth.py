@@ -32,13 +32,18 @@ watcher = Watcher()
 """
 
 
+def middle(found: Sequence[Figures]) -> Figures:
+    """The median of each figure."""
+    return {name: median(each[name] for each in found) for name in found[0]}
+
+
 def asked(command: Callable[[int], Mapping[str, Any]]) -> Source:
     """What commands of a growing size cost one process, which has done the smallest before."""
 
     def source(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
         with bench.worker("graftage") as ask:
             for size in (sizes[0], *sizes):
-                yield ask(command(size))
+                yield middle([ask(command(size)) for _ in range(1 if bench.quick else 3)])
 
     return source
 
@@ -55,8 +60,7 @@ def installed(entry: str, module: str = "") -> Source:
                     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
                     (info / "entry_points.txt").write_text(entry.format(name=name))
                     (Path(folder) / f"{name}.py").write_text(module)
-                found = [bench.fresh("graftage", folder) for _ in range(1 if bench.quick else 5)]
-                figures = {name: median(each[name] for each in found) for name in found[0]}
+                figures = middle([bench.fresh("graftage", folder) for _ in range(1 if bench.quick else 5)])
             if size == sizes[0]:
                 yield figures
             yield figures

@@ -125,7 +125,8 @@ def curves(found: Mapping[str, Any]) -> str:
         left, top = place % 3 * wide + edge, place // 3 * high + edge
         width, height = wide - edge - 16, high - edge - 50
         sizes, cpu, _ = _series(curve)
-        lows, highs = [min(sizes), min(cpu) / 2], [max(sizes), max(cpu) * 2]
+        room = 1.5 * (max(cpu) / min(cpu)) ** 0.2
+        lows, highs = [min(sizes), min(cpu) / room], [max(sizes), max(cpu) * room]
 
         def at(size: float, value: float, box: Any = (left, top, width, height, lows, highs)) -> tuple[float, float]:
             x0, y0, dx, dy, low, top_ = box
