@@ -11,7 +11,7 @@ REFERENCE, OURS, FLOOR = "ollama", "graftage", "floor"
 UNITS = {"µs": 1e6, "ms": 1e3, "MB": 1e-6}
 TEXT, LINE, GOOD, BAD = "#757b83", "#757b8355", "#2da44e", "#d4762c"
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-LEGEND = (("graftage", OURS), ("the least possible", FLOOR), ("other frameworks", ""))
+LEGEND = (("graftage", OURS), ("socket and json, nothing else", FLOOR), ("other frameworks", ""))
 
 
 def number(value: float) -> str:
@@ -114,7 +114,7 @@ def bars(found: Mapping[str, Any]) -> str:
         parts.append(_text(right + 75, y + 4, times(ours), "end", colour))
     peers = len(rows[0]["clients"]) > len((REFERENCE, OURS, FLOOR))
     for place, (name, client) in enumerate(LEGEND[: 2 + peers]):
-        parts += [_dot(left + 150 * place, bottom + 10, client), _text(left + 150 * place + 10, bottom + 14, name)]
+        parts += [_dot(left + 170 * place, bottom + 10, client), _text(left + 170 * place + 10, bottom + 14, name)]
     return _picture(right + 90, bottom + 30, "Cost of Graftage against Ollama's own client", parts)
 
 

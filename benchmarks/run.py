@@ -1,4 +1,4 @@
-"""Compare Graftage with Ollama's own client, with the least that is possible, and with other frameworks.
+"""Compare Graftage with Ollama's own client, with a socket and `json`, and with other frameworks.
 
 Each client is a process of its own. In each repetition every measure is taken of all clients in turn, in an order that
 is drawn anew, and set in relation to the official client there; what is told is the median of these ratios.

@@ -97,7 +97,7 @@ def check(pieces: list[str], model: str, *, whole: bool = False) -> None:
 
 
 class Floor(Client):
-    """What no client can be below: sockets and `json`, with no care for anything that may go wrong."""
+    """Sockets and `json`, with no care for anything that may go wrong."""
 
     module = "json"
     text = staticmethod(lambda found: found["message"]["content"])
