@@ -32,6 +32,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
+        *(["Quick: 5 chunks where more are named, and all of it twice. Compare nothing.\n"] if about["quick"] else []),
         f"{facts}; median of {about['repetitions']}; {versions}.\n",
         "CPU time of the client's process where nothing else is said, and how often that of Ollama's own client.\n",
         *_table(["", "unit", *clients], [[row["title"], row["unit"], *_cells(row)] for row in found["rows"]]),

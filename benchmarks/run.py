@@ -287,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "load before": os.getloadavg()[0],
+            "quick": given.quick,
             "repetitions": repetitions,
             "versions": {client: bench.version(client) for client in clients if client != "floor"},
         }
