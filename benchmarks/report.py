@@ -9,9 +9,9 @@ from typing import Any
 
 REFERENCE, OURS, FLOOR = "ollama", "graftage", "floor"
 UNITS = {"µs": 1e6, "ms": 1e3, "MB": 1e-6}
-TEXT, LINE, GOOD, BAD = "#757b83", "#757b8355", "#2da44e", "#d4762c"
+TEXT, LINE, PEER, GOOD, BAD = "#757b83", "#757b8355", "#757b83aa", "#2da44e", "#d4762c"
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-LEGEND = (("graftage", OURS), ("socket and json, nothing else", FLOOR), ("other frameworks", ""))
+LEGEND = (("graftage", OURS), ("socket and json", FLOOR), ("other frameworks", ""))
 
 
 def number(value: float) -> str:
@@ -74,7 +74,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = TE
 
 def _dot(x: float, y: float, client: str, colour: str = GOOD) -> str:
     looks = {OURS: f'r="5" fill="{colour}"', FLOOR: f'r="4" fill="none" stroke="{TEXT}"'}
-    look = looks.get(client, f'r="3" fill="{LINE}"')
+    look = looks.get(client, f'r="3" fill="{PEER}"')
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
 
 
