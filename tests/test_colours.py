@@ -148,6 +148,23 @@ def test_an_async_hook_on_the_toolkit_serves_both_clients(both: Any, fake: FakeO
     assert (fake.accepted, llm.stats().running) == (1, 0)
 
 
+def test_a_stream_that_another_thread_closes_ends_a_pending_read_at_once(fake: FakeOllama) -> None:
+    fake.script("/chat", said(*WHOLE[:1], ending="stall"))
+    timeouts = Timeouts(connect=5, first_token=60, idle=60, total=60)
+    with graftage.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts) as llm:
+        stream = llm.chat("x", stream=True)
+        pieces: list[str] = []
+        reader = threading.Thread(target=lambda: pieces.extend(chunk.text for chunk in stream), daemon=True)
+        reader.start()
+        while not pieces:
+            time.sleep(0.01)
+        stream.close()
+        reader.join(20)
+        assert not reader.is_alive()
+        assert (stream.partial.text, stream.partial.finish_reason) == ("".join(pieces), None)
+        assert (llm.stats().running, llm.stats().failures) == (0, 0)
+
+
 ODD: dict[str, tuple[bytes, list[str]]] = {
     "half of a surrogate pair": (rb'["a\ud83dz", "\uDE00", "\ud83d\ude00"]', ["a\ufffdz", "\ufffd", "\U0001f600"]),
     "what is only JavaScript": (b"[NaN, Infinity, -Infinity]", ["nan", "inf", "-inf"]),

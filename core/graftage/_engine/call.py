@@ -152,7 +152,10 @@ class Run:
                 await self._close_source()
                 self._finish(chunk)
         except BaseException as error:
-            if (failure := await self._broken(error)) is error:
+            failure = await self._broken(error)
+            if failure is None:
+                return None
+            if failure is error:
                 raise
             raise failure from failure.__cause__
         finally:
@@ -174,8 +177,11 @@ class Run:
             hint="The text so far is in `partial`; ask again for a whole answer.",
         )
 
-    async def _broken(self, error: BaseException) -> BaseException:
-        """End the run where a chunk did not come; the error to raise."""
+    async def _broken(self, error: BaseException) -> BaseException | None:
+        """End the run where a chunk did not come; the error to raise, if the reader has not stopped it himself."""
+        if self.stopped and is_fault(error):
+            await self.abandon()
+            return None
         if isinstance(error, ModelNotFound):
             await self.suggest(error)
         await self.abandon()
@@ -375,7 +381,11 @@ class Stream(_StreamBase):
         return chunk
 
     def close(self) -> None:
-        """Stop the answer and give its slot back. From another thread it takes effect when a pending read returns."""
+        """Stop the answer and give its slot back.
+
+        A read of another thread that is pending ends at once where the provider reads by the toolkit, else when it
+        returns.
+        """
         self._stop(self._run.give_up)
 
     def _stop(self, stop: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -385,6 +395,9 @@ class Stream(_StreamBase):
                 drive(stop())
             finally:
                 self._lock.release()
+        else:
+            self._run.stopped = True
+            drive(self._run.call.release())
 
     def __enter__(self) -> Self:
         return self
