@@ -253,7 +253,7 @@ def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> No
     Raises:
         TypeError: an argument is unknown.
     """
-    names = [name for base in known.__mro__ for name in getattr(base, "__annotations__", ())]
+    names = known.__annotations__
     for name in arguments:
         if name not in names:
             right = reading.SYNONYMS.get(name) or next(iter(close(name, names)), None)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from graftage._engine.driving import drive
 from graftage._engine.faults import is_fault, typed_error
@@ -63,7 +63,7 @@ class Fold:
         self.warnings += chunk.warnings
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Run:
     """One call from its start to its end, whichever end that is."""
 
@@ -151,16 +151,13 @@ class Run:
             if chunk.finish_reason is not None:
                 await self._close_source()
                 self._finish(chunk)
-        except BaseException as error:
-            failure = await self._broken(error)
-            if failure is None:
-                return None
-            if failure is error:
-                raise
-            raise failure from failure.__cause__
+        except BaseException as error:  # noqa: BLE001 - raised again, unless the reader has stopped it
+            await self._broken(error)
+            return None
         finally:
             self.reading = False
-        return cast("Chunk", chunk)
+        taken: Chunk = chunk
+        return taken
 
     def _no_chunk(self, found: Any) -> ProviderError:
         """The error for what is no chunk: the end, or a fault of the provider."""
@@ -177,15 +174,18 @@ class Run:
             hint="The text so far is in `partial`; ask again for a whole answer.",
         )
 
-    async def _broken(self, error: BaseException) -> BaseException | None:
-        """End the run where a chunk did not come; the error to raise, if the reader has not stopped it himself."""
+    async def _broken(self, error: BaseException) -> None:
+        """End the run where a chunk did not come, and raise why, unless the reader has stopped it himself."""
         if self.stopped and is_fault(error):
             await self.abandon()
-            return None
+            return
         if isinstance(error, ModelNotFound):
             await self.suggest(error)
         await self.abandon()
-        return self.failed(error)
+        failure = self.failed(error)
+        if failure is error:
+            raise error
+        raise failure from failure.__cause__
 
     def whole(self) -> Reply:
         """The reply of an answer that has been read to its end."""

@@ -11,6 +11,7 @@ from graftage.exceptions import PluginError
 __all__ = ["drive"]
 
 T = TypeVar("T")
+NO_HOOKS: Final = (None, None)
 TIDYING: Final = 100
 """Suspensions in what a hook does to tidy up, each of which is refused."""
 
@@ -22,7 +23,8 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
     them by itself.
     """
     hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, None)
+    if hooks != NO_HOOKS:
+        sys.set_asyncgen_hooks(None, None)
     try:
         work.send(None)
         suspended = PluginError(
@@ -36,6 +38,7 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
         result: T = done.value
         return result
     finally:
-        sys.set_asyncgen_hooks(*hooks)
+        if hooks != NO_HOOKS:
+            sys.set_asyncgen_hooks(*hooks)
         work.close()
     raise suspended

@@ -94,8 +94,29 @@ class _Waiter:
     limit: int | None
 
 
+GRANTED: Future[None] = Future()
+"""What who need not wait is given: a future is dear to make."""
+GRANTED.set_result(None)
+
+
 class _Move(Future[None]):
     """Waits for some request to stop using its model."""
+
+
+class _Locked:
+    """A block that holds a gate's lock, and books afterwards what was given back meanwhile."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.lock.release()
+        self._gate.settle()
 
 
 class Gate:
@@ -105,7 +126,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._waiting: deque[_Waiter] = deque()
         self._models: Counter[str] = Counter()
         self._movers: list[_Move] = []
@@ -114,26 +135,22 @@ class Gate:
         self.running = 0
         self._returns: deque[str | None] = deque()
         """Slots (None) and models given back and not yet booked. `__del__` of a stream may run within `with
-        self._lock` of its own thread, so giving back never waits for the lock: whoever has it books it."""
+        self.lock` of its own thread, so giving back never waits for the lock: whoever has it books it."""
 
     @property
     def policy_lock(self) -> Gate:
         """Policies are asked one request at a time, or two requests might each get the last free gigabyte."""
-        with self._lock:
+        with self.lock:
             if self._policy_lock is None:
                 self._policy_lock = Gate()
             return self._policy_lock
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._settle()
+    def locked(self) -> _Locked:
+        """A block that holds the lock."""
+        return _Locked(self)
 
-    def _settle(self) -> None:
-        while self._returns and self._lock.acquire(blocking=False):
+    def settle(self) -> None:
+        while self._returns and self.lock.acquire(blocking=False):
             movers: list[_Move] = []
             try:
                 while self._returns:
@@ -146,7 +163,7 @@ class Gate:
                         self._movers = []
                 self._grant()
             finally:
-                self._lock.release()
+                self.lock.release()
             for moved in movers:
                 if moved.set_running_or_notify_cancel():
                     moved.set_result(None)
@@ -159,9 +176,12 @@ class Gate:
         Raises:
             Overloaded: more than `queued` are waiting already.
         """
-        waiter = _Waiter(Future(), limit)
         self.take_back()
-        with self._locked():
+        with self.locked():
+            if not (self._waiting or self._full(limit)):
+                self.running += 1
+                return GRANTED
+            waiter = _Waiter(Future(), limit)
             if queued is not None and self._full(limit) and len(self._waiting) >= queued:
                 raise Overloaded(
                     f"{self.running} requests are running and {len(self._waiting)} are waiting; no more may wait.",
@@ -174,33 +194,33 @@ class Gate:
     def withdraw(self, granted: Future[None]) -> None:
         """Stop waiting. A slot that was granted in the meantime is given back."""
         if isinstance(granted, _Move):
-            with self._locked(), contextlib.suppress(ValueError):
+            with self.locked(), contextlib.suppress(ValueError):
                 self._movers.remove(granted)
         elif not granted.cancel():
             self.leave()
         else:
-            with self._locked():
+            with self.locked():
                 self._waiting = deque(each for each in self._waiting if each.granted is not granted)
                 self._grant()
 
     def leave(self) -> None:
         """Give a slot back."""
         self._returns.append(None)
-        self._settle()
+        self.settle()
 
     def use(self, model: str, change: int) -> None:
         """Note that a request starts (1) or stops (-1) using a model."""
         if change < 0:
             self._returns.append(model)
-            self._settle()
+            self.settle()
         else:
-            with self._locked():
+            with self.locked():
                 self._models[model] += change
 
     def in_use(self) -> dict[str, int]:
         """Models that requests are using or will use, and how many requests."""
         self.take_back()
-        with self._locked():
+        with self.locked():
             return {model: count for model, count in self._models.items() if count > 0}
 
     def busy(self, models: Iterable[str]) -> bool:
@@ -210,7 +230,7 @@ class Gate:
     def moved(self) -> Future[None]:
         """Is done when some request has stopped using its model; give it to `withdraw` when it is not needed."""
         moved = _Move()
-        with self._locked():
+        with self.locked():
             self._movers.append(moved)
         return moved
 

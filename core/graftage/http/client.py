@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from graftage import retry
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
@@ -396,7 +396,8 @@ class Items(Generic[T]):
             await self.close()
             raise
         self._begun = True
-        return cast("T", item)
+        taken: T = item
+        return taken
 
     async def _end(self, piece: bytes) -> None:
         """The body has come to its end, or to a bound."""
