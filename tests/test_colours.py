@@ -165,6 +165,37 @@ def test_a_stream_that_another_thread_closes_ends_a_pending_read_at_once(fake: F
         assert (llm.stats().running, llm.stats().failures) == (0, 0)
 
 
+def test_a_stream_keeps_what_chunks_say_and_not_the_chunks(both: Any, fake: FakeOllama) -> None:
+    fake.script("/chat", said(*[event(text="a ")] * 300, *WHOLE[-2:]))
+    stream = both.connect(on_toolkit(fake), model=MODEL).chat("x", stream=True)
+    for _ in range(299):
+        next(stream)
+    assert stream.partial.text == "a " * 299
+    assert sum(type(each) is Chunk for each in gc.get_objects()) < 9
+
+
+def test_answers_of_an_async_client_are_awaited_at_the_same_time() -> None:
+    together, body = 20, b"".join(WHOLE)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(body)
+
+    async def ask() -> list[str]:
+        # Nobody is answered before everybody has asked: one after another they would wait for ever.
+        all_here = asyncio.Barrier(together)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await all_here.wait()
+            writer.write(head + body)
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with graftage.connect_async(Giving(lambda request: OnToolkit(request, url)), model=MODEL) as llm:
+                return [each.text for each in await asyncio.gather(*(llm.chat("x") for _ in range(together)))]
+
+    assert asyncio.run(asyncio.wait_for(ask(), 30)) == ["Hello world"] * together
+
+
 ODD: dict[str, tuple[bytes, list[str]]] = {
     "half of a surrogate pair": (rb'["a\ud83dz", "\uDE00", "\ud83d\ude00"]', ["a\ufffdz", "\ufffd", "\U0001f600"]),
     "what is only JavaScript": (b"[NaN, Infinity, -Infinity]", ["nan", "inf", "-inf"]),
