@@ -165,6 +165,17 @@ def test_a_stream_that_another_thread_closes_ends_a_pending_read_at_once(fake: F
         assert (llm.stats().running, llm.stats().failures) == (0, 0)
 
 
+def test_a_reader_may_be_slower_than_the_limit_between_two_chunks(both: Any, fake: FakeOllama) -> None:
+    fake.script("/chat", said(*WHOLE, delay=0.01))
+    timeouts = Timeouts(connect=5, first_token=20, idle=0.2, total=20)
+    stream = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts).chat("x", stream=True)
+    pieces = []
+    for chunk in stream:
+        pieces.append(chunk.text)
+        time.sleep(0.4)
+    assert "".join(pieces) == "Hello world"
+
+
 def test_a_stream_keeps_what_chunks_say_and_not_the_chunks(both: Any, fake: FakeOllama) -> None:
     fake.script("/chat", said(*[event(text="a ")] * 300, *WHOLE[-2:]))
     stream = both.connect(on_toolkit(fake), model=MODEL).chat("x", stream=True)
