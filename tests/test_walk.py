@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import dis
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from counting import MODEL, Count, last_line, line
 from places import M4
 from sources import modules, tree
 
-if TYPE_CHECKING:
-    from types import CodeType, FrameType
-
-MODEL = "smollm2:135m"
 LAYERS = 12
 CALLS_PER_CHUNK = 10
 LINES = 55
 MOST_LINES = 20
 """Lines that nine of ten functions keep to."""
 SHORT, LONG = 1, 201
-SOCKET = frozenset({"connect", "send", "sendall", "sendto", "sendmsg", "recv", "recv_into"})
 WALKS = [(mode, how) for mode in ("sync", "async") for how in ("plain", "streamed")]
 KINDS = [f"{mode} {how}" for mode, how in WALKS]
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -50,66 +43,11 @@ STAYS_AWAY = (
 # --- Counting, in a process of its own -------------------------------------------------------------------------------
 
 
-@cache
-def _resumptions(code: CodeType) -> frozenset[int]:
-    """Where a coroutine goes on after a wait, which is no new call: how often it waits depends on the network."""
-    return frozenset(each.offset for each in dis.get_instructions(code) if each.opname == "RESUME" and _waited(each))
-
-
-def _waited(instruction: dis.Instruction) -> bool:
-    return instruction.arg is not None and instruction.arg & 3 == 3
-
-
-def _ours(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__", "")
-    return name.startswith("graftage") and not name.startswith("graftage_ollama.testing")
-
-
-class Count:
-    """A profile function for all threads: calls of ours, and the stacks of ours at each use of a socket."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.calls: Counter[str] = Counter()
-        self.walks: dict[tuple[str, ...], None] = {}
-
-    def __call__(self, frame: FrameType, event: str, what: Any) -> None:
-        if not self.on:
-            return
-        if event == "call" and _ours(frame) and frame.f_lasti not in _resumptions(frame.f_code):
-            self.calls[_name(frame)] += 1
-        elif event == "c_call" and getattr(what, "__qualname__", "").startswith("socket.") and what.__name__ in SOCKET:
-            self.walks.setdefault(_stack(frame))
-
-    def __enter__(self) -> None:
-        self.calls.clear()
-        self.on = True
-
-    def __exit__(self, *_: object) -> None:
-        self.on = False
-
-
-def _name(frame: FrameType) -> str:
-    return f"{frame.f_globals['__name__']}:{frame.f_code.co_qualname}"
-
-
-def _stack(frame: FrameType | None) -> tuple[str, ...]:
-    found = []
-    while frame is not None:
-        if _ours(frame):
-            found.append(_name(frame))
-        frame = frame.f_back
-    return tuple(reversed(found))
-
-
 def _answer(chunks: int) -> Any:
     from graftage_ollama.testing import Answer
 
-    def line(text: str, **more: Any) -> dict[str, Any]:
-        return {"model": MODEL, "message": {"role": "assistant", "content": text}, "done": False, **more}
-
     # A chunk to a read, as from a model, and not all of them at once.
-    return Answer([*[line("a")] * chunks, line("", done=True, done_reason="stop")], delay=0.0005)
+    return Answer([*[line("a")] * chunks, last_line()], delay=0.0005)
 
 
 def _sync(count: Count, url: str, chunks: int, script: Any, *, stream: bool) -> None:
@@ -147,16 +85,11 @@ def walk(mode: str, *, stream: bool) -> dict[str, Any]:
     with FakeOllama() as fake:
         for chunks in (SHORT, LONG):
             arguments: Any = (count, fake.url, chunks, lambda answer: fake.script("/api/chat", answer))
-            threading.setprofile(count)
-            sys.setprofile(count)
-            try:
+            with count.watching():
                 if mode == "sync":
                     _sync(*arguments, stream=stream)
                 else:
                     asyncio.run(_async(*arguments, stream=stream))
-            finally:
-                sys.setprofile(None)
-                threading.setprofile(None)
             calls.append(Counter(count.calls))
     more = LONG - SHORT
     # To the nearest half: a policy looks at the machine now and then, and a read may bring two chunks.

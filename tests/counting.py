@@ -1,0 +1,124 @@
+"""Counting what a piece of work does: calls and lines of ours, in all threads, the same on each run."""
+
+from __future__ import annotations
+
+import dis
+import gc
+import sys
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import CodeType, FrameType
+
+MODEL = "smollm2:135m"
+SOCKET = frozenset({"connect", "send", "sendall", "sendto", "sendmsg", "recv", "recv_into"})
+UNSTEADY = ("<listcomp>", "<dictcomp>", "<setcomp>", "__create_fn__")
+
+
+@cache
+def _beginnings(code: CodeType) -> frozenset[int]:
+    """Where a call goes in. Going on after a wait is none: how often a coroutine waits depends on the network."""
+    steps = (each for each in dis.get_instructions(code) if each.opname == "RESUME" and not _waited(each))
+    return frozenset() if _passing(code) else frozenset(each.offset for each in steps)
+
+
+def _passing(code: CodeType) -> bool:
+    """Whether some versions of Python have no such frame where others have one."""
+    return code.co_name in UNSTEADY or (code.co_name, code.co_filename) == ("<module>", "<string>")
+
+
+def _waited(instruction: dis.Instruction) -> bool:
+    return instruction.arg is not None and instruction.arg & 3 == 3
+
+
+def _ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith("graftage") and not name.startswith("graftage_ollama.testing")
+
+
+def _name(frame: FrameType) -> str:
+    return f"{frame.f_globals['__name__']}:{frame.f_code.co_qualname}"
+
+
+def _stack(frame: FrameType | None) -> tuple[str, ...]:
+    found = []
+    while frame is not None:
+        if _ours(frame):
+            found.append(_name(frame))
+        frame = frame.f_back
+    return tuple(reversed(found))
+
+
+class Count:
+    """While it watches, each `with count:` counts anew: calls and lines of ours, or calls and ways to a socket."""
+
+    def __init__(self) -> None:
+        self._on = False
+        self.calls: Counter[str] = Counter()
+        self.lines: Counter[str] = Counter()
+        self.walks: dict[tuple[str, ...], None] = {}
+        """Our functions on the stack wherever a socket was used."""
+
+    @contextmanager
+    def watching(self, *, lines: bool = False) -> Iterator[None]:
+        """Look at this thread and at those that begin now: at lines, or else at sockets."""
+        ours, everywhere, look = (
+            (sys.settrace, threading.settrace, self._trace)
+            if lines
+            else (sys.setprofile, threading.setprofile, self._profile)
+        )
+        gc.disable()  # What it would end, and when, has nothing to do with the work.
+        everywhere(look)
+        ours(look)
+        try:
+            yield
+        finally:
+            ours(None)
+            everywhere(None)
+            gc.enable()
+
+    def _profile(self, frame: FrameType, event: str, what: Any) -> None:
+        if not self._on:
+            return
+        if event == "call" and _ours(frame):
+            self._called(frame)
+        elif event == "c_call" and getattr(what, "__qualname__", "").startswith("socket.") and what.__name__ in SOCKET:
+            self.walks.setdefault(_stack(frame))
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            if self._on:
+                self.lines[_name(frame)] += 1
+        elif event == "call":
+            if not _ours(frame):
+                return None
+            if self._on:
+                self._called(frame)
+        return self._trace
+
+    def _called(self, frame: FrameType) -> None:
+        if frame.f_lasti in _beginnings(frame.f_code):
+            self.calls[_name(frame)] += 1
+
+    def __enter__(self) -> None:
+        self.calls.clear()
+        self.lines.clear()
+        self._on = True
+
+    def __exit__(self, *_: object) -> None:
+        self._on = False
+
+
+def line(text: str, **more: Any) -> dict[str, Any]:
+    """One line of Ollama's answer to a chat."""
+    return {"model": MODEL, "message": {"role": "assistant", "content": text}, "done": False, **more}
+
+
+def last_line() -> dict[str, Any]:
+    """The line that ends it."""
+    return line("", done=True, done_reason="stop")

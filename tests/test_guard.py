@@ -1,0 +1,288 @@
+"""What an import, a connection and a call cost in calls and lines of ours, kept from growing unseen.
+
+Counts, not times, so that no load and no other package changes them. `python tests/test_guard.py > tests/guard.json`
+takes them as they are now; lines are compared on the version of Python that took them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections import Counter
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from counting import MODEL, Count, last_line, line
+from places import M4, ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from importlib.machinery import ModuleSpec
+
+KEPT = Path(__file__).with_name("guard.json")
+RENEW = "python tests/test_guard.py > tests/guard.json"
+ALLOWED = 0.03
+SHARE = ALLOWED / 10
+"""Of a figure, what a function must take for its part to be kept."""
+KINDS = ("calls", "lines")
+SHORT, PLAIN, LONG = 1, 20, 201
+MORE = f"{LONG - SHORT} chunks more"
+TIMES = 3
+"""The smallest of so many counts: a policy looks at the machine now and then, and a thread may end late."""
+NOWHERE = "http://127.0.0.1:9"
+PATIENCE = 60.0
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+DISTRIBUTIONS = [ROOT / "core", *sorted(ROOT.glob("providers/*")), *sorted(ROOT.glob("plugins/*"))]
+Parts: TypeAlias = dict[str, list[int]]
+"""Calls and lines by function."""
+
+
+# --- Measuring, in a process of its own ------------------------------------------------------------------------------
+
+
+class _Elsewhere:
+    """Finds modules where `sys.path` did, and this tree's before them, so that no other metadata is on the path."""
+
+    places: list[str]
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, cls.places if path is None else path, target)
+
+
+def _shut_off(site: str, disabled: str) -> None:
+    """Let nothing count but this tree: how much is installed, set or configured changes what a client looks through."""
+    _Elsewhere.places = [*map(str, DISTRIBUTIONS), *sys.path]
+    sys.meta_path.insert(0, _Elsewhere)
+    sys.path[:] = [site]
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT")}
+    os.environ.clear()
+    os.environ.update(kept | {"HOME": site, "USERPROFILE": site, "GRAFTAGE_DISABLED_PLUGINS": disabled})
+    os.environ["GRAFTAGE_CONFIG"] = str(Path(site, "none.toml"))
+    os.environ["GRAFTAGE_M4_MACHINE"] = str(M4 / "mini-16-macos15.json")
+
+
+def _parts(count: Count) -> Parts:
+    return {name: [count.calls[name], count.lines[name]] for name in {*count.calls, *count.lines}}
+
+
+def _total(parts: Parts) -> list[int]:
+    return [sum(each[kind] for each in parts.values()) for kind in range(len(KINDS))]
+
+
+def _begin(count: Count, *, plugins: bool) -> dict[str, Parts]:
+    """What only a fresh process does."""
+    found: dict[str, Parts] = {}
+    with count:
+        import graftage
+    found["import"] = _parts(count)
+    for name in ("first connect", "second connect") if plugins else ("first connect without plugins",):
+        with count:
+            client = graftage.connect("ollama", model=MODEL, host=NOWHERE)
+        found[name] = _parts(count)
+        client.close()
+    return found
+
+
+def _http(content: str, *headers: str) -> bytes:
+    return "\r\n".join(["HTTP/1.1 200 OK", f"content-type: application/{content}", *headers, "\r\n"]).encode()
+
+
+def _chat(chunks: int, gate: threading.Semaphore | None = None) -> Any:
+    """An answer that comes in one read, or with a gate in as many as it has chunks: the next when the last is taken."""
+    from graftage_ollama.testing import Answer
+
+    lines = [json.dumps(each).encode() + b"\n" for each in [*[line("a")] * chunks, last_line()]]
+    pieces = [b"%x\r\n%s\r\n" % (len(each), each) for each in lines]
+    pieces[-1] += b"0\r\n\r\n"
+    pieces[0] = _http("x-ndjson", "transfer-encoding: chunked") + pieces[0]
+    if gate is None:
+        return Answer(raw=b"".join(pieces), ending="keep")
+
+    def let_through() -> Iterator[bytes]:
+        for piece in pieces[1:]:
+            assert gate.acquire(timeout=PATIENCE)
+            yield piece
+
+    return Answer(let_through(), raw=pieces[0], ending="keep")
+
+
+def _object(value: Any) -> Any:
+    from graftage_ollama.testing import Answer
+
+    body = json.dumps(value).encode()
+    return Answer(raw=_http("json", f"content-length: {len(body)}") + body, ending="keep")
+
+
+def _more(long: Parts, short: Parts) -> Parts:
+    more = {name: [now - short.get(name, [0, 0])[kind] for kind, now in enumerate(each)] for name, each in long.items()}
+    return {name: each for name, each in more.items() if any(each)}
+
+
+class _Warm:
+    """One client that has done everything before."""
+
+    def __init__(self, count: Count, fake: Any, llm: Any, run: Callable[[Any], Any]) -> None:
+        self._count = count
+        self._fake = fake
+        self._llm = llm
+        self._run = run
+
+    def chat(self) -> Parts:
+        return self._least("/api/chat", lambda: _chat(PLAIN), lambda: self._llm.chat("Hello"))
+
+    def chunks(self) -> Parts:
+        return _more(self._stream(LONG), self._stream(SHORT))
+
+    def embed(self) -> Parts:
+        vectors = {"model": MODEL, "embeddings": [[0.5, 1.0]] * 2}
+        return self._least("/api/embed", lambda: _object(vectors), lambda: self._llm.embed(["a", "b"]))
+
+    def health(self) -> Parts:
+        return self._least("/api/version", lambda: _object({"version": "0.9.3"}), lambda: self._llm.health(max_age=0))
+
+    def _stream(self, chunks: int) -> Parts:
+        gate = threading.Semaphore(0)
+
+        async def take() -> None:
+            async for _ in await self._llm.chat("Hello", stream=True):
+                gate.release()
+
+        def work() -> Any:
+            while gate.acquire(blocking=False):
+                pass
+            if self._run is not _done:
+                return take()
+            for _ in self._llm.chat("Hello", stream=True):
+                gate.release()
+            return None
+
+        return self._least("/api/chat", lambda: _chat(chunks, gate), work)
+
+    def _least(self, path: str, answer: Callable[[], Any], work: Callable[[], Any]) -> Parts:
+        found = []
+        for _ in range(1 + TIMES):
+            self._fake.script(path, answer())
+            with self._count:
+                self._run(work())
+            found.append(_parts(self._count))
+        return min(found[1:], key=_total)  # What only the first call does is another thing.
+
+
+def _done(result: Any) -> Any:
+    return result
+
+
+def _go_on(count: Count, *, plugins: bool) -> dict[str, Parts]:
+    """What a process does again and again."""
+    import graftage
+    from graftage_ollama.testing import FakeOllama
+
+    found: dict[str, Parts] = {}
+    with FakeOllama() as fake:
+        fake.loaded = list(fake.models)  # Else a policy looks each time whether the model finds room.
+        with graftage.connect("ollama", model=MODEL, host=fake.url) as llm:
+            warm = _Warm(count, fake, llm, _done)
+            if plugins:
+                return {"chat with plugins": warm.chat()}
+            found |= {"chat": warm.chat(), MORE: warm.chunks(), "embed": warm.embed(), "health": warm.health()}
+        with asyncio.Runner() as runner:
+            llm_async = graftage.connect_async("ollama", model=MODEL, host=fake.url)
+            warm = _Warm(count, fake, runner.run(llm_async.__aenter__()), runner.run)
+            found |= {"chat, async": warm.chat(), f"{MORE}, async": warm.chunks()}
+            runner.run(llm_async.close())
+    return found
+
+
+def _measure(site: str, disabled: str) -> dict[str, Parts]:
+    _shut_off(site, disabled)
+    count = Count()
+    with count.watching(lines=True):
+        return _begin(count, plugins=not disabled) | _go_on(count, plugins=not disabled)
+
+
+# --- The figures -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def figures() -> dict[str, Parts]:
+    """Each figure by function: the smallest of several processes."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    found: dict[str, Parts] = {}
+    with TemporaryDirectory() as site:
+        _install(Path(site))
+        for disabled in [*[""] * TIMES, *["lora,m4"] * TIMES]:
+            command = [sys.executable, __file__, "--measure", site, disabled]
+            output = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout
+            for name, parts in json.loads(output).items():
+                found[name] = min(found.get(name, parts), parts, key=_total)
+    return found
+
+
+def _install(site: Path) -> None:
+    """Write the metadata of this tree's distributions, as an installer does."""
+    for folder in DISTRIBUTIONS:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        info.mkdir()
+        needs = [f"Requires-Dist: {each}\n" for each in project["dependencies"]]
+        head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        (info / "METADATA").write_text(head + "".join(needs), encoding="utf-8")
+        groups = project.get("entry-points", {}).items()
+        points = [f"[{group}]\n" + "".join(f"{name} = {at}\n" for name, at in each.items()) for group, each in groups]
+        (info / "entry_points.txt").write_text("".join(points), encoding="utf-8")
+
+
+def _text(found: dict[str, Parts]) -> str:
+    """The figures to keep, and on a line for each function what it takes of them."""
+    totals = {figure: dict(zip(KINDS, _total(parts), strict=True)) for figure, parts in sorted(found.items())}
+    rows: dict[str, dict[str, list[int]]] = {}
+    for figure, total in totals.items():
+        for name, each in found[figure].items():
+            if any(part > whole * SHARE for part, whole in zip(each, total.values(), strict=True)):
+                rows.setdefault(name, {})[figure] = each
+    return f'{{"python": "{HERE}",\n"totals": {_lines(totals)},\n"functions": {_lines(rows)}}}\n'
+
+
+def _lines(rows: dict[str, Any]) -> str:
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows)) + "\n}"
+
+
+def _grown(kept: dict[str, Any], found: dict[str, Parts]) -> Iterator[str]:
+    """What has grown too much, and where most."""
+    for kind, word in enumerate(KINDS):
+        if word == "lines" and kept["python"] != HERE:
+            continue
+        for figure, parts in sorted(found.items()):
+            now, before = _total(parts)[kind], kept["totals"].get(figure, {}).get(word, 0)
+            if now > before * (1 + ALLOWED):
+                yield f"{figure}: {now} {word} where {before} were kept; most of that in"
+                yield from _where(kept["functions"], figure, parts, kind)
+
+
+def _where(kept: dict[str, Any], figure: str, parts: Parts, kind: int) -> Iterator[str]:
+    more = Counter({name: each[kind] - kept.get(name, {}).get(figure, [0, 0])[kind] for name, each in parts.items()})
+    least = _total(parts)[kind] * SHARE
+    yield from (
+        f"    {name}: {parts[name][kind]}, {extra} more" for name, extra in more.most_common(5) if extra > least
+    )
+
+
+def test_nothing_costs_more_calls_or_lines_than_it_did() -> None:
+    grown = "\n".join(_grown(json.loads(KEPT.read_text(encoding="utf-8")), figures()))
+    assert not grown, f"{grown}\nIf that is meant: {RENEW}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(_measure(*sys.argv[2:])))
+    else:
+        print(_text(figures()), end="")
