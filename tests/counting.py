@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dis
 import gc
+import json
+import socket
 import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import CodeType, FrameType
+    from typing import Self
 
 MODEL = "smollm2:135m"
+PATIENCE = 60.0
 SOCKET = frozenset({"connect", "send", "sendall", "sendto", "sendmsg", "recv", "recv_into"})
 UNSTEADY = ("<listcomp>", "<dictcomp>", "<setcomp>", "__create_fn__")
 
@@ -114,11 +119,52 @@ class Count:
         self._on = False
 
 
-def line(text: str, **more: Any) -> dict[str, Any]:
-    """One line of Ollama's answer to a chat."""
-    return {"model": MODEL, "message": {"role": "assistant", "content": text}, "done": False, **more}
+class Pace:
+    """Answers a chat chunk by chunk: each goes out when the one before has been read, so that each takes one read."""
+
+    def __init__(self, fake: Any) -> None:
+        self._fake = fake
+        self._port = urlsplit(fake.url).port
+        self._read = threading.Semaphore(0)
+
+    def __enter__(self) -> Self:
+        self._recv = recv = socket.socket.recv
+        pace = self
+
+        def counted(connection: socket.socket, *arguments: Any) -> bytes:
+            data = recv(connection, *arguments)
+            if connection.getpeername()[1:2] == (pace._port,):  # Not an event loop's own socket.
+                pace._read.release()
+            return data
+
+        socket.socket.recv = counted  # type: ignore[method-assign, assignment] # there is no other sign of a read
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        socket.socket.recv = self._recv  # type: ignore[method-assign]
+
+    def script(self, chunks: int) -> None:
+        """Let the next chat be answered with so many chunks."""
+        from graftage_ollama.testing import Answer
+
+        self._read = threading.Semaphore(0)
+        lines = [json.dumps(each).encode() + b"\n" for each in [*[_line("a")] * chunks, _line("", done=True)]]
+        pieces = [b"%x\r\n%s\r\n" % (len(each), each) for each in lines]
+        pieces[0] = http("x-ndjson", "transfer-encoding: chunked") + pieces[0]
+        pieces[-1] += b"0\r\n\r\n"
+        self._fake.script("/api/chat", Answer(self._paced(pieces[1:], self._read), raw=pieces[0], ending="keep"))
+
+    def _paced(self, pieces: list[bytes], read: threading.Semaphore) -> Iterator[bytes]:
+        for piece in pieces:
+            assert read.acquire(timeout=PATIENCE)
+            yield piece
 
 
-def last_line() -> dict[str, Any]:
-    """The line that ends it."""
-    return line("", done=True, done_reason="stop")
+def _line(text: str, *, done: bool = False) -> dict[str, Any]:
+    reason = {"done_reason": "stop"} if done else {}
+    return {"model": MODEL, "message": {"role": "assistant", "content": text}, "done": done, **reason}
+
+
+def http(content: str, *headers: str) -> bytes:
+    """The head of an answer."""
+    return "\r\n".join(["HTTP/1.1 200 OK", f"content-type: application/{content}", *headers, "\r\n"]).encode()

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import tomllib
 from collections import Counter
 from functools import cache
@@ -20,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from counting import MODEL, Count, last_line, line
+from counting import MODEL, Count, Pace, http
 from places import M4, ROOT
 
 if TYPE_CHECKING:
@@ -35,10 +34,9 @@ SHARE = ALLOWED / 10
 KINDS = ("calls", "lines")
 SHORT, PLAIN, LONG = 1, 20, 201
 MORE = f"{LONG - SHORT} chunks more"
-TIMES = 3
+PROCESSES, TIMES = 2, 3
 """The smallest of so many counts: a policy looks at the machine now and then, and a thread may end late."""
 NOWHERE = "http://127.0.0.1:9"
-PATIENCE = 60.0
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 DISTRIBUTIONS = [ROOT / "core", *sorted(ROOT.glob("providers/*")), *sorted(ROOT.glob("plugins/*"))]
 Parts: TypeAlias = dict[str, list[int]]
@@ -92,34 +90,11 @@ def _begin(count: Count, *, plugins: bool) -> dict[str, Parts]:
     return found
 
 
-def _http(content: str, *headers: str) -> bytes:
-    return "\r\n".join(["HTTP/1.1 200 OK", f"content-type: application/{content}", *headers, "\r\n"]).encode()
-
-
-def _chat(chunks: int, gate: threading.Semaphore | None = None) -> Any:
-    """An answer that comes in one read, or with a gate in as many as it has chunks: the next when the last is taken."""
-    from graftage_ollama.testing import Answer
-
-    lines = [json.dumps(each).encode() + b"\n" for each in [*[line("a")] * chunks, last_line()]]
-    pieces = [b"%x\r\n%s\r\n" % (len(each), each) for each in lines]
-    pieces[-1] += b"0\r\n\r\n"
-    pieces[0] = _http("x-ndjson", "transfer-encoding: chunked") + pieces[0]
-    if gate is None:
-        return Answer(raw=b"".join(pieces), ending="keep")
-
-    def let_through() -> Iterator[bytes]:
-        for piece in pieces[1:]:
-            assert gate.acquire(timeout=PATIENCE)
-            yield piece
-
-    return Answer(let_through(), raw=pieces[0], ending="keep")
-
-
 def _object(value: Any) -> Any:
     from graftage_ollama.testing import Answer
 
     body = json.dumps(value).encode()
-    return Answer(raw=_http("json", f"content-length: {len(body)}") + body, ending="keep")
+    return Answer(raw=http("json", f"content-length: {len(body)}") + body, ending="keep")
 
 
 def _more(long: Parts, short: Parts) -> Parts:
@@ -130,55 +105,49 @@ def _more(long: Parts, short: Parts) -> Parts:
 class _Warm:
     """One client that has done everything before."""
 
-    def __init__(self, count: Count, fake: Any, llm: Any, run: Callable[[Any], Any]) -> None:
+    def __init__(self, count: Count, fake: Any, pace: Pace, llm: Any, run: Callable[[Any], Any]) -> None:
         self._count = count
         self._fake = fake
+        self._pace = pace
         self._llm = llm
         self._run = run
 
     def chat(self) -> Parts:
-        return self._least("/api/chat", lambda: _chat(PLAIN), lambda: self._llm.chat("Hello"))
+        return self._least(lambda: self._pace.script(PLAIN), lambda: self._run(self._llm.chat("Hello")))
 
-    def chunks(self) -> Parts:
-        return _more(self._stream(LONG), self._stream(SHORT))
+    def chunks(self, read: Callable[[Any], Any]) -> Parts:
+        def stream(chunks: int) -> Parts:
+            return self._least(
+                lambda: self._pace.script(chunks), lambda: self._run(read(self._llm.chat("Hello", stream=True)))
+            )
+
+        return _more(stream(LONG), stream(SHORT))
 
     def embed(self) -> Parts:
-        vectors = {"model": MODEL, "embeddings": [[0.5, 1.0]] * 2}
-        return self._least("/api/embed", lambda: _object(vectors), lambda: self._llm.embed(["a", "b"]))
+        answer = _object({"model": MODEL, "embeddings": [[0.5, 1.0]] * 2})
+        return self._least(
+            lambda: self._fake.script("/api/embed", answer), lambda: self._run(self._llm.embed(["a", "b"]))
+        )
 
     def health(self) -> Parts:
-        return self._least("/api/version", lambda: _object({"version": "0.9.3"}), lambda: self._llm.health(max_age=0))
+        answer = _object({"version": "0.9.3"})
+        return self._least(
+            lambda: self._fake.script("/api/version", answer), lambda: self._run(self._llm.health(max_age=0))
+        )
 
-    def _stream(self, chunks: int) -> Parts:
-        gate = threading.Semaphore(0)
-
-        async def take() -> None:
-            async for _ in await self._llm.chat("Hello", stream=True):
-                gate.release()
-
-        def work() -> Any:
-            while gate.acquire(blocking=False):
-                pass
-            if self._run is not _done:
-                return take()
-            for _ in self._llm.chat("Hello", stream=True):
-                gate.release()
-            return None
-
-        return self._least("/api/chat", lambda: _chat(chunks, gate), work)
-
-    def _least(self, path: str, answer: Callable[[], Any], work: Callable[[], Any]) -> Parts:
+    def _least(self, prepare: Callable[[], None], work: Callable[[], Any]) -> Parts:
         found = []
         for _ in range(1 + TIMES):
-            self._fake.script(path, answer())
+            prepare()
             with self._count:
-                self._run(work())
+                work()
             found.append(_parts(self._count))
         return min(found[1:], key=_total)  # What only the first call does is another thing.
 
 
-def _done(result: Any) -> Any:
-    return result
+async def _read(stream: Any) -> None:
+    async for _ in await stream:
+        pass
 
 
 def _go_on(count: Count, *, plugins: bool) -> dict[str, Parts]:
@@ -187,18 +156,20 @@ def _go_on(count: Count, *, plugins: bool) -> dict[str, Parts]:
     from graftage_ollama.testing import FakeOllama
 
     found: dict[str, Parts] = {}
-    with FakeOllama() as fake:
+    with FakeOllama() as fake, Pace(fake) as pace:
         fake.loaded = list(fake.models)  # Else a policy looks each time whether the model finds room.
         with graftage.connect("ollama", model=MODEL, host=fake.url) as llm:
-            warm = _Warm(count, fake, llm, _done)
+            warm = _Warm(count, fake, pace, llm, lambda done: done)
             if plugins:
                 return {"chat with plugins": warm.chat()}
-            found |= {"chat": warm.chat(), MORE: warm.chunks(), "embed": warm.embed(), "health": warm.health()}
-        with asyncio.Runner() as runner:
-            llm_async = graftage.connect_async("ollama", model=MODEL, host=fake.url)
-            warm = _Warm(count, fake, runner.run(llm_async.__aenter__()), runner.run)
-            found |= {"chat, async": warm.chat(), f"{MORE}, async": warm.chunks()}
-            runner.run(llm_async.close())
+            found |= {"chat": warm.chat(), MORE: warm.chunks(list), "embed": warm.embed(), "health": warm.health()}
+        # On sockets, on each system. The runner's own `run` writes out the result before 3.13.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            run = runner.get_loop().run_until_complete
+            with_loop = graftage.connect_async("ollama", model=MODEL, host=fake.url)
+            warm = _Warm(count, fake, pace, run(with_loop.__aenter__()), run)
+            found |= {"chat, async": warm.chat(), f"{MORE}, async": warm.chunks(_read)}
+            run(with_loop.close())
     return found
 
 
@@ -219,7 +190,7 @@ def figures() -> dict[str, Parts]:
     found: dict[str, Parts] = {}
     with TemporaryDirectory() as site:
         _install(Path(site))
-        for disabled in [*[""] * TIMES, *["lora,m4"] * TIMES]:
+        for disabled in ["", "lora,m4"] * PROCESSES:
             command = [sys.executable, __file__, "--measure", site, disabled]
             output = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout
             for name, parts in json.loads(output).items():

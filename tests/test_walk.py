@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counting import MODEL, Count, last_line, line
+from counting import MODEL, Count, Pace
 from places import M4
 from sources import modules, tree
 
@@ -43,19 +43,12 @@ STAYS_AWAY = (
 # --- Counting, in a process of its own -------------------------------------------------------------------------------
 
 
-def _answer(chunks: int) -> Any:
-    from graftage_ollama.testing import Answer
-
-    # A chunk to a read, as from a model, and not all of them at once.
-    return Answer([*[line("a")] * chunks, last_line()], delay=0.0005)
-
-
-def _sync(count: Count, url: str, chunks: int, script: Any, *, stream: bool) -> None:
+def _sync(count: Count, url: str, pace: Pace, chunks: int, *, stream: bool) -> None:
     import graftage
 
     with graftage.connect("ollama", model=MODEL, host=url) as llm:
         llm.chat("Hello")  # What only the first call does is not counted.
-        script(_answer(chunks))
+        pace.script(chunks)
         with count:
             if stream:
                 list(llm.chat("Hello", stream=True))
@@ -63,12 +56,12 @@ def _sync(count: Count, url: str, chunks: int, script: Any, *, stream: bool) -> 
                 llm.chat("Hello")
 
 
-async def _async(count: Count, url: str, chunks: int, script: Any, *, stream: bool) -> None:
+async def _async(count: Count, url: str, pace: Pace, chunks: int, *, stream: bool) -> None:
     import graftage
 
     async with graftage.connect_async("ollama", model=MODEL, host=url) as llm:
         await llm.chat("Hello")
-        script(_answer(chunks))
+        pace.script(chunks)
         with count:
             if stream:
                 async for _ in await llm.chat("Hello", stream=True):
@@ -82,9 +75,9 @@ def walk(mode: str, *, stream: bool) -> dict[str, Any]:
     from graftage_ollama.testing import FakeOllama
 
     count, calls = Count(), []
-    with FakeOllama() as fake:
+    with FakeOllama() as fake, Pace(fake) as pace:
         for chunks in (SHORT, LONG):
-            arguments: Any = (count, fake.url, chunks, lambda answer: fake.script("/api/chat", answer))
+            arguments: Any = (count, fake.url, pace, chunks)
             with count.watching():
                 if mode == "sync":
                     _sync(*arguments, stream=stream)
@@ -92,7 +85,7 @@ def walk(mode: str, *, stream: bool) -> dict[str, Any]:
                     asyncio.run(_async(*arguments, stream=stream))
             calls.append(Counter(count.calls))
     more = LONG - SHORT
-    # To the nearest half: a policy looks at the machine now and then, and a read may bring two chunks.
+    # To the nearest half: a policy looks at the machine now and then.
     halves = {name: round(2 * number / more) / 2 for name, number in (calls[1] - calls[0]).items()}
     return {
         # What a plugin asks from a thread of its own is another call. Of walks of one length, the one that sends.
