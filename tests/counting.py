@@ -147,16 +147,17 @@ class Pace:
         """Let the next chat be answered with so many chunks."""
         from graftage_ollama.testing import Answer
 
-        self._read = threading.Semaphore(0)
         lines = [json.dumps(each).encode() + b"\n" for each in [*[_line("a")] * chunks, _line("", done=True)]]
         pieces = [b"%x\r\n%s\r\n" % (len(each), each) for each in lines]
         pieces[0] = http("x-ndjson", "transfer-encoding: chunked") + pieces[0]
         pieces[-1] += b"0\r\n\r\n"
-        self._fake.script("/api/chat", Answer(self._paced(pieces[1:], self._read), raw=pieces[0], ending="keep"))
+        self._fake.script("/api/chat", Answer(self._paced(pieces), raw=b"", ending="keep"))
 
-    def _paced(self, pieces: list[bytes], read: threading.Semaphore) -> Iterator[bytes]:
-        for piece in pieces:
-            assert read.acquire(timeout=PATIENCE)
+    def _paced(self, pieces: list[bytes]) -> Iterator[bytes]:
+        self._read = threading.Semaphore(0)  # What a policy asked before has been read.
+        yield pieces[0]
+        for piece in pieces[1:]:
+            assert self._read.acquire(timeout=PATIENCE)
             yield piece
 
 
