@@ -56,15 +56,16 @@ class _Elsewhere:
         return PathFinder.find_spec(name, cls.places if path is None else path, target)
 
 
-def _shut_off(site: str, disabled: str) -> None:
+def _shut_off(folder: Path, disabled: str) -> None:
     """Let nothing count but this tree: how much is installed, set or configured changes what a client looks through."""
     _Elsewhere.places = [*map(str, DISTRIBUTIONS), *sys.path]
     sys.meta_path.insert(0, _Elsewhere)
-    sys.path[:] = [site]
+    sys.path[:] = [str(folder / "site")]
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT")}
     os.environ.clear()
-    os.environ.update(kept | {"HOME": site, "USERPROFILE": site, "GRAFTAGE_DISABLED_PLUGINS": disabled})
-    os.environ["GRAFTAGE_CONFIG"] = str(Path(site, "none.toml"))
+    os.environ.update(kept | dict.fromkeys(("HOME", "USERPROFILE"), str(folder / "home")))
+    os.environ["GRAFTAGE_CONFIG"] = str(folder / "home" / "none.toml")
+    os.environ["GRAFTAGE_DISABLED_PLUGINS"] = disabled
     os.environ["GRAFTAGE_M4_MACHINE"] = str(M4 / "mini-16-macos15.json")
 
 
@@ -173,8 +174,8 @@ def _go_on(count: Count, *, plugins: bool) -> dict[str, Parts]:
     return found
 
 
-def _measure(site: str, disabled: str) -> dict[str, Parts]:
-    _shut_off(site, disabled)
+def _measure(folder: str, disabled: str) -> dict[str, Parts]:
+    _shut_off(Path(folder), disabled)
     count = Count()
     with count.watching(lines=True):
         return _begin(count, plugins=not disabled) | _go_on(count, plugins=not disabled)
@@ -188,13 +189,18 @@ def figures() -> dict[str, Parts]:
     """Each figure by function: the smallest of several processes."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     found: dict[str, Parts] = {}
-    with TemporaryDirectory() as site:
-        _install(Path(site))
-        for disabled in ["", "lora,m4"] * PROCESSES:
-            command = [sys.executable, __file__, "--measure", site, disabled]
-            output = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout
-            for name, parts in json.loads(output).items():
-                found[name] = min(found.get(name, parts), parts, key=_total)
+    with TemporaryDirectory() as folder:
+        _install(Path(folder, "site"))
+        Path(folder, "home").mkdir()
+        commands = [[sys.executable, __file__, "--measure", folder, disabled] for disabled in ("", "lora,m4")]
+        processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for command in commands * PROCESSES
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+    assert not any(process.returncode for process in processes)
+    for output in outputs:
+        for name, parts in json.loads(output).items():
+            found[name] = min(found.get(name, parts), parts, key=_total)
     return found
 
 
@@ -203,7 +209,7 @@ def _install(site: Path) -> None:
     for folder in DISTRIBUTIONS:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-        info.mkdir()
+        info.mkdir(parents=True)
         needs = [f"Requires-Dist: {each}\n" for each in project["dependencies"]]
         head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
         (info / "METADATA").write_text(head + "".join(needs), encoding="utf-8")
