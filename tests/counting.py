@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import CodeType, FrameType
     from typing import Self
 
@@ -128,20 +128,23 @@ class Pace:
         self._read = threading.Semaphore(0)
 
     def __enter__(self) -> Self:
-        self._recv = recv = socket.socket.recv
-        pace = self
-
-        def counted(connection: socket.socket, *arguments: Any) -> bytes:
-            data = recv(connection, *arguments)
-            if connection.getpeername()[1:2] == (pace._port,):  # Not an event loop's own socket.
-                pace._read.release()
-            return data
-
-        socket.socket.recv = counted  # type: ignore[method-assign, assignment] # there is no other sign of a read
+        self._readers = {name: getattr(socket.socket, name) for name in ("recv", "recv_into")}
+        for name, reader in self._readers.items():
+            setattr(socket.socket, name, self._counted(reader))  # There is no other sign of a read.
         return self
 
     def __exit__(self, *_: object) -> None:
-        socket.socket.recv = self._recv  # type: ignore[method-assign]
+        for name, reader in self._readers.items():
+            setattr(socket.socket, name, reader)
+
+    def _counted(self, reader: Callable[..., Any]) -> Callable[..., Any]:
+        def read(connection: socket.socket, *arguments: Any) -> Any:
+            found = reader(connection, *arguments)
+            if connection.getpeername()[1:2] == (self._port,):  # Not an event loop's own socket.
+                self._read.release()
+            return found
+
+        return read
 
     def script(self, chunks: int) -> None:
         """Let the next chat be answered with so many chunks."""
