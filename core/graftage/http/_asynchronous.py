@@ -9,18 +9,20 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graftage.exceptions import ProviderTimeout
 from graftage.http import _patched
-from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
+from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, block_of, head_of, size_of
 from graftage.http._network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
-    failed_before_answer,
+    closed,
+    known_addresses,
     tls_context,
     tunnel_failed,
     unanswered,
+    unconnected,
 )
 from graftage.http._server import Server, server_of
 
@@ -46,18 +48,17 @@ class AsyncNetwork:
 
     async def send(self, request: Request, clock: Clock) -> Response:
         """Send a request and wait for the head of its answer."""
-        if _patched.is_patched():
-            return await asyncio.to_thread(_patched.exchange, request, clock)
         origin = request.origin
-        server = self._servers.get(origin)
-        if server is None:
-            server = self._servers[origin] = server_of(origin)
-        head = head_of(request, server)
+        server = self._servers.get(origin) or self._servers.setdefault(origin, server_of(origin))
+        if _patched.is_patched(server):
+            return await asyncio.to_thread(_patched.exchange, request, server, clock)
+        size = size_of(request)
+        head = head_of(request, server, size)
         pool = await self._pool()
         wire = pool.taken(server) or await pool.connected(server, clock)
         wire.answer = answer = Framing(bodiless=request.method == "HEAD")
         try:
-            await _send(wire, head, request, clock)
+            await _send(wire, head, request, size, clock)
             while not answer.head and answer.fault is None:
                 await wire.wait(clock)
             if not answer.head:
@@ -88,7 +89,8 @@ class AsyncNetwork:
                 if pool.keeper is not None:
                     await pool.keeper.aclose()
             elif loop.is_running():
-                loop.call_soon_threadsafe(pool.close)
+                with contextlib.suppress(RuntimeError):  # It has ended meanwhile, and closed them.
+                    loop.call_soon_threadsafe(pool.close)
 
 
 class _Pool:
@@ -99,6 +101,8 @@ class _Pool:
         self._loop = weakref.ref(loop)
         self._idle: list[_Wire] = []
         self._busy: set[_Wire] = set()
+        self._limits: set[asyncio.Timeout] = set()
+        self._closed = False
         self.keeper: AsyncGenerator[None, None] | None = None
 
     async def kept(self) -> AsyncGenerator[None, None]:
@@ -122,19 +126,24 @@ class _Pool:
 
     async def connected(self, server: Server, clock: Clock) -> _Wire:
         """A new connection."""
+        limit = asyncio.timeout(clock.left())
+        self._limits.add(limit)
         try:
-            async with asyncio.timeout(clock.left()):
+            async with limit:
                 wire = await _connect(server, clock)
-        except TimeoutError as error:
-            raise clock.expired() from error
-        except OSError as error:
-            raise failed_before_answer(error, clock, server.origin) from error
+        except (OSError, ProviderTimeout) as error:
+            failure = closed() if self._closed else unconnected(error, clock, server)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            self._limits.discard(limit)
         self._busy.add(wire)
         return wire
 
     def give_back(self, wire: _Wire, answer: Framing) -> None:
         """Keep a connection for the next request, where it can take one."""
-        if not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
+        if self._closed or not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
             self.drop(wire)
             return
         self._busy.discard(wire)
@@ -149,18 +158,21 @@ class _Pool:
         wire.close()
 
     def close(self) -> None:
-        """Close every connection; who waits at one of them is woken."""
+        """Close every connection; who waits at one of them, or for one, is woken."""
+        self._closed = True
         idle, self._idle = self._idle, []
         for wire in (*idle, *self._busy):
             wire.close()
+        for limit in self._limits:
+            limit.reschedule(0)
 
 
 class _Wire(asyncio.Protocol):
     """One connection, which feeds what comes to the answer that is awaited."""
 
-    transport: asyncio.Transport
-
     def __init__(self, loop: asyncio.AbstractEventLoop, server: Server) -> None:
+        self.transport: Any = None
+        """Is there once the connection, with TLS where it begins so, is made."""
         self.loop = loop
         self.server = server
         self.since = 0.0
@@ -176,7 +188,6 @@ class _Wire(asyncio.Protocol):
     # --- What asyncio calls ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -212,6 +223,10 @@ class _Wire(asyncio.Protocol):
         self._wake()
 
     # --- What a request calls ----------------------------------------------------------------------------------------
+
+    def answered(self) -> bool:
+        """Whether the head of an answer has come, or none will."""
+        return self.lost or self.answer is None or self.answer.head or self.answer.fault is not None
 
     async def wait(self, clock: Clock) -> None:
         """Wait until something has happened.
@@ -262,46 +277,41 @@ class _Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection at once."""
+        self.lost = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
 
 async def _connect(server: Server, clock: Clock) -> _Wire:
     loop = asyncio.get_running_loop()
-    connection = await _dialled(loop, server)
+    connection = await _dialled(loop, server, clock)
+    wire = _Wire(loop, server)
     try:
-        _, wire = await loop.create_connection(
-            lambda: _Wire(loop, server),
-            sock=connection,
-            ssl=tls_context() if server.first_tls else None,
-            server_hostname=(server.host if server.tls else server.first[0]) if server.first_tls else None,
-        )
+        tls: dict[str, Any] = {"ssl": tls_context(), "server_hostname": server.first[0]} if server.tls else {}
+        await loop.create_connection(lambda: wire, sock=connection, **tls)
+        if server.tunnel is not None:
+            await _through_proxy(loop, wire, server.tunnel, clock)
     except BaseException:
+        wire.close()
         connection.close()
         raise
-    if server.tunnel is not None:
-        try:
-            await _through_proxy(loop, wire, server.tunnel, clock)
-        except BaseException:
-            wire.close()
-            raise
     return wire
 
 
-async def _dialled(loop: asyncio.AbstractEventLoop, server: Server) -> socket.socket:
+async def _dialled(loop: asyncio.AbstractEventLoop, server: Server, clock: Clock) -> socket.socket:
+    """Try each address of the host, the first ones within their share of what is left of the limit."""
     failure: OSError = OSError("the host has no address")
-    host, port = server.first[0].encode(), server.first[1]  # For a text, Python would look into IDNA.
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:  # It is a name, which takes a thread.
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for family, kind, protocol, _, address in found:
+    host, port = server.first
+    found = known_addresses(server) or await loop.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
+    for position, (family, kind, protocol, _, address) in enumerate(found):
         connection = socket.socket(family, kind, protocol)
         try:
             connection.setblocking(False)
-            await loop.sock_connect(connection, address)
+            async with asyncio.timeout(clock.left() / (len(found) - position)):
+                await loop.sock_connect(connection, address)
         except OSError as error:
             connection.close()
             failure = error
@@ -318,6 +328,7 @@ async def _through_proxy(loop: asyncio.AbstractEventLoop, wire: _Wire, tunnel: b
     wire.transport.write(tunnel)
     while not answer.head and answer.fault is None:
         await wire.wait(clock)
+    answer.let_go()
     if answer.status != OK:
         raise tunnel_failed(answer, wire.server.origin)
     wire.answer = None
@@ -327,20 +338,20 @@ async def _through_proxy(loop: asyncio.AbstractEventLoop, wire: _Wire, tunnel: b
     wire.transport = secured
 
 
-async def _send(wire: _Wire, head: bytes, request: Request, clock: Clock) -> None:
+async def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> None:
     clock.sent()
     if request.file is None:
         wire.transport.write(head + request.body)
         return
     wire.transport.write(head)
-    with await asyncio.to_thread(request.file.open, "rb") as stream:
-        while block := await asyncio.to_thread(stream.read, BLOCK):
-            if wire.lost or wire.answer is None or wire.answer.head:
-                return  # It has answered before it had read all.
-            wire.transport.write(block)
-            while not wire.writable:
-                await wire.wait(clock)
-            clock.enter("first_token")  # It counts from the last block that went out.
+    for start in range(0, size, BLOCK):
+        block = await asyncio.to_thread(block_of, request.file, start, size)
+        while not (wire.writable or wire.answered()):
+            await wire.wait(clock)
+        if wire.answered():
+            return  # It has answered before it had read all.
+        wire.transport.write(block)
+        clock.enter("first_token")  # It counts from the last block that went out.
 
 
 class _Response:
@@ -357,6 +368,7 @@ class _Response:
     async def read(self) -> bytes:
         answer, clock, wire = self._answer, self._clock, self._wire
         pieces = answer.pieces
+        clock.read()
         while not pieces:
             if answer.complete or wire is None:
                 return b""
@@ -364,7 +376,7 @@ class _Response:
                 raise answer.interrupted()
             await wire.wait(clock)
         if not clock.patient:
-            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+            clock.phase = "idle"
         data = b"".join(pieces)
         pieces.clear()
         answer.size = 0

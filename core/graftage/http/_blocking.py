@@ -7,18 +7,24 @@ import os
 import socket
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from graftage._engine.threads import submit
+from graftage.exceptions import ProviderTimeout
 from graftage.http import _patched
-from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, head_of
+from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, block_of, head_of, size_of
 from graftage.http._network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
-    failed_before_answer,
+    Addresses,
+    closed,
+    known_addresses,
     tls_context,
     tunnel_failed,
     unanswered,
+    unconnected,
 )
 from graftage.http._server import Server, server_of
 
@@ -36,35 +42,38 @@ class BlockingNetwork:
 
     def __init__(self) -> None:
         self._servers: dict[str, Server] = {}
+        self._closed = False
+        self._idle: list[_Wire] = []
         self._begin()
 
     def _begin(self) -> None:
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._idle: list[_Wire] = []
+        idle, self._idle = self._idle, []
+        self._lock = threading.Lock()  # Another thread may have held the one before at the fork.
         self._busy: WeakSet[_Wire] = WeakSet()
+        self._process = os.getpid()
+        for wire in idle:
+            wire.close()
 
     async def send(self, request: Request, clock: Clock) -> Response:
         """Send a request and wait for the head of its answer."""
-        if _patched.is_patched():
-            return _patched.exchange(request, clock)
         if self._process != os.getpid():
             self._begin()  # Two processes that read from one socket get each other's answers.
         origin = request.origin
-        server = self._servers.get(origin)
-        if server is None:
-            server = self._servers[origin] = server_of(origin)
-        head = head_of(request, server)
+        server = self._servers.get(origin) or self._servers.setdefault(origin, server_of(origin))
+        if _patched.is_patched(server):
+            return _patched.exchange(request, server, clock)
+        size = size_of(request)
+        head = head_of(request, server, size)
         wire = self._taken(server) or self._connected(server, clock)
         answer = Framing(bodiless=request.method == "HEAD")
         try:
-            _send(wire, head, request, clock)
+            _send(wire, head, request, size, clock)
             while not answer.head and answer.fault is None:
                 _receive(wire, answer, clock)
             if not answer.head:
                 raise unanswered(answer, clock, request.url)
         except BaseException:
-            self._drop(wire)
+            self.give_back(wire, usable=False)
             raise
         return _Response(self, wire, answer, clock)
 
@@ -85,35 +94,43 @@ class BlockingNetwork:
                     return wire
             except OSError:
                 pass
-            self._drop(wire)
+            self.give_back(wire, usable=False)
 
     def _connected(self, server: Server, clock: Clock) -> _Wire:
-        wire = _connect(server, clock)
+        """A new connection."""
+        wire = _Wire(server)
         with self._lock:
-            self._busy.add(wire)
+            self._busy.add(wire)  # Before it is made, so that `close` wakes who waits for that, too.
+        try:
+            _connect(wire, clock)
+            if self._closed:
+                raise closed()
+        except BaseException as error:
+            self.give_back(wire, usable=False)
+            if not isinstance(error, (OSError, ProviderTimeout)):
+                raise
+            failure = closed() if self._closed else unconnected(error, clock, server)
+            if failure is error:
+                raise
+            raise failure from error
         return wire
 
     def give_back(self, wire: _Wire, *, usable: bool) -> None:
-        """Keep a connection for the next request, where it can take one."""
-        if not usable:
-            self._drop(wire)
-            return
+        """Keep a connection for the next request, where it can take one; else close it."""
         wire.since = time.monotonic()
+        spare: _Wire | None = wire
         with self._lock:
             self._busy.discard(wire)
-            self._idle.append(wire)
-            spare = self._idle.pop(0) if len(self._idle) > KEEPALIVE else None
+            if usable and not self._closed:
+                self._idle.append(wire)
+                spare = self._idle.pop(0) if len(self._idle) > KEEPALIVE else None
         if spare is not None:
             spare.close()
-
-    def _drop(self, wire: _Wire) -> None:
-        with self._lock:
-            self._busy.discard(wire)
-        wire.close()
 
     async def close(self) -> None:
         """Close every connection; who waits at one of them is woken."""
         with self._lock:
+            self._closed = True
             idle, self._idle, busy = self._idle, [], list(self._busy)
         for wire in idle:
             wire.close()
@@ -125,40 +142,51 @@ class _Wire:
     """One connection."""
 
     __slots__ = ("__weakref__", "quiet", "server", "since", "socket")
+    socket: socket.socket
 
-    def __init__(self, connection: socket.socket, server: Server, quiet: type[Exception]) -> None:
-        self.socket = connection
-        self.quiet = quiet
+    def __init__(self, server: Server) -> None:
+        self.quiet: type[Exception] = BlockingIOError
         """What it raises where nothing has come."""
         self.server = server
         self.since = 0.0
 
     def wake(self) -> None:
         """Let another thread that waits for more have the end."""
-        with contextlib.suppress(OSError):  # It is closed already.
-            self.socket.shutdown(socket.SHUT_RDWR)
+        # It is closed already, or not yet there. That of `ssl` would first make it a plain one, on which a thread that
+        # is about to send would send in clear.
+        with contextlib.suppress(OSError, AttributeError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.socket.close()
+        with contextlib.suppress(AttributeError):
+            self.socket.close()
 
 
-def _send(wire: _Wire, head: bytes, request: Request, clock: Clock) -> None:
+def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> None:
     clock.sent()
-    connection = wire.socket
-    try:
-        connection.settimeout(clock.left())
-        connection.sendall(head + request.body)
-        if request.file is None:
+    if request.file is None:
+        _send_all(wire, head + request.body, clock)
+        return
+    going = _send_all(wire, head, clock)
+    for start in range(0, size, BLOCK):
+        if not going:
             return
-        with request.file.open("rb") as stream:
-            while block := stream.read(BLOCK):
-                connection.settimeout(clock.left())
-                connection.sendall(block)
-                clock.enter("first_token")  # It counts from the last block that went out.
+        going = _send_all(wire, block_of(request.file, start, size), clock)
+        clock.enter("first_token")  # It counts from the last block that went out.
+
+
+def _send_all(wire: _Wire, data: bytes, clock: Clock) -> bool:
+    """Whether all of it went out; if not, the server may have answered before it had read all."""
+    rest = memoryview(data)
+    try:
+        while rest:  # Not `sendall`: that of `ssl` gives each record the whole limit anew.
+            wire.socket.settimeout(clock.left())
+            rest = rest[wire.socket.send(rest) :]
     except TimeoutError as error:
         raise clock.expired() from error
-    except ConnectionError:
-        pass  # It may have answered before it had read all.
+    except OSError:  # What else it may mean, reading meets as well.
+        return False
+    return True
 
 
 def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
@@ -185,66 +213,58 @@ def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
             answer.crowded()
 
 
-def _connect(server: Server, clock: Clock) -> _Wire:
-    """A connection: each address of the host is tried within what is left of the limit."""
-    try:
-        wire = _dialled(server, clock)
-        if server.first_tls:
-            wire = _with_tls(wire, clock)
-        if server.tunnel is not None:
-            wire = _through_proxy(wire, server.tunnel, clock)
-    except OSError as error:
-        raise failed_before_answer(error, clock, server.origin) from error
-    return wire
+def _connect(wire: _Wire, clock: Clock) -> None:
+    server = wire.server
+    _dial(wire, clock)
+    if server.tls:
+        _begin_tls(wire, server.first[0], clock)
+    if server.tunnel is not None:
+        _through_proxy(wire, server.tunnel, clock)
+        _begin_tls(wire, server.host, clock)
 
 
-def _dialled(server: Server, clock: Clock) -> _Wire:
+def _dial(wire: _Wire, clock: Clock) -> None:
+    """Try each address of the host, the first ones within their share of what is left of the limit."""
     failure: OSError = OSError("the host has no address")
-    host, port = server.first[0].encode(), server.first[1]  # For a text, Python would look into IDNA.
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        connection = socket.socket(family, kind, protocol)
+    found = known_addresses(wire.server) or _looked_up(wire.server.first, clock)
+    for position, (family, kind, protocol, _, address) in enumerate(found):
+        wire.socket = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(clock.left())
-            connection.connect(address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire.socket.settimeout(clock.left() / (len(found) - position))
+            wire.socket.connect(address)
+            if wire.server.path is None:
+                wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            connection.close()
+            wire.socket.close()
             failure = error
-        except BaseException:
-            connection.close()
-            raise
         else:
-            return _Wire(connection, server, BlockingIOError)
+            return
     raise failure
 
 
-def _with_tls(wire: _Wire, clock: Clock) -> _Wire:
+def _looked_up(first: tuple[str, int], clock: Clock) -> Addresses:
+    """The addresses of a name. The system keeps no limit, so a thread waits for it."""
+    look = partial(socket.getaddrinfo, first[0].encode(), first[1], type=socket.SOCK_STREAM)
+    return submit(look).result(clock.left())
+
+
+def _begin_tls(wire: _Wire, host: str, clock: Clock) -> None:
     import ssl  # noqa: PLC0415 - only TLS needs it
 
-    plain = wire.socket
-    host = wire.server.host if wire.server.tls else wire.server.first[0]
-    try:
-        plain.settimeout(clock.left())
-        secured = tls_context().wrap_socket(plain, server_hostname=host)
-    except BaseException:
-        plain.close()
-        raise
-    return _Wire(secured, wire.server, ssl.SSLWantReadError)
+    wire.socket.settimeout(clock.left())
+    wire.socket = secured = tls_context().wrap_socket(wire.socket, server_hostname=host, do_handshake_on_connect=False)
+    wire.quiet = ssl.SSLWantReadError
+    secured.do_handshake()
 
 
-def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> _Wire:
+def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> None:
     answer = Framing(bodiless=True)
-    try:
-        wire.socket.settimeout(clock.left())
-        wire.socket.sendall(tunnel)
-        while not answer.head and answer.fault is None:
-            _receive(wire, answer, clock)
-        if answer.status != OK:
-            raise tunnel_failed(answer, wire.server.origin)
-    except BaseException:
-        wire.close()
-        raise
-    return _with_tls(wire, clock)
+    _send_all(wire, tunnel, clock)
+    while not answer.head and answer.fault is None:
+        _receive(wire, answer, clock)
+    answer.let_go()
+    if answer.status != OK:
+        raise tunnel_failed(answer, wire.server.origin)
 
 
 class _Response:
@@ -262,6 +282,7 @@ class _Response:
     async def read(self) -> bytes:
         answer, clock, wire = self._answer, self._clock, self._wire
         pieces = answer.pieces
+        clock.read()
         self._reading = True
         try:
             while not pieces:
@@ -274,7 +295,7 @@ class _Response:
         finally:
             self._reading = False
         if not clock.patient:
-            clock.phase, clock.until = "idle", time.monotonic() + clock.idle
+            clock.phase = "idle"
         data = b"".join(pieces)
         pieces.clear()
         return data

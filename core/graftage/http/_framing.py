@@ -12,11 +12,12 @@ from graftage.exceptions import RequestRejected, StreamInterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from graftage.http._server import Server
     from graftage.http.transport import Request
 
-__all__ = ["BLOCK", "ENOUGH", "OK", "Framing", "ParserError", "head_of"]
+__all__ = ["BLOCK", "ENOUGH", "OK", "Framing", "ParserError", "block_of", "head_of", "size_of", "target_of"]
 
 BLOCK: Final = 1 << 16
 """Bytes that are received at once."""
@@ -30,47 +31,64 @@ FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
 ParserError = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 KEPT: Final = "%/?:@!$&'()*+,;=~[]{}|"
 """What a target keeps as it is, where another character of it has to be encoded."""
-_SAFE: Final = re.compile("[!-~]+")
+_SAFE: Final = re.compile('[!"$-~]+')
 _UNSAFE: Final = re.compile(rb"[\r\n\0]")
 
 
-def head_of(request: Request, server: Server) -> bytes:
-    """The request line and the headers of a request.
+def size_of(request: Request) -> int:
+    """Bytes of the body."""
+    return request.file.stat().st_size if request.file is not None else len(request.body)
+
+
+def block_of(file: Path, start: int, size: int) -> bytes:
+    """The next block of a file of which `size` bytes were promised; what it has grown by would be taken for a request.
+
+    The file is open no longer than this takes: a call that ends half-way leaves nothing to close.
+
+    Raises:
+        RequestRejected: the file has become shorter.
+    """
+    with file.open("rb") as stream:
+        stream.seek(start)
+        block = stream.read(min(BLOCK, size - start))
+    if not block:
+        raise RequestRejected("The file became shorter while it was sent.", hint="Send it again.")
+    return block
+
+
+def target_of(request: Request, server: Server) -> str:
+    """What the request line names: the path, or the whole URL where a proxy reads it."""
+    target = request.target if _SAFE.fullmatch(request.target) else quote(request.target, safe=KEPT)
+    return f"{server.origin}{target}" if server.absolute else target
+
+
+def head_of(request: Request, server: Server, size: int) -> bytes:
+    """The request line and the headers of a request with a body of this size.
 
     Raises:
         RequestRejected: a header cannot be sent. It is not repeated: it may be a key.
     """
-    size = request.file.stat().st_size if request.file is not None else len(request.body)
-    target = request.target if _SAFE.fullmatch(request.target) else quote(request.target, safe=KEPT)
-    if server.absolute:
-        target = f"{server.origin}{target}"
-    headers = [("host", server.netloc), *server.headers, *request.headers]
+    headers = [*(server.headers if server.absolute else ()), *request.headers]
+    if all(name != "host" for name, _ in request.headers):  # A server behind a gateway may go by another name.
+        headers.insert(0, ("host", server.netloc))
     if size or request.method not in ("GET", "HEAD"):
         headers.append(("content-length", str(size)))
-    lines = [f"{name}: {value}".encode() for name, value in headers]
+    try:
+        lines = [f"{name}: {value}".encode() for name, value in headers]
+    except UnicodeEncodeError:
+        lines = [b"\0"]
     if any(map(_UNSAFE.search, lines)):
-        raise RequestRejected("A header holds a line break.", hint="Check `api_key` and `headers`.")
-    return b"\r\n".join([f"{request.method} {target} HTTP/1.1".encode(), *lines, b"", b""])
+        hint = "Check `api_key` and `headers`."
+        raise RequestRejected("A header holds a line break, or what no text can hold.", hint=hint)
+    return b"\r\n".join([f"{request.method} {target_of(request, server)} HTTP/1.1".encode(), *lines, b"", b""])
 
 
 class Framing:
     """One answer, as far as its bytes have come. What comes after its end makes its connection useless."""
 
     __slots__ = (
-        *(
-            "_bodiless",
-            "_parser",
-            "complete",
-            "fault",
-            "feed",
-            "head",
-            "headers",
-            "on_body",
-            "pieces",
-            "reason",
-            "size",
-        ),
-        *("status", "usable"),
+        *("_bodiless", "_parser", "complete", "fault", "feed", "head", "headers", "on_body", "pieces", "reason"),
+        *("size", "status", "usable"),
     )
 
     def __init__(self, *, bodiless: bool = False) -> None:
@@ -121,12 +139,15 @@ class Framing:
         """Nothing more will be fed: the parser and this refer to each other, and must not wait for the collector."""
         del self._parser, self.feed
 
+    def words(self) -> str:
+        """Why no more will come, for people."""
+        fault = self.fault or EOFError()
+        return str(fault.__context__ or fault).rstrip(".") or type(fault).__name__
+
     def interrupted(self) -> StreamInterrupted:
         """The error for a body that will not be complete."""
-        fault = self.fault or EOFError()
-        words = str(fault).rstrip(".") or type(fault).__name__
         error = StreamInterrupted(
-            f"The connection broke before the answer was complete: {words}.",
+            f"The connection broke before the answer was complete: {self.words()}.",
             retryable=True,
             hint="Was the server stopped, or a proxy's limit reached?",
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError
+from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout
 from graftage.http.address import place
 
 if TYPE_CHECKING:
@@ -15,23 +15,48 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from graftage.http._framing import Framing
+    from graftage.http._server import Server
     from graftage.http.clock import Clock
 
 __all__ = [
     "KEEPALIVE",
     "KEEPALIVE_EXPIRY",
+    "Addresses",
+    "closed",
     "connection_failed",
     "failed_before_answer",
+    "known_addresses",
     "tls_context",
     "tunnel_failed",
     "unanswered",
+    "unconnected",
 ]
 
+Addresses: TypeAlias = list[tuple[Any, Any, int, str, Any]]
+"""As `socket.getaddrinfo` gives them."""
 KEEPALIVE = 20
 """Idle connections that are kept."""
 PROXY_SIGN_IN = 407
 KEEPALIVE_EXPIRY = 30.0
 """Seconds for which an idle connection is kept."""
+
+
+def known_addresses(server: Server) -> Addresses | None:
+    """The addresses of a server that take no time to find; None where a name has to be looked up.
+
+    Raises:
+        ConnectionFailed: this system has no such sockets.
+    """
+    if server.path is not None:
+        if not hasattr(socket, "AF_UNIX"):
+            hint = "Let the server listen at a port."
+            raise _failed("This system has no sockets of the file system.", "unreachable", hint)
+        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", server.path)]
+    host, port = server.first[0].encode(), server.first[1]  # For a text, Python would look into IDNA.
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return None
 
 
 @functools.cache
@@ -64,14 +89,38 @@ def failed_before_answer(error: BaseException, clock: Clock, url: str) -> Provid
     return clock.expired() if isinstance(error, TimeoutError) else connection_failed(error, url)
 
 
+def unconnected(error: BaseException, clock: Clock, server: Server) -> ProviderError:
+    """The typed error for a connection that was not made, which blames the proxy where there is one."""
+    if isinstance(error, ProviderTimeout):
+        found: ProviderError = error
+    elif isinstance(error, TimeoutError):
+        found = clock.expired()
+    else:
+        # What TLS says inside a tunnel, the server says.
+        own = server.proxy is None or (server.tunnel is not None and _tls_error(list(_chain(error))) is not None)
+        found = connection_failed(error, server.origin if own or server.proxy is None else server.proxy)
+        if own:
+            return found
+    if server.proxy is not None:
+        found.message += f" It is the proxy on the way to {place(server.origin)}."
+        found.hint = f"Check the proxy {server.proxy}. NO_PROXY names hosts that need none."
+        found.args = (found.message,)
+    return found
+
+
+def closed() -> ConnectionFailed:
+    """The typed error for a connection that was closed while it was made."""
+    return _failed("The connection was closed while it was made.", "closed", "Use a client that is open.")
+
+
 def unanswered(answer: Framing, clock: Clock, url: str) -> ProviderError:
     """The typed error for a connection that ended, or broke a rule, before the head of its answer was there."""
     fault = answer.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
         return failed_before_answer(fault, clock, url)
     return ProtocolError(
-        f"What answers at {place(url)} does not speak HTTP: {str(fault.__context__ or fault).rstrip('.')}.",
-        hint="Check `host` and its port.",
+        f"What answers at {place(url)} does not speak HTTP: {answer.words()}.",
+        hint="Check `host`, its scheme and its port.",
     )
 
 
@@ -87,7 +136,7 @@ def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
             "tls",
             "Check the scheme, the certificate and the clock.",
         )
-    if any(isinstance(each, ConnectionRefusedError) for each in causes):
+    if any(isinstance(each, (ConnectionRefusedError, FileNotFoundError)) for each in causes):
         return _failed(
             f"Nothing listens at {where}.", "refused", "Is the server running, and is the port right?", retryable=True
         )
@@ -109,8 +158,9 @@ def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
 def tunnel_failed(answer: Framing, url: str) -> ConnectionFailed:
     """The error for a proxy that makes no connection to the server."""
     hint = "Put user and password into the proxy variable." if answer.status == PROXY_SIGN_IN else "Check its log."
+    what = f"refused: status {answer.status}" if answer.head else f"broke off: {answer.words()}"
     return _failed(
-        f"The proxy on the way to {place(url)} refused: status {answer.status}.",
+        f"The proxy on the way to {place(url)} {what}.",
         "proxy",
         f"{hint} NO_PROXY names hosts that need none.",
     )

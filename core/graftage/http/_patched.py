@@ -8,40 +8,53 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from graftage.exceptions import ProtocolError
+from graftage.http._framing import head_of, size_of, target_of
 from graftage.http._network import failed_before_answer, tls_context
-from graftage.http._server import server_of
+from graftage.http.address import place
 
 if TYPE_CHECKING:
+    from graftage.http._server import Server
     from graftage.http.clock import Clock
     from graftage.http.transport import Request
 
 __all__ = ["exchange", "is_patched"]
 
 
-def is_patched() -> bool:
+def is_patched(server: Server) -> bool:
     """Whether `http.client` makes connections of somebody else's class. Looked at for each request."""
     client = sys.modules.get("http.client")
-    return client is not None and client.HTTPConnection.__module__ != "http.client"
+    return client is not None and client.HTTPConnection.__module__ != "http.client" and server.path is None
 
 
-def exchange(request: Request, clock: Clock) -> Exchanged:
+def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
     """Send a request and read all of its answer, by blocking."""
     import http.client  # noqa: PLC0415 - it is imported already
 
-    server = server_of(request.origin)
-    host, port, left = server.host, server.port, clock.left()
+    (host, port), left = server.first, clock.left()
     connection: Any = (
         http.client.HTTPSConnection(host, port, timeout=left, context=tls_context())
-        if server.tls
+        if server.tls or server.tunnel
         else http.client.HTTPConnection(host, port, timeout=left)
     )
+    if server.tunnel:
+        connection.set_tunnel(server.netloc, headers=dict(server.headers))
+    head_of(request, server, size_of(request))  # Refuses headers that must not be sent.
+    headers = dict((*(server.headers if server.absolute else ()), *request.headers))
     body = request.file.read_bytes() if request.file is not None else request.body
     clock.sent()
     try:
-        connection.request(request.method, request.target, body=body or None, headers=dict(request.headers))
+        connection.request(request.method, target_of(request, server), body=body or None, headers=headers)
         return Exchanged(connection.getresponse())
-    except (OSError, http.client.HTTPException) as error:
+    except OSError as error:
         raise failed_before_answer(error, clock, request.url) from error
+    except http.client.IncompleteRead as error:
+        raise failed_before_answer(EOFError(str(error)), clock, request.url) from error
+    except http.client.HTTPException as error:
+        raise ProtocolError(
+            f"What answers at {place(request.url)} does not speak HTTP: {type(error).__name__}.",
+            hint="Check `host`, its scheme and its port.",
+        ) from error
     finally:
         connection.close()
 

@@ -97,7 +97,7 @@ class Http:
         self._refusal = refusal
         self._server = server
         self._secrets = tuple(
-            part.encode()
+            part.encode(errors="surrogatepass")
             for name, value in (headers or {}).items()
             if SECRET_NAMES.search(name)
             for part in (value, value.partition(" ")[2])

@@ -37,6 +37,11 @@ class Clock:
         if self.phase == "connect":
             self.enter("first_token")
 
+    def read(self) -> None:
+        """More of the body is asked for. The limit between two pieces counts from here: a reader may take its time."""
+        if self.phase == "idle" and not self.patient:
+            self.until = time.monotonic() + self.idle
+
     def left(self) -> float:
         """Seconds until the nearest limit.
 

@@ -24,10 +24,11 @@ def settings_model() -> type[Settings]:
 @hookimpl
 def answers(request: AnswersRequest) -> int | None:
     """Before an engine of one's own, where the server is on this machine or was named for Graftage."""
-    from graftage.http import is_loopback  # noqa: PLC0415 - listing providers must stay cheap
+    from graftage.http.address import is_loopback, socket_path  # noqa: PLC0415 - listing providers must stay cheap
 
-    host = urlsplit(parse_host(request.settings.host)).hostname or ""
-    return 20 if is_loopback(host) or "host" in request.given else None
+    url = parse_host(request.settings.host)
+    here = socket_path(url) is not None or is_loopback(urlsplit(url).hostname or "")
+    return 20 if here or "host" in request.given else None
 
 
 @hookimpl

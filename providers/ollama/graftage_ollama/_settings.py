@@ -61,6 +61,8 @@ _LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised 
 def parse_host(text: str | None) -> str:
     """The address of a server: `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`; None: the default.
 
+    Also a socket of the file system, `http+unix://%2Frun%2Follama.sock`.
+
     An address that a server listens on, `0.0.0.0`, becomes the loopback address it can be reached at from here.
 
     Raises:
@@ -80,6 +82,10 @@ def parse_host(text: str | None) -> str:
             _refuse(text, "is an IPv6 address without brackets", f"Write `[{text}]` or `[{text}]:{DEFAULT_PORT}`.")
         _refuse(text, "is no address", "Write it as `host:port` or `http://host:port`.")
     scheme = (found["scheme"] or "").lower()
+    if scheme == "http+unix":
+        from graftage.http.address import check_base  # noqa: PLC0415 - listing providers must stay cheap
+
+        return check_base(text)
     if scheme not in ("", *PORTS):
         _refuse(text, f"has the scheme `{scheme}`", "Use `http://` or `https://`.")
     port = _port(text, found["port"], PORTS.get(scheme, DEFAULT_PORT))
