@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from graftage._engine.threads import submit
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from graftage.http.transport import Colour, Headers, Request, Response
 
 __all__ = ["BlockingNetwork"]
+
+LOOK = 0.2
+"""Seconds for which a server takes nothing more, after which it may have answered what it has not read."""
 
 
 class BlockingNetwork:
@@ -142,24 +145,38 @@ class _Wire:
     """One connection."""
 
     __slots__ = ("__weakref__", "quiet", "server", "since", "socket")
-    socket: socket.socket
 
     def __init__(self, server: Server) -> None:
+        self.socket: Any = None
+        """Is there once the connection is being made."""
         self.quiet: type[Exception] = BlockingIOError
         """What it raises where nothing has come."""
         self.server = server
         self.since = 0.0
 
+    def answered(self) -> bool:
+        """Whether something has come. By TLS it cannot be told from what is about TLS itself."""
+        if self.quiet is not BlockingIOError:
+            return False
+        self.socket.settimeout(0)
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return True
+
     def wake(self) -> None:
         """Let another thread that waits for more have the end."""
         # It is closed already, or not yet there. That of `ssl` would first make it a plain one, on which a thread that
         # is about to send would send in clear.
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, TypeError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        with contextlib.suppress(AttributeError):
+        if self.socket is not None:
             self.socket.close()
+
+    __del__ = close  # Nobody closes an answer that is dropped, nor a client that is open when its program ends.
 
 
 def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> None:
@@ -178,14 +195,15 @@ def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -
 def _send_all(wire: _Wire, data: bytes, clock: Clock) -> bool:
     """Whether all of it went out; if not, the server may have answered before it had read all."""
     rest = memoryview(data)
-    try:
-        while rest:  # Not `sendall`: that of `ssl` gives each record the whole limit anew.
-            wire.socket.settimeout(clock.left())
+    while rest:  # Not `sendall`: that of `ssl` gives each record the whole limit anew.
+        try:
+            wire.socket.settimeout(min(clock.left(), LOOK))
             rest = rest[wire.socket.send(rest) :]
-    except TimeoutError as error:
-        raise clock.expired() from error
-    except OSError:  # What else it may mean, reading meets as well.
-        return False
+        except TimeoutError:
+            if wire.answered():
+                return False
+        except OSError:  # What else it may mean, reading meets as well.
+            return False
     return True
 
 
@@ -312,7 +330,3 @@ class _Response:
             if self._answer.complete:
                 self._answer.let_go()
             self._network.give_back(wire, usable=self._answer.usable)
-
-    def __del__(self) -> None:
-        if self._wire is not None:  # The collector may come here while its thread holds the lock of the network.
-            self._wire.close()
