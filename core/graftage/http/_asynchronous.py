@@ -368,7 +368,8 @@ class _Response:
     async def read(self) -> bytes:
         answer, clock, wire = self._answer, self._clock, self._wire
         pieces = answer.pieces
-        clock.read()
+        if not clock.patient:
+            clock.read()
         while not pieces:
             if answer.complete or wire is None:
                 return b""

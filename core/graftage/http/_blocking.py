@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -181,30 +182,22 @@ class _Wire:
 
 def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> None:
     clock.sent()
-    if request.file is None:
-        _send_all(wire, head + request.body, clock)
-        return
-    going = _send_all(wire, head, clock)
-    for start in range(0, size, BLOCK):
-        if not going:
-            return
-        going = _send_all(wire, block_of(request.file, start, size), clock)
-        clock.enter("first_token")  # It counts from the last block that went out.
-
-
-def _send_all(wire: _Wire, data: bytes, clock: Clock) -> bool:
-    """Whether all of it went out; if not, the server may have answered before it had read all."""
-    rest = memoryview(data)
-    while rest:  # Not `sendall`: that of `ssl` gives each record the whole limit anew.
-        try:
-            wire.socket.settimeout(min(clock.left(), LOOK))
-            rest = rest[wire.socket.send(rest) :]
-        except TimeoutError:
-            if wire.answered():
-                return False
-        except OSError:  # What else it may mean, reading meets as well.
-            return False
-    return True
+    file = request.file
+    first = (head + request.body,) if file is None else (head,)
+    more = () if file is None else (block_of(file, start, size) for start in range(0, size, BLOCK))
+    for block in chain(first, more):
+        rest = memoryview(block)
+        while rest:  # Not `sendall`: that of `ssl` gives each record the whole limit anew.
+            try:
+                wire.socket.settimeout(min(clock.left(), LOOK))
+                rest = rest[wire.socket.send(rest) :]
+            except TimeoutError:
+                if wire.answered():
+                    return
+            except OSError:  # It may have answered before it had read all. What else it may mean, reading meets too.
+                return
+        if file is not None:
+            clock.enter("first_token")  # It counts from the last block that went out.
 
 
 def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
@@ -277,7 +270,8 @@ def _begin_tls(wire: _Wire, host: str, clock: Clock) -> None:
 
 def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> None:
     answer = Framing(bodiless=True)
-    _send_all(wire, tunnel, clock)
+    wire.socket.settimeout(clock.left())
+    wire.socket.sendall(tunnel)
     while not answer.head and answer.fault is None:
         _receive(wire, answer, clock)
     answer.let_go()
@@ -300,7 +294,8 @@ class _Response:
     async def read(self) -> bytes:
         answer, clock, wire = self._answer, self._clock, self._wire
         pieces = answer.pieces
-        clock.read()
+        if not clock.patient:
+            clock.read()
         self._reading = True
         try:
             while not pieces:

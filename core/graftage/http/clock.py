@@ -39,7 +39,7 @@ class Clock:
 
     def read(self) -> None:
         """More of the body is asked for. The limit between two pieces counts from here: a reader may take its time."""
-        if self.phase == "idle" and not self.patient:
+        if self.phase == "idle":
             self.until = time.monotonic() + self.idle
 
     def left(self) -> float:
