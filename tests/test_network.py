@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Self
@@ -374,7 +375,8 @@ class Sending(OnToolkit):
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_a_large_body_to_a_slow_server_ends_in_time(both: Any, trusted: Authority, tls: bool) -> None:
     def slow(server: Server, connection: socket.socket) -> None:
-        while not server.stopping.wait(0.005) and connection.recv(16384):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+        while not server.stopping.wait(0.02) and connection.recv(16384):
             pass
 
     with Server(secured(trusted.context(), slow) if tls else slow) as server:
@@ -940,6 +942,27 @@ def test_32_threads_that_begin_at_once_lose_no_connection(both: Any, repeat: int
         assert server.accepted == accepted
         llm.close()
         assert soon(lambda: server.open == 0)
+
+
+def test_a_loop_that_ended_under_a_stream_is_let_go() -> None:
+    async def begin() -> Any:
+        stream = await llm.chat("x", stream=True)
+        await anext(stream)
+        return stream
+
+    with Server(silent_body) as server:
+        llm = graftage.connect_async(on(server.url), model=MODEL)
+        loops: list[Any] = []
+        for _ in range(3):
+            loop = asyncio.new_event_loop()
+            loops.append(weakref.ref(loop))
+            stream = loop.run_until_complete(begin())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+            del loop, stream
+        assert soon(lambda: server.open == 0)
+        assert soon(lambda: sum(each() is not None for each in loops) <= 1)  # A client knows the last one.
+        asyncio.run(llm.close())
 
 
 # --- Cancels, slow readers -------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ class AsyncNetwork:
         loop = asyncio.get_running_loop()
         with self._lock:
             pool = self._pools.get(loop)
-            if pool is None:
-                pool = self._pools[loop] = _Pool(loop)
+            if pool is None or pool.closed:
+                pool = self._pools[loop] = _Pool()
         if pool.keeper is None:
             pool.keeper = pool.kept()
             await anext(pool.keeper)
@@ -96,13 +96,11 @@ class AsyncNetwork:
 class _Pool:
     """The connections of one event loop. They are closed with it, even where nobody closes the client."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Not the loop itself, whose only weak reference it would keep alive.
-        self._loop = weakref.ref(loop)
+    def __init__(self) -> None:
         self._idle: list[_Wire] = []
         self._busy: set[_Wire] = set()
         self._limits: set[asyncio.Timeout] = set()
-        self._closed = False
+        self.closed = False
         self.keeper: AsyncGenerator[None, None] | None = None
 
     async def kept(self) -> AsyncGenerator[None, None]:
@@ -111,6 +109,7 @@ class _Pool:
             yield
         finally:
             self.close()
+            self.keeper = None  # It knows the loop, which has nothing but a weak reference here.
             await asyncio.sleep(0)  # A transport closes in the next step.
 
     def taken(self, server: Server) -> _Wire | None:
@@ -132,7 +131,7 @@ class _Pool:
             async with limit:
                 wire = await _connect(server, clock)
         except (OSError, ProviderTimeout) as error:
-            failure = closed() if self._closed else unconnected(error, clock, server)
+            failure = closed() if self.closed else unconnected(error, clock, server)
             if failure is error:
                 raise
             raise failure from error
@@ -143,7 +142,7 @@ class _Pool:
 
     def give_back(self, wire: _Wire, answer: Framing) -> None:
         """Keep a connection for the next request, where it can take one."""
-        if self._closed or not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
+        if self.closed or not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
             self.drop(wire)
             return
         self._busy.discard(wire)
@@ -159,12 +158,14 @@ class _Pool:
 
     def close(self) -> None:
         """Close every connection; who waits at one of them, or for one, is woken."""
-        self._closed = True
-        idle, self._idle = self._idle, []
-        for wire in (*idle, *self._busy):
+        self.closed = True
+        for wire in (*self._idle, *self._busy):
             wire.close()
+        self._idle.clear()
+        self._busy.clear()
         for limit in self._limits:
-            limit.reschedule(0)
+            if not limit.expired():
+                limit.reschedule(0)
 
 
 class _Wire(asyncio.Protocol):
