@@ -944,6 +944,38 @@ def test_32_threads_that_begin_at_once_lose_no_connection(both: Any, repeat: int
         assert soon(lambda: server.open == 0)
 
 
+class Foreign:
+    """A transport that is none of asyncio's own classes, as those of uvloop are not."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class ForeignLoop(asyncio.SelectorEventLoop):
+    async def create_connection(  # type: ignore[override] # it has two kinds of arguments
+        self, factory: Any, *arguments: Any, **named: Any
+    ) -> Any:
+        def make() -> Any:
+            protocol = factory()
+            made = protocol.connection_made
+            protocol.connection_made = lambda transport: made(Foreign(transport))
+            return protocol
+
+        return await super().create_connection(make, *arguments, **named)
+
+
+def test_a_loop_may_have_transports_of_its_own_kind() -> None:
+    async def main(url: str) -> None:
+        async with graftage.connect_async(on(url), model=MODEL) as llm:
+            assert (await llm.chat("x")).text == "Hello world"
+
+    with Server() as server, asyncio.Runner(loop_factory=ForeignLoop) as runner:
+        runner.run(main(server.url))
+
+
 def test_a_loop_that_ended_under_a_stream_is_let_go() -> None:
     async def begin() -> Any:
         stream = await llm.chat("x", stream=True)

@@ -91,19 +91,18 @@ def failed_before_answer(error: BaseException, clock: Clock, url: str) -> Provid
 
 def unconnected(error: BaseException, clock: Clock, server: Server) -> ProviderError:
     """The typed error for a connection that was not made, which blames the proxy where there is one."""
+    # What TLS says inside a tunnel, the server says.
+    inside = server.tunnel is not None and _tls_error(list(_chain(error))) is not None
+    blamed = None if inside else server.proxy
     if isinstance(error, ProviderTimeout):
         found: ProviderError = error
     elif isinstance(error, TimeoutError):
         found = clock.expired()
     else:
-        # What TLS says inside a tunnel, the server says.
-        own = server.proxy is None or (server.tunnel is not None and _tls_error(list(_chain(error))) is not None)
-        found = connection_failed(error, server.origin if own or server.proxy is None else server.proxy)
-        if own:
-            return found
-    if server.proxy is not None:
+        found = connection_failed(error, blamed or server.origin)
+    if blamed is not None:
         found.message += f" It is the proxy on the way to {place(server.origin)}."
-        found.hint = f"Check the proxy {server.proxy}. NO_PROXY names hosts that need none."
+        found.hint = f"Check the proxy {blamed}. NO_PROXY names hosts that need none."
         found.args = (found.message,)
     return found
 
