@@ -164,6 +164,8 @@ class _Wire:
             self.socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
+        except OSError:  # Reading meets it as well.
+            pass
         return True
 
     def wake(self) -> None:
