@@ -39,8 +39,8 @@ class Request:
 
     @property
     def target(self) -> str:
-        """Path and query."""
-        found = self.url[len(self.origin) :]
+        """Path and query, without a fragment, which is not sent."""
+        found = self.url[len(self.origin) :].partition("#")[0]
         return found if found.startswith("/") else f"/{found}"
 
     @property
