@@ -151,7 +151,7 @@ class Run:
             if chunk.finish_reason is not None:
                 await self._close_source()
                 self._finish(chunk)
-        except BaseException as error:  # noqa: BLE001 - raised again, unless the reader has stopped it
+        except BaseException as error:  # noqa: BLE001 - raised again, unless its reader has stopped it
             await self._broken(error)
             return None
         finally:
@@ -175,7 +175,7 @@ class Run:
         )
 
     async def _broken(self, error: BaseException) -> None:
-        """End the run where a chunk did not come, and raise why, unless the reader has stopped it himself."""
+        """End the run where a chunk did not come, and raise why, unless its reader has stopped it."""
         if self.stopped and is_fault(error):
             await self.abandon()
             return

@@ -248,9 +248,13 @@ class _Wire(asyncio.Protocol):
         finally:
             self._waiter = None
 
-    def _arm(self, left: float) -> None:
+    def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _arm(self, left: float) -> None:
+        self._disarm()
         self._due = time.monotonic() + left
         self._timer = self.loop.call_later(left, self._late)
 
@@ -272,16 +276,12 @@ class _Wire(asyncio.Protocol):
         """Wait for the next request."""
         self.answer = self._clock = None
         self.since = time.monotonic()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm()
 
     def close(self) -> None:
         """End the connection at once."""
         self.lost = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm()
         if self.transport is not None:
             self.transport.abort()
 

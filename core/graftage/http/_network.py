@@ -23,9 +23,9 @@ __all__ = [
     "KEEPALIVE_EXPIRY",
     "Addresses",
     "closed",
-    "connection_failed",
     "failed_before_answer",
     "known_addresses",
+    "not_http",
     "tls_context",
     "tunnel_failed",
     "unanswered",
@@ -36,9 +36,9 @@ Addresses: TypeAlias = list[tuple[Any, Any, int, str, Any]]
 """As `socket.getaddrinfo` gives them."""
 KEEPALIVE = 20
 """Idle connections that are kept."""
-PROXY_SIGN_IN = 407
 KEEPALIVE_EXPIRY = 30.0
 """Seconds for which an idle connection is kept."""
+PROXY_SIGN_IN = 407
 
 
 def known_addresses(server: Server) -> Addresses | None:
@@ -117,9 +117,13 @@ def unanswered(answer: Framing, clock: Clock, url: str) -> ProviderError:
     fault = answer.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
         return failed_before_answer(fault, clock, url)
+    return not_http(url, answer.words())
+
+
+def not_http(url: str, why: str) -> ProtocolError:
+    """The typed error for an answer that breaks the rules of HTTP."""
     return ProtocolError(
-        f"What answers at {place(url)} does not speak HTTP: {answer.words()}.",
-        hint="Check `host`, its scheme and its port.",
+        f"What answers at {place(url)} does not speak HTTP: {why}.", hint="Check `host`, its scheme and its port."
     )
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from graftage.exceptions import ProtocolError
 from graftage.http._framing import head_of, size_of, target_of
-from graftage.http._network import failed_before_answer, tls_context
-from graftage.http.address import place
+from graftage.http._network import failed_before_answer, not_http, tls_context
 
 if TYPE_CHECKING:
     from graftage.http._server import Server
@@ -51,10 +49,7 @@ def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
     except http.client.IncompleteRead as error:
         raise failed_before_answer(EOFError(str(error)), clock, request.url) from error
     except http.client.HTTPException as error:
-        raise ProtocolError(
-            f"What answers at {place(request.url)} does not speak HTTP: {type(error).__name__}.",
-            hint="Check `host`, its scheme and its port.",
-        ) from error
+        raise not_http(request.url, type(error).__name__) from error
     finally:
         connection.close()
 

@@ -7,7 +7,7 @@ are coroutines in both colours: one of a sync client blocks and never suspends.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
@@ -116,6 +116,3 @@ async def read_all(response: Response, limit: int) -> tuple[bytes, bool]:
         if size > limit:
             return b"".join(pieces), False
     return b"".join(pieces), True
-
-
-Pieces: TypeAlias = AsyncIterator[bytes]
