@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from graftage.calls import Event
 
-pytest_plugins = ["graftage.testing.plugin", "engine_fixtures"]
+pytest_plugins = ["graftage.testing.plugin", "engine_fixtures", "network_servers"]
 
 PATIENCE = 60.0
 """Seconds until a test that should have ended long ago fails instead of hanging."""

@@ -1,20 +1,14 @@
-"""The network of the toolkit: TLS, proxies, sockets of the file system, forks, cancels, uploads, odd requests.
-
-Every server here is on this machine, certificates are made by `openssl`, and both clients have to do the same.
-"""
+"""The network of the toolkit: addresses, sockets of the file system, closing, forks, cancels, odd requests."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import gc
 import os
 import re
 import shutil
 import socket
-import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -22,552 +16,49 @@ import tracemalloc
 import weakref
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import vcr  # type: ignore[import-untyped] # it has no types
 from giving import Giving
-from test_colours import MODEL, WHOLE, OnToolkit, needs_fork, run, soon
+from network_servers import (
+    CALLS,
+    HERE,
+    OBJECT,
+    SECRET,
+    SHORT,
+    SLACK,
+    STREAM,
+    Authority,
+    Proxy,
+    Server,
+    Uploading,
+    WithKey,
+    hang,
+    needs_proc,
+    on,
+    read_request,
+    saying,
+    secured,
+    stalled_handshake,
+)
+from test_colours import MODEL, OnToolkit, needs_fork, run, soon
 
 import graftage
 from graftage.exceptions import (
     ConnectionFailed,
     GraftageError,
-    ProtocolError,
-    ProviderError,
     ProviderTimeout,
     RequestRejected,
     SettingsError,
 )
 from graftage.hookspecs import hookimpl
-from graftage.http import is_private, place, proxy_for
-from graftage.http._network import tls_context
+from graftage.http import is_private, place
 from graftage.http._server import server_of
 from graftage.types import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-HERE = "127.0.0.1"
-SECRET = "s3cr3t-key"
-SHORT = Timeouts(connect=0.5, first_token=0.5, idle=0.5, total=1.5)
-CALLS = int(os.environ.get("GRAFTAGE_TEST_CALLS", "300"))
-SLACK = 3.0
-"""Seconds above its limit within which a call must have ended, on a slow machine too."""
-OBJECT = b"HTTP/1.1 200 OK\r\ncontent-length: 17\r\n\r\n" + b'{"models": ["a"]}'
-CHUNKS = b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in WHOLE)
-STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + CHUNKS
-STREAM += b"0\r\n\r\n"
-
-
-# --- Servers ---------------------------------------------------------------------------------------------------------
-
-
-def read_request(connection: socket.socket) -> bytes:
-    """A request with its body; nothing where the connection has ended."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        if not (more := connection.recv(65536)):
-            return b""
-        data += more
-    found = re.search(rb"content-length: (\d+)", data)
-    size = data.index(b"\r\n\r\n") + 4 + (int(found[1]) if found else 0)
-    pieces = [data]
-    got = len(data)
-    while got < size and (more := connection.recv(1 << 20)):
-        pieces.append(more)
-        got += len(more)
-    return b"".join(pieces)
-
-
-def answer(connection: socket.socket, request: bytes) -> None:
-    """What `OnToolkit` asks for."""
-    connection.sendall(STREAM if b"/chat " in request.split(b"\r\n", 1)[0] else OBJECT)
-
-
-class Server:
-    """Calls a function for each connection, in a thread; what it was asked is in `requests`."""
-
-    def __init__(
-        self, serve: Callable[[Server, socket.socket], None] | None = None, *, path: Path | None = None
-    ) -> None:
-        self.requests: list[bytes] = []
-        self.accepted = 0
-        self.open = 0
-        self.stopping = threading.Event()
-        self._serve = serve
-        self._connections: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        if path is None:
-            self.listener = socket.create_server((HERE, 0))
-            self.port = self.listener.getsockname()[1]
-        else:
-            self.listener = socket.socket(socket.AF_UNIX)
-            self.listener.bind(str(path))
-            self.listener.listen()
-
-    @property
-    def url(self) -> str:
-        return f"http://{HERE}:{self.port}"
-
-    def __enter__(self) -> Self:
-        self._acceptor = threading.Thread(target=self._accept, daemon=True)
-        self._acceptor.start()
-        return self
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self.listener.accept()
-                self.accepted += 1
-                self.open += 1
-                self._connections.append(connection)
-                thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _run(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            if self._serve is None:
-                self.keep(connection)
-            else:
-                self._serve(self, connection)
-        self.open -= 1
-
-    def keep(self, connection: socket.socket) -> None:
-        """Answer each request of a connection."""
-        while request := read_request(connection):
-            self.requests.append(request)
-            answer(connection, request)
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        for each in (self.listener, *self._connections):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        for thread in (self._acceptor, *self._threads):
-            thread.join(10)
-
-
-def on(url: str, connection: type[OnToolkit] = OnToolkit) -> Giving:
-    return Giving(lambda request: connection(request, url))
-
-
-def hang(server: Server, connection: socket.socket) -> None:
-    server.stopping.wait(20)
-
-
-def drip(server: Server, connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\na: ")
-    while not server.stopping.wait(0.02):
-        connection.sendall(b"0")
-
-
-def close(server: Server, connection: socket.socket) -> None:
-    connection.recv(65536)
-
-
-def garbage(server: Server, connection: socket.socket) -> None:
-    connection.recv(65536)
-    connection.sendall(b"220 mail.test ESMTP\r\n" * 3)
-
-
-def saying(data: bytes) -> Callable[[Server, socket.socket], None]:
-    def serve(server: Server, connection: socket.socket) -> None:
-        server.requests.append(read_request(connection))
-        connection.sendall(data)
-        connection.recv(65536)
-
-    return serve
-
-
-# --- TLS -------------------------------------------------------------------------------------------------------------
-
-
-class Authority:
-    """A private authority and its certificates."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / "ca.pem"
-        self._openssl(
-            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"
-        )
-        self._made: dict[tuple[str, str], ssl.SSLContext] = {}
-
-    def _openssl(self, *arguments: str) -> None:
-        more = ["-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=Test"] if arguments[0] == "req" else []
-        subprocess.run(["openssl", *arguments, *more], cwd=self.folder, check=True, capture_output=True)
-
-    def context(self, name: str = "IP:127.0.0.1,DNS:model.test", days: str = "2") -> ssl.SSLContext:
-        """The context of a server with a certificate for some names."""
-        if (name, days) not in self._made:
-            (self.folder / "san").write_text(f"subjectAltName={name}\n", encoding="utf-8")
-            subject = ["-nodes", "-subj", "/CN=x", "-keyout", "k.pem", "-out", "r.pem"]
-            curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-            subprocess.run(
-                ["openssl", "req", "-new", *curve, *subject], cwd=self.folder, check=True, capture_output=True
-            )
-            signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san", "-out", "c.pem"]
-            self._openssl("x509", "-req", "-in", "r.pem", *signed, "-days", days)
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self.folder / "c.pem", self.folder / "k.pem")
-            self._made[name, days] = context
-        return self._made[name, days]
-
-
-@pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl")
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture
-def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
-    """The authority, named by SSL_CERT_FILE."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
-    tls_context.cache_clear()
-    yield authority
-    tls_context.cache_clear()
-
-
-def secured(
-    context: ssl.SSLContext, serve: Callable[[Server, socket.socket], None] | None = None
-) -> Callable[[Server, socket.socket], None]:
-    """What serves by TLS."""
-
-    def begin(server: Server, connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as wrapped:
-            (serve or Server.keep)(server, wrapped)
-
-    return begin
-
-
-def test_a_private_authority_serves_both_clients_on_one_connection(both: Any, trusted: Authority) -> None:
-    with Server(secured(trusted.context())) as server:
-        llm = both.connect(on(f"https://{HERE}:{server.port}"), model=MODEL)
-        assert llm.chat("x").text == "Hello world"
-        assert "".join(chunk.text for chunk in llm.chat("x", stream=True)) == "Hello world"
-        assert [each.name for each in llm.models()] == ["a"]
-        assert server.accepted == 1
-
-
-def tls_failure(both: Any, server: Server) -> ProviderError:
-    llm = both.connect(on(f"https://{HERE}:{server.port}"), model=MODEL, attempts=1, timeouts=SHORT)
-    begun = time.monotonic()
-    with pytest.raises(ProviderError) as caught:
-        llm.chat("x")
-    assert time.monotonic() - begun < SHORT.total + SLACK
-    assert llm.stats().running == 0
-    assert caught.value.hint
-    return caught.value
-
-
-@pytest.mark.parametrize(("name", "days"), [("DNS:other.test", "2"), ("IP:127.0.0.1", "0")], ids=["name", "expired"])
-def test_a_wrong_certificate_is_a_connection_that_failed(both: Any, trusted: Authority, name: str, days: str) -> None:
-    with Server(secured(trusted.context(name, days))) as server:
-        time.sleep(1.1 if days == "0" else 0)
-        error = tls_failure(both, server)
-    assert isinstance(error, ConnectionFailed)
-    assert (error.details["cause"], error.retryable) == ("tls", False)
-
-
-def test_an_unknown_authority_is_a_connection_that_failed(both: Any, authority: Authority) -> None:
-    tls_context.cache_clear()
-    with Server(secured(authority.context())) as server:
-        error = tls_failure(both, server)
-    assert isinstance(error, ConnectionFailed)
-    assert error.details["cause"] == "tls"
-
-
-def test_tls_spoken_to_a_plain_port_is_a_typed_error(both: Any, trusted: Authority) -> None:
-    def plain(server: Server, connection: socket.socket) -> None:
-        connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
-
-    with Server(plain) as server:
-        error = tls_failure(both, server)
-    assert isinstance(error, ConnectionFailed)
-    assert error.details["cause"] == "tls"
-    assert "scheme" in str(error)
-
-
-def test_plain_http_to_a_port_of_tls_is_a_typed_error(both: Any, trusted: Authority) -> None:
-    def alert(server: Server, connection: socket.socket) -> None:  # As OpenSSL's own servers and Go's answer.
-        connection.recv(65536)
-        connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")
-
-    with Server(alert) as server:
-        llm = both.connect(on(server.url), model=MODEL, attempts=1)
-        with pytest.raises(ProtocolError, match=r"does not speak HTTP.*scheme"):
-            llm.chat("x")
-
-
-def stalled_handshake(server: Server, connection: socket.socket) -> None:
-    connection.recv(65536)
-    server.stopping.wait(20)
-
-
-def dripping_handshake(server: Server, connection: socket.socket) -> None:
-    connection.recv(65536)
-    connection.sendall(b"\x16\x03\x03\x40\x00")
-    while not server.stopping.wait(0.02):
-        connection.sendall(b"\x00")
-
-
-@pytest.mark.parametrize("serve", [stalled_handshake, dripping_handshake])
-def test_a_handshake_that_does_not_end_ends_in_time(both: Any, trusted: Authority, serve: Any) -> None:
-    with Server(serve) as server:
-        error = tls_failure(both, server)
-    assert isinstance(error, ProviderTimeout)
-    assert error.phase == "connect"
-
-
-def test_bytes_that_drip_inside_records_end_in_time(both: Any, trusted: Authority) -> None:
-    def serve(server: Server, connection: socket.socket) -> None:
-        read_request(connection)
-        connection.sendall(b"HTTP/1.1 200 OK\r\n")
-        while not server.stopping.wait(0.02):
-            connection.sendall(b"a")
-
-    with Server(secured(trusted.context(), serve)) as server:
-        error = tls_failure(both, server)
-    assert isinstance(error, ProviderTimeout)
-
-
-def test_a_record_that_drips_ends_in_time(both: Any, trusted: Authority) -> None:
-    """The bytes on the wire come slowly, and no record is ever whole."""
-
-    def serve(server: Server, connection: socket.socket) -> None:
-        inner, outer = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = trusted.context().wrap_bio(inner, outer, server_side=True)
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                connection.sendall(outer.read())
-                inner.write(connection.recv(65536))
-        connection.sendall(outer.read())
-        connection.recv(65536)
-        tls.write(OBJECT + b" " * 4000)
-        for each in outer.read()[:-1]:
-            if server.stopping.wait(0.02):
-                return
-            connection.sendall(bytes([each]))
-
-    with Server(serve) as server:
-        error = tls_failure(both, server)
-    assert isinstance(error, ProviderTimeout)
-
-
-class Sending(OnToolkit):
-    """Sends a large body."""
-
-    @hookimpl
-    async def list_models(self, request: Any) -> Any:
-        await self.http.json("POST", "/models", {"text": "x" * (30 << 20)}, call=request.call)
-        return ()
-
-
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_a_large_body_to_a_slow_server_ends_in_time(both: Any, trusted: Authority, tls: bool) -> None:
-    def slow(server: Server, connection: socket.socket) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
-        while not server.stopping.wait(0.02) and connection.recv(16384):
-            pass
-
-    with Server(secured(trusted.context(), slow) if tls else slow) as server:
-        url = f"https://{HERE}:{server.port}" if tls else server.url
-        timeouts = Timeouts(connect=2, first_token=1, idle=1, total=1)
-        llm = both.connect(on(url, Sending), model=MODEL, attempts=1, timeouts=timeouts)
-        begun = time.monotonic()
-        with pytest.raises(ProviderTimeout):
-            llm.models()
-        assert time.monotonic() - begun < 1 + SLACK
-
-
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_a_server_that_closes_in_the_middle_of_a_body_is_a_typed_error(
-    both: Any, trusted: Authority, tls: bool
-) -> None:
-    def ending(server: Server, connection: socket.socket) -> None:
-        connection.recv(16384)
-
-    with Server(secured(trusted.context(), ending) if tls else ending) as server:
-        url = f"https://{HERE}:{server.port}" if tls else server.url
-        llm = both.connect(on(url, Sending), model=MODEL, attempts=1)
-        with pytest.raises(ConnectionFailed):
-            llm.models()
-
-
-def test_a_body_of_30_mb_arrives_as_it_is(both: Any) -> None:
-    with Server() as server:
-        both.connect(on(server.url, Sending), model=MODEL).models()
-        head, _, body = server.requests[0].partition(b"\r\n\r\n")
-        assert f"content-length: {len(body)}".encode() in head
-        assert body == b'{"text":"' + b"x" * (30 << 20) + b'"}'
-
-
-def test_no_context_of_tls_is_built_for_plain_http(both: Any) -> None:
-    tls_context.cache_clear()
-    with Server() as server:
-        assert both.connect(on(server.url), model=MODEL).chat("x").text == "Hello world"
-    assert tls_context.cache_info().currsize == 0
-
-
-# --- Proxies ---------------------------------------------------------------------------------------------------------
-
-
-class Proxy(Server):
-    """A proxy that knows one host, and makes tunnels to it."""
-
-    def __init__(self, target: int, *, secure: ssl.SSLContext | None = None) -> None:
-        self.target = target
-        super().__init__(secured(secure, self.take) if secure else self.take)
-
-    def take(self, _server: Server, connection: socket.socket) -> None:
-        data = b""
-        while b"\r\n\r\n" not in data:
-            if not (more := connection.recv(65536)):
-                return
-            data += more
-        self.requests.append(data)
-        with socket.create_connection((HERE, self.target)) as behind:
-            if data.startswith(b"CONNECT"):
-                connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            else:
-                behind.sendall(data)
-            back = threading.Thread(target=self._pump, args=(behind, connection))
-            back.start()
-            self._pump(connection, behind, keep=data.startswith(b"CONNECT"))
-            back.join()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, *, keep: bool = False) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if keep:
-                    self.requests.append(data)
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-
-BASIC = b"proxy-authorization: Basic " + base64.b64encode(b"me:p@ss w\xc3\xb6rd")
-WORDS = "me:p%40ss%20w%C3%B6rd"
-
-
-class WithKey(OnToolkit):
-    """Sends a key where it may."""
-
-    def __init__(self, request: Any, url: str) -> None:
-        super().__init__(request, url)
-        self.http = request.http(url, headers={"authorization": f"Bearer {SECRET}"})
-
-
-def test_plain_http_goes_through_a_proxy_with_its_whole_url(both: Any, monkeypatch: Any) -> None:
-    with Server() as server, Proxy(server.port) as proxy:
-        monkeypatch.setenv("http_proxy", f"http://{WORDS}@{HERE}:{proxy.port}")
-        llm = both.connect(on("http://model.test", WithKey), model=MODEL)
-        assert llm.chat("x").text == "Hello world"
-        assert proxy.requests[0].startswith(b"POST http://model.test/chat HTTP/1.1\r\nhost: model.test\r\n")
-        assert BASIC in proxy.requests[0]
-        assert SECRET.encode() not in proxy.requests[0]
-
-
-@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
-def test_https_goes_through_a_tunnel_and_keeps_the_key_inside(
-    both: Any, monkeypatch: Any, trusted: Authority, name: str
-) -> None:
-    with Server(secured(trusted.context())) as server, Proxy(server.port) as proxy:
-        monkeypatch.setenv(name, f"http://{WORDS}@{HERE}:{proxy.port}")
-        llm = both.connect(on("https://model.test", WithKey), model=MODEL)
-        for _ in range(2):
-            assert llm.chat("x").text == "Hello world"
-        assert proxy.requests[0].startswith(b"CONNECT model.test:443 HTTP/1.1\r\nhost: model.test:443\r\n")
-        assert BASIC in proxy.requests[0]
-        assert (proxy.accepted, server.accepted) == (1, 1)
-        assert all(SECRET.encode() not in each for each in proxy.requests)
-        assert SECRET.encode() in server.requests[0]
-        assert b"proxy-authorization" not in server.requests[0]
-
-
-def test_a_proxy_is_reached_by_tls_for_a_plain_server(both: Any, monkeypatch: Any, trusted: Authority) -> None:
-    with Server() as server, Proxy(server.port, secure=trusted.context()) as proxy:
-        monkeypatch.setenv("http_proxy", f"https://{HERE}:{proxy.port}")
-        assert both.connect(on("http://model.test"), model=MODEL).chat("x").text == "Hello world"
-        assert proxy.requests[0].startswith(b"POST http://model.test/chat")
-
-
-REFUSING: dict[str, tuple[Callable[[Server, socket.socket], None], type[ProviderError]]] = {
-    "407": (saying(b"HTTP/1.1 407 Sign in\r\ncontent-length: 0\r\n\r\n"), ConnectionFailed),
-    "403": (saying(b"HTTP/1.1 403 No\r\ncontent-length: 2\r\n\r\nno"), ConnectionFailed),
-    "502": (saying(b"HTTP/1.1 502 Bad\r\ntransfer-encoding: chunked\r\n\r\n"), ConnectionFailed),
-    "hangs": (hang, ProviderTimeout),
-    "drips": (drip, ProviderTimeout),
-    "closes": (close, ConnectionFailed),
-    "garbage": (garbage, ConnectionFailed),
-}
-
-
-@pytest.mark.parametrize(("serve", "kind"), REFUSING.values(), ids=REFUSING)
-def test_a_proxy_that_makes_no_tunnel_is_blamed_in_time(
-    both: Any, monkeypatch: Any, serve: Any, kind: type[ProviderError]
-) -> None:
-    with Server(serve) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@{HERE}:{proxy.port}")
-        llm = both.connect(on("https://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
-        begun = time.monotonic()
-        with pytest.raises(kind, match=r"(?i)proxy.*model\.test.*NO_PROXY") as caught:
-            llm.chat("x")
-        assert time.monotonic() - begun < SHORT.total + SLACK
-        assert SECRET not in str(caught.value)
-        assert "status 0" not in str(caught.value)
-        assert soon(lambda: proxy.open == 0 or serve is hang)
-
-
-@pytest.mark.parametrize("url", ["http://model.test", "https://model.test"])
-def test_a_proxy_that_is_not_there_is_blamed(both: Any, monkeypatch: Any, url: str) -> None:
-    with socket.create_server((HERE, 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("all_proxy", f"http://me:{SECRET}@{HERE}:{port}")
-    llm = both.connect(on(url), model=MODEL, attempts=1)
-    with pytest.raises(ConnectionFailed, match=rf"Nothing listens at http://{HERE}:{port}.*NO_PROXY") as caught:
-        llm.chat("x")
-    assert SECRET not in str(caught.value)
-
-
-SPARED = [
-    ("*", "http://a.test", True),
-    ("a.test", "http://a.test", True),
-    (".test", "http://a.test", True),
-    ("other.test, A.Test", "http://a.test:81", True),
-    ("a.test:81", "http://a.test:81", True),
-    ("a.test:81", "http://a.test:82", False),
-    ("a.test:80", "http://a.test", True),
-    ("a.test:443", "https://a.test", True),
-    ("b.test", "http://a.test", False),
-    ("test", "http://contest", False),
-    ("10.0.0.0/8", "http://10.1.2.3:5", True),
-    ("10.0.0.0/8", "http://11.1.2.3", False),
-    ("fd00::/8", "http://[fd00::1]:80", True),
-    ("fd00::1", "http://[fd00::1]", True),
-    ("10.0.0.0/8", "http://a.test", False),
-    ("", "http://localhost", True),
-    ("", "http://127.9.9.9", True),
-    ("", "http://[::1]:5", True),
-    ("", "http+unix://%2Frun%2Fa.sock", True),
-]
-
-
-@pytest.mark.parametrize(("names", "url", "spared"), SPARED)
-def test_no_proxy_is_read_in_every_form(monkeypatch: Any, names: str, url: str, spared: bool) -> None:
-    monkeypatch.setenv("all_proxy", "http://proxy.test:1")
-    monkeypatch.setenv("http_proxy", "http://proxy.test:1")
-    monkeypatch.setenv("no_proxy", names)
-    assert (proxy_for(url) is None) is spared
 
 
 # --- Addresses -------------------------------------------------------------------------------------------------------
@@ -790,9 +281,6 @@ def test_closing_wakes_who_waits_at_once(both: Any, monkeypatch: Any, trusted: A
 
 def own_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists descriptors")
 
 
 @needs_proc
@@ -1092,142 +580,6 @@ def test_a_reader_that_is_slow_loses_nothing_and_is_not_late(both: Any) -> None:
         assert peak < 4 << 20
 
 
-# --- Uploads ---------------------------------------------------------------------------------------------------------
-
-
-class Uploading(OnToolkit):
-    """Sends a file."""
-
-    def __init__(self, request: Any, url: str, file: Path) -> None:
-        super().__init__(request, url)
-        self.file = file
-
-    @hookimpl
-    async def list_models(self, request: Any) -> Any:
-        await self.http.upload("/file", self.file, call=request.call)
-        return ()
-
-
-def uploading(server: Server, file: Path) -> Giving:
-    return Giving(lambda request: Uploading(request, server.url, file))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """A file of several MB, no two blocks of which are the same."""
-    path = tmp_path / "file"
-    path.write_bytes(b"".join(b"%08d" % number for number in range(1 << 20)) + b"end")
-    return path
-
-
-def test_a_file_of_several_mb_arrives_as_it_is(both: Any, file: Path) -> None:
-    with Server() as server:
-        llm = both.connect(uploading(server, file), model=MODEL)
-        llm.models()
-        llm.models()
-        assert [each.partition(b"\r\n\r\n")[2] == file.read_bytes() for each in server.requests] == [True] * 2
-        assert server.accepted == 1
-
-
-@pytest.mark.parametrize("stays", [False, True], ids=["closes", "stays"])
-def test_an_upload_that_is_refused_early_has_the_servers_answer(both: Any, file: Path, stays: bool) -> None:
-    def early(server: Server, connection: socket.socket) -> None:
-        connection.recv(1000)
-        connection.sendall(b"HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\n\r\n")
-        if stays:
-            server.stopping.wait(20)
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65536):
-            pass
-
-    with Server(early) as server:
-        llm = both.connect(
-            uploading(server, file),
-            model=MODEL,
-            attempts=1,
-            timeouts=Timeouts(connect=5, first_token=3, idle=3, total=10),
-        )
-        with pytest.raises(ProviderError) as caught:
-            llm.models()
-        assert not isinstance(caught.value, ProviderTimeout)
-        assert caught.value.status == 413
-
-
-def test_an_upload_may_take_long_while_it_goes_on(both: Any, tmp_path: Path) -> None:
-    def slow(server: Server, connection: socket.socket) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        got = 0
-        while got < 8 << 20 and (data := connection.recv(1 << 20)):
-            got += len(data)
-            time.sleep(0.01)
-        connection.sendall(OBJECT)
-
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * (8 << 20))
-    with Server(slow) as server:
-        timeouts = Timeouts(connect=5, first_token=0.7, idle=0.7, total=60)
-        begun = time.monotonic()
-        both.connect(uploading(server, path), model=MODEL, attempts=1, timeouts=timeouts).models()
-        assert time.monotonic() - begun < 60
-
-
-@needs_proc
-def test_a_file_is_closed_at_once_when_its_upload_ends_half_way(both: Any, file: Path) -> None:
-    def held() -> list[str]:
-        found = []
-        for each in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(OSError):
-                found.append(str(each.readlink()))
-        return [each for each in found if each == str(file)]
-
-    with Server(hang) as server:
-        llm = both.connect(uploading(server, file), model=MODEL, attempts=1, timeouts=SHORT)
-        with pytest.raises(ProviderTimeout) as caught:
-            llm.models()
-        assert held() == []
-        assert caught.value.phase == "first_token"
-
-
-def test_what_a_file_has_grown_by_is_not_sent(both: Any, file: Path) -> None:
-    size = file.stat().st_size
-
-    def growing(server: Server, connection: socket.socket) -> None:
-        first = connection.recv(1000)
-        with file.open("ab") as more:
-            more.write(b"GET /evil HTTP/1.1\r\n\r\n" * 10)
-        server.requests.append(first)
-        got = len(first) - first.index(b"\r\n\r\n") - 4
-        while got < size:
-            got += len(connection.recv(65536))
-        connection.sendall(OBJECT)
-        server.requests.append(b"%d" % (got - size))
-        server.keep(connection)
-
-    with Server(growing) as server:
-        llm = both.connect(uploading(server, file), model=MODEL, attempts=1)
-        llm.models()
-        assert llm.chat("x").text == "Hello world"
-        assert server.requests[1] == b"0"
-        assert b"evil" not in b"".join(server.requests)
-
-
-def test_a_file_that_shrinks_is_a_typed_error(both: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * (16 << 20))
-
-    def shrinking(server: Server, connection: socket.socket) -> None:
-        connection.recv(1000)
-        os.truncate(path, 100)
-        while connection.recv(1 << 20):
-            pass
-
-    with Server(shrinking) as server:
-        llm = both.connect(uploading(server, path), model=MODEL, attempts=1)
-        with pytest.raises(RequestRejected, match="shorter"):
-            llm.models()
-        assert soon(lambda: server.open == 0)
-
-
 # --- Requests --------------------------------------------------------------------------------------------------------
 
 
@@ -1312,58 +664,6 @@ def test_a_request_says_how_long_its_body_is(both: Any, method: str) -> None:
         assert body == ('{"text":"\u00e4\u20ac\U0001f600"}'.encode() if method == "POST" else b"")
         assert lengths == {"GET": [], "HEAD": [], "DELETE": [b"0"], "POST": [str(len(body)).encode()]}[method]
         assert server.accepted == 1
-
-
-# --- While vcrpy has patched http.client -----------------------------------------------------------------------------
-
-BROKEN: dict[str, tuple[bytes, type[ProviderError], str]] = {
-    "cut": (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", ConnectionFailed, "broke"),
-    "cut in chunks": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{", ConnectionFailed, "broke"),
-    "no HTTP": (b"220 mail.test ESMTP\r\n\r\n", ProtocolError, "does not speak HTTP"),
-    "nothing": (b"", ConnectionFailed, "broke"),
-}
-
-
-@pytest.mark.parametrize(("data", "kind", "words"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_answer_is_typed_within_a_cassette(
-    both: Any, tmp_path: Path, data: bytes, kind: type[ProviderError], words: str
-) -> None:
-    def serve(server: Server, connection: socket.socket) -> None:
-        read_request(connection)
-        connection.sendall(data)
-
-    with Server(serve) as server, vcr.use_cassette(str(tmp_path / "a.yaml")), pytest.raises(kind, match=words):
-        both.connect(on(server.url), model=MODEL, attempts=1).models()
-
-
-def test_an_answer_that_hangs_is_late_within_a_cassette(both: Any, tmp_path: Path) -> None:
-    with Server(hang) as server, vcr.use_cassette(str(tmp_path / "a.yaml")), pytest.raises(ProviderTimeout):
-        both.connect(on(server.url), model=MODEL, attempts=1, timeouts=SHORT).models()
-
-
-def test_a_cassette_records_https_through_a_tunnel_by_the_servers_name(
-    both: Any, tmp_path: Path, monkeypatch: Any, trusted: Authority
-) -> None:
-    path = str(tmp_path / "a.yaml")
-    with Server(secured(trusted.context())) as server, Proxy(server.port) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://{WORDS}@{HERE}:{proxy.port}")
-        with vcr.use_cassette(path) as cassette:
-            assert both.connect(on("https://model.test"), model=MODEL).chat("x").text == "Hello world"
-            assert cassette.requests[0].uri == "https://model.test/chat"
-        assert BASIC.lower() in proxy.requests[0].lower()
-        assert b"proxy-authorization" not in server.requests[0].lower()
-    monkeypatch.delenv("https_proxy")
-    with vcr.use_cassette(path, record_mode=vcr.mode.NONE):
-        assert both.connect(on("https://model.test"), model=MODEL).chat("x").text == "Hello world"
-    assert BASIC.decode().partition(" ")[2] not in Path(path).read_text(encoding="utf-8")
-
-
-def test_a_cassette_records_plain_http_through_a_proxy(both: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    with Server() as server, Proxy(server.port) as proxy, vcr.use_cassette(str(tmp_path / "a.yaml")) as cassette:
-        monkeypatch.setenv("http_proxy", f"http://{HERE}:{proxy.port}")
-        assert both.connect(on("http://model.test"), model=MODEL).chat("x").text == "Hello world"
-        assert cassette.requests[0].uri == "http://model.test/chat"
-        assert proxy.requests[0].startswith(b"POST http://model.test/chat HTTP/1.1")
 
 
 # --- What is left after many calls -----------------------------------------------------------------------------------

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import vcr  # type: ignore[import-untyped] # it has no types
+from network_servers import (
+    BASIC,
+    HERE,
+    SHORT,
+    WORDS,
+    Authority,
+    Proxy,
+    Server,
+    hang,
+    on,
+    read_request,
+    secured,
+)
+from test_colours import MODEL
 
-from graftage.exceptions import GraftageError, ModelNotFound
-from graftage_ollama.testing import FakeOllama
+from graftage.exceptions import (
+    ConnectionFailed,
+    GraftageError,
+    ModelNotFound,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-MODEL = "smollm2:135m"
+from graftage_ollama.testing import FakeOllama
+
+NAME = "smollm2:135m"
 
 
 @pytest.fixture
@@ -35,15 +58,15 @@ def test_plain_vcrpy_records_and_replays_calls(both: Any, tmp_path: Path) -> Non
     path = tmp_path / "a.yaml"
     with FakeOllama() as fake, vcr.use_cassette(str(path), match_on=["method", "uri", "body"]) as cassette:
         url = fake.url
-        live = asked(both.connect("ollama", model=MODEL, host=url))
+        live = asked(both.connect("ollama", model=NAME, host=url))
     assert len(cassette) == len(fake.requests) == 4
     with vcr.use_cassette(str(path), record_mode=vcr.mode.NONE, match_on=["method", "uri", "body"]) as cassette:
-        assert asked(both.connect("ollama", model=MODEL, host=url)) == live
+        assert asked(both.connect("ollama", model=NAME, host=url)) == live
         assert cassette.all_played
 
 
 def test_an_open_client_comes_into_a_cassette_and_out_of_it(both: Any, fake: FakeOllama, tmp_path: Path) -> None:
-    llm = both.connect("ollama", model=MODEL, host=fake.url)
+    llm = both.connect("ollama", model=NAME, host=fake.url)
     before = llm.chat("Hello").text
     for _ in range(2):
         with vcr.use_cassette(str(tmp_path / "a.yaml"), match_on=["method", "uri", "body"]):
@@ -54,7 +77,7 @@ def test_an_open_client_comes_into_a_cassette_and_out_of_it(both: Any, fake: Fak
 
 
 def test_a_request_that_is_not_on_the_cassette_reaches_no_server(both: Any, fake: FakeOllama, tmp_path: Path) -> None:
-    llm = both.connect("ollama", model=MODEL, host=fake.url, attempts=1)
+    llm = both.connect("ollama", model=NAME, host=fake.url, attempts=1)
     with vcr.use_cassette(str(tmp_path / "a.yaml"), record_mode=vcr.mode.NONE), pytest.raises(GraftageError):
         llm.chat("Hello")
     assert fake.requests == []
@@ -66,3 +89,55 @@ def test_a_refusal_is_recorded_and_replayed(both: Any, fake: FakeOllama, tmp_pat
         with vcr.use_cassette(str(tmp_path / "a.yaml")), pytest.raises(ModelNotFound):
             llm.show()
     assert len(fake.requests) == 2  # The refusal, and the list that close names come from.
+
+
+# --- What the network makes of a cassette ----------------------------------------------------------------------------
+
+BROKEN: dict[str, tuple[bytes, type[ProviderError], str]] = {
+    "cut": (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", ConnectionFailed, "broke"),
+    "cut in chunks": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{", ConnectionFailed, "broke"),
+    "no HTTP": (b"220 mail.test ESMTP\r\n\r\n", ProtocolError, "does not speak HTTP"),
+    "nothing": (b"", ConnectionFailed, "broke"),
+}
+
+
+@pytest.mark.parametrize(("data", "kind", "words"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_answer_is_typed_within_a_cassette(
+    both: Any, tmp_path: Path, data: bytes, kind: type[ProviderError], words: str
+) -> None:
+    def serve(server: Server, connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(data)
+
+    with Server(serve) as server, vcr.use_cassette(str(tmp_path / "a.yaml")), pytest.raises(kind, match=words):
+        both.connect(on(server.url), model=MODEL, attempts=1).models()
+
+
+def test_an_answer_that_hangs_is_late_within_a_cassette(both: Any, tmp_path: Path) -> None:
+    with Server(hang) as server, vcr.use_cassette(str(tmp_path / "a.yaml")), pytest.raises(ProviderTimeout):
+        both.connect(on(server.url), model=MODEL, attempts=1, timeouts=SHORT).models()
+
+
+def test_a_cassette_records_https_through_a_tunnel_by_the_servers_name(
+    both: Any, tmp_path: Path, monkeypatch: Any, trusted: Authority
+) -> None:
+    path = str(tmp_path / "a.yaml")
+    with Server(secured(trusted.context())) as server, Proxy(server.port) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://{WORDS}@{HERE}:{proxy.port}")
+        with vcr.use_cassette(path) as cassette:
+            assert both.connect(on("https://model.test"), model=MODEL).chat("x").text == "Hello world"
+            assert cassette.requests[0].uri == "https://model.test/chat"
+        assert BASIC.lower() in proxy.requests[0].lower()
+        assert b"proxy-authorization" not in server.requests[0].lower()
+    monkeypatch.delenv("https_proxy")
+    with vcr.use_cassette(path, record_mode=vcr.mode.NONE):
+        assert both.connect(on("https://model.test"), model=MODEL).chat("x").text == "Hello world"
+    assert BASIC.decode().partition(" ")[2] not in Path(path).read_text(encoding="utf-8")
+
+
+def test_a_cassette_records_plain_http_through_a_proxy(both: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    with Server() as server, Proxy(server.port) as proxy, vcr.use_cassette(str(tmp_path / "a.yaml")) as cassette:
+        monkeypatch.setenv("http_proxy", f"http://{HERE}:{proxy.port}")
+        assert both.connect(on("http://model.test"), model=MODEL).chat("x").text == "Hello world"
+        assert cassette.requests[0].uri == "http://model.test/chat"
+        assert proxy.requests[0].startswith(b"POST http://model.test/chat HTTP/1.1")

@@ -1,0 +1,142 @@
+"""Proxies on the way: whole URLs, tunnels, blame, and hosts that are spared."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from network_servers import (
+    BASIC,
+    HERE,
+    SECRET,
+    SHORT,
+    SLACK,
+    WORDS,
+    Authority,
+    Proxy,
+    Server,
+    WithKey,
+    close,
+    drip,
+    garbage,
+    hang,
+    on,
+    saying,
+    secured,
+)
+from test_colours import MODEL, soon
+
+from graftage.exceptions import (
+    ConnectionFailed,
+    ProviderError,
+    ProviderTimeout,
+)
+from graftage.http import proxy_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def test_plain_http_goes_through_a_proxy_with_its_whole_url(both: Any, monkeypatch: Any) -> None:
+    with Server() as server, Proxy(server.port) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://{WORDS}@{HERE}:{proxy.port}")
+        llm = both.connect(on("http://model.test", WithKey), model=MODEL)
+        assert llm.chat("x").text == "Hello world"
+        assert proxy.requests[0].startswith(b"POST http://model.test/chat HTTP/1.1\r\nhost: model.test\r\n")
+        assert BASIC in proxy.requests[0]
+        assert SECRET.encode() not in proxy.requests[0]
+
+
+@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
+def test_https_goes_through_a_tunnel_and_keeps_the_key_inside(
+    both: Any, monkeypatch: Any, trusted: Authority, name: str
+) -> None:
+    with Server(secured(trusted.context())) as server, Proxy(server.port) as proxy:
+        monkeypatch.setenv(name, f"http://{WORDS}@{HERE}:{proxy.port}")
+        llm = both.connect(on("https://model.test", WithKey), model=MODEL)
+        for _ in range(2):
+            assert llm.chat("x").text == "Hello world"
+        assert proxy.requests[0].startswith(b"CONNECT model.test:443 HTTP/1.1\r\nhost: model.test:443\r\n")
+        assert BASIC in proxy.requests[0]
+        assert (proxy.accepted, server.accepted) == (1, 1)
+        assert all(SECRET.encode() not in each for each in proxy.requests)
+        assert SECRET.encode() in server.requests[0]
+        assert b"proxy-authorization" not in server.requests[0]
+
+
+def test_a_proxy_is_reached_by_tls_for_a_plain_server(both: Any, monkeypatch: Any, trusted: Authority) -> None:
+    with Server() as server, Proxy(server.port, secure=trusted.context()) as proxy:
+        monkeypatch.setenv("http_proxy", f"https://{HERE}:{proxy.port}")
+        assert both.connect(on("http://model.test"), model=MODEL).chat("x").text == "Hello world"
+        assert proxy.requests[0].startswith(b"POST http://model.test/chat")
+
+
+REFUSING: dict[str, tuple[Callable[[Server, socket.socket], None], type[ProviderError]]] = {
+    "407": (saying(b"HTTP/1.1 407 Sign in\r\ncontent-length: 0\r\n\r\n"), ConnectionFailed),
+    "403": (saying(b"HTTP/1.1 403 No\r\ncontent-length: 2\r\n\r\nno"), ConnectionFailed),
+    "502": (saying(b"HTTP/1.1 502 Bad\r\ntransfer-encoding: chunked\r\n\r\n"), ConnectionFailed),
+    "hangs": (hang, ProviderTimeout),
+    "drips": (drip, ProviderTimeout),
+    "closes": (close, ConnectionFailed),
+    "garbage": (garbage, ConnectionFailed),
+}
+
+
+@pytest.mark.parametrize(("serve", "kind"), REFUSING.values(), ids=REFUSING)
+def test_a_proxy_that_makes_no_tunnel_is_blamed_in_time(
+    both: Any, monkeypatch: Any, serve: Any, kind: type[ProviderError]
+) -> None:
+    with Server(serve) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@{HERE}:{proxy.port}")
+        llm = both.connect(on("https://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
+        begun = time.monotonic()
+        with pytest.raises(kind, match=r"(?i)proxy.*model\.test.*NO_PROXY") as caught:
+            llm.chat("x")
+        assert time.monotonic() - begun < SHORT.total + SLACK
+        assert SECRET not in str(caught.value)
+        assert "status 0" not in str(caught.value)
+        assert soon(lambda: proxy.open == 0 or serve is hang)
+
+
+@pytest.mark.parametrize("url", ["http://model.test", "https://model.test"])
+def test_a_proxy_that_is_not_there_is_blamed(both: Any, monkeypatch: Any, url: str) -> None:
+    with socket.create_server((HERE, 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("all_proxy", f"http://me:{SECRET}@{HERE}:{port}")
+    llm = both.connect(on(url), model=MODEL, attempts=1)
+    with pytest.raises(ConnectionFailed, match=rf"Nothing listens at http://{HERE}:{port}.*NO_PROXY") as caught:
+        llm.chat("x")
+    assert SECRET not in str(caught.value)
+
+
+SPARED = [
+    ("*", "http://a.test", True),
+    ("a.test", "http://a.test", True),
+    (".test", "http://a.test", True),
+    ("other.test, A.Test", "http://a.test:81", True),
+    ("a.test:81", "http://a.test:81", True),
+    ("a.test:81", "http://a.test:82", False),
+    ("a.test:80", "http://a.test", True),
+    ("a.test:443", "https://a.test", True),
+    ("b.test", "http://a.test", False),
+    ("test", "http://contest", False),
+    ("10.0.0.0/8", "http://10.1.2.3:5", True),
+    ("10.0.0.0/8", "http://11.1.2.3", False),
+    ("fd00::/8", "http://[fd00::1]:80", True),
+    ("fd00::1", "http://[fd00::1]", True),
+    ("10.0.0.0/8", "http://a.test", False),
+    ("", "http://localhost", True),
+    ("", "http://127.9.9.9", True),
+    ("", "http://[::1]:5", True),
+    ("", "http+unix://%2Frun%2Fa.sock", True),
+]
+
+
+@pytest.mark.parametrize(("names", "url", "spared"), SPARED)
+def test_no_proxy_is_read_in_every_form(monkeypatch: Any, names: str, url: str, spared: bool) -> None:
+    monkeypatch.setenv("all_proxy", "http://proxy.test:1")
+    monkeypatch.setenv("http_proxy", "http://proxy.test:1")
+    monkeypatch.setenv("no_proxy", names)
+    assert (proxy_for(url) is None) is spared
