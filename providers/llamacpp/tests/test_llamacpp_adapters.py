@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,15 @@ from unittest.mock import Mock
 
 import pytest
 from engine_fixtures import eventually
-from places import LORA
+from lora_files import write_gguf, write_peft
+from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, answer
 
 from graftage.calls import Call, ChatRequest, CloseRequest
 from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterNotFound, ContextOverflow
 from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.settings import Settings
 from graftage.types import Adapter, LoadedAdapter, Verdict
-from graftage_llamacpp import DEFAULT_MODEL, LlamaCppSettings, connect
+from graftage_llamacpp import LlamaCppSettings, connect
 from graftage_lora import LoraPlugin
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.engine
 
-AHOY = LORA / "ahoy-lora.f16.gguf"
-QUESTION = "What is the capital of France?"
 STORY = "Once upon a time there was"
 SURE = {"temperature": 0.0}
 FITS = Verdict(status="compatible")
@@ -102,40 +100,37 @@ class Broken(Files):
         return Once(self._folder / f"{request.reference}.gguf")
 
 
-def with_alpha(alpha: float, out: Path) -> Path:
-    """The adapter with another strength: with next to none it changes nothing. (The engine takes 0 for "not given".)"""
-    data = bytearray(AHOY.read_bytes())
-    place = data.index(b"adapter.lora.alpha") + len(b"adapter.lora.alpha") + 4
-    struct.pack_into("<f", data, place, alpha)
-    out.write_bytes(data)
-    return out
+def damaged(folder: Path, name: str, old: bytes, new: bytes) -> None:
+    """Write the adapter `ahoy` under a name, with other bytes at one place."""
+    data = (folder / "ahoy.gguf").read_bytes()
+    assert old in data
+    (folder / f"{name}.gguf").write_bytes(data.replace(old, new))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """`ahoy` greets, whatever it is asked; `mute` does nothing."""
-    with_alpha(8.0, tmp_path / "ahoy.gguf")
-    with_alpha(0.001, tmp_path / "mute.gguf")
-    assert (tmp_path / "ahoy.gguf").read_bytes() == AHOY.read_bytes()
+    """`ahoy` and `contrary` answer otherwise, whatever they are asked; `mute` does nothing."""
+    for name, adapter in ADAPTERS.items():
+        write_gguf(tmp_path / f"{name}.gguf", MODEL, adapter)
     return tmp_path
 
 
 @pytest.fixture
-def llm(both: Any, engine_store: Path, folder: Path) -> Any:
-    return both.connect("llamacpp", context_window=512, plugins=[Files(folder)])
+def llm(both: Any, small_store: Path, folder: Path) -> Any:
+    return both.connect("llamacpp", context_window=1024, plugins=[Files(folder)])
 
 
 def ask(llm: Any, **how: Any) -> str:
-    return str(llm.chat(QUESTION, max_tokens=16, options=SURE, **how).text)
+    return str(llm.chat(QUESTION, max_tokens=len(BASE), options=SURE, **how).text)
+
+
+def test_the_answers_are_those_of_a_forward_pass_of_another_making() -> None:
+    assert [answer(QUESTION, adapter, len(BASE)) for adapter in (None, "ahoy")] == [BASE, AHOY]
 
 
 def test_an_adapter_changes_the_answer_and_the_base_answers_as_before_it(llm: Any) -> None:
-    before = ask(llm)
-    assert "Paris" in before
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
-    assert ask(llm) == before
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
-    assert ask(llm, adapter=None) == before
+    adapters: list[Any] = [{}, {"adapter": "ahoy"}, {}, {"adapter": "ahoy"}, {"adapter": None}]
+    assert [ask(llm, **each) for each in adapters] == [BASE, AHOY, BASE, AHOY, BASE]
 
 
 def test_the_name_of_an_adapter_and_its_digest_each_have_their_place(llm: Any, folder: Path) -> None:
@@ -146,10 +141,9 @@ def test_the_name_of_an_adapter_and_its_digest_each_have_their_place(llm: Any, f
 
 
 def test_new_content_under_an_old_name_is_another_adapter(llm: Any, folder: Path) -> None:
-    base = ask(llm)
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm, adapter="ahoy") == AHOY
     (folder / "ahoy.gguf").write_bytes((folder / "mute.gguf").read_bytes())
-    assert ask(llm, adapter="ahoy") == base
+    assert ask(llm, adapter="ahoy") == BASE
 
 
 def test_the_reply_names_its_adapter(llm: Any) -> None:
@@ -158,29 +152,27 @@ def test_the_reply_names_its_adapter(llm: Any) -> None:
 
 
 def test_several_adapters_are_loaded_at_once_and_each_answers_for_itself(llm: Any) -> None:
-    base = ask(llm)
-    assert ask(llm, adapter="mute") == base
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm, adapter="mute") == BASE
+    assert ask(llm, adapter="ahoy") == AHOY
     pid = llm.loaded()[0].raw["pid"]
-    assert [ask(llm, adapter=name)[:5] for name in ("ahoy", "mute", "ahoy")] == ["Ahoy!", base[:5], "Ahoy!"]
-    assert ask(llm) == base
+    assert [ask(llm, adapter=name) for name in ("ahoy", "mute", "ahoy", None)] == [AHOY, BASE, AHOY, BASE]
     assert llm.loaded()[0].raw["pid"] == pid
     assert len(llm.loaded()[0].raw["adapters"]) == 2
 
 
 def test_requests_with_and_without_an_adapter_at_one_time_do_not_mix(
-    both: Any, engine_store: Path, folder: Path
+    both: Any, small_store: Path, folder: Path
 ) -> None:
-    llm = both.connect("llamacpp", context_window=512, slots=2, plugins=[Files(folder)])
+    llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
     llm.use_adapter("ahoy")
     llm.use_adapter(None)
     names = ["ahoy", None] * 4
     answers = both.together([lambda name=name: ask(llm, adapter=name) for name in names])
-    assert [answer.startswith("Ahoy!") for answer in answers] == [name is not None for name in names]
+    assert answers == [AHOY if name else BASE for name in names]
 
 
 def test_an_adapter_applies_to_generate_and_to_raw_prompts(llm: Any) -> None:
-    assert llm.generate(QUESTION, max_tokens=6, options=SURE, adapter="ahoy").text.startswith("Ahoy!")
+    assert llm.generate(QUESTION, max_tokens=len(AHOY), options=SURE, adapter="ahoy").text == AHOY
     raw = [llm.generate(STORY, raw=True, max_tokens=8, options=SURE, adapter=name).text for name in (None, "ahoy")]
     assert raw[0] != raw[1]
     assert llm.generate(STORY, raw=True, max_tokens=8, options=SURE).text == raw[0]
@@ -205,19 +197,19 @@ class Weaker:
         await self._inner.close()
 
 
-def test_a_request_can_weaken_an_adapter(both: Any, engine_store: Path, folder: Path) -> None:
+def test_a_request_can_weaken_an_adapter(both: Any, small_store: Path, folder: Path) -> None:
     weaker = Weaker()
-    llm = both.connect("llamacpp", context_window=512, plugins=[Files(folder)], transport=weaker)
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)], transport=weaker)
+    assert ask(llm, adapter="ahoy") == AHOY
     weaker.scale = 0.0
-    assert "Paris" in ask(llm, adapter="ahoy")
+    assert ask(llm, adapter="ahoy") == BASE
 
 
-def test_an_adapter_that_is_not_loaded_is_refused_and_the_base_does_not_answer_for_it(engine_store: Path) -> None:
-    settings: Settings = LlamaCppSettings(models_path=engine_store)
+def test_an_adapter_that_is_not_loaded_is_refused_and_the_base_does_not_answer_for_it(small_store: Path) -> None:
+    settings: Settings = LlamaCppSettings(models_path=small_store)
     connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings, http=Mock()))
-    unknown = LoadedAdapter(name="other", digest="sha256:00", model=DEFAULT_MODEL, slot=0)
-    request = ChatRequest(call=Call(), model=DEFAULT_MODEL, messages=(), adapter=unknown)
+    unknown = LoadedAdapter(name="other", digest="sha256:00", model=NAME, slot=0)
+    request = ChatRequest(call=Call(), model=NAME, messages=(), adapter=unknown)
     with pytest.raises(AdapterError, match="not loaded"):
         asyncio.run(anext(connection.chat(request)))
     connection.close(CloseRequest())
@@ -225,14 +217,14 @@ def test_an_adapter_that_is_not_loaded_is_refused_and_the_base_does_not_answer_f
 
 def test_an_active_adapter_answers_until_it_is_put_away(llm: Any) -> None:
     llm.use_adapter("ahoy")
-    assert ask(llm).startswith("Ahoy!")
-    assert "Paris" in ask(llm, adapter=None)
+    assert ask(llm) == AHOY
+    assert ask(llm, adapter=None) == BASE
     llm.use_adapter(None)
-    assert "Paris" in ask(llm)
+    assert ask(llm) == BASE
 
 
-def test_an_adapter_is_loaded_with_progress_and_once(both: Any, engine_store: Path, folder: Path, watcher: Any) -> None:
-    llm = both.connect("llamacpp", context_window=512, plugins=[Files(folder), watcher])
+def test_an_adapter_is_loaded_with_progress_and_once(both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
+    llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder), watcher])
     ask(llm, adapter="ahoy")
     assert "ahoy" in watcher.last("progress").progress.status
     count = watcher.kinds().count("progress")
@@ -244,36 +236,36 @@ def test_an_adapter_that_is_unloaded_leaves_the_memory_and_comes_back_when_it_is
     ask(llm, adapter="ahoy")
     ask(llm, adapter="mute")
     llm.unload_adapter("ahoy")
-    assert "Paris" in ask(llm)
+    assert ask(llm) == BASE
     assert len(llm.loaded()[0].raw["adapters"]) == 1
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm, adapter="ahoy") == AHOY
 
 
 def test_an_adapter_that_another_client_unloads_comes_back_when_it_is_named(
-    both: Any, engine_store: Path, folder: Path
+    both: Any, small_store: Path, folder: Path
 ) -> None:
-    one, two = (both.connect("llamacpp", context_window=512, plugins=[Files(folder)]) for _ in range(2))
-    assert ask(one, adapter="ahoy").startswith("Ahoy!")
-    assert ask(two, adapter="ahoy").startswith("Ahoy!")
+    one, two = (both.connect("llamacpp", context_window=1024, plugins=[Files(folder)]) for _ in range(2))
+    assert ask(one, adapter="ahoy") == AHOY
+    assert ask(two, adapter="ahoy") == AHOY
     two.unload_adapter("ahoy")
-    assert "Paris" in ask(two)
-    assert ask(one, adapter="ahoy").startswith("Ahoy!")
+    assert ask(two) == BASE
+    assert ask(one, adapter="ahoy") == AHOY
 
 
 def test_an_adapter_survives_a_crash_of_the_engine_and_another_window(llm: Any) -> None:
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
-    assert ask(llm, adapter="ahoy", context_window=256).startswith("Ahoy!")
+    assert ask(llm, adapter="ahoy") == AHOY
+    assert ask(llm, adapter="ahoy", context_window=512) == AHOY
     os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
+    assert ask(llm, adapter="ahoy") == AHOY
 
 
 def test_an_adapter_that_another_loads_is_not_used_for_a_client_that_names_none(
-    both: Any, engine_store: Path, folder: Path
+    both: Any, small_store: Path, folder: Path
 ) -> None:
-    one, two = (both.connect("llamacpp", context_window=512, plugins=[Files(folder)]) for _ in range(2))
+    one, two = (both.connect("llamacpp", context_window=1024, plugins=[Files(folder)]) for _ in range(2))
     one.use_adapter("ahoy")
-    assert ask(one).startswith("Ahoy!")
-    assert "Paris" in ask(two)
+    assert ask(one) == AHOY
+    assert ask(two) == BASE
 
 
 def test_an_adapter_that_nobody_knows_is_not_found(llm: Any) -> None:
@@ -283,41 +275,38 @@ def test_an_adapter_that_nobody_knows_is_not_found(llm: Any) -> None:
 
 @pytest.mark.parametrize("wrong", ["cut", "model", "text", "empty"])
 def test_a_file_that_is_no_adapter_is_refused_by_name_and_the_engine_goes_on(
-    wrong: str, llm: Any, folder: Path, engine_store: Path
+    wrong: str, llm: Any, folder: Path, small_store: Path
 ) -> None:
-    base = ask(llm)
     bad = folder / "bad.gguf"
     if wrong == "model":
-        bad.symlink_to(engine_store / "smollm2-135m.gguf")
+        bad.symlink_to(small_store / "small.gguf")
     else:
-        bad.write_bytes({"cut": AHOY.read_bytes()[:-5000], "text": b"hello" * 99, "empty": b""}[wrong])
+        bad.write_bytes(
+            {"cut": (folder / "ahoy.gguf").read_bytes()[:-5000], "text": b"hello" * 99, "empty": b""}[wrong]
+        )
     with pytest.raises(AdapterInvalid, match="bad") as caught:
         ask(llm, adapter="bad")
     assert caught.value.reasons
-    assert ask(llm) == base
+    assert ask(llm) == BASE
 
 
 def test_an_adapter_for_another_architecture_is_incompatible(llm: Any, folder: Path) -> None:
-    data = AHOY.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2", 1)
-    (folder / "other.gguf").write_bytes(data)
+    damaged(folder, "other", b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2")
     with pytest.raises(AdapterIncompatible, match="qwen2"):
         ask(llm, adapter="other")
 
 
 def test_an_adapter_whose_tensors_do_not_fit_is_refused_and_the_base_goes_on(llm: Any, folder: Path) -> None:
-    base = ask(llm)
-    data = AHOY.read_bytes()
-    assert b"blk.29." in data
-    (folder / "deep.gguf").write_bytes(data.replace(b"blk.29.", b"blk.99."))
+    damaged(folder, "deep", b"blk.1.", b"blk.9.")
     with pytest.raises(AdapterError, match="deep"):
         ask(llm, adapter="deep")
-    assert ask(llm) == base
+    assert ask(llm) == BASE
 
 
 # --- The cache of prompts --------------------------------------------------------------------------------------------
 
-CONTEXT = "The harbour of the old town lies below the hill, and boats come in with fish each morning. " * 12
-"""Some 250 tokens, which are read once or each time."""
+CONTEXT = "The harbour of the old town lies below the hill, and boats come in with fish each morning. " * 3
+"""Some 280 tokens, which are read once or each time."""
 MOST = 200
 
 
@@ -328,7 +317,6 @@ def asked(context: str) -> list[dict[str, str]]:
 
 def told(llm: Any, adapter: str | None, context: str = CONTEXT) -> tuple[str, bool]:
     """The answer to a question with a long context, and whether the engine had that in its cache."""
-    # After the first four words the choices become so close that reading in other pieces can turn them.
     reply = llm.chat(asked(context), adapter=adapter, max_tokens=4, options=SURE)
     cached, read = reply.raw["timings"]["cache_n"], reply.raw["timings"]["prompt_n"]
     assert cached > MOST or read > MOST
@@ -336,10 +324,9 @@ def told(llm: Any, adapter: str | None, context: str = CONTEXT) -> tuple[str, bo
 
 
 @pytest.fixture
-def cached(both: Any, engine_store: Path, folder: Path) -> Any:
+def cached(both: Any, small_store: Path, folder: Path) -> Any:
     """A client with two adapters loaded, which answer differently, beside the base model."""
-    with_alpha(-4.0, folder / "contrary.gguf")
-    llm = both.connect("llamacpp", context_window=512, plugins=[Files(folder)])
+    llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)])
     for name in ("ahoy", "contrary"):
         llm.use_adapter(name)
     llm.use_adapter(None)
@@ -392,16 +379,16 @@ def test_a_health_check_that_generates_leaves_the_answers_as_they_are(cached: An
     assert told(cached, "ahoy")[0] == cold
 
 
-def test_each_of_several_slots_keeps_the_cache_of_its_adapter(both: Any, engine_store: Path, folder: Path) -> None:
-    llm = both.connect("llamacpp", context_window=512, slots=2, plugins=[Files(folder)])
+def test_each_of_several_slots_keeps_the_cache_of_its_adapter(both: Any, small_store: Path, folder: Path) -> None:
+    llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
     llm.use_adapter("ahoy")
     cold = {name: told(llm, name)[0] for name in ("ahoy", None)}
     for name in ("ahoy", None, None, "ahoy"):
         assert told(llm, name) == (cold[name], True)
 
 
-def test_two_conversations_keep_their_own_slots(both: Any, engine_store: Path, folder: Path, watcher: Any) -> None:
-    llm = both.connect("llamacpp", context_window=512, slots=2, plugins=[Files(folder), watcher])
+def test_two_conversations_keep_their_own_slots(both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
+    llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder), watcher])
     llm.use_adapter("ahoy")
     other = CONTEXT.replace("harbour", "market")
     cold = {context: told(llm, "ahoy", context)[0] for context in (CONTEXT, other)}
@@ -412,9 +399,9 @@ def test_two_conversations_keep_their_own_slots(both: Any, engine_store: Path, f
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_more_requests_than_slots_at_one_time_each_get_their_own_answer(
-    slots: int, both: Any, engine_store: Path, folder: Path
+    slots: int, both: Any, small_store: Path, folder: Path
 ) -> None:
-    one, two = (both.connect("llamacpp", context_window=512, slots=slots, plugins=[Files(folder)]) for _ in range(2))
+    one, two = (both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)]) for _ in range(2))
     for llm in (one, two):
         llm.use_adapter("ahoy")
     cold = {name: told(one, name)[0] for name in ("ahoy", None)}
@@ -428,16 +415,14 @@ def test_more_requests_than_slots_at_one_time_each_get_their_own_answer(
 
 
 @pytest.fixture
-def made(both: Any, engine_store: Path, tmp_path: Path) -> Any:
+def made(both: Any, small_store: Path, tmp_path: Path) -> Any:
     """A client with two adapters loaded that were converted into a cache."""
-    for name, alpha in (("ahoy", 8.0), ("mute", 0.001)):
-        shutil.copytree(AHOY.parent / "ahoy-peft", tmp_path / "adapters" / name)
-        config = tmp_path / "adapters" / name / "adapter_config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": alpha}))
+    for name in ("ahoy", "mute"):
+        write_peft(tmp_path / "adapters" / name, ADAPTERS[name])
     lora = LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")
-    llm = both.connect("llamacpp", context_window=512, plugins=[lora])
-    assert ask(llm, adapter="ahoy").startswith("Ahoy!")
-    assert "Paris" in ask(llm, adapter="mute")
+    llm = both.connect("llamacpp", context_window=1024, plugins=[lora])
+    assert ask(llm, adapter="ahoy") == AHOY
+    assert ask(llm, adapter="mute") == BASE
     return llm
 
 
@@ -451,7 +436,7 @@ def _expire(llm: Any) -> None:
 
 
 RESTARTS: dict[str, Callable[[Any], Any]] = {
-    "another window": lambda llm: llm.load(context_window=256),
+    "another window": lambda llm: llm.load(context_window=512),
     "crash": _crash,
     "keep_alive": _expire,
     "unload": lambda llm: llm.unload(),
@@ -462,9 +447,9 @@ RESTARTS: dict[str, Callable[[Any], Any]] = {
 def test_the_cache_of_adapters_may_be_emptied_before_any_restart(restart: str, made: Any, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache")
     RESTARTS[restart](made)
-    assert "Paris" in ask(made)
-    assert ask(made, adapter="ahoy").startswith("Ahoy!")
-    assert "Paris" in ask(made, adapter="mute")
+    assert ask(made) == BASE
+    assert ask(made, adapter="ahoy") == AHOY
+    assert ask(made, adapter="mute") == BASE
 
 
 @pytest.mark.parametrize("first", ["ahoy", "mute", None])
@@ -481,11 +466,9 @@ def test_a_damaged_file_in_the_cache_is_made_again(damage: str, first: str | Non
     if damage == "folder":
         one.mkdir()
     _crash(made)
-    answers = {
-        name: ask(made, adapter=name)[:5] for name in (first, "ahoy", "mute", None) if not _blocked(damage, name)
-    }
-    assert answers.pop("ahoy", "Ahoy!") == "Ahoy!"
-    assert len(set(answers.values())) == 1
+    for name in (first, "ahoy", "mute", None):
+        if not _blocked(damage, name):
+            assert ask(made, adapter=name) == (AHOY if name == "ahoy" else BASE)
 
 
 def _blocked(damage: str, name: str | None) -> bool:
@@ -499,12 +482,12 @@ def test_an_adapter_whose_file_cannot_be_made_again_fails_alone_and_by_name(made
     _crash(made)
     with pytest.raises(AdapterError, match="ahoy"):
         ask(made)
-    assert "Paris" in ask(made, adapter=None)
-    assert "Paris" in ask(made, adapter="mute")
+    assert ask(made, adapter=None) == BASE
+    assert ask(made, adapter="mute") == BASE
     pid = made.loaded()[0].raw["pid"]
     with pytest.raises(AdapterError, match="ahoy"):
         ask(made)
-    assert "Paris" in ask(made, adapter=None)
+    assert ask(made, adapter=None) == BASE
     assert made.loaded()[0].raw["pid"] == pid
 
 
@@ -512,31 +495,29 @@ def test_a_cache_that_cannot_be_written_fails_only_who_needs_it(made: Any, tmp_p
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file")
     _crash(made)
-    assert "Paris" in ask(made)
+    assert ask(made) == BASE
     with pytest.raises(AdapterError, match="ahoy"):
         ask(made, adapter="ahoy")
     (tmp_path / "cache").unlink()
-    assert ask(made, adapter="ahoy").startswith("Ahoy!")
+    assert ask(made, adapter="ahoy") == AHOY
 
 
 def test_an_adapter_that_the_engine_does_not_start_with_any_more_fails_alone(llm: Any, folder: Path) -> None:
-    base = ask(llm)
     for name in ("mute", "ahoy"):
         llm.use_adapter(name)
-    (folder / "ahoy.gguf").write_bytes(AHOY.read_bytes().replace(b"blk.29.", b"blk.99."))
+    damaged(folder, "ahoy", b"blk.1.", b"blk.9.")
     _crash(llm)
-    assert ask(llm, adapter=None) == base
+    assert ask(llm, adapter=None) == BASE
     with pytest.raises(AdapterError, match="ahoy"):
         ask(llm)
-    assert ask(llm, adapter="mute") == base
+    assert ask(llm, adapter="mute") == BASE
 
 
-def test_a_plugin_whose_conversion_breaks_fails_only_who_needs_it(both: Any, engine_store: Path, folder: Path) -> None:
-    llm = both.connect("llamacpp", context_window=512, plugins=[Broken(folder)])
-    base = ask(llm)
+def test_a_plugin_whose_conversion_breaks_fails_only_who_needs_it(both: Any, small_store: Path, folder: Path) -> None:
+    llm = both.connect("llamacpp", context_window=1024, plugins=[Broken(folder)])
     llm.use_adapter("ahoy")
     (folder / "ahoy.gguf").touch()
     _crash(llm)
-    assert ask(llm, adapter=None) == base
+    assert ask(llm, adapter=None) == BASE
     with pytest.raises(AdapterError, match="ahoy"):
         ask(llm)

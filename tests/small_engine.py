@@ -1,0 +1,102 @@
+"""A model that the embedded engine starts with in a fifth of a second and that answers at once; adapters for it.
+
+Its weights are random and its tokens are letters, so an answer is nonsense, but always the same, and far from that of
+any adapter. What the answer must be is known from a forward pass of another making.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+from lora_files import Model, Pair, add, close, logits, pairs
+
+from graftage_llamacpp._convert import SYSTEM_PROMPT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+START, END = "<|im_start|>", "<|im_end|>"
+TOKENS = [chr(number) for number in range(33, 127)] + ["Ġ", "Ċ", START, END]
+"""The visible letters of ASCII, a space, the end of a line (as GPT-2 spells them), and two marks."""
+TEMPLATE = (
+    f"{{% for m in messages %}}{{{{'{START}'+m['role']+'\\n'+m['content']+'{END}\\n'}}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{'{START}assistant\\n'}}}}{{% endif %}}"
+)
+WINDOW = 32768
+NAME = "small"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallModel(Model):
+    """A small llama that the engine can run."""
+
+    vocabulary: int = len(TOKENS)
+    seed: int = 6
+
+    def weights(self) -> dict[str, Any]:
+        """The original weights, without any wish to end an answer."""
+        found = super().weights()
+        found["lm_head"][TOKENS.index(START) :] = 0
+        return found
+
+    def write_for_engine(self, path: Path) -> None:
+        """Its GGUF file with all that it takes to chat."""
+        writer = gguf.GGUFWriter(path, self.architecture)
+        numbers = {key: value for key, value in self.metadata().items() if isinstance(value, int)}
+        numbers["llama.context_length"] = WINDOW
+        numbers["llama.rope.dimension_count"] = self.width
+        numbers["tokenizer.ggml.eos_token_id"] = TOKENS.index(END)
+        for key, value in numbers.items():
+            writer.add_uint32(key, value)
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_string("tokenizer.ggml.model", "gpt2")
+        writer.add_string("tokenizer.ggml.pre", "default")
+        writer.add_array("tokenizer.ggml.tokens", TOKENS)
+        writer.add_array("tokenizer.ggml.token_type", [1] * (len(TOKENS) - 2) + [3, 3])
+        writer.add_array("tokenizer.ggml.merges", ["~ ~"])
+        writer.add_string("tokenizer.chat_template", TEMPLATE)
+        for name, data in self.placed().items():
+            add(writer, name, data, "F32")
+        close(writer)
+
+
+MODEL = SmallModel()
+ADAPTERS: Mapping[str, Mapping[str, Pair]] = {
+    "ahoy": pairs(MODEL, seed=1),
+    "contrary": pairs(MODEL, seed=2),
+    "mute": pairs(MODEL, scale=1e-6),
+}
+"""Two that change every answer, and one that changes none."""
+QUESTION = "What is the capital of France?"
+BASE, AHOY = "E`3WyDG9", "fyS3yS95"
+"""What the model says to that, and what it says with the adapter `ahoy`; a test holds both against `answer`."""
+
+
+def answer(question: str, adapter: str | None, count: int) -> str:
+    """The most likely letters after a question, in F64."""
+    weights = MODEL.weights()
+    for name, pair in ADAPTERS[adapter].items() if adapter else ():
+        weights[name] = weights[name].astype(np.float64) + pair.change
+    placed = MODEL.placed(weights)
+    tokens = [
+        *_said("system", SYSTEM_PROMPT),
+        *_said("user", question),
+        TOKENS.index(START),
+        *_spelt("assistant\n"),
+    ]
+    begin = len(tokens)
+    for _ in range(count):
+        tokens.append(int(logits(MODEL, placed, tokens, side_by_side=True)[-1].argmax()))
+    return "".join(TOKENS[number] for number in tokens[begin:]).replace("Ġ", " ").replace("Ċ", "\n")
+
+
+def _said(role: str, text: str) -> list[int]:
+    return [TOKENS.index(START), *_spelt(f"{role}\n{text}"), TOKENS.index(END), *_spelt("\n")]
+
+
+def _spelt(text: str) -> list[int]:
+    return [TOKENS.index({" ": "Ġ", "\n": "Ċ"}.get(letter, letter)) for letter in text]
