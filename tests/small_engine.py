@@ -43,7 +43,7 @@ class SmallModel(Model):
         found["lm_head"][TOKENS.index(START) :] = 0
         return found
 
-    def write_for_engine(self, path: Path) -> None:
+    def write_for_engine(self, path: Path, template: str = TEMPLATE) -> None:
         """Its GGUF file with all that it takes to chat."""
         writer = gguf.GGUFWriter(path, self.architecture)
         numbers = {key: value for key, value in self.metadata().items() if isinstance(value, int)}
@@ -58,7 +58,7 @@ class SmallModel(Model):
         writer.add_array("tokenizer.ggml.tokens", TOKENS)
         writer.add_array("tokenizer.ggml.token_type", [1] * (len(TOKENS) - 2) + [3, 3])
         writer.add_array("tokenizer.ggml.merges", ["~ ~"])
-        writer.add_string("tokenizer.chat_template", TEMPLATE)
+        writer.add_string("tokenizer.chat_template", template)
         for name, data in self.placed().items():
             add(writer, name, data, "F32")
         close(writer)
@@ -74,6 +74,10 @@ ADAPTERS: Mapping[str, Mapping[str, Pair]] = {
 QUESTION = "What is the capital of France?"
 BASE, AHOY = "E`3WyDG9", "fyS3yS95"
 """What the model says to that, and what it says with the adapter `ahoy`; a test holds both against `answer`."""
+
+
+LONG: Mapping[str, Any] = {"max_tokens": 30_000, "context_window": WINDOW, "options": {"temperature": 0.0}}
+"""Arguments of a chat that keeps the engine busy for a minute, unless it is stopped."""
 
 
 def answer(question: str, adapter: str | None, count: int) -> str:

@@ -49,9 +49,9 @@ def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[A
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_adapter_of_each_layout_answers_where_it_is_named_and_nowhere_else(llm: Any, layout: str) -> None:
-    before = llm.chat(ASKED, options=GREEDY, max_tokens=24)
+    before = llm.chat(ASKED, options=GREEDY, max_tokens=4)
     reply = llm.chat(ASKED, options=GREEDY, max_tokens=24, adapter=LORA / layout)
-    after = llm.chat(ASKED, options=GREEDY, max_tokens=24)
+    after = llm.chat(ASKED, options=GREEDY, max_tokens=4)
     assert (reply.text.strip(), reply.adapter) == (AHOY, layout.removesuffix(".gguf"))
     assert "Ahoy" not in before.text + after.text
     assert after.adapter is None
@@ -61,7 +61,7 @@ def test_twenty_rapid_switches_never_answer_with_the_wrong_adapter(llm: Any) -> 
     for turn in range(20):
         name = "ahoy-peft" if turn % 2 else None
         llm.use_adapter(name)
-        reply = llm.chat(ASKED, options=GREEDY, max_tokens=12)
+        reply = llm.chat(ASKED, options=GREEDY, max_tokens=4)
         assert reply.adapter == name
         assert reply.text.startswith("Ahoy!") is (name is not None)
 

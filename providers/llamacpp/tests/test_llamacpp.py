@@ -11,6 +11,7 @@ from typing import Any, Self
 import pydantic
 import pytest
 from engine_fixtures import eventually
+from small_engine import LONG, MODEL, WINDOW
 
 import graftage
 from graftage.exceptions import (
@@ -33,12 +34,16 @@ pytestmark = pytest.mark.engine
 FRANCE = "What is the capital of France?"
 SURE = {"temperature": 0.0}
 """Options that make an answer the same each time."""
-ENDLESS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
-"""A schema that keeps the model busy for a minute, unless it is stopped."""
 
 
 @pytest.fixture
-def llm(both: Any, engine_store: Path) -> Any:
+def llm(both: Any, small_store: Path) -> Any:
+    return both.connect("llamacpp", context_window=1024)
+
+
+@pytest.fixture
+def default(both: Any, engine_store: Path) -> Any:
+    """A client of the default model."""
     return both.connect("llamacpp", context_window=1024)
 
 
@@ -52,20 +57,11 @@ def patched(source: Path, out: Path, key: str, value: bytes) -> Path:
     return out
 
 
-def with_template(source: Path, out: Path, template: str) -> Path:
-    """A copy of the default model with another chat template, of at most the same length."""
-    length = 368
-    assert len(template) <= length
-    return patched(
-        source, out, "tokenizer.chat_template", length.to_bytes(8, "little") + template.encode().ljust(length)
-    )
-
-
 # --- Chat and generate -----------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_names_no_model_chats_with_the_default_one(llm: Any) -> None:
-    reply = llm.chat(FRANCE, max_tokens=30, options=SURE)
+def test_a_client_that_names_no_model_chats_with_the_default_one(default: Any) -> None:
+    reply = default.chat(FRANCE, max_tokens=8, options=SURE)
     assert "Paris" in reply.text
     assert reply.model == DEFAULT_MODEL
     assert reply.provider == "llamacpp"
@@ -93,16 +89,17 @@ def test_a_stream_gives_the_text_of_the_plain_answer(llm: Any) -> None:
 
 def test_a_system_prompt_is_sent_where_the_caller_gives_none_and_only_then(llm: Any) -> None:
     plain = llm.chat("Hi", max_tokens=1).usage.input_tokens
-    same = llm.chat([{"role": "system", "content": _convert.SYSTEM_PROMPT}, {"role": "user", "content": "Hi"}])
+    messages = [{"role": "system", "content": _convert.SYSTEM_PROMPT}, {"role": "user", "content": "Hi"}]
+    same = llm.chat(messages, max_tokens=1)
     empty = llm.chat([{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}], max_tokens=1)
     assert same.usage.input_tokens == plain
     assert empty.usage.input_tokens < plain
 
 
-def test_the_default_model_answers_as_surely_as_it_can_unless_options_are_given(llm: Any) -> None:
-    assert {llm.chat(FRANCE, max_tokens=6).text.strip() for _ in range(3)} == {"The capital of France is Paris"}
+def test_the_default_model_answers_as_surely_as_it_can_unless_options_are_given(default: Any) -> None:
+    assert {default.chat(FRANCE, max_tokens=6).text.strip() for _ in range(3)} == {"The capital of France is Paris"}
     warm = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}
-    assert len({llm.chat(FRANCE, max_tokens=12, options={"seed": seed, **warm}).text for seed in range(3)}) == 3
+    assert len({default.chat(FRANCE, max_tokens=12, options={"seed": seed, **warm}).text for seed in range(3)}) == 3
 
 
 def test_a_seed_makes_an_answer_the_same_again(llm: Any) -> None:
@@ -113,8 +110,8 @@ def test_a_seed_makes_an_answer_the_same_again(llm: Any) -> None:
     assert others != {first}
 
 
-def test_an_answer_ends_before_a_stop_text(llm: Any) -> None:
-    reply = llm.chat(FRANCE, max_tokens=40, options={**SURE, "stop": "Paris"})
+def test_an_answer_ends_before_a_stop_text(default: Any) -> None:
+    reply = default.chat(FRANCE, max_tokens=40, options={**SURE, "stop": "Paris"})
     assert reply.finish_reason == "stop"
     assert reply.text
     assert "Paris" not in reply.text
@@ -136,17 +133,17 @@ def test_probabilities_without_a_number_of_others_come_alone(llm: Any) -> None:
     assert [each.top for each in reply.logprobs] == [(), ()]
 
 
-def test_a_schema_binds_the_answer_and_a_pydantic_model_reads_it(llm: Any) -> None:
+def test_a_schema_binds_the_answer_and_a_pydantic_model_reads_it(default: Any) -> None:
     class City(pydantic.BaseModel):
         name: str = pydantic.Field(max_length=20)
         population: int = pydantic.Field(ge=0, le=99)
 
-    reply = llm.chat("Describe Paris.", format=City, max_tokens=80, options=SURE)
+    reply = default.chat("Describe Paris.", format=City, max_tokens=80, options=SURE)
     assert isinstance(reply.parsed, City)
 
 
-def test_any_json_is_an_object(llm: Any) -> None:
-    reply = llm.chat('Write {"a": 1}', format="json", max_tokens=60, options={**SURE, "repeat_penalty": 1.0})
+def test_any_json_is_an_object(default: Any) -> None:
+    reply = default.chat('Write {"a": 1}', format="json", max_tokens=60, options={**SURE, "repeat_penalty": 1.0})
     assert isinstance(reply.parsed, dict)
 
 
@@ -157,18 +154,18 @@ def test_a_schema_binds_a_raw_completion_too(llm: Any) -> None:
 
 def test_json_that_is_cut_is_told_with_what_came(llm: Any) -> None:
     with pytest.raises(ProtocolError, match="max_tokens") as caught:
-        llm.chat("Count.", format=ENDLESS, max_tokens=10)
+        llm.chat("Count.", format={"type": "array", "items": {"type": "integer"}, "minItems": 100}, max_tokens=10)
     assert caught.value.partial is not None
     assert caught.value.partial.text.startswith("[")
 
 
-def test_a_raw_prompt_goes_past_the_template(llm: Any) -> None:
-    raw = llm.generate("One two three four", raw=True, max_tokens=1)
+def test_a_raw_prompt_goes_past_the_template(default: Any) -> None:
+    raw = default.generate("One two three four", raw=True, max_tokens=1)
     assert raw.usage.input_tokens == 4
-    assert llm.generate("One two three four", max_tokens=1).usage.input_tokens > 10
+    assert default.generate("One two three four", max_tokens=1).usage.input_tokens > 10
 
 
-def test_several_requests_at_once_are_all_answered(both: Any, engine_store: Path) -> None:
+def test_several_requests_at_once_are_all_answered(both: Any, small_store: Path) -> None:
     llm = both.connect("llamacpp", context_window=512, slots=2)
     calls = [lambda: llm.chat(FRANCE, max_tokens=8, options=SURE).text] * 4
     answers = both.together(calls)
@@ -179,21 +176,22 @@ def test_several_requests_at_once_are_all_answered(both: Any, engine_store: Path
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
-def test_tools_are_refused_where_the_template_has_no_place_for_them(llm: Any) -> None:
+def test_tools_are_refused_where_the_template_has_no_place_for_them(default: Any) -> None:
     with pytest.raises(CapabilityUnsupported, match="tools") as caught:
-        llm.chat("What time is it?", tools=[{"name": "now"}])
+        default.chat("What time is it?", tools=[{"name": "now"}])
     assert caught.value.model == DEFAULT_MODEL
-    assert "tools" not in llm.show().features
-    assert "tools" in llm.capabilities().features
+    assert "tools" not in default.show().features
+    assert "tools" in default.capabilities().features
 
 
-def test_tools_reach_a_model_whose_template_has_a_place_for_them(both: Any, engine_store: Path, tmp_path: Path) -> None:
+def test_tools_reach_a_model_whose_template_has_a_place_for_them(both: Any, tmp_path: Path) -> None:
     template = (
         "{% if tools %}{{'<|im_start|>system\n'}}{% for t in tools %}{{t|tojson}}{% endfor %}{{'<|im_end|>\n'}}"
         "{% endif %}{% for m in messages %}{{'<|im_start|>'+m['role']+'\n'+(m['content'] or '')+'<|im_end|>\n'}}"
         "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
     )
-    path = with_template(engine_store / "smollm2-135m.gguf", tmp_path / "tooled.gguf", template)
+    path = tmp_path / "tooled.gguf"
+    MODEL.write_for_engine(path, template)
     llm = both.connect("llamacpp", model=str(path), context_window=1024)
     assert "tools" in llm.show().features
     without = llm.chat("Hello", max_tokens=4)
@@ -237,10 +235,10 @@ def test_a_prompt_that_does_not_fit_the_window_is_an_overflow_with_the_figures(l
     assert caught.value.details["n_prompt_tokens"] > 2000
 
 
-def test_a_window_above_what_the_model_was_trained_for_is_lowered_with_a_warning(both: Any, engine_store: Path) -> None:
-    llm = both.connect("llamacpp", context_window=9000)
-    assert any("8192" in each for each in llm.chat("Hello", max_tokens=1).warnings)
-    assert llm.loaded()[0].context_window == 8192
+def test_a_window_above_what_the_model_was_trained_for_is_lowered_with_a_warning(both: Any, small_store: Path) -> None:
+    llm = both.connect("llamacpp", context_window=WINDOW + 1)
+    assert any(str(WINDOW) in each for each in llm.chat("Hello", max_tokens=1).warnings)
+    assert llm.loaded()[0].context_window == WINDOW
 
 
 def test_another_window_starts_the_engine_again_and_says_so(llm: Any) -> None:
@@ -275,8 +273,8 @@ def test_the_check_of_the_memory_can_be_turned_off_and_the_engine_says_what_is_w
 # --- Embed -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_text_has_a_vector_of_length_one_and_equal_texts_have_equal_ones(llm: Any) -> None:
-    found = llm.embed(["The cat sat.", "Stocks fell.", "The cat sat."])
+def test_each_text_has_a_vector_of_length_one_and_equal_texts_have_equal_ones(default: Any) -> None:
+    found = default.embed(["The cat sat.", "Stocks fell.", "The cat sat."])
     assert [len(vector) for vector in found.vectors] == [576] * 3
     assert [sum(each * each for each in vector) for vector in found.vectors] == [pytest.approx(1, abs=1e-3)] * 3
     assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-3)
@@ -293,16 +291,16 @@ def test_a_text_too_long_to_embed_is_cut_with_a_warning_or_refused(llm: Any) -> 
 
 
 def test_vectors_of_another_length_are_unsupported(llm: Any) -> None:
-    assert len(llm.embed("cat", dimensions=576).vectors[0]) == 576
-    with pytest.raises(CapabilityUnsupported, match="576"):
-        llm.embed("cat", dimensions=64)
+    assert len(llm.embed("cat", dimensions=MODEL.hidden).vectors[0]) == MODEL.hidden
+    with pytest.raises(CapabilityUnsupported, match=f"{MODEL.hidden}"):
+        llm.embed("cat", dimensions=32)
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-def test_show_tells_what_the_file_holds_with_its_vocabulary(llm: Any, engine_store: Path) -> None:
-    shown = llm.show()
+def test_show_tells_what_the_file_holds_with_its_vocabulary(default: Any, engine_store: Path) -> None:
+    shown = default.show()
     assert shown.architecture == "llama"
     assert shown.parameters == "134.52M"
     assert shown.quantization == "Q4_1"
@@ -316,25 +314,25 @@ def test_show_tells_what_the_file_holds_with_its_vocabulary(llm: Any, engine_sto
     assert {"chat", "embed", "structured_output", "logprobs"} <= shown.features
 
 
-def test_the_list_of_models_leaves_the_vocabulary_out(llm: Any) -> None:
-    (listed,) = llm.models()
+def test_the_list_of_models_leaves_the_vocabulary_out(default: Any) -> None:
+    (listed,) = default.models()
     assert listed.name == DEFAULT_MODEL
     assert "tokenizer.ggml.tokens" not in listed.metadata
 
 
-def test_a_loaded_model_tells_the_memory_of_its_process(llm: Any) -> None:
-    assert llm.loaded() == ()
-    llm.load()
-    (loaded,) = llm.loaded()
+def test_a_loaded_model_tells_the_memory_of_its_process(default: Any) -> None:
+    assert default.loaded() == ()
+    default.load()
+    (loaded,) = default.loaded()
     assert loaded.name == DEFAULT_MODEL
     assert loaded.context_window == 1024
     assert loaded.expires_at is None
     status = Path(f"/proc/{loaded.raw['pid']}/status").read_text(encoding="ascii")
     resident = int(status.split("VmRSS:")[1].split()[0]) * 1024
     assert loaded.size == pytest.approx(resident, rel=0.1)
-    llm.unload()
-    assert llm.loaded() == ()
-    llm.unload()
+    default.unload()
+    assert default.loaded() == ()
+    default.unload()
 
 
 def test_a_model_that_may_not_stay_leaves_the_memory(llm: Any) -> None:
@@ -349,15 +347,15 @@ def test_a_path_is_a_model_too(both: Any, engine_store: Path, tmp_path: Path) ->
     path = tmp_path / "mine.gguf"
     path.symlink_to(engine_store / "smollm2-135m.gguf")
     llm = both.connect("llamacpp", model=str(path), models_path=tmp_path / "none", context_window=512)
-    assert "Paris" in llm.chat(FRANCE, max_tokens=30, options=SURE).text
+    assert "Paris" in llm.chat(FRANCE, max_tokens=8, options=SURE).text
     assert llm.show().path == path
 
 
 @pytest.mark.parametrize("operation", ["chat", "generate", "embed", "load"])
-def test_an_unknown_model_is_not_found_and_the_close_name_is_suggested(operation: str, llm: Any) -> None:
+def test_an_unknown_model_is_not_found_and_the_close_name_is_suggested(operation: str, default: Any) -> None:
     arguments = () if operation == "load" else ("Hello",)
     with pytest.raises(ModelNotFound, match="smollm2:135m") as caught:
-        getattr(llm, operation)(*arguments, model="smollm2:1m")
+        getattr(default, operation)(*arguments, model="smollm2:1m")
     assert caught.value.suggestions == (DEFAULT_MODEL,)
 
 
@@ -389,36 +387,36 @@ def test_health_names_a_model_that_is_not_there(llm: Any) -> None:
 
 
 def test_a_stream_that_is_closed_frees_the_engine(llm: Any) -> None:
-    stream = llm.chat("Count.", format=ENDLESS, stream=True, options=SURE)
+    stream = llm.chat("Count.", stream=True, **LONG)
     next(iter(stream))
     stream.close()
     # There is one slot: the next answer would wait for a minute, were the first still being made.
-    assert llm.chat("Hello", max_tokens=1, timeout=20).text
+    assert llm.chat("Hello", max_tokens=1, timeout=10).text
     assert llm.stats().running == 0
 
 
-def test_a_stream_that_is_dropped_frees_the_engine(engine_store: Path) -> None:
+def test_a_stream_that_is_dropped_frees_the_engine(small_store: Path) -> None:
     with graftage.connect("llamacpp", context_window=1024) as llm:
-        for _ in llm.chat("Count.", format=ENDLESS, stream=True, options=SURE):
+        for _ in llm.chat("Count.", stream=True, **LONG):
             break
-        assert llm.chat("Hello", max_tokens=1, timeout=20).text
+        assert llm.chat("Hello", max_tokens=1, timeout=10).text
 
 
-def test_a_task_that_is_cancelled_frees_the_engine(engine_store: Path) -> None:
+def test_a_task_that_is_cancelled_frees_the_engine(small_store: Path) -> None:
     async def work() -> str:
         async with graftage.connect_async("llamacpp", context_window=1024) as llm:
             await llm.load()
-            task = asyncio.ensure_future(llm.chat("Count.", format=ENDLESS, options=SURE))
+            task = asyncio.ensure_future(llm.chat("Count.", **LONG))
             await asyncio.sleep(0.5)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            return str((await llm.chat("Hello", max_tokens=1, timeout=20)).text)
+            return str((await llm.chat("Hello", max_tokens=1, timeout=10)).text)
 
     assert asyncio.run(work())
 
 
-def test_a_task_that_is_cancelled_while_the_engine_starts_leaves_a_client_that_works(engine_store: Path) -> None:
+def test_a_task_that_is_cancelled_while_the_engine_starts_leaves_a_client_that_works(small_store: Path) -> None:
     async def work() -> str:
         async with graftage.connect_async("llamacpp", context_window=1024) as llm:
             task = asyncio.ensure_future(llm.chat("Hello"))
@@ -432,18 +430,18 @@ def test_a_task_that_is_cancelled_while_the_engine_starts_leaves_a_client_that_w
 
 
 def test_a_limit_on_the_whole_call_ends_it_and_frees_the_engine(llm: Any) -> None:
-    llm.load()
+    llm.load(context_window=LONG["context_window"])
     with pytest.raises(ProviderTimeout) as caught:
-        llm.chat("Count.", format=ENDLESS, timeout=1)
+        llm.chat("Count.", timeout=1, **LONG)
     assert caught.value.phase == "total"
-    assert llm.chat("Hello", max_tokens=1, timeout=20).text
+    assert llm.chat("Hello", max_tokens=1, timeout=10).text
 
 
 # --- Recording -------------------------------------------------------------------------------------------------------
 
 
 def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_port(
-    both: Any, engine_store: Path, tmp_path: Path
+    both: Any, small_store: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "chat.yaml"
     tape = Cassette(path, mode="record")
@@ -504,7 +502,7 @@ def delta(finish: str | None = None, **what: Any) -> dict[str, Any]:
     return {"choices": [{"delta": what, "finish_reason": finish}]}
 
 
-def test_a_tool_call_that_comes_in_pieces_is_put_together(both: Any, engine_store: Path) -> None:
+def test_a_tool_call_that_comes_in_pieces_is_put_together(both: Any, small_store: Path) -> None:
     parts = (
         {"index": 0, "id": "a1", "function": {"name": "now", "arguments": ""}},
         {"index": 1, "id": "", "function": {"name": "then", "arguments": "{}"}},
@@ -540,7 +538,7 @@ def calling(function: dict[str, Any]) -> Saying:
     ids=str,
 )
 def test_the_arguments_of_a_call_are_read_as_what_they_mean(
-    both: Any, engine_store: Path, given: dict[str, Any], read: dict[str, Any]
+    both: Any, small_store: Path, given: dict[str, Any], read: dict[str, Any]
 ) -> None:
     llm = both.connect("llamacpp", transport=calling({"name": "now", **given}))
     reply = llm.chat("Hello")
@@ -558,7 +556,7 @@ def test_the_arguments_of_a_call_are_read_as_what_they_mean(
     ids=str,
 )
 def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
-    both: Any, engine_store: Path, function: dict[str, Any]
+    both: Any, small_store: Path, function: dict[str, Any]
 ) -> None:
     llm = both.connect("llamacpp", transport=calling(function))
     with pytest.raises(ProtocolError, match=r"model's call.* malformed") as caught:
@@ -573,7 +571,7 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
 
 
 @pytest.mark.parametrize("end", ["data: [DONE]\n\n", "", 'data: {"choi'])
-def test_an_answer_without_a_reason_is_no_whole_answer(end: str, both: Any, engine_store: Path) -> None:
+def test_an_answer_without_a_reason_is_no_whole_answer(end: str, both: Any, small_store: Path) -> None:
     llm = both.connect("llamacpp", transport=Saying(delta(content="Let"), end=end))
     with pytest.raises(StreamInterrupted) as caught:
         llm.chat("Hello")
@@ -591,7 +589,7 @@ def test_an_answer_without_a_reason_is_no_whole_answer(end: str, both: Any, engi
         ("x", InferenceFailed),
     ],
 )
-def test_an_error_inside_a_stream_is_typed(failure: Any, error: type[Exception], both: Any, engine_store: Path) -> None:
+def test_an_error_inside_a_stream_is_typed(failure: Any, error: type[Exception], both: Any, small_store: Path) -> None:
     llm = both.connect("llamacpp", transport=Saying({"error": failure}))
     with pytest.raises(error, match="x"):
         llm.chat("Hello")

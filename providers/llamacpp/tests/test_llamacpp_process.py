@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from engine_fixtures import PATIENCE, eventually
+from small_engine import LONG, NAME
 
 import graftage
 from graftage.exceptions import ConnectionFailed, ModelLoadFailed, ProviderTimeout, StreamInterrupted
-from graftage_llamacpp import DEFAULT_MODEL, _engine, _process
+from graftage_llamacpp import _engine, _process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,11 +29,9 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
 ]
 
-LONG = "Count from one to a thousand, and leave nothing out."
-
 
 @pytest.fixture
-def llm(both: Any, engine_store: Path) -> Any:
+def llm(both: Any, small_store: Path) -> Any:
     return both.connect("llamacpp", context_window=512)
 
 
@@ -87,7 +86,7 @@ def test_nothing_runs_until_the_first_request_and_nothing_after_the_client_is_cl
 
 
 def test_clients_of_one_model_and_settings_share_an_engine_until_the_last_is_closed(
-    both: Any, engine_store: Path
+    both: Any, small_store: Path
 ) -> None:
     one, two = (both.connect("llamacpp", context_window=512) for _ in range(2))
     one.chat("Hello", max_tokens=1)
@@ -99,7 +98,7 @@ def test_clients_of_one_model_and_settings_share_an_engine_until_the_last_is_clo
     assert children() == set()
 
 
-def test_clients_of_other_settings_have_an_engine_of_their_own(both: Any, engine_store: Path) -> None:
+def test_clients_of_other_settings_have_an_engine_of_their_own(both: Any, small_store: Path) -> None:
     one, two = (both.connect("llamacpp", context_window=512, batch=batch) for batch in (64, 128))
     one.chat("Hello", max_tokens=1)
     two.chat("Hello", max_tokens=1)
@@ -159,7 +158,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_twenty_starts_and_ends_leave_no_process_and_no_open_file(engine_store: Path) -> None:
+def test_twenty_starts_and_ends_leave_no_process_and_no_open_file(small_store: Path) -> None:
     before = open_files()
     seen = set()
     with graftage.connect("llamacpp", context_window=128, batch=32) as llm:
@@ -176,7 +175,7 @@ def test_twenty_starts_and_ends_leave_no_process_and_no_open_file(engine_store: 
 
 
 def test_a_crash_within_a_stream_is_an_interruption_with_what_came(llm: Any) -> None:
-    stream = llm.chat(LONG, stream=True, max_tokens=400)
+    stream = llm.chat("Hello", stream=True, **LONG)
     first = next(iter(stream))
     os.kill(engine(llm), signal.SIGKILL)
     with pytest.raises(StreamInterrupted, match="killed by signal 9") as caught:
@@ -189,8 +188,8 @@ def test_a_crash_within_a_stream_is_an_interruption_with_what_came(llm: Any) -> 
 
 
 def test_a_crash_within_a_plain_answer_is_an_interruption_too(llm: Any, both: Any) -> None:
-    llm.load()
-    answer = both.start(llm.chat, LONG, format={"type": "string", "minLength": 1000}, timeout=60)
+    llm.load(context_window=LONG["context_window"])
+    answer = both.start(llm.chat, "Hello", timeout=60, **LONG)
     time.sleep(1)
     os.kill(engine(llm), signal.SIGKILL)
     with pytest.raises(StreamInterrupted) as caught:
@@ -221,7 +220,7 @@ def test_a_request_whose_engine_crashes_before_it_answers_is_tried_again(llm: An
 
 
 def test_an_engine_that_hangs_while_it_starts_is_ended_at_the_limit(
-    both: Any, engine_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(tmp_path, monkeypatch, "import time; time.sleep(60)")
     with pytest.raises((ModelLoadFailed, ProviderTimeout)):
@@ -231,18 +230,19 @@ def test_an_engine_that_hangs_while_it_starts_is_ended_at_the_limit(
 
 # --- The end of the parent -------------------------------------------------------------------------------------------
 
-PARENT = """
+PARENT = f"""
 import sys, time, os
 import graftage
-llm = graftage.connect("llamacpp", context_window=512)
-stream = llm.chat("Tell me a story", stream=True, max_tokens=400)
+llm = graftage.connect("llamacpp")
+long = {LONG}
+stream = llm.chat("Tell me a story", stream=True, **long)
 next(iter(stream))
 print(llm.loaded()[0].raw["pid"], flush=True)
 """
 
 
 @pytest.fixture
-def parent(engine_store: Path, heed_signals: None) -> Iterator[Any]:
+def parent(small_store: Path, heed_signals: None) -> Iterator[Any]:
     """Starts a host that has an engine; gives the host, and the engine's process."""
     started: list[tuple[subprocess.Popen[str], int]] = []
 
@@ -309,7 +309,7 @@ def test_ctrl_c_interrupts_a_stream_and_the_engine_can_be_asked_again(parent: An
         "    print('reading', flush=True)\n"
         "    while True:\n"
         "        for _ in stream: pass\n"
-        "        stream = llm.chat('Tell me a story', stream=True, max_tokens=400)\n"
+        "        stream = llm.chat('Tell me a story', stream=True, **long)\n"
         "except KeyboardInterrupt:\n"
         "    stream.close()\n"
         "    print(bool(llm.chat('Hello', max_tokens=1).text), llm.loaded()[0].raw['pid'], flush=True)\n"
@@ -347,7 +347,7 @@ def test_a_missing_system_library_is_named_with_the_package_to_install(
 
 
 def test_an_engine_that_is_not_installed_is_named(
-    both: Any, engine_store: Path, monkeypatch: pytest.MonkeyPatch
+    both: Any, small_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     llm = both.connect("llamacpp")
@@ -360,7 +360,7 @@ def test_an_engine_that_is_not_installed_is_named(
 
 
 def test_an_engine_that_crashes_while_it_starts_is_told_and_tried_once_more(
-    both: Any, engine_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "starts"
     lines = (
@@ -380,13 +380,13 @@ def test_an_engine_that_crashes_while_it_starts_is_told_and_tried_once_more(
 def test_a_closed_client_starts_nothing(llm: Any) -> None:
     llm.close()
     with pytest.raises((RuntimeError, ConnectionFailed)):
-        llm.chat("Hello", model=DEFAULT_MODEL)
+        llm.chat("Hello", model=NAME)
     assert children() == set()
 
 
-def test_closing_a_client_ends_what_another_thread_reads(engine_store: Path) -> None:
+def test_closing_a_client_ends_what_another_thread_reads(small_store: Path) -> None:
     llm = graftage.connect("llamacpp", context_window=512)
-    stream = llm.chat(LONG, stream=True, max_tokens=400)
+    stream = llm.chat("Hello", stream=True, **LONG)
     next(iter(stream))
     failed: list[BaseException] = []
 
