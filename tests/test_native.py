@@ -12,6 +12,7 @@ import httpx
 import ollama
 import pytest
 from pydantic import BaseModel, ConfigDict
+from test_secrets import Detour
 
 from graftage.exceptions import (
     CapabilityUnsupported,
@@ -112,6 +113,55 @@ def test_it_sends_a_file_in_pieces(official: Any, fake: FakeOllama, tmp_path: Pa
     digest = official.create_blob(file)
     assert digest == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
     assert fake.blobs[digest] == file.read_bytes()
+
+
+def test_it_goes_on_from_a_context_and_takes_a_template(official: Any, fake: FakeOllama) -> None:
+    first = official.generate(MODEL, "Say hello", template="{{ .Prompt }}!")
+    assert (first.response, first.context) == (fake.reply, [0, 1])
+    *_, last = official.generate(MODEL, "Again", context=first.context, stream=True)
+    assert last.context == [0, 1, 0]
+    sent = [seen.body for seen in fake.requests]
+    assert [(each.get("template"), each.get("context")) for each in sent] == [("{{ .Prompt }}!", None), (None, [0, 1])]
+
+
+def test_it_copies_creates_and_deletes_models(official: Any, fake: FakeOllama) -> None:
+    assert official.copy(MODEL, "copy:1").status == "success"
+    assert official.create("pirate:1", from_=MODEL, system="Ahoy!").status == "success"
+    assert fake.derived == {"copy:1": {"from": MODEL}, "pirate:1": fake.requests[-1].body | {"from": MODEL}}
+    assert official.show("pirate:1").modelfile
+    assert [official.delete(name).status for name in ("copy:1", "pirate:1")] == ["success", "success"]
+    assert fake.models == [MODEL]
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+@pytest.mark.parametrize("what", ["pull", "push"])
+def test_it_moves_models_also_without_tls(official: Any, fake: FakeOllama, what: str, insecure: bool) -> None:
+    move = getattr(official, what)
+    assert move(MODEL, insecure=insecure).status == "success"
+    steps = [step.status for step in move(MODEL, insecure=insecure, stream=True)]
+    assert (len(steps) > 3, steps[-1]) == (True, "success")
+    assert [(seen.path, seen.body["insecure"]) for seen in fake.requests] == [(f"/api/{what}", insecure)] * 2
+
+
+WEB = {
+    "web_search": (("graftage",), {"results": [{"title": "T", "url": "https://a.example", "content": "C"}]}),
+    "web_fetch": (("https://a.example",), {"title": "T", "content": "C", "links": []}),
+}
+
+
+@pytest.mark.parametrize("what", WEB)
+def test_the_web_is_searched_by_a_client_of_that_address_alone(
+    both: Both, official: Any, fake: FakeOllama, what: str
+) -> None:
+    arguments, answer = WEB[what]
+    with pytest.raises(httpx.LocalProtocolError, match=r"ollama.com.* was refused.*is for http://127") as caught:
+        getattr(official, what)(*arguments)
+    assert isinstance(caught.value.__cause__, RequestRejected)
+    assert fake.accepted == 0
+    fake.script(f"/api/{what}", Answer([answer]))
+    searching = both.native(both.connect("ollama", host="https://ollama.com", api_key=KEY, transport=Detour(fake)))
+    assert getattr(searching, what)(*arguments).model_dump(exclude_none=True) == answer
+    assert fake.requests[-1].headers["authorization"] == f"Bearer {KEY}"
 
 
 def test_it_raises_errors_of_its_own(both: Both, official: Any, fake: FakeOllama) -> None:

@@ -226,7 +226,9 @@ class FakeOllama:
             "/api/generate": self._generate,
             "/api/embed": self._embed,
             "/api/pull": self._pull,
+            "/api/push": self._push,
             "/api/create": self._create,
+            "/api/copy": self._copy,
         }
         if seen.path.startswith("/api/blobs/"):
             return self._blob(seen)
@@ -281,6 +283,24 @@ class FakeOllama:
             self.models = [*(each for each in self.models if each != model), model]
         return _object({"status": "success"}) if asked.get("stream") is False else Answer([{"status": "success"}])
 
+    def _copy(self, asked: Mapping[str, Any]) -> Answer:
+        source, made = (canonical_name(str(asked.get(name, ""))) for name in ("source", "destination"))
+        with self._lock:
+            if source not in self.models:
+                return _error(f'model "{asked.get("source")}" not found', 404)
+            self.derived[made] = {"from": source}
+            self.models = [*(each for each in self.models if each != made), made]
+        return Answer(framing="length")
+
+    def _push(self, asked: Mapping[str, Any]) -> Answer:
+        model = canonical_name(str(asked.get("model", "")))
+        lines: list[Mapping[str, Any]] = [{"status": "retrieving manifest"}]
+        if model not in self.models:
+            return Answer([*lines, {"status": "couldn't retrieve manifest"}, {"error": "no such file or directory"}])
+        layer = {"status": "pushing b179c9523d0e", "digest": _digest(model), "total": 100}
+        lines += [layer, {**layer, "completed": 100}, {"status": "pushing manifest"}, {"status": "success"}]
+        return _object(lines[-1]) if asked.get("stream") is False else Answer(lines)
+
     def _blob(self, seen: Seen) -> Answer:
         digest = seen.path.rpartition("/")[2]
         if not re.fullmatch("sha256[:-][0-9a-f]{64}", digest):
@@ -311,10 +331,18 @@ class FakeOllama:
         return self._infer(asked, asked.get("messages"), part, 'model "{}" not found, try pulling it first')
 
     def _generate(self, asked: Mapping[str, Any]) -> Answer:
-        return self._infer(asked, asked.get("prompt"), lambda text: {"response": text}, "model '{}' not found")
+        # A conversation in tokens, to go on from; as many as there are words.
+        context = [*(asked.get("context") or ()), *range(len(str(asked.get("prompt")).split()))]
+        facts = {} if asked.get("raw") else {"context": context}
+        return self._infer(asked, asked.get("prompt"), lambda text: {"response": text}, "model '{}' not found", **facts)
 
     def _infer(
-        self, asked: Mapping[str, Any], prompt: object, part: Callable[[str], dict[str, Any]], missing: str
+        self,
+        asked: Mapping[str, Any],
+        prompt: object,
+        part: Callable[[str], dict[str, Any]],
+        missing: str,
+        **facts: object,
     ) -> Answer:
         model = canonical_name(str(asked.get("model", "")))
         if model not in self.models:
@@ -324,7 +352,7 @@ class FakeOllama:
             return _object({**head, **part(""), "done_reason": self._place(model, asked), "done": True})
         self._place(model, asked)
         words, reason = _cut(re.findall(r"\S+\s*", self.reply), asked)
-        last = {"done_reason": reason, "done": True, **_figures(len(words))}
+        last = {"done_reason": reason, "done": True, **facts, **_figures(len(words))}
         if asked.get("stream") is False:
             return _object({**head, **part("".join(words)), **last})
         lines = [{**head, **part(word), "done": False} for word in words]
