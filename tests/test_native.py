@@ -143,7 +143,7 @@ def test_it_moves_models_also_without_tls(official: Any, fake: FakeOllama, what:
     assert [(seen.path, seen.body["insecure"]) for seen in fake.requests] == [(f"/api/{what}", insecure)] * 2
 
 
-WEB = {
+WEB: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "web_search": (("graftage",), {"results": [{"title": "T", "url": "https://a.example", "content": "C"}]}),
     "web_fetch": (("https://a.example",), {"title": "T", "content": "C", "links": []}),
 }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 AGREED = Path(__file__).with_name("public.txt")
 RENEW = "python tests/test_public.py > tests/public.txt"
 ARGUMENTS = "graftage._engine.arguments"
-TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments"}
+TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments", "RerankArguments"}
 """What `chat(**arguments)` and its like take, which stands in a private module."""
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 ENGINE = [
@@ -30,6 +30,7 @@ ENGINE = [
     "events",
     "health",
     "inputs",
+    "purposes",
     "arguments",
     "limits",
     "plugins",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, Timeout, Wants
+    from graftage._engine.arguments import (
+        ChatArguments,
+        EmbedArguments,
+        GenerateArguments,
+        RerankArguments,
+        Timeout,
+        Wants,
+    )
     from graftage._engine.choosing import Wish
     from graftage._engine.fallback import Chain
     from graftage._engine.inputs import Messages
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
         LoadedModel,
         ModelInfo,
         PullProgress,
+        Ranking,
         Reply,
         Stats,
     )
@@ -249,6 +258,9 @@ class Client:
                 `adapter`: an adapter for this call; None for the base model; left out for the active one.
                 `tools`: what the model may call: Python functions, pydantic models, mappings or `Tool`s.
                 `format`: a pydantic model, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
+                `retries`: how often to ask again where the answer does not fit the `format`: the conversation goes on
+                with that answer and with what is wrong with it. Each time is a call of its own for `stats` and
+                observers; `timeout` holds for all, `Reply.usage` is that of all, and `Reply.attempts` counts them.
                 `think`: whether to think first, or how hard.
                 `images`: pictures for the user's last message: bytes, `Image`, paths, or `data:` URIs.
                 `options`: `temperature`, `seed` and so on; `capabilities().options` has the names.
@@ -307,10 +319,50 @@ class Client:
             arguments: all optional: `model`, `options`, `keep_alive`, `context_window`, `timeout` as for `chat`, and
                 `dimensions`: cut the vectors to this length, where the model allows it.
                 `truncate`: False makes an input that does not fit a `ContextOverflow`.
+                `purpose`: `"query"` or `"document"`: each input gets the prefix that the model was trained with, such
+                as `search_query: `; a model of which none is known gets a warning on the result.
         """
         from graftage._engine.arguments import embed_wants  # noqa: PLC0415
 
         return drive(self._session.embed(self._session.read(embed_wants, inputs, arguments)))
+
+    @_translate_errors
+    def rerank(self, query: str, documents: Sequence[str], **arguments: Unpack[RerankArguments]) -> Ranking:
+        """Rank texts by how well they answer a query, the best first; it takes a model that is made for it.
+
+        Args:
+            query: what is looked for.
+            documents: the texts; a result names one by its place among them.
+            arguments: all optional: `model`, `options`, `keep_alive`, `context_window`, `force`, `timeout` as for
+                `chat`.
+
+        Raises:
+            CapabilityUnsupported: the provider or the model cannot; nothing was sent where the provider cannot.
+        """
+        from graftage._engine.arguments import rerank_wants  # noqa: PLC0415
+
+        session = self._session
+        return drive(session.rerank(session.read(partial(rerank_wants, query), documents, arguments)))
+
+    @_translate_errors
+    def count_tokens(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> int:
+        """Count the tokens that a model reads of a conversation, with its template and tools; the model is loaded.
+
+        Ollama has no way to count alone: it reads the conversation and writes one token, and a server before 0.12.6
+        may count what is left of a conversation that it has cut.
+
+        Args:
+            messages: as for `chat`.
+            arguments: those of `chat`.
+
+        Raises:
+            CapabilityUnsupported: the provider cannot count.
+            ContextOverflow: the conversation does not fit, and the server counts only what does.
+        """
+        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
+
+        session = self._session.single()
+        return drive(session.count_tokens(session.read(chat_wants, messages, arguments)))
 
     @_translate_errors
     def health(
@@ -408,6 +460,19 @@ class Client:
         drive(self._session.single().unload(model, timeout))
 
     @_translate_errors
+    def delete(self, model: str, *, timeout: Timeout = None) -> None:
+        """Delete a model from the disk, for good.
+
+        Args:
+            model: its name; the client's own is never meant by leaving it out.
+            timeout: seconds for it.
+
+        Raises:
+            ModelNotFound: it is not there.
+        """
+        drive(self._session.single().delete(model, timeout))
+
+    @_translate_errors
     def use_adapter(
         self,
         reference: str | Path | None,
@@ -477,6 +542,7 @@ class Client:
 
         It keeps the time limits, sizes and addresses of the settings, and each of its requests is sent once. It raises
         errors of its own, and knows nothing of adapters, policies and events. It is of use until this client is closed.
+        What goes to another address is refused, such as `web_search` of Ollama's: connect to `https://ollama.com`.
 
         Raises:
             CapabilityUnsupported: the provider has none.
@@ -671,6 +737,22 @@ class AsyncClient:
         return await session.embed(session.read(embed_wants, inputs, arguments))
 
     @_translate_errors_async
+    async def rerank(self, query: str, documents: Sequence[str], **arguments: Unpack[RerankArguments]) -> Ranking:
+        """As `Client.rerank`."""
+        from graftage._engine.arguments import rerank_wants  # noqa: PLC0415
+
+        session = await self._open()
+        return await session.rerank(session.read(partial(rerank_wants, query), documents, arguments))
+
+    @_translate_errors_async
+    async def count_tokens(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> int:
+        """As `Client.count_tokens`."""
+        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
+
+        session = (await self._open()).single()
+        return await session.count_tokens(await _read_off_loop(session, chat_wants, messages, arguments))
+
+    @_translate_errors_async
     async def health(
         self,
         level: HealthLevel = "api",
@@ -745,6 +827,12 @@ class AsyncClient:
         """As `Client.unload`."""
         session = await self._open()
         await session.single().unload(model, timeout)
+
+    @_translate_errors_async
+    async def delete(self, model: str, *, timeout: Timeout = None) -> None:
+        """As `Client.delete`."""
+        session = await self._open()
+        await session.single().delete(model, timeout)
 
     @_translate_errors_async
     async def use_adapter(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ModelInfo,
         Operation,
         Phase,
+        PromptProgress,
         PullProgress,
         Timings,
         Tool,
@@ -52,6 +53,7 @@ __all__ = [
     "NativeRequest",
     "Owned",
     "PruneAdaptersRequest",
+    "RerankRequest",
     "ResolveRequest",
     "UnloadAdapterRequest",
     "Waiting",
@@ -213,7 +215,9 @@ class Call:
 class Event:
     """Something that happened, for observers and logs. Never holds a prompt or an answer."""
 
-    kind: Literal["start", "admitted", "attempt", "retry", "first_chunk", "progress", "finish", "error"]
+    kind: Literal[
+        "start", "admitted", "attempt", "retry", "prompt_progress", "first_chunk", "progress", "finish", "error"
+    ]
     """One `start` and one `finish` or `error` for each call; the rest between them."""
     call_id: str
     operation: Operation
@@ -232,6 +236,8 @@ class Event:
     usage: Usage | None = None
     timings: Timings | None = None
     progress: PullProgress | None = None
+    prompt: PromptProgress | None = None
+    """With `prompt_progress`: how far the prompt has been read, where the provider tells."""
 
 
 # --- Requests: the one argument of each hook -------------------------------------------------------------------------
@@ -246,7 +252,7 @@ class CloseRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """What `chat` is asked."""
+    """What `chat` is asked, and `count_tokens`."""
 
     call: Call
     model: str
@@ -302,6 +308,19 @@ class EmbedRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRequest:
+    """What `rerank` is asked."""
+
+    call: Call
+    model: str
+    query: str
+    documents: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep_alive: float | None = None
+    context_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HealthRequest:
     """What `health` is asked."""
 
@@ -346,7 +365,7 @@ class NativeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
-    """What `show_model`, `pull_model` and `unload_model` are asked."""
+    """What `show_model`, `pull_model`, `unload_model` and `delete_model` are asked."""
 
     call: Call
     model: str

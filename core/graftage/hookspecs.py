@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         ModelsRequest,
         NativeRequest,
         PruneAdaptersRequest,
+        RerankRequest,
         ResolveRequest,
         UnloadAdapterRequest,
     )
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         LoadedModel,
         ModelInfo,
         PullProgress,
+        Ranking,
     )
 
     T = TypeVar("T")
@@ -82,6 +84,8 @@ __all__ = [
     "Close",
     "Connect",
     "ConnectRequest",
+    "CountTokens",
+    "DeleteModel",
     "DescribeCapabilities",
     "Embed",
     "Generate",
@@ -94,6 +98,7 @@ __all__ = [
     "Observe",
     "PruneAdapters",
     "PullModel",
+    "Rerank",
     "ResolveAdapter",
     "ResourceLimits",
     "SettingsModel",
@@ -290,6 +295,33 @@ class Embed(Protocol):
         ...
 
 
+class CountTokens(Protocol):
+    """Say how long a conversation is."""
+
+    @hookspec(firstresult=True)
+    def count_tokens(self, request: ChatRequest) -> Once[int]:
+        """Called to count the tokens of what `chat` would be asked, template and tools included.
+
+        Return what the model would read. Generate nothing that can be left out; never guess.
+
+        Raises:
+            ContextOverflow: the conversation does not fit, and the server counts only what does.
+            CapabilityUnsupported: this server cannot tell.
+
+        Since 0.2.
+        """
+        ...
+
+
+class Rerank(Protocol):
+    """Say how well each of several texts answers a query."""
+
+    @hookspec(firstresult=True)
+    def rerank(self, request: RerankRequest) -> Once[Ranking]:
+        """Called to rank documents. Return each of them once, in any order: the core sorts. Since 0.2."""
+        ...
+
+
 class DescribeCapabilities(Protocol):
     """Say what the provider can do."""
 
@@ -368,6 +400,21 @@ class UnloadModel(Protocol):
     @hookspec(firstresult=True)
     def unload_model(self, request: ModelRequest) -> Once[None]:
         """Called to free a model's memory; one that is not loaded is no error. Since 0.1."""
+        ...
+
+
+class DeleteModel(Protocol):
+    """Delete a model."""
+
+    @hookspec(firstresult=True)
+    def delete_model(self, request: ModelRequest) -> Once[None]:
+        """Called to delete a model from the disk, and from memory. Delete nothing that another model needs.
+
+        Raises:
+            ModelNotFound: it is not there.
+
+        Since 0.2.
+        """
         ...
 
 
@@ -489,6 +536,8 @@ CONNECTION_SPECS = (
     Close,
     Generate,
     Embed,
+    CountTokens,
+    Rerank,
     DescribeCapabilities,
     ListModels,
     ShowModel,
@@ -496,6 +545,7 @@ CONNECTION_SPECS = (
     PullModel,
     LoadModel,
     UnloadModel,
+    DeleteModel,
     LoadAdapter,
     UnloadAdapter,
     PruneAdapters,

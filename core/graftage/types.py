@@ -49,7 +49,10 @@ __all__ = [
     "ModelInfo",
     "Operation",
     "Phase",
+    "PromptProgress",
     "PullProgress",
+    "Ranked",
+    "Ranking",
     "Reply",
     "Role",
     "Stats",
@@ -82,9 +85,12 @@ Feature: TypeAlias = Literal[
     "pull_model",
     "load_model",
     "unload_model",
+    "delete_model",
     "load_adapter",
     "unload_adapter",
     "prune_adapters",
+    "count_tokens",
+    "rerank",
     "native",
 ]
 Operation: TypeAlias = str
@@ -172,6 +178,12 @@ class Usage:
             return None
         return self.input_tokens + self.output_tokens
 
+    def __add__(self, other: Usage) -> Usage:
+        """That of several answers together; what one of them does not know is not known."""
+        names = (each.name for each in fields(self))
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return Usage(**{name: None if None in pair else sum(pair) for name, pair in pairs.items()})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
@@ -239,6 +251,8 @@ class Reply:
     limits: Limits | None = None
     """What the policies allowed, and why."""
     warnings: tuple[str, ...] = ()
+    attempts: int = 1
+    """How often the model was asked until its answer fitted the `format`; `usage` is that of all its answers."""
     raw: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -353,6 +367,29 @@ class Embeddings:
             object.__setattr__(self, "vectors", Vectors(given))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """How well one document answers a query."""
+
+    index: int
+    """Its place among the documents of the request, from 0."""
+    score: float
+    """The higher, the better; scores of different models, or for different queries, cannot be compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Each document of a request once, the best first. A provider may give them in any order."""
+
+    results: tuple[Ranked, ...]
+    model: str = ""
+    provider: str = ""
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    limits: Limits | None = None
+    warnings: tuple[str, ...] = ()
+
+
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +493,17 @@ class PullProgress:
     digest: str | None = None
     total: int | None = None
     completed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProgress:
+    """How far a model has read a prompt, in tokens."""
+
+    total: int
+    processed: int
+    """Those of the cache included."""
+    cached: int = 0
+    """Tokens that it need not read again."""
 
 
 HealthLevel: TypeAlias = Literal["reachable", "api", "model_present", "model_loaded", "answers"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftage._cli import options, show
+from graftage._cli.errors import Misuse
 from graftage._cli.progress import Waiting
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="See, download, load and unload models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="See, download, load, unload and delete models.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str | None, typer.Argument(metavar="[PROVIDER:]MODEL", help="The model. Default: GRAFTAGE_MODEL.")]
 
 
@@ -107,6 +108,27 @@ def unload_model(model: Name = None, provider: options.Provider = None, host: op
     with options.one_model(model, provider, host=host) as client:
         client.unload()
         show.line(f"{show.cell(client.model)} was unloaded.")
+
+
+@app.command("delete")
+def delete_model(
+    model: Annotated[str, typer.Argument(metavar="[PROVIDER:]MODEL", help="The model.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it. Without this, only tell what would go.")] = False,
+    provider: options.Provider = None,
+    host: options.Host = None,
+) -> None:
+    """Delete a model from the disk."""
+    if options.split(model)[1] is None:  # The default model is never meant.
+        raise Misuse("No model is named.", hint="Name the one to delete.")
+    with options.one_model(model, provider, host=host) as client:
+        if yes:
+            client.delete(client.model or "")  # Also one whose file is damaged, and that cannot be shown.
+            show.line(f"{show.cell(client.model)} was deleted.")
+        else:
+            info = client.show()
+            size = f" ({show.size(info.size)})" if info.size else ""
+            show.line(f"{show.cell(info.name)}{size} would be deleted: `--yes` does it.")
 
 
 def _facts(info: "ModelInfo") -> Iterator[tuple[str, object]]:

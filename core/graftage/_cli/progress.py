@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,18 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
     from rich.status import Status
+    from rich.text import Text
 
     from graftage.calls import Event
-    from graftage.types import PullProgress
+    from graftage.types import PromptProgress, PullProgress
 
 __all__ = ["Waiting", "watcher"]
 
 _current: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
 MOST = 20
 """Bars at one time; the oldest makes way for the next, or a server could fill the memory."""
+LONG = 1.0
+"""Seconds after which the reading of a prompt is shown."""
 END = "success"
 """The status of the last step of a download."""
 
@@ -38,6 +42,8 @@ def watcher() -> object:
             waiting = _current.get()
             if waiting is not None and event.progress is not None:
                 waiting.step(event.progress)
+            if waiting is not None and event.prompt is not None:
+                waiting.read(event.prompt)
 
     return Watcher()
 
@@ -60,6 +66,7 @@ class Waiting:
 
     def __enter__(self) -> Self:
         self._before = _current.set(self)
+        self._began = time.monotonic()
         self._spin()
         return self
 
@@ -77,6 +84,11 @@ class Waiting:
         elif step.status != self._last:
             self._last = step.status
             show.note(show.cell(step.status))
+
+    def read(self, prompt: PromptProgress) -> None:
+        """Show how much of a prompt has been read, where that takes so long that one wonders."""
+        if self._spinner is not None and time.monotonic() - self._began > LONG:
+            self._spinner.update(_dim(f"reading the prompt: {100 * prompt.processed // max(prompt.total, 1)} %"))
 
     def _draw(self, key: str, title: str, total: int, completed: int) -> None:
         bars = self._bars or self._begin_bars()
@@ -101,10 +113,7 @@ class Waiting:
     def _spin(self) -> None:
         if self._silent:
             return
-        from rich.text import Text  # noqa: PLC0415
-
-        text = Text(show.cell(self._text), style="dim")
-        self._spinner = show.console(error=True).status(text, spinner_style="dim")
+        self._spinner = show.console(error=True).status(_dim(self._text), spinner_style="dim")
         self._spinner.start()
 
     def _stop(self) -> None:
@@ -113,3 +122,9 @@ class Waiting:
                 moving.stop()
         self._spinner = self._bars = None
         self._tasks.clear()
+
+
+def _dim(text: str) -> Text:
+    from rich.text import Text  # noqa: PLC0415
+
+    return Text(show.cell(text), style="dim")

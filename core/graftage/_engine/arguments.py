@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 from graftage._engine import inputs as reading
 from graftage._records import dataclass
 from graftage._values import close
-from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
+from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest, RerankRequest
 from graftage.exceptions import RequestRejected
 from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from graftage._engine.purposes import Purpose
+
 Timeout: TypeAlias = "float | Timeouts | None"
 EFFORTS = ("low", "medium", "high")
+MOST_RETRIES = 10
 LARGEST_COUNT = 2**31 - 1
 """What engines count tokens in has 32 bits."""
 
@@ -55,6 +58,9 @@ class ChatArguments(Arguments, total=False):
 
     tools: Sequence[reading.ToolLike] | None
     """What the model may call: Python functions, pydantic models, mappings or `Tool`s."""
+    retries: int
+    """How often to ask again where the answer does not fit the `format`, with what is wrong as a message; not for a
+    stream. `timeout` holds for all of it."""
 
 
 class GenerateArguments(Arguments, total=False):
@@ -76,6 +82,19 @@ class EmbedArguments(TypedDict, total=False):
     """Cut the vectors to this length, where the model allows it."""
     truncate: bool
     """Cut an input that does not fit, which is the default; otherwise it is a `ContextOverflow`."""
+    purpose: Purpose | None
+    """What the vectors are for, `"query"` or `"document"`: each input gets the prefix that the model was trained on."""
+    options: Mapping[str, Any] | BaseModel | None
+    keep_alive: float | str | None
+    context_window: int | None
+    force: bool
+    timeout: Timeout
+
+
+class RerankArguments(TypedDict, total=False):
+    """What `rerank` takes besides the query and the documents."""
+
+    model: str | None
     options: Mapping[str, Any] | BaseModel | None
     keep_alive: float | str | None
     context_window: int | None
@@ -99,7 +118,9 @@ class Wants:
     prompt_characters: int | None = None
     needs: tuple[str, ...] = ()
     """Features the provider and the model must have."""
-    build: Callable[..., ChatRequest | GenerateRequest | EmbedRequest] | None = None
+    retries: int = 0
+    purpose: Purpose | None = None
+    build: Callable[..., Any] | None = None
     """Makes the request from what is settled later: call, model, adapter, options and the clamped figures."""
 
 
@@ -135,6 +156,7 @@ def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Want
     return Wants(
         build=build,
         parse=parse,
+        retries=_read_retries(arguments),
         prompt_characters=sum(len(each.content) for each in read),
         needs=_needs(arguments, tools=tools, images=pictures, structured_output=schema, thinking=think),
         **_common(arguments),
@@ -176,11 +198,30 @@ def embed_wants(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Wa
     dimensions = arguments.get("dimensions")
     _check_count("dimensions", dimensions, "numbers")
     truncate = read_flag("truncate", arguments.get("truncate", True))
+    purpose = arguments.get("purpose")
+    if purpose is not None and purpose not in ("query", "document"):
+        raise RequestRejected("`purpose` is unknown.", hint='Give "query" or "document", or leave it out.')
 
-    def build(**settled: Any) -> EmbedRequest:
-        return EmbedRequest(inputs=texts, dimensions=dimensions, truncate=truncate, **settled)
+    def build(prefix: str | None = None, **settled: Any) -> EmbedRequest:
+        prefixed = tuple(f"{prefix}{each}" for each in texts) if prefix else texts
+        return EmbedRequest(inputs=prefixed, dimensions=dimensions, truncate=truncate, **settled)
 
-    return Wants(build=build, prompt_characters=sum(map(len, texts)), **_common(arguments))
+    return Wants(build=build, purpose=purpose, prompt_characters=sum(map(len, texts)), **_common(arguments))
+
+
+def rerank_wants(query: str, documents: Iterable[str], arguments: Mapping[str, Any]) -> Wants:
+    """Read the arguments of `rerank`."""
+    check_names("rerank", arguments, RerankArguments)
+    query = reading.text(query, "`query`")
+    given = reading.items(documents, "`documents`", "a sequence of texts")
+    if not given:
+        raise RequestRejected("There are no `documents`.", hint="Give a sequence of at least one text.")
+    texts = tuple(reading.text(each, "one of the `documents`") for each in given)
+
+    def build(**settled: Any) -> RerankRequest:
+        return RerankRequest(query=query, documents=texts, **settled)
+
+    return Wants(build=build, prompt_characters=sum(map(len, (query, *texts))), **_common(arguments))
 
 
 COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "force", "options")
@@ -233,6 +274,18 @@ def read_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise reading.rejected(f"`{name}`", "True or False", value)
     return value
+
+
+def _read_retries(arguments: Mapping[str, Any]) -> int:
+    retries = arguments.get("retries", 0)
+    if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= MOST_RETRIES:
+        raise RequestRejected("`retries` is wrong.", hint=f"Give a whole number from 0 to {MOST_RETRIES}.")
+    if retries and arguments.get("format") is None:
+        raise RequestRejected(
+            "`retries` without a `format` have no answer to refuse.",
+            hint="Give a `format`; what the server refuses is tried again as often as the setting `attempts` says.",
+        )
+    return retries
 
 
 def _read_think(value: Any) -> bool | str | None:

@@ -187,6 +187,11 @@ class Run:
             raise error
         raise failure from failure.__cause__
 
+    def misfits(self) -> bool:
+        """Whether the whole answer came, and did not fit its format; one that was cut would be cut again."""
+        last = self.fold.last
+        return self.reply is None and last is not None and last.finish_reason not in (None, "length")
+
     def whole(self) -> Reply:
         """The reply of an answer that has been read to its end."""
         if self.reply is None:  # pragma: no cover - the engine reads it to its end, or raises

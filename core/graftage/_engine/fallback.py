@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graftage._engine.adapters import check_on_missing, read_reference
 from graftage._engine.arguments import read_flag
+from graftage._engine.session import Measured, Session
 from graftage._records import dataclass
 from graftage.exceptions import AdapterNotFound, GraftageError
-from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Stats, Timeouts
+from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Ranking, Stats, Timeouts
 
 if TYPE_CHECKING:
     from graftage._engine.arguments import Wants
     from graftage._engine.call import Run
-    from graftage._engine.session import Session
 
 __all__ = ["Chain"]
 
@@ -105,9 +105,15 @@ class Chain:
 
     async def embed(self, want: Wants) -> Embeddings:
         """One vector for each input, all from one member."""
+        return await self._measure(Session.embed, want)
 
-        async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> Embeddings:
-            answer = await session.embed(replace(want, timeout=timeouts))
+    async def rerank(self, want: Wants) -> Ranking:
+        """The documents in the order of one member's scores."""
+        return await self._measure(Session.rerank, want)
+
+    async def _measure(self, of: Callable[[Session, Wants], Coroutine[Any, Any, Measured]], want: Wants) -> Measured:
+        async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> Measured:
+            answer = await of(session, replace(want, timeout=timeouts))
             return replace(answer, warnings=(*skipped, *answer.warnings))
 
         return await self._first(ask, want.timeout)

@@ -72,6 +72,8 @@ IGNORED_TOOL_KEYS = frozenset(
 )
 """What else real tools have, and no model needs."""
 OUTER_TOOL_KEYS = ("type", "function", "strict", "cache_control")
+MOST_WORDS = 4000
+"""Characters of what is wrong with an answer: each of many fields may be."""
 DEEPEST = 64
 """Levels of nesting in schemas, options and arguments: servers refuse, or fall over, where there are many more."""
 SYNONYMS = {
@@ -499,6 +501,12 @@ def parsed(reply: Reply, parse: Parse) -> Any:
             partial=reply,
             details={"reason": f"{type(error).__name__} of {getattr(error, 'title', 'JSON')}"},
         ) from error
+
+
+def reason_of(error: ProtocolError) -> str:
+    """Why an answer did not fit its format, in the words of what read it, for the model."""
+    words = re.sub(r"\n *For further information visit \S+", "", str(error.__cause__ or error.message))
+    return words[:MOST_WORDS]
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------

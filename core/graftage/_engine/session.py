@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from graftage._engine import inputs
 from graftage._engine import limits as gates
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
-from graftage._engine.arguments import Wants, check_tokens, read_flag
+from graftage._engine.arguments import Wants, check_model, check_tokens, read_flag
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
@@ -24,6 +25,7 @@ from graftage.calls import (
     Call,
     ChatRequest,
     CloseRequest,
+    EmbedRequest,
     HealthRequest,
     ListAdaptersRequest,
     LoadModelRequest,
@@ -31,6 +33,7 @@ from graftage.calls import (
     ModelsRequest,
     NativeRequest,
     PruneAdaptersRequest,
+    RerankRequest,
 )
 from graftage.exceptions import (
     CapabilityUnsupported,
@@ -57,14 +60,19 @@ from graftage.types import (
     Message,
     ModelInfo,
     PullProgress,
+    Ranked,
+    Ranking,
     Stats,
     Timeouts,
+    Usage,
     Vectors,
     canonical_name,
 )
 
 __all__ = ["HEALTH_TIMEOUTS", "Session"]
 
+Measured = TypeVar("Measured", bound=Embeddings | Ranking)
+NOT_FITTING = "That does not fit the format that was asked for. Answer again, with JSON that fits and nothing else:"
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
 
@@ -89,6 +97,9 @@ class Session(Connection):
         self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool, warnings: Sequence[str] = ()
     ) -> tuple[Run, Any]:
         """An answer: the run at its end, or as a stream with its first chunk. `warnings` go onto its reply."""
+        if stream and want.retries:
+            hint = "Leave out `retries` or `stream`: what has been shown cannot be taken back."
+            raise RequestRejected("A stream cannot be asked for again.", hint=hint)
         model = self.choose_model(want.model)
         run = self.run(operation, model, self.timeouts(want.timeout), stream=stream)
         run.parse = want.parse
@@ -105,7 +116,32 @@ class Session(Connection):
         except Exception as error:
             if run.adapter and isinstance(error, ModelNotFound):
                 self.adapters.forget(run.model)  # Somebody has deleted it: the next call makes it again.
+            if want.retries and isinstance(error, ProtocolError) and run.misfits():
+                return await self._ask_again(want, run, error, warnings)
             raise
+
+    async def _ask_again(self, want: Wants, run: Run, error: ProtocolError, warnings: Sequence[str]) -> tuple[Run, Any]:
+        """Ask once more where an answer does not fit its format: a call of its own, within the time of the first."""
+        left = run.call.deadline - time.monotonic()
+        if left <= 0 or want.build is None:
+            raise error
+        build, answer = want.build, run.so_far()
+        told = Message(role="user", content=f"{NOT_FITTING}\n\n{inputs.reason_of(error)}")
+
+        def longer(**settled: Any) -> ChatRequest:
+            request: ChatRequest = build(**settled)
+            return replace(request, messages=(*request.messages, answer.message, told))
+
+        timeouts = replace(run.call.timeouts, total=left)
+        again = replace(want, build=longer, retries=want.retries - 1, timeout=timeouts)
+        try:
+            last, chunk = await self.infer("chat", again, stream=False, warnings=warnings)
+        except ProviderError as later:
+            later.attempts += 1
+            raise
+        reply = last.whole()
+        last.reply = replace(reply, attempts=reply.attempts + 1, usage=answer.usage + reply.usage)
+        return last, chunk
 
     async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:
         """Settle everything that a request needs: options, adapter, limits and a slot."""
@@ -128,20 +164,28 @@ class Session(Connection):
 
     async def embed(self, want: Wants) -> Embeddings:
         """One vector for each input."""
+        return await self._measure("embed", want, Embeddings, _checked_embeddings)
+
+    async def rerank(self, want: Wants) -> Ranking:
+        """The documents in the order of their scores."""
+        return await self._measure("rerank", want, Ranking, _checked_ranking)
+
+    async def _measure(
+        self, operation: str, want: Wants, kind: type[Measured], check: Callable[[Measured, Any], Measured]
+    ) -> Measured:
+        """What a model makes of texts all at once."""
         model = self.choose_model(want.model)
-        run = self.run("embed", model, self.timeouts(want.timeout))
+        run = self.run(operation, model, self.timeouts(want.timeout))
         with run.failing():
-            self.require("embed")
-            request = await self._embed_request(run, model, want)
-            answer: Embeddings = await self.call("embed", request, run.call, Embeddings)
-            vectors = _checked_vectors(answer.vectors, len(request.inputs))
+            self.require(operation)
+            request = await self._measure_request(run, operation, model, want)
+            answer = check(await self.call(operation, request, run.call, kind), request)
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
         run.emit("finish", usage=answer.usage, timings=timings)
         return replace(
             answer,
-            vectors=vectors,
             model=answer.model or model,
             provider=self.provider,
             timings=timings,
@@ -149,13 +193,33 @@ class Session(Connection):
             warnings=(*run.warnings, *answer.warnings),
         )
 
-    async def _embed_request(self, run: Run, model: str, want: Wants) -> Any:
+    async def _measure_request(self, run: Run, operation: str, model: str, want: Wants) -> Any:
         options = inputs.read_options(want.options, self.capabilities().options)
-        figures = await self.admission.admit(run, "embed", want, model)
+        figures = await self.admission.admit(run, operation, want, model)
         figures.pop("max_tokens")
-        if want.build is None:  # pragma: no cover - embed always has one
+        if want.purpose is not None:
+            from graftage._engine.purposes import prefix_for  # noqa: PLC0415 - few ask for it
+
+            figures["prefix"] = prefix_for(model, want.purpose)
+            if figures["prefix"] is None:
+                run.warnings = (*run.warnings, f"`purpose` has no effect: no prefix of `{model}` is known.")
+        if want.build is None:  # pragma: no cover - embed and rerank always have one
             raise RuntimeError("there is no request to build")
         return want.build(call=run.call, model=model, options=options, **figures)
+
+    async def count_tokens(self, want: Wants) -> int:
+        """How many tokens a conversation has, as the model would read it."""
+        model = self.choose_model(want.model)
+        run = self.run("count_tokens", model, self.timeouts(want.timeout))
+        with run.failing():
+            request = await self._inference_request(run, "count_tokens", want, model)
+            count: int = await self.call("count_tokens", request, run.call, int)
+            if count < 1:
+                hint = "No conversation is that short; tell the provider's authors."
+                raise ProtocolError(f"The answer counts {count} tokens.", hint=hint)
+        run.end()
+        run.emit("finish", usage=Usage(input_tokens=count))
+        return count
 
     # --- Health ------------------------------------------------------------------------------------------------------
 
@@ -398,6 +462,14 @@ class Session(Connection):
         name = self.choose_model(model)
         await self.ask("unload_model", lambda call: ModelRequest(call=call, model=name), model=name, timeout=timeout)
 
+    async def delete(self, model: str, timeout: float | Timeouts | None) -> None:
+        """Delete a model. Only what is named: no default, and no other spelling of it than a server's own."""
+        check_model(model)
+        await self.ask("delete_model", lambda call: ModelRequest(call=call, model=model), model=model, timeout=timeout)
+        self._infos.pop(model, None)
+        self.adapters.forget(model)
+        self.health_cache.drop()
+
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
     async def use_adapter(
@@ -506,6 +578,31 @@ def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgr
     except BaseException as error:
         run.hosts_own = error
         raise
+
+
+def _checked_ranking(answer: Ranking, request: RerankRequest) -> Ranking:
+    """A ranking in its order, with each document once.
+
+    Raises:
+        ProtocolError: a document is missing, or comes twice; a score is no finite number.
+    """
+    count = len(request.documents)
+    results: Any = answer.results
+    hint = "Rerank fewer documents at a time, or choose a model that is made for it."
+    if not isinstance(results, tuple) or not all(isinstance(each, Ranked) for each in results):
+        raise ProtocolError("The answer ranks what are no documents.", hint=hint)
+    places = sorted(each.index for each in results if type(each.index) is int)
+    if places != list(range(count)):
+        found = f"{len(results)} for {count}" if len(results) != count else "one twice, or one that was not given"
+        raise ProtocolError(f"The answer ranks other documents than there are, {found}.", hint=hint)
+    scores = [each.score for each in results]
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scores):
+        raise ProtocolError("The answer has a score that is no finite number.", hint=hint)
+    return replace(answer, results=tuple(sorted(results, key=lambda each: (-each.score, each.index))))
+
+
+def _checked_embeddings(answer: Embeddings, request: EmbedRequest) -> Embeddings:
+    return replace(answer, vectors=_checked_vectors(answer.vectors, len(request.inputs)))
 
 
 def _checked_vectors(given: Any, inputs: int) -> Vectors:

@@ -34,6 +34,8 @@ from graftage.types import (
     LoadedModel,
     ModelInfo,
     PullProgress,
+    Ranked,
+    Ranking,
     Timings,
     Usage,
     canonical_name,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         ModelRequest,
         ModelsRequest,
         PruneAdaptersRequest,
+        RerankRequest,
         UnloadAdapterRequest,
     )
     from graftage.hookspecs import ConnectRequest
@@ -105,6 +108,9 @@ _OPERATIONS: Final = (
     "pull_model",
     "load_model",
     "unload_model",
+    "delete_model",
+    "count_tokens",
+    "rerank",
     "load_adapter",
     "unload_adapter",
     "prune_adapters",
@@ -280,6 +286,22 @@ class _Workings:
             usage=Usage(input_tokens=sum(len(text.split()) for text in request.inputs)),
         )
 
+    def _count_tokens(self, hook: str, request: ChatRequest) -> int:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        return max(_count_words(request), 1)
+
+    def _rerank(self, hook: str, request: RerankRequest) -> Ranking:
+        """A document scores by the words that it shares with the query."""
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        wanted = set(request.query.lower().split())
+        scores = (len(wanted & set(each.lower().split())) for each in request.documents)
+        return Ranking(
+            results=tuple(Ranked(index=place, score=float(score)) for place, score in enumerate(scores)),
+            usage=Usage(input_tokens=sum(len(each.split()) for each in (request.query, *request.documents))),
+        )
+
     def _health(self, hook: str, request: HealthRequest) -> Health:
         try:
             self._echo.note(hook, request)
@@ -342,6 +364,16 @@ class _Workings:
         self._echo.note(hook, request)
         self._forget(request.model)
 
+    def _delete_model(self, hook: str, request: ModelRequest) -> None:
+        self._echo.note(hook, request)
+        name = canonical_name(request.model)
+        with self._echo.lock:
+            gone = self._echo.models.pop(name, None)
+            self._echo.derived.discard(name)
+        self._forget(name)
+        if gone is None:
+            raise self._no_model(request.model, hook)
+
     def _load_adapter(self, hook: str, request: LoadAdapterRequest) -> LoadedAdapter:
         """Answer like a server that keeps an adapter as a model of its own."""
         self._echo.note(hook, request)
@@ -388,10 +420,12 @@ class _Workings:
             self._echo.loaded.pop(canonical_name(model), None)
 
     def _check_model(self, model: str, hook: str) -> None:
-        if not self._echo.strict or canonical_name(model) in self._echo.models:
-            return
+        if self._echo.strict and canonical_name(model) not in self._echo.models:
+            raise self._no_model(model, hook)
+
+    def _no_model(self, model: str, hook: str) -> ModelNotFound:
         close = difflib.get_close_matches(canonical_name(model), self._echo.models, n=3)
-        raise ModelNotFound(
+        return ModelNotFound(
             f"There is no model `{model}`.",
             hint="Pull it, or give `Echo` its name.",
             provider=Echo.name,
@@ -422,6 +456,14 @@ class EchoConnection(_Workings):
         return self._embed("embed", request)
 
     @hookimpl
+    async def count_tokens(self, request: ChatRequest) -> int:
+        return self._count_tokens("count_tokens", request)
+
+    @hookimpl
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        return self._rerank("rerank", request)
+
+    @hookimpl
     async def health(self, request: HealthRequest) -> Health:
         return self._health("health", request)
 
@@ -450,6 +492,10 @@ class EchoConnection(_Workings):
     @hookimpl
     async def unload_model(self, request: ModelRequest) -> None:
         self._unload_model("unload_model", request)
+
+    @hookimpl
+    async def delete_model(self, request: ModelRequest) -> None:
+        self._delete_model("delete_model", request)
 
     @hookimpl
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:

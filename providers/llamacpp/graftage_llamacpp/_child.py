@@ -108,8 +108,8 @@ def _serve(order: dict[str, Any]) -> dict[str, Any]:
     if order["gpu_layers"] is not None:
         params.n_gpu_layers = order["gpu_layers"]
     params.embedding = True
-    if order["pool"]:
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    if order["pooling"]:
+        params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{order['pooling']}")
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in order["adapters"]]
     params.api_keys = [order["key"]]
     params.cors_origins = ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from graftage.calls import (
     LoadModelRequest,
     ModelRequest,
     ModelsRequest,
+    RerankRequest,
     UnloadAdapterRequest,
 )
 from graftage.exceptions import (
@@ -35,11 +37,25 @@ from graftage.exceptions import (
 )
 from graftage.footprint import footprint, read_shape
 from graftage.hookspecs import hookimpl
-from graftage.types import Capabilities, Chunk, Embeddings, Health, LoadedAdapter, LoadedModel, ModelInfo, PullProgress
+from graftage.types import (
+    Capabilities,
+    Chunk,
+    Embeddings,
+    Health,
+    LoadedAdapter,
+    LoadedModel,
+    ModelInfo,
+    PullProgress,
+    Ranking,
+)
 from graftage_llamacpp import _convert, _engine
 from graftage_llamacpp._engine import (
+    CHAT,
+    COMPLETIONS,
+    COUNT,
     EMBEDDINGS,
     PLACE,
+    RERANK,
     TOKENIZE,
     AdapterFile,
     Engine,
@@ -67,7 +83,7 @@ if TYPE_CHECKING:
 __all__ = ["LlamaCppConnection"]
 
 T = TypeVar("T")
-Asked: TypeAlias = ChatRequest | GenerateRequest | EmbedRequest | LoadModelRequest | LoadAdapterRequest
+Asked: TypeAlias = ChatRequest | GenerateRequest | EmbedRequest | RerankRequest | LoadModelRequest | LoadAdapterRequest
 """A request that needs the engine."""
 
 CAPABILITIES: Final = Capabilities(
@@ -75,8 +91,6 @@ CAPABILITIES: Final = Capabilities(
     options=_convert.OPTIONS,
     parameters=frozenset({"keep_alive", "context_window", "max_tokens"}),
 )
-CHAT: Final = "/v1/chat/completions"
-COMPLETIONS: Final = "/v1/completions"
 DEFAULT_WINDOW: Final = 4096
 """Tokens, where neither the caller nor a policy says; or as many as the model was trained for."""
 SPECIAL_TOKENS: Final = 4
@@ -136,6 +150,7 @@ class LlamaCppConnection:
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
         job = await self._job(request)
+        _convert.require("embed", job.stored)
         stored, running = job.stored, job.engine.running
         width = stored.header.figure("embedding_length")
         if request.dimensions not in (None, width):
@@ -159,6 +174,22 @@ class LlamaCppConnection:
             inputs.append(tokens[:limit])
         read = partial(_convert.embeddings, model=stored.name, warnings=tuple(warnings))
         return await self._ask(job, EMBEDDINGS, {"input": inputs, "encoding_format": "float"}, read)
+
+    @hookimpl
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        job = await self._job(request)
+        _convert.require("rerank", job.stored)
+        body = {"query": request.query, "documents": request.documents}
+        read = partial(
+            _convert.ranking, model=job.stored.name, warnings=_window_notes(job.stored, request.context_window)
+        )
+        return await self._ask(job, RERANK, body, read)
+
+    @hookimpl
+    async def count_tokens(self, request: ChatRequest) -> int:
+        job = await self._job(request)
+        body = _convert.chat_body(replace(request, adapter=None), job.stored.header)
+        return await self._ask(job, COUNT, body, _convert.counted)
 
     async def _ask(self, job: Job, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
         return await self._http.json("POST", path, body, call=job.call, read=read, context={"job": job})
@@ -204,6 +235,13 @@ class LlamaCppConnection:
     async def unload_model(self, request: ModelRequest) -> None:
         for engine in _engine.engines(self._store.path_of(request.model)):
             await engine.end(request.call)
+
+    @hookimpl
+    async def delete_model(self, request: ModelRequest) -> None:
+        path = await request.call.run(self._store.deletable, request.model)
+        for engine in _engine.engines(path):
+            await engine.end(request.call)
+        await request.call.run(self._store.delete, path)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -304,7 +342,7 @@ class LlamaCppConnection:
             threads=settings.threads or default_threads(),
             batch=settings.batch,
             gpu_layers=settings.gpu_layers,
-            pool=stored.header.figure("pooling_type") is None,
+            pooling=_convert.pooling(stored.header),
         )
         return _engine.hold(launch, id(self))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from graftage.calls import ChatRequest, GenerateRequest
 from graftage.exceptions import (
@@ -20,7 +20,19 @@ from graftage.exceptions import (
 )
 from graftage.gguf import Header
 from graftage.http import Answer, Event, read_tool_call
-from graftage.types import Chunk, Embeddings, FinishReason, Logprob, Message, ModelInfo, Timings, Tool, Usage
+from graftage.types import (
+    Chunk,
+    Embeddings,
+    FinishReason,
+    Logprob,
+    Message,
+    ModelInfo,
+    Ranked,
+    Ranking,
+    Timings,
+    Tool,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,10 +44,14 @@ __all__ = [
     "OPTIONS",
     "ChunkReader",
     "chat_body",
+    "counted",
     "features",
     "generate_body",
     "model_info",
+    "pooling",
+    "ranking",
     "refusal",
+    "require",
 ]
 
 OPTIONS: Final = frozenset(
@@ -83,6 +99,8 @@ EMBEDDERS: Final = frozenset(
     "t5encoder",
 }
 """Architectures that give vectors and nothing else."""
+RANKS: Final = 4
+"""The kind of pooling, in a model's file, of one that scores documents (llama.h, llama_pooling_type)."""
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -90,6 +108,8 @@ EMBEDDERS: Final = frozenset(
 
 def features(header: Header) -> frozenset[str]:
     """What a model can do, as its architecture and its chat template show."""
+    if header.figure("pooling_type") == RANKS:
+        return frozenset({"rerank"})
     if header.architecture in EMBEDDERS:
         return frozenset({"embed"})
     found = {"chat", "generate", "embed", "structured_output", "logprobs"}
@@ -98,6 +118,12 @@ def features(header: Header) -> frozenset[str]:
     if re.search(r"enable_thinking|reasoning_content|reasoning_effort|<think>", header.template):
         found.add("thinking")
     return frozenset(found)
+
+
+def pooling(header: Header) -> Literal["MEAN", "RANK"] | None:
+    """How the engine must be told to make one result of all tokens: over the average, where the file says nothing."""
+    found = header.figure("pooling_type")
+    return "MEAN" if found is None else "RANK" if found == RANKS else None
 
 
 def model_info(stored: Stored, *, full: bool) -> ModelInfo:
@@ -229,6 +255,15 @@ def _require(feature: str, able: frozenset[str], model: str) -> None:
         )
 
 
+def require(feature: str, stored: Stored) -> None:
+    """Refuse what a model cannot do.
+
+    Raises:
+        CapabilityUnsupported: it cannot.
+    """
+    _require(feature, features(stored.header), stored.name)
+
+
 def _schema(wanted: Mapping[str, Any] | str) -> Mapping[str, Any]:
     return ANY_OBJECT if isinstance(wanted, str) else wanted
 
@@ -358,6 +393,21 @@ def _top(token: Mapping[str, Any]) -> Iterator[Logprob]:
 
 def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
+
+
+def counted(found: Mapping[str, Any]) -> int:
+    """The tokens of a prompt."""
+    return int(found["input_tokens"])
+
+
+def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Ranking:
+    """The scores of documents."""
+    return Ranking(
+        results=tuple(Ranked(index=each["index"], score=each["relevance_score"]) for each in found["results"]),
+        model=model,
+        usage=Usage(input_tokens=(found.get("usage") or {}).get("prompt_tokens")),
+        warnings=warnings,
+    )
 
 
 def embeddings(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Embeddings:

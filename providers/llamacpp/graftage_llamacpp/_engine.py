@@ -32,6 +32,7 @@ from graftage.exceptions import (
 )
 from graftage.gguf import GgufError, read_file
 from graftage.http import Request, Response, Transport
+from graftage.types import PromptProgress
 from graftage_llamacpp import _convert
 from graftage_llamacpp._process import Launch, Process, Use, start
 from graftage_llamacpp._sources import check_adapter
@@ -45,8 +46,12 @@ if TYPE_CHECKING:
     from graftage_llamacpp._store import Stored
 
 __all__ = [
+    "CHAT",
+    "COMPLETIONS",
+    "COUNT",
     "EMBEDDINGS",
     "PLACE",
+    "RERANK",
     "TOKENIZE",
     "AdapterFile",
     "Engine",
@@ -61,7 +66,15 @@ __all__ = [
 PLACE: Final = "http://llamacpp.invalid"
 """Stands for the engine, wherever it listens."""
 TOKENIZE: Final = "/tokenize"
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+COUNT: Final = "/v1/chat/completions/input_tokens"
 EMBEDDINGS: Final = "/v1/embeddings"
+RERANK: Final = "/v1/rerank"
+TOKEN: Final = 4
+"""Characters of a token, as a rule."""
+PROGRESS: Final = b'"prompt_progress"'
+EVENT_END: Final = b"\n\n"
 MARGIN: Final = 0.05
 """Seconds kept back from a limit, so that the engine's own error comes before that of the clock."""
 PATIENCE: Final = 0.2
@@ -134,8 +147,10 @@ class _Leased:
         self._begun = False
 
     async def read(self) -> bytes:
+        piece = b""
         try:
-            piece = await self._inner.read()
+            while not piece and (piece := await self._inner.read()) and not self._begun:
+                piece = self._without_progress(piece)
         except StreamInterrupted as error:
             raise await self._call.run(self._interrupted) from error
         # The status does not wait for the prompt to be read, and comments may come before the first event.
@@ -144,6 +159,22 @@ class _Leased:
             if self._lease.use is not None:
                 self._lease.use.answered()
         return piece
+
+    def _without_progress(self, piece: bytes) -> bytes:
+        """Tell how far the prompt has been read, and leave that out: it is no beginning of an answer."""
+        if PROGRESS not in piece:
+            return piece
+        *events, rest = piece.split(EVENT_END)
+        kept = [event + EVENT_END for event in events if not self._is_progress(event)]
+        return b"".join((*kept, rest))
+
+    def _is_progress(self, event: bytes) -> bool:
+        if PROGRESS not in event or not event.startswith(b"data: "):
+            return False
+        found = json.loads(event.removeprefix(b"data: "))["prompt_progress"]
+        progress = PromptProgress(total=found["total"], processed=found["processed"], cached=found["cache"])
+        self._call.emit("prompt_progress", prompt=progress)
+        return True
 
     def _interrupted(self) -> StreamInterrupted:
         """The error for an answer that broke off: an engine that is killed ends it without a word."""
@@ -173,18 +204,20 @@ def _directed(request: Request, lease: Lease) -> Request:
         ("connection", "close"),
     )
     body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
+    if request.target in (CHAT, COMPLETIONS) and len(body) > TOKEN * lease.engine.launch.batch:
+        body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch is read in one step.
     return Request(method=request.method, url=f"{process.address}{request.target}", headers=headers, body=body)
 
 
 def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
     """A body that names the scale of every adapter, its slot, and whether to go on from the cache of that."""
-    if path == TOKENIZE:
+    if path in (TOKENIZE, COUNT):
         return body
     process, found = lease.process, json.loads(body)
     wanted = found.pop("adapter", None) or {"digest": None}
     scales = tuple(wanted["scale"] if digest == wanted["digest"] else 0.0 for digest in process.adapters)
     found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
-    if path == EMBEDDINGS:
+    if path in (EMBEDDINGS, RERANK):
         lease.use = process.slots.take_any()
     else:
         text = found.get("messages") or found.get("prompt") or ()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -94,8 +94,8 @@ class Launch:
     threads: int
     batch: int
     gpu_layers: int | None
-    pool: bool
-    """Whether vectors are averaged over the tokens: for models that were not made for them."""
+    pooling: Literal["MEAN", "RANK"] | None
+    """How the engine makes one result of all tokens; None where the model's file says enough."""
 
 
 class Process:
@@ -179,7 +179,7 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
         "key": key,
         "window": window,
         "adapters": [str(path) for path in adapters.values()],
-        **{name: getattr(launch, name) for name in ("model", "slots", "threads", "batch", "gpu_layers", "pool")},
+        **{name: getattr(launch, name) for name in ("model", "slots", "threads", "batch", "gpu_layers", "pooling")},
     }
     process, answer = _launch(order, deadline)
     try:

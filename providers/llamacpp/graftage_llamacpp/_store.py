@@ -237,6 +237,37 @@ class Store:
             hint = f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or `{DEFAULT_MODEL}`."
         return ModelNotFound(f"There is no model `{name}` here.", model=name, hint=hint, suggestions=close)
 
+    # --- Deleting ----------------------------------------------------------------------------------------------------
+
+    def deletable(self, name: str) -> Path:
+        """The file of a model in the folder.
+
+        Raises:
+            ModelNotFound: there is none.
+            RequestRejected: the file lies elsewhere, where it is somebody else's.
+        """
+        path = self.path_of(name)
+        if not path.is_file():
+            raise self._not_found(name)
+        if not path.is_relative_to(self.folder) or ".." in path.parts:
+            raise RequestRejected(
+                f"The file of `{name}` is not in the folder of models, {self.folder}.",
+                hint="Delete it yourself; only what lies in that folder is deleted here.",
+            )
+        return path
+
+    def delete(self, path: Path) -> None:
+        """Delete a model's file and the note beside it.
+
+        Raises:
+            ProviderError: the system does not allow it.
+        """
+        try:
+            path.unlink(missing_ok=True)
+            _note_path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
     # --- Pulling -----------------------------------------------------------------------------------------------------
 
     def pull(self, name: str, watch: Watch) -> Generator[PullProgress, None, None]:

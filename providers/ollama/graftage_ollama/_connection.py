@@ -89,6 +89,15 @@ class OllamaConnection:
         body = _convert.embed_body(request)
         return await self._http.json("POST", "/api/embed", body, call=request.call, read=read, vectors="embeddings")
 
+    @hookimpl
+    async def count_tokens(self, request: ChatRequest) -> int:
+        # No endpoint counts alone, and of `num_predict: 0` servers make as many tokens as there come.
+        body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.UNCUT}))
+        read = _convert.ChatReader(request).chunk
+        return _convert.counted(
+            await self._http.json("POST", "/api/chat", {**body, "stream": False}, call=request.call, read=read)
+        )
+
     # --- Models ------------------------------------------------------------------------------------------------------
 
     @hookimpl
@@ -125,6 +134,10 @@ class OllamaConnection:
     @hookimpl
     async def unload_model(self, request: ModelRequest) -> None:
         await self._generated(_convert.residency(request.model, 0.0, None), request.call)
+
+    @hookimpl
+    async def delete_model(self, request: ModelRequest) -> None:
+        await self._http.json("DELETE", "/api/delete", {"model": request.model}, call=request.call)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
+from graftage.exceptions import CapabilityUnsupported, ContextOverflow
 from graftage.gguf import BLOCKS, bytes_of
 from graftage.http import read_tool_call
 from graftage.types import (
@@ -39,9 +40,11 @@ from graftage.types import (
 
 __all__ = [
     "OPTIONS",
+    "UNCUT",
     "ChatReader",
     "chat_body",
     "chat_words",
+    "counted",
     "digests",
     "embed_body",
     "embeddings",
@@ -82,8 +85,11 @@ SERVER_OPTIONS: Final = frozenset(
         "use_mmap",
     }
 )
-REQUEST_OPTIONS: Final = frozenset({"logprobs", "top_logprobs"})
-"""Options of ours that stand beside `options` in Ollama's request."""
+REQUEST_OPTIONS: Final = frozenset({"logprobs", "shift", "top_logprobs", "truncate"})
+"""Options of ours that stand beside `options` in Ollama's request. Before 0.12.6 a server takes no notice of `shift`
+and `truncate`."""
+UNCUT: Final = {"shift": False, "truncate": False}
+"""So a prompt that does not fit is refused, and not cut."""
 OPTIONS: Final = SERVER_OPTIONS | REQUEST_OPTIONS
 
 FINISH: Final[Mapping[str, FinishReason]] = {"stop": "stop", "length": "length", "load": "load", "unload": "unload"}
@@ -344,6 +350,20 @@ def _logprobs(part: Mapping[str, Any]) -> tuple[Logprob, ...]:
 def _seconds(nanoseconds: Any) -> float | None:
     found = _count(nanoseconds)
     return None if found is None else found / 1e9
+
+
+def counted(last: Chunk) -> int:
+    """The tokens of the prompt, from the answer to it.
+
+    Raises:
+        ContextOverflow: the prompt was cut before it was counted.
+        CapabilityUnsupported: the server has not counted.
+    """
+    if last.warnings:
+        raise ContextOverflow(last.warnings[0])  # It says the way out.
+    if last.usage is None or last.usage.input_tokens is None:
+        raise CapabilityUnsupported("This server does not count a prompt that it has in its cache.", hint="Update it.")
+    return last.usage.input_tokens
 
 
 def embeddings(answer: Mapping[str, Any], dimensions: int | None) -> Embeddings:
