@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from graftage._engine.events import flush
 from graftage.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -243,11 +244,17 @@ class Watcher:
     name = "watcher"
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self._events: list[Event] = []
 
     @hookimpl
     def observe(self, event: Event) -> None:
-        self.events.append(event)
+        self._events.append(event)
+
+    @property
+    def events(self) -> list[Event]:
+        """What it was told of, once that is all that has happened."""
+        flush(PATIENCE)
+        return self._events
 
     def kinds(self, operation: str | None = None) -> list[str]:
         """What kinds of events there were, in order."""

@@ -522,9 +522,12 @@ class Observe(Protocol):
 
     @hookspec
     def observe(self, event: Event) -> None:
-        """Called for each event, on the caller's thread: be quick. An observer that raises is reported and dropped.
+        """Called for each event, those of a call in their order. An observer that raises is reported and dropped.
 
-        Since 0.1.
+        It is called in a thread of Graftage's, one event of a client after the other, with the context variables of the
+        call's caller: it may block, and no call waits for it. One that falls far behind is not told of whole calls,
+        which `Client.stats` counts. `close` waits half a second until everything is told, and so does the end of the
+        process. Since 0.1.
         """
         ...
 

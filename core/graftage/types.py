@@ -758,4 +758,6 @@ class Stats:
     """Calls that wait for a slot."""
     input_tokens: int = 0
     output_tokens: int = 0
+    events_dropped: int = 0
+    """Events of which observers were not told, because they were too slow."""
     active_adapter: str | None = None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import traceback
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +19,7 @@ import pytest
 import graftage
 from graftage._engine import events as engine_events
 from graftage._engine.driving import drive
+from graftage._engine.events import FLUSH, MOST, flush
 from graftage.exceptions import (
     AdapterNotFound,
     CapabilityUnsupported,
@@ -30,7 +35,7 @@ from graftage.exceptions import (
 from graftage.hookspecs import hookimpl
 from graftage.retry import call as retry_call
 from graftage.testing import Echo
-from graftage.types import Chunk, Limits, ToolCall, Usage
+from graftage.types import Chunk, Limits, PullProgress, ToolCall, Usage
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -250,6 +255,7 @@ def test_an_observer_that_is_dropped_is_reported_once(both: Any, logged: io.Stri
     llm = both.connect(Echo(), model=MODEL, plugins=[Blind()])
     llm.chat("x")
     llm.chat("x")
+    llm.close()
     assert logged.getvalue().count("the observer `blind` failed and is dropped: ValueError: cannot see") == 1
 
 
@@ -287,6 +293,181 @@ def test_the_one_switch_turns_logging_on_into_the_hosts_own_sinks() -> None:
 def test_importing_graftage_undoes_no_choice_that_the_host_made_before() -> None:
     code = "import graftage\ngraftage.enable_logging()\nimport graftage._engine.session, graftage._client\n" + CALLS
     assert "InferenceFailed: no" in quiet(code).stderr
+
+
+# --- Observers have a thread of their own ----------------------------------------------------------------------------
+
+
+class Stuck:
+    """An observer that hangs at its first event until it is let go, and then remembers."""
+
+    name = "stuck"
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.came_to_an_end = threading.Event()
+        self.seen: list[Any] = []
+
+    @hookimpl
+    def observe(self, event: Any) -> None:
+        self.go_on.wait(60)
+        self.seen.append(event)
+        self.came_to_an_end.set()
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    observer = Stuck()
+    yield observer
+    observer.go_on.set()
+
+
+def test_an_observer_that_blocks_holds_up_no_call_and_no_other_client(both: Any, stuck: Stuck) -> None:
+    llm = both.connect(Echo(["a", "b c"]), model=MODEL, plugins=[stuck])
+    assert llm.chat("x", timeout=5).text == "a"
+    assert [each.text for each in llm.chat("x", stream=True)][:2] == ["b ", "c"]
+    free = Stuck()
+    free.go_on.set()
+    other = both.connect(Echo(), model=MODEL, plugins=[free])
+    other.chat("x")
+    other.close()
+    assert [event.kind for event in free.seen] == WHOLE
+    assert stuck.seen == []
+    assert (llm.stats().events_dropped, other.stats().events_dropped) == (0, 0)
+
+
+def test_what_an_observer_does_not_take_at_the_end_is_dropped_counted_and_said_once(
+    both: Any, stuck: Stuck, logged: io.StringIO
+) -> None:
+    llm = both.connect(Echo(), model=MODEL, plugins=[stuck])
+    llm.chat("x")
+    llm.close()
+    assert llm.stats().events_dropped == 3  # The first one is with the observer.
+    assert logged.getvalue().count("events are dropped, since the observers are too slow (`stuck`)") == 1
+    stuck.go_on.set()
+    assert stuck.came_to_an_end.wait(60)
+    assert [event.kind for event in stuck.seen] == ["start"]
+
+
+def test_a_chain_waits_once_for_an_observer_that_blocks(stuck: Stuck) -> None:
+    llm = graftage.connect([Echo() for _ in range(20)], model=MODEL, plugins=[stuck])
+    llm.chat("x")
+    begun = time.monotonic()
+    llm.close()
+    assert time.monotonic() - begun < 10 * FLUSH
+
+
+def test_the_events_of_a_call_are_dropped_whole_or_not_at_all(both: Any, stuck: Stuck) -> None:
+    def many(request: Any) -> str:
+        for _ in range(MOST):
+            request.call.emit("retry", attempt=1, delay=0.0, error=ConnectionFailed("gone"))
+        return "done"
+
+    llm = both.connect(Echo([many, "a", "b", "c"]), model=MODEL, plugins=[stuck])
+    for _ in range(3):
+        llm.chat("x")
+    assert llm.stats().events_dropped == 2 * len(WHOLE)
+    stuck.go_on.set()
+    flush(60)
+    llm.chat("x")
+    flush(60)
+    kinds = [event.kind for event in stuck.seen]
+    assert kinds == [*WHOLE[:2], *["retry"] * MOST, *WHOLE[2:], *WHOLE]
+    assert llm.stats().events_dropped == 2 * len(WHOLE)
+
+
+def test_of_steps_no_more_wait_than_there_is_room_for(both: Any, stuck: Stuck) -> None:
+    def many(request: Any) -> str:
+        for _ in range(MOST + 100):
+            request.call.emit("progress", progress=PullProgress(status="on its way"))
+        return "done"
+
+    llm = both.connect(Echo([many]), model=MODEL, plugins=[stuck])
+    llm.chat("x")
+    assert 100 <= llm.stats().events_dropped <= 100 + len(WHOLE)
+    stuck.go_on.set()
+    flush(60)
+    assert [event.kind for event in stuck.seen if event.kind != "progress"] == WHOLE
+
+
+SPAN: ContextVar[str] = ContextVar("span", default="none")
+
+
+class Spans:
+    """Notes whose call it is, and keeps something of its own from a call's first event to its last."""
+
+    name = "spans"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+        self.own: ContextVar[str] = ContextVar("own")
+        self.threads: set[int] = set()
+        self.inside = threading.Lock()
+
+    @hookimpl
+    def observe(self, event: Any) -> None:
+        assert self.inside.acquire(blocking=False)
+        if event.kind == "start":
+            self.own.set(event.call_id)
+        self.seen.append((SPAN.get(), event.kind, self.own.get(), event.call_id))
+        self.threads.add(threading.get_ident())
+        self.inside.release()
+
+
+def test_each_event_comes_in_its_order_with_the_context_of_its_caller(both: Any) -> None:
+    spans = Spans()
+    llm = both.connect(Echo(), model=MODEL, plugins=[spans])
+
+    def call(name: str) -> None:
+        SPAN.set(name)
+        llm.chat("x")
+
+    both.together([lambda name=name: copy_context().run(call, name) for name in "abcdefgh"])
+    llm.close()
+    assert threading.get_ident() not in spans.threads
+    for name in "abcdefgh":
+        seen = [each for each in spans.seen if each[0] == name]
+        assert [kind for _, kind, *_ in seen] == WHOLE
+        assert len({each for _, _, *ids in seen for each in ids}) == 1
+    assert SPAN.get() == "none"
+
+
+END = """
+import os, threading
+from graftage.hookspecs import hookimpl
+go_on = threading.Event()
+class Printing:
+    name = "printing"
+    @hookimpl
+    def observe(self, event):
+        go_on.wait(20)
+        print(who, event.kind, flush=True)
+who = "parent"
+llm = graftage.connect(Echo(), model="m", plugins=[Printing()])
+llm.chat("x")
+"""
+FORK = """
+child = os.fork()
+go_on.set()
+if child:
+    os.waitpid(child, 0)
+else:
+    who = "child"
+    go_on = threading.Event()
+    go_on.set()
+    llm.chat("x")
+"""
+
+
+def test_observers_are_told_everything_before_a_process_ends_without_closing() -> None:
+    done = quiet(END + "go_on.set()\n")
+    assert done.stdout.splitlines() == [f"parent {kind}" for kind in WHOLE]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no process")
+def test_a_forked_process_tells_of_its_own_calls_alone() -> None:
+    done = quiet(END + FORK)
+    assert sorted(done.stdout.splitlines()) == sorted(f"{who} {kind}" for who in ("child", "parent") for kind in WHOLE)
 
 
 # --- No prompt, no answer --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ LONG = 1.0
 """Seconds after which the reading of a prompt is shown."""
 END = "success"
 """The status of the last step of a download."""
+LATE = 2.0
+"""Seconds that the end of the block waits for one more step to be shown."""
 
 
 def watcher() -> object:
@@ -51,7 +54,8 @@ def watcher() -> object:
 class Waiting:
     """Shows that something is going on until the block ends: a spinner, then the steps, where it has any.
 
-    On a terminal a step that counts bytes is a bar; all others, and those that go to a file, are lines.
+    On a terminal a step that counts bytes is a bar; all others, and those that go to a file, are lines. An observer's
+    steps come in a thread of the engine's, so the block waits for them at its end.
     """
 
     def __init__(self, text: str) -> None:
@@ -63,6 +67,9 @@ class Waiting:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last = ""
+        self._lock = threading.Lock()
+        self._shown = 0
+        self._over = False
 
     def __enter__(self) -> Self:
         self._before = _current.set(self)
@@ -71,11 +78,25 @@ class Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
+        from graftage._engine.events import flush  # noqa: PLC0415
+
         _current.reset(self._before)
-        self._stop()
+        shown = -1
+        while shown != self._shown:  # As long as steps come: drawing them may take longer than making them.
+            shown = self._shown
+            flush(LATE)
+        with self._lock:
+            self._over = True
+            self._stop()
 
     def step(self, step: PullProgress) -> None:
-        """Show a step."""
+        """Show a step, unless the block has ended."""
+        with self._lock:
+            if not self._over:
+                self._show(step)
+                self._shown += 1
+
+    def _show(self, step: PullProgress) -> None:
         if step.status == END:
             self._stop()
             self._spin()
@@ -87,7 +108,9 @@ class Waiting:
 
     def read(self, prompt: PromptProgress) -> None:
         """Show how much of a prompt has been read, where that takes so long that one wonders."""
-        if self._spinner is not None and time.monotonic() - self._began > LONG:
+        with self._lock:
+            if self._over or self._spinner is None or time.monotonic() - self._began < LONG:
+                return
             self._spinner.update(_dim(f"reading the prompt: {100 * prompt.processed // max(prompt.total, 1)} %"))
 
     def _draw(self, key: str, title: str, total: int, completed: int) -> None:

@@ -411,8 +411,8 @@ class Stream(_StreamBase):
         self.close()
 
     def __del__(self) -> None:
-        # A loop that was left by `break` drops the stream: its slot must not stay taken. Observers are not told: they
-        # may hold a lock of their own at the very step at which the garbage collector runs this.
+        # A loop that was left by `break` drops the stream: its slot must not stay taken. Nobody is told: a sink of the
+        # host's logs may hold a lock of its own at the very step at which the garbage collector runs this.
         if not self._run.ended:
             self._stop(self._run.abandon)
 

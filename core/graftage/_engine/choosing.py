@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from graftage._engine.arguments import check_model
 from graftage._engine.call import Translate, as_it_is
 from graftage._engine.clients import Clients
-from graftage._engine.events import log
+from graftage._engine.events import Delivery, log
 from graftage._engine.fallback import Chain
 from graftage._engine.faults import is_fault, typed_error
 from graftage._engine.plugins import Catalog, Entry
@@ -78,6 +78,7 @@ class Opening:
     def __init__(self, wish: Wish) -> None:
         self._wish = wish
         self.origins: dict[str, str] = {}
+        self._delivery = Delivery()
         self._read()
 
     def _read(self) -> None:
@@ -220,6 +221,7 @@ class Opening:
                 plugins=self._plugins,
                 io=io,
                 clients=clients,
+                delivery=self._delivery,
                 origin=member.entry.origin,
             )
 

@@ -13,7 +13,7 @@ from graftage._engine import inputs
 from graftage._engine.arguments import Wants, check_model
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
-from graftage._engine.events import Counters, Emitter, new_call_id
+from graftage._engine.events import Counters, Delivery, Emitter, new_call_id
 from graftage._engine.faults import typed_error
 from graftage._engine.health import HealthCache
 from graftage._engine.hooks import call_hook
@@ -62,6 +62,7 @@ class Connection:
         plugins: Sequence[Entry],
         io: IO,
         clients: Clients,
+        delivery: Delivery,
         origin: str = "",
     ) -> None:
         self.provider = provider
@@ -78,7 +79,8 @@ class Connection:
             clients.colour = "async"
         self.address = str(getattr(connection, "address", ""))
         self.counters = Counters()
-        self.emitter = Emitter(self.relay.each("observe"), self.counters, self.hide)
+        self.delivery = delivery
+        self.emitter = Emitter(self.relay.each("observe"), self.counters, delivery, self.hide)
         self.health_cache = HealthCache()
         self._budget = Budget()
         self._clients = clients

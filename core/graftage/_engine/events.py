@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import copy
+import functools
 import itertools
 import os
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, wait
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from graftage._engine.threads import start
 from graftage.calls import Event
 from graftage.exceptions import GraftageError
 from graftage.types import Stats
 
-__all__ = ["Counters", "Emitter", "Observer", "enable_logging"]
+__all__ = ["Counters", "Delivery", "Emitter", "Observer", "enable_logging", "flush"]
 
 Observer = tuple[str, Callable[[Event], None]]
+Wait = Callable[["Future[None]", float], Awaitable[None]]
+MOST: Final = 4096
+"""Events that may wait for a client's observers: of a call that begins behind so many, none is told."""
+FLUSH: Final = 0.5
+"""Seconds that an end waits until observers know everything, for each event that they are told."""
 _enabled = False
 _ids = itertools.count(1)
 
@@ -56,6 +68,7 @@ class Counters:
     waiting: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    events_dropped: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _changes: deque[dict[str, int]] = field(default_factory=deque, repr=False)
 
@@ -86,35 +99,159 @@ class Counters:
                 waiting=self.waiting,
                 input_tokens=self.input_tokens,
                 output_tokens=self.output_tokens,
+                events_dropped=self.events_dropped,
                 active_adapter=active_adapter,
             )
         self._settle()
         return stats
 
 
+class Delivery:
+    """Tells the observers of one client, one event after the other, in a thread of ours: no call waits for them.
+
+    The thread is one of those that are kept, and is taken only as long as there is something to tell.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Told | Future[None]] = deque()
+        self._turn = threading.Lock()
+        """Is held for the thread that tells."""
+        self._began = 0.0
+        """When it began to tell what it tells now."""
+
+    def begin(self) -> None:
+        """Be flushed at the end of the process, and begun anew after a fork."""
+        with _all_lock:
+            _all.add(self)
+        _flush_at_exit()
+
+    def renew(self) -> None:
+        """After a fork: what waits is told by the parent, whose thread it is."""
+        self._waiting.clear()
+        self._turn = threading.Lock()
+
+    @property
+    def full(self) -> bool:
+        """Whether more waits already than should."""
+        return len(self._waiting) >= MOST
+
+    def put(self, item: _Told | Future[None]) -> None:
+        """Tell an event after those that wait already, or note that they are told."""
+        self._waiting.append(item)
+        if self._turn.acquire(blocking=False):
+            self._began = time.monotonic()
+            try:
+                start(self._tell_all)
+            except RuntimeError:  # There are no more threads: the next event tries again.
+                self._turn.release()
+
+    def _tell_all(self) -> None:
+        while True:
+            try:
+                item = self._waiting.popleft()
+            except IndexError:
+                self._turn.release()
+                # Something may have been put there before the turn was given back.
+                if not (self._waiting and self._turn.acquire(blocking=False)):
+                    return
+                continue
+            self._began = time.monotonic()
+            if isinstance(item, Future):
+                item.set_result(None)
+            else:
+                item.tell()
+
+    def told(self) -> Future[None]:
+        """Is done when all that has happened so far is told."""
+        done: Future[None] = Future()
+        if self._waiting or self._turn.locked():
+            self.put(done)
+        else:
+            done.set_result(None)
+        return done
+
+    async def close(self, wait: Wait) -> None:
+        """Wait until everything is told. Where one event takes half a second, what waits behind it is dropped."""
+        done = self.told()
+        if done.done():
+            return
+        try:
+            await wait(done, self._began + FLUSH)
+        except TimeoutError:
+            self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        _all.discard(self)  # The end of the process need not wait once more.
+        with contextlib.suppress(IndexError):  # There are no more.
+            while True:
+                item = self._waiting.popleft()
+                if isinstance(item, Future):
+                    item.set_result(None)
+                else:
+                    item.drop()
+
+
+_all: weakref.WeakSet[Delivery] = weakref.WeakSet()
+_all_lock = threading.Lock()
+
+
+def flush(limit: float = FLUSH) -> None:
+    """Wait until all observers of this process know what has happened so far, for so many seconds at most."""
+    with _all_lock:
+        found = list(_all)
+    wait([each.told() for each in found], limit)
+
+
+@functools.cache
+def _flush_at_exit() -> None:
+    atexit.register(flush)
+
+
+def _renew() -> None:
+    """After a fork: the threads are the parent's, and one of them may have held the lock."""
+    global _all_lock  # noqa: PLW0603 - one lock for the process
+    _all_lock = threading.Lock()
+    for each in _all:
+        each.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
 class Emitter:
-    """Tells one client's observers; one that raises is reported once and dropped."""
+    """Counts and logs what happens to the calls of one connection, and has its observers told."""
 
     def __init__(
-        self, observers: list[Observer], counters: Counters, hide: Callable[[GraftageError], None] = lambda _: None
+        self,
+        observers: Sequence[Observer],
+        counters: Counters,
+        delivery: Delivery,
+        hide: Callable[[GraftageError], None],
     ) -> None:
-        self._observers = observers
+        self._observers = list(observers)
         self._counters = counters
+        self._delivery = delivery
         self._hide = hide
+        self._late = False
+        if observers:
+            delivery.begin()
 
     def for_call(self, **facts: Any) -> Callable[..., None]:
         """The `emit` of one call: the facts that all its events share are given here."""
+        tell = self._teller() if self._observers else None
 
         def emit(kind: str, **more: Any) -> None:
             if kind == "retry":
                 self._counters.add(retries=1)
-            if not (self._observers or _enabled):
+            if not (tell or _enabled):
                 return
             error = more.get("error")
             if isinstance(error, GraftageError):
                 more["error"] = self._harmless(error)
             event = Event(kind=kind, at=time.monotonic(), **{**facts, **more})  # type: ignore[arg-type] # checked by type checkers at the callers' side only
-            self._tell(event)
+            if tell:
+                tell(event)
             _log_event(event)
 
         return emit
@@ -128,17 +265,53 @@ class Emitter:
         shown.partial = None
         return shown
 
-    def _tell(self, event: Event) -> None:
+    def _teller(self) -> Callable[[Event], None]:
+        """Has the events of one call told: all of them or none, with the context variables of its caller."""
+        if self._delivery.full:
+            return self.drop
+        context = copy_context()
+
+        def tell(event: Event) -> None:
+            # Of steps there may be any number, and the next one says what this one did.
+            if event.kind == "progress" and self._delivery.full:
+                self.drop(event)
+            else:
+                self._delivery.put(_Told(self, context, event))
+
+        return tell
+
+    def tell(self, event: Event) -> None:
+        """Tell the observers; one that raises is reported once and dropped."""
         for observer in list(self._observers):
             name, function = observer
             try:
                 function(event)
-            except Exception as error:  # noqa: BLE001 - an observer must never break a call
-                try:
-                    self._observers.remove(observer)
-                except ValueError:  # It has failed in another thread, too, and that one tells.
-                    continue
+            except BaseException as error:  # noqa: BLE001 - in a thread of ours, nothing is anybody's wish
+                self._observers.remove(observer)
                 log("WARNING", f"the observer `{name}` failed and is dropped: {type(error).__name__}: {error}")
+
+    def drop(self, _: Event) -> None:
+        """Do not tell it, but count it; the first time, log that."""
+        self._counters.add(events_dropped=1)
+        if not self._late:
+            self._late = True
+            names = ", ".join(f"`{name}`" for name, _ in self._observers)
+            log("WARNING", f"events are dropped, since the observers are too slow ({names}); `stats` counts them")
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """An event that waits for being told."""
+
+    emitter: Emitter
+    context: Context
+    event: Event
+
+    def tell(self) -> None:
+        self.context.run(self.emitter.tell, self.event)
+
+    def drop(self) -> None:
+        self.emitter.drop(self.event)
 
 
 def _log_event(event: Event) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graftage._engine.adapters import check_on_missing, read_reference
@@ -166,7 +166,7 @@ class Chain:
     def stats(self) -> Stats:
         """The counters of all members together."""
         each = [session.stats() for session in self.sessions]
-        names = ("calls", "failures", "retries", "running", "waiting", "input_tokens", "output_tokens")
+        names = [each.name for each in fields(Stats) if each.name != "active_adapter"]
         reference = self._adapter.reference
         active = str(reference) if reference is not None else None
         return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)

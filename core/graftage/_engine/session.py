@@ -569,7 +569,10 @@ class Session(Connection):
             typed = typed_error(error, self.provider)
             raise typed from typed.__cause__
         finally:
-            await self.waiting.finish(self._clients.close)
+            try:
+                await self.waiting.finish(self._clients.close)
+            finally:
+                await self.delivery.close(self.io.wait)
 
 
 def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgress) -> None:

@@ -16,7 +16,7 @@ from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
-__all__ = ["Items", "submit"]
+__all__ = ["Items", "start", "submit"]
 
 T = TypeVar("T")
 KEPT: Final = 8
@@ -65,6 +65,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
+def start(work: Work) -> None:
+    """Do the work, which must not raise, in a thread.
+
+    Raises:
+        RuntimeError: the system has no more threads.
+    """
+    _threads.start(work)
+
+
 def submit(function: Callable[..., T], *arguments: Any) -> Future[T]:
     """Call a function in a thread, with the context variables of the caller."""
     future: Future[T] = Future()
@@ -79,7 +88,7 @@ def submit(function: Callable[..., T], *arguments: Any) -> Future[T]:
         else:
             future.set_result(result)
 
-    _threads.start(work)
+    start(work)
     return future
 
 
