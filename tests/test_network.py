@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ from network_servers import (
     Server,
     Uploading,
     WithKey,
+    answer,
     hang,
     needs_proc,
     on,
@@ -54,6 +56,8 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import hookimpl
 from graftage.http import is_private, place
+from graftage.http._framing import Framing
+from graftage.http._network import is_stale
 from graftage.http._server import server_of
 from graftage.types import Timeouts
 
@@ -482,6 +486,160 @@ def test_a_loop_that_ended_under_a_stream_is_let_go() -> None:
             del loop, stream
         assert soon(lambda: sum(each() is not None for each in loops) <= 1)  # A client knows the first one.
         asyncio.run(llm.close())
+
+
+UNTIDY = """
+    import asyncio, gc, os, sys, warnings, graftage
+    sys.path[:] = sys.argv[2].split("|")
+    from network_servers import on
+    warnings.simplefilter("ignore")
+    llm = graftage.connect_async(on(sys.argv[1]), model="m")
+
+    def own_descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    async def call():
+        await llm.models()
+
+    async def stream():
+        await anext(await llm.chat("x", stream=True))
+
+    def leave(use, close):
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # A task may be left.
+        loop.run_until_complete(use())
+        if close:
+            loop.close()
+
+    leave(call, True)
+    for close in True, False:
+        for use in call, stream:
+            gc.collect()
+            before = own_descriptors()
+            for _ in range(5):
+                leave(use, close)
+            gc.collect()
+            print(close, use.__name__, max(own_descriptors() - before, 0))
+    gc.disable()
+    before = own_descriptors()
+    for _ in range(5):
+        leave(call, True)
+    asyncio.run(llm.close())
+    print("without a collector", max(own_descriptors() - before, 0))
+"""
+
+
+@needs_proc
+def test_loops_that_end_untidily_leave_no_socket() -> None:
+    with Server() as server:
+        found = run(UNTIDY, server.url, "|".join(sys.path)).splitlines()
+    assert found == ["True call 0", "True stream 0", "False call 0", "False stream 0", "without a collector 0"]
+
+
+# --- Connections that the server has closed --------------------------------------------------------------------------
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def answering_once(end: Callable[[socket.socket], object]) -> Callable[[Server, socket.socket], None]:
+    """Answers the first request of each connection and reads the second one, as if its end had crossed it."""
+
+    def serve(server: Server, connection: socket.socket) -> None:
+        for count in range(2):
+            if not (request := read_request(connection)):
+                return
+            server.requests.append(request)
+            if count:
+                end(connection)
+            else:
+                answer(connection, request)
+
+    return serve
+
+
+ENDED: dict[str, Callable[[socket.socket], object]] = {"the end": lambda _: None, "a reset": reset}
+ASKED: dict[str, Callable[[Any], object]] = {
+    "a chat": lambda llm: llm.chat("x").text,
+    "a stream": lambda llm: [chunk.text for chunk in llm.chat("x", stream=True)],
+    "a list": lambda llm: llm.models(),
+}
+
+
+@pytest.mark.parametrize("end", ENDED.values(), ids=ENDED)
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_a_kept_connection_that_was_closed_is_no_error(both: Any, ask: Any, end: Any) -> None:
+    with Server(answering_once(end)) as server:
+        llm = both.connect(on(server.url), model=MODEL, attempts=1)
+        found = [ask(llm) for _ in range(4)]
+        assert all(each == found[0] for each in found)
+        assert (server.accepted, len(server.requests)) == (4, 7)
+        assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("end", ENDED.values(), ids=ENDED)
+def test_a_file_is_sent_again_as_a_whole(both: Any, tmp_path: Path, end: Any) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 100_000)
+    with Server(answering_once(end)) as server:
+        llm = both.connect(Giving(lambda request: Uploading(request, server.url, file)), model=MODEL, attempts=1)
+        llm.models()
+        llm.models()
+        assert [each.endswith(file.read_bytes()) for each in server.requests] == [True] * 3
+
+
+def test_a_kept_connection_that_was_closed_is_no_error_in_a_tunnel(
+    both: Any, monkeypatch: Any, trusted: Authority
+) -> None:
+    with Server(secured(trusted.context(), answering_once(reset))) as server, Proxy(server.port) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://{HERE}:{proxy.port}")
+        llm = both.connect(on("https://model.test"), model=MODEL, attempts=1)
+        assert [llm.chat("x").text for _ in range(3)] == ["Hello world"] * 3
+
+
+def hasty(server: Server, connection: socket.socket) -> None:
+    server.requests.append(read_request(connection))
+    answer(connection, server.requests[-1])
+
+
+def test_no_call_fails_where_each_connection_is_closed_after_its_answer_without_a_word(both: Any) -> None:
+    with Server(hasty) as server:
+        llm = both.connect(on(server.url), model=MODEL, attempts=1)
+        assert [llm.chat("x").text for _ in range(100)] == ["Hello world"] * 100
+        assert server.accepted == 100
+
+
+def test_a_request_is_sent_once_more_and_not_for_ever(both: Any) -> None:
+    def serve(server: Server, connection: socket.socket) -> None:
+        if request := read_request(connection):
+            server.requests.append(request)
+            if server.accepted == 1:
+                answer(connection, request)
+                server.requests.append(read_request(connection))
+
+    with Server(serve) as server:
+        llm = both.connect(on(server.url), model=MODEL, attempts=1)
+        llm.models()
+        with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+            llm.models()
+        assert len(server.requests) == 3
+
+
+def test_a_request_whose_answer_has_begun_is_not_sent_again(both: Any) -> None:
+    with Server(answering_once(lambda connection: connection.sendall(b"HTTP/1.1 2"))) as server:
+        llm = both.connect(on(server.url), model=MODEL, attempts=1)
+        llm.models()
+        with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+            llm.models()
+        assert len(server.requests) == 2
+
+
+def test_an_end_that_comes_late_has_crossed_no_request() -> None:
+    answer = Framing()
+    answer.end()
+    assert is_stale(answer, time.monotonic())
+    assert not is_stale(answer, time.monotonic() - 6)
 
 
 # --- Cancels, slow readers -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from graftage.http._network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
     closed,
+    is_stale,
     known_addresses,
     tls_context,
     tunnel_failed,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncNetwork"]
 
+A_DAY = 86_400.0
+"""Seconds for which a loop's timer holds its connections, before the next one does."""
 SOONER = 0.001
 """Seconds by which a limit must end before the timer does for the timer to be set anew."""
 
@@ -43,7 +46,8 @@ class AsyncNetwork:
 
     def __init__(self) -> None:
         self._servers: dict[str, Server] = {}
-        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakValueDictionary[int, _Pool] = weakref.WeakValueDictionary()
+        """By the identity of the loop, which no other one has while its pool is there."""
         self._lock = threading.Lock()
 
     async def send(self, request: Request, clock: Clock) -> Response:
@@ -55,25 +59,22 @@ class AsyncNetwork:
         size = size_of(request)
         head = head_of(request, server, size)
         pool = await self._pool()
-        wire = pool.taken(server) or await pool.connected(server, clock)
-        wire.answer = answer = Framing(bodiless=request.method == "HEAD")
-        try:
-            await _send(wire, head, request, size, clock)
-            while not answer.head and answer.fault is None:
-                await wire.wait(clock)
-            if not answer.head:
-                raise unanswered(answer, clock, request.url)
-        except BaseException:
-            pool.drop(wire)
-            raise
+        wire, begun = pool.taken(server), time.monotonic()
+        answer = await pool.asked(wire, head, request, size, clock) if wire is not None else None
+        if wire is None or answer is None or (is_stale(answer, begun) and not pool.closed):
+            wire = await pool.connected(server, clock)
+            answer = await pool.asked(wire, head, request, size, clock)
+        if not answer.head:
+            raise unanswered(answer, clock, server)
         return _Response(pool, wire, answer, clock)
 
     async def _pool(self) -> _Pool:
         loop = asyncio.get_running_loop()
         with self._lock:
-            pool = self._pools.get(loop)
+            pool = self._pools.get(id(loop))
             if pool is None or pool.closed:
-                pool = self._pools[loop] = _Pool()
+                self._bury()
+                pool = self._pools[id(loop)] = _Pool(loop)
         if pool.keeper is None:
             pool.keeper = pool.kept()
             await anext(pool.keeper)
@@ -82,34 +83,45 @@ class AsyncNetwork:
     async def close(self) -> None:
         """Close the connections of all loops that still run."""
         with self._lock:
-            pools = list(self._pools.items())
+            self._bury()
+            pools = list(self._pools.values())
             self._pools.clear()
-        for loop, pool in pools:
-            if loop is asyncio.get_running_loop():
+        for pool in pools:
+            if pool.loop is asyncio.get_running_loop():
                 if pool.keeper is not None:
                     await pool.keeper.aclose()
-            elif loop.is_running():
+            elif pool.loop.is_running():
                 with contextlib.suppress(RuntimeError):  # It has ended meanwhile, and closed them.
-                    loop.call_soon_threadsafe(pool.close)
+                    pool.loop.call_soon_threadsafe(pool.close)
+
+    def _bury(self) -> None:
+        """Close what loops that were closed untidily have left, rather than wait for the collector."""
+        for pool in list(self._pools.values()):
+            if pool.loop.is_closed():
+                pool.close()
 
 
 class _Pool:
-    """The connections of one event loop. They are closed with it, even where nobody closes the client."""
+    """The connections of one event loop, which alone holds it: they end with it, however it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._hold()
         self._idle: list[_Wire] = []
         self._busy: set[_Wire] = set()
         self._limits: set[asyncio.Timeout] = set()
         self.closed = False
         self.keeper: AsyncGenerator[None, None] | None = None
 
+    def _hold(self) -> None:
+        self._held = self.loop.call_later(A_DAY, self._hold)
+
     async def kept(self) -> AsyncGenerator[None, None]:
-        """Begun in a loop, it is finished at the loop's end."""
+        """Begun in a loop, it is finished at the end of a loop that is closed tidily."""
         try:
             yield
         finally:
             self.close()
-            self.keeper = None  # It knows the loop, which has nothing but a weak reference here.
             await asyncio.sleep(0)  # A transport closes in the next step.
 
     def taken(self, server: Server) -> _Wire | None:
@@ -125,6 +137,7 @@ class _Pool:
 
     async def connected(self, server: Server, clock: Clock) -> _Wire:
         """A new connection."""
+        clock.enter("connect")
         limit = asyncio.timeout(clock.left())
         self._limits.add(limit)
         try:
@@ -139,6 +152,20 @@ class _Pool:
             self._limits.discard(limit)
         self._busy.add(wire)
         return wire
+
+    async def asked(self, wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> Framing:
+        """Send a request and wait for the head of its answer; a connection without one is given up."""
+        wire.answer = answer = Framing(bodiless=request.method == "HEAD")
+        try:
+            await _send(wire, head, request, size, clock)
+            while not answer.head and answer.fault is None:
+                await wire.wait(clock)
+        except BaseException:
+            self.drop(wire)
+            raise
+        if not answer.head:
+            self.drop(wire)
+        return answer
 
     def give_back(self, wire: _Wire, answer: Framing) -> None:
         """Keep a connection for the next request, where it can take one."""
@@ -159,19 +186,21 @@ class _Pool:
     def close(self) -> None:
         """Close every connection; who waits at one of them, or for one, is woken."""
         self.closed = True
+        self._held.cancel()
         for wire in (*self._idle, *self._busy):
             wire.close()
         self._idle.clear()
         self._busy.clear()
         for limit in self._limits:
-            if not limit.expired():
+            if not limit.expired() and not self.loop.is_closed():
                 limit.reschedule(0)
 
 
 class _Wire(asyncio.Protocol):
     """One connection, which feeds what comes to the answer that is awaited."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, server: Server) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, server: Server, connection: socket.socket) -> None:
+        self._socket = connection
         self.transport: Any = None
         """Is there once the connection, with TLS where it begins so, is made."""
         self.loop = loop
@@ -283,13 +312,16 @@ class _Wire(asyncio.Protocol):
         self.lost = True
         self._disarm()
         if self.transport is not None:
-            self.transport.abort()
+            try:
+                self.transport.abort()
+            except RuntimeError:  # The loop is closed, and will not do it.
+                self._socket.close()
 
 
 async def _connect(server: Server, clock: Clock) -> _Wire:
     loop = asyncio.get_running_loop()
     connection = await _dialled(loop, server, clock)
-    wire = _Wire(loop, server)
+    wire = _Wire(loop, server, connection)
     try:
         tls: dict[str, Any] = {"ssl": tls_context(), "server_hostname": server.first[0]} if server.tls else {}
         await loop.create_connection(lambda: wire, sock=connection, **tls)

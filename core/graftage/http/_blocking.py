@@ -21,6 +21,7 @@ from graftage.http._network import (
     KEEPALIVE_EXPIRY,
     Addresses,
     closed,
+    is_stale,
     known_addresses,
     tls_context,
     tunnel_failed,
@@ -68,18 +69,28 @@ class BlockingNetwork:
             return _patched.exchange(request, server, clock)
         size = size_of(request)
         head = head_of(request, server, size)
-        wire = self._taken(server) or self._connected(server, clock)
+        wire, begun = self._taken(server), time.monotonic()
+        answer = self._asked(wire, head, request, size, clock) if wire is not None else None
+        if wire is None or answer is None or (is_stale(answer, begun) and not self._closed):
+            wire = self._connected(server, clock)
+            answer = self._asked(wire, head, request, size, clock)
+        if not answer.head:
+            raise unanswered(answer, clock, server)
+        return _Response(self, wire, answer, clock)
+
+    def _asked(self, wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> Framing:
+        """Send a request and wait for the head of its answer; a connection without one is given up."""
         answer = Framing(bodiless=request.method == "HEAD")
         try:
             _send(wire, head, request, size, clock)
             while not answer.head and answer.fault is None:
                 _receive(wire, answer, clock)
-            if not answer.head:
-                raise unanswered(answer, clock, request.url)
         except BaseException:
             self.give_back(wire, usable=False)
             raise
-        return _Response(self, wire, answer, clock)
+        if not answer.head:
+            self.give_back(wire, usable=False)
+        return answer
 
     def _taken(self, server: Server) -> _Wire | None:
         """An idle connection to a server that is still good."""
@@ -102,6 +113,7 @@ class BlockingNetwork:
 
     def _connected(self, server: Server, clock: Clock) -> _Wire:
         """A new connection."""
+        clock.enter("connect")
         wire = _Wire(server)
         with self._lock:
             self._busy.add(wire)  # Before it is made, so that `close` wakes who waits for that, too.

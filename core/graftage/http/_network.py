@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout
@@ -24,6 +25,7 @@ __all__ = [
     "Addresses",
     "closed",
     "failed_before_answer",
+    "is_stale",
     "known_addresses",
     "not_http",
     "tls_context",
@@ -38,6 +40,8 @@ KEEPALIVE = 20
 """Idle connections that are kept."""
 KEEPALIVE_EXPIRY = 30.0
 """Seconds for which an idle connection is kept."""
+RACE = 5.0
+"""Seconds within which the end of a connection may have crossed a request; later it is the end of the server's work."""
 PROXY_SIGN_IN = 407
 
 
@@ -112,12 +116,22 @@ def closed() -> ConnectionFailed:
     return _failed("The connection was closed while it was made.", "closed", "Use a client that is open.")
 
 
-def unanswered(answer: Framing, clock: Clock, url: str) -> ProviderError:
+def is_stale(answer: Framing, begun: float) -> bool:
+    """Whether a connection that had been used before was closed, it seems, before the request came.
+
+    It is sent again then, at once and whatever it is, as a browser does: nothing fails that was never read. Had it been
+    read after all, a model answers twice, a pull goes on, an upload is the same, and what was to be deleted is gone.
+    """
+    closed = answer.size == 0 and isinstance(answer.fault, (OSError, EOFError))
+    return closed and time.monotonic() - begun < RACE
+
+
+def unanswered(answer: Framing, clock: Clock, server: Server) -> ProviderError:
     """The typed error for a connection that ended, or broke a rule, before the head of its answer was there."""
     fault = answer.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
-        return failed_before_answer(fault, clock, url)
-    return not_http(url, answer.words())
+        return failed_before_answer(fault, clock, server.origin)
+    return not_http(server.origin, answer.words())
 
 
 def not_http(url: str, why: str) -> ProtocolError:
