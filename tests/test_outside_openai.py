@@ -338,7 +338,14 @@ def test_what_is_no_answer_of_the_api_is_a_typed_error(connect: Any, fake: FakeO
         (401, {"message": "Incorrect API key", "code": "invalid_api_key"}, AuthenticationFailed),
         (429, {"message": "Slow down", "code": "rate_limit_exceeded"}, Overloaded),
         (429, {"message": "Pay first", "code": "insufficient_quota"}, QuotaExceeded),
+        (429, {"message": "You have reached your usage limit", "code": None}, QuotaExceeded),
+        (402, {"message": "Insufficient Balance", "code": "invalid_request_error"}, QuotaExceeded),
+        (403, {"message": "This model requires a subscription", "code": None}, QuotaExceeded),
+        (410, {"message": "It is gone", "code": None}, ModelNotFound),
+        (500, {"message": "input is too large to process", "code": None}, ContextOverflow),
         (500, {"message": "Oh", "code": None}, InferenceFailed),
+        (500, {"message": "rpc error: connection refused", "code": None}, InferenceFailed),
+        (524, {"message": "Late", "code": None}, ProviderTimeout),
     ],
 )
 def test_errors_are_typed(connect: Any, fake: FakeOllama, status: int, error: Any, kind: type[ProviderError]) -> None:
@@ -346,6 +353,40 @@ def test_errors_are_typed(connect: Any, fake: FakeOllama, status: int, error: An
     with pytest.raises(kind, match=error["message"]) as caught:
         connect().chat("Hi")
     assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "Pay first", "code": "insufficient_quota"}, QuotaExceeded),
+        ({"message": "You have reached your usage limit"}, QuotaExceeded),
+        ({"message": "The model `m` has been retired"}, ModelNotFound),
+        ({"message": "Slow down", "type": "rate_limit_error"}, Overloaded),
+        ({"message": "This model's maximum context length is 5"}, ContextOverflow),
+        ({"message": "unexpected EOF"}, InferenceFailed),
+    ],
+)
+@pytest.mark.parametrize("before", [(), (HELLO,)], ids=["first", "mid"])
+def test_an_error_event_is_typed_by_its_words(
+    connect: Any, fake: FakeOllama, before: tuple[bytes, ...], error: Any, kind: type[ProviderError]
+) -> None:
+    fake.script(CHAT, events(*before, b"data: " + json.dumps({"error": error}).encode() + b"\n\n"))
+    with pytest.raises(kind) as caught:
+        connect().chat("Hi")
+    assert (caught.value.partial is not None) == bool(before)
+    assert not (before and caught.value.retryable)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"), [({"retry-after": "3600"}, 3600), ({"x-ratelimit-reset-tokens": "6m0s"}, 360)]
+)
+def test_a_server_that_asks_for_an_hour_is_asked_once(
+    connect: Any, fake: FakeOllama, headers: dict[str, str], seconds: float
+) -> None:
+    fake.script(CHAT, *[Answer([{"error": {"message": "Slow down"}}], status=429, headers=headers)] * 3)
+    with pytest.raises(Overloaded, match=f"{seconds} s") as caught:
+        connect(attempts=3).chat("Hi")
+    assert (caught.value.retry_after, caught.value.attempts, len(fake.requests)) == (seconds, 1, 1)
 
 
 @pytest.mark.parametrize(

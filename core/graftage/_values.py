@@ -35,7 +35,7 @@ def keep_alive_seconds(value: Any) -> float | None:
         return None
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    seconds = _from_text(value) if isinstance(value, str) else value
+    seconds = duration(value) if isinstance(value, str) else value
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds != seconds:  # noqa: PLR0124 - NaN
         raise ValueError(f"keep_alive must be seconds, a text such as '5m' or '1h30m', or -1 for ever, not {value!r}")
     if seconds < 0:
@@ -101,8 +101,8 @@ def hidden(value: Any, secret: str) -> Any:
     return value
 
 
-def _from_text(text: str) -> float | None:
-    """A number, or a duration as Go writes it."""
+def duration(text: str) -> float | None:
+    """The seconds of a number, or of a duration as Go writes it; None for what is neither."""
     text = text.strip()
     try:
         return float(text)

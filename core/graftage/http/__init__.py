@@ -13,10 +13,11 @@ sizes, whole lines, typed errors, retries of the opening, no redirect, no proxy 
 """
 
 from graftage._engine.inputs import read_tool_call
+from graftage.http._answer import Answer, Refusal
 from graftage.http.address import is_loopback, is_private, place, proxy_for
 from graftage.http.client import Document, Event, Http, Items
 from graftage.http.clock import Clock
-from graftage.http.errors import Answer, Refusal
+from graftage.http.errors import Rules, by_words, says
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, Wrapper
 
 __all__ = [
@@ -31,11 +32,14 @@ __all__ = [
     "Refusal",
     "Request",
     "Response",
+    "Rules",
     "Transport",
     "Wrapper",
+    "by_words",
     "is_loopback",
     "is_private",
     "place",
     "proxy_for",
     "read_tool_call",
+    "says",
 ]

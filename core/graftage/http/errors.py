@@ -1,20 +1,15 @@
-"""What an answer that refuses means: the table from status to error, below a provider's own."""
+"""What an answer that refuses means: the tables from words and status to error, below a provider's own."""
 
 from __future__ import annotations
 
-import email.utils
-import json
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
 
 from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
     ConnectionFailed,
+    ContextOverflow,
     InferenceFailed,
     ModelNotFound,
     Overloaded,
@@ -24,206 +19,284 @@ from graftage.exceptions import (
     QuotaExceeded,
     RequestRejected,
 )
-from graftage.http.transport import Headers, header
+from graftage.http._answer import MAX_WORDS, OK, Answer, Refusal
 
-if TYPE_CHECKING:
-    from graftage.calls import Call
+__all__ = ["Rules", "by_words", "refused", "says"]
 
-__all__ = ["Answer", "Refusal", "refused"]
-
-OK: Final = 200
-REFUSED: Final = 400
 SERVER_FAULT: Final = 500
-LAST_STATUS: Final = 599
-MAX_WORDS: Final = 500
-"""Characters of the server's words that go into a message."""
-DEEPEST: Final = 4
-"""A server passes on what another one said as a text inside its own: unwrap it, but not for ever."""
-FACTS: Final = ("code", "type", "param", "n_prompt_tokens", "n_ctx")
-"""What stands beside an error and is worth keeping."""
-_FOLDER = re.compile(r"(?<![\w:/\\.])(?:[A-Za-z]:[\\/]|/)[^\s\"':,;()]*[\\/](?=[^\s\"':,;()/\\]+)")
-
-
-@dataclass(frozen=True, slots=False, kw_only=True)
-class Answer:
-    """An answer that refuses: with a status from 400 on, or with an error under status 200."""
-
-    status: int
-    headers: Headers
-    body: bytes
-    """Without the secrets of the connection."""
-    call: Call = field(repr=False)
-    server: str = "the server"
-    """Who says it, for messages."""
-
-    @cached_property
-    def _read(self) -> tuple[str, dict[str, Any], bool]:
-        text = self.body.decode("utf-8", "replace").strip()
-        facts: dict[str, Any] = {}
-        value: Any = text
-        known = False
-        for _ in range(DEEPEST):
-            if isinstance(value, str):
-                value = _parsed(value)
-            if not isinstance(value, Mapping):
-                break
-            facts.update(_figures(value))
-            inner = next((value[key] for key in ("error", "message", "detail") if value.get(key) is not None), None)
-            if inner is None:
-                break
-            known, value = True, inner
-        return (value if isinstance(value, str) else text)[: DEEPEST * MAX_WORDS], facts, known
-
-    @property
-    def words(self) -> str:
-        """What the server said."""
-        return self._read[0]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The figures beside it."""
-        return self._read[1]
-
-    @property
-    def known(self) -> bool:
-        """Whether the body was an error in JSON: otherwise it may come from another service."""
-        return self._read[2]
-
-    @property
-    def inner_status(self) -> int:
-        """The status; of an error under status 200 the one in its body, where it has one."""
-        found = self.facts.get("status", self.status) if self.status == OK else self.status
-        return found if found == OK or REFUSED <= found <= LAST_STATUS else self.status
-
-    @property
-    def model(self) -> str:
-        """The model of the call, as it stands in a sentence."""
-        return f"`{self.call.model}`" if self.call.model else "the model"
-
-    @property
-    def said(self) -> str:
-        """The server's words as a sentence, cut, and without the folders of its machine, which may name a person."""
-        if not (self.known and self.words):
-            return f"The status is {self.inner_status}."
-        text = f"{self.server[:1].upper()}{self.server[1:]} says: {_FOLDER.sub('', self.words[:MAX_WORDS])}".rstrip()
-        return text if text.endswith((".", "!", "?")) else f"{text}."
-
-    @property
-    def retry_after(self) -> float | None:
-        """Seconds to wait, where the server names them: as a number, a date, or in milliseconds."""
-        milliseconds = _number(header(self.headers, "retry-after-ms"))
-        if milliseconds is not None:
-            return milliseconds / 1000
-        given = header(self.headers, "retry-after")
-        if (seconds := _number(given)) is not None or given is None:
-            return seconds
-        try:
-            return max(email.utils.parsedate_to_datetime(given).timestamp() - time.time(), 0.0)
-        except (ValueError, OverflowError):
-            return None
-
-
-Refusal: TypeAlias = Callable[[Answer], ProviderError | None]
-"""An author's own table: the error for an answer, or None for what the table of the toolkit says."""
-
-
-def _parsed(text: str) -> Any:
-    if not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text.splitlines()[0] if "\n" in text else text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key in FACTS:
-        if isinstance(value.get(key), (str, int)):
-            yield key, value[key]
-    for key in ("code", "status", "StatusCode"):  # Elsewhere they are words.
-        if isinstance(value.get(key), int):
-            yield "status", value[key]
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if 0 <= number < float("inf") else None
-
-
-# --- The table -------------------------------------------------------------------------------------------------------
-
 Make: TypeAlias = Callable[[Answer], ProviderError]
+Rules: TypeAlias = tuple[tuple[tuple[str, ...], Make], ...]
+"""A table of words: the first rule of which one phrase, in lower case, is among the server's words decides."""
 
 
-def _rejected(it: Answer) -> ProviderError:
-    return RequestRejected(it.said, hint="Mend the request.")
+def says(kind: type[ProviderError], sentence: str, hint: str, **facts: Any) -> Make:
+    """How a table makes an error.
+
+    Args:
+        kind: its class.
+        sentence: what it says before the server's own words; `{model}` in it becomes the model of the call.
+        hint: the way out.
+        facts: what else the class takes.
+    """
+    return lambda it: kind(f"{sentence.format(model=it.model)} {it.said}".lstrip(), hint=hint, **facts)
 
 
-def _unauthorized(it: Answer) -> ProviderError:
-    hint = "Set `api_key`, which is sent only over https or to loopback."
-    return AuthenticationFailed(f"The server wants a sign-in. {it.said}", hint=hint)
+def by_words(it: Answer, rules: Rules) -> ProviderError | None:
+    """The error that a table of words has for an answer."""
+    return next((make(it) for phrases, make in rules if any(each in it.searched for each in phrases)), None)
 
 
-def _forbidden(it: Answer) -> ProviderError:
-    hint = "Check the key's rights; a server that says no more may not know the host name or origin it was asked by."
-    return AuthenticationFailed(f"The server forbids this. {it.said}", hint=hint)
+MEND: Final = "Mend the request."
+LOG: Final = "The server's log may tell more."
+PLAN: Final = "Check the account's plan and what is left of it, or ask another model or provider."
+_gateway: Final = says(
+    ConnectionFailed,
+    "A proxy on the way could not reach the server.",
+    "Is the server running?",
+    details={"cause": "gateway"},
+)
+_certificate: Final = says(
+    ConnectionFailed,
+    "A proxy on the way does not trust the server's certificate.",
+    "Whoever runs the proxy must mend it.",
+    retryable=False,
+    details={"cause": "gateway"},
+)
+_overloaded: Final = says(Overloaded, "The server is busy.", "Ask again later, or send less at one time.")
+_quota: Final = says(QuotaExceeded, "The plan does not cover this, or is used up.", PLAN)
+_sign_in: Final = says(
+    AuthenticationFailed,
+    "The server wants a sign-in.",
+    "Set `api_key`, which is sent only over https or to loopback.",
+)
+_retired: Final = says(
+    ModelNotFound, "The server does not have {model} any more.", "Choose another one that the server lists."
+)
+_header: Final = says(
+    RequestRejected, "The head of the request is too large.", "Send fewer or shorter `headers`, or raise the limit."
+)
+_gave_up: Final = "A proxy or the server gave up waiting."
+_late: Final = says(ProviderTimeout, _gave_up, "Ask again.", phase="first_token", retryable=True)
+# Behind a gateway the server may still be at work.
+_late_behind: Final = says(
+    ProviderTimeout,
+    _gave_up,
+    "Raise the proxy's limit, or stream the answer: its first chunk comes sooner.",
+    phase="first_token",
+)
 
-
-def _overloaded(it: Answer) -> ProviderError:
-    hint = "Ask again later, or send less at one time."
-    return Overloaded(f"The server is busy. {it.said}", retry_after=it.retry_after, hint=hint)
-
-
-def _gateway(it: Answer) -> ProviderError:
-    message = f"A proxy on the way could not reach the server. {it.said}"
-    return ConnectionFailed(message, hint="Is the server running?", details={"cause": "gateway"})
-
-
-def _gave_up(*, retryable: bool) -> Make:
-    return lambda it: ProviderTimeout(
-        f"A proxy or the server gave up waiting. {it.said}",
-        phase="first_token",
-        retryable=retryable,
-        hint="Raise the proxy's limit.",
-    )
-
+USED_UP: Final = (
+    "usage limit",
+    "insufficient_quota",
+    "insufficient quota",
+    "exceeded your current quota",
+    "exceeded your quota",
+    "quota exceeded",
+    "quota_exceeded",
+    "out of credits",
+    "credit balance",
+    "insufficient credit",
+    "insufficient_credit",
+    "not enough credits",
+    "insufficient balance",
+    "insufficient_balance",
+    "billing hard limit",
+    "billing_hard_limit",
+    "billing_not_active",
+    "spending limit",
+    "spend limit",
+    "hourly limit",
+    "daily limit",
+    "weekly limit",
+    "monthly limit",
+    "payment required",
+    "requires a subscription",
+    "requires a paid",
+    "subscription required",
+    "upgrade your plan",
+    "upgrade your account",
+    "upgrade for ",
+)
+RETIRED: Final = (
+    "has been retired",
+    "was retired",
+    "is retired",
+    "no longer available",
+    "has been deprecated",
+    "decommissioned",
+    "has been discontinued",
+    "has been sunset",
+    "end of life",
+    "end-of-life",
+)
+OVERFLOW: Final = (
+    "exceeds the available context size",
+    "exceed_context_size",
+    "exceeds the context length",
+    "exceeds maximum context length",
+    "exceeded max context length",
+    "maximum context length",
+    "context_length_exceeded",
+    "exceeds the context window",
+    "exceeds context window",
+    "context size has been exceeded",
+    "prompt is too long",
+    "input is too long",
+    "exceeds the maximum number of tokens",
+)
+WORDS: Final[Rules] = (
+    (USED_UP, _quota),
+    (RETIRED, _retired),
+    (
+        OVERFLOW,
+        says(
+            ContextOverflow, "The prompt does not fit into the context window.", "Send less, or raise `context_window`."
+        ),
+    ),
+    (
+        ("too large to process",),
+        says(
+            ContextOverflow,
+            "An input is longer than the server takes at once.",
+            "Send shorter inputs, or raise the server's batch size.",
+        ),
+    ),
+    (
+        ("no input provided", "input content cannot be empty"),
+        says(RequestRejected, "The server refuses empty inputs.", "Leave them out."),
+    ),
+)
+"""What words mean with any status."""
+PASSING: Final[Rules] = (
+    (
+        (
+            "rate limit",
+            "rate_limit",
+            "rate-limit",
+            "too many requests",
+            "too_many_requests",
+            "per minute",
+            "overloaded",
+            "server busy",
+            "server is busy",
+        ),
+        _overloaded,
+    ),
+)
+"""A limit on speed, though its text may name a plan with a higher one."""
+ABOUT_PLANS: Final[Rules] = ((("quota", "subscri", "upgrade", "billing", "credit"), _quota),)
+"""Where the status says that something is used up or forbidden, these say what."""
+BEHIND: Final[Rules] = (
+    ((" eof while parsing",), says(RequestRejected, "", MEND)),
+    (
+        (
+            " eof ",
+            "broken pipe",
+            "connection reset",
+            "connection refused",
+            "connection aborted",
+            "actively refused",
+            "forcibly closed",
+            "closed network connection",
+            "server closed",
+            "socket hang up",
+            "econnreset",
+            "econnrefused",
+            "transport is closing",
+            "segmentation fault",
+            "enginedeaderror",
+            "generation thread died",
+        ),
+        says(
+            InferenceFailed,
+            "What computes for {model} behind the server has ended, or cannot be reached.",
+            "Ask again: the server may start it again.",
+            retryable=True,
+        ),
+    ),
+    (
+        (
+            "no such host",
+            "name resolution",
+            "name or service not known",
+            "network is unreachable",
+            "no route to host",
+            "i/o timeout",
+            "tls: ",
+            "x509: ",
+            "handshake timeout",
+        ),
+        says(
+            ConnectionFailed,
+            "The server could not reach another one that it needs for {model}.",
+            "Check the server's network and proxy.",
+            details={"cause": "upstream"},
+        ),
+    ),
+)
+"""Words of sockets: the server speaks of its own runner, or of another server, whatever status it chose for that."""
+WORDS_AT: Final[Mapping[int, Rules]] = {
+    OK: (
+        *PASSING,
+        *BEHIND,
+        (("invalid_api_key", "authentication_error", "unauthorized"), _sign_in),
+        (("model_not_found",), says(ModelNotFound, "The server does not have {model}.", "Check its name.")),
+    ),
+    400: BEHIND,
+    403: ABOUT_PLANS,
+    429: (*PASSING, *ABOUT_PLANS),
+    500: BEHIND,
+}
+"""What words mean with one status."""
 
 ANYBODY: Final[Mapping[int, Make]] = {
-    401: _unauthorized,
-    402: lambda it: QuotaExceeded(f"The plan does not cover this. {it.said}", hint="Check the account's plan."),
-    403: _forbidden,
-    407: lambda it: ConnectionFailed(
-        f"The proxy on the way wants a sign-in. {it.said}",
+    401: _sign_in,
+    402: _quota,
+    403: says(
+        AuthenticationFailed,
+        "The server forbids this.",
+        "Check the key's rights; a server that says no more may not know the host name or origin it was asked by.",
+    ),
+    407: says(
+        ConnectionFailed,
+        "The proxy on the way wants a sign-in.",
+        "Put user and password into the proxy variable, or name the host in NO_PROXY.",
         retryable=False,
-        hint="Put user and password into the proxy variable, or name the host in NO_PROXY.",
         details={"cause": "proxy"},
     ),
-    408: _gave_up(retryable=True),
-    413: lambda it: RequestRejected(f"The request is too large. {it.said}", hint="Send less, or raise the limit."),
-    425: _gave_up(retryable=True),
+    408: _late,
+    410: _retired,
+    413: says(
+        RequestRejected, "The request is too large.", "Send less, or raise the limit of the server or its proxy."
+    ),
+    414: _header,
+    425: _late,
     429: _overloaded,
+    431: _header,
+    451: says(AuthenticationFailed, "The law forbids this, says the server.", "Ask another provider."),
+    499: says(InferenceFailed, "The request was ended by another party.", "Ask again.", retryable=True),
     502: _gateway,
     503: _overloaded,
-    504: _gave_up(retryable=False),  # Behind a gateway the server may still be at work.
-    520: _gateway,
-    521: _gateway,
-    522: _gateway,
-    523: _gateway,
-    524: _gave_up(retryable=False),
-    529: _overloaded,
-    530: _gateway,
-}
-"""What a status means whoever gives it: the server, or a proxy before it."""
-SERVERS_OWN: Final[Mapping[int, Make]] = {
-    404: lambda it: ModelNotFound(f"The server does not have it. {it.said}", hint="Check the name."),
-    410: lambda it: ModelNotFound(f"The server does not have it any more. {it.said}", hint="Choose another."),
-    499: lambda it: InferenceFailed(
-        f"The request was ended by another party. {it.said}", retryable=True, hint="Ask again."
+    504: _late_behind,
+    509: says(QuotaExceeded, "The server's bandwidth is used up.", "Ask again later."),
+    511: says(
+        ConnectionFailed,
+        "The network on the way wants a sign-in.",
+        "Open a web page in this network and sign in.",
+        retryable=False,
+        details={"cause": "proxy"},
     ),
-    501: lambda it: CapabilityUnsupported(it.said, hint="Another model or server may."),
+    **dict.fromkeys((520, 521, 522, 523, 527, 530), _gateway),
+    **dict.fromkeys((525, 526), _certificate),
+    524: _late_behind,
+    529: _overloaded,
+    598: _late_behind,
+    599: _gateway,
+}
+"""What a status means, no matter who gives it: the server, or a proxy before it."""
+SERVERS_OWN: Final[Mapping[int, Make]] = {
+    404: says(ModelNotFound, "The server does not have it.", "Check the model's name, and `host`."),
+    501: says(CapabilityUnsupported, "", "Another model or server may."),
 }
 """What a status means beside an error in JSON."""
 
@@ -231,22 +304,35 @@ SERVERS_OWN: Final[Mapping[int, Make]] = {
 def refused(it: Answer, own: Refusal | None) -> ProviderError:
     """The typed error for an answer that refuses: as the author's table says, else by its status."""
     error = own(it) if own is not None else None
-    error = error or _by_status(it)
+    error = error or _by_default(it)
     error.model = error.model or it.call.model
     error.operation = error.operation or it.call.operation or None
     # An error inside a stream has no status of its own: 200 would be a lie.
     error.status = None if it.inner_status == OK else it.inner_status
+    if isinstance(error, (Overloaded, QuotaExceeded)) and error.retry_after is None:
+        _say_when(error, it.retry_after)
     error.details.setdefault("server_message", it.words[:MAX_WORDS])
     error.details.update(it.facts)
     return error
 
 
-def _by_status(it: Answer) -> ProviderError:
+def _say_when(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
+    """Let an error say when it may be asked again."""
+    if seconds is not None:
+        error.retry_after = seconds
+        error.message = f"{error.message} It may be asked again in {round(seconds, 3):.12g} s."
+        error.args = (error.message,)
+
+
+def _by_default(it: Answer) -> ProviderError:
+    """As the words say, else as the status does."""
     status = it.inner_status
+    if it.known and (error := by_words(it, (*WORDS, *WORDS_AT.get(status, ())))):
+        return error
     if status in ANYBODY:
         return ANYBODY[status](it)
     if status == OK:
-        return InferenceFailed(it.said, hint="The server's log may tell more.")
+        return InferenceFailed(it.said, hint=LOG)
     if not it.known:
         return ProtocolError(
             f"The answer does not come from {it.server}: status {status}.",
@@ -255,5 +341,5 @@ def _by_status(it: Answer) -> ProviderError:
     if status in SERVERS_OWN:
         return SERVERS_OWN[status](it)
     if status < SERVER_FAULT:
-        return _rejected(it)
-    return InferenceFailed(f"The server failed. {it.said}", hint="The server's log may tell more.")
+        return RequestRejected(it.said, hint=MEND)
+    return InferenceFailed(f"The server failed. {it.said}", hint=LOG)

@@ -1,0 +1,276 @@
+"""What an answer that refuses becomes: by its words, else by its status; and when it may be asked again."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from graftage.calls import Call
+from graftage.exceptions import (
+    AuthenticationFailed,
+    CapabilityUnsupported,
+    ConnectionFailed,
+    ContextOverflow,
+    GraftageError,
+    InferenceFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    ProviderTimeout,
+    QuotaExceeded,
+    RequestRejected,
+)
+from graftage.http import Answer
+from graftage.http.errors import refused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Kind = type[GraftageError]
+
+
+def error_of(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Any:
+    data = body if isinstance(body, bytes) else json.dumps(body, indent=1).encode()
+    call = Call(operation="chat", model="m")
+    answer = Answer(status=status, headers=tuple((headers or {}).items()), body=data, call=call)
+    return refused(answer, None)
+
+
+WORDS: list[tuple[int, str, Kind, bool]] = [
+    (429, "you (bob) have reached your weekly usage limit, upgrade for higher limits", QuotaExceeded, False),
+    (200, "you (bob) have reached your hourly usage limit, please upgrade to continue", QuotaExceeded, False),
+    (429, "You exceeded your current quota, please check your plan and billing details.", QuotaExceeded, False),
+    (429, "no quota left for this project", QuotaExceeded, False),
+    (429, "Your trial has ended: upgrade to go on", QuotaExceeded, False),
+    (402, "Insufficient Balance", QuotaExceeded, False),
+    (402, "no", QuotaExceeded, False),
+    (400, "Your credit balance is too low to access the API.", QuotaExceeded, False),
+    (403, "this model requires a subscription, upgrade for access: https://x/upgrade", QuotaExceeded, False),
+    (200, "this model requires a subscription, upgrade for access: https://x/upgrade", QuotaExceeded, False),
+    (403, "Only subscribers may use it", QuotaExceeded, False),
+    (403, "Country, region, or territory not supported", AuthenticationFailed, False),
+    (
+        429,
+        "Rate limit reached for gpt-4 on requests per min. Add a payment method at /account/billing",
+        Overloaded,
+        True,
+    ),
+    (429, "Rate limit reached: tokens per minute, used 5998. Upgrade to the Dev Tier today", Overloaded, True),
+    (429, "slow down", Overloaded, True),
+    (200, "too many requests", Overloaded, True),
+    (410, "gone", ModelNotFound, False),
+    (404, "the model `old` has been deprecated", ModelNotFound, False),
+    (400, "The model `old` has been decommissioned and is no longer supported.", ModelNotFound, False),
+    (200, "model 'old' was retired on 2026-01-01", ModelNotFound, False),
+    (400, 'do embedding request: Post "http://127.0.0.1:61135/embedding": EOF', InferenceFailed, True),
+    (500, "unexpected EOF", InferenceFailed, True),
+    (500, "EOF", InferenceFailed, True),
+    (200, "write tcp 127.0.0.1:5->127.0.0.1:6: write: broken pipe", InferenceFailed, True),
+    (400, "dial tcp 127.0.0.1:61135: connect: connection refused", InferenceFailed, True),
+    (500, "dial tcp 127.0.0.1:61135: connectex: the target machine actively refused it.", InferenceFailed, True),
+    (500, "read: connection reset by peer", InferenceFailed, True),
+    (500, "wsarecv: An existing connection was forcibly closed by the remote host.", InferenceFailed, True),
+    (400, "tool arguments: EOF while parsing a value at line 1 column 0", RequestRejected, False),
+    (400, "there is a typeof in the template", RequestRejected, False),
+    (500, "dial tcp: lookup ollama.com: no such host", ConnectionFailed, True),
+    (200, "net/http: TLS handshake timeout", ConnectionFailed, True),
+    (500, "input (9001 tokens) is too large to process. increase the physical batch size", ContextOverflow, False),
+    (400, "request (931 tokens) exceeds the available context size (512 tokens)", ContextOverflow, False),
+    (400, "the input length exceeds the context length", ContextOverflow, False),
+    (400, "This model's maximum context length is 8192 tokens.", ContextOverflow, False),
+    (413, "prompt is too long: 210000 tokens > 200000 maximum", ContextOverflow, False),
+    (400, "Input content cannot be empty", RequestRejected, False),
+    (500, "Failed to create new sequence: no input provided", RequestRejected, False),
+    (200, "odd", InferenceFailed, False),
+    (500, "odd", InferenceFailed, False),
+    (400, "odd", RequestRejected, False),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["text", "object"])
+@pytest.mark.parametrize(("status", "words", "kind", "retryable"), WORDS, ids=[f"{s}-{w[:30]}" for s, w, *_ in WORDS])
+def test_words_say_what_a_refusal_is(status: int, words: str, kind: Kind, *, retryable: bool, nested: bool) -> None:
+    error = error_of(status, {"error": {"message": words} if nested else words})
+    assert (type(error), error.retryable) == (kind, retryable)
+    assert error.hint
+    assert words[:40] in error.message
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("insufficient_quota", QuotaExceeded),
+        ("rate_limit_exceeded", Overloaded),
+        ("overloaded_error", Overloaded),
+        ("context_length_exceeded", ContextOverflow),
+        ("exceed_context_size_error", ContextOverflow),
+        ("invalid_api_key", AuthenticationFailed),
+        ("model_not_found", ModelNotFound),
+        ("server_error", InferenceFailed),
+    ],
+)
+@pytest.mark.parametrize("key", ["code", "type"])
+def test_a_code_says_it_where_a_stream_has_no_status(code: str, kind: Kind, key: str) -> None:
+    assert type(error_of(200, {"error": {"message": "no", key: code}})) is kind
+
+
+def test_an_error_in_a_list_is_read() -> None:
+    error = error_of(429, [{"error": {"code": 429, "message": "You exceeded your current quota."}}])
+    assert type(error) is QuotaExceeded
+
+
+STATUSES: dict[int, tuple[Kind, bool]] = {
+    401: (AuthenticationFailed, False),
+    402: (QuotaExceeded, False),
+    403: (AuthenticationFailed, False),
+    407: (ConnectionFailed, False),
+    408: (ProviderTimeout, True),
+    410: (ModelNotFound, False),
+    413: (RequestRejected, False),
+    414: (RequestRejected, False),
+    425: (ProviderTimeout, True),
+    429: (Overloaded, True),
+    431: (RequestRejected, False),
+    451: (AuthenticationFailed, False),
+    499: (InferenceFailed, True),
+    502: (ConnectionFailed, True),
+    503: (Overloaded, True),
+    504: (ProviderTimeout, False),
+    509: (QuotaExceeded, False),
+    511: (ConnectionFailed, False),
+    520: (ConnectionFailed, True),
+    521: (ConnectionFailed, True),
+    522: (ConnectionFailed, True),
+    523: (ConnectionFailed, True),
+    524: (ProviderTimeout, False),
+    525: (ConnectionFailed, False),
+    526: (ConnectionFailed, False),
+    527: (ConnectionFailed, True),
+    529: (Overloaded, True),
+    530: (ConnectionFailed, True),
+    598: (ProviderTimeout, False),
+    599: (ConnectionFailed, True),
+    404: (ProtocolError, False),
+    405: (ProtocolError, False),
+    500: (ProtocolError, False),
+}
+
+
+@pytest.mark.parametrize("body", [b"<html>error code: 1</html>", b""], ids=["page", "empty"])
+@pytest.mark.parametrize("status", STATUSES)
+def test_a_proxys_page_is_what_its_status_says(status: int, body: bytes) -> None:
+    error = error_of(status, body)
+    assert (type(error), error.retryable) == STATUSES[status]
+    assert str(status) in error.message
+    assert error.hint
+    assert b"html" not in str(error).encode()
+
+
+def test_a_page_is_not_searched_for_words() -> None:
+    assert type(error_of(403, b"<html>Please upgrade your browser: usage limit</html>")) is AuthenticationFailed
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(404, ModelNotFound), (422, RequestRejected), (501, CapabilityUnsupported)]
+)
+def test_a_status_of_the_servers_own_counts_beside_an_error_in_json(status: int, kind: Kind) -> None:
+    assert type(error_of(status, {"error": "no"})) is kind
+
+
+# --- When it may be asked again --------------------------------------------------------------------------------------
+
+
+NOW = 1_800_000_000.0
+
+
+def at(form: str) -> str:
+    """The time in 90 seconds."""
+    return datetime.fromtimestamp(NOW + 90, UTC).strftime(form)
+
+
+WAITS: list[tuple[str, dict[str, str], float | None]] = [
+    ("seconds", {"retry-after": "7"}, 7),
+    ("a part of a second", {"retry-after": "0.25"}, 0.25),
+    ("now", {"retry-after": "0"}, 0),
+    ("an hour", {"retry-after": "3600"}, 3600),
+    ("milliseconds", {"retry-after-ms": "1500"}, 1.5),
+    ("milliseconds first", {"retry-after": "2", "retry-after-ms": "1500"}, 1.5),
+    ("odd milliseconds", {"retry-after": "2", "retry-after-ms": "soon"}, 2),
+    ("a date", {"retry-after": email.utils.formatdate(NOW + 90, usegmt=True)}, 90),
+    ("a date of RFC 850", {"retry-after": at("%A, %d-%b-%y %H:%M:%S GMT")}, 90),
+    ("a date of asctime", {"retry-after": at("%a %b %d %H:%M:%S %Y")}, 90),
+    ("a date of ISO 8601", {"retry-after": at("%Y-%m-%dT%H:%M:%SZ")}, 90),
+    ("a time of Unix", {"retry-after": f"{NOW + 90:.0f}"}, 90),
+    ("a date that has passed", {"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0),
+    ("a reset", {"x-ratelimit-reset": "30"}, 30),
+    ("a reset as a duration", {"x-ratelimit-reset-requests": "1m30s"}, 90),
+    ("a reset in milliseconds", {"x-ratelimit-reset-tokens": "6ms"}, 0.006),
+    ("a reset in parts", {"x-ratelimit-reset-tokens": "1h2m3.5s"}, 3723.5),
+    ("a reset as a time of Unix", {"x-ratelimit-reset": f"{NOW + 90:.0f}"}, 90),
+    ("a reset as one in milliseconds", {"x-ratelimit-reset": f"{1000 * (NOW + 90):.0f}"}, 90),
+    ("a reset of the draft", {"ratelimit-reset": "12"}, 12),
+    ("a reset as a date", {"anthropic-ratelimit-requests-reset": at("%Y-%m-%dT%H:%M:%SZ")}, 90),
+    ("the later reset", {"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "6s"}, 6),
+    (
+        "the reset of what is used up",
+        {
+            "x-ratelimit-reset-requests": "1s",
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-tokens": "6m0s",
+            "x-ratelimit-remaining-tokens": "9000",
+        },
+        1,
+    ),
+    ("retry-after before a reset", {"x-ratelimit-reset": "30", "retry-after": "2"}, 2),
+    ("a reset beside garbage", {"x-ratelimit-reset": "30", "retry-after": "soon"}, 30),
+    *[
+        (f"{name}: {value}", {name: value}, None)
+        for name in ("retry-after", "retry-after-ms", "x-ratelimit-reset")
+        for value in ("", "soon", "-5", "nan", "inf", "-inf", "1e308", "9" * 30, "1m-30s", "5 apples", "12:00")
+    ],
+    ("none", {}, None),
+]
+
+
+@pytest.mark.parametrize(("headers", "seconds"), [each[1:] for each in WAITS], ids=[each[0] for each in WAITS])
+def test_a_server_says_when_it_may_be_asked_again(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], seconds: float | None
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    error = error_of(429, {"error": "slow down"}, headers)
+    if seconds is None:
+        assert (error.retry_after, "asked again" in str(error)) == (None, False)
+    else:
+        assert error.retry_after == seconds
+        assert f"asked again in {seconds} s" in error.message
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        ({"message": "wait", "details": [{"@type": "x/RetryInfo", "retryDelay": "34.5s"}]}, 34.5),
+        ({"message": "wait", "retry_after": 3}, 3),
+        ({"message": "Rate limit reached. Please try again in 1m30s. Visit …"}, 90),
+        ({"message": "Please retry after 10 seconds."}, 10),
+        ({"message": "Please retry in 34.07s."}, 34.07),
+        ({"message": "Please try again in 2 minutes."}, None),
+        ({"message": "Please try again in 2 days"}, None),
+        ({"message": "Please try again."}, None),
+        ({"message": "Please try again in an hour."}, None),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 200])
+def test_its_body_may_say_so(error: dict[str, Any], seconds: float | None, status: int) -> None:
+    body = {"error": {**error, "code": "rate_limit_exceeded"}}
+    assert error_of(status, body).retry_after == seconds
+
+
+def test_a_quota_says_when_it_is_renewed() -> None:
+    error = error_of(429, {"error": "weekly usage limit reached"}, {"retry-after": "7200"})
+    assert (type(error), error.retry_after) == (QuotaExceeded, 7200)
+    assert "7200 s" in str(error)
