@@ -184,7 +184,7 @@ class ProviderError(GraftageError):
         self.status = status
         """The HTTP status, where there was one."""
         self.retryable = self.default_retryable if retryable is None else retryable
-        """Whether the same request may succeed if it is sent again."""
+        """Whether the same request may succeed if it is sent again; not where a part of the answer has come."""
         self.attempts = 1
         """How often it was tried."""
         self.suggestions = tuple(suggestions)

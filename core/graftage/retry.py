@@ -40,14 +40,13 @@ class RetryPolicy:
     jitter: float = 0.1
     """Up to this share of the wait is added, so that clients do not come back together."""
     retry_after_max: float = 60.0
-    """A server's `Retry-After` is honoured up to this."""
+    """A server's `Retry-After` is honoured up to this. One that names more is not asked again: it would refuse."""
     crash_attempts: int = 2
     """A runner that crashed is tried again once: a second crash has a cause that a third try will not mend."""
 
     def wait(self, error: BaseException | None, attempt: int, jitter: float) -> float:
         """Seconds to wait after attempt number `attempt`; `jitter` is a random number from 0 to 1."""
-        named = error.retry_after if isinstance(error, Overloaded) else None
-        if named is not None and named >= 0:  # Neither before now nor not a number: then it is as if it were not named.
+        if (named := _named(error)) is not None:
             return min(named, self.retry_after_max)
         if isinstance(error, ConnectionFailed):
             base = self.connection_waits[min(attempt, len(self.connection_waits)) - 1]
@@ -59,6 +58,12 @@ class RetryPolicy:
         """How often a call that fails like this may be tried."""
         crashed = isinstance(error, (ModelLoadFailed, InferenceFailed))
         return min(attempts, self.crash_attempts) if crashed else attempts
+
+
+def _named(error: BaseException | None) -> float | None:
+    """The seconds that a server asks to wait; None where they are before now, or no number."""
+    named = error.retry_after if isinstance(error, Overloaded) else None
+    return named if named is not None and named >= 0 else None
 
 
 DEFAULT_POLICY: Final = RetryPolicy()
@@ -126,7 +131,8 @@ def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:
         error = error_of(state)
         if state.attempt_number >= policy.attempts_for(error, of.attempts):
             return True
-        if time.monotonic() + state.upcoming_sleep >= of.deadline:
+        left = of.deadline - time.monotonic()
+        if state.upcoming_sleep >= left or (_named(error) or 0.0) > min(policy.retry_after_max, left):
             return True
         return of.budget is not None and not of.budget.spend()
 

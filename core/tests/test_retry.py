@@ -180,6 +180,20 @@ def test_a_wait_that_would_end_after_the_deadline_is_not_begun() -> None:
     assert server.asked == 1
 
 
+@pytest.mark.parametrize(
+    ("named", "total", "asked"),
+    [(60, 600, 2), (61, 600, 1), (3600, 600, 1), (86_400, math.inf, 1), (9, 10, 2), (11, 10, 1), (math.nan, 600, 2)],
+)
+def test_a_server_that_asks_for_longer_than_the_call_or_the_cap_is_not_asked_again(
+    attempt: Callable[..., str], named: float, total: float, asked: int
+) -> None:
+    error = Overloaded("busy", retry_after=named)
+    server = Server(error, error)
+    with pytest.raises(Overloaded) as caught:
+        attempt(server, Call(deadline=time.monotonic() + total, attempts=2))
+    assert (caught.value, server.asked, error.attempts) == (error, asked, asked)
+
+
 def test_a_budget_keeps_a_sick_server_from_being_hammered(attempt: Callable[..., str]) -> None:
     budget = Budget(capacity=10, cost=5, refill=1)
     for expected in (3, 1, 1):

@@ -170,7 +170,7 @@ class Run:
             )
         return StreamInterrupted(
             "The answer ended before it was done.",
-            retryable=not self.received,
+            retryable=True,
             hint="The text so far is in `partial`; ask again for a whole answer.",
         )
 
@@ -285,6 +285,8 @@ class Run:
             came = self.so_far()
             # What a provider puts there is what it could not make a chunk of.
             typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came
+            if isinstance(typed, ProviderError):
+                typed.retryable = False  # What came would come twice.
         self.count(failures=1)
         self._tell("error", error=typed)
         return typed
