@@ -30,6 +30,8 @@ ENGINE = [
     "events",
     "health",
     "inputs",
+    "schemas",
+    "options",
     "purposes",
     "arguments",
     "limits",

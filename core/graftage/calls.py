@@ -261,9 +261,9 @@ class ChatRequest:
     format: Mapping[str, Any] | Literal["json"] | None = None
     """A JSON schema, or any JSON."""
     think: bool | str | None = None
-    """Whether to think first, or how hard: `low`, `medium`, `high`."""
+    """Whether to think first, or how hard: `low`, `medium`, `high`, or any other level: the server is the judge."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Checked by the core against `Capabilities.options`."""
+    """Checked by the core against `Capabilities.options`, by name, type and range."""
     keep_alive: float | None = None
     context_window: int | None = None
     max_tokens: int | None = None

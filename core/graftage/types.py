@@ -159,6 +159,8 @@ class Message:
     """On a message with role `tool`: the `ToolCall.id` this answers."""
     thinking: str | None = None
     """What the model thought before it answered."""
+    name: str | None = None
+    """Who speaks, where several share a role; few servers and templates have a place for it."""
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
@@ -558,7 +560,8 @@ class Capabilities:
     features: frozenset[str]
     """Names of `Feature`."""
     options: frozenset[str] = frozenset()
-    """The names that `options` of a call may have."""
+    """The names that `options` of a call may have. With `server` among them, `{"server": {...}}` gives options that the
+    server alone knows; a provider finds them beside the others, and sends all."""
     parameters: frozenset[str] | None = None
     """Which of `keep_alive`, `context_window` and `max_tokens` it reads; `None` where it does not say. Another one that
     is set is a warning on the reply."""

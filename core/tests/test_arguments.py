@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import enum
 import functools
 import math
 import os
+import typing
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import graftage
-from graftage._engine.inputs import DEEPEST, LARGEST_IMAGE
-from graftage.exceptions import RequestRejected
+from graftage._engine.inputs import DEEPEST, LARGEST_IMAGE, read_messages
+from graftage._engine.schemas import read_format, read_tools
+from graftage.exceptions import ProtocolError, RequestRejected
 from graftage.testing.echo import Echo
 from graftage.types import Image, Message, Reply, Tool, ToolCall
 
@@ -384,6 +390,18 @@ class Opaque:
     pass
 
 
+class Pair(typing.NamedTuple):
+    city: str
+    day: int
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+City = typing.NewType("City", str)
+
+
 class WithObject(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -484,6 +502,417 @@ def test_a_tool_without_a_schema_takes_nothing(both: Any, given: dict[str, Any])
 @pytest.mark.parametrize(("given", "way_out"), NO_TOOLS.values(), ids=NO_TOOLS)
 def test_a_tool_whose_schema_might_be_lost_is_refused(both: Any, given: dict[str, Any], way_out: str) -> None:
     assert way_out in str(refusal(both, lambda llm: llm.chat("x", tools=[given])).hint)
+
+
+class Bare(BaseModel):
+    city: str
+
+
+class Parent(BaseModel):
+    """The parent's."""
+
+
+class Child(Parent):
+    city: str
+
+
+class Told(Parent):
+    """
+    Tell the weather.
+
+    In any city.
+    """
+
+    city: str
+
+
+@dataclasses.dataclass
+class BareData:
+    city: str
+
+
+@dataclasses.dataclass
+class ToldData:
+    """Tell the weather."""
+
+    city: str
+
+
+class BareKeys(typing.TypedDict):
+    city: str
+
+
+class ToldKeys(BareKeys):
+    """Tell the weather."""
+
+    day: typing.NotRequired[Annotated[int, Field(ge=1)]]
+
+
+class Station:
+    """Where the weather is told."""
+
+    def tell(self, city: str) -> str:
+        """Tell the weather."""
+        return city
+
+    @classmethod
+    def tell_all(cls, city: str) -> str:
+        """Tell the weather."""
+        return city
+
+
+class OtherStation(Station):
+    def tell(self, city: str) -> str:
+        return city
+
+
+def bare(city: str) -> str:
+    return city
+
+
+def told(city: str) -> str:
+    """Tell the weather.
+
+    Args:
+        city: where.
+    """
+    return city
+
+
+def named(function: Any, **more: Any) -> Any:
+    """A partial function that has a name, as `functools.wraps` would give it."""
+    made = functools.partial(function)
+    made.__name__ = "named"  # type: ignore[attr-defined]
+    vars(made).update(more)
+    return made
+
+
+WEATHER = "Tell the weather."
+DOCSTRINGS: dict[str, tuple[Any, str]] = {
+    "a model": (Bare, ""),
+    "a model with a parent": (Child, ""),
+    "a model with its own": (Told, "Tell the weather.\n\nIn any city."),
+    "a dataclass": (BareData, ""),
+    "a dataclass with its own": (ToldData, WEATHER),
+    "a TypedDict": (BareKeys, ""),
+    "a TypedDict with its own": (ToldKeys, WEATHER),
+    "a function": (bare, ""),
+    "a function with its own": (told, WEATHER),
+    "a method": (Station().tell, WEATHER),
+    "a method without its parent's": (OtherStation().tell, ""),
+    "a method of a class": (Station.tell_all, WEATHER),
+    "a partial function": (named(bare), ""),
+    "a partial function with its own": (named(bare, __doc__=WEATHER), WEATHER),
+}
+
+
+@pytest.mark.parametrize(("given", "description"), DOCSTRINGS.values(), ids=DOCSTRINGS)
+def test_the_description_of_a_tool_is_its_own(given: Any, description: str) -> None:
+    (tool,) = read_tools([given])
+    assert tool.description == description
+    assert next(iter(tool.parameters["properties"])) == "city"
+
+
+@pytest.mark.parametrize("given", [Pair, Colour, Station, Station(), max, int, [Bare], Bare(city="Ulm")])
+def test_what_cannot_be_called_by_name_is_no_tool(given: Any) -> None:
+    with pytest.raises(RequestRejected) as caught:
+        read_tools([given])
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["web_search_20250305", "web_search_preview", "mcp", "computer_use", 5])
+def test_a_tool_that_runs_elsewhere_is_refused(kind: Any) -> None:
+    for given in ({**PLAIN, "type": kind}, {"type": kind, "function": PLAIN}):
+        with pytest.raises(RequestRejected, match="runs on a server") as caught:
+            read_tools([given])
+        assert "`function`" in str(caught.value.hint)
+
+
+# --- Types as formats ------------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, tuple[Any, str, Any]] = {
+    "a model": (Bare, '{"city": "Ulm"}', Bare(city="Ulm")),
+    "a dataclass": (BareData, '{"city": "Ulm"}', BareData(city="Ulm")),
+    "a TypedDict": (BareKeys, '{"city": "Ulm"}', {"city": "Ulm"}),
+    "a TypedDict with what may be missing": (ToldKeys, '{"city": "Ulm"}', {"city": "Ulm"}),
+    "a NamedTuple": (Pair, '["Ulm", 2]', Pair("Ulm", 2)),
+    "a list": (list[Bare], '[{"city": "Ulm"}]', [Bare(city="Ulm")]),
+    "a dictionary": (dict[str, int], '{"a": 1}', {"a": 1}),
+    "one of two": (Bare | int, "5", 5),
+    "perhaps": (typing.Optional[Bare], "null", None),  # noqa: UP045 - the older form is another object
+    "annotated": (Annotated[int, Field(ge=3)], "5", 5),
+    "an adapter": (TypeAdapter(list[Bare]), '[{"city": "Ulm"}]', [Bare(city="Ulm")]),
+    "words": (Literal["yes", "no"], '"yes"', "yes"),
+    "an enumeration": (Colour, '"red"', Colour.RED),
+    "a new type": (City, '"Ulm"', "Ulm"),
+    "a number": (int, "5", 5),
+    "a schema": (SCHEMA, '{"city": "Ulm"}', {"city": "Ulm"}),
+}
+
+
+@pytest.mark.parametrize(("given", "answer", "parsed"), FORMATS.values(), ids=FORMATS)
+def test_a_type_is_sent_as_its_schema_and_its_answer_is_one(both: Any, given: Any, answer: str, parsed: Any) -> None:
+    echo = Echo([answer])
+    assert both.connect(echo, model=MODEL).chat("x", format=given).parsed == parsed
+    assert {"type", "anyOf", "enum", "$ref"} & set(echo.requests[0].format)
+
+
+def test_an_answer_that_is_not_of_the_type_is_refused(both: Any) -> None:
+    with pytest.raises(ProtocolError, match="does not fit the `format`"):
+        both.connect(Echo(['["Ulm"]']), model=MODEL).chat("x", format=list[Bare])
+
+
+def test_a_typed_dict_keeps_what_it_says_of_its_keys() -> None:
+    schema: Any = read_format(ToldKeys)[0]
+    assert schema["required"] == ["city"]
+    assert schema["properties"]["day"]["minimum"] == 1
+    assert schema["title"] == "ToldKeys"
+
+
+WRAPPED: dict[str, tuple[Any, Any]] = {
+    "nothing": (None, None),
+    "no text": ("", None),
+    "text": ({"type": "text"}, None),
+    "any JSON": ({"type": "json_object"}, "json"),
+    "any JSON with a schema": ({"type": "json_object", "schema": SCHEMA}, SCHEMA),
+    "OpenAI's": ({"type": "json_schema", "json_schema": {"name": "A", "strict": True, "schema": SCHEMA}}, SCHEMA),
+    "OpenAI's without levels": ({"type": "json_schema", "name": "A", "strict": True, "schema": SCHEMA}, SCHEMA),
+    "OpenAI's inside": ({"name": "A", "schema": SCHEMA}, SCHEMA),
+    "Anthropic's": ({"type": "json_schema", "schema": SCHEMA}, SCHEMA),
+    "a schema of several types": ({"type": ["object", "null"]}, {"type": ["object", "null"]}),
+    "a schema without a type": ({"anyOf": [SCHEMA]}, {"anyOf": [SCHEMA]}),
+    "a schema with a key of that name": (
+        {"type": "object", "properties": {"schema": {}}, "schema": "x"},
+        {"type": "object", "properties": {"schema": {}}, "schema": "x"},
+    ),
+}
+NO_FORMATS: dict[str, Any] = {
+    "an empty schema": {},
+    "OpenAI's without a schema": {"type": "json_schema", "json_schema": {"name": "A"}},
+    "OpenAI's without anything": {"type": "json_schema"},
+    "OpenAI's with an empty schema": {"type": "json_schema", "json_schema": {"schema": {}}},
+    "OpenAI's with no object": {"type": "json_schema", "json_schema": [SCHEMA]},
+    "JSON as text": '{"type": "object"}',
+    "the name of a type": "json_object",
+    "capitals": "JSON",
+    "an instance": Bare(city="Ulm"),
+    "an instance of a dataclass": BareData(city="Ulm"),
+    "a function": bare,
+    "a partial function": functools.partial(bare),
+    "a class": Opaque,
+    "any object": object,
+    "anything": Any,
+    "a callable": Callable[[int], int],
+    "a list of a class": list[Opaque],
+    "a number": 5,
+    "a list of models": [Bare],
+}
+
+
+@pytest.mark.parametrize(("given", "sent"), WRAPPED.values(), ids=WRAPPED)
+def test_a_format_in_the_form_of_other_clients_is_unwrapped(given: Any, sent: Any) -> None:
+    schema, parse = read_format(given)
+    assert schema == sent
+    assert (parse is None) == (sent is None)
+
+
+@pytest.mark.parametrize("given", NO_FORMATS.values(), ids=NO_FORMATS)
+def test_what_is_no_format_is_refused_before_anything_is_sent(both: Any, given: Any) -> None:
+    error = refusal(both, lambda llm: llm.chat("x", format=given))
+    assert "http" not in str(error)
+    assert "schema" in str(error.hint)
+
+
+# --- Messages in the form of other clients ---------------------------------------------------------------------------
+
+URI = f"data:image/png;base64,{BASE64}"
+ONE_PIXEL = Image(data=PNG, media_type="image/png")
+CALL = ToolCall(name="f", arguments={"a": 1}, id="c1")
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def assistant(**keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, **keys}
+
+
+def seen(images: tuple[Image, ...] = (ONE_PIXEL,), content: str = "") -> tuple[Message, ...]:
+    """A message of the user with a picture."""
+    return (Message(role="user", content=content, images=images),)
+
+
+def said(**keys: Any) -> tuple[Message, ...]:
+    return (Message(role="assistant", **keys),)
+
+
+def result(content: str = "", **keys: Any) -> Message:
+    return Message(role="tool", content=content, **{"tool_call_id": "c1", **keys})
+
+
+class Part(BaseModel):
+    """As the parts of OpenAI's and Anthropic's packages."""
+
+    type: str = "text"
+    text: str = "hi"
+    citations: list[Any] | None = None
+
+
+MESSAGES: dict[str, tuple[Any, tuple[Message, ...]]] = {
+    "a text part": (user({"type": "text", "text": "hi"}), seen((), "hi")),
+    "two text parts": (user({"type": "text", "text": "a"}, {"type": "text", "text": "b"}), seen((), "a\nb")),
+    "a part of the other API": (user({"type": "input_text", "text": "hi"}), seen((), "hi")),
+    "a text among parts": (user("hi"), seen((), "hi")),
+    "a part with what nobody reads": (
+        user({"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}),
+        seen((), "hi"),
+    ),
+    "a part of a package": (user(Part()), seen((), "hi")),
+    "a part alone": ({"role": "user", "content": {"type": "text", "text": "hi"}}, seen((), "hi")),
+    "a part alone, of a package": ({"role": "user", "content": Part()}, seen((), "hi")),
+    "parts from a tuple": ({"role": "user", "content": ({"type": "text", "text": "hi"},)}, seen((), "hi")),
+    "no parts": (user(), seen((), "")),
+    "parts in a Message": (Message(role="user", content=[Part()]), seen((), "hi")),  # type: ignore[arg-type]
+    "OpenAI's picture": (user({"type": "image_url", "image_url": {"url": URI, "detail": "low"}}), seen()),
+    "OpenAI's picture as a text": (user({"type": "image_url", "image_url": URI}), seen()),
+    "the other API's picture": (user({"type": "input_image", "image_url": URI, "detail": "auto"}), seen()),
+    "Anthropic's picture": (
+        user({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}}),
+        seen(),
+    ),
+    "MCP's picture": (user({"type": "image", "data": BASE64, "mimeType": "image/png"}), seen()),
+    "a picture without a type": (user({"type": "image", "data": BASE64}), seen()),
+    "a picture and a question": (
+        user({"type": "image_url", "image_url": URI}, {"type": "text", "text": "What?"}),
+        seen(content="What?"),
+    ),
+    "pictures in both places": (
+        {"role": "user", "content": [{"type": "image_url", "image_url": URI}], "images": [PNG]},
+        seen((ONE_PIXEL, ONE_PIXEL)),
+    ),
+    "a developer": ({"role": "developer", "content": "hi"}, (Message(role="system", content="hi"),)),
+    "a name": ({"role": "user", "content": "hi", "name": "bob"}, (Message(role="user", content="hi", name="bob"),)),
+    "a name of the assistant": (assistant(content="hi", name="bob"), said(content="hi", name="bob")),
+    "the name of a tool": (
+        {"role": "tool", "content": "5", "tool_call_id": "c1", "name": "f"},
+        (result("5", tool_name="f"),),
+    ),
+    "an older result": (
+        {"role": "function", "name": "f", "content": "5"},
+        (Message(role="tool", content="5", tool_name="f"),),
+    ),
+    "a result in parts": (
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "5"}]},
+        (result("5"),),
+    ),
+    "what OpenAI's package has": (
+        assistant(content="hi", refusal=None, annotations=[], audio=None, function_call=None, tool_calls=None),
+        said(content="hi"),
+    ),
+    "what others add": (
+        assistant(content="hi", id="x", type="message", model="m", usage={"a": 1}, stop_reason="end_turn", parsed=5),
+        said(content="hi"),
+    ),
+    "a refusal": (assistant(refusal="No."), said(content="No.")),
+    "a refusal as a part": (assistant(content=[{"type": "refusal", "refusal": "No."}]), said(content="No.")),
+    "an answer of the other API": (
+        assistant(content=[{"type": "output_text", "text": "hi", "annotations": [], "logprobs": []}]),
+        said(content="hi"),
+    ),
+    "reasoning_content": (assistant(content="hi", reasoning_content="hm"), said(content="hi", thinking="hm")),
+    "reasoning": (assistant(content="hi", reasoning="hm", reasoning_content=""), said(content="hi", thinking="hm")),
+    "Anthropic's thinking": (
+        assistant(content=[{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "hi"}]),
+        said(content="hi", thinking="hm"),
+    ),
+    "an older call": (
+        assistant(function_call={"name": "f", "arguments": '{"a": 1}'}),
+        said(tool_calls=(ToolCall(name="f", arguments={"a": 1}, id="call_0"),)),
+    ),
+    "Anthropic's call": (
+        assistant(
+            content=[{"type": "text", "text": "hi"}, {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}}]
+        ),
+        said(content="hi", tool_calls=(CALL,)),
+    ),
+    "Anthropic's result": (user({"type": "tool_result", "tool_use_id": "c1", "content": "5"}), (result("5"),)),
+    "Anthropic's result in parts, and more": (
+        user(
+            {
+                "type": "tool_result",
+                "tool_use_id": "c1",
+                "is_error": False,
+                "content": [
+                    {"type": "text", "text": "5"},
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
+                ],
+            },
+            {"type": "tool_result", "tool_use_id": "c2"},
+            {"type": "text", "text": "Go on."},
+        ),
+        (result("5", images=(ONE_PIXEL,)), result(tool_call_id="c2"), Message(role="user", content="Go on.")),
+    ),
+}
+NO_MESSAGES: dict[str, tuple[Any, str]] = {
+    "sound": (user({"type": "input_audio", "input_audio": {"data": "canary", "format": "wav"}}), "`input_audio`"),
+    "a file": (user({"type": "file", "file": {"file_data": "canary"}}), "`file`"),
+    "a document": (user({"type": "document", "source": {"data": "canary"}}), "`document`"),
+    "thinking that is hidden": (assistant(content=[{"type": "redacted_thinking", "data": "canary"}]), "redacted"),
+    "an unknown part": (user({"type": "canary" * 20}), "of the type"),
+    "a part without a type": (user({"text": "canary"}), "without a type"),
+    "a part whose type is no text": (user({"type": ["text"], "text": "canary"}), "without a type"),
+    "data in place of parts": ({"role": "tool", "content": {"temperature": "canary"}}, "without a type"),
+    "a number among parts": (user(5), "without a type"),
+    "bytes among parts": (user(b"canary"), "without a type"),
+    "a text part without its text": (user({"type": "text"}), "`text` part"),
+    "a text part of a number": (user({"type": "text", "text": 5}), "`text` part"),
+    "a picture elsewhere": (user({"type": "image_url", "image_url": {"url": "https://x.org/canary"}}), "address"),
+    "a picture by its id": (user({"type": "input_image", "file_id": "canary"}), "elsewhere"),
+    "a picture of Anthropic elsewhere": (
+        user({"type": "image", "source": {"type": "url", "url": "https://x.org/canary"}}),
+        "address",
+    ),
+    "a picture of a path": (user({"type": "image_url", "image_url": {"url": "/etc/passwd"}}), "base64"),
+    "a picture that is none": (user({"type": "image", "data": "canary", "mimeType": "text/plain"}), "URI"),
+    "a result of nothing": (user({"type": "tool_result", "content": "canary"}), "`tool_use_id`"),
+    "a result in a result": (
+        user({"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "tool_result", "content": "canary"}]}),
+        "`tool_result`",
+    ),
+    "a call without a name": (assistant(content=[{"type": "tool_use", "id": "c1", "input": {}}]), "no name"),
+    "a call without an object": (
+        assistant(content=[{"type": "tool_use", "id": "c1", "name": "f", "input": "canary"}]),
+        "malformed",
+    ),
+    "a number for a content": ({"role": "user", "content": 5}, "`content`"),
+    "bytes for a content": ({"role": "user", "content": b"canary"}, "`content`"),
+    "sound beside the text": (assistant(audio={"id": "canary"}), "`audio`"),
+    "a name that is no text": ({"role": "user", "content": "x", "name": 5}, "`name`"),
+    "an unknown role": ({"role": "human", "content": "canary"}, "human"),
+    "a role that is no text": ({"role": ["user"], "content": "canary"}, "role"),
+}
+
+
+@pytest.mark.parametrize(("given", "read"), MESSAGES.values(), ids=MESSAGES)
+def test_a_message_of_another_client_is_read_as_what_it_means(given: Any, read: tuple[Message, ...]) -> None:
+    assert read_messages([given]) == read
+
+
+def test_messages_of_other_clients_reach_the_provider(both: Any) -> None:
+    echo = Echo(["ok"])
+    both.connect(echo, model=MODEL).chat([given for given, _ in MESSAGES.values()])
+    assert echo.requests[-1].messages == tuple(each for _, read in MESSAGES.values() for each in read)
+
+
+@pytest.mark.parametrize(("given", "complaint"), NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_what_a_message_would_lose_is_refused_by_its_kind(given: Any, complaint: str) -> None:
+    with pytest.raises(RequestRejected, match=complaint) as caught:
+        read_messages([given])
+    error = caught.value
+    assert error.hint
+    assert "canary" * 8 not in f"{error} {error.__cause__} {error.__context__}"
+    assert "canary" not in f"{error.message.replace('canary' * 6, '')} {error.__cause__} {error.__context__}"
 
 
 # --- Calls of tools --------------------------------------------------------------------------------------------------
@@ -605,14 +1034,14 @@ def test_a_switch_is_true_or_false_and_nothing_else(both: Any, act: Callable[[An
     assert "True or False" in str(refusal(both, lambda llm: act(llm, value)).hint)
 
 
-@pytest.mark.parametrize("value", ["banana", "", 5, {}, math.nan, "LOW"])
-def test_thinking_is_a_switch_or_one_of_three_efforts(both: Any, value: Any) -> None:
-    assert "low, medium, high" in str(refusal(both, lambda llm: llm.chat("x", think=value)).hint)
-    assert "low, medium, high" in str(refusal(both, lambda llm: llm.generate("x", think=value)).hint)
+@pytest.mark.parametrize("value", ["", " ", 5, 0, {}, [], math.nan, b"low"])
+def test_thinking_is_a_switch_or_a_level(both: Any, value: Any) -> None:
+    for act in (lambda llm: llm.chat("x", think=value), lambda llm: llm.generate("x", think=value)):
+        assert "a level such as" in str(refusal(both, act).hint)
 
 
-@pytest.mark.parametrize("value", [True, False, None, "low", "medium", "high"])
-def test_every_effort_is_sent_as_it_is(both: Any, value: Any) -> None:
+@pytest.mark.parametrize("value", [True, False, None, "low", "high", "max", "none", "of a newer server"])
+def test_every_level_is_sent_as_it_is(both: Any, value: Any) -> None:
     echo = Echo()
     llm = both.connect(echo, model=MODEL)
     llm.chat("x", think=value)
@@ -662,3 +1091,118 @@ def test_the_force_of_a_switch_is_true_or_false(both: Any, chained: bool) -> Non
     llm = both.connect([echo] if chained else echo, model=MODEL)
     with pytest.raises(RequestRejected, match="force"):
         llm.use_adapter("poet", force="no")
+
+
+# --- Every argument on every path ------------------------------------------------------------------------------------
+
+
+async def awaited(_: Any) -> None:
+    """A function that nobody would await."""
+
+
+class AwaitedObject:
+    async def __call__(self, _: Any) -> None:
+        """Nor this."""
+
+
+WRONG_ARGUMENTS: dict[str, list[Any]] = {
+    "stream": ["no", "false", "", 0, 0.0, 1, [], None, object()],
+    "timeout": ["x", "5", True, 0, -1, math.nan, math.inf, [], {}],
+    "on_progress": [5, "print", True, [], awaited, AwaitedObject()],
+    "max_age": ["x", "5m", True, False, math.nan, -1, Decimal(1), Decimal("NaN"), timedelta(1), []],
+    "older_than": ["7d", "7", True, False, math.nan, -1, Decimal(1), timedelta(7), []],
+    "dry_run": ["no", 0, 1, None, []],
+    "keep": ["abc", 5, {"a": 1}, [5]],
+    "keep_alive": ["soon", "", True, math.nan, [], {}],
+    "context_window": [0, -1, 1.5, "4096", True, math.nan, 2**31],
+    "max_tokens": [0, -1, 1.5, "9", True, math.nan, 2**31],
+    "dimensions": [0, -1, 1.5, "9", True, math.nan],
+    "force": ["no", 1, 0, None],
+    "raw": ["no", 1, None],
+    "truncate": ["no", 1, None],
+    "level": ["up", 5, None, [], True],
+    "policy": ["sometimes", 5, None, [], True],
+    "model": [5, "", " ", True, b"x", []],
+    "adapter": [5, "", True, [], b"x"],
+    "options": ["x", 5, [1], True, {"temperature": "hot"}, {"num_ctx": 1}],
+    "system": [5, [], True],
+    "suffix": [5, [], True],
+    "images": [5, "cat.png", b"x", [5], [None], Path("cat.png")],
+    "tools": [5, "f", [5], [None], {"name": "f"}],
+    "format": [5, True, "xml", [], object()],
+    "think": [5, "", []],
+}
+COMMON = ("model", "timeout", "options", "keep_alive", "context_window", "force")
+INFERENCE = (*COMMON, "adapter", "max_tokens", "images", "format", "think", "stream")
+TAKES: dict[str, tuple[str, ...]] = {
+    "chat": (*INFERENCE, "tools"),
+    "generate": (*INFERENCE, "system", "suffix", "raw"),
+    "embed": (*COMMON, "dimensions", "truncate"),
+    "health": ("level", "model", "max_age", "timeout"),
+    "models": ("timeout",),
+    "show": ("model", "timeout"),
+    "loaded": ("timeout",),
+    "pull": ("model", "on_progress", "timeout"),
+    "ensure": ("model", "policy", "on_progress", "timeout"),
+    "load": ("model", "keep_alive", "context_window", "force", "timeout"),
+    "unload": ("model", "timeout"),
+    "resolve_adapter": ("model", "timeout"),
+    "unload_adapter": ("model", "timeout"),
+    "prune_adapters": ("keep", "older_than", "dry_run", "timeout"),
+}
+SUBJECT = {"chat", "generate", "embed", "resolve_adapter", "unload_adapter"}
+
+
+@pytest.mark.parametrize(("operation", "name"), [(each, name) for each, names in TAKES.items() for name in names])
+def test_an_argument_is_read_before_anything_is_sent(both: Any, operation: str, name: str) -> None:
+    echo = Echo()
+    llm = both.connect(echo, model=MODEL)
+    for value in WRONG_ARGUMENTS[name]:
+        with pytest.raises(RequestRejected) as caught:
+            getattr(llm, operation)(*(["x"] if operation in SUBJECT else []), **{name: value})
+        assert caught.value.hint, value
+    assert echo.requests == []
+    assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["stream", "model", "keep_alive", "options", "think", "timeout"])
+def test_a_chain_reads_its_arguments_too(both: Any, name: str) -> None:
+    echo = Echo()
+    llm = both.connect([echo, Echo()], model=MODEL)
+    for value in WRONG_ARGUMENTS[name]:
+        with pytest.raises(RequestRejected):
+            llm.chat("x", **{name: value})
+    assert echo.requests == []
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("name", ["model", "timeout", "force"])
+def test_a_switch_reads_its_arguments_too(both: Any, chained: bool, name: str) -> None:
+    for value in WRONG_ARGUMENTS[name]:
+        echo = Echo()
+        llm = both.connect([echo] if chained else echo, model=MODEL)
+        with pytest.raises(RequestRejected):
+            llm.use_adapter("poet", **{name: value})
+        assert echo.requests == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"models": "abc"}, {"models": 5}, {"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}, {"env_prefix": 5}],
+    ids=str,
+)
+def test_what_a_client_is_made_of_is_read_strictly(both: Any, given: Any) -> None:
+    with pytest.raises(RequestRejected, match=next(iter(given))):
+        both.opened(Echo(), model=MODEL, **given)
+
+
+def test_what_is_right_is_taken(both: Any) -> None:
+    steps: list[Any] = []
+    llm = both.connect(Echo(), model=MODEL)
+    llm.pull(on_progress=steps.append, timeout=5)
+    assert steps
+    for max_age in (None, 0, 1.5, math.inf):
+        assert llm.health(max_age=max_age, model=MODEL).ok
+    for older_than in (None, 0, 1.5, math.inf):
+        llm.prune_adapters(older_than=older_than)
+    assert llm.ensure(timeout=5, on_progress=steps.append).name == MODEL

@@ -11,7 +11,7 @@ from graftage.http import Answer, Event, place, read_tool_call
 from graftage.types import Capabilities, Chunk, Embeddings, FinishReason, Message, ModelInfo, Usage
 
 FEATURES = frozenset({"tools", "structured_output"})
-OPTIONS = frozenset({"frequency_penalty", "presence_penalty", "seed", "stop", "temperature", "top_p"})
+OPTIONS = frozenset({"frequency_penalty", "presence_penalty", "seed", "server", "stop", "temperature", "top_p"})
 FINISH: tuple[FinishReason, ...] = ("stop", "length", "tool_calls", "content_filter")
 
 
@@ -36,7 +36,7 @@ class Connection:
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
-        body = {"model": request.model, "input": request.inputs, "dimensions": request.dimensions, **request.options}
+        body = {**request.options, "model": request.model, "input": request.inputs, "dimensions": request.dimensions}
         return await self._http.json("POST", "/embeddings", given(body), call=request.call, read=embeddings)
 
     @hookimpl
@@ -79,11 +79,10 @@ def given(body: Mapping[str, Any]) -> dict[str, Any]:
 def chat_body(request: ChatRequest) -> dict[str, Any]:
     schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.format}}
     tools = [{"name": it.name, "description": it.description, "parameters": it.parameters} for it in request.tools]
-    body = {"model": request.model, "messages": [message(each) for each in request.messages], **request.options}
+    body = {**request.options, "model": request.model, "messages": [message(each) for each in request.messages]}
     body |= {"max_tokens": request.max_tokens, "stream": True, "stream_options": {"include_usage": True}}
     body["tools"] = [{"type": "function", "function": each} for each in tools] or None
-    if request.format is not None:
-        body["response_format"] = {"type": "json_object"} if request.format == "json" else schema
+    body["response_format"] = request.format and ({"type": "json_object"} if request.format == "json" else schema)
     return given(body)
 
 
@@ -92,7 +91,8 @@ def message(it: Message) -> dict[str, Any]:
         {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": json.dumps(each.arguments)}}
         for each in it.tool_calls
     ]
-    return given({"role": it.role, "content": it.content, "tool_calls": calls or None, "tool_call_id": it.tool_call_id})
+    body = {"role": it.role, "content": it.content, "name": it.name, "tool_call_id": it.tool_call_id}
+    return given(body | {"tool_calls": calls or None})
 
 
 def usage(answer: Mapping[str, Any]) -> Usage | None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import os
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftage._engine import limits as gates
-from graftage._engine.arguments import Wants, read_flag
-from graftage._engine.inputs import text
+from graftage._engine.arguments import Wants, read_flag, read_reference
 from graftage._records import dataclass
 from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
@@ -225,20 +223,6 @@ def check_on_missing(on_missing: str) -> None:
     """
     if on_missing not in ("error", "base"):
         raise RequestRejected(f"`on_missing` is {on_missing!r}.", hint="Use 'error' or 'base'.")
-
-
-def read_reference(reference: Any) -> str:
-    """A reference as text.
-
-    Raises:
-        RequestRejected: it is neither text nor a path, or empty.
-    """
-    name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
-    if not isinstance(name, str) or not name.strip():
-        raise RequestRejected(
-            f"An adapter cannot be {reference!r}.", hint="Name it in text, or give the path of its file or folder."
-        )
-    return text(name, "the name of the adapter")
 
 
 def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tuple[str, ...]:

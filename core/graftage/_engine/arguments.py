@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from graftage._engine import inputs as reading
+from graftage._engine import schemas
+from graftage._engine.options import PARAMETERS, word_for
 from graftage._records import dataclass
-from graftage._values import close
+from graftage._values import close, keep_alive_seconds
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest, RerankRequest
 from graftage.exceptions import RequestRejected
 from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
     from graftage._engine.purposes import Purpose
 
 Timeout: TypeAlias = "float | Timeouts | None"
-EFFORTS = ("low", "medium", "high")
 MOST_RETRIES = 10
 LARGEST_COUNT = 2**31 - 1
 """What engines count tokens in has 32 bits."""
@@ -32,15 +35,17 @@ class Arguments(TypedDict, total=False):
     """The model, where it is not the client's."""
     adapter: AdapterChoice
     """An adapter for this call; None for the base model; left out for the active one."""
-    format: reading.Format
-    """A pydantic model, a JSON schema, or `"json"`; the result is in `Reply.parsed`."""
+    format: schemas.Format
+    """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`; the
+    result is in `Reply.parsed`."""
     think: bool | str | None
-    """Whether to think first, or how hard: `low`, `medium`, `high`."""
+    """Whether to think first, or how hard: `low`, `medium`, `high`, and whatever other level the server knows."""
     images: Sequence[reading.ImageLike] | None
     """Pictures for the user's last message, each of 64 MB at most: bytes, `Path`, `Image`, or a text that is a `data:`
     URI or a path. Inside a message a text is a `data:` URI or base64, and never a path."""
     options: Mapping[str, Any] | BaseModel | None
-    """`temperature`, `seed` and so on; `capabilities().options` has the names."""
+    """`temperature`, `seed` and so on; `capabilities().options` has the names. What a server alone knows goes into
+    `{"server": {...}}`, where `server` is among them."""
     keep_alive: float | str | None
     """How long the model stays loaded: seconds, `"5m"`, -1 for ever."""
     context_window: int | None
@@ -56,7 +61,7 @@ class Arguments(TypedDict, total=False):
 class ChatArguments(Arguments, total=False):
     """What `chat` takes besides the messages."""
 
-    tools: Sequence[reading.ToolLike] | None
+    tools: Sequence[schemas.ToolLike] | None
     """What the model may call: Python functions, pydantic models, mappings or `Tool`s."""
     retries: int
     """How often to ask again where the answer does not fit the `format`, with what is wrong as a message; not for a
@@ -137,7 +142,7 @@ def may_read_files(subject: Any, arguments: Mapping[str, Any]) -> bool:
 
 def _has_pictures(part: Any) -> bool:
     if isinstance(part, Mapping):
-        return bool(part.get("images"))
+        return bool(part.get("images")) or not isinstance(part.get("content"), (str, NoneType))
     return bool(part.images) if isinstance(part, Message) else not isinstance(part, (str, Reply))
 
 
@@ -145,8 +150,8 @@ def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Want
     """Read the arguments of `chat`."""
     check_names("chat", arguments, ChatArguments)
     read = reading.read_messages(messages, arguments.get("images"))
-    tools = reading.read_tools(arguments.get("tools"))
-    schema, parse = reading.read_format(arguments.get("format"))
+    tools = schemas.read_tools(arguments.get("tools"))
+    schema, parse = schemas.read_format(arguments.get("format"))
     think = _read_think(arguments.get("think"))
 
     def build(**settled: Any) -> ChatRequest:
@@ -168,7 +173,7 @@ def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     check_names("generate", arguments, GenerateArguments)
     prompt = reading.text(prompt, "`prompt`")
     images = reading.read_images(arguments.get("images"), paths=True)
-    schema, parse = reading.read_format(arguments.get("format"))
+    schema, parse = schemas.read_format(arguments.get("format"))
     think = _read_think(arguments.get("think"))
     own: dict[str, Any] = {
         "system": reading.optional_text(arguments.get("system"), "`system`"),
@@ -232,10 +237,24 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("context_window", "max_tokens"):
         check_tokens(name, common.get(name))
     read_flag("force", common.get("force", False))
-    adapter = common.get("adapter", ACTIVE)
-    if adapter is not ACTIVE and not isinstance(adapter, (str, Path, type(None))):
-        raise reading.rejected("`adapter`", "a reference in text or a path", adapter)
+    read_keep_alive(common.get("keep_alive"))
+    if common.get("model") is not None:
+        check_model(common["model"])
+    if common.get("adapter", ACTIVE) not in (ACTIVE, None):
+        read_reference(common["adapter"])
     return common
+
+
+def read_keep_alive(value: Any) -> float | None:
+    """Seconds a model is to stay, or None.
+
+    Raises:
+        RequestRejected: it is neither a number of them nor a text such as `5m`.
+    """
+    try:
+        return keep_alive_seconds(value)
+    except ValueError as error:
+        raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
 
 
 def check_tokens(name: str, value: Any) -> None:
@@ -288,14 +307,54 @@ def _read_retries(arguments: Mapping[str, Any]) -> int:
     return retries
 
 
-def _read_think(value: Any) -> bool | str | None:
-    if value is None or isinstance(value, bool) or (isinstance(value, str) and value in EFFORTS):
+def read_seconds(name: str, value: Any) -> float | None:
+    """A length of time, or None. True would be a second, and NaN neither more nor less than any other.
+
+    Raises:
+        RequestRejected: it is no number from 0 on.
+    """
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
         return value
-    raise RequestRejected("`think` is unknown.", hint=f"Give True, False, or one of {', '.join(EFFORTS)}.")
+    raise RequestRejected(f"`{name}` is no number of seconds.", hint="Give a number from 0 on, or leave it out.")
+
+
+def check_progress(on_progress: Any) -> None:
+    """Refuse what cannot be called with the steps of a download, before it begins.
+
+    Raises:
+        RequestRejected: it is neither None nor a plain function.
+    """
+    if on_progress is None:
+        return
+    if not callable(on_progress) or any(map(inspect.iscoroutinefunction, (on_progress, type(on_progress).__call__))):
+        raise reading.rejected("`on_progress`", "a plain function, which is called with each step", on_progress)
+
+
+def read_reference(reference: Any) -> str:
+    """A reference to an adapter, as text.
+
+    Raises:
+        RequestRejected: it is neither text nor a path, or empty.
+    """
+    name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name.strip():
+        raise RequestRejected(
+            f"An adapter cannot be {reference!r}.", hint="Name it in text, or give the path of its file or folder."
+        )
+    return reading.text(name, "the name of the adapter")
+
+
+def _read_think(value: Any) -> bool | str | None:
+    """How to think: which levels there are, the server knows."""
+    if value is None or isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise reading.rejected("`think`", "True, False, or a level such as 'low', 'medium', 'high'", value)
+    return reading.text(value, "`think`")
 
 
 def _needs(arguments: Mapping[str, Any], **wanted: Any) -> tuple[str, ...]:
-    options = arguments.get("options")
+    options = reading.fields(arguments.get("options"))
     logprobs = isinstance(options, Mapping) and options.get("logprobs")
     return tuple(feature for feature, value in (*wanted.items(), ("logprobs", logprobs)) if value)
 
@@ -309,6 +368,12 @@ def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> No
     names = known.__annotations__
     for name in arguments:
         if name not in names:
-            right = reading.SYNONYMS.get(name) or next(iter(close(name, names)), None)
-            hint = f"; did you mean `{right}`?" if right else ""
-            raise TypeError(f"{operation}() has no argument `{name}`{hint}")
+            raise TypeError(f"{operation}() has no argument `{name}`{_right_name(name, names)}")
+
+
+def _right_name(name: str, names: Mapping[str, Any]) -> str:
+    word = word_for(name)
+    if word and word not in PARAMETERS:
+        return f"; give it in `options`, as `{word}`"
+    right = word if word in names else next(iter(close(name, names)), None)
+    return f"; did you mean `{right}`?" if right else ""

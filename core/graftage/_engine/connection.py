@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from graftage._engine import inputs
-from graftage._engine.arguments import Wants, check_model
+from graftage._engine.arguments import Wants, check_model, read_keep_alive
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
 from graftage._engine.events import Counters, Delivery, Emitter, new_call_id
@@ -19,7 +19,7 @@ from graftage._engine.health import HealthCache
 from graftage._engine.hooks import call_hook
 from graftage._engine.plugins import Entry, Relay
 from graftage._engine.waiting import IO
-from graftage._values import SHORTEST_SECRET, hidden, keep_alive_seconds
+from graftage._values import SHORTEST_SECRET, hidden
 from graftage.calls import (
     Budget,
     Call,
@@ -269,10 +269,7 @@ class Connection:
 
     def keep_alive(self, given: float | str | None) -> float | None:
         """Seconds a model is to stay: as the call says, else the settings."""
-        try:
-            return keep_alive_seconds(given) if given is not None else self.settings.keep_alive
-        except ValueError as error:
-            raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
+        return read_keep_alive(given) if given is not None else self.settings.keep_alive
 
     def choose_model(self, model: str | None) -> str:
         """The model of a call, or the client's."""

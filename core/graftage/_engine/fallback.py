@@ -7,8 +7,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graftage._engine.adapters import check_on_missing, read_reference
-from graftage._engine.arguments import read_flag
+from graftage._engine.adapters import check_on_missing
+from graftage._engine.arguments import check_model, read_flag, read_reference
 from graftage._engine.session import Measured, Session
 from graftage._records import dataclass
 from graftage.exceptions import AdapterNotFound, GraftageError
@@ -137,12 +137,21 @@ class Chain:
         raise RuntimeError("a chain without members")  # pragma: no cover - connect refuses an empty list
 
     async def use_adapter(
-        self, reference: Any, *, on_missing: Literal["error", "base"], force: bool, **_: Any
+        self,
+        reference: Any,
+        *,
+        on_missing: Literal["error", "base"],
+        force: bool,
+        model: str | None,
+        timeout: float | Timeouts | None,
     ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it when it is asked."""
         self._adapter = _Adapter(reference, on_missing=on_missing, force=force)
         check_on_missing(on_missing)
         read_flag("force", force)
+        if model is not None:
+            check_model(model)
+        self.sessions[0].timeouts(timeout)
         if reference is not None:
             read_reference(reference)
         return None

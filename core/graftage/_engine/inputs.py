@@ -1,4 +1,4 @@
-"""Reads what callers write - messages, pictures, tools, formats, options - into the contract's types."""
+"""Reads what callers write - messages, pictures, calls of tools - into the contract's types."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 from urllib.parse import unquote_to_bytes
 
 from graftage._values import close, read_file, user_path
 from graftage.exceptions import CapabilityUnsupported, ProtocolError, RequestRejected
-from graftage.types import Image, Message, Reply, Role, Tool, ToolCall
+from graftage.types import Image, Message, Reply, Role, ToolCall
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -27,12 +27,39 @@ if TYPE_CHECKING:
 MessageLike: TypeAlias = "str | Message | Reply | Mapping[str, Any] | BaseModel"
 Messages: TypeAlias = "MessageLike | Sequence[MessageLike]"
 ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | Image | BaseModel"
-ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type | BaseModel"
-Format: TypeAlias = "Literal['json'] | Mapping[str, Any] | type | None"
 Parse: TypeAlias = Callable[[str], Any]
 
 ROLES: tuple[str, ...] = get_args(Role)
-MESSAGE_KEYS = ("role", "content", "images", "tool_calls", "tool_name", "tool_call_id", "thinking")
+SAME_ROLES: Mapping[str, Role] = {"developer": "system", "function": "tool"}
+MESSAGE_KEYS = ("role", "content", "images", "tool_calls", "tool_name", "tool_call_id", "thinking", "name")
+THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
+TEXT_KEYS = ("tool_name", "tool_call_id", "name", "refusal", *THINKING_KEYS)
+KNOWN_KEYS = frozenset(
+    {
+        *MESSAGE_KEYS,
+        *TEXT_KEYS,
+        "function_call",
+        # What else real messages have, and no model reads:
+        "annotations",
+        "cache_control",
+        "id",
+        "model",
+        "parsed",
+        "provider_specific_fields",
+        "reasoning_details",
+        "status",
+        "stop_reason",
+        "stop_sequence",
+        "thinking_blocks",
+        "type",
+        "usage",
+    }
+)
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+THINKING_PARTS = {"thinking": "thinking", "reasoning": "text"}
+"""The types of parts that are words, with the key that has these."""
+IMAGE_PARTS = ("image_url", "input_image", "image")
+"""The types of parts that are pictures: OpenAI's, and the one of Anthropic and MCP."""
 LARGEST_IMAGE = 64 * 1024 * 1024
 """Bytes of a picture: more than any model takes."""
 PICTURES = (
@@ -47,51 +74,10 @@ PICTURES = (
 )
 """How the files of pictures begin."""
 CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
-SCHEMA_KEYS = ("parameters", "inputSchema", "input_schema")
-"""What the schema of a tool is called: here and by OpenAI, by MCP, by Anthropic."""
-TOOL_KEYS = ("name", "description", *SCHEMA_KEYS)
-IGNORED_TOOL_KEYS = frozenset(
-    {
-        "type",
-        "strict",
-        "cache_control",
-        # Anthropic's
-        "input_examples",
-        "defer_loading",
-        "allowed_callers",
-        "eager_input_streaming",
-        # MCP's
-        "title",
-        "annotations",
-        "outputSchema",
-        "icons",
-        "execution",
-        "_meta",
-        "meta",
-    }
-)
-"""What else real tools have, and no model needs."""
-OUTER_TOOL_KEYS = ("type", "function", "strict", "cache_control")
 MOST_WORDS = 4000
 """Characters of what is wrong with an answer: each of many fields may be."""
 DEEPEST = 64
 """Levels of nesting in schemas, options and arguments: servers refuse, or fall over, where there are many more."""
-SYNONYMS = {
-    "num_ctx": "context_window",
-    "n_ctx": "context_window",
-    "context_length": "context_window",
-    "num_predict": "max_tokens",
-    "n_predict": "max_tokens",
-    "max_new_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "format": "format",
-    "keep_alive": "keep_alive",
-    "think": "think",
-    "context_window": "context_window",
-    "max_tokens": "max_tokens",
-}
-"""What an option is called here when it is a parameter of the call: as an option it would bypass the limits."""
 
 
 def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) -> tuple[Message, ...]:
@@ -105,7 +91,8 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
     value = fields(value)
     if isinstance(value, (str, Message, Reply, Mapping)):
         value = (value,)
-    messages = [read_message(each) for each in items(value, "`messages`", "a text, a message, or a sequence of them")]
+    given = items(value, "`messages`", "a text, a message, or a sequence of them")
+    messages = [message for each in given for message in read_message(each)]
     if not messages:
         raise RequestRejected("There are no messages.", hint="Send at least one.")
     if pictures := read_images(images, paths=True):
@@ -113,37 +100,115 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
     return tuple(messages)
 
 
-def read_message(value: MessageLike) -> Message:
-    """One message."""
+def read_message(value: MessageLike) -> tuple[Message, ...]:
+    """The messages that one stands for: Anthropic has the results of tools inside one of the user."""
     if isinstance(value, str):
-        return Message(role="user", content=text(value, "the text of a message"))
-    given = _parts(fields(value))
+        return (Message(role="user", content=text(value, "the text of a message")),)
+    given = _entries(fields(value))
     role = given.get("role")
+    role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise RequestRejected(f"A message has the role {repr(role)[:40]}.", hint=f"Use one of {', '.join(ROLES)}.")
-    calls = items(given.get("tool_calls"), "the `tool_calls` of a message", "a sequence of tool calls")
-    return Message(
+    found = _read_content(given.get("content"))
+    texts = {key: text(given[key], f"the `{key}` of a message") for key in TEXT_KEYS if given.get(key) is not None}
+    calls = [*found.calls, *items(given.get("tool_calls"), "the `tool_calls` of a message", "a sequence of tool calls")]
+    if given.get("function_call") is not None:
+        calls.append(given["function_call"])
+    name = texts.get("name")
+    message = Message(
         role=cast("Role", role),
-        content=optional_text(given.get("content"), "the `content` of a message") or "",
-        images=read_images(given.get("images")),
+        content="\n".join(found.texts) or texts.get("refusal", ""),
+        images=(*found.images, *read_images(given.get("images"))),
         tool_calls=tuple(_read_sent_tool_call(each, place) for place, each in enumerate(calls)),
-        tool_name=optional_text(given.get("tool_name"), "the `tool_name` of a message"),
-        tool_call_id=optional_text(given.get("tool_call_id"), "the `tool_call_id` of a message"),
-        thinking=optional_text(given.get("thinking"), "the `thinking` of a message"),
+        tool_name=texts.get("tool_name") or (name if role == "tool" else None),
+        tool_call_id=texts.get("tool_call_id"),
+        thinking=next(filter(None, map(texts.get, THINKING_KEYS)), None) or "\n".join(found.thoughts) or None,
+        name=None if role == "tool" else name,
     )
+    rest = message.content or message.images or message.tool_calls or not found.results
+    return (*found.results, *((message,) if rest else ()))
 
 
-def _parts(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
+def _entries(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(value, Reply):
         value = value.message
     if isinstance(value, Message):
         return {name: getattr(value, name) for name in MESSAGE_KEYS}
     if not isinstance(value, Mapping):
         raise rejected("a message", "a text, a `Message` or a mapping", value)
-    for key in value:
-        if key not in MESSAGE_KEYS:
-            raise RequestRejected(f"A message has no key `{key}`.", hint=_nearest(str(key), MESSAGE_KEYS))
+    for key in value.keys() - KNOWN_KEYS:
+        if value[key] is not None:
+            raise RequestRejected(f"A message has no key `{key}`.", hint=nearest(str(key), MESSAGE_KEYS))
     return value
+
+
+class _Content:
+    """What stands in the content of one message, by its kind."""
+
+    __slots__ = ("calls", "images", "results", "texts", "thoughts")
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.images: list[Image] = []
+        self.calls: list[Any] = []
+        self.results: list[Message] = []
+
+
+def _read_content(value: Any, *, of_result: bool = False) -> _Content:
+    """A text, a part, or a list of parts, as OpenAI, Anthropic and MCP have them; a result holds texts and pictures."""
+    found, what = _Content(), "the `content` of a message"
+    if isinstance(value, str):
+        found.texts.append(text(value, what))
+        return found
+    value = fields(value)
+    if isinstance(value, Mapping):
+        value = (value,)
+    for part in items(value, what, "a text, or a list of parts"):
+        _read_part(
+            {"type": "text", "text": part} if isinstance(part, str) else fields(part), found, of_result=of_result
+        )
+    return found
+
+
+def _read_part(part: Any, found: _Content, *, of_result: bool) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = kind if isinstance(kind, str) else ""
+    if kind in TEXT_PARTS:
+        found.texts.append(text(part.get(TEXT_PARTS[kind]), f"the `{kind}` part of a `content`"))
+    elif kind in IMAGE_PARTS:
+        found.images.append(_read_image_part(part))
+    elif kind in THINKING_PARTS and not of_result:
+        found.thoughts.append(text(part.get(THINKING_PARTS[kind]), f"the `{kind}` part of a `content`"))
+    elif kind == "tool_use" and not of_result:
+        found.calls.append({"name": part.get("name"), "arguments": part.get("input"), "id": part.get("id")})
+    elif kind == "tool_result" and not of_result:
+        inner = _read_content(part.get("content"), of_result=True)
+        call_id = text(part.get("tool_use_id"), "the `tool_use_id` of a result")
+        result = Message(role="tool", content="\n".join(inner.texts), images=tuple(inner.images), tool_call_id=call_id)
+        found.results.append(result)
+    else:
+        what = f"of the type `{kind[:40]}`" if kind else "without a type"
+        raise RequestRejected(
+            f"There is a part {what} in the `content` of a message, which cannot be read.",
+            hint="Give texts and images; write of anything else what it says: data by `json.dumps`, files as text.",
+        )
+
+
+def _read_image_part(part: Mapping[str, Any]) -> Image:
+    """A picture in a part: `image_url` of OpenAI, `source` of Anthropic, or `data` of MCP."""
+    found = fields(part.get("image_url") or part.get("source") or part)
+    if not isinstance(found, Mapping):
+        return _read_image(found, paths=False)
+    data = found.get("url") or found.get("data")
+    media_type = found.get("media_type") or found.get("mimeType")
+    if data is None:
+        raise RequestRejected(
+            "There is a part in the `content` of a message whose image is elsewhere.", hint="Give its bytes in base64."
+        )
+    if isinstance(data, str) and isinstance(media_type, str):
+        data = f"data:{media_type};base64,{data}"
+    return _read_image(data, paths=False)
 
 
 def fields(value: Any) -> Any:
@@ -151,12 +216,13 @@ def fields(value: Any) -> Any:
 
     It is not dumped: one of `ollama.Image` reads a file by its name then, and the name may have come from outside.
     """
-    if not _is_model_object(value):
+    if not is_model_object(value):
         return value
     return {name: each for name, each in value if each is not None}
 
 
-def _is_model_object(value: object) -> TypeGuard[BaseModel]:
+def is_model_object(value: object) -> TypeGuard[BaseModel]:
+    """Whether a value is an object of pydantic's."""
     return hasattr(value, "model_dump") and not inspect.isclass(value)
 
 
@@ -176,7 +242,7 @@ def read_images(values: Iterable[ImageLike] | None, *, paths: bool = False) -> t
 
 
 def _read_image(value: ImageLike, *, paths: bool) -> Image:
-    if _is_model_object(value):  # As `ollama.Image`; a text in it is read as any other.
+    if is_model_object(value):  # As `ollama.Image`; a text in it is read as any other.
         value = fields(value).get("value")
     if isinstance(value, str):
         image = _read_picture(value, paths=paths)
@@ -333,156 +399,7 @@ def _read_sent_tool_call(value: Any, place: int) -> ToolCall:
     )
 
 
-# --- Tools -----------------------------------------------------------------------------------------------------------
-
-
-def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
-    """Tools from functions, pydantic models, `Tool`, or mappings in OpenAI's, Anthropic's or MCP's form.
-
-    Raises:
-        RequestRejected: one of them cannot be read.
-    """
-    return tuple(_read_tool(each) for each in items(values, "`tools`", "a sequence of tools"))
-
-
-def _read_tool(value: ToolLike) -> Tool:
-    tool = value if isinstance(value, Tool) else _made_tool(value)
-    name = text(tool.name, "the name of a tool")
-    return Tool(
-        name=name,
-        description=text(tool.description, f"the description of the tool `{name}`"),
-        parameters=plain_object(tool.parameters, f"the `parameters` of the tool `{name}`", "a JSON schema"),
-    )
-
-
-def _made_tool(value: Callable[..., Any] | Mapping[str, Any] | type | BaseModel) -> Tool:
-    if isinstance(value, Mapping):
-        return _tool_from(value)
-    if _has_schema(value):
-        return Tool(name=value.__name__, description=inspect.getdoc(value) or "", parameters=_schema_of(value))
-    if callable(value):
-        return _tool_of(value)
-    if _is_model_object(value):
-        return _tool_from(_dumped_tool(value))
-    raise rejected("a tool", "a function, a mapping, a pydantic model or a `Tool`", value)
-
-
-def _dumped_tool(tool: BaseModel) -> Mapping[str, Any]:
-    try:
-        return tool.model_dump(by_alias=True, exclude_none=True)
-    except Exception:  # noqa: BLE001 - serializers of the caller's own types run in there, and may repeat what they got
-        raise rejected("a tool", "one whose fields JSON has", tool) from None
-
-
-def _tool_from(value: Mapping[str, Any]) -> Tool:
-    """A tool from a mapping; a key that is not known may be a misspelt one, and the schema with it lost."""
-    body = value.get("function", value)
-    if not isinstance(body, Mapping) or not body.get("name"):
-        raise RequestRejected("A tool has no name.", hint="Give a mapping with `name`, `description` and `parameters`.")
-    if body is not value:
-        _check_keys(value, OUTER_TOOL_KEYS)
-    _check_keys(body, TOOL_KEYS, IGNORED_TOOL_KEYS)
-    schemas = [body[key] for key in SCHEMA_KEYS if body.get(key) is not None]
-    if any(each != schemas[0] for each in schemas[1:]):
-        raise RequestRejected(
-            f"The tool `{str(body['name'])[:80]}` has several schemas that are not the same.",
-            hint=f"Give one of {', '.join(f'`{key}`' for key in SCHEMA_KEYS)}.",
-        )
-    empty: dict[str, Any] = {"type": "object", "properties": {}}
-    return Tool(
-        name=body["name"],
-        description=body.get("description") or "",
-        parameters=schemas[0] if schemas and schemas[0] != {} else empty,
-    )
-
-
-def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
-    for key in value:
-        if key not in known and key not in ignored:
-            raise RequestRejected(f"A tool has no key `{key}`.", hint=_nearest(str(key), known))
-
-
-def _tool_of(function: Callable[..., Any]) -> Tool:
-    """A tool from a function's signature and docstring."""
-    from pydantic import TypeAdapter  # noqa: PLC0415 - tools are rare, and pydantic is slow to import
-
-    called = getattr(function, "__name__", "<lambda>")
-    if called == "<lambda>":
-        raise _no_tool(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(cast("Any", function))
-        schema = adapter.json_schema()
-    except Exception as error:  # Signatures and schemas of the caller's own types are made in there.
-        raise _no_tool(function, _first_sentence(error)) from error
-    if schema.get("type") != "object":  # Positional parameters make an array, which a model cannot call by name.
-        raise _no_tool(function, "its parameters have no names to call them by")
-    summary, arguments = _read_docstring(inspect.getdoc(function) or "")
-    for name, words in arguments.items():
-        if name in schema.get("properties", {}):
-            schema["properties"][name].setdefault("description", words)
-    return Tool(name=called, description=summary, parameters=schema)
-
-
-def _no_tool(
-    function: Callable[..., Any],
-    why: str,
-    hint: str = "Give a function whose parameters have names and types with a JSON schema, or a `Tool`.",
-) -> RequestRejected:
-    name = getattr(function, "__name__", type(function).__name__)
-    return RequestRejected(f"`{name}` cannot be offered as a tool: {why}.", hint=hint)
-
-
-def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The part before `Args:`, and what Google's style says of each argument."""
-    summary, _, rest = text.partition("Args:\n")
-    arguments: dict[str, str] = {}
-    for line in rest.splitlines():
-        if line and not line.startswith(" "):
-            break
-        name, colon, words = line.strip().partition(":")
-        if colon:
-            arguments[name.split("(")[0].strip()] = words.strip()
-    return summary.split("\n\nReturns:")[0].strip(), arguments
-
-
-def _has_schema(value: object) -> TypeGuard[type[BaseModel]]:
-    return inspect.isclass(value) and hasattr(value, "model_json_schema")
-
-
-def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    try:
-        return model.model_json_schema()
-    except Exception as error:  # Schemas of the caller's own types are made in there.
-        raise RequestRejected(
-            f"`{model.__name__}` has no JSON schema: {_first_sentence(error)}.",
-            hint="Give a model all of whose fields have types with a JSON schema, or a schema of your own.",
-        ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    """What pydantic says, without its advice and its links."""
-    return re.split(r"\n|\. ", str(error), maxsplit=1)[0].rstrip(".")[:200]
-
-
-# --- Formats ---------------------------------------------------------------------------------------------------------
-
-
-def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | None, Parse | None]:
-    """The JSON schema to send, and how to read the answer into `Reply.parsed`.
-
-    Raises:
-        RequestRejected: it is neither a pydantic model, a schema, nor `"json"`.
-    """
-    if value is None:
-        return None, None
-    if isinstance(value, str) and value == "json":
-        return "json", json.loads
-    wanted = "a pydantic model, a JSON schema or 'json'"
-    if _has_schema(value):
-        return plain_object(_schema_of(value), "`format`", wanted), value.model_validate_json
-    if not value:
-        raise rejected("`format`", wanted, value)
-    return plain_object(value, "`format`", wanted), json.loads
+# --- Answers ---------------------------------------------------------------------------------------------------------
 
 
 def parsed(reply: Reply, parse: Parse) -> Any:
@@ -509,28 +426,6 @@ def reason_of(error: ProtocolError) -> str:
     return words[:MOST_WORDS]
 
 
-# --- Options ---------------------------------------------------------------------------------------------------------
-
-
-def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset[str]) -> dict[str, Any]:
-    """The options of a call, once every name is known.
-
-    Raises:
-        RequestRejected: a name is unknown, or belongs to a parameter of the call; a value is not JSON.
-    """
-    options = fields(options)
-    if options is not None and not isinstance(options, Mapping):
-        raise rejected("`options`", "a mapping", options)
-    for name in options or {}:
-        if name in known:
-            continue
-        if name in SYNONYMS:
-            raise RequestRejected(f"`{name}` is not an option.", hint=f"Use the parameter `{SYNONYMS[name]}`.")
-        raise RequestRejected(f"There is no option `{name}`.", hint=_nearest(str(name), known))
-    given = (options or {}).items()
-    return {name: plain(value, f"the option `{name}`") for name, value in given if value is not None}
-
-
 def require(feature: str, has: bool, provider: str, what: str | None = None) -> None:
     """Refuse what a provider cannot do, before anything is sent.
 
@@ -552,7 +447,8 @@ def close_names(wanted: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*near, *(name for name in names if name.partition(":")[0] == family)]))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint that names what was probably meant, or everything that is known."""
     names = sorted(known)
     near = close(name, names)
     return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(names) or 'none'}."

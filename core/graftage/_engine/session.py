@@ -14,13 +14,14 @@ from graftage._engine import inputs
 from graftage._engine import limits as gates
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
-from graftage._engine.arguments import Wants, check_model, check_tokens, read_flag
+from graftage._engine.arguments import Wants, check_model, check_progress, check_tokens, read_flag, read_seconds
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
 from graftage._engine.faults import typed_error
 from graftage._engine.health import Flight
 from graftage._engine.hooks import call_hook, open_hook
+from graftage._engine.options import read_options
 from graftage.calls import (
     Call,
     ChatRequest,
@@ -97,6 +98,7 @@ class Session(Connection):
         self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool, warnings: Sequence[str] = ()
     ) -> tuple[Run, Any]:
         """An answer: the run at its end, or as a stream with its first chunk. `warnings` go onto its reply."""
+        read_flag("stream", stream)
         if stream and want.retries:
             hint = "Leave out `retries` or `stream`: what has been shown cannot be taken back."
             raise RequestRejected("A stream cannot be asked for again.", hint=hint)
@@ -146,7 +148,7 @@ class Session(Connection):
     async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:
         """Settle everything that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
-        options = inputs.read_options(want.options, self.capabilities().options)
+        options = read_options(want.options, self.capabilities().options)
         self._require_features(model, want.needs)
         if "images" in want.needs:  # Some servers leave them out without a word, and the model makes something up.
             await self._know(model, run.call)
@@ -194,7 +196,7 @@ class Session(Connection):
         )
 
     async def _measure_request(self, run: Run, operation: str, model: str, want: Wants) -> Any:
-        options = inputs.read_options(want.options, self.capabilities().options)
+        options = read_options(want.options, self.capabilities().options)
         figures = await self.admission.admit(run, operation, want, model)
         figures.pop("max_tokens")
         if want.purpose is not None:
@@ -230,6 +232,9 @@ class Session(Connection):
         self._require_open()
         if level not in HEALTH_LEVELS:
             raise RequestRejected(f"There is no level {level!r}.", hint=f"Use one of {', '.join(HEALTH_LEVELS)}.")
+        if model is not None:
+            check_model(model)
+        read_seconds("max_age", max_age)
         needs_model = level in ("model_present", "model_loaded", "answers")
         chosen = self.choose_model(model) if needs_model else None
         timeouts = self.timeouts(timeout)
@@ -378,6 +383,7 @@ class Session(Connection):
         self, model: str | None, on_progress: Callable[[PullProgress], None] | None, timeout: float | Timeouts | None
     ) -> PullProgress:
         """Download a model; one pull of a model at a time, in this process."""
+        check_progress(on_progress)
         name = self.choose_model(model)
         given = timeout if timeout is not None else self.settings.timeouts
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
@@ -419,6 +425,8 @@ class Session(Connection):
         """Make sure that a model is there."""
         if policy not in ("never", "missing", "always"):
             raise RequestRejected(f"There is no policy {policy!r}.", hint="Use never, missing or always.")
+        check_progress(on_progress)
+        self.timeouts(timeout)
         if policy == "always":
             await self.pull(model, on_progress, timeout)
         try:
@@ -522,6 +530,7 @@ class Session(Connection):
         """Delete what loaded adapters have left on the server."""
         kept = tuple(inputs.text(each, "`keep`") for each in inputs.items(keep, "`keep`", "a sequence of names"))
         read_flag("dry_run", dry_run)
+        read_seconds("older_than", older_than)
         found: tuple[ModelInfo, ...] = await self.ask(
             "prune_adapters",
             lambda call: PruneAdaptersRequest(call=call, keep=kept, older_than=older_than, dry_run=dry_run),

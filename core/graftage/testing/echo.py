@@ -91,6 +91,7 @@ OPTIONS: Final = frozenset(
         "presence_penalty",
         "repeat_penalty",
         "seed",
+        "server",
         "stop",
         "temperature",
         "top_k",

@@ -66,6 +66,7 @@ OPTIONS: Final = frozenset(
         "repeat_last_n",
         "repeat_penalty",
         "seed",
+        "server",
         "stop",
         "temperature",
         "top_k",
@@ -227,12 +228,10 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
 
 def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
     body: dict[str, Any] = {
+        **request.options,
         "stream": True,
         "stream_options": {"include_usage": True},
-        **{name: value for name, value in request.options.items() if name in OPTIONS},
     }
-    if isinstance(body.get("stop"), str):
-        body["stop"] = [body["stop"]]
     if body.get("logprobs"):
         body["top_logprobs"] = body.get("top_logprobs") or 1  # The engine gives none where none are asked for.
         body["logprobs"] = True
@@ -271,12 +270,14 @@ def _schema(wanted: Mapping[str, Any] | str) -> Mapping[str, Any]:
 def _think(body: dict[str, Any], think: bool | str | None, header: Header, model: str) -> None:
     if think is None:
         return
-    if think:
+    on = think not in (False, "none")
+    if on:
         _require("thinking", features(header), model)
-    arguments: dict[str, Any] = {"enable_thinking": bool(think)}
+    arguments: dict[str, Any] = {"enable_thinking": on}
     if isinstance(think, str):
         arguments["reasoning_effort"] = think
-    body["chat_template_kwargs"] = arguments
+    passed_on = body.get("chat_template_kwargs")
+    body["chat_template_kwargs"] = {**passed_on, **arguments} if isinstance(passed_on, dict) else arguments
 
 
 def _with_system(messages: list[dict[str, Any]], header: Header) -> list[dict[str, Any]]:
@@ -298,8 +299,8 @@ def _message(message: Message) -> dict[str, Any]:
             }
             for each in message.tool_calls
         ]
-    if message.tool_name:
-        out["name"] = message.tool_name
+    if name := message.tool_name or message.name:
+        out["name"] = name
     if message.tool_call_id:
         out["tool_call_id"] = message.tool_call_id
     return out

@@ -60,37 +60,35 @@ __all__ = [
     "server_options",
 ]
 
-SERVER_OPTIONS: Final = frozenset(
-    {
-        "frequency_penalty",
-        "main_gpu",
-        "min_p",
-        "mirostat",
-        "mirostat_eta",
-        "mirostat_tau",
-        "num_batch",
-        "num_gpu",
-        "num_keep",
-        "num_thread",
-        "penalize_newline",
-        "presence_penalty",
-        "repeat_last_n",
-        "repeat_penalty",
-        "seed",
-        "stop",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "use_mmap",
-    }
-)
 REQUEST_OPTIONS: Final = frozenset({"logprobs", "shift", "top_logprobs", "truncate"})
 """Options of ours that stand beside `options` in Ollama's request. Before 0.12.6 a server takes no notice of `shift`
 and `truncate`."""
 UNCUT: Final = {"shift": False, "truncate": False}
 """So a prompt that does not fit is refused, and not cut."""
-OPTIONS: Final = SERVER_OPTIONS | REQUEST_OPTIONS
+OPTIONS: Final = REQUEST_OPTIONS | {
+    "frequency_penalty",
+    "main_gpu",
+    "min_p",
+    "mirostat",
+    "mirostat_eta",
+    "mirostat_tau",
+    "num_batch",
+    "num_gpu",
+    "num_keep",
+    "num_thread",
+    "penalize_newline",
+    "presence_penalty",
+    "repeat_last_n",
+    "repeat_penalty",
+    "seed",
+    "server",
+    "stop",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "use_mmap",
+}
 
 FINISH: Final[Mapping[str, FinishReason]] = {"stop": "stop", "length": "length", "load": "load", "unload": "unload"}
 FEATURES: Final = {
@@ -122,9 +120,7 @@ def server_options(
     options: Mapping[str, Any], context_window: int | None = None, max_tokens: int | None = None
 ) -> dict[str, Any]:
     """The `options` of a request."""
-    out = {name: value for name, value in options.items() if name in SERVER_OPTIONS}
-    if isinstance(out.get("stop"), str):
-        out["stop"] = [out["stop"]]
+    out = {name: value for name, value in options.items() if name not in REQUEST_OPTIONS}
     if context_window is not None:
         out["num_ctx"] = context_window
     if max_tokens is not None:
@@ -196,6 +192,8 @@ def _message(message: Message) -> dict[str, Any]:
         out["tool_name"] = message.tool_name
     if message.tool_call_id:
         out["tool_call_id"] = message.tool_call_id
+    if message.name:
+        out["name"] = message.name
     return out
 
 

@@ -72,6 +72,7 @@ REJECTED = (
     "invalid options",
     "template:",
     "invalid think value",
+    "image: unknown format",
     "raw mode does not support",
 )
 STOPPED = (

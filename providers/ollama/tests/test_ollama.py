@@ -248,11 +248,6 @@ def test_a_degree_of_thinking_that_this_server_does_not_know_is_rejected(llm: An
     refused(RequestRejected, 400, lambda: llm.chat("Hi", think="high"))
 
 
-def test_an_option_of_a_wrong_type_is_rejected_though_the_server_calls_it_its_own_failure(llm: Any) -> None:
-    error = refused(RequestRejected, 500, lambda: llm.chat("Hi", options={"temperature": "hot"}))
-    assert "temperature" in str(error)
-
-
 def test_a_schema_that_is_none_is_rejected_inside_the_stream(llm: Any) -> None:
     error = refused(RequestRejected, None, lambda: llm.chat("Hi", format={"type": "nonsense"}))
     assert error.details["server_message"] == "invalid JSON schema in format"

@@ -1,0 +1,189 @@
+"""Reads the options of a call: those that Graftage knows by type and range, and what a server alone knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from graftage._engine.inputs import fields, nearest, plain, plain_object, rejected
+from graftage.exceptions import RequestRejected
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["SERVER", "read_options", "word_for"]
+
+SERVER = "server"
+"""The option that holds what the server knows and Graftage does not, where a provider passes that on."""
+MOST = 2**31 - 1
+"""What engines count in has 32 bits."""
+HUGE = 1000
+"""Beyond it no factor or penalty makes sense, and engines that count with 32 bits end at infinity."""
+NUMBERS: Mapping[str, tuple[float, float]] = {
+    "frequency_penalty": (-HUGE, HUGE),
+    "min_p": (0, 1),
+    "mirostat_eta": (0, HUGE),
+    "mirostat_tau": (0, HUGE),
+    "presence_penalty": (-HUGE, HUGE),
+    "repeat_penalty": (0, HUGE),
+    "temperature": (0, HUGE),
+    "top_p": (0, 1),
+    "typical_p": (0, 1),
+}
+"""The least and the most of each option that is a number."""
+WHOLE: Mapping[str, tuple[int, int]] = {
+    "main_gpu": (0, MOST),
+    "mirostat": (0, 2),
+    "num_batch": (1, MOST),
+    "num_gpu": (-1, MOST),
+    "num_keep": (-1, MOST),
+    "num_thread": (0, MOST),
+    "repeat_last_n": (-1, MOST),
+    "seed": (-(2**63), 2**63 - 1),
+    "top_k": (-1, MOST),
+    "top_logprobs": (0, MOST),
+}
+"""The same for whole numbers. Where servers take it, -1 leaves the choice to them."""
+SWITCHES = frozenset({"logprobs", "penalize_newline", "shift", "truncate", "use_mmap"})
+PARAMETERS: Mapping[str, str] = {
+    "adapter": "adapters lora lora_adapters",
+    "context_window": "num_ctx n_ctx ctx_size context_length context_size max_context_length max_model_len max_seq_len",
+    "format": "response_format json_schema",
+    "images": "",
+    "keep_alive": "ttl",
+    "max_tokens": "num_predict n_predict max_new_tokens max_output_tokens max_completion_tokens",
+    "messages": "",
+    "model": "",
+    "prompt": "",
+    "raw": "",
+    "stream": "stream_options",
+    "suffix": "",
+    "system": "system_prompt",
+    "think": "thinking reasoning reasoning_effort enable_thinking",
+    "tools": "functions",
+}
+"""The parameters of a call, with what servers and other clients call them: as an option one would bypass the limits."""
+SYNONYMS: Mapping[str, str] = {
+    "main_gpu": "",
+    "num_batch": "n_batch n_ubatch batch_size",
+    "num_gpu": "n_gpu_layers gpu_layers num_gpu_layers",
+    "num_keep": "n_keep",
+    "num_thread": "n_thread n_threads num_threads threads",
+    "repeat_penalty": "repetition_penalty",
+    "seed": "random_seed",
+    "stop": "stop_sequences",
+    "temperature": "temp",
+    "use_mmap": "mmap",
+}
+"""What some options are called elsewhere."""
+NESTED = frozenset({"context_window", "keep_alive", "main_gpu", "max_tokens", "num_batch", "num_gpu", "num_thread"})
+"""What decides about memory and time, and is refused at any depth of what is passed on."""
+
+
+def _key(name: str) -> str:
+    """A name without what differs between two ways to write it: `num_ctx`, `numCtx`, `NUM-CTX`."""
+    return "".join(each for each in name.casefold() if each.isalnum())
+
+
+OURS: Mapping[str, str] = {
+    _key(name): word
+    for word, names in {**dict.fromkeys([*NUMBERS, *WHOLE, *SWITCHES], ""), **SYNONYMS, **PARAMETERS}.items()
+    for name in (word, *names.split())
+}
+
+
+def word_for(name: str) -> str | None:
+    """What Graftage calls a parameter or an option that has another name elsewhere."""
+    return OURS.get(_key(name))
+
+
+def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset[str]) -> dict[str, Any]:
+    """The options of a call, once every name and value is known to be right.
+
+    What stands under `server` is put beside the others.
+
+    Args:
+        options: the options.
+        known: the names that the provider knows.
+
+    Raises:
+        RequestRejected: a name is unknown, or belongs to a parameter of the call; a value is of the wrong type or
+            beyond its range, or not JSON.
+    """
+    given = fields(options)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise rejected("`options`", "a mapping", given)
+    read: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise _unknown(str(name)[:80], known)
+        if value is not None:
+            read |= _passed_on(value, known) if name == SERVER else {name: _checked(name, value)}
+    return read
+
+
+def _unknown(name: str, known: frozenset[str]) -> RequestRejected:
+    if name == SERVER:
+        return RequestRejected(
+            "This provider passes no options of its own server on.", hint=f"Known are {', '.join(sorted(known))}."
+        )
+    word = word_for(name)
+    if word in PARAMETERS:
+        return RequestRejected(f"`{name}` is not an option.", hint=f"Use the parameter `{word}`.")
+    hint = f"Did you mean `{word}`?" if word in known else nearest(name, known - {SERVER})
+    more = f" What its server alone knows goes into `{SERVER}`, a mapping." if SERVER in known else ""
+    return RequestRejected(f"There is no option `{name}`.", hint=hint + more)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a known option; one that only its provider knows may be any JSON."""
+    value = plain(value, f"the option `{name}`")
+    if name in SWITCHES:
+        right, wanted = isinstance(value, bool), "True or False"
+    elif name == "stop":
+        value = [value] if isinstance(value, str) else value
+        right = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+        wanted = "a text that is not empty, or a list of them"
+    elif name in NUMBERS or name in WHOLE:
+        least, most = NUMBERS.get(name) or WHOLE[name]
+        kind = (int, float) if name in NUMBERS else int
+        right = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+        wanted = f"a {'' if name in NUMBERS else 'whole '}number from {least} to {most}"
+    else:
+        return value
+    if not right:
+        raise RequestRejected(f"The option `{name}` is invalid.", hint=f"Give {wanted}.")
+    return value
+
+
+def _passed_on(value: Any, known: frozenset[str]) -> dict[str, Any]:
+    """What the server alone knows. A name that is Graftage's would bypass its checks and the limits of policies."""
+    given = plain_object(value, f"the option `{SERVER}`", "a mapping of names to what the server takes")
+    for deep, name in _names(given):
+        if hint := _bypass(name, known, deep=deep):
+            raise RequestRejected(f"`{name}` cannot be given in `{SERVER}`.", hint=hint)
+    return {name: _checked(word_for(name) or name, each) for name, each in given.items() if each is not None}
+
+
+def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
+    """What to use in place of a name that would bypass something, if it would."""
+    word = OURS.get(_key(name)) or next((each for each in known if _key(each) == _key(name)), None)
+    if deep and word not in NESTED:
+        return None
+    if word in PARAMETERS:
+        return f"Use the parameter `{word}`."
+    if word in known:
+        return f"Use the option `{word}`."
+    if word in NESTED:
+        return "It decides how a model is loaded, and this provider has no option for that: look among its settings."
+    return "Call again for another answer: a call has one." if _key(name) == "n" else None
+
+
+def _names(value: Any, *, deep: bool = False) -> Iterator[tuple[bool, str]]:
+    """All names in JSON data, and whether they stand deeper than at its top."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    yield from ((deep, name) for name in (value if isinstance(value, dict) else ()))
+    for each in inside:
+        yield from _names(each, deep=True)

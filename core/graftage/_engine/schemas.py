@@ -1,0 +1,280 @@
+"""Reads tools and formats: what has a JSON schema, in the forms that people have."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from graftage._engine.inputs import Parse, fields, is_model_object, items, nearest, plain_object, rejected, text
+from graftage.exceptions import RequestRejected
+from graftage.types import Tool
+
+if TYPE_CHECKING:
+    from types import UnionType
+    from typing import TypeGuard
+
+    from pydantic import BaseModel, TypeAdapter
+
+ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type | BaseModel"
+Format: TypeAlias = "Literal['json', ''] | Mapping[str, Any] | type | UnionType | TypeAdapter[Any] | None"
+
+SCHEMA_KEYS = ("parameters", "inputSchema", "input_schema")
+"""What the schema of a tool is called: here and by OpenAI, by MCP, by Anthropic."""
+TOOL_KEYS = ("name", "description", *SCHEMA_KEYS)
+IGNORED_TOOL_KEYS = frozenset(
+    {
+        "type",
+        "strict",
+        "cache_control",
+        # Anthropic's
+        "input_examples",
+        "defer_loading",
+        "allowed_callers",
+        "eager_input_streaming",
+        # MCP's
+        "title",
+        "annotations",
+        "outputSchema",
+        "icons",
+        "execution",
+        "_meta",
+        "meta",
+    }
+)
+"""What else real tools have, and no model needs."""
+OUTER_TOOL_KEYS = ("type", "function", "strict", "cache_control")
+RUNS_HERE = ("function", "custom")
+"""The types of tools that the caller runs: of OpenAI, and of Anthropic. Others run on the servers of their makers."""
+WRAPPER_KEYS = frozenset({"type", "name", "description", "strict", "schema"})
+"""What stands around the schema in OpenAI's `response_format`, and in Anthropic's."""
+WANTED = "a pydantic model or another type, a JSON schema, or 'json'"
+
+
+# --- Tools -----------------------------------------------------------------------------------------------------------
+
+
+def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
+    """Tools from functions, pydantic models, `Tool`, or mappings in OpenAI's, Anthropic's or MCP's form.
+
+    Raises:
+        RequestRejected: one of them cannot be read.
+    """
+    return tuple(_read_tool(each) for each in items(values, "`tools`", "a sequence of tools"))
+
+
+def _read_tool(value: ToolLike) -> Tool:
+    tool = value if isinstance(value, Tool) else _made_tool(value)
+    name = text(tool.name, "the name of a tool")
+    return Tool(
+        name=name,
+        description=text(tool.description, f"the description of the tool `{name}`"),
+        parameters=plain_object(tool.parameters, f"the `parameters` of the tool `{name}`", "a JSON schema"),
+    )
+
+
+def _made_tool(value: Any) -> Tool:
+    if isinstance(value, Mapping):
+        return _tool_from(value)
+    if _has_schema(value):
+        return Tool(name=value.__name__, description=_docstring(value), parameters=_schema_and_parse(value)[0])
+    if callable(value):
+        return _tool_of(value)
+    if is_model_object(value):
+        return _tool_from(_dumped_tool(value))
+    raise rejected("a tool", "a function, a mapping, a pydantic model or a `Tool`", value)
+
+
+def _dumped_tool(tool: BaseModel) -> Mapping[str, Any]:
+    try:
+        return tool.model_dump(by_alias=True, exclude_none=True)
+    except Exception:  # noqa: BLE001 - serializers of the caller's own types run in there, and may repeat what they got
+        raise rejected("a tool", "one whose fields JSON has", tool) from None
+
+
+def _tool_from(value: Mapping[str, Any]) -> Tool:
+    """A tool from a mapping; a key that is not known may be a misspelt one, and the schema with it lost."""
+    body = value.get("function", value)
+    if not isinstance(body, Mapping) or not body.get("name"):
+        raise RequestRejected("A tool has no name.", hint="Give a mapping with `name`, `description` and `parameters`.")
+    if body is not value:
+        _check_keys(value, OUTER_TOOL_KEYS)
+    _check_keys(body, TOOL_KEYS, IGNORED_TOOL_KEYS)
+    for kind in (value.get("type"), body.get("type")):
+        if kind is not None and kind not in RUNS_HERE:
+            raise RequestRejected(
+                f"A tool of the type {str(kind)[:40]!r} runs on a server of its maker.",
+                hint="Give a tool of your own, with a schema; its type is `function`.",
+            )
+    schemas = [body[key] for key in SCHEMA_KEYS if body.get(key) is not None]
+    if any(each != schemas[0] for each in schemas[1:]):
+        raise RequestRejected(
+            f"The tool `{str(body['name'])[:80]}` has several schemas that are not the same.",
+            hint=f"Give one of {', '.join(f'`{key}`' for key in SCHEMA_KEYS)}.",
+        )
+    empty: dict[str, Any] = {"type": "object", "properties": {}}
+    return Tool(
+        name=body["name"],
+        description=body.get("description") or "",
+        parameters=schemas[0] if schemas and schemas[0] != {} else empty,
+    )
+
+
+def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
+    for key in value:
+        if key not in known and key not in ignored:
+            raise RequestRejected(f"A tool has no key `{key}`.", hint=nearest(str(key), known))
+
+
+def _tool_of(function: Callable[..., Any]) -> Tool:
+    """A tool from a function's signature and docstring."""
+    called = getattr(function, "__name__", "<lambda>")
+    if called == "<lambda>":
+        raise _no_tool(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
+    try:
+        schema = _adapter(function).json_schema()
+    except Exception as error:  # Signatures and schemas of the caller's own types are made in there.
+        raise _no_tool(function, _first_sentence(error)) from error
+    if schema.get("type") != "object":  # Positional parameters make an array, which a model cannot call by name.
+        raise _no_tool(function, "its parameters have no names to call them by")
+    summary, arguments = _read_docstring(_docstring(function))
+    for name, words in arguments.items():
+        if name in schema.get("properties", {}):
+            schema["properties"][name].setdefault("description", words)
+    return Tool(name=called, description=summary, parameters=schema)
+
+
+def _no_tool(
+    function: Callable[..., Any],
+    why: str,
+    hint: str = "Give a function whose parameters have names and types with a JSON schema, or a `Tool`.",
+) -> RequestRejected:
+    name = getattr(function, "__name__", type(function).__name__)
+    return RequestRejected(f"`{name}` cannot be offered as a tool: {why}.", hint=hint)
+
+
+def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """The part before `Args:`, and what Google's style says of each argument."""
+    summary, _, rest = text.partition("Args:\n")
+    arguments: dict[str, str] = {}
+    for line in rest.splitlines():
+        if line and not line.startswith(" "):
+            break
+        name, colon, words = line.strip().partition(":")
+        if colon:
+            arguments[name.split("(")[0].strip()] = words.strip()
+    return summary.split("\n\nReturns:")[0].strip(), arguments
+
+
+def _docstring(value: Any) -> str:
+    """What its author wrote there: neither what a parent says, nor what Python has for all of its kind."""
+    written = value.__doc__ if inspect.isroutine(value) else getattr(value, "__dict__", {}).get("__doc__")
+    made_up = inspect.isclass(value) and str(written).startswith(f"{value.__name__}(")  # By `dataclass`, `NamedTuple`.
+    return inspect.cleandoc(written) if isinstance(written, str) and not made_up else ""
+
+
+def _first_sentence(error: Exception) -> str:
+    """What pydantic says, without its advice and its links."""
+    return re.split(r"\n|\. ", str(error), maxsplit=1)[0].rstrip(".")[:200]
+
+
+# --- Formats ---------------------------------------------------------------------------------------------------------
+
+
+def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | None, Parse | None]:
+    """The JSON schema to send, and how to read the answer into `Reply.parsed`.
+
+    Args:
+        value: a pydantic model or another type that pydantic knows, one of its `TypeAdapter`s, a JSON schema, OpenAI's
+            `response_format`, or `"json"`. None, and `""` as in Ollama's client, are no format.
+
+    Raises:
+        RequestRejected: it is none of these.
+    """
+    given: Any = _unwrapped(value) if isinstance(value, Mapping) else value
+    if given is None or (isinstance(given, str) and not given):
+        return None, None
+    if isinstance(given, str) and given == "json":
+        return "json", json.loads
+    if isinstance(given, Mapping):
+        return plain_object(given, "`format`", WANTED), json.loads
+    schema, parse = _schema_and_parse(given)
+    if not schema:
+        raise RequestRejected("The type given as `format` allows anything.", hint=f"Give {WANTED}.")
+    return plain_object(schema, "`format`", WANTED), parse
+
+
+def _unwrapped(value: Mapping[str, Any]) -> Any:
+    """What a mapping asks for: itself, where it is a schema, or what stands in OpenAI's `response_format`."""
+    kind: Any = value.get("type")
+    schema: Any = value
+    if kind == "text":
+        return None
+    if kind in ("json_schema", "json_object") or ("schema" in value and value.keys() <= WRAPPER_KEYS):
+        inner = fields(value.get("json_schema", value))
+        schema = inner.get("schema") if isinstance(inner, Mapping) else None
+        if schema is None and kind == "json_object":
+            return "json"
+    if not isinstance(schema, Mapping) or not schema:
+        raise RequestRejected("There is no schema in the `format`.", hint=f"Give {WANTED}.")
+    return schema
+
+
+# --- What pydantic makes of types ------------------------------------------------------------------------------------
+
+
+def _has_schema(value: object) -> TypeGuard[type[BaseModel]]:
+    return inspect.isclass(value) and hasattr(value, "model_json_schema")
+
+
+def _schema_and_parse(kind: Any) -> tuple[dict[str, Any], Parse]:
+    """The JSON schema of a type, and how to make one of it from JSON."""
+    try:
+        if _has_schema(kind):
+            return kind.model_json_schema(), kind.model_validate_json
+        adapter = kind if _is_adapter(kind) else _adapter(kind) if _is_type(kind) else None
+        if adapter is not None:
+            return adapter.json_schema(), adapter.validate_json
+    except Exception as error:  # Schemas of the caller's own types are made in there.
+        name = kind.__name__ if inspect.isclass(kind) else str(kind)
+        raise RequestRejected(
+            f"`{name[:80]}` has no JSON schema: {_first_sentence(error)}.",
+            hint="Give a type all of whose fields have types with a JSON schema, or a schema of your own.",
+        ) from error
+    raise rejected("`format`", WANTED, kind)
+
+
+def _is_adapter(value: object) -> TypeGuard[TypeAdapter[Any]]:
+    return hasattr(value, "validate_json") and not inspect.isclass(value)
+
+
+def _is_type(value: object) -> bool:
+    """Whether a value is a type. A function is none: pydantic would call it with the answer."""
+    alias = hasattr(value, "__supertype__") or hasattr(value, "__value__")  # Of `NewType`, or of `type X = …`.
+    return inspect.isclass(value) or typing.get_origin(value) is not None or alias
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # noqa: PLC0415 - tools and formats are rare, and pydantic is slow to import
+
+    if sys.version_info < (3, 12) and typing.is_typeddict(kind):
+        kind = _extended(kind)
+    return TypeAdapter(kind)
+
+
+def _extended(kind: Any) -> Any:
+    """A `TypedDict` as that of `typing_extensions`: before Python 3.12 pydantic reads no other."""
+    import typing_extensions  # noqa: PLC0415 - pydantic needs it, and has it installed
+
+    required, optional = typing_extensions.Required, typing_extensions.NotRequired
+    keys = {}
+    for name, hint in typing_extensions.get_type_hints(kind, include_extras=True).items():
+        said: Any = typing.get_origin(hint)
+        bare = typing.get_args(hint)[0] if said in (required, optional) else hint
+        keys[name] = bare if said is required or (said is None and name in kind.__required_keys__) else optional[bare]
+    made: Any = typing_extensions.TypedDict
+    return made(kind.__name__, keys)
