@@ -996,6 +996,106 @@ def test_a_missing_model_is_its_own_error_with_close_names(both: Any) -> None:
     assert not error.retryable
 
 
+class Listing:
+    """A connection that has no model but can list some."""
+
+    def __init__(self, listed: Any, colour: str) -> None:
+        def chat(request: Any) -> Any:
+            if request is not None:
+                raise ModelNotFound("The server does not have it.", hint="Check its name.")
+            yield
+
+        async def chat_async(request: Any) -> Any:
+            if request is not None:
+                raise ModelNotFound("The server does not have it.", hint="Check its name.")
+            yield
+
+        def listed_plain(request: Any) -> Any:
+            return listed(request)
+
+        async def listed_async(request: Any) -> Any:
+            return listed(request)
+
+        self.chat = hookimpl(chat_async if colour != "plain" else chat)
+        self.list_models = hookimpl(listed_async if colour != "plain" else listed_plain)
+        self.needs_event_loop = colour == "loop"
+
+
+def breaking(_: Any) -> Any:
+    raise KeyError("k")
+
+
+LISTS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
+    "close": (lambda _: (ModelInfo(name="other"), ModelInfo(name="smollm2:135m")), ("smollm2:135m",)),
+    "itself": (lambda _: (ModelInfo(name="smolm2"),), ()),
+    "none": (lambda _: (), ()),
+    "fails": (breaking, ()),
+    "gives None": (lambda _: None, ()),
+    "gives names": (lambda _: ("smollm2",), ()),
+}
+
+
+@pytest.mark.parametrize("colour", ["plain", "async", "loop"])
+@pytest.mark.parametrize("case", LISTS)
+def test_close_names_are_found_for_any_provider_that_can_list(both: Any, case: str, colour: str) -> None:
+    listed, close = LISTS[case]
+    llm = both.connect(Giving(lambda _: Listing(listed, colour)), model="smolm2")
+    with pytest.raises(ModelNotFound, match="heck its name") as caught:
+        llm.chat("x")
+    assert caught.value.suggestions == close
+    assert ("Did you mean" in str(caught.value)) == bool(close)
+
+
+def test_a_list_that_does_not_come_keeps_nobody_waiting_beyond_the_deadline(both: Any) -> None:
+    never = threading.Event()
+    llm = both.connect(Giving(lambda _: Listing(lambda _: never.wait(30), "plain")), model="smolm2")
+    try:
+        with pytest.raises(ModelNotFound) as caught:
+            llm.chat("x", timeout=0.05)
+    finally:
+        never.set()
+    assert caught.value.suggestions == ()
+
+
+class Embedding:
+    """A connection that embeds as it is given."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    @hookimpl
+    def chat(self, request: Any) -> Any: ...
+
+    @hookimpl
+    async def embed(self, request: Any) -> Any:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return Embeddings(vectors=((1.0,),) * self._answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "inputs", "said"),
+    [
+        (RequestRejected("no"), ["a", ""], "number 2 of 2"),
+        (InferenceFailed("no"), ["", "a", " \n", "b"], "number 1, 3 of 4"),
+        (1, ["a", ""], "number 2 of 2"),
+        (RequestRejected("no"), "", "number 1 of 1"),
+        (RequestRejected("no"), [""] * 99, "number 1, 2, 3, 4, 5, 6, 7, 8, 9 of 99"),
+        (RequestRejected("no"), ["a", "b"], None),
+        (ConnectionFailed("no"), ["a", ""], None),
+    ],
+)
+def test_an_error_names_the_inputs_that_are_empty(both: Any, answer: Any, inputs: Any, said: str | None) -> None:
+    with pytest.raises(ProviderError) as caught:
+        both.connect(Giving(lambda _: Embedding(answer)), model=MODEL, attempts=1).embed(inputs)
+    assert (f"Empty inputs: {said}." in str(caught.value)) == (said is not None)
+    assert ("mpty" in str(caught.value)) == (said is not None)
+
+
+def test_empty_inputs_are_the_servers_to_judge(both: Any) -> None:
+    assert len(both.connect(Giving(lambda _: Embedding(2)), model=MODEL).embed(["a", ""]).vectors) == 2
+
+
 def test_an_error_is_completed_with_provider_model_and_operation(both: Any) -> None:
     llm = both.connect(Echo([ConnectionFailed("gone")]), model=MODEL)
     with pytest.raises(ConnectionFailed) as caught:

@@ -23,11 +23,13 @@ from graftage._version import __version__
 from graftage.exceptions import (
     AdapterIncompatible,
     AdapterNotFound,
+    GraftageError,
     PluginConflict,
     PluginError,
     PluginLoadError,
     ProviderError,
     ProviderNotFound,
+    StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
 from graftage.settings import Settings
@@ -635,6 +637,161 @@ def test_a_connection_that_breaks_the_contract_is_refused_and_its_provider_named
     assert re.search(message, str(caught.value), re.DOTALL)
     assert "`giving`" in str(caught.value)
     assert caught.value.plugin == "giving"
+
+
+AUTHORS_HEAD = (
+    HEAD
+    + """
+from graftage.types import *
+class MyError(Exception): pass
+"""
+)
+AUTHORS_TAIL = """
+@hookimpl
+def connect(request):
+    return Connection()
+"""
+CHAT = """
+    @hookimpl
+    async def chat(self, request):
+        yield Chunk(finish_reason="stop")
+"""
+FORGOTTEN: dict[str, tuple[str, str, str]] = {
+    "chat without yield": ("def chat(self, request): pass", "chat", r"`chat` returned None .*`yield`"),
+    "chat that returns a reply": (
+        "def chat(self, request): return Reply(text='x')",
+        "chat",
+        r"returned Reply .*`yield`",
+    ),
+    "chat of texts": ("async def chat(self, request): yield 'text'", "chat", "gave str instead of a Chunk"),
+    "a chunk of dicts": (
+        "async def chat(self, request): yield Chunk(tool_calls=[{}], finish_reason='stop')",
+        "chat",
+        r"wrong `tool_calls`.*`ToolCall`",
+    ),
+    "a reason of its own": (
+        "async def chat(self, request): yield Chunk(finish_reason='done')",
+        "chat",
+        "wrong `finish_reason`.*stop, length",
+    ),
+    "usage as a dict": (
+        "async def chat(self, request): yield Chunk(finish_reason='stop', usage={})",
+        "chat",
+        "wrong `usage`.*`Usage`",
+    ),
+    "a field that is missing": (
+        "async def embed(self, request): return Embeddings()",
+        "embed",
+        r"missing 1 required keyword-only argument: 'vectors'.* in `embed` \(oak\.py, line \d+\)",
+    ),
+    "a field that is not": (
+        "async def chat(self, request): yield Chunk(content='x')",
+        "chat",
+        r"unexpected keyword argument 'content'.* in `chat` \(oak\.py",
+    ),
+    "an attribute that is not": (
+        "def chat(self, request): yield Chunk(text=request.prompt)",
+        "chat",
+        r"'ChatRequest' object has no attribute 'prompt'.* in `chat` \(oak\.py",
+    ),
+    "an error of its own": (
+        "async def chat(self, request):\n        raise MyError(request.messages[0].content)\n        yield",
+        "chat",
+        r"failed with MyError in `chat` \(oak\.py, line \d+\); .*`graftage\.exceptions`",
+    ),
+    "embed that gives None": (
+        "async def embed(self, request): pass",
+        "embed",
+        "`embed` with None instead of Embeddings",
+    ),
+    "plain embed that gives None": (
+        "def embed(self, request): pass",
+        "embed",
+        "`embed` with None instead of Embeddings",
+    ),
+    "a list for a tuple": ("async def list_models(self, request): return []", "models", "with list instead of tuple"),
+    "a tuple of names": ("def list_models(self, request): return ('a',)", "models", "with str among its ModelInfos"),
+    "a pull of dicts": ("async def pull_model(self, request): yield {}", "pull", "gave dict instead of a PullProgress"),
+    "capabilities as a set": ("def capabilities(self): return {'tools'}", "chat", "with set instead of Capabilities"),
+    "a hook without its mark": (
+        "pass\n\n    def embed(self, request): ...",
+        "embed",
+        "`embed` that is not marked.*@hookimpl",
+    ),
+    "a misspelt hook": ("async def chatt(self, request): yield", "chat", "implements `chatt`, .*Did you mean `chat`"),
+    "a generator that answers once": ("async def embed(self, request): yield 1", "chat", "`embed` as a generator"),
+}
+
+
+def asked_of(llm: Any, operation: str) -> Any:
+    ask = getattr(llm, operation)
+    return ask("a secret") if operation in ("chat", "embed") else ask()
+
+
+@pytest.mark.parametrize("case", FORGOTTEN)
+def test_what_an_author_forgot_is_said_with_the_distribution(both: Any, site: Any, case: str) -> None:
+    hook, operation, message = FORGOTTEN[case]
+    chat = "" if hook.startswith(("def chat(", "async def chat(")) else CHAT
+    marked = "" if hook.startswith("pass") else "@hookimpl"
+    source = f"{AUTHORS_HEAD}class Connection:{chat}\n    {marked}\n    {hook}\n{AUTHORS_TAIL}"
+    site.add("graftage-oak", version="1.2", providers={"oak": "oak"}, modules={"oak": source})
+    with pytest.raises(GraftageError) as caught:
+        asked_of(both.connect("oak", model=MODEL), operation)
+    assert re.search(message, str(caught.value), re.DOTALL)
+    assert "`oak`" in str(caught.value)
+    assert "graftage-oak 1.2" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+UNMARKED = """
+class Connection:
+    def chat(self, request): ...
+    @hookimpl
+    def embed(self, request): ...
+@hookimpl
+def connect(request):
+    return Connection()
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("@hookimpl\ndef settings_model():\n    return None\ndef connect(request): ...", "lacks the hook `connect`"),
+        ("@hookimpl\ndef connect(request):\n    yield", "`connect` as a generator.*`return`"),
+        ("@hookimpl\ndef connect(request):\n    pass", "`connect` returned None"),
+        ("@hookimpl\ndef connect(request):\n    raise KeyError('k')", "failed in `connect` with KeyError"),
+        (UNMARKED, "Put `@hookimpl` above its `chat`"),
+    ],
+    ids=["connect unmarked", "connect as a generator", "connect without return", "connect fails", "chat unmarked"],
+)  # fmt: skip
+def test_what_is_wrong_with_connect_is_said_with_its_distribution(
+    both: Any, site: Any, source: str, message: str
+) -> None:
+    site.add("graftage-oak", version="1.2", providers={"oak": "oak"}, modules={"oak": HEAD + source + "\n"})
+    with pytest.raises(PluginLoadError) as caught:
+        both.opened("oak", model=MODEL)
+    assert re.search(message, str(caught.value), re.DOTALL)
+    assert "graftage-oak 1.2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "hook", ["def resource_limits(query): return {}", "def resource_limits(query): raise KeyError"]
+)
+def test_a_policy_that_is_wrong_is_named_with_its_distribution(both: Any, site: Any, hook: str) -> None:
+    site.add("graftage-oak", version="1.2", plugins={"oak": "oak"}, modules={"oak": f"{HEAD}@hookimpl\n{hook}\n"})
+    with pytest.raises(PluginError, match=r"The policy `oak` \(graftage-oak 1\.2\)"):
+        both.connect(Echo(), model=MODEL).chat("x")
+
+
+def test_a_chat_without_a_last_chunk_says_what_its_author_may_have_left_out(both: Any) -> None:
+    class Connection:
+        @hookimpl
+        async def chat(self, request: Any) -> Any:
+            yield Chunk(text="so far")
+
+    with pytest.raises(StreamInterrupted, match="last Chunk must have a `finish_reason`"):
+        both.connect(Giving(lambda _: Connection()), model=MODEL).chat("x")
 
 
 def test_nobody_elses_provider_is_asked(site: Any, both: Any) -> None:

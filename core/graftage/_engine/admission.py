@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftage._engine import limits as gates
+from graftage._engine.faults import kind_of
 from graftage._engine.hooks import call_hook
 from graftage._records import dataclass
 from graftage.calls import LimitsQuery, ModelRequest, ModelsRequest
@@ -233,7 +234,7 @@ class Admission:
             answer = await self._session.io.ask(name, policy, query, call)
             if answer is None or isinstance(answer, Limits):
                 return answer
-            problem = f"answered with {type(answer).__name__} instead of Limits"
+            problem = f"answered with {kind_of(answer)} instead of Limits"
         except ResourceLimitExceeded as refusal:
             refusal.plugin = refusal.plugin or name
             if not query.force:
@@ -244,7 +245,7 @@ class Admission:
         except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
             problem, cause = f"failed with {type(error).__name__}: {error}", error
         hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
-        raise PluginError(f"The policy `{name}` {problem}.", plugin=name, hint=hint) from cause
+        raise PluginError(f"The policy {self._session.relay.named(name)} {problem}.", plugin=name, hint=hint) from cause
 
 
 def _once(ask: Callable[[], T]) -> Callable[[], T]:

@@ -8,10 +8,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from graftage._engine.driving import drive
-from graftage._engine.faults import is_fault, typed_error
+from graftage._engine.faults import Author, is_fault, kind_of
 from graftage._engine.inputs import Parse, parsed
 from graftage.exceptions import (
     ConnectionFailed,
@@ -21,7 +21,7 @@ from graftage.exceptions import (
     ProviderError,
     StreamInterrupted,
 )
-from graftage.types import Chunk, Limits, Logprob, Reply, Timings, ToolCall, Usage
+from graftage.types import Chunk, FinishReason, Limits, Logprob, Reply, Timings, ToolCall, Usage
 
 if TYPE_CHECKING:
     from typing import Self
@@ -36,6 +36,14 @@ Translate = Callable[[GraftageError], Exception]
 """How a host wants to see an error."""
 
 
+REASONS = get_args(FinishReason)
+WANTED = {
+    "finish_reason": f"word among {', '.join(REASONS)}",
+    "usage": "`Usage`",
+    "timings": "`Timings`",
+    "tool_calls": "tuple of `ToolCall`",
+}
+"""What the fields of a Chunk must be that are looked at once, at the end of an answer."""
 BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
 """What a call meets whose client is closed under it."""
 
@@ -67,7 +75,7 @@ class Fold:
 class Run:
     """One call from its start to its end, whichever end that is."""
 
-    provider: str
+    author: Author
     model: str
     operation: str
     call: Call
@@ -97,6 +105,11 @@ class Run:
     """Whether observers know how it ended."""
     hosts_own: BaseException | None = None
     """What a callback of the host has raised: it goes back to the host as it is."""
+
+    @property
+    def provider(self) -> str:
+        """The provider's name."""
+        return self.author.name
 
     @property
     def received(self) -> bool:
@@ -162,17 +175,13 @@ class Run:
     def _no_chunk(self, found: Any) -> ProviderError:
         """The error for what is no chunk: the end, or a fault of the provider."""
         if found is not None:
-            odd = f"{type(found).__name__} instead of a Chunk"
+            odd = f"{kind_of(found)} instead of a Chunk"
             what = "a Chunk whose `text` or `thinking` is no text" if isinstance(found, Chunk) else odd
-            return ProviderError(
-                f"The provider `{self.provider}` gave {what}.",
-                hint="That is a fault of the provider; tell its authors.",
-            )
-        return StreamInterrupted(
-            "The answer ended before it was done.",
-            retryable=True,
-            hint="The text so far is in `partial`; ask again for a whole answer.",
-        )
+            return self.author.fault(f"gave {what}")
+        hint = "The text so far is in `partial`; ask again for a whole answer."
+        if not self.call.opened:  # No server ended it.
+            hint += " A provider's last Chunk must have a `finish_reason`, and none of them may be None."
+        return StreamInterrupted("The answer ended before it was done.", retryable=True, hint=hint)
 
     async def _broken(self, error: BaseException) -> None:
         """End the run where a chunk did not come, and raise why, unless its reader has stopped it."""
@@ -205,6 +214,7 @@ class Run:
         return not self.reading and time.monotonic() > self.call.deadline
 
     def _finish(self, last: Chunk) -> None:
+        self._check_end(last)
         reply = self.so_far()
         if self.parse is not None and not reply.tool_calls:
             reply = replace(reply, parsed=parsed(reply, self.parse))
@@ -213,6 +223,19 @@ class Run:
         usage = reply.usage
         self.count(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
         self._tell("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
+
+    def _check_end(self, last: Chunk) -> None:
+        """Refuse what only a reader of the reply would stumble over."""
+        right = {
+            "finish_reason": last.finish_reason in REASONS,
+            "usage": last.usage is None or isinstance(last.usage, Usage),
+            "timings": last.timings is None or isinstance(last.timings, Timings),
+            "tool_calls": all(isinstance(each, ToolCall) for each in self.fold.tool_calls),
+        }
+        for name in (each for each in right if not right[each]):
+            raise self.author.fault(
+                f"gave a Chunk with a wrong `{name}`", f"Its authors must make it a {WANTED[name]}."
+            )
 
     def _tell(self, kind: str, **facts: Any) -> None:
         """Tell observers how it ended, once."""
@@ -273,7 +296,7 @@ class Run:
         if not is_fault(error) or error is self.hosts_own:
             self._tell("finish")  # Cancelled or interrupted by the caller: not a failure.
             return error
-        typed = typed_error(error, self.provider)
+        typed = self.author.typed(error)
         if self.closed() and (typed is not error or isinstance(typed, BROKEN)):
             typed = closed_meanwhile(typed, received=self.received)
         self.hide(typed)

@@ -14,7 +14,7 @@ from graftage._engine.call import Translate, as_it_is
 from graftage._engine.clients import Clients
 from graftage._engine.events import Delivery, log
 from graftage._engine.fallback import Chain
-from graftage._engine.faults import is_fault, typed_error
+from graftage._engine.faults import is_fault
 from graftage._engine.plugins import Catalog, Entry
 from graftage._engine.session import HEALTH_TIMEOUTS, Session
 from graftage._engine.waiting import IO
@@ -207,14 +207,14 @@ class Opening:
         connection = _hook(member.entry, "connect", request=request)
         if connection is None:
             raise PluginLoadError(
-                f"The provider `{member.entry.name}` gave no connection: its `connect` returned None.",
+                f"The {member.entry.named} gave no connection: its `connect` returned None.",
                 plugin=member.entry.name,
                 distributions=[member.entry.origin] if member.entry.distribution else (),
                 hint="It must return the object that implements `chat`.",
             )
         with _blaming(member.entry, "connect"):  # The connection's attributes may be properties.
             return Session(
-                provider=member.entry.name,
+                author=member.entry.author,
                 model=member.model,
                 settings=member.loaded.settings,
                 connection=connection,
@@ -222,7 +222,6 @@ class Opening:
                 io=io,
                 clients=clients,
                 delivery=self._delivery,
-                origin=member.entry.origin,
             )
 
     async def _preferring(self, session: Session) -> Session:
@@ -303,7 +302,7 @@ class Opening:
             # A check has short limits of its own: a server that hangs must not hold up the choice.
             health = await session.health("api", None, None, None)
             if not health.ok:
-                raise typed_error(health.error or RuntimeError("it is not well"), session.provider)
+                raise session.author.typed(health.error or RuntimeError("it is not well"))
         except BaseException:
             await _given_back(session)
             raise
@@ -421,7 +420,7 @@ def _blaming(entry: Entry, hook: str) -> Iterator[None]:
         if not is_fault(error):
             raise
         raise PluginLoadError(
-            f"The {entry.kind} `{entry.name}` failed in `{hook}` with {type(error).__name__}: {error}.",
+            f"The {entry.named} failed in `{hook}` with {type(error).__name__}: {error}.",
             plugin=entry.name,
             distributions=[entry.origin] if entry.distribution else (),
             hint=f"That is a fault of the {entry.kind}; tell its authors.",

@@ -14,7 +14,7 @@ from graftage._engine.arguments import Wants, check_model, read_keep_alive
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
 from graftage._engine.events import Counters, Delivery, Emitter, new_call_id
-from graftage._engine.faults import typed_error
+from graftage._engine.faults import Author, kind_of
 from graftage._engine.health import HealthCache
 from graftage._engine.hooks import call_hook
 from graftage._engine.plugins import Entry, Relay
@@ -28,6 +28,7 @@ from graftage.calls import (
     Waiting,
 )
 from graftage.exceptions import (
+    CapabilityUnsupported,
     GraftageError,
     ModelNotFound,
     ProviderError,
@@ -37,6 +38,7 @@ from graftage.settings import Settings
 from graftage.types import (
     Capabilities,
     Feature,
+    LoadedModel,
     ModelInfo,
     Timeouts,
 )
@@ -45,6 +47,8 @@ __all__ = ["Connection"]
 
 BRIEF = Timeouts(connect=1.0, first_token=2.0, idle=2.0, total=3.0)
 """Close names are a courtesy: they must not hold the error up."""
+RECORDS = {"list_models": ModelInfo, "loaded_models": LoadedModel, "prune_adapters": ModelInfo}
+"""What the answers of hooks hold that give several."""
 SOON = 30.0
 """Seconds for facts about models."""
 
@@ -55,7 +59,7 @@ class Connection:
     def __init__(
         self,
         *,
-        provider: str,
+        author: Author,
         model: str | None,
         settings: Settings,
         connection: object,
@@ -63,13 +67,14 @@ class Connection:
         io: IO,
         clients: Clients,
         delivery: Delivery,
-        origin: str = "",
     ) -> None:
-        self.provider = provider
+        self.author = author
+        self.provider = author.name
         self.model = model or getattr(connection, "default_model", None)
         self.settings = settings
         self.io = io
-        self.relay = Relay(provider, connection, plugins, origin)
+        self.relay = Relay(author, connection, plugins)
+        self._object = connection
         self.waiting: Waiting = io
         """How its hooks wait."""
         if self.relay.needs_event_loop:
@@ -117,7 +122,7 @@ class Connection:
         emit("start")
         self.counters.add(calls=1, running=1)
         return Run(
-            provider=self.provider,
+            author=self.author,
             model=model or "",
             operation=operation,
             call=call,
@@ -160,13 +165,21 @@ class Connection:
             raise
         finally:
             await call.release()
-        if answers is not None and not isinstance(answer, answers):
-            raise ProviderError(
-                f"The provider `{self.provider}` answered `{hook}` with {type(answer).__name__} instead of "
-                f"{answers.__name__}.",
-                hint="That is a fault of the provider; tell its authors.",
-            )
+        self._check(hook, answer, answers)
         return answer
+
+    def _check(self, hook: str, answer: Any, wanted: type | None) -> None:
+        """Refuse an answer of another kind than the contract says.
+
+        Raises:
+            ProviderError: it is one.
+        """
+        if wanted is not None and not isinstance(answer, wanted):
+            raise self.author.fault(f"answered `{hook}` with {kind_of(answer)} instead of {wanted.__name__}")
+        record = RECORDS.get(hook, object)
+        for each in answer if hook in RECORDS else ():
+            if not isinstance(each, record):
+                raise self.author.fault(f"answered `{hook}` with {kind_of(each)} among its {record.__name__}s")
 
     async def _suggest(self, error: ModelNotFound, hook: str, call: Call) -> None:
         """Add the names that are there and close to the one that was asked for: a courtesy that must not take long."""
@@ -178,10 +191,11 @@ class Connection:
         )
         with contextlib.suppress(Exception):
             models = await self.call("list_models", ModelsRequest(call=brief), brief, tuple)
-            error.suggestions = inputs.close_names(wanted, [each.name for each in models if each.name])
+            names = [each.name for each in models if each.name and each.name != wanted]
+            error.suggestions = inputs.close_names(wanted, names)
         if error.suggestions:
-            pull = f" Otherwise pull it: `graftage models pull {wanted}`." if self.has("pull_model") else ""
-            error.hint = f"Did you mean `{error.suggestions[0]}`?{pull}"
+            hint = error.hint or "Choose one that it lists."
+            error.hint = f"Did you mean `{error.suggestions[0]}`? If not, {hint[0].lower()}{hint[1:]}"
 
     def has(self, hook: str) -> bool:
         """Whether the connection implements a hook."""
@@ -189,6 +203,11 @@ class Connection:
 
     def require(self, hook: str) -> None:
         """Refuse an operation that the connection does not implement."""
+        if not self.has(hook) and callable(getattr(self._object, hook, None)):
+            raise CapabilityUnsupported(
+                f"{self.author} has a `{hook}` that is not marked as a hook.",
+                hint="Its authors must put `@hookimpl` above it.",
+            )
         inputs.require(hook, self.has(hook), self.provider)
 
     def capabilities(self) -> Capabilities:
@@ -203,10 +222,11 @@ class Connection:
             return Capabilities(features=shown)
         try:
             answer: Capabilities = self.relay.hooks["capabilities"].plain(None)
+            self._check("capabilities", answer, Capabilities)
+            return replace(answer, features=shown.union(answer.features))
         except Exception as error:  # noqa: BLE001 - it is typed
-            typed = typed_error(error, self.provider)
+            typed = self.author.typed(error)
             raise typed from typed.__cause__
-        return replace(answer, features=answer.features | shown)
 
     async def _know(self, model: str, call: Call) -> None:
         """Learn what a model can do, where the provider can tell."""

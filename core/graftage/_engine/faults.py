@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
+from graftage._records import dataclass
 from graftage.exceptions import GraftageError, ProviderError
 
-__all__ = ["Contained", "is_fault", "typed_error"]
+__all__ = ["Author", "Contained", "is_fault", "kind_of"]
+
+OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - compared as text
+PYTHONS = os.path.join(os.path.dirname(os.__file__), "")  # noqa: PTH118, PTH120
+MISTAKE = (
+    r"'[\w.]+' object (?:has no attribute '\w+'|is not [\w ]+)|[\w.<>]+\(\) (?:missing|got|takes) [\w ',.:()-]+"
+    r"|name '\w+' is not defined|No module named '[\w.]+'|cannot import name '\w+'"
+)
+"""What Python itself says of a mistake in a program: names, and no data."""
 
 NO_LOOP = re.compile(r"no (running|current) event loop|async library|not currently running on any", re.IGNORECASE)
 """What asyncio, sniffio and anyio say to code that needs a loop where there is none: under a sync client."""
@@ -54,17 +64,51 @@ class Contained:
             raise self._blame(error) from error
 
 
-def typed_error(error: BaseException, provider: str) -> GraftageError:
-    """The error itself, or a typed one for what a provider should not have let out."""
-    if isinstance(error, GraftageError):
-        return error
-    typed = ProviderError(
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Whose code a provider is."""
+
+    name: str
+    origin: str = ""
+    """The distribution and its version; empty for an object that a host gave."""
+
+    def __str__(self) -> str:
+        return f"The provider `{self.name}`{f' ({self.origin})' if self.origin else ''}"
+
+    def fault(self, what: str, hint: str = "That is a fault of the provider; tell its authors.") -> ProviderError:
+        """The error for what the author got wrong."""
+        return ProviderError(f"{self} {what}.", provider=self.name, hint=hint)
+
+    def typed(self, error: BaseException) -> GraftageError:
+        """The error itself, or a typed one for what a provider should not have let out."""
+        if isinstance(error, GraftageError):
+            return error
         # The words of a foreign error may hold the prompt: they stay in the cause.
-        f"The provider `{provider}` failed with {type(error).__name__}, which it should have typed.",
-        provider=provider,
-        hint=LOOPLESS
-        if isinstance(error, RuntimeError) and NO_LOOP.search(str(error))
-        else "That is a fault of the provider: tell its authors, with the traceback of the cause.",
-    )
-    typed.__cause__ = error
-    return typed
+        said = re.match(MISTAKE, str(error))
+        what = f"{type(error).__name__}{f' ({said[0]})' if said else ''}{_place(error)}"
+        typed = self.fault(
+            f"failed with {what}; a provider must raise the errors of `graftage.exceptions`",
+            LOOPLESS
+            if isinstance(error, RuntimeError) and NO_LOOP.search(str(error))
+            else "That is a fault of the provider: tell its authors, with the traceback of the cause.",
+        )
+        typed.__cause__ = error
+        return typed
+
+
+def kind_of(value: object) -> str:
+    """What something is, in a sentence about what it should have been."""
+    return "None" if value is None else type(value).__name__
+
+
+def _place(error: BaseException) -> str:
+    """Where in a plugin's code an error comes from: the last step in the first file that is not ours or Python's."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        file = code.co_filename
+        foreign = not file.startswith(OURS) and (not file.startswith(PYTHONS) or "-packages" in file)
+        if file == found[0] if found else foreign:
+            found = file, code.co_name, trace.tb_lineno
+        trace = trace.tb_next
+    return f" in `{found[1]}` ({os.path.basename(found[0])}, line {found[2]})" if found else ""  # noqa: PTH119

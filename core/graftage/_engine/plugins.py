@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-from graftage._engine.faults import Contained, is_fault, typed_error
+from graftage._engine.faults import Author, Contained, is_fault, kind_of
 from graftage._records import dataclass
 from graftage._values import EntryPoint, close, entry_points, identity
 from graftage._version import __version__
-from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderError, ProviderNotFound
+from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
 from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ class Entry:
         if self.distribution is None or dist is None:
             return f"a distribution without a name in {dist.locate_file('')}" if dist else "an unknown distribution"
         return f"{self.distribution} {self.version or 'without a version'}"
+
+    @property
+    def author(self) -> Author:
+        """Whose it is, for messages."""
+        return Author(self.name, self.origin if self.entry_point else "")
+
+    @property
+    def named(self) -> str:
+        """Its kind, its name and its distribution, where it has one."""
+        return f"{self.kind} `{self.name}`{f' ({self.origin})' if self.entry_point else ''}"
 
 
 class Catalog:
@@ -226,6 +236,8 @@ class Catalog:
     def _inspect(self, entry: Entry) -> None:
         try:
             entry.hooks = checked_hooks(entry.plugin, entry.kind)
+            if entry.kind == "provider" and "connect" not in entry.hooks:
+                raise _Problem("lacks the hook `connect`", "Mark its `connect` with `graftage.hookspecs.hookimpl`.")
         except _Problem as problem:
             self._quarantine(entry, _load_error(entry, problem.text, problem.hint), problem.__cause__)
             return
@@ -379,6 +391,7 @@ class Hook:
     function: Callable[[Any], Any]
     is_async: bool
     needs_event_loop: bool
+    author: Author
     contained: Contained
     """A block of the provider's code."""
 
@@ -402,11 +415,25 @@ class Hook:
         if inspect.isawaitable(result) or hasattr(result, "__aiter__"):
             if inspect.iscoroutine(result):
                 result.close()
-            raise ProviderError(
-                f"The provider's `{self.name}` is a `def` that returned {type(result).__name__}.",
-                hint="Its authors must write `async def`, so that it can be seen that it is awaited.",
+            raise self.author.fault(
+                f"has a wrong hook: `{self.name}` is a `def` that returned {type(result).__name__}",
+                "Its authors must write `async def`, so that it can be seen that it is awaited.",
             )
         return result
+
+    def items(self, request: Any) -> Any:
+        """What a plain hook gives one by one.
+
+        Raises:
+            ProviderError: it returned something else.
+        """
+        found = self.plain(request)
+        if not hasattr(found, "__iter__"):
+            raise self.author.fault(
+                f"has a wrong hook: `{self.name}` returned {kind_of(found)} and must give its items one by one",
+                "Its authors must `yield` them.",
+            )
+        return found
 
 
 Hooks = Mapping[str, bool]
@@ -490,6 +517,8 @@ def _check_colour(name: str, function: Callable[..., Any], kind: Kind) -> None:
     if kind != "connection" or name == "capabilities":
         if is_async:
             raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is called where its caller is.")
+        if kind != "plugin" and inspect.isgeneratorfunction(function):
+            raise _Problem(f"implements `{name}` as a generator", "It answers once: `return` the result.")
     elif name in STREAMS:
         if inspect.iscoroutinefunction(function):
             raise _Problem(f"implements `{name}` as `async def` without `yield`", "Make it an async generator.")
@@ -518,21 +547,25 @@ def _misspelt(present: frozenset[str]) -> tuple[str, str] | None:
 class Relay:
     """The hooks of one connection, its own and those of the plugins that are enabled for it, looked up once."""
 
-    def __init__(self, provider: str, connection: object, plugins: Sequence[Entry], origin: str = "") -> None:
+    def __init__(self, author: Author, connection: object, plugins: Sequence[Entry]) -> None:
+        provider, origin = author.name, author.origin
         whose = f"The connection of the provider `{provider}`{f' from {origin}' if origin else ''}"
         try:
             hooks = checked_hooks(connection, "connection")
             _check_attributes(connection, hooks)
             if "chat" not in hooks:
-                raise _Problem("lacks a required hook", "Implement `chat`.")
+                unmarked = hasattr(connection, "chat")
+                raise _Problem(
+                    "lacks a required hook", f"{'Put `@hookimpl` above its' if unmarked else 'Implement'} `chat`."
+                )
         except _Problem as problem:
             raise PluginLoadError(
                 f"{whose} {problem.text}.", plugin=provider, distributions=[origin] if origin else (), hint=problem.hint
             ) from problem
         self.needs_event_loop = on_loop = bool(getattr(connection, "needs_event_loop", False))
-        self.contained = Contained(partial(typed_error, provider=provider))
+        self.contained = Contained(author.typed)
         """A block of the provider's code."""
-        self.hooks = {name: _hook(connection, name, takes, on_loop, self.contained) for name, takes in hooks.items()}
+        self.hooks = {name: _hook(connection, name, takes, on_loop, author) for name, takes in hooks.items()}
         # Two entry points may name one object: it is asked once.
         self._plugins = list({id(entry.plugin): entry for entry in reversed(plugins)}.values())[::-1]
         self._asked: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
@@ -553,15 +586,19 @@ class Relay:
             self._asked[name] = [(plugin, function) for _, plugin, function in found]
         return self._asked[name]
 
+    def named(self, plugin: str) -> str:
+        """A plugin's name as it stands in a message, with its distribution where it has one."""
+        return next((each.named.partition(" ")[2] for each in self._plugins if each.name == plugin), f"`{plugin}`")
+
     def drop(self, name: str, plugin: str) -> None:
         """Do not ask a plugin's hook again."""
         self._asked[name] = [each for each in self.each(name) if each[0] != plugin]
 
 
-def _hook(connection: object, name: str, takes: bool, on_loop: bool, contained: Contained) -> Hook:
+def _hook(connection: object, name: str, takes: bool, on_loop: bool, author: Author) -> Hook:
     function = getattr(connection, name)
     is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    return Hook(name, _positional(function, takes=takes), is_async, on_loop, contained)
+    return Hook(name, _positional(function, takes=takes), is_async, on_loop, author, Contained(author.typed))
 
 
 def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:
@@ -571,7 +608,7 @@ def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., A
 
 def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
     function = _positional(getattr(entry.plugin, hook), takes=entry.hooks[hook])
-    contained = Contained(partial(_plugin_error, entry.name))
+    contained = Contained(partial(_plugin_error, entry))
 
     def call(request: Any) -> Any:
         if entry.settings is not None and hook != "observe":
@@ -584,6 +621,6 @@ def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
     return call
 
 
-def _plugin_error(name: str, error: BaseException) -> PluginError:
+def _plugin_error(entry: Entry, error: BaseException) -> PluginError:
     hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
-    return PluginError(f"The plugin `{name}` failed with {_in_words(error)}.", plugin=name, hint=hint)
+    return PluginError(f"The {entry.named} failed with {_in_words(error)}.", plugin=entry.name, hint=hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -18,7 +18,7 @@ from graftage._engine.arguments import Wants, check_model, check_progress, check
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
-from graftage._engine.faults import typed_error
+from graftage._engine.faults import kind_of
 from graftage._engine.health import Flight
 from graftage._engine.hooks import call_hook, open_hook
 from graftage._engine.options import read_options
@@ -39,6 +39,7 @@ from graftage.calls import (
 from graftage.exceptions import (
     CapabilityUnsupported,
     GraftageError,
+    InferenceFailed,
     ModelNotFound,
     ProtocolError,
     ProviderError,
@@ -76,6 +77,8 @@ Measured = TypeVar("Measured", bound=Embeddings | Ranking)
 NOT_FITTING = "That does not fit the format that was asked for. Answer again, with JSON that fits and nothing else:"
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
 """A check that does not make the model work answers soon or not at all."""
+NAMED = 9
+"""Empty inputs that an error names by their place."""
 
 
 class Session(Connection):
@@ -181,7 +184,8 @@ class Session(Connection):
         with run.failing():
             self.require(operation)
             request = await self._measure_request(run, operation, model, want)
-            answer = check(await self.call(operation, request, run.call, kind), request)
+            with _naming_empty(request):
+                answer = check(await self.call(operation, request, run.call, kind), request)
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
@@ -262,7 +266,7 @@ class Session(Connection):
             flight.land(None)
             raise
         except Exception as error:  # noqa: BLE001 - what went wrong is the answer
-            typed = typed_error(error, self.provider)
+            typed = self.author.typed(error)
             self.hide(typed)
             found = Health(level=request.level, reachable=False, model=request.model, error=typed)
         except BaseException:
@@ -300,6 +304,8 @@ class Session(Connection):
         try:
             await self._look(request, levels)
         except ProviderError as error:
+            if isinstance(error, ModelNotFound):
+                await self._suggest(error, "health", call)
             return request.result(levels, error)
         return request.result(levels)
 
@@ -407,12 +413,17 @@ class Session(Connection):
         last: PullProgress | None = None
         run.source = open_hook(self.io, self.relay.hooks["pull_model"], request, run.call)
         while (step := await run.source.pull()) is not None:
+            if not isinstance(step, PullProgress):
+                raise self.author.fault(f"gave {kind_of(step)} instead of a PullProgress")
             last = step
             run.emit("progress", progress=step)
             if on_progress is not None:
                 _tell(run, on_progress, step)
         if last is None or last.status != "success":
-            raise StreamInterrupted("The download ended before it was complete.", hint="Pull again: it goes on.")
+            hint = "Pull again: it goes on."
+            if not run.call.opened:  # No server ended it.
+                hint += " A provider's last PullProgress must have the status `success`, and none of them may be None."
+            raise StreamInterrupted("The download ended before it was complete.", hint=hint)
         return last
 
     async def ensure(
@@ -575,7 +586,7 @@ class Session(Connection):
                 request = CloseRequest(call=Call(waiting=self.waiting))
                 await call_hook(self.io, self.relay.hooks["close"], request, request.call)
         except Exception as error:  # noqa: BLE001 - it is typed
-            typed = typed_error(error, self.provider)
+            typed = self.author.typed(error)
             raise typed from typed.__cause__
         finally:
             try:
@@ -615,6 +626,20 @@ def _checked_ranking(answer: Ranking, request: RerankRequest) -> Ranking:
 
 def _checked_embeddings(answer: Embeddings, request: EmbedRequest) -> Embeddings:
     return replace(answer, vectors=_checked_vectors(answer.vectors, len(request.inputs)))
+
+
+@contextlib.contextmanager
+def _naming_empty(request: EmbedRequest | RerankRequest) -> Iterator[None]:
+    """A block whose errors say which inputs are empty: many servers refuse such a one, and do not say which it is."""
+    try:
+        yield
+    except (InferenceFailed, ProtocolError, RequestRejected) as error:
+        texts = request.inputs if isinstance(request, EmbedRequest) else request.documents
+        empty = [str(place) for place, each in enumerate(texts, 1) if not each.strip()]
+        if empty:
+            error.message = f"{error.message} Empty inputs: number {', '.join(empty[:NAMED])} of {len(texts)}."
+            error.args = (error.message,)
+        raise
 
 
 def _checked_vectors(given: Any, inputs: int) -> Vectors:

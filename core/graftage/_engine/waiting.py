@@ -178,7 +178,7 @@ class Threaded(Elsewhere):
 
     def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
         super().__init__(io, call)
-        self._items: Items[Any] = Items(lambda: hook.plain(request), hook.contained)
+        self._items: Items[Any] = Items(lambda: hook.items(request), hook.contained)
 
     async def _next(self, until: float) -> Any:
         while True:

@@ -13,8 +13,8 @@ sizes, whole lines, typed errors, retries of the opening, no redirect, no proxy 
 """
 
 from graftage._engine.inputs import read_tool_call
-from graftage.http._answer import Answer, Refusal
 from graftage.http.address import is_loopback, is_private, place, proxy_for
+from graftage.http.answer import Answer, Refusal
 from graftage.http.client import Document, Event, Http, Items
 from graftage.http.clock import Clock
 from graftage.http.errors import Rules, by_words, says

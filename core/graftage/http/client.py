@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from graftage import retry
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
-from graftage.http._answer import OK, Answer, Refusal
 from graftage.http.address import SECRET_NAMES, check_base, is_private
+from graftage.http.answer import OK, Answer, Refusal
 from graftage.http.clock import Clock
 from graftage.http.errors import refused
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all

@@ -19,7 +19,7 @@ from graftage.exceptions import (
     QuotaExceeded,
     RequestRejected,
 )
-from graftage.http._answer import MAX_WORDS, OK, Answer, Refusal
+from graftage.http.answer import MAX_WORDS, OK, Answer, Refusal
 
 __all__ = ["Rules", "by_words", "refused", "says"]
 

@@ -18,7 +18,7 @@ from graftage.http.transport import Headers, header
 if TYPE_CHECKING:
     from graftage.calls import Call
 
-__all__ = ["MAX_WORDS", "OK", "Answer", "Refusal"]
+__all__ = ["Answer", "Refusal"]
 
 OK: Final = 200
 REFUSED: Final = 400
