@@ -50,6 +50,7 @@ import graftage
 from graftage.exceptions import (
     ConnectionFailed,
     GraftageError,
+    ProtocolError,
     ProviderTimeout,
     RequestRejected,
     SettingsError,
@@ -59,6 +60,7 @@ from graftage.http import is_private, place
 from graftage.http._framing import Framing
 from graftage.http._network import is_stale
 from graftage.http._server import server_of
+from graftage.http.address import read_base
 from graftage.types import Timeouts
 
 if TYPE_CHECKING:
@@ -169,6 +171,87 @@ def test_a_host_name_that_is_none_is_a_typed_error(both: Any, monkeypatch: Any, 
     with pytest.raises(ConnectionFailed) as caught:
         both.connect(on(f"http://{host}"), model=MODEL, attempts=1).chat("x")
     assert caught.value.details["cause"] == "dns"
+
+
+BASES = {
+    " 'HTTP://model.test:80/v1/' ": "http://model.test:80/v1",
+    "http://0.0.0.0:8000/v1": "http://127.0.0.1:8000/v1",
+    "http://[::]:8000": "http://[::1]:8000",
+    "http://0.0.0.0": "http://127.0.0.1",
+    "https://me:p@ss@model.test/v1": "https://model.test/v1",
+    "http://me@[::1]:80/": "http://[::1]:80",
+}
+
+
+@pytest.mark.parametrize(("given", "url"), BASES.items(), ids=BASES)
+def test_a_base_is_read_as_people_write_it(given: str, url: str) -> None:
+    assert read_base(given)[0] == url
+
+
+WRONG = [
+    "",
+    "//model.test",
+    "model.test:80",
+    "ftp://a",
+    "http://",
+    "http://a:0",
+    "http://a:x",
+    "http://[::1",
+    "http://a?b",
+]
+
+
+@pytest.mark.parametrize(
+    "given", [*WRONG, "http://me:word@model.test", "http://me:word@a#b", "https://me:word@a:99999"]
+)
+def test_a_base_that_cannot_be_used_is_refused_and_not_repeated(given: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_base(given)
+    assert "word@" not in str(caught.value)
+    assert caught.value.hint
+
+
+def test_headers_that_are_given_stand_before_a_user_in_the_address(both: Any) -> None:
+    with Server() as server:
+        url = server.url.replace("://", "://me:word@")
+        both.connect(on(url, WithKey), model=MODEL).models()
+        assert b"authorization: Basic bWU6d29yZA==\r\n" in server.requests[0]
+        both.connect(on(url), model=MODEL, headers={"Authorization": "Own"}).models()
+        assert b"authorization: Own\r\n" in server.requests[1]
+
+
+MOVED: dict[str, tuple[bytes, str]] = {
+    "https": (b"https://me:word@llm.test/models?token=word#word", r"to https://llm\.test \(.*in place of http://127"),
+    "a port": (b"http://llm.test:81/word", r"to http://llm\.test:81 \("),
+    "without a scheme": (b"//llm.test/x", r"to http://llm\.test \("),
+    "a path": (b"/login?word", "to another page of its own .*sign-in"),
+    "a relative path": (b"login", "to another page of its own"),
+    "no place": (b"", "The server redirects"),
+    "a file": (b"file:///etc/word", "to what is no http address"),
+    "a script": (b"javascript:word", "to what is no http address"),
+    "a bad port": (b"http://llm.test:word/", r"redirects \(status"),
+    "an odd name": (b'http://llm\xe9 "x.test/word', r"redirects \(status"),
+    "a name too long": (b"http://" + b"a" * 400 + b"/word", r"redirects \(status"),
+}
+
+
+@pytest.mark.parametrize(("location", "words"), MOVED.values(), ids=MOVED)
+def test_a_redirect_is_not_followed_and_names_where_to(both: Any, location: bytes, words: str) -> None:
+    head = b"HTTP/1.1 307 Moved\r\nlocation: %b\r\ncontent-length: 0\r\n\r\n" % location
+    with Server(saying(head)) as server:
+        llm = both.connect(on(server.url), model=MODEL, attempts=1)
+        with pytest.raises(ProtocolError, match=words) as caught:
+            llm.models()
+        assert not re.search("word|token|x.test", str(caught.value))
+        assert caught.value.hint
+        assert len(server.requests) == 1
+
+
+def test_a_path_where_nothing_is_stands_in_the_error(both: Any) -> None:
+    with Server(saying(b"HTTP/1.1 404 Not Found\r\ncontent-length: 8\r\n\r\nnot here")) as server:
+        llm = both.connect(on(f"{server.url}/v1/"), model=MODEL, attempts=1)
+        with pytest.raises(ProtocolError, match=r"It was asked for `/v1/models`\. .*Check `host`"):
+            llm.models()
 
 
 # --- Sockets of the file system --------------------------------------------------------------------------------------

@@ -92,12 +92,53 @@ def test_a_proxy_that_makes_no_tunnel_is_blamed_in_time(
         monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@{HERE}:{proxy.port}")
         llm = both.connect(on("https://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
         begun = time.monotonic()
-        with pytest.raises(kind, match=r"(?i)proxy.*model\.test.*NO_PROXY") as caught:
+        named = rf"(?i)proxy.*model\.test.*http://{HERE}:{proxy.port}, which https_proxy names.*NO_PROXY"
+        with pytest.raises(kind, match=named) as caught:
             llm.chat("x")
         assert time.monotonic() - begun < SHORT.total + SLACK
         assert SECRET not in str(caught.value)
         assert "status 0" not in str(caught.value)
         assert soon(lambda: proxy.open == 0 or serve is hang)
+
+
+@pytest.mark.parametrize("serve", [REFUSING["407"][0], close, garbage], ids=["407", "closes", "garbage"])
+def test_a_proxy_that_fails_a_plain_server_is_blamed(both: Any, monkeypatch: Any, serve: Any) -> None:
+    with Server(serve) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://me:{SECRET}@{HERE}:{proxy.port}")
+        llm = both.connect(on("http://model.test"), model=MODEL, attempts=1)
+        named = rf"(?i)proxy.*http://model\.test.*http://{HERE}:{proxy.port}, which HTTP_PROXY names.*NO_PROXY"
+        with pytest.raises(ProviderError, match=named) as caught:
+            llm.chat("x")
+        assert SECRET not in str(caught.value)
+        assert soon(lambda: proxy.open == 0)
+
+
+UNUSABLE = {
+    "socks5://me:word@p.test:1080": r"socks5://p\.test:1080, which ALL_PROXY names, is of a kind .*: socks5",
+    "socks5h://p.test": r"socks5h://p\.test, which",
+    "ftp://p.test": "ftp",
+    "http://": "ALL_PROXY names as a proxy is invalid",
+    "http://me:word@p.test:99999": "ALL_PROXY names as a proxy is invalid",
+    "http://me:word@p.test:abc": "ALL_PROXY names as a proxy is invalid",
+    "me:word@[::1": "ALL_PROXY names as a proxy is invalid",
+    "http://p..\u00fc.test": "ALL_PROXY names as a proxy is invalid",
+    "https://me:word@p.test": r"https://p\.test, which ALL_PROXY names, is reached by TLS",
+    "http://p.test": r"The host name in http://p\.test is not known\. It is the proxy",
+}
+
+
+@pytest.mark.parametrize(("proxy", "problem"), UNUSABLE.items(), ids=UNUSABLE)
+def test_a_proxy_that_cannot_be_used_is_blamed(both: Any, monkeypatch: Any, proxy: str, problem: str) -> None:
+    def look(host: Any, *arguments: Any, **named: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    llm = both.connect(on("https://model.test"), model=MODEL, attempts=1)
+    with pytest.raises(ConnectionFailed, match=problem) as caught:
+        llm.chat("x")
+    assert "NO_PROXY" in str(caught.value)
+    assert "word" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://model.test", "https://model.test"])
@@ -127,6 +168,36 @@ SPARED = [
     ("fd00::/8", "http://[fd00::1]:80", True),
     ("fd00::1", "http://[fd00::1]", True),
     ("10.0.0.0/8", "http://a.test", False),
+    ("test", "http://a.b.TEST", True),
+    ("*.test", "http://a.test", True),
+    ("*.test", "http://a.b.test", True),
+    ("*.a.test", "http://a.test", False),
+    ("*.test", "http://contest", False),
+    (".a.test", "http://a.test", True),
+    (".A.Test:81", "http://b.a.test:81", True),
+    ("*.test:81", "http://a.test:80", False),
+    ("a.test.", "http://a.test", True),
+    ("a.test", "http://a.test.", True),
+    ("x.test y.test\ta.test", "http://a.test", True),
+    (" , ,a.test,", "http://a.test", True),
+    ("b.test,*", "http://a.test", True),
+    ("10.0.0.0/8:80", "http://10.1.2.3", True),
+    ("10.1.2.3:81", "http://10.1.2.3:81", True),
+    ("10.1.2.3:81", "http://10.1.2.3:82", False),
+    ("10.0.0.0/8", "http://[::ffff:10.1.2.3]", True),
+    ("::ffff:10.0.0.0/104", "http://10.1.2.3", True),
+    ("::ffff:10.1.2.3", "http://10.1.2.3", True),
+    ("::/0", "http://[fd00::1]", True),
+    ("0.0.0.0/0", "http://[fd00::1]", False),
+    ("10.1.2.3/33", "http://10.1.2.3", False),
+    ("[fd00::1]", "http://[fd00::1]", True),
+    ("[fd00::1]:81", "http://[fd00::1]:81", True),
+    ("[fd00::1]:81", "http://[fd00::1]:80", False),
+    ("FD00:0:0::1", "http://[fd00::1]", True),
+    ("fe80::1%eth0", "http://[fe80::1]", True),
+    ("fd00::2", "http://[fd00::1]", False),
+    (":80", "http://a.test", False),
+    ("a.test:x", "http://a.test", False),
     ("", "http://localhost", True),
     ("", "http://127.9.9.9", True),
     ("", "http://[::1]:5", True),
@@ -138,5 +209,14 @@ SPARED = [
 def test_no_proxy_is_read_in_every_form(monkeypatch: Any, names: str, url: str, spared: bool) -> None:
     monkeypatch.setenv("all_proxy", "http://proxy.test:1")
     monkeypatch.setenv("http_proxy", "http://proxy.test:1")
-    monkeypatch.setenv("no_proxy", names)
-    assert (proxy_for(url) is None) is spared
+    for name in ("no_proxy", "NO_PROXY"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, names)
+            assert (proxy_for(url) is None) is spared
+
+
+def test_an_empty_no_proxy_hides_no_other_one(monkeypatch: Any) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.test:1")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "a.test")
+    assert proxy_for("http://a.test") is None

@@ -129,7 +129,8 @@ class MakeHttp(Protocol):
         """A client for one server, closed with the connection; it opens nothing until the first request.
 
         Args:
-            base_url: scheme, host, port, and a path that is put before that of each request.
+            base_url: scheme, host, port, and a path that is put before that of each request. A user and a password in
+                it are sent as Basic authorization.
             headers: sent with each request, besides `api_key` as a bearer token and `headers` of the settings.
             refusal: the author's own table of errors; what it passes is typed by the status.
             server: who refuses, for messages: `Ollama`.
@@ -137,7 +138,8 @@ class MakeHttp(Protocol):
                 makes the network, in the colour of the client.
 
         Raises:
-            SettingsError: `base_url` is no http or https URL, or has a user, a query or a fragment.
+            SettingsError: `base_url` is no http or https URL, has a query or a fragment, or a password that would go in
+                clear.
         """
         ...
 

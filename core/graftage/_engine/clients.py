@@ -35,7 +35,9 @@ class Clients:
         transport: Callable[[Callable[[], Transport]], Transport] | None = None,
     ) -> Http:
         """What `ConnectRequest.http` promises."""
-        from graftage.http.client import Http  # noqa: PLC0415 - a provider without HTTP does not need it
+        # A provider without HTTP does not need these.
+        from graftage.http.address import read_base  # noqa: PLC0415
+        from graftage.http.client import Http  # noqa: PLC0415
 
         def network() -> Transport:
             return transport(self._network) if transport is not None else self._network()
@@ -51,12 +53,13 @@ class Clients:
                 )
             return built
 
+        base, basic = read_base(base_url)
         http = Http(
-            base_url,
+            base,
             build=build,
             colour=self.colour,
             begin=self._begin,
-            headers=self._headers(headers or {}),
+            headers=self._headers(headers or {}, basic),
             refusal=refusal,
             server=server,
         )
@@ -82,12 +85,13 @@ class Clients:
 
         return AsyncNetwork()
 
-    def _headers(self, own: Mapping[str, str]) -> dict[str, str]:
+    def _headers(self, own: Mapping[str, str], basic: Mapping[str, str]) -> dict[str, str]:
         settings = self._settings
         given = {name.lower(): value for name, value in own.items()}
         if settings.api_key is not None:
             given["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
-        return given | {name.lower(): value.get_secret_value() for name, value in settings.headers.items()}
+        # What stands in the address is for this server; a key may be for every one.
+        return given | basic | {name.lower(): value.get_secret_value() for name, value in settings.headers.items()}
 
     async def close(self) -> None:
         """Close every connection."""

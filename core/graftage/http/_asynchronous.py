@@ -18,6 +18,7 @@ from graftage.http._network import (
     KEEPALIVE,
     KEEPALIVE_EXPIRY,
     closed,
+    is_answered,
     is_stale,
     known_addresses,
     tls_context,
@@ -64,7 +65,7 @@ class AsyncNetwork:
         if wire is None or answer is None or (is_stale(answer, begun) and not pool.closed):
             wire = await pool.connected(server, clock)
             answer = await pool.asked(wire, head, request, size, clock)
-        if not answer.head:
+        if not is_answered(answer, server):
             raise unanswered(answer, clock, server)
         return _Response(pool, wire, answer, clock)
 
@@ -163,7 +164,7 @@ class _Pool:
         except BaseException:
             self.drop(wire)
             raise
-        if not answer.head:
+        if not is_answered(answer, wire.server):
             self.drop(wire)
         return answer
 
@@ -363,7 +364,7 @@ async def _through_proxy(loop: asyncio.AbstractEventLoop, wire: _Wire, tunnel: b
         await wire.wait(clock)
     answer.let_go()
     if answer.status != OK:
-        raise tunnel_failed(answer, wire.server.origin)
+        raise tunnel_failed(answer, wire.server)
     wire.answer = None
     secured = await loop.start_tls(wire.transport, wire, tls_context(), server_hostname=wire.server.host)
     if secured is None:

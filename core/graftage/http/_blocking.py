@@ -21,6 +21,7 @@ from graftage.http._network import (
     KEEPALIVE_EXPIRY,
     Addresses,
     closed,
+    is_answered,
     is_stale,
     known_addresses,
     tls_context,
@@ -74,7 +75,7 @@ class BlockingNetwork:
         if wire is None or answer is None or (is_stale(answer, begun) and not self._closed):
             wire = self._connected(server, clock)
             answer = self._asked(wire, head, request, size, clock)
-        if not answer.head:
+        if not is_answered(answer, server):
             raise unanswered(answer, clock, server)
         return _Response(self, wire, answer, clock)
 
@@ -88,7 +89,7 @@ class BlockingNetwork:
         except BaseException:
             self.give_back(wire, usable=False)
             raise
-        if not answer.head:
+        if not is_answered(answer, wire.server):
             self.give_back(wire, usable=False)
         return answer
 
@@ -290,7 +291,7 @@ def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> None:
         _receive(wire, answer, clock)
     answer.let_go()
     if answer.status != OK:
-        raise tunnel_failed(answer, wire.server.origin)
+        raise tunnel_failed(answer, wire.server)
 
 
 class _Response:

@@ -25,6 +25,7 @@ __all__ = [
     "Addresses",
     "closed",
     "failed_before_answer",
+    "is_answered",
     "is_stale",
     "known_addresses",
     "not_http",
@@ -43,6 +44,7 @@ KEEPALIVE_EXPIRY = 30.0
 RACE = 5.0
 """Seconds within which the end of a connection may have crossed a request; later it is the end of the server's work."""
 PROXY_SIGN_IN = 407
+SERVER_FAULT = 500
 
 
 def known_addresses(server: Server) -> Addresses | None:
@@ -97,18 +99,25 @@ def unconnected(error: BaseException, clock: Clock, server: Server) -> ProviderE
     """The typed error for a connection that was not made, which blames the proxy where there is one."""
     # What TLS says inside a tunnel, the server says.
     inside = server.tunnel is not None and _tls_error(list(_chain(error))) is not None
-    blamed = None if inside else server.proxy
     if isinstance(error, ProviderTimeout):
         found: ProviderError = error
-    elif isinstance(error, TimeoutError):
-        found = clock.expired()
     else:
-        found = connection_failed(error, blamed or server.origin)
-    if blamed is not None:
-        found.message += f" It is the proxy on the way to {place(server.origin)}."
-        found.hint = f"Check the proxy {blamed}. NO_PROXY names hosts that need none."
-        found.args = (found.message,)
-    return found
+        found = failed_before_answer(error, clock, server.origin if inside else peer_of(server))
+    return found if inside else _blamed(found, server)
+
+
+def peer_of(server: Server) -> str:
+    """Scheme, host and port of what connections are made to: the proxy, where there is one."""
+    return server.origin if server.proxy is None else server.proxy.partition(",")[0]
+
+
+def _blamed(error: ProviderError, server: Server) -> ProviderError:
+    """The same error, which names the proxy where it was the proxy that failed."""
+    if server.proxy is not None:
+        error.message += f" It is the proxy on the way to {place(server.origin)}."
+        error.hint = f"Check the proxy {server.proxy}. NO_PROXY names hosts that need none."
+        error.args = (error.message,)
+    return error
 
 
 def closed() -> ConnectionFailed:
@@ -128,10 +137,21 @@ def is_stale(answer: Framing, begun: float) -> bool:
 
 def unanswered(answer: Framing, clock: Clock, server: Server) -> ProviderError:
     """The typed error for a connection that ended, or broke a rule, before the head of its answer was there."""
+    if answer.head:
+        return tunnel_failed(answer, server)
+    # In a tunnel it was the server.
+    where = peer_of(server) if server.absolute else server.origin
     fault = answer.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
-        return failed_before_answer(fault, clock, server.origin)
-    return not_http(server.origin, answer.words())
+        error = failed_before_answer(fault, clock, where)
+    else:
+        error = not_http(where, answer.words())
+    return _blamed(error, server) if server.absolute else error
+
+
+def is_answered(answer: Framing, server: Server) -> bool:
+    """Whether the server has begun to answer: a proxy that wants a sign-in speaks in its place."""
+    return answer.head and not (server.absolute and answer.status == PROXY_SIGN_IN)
 
 
 def not_http(url: str, why: str) -> ProtocolError:
@@ -172,14 +192,15 @@ def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
     )
 
 
-def tunnel_failed(answer: Framing, url: str) -> ConnectionFailed:
+def tunnel_failed(answer: Framing, server: Server) -> ConnectionFailed:
     """The error for a proxy that makes no connection to the server."""
-    hint = "Put user and password into the proxy variable." if answer.status == PROXY_SIGN_IN else "Check its log."
-    what = f"refused: status {answer.status}" if answer.head else f"broke off: {answer.words()}"
+    hint = "Put user and password into its address." if answer.status == PROXY_SIGN_IN else "Check its log."
+    what = f"refuses: status {answer.status}" if answer.head else f"broke off: {answer.words()}"
     return _failed(
-        f"The proxy on the way to {place(url)} {what}.",
+        f"The proxy on the way to {place(server.origin)} {what}. It is {server.proxy}.",
         "proxy",
         f"{hint} NO_PROXY names hosts that need none.",
+        retryable=answer.status >= SERVER_FAULT,
     )
 
 

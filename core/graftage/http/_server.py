@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, replace
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from graftage.exceptions import ConnectionFailed
-from graftage.http.address import place, proxy_for, socket_path
+from graftage.http.address import basic, named_proxy, place, socket_path
 
 __all__ = ["Server", "server_of"]
 
@@ -27,7 +26,7 @@ class Server:
     path: str | None = None
     """The socket of the file system that a connection is made to instead."""
     proxy: str | None = None
-    """The proxy's address, for messages: without user and password."""
+    """The proxy's address, without user and password, and what names it: for messages."""
     tunnel: bytes | None = None
     """What asks the proxy for a connection to the server."""
     absolute: bool = False
@@ -46,52 +45,54 @@ def server_of(origin: str) -> Server:
         return Server(origin=origin, netloc="localhost", host="localhost", first=("", 0), path=path)
     parts = urlsplit(origin)
     tls = parts.scheme == "https"
-    host = _ascii(parts.hostname or "", origin)
+    host = _ascii(parts.hostname or "")
+    if host is None:
+        hint = "Check the spelling of `host`."
+        raise ConnectionFailed(
+            f"The host name in {place(origin)} is invalid.", retryable=False, hint=hint, details={"cause": "dns"}
+        )
     name = f"[{host}]" if ":" in host else host
     port = parts.port or (443 if tls else 80)
     netloc = f"{name}:{parts.port}" if parts.port else name
     straight = Server(origin=origin, netloc=netloc, host=host, first=(host, port), tls=tls)
-    proxy = proxy_for(origin)
+    proxy, variable = named_proxy(origin)
     if proxy is None:
         return straight
-    by = _checked_proxy(proxy, tls=tls)
-    first = (_ascii(by.hostname or "", proxy), by.port or (443 if by.scheme == "https" else 80))
-    words = f"{unquote(by.username or '')}:{unquote(by.password or '')}".encode()
-    auth = (("proxy-authorization", f"Basic {base64.b64encode(words).decode()}"),) if by.username else ()
-    behind = replace(straight, first=first, tls=by.scheme == "https", proxy=place(proxy), headers=auth)
+    by, first = _checked_proxy(proxy, variable, tls=tls)
+    auth = tuple(basic("proxy-authorization", by).items())
+    named = f"{place(proxy)}, which {variable} names"
+    behind = replace(straight, first=first, tls=by.scheme == "https", proxy=named, headers=auth)
     if not tls:
         return replace(behind, absolute=True)
     lines = [f"CONNECT {name}:{port} HTTP/1.1", f"host: {name}:{port}", *(f"{key}: {value}" for key, value in auth)]
     return replace(behind, tunnel="\r\n".join([*lines, "", ""]).encode())
 
 
-def _ascii(host: str, url: str) -> str:
+def _ascii(host: str) -> str | None:
+    """A host name as it is looked up; None where it is invalid."""
     try:
         return host if host.isascii() else host.encode("idna").decode()
-    except UnicodeError as error:
-        raise ConnectionFailed(
-            f"The host name in {place(url)} is none.",
-            retryable=False,
-            hint="Check the spelling of `host`.",
-            details={"cause": "dns"},
-        ) from error
+    except UnicodeError:
+        return None
 
 
-def _checked_proxy(proxy: str, *, tls: bool) -> SplitResult:
-    """A proxy's address. It is not repeated in an error: it may hold a password."""
+def _checked_proxy(proxy: str, variable: str, *, tls: bool) -> tuple[SplitResult, tuple[str, int]]:
+    """A proxy's address, and where a connection to it is made. No password of it stands in an error."""
     problem = ""
     try:
         by = urlsplit(proxy)
-        usable = bool(by.hostname) and by.port != 0
+        host, port = _ascii(by.hostname or ""), by.port
     except ValueError:
-        usable = False
-    if not usable:
-        problem = "The proxy that the environment names is no address."
+        host = port = None
+    if not host or port == 0:
+        problem = f"What {variable} names as a proxy is invalid."
     elif by.scheme not in ("http", "https"):
-        problem = f"The environment names a proxy of a kind that cannot be used: {by.scheme}."
+        problem = f"The proxy {place(proxy)}, which {variable} names, is of a kind that cannot be used: {by.scheme}."
     elif tls and by.scheme == "https":
-        problem = "The environment names a proxy that is reached by TLS, for a server that is reached by TLS as well."
-    if problem:
+        problem = (
+            f"The proxy {place(proxy)}, which {variable} names, is reached by TLS, as the server is: not both can."
+        )
+    if problem or not host:
         hint = "Set an http proxy, or name the host in NO_PROXY."
         raise ConnectionFailed(problem, retryable=False, hint=hint, details={"cause": "proxy"})
-    return by
+    return by, (host, port or (443 if by.scheme == "https" else 80))

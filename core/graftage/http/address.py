@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import ipaddress
 import re
-from collections.abc import Mapping
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from graftage.exceptions import SettingsError
 
-__all__ = ["check_base", "is_loopback", "is_private", "place", "proxy_for", "socket_path"]
+__all__ = ["basic", "is_loopback", "is_private", "named_proxy", "place", "proxy_for", "read_base", "socket_path"]
 
 UNIX: Final = "http+unix"
 """The scheme of a server that listens at a socket of the file system."""
 SECRET_NAMES: Final = re.compile(r"auth|cookie|credential|key|passw|secret|session|token", re.IGNORECASE)
 """Headers that are named like this carry what only the right server may see."""
+LISTEN_ONLY: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - recognised in order not to be used
+_LIST: Final = re.compile(r"[\s,]+")
+_ENTRY: Final = re.compile(r"(\[[^\]]*\]|[^:]*):([0-9]{1,5})")
+_ZONE: Final = re.compile("%[^/]*")
 
 
 def is_loopback(host: str) -> bool:
@@ -31,29 +34,52 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def check_base(url: str) -> str:
-    """A base URL without its last slash. A refused one is not repeated: it may hold a password.
+def read_base(text: str) -> tuple[str, dict[str, str]]:
+    """A base URL without its last slash, and the header that a user and a password in it are sent as.
+
+    Spaces and quotes around it are left out, and an address that a server listens on, `0.0.0.0`, becomes the loopback
+    address it can be reached at from here. A refused one is not repeated: it may hold a password.
 
     A server that listens at a socket of the file system is named by the percent-encoded path in place of the host:
     `http+unix://%2Frun%2Fserver.sock/v1`. It counts as this machine: keys may go there, and no proxy is asked.
 
     Raises:
-        SettingsError: nothing can be sent there.
+        SettingsError: nothing can be sent there, or a password would go in clear.
     """
+    url = text.strip().strip("'\"").strip()
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         if parts.scheme == UNIX:
-            usable = bool(re.fullmatch("%2[Ff][^:\\[\\]]+", parts.netloc)) and "\0" not in unquote(parts.netloc)
+            usable = bool(re.fullmatch("%2[Ff][^:@\\[\\]]+", parts.netloc)) and "\0" not in unquote(parts.netloc)
     except ValueError:
         usable = False
-    if not usable or parts.username is not None or parts.query or parts.fragment:
+    if not usable or parts.query or parts.fragment:
         raise SettingsError(
-            "The server's address cannot be used: it must be an http or https URL without user, query and fragment.",
+            "The server's address cannot be used: it must be an http or https URL without query and fragment.",
             key="host",
             hint="Write it like `http://127.0.0.1:8000/v1`, and put a key into `api_key`.",
         )
-    return url.rstrip("/")
+    if parts.scheme == UNIX:
+        return url.rstrip("/"), {}
+    if parts.username is not None and not is_private(url):
+        raise SettingsError(
+            "The server's address has a user or a password in it, which would go in clear.",
+            key="host",
+            hint="Use https, or put a key into `api_key`: it is not sent in clear either, which some servers allow.",
+        )
+    netloc = parts.netloc.rpartition("@")[2]
+    if parts.hostname in LISTEN_ONLY:
+        netloc = f"{LISTEN_ONLY[parts.hostname]}:{parts.port}" if parts.port else LISTEN_ONLY[parts.hostname]
+    return f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}", basic("authorization", parts)
+
+
+def basic(header: str, parts: SplitResult) -> dict[str, str]:
+    """The header that the user and the password of a URL are sent as; none where it has no user."""
+    if parts.username is None:
+        return {}
+    words = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode(errors="replace")
+    return {header: f"Basic {base64.b64encode(words).decode()}"}
 
 
 def socket_path(url: str) -> str | None:
@@ -79,24 +105,53 @@ def place(url: str) -> str:
 
 def proxy_for(url: str) -> str | None:
     """The proxy that the environment names for `url`. Loopback never has one: a prompt would leave the machine."""
+    return named_proxy(url)[0]
+
+
+def named_proxy(url: str) -> tuple[str | None, str]:
+    """The proxy for `url`, and what names it: a variable of the environment, or the system's settings."""
     parts = urlsplit(url)
-    host = parts.hostname or ""
+    host = (parts.hostname or "").rstrip(".")
     if parts.scheme == UNIX or is_loopback(host):
-        return None
-    import urllib.request  # noqa: PLC0415 - a server on this machine does not need it, and it is slow to import
+        return None, ""
+    import os  # noqa: PLC0415 - a server on this machine does not need these, and the second is slow to import
+    import urllib.request  # noqa: PLC0415
 
     proxies = urllib.request.getproxies()
-    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    if any(map(urllib.request.proxy_bypass, (host, f"{host}:{port}", f"[{host}]:{port}"))) or _is_spared(host, proxies):
-        return None
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if (
+        not proxy
+        or urllib.request.proxy_bypass(host)
+        or any(_is_named(host, port, each) for each in _LIST.split(spared))
+    ):
+        return None, ""
+    kinds = (f"{parts.scheme}_proxy", "all_proxy")
+    names = (name for name, value in os.environ.items() if name.lower() in kinds and value == proxy)
+    return proxy if "://" in proxy else f"http://{proxy}", next(names, "the system's settings")
 
 
-def _is_spared(host: str, proxies: Mapping[str, str]) -> bool:
-    """Whether NO_PROXY names a network that an address is in, as other tools read it and Python does not."""
-    for each in proxies.get("no", "").split(","):
-        with contextlib.suppress(ValueError):  # A name.
-            if "/" in each and ipaddress.ip_address(host) in ipaddress.ip_network(each.strip(), strict=False):
-                return True
-    return False
+def _is_named(host: str, port: int | None, entry: str) -> bool:
+    """Whether an entry of NO_PROXY names a host, in any form that curl, Go or Python take."""
+    found = _ENTRY.fullmatch(entry)
+    name, own_port = found.groups() if found else (entry, None)
+    name = name.strip("[]").rstrip(".").lower()
+    if not name or (own_port and int(own_port) != port):
+        return False
+    if (network := _network(name)) is not None:
+        address = _network(host)
+        return address is not None and address.subnet_of(network)
+    # `.name` is its subdomains and itself, as for curl; `*.name` is its subdomains.
+    return name == "*" or host == name.lstrip(".") or host.endswith(f".{name.removeprefix('*').lstrip('.')}")
+
+
+def _network(text: str) -> ipaddress.IPv6Network | None:
+    """A network, or an address as one; those of IPv4 as IPv6 has them, so that both forms of an address are equal."""
+    try:
+        found = ipaddress.ip_network(_ZONE.sub("", text), strict=False)
+    except ValueError:  # It is a name.
+        return None
+    if isinstance(found, ipaddress.IPv6Network):
+        return found
+    return ipaddress.IPv6Network((0xFFFF << 32 | int(found.network_address), 96 + found.prefixlen))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections import deque
@@ -16,10 +17,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 from graftage import retry
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
-from graftage.http.address import SECRET_NAMES, check_base, is_private
+from graftage.http.address import SECRET_NAMES, is_private, place
 from graftage.http.answer import OK, Answer, Refusal
 from graftage.http.clock import Clock
 from graftage.http.errors import refused
@@ -42,6 +44,8 @@ MAX_LINE: Final = 8 * 1024 * 1024
 MAX_ERROR_BODY: Final = 64 * 1024
 REDIRECT: Final = 300
 REFUSED: Final = 400
+NOT_THERE: Final = (404, 405)
+_PLACE: Final = re.compile(r"https?://[A-Za-z0-9._:\[\]-]{1,260}")
 DRAIN: Final = 0.2
 """Seconds to wait for the end of a body after its last item; then the connection is not used again."""
 SHORTEST_SECRET: Final = 4
@@ -76,18 +80,15 @@ class Http:
         """Take what all requests share.
 
         Args:
-            base_url: scheme, host, port, and a path that is put before that of each request.
+            base_url: as `read_base` gives it.
             build: makes what sends the requests; the first one calls it.
             colour: the kind of client that asks.
             begin: makes the call of a request that comes from an SDK, with the limits of the settings.
             headers: sent with each request; one that is named like a secret only over https or to loopback.
             refusal: the author's own table of errors.
             server: who refuses, for messages.
-
-        Raises:
-            SettingsError: nothing can be sent to `base_url`.
         """
-        self.base_url = check_base(base_url)
+        self.base_url = base_url
         self.headers: Headers = _kept((headers or {}).items(), safe=is_private(base_url))
         self._build = build
         self.colour = colour
@@ -261,7 +262,7 @@ class Http:
         try:
             if response.status >= REDIRECT:
                 body, _ = await read_all(response, MAX_ERROR_BODY)
-                raise self.refused(response.status, response.headers, body, call)
+                raise self._refused(request, response, body, call)
             _check_kind(response)
         except BaseException:
             await response.close()
@@ -281,7 +282,7 @@ class Http:
                 return _Bounded(response, call)
             body, _ = await read_all(response, MAX_ERROR_BODY)
             if response.status < REFUSED:
-                raise self.refused(response.status, response.headers, body, call)
+                raise self._refused(request, response, body, call)
             await response.close()
             return _Whole(response, self._hidden(body))
         except BaseException:
@@ -301,15 +302,18 @@ class Http:
                 self._transport = self._build()
             return self._transport
 
+    def _refused(self, request: Request, response: Response, body: bytes, call: Call) -> ProviderError:
+        """The typed error for an answer with a status that refuses, or that redirects."""
+        status = response.status
+        if status < REFUSED:
+            return _redirected(status, request.url, header(response.headers, "location"))
+        error = self.refused(status, response.headers, body, call)
+        if status in NOT_THERE and isinstance(error, ProtocolError):
+            error.hint = f"It was asked for `{request.target.partition('?')[0]}`. {error.hint or ''}".rstrip()
+        return error
+
     def refused(self, status: int, headers: Headers, body: bytes, call: Call) -> ProviderError:
         """The typed error for an answer that refuses."""
-        if REDIRECT <= status < REFUSED:
-            # Followed, a redirect would send the prompt to whatever it names.
-            return ProtocolError(
-                f"The server redirects (status {status}); redirects are not followed.",
-                status=status,
-                hint="Put the final address into `host`.",
-            )
         answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
         return refused(answer, self._refusal)
 
@@ -656,6 +660,26 @@ def _cut() -> StreamInterrupted:
 
 def _too_large(call: Call) -> ProtocolError:
     return ProtocolError(f"The answer is larger than {call.max_reply_bytes} bytes.", hint="Raise `max_reply_bytes`.")
+
+
+def _redirected(status: int, url: str, location: str | None) -> ProtocolError:
+    """The error for a redirect: followed, it would send the prompt to whatever it names.
+
+    It names the server alone: user, path and query may be secret.
+    """
+    to, hint = "", "Put the final address into `host`."
+    with contextlib.suppress(ValueError):
+        target, own = urlsplit(urljoin(url, location or "")), place(url)
+        there = place(target.geturl())
+        if there == own:
+            to, hint = " to another page of its own", "Does it want a sign-in? Check the path in `host`, and `api_key`."
+        elif target.scheme in ("http", "https") and _PLACE.fullmatch(there):
+            to, hint = f" to {there}", f"If that is right, put it into `host` in place of {own}."
+        elif target.scheme not in ("http", "https"):
+            to = " to what is no http address"
+    return ProtocolError(
+        f"The server redirects{to} (status {status}); redirects are not followed.", status=status, hint=hint
+    )
 
 
 def _kept(headers: Iterable[tuple[str, str]], *, safe: bool) -> Headers:

@@ -56,8 +56,8 @@ class OllamaConnection:
     """The hooks, on a client that opens nothing until the first request."""
 
     def __init__(self, request: ConnectRequest, settings: OllamaSettings) -> None:
-        self.address = parse_host(settings.host)
-        self._http = request.http(self.address, refusal=refusal, server="Ollama")
+        self._http = request.http(parse_host(settings.host), refusal=refusal, server="Ollama")
+        self.address = self._http.base_url
         self._adapters = Adapters(
             self._http, self.address, merge=settings.merge_adapters, base_file=settings.adapter_base_file
         )

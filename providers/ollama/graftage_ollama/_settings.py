@@ -22,7 +22,10 @@ class OllamaSettings(Settings):
 
     native_environment: ClassVar[Mapping[str, str]] = {"host": "OLLAMA_HOST", "api_key": "OLLAMA_API_KEY"}
 
-    host: str | None = Field(default=None, description="Address of the server; 127.0.0.1:11434 where none is given")
+    host: str | None = Field(
+        default=None,
+        description="Address of the server; 127.0.0.1:11434 where none is given. A A last `/v1` or `/api` is left out",
+    )
     api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token over https or to loopback only")
     merge_adapters: bool | ByteSize = Field(
         default=False,
@@ -42,7 +45,7 @@ PORTS = {"http": 80, "https": 443}
 MAX_PORT = 65535
 _SHAPE = re.compile(
     r"(?:(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://)?"
-    r"(?P<user>[^/@]*@)?"
+    r"(?:(?P<user>[^/?#]*)@)?"
     r"(?P<host>\[[^\]/]*\]|[^/:\[\]?#]*)"
     r"(?::(?P<port>[^/:?#]*))?"
     r"(?P<path>/[^?#]*)?"
@@ -52,6 +55,10 @@ _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,254}}$)({_LABEL}\.)*{_LABEL}\.?")
 """What look-ups take: an empty or an overlong label would break them with an error of their own."""
 _PATH = re.compile(r"[\x21-\x7e]*")
+_API = re.compile(
+    r"/+(?:(?:api|v1)(?:/+(?:chat(?:/completions)?|completions|embed|embeddings|generate|models|ps|show|tags|version))?/*)?$"
+)
+"""The end of a path that is the API's."""
 SAFE: Final = "/%:@!$&'()*+,;=~-._"
 """What may stand in a path as it is (RFC 3986, 3.3)."""
 MAX_TEXT = 2000
@@ -61,20 +68,19 @@ _LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised 
 def parse_host(text: str | None) -> str:
     """The address of a server: `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`; None: the default.
 
-    Also a socket of the file system, `http+unix://%2Frun%2Follama.sock`.
+    A user and a password before the host are kept, as they are sent. What belongs to the API, `/v1` or `/api/chat`, is
+    left out. Also a socket of the file system, `http+unix://%2Frun%2Follama.sock`.
 
     An address that a server listens on, `0.0.0.0`, becomes the loopback address it can be reached at from here.
 
     Raises:
         SettingsError: it has none of these forms.
     """
-    text = (text or "").strip().strip("'\"").strip() or DEFAULT_HOST
+    text = (text or "").strip().strip("'\"").strip().removeprefix("//") or DEFAULT_HOST
     found = _SHAPE.fullmatch(text)
     # A query may hold a secret: it is refused before anything that would repeat it.
     if found["extra"] if found else re.search(r"[?#]", text):
-        _refuse_secret("a query or a fragment", "Leave them out.")
-    if found and found["user"]:
-        _refuse_user()
+        _refuse_secret("a query or a fragment, which would not be sent", "Leave them out.")
     if len(text) > MAX_TEXT:
         _refuse(text, "is too long", f"An address has at most {MAX_TEXT} characters.")
     if found is None:
@@ -83,20 +89,36 @@ def parse_host(text: str | None) -> str:
         _refuse(text, "is no address", "Write it as `host:port` or `http://host:port`.")
     scheme = (found["scheme"] or "").lower()
     if scheme == "http+unix":
-        from graftage.http.address import check_base  # noqa: PLC0415 - listing providers must stay cheap
-
-        return check_base(text)
+        return text.rstrip("/")
     if scheme not in ("", *PORTS):
         _refuse(text, f"has the scheme `{scheme}`", "Use `http://` or `https://`.")
     port = _port(text, found["port"], PORTS.get(scheme, DEFAULT_PORT))
     host = _host(text, found["host"], named=bool(scheme))
-    path = _without_dots(found["path"] or "").rstrip("/") or "/"
+    path = _without_dots(found["path"] or "")
     if not _PATH.fullmatch(path):
         _refuse(text, "has a path with spaces or other odd characters", "Write them as `%20` and so on.")
     scheme = scheme or "http"
     name = f"[{host}]" if ":" in host else host.lower()
     place = name if port == PORTS[scheme] else f"{name}:{port}"
-    return f"{scheme}://{place}{urllib.parse.quote(path, safe=SAFE) if path != '/' else ''}"
+    return f"{scheme}://{_user(found['user'], host, scheme)}{place}{urllib.parse.quote(_without_api(path), safe=SAFE)}"
+
+
+def _without_api(path: str) -> str:
+    """A path without the API's own part, which is put after it: people give the addresses that other programs want."""
+    while (shorter := _API.sub("", path)) != path:
+        path = shorter
+    return path
+
+
+def _user(user: str | None, host: str, scheme: str) -> str:
+    """The user and the password before a host, where they may be sent."""
+    if user is None:
+        return ""
+    from graftage.http import is_loopback  # noqa: PLC0415 - listing providers must stay cheap
+
+    if scheme != "https" and not is_loopback(host):
+        _refuse_user()
+    return ":".join(urllib.parse.quote(urllib.parse.unquote(part), safe="") for part in user.split(":", 1)) + "@"
 
 
 def _without_dots(path: str) -> str:
@@ -155,9 +177,10 @@ def _refuse(text: str, problem: str, hint: str) -> NoReturn:
 
 
 def _refuse_user() -> NoReturn:
-    _refuse_secret("a user or a password in it", "Put the key into `api_key`.")
+    problem = "a user or a password in it, which is sent only over https or to loopback"
+    _refuse_secret(problem, "Use https, or check what stands before the `@`, with `%2F` for a slash.")
 
 
 def _refuse_secret(problem: str, hint: str) -> NoReturn:
     # The text is not repeated: it may hold a secret.
-    raise SettingsError(f"The host has {problem}, which would not be sent.", key="host", hint=hint)
+    raise SettingsError(f"The host has {problem}.", key="host", hint=hint)

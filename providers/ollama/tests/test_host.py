@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import re
+from typing import Any
+
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftage.exceptions import SettingsError
+from graftage.exceptions import AuthenticationFailed, SettingsError
 from graftage_ollama._settings import parse_host
+from graftage_ollama.testing import Answer, FakeOllama
 
 ACCEPTED = {
     None: "http://127.0.0.1:11434",
@@ -47,6 +52,27 @@ ACCEPTED = {
     "  127.0.0.1:8080\n": "http://127.0.0.1:8080",
     '"127.0.0.1:8080"': "http://127.0.0.1:8080",
     "' localhost '": "http://localhost:11434",
+    # As other programs want it: what is the API's is put after it.
+    "http://h:11434/v1": "http://h:11434",
+    "http://h:11434/v1/": "http://h:11434",
+    "http://h:11434/api": "http://h:11434",
+    "http://h:11434//api//": "http://h:11434",
+    "http://h:11434/api/chat": "http://h:11434",
+    "h:11434/api/generate/": "http://h:11434",
+    "https://example.com/ollama/v1/chat/completions": "https://example.com/ollama",
+    "https://example.com/ollama/api/tags": "https://example.com/ollama",
+    "https://example.com/api/v1": "https://example.com",
+    "https://example.com/v1/ollama": "https://example.com/v1/ollama",
+    "https://example.com/myapi": "https://example.com/myapi",
+    "https://example.com/api/v2": "https://example.com/api/v2",
+    "//example.com": "http://example.com:11434",
+    "//example.com:80/x/": "http://example.com/x",
+    "https://me:p%40ss@example.com": "https://me:p%40ss@example.com",
+    "https://me:p@ss@example.com:8443/x/": "https://me:p%40ss@example.com:8443/x",
+    "https://token@example.com": "https://token@example.com",
+    "https://:word@example.com": "https://:word@example.com",
+    "me:word@localhost": "http://me:word@localhost:11434",
+    "http://me:word@[::1]:80/v1": "http://me:word@[::1]",
     # A server listens on these; from here it is reached at loopback.
     "0.0.0.0": "http://127.0.0.1:11434",
     "0.0.0.0:8080": "http://127.0.0.1:8080",
@@ -155,6 +181,20 @@ def test_any_text_is_an_address_or_a_settings_error(text: str) -> None:
     assert httpx.URL(url).scheme in ("http", "https")
     assert httpx.URL(url).host
     assert parse_host(url) == url
+
+
+def test_a_user_and_a_password_are_sent_as_basic_authorization_and_shown_nowhere(both: Any) -> None:
+    with FakeOllama() as fake:
+        host = fake.url.replace("://", "://me:hunt%40r2@") + "/v1"
+        llm = both.connect("ollama", model="m", host=host, api_key="other", attempts=1)
+        llm.models()
+        assert fake.requests[-1].headers["authorization"] == f"Basic {base64.b64encode(b'me:hunt@r2').decode()}"
+        assert llm.address == fake.url
+        fake.script("/api/chat", Answer([b'{"error": "bWU6aHVudEByMg== is wrong"}'], status=401))
+        with pytest.raises(AuthenticationFailed) as caught:
+            llm.chat("x")
+        shown = f"{caught.value} {caught.value.to_dict()} {llm.settings!r}"
+        assert not re.search("hunt|r2|bWU6", shown)
 
 
 def test_the_host_of_a_client_is_told_as_its_address() -> None:
