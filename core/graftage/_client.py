@@ -589,6 +589,19 @@ async def _read_off_loop(session: Session | Chain, reader: Reader, subject: Any,
     return session.read(reader, subject, arguments)
 
 
+def _check_asyncio() -> None:
+    """Refuse a coroutine that is not run by asyncio: trio runs it, or nobody but its caller."""
+    import asyncio  # noqa: PLC0415
+
+    with contextlib.suppress(RuntimeError):  # There is no loop.
+        if asyncio.current_task() is not None:
+            return
+    raise RuntimeError(
+        "an async client needs asyncio: await it in a task of asyncio's, as by `asyncio.run`; under trio or without a "
+        "loop, call the sync client of `graftage.connect`, in a thread where it must not block"
+    )
+
+
 class AsyncClient:
     """A provider's connection for asyncio; the methods are those of `Client`. Works from several event loops."""
 
@@ -604,6 +617,7 @@ class AsyncClient:
 
     async def _open(self) -> Session | Chain:
         """The session; the first caller starts to open it, and everyone waits, whoever gives up meanwhile."""
+        _check_asyncio()
         while self._session is None:
             if self._closed:
                 raise RuntimeError("the client is closed")
@@ -618,7 +632,7 @@ class AsyncClient:
         import asyncio  # noqa: PLC0415
         from concurrent.futures import Future  # noqa: PLC0415 - it brings `logging`, and a sync client may need neither
 
-        loop = asyncio.get_running_loop()  # Without one, nothing is begun.
+        loop = asyncio.get_running_loop()
         with self._lock:
             opening = self._opening
             # A loop that has stopped will hardly go on with what it began.
@@ -907,6 +921,7 @@ class AsyncClient:
     @_translate_errors_async
     async def close(self) -> None:
         """As `Client.close`."""
+        _check_asyncio()
         self._closed = True
         if self._session is None and self._opening is not None and not self._opening.done():
             with contextlib.suppress(Exception):  # It goes to whoever wanted it opened.

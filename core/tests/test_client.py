@@ -807,7 +807,7 @@ def test_an_async_client_opens_in_another_loop_where_the_first_has_ended(end: st
     llm = graftage.connect_async(Echo(), model=MODEL)
     if end == "no loop":
         call = llm.chat("x")
-        with pytest.raises(RuntimeError, match="no running event loop"):
+        with pytest.raises(RuntimeError, match="needs asyncio"):
             call.send(None)
     else:
         loop = asyncio.new_event_loop()
@@ -819,6 +819,38 @@ def test_an_async_client_opens_in_another_loop_where_the_first_has_ended(end: st
         for task in asyncio.all_tasks(loop):
             task.cancel()
         loop.close()
+    assert asyncio.run(llm.chat("y")).text == "y"
+
+
+WITHOUT_ASYNCIO: dict[str, Callable[[Any], Any]] = {
+    "chat": lambda llm: llm.chat("x"),
+    "stream": lambda llm: llm.chat("x", stream=True),
+    "embed": lambda llm: llm.embed("x"),
+    "models": lambda llm: llm.models(),
+    "enter": lambda llm: llm.__aenter__(),
+    "close": lambda llm: llm.close(),
+}
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["new", "opened"])
+@pytest.mark.parametrize("use", WITHOUT_ASYNCIO.values(), ids=WITHOUT_ASYNCIO)
+def test_an_async_client_says_that_it_needs_asyncio(use: Callable[[Any], Any], opened: bool) -> None:
+    llm = graftage.connect_async(Echo(), model=MODEL)
+    if opened:
+        asyncio.run(llm.chat("x"))
+
+    def by_hand() -> None:
+        work = use(llm)
+        with pytest.raises(RuntimeError, match=r"needs asyncio: .*`graftage\.connect`"):
+            work.send(None)
+
+    async def in_a_callback() -> None:
+        done = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: done.set_result(by_hand()))
+        await asyncio.wait_for(done, 5)
+
+    by_hand()
+    asyncio.run(in_a_callback())
     assert asyncio.run(llm.chat("y")).text == "y"
 
 

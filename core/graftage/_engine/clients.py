@@ -85,7 +85,7 @@ class Clients:
 
         return AsyncNetwork()
 
-    def _headers(self, own: Mapping[str, str], basic: Mapping[str, str]) -> dict[str, str]:
+    def _headers(self, own: Mapping[str, str], basic: dict[str, str]) -> dict[str, str]:
         settings = self._settings
         given = {name.lower(): value for name, value in own.items()}
         if settings.api_key is not None:
