@@ -104,3 +104,43 @@ def _said(role: str, text: str) -> list[int]:
 
 def _spelt(text: str) -> list[int]:
     return [TOKENS.index({" ": "Ġ", "\n": "Ċ"}.get(letter, letter)) for letter in text]
+
+
+def write_embedder(path: Path) -> None:
+    """The GGUF file of a small BERT, which gives vectors and nothing else."""
+    hidden, width, words = 32, 64, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁hi", "▁hello"]
+    writer = gguf.GGUFWriter(path, "bert")
+    for key, value in {
+        "bert.context_length": 128,
+        "bert.embedding_length": hidden,
+        "bert.feed_forward_length": width,
+        "bert.block_count": 1,
+        "bert.attention.head_count": 2,
+        "bert.pooling_type": 1,
+        "tokenizer.ggml.token_type_count": 2,
+        **{f"tokenizer.ggml.{name}_token_id": at for at, name in enumerate(("padding", "unknown", "bos", "eos"))},
+        "tokenizer.ggml.seperator_token_id": 3,
+    }.items():
+        writer.add_uint32(key, value)
+    writer.add_float32("bert.attention.layer_norm_epsilon", 1e-5)
+    writer.add_bool("bert.attention.causal", False)
+    writer.add_string("tokenizer.ggml.model", "bert")
+    writer.add_array("tokenizer.ggml.tokens", words)
+    writer.add_array("tokenizer.ggml.token_type", [3] * 5 + [1] * 2)
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(words), hidden),
+        "token_types": (2, hidden),
+        "position_embd": (128, hidden),
+        **{f"blk.0.attn_{each}": (hidden, hidden) for each in ("q", "k", "v", "output")},
+        "blk.0.ffn_up": (width, hidden),
+        "blk.0.ffn_down": (hidden, width),
+    }
+    for name, shape in shapes.items():
+        add(writer, f"{name}.weight", rng.normal(0, 0.2, shape), "F32")
+        if name.startswith("blk"):
+            add(writer, f"{name}.bias", np.zeros(shape[0]), "F32")
+    for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
+        add(writer, f"{name}.weight", np.ones(hidden), "F32")
+        add(writer, f"{name}.bias", np.zeros(hidden), "F32")
+    close(writer)

@@ -437,6 +437,15 @@ def test_health_says_how_far_it_came_where_the_model_fails(connect: Any, fake: F
     assert isinstance(health.error, InferenceFailed)
 
 
+@pytest.mark.parametrize("status", [400, 404, 501])
+def test_a_model_that_only_embeds_is_well(connect: Any, fake: FakeOllama, status: int) -> None:
+    fake.script("/v1/models", LISTED)
+    fake.script(CHAT, Answer([{"error": {"message": "The model does not support Chat Completions"}}], status=status))
+    fake.script("/v1/embeddings", Answer([{"data": [{"index": 0, "embedding": [1.0]}]}]))
+    health = connect().health(level="answers")
+    assert (health.model_present, health.answers, health.error) == (True, True, None)
+
+
 def test_a_dead_port_is_told_as_such(both: Both, wire: Any) -> None:
     llm = both.connect(wire, model=MODEL, host="http://127.0.0.1:9/v1", attempts=1)
     with pytest.raises(ConnectionFailed, match=r"Nothing listens at http://127\.0\.0\.1:9"):

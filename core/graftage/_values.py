@@ -19,6 +19,12 @@ from graftage._records import dataclass
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+LARGEST_COUNT = 2**31 - 1
+"""What engines count tokens in has 32 bits."""
+SMALLEST_WINDOW = 2
+"""Tokens: a prompt and an answer of one each. An engine that is to make do with less ends by an assertion."""
+LONGEST_STAY = 100 * 365 * 24 * 3600.0
+"""Seconds; engines count them in nanoseconds, which overflow after 292 years."""
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
@@ -40,10 +46,9 @@ def keep_alive_seconds(value: Any) -> float | None:
         raise ValueError(f"keep_alive must be seconds, a text such as '5m' or '1h30m', or -1 for ever, not {value!r}")
     if seconds < 0:
         return math.inf
-    try:
-        return float(seconds)
-    except OverflowError as error:
-        raise ValueError("keep_alive is larger than any number of seconds; -1 is for ever") from error
+    if seconds != math.inf and seconds > LONGEST_STAY:
+        raise ValueError("keep_alive is longer than a hundred years; -1 is for ever")
+    return float(seconds)
 
 
 def user_path(value: str | Path) -> Path:

@@ -34,7 +34,15 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin
 
 from graftage._records import dataclass
-from graftage._values import close, keep_alive_seconds, read_file, ready_pydantic, user_path
+from graftage._values import (
+    LARGEST_COUNT,
+    SMALLEST_WINDOW,
+    close,
+    keep_alive_seconds,
+    read_file,
+    ready_pydantic,
+    user_path,
+)
 from graftage.exceptions import SettingsError
 from graftage.types import Timeouts
 
@@ -93,7 +101,9 @@ class Settings(PluginSettings):
     keep_alive: float | None = Field(
         default=None, description="How long a model stays loaded: seconds, 5m, -1 for ever"
     )
-    context_window: int | None = Field(default=None, ge=1, description="Tokens of prompt and answer together")
+    context_window: int | None = Field(
+        default=None, ge=SMALLEST_WINDOW, le=LARGEST_COUNT, description="Tokens of prompt and answer together"
+    )
     concurrency: int | None = Field(
         default=None, ge=1, description="Requests at once on that server, from this process"
     )

@@ -326,6 +326,7 @@ def test_text_of_any_language_is_sent_as_it_is(both: Any) -> None:
         lambda llm: llm.embed("x", dimensions=-5),
         lambda llm: llm.chat("x", max_tokens=10**5000),
         lambda llm: llm.chat("x", context_window=2**31),
+        lambda llm: llm.chat("x", context_window=1),
     ],
 )
 def test_what_is_of_another_kind_is_refused(both: Any, act: Act) -> None:

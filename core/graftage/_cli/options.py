@@ -10,6 +10,7 @@ import typer
 
 from graftage._cli import progress, show
 from graftage._cli.errors import Misuse
+from graftage._values import SMALLEST_WINDOW
 
 if TYPE_CHECKING:
     from graftage import Client
@@ -39,7 +40,8 @@ Seed = Annotated[
 ]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of the answer.")]
 ContextWindow = Annotated[
-    int | None, typer.Option("--context-window", min=1, help="Tokens of prompt and answer together.")
+    int | None,
+    typer.Option("--context-window", min=SMALLEST_WINDOW, help="Tokens of prompt and answer together."),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Go on where a policy refuses or an adapter does not fit; warns of it.")

@@ -12,7 +12,7 @@ from graftage._engine import inputs as reading
 from graftage._engine import schemas
 from graftage._engine.options import PARAMETERS, word_for
 from graftage._records import dataclass
-from graftage._values import close, keep_alive_seconds
+from graftage._values import LARGEST_COUNT, SMALLEST_WINDOW, close, keep_alive_seconds
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest, RerankRequest
 from graftage.exceptions import RequestRejected
 from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Timeout: TypeAlias = "float | Timeouts | None"
 MOST_RETRIES = 10
-LARGEST_COUNT = 2**31 - 1
-"""What engines count tokens in has 32 bits."""
 
 
 class Arguments(TypedDict, total=False):
@@ -261,16 +259,17 @@ def check_tokens(name: str, value: Any) -> None:
     """Refuse what is no number of tokens.
 
     Raises:
-        RequestRejected: it is neither None nor a whole number above 0 that engines can count to.
+        RequestRejected: it is neither None nor a whole number that engines can count to, and that can be meant.
     """
     _check_count(name, value, "tokens")
 
 
 def _check_count(name: str, value: Any, of: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (whole and 0 < value <= LARGEST_COUNT):
+    least = SMALLEST_WINDOW if name == "context_window" else 1
+    if value is not None and not (whole and least <= value <= LARGEST_COUNT):
         raise RequestRejected(
-            f"`{name}` is no number of {of}.", hint=f"Give a whole number from 1 to {LARGEST_COUNT}, or leave it out."
+            f"`{name}` must be a whole number of {of}, from {least} to {LARGEST_COUNT}.", hint="Or leave it out."
         )
 
 

@@ -143,14 +143,11 @@ class Connection:
         *,
         model: str | None = None,
         timeout: float | Timeouts | None = None,
-        around: Callable[[Run], Any] | None = None,
     ) -> Any:
         """Call a hook that answers once, as a call of its own."""
         run = self.run(hook, model, self.timeouts(timeout))
         with run.failing():
             self.require(hook)
-            if around is not None:
-                await around(run)
             answer = await self.call(hook, build(run.call), run.call, answers)
         run.end()
         run.emit("finish")

@@ -298,7 +298,13 @@ class Session(Connection):
             asked: Health = await self.call("health", request, call, Health)
             if isinstance(asked.error, ModelNotFound):
                 await self._suggest(asked.error, "health", call)
-            return asked
+            if request.model is None or not (asked.model_present and isinstance(asked.error, CapabilityUnsupported)):
+                return asked
+            try:
+                await self._one_vector(request, request.model, asked.error)
+            except ProviderError as error:
+                return replace(asked, error=error)
+            return replace(asked, model_loaded=True, answers=True, error=None)
         self.require("list_models")
         levels: dict[str, Any] = {}
         try:
@@ -325,7 +331,10 @@ class Session(Connection):
         found["model_present"] = True
         if request.wants("answers"):
             found["model_loaded"] = None  # Not known if it fails now.
-            await self._one_token(request, model)
+            try:
+                await self._one_token(request, model)
+            except (CapabilityUnsupported, ModelNotFound, RequestRejected) as refusal:  # It is listed, so it is there.
+                await self._one_vector(request, model, refusal)
             found.update(model_loaded=True, answers=True)
         elif request.wants("model_loaded"):
             self.require("loaded_models")
@@ -341,6 +350,22 @@ class Session(Connection):
         finally:
             await source.close()
             await request.call.release()
+
+    async def _one_vector(self, request: HealthRequest | LoadModelRequest, model: str, refusal: ProviderError) -> None:
+        """Do with a text to embed what a model refused that gives vectors and nothing else: load it, have it answer."""
+        if not self.has("embed"):
+            raise refusal
+        embed = EmbedRequest(
+            call=request.call,
+            model=model,
+            inputs=("Hi",),
+            context_window=request.context_window,
+            keep_alive=request.keep_alive,
+        )
+        try:
+            await self.call("embed", embed, request.call, Embeddings)
+        except (CapabilityUnsupported, ModelNotFound, RequestRejected):
+            raise refusal from None
 
     async def _join(self, result: Future[Health | None], timeouts: Timeouts) -> Health:
         try:
@@ -462,19 +487,18 @@ class Session(Connection):
         check_tokens("context_window", context_window)
         read_flag("force", force)
         want = Wants(keep_alive=keep_alive, context_window=context_window, force=force)
-        figures: dict[str, Any] = {}
-
-        async def admit(run: Run) -> None:
-            figures.update(await self.admission.admit(run, "load_model", want, name))
+        run = self.run("load_model", name, self.timeouts(timeout))
+        with run.failing():
+            self.require("load_model")
+            figures = await self.admission.admit(run, "load_model", want, name)
             figures.pop("max_tokens")
-
-        await self.ask(
-            "load_model",
-            lambda call: LoadModelRequest(call=call, model=name, **figures),
-            model=name,
-            timeout=timeout,
-            around=admit,
-        )
+            request = LoadModelRequest(call=run.call, model=name, **figures)
+            try:
+                await self.call("load_model", request, run.call)
+            except CapabilityUnsupported as refusal:
+                await self._one_vector(request, name, refusal)
+        run.end()
+        run.emit("finish")
 
     async def unload(self, model: str | None, timeout: float | Timeouts | None) -> None:
         """Put a model out of memory."""

@@ -150,7 +150,7 @@ class LlamaCppConnection:
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
         job = await self._job(request)
-        _convert.require("embed", job.stored)
+        _convert.require("embed", _convert.features(job.stored.header), job.stored.name)
         stored, running = job.stored, job.engine.running
         width = stored.header.figure("embedding_length")
         if request.dimensions not in (None, width):
@@ -178,7 +178,7 @@ class LlamaCppConnection:
     @hookimpl
     async def rerank(self, request: RerankRequest) -> Ranking:
         job = await self._job(request)
-        _convert.require("rerank", job.stored)
+        _convert.require("rerank", _convert.features(job.stored.header), job.stored.name)
         body = {"query": request.query, "documents": request.documents}
         read = partial(
             _convert.ranking, model=job.stored.name, warnings=_window_notes(job.stored, request.context_window)
@@ -296,6 +296,7 @@ class LlamaCppConnection:
         if request.wants("model_loaded"):
             found["model_loaded"] = any(engine.running for engine in _engine.engines(stored.path))
         if request.wants("answers"):
+            _convert.require("generate", _convert.features(stored.header), stored.name)
             load = LoadModelRequest(
                 call=call, model=model, context_window=request.context_window, keep_alive=request.keep_alive
             )

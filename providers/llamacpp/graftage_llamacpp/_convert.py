@@ -176,11 +176,11 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
         CapabilityUnsupported: the model's template has no place for what is asked.
     """
     able = features(header)
-    _require("chat", able, request.model)
+    require("chat", able, request.model)
     if request.tools:
-        _require("tools", able, request.model)
+        require("tools", able, request.model)
     if any(each.images for each in request.messages):
-        _require("images", able, request.model)
+        require("images", able, request.model)
     body = _shared_body(request)
     body["messages"] = _with_system([_message(each) for each in request.messages], header)
     if request.tools:
@@ -199,11 +199,11 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
         RequestRejected: what is asked contradicts itself.
     """
     able = features(header)
-    _require("generate", able, request.model)
+    require("generate", able, request.model)
     if request.suffix is not None:
-        _require("suffix", able, request.model)
+        require("suffix", able, request.model)
     if request.images:
-        _require("images", able, request.model)
+        require("images", able, request.model)
     if not request.raw:
         system = (Message(role="system", content=request.system),) if request.system is not None else ()
         names = ("call", "model", "format", "think", "options", "max_tokens", "context_window", "adapter")
@@ -222,7 +222,7 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
     if request.format is not None:
         body["json_schema"] = _schema(request.format)
     if request.think:
-        _require("thinking", frozenset(), request.model)
+        require("thinking", frozenset(), request.model)
     return body
 
 
@@ -245,22 +245,18 @@ def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
     return body
 
 
-def _require(feature: str, able: frozenset[str], model: str) -> None:
+def require(feature: str, able: frozenset[str], model: str) -> None:
+    """Refuse what a model cannot do.
+
+    Raises:
+        CapabilityUnsupported: it cannot.
+    """
     if feature not in able:
         raise CapabilityUnsupported(
             f"The model `{model}` cannot do `{feature}` here.",
             model=model,
             hint="Choose another model: `show` lists the features of each.",
         )
-
-
-def require(feature: str, stored: Stored) -> None:
-    """Refuse what a model cannot do.
-
-    Raises:
-        CapabilityUnsupported: it cannot.
-    """
-    _require(feature, features(stored.header), stored.name)
 
 
 def _schema(wanted: Mapping[str, Any] | str) -> Mapping[str, Any]:
@@ -272,7 +268,7 @@ def _think(body: dict[str, Any], think: bool | str | None, header: Header, model
         return
     on = think not in (False, "none")
     if on:
-        _require("thinking", features(header), model)
+        require("thinking", features(header), model)
     arguments: dict[str, Any] = {"enable_thinking": on}
     if isinstance(think, str):
         arguments["reasoning_effort"] = think

@@ -182,8 +182,8 @@ class _Leased:
         ended = process.how_it_ended(PATIENCE)
         return StreamInterrupted(
             f"The answer ended before it was done: the engine {ended or 'closed the connection'}.",
-            retryable=not self._begun,
-            hint="Ask again: an engine that has ended is started again.",
+            retryable=not self._begun and (ended is None or process.was_killed),
+            hint=process.advice if ended else "Ask again.",
             details={"engine_stderr": process.last_words()} if ended else None,
         )
 
@@ -230,7 +230,8 @@ def _ended(how: str, process: Process) -> ConnectionFailed:
     """The error for an engine that ended before it answered."""
     return ConnectionFailed(
         f"The engine {how} before it answered.",
-        hint="It is started again for the next request. Is there enough memory?",
+        retryable=process.was_killed,
+        hint=process.advice,
         details={"cause": "engine", "engine_stderr": process.last_words()},
     )
 
@@ -505,7 +506,7 @@ class Engine:
         if self._running or self._closed or keep_alive is None or keep_alive == math.inf:
             return
         self.expires = datetime.now(UTC) + timedelta(seconds=keep_alive)
-        self._timer = threading.Timer(keep_alive, self._expire)
+        self._timer = threading.Timer(min(keep_alive, threading.TIMEOUT_MAX), self._expire)
         self._timer.daemon = True
         self._timer.start()
 

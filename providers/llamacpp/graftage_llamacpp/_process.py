@@ -54,6 +54,14 @@ END_GENTLY: Final = 2.0
 STDERR_TAIL: Final = 4000
 """Characters of the engine's last words that go into an error's details."""
 PROBE_LIMIT: Final = 20.0
+KILLED: Final = (-9, -15)
+"""Exit codes of a child that SIGKILL or SIGTERM ended."""
+ENVIRONMENT: Final = {
+    # With threads that spin while they wait, a busy machine is fifteen times slower.
+    "OMP_WAIT_POLICY": "passive",
+    # Before it ends by a failed assertion, it would run a debugger on itself: most of a minute, and its last words.
+    "GGML_NO_BACKTRACE": "1",
+}
 CPUS: Final = Path("/sys/devices/system/cpu")
 CGROUP: Final = Path("/sys/fs/cgroup")
 PROC: Final = Path("/proc")
@@ -69,14 +77,20 @@ class LlamaCppSettings(Settings):
         default=None, description="Folder of the models; graftage/models in the user's data folder where none is given"
     )
     threads: int | None = Field(
-        default=None, ge=1, description="Threads of the engine; one less than the processor has cores by default"
+        default=None,
+        ge=1,
+        le=512,  # GGML_MAX_N_THREADS
+        description="Threads of the engine; one less than the processor has cores by default",
     )
     slots: int = Field(default=1, ge=1, le=64, description="Requests answered at once; each slot has its own window")
     batch: int = Field(
         default=512, ge=32, le=8192, description="Tokens read at once, and of the longest text that `embed` takes"
     )
     gpu_layers: int | None = Field(
-        default=None, ge=0, description="Layers on the graphics processor, where the engine has one; all by default"
+        default=None,
+        ge=0,
+        le=2**31 - 1,
+        description="Layers on the graphics processor, where the engine has one; all by default",
     )
     memory_check: bool = Field(default=True, description="Refuse a model that the free memory cannot hold")
 
@@ -133,6 +147,18 @@ class Process:
         if code is None:
             return None
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether another ended it, such as a system without memory: asked again, it may do. Its own faults stay."""
+        return self._child.poll() in KILLED
+
+    @property
+    def advice(self) -> str:
+        """What to do once it has ended unasked."""
+        if self.was_killed:
+            return "Ask again: it is started again for the next request. Is there enough memory?"
+        return "It ended by a fault of its own: its last words are in `details`. Change the request, or the model."
 
     def last_words(self) -> str:
         """The end of what it wrote to standard error."""
@@ -219,8 +245,7 @@ def _launch(order: Mapping[str, Any], deadline: float) -> tuple[Process, dict[st
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            # With threads that spin while they wait, a busy machine is fifteen times slower.
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+            env={**os.environ, **ENVIRONMENT},
             cwd=Path(sys.executable).anchor or None,
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
@@ -301,27 +326,28 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
     ended = process.how_it_ended(patience=1.0)
     words = process.last_words()
     details = {"engine_message": str((answer or {}).get("message", "")), "engine_stderr": words}
-    if answer is None:
-        if time.monotonic() >= deadline:
-            return ModelLoadFailed(
-                "The model was not loaded in time.",
-                reason="timeout",
-                hint="Raise `timeouts.first_token` or `timeout`, or choose a smaller model.",
-                details=details,
-            )
+    if answer is None and time.monotonic() >= deadline:
         return ModelLoadFailed(
-            f"The engine crashed while it loaded the model ({f'it {ended}' if ended else 'no answer'}).",
-            reason="crashed",
-            hint="Is there enough memory? Its last words are in `details`.",
+            "The model was not loaded in time.",
+            reason="timeout",
+            hint="Raise `timeouts.first_token` or `timeout`, or choose a smaller model.",
             details=details,
         )
-    if answer.get("error") == "import":
+    if answer is not None and answer.get("error") == "import":
         return _not_imported(details)
     if _short_of_memory(words):
         return ModelLoadFailed(
             "The memory did not suffice for the model.",
             reason="memory",
             hint="Choose a smaller model or a smaller `context_window`.",
+            details=details,
+        )
+    if answer is None:
+        return ModelLoadFailed(
+            f"The engine crashed while it loaded the model ({f'it {ended}' if ended else 'no answer'}).",
+            reason="crashed",
+            retryable=process.was_killed,
+            hint=process.advice,
             details=details,
         )
     return ModelLoadFailed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Self
@@ -11,9 +12,10 @@ from typing import Any, Self
 import pydantic
 import pytest
 from engine_fixtures import eventually
-from small_engine import LONG, MODEL, WINDOW
+from small_engine import LONG, MODEL, WINDOW, write_embedder
 
 import graftage
+from graftage._values import LONGEST_STAY
 from graftage.exceptions import (
     CapabilityUnsupported,
     ContextOverflow,
@@ -24,6 +26,7 @@ from graftage.exceptions import (
     ProtocolError,
     ProviderTimeout,
     RequestRejected,
+    SettingsError,
     StreamInterrupted,
 )
 from graftage.testing import Cassette
@@ -343,6 +346,25 @@ def test_a_model_that_may_not_stay_leaves_the_memory(llm: Any) -> None:
     assert eventually(lambda: llm.loaded() == ())
 
 
+@pytest.mark.parametrize("stay", [LONGEST_STAY, math.inf], ids=["a hundred years", "for ever"])
+def test_a_model_may_stay_as_long_as_can_be_said(llm: Any, stay: float) -> None:
+    llm.chat("Hello", max_tokens=1, keep_alive=stay)
+    (loaded,) = llm.loaded()
+    assert (loaded.expires_at is None) == (stay == math.inf)
+
+
+@pytest.mark.parametrize(
+    "figures", [{"context_window": 1}, {"threads": 513}, {"gpu_layers": 2**31}, {"batch": 8193}, {"slots": 65}], ids=str
+)
+def test_a_figure_that_would_end_the_engine_is_refused(both: Any, small_store: Path, figures: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(figures))):
+        both.opened("llamacpp", **figures)
+
+
+def test_the_smallest_window_does_not_end_the_engine(llm: Any) -> None:
+    assert llm.generate("a", raw=True, max_tokens=1, context_window=2).usage.output_tokens == 1
+
+
 def test_a_path_is_a_model_too(both: Any, engine_store: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.gguf"
     path.symlink_to(engine_store / "smollm2-135m.gguf")
@@ -374,6 +396,15 @@ def test_health_looks_no_further_than_it_is_asked(llm: Any) -> None:
     answers = llm.health("answers")
     assert answers.ok
     assert len(llm.loaded()) == 1
+
+
+def test_a_model_that_only_embeds_is_loaded_and_answers_by_that(both: Any, tmp_path: Path) -> None:
+    write_embedder(tmp_path / "embedder.gguf")
+    llm = both.connect("llamacpp", model="embedder", models_path=tmp_path)
+    llm.load()
+    assert llm.health("answers").ok
+    with pytest.raises(CapabilityUnsupported, match="chat"):
+        llm.chat("Hello")
 
 
 def test_health_names_a_model_that_is_not_there(llm: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -144,9 +145,9 @@ def test_each_start_has_another_key(llm: Any) -> None:
     assert len(keys) == 2
 
 
-def test_threads_of_the_engine_do_not_spin_while_they_wait(llm: Any) -> None:
+def test_threads_of_the_engine_do_not_spin_while_they_wait_and_no_debugger_looks_at_its_end(llm: Any) -> None:
     llm.load()
-    assert environment(engine(llm))["OMP_WAIT_POLICY"] == "passive"
+    assert environment(engine(llm)).items() >= {"OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}.items()
 
 
 def test_by_default_a_core_is_left_to_the_host() -> None:
@@ -207,16 +208,34 @@ def test_after_a_crash_the_engine_is_started_again_and_the_reply_says_so(llm: An
     assert llm.chat("Hello", max_tokens=1).warnings == ()
 
 
-def test_a_request_whose_engine_crashes_before_it_answers_is_tried_again(llm: Any, both: Any) -> None:
+def ended(llm: Any, both: Any, how: signal.Signals) -> Any:
+    """A chat whose engine a signal ends before it answers."""
     llm.load()
     pid = engine(llm)
     os.kill(pid, signal.SIGSTOP)
     answer = both.start(llm.chat, "Hello", max_tokens=1)
     assert eventually(lambda: llm.stats().running == 1)
     time.sleep(0.3)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, how)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    return answer
+
+
+def test_a_request_whose_engine_is_killed_before_it_answers_is_tried_again(llm: Any, both: Any) -> None:
+    answer = ended(llm, both, signal.SIGKILL)
     assert answer.result(PATIENCE).text
-    assert engine(llm) != pid
+
+
+@pytest.mark.parametrize("how", [signal.SIGABRT, signal.SIGSEGV])
+def test_a_request_whose_engine_ends_by_a_fault_of_its_own_is_not_tried_again(
+    llm: Any, both: Any, how: signal.Signals
+) -> None:
+    with pytest.raises(ConnectionFailed, match=f"signal {int(how)}") as caught:
+        ended(llm, both, how).result(PATIENCE)
+    assert (caught.value.attempts, caught.value.retryable) == (1, False)
+    assert "fault of its own" in str(caught.value.hint)
+    assert llm.chat("Hello", max_tokens=1).text
 
 
 def test_an_engine_that_hangs_while_it_starts_is_ended_at_the_limit(
@@ -359,22 +378,32 @@ def test_an_engine_that_is_not_installed_is_named(
     assert isinstance(health.error, ModelLoadFailed)
 
 
-def test_an_engine_that_crashes_while_it_starts_is_told_and_tried_once_more(
-    both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "attempts"), [(9, 2), (6, 1)])
+def test_an_engine_that_crashes_while_it_starts_is_told_and_one_that_was_killed_is_tried_once_more(
+    llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, attempts: int
 ) -> None:
     log = tmp_path / "starts"
     lines = (
         f"open({str(log)!r}, 'a').write('x')",
         "import os, sys",
         "print('out of luck', file=sys.stderr, flush=True)",
-        "os.abort()",
+        f"os.kill(os.getpid(), {number})",
     )
     stand_in(tmp_path, monkeypatch, "\n".join(lines))
-    with pytest.raises(ModelLoadFailed, match="signal 6") as caught:
-        both.connect("llamacpp").chat("Hello")
+    with pytest.raises(ModelLoadFailed, match=f"signal {number}") as caught:
+        llm.chat("Hello")
     assert caught.value.reason == "crashed"
     assert "out of luck" in caught.value.details["engine_stderr"]
-    assert caught.value.attempts == len(log.read_text()) == 2
+    assert caught.value.attempts == len(log.read_text()) == attempts
+
+
+def test_memory_that_does_not_suffice_is_told_though_the_engine_ends_by_a_fault_of_its_own(
+    both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "import os\nos.write(2, b'what(): std::bad_alloc')\nos.abort()")
+    with pytest.raises(ModelLoadFailed) as caught:
+        both.connect("llamacpp").chat("Hello")
+    assert (caught.value.reason, caught.value.attempts) == ("memory", 1)
 
 
 def test_a_closed_client_starts_nothing(llm: Any) -> None:

@@ -372,6 +372,18 @@ def test_a_model_that_answers_is_well_at_every_level(llm: Any) -> None:
     assert (found.model_present, found.model_loaded, found.answers) == (True, True, True)
 
 
+def test_a_model_that_only_embeds_is_loaded_and_answers_by_that(both: Any) -> None:
+    refusal = Answer([{"error": '"smollm2:135m" does not support generate'}], status=400)
+    with FakeOllama() as fake:
+        fake.script("/api/generate", refusal, refusal)
+        llm = both.connect("ollama", model="smollm2:135m", host=fake.url)
+        llm.load(keep_alive="5m", context_window=256)
+        assert llm.health("answers").ok
+        bodies = [seen.body for seen in fake.requests if seen.path == "/api/embed"]
+    assert [body["input"] for body in bodies] == [["Hi"]] * 2
+    assert (bodies[0]["keep_alive"], bodies[0]["options"]["num_ctx"]) == (300, 256)
+
+
 @pytest.mark.parametrize("level", ["model_present", "model_loaded", "answers"])
 def test_an_absent_model_is_seen_at(llm: Any, level: Any) -> None:
     found = llm.health(level, model="smollm2:136m")
