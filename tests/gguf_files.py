@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-U32, STRING, ARRAY = 4, 8, 9
+U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 
 
 def text(value: str) -> bytes:
@@ -18,6 +18,18 @@ def figure(key: str, value: int) -> bytes:
 
 def word(key: str, value: str) -> bytes:
     return text(key) + struct.pack("<I", STRING) + text(value)
+
+
+def number(key: str, value: float) -> bytes:
+    return text(key) + struct.pack("<If", F32, value)
+
+
+def flag(key: str, value: bool) -> bytes:
+    return text(key) + struct.pack("<I?", BOOL, value)
+
+
+def words_of(key: str, values: list[str]) -> bytes:
+    return text(key) + struct.pack("<IIQ", ARRAY, STRING, len(values)) + b"".join(map(text, values))
 
 
 def head(architecture: str = "llama", *more: bytes) -> list[bytes]:

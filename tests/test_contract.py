@@ -234,7 +234,8 @@ def test_every_hook_is_implemented_by_some_plugin_of_this_repository_or_of_its_t
 
 
 def test_the_reference_provider_and_echo_implement_every_hook_of_a_connection() -> None:
-    for hook in CONNECTION_HOOKS - {"close"}:  # The toolkit's clients are closed without it.
+    # The toolkit's clients are closed without `close`, and Ollama has nothing that ranks.
+    for hook in CONNECTION_HOOKS - {"close", "rerank"}:
         assert hook in implemented(ROOT / "providers" / "ollama" / "graftage_ollama"), hook
     for hook in CONNECTION_HOOKS - {"close", "native"}:  # Echo has no server.
         assert hook in implemented(ROOT / "core" / "graftage" / "testing"), hook
@@ -274,7 +275,10 @@ BUILT_BY_PLUGINS = {
     "LoadedModel": {"name"},
     "Logprob": {"token", "logprob"},
     "ModelInfo": {"name"},
+    "PromptProgress": {"total", "processed"},
     "PullProgress": {"status"},
+    "Ranked": {"index", "score"},
+    "Ranking": {"results"},
     "Timings": set(),
     "ToolCall": {"name", "arguments", "id"},
     "Usage": set(),

@@ -847,7 +847,12 @@ def test_an_async_client_says_that_it_needs_asyncio(use: Callable[[Any], Any], o
 
     async def in_a_callback() -> None:
         done = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_soon(lambda: done.set_result(by_hand()))
+
+        def callback() -> None:
+            by_hand()
+            done.set_result(None)
+
+        asyncio.get_running_loop().call_soon(callback)
         await asyncio.wait_for(done, 5)
 
     by_hand()

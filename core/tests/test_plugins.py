@@ -1135,6 +1135,9 @@ CALLS: dict[str, Any] = {
     "pull_model": lambda llm: llm.pull(),
     "load_model": lambda llm: llm.load(),
     "unload_model": lambda llm: llm.unload(),
+    "delete_model": lambda llm: llm.delete(MODEL),
+    "count_tokens": lambda llm: llm.count_tokens("x"),
+    "rerank": lambda llm: llm.rerank("x", ["y"]),
     "prune_adapters": lambda llm: llm.prune_adapters(),
     "health": lambda llm: llm.health(max_age=0).raise_for_error(),
 }

@@ -50,6 +50,8 @@ from graftage.types import (
     Message,
     ModelInfo,
     PullProgress,
+    Ranked,
+    Ranking,
     Reply,
     Stats,
     Timeouts,
@@ -103,7 +105,10 @@ def sync_host(streamed: bool) -> None:
             assert_type(stream.partial, Reply)
         assert_type(llm.generate("x", stream=True), graftage.Stream)
         assert_type(llm.embed(["x", "y"], dimensions=3), Embeddings)
-        assert_type(llm.embed("x").vectors, Vectors)
+        assert_type(llm.embed("x", purpose="query").vectors, Vectors)
+        assert_type(llm.rerank("x", ["y", "z"], context_window=512).results, tuple[Ranked, ...])
+        assert_type(llm.count_tokens("x", tools=[look_up]), int)
+        assert_type(llm.chat("x", format=City, retries=2).attempts, int)
         assert_type(llm.health("model_loaded", max_age=0), Health)
         assert_type(llm.models(), tuple[ModelInfo, ...])
         assert_type(llm.show(), ModelInfo)
@@ -119,8 +124,11 @@ def sync_host(streamed: bool) -> None:
         assert_type(llm.members, tuple[graftage.Client, ...])
         llm.load(context_window=4096)
         llm.unload()
+        llm.delete("m")
         llm.chat("x", temprature=1)  # type: ignore[call-overload] # a misspelt argument is an error already here
         llm.chat(3)  # type: ignore[call-overload] # and so is what is no message
+        llm.embed("x", purpose="search")  # type: ignore[arg-type] # what vectors are for is one of two
+        llm.delete()  # type: ignore[call-arg] # what is deleted has a name
         llm.health("well")  # type: ignore[arg-type] # and an unknown level
 
 
@@ -137,6 +145,9 @@ async def async_host() -> None:
                 assert_type(chunk, Chunk)
         assert_type(stream.reply, Reply)
         assert_type(await llm.embed("x"), Embeddings)
+        assert_type(await llm.rerank("x", ["y"]), Ranking)
+        assert_type(await llm.count_tokens("x"), int)
+        await llm.delete("m")
         assert_type(await llm.health(), Health)
         assert_type(await llm.models(), tuple[ModelInfo, ...])
         assert_type(await llm.show("m"), ModelInfo)

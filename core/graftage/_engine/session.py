@@ -220,7 +220,7 @@ class Session(Connection):
         with run.failing():
             request = await self._inference_request(run, "count_tokens", want, model)
             count: int = await self.call("count_tokens", request, run.call, int)
-            if count < 1:
+            if isinstance(count, bool) or count < 1:
                 hint = "No conversation is that short; tell the provider's authors."
                 raise ProtocolError(f"The answer counts {count} tokens.", hint=hint)
         run.end()

@@ -150,3 +150,18 @@ def test_ctrl_c_ends_a_pull_with_exit_code_130(shell: Shell) -> None:
     child.expect("Stopped. The same command goes on where it ended.")
     assert shell.ends(child) == 130
     assert "Traceback" not in child.before
+
+
+def test_a_model_is_deleted_with_a_yes_alone(shell: Shell) -> None:
+    shell.install(MODELS)
+    told = shell.run("models", "delete", "rich:7b")
+    assert (told.code, told.out) == (0, "rich:7b (4.2 GB) would be deleted: `--yes` does it.\n")
+    assert shell.run("models", "delete", "rich:7b", "--yes") == (0, "rich:7b was deleted.\n", "")
+    assert shell.run("models", "delete", "nope:1b", "--yes").code == 1
+
+
+def test_the_default_model_is_never_deleted_for_want_of_a_name(shell: Shell) -> None:
+    shell.install(MODELS)
+    for name in ([], ["fake:"]):
+        done = shell.run("models", "delete", "--yes", *name)
+        assert (done.code, done.out) == (2, "")

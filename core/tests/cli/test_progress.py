@@ -90,6 +90,47 @@ def test_more_parts_than_a_terminal_has_lines_are_no_flood(shell: Shell) -> None
     assert shell.ends(child) == 0
 
 
+READING = """
+import time
+
+class Connection:
+    @hookimpl
+    def chat(self, request):
+        for read in range(45, 101, 5) if "slowly" in request.messages[-1].content else (0, 100):
+            time.sleep(0.15 if read else 0)
+            request.call.emit("prompt_progress", prompt=PromptProgress(total=200, processed=2 * read, cached=4))
+        yield Chunk(text="Read.", finish_reason="stop")
+
+class Provider:
+    @hookimpl
+    def connect(self, request):
+        return Connection()
+
+it = Provider()
+"""
+
+
+def test_the_reading_of_a_prompt_is_shown_where_it_takes_long(shell: Shell) -> None:
+    shell.install(READING)
+    child = shell.terminal("chat", columns=70)
+    child.expect(">>> ")
+    child.sendline("Hi")
+    child.expect(r"Read\.")
+    assert "reading the prompt" not in child.before
+    child.expect(">>> ")
+    child.sendline("slowly")
+    child.expect("reading the prompt: [5-9][05] %")
+    child.expect(r"Read\.")
+    child.expect(">>> ")
+    child.sendeof()
+    assert shell.ends(child) == 0
+
+
+def test_the_reading_of_a_prompt_goes_to_no_file(shell: Shell) -> None:
+    shell.install(READING)
+    assert shell.run("chat", "slowly") == (0, "Read.\n", "")
+
+
 # --- Nobody has named a provider -------------------------------------------------------------------------------------
 
 

@@ -7,15 +7,19 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import pydantic
 import pytest
 from engine_fixtures import eventually
+from gguf_files import figure, flag, gguf, head, number, tensor, word, words_of
 from small_engine import LONG, MODEL, WINDOW, write_embedder
 
 import graftage
+from graftage._engine.driving import drive
 from graftage._values import LONGEST_STAY
+from graftage.calls import Call
 from graftage.exceptions import (
     CapabilityUnsupported,
     ContextOverflow,
@@ -31,6 +35,9 @@ from graftage.exceptions import (
 )
 from graftage.testing import Cassette
 from graftage_llamacpp import DEFAULT_MODEL, _convert, _engine
+
+if TYPE_CHECKING:
+    from suite import Watcher
 
 pytestmark = pytest.mark.engine
 
@@ -492,6 +499,107 @@ def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_
     assert again.loaded() == ()
 
 
+# --- Counting, ranking, and the reading of a prompt -------------------------------------------------------------------
+
+
+def test_the_tokens_of_a_prompt_are_counted_and_told_while_it_is_read(
+    both: Any, engine_store: Path, watcher: Watcher
+) -> None:
+    llm = both.connect("llamacpp", batch=96, context_window=256, plugins=[watcher])
+    prompt = "One word and another. " * 20
+    count = llm.count_tokens(prompt)
+    assert "prompt_progress" not in watcher.kinds()
+    reply = llm.chat(prompt, max_tokens=2, options=SURE)
+    assert reply.usage.input_tokens == count > 96
+    kinds = watcher.kinds("chat")
+    told = [event.prompt for event in watcher.events if event.prompt is not None]
+    assert (told[0].processed, told[-1].processed) == (0, count)
+    assert {each.total for each in told} == {count}
+    assert len(told) > 2
+    assert kinds == ["start", "admitted", *["prompt_progress"] * len(told), "first_chunk", "finish"]
+    llm.chat("Hi", max_tokens=1)
+    assert watcher.kinds("chat")[len(kinds) :] == ["start", "admitted", "first_chunk", "finish"]
+
+
+NEWS = b'data: {"choices":[{"delta":{}}],"prompt_progress":{"total":9,"cache":1,"processed":%d,"time_ms":0}}\n\n'
+WORDS = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("pieces", "handed", "told"),
+    [
+        ([NEWS % 1, NEWS % 9, WORDS], [WORDS], [1, 9]),
+        ([NEWS % 1 + NEWS % 9 + WORDS, WORDS], [WORDS, WORDS], [1, 9]),
+        ([b":\n\n", NEWS % 9 + b":\n\n", WORDS], [b":\n\n", b":\n\n", WORDS], [9]),
+        ([NEWS % 1, WORDS[:20], WORDS[20:]], [WORDS[:20], WORDS[20:]], [1]),
+        ([NEWS[:20], (NEWS % 1)[20:], WORDS], [NEWS[:20], (NEWS % 1)[20:], WORDS], []),
+        ([NEWS % 1], [], [1]),
+        ([WORDS, WORDS.replace(b'"a"', b'"\\"prompt_progress\\""')], None, []),
+    ],
+    ids=["each", "together", "beside comments", "before halves", "halves", "alone", "as words"],
+)
+def test_news_of_the_prompt_is_told_and_no_part_of_the_answer(
+    pieces: list[bytes], handed: list[bytes] | None, told: list[int]
+) -> None:
+    seen: list[int] = []
+    call = Call(emit=lambda kind, prompt: seen.append(prompt.processed))
+    leased = _engine._Leased(Said(*pieces), cast("Any", SimpleNamespace(use=None, end=lambda: None)), call)
+    found = []
+    while piece := drive(leased.read()):
+        found.append(piece)
+    assert found == (pieces if handed is None else handed)
+    assert seen == told
+
+
+def reranker(path: Path) -> Path:
+    """A model that scores each document alike."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2581a", "\u2581b"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (32, len(words)), "position_embd": (32, 64), "token_types": (32, 2), "token_embd_norm": (32,),
+        **{f"blk.0.{name}": (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output")},
+        **{f"blk.0.{name}": (32,) for name in ("attn_output_norm", "layer_output_norm")},
+        "blk.0.ffn_up": (32, 64), "blk.0.ffn_down": (64, 32), "cls": (32, 32), "cls.output": (32, 1),
+    }  # fmt: skip
+    sizes = {f"{name}.weight": shape for name, shape in shapes.items()}
+    sizes |= {f"{name}.bias": shape[1:] or shape for name, shape in shapes.items() if "embd" not in name}
+    sizes["token_embd_norm.bias"] = (32,)
+    del sizes["token_types.bias"]
+    keys = head(
+        "bert", figure("bert.feed_forward_length", 64), figure("bert.attention.head_count", 2),
+        figure("bert.pooling_type", 4), number("bert.attention.layer_norm_epsilon", 1e-12),
+        flag("bert.attention.causal", False), figure("tokenizer.ggml.token_type_count", 2),
+        word("tokenizer.ggml.model", "bert"), words_of("tokenizer.ggml.tokens", words),
+        *(figure(f"tokenizer.ggml.{name}_token_id", place) for place, name in enumerate(
+            ("padding", "unknown", "cls", "seperator", "mask"))),
+        figure("tokenizer.ggml.bos_token_id", 2), figure("tokenizer.ggml.eos_token_id", 3),
+    )  # fmt: skip
+    tensors, place = [], 0
+    for name, shape in sizes.items():
+        tensors.append(tensor(name, shape, offset=place))
+        place += -(-4 * math.prod(shape) // 32) * 32
+    path.write_bytes(gguf(keys, tensors, data=place))
+    return path
+
+
+def test_a_model_that_is_made_for_it_ranks_and_does_nothing_else(both: Any, tmp_path: Path) -> None:
+    reranker(tmp_path / "ranks.gguf")
+    llm = both.connect("llamacpp", model="ranks", models_path=tmp_path, context_window=64)
+    found = llm.rerank("a", ["b", "a b", "b a b"])
+    assert sorted(each.index for each in found.results) == [0, 1, 2]
+    assert (found.model, found.usage.input_tokens) == ("ranks", 15)
+    assert llm.show().features == {"rerank"}
+    for act in (lambda: llm.embed("a"), lambda: llm.chat("a"), lambda: llm.count_tokens("a")):
+        with pytest.raises(CapabilityUnsupported, match="`ranks` cannot do"):
+            act()
+    with pytest.raises(ContextOverflow):
+        llm.rerank("a " * 50, ["b " * 50])
+
+
+def test_a_model_that_is_not_made_for_it_does_not_rank(llm: Any) -> None:
+    with pytest.raises(CapabilityUnsupported, match="cannot do `rerank`"):
+        llm.rerank("a", ["b"])
+
+
 # --- Reading answers -------------------------------------------------------------------------------------------------
 
 
@@ -514,12 +622,12 @@ class Saying:
 
 
 class Said:
-    """An answer that comes in one piece."""
+    """An answer that comes in pieces."""
 
     status, reason, headers = 200, "OK", (("content-type", "text/event-stream"),)
 
-    def __init__(self, body: bytes) -> None:
-        self._pieces = iter([body])
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = iter(pieces)
 
     async def read(self) -> bytes:
         return next(self._pieces, b"")

@@ -222,6 +222,30 @@ def test_a_file_that_the_user_puts_into_the_folder_is_a_model(llm: Any, models: 
     assert caught.value.suggestions == ("own",)
 
 
+def test_a_model_is_deleted_with_its_note_whatever_is_in_it(llm: Any, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.gguf").write_bytes(gguf())
+    llm.pull(str(tmp_path / "mine.gguf"))
+    (models / "bad.gguf").write_bytes(b"damaged")
+    (models / "hf" / "org" / "repo").mkdir(parents=True)
+    (models / "hf" / "org" / "repo" / "a.gguf").write_bytes(gguf())
+    for name in ("mine:latest", "bad", "hf://org/repo/a.gguf"):
+        llm.delete(name)
+        with pytest.raises(ModelNotFound):
+            llm.delete(name)
+    assert inside(models) == []
+    assert (tmp_path / "mine.gguf").exists()
+
+
+def test_a_file_outside_of_the_folder_is_not_deleted(llm: Any, models: Path, tmp_path: Path) -> None:
+    models.mkdir()
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(gguf())
+    for name in (str(path), f"{models}/../mine.gguf", "hf://a/../../mine.gguf"):
+        with pytest.raises((RequestRejected, ModelNotFound)):
+            llm.delete(name)
+    assert path.exists()
+
+
 def test_a_disk_that_fills_up_meanwhile_leaves_no_model(llm: Any, models: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.gguf"
     path.write_bytes(gguf(data=1 << 20))

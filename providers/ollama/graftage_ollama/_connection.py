@@ -137,7 +137,8 @@ class OllamaConnection:
 
     @hookimpl
     async def delete_model(self, request: ModelRequest) -> None:
-        await self._http.json("DELETE", "/api/delete", {"model": request.model}, call=request.call)
+        once = replace(request.call, attempts=1)  # A second attempt would not find what the first has deleted.
+        await self._http.json("DELETE", "/api/delete", {"model": request.model}, call=once, empty=True)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 

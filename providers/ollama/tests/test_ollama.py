@@ -537,6 +537,76 @@ def test_an_adapter_that_does_not_fit_is_found_out_and_leaves_nothing_on_the_ser
     assert [each.name for each in llm.models()] == [MODEL]
 
 
+# --- Counting and deleting -------------------------------------------------------------------------------------------
+
+
+def test_the_tokens_of_a_conversation_are_counted_as_a_chat_reads_them(llm: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is the capital of Italy?"},
+    ]
+    assert llm.count_tokens(messages) == llm.chat(messages, options=CALM, max_tokens=1).usage.input_tokens
+
+
+def test_a_conversation_that_does_not_fit_is_not_counted(llm: Any) -> None:
+    with pytest.raises(ContextOverflow, match="window of 256 tokens"):
+        llm.count_tokens("word and another " * 200, context_window=256)
+
+
+def test_a_model_is_deleted(both: Both, llm: Any) -> None:
+    both.native(llm).copy(MODEL, "copied:1")
+    assert "copied:1" in [each.name for each in llm.models()]
+    llm.delete("copied:1")
+    assert [each.name for each in llm.models()] == [MODEL]
+    with pytest.raises(ModelNotFound):
+        llm.delete("copied:1")
+
+
+def test_one_token_is_asked_for_and_nothing_may_be_cut_where_tokens_are_counted(both: Both) -> None:
+    with FakeOllama() as fake:
+        llm = both.connect("ollama", model=MODEL, host=fake.url)
+        options = {"num_gpu": 0, "temperature": 1}
+        assert llm.count_tokens("Hi", max_tokens=50, context_window=512, options=options) == 5
+        (seen,) = fake.requests
+    assert seen.body["options"] == {**options, "num_ctx": 512, "num_predict": 1}, "or the model would be loaded anew"
+    assert (seen.body["stream"], seen.body["truncate"], seen.body["shift"]) == (False, False, False)
+
+
+UNCOUNTED = {
+    "refused": (Answer([{"error": "the input length exceeds the context length"}], status=400), ContextOverflow),
+    "cut": (Answer([{"message": {"content": "a"}, "done": True, "prompt_eval_count": 64}]), ContextOverflow),
+    "not counted": (Answer([{"message": {"content": "a"}, "done": True}]), CapabilityUnsupported),
+    "none": (Answer([{"message": {"content": "a"}, "done": True, "prompt_eval_count": 0}]), ProtocolError),
+    "another service": (Answer([{"choices": []}]), ProtocolError),
+}
+
+
+@pytest.mark.parametrize("case", UNCOUNTED)
+def test_what_is_no_count_of_the_prompt_is_no_answer(both: Both, case: str) -> None:
+    answer, error = UNCOUNTED[case]
+    with FakeOllama() as fake:
+        fake.script("/api/chat", answer)
+        with pytest.raises(error):
+            both.connect("ollama", model=MODEL, host=fake.url).count_tokens("Hi", context_window=64)
+
+
+@pytest.mark.parametrize("operation", ["chat", "generate"])
+@pytest.mark.parametrize("name", ["truncate", "shift"])
+def test_whether_a_prompt_may_be_cut_is_an_option_that_stands_beside_the_others(
+    both: Both, operation: str, name: str
+) -> None:
+    with FakeOllama() as fake:
+        llm = both.connect("ollama", model=MODEL, host=fake.url)
+        getattr(llm, operation)("Hi", options={name: False, "seed": 1})
+        getattr(llm, operation)("Hi")
+        fake.script(f"/api/{operation}", UNCOUNTED["refused"][0])
+        with pytest.raises(ContextOverflow):
+            getattr(llm, operation)("Hi", options={name: False})
+    first, second, _ = (seen.body for seen in fake.requests)
+    assert (first[name], first["options"]) == (False, {"seed": 1})
+    assert name not in second
+
+
 # What `show` says with `verbose` holds a vocabulary of 49,152 tokens: 1.2 MB, too much for a cassette. The recordings
 # of newer servers (test_ollama_recordings.py) have the rest of it, and the live tests below have all.
 
