@@ -198,7 +198,7 @@ def embed_wants(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Wa
     if not given:
         raise RequestRejected("There are no `inputs`.", hint="Give a text, or a sequence of at least one.")
     texts = tuple(reading.text(each, "one of the `inputs`") for each in given)
-    options = reading.fields(arguments.get("options"))
+    options = arguments.get("options") and reading.fields(arguments["options"])
     if isinstance(options, Mapping) and options.get("truncate") is not None:
         raise RequestRejected("`truncate` is no option of `embed`.", hint="Use the parameter `truncate`.")
     dimensions = arguments.get("dimensions")

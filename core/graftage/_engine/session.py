@@ -176,22 +176,24 @@ class Session(Connection):
         return await self._measure("rerank", want, Ranking, _checked_ranking)
 
     async def _measure(
-        self, operation: str, want: Wants, kind: type[Measured], check: Callable[[Measured, Any], Measured]
+        self, operation: str, want: Wants, kind: type[Measured], check: Callable[[Measured, Any], dict[str, Any]]
     ) -> Measured:
-        """What a model makes of texts all at once."""
+        """What a model makes of texts all at once; `check` gives what the answer is about, once that is right."""
         model = self.choose_model(want.model)
         run = self.run(operation, model, self.timeouts(want.timeout))
         with run.failing():
             self.require(operation)
             request = await self._measure_request(run, operation, model, want)
             with _naming_empty(request):
-                answer = check(await self.call(operation, request, run.call, kind), request)
+                answer: Measured = await self.call(operation, request, run.call, kind)
+                checked = check(answer, request)
         run.end()
         self.counters.add(input_tokens=answer.usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
         run.emit("finish", usage=answer.usage, timings=timings)
         return replace(
             answer,
+            **checked,
             model=answer.model or model,
             provider=self.provider,
             timings=timings,
@@ -627,7 +629,7 @@ def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgr
         raise
 
 
-def _checked_ranking(answer: Ranking, request: RerankRequest) -> Ranking:
+def _checked_ranking(answer: Ranking, request: RerankRequest) -> dict[str, Any]:
     """A ranking in its order, with each document once.
 
     Raises:
@@ -645,11 +647,11 @@ def _checked_ranking(answer: Ranking, request: RerankRequest) -> Ranking:
     scores = [each.score for each in results]
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scores):
         raise ProtocolError("The answer has a score that is no finite number.", hint=hint)
-    return replace(answer, results=tuple(sorted(results, key=lambda each: (-each.score, each.index))))
+    return {"results": tuple(sorted(results, key=lambda each: (-each.score, each.index)))}
 
 
-def _checked_embeddings(answer: Embeddings, request: EmbedRequest) -> Embeddings:
-    return replace(answer, vectors=_checked_vectors(answer.vectors, len(request.inputs)))
+def _checked_embeddings(answer: Embeddings, request: EmbedRequest) -> dict[str, Any]:
+    return {"vectors": _checked_vectors(answer.vectors, len(request.inputs))}
 
 
 @contextlib.contextmanager

@@ -543,7 +543,7 @@ def test_news_of_the_prompt_is_told_and_no_part_of_the_answer(
 ) -> None:
     seen: list[int] = []
     call = Call(emit=lambda kind, prompt: seen.append(prompt.processed))
-    leased = _engine._Leased(Said(*pieces), cast("Any", SimpleNamespace(use=None, end=lambda: None)), call)
+    leased = _engine._Leased(cast("Any", Said(*pieces)), cast("Any", SimpleNamespace(use=None)), call)
     found = []
     while piece := drive(leased.read()):
         found.append(piece)
@@ -588,9 +588,9 @@ def test_a_model_that_is_made_for_it_ranks_and_does_nothing_else(both: Any, tmp_
     assert sorted(each.index for each in found.results) == [0, 1, 2]
     assert (found.model, found.usage.input_tokens) == ("ranks", 15)
     assert llm.show().features == {"rerank"}
-    for act in (lambda: llm.embed("a"), lambda: llm.chat("a"), lambda: llm.count_tokens("a")):
+    for act in (llm.embed, llm.chat, llm.count_tokens):
         with pytest.raises(CapabilityUnsupported, match="`ranks` cannot do"):
-            act()
+            act("a")
     with pytest.raises(ContextOverflow):
         llm.rerank("a " * 50, ["b " * 50])
 
