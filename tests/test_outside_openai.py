@@ -227,6 +227,34 @@ def test_a_request_holds_what_the_api_wants(connect: Any, fake: FakeOllama) -> N
     }
 
 
+def test_what_other_clients_write_reaches_the_server_in_its_form(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(event({"content": '"Hello"'}), STOP, USAGE, DONE))
+    parts = [{"type": "text", "text": "Hi"}]
+    connect().chat(
+        [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": parts, "name": "bob"}],
+        format={"type": "json_schema", "json_schema": {"name": "A", "schema": {"type": "string"}}},
+        options={"seed": 1, "server": {"top_k": 5, "parallel_tool_calls": False}},
+    )
+    body: Any = fake.requests[0].body
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hi", "name": "bob"},
+    ]
+    assert body["response_format"]["json_schema"] == {"name": "answer", "schema": {"type": "string"}}
+    assert (body["seed"], body["top_k"], body["parallel_tool_calls"]) == (1, 5, False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": "hot"}, {"stop": 5}, {"server": {"Max_Tokens": 9}}, {"server": {"stream": False}}],
+    ids=str,
+)
+def test_an_option_that_is_wrong_is_not_sent(connect: Any, fake: FakeOllama, options: Any) -> None:
+    with pytest.raises(RequestRejected):
+        connect().chat("Hi", options=options)
+    assert fake.requests == []
+
+
 def test_comments_and_what_comes_after_the_end_are_no_text(connect: Any, fake: FakeOllama) -> None:
     alive = b": keepalive\n\n"
     fake.script(CHAT, events(alive, alive, HELLO, alive, STOP, alive, USAGE, DONE, HELLO))

@@ -19,7 +19,7 @@ from small_engine import LONG, MODEL, WINDOW, write_embedder
 import graftage
 from graftage._engine.driving import drive
 from graftage._values import LONGEST_STAY
-from graftage.calls import Call
+from graftage.calls import Call, ChatRequest
 from graftage.exceptions import (
     CapabilityUnsupported,
     ContextOverflow,
@@ -34,6 +34,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.testing import Cassette
+from graftage.types import Message
 from graftage_llamacpp import DEFAULT_MODEL, _convert, _engine
 
 if TYPE_CHECKING:
@@ -226,9 +227,26 @@ def test_a_schema_that_is_none_is_rejected(llm: Any) -> None:
         llm.chat("Hello", format={"type": "nonsense"})
 
 
-def test_an_option_of_a_wrong_type_is_rejected_by_its_name(llm: Any) -> None:
-    with pytest.raises(RequestRejected, match="temperature"):
-        llm.chat("Hello", options={"temperature": "warm"})
+THINKER: Any = SimpleNamespace(architecture="llama", template="{{ enable_thinking }}")
+"""The head of a model that can think."""
+
+
+@pytest.mark.parametrize(("think", "on"), [("max", True), ("low", True), ("none", False), (True, True), (False, False)])
+def test_thinking_and_what_the_engine_alone_knows_are_put_into_a_request(think: Any, on: bool) -> None:
+    options = {"seed": 1, "dry_multiplier": 0.8, "stream": False, "chat_template_kwargs": {"custom": 1}}
+    messages = (Message(role="system", content="Be brief"), Message(role="user", content="Hi", name="bob"))
+    request = ChatRequest(call=Call(), model="m", messages=messages, think=think, options=options, max_tokens=3)
+    body = _convert.chat_body(request, THINKER)
+    effort = {"reasoning_effort": think} if isinstance(think, str) else {}
+    assert body == {
+        "seed": 1,
+        "dry_multiplier": 0.8,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 3,
+        "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "bob"}],
+        "chat_template_kwargs": {"custom": 1, "enable_thinking": on, **effort},
+    }
 
 
 def test_a_raw_prompt_takes_no_system_prompt(llm: Any) -> None:

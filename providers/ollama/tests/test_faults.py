@@ -418,6 +418,7 @@ REFUSED = [
     Fault("json_500", error("something odd"), kind=InferenceFailed),
     Fault("json_500_option", error('option "num_ctx" must be of type integer'), kind=RequestRejected),
     Fault("json_500_format", error('invalid format: "x"'), kind=RequestRejected),
+    Fault("json_500_image", error("image: unknown format"), kind=RequestRejected),
     Fault(
         "json_500_memory",
         error("model requires more system memory (9 GiB) than is available"),

@@ -160,6 +160,21 @@ def test_options_figures_and_the_stay_in_memory_are_sent(llm: Any, cassette: Cas
     assert loaded.expires_at is not None
 
 
+def test_what_the_server_alone_knows_is_sent_where_it_looks_for_it(both: Any) -> None:
+    with FakeOllama() as fake:
+        llm = both.connect("ollama", host=fake.url, model=MODEL)
+        options = {"temperature": 0, "logprobs": True, "server": {"xtc_probability": 0.5, "logit_bias": [[1, -1]]}}
+        messages = [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "bob"}]
+        llm.chat(messages, options=options, context_window=512, think="max")
+        body: Any = fake.requests[-1].body
+    assert body["options"] == {"temperature": 0, "xtc_probability": 0.5, "logit_bias": [[1, -1]], "num_ctx": 512}
+    assert (body["logprobs"], body["think"]) == (True, "max")
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hi", "name": "bob"},
+    ]
+
+
 def test_any_json_is_parsed(llm: Any) -> None:
     reply = llm.chat('Repeat this JSON object: {"city": "Paris"}', format="json", options=CALM, max_tokens=60)
     assert isinstance(reply.parsed, dict)
