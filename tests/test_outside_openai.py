@@ -289,7 +289,7 @@ def test_tool_calls_are_put_together_from_their_pieces(connect: Any, fake: FakeO
 
 def test_arguments_that_were_cut_are_no_tool_call(connect: Any, fake: FakeOllama) -> None:
     fake.script(CHAT, events(HELLO, piece(0, id="a", name="get_weather", arguments='{"ci'), event({}, "length"), DONE))
-    with pytest.raises(ProtocolError, match="get_weather"):
+    with pytest.raises(InferenceFailed, match="get_weather"):
         connect().chat("Hi", tools=[TOOL])
 
 

@@ -29,6 +29,7 @@ ENGINE = [
     "faults",
     "events",
     "health",
+    "answers",
     "inputs",
     "schemas",
     "options",

@@ -168,9 +168,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens counted by the server."""
+    """Tokens counted by the server; a count that cannot be is unknown."""
 
     input_tokens: int | None = None
+    """Of the whole prompt, with what the server had in its cache."""
     output_tokens: int | None = None
 
     @property
@@ -222,7 +223,8 @@ class Chunk:
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[Logprob, ...] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
+    """A provider gives the server's word, empty where the server gave none; a host gets a `FinishReason`."""
     usage: Usage | None = None
     timings: Timings | None = None
     model: str | None = None

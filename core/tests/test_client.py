@@ -561,7 +561,7 @@ def test_an_answer_that_does_not_fit_the_format_is_an_error_with_the_answer_in_p
         if stream:
             list(reply)
 
-    with pytest.raises(ProtocolError, match="format") as caught:
+    with pytest.raises(InferenceFailed, match="format") as caught:
         act()
     assert caught.value.partial is not None
     assert (caught.value.partial.text, caught.value.partial.finish_reason) == (answer, "stop")
@@ -570,7 +570,7 @@ def test_an_answer_that_does_not_fit_the_format_is_an_error_with_the_answer_in_p
 
 
 def test_an_answer_that_was_cut_says_so_instead_of_blaming_the_schema(both: Any) -> None:
-    with pytest.raises(ProtocolError, match=r"cut .* Raise `max_tokens`"):
+    with pytest.raises(InferenceFailed, match=r"cut .* Raise `max_tokens`"):
         both.connect(Echo([GOOD]), model=MODEL).chat("x", format=House, max_tokens=2)
 
 
@@ -580,8 +580,8 @@ def test_an_answer_that_calls_tools_is_not_parsed(both: Any) -> None:
     assert llm.chat("x", format=House, tools=[weather]).parsed is None
 
 
-def test_json_that_is_nested_too_deep_is_a_protocol_error(both: Any) -> None:
-    with pytest.raises(ProtocolError):
+def test_json_that_is_nested_too_deep_does_not_fit(both: Any) -> None:
+    with pytest.raises(InferenceFailed, match="does not fit"):
         both.connect(Echo(["[" * 100_000]), model=MODEL).chat("x", format="json")
 
 
@@ -1638,7 +1638,7 @@ TRANSLATED: dict[str, tuple[type[Exception], Callable[[], Any], Callable[[Any], 
     },
     "ensure": (ModelNotFound, lambda: Echo(strict=True), lambda llm: llm.ensure("no", policy="never")),
     "a wrong policy": (RequestRejected, Echo, lambda llm: llm.ensure(policy="perhaps")),
-    "a format": (ProtocolError, lambda: Echo(["no"]), lambda llm: llm.chat("x", format="json")),
+    "a format": (InferenceFailed, lambda: Echo(["no"]), lambda llm: llm.chat("x", format="json")),
     "messages": (RequestRejected, Echo, lambda llm: llm.chat(5)),
     "options": (RequestRejected, Echo, lambda llm: llm.chat("x", options={"no": 1})),
     "a timeout": (RequestRejected, Echo, lambda llm: llm.chat("x", timeout=0)),

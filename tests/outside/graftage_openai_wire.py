@@ -7,12 +7,11 @@ from typing import Any
 from graftage.calls import ChatRequest, EmbedRequest, ModelsRequest
 from graftage.exceptions import ContextOverflow, ProviderError, QuotaExceeded
 from graftage.hookspecs import ConnectRequest, hookimpl
-from graftage.http import Answer, Event, place, read_tool_call
-from graftage.types import Capabilities, Chunk, Embeddings, FinishReason, Message, ModelInfo, Usage
+from graftage.http import Answer, Event, place, read_object, read_records, read_tool_call, read_vectors
+from graftage.types import Capabilities, Chunk, Embeddings, Message, ModelInfo, Usage
 
 FEATURES = frozenset({"tools", "structured_output"})
 OPTIONS = frozenset({"frequency_penalty", "presence_penalty", "seed", "server", "stop", "temperature", "top_p"})
-FINISH: tuple[FinishReason, ...] = ("stop", "length", "tool_calls", "content_filter")
 
 
 class Connection:
@@ -60,15 +59,14 @@ class Reader:
             self.end = part
         for each in choice["delta"].get("tool_calls") or ():
             function, place = each["function"], each["index"]
-            name, arguments, call_id = self._calls.get(place, ("", "", f"call_{place}"))
+            name, arguments, call_id = self._calls.get(place, ("", "", ""))
             arguments += function.get("arguments") or ""
             self._calls[place] = (function.get("name") or name, arguments, each.get("id") or call_id)
         return "" + (choice["delta"].get("content") or "")  # Anything but a text is an error here.
 
     def last(self) -> Chunk:
         calls = tuple(read_tool_call(*call) for _, call in sorted(self._calls.items()))
-        said = self.end["choices"][0]["finish_reason"]
-        reason: FinishReason = next((each for each in FINISH if each == said), "other")
+        reason = self.end["choices"][0]["finish_reason"]
         return Chunk(tool_calls=calls, finish_reason=reason, usage=self._usage, raw=self.end)
 
 
@@ -96,17 +94,18 @@ def message(it: Message) -> dict[str, Any]:
 
 
 def usage(answer: Mapping[str, Any]) -> Usage | None:
-    found = answer.get("usage")
-    return found and Usage(input_tokens=found["prompt_tokens"], output_tokens=found.get("completion_tokens"))
+    found = read_object(answer.get("usage"))
+    return (
+        Usage(input_tokens=found.get("prompt_tokens"), output_tokens=found.get("completion_tokens")) if found else None
+    )
 
 
 def embeddings(answer: Mapping[str, Any]) -> Embeddings:
-    vectors = tuple(each["embedding"] for each in sorted(answer["data"], key=lambda each: each["index"]))
-    return Embeddings(vectors=vectors, usage=usage(answer) or Usage())
+    return Embeddings(vectors=read_vectors(answer["data"]), usage=usage(answer) or Usage())
 
 
 def models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
-    return tuple(ModelInfo(name=each["id"], raw=each) for each in answer["data"] or ())
+    return read_records(answer["data"], lambda each: ModelInfo(name=each["id"], raw=each))
 
 
 def refusal(answer: Answer) -> ProviderError | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
+from graftage._engine.answers import cut_warning, parsed, read_finish_reason, read_usage
 from graftage._engine.driving import drive
 from graftage._engine.faults import Author, is_fault, kind_of
-from graftage._engine.inputs import Parse, parsed
+from graftage._engine.inputs import Parse
 from graftage.exceptions import (
     ConnectionFailed,
     GraftageError,
@@ -21,13 +23,14 @@ from graftage.exceptions import (
     ProviderError,
     StreamInterrupted,
 )
-from graftage.types import Chunk, FinishReason, Limits, Logprob, Reply, Timings, ToolCall, Usage
+from graftage.types import Chunk, Limits, Logprob, Reply, Timings, ToolCall, Usage
 
 if TYPE_CHECKING:
     from typing import Self
 
     from graftage._engine.waiting import Source
-    from graftage.calls import Call
+    from graftage.calls import Call, ChatRequest, GenerateRequest
+    from graftage.types import FinishReason
 
 __all__ = ["AsyncStream", "Run", "Stream"]
 
@@ -36,9 +39,8 @@ Translate = Callable[[GraftageError], Exception]
 """How a host wants to see an error."""
 
 
-REASONS = get_args(FinishReason)
 WANTED = {
-    "finish_reason": f"word among {', '.join(REASONS)}",
+    "finish_reason": "text",
     "usage": "`Usage`",
     "timings": "`Timings`",
     "tool_calls": "tuple of `ToolCall`",
@@ -92,6 +94,8 @@ class Run:
     adapter: str | None = None
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
+    request: ChatRequest | GenerateRequest | None = None
+    """What was asked, as far as the provider reads it."""
     source: Source | None = None
     fold: Fold = field(default_factory=Fold)
     reply: Reply | None = None
@@ -104,7 +108,7 @@ class Run:
     told: bool = False
     """Whether observers know how it ended."""
     hosts_own: BaseException | None = None
-    """What a callback of the host has raised: it goes back to the host as it is."""
+    """What a callback or a validator of the host has raised: it goes back to the host as it is."""
 
     @property
     def provider(self) -> str:
@@ -126,7 +130,7 @@ class Run:
             thinking="".join(fold.thoughts),
             tool_calls=tuple(fold.tool_calls),
             logprobs=tuple(fold.logprobs),
-            finish_reason=last.finish_reason,
+            finish_reason=cast("FinishReason | None", last.finish_reason),
             usage=last.usage or Usage(),
             timings=replace(last.timings or Timings(), first_chunk=first, wall=time.monotonic() - self.started),
             model=last.model or self.model,
@@ -154,6 +158,8 @@ class Run:
             is_chunk = isinstance(chunk, Chunk)
             if not (is_chunk and isinstance(chunk.text, str) and isinstance(chunk.thinking, str)):
                 raise self._no_chunk(chunk)
+            if chunk.finish_reason is not None:
+                chunk = self._last(chunk)
             fold.texts.append(chunk.text)
             if chunk.thinking or chunk.tool_calls or chunk.logprobs or chunk.warnings:
                 fold.add_more(chunk)
@@ -171,6 +177,17 @@ class Run:
             self.reading = False
         taken: Chunk = chunk
         return taken
+
+    def _last(self, last: Chunk) -> Chunk:
+        """The last chunk, with the reason in our words, its counts checked, and a warning where the prompt was cut."""
+        self._check_end(last)
+        usage, request = read_usage(last.usage), self.request
+        read, written = (usage.input_tokens, usage.output_tokens) if usage else (None, None)
+        full = request is not None and written is not None and written >= (request.max_tokens or math.inf)
+        calls = bool(self.fold.tool_calls or last.tool_calls)
+        cut = cut_warning(request, read) if request is not None else ()
+        reason = read_finish_reason(last.finish_reason, calls=calls, full=full)
+        return replace(last, finish_reason=reason, usage=usage, warnings=(*last.warnings, *cut))
 
     def _no_chunk(self, found: Any) -> ProviderError:
         """The error for what is no chunk: the end, or a fault of the provider."""
@@ -214,10 +231,15 @@ class Run:
         return not self.reading and time.monotonic() > self.call.deadline
 
     def _finish(self, last: Chunk) -> None:
-        self._check_end(last)
         reply = self.so_far()
         if self.parse is not None and not reply.tool_calls:
-            reply = replace(reply, parsed=parsed(reply, self.parse))
+            try:
+                reply = replace(reply, parsed=parsed(reply, self.parse))
+            except GraftageError:
+                raise
+            except BaseException as error:
+                self.hosts_own = error  # It comes from a validator of the host's.
+                raise
         self.reply = reply
         self.end()
         usage = reply.usage
@@ -227,10 +249,10 @@ class Run:
     def _check_end(self, last: Chunk) -> None:
         """Refuse what only a reader of the reply would stumble over."""
         right = {
-            "finish_reason": last.finish_reason in REASONS,
+            "finish_reason": isinstance(last.finish_reason, str),
             "usage": last.usage is None or isinstance(last.usage, Usage),
             "timings": last.timings is None or isinstance(last.timings, Timings),
-            "tool_calls": all(isinstance(each, ToolCall) for each in self.fold.tool_calls),
+            "tool_calls": all(isinstance(each, ToolCall) for each in (*self.fold.tool_calls, *last.tool_calls)),
         }
         for name in (each for each in right if not right[each]):
             raise self.author.fault(

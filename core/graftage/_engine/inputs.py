@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import inspect
-import json
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 from urllib.parse import unquote_to_bytes
 
+from graftage._engine.answers import read_arguments
 from graftage._values import close, read_file, user_path
-from graftage.exceptions import CapabilityUnsupported, ProtocolError, RequestRejected
+from graftage.exceptions import CapabilityUnsupported, GraftageError, RequestRejected
 from graftage.types import Image, Message, Reply, Role, ToolCall
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
         raise RequestRejected("There are no messages.", hint="Send at least one.")
     if pictures := read_images(images, paths=True):
         _attach(messages, pictures)
-    return tuple(messages)
+    return _paired(messages)
 
 
 def read_message(value: MessageLike) -> tuple[Message, ...]:
@@ -119,7 +120,7 @@ def read_message(value: MessageLike) -> tuple[Message, ...]:
         role=cast("Role", role),
         content="\n".join(found.texts) or texts.get("refusal", ""),
         images=(*found.images, *read_images(given.get("images"))),
-        tool_calls=tuple(_read_sent_tool_call(each, place) for place, each in enumerate(calls)),
+        tool_calls=tuple(map(_read_sent_tool_call, calls)),
         tool_name=texts.get("tool_name") or (name if role == "tool" else None),
         tool_call_id=texts.get("tool_call_id"),
         thinking=next(filter(None, map(texts.get, THINKING_KEYS)), None) or "\n".join(found.thoughts) or None,
@@ -340,45 +341,39 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
 # --- Tool calls ------------------------------------------------------------------------------------------------------
 
 
-def read_tool_call(name: Any, arguments: Any, call_id: str) -> ToolCall:
-    """A call of a tool as a model has written it, for providers.
+def _paired(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages, with what ties a result to its call: some people give the id alone, and others the name.
 
-    Args:
-        name: the name of the tool.
-        arguments: an object, or JSON of one in a text; None, `null` and an empty text are an object without entries.
-        call_id: names the call when its result is sent back.
-
-    Raises:
-        ProtocolError: it has no name, or arguments that are no object; what the model wrote is in `partial.raw`.
+    A call without an id gets one that no other has, and that is the same whenever the conversation is sent.
     """
-    found = _read_arguments(arguments)
-    if isinstance(name, str) and name and found is not None:
-        return ToolCall(name=name, arguments=found, id=call_id)
-    of = f" of the tool `{name[:80]}`" if isinstance(name, str) and name else ""
-    raise ProtocolError(
-        f"The model's call{of} is malformed: {'its arguments are no JSON object' if of else 'it names no tool'}.",
-        hint="Ask again, raise `max_tokens`, or choose a larger model.",
-        partial=Reply(text="", raw={"name": name, "arguments": arguments}),
-    )
+    if not any(each.tool_calls or each.role == "tool" for each in messages):
+        return tuple(messages)
+    given = {call.id for each in messages for call in each.tool_calls}
+    free = (name for name in map("call_{}".format, itertools.count()) if name not in given)
+    called: dict[str, str] = {}
+    waiting: dict[str, str] = {}
+    paired = []
+    for each in messages:
+        calls = tuple(call if call.id else replace(call, id=next(free)) for call in each.tool_calls)
+        names = {call.id: call.name for call in calls}
+        called |= names
+        waiting |= names
+        if each.role != "tool":
+            paired.append(replace(each, tool_calls=calls) if calls else each)
+            continue
+        found = each.tool_call_id or next((it for it, name in waiting.items() if name == each.tool_name), None)
+        waiting.pop(found or "", None)
+        paired.append(replace(each, tool_call_id=found, tool_name=each.tool_name or called.get(found or "")))
+    return tuple(paired)
 
 
-def _read_arguments(value: Any) -> dict[str, Any] | None:
-    """The arguments of a tool call; None where they cannot be read as an object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        while isinstance(value, str):  # Some servers write the JSON of a text that is JSON.
-            value = json.loads(value) if value.strip() else None
-    if value is None:
-        return {}
-    return dict(value) if isinstance(value, Mapping) else None
-
-
-def _read_sent_tool_call(value: Any, place: int) -> ToolCall:
-    """A tool call of an earlier answer, on its way back to the model."""
+def _read_sent_tool_call(value: Any) -> ToolCall:
+    """A tool call of an earlier answer, on its way back to the model; its id is empty where it has none."""
     if isinstance(value, ToolCall):
         value = {"name": value.name, "arguments": value.arguments, "id": value.id}
     value = fields(value)
-    body = fields(value.get("function", value)) if isinstance(value, Mapping) else None
-    if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
+    body = fields(value.get("function") or value) if isinstance(value, Mapping) else None
+    if not isinstance(body, Mapping) or not isinstance(body.get("name"), str) or not body["name"]:
         raise RequestRejected(
             "A tool call has no name.", hint="Give a `ToolCall`, or a mapping with `name` and `arguments`."
         )
@@ -386,7 +381,7 @@ def _read_sent_tool_call(value: Any, place: int) -> ToolCall:
     unknown = [key for key in body if key not in CALL_KEYS]
     if unknown and "arguments" not in body:
         raise RequestRejected(f"A tool call has no key `{unknown[0]}`.", hint="Give its arguments as `arguments`.")
-    arguments = _read_arguments(body.get("arguments", value.get("arguments")))
+    arguments = read_arguments(body.get("arguments", value.get("arguments")))
     if arguments is None:
         raise RequestRejected(
             f"The call of the tool `{name}` is malformed: its arguments are no JSON object.",
@@ -395,32 +390,11 @@ def _read_sent_tool_call(value: Any, place: int) -> ToolCall:
     return ToolCall(
         name=name,
         arguments=plain_object(arguments, f"the arguments of the tool call `{name}`", "an object"),
-        id=text(str(value.get("id") or f"call_{place}"), "the id of a tool call"),
+        id=text(str(value.get("id") or ""), "the id of a tool call"),
     )
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
-
-
-def parsed(reply: Reply, parse: Parse) -> Any:
-    """The text of a reply as `format` wanted it.
-
-    Raises:
-        ProtocolError: it is not; the reply is in `partial`.
-    """
-    try:
-        return parse(reply.text)
-    except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
-        cut = reply.finish_reason == "length"
-        raise ProtocolError(
-            "The answer was cut before its JSON was complete." if cut else "The answer does not fit the `format`.",
-            hint="Raise `max_tokens`." if cut else "A larger model, or a simpler schema, may do better.",
-            partial=reply,
-            details={"reason": f"{type(error).__name__} of {getattr(error, 'title', 'JSON')}"},
-        ) from error
-
-
-def reason_of(error: ProtocolError) -> str:
+def reason_of(error: GraftageError) -> str:
     """Why an answer did not fit its format, in the words of what read it, for the model."""
     words = re.sub(r"\n *For further information visit \S+", "", str(error.__cause__ or error.message))
     return words[:MOST_WORDS]

@@ -14,6 +14,7 @@ from graftage._engine import inputs
 from graftage._engine import limits as gates
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
+from graftage._engine.answers import cut_warning, read_count, read_usage
 from graftage._engine.arguments import Wants, check_model, check_progress, check_tokens, read_flag, read_seconds
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
@@ -38,6 +39,7 @@ from graftage.calls import (
 )
 from graftage.exceptions import (
     CapabilityUnsupported,
+    ContextOverflow,
     GraftageError,
     InferenceFailed,
     ModelNotFound,
@@ -112,6 +114,7 @@ class Session(Connection):
         try:
             with run.failing():
                 request = await self._inference_request(run, operation, want, model)
+                run.request = self._as_read(request)
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
                 self.admission.watch(run)
             first = await run.pull()
@@ -121,11 +124,13 @@ class Session(Connection):
         except Exception as error:
             if run.adapter and isinstance(error, ModelNotFound):
                 self.adapters.forget(run.model)  # Somebody has deleted it: the next call makes it again.
-            if want.retries and isinstance(error, ProtocolError) and run.misfits():
+            if want.retries and isinstance(error, InferenceFailed) and run.misfits():
                 return await self._ask_again(want, run, error, warnings)
             raise
 
-    async def _ask_again(self, want: Wants, run: Run, error: ProtocolError, warnings: Sequence[str]) -> tuple[Run, Any]:
+    async def _ask_again(
+        self, want: Wants, run: Run, error: InferenceFailed, warnings: Sequence[str]
+    ) -> tuple[Run, Any]:
         """Ask once more where an answer does not fit its format: a call of its own, within the time of the first."""
         left = run.call.deadline - time.monotonic()
         if left <= 0 or want.build is None:
@@ -186,20 +191,30 @@ class Session(Connection):
             request = await self._measure_request(run, operation, model, want)
             with _naming_empty(request):
                 answer: Measured = await self.call(operation, request, run.call, kind)
-                checked = check(answer, request)
+                checked = check(answer, self._as_read(request))
         run.end()
-        self.counters.add(input_tokens=answer.usage.input_tokens or 0)
+        warnings = checked.pop("warnings")
+        usage = read_usage(answer.usage) or Usage()
+        self.counters.add(input_tokens=usage.input_tokens or 0)
         timings = replace(answer.timings, wall=time.monotonic() - run.started)
-        run.emit("finish", usage=answer.usage, timings=timings)
+        run.emit("finish", usage=usage, timings=timings)
         return replace(
             answer,
             **checked,
             model=answer.model or model,
             provider=self.provider,
+            usage=usage,
             timings=timings,
             limits=run.limits,
-            warnings=(*run.warnings, *answer.warnings),
+            warnings=(*run.warnings, *warnings),
         )
+
+    def _as_read(self, request: Any) -> Any:
+        """A request as the provider reads it: a window that it cannot set is not the server's."""
+        if request.context_window is None:
+            return request
+        read = self.capabilities().parameters
+        return request if read is None or "context_window" in read else replace(request, context_window=None)
 
     async def _measure_request(self, run: Run, operation: str, model: str, want: Wants) -> Any:
         options = read_options(want.options, self.capabilities().options)
@@ -222,9 +237,11 @@ class Session(Connection):
         with run.failing():
             request = await self._inference_request(run, "count_tokens", want, model)
             count: int = await self.call("count_tokens", request, run.call, int)
-            if isinstance(count, bool) or count < 1:
+            if not read_count(count):
                 hint = "No conversation is that short; tell the provider's authors."
                 raise ProtocolError(f"The answer counts {count} tokens.", hint=hint)
+            if cut := cut_warning(self._as_read(request), count):
+                raise ContextOverflow(*cut)
         run.end()
         run.emit("finish", usage=Usage(input_tokens=count))
         return count
@@ -647,11 +664,15 @@ def _checked_ranking(answer: Ranking, request: RerankRequest) -> dict[str, Any]:
     scores = [each.score for each in results]
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scores):
         raise ProtocolError("The answer has a score that is no finite number.", hint=hint)
-    return {"results": tuple(sorted(results, key=lambda each: (-each.score, each.index)))}
+    results = tuple(sorted(results, key=lambda each: (-each.score, each.index)))
+    return {"results": results, "warnings": answer.warnings}
 
 
 def _checked_embeddings(answer: Embeddings, request: EmbedRequest) -> dict[str, Any]:
-    return {"vectors": _checked_vectors(answer.vectors, len(request.inputs))}
+    vectors = _checked_vectors(answer.vectors, len(request.inputs))
+    # A provider that cuts by itself says so itself.
+    cut = answer.warnings or cut_warning(request, read_count(answer.usage.input_tokens))
+    return {"vectors": vectors, "warnings": (*cut, *_length_warning(len(vectors[0]), request.dimensions))}
 
 
 @contextlib.contextmanager
@@ -666,6 +687,12 @@ def _naming_empty(request: EmbedRequest | RerankRequest) -> Iterator[None]:
             error.message = f"{error.message} Empty inputs: number {', '.join(empty[:NAMED])} of {len(texts)}."
             error.args = (error.message,)
         raise
+
+
+def _length_warning(length: int, wanted: int | None) -> tuple[str, ...]:
+    if wanted in (None, length):
+        return ()
+    return (f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it.",)
 
 
 def _checked_vectors(given: Any, inputs: int) -> Vectors:

@@ -10,9 +10,24 @@
 
 Its coroutines serve both colours. Everything a request has to keep to stands inside: the four limits of time, bounds on
 sizes, whole lines, typed errors, retries of the opening, no redirect, no proxy to loopback, no key in clear.
+
+What a server answers is read by `read_…`: strictly what matters, and leniently what nobody needs.
 """
 
-from graftage._engine.inputs import read_tool_call
+from graftage._engine.answers import (
+    read_count,
+    read_entries,
+    read_logprobs,
+    read_moment,
+    read_object,
+    read_records,
+    read_seconds,
+    read_text,
+    read_tool_call,
+    read_tool_calls,
+    read_vectors,
+    read_word,
+)
 from graftage.http.address import is_loopback, is_private, place, proxy_for
 from graftage.http.answer import Answer, Refusal
 from graftage.http.client import Document, Event, Http, Items
@@ -40,6 +55,17 @@ __all__ = [
     "is_private",
     "place",
     "proxy_for",
+    "read_count",
+    "read_entries",
+    "read_logprobs",
+    "read_moment",
+    "read_object",
+    "read_records",
+    "read_seconds",
+    "read_text",
     "read_tool_call",
+    "read_tool_calls",
+    "read_vectors",
+    "read_word",
     "says",
 ]

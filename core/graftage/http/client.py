@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from graftage import retry
+from graftage._engine.answers import decode
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
 from graftage.http.address import SECRET_NAMES, is_private, place
 from graftage.http.answer import OK, Answer, Refusal
@@ -319,7 +320,7 @@ class Http:
 
     def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None) -> Document:
         try:
-            found = (vectors and _with_vectors(data, vectors)) or _parsed(data)
+            found = (vectors and _with_vectors(data, vectors)) or decode(data)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -538,7 +539,7 @@ class _Lines(Generic[T]):
     def read(self, line: bytes) -> T:
         """A line as an item."""
         try:
-            found = _parsed(line)
+            found = decode(line)
         except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict) and found.get("error") is None:
@@ -578,7 +579,7 @@ class Event:
         """
         data = self.data.encode()
         try:
-            found = _parsed(data)
+            found = decode(data)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -712,23 +713,6 @@ def _encoded(body: Mapping[str, Any] | None) -> bytes:
     return b"" if body is None else _encoder.encode(body).encode()
 
 
-def _parsed(data: bytes) -> Any:
-    """JSON, with the replacement character for half of a surrogate pair that stands alone: no text can hold one.
-
-    Raises:
-        ValueError: it is no JSON, or no UTF-8.
-        RecursionError: it is nested too deeply.
-    """
-    import msgspec  # noqa: PLC0415 - slow to import
-
-    with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
-        return msgspec.json.decode(data)
-    # What it refuses is wrong, or is what `json` alone takes, such as NaN.
-    text = data.decode()
-    found = json.loads(text)
-    return _whole(found) if "\\ud" in text or "\\uD" in text else found
-
-
 def _with_vectors(data: bytes, name: str) -> Any:
     """A JSON object with `Vectors` under a name, where that is what it has: the lists that they come in are not built.
 
@@ -742,14 +726,6 @@ def _with_vectors(data: bytes, name: str) -> Any:
         if [each for each, value in found.items() if isinstance(value, tuple)] == [name]:
             return {**found, name: Vectors._of(found[name])}  # noqa: SLF001 - the parser has seen to the types
     return None
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {_whole(key): _whole(each) for key, each in value.items()}
-    return [_whole(each) for each in value] if isinstance(value, list) else value
 
 
 class reading:  # noqa: N801 - reads as a word in a `with`

@@ -305,11 +305,26 @@ _MAX_SHOWN: Final = 5
 
 
 def _canonical(body: bytes) -> str:
-    """JSON with its keys sorted; anything else as it is."""
+    """JSON with its keys sorted, and with the ids of tool calls by their order; anything else as it is."""
     try:
-        return json.dumps(json.loads(body), sort_keys=True, separators=(",", ":"))
+        return json.dumps(_numbered(json.loads(body), {}), sort_keys=True, separators=(",", ":"))
     except (ValueError, RecursionError):
         return body.decode("utf-8", "backslashreplace")
+
+
+def _numbered(value: Any, ids: dict[str, str]) -> Any:
+    """The same with `call 1` for the first id of a tool call, and so on: ids are made up, and ask for nothing."""
+    if isinstance(value, list):
+        return [_numbered(each, ids) for each in value]
+    if not isinstance(value, dict):
+        return value
+    names = ("id", "tool_call_id") if "function" in value else ("tool_call_id",)
+    return {
+        key: ids.setdefault(each, f"call {len(ids) + 1}")
+        if key in names and isinstance(each, str)
+        else _numbered(each, ids)
+        for key, each in value.items()
+    }
 
 
 def _explain(key: Key, recorded: list[_Interaction]) -> str:

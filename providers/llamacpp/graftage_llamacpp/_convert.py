@@ -19,23 +19,21 @@ from graftage.exceptions import (
     RequestRejected,
 )
 from graftage.gguf import Header
-from graftage.http import Answer, Event, read_tool_call
-from graftage.types import (
-    Chunk,
-    Embeddings,
-    FinishReason,
-    Logprob,
-    Message,
-    ModelInfo,
-    Ranked,
-    Ranking,
-    Timings,
-    Tool,
-    Usage,
+from graftage.http import (
+    Answer,
+    Event,
+    read_logprobs,
+    read_object,
+    read_records,
+    read_seconds,
+    read_text,
+    read_tool_call,
+    read_vectors,
 )
+from graftage.types import Chunk, Embeddings, Message, ModelInfo, Ranked, Ranking, Timings, Tool, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from graftage_llamacpp._store import Stored
 
@@ -80,12 +78,6 @@ FEATURES: Final = frozenset({"tools", "structured_output", "thinking", "logprobs
 SYSTEM_PROMPT: Final = "You are a helpful assistant."
 """Sent where the caller gives none: with what small models have built in, they answer nonsense."""
 NO_SYSTEM_ROLE: Final = re.compile(r"system role not supported", re.IGNORECASE)
-FINISH: Final[Mapping[str, FinishReason]] = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-    "content_filter": "content_filter",
-}
 ANY_OBJECT: Final = {"type": "object"}
 """The engine's own `json_object` does not hold the model to JSON."""
 STATUS_UNAUTHORISED: Final = 401
@@ -334,8 +326,8 @@ class ChunkReader:
         delta = choice.get("delta") or {"content": choice.get("text")}
         for call in delta.get("tool_calls") or ():
             self._add_call(call)
-        text, thinking = delta.get("content") or "", delta.get("reasoning_content") or ""
-        logprobs = _logprobs(choice.get("logprobs"), top=self._top)
+        text, thinking = read_text(delta.get("content")), read_text(delta.get("reasoning_content"))
+        logprobs = read_logprobs(read_object(choice.get("logprobs")).get("content"), top=self._top)
         if not (text or thinking or logprobs):
             return None
         return Chunk(text=text, thinking=thinking, logprobs=logprobs)
@@ -352,44 +344,22 @@ class ChunkReader:
 
     def last(self, load: float | None, notes: tuple[str, ...]) -> Chunk:
         """The last chunk, with the seconds that the engine took to start, and warnings."""
-        usage = self._last.get("usage") or {}
-        timings = self._last.get("timings") or {}
+        usage, timings = read_object(self._last.get("usage")), read_object(self._last.get("timings"))
         return Chunk(
             tool_calls=tuple(
-                read_tool_call(call["name"], call["arguments"], call["id"] or f"call_{place}")
-                for place, call in sorted(self._calls.items())
+                read_tool_call(call["name"], call["arguments"], call["id"]) for _, call in sorted(self._calls.items())
             ),
-            finish_reason=FINISH.get(self.finish or "", "other"),
+            finish_reason=self.finish or "",
             usage=Usage(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens")),
             timings=Timings(
                 load=load,
-                prompt=_seconds(timings.get("prompt_ms")),
-                generation=_seconds(timings.get("predicted_ms")),
+                prompt=read_seconds(timings.get("prompt_ms"), per_second=1e3),
+                generation=read_seconds(timings.get("predicted_ms"), per_second=1e3),
             ),
             model=self._model,
             warnings=notes,
             raw=self._last,
         )
-
-
-def _logprobs(found: Any, *, top: bool) -> tuple[Logprob, ...]:
-    return tuple(
-        Logprob(
-            token=each["token"],
-            logprob=each["logprob"],
-            top=tuple(_top(each)) if top else (),
-        )
-        for each in (found or {}).get("content") or ()
-    )
-
-
-def _top(token: Mapping[str, Any]) -> Iterator[Logprob]:
-    for each in token.get("top_logprobs") or ():
-        yield Logprob(token=each["token"], logprob=each["logprob"])
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000
 
 
 def counted(found: Mapping[str, Any]) -> int:
@@ -400,20 +370,19 @@ def counted(found: Mapping[str, Any]) -> int:
 def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Ranking:
     """The scores of documents."""
     return Ranking(
-        results=tuple(Ranked(index=each["index"], score=each["relevance_score"]) for each in found["results"]),
+        results=read_records(found["results"], lambda each: Ranked(index=each["index"], score=each["relevance_score"])),
         model=model,
-        usage=Usage(input_tokens=(found.get("usage") or {}).get("prompt_tokens")),
+        usage=Usage(input_tokens=read_object(found.get("usage")).get("prompt_tokens")),
         warnings=warnings,
     )
 
 
 def embeddings(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Embeddings:
     """The vectors of an answer, in the order of the inputs."""
-    data = sorted(found["data"], key=lambda each: int(each["index"]))
     return Embeddings(
-        vectors=tuple(each["embedding"] for each in data),
+        vectors=read_vectors(found["data"]),
         model=model,
-        usage=Usage(input_tokens=(found.get("usage") or {}).get("prompt_tokens")),
+        usage=Usage(input_tokens=read_object(found.get("usage")).get("prompt_tokens")),
         warnings=warnings,
     )
 

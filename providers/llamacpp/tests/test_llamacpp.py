@@ -27,7 +27,6 @@ from graftage.exceptions import (
     ModelLoadFailed,
     ModelNotFound,
     Overloaded,
-    ProtocolError,
     ProviderTimeout,
     RequestRejected,
     SettingsError,
@@ -164,7 +163,7 @@ def test_a_schema_binds_a_raw_completion_too(llm: Any) -> None:
 
 
 def test_json_that_is_cut_is_told_with_what_came(llm: Any) -> None:
-    with pytest.raises(ProtocolError, match="max_tokens") as caught:
+    with pytest.raises(InferenceFailed, match="max_tokens") as caught:
         llm.chat("Count.", format={"type": "array", "items": {"type": "integer"}, "minItems": 100}, max_tokens=10)
     assert caught.value.partial is not None
     assert caught.value.partial.text.startswith("[")
@@ -716,7 +715,7 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
     both: Any, small_store: Path, function: dict[str, Any]
 ) -> None:
     llm = both.connect("llamacpp", transport=calling(function))
-    with pytest.raises(ProtocolError, match=r"model's call.* malformed") as caught:
+    with pytest.raises(InferenceFailed, match=r"model's call.* malformed") as caught:
         llm.chat("Hello")
     error = caught.value
     assert ("`now`" in error.message) == bool(function["name"])

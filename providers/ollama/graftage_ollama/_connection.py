@@ -71,32 +71,29 @@ class OllamaConnection:
     @hookimpl
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         body = _convert.chat_body(request)
-        read = _convert.ChatReader(request).chunk
-        words = _convert.chat_words
+        read, words = _convert.chat_chunk, _convert.chat_words
         async for chunk in self._http.lines("POST", "/api/chat", body, call=request.call, read=read, words=words):
             yield chunk
 
     @hookimpl
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         body = _convert.generate_body(request)
-        read = partial(_convert.generate_chunk, request)
+        read = _convert.generate_chunk
         async for chunk in self._http.lines("POST", "/api/generate", body, call=request.call, read=read):
             yield chunk
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
-        read = partial(_convert.embeddings, dimensions=request.dimensions)
-        body = _convert.embed_body(request)
+        body, read = _convert.embed_body(request), _convert.embeddings
         return await self._http.json("POST", "/api/embed", body, call=request.call, read=read, vectors="embeddings")
 
     @hookimpl
     async def count_tokens(self, request: ChatRequest) -> int:
         # No endpoint counts alone, and of `num_predict: 0` servers make as many tokens as there come.
         body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.UNCUT}))
-        read = _convert.ChatReader(request).chunk
-        return _convert.counted(
-            await self._http.json("POST", "/api/chat", {**body, "stream": False}, call=request.call, read=read)
-        )
+        body["stream"] = False
+        last = await self._http.json("POST", "/api/chat", body, call=request.call, read=_convert.chat_chunk)
+        return _convert.counted(last)
 
     # --- Models ------------------------------------------------------------------------------------------------------
 

@@ -9,25 +9,33 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
-from graftage.exceptions import CapabilityUnsupported, ContextOverflow
-from graftage.gguf import BLOCKS, bytes_of
-from graftage.http import read_tool_call
+from graftage.exceptions import CapabilityUnsupported
+from graftage.gguf import bytes_of
+from graftage.http import (
+    read_count,
+    read_entries,
+    read_logprobs,
+    read_moment,
+    read_object,
+    read_records,
+    read_seconds,
+    read_text,
+    read_tool_calls,
+    read_word,
+)
 from graftage.types import (
     Chunk,
     Embeddings,
-    FinishReason,
     Image,
     LoadedModel,
-    Logprob,
     Message,
     ModelInfo,
     PullProgress,
@@ -41,8 +49,8 @@ from graftage.types import (
 __all__ = [
     "OPTIONS",
     "UNCUT",
-    "ChatReader",
     "chat_body",
+    "chat_chunk",
     "chat_words",
     "counted",
     "digests",
@@ -90,7 +98,6 @@ OPTIONS: Final = REQUEST_OPTIONS | {
     "use_mmap",
 }
 
-FINISH: Final[Mapping[str, FinishReason]] = {"stop": "stop", "length": "length", "load": "load", "unload": "unload"}
 FEATURES: Final = {
     "completion": ("chat", "generate", "structured_output", "logprobs"),
     "tools": ("tools",),
@@ -102,9 +109,6 @@ FEATURES: Final = {
 HEAD_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
 """Ollama writes "for ever" as some date in that century."""
-CHARACTERS_PER_TOKEN = 12
-"""More characters than this for each token counted: no tokenizer packs prose or code so tightly."""
-SLACK_CHARACTERS = 400
 
 
 def keep_alive(seconds: float | None) -> float | int | None:
@@ -236,178 +240,100 @@ def chat_words(line: bytes) -> tuple[str, str] | None:
     return None if found.done else (found.message.content, found.message.thinking)
 
 
-class ChatReader:
-    """Reads the lines of one chat."""
-
-    __slots__ = ("_calls", "_request")
-
-    def __init__(self, request: ChatRequest) -> None:
-        self._request = request
-        self._calls = 0
-
-    def chunk(self, part: Mapping[str, Any]) -> Chunk:
-        """A line as a chunk."""
-        message = part["message"]
-        text, thinking = message.get("content") or "", message.get("thinking") or ""
-        if not (isinstance(text, str) and isinstance(thinking, str)):
-            raise TypeError("a text is wanted")
-        found = message.get("tool_calls")
-        calls = self._tool_calls(found) if found else ()
-        if part.get("done"):
-            last = _last(part, self._request, text=text, thinking=thinking, tool_calls=calls)
-            # Ollama says `stop` after tool calls too; its own word stays in `raw`.
-            return replace(last, finish_reason="tool_calls") if self._calls and last.finish_reason == "stop" else last
-        if not calls and part.get("logprobs") is None:
-            return Chunk(text=text, thinking=thinking)
-        return Chunk(text=text, thinking=thinking, tool_calls=calls, logprobs=_logprobs(part))
-
-    def _tool_calls(self, found: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """The tool calls of a line; older servers give them no ids."""
-        calls = tuple(
-            read_tool_call(
-                each["function"].get("name"), each["function"].get("arguments"), str(each.get("id") or f"call_{place}")
-            )
-            for place, each in enumerate(found, self._calls)
-        )
-        self._calls += len(calls)
-        return calls
+def chat_chunk(part: Mapping[str, Any]) -> Chunk:
+    """A line of a chat."""
+    message = _of(part, "message") or {}
+    text, thinking = read_text(message.get("content")), read_text(message.get("thinking"))
+    return _chunk(part, text, thinking, read_tool_calls(message.get("tool_calls")))
 
 
-def generate_chunk(request: GenerateRequest, part: Mapping[str, Any]) -> Chunk:
+def generate_chunk(part: Mapping[str, Any]) -> Chunk:
     """A line of a generate."""
-    text, thinking = _text(part["response"]), _text(part.get("thinking"))
+    return _chunk(part, read_text(_of(part, "response")), read_text(part.get("thinking")))
+
+
+def _of(part: Mapping[str, Any], name: str) -> Any:
+    """What makes a line one of an answer; some lack it, but no line of another service says whether it is done."""
+    return part.get(name) if "done" in part else part[name]
+
+
+def _chunk(part: Mapping[str, Any], text: str, thinking: str, calls: tuple[ToolCall, ...] = ()) -> Chunk:
+    logprobs = read_logprobs(part.get("logprobs"))
     if not part.get("done"):
-        return Chunk(text=text, thinking=thinking, logprobs=_logprobs(part))
-    return _last(part, request, text=text, thinking=thinking)
-
-
-def _last(part: Mapping[str, Any], request: ChatRequest | GenerateRequest, **content: Any) -> Chunk:
-    usage = Usage(input_tokens=_count(part.get("prompt_eval_count")), output_tokens=_count(part.get("eval_count")))
+        return Chunk(text=text, thinking=thinking, tool_calls=calls, logprobs=logprobs)
     return Chunk(
-        **content,
-        logprobs=_logprobs(part),
-        finish_reason=FINISH.get(str(part.get("done_reason")), "other"),
-        usage=usage,
+        text=text,
+        thinking=thinking,
+        tool_calls=calls,
+        logprobs=logprobs,
+        finish_reason=part.get("done_reason") or "",  # Servers before May 2024 gave none.
+        usage=Usage(input_tokens=part.get("prompt_eval_count"), output_tokens=part.get("eval_count")),
         timings=Timings(
             total=_seconds(part.get("total_duration")),
             load=_seconds(part.get("load_duration")),
             prompt=_seconds(part.get("prompt_eval_duration")),
             generation=_seconds(part.get("eval_duration")),
         ),
-        model=_text(part.get("model")) or None,
-        warnings=_cut_warning(request, usage),
+        model=read_word(part.get("model")),
         raw=part,
     )
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError("a text is wanted")
-    return value
-
-
-def _count(value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise TypeError("a whole number is wanted")
-    return value
-
-
-def _cut_warning(request: ChatRequest | GenerateRequest, usage: Usage) -> tuple[str, ...]:
-    """A warning where the prompt was probably cut: Ollama drops what does not fit and says nothing."""
-    read = usage.input_tokens
-    if not read:
-        return ()
-    window = request.context_window
-    if isinstance(request, ChatRequest):
-        characters = sum(len(each.content) for each in request.messages)
-    else:
-        characters = len(request.prompt)
-    if (window and read >= window) or characters > read * CHARACTERS_PER_TOKEN + SLACK_CHARACTERS:
-        size = f" of {window} tokens" if window else ""
-        warning = (
-            f"The prompt was probably cut to fit the context window{size}: the server read {read} tokens of "
-            f"{characters} characters. Raise `context_window`, or send less."
-        )
-        return (warning,)
-    return ()
-
-
-def _logprobs(part: Mapping[str, Any]) -> tuple[Logprob, ...]:
-    return tuple(
-        Logprob(
-            token=each["token"],
-            logprob=each["logprob"],
-            top=tuple(Logprob(token=top["token"], logprob=top["logprob"]) for top in each.get("top_logprobs") or ()),
-        )
-        for each in part.get("logprobs") or ()
-    )
-
-
-def _seconds(nanoseconds: Any) -> float | None:
-    found = _count(nanoseconds)
-    return None if found is None else found / 1e9
+_seconds = partial(read_seconds, per_second=1e9)
 
 
 def counted(last: Chunk) -> int:
     """The tokens of the prompt, from the answer to it.
 
     Raises:
-        ContextOverflow: the prompt was cut before it was counted.
         CapabilityUnsupported: the server has not counted.
     """
-    if last.warnings:
-        raise ContextOverflow(last.warnings[0])  # It says the way out.
-    if last.usage is None or last.usage.input_tokens is None:
+    count = read_count(last.usage.input_tokens) if last.usage else None
+    if count is None:
         raise CapabilityUnsupported("This server does not count a prompt that it has in its cache.", hint="Update it.")
-    return last.usage.input_tokens
+    return count
 
 
-def embeddings(answer: Mapping[str, Any], dimensions: int | None) -> Embeddings:
+def embeddings(answer: Mapping[str, Any]) -> Embeddings:
     """The vectors of an answer."""
-    vectors = answer["embeddings"]  # As they came: the core checks them.
-    length = len(vectors[0]) if vectors else dimensions
-    ignored = f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it."
     return Embeddings(
-        vectors=vectors,
-        model=_text(answer.get("model")),
-        usage=Usage(input_tokens=_count(answer.get("prompt_eval_count"))),
+        vectors=answer["embeddings"],  # As they came: the core checks them.
+        model=read_word(answer.get("model")) or "",
+        usage=Usage(input_tokens=answer.get("prompt_eval_count")),
         timings=Timings(total=_seconds(answer.get("total_duration")), load=_seconds(answer.get("load_duration"))),
-        warnings=(ignored,) if dimensions is not None and length != dimensions else (),
     )
 
 
 def progress(part: Mapping[str, Any]) -> PullProgress:
     """A step of a pull."""
-    total, completed = _count(part.get("total")), _count(part.get("completed"))
+    total, completed = read_count(part.get("total")), read_count(part.get("completed"))
     # The server leaves a nought out: a step with a total has begun.
     begun = 0 if completed is None and total is not None else completed
     return PullProgress(
-        status=_text(part.get("status")), digest=_text(part.get("digest")) or None, total=total, completed=begun
+        status=read_text(part.get("status")), digest=read_word(part.get("digest")), total=total, completed=begun
     )
 
 
 def loaded_models(answer: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
     """The models in memory."""
-    return tuple(_loaded_model(found) for found in answer["models"] or ())
+    return read_records(answer["models"], _loaded_model)
 
 
 def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
-    expires = _time(found.get("expires_at"))
+    expires = read_moment(found.get("expires_at"))
     return LoadedModel(
         name=_name(found),
-        digest=_text(found.get("digest")) or None,
-        size=_count(found.get("size")),
-        accelerator_size=_count(found.get("size_vram")),
+        digest=read_word(found.get("digest")),
+        size=read_count(found.get("size")),
+        accelerator_size=read_count(found.get("size_vram")),
         expires_at=None if expires is None or expires.year >= NEVER_YEAR else expires,
-        context_window=_count(found.get("context_length")),
+        context_window=read_count(found.get("context_length")),
         raw=found,
     )
 
 
 def _name(found: Mapping[str, Any]) -> str:
-    name = _text(found.get("model")) or _text(found.get("name"))  # The oldest servers have only one of them.
+    name = read_word(found.get("model")) or read_word(found.get("name"))  # The oldest servers have only one of them.
     if not name:
         raise ValueError("a model has a name")
     return name
@@ -415,47 +341,47 @@ def _name(found: Mapping[str, Any]) -> str:
 
 def listed_models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
     """The models of a list."""
-    return tuple(_listed_model(found) for found in answer["models"] or ())
+    return read_records(answer["models"], _listed_model)
 
 
 def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
-    details = found.get("details") or {}
+    details = read_object(found.get("details"))
     return ModelInfo(
         name=_name(found),
-        digest=_text(found.get("digest")) or None,
-        size=_count(found.get("size")),
-        modified_at=_time(found.get("modified_at")),
-        family=details.get("family") or None,
-        parameters=details.get("parameter_size") or None,
-        quantization=details.get("quantization_level") or None,
-        context_window=details.get("context_length"),  # From Ollama 0.3x on.
+        digest=read_word(found.get("digest")),
+        size=read_count(found.get("size")),
+        modified_at=read_moment(found.get("modified_at")),
+        family=read_word(details.get("family")),
+        parameters=read_word(details.get("parameter_size")),
+        quantization=read_word(details.get("quantization_level")),
+        context_window=read_count(details.get("context_length")),  # From Ollama 0.3x on.
         features=_features(found.get("capabilities")),
-        parent=details.get("parent_model") or None,
+        parent=read_word(details.get("parent_model")),
         raw=found,
     )
 
 
 def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
     """What `/api/show` says of a model when it is asked verbosely."""
-    details = answer["details"] or {}  # Each version of the server sends them: without, it is another service.
-    metadata = answer.get("model_info") or {}
-    architecture = metadata.get("general.architecture")
-    modelfile = answer.get("modelfile") or ""
+    details = read_object(answer["details"])  # Each version of the server sends them: without, it is another service.
+    metadata = read_object(answer.get("model_info"))
+    architecture = read_word(metadata.get("general.architecture"))
+    modelfile = read_word(answer.get("modelfile")) or ""
     return ModelInfo(
         name=canonical_name(name),
         size=_weights(answer.get("tensors")),
-        modified_at=_time(answer.get("modified_at")),
-        family=details.get("family") or None,
+        modified_at=read_moment(answer.get("modified_at")),
+        family=read_word(details.get("family")),
         architecture=architecture,
-        parameters=details.get("parameter_size") or None,
-        quantization=details.get("quantization_level") or None,
-        context_window=metadata.get(f"{architecture}.context_length"),
+        parameters=read_word(details.get("parameter_size")),
+        quantization=read_word(details.get("quantization_level")),
+        context_window=read_count(metadata.get(f"{architecture}.context_length")),
         features=_features(answer.get("capabilities")),
-        parent=details.get("parent_model") or None,
+        parent=read_word(details.get("parent_model")),
         adapters=digests(modelfile, "ADAPTER"),
-        template=answer.get("template") or None,
-        system=answer.get("system") or None,
-        licence=answer.get("license") or None,
+        template=read_word(answer.get("template")),
+        system=read_word(answer.get("system")),
+        licence=read_word(answer.get("license")),
         path=_file(modelfile),
         metadata=metadata,
         tensors=_tensors(answer.get("tensors")),
@@ -470,23 +396,20 @@ def _features(capabilities: Any) -> frozenset[str] | None:
 
 
 def _weights(found: Any) -> int | None:
-    """Bytes of the tensors, which are nearly all of a file; None where a type is not known."""
+    """Bytes of the tensors, which are nearly all of a file; None where the type or the shape of one is not known."""
     if not isinstance(found, list) or not found:
         return None
-    size = 0
-    for each in found:
-        # Of a safetensors model Ollama tells the shapes without the scales, and the blocks count them in.
-        kind = str(each.get("type")).upper()
-        if kind not in BLOCKS:
-            return None
-        size += bytes_of(kind, math.prod(each.get("shape") or ()))
-    return size
+    # Of a safetensors model Ollama tells the shapes without the scales, and the blocks count them in.
+    sizes = read_entries(found, lambda each: bytes_of(str(each["type"]).upper(), math.prod(_shape(each))))
+    return sum(sizes) if len(sizes) == len(found) else None
 
 
 def _tensors(found: Any) -> dict[str, tuple[int, ...]] | None:
-    if not isinstance(found, list):
-        return None
-    return {str(each.get("name")): tuple(each.get("shape") or ()) for each in found}
+    return dict(read_entries(found, lambda each: (each["name"], _shape(each)))) if isinstance(found, list) else None
+
+
+def _shape(tensor: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(each) for each in tensor["shape"])
 
 
 def _lines(modelfile: str, word: str) -> Iterator[str]:
@@ -536,13 +459,6 @@ def _file(modelfile: str) -> Path | None:
         except OSError:
             continue
     return None
-
-
-def _time(text: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text) if isinstance(text, str) else None
-    except ValueError:
-        return None
 
 
 def residency(model: str, keep_alive_: float | None, context_window: int | None) -> dict[str, Any]:

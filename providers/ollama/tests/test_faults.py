@@ -246,7 +246,7 @@ NONSENSE = [
     Fault("json_array_line", Answer([b"[]\n"]), kind=ProtocolError),
     Fault("json_null_line", Answer([FIRST, b"null\n"]), kind=ProtocolError, partial="Hello "),
     Fault("json_string_line", Answer([b'"text"\n']), kind=ProtocolError),
-    Fault("missing_message", Answer([{"model": MODEL, "done": False}]), kind=ProtocolError),
+    Fault("missing_message", Answer([{"model": MODEL}]), kind=ProtocolError),
     Fault(
         "wrong_type",
         Answer([FIRST, {"message": {"role": "assistant", "content": 7}}]),
@@ -710,7 +710,8 @@ PULLS: list[tuple[str, Answer, type[ProviderError]]] = [
     ("disk_full", Answer([STEP, {"error": "write /models/x: no space left on device"}]), InferenceFailed),
     ("not_json", Answer([STEP, b"{nonsense\n"]), ProtocolError),
     ("array", Answer([STEP, b"[]\n"]), ProtocolError),
-    ("wrong_type", Answer([STEP, {"status": "pulling", "total": "many"}]), ProtocolError),
+    ("wrong_type", Answer([STEP, {"status": 7}]), ProtocolError),
+    ("wrong_total", Answer([STEP, {"status": "pulling", "total": "many"}]), StreamInterrupted),
 ]
 
 
@@ -812,7 +813,7 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
     both: Any, fake: FakeOllama, function: dict[str, Any]
 ) -> None:
     fake.script("/api/chat", Answer([line("Let me see."), calling({"function": function})]))
-    with pytest.raises(ProtocolError, match=r"model's call.* malformed") as caught:
+    with pytest.raises(InferenceFailed, match=r"model's call.* malformed") as caught:
         both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
     error = caught.value
     assert ("`now`" in error.message) == bool(function.get("name"))

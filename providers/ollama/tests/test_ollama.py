@@ -32,6 +32,7 @@ from graftage.exceptions import (
     CapabilityUnsupported,
     ConnectionFailed,
     ContextOverflow,
+    InferenceFailed,
     ModelNotFound,
     ProtocolError,
     ProviderError,
@@ -199,7 +200,7 @@ def test_a_pydantic_model_binds_the_answer_and_reads_it(llm: Any) -> None:
 
 
 def test_json_that_was_cut_is_told_with_the_reply_so_far(llm: Any) -> None:
-    with pytest.raises(ProtocolError, match="cut before its JSON was complete") as caught:
+    with pytest.raises(InferenceFailed, match="cut before its JSON was complete") as caught:
         llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=3)
     assert caught.value.partial is not None
     assert caught.value.partial.text.startswith("{")

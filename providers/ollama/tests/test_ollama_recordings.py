@@ -173,7 +173,7 @@ def test_an_answer_in_any_json_is_parsed(recorded: Recorded) -> None:
 
 @pytest.mark.parametrize("version", [NEW], indirect=True)
 def test_an_answer_in_json_that_was_cut_is_told_as_cut(recorded: Recorded) -> None:
-    with pytest.raises(ProtocolError, match="cut before its JSON was complete") as caught:
+    with pytest.raises(InferenceFailed, match="cut before its JSON was complete") as caught:
         recorded("13-chat-format-json").chat("Capital?", format="json")
     assert caught.value.partial is not None
     assert caught.value.partial.finish_reason == "length"

@@ -1,0 +1,397 @@
+"""Reads what servers and models answer: strictly what matters, leniently what nobody needs.
+
+A text, the end of an answer, a vector and the name of a tool must be what the API promises. Any other field that is
+missing, empty or of another type is unknown, and takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from graftage.exceptions import InferenceFailed, ProtocolError
+from graftage.types import FinishReason, Logprob, Reply, ToolCall, Usage
+
+if TYPE_CHECKING:
+    from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
+
+__all__ = [
+    "cut_warning",
+    "decode",
+    "parsed",
+    "read_arguments",
+    "read_count",
+    "read_entries",
+    "read_finish_reason",
+    "read_logprobs",
+    "read_moment",
+    "read_object",
+    "read_records",
+    "read_seconds",
+    "read_text",
+    "read_tool_call",
+    "read_tool_calls",
+    "read_usage",
+    "read_vectors",
+    "read_word",
+]
+
+T = TypeVar("T")
+ODD: Final = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
+"""What reading raises where something is not of the type or the form that it should be."""
+LARGEST_COUNT: Final = 2**53
+"""Above it a float, which is all that some servers count with, skips numbers."""
+
+
+# --- Fields ----------------------------------------------------------------------------------------------------------
+
+
+def read_text(value: Any) -> str:
+    """A text of an answer; None is an empty one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is not None and not isinstance(value, str):
+        raise TypeError("a text is wanted")
+    return value or ""
+
+
+def read_word(value: Any) -> str | None:
+    """A text that nobody needs; None where it is empty, or anything else."""
+    return value if isinstance(value, str) and value else None
+
+
+def read_count(value: Any) -> int | None:
+    """A whole number from 0 to 2**53, of which a float is one, too; None for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT:
+        return int(value) if value == int(value) else None
+    return None
+
+
+def read_seconds(value: Any, *, per_second: float = 1) -> float | None:
+    """A duration in seconds; None for what is no number, negative or absurd.
+
+    Args:
+        value: what the server says.
+        per_second: how many of its units are a second: 1e9 for nanoseconds.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value / per_second if number and 0 <= value <= LARGEST_COUNT else None
+
+
+def read_moment(value: Any) -> datetime | None:
+    """A moment that is written as ISO 8601 has it; None for anything else, and for the year 1: Go's for "never"."""
+    with contextlib.suppress(*ODD):
+        found = datetime.fromisoformat(value)
+        return found if found.year > 1 else None
+    return None
+
+
+def read_object(value: Any) -> Mapping[str, Any]:
+    """An object; one without entries for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def read_entries(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
+    """The entries of a list, without those that cannot be read: one bad entry loses no other."""
+    taken = []
+    for each in found if isinstance(found, list) else ():
+        with contextlib.suppress(*ODD):
+            taken.append(read(each))
+    return tuple(taken)
+
+
+def read_records(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
+    """The entries of a list that was asked for, without those that cannot be read. None is an empty list.
+
+    Raises:
+        TypeError: it is no list, or has entries of which none can be read.
+    """
+    taken = read_entries(found, read)
+    if found not in (None, []) and not taken:
+        raise TypeError("a list of records is wanted")
+    return taken
+
+
+def read_logprobs(found: Any, *, top: bool = True) -> tuple[Logprob, ...]:
+    """Log-probabilities, each an object with `token`, `logprob` and `top_logprobs`; those that can be read.
+
+    Args:
+        found: the list of them.
+        top: whether the most probable tokens at each place are wanted.
+    """
+    return read_entries(found, partial(_read_logprob, top=top))
+
+
+def _read_logprob(found: Any, *, top: bool) -> Logprob:
+    token, logprob = found["token"], found["logprob"]
+    if not isinstance(token, str) or isinstance(logprob, bool) or math.isnan(logprob):
+        raise TypeError("a token and its log-probability are wanted")
+    return Logprob(
+        token=token,
+        logprob=float(logprob),
+        top=read_logprobs(found.get("top_logprobs"), top=False) if top else (),
+    )
+
+
+def read_usage(usage: Usage | None) -> Usage | None:
+    """Counts of tokens, without those that cannot be."""
+    if usage is None:
+        return None
+    return Usage(input_tokens=read_count(usage.input_tokens), output_tokens=read_count(usage.output_tokens))
+
+
+def read_vectors(data: Any) -> list[Any]:
+    """The vectors of an answer in OpenAI's form, each at the place that its `index` names.
+
+    Raises:
+        ProtocolError: the indexes do not number them.
+    """
+    places = [each.get("index") for each in data]
+    if places != [None] * len(data) and sorted(places) != list(range(len(data))):
+        raise ProtocolError(
+            f"The answer has {len(data)} vectors, which are not numbered from 0 to {len(data) - 1}.",
+            hint="Embed one text at a time; the server's authors may want to know.",
+        )
+    return [each["embedding"] for each in sorted(data, key=lambda each: each.get("index") or 0)]
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes | str) -> Any:
+    """JSON, with the replacement character for half of a surrogate pair that stands alone: no text can hold one.
+
+    Raises:
+        ValueError: it is no JSON, or no UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    import msgspec  # noqa: PLC0415 - slow to import
+
+    with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
+        return msgspec.json.decode(data)
+    # What it refuses is wrong, or is what `json` alone takes, such as NaN.
+    text = data if isinstance(data, str) else data.decode()
+    found = json.loads(text)
+    return _whole(found) if "\\ud" in text or "\\uD" in text else found
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole(key): _whole(each) for key, each in value.items()}
+    return [_whole(each) for each in value] if isinstance(value, list) else value
+
+
+THOUGHT: Final = r"</think(?:ing)?>"
+FENCE: Final = r"(?s)```[ \t]*\w*\s*(.*?)(?:\n[ \t]*```|```\Z|\Z)"
+"""What ends a thought, and a block of code in Markdown, whose end may be missing."""
+
+
+def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
+    """The answer as `format` wanted it: its JSON, also where that stands in a fence or after a thought.
+
+    Raises:
+        InferenceFailed: there is no JSON, or not what was wanted; the reply is in `partial`.
+        Exception: what the host's own validators raise, as it is.
+    """
+    text = next(filter(_is_json, _readings(reply.text if reply.text.strip() else reply.thinking)), None)
+    if text is None:
+        cut = reply.finish_reason == "length"
+        raise InferenceFailed(
+            "The answer was cut before its JSON was complete." if cut else "The answer does not fit the `format`.",
+            hint="Raise `max_tokens`, or `context_window` if that was full."
+            if cut
+            else "A larger model, or a simpler schema, may do better.",
+            partial=reply,
+            details={"reason": "no JSON"},
+        )
+    try:
+        return parse(text)
+    except ValueError as error:
+        from pydantic import ValidationError  # noqa: PLC0415 - slow to import
+
+        if not isinstance(error, ValidationError):
+            raise
+        raise InferenceFailed(
+            "The answer does not fit the `format`.",
+            hint="A larger model, or a simpler schema, may do better.",
+            partial=reply,
+            details={"reason": f"ValidationError of {error.title}"},
+        ) from error
+
+
+def _readings(text: str) -> Iterator[str]:
+    """The places in an answer where its JSON may stand, from the most certain to the least."""
+    yield text
+    rest = re.split(THOUGHT, text)[-1].strip("\ufeff \t\r\n")
+    yield rest
+    fenced = re.findall(FENCE, rest)
+    if len(fenced) == 1:  # Of several, nobody knows which is meant.
+        yield fenced[0]
+
+
+def _is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text)
+        return True
+    return False
+
+
+# --- Tool calls ------------------------------------------------------------------------------------------------------
+
+
+def read_tool_calls(found: Any) -> tuple[ToolCall, ...]:
+    """The whole calls of tools that a message holds: all of them, since a part of a plan is another plan.
+
+    Raises:
+        InferenceFailed: one of them is malformed.
+        TypeError: it is no list, and no call alone.
+    """
+    calls = [found] if isinstance(found, Mapping) else found or ()
+    if not isinstance(calls, (list, tuple)):
+        raise TypeError("a list of tool calls is wanted")
+    return tuple(_read_whole_call(read_object(each)) for each in calls if each is not None)
+
+
+def _read_whole_call(call: Mapping[str, Any]) -> ToolCall:
+    body = read_object(call.get("function") or call)
+    return read_tool_call(body.get("name"), body.get("arguments"), call.get("id"))
+
+
+def read_tool_call(name: Any, arguments: Any, call_id: Any = None) -> ToolCall:
+    """A call of a tool as a model has written it.
+
+    Args:
+        name: the name of the tool.
+        arguments: an object, or JSON of one in a text; None, `null` and an empty text are an object without entries.
+        call_id: names the call when its result is sent back; where the server gave none, one is made up that no other
+            call has.
+
+    Raises:
+        InferenceFailed: it has no name, or arguments that are no object; what the model wrote is in `partial.raw`.
+    """
+    found = read_arguments(arguments, decode)
+    if isinstance(name, str) and name and found is not None:
+        return ToolCall(name=name, arguments=found, id=str(call_id or f"call_{os.urandom(8).hex()}"))
+    of = f" of the tool `{name[:80]}`" if isinstance(name, str) and name else ""
+    raise InferenceFailed(
+        f"The model's call{of} is malformed: {'its arguments are no JSON object' if of else 'it names no tool'}.",
+        hint="Ask again, raise `max_tokens`, or choose a larger model.",
+        partial=Reply(text="", raw={"name": name, "arguments": arguments}),
+    )
+
+
+def read_arguments(value: Any, loads: Callable[[str], Any] = json.loads) -> dict[str, Any] | None:
+    """The arguments of a tool call; None where they cannot be read as an object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        while isinstance(value, str):  # Some servers write the JSON of a text that is JSON.
+            value = loads(value) if value.strip() else None
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+
+ENDS: Final[Mapping[str, FinishReason]] = {
+    "stop": "stop",
+    "stop_sequence": "stop",
+    "end_turn": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "complete": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "tool_calls": "tool_calls",
+    "tool_call": "tool_calls",
+    "tool_use": "tool_calls",
+    "function_call": "tool_calls",
+    "content_filter": "content_filter",
+    "safety": "content_filter",
+    "refusal": "content_filter",
+    "load": "load",
+    "unload": "unload",
+}
+"""What servers call the ways in which an answer ends."""
+
+
+def read_finish_reason(word: object, *, calls: bool, full: bool) -> FinishReason:
+    """Why an answer ended.
+
+    Args:
+        word: the server's own; empty where it gave none.
+        calls: whether the answer has calls of tools: they tell more than the word.
+        full: whether the answer is as long as was allowed.
+    """
+    absent: FinishReason = "length" if full else "stop"
+    reason = ENDS.get(str(word).lower(), "other") if word else absent
+    if calls and (reason == "stop" or not word):
+        return "tool_calls"
+    return "stop" if reason == "tool_calls" and not calls else reason
+
+
+NEAR: Final = 2
+"""Tokens: some servers do not count those that stand at the beginning and the end of a text."""
+USUAL_WINDOW: Final = 2048
+"""Tokens: the smallest window that servers give a model of their own accord. All such windows are powers of two."""
+UNITS: Final = r"[^\W\x00-\u2fff]{1,8}|[^\s\u3000-\uffff]+"
+"""A word, or as many characters of a script without spaces as a token may hold."""
+
+
+def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int | None) -> tuple[str, ...]:
+    """A warning where a prompt, or an input, was probably cut to fit the window, which servers do without a word.
+
+    It was if the tokens that were read fill the window, or are fewer than its words. A word takes one token at least,
+    while a token may hold dozens of dashes or spaces: characters tell nothing. What is not seen is a cut that leaves
+    more tokens than there are words, by a server that does not fill the window or that sums up several inputs.
+
+    Args:
+        request: what was asked.
+        read: tokens of the input, as the server counted them.
+    """
+    inputs = getattr(request, "inputs", None)
+    texts, window = inputs or _texts(request), request.context_window
+    size = sum(map(len, texts))
+    if not (_is_full(read, window, inputs) or _has_more_words(texts, size, read, window, inputs)):
+        return ()
+    what = "An input" if inputs else "The prompt"
+    of = f" of {window} tokens" if window else ""
+    read_so_much = f"the server read {read or 'fewer'} tokens of {size} characters"
+    return (
+        f"{what} was probably cut to fit the context window{of}: {read_so_much}. Raise `context_window`, or send less.",
+    )
+
+
+def _texts(request: Any) -> tuple[str, ...]:
+    messages = getattr(request, "messages", None)
+    return (request.prompt,) if messages is None else tuple(each.content for each in messages)
+
+
+def _is_full(read: int | None, window: int | None, inputs: tuple[str, ...] | None) -> bool:
+    if read is None:
+        return False
+    if window is not None:
+        return read >= len(inputs or "-") * window - NEAR
+    return inputs is None and read >= USUAL_WINDOW and read.bit_count() == 1
+
+
+def _has_more_words(
+    texts: tuple[str, ...], size: int, read: int | None, window: int | None, inputs: tuple[str, ...] | None
+) -> bool:
+    if size <= (window or USUAL_WINDOW):  # So few characters are no more tokens.
+        return False
+    words = [len(each.split()) if each.isascii() else len(re.findall(UNITS, each)) for each in texts]
+    longest = max(words) if inputs else sum(words)
+    return longest > (window or math.inf) or sum(words) > (read or math.inf)
