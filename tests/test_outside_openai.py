@@ -299,6 +299,51 @@ def test_the_reason_is_the_servers_where_graftage_has_it(connect: Any, fake: Fak
     assert connect().chat("Hi").finish_reason == ("other" if reason == "banana" else reason)
 
 
+def test_calls_of_tools_without_ids_get_some_and_decide_why_it_ended(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, *[events(piece(0, name="get_weather"), event({}, "stop"), DONE)] * 2)
+    llm = connect()
+    replies = [llm.chat("Hi", tools=[TOOL]) for _ in range(2)]
+    assert [reply.finish_reason for reply in replies] == ["tool_calls"] * 2
+    assert len({call.id for reply in replies for call in reply.tool_calls}) == 2
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": None}, {"prompt_tokens": -1, "completion_tokens": 1.5}, {"completion_tokens": "many"}, 7, []],
+    ids=str,
+)
+def test_counts_that_cannot_be_are_unknown(connect: Any, fake: FakeOllama, usage: Any) -> None:
+    fake.script(CHAT, events(HELLO, STOP, event(usage=usage), DONE))
+    reply = connect().chat("Hi")
+    assert (reply.text, reply.usage.input_tokens, reply.usage.output_tokens) == ("Hello", None, None)
+
+
+def test_a_prompt_that_was_cut_is_warned_of(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(HELLO, STOP, event(usage={"prompt_tokens": 2048}), DONE))
+    (warning,) = connect().chat("word " * 9000).warnings
+    assert "probably cut" in warning
+
+
+@pytest.mark.parametrize("places", [(0,), (0, 0), (0, 2), (0, 1, 2)], ids=str)
+def test_vectors_that_are_not_those_of_the_inputs_are_an_error(
+    connect: Any, fake: FakeOllama, places: tuple[int, ...]
+) -> None:
+    data = [{"index": place, "embedding": [1.0]} for place in places]
+    fake.script("/v1/embeddings", Answer([{"data": data}]))
+    with pytest.raises(ProtocolError, match="vectors"):
+        connect().embed(["a", "b"])
+
+
+def test_one_odd_model_loses_no_list(connect: Any, fake: FakeOllama) -> None:
+    fake.script("/v1/models", Answer([{"data": [{"id": "a"}, {}, None, {"id": "b"}]}]))
+    assert [each.name for each in connect().models()] == ["a", "b"]
+
+
+def test_json_in_a_fence_is_parsed(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, events(event({"content": '```json\n{"a": 1}\n```'}), STOP, DONE))
+    assert connect().chat("Hi", format="json").parsed == {"a": 1}
+
+
 @pytest.mark.parametrize("ending", ["end", "close", "reset"])
 def test_a_stream_that_was_cut_short_keeps_what_came(connect: Any, fake: FakeOllama, ending: Any) -> None:
     fake.script(CHAT, events(HELLO, event({"content": " you"}), b'data: {"cho', ending=ending))

@@ -18,7 +18,7 @@
     │   ├── ContextOverflow         the prompt does not fit, or was cut
     │   ├── Overloaded              queue full or rate limited; .retry_after
     │   ├── QuotaExceeded           a plan's limit is used up, or does not cover it; .retry_after
-    │   ├── InferenceFailed
+    │   ├── InferenceFailed         the model or its runner failed, or what the model wrote cannot be read
     │   ├── StreamInterrupted       the stream ended before it was done; .partial
     │   └── ProtocolError           the answer is not what the API promises
     ├── AdapterError
@@ -310,9 +310,9 @@ class QuotaExceeded(ProviderError):
 
 
 class InferenceFailed(ProviderError):
-    """The model or its runner failed while answering. Retrying is safe where `retryable` says so.
+    """The model or its runner failed while answering, or what the model wrote cannot be read: a call of a tool, JSON.
 
-    A chain falls back where `retryable` says so, too.
+    Retrying is safe where `retryable` says so. A chain falls back where `retryable` says so, too.
     """
 
     @property

@@ -40,7 +40,7 @@ HUGE = 10**400
 ODD: tuple[Any, ...] = ("", "x", None, True, [], {}, math.nan, math.inf, -1, -0.5, HUGE, 2**60)
 FIELDS: list[tuple[Any, Any, Any]] = [
     *((read_text, value, value or "") for value in (None, "", "x")),
-    *((read_word, value, None) for value in (None, "", 5, [], {}, True)),
+    *((read_word, value, None) for value in ODD if value != "x"),
     (read_word, "x", "x"),
     *((read_count, value, int(value)) for value in (0, 7, 4096.0, 2**53)),
     *((read_count, value, None) for value in (*ODD, 0.5)),
@@ -65,14 +65,15 @@ def test_a_text_must_be_one(value: Any) -> None:
 
 
 def test_one_bad_entry_loses_no_list() -> None:
-    given = [{"name": "a"}, None, 5, {}, "x", {"name": "b"}]
+    given: list[Any] = [{"name": "a"}, None, 5, {}, "x", {"name": "b"}]
     for read in read_entries, read_records:
         assert read(given, lambda each: each["name"]) == ("a", "b")
         assert read(None, str) == read([], str) == ()
 
 
 def test_a_list_without_a_single_record_is_something_else() -> None:
-    for given in 5, {"a": 1}, "x", [5], [{}]:
+    others: list[Any] = [5, {"a": 1}, "x", [5], [{}]]
+    for given in others:
         assert read_entries(given, lambda each: each["name"]) == ()
         with pytest.raises(TypeError):
             read_records(given, lambda each: each["name"])
@@ -81,11 +82,11 @@ def test_a_list_without_a_single_record_is_something_else() -> None:
 def test_a_probability_that_cannot_be_read_is_left_out_and_those_beside_it_are_not() -> None:
     rival = {"token": "b", "logprob": -2}
     good = {"token": "a", "logprob": -1.5, "bytes": [97], "top_logprobs": [rival, {"token": "c", "logprob": None}]}
-    bad = [{"token": "x", "logprob": each} for each in (None, "x", True, math.nan, HUGE)]
+    bad: list[Any] = [{"token": "x", "logprob": each} for each in (None, "x", True, math.nan, HUGE)]
     found = read_logprobs([*bad, good, {"token": None, "logprob": 1}, {"logprob": 1}, None, 5])
     assert found == (Logprob(token="a", logprob=-1.5, top=(Logprob(token="b", logprob=-2.0),)),)
     assert read_logprobs([good], top=False)[0].top == ()
-    assert [read_logprobs(each) for each in (None, {}, "x", [bad[0]])] == [()] * 4
+    assert [read_logprobs(each) for each in (*ODD, bad)] == [()] * (len(ODD) + 1)
 
 
 def numbered(*places: Any) -> list[dict[str, Any]]:

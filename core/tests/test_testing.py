@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
+import graftage
 from graftage._engine.awaiting import AwaitingIO
 from graftage._engine.driving import drive
 from graftage.calls import (
@@ -438,6 +439,42 @@ def test_what_was_recorded_is_replayed_with_its_borders(tmp_path: Path, fake: Fa
     assert again == live
     assert b"".join(live[1]) == '{"n":1}\n{"n":2,"text":"grüß 🌱"}\n{"n":3}\n'.encode()
     assert (cassette.unplayed, cassette.misses, cassette.server) == ((), [], "Ollama 0.9.3")
+
+
+def talk(transport: Cassette, host: str) -> list[str]:
+    """Call a tool twice in one conversation, with a server that gives its calls no ids; the ids that were made up."""
+    with graftage.connect("ollama", model="m", host=host, transport=transport) as llm:
+        first = llm.chat("Hi")
+        result = {"role": "tool", "content": "1", "tool_call_id": first.tool_calls[0].id}
+        second = llm.chat(["Hi", first, result])
+    return [each.tool_calls[0].id for each in (first, second)]
+
+
+def test_a_conversation_is_replayed_whatever_ids_were_made_up_for_its_calls(tmp_path: Path, fake: FakeOllama) -> None:
+    call = {"function": {"name": "f", "arguments": {}}}
+    line = {"message": {"content": "", "tool_calls": [call]}, "done": True, "done_reason": "stop"}
+    fake.script("/api/chat", *[Answer([line])] * 2)
+    path = tmp_path / "one.yaml"
+    with Cassette(path, mode="record") as cassette:
+        ids = talk(cassette, fake.url)
+    with Cassette(path) as cassette:
+        assert len({*ids, *talk(cassette, fake.url)}) == 4
+    assert cassette.unplayed == ()
+
+
+@pytest.mark.parametrize("other", [{"tool_call_id": "a"}, {"tool_calls": []}, {"content": "x"}], ids=str)
+def test_a_call_is_told_from_another_by_all_but_its_id(tmp_path: Path, fake: FakeOllama, other: Any) -> None:
+    def asked(call_id: str, name: str) -> dict[str, Any]:
+        call = {"id": call_id, "function": {"name": name}}
+        return {"messages": [{"tool_calls": [call]}, {"role": "tool", "tool_call_id": call_id}]}
+
+    path = tmp_path / "one.yaml"
+    live = recorded(path, fake, STREAM, body=asked("a", "f"))
+    with Cassette(path) as cassette:
+        for body in asked("a", "g"), {"messages": [*asked("a", "f")["messages"], other]}:
+            with pytest.raises(CassetteMiss):
+                exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body=body)
+        assert exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body=asked("b", "f")) == live
 
 
 @modes

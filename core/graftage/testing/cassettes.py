@@ -83,7 +83,8 @@ class _Interaction:
 class Cassette:
     """A recording, given to a provider as its `transport` setting.
 
-    On replay each interaction plays once: equal requests get the answers in the order they were recorded. On recording,
+    On replay each interaction plays once: equal requests get the answers in the order they were recorded. The ids of
+    tool calls count by their order alone: those that servers and Graftage make up are others each time. On recording,
     the file is written when the block ends without an error, in one step, and replaces the one before. An exchange that
     failed before its answer came, such as a refused connection, is not recorded.
     """

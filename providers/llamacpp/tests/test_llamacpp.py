@@ -27,6 +27,7 @@ from graftage.exceptions import (
     ModelLoadFailed,
     ModelNotFound,
     Overloaded,
+    ProtocolError,
     ProviderTimeout,
     RequestRejected,
     SettingsError,
@@ -670,8 +671,29 @@ def test_a_tool_call_that_comes_in_pieces_is_put_together(both: Any, small_store
     assert reply.finish_reason == "tool_calls"
     assert [(call.name, call.arguments, call.id) for call in reply.tool_calls] == [
         ("now", {"zone": "UTC"}, "a1"),
-        ("then", {}, "call_1"),
+        ("then", {}, reply.tool_calls[1].id),
     ]
+    assert reply.tool_calls[1].id not in ("", "a1")
+
+
+def test_an_answer_survives_what_nobody_needs(both: Any, engine_store: Path) -> None:
+    entries = [{"token": "a", "logprob": -1}, {"token": "b", "logprob": None}, None]
+    events = (
+        {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": entries}}]},
+        {"choices": [{"delta": {"content": None, "tool_calls": None}, "logprobs": []}]},
+        delta("eos"),
+        {"choices": None, "usage": {"prompt_tokens": -1, "completion_tokens": 2.0}, "timings": {"prompt_ms": "x"}},
+    )
+    reply = both.connect("llamacpp", transport=Saying(*events)).chat("Hello", options={"logprobs": True})
+    assert (reply.text, reply.finish_reason) == ("a", "stop")
+    assert [each.token for each in reply.logprobs] == ["a"]
+    assert (reply.usage.input_tokens, reply.usage.output_tokens, reply.timings.prompt) == (None, 2, None)
+
+
+def test_vectors_that_are_not_numbered_through_are_an_error() -> None:
+    data = [{"index": 0, "embedding": [1.0]}, {"index": 0, "embedding": [2.0]}]
+    with pytest.raises(ProtocolError, match="2 vectors, which are not numbered"):
+        _convert.embeddings({"data": data}, "m", ())
 
 
 def calling(function: dict[str, Any]) -> Saying:

@@ -43,7 +43,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
-from graftage.types import Chunk, Timeouts
+from graftage.types import Chunk, Timeouts, Usage
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -823,6 +823,115 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
     assert error.partial.raw is not None
     assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
     assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
+
+
+LAST = line("", done=True, done_reason="stop")
+ODD_LINES: dict[str, list[dict[str, Any]]] = {
+    "the last line without a message": [line("hi"), {"model": MODEL, "done": True, "done_reason": "stop"}],
+    "the last line with null": [line("hi"), {**LAST, "message": None}],
+    "a line without a message": [{"model": MODEL, "done": False}, line("hi"), LAST],
+    "a line without `done`": [{"message": {"content": "hi"}}, LAST],
+    "no role": [{"message": {"content": "hi"}, "done": False}, LAST],
+    "an unknown role": [{"message": {"role": 7, "content": "hi"}, "done": False}, LAST],
+    "no model": [{"message": {"content": "hi"}, "done": False}, {"message": {}, "done": True, "done_reason": "stop"}],
+    "times that are numbers": [line("hi", created_at=1767322800), {**LAST, "created_at": 1767322800.5}],
+    "a picture": [line("h", images=["aGk="]), {"message": {"content": "i", "images": ["aGk="]}, "done": False}, LAST],
+    "null wherever it may be": [
+        {"message": {"content": "hi", "thinking": None, "tool_calls": None, "images": None}, "logprobs": None},
+        {**LAST, "total_duration": None, "eval_count": None, "model": None, "logprobs": None},
+    ],
+    "no call in the list of calls": [calling(text="hi"), LAST],
+    "a model that is a number": [line("hi"), {**LAST, "model": 7}],
+    "a probability that is null": [line("hi", logprobs=[{"token": "hi", "logprob": None}]), LAST],
+    "probabilities that are none": [line("hi", logprobs=7), {**LAST, "logprobs": "x"}],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("lines", ODD_LINES.values(), ids=ODD_LINES)
+def test_an_answer_survives_what_nobody_needs(
+    both: Any, fake: FakeOllama, lines: list[dict[str, Any]], stream: bool
+) -> None:
+    fake.script("/api/chat", Answer(lines))
+    reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello", stream=stream)
+    if stream:
+        list(reply)
+        reply = reply.reply
+    assert (reply.text, reply.finish_reason, reply.tool_calls) == ("hi", "stop", ())
+
+
+def test_figures_of_another_type_are_read_as_what_they_mean(both: Any, fake: FakeOllama) -> None:
+    odd = {"total_duration": 1.5e9, "load_duration": "2s", "eval_duration": -1, "eval_count": 2.0}
+    fake.script("/api/chat", Answer([line("hi"), {**LAST, **odd, "prompt_eval_count": -1}]))
+    reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+    assert (reply.timings.total, reply.timings.load, reply.timings.generation) == (1.5, None, None)
+    assert reply.usage == Usage(output_tokens=2)
+
+
+GENERATED: dict[str, list[dict[str, Any]]] = {
+    "as it should be": [{"response": "hi", "done": False}, {"response": "", "done": True, "done_reason": "stop"}],
+    "no text at the end": [{"response": "hi", "done": False}, {"done": True}],
+    "no text in the middle": [{"done": False}, {"response": "hi", "thinking": None}, {"response": None, "done": True}],
+}
+
+
+@pytest.mark.parametrize("lines", GENERATED.values(), ids=GENERATED)
+def test_a_continuation_survives_what_nobody_needs(both: Any, fake: FakeOllama, lines: list[dict[str, Any]]) -> None:
+    fake.script("/api/generate", Answer(lines))
+    reply = both.connect("ollama", model=MODEL, host=fake.url).generate("Hello")
+    assert (reply.text, reply.finish_reason) == ("hi", "stop")
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed", "wanted"),
+    [({"done_reason": ""}, 4, "stop"), ({}, 2, "length"), ({"done_reason": None}, None, "stop")],
+    ids=str,
+)
+def test_servers_before_may_2024_do_not_say_why_an_answer_ended(
+    both: Any, fake: FakeOllama, word: dict[str, Any], allowed: int | None, wanted: str
+) -> None:
+    fake.script("/api/chat", Answer([line("hi"), line("", done=True, eval_count=2, **word)]))
+    llm = both.connect("ollama", model=MODEL, host=fake.url)
+    assert llm.chat("Hello", max_tokens=allowed).finish_reason == wanted
+
+
+ODD_MODELS: dict[str, dict[str, Any]] = {
+    "null": {"digest": None, "size": None, "modified_at": None, "details": None, "capabilities": None},
+    "empty": {"digest": "", "size": "", "modified_at": "", "details": {}, "capabilities": ""},
+    "numbers": {"digest": 7, "size": -7, "modified_at": 7, "details": 7, "capabilities": 7, "expires_at": 7},
+    "numbers inside": {"details": {"family": 7, "parameter_size": 7, "quantization_level": 7, "context_length": "x"}},
+    "Go's for never": {"modified_at": "0001-01-01T00:00:00Z", "expires_at": "0001-01-01T00:00:00Z"},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_MODELS.values(), ids=ODD_MODELS)
+@pytest.mark.parametrize(("operation", "path"), [("models", "/api/tags"), ("loaded", "/api/ps")])
+def test_one_odd_model_loses_no_list(
+    both: Any, fake: FakeOllama, operation: str, path: str, odd: dict[str, Any]
+) -> None:
+    good = {"name": "a:1b", "size": 7.0, "context_length": 4096.0, "details": {"context_length": 4096.0}}
+    fake.script(path, Answer([{"models": [good, {"name": "b:1b", **odd}, {"name": None}, None, 7]}]))
+    first, second = getattr(both.connect("ollama", host=fake.url), operation)()
+    assert (first.name, first.size, first.context_window) == ("a:1b", 7, 4096)
+    assert (second.name, second.digest, second.size, second.context_window) == ("b:1b", None, None, None)
+
+
+def test_a_model_is_shown_without_what_is_odd_of_it(both: Any, fake: FakeOllama) -> None:
+    info = {"general.architecture": "llama", "llama.context_length": 4096.0}
+    tensors = [{"name": "a", "type": "F32", "shape": [2.0, 3]}, {"name": "b", "shape": None}, None]
+    odd = {"modelfile": None, "template": 7, "system": [], "license": ["MIT"], "modified_at": 7, "details": []}
+    fake.script("/api/show", Answer([{**odd, "model_info": info, "tensors": tensors}]))
+    found = both.connect("ollama", model=MODEL, host=fake.url).show()
+    assert (found.architecture, found.context_window, found.family) == ("llama", 4096, None)
+    assert (found.tensors, found.size) == ({"a": (2, 3)}, None)
+
+
+@pytest.mark.parametrize("inputs", [["word " * 300], ["Hi", "word " * 300]], ids=["one", "several"])
+def test_an_input_that_was_cut_is_warned_of(both: Any, fake: FakeOllama, inputs: list[str]) -> None:
+    vectors = [[1.0, 2.0]] * len(inputs)
+    fake.script("/api/embed", Answer([{"embeddings": vectors, "prompt_eval_count": 255 + len(inputs)}]))
+    (warning,) = both.connect("ollama", model=MODEL, host=fake.url).embed(inputs, context_window=256).warnings
+    assert "An input was probably cut to fit the context window of 256 tokens" in warning
 
 
 def test_an_error_about_a_broken_answer_holds_no_word_of_the_answer(both: Any, fake: FakeOllama) -> None:
