@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-from graftage._engine.events import flush
+from graftage._engine.delivery import flush
 from graftage.hookspecs import hookimpl
 
 if TYPE_CHECKING:

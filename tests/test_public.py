@@ -25,6 +25,7 @@ TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments", "R
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 ENGINE = [
     "threads",
+    "delivery",
     "driving",
     "faults",
     "events",

@@ -18,8 +18,8 @@ import pytest
 
 import graftage
 from graftage._engine import events as engine_events
+from graftage._engine.delivery import FLUSH, MOST, flush
 from graftage._engine.driving import drive
-from graftage._engine.events import FLUSH, MOST, flush
 from graftage.exceptions import (
     AdapterNotFound,
     CapabilityUnsupported,

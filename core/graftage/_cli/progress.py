@@ -78,7 +78,7 @@ class Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from graftage._engine.events import flush  # noqa: PLC0415
+        from graftage._engine.delivery import flush  # noqa: PLC0415
 
         _current.reset(self._before)
         shown = -1

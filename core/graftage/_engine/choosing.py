@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from graftage._engine.arguments import check_model
 from graftage._engine.call import Translate, as_it_is
 from graftage._engine.clients import Clients
-from graftage._engine.events import Delivery, log
+from graftage._engine.delivery import Delivery
+from graftage._engine.events import log
 from graftage._engine.fallback import Chain
 from graftage._engine.faults import is_fault
 from graftage._engine.plugins import Catalog, Entry

@@ -13,7 +13,8 @@ from graftage._engine import inputs
 from graftage._engine.arguments import Wants, check_model, read_keep_alive
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
-from graftage._engine.events import Counters, Delivery, Emitter, new_call_id
+from graftage._engine.delivery import Delivery
+from graftage._engine.events import Counters, Emitter, new_call_id
 from graftage._engine.faults import Author, kind_of
 from graftage._engine.health import HealthCache
 from graftage._engine.hooks import call_hook

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import copy
-import functools
 import itertools
 import os
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
-from graftage._engine.threads import start
 from graftage.calls import Event
 from graftage.exceptions import GraftageError
 from graftage.types import Stats
 
-__all__ = ["Counters", "Delivery", "Emitter", "Observer", "enable_logging", "flush"]
+if TYPE_CHECKING:
+    from graftage._engine.delivery import Delivery
+
+__all__ = ["Counters", "Emitter", "Observer", "enable_logging"]
 
 Observer = tuple[str, Callable[[Event], None]]
-Wait = Callable[["Future[None]", float], Awaitable[None]]
-MOST: Final = 4096
-"""Events that may wait for a client's observers: of a call that begins behind so many, none is told."""
-FLUSH: Final = 0.5
-"""Seconds that an end waits until observers know everything, for each event that they are told."""
 _enabled = False
 _ids = itertools.count(1)
 
@@ -104,119 +96,6 @@ class Counters:
             )
         self._settle()
         return stats
-
-
-class Delivery:
-    """Tells the observers of one client, one event after the other, in a thread of ours: no call waits for them.
-
-    The thread is one of those that are kept, and is taken only as long as there is something to tell.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: deque[_Told | Future[None]] = deque()
-        self._turn = threading.Lock()
-        """Is held for the thread that tells."""
-        self._began = 0.0
-        """When it began to tell what it tells now."""
-
-    def begin(self) -> None:
-        """Be flushed at the end of the process, and begun anew after a fork."""
-        with _all_lock:
-            _all.add(self)
-        _flush_at_exit()
-
-    def renew(self) -> None:
-        """After a fork: what waits is told by the parent, whose thread it is."""
-        self._waiting.clear()
-        self._turn = threading.Lock()
-
-    @property
-    def full(self) -> bool:
-        """Whether more waits already than should."""
-        return len(self._waiting) >= MOST
-
-    def put(self, item: _Told | Future[None]) -> None:
-        """Tell an event after those that wait already, or note that they are told."""
-        self._waiting.append(item)
-        if self._turn.acquire(blocking=False):
-            self._began = time.monotonic()
-            try:
-                start(self._tell_all)
-            except RuntimeError:  # There are no more threads: the next event tries again.
-                self._turn.release()
-
-    def _tell_all(self) -> None:
-        while True:
-            try:
-                item = self._waiting.popleft()
-            except IndexError:
-                self._turn.release()
-                # Something may have been put there before the turn was given back.
-                if not (self._waiting and self._turn.acquire(blocking=False)):
-                    return
-                continue
-            self._began = time.monotonic()
-            if isinstance(item, Future):
-                item.set_result(None)
-            else:
-                item.tell()
-
-    def told(self) -> Future[None]:
-        """Is done when all that has happened so far is told."""
-        done: Future[None] = Future()
-        if self._waiting or self._turn.locked():
-            self.put(done)
-        else:
-            done.set_result(None)
-        return done
-
-    async def close(self, wait: Wait) -> None:
-        """Wait until everything is told. Where one event takes half a second, what waits behind it is dropped."""
-        done = self.told()
-        if done.done():
-            return
-        try:
-            await wait(done, self._began + FLUSH)
-        except TimeoutError:
-            self._drop_waiting()
-
-    def _drop_waiting(self) -> None:
-        _all.discard(self)  # The end of the process need not wait once more.
-        with contextlib.suppress(IndexError):  # There are no more.
-            while True:
-                item = self._waiting.popleft()
-                if isinstance(item, Future):
-                    item.set_result(None)
-                else:
-                    item.drop()
-
-
-_all: weakref.WeakSet[Delivery] = weakref.WeakSet()
-_all_lock = threading.Lock()
-
-
-def flush(limit: float = FLUSH) -> None:
-    """Wait until all observers of this process know what has happened so far, for so many seconds at most."""
-    with _all_lock:
-        found = list(_all)
-    wait([each.told() for each in found], limit)
-
-
-@functools.cache
-def _flush_at_exit() -> None:
-    atexit.register(flush)
-
-
-def _renew() -> None:
-    """After a fork: the threads are the parent's, and one of them may have held the lock."""
-    global _all_lock  # noqa: PLW0603 - one lock for the process
-    _all_lock = threading.Lock()
-    for each in _all:
-        each.renew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
 
 
 class Emitter:
