@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
-from graftage.settings import Settings
+from graftage.settings import PluginSettings, Settings
 from graftage.testing import Echo
 from graftage.types import AdapterInfo, Chunk, Health, Limits, Verdict
 
@@ -809,7 +810,7 @@ def test_nobody_elses_provider_is_asked(site: Any, both: Any) -> None:
 class Failing:
     """Fails whatever it is asked, and counts how often it was."""
 
-    def __init__(self, error: Exception, name: str = "failing") -> None:
+    def __init__(self, error: BaseException, name: str = "failing") -> None:
         self.name = name
         self.error = error
         self.asked = 0
@@ -1075,7 +1076,13 @@ class Panic(BaseException):
     """As an extension raises it whose Rust code has panicked."""
 
 
-ENDS: dict[str, BaseException] = {"exit": SystemExit(0), "exit with words": SystemExit("bye"), "panic": Panic("oh")}
+ENDS: dict[str, BaseException] = {
+    "exit": SystemExit(0),
+    "exit with words": SystemExit("bye"),
+    "panic": Panic("oh"),
+    "close": GeneratorExit(),
+    "cancel": asyncio.CancelledError(),
+}
 
 
 class Ending(Echo):
@@ -1232,20 +1239,134 @@ def test_a_plugin_that_ends_the_program_is_treated_as_one_that_fails(both: Any, 
     assert "finish" in watcher.kinds()
     assert (reply.text, bad.asked) == ("one", 1)
     assert [each.name for each in llm.adapters()] == ["bonsai"]
-    with pytest.raises(AdapterNotFound, match=f"`bad` failed with {type(error).__name__}"):
+    with pytest.raises(AdapterNotFound, match=rf"`bad` \(.*\) failed with {type(error).__name__}"):
         llm.chat("x", adapter="oak")
     llm = both.connect(Echo(), model=MODEL, plugins=[FailingPolicy(error, "stern")])
-    with pytest.raises(PluginError, match=f"`stern` failed with {type(error).__name__}") as caught:
+    with pytest.raises(PluginError, match=rf"`stern` \(.*\) failed with {type(error).__name__}") as caught:
         llm.chat("x")
     assert caught.value.plugin == "stern"
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "import asyncio; raise asyncio.CancelledError"])
-def test_an_interrupt_is_not_taken_for_a_fault_of_the_plugin(site: Any, end: str) -> None:
-    site.add("graftage-ill", providers={"ill": "ill"}, modules={"ill": f"{end}\n"})
-    with pytest.raises((KeyboardInterrupt, asyncio.CancelledError)):
+def test_an_interrupt_in_the_main_thread_is_not_taken_for_a_fault_of_the_plugin(site: Any) -> None:
+    site.add("graftage-ill", providers={"ill": "ill"}, modules={"ill": "raise KeyboardInterrupt\n"})
+    with pytest.raises(KeyboardInterrupt):
         graftage.connect("ill")
+
+
+class OnLoop(Ending):
+    """The same on the event loop in the background."""
+
+    @hookimpl
+    def connect(self, request: Any) -> Any:
+        connection: Any = super().connect(request)
+        connection.__class__ = type("Needy", (type(connection),), {"needs_event_loop": True})
+        return connection
+
+
+class InThread(Giving):
+    """Has a function run that interrupts its thread."""
+
+    def __init__(self, end: BaseException, _: str) -> None:
+        class Connection:
+            @hookimpl
+            async def chat(self, request: Any) -> Any:
+                await request.call.run(self.fail)
+                yield Chunk(finish_reason="stop")
+
+            def fail(self) -> None:
+                raise end
+
+        super().__init__(lambda _: Connection())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(PlainEnding, "sync"), (PlainEnding, "async"), (OnLoop, "sync"), (OnLoop, "async"), (InThread, "async")],
+)
+def test_an_interrupt_in_a_thread_of_ours_is_the_providers(kind: Any, mode: str) -> None:
+    for _ in range(2):  # The thread and the loop live on.
+        with pytest.raises(ProviderError, match=r"`(ending|giving)` failed with"):
+            ask_in(mode, kind(KeyboardInterrupt(), "chat"))
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_an_interrupt_in_a_plugin_that_is_asked_is_the_plugins(mode: str, watcher: Any) -> None:
+    seen = FailingObserver(KeyboardInterrupt())
+    assert ask_in(mode, Echo(["fine"]), plugins=[seen, watcher]).text == "fine"
+    assert (watcher.kinds()[-1], seen.asked) == ("finish", 1)
+    with pytest.raises(PluginError, match=r"`stern` .*failed with KeyboardInterrupt"):
+        ask_in(mode, Echo(), plugins=[FailingPolicy(KeyboardInterrupt(), "stern")])
+
+
+def ask_in(mode: str, provider: Any, **arguments: Any) -> Any:
+    """Ask in the main thread, which alone is interrupted by its user."""
+
+    async def work() -> Any:
+        async with graftage.connect_async(provider, model=MODEL, **arguments) as llm:
+            return await llm.chat("x")
+
+    if mode == "async":
+        return asyncio.run(work())
+    with graftage.connect(provider, model=MODEL, **arguments) as llm:
+        return llm.chat("x")
+
+
+def test_a_hook_whose_caller_is_cancelled_fails_nothing() -> None:
+    class Waiting:
+        @hookimpl
+        async def embed(self, request: Any) -> Any:
+            begun.set()
+            await asyncio.sleep(60)
+
+        @hookimpl
+        async def chat(self, request: Any) -> Any:
+            yield Chunk(finish_reason="stop")
+
+    async def work() -> int:
+        async with graftage.connect_async(Giving(lambda _: Waiting()), model=MODEL) as llm:
+            task = asyncio.create_task(llm.embed("x"))
+            await begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return llm.stats().failures
+
+    begun = asyncio.Event()
+    assert asyncio.run(work()) == 0
+
+
+class Odd:
+    """A plugin with something of its own that fails in a way that ends programs."""
+
+    def __init__(self, at: str, end: BaseException) -> None:
+        self.at = at
+        self.end = end
+
+    def fail(self, _: Any = None) -> Any:
+        raise self.end
+
+    @property
+    def arguments(self) -> Any:
+        return self.fail() if self.at == "arguments" else {}
+
+    @hookimpl
+    def settings_model(self) -> Any:
+        return self.fail() if self.at == "settings_model" else PluginSettings
+
+    @hookimpl
+    def list_adapters(self, request: Any) -> Any:
+        return map(self.fail, [1]) if self.at == "a lazy list" else []
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("at", ["arguments", "settings_model", "a lazy list"])
+def test_a_plugin_that_ends_the_program_when_it_is_set_up_or_read_is_left_out(both: Any, at: str, end: str) -> None:
+    odd = Odd(at, ENDS[end])
+    with left_out("odd") if at != "a lazy list" else contextlib.nullcontext():
+        llm = both.opened(Echo(["fine"]), model=MODEL, plugins=[odd, Resolver()])
+    assert [each.name for each in llm.adapters()] == ["bonsai"]
+    assert llm.chat("x").text == "fine"
 
 
 @pytest.mark.parametrize("wish", [KeyboardInterrupt(), SystemExit(3)])
@@ -1266,6 +1387,33 @@ def test_an_interrupt_in_a_hook_stays_the_users() -> None:
         llm.chat("x")
 
 
-def test_a_plugin_that_panics_when_it_is_imported_is_quarantined(site: Any) -> None:
-    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": "class P(BaseException): ...\nraise P('oh')\n"})
-    assert "could not be imported: P: oh" in str(entry_named("ill").error)
+AT_IMPORT = {
+    "a panic": ("class P(BaseException): ...\nraise P('oh')\n", "could not be imported: P: oh"),
+    "a cancellation": ("import asyncio\nraise asyncio.CancelledError\n", "could not be imported: CancelledError"),
+    "a close": ("raise GeneratorExit\n", "could not be imported: GeneratorExit"),
+    "an object that fails when it is looked at": (
+        OBSERVER + "class P:\n    @property\n    def __class__(self):\n        raise SystemExit('no')\np = P()\n",
+        "fails when it is looked at: SystemExit: no",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AT_IMPORT)
+def test_a_plugin_that_ends_the_program_when_it_is_loaded_is_quarantined(site: Any, case: str) -> None:
+    source, message = AT_IMPORT[case]
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": source})
+    assert message in str(entry_named("ill").error)
+
+
+def test_a_proxy_in_a_module_that_is_not_set_up_yet_is_let_be(site: Any) -> None:
+    proxy = (
+        "class Proxy:\n    def __getattr__(self, name):\n        raise RuntimeError('not set up')\nproxy = Proxy()\n"
+    )
+    site.add("graftage-eye", plugins={"eye": "eye_plugin"}, modules={"eye_plugin": OBSERVER + proxy})
+    assert entry_named("eye").state == "loaded"
+
+
+def test_an_interrupt_that_a_plugin_raises_when_a_thread_of_ours_imports_it_is_its_own(site: Any) -> None:
+    site.add("graftage-ill", plugins={"ill": "ill"}, modules={"ill": "raise KeyboardInterrupt\n"})
+    with left_out("ill"):
+        assert ask_in("async", Echo(["fine"])).text == "fine"

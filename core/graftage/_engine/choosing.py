@@ -176,7 +176,8 @@ class Opening:
         for entry in plugins:
             if "settings_model" in entry.hooks:
                 try:
-                    arguments = getattr(entry.plugin, "arguments", {})
+                    with _blaming(entry, "arguments"):
+                        arguments = getattr(entry.plugin, "arguments", {})
                     entry.settings = self._settings_of(entry, PluginSettings, arguments=arguments).settings
                 except PluginError as error:
                     self._catalog.quarantine(entry, error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import threading
 from collections.abc import Callable
 
 from graftage._records import dataclass
@@ -25,10 +27,31 @@ LOOPLESS = "It needs an event loop: its connection must say `needs_event_loop = 
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an exception from a plugin's code is its fault: an interrupt or a cancellation is somebody's wish."""
-    from asyncio import CancelledError  # noqa: PLC0415 - `import graftage` must stay light
+    """Whether an exception from a plugin's code is its fault: an interrupt or a cancellation is somebody's wish.
 
-    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, CancelledError)) and not _by_a_signal(error)
+    A plugin may raise the same itself. But only the main thread is interrupted, only a task that was asked to end is
+    cancelled, and what closes a generator comes from no `raise`. An interrupt in the main thread is always the user's.
+    """
+    import asyncio  # noqa: PLC0415 - `import graftage` must stay light
+
+    if isinstance(error, KeyboardInterrupt):
+        return threading.current_thread() is not threading.main_thread()
+    if isinstance(error, asyncio.CancelledError):
+        with contextlib.suppress(RuntimeError):  # No event loop runs here.
+            task = asyncio.current_task()
+            return task is None or not task.cancelling()
+        return True
+    return _by_a_statement(error) if isinstance(error, GeneratorExit) else not _by_a_signal(error)
+
+
+def _by_a_statement(error: BaseException) -> bool:
+    """Whether a `raise` was where it began."""
+    import opcode  # noqa: PLC0415
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
 
 
 def _by_a_signal(error: BaseException) -> bool:

@@ -9,9 +9,10 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
@@ -436,6 +437,7 @@ class Hook:
         return found
 
 
+FUNCTIONS = (FunctionType, MethodType)
 Hooks = Mapping[str, bool]
 """The names of the hooks that an object implements, and whether each takes its argument: pluggy lets it be left out."""
 _checked: weakref.WeakKeyDictionary[object, tuple[Kind, Mapping[str, object], Hooks]] = weakref.WeakKeyDictionary()
@@ -446,10 +448,26 @@ def checked_hooks(plugin: object, kind: Kind) -> Hooks:
     """The hooks that an object implements, once they are known to be right. A class is checked once in a process.
 
     So is a module, as long as its functions stay the same; an object with hooks of its own is checked each time.
+
+    Raises:
+        _Problem: they are not.
     """
+    try:
+        return _checked_hooks(plugin, kind)
+    except _Problem:
+        raise
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
+
+
+def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
     if inspect.isclass(plugin):
         raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
-    own = {name: each for name, each in getattr(plugin, "__dict__", {}).items() if hasattr(each, "graftage_impl")}
+    # What else a module holds is not looked at: a proxy may raise whatever it likes before it is set up.
+    kept = ((name, each) for name, each in getattr(plugin, "__dict__", {}).items() if type(each) in FUNCTIONS)
+    own = {name: each for name, each in kept if hasattr(each, "graftage_impl")}
     where = plugin if inspect.ismodule(plugin) else type(plugin)
     if (found := _checked.get(where)) is not None and found[:2] == (kind, own):
         return found[2]
@@ -458,10 +476,6 @@ def checked_hooks(plugin: object, kind: Kind) -> Hooks:
         manager.register(plugin, "plugin")
     except pluggy.PluginValidationError as error:
         raise _wrong_signature(error, kind) from error
-    except BaseException as error:
-        if not is_fault(error):
-            raise
-        raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
     hooks: dict[str, bool] = {}
     for caller in manager.get_hookcallers(plugin) or []:
         for impl in caller.get_hookimpls():
@@ -616,11 +630,15 @@ def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
         with contained:
             answer = function(request)
             # A list that is made while it is read is read in here.
-            return list(answer) if inspect.isgenerator(answer) else answer
+            return list(answer) if isinstance(answer, Iterator) else answer
 
     return call
 
 
 def _plugin_error(entry: Entry, error: BaseException) -> PluginError:
-    hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
-    return PluginError(f"The {entry.named} failed with {_in_words(error)}.", plugin=entry.name, hint=hint)
+    return PluginError(
+        f"The {entry.named} failed with {_in_words(error)}.",
+        plugin=entry.name,
+        distributions=[entry.origin] if entry.distribution else (),
+        hint="Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
+    )

@@ -93,10 +93,13 @@ def submit(function: Callable[..., T], *arguments: Any) -> Future[T]:
 
 
 def _raisable(error: BaseException) -> BaseException:
-    """The error; for a `StopIteration`, which no coroutine can raise and asyncio's futures refuse, another one."""
-    if not isinstance(error, StopIteration):
+    """The error; for one that would end who waits for it, another one: nobody interrupts or closes a thread of ours.
+
+    A `StopIteration` is one of these: no coroutine can raise it, and asyncio's futures refuse it.
+    """
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    wrapped = RuntimeError("a function let StopIteration out")
+    wrapped = RuntimeError(f"a function let {type(error).__name__} out")
     wrapped.__cause__ = error
     return wrapped
 
