@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo
-from graftage.types import Chunk, Embeddings, ModelInfo, Timeouts, Vectors
+from graftage.types import Chunk, Embeddings, Logprob, ModelInfo, Timeouts, ToolCall, Vectors
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -1140,6 +1141,71 @@ def test_a_wrong_object_is_a_typed_error_in_time(both: Any, fake: FakeOllama, an
     assert type(caught.value) not in (ProviderError, ProviderTimeout)
     assert llm.models() == ()
     assert llm.stats().running == 0
+
+
+MANY = 200_000
+DENSE: dict[str, tuple[bytes, str]] = {
+    "models": (b'{"models": [' + b'{"name":"m"},' * MANY + b"{}]}", "200003 objects and lists"),
+    "empty lists": (b'{"x": [' + b"[]," * MANY + b"0]}", "200002 objects and lists"),
+    "objects in objects": (b'{"x": [' + b'{"a":{}},' * MANY + b"0]}", "400002 objects and lists"),
+}
+
+
+@pytest.mark.parametrize("vectors", [None, "vectors"], ids=["an object", "vectors"])
+@pytest.mark.parametrize(("body", "words"), DENSE.values(), ids=DENSE)
+def test_an_object_of_too_many_objects_is_refused_before_it_is_read(
+    both: Any, fake: FakeOllama, body: bytes, words: str, vectors: str | None
+) -> None:
+    fake.script("/embed", Answer([body]))
+    llm = both.connect(Giving(lambda request: OnToolkit(request, fake.url, vectors)), model=MODEL)
+    tracemalloc.start()
+    with pytest.raises(ProtocolError, match=f"{words}.*at most 100000"):
+        llm.embed("x")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 << 20
+
+
+CROWDED = {
+    "an event": b"data: " + b'{"text": "", "x": [' + b"[]," * MANY + b"0]}\n\n",
+    "lines of an event": b"data:\n" * MANY,
+}
+
+
+@pytest.mark.parametrize("body", CROWDED.values(), ids=CROWDED)
+def test_an_event_of_too_many_objects_is_refused(both: Any, fake: FakeOllama, body: bytes) -> None:
+    fake.script("/chat", said(WHOLE[0], body))
+    with pytest.raises(ProtocolError, match="at most 100000"):
+        both.connect(on_toolkit(fake), model=MODEL).chat("x")
+
+
+def test_fields_of_an_event_that_mean_nothing_are_not_kept(both: Any, fake: FakeOllama) -> None:
+    seen: list[int] = []
+
+    class Looking(OnToolkit):
+        @hookimpl
+        async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+            items = self.http.events("POST", "/chat", {}, call=request.call, read=lambda event: event)
+            seen.extend([len(items._reader._fields) async for _ in items])
+            yield END
+
+    fake.script("/chat", said(WHOLE[0], b"".join(b"f%d: x\n" % each for each in range(999)), b"id: 7\n", *WHOLE))
+    both.connect(Giving(lambda request: Looking(request, fake.url)), model=MODEL).chat("x")
+    assert max(seen) <= 1
+
+
+def test_brackets_in_a_text_of_any_usual_length_are_no_objects_too_many(both: Any, fake: FakeOllama) -> None:
+    fake.script("/models", Answer([b'{"models": ["' + b"[{" * 45_000 + b'"]}']))
+    assert len(both.connect(on_toolkit(fake), model=MODEL).models()) == 1
+
+
+@pytest.mark.parametrize("kind", ["tool_calls", "logprobs"])
+def test_too_many_calls_and_probabilities_in_a_whole_answer_are_refused(both: Any, kind: str) -> None:
+    each = {"tool_calls": ToolCall(id="1", name="f", arguments={}), "logprobs": Logprob(token="a", logprob=0.0)}[kind]
+    chunk = Chunk(**{kind: (each,) * 60_000})  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError, match=r"has 120000 .*at most 100000"):
+        both.connect(Echo([[chunk, chunk, END]]), model=MODEL).chat("x")
+    assert both.connect(Echo([[chunk, END]]), model=MODEL).chat("x").text == ""
 
 
 def test_what_a_server_sends_beyond_its_answer_is_not_taken_for_the_next_one(both: Any) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from graftage._records import dataclass
 from graftage.exceptions import ConnectionFailed, ProviderTimeout
@@ -154,6 +154,11 @@ class Owned(Protocol):
 
 def _tell_nobody(_kind: str, **_facts: Any) -> None:
     """The `emit` of a call that nobody observes."""
+
+
+MAX_OBJECTS: Final = 100_000
+"""Objects and lists in one line or one JSON answer, and tool calls and log-probabilities in a whole answer. In memory,
+each takes many times the bytes that it is sent in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -846,14 +846,14 @@ def test_an_async_client_says_that_it_needs_asyncio(use: Callable[[Any], Any], o
             work.send(None)
 
     async def in_a_callback() -> None:
-        done = asyncio.get_running_loop().create_future()
+        done = asyncio.Event()
 
         def callback() -> None:
             by_hand()
-            done.set_result(None)
+            done.set()
 
         asyncio.get_running_loop().call_soon(callback)
-        await asyncio.wait_for(done, 5)
+        await asyncio.wait_for(done.wait(), 5)
 
     by_hand()
     asyncio.run(in_a_callback())

@@ -15,6 +15,7 @@ from graftage._engine.answers import cut_warning, parsed, read_finish_reason, re
 from graftage._engine.driving import drive
 from graftage._engine.faults import Author, is_fault, kind_of
 from graftage._engine.inputs import Parse
+from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import (
     ConnectionFailed,
     GraftageError,
@@ -71,6 +72,12 @@ class Fold:
         self.tool_calls += chunk.tool_calls
         self.logprobs += chunk.logprobs
         self.warnings += chunk.warnings
+        count = len(self.tool_calls) + len(self.logprobs)
+        if count > MAX_OBJECTS:
+            raise ProtocolError(
+                f"The answer has {count} tool calls and log-probabilities; at most {MAX_OBJECTS} are read.",
+                hint="Ask for a shorter answer, or without `logprobs`.",
+            )
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

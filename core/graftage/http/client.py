@@ -21,6 +21,7 @@ from urllib.parse import urljoin, urlsplit
 
 from graftage import retry
 from graftage._engine.answers import decode
+from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
 from graftage.http.address import SECRET_NAMES, is_private, place
 from graftage.http.answer import OK, Answer, Refusal
@@ -53,6 +54,8 @@ SHORTEST_SECRET: Final = 4
 """Characters; what is shorter stands in many words by chance."""
 AGENT: Final = "graftage"
 ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+FIELDS: Final = ("event", "id", "retry")
+"""Those of an event besides its data; others mean nothing."""
 DONE: Final = "[DONE]"
 """What ends a stream of events in OpenAI's API."""
 
@@ -320,7 +323,7 @@ class Http:
 
     def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None) -> Document:
         try:
-            found = (vectors and _with_vectors(data, vectors)) or decode(data)
+            found = (vectors and _with_vectors(data, vectors)) or _parsed(data)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -539,7 +542,7 @@ class _Lines(Generic[T]):
     def read(self, line: bytes) -> T:
         """A line as an item."""
         try:
-            found = decode(line)
+            found = _parsed(line)
         except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict) and found.get("error") is None:
@@ -579,7 +582,7 @@ class Event:
         """
         data = self.data.encode()
         try:
-            found = decode(data)
+            found = _parsed(data)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -617,6 +620,8 @@ class _Events(Generic[T]):
                 self.done = self.done or event.data.strip() == DONE
                 if not self.done:
                     yield event
+        if len(self._data) > MAX_OBJECTS:
+            raise _too_many(len(self._data), "lines in one event")
 
     def end(self, rest: bytes) -> Iterator[Event | str]:
         """The end of the body: an event that no empty line ended is cut."""
@@ -639,7 +644,7 @@ class _Events(Generic[T]):
         value = value.removeprefix(" ")
         if name == "data":
             self._data.append(value)
-        else:
+        elif name in FIELDS:
             self._fields[name] = value
 
     def _whole(self) -> Event:
@@ -683,6 +688,13 @@ def _redirected(status: int, url: str, location: str | None) -> ProtocolError:
     )
 
 
+def _too_many(count: int, what: str) -> ProtocolError:
+    return ProtocolError(
+        f"The answer holds {count} {what}; at most {MAX_OBJECTS} are read.",
+        hint="No model says so much at once: is it the right service? Ask for less where it is.",
+    )
+
+
 def _kept(headers: Iterable[tuple[str, str]], *, safe: bool) -> Headers:
     """The headers that may be sent: a secret goes over https or to loopback, and nowhere else."""
     return tuple((name.lower(), value) for name, value in headers if safe or not SECRET_NAMES.search(name))
@@ -713,6 +725,26 @@ def _encoded(body: Mapping[str, Any] | None) -> bytes:
     return b"" if body is None else _encoder.encode(body).encode()
 
 
+def _parsed(data: bytes) -> Any:
+    """JSON, as `decode` reads it.
+
+    Raises:
+        ProtocolError: it holds too many objects.
+        ValueError: it is no JSON, or no UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    if len(data) > MAX_OBJECTS:  # Fewer bytes hold fewer objects.
+        _check_objects(data)
+    return decode(data)
+
+
+def _check_objects(data: bytes) -> None:
+    """Refuse JSON that would be much larger in memory, before it is read. Brackets in texts count as well."""
+    count = data.count(b"{") + data.count(b"[")
+    if count > MAX_OBJECTS:
+        raise _too_many(count, "objects and lists at once")
+
+
 def _with_vectors(data: bytes, name: str) -> Any:
     """A JSON object with `Vectors` under a name, where that is what it has: the lists that they come in are not built.
 
@@ -720,6 +752,7 @@ def _with_vectors(data: bytes, name: str) -> Any:
     """
     import msgspec  # noqa: PLC0415 - slow to import
 
+    _check_objects(data)
     plain = str | int | float | bool | dict[str, Any] | None
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
         found: dict[str, Any] = msgspec.json.decode(data, type=dict[str, tuple[tuple[float, ...], ...] | plain])
