@@ -202,7 +202,10 @@ class LlamaCppConnection:
 
     @hookimpl
     def show_model(self, request: ModelRequest) -> ModelInfo:
-        return _convert.model_info(self._store.find(request.model, long_lists=True), full=True)
+        watch = Watch(request.call)
+        if self._store.has(request.model):
+            self._present(request.model, request.call, watch)
+        return _convert.model_info(self._store.find(request.model, watch, long_lists=True), full=True)
 
     @hookimpl
     def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:  # noqa: ARG002 - this process knows
@@ -216,7 +219,7 @@ class LlamaCppConnection:
         path = Path(engine.launch.model)
         return LoadedModel(
             name=self._store.name_of(path),
-            digest=self._store.digest_of(path),
+            digest=self._store.digest_of(path) if path.exists() else None,
             size=resident_memory(process.pid),
             expires_at=engine.expires,
             context_window=process.window,
@@ -249,7 +252,7 @@ class LlamaCppConnection:
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         call, adapter = request.call, request.adapter
         job = await self._job(request)
-        file = AdapterFile(adapter, lambda: self._store.find(request.model, long_lists=True))
+        file = AdapterFile(adapter, lambda: self._store.find(request.model, Watch(call), long_lists=True))
         await call.run(file.prepare)
         call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
         self._adapters[adapter.digest] = job.need.adapter = file
@@ -291,7 +294,7 @@ class LlamaCppConnection:
         if request.wants("api"):
             found.update(version=await call.run(probe), api=True)
         if request.wants("model_present"):
-            stored = await call.run(self._store.find, model)
+            stored = await call.run(self._store.find, model, Watch(call))
             found["model_present"] = True
         if request.wants("model_loaded"):
             found["model_loaded"] = any(engine.running for engine in _engine.engines(stored.path))
@@ -329,11 +332,11 @@ class LlamaCppConnection:
         return Job(call=request.call, stored=stored, engine=engine, need=need)
 
     def _present(self, model: str, call: Call, watch: Watch) -> Stored:
-        """The model's file; the default model is pulled on its first use."""
-        if model.lower() == DEFAULT_MODEL and not self._store.has(model):
+        """The model's file; the default model is pulled on its first use, and where it is not what was pulled."""
+        if model.lower() == DEFAULT_MODEL and not self._store.is_whole(model, watch):
             for step in self._store.pull(model, watch):
                 call.emit("progress", progress=step)
-        return self._store.find(model)
+        return self._store.find(model, watch)
 
     def _engine(self, stored: Stored) -> Engine:
         settings = self._settings

@@ -424,6 +424,8 @@ class Engine:
             return None
         if need.window not in (None, process.window):
             return None
+        if process.state != _state(Path(self.launch.model)):
+            return None  # What it has in memory is of another file, or may be.
         if need.adapter is not None and need.adapter.digest not in process.adapters:
             return None
         return process
@@ -494,7 +496,9 @@ class Engine:
         raise failed if need.adapter is None else need.adapter.not_taken(failed)
 
     def _child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
+        state = _state(Path(self.launch.model))
         process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
+        process.state = state
         # What such an adapter has read depends on where it was invoked, so its cache serves no other request.
         process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
         return process
@@ -529,6 +533,8 @@ def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str
         return ()
     if died:
         return ("The engine had ended unexpectedly and was started again.",)
+    if before.state != process.state:
+        return ("The engine was started again: the file of its model is another one.",)
     if before.window != process.window:
         return (
             f"The engine was started again with a context window of {process.window} tokens, before {before.window}.",

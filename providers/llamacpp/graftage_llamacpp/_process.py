@@ -128,6 +128,8 @@ class Process:
         self.activated: frozenset[str] = frozenset()
         """Those of them that act only after their invocation tokens."""
         self.slots = Slots(1)
+        self.state: tuple[int, ...] | None = None
+        """Of the model's file when it was started."""
 
     @property
     def pid(self) -> int:

@@ -81,10 +81,10 @@ class Watch:
             ProviderTimeout: the deadline has passed.
         """
         if self.given_up.is_set():
-            raise ProviderError("The download was given up.", hint="Pull again.")
+            raise ProviderError("The model is not waited for any more.", hint="Ask or pull again.")
         if time.monotonic() >= self._deadline:
             raise ProviderTimeout(
-                f"The download was not finished within {self._total:g} s.",
+                f"The model was not there and verified within {self._total:g} s.",
                 phase="total",
                 hint="Raise `timeout`, or pull it first: `pull` has no such limit.",
             )

