@@ -255,6 +255,22 @@ def test_an_option_that_is_wrong_is_not_sent(connect: Any, fake: FakeOllama, opt
     assert fake.requests == []
 
 
+def test_an_answer_that_does_not_fit_is_asked_for_again(connect: Any, fake: FakeOllama) -> None:
+    fake.script(CHAT, *(events(event({"content": each}), STOP, DONE) for each in ("Well", "{}")))
+    reply = connect().chat("Hi", format="json", retries=1)
+    assert (reply.parsed, reply.attempts) == ({}, 2)
+    *_, answer, told = fake.requests[-1].body["messages"]
+    assert (answer["role"], answer["content"], told["role"]) == ("assistant", "Well", "user")
+
+
+def test_what_the_api_cannot_do_is_refused_before_anything_is_sent(connect: Any, fake: FakeOllama) -> None:
+    llm = connect()
+    for act in (lambda: llm.count_tokens("Hi"), lambda: llm.rerank("Hi", ["x"]), lambda: llm.delete("x")):
+        with pytest.raises(CapabilityUnsupported):
+            act()
+    assert fake.requests == []
+
+
 def test_comments_and_what_comes_after_the_end_are_no_text(connect: Any, fake: FakeOllama) -> None:
     alive = b": keepalive\n\n"
     fake.script(CHAT, events(alive, alive, HELLO, alive, STOP, alive, USAGE, DONE, HELLO))
