@@ -3,6 +3,10 @@
 Each fault is a few bytes on a real socket. Whatever happens ends in time, in an error of Graftage's own, with the text
 that had come in `.partial`; a fault that is safe to repeat is mended by the next attempt, and none is repeated after
 the first chunk.
+
+A scenario is one behaviour of a server, and a row of a table: its name, what the server does, what comes of it. Each
+row of `ALL` runs in every mode, here and at night alike: chat and generate, plain and as a stream, with both clients,
+and as an embedding where that means the same. `hold` says what must be true of all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import gc
 import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,9 +23,9 @@ import threading
 import time
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import accumulate, groupby, pairwise, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from giving import Giving
@@ -128,10 +133,14 @@ class Fault:
     """The text that had come; None where no chunk had."""
     text: str = "Hello world"
     """Where no error is due."""
+    ended: str = "stop"
+    """Why it ended, then."""
     again: bool = False
     """Whether it is safe to ask again."""
     facts: tuple[tuple[str, Any], ...] = ()
     timeouts: Timeouts = CALM
+    embeds: bool = True
+    """Whether embeddings fail so too; never where the answer holds something of a chat."""
 
 
 GOOD = [
@@ -315,7 +324,7 @@ NONSENSE = [
 ]
 
 
-def slow(name: str, answer: Answer, phase: str, partial: str | None = None) -> Fault:
+def slow(name: str, answer: Answer, phase: str, partial: str | None = None, *, embeds: bool = True) -> Fault:
     """A fault that only one limit of time can end; the others are far off, however busy the machine is."""
     limits = {
         "connect": 10.0,
@@ -324,9 +333,9 @@ def slow(name: str, answer: Answer, phase: str, partial: str | None = None) -> F
         "total": 15.0,
         phase: 1.0 if phase == "total" else 0.3,
     }
-    return Fault(
-        name, answer, kind=ProviderTimeout, partial=partial, facts=(("phase", phase),), timeouts=Timeouts(**limits)
-    )
+    facts = (("phase", phase),)
+    timeouts = Timeouts(**limits)
+    return Fault(name, answer, kind=ProviderTimeout, partial=partial, facts=facts, timeouts=timeouts, embeds=embeds)
 
 
 def drip(name: str, raw: bytes, piece: bytes, phase: str = "idle") -> Fault:
@@ -338,7 +347,7 @@ def drip(name: str, raw: bytes, piece: bytes, phase: str = "idle") -> Fault:
 HELLO = raw_text("Hello ")
 SLOW = [
     slow("slow_loris_headers", Answer(repeat(b"x-a: 1\r\n"), raw=HEAD, delay=0.05), "first_token"),
-    slow("drip_stream", Answer(repeat(b" "), delay=0.05), "first_token"),
+    slow("drip_stream", Answer(repeat(b" "), delay=0.05), "first_token", embeds=False),
     slow("drip_after_a_line", Answer([FIRST, *[b" "] * 400], delay=0.05), "idle", "Hello "),
     slow("endless_stream", Answer([FIRST, *[line("")] * 400], delay=0.05), "total", "Hello "),
     slow("hang_after_accept", Answer(raw=b"", ending="stall"), "first_token"),
@@ -355,7 +364,7 @@ SLOW = [
     drip("a_header", HEAD + b"x-a: ", b"y", "first_token"),
     drip("hints", b"", HINTS, "first_token"),
     drip("a_first_chunk_size", CHUNKED, b"0", "first_token"),
-    drip("a_first_line", BARE, b"y", "first_token"),
+    slow("drip_of_a_first_line", Answer(repeat(b"y"), raw=BARE, delay=0.05), "first_token", embeds=False),
     drip("a_chunk_size", CHUNKED + chunk(HELLO), b"0"),
     drip("a_chunk_extension", CHUNKED + chunk(HELLO) + b"5;", b"x"),
     drip("a_trailer", CHUNKED + chunk(HELLO) + b"0\r\n", b"x"),
@@ -523,7 +532,314 @@ REFUSED = [
     Fault("error_line_null", Answer([FIRST, {"error": None}]), kind=ProtocolError, partial="Hello "),
     Fault("nonstream_error_200", Answer([b'{"error":"something odd"}'], framing="length"), kind=InferenceFailed),
 ]
-BAD = [*BROKEN, *NONSENSE, *SLOW, *REFUSED]
+
+
+def last(**fields: Any) -> dict[str, Any]:
+    """The last line, with other fields."""
+    return {**LAST, **fields}
+
+
+def without(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != name}
+
+
+def dates(each: dict[str, Any]) -> dict[str, Any]:
+    return {**each, "created_at": 1767225600.5}
+
+
+DEVIATING = [
+    Fault(name, Answer(lines))
+    for name, lines in {
+        "one_line_for_all": [last(message=line("Hello world")["message"])],
+        "text_in_the_last_line": [FIRST, last(message=SECOND["message"])],
+        "fifty_empty_lines": [*[line("")] * 50, *WHOLE],
+        "model_absent": [without("model", each) for each in WHOLE],
+        "model_null": [{**each, "model": None} for each in WHOLE],
+        "created_at_a_number": [dates(each) for each in WHOLE],
+        "unknown_fields": [{**each, "x": {"message": [{}], "done": True}} for each in WHOLE],
+        "thinking_null": [line("Hello world", message={"content": "Hello world", "thinking": None}), LAST],
+        "role_absent": [line("", message={"content": "Hello world"}), LAST],
+        "role_null": [line("", message={"role": None, "content": "Hello world"}), LAST],
+        "role_new": [line("", message={"role": "oracle", "content": "Hello world"}), LAST],
+        "images_in_the_answer": [line("", message={"content": "Hello world", "images": ["iVBORw0K"]}), LAST],
+        "content_null_at_the_end": [FIRST, SECOND, last(message={"role": "assistant", "content": None})],
+        "logprobs_null": [{**each, "logprobs": None} for each in WHOLE],
+        "logprobs_none": [{**each, "logprobs": []} for each in WHOLE],
+        "counts_absent": [FIRST, SECOND, without("eval_count", without("prompt_eval_count", LAST))],
+        "counts_null": [FIRST, SECOND, last(eval_count=None, prompt_eval_count=None)],
+        "counts_nought": [FIRST, SECOND, last(eval_count=0, prompt_eval_count=0)],
+        "durations_null": [FIRST, SECOND, last(total_duration=None, load_duration=None)],
+        "context_of_generate": [FIRST, SECOND, last(context=[1, 2, 3])],
+        "a_key_twice": [
+            FIRST,
+            SECOND,
+            json.dumps(LAST).replace('"done": true', '"done": false, "done": true').encode(),
+        ],
+        "error_null_beside_it": [{**each, "error": None} for each in WHOLE],
+    }.items()
+]
+DEVIATING += [
+    Fault("tool_calls_null", Answer([line("", message={"content": "Hello world", "tool_calls": None}), LAST])),
+    Fault("tool_calls_none", Answer([line("", message={"content": "Hello world", "tool_calls": []}), LAST])),
+    Fault("a_null_character", Answer([line("a\0b"), LAST]), text="a\0b"),
+    Fault("a_line_of_a_megabyte", Answer([line("x" * 2**20), LAST]), text="x" * 2**20),
+    Fault("reason_new", Answer([FIRST, SECOND, last(done_reason="bored")]), ended="other"),
+    Fault("reason_length", Answer([FIRST, SECOND, last(done_reason="length")]), ended="length"),
+]
+WRAPPED = [
+    Fault(name, answer)
+    for name, answer in {
+        "bytewise": Answer(bytewise(BODY), framing="none"),
+        "bytewise_in_chunks": Answer(bytewise(BODY)),
+        "bytewise_framing": Answer(bytewise(CHUNKED + chunk(BODY) + END), raw=b""),
+        "hints_103": Answer([BODY], raw=HINTS + BARE),
+        "many_100_and_103": Answer([BODY], raw=(CONTINUE + HINTS) * 10 + BARE),
+        "type_absent": Answer(raw=b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + BODY),
+        "type_text": Answer(WHOLE, headers={"content-type": "text/plain"}),
+        "type_octets": Answer(WHOLE, headers={"content-type": "application/octet-stream"}),
+        "reason_phrase_odd": Answer([BODY], raw=BARE.replace(b"200 OK", b"200 Who knows?")),
+        "retry_after_under_200": Answer(WHOLE, headers={"retry-after": "60"}),
+        "cookie": Answer(WHOLE, headers={"set-cookie": "a=b; Path=/"}),
+        "identity_encoding": Answer(WHOLE, headers={"content-encoding": "identity"}),
+        "measured": Answer(WHOLE, framing="length"),
+        "chunks_with_extensions": Answer([chunk(BODY, b";a=b"), END], raw=CHUNKED),
+        "chunk_sizes_with_noughts": Answer([b"000%X\r\n%s\r\n" % (len(BODY), BODY), END], raw=CHUNKED),
+        "lines_packed_by_two": Answer([json.dumps(FIRST).encode() + b"\n" + json.dumps(SECOND).encode(), b"\n", LAST]),
+    }.items()
+]
+FOREIGN = [
+    Fault(name, Answer(raw=said, ending="close"), kind=ProtocolError)
+    for name, said in {
+        "speaks_tls": b"\x15\x03\x01\x00\x02\x02\x50",
+        "speaks_http2": b"\x00\x00\x12\x04\x00\x00\x00\x00\x00" + b"\0" * 18 + b"\r\n\r\n",
+        "speaks_redis": b"-ERR unknown command 'POST'\r\n\r\n",
+        "speaks_mail": b"220 mail.example ESMTP\r\n\r\n",
+        "speaks_icy": b"ICY 200 OK\r\n\r\n" + BODY,
+        "speaks_html_alone": b"<html><body>It works!</body></html>\r\n\r\n",
+        "speaks_http9": b"HTTP/9.9 200 OK\r\n\r\n" + BODY,
+        "speaks_lower_case": b"http/1.1 200 ok\r\n\r\n" + BODY,
+        "status_of_four_digits": b"HTTP/1.1 2000 OK\r\n\r\n" + BODY,
+        "status_negative": b"HTTP/1.1 -200 OK\r\n\r\n" + BODY,
+    }.items()
+]
+FOREIGN += [
+    Fault(name, Answer([body]), kind=ProtocolError)
+    for name, body in {
+        "true_line": b"true\n",
+        "number_line": b"7\n",
+        "infinity_line": b'{"done":false,"x":Infinity}\n',
+        "single_quotes": b"{'message': {'content': 'x'}}\n",
+        "trailing_comma": b'{"message":{"content":"x"},}\n',
+        "comment": b'{"message":{"content":"x"}} // said\n',
+        "two_objects_in_a_line": json.dumps(FIRST).encode() * 2 + b"\n",
+        "null_bytes": b"\0\0\0\0\n",
+        "utf_16": BODY.decode().encode("utf-16"),
+        "half_of_an_escape": b'{"message":{"content":"\\u12"},"done":false}\n',
+        "line_feed_in_a_text": b'{"message":{"content":"a\nb"},"done":false}\n',
+        "xml": b"<?xml version='1.0'?><error/>\n",
+        "openai_form": b'{"choices":[{"delta":{"content":"Hello "}}]}\n',
+        "openai_stream": b'data: {"choices":[{"delta":{"content":"Hello "}}]}\n\ndata: [DONE]\n\n',
+        "anthropic_stream": b'event: message_start\ndata: {"type":"message_start"}\n\n',
+        "deep_array": b"[" * 50_000 + b"\n",
+        "message_a_list": b'{"message":["x"],"done":false}\n',
+        "message_a_text": b'{"message":"x","done":false}\n',
+        "content_a_list": b'{"message":{"content":["x"]},"done":false}\n',
+        "content_an_object": b'{"message":{"content":{"a":1}},"done":false}\n',
+        "content_true": b'{"message":{"content":true},"done":false}\n',
+        "thinking_a_number": b'{"message":{"content":"","thinking":7},"done":false}\n',
+    }.items()
+]
+FOREIGN += [
+    Fault(name, Answer([], status=status, framing="length", headers=headers), kind=ProtocolError)
+    for name, status, headers in [
+        ("redirect_300", 300, {}),
+        ("redirect_302_to_nowhere", 302, {}),
+        ("redirect_302_to_nothing", 302, {"location": ""}),
+        ("redirect_303_with_a_key", 303, {"location": "https://u:key=abc@example.org/?key=abc"}),
+        ("redirect_305", 305, {"location": "http://127.0.0.1:9/"}),
+        ("redirect_307_same", 307, {"location": "/api/chat"}),
+        ("redirect_308_https", 308, {"location": "https://example.org/api/chat"}),
+        ("redirect_no_url", 302, {"location": "http://[::1"}),
+        ("redirect_javascript", 302, {"location": "javascript:alert(1)"}),
+    ]
+]
+CUT = [
+    Fault(name, answer, kind=ConnectionFailed, again=True)
+    for name, answer in {
+        "fin_in_status_line": Answer(raw=b"HTTP/1", ending="close"),
+        "fin_after_status_line": Answer(raw=STATUS + b"\r\n", ending="close"),
+        "fin_after_100": Answer(raw=CONTINUE, ending="close"),
+        "fin_after_103": Answer(raw=HINTS, ending="close"),
+        "rst_mid_headers": Answer(raw=HEAD, ending="reset"),
+    }.items()
+]
+CUT += [
+    Fault(name, answer, kind=StreamInterrupted, again=True)
+    for name, answer in {
+        "only_blank_lines": Answer([b"\n\n\n"]),
+        "only_blanks": Answer([b"   "]),
+        "first_line_cut_in_utf8": Answer([b'{"message":{"content":"\xc3']),
+        "no_chunk_then_fin": Answer(raw=CHUNKED, ending="close"),
+        "half_a_chunk_size_then_fin": Answer(raw=CHUNKED + b"f", ending="close"),
+        "length_of_nought": Answer(raw=measured(b""), ending="keep"),
+        "measured_then_fin": Answer(raw=HEAD + b"content-length: 99\r\n\r\n", ending="close"),
+        "measured_then_rst": Answer(raw=HEAD + b"content-length: 99\r\n\r\n", ending="reset"),
+    }.items()
+]
+CUT += [
+    Fault(name, answer, kind=StreamInterrupted, partial="Hello world")
+    for name, answer in {
+        "last_line_cut": Answer([FIRST, SECOND, json.dumps(LAST).encode()[:-1]]),
+        "last_line_cut_by_fin": Answer([FIRST, SECOND, json.dumps(LAST).encode()[:-1]], ending="close"),
+        "last_line_cut_by_rst": Answer([FIRST, SECOND, json.dumps(LAST).encode()[:-1]], ending="reset"),
+        "done_never_said": Answer([FIRST, SECOND, without("done", LAST)]),
+        "done_null": Answer([FIRST, SECOND, last(done=None)]),
+        "blank_end": Answer([FIRST, SECOND, b"\n\n"]),
+        "unframed_end": Answer([FIRST, SECOND], framing="none"),
+        "measured_end": Answer([FIRST, SECOND], framing="length"),
+    }.items()
+]
+
+
+def words(status: int, body: Any, kind: type[ProviderError], *, again: bool = False, **facts: Any) -> dict[str, Any]:
+    """A refusal: an error in JSON where there are words, else a page of some proxy."""
+    answer = error(body, status) if body is not None else plain("<html>No</html>", status, "text/html")
+    return {"answer": answer, "kind": kind, "again": again, "facts": (("status", status), *facts.items())}
+
+
+WORDS = [
+    Fault(name, **given)
+    for name, given in {
+        "s400_page": words(400, None, ProtocolError),
+        "s402": words(402, "payment required", QuotaExceeded),
+        "s403": words(403, "forbidden", AuthenticationFailed),
+        "s403_page": words(403, None, AuthenticationFailed),
+        "s404_page": words(404, None, ProtocolError),
+        "s405": words(405, "method not allowed", RequestRejected),
+        "s407": words(407, None, ConnectionFailed),
+        "s409": words(409, "conflict", RequestRejected),
+        "s410": words(410, "this model was retired", ModelNotFound),
+        "s411": words(411, "length required", RequestRejected),
+        "s413": words(413, "too large", RequestRejected),
+        "s413_page": words(413, None, RequestRejected),
+        "s415": words(415, "unsupported media type", RequestRejected),
+        "s418": words(418, "teapot", RequestRejected),
+        "s422": words(422, "field required", RequestRejected),
+        "s425": words(425, "too early", ProviderTimeout, again=True),
+        "s429_page": words(429, None, Overloaded, again=True),
+        "s431": words(431, "headers too large", RequestRejected),
+        "s451": words(451, "legal reasons", RequestRejected),
+        "s500_page": words(500, None, ProtocolError),
+        "s500_empty_words": words(500, "", InferenceFailed),
+        "s500_of_a_number": words(500, 7, InferenceFailed),
+        "s500_of_a_list": words(500, ["a", "b"], InferenceFailed),
+        "s501": words(501, "not implemented", CapabilityUnsupported),
+        "s502": words(502, "bad gateway", ConnectionFailed, again=True),
+        "s503_page": words(503, None, Overloaded, again=True),
+        "s504": words(504, "gateway timeout", ProviderTimeout),
+        "s505": words(505, "version", InferenceFailed),
+        "s520": words(520, None, ConnectionFailed, again=True),
+        "s521": words(521, None, ConnectionFailed, again=True),
+        "s522": words(522, None, ConnectionFailed, again=True),
+        "s523": words(523, None, ConnectionFailed, again=True),
+        "s524": words(524, None, ProviderTimeout),
+        "s529": words(529, "overloaded", Overloaded, again=True),
+        "s530": words(530, None, ConnectionFailed, again=True),
+        "s599": words(599, "odd", InferenceFailed),
+        "s600": words(600, "odd", InferenceFailed),
+        "no_generate": words(400, '"x" does not support generate', CapabilityUnsupported),
+        "no_thinking": words(400, '"x" does not support thinking', CapabilityUnsupported),
+        "think_value": words(400, 'invalid think value: "most"', RequestRejected),
+        "model_is_required": words(400, "model is required", RequestRejected),
+        "no_body": words(400, "missing request body", RequestRejected),
+        "bad_template": words(500, 'template: :1: function "x" not defined', RequestRejected),
+        "not_found_other_words": words(404, 'model "x" not found, try pulling it first', ModelNotFound),
+        "not_found_as_400": words(400, "model 'x' not found", ModelNotFound),
+        "overflow_older": words(400, "the input length exceeds the context length", ContextOverflow),
+        "memory_vulkan": words(500, "ErrorOutOfDeviceMemory", ModelLoadFailed, reason="memory"),
+        "memory_resources": words(
+            500,
+            "model failed to load, this may be due to resource limitations or an internal error",
+            ModelLoadFailed,
+            reason="memory",
+        ),
+        "architecture": words(
+            500, "unable to load model: unknown model architecture: 'x'", ModelLoadFailed, reason="incompatible"
+        ),
+        "still_loading": words(500, "unexpected server status: llm server loading model", Overloaded, again=True),
+        "runner_killed": words(
+            500, "llama runner process has terminated: signal: killed", ModelLoadFailed, again=True, reason="crashed"
+        ),
+        "runner_gone_503": words(503, "model runner has unexpectedly stopped", InferenceFailed, again=True),
+        "told_in_message": {
+            "answer": Answer([b'{"message": "odd"}'], status=400, framing="length"),
+            "kind": RequestRejected,
+        },
+        "told_in_detail": {
+            "answer": Answer([b'{"detail": "odd"}'], status=422, framing="length"),
+            "kind": RequestRejected,
+        },
+        "told_in_a_list": {
+            "answer": Answer([b'[{"error": {"code": 400}}]'], status=400, framing="length"),
+            "kind": ProtocolError,
+        },
+        "told_deep": {
+            "answer": error(json.dumps({"error": json.dumps({"error": {"message": "server busy"}})}), 500),
+            "kind": Overloaded,
+            "again": True,
+        },
+        "body_of_20_MB": {
+            "answer": Answer([b'{"error":"', *([b"y" * 2**20] * 20)], status=400),
+            "kind": ProtocolError,
+        },
+        "body_not_utf8": {
+            "answer": Answer([b'{"error":"\xff\xfe busy"}'], status=503, framing="length"),
+            "kind": Overloaded,
+            "again": True,
+        },
+        "body_deep": {"answer": Answer([b"[" * 50_000], status=400, framing="length"), "kind": ProtocolError},
+        "body_empty": {"answer": Answer([], status=500, framing="length"), "kind": ProtocolError},
+        "body_absent": {
+            "answer": Answer(raw=b"HTTP/1.1 500 Internal Server Error\r\n\r\n", ending="close"),
+            "kind": ProtocolError,
+        },
+        "body_of_blanks": {"answer": Answer([b"  \n"], status=500, framing="length"), "kind": ProtocolError},
+        "body_of_lines": {
+            "answer": Answer([b'{"error":"server busy"}\n{"error":"odd"}\n'], status=500, framing="length"),
+            "kind": Overloaded,
+            "again": True,
+        },
+        "s500_with_a_folder": words(500, "open /home/ann/.ollama/models/x: permission denied", InferenceFailed),
+        "body_in_gzip": {
+            "answer": Answer([gzip.compress(b'{"error":"odd"}')], status=500, headers={"content-encoding": "gzip"}),
+            "kind": ProtocolError,
+        },
+    }.items()
+]
+
+
+def waiting(name: str, status: int = 429, *, wanted: float | None, **headers: str) -> Fault:
+    """A server that says when to ask again, in some form."""
+    named = {key.replace("_", "-"): value for key, value in headers.items()}
+    facts = (("retry_after", wanted),)
+    return Fault(name, error("slow down", status, **named), kind=Overloaded, again=True, facts=facts)
+
+
+WAITS = [
+    waiting("wait_a_fraction", wanted=1.5, retry_after="1.5"),
+    waiting("wait_nought", wanted=0.0, retry_after="0"),
+    waiting("wait_until_the_past", wanted=0.0, retry_after="Wed, 21 Oct 2015 07:28:00 GMT"),
+    waiting("wait_in_milliseconds", wanted=0.25, retry_after_ms="250"),
+    waiting("wait_in_both", wanted=0.25, retry_after_ms="250", retry_after="9"),
+    waiting("wait_a_word", wanted=None, retry_after="soon"),
+    waiting("wait_nothing", wanted=None, retry_after=""),
+    waiting("wait_not_a_number", wanted=None, retry_after="nan"),
+    waiting("wait_for_ever", wanted=None, retry_after="inf"),
+    waiting("wait_by_503", 503, wanted=3.0, retry_after="3"),
+    waiting("wait_by_529", 529, wanted=3.0, retry_after="3"),
+]
+BAD = [*BROKEN, *CUT, *NONSENSE, *FOREIGN, *SLOW, *REFUSED, *WORDS, *WAITS]
+ALL = [*GOOD, *DEVIATING, *WRAPPED, *BAD]
 
 
 @pytest.fixture
@@ -548,53 +864,100 @@ def failure(both: Any, work: Callable[[], Any]) -> Any:
     return error
 
 
-def check(error: Any, fault: Fault) -> None:
+# --- In the words of other operations --------------------------------------------------------------------------------
+
+SAID = re.compile(rb'"message": ?{"role": ?"assistant", ?"content": ?("(?:[^"\\]|\\.)*")}')
+"""What a line of a chat says, as bytes."""
+
+
+def as_generate(piece: Any) -> Any:
+    """A piece of a chat's answer as a generate says it: bytes keep their length, so that all framing holds."""
+    if isinstance(piece, bytes):
+        return SAID.sub(lambda found: b'"response":'.ljust(len(found[0]) - len(found[1])) + found[1], piece)
+    if not isinstance(piece, dict) or "message" not in piece:
+        return piece
+    message, others = piece["message"], without("message", piece)
+    if not isinstance(message, dict):
+        return {**others, "response": message}
+    return {**others, "response": message.get("content"), **without("role", without("content", message))}
+
+
+def spoken(answer: Answer, operation: str) -> Answer:
+    """An answer to a chat as the answer to another operation."""
+    if operation != "generate":
+        return answer
+    chunks: Any = answer.chunks
+    if isinstance(chunks, repeat):
+        return replace(answer, chunks=repeat(as_generate(next(chunks))), raw=answer.raw and as_generate(answer.raw))
+    found: list[Any] = []
+    for are_bytes, together in groupby(chunks, lambda each: isinstance(each, bytes)):
+        pieces = list(together)
+        if are_bytes:  # A line may lie in many.
+            body = as_generate(b"".join(pieces))
+            found += [body[start:stop] for start, stop in pairwise(accumulate(map(len, pieces), initial=0))]
+        else:
+            found += map(as_generate, pieces)
+    return replace(answer, chunks=found, raw=answer.raw and as_generate(answer.raw))
+
+
+class Mode(NamedTuple):
+    """A way to ask."""
+
+    operation: str
+    stream: bool
+
+    def ask(self, llm: Any, seen: list[str]) -> Any:
+        """The reply, with what a stream gave chunk by chunk kept aside."""
+        if not self.stream:
+            return getattr(llm, self.operation)("Hi")
+        with getattr(llm, self.operation)("Hi", stream=True) as chunks:
+            seen.extend(each.text for each in chunks)
+            return chunks.reply
+
+
+MODES = [Mode(operation, stream) for operation in ("chat", "generate") for stream in (False, True)]
+EMBED = Mode("embed", stream=False)
+
+
+def modes(fault: Fault) -> list[Mode]:
+    """The ways to ask in which a scenario means the same: with no line of a chat in it, for embeddings too."""
+    speaks = fault.kind in (None, StreamInterrupted) or fault.partial is not None
+    return [*MODES, EMBED] if fault.embeds and not speaks else MODES
+
+
+def check(error: Any, fault: Fault, operation: str = "chat") -> None:
     assert type(error) is fault.kind
-    assert (error.provider, error.operation, error.model) == ("ollama", "chat", MODEL)
+    assert (error.provider, error.operation, error.model) == ("ollama", operation, MODEL)
     assert (error.partial.text if error.partial else None) == fault.partial
     for name, value in fault.facts:
         assert getattr(error, name) == value
+    assert error.retryable == fault.again or fault.partial is not None
     assert error.hint
     assert ".." not in error.message
     assert len(str(error)) < 2000
     assert "key=abc" not in f"{error} {error.to_dict()}"
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@named(GOOD)
-def test_an_odd_answer_that_is_whole_is_taken_whole(both: Any, fake: FakeOllama, fault: Fault, stream: bool) -> None:
-    fake.script("/api/chat", fault.answer)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts)
-    found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
-    assert found.text == fault.text
-    assert found.finish_reason == "stop"
+def hold(fault: Fault, mode: Mode, found: Any, seen: list[str]) -> None:
+    """The four things that hold of every scenario in every mode.
+
+    No foreign exception; no success but of an answer that said that it was done; no chunk lost or given twice; and an
+    end in time, which the caller sees to.
+    """
+    if fault.kind is not None:
+        assert isinstance(found, GraftageError), f"{found!r} is none of Graftage's"
+        check(found, fault, mode.operation)
+        assert "".join(seen) == (fault.partial or "" if mode.stream else "")
+        return
+    assert not isinstance(found, BaseException), repr(found)
+    assert (found.text, found.finish_reason) == (fault.text, fault.ended)
+    assert "".join(seen) == (fault.text if mode.stream else "")
     assert found.text.encode()
-    assert llm.chat("Hi").text == "mended"
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@named(BAD)
-def test_a_fault_ends_in_its_typed_error_with_what_had_come(
-    both: Any, fake: FakeOllama, fault: Fault, stream: bool
-) -> None:
-    fake.script("/api/chat", fault.answer)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=1)
-    seen: list[str] = []
-
-    def ask() -> None:
-        if not stream:
-            llm.chat("Hi")
-        with llm.chat("Hi", stream=True) as chunks:
-            seen.extend(chunk.text for chunk in chunks)
-
-    check(failure(both, ask), fault)
-    assert "".join(seen) == (fault.partial or "" if stream else "")
-    assert llm.stats().running == 0
-    assert [seen.method for seen in fake.requests if seen.path == "/api/chat"] == ["POST"]
-
-
-@named([fault for fault in BAD if fault.timeouts is CALM])
-def test_only_what_is_safe_is_asked_again_and_that_is_mended(both: Any, fake: FakeOllama, fault: Fault) -> None:
+def check_again(both: Any, fake: FakeOllama, fault: Fault) -> None:
+    """Only what is safe is asked again, and that is mended."""
+    fake.requests.clear()
     fake.script("/api/chat", fault.answer)
     llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=2)
     if fault.again:
@@ -605,7 +968,33 @@ def test_only_what_is_safe_is_asked_again_and_that_is_mended(both: Any, fake: Fa
     assert len(asked) == (2 if fault.again else 1)
 
 
-@named([fault for fault in BAD if fault.kind is not None and fault.partial is None])
+@named(ALL)
+def test_whatever_a_server_does_ends_as_it_must_in_every_mode(both: Any, fake: FakeOllama, fault: Fault) -> None:
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=1)
+    asked = modes(fault)
+    seen: list[list[str]] = [[] for _ in asked]
+    for mode in asked:
+        fake.script(f"/api/{mode.operation}", spoken(fault.answer, mode.operation))
+    # Two ways to ask of one operation get two answers that are alike.
+    ended = both.together([partial(mode.ask, llm, heard) for mode, heard in zip(asked, seen, strict=True)])
+    problems = []
+    for mode, found, heard in zip(asked, ended, seen, strict=True):
+        try:
+            hold(fault, mode, found, heard)
+        except AssertionError as problem:
+            problems.append(f"{mode.operation}, {'stream' if mode.stream else 'plain'}: {problem}")
+    assert not problems, "\n\n".join(problems)
+    assert llm.stats().running == 0
+    # A server that lacks the model is asked for those that it has.
+    requests = [(each.method, each.path) for each in fake.requests if each.path != "/api/tags"]
+    assert sorted(requests) == sorted(("POST", f"/api/{mode.operation}") for mode in asked)
+    if fault.kind is None:
+        assert llm.chat("Hi").text == "mended"
+    elif fault.timeouts is CALM:
+        check_again(both, fake, fault)
+
+
+@named([fault for fault in (*BROKEN, *NONSENSE, *SLOW, *REFUSED) if fault.partial is None])
 def test_a_health_check_answers_whatever_it_meets(both: Any, fake: FakeOllama, fault: Fault) -> None:
     fake.script("/api/version", fault.answer)
     timeouts = CALM if fault.timeouts is CALM else SHORT
