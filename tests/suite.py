@@ -168,10 +168,14 @@ class Both:
         begun = [self.start(function) for function in functions]
         return [each.exception(PATIENCE) or each.result(PATIENCE) for each in begun]
 
+    def close_clients(self) -> None:
+        """Close the clients that were connected so far."""
+        while self._clients:
+            self._clients.pop().close()
+
     def close(self) -> None:
         """Close everything, and complain of what the event loop complained of."""
-        for client in self._clients:
-            client.close()
+        self.close_clients()
         self._threads.shutdown()
         if self._loop is not None:
             self.run(self._wind_up())

@@ -159,7 +159,7 @@ GOOD = [
     Fault("cl_and_te", Answer(WHOLE, headers={"content-length": "7"})),
     Fault("no_framing_close", Answer(WHOLE, framing="none")),
     Fault("continue_100", Answer([BODY], raw=b"HTTP/1.1 100 Continue\r\n\r\n" + BARE)),
-    Fault("trailers", Answer([chunk(BODY), b"0\r\nx-sum: 1\r\n\r\n"], raw=CHUNKED)),
+    Fault("trailers", Answer([chunk(BODY), b"0\r\nx-sum: 1\r\n\r\n"], raw=CHUNKED, ending="keep")),
     Fault(
         "dup_chunk", Answer([FIRST, FIRST, LAST]), text="Hello Hello "
     ),  # Nothing numbers the lines: nobody can know.
@@ -591,7 +591,7 @@ WRAPPED = [
     for name, answer in {
         "bytewise": Answer(bytewise(BODY), framing="none"),
         "bytewise_in_chunks": Answer(bytewise(BODY)),
-        "bytewise_framing": Answer(bytewise(CHUNKED + chunk(BODY) + END), raw=b""),
+        "bytewise_framing": Answer(bytewise(CHUNKED + chunk(BODY) + END), raw=b"", ending="keep"),
         "hints_103": Answer([BODY], raw=HINTS + BARE),
         "many_100_and_103": Answer([BODY], raw=(CONTINUE + HINTS) * 10 + BARE),
         "type_absent": Answer(raw=b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + BODY),
@@ -602,8 +602,8 @@ WRAPPED = [
         "cookie": Answer(WHOLE, headers={"set-cookie": "a=b; Path=/"}),
         "identity_encoding": Answer(WHOLE, headers={"content-encoding": "identity"}),
         "measured": Answer(WHOLE, framing="length"),
-        "chunks_with_extensions": Answer([chunk(BODY, b";a=b"), END], raw=CHUNKED),
-        "chunk_sizes_with_noughts": Answer([b"000%X\r\n%s\r\n" % (len(BODY), BODY), END], raw=CHUNKED),
+        "chunks_with_extensions": Answer([chunk(BODY, b";a=b"), END], raw=CHUNKED, ending="keep"),
+        "chunk_sizes_with_noughts": Answer([b"000%X\r\n%s\r\n" % (len(BODY), BODY), END], raw=CHUNKED, ending="keep"),
         "lines_packed_by_two": Answer([json.dumps(FIRST).encode() + b"\n" + json.dumps(SECOND).encode(), b"\n", LAST]),
     }.items()
 ]
@@ -992,6 +992,8 @@ def test_whatever_a_server_does_ends_as_it_must_in_every_mode(both: Any, fake: F
         assert llm.chat("Hi").text == "mended"
     elif fault.timeouts is CALM:
         check_again(both, fake, fault)
+    both.close_clients()
+    assert soon(lambda: fake.open_connections == 0)
 
 
 @named([fault for fault in (*BROKEN, *NONSENSE, *SLOW, *REFUSED) if fault.partial is None])
@@ -1531,6 +1533,30 @@ def test_a_stream_that_is_left_frees_its_slot_and_its_socket_which_is_not_used_a
         assert soon(lambda: fake.open_connections == 0)
     assert in_time(both, lambda: llm.chat("Hi")).text == "mended"
     assert fake.accepted == 4
+
+
+REFUSALS: dict[str, Answer] = {
+    "with words": error("something odd"),
+    "with a page": plain("<html>No</html>", 500, "text/html"),
+    "with more than is read": Answer([b"y" * 2**20] * 4, status=500),
+    "without a body": Answer([], status=404, framing="length"),
+    "without an end": Answer(repeat(b"y" * 1000), status=400),
+    "to somewhere else": redirect(302, "https://example.org/"),
+    "by another service": plain("<html>Sign in</html>", 200, "text/html"),
+    "in the first line": Answer([{"error": "odd"}]),
+    "by nonsense": Answer([b"{nonsense}\n", *[b"y" * 2**20] * 4]),
+}
+
+
+@pytest.mark.parametrize("answer", REFUSALS.values(), ids=REFUSALS)
+def test_refusals_leave_no_socket_behind_however_many_there_are(both: Any, fake: FakeOllama, answer: Answer) -> None:
+    fake.script("/api/chat", *[answer] * 8)
+    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+    for _ in range(8):
+        failure(both, lambda: llm.chat("Hi"))
+        assert soon(lambda: fake.open_connections <= 1)  # The one that is kept.
+    assert llm.chat("Hi").text == "mended"
+    assert llm.stats().running == 0
 
 
 FLOODS: dict[str, Answer] = {

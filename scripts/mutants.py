@@ -1,0 +1,143 @@
+"""Break the code in one line at a time, and see that the tests notice.
+
+    python scripts/mutants.py [--list] [--only WORD] [-j 2]
+
+Each mutant of `mutants.toml` is put into a copy of the tree, never into the tree itself, and the tests that must kill
+it run there. Exits with 1 if one survives, if its line is not found exactly once, or if its tests fail without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).with_suffix(".toml")
+LIMIT = 300.0
+"""Seconds for the tests of one mutant; one that makes them hang is killed by the clock."""
+PACKAGES = ("core", "providers/ollama", "providers/llamacpp", "plugins/lora", "plugins/m4")
+PASSED, FAILED = 0, 1
+"""How pytest exits if all tests pass, and if some fail."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One line of code, what it becomes, and the tests that must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """Arguments of pytest."""
+
+    def put_into(self, text: str) -> str | None:
+        """The mutated source; None where the line is not there exactly once."""
+        return text.replace(self.old, self.new) if text.count(self.old) == 1 and self.old != self.new else None
+
+
+def read() -> Iterator[Mutant]:
+    """The mutants of the table, in order."""
+    for area, files in tomllib.loads(TABLE.read_text(encoding="utf-8")).items():
+        rows = [(file, *row) for file, given in files.items() for row in given["mutants"]]
+        for place, (file, old, new, *tests) in enumerate(rows, 1):
+            yield Mutant(f"{area}-{place}", file, old, new, tests[0] if tests else files[file]["tests"])
+
+
+def copy_to(folder: Path) -> None:
+    """Copy what git knows or would add: no environment, no build."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):  # noqa: S603
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: str) -> int | None:
+    """How pytest exits; None where it was stopped by the clock."""
+    paths = os.pathsep.join(str(folder / each) for each in PACKAGES)
+    # Old byte code could hide a mutant of the same size and second.
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # A session of its own, so that what the tests started is stopped with them.
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload] # noqa: S603
+    try:
+        return int(process.wait(LIMIT))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+        return None
+
+
+def judge(mutant: Mutant, folder: Path) -> str:
+    """What became of a mutant in a copy of the tree, which is then as before."""
+    file = folder / mutant.file
+    source = file.read_text(encoding="utf-8") if file.exists() else ""
+    mutated = mutant.put_into(source)
+    if mutated is None:
+        return "stale"
+    file.write_text(mutated, encoding="utf-8")
+    try:
+        ended = run_tests(folder, mutant.tests)
+    finally:
+        file.write_text(source, encoding="utf-8")
+    return {PASSED: "survived", FAILED: "killed", None: "killed"}.get(ended, f"broken: pytest exits with {ended}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judge the mutants, print each and a summary; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print them and run nothing")
+    parser.add_argument("--only", default="", help="those whose name, file or line has this word")
+    parser.add_argument("-j", dest="workers", type=int, default=1, help="how many at one time")
+    given = parser.parse_args(arguments)
+    mutants = [each for each in read() if given.only in f"{each.name} {each.file} {each.old}"]
+    if given.list:
+        print(*(f"{each.name:14} {each.file}: {each.old}  ->  {each.new}" for each in mutants), sep="\n")
+        return 0
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as work, ThreadPoolExecutor(given.workers) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for place in range(given.workers):
+            copy_to(Path(work, str(place)))
+            copies.put(Path(work, str(place)))
+
+        def told(name: str, what: str, judged: str, began: float) -> str:
+            print(f"{judged:9} {name:14} {time.monotonic() - began:5.0f} s  {what}", flush=True)
+            return judged.partition(":")[0]
+
+        def one(mutant: Mutant) -> str:
+            folder, began = copies.get(), time.monotonic()
+            judged = judge(mutant, folder)
+            copies.put(folder)
+            return told(mutant.name, f"{mutant.file}: {mutant.old}  ->  {mutant.new}", judged, began)
+
+        def unmutated(tests: str) -> str:
+            folder, began = copies.get(), time.monotonic()
+            passed = run_tests(folder, tests) == PASSED
+            copies.put(folder)
+            return "" if passed else told("", f"without a mutant: {tests}", "broken", began)
+
+        # Tests that fail anyway kill nothing.
+        outcomes.update(filter(None, pool.map(unmutated, dict.fromkeys(each.tests for each in mutants))))
+        outcomes.update(pool.map(one, mutants))
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
+    return 0 if set(outcomes) <= {"killed"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

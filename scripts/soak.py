@@ -1,0 +1,284 @@
+"""Minutes of mixed calls with random faults: every answer is the right one, and nothing grows.
+
+    python scripts/soak.py --minutes 10 [--host http://127.0.0.1:11434 --model smollm2:135m] [--seed 7] [--workers 16]
+
+Threads with a sync client and tasks with an async one chat, stream, break off, cancel, generate, embed, pull and ask
+for health, at a server on loopback that answers one call in five with a fault. What comes back must be what that server
+said, or one of Graftage's errors. With `--host`, a real server is asked too, without faults. Memory, descriptors and
+threads are printed as it goes; exits with 1 if an answer was wrong, or if one of the three grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import random
+import re
+import resource
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import graftage
+from graftage import retry
+from graftage.exceptions import GraftageError
+from graftage.types import Timeouts
+from graftage_ollama.testing import Answer, FakeOllama
+
+MODEL: Final = "smollm2:135m"
+REPLY: Final = "The quick brown fox jumps over the lazy dog, é€😀."
+LINE: Final = {"message": {"role": "assistant", "content": "The "}, "response": "The ", "done": False}
+GONE_WRONG: Final = (
+    Answer(raw=b"", ending="reset"),
+    Answer(raw=b"", ending="close"),
+    Answer([LINE], ending="reset"),
+    Answer([LINE], ending="close"),
+    Answer([LINE]),
+    Answer([LINE, b"{nonsense}\n"]),
+    Answer([LINE, {"error": "an error was encountered while running the model: EOF"}]),
+    Answer([b'{"error":"server busy, please try again"}'], status=503, framing="length"),
+    Answer([b"<html>No</html>"], status=502, framing="length"),
+    Answer([LINE], ending="stall"),
+    Answer([b"y" * 2**20] * 4, status=500),
+    Answer(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n", ending="close"),
+)
+PATHS: Final = ("/api/chat", "/api/generate", "/api/embed", "/api/pull", "/api/version")
+TIMEOUTS: Final = Timeouts(connect=10.0, first_token=20.0, idle=0.5, total=30.0)
+LENGTH: Final = 8
+"""Words, or tokens, of an answer."""
+GROWTH: Final = {"MB": 8.0, "descriptors": 8, "threads": 8}
+"""What may be there at the end, once all has been closed, beyond what was there after the first rounds."""
+EVERY: Final = 10.0
+"""Seconds between two lines of figures."""
+
+
+@dataclass
+class Tally:
+    """What has been done, and what was wrong. Shared by threads."""
+
+    done: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def expect(self, what: str, found: Any, wanted: Any) -> None:
+        """Note an answer."""
+        self.done[what] += 1
+        if found != wanted:
+            self.wrong.append(f"{what}: {found!r} instead of {wanted!r}")
+
+
+class Place(NamedTuple):
+    """A server, and what it says."""
+
+    url: str
+    model: str
+    reply: str | None
+    """Known of the fake one; a real one need only say the same whether it is read as a stream or not."""
+
+
+# --- What is done ----------------------------------------------------------------------------------------------------
+
+# The async client is the sync one's twin: an operation is written once, and `wait` gives what either returns.
+Wait = Callable[[Any], Awaitable[Any]]
+
+
+async def _chat(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    reply = await wait(llm.chat("Hi", max_tokens=LENGTH))
+    tally.expect("chat", reply.text, _said(place, reply.text))
+
+
+async def _generate(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    reply = await wait(llm.generate("Hi", max_tokens=LENGTH))
+    tally.expect("generate", reply.text, _said(place, reply.text))
+
+
+async def _stream(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    stream = await wait(llm.chat("Hi", max_tokens=LENGTH, stream=True))
+    texts = [chunk.text async for chunk in _each(stream)]
+    tally.expect("stream", "".join(texts), _said(place, stream.reply.text))
+    tally.expect("end of a stream", stream.reply.finish_reason in ("stop", "length"), wanted=True)
+
+
+async def _break(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    stream = await wait(llm.chat("Hi", max_tokens=LENGTH, stream=True))
+    async for chunk in _each(stream):
+        tally.expect("break", place.reply is None or place.reply.startswith(chunk.text), wanted=True)
+        break
+
+
+async def _embed(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    inputs = ["a" * random.randint(1, 9) for _ in range(3)]  # noqa: S311 - no secret
+    found = await wait(llm.embed(inputs))
+    firsts = [vector[0] for vector in found.vectors]
+    tally.expect(
+        "embed", firsts if place.reply else len(firsts), list(map(float, map(len, inputs))) if place.reply else 3
+    )
+
+
+async def _pull(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    if place.reply is not None:
+        await wait(llm.pull("other:1b"))
+        tally.done["pull"] += 1
+
+
+async def _health(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:  # noqa: ARG001 - as the others
+    found = await wait(llm.health(max_age=0))
+    tally.expect("health", found.ok or isinstance(found.error, GraftageError), wanted=True)
+
+
+def _said(place: Place, found: str) -> str:
+    return found if place.reply is None else "".join(re.findall(r"\S+\s*", place.reply)[:LENGTH])
+
+
+async def _each(stream: Any) -> Any:
+    if hasattr(stream, "__anext__"):
+        async with stream:
+            async for chunk in stream:
+                yield chunk
+    else:
+        with stream:
+            for chunk in stream:
+                yield chunk
+
+
+WORK: Final = (_chat, _generate, _stream, _break, _embed, _pull, _health)
+
+
+async def _do(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+    """One operation; an error of Graftage's own is an answer, too."""
+    work = random.choice(WORK)  # noqa: S311
+    try:
+        await work(llm, wait, place, tally)
+    except GraftageError as error:
+        tally.done[f"error {type(error).__name__}"] += 1
+    except Exception as error:  # noqa: BLE001 - that is what is looked for
+        tally.wrong.append(f"{work.__name__}: {error!r}")
+
+
+# --- Who does it -----------------------------------------------------------------------------------------------------
+
+
+def _thread(place: Place, tally: Tally) -> None:
+    async def wait(value: Any) -> Any:
+        return value
+
+    with retry.no_waiting(), graftage.connect("ollama", host=place.url, model=place.model, timeouts=TIMEOUTS) as llm:
+        while not tally.stop.is_set():
+            try:
+                _do(llm, wait, place, tally).send(None)
+            except StopIteration:
+                continue
+
+
+def _tasks(place: Place, tally: Tally, count: int) -> None:
+    async def wait(value: Any) -> Any:
+        return await value
+
+    async def one(llm: Any) -> None:
+        while not tally.stop.is_set():
+            task = asyncio.create_task(_do(llm, wait, place, tally))
+            if random.random() < 0.1:  # noqa: S311, PLR2004
+                await asyncio.sleep(random.random() * 0.01)  # noqa: S311
+                task.cancel()
+                tally.done["cancel"] += 1
+            await asyncio.wait([task])
+
+    async def main() -> None:
+        async with graftage.connect_async("ollama", host=place.url, model=place.model, timeouts=TIMEOUTS) as llm:
+            await asyncio.gather(*(one(llm) for _ in range(count)))
+
+    with retry.no_waiting():
+        asyncio.run(main())
+
+
+def _faults(fake: FakeOllama, tally: Tally) -> None:
+    """Script faults as requests come: about one in five."""
+    seen = 0
+    while not tally.stop.wait(0.005):
+        for _ in range((len(fake.requests) - seen) // 5):
+            fake.script(random.choice(PATHS), random.choice(GONE_WRONG))  # noqa: S311
+            seen += 5
+        if seen > 1000:  # noqa: PLR2004 - the fake remembers for ever otherwise
+            del fake.requests[:seen]
+            seen = 0
+
+
+def figures() -> dict[str, float]:
+    """What this process has."""
+    gc.collect()
+    if Path("/proc/self/statm").exists():
+        memory = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    folder = "/proc/self/fd" if Path("/proc/self/fd").exists() else "/dev/fd"
+    return {"MB": memory / 1e6, "descriptors": len(os.listdir(folder)), "threads": threading.active_count()}  # noqa: PTH208
+
+
+def show(began: float, now: dict[str, float], tally: Tally) -> None:
+    """A line of figures."""
+    calls = sum(count for what, count in tally.done.items() if not what.startswith("error"))
+    errors = tally.done.total() - calls
+    print(
+        f"{time.monotonic() - began:6.0f} s  {now['MB']:6.1f} MB  {now['descriptors']:4.0f} descriptors  "
+        f"{now['threads']:4.0f} threads  {calls} answers, {errors} errors, {len(tally.wrong)} wrong",
+        flush=True,
+    )
+
+
+def run(places: list[Place], fake: FakeOllama, minutes: float, workers: int) -> tuple[Tally, dict[str, float]]:
+    """Work for some minutes; what came of it, and the figures while it was warm."""
+    tally = Tally()
+    threads = [threading.Thread(target=_faults, args=(fake, tally))]
+    for place in places:
+        threads += [threading.Thread(target=_thread, args=(place, tally)) for _ in range(workers // 2)]
+        threads.append(threading.Thread(target=_tasks, args=(place, tally, workers // 2)))
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    warm: dict[str, float] = {}
+    while (left := began + minutes * 60 - time.monotonic()) > 0 and not tally.wrong:
+        time.sleep(min(EVERY, left))
+        now = figures()
+        warm = warm or now
+        show(began, now, tally)
+    tally.stop.set()
+    for thread in threads:
+        thread.join()
+    return tally, warm
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Work, and print what came of it; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--host", help="a real server to ask, too")
+    parser.add_argument("--model", default=MODEL, help="the model that the real server has")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=16, help="half of them threads, half of them tasks")
+    given = parser.parse_args(arguments)
+    random.seed(given.seed)
+    before = figures()
+    with FakeOllama(reply=REPLY) as fake:
+        places = [Place(fake.url, MODEL, REPLY)] + ([Place(given.host, given.model, None)] if given.host else [])
+        tally, warm = run(places, fake, given.minutes, given.workers)
+    time.sleep(1)
+    after = figures()
+    grown = {name: after[name] - max(before[name], warm.get(name, 0) if name == "MB" else 0) for name in GROWTH}
+    problems = [
+        *tally.wrong[:20],
+        *(f"{name} grew by {grown[name]:g}" for name in GROWTH if grown[name] > GROWTH[name]),
+    ]
+    print(", ".join(f"{count} {what}" for what, count in sorted(tally.done.items())))
+    print("\n".join(problems) or f"seed {given.seed}: nothing was wrong, and nothing grew: {after}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
