@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks import growth, report
+from benchmarks import growth, overshoot, report
 from benchmarks.peers import REQUIREMENTS
 
 HERE = Path(__file__).resolve().parent
@@ -275,7 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--environments", type=Path, default=temporary, help="folder where these are installed")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="once and little of all: to see that it works")
+    parser.add_argument("--overshoot", action="store_true", help="measure how late calls end, and nothing else")
     given = parser.parse_args(arguments)
+    if given.overshoot:
+        print(overshoot.measure(1 if given.quick else 15))
+        return
     for folder in (given.out, given.environments, given.pictures or given.out):
         folder.mkdir(parents=True, exist_ok=True)
     _raise_limit()

@@ -23,7 +23,7 @@ from graftage.calls import Call
 from graftage.exceptions import GraftageError, ProviderError, SettingsError
 from graftage.gguf import GgufError
 from graftage.gguf import read as read_gguf
-from graftage.http import Answer, Response, is_loopback, proxy_for, read_tool_call
+from graftage.http import Answer, Headers, Response, is_loopback, proxy_for, read_tool_call
 from graftage.http._framing import Framing
 from graftage.http.address import check_base
 from graftage.http.errors import refused
@@ -73,7 +73,7 @@ class Given:
 
     colour = None
     status, reason = 200, "OK"
-    headers = (("content-type", "application/x-ndjson"),)
+    headers: Headers = (("content-type", "application/x-ndjson"),)
     pieces: Iterator[bytes] = iter(())
 
     def wrap(self, _network: object) -> Given:
@@ -276,7 +276,7 @@ def main(words: list[str]) -> int:
         print(*(f"{name:12} {target.__doc__}" for name, (target, _) in TARGETS.items()), sep="\n")
         return 0 if words[:1] == ["--list"] else 2
     try:
-        import atheris  # noqa: PLC0415 - by hand only
+        import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore] # noqa: PLC0415 - by hand only
     except ImportError:
         print("This needs atheris: `pip install atheris`.", file=sys.stderr)
         return 2

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import struct
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from giving import Giving
 
 from graftage.exceptions import GraftageError
 from graftage.hookspecs import hookimpl
-from graftage.types import Verdict
+from graftage.types import Chunk, Verdict
 from graftage_ollama.testing import FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from graftage.http import Clock, Request, Response, Transport
@@ -198,6 +200,28 @@ def test_a_header_that_is_named_like_a_secret_is_sent_as_a_key_is(both: Any, fak
         llm.pull("other:1b")
         assert (host, carried(fake)) == (host, sent)
         fake.requests.clear()
+
+
+class Own:
+    """A connection whose author gives headers of his own to the toolkit."""
+
+    def __init__(self, url: str, headers: dict[str, str], request: Any) -> None:
+        self._http = request.http(url, headers=headers)
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        await self._http.json("GET", "/api/version", call=request.call)
+        yield Chunk(finish_reason="stop")
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_it_is_sent_so_whoever_gave_it_and_however_it_is_spelt(both: Any, fake: FakeOllama, name: str) -> None:
+    for spelt in (name, name.upper(), name.lower()):
+        for host, sent in [("http://models.example", set()), ("https://models.example", {name.lower()})]:
+            provider = Giving(partial(Own, host, {spelt: KEY}))
+            both.connect(provider, model=MODEL, transport=Detour(fake)).chat("Hi")
+            assert (spelt, host, carried(fake)) == (spelt, host, sent)
+            fake.requests.clear()
 
 
 def test_a_header_may_have_letters_beyond_ascii(both: Any, fake: FakeOllama) -> None:

@@ -996,6 +996,13 @@ def test_a_key_for_everyone_is_refused_where_a_member_has_none_of_its_own(both: 
     assert [given(each).api_key for each in members] == [SecretStr("its own")] * 2
 
 
+def test_headers_for_everyone_are_refused_beside_those_that_each_member_has_of_its_own(both: Any) -> None:
+    members = [(Guarding(), {"headers": {"X-A": "a"}}), (Guarding(), {"headers": {"X-A": "b"}})]
+    with pytest.raises(SettingsError, match=r"`headers` \(argument\).*every member"):
+        both.opened(members, model=MODEL, headers={"X-Key": SECRET})
+    both.opened([(Guarding(), {"api_key": "a"}), (Guarding(), {"api_key": "b"})], model=MODEL, api_key=SECRET)
+
+
 def test_a_secret_of_the_providers_own_is_for_one_member_too(both: Any) -> None:
     with pytest.raises(SettingsError, match=r"`token`.*every member"):
         both.opened([Guarding(), Guarding()], model=MODEL, token=SECRET)

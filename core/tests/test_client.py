@@ -974,10 +974,11 @@ def test_a_timeout_no_clock_can_hold_is_refused(both: Any, timeout: Any) -> None
         both.connect(Echo(), model=MODEL).chat("x", timeout=timeout)
 
 
-def test_a_server_that_repeats_the_key_does_not_get_it_into_the_error(both: Any) -> None:
+@pytest.mark.parametrize("settings", [{"api_key": "canary-in-the-key"}, {"headers": {"X-A": "canary-in-the-key"}}])
+def test_a_server_that_repeats_the_key_does_not_get_it_into_the_error(both: Any, settings: dict[str, Any]) -> None:
     key = "canary-in-the-key"
     refusal = RequestRejected(f"bad header {key}", hint=key, details={"server_message": f"Bearer {key}", "n": [key]})
-    llm = both.connect(Echo([refusal]), model=MODEL, api_key=key)
+    llm = both.connect(Echo([refusal]), model=MODEL, **settings)
     with pytest.raises(RequestRejected) as caught:
         llm.chat("x")
     assert key not in str(caught.value) + repr(caught.value) + str(caught.value.to_dict())

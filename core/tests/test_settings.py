@@ -317,6 +317,15 @@ def test_variables_of_a_host_that_are_not_settings_are_its_own_business() -> Non
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("transport", [object(), "cassette.yaml", {"wrap": 1}])
+def test_a_transport_that_wraps_nothing_is_refused_with_what_to_give(transport: Any) -> None:
+    with (
+        pytest.raises(SettingsError, match="no method `wrap`: give a cassette"),
+        graftage.connect(Echo(), transport=transport),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("environment", "key"),
     [

@@ -547,38 +547,36 @@ def dates(each: dict[str, Any]) -> dict[str, Any]:
     return {**each, "created_at": 1767225600.5}
 
 
+ODD_LINES: dict[str, list[Any]] = {
+    "one_line_for_all": [last(message=line("Hello world")["message"])],
+    "text_in_the_last_line": [FIRST, last(message=SECOND["message"])],
+    "fifty_empty_lines": [*[line("")] * 50, *WHOLE],
+    "model_absent": [without("model", each) for each in WHOLE],
+    "model_null": [{**each, "model": None} for each in WHOLE],
+    "created_at_a_number": [dates(each) for each in WHOLE],
+    "unknown_fields": [{**each, "x": {"message": [{}], "done": True}} for each in WHOLE],
+    "thinking_null": [line("Hello world", message={"content": "Hello world", "thinking": None}), LAST],
+    "role_absent": [line("", message={"content": "Hello world"}), LAST],
+    "role_null": [line("", message={"role": None, "content": "Hello world"}), LAST],
+    "role_new": [line("", message={"role": "oracle", "content": "Hello world"}), LAST],
+    "images_in_the_answer": [line("", message={"content": "Hello world", "images": ["iVBORw0K"]}), LAST],
+    "content_null_at_the_end": [FIRST, SECOND, last(message={"role": "assistant", "content": None})],
+    "logprobs_null": [{**each, "logprobs": None} for each in WHOLE],
+    "logprobs_none": [{**each, "logprobs": []} for each in WHOLE],
+    "counts_absent": [FIRST, SECOND, without("eval_count", without("prompt_eval_count", LAST))],
+    "counts_null": [FIRST, SECOND, last(eval_count=None, prompt_eval_count=None)],
+    "counts_nought": [FIRST, SECOND, last(eval_count=0, prompt_eval_count=0)],
+    "durations_null": [FIRST, SECOND, last(total_duration=None, load_duration=None)],
+    "context_of_generate": [FIRST, SECOND, last(context=[1, 2, 3])],
+    "a_key_twice": [
+        FIRST,
+        SECOND,
+        json.dumps(LAST).replace('"done": true', '"done": false, "done": true').encode(),
+    ],
+    "error_null_beside_it": [{**each, "error": None} for each in WHOLE],
+}
 DEVIATING = [
-    Fault(name, Answer(lines))
-    for name, lines in {
-        "one_line_for_all": [last(message=line("Hello world")["message"])],
-        "text_in_the_last_line": [FIRST, last(message=SECOND["message"])],
-        "fifty_empty_lines": [*[line("")] * 50, *WHOLE],
-        "model_absent": [without("model", each) for each in WHOLE],
-        "model_null": [{**each, "model": None} for each in WHOLE],
-        "created_at_a_number": [dates(each) for each in WHOLE],
-        "unknown_fields": [{**each, "x": {"message": [{}], "done": True}} for each in WHOLE],
-        "thinking_null": [line("Hello world", message={"content": "Hello world", "thinking": None}), LAST],
-        "role_absent": [line("", message={"content": "Hello world"}), LAST],
-        "role_null": [line("", message={"role": None, "content": "Hello world"}), LAST],
-        "role_new": [line("", message={"role": "oracle", "content": "Hello world"}), LAST],
-        "images_in_the_answer": [line("", message={"content": "Hello world", "images": ["iVBORw0K"]}), LAST],
-        "content_null_at_the_end": [FIRST, SECOND, last(message={"role": "assistant", "content": None})],
-        "logprobs_null": [{**each, "logprobs": None} for each in WHOLE],
-        "logprobs_none": [{**each, "logprobs": []} for each in WHOLE],
-        "counts_absent": [FIRST, SECOND, without("eval_count", without("prompt_eval_count", LAST))],
-        "counts_null": [FIRST, SECOND, last(eval_count=None, prompt_eval_count=None)],
-        "counts_nought": [FIRST, SECOND, last(eval_count=0, prompt_eval_count=0)],
-        "durations_null": [FIRST, SECOND, last(total_duration=None, load_duration=None)],
-        "context_of_generate": [FIRST, SECOND, last(context=[1, 2, 3])],
-        "a_key_twice": [
-            FIRST,
-            SECOND,
-            json.dumps(LAST).replace('"done": true', '"done": false, "done": true').encode(),
-        ],
-        "error_null_beside_it": [{**each, "error": None} for each in WHOLE],
-    }.items()
-]
-DEVIATING += [
+    *[Fault(name, Answer(lines)) for name, lines in ODD_LINES.items()],
     Fault("tool_calls_null", Answer([line("", message={"content": "Hello world", "tool_calls": None}), LAST])),
     Fault("tool_calls_none", Answer([line("", message={"content": "Hello world", "tool_calls": []}), LAST])),
     Fault("a_null_character", Answer([line("a\0b"), LAST]), text="a\0b"),

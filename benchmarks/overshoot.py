@@ -1,0 +1,83 @@
+"""How much later than its deadline a call ends, whatever the server does: `python -m benchmarks --overshoot`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, Final
+
+import graftage
+from graftage.exceptions import ProviderTimeout
+from graftage_ollama.testing import Answer, FakeOllama
+
+MODEL: Final = "smollm2:135m"
+LIMIT: Final = 0.2
+"""Seconds that each call may take."""
+LINE: Final = {"message": {"role": "assistant", "content": "word "}, "done": False}
+HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
+SICK: Final[dict[str, Answer]] = {
+    "says nothing": Answer(raw=b"", ending="stall"),
+    "sends headers slowly": Answer(repeat(b"x-a: 1\r\n"), raw=HEAD, delay=0.01),
+    "sends hints for ever": Answer(repeat(b"HTTP/1.1 103 Early Hints\r\n\r\n"), raw=b"", delay=0.001),
+    "sends a line slowly": Answer(repeat(b"y"), raw=HEAD + b"\r\n", delay=0.01),
+    "stops in the middle": Answer([LINE], ending="stall"),
+    "sends lines for ever": Answer(repeat(LINE), delay=0.001),
+    "sends a flood of lines": Answer(repeat(LINE)),
+    "sends a flood of blanks": Answer(repeat(b" " * 999 + b"\n"), framing="none"),
+}
+
+
+def measure(times: int) -> str:
+    """The table, in Markdown."""
+    found = {name: sorted(late(answer, times)) for name, answer in SICK.items()}
+    found["all together"] = sorted(each for taken in found.values() for each in taken)
+    rows = [
+        f"| {name} | {_rank(taken, 0.5):.1f} | {_rank(taken, 0.99):.1f} | {taken[-1]:.1f} |"
+        for name, taken in found.items()
+    ]
+    head = ["| a server that … | p50, ms | p99, ms | worst, ms |", "|---|---|---|---|"]
+    about = f"Calls with `timeout={LIMIT}`, {4 * times} for each; {len(found['all together'])} ended by it in all."
+    load = f"Load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
+    return "\n".join([about, load, "", *head, *rows])
+
+
+def late(answer: Answer, times: int) -> Iterator[float]:
+    """Milliseconds past the deadline, of both kinds of client, for whole answers and for streams."""
+    with FakeOllama() as fake:
+        settings: dict[str, Any] = {"host": fake.url, "model": MODEL, "attempts": 1, "max_reply_bytes": 1 << 40}
+        fake.script("/api/chat", *[answer] * times * 4)
+        for stream in (False, True):
+            with graftage.connect("ollama", **settings) as client:
+                llm: Any = client
+                for _ in range(times):
+                    began = time.monotonic()
+                    try:
+                        read = llm.chat("Hi", stream=stream, timeout=LIMIT)
+                        for _ in read if stream else ():
+                            pass
+                    except ProviderTimeout:
+                        yield (time.monotonic() - began - LIMIT) * 1000
+            yield from asyncio.run(_late(settings, times, stream=stream))
+
+
+async def _late(settings: dict[str, Any], times: int, *, stream: bool) -> list[float]:
+    found = []
+    async with graftage.connect_async("ollama", **settings) as client:
+        llm: Any = client
+        for _ in range(times):
+            began = time.monotonic()
+            try:
+                read = await llm.chat("Hi", stream=stream, timeout=LIMIT)
+                if stream:
+                    async for _ in read:
+                        pass
+            except ProviderTimeout:
+                found.append((time.monotonic() - began - LIMIT) * 1000)
+    return found
+
+
+def _rank(taken: list[float], share: float) -> float:
+    return taken[min(int(len(taken) * share), len(taken) - 1)]
