@@ -813,6 +813,14 @@ def test_a_block_that_fails_writes_nothing(tmp_path: Path, fake: FakeOllama) -> 
     assert len(cassette) == 2
 
 
+def test_a_file_that_cannot_be_replaced_leaves_no_other_beside_it(tmp_path: Path, fake: FakeOllama) -> None:
+    path = tmp_path / "a.yaml"
+    path.mkdir()
+    with pytest.raises(OSError), Cassette(path, mode="record") as cassette:  # noqa: PT011 - each system has its own
+        exchange("sync", cassette, f"{fake.url}/api/version", "GET")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_client_records_on_a_cassette_that_is_still_empty(tmp_path: Path, fake: FakeOllama, both: Any) -> None:
     path = tmp_path / "a.yaml"
     with Cassette(path, mode="record") as cassette:
