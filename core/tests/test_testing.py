@@ -724,6 +724,15 @@ def test_a_header_that_the_server_repeats_is_never_written(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("before", ["", "~", "~~"])
+def test_a_header_in_the_base64_of_addresses_is_never_written(tmp_path: Path, fake: FakeOllama, before: str) -> None:
+    secret = "opaque~~~???>>>~~~"
+    told = base64.urlsafe_b64encode(f"{before}{secret}~".encode())
+    assert set(told) & set(b"-_")
+    with pytest.raises(CassetteError, match="request header `x-api-key`"):
+        recorded(tmp_path / "a.yaml", fake, Answer([told]), headers={"x-api-key": secret})
+
+
 @pytest.mark.parametrize(
     ("headers", "told"),
     [
@@ -847,6 +856,7 @@ def one_interaction(request: str, response: str) -> str:
     [
         ("a: [", "no valid YAML"),
         ("[" * 100_000, "nested|maximum"),  # Newer YAML readers have a limit of their own.
+        ("[" * 33 + "]" * 33, "nested more than 32 deep"),
         ("a: !!python/object/apply:os.getcwd []", "no valid YAML"),
         ("\x00", "no valid YAML"),
         ("- 1", "no mapping"),
@@ -890,12 +900,23 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest
         Cassette(tmp_path / "a.yaml")
 
 
-def test_a_body_that_was_edited_plays_in_one_piece(tmp_path: Path, fake: FakeOllama) -> None:
-    path = tmp_path / "a.yaml"
-    recorded(path, fake, STREAM)
-    path.write_text(path.read_text(encoding="utf-8").replace('"n":1', '"n":1000'), encoding="utf-8")
-    _, pieces = exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat")
-    assert len(pieces) == 1
+@pytest.mark.parametrize(
+    ("lengths", "pieces"),
+    [
+        ("[2, 4]", [b"ab", b"cdef"]),
+        ("[2, 2]", [b"abcdef"]),
+        ("[4, 4]", [b"abcdef"]),
+        ("[6, 0]", [b"abcdef"]),
+        ("[-1, 7]", [b"abcdef"]),
+        ("[a, b]", [b"abcdef"]),
+        ("6", [b"abcdef"]),
+    ],
+)
+def test_a_body_that_was_edited_plays_in_one_piece(tmp_path: Path, lengths: str, pieces: list[bytes]) -> None:
+    answer = f"{{status: {{code: 200}}, body: {{string: abcdef}}, chunk_lengths: {lengths}}}"
+    (tmp_path / "a.yaml").write_text(one_interaction("{method: POST, uri: /api/chat}", answer))
+    _, found = exchange("sync", Cassette(tmp_path / "a.yaml"), f"{ELSEWHERE}/api/chat")
+    assert found == pieces
 
 
 def test_threads_may_share_a_cassette(tmp_path: Path, fake: FakeOllama) -> None:
