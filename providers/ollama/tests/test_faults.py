@@ -836,8 +836,93 @@ WAITS = [
     waiting("wait_by_503", 503, wanted=3.0, retry_after="3"),
     waiting("wait_by_529", 529, wanted=3.0, retry_after="3"),
 ]
-BAD = [*BROKEN, *CUT, *NONSENSE, *FOREIGN, *SLOW, *REFUSED, *WORDS, *WAITS]
-ALL = [*GOOD, *DEVIATING, *WRAPPED, *BAD]
+LIMIT_WORDS = "you (bob) have reached your weekly usage limit, upgrade for higher limits: https://ollama.com/upgrade"
+RUNNER = 'Post "http://127.0.0.1:61135/completion": '
+MORE_WORDS = [
+    Fault(name, **given)
+    for name, given in {
+        "quota_429": words(429, LIMIT_WORDS, QuotaExceeded),
+        "quota_429_session": words(429, "you've reached your session usage limit", QuotaExceeded),
+        "plan_402_page": words(402, None, QuotaExceeded),
+        "plan_403": words(403, "this model requires a subscription, upgrade for access", QuotaExceeded),
+        "retired_410": words(410, "model 'x' was retired on 2026-01-01", ModelNotFound),
+        "runner_eof_400": words(400, f"do completion request: {RUNNER}EOF", InferenceFailed, again=True),
+        "runner_eof_500": words(500, f"do completion request: {RUNNER}EOF", InferenceFailed, again=True),
+        "runner_pipe": words(500, f"{RUNNER}write: broken pipe", InferenceFailed, again=True),
+        "runner_refused": words(
+            500, f"{RUNNER}dial tcp 127.0.0.1:61135: connect: connection refused", InferenceFailed, again=True
+        ),
+        "runner_reset": words(500, f"{RUNNER}read: connection reset by peer", InferenceFailed, again=True),
+        "runner_closed_on_windows": words(
+            500,
+            f"{RUNNER}wsarecv: An existing connection was forcibly closed by the remote host.",
+            InferenceFailed,
+            again=True,
+        ),
+        "input_too_large": words(
+            500, "input is too large to process. increase the physical batch size", ContextOverflow
+        ),
+        "image_unknown": words(500, "image: unknown format", RequestRejected),
+    }.items()
+]
+MORE_WORDS += [
+    Fault(name, Answer([{"error": said}]), kind=kind, again=again)
+    for name, said, kind, again in [
+        ("quota_line", LIMIT_WORDS, QuotaExceeded, False),
+        ("plan_line", "this model requires a subscription, upgrade for access", QuotaExceeded, False),
+        ("retired_line", "model 'x' was retired on 2026-01-01", ModelNotFound, False),
+        ("runner_eof_line", f"{RUNNER}EOF", InferenceFailed, True),
+        ("image_unknown_line", "image: unknown format", RequestRejected, False),
+    ]
+]
+MORE_WORDS += [
+    Fault(
+        name,
+        error("slow down", 429, **headers),
+        kind=Overloaded,
+        again=again,
+        facts=(("retry_after", wanted),),
+    )
+    for name, headers, wanted, again in [
+        ("wait_until_reset", {"x-ratelimit-reset": "9"}, 9.0, True),
+        ("wait_an_hour", {"retry-after": "3600"}, 3600.0, False),
+        ("wait_a_day", {"retry-after": "86400"}, 86_400.0, False),
+    ]
+]
+MORE_DEVIATING = [
+    Fault(name, answer, ended=ended)
+    for name, answer, ended in [
+        ("last_without_message", Answer([FIRST, SECOND, without("message", LAST)]), "stop"),
+        ("last_with_message_null", Answer([FIRST, SECOND, last(message=None)]), "stop"),
+        ("a_line_without_message", Answer([{"model": MODEL, "done": False}, *WHOLE]), "stop"),
+        ("counts_as_fractions", Answer([FIRST, SECOND, last(eval_count=2.0, prompt_eval_count=5.0)]), "stop"),
+        ("counts_as_words", Answer([FIRST, SECOND, last(eval_count="2")]), "stop"),
+        ("durations_as_fractions", Answer([FIRST, SECOND, last(total_duration=4e6, eval_duration=1.5)]), "stop"),
+        ("durations_as_words", Answer([FIRST, SECOND, last(total_duration="4ms")]), "stop"),
+        ("model_a_number", Answer([FIRST, SECOND, last(model=7)]), "stop"),
+        (
+            "logprob_null",
+            Answer([{**FIRST, "logprobs": [{"token": "Hello ", "logprob": None}]}, SECOND, LAST]),
+            "stop",
+        ),
+        ("reason_absent", Answer([FIRST, SECOND, without("done_reason", LAST)]), "stop"),
+        ("reason_null", Answer([FIRST, SECOND, last(done_reason=None)]), "stop"),
+        ("reason_empty", Answer([FIRST, SECOND, last(done_reason="")]), "stop"),
+        ("reason_content_filter", Answer([FIRST, SECOND, last(done_reason="content_filter")]), "content_filter"),
+    ]
+]
+WRONG_COUNTS = [
+    Fault("count_negative", Answer([FIRST, SECOND, last(eval_count=-1)]), kind=ProtocolError, partial="Hello world"),
+    Fault("count_absurd", Answer([FIRST, SECOND, last(eval_count=10**18)]), kind=ProtocolError, partial="Hello world"),
+    Fault(
+        "logprobs_without_end",
+        Answer([{**FIRST, "logprobs": [{"token": "a", "logprob": -1.0}] * 150_000}, LAST]),
+        kind=ProtocolError,
+    ),
+    Fault("status_000", Answer(raw=b"HTTP/1.1 000 Nothing\r\n\r\n", ending="close"), kind=ProtocolError),
+]
+BAD = [*BROKEN, *CUT, *NONSENSE, *FOREIGN, *SLOW, *REFUSED, *WORDS, *WAITS, *MORE_WORDS, *WRONG_COUNTS]
+ALL = [*GOOD, *DEVIATING, *MORE_DEVIATING, *WRAPPED, *BAD]
 
 
 @pytest.fixture
@@ -1042,6 +1127,24 @@ OBJECTS: list[tuple[str, Answer, type[ProviderError] | None]] = [
     ("odd_400", error("something is wrong with it", 400), RequestRejected),
     ("crash_400", error("llama runner process no longer running: -1", 400), ModelLoadFailed),
     ("redirect", redirect(307, "http://127.0.0.1:9/"), ProtocolError),
+    ("one_for_two", whole(b'{"embeddings":[]}'), ProtocolError),
+    ("two_for_one", whole(b'{"embeddings":[[1.0],[2.0]]}'), ProtocolError),
+    ("vector_empty", whole(b'{"embeddings":[[]]}'), ProtocolError),
+    ("vector_null", whole(b'{"embeddings":[null]}'), ProtocolError),
+    ("vector_of_words", whole(b'{"embeddings":[["a"]]}'), ProtocolError),
+    ("vector_infinite", whole(b'{"embeddings":[[1e999]]}'), ProtocolError),
+    ("vector_nan", whole(b'{"embeddings":[[NaN]]}'), ProtocolError),
+    ("count_negative", whole(b'{"embeddings":[[1.0]],"prompt_eval_count":-1}'), ProtocolError),
+    ("durations_as_fractions", whole(b'{"embeddings":[[1.0, 2.0]],"total_duration":1.5}'), None),
+    ("model_absent", whole(b'{"embeddings":[[1.0, 2.0]]}'), None),
+    ("crash_500", error('do embedding request: Post "http://127.0.0.1:61135/embedding": EOF', 500), InferenceFailed),
+    (
+        "crash_400_eof",
+        error('do embedding request: Post "http://127.0.0.1:61135/embedding": EOF', 400),
+        InferenceFailed,
+    ),
+    ("too_large", error("input is too large to process. increase the physical batch size", 500), ContextOverflow),
+    ("quota", error(LIMIT_WORDS, 429), QuotaExceeded),
     ("stall", Answer([VECTORS[:9]], ending="stall"), ProviderTimeout),
 ]
 
@@ -1097,6 +1200,28 @@ PULLS: list[tuple[str, Answer, type[ProviderError]]] = [
     ("unknown", Answer([STEP, {"error": "pull model manifest: file does not exist"}]), ModelNotFound),
     ("damaged", Answer([STEP, {"error": "digest mismatch, file must be downloaded again"}]), StreamInterrupted),
     ("disk_full", Answer([STEP, {"error": "write /models/x: no space left on device"}]), InferenceFailed),
+    (
+        "newer_server",
+        Answer([STEP, {"error": "pull model manifest: 412: \n\nThe model requires a newer version of Ollama."}]),
+        ModelLoadFailed,
+    ),
+    ("eof", Answer([STEP, {"error": "max retries exceeded: EOF"}]), ConnectionFailed),
+    ("hub_401", Answer([STEP, {"error": "pull model manifest: 401: unauthorized"}]), AuthenticationFailed),
+    ("hub_403", Answer([STEP, {"error": "pull model manifest: 403: forbidden"}]), AuthenticationFailed),
+    ("hub_429", Answer([STEP, {"error": "pull model manifest: 429: too many requests"}]), Overloaded),
+    (
+        "hub_unreachable",
+        Answer([STEP, {"error": "dial tcp: lookup registry.ollama.ai: no such host"}]),
+        ConnectionFailed,
+    ),
+    ("permission", Answer([STEP, {"error": "open /models/blobs/x: permission denied"}]), InferenceFailed),
+    (
+        "disk_full_windows",
+        Answer([STEP, {"error": "write x: There is not enough space on the disk."}]),
+        InferenceFailed,
+    ),
+    ("refused_500", error("pull model manifest: file does not exist"), ModelNotFound),
+    ("busy_503", error("server busy, please try again", 503), Overloaded),
     ("not_json", Answer([STEP, b"{nonsense\n"]), ProtocolError),
     ("array", Answer([STEP, b"[]\n"]), ProtocolError),
     ("wrong_type", Answer([STEP, {"status": 7}]), ProtocolError),
