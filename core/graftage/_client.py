@@ -254,13 +254,13 @@ class Client:
         """Answer a conversation.
 
         Args:
-            messages: a text, a message, or a sequence of messages and mappings.
+            messages: a text, a message, or a sequence of messages and mappings, as OpenAI or Anthropic have them.
             stream: give a `Stream` once the first chunk has come, instead of the whole `Reply`.
             arguments: all optional.
                 `model`: the model, where it is not the client's.
                 `adapter`: an adapter for this call; None for the base model; left out for the active one.
                 `tools`: what the model may call: Python functions, pydantic models, mappings or `Tool`s.
-                `format`: a pydantic model, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
+                `format`: a pydantic model or another type, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
                 `retries`: how often to ask again where the answer does not fit the `format`: the conversation goes on
                 with that answer and with what is wrong with it. Each time is a call of its own for `stats` and
                 observers; `timeout` holds for all, `Reply.usage` is that of all, and `Reply.attempts` counts them.

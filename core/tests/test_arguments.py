@@ -1121,6 +1121,8 @@ WRONG_ARGUMENTS: dict[str, list[Any]] = {
     "force": ["no", 1, 0, None],
     "raw": ["no", 1, None],
     "truncate": ["no", 1, None],
+    "retries": [-1, 1.5, "2", True, None, math.nan, 10**9],
+    "purpose": ["search", 5, "", True, []],
     "level": ["up", 5, None, [], True],
     "policy": ["sometimes", 5, None, [], True],
     "model": [5, "", " ", True, b"x", []],
@@ -1136,9 +1138,12 @@ WRONG_ARGUMENTS: dict[str, list[Any]] = {
 COMMON = ("model", "timeout", "options", "keep_alive", "context_window", "force")
 INFERENCE = (*COMMON, "adapter", "max_tokens", "images", "format", "think", "stream")
 TAKES: dict[str, tuple[str, ...]] = {
-    "chat": (*INFERENCE, "tools"),
+    "chat": (*INFERENCE, "tools", "retries"),
     "generate": (*INFERENCE, "system", "suffix", "raw"),
-    "embed": (*COMMON, "dimensions", "truncate"),
+    "embed": (*COMMON, "dimensions", "truncate", "purpose"),
+    "count_tokens": (*COMMON, "tools", "images", "think"),
+    "rerank": COMMON,
+    "delete": ("timeout",),
     "health": ("level", "model", "max_age", "timeout"),
     "models": ("timeout",),
     "show": ("model", "timeout"),
@@ -1151,7 +1156,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "unload_adapter": ("model", "timeout"),
     "prune_adapters": ("keep", "older_than", "dry_run", "timeout"),
 }
-SUBJECT = {"chat", "generate", "embed", "resolve_adapter", "unload_adapter"}
+TAKES_TEXT = ("chat", "generate", "embed", "count_tokens", "delete", "resolve_adapter", "unload_adapter")
+SUBJECT: dict[str, list[Any]] = {**{each: ["x"] for each in TAKES_TEXT}, "rerank": ["x", ["y"]]}
 
 
 @pytest.mark.parametrize(("operation", "name"), [(each, name) for each, names in TAKES.items() for name in names])
@@ -1160,7 +1166,7 @@ def test_an_argument_is_read_before_anything_is_sent(both: Any, operation: str, 
     llm = both.connect(echo, model=MODEL)
     for value in WRONG_ARGUMENTS[name]:
         with pytest.raises(RequestRejected) as caught:
-            getattr(llm, operation)(*(["x"] if operation in SUBJECT else []), **{name: value})
+            getattr(llm, operation)(*SUBJECT.get(operation, ()), **{name: value})
         assert caught.value.hint, value
     assert echo.requests == []
     assert (llm.stats().running, llm.stats().waiting) == (0, 0)
