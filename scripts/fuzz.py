@@ -18,14 +18,15 @@ from typing import Any, Final
 from unittest import mock
 
 import graftage
-from graftage._engine.inputs import read_messages, read_tools
+from graftage._engine.inputs import read_messages
+from graftage._engine.schemas import read_tools
 from graftage.calls import Call
 from graftage.exceptions import GraftageError, ProviderError, SettingsError
 from graftage.gguf import GgufError
 from graftage.gguf import read as read_gguf
 from graftage.http import Answer, Headers, Response, is_loopback, proxy_for, read_tool_call
 from graftage.http._framing import Framing
-from graftage.http.address import check_base
+from graftage.http.address import read_base
 from graftage.http.errors import refused
 from graftage_ollama._errors import refusal
 from graftage_ollama._settings import parse_host
@@ -176,7 +177,7 @@ def host(data: bytes) -> None:
     """The address of a server: a URL that can be asked, or an error of the settings."""
     with contextlib.suppress(SettingsError):
         found = parse_host(text_of(data))
-        assert check_base(found) == found
+        assert read_base(found) == (found, {})
 
 
 def no_proxy(data: bytes) -> None:

@@ -265,9 +265,9 @@ def test_an_answer_that_does_not_fit_is_asked_for_again(connect: Any, fake: Fake
 
 def test_what_the_api_cannot_do_is_refused_before_anything_is_sent(connect: Any, fake: FakeOllama) -> None:
     llm = connect()
-    for act in (lambda: llm.count_tokens("Hi"), lambda: llm.rerank("Hi", ["x"]), lambda: llm.delete("x")):
+    for act, given in (llm.count_tokens, ["Hi"]), (llm.rerank, ["Hi", ["x"]]), (llm.delete, ["x"]):
         with pytest.raises(CapabilityUnsupported):
-            act()
+            act(*given)
     assert fake.requests == []
 
 

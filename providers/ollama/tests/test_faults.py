@@ -1340,7 +1340,7 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
 
 
 LAST = line("", done=True, done_reason="stop")
-ODD_LINES: dict[str, list[dict[str, Any]]] = {
+UNNEEDED: dict[str, list[dict[str, Any]]] = {
     "the last line without a message": [line("hi"), {"model": MODEL, "done": True, "done_reason": "stop"}],
     "the last line with null": [line("hi"), {**LAST, "message": None}],
     "a line without a message": [{"model": MODEL, "done": False}, line("hi"), LAST],
@@ -1362,7 +1362,7 @@ ODD_LINES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("lines", ODD_LINES.values(), ids=ODD_LINES)
+@pytest.mark.parametrize("lines", UNNEEDED.values(), ids=UNNEEDED)
 def test_an_answer_survives_what_nobody_needs(
     both: Any, fake: FakeOllama, lines: list[dict[str, Any]], stream: bool
 ) -> None:
