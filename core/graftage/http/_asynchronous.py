@@ -62,7 +62,7 @@ class AsyncNetwork:
         pool = await self._pool()
         wire, begun = pool.taken(server), time.monotonic()
         answer = await pool.asked(wire, head, request, size, clock) if wire is not None else None
-        if wire is None or answer is None or (is_stale(answer, begun) and not pool.closed):
+        if wire is None or answer is None or (not answer.head and is_stale(answer, begun) and not pool.closed):
             wire = await pool.connected(server, clock)
             answer = await pool.asked(wire, head, request, size, clock)
         if not is_answered(answer, server):

@@ -72,7 +72,7 @@ class BlockingNetwork:
         head = head_of(request, server, size)
         wire, begun = self._taken(server), time.monotonic()
         answer = self._asked(wire, head, request, size, clock) if wire is not None else None
-        if wire is None or answer is None or (is_stale(answer, begun) and not self._closed):
+        if wire is None or answer is None or (not answer.head and is_stale(answer, begun) and not self._closed):
             wire = self._connected(server, clock)
             answer = self._asked(wire, head, request, size, clock)
         if not is_answered(answer, server):

@@ -24,7 +24,7 @@ class OllamaSettings(Settings):
 
     host: str | None = Field(
         default=None,
-        description="Address of the server; 127.0.0.1:11434 where none is given. A A last `/v1` or `/api` is left out",
+        description="Address of the server; 127.0.0.1:11434 where none is given. A last `/v1` or `/api` is left out",
     )
     api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token over https or to loopback only")
     merge_adapters: bool | ByteSize = Field(
