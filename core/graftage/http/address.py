@@ -54,20 +54,15 @@ def read_base(text: str) -> tuple[str, dict[str, str]]:
             usable = bool(re.fullmatch("%2[Ff][^:@\\[\\]]+", parts.netloc)) and "\0" not in unquote(parts.netloc)
     except ValueError:
         usable = False
-    if not usable or parts.query or parts.fragment:
+    if not usable or parts.query or parts.fragment or (parts.username is not None and not is_private(url)):
         raise SettingsError(
-            "The server's address cannot be used: it must be an http or https URL without query and fragment.",
+            "The server's address cannot be used: it must be an http or https URL without query and fragment, and "
+            "without a user or a password where they would go in clear.",
             key="host",
             hint="Write it like `http://127.0.0.1:8000/v1`, and put a key into `api_key`.",
         )
     if parts.scheme == UNIX:
         return url.rstrip("/"), {}
-    if parts.username is not None and not is_private(url):
-        raise SettingsError(
-            "The server's address has a user or a password in it, which would go in clear.",
-            key="host",
-            hint="Use https, or put a key into `api_key`: it is not sent in clear either, which some servers allow.",
-        )
     netloc = parts.netloc.rpartition("@")[2]
     if parts.hostname in LISTEN_ONLY:
         netloc = f"{LISTEN_ONLY[parts.hostname]}:{parts.port}" if parts.port else LISTEN_ONLY[parts.hostname]
