@@ -579,7 +579,8 @@ class Relay:
         self.needs_event_loop = on_loop = bool(getattr(connection, "needs_event_loop", False))
         self.contained = Contained(author.typed)
         """A block of the provider's code."""
-        self.hooks = {name: _hook(connection, name, takes, on_loop, author) for name, takes in hooks.items()}
+        hook = partial(_hook, connection, author, self.contained, on_loop)
+        self.hooks = {name: hook(name, takes=takes) for name, takes in hooks.items()}
         # Two entry points may name one object: it is asked once.
         self._plugins = list({id(entry.plugin): entry for entry in reversed(plugins)}.values())[::-1]
         self._asked: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
@@ -609,10 +610,10 @@ class Relay:
         self._asked[name] = [each for each in self.each(name) if each[0] != plugin]
 
 
-def _hook(connection: object, name: str, takes: bool, on_loop: bool, author: Author) -> Hook:
+def _hook(connection: object, author: Author, contained: Contained, on_loop: bool, name: str, *, takes: bool) -> Hook:
     function = getattr(connection, name)
     is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    return Hook(name, _positional(function, takes=takes), is_async, on_loop, author, Contained(author.typed))
+    return Hook(name, _positional(function, takes=takes), is_async, on_loop, author, contained)
 
 
 def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from graftage.http.transport import Headers, header
 if TYPE_CHECKING:
     from graftage.calls import Call
 
-__all__ = ["Answer", "Refusal"]
+__all__ = ["Answer", "Refusal", "Rules", "by_words", "says"]
 
 OK: Final = 200
 REFUSED: Final = 400
@@ -119,6 +119,33 @@ class Answer:
 
 Refusal: TypeAlias = Callable[[Answer], ProviderError | None]
 """An author's own table: the error for an answer, or None for what the table of the toolkit says."""
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+Make: TypeAlias = Callable[[Answer], ProviderError]
+Rules: TypeAlias = tuple[tuple[tuple[str, ...], Make], ...]
+"""A table of words: the first rule of which one phrase, in lower case, is among the server's words decides."""
+
+
+def says(kind: type[ProviderError], sentence: str, hint: str, **facts: Any) -> Make:
+    """How a table makes an error.
+
+    Args:
+        kind: its class.
+        sentence: what it says before the server's own words; `{model}` in it becomes the model of the call.
+        hint: the way out.
+        facts: what else the class takes.
+    """
+    return lambda it: kind(f"{sentence.format(model=it.model)} {it.said}".lstrip(), hint=hint, **facts)
+
+
+def by_words(it: Answer, rules: Rules) -> ProviderError | None:
+    """The error that a table of words has for an answer."""
+    return next((make(it) for phrases, make in rules if any(each in it.searched for each in phrases)), None)
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def _parsed(text: str) -> Any:

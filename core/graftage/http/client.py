@@ -26,7 +26,6 @@ from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, 
 from graftage.http.address import SECRET_NAMES, is_private, place
 from graftage.http.answer import OK, Answer, Refusal
 from graftage.http.clock import Clock
-from graftage.http.errors import refused
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all
 from graftage.types import Chunk, Vectors
 
@@ -318,6 +317,8 @@ class Http:
 
     def refused(self, status: int, headers: Headers, body: bytes, call: Call) -> ProviderError:
         """The typed error for an answer that refuses."""
+        from graftage.http.errors import refused  # noqa: PLC0415 - needed only after a failure
+
         answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
         return refused(answer, self._refusal)
 

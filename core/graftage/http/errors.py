@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeAlias
+from collections.abc import Mapping
+from typing import Final
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -19,33 +19,11 @@ from graftage.exceptions import (
     QuotaExceeded,
     RequestRejected,
 )
-from graftage.http.answer import MAX_WORDS, OK, Answer, Refusal
+from graftage.http.answer import MAX_WORDS, OK, Answer, Make, Refusal, Rules, by_words, says
 
-__all__ = ["Rules", "by_words", "refused", "says"]
+__all__ = ["refused"]
 
 SERVER_FAULT: Final = 500
-Make: TypeAlias = Callable[[Answer], ProviderError]
-Rules: TypeAlias = tuple[tuple[tuple[str, ...], Make], ...]
-"""A table of words: the first rule of which one phrase, in lower case, is among the server's words decides."""
-
-
-def says(kind: type[ProviderError], sentence: str, hint: str, **facts: Any) -> Make:
-    """How a table makes an error.
-
-    Args:
-        kind: its class.
-        sentence: what it says before the server's own words; `{model}` in it becomes the model of the call.
-        hint: the way out.
-        facts: what else the class takes.
-    """
-    return lambda it: kind(f"{sentence.format(model=it.model)} {it.said}".lstrip(), hint=hint, **facts)
-
-
-def by_words(it: Answer, rules: Rules) -> ProviderError | None:
-    """The error that a table of words has for an answer."""
-    return next((make(it) for phrases, make in rules if any(each in it.searched for each in phrases)), None)
-
-
 MEND: Final = "Mend the request."
 LOG: Final = "The server's log may tell more."
 PLAN: Final = "Check the account's plan and what is left of it, or ask another model or provider."

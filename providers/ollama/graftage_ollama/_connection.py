@@ -36,11 +36,11 @@ from graftage.types import (
 )
 from graftage_ollama import _convert
 from graftage_ollama._adapters import Adapters
-from graftage_ollama._errors import refusal
 from graftage_ollama._settings import OllamaSettings, parse_host
 
 if TYPE_CHECKING:
     from graftage.hookspecs import ConnectRequest
+    from graftage.http import Answer
 
 __all__ = ["OllamaConnection"]
 
@@ -56,7 +56,7 @@ class OllamaConnection:
     """The hooks, on a client that opens nothing until the first request."""
 
     def __init__(self, request: ConnectRequest, settings: OllamaSettings) -> None:
-        self._http = request.http(parse_host(settings.host), refusal=refusal, server="Ollama")
+        self._http = request.http(parse_host(settings.host), refusal=_refusal, server="Ollama")
         self.address = self._http.base_url
         self._adapters = Adapters(
             self._http, self.address, merge=settings.merge_adapters, base_file=settings.adapter_base_file
@@ -207,6 +207,12 @@ class OllamaConnection:
 
     async def _generated(self, body: Mapping[str, Any], call: Call) -> None:
         await self._http.json("POST", "/api/generate", body, call=call)
+
+
+def _refusal(it: Answer) -> ProviderError | None:
+    from graftage_ollama._errors import refusal  # noqa: PLC0415 - needed only after a failure
+
+    return refusal(it)
 
 
 def _version(answer: Mapping[str, Any]) -> str:
