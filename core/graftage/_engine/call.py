@@ -189,6 +189,7 @@ class Run:
         """The last chunk, with the reason in our words, its counts checked, and a warning where the prompt was cut."""
         self._check_end(last)
         usage, request = read_usage(last.usage), self.request
+        self.request = None  # It may hold pictures, and a host may hold the stream for long.
         read, written = (usage.input_tokens, usage.output_tokens) if usage else (None, None)
         full = request is not None and written is not None and written >= (request.max_tokens or math.inf)
         calls = bool(self.fold.tool_calls or last.tool_calls)
