@@ -208,6 +208,17 @@ def _points_of(dist: Any, groups: tuple[str, ...]) -> list[EntryPoint]:
     return list(found.values())
 
 
+def broken_entry_points() -> Iterator[str]:
+    """What is wrong, in words, with the entry points of any distribution, as far as they cannot be read."""
+    for dist in _distributions():
+        try:
+            tuple(dist.entry_points)
+        except Exception as error:  # noqa: BLE001 - what is wrong with a stranger's file is not one kind of error
+            whose = " ".join(filter(None, identity(dist))) or f"the distribution in {dist.locate_file('')}"
+            why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a line of it is no `name = value`"
+            yield f"The entry_points.txt of {whose} is broken: {why}. What cannot be read of it is passed over."
+
+
 def _plain_name(dist: Any) -> str | None:
     """The name of a distribution for comparing; None where its metadata is damaged."""
     name, version = identity(dist)
@@ -227,7 +238,7 @@ def ready_pydantic() -> None:
         TypeAdapter(None)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)  # More than anybody has installed: each client asks for all of them.
 def identity(dist: Any) -> tuple[str | None, str | None]:
     """The name and the version of a distribution, each None where its metadata does not tell."""
     try:

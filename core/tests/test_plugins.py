@@ -132,6 +132,20 @@ def test_a_second_client_checks_no_hook_and_reads_no_metadata_again(
     assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
 
 
+def test_metadata_is_read_once_however_much_is_installed(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(100):
+        site.add(f"graftage-oak{number}", providers={f"oak{number}": "oak_provider"})
+    names = Catalog().names()
+    assert f"oak{number}" in names
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("it is read again")
+
+    monkeypatch.setattr("importlib.metadata.PathDistribution.read_text", never)
+    assert Catalog().names() == names
+    assert not [entry for entry in Catalog().entries if entry.state == "quarantined"]
+
+
 def test_a_module_whose_functions_change_is_checked_again(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
     graftage.connect("oak", model=MODEL).close()

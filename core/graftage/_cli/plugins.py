@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftage._cli import options, show
 from graftage._cli.errors import way_out
+from graftage._values import broken_entry_points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,8 @@ def plugins(as_json: options.AsJson = False) -> None:
     from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
 
     entries = Catalog().inspect_all()
+    for broken in broken_entry_points():
+        show.note(show.cell(broken))
     if as_json:
         show.print_json([plugin_data(each) for each in entries])
     else:

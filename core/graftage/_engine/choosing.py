@@ -90,6 +90,7 @@ class Opening:
         wanted = [_with_settings(each) for each in (wish.provider if self._chained else [wish.provider])]
         objects = [each for each, _ in wanted if not isinstance(each, (str, type(None)))]
         self._catalog = Catalog([*objects, *wish.plugins], self._sources.environment, self._sources.prefix)
+        self._installed = self._catalog.names()
         self._mapping = _as_mapping(wish.settings)
         if not wanted:
             raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
@@ -193,7 +194,7 @@ class Opening:
                 name=entry.name,
                 mapping=self._mapping,
                 sources=self._sources,
-                plugins=self._catalog.names(),
+                plugins=self._installed,
                 chained=self._several,
                 **given,
             )

@@ -201,12 +201,13 @@ class Catalog:
         return entry
 
     def _mark_conflicts(self) -> None:
-        sound = [entry for entry in self.entries if entry.state != "quarantined"]
-        for entry in sound:
-            rivals = [each for each in sound if (each.kind, each.name) == (entry.kind, entry.name)]
+        claims: dict[tuple[Kind, str], list[Entry]] = {}
+        for entry in self.entries:
             # Provider objects are told apart by identity: a chain may have two of one kind.
-            given = entry.kind == "provider" and entry.entry_point is None
-            if len(rivals) > 1 and entry.state != "disabled" and not given:
+            if entry.state in ("available", "loaded") and (entry.kind != "provider" or entry.entry_point):
+                claims.setdefault((entry.kind, entry.name), []).append(entry)
+        for rivals in claims.values():
+            for entry in rivals if len(rivals) > 1 else ():
                 entry.state = "quarantined"
                 claimants = " and ".join(each.origin for each in rivals)
                 entry.error = PluginConflict(
@@ -316,7 +317,7 @@ def _check_core(entry: Entry) -> None:
         raise _load_error(entry, f"requires graftage{unfit}, and this is {__version__}", hint)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def _unfit(dist: Any) -> str | None:
     """The versions of Graftage that a distribution asks for, where this is none of them."""
     for text in dist.requires or ():

@@ -44,6 +44,24 @@ def test_a_broken_plugin_is_explained_and_hides_no_other(shell: Shell) -> None:
     }.items()
 
 
+def test_a_stranger_whose_entry_points_are_broken_is_passed_over_with_a_word(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    damage = {
+        "one": (b"[console_scripts]\nfoo\n", "a line of it is no `name = value`"),
+        "two": (b"\xe9", "it is not UTF-8"),
+    }
+    for name, (points, _) in damage.items():
+        info = shell.folder / f"{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_bytes(points)
+    done = shell.run("plugins")
+    assert done.code == 0
+    assert "fake" in done.out
+    for name, (_, why) in damage.items():
+        assert f"The entry_points.txt of {name} 1 is broken: {why}. " in done.err
+
+
 def test_a_broken_plugin_is_a_warning_and_the_answer_comes(shell: Shell) -> None:
     shell.install("it = Echo(['Hello.'])")
     shell.install("raise RuntimeError('out of order')", name="bad", group="graftage.plugins")
