@@ -209,7 +209,7 @@ def _points_of(dist: Any, groups: tuple[str, ...]) -> list[EntryPoint]:
 
 
 def broken_entry_points() -> Iterator[str]:
-    """What is wrong, in words, with the entry points of any distribution, as far as they cannot be read."""
+    """Whose entry points are broken, and how, in words: what cannot be read of them is passed over."""
     for dist in _distributions():
         try:
             tuple(dist.entry_points)
