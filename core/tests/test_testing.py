@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -825,7 +826,7 @@ def test_a_block_that_fails_writes_nothing(tmp_path: Path, fake: FakeOllama) -> 
 def test_a_file_that_cannot_be_replaced_leaves_no_other_beside_it(tmp_path: Path, fake: FakeOllama) -> None:
     path = tmp_path / "a.yaml"
     path.mkdir()
-    with pytest.raises(OSError), Cassette(path, mode="record") as cassette:  # noqa: PT011 - each system has its own
+    with pytest.raises(CassetteError, match="cannot be written"), Cassette(path, mode="record") as cassette:
         exchange("sync", cassette, f"{fake.url}/api/version", "GET")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -891,6 +892,29 @@ def test_a_missing_file_says_both_ways_to_record_it(tmp_path: Path) -> None:
 def test_a_mode_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path, mode: Any) -> None:
     with pytest.raises(ValueError, match="`replay` or `record`"):
         Cassette(tmp_path / "a.yaml", mode=mode)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "name"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, fake: FakeOllama, kind: str) -> None:
+    path = tmp_path / ("a\0b.yaml" if kind == "name" else "a.yaml")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(CassetteError, match="cannot be read"):
+        Cassette(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b.yaml", "file/a.yaml"])
+def test_a_recording_that_cannot_be_written_can_be_saved_elsewhere(tmp_path: Path, fake: FakeOllama, name: str) -> None:
+    (tmp_path / "file").touch()
+    tape = Cassette(tmp_path / name, mode="record")
+    exchange("sync", tape, f"{fake.url}/api/version", "GET")
+    with pytest.raises(CassetteError, match="cannot be written"):
+        tape.save()
+    tape.path = tmp_path / "b.yaml"
+    tape.save()
+    assert len(Cassette(tape.path)) == 1
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

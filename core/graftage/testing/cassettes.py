@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import yaml
 
+from graftage._values import read_file
 from graftage.exceptions import GraftageError, StreamInterrupted
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class Cassette:
 
         Raises:
             CassetteError: nothing was recorded, or a secret was: the value of a request's header, or of a variable of
-                the environment that is named like one, or what looks like a key.
+                the environment that is named like one, or what looks like a key. Or the file cannot be written; what
+                was recorded can be saved again.
         """
         if not self._interactions:
             raise CassetteError(
@@ -161,10 +163,17 @@ class Cassette:
             )
         _refuse_secrets(self.path, self._interactions, self.server, self._sent)
         text = _to_yaml(self._interactions, self.server)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(text.encode())
+        except (OSError, ValueError) as error:  # A name with a NUL in it is a ValueError.
+            why = getattr(error, "strerror", None) or "no file can have that name"
+            raise CassetteError(f"The cassette {self.path} cannot be written: {why}.") from error
+
+    def _write(self, data: bytes) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(text.encode())
+            temporary.write_bytes(data)
             os.replace(temporary, self.path)  # noqa: PTH105 # says that it replaces, on every system
         finally:
             temporary.unlink(missing_ok=True)
@@ -597,8 +606,7 @@ def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
 
 def _load(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_file(path, MAX_BYTES)
     except FileNotFoundError as error:
         raise CassetteError(
             f"There is no cassette {path}.",
@@ -606,8 +614,6 @@ def _load(path: Path) -> Any:
         ) from error
     except OSError as error:
         raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
-    if len(data) > MAX_BYTES:
-        raise CassetteError(f"The cassette {path} is larger than {MAX_BYTES} bytes.")
     try:
         _check_depth(path, data)
         return yaml.load(data, Loader=_LOADER)  # noqa: S506 # it is a safe loader, in C where there is one
