@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -85,16 +86,16 @@ def _key(name: str) -> str:
     return "".join(each for each in name.casefold() if each.isalnum())
 
 
-OURS: Mapping[str, str] = {
-    _key(name): word
-    for word, names in {**dict.fromkeys([*NUMBERS, *WHOLE, *SWITCHES], ""), **SYNONYMS, **PARAMETERS}.items()
-    for name in (word, *names.split())
-}
+@functools.cache
+def _ours() -> Mapping[str, str]:
+    """All names that Graftage knows, each with its own word; made where somebody needs it."""
+    words = {**dict.fromkeys([*NUMBERS, *WHOLE, *SWITCHES], ""), **SYNONYMS, **PARAMETERS}
+    return {_key(name): word for word, names in words.items() for name in (word, *names.split())}
 
 
 def word_for(name: str) -> str | None:
     """What Graftage calls a parameter or an option that has another name elsewhere."""
-    return OURS.get(_key(name))
+    return _ours().get(_key(name))
 
 
 def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset[str]) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _passed_on(value: Any, known: frozenset[str]) -> dict[str, Any]:
 
 def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
     """What to use in place of a name that would bypass something, if it would."""
-    word = OURS.get(_key(name)) or next((each for each in known if _key(each) == _key(name)), None)
+    word = word_for(name) or next((each for each in known if _key(each) == _key(name)), None)
     if deep and word not in NESTED:
         return None
     if word in PARAMETERS:
