@@ -249,7 +249,8 @@ PROSE = "word " * 600
 CUTS: dict[str, tuple[list[str], int | None, int | None, bool]] = {
     # Texts, window, tokens read, whether they were cut
     "the window is full": ([PROSE], 256, 256, True),
-    "nearly": ([PROSE], 512, 510, True),
+    "nearly": (["(){};" * 500], 512, 510, True),
+    "not nearly": (["(){};" * 500], 512, 509, False),
     "half of it was kept": ([PROSE], 256, 130, True),
     "no count": ([PROSE], 256, None, True),
     "a count of 0": ([PROSE], 256, 0, True),
