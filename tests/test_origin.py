@@ -501,7 +501,8 @@ def test_fault_24_a_mistyped_model_gets_no_advice_to_restart_the_server(llm: Any
     with pytest.raises(ModelNotFound) as caught:
         llm.chat("Hi", model="smolm2:135m")
     assert "restart" not in str(caught.value).lower()
-    assert MODEL in str(caught.value)
+    pull = "pull it: `graftage models pull smolm2:135m`."
+    assert caught.value.hint == f"Did you mean `{MODEL}`? If not, {pull}"
 
 
 def test_fault_25_what_comes_back_is_graftages_own_and_reads_like_a_mapping_where_it_did_before(llm: Any) -> None:

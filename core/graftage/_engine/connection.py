@@ -192,8 +192,9 @@ class Connection:
             names = [each.name for each in models if each.name and each.name != wanted]
             error.suggestions = inputs.close_names(wanted, names)
         if error.suggestions:
-            hint = error.hint or "Choose one that it lists."
-            error.hint = f"Did you mean `{error.suggestions[0]}`? If not, {hint[0].lower()}{hint[1:]}"
+            hint = error.hint if self.has("pull_model") else None  # Else only what is listed helps.
+            otherwise = f" If not, {hint[0].lower()}{hint[1:]}" if hint else ""
+            error.hint = f"Did you mean `{error.suggestions[0]}`?{otherwise}"
 
     def has(self, hook: str) -> bool:
         """Whether the connection implements a hook."""
