@@ -212,7 +212,7 @@ def test_recurrent_layers_keep_a_state_and_no_cache() -> None:
         "ssm__group_count": 16,
     }
     hybrid = shape_of("qwen35", 32, 16, 4, 256, 4096, 248_320, 6.0, full_attention_interval=4, **ssm)
-    assert sum(layer.cell > 0 for layer in hybrid.layers or ()) == 8
+    assert [place for place, layer in enumerate(hybrid.layers or ()) if layer.cell] == list(range(3, 32, 4))
     assert footprint(hybrid, 8192).cache - footprint(hybrid, 4096).cache == 4096 * 32 * 1024
     one, four = footprint(hybrid, 4096, slots=1).state, footprint(hybrid, 4096, slots=4).state
     assert (one, four) == (32 * (3 * (4096 + 2 * 16 * 128) + 128 * 4096) * 4, 4 * one)
@@ -262,6 +262,30 @@ def test_weights_are_estimated_from_parameters_where_no_size_is_told() -> None:
     assert "estimated from 8.0 billion parameters of 4.9 bits" in shape.notes[0]
     listed = read_shape(info, 4_920_000_000)
     assert listed == replace(shape, weights=4_920_000_000, estimated=False, notes=(shape.notes[1],))
+
+
+def test_a_short_convolution_keeps_all_but_one_of_its_inputs() -> None:
+    shape = shape_of("lfm2", 2, 32, [0, 8], 64, 2048, 65_536, 1.0, shortconv__l_cache=3)
+    assert [layer.state for layer in shape.layers or ()] == [2 * 2048 * 4] * 2
+
+
+def test_of_figures_for_each_layer_the_largest_counts() -> None:
+    info = model(*LLAMA_8B, 4.9)
+    several = read_shape(replace(info, metadata={**info.metadata, "llama.attention.head_count": [4, 32, 8]}))
+    assert several is not None
+    assert several.heads == 32
+
+
+@pytest.mark.parametrize(("told", "trained"), [(8, None), (63, None), (64, 64), (8192, 8192)])
+def test_a_window_that_no_model_is_trained_for_is_odd(told: int, trained: int | None) -> None:
+    shape = shape_of(*LLAMA_8B, 4.9, context_length=told)
+    assert (shape.trained_window, shape.odd) == (trained, () if trained else ("context_length",))
+
+
+def test_a_listed_size_of_less_than_a_bit_for_each_weight_is_odd() -> None:
+    shape = read_shape(replace(model(*LLAMA_8B, 4.9), parameters="8.03B"), 9_000_000)
+    assert shape is not None
+    assert (shape.weights, shape.odd) == (4_900_000_000, ("size",))
 
 
 def test_a_listed_size_wins_over_a_computed_one() -> None:

@@ -57,6 +57,13 @@ def test_a_long_array_is_only_counted_unless_it_is_wanted(path: Path) -> None:
     assert read_file(path, long_arrays=True).metadata["words"][4999] == "4999"
 
 
+def test_the_entries_of_all_arrays_together_have_a_bound() -> None:
+    some = (1 << 22) + 1
+    data = gguf([array("a", 0, some, bytes(some)), array("b", 0, some, bytes(some))])
+    with pytest.raises(GgufError, match="entries of arrays in `b`"):
+        read(io.BytesIO(data), len(data))
+
+
 def test_an_open_file_is_read_to_the_end_of_its_table_and_no_further_than_its_bound() -> None:
     data = gguf()
     source = io.BytesIO(data)

@@ -496,6 +496,13 @@ def test_a_loaded_model_keeps_its_window_for_who_asks_for_less_and_the_reply_say
     reply = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", context_window=2048)
     assert echo.requests[0].context_window == 8192
     assert reply.warnings == ("`context_window` was raised from 2048 to 8192: the model is loaded with it.",)
+    forced = both.connect(echo, model=MODEL, plugins=[policy]).chat("x", context_window=2048, force=True)
+    assert (echo.requests[-1].context_window, forced.warnings) == (2048, ())
+
+
+def test_who_asks_for_as_much_as_there_is_is_told_nothing(both: Any) -> None:
+    policy = Policy(Limits(context_window=8192), "m4")
+    assert both.connect(Echo(), model=MODEL, plugins=[policy]).chat("x", context_window=8192).warnings == ()
 
 
 def test_no_more_may_wait_at_the_door_than_may_wait_for_a_slot(both: Any) -> None:

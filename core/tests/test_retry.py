@@ -231,6 +231,7 @@ def test_the_schedule_is_data_with_the_documented_figures() -> None:
     assert [policy.wait(GONE, attempt, 0.0) for attempt in (1, 2, 3)] == [0.1, 0.5, 0.5]
     fault = InferenceFailed("x", retryable=True)
     assert [policy.wait(fault, attempt, 0.0) for attempt in (1, 2, 3, 4, 5)] == [4.0, 4.0, 4.0, 8.0, 10.0]
+    assert policy.wait(fault, 1, 1.0) == pytest.approx(4.4)
     assert policy.crash_attempts == 2
     assert Call().attempts == 3
 
