@@ -24,6 +24,8 @@ BLOCK: Final = 1 << 16
 ENOUGH: Final = 1 << 16
 """Bytes that have come and were not read, above which a connection waits with more; what headers may have at most,
 those of interim answers (RFC 9110, 15.2) included."""
+INTERIM: Final = 100
+"""The lowest status that there is."""
 OK: Final = 200
 """The lowest status that is no interim answer."""
 FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
@@ -176,6 +178,8 @@ class Framing:
         if self.complete:
             return
         self.status = self._parser.get_status_code()
+        if self.status < INTERIM:
+            raise ValueError("its status is none")
         if self.status < OK:
             self.headers.clear()
             return
