@@ -620,33 +620,31 @@ FOREIGN = [
         "status_negative": b"HTTP/1.1 -200 OK\r\n\r\n" + BODY,
     }.items()
 ]
-FOREIGN += [
-    Fault(name, Answer([body]), kind=ProtocolError)
-    for name, body in {
-        "true_line": b"true\n",
-        "number_line": b"7\n",
-        "infinity_line": b'{"message":{"role":"assistant","content":Infinity},"done":false}\n',
-        "single_quotes": b"{'message': {'content': 'x'}}\n",
-        "trailing_comma": b'{"message":{"content":"x"},}\n',
-        "comment": b'{"message":{"content":"x"}} // said\n',
-        "two_objects_in_a_line": json.dumps(FIRST).encode() * 2 + b"\n",
-        "null_bytes": b"\0\0\0\0\n",
-        "utf_16": BODY.decode().encode("utf-16"),
-        "half_of_an_escape": b'{"message":{"content":"\\u12"},"done":false}\n',
-        "line_feed_in_a_text": b'{"message":{"content":"a\nb"},"done":false}\n',
-        "xml": b"<?xml version='1.0'?><error/>\n",
-        "openai_form": b'{"choices":[{"delta":{"content":"Hello "}}]}\n',
-        "openai_stream": b'data: {"choices":[{"delta":{"content":"Hello "}}]}\n\ndata: [DONE]\n\n',
-        "anthropic_stream": b'event: message_start\ndata: {"type":"message_start"}\n\n',
-        "deep_array": b"[" * 50_000 + b"\n",
-        "message_a_list": {"message": ["x"], "done": False},
-        "message_a_number": {"message": 7, "done": False},
-        "content_a_list": {"message": {"content": ["x"]}, "done": False},
-        "content_an_object": {"message": {"content": {"a": 1}}, "done": False},
-        "content_true": {"message": {"content": True}, "done": False},
-        "thinking_a_number": {"message": {"content": "", "thinking": 7}, "done": False},
-    }.items()
-]
+FOREIGN_BODIES: dict[str, bytes | dict[str, Any]] = {
+    "true_line": b"true\n",
+    "number_line": b"7\n",
+    "infinity_line": b'{"message":{"role":"assistant","content":Infinity},"done":false}\n',
+    "single_quotes": b"{'message': {'content': 'x'}}\n",
+    "trailing_comma": b'{"message":{"content":"x"},}\n',
+    "comment": b'{"message":{"content":"x"}} // said\n',
+    "two_objects_in_a_line": json.dumps(FIRST).encode() * 2 + b"\n",
+    "null_bytes": b"\0\0\0\0\n",
+    "utf_16": BODY.decode().encode("utf-16"),
+    "half_of_an_escape": b'{"message":{"content":"\\u12"},"done":false}\n',
+    "line_feed_in_a_text": b'{"message":{"content":"a\nb"},"done":false}\n',
+    "xml": b"<?xml version='1.0'?><error/>\n",
+    "openai_form": b'{"choices":[{"delta":{"content":"Hello "}}]}\n',
+    "openai_stream": b'data: {"choices":[{"delta":{"content":"Hello "}}]}\n\ndata: [DONE]\n\n',
+    "anthropic_stream": b'event: message_start\ndata: {"type":"message_start"}\n\n',
+    "deep_array": b"[" * 50_000 + b"\n",
+    "message_a_list": {"message": ["x"], "done": False},
+    "message_a_number": {"message": 7, "done": False},
+    "content_a_list": {"message": {"content": ["x"]}, "done": False},
+    "content_an_object": {"message": {"content": {"a": 1}}, "done": False},
+    "content_true": {"message": {"content": True}, "done": False},
+    "thinking_a_number": {"message": {"content": "", "thinking": 7}, "done": False},
+}
+FOREIGN += [Fault(name, Answer([body]), kind=ProtocolError) for name, body in FOREIGN_BODIES.items()]
 FOREIGN += [
     Fault(name, Answer([], status=status, framing="length", headers=headers), kind=ProtocolError)
     for name, status, headers in [
