@@ -353,6 +353,8 @@ SLOW = [
     slow("hang_after_accept", Answer(raw=b"", ending="stall"), "first_token"),
     slow("hang_after_headers", Answer([], ending="stall"), "first_token"),
     slow("hang_mid_stream", Answer([FIRST], ending="stall"), "idle", "Hello "),
+    slow("hang_after_accept_for_good", Answer(raw=b"", ending="stall"), "total"),
+    slow("hang_mid_stream_for_good", Answer([FIRST], ending="stall"), "total", "Hello "),
     slow("continue_100_flood", Answer(repeat(CONTINUE), raw=b"", delay=0.05), "first_token"),
     slow(
         "drip_of_lines",
