@@ -175,7 +175,7 @@ A_YEAR: Final = 366 * 86_400.0
 """Seconds: who names more has made a mistake."""
 _SAID: Final = (
     r"(?i)(?:retry_?(?:delay|after)\W{1,4}|(?:try again|retry) (?:in|after) )"
-    r"((?:\d+(?:\.\d+)?(?:ms|[hms])?)+)(?!\w|\.\d|\s?(?:min|hour|day))"
+    r"((?:\d+(?:\.\d+)?(?:ms|[hms])?)+)(?!\w|\.\d|\s?(?:ms|milli|min|hour|day))"
 )
 """How long to wait, in the body: Google's `"retryDelay": "34s"`, OpenAI's "Please try again in 1m30s"."""
 

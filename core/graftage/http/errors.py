@@ -90,6 +90,7 @@ USED_UP: Final = (
     "payment required",
     "requires a subscription",
     "requires a paid",
+    "requires a pro ",
     "subscription required",
     "upgrade your plan",
     "upgrade your account",
@@ -121,6 +122,12 @@ OVERFLOW: Final = (
     "prompt is too long",
     "input is too long",
     "exceeds the maximum number of tokens",
+    "exceeds maximum allowed token",
+    "exceed context limit",
+    "longer than the model's context",
+    "when context the overflows",  # LM Studio's own words.
+    "tokens` must be <=",
+    "`inputs` must have less than",
 )
 WORDS: Final[Rules] = (
     (USED_UP, _quota),
@@ -154,6 +161,8 @@ PASSING: Final[Rules] = (
             "too many requests",
             "too_many_requests",
             "per minute",
+            "concurrent request",
+            "concurrency limit",
             "overloaded",
             "server busy",
             "server is busy",
@@ -162,7 +171,7 @@ PASSING: Final[Rules] = (
     ),
 )
 """A limit on speed, though its text may name a plan with a higher one."""
-ABOUT_PLANS: Final[Rules] = ((("quota", "subscri", "upgrade", "billing", "credit"), _quota),)
+ABOUT_PLANS: Final[Rules] = ((("quota", "subscri", "upgrade", "billing", "credit", " plan", "free tier"), _quota),)
 """Where the status says that something is used up or forbidden, these say what."""
 BEHIND: Final[Rules] = (
     ((" eof while parsing",), says(RequestRejected, "", MEND)),
@@ -173,6 +182,11 @@ BEHIND: Final[Rules] = (
             "connection reset",
             "connection refused",
             "connection aborted",
+            "connection was aborted",
+            "connection attempts failed",
+            "closed connection",
+            "cannot connect to host",
+            "server disconnected",
             "actively refused",
             "forcibly closed",
             "closed network connection",
@@ -183,6 +197,8 @@ BEHIND: Final[Rules] = (
             "transport is closing",
             "segmentation fault",
             "enginedeaderror",
+            "enginecore encountered",
+            "model has crashed",
             "generation thread died",
         ),
         says(
@@ -200,6 +216,7 @@ BEHIND: Final[Rules] = (
             "network is unreachable",
             "no route to host",
             "i/o timeout",
+            "deadline exceeded",
             "tls: ",
             "x509: ",
             "handshake timeout",
@@ -223,7 +240,7 @@ WORDS_AT: Final[Mapping[int, Rules]] = {
     400: BEHIND,
     403: ABOUT_PLANS,
     429: (*PASSING, *ABOUT_PLANS),
-    500: BEHIND,
+    500: (*PASSING, *BEHIND),
 }
 """What words mean with one status."""
 

@@ -40,6 +40,8 @@ MEMORY = (
     "vk_error_out_of_device_memory",
     "erroroutofmemory",
     "unable to load full model on gpu",
+    "unable to allocate",
+    "alloc_failed",
     # llm/server.go, where a runner does not answer the request to load. What goes on so after "model runner has
     # unexpectedly stopped" is another thing: that is said of one that was killed, too, and the next request mends it.
     "model failed to load, this may be due to resource limitations",
@@ -79,20 +81,35 @@ STOPPED = (
     "model runner has unexpectedly stopped",
     "error was encountered while running the model",
     "error reading llama-server",
+    "llm server not responding",
+    "llm server error",
     " eof ",
 )
 REGISTRY = {"cause": "registry"}
 AGAIN = "Pull again: it goes on where it was."
 NETWORK = f"Check the server's network and proxy. {AGAIN}"
+
+
+def _status(*begins: str) -> tuple[str, ...]:
+    """How a status of the registry stands in the words."""
+    return tuple(f"{after} {each}" for each in begins for after in ("manifest:", "retries exceeded:", "with status"))
+
+
 PULLS: Final[Rules] = (
     (
-        TOO_NEW,
+        (*TOO_NEW, *_status("412")),
         says(
             ModelLoadFailed, "This server is too old for {model}.", "Update Ollama, then pull.", reason="incompatible"
         ),
     ),
     (
-        ("file does not exist", "manifest unknown", "repository not found", "not available in the repository"),
+        (
+            "file does not exist",
+            "manifest unknown",
+            "repository not found",
+            "not available in the repository",
+            *_status("404"),
+        ),
         says(ModelNotFound, "The registry does not have {model}.", "Check the name and its tag."),
     ),
     (
@@ -112,11 +129,35 @@ PULLS: Final[Rules] = (
         ),
     ),
     (
-        ("manifest: 429", "rate limit", "too many requests", "toomanyrequests"),
+        (*_status("429"), "rate limit", "too many requests", "toomanyrequests"),
         says(Overloaded, "The registry is busy.", "Pull again later: it goes on where it was."),
     ),
     (
-        ("manifest: 401", "manifest: 403", "unauthorized", "forbidden", "authentication required", "access denied"),
+        ("proxy authentication required",),
+        says(
+            ConnectionFailed,
+            "The proxy between the server and the registry wants a sign-in.",
+            "Put user and password into HTTPS_PROXY where Ollama runs.",
+            retryable=False,
+            details=REGISTRY,
+        ),
+    ),
+    (
+        ("does not match original host",),
+        says(
+            ConnectionFailed,
+            "The registry sends the server to another host.",
+            "Write `huggingface.co/…` in the place of `hf.co/…`, or pull later.",
+            retryable=False,
+            details=REGISTRY,
+        ),
+    ),
+    (
+        ("not gguf", "not compatible with llama.cpp"),
+        says(CapabilityUnsupported, "Ollama cannot read {model}.", "Pull a version of it that is GGUF."),
+    ),
+    (
+        (*_status("401", "403"), "unauthorized", "forbidden", "authentication required", "access denied"),
         says(
             AuthenticationFailed,
             "The registry does not give {model} to this server.",
@@ -152,10 +193,12 @@ PULLS: Final[Rules] = (
             "broken pipe",
             "stream error",
             "http2:",
-            "manifest: 500",
-            "manifest: 502",
-            "manifest: 503",
-            "manifest: 504",
+            "forcibly closed",
+            "was aborted",
+            "closed network connection",
+            "closed idle connection",
+            "timed out",
+            *_status("408", "5"),
         ),
         says(ConnectionFailed, "The registry broke off while it gave {model}.", AGAIN, details=REGISTRY),
     ),
