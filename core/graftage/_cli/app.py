@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import graftage
-from graftage._cli import adapters, chat, doctor, embed, generate, models, plugins, providers, show
+from graftage._cli import adapters, chat, doctor, embed, errors, generate, models, plugins, providers, show
 from graftage._cli.commands import Commands
 
 __all__ = ["app", "main"]
@@ -50,4 +50,5 @@ def _root(
 def main() -> None:
     """Run the command."""
     show.prepare_streams()
-    app(prog_name="graftage")
+    with errors.output_complete():
+        app(prog_name="graftage")

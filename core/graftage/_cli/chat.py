@@ -63,6 +63,7 @@ def chat(
         if text is None:
             from graftage._cli.conversation import Conversation  # noqa: PLC0415 - most calls ask one thing
 
+            options.require_chat(client)
             Conversation(client, messages, arguments, images=image or (), raw=raw).run()
             return
         messages.append(_question(text, image))

@@ -21,9 +21,11 @@ __all__ = ["Conversation"]
 
 PROMPT = ">>> "
 CONTINUED = "... "
-COMMAND = re.compile(r"\s*/\w+\s*")
+COMMAND = re.compile(r"/(\w+|\?)?( .*)?")
+"""A line that is no question: a path and a comment begin otherwise."""
 GAP = 0.02
 """Seconds within which the next line of a paste is there; nobody types one in that time."""
+ALIASES = {"/bye": "/exit", "/quit": "/exit", "/?": "/help"}
 HELP = """\
 /clear   forget what was said so far
 /exit    end the conversation, as Ctrl-D does
@@ -66,9 +68,10 @@ class Conversation:
         show.note(f"{self._client.model} on {self._client.provider}. /help shows what you can do.")
         for text in _texts():
             if COMMAND.fullmatch(text):
-                if text.strip() == "/exit":
+                command = ALIASES.get(text, text)
+                if command == "/exit":
                     return
-                self._command(text.strip())
+                self._command(command)
             elif text:
                 self._turn(text)
 
@@ -79,7 +82,7 @@ class Conversation:
         elif line == "/help":
             show.note(HELP, indent="")
         else:
-            show.note(f"There is no `{line}`; /help shows what there is.")
+            show.note(f"There is no `{line}`; /help shows what there is, and with a space before it it is a question.")
 
     def _turn(self, text: str) -> None:
         """One question and its answer. A question that got no answer is forgotten."""

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,7 +28,7 @@ from graftage.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FAILED", "INTERRUPTED", "MISUSED", "Misuse", "Reporting", "exit_code", "tell", "way_out"]
+__all__ = ["FAILED", "INTERRUPTED", "MISUSED", "Misuse", "Reporting", "exit_code", "output_complete", "tell", "way_out"]
 
 FAILED = 1
 MISUSED = 2
@@ -37,6 +38,13 @@ TAG = re.compile(r"latest|i?q\d\w*|b?f(p?16|32)|\W.*|\d.*", re.IGNORECASE)
 """What follows the colon in the name of a model, or of a path, and is no model of a provider."""
 INTERRUPTED = 130
 """What a shell gives a program that Ctrl-C ended."""
+RENAMED = {"images": "--image", "raw": "--raw-prompt"}
+"""Arguments whose option has another name; all others have their own."""
+METHODS = frozenset({"load", "loaded", "pull", "show", "unload"})
+"""Methods that are commands of `graftage models`."""
+NAMED = re.compile(r"`(timeouts\.)?([a-z_]+)`")
+_options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
+"""Of the command that is run."""
 
 
 class Misuse(GraftageError):
@@ -45,6 +53,13 @@ class Misuse(GraftageError):
 
 class Reporting(TyperGroup):
     """The root of the commands: what escapes from one of them is told here."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is run, whose options its hints name."""
+        name, command, rest = super().resolve_command(ctx, args)
+        leaf = getattr(command, "commands", {}).get(rest[0] if rest else "", command)
+        _options.set(frozenset(each for option in getattr(leaf, "params", ()) for each in option.opts))
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -56,20 +71,30 @@ class Reporting(TyperGroup):
 def _reported(*, debug: bool) -> Iterator[None]:
     try:
         yield
-        sys.stdout.flush()
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        _discard_output()
-        raise typer.Exit(FAILED) from None
-    except (typer.Exit, typer.Abort):
+    except (typer.Exit, typer.Abort, show.OutputFailed):
         raise
     except Exception as error:
         if hasattr(error, "exit_code"):  # Typer's own, about the usage; its class moved between releases.
             raise
-        with contextlib.suppress(BrokenPipeError):
-            tell(error, debug=debug)
+        tell(error, debug=debug)
         raise typer.Exit(exit_code(error)) from None
+
+
+@contextlib.contextmanager
+def output_complete() -> Iterator[None]:
+    """A block after which all output has been written, or the exit code and a message say that it has not."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except show.OutputFailed as failed:
+        show.discard(sys.stdout)
+        if not isinstance(failed.__cause__, BrokenPipeError):  # A reader that goes away, such as `head`, knows.
+            show.note(f"Standard output cannot be written: {failed}.", kind="error")
+        sys.exit(FAILED)
 
 
 def exit_code(error: Exception) -> int:
@@ -94,7 +119,7 @@ def tell(error: Exception, *, debug: bool = False) -> None:
 
 def way_out(error: GraftageError) -> str | None:
     """What to do about an error, with the command or the option that does it."""
-    hint = error.hint or ""
+    hint = NAMED.sub(lambda found: _of_the_command(found, error), error.hint or "")
     if isinstance(error, ModelNotFound):
         if error.suggestions and not any(name in hint for name in error.suggestions):
             hint = f"{hint} Did you mean {' or '.join(f'`{name}`' for name in error.suggestions)}?"
@@ -106,6 +131,28 @@ def way_out(error: GraftageError) -> str | None:
     if isinstance(error, (AdapterIncompatible, ResourceLimitExceeded)) and "--force" not in hint:
         hint = f"{hint} `--force` goes on all the same."
     return hint.strip() or None
+
+
+def _of_the_command(found: re.Match[str], error: GraftageError) -> str:
+    """The option for an argument, a command for a method, the variable for a setting, and anything else as it is."""
+    part, name = found.groups()
+    option = RENAMED.get(name, f"--{name.replace('_', '-')}")
+    if not part and option in _options.get():
+        return f"`{option}`"
+    if name in METHODS:
+        return f"`graftage models {name}`"
+    from graftage.settings import Settings  # noqa: PLC0415 - only where something went wrong
+
+    if part:
+        return f"GRAFTAGE_TIMEOUTS__{name.upper()}"
+    if name == "timeout":
+        return "GRAFTAGE_TIMEOUTS__TOTAL"
+    if name in Settings.model_fields:
+        return f"GRAFTAGE_{name.upper()}"
+    provider = getattr(error, "provider", None)
+    if provider and found.string[: found.start()].endswith("the setting "):
+        return f"GRAFTAGE_{provider.upper()}_{name.upper()}"
+    return found[0]
 
 
 def _provider_meant(error: GraftageError) -> str | None:
@@ -132,11 +179,3 @@ def _reasons(error: GraftageError) -> list[str]:
     """What an error about an adapter knows beyond its message."""
     reasons = error.reasons if isinstance(error, AdapterError) else ()
     return [reason for reason in reasons if reason not in error.message]
-
-
-def _discard_output() -> None:
-    """Let nobody write to the pipe that is gone, or Python complains when it flushes at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from graftage._cli import progress, show
 from graftage._cli.errors import Misuse
 from graftage._values import SMALLEST_WINDOW
+from graftage.exceptions import CapabilityUnsupported, GraftageError
 
 if TYPE_CHECKING:
     from graftage import Client
@@ -88,7 +89,13 @@ def answering(model: str | None, provider: str | None, *, host: str | None, tell
         require_model(client)
         if tell and host is None and taken(client):
             show.note(f"{client.model} on {client.provider}, as no provider was named.")
-        yield client
+        try:
+            yield client
+        except CapabilityUnsupported as error:
+            if not model:
+                origin = client.origins.get("model", "not named")
+                error.hint = f"{error.hint or ''} `{client.model}` is the default ({origin}): name another with `-m`."
+            raise
 
 
 def managed(model: str | None, provider: str | None, *, host: str | None = None) -> "Client":
@@ -116,6 +123,15 @@ def one_model(model: str | None, provider: str | None, *, host: str | None) -> "
     with managed(model, provider, host=host) as client:
         require_model(client)
         yield client
+
+
+def require_chat(client: "Client") -> None:
+    """Refuse to begin a conversation with a model that is known not to chat: each question would fail."""
+    features = None
+    with suppress(GraftageError):  # The first question will tell.
+        features = client.show().features
+    if features is not None and "chat" not in features:
+        raise CapabilityUnsupported(f"The model `{client.model}` cannot chat.", hint="`graftage embed` may be for it.")
 
 
 def tell_if_embedded(client: "Client") -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Escaper",
+    "OutputFailed",
     "cell",
     "console",
     "date",
+    "discard",
     "escaped",
     "is_terminal",
     "line",
@@ -89,8 +93,38 @@ class Escaper:
 # --- Streams ---------------------------------------------------------------------------------------------------------
 
 
+class OutputFailed(Exception):
+    """Standard output cannot be written."""
+
+
+class _Output(io.FileIO):
+    """Standard output. What fails there is told from what fails in another file."""
+
+    def write(self, data: Any) -> int:
+        """Write to it.
+
+        Raises:
+            OutputFailed: it cannot be written.
+        """
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OutputFailed(error.strerror or str(error)) from error
+
+
 def prepare_streams() -> None:
-    """No character may end the command: what the terminal cannot show becomes a question mark."""
+    """No character may end the command: what the terminal cannot show becomes a question mark.
+
+    A stream that was closed (`>&-`) leads nowhere, so that no file that is opened later takes its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_RDONLY if name == "stdin" else os.O_WRONLY)
+            setattr(sys, name, open(nowhere, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif name == "stdout" and not is_terminal(stream):
+            output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+            sys.stdout = io.TextIOWrapper(output, encoding=stream.encoding)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -111,8 +145,19 @@ def line(text: str) -> None:
 def note(text: str, *, kind: str | None = None, indent: str = "  ") -> None:
     """Tell something on stderr, escaped: `error: ...`. Further lines are indented, or they could pose as another."""
     start = f"{kind}: " if kind else ""
-    sys.stderr.write(f"{start}{escaped(text)}".replace("\n", f"\n{indent}") + "\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{start}{escaped(text)}".replace("\n", f"\n{indent}") + "\n")
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)  # Nobody can be told that nobody can be told.
+
+
+def discard(stream: TextIO) -> None:
+    """Lead a stream nowhere, where nothing can be written any more: Python flushes it at its end, and complains."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -138,7 +138,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_end(shell: Shell) -> None:
 
 
 def test_commands_of_a_conversation(shell: Shell) -> None:
-    shell.install("it = Echo(['Hello.', history])")
+    shell.install("it = Echo(['Hello.', history, history])")
     child = shell.terminal("chat", "--system", "Be kind", columns=200)
     child.expect(">>> ")
     child.sendline("/help")
@@ -153,11 +153,28 @@ def test_commands_of_a_conversation(shell: Shell) -> None:
     child.sendline("/nonsense")
     child.expect("There is no `/nonsense`")
     child.expect(">>> ")
+    child.sendline("/nonsense at all")
+    child.expect("There is no `/nonsense at all`")
+    child.expect(">>> ")
+    child.sendline(" /nonsense")
+    child.expect_exact("\x1b[2Ksystem: Be kind | user:  /nonsense")
+    child.expect(">>> ")
+    child.sendline("/clear")
+    child.expect("Forgotten")
+    child.expect(">>> ")
     child.sendline("/usr/bin is what?")
     child.expect_exact("\x1b[2Ksystem: Be kind | user: /usr/bin is what?")
     child.expect(">>> ")
-    child.sendline("/exit")
+    child.sendline("/bye")
     assert shell.ends(child) == 0
+
+
+def test_a_conversation_does_not_begin_with_a_model_that_cannot_chat(shell: Shell) -> None:
+    shell.install("it = Echo(models=[ModelInfo(name='small:1b', features=frozenset({'embed'}))])")
+    child = shell.terminal("chat")
+    child.expect("The model `small:1b` cannot chat")
+    child.expect("GRAFTAGE_MODEL")
+    assert shell.ends(child) == 1
 
 
 def test_an_error_does_not_end_a_conversation(shell: Shell) -> None:

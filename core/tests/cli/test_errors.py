@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -91,6 +94,100 @@ def test_an_error_about_an_adapter_has_every_reason(shell: Shell) -> None:
 def test_what_force_overcomes_says_so(shell: Shell, error: str) -> None:
     shell.install(f"it = Echo([{error}])")
     assert shell.run("chat", "Hi").err == "error: No.\nhint: `--force` goes on all the same.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "chat Hi",
+            {
+                "`timeout`": "`--timeout`",
+                "`timeouts.idle`": "GRAFTAGE_TIMEOUTS__IDLE",
+                "`context_window`": "`--context-window`",
+                "`api_key`": "GRAFTAGE_API_KEY",
+                "`max_reply_bytes`": "GRAFTAGE_MAX_REPLY_BYTES",
+                "the setting `memory_check`": "the setting GRAFTAGE_FAKE_MEMORY_CHECK",
+                "`images`": "`--image`",
+                "`truncate`": "`truncate`",
+                "`show`": "`graftage models show`",
+            },
+        ),
+        ("generate Hi", {"`raw`": "`--raw-prompt`"}),
+        (
+            "models list",
+            {
+                "`timeout`": "GRAFTAGE_TIMEOUTS__TOTAL",
+                "`host`": "`--host`",
+                "`context_window`": "GRAFTAGE_CONTEXT_WINDOW",
+            },
+        ),
+    ],
+)
+def test_a_hint_is_in_the_words_of_the_command(shell: Shell, command: str, words: dict[str, str]) -> None:
+    shell.install(
+        f"""
+        error = ProviderError("No.", hint={", ".join(words)!r})
+        it = Echo(errors={{"chat": error, "generate": error, "list_models": error}})
+        """
+    )
+    assert shell.run(*command.split()).err == f"error: No.\nhint: {', '.join(words.values())}\n"
+
+
+@pytest.mark.parametrize("command", ["chat", "embed"])
+def test_a_default_model_that_cannot_do_it_is_told_with_where_it_is_from(shell: Shell, command: str) -> None:
+    shell.install(f"it = Echo(errors={{'{command}': CapabilityUnsupported('No.', hint='Look.')}})")
+    hint = "`small:1b` is the default (environment GRAFTAGE_MODEL): name another with `-m`."
+    assert shell.run(command, "Hi").err == f"error: No.\nhint: Look. {hint}\n"
+    assert shell.run(command, "Hi", "-m", "small:1b").err == "error: No.\nhint: Look.\n"
+
+
+# --- Streams that are closed or full ---------------------------------------------------------------------------------
+
+
+def redirected(shell: Shell, command: str, streams: str) -> tuple[int, str]:
+    """The exit code of a command whose streams a POSIX shell directs elsewhere, and what it says of an error."""
+    shell.install("it = Echo(['Hello.', 'Hello.'])")
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"$@" {streams}', "sh", *shell.command, *command.split()],
+        env=shell.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+
+
+@posix
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "chat --help", "chat Hi", "chat Hi --json", "embed Hi", "models list", "models pull", "doctor"],
+)
+def test_output_that_cannot_be_written_is_told_and_an_error(shell: Shell, command: str) -> None:
+    code, said = redirected(shell, command, ">/dev/full")
+    assert code == 1
+    assert said.endswith("error: Standard output cannot be written: No space left on device.\n")
+    assert "fault of Graftage" not in said
+
+
+@posix
+@pytest.mark.parametrize("streams", [">&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("command", ["--help", "chat Hi", "models list"])
+def test_a_stream_that_is_closed_leads_nowhere(shell: Shell, command: str, streams: str) -> None:
+    assert redirected(shell, command, streams) == (0, "")
+
+
+@posix
+@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full"])
+def test_an_error_that_cannot_be_told_is_in_the_exit_code(shell: Shell, streams: str) -> None:
+    assert redirected(shell, "chat Hi -m fake: --format nothing.json", streams) == (2, "")
 
 
 def test_no_model_is_wrong_usage(shell: Shell) -> None:

@@ -494,7 +494,7 @@ def _require_space(folder: Path, needed: int, label: str) -> None:
     if free < needed + SPARE:
         raise ProviderError(
             f"The disk is too full for {label}: {_mega(needed)} are needed, {_mega(free)} are free in {folder}.",
-            hint="Make room, or name another folder in `models_path`.",
+            hint="Make room, or name another folder in the setting `models_path`.",
             details={"needed": needed, "free": free},
         )
 
@@ -506,7 +506,7 @@ def _mega(size: int) -> str:
 def _disk_error(error: OSError, folder: Path) -> ProviderError:
     return ProviderError(
         f"The folder of models {folder} cannot be written: {error.strerror or error}.",
-        hint="Make room, check its permissions, or name another folder in `models_path`.",
+        hint="Make room, check its permissions, or name another folder in the setting `models_path`.",
     )
 
 

