@@ -684,11 +684,6 @@ FORGOTTEN: dict[str, tuple[str, str, str]] = {
         "chat",
         r"wrong `tool_calls`.*`ToolCall`",
     ),
-    "a reason of its own": (
-        "async def chat(self, request): yield Chunk(finish_reason='done')",
-        "chat",
-        "wrong `finish_reason`.*stop, length",
-    ),
     "usage as a dict": (
         "async def chat(self, request): yield Chunk(finish_reason='stop', usage={})",
         "chat",
@@ -1253,10 +1248,10 @@ def test_a_plugin_that_ends_the_program_is_treated_as_one_that_fails(both: Any, 
     assert "finish" in watcher.kinds()
     assert (reply.text, bad.asked) == ("one", 1)
     assert [each.name for each in llm.adapters()] == ["bonsai"]
-    with pytest.raises(AdapterNotFound, match=rf"`bad` \(.*\) failed with {type(error).__name__}"):
+    with pytest.raises(AdapterNotFound, match=rf"`bad` failed with {type(error).__name__}"):
         llm.chat("x", adapter="oak")
     llm = both.connect(Echo(), model=MODEL, plugins=[FailingPolicy(error, "stern")])
-    with pytest.raises(PluginError, match=rf"`stern` \(.*\) failed with {type(error).__name__}") as caught:
+    with pytest.raises(PluginError, match=rf"`stern` failed with {type(error).__name__}") as caught:
         llm.chat("x")
     assert caught.value.plugin == "stern"
     assert caught.value.__cause__ is error

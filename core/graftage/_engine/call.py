@@ -41,7 +41,6 @@ Translate = Callable[[GraftageError], Exception]
 
 
 WANTED = {
-    "finish_reason": "text",
     "usage": "`Usage`",
     "timings": "`Timings`",
     "tool_calls": "tuple of `ToolCall`",
@@ -257,7 +256,6 @@ class Run:
     def _check_end(self, last: Chunk) -> None:
         """Refuse what only a reader of the reply would stumble over."""
         right = {
-            "finish_reason": isinstance(last.finish_reason, str),
             "usage": last.usage is None or isinstance(last.usage, Usage),
             "timings": last.timings is None or isinstance(last.timings, Timings),
             "tool_calls": all(isinstance(each, ToolCall) for each in (*self.fold.tool_calls, *last.tool_calls)),

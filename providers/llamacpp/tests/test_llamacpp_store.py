@@ -915,6 +915,7 @@ def test_the_default_model_comes_by_itself_on_the_first_chat_and_names_its_licen
     assert watcher.kinds().count("progress") == count
 
 
+@pytest.mark.engine
 def test_the_default_model_comes_again_by_itself_where_it_is_not_what_was_pulled(
     engine_models: Path, models: Path, index: Path
 ) -> None:
