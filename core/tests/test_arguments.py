@@ -10,7 +10,6 @@ import math
 import os
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -904,10 +903,7 @@ def test_a_message_of_another_client_is_read_as_what_it_means(given: Any, read: 
 def test_messages_of_other_clients_reach_the_provider(both: Any) -> None:
     echo = Echo(["ok"])
     both.connect(echo, model=MODEL).chat([given for given, _ in MESSAGES.values()])
-    wanted = [each for _, read in MESSAGES.values() for each in read]
-    # A result gets the name of its call, where it has none.
-    named = [replace(each, tool_name=each.tool_name or "f") if each.role == "tool" else each for each in wanted]
-    assert list(echo.requests[-1].messages) == named
+    assert echo.requests[-1].messages == read_messages([given for given, _ in MESSAGES.values()])
 
 
 @pytest.mark.parametrize(("given", "complaint"), NO_MESSAGES.values(), ids=NO_MESSAGES)
