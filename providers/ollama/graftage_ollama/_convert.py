@@ -392,7 +392,8 @@ def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
 def _features(capabilities: Any) -> frozenset[str] | None:
     if not isinstance(capabilities, list):
         return None
-    return frozenset(feature for each in capabilities for feature in FEATURES.get(str(each), (str(each),)))
+    words = filter(None, map(read_word, capabilities))
+    return frozenset(feature for each in words for feature in FEATURES.get(each, (each,)))
 
 
 def _weights(found: Any) -> int | None:

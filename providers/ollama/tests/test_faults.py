@@ -1430,10 +1430,12 @@ def test_a_model_is_shown_without_what_is_odd_of_it(both: Any, fake: FakeOllama)
     info = {"general.architecture": "llama", "llama.context_length": 4096.0}
     tensors = [{"name": "a", "type": "F32", "shape": [2.0, 3]}, {"name": "b", "shape": None}, None]
     odd = {"modelfile": None, "template": 7, "system": [], "license": ["MIT"], "modified_at": 7, "details": []}
+    odd |= {"capabilities": ["completion", None, 5]}
     fake.script("/api/show", Answer([{**odd, "model_info": info, "tensors": tensors}]))
     found = both.connect("ollama", model=MODEL, host=fake.url).show()
     assert (found.architecture, found.context_window, found.family) == ("llama", 4096, None)
     assert (found.tensors, found.size) == ({"a": (2, 3)}, None)
+    assert found.features == {"chat", "generate", "structured_output", "logprobs"}
 
 
 @pytest.mark.parametrize("inputs", [["word " * 300], ["Hi", "word " * 300]], ids=["one", "several"])
