@@ -257,7 +257,7 @@ def read_tool_calls(found: Any) -> tuple[ToolCall, ...]:
         InferenceFailed: one of them is malformed.
         TypeError: it is no list, and no call alone.
     """
-    calls = [found] if isinstance(found, Mapping) else found or ()
+    calls = [found] if found and isinstance(found, Mapping) else found or ()
     if not isinstance(calls, (list, tuple)):
         raise TypeError("a list of tool calls is wanted")
     return tuple(_read_whole_call(read_object(each)) for each in calls if each is not None)

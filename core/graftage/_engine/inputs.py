@@ -342,7 +342,7 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
 
 
 def _paired(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages, with what ties a result to its call: some people give the id alone, and others the name.
+    """The messages, with what ties a result to its call: the id alone, the name, or that it is the next in order.
 
     A call without an id gets one that no other has, and that is the same whenever the conversation is sent.
     """
@@ -361,7 +361,7 @@ def _paired(messages: Sequence[Message]) -> tuple[Message, ...]:
         if each.role != "tool":
             paired.append(replace(each, tool_calls=calls) if calls else each)
             continue
-        found = each.tool_call_id or next((it for it, name in waiting.items() if name == each.tool_name), None)
+        found = each.tool_call_id or next((it for it, name in waiting.items() if each.tool_name in (None, name)), None)
         waiting.pop(found or "", None)
         paired.append(replace(each, tool_call_id=found, tool_name=each.tool_name or called.get(found or "")))
     return tuple(paired)
