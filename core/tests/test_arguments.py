@@ -223,7 +223,7 @@ def test_what_is_plainly_a_file_or_bytes_is_a_picture_everywhere(both: Any, tmp_
     file = tmp_path / "cat.png"
     file.write_bytes(PNG)
     images = [file, PNG, bytearray(PNG), memoryview(PNG), Image(data=PNG), Image(path=file), Image(path=str(file))]
-    for given in images:
+    for given in (*images, BASE64.encode(), base64.encodebytes(PNG)):
         found = picture(both, way(given)) if way else picture(both, "x", images=[given])
         assert found == graftage.Image(data=PNG, media_type="image/png")
 

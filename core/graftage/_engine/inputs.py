@@ -261,6 +261,7 @@ def _read_image(value: ImageLike, *, paths: bool) -> Image:
         raise RequestRejected("An image is empty.", hint="Give the bytes of its file.")
     if len(data) > LARGEST_IMAGE:
         raise RequestRejected(f"An image is larger than {LARGEST_IMAGE} bytes.", hint="Make it smaller.")
+    data = _decoded(data)
     return Image(data=data, media_type=optional_text(image.media_type, "the media type of an image") or _kind(data))
 
 
@@ -310,6 +311,12 @@ def _from_base64(value: bytes) -> bytes | None:
     with contextlib.suppress(ValueError):
         return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
     return None
+
+
+def _decoded(data: bytes) -> bytes:
+    """The picture, where `base64.b64encode` has made bytes of it."""
+    inner = None if _kind(data) else _from_base64(data)
+    return inner if inner is not None and _kind(inner) else data
 
 
 def _bytes(value: str) -> bytes:
