@@ -376,6 +376,32 @@ def test_the_events_of_a_call_are_dropped_whole_or_not_at_all(both: Any, stuck: 
     assert llm.stats().events_dropped == 2 * len(WHOLE)
 
 
+class Slow:
+    """An observer that takes its time, and counts what it has seen of each call."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[str]] = {}
+
+    @hookimpl
+    def observe(self, event: Any) -> None:
+        time.sleep(0.03)
+        self.seen.setdefault(event.call_id, []).append(event.kind)
+
+
+def test_a_call_that_is_told_in_part_at_the_end_is_told_to_its_end(both: Any) -> None:
+    slow = Slow()
+    llm = both.connect(Echo(), model=MODEL, plugins=[slow])
+    both.together([lambda: llm.chat("x")] * 8)
+    llm.close()
+    dropped = llm.stats().events_dropped
+    while sum(map(len, slow.seen.values())) + dropped < 8 * len(WHOLE):
+        time.sleep(0.01)
+    assert dropped > 0
+    assert set(map(tuple, slow.seen.values())) == {tuple(WHOLE)}
+
+
 def test_of_steps_no_more_wait_than_there_is_room_for(both: Any, stuck: Stuck) -> None:
     def many(request: Any) -> str:
         for _ in range(MOST + 100):

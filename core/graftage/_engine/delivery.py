@@ -28,12 +28,21 @@ FLUSH: Final = 0.5
 class Told(Protocol):
     """What waits to be told."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether one of its call has been told, so that this one should be, too."""
+        ...
+
+    def begin(self) -> None:
+        """Note that it is taken to be told."""
+        ...
+
     def tell(self) -> None:
         """Tell it; must not raise."""
         ...
 
     def drop(self) -> None:
-        """Count it instead."""
+        """Count it instead, and those of its call that are still to come."""
         ...
 
 
@@ -47,6 +56,8 @@ class Delivery:
         self._waiting: deque[Told | Future[None]] = deque()
         self._turn = threading.Lock()
         """Is held for the thread that tells."""
+        self._taking = threading.Lock()
+        """Is held while something is taken from what waits."""
         self._began = 0.0
         """When it began to tell what it tells now."""
 
@@ -59,7 +70,7 @@ class Delivery:
     def renew(self) -> None:
         """After a fork: what waits is told by the parent, whose thread it is."""
         self._waiting.clear()
-        self._turn = threading.Lock()
+        self._turn, self._taking = threading.Lock(), threading.Lock()
 
     @property
     def full(self) -> bool:
@@ -79,7 +90,10 @@ class Delivery:
     def _tell_all(self) -> None:
         while True:
             try:
-                item = self._waiting.popleft()
+                with self._taking:
+                    item = self._waiting.popleft()
+                    if not isinstance(item, Future):
+                        item.begin()
             except IndexError:
                 self._turn.release()
                 # Something may have been put there before the turn was given back.
@@ -102,24 +116,33 @@ class Delivery:
         return done
 
     async def close(self, wait: Wait) -> None:
-        """Wait for a short while until everything is told; what is not told then is dropped."""
+        """Wait for a short while until everything is told; what is not told then is dropped.
+
+        A call of which something has been told is told to its end where the observers are slow, and not stuck.
+        """
         done = self.told()
         if done.done():
             return
         try:
             await wait(done, self._began + FLUSH)
         except TimeoutError:
-            self._drop_waiting()
+            self._drop_waiting(stuck=time.monotonic() - self._began > FLUSH / 2)
 
-    def _drop_waiting(self) -> None:
+    def _drop_waiting(self, *, stuck: bool) -> None:
         _all.discard(self)  # The end of the process need not wait once more.
-        with contextlib.suppress(IndexError):  # There are no more.
-            while True:
-                item = self._waiting.popleft()
-                if isinstance(item, Future):
-                    item.set_result(None)
-                else:
-                    item.drop()
+        kept: list[Told | Future[None]] = []
+        dropped: list[Told] = []
+        with self._taking:
+            with contextlib.suppress(IndexError):  # There are no more.
+                while True:
+                    item = self._waiting.popleft()
+                    if isinstance(item, Future) or (item.begun and not stuck):
+                        kept.append(item)
+                    else:
+                        dropped.append(item)
+            self._waiting.extendleft(reversed(kept))
+            for each in dropped:
+                each.drop()
 
 
 _all: weakref.WeakSet[Delivery] = weakref.WeakSet()

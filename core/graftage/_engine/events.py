@@ -145,19 +145,8 @@ class Emitter:
         return shown
 
     def _teller(self) -> Callable[[Event], None]:
-        """Has the events of one call told: all of them or none, with the context variables of its caller."""
-        if self._delivery.full:
-            return self.drop
-        context = copy_context()
-
-        def tell(event: Event) -> None:
-            # Of steps there may be any number, and the next one says what this one did.
-            if event.kind == "progress" and self._delivery.full:
-                self.drop(event)
-            else:
-                self._delivery.put(_Told(self, context, event))
-
-        return tell
+        """Has the events of one call told: all of them or none."""
+        return self.drop if self._delivery.full else _Teller(self, self._delivery, copy_context())
 
     def tell(self, event: Event) -> None:
         """Tell the observers; one that raises is reported once and dropped."""
@@ -178,19 +167,46 @@ class Emitter:
             log("WARNING", f"events are dropped, since the observers are too slow ({names}); `stats` counts them")
 
 
+@dataclass(slots=True)
+class _Teller:
+    """Has the events of one call told, with the context variables of its caller."""
+
+    emitter: Emitter
+    delivery: Delivery
+    context: Context
+    begun: bool = False
+    """Whether one of them has been told."""
+    dropped: bool = False
+    """Whether one of them has been dropped, and so those that are to come."""
+
+    def __call__(self, event: Event) -> None:
+        # Of steps there may be any number, and the next one says what this one did.
+        if self.dropped or (event.kind == "progress" and self.delivery.full):
+            self.emitter.drop(event)
+        else:
+            self.delivery.put(_Told(self, event))
+
+
 @dataclass(frozen=True, slots=True)
 class _Told:
     """An event that waits for being told."""
 
-    emitter: Emitter
-    context: Context
+    teller: _Teller
     event: Event
 
+    @property
+    def begun(self) -> bool:
+        return self.teller.begun
+
+    def begin(self) -> None:
+        self.teller.begun = True
+
     def tell(self) -> None:
-        self.context.run(self.emitter.tell, self.event)
+        self.teller.context.run(self.teller.emitter.tell, self.event)
 
     def drop(self) -> None:
-        self.emitter.drop(self.event)
+        self.teller.dropped = True
+        self.teller.emitter.drop(self.event)
 
 
 def _log_event(event: Event) -> None:
