@@ -1094,6 +1094,27 @@ ENDS: dict[str, BaseException] = {
 }
 
 
+class Mute(Exception):
+    """Says nothing."""
+
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+def test_an_error_that_cannot_say_what_it_is_is_treated_as_any_other(both: Any, watcher: Any) -> None:
+    plugins = [FailingObserver(Mute()), watcher, FailingResolver(Mute(), "bad"), Resolver()]
+    llm = both.connect(Echo(["one"]), model=MODEL, plugins=plugins)
+    assert llm.chat("x", adapter="bonsai").text == "one"
+    assert "finish" in watcher.kinds()
+    assert [each.name for each in llm.adapters()] == ["bonsai"]
+    with pytest.raises(PluginError, match="`stern` failed with Mute"):
+        both.connect(Echo(), model=MODEL, plugins=[FailingPolicy(Mute(), "stern")]).chat("x")
+    with pytest.raises(ProviderError, match="`ending` failed with Mute"):
+        both.connect(Ending(Mute(), "chat"), model=MODEL).chat("x")
+    with pytest.raises(PluginLoadError, match="`ending` failed in `connect` with Mute"):
+        both.opened(Ending(Mute(), "connect"))
+
+
 class Ending(Echo):
     """Ends the program in one hook of its connection, called or iterated, or in a property of it."""
 
@@ -1399,6 +1420,10 @@ def test_an_interrupt_in_a_hook_stays_the_users() -> None:
 AT_IMPORT = {
     "a panic": ("class P(BaseException): ...\nraise P('oh')\n", "could not be imported: P: oh"),
     "a cancellation": ("import asyncio\nraise asyncio.CancelledError\n", "could not be imported: CancelledError"),
+    "an error without words": (
+        "class E(Exception):\n    def __str__(self):\n        raise SystemExit\nraise E\n",
+        "could not be imported: E.",
+    ),
     "a close": ("raise GeneratorExit\n", "could not be imported: GeneratorExit"),
     "an object that fails when it is looked at": (
         OBSERVER + "class P:\n    @property\n    def __class__(self):\n        raise SystemExit('no')\np = P()\n",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graftage._engine import limits as gates
 from graftage._engine.arguments import Wants, read_flag, read_reference
+from graftage._engine.faults import in_words, words_of
 from graftage._records import dataclass
 from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
@@ -198,7 +199,7 @@ class Adapters:
                 said += [f"{name}: {reason}" for reason in error.reasons or (error.message,)]
                 continue
             except Exception as error:  # noqa: BLE001 - one resolver's failure must not hide what another knows
-                said.append(f"{name}: {type(error).__name__}: {error}")
+                said.append(f"{name}: {in_words(error)}")
                 continue
             with session.relay.contained:
                 known = callable(getattr(found, "gguf", None))
@@ -251,7 +252,7 @@ def _again(state: _State) -> BaseException:
     if isinstance(error, AdapterError):
         return copy.copy(error)  # One instance raised in several threads would mix their tracebacks.
     failed = AdapterError(
-        f"The switch to the adapter `{state.reference}` failed: {str(error) or type(error).__name__}",
+        f"The switch to the adapter `{state.reference}` failed: {words_of(error) or type(error).__name__}",
         reference=state.reference,
         hint="Switch again, or call `use_adapter(None)` for the base model.",
     )

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftage._engine import limits as gates
-from graftage._engine.faults import kind_of
+from graftage._engine.faults import in_words, kind_of
 from graftage._engine.hooks import call_hook
 from graftage._records import dataclass
 from graftage.calls import LimitsQuery, ModelRequest, ModelsRequest
@@ -243,7 +243,7 @@ class Admission:
         except (ProviderError, PluginError):
             raise  # The provider failed when the policy asked about it, or the policy has been named already.
         except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
-            problem, cause = f"failed with {type(error).__name__}: {error}", error
+            problem, cause = f"failed with {in_words(error)}", error
         hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
         raise PluginError(f"The policy {self._session.relay.named(name)} {problem}.", plugin=name, hint=hint) from cause
 

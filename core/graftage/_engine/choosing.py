@@ -15,7 +15,7 @@ from graftage._engine.clients import Clients
 from graftage._engine.delivery import Delivery
 from graftage._engine.events import log
 from graftage._engine.fallback import Chain
-from graftage._engine.faults import is_fault
+from graftage._engine.faults import in_words, is_fault
 from graftage._engine.plugins import Catalog, Entry
 from graftage._engine.session import HEALTH_TIMEOUTS, Session
 from graftage._engine.waiting import IO
@@ -423,7 +423,7 @@ def _blaming(entry: Entry, hook: str) -> Iterator[None]:
         if not is_fault(error):
             raise
         raise PluginLoadError(
-            f"The {entry.named} failed in `{hook}` with {type(error).__name__}: {error}.",
+            f"The {entry.named} failed in `{hook}` with {in_words(error)}.",
             plugin=entry.name,
             distributions=[entry.origin] if entry.distribution else (),
             hint=f"That is a fault of the {entry.kind}; tell its authors.",

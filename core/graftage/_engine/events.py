@@ -13,6 +13,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graftage._engine.faults import in_words
 from graftage.calls import Event
 from graftage.exceptions import GraftageError
 from graftage.types import Stats
@@ -156,7 +157,7 @@ class Emitter:
                 function(event)
             except BaseException as error:  # noqa: BLE001 - in a thread of ours, nothing is anybody's wish
                 self._observers.remove(observer)
-                log("WARNING", f"the observer `{name}` failed and is dropped: {type(error).__name__}: {error}")
+                log("WARNING", f"the observer `{name}` failed and is dropped: {in_words(error)}")
 
     def drop(self, _: Event) -> None:
         """Do not tell it, but count it; the first time, log that."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-from graftage._engine.faults import Author, Contained, is_fault, kind_of
+from graftage._engine.faults import Author, Contained, in_words, is_fault, kind_of
 from graftage._records import dataclass
 from graftage._values import EntryPoint, close, entry_points, identity
 from graftage._version import __version__
@@ -230,7 +230,7 @@ class Catalog:
         except BaseException as error:
             if not is_fault(error):
                 raise
-            problem = f"could not be imported: {_in_words(error)}"
+            problem = f"could not be imported: {in_words(error)}"
             self._quarantine(entry, _load_error(entry, problem, "Mend or uninstall it."), error)
             return
         self._inspect(entry)
@@ -281,11 +281,6 @@ class _Problem(Exception):
         self.hint = hint
 
 
-def _in_words(error: BaseException) -> str:
-    """A stranger's error as a part of a sentence."""
-    return f"{type(error).__name__}: {error}".rstrip(".: ")
-
-
 def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
     return PluginLoadError(
         f"The {entry.kind} `{entry.name}` ({entry.origin}) {problem}.",
@@ -309,7 +304,7 @@ def _check_core(entry: Entry) -> None:
     try:
         unfit = _unfit(dist)
     except Exception as error:  # what is wrong with a file is not one kind of error
-        raise _load_error(entry, f"has broken metadata: {_in_words(error)}", REINSTALL) from error
+        raise _load_error(entry, f"has broken metadata: {in_words(error)}", REINSTALL) from error
     if damage := _damage(entry):
         raise _load_error(entry, damage, REINSTALL)
     if unfit is not None:
@@ -460,7 +455,7 @@ def checked_hooks(plugin: object, kind: Kind) -> Hooks:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise _Problem(f"fails when it is looked at: {_in_words(error)}", "Mend or remove it.") from error
+        raise _Problem(f"fails when it is looked at: {in_words(error)}", "Mend or remove it.") from error
 
 
 def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
@@ -639,7 +634,7 @@ def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
 
 def _plugin_error(entry: Entry, error: BaseException) -> PluginError:
     return PluginError(
-        f"The {entry.named} failed with {_in_words(error)}.",
+        f"The {entry.named} failed with {in_words(error)}.",
         plugin=entry.name,
         distributions=[entry.origin] if entry.distribution else (),
         hint="Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",

@@ -19,7 +19,7 @@ from graftage._engine.arguments import Wants, check_model, check_progress, check
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
-from graftage._engine.faults import kind_of
+from graftage._engine.faults import in_words, kind_of
 from graftage._engine.health import Flight
 from graftage._engine.hooks import call_hook, open_hook
 from graftage._engine.options import read_options
@@ -606,7 +606,7 @@ class Session(Connection):
             except Exception as error:
                 if isinstance(error, SettingsError):  # It is the user's to mend, and silence looks like an empty list.
                     raise
-                log("WARNING", f"the plugin `{name}` failed to list its adapters: {type(error).__name__}: {error}")
+                log("WARNING", f"the plugin `{name}` failed to list its adapters: {in_words(error)}")
         return tuple(found)
 
     async def native(self) -> Any:
