@@ -17,6 +17,7 @@ from array import array
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -1023,6 +1024,48 @@ def test_callers_at_one_time_share_one_health_check(both: Any) -> None:
         gate.set()
         assert [each.result(10).ok for each in (first, *others)] == [True] * 5
         assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize(("status", "fresh", "stale"), [(200, 4.9, 5.1), (500, 0.9, 1.1)])
+def test_a_health_answer_is_believed_for_its_time_and_a_bad_one_for_less(
+    both: Any, monkeypatch: pytest.MonkeyPatch, status: int, fresh: float, stale: float
+) -> None:
+    with FakeOllama() as fake:
+        fake.script("/api/version", *[Answer([b'{"version":"0.9.3"}'], status=status, framing="length")] * 2)
+        llm = both.connect("ollama", host=fake.url, attempts=1)
+        now = [1000.0]
+        monkeypatch.setattr("graftage._engine.health.time", SimpleNamespace(monotonic=lambda: now[0]))
+        first = llm.health()
+        now[0] += fresh
+        second = llm.health()
+        now[0] += stale - fresh
+        third = llm.health()
+        assert [each.cached for each in (first, second, third)] == [False, True, False]
+        assert second.age == pytest.approx(fresh)
+        assert [each.ok for each in (first, second, third)] == [status == 200] * 3
+        assert len(fake.requests) == 2
+
+
+def test_a_call_that_fails_during_a_health_check_knows_better(both: Any) -> None:
+    gate = threading.Event()
+    with FakeOllama() as fake:
+        fake.script("/api/version", Answer([gate, {"version": "0.9.3"}]))
+        fake.script("/api/chat", Answer([b"odd"], status=400, framing="length"))
+        llm = both.connect("ollama", model="smollm2:135m", host=fake.url, attempts=1)
+        checking = both.start(llm.health)
+        while not fake.requests:
+            assert not checking.done()
+            time.sleep(0.001)
+        with pytest.raises(ProviderError):
+            llm.chat("x")
+        gate.set()
+        assert checking.result(10).ok
+        assert not llm.health().cached
+        assert llm.health().cached
+        fake.script("/api/chat", Answer([b"odd"], status=400, framing="length"))
+        with pytest.raises(ProviderError):
+            llm.chat("x")
+        assert not llm.health().cached
 
 
 @pytest.mark.parametrize("level", ["model", "", None, 3])
