@@ -52,6 +52,12 @@ RUNS_HERE = ("function", "custom")
 """The types of tools that the caller runs: of OpenAI, and of Anthropic. Others run on the servers of their makers."""
 WRAPPER_KEYS = frozenset({"type", "name", "description", "strict", "schema"})
 """What stands around the schema in OpenAI's `response_format`, and in Anthropic's."""
+TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+KEYWORDS = frozenset(
+    {"$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "items", "oneOf", "pattern", "prefixItems"}
+    | {"properties", "type"}
+)
+"""What a schema says something by: a mapping without any of them would be sent, and allow anything."""
 WANTED = "a pydantic model or another type, a JSON schema, or 'json'"
 
 
@@ -219,9 +225,14 @@ def _unwrapped(value: Mapping[str, Any]) -> Any:
         schema = inner.get("schema") if isinstance(inner, Mapping) else None
         if schema is None and kind == "json_object":
             return "json"
-    if not isinstance(schema, Mapping) or not schema:
+    if not isinstance(schema, Mapping) or not _is_schema(schema):
         raise RequestRejected("There is no schema in the `format`.", hint=f"Give {WANTED}.")
     return schema
+
+
+def _is_schema(value: Mapping[str, Any]) -> bool:
+    kind = value.get("type")
+    return not KEYWORDS.isdisjoint(value) and (not isinstance(kind, str) or kind in TYPES)
 
 
 # --- What pydantic makes of types ------------------------------------------------------------------------------------
