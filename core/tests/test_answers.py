@@ -415,6 +415,19 @@ def test_what_looks_like_a_fence_or_a_thought_inside_json_is_part_of_it(both: An
     assert llm.chat("x", format="json").parsed == {"a": "```json\n5\n``` </think> 7"}
 
 
+class Note(BaseModel):
+    """Words on several lines."""
+
+    a: str
+
+
+@pytest.mark.parametrize("given", [Note, "json"], ids=["model", "json"])
+@pytest.mark.parametrize("text", ['{"a": "1\n\t2"}', '{\n"a": "1\n\t2"\n}', '```json\n{"a": "1\n\t2"}\n```'])
+def test_the_ends_of_lines_that_models_write_inside_strings_are_read(both: Any, given: Any, text: str) -> None:
+    found = both.connect(Echo([text]), model=MODEL).chat("x", format=given).parsed
+    assert found == (Note(a="1\n\t2") if given is Note else {"a": "1\n\t2"})
+
+
 UNCERTAIN = {
     "words": f"It is {GOOD}, I think.",
     "two fences": f"```json\n{GOOD}\n```\nor\n```json\n{GOOD}\n```",

@@ -933,6 +933,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "blanks": ({"arguments": " \n"}, {}),
     "a text of null": ({"arguments": "null"}, {}),
     "a text of an object": ({"arguments": ' {"a": 1}\n'}, {"a": 1}),
+    "a text with lines inside": ({"arguments": '{"a": "1\n\t2"}'}, {"a": "1\n\t2"}),
     "a text of a text of an object": ({"arguments": '"{\\"a\\": 1}"'}, {"a": 1}),
     "a text of a text of null": ({"arguments": '"null"'}, {}),
 }

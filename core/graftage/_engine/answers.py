@@ -178,9 +178,9 @@ def decode(data: bytes | str) -> Any:
 
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
         return msgspec.json.decode(data)
-    # What it refuses is wrong, or is what `json` alone takes, such as NaN.
+    # What it refuses is wrong, or is what `json` alone takes: NaN, and the ends of lines that models write in a text.
     text = data if isinstance(data, str) else data.decode()
-    found = json.loads(text)
+    found = json.loads(text, strict=False)
     return _whole(found) if "\\ud" in text or "\\uD" in text else found
 
 
@@ -204,7 +204,7 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
         InferenceFailed: there is no JSON, or not what was wanted; the reply is in `partial`.
         Exception: what the host's own validators raise, as it is.
     """
-    text = next(filter(_is_json, _readings(reply.text if reply.text.strip() else reply.thinking)), None)
+    text = next(filter(None, map(_as_json, _readings(reply.text if reply.text.strip() else reply.thinking))), None)
     if text is None:
         cut = reply.finish_reason == "length"
         raise InferenceFailed(
@@ -240,11 +240,13 @@ def _readings(text: str) -> Iterator[str]:
         yield fenced[0]
 
 
-def _is_json(text: str) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(text)
-        return True
-    return False
+def _as_json(text: str) -> str | None:
+    """A text, if it is JSON; the ends of lines that models write inside strings are escaped."""
+    for strict in (True, False):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(text, strict=strict)
+            return text if strict else json.dumps(found)
+    return None
 
 
 # --- Tool calls ------------------------------------------------------------------------------------------------------
@@ -291,7 +293,10 @@ def read_tool_call(name: Any, arguments: Any, call_id: Any = None) -> ToolCall:
     )
 
 
-def read_arguments(value: Any, loads: Callable[[str], Any] = json.loads) -> dict[str, Any] | None:
+LOADS: Final = partial(json.loads, strict=False)
+
+
+def read_arguments(value: Any, loads: Callable[[str], Any] = LOADS) -> dict[str, Any] | None:
     """The arguments of a tool call; None where they cannot be read as an object."""
     with contextlib.suppress(ValueError, RecursionError):
         while isinstance(value, str):  # Some servers write the JSON of a text that is JSON.

@@ -1290,6 +1290,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "blanks": ({"arguments": "  "}, {}),
     "a text of null": ({"arguments": "null"}, {}),
     "a text of an object": ({"arguments": '{"a": "\u00e9"}'}, {"a": "\u00e9"}),
+    "a text with lines inside": ({"arguments": '{"a": "1\n\t2"}'}, {"a": "1\n\t2"}),
     "half of a pair": ({"arguments": {"a": "\ud800"}}, {"a": "\ufffd"}),
 }
 
