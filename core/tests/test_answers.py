@@ -288,7 +288,7 @@ def test_a_cut_is_seen_and_a_dense_text_is_none(
     if kind == "inputs" and window is None and read == 4096:
         cut = False  # Texts that are cut into pieces before they are embedded have a round number of tokens, too.
     of = {"messages": [SimpleNamespace(content=each) for each in texts], "prompt": texts[0], "inputs": tuple(texts)}
-    found = cut_warning(SimpleNamespace(context_window=window, **{kind: of[kind]}), read)  # type: ignore[arg-type]
+    found = cut_warning(SimpleNamespace(context_window=window, truncate=True, **{kind: of[kind]}), read)  # type: ignore[arg-type]
     assert bool(found) == cut
     assert all("probably cut to fit the context window" in each for each in found)
 
@@ -304,7 +304,7 @@ SUMS: dict[str, tuple[list[str], int, bool]] = {
 
 @pytest.mark.parametrize(("texts", "read", "cut"), SUMS.values(), ids=SUMS)
 def test_one_of_several_inputs_that_was_cut_is_seen(texts: list[str], read: int, cut: bool) -> None:
-    request: Any = SimpleNamespace(context_window=256, inputs=tuple(texts))
+    request: Any = SimpleNamespace(context_window=256, truncate=True, inputs=tuple(texts))
     assert bool(cut_warning(request, read)) == cut
 
 
@@ -351,6 +351,7 @@ def test_what_was_cut_is_warned_of_whoever_the_provider_is(both: Any) -> None:
     found = llm.embed(PROSE)
     assert ["An input was probably cut" in each for each in found.warnings] == [True]
     assert found.usage == Usage(input_tokens=256)
+    assert llm.embed(PROSE, truncate=False).warnings == ()  # It would have been refused.
 
 
 def test_a_window_that_a_provider_cannot_set_is_not_its_servers(both: Any) -> None:

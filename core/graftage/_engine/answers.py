@@ -367,6 +367,8 @@ def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int
         read: tokens of the input, as the server counted them.
     """
     inputs = getattr(request, "inputs", None)
+    if not getattr(request, "truncate", True):  # Then a server refuses what does not fit.
+        return ()
     texts, window = inputs or _texts(request), request.context_window
     size = sum(map(len, texts))
     if not (_is_full(read, window, inputs) or _has_more_words(texts, size, read, window, inputs)):

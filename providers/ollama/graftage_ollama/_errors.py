@@ -75,6 +75,9 @@ REJECTED = (
     "template:",
     "invalid think value",
     "image: unknown format",
+    "invalid image type",
+    "invalid jpeg format",
+    "single image per message",
     "raw mode does not support",
 )
 STOPPED = (

@@ -136,6 +136,9 @@ CALLS: list[tuple[int, str, Kind, bool]] = [
     (500, "unexpected server status: llm server not responding", InferenceFailed, True),
     (500, "process has terminated: error loading model: unable to allocate CUDA0 buffer", ModelLoadFailed, False),
     (500, 'invalid format: "{": unexpected EOF', RequestRejected, False),
+    (500, "invalid image type: image/webp", RequestRejected, False),
+    (500, "invalid JPEG format: short Huffman data", RequestRejected, False),
+    (500, "vision model only supports a single image per message", RequestRejected, False),
     (502, 'Post "https://ollama.com/api/chat": dial tcp: lookup ollama.com: no such host', ConnectionFailed, True),
 ]
 
