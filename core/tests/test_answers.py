@@ -258,6 +258,7 @@ CUTS: dict[str, tuple[list[str], int | None, int | None, bool]] = {
     "the window is full": ([PROSE], 256, 256, True),
     "nearly": (["(){};" * 500], 512, 510, True),
     "not nearly": (["(){};" * 500], 512, 509, False),
+    "more than the window was counted": ([PROSE], 256, 621, False),
     "half of it was kept": ([PROSE], 256, 130, True),
     "no count": ([PROSE], 256, None, True),
     "a count of 0": ([PROSE], 256, 0, True),

@@ -370,6 +370,8 @@ def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int
     if not getattr(request, "truncate", True):  # Then a server refuses what does not fit.
         return ()
     texts, window = inputs or _texts(request), request.context_window
+    if window is not None and (read or 0) > len(inputs or "-") * window:  # More than fits was counted, or was read.
+        return ()
     size = sum(map(len, texts))
     if not (_is_full(read, window, inputs) or _has_more_words(texts, size, read, window, inputs)):
         return ()

@@ -529,6 +529,7 @@ def test_the_tokens_of_a_prompt_are_counted_and_told_while_it_is_read(
     assert "prompt_progress" not in watcher.kinds()
     reply = llm.chat(prompt, max_tokens=2, options=SURE)
     assert reply.usage.input_tokens == count > 96
+    assert llm.count_tokens(prompt * 4) > 256, "which does not fit, and is counted all the same"
     kinds = watcher.kinds("chat")
     told = [event.prompt for event in watcher.events if event.prompt is not None]
     assert (told[0].processed, told[-1].processed) == (0, count)
