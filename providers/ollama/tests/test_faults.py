@@ -1430,8 +1430,8 @@ def test_one_odd_model_loses_no_list(
 def test_a_model_is_shown_without_what_is_odd_of_it(both: Any, fake: FakeOllama) -> None:
     info = {"general.architecture": "llama", "llama.context_length": 4096.0}
     tensors = [{"name": "a", "type": "F32", "shape": [2.0, 3]}, {"name": "b", "shape": None}, None]
-    odd = {"modelfile": None, "template": 7, "system": [], "license": ["MIT"], "modified_at": 7, "details": []}
-    odd |= {"capabilities": ["completion", None, 5]}
+    odd: dict[str, Any] = {"modelfile": None, "template": 7, "system": [], "license": ["MIT"], "modified_at": 7}
+    odd |= {"details": [], "capabilities": ["completion", None, 5]}
     fake.script("/api/show", Answer([{**odd, "model_info": info, "tensors": tensors}]))
     found = both.connect("ollama", model=MODEL, host=fake.url).show()
     assert (found.architecture, found.context_window, found.family) == ("llama", 4096, None)
