@@ -607,6 +607,33 @@ DOCSTRINGS: dict[str, tuple[Any, str]] = {
 }
 
 
+def long(city: str, day: int, hour: int = 0) -> str:
+    """Tell the weather.
+
+    Args:
+        city (str): where it is: a name,
+            or a post code.
+        day: 0 is today,
+          1 tomorrow.
+
+        hour: from 0 on
+
+    Returns:
+        words: some.
+    """
+    return f"{city}{day}{hour}"
+
+
+def test_what_is_said_of_an_argument_on_several_lines_is_kept_whole() -> None:
+    (tool,) = read_tools([long])
+    said = {name: each["description"] for name, each in tool.parameters["properties"].items()}
+    assert said == {
+        "city": "where it is: a name, or a post code.",
+        "day": "0 is today, 1 tomorrow.",
+        "hour": "from 0 on",
+    }
+
+
 @pytest.mark.parametrize(("given", "description"), DOCSTRINGS.values(), ids=DOCSTRINGS)
 def test_the_description_of_a_tool_is_its_own(given: Any, description: str) -> None:
     (tool,) = read_tools([given])

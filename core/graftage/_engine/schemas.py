@@ -167,12 +167,16 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """The part before `Args:`, and what Google's style says of each argument."""
     summary, _, rest = text.partition("Args:\n")
     arguments: dict[str, str] = {}
+    indent, last = len(rest) - len(rest.lstrip(" ")), ""
     for line in rest.splitlines():
         if line and not line.startswith(" "):
             break
         name, colon, words = line.strip().partition(":")
-        if colon:
-            arguments[name.split("(")[0].strip()] = words.strip()
+        if last and line.startswith(" " * (indent + 1)):  # It goes on.
+            arguments[last] += f" {line.strip()}"
+        elif colon:
+            last = name.split("(")[0].strip()
+            arguments[last] = words.strip()
     return summary.split("\n\nReturns:")[0].strip(), arguments
 
 
