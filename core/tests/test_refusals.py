@@ -92,6 +92,8 @@ WORDS: list[tuple[int, str, Kind, bool]] = [
     (500, "peer closed connection without sending complete message body", InferenceFailed, True),
     (500, "EngineCore encountered an issue. See stack trace (above).", InferenceFailed, True),
     (400, "The model has crashed without additional information. (Exit code: 1)", InferenceFailed, True),
+    (500, "llama runner process has terminated: signal: killed", InferenceFailed, True),
+    (500, "model runner has unexpectedly stopped, this may be due to resource limitations", InferenceFailed, True),
     (500, 'Post "https://x/api/chat": context deadline exceeded', ConnectionFailed, True),
     (400, "tool arguments: EOF while parsing a value at line 1 column 0", RequestRejected, False),
     (400, "there is a typeof in the template", RequestRejected, False),

@@ -200,6 +200,9 @@ BEHIND: Final[Rules] = (
             "enginecore encountered",
             "model has crashed",
             "generation thread died",
+            "process has terminated",
+            "process no longer running",
+            "runner has unexpectedly stopped",
         ),
         says(
             InferenceFailed,
