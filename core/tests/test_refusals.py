@@ -145,6 +145,12 @@ def test_a_code_says_it_where_a_stream_has_no_status(code: str, kind: Kind, key:
     assert type(error_of(200, {"error": {"message": "no", key: code}})) is kind
 
 
+@pytest.mark.parametrize("code", [429, "429"])
+def test_a_status_in_the_error_of_a_stream_counts(code: Any) -> None:
+    error = error_of(200, {"error": {"message": "no", "code": code}})
+    assert (type(error), error.status) == (Overloaded, 429)
+
+
 def test_an_error_in_a_list_is_read() -> None:
     error = error_of(429, [{"error": {"code": 429, "message": "You exceeded your current quota."}}])
     assert type(error) is QuotaExceeded

@@ -162,8 +162,8 @@ def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(value.get(key), (str, int)):
             yield key, value[key]
     for key in ("code", "status", "StatusCode"):  # Elsewhere they are words.
-        if isinstance(value.get(key), int):
-            yield "status", value[key]
+        if isinstance(value.get(key), int) or re.fullmatch("[0-9]{3}", str(value.get(key))):
+            yield "status", int(value[key])
 
 
 # --- When to ask again -----------------------------------------------------------------------------------------------
