@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graftage._engine import limits as gates
 from graftage._engine.arguments import Wants, read_flag, read_reference
-from graftage._engine.faults import in_words, words_of
+from graftage._engine.faults import in_words
 from graftage._records import dataclass
 from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
@@ -252,7 +252,7 @@ def _again(state: _State) -> BaseException:
     if isinstance(error, AdapterError):
         return copy.copy(error)  # One instance raised in several threads would mix their tracebacks.
     failed = AdapterError(
-        f"The switch to the adapter `{state.reference}` failed: {words_of(error) or type(error).__name__}",
+        f"The switch to the adapter `{state.reference}` failed: {str(error) or type(error).__name__}",
         reference=state.reference,
         hint="Switch again, or call `use_adapter(None)` for the base model.",
     )

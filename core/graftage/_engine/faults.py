@@ -11,7 +11,7 @@ from collections.abc import Callable
 from graftage._records import dataclass
 from graftage.exceptions import GraftageError, ProviderError
 
-__all__ = ["Author", "Contained", "in_words", "is_fault", "kind_of", "words_of"]
+__all__ = ["Author", "Contained", "in_words", "is_fault", "kind_of"]
 
 OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - compared as text
 PYTHONS = os.path.join(os.path.dirname(os.__file__), "")  # noqa: PTH118, PTH120
@@ -107,19 +107,19 @@ class Author:
         if isinstance(error, GraftageError):
             return error
         # The words of a foreign error may hold the prompt: they stay in the cause.
-        said = re.match(MISTAKE, words_of(error))
+        said = re.match(MISTAKE, _words_of(error))
         what = f"{type(error).__name__}{f' ({said[0]})' if said else ''}{_place(error)}"
         typed = self.fault(
             f"failed with {what}; a provider must raise the errors of `graftage.exceptions`",
             LOOPLESS
-            if isinstance(error, RuntimeError) and NO_LOOP.search(words_of(error))
+            if isinstance(error, RuntimeError) and NO_LOOP.search(_words_of(error))
             else "That is a fault of the provider: tell its authors, with the traceback of the cause.",
         )
         typed.__cause__ = error
         return typed
 
 
-def words_of(error: BaseException) -> str:
+def _words_of(error: BaseException) -> str:
     """What a stranger's error says; nothing where it fails to."""
     try:
         return str(error)
@@ -131,7 +131,7 @@ def words_of(error: BaseException) -> str:
 
 def in_words(error: BaseException) -> str:
     """A stranger's error as a part of a sentence."""
-    return f"{type(error).__name__}: {words_of(error)}".rstrip(".: ")
+    return f"{type(error).__name__}: {_words_of(error)}".rstrip(".: ")
 
 
 def kind_of(value: object) -> str:
