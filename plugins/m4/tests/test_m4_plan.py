@@ -75,3 +75,15 @@ def test_a_machine_that_gives_models_nothing_can_be_drawn() -> None:
     assert on is not None
     none = replace(on, live=0, budget=replace(on.budget, static=0))
     assert ET.fromstring(_plan.picture({"m:1": SMALL}, none, policy)).tag == f"{SPACE}svg"
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.85, "fits"), (0.95, "tight"), (1.05, "no")])
+def test_a_model_that_takes_nearly_all_of_the_budget_fits_tightly(share: float, verdict: str) -> None:
+    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
+    assert policy is not None
+    on = _plan.ground(policy)
+    assert on is not None
+    static = int(_plan.size_with(SMALL, 4096, policy) / share)
+    on = replace(on, live=None, budget=replace(on.budget, static=static))
+    ((cell,),) = (row.cells for row in _plan.rows({"m:1": SMALL}, on, policy, [4096]))
+    assert cell.verdict == verdict

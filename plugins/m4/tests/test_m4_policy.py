@@ -19,7 +19,7 @@ import graftage
 import graftage_m4
 from graftage.calls import LimitsQuery
 from graftage.exceptions import ConnectionFailed, ProviderTimeout, ResourceLimitExceeded
-from graftage.footprint import BITS, footprint, read_shape
+from graftage.footprint import BITS, RUNTIME, footprint, read_shape
 from graftage.testing import Echo
 from graftage.types import NEVER_APPLIES, Limits, LoadedModel, ModelInfo
 from graftage_m4._machine import Collector, Output, Reading, Readings, budget_of
@@ -673,6 +673,37 @@ def test_a_model_that_is_not_seen_is_free_again_once_its_time_is_over() -> None:
     assert desk.ask(SMALL, 4096).unload == (MIDDLE.name,)
     desk.mac.now = 100_000.0
     assert desk.ask(LARGE, 4096, force=True).unload == ()
+
+
+@pytest.mark.parametrize(("later", "gone"), [(800, (MIDDLE.name,)), (1400, (MIDDLE.name,)), (1600, ())])
+def test_a_model_that_is_not_seen_may_be_there_until_a_long_call_and_its_stay_are_over(
+    later: float, gone: tuple[str, ...]
+) -> None:
+    desk = Desk(Mac(24))
+    desk.tells = False
+    assert desk.ask(MIDDLE, 8192).keep_alive == 900
+    desk.mac.now += later
+    assert desk.ask(SMALL, 4096).unload == gone
+
+
+def test_a_model_that_was_seen_to_have_gone_is_not_counted_when_nothing_is_told_any_more() -> None:
+    desk = Desk(Mac(24))
+    desk.give(MIDDLE, 8192)
+    desk.loaded.clear()
+    desk.give(SMALL, 4096)
+    desk.tells = False
+    assert desk.ask(LARGE, 4096).unload == (SMALL.name,)
+
+
+def test_what_a_server_tells_of_a_model_is_without_its_runner() -> None:
+    desk = Desk(Mac(24))
+    collector = Collector(desk.mac, desk.mac.clock)
+    budget = budget_of(collector.static(), collector.readings())
+    assert budget is not None
+    room = budget.static - size_of(SMALL, 4096)
+    for told, gone in ((room - RUNTIME, ()), (room - RUNTIME // 2, ("other:1",))):
+        desk.loaded = {"other:1": LoadedModel(name="other:1", size=told, accelerator_size=told)}
+        assert desk.ask(SMALL, 4096).unload == gone
 
 
 def test_two_objects_for_one_machine_know_what_the_other_gave() -> None:

@@ -235,6 +235,15 @@ def test_an_answer_is_used_again_for_its_natural_life() -> None:
     assert sorted(script.ran[7:]) == ["memory", "power", "thermal", "vm_stat"]
 
 
+def test_an_answer_from_later_than_now_is_not_used() -> None:
+    clock, script = Clock(), Script()
+    collector = Collector(script, clock)
+    collector.output("memory")
+    clock.now -= 50
+    collector.output("memory")
+    assert script.ran == ["memory", "memory"]
+
+
 def test_a_reading_that_fails_is_not_tried_again_at_once() -> None:
     script = Script(thermal=Output(exit=1), process=Output(exit=1))
     collector = Collector(script, Clock())
