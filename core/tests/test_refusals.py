@@ -214,6 +214,16 @@ def test_a_status_of_the_servers_own_counts_beside_an_error_in_json(status: int,
     assert type(error_of(status, {"error": "no"})) is kind
 
 
+@pytest.mark.parametrize(("code", "status"), [(None, None), (503, 503), (400, 400), (599, 599), (7, None), (600, None)])
+def test_an_error_under_status_200_has_only_a_status_that_its_body_names(code: int | None, status: int | None) -> None:
+    assert error_of(200, {"error": {"message": "no", "code": code}}).status == status
+
+
+def test_the_figures_beside_an_error_are_in_its_details() -> None:
+    details = error_of(400, {"error": {"message": "too long", "type": "size", "n_ctx": 4096}}).details
+    assert (details["server_message"], details["type"], details["n_ctx"]) == ("too long", "size", 4096)
+
+
 # --- When it may be asked again --------------------------------------------------------------------------------------
 
 
