@@ -120,7 +120,7 @@ def connect_async(
 ) -> AsyncClient:
     """`connect` for asyncio. A plain function: the client opens on `async with`, or at its first call."""
     from graftage._engine.choosing import Wish  # noqa: PLC0415 - `import graftage` must stay light
-    from graftage._engine.inputs import items, optional_text, rejected  # noqa: PLC0415
+    from graftage._engine.inputs import items, rejected  # noqa: PLC0415
 
     if translate_error is not None and not callable(translate_error):
         raise rejected("`translate_error`", "a function that makes an error of an error", translate_error)
@@ -132,7 +132,7 @@ def connect_async(
             settings=settings,
             plugins=items(plugins, "`plugins`", "a sequence of plugin objects"),
             translate=translate_error or as_it_is,
-            env_prefix=optional_text(env_prefix, "`env_prefix`"),
+            env_prefix=env_prefix,
             overrides=overrides,
         )
     )

@@ -640,7 +640,7 @@ def test_a_key_is_in_no_repr_log_error_or_pickle(both: Any, watcher: Any, logged
 
 def test_a_password_in_an_address_is_refused_without_being_repeated(both: Any, logged: io.StringIO) -> None:
     with pytest.raises(SettingsError, match="password") as caught:
-        both.opened("ollama", model=MODEL, host=f"http://user:{KEY}@127.0.0.1:9")
+        both.opened("ollama", model=MODEL, host=f"http://user:{KEY}@example.com:9")
     assert KEY not in "\n".join([str(caught.value), repr(vars(caught.value)), logged.getvalue()])
     assert KEY.encode() not in pickle.dumps(caught.value)
 

@@ -16,8 +16,8 @@ from graftage._engine.purposes import prefix_for
 from graftage.exceptions import (
     CapabilityUnsupported,
     ConnectionFailed,
+    InferenceFailed,
     ModelNotFound,
-    ProtocolError,
     ProviderError,
     ProviderTimeout,
     RequestRejected,
@@ -303,7 +303,7 @@ def test_an_answer_that_fits_is_asked_for_once(both: Any) -> None:
 
 def test_an_answer_that_never_fits_is_the_last_error(both: Any) -> None:
     echo = Echo([BAD, BAD, BAD, GOOD])
-    with pytest.raises(ProtocolError, match="does not fit") as caught:
+    with pytest.raises(InferenceFailed, match="does not fit") as caught:
         both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2)
     assert (caught.value.attempts, len(echo.requests)) == (3, 3)
     assert caught.value.partial is not None
@@ -324,7 +324,7 @@ def test_a_schema_or_any_json_is_asked_for_again_too(both: Any, retries: int) ->
         if retries:
             assert llm.chat("x", format=wanted, retries=retries).parsed == {}
         else:
-            with pytest.raises(ProtocolError):
+            with pytest.raises(InferenceFailed):
                 llm.chat("x", format=wanted)
 
 
@@ -342,7 +342,7 @@ def test_the_time_of_a_call_holds_for_all_of_its_answers(both: Any) -> None:
     deadlines = [each.call.deadline for each in echo.requests]
     assert max(deadlines) - min(deadlines) < 0.09
     late = Echo([lambda _: _slowly(0.3)])
-    with pytest.raises((ProtocolError, ProviderTimeout)):
+    with pytest.raises((InferenceFailed, ProviderTimeout)):
         both.connect(late, model=MODEL).chat("Delft?", format=City, retries=2, timeout=0.2)
     assert len(late.requests) == 1
 

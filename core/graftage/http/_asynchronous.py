@@ -60,14 +60,23 @@ class AsyncNetwork:
         size = size_of(request)
         head = head_of(request, server, size)
         pool = await self._pool()
-        wire, begun = pool.taken(server), time.monotonic()
-        answer = await pool.asked(wire, head, request, size, clock) if wire is not None else None
-        if wire is None or answer is None or (not answer.head and is_stale(answer, begun) and not pool.closed):
-            wire = await pool.connected(server, clock)
-            answer = await pool.asked(wire, head, request, size, clock)
-        if not is_answered(answer, server):
-            raise unanswered(answer, clock, server)
-        return _Response(pool, wire, answer, clock)
+        kept, begun = pool.taken(server), time.monotonic()
+        while True:
+            wire = kept or await pool.connected(server, clock)
+            wire.answer = answer = Framing(bodiless=request.method == "HEAD")
+            try:
+                await _send(wire, head, request, size, clock)
+                while not answer.head and answer.fault is None:
+                    await wire.wait(clock)
+            except BaseException:
+                pool.drop(wire)
+                raise
+            if is_answered(answer, server):
+                return _Response(pool, wire, answer, clock)
+            pool.drop(wire)
+            if kept is None or pool.closed or not is_stale(answer, begun):
+                raise unanswered(answer, clock, server)
+            kept = None
 
     async def _pool(self) -> _Pool:
         loop = asyncio.get_running_loop()
@@ -153,20 +162,6 @@ class _Pool:
             self._limits.discard(limit)
         self._busy.add(wire)
         return wire
-
-    async def asked(self, wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> Framing:
-        """Send a request and wait for the head of its answer; a connection without one is given up."""
-        wire.answer = answer = Framing(bodiless=request.method == "HEAD")
-        try:
-            await _send(wire, head, request, size, clock)
-            while not answer.head and answer.fault is None:
-                await wire.wait(clock)
-        except BaseException:
-            self.drop(wire)
-            raise
-        if not is_answered(answer, wire.server):
-            self.drop(wire)
-        return answer
 
     def give_back(self, wire: _Wire, answer: Framing) -> None:
         """Keep a connection for the next request, where it can take one."""

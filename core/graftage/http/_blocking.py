@@ -70,28 +70,23 @@ class BlockingNetwork:
             return _patched.exchange(request, server, clock)
         size = size_of(request)
         head = head_of(request, server, size)
-        wire, begun = self._taken(server), time.monotonic()
-        answer = self._asked(wire, head, request, size, clock) if wire is not None else None
-        if wire is None or answer is None or (not answer.head and is_stale(answer, begun) and not self._closed):
-            wire = self._connected(server, clock)
-            answer = self._asked(wire, head, request, size, clock)
-        if not is_answered(answer, server):
-            raise unanswered(answer, clock, server)
-        return _Response(self, wire, answer, clock)
-
-    def _asked(self, wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> Framing:
-        """Send a request and wait for the head of its answer; a connection without one is given up."""
-        answer = Framing(bodiless=request.method == "HEAD")
-        try:
-            _send(wire, head, request, size, clock)
-            while not answer.head and answer.fault is None:
-                _receive(wire, answer, clock)
-        except BaseException:
+        kept, begun = self._taken(server), time.monotonic()
+        while True:
+            wire = kept or self._connected(server, clock)
+            answer = Framing(bodiless=request.method == "HEAD")
+            try:
+                _send(wire, head, request, size, clock)
+                while not answer.head and answer.fault is None:
+                    _receive(wire, answer, clock)
+            except BaseException:
+                self.give_back(wire, usable=False)
+                raise
+            if is_answered(answer, server):
+                return _Response(self, wire, answer, clock)
             self.give_back(wire, usable=False)
-            raise
-        if not is_answered(answer, wire.server):
-            self.give_back(wire, usable=False)
-        return answer
+            if kept is None or self._closed or not is_stale(answer, begun):
+                raise unanswered(answer, clock, server)
+            kept = None
 
     def _taken(self, server: Server) -> _Wire | None:
         """An idle connection to a server that is still good."""
