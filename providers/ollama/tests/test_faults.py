@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from giving import Giving
 
+from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
@@ -907,7 +908,7 @@ MORE_DEVIATING = [
 UNBOUNDED = [
     Fault(
         "logprobs_without_end",
-        Answer([{**FIRST, "logprobs": [{"token": "a", "logprob": -1.0}] * 150_000}, LAST]),
+        Answer([json.dumps({**FIRST, "logprobs": [{}] * (MAX_OBJECTS + 1)}).encode() + b"\n", LAST]),
         kind=ProtocolError,
     ),
     Fault("status_000", Answer(raw=b"HTTP/1.1 000 Nothing\r\n\r\n", ending="close"), kind=ProtocolError),

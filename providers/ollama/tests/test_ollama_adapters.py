@@ -362,7 +362,7 @@ def test_a_failure_of_one_adapter_says_nothing_of_the_server(connect: Any, fake:
 
 
 def test_a_server_that_is_busy_is_told_as_that_and_no_other_way_is_tried(connect: Any, fake: FakeOllama) -> None:
-    fake.script("/api/create", Answer(raw=b"", ending="reset"))
+    fake.script("/api/create", *[Answer(raw=b"", ending="reset")] * 2)
     with pytest.raises(ConnectionFailed):
         connect(merge_adapters=True).use_adapter("ahoy")
 
