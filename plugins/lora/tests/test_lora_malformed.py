@@ -394,6 +394,25 @@ def test_a_file_beyond_the_limit_is_refused_before_it_is_read(place: Place) -> N
     assert "GRAFTAGE_LORA_MAX_BYTES" in str(refused(place, folder, "are allowed"))
 
 
+def test_a_head_that_is_larger_than_an_adapter_can_need_is_refused_though_it_is_there(place: Place) -> None:
+    folder = peft(place)
+    length = (4 << 20) + 1
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}".ljust(length) + DATA)
+    refused(place, folder, f"its head states a length of {length} bytes")
+
+
+def test_a_file_that_grows_or_is_written_meanwhile_has_changed(tmp_path: Path) -> None:
+    from graftage_lora._files import Opened
+
+    path = tmp_path / "base.gguf"
+    for change in (lambda: path.write_bytes(DATA + b"x"), lambda: os.utime(path, ns=(1, 1))):
+        path.write_bytes(DATA)
+        with Opened(path) as file:
+            assert file.unchanged()
+            change()
+            assert not file.unchanged()
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name here")
 def test_a_named_pipe_is_refused_and_not_waited_for(place: Place) -> None:
     folder = peft(place)
