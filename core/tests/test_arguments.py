@@ -1237,6 +1237,12 @@ def test_what_a_client_is_made_of_is_read_strictly(both: Any, given: Any) -> Non
         both.opened(Echo(), model=MODEL, **given)
 
 
+@pytest.mark.parametrize("retries", [0, 1, 10])
+def test_an_answer_may_be_asked_for_again_up_to_ten_times(both: Any, retries: int) -> None:
+    llm = both.connect(Echo([*["{"] * retries, "{}"]), model=MODEL)
+    assert llm.chat("x", format="json", retries=retries).attempts == retries + 1
+
+
 def test_what_is_right_is_taken(both: Any) -> None:
     steps: list[Any] = []
     llm = both.connect(Echo(), model=MODEL)

@@ -14,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graftage
-from graftage.exceptions import ConnectionFailed, InferenceFailed, ProviderError, ProviderTimeout, StreamInterrupted
+from graftage.calls import MAX_OBJECTS
+from graftage.exceptions import (
+    ConnectionFailed,
+    InferenceFailed,
+    ProtocolError,
+    ProviderError,
+    ProviderTimeout,
+    StreamInterrupted,
+)
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo, Pause
-from graftage.types import Chunk, Health, Usage
+from graftage.types import Chunk, Health, Logprob, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -331,6 +339,16 @@ def test_an_idle_stream_does_not_keep_its_event_loop_waiting() -> None:
         return sum(1 for handle in loop._scheduled if not handle.cancelled())
 
     assert asyncio.run(main()) == 0
+
+
+def test_no_more_objects_are_kept_than_fit_however_many_chunks_bring_them(both: Any) -> None:
+    most = (Logprob(token="a", logprob=0.0),) * MAX_OBJECTS
+    llm = both.connect(
+        Echo([[Chunk(logprobs=most), END], [Chunk(logprobs=most), Chunk(logprobs=most[:1]), END]]), model=MODEL
+    )
+    assert len(llm.chat("x").logprobs) == MAX_OBJECTS
+    with pytest.raises(ProtocolError, match=f"at most {MAX_OBJECTS}"):
+        llm.chat("x")
 
 
 # --- Any answer ------------------------------------------------------------------------------------------------------
