@@ -411,6 +411,12 @@ def test_json_is_found_where_it_is_certain(both: Any, way: str, given: Any) -> N
     assert reply.text == chunk.text
 
 
+def test_an_answer_that_calls_a_tool_need_not_fit_the_format(both: Any) -> None:
+    calls = Chunk(text="I look it up.", tool_calls=(CALL,), finish_reason="tool_calls")
+    reply = both.connect(Echo([[calls]]), model=MODEL).chat("x", format="json")
+    assert (reply.tool_calls, reply.parsed) == ((CALL,), None)
+
+
 def test_what_looks_like_a_fence_or_a_thought_inside_json_is_part_of_it(both: Any) -> None:
     given = '{"a": "```json\\n5\\n``` </think> 7"}'
     llm = both.connect(Echo([given]), model=MODEL)
