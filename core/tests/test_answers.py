@@ -347,8 +347,9 @@ class Short:
 def test_what_was_cut_is_warned_of_whoever_the_provider_is(both: Any) -> None:
     llm = both.connect(Short(), model=MODEL, context_window=256)
     with llm.chat(PROSE, stream=True) as stream:
-        assert ["probably cut" in each for chunk in stream for each in chunk.warnings] == [True]
-    assert stream.reply.warnings == llm.chat(PROSE).warnings
+        warnings = tuple(each for chunk in stream for each in chunk.warnings)
+    assert ["probably cut" in each for each in warnings] == [True]
+    assert stream.reply.warnings == llm.chat(PROSE).warnings == warnings
     found = llm.embed(PROSE)
     assert ["An input was probably cut" in each for each in found.warnings] == [True]
     assert found.usage == Usage(input_tokens=256)
