@@ -182,7 +182,7 @@ class _Teller:
 
     def __call__(self, event: Event) -> None:
         # Of steps there may be any number, and the next one says what this one did.
-        if self.dropped or (event.kind == "progress" and self.delivery.full):
+        if self.dropped or (event.kind.endswith("progress") and self.delivery.full):
             self.emitter.drop(event)
         else:
             self.delivery.put(_Told(self, event))
