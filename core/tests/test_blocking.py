@@ -210,17 +210,26 @@ def test_the_event_loop_goes_on_while_a_hook_hangs(deaf: Deaf) -> None:
     assert asyncio.run(main()) > 0
 
 
+@pytest.mark.parametrize("asleep", ["chat", "connect"])
 @pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
-def test_an_exit_from_a_signal_handler_ends_the_host() -> None:
+def test_an_exit_from_a_signal_handler_ends_the_host_also_in_the_code_of_a_plugin(asleep: str) -> None:
     program = """
-        import signal, sys
+        import signal, sys, time
         import graftage
+        from graftage.hookspecs import hookimpl
         from graftage.testing import Echo, Pause
 
+        class Sleeper(Echo):
+            @hookimpl
+            def connect(self, request):
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                if sys.argv[1] == "connect":
+                    time.sleep(30)
+                return super().connect(request)
+
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with graftage.connect(Echo([[Pause()]]), model="m") as llm:
+        with graftage.connect(Sleeper([[Pause()]]), model="m") as llm:
             llm.chat("x", timeout=30)
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program), asleep], timeout=60, check=False)
     assert ended.returncode == 3
