@@ -571,13 +571,14 @@ def test_no_prompt_and_no_answer_is_in_an_event_a_log_or_an_error(
         assert ANSWER not in text
 
 
-def test_what_was_received_is_only_in_partial(both: Any) -> None:
-    llm = both.connect(Echo([[Chunk(text=ANSWER), InferenceFailed("fell")]]), model=MODEL)
+def test_what_was_received_is_only_in_partial_of_what_is_raised(both: Any, watcher: Any) -> None:
+    llm = both.connect(Echo([[Chunk(text=ANSWER), InferenceFailed("fell")]]), model=MODEL, plugins=[watcher])
     with pytest.raises(InferenceFailed) as caught:
         llm.chat(PROMPT)
     assert caught.value.partial is not None
     assert caught.value.partial.text == ANSWER
     assert "partial" not in caught.value.to_dict()
+    assert watcher.last("error").error.partial is None
 
 
 def test_a_line_of_a_server_that_cannot_be_read_is_not_repeated(both: Any, logged: io.StringIO) -> None:
@@ -716,3 +717,13 @@ def test_no_event_and_no_health_check_holds_a_secret_that_a_server_repeats(both:
     assert watcher.last("retry").error is not None
     seen = [repr(event.error) + str(getattr(event.error, "details", "")) for event in watcher.events if event.error]
     assert not [text for text in (*seen, repr(caught.value), str(caught.value.details)) if KEY[:8] in text]
+
+
+def test_no_event_that_a_provider_tells_holds_a_secret(both: Any, watcher: Any) -> None:
+    def retried(request: Any) -> str:
+        request.call.emit("retry", attempt=1, delay=0.0, error=ConnectionFailed(f"denied to {KEY}"))
+        return "fine"
+
+    assert both.connect(Echo([retried]), model=MODEL, plugins=[watcher], api_key=KEY).chat("x").text == "fine"
+    error = watcher.last("retry").error
+    assert ("denied to" in str(error), KEY in repr(error)) == (True, False)
