@@ -224,10 +224,10 @@ def test_thinking_and_pictures_and_suffixes_are_refused(llm: Any) -> None:
 
 def test_a_schema_that_is_none_is_rejected(llm: Any) -> None:
     with pytest.raises(RequestRejected, match="nonsense"):
-        llm.chat("Hello", format={"type": "nonsense"})
+        llm.chat("Hello", format={"type": "array", "items": {"type": "nonsense"}})
 
 
-THINKER: Any = SimpleNamespace(architecture="llama", template="{{ enable_thinking }}")
+THINKER: Any = SimpleNamespace(architecture="llama", template="{{ enable_thinking }}", figure={}.get)
 """The head of a model that can think."""
 
 
