@@ -73,7 +73,7 @@ def test_a_model_that_comes_by_itself_is_a_bar_in_a_terminal(shell: Shell) -> No
 
 
 ENDLESS = FIRST.replace(
-    "steps = [", "steps = [PullProgress(status=f'part {n} of many', total=9, completed=1) for n in range(300)] + ["
+    "steps = [", "steps = [PullProgress(status=f'part {n} of many', total=9, completed=1) for n in range(60)] + ["
 )
 
 
@@ -82,7 +82,7 @@ def test_more_parts_than_a_terminal_has_lines_are_no_flood(shell: Shell) -> None
     child = shell.terminal("chat", columns=70)
     child.expect(">>> ")
     child.sendline("Hi")
-    child.expect("part 299 of many")
+    child.expect("part 59 of many")
     child.expect(r"Here I am\.")
     erased = re.findall(r"(?:\x1b\[1A\x1b\[2K)+", child.before)
     assert max(run.count("\x1b[1A") for run in erased) <= 20
