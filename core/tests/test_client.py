@@ -1216,6 +1216,17 @@ def test_a_foreign_exception_of_a_provider_never_leaves_it(both: Any, raised: Ex
     assert (error.partial.text if error.partial else None) == ("so far" if place == "later chunk" else None)
 
 
+def test_a_foreign_exception_is_said_with_the_providers_own_line_and_not_that_of_a_library(both: Any) -> None:
+    library: dict[str, Any] = {}
+    exec(compile("def read():\n    raise KeyError", "/elsewhere/library.py", "exec"), library)  # noqa: S102 - another file
+
+    def ask(_: Any) -> str:
+        return str(library["read"]())
+
+    with pytest.raises(ProviderError, match=r"KeyError in `ask` \(test_client\.py, line \d+\)"):
+        both.connect(Echo([ask]), model=MODEL).chat("x")
+
+
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "chat": lambda llm: llm.chat("x"),
     "generate": lambda llm: llm.generate("x"),

@@ -152,7 +152,7 @@ def test_an_error_in_the_middle_is_never_retried(both: Any) -> None:
     echo = Echo([[Chunk(text="a"), ConnectionFailed("cut")]])
     with pytest.raises(ConnectionFailed) as caught:
         both.connect(echo, model=MODEL).chat("x")
-    assert (len(echo.requests), caught.value.attempts) == (1, 1)
+    assert (len(echo.requests), caught.value.attempts, caught.value.retryable) == (1, 1, False)
 
 
 class Untidy:
