@@ -1218,7 +1218,7 @@ def test_a_foreign_exception_of_a_provider_never_leaves_it(both: Any, raised: Ex
 
 def test_a_foreign_exception_is_said_with_the_providers_own_line_and_not_that_of_a_library(both: Any) -> None:
     library: dict[str, Any] = {}
-    exec(compile("def read():\n    raise KeyError", "/elsewhere/library.py", "exec"), library)  # noqa: S102 - another file
+    exec(compile("def read():\n    raise KeyError", "/elsewhere/library.py", "exec"), library)
 
     def ask(_: Any) -> str:
         return str(library["read"]())
