@@ -1229,7 +1229,7 @@ def test_a_switch_reads_its_arguments_too(both: Any, chained: bool, name: str) -
 
 @pytest.mark.parametrize(
     "given",
-    [{"models": "abc"}, {"models": 5}, {"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}, {"env_prefix": 5}],
+    [{"models": "abc"}, {"models": 5}, {"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
     ids=str,
 )
 def test_what_a_client_is_made_of_is_read_strictly(both: Any, given: Any) -> None:

@@ -265,7 +265,9 @@ def test_a_degree_of_thinking_that_this_server_does_not_know_is_rejected(llm: An
 
 
 def test_a_schema_that_is_none_is_rejected_inside_the_stream(llm: Any) -> None:
-    error = refused(RequestRejected, None, lambda: llm.chat("Hi", format={"type": "nonsense"}))
+    error = refused(
+        RequestRejected, None, lambda: llm.chat("Hi", format={"type": "array", "items": {"type": "nonsense"}})
+    )
     assert error.details["server_message"] == "invalid JSON schema in format"
 
 
