@@ -416,6 +416,14 @@ def test_of_steps_no_more_wait_than_there_is_room_for(both: Any, stuck: Stuck) -
     assert [event.kind for event in stuck.seen if event.kind != "progress"] == WHOLE
 
 
+def test_of_a_call_that_was_dropped_in_part_nothing_more_is_told(both: Any, stuck: Stuck) -> None:
+    llm = both.connect(Echo(["a b c"]), model=MODEL, plugins=[stuck])
+    stream = llm.chat("x", stream=True)
+    llm.close()
+    list(stream)
+    assert llm.stats().events_dropped == len(WHOLE) - 1, "the first one is being told"
+
+
 SPAN: ContextVar[str] = ContextVar("span", default="none")
 
 

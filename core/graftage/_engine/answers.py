@@ -41,6 +41,7 @@ __all__ = [
     "read_usage",
     "read_vectors",
     "read_word",
+    "reason_of",
 ]
 
 T = TypeVar("T")
@@ -197,6 +198,10 @@ FENCE: Final = r"(?s)```[ \t]*\w*\s*(.*?)(?:\n[ \t]*```|```\Z|\Z)"
 """What ends a thought, and a block of code in Markdown, whose end may be missing."""
 
 
+MOST_REASON: Final = 4000
+"""Characters of what is wrong with an answer: each of many fields may be."""
+
+
 def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
     """The answer as `format` wanted it: its JSON, also where that stands in a fence or after a thought.
 
@@ -228,6 +233,12 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
             partial=reply,
             details={"reason": f"ValidationError of {error.title}"},
         ) from error
+
+
+def reason_of(error: InferenceFailed) -> str:
+    """Why an answer did not fit its format, in the words of what read it, for the model."""
+    words = re.sub(r"\n *For further information visit \S+", "", str(error.__cause__ or error.message))
+    return words[:MOST_REASON]
 
 
 def _readings(text: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from graftage._engine.answers import read_arguments
 from graftage._values import close, read_file, user_path
-from graftage.exceptions import CapabilityUnsupported, GraftageError, RequestRejected
+from graftage.exceptions import CapabilityUnsupported, RequestRejected
 from graftage.types import Image, Message, Reply, Role, ToolCall
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ PICTURES = (
 )
 """How the files of pictures begin."""
 CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
-MOST_WORDS = 4000
-"""Characters of what is wrong with an answer: each of many fields may be."""
 DEEPEST = 64
 """Levels of nesting in schemas, options and arguments: servers refuse, or fall over, where there are many more."""
 
@@ -399,12 +397,6 @@ def _read_sent_tool_call(value: Any) -> ToolCall:
         arguments=plain_object(arguments, f"the arguments of the tool call `{name}`", "an object"),
         id=text(str(value.get("id") or ""), "the id of a tool call"),
     )
-
-
-def reason_of(error: GraftageError) -> str:
-    """Why an answer did not fit its format, in the words of what read it, for the model."""
-    words = re.sub(r"\n *For further information visit \S+", "", str(error.__cause__ or error.message))
-    return words[:MOST_WORDS]
 
 
 def require(feature: str, has: bool, provider: str, what: str | None = None) -> None:

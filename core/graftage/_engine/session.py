@@ -14,7 +14,7 @@ from graftage._engine import inputs
 from graftage._engine import limits as gates
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
-from graftage._engine.answers import cut_warning, read_count, read_usage
+from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
 from graftage._engine.arguments import Wants, check_model, check_progress, check_tokens, read_flag, read_seconds
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
@@ -95,8 +95,6 @@ class Session(Connection):
         """This session; a chain of several has none."""
         return self
 
-    # --- Calls -------------------------------------------------------------------------------------------------------
-
     # --- Inference ---------------------------------------------------------------------------------------------------
 
     async def infer(
@@ -136,7 +134,7 @@ class Session(Connection):
         if left <= 0 or want.build is None:
             raise error
         build, answer = want.build, run.so_far()
-        told = Message(role="user", content=f"{NOT_FITTING}\n\n{inputs.reason_of(error)}")
+        told = Message(role="user", content=f"{NOT_FITTING}\n\n{reason_of(error)}")
 
         def longer(**settled: Any) -> ChatRequest:
             request: ChatRequest = build(**settled)

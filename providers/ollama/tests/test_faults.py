@@ -1332,25 +1332,29 @@ def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
     assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
 
 
-LAST = line("", done=True, done_reason="stop")
+UNCOUNTED = line("", done=True, done_reason="stop")
 UNNEEDED: dict[str, list[dict[str, Any]]] = {
     "the last line without a message": [line("hi"), {"model": MODEL, "done": True, "done_reason": "stop"}],
-    "the last line with null": [line("hi"), {**LAST, "message": None}],
-    "a line without a message": [{"model": MODEL, "done": False}, line("hi"), LAST],
-    "a line without `done`": [{"message": {"content": "hi"}}, LAST],
-    "no role": [{"message": {"content": "hi"}, "done": False}, LAST],
-    "an unknown role": [{"message": {"role": 7, "content": "hi"}, "done": False}, LAST],
+    "the last line with null": [line("hi"), {**UNCOUNTED, "message": None}],
+    "a line without a message": [{"model": MODEL, "done": False}, line("hi"), UNCOUNTED],
+    "a line without `done`": [{"message": {"content": "hi"}}, UNCOUNTED],
+    "no role": [{"message": {"content": "hi"}, "done": False}, UNCOUNTED],
+    "an unknown role": [{"message": {"role": 7, "content": "hi"}, "done": False}, UNCOUNTED],
     "no model": [{"message": {"content": "hi"}, "done": False}, {"message": {}, "done": True, "done_reason": "stop"}],
-    "times that are numbers": [line("hi", created_at=1767322800), {**LAST, "created_at": 1767322800.5}],
-    "a picture": [line("h", images=["aGk="]), {"message": {"content": "i", "images": ["aGk="]}, "done": False}, LAST],
+    "times that are numbers": [line("hi", created_at=1767322800), {**UNCOUNTED, "created_at": 1767322800.5}],
+    "a picture": [
+        line("h", images=["aGk="]),
+        {"message": {"content": "i", "images": ["aGk="]}, "done": False},
+        UNCOUNTED,
+    ],
     "null wherever it may be": [
         {"message": {"content": "hi", "thinking": None, "tool_calls": None, "images": None}, "logprobs": None},
-        {**LAST, "total_duration": None, "eval_count": None, "model": None, "logprobs": None},
+        {**UNCOUNTED, "total_duration": None, "eval_count": None, "model": None, "logprobs": None},
     ],
-    "no call in the list of calls": [calling(text="hi"), LAST],
-    "a model that is a number": [line("hi"), {**LAST, "model": 7}],
-    "a probability that is null": [line("hi", logprobs=[{"token": "hi", "logprob": None}]), LAST],
-    "probabilities that are none": [line("hi", logprobs=7), {**LAST, "logprobs": "x"}],
+    "no call in the list of calls": [calling(text="hi"), UNCOUNTED],
+    "a model that is a number": [line("hi"), {**UNCOUNTED, "model": 7}],
+    "a probability that is null": [line("hi", logprobs=[{"token": "hi", "logprob": None}]), UNCOUNTED],
+    "probabilities that are none": [line("hi", logprobs=7), {**UNCOUNTED, "logprobs": "x"}],
 }
 
 
@@ -1369,7 +1373,7 @@ def test_an_answer_survives_what_nobody_needs(
 
 def test_figures_of_another_type_are_read_as_what_they_mean(both: Any, fake: FakeOllama) -> None:
     odd = {"total_duration": 1.5e9, "load_duration": "2s", "eval_duration": -1, "eval_count": 2.0}
-    fake.script("/api/chat", Answer([line("hi"), {**LAST, **odd, "prompt_eval_count": -1}]))
+    fake.script("/api/chat", Answer([line("hi"), {**UNCOUNTED, **odd, "prompt_eval_count": -1}]))
     reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
     assert (reply.timings.total, reply.timings.load, reply.timings.generation) == (1.5, None, None)
     assert reply.usage == Usage(output_tokens=2)
