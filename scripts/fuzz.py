@@ -278,7 +278,7 @@ def main(words: list[str]) -> int:
         print(*(f"{name:12} {target.__doc__}" for name, (target, _) in TARGETS.items()), sep="\n")
         return 0 if words[:1] == ["--list"] else 2
     try:
-        import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore] # noqa: PLC0415 - by hand only
+        import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError:
         print("This needs atheris: `pip install atheris`.", file=sys.stderr)
         return 2

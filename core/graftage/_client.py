@@ -119,8 +119,8 @@ def connect_async(
     **overrides: Any,
 ) -> AsyncClient:
     """`connect` for asyncio. A plain function: the client opens on `async with`, or at its first call."""
-    from graftage._engine.choosing import Wish  # noqa: PLC0415 - `import graftage` must stay light
-    from graftage._engine.inputs import items, rejected  # noqa: PLC0415
+    from graftage._engine.choosing import Wish
+    from graftage._engine.inputs import items, rejected
 
     if translate_error is not None and not callable(translate_error):
         raise rejected("`translate_error`", "a function that makes an error of an error", translate_error)
@@ -186,8 +186,8 @@ class Client:
 
     def _opened(self) -> Callable[[], Session | Chain]:
         """Find and check everything; what is left is settled at once where no server must be asked for it."""
-        from graftage._engine.choosing import Opening  # noqa: PLC0415
-        from graftage._engine.waiting import BlockingIO  # noqa: PLC0415
+        from graftage._engine.choosing import Opening
+        from graftage._engine.waiting import BlockingIO
 
         opening = Opening(self._wish)
         self._origins = opening.origins
@@ -278,7 +278,7 @@ class Client:
             AdapterError: the adapter cannot be used.
             ResourceLimitExceeded: a policy refused.
         """
-        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
+        from graftage._engine.arguments import chat_wants
 
         session = self._session
         run, first = drive(session.infer("chat", session.read(chat_wants, messages, arguments), stream=stream))
@@ -307,7 +307,7 @@ class Client:
         Raises:
             ProviderError: as for `chat`.
         """
-        from graftage._engine.arguments import generate_wants  # noqa: PLC0415
+        from graftage._engine.arguments import generate_wants
 
         session = self._session
         run, first = drive(session.infer("generate", session.read(generate_wants, prompt, arguments), stream=stream))
@@ -325,7 +325,7 @@ class Client:
                 `purpose`: `"query"` or `"document"`: each input gets the prefix that the model was trained with, such
                 as `search_query: `; a model of which none is known gets a warning on the result.
         """
-        from graftage._engine.arguments import embed_wants  # noqa: PLC0415
+        from graftage._engine.arguments import embed_wants
 
         return drive(self._session.embed(self._session.read(embed_wants, inputs, arguments)))
 
@@ -342,7 +342,7 @@ class Client:
         Raises:
             CapabilityUnsupported: the provider or the model cannot; nothing was sent where the provider cannot.
         """
-        from graftage._engine.arguments import rerank_wants  # noqa: PLC0415
+        from graftage._engine.arguments import rerank_wants
 
         session = self._session
         return drive(session.rerank(session.read(partial(rerank_wants, query), documents, arguments)))
@@ -362,7 +362,7 @@ class Client:
             CapabilityUnsupported: the provider cannot count.
             ContextOverflow: the conversation does not fit, and the server counts only what does.
         """
-        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
+        from graftage._engine.arguments import chat_wants
 
         session = self._session.single()
         return drive(session.count_tokens(session.read(chat_wants, messages, arguments)))
@@ -582,7 +582,7 @@ class Client:
 
 async def _read_off_loop(session: Session | Chain, reader: Reader, subject: Any, arguments: Mapping[str, Any]) -> Wants:
     """Read the arguments of a call, in a thread where that may take the time of a file."""
-    from graftage._engine.arguments import may_read_files  # noqa: PLC0415
+    from graftage._engine.arguments import may_read_files
 
     if may_read_files(subject, arguments):
         return await session.io.run(session.read, reader, subject, arguments)
@@ -591,7 +591,7 @@ async def _read_off_loop(session: Session | Chain, reader: Reader, subject: Any,
 
 def _check_asyncio() -> None:
     """Refuse a coroutine that is not run by asyncio: trio runs it, or nobody but its caller."""
-    import asyncio  # noqa: PLC0415
+    import asyncio
 
     with contextlib.suppress(RuntimeError):  # There is no loop.
         if asyncio.current_task() is not None:
@@ -629,8 +629,8 @@ class AsyncClient:
 
     async def _opened(self) -> bool:
         """Wait for the opening under way, or for a new one; whether it came to an end."""
-        import asyncio  # noqa: PLC0415
-        from concurrent.futures import Future  # noqa: PLC0415 - it brings `logging`, and a sync client may need neither
+        import asyncio
+        from concurrent.futures import Future  # It brings `logging`, and a sync client may need neither
 
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -643,11 +643,11 @@ class AsyncClient:
         return await asyncio.shield(asyncio.wrap_future(opening))
 
     async def _open_now(self, opening: Future[bool]) -> None:
-        import asyncio  # noqa: PLC0415
+        import asyncio
 
-        from graftage._engine.awaiting import AwaitingIO  # noqa: PLC0415
-        from graftage._engine.choosing import Opening  # noqa: PLC0415
-        from graftage._engine.threads import submit  # noqa: PLC0415
+        from graftage._engine.awaiting import AwaitingIO
+        from graftage._engine.choosing import Opening
+        from graftage._engine.threads import submit
 
         try:
             # It imports and reads files: not on the event loop.
@@ -716,7 +716,7 @@ class AsyncClient:
         self, messages: Messages, *, stream: bool = False, **arguments: Unpack[ChatArguments]
     ) -> Reply | AsyncStream:
         """As `Client.chat`."""
-        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
+        from graftage._engine.arguments import chat_wants
 
         session = await self._open()
         want = await _read_off_loop(session, chat_wants, messages, arguments)
@@ -738,7 +738,7 @@ class AsyncClient:
         self, prompt: str, *, stream: bool = False, **arguments: Unpack[GenerateArguments]
     ) -> Reply | AsyncStream:
         """As `Client.generate`."""
-        from graftage._engine.arguments import generate_wants  # noqa: PLC0415
+        from graftage._engine.arguments import generate_wants
 
         session = await self._open()
         want = await _read_off_loop(session, generate_wants, prompt, arguments)
@@ -748,7 +748,7 @@ class AsyncClient:
     @_translate_errors_async
     async def embed(self, inputs: str | Sequence[str], **arguments: Unpack[EmbedArguments]) -> Embeddings:
         """As `Client.embed`."""
-        from graftage._engine.arguments import embed_wants  # noqa: PLC0415
+        from graftage._engine.arguments import embed_wants
 
         session = await self._open()
         return await session.embed(session.read(embed_wants, inputs, arguments))
@@ -756,7 +756,7 @@ class AsyncClient:
     @_translate_errors_async
     async def rerank(self, query: str, documents: Sequence[str], **arguments: Unpack[RerankArguments]) -> Ranking:
         """As `Client.rerank`."""
-        from graftage._engine.arguments import rerank_wants  # noqa: PLC0415
+        from graftage._engine.arguments import rerank_wants
 
         session = await self._open()
         return await session.rerank(session.read(partial(rerank_wants, query), documents, arguments))
@@ -764,7 +764,7 @@ class AsyncClient:
     @_translate_errors_async
     async def count_tokens(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> int:
         """As `Client.count_tokens`."""
-        from graftage._engine.arguments import chat_wants  # noqa: PLC0415
+        from graftage._engine.arguments import chat_wants
 
         session = (await self._open()).single()
         return await session.count_tokens(await _read_off_loop(session, chat_wants, messages, arguments))

@@ -86,7 +86,7 @@ def close(name: str, names: Iterable[str], *, most: int = 1, cutoff: float = 0.6
     """The names that are spelt alike, the nearest first."""
     if not (known := list(names)):
         return []
-    import difflib  # noqa: PLC0415 - only where something is misspelt
+    import difflib
 
     return difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
 
@@ -139,7 +139,7 @@ class EntryPoint:
         Raises:
             Exception: whatever its import raises, or that its value is no reference.
         """
-        from importlib import metadata  # noqa: PLC0415 - `import graftage` must stay light
+        from importlib import metadata
 
         ready_pydantic()
         point: Any = metadata.EntryPoint(self.name, self.value, self.group)
@@ -181,7 +181,7 @@ def _entry_points(groups: tuple[str, ...], folders: tuple[tuple[str, int | None]
 
 def _distributions(**where: Any) -> Iterator[Any]:
     """What is installed, in the order of an import, as far as the folders can be read."""
-    from importlib import metadata  # noqa: PLC0415 - `import graftage` must stay light
+    from importlib import metadata
 
     with contextlib.suppress(Exception):  # What is wrong with a stranger's folder or archive is not one kind of error.
         yield from metadata.distributions(**where)
@@ -233,7 +233,7 @@ def ready_pydantic() -> None:
     distribution is damaged.
     """
     with contextlib.suppress(Exception):
-        from pydantic import TypeAdapter  # noqa: PLC0415 - `import graftage` must stay light
+        from pydantic import TypeAdapter
 
         TypeAdapter(None)
 

@@ -98,7 +98,7 @@ async def call(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryP
 
 
 async def _retrying(first: ProviderError, function: Callable[[], Awaitable[T]], of: Call, policy: RetryPolicy) -> T:
-    import tenacity  # noqa: PLC0415 - needed only after a failure
+    import tenacity
 
     failed = [first]
 
@@ -111,7 +111,7 @@ async def _retrying(first: ProviderError, function: Callable[[], Awaitable[T]], 
 
 
 def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:
-    import random  # noqa: PLC0415 - needed only after a failure
+    import random
 
     def error_of(state: tenacity.RetryCallState) -> BaseException | None:
         error = state.outcome.exception() if state.outcome else None

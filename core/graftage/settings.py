@@ -236,13 +236,13 @@ def config_path(prefix: str = PREFIX) -> Path:
     """The settings file: what `GRAFTAGE_CONFIG` names, else `config.toml` in the user's config folder."""
     if named := os.environ.get(f"{prefix}_CONFIG"):
         return user_path(named)
-    from platformdirs import user_config_path  # noqa: PLC0415 - not needed where the variable is set
+    from platformdirs import user_config_path
 
     return user_config_path(prefix.lower(), appauthor=False) / "config.toml"
 
 
 def _read_toml(data: bytes) -> dict[str, Any]:
-    import tomllib  # noqa: PLC0415 - only where there is a file
+    import tomllib  # Only where there is a file
 
     document: dict[str, Any] = tomllib.loads(data.decode("utf-8-sig"))
     return document
@@ -252,7 +252,7 @@ def _reason(error: Exception) -> str:
     """Why a file cannot be used, in words of its reader; where those are Python's own, in ours."""
     if isinstance(error, OSError):
         return str(error.strerror)
-    import tomllib  # noqa: PLC0415 - only where there is a file
+    import tomllib  # Only where there is a file
 
     if isinstance(error, tomllib.TOMLDecodeError):
         return str(error)

@@ -311,7 +311,7 @@ class Vectors(tuple[tuple[float, ...], ...]):
             ImportError: NumPy, which Graftage does not need, is not installed.
         """
         try:
-            import numpy as np  # noqa: PLC0415 - slow to import, and often not there
+            import numpy as np  # Slow to import, and often not there
         except ImportError as error:
             raise ImportError("`numpy()` needs NumPy: `pip install numpy`.", name="numpy") from error
         shape = len(self), len(self[0]) if self else 0
@@ -320,12 +320,12 @@ class Vectors(tuple[tuple[float, ...], ...]):
 
 def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
     """The vectors as tuples of floats, where all are real numbers and no truth values."""
-    import msgspec  # noqa: PLC0415 - slow to import
+    import msgspec
 
     with contextlib.suppress(msgspec.ValidationError):
         return msgspec.convert(vectors, tuple[tuple[float, ...], ...])
     # There is some other sequence or number, or something is wrong.
-    from numbers import Real  # noqa: PLC0415 - hardly ever needed
+    from numbers import Real
 
     try:
         found = tuple(map(tuple, vectors))

@@ -59,8 +59,8 @@ def list_adapters(provider: options.Provider = None, as_json: options.AsJson = F
 
 def _nothing_known() -> str:
     """Where adapters were looked for, as far as that is known here."""
-    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
-    from graftage.settings import Sources  # noqa: PLC0415
+    from graftage._engine.plugins import Catalog
+    from graftage.settings import Sources
 
     looking = [each.name for each in Catalog().entries if each.kind == "plugin" and each.state != "disabled"]
     if LORA not in looking:
@@ -188,7 +188,7 @@ def _is_any_in_memory(client: "Client") -> bool:
     """Whether a server holds any model that loading an adapter has left there."""
     if "prune_adapters" not in client.capabilities().features:
         return False
-    from graftage.types import canonical_name  # noqa: PLC0415 - `graftage --help` must be quick
+    from graftage.types import canonical_name
 
     derived = {canonical_name(model.name) for model in client.prune_adapters(dry_run=True)}
     return any(canonical_name(model.name) in derived for model in client.loaded())
@@ -230,7 +230,7 @@ def _pruned(count: int, *, yes: bool) -> str:
 
 def _seconds(age: str | None) -> float | None:
     """An age in seconds, from `90`, `5m`, `1h30m` or `7d`."""
-    from graftage._values import keep_alive_seconds  # noqa: PLC0415
+    from graftage._values import keep_alive_seconds
 
     if age is None:
         return None
@@ -290,7 +290,7 @@ def merge_adapter(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model with an adapter merged into it."""
-    from graftage.types import PullProgress  # noqa: PLC0415
+    from graftage.types import PullProgress
 
     with options.one_model(model, provider, host=host) as client, _writing(out, overwrite=overwrite) as fresh:
         adapter = _fitting(client, reference, force=force)

@@ -110,7 +110,7 @@ class _Printer:
             self._last = text
 
     def _think(self, text: str) -> None:
-        from rich.text import Text  # noqa: PLC0415 - few models think
+        from rich.text import Text
 
         self._dimmed = self._dimmed or show.console(error=True)
         self._dimmed.print(Text(text, style="dim"), end="", soft_wrap=True)

@@ -61,7 +61,7 @@ def chat(
     with options.answering(model, provider, host=host, tell=text is not None) as client:
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
-            from graftage._cli.conversation import Conversation  # noqa: PLC0415 - most calls ask one thing
+            from graftage._cli.conversation import Conversation
 
             options.require_chat(client)
             Conversation(client, messages, arguments, images=image or (), raw=raw).run()

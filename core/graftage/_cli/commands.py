@@ -107,7 +107,7 @@ def _mounted(app: typer.Typer, name: str) -> Any:
 
 
 def _check_core(point: EntryPoint) -> None:
-    from graftage._engine import plugins  # noqa: PLC0415 - only when a plugin's command is run
+    from graftage._engine import plugins  # Only when a plugin's command is run
 
     name, version = identity(point.dist)
     plugins._check_core(  # noqa: SLF001 - one rule for all that plugins bring

@@ -54,7 +54,7 @@ def doctor(
 
     Exit code: 0 all is well, 1 a check failed, 2 the settings are wrong.
     """
-    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage._engine.plugins import Catalog
 
     with contextlib.closing(Examination(model, provider, host)) as examination:
         checks = []
@@ -139,7 +139,7 @@ class Examination:
         return Check("settings file", "ok", f"{sources.file} does not exist, which is fine")
 
     def _provider_found(self) -> Check:
-        from graftage._engine.plugins import Catalog  # noqa: PLC0415
+        from graftage._engine.plugins import Catalog
 
         origin, hint = "command line", None
         if self._provider is None:
@@ -178,7 +178,7 @@ class Examination:
             return Check("proxy", "skip", "there is no network on the way")
         names = [name for name in PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
         try:
-            from graftage.http import proxy_for  # noqa: PLC0415
+            from graftage.http import proxy_for
         except ImportError:
             return Check("proxy", "skip", "the provider does not use Graftage's HTTP")
         self._proxy = proxy_for(self._address)
@@ -278,7 +278,7 @@ class Examination:
 
 
 def _sources() -> "Sources":
-    from graftage.settings import Sources  # noqa: PLC0415
+    from graftage.settings import Sources
 
     return Sources.of()
 
@@ -311,7 +311,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _without_user(address: str) -> str:
-    from graftage.settings import without_user  # noqa: PLC0415
+    from graftage.settings import without_user
 
     return without_user(address)
 
@@ -330,8 +330,8 @@ def _masked(name: str, value: Any) -> str:
 
 
 def _print_check(check: Check) -> None:
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.table import Table
+    from rich.text import Text
 
     row = Table.grid(padding=(0, 1, 0, 0))
     row.add_column(width=4)

@@ -141,7 +141,7 @@ def _of_the_command(found: re.Match[str], error: GraftageError) -> str:
         return f"`{option}`"
     if name in METHODS:
         return f"`graftage models {name}`"
-    from graftage.settings import Settings  # noqa: PLC0415 - only where something went wrong
+    from graftage.settings import Settings
 
     if part:
         return f"GRAFTAGE_TIMEOUTS__{name.upper()}"
@@ -160,7 +160,7 @@ def _provider_meant(error: GraftageError) -> str | None:
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
         return None
-    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
+    from graftage._engine.plugins import Catalog
 
     installed = Catalog().names("provider")
     name, _, rest = model.removesuffix(":latest").partition(":")

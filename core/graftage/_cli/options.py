@@ -73,7 +73,7 @@ def connected(model: str | None, provider: str | None = None, **overrides: Any) 
 
     The part before the first colon is a provider only where one of that name is installed: `llama3.2:1b` is a model.
     """
-    import graftage  # noqa: PLC0415 - `graftage --help` must be quick; the same holds for all such imports here
+    import graftage
 
     if provider is None:
         provider, model = split(model)
@@ -110,7 +110,7 @@ def managed(model: str | None, provider: str | None, *, host: str | None = None)
 
 def taken(client: "Client") -> str | None:
     """Why the client's provider was taken, where nobody has chosen it."""
-    from graftage._engine.choosing import AUTO  # noqa: PLC0415
+    from graftage._engine.choosing import AUTO
 
     _ = client.provider  # The choice is made where it is needed.
     how, _, why = client.origins.get("provider", "").partition(": ")
@@ -142,8 +142,8 @@ def tell_if_embedded(client: "Client") -> None:
 
 def usual_provider(host: str | None = None) -> tuple[str, str]:
     """The provider that is asked first where none is named, and why it."""
-    from graftage._engine.choosing import AUTO, Opening, Wish  # noqa: PLC0415
-    from graftage.settings import Sources  # noqa: PLC0415
+    from graftage._engine.choosing import AUTO, Opening, Wish
+    from graftage.settings import Sources
 
     name, origin = Sources.of().choice("provider")
     if name and name != AUTO:
@@ -153,7 +153,7 @@ def usual_provider(host: str | None = None) -> tuple[str, str]:
 
 def split(model: str | None) -> tuple[str | None, str | None]:
     """The provider, where one is named, and the model."""
-    from graftage._engine.plugins import Catalog  # noqa: PLC0415
+    from graftage._engine.plugins import Catalog
 
     name, colon, rest = (model or "").partition(":")
     if colon and name in Catalog().names("provider"):

@@ -16,7 +16,7 @@ __all__ = ["plugin_data", "plugins", "print_plugins"]
 
 def plugins(as_json: options.AsJson = False) -> None:
     """List providers and plugins, and why one is left out."""
-    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick
+    from graftage._engine.plugins import Catalog
 
     entries = Catalog().inspect_all()
     for broken in broken_entry_points():

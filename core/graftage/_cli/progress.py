@@ -35,7 +35,7 @@ LATE = 2.0
 
 def watcher() -> object:
     """A plugin that shows the steps a provider tells of in whatever is waited for."""
-    from graftage.hookspecs import hookimpl  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage.hookspecs import hookimpl
 
     class Watcher:
         name = "graftage-command"
@@ -78,7 +78,7 @@ class Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from graftage._engine.delivery import flush  # noqa: PLC0415
+        from graftage._engine.delivery import flush
 
         _current.reset(self._before)
         shown = -1
@@ -122,8 +122,8 @@ class Waiting:
         bars.update(self._tasks[key], description=show.cell(title), total=total, completed=completed)
 
     def _begin_bars(self) -> Progress:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
-        from rich.table import Column  # noqa: PLC0415
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.table import Column
 
         self._stop()  # A terminal shows one moving thing at a time.
         title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
@@ -148,6 +148,6 @@ class Waiting:
 
 
 def _dim(text: str) -> Text:
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
     return Text(show.cell(text), style="dim")

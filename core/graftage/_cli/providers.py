@@ -49,7 +49,7 @@ def providers(
     as_json: options.AsJson = False,
 ) -> None:
     """Compare the installed providers: how well each is, what it can do, which models it has."""
-    from graftage._engine.plugins import Catalog  # noqa: PLC0415 - `graftage --help` must be quick; so too below
+    from graftage._engine.plugins import Catalog
 
     entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
     found = _examined(sorted(entries, key=lambda entry: entry.name), timeout)
@@ -95,7 +95,7 @@ def _look(finding: Finding, timeout: float) -> None:
 
 
 def _ask(client: "Client", finding: Finding, timeout: float) -> None:
-    from graftage.settings import without_user  # noqa: PLC0415
+    from graftage.settings import without_user
 
     capabilities = client.capabilities()
     finding.features = sorted(capabilities.features)
@@ -141,7 +141,7 @@ def _names(models: Sequence[str] | None) -> str | None:
 
 def _features(found: Iterable[Finding]) -> list[str]:
     """What at least one of them can do, in the order of the contract; what the contract does not know comes last."""
-    from graftage.types import Feature  # noqa: PLC0415
+    from graftage.types import Feature
 
     able = {feature for each in found for feature in each.features or ()}
     known = [feature for feature in get_args(Feature) if feature in able]

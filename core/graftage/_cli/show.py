@@ -167,7 +167,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def console(*, error: bool = False) -> Console:
     """Where tables, bars and dimmed text go."""
-    from rich.console import Console  # noqa: PLC0415 - only what draws something pays for rich
+    from rich.console import Console  # Only what draws something pays for rich
 
     stream = sys.stderr if error else sys.stdout
     return Console(
@@ -207,7 +207,7 @@ def _plain(value: Any) -> Any:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; each cell is escaped, and folded rather than cut where the terminal is narrow."""
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
     cells = [[Text(cell(value)) for value in row] for row in rows]
     table = _table(columns, first=max((row[0].cell_len for row in cells), default=0))
@@ -218,7 +218,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 def _table(columns: Sequence[str], *, first: int) -> Table:
     """A table whose first column, which holds names, is the last to be folded."""
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
     for place, name in enumerate(columns):
@@ -230,7 +230,7 @@ def size(count: int | None) -> str | None:
     """Bytes for people: `271 MB`."""
     if count is None:
         return None
-    from rich.filesize import decimal  # noqa: PLC0415
+    from rich.filesize import decimal
 
     return decimal(count)
 

@@ -175,7 +175,7 @@ def decode(data: bytes | str) -> Any:
         ValueError: it is no JSON, or no UTF-8.
         RecursionError: it is nested too deeply.
     """
-    import msgspec  # noqa: PLC0415 - slow to import
+    import msgspec
 
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
         return msgspec.json.decode(data)
@@ -223,7 +223,7 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(text)
     except ValueError as error:
-        from pydantic import ValidationError  # noqa: PLC0415 - slow to import
+        from pydantic import ValidationError
 
         if not isinstance(error, ValidationError):
             raise

@@ -474,7 +474,7 @@ class AsyncStream(_StreamBase):
     """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
 
     def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
-        import asyncio  # noqa: PLC0415 - `import graftage` must stay light
+        import asyncio
 
         super().__init__(run, first, translate)
         self._loop = asyncio.get_running_loop()

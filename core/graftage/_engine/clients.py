@@ -36,8 +36,8 @@ class Clients:
     ) -> Http:
         """What `ConnectRequest.http` promises."""
         # A provider without HTTP does not need these.
-        from graftage.http.address import read_base  # noqa: PLC0415
-        from graftage.http.client import Http  # noqa: PLC0415
+        from graftage.http.address import read_base
+        from graftage.http.client import Http
 
         def network() -> Transport:
             return transport(self._network) if transport is not None else self._network()
@@ -78,10 +78,10 @@ class Clients:
 
     def _network(self) -> Transport:
         if self.colour == "sync":
-            from graftage.http._blocking import BlockingNetwork  # noqa: PLC0415 - only one of the two is needed
+            from graftage.http._blocking import BlockingNetwork
 
             return BlockingNetwork()
-        from graftage.http._asynchronous import AsyncNetwork  # noqa: PLC0415 - asyncio is slow to import
+        from graftage.http._asynchronous import AsyncNetwork
 
         return AsyncNetwork()
 

@@ -79,7 +79,7 @@ class Connection:
         self.waiting: Waiting = io
         """How its hooks wait."""
         if self.relay.needs_event_loop:
-            from graftage._engine.awaiting import BackgroundIO  # noqa: PLC0415 - asyncio is slow to import
+            from graftage._engine.awaiting import BackgroundIO
 
             self.waiting = BackgroundIO(io)
             clients.colour = "async"

@@ -40,7 +40,7 @@ def enable_logging() -> None:
 def log(level: str, message: str, **facts: Any) -> None:
     """Log a line where the host has enabled it."""
     if _enabled:
-        from loguru import logger  # noqa: PLC0415 - a host that does not log does not pay
+        from loguru import logger  # A host that does not log does not pay
 
         logger.bind(**facts).log(level, message)
 

@@ -32,7 +32,7 @@ def is_fault(error: BaseException) -> bool:
     A plugin may raise the same itself. But only the main thread is interrupted, only a task that was asked to end is
     cancelled, and what closes a generator comes from no `raise`. An interrupt in the main thread is always the user's.
     """
-    import asyncio  # noqa: PLC0415 - `import graftage` must stay light
+    import asyncio
 
     if isinstance(error, KeyboardInterrupt):
         return threading.current_thread() is not threading.main_thread()
@@ -46,7 +46,7 @@ def is_fault(error: BaseException) -> bool:
 
 def _by_a_statement(error: BaseException) -> bool:
     """Whether a `raise` was where it began."""
-    import opcode  # noqa: PLC0415
+    import opcode
 
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -56,7 +56,7 @@ def _by_a_statement(error: BaseException) -> bool:
 
 def _by_a_signal(error: BaseException) -> bool:
     """Whether a handler of the host's raised it: it strikes wherever the main thread is, in a plugin's code as well."""
-    import signal  # noqa: PLC0415
+    import signal
 
     handlers = [signal.getsignal(each) for each in signal.valid_signals()]
     codes = {getattr(each, "__code__", None) for each in handlers} - {None}

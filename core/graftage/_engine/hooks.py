@@ -20,7 +20,7 @@ async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
     if not hook.is_async:
         return await _result(io, submit(hook.plain, request), call)
     if hook.needs_event_loop:
-        from graftage._engine.awaiting import in_background  # noqa: PLC0415 - asyncio is slow to import
+        from graftage._engine.awaiting import in_background
 
         return await _result(io, in_background(hook.once(request)), call)
     return await io.awaited(hook.once(request), call)
@@ -31,7 +31,7 @@ def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
     if not hook.is_async:
         return Threaded(io, hook, request, call)
     if hook.needs_event_loop:
-        from graftage._engine.awaiting import OnLoop  # noqa: PLC0415 - asyncio is slow to import
+        from graftage._engine.awaiting import OnLoop
 
         return OnLoop(io, hook, request, call)
     return io.source(hook, request, call)

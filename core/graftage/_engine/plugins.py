@@ -319,7 +319,7 @@ def _unfit(dist: Any) -> str | None:
         name = re.match(r"\s*([\w.-]*)", text)
         if not name or re.sub(r"[-_.]+", "-", name[1]).lower() != "graftage" or _is_within(text):
             continue
-        from packaging import requirements  # noqa: PLC0415 - slow to import, and two bounds need no parser
+        from packaging import requirements  # Slow to import, and two bounds need no parser
 
         with contextlib.suppress(requirements.InvalidRequirement):
             wanted = requirements.Requirement(text)

@@ -274,7 +274,7 @@ def _is_type(value: object) -> bool:
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    from pydantic import TypeAdapter  # noqa: PLC0415 - tools and formats are rare, and pydantic is slow to import
+    from pydantic import TypeAdapter  # Tools and formats are rare, and pydantic is slow to import
 
     if sys.version_info < (3, 12) and typing.is_typeddict(kind):
         kind = _extended(kind)
@@ -283,7 +283,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _extended(kind: Any) -> Any:
     """A `TypedDict` as that of `typing_extensions`: before Python 3.12 pydantic reads no other."""
-    import typing_extensions  # noqa: PLC0415 - pydantic needs it, and has it installed
+    import typing_extensions  # Pydantic needs it, and has it installed
 
     required, optional = typing_extensions.Required, typing_extensions.NotRequired
     keys = {}

@@ -219,7 +219,7 @@ class Session(Connection):
         figures = await self.admission.admit(run, operation, want, model)
         figures.pop("max_tokens")
         if want.purpose is not None:
-            from graftage._engine.purposes import prefix_for  # noqa: PLC0415 - few ask for it
+            from graftage._engine.purposes import prefix_for
 
             figures["prefix"] = prefix_for(model, want.purpose)
             if figures["prefix"] is None:

@@ -270,7 +270,7 @@ def _looked_up(first: tuple[str, int], clock: Clock) -> Addresses:
 
 
 def _begin_tls(wire: _Wire, host: str, clock: Clock) -> None:
-    import ssl  # noqa: PLC0415 - only TLS needs it
+    import ssl
 
     wire.socket.settimeout(clock.left())
     wire.socket = secured = tls_context().wrap_socket(wire.socket, server_hostname=host, do_handshake_on_connect=False)

@@ -72,10 +72,10 @@ def tls_context() -> ssl.SSLContext:
     Raises:
         ConnectionFailed: the certificates cannot be read.
     """
-    import os  # noqa: PLC0415 - only TLS needs these
-    import ssl  # noqa: PLC0415
+    import os
+    import ssl
 
-    import certifi  # noqa: PLC0415
+    import certifi
 
     own = "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ
     try:

@@ -27,7 +27,7 @@ def is_patched(server: Server) -> bool:
 
 def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
     """Send a request and read all of its answer, by blocking."""
-    import http.client  # noqa: PLC0415 - it is imported already
+    import http.client
 
     (host, port), left = server.first, clock.left()
     connection: Any = (

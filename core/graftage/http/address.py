@@ -109,8 +109,8 @@ def named_proxy(url: str) -> tuple[str | None, str]:
     host = (parts.hostname or "").rstrip(".")
     if parts.scheme == UNIX or is_loopback(host):
         return None, ""
-    import os  # noqa: PLC0415 - a server on this machine does not need these, and the second is slow to import
-    import urllib.request  # noqa: PLC0415
+    import os  # A server on this machine does not need these, and the second is slow to import
+    import urllib.request
 
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

@@ -193,8 +193,8 @@ def _wait(text: str | None) -> float | None:
 
 def _date(text: str) -> float | None:
     """The time of Unix that a date means, in one of the three forms of HTTP (RFC 9110, 5.6.7) or that of ISO 8601."""
-    from datetime import UTC, datetime  # noqa: PLC0415 - needed only after a failure
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415
+    from datetime import UTC, datetime
+    from email.utils import parsedate_to_datetime
 
     for read in (parsedate_to_datetime, datetime.fromisoformat):
         with contextlib.suppress(ValueError, OverflowError):

@@ -221,7 +221,7 @@ class Http:
         and keys is not heeded. It raises httpx's own errors, with the typed one as their cause. To close it does
         nothing: its connections are those of this client.
         """
-        from graftage.http.httpx_transport import AsyncTransport, BlockingTransport  # noqa: PLC0415 - slow to import
+        from graftage.http.httpx_transport import AsyncTransport, BlockingTransport
 
         return (BlockingTransport if self.colour == "sync" else AsyncTransport)(self.base_url, self._forward)
 
@@ -317,7 +317,7 @@ class Http:
 
     def refused(self, status: int, headers: Headers, body: bytes, call: Call) -> ProviderError:
         """The typed error for an answer that refuses."""
-        from graftage.http.errors import refused  # noqa: PLC0415 - needed only after a failure
+        from graftage.http.errors import refused
 
         answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
         return refused(answer, self._refusal)
@@ -751,7 +751,7 @@ def _with_vectors(data: bytes, name: str) -> Any:
 
     `None` is for all else, which is read in the common way.
     """
-    import msgspec  # noqa: PLC0415 - slow to import
+    import msgspec
 
     _check_objects(data)
     plain = str | int | float | bool | dict[str, Any] | None

@@ -223,7 +223,7 @@ def _is_whole(session: pytest.Session) -> bool:
 @pytest.fixture
 def free_waiting() -> Iterator[None]:
     """Waiting between attempts costs no time."""
-    from graftage.retry import no_waiting  # noqa: PLC0415 # only tests that ask for it need it
+    from graftage.retry import no_waiting  # Only tests that ask for it need it
 
     with no_waiting():
         yield

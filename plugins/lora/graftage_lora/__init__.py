@@ -72,7 +72,7 @@ class LoraPlugin:
     @hookimpl
     def settings_model(self) -> type[LoraSettings]:
         """The settings of this plugin."""
-        from graftage_lora._settings import LoraSettings  # noqa: PLC0415 - to find the plugin must cost nothing
+        from graftage_lora._settings import LoraSettings
 
         return LoraSettings
 
@@ -93,8 +93,8 @@ class LoraPlugin:
 
     def _resolver(self, request: ResolveRequest | ListAdaptersRequest) -> Resolver:
         """The one for these settings: it remembers the adapters that it has read."""
-        from graftage.settings import load  # noqa: PLC0415 - to find the plugin must cost nothing
-        from graftage_lora._resolve import Resolver  # noqa: PLC0415 - NumPy, only where an adapter is named
+        from graftage.settings import load
+        from graftage_lora._resolve import Resolver  # NumPy, only where an adapter is named
 
         settings = cast("LoraSettings | None", request.settings)
         if settings is None:  # It is asked without a client.

@@ -492,7 +492,7 @@ def dequantize(tensor: Tensor, data: Any) -> npt.NDArray[np.float32]:
     Raises:
         Refused: the `gguf` package does not know the type.
     """
-    from gguf import GGMLQuantizationType, quants  # noqa: PLC0415 - a quarter of a second, only where it is needed
+    from gguf import GGMLQuantizationType, quants  # A quarter of a second, only where it is needed
 
     rows = np.frombuffer(data, np.uint8).reshape(-1, bytes_of(tensor.kind, tensor.shape[0]))
     try:

@@ -313,7 +313,7 @@ def _sum(block: Array, b: Array, a: Array, job: _Job) -> Array:
 
 def _quantize(rows: Array, kind: str) -> bytes:
     """Rows of F32 as a type of floats, or as Q8_0."""
-    from gguf import GGMLQuantizationType, quants  # noqa: PLC0415 - a quarter of a second, only where it is needed
+    from gguf import GGMLQuantizationType, quants  # A quarter of a second, only where it is needed
 
     return quants.quantize(rows, GGMLQuantizationType[kind]).tobytes()
 

@@ -54,7 +54,7 @@ class M4:
     @hookimpl
     def settings_model(self) -> type[M4Settings]:
         """The settings of this plugin."""
-        from graftage_m4._settings import M4Settings  # noqa: PLC0415 - to find the plugin must cost nothing
+        from graftage_m4._settings import M4Settings
 
         return M4Settings
 
@@ -65,7 +65,7 @@ class M4:
         policy = self.policy(settings)
         if policy is None:
             return NEVER_APPLIES
-        from graftage_m4._scene import is_here  # noqa: PLC0415 - with a policy, it has been imported
+        from graftage_m4._scene import is_here
 
         return policy.limits(query) if self._acts(settings) or is_here(query.address) else NEVER_APPLIES
 
@@ -75,7 +75,7 @@ class M4:
         Raises:
             SettingsError: one is unknown or wrong.
         """
-        from graftage.settings import load  # noqa: PLC0415 - a client has loaded them already
+        from graftage.settings import load
 
         return load(self.settings_model(), name=self.name, arguments=self.arguments).settings
 
@@ -98,9 +98,9 @@ class M4:
     def _build(self, settings: M4Settings) -> Policy | None:
         if not self._acts(settings) and (sys.platform != "darwin" or platform.machine() != "arm64"):
             return None
-        from graftage_m4._machine import Collector, Live, Recorded, read_machine  # noqa: PLC0415
-        from graftage_m4._policy import Policy  # noqa: PLC0415
-        from graftage_m4._scene import Ledger, ledger_of  # noqa: PLC0415
+        from graftage_m4._machine import Collector, Live, Recorded, read_machine
+        from graftage_m4._policy import Policy
+        from graftage_m4._scene import Ledger, ledger_of
 
         runner = self._runner
         if runner is None:

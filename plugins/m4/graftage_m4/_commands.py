@@ -41,7 +41,7 @@ ELSEWHERE = "Name a machine file with `--machine`."
 
 def _policy(machine: Path | None, *, hint: str = ELSEWHERE, **settings: Any) -> Policy:
     """What would decide here."""
-    import graftage_m4  # noqa: PLC0415 - `graftage --help` must be quick; the same holds for all such imports here
+    import graftage_m4
 
     given = {name: value for name, value in {"machine": machine, **settings}.items() if value is not None}
     policy = graftage_m4.M4(**given).policy()
@@ -51,7 +51,7 @@ def _policy(machine: Path | None, *, hint: str = ELSEWHERE, **settings: Any) -> 
 
 
 def _ground(policy: Policy) -> Ground:
-    from graftage_m4._plan import ground  # noqa: PLC0415
+    from graftage_m4._plan import ground
 
     found = ground(policy)
     if found is None:
@@ -79,7 +79,7 @@ def plan(
 
     Exit code 1 where a model that was named fits with no window.
     """
-    from graftage_m4 import _plan  # noqa: PLC0415
+    from graftage_m4 import _plan
 
     policy = _policy(machine, profile=profile, kv_type=kv_type)
     on = _ground(policy)
@@ -94,7 +94,7 @@ def plan(
 
 def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[str, Shape]:
     """The shapes of the models that a provider has, by name."""
-    import graftage  # noqa: PLC0415
+    import graftage
 
     settings: dict[str, Any] = {"host": host} if host else {}
     with graftage.connect(provider, **settings) as llm:
@@ -102,8 +102,8 @@ def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[st
 
 
 def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, Shape]]:
-    from graftage.footprint import read_shape  # noqa: PLC0415
-    from graftage_m4._scene import listed_size  # noqa: PLC0415
+    from graftage.footprint import read_shape
+    from graftage_m4._scene import listed_size
 
     models = llm.models()
     for name in names or [info.name for info in models][:MOST_MODELS]:
@@ -116,15 +116,15 @@ def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, S
 
 
 def _print_plan(table: list[Row], on: Ground, *, as_json: bool) -> None:
-    from graftage_m4 import _plan  # noqa: PLC0415
-    from graftage_m4._machine import gb  # noqa: PLC0415
+    from graftage_m4 import _plan
+    from graftage_m4._machine import gb
 
     if as_json:
         budget = {"static": on.budget.static, "cap": on.budget.cap, "source": on.budget.source, "live": on.live}
         answer = {"machine": on.title, "budget": budget, "models": [row.to_dict() for row in table]}
         typer.echo(json.dumps(answer, indent=2))
         return
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     live = "unknown" if on.live is None else gb(on.live)
     typer.echo(f"{on.title}\nbudget {on.budget.words}; free for models now: {live}")
@@ -140,16 +140,16 @@ def _print_plan(table: list[Row], on: Ground, *, as_json: bool) -> None:
 
 
 def _styled(text: str) -> Any:
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
     style = {"fits": "green", "tight": "yellow", "no": "red"}.get(text.partition(" ")[0], "")
     return Text(text, style=style)
 
 
 def _console() -> Any:
-    import sys  # noqa: PLC0415
+    import sys
 
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     # Nothing is folded where it goes to a file or a pipe.
     return Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False, emoji=False)
@@ -166,7 +166,7 @@ def watch(
     as_json: AsJson = False,
 ) -> None:
     """Show the readings of this Mac as they change, and what they allow."""
-    from graftage_m4._scene import Watch  # noqa: PLC0415
+    from graftage_m4._scene import Watch
 
     policy, rules = _policy(machine), Watch()
     turn = 0
@@ -180,7 +180,7 @@ def watch(
 
 def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
     """One look: readings, budget, and rules. What is unknown is None, with the reason beside it."""
-    from graftage_m4._plan import ground  # noqa: PLC0415
+    from graftage_m4._plan import ground
 
     readings = policy.collector.readings()
     rules = watch.rules(readings)
@@ -203,7 +203,7 @@ def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
 
 
 def _line(moment: dict[str, Any]) -> str:
-    from graftage_m4._machine import gb  # noqa: PLC0415
+    from graftage_m4._machine import gb
 
     def field(name: str, unit: str = "") -> str:
         return "unknown" if moment[name] is None else f"{moment[name]}{unit}"
@@ -231,7 +231,7 @@ def record(
     title: Annotated[str, typer.Option("--title", help="What to call the machine.")] = "",
 ) -> None:
     """Write a machine file: the readings of this Mac, without serial numbers or names."""
-    from graftage_m4._machine import record as take  # noqa: PLC0415
+    from graftage_m4._machine import record as take
 
     hint = "Record on the Mac itself; what it gave is used elsewhere with `graftage m4 plan --machine FILE`."
     taken = take(_policy(None, hint=hint).collector.runner, samples=samples, every=every)

@@ -29,7 +29,7 @@ def answers(request: AnswersRequest) -> int | None:
 @hookimpl
 def connect(request: ConnectRequest) -> object:
     """A connection; httpx and the rest are imported only now, and the engine not at all: it has its own process."""
-    from graftage_llamacpp._connection import LlamaCppConnection  # noqa: PLC0415 - listing providers must stay cheap
+    from graftage_llamacpp._connection import LlamaCppConnection
 
     settings = request.settings
     if not isinstance(settings, LlamaCppSettings):

@@ -95,7 +95,7 @@ _servers: list[Any] = []
 
 def _serve(order: dict[str, Any]) -> dict[str, Any]:
     sys.path.insert(0, order["location"])
-    import xllamacpp  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: PLC0415 - found above
+    import xllamacpp  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     if order["model"] is None:
         return {"version": xllamacpp.__version__, "error": None}

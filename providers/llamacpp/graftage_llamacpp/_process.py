@@ -534,7 +534,7 @@ def _left_in_cgroup() -> int | None:
 
 
 def _windows_memory() -> int | None:
-    import ctypes  # noqa: PLC0415 - on Windows alone
+    import ctypes  # On Windows alone
 
     class Status(ctypes.Structure):
         _fields_ = (

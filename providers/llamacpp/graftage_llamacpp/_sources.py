@@ -380,7 +380,7 @@ class HubSource:
 
     def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
         """Download it, from where an earlier download stopped."""
-        import httpx  # noqa: PLC0415 - the store is looked at without it, too
+        import httpx  # The store is looked at without it, too
 
         if self.digest is None:
             part.unlink(missing_ok=True)  # Without a digest it cannot be known whether the two halves fit.
@@ -427,7 +427,7 @@ class HubSource:
 
 def _hub() -> Any:
     try:
-        import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
+        import huggingface_hub  # An extra, and slow to import
     except ImportError as error:
         raise RequestRejected(
             "Models of the Hugging Face hub need the package `huggingface_hub`.",
@@ -470,7 +470,7 @@ def _status_error(status: int, label: str) -> ProviderError:
 
 
 def _origin(url: str) -> tuple[str, str]:
-    from urllib.parse import urlsplit  # noqa: PLC0415 - only for the hub
+    from urllib.parse import urlsplit  # Only for the hub
 
     parts = urlsplit(url)
     return parts.scheme, parts.netloc

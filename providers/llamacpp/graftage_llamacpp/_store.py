@@ -94,7 +94,7 @@ class Store:
             if self._given is not None:
                 self._folder = self._given.expanduser().absolute()
             else:
-                from platformdirs import user_data_path  # noqa: PLC0415 - not needed where a folder is given
+                from platformdirs import user_data_path
 
                 self._folder = user_data_path("graftage", appauthor=False) / "models"
         return self._folder
@@ -523,11 +523,11 @@ def _locked(lock: BinaryIO, watch: Watch, what: str) -> Iterator[PullProgress]:
 def _try_lock(lock: BinaryIO) -> bool:
     try:
         if sys.platform == "win32":
-            import msvcrt  # noqa: PLC0415 - on Windows alone
+            import msvcrt  # On Windows alone
 
             msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl  # noqa: PLC0415 - not on Windows
+            import fcntl  # Not on Windows
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

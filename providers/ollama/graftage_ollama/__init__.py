@@ -24,7 +24,7 @@ def settings_model() -> type[Settings]:
 @hookimpl
 def answers(request: AnswersRequest) -> int | None:
     """Before an engine of one's own, where the server is on this machine or was named for Graftage."""
-    from graftage.http.address import is_loopback, socket_path  # noqa: PLC0415 - listing providers must stay cheap
+    from graftage.http.address import is_loopback, socket_path
 
     url = parse_host(request.settings.host)
     here = socket_path(url) is not None or is_loopback(urlsplit(url).hostname or "")
@@ -34,6 +34,6 @@ def answers(request: AnswersRequest) -> int | None:
 @hookimpl
 def connect(request: ConnectRequest) -> object:
     """A connection; its modules are imported only now, and the `ollama` package not at all."""
-    from graftage_ollama._connection import OllamaConnection  # noqa: PLC0415 - listing providers must stay cheap
+    from graftage_ollama._connection import OllamaConnection
 
     return OllamaConnection(request, cast("OllamaSettings", request.settings))

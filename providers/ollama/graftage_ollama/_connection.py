@@ -155,7 +155,7 @@ class OllamaConnection:
 
     @hookimpl
     def native(self, request: NativeRequest) -> object:  # noqa: ARG002 - the shape is the contract's
-        from graftage_ollama._package import official_package  # noqa: PLC0415 - nothing else needs it
+        from graftage_ollama._package import official_package
 
         package = official_package()
         kind = package.Client if self._http.colour == "sync" else package.AsyncClient
@@ -210,7 +210,7 @@ class OllamaConnection:
 
 
 def _refusal(it: Answer) -> ProviderError | None:
-    from graftage_ollama._errors import refusal  # noqa: PLC0415 - needed only after a failure
+    from graftage_ollama._errors import refusal
 
     return refusal(it)
 

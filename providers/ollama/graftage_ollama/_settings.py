@@ -114,7 +114,7 @@ def _user(user: str | None, host: str, scheme: str) -> str:
     """The user and the password before a host, where they may be sent."""
     if user is None:
         return ""
-    from graftage.http import is_loopback  # noqa: PLC0415 - listing providers must stay cheap
+    from graftage.http import is_loopback
 
     if scheme != "https" and not is_loopback(host):
         _refuse_user()
