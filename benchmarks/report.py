@@ -16,12 +16,12 @@ LEGEND = (("graftage", OURS), ("socket and json", FLOOR), ("other frameworks", "
 
 def number(value: float) -> str:
     """Three digits, and no more."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # Three digits
 
 
 def times(ratio: float) -> str:
     """A ratio, in few digits."""
-    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×"  # noqa: PLR2004 - as many digits as matter
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×"  # As many digits as matter
 
 
 def markdown(found: Mapping[str, Any]) -> str:

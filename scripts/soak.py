@@ -205,7 +205,7 @@ def _faults(fake: FakeOllama, tally: Tally) -> None:
         for _ in range((len(fake.requests) - seen) // 5):
             fake.script(random.choice(PATHS), random.choice(GONE_WRONG))  # noqa: S311
             seen += 5
-        if seen > 1000:  # noqa: PLR2004 - the fake remembers for ever otherwise
+        if seen > 1000:  # The fake remembers for ever otherwise
             del fake.requests[:seen]
             seen = 0
 

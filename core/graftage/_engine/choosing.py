@@ -364,7 +364,7 @@ def _as_mapping(settings: Any) -> Mapping[Any, Any] | None:
 
 def _with_settings(member: Any) -> tuple[Any, Mapping[str, Any]]:
     """A member of a chain, and the settings that are for it alone."""
-    if isinstance(member, tuple) and len(member) == 2 and isinstance(member[1], Mapping):  # noqa: PLR2004 - a pair
+    if isinstance(member, tuple) and len(member) == 2 and isinstance(member[1], Mapping):  # A pair
         return member[0], member[1]
     return member, {}
 

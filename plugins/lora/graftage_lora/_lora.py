@@ -366,7 +366,7 @@ def _sides(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
             yield _absent(shape, base.tensors)
         return
     sides = base.tensors[shape.tensor] if base.tensors is not None else _derived(base.metadata, shape.tensor)
-    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):  # noqa: PLR2004
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         yield "gap", "has a shape in the base model that is not known"
         return
     for side, own, other in (("inputs", shape.inputs, sides[0]), ("outputs", shape.outputs, sides[1])):

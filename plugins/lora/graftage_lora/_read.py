@@ -242,7 +242,7 @@ def _invocation(value: Any) -> tuple[int, ...]:
     if not value:
         return ()
     tokens = tuple(value) if isinstance(value, (list, tuple)) else (-1,)
-    if len(tokens) > 4096 or not all(type(each) is int and 0 <= each < MAX_SIDE for each in tokens):  # noqa: PLR2004
+    if len(tokens) > 4096 or not all(type(each) is int and 0 <= each < MAX_SIDE for each in tokens):
         raise Refused("its invocation tokens are not a list of numbers of tokens")
     return tokens
 
@@ -316,7 +316,7 @@ def _leftover(name: str) -> str:
 
 def _safetensors(file: Opened) -> dict[str, Array]:
     """The tensors of a safetensors file, by the rules of its reference reader and a few more for adapters."""
-    if file.size < 8:  # noqa: PLR2004 - the length of the length
+    if file.size < 8:  # The length of the length
         raise Refused(f"`{file.name}` is too short to be safetensors")
     (length,) = struct.unpack("<Q", file.take(8, "head"))
     if length > min(MAX_HEADER, file.left):
@@ -414,7 +414,7 @@ def _gguf_halves(file: Opened, header: Header) -> tuple[Halves, int]:
                 raise Refused(_leftover(tensor.name))
             skipped += 1
             continue
-        if len(tensor.shape) != 2:  # noqa: PLR2004
+        if len(tensor.shape) != 2:
             raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; expected are 2")
         array = _gguf_array(tensor, data[tensor.offset - header.data :][: tensor.size])
         if name == EMBEDDING:

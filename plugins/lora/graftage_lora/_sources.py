@@ -373,7 +373,7 @@ class Hub:
             raise Passed(f"it does not begin with `{HUB}`")
         repository, _, revision = reference.text.removeprefix(HUB).partition("@")
         parts = repository.split("/")
-        if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):  # noqa: PLR2004
+        if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
             raise Passed(f"`{HUB}` is followed by an owner and a name, and perhaps `@` and a revision")
         return self._found(parts[0], parts[1], revision)
 

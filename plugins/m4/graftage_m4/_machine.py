@@ -296,7 +296,7 @@ def _whole(text: str | None) -> int | None:
 
 def _label_of(text: str | None) -> str | None:
     """A short text that can be shown anywhere."""
-    return text if text and text.isprintable() and len(text) < 80 else None  # noqa: PLR2004
+    return text if text and text.isprintable() and len(text) < 80 else None
 
 
 def _one_of(levels: range | tuple[int, ...], text: str | None) -> int | None:
@@ -337,7 +337,7 @@ def _label(text: str) -> str:
 def _thermal(output: Output) -> int | None:
     """The level after the one known key. Failures come on stdout with exit 0, and an unknown key reads as 0."""
     words = output.stdout.split()
-    if output.exit or len(words) != 2 or words[0] != THERMAL_KEY:  # noqa: PLR2004
+    if output.exit or len(words) != 2 or words[0] != THERMAL_KEY:
         return None
     return _one_of(THERMAL_LEVELS, words[1])
 

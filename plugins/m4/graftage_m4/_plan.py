@@ -207,7 +207,7 @@ class _Frame:
 
     def axes(self) -> str:
         step = 1.0
-        while self._top / 1e9 / step > 12:  # noqa: PLR2004
+        while self._top / 1e9 / step > 12:
             step *= 2.5 if str(step).startswith("2") else 2  # 1, 2, 5, 10 and so on
         marks = (step * place for place in range(int(self._top / 1e9 / step) + 1))
         return "".join([*map(self._mark, marks), *(self._tick(place) for place in range(len(self._windows)))])
@@ -315,4 +315,4 @@ def _text(cell: Cell) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f}s" if seconds < 120 else f"{seconds / 60:.0f}m"  # noqa: PLR2004
+    return f"{seconds:.0f}s" if seconds < 120 else f"{seconds / 60:.0f}m"

@@ -353,12 +353,12 @@ class Watch:
 
 
 def _of_memory(pressure: int, swapping: int, *, known: bool) -> Rules:
-    felt = CRITICAL if pressure >= 4 else WARNING if pressure >= 2 else SWAPS if swapping else WELL  # noqa: PLR2004
+    felt = CRITICAL if pressure >= 4 else WARNING if pressure >= 2 else SWAPS if swapping else WELL
     return felt if known else felt.and_(UNKNOWN)
 
 
 def _of_heat(thermal: int, *, known: bool) -> Rules:
-    felt = TOO_HOT if thermal >= 3 else THROTTLED if thermal == 2 else WELL  # noqa: PLR2004
+    felt = TOO_HOT if thermal >= 3 else THROTTLED if thermal == 2 else WELL
     return felt if known else felt.and_(UNFELT)
 
 

@@ -154,7 +154,7 @@ def _count(header: Header) -> str:
         total += entries
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if total >= unit:
-            return f"{total / unit:.2f}{name}" if unit < 1e9 else f"{total / unit:.1f}{name}"  # noqa: PLR2004
+            return f"{total / unit:.2f}{name}" if unit < 1e9 else f"{total / unit:.1f}{name}"
     return str(total)
 
 

@@ -350,7 +350,7 @@ class Adapters:
         try:
             await self._ask(call, "HEAD", path)
         except ProviderError as error:
-            if error.status == 404:  # noqa: PLR2004 - the only way to say no
+            if error.status == 404:  # The only way to say no
                 return False
             raise
         return True

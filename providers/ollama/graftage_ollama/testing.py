@@ -400,7 +400,7 @@ class FakeOllama:
 def _read_head(reader: IO[bytes]) -> Seen | None:
     """The next request without its body, or `None` where the client has gone or sent something else."""
     words = reader.readline().decode("latin-1").split()
-    if len(words) != 3:  # noqa: PLR2004 # method, target, version
+    if len(words) != 3:  # Method, target, version
         return None
     headers = {}
     while (line := reader.readline().decode("latin-1").strip()) and ":" in line:
@@ -541,7 +541,7 @@ def _gguf_values(data: bytes) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for _ in range(struct.unpack_from("<Q", data, 16)[0]):
         name, kind = text(), take("I")
-        if kind == 8:  # noqa: PLR2004 # a text
+        if kind == 8:  # A text
             values[name] = text()
         elif kind in sizes:
             values[name] = take(sizes[kind])
