@@ -184,7 +184,7 @@ def _tasks(place: Place, tally: Tally, count: int) -> None:
     async def one(llm: Any) -> None:
         while not tally.stop.is_set():
             task = asyncio.create_task(_do(llm, wait, place, tally))
-            if random.random() < 0.1:  # noqa: S311, PLR2004
+            if random.random() < 0.1:  # noqa: S311
                 await asyncio.sleep(random.random() * 0.01)  # noqa: S311
                 task.cancel()
                 tally.done["cancel"] += 1
