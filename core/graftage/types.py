@@ -397,25 +397,6 @@ class Ranking:
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-class _Record:
-    """Lets a record be read like a mapping, for hosts that used plain dictionaries before."""
-
-    __slots__ = ()
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self.keys():
-            return getattr(self, name)
-        raise KeyError(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field of that name, or `default`."""
-        return getattr(self, name) if name in self.keys() else default
-
-    def keys(self) -> tuple[str, ...]:
-        """The names of all fields."""
-        return tuple(each.name for each in fields(self))  # type: ignore[arg-type] # every subclass is a dataclass
-
-
 _FILE: Final = re.compile(r"[/~.\\]|[a-z]:\\|hf://|[^:]*\.gguf$", re.IGNORECASE)
 _DEFAULTS: Final = ("https://", "http://", "registry.ollama.ai/", "library/")
 """What a name may begin with and need not, from the outermost."""
@@ -438,7 +419,7 @@ def canonical_name(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo(_Record):
+class ModelInfo:
     """What is known of a model. A list knows less than `show`; what is not known is `None`."""
 
     name: str
@@ -473,7 +454,7 @@ class ModelInfo(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel(_Record):
+class LoadedModel:
     """A model in memory."""
 
     name: str

@@ -1777,14 +1777,6 @@ def test_models_are_listed_shown_loaded_and_unloaded(both: Any) -> None:
         llm.show("c")
 
 
-def test_a_record_can_also_be_read_as_a_mapping_with_its_name(both: Any) -> None:
-    (info,) = both.connect(Echo(models=["a:1"]), model="a:1").models()
-    assert (info["name"], info.get("name"), info.get("nothing", 5)) == ("a:1", "a:1", 5)
-    assert dict(info)["size"] == info.size
-    with pytest.raises(KeyError):
-        info["_private"]
-
-
 def test_no_call_lists_the_models_first(both: Any) -> None:
     echo = Echo()
     llm = both.connect(echo, model=MODEL)
