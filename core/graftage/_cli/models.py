@@ -137,7 +137,7 @@ def _facts(info: "ModelInfo") -> Iterator[tuple[str, object]]:
     yield "size", show.size(info.size)
     yield "changed", show.date(info.modified_at)
     for name in ("family", "architecture", "parameters", "quantization", "context_window"):
-        yield name.replace("_", " "), info[name]
+        yield name.replace("_", " "), getattr(info, name)
     yield "features", ", ".join(sorted(info.features)) if info.features is not None else None
     yield "parent", info.parent
     yield "adapters", ", ".join(info.adapters)

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -190,7 +191,7 @@ def print_json(value: Any) -> None:
 
 def record(facts: ModelInfo | LoadedModel) -> dict[str, Any]:
     """A record for programs."""
-    return {name: facts[name] for name in facts.keys() if name not in _HIDDEN}  # noqa: SIM118 - a record is no mapping
+    return {each.name: getattr(facts, each.name) for each in fields(facts) if each.name not in _HIDDEN}
 
 
 def _plain(value: Any) -> Any:
