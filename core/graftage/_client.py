@@ -63,7 +63,6 @@ def connect(
     provider: str | object | Sequence[str | object] | None = None,
     *,
     model: str | None = None,
-    models: Sequence[str] | None = (),
     settings: SettingsLike = None,
     plugins: Sequence[object] | None = (),
     translate_error: Callable[[GraftageError], Exception] | None = None,
@@ -81,7 +80,6 @@ def connect(
             the embedded one; that is settled once, on entering the client or at its first call. Where `host` is given,
             it is that server or none. A model that it lacks is a `ModelNotFound`, and nobody else is asked.
         model: what calls ask when they name no model.
-        models: names in order of preference; the first that is there becomes the model.
         settings: a mapping of settings, in which a plugin's are under its name, as in the file; or the path of a TOML
             file to read instead of the user's own.
         plugins: plugin objects to use besides those that are installed.
@@ -97,7 +95,6 @@ def connect(
     client = connect_async(
         provider,
         model=model,
-        models=models,
         settings=settings,
         plugins=plugins,
         translate_error=translate_error,
@@ -111,7 +108,6 @@ def connect_async(
     provider: str | object | Sequence[str | object] | None = None,
     *,
     model: str | None = None,
-    models: Sequence[str] | None = (),
     settings: SettingsLike = None,
     plugins: Sequence[object] | None = (),
     translate_error: Callable[[GraftageError], Exception] | None = None,
@@ -128,7 +124,6 @@ def connect_async(
         Wish(
             provider=provider,
             model=model,
-            models=items(models, "`models`", "a sequence of names"),
             settings=settings,
             plugins=items(plugins, "`plugins`", "a sequence of plugin objects"),
             translate=translate_error or as_it_is,
@@ -191,7 +186,7 @@ class Client:
 
         opening = Opening(self._wish)
         self._origins = opening.origins
-        if not opening.must_ask:
+        if not opening.is_auto:
             self._resolved = drive(opening.resolve(BlockingIO()))
         return lambda: drive(opening.resolve(BlockingIO()))
 

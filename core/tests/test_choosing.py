@@ -103,14 +103,9 @@ def test_auto_takes_the_server_where_it_has_the_wanted_model(both: Any, ollama: 
 
 
 @pytest.mark.usefixtures("ollama", "embedded")
-@pytest.mark.parametrize(
-    "wish", [{"model": "qwen:0.6b"}, {"models": ["qwen:0.6b", "huge:70b"]}], ids=["one", "several"]
-)
-def test_a_model_that_the_server_lacks_is_an_error_with_the_way_out_and_nobody_else_is_asked(
-    both: Any, wish: Any
-) -> None:
+def test_a_model_that_the_server_lacks_is_an_error_with_the_way_out_and_nobody_else_is_asked(both: Any) -> None:
     with pytest.raises(ModelNotFound, match=r"graftage models pull qwen:0\.6b"):
-        both.opened(**wish).chat("x")
+        both.opened(model="qwen:0.6b").chat("x")
 
 
 @pytest.mark.usefixtures("embedded")
@@ -256,11 +251,6 @@ def test_auto_prefers_a_model_that_is_in_memory(both: Any, ollama: Any) -> None:
 
 def test_auto_takes_some_model_of_the_server_where_none_is_in_memory(both: Any, ollama: Any) -> None:
     assert both.opened().model in ollama.models
-
-
-def test_auto_with_models_takes_the_server_with_the_first_that_is_there(both: Any, ollama: Any) -> None:
-    llm = both.opened(models=["huge:70b", "qwen:0.5b", "smollm2:135m"])
-    assert (llm.provider, llm.model) == ("ollama", "qwen:0.5b")
 
 
 EMBEDDING = """
@@ -435,32 +425,6 @@ def test_the_reason_names_why_the_server_was_not_taken(both: Any) -> None:
 @pytest.mark.usefixtures("no_server", "embedded")
 def test_what_was_read_for_the_other_provider_is_not_told_as_in_effect(both: Any) -> None:
     assert sorted(both.opened(model="small:1b").origins) == ["provider"]
-
-
-# --- Preferred models ------------------------------------------------------------------------------------------------
-
-
-def test_the_first_preferred_model_that_is_there_is_taken(both: Any, ollama: Any) -> None:
-    llm = both.opened("ollama", models=["huge:70b", "qwen:0.5b", "smollm2:135m"])
-    assert llm.model == "qwen:0.5b"
-    assert llm.chat("x").model == "qwen:0.5b"
-
-
-def test_where_no_preferred_model_is_there_all_of_them_are_named(both: Any, ollama: Any) -> None:
-    with pytest.raises(ModelNotFound, match=r"none of `a:1`, `b:2`.*models pull a:1"):
-        both.opened("ollama", models=["a:1", "b:2"])
-
-
-def test_preferring_models_of_a_dead_server_says_that_it_is_dead(both: Any) -> None:
-    with pytest.raises(ConnectionFailed):
-        both.opened("ollama", models=["a:1"], host=DEAD)
-
-
-def test_a_connection_whose_models_are_missing_is_closed(both: Any) -> None:
-    echo = Echo(strict=True)
-    with pytest.raises(ModelNotFound):
-        both.opened(echo, models=["a:1"])
-    assert echo.closed
 
 
 # --- Chains: what passes on ------------------------------------------------------------------------------------------
@@ -688,25 +652,6 @@ def test_each_member_may_have_a_model_of_its_own(both: Any, ollama: Any) -> None
     assert [member.model for member in llm.members] == [MODEL, "qwen:0.5b"]
     assert llm.chat("x").model == "qwen:0.5b"
     assert echo.requests[0].model == MODEL
-
-
-def test_each_member_prefers_what_it_has(both: Any) -> None:
-    first, second = Echo(models=["b:1"], strict=True), Second(models=["a:1"], strict=True)
-    llm = both.opened([first, second], models=["a:1", "b:1"])
-    assert [member.model for member in llm.members] == ["b:1", "a:1"]
-
-
-def test_a_member_without_any_preferred_model_is_skipped(both: Any) -> None:
-    first, second = Echo(models=["c:1"], strict=True), Second(models=["a:1"], strict=True)
-    reply = both.opened([first, second], models=["a:1", "b:1"]).chat("x")
-    assert (reply.provider, reply.model) == ("second", "a:1")
-    assert re.search("`echo:.*` was skipped: .*a:1", reply.warnings[0])
-
-
-def test_a_member_that_is_down_does_not_keep_a_chain_with_preferences_from_opening(both: Any, ollama: Any) -> None:
-    down = Echo([ConnectionFailed("gone")], errors={"show_model": ConnectionFailed("gone")})
-    reply = both.opened([down, "ollama"], models=["huge:70b", "qwen:0.5b"]).chat("x")
-    assert (reply.provider, reply.model) == ("ollama", "qwen:0.5b")
 
 
 # --- Chains: adapters ------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from graftage.exceptions import (
     PluginLoadError,
     ProviderError,
     ProviderNotFound,
-    RequestRejected,
     SettingsError,
 )
 from graftage.hookspecs import AnswersRequest, ConnectRequest
@@ -49,7 +48,6 @@ class Wish:
 
     provider: Any
     model: str | None = None
-    models: Sequence[str] = ()
     settings: Any = field(default=None, repr=False)
     plugins: Sequence[object] = ()
     translate: Translate = as_it_is
@@ -105,20 +103,12 @@ class Opening:
 
     @property
     def is_auto(self) -> bool:
-        """Whether the provider is still to be chosen."""
+        """Whether the provider is still to be chosen, which asks servers."""
         return not self._chained and self._names[0][0] == AUTO
 
-    @property
-    def must_ask(self) -> bool:
-        """Whether a server must be asked before the first call."""
-        return self.is_auto or bool(self._wish.models)
-
     def _check_names(self) -> None:
-        for model in (self._wish.model, *self._wish.models):
-            if model is not None:
-                check_model(model)
-        if None in self._wish.models:
-            raise RequestRejected("One of the `models` is None.", hint="Name each model.")
+        if self._wish.model is not None:
+            check_model(self._wish.model)
 
     async def resolve(self, io: IO) -> Session | Chain:
         """The session, or the chain of them."""
@@ -128,8 +118,7 @@ class Opening:
         sessions: list[Session] = []
         try:
             for member in self._members:
-                sessions.append(await self._session(member, io))
-                await self._preferring(sessions[-1])
+                sessions.append(await self._session(member, io))  # noqa: PERF401 - a failure closes those made so far
         except BaseException:
             for session in sessions:
                 await _given_back(session)
@@ -164,7 +153,7 @@ class Opening:
         return _Member(entry, model or own_model or self._default_model(), loaded)
 
     def _default_model(self) -> str | None:
-        if self._wish.model or self._wish.models:
+        if self._wish.model:
             return self._wish.model
         model, origin = self._sources.choice("model")
         if model:
@@ -226,30 +215,6 @@ class Opening:
                 clients=clients,
                 delivery=self._delivery,
             )
-
-    async def _preferring(self, session: Session) -> Session:
-        """The session with the first of the wished models that is there."""
-        wished = self._wish.models
-        if not wished:
-            return session
-        for model in wished:
-            try:
-                session.model = (await session.show(model, HEALTH_TIMEOUTS)).name
-            except ModelNotFound:
-                continue
-            except ProviderError as error:
-                if not (self._chained and error.falls_back):
-                    raise
-                session.model = model  # It is skipped as long as it is down, and asked for this when it is back.
-            return session
-        if self._chained:
-            session.model = wished[0]
-            return session
-        raise ModelNotFound(
-            f"The provider `{session.provider}` has none of {', '.join(f'`{each}`' for each in wished)}.",
-            provider=session.provider,
-            hint=f"Pull one: `graftage models pull {wished[0]}`.",
-        )
 
     # --- auto --------------------------------------------------------------------------------------------------------
 
@@ -320,7 +285,6 @@ class Opening:
     async def _with_model(self, session: Session) -> Session:
         """The session with a model where one can be found. One that was named is not looked for: the call will tell."""
         try:
-            await self._preferring(session)
             session.model = session.model or await _default_model(session)
         except BaseException:
             await _given_back(session)
