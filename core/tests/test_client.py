@@ -1010,24 +1010,6 @@ def test_a_model_that_does_not_embed_either_is_refused_as_at_first(both: Any) ->
         both.connect(Echo(errors=refusals), model=MODEL).load()
 
 
-def test_callers_at_one_time_share_one_health_check(both: Any) -> None:
-    gate = threading.Event()
-    with FakeOllama() as fake:
-        fake.script("/api/version", Answer([gate, {"version": "0.9.3"}]))
-        llm = both.connect("ollama", host=fake.url)
-        first = both.start(llm.health)
-        while not fake.requests:
-            assert not first.done()
-            time.sleep(0.001)
-        # One that waits for another caller's check has nothing to tell when its own time is over.
-        with pytest.raises(ProviderTimeout, match="not finished in time"):
-            llm.health(timeout=0.05)
-        others = [both.start(llm.health) for _ in range(4)]
-        gate.set()
-        assert [each.result(10).ok for each in (first, *others)] == [True] * 5
-        assert len(fake.requests) == 1
-
-
 @pytest.mark.parametrize(("status", "fresh", "stale"), [(200, 4.9, 5.1), (500, 0.9, 1.1)])
 def test_a_health_answer_is_believed_for_its_time_and_a_bad_one_for_less(
     both: Any, monkeypatch: pytest.MonkeyPatch, status: int, fresh: float, stale: float

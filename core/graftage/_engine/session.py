@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +19,6 @@ from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
 from graftage._engine.faults import in_words, kind_of
-from graftage._engine.health import Flight
 from graftage._engine.hooks import call_hook, open_hook
 from graftage._engine.options import read_options
 from graftage.calls import (
@@ -45,7 +43,6 @@ from graftage.exceptions import (
     ModelNotFound,
     ProtocolError,
     ProviderError,
-    ProviderTimeout,
     RequestRejected,
     ResourceLimitExceeded,
     SettingsError,
@@ -249,7 +246,7 @@ class Session(Connection):
     async def health(
         self, level: HealthLevel, model: str | None, max_age: float | None, timeout: float | Timeouts | None
     ) -> Health:
-        """How well the provider is, remembered for a little while; callers at one time share one check."""
+        """Say how well the provider is; the answer is remembered for a few seconds."""
         self._require_open()
         if level not in HEALTH_LEVELS:
             raise RequestRejected(f"There is no level {level!r}.", hint=f"Use one of {', '.join(HEALTH_LEVELS)}.")
@@ -262,38 +259,31 @@ class Session(Connection):
         if timeout is None and level != "answers":
             timeouts = HEALTH_TIMEOUTS
         key = (level, chosen)
-        flight = self.health_cache.look(key, max_age)
-        if isinstance(flight, Health):
-            return flight
-        if not flight.mine:
-            return await self._join(flight.result, timeouts)
+        cache = self.health_cache
+        known, generation = cache.get(key, max_age), cache.generation
+        if known is not None:
+            return known
         run = self.run("health", chosen, timeouts)
         with run.failing():
-            found = await self._checked(run, HealthRequest(call=run.call, level=level, model=chosen), flight)
+            found = await self._checked(run, HealthRequest(call=run.call, level=level, model=chosen))
+        cache.put(key, found, generation)
         run.end()
         run.emit("finish")
         return found
 
-    async def _checked(self, run: Run, request: HealthRequest, flight: Flight) -> Health:
-        started = time.monotonic()
+    async def _checked(self, run: Run, request: HealthRequest) -> Health:
         once = replace(request, call=replace(request.call, attempts=1))
         try:
             found = await self._looked_at(run, once)
         except CapabilityUnsupported:
-            flight.land(None)
             raise
         except Exception as error:  # noqa: BLE001 - what went wrong is the answer
             typed = self.author.typed(error)
             self.hide(typed)
             found = Health(level=request.level, reachable=False, model=request.model, error=typed)
-        except BaseException:
-            flight.land(None)  # Those who joined are told that this caller gave up.
-            raise
         if isinstance(found.error, GraftageError):
             self.hide(found.error)
-        found = replace(found, address=found.address or self.address, latency=time.monotonic() - started)
-        flight.land(found)
-        return found
+        return replace(found, address=found.address or self.address, latency=time.monotonic() - run.started)
 
     async def _looked_at(self, run: Run, request: HealthRequest) -> Health:
         """Ask the provider; a model that has to answer must be allowed to, as for any request."""
@@ -383,20 +373,6 @@ class Session(Connection):
             await self.call("embed", embed, request.call, Embeddings)
         except (CapabilityUnsupported, ModelNotFound, RequestRejected):
             raise refusal from None
-
-    async def _join(self, result: Future[Health | None], timeouts: Timeouts) -> Health:
-        try:
-            await self.io.wait(result, time.monotonic() + timeouts.total)
-        except TimeoutError as error:
-            raise ProviderTimeout(
-                "The health check was not finished in time.", phase="total", hint="Raise `timeout`."
-            ) from error
-        found = result.result()
-        if found is None:
-            raise ProviderTimeout(
-                "The health check was given up by the caller that had started it.", phase="total", hint="Ask again."
-            )
-        return found
 
     # --- Models ------------------------------------------------------------------------------------------------------
 
