@@ -319,23 +319,22 @@ def test_a_derived_model_that_somebody_deleted_is_an_error_once_and_then_made_ag
 
 
 def test_the_last_of_many_switches_at_one_time_wins(both: Any) -> None:
-    gates = {name: threading.Event() for name in ("one", "two", "three")}
+    reached, go = threading.Event(), threading.Event()
 
-    def slow(name: str) -> Callable[[Any], Patch]:
-        return lambda _: gates[name].wait(5) and Patch(name)  # type: ignore[return-value] # it is set by the test
+    def slow(request: ResolveRequest) -> Patch:
+        reached.set()
+        assert go.wait(10)
+        return Patch(request.reference)
 
-    llm = both.opened(Echo(), model=MODEL, plugins=[shelf(**{name: slow(name) for name in gates})])
-
-    def begin(name: str) -> Any:
-        switch = both.start(llm.use_adapter, name)
-        until(lambda: name in llm_asked(llm))
-        return switch
-
-    switches = [begin(name) for name in gates]
-    for name in ("three", "one", "two"):  # They end in another order than they were asked for.
-        gates[name].set()
-    for each in switches:
-        each.result(5)
+    names = ("one", "two", "three")
+    llm = both.opened(Echo(), model=MODEL, plugins=[shelf(**dict.fromkeys(names, slow))])
+    switches = []
+    for waiting, name in enumerate(names):
+        switches.append(both.start(llm.use_adapter, name))
+        assert reached.wait(10)
+        until(lambda: llm.stats().waiting == waiting)  # noqa: B023 - called at once
+    go.set()
+    assert [each.result(10).name for each in switches] == [*names]
     assert llm.chat("x").adapter == "three"
 
 
@@ -345,13 +344,6 @@ def until(truth: Callable[[], bool]) -> None:
     while not truth():
         assert time.monotonic() < end
         time.sleep(0.001)
-
-
-def llm_asked(llm: Any) -> list[str]:
-    """The switches that have been begun, by the plugin's own notes."""
-    inner = getattr(llm, "_inner", llm)
-    (plugin,) = inner._wish.plugins
-    return [request.reference for request in plugin.asked]
 
 
 def test_a_call_keeps_the_adapter_it_began_with_while_another_is_switched_to() -> None:
@@ -493,14 +485,15 @@ def test_a_switch_that_succeeds_is_in_effect_while_a_later_one_is_under_way(both
         return Patch(request.reference)
 
     llm = both.opened(Echo(), model=MODEL, plugins=[shelf(early=slow, late=slow)])
-    switches = []
-    for name, (reached, _) in gates.items():
-        switches.append(both.start(llm.use_adapter, name))
+    switches = [both.start(llm.use_adapter, "early")]
+    assert gates["early"][0].wait(10)
+    switches.append(both.start(llm.use_adapter, "late"))
+    for (reached, go), switch, name, before in zip(gates.values(), switches, gates, (None, "early"), strict=True):
         assert reached.wait(10)
-    for (_, go), switch, name in zip(gates.values(), switches, gates, strict=True):
+        assert llm.stats().active_adapter == before
         go.set()
         assert switch.result(10).name == name
-        assert llm.stats().active_adapter == name
+    assert llm.chat("x").adapter == "late"
 
 
 def test_two_names_of_one_content_are_each_named_as_they_were_asked_for(both: Any) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,10 +53,8 @@ class Adapters:
         self._session = session
         self._admission = admission
         self._state = _State()
-        self._lock = threading.Lock()
-        self._tickets = itertools.count(1)
-        self._settled = 0
-        """The ticket of the latest switch that has come to its end."""
+        self._switches = gates.Gate()
+        """One switch at a time: the last one that was asked for is in effect at the end."""
         self._loaded: dict[tuple[str, str], LoadedAdapter] = {}
 
     @property
@@ -68,26 +64,28 @@ class Adapters:
         return loaded.name if loaded else None
 
     @contextlib.contextmanager
-    def switching(self, reference: Any) -> Iterator[int]:
+    def switching(self, reference: Any) -> Iterator[None]:
         """A switch from its first look at the arguments to its end; whatever ends it early is its failure."""
-        ticket = next(self._tickets)
         try:
-            yield ticket
+            yield
         except BaseException as error:
-            self._settle(ticket, _State(str(reference), error=error))
+            self._state = _State(str(reference), error=error)
             raise
 
     async def switch(
-        self, ticket: int, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"], force: bool
+        self, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"], force: bool
     ) -> LoadedAdapter | None:
-        """Make an adapter the active one; of several switches at one time, the one that was asked for last wins."""
+        """Make an adapter the active one, after any switch that is under way."""
         check_on_missing(on_missing)
         read_flag("force", force)
-        state = _State()
-        if reference is not None:
-            state = await self._switched(read_reference(reference), model, run, on_missing, force=force)
-        self._settle(ticket, state)
-        return self._state.loaded
+        name = None if reference is None else read_reference(reference)
+        await self._admission.granted(self._switches, self._switches.enter(1), run.call)
+        try:
+            state = _State() if name is None else await self._switched(name, model, run, on_missing, force=force)
+            self._state = state
+        finally:
+            self._switches.leave()
+        return state.loaded
 
     async def _switched(self, reference: str, model: str, run: Run, on_missing: str, *, force: bool) -> _State:
         try:
@@ -98,11 +96,6 @@ class Adapters:
             note = f"The adapter `{reference}` was not found; the base model answers."
             return _State(None, model, warnings=(note,))
         return _State(reference, model, loaded, force=force)
-
-    def _settle(self, ticket: int, state: _State) -> None:
-        with self._lock:
-            if ticket > self._settled:
-                self._settled, self._state = ticket, state
 
     async def for_call(self, want: Wants, model: str, run: Run) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
         """The adapter one call answers with, and warnings: a snapshot, whatever is switched meanwhile."""

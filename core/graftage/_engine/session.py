@@ -519,11 +519,11 @@ class Session(Connection):
     ) -> LoadedAdapter | None:
         """Switch the adapter of all calls that follow."""
         self._require_open()
-        with self.adapters.switching(reference) as ticket:
+        with self.adapters.switching(reference):
             name = self.choose_model(model) if reference is not None else ""
             run = self.run("use_adapter", name or None, self.timeouts(timeout))
             with run.failing():
-                active = await self.adapters.switch(ticket, reference, name, run, on_missing=on_missing, force=force)
+                active = await self.adapters.switch(reference, name, run, on_missing=on_missing, force=force)
         run.end()
         run.emit("finish", adapter=active.name if active else None)
         return active
