@@ -861,21 +861,6 @@ def test_an_async_client_says_that_it_needs_asyncio(use: Callable[[Any], Any], o
     assert asyncio.run(llm.chat("y")).text == "y"
 
 
-def test_a_call_in_a_loop_that_was_closed_gives_its_slot_back() -> None:
-    pause = Pause()
-    llm = graftage.connect_async(
-        Echo([[Chunk(text="a"), pause, Chunk(finish_reason="stop")], "free"]), model=MODEL, concurrency=1
-    )
-    loop = asyncio.new_event_loop()
-    held = loop.create_task(llm.chat("x"))
-    while not pause.reached.is_set():
-        loop.run_until_complete(asyncio.sleep(0.001))
-    loop._ready.clear()  # type: ignore[attr-defined] # as a host does that stops in the middle
-    loop.close()
-    held._log_destroy_pending = False  # type: ignore[attr-defined] # asyncio complains of the host, and rightly
-    assert asyncio.run(llm.chat("y", timeout=10)).text == "free"
-
-
 def test_a_call_whose_client_is_closed_under_it_says_so(both: Any) -> None:
     pause = Pause()
     llm = both.connect(Echo([[Chunk(text="a"), pause, Chunk(finish_reason="stop")]]), model=MODEL, concurrency=1)
@@ -899,20 +884,6 @@ def test_a_pull_within_its_own_progress_is_refused_instead_of_waiting_for_itself
         with pytest.raises(RequestRejected, match="wait for itself"):
             llm.pull(on_progress=again)
         assert llm.pull().status == "success"
-
-
-def test_a_stream_that_nobody_reads_gives_its_slot_back_at_its_deadline(both: Any) -> None:
-    echo = Echo([[Chunk(text="a"), Chunk(text="b"), Chunk(finish_reason="stop")], "free"])
-    llm = both.connect(echo, model=MODEL, concurrency=1)
-    stream = llm.chat("x", timeout=0.05, stream=True)
-    assert llm.chat("y", timeout=10).text == "free"
-    assert llm.stats().running == 0
-    assert next(stream).text == "a"  # It had come before the call returned.
-    with pytest.raises(ProviderTimeout, match=r"within 0\.05 s") as caught:
-        next(stream)
-    assert caught.value.partial is not None
-    assert (caught.value.phase, caught.value.partial.text) == ("total", "a")
-    assert (llm.stats().running, llm.stats().failures) == (0, 1)
 
 
 def test_two_tasks_that_read_one_stream_lose_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Admission"]
 
 T = TypeVar("T")
-LOOK = 1.0
-"""Seconds after which one who waits for a slot looks for streams that were left unread past their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +85,6 @@ class Admission:
             if value is not None and read is not None and name not in read:
                 yield f"`{name}` has no effect: the provider `{self._session.provider}` does not read it."
 
-    def watch(self, run: Run) -> None:
-        """Take back what an answer holds, where its reader never comes back."""
-        gate = self.gate
-        gate.hold(run)
-        run.at_end(lambda: gate.let_go(run))
-
     async def granted(self, gate: Gate, granted: Future[None], call: Call) -> None:
         """Wait for a slot, and give the place up where the waiting ends otherwise.
 
@@ -105,8 +96,7 @@ class Admission:
         counters = self._session.counters
         counters.add(waiting=1)
         try:
-            while not await self._looked(granted, call.deadline):
-                gate.take_back()
+            await self._session.io.wait(granted, call.deadline)
         except TimeoutError as error:
             gate.withdraw(granted)
             raise ProviderTimeout(
@@ -119,21 +109,6 @@ class Admission:
             raise
         finally:
             counters.add(waiting=-1)
-
-    async def _looked(self, granted: Future[None], deadline: float) -> bool:
-        """Wait a little while; whether the slot was granted.
-
-        Raises:
-            TimeoutError: the deadline passed.
-        """
-        until = min(deadline, time.monotonic() + LOOK)
-        try:
-            await self._session.io.wait(granted, until)
-        except TimeoutError:
-            if until == deadline:
-                raise
-            return False
-        return True
 
     async def _take_slot(self, run: Run, limits: Limits | None) -> None:
         gate = self.gate

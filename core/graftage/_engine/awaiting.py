@@ -134,9 +134,6 @@ class _Awaited:
             self._reader = None
             self._read.set()
 
-    def gone(self) -> bool:
-        return self._loop.is_closed()
-
     def _was_ended(self, cancels: int) -> bool:
         """Whether the cancellation that arrived is ours alone; then it is taken back."""
         return self._over is not None and self._reader is not None and self._reader.uncancel() <= cancels

@@ -106,7 +106,6 @@ class Run:
     fold: Fold = field(default_factory=Fold)
     reply: Reply | None = None
     ended: bool = False
-    reading: bool = False
     stopped: bool = False
     """Whether the reader wants no more: an end without a last chunk is then no fault."""
     closed: Callable[[], bool] = field(default=lambda: False)
@@ -153,10 +152,7 @@ class Run:
         over = self.stopped or self.reply is not None
         if source is None or over:
             return None
-        self.reading = True
         try:
-            if self.ended:  # Its slot was taken back: `forgotten`.
-                raise self.call.timed_out()
             chunk: Any = await source.pull()
             if self.stopped:
                 await self.abandon()
@@ -179,8 +175,6 @@ class Run:
         except BaseException as error:  # noqa: BLE001 - raised again, unless its reader has stopped it
             await self._broken(error)
             return None
-        finally:
-            self.reading = False
         taken: Chunk = chunk
         return taken
 
@@ -230,12 +224,6 @@ class Run:
         if self.reply is None:  # pragma: no cover - the engine reads it to its end, or raises
             raise RuntimeError("the answer has not been read to its end")
         return self.reply
-
-    def forgotten(self) -> bool:
-        """Whether its time is over and nobody reads it, or can."""
-        if self.source is not None and self.source.gone():
-            return True
-        return not self.reading and time.monotonic() > self.call.deadline
 
     def _finish(self, last: Chunk) -> None:
         reply = self.so_far()

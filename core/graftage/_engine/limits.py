@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from graftage.exceptions import Overloaded, RequestRejected
 from graftage.types import Limits, canonical_name
@@ -76,18 +76,6 @@ def clamp(wanted: Mapping[str, Any], limits: Limits | None, *, force: bool = Fal
     return clamped, warnings
 
 
-class Held(Protocol):
-    """A stream, which holds a slot between two reads, when nothing of it runs."""
-
-    def forgotten(self) -> bool:
-        """Whether its time is over and nobody reads it."""
-        ...
-
-    def end(self) -> None:
-        """Give back what it holds, once."""
-        ...
-
-
 @dataclass(slots=True)
 class _Waiter:
     granted: Future[None]
@@ -130,7 +118,6 @@ class Gate:
         self._waiting: deque[_Waiter] = deque()
         self._models: Counter[str] = Counter()
         self._movers: list[_Move] = []
-        self._streams: dict[int, Held] = {}
         self._policy_lock: Gate | None = None
         self.running = 0
         self._returns: deque[str | None] = deque()
@@ -176,7 +163,6 @@ class Gate:
         Raises:
             Overloaded: more than `queued` are waiting already.
         """
-        self.take_back()
         with self.locked():
             if not (self._waiting or self._full(limit)):
                 self.running += 1
@@ -219,7 +205,6 @@ class Gate:
 
     def in_use(self) -> dict[str, int]:
         """Models that requests are using or will use, and how many requests."""
-        self.take_back()
         with self.locked():
             return {model: count for model, count in self._models.items() if count > 0}
 
@@ -233,20 +218,6 @@ class Gate:
         with self.locked():
             self._movers.append(moved)
         return moved
-
-    def hold(self, stream: Held) -> None:
-        """Note a stream until `let_go`, since its reader may never come back."""
-        self._streams[id(stream)] = stream
-
-    def let_go(self, stream: Held) -> None:
-        """The stream has ended."""
-        self._streams.pop(id(stream), None)
-
-    def take_back(self) -> None:
-        """End the streams whose readers never came back in time."""
-        for stream in list(self._streams.values()):
-            if stream.forgotten():
-                stream.end()
 
     def _full(self, limit: int | None) -> bool:
         return limit is not None and self.running >= max(limit, 1)

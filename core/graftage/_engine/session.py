@@ -111,7 +111,6 @@ class Session(Connection):
                 request = await self._inference_request(run, operation, want, model)
                 run.request = self._as_read(request)
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
-                self.admission.watch(run)
             first = await run.pull()
             while not stream and run.reply is None:
                 await run.pull()

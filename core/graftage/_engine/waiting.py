@@ -39,10 +39,6 @@ class Source(Protocol):
         """Gives the next chunk, or None at the end."""
         ...
 
-    def gone(self) -> bool:
-        """Whether nobody can read on: its event loop is closed."""
-        ...
-
     async def close(self) -> None:
         """Stop the provider's work, a pending `pull` of another task too. Safe to call twice."""
         ...
@@ -122,9 +118,6 @@ class _Pulled:
         self._chunks = hook(request)
         self.pull = partial(anext, self._chunks, None)
 
-    def gone(self) -> bool:
-        return False
-
     async def close(self) -> None:
         await self._chunks.aclose()
 
@@ -168,9 +161,6 @@ class Elsewhere:
 
     async def _next(self, until: float) -> Any:
         raise NotImplementedError
-
-    def gone(self) -> bool:
-        return False
 
 
 class Threaded(Elsewhere):
