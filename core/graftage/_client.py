@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graftage._engine.arguments import (
+        CallOptions,
         ChatArguments,
         EmbedArguments,
         GenerateArguments,
         RerankArguments,
         Timeout,
-        Wants,
     )
-    from graftage._engine.choosing import Wish
+    from graftage._engine.choosing import ConnectOptions
     from graftage._engine.fallback import Chain
     from graftage._engine.inputs import Messages
     from graftage._engine.session import Session
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         Stats,
     )
 
-    Reader = Callable[[Any, Mapping[str, Any]], Wants]
+    Reader = Callable[[Any, Mapping[str, Any]], CallOptions]
     SettingsLike = Mapping[str, Any] | Settings | str | Path | None
 
 __all__ = ["AsyncClient", "Client", "connect", "connect_async"]
@@ -101,7 +101,7 @@ def connect(
         env_prefix=env_prefix,
         **overrides,
     )
-    return Client(client._wish)  # noqa: SLF001 - one way to read the arguments
+    return Client(client._options)  # noqa: SLF001 - one way to read the arguments
 
 
 def connect_async(
@@ -115,13 +115,13 @@ def connect_async(
     **overrides: Any,
 ) -> AsyncClient:
     """`connect` for asyncio. A plain function: the client opens on `async with`, or at its first call."""
-    from graftage._engine.choosing import Wish
+    from graftage._engine.choosing import ConnectOptions
     from graftage._engine.inputs import items, rejected
 
     if translate_error is not None and not callable(translate_error):
         raise rejected("`translate_error`", "a function that makes an error of an error", translate_error)
     return AsyncClient(
-        Wish(
+        ConnectOptions(
             provider=provider,
             model=model,
             settings=settings,
@@ -160,15 +160,15 @@ def _translate_errors_async(method: Callable[P, Coroutine[Any, Any, T]]) -> Call
 
 
 def _translate_of(client: Any) -> Translate:
-    wish: Wish = client._wish  # noqa: SLF001 - one module, one thing
-    return wish.translate
+    options: ConnectOptions = client._options  # noqa: SLF001 - one module, one thing
+    return options.translate
 
 
 class Client:
     """A provider's connection for threads. Made by `connect`; close it, or use it as a context manager."""
 
-    def __init__(self, wish: Wish, session: Session | None = None) -> None:
-        self._wish = wish
+    def __init__(self, options: ConnectOptions, session: Session | None = None) -> None:
+        self._options = options
         self._lock = threading.Lock()
         self._closed = False
         self._origins: Mapping[str, str] = {}
@@ -177,14 +177,14 @@ class Client:
             try:
                 self._resolve = self._opened()
             except GraftageError as error:
-                raise_translated(error, wish.translate)
+                raise_translated(error, options.translate)
 
     def _opened(self) -> Callable[[], Session | Chain]:
         """Find and check everything; what is left is settled at once where no server must be asked for it."""
         from graftage._engine.choosing import Opening
         from graftage._engine.waiting import BlockingIO
 
-        opening = Opening(self._wish)
+        opening = Opening(self._options)
         self._origins = opening.origins
         if not opening.is_auto:
             self._resolved = drive(opening.resolve(BlockingIO()))
@@ -223,7 +223,7 @@ class Client:
     def members(self) -> tuple[Client, ...]:
         """The providers of a chain, each as a client; this client alone where it is no chain."""
         sessions = getattr(self._session, "sessions", None)
-        return tuple(Client(self._wish, each) for each in sessions) if sessions else (self,)
+        return tuple(Client(self._options, each) for each in sessions) if sessions else (self,)
 
     @property
     @_translate_errors
@@ -273,11 +273,11 @@ class Client:
             AdapterError: the adapter cannot be used.
             ResourceLimitExceeded: a policy refused.
         """
-        from graftage._engine.arguments import chat_wants
+        from graftage._engine.arguments import read_chat
 
         session = self._session
-        run, first = drive(session.infer("chat", session.read(chat_wants, messages, arguments), stream=stream))
-        return Stream(run, first, self._wish.translate) if stream else run.whole()
+        run, first = drive(session.infer("chat", session.read(read_chat, messages, arguments), stream=stream))
+        return Stream(run, first, self._options.translate) if stream else run.whole()
 
     @overload
     def generate(
@@ -302,11 +302,11 @@ class Client:
         Raises:
             ProviderError: as for `chat`.
         """
-        from graftage._engine.arguments import generate_wants
+        from graftage._engine.arguments import read_generate
 
         session = self._session
-        run, first = drive(session.infer("generate", session.read(generate_wants, prompt, arguments), stream=stream))
-        return Stream(run, first, self._wish.translate) if stream else run.whole()
+        run, first = drive(session.infer("generate", session.read(read_generate, prompt, arguments), stream=stream))
+        return Stream(run, first, self._options.translate) if stream else run.whole()
 
     @_translate_errors
     def embed(self, inputs: str | Sequence[str], **arguments: Unpack[EmbedArguments]) -> Embeddings:
@@ -320,9 +320,9 @@ class Client:
                 `purpose`: `"query"` or `"document"`: each input gets the prefix that the model was trained with, such
                 as `search_query: `; a model of which none is known gets a warning on the result.
         """
-        from graftage._engine.arguments import embed_wants
+        from graftage._engine.arguments import read_embed
 
-        return drive(self._session.embed(self._session.read(embed_wants, inputs, arguments)))
+        return drive(self._session.embed(self._session.read(read_embed, inputs, arguments)))
 
     @_translate_errors
     def rerank(self, query: str, documents: Sequence[str], **arguments: Unpack[RerankArguments]) -> Ranking:
@@ -337,10 +337,10 @@ class Client:
         Raises:
             CapabilityUnsupported: the provider or the model cannot; nothing was sent where the provider cannot.
         """
-        from graftage._engine.arguments import rerank_wants
+        from graftage._engine.arguments import read_rerank
 
         session = self._session
-        return drive(session.rerank(session.read(partial(rerank_wants, query), documents, arguments)))
+        return drive(session.rerank(session.read(partial(read_rerank, query), documents, arguments)))
 
     @_translate_errors
     def count_tokens(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> int:
@@ -357,10 +357,10 @@ class Client:
             CapabilityUnsupported: the provider cannot count.
             ContextOverflow: the conversation does not fit, and the server counts only what does.
         """
-        from graftage._engine.arguments import chat_wants
+        from graftage._engine.arguments import read_chat
 
         session = self._session.single()
-        return drive(session.count_tokens(session.read(chat_wants, messages, arguments)))
+        return drive(session.count_tokens(session.read(read_chat, messages, arguments)))
 
     @_translate_errors
     def health(
@@ -575,7 +575,9 @@ class Client:
         self.close()
 
 
-async def _read_off_loop(session: Session | Chain, reader: Reader, subject: Any, arguments: Mapping[str, Any]) -> Wants:
+async def _read_off_loop(
+    session: Session | Chain, reader: Reader, subject: Any, arguments: Mapping[str, Any]
+) -> CallOptions:
     """Read the arguments of a call, in a thread where that may take the time of a file."""
     from graftage._engine.arguments import may_read_files
 
@@ -600,8 +602,8 @@ def _check_asyncio() -> None:
 class AsyncClient:
     """A provider's connection for asyncio; the methods are those of `Client`. Works from several event loops."""
 
-    def __init__(self, wish: Wish, session: Session | None = None) -> None:
-        self._wish = wish
+    def __init__(self, options: ConnectOptions, session: Session | None = None) -> None:
+        self._options = options
         self._lock = threading.Lock()
         self._closed = False
         self._origins: Mapping[str, str] = {}
@@ -646,7 +648,7 @@ class AsyncClient:
 
         try:
             # It imports and reads files: not on the event loop.
-            found = await asyncio.wrap_future(submit(Opening, self._wish))
+            found = await asyncio.wrap_future(submit(Opening, self._options))
             session = await found.resolve(AwaitingIO())
             with self._lock:
                 late = self._opening is not opening
@@ -684,7 +686,7 @@ class AsyncClient:
     def members(self) -> tuple[AsyncClient, ...]:
         """As `Client.members`, once the client is open."""
         sessions = getattr(self._ready(), "sessions", None)
-        return tuple(AsyncClient(self._wish, each) for each in sessions) if sessions else (self,)
+        return tuple(AsyncClient(self._options, each) for each in sessions) if sessions else (self,)
 
     @property
     def settings(self) -> Settings:
@@ -711,12 +713,12 @@ class AsyncClient:
         self, messages: Messages, *, stream: bool = False, **arguments: Unpack[ChatArguments]
     ) -> Reply | AsyncStream:
         """As `Client.chat`."""
-        from graftage._engine.arguments import chat_wants
+        from graftage._engine.arguments import read_chat
 
         session = await self._open()
-        want = await _read_off_loop(session, chat_wants, messages, arguments)
+        want = await _read_off_loop(session, read_chat, messages, arguments)
         run, first = await session.infer("chat", want, stream=stream)
-        return AsyncStream(run, first, self._wish.translate) if stream else run.whole()
+        return AsyncStream(run, first, self._options.translate) if stream else run.whole()
 
     @overload
     async def generate(
@@ -733,36 +735,36 @@ class AsyncClient:
         self, prompt: str, *, stream: bool = False, **arguments: Unpack[GenerateArguments]
     ) -> Reply | AsyncStream:
         """As `Client.generate`."""
-        from graftage._engine.arguments import generate_wants
+        from graftage._engine.arguments import read_generate
 
         session = await self._open()
-        want = await _read_off_loop(session, generate_wants, prompt, arguments)
+        want = await _read_off_loop(session, read_generate, prompt, arguments)
         run, first = await session.infer("generate", want, stream=stream)
-        return AsyncStream(run, first, self._wish.translate) if stream else run.whole()
+        return AsyncStream(run, first, self._options.translate) if stream else run.whole()
 
     @_translate_errors_async
     async def embed(self, inputs: str | Sequence[str], **arguments: Unpack[EmbedArguments]) -> Embeddings:
         """As `Client.embed`."""
-        from graftage._engine.arguments import embed_wants
+        from graftage._engine.arguments import read_embed
 
         session = await self._open()
-        return await session.embed(session.read(embed_wants, inputs, arguments))
+        return await session.embed(session.read(read_embed, inputs, arguments))
 
     @_translate_errors_async
     async def rerank(self, query: str, documents: Sequence[str], **arguments: Unpack[RerankArguments]) -> Ranking:
         """As `Client.rerank`."""
-        from graftage._engine.arguments import rerank_wants
+        from graftage._engine.arguments import read_rerank
 
         session = await self._open()
-        return await session.rerank(session.read(partial(rerank_wants, query), documents, arguments))
+        return await session.rerank(session.read(partial(read_rerank, query), documents, arguments))
 
     @_translate_errors_async
     async def count_tokens(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> int:
         """As `Client.count_tokens`."""
-        from graftage._engine.arguments import chat_wants
+        from graftage._engine.arguments import read_chat
 
         session = (await self._open()).single()
-        return await session.count_tokens(await _read_off_loop(session, chat_wants, messages, arguments))
+        return await session.count_tokens(await _read_off_loop(session, read_chat, messages, arguments))
 
     @_translate_errors_async
     async def health(

@@ -669,7 +669,7 @@ def test_a_setting_that_is_wrong_is_told_without_its_value(both: Any) -> None:
 
 def test_what_a_client_was_asked_for_shows_no_secret(both: Any) -> None:
     llm = graftage.connect(Echo(), model=MODEL, api_key=KEY, settings={"headers": {"X-Key": KEY}})
-    assert KEY not in repr(llm._wish)
+    assert KEY not in repr(llm._options)
     assert KEY not in repr(vars(llm))
     llm.close()
 

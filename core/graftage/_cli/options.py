@@ -142,13 +142,13 @@ def tell_if_embedded(client: "Client") -> None:
 
 def usual_provider(host: str | None = None) -> tuple[str, str]:
     """The provider that is asked first where none is named, and why it."""
-    from graftage._engine.choosing import AUTO, Opening, Wish
+    from graftage._engine.choosing import AUTO, ConnectOptions, Opening
     from graftage.settings import Sources
 
     name, origin = Sources.of().choice("provider")
     if name and name != AUTO:
         return name.partition(":")[0], origin
-    return Opening(Wish(provider=AUTO, overrides=given({"host": host}))).ranked()[0], DEFAULT
+    return Opening(ConnectOptions(provider=AUTO, overrides=given({"host": host}))).ranked()[0], DEFAULT
 
 
 def split(model: str | None) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftage._engine import limits as gates
-from graftage._engine.arguments import Wants, read_flag, read_reference
+from graftage._engine.arguments import CallOptions, read_flag, read_reference
 from graftage._engine.faults import in_words
 from graftage._records import dataclass
 from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
@@ -89,7 +89,7 @@ class Adapters:
 
     async def _switched(self, reference: str, model: str, run: Run, on_missing: str, *, force: bool) -> _State:
         try:
-            loaded = await self._load(reference, model, run, Wants(force=force))
+            loaded = await self._load(reference, model, run, CallOptions(force=force))
         except AdapterNotFound:
             if on_missing != "base":
                 raise
@@ -97,12 +97,12 @@ class Adapters:
             return _State(None, model, warnings=(note,))
         return _State(reference, model, loaded, force=force)
 
-    async def for_call(self, want: Wants, model: str, run: Run) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
+    async def for_call(self, asked: CallOptions, model: str, run: Run) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
         """The adapter one call answers with, and warnings: a snapshot, whatever is switched meanwhile."""
-        if want.adapter is None:
+        if asked.adapter is None:
             return None, ()
-        if want.adapter is not ACTIVE:
-            return await self._load(read_reference(want.adapter), model, run, want), ()
+        if asked.adapter is not ACTIVE:
+            return await self._load(read_reference(asked.adapter), model, run, asked), ()
         state = self._state
         if state.error is not None:
             raise _again(state)
@@ -110,7 +110,7 @@ class Adapters:
             return state.loaded, state.warnings
         if canonical_name(state.model) == canonical_name(model) and self._holds(state.loaded):
             return state.loaded, state.warnings
-        forced = replace(want, force=want.force or state.force)
+        forced = replace(asked, force=asked.force or state.force)
         return await self._load(state.reference, model, run, forced), state.warnings
 
     def _holds(self, loaded: LoadedAdapter | None) -> bool:
@@ -139,12 +139,12 @@ class Adapters:
         """Load everything anew."""
         self._loaded.clear()
 
-    async def _load(self, reference: str, model: str, run: Run, want: Wants) -> LoadedAdapter:
+    async def _load(self, reference: str, model: str, run: Run, asked: CallOptions) -> LoadedAdapter:
         session, call = self._session, run.call
         session.require("load_adapter")
         adapter = await self.resolve(reference, model, call)
         with session.relay.contained:  # Its attributes may be properties.
-            warnings = _checked(adapter, reference, model, force=want.force)
+            warnings = _checked(adapter, reference, model, force=asked.force)
             key = (adapter.digest, canonical_name(model))
         loaded = self._loaded.get(key)
         if loaded is None:
@@ -153,19 +153,19 @@ class Adapters:
             try:
                 loaded = self._loaded.get(key)
                 if loaded is None:
-                    loaded = self._loaded[key] = await self._loaded_now(adapter, model, run, want)
+                    loaded = self._loaded[key] = await self._loaded_now(adapter, model, run, asked)
             finally:
                 gate.leave()
         # Two references may have the same content: what is loaded once answers under the name that was asked for.
         return replace(loaded, name=adapter.name, warnings=(*warnings, *loaded.warnings))
 
-    async def _loaded_now(self, adapter: Adapter, model: str, run: Run, want: Wants) -> LoadedAdapter:
+    async def _loaded_now(self, adapter: Adapter, model: str, run: Run, asked: CallOptions) -> LoadedAdapter:
         """Let the provider load it. That brings the model into memory, so the policies must allow it first."""
         session = self._session
-        allowed = await self._admission.allow(run, "load_adapter", want, model)
+        allowed = await self._admission.allow(run, "load_adapter", asked, model)
         try:
             figures = {name: allowed.figures[name] for name in ("keep_alive", "context_window")}
-            request = LoadAdapterRequest(call=run.call, adapter=adapter, model=model, force=want.force, **figures)
+            request = LoadAdapterRequest(call=run.call, adapter=adapter, model=model, force=asked.force, **figures)
             loaded: LoadedAdapter = await session.call("load_adapter", request, run.call, LoadedAdapter)
             return loaded
         finally:

@@ -16,7 +16,7 @@ from graftage.exceptions import ModelNotFound, PluginError, ProviderError, Provi
 from graftage.types import NEVER_APPLIES, Limits
 
 if TYPE_CHECKING:
-    from graftage._engine.arguments import Wants
+    from graftage._engine.arguments import CallOptions
     from graftage._engine.call import Run
     from graftage._engine.connection import Connection
     from graftage._engine.limits import Gate
@@ -51,9 +51,9 @@ class Admission:
         """The slots of the server. Looked up each time: in a process that was forked off there is another."""
         return gates.gate_for(self._session.provider, self._session.address)
 
-    async def admit(self, run: Run, operation: str, want: Wants, model: str) -> dict[str, Any]:
+    async def admit(self, run: Run, operation: str, asked: CallOptions, model: str) -> dict[str, Any]:
         """Ask the policies, unload what they name, clamp, and take a slot; the figures that the request may have."""
-        allowed = await self.allow(run, operation, want, model)
+        allowed = await self.allow(run, operation, asked, model)
         run.at_end(allowed.give_back)
         run.limits = allowed.limits
         run.warnings = (*run.warnings, *allowed.warnings)
@@ -61,21 +61,21 @@ class Admission:
         run.emit("admitted")
         return allowed.figures
 
-    async def allow(self, run: Run, operation: str, want: Wants, model: str) -> Allowed:
+    async def allow(self, run: Run, operation: str, asked: CallOptions, model: str) -> Allowed:
         """Ask the policies, unload what they name, and clamp. The model counts as in use until it is given back."""
         session = self._session
         wanted = {
-            "keep_alive": session.keep_alive(want.keep_alive),
-            "context_window": want.context_window or session.settings.context_window,
-            "max_tokens": want.max_tokens,
+            "keep_alive": session.keep_alive(asked.keep_alive),
+            "context_window": asked.context_window or session.settings.context_window,
+            "max_tokens": asked.max_tokens,
         }
         policies = session.relay.each("resource_limits")
         if policies:
-            limits, give_back = await self._as_policies_say(run, operation, want, model, wanted)
+            limits, give_back = await self._as_policies_say(run, operation, asked, model, wanted)
         else:
             limits, give_back = None, self._reserve(model)
         limits = gates.with_concurrency(limits, session.settings.concurrency)
-        figures, warnings = gates.clamp(wanted, limits, force=want.force)
+        figures, warnings = gates.clamp(wanted, limits, force=asked.force)
         return Allowed(figures, limits, (*warnings, *self._without_effect(wanted)), give_back)
 
     def _without_effect(self, wanted: Mapping[str, Any]) -> Iterator[str]:
@@ -125,13 +125,13 @@ class Admission:
     # --- Policies ----------------------------------------------------------------------------------------------------
 
     async def _as_policies_say(
-        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
+        self, run: Run, operation: str, asked: CallOptions, model: str, wanted: Mapping[str, Any]
     ) -> tuple[Limits | None, Callable[[], None]]:
         """What the policies allow, once those models have gone that must; the model is then reserved."""
         lock = self.gate.policy_lock
         with gates.inside(lock, "A policy made a request to the server that it was deciding about."):
             await self.granted(lock, lock.enter(1, self._most_waiting), run.call)
-            return await self._locked(lock, run, model, self._query(run, operation, want, model, wanted))
+            return await self._locked(lock, run, model, self._query(run, operation, asked, model, wanted))
 
     async def _locked(
         self, lock: Gate, run: Run, model: str, query: Callable[[], LimitsQuery]
@@ -170,7 +170,7 @@ class Admission:
                     )
 
     def _query(
-        self, run: Run, operation: str, want: Wants, model: str, wanted: Mapping[str, Any]
+        self, run: Run, operation: str, asked: CallOptions, model: str, wanted: Mapping[str, Any]
     ) -> Callable[[], LimitsQuery]:
         """Makes the question to the policies, whose facts are asked for lazily, and anew each time."""
         session, call = self._session, run.call
@@ -183,9 +183,9 @@ class Admission:
             provider=session.provider,
             address=session.address,
             model=model,
-            prompt_characters=want.prompt_characters,
+            prompt_characters=asked.prompt_characters,
             adapter=run.adapter,
-            force=want.force,
+            force=asked.force,
             model_info=_once(lambda: session.facts(model, call)),
             loaded_models=ask("loaded_models"),
             models=ask("list_models"),

@@ -160,7 +160,7 @@ def read_vectors(data: Any) -> list[Any]:
     if places != [None] * len(data) and sorted(places) != list(range(len(data))):
         raise ProtocolError(
             f"The answer has {len(data)} vectors, which are not numbered from 0 to {len(data) - 1}.",
-            hint="Embed one text at a time; the server's authors may want to know.",
+            hint="Embed one text at a time; the server's authors may asked to know.",
         )
     return [each["embedding"] for each in sorted(data, key=lambda each: each.get("index") or 0)]
 

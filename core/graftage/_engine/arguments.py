@@ -106,7 +106,7 @@ class RerankArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wants:
+class CallOptions:
     """A call's arguments, read and checked as far as they can be without a model."""
 
     model: str | None = None
@@ -144,7 +144,7 @@ def _has_pictures(part: Any) -> bool:
     return bool(part.images) if isinstance(part, Message) else not isinstance(part, (str, Reply))
 
 
-def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Wants:
+def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `chat`."""
     check_names("chat", arguments, ChatArguments)
     read = reading.read_messages(messages, arguments.get("images"))
@@ -156,7 +156,7 @@ def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Want
         return ChatRequest(messages=read, tools=tools, format=schema, think=think, **settled)
 
     pictures = any(each.images for each in read)
-    return Wants(
+    return CallOptions(
         build=build,
         parse=parse,
         retries=_read_retries(arguments),
@@ -166,7 +166,7 @@ def chat_wants(messages: reading.Messages, arguments: Mapping[str, Any]) -> Want
     )
 
 
-def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
+def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `generate`."""
     check_names("generate", arguments, GenerateArguments)
     prompt = reading.text(prompt, "`prompt`")
@@ -182,7 +182,7 @@ def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     def build(**settled: Any) -> GenerateRequest:
         return GenerateRequest(prompt=prompt, images=images, format=schema, think=think, **own, **settled)
 
-    return Wants(
+    return CallOptions(
         build=build,
         parse=parse,
         prompt_characters=len(prompt),
@@ -191,7 +191,7 @@ def generate_wants(prompt: str, arguments: Mapping[str, Any]) -> Wants:
     )
 
 
-def embed_wants(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Wants:
+def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `embed`."""
     check_names("embed", arguments, EmbedArguments)
     given = (inputs,) if isinstance(inputs, str) else reading.items(inputs, "`inputs`", "a text or a sequence of them")
@@ -212,10 +212,10 @@ def embed_wants(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Wa
         prefixed = tuple(f"{prefix}{each}" for each in texts) if prefix else texts
         return EmbedRequest(inputs=prefixed, dimensions=dimensions, truncate=truncate, **settled)
 
-    return Wants(build=build, purpose=purpose, prompt_characters=sum(map(len, texts)), **_common(arguments))
+    return CallOptions(build=build, purpose=purpose, prompt_characters=sum(map(len, texts)), **_common(arguments))
 
 
-def rerank_wants(query: str, documents: Iterable[str], arguments: Mapping[str, Any]) -> Wants:
+def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `rerank`."""
     check_names("rerank", arguments, RerankArguments)
     query = reading.text(query, "`query`")
@@ -227,7 +227,7 @@ def rerank_wants(query: str, documents: Iterable[str], arguments: Mapping[str, A
     def build(**settled: Any) -> RerankRequest:
         return RerankRequest(query=query, documents=texts, **settled)
 
-    return Wants(build=build, prompt_characters=sum(map(len, (query, *texts))), **_common(arguments))
+    return CallOptions(build=build, prompt_characters=sum(map(len, (query, *texts))), **_common(arguments))
 
 
 COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "force", "options")

@@ -110,9 +110,9 @@ class Run:
     """Whether the reader wants no more: an end without a last chunk is then no fault."""
     closed: Callable[[], bool] = field(default=lambda: False)
     """Whether the client has been closed meanwhile."""
-    told: bool = False
+    reported: bool = False
     """Whether observers know how it ended."""
-    hosts_own: BaseException | None = None
+    host_error: BaseException | None = None
     """What a callback or a validator of the host has raised: it goes back to the host as it is."""
 
     @property
@@ -233,13 +233,13 @@ class Run:
             except GraftageError:
                 raise
             except BaseException as error:
-                self.hosts_own = error  # It comes from a validator of the host's.
+                self.host_error = error  # It comes from a validator of the host's.
                 raise
         self.reply = reply
         self.end()
         usage = reply.usage
         self.count(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
-        self._tell("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
+        self._report("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
 
     def _check_end(self, last: Chunk) -> None:
         """Refuse what only a reader of the reply would stumble over."""
@@ -253,10 +253,10 @@ class Run:
                 f"gave a Chunk with a wrong `{name}`", f"Its authors must make it a {WANTED[name]}."
             )
 
-    def _tell(self, kind: str, **facts: Any) -> None:
+    def _report(self, kind: str, **facts: Any) -> None:
         """Tell observers how it ended, once."""
-        if not self.told:
-            self.told = True
+        if not self.reported:
+            self.reported = True
             self.emit(kind, **facts)
 
     async def give_up(self) -> None:
@@ -264,7 +264,7 @@ class Run:
         try:
             await self.abandon()
         finally:
-            self._tell("finish", timings=self.so_far().timings if self.received else None)
+            self._report("finish", timings=self.so_far().timings if self.received else None)
 
     def at_end(self, give_back: Callable[[], None]) -> None:
         """Give one more thing back at the end, before what was taken earlier."""
@@ -309,8 +309,8 @@ class Run:
     def failed(self, error: BaseException) -> BaseException:
         """The error to raise for one that occurred, counted and told to observers."""
         self.end()
-        if not is_fault(error) or error is self.hosts_own:
-            self._tell("finish")  # Cancelled or interrupted by the caller: not a failure.
+        if not is_fault(error) or error is self.host_error:
+            self._report("finish")  # Cancelled or interrupted by the caller: not a failure.
             return error
         typed = self.author.typed(error)
         if self.closed() and (typed is not error or isinstance(typed, BROKEN)):
@@ -327,7 +327,7 @@ class Run:
             if isinstance(typed, ProviderError):
                 typed.retryable = False  # What came would come twice.
         self.count(failures=1)
-        self._tell("error", error=typed)
+        self._report("error", error=typed)
         return typed
 
 

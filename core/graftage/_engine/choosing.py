@@ -35,7 +35,7 @@ from graftage.types import ModelInfo, canonical_name
 
 AnySettings = TypeVar("AnySettings", bound=PluginSettings)
 
-__all__ = ["Opening", "Wish"]
+__all__ = ["ConnectOptions", "Opening"]
 
 AUTO = "auto"
 DERIVED = "graftage-"
@@ -43,7 +43,7 @@ DERIVED = "graftage-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class ConnectOptions:
     """What `connect` was asked."""
 
     provider: Any
@@ -72,24 +72,26 @@ class _Member:
 
 
 class Opening:
-    """Reads a wish: plugins are found and settings checked at once; what must ask a server waits for `resolve`."""
+    """Reads a options: plugins are found and settings checked at once; what must ask a server waits for `resolve`."""
 
-    def __init__(self, wish: Wish) -> None:
-        self._wish = wish
+    def __init__(self, options: ConnectOptions) -> None:
+        self._options = options
         self.origins: dict[str, str] = {}
         self._delivery = Delivery()
         self._read()
 
     def _read(self) -> None:
-        wish = self._wish
+        options = self._options
         self._check_names()
-        self._sources = Sources.of(wish.env_prefix, wish.settings if isinstance(wish.settings, (str, Path)) else None)
-        self._chained = isinstance(wish.provider, (list, tuple))
-        wanted = [_with_settings(each) for each in (wish.provider if self._chained else [wish.provider])]
+        self._sources = Sources.of(
+            options.env_prefix, options.settings if isinstance(options.settings, (str, Path)) else None
+        )
+        self._chained = isinstance(options.provider, (list, tuple))
+        wanted = [_with_settings(each) for each in (options.provider if self._chained else [options.provider])]
         objects = [each for each, _ in wanted if not isinstance(each, (str, type(None)))]
-        self._catalog = Catalog([*objects, *wish.plugins], self._sources.environment, self._sources.prefix)
+        self._catalog = Catalog([*objects, *options.plugins], self._sources.environment, self._sources.prefix)
         self._installed = self._catalog.names()
-        self._mapping = _as_mapping(wish.settings)
+        self._mapping = _as_mapping(options.settings)
         if not wanted:
             raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
         self._several = len(wanted) > 1
@@ -107,8 +109,8 @@ class Opening:
         return not self._chained and self._names[0][0] == AUTO
 
     def _check_names(self) -> None:
-        if self._wish.model is not None:
-            check_model(self._wish.model)
+        if self._options.model is not None:
+            check_model(self._options.model)
 
     async def resolve(self, io: IO) -> Session | Chain:
         """The session, or the chain of them."""
@@ -126,7 +128,7 @@ class Opening:
         return Chain(sessions) if self._chained else sessions[0]
 
     def _named(self, provider: Any) -> tuple[Any, str | None]:
-        """The provider, by name or as an object, and the model in one item of the wish."""
+        """The provider, by name or as an object, and the model in one item of the options."""
         if isinstance(provider, str):
             name, _, model = provider.partition(":")
             return name, model or None
@@ -147,14 +149,14 @@ class Opening:
         own_model = settings.pop("model", None)
         if own_model is not None:
             check_model(own_model)
-        loaded = self._settings_of(entry, Settings, arguments=self._wish.overrides, own=settings)
+        loaded = self._settings_of(entry, Settings, arguments=self._options.overrides, own=settings)
         for variable in loaded.ignored:
             log("WARNING", f"{variable} is ignored: neither `{entry.name}` nor another plugin has such a setting")
         return _Member(entry, model or own_model or self._default_model(), loaded)
 
     def _default_model(self) -> str | None:
-        if self._wish.model:
-            return self._wish.model
+        if self._options.model:
+            return self._options.model
         model, origin = self._sources.choice("model")
         if model:
             self.origins["model"] = origin

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from graftage._engine import inputs
-from graftage._engine.arguments import Wants, check_model, read_keep_alive
+from graftage._engine.arguments import CallOptions, check_model, read_keep_alive
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
 from graftage._engine.delivery import Delivery
@@ -262,8 +262,8 @@ class Connection:
         return self._infos[model]
 
     def read(
-        self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
-    ) -> Wants:
+        self, reader: Callable[[Any, Mapping[str, Any]], CallOptions], subject: Any, arguments: Mapping[str, Any]
+    ) -> CallOptions:
         """Read the arguments of a call; what is wrong with them is told as any other failure is."""
         return reader(subject, arguments)
 

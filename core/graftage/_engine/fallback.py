@@ -15,7 +15,7 @@ from graftage.exceptions import AdapterNotFound, GraftageError
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Ranking, Stats, Timeouts
 
 if TYPE_CHECKING:
-    from graftage._engine.arguments import Wants
+    from graftage._engine.arguments import CallOptions
     from graftage._engine.call import Run
 
 __all__ = ["Chain"]
@@ -79,44 +79,48 @@ class Chain:
         raise RuntimeError("this client has several providers: call it on one of its `members`")
 
     def read(
-        self, reader: Callable[[Any, Mapping[str, Any]], Wants], subject: Any, arguments: Mapping[str, Any]
-    ) -> Wants:
+        self, reader: Callable[[Any, Mapping[str, Any]], CallOptions], subject: Any, arguments: Mapping[str, Any]
+    ) -> CallOptions:
         """Read the arguments of a call."""
         return self.sessions[0].read(reader, subject, arguments)
 
-    async def infer(self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool) -> tuple[Run, Any]:
+    async def infer(
+        self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool
+    ) -> tuple[Run, Any]:
         """Start an answer: the first member that gives a first chunk has the word, and keeps it."""
-        wish = self._adapter if want.adapter is ACTIVE else _Adapter(want.adapter, force=want.force)
-        want = replace(want, adapter=wish.reference, force=want.force or wish.force)
+        adapter = self._adapter if asked.adapter is ACTIVE else _Adapter(asked.adapter, force=asked.force)
+        asked = replace(asked, adapter=adapter.reference, force=asked.force or adapter.force)
 
         async def ask(session: Session, timeouts: Timeouts, notes: Sequence[str]) -> tuple[Run, Any]:
-            here = replace(want, timeout=timeouts)
+            here = replace(asked, timeout=timeouts)
             try:
                 run, first = await session.infer(operation, here, stream=stream, warnings=notes)
             except AdapterNotFound:
-                if wish.on_missing != "base":
+                if adapter.on_missing != "base":
                     raise
-                notes = (*notes, f"The adapter `{wish.reference}` was not found; the base model answers.")
+                notes = (*notes, f"The adapter `{adapter.reference}` was not found; the base model answers.")
                 here = replace(here, adapter=None)
                 run, first = await session.infer(operation, here, stream=stream, warnings=notes)
             return run, first
 
-        return await self._first(ask, want.timeout)
+        return await self._first(ask, asked.timeout)
 
-    async def embed(self, want: Wants) -> Embeddings:
+    async def embed(self, asked: CallOptions) -> Embeddings:
         """One vector for each input, all from one member."""
-        return await self._measure(Session.embed, want)
+        return await self._measure(Session.embed, asked)
 
-    async def rerank(self, want: Wants) -> Ranking:
+    async def rerank(self, asked: CallOptions) -> Ranking:
         """The documents in the order of one member's scores."""
-        return await self._measure(Session.rerank, want)
+        return await self._measure(Session.rerank, asked)
 
-    async def _measure(self, of: Callable[[Session, Wants], Coroutine[Any, Any, Measured]], want: Wants) -> Measured:
+    async def _measure(
+        self, of: Callable[[Session, CallOptions], Coroutine[Any, Any, Measured]], asked: CallOptions
+    ) -> Measured:
         async def ask(session: Session, timeouts: Timeouts, skipped: Sequence[str]) -> Measured:
-            answer = await of(session, replace(want, timeout=timeouts))
+            answer = await of(session, replace(asked, timeout=timeouts))
             return replace(answer, warnings=(*skipped, *answer.warnings))
 
-        return await self._first(ask, want.timeout)
+        return await self._first(ask, asked.timeout)
 
     async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
         timeouts = self.sessions[0].timeouts(timeout)

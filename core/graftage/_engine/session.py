@@ -14,7 +14,7 @@ from graftage._engine import limits as gates
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
-from graftage._engine.arguments import Wants, check_model, check_progress, check_tokens, read_flag, read_seconds
+from graftage._engine.arguments import CallOptions, check_model, check_progress, check_tokens, read_flag, read_seconds
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
@@ -95,20 +95,25 @@ class Session(Connection):
     # --- Inference ---------------------------------------------------------------------------------------------------
 
     async def infer(
-        self, operation: Literal["chat", "generate"], want: Wants, *, stream: bool, warnings: Sequence[str] = ()
+        self,
+        operation: Literal["chat", "generate"],
+        asked: CallOptions,
+        *,
+        stream: bool,
+        warnings: Sequence[str] = (),
     ) -> tuple[Run, Any]:
         """An answer: the run at its end, or as a stream with its first chunk. `warnings` go onto its reply."""
         read_flag("stream", stream)
-        if stream and want.retries:
+        if stream and asked.retries:
             hint = "Leave out `retries` or `stream`: what has been shown cannot be taken back."
             raise RequestRejected("A stream cannot be asked for again.", hint=hint)
-        model = self.choose_model(want.model)
-        run = self.run(operation, model, self.timeouts(want.timeout), stream=stream)
-        run.parse = want.parse
+        model = self.choose_model(asked.model)
+        run = self.run(operation, model, self.timeouts(asked.timeout), stream=stream)
+        run.parse = asked.parse
         run.warnings = tuple(warnings)
         try:
             with run.failing():
-                request = await self._inference_request(run, operation, want, model)
+                request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
             first = await run.pull()
@@ -118,18 +123,18 @@ class Session(Connection):
         except Exception as error:
             if run.adapter and isinstance(error, ModelNotFound):
                 self.adapters.forget(run.model)  # Somebody has deleted it: the next call makes it again.
-            if want.retries and isinstance(error, InferenceFailed) and run.misfits():
-                return await self._ask_again(want, run, error, warnings)
+            if asked.retries and isinstance(error, InferenceFailed) and run.misfits():
+                return await self._ask_again(asked, run, error, warnings)
             raise
 
     async def _ask_again(
-        self, want: Wants, run: Run, error: InferenceFailed, warnings: Sequence[str]
+        self, asked: CallOptions, run: Run, error: InferenceFailed, warnings: Sequence[str]
     ) -> tuple[Run, Any]:
         """Ask once more where an answer does not fit its format: a call of its own, within the time of the first."""
         left = run.call.deadline - time.monotonic()
-        if left <= 0 or want.build is None:
+        if left <= 0 or asked.build is None:
             raise error
-        build, answer = want.build, run.so_far()
+        build, answer = asked.build, run.so_far()
         told = Message(role="user", content=f"{NOT_FITTING}\n\n{reason_of(error)}")
 
         def longer(**settled: Any) -> ChatRequest:
@@ -137,7 +142,7 @@ class Session(Connection):
             return replace(request, messages=(*request.messages, answer.message, told))
 
         timeouts = replace(run.call.timeouts, total=left)
-        again = replace(want, build=longer, retries=want.retries - 1, timeout=timeouts)
+        again = replace(asked, build=longer, retries=asked.retries - 1, timeout=timeouts)
         try:
             last, chunk = await self.infer("chat", again, stream=False, warnings=warnings)
         except ProviderError as later:
@@ -147,42 +152,46 @@ class Session(Connection):
         last.reply = replace(reply, attempts=reply.attempts + 1, usage=answer.usage + reply.usage)
         return last, chunk
 
-    async def _inference_request(self, run: Run, operation: str, want: Wants, model: str) -> Any:
+    async def _inference_request(self, run: Run, operation: str, asked: CallOptions, model: str) -> Any:
         """Settle everything that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
-        options = read_options(want.options, self.capabilities().options)
-        self._require_features(model, want.needs)
-        if "images" in want.needs:  # Some servers leave them out without a word, and the model makes something up.
+        options = read_options(asked.options, self.capabilities().options)
+        self._require_features(model, asked.needs)
+        if "images" in asked.needs:  # Some servers leave them out without a word, and the model makes something up.
             await self._know(model, run.call)
-            self._require_features(model, want.needs)
-        adapter, notes = await self.adapters.for_call(want, model, run)
+            self._require_features(model, asked.needs)
+        adapter, notes = await self.adapters.for_call(asked, model, run)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
         run.model = adapter.model if adapter else model
-        figures = await self.admission.admit(run, operation, want, run.model)
+        figures = await self.admission.admit(run, operation, asked, run.model)
         if self._closed:
             raise closed_meanwhile()
-        if want.build is None:  # pragma: no cover - chat and generate always have one
+        if asked.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
-        return want.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
+        return asked.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
 
-    async def embed(self, want: Wants) -> Embeddings:
+    async def embed(self, asked: CallOptions) -> Embeddings:
         """One vector for each input."""
-        return await self._measure("embed", want, Embeddings, _checked_embeddings)
+        return await self._measure("embed", asked, Embeddings, _checked_embeddings)
 
-    async def rerank(self, want: Wants) -> Ranking:
+    async def rerank(self, asked: CallOptions) -> Ranking:
         """The documents in the order of their scores."""
-        return await self._measure("rerank", want, Ranking, _checked_ranking)
+        return await self._measure("rerank", asked, Ranking, _checked_ranking)
 
     async def _measure(
-        self, operation: str, want: Wants, kind: type[Measured], check: Callable[[Measured, Any], dict[str, Any]]
+        self,
+        operation: str,
+        asked: CallOptions,
+        kind: type[Measured],
+        check: Callable[[Measured, Any], dict[str, Any]],
     ) -> Measured:
         """What a model makes of texts all at once; `check` gives what the answer is about, once that is right."""
-        model = self.choose_model(want.model)
-        run = self.run(operation, model, self.timeouts(want.timeout))
+        model = self.choose_model(asked.model)
+        run = self.run(operation, model, self.timeouts(asked.timeout))
         with run.failing():
             self.require(operation)
-            request = await self._measure_request(run, operation, model, want)
+            request = await self._measure_request(run, operation, model, asked)
             with _naming_empty(request):
                 answer: Measured = await self.call(operation, request, run.call, kind)
                 checked = check(answer, self._as_read(request))
@@ -210,26 +219,26 @@ class Session(Connection):
         read = self.capabilities().parameters
         return request if read is None or "context_window" in read else replace(request, context_window=None)
 
-    async def _measure_request(self, run: Run, operation: str, model: str, want: Wants) -> Any:
-        options = read_options(want.options, self.capabilities().options)
-        figures = await self.admission.admit(run, operation, want, model)
+    async def _measure_request(self, run: Run, operation: str, model: str, asked: CallOptions) -> Any:
+        options = read_options(asked.options, self.capabilities().options)
+        figures = await self.admission.admit(run, operation, asked, model)
         figures.pop("max_tokens")
-        if want.purpose is not None:
+        if asked.purpose is not None:
             from graftage._engine.purposes import prefix_for
 
-            figures["prefix"] = prefix_for(model, want.purpose)
+            figures["prefix"] = prefix_for(model, asked.purpose)
             if figures["prefix"] is None:
                 run.warnings = (*run.warnings, f"`purpose` has no effect: no prefix of `{model}` is known.")
-        if want.build is None:  # pragma: no cover - embed and rerank always have one
+        if asked.build is None:  # pragma: no cover - embed and rerank always have one
             raise RuntimeError("there is no request to build")
-        return want.build(call=run.call, model=model, options=options, **figures)
+        return asked.build(call=run.call, model=model, options=options, **figures)
 
-    async def count_tokens(self, want: Wants) -> int:
+    async def count_tokens(self, asked: CallOptions) -> int:
         """How many tokens a conversation has, as the model would read it."""
-        model = self.choose_model(want.model)
-        run = self.run("count_tokens", model, self.timeouts(want.timeout))
+        model = self.choose_model(asked.model)
+        run = self.run("count_tokens", model, self.timeouts(asked.timeout))
         with run.failing():
-            request = await self._inference_request(run, "count_tokens", want, model)
+            request = await self._inference_request(run, "count_tokens", asked, model)
             count: int = await self.call("count_tokens", request, run.call, int)
             if not read_count(count):
                 hint = "No conversation is that short; tell the provider's authors."
@@ -289,7 +298,7 @@ class Session(Connection):
         found: Health
         if request.level == "answers" and request.model is not None:
             try:
-                figures = await self.admission.admit(run, "health", Wants(), request.model)
+                figures = await self.admission.admit(run, "health", CallOptions(), request.model)
             except ResourceLimitExceeded as refusal:
                 found = await self._ask_health(replace(request, level="model_loaded"))
                 return replace(found, level="answers", answers=False, error=found.error or refusal)
@@ -478,11 +487,11 @@ class Session(Connection):
         name = self.choose_model(model)
         check_tokens("context_window", context_window)
         read_flag("force", force)
-        want = Wants(keep_alive=keep_alive, context_window=context_window, force=force)
+        asked = CallOptions(keep_alive=keep_alive, context_window=context_window, force=force)
         run = self.run("load_model", name, self.timeouts(timeout))
         with run.failing():
             self.require("load_model")
-            figures = await self.admission.admit(run, "load_model", want, name)
+            figures = await self.admission.admit(run, "load_model", asked, name)
             figures.pop("max_tokens")
             request = LoadModelRequest(call=run.call, model=name, **figures)
             try:
@@ -615,7 +624,7 @@ def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgr
     try:
         on_progress(step)
     except BaseException as error:
-        run.hosts_own = error
+        run.host_error = error
         raise
 
 
