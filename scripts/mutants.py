@@ -60,7 +60,7 @@ def read() -> Iterator[Mutant]:
 def copy_to(folder: Path) -> None:
     """Copy what git knows or would add: no environment, no build."""
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):  # noqa: S603
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -74,7 +74,7 @@ def run_tests(folder: Path, tests: str) -> int | None:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     # A session of its own, so that what the tests started is stopped with them.
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload] # noqa: S603
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload]
     try:
         return int(process.wait(LIMIT))
     except subprocess.TimeoutExpired:

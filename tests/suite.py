@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from graftage._engine.delivery import flush
 from graftage.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
     from pathlib import Path
     from typing import Self
@@ -208,8 +209,8 @@ class _Waiting:
 
         def call(*arguments: Any, **named: Any) -> Any:
             result = value(*arguments, **named)
-            if asyncio.iscoroutine(result):
-                result = self._run(result)
+            if inspect.isawaitable(result):
+                result = self._run(_awaited(result))
             return _Waiting(result, self._run) if hasattr(result, "__anext__") else result
 
         return call
@@ -229,6 +230,10 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def _awaited(work: Awaitable[Any]) -> Any:
+    return await work
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -1,7 +1,9 @@
 """Graftage joins language-model providers to an application through plugins."""
 
-from graftage._client import AsyncClient, Client, connect, connect_async
-from graftage._engine.call import AsyncStream, Stream
+from graftage._client.async_client import AsyncClient
+from graftage._client.connecting import connect, connect_async
+from graftage._client.streams import AsyncStream, Stream
+from graftage._client.sync_client import Client
 from graftage._engine.events import enable_logging
 from graftage._version import __version__
 from graftage.exceptions import GraftageError

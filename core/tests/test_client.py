@@ -842,9 +842,9 @@ def test_an_async_client_says_that_it_needs_asyncio(use: Callable[[Any], Any], o
         asyncio.run(llm.chat("x"))
 
     def by_hand() -> None:
-        work = use(llm)
+        work = use(llm).__await__()
         with pytest.raises(RuntimeError, match=r"needs asyncio: .*`graftage\.connect`"):
-            work.send(None)
+            next(work)
 
     async def in_a_callback() -> None:
         done = asyncio.Event()
@@ -1023,7 +1023,7 @@ def test_a_call_that_fails_during_a_health_check_knows_better(both: Any) -> None
         assert not llm.health().cached
 
 
-@pytest.mark.parametrize("level", ["model", "", None, 3])
+@pytest.mark.parametrize("level", ["model", "", 3])
 def test_a_level_of_health_that_there_is_not_is_refused_with_those_there_are(both: Any, level: Any) -> None:
     echo = Echo()
     with pytest.raises(RequestRejected, match="model_present"):

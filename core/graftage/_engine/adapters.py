@@ -73,11 +73,11 @@ class Adapters:
             raise
 
     async def switch(
-        self, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"], force: bool
+        self, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"] | None, force: bool | None
     ) -> LoadedAdapter | None:
         """Make an adapter the active one, after any switch that is under way."""
-        check_on_missing(on_missing)
-        read_flag("force", force)
+        on_missing = read_on_missing(on_missing)
+        force = read_flag("force", force)
         name = None if reference is None else read_reference(reference)
         await self._admission.granted(self._switches, self._switches.enter(1), run.call)
         try:
@@ -209,14 +209,15 @@ class Adapters:
         )
 
 
-def check_on_missing(on_missing: str) -> None:
-    """Refuse what `use_adapter` does not know.
+def read_on_missing(value: Literal["error", "base"] | None) -> Literal["error", "base"]:
+    """Return what `use_adapter` does if the adapter is not found; by default it raises.
 
     Raises:
         RequestRejected: it is neither `error` nor `base`.
     """
-    if on_missing not in ("error", "base"):
-        raise RequestRejected(f"`on_missing` is {on_missing!r}.", hint="Use 'error' or 'base'.")
+    if value not in ("error", "base", None):
+        raise RequestRejected(f"`on_missing` must be 'error' or 'base', not {value!r}.", hint="Or leave it out.")
+    return value or "error"
 
 
 def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tuple[str, ...]:

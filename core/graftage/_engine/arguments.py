@@ -33,7 +33,7 @@ class Arguments(TypedDict, total=False):
     """The model, where it is not the client's."""
     adapter: AdapterChoice
     """An adapter for this call; None for the base model; left out for the active one."""
-    format: schemas.Format
+    format: schemas.Format | None
     """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`; the
     result is in `Reply.parsed`."""
     think: bool | str | None
@@ -50,7 +50,7 @@ class Arguments(TypedDict, total=False):
     """Tokens of prompt and answer together."""
     max_tokens: int | None
     """Tokens of the answer."""
-    force: bool
+    force: bool | None
     """Go on where a policy refuses or lowers something, or an adapter does not fit; the reply then warns of it."""
     timeout: Timeout
     """Seconds for the whole call, or `Timeouts`."""
@@ -61,7 +61,7 @@ class ChatArguments(Arguments, total=False):
 
     tools: Sequence[schemas.ToolLike] | None
     """What the model may call: Python functions, pydantic models, mappings or `Tool`s."""
-    retries: int
+    retries: int | None
     """How often to ask again where the answer does not fit the `format`, with what is wrong as a message; not for a
     stream. `timeout` holds for all of it."""
 
@@ -73,7 +73,7 @@ class GenerateArguments(Arguments, total=False):
     """A system prompt, where the template has a place for one."""
     suffix: str | None
     """What comes after the gap that the model is to fill."""
-    raw: bool
+    raw: bool | None
     """Send the prompt without the model's template."""
 
 
@@ -83,14 +83,14 @@ class EmbedArguments(TypedDict, total=False):
     model: str | None
     dimensions: int | None
     """Cut the vectors to this length, where the model allows it."""
-    truncate: bool
+    truncate: bool | None
     """Cut an input that does not fit, which is the default; otherwise it is a `ContextOverflow`."""
     purpose: Purpose | None
     """What the vectors are for, `"query"` or `"document"`: each input gets the prefix that the model was trained on."""
     options: Mapping[str, Any] | BaseModel | None
     keep_alive: float | str | None
     context_window: int | None
-    force: bool
+    force: bool | None
     timeout: Timeout
 
 
@@ -101,7 +101,7 @@ class RerankArguments(TypedDict, total=False):
     options: Mapping[str, Any] | BaseModel | None
     keep_alive: float | str | None
     context_window: int | None
-    force: bool
+    force: bool | None
     timeout: Timeout
 
 
@@ -146,7 +146,7 @@ def _has_pictures(part: Any) -> bool:
 
 def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `chat`."""
-    check_names("chat", arguments, ChatArguments)
+    arguments = _given("chat", arguments, ChatArguments)
     read = reading.read_messages(messages, arguments.get("images"))
     tools = schemas.read_tools(arguments.get("tools"))
     schema, parse = schemas.read_format(arguments.get("format"))
@@ -168,7 +168,7 @@ def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallO
 
 def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `generate`."""
-    check_names("generate", arguments, GenerateArguments)
+    arguments = _given("generate", arguments, GenerateArguments)
     prompt = reading.text(prompt, "`prompt`")
     images = reading.read_images(arguments.get("images"), paths=True)
     schema, parse = schemas.read_format(arguments.get("format"))
@@ -176,7 +176,7 @@ def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
     own: dict[str, Any] = {
         "system": reading.optional_text(arguments.get("system"), "`system`"),
         "suffix": reading.optional_text(arguments.get("suffix"), "`suffix`"),
-        "raw": read_flag("raw", arguments.get("raw", False)),
+        "raw": read_flag("raw", arguments.get("raw")),
     }
 
     def build(**settled: Any) -> GenerateRequest:
@@ -193,7 +193,7 @@ def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
 
 def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `embed`."""
-    check_names("embed", arguments, EmbedArguments)
+    arguments = _given("embed", arguments, EmbedArguments)
     given = (inputs,) if isinstance(inputs, str) else reading.items(inputs, "`inputs`", "a text or a sequence of them")
     if not given:
         raise RequestRejected("There are no `inputs`.", hint="Give a text, or a sequence of at least one.")
@@ -203,7 +203,7 @@ def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Cal
         raise RequestRejected("`truncate` is no option of `embed`.", hint="Use the parameter `truncate`.")
     dimensions = arguments.get("dimensions")
     _check_count("dimensions", dimensions, "numbers")
-    truncate = read_flag("truncate", arguments.get("truncate", True))
+    truncate = read_flag("truncate", arguments.get("truncate"), default=True)
     purpose = arguments.get("purpose")
     if purpose is not None and purpose not in ("query", "document"):
         raise RequestRejected("`purpose` is unknown.", hint='Give "query" or "document", or leave it out.')
@@ -217,7 +217,7 @@ def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Cal
 
 def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `rerank`."""
-    check_names("rerank", arguments, RerankArguments)
+    arguments = _given("rerank", arguments, RerankArguments)
     query = reading.text(query, "`query`")
     given = reading.items(documents, "`documents`", "a sequence of texts")
     if not given:
@@ -237,7 +237,7 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     common = {name: arguments[name] for name in COMMON if name in arguments}
     for name in ("context_window", "max_tokens"):
         check_tokens(name, common.get(name))
-    read_flag("force", common.get("force", False))
+    read_flag("force", common.get("force"))
     read_keep_alive(common.get("keep_alive"))
     if common.get("model") is not None:
         check_model(common["model"])
@@ -286,12 +286,14 @@ def check_model(model: Any) -> None:
         raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out for the client's own.")
 
 
-def read_flag(name: str, value: Any) -> bool:
-    """A switch: any text would be true, `"no"` as well.
+def read_flag(name: str, value: Any, *, default: bool = False) -> bool:
+    """Return True or False; None means the default. Any text would be true, `"no"` as well.
 
     Raises:
         RequestRejected: it is neither True nor False.
     """
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise reading.rejected(f"`{name}`", "True or False", value)
     return value
@@ -361,16 +363,17 @@ def _needs(arguments: Mapping[str, Any], **wanted: Any) -> tuple[str, ...]:
     return tuple(feature for feature, value in (*wanted.items(), ("logprobs", logprobs)) if value)
 
 
-def check_names(operation: str, arguments: Mapping[str, Any], known: type) -> None:
-    """Refuse a misspelt argument as Python would, and name the right one.
+def _given(operation: str, arguments: Mapping[str, Any], known: type) -> dict[str, Any]:
+    """Return the arguments that are given: one of None is not, except `adapter`, of which it means the base model.
 
     Raises:
-        TypeError: an argument is unknown.
+        TypeError: an argument is unknown. The message names the right one, as Python's does.
     """
     names = known.__annotations__
     for name in arguments:
         if name not in names:
             raise TypeError(f"{operation}() has no argument `{name}`{_right_name(name, names)}")
+    return {name: value for name, value in arguments.items() if value is not None or name == "adapter"}
 
 
 def _right_name(name: str, names: Mapping[str, Any]) -> str:

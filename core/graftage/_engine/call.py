@@ -1,18 +1,15 @@
-"""An answer while it comes: chunks folded into a reply, and the two streams that hand them on."""
+"""An answer while it comes: its chunks are folded into a reply."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from graftage._engine.answers import cut_warning, parsed, read_finish_reason, read_usage
-from graftage._engine.driving import drive
 from graftage._engine.faults import Author, is_fault, kind_of
 from graftage._engine.inputs import Parse
 from graftage.calls import MAX_OBJECTS
@@ -27,13 +24,11 @@ from graftage.exceptions import (
 from graftage.types import Chunk, Limits, Logprob, Reply, Timings, ToolCall, Usage
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from graftage._engine.waiting import Source
     from graftage.calls import Call, ChatRequest, GenerateRequest
     from graftage.types import FinishReason
 
-__all__ = ["AsyncStream", "Run", "Stream"]
+__all__ = ["Run"]
 
 T = TypeVar("T")
 Translate = Callable[[GraftageError], Exception]
@@ -371,138 +366,3 @@ class _Failing:
         failure = self._run.failed(error)
         if failure is not error:
             raise failure from failure.__cause__
-
-
-class _StreamBase:
-    """What both streams share."""
-
-    def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
-        self._run = run
-        self._first = first
-        self._translate = translate
-
-    @property
-    def reply(self) -> Reply:
-        """The whole reply, once the last chunk has come.
-
-        Raises:
-            RuntimeError: it has not.
-        """
-        if self._run.reply is None:
-            raise RuntimeError("the stream has not been read to its end; `partial` has what came so far")
-        return self._run.reply
-
-    @property
-    def partial(self) -> Reply:
-        """What has come so far."""
-        if self._run.reply is not None:
-            return self._run.reply
-        return self._run.so_far()
-
-
-class Stream(_StreamBase):
-    """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
-
-    def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
-        super().__init__(run, first, translate)
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        with self._lock:
-            chunk, self._first = self._first, None
-            if chunk is None and not self._closed:
-                try:
-                    chunk = drive(self._run.pull())
-                except GraftageError as error:
-                    raise_translated(error, self._translate)
-            if self._closed:
-                drive(self._run.give_up())
-                raise StopIteration
-        if chunk is None:
-            raise StopIteration
-        return chunk
-
-    def close(self) -> None:
-        """Stop the answer and give its slot back.
-
-        A read of another thread that is pending ends at once where the provider reads by the toolkit, else when it
-        returns.
-        """
-        self._stop(self._run.give_up)
-
-    def _stop(self, stop: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._closed = True
-        if self._lock.acquire(blocking=False):
-            try:
-                drive(stop())
-            finally:
-                self._lock.release()
-        else:
-            self._run.stopped = True
-            drive(self._run.call.release())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # A loop that was left by `break` drops the stream: its slot must not stay taken. Nobody is told: a sink of the
-        # host's logs may hold a lock of its own at the very step at which the garbage collector runs this.
-        if not self._run.ended:
-            self._stop(self._run.abandon)
-
-
-class AsyncStream(_StreamBase):
-    """The chunks of an answer as they come. Close it, or use it as a context manager, to stop the answer early."""
-
-    def __init__(self, run: Run, first: Chunk | None, translate: Translate = as_it_is) -> None:
-        import asyncio
-
-        super().__init__(run, first, translate)
-        self._loop = asyncio.get_running_loop()
-
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        chunk, self._first = self._first, None
-        if chunk is None:
-            try:
-                chunk = await self._run.pull()
-            except GraftageError as error:
-                raise_translated(error, self._translate)
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
-
-    async def aclose(self) -> None:
-        """Stop the answer and give its slot back; another task that waits for a chunk gets none."""
-        self._first = None
-        await self._run.give_up()
-
-    close = aclose
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        # A loop that was left by `break` drops the stream: its work must end and its slot must not stay taken.
-        if self._run.ended:
-            return
-        self._run.end()
-        abandoning = self._run.give_up()
-        try:
-            self._loop.call_soon_threadsafe(self._loop.create_task, abandoning)
-        except RuntimeError:  # The event loop is closed, and with it whatever it ran.
-            abandoning.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 from graftage._engine import inputs
-from graftage._engine.arguments import CallOptions, check_model, read_keep_alive
+from graftage._engine.arguments import check_model, read_keep_alive
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
 from graftage._engine.delivery import Delivery
@@ -260,12 +260,6 @@ class Connection:
                 return None
             self._infos[model] = info
         return self._infos[model]
-
-    def read(
-        self, reader: Callable[[Any, Mapping[str, Any]], CallOptions], subject: Any, arguments: Mapping[str, Any]
-    ) -> CallOptions:
-        """Read the arguments of a call; what is wrong with them is told as any other failure is."""
-        return reader(subject, arguments)
 
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """The limits of a call; a number means the total."""

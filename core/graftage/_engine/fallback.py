@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graftage._engine.adapters import check_on_missing
+from graftage._engine.adapters import read_on_missing
 from graftage._engine.arguments import check_model, read_flag, read_reference
 from graftage._engine.session import Measured, Session
 from graftage._records import dataclass
@@ -78,14 +78,8 @@ class Chain:
         """Refuse what is for one provider."""
         raise RuntimeError("this client has several providers: call it on one of its `members`")
 
-    def read(
-        self, reader: Callable[[Any, Mapping[str, Any]], CallOptions], subject: Any, arguments: Mapping[str, Any]
-    ) -> CallOptions:
-        """Read the arguments of a call."""
-        return self.sessions[0].read(reader, subject, arguments)
-
     async def infer(
-        self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool
+        self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool | None
     ) -> tuple[Run, Any]:
         """Start an answer: the first member that gives a first chunk has the word, and keeps it."""
         adapter = self._adapter if asked.adapter is ACTIVE else _Adapter(asked.adapter, force=asked.force)
@@ -144,15 +138,14 @@ class Chain:
         self,
         reference: Any,
         *,
-        on_missing: Literal["error", "base"],
-        force: bool,
+        on_missing: Literal["error", "base"] | None,
+        force: bool | None,
         model: str | None,
         timeout: float | Timeouts | None,
     ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it when it is asked."""
-        self._adapter = _Adapter(reference, on_missing=on_missing, force=force)
-        check_on_missing(on_missing)
-        read_flag("force", force)
+        self._adapter = _Adapter(reference)  # Whatever is wrong below: no other adapter answers in its place.
+        self._adapter = _Adapter(reference, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
         if model is not None:
             check_model(model)
         self.sessions[0].timeouts(timeout)

@@ -99,11 +99,11 @@ class Session(Connection):
         operation: Literal["chat", "generate"],
         asked: CallOptions,
         *,
-        stream: bool,
+        stream: bool | None,
         warnings: Sequence[str] = (),
     ) -> tuple[Run, Any]:
         """An answer: the run at its end, or as a stream with its first chunk. `warnings` go onto its reply."""
-        read_flag("stream", stream)
+        stream = read_flag("stream", stream)
         if stream and asked.retries:
             hint = "Leave out `retries` or `stream`: what has been shown cannot be taken back."
             raise RequestRejected("A stream cannot be asked for again.", hint=hint)
@@ -252,12 +252,14 @@ class Session(Connection):
     # --- Health ------------------------------------------------------------------------------------------------------
 
     async def health(
-        self, level: HealthLevel, model: str | None, max_age: float | None, timeout: float | Timeouts | None
+        self, level: HealthLevel | None, model: str | None, max_age: float | None, timeout: float | Timeouts | None
     ) -> Health:
         """Say how well the provider is; the answer is remembered for a few seconds."""
         self._require_open()
+        level = "api" if level is None else level
         if level not in HEALTH_LEVELS:
-            raise RequestRejected(f"There is no level {level!r}.", hint=f"Use one of {', '.join(HEALTH_LEVELS)}.")
+            levels = ", ".join(HEALTH_LEVELS)
+            raise RequestRejected(f"`level` must be one of {levels}, not {level!r}.", hint="Or leave it out.")
         if model is not None:
             check_model(model)
         read_seconds("max_age", max_age)
@@ -455,13 +457,16 @@ class Session(Connection):
     async def ensure(
         self,
         model: str | None,
-        policy: Literal["never", "missing", "always"],
+        policy: Literal["never", "missing", "always"] | None,
         on_progress: Callable[[PullProgress], None] | None,
         timeout: float | Timeouts | None,
     ) -> ModelInfo:
         """Make sure that a model is there."""
+        policy = "missing" if policy is None else policy
         if policy not in ("never", "missing", "always"):
-            raise RequestRejected(f"There is no policy {policy!r}.", hint="Use never, missing or always.")
+            raise RequestRejected(
+                f"`policy` must be never, missing or always, not {policy!r}.", hint="Or leave it out."
+            )
         check_progress(on_progress)
         self.timeouts(timeout)
         if policy == "always":
@@ -481,13 +486,12 @@ class Session(Connection):
         context_window: int | None,
         timeout: float | Timeouts | None,
         *,
-        force: bool,
+        force: bool | None,
     ) -> None:
         """Bring a model into memory, with the window that the next calls will have."""
         name = self.choose_model(model)
         check_tokens("context_window", context_window)
-        read_flag("force", force)
-        asked = CallOptions(keep_alive=keep_alive, context_window=context_window, force=force)
+        asked = CallOptions(keep_alive=keep_alive, context_window=context_window, force=read_flag("force", force))
         run = self.run("load_model", name, self.timeouts(timeout))
         with run.failing():
             self.require("load_model")
@@ -520,8 +524,8 @@ class Session(Connection):
         self,
         reference: Any,
         *,
-        on_missing: Literal["error", "base"],
-        force: bool,
+        on_missing: Literal["error", "base"] | None,
+        force: bool | None,
         model: str | None,
         timeout: float | Timeouts | None,
     ) -> LoadedAdapter | None:
@@ -561,11 +565,15 @@ class Session(Connection):
         run.emit("finish")
 
     async def prune_adapters(
-        self, keep: Sequence[str], older_than: float | None, dry_run: bool, timeout: float | Timeouts | None
+        self,
+        keep: Sequence[str] | None,
+        older_than: float | None,
+        dry_run: bool | None,
+        timeout: float | Timeouts | None,
     ) -> tuple[ModelInfo, ...]:
         """Delete what loaded adapters have left on the server."""
         kept = tuple(inputs.text(each, "`keep`") for each in inputs.items(keep, "`keep`", "a sequence of names"))
-        read_flag("dry_run", dry_run)
+        dry_run = read_flag("dry_run", dry_run, default=True)
         read_seconds("older_than", older_than)
         found: tuple[ModelInfo, ...] = await self.ask(
             "prune_adapters",

@@ -202,7 +202,7 @@ def test_the_host_of_a_client_is_told_as_its_address() -> None:
 
     with graftage.connect("ollama", host="https://example.com/ollama/") as llm:
         assert llm.settings.host == "https://example.com/ollama/"
-        assert llm._session.address == "https://example.com/ollama"
+        assert llm.address == "https://example.com/ollama"
 
 
 def test_a_host_that_cannot_be_is_refused_by_connect_before_anything_is_opened() -> None:
@@ -217,4 +217,4 @@ def test_ollama_host_of_the_environment_names_the_server(monkeypatch: pytest.Mon
 
     monkeypatch.setenv("OLLAMA_HOST", "0.0.0.0:8080")
     with graftage.connect("ollama") as llm:
-        assert llm._session.address == "http://127.0.0.1:8080"
+        assert llm.address == "http://127.0.0.1:8080"

@@ -1,0 +1,1 @@
+"""`connect`, the two clients and their streams."""

@@ -1,0 +1,103 @@
+"""`connect` and `connect_async`: their arguments, read once for both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftage._client.async_client import AsyncClient
+from graftage._client.sync_client import Client
+from graftage._engine.call import as_it_is
+from graftage.exceptions import GraftageError
+
+if TYPE_CHECKING:
+    from graftage._engine.choosing import ConnectOptions
+    from graftage.settings import Settings
+
+    SettingsLike = Mapping[str, Any] | Settings | str | Path | None
+
+__all__ = ["connect", "connect_async"]
+
+
+def connect(
+    provider: str | object | Sequence[str | object] | None = None,
+    *,
+    model: str | None = None,
+    settings: SettingsLike = None,
+    plugins: Sequence[object] | None = None,
+    translate_error: Callable[[GraftageError], Exception] | None = None,
+    env_prefix: str | None = None,
+    **overrides: Any,
+) -> Client:
+    """Join a provider. Nothing is opened until it is needed. An argument of None means "not given".
+
+    Args:
+        provider: a provider's name, `"provider:model"`, a plugin object, or a list of these: a fallback chain, whose
+            next member is asked if the one before could not begin to answer. A member may be a pair of one of these
+            and a mapping with its own `model` and settings, `("ollama", {"host": "gpu:11434"})`; secrets and `host`
+            are refused if every member would get them. None or `"auto"` means the provider that `GRAFTAGE_PROVIDER`
+            or the settings file names, or else the first one on this machine that answers, Ollama before the embedded
+            one. It is chosen once, when the client is entered or at its first call. With `host`, only the server
+            there is asked; if it does not have the model, that is a `ModelNotFound`.
+        model: the model of all calls that do not name one.
+        settings: a mapping of settings, in which a plugin's settings stand under its name, as in the file; or the path
+            of a TOML file to read instead of the user's.
+        plugins: plugin objects to use besides the installed ones.
+        translate_error: makes the host's error from each `GraftageError` before it is raised.
+        env_prefix: the prefix of environment variables instead of `GRAFTAGE`.
+        overrides: settings by name, such as `host`, `api_key`, `timeouts`, `attempts`, `keep_alive`.
+
+    Raises:
+        ProviderNotFound: the provider is not installed.
+        PluginError: the provider is broken, or two distributions claim its name.
+        SettingsError: a setting is unknown or invalid.
+    """
+    options = _read(
+        provider,
+        plugins,
+        translate_error,
+        model=model,
+        settings=settings,
+        env_prefix=env_prefix,
+        overrides=overrides,
+    )
+    return Client(options)
+
+
+def connect_async(
+    provider: str | object | Sequence[str | object] | None = None,
+    *,
+    model: str | None = None,
+    settings: SettingsLike = None,
+    plugins: Sequence[object] | None = None,
+    translate_error: Callable[[GraftageError], Exception] | None = None,
+    env_prefix: str | None = None,
+    **overrides: Any,
+) -> AsyncClient:
+    """Join a provider for asyncio, with the arguments of `connect`.
+
+    A plain function: the client opens, and raises what `connect` raises, on `async with` or at its first call.
+    """
+    options = _read(
+        provider,
+        plugins,
+        translate_error,
+        model=model,
+        settings=settings,
+        env_prefix=env_prefix,
+        overrides=overrides,
+    )
+    return AsyncClient(options)
+
+
+def _read(
+    provider: Any, plugins: Any, translate_error: Callable[[GraftageError], Exception] | None, **given: Any
+) -> ConnectOptions:
+    from graftage._engine.choosing import ConnectOptions
+    from graftage._engine.inputs import items, rejected
+
+    if translate_error is not None and not callable(translate_error):
+        raise rejected("`translate_error`", "a function that makes an error of an error", translate_error)
+    plugins = items(plugins, "`plugins`", "a sequence of plugin objects")
+    return ConnectOptions(provider=provider, plugins=plugins, translate=translate_error or as_it_is, **given)
