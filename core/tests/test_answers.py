@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MODEL = "m"
 CALL = ToolCall(name="f", arguments={}, id="c")
 
-# --- Fields ----------------------------------------------------------------------------------------------------------
 
 HUGE = 10**400
 ODD: tuple[Any, ...] = ("", "x", None, True, [], {}, math.nan, math.inf, -1, -0.5, HUGE, 2**60)
@@ -53,59 +52,56 @@ FIELDS: list[tuple[Any, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("read", "value", "wanted"), FIELDS)
-def test_a_field_is_what_it_means_or_unknown(read: Any, value: Any, wanted: Any) -> None:
-    assert read(value) == wanted
+class TestFields:
+    @pytest.mark.parametrize(("read", "value", "wanted"), FIELDS)
+    def test_odd_value_is_unknown(self, read: Any, value: Any, wanted: Any) -> None:
+        assert read(value) == wanted
 
-
-@pytest.mark.parametrize("value", [5, True, [], {}, ["x"]])
-def test_a_text_must_be_one(value: Any) -> None:
-    with pytest.raises(TypeError):
-        read_text(value)
-
-
-def test_one_bad_entry_loses_no_list() -> None:
-    given: list[Any] = [{"name": "a"}, None, 5, {}, "x", {"name": "b"}]
-    for read in read_entries, read_records:
-        assert read(given, lambda each: each["name"]) == ("a", "b")
-        assert read(None, str) == read([], str) == ()
-
-
-def test_a_list_without_a_single_record_is_something_else() -> None:
-    others: list[Any] = [5, {"a": 1}, "x", [5], [{}]]
-    for given in others:
-        assert read_entries(given, lambda each: each["name"]) == ()
+    @pytest.mark.parametrize("value", [5, True, [], {}, ["x"]])
+    def test_text_must_be_a_string(self, value: Any) -> None:
         with pytest.raises(TypeError):
-            read_records(given, lambda each: each["name"])
+            read_text(value)
 
+    def test_bad_entry_keeps_the_others(self) -> None:
+        given: list[Any] = [{"name": "a"}, None, 5, {}, "x", {"name": "b"}]
+        for read in read_entries, read_records:
+            assert read(given, lambda each: each["name"]) == ("a", "b")
+            assert read(None, str) == read([], str) == ()
 
-def test_a_probability_that_cannot_be_read_is_left_out_and_those_beside_it_are_not() -> None:
-    rival = {"token": "b", "logprob": -2}
-    good = {"token": "a", "logprob": -1.5, "bytes": [97], "top_logprobs": [rival, {"token": "c", "logprob": None}]}
-    bad: list[Any] = [{"token": "x", "logprob": each} for each in (None, "x", True, math.nan, HUGE)]
-    found = read_logprobs([*bad, good, {"token": None, "logprob": 1}, {"logprob": 1}, None, 5])
-    assert found == (Logprob(token="a", logprob=-1.5, top=(Logprob(token="b", logprob=-2.0),)),)
-    assert read_logprobs([good], top=False)[0].top == ()
-    assert [read_logprobs(each) for each in (*ODD, bad)] == [()] * (len(ODD) + 1)
+    def test_list_without_records_is_refused(self) -> None:
+        others: list[Any] = [5, {"a": 1}, "x", [5], [{}]]
+        for given in others:
+            assert read_entries(given, lambda each: each["name"]) == ()
+            with pytest.raises(TypeError):
+                read_records(given, lambda each: each["name"])
+
+    def test_unreadable_probability_is_left_out(self) -> None:
+        rival = {"token": "b", "logprob": -2}
+        good = {"token": "a", "logprob": -1.5, "bytes": [97], "top_logprobs": [rival, {"token": "c", "logprob": None}]}
+        bad: list[Any] = [{"token": "x", "logprob": each} for each in (None, "x", True, math.nan, HUGE)]
+        found = read_logprobs([*bad, good, {"token": None, "logprob": 1}, {"logprob": 1}, None, 5])
+        assert found == (Logprob(token="a", logprob=-1.5, top=(Logprob(token="b", logprob=-2.0),)),)
+        assert read_logprobs([good], top=False)[0].top == ()
+        assert [read_logprobs(each) for each in (*ODD, bad)] == [()] * (len(ODD) + 1)
 
 
 def numbered(*places: Any) -> list[dict[str, Any]]:
     return [{"index": place, "embedding": [number]} for number, place in enumerate(places)]
 
 
-def test_vectors_come_in_the_order_of_their_indexes() -> None:
-    assert read_vectors(numbered(1, 2.0, 0)) == [[2], [0], [1]]
-    assert read_vectors(numbered(None, None)) == read_vectors([{"embedding": [0]}, {"embedding": [1]}]) == [[0], [1]]
-    assert read_vectors([]) == []
+class TestVectors:
+    def test_follow_their_indexes(self) -> None:
+        assert read_vectors(numbered(1, 2.0, 0)) == [[2], [0], [1]]
+        assert (
+            read_vectors(numbered(None, None)) == read_vectors([{"embedding": [0]}, {"embedding": [1]}]) == [[0], [1]]
+        )
+        assert read_vectors([]) == []
 
+    @pytest.mark.parametrize("places", [(0, 0), (0, 2), (1, 2), (-1, 0)], ids=str)
+    def test_wrong_numbering_is_an_error(self, places: Any) -> None:
+        with pytest.raises(ProtocolError, match="2 vectors, which are not numbered from 0 to 1"):
+            read_vectors(numbered(*places))
 
-@pytest.mark.parametrize("places", [(0, 0), (0, 2), (1, 2), (-1, 0)], ids=str)
-def test_vectors_that_are_not_numbered_through_are_an_error(places: Any) -> None:
-    with pytest.raises(ProtocolError, match="2 vectors, which are not numbered from 0 to 1"):
-        read_vectors(numbered(*places))
-
-
-# --- Tool calls ------------------------------------------------------------------------------------------------------
 
 FORMS: dict[str, tuple[Any, list[str]]] = {
     "none": (None, []),
@@ -117,24 +113,6 @@ FORMS: dict[str, tuple[Any, list[str]]] = {
     "one alone": ({"id": 7, "function": {"name": "f"}}, ["7"]),
     "several": ([{"id": "1", "name": "f"}, {"id": "2", "name": "f"}], ["1", "2"]),
 }
-
-
-@pytest.mark.parametrize(("given", "ids"), FORMS.values(), ids=FORMS)
-def test_calls_of_tools_are_read_in_every_form(given: Any, ids: list[str]) -> None:
-    assert read_tool_calls(given) == tuple(ToolCall(name="f", arguments={}, id=each) for each in ids)
-
-
-@pytest.mark.parametrize(
-    "bad", [{}, "f", 5, {"function": None}, {"function": "f"}, {"function": {}}, {"name": 5}, {"name": ""}], ids=str
-)
-def test_one_malformed_call_is_an_error_since_half_of_a_plan_is_another_plan(bad: Any) -> None:
-    with pytest.raises(InferenceFailed, match="The model's call is malformed"):
-        read_tool_calls([{"name": "f"}, bad])
-
-
-def test_an_id_that_is_made_up_is_one_that_no_other_call_has() -> None:
-    made = [call.id for _ in range(20) for call in read_tool_calls([{"name": "f"}, {"name": "f", "id": ""}])]
-    assert len(set(made)) == 40
 
 
 def ask(name: str, *ids: str) -> Message:
@@ -175,27 +153,40 @@ PAIRS: dict[str, tuple[list[Any], list[tuple[str | None, str | None]]]] = {
 }
 
 
-@pytest.mark.parametrize(("messages", "wanted"), PAIRS.values(), ids=PAIRS)
-def test_a_result_goes_out_with_the_id_and_the_name_of_its_call(both: Any, messages: Any, wanted: Any) -> None:
-    echo = Echo(["ok"])
-    both.connect(echo, model=MODEL).chat(["Hi", *messages])
-    sent = echo.requests[0].messages
-    assert [(each.tool_call_id, each.tool_name) for each in sent if each.role == "tool"] == wanted
-    assert [each.content for each in sent if each.role == "tool"] == ["1"] * len(wanted)
+class TestToolCalls:
+    @pytest.mark.parametrize(("given", "ids"), FORMS.values(), ids=FORMS)
+    def test_every_form_is_read(self, given: Any, ids: list[str]) -> None:
+        assert read_tool_calls(given) == tuple(ToolCall(name="f", arguments={}, id=each) for each in ids)
 
+    @pytest.mark.parametrize(
+        "bad", [{}, "f", 5, {"function": None}, {"function": "f"}, {"function": {}}, {"name": 5}, {"name": ""}], ids=str
+    )
+    def test_one_malformed_call_fails_the_reply(self, bad: Any) -> None:
+        with pytest.raises(InferenceFailed, match="The model's call is malformed"):
+            read_tool_calls([{"name": "f"}, bad])
 
-def test_earlier_calls_without_ids_get_some_that_are_the_same_whenever_they_are_sent(both: Any) -> None:
-    echo = Echo(["ok"] * 2)
-    llm = both.connect(echo, model=MODEL)
-    bare = {"role": "assistant", "tool_calls": [{"name": "f"}, {"name": "f"}]}
-    for _ in range(2):
-        llm.chat([bare, ask("f", "call_1"), bare])
-    for request in echo.requests:
-        ids = [call.id for each in request.messages for call in each.tool_calls]
-        assert ids == ["call_0", "call_2", "call_1", "call_3", "call_4"]
+    def test_generated_ids_are_unique(self) -> None:
+        made = [call.id for _ in range(20) for call in read_tool_calls([{"name": "f"}, {"name": "f", "id": ""}])]
+        assert len(set(made)) == 40
 
+    @pytest.mark.parametrize(("messages", "wanted"), PAIRS.values(), ids=PAIRS)
+    def test_result_goes_out_with_id_and_name(self, both: Any, messages: Any, wanted: Any) -> None:
+        echo = Echo(["ok"])
+        both.connect(echo, model=MODEL).chat(["Hi", *messages])
+        sent = echo.requests[0].messages
+        assert [(each.tool_call_id, each.tool_name) for each in sent if each.role == "tool"] == wanted
+        assert [each.content for each in sent if each.role == "tool"] == ["1"] * len(wanted)
 
-# --- The end ---------------------------------------------------------------------------------------------------------
+    def test_earlier_calls_get_stable_ids(self, both: Any) -> None:
+        echo = Echo(["ok"] * 2)
+        llm = both.connect(echo, model=MODEL)
+        bare = {"role": "assistant", "tool_calls": [{"name": "f"}, {"name": "f"}]}
+        for _ in range(2):
+            llm.chat([bare, ask("f", "call_1"), bare])
+        for request in echo.requests:
+            ids = [call.id for each in request.messages for call in each.tool_calls]
+            assert ids == ["call_0", "call_2", "call_1", "call_3", "call_4"]
+
 
 ENDS: list[tuple[Any, bool, int, str]] = [
     # The server's word, whether tools are called, tokens of 10 that were allowed, what it means
@@ -227,30 +218,28 @@ ENDS: list[tuple[Any, bool, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("end", ENDS, ids=str)
-def test_the_reason_is_graftages_whatever_the_servers_word(both: Any, watcher: Watcher, end: Any, stream: bool) -> None:
-    word, calls, written, wanted = end
-    chunks = [Chunk(text="x", tool_calls=(CALL,) if calls else ())]
-    last = Chunk(finish_reason=word, usage=Usage(output_tokens=written), raw={"reason": word})
-    llm = both.connect(Echo([[*chunks, last]]), model=MODEL, plugins=[watcher])
-    reply = llm.chat("x", max_tokens=10, stream=stream)
-    if stream:
-        assert list(reply)[-1].finish_reason == wanted
-        reply = reply.reply
-    assert (reply.finish_reason, reply.raw) == (wanted, {"reason": word})
-    assert watcher.last("finish").finish_reason == wanted
+class TestEnd:
+    @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+    @pytest.mark.parametrize("end", ENDS, ids=str)
+    def test_server_words_become_known_reasons(self, both: Any, watcher: Watcher, end: Any, stream: bool) -> None:
+        word, calls, written, wanted = end
+        chunks = [Chunk(text="x", tool_calls=(CALL,) if calls else ())]
+        last = Chunk(finish_reason=word, usage=Usage(output_tokens=written), raw={"reason": word})
+        llm = both.connect(Echo([[*chunks, last]]), model=MODEL, plugins=[watcher])
+        reply = llm.chat("x", max_tokens=10, stream=stream)
+        if stream:
+            assert list(reply)[-1].finish_reason == wanted
+            reply = reply.reply
+        assert (reply.finish_reason, reply.raw) == (wanted, {"reason": word})
+        assert watcher.last("finish").finish_reason == wanted
 
+    @pytest.mark.parametrize("count", [-1, 1.5, "5", True, math.nan, HUGE, 2**60, None], ids=lambda each: str(each)[:9])
+    def test_impossible_token_count_is_unknown(self, both: Any, count: Any) -> None:
+        usage = Usage(input_tokens=count, output_tokens=count)
+        llm = both.connect(Echo([[Chunk(text="x", finish_reason="stop", usage=usage)]]), model=MODEL)
+        assert llm.chat("x").usage == Usage()
+        assert (llm.stats().input_tokens, llm.stats().output_tokens) == (0, 0)
 
-@pytest.mark.parametrize("count", [-1, 1.5, "5", True, math.nan, HUGE, 2**60, None], ids=lambda each: str(each)[:9])
-def test_a_count_of_tokens_that_cannot_be_is_unknown(both: Any, count: Any) -> None:
-    usage = Usage(input_tokens=count, output_tokens=count)
-    llm = both.connect(Echo([[Chunk(text="x", finish_reason="stop", usage=usage)]]), model=MODEL)
-    assert llm.chat("x").usage == Usage()
-    assert (llm.stats().input_tokens, llm.stats().output_tokens) == (0, 0)
-
-
-# --- Cut without a word ----------------------------------------------------------------------------------------------
 
 PROSE = "word " * 600
 CUTS: dict[str, tuple[list[str], int | None, int | None, bool]] = {
@@ -281,19 +270,6 @@ CUTS: dict[str, tuple[list[str], int | None, int | None, bool]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["messages", "prompt", "inputs"])
-@pytest.mark.parametrize(("texts", "window", "read", "cut"), CUTS.values(), ids=CUTS)
-def test_a_cut_is_seen_and_a_dense_text_is_none(
-    texts: Any, window: int | None, read: int | None, cut: bool, kind: str
-) -> None:
-    if kind == "inputs" and window is None and read == 4096:
-        cut = False  # Texts that are cut into pieces before they are embedded have a round number of tokens, too.
-    of = {"messages": [SimpleNamespace(content=each) for each in texts], "prompt": texts[0], "inputs": tuple(texts)}
-    found = cut_warning(SimpleNamespace(context_window=window, truncate=True, **{kind: of[kind]}), read)  # type: ignore[arg-type]
-    assert bool(found) == cut
-    assert all("probably cut to fit the context window" in each for each in found)
-
-
 SUMS: dict[str, tuple[list[str], int, bool]] = {
     # Of several inputs the server tells the sum, and each has the window of 256.
     "all fit": (["word " * 100] * 5, 505, False),
@@ -301,19 +277,6 @@ SUMS: dict[str, tuple[list[str], int, bool]] = {
     "none does": ([PROSE, PROSE], 512, True),
     "one of many": ([*["-" * 300] * 9, "word " * 257], 320, True),
 }
-
-
-@pytest.mark.parametrize(("texts", "read", "cut"), SUMS.values(), ids=SUMS)
-def test_one_of_several_inputs_that_was_cut_is_seen(texts: list[str], read: int, cut: bool) -> None:
-    request: Any = SimpleNamespace(context_window=256, truncate=True, inputs=tuple(texts))
-    assert bool(cut_warning(request, read)) == cut
-
-
-def test_messages_share_one_window() -> None:
-    turn = SimpleNamespace(content="word " * 200)
-    two, three = (SimpleNamespace(context_window=512, messages=[turn] * count) for count in (2, 3))
-    assert cut_warning(three, 410)  # type: ignore[arg-type]
-    assert not cut_warning(two, 410)  # type: ignore[arg-type]
 
 
 class Short:
@@ -344,35 +307,56 @@ class Short:
         return self.Connection(self.parameters)
 
 
-def test_what_was_cut_is_warned_of_whoever_the_provider_is(both: Any) -> None:
-    llm = both.connect(Short(), model=MODEL, context_window=256)
-    with llm.chat(PROSE, stream=True) as stream:
-        warnings = tuple(each for chunk in stream for each in chunk.warnings)
-    assert ["probably cut" in each for each in warnings] == [True]
-    assert stream.reply.warnings == llm.chat(PROSE).warnings == warnings
-    found = llm.embed(PROSE)
-    assert ["An input was probably cut" in each for each in found.warnings] == [True]
-    assert found.usage == Usage(input_tokens=256)
-    assert llm.embed(PROSE, truncate=False).warnings == ()  # It would have been refused.
+class TestCutPrompt:
+    """A server that cuts a prompt to its window without saying so."""
+
+    @pytest.mark.parametrize("kind", ["messages", "prompt", "inputs"])
+    @pytest.mark.parametrize(("texts", "window", "read", "cut"), CUTS.values(), ids=CUTS)
+    def test_full_window_means_a_cut(
+        self, texts: Any, window: int | None, read: int | None, cut: bool, kind: str
+    ) -> None:
+        if kind == "inputs" and window is None and read == 4096:
+            cut = False  # Texts that are cut into pieces before they are embedded have a round number of tokens, too.
+        of = {"messages": [SimpleNamespace(content=each) for each in texts], "prompt": texts[0], "inputs": tuple(texts)}
+        found = cut_warning(SimpleNamespace(context_window=window, truncate=True, **{kind: of[kind]}), read)  # type: ignore[arg-type]
+        assert bool(found) == cut
+        assert all("probably cut to fit the context window" in each for each in found)
+
+    @pytest.mark.parametrize(("texts", "read", "cut"), SUMS.values(), ids=SUMS)
+    def test_cut_input_among_several_is_seen(self, texts: list[str], read: int, cut: bool) -> None:
+        request: Any = SimpleNamespace(context_window=256, truncate=True, inputs=tuple(texts))
+        assert bool(cut_warning(request, read)) == cut
+
+    def test_messages_share_one_window(self) -> None:
+        turn = SimpleNamespace(content="word " * 200)
+        two, three = (SimpleNamespace(context_window=512, messages=[turn] * count) for count in (2, 3))
+        assert cut_warning(three, 410)  # type: ignore[arg-type]
+        assert not cut_warning(two, 410)  # type: ignore[arg-type]
+
+    def test_is_warned_of_with_any_provider(self, both: Any) -> None:
+        llm = both.connect(Short(), model=MODEL, context_window=256)
+        with llm.chat(PROSE, stream=True) as stream:
+            warnings = tuple(each for chunk in stream for each in chunk.warnings)
+        assert ["probably cut" in each for each in warnings] == [True]
+        assert stream.reply.warnings == llm.chat(PROSE).warnings == warnings
+        found = llm.embed(PROSE)
+        assert ["An input was probably cut" in each for each in found.warnings] == [True]
+        assert found.usage == Usage(input_tokens=256)
+        assert llm.embed(PROSE, truncate=False).warnings == ()  # It would have been refused.
+
+    def test_unsupported_window_gives_no_warning(self, both: Any) -> None:
+        llm = both.connect(Short(frozenset()), model=MODEL, context_window=256)
+        for given in llm.chat("-" * 900), llm.embed("-" * 900):
+            assert [each for each in given.warnings if "cut" in each] == []
+
+    def test_providers_own_warning_is_enough(self, both: Any) -> None:
+        found = both.connect(Short(), model=MODEL, context_window=256).embed(PROSE, dimensions=2)
+        assert found.warnings == ("mine",)
 
 
-def test_a_window_that_a_provider_cannot_set_is_not_its_servers(both: Any) -> None:
-    llm = both.connect(Short(frozenset()), model=MODEL, context_window=256)
-    for given in llm.chat("-" * 900), llm.embed("-" * 900):
-        assert [each for each in given.warnings if "cut" in each] == []
-
-
-def test_a_provider_that_cuts_by_itself_says_so_itself(both: Any) -> None:
-    found = both.connect(Short(), model=MODEL, context_window=256).embed(PROSE, dimensions=2)
-    assert found.warnings == ("mine",)
-
-
-def test_vectors_of_another_length_than_was_asked_for_are_warned_of(both: Any) -> None:
+def test_ignored_dimensions_are_warned_of(both: Any) -> None:
     (mine, told) = both.connect(Short(), model=MODEL).embed("x", dimensions=3).warnings
     assert (mine, "`dimensions` had no effect: the vectors have 2 numbers" in told) == ("mine", True)
-
-
-# --- JSON that came another way --------------------------------------------------------------------------------------
 
 
 class Point(BaseModel):
@@ -401,40 +385,10 @@ WAYS: dict[str, str | Chunk] = {
 }
 
 
-@pytest.mark.parametrize("given", [Point, {"type": "object"}, "json"], ids=["model", "schema", "json"])
-@pytest.mark.parametrize("way", WAYS)
-def test_json_is_found_where_it_is_certain(both: Any, way: str, given: Any) -> None:
-    come = WAYS[way]
-    chunk = Chunk(text=come) if isinstance(come, str) else come
-    llm = both.connect(Echo([[chunk, Chunk(finish_reason="stop")]]), model=MODEL)
-    reply = llm.chat("x", format=given)
-    assert reply.parsed == (Point(a=1) if given is Point else {"a": 1})
-    assert reply.text == chunk.text
-
-
-def test_an_answer_that_calls_a_tool_need_not_fit_the_format(both: Any) -> None:
-    calls = Chunk(text="I look it up.", tool_calls=(CALL,), finish_reason="tool_calls")
-    reply = both.connect(Echo([[calls]]), model=MODEL).chat("x", format="json")
-    assert (reply.tool_calls, reply.parsed) == ((CALL,), None)
-
-
-def test_what_looks_like_a_fence_or_a_thought_inside_json_is_part_of_it(both: Any) -> None:
-    given = '{"a": "```json\\n5\\n``` </think> 7"}'
-    llm = both.connect(Echo([given]), model=MODEL)
-    assert llm.chat("x", format="json").parsed == {"a": "```json\n5\n``` </think> 7"}
-
-
 class Note(BaseModel):
     """Words on several lines."""
 
     a: str
-
-
-@pytest.mark.parametrize("given", [Note, "json"], ids=["model", "json"])
-@pytest.mark.parametrize("text", ['{"a": "1\n\t2"}', '{\n"a": "1\n\t2"\n}', '```json\n{"a": "1\n\t2"}\n```'])
-def test_the_ends_of_lines_that_models_write_inside_strings_are_read(both: Any, given: Any, text: str) -> None:
-    found = both.connect(Echo([text]), model=MODEL).chat("x", format=given).parsed
-    assert found == (Note(a="1\n\t2") if given is Note else {"a": "1\n\t2"})
 
 
 UNCERTAIN = {
@@ -447,23 +401,51 @@ UNCERTAIN = {
 }
 
 
-@pytest.mark.parametrize("reason", ["stop", "length"])
-@pytest.mark.parametrize("text", UNCERTAIN.values(), ids=UNCERTAIN)
-def test_what_is_not_certain_is_an_error_with_the_right_way_out(both: Any, text: str, reason: str) -> None:
-    llm = both.connect(Echo([[Chunk(text=text), Chunk(finish_reason=reason)]]), model=MODEL)
-    with pytest.raises(InferenceFailed) as caught:
-        llm.chat("x", format="json")
-    assert ("cut" in caught.value.message, "`max_tokens`" in str(caught.value.hint)) == ((reason == "length"),) * 2
-    assert "service" not in str(caught.value)
-    assert caught.value.partial is not None
-    assert caught.value.partial.text == text
+class TestFoundJson:
+    """JSON that came in another way than was asked for."""
 
+    @pytest.mark.parametrize("given", [Point, {"type": "object"}, "json"], ids=["model", "schema", "json"])
+    @pytest.mark.parametrize("way", WAYS)
+    def test_is_found_where_certain(self, both: Any, way: str, given: Any) -> None:
+        come = WAYS[way]
+        chunk = Chunk(text=come) if isinstance(come, str) else come
+        llm = both.connect(Echo([[chunk, Chunk(finish_reason="stop")]]), model=MODEL)
+        reply = llm.chat("x", format=given)
+        assert reply.parsed == (Point(a=1) if given is Point else {"a": 1})
+        assert reply.text == chunk.text
 
-def test_whole_json_that_does_not_fit_was_not_cut(both: Any) -> None:
-    llm = both.connect(Echo([[Chunk(text='{"b": 1}'), Chunk(finish_reason="length")]]), model=MODEL)
-    with pytest.raises(InferenceFailed, match="does not fit") as caught:
-        llm.chat("x", format=Point)
-    assert caught.value.details == {"reason": "ValidationError of Point"}
+    def test_tool_call_need_not_fit_the_format(self, both: Any) -> None:
+        calls = Chunk(text="I look it up.", tool_calls=(CALL,), finish_reason="tool_calls")
+        reply = both.connect(Echo([[calls]]), model=MODEL).chat("x", format="json")
+        assert (reply.tool_calls, reply.parsed) == ((CALL,), None)
+
+    def test_fence_inside_a_string_is_kept(self, both: Any) -> None:
+        given = '{"a": "```json\\n5\\n``` </think> 7"}'
+        llm = both.connect(Echo([given]), model=MODEL)
+        assert llm.chat("x", format="json").parsed == {"a": "```json\n5\n``` </think> 7"}
+
+    @pytest.mark.parametrize("given", [Note, "json"], ids=["model", "json"])
+    @pytest.mark.parametrize("text", ['{"a": "1\n\t2"}', '{\n"a": "1\n\t2"\n}', '```json\n{"a": "1\n\t2"}\n```'])
+    def test_line_ends_inside_strings_are_read(self, both: Any, given: Any, text: str) -> None:
+        found = both.connect(Echo([text]), model=MODEL).chat("x", format=given).parsed
+        assert found == (Note(a="1\n\t2") if given is Note else {"a": "1\n\t2"})
+
+    @pytest.mark.parametrize("reason", ["stop", "length"])
+    @pytest.mark.parametrize("text", UNCERTAIN.values(), ids=UNCERTAIN)
+    def test_uncertain_text_is_an_error_with_hint(self, both: Any, text: str, reason: str) -> None:
+        llm = both.connect(Echo([[Chunk(text=text), Chunk(finish_reason=reason)]]), model=MODEL)
+        with pytest.raises(InferenceFailed) as caught:
+            llm.chat("x", format="json")
+        assert ("cut" in caught.value.message, "`max_tokens`" in str(caught.value.hint)) == ((reason == "length"),) * 2
+        assert "service" not in str(caught.value)
+        assert caught.value.partial is not None
+        assert caught.value.partial.text == text
+
+    def test_whole_json_was_not_cut(self, both: Any) -> None:
+        llm = both.connect(Echo([[Chunk(text='{"b": 1}'), Chunk(finish_reason="length")]]), model=MODEL)
+        with pytest.raises(InferenceFailed, match="does not fit") as caught:
+            llm.chat("x", format=Point)
+        assert caught.value.details == {"reason": "ValidationError of Point"}
 
 
 class OwnError(Exception):
@@ -503,7 +485,7 @@ class Reader(BaseModel):
         (Reader, "", UnicodeError),
     ],
 )
-def test_an_error_of_the_hosts_own_validator_is_the_hosts(
+def test_error_of_a_host_validator_passes_through(
     both: Any, watcher: Watcher, case: tuple[Any, str, type[Exception]], stream: bool
 ) -> None:
     model, word, kind = case

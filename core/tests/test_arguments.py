@@ -68,48 +68,6 @@ def nested(levels: int) -> Any:
     return value
 
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_a_picture_from_a_pipe_is_refused_and_not_waited_for(both: Any, pipe: Path) -> None:
-    assert "not a regular file" in refusal(both, lambda llm: llm.chat("x", images=[pipe])).message
-
-
-def test_a_picture_that_is_larger_than_any_is_refused(both: Any, tmp_path: Path) -> None:
-    path = tmp_path / "huge.png"
-    with path.open("wb") as file:
-        file.truncate(LARGEST_IMAGE + 1)
-    assert f"larger than {LARGEST_IMAGE} bytes" in refusal(both, lambda llm: llm.generate("x", images=[path])).message
-
-
-@pytest.mark.parametrize("path", ["~nosuchuser-of-all/cat.png", "~\0", "cat.png\0", HALF, "/no/such/cat.png", "", "."])
-def test_a_picture_whose_path_leads_nowhere_is_refused_in_words_that_name_it_once(both: Any, path: str) -> None:
-    message = refusal(both, lambda llm: llm.chat("x", images=[path])).message
-    assert "Errno" not in message
-    assert message.count("cat.png") <= 1
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda llm: llm.chat("x", images=5),
-        lambda llm: llm.generate("x", images=5),
-        lambda llm: llm.chat("x", images={b"x": 1}),
-        lambda llm: llm.chat("x", images=[Image(data="text")]),  # type: ignore[arg-type]
-        lambda llm: llm.chat("x", images=[Image(data=b"x", path="cat.png")]),
-        lambda llm: llm.chat("x", images=[Image(path=5)]),  # type: ignore[arg-type]
-        lambda llm: llm.chat("x", images=[Image()]),
-        lambda llm: llm.chat("x", images=[b""]),
-        lambda llm: llm.chat({"role": "user", "images": [{"path": "cat.png"}]}),
-        lambda llm: llm.chat({"role": "user", "content": "x", "images": 5}),
-        lambda llm: llm.chat(Message(role="user", content="x", images=5)),  # type: ignore[arg-type]
-        lambda llm: llm.chat(Message(role="user", content="x", images=("nothing.png",))),  # type: ignore[arg-type]
-    ],
-)
-def test_what_is_no_picture_is_refused(both: Any, act: Act) -> None:
-    assert "image" in refusal(both, act).message
-
-
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -192,148 +150,175 @@ def picture(both: Any, messages: Any, **arguments: Any) -> Image:
     return cast("Image", found)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", TEXTS)
-def test_a_text_in_a_message_is_a_picture_in_base64_or_a_data_uri(both: Any, way: Act, case: str) -> None:
-    given, data, media_type = TEXTS[case]
-    assert picture(both, way(given)) == Image(data=data, media_type=media_type)
+class TestPictures:
+    def test_pipe_is_refused_at_once(self, both: Any, pipe: Path) -> None:
+        assert "not a regular file" in refusal(both, lambda llm: llm.chat("x", images=[pipe])).message
+
+    def test_oversized_file_is_refused(self, both: Any, tmp_path: Path) -> None:
+        path = tmp_path / "huge.png"
+        with path.open("wb") as file:
+            file.truncate(LARGEST_IMAGE + 1)
+        assert (
+            f"larger than {LARGEST_IMAGE} bytes" in refusal(both, lambda llm: llm.generate("x", images=[path])).message
+        )
+
+    @pytest.mark.parametrize(
+        "path", ["~nosuchuser-of-all/cat.png", "~\0", "cat.png\0", HALF, "/no/such/cat.png", "", "."]
+    )
+    def test_bad_path_is_named_once(self, both: Any, path: str) -> None:
+        message = refusal(both, lambda llm: llm.chat("x", images=[path])).message
+        assert "Errno" not in message
+        assert message.count("cat.png") <= 1
+
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda llm: llm.chat("x", images=5),
+            lambda llm: llm.generate("x", images=5),
+            lambda llm: llm.chat("x", images={b"x": 1}),
+            lambda llm: llm.chat("x", images=[Image(data="text")]),  # type: ignore[arg-type]
+            lambda llm: llm.chat("x", images=[Image(data=b"x", path="cat.png")]),
+            lambda llm: llm.chat("x", images=[Image(path=5)]),  # type: ignore[arg-type]
+            lambda llm: llm.chat("x", images=[Image()]),
+            lambda llm: llm.chat("x", images=[b""]),
+            lambda llm: llm.chat({"role": "user", "images": [{"path": "cat.png"}]}),
+            lambda llm: llm.chat({"role": "user", "content": "x", "images": 5}),
+            lambda llm: llm.chat(Message(role="user", content="x", images=5)),  # type: ignore[arg-type]
+            lambda llm: llm.chat(Message(role="user", content="x", images=("nothing.png",))),  # type: ignore[arg-type]
+        ],
+    )
+    def test_other_data_is_refused(self, both: Any, act: Act) -> None:
+        assert "image" in refusal(both, act).message
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("case", TEXTS)
+    def test_message_text_is_base64_or_data_uri(self, both: Any, way: Act, case: str) -> None:
+        given, data, media_type = TEXTS[case]
+        assert picture(both, way(given)) == Image(data=data, media_type=media_type)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("case", NO_PICTURES)
+    def test_any_other_text_is_refused_and_hidden(self, both: Any, way: Act, case: str) -> None:
+        given = NO_PICTURES[case]
+        error = refusal(both, lambda llm: llm.chat(way(given)))
+        assert error.__cause__ is error.__context__ is None
+        assert not given.strip() or given not in str(error)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("form", [str, Text, os.fspath, Path.as_uri], ids=["str", "subclass", "fspath", "address"])
+    def test_no_text_in_a_message_reads_a_file(self, both: Any, tmp_path: Path, way: Act, form: Act) -> None:
+        file = tmp_path / "cat.png"
+        file.write_bytes(PNG)
+        error = refusal(both, lambda llm: llm.chat(way(form(file))))
+        assert "cat.png" not in str(error)
+        assert "pathlib.Path" in str(error.hint)
+
+    @pytest.mark.parametrize("way", [*WAYS, None])
+    def test_path_or_bytes_work_everywhere(self, both: Any, tmp_path: Path, way: Act | None) -> None:
+        file = tmp_path / "cat.png"
+        file.write_bytes(PNG)
+        images = [file, PNG, bytearray(PNG), memoryview(PNG), Image(data=PNG), Image(path=file), Image(path=str(file))]
+        for given in (*images, BASE64.encode(), base64.encodebytes(PNG)):
+            found = picture(both, way(given)) if way else picture(both, "x", images=[given])
+            assert found == graftage.Image(data=PNG, media_type="image/png")
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_file_in_a_message_must_be_regular(self, both: Any, pipe: Path, way: Act) -> None:
+        for given in (pipe, Image(path=pipe), Path("/dev/zero")):
+            assert "not a regular file" in refusal(both, chat(way(given))).message
+
+    def test_every_form_has_a_largest_size(self) -> None:
+        huge = PNG + bytes(LARGEST_IMAGE)
+        for given in (huge, "data:image/png;base64," + base64.b64encode(huge).decode()):
+            with pytest.raises(RequestRejected, match=f"larger than {LARGEST_IMAGE} bytes"):
+                read_messages([in_mapping(given)])
+
+    def test_text_in_a_call_is_uri_or_path(self, both: Any, tmp_path: Path) -> None:
+        file = tmp_path / "cat.png"
+        file.write_bytes(PNG)
+        for given in (str(file), f"data:image/png;base64,{BASE64}"):
+            assert picture(both, "x", images=[given]) == Image(data=PNG, media_type="image/png")
+
+    @pytest.mark.parametrize("given", [BASE64, "https://example.org/cat.png", "data:text/plain,cat", "no-such-cat"])
+    def test_other_text_in_a_call_stays_hidden(self, both: Any, given: str) -> None:
+        error = refusal(both, lambda llm: llm.generate("x", images=[given]))
+        assert given not in f"{error} {error.__cause__} {error.__context__}"
+        assert "bytes" in str(error.hint) or "base64" in str(error.hint)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", NO_PICTURES)
-def test_any_other_text_in_a_message_is_refused_and_not_repeated(both: Any, way: Act, case: str) -> None:
-    given = NO_PICTURES[case]
-    error = refusal(both, lambda llm: llm.chat(way(given)))
-    assert error.__cause__ is error.__context__ is None
-    assert not given.strip() or given not in str(error)
+class TestText:
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda llm: llm.chat(HALF),
+            lambda llm: llm.chat({"role": "user", "content": HALF}),
+            lambda llm: llm.chat(Message(role="user", content=HALF)),
+            lambda llm: llm.chat({"role": "assistant", "thinking": HALF}),
+            lambda llm: llm.chat({"role": "tool", "content": "x", "tool_name": HALF}),
+            lambda llm: llm.chat({"role": "tool", "content": "x", "tool_call_id": HALF}),
+            lambda llm: llm.chat(calls(HALF, {})),
+            lambda llm: llm.chat(calls("f", {"a": HALF})),
+            lambda llm: llm.chat(calls("f", {HALF: 1})),
+            lambda llm: llm.chat(calls("f", '{"a": "\\ud800"}')),
+            lambda llm: llm.chat("x", tools=[Tool(name=HALF)]),
+            lambda llm: llm.chat("x", tools=[Tool(name="f", description=HALF)]),
+            lambda llm: llm.chat("x", tools=[tool({"a": HALF})]),
+            lambda llm: llm.chat("x", format={"const": HALF}),
+            lambda llm: llm.chat("x", options={"stop": [HALF]}),
+            lambda llm: llm.chat("x", adapter=HALF),
+            lambda llm: llm.resolve_adapter(HALF),
+            lambda llm: llm.generate(HALF),
+            lambda llm: llm.generate("x", system=HALF),
+            lambda llm: llm.generate("x", suffix=HALF),
+            lambda llm: llm.embed(HALF),
+            lambda llm: llm.embed(["x", HALF]),
+            lambda llm: llm.chat("x", model=HALF),
+            lambda llm: llm.embed("x", model=HALF),
+            lambda llm: llm.show(HALF),
+            lambda llm: llm.pull(HALF),
+            lambda llm: llm.load(HALF),
+        ],
+    )
+    def test_without_utf8_is_refused_and_hidden(self, both: Any, act: Act) -> None:
+        error = refusal(both, act)
+        assert "surrogate" in error.message
+        assert HALF not in str(error)
 
+    def test_any_language_is_sent_unchanged(self, both: Any) -> None:
+        echo = Echo()
+        words = "Grüße, 世界 🌍 \0"
+        assert both.connect(echo, model=MODEL).chat(words, options={"stop": [words]}).text == words
+        assert echo.requests[0].options == {"stop": [words]}
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", [str, Text, os.fspath, Path.as_uri], ids=["str", "subclass", "fspath", "address"])
-def test_no_text_in_a_message_reads_a_file(both: Any, tmp_path: Path, way: Act, form: Act) -> None:
-    file = tmp_path / "cat.png"
-    file.write_bytes(PNG)
-    error = refusal(both, lambda llm: llm.chat(way(form(file))))
-    assert "cat.png" not in str(error)
-    assert "pathlib.Path" in str(error.hint)
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda llm: llm.chat({"role": "assistant", "tool_calls": 5}),
+            lambda llm: llm.chat(Message(role="user", tool_calls=5)),  # type: ignore[arg-type]
+            lambda llm: llm.chat(Message(role="assistant", tool_calls=(ToolCall(name="f", arguments="x", id="1"),))),  # type: ignore[arg-type]
+            lambda llm: llm.chat({"role": "assistant", "tool_calls": [{"arguments": {}}]}),
+            lambda llm: llm.chat(Message(role="bishop", content="x")),  # type: ignore[arg-type]
+            lambda llm: llm.chat({"role": "assistant", "thinking": 5}),
+            lambda llm: llm.chat({"role": "tool", "content": "x", "tool_name": b"f"}),
+            lambda llm: llm.chat({"role": "tool", "content": "x", "tool_call_id": 5}),
+            lambda llm: llm.chat({"a", "b"}),
+            lambda llm: llm.chat("x", tools=[Tool(name=5)]),  # type: ignore[arg-type]
+            lambda llm: llm.chat("x", tools=[Tool(name="f", parameters=5)]),  # type: ignore[arg-type]
+            lambda llm: llm.chat("x", tools=[tool(5)]),
+            lambda llm: llm.generate("x", system={1}),
+            lambda llm: llm.generate("x", suffix=5),
+            lambda llm: llm.embed({"a": 1}),
+            lambda llm: llm.embed({"a"}),
+            lambda llm: llm.embed("x", dimensions=math.nan),
+            lambda llm: llm.embed("x", dimensions=-5),
+            lambda llm: llm.chat("x", max_tokens=10**5000),
+            lambda llm: llm.chat("x", context_window=2**31),
+            lambda llm: llm.chat("x", context_window=1),
+        ],
+    )
+    def test_another_kind_is_refused(self, both: Any, act: Act) -> None:
+        assert "which it should have typed" not in refusal(both, act).message
 
-
-@pytest.mark.parametrize("way", [*WAYS, None])
-def test_what_is_plainly_a_file_or_bytes_is_a_picture_everywhere(both: Any, tmp_path: Path, way: Act | None) -> None:
-    file = tmp_path / "cat.png"
-    file.write_bytes(PNG)
-    images = [file, PNG, bytearray(PNG), memoryview(PNG), Image(data=PNG), Image(path=file), Image(path=str(file))]
-    for given in (*images, BASE64.encode(), base64.encodebytes(PNG)):
-        found = picture(both, way(given)) if way else picture(both, "x", images=[given])
-        assert found == graftage.Image(data=PNG, media_type="image/png")
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_file_in_a_message_is_a_regular_one(both: Any, pipe: Path, way: Act) -> None:
-    for given in (pipe, Image(path=pipe), Path("/dev/zero")):
-        assert "not a regular file" in refusal(both, chat(way(given))).message
-
-
-def test_a_picture_of_any_form_has_a_largest_size() -> None:
-    huge = PNG + bytes(LARGEST_IMAGE)
-    for given in (huge, "data:image/png;base64," + base64.b64encode(huge).decode()):
-        with pytest.raises(RequestRejected, match=f"larger than {LARGEST_IMAGE} bytes"):
-            read_messages([in_mapping(given)])
-
-
-def test_a_text_of_the_hosts_own_call_is_a_data_uri_or_a_path(both: Any, tmp_path: Path) -> None:
-    file = tmp_path / "cat.png"
-    file.write_bytes(PNG)
-    for given in (str(file), f"data:image/png;base64,{BASE64}"):
-        assert picture(both, "x", images=[given]) == Image(data=PNG, media_type="image/png")
-
-
-@pytest.mark.parametrize("given", [BASE64, "https://example.org/cat.png", "data:text/plain,cat", "no-such-cat"])
-def test_a_text_of_the_hosts_own_call_that_is_neither_is_not_repeated(both: Any, given: str) -> None:
-    error = refusal(both, lambda llm: llm.generate("x", images=[given]))
-    assert given not in f"{error} {error.__cause__} {error.__context__}"
-    assert "bytes" in str(error.hint) or "base64" in str(error.hint)
-
-
-# --- Text that can be sent -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda llm: llm.chat(HALF),
-        lambda llm: llm.chat({"role": "user", "content": HALF}),
-        lambda llm: llm.chat(Message(role="user", content=HALF)),
-        lambda llm: llm.chat({"role": "assistant", "thinking": HALF}),
-        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_name": HALF}),
-        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_call_id": HALF}),
-        lambda llm: llm.chat(calls(HALF, {})),
-        lambda llm: llm.chat(calls("f", {"a": HALF})),
-        lambda llm: llm.chat(calls("f", {HALF: 1})),
-        lambda llm: llm.chat(calls("f", '{"a": "\\ud800"}')),
-        lambda llm: llm.chat("x", tools=[Tool(name=HALF)]),
-        lambda llm: llm.chat("x", tools=[Tool(name="f", description=HALF)]),
-        lambda llm: llm.chat("x", tools=[tool({"a": HALF})]),
-        lambda llm: llm.chat("x", format={"const": HALF}),
-        lambda llm: llm.chat("x", options={"stop": [HALF]}),
-        lambda llm: llm.chat("x", adapter=HALF),
-        lambda llm: llm.resolve_adapter(HALF),
-        lambda llm: llm.generate(HALF),
-        lambda llm: llm.generate("x", system=HALF),
-        lambda llm: llm.generate("x", suffix=HALF),
-        lambda llm: llm.embed(HALF),
-        lambda llm: llm.embed(["x", HALF]),
-        lambda llm: llm.chat("x", model=HALF),
-        lambda llm: llm.embed("x", model=HALF),
-        lambda llm: llm.show(HALF),
-        lambda llm: llm.pull(HALF),
-        lambda llm: llm.load(HALF),
-    ],
-)
-def test_text_that_has_no_utf8_is_refused_and_not_repeated(both: Any, act: Act) -> None:
-    error = refusal(both, act)
-    assert "surrogate" in error.message
-    assert HALF not in str(error)
-
-
-def test_text_of_any_language_is_sent_as_it_is(both: Any) -> None:
-    echo = Echo()
-    words = "Grüße, 世界 🌍 \0"
-    assert both.connect(echo, model=MODEL).chat(words, options={"stop": [words]}).text == words
-    assert echo.requests[0].options == {"stop": [words]}
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda llm: llm.chat({"role": "assistant", "tool_calls": 5}),
-        lambda llm: llm.chat(Message(role="user", tool_calls=5)),  # type: ignore[arg-type]
-        lambda llm: llm.chat(Message(role="assistant", tool_calls=(ToolCall(name="f", arguments="x", id="1"),))),  # type: ignore[arg-type]
-        lambda llm: llm.chat({"role": "assistant", "tool_calls": [{"arguments": {}}]}),
-        lambda llm: llm.chat(Message(role="bishop", content="x")),  # type: ignore[arg-type]
-        lambda llm: llm.chat({"role": "assistant", "thinking": 5}),
-        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_name": b"f"}),
-        lambda llm: llm.chat({"role": "tool", "content": "x", "tool_call_id": 5}),
-        lambda llm: llm.chat({"a", "b"}),
-        lambda llm: llm.chat("x", tools=[Tool(name=5)]),  # type: ignore[arg-type]
-        lambda llm: llm.chat("x", tools=[Tool(name="f", parameters=5)]),  # type: ignore[arg-type]
-        lambda llm: llm.chat("x", tools=[tool(5)]),
-        lambda llm: llm.generate("x", system={1}),
-        lambda llm: llm.generate("x", suffix=5),
-        lambda llm: llm.embed({"a": 1}),
-        lambda llm: llm.embed({"a"}),
-        lambda llm: llm.embed("x", dimensions=math.nan),
-        lambda llm: llm.embed("x", dimensions=-5),
-        lambda llm: llm.chat("x", max_tokens=10**5000),
-        lambda llm: llm.chat("x", context_window=2**31),
-        lambda llm: llm.chat("x", context_window=1),
-    ],
-)
-def test_what_is_of_another_kind_is_refused(both: Any, act: Act) -> None:
-    assert "which it should have typed" not in refusal(both, act).message
-
-
-# --- Data that is JSON -----------------------------------------------------------------------------------------------
 
 CIRCLE: dict[str, Any] = {"type": "object"}
 CIRCLE["properties"] = CIRCLE
@@ -351,40 +336,39 @@ NO_JSON = {
 }
 
 
-@pytest.mark.parametrize("value", NO_JSON.values(), ids=NO_JSON)
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda llm, value: llm.chat("x", format={"const": value}),
-        lambda llm, value: llm.chat("x", tools=[tool({"default": value})]),
-        lambda llm, value: llm.chat("x", tools=[Tool(name="f", parameters={"default": value})]),
-        lambda llm, value: llm.chat(calls("f", {"a": value})),
-        lambda llm, value: llm.embed("x", options={"stop": [value]}),
-    ],
-    ids=["format", "tool", "Tool", "arguments of a call", "option"],
-)
-def test_what_is_no_json_is_refused(both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
-    assert refusal(both, lambda llm: act(llm, value)).message
+class TestJsonData:
+    @pytest.mark.parametrize("value", NO_JSON.values(), ids=NO_JSON)
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda llm, value: llm.chat("x", format={"const": value}),
+            lambda llm, value: llm.chat("x", tools=[tool({"default": value})]),
+            lambda llm, value: llm.chat("x", tools=[Tool(name="f", parameters={"default": value})]),
+            lambda llm, value: llm.chat(calls("f", {"a": value})),
+            lambda llm, value: llm.embed("x", options={"stop": [value]}),
+        ],
+        ids=["format", "tool", "Tool", "arguments of a call", "option"],
+    )
+    def test_other_values_are_refused(self, both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
+        assert refusal(both, lambda llm: act(llm, value)).message
+
+    def test_any_mapping_is_sent_unchanged(self, both: Any) -> None:
+        echo = Echo(["{}"])
+        schema = MappingProxyType({"type": "object", "default": nested(DEEPEST - 1), "enum": (1, 2.5, None, True, "a")})
+        both.connect(echo, model=MODEL).chat("x", format=schema)
+        expected = {"type": "object", "default": nested(DEEPEST - 1), "enum": [1, 2.5, None, True, "a"]}
+        assert echo.requests[0].format == expected
+        assert type(echo.requests[0].format) is dict
+
+    def test_sent_data_is_a_copy(self, both: Any) -> None:
+        echo = Echo(["{}"])
+        schema: dict[str, Any] = {"type": "object", "required": []}
+        both.connect(echo, model=MODEL).chat("x", format=schema)
+        schema["required"].append("later")
+        assert echo.requests[0].format == {"type": "object", "required": []}
 
 
-def test_json_is_sent_as_it_is_from_any_mapping_and_as_deep_as_is_allowed(both: Any) -> None:
-    echo = Echo(["{}"])
-    schema = MappingProxyType({"type": "object", "default": nested(DEEPEST - 1), "enum": (1, 2.5, None, True, "a")})
-    both.connect(echo, model=MODEL).chat("x", format=schema)
-    expected = {"type": "object", "default": nested(DEEPEST - 1), "enum": [1, 2.5, None, True, "a"]}
-    assert echo.requests[0].format == expected
-    assert type(echo.requests[0].format) is dict
-
-
-def test_what_was_sent_does_not_change_with_the_callers_data(both: Any) -> None:
-    echo = Echo(["{}"])
-    schema: dict[str, Any] = {"type": "object", "required": []}
-    both.connect(echo, model=MODEL).chat("x", format=schema)
-    schema["required"].append("later")
-    assert echo.requests[0].format == {"type": "object", "required": []}
-
-
-# --- Formats and tools -----------------------------------------------------------------------------------------------
+# --- Tools -----------------------------------------------------------------------------------------------------------
 
 
 class Opaque:
@@ -417,31 +401,8 @@ class WithNan(BaseModel):
     number: float = math.nan
 
 
-@pytest.mark.parametrize("model", [BaseModel, WithObject, WithFunction, WithNan])
-@pytest.mark.parametrize("argument", ["format", "tools"])
-def test_a_model_without_a_json_schema_is_refused_without_foreign_advice(both: Any, argument: str, model: Any) -> None:
-    given = model if argument == "format" else [model]
-    error = refusal(both, lambda llm: llm.chat("x", **{argument: given}))
-    assert "http" not in str(error)
-
-
 def takes_object(thing: Opaque) -> None:
     """Take something that no schema describes."""
-
-
-@pytest.mark.parametrize(
-    "function", [functools.partial(int, base=2), takes_object, print, Opaque], ids=lambda each: type(each).__name__
-)
-def test_what_has_no_schema_is_no_tool_and_gets_no_foreign_advice(both: Any, function: Any) -> None:
-    error = refusal(both, lambda llm: llm.chat("x", tools=[function]))
-    assert "cannot be offered as a tool" in error.message
-    assert "http" not in str(error)
-    assert "arbitrary_types_allowed" not in str(error)
-
-
-def test_a_function_without_a_name_is_no_tool_until_it_has_one(both: Any) -> None:
-    error = refusal(both, lambda llm: llm.chat("x", tools=[lambda x: x]))
-    assert "Give it a name" in str(error.hint)
 
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -484,25 +445,6 @@ NO_TOOLS: dict[str, tuple[dict[str, Any], str]] = {
     "a text for a schema": ({**PLAIN, "inputSchema": "{}"}, "JSON schema"),
     "a description that is no text": ({"name": "f", "description": ["d"]}, "text"),
 }
-
-
-@pytest.mark.parametrize("given", TOOLS.values(), ids=TOOLS)
-def test_a_tool_keeps_its_schema_in_every_form(both: Any, given: dict[str, Any]) -> None:
-    echo = Echo()
-    both.connect(echo, model=MODEL).chat("x", tools=[given])
-    assert echo.requests[0].tools == (READ,)
-
-
-@pytest.mark.parametrize("given", [{}, {"parameters": None}, {"parameters": {}}, {"inputSchema": {}}])
-def test_a_tool_without_a_schema_takes_nothing(both: Any, given: dict[str, Any]) -> None:
-    echo = Echo()
-    both.connect(echo, model=MODEL).chat("x", tools=[{"name": "f", **given}])
-    assert echo.requests[0].tools == (Tool(name="f"),)
-
-
-@pytest.mark.parametrize(("given", "way_out"), NO_TOOLS.values(), ids=NO_TOOLS)
-def test_a_tool_whose_schema_might_be_lost_is_refused(both: Any, given: dict[str, Any], way_out: str) -> None:
-    assert way_out in str(refusal(both, lambda llm: llm.chat("x", tools=[given])).hint)
 
 
 class Bare(BaseModel):
@@ -624,39 +566,73 @@ def long(city: str, day: int, hour: int = 0) -> str:
     return f"{city}{day}{hour}"
 
 
-def test_what_is_said_of_an_argument_on_several_lines_is_kept_whole() -> None:
-    (tool,) = read_tools([long])
-    said = {name: each["description"] for name, each in tool.parameters["properties"].items()}
-    assert said == {
-        "city": "where it is: a name, or a post code.",
-        "day": "0 is today, 1 tomorrow.",
-        "hour": "from 0 on",
-    }
+class TestTools:
+    @pytest.mark.parametrize("model", [BaseModel, WithObject, WithFunction, WithNan])
+    @pytest.mark.parametrize("argument", ["format", "tools"])
+    def test_model_without_schema_is_refused(self, both: Any, argument: str, model: Any) -> None:
+        given = model if argument == "format" else [model]
+        error = refusal(both, lambda llm: llm.chat("x", **{argument: given}))
+        assert "http" not in str(error)
 
+    @pytest.mark.parametrize(
+        "function", [functools.partial(int, base=2), takes_object, print, Opaque], ids=lambda each: type(each).__name__
+    )
+    def test_function_without_schema_is_refused(self, both: Any, function: Any) -> None:
+        error = refusal(both, lambda llm: llm.chat("x", tools=[function]))
+        assert "cannot be offered as a tool" in error.message
+        assert "http" not in str(error)
+        assert "arbitrary_types_allowed" not in str(error)
 
-@pytest.mark.parametrize(("given", "description"), DOCSTRINGS.values(), ids=DOCSTRINGS)
-def test_the_description_of_a_tool_is_its_own(given: Any, description: str) -> None:
-    (tool,) = read_tools([given])
-    assert tool.description == description
-    assert next(iter(tool.parameters["properties"])) == "city"
+    def test_function_needs_a_name(self, both: Any) -> None:
+        error = refusal(both, lambda llm: llm.chat("x", tools=[lambda x: x]))
+        assert "Give it a name" in str(error.hint)
 
+    @pytest.mark.parametrize("given", TOOLS.values(), ids=TOOLS)
+    def test_every_form_keeps_its_schema(self, both: Any, given: dict[str, Any]) -> None:
+        echo = Echo()
+        both.connect(echo, model=MODEL).chat("x", tools=[given])
+        assert echo.requests[0].tools == (READ,)
 
-@pytest.mark.parametrize("given", [Pair, Colour, Station, Station(), max, int, [Bare], Bare(city="Ulm")])
-def test_what_cannot_be_called_by_name_is_no_tool(given: Any) -> None:
-    with pytest.raises(RequestRejected) as caught:
-        read_tools([given])
-    assert caught.value.hint
+    @pytest.mark.parametrize("given", [{}, {"parameters": None}, {"parameters": {}}, {"inputSchema": {}}])
+    def test_missing_schema_takes_no_arguments(self, both: Any, given: dict[str, Any]) -> None:
+        echo = Echo()
+        both.connect(echo, model=MODEL).chat("x", tools=[{"name": "f", **given}])
+        assert echo.requests[0].tools == (Tool(name="f"),)
 
+    @pytest.mark.parametrize(("given", "way_out"), NO_TOOLS.values(), ids=NO_TOOLS)
+    def test_schema_that_would_be_lost_is_refused(self, both: Any, given: dict[str, Any], way_out: str) -> None:
+        assert way_out in str(refusal(both, lambda llm: llm.chat("x", tools=[given])).hint)
 
-@pytest.mark.parametrize("kind", ["web_search_20250305", "web_search_preview", "mcp", "computer_use", 5])
-def test_a_tool_that_runs_elsewhere_is_refused(kind: Any) -> None:
-    for given in ({**PLAIN, "type": kind}, {"type": kind, "function": PLAIN}):
-        with pytest.raises(RequestRejected, match="runs on a server") as caught:
+    def test_long_argument_description_is_kept(self) -> None:
+        (tool,) = read_tools([long])
+        said = {name: each["description"] for name, each in tool.parameters["properties"].items()}
+        assert said == {
+            "city": "where it is: a name, or a post code.",
+            "day": "0 is today, 1 tomorrow.",
+            "hour": "from 0 on",
+        }
+
+    @pytest.mark.parametrize(("given", "description"), DOCSTRINGS.values(), ids=DOCSTRINGS)
+    def test_description_is_not_inherited(self, given: Any, description: str) -> None:
+        (tool,) = read_tools([given])
+        assert tool.description == description
+        assert next(iter(tool.parameters["properties"])) == "city"
+
+    @pytest.mark.parametrize("given", [Pair, Colour, Station, Station(), max, int, [Bare], Bare(city="Ulm")])
+    def test_other_objects_are_refused(self, given: Any) -> None:
+        with pytest.raises(RequestRejected) as caught:
             read_tools([given])
-        assert "`function`" in str(caught.value.hint)
+        assert caught.value.hint
+
+    @pytest.mark.parametrize("kind", ["web_search_20250305", "web_search_preview", "mcp", "computer_use", 5])
+    def test_that_runs_elsewhere_is_refused(self, kind: Any) -> None:
+        for given in ({**PLAIN, "type": kind}, {"type": kind, "function": PLAIN}):
+            with pytest.raises(RequestRejected, match="runs on a server") as caught:
+                read_tools([given])
+            assert "`function`" in str(caught.value.hint)
 
 
-# --- Types as formats ------------------------------------------------------------------------------------------------
+# --- Formats ---------------------------------------------------------------------------------------------------------
 
 FORMATS: dict[str, tuple[Any, str, Any]] = {
     "a model": (Bare, '{"city": "Ulm"}', Bare(city="Ulm")),
@@ -676,25 +652,6 @@ FORMATS: dict[str, tuple[Any, str, Any]] = {
     "a number": (int, "5", 5),
     "a schema": (SCHEMA, '{"city": "Ulm"}', {"city": "Ulm"}),
 }
-
-
-@pytest.mark.parametrize(("given", "answer", "parsed"), FORMATS.values(), ids=FORMATS)
-def test_a_type_is_sent_as_its_schema_and_its_answer_is_one(both: Any, given: Any, answer: str, parsed: Any) -> None:
-    echo = Echo([answer])
-    assert both.connect(echo, model=MODEL).chat("x", format=given).parsed == parsed
-    assert {"type", "anyOf", "enum", "$ref"} & set(echo.requests[0].format)
-
-
-def test_an_answer_that_is_not_of_the_type_is_refused(both: Any) -> None:
-    with pytest.raises(InferenceFailed, match="does not fit the `format`"):
-        both.connect(Echo(['["Ulm"]']), model=MODEL).chat("x", format=list[Bare])
-
-
-def test_a_typed_dict_keeps_what_it_says_of_its_keys() -> None:
-    schema: Any = read_format(ToldKeys)[0]
-    assert schema["required"] == ["city"]
-    assert schema["properties"]["day"]["minimum"] == 1
-    assert schema["title"] == "ToldKeys"
 
 
 WRAPPED: dict[str, tuple[Any, Any]] = {
@@ -743,18 +700,34 @@ NO_FORMATS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("given", "sent"), WRAPPED.values(), ids=WRAPPED)
-def test_a_format_in_the_form_of_other_clients_is_unwrapped(given: Any, sent: Any) -> None:
-    schema, parse = read_format(given)
-    assert schema == sent
-    assert (parse is None) == (sent is None)
+class TestFormats:
+    @pytest.mark.parametrize(("given", "answer", "parsed"), FORMATS.values(), ids=FORMATS)
+    def test_type_is_sent_as_schema_and_parsed(self, both: Any, given: Any, answer: str, parsed: Any) -> None:
+        echo = Echo([answer])
+        assert both.connect(echo, model=MODEL).chat("x", format=given).parsed == parsed
+        assert {"type", "anyOf", "enum", "$ref"} & set(echo.requests[0].format)
 
+    def test_reply_of_another_type_is_refused(self, both: Any) -> None:
+        with pytest.raises(InferenceFailed, match="does not fit the `format`"):
+            both.connect(Echo(['["Ulm"]']), model=MODEL).chat("x", format=list[Bare])
 
-@pytest.mark.parametrize("given", NO_FORMATS.values(), ids=NO_FORMATS)
-def test_what_is_no_format_is_refused_before_anything_is_sent(both: Any, given: Any) -> None:
-    error = refusal(both, lambda llm: llm.chat("x", format=given))
-    assert "http" not in str(error)
-    assert "schema" in str(error.hint)
+    def test_typed_dict_keeps_its_descriptions(self) -> None:
+        schema: Any = read_format(ToldKeys)[0]
+        assert schema["required"] == ["city"]
+        assert schema["properties"]["day"]["minimum"] == 1
+        assert schema["title"] == "ToldKeys"
+
+    @pytest.mark.parametrize(("given", "sent"), WRAPPED.values(), ids=WRAPPED)
+    def test_other_clients_formats_are_unwrapped(self, given: Any, sent: Any) -> None:
+        schema, parse = read_format(given)
+        assert schema == sent
+        assert (parse is None) == (sent is None)
+
+    @pytest.mark.parametrize("given", NO_FORMATS.values(), ids=NO_FORMATS)
+    def test_wrong_format_is_refused_before_sending(self, both: Any, given: Any) -> None:
+        error = refusal(both, lambda llm: llm.chat("x", format=given))
+        assert "http" not in str(error)
+        assert "schema" in str(error.hint)
 
 
 # --- Messages in the form of other clients ---------------------------------------------------------------------------
@@ -928,28 +901,29 @@ NO_MESSAGES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("given", "read"), MESSAGES.values(), ids=MESSAGES)
-def test_a_message_of_another_client_is_read_as_what_it_means(given: Any, read: tuple[Message, ...]) -> None:
-    assert read_messages([given]) == read
+class TestForeignMessages:
+    """Messages in the form of other clients."""
+
+    @pytest.mark.parametrize(("given", "read"), MESSAGES.values(), ids=MESSAGES)
+    def test_are_read_by_meaning(self, given: Any, read: tuple[Message, ...]) -> None:
+        assert read_messages([given]) == read
+
+    def test_reach_the_provider(self, both: Any) -> None:
+        echo = Echo(["ok"])
+        both.connect(echo, model=MODEL).chat([given for given, _ in MESSAGES.values()])
+        assert echo.requests[-1].messages == read_messages([given for given, _ in MESSAGES.values()])
+
+    @pytest.mark.parametrize(("given", "complaint"), NO_MESSAGES.values(), ids=NO_MESSAGES)
+    def test_content_that_would_be_lost_is_refused(self, given: Any, complaint: str) -> None:
+        with pytest.raises(RequestRejected, match=complaint) as caught:
+            read_messages([given])
+        error = caught.value
+        assert error.hint
+        assert "canary" * 8 not in f"{error} {error.__cause__} {error.__context__}"
+        assert "canary" not in f"{error.message.replace('canary' * 6, '')} {error.__cause__} {error.__context__}"
 
 
-def test_messages_of_other_clients_reach_the_provider(both: Any) -> None:
-    echo = Echo(["ok"])
-    both.connect(echo, model=MODEL).chat([given for given, _ in MESSAGES.values()])
-    assert echo.requests[-1].messages == read_messages([given for given, _ in MESSAGES.values()])
-
-
-@pytest.mark.parametrize(("given", "complaint"), NO_MESSAGES.values(), ids=NO_MESSAGES)
-def test_what_a_message_would_lose_is_refused_by_its_kind(given: Any, complaint: str) -> None:
-    with pytest.raises(RequestRejected, match=complaint) as caught:
-        read_messages([given])
-    error = caught.value
-    assert error.hint
-    assert "canary" * 8 not in f"{error} {error.__cause__} {error.__context__}"
-    assert "canary" not in f"{error.message.replace('canary' * 6, '')} {error.__cause__} {error.__context__}"
-
-
-# --- Calls of tools --------------------------------------------------------------------------------------------------
+# --- Calls of tools in earlier messages ------------------------------------------------------------------------------
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "an object": ({"arguments": {"a": 1}}, {"a": 1}),
@@ -990,35 +964,33 @@ def made(body: dict[str, Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("given", "read"), ARGUMENTS.values(), ids=ARGUMENTS)
-def test_the_arguments_of_an_earlier_call_are_read_as_what_they_mean(
-    both: Any, given: dict[str, Any], read: dict[str, Any]
-) -> None:
-    echo = Echo(["ok"])
-    both.connect(echo, model=MODEL).chat(made(given))
-    for message in echo.requests[0].messages:
-        assert message.tool_calls == (ToolCall(name="f", arguments=read, id="1"),)
+class TestEarlierCalls:
+    """Calls of tools in earlier messages."""
 
+    @pytest.mark.parametrize(("given", "read"), ARGUMENTS.values(), ids=ARGUMENTS)
+    def test_arguments_are_read_by_meaning(self, both: Any, given: dict[str, Any], read: dict[str, Any]) -> None:
+        echo = Echo(["ok"])
+        both.connect(echo, model=MODEL).chat(made(given))
+        for message in echo.requests[0].messages:
+            assert message.tool_calls == (ToolCall(name="f", arguments=read, id="1"),)
 
-@pytest.mark.parametrize("given", NO_ARGUMENTS, ids=lambda each: str(each)[:20])
-def test_an_earlier_call_whose_arguments_are_no_object_is_refused_as_malformed(both: Any, given: Any) -> None:
-    for message in made({"arguments": given}):
-        error = refusal(both, chat(message))
-        assert "tool `f` is malformed" in error.message
-        assert "canary" not in f"{error} {error.__cause__} {error.__context__} {error.to_dict()}"
+    @pytest.mark.parametrize("given", NO_ARGUMENTS, ids=lambda each: str(each)[:20])
+    def test_arguments_must_be_an_object(self, both: Any, given: Any) -> None:
+        for message in made({"arguments": given}):
+            error = refusal(both, chat(message))
+            assert "tool `f` is malformed" in error.message
+            assert "canary" not in f"{error} {error.__cause__} {error.__context__} {error.to_dict()}"
 
+    @pytest.mark.parametrize("key", ["input", "args", "argumets"])
+    def test_another_key_is_refused(self, both: Any, key: str) -> None:
+        for message in made({key: {"a": 1}}):
+            assert "`arguments`" in str(refusal(both, chat(message)).hint)
 
-@pytest.mark.parametrize("key", ["input", "args", "argumets"])
-def test_an_earlier_call_whose_arguments_have_another_key_is_refused(both: Any, key: str) -> None:
-    for message in made({key: {"a": 1}}):
-        assert "`arguments`" in str(refusal(both, chat(message)).hint)
-
-
-def test_what_else_real_calls_carry_is_left_out(both: Any) -> None:
-    echo = Echo(["ok"])
-    call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": "{}", "index": 0}, "extra_content": {}}
-    both.connect(echo, model=MODEL).chat({"role": "assistant", "tool_calls": [call]})
-    assert echo.requests[0].messages[0].tool_calls == (ToolCall(name="f", arguments={}, id="1"),)
+    def test_other_known_keys_are_left_out(self, both: Any) -> None:
+        echo = Echo(["ok"])
+        call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": "{}", "index": 0}, "extra_content": {}}
+        both.connect(echo, model=MODEL).chat({"role": "assistant", "tool_calls": [call]})
+        assert echo.requests[0].messages[0].tool_calls == (ToolCall(name="f", arguments={}, id="1"),)
 
 
 # --- What the caller's own code raises -------------------------------------------------------------------------------
@@ -1040,7 +1012,7 @@ def breaking() -> Iterator[str]:
         lambda llm: llm.generate("x", images=breaking()),
     ],
 )
-def test_an_error_of_the_callers_generator_is_the_callers(both: Any, act: Act) -> None:
+def test_error_of_the_callers_generator_passes_through(both: Any, act: Act) -> None:
     echo = Echo()
     llm = both.connect(echo, model=MODEL)
     with pytest.raises(LookupError, match="the caller's own"):
@@ -1050,82 +1022,71 @@ def test_an_error_of_the_callers_generator_is_the_callers(both: Any, act: Act) -
     assert llm.chat("again").text == "again"
 
 
-# --- Switches and names ----------------------------------------------------------------------------------------------
+class TestSwitchesAndNames:
+    @pytest.mark.parametrize("value", ["no", "x", 1, None])
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda llm, value: llm.chat("x", force=value),
+            lambda llm, value: llm.generate("x", raw=value),
+            lambda llm, value: llm.embed("x", truncate=value),
+            lambda llm, value: llm.embed("x", force=value),
+            lambda llm, value: llm.load(force=value),
+        ],
+        ids=["chat force", "raw", "truncate", "embed force", "load force"],
+    )
+    def test_switch_must_be_a_bool(self, both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
+        assert "True or False" in str(refusal(both, lambda llm: act(llm, value)).hint)
 
+    @pytest.mark.parametrize("value", ["", " ", 5, 0, {}, [], math.nan, b"low"])
+    def test_think_must_be_bool_or_level(self, both: Any, value: Any) -> None:
+        for act in (lambda llm: llm.chat("x", think=value), lambda llm: llm.generate("x", think=value)):
+            assert "a level such as" in str(refusal(both, act).hint)
 
-@pytest.mark.parametrize("value", ["no", "x", 1, None])
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda llm, value: llm.chat("x", force=value),
-        lambda llm, value: llm.generate("x", raw=value),
-        lambda llm, value: llm.embed("x", truncate=value),
-        lambda llm, value: llm.embed("x", force=value),
-        lambda llm, value: llm.load(force=value),
-    ],
-    ids=["chat force", "raw", "truncate", "embed force", "load force"],
-)
-def test_a_switch_is_true_or_false_and_nothing_else(both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
-    assert "True or False" in str(refusal(both, lambda llm: act(llm, value)).hint)
+    @pytest.mark.parametrize("value", [True, False, None, "low", "high", "max", "none", "of a newer server"])
+    def test_every_level_is_sent_unchanged(self, both: Any, value: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL)
+        llm.chat("x", think=value)
+        llm.generate("x", think=value)
+        assert [each.think for each in echo.requests] == [value, value]
 
+    @pytest.mark.parametrize("value", ["", " ", 5, b"x", True])
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda llm, value: llm.chat("x", model=value),
+            lambda llm, value: llm.generate("x", model=value),
+            lambda llm, value: llm.embed("x", model=value),
+            lambda llm, value: llm.show(value),
+            lambda llm, value: llm.pull(value),
+            lambda llm, value: llm.unload(value),
+        ],
+        ids=["chat", "generate", "embed", "show", "pull", "unload"],
+    )
+    def test_empty_model_name_is_refused(self, both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
+        assert "model" in refusal(both, lambda llm: act(llm, value)).message
 
-@pytest.mark.parametrize("value", ["", " ", 5, 0, {}, [], math.nan, b"low"])
-def test_thinking_is_a_switch_or_a_level(both: Any, value: Any) -> None:
-    for act in (lambda llm: llm.chat("x", think=value), lambda llm: llm.generate("x", think=value)):
-        assert "a level such as" in str(refusal(both, act).hint)
+    @pytest.mark.parametrize("names", [{"model": ""}, {"model": 5}, {"model": HALF}, {"models": [5]}, {"models": [""]}])
+    def test_client_needs_valid_model_names(self, both: Any, names: dict[str, Any]) -> None:
+        echo = Echo()
+        with pytest.raises(RequestRejected, match="model"):
+            both.opened(echo, **names)
+        assert echo.calls == []
 
+    def test_plugins_and_models_may_be_none(self, both: Any) -> None:
+        assert both.connect(Echo(), model=MODEL, models=None, plugins=None).chat("x").text == "x"
 
-@pytest.mark.parametrize("value", [True, False, None, "low", "high", "max", "none", "of a newer server"])
-def test_every_level_is_sent_as_it_is(both: Any, value: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL)
-    llm.chat("x", think=value)
-    llm.generate("x", think=value)
-    assert [each.think for each in echo.requests] == [value, value]
+    @pytest.mark.parametrize("keep", ["abc", 5, {"a": 1}, [5]])
+    def test_invalid_keep_deletes_nothing(self, both: Any, keep: Any) -> None:
+        assert "keep" in refusal(both, lambda llm: llm.prune_adapters(keep=keep, dry_run=False)).message
 
-
-@pytest.mark.parametrize("value", ["", " ", 5, b"x", True])
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda llm, value: llm.chat("x", model=value),
-        lambda llm, value: llm.generate("x", model=value),
-        lambda llm, value: llm.embed("x", model=value),
-        lambda llm, value: llm.show(value),
-        lambda llm, value: llm.pull(value),
-        lambda llm, value: llm.unload(value),
-    ],
-    ids=["chat", "generate", "embed", "show", "pull", "unload"],
-)
-def test_a_model_without_a_name_is_refused_instead_of_the_default_taken(
-    both: Any, act: Callable[[Any, Any], Any], value: Any
-) -> None:
-    assert "model" in refusal(both, lambda llm: act(llm, value)).message
-
-
-@pytest.mark.parametrize("names", [{"model": ""}, {"model": 5}, {"model": HALF}, {"models": [5]}, {"models": [""]}])
-def test_a_client_without_a_name_for_its_model_is_not_made(both: Any, names: dict[str, Any]) -> None:
-    echo = Echo()
-    with pytest.raises(RequestRejected, match="model"):
-        both.opened(echo, **names)
-    assert echo.calls == []
-
-
-def test_no_plugins_and_no_models_may_be_none(both: Any) -> None:
-    assert both.connect(Echo(), model=MODEL, models=None, plugins=None).chat("x").text == "x"
-
-
-@pytest.mark.parametrize("keep", ["abc", 5, {"a": 1}, [5]])
-def test_what_is_to_be_kept_of_models_is_a_sequence_of_names_or_nothing_is_deleted(both: Any, keep: Any) -> None:
-    assert "keep" in refusal(both, lambda llm: llm.prune_adapters(keep=keep, dry_run=False)).message
-
-
-@pytest.mark.parametrize("chained", [False, True])
-def test_the_force_of_a_switch_is_true_or_false(both: Any, chained: bool) -> None:
-    echo = Echo()
-    llm = both.connect([echo] if chained else echo, model=MODEL)
-    with pytest.raises(RequestRejected, match="force"):
-        llm.use_adapter("poet", force="no")
+    @pytest.mark.parametrize("chained", [False, True])
+    def test_force_must_be_a_bool(self, both: Any, chained: bool) -> None:
+        echo = Echo()
+        llm = both.connect([echo] if chained else echo, model=MODEL)
+        with pytest.raises(RequestRejected, match="force"):
+            llm.use_adapter("poet", force="no")
 
 
 # --- Every argument on every path ------------------------------------------------------------------------------------
@@ -1194,62 +1155,60 @@ TAKES_TEXT = ("chat", "generate", "embed", "count_tokens", "delete", "resolve_ad
 SUBJECT: dict[str, list[Any]] = {**{each: ["x"] for each in TAKES_TEXT}, "rerank": ["x", ["y"]]}
 
 
-@pytest.mark.parametrize(("operation", "name"), [(each, name) for each, names in TAKES.items() for name in names])
-def test_an_argument_is_read_before_anything_is_sent(both: Any, operation: str, name: str) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL)
-    for value in WRONG_ARGUMENTS[name]:
-        with pytest.raises(RequestRejected) as caught:
-            getattr(llm, operation)(*SUBJECT.get(operation, ()), **{name: value})
-        assert caught.value.hint, value
-    assert echo.requests == []
-    assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+class TestEveryPath:
+    """Every argument on every path."""
 
-
-@pytest.mark.parametrize("name", ["stream", "model", "keep_alive", "options", "think", "timeout"])
-def test_a_chain_reads_its_arguments_too(both: Any, name: str) -> None:
-    echo = Echo()
-    llm = both.connect([echo, Echo()], model=MODEL)
-    for value in WRONG_ARGUMENTS[name]:
-        with pytest.raises(RequestRejected):
-            llm.chat("x", **{name: value})
-    assert echo.requests == []
-
-
-@pytest.mark.parametrize("chained", [False, True])
-@pytest.mark.parametrize("name", ["model", "timeout", "force"])
-def test_a_switch_reads_its_arguments_too(both: Any, chained: bool, name: str) -> None:
-    for value in WRONG_ARGUMENTS[name]:
+    @pytest.mark.parametrize(("operation", "name"), [(each, name) for each, names in TAKES.items() for name in names])
+    def test_argument_is_read_before_sending(self, both: Any, operation: str, name: str) -> None:
         echo = Echo()
-        llm = both.connect([echo] if chained else echo, model=MODEL)
-        with pytest.raises(RequestRejected):
-            llm.use_adapter("poet", **{name: value})
+        llm = both.connect(echo, model=MODEL)
+        for value in WRONG_ARGUMENTS[name]:
+            with pytest.raises(RequestRejected) as caught:
+                getattr(llm, operation)(*SUBJECT.get(operation, ()), **{name: value})
+            assert caught.value.hint, value
+        assert echo.requests == []
+        assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+
+    @pytest.mark.parametrize("name", ["stream", "model", "keep_alive", "options", "think", "timeout"])
+    def test_chain_reads_its_arguments(self, both: Any, name: str) -> None:
+        echo = Echo()
+        llm = both.connect([echo, Echo()], model=MODEL)
+        for value in WRONG_ARGUMENTS[name]:
+            with pytest.raises(RequestRejected):
+                llm.chat("x", **{name: value})
         assert echo.requests == []
 
+    @pytest.mark.parametrize("chained", [False, True])
+    @pytest.mark.parametrize("name", ["model", "timeout", "force"])
+    def test_adapter_switch_reads_its_arguments(self, both: Any, chained: bool, name: str) -> None:
+        for value in WRONG_ARGUMENTS[name]:
+            echo = Echo()
+            llm = both.connect([echo] if chained else echo, model=MODEL)
+            with pytest.raises(RequestRejected):
+                llm.use_adapter("poet", **{name: value})
+            assert echo.requests == []
 
-@pytest.mark.parametrize(
-    "given",
-    [{"models": "abc"}, {"models": 5}, {"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
-    ids=str,
-)
-def test_what_a_client_is_made_of_is_read_strictly(both: Any, given: Any) -> None:
-    with pytest.raises(RequestRejected, match=next(iter(given))):
-        both.opened(Echo(), model=MODEL, **given)
+    @pytest.mark.parametrize(
+        "given",
+        [{"models": "abc"}, {"models": 5}, {"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
+        ids=str,
+    )
+    def test_client_arguments_are_read_strictly(self, both: Any, given: Any) -> None:
+        with pytest.raises(RequestRejected, match=next(iter(given))):
+            both.opened(Echo(), model=MODEL, **given)
 
+    @pytest.mark.parametrize("retries", [0, 1, 10])
+    def test_reply_may_be_asked_again_ten_times(self, both: Any, retries: int) -> None:
+        llm = both.connect(Echo([*["{"] * retries, "{}"]), model=MODEL)
+        assert llm.chat("x", format="json", retries=retries).attempts == retries + 1
 
-@pytest.mark.parametrize("retries", [0, 1, 10])
-def test_an_answer_may_be_asked_for_again_up_to_ten_times(both: Any, retries: int) -> None:
-    llm = both.connect(Echo([*["{"] * retries, "{}"]), model=MODEL)
-    assert llm.chat("x", format="json", retries=retries).attempts == retries + 1
-
-
-def test_what_is_right_is_taken(both: Any) -> None:
-    steps: list[Any] = []
-    llm = both.connect(Echo(), model=MODEL)
-    llm.pull(on_progress=steps.append, timeout=5)
-    assert steps
-    for max_age in (None, 0, 1.5, math.inf):
-        assert llm.health(max_age=max_age, model=MODEL).ok
-    for older_than in (None, 0, 1.5, math.inf):
-        llm.prune_adapters(older_than=older_than)
-    assert llm.ensure(timeout=5, on_progress=steps.append).name == MODEL
+    def test_valid_arguments_are_accepted(self, both: Any) -> None:
+        steps: list[Any] = []
+        llm = both.connect(Echo(), model=MODEL)
+        llm.pull(on_progress=steps.append, timeout=5)
+        assert steps
+        for max_age in (None, 0, 1.5, math.inf):
+            assert llm.health(max_age=max_age, model=MODEL).ok
+        for older_than in (None, 0, 1.5, math.inf):
+            llm.prune_adapters(older_than=older_than)
+        assert llm.ensure(timeout=5, on_progress=steps.append).name == MODEL

@@ -84,7 +84,7 @@ class TestLimits:
         ("before", "timeout", "phase"),
         [(0, 0.2, "total"), (3, 0.2, "total"), (0, SHORT, "first_token"), (3, SHORT, "idle")],
     )
-    def test_a_chat_ends_in_time(self, both: Any, deaf: Deaf, before: int, timeout: Any, phase: str) -> None:
+    def test_chat_ends_in_time(self, both: Any, deaf: Deaf, before: int, timeout: Any, phase: str) -> None:
         deaf.before = before
         llm = both.connect(deaf, model="m")
         with pytest.raises(ProviderTimeout) as caught:
@@ -93,14 +93,14 @@ class TestLimits:
         assert (caught.value.partial.text if caught.value.partial else "") == "".join(f"{n} " for n in range(before))
         assert llm.stats().running == 0
 
-    def test_a_list_ends_in_time(self, both: Any, deaf: Deaf) -> None:
+    def test_list_ends_in_time(self, both: Any, deaf: Deaf) -> None:
         with pytest.raises(ProviderTimeout):
             both.connect(deaf, model="m").models(timeout=0.2)
 
     def test_health_ends_in_time(self, both: Any, deaf: Deaf) -> None:
         assert isinstance(both.connect(deaf, model="m").health(timeout=0.2).error, ProviderTimeout)
 
-    def test_a_slot_is_free_again(self, both: Any, deaf: Deaf) -> None:
+    def test_slot_is_free_again(self, both: Any, deaf: Deaf) -> None:
         llm = both.connect(deaf, model="m", concurrency=1)
         with pytest.raises(ProviderTimeout):
             llm.chat("x", timeout=0.2)
@@ -111,7 +111,7 @@ class TestLimits:
 class TestStreams:
     """A thread goes through the iterator from its start to its end."""
 
-    def test_the_thread_that_reads_it_closes_it(self, both: Any, deaf: Deaf) -> None:
+    def test_reading_thread_also_closes(self, both: Any, deaf: Deaf) -> None:
         deaf.before = 3
         stream = both.connect(deaf, model="m").chat("x", stream=True)
         stream.close()
@@ -120,14 +120,14 @@ class TestStreams:
         assert len(set(deaf.threads)) == 1
         assert deaf.threads[0] != threading.get_ident()
 
-    def test_a_reader_that_is_slow_holds_the_provider_back(self, both: Any, deaf: Deaf) -> None:
+    def test_slow_reader_holds_the_provider_back(self, both: Any, deaf: Deaf) -> None:
         deaf.before = 10_000
         with both.connect(deaf, model="m").chat("x", stream=True) as stream:
             assert next(iter(stream)).text == "0 "
         assert deaf.closed.wait(30)
         assert deaf.given < 100
 
-    def test_an_error_comes_after_the_chunks_before_it(self, both: Any) -> None:
+    def test_error_comes_after_earlier_chunks(self, both: Any) -> None:
         class Failing(Deaf):
             def wait(self) -> None:
                 raise InferenceFailed("broken")
@@ -162,7 +162,7 @@ class TestStreams:
     ],
     ids=["sync", "async"],
 )
-def test_a_process_ends_while_a_hook_hangs(main: str) -> None:
+def test_process_ends_while_a_hook_hangs(main: str) -> None:
     program = """
         import asyncio, threading
         from contextlib import suppress
@@ -192,7 +192,7 @@ def test_a_process_ends_while_a_hook_hangs(main: str) -> None:
     assert (ended.stdout, ended.stderr, ended.returncode) == ("the end\n", "", 0)
 
 
-def test_the_event_loop_goes_on_while_a_hook_hangs(deaf: Deaf) -> None:
+def test_event_loop_runs_while_a_hook_hangs(deaf: Deaf) -> None:
     import asyncio
 
     async def main() -> int:
@@ -212,7 +212,7 @@ def test_the_event_loop_goes_on_while_a_hook_hangs(deaf: Deaf) -> None:
 
 @pytest.mark.parametrize("asleep", ["chat", "connect"])
 @pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
-def test_an_exit_from_a_signal_handler_ends_the_host_also_in_the_code_of_a_plugin(asleep: str) -> None:
+def test_exit_in_a_signal_handler_ends_the_host(asleep: str) -> None:
     program = """
         import signal, sys, time
         import graftage

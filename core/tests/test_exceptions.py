@@ -62,93 +62,86 @@ def full(kind: type[GraftageError]) -> GraftageError:
     return error
 
 
-# --- The tree --------------------------------------------------------------------------------------------------------
+class TestTree:
+    def test_docstring_shows_the_tree(self) -> None:
+        drawn = re.findall(r"^    ([│ ├└─]*)(\w+Error|\w+)(?=\s|$)", exceptions.__doc__ or "", re.MULTILINE)
+        parents: list[str] = []
+        tree: dict[str, str | None] = {}
+        for branch, name in drawn:
+            depth = len(branch) // 4
+            if name in exceptions.__all__:
+                parents[depth:] = [name]
+                tree[name] = parents[depth - 1] if depth else None
+        real = {each.__name__: each.__mro__[1].__name__ for each in CLASSES if each is not GraftageError}
+        assert tree == {"GraftageError": None, **real}
+
+    @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+    def test_every_class_has_a_docstring(self, kind: type[GraftageError]) -> None:
+        assert (inspect.getdoc(kind) or "").strip().endswith(".")
+        assert "__doc__" in vars(kind)
+
+    def test_which_errors_are_retried(self) -> None:
+        retried = {each.__name__ for each in CLASSES if issubclass(each, ProviderError) and each.default_retryable}
+        assert retried == {"ConnectionFailed", "Overloaded"}
+        assert [
+            ProviderTimeout("x", phase=phase).retryable for phase in ("connect", "first_token", "idle", "total")
+        ] == [
+            True,
+            False,
+            False,
+            False,
+        ]
+        assert not ModelLoadFailed("x", reason="memory").retryable
+        assert not ModelLoadFailed("x", reason="incompatible").retryable
+        assert ModelLoadFailed("x", reason="crashed").retryable
+        assert not ModelLoadFailed("x", reason="timeout").retryable
+        assert ConnectionFailed("x", retryable=False).retryable is False
 
 
-def test_the_tree_at_the_top_of_the_module_is_the_tree() -> None:
-    drawn = re.findall(r"^    ([│ ├└─]*)(\w+Error|\w+)(?=\s|$)", exceptions.__doc__ or "", re.MULTILINE)
-    parents: list[str] = []
-    tree: dict[str, str | None] = {}
-    for branch, name in drawn:
-        depth = len(branch) // 4
-        if name in exceptions.__all__:
-            parents[depth:] = [name]
-            tree[name] = parents[depth - 1] if depth else None
-    real = {each.__name__: each.__mro__[1].__name__ for each in CLASSES if each is not GraftageError}
-    assert tree == {"GraftageError": None, **real}
+class TestTravel:
+    """Errors are copied and pickled whole."""
 
+    @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+    @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+    def test_every_attribute_travels(self, kind: type[GraftageError], way: Callable[[Any], Any]) -> None:
+        error = full(kind)
+        arrived = way(error)
+        assert type(arrived) is kind
+        assert arrived is not error
+        assert (arrived.args, str(arrived), vars(arrived)) == (error.args, str(error), vars(error))
 
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_every_class_says_what_it_means(kind: type[GraftageError]) -> None:
-    assert (inspect.getdoc(kind) or "").strip().endswith(".")
-    assert "__doc__" in vars(kind)
+    @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+    def test_no_attribute_is_left_out_here(self, kind: type[GraftageError]) -> None:
+        assert [name for name, value in vars(full(kind)).items() if value in (None, (), {}, "")] == []
 
+    @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+    def test_dict_is_plain_and_without_the_reply(self, kind: type[GraftageError]) -> None:
+        data = full(kind).to_dict()
+        assert data["error"] == kind.__name__
+        assert (data["message"], data["hint"]) == ("It went wrong.", "Do this.")
+        assert "so far" not in json.dumps(data)
 
-def test_only_these_are_retried_unless_an_error_says_otherwise() -> None:
-    retried = {each.__name__ for each in CLASSES if issubclass(each, ProviderError) and each.default_retryable}
-    assert retried == {"ConnectionFailed", "Overloaded"}
-    assert [ProviderTimeout("x", phase=phase).retryable for phase in ("connect", "first_token", "idle", "total")] == [
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert not ModelLoadFailed("x", reason="memory").retryable
-    assert not ModelLoadFailed("x", reason="incompatible").retryable
-    assert ModelLoadFailed("x", reason="crashed").retryable
-    assert not ModelLoadFailed("x", reason="timeout").retryable
-    assert ConnectionFailed("x", retryable=False).retryable is False
+    def test_raised_error_travels(self, both: Any) -> None:
+        llm = both.connect(Echo([[Chunk(text="so far"), ConnectionFailed("It is gone.")]]), model=MODEL)
+        with pytest.raises(ConnectionFailed) as caught:
+            llm.chat("x")
+        arrived = pickle.loads(pickle.dumps(caught.value))
+        assert (arrived.provider, arrived.model, arrived.operation, arrived.partial.text) == (
+            "echo",
+            MODEL,
+            "chat",
+            "so far",
+        )
 
+    def test_given_mappings_are_copied(self) -> None:
+        details = {"server_message": "no"}
+        error = ProviderError("It went wrong.", details=details)
+        details["server_message"] = "changed"
+        assert error.details == {"server_message": "no"}
 
-# --- Travelling ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_an_error_travels_with_all_it_has(kind: type[GraftageError], way: Callable[[Any], Any]) -> None:
-    error = full(kind)
-    arrived = way(error)
-    assert type(arrived) is kind
-    assert arrived is not error
-    assert (arrived.args, str(arrived), vars(arrived)) == (error.args, str(error), vars(error))
-
-
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_every_attribute_of_an_error_has_been_given_in_these_tests(kind: type[GraftageError]) -> None:
-    assert [name for name, value in vars(full(kind)).items() if value in (None, (), {}, "")] == []
-
-
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_an_error_is_plain_data_without_the_answer(kind: type[GraftageError]) -> None:
-    data = full(kind).to_dict()
-    assert data["error"] == kind.__name__
-    assert (data["message"], data["hint"]) == ("It went wrong.", "Do this.")
-    assert "so far" not in json.dumps(data)
-
-
-def test_an_error_that_was_raised_travels_too(both: Any) -> None:
-    llm = both.connect(Echo([[Chunk(text="so far"), ConnectionFailed("It is gone.")]]), model=MODEL)
-    with pytest.raises(ConnectionFailed) as caught:
-        llm.chat("x")
-    arrived = pickle.loads(pickle.dumps(caught.value))
-    assert (arrived.provider, arrived.model, arrived.operation, arrived.partial.text) == (
-        "echo",
-        MODEL,
-        "chat",
-        "so far",
-    )
-
-
-def test_an_error_keeps_nothing_of_the_mappings_it_was_given() -> None:
-    details = {"server_message": "no"}
-    error = ProviderError("It went wrong.", details=details)
-    details["server_message"] = "changed"
-    assert error.details == {"server_message": "no"}
-
-
-def test_a_subclass_of_a_plugin_travels_as_well() -> None:
-    arrived = pickle.loads(pickle.dumps(TooGreen("It is green.", shade="dark", hint="Paint it.")))
-    assert (type(arrived), arrived.shade, str(arrived)) == (TooGreen, "dark", "It is green. Paint it.")
+    def test_subclass_of_a_plugin_travels(self) -> None:
+        arrived = pickle.loads(pickle.dumps(TooGreen("It is green.", shade="dark", hint="Paint it.")))
+        assert (type(arrived), arrived.shade, str(arrived)) == (TooGreen, "dark", "It is green. Paint it.")
 
 
 class TooGreen(ProviderError):
@@ -211,7 +204,7 @@ WAYS_OUT: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WAYS_OUT)
-def test_an_error_ends_with_the_way_out(case: str) -> None:
+def test_message_ends_with_the_way_out(case: str) -> None:
     act, way_out = WAYS_OUT[case]
     with pytest.raises(GraftageError) as caught:
         act()

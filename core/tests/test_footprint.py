@@ -109,57 +109,53 @@ PUBLISHED: list[tuple[str, Shape, int, int, bool, float, str]] = [
 """Name, shape by the published configuration, window, slots, flash attention, printed gigabytes, published where."""
 
 
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
-def test_a_published_size_is_met(row: tuple[str, Shape, int, int, bool, float, str]) -> None:
-    name, shape, window, slots, flash, printed, source = row
-    ours = footprint(shape, window, slots=slots, flash_attention=flash)
-    # Ollama's planner up to 0.24 counts 457 to 512 MiB for the runner on a GPU; so the runner is counted here, too.
-    error = ours.total / (printed * 1e9) - 1
-    show(
-        f"{name:22} {window:7} x {slots} printed {printed:5.1f} GB, ours {ours.total / 1e9:5.1f} {error:+.1%}  {source}"
+class TestTotal:
+    @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
+    def test_meets_published_sizes(self, row: tuple[str, Shape, int, int, bool, float, str]) -> None:
+        name, shape, window, slots, flash, printed, source = row
+        ours = footprint(shape, window, slots=slots, flash_attention=flash)
+        # Ollama's planner up to 0.24 counts 457 to 512 MiB for the runner on a GPU; so the runner is counted here, too.
+        error = ours.total / (printed * 1e9) - 1
+        figures = f"printed {printed:5.1f} GB, ours {ours.total / 1e9:5.1f} {error:+.1%}"
+        show(f"{name:22} {window:7} x {slots} {figures}  {source}")
+        assert LOW <= error <= HIGH
+
+    @pytest.mark.parametrize(
+        "point", MEASURED["loaded"], ids=lambda point: f"{point['context_window']}x{point['parallel']}"
     )
-    assert LOW <= error <= HIGH
-
-
-@pytest.mark.parametrize(
-    "point", MEASURED["loaded"], ids=lambda point: f"{point['context_window']}x{point['parallel']}"
-)
-def test_a_measured_size_is_met(point: dict[str, int]) -> None:
-    facts = MEASURED["model"]
-    shape = read_shape(ModelInfo(**facts))
-    assert shape is not None
-    window, slots = point["context_window"], point["parallel"]
-    # That server ran on a CPU, where Ollama counts nothing for the runner, and without flash attention.
-    ours = footprint(shape, window, slots=slots, flash_attention=False)
-    error = ours.counted / point["size"] - 1
-    resident = ours.counted / point["resident"] - 1
-    show(f"{window:5} x {slots}  {point['size'] / 1e6:4.0f} MB counted {error:+.1%}; resident {resident:+.1%}")
-    assert LOW <= error <= HIGH
-    assert ours.total > point["resident"]
-
-
-@pytest.mark.live
-def test_a_server_counts_what_was_measured() -> None:
-    host = os.environ.get("GRAFTAGE_LIVE_OLLAMA")
-    if not host:
-        pytest.skip("GRAFTAGE_LIVE_OLLAMA names no server")
-    errors = []
-    with graftage.connect("ollama", model="smollm2:135m", host=host) as llm:
-        shape = read_shape(llm.show(), next(info.size for info in llm.models() if info.name == "smollm2:135m"))
+    def test_meets_measured_sizes(self, point: dict[str, int]) -> None:
+        facts = MEASURED["model"]
+        shape = read_shape(ModelInfo(**facts))
         assert shape is not None
-        for window in (1024, 2048, 4096, 6144, 8192):
-            llm.unload()
-            llm.chat("hi", context_window=window, max_tokens=2)
-            size = llm.loaded()[0].size
-            assert size
-            fits = [footprint(shape, window, slots=slots, flash_attention=False).counted for slots in (1, 2, 4)]
-            errors.append([ours / size - 1 for ours in fits])
-    show(str(errors))
-    # The server does not tell its slots: one number of them must explain all five sizes.
-    assert any(all(LOW <= error <= HIGH for error in column) for column in zip(*errors, strict=True))
+        window, slots = point["context_window"], point["parallel"]
+        # That server ran on a CPU, where Ollama counts nothing for the runner, and without flash attention.
+        ours = footprint(shape, window, slots=slots, flash_attention=False)
+        error = ours.counted / point["size"] - 1
+        resident = ours.counted / point["resident"] - 1
+        show(f"{window:5} x {slots}  {point['size'] / 1e6:4.0f} MB counted {error:+.1%}; resident {resident:+.1%}")
+        assert LOW <= error <= HIGH
+        assert ours.total > point["resident"]
 
+    @pytest.mark.live
+    def test_meets_a_live_server(self) -> None:
+        host = os.environ.get("GRAFTAGE_LIVE_OLLAMA")
+        if not host:
+            pytest.skip("GRAFTAGE_LIVE_OLLAMA names no server")
+        errors = []
+        with graftage.connect("ollama", model="smollm2:135m", host=host) as llm:
+            shape = read_shape(llm.show(), next(info.size for info in llm.models() if info.name == "smollm2:135m"))
+            assert shape is not None
+            for window in (1024, 2048, 4096, 6144, 8192):
+                llm.unload()
+                llm.chat("hi", context_window=window, max_tokens=2)
+                size = llm.loaded()[0].size
+                assert size
+                fits = [footprint(shape, window, slots=slots, flash_attention=False).counted for slots in (1, 2, 4)]
+                errors.append([ours / size - 1 for ours in fits])
+        show(str(errors))
+        # The server does not tell its slots: one number of them must explain all five sizes.
+        assert any(all(LOW <= error <= HIGH for error in column) for column in zip(*errors, strict=True))
 
-# --- The terms -------------------------------------------------------------------------------------------------------
 
 KIB_PER_TOKEN = [
     ("qwen2.5:7b", shape_of(*QWEN25_7B), 56),
@@ -172,126 +168,73 @@ KIB_PER_TOKEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shape", "kib"), KIB_PER_TOKEN, ids=[each[0] for each in KIB_PER_TOKEN])
-def test_the_cache_of_a_token_is_what_the_configuration_says(name: str, shape: Shape, kib: int) -> None:
-    assert footprint(shape, 8192).cache - footprint(shape, 4096).cache == 4096 * kib * 1024
+class TestTerms:
+    @pytest.mark.parametrize(("name", "shape", "kib"), KIB_PER_TOKEN, ids=[each[0] for each in KIB_PER_TOKEN])
+    def test_cache_of_a_token(self, name: str, shape: Shape, kib: int) -> None:
+        assert footprint(shape, 8192).cache - footprint(shape, 4096).cache == 4096 * kib * 1024
 
+    def test_sliding_layers_stop_growing(self) -> None:
+        gemma = shape_of("gemma3", 62, 32, 16, 128, 5376, 262_144, 17.4, attention__sliding_window=1024)
+        assert sum(not layer.window for layer in gemma.layers or ()) == 10
+        grown = footprint(gemma, 131_072).cache - footprint(gemma, 65_536).cache
+        assert grown == 65_536 * 80 * 1024
+        assert footprint(gemma, 4096).cache - 4096 * 80 * 1024 == pytest.approx(0.6 * GIB, rel=0.05)
 
-def test_layers_that_slide_stop_growing_with_the_window() -> None:
-    gemma = shape_of("gemma3", 62, 32, 16, 128, 5376, 262_144, 17.4, attention__sliding_window=1024)
-    assert sum(not layer.window for layer in gemma.layers or ()) == 10
-    grown = footprint(gemma, 131_072).cache - footprint(gemma, 65_536).cache
-    assert grown == 65_536 * 80 * 1024
-    assert footprint(gemma, 4096).cache - 4096 * 80 * 1024 == pytest.approx(0.6 * GIB, rel=0.05)
+    def test_pattern_says_which_layers_slide(self) -> None:
+        shape = shape_of(
+            "gemma4", 4, 8, 2, 64, 512, 1000, 1.0,
+            attention__sliding_window=512, attention__sliding_window_pattern=[True, True, True, False],
+            attention__key_length_swa=32, attention__value_length_swa=32, attention__shared_kv_layers=1,
+        )  # fmt: skip
+        assert [(layer.window, layer.cell) for layer in shape.layers or ()] == [
+            (512, 128),
+            (512, 128),
+            (512, 128),
+            (0, 0),
+        ]
 
+    def test_latent_cache_follows_the_file(self) -> None:
+        converted = model("deepseek2", 27, 16, 1, 0, 2048, 102_400, 8.9, attention__kv_lora_rank=512)
+        keys = {"deepseek2.attention.key_length": 576, "deepseek2.attention.value_length": 512}
+        small = read_shape(replace(converted, metadata={**converted.metadata, **keys}))
+        old = shape_of("deepseek2", 27, 16, 16, 192, 2048, 102_400, 8.9)
+        assert small is not None
+        assert footprint(small, 32_768).cache == 32_768 * 27 * (576 + 512) * 2
+        assert footprint(old, 32_768).cache > 5 * footprint(small, 32_768).cache
 
-def test_a_pattern_in_the_file_says_which_layers_slide() -> None:
-    shape = shape_of(
-        "gemma4", 4, 8, 2, 64, 512, 1000, 1.0,
-        attention__sliding_window=512, attention__sliding_window_pattern=[True, True, True, False],
-        attention__key_length_swa=32, attention__value_length_swa=32, attention__shared_kv_layers=1,
-    )  # fmt: skip
-    assert [(layer.window, layer.cell) for layer in shape.layers or ()] == [(512, 128), (512, 128), (512, 128), (0, 0)]
+    def test_recurrent_layers_have_only_a_state(self) -> None:
+        ssm: dict[str, Any] = {
+            "ssm__conv_kernel": 4,
+            "ssm__inner_size": 4096,
+            "ssm__state_size": 128,
+            "ssm__group_count": 16,
+        }
+        hybrid = shape_of("qwen35", 32, 16, 4, 256, 4096, 248_320, 6.0, full_attention_interval=4, **ssm)
+        assert [place for place, layer in enumerate(hybrid.layers or ()) if layer.cell] == list(range(3, 32, 4))
+        assert footprint(hybrid, 8192).cache - footprint(hybrid, 4096).cache == 4096 * 32 * 1024
+        one, four = footprint(hybrid, 4096, slots=1).state, footprint(hybrid, 4096, slots=4).state
+        assert (one, four) == (32 * (3 * (4096 + 2 * 16 * 128) + 128 * 4096) * 4, 4 * one)
+        by_array = shape_of("nemotron_h", 4, 32, [0, 8, 0, 0], 128, 4096, 131_072, 5.0, **ssm)
+        assert [layer.cell > 0 for layer in by_array.layers or ()] == [False, True, False, False]
 
+    def test_slots_multiply_the_cache(self) -> None:
+        shape = shape_of(*QWEN3_4B)
+        assert footprint(shape, 8192, slots=4).cache == 4 * footprint(shape, 8192).cache
+        bert = shape_of("nomic-bert", 12, 12, 12, 64, 768, 30_522, 0.27, pooling_type=1)
+        assert bert.embeds
+        assert footprint(bert, 2048, slots=4) == footprint(bert, 2048)
 
-def test_a_latent_cache_is_taken_as_the_file_says() -> None:
-    converted = model("deepseek2", 27, 16, 1, 0, 2048, 102_400, 8.9, attention__kv_lora_rank=512)
-    keys = {"deepseek2.attention.key_length": 576, "deepseek2.attention.value_length": 512}
-    small = read_shape(replace(converted, metadata={**converted.metadata, **keys}))
-    old = shape_of("deepseek2", 27, 16, 16, 192, 2048, 102_400, 8.9)
-    assert small is not None
-    assert footprint(small, 32_768).cache == 32_768 * 27 * (576 + 512) * 2
-    assert footprint(old, 32_768).cache > 5 * footprint(small, 32_768).cache
+    def test_quantised_cache_counts_its_blocks(self) -> None:
+        shape = shape_of(*QWEN3_4B)
+        full = footprint(shape, 8192).cache
+        assert footprint(shape, 8192, kv_type="q8_0").cache == full * 34 // 64
+        assert footprint(shape, 8192, kv_type="q4_0").cache == full * 18 // 64
 
-
-def test_recurrent_layers_keep_a_state_and_no_cache() -> None:
-    ssm: dict[str, Any] = {
-        "ssm__conv_kernel": 4,
-        "ssm__inner_size": 4096,
-        "ssm__state_size": 128,
-        "ssm__group_count": 16,
-    }
-    hybrid = shape_of("qwen35", 32, 16, 4, 256, 4096, 248_320, 6.0, full_attention_interval=4, **ssm)
-    assert [place for place, layer in enumerate(hybrid.layers or ()) if layer.cell] == list(range(3, 32, 4))
-    assert footprint(hybrid, 8192).cache - footprint(hybrid, 4096).cache == 4096 * 32 * 1024
-    one, four = footprint(hybrid, 4096, slots=1).state, footprint(hybrid, 4096, slots=4).state
-    assert (one, four) == (32 * (3 * (4096 + 2 * 16 * 128) + 128 * 4096) * 4, 4 * one)
-    by_array = shape_of("nemotron_h", 4, 32, [0, 8, 0, 0], 128, 4096, 131_072, 5.0, **ssm)
-    assert [layer.cell > 0 for layer in by_array.layers or ()] == [False, True, False, False]
-
-
-def test_slots_multiply_the_cache_and_an_embedding_model_has_one() -> None:
-    shape = shape_of(*QWEN3_4B)
-    assert footprint(shape, 8192, slots=4).cache == 4 * footprint(shape, 8192).cache
-    bert = shape_of("nomic-bert", 12, 12, 12, 64, 768, 30_522, 0.27, pooling_type=1)
-    assert bert.embeds
-    assert footprint(bert, 2048, slots=4) == footprint(bert, 2048)
-
-
-def test_a_quantised_cache_takes_what_its_blocks_take() -> None:
-    shape = shape_of(*QWEN3_4B)
-    full = footprint(shape, 8192).cache
-    assert footprint(shape, 8192, kv_type="q8_0").cache == full * 34 // 64
-    assert footprint(shape, 8192, kv_type="q4_0").cache == full * 18 // 64
-
-
-def test_compute_buffers_are_those_that_llama_cpp_printed() -> None:
-    small = shape_of("qwen2", 28, 12, 2, 128, 1536, 151_936, 1.0)
-    assert footprint(small, 512).compute / (1 << 20) == pytest.approx(299.75, abs=0.6)
-    codegeex = PUBLISHED[-1][1]
-    assert footprint(codegeex, 32_768, flash_attention=False).compute / (1 << 20) == pytest.approx(2145, abs=1)
-
-
-# --- What is not told ------------------------------------------------------------------------------------------------
-
-
-def test_a_file_that_does_not_tell_its_heads_is_bounded_by_its_size() -> None:
-    told = footprint(shape_of("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), 32_768).total
-    untold = read_shape(model("llama", 32, 32, None, 128, 4096, 128_256, 4.9))
-    assert untold is not None
-    assert untold.layers is None
-    assert "estimated from the file's size" in untold.notes[0]
-    assert told < footprint(untold, 32_768).total
-
-
-def test_weights_are_estimated_from_parameters_where_no_size_is_told() -> None:
-    info = ModelInfo(name="x:1", architecture="llama", parameters="8.03B", quantization="Q4_K_M")
-    shape = read_shape(info)
-    assert shape is not None
-    assert 4.9e9 < shape.weights < 6.2e9
-    assert "estimated from 8.0 billion parameters of 4.9 bits" in shape.notes[0]
-    listed = read_shape(info, 4_920_000_000)
-    assert listed == replace(shape, weights=4_920_000_000, estimated=False, notes=(shape.notes[1],))
-
-
-def test_a_short_convolution_keeps_all_but_one_of_its_inputs() -> None:
-    shape = shape_of("lfm2", 2, 32, [0, 8], 64, 2048, 65_536, 1.0, shortconv__l_cache=3)
-    assert [layer.state for layer in shape.layers or ()] == [2 * 2048 * 4] * 2
-
-
-def test_of_figures_for_each_layer_the_largest_counts() -> None:
-    info = model(*LLAMA_8B, 4.9)
-    several = read_shape(replace(info, metadata={**info.metadata, "llama.attention.head_count": [4, 32, 8]}))
-    assert several is not None
-    assert several.heads == 32
-
-
-@pytest.mark.parametrize(("told", "trained"), [(8, None), (63, None), (64, 64), (8192, 8192)])
-def test_a_window_that_no_model_is_trained_for_is_odd(told: int, trained: int | None) -> None:
-    shape = shape_of(*LLAMA_8B, 4.9, context_length=told)
-    assert (shape.trained_window, shape.odd) == (trained, () if trained else ("context_length",))
-
-
-def test_a_listed_size_of_less_than_a_bit_for_each_weight_is_odd() -> None:
-    shape = read_shape(replace(model(*LLAMA_8B, 4.9), parameters="8.03B"), 9_000_000)
-    assert shape is not None
-    assert (shape.weights, shape.odd) == (4_900_000_000, ("size",))
-
-
-def test_a_listed_size_wins_over_a_computed_one() -> None:
-    shape = read_shape(model(*LLAMA_8B, 4.9), 5_100_000_000)
-    assert shape is not None
-    assert shape.weights == 5_100_000_000
+    def test_compute_buffers_match_llama_cpp(self) -> None:
+        small = shape_of("qwen2", 28, 12, 2, 128, 1536, 151_936, 1.0)
+        assert footprint(small, 512).compute / (1 << 20) == pytest.approx(299.75, abs=0.6)
+        codegeex = PUBLISHED[-1][1]
+        assert footprint(codegeex, 32_768, flash_attention=False).compute / (1 << 20) == pytest.approx(2145, abs=1)
 
 
 BLOCK_BITS = {kind.name: size * 8 / numbers for kind, (numbers, size) in GGML_QUANT_SIZES.items()}
@@ -311,72 +254,76 @@ FILES = {
 NEVER_A_FILE = {"Q3_K", "Q4_K", "Q5_K", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 
 
-@pytest.mark.parametrize("kind", sorted({*BLOCK_BITS, *FILES} - NEVER_A_FILE))
-def test_a_quantised_file_takes_what_its_blocks_take_and_a_little_more(kind: str) -> None:
-    block = BLOCK_BITS[FILES.get(kind, kind)]
-    assert block <= BITS[kind] <= block + 0.9
+class TestBits:
+    @pytest.mark.parametrize("kind", sorted({*BLOCK_BITS, *FILES} - NEVER_A_FILE))
+    def test_quantised_file_is_near_its_blocks(self, kind: str) -> None:
+        block = BLOCK_BITS[FILES.get(kind, kind)]
+        assert block <= BITS[kind] <= block + 0.9
 
+    @pytest.mark.parametrize(
+        ("kind", "bits"),
+        [("INT4", 5), ("INT8", 8.5), ("MXFP4", 4.25), ("MXFP8", 8.25), ("NVFP4", 4.5), ("FP8", 8), ("F8_E4M3", 8),
+         ("F8_E5M2", 8), ("BF16", 16), ("bfloat16", 16), ("float16", 16), ("float32", 32)],
+    )  # fmt: skip
+    def test_safetensors_types(self, kind: str, bits: float) -> None:
+        for written in (kind.upper(), kind.lower()):
+            shape = read_shape(ModelInfo(name="x:1", quantization=written, tensors={"a": (1000, 1_000_000)}))
+            assert shape is not None
+            assert shape.weights == pytest.approx(1e9 * bits / 8 * 1.25, rel=0.001)
 
-@pytest.mark.parametrize(
-    ("kind", "bits"),
-    [("INT4", 5), ("INT8", 8.5), ("MXFP4", 4.25), ("MXFP8", 8.25), ("NVFP4", 4.5), ("FP8", 8), ("F8_E4M3", 8),
-     ("F8_E5M2", 8), ("BF16", 16), ("bfloat16", 16), ("float16", 16), ("float32", 32)],
-)  # fmt: skip
-def test_a_type_of_safetensors_has_its_bits(kind: str, bits: float) -> None:
-    for written in (kind.upper(), kind.lower()):
-        shape = read_shape(ModelInfo(name="x:1", quantization=written, tensors={"a": (1000, 1_000_000)}))
+    @pytest.mark.parametrize("quantization", [None, "", "unknown", "int5", "MXFP6", "Q9_X"])
+    def test_unknown_type_is_not_16_bits(self, quantization: str | None) -> None:
+        info = ModelInfo(name="x:1", quantization=quantization, parameters="12.0B", tensors={"a": (12_000_000, 1000)})
+        assert read_shape(info) is None
+        shape = read_shape(info, 7_600_000_000)
         assert shape is not None
-        assert shape.weights == pytest.approx(1e9 * bits / 8 * 1.25, rel=0.001)
+        assert (shape.weights, shape.estimated) == (7_600_000_000, False)
 
 
-@pytest.mark.parametrize("quantization", [None, "", "unknown", "int5", "MXFP6", "Q9_X"])
-def test_a_type_that_is_not_known_is_never_taken_for_16_bits(quantization: str | None) -> None:
-    info = ModelInfo(name="x:1", quantization=quantization, parameters="12.0B", tensors={"a": (12_000_000, 1000)})
-    assert read_shape(info) is None
-    shape = read_shape(info, 7_600_000_000)
-    assert shape is not None
-    assert (shape.weights, shape.estimated) == (7_600_000_000, False)
+class TestOddFacts:
+    @pytest.mark.parametrize(("told", "trained"), [(8, None), (63, None), (64, 64), (8192, 8192)])
+    def test_tiny_window_is_odd(self, told: int, trained: int | None) -> None:
+        shape = shape_of(*LLAMA_8B, 4.9, context_length=told)
+        assert (shape.trained_window, shape.odd) == (trained, () if trained else ("context_length",))
 
+    def test_size_below_one_bit_is_odd(self) -> None:
+        shape = read_shape(replace(model(*LLAMA_8B, 4.9), parameters="8.03B"), 9_000_000)
+        assert shape is not None
+        assert (shape.weights, shape.odd) == (4_900_000_000, ("size",))
 
-def test_a_model_of_which_nothing_is_known_has_no_shape() -> None:
-    assert read_shape(ModelInfo(name="x:1")) is None
+    @pytest.mark.parametrize("bad", [-1, "many", [1, "x"], 10**30, True, {"a": 1}, float("nan"), [], None])
+    @pytest.mark.parametrize("key", ["block_count", "attention.head_count_kv", "attention.key_length", "vocab_size"])
+    def test_nonsense_in_metadata_is_unknown(self, key: str, bad: Any) -> None:
+        info = model(*LLAMA_8B, 4.9)
+        shape = read_shape(replace(info, metadata={**info.metadata, f"llama.{key}": bad}))
+        assert shape is not None
+        assert 0 < footprint(shape, 8192).total < 1 << 50
 
+    @pytest.mark.parametrize("layers", [10**9, 1 << 49])
+    def test_impossible_layer_count_costs_no_memory(self, layers: int) -> None:
+        info = model(*LLAMA_8B, 4.9)
+        tracemalloc.start()
+        shape = read_shape(replace(info, metadata={**info.metadata, "llama.block_count": layers}))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert shape is not None
+        assert (shape.layers, shape.odd) == (None, ("block_count",))
+        assert most < 1 << 20
 
-@pytest.mark.parametrize("bad", [-1, "many", [1, "x"], 10**30, True, {"a": 1}, float("nan"), [], None])
-@pytest.mark.parametrize("key", ["block_count", "attention.head_count_kv", "attention.key_length", "vocab_size"])
-def test_nonsense_in_the_metadata_is_unknown_and_no_error(key: str, bad: Any) -> None:
-    info = model(*LLAMA_8B, 4.9)
-    shape = read_shape(replace(info, metadata={**info.metadata, f"llama.{key}": bad}))
-    assert shape is not None
-    assert 0 < footprint(shape, 8192).total < 1 << 50
-
-
-@pytest.mark.parametrize("layers", [10**9, 1 << 49])
-def test_a_layer_count_that_cannot_be_costs_no_memory(layers: int) -> None:
-    info = model(*LLAMA_8B, 4.9)
-    tracemalloc.start()
-    shape = read_shape(replace(info, metadata={**info.metadata, "llama.block_count": layers}))
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert shape is not None
-    assert (shape.layers, shape.odd) == (None, ("block_count",))
-    assert most < 1 << 20
-
-
-@pytest.mark.parametrize(
-    "facts",
-    [
-        {"parameters": "9" * 320 + "B"}, {"parameters": "9" * 400 + "B", "tensors": {"a": (10**15, 10**15)}},
-        {"size": -5_000_000_000}, {"size": 10**30}, {"tensors": {"a": (-5, 7)}}, {"tensors": {"a": ("5", 2)}},
-        {"tensors": {"a": (10**15,) * 30, "b": (-1,)}}, {"path": Path("a\0b")}, {"quantization": 4, "parameters": 5},
-        {"architecture": ["llama"]},
-    ],
-)  # fmt: skip
-def test_a_size_that_cannot_be_is_unknown_and_no_error(facts: dict[str, Any]) -> None:
-    assert read_shape(ModelInfo(name="x:1", **facts)) is None
-    shape = read_shape(ModelInfo(name="x:1", **{"quantization": "Q8_0", **facts, "parameters": "8.0B"}))
-    assert (shape is None) == (facts.get("quantization") == 4), "a type that is no text has no size"
-    assert shape is None or shape.weights == pytest.approx(8e9 * 8.5008 / 8 * 1.25)
+    @pytest.mark.parametrize(
+        "facts",
+        [
+            {"parameters": "9" * 320 + "B"}, {"parameters": "9" * 400 + "B", "tensors": {"a": (10**15, 10**15)}},
+            {"size": -5_000_000_000}, {"size": 10**30}, {"tensors": {"a": (-5, 7)}}, {"tensors": {"a": ("5", 2)}},
+            {"tensors": {"a": (10**15,) * 30, "b": (-1,)}}, {"path": Path("a\0b")}, {"architecture": ["llama"]},
+            {"quantization": 4, "parameters": 5},
+        ],
+    )  # fmt: skip
+    def test_impossible_size_is_unknown(self, facts: dict[str, Any]) -> None:
+        assert read_shape(ModelInfo(name="x:1", **facts)) is None
+        shape = read_shape(ModelInfo(name="x:1", **{"quantization": "Q8_0", **facts, "parameters": "8.0B"}))
+        assert (shape is None) == (facts.get("quantization") == 4), "a type that is no text has no size"
+        assert shape is None or shape.weights == pytest.approx(8e9 * 8.5008 / 8 * 1.25)
 
 
 def without(info: ModelInfo, key: str) -> Shape:
@@ -386,35 +333,69 @@ def without(info: ModelInfo, key: str) -> Shape:
     return shape
 
 
-def test_a_file_that_leaves_the_shared_heads_out_has_as_many_as_for_queries() -> None:
-    shape = without(model("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), "llama.attention.head_count_kv")
-    assert shape.layers == shape_of("llama", 32, 32, 32, 128, 4096, 128_256, 4.9).layers
+class TestMissingFacts:
+    def test_missing_heads_are_bounded_by_size(self) -> None:
+        told = footprint(shape_of("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), 32_768).total
+        untold = read_shape(model("llama", 32, 32, None, 128, 4096, 128_256, 4.9))
+        assert untold is not None
+        assert untold.layers is None
+        assert "estimated from the file's size" in untold.notes[0]
+        assert told < footprint(untold, 32_768).total
+
+    def test_missing_size_is_estimated_from_parameters(self) -> None:
+        info = ModelInfo(name="x:1", architecture="llama", parameters="8.03B", quantization="Q4_K_M")
+        shape = read_shape(info)
+        assert shape is not None
+        assert 4.9e9 < shape.weights < 6.2e9
+        assert "estimated from 8.0 billion parameters of 4.9 bits" in shape.notes[0]
+        listed = read_shape(info, 4_920_000_000)
+        assert listed == replace(shape, weights=4_920_000_000, estimated=False, notes=(shape.notes[1],))
+
+    def test_unknown_model_has_no_shape(self) -> None:
+        assert read_shape(ModelInfo(name="x:1")) is None
+
+    def test_missing_shared_heads_equal_query_heads(self) -> None:
+        shape = without(model("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), "llama.attention.head_count_kv")
+        assert shape.layers == shape_of("llama", 32, 32, 32, 128, 4096, 128_256, 4.9).layers
+
+    def test_missing_vocabulary_comes_from_the_table(self) -> None:
+        info = replace(model(*LLAMA_8B, 4.9), tensors={"token_embd.weight": (4096, 128_256)})
+        assert without(info, "llama.vocab_size").vocabulary == 128_256
+
+    def test_without_attention_only_a_state(self) -> None:
+        ssm: dict[str, Any] = {"ssm__conv_kernel": 4, "ssm__inner_size": 1536, "ssm__state_size": 16}
+        shape = without(model("mamba", 24, 0, None, 0, 768, 50_280, 0.3, **ssm), "mamba.attention.head_count_kv")
+        assert (footprint(shape, 8192).cache, footprint(shape, 8192).state) == (0, 24 * (3 * 1536 + 16 * 1536) * 4)
+
+    def test_zero_heads_are_bounded_by_size(self) -> None:
+        assert shape_of("llama", 32, 32, 0, 128, 4096, 128_256, 4.9).layers is None
 
 
-def test_a_file_that_leaves_the_vocabulary_out_has_that_of_its_table() -> None:
-    info = replace(model(*LLAMA_8B, 4.9), tensors={"token_embd.weight": (4096, 128_256)})
-    assert without(info, "llama.vocab_size").vocabulary == 128_256
+class TestShape:
+    def test_short_convolution_state(self) -> None:
+        shape = shape_of("lfm2", 2, 32, [0, 8], 64, 2048, 65_536, 1.0, shortconv__l_cache=3)
+        assert [layer.state for layer in shape.layers or ()] == [2 * 2048 * 4] * 2
 
+    def test_largest_figure_of_the_layers_counts(self) -> None:
+        info = model(*LLAMA_8B, 4.9)
+        several = read_shape(replace(info, metadata={**info.metadata, "llama.attention.head_count": [4, 32, 8]}))
+        assert several is not None
+        assert several.heads == 32
 
-def test_a_model_without_attention_keeps_a_state_alone() -> None:
-    ssm: dict[str, Any] = {"ssm__conv_kernel": 4, "ssm__inner_size": 1536, "ssm__state_size": 16}
-    shape = without(model("mamba", 24, 0, None, 0, 768, 50_280, 0.3, **ssm), "mamba.attention.head_count_kv")
-    assert (footprint(shape, 8192).cache, footprint(shape, 8192).state) == (0, 24 * (3 * 1536 + 16 * 1536) * 4)
+    def test_listed_size_wins_over_computed(self) -> None:
+        shape = read_shape(model(*LLAMA_8B, 4.9), 5_100_000_000)
+        assert shape is not None
+        assert shape.weights == 5_100_000_000
 
-
-def test_a_model_whose_heads_are_all_none_is_bounded_by_its_size() -> None:
-    assert shape_of("llama", 32, 32, 0, 128, 4096, 128_256, 4.9).layers is None
-
-
-def test_a_mixture_of_experts_reads_a_part_of_its_weights() -> None:
-    moe = shape_of("gptoss", 24, 64, 8, 64, 2880, 201_088, 13.8, expert_count=32, expert_used_count=4)
-    assert 0.15 < moe.active < 0.25
-    info = model("gptoss", 24, 64, 8, 64, 2880, 201_088, 13.8, expert_count=32, expert_used_count=4)
-    by_tensors = read_shape(
-        replace(info, tensors={"blk.0.ffn_up_exps.weight": (90, 10), "blk.0.attn.weight": (10, 10)})
-    )
-    assert by_tensors is not None
-    assert by_tensors.active == pytest.approx(1 - 0.9 * (1 - 4 / 32))
+    def test_mixture_reads_part_of_its_weights(self) -> None:
+        moe = shape_of("gptoss", 24, 64, 8, 64, 2880, 201_088, 13.8, expert_count=32, expert_used_count=4)
+        assert 0.15 < moe.active < 0.25
+        info = model("gptoss", 24, 64, 8, 64, 2880, 201_088, 13.8, expert_count=32, expert_used_count=4)
+        by_tensors = read_shape(
+            replace(info, tensors={"blk.0.ffn_up_exps.weight": (90, 10), "blk.0.attn.weight": (10, 10)})
+        )
+        assert by_tensors is not None
+        assert by_tensors.active == pytest.approx(1 - 0.9 * (1 - 4 / 32))
 
 
 # --- For every model -------------------------------------------------------------------------------------------------
@@ -445,7 +426,7 @@ SHAPES = st.builds(
     st.booleans(),
     st.sampled_from(list(KV_BYTES)),
 )
-def test_a_longer_window_never_takes_less(  # noqa: PLR0917 - each is drawn
+def test_longer_window_never_takes_less(  # noqa: PLR0917 - each is drawn
     shape: Shape, window: int, more: int, slots: int, flash: bool, kv_type: Any
 ) -> None:
     short, long = (
@@ -456,6 +437,6 @@ def test_a_longer_window_never_takes_less(  # noqa: PLR0917 - each is drawn
     assert short.total <= footprint(shape, window, slots=slots + 1, flash_attention=flash, kv_type=kv_type).total
 
 
-def test_the_tables_rise() -> None:
+def test_tables_rise() -> None:
     assert [kib for _, kib in CACHE_BY_SIZE] == sorted(kib for _, kib in CACHE_BY_SIZE)
     assert BITS["Q8_0"] > BITS["Q6_K"] > BITS["Q5_K_M"] > BITS["Q4_K_M"] > BITS["Q3_K_M"] > BITS["Q2_K"]

@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "given.gguf"
 
 
-def test_a_head_tells_the_keys_and_where_each_tensor_lies(path: Path) -> None:
+def test_head_lists_keys_and_tensors(path: Path) -> None:
     keys = head("llama", figure("general.file_type", 15), array("llama.heads", U32, 3, struct.pack("<3I", 1, 7, 2)))
     path.write_bytes(gguf(keys, [tensor(), tensor("output.weight", (32, 2), 8, 1024)], data=1024 + 68))
     found = read_file(path)
@@ -40,14 +40,14 @@ def test_a_head_tells_the_keys_and_where_each_tensor_lies(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_a_malformed_file_is_refused_with_the_reason(kind: str, path: Path) -> None:
+def test_malformed_file_is_refused_with_reason(kind: str, path: Path) -> None:
     data, words = MALFORMED[kind]
     path.write_bytes(data)
     with pytest.raises(GgufError, match=words):
         read_file(path)
 
 
-def test_a_long_array_is_only_counted_unless_it_is_wanted(path: Path) -> None:
+def test_long_array_is_only_counted(path: Path) -> None:
     words = b"".join(text(str(place)) for place in range(5000))
     path.write_bytes(
         gguf(head("llama", array("words", STRING, 5000, words), array("scores", U32, 5000, bytes(20_000))))
@@ -57,14 +57,14 @@ def test_a_long_array_is_only_counted_unless_it_is_wanted(path: Path) -> None:
     assert read_file(path, long_arrays=True).metadata["words"][4999] == "4999"
 
 
-def test_the_entries_of_all_arrays_together_have_a_bound() -> None:
+def test_array_entries_are_bounded_together() -> None:
     some = (1 << 22) + 1
     data = gguf([array("a", 0, some, bytes(some)), array("b", 0, some, bytes(some))])
     with pytest.raises(GgufError, match="entries of arrays in `b`"):
         read(io.BytesIO(data), len(data))
 
 
-def test_an_open_file_is_read_to_the_end_of_its_table_and_no_further_than_its_bound() -> None:
+def test_open_file_is_read_within_bounds() -> None:
     data = gguf()
     source = io.BytesIO(data)
     found = read(source, len(data))
@@ -73,25 +73,25 @@ def test_an_open_file_is_read_to_the_end_of_its_table_and_no_further_than_its_bo
         read(io.BytesIO(data), len(data), most=64)
 
 
-def test_a_file_that_shrinks_meanwhile_is_refused() -> None:
+def test_file_that_shrinks_is_refused() -> None:
     with pytest.raises(GgufError, match="became shorter"):
         read(io.BytesIO(gguf()[:60]), len(gguf()))
 
 
-def test_a_pipe_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_pipe_and_folder_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     for path in (tmp_path / "pipe.gguf", tmp_path):
         with pytest.raises(GgufError, match="not a regular file"):
             read_file(path)
 
 
-def test_tensors_that_overlap_are_refused(path: Path) -> None:
+def test_overlapping_tensors_are_refused(path: Path) -> None:
     path.write_bytes(gguf(tensors=[tensor(), tensor("output.weight", (32, 2), 0, 32)]))
     with pytest.raises(GgufError, match=r"`output\.weight` overlaps"):
         read_file(path)
 
 
-def test_the_blocks_of_types_are_those_of_ggml() -> None:
+def test_blocks_match_ggml() -> None:
     # The `gguf` package still gives Q8_1, which is never in a file, the 40 bytes that it had at first.
     theirs = {kind.name: (kind.value, *block) for kind, block in GGML_QUANT_SIZES.items() if kind.name != "Q8_1"}
     ours = {kind: (TYPES[kind], *BLOCKS[kind]) for kind in theirs}
@@ -99,7 +99,7 @@ def test_the_blocks_of_types_are_those_of_ggml() -> None:
     assert (bytes_of("Q4_K", 512), bytes_of("INT8", 128)) == (288, 136)
 
 
-def test_a_file_whose_head_is_endless_is_read_no_further_than_its_limit(path: Path) -> None:
+def test_endless_head_stops_at_the_limit(path: Path) -> None:
     block = text("a" * 1000)
     words = [text(f"k{place}") + struct.pack("<IIQ", ARRAY, STRING, 1000) + block * 1000 for place in range(80)]
     path.write_bytes(gguf(words))
@@ -107,7 +107,7 @@ def test_a_file_whose_head_is_endless_is_read_no_further_than_its_limit(path: Pa
         read_file(path)
 
 
-def test_a_head_costs_memory_in_proportion_to_its_file(path: Path) -> None:
+def test_memory_is_proportional_to_the_head(path: Path) -> None:
     words = b"".join(text(f"{place:02x}"[-2:]) for place in range(1 << 15))
     path.write_bytes(gguf(head("llama", text("a") + struct.pack("<IIQ", ARRAY, STRING, 1 << 15) + words)))
     peaks = []
@@ -120,7 +120,7 @@ def test_a_head_costs_memory_in_proportion_to_its_file(path: Path) -> None:
     assert peaks[1] < path.stat().st_size
 
 
-def test_a_file_that_is_damaged_anywhere_is_read_or_refused_and_nothing_else(path: Path) -> None:
+def test_damaged_file_is_read_or_refused(path: Path) -> None:
     whole = gguf(head("llama", text("list") + struct.pack("<IIQ3I", ARRAY, U32, 3, 1, 2, 3), word("w", "x" * 50)))
     chance = random.Random(7)
     refused = 0
