@@ -64,121 +64,109 @@ def _installed(shell: Shell) -> None:
         (shell.folder / f"{name}.gguf").write_text("")
 
 
-# --- list and check --------------------------------------------------------------------------------------------------
+class TestList:
+    def test_table_and_json(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        lines = shell.run("adapters", "list").out.splitlines()
+        assert lines[1].split() == [r"ah\x1boy", "small", "sha256:abababababab", "folder", "/a/b"]
+        assert json.loads(shell.run("adapters", "list", "--json").out)[0]["digest"] == "sha256:" + "ab" * 32
+
+    def test_without_a_plugin_one_is_named(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore,lora")
+        assert (done.code, done.out) == (0, "")
+        assert done.err.endswith("`graftage-lora` is one that does.\n")
+
+    def test_without_adapters_the_places_are_named(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        (shell.folder / "mine").mkdir()
+        places = {name: str(shell.folder / "mine") for name in ("HF_HUB_CACHE", "GRAFTAGE_LORA_FOLDERS")}
+        registry = str(shell.folder / "adapters.toml")
+        done = shell.run(
+            "adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore", GRAFTAGE_LORA_REGISTRY=registry, **places
+        )
+        assert (done.code, done.out) == (0, ""), done.err
+        assert f"looked in the folders of GRAFTAGE_LORA_FOLDERS ({shell.folder / 'mine'})" in done.err
+        assert f"`[lora]` in {shell.folder / 'config.toml'}" in done.err
+        assert "`GRAFTAGE_LORA_FOLDERS=FOLDER graftage adapters list`" in done.err
+        assert "is one that does" not in done.err
 
 
-def test_adapters_are_listed(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    lines = shell.run("adapters", "list").out.splitlines()
-    assert lines[1].split() == [r"ah\x1boy", "small", "sha256:abababababab", "folder", "/a/b"]
-    assert json.loads(shell.run("adapters", "list", "--json").out)[0]["digest"] == "sha256:" + "ab" * 32
+class TestCheck:
+    @pytest.mark.parametrize(
+        ("reference", "code", "status", "reasons"),
+        [
+            ("compatible", 0, "compatible", []),
+            ("incompatible", 1, "incompatible", ["layer 30 of \x1b 30", "other width"]),
+            ("unknown", 3, "unknown", ["no facts"]),
+            ("malformed", 1, "invalid", ["a pickle"]),
+        ],
+    )
+    def test_verdict_has_every_reason(
+        self, shell: Shell, reference: str, code: int, status: str, reasons: list[str]
+    ) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "check", reference, "--json")
+        report: dict[str, Any] = json.loads(done.out)
+        assert (done.code, done.err) == (code, "")
+        assert (report["status"], report["reasons"], report["model"]) == (status, reasons, "small:1b")
+        table = shell.run("adapters", "check", reference)
+        assert table.code == code
+        assert re.search(rf"^verdict +{status} *$", table.out, re.MULTILINE)
+        assert re.findall(r"^reason +(.+?) *$", table.out, re.MULTILINE) == [
+            each.replace("\x1b", r"\x1b") for each in reasons
+        ]
+
+    def test_unknown_adapter_is_an_error(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "check", "nope", "--json")
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith("error: The adapter `nope` was not found")
+
+    def test_missing_model_is_an_error(self, shell: Shell) -> None:
+        shell.install("it = Echo(models=['small:1b'], strict=True)")
+        done = shell.run("adapters", "check", "unknown", "-m", "smal:1b", "--json")
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith("error: There is no model `smal:1b`.\n")
+        assert "Did you mean `small:1b`?" in done.err
+
+    def test_works_without_model_facts(self, shell: Shell) -> None:
+        shell.install("it = Echo(without=['show_model'])")
+        assert shell.run("adapters", "check", "unknown", "--json").code == 3
+
+    def test_takes_the_named_model(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "check", "compatible", "-m", "fake:other:7b", "--json")
+        assert json.loads(done.out)["model"] == "other:7b"
 
 
-def test_where_no_plugin_finds_adapters_one_is_named(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore,lora")
-    assert (done.code, done.out) == (0, "")
-    assert done.err.endswith("`graftage-lora` is one that does.\n")
+class TestLoad:
+    def test_load_and_unload(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        assert shell.run("adapters", "load", "compatible") == (0, "ahoy is loaded as small:1b+ahoy (derived).\n", "")
+        assert shell.run("adapters", "unload", "compatible") == (0, "compatible is not in memory.\n", "")
 
+    def test_embedded_load_ends_with_the_command(self, shell: Shell) -> None:
+        shell.install("it = Echo(address='embedded')")
+        done = shell.run("adapters", "load", "compatible")
+        assert done.out == "ahoy is loaded as small:1b+ahoy (derived).\n"
+        assert done.err == "It ends with this command; a program that holds the client keeps it.\n"
 
-def test_where_there_is_no_adapter_the_places_are_told_and_how_to_name_one(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    (shell.folder / "mine").mkdir()
-    places = {name: str(shell.folder / "mine") for name in ("HF_HUB_CACHE", "GRAFTAGE_LORA_FOLDERS")}
-    registry = str(shell.folder / "adapters.toml")
-    done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore", GRAFTAGE_LORA_REGISTRY=registry, **places)
-    assert (done.code, done.out) == (0, ""), done.err
-    assert f"looked in the folders of GRAFTAGE_LORA_FOLDERS ({shell.folder / 'mine'})" in done.err
-    assert f"`[lora]` in {shell.folder / 'config.toml'}" in done.err
-    assert "`GRAFTAGE_LORA_FOLDERS=FOLDER graftage adapters list`" in done.err
-    assert "is one that does" not in done.err
+    def test_misfit_needs_force(self, shell: Shell) -> None:
+        shell.install("it = Echo(['Ahoy!'] * 2)")
+        for command in (["adapters", "load", "incompatible"], ["chat", "Hi", "--adapter", "incompatible"]):
+            refused = shell.run(*command)
+            assert (refused.code, refused.out) == (1, "")
+            assert r"layer 30 of \x1b 30; other width" in refused.err
+            assert "--force" in refused.err
+            forced = shell.run(*command, "--force")
+            assert forced.code == 0
+            assert "warning: " in forced.err
 
+    def test_reply_names_its_adapter(self, shell: Shell) -> None:
+        shell.install("it = Echo(['Ahoy!'])")
+        assert json.loads(shell.run("chat", "Hi", "--adapter", "compatible", "--json").out)["adapter"] == "ahoy"
 
-@pytest.mark.parametrize(
-    ("reference", "code", "status", "reasons"),
-    [
-        ("compatible", 0, "compatible", []),
-        ("incompatible", 1, "incompatible", ["layer 30 of \x1b 30", "other width"]),
-        ("unknown", 3, "unknown", ["no facts"]),
-        ("malformed", 1, "invalid", ["a pickle"]),
-    ],
-)
-def test_check_gives_the_verdict_with_every_reason(
-    shell: Shell, reference: str, code: int, status: str, reasons: list[str]
-) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("adapters", "check", reference, "--json")
-    report: dict[str, Any] = json.loads(done.out)
-    assert (done.code, done.err) == (code, "")
-    assert (report["status"], report["reasons"], report["model"]) == (status, reasons, "small:1b")
-    table = shell.run("adapters", "check", reference)
-    assert table.code == code
-    assert re.search(rf"^verdict +{status} *$", table.out, re.MULTILINE)
-    assert re.findall(r"^reason +(.+?) *$", table.out, re.MULTILINE) == [
-        each.replace("\x1b", r"\x1b") for each in reasons
-    ]
-
-
-def test_an_adapter_that_nobody_knows_is_an_error_of_check(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("adapters", "check", "nope", "--json")
-    assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("error: The adapter `nope` was not found")
-
-
-def test_check_against_a_model_that_is_not_there_is_an_error_and_no_verdict(shell: Shell) -> None:
-    shell.install("it = Echo(models=['small:1b'], strict=True)")
-    done = shell.run("adapters", "check", "unknown", "-m", "smal:1b", "--json")
-    assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("error: There is no model `smal:1b`.\n")
-    assert "Did you mean `small:1b`?" in done.err
-
-
-def test_check_does_without_a_provider_that_describes_models(shell: Shell) -> None:
-    shell.install("it = Echo(without=['show_model'])")
-    assert shell.run("adapters", "check", "unknown", "--json").code == 3
-
-
-def test_check_takes_the_model_that_is_named(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("adapters", "check", "compatible", "-m", "fake:other:7b", "--json")
-    assert json.loads(done.out)["model"] == "other:7b"
-
-
-# --- load, unload, and answering -------------------------------------------------------------------------------------
-
-
-def test_an_adapter_is_loaded_and_unloaded(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    assert shell.run("adapters", "load", "compatible") == (0, "ahoy is loaded as small:1b+ahoy (derived).\n", "")
-    assert shell.run("adapters", "unload", "compatible") == (0, "compatible is not in memory.\n", "")
-
-
-def test_an_adapter_in_an_embedded_engine_is_loaded_only_as_long_as_the_command(shell: Shell) -> None:
-    shell.install("it = Echo(address='embedded')")
-    done = shell.run("adapters", "load", "compatible")
-    assert done.out == "ahoy is loaded as small:1b+ahoy (derived).\n"
-    assert done.err == "It ends with this command; a program that holds the client keeps it.\n"
-
-
-def test_an_adapter_that_does_not_fit_is_refused_unless_forced(shell: Shell) -> None:
-    shell.install("it = Echo(['Ahoy!'] * 2)")
-    for command in (["adapters", "load", "incompatible"], ["chat", "Hi", "--adapter", "incompatible"]):
-        refused = shell.run(*command)
-        assert (refused.code, refused.out) == (1, "")
-        assert r"layer 30 of \x1b 30; other width" in refused.err
-        assert "--force" in refused.err
-        forced = shell.run(*command, "--force")
-        assert forced.code == 0
-        assert "warning: " in forced.err
-
-
-def test_the_adapter_that_answered_is_named(shell: Shell) -> None:
-    shell.install("it = Echo(['Ahoy!'])")
-    assert json.loads(shell.run("chat", "Hi", "--adapter", "compatible", "--json").out)["adapter"] == "ahoy"
-
-
-# --- prune -----------------------------------------------------------------------------------------------------------
 
 PRUNER = """
 class Connection:
@@ -207,123 +195,114 @@ it = Provider()
 """
 
 
-def test_prune_deletes_nothing_without_a_yes(shell: Shell) -> None:
-    shell.install(PRUNER)
-    done = shell.run("adapters", "prune")
-    assert (done.code, done.err) == (0, "")
-    assert re.search(r"^graftage/a +98.0 MB *$", done.out, re.MULTILINE)
-    assert "((), None, True)" in done.out
-    assert done.out.endswith("2 models would be deleted: `--yes` does it.\n")
+class TestPrune:
+    def test_deletes_nothing_without_yes(self, shell: Shell) -> None:
+        shell.install(PRUNER)
+        done = shell.run("adapters", "prune")
+        assert (done.code, done.err) == (0, "")
+        assert re.search(r"^graftage/a +98.0 MB *$", done.out, re.MULTILINE)
+        assert "((), None, True)" in done.out
+        assert done.out.endswith("2 models would be deleted: `--yes` does it.\n")
 
+    @pytest.mark.parametrize(("age", "seconds"), [("90", 90.0), ("30m", 1800.0), ("12h", 43200.0), ("7d", 604800.0)])
+    def test_deletes_old_models_not_kept(self, shell: Shell, age: str, seconds: float) -> None:
+        shell.install(PRUNER)
+        done = shell.run("adapters", "prune", "--yes", "--older-than", age, "--keep", "a", "--keep", "b")
+        assert f"(('a', 'b'), {seconds!r}, False)" in done.out
+        assert done.out.endswith("2 models deleted.\n")
 
-@pytest.mark.parametrize(("age", "seconds"), [("90", 90.0), ("30m", 1800.0), ("12h", 43200.0), ("7d", 604800.0)])
-def test_prune_deletes_what_is_old_and_not_kept(shell: Shell, age: str, seconds: float) -> None:
-    shell.install(PRUNER)
-    done = shell.run("adapters", "prune", "--yes", "--older-than", age, "--keep", "a", "--keep", "b")
-    assert f"(('a', 'b'), {seconds!r}, False)" in done.out
-    assert done.out.endswith("2 models deleted.\n")
+    def test_json_says_if_it_deleted(self, shell: Shell) -> None:
+        shell.install(PRUNER)
+        data = json.loads(shell.run("adapters", "prune", "--json").out)
+        assert data["deleted"] is False
+        assert [each["name"] for each in data["models"]] == ["graftage/a", "((), None, True)"]
 
+    def test_says_if_nothing_is_found(self, shell: Shell) -> None:
+        shell.install(PRUNER)
+        assert shell.run("adapters", "prune", "--keep", "all", "--yes").out == "There is nothing to delete.\n"
 
-def test_prune_in_json_says_whether_it_was_done(shell: Shell) -> None:
-    shell.install(PRUNER)
-    data = json.loads(shell.run("adapters", "prune", "--json").out)
-    assert data["deleted"] is False
-    assert [each["name"] for each in data["models"]] == ["graftage/a", "((), None, True)"]
-
-
-def test_prune_says_where_there_is_nothing(shell: Shell) -> None:
-    shell.install(PRUNER)
-    assert shell.run("adapters", "prune", "--keep", "all", "--yes").out == "There is nothing to delete.\n"
-
-
-@pytest.mark.parametrize("age", ["soon", "-1", "7x", ""])
-def test_an_age_that_is_none_deletes_nothing(shell: Shell, age: str) -> None:
-    shell.install(PRUNER)
-    done = shell.run("adapters", "prune", "--yes", f"--older-than={age}")
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"error: `--older-than {age}` is no age.")
-
-
-# --- convert and merge -----------------------------------------------------------------------------------------------
-
-
-def test_convert_writes_the_adapter_for_a_model(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("adapters", "convert", "compatible", "--out", "new.gguf")
-    assert done == (0, "new.gguf is written.\n", "")
-    assert (shell.folder / "new.gguf").read_text() == "GGUF for small:1b"
+    @pytest.mark.parametrize("age", ["soon", "-1", "7x", ""])
+    def test_invalid_age_deletes_nothing(self, shell: Shell, age: str) -> None:
+        shell.install(PRUNER)
+        done = shell.run("adapters", "prune", "--yes", f"--older-than={age}")
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"error: `--older-than {age}` is no age.")
 
 
 MERGE = ("adapters", "merge", "compatible", "--out", "new.gguf")
-
-
-def test_merge_takes_the_file_of_the_model(shell: Shell) -> None:
-    shell.install("from pathlib import Path; it = Echo(models=[ModelInfo(name='small:1b', path=Path('/x/base.gguf'))])")
-    assert shell.run(*MERGE) == (0, "new.gguf is written.\n", "merging\n")
-    assert (shell.folder / "new.gguf").read_text() == "merged into base.gguf"
-
-
-def test_merge_takes_the_file_that_is_named(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    assert shell.run(*MERGE, "--base-file", "other.gguf").code == 0
-    assert (shell.folder / "new.gguf").read_text() == "merged into other.gguf"
-
-
-def test_merge_draws_a_bar(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    child = shell.terminal(*MERGE, "--base-file", "other.gguf")
-    child.expect("merging .*100.0/100.0 MB")
-    child.expect("new.gguf is written.")
-    assert shell.ends(child) == 0
-
-
-def test_merge_needs_a_file_of_the_model(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run(*MERGE)
-    assert (done.code, done.out) == (2, "")
-    assert "--base-file" in done.err
 
 
 def names(shell: Shell) -> set[str]:
     return {each.name for each in shell.folder.iterdir() if "new.gguf" in each.name}
 
 
-def test_a_merge_that_fails_or_is_stopped_leaves_nothing(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    assert shell.run(*MERGE, "--base-file", "bad.gguf").err == "merging\nerror: That base is broken.\n"
-    assert names(shell) == set()
-    child = shell.terminal(*MERGE, "--base-file", "slow.gguf")
-    child.expect("merging .*100.0/100.0 MB")
-    child.sendintr()
-    assert shell.ends(child) == 130
-    assert names(shell) == set()
+class TestConvertAndMerge:
+    def test_convert_writes_a_file(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "convert", "compatible", "--out", "new.gguf")
+        assert done == (0, "new.gguf is written.\n", "")
+        assert (shell.folder / "new.gguf").read_text() == "GGUF for small:1b"
 
+    def test_merge_takes_the_models_file(self, shell: Shell) -> None:
+        shell.install(
+            "from pathlib import Path; it = Echo(models=[ModelInfo(name='small:1b', path=Path('/x/base.gguf'))])"
+        )
+        assert shell.run(*MERGE) == (0, "new.gguf is written.\n", "merging\n")
+        assert (shell.folder / "new.gguf").read_text() == "merged into base.gguf"
 
-@pytest.mark.parametrize("command", [("convert", "compatible"), ("merge", "compatible", "--base-file", "base.gguf")])
-def test_a_file_that_is_there_is_replaced_only_where_that_was_said(shell: Shell, command: tuple[str, ...]) -> None:
-    shell.install("it = Echo()")
-    (shell.folder / "new.gguf").write_text("precious")
-    done = shell.run("adapters", *command, "--out", "new.gguf")
-    assert (done.code, done.err) == (
-        2,
-        "error: `new.gguf` is there already.\nhint: Choose another name, or `--overwrite` it.\n",
+    def test_merge_takes_a_named_file(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        assert shell.run(*MERGE, "--base-file", "other.gguf").code == 0
+        assert (shell.folder / "new.gguf").read_text() == "merged into other.gguf"
+
+    def test_merge_draws_a_bar(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        child = shell.terminal(*MERGE, "--base-file", "other.gguf")
+        child.expect("merging .*100.0/100.0 MB")
+        child.expect("new.gguf is written.")
+        assert shell.ends(child) == 0
+
+    def test_merge_needs_a_file(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run(*MERGE)
+        assert (done.code, done.out) == (2, "")
+        assert "--base-file" in done.err
+
+    def test_unfinished_merge_leaves_no_file(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        assert shell.run(*MERGE, "--base-file", "bad.gguf").err == "merging\nerror: That base is broken.\n"
+        assert names(shell) == set()
+        child = shell.terminal(*MERGE, "--base-file", "slow.gguf")
+        child.expect("merging .*100.0/100.0 MB")
+        child.sendintr()
+        assert shell.ends(child) == 130
+        assert names(shell) == set()
+
+    @pytest.mark.parametrize(
+        "command", [("convert", "compatible"), ("merge", "compatible", "--base-file", "base.gguf")]
     )
-    assert (shell.folder / "new.gguf").read_text() == "precious"
-    assert shell.run("adapters", *command, "--out", "new.gguf", "--overwrite").code == 0
-    assert (shell.folder / "new.gguf").read_text() != "precious"
+    def test_existing_file_needs_overwrite(self, shell: Shell, command: tuple[str, ...]) -> None:
+        shell.install("it = Echo()")
+        (shell.folder / "new.gguf").write_text("precious")
+        done = shell.run("adapters", *command, "--out", "new.gguf")
+        assert (done.code, done.err) == (
+            2,
+            "error: `new.gguf` is there already.\nhint: Choose another name, or `--overwrite` it.\n",
+        )
+        assert (shell.folder / "new.gguf").read_text() == "precious"
+        assert shell.run("adapters", *command, "--out", "new.gguf", "--overwrite").code == 0
+        assert (shell.folder / "new.gguf").read_text() != "precious"
 
+    def test_unwritable_file_is_an_error(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "convert", "compatible", "--out", "nowhere/new.gguf")
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith("error: `nowhere/new.gguf` cannot be written: No such file or directory.")
 
-def test_a_file_that_cannot_be_written_is_an_error(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("adapters", "convert", "compatible", "--out", "nowhere/new.gguf")
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: `nowhere/new.gguf` cannot be written: No such file or directory.")
-
-
-def test_an_adapter_that_does_not_fit_is_written_only_by_force(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    command = ("adapters", "convert", "incompatible", "--out", "new.gguf")
-    done = shell.run(*command)
-    assert (done.code, names(shell)) == (1, set())
-    assert "other width" in done.err
-    assert shell.run(*command, "--force").code == 0
+    def test_misfit_is_written_only_by_force(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        command = ("adapters", "convert", "incompatible", "--out", "new.gguf")
+        done = shell.run(*command)
+        assert (done.code, names(shell)) == (1, set())
+        assert "other width" in done.err
+        assert shell.run(*command, "--force").code == 0

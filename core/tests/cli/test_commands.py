@@ -23,20 +23,20 @@ def plant(kind: str, count: int = 1, broken: bool = False):
 """
 
 
-def test_commands_of_plugins_are_listed_with_their_distribution_and_not_imported(shell: Shell) -> None:
+def test_commands_are_listed_without_import(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP)
     done = shell.run("--help")
     assert done.code == 0
     assert "  tree       From graftage-tree 1.0.\n" in done.out
 
 
-def test_a_command_is_listed_with_what_its_distribution_says_of_itself(shell: Shell) -> None:
+def test_listing_has_the_distributions_summary(shell: Shell) -> None:
     source = "raise RuntimeError('was imported')"
     shell.install(source, name="tree", group=GROUP, summary="Plants \x1b trees: oaks and more")
     assert "  tree       Plants \\x1b trees: oaks and more\n" in shell.run("--help").out
 
 
-def test_a_command_of_a_plugin_is_run_with_its_arguments(shell: Shell) -> None:
+def test_command_gets_its_arguments(shell: Shell) -> None:
     shell.install(TREE, name="tree", group=GROUP)
     assert shell.run("tree", "plant", "oak", "--count", "3") == (0, "3 oak\n", "")
     told = shell.run("tree", "--help").out
@@ -47,7 +47,7 @@ def test_a_command_of_a_plugin_is_run_with_its_arguments(shell: Shell) -> None:
     assert "graftage tree plant" in wrong.err
 
 
-def test_an_error_of_a_plugins_command_is_one_message_too(shell: Shell) -> None:
+def test_error_of_a_command_is_one_message(shell: Shell) -> None:
     shell.install(TREE, name="tree", group=GROUP)
     assert shell.run("tree", "plant", "oak", "--broken") == (1, "", "error: It \\x1b broke.\nhint: Mend it.\n")
 
@@ -62,7 +62,7 @@ def test_an_error_of_a_plugins_command_is_one_message_too(shell: Shell) -> None:
         ("", "AttributeError"),
     ],
 )
-def test_a_broken_command_is_a_clear_error_and_hides_no_other(shell: Shell, source: str, problem: str) -> None:
+def test_broken_command_hides_no_other(shell: Shell, source: str, problem: str) -> None:
     shell.install("it = Echo(['Hello.'])")
     shell.install(source, name="tree", group=GROUP)
     done = shell.run("tree", "plant")
@@ -72,7 +72,7 @@ def test_a_broken_command_is_a_clear_error_and_hides_no_other(shell: Shell, sour
     assert shell.run("chat", "Hi").out == "Hello.\n"
 
 
-def test_a_disabled_command_is_neither_listed_nor_run(shell: Shell) -> None:
+def test_disabled_command_is_absent(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP)
     off = {"GRAFTAGE_DISABLED_PLUGINS": "x, tree"}
     assert "tree" not in shell.run("--help", **off).out
@@ -80,14 +80,14 @@ def test_a_disabled_command_is_neither_listed_nor_run(shell: Shell) -> None:
     assert shell.run("tree", **off) == (1, "", f"error: The command `tree` is disabled.\n{hint}")
 
 
-def test_no_plugin_takes_the_name_of_a_command_of_ours(shell: Shell) -> None:
+def test_builtin_names_are_reserved(shell: Shell) -> None:
     shell.install("it = Echo(['Hello.'])")
     shell.install("raise RuntimeError('was imported')", name="chat", group=GROUP)
     assert shell.run("chat", "Hi") == (0, "Hello.\n", "")
     assert "graftage-chat" not in shell.run("--help").out
 
 
-def test_a_command_that_two_distributions_claim_is_a_conflict_naming_both(shell: Shell) -> None:
+def test_conflict_names_both_distributions(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP)
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP, distribution="stranger")
     done = shell.run("tree")
@@ -97,7 +97,7 @@ def test_a_command_that_two_distributions_claim_is_a_conflict_naming_both(shell:
     assert "was imported" not in done.err
 
 
-def test_a_command_for_another_graftage_is_not_imported(shell: Shell) -> None:
+def test_command_for_another_graftage_is_not_imported(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP, requires="graftage>=99")
     done = shell.run("tree")
     assert done.code == 1
@@ -105,7 +105,7 @@ def test_a_command_for_another_graftage_is_not_imported(shell: Shell) -> None:
     assert "was imported" not in done.err
 
 
-def test_a_name_that_nobody_has_is_wrong_usage(shell: Shell) -> None:
+def test_unknown_name_is_wrong_usage(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP)
     done = shell.run("tre")
     assert done.code == 2

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from cli.conftest import Shell
 
 
-def test_a_conversation_sends_what_was_said_before(shell: Shell) -> None:
+def test_earlier_messages_are_sent(shell: Shell) -> None:
     shell.install("it = Echo(['Hello.', history])")
     child = shell.terminal("chat", "--system", "Be kind", columns=200)
     child.expect("small:1b on fake")
@@ -31,110 +31,107 @@ it = Echo([told] * 3)
 """
 
 
-def test_a_paste_of_many_lines_in_brackets_is_one_message_once_it_is_sent(shell: Shell) -> None:
-    shell.install(TOLD)
-    child = shell.terminal("chat", columns=200)
-    child.expect_exact("\x1b[?2004h")  # The terminal is asked to put brackets around what is pasted.
-    child.expect(">>> ")
-    child.send("\x1b[200~" + "\r".join(LINES) + "\r\x1b[201~")
-    child.expect("line 40")
-    child.sendline(" and a word")
-    child.expect_exact("1 messages, the last of 42 lines")
-    child.expect(">>> ")
-    child.sendline("Hi")
-    child.expect_exact("3 messages, the last of 1 lines")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
+class TestPaste:
+    def test_bracketed_lines_are_one_message(self, shell: Shell) -> None:
+        shell.install(TOLD)
+        child = shell.terminal("chat", columns=200)
+        child.expect_exact("\x1b[?2004h")  # The terminal is asked to put brackets around what is pasted.
+        child.expect(">>> ")
+        child.send("\x1b[200~" + "\r".join(LINES) + "\r\x1b[201~")
+        child.expect("line 40")
+        child.sendline(" and a word")
+        child.expect_exact("1 messages, the last of 42 lines")
+        child.expect(">>> ")
+        child.sendline("Hi")
+        child.expect_exact("3 messages, the last of 1 lines")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
+
+    def test_waiting_lines_are_one_message(self, shell: Shell) -> None:
+        shell.install(TOLD)
+        child = shell.terminal("chat", columns=200)
+        child.expect(">>> ")
+        child.send("\r".join(LINES) + "\r")
+        child.expect_exact("1 messages, the last of 41 lines")
+        child.expect(">>> ")
+        child.sendline("Hi")
+        child.expect_exact("3 messages, the last of 1 lines")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
+
+    def test_unfinished_line_waits_for_its_end(self, shell: Shell) -> None:
+        shell.install("it = Echo([history])")
+        child = shell.terminal("chat", columns=200)
+        child.expect(">>> ")
+        child.send("  first\rsecond")
+        child.expect_exact("... ")
+        child.expect("second")
+        child.sendline(" and more")
+        child.expect("user:   first\r\nsecond and more\r\n")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
+
+    def test_command_takes_one_line(self, shell: Shell) -> None:
+        shell.install("it = Echo([history])")
+        child = shell.terminal("chat", columns=200)
+        child.expect(">>> ")
+        child.send("/clear\rone\rtwo\r\x04")
+        child.expect("Forgotten")
+        child.expect("user: one\r\ntwo\r\n")
+        assert shell.ends(child) == 0
 
 
-def test_lines_that_wait_in_the_terminal_are_one_message_where_no_brackets_come(shell: Shell) -> None:
-    shell.install(TOLD)
-    child = shell.terminal("chat", columns=200)
-    child.expect(">>> ")
-    child.send("\r".join(LINES) + "\r")
-    child.expect_exact("1 messages, the last of 41 lines")
-    child.expect(">>> ")
-    child.sendline("Hi")
-    child.expect_exact("3 messages, the last of 1 lines")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
-
-
-def test_a_paste_that_ends_within_a_line_waits_for_its_end(shell: Shell) -> None:
-    shell.install("it = Echo([history])")
-    child = shell.terminal("chat", columns=200)
-    child.expect(">>> ")
-    child.send("  first\rsecond")
-    child.expect_exact("... ")
-    child.expect("second")
-    child.sendline(" and more")
-    child.expect("user:   first\r\nsecond and more\r\n")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
-
-
-def test_a_command_takes_no_further_line_and_the_end_of_the_input_sends_what_was_typed(shell: Shell) -> None:
-    shell.install("it = Echo([history])")
-    child = shell.terminal("chat", columns=200)
-    child.expect(">>> ")
-    child.send("/clear\rone\rtwo\r\x04")
-    child.expect("Forgotten")
-    child.expect("user: one\r\ntwo\r\n")
-    assert shell.ends(child) == 0
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(shell: Shell) -> None:
-    shell.install(
-        """
+class TestCtrlC:
+    def test_ctrl_c_stops_only_the_reply(self, shell: Shell) -> None:
+        shell.install(
+            """
         def running(request):
             return f"{it.running} running; {history(request)}"
         it = Echo([[Chunk(text="Once upon"), Pause(), Chunk(text=" a time", finish_reason="stop")], running])
         """
-    )
-    child = shell.terminal("chat", columns=200)
-    child.expect(">>> ")
-    child.sendline("A story!")
-    child.expect("Once upon")
-    child.sendintr()
-    child.expect(r"\(stopped\)")
-    child.expect(">>> ")
-    child.sendline("Go on.")
-    child.expect_exact("0 running; user: A story! | assistant: Once upon | user: Go on.")
-    child.expect(">>> ")
-    child.sendline("/exit")
-    assert shell.ends(child) == 0
+        )
+        child = shell.terminal("chat", columns=200)
+        child.expect(">>> ")
+        child.sendline("A story!")
+        child.expect("Once upon")
+        child.sendintr()
+        child.expect(r"\(stopped\)")
+        child.expect(">>> ")
+        child.sendline("Go on.")
+        child.expect_exact("0 running; user: A story! | assistant: Once upon | user: Go on.")
+        child.expect(">>> ")
+        child.sendline("/exit")
+        assert shell.ends(child) == 0
 
+    def test_ctrl_c_before_a_word_forgets_the_question(self, shell: Shell) -> None:
+        shell.install("it = Echo([[Pause(), Chunk(finish_reason='stop')], history])")
+        child = shell.terminal("chat", columns=200)
+        child.expect(">>> ")
+        child.sendline("Slow one?")
+        child.expect("waiting for the first word")
+        child.sendintr()
+        child.expect("stopped before it began")
+        child.expect(">>> ")
+        child.sendline("Quick one?")
+        child.expect_exact("\x1b[2Kuser: Quick one?")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
 
-def test_ctrl_c_before_the_first_word_forgets_the_question(shell: Shell) -> None:
-    shell.install("it = Echo([[Pause(), Chunk(finish_reason='stop')], history])")
-    child = shell.terminal("chat", columns=200)
-    child.expect(">>> ")
-    child.sendline("Slow one?")
-    child.expect("waiting for the first word")
-    child.sendintr()
-    child.expect("stopped before it began")
-    child.expect(">>> ")
-    child.sendline("Quick one?")
-    child.expect_exact("\x1b[2Kuser: Quick one?")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
-
-
-def test_ctrl_c_at_the_prompt_says_how_to_end(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    child = shell.terminal("chat")
-    child.expect(">>> ")
-    child.send("half a question")
-    child.expect("half a question")
-    child.sendintr()
-    child.expect("Ctrl-D or /exit ends the conversation")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
+    def test_ctrl_c_at_the_prompt_says_how_to_end(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        child = shell.terminal("chat")
+        child.expect(">>> ")
+        child.send("half a question")
+        child.expect("half a question")
+        child.sendintr()
+        child.expect("Ctrl-D or /exit ends the conversation")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
 
 
 def test_commands_of_a_conversation(shell: Shell) -> None:
@@ -169,7 +166,7 @@ def test_commands_of_a_conversation(shell: Shell) -> None:
     assert shell.ends(child) == 0
 
 
-def test_a_conversation_does_not_begin_with_a_model_that_cannot_chat(shell: Shell) -> None:
+def test_model_that_cannot_chat_is_refused(shell: Shell) -> None:
     shell.install("it = Echo(models=[ModelInfo(name='small:1b', features=frozenset({'embed'}))])")
     child = shell.terminal("chat")
     child.expect("The model `small:1b` cannot chat")
@@ -177,7 +174,7 @@ def test_a_conversation_does_not_begin_with_a_model_that_cannot_chat(shell: Shel
     assert shell.ends(child) == 1
 
 
-def test_an_error_does_not_end_a_conversation(shell: Shell) -> None:
+def test_error_does_not_end_a_conversation(shell: Shell) -> None:
     shell.install("it = Echo([Overloaded('Too many.', hint='Wait.'), history])")
     child = shell.terminal("chat", columns=200)
     child.expect(">>> ")
@@ -191,7 +188,7 @@ def test_an_error_does_not_end_a_conversation(shell: Shell) -> None:
     assert shell.ends(child) == 0
 
 
-def test_pictures_go_with_the_first_question_of_a_conversation(shell: Shell) -> None:
+def test_pictures_go_with_the_first_question(shell: Shell) -> None:
     shell.install("it = Echo([count := lambda request: str([len(each.images) for each in request.messages]), count])")
     (shell.folder / "a.png").write_bytes(b"png")
     child = shell.terminal("chat", "--image", "a.png")
@@ -206,7 +203,7 @@ def test_pictures_go_with_the_first_question_of_a_conversation(shell: Shell) -> 
     assert shell.ends(child) == 0
 
 
-def test_a_conversation_has_no_json_form(shell: Shell) -> None:
+def test_has_no_json_form(shell: Shell) -> None:
     shell.install("it = Echo()")
     child = shell.terminal("chat", "--json")
     child.expect("error: `--json` needs a prompt")

@@ -47,7 +47,7 @@ def closed_port() -> int:
         return int(server.getsockname()[1])
 
 
-def test_doctor_goes_all_the_way_to_the_model(shell: Shell, port: int) -> None:
+def test_goes_all_the_way_to_the_model(shell: Shell, port: int) -> None:
     shell.install(f"it = Echo(models=['small:1b'], strict=True, address='http://127.0.0.1:{port}')")
     report = examined(shell)
     assert states(report) == dict.fromkeys(
@@ -57,13 +57,13 @@ def test_doctor_goes_all_the_way_to_the_model(shell: Shell, port: int) -> None:
     assert "fake" in [each["name"] for each in report["plugins"]]
 
 
-def test_doctor_needs_no_network_for_a_provider_that_has_none(shell: Shell) -> None:
+def test_provider_without_network_needs_none(shell: Shell) -> None:
     shell.install("it = Echo()")
     found = states(examined(shell))
     assert {name for name, state in found.items() if state == "skip"} == {"proxy", "name", "port"}
 
 
-def test_doctor_prints_what_json_holds(shell: Shell) -> None:
+def test_table_shows_what_json_holds(shell: Shell) -> None:
     shell.install("it = Echo()")
     done = shell.run("doctor")
     assert done.code == 0
@@ -74,39 +74,39 @@ def test_doctor_prints_what_json_holds(shell: Shell) -> None:
     assert re.search(r"^fake +provider ", done.out, re.MULTILINE)
 
 
-def test_doctor_stops_at_the_port_where_nothing_listens(shell: Shell, closed_port: int) -> None:
-    shell.install(f"it = Echo(address='http://127.0.0.1:{closed_port}')")
-    report = examined(shell, code=1)
-    assert [name for name, state in states(report).items() if state != "ok"] == ["port", "server", "model"]
-    assert "Is the server running" in report["checks"]["port"]["hint"]
-    assert report["checks"]["server"]["text"] == "not looked at"
+class TestNetwork:
+    def test_stops_at_a_closed_port(self, shell: Shell, closed_port: int) -> None:
+        shell.install(f"it = Echo(address='http://127.0.0.1:{closed_port}')")
+        report = examined(shell, code=1)
+        assert [name for name, state in states(report).items() if state != "ok"] == ["port", "server", "model"]
+        assert "Is the server running" in report["checks"]["port"]["hint"]
+        assert report["checks"]["server"]["text"] == "not looked at"
+
+    def test_shows_the_proxy(self, shell: Shell, closed_port: int) -> None:
+        shell.install(
+            "it = Echo(address='http://192.0.2.1:11434')"
+        )  # An address for documentation: it is never called.
+        report = examined(shell, code=1, HTTP_PROXY=f"http://user:hidden@127.0.0.1:{closed_port}")
+        proxy = report["checks"]["proxy"]
+        assert proxy["state"] == "note"
+        assert proxy["text"] == f"http://127.0.0.1:{closed_port} is on the way (HTTP_PROXY)"
+        assert proxy["hint"] == "Set NO_PROXY=192.0.2.1 to go straight."
+        assert report["checks"]["port"]["hint"].startswith("That is the proxy.")
+
+    def test_proxy_is_not_for_this_machine(self, shell: Shell, port: int) -> None:
+        shell.install(f"it = Echo(address='http://127.0.0.1:{port}')")
+        proxy = examined(shell, HTTP_PROXY="http://proxy.invalid:3128")["checks"]["proxy"]
+        assert (proxy["state"], proxy["text"]) == ("ok", "none applies, though HTTP_PROXY is set")
+
+    def test_explains_an_address_to_listen_on(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        address = examined(shell, "--host", "0.0.0.0:11434")["checks"]["address"]
+        assert address["state"] == "note"
+        assert "(command line)" in address["text"]
+        assert address["hint"].startswith("`0.0.0.0:11434` is an address to listen on.")
 
 
-def test_doctor_shows_the_proxy_that_is_on_the_way(shell: Shell, closed_port: int) -> None:
-    shell.install("it = Echo(address='http://192.0.2.1:11434')")  # An address for documentation: it is never called.
-    report = examined(shell, code=1, HTTP_PROXY=f"http://user:hidden@127.0.0.1:{closed_port}")
-    proxy = report["checks"]["proxy"]
-    assert proxy["state"] == "note"
-    assert proxy["text"] == f"http://127.0.0.1:{closed_port} is on the way (HTTP_PROXY)"
-    assert proxy["hint"] == "Set NO_PROXY=192.0.2.1 to go straight."
-    assert report["checks"]["port"]["hint"].startswith("That is the proxy.")
-
-
-def test_doctor_says_that_a_proxy_is_not_for_this_machine(shell: Shell, port: int) -> None:
-    shell.install(f"it = Echo(address='http://127.0.0.1:{port}')")
-    proxy = examined(shell, HTTP_PROXY="http://proxy.invalid:3128")["checks"]["proxy"]
-    assert (proxy["state"], proxy["text"]) == ("ok", "none applies, though HTTP_PROXY is set")
-
-
-def test_doctor_knows_an_address_to_listen_on(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    address = examined(shell, "--host", "0.0.0.0:11434")["checks"]["address"]
-    assert address["state"] == "note"
-    assert "(command line)" in address["text"]
-    assert address["hint"].startswith("`0.0.0.0:11434` is an address to listen on.")
-
-
-def test_doctor_masks_secrets_and_tells_where_each_setting_is_from(shell: Shell) -> None:
+def test_masks_secrets_and_shows_origins(shell: Shell) -> None:
     shell.install("it = Echo()")
     (shell.folder / "config.toml").write_text('attempts = 2\nhost = "http://me:hidden@x"\n[headers]\nauth = "hidden"\n')
     done = shell.run("doctor", "--json", GRAFTAGE_API_KEY="hidden-key")
@@ -119,19 +119,19 @@ def test_doctor_masks_secrets_and_tells_where_each_setting_is_from(shell: Shell)
     assert settings["keep_alive"]["origin"] == "default"
 
 
-def test_doctor_says_how_to_get_a_missing_model(shell: Shell) -> None:
+def test_says_how_to_get_a_model(shell: Shell) -> None:
     shell.install("it = Echo(models=['other:1b'], strict=True)")
     model = examined(shell, "-m", "nope:1b", code=1)["checks"]["model"]
     assert model["state"] == "fail"
     assert "`graftage models pull nope:1b`" in model["hint"]
 
 
-def test_doctor_is_content_without_a_model(shell: Shell) -> None:
+def test_needs_no_model(shell: Shell) -> None:
     shell.install("it = Echo()")
     assert examined(shell, GRAFTAGE_MODEL="")["checks"]["model"]["state"] == "note"
 
 
-def test_doctor_tells_why_a_server_is_not_well(shell: Shell) -> None:
+def test_shows_why_a_server_is_unhealthy(shell: Shell) -> None:
     shell.install(
         "it = Echo(errors={'health': ProtocolError('That is \\x1b another service.', hint='Check the port.')})"
     )
@@ -144,9 +144,7 @@ def test_doctor_tells_why_a_server_is_not_well(shell: Shell) -> None:
     ("environment", "file", "check"),
     [({"GRAFTAGE_HOTS": "x"}, "", "settings"), ({}, "model = ", "settings file"), ({}, "hots = 1", "settings")],
 )
-def test_doctor_has_exit_code_2_for_wrong_settings(
-    shell: Shell, environment: dict[str, str], file: str, check: str
-) -> None:
+def test_wrong_settings_have_exit_code_2(shell: Shell, environment: dict[str, str], file: str, check: str) -> None:
     shell.install("it = Echo()")
     (shell.folder / "config.toml").write_text(file)
     assert states(examined(shell, code=2, **environment))[check] == "fail"
@@ -156,14 +154,14 @@ def test_doctor_has_exit_code_2_for_wrong_settings(
     ("source", "problem"),
     [("raise RuntimeError('out of order')", "out of order"), ("it = object()", "implements no hook")],
 )
-def test_doctor_survives_a_broken_provider(shell: Shell, source: str, problem: str) -> None:
+def test_survives_a_broken_provider(shell: Shell, source: str, problem: str) -> None:
     shell.install(source)
     report = examined(shell, code=1)
     assert problem in report["checks"]["provider"]["text"]
     assert {each["name"]: each["state"] for each in report["plugins"]}["fake"] == "quarantined"
 
 
-def test_doctor_knows_that_a_container_is_another_machine(shell: Shell, closed_port: int) -> None:
+def test_container_is_another_machine(shell: Shell, closed_port: int) -> None:
     shell.install(f"it = Echo(address='http://localhost:{closed_port}')")
     hint = examined(shell, code=1)["checks"]["port"]["hint"]
     inside = Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
@@ -182,14 +180,14 @@ it = Own(models=["other:1b"], strict=True)
 """
 
 
-def test_doctor_is_content_with_a_model_that_comes_by_itself(shell: Shell) -> None:
+def test_downloadable_model_is_fine(shell: Shell) -> None:
     shell.install(DEFAULT)
     model = examined(shell, GRAFTAGE_MODEL="")["checks"]["model"]
     assert (model["state"], model["text"]) == ("note", "`own:1b` is not there yet")
     assert examined(shell, GRAFTAGE_MODEL="own:1b", code=1)["checks"]["model"]["state"] == "fail"
 
 
-def test_doctor_names_the_origin_of_a_model_that_nobody_chose(shell: Shell) -> None:
+def test_names_the_origin_of_a_default_model(shell: Shell) -> None:
     shell.install(DEFAULT.replace("other:1b", "own:1b"))
     text = "`own:1b` is there"
     assert examined(shell, GRAFTAGE_MODEL="")["checks"]["model"]["text"] == f"{text} (the provider's own default)"
@@ -198,14 +196,14 @@ def test_doctor_names_the_origin_of_a_model_that_nobody_chose(shell: Shell) -> N
     assert examined(shell, GRAFTAGE_MODEL="own:1b")["checks"]["model"]["text"] == f"{text} (environment GRAFTAGE_MODEL)"
 
 
-def test_doctor_looks_at_the_server_that_would_answer(shell: Shell) -> None:
+def test_checks_the_server_that_would_answer(shell: Shell) -> None:
     with FakeOllama() as server:
         report = examined(shell, GRAFTAGE_PROVIDER="", GRAFTAGE_MODEL="", OLLAMA_HOST=server.url)
     assert report["checks"]["provider"]["text"].startswith("`ollama` ")
     assert report["checks"]["model"]["text"] == "`smollm2:135m` is there (the one in use there)"
 
 
-def test_doctor_looks_at_the_embedded_provider_where_no_server_answers(shell: Shell, closed_port: int) -> None:
+def test_checks_embedded_if_no_server_answers(shell: Shell, closed_port: int) -> None:
     auto = {"GRAFTAGE_PROVIDER": "", "GRAFTAGE_MODEL": "", "OLLAMA_HOST": f"127.0.0.1:{closed_port}"}
     report = json.loads(shell.run("doctor", "--json", **auto).out)
     provider = next(each for each in report["checks"] if each["name"] == "provider")

@@ -14,135 +14,122 @@ if TYPE_CHECKING:
     from cli.conftest import Shell
 
 
-def test_an_error_is_one_message_and_the_way_out(shell: Shell) -> None:
-    shell.install("it = Echo([ConnectionFailed('Nothing listens there.', hint='Start it.')])")
-    assert shell.run("chat", "Hi") == (1, "", "error: Nothing listens there.\nhint: Start it.\n")
+class TestMissingModel:
+    def test_close_name_is_suggested(self, shell: Shell) -> None:
+        shell.install("it = Echo(models=['smollm2:135m'], strict=True)")
+        done = shell.run("chat", "-m", "smolm2:135m", "Hi")
+        assert done.code == 1
+        assert "Did you mean `smollm2:135m`?" in done.err
+        assert "graftage models pull" not in done.err  # The provider has said what helps.
 
+    def test_pull_command_is_suggested(self, shell: Shell) -> None:
+        shell.install("it = Echo([ModelNotFound('Not here.', provider='fake', model='a:1')])")
+        done = shell.run("chat", "-m", "a:1", "Hi")
+        assert done.err == "error: Not here.\nhint: `graftage models pull fake:a:1` downloads it.\n"
 
-def test_text_that_came_before_an_error_stays(shell: Shell) -> None:
-    shell.install("it = Echo([[Chunk(text='Once upon'), StreamInterrupted('It broke.')]])")
-    assert shell.run("chat", "Hi") == (1, "Once upon\n", "error: It broke.\n")
-
-
-def test_text_that_came_with_an_error_is_printed(shell: Shell) -> None:
-    shell.install("it = Echo([[Chunk(text='{\"a\": '), Chunk(text='oops', finish_reason='stop')]])")
-    done = shell.run("chat", "Hi", "--format", "json")
-    assert (done.code, done.out) == (1, '{"a": oops\n')
-    assert done.err.startswith("error: The answer does not fit the `format`.")
-
-
-def test_a_missing_model_was_misspelt(shell: Shell) -> None:
-    shell.install("it = Echo(models=['smollm2:135m'], strict=True)")
-    done = shell.run("chat", "-m", "smolm2:135m", "Hi")
-    assert done.code == 1
-    assert "Did you mean `smollm2:135m`?" in done.err
-    assert "graftage models pull" not in done.err  # The provider has said what helps.
-
-
-def test_a_missing_model_can_be_pulled_from_the_provider_that_lacks_it(shell: Shell) -> None:
-    shell.install("it = Echo([ModelNotFound('Not here.', provider='fake', model='a:1')])")
-    done = shell.run("chat", "-m", "a:1", "Hi")
-    assert done.err == "error: Not here.\nhint: `graftage models pull fake:a:1` downloads it.\n"
-
-
-@pytest.mark.parametrize(
-    ("model", "told"),
-    [
-        ("fakke:small:1b", "Did you mean `fake:small:1b`? Not here."),
-        ("fakke:small", "Did you mean `fake:small`? Not here."),
-        ("fakke:7b", None),
-        ("fakke/x:q4_K_M", None),
-        ("fakke://x/y", None),
-        ("fake:fake", "`fake` is a provider: write `fake:`, or `fake:MODEL`. Not here."),
-    ],
-)
-@pytest.mark.parametrize("error", ["ModelNotFound", "RequestRejected"])
-def test_a_model_that_is_not_there_may_be_a_misspelt_provider(
-    shell: Shell, error: str, model: str, told: str | None
-) -> None:
-    shell.install(
-        f"""
+    @pytest.mark.parametrize(
+        ("model", "told"),
+        [
+            ("fakke:small:1b", "Did you mean `fake:small:1b`? Not here."),
+            ("fakke:small", "Did you mean `fake:small`? Not here."),
+            ("fakke:7b", None),
+            ("fakke/x:q4_K_M", None),
+            ("fakke://x/y", None),
+            ("fake:fake", "`fake` is a provider: write `fake:`, or `fake:MODEL`. Not here."),
+        ],
+    )
+    @pytest.mark.parametrize("error", ["ModelNotFound", "RequestRejected"])
+    def test_misspelt_provider_is_suggested(self, shell: Shell, error: str, model: str, told: str | None) -> None:
+        shell.install(
+            f"""
         def refuse(request):
             return {error}(f"No `{{request.model}}`.", hint="Not here.")
         it = Echo([refuse])
         """
+        )
+        done = shell.run("chat", "-m", model, "Hi")
+        assert done.code == 1
+        assert done.err.endswith(f"hint: {told or 'Not here.'}\n")
+
+    def test_unknown_provider_lists_those_installed(self, shell: Shell) -> None:
+        shell.install("it = Echo(models=['nope:foo1'], strict=True)")
+        assert "Did you mean `nope:foo1`?" in (near := shell.run("chat", "-m", "nope:foo", "Hi").err)
+        assert "is no provider" not in near
+        told = shell.run("chat", "-m", "strange:thing", "Hi").err
+        assert re.search(r"hint: `strange` is no provider; installed: `fake`, .*`ollama`\.", told)
+
+    def test_other_rejection_names_no_provider(self, shell: Shell) -> None:
+        shell.install("it = Echo([RequestRejected('No such option.', hint='Leave it out.')])")
+        assert shell.run("chat", "-m", "fakke:small", "Hi").err.endswith("hint: Leave it out.\n")
+
+
+class TestMessage:
+    def test_has_one_line_and_a_hint(self, shell: Shell) -> None:
+        shell.install("it = Echo([ConnectionFailed('Nothing listens there.', hint='Start it.')])")
+        assert shell.run("chat", "Hi") == (1, "", "error: Nothing listens there.\nhint: Start it.\n")
+
+    def test_text_before_an_error_stays(self, shell: Shell) -> None:
+        shell.install("it = Echo([[Chunk(text='Once upon'), StreamInterrupted('It broke.')]])")
+        assert shell.run("chat", "Hi") == (1, "Once upon\n", "error: It broke.\n")
+
+    def test_text_that_came_with_an_error(self, shell: Shell) -> None:
+        shell.install("it = Echo([[Chunk(text='{\"a\": '), Chunk(text='oops', finish_reason='stop')]])")
+        done = shell.run("chat", "Hi", "--format", "json")
+        assert (done.code, done.out) == (1, '{"a": oops\n')
+        assert done.err.startswith("error: The answer does not fit the `format`.")
+
+    def test_adapter_error_has_every_reason(self, shell: Shell) -> None:
+        shell.install("it = Echo([AdapterUnsupported('No way.', reasons=['too old', 'No way'], hint='Update it.')])")
+        assert shell.run("chat", "Hi").err == "error: No way.\n  too old\nhint: Update it.\n"
+
+    @pytest.mark.parametrize("error", ["AdapterIncompatible('No.')", "ResourceLimitExceeded('No.', limit='x')"])
+    def test_hint_names_force(self, shell: Shell, error: str) -> None:
+        shell.install(f"it = Echo([{error}])")
+        assert shell.run("chat", "Hi").err == "error: No.\nhint: `--force` goes on all the same.\n"
+
+    @pytest.mark.parametrize(
+        ("command", "words"),
+        [
+            (
+                "chat Hi",
+                {
+                    "`timeout`": "`--timeout`",
+                    "`timeouts.idle`": "GRAFTAGE_TIMEOUTS__IDLE",
+                    "`context_window`": "`--context-window`",
+                    "`api_key`": "GRAFTAGE_API_KEY",
+                    "`max_reply_bytes`": "GRAFTAGE_MAX_REPLY_BYTES",
+                    "the setting `memory_check`": "the setting GRAFTAGE_FAKE_MEMORY_CHECK",
+                    "`images`": "`--image`",
+                    "`truncate`": "`truncate`",
+                    "`show`": "`graftage models show`",
+                },
+            ),
+            ("generate Hi", {"`raw`": "`--raw-prompt`"}),
+            (
+                "models list",
+                {
+                    "`timeout`": "GRAFTAGE_TIMEOUTS__TOTAL",
+                    "`host`": "`--host`",
+                    "`context_window`": "GRAFTAGE_CONTEXT_WINDOW",
+                },
+            ),
+        ],
     )
-    done = shell.run("chat", "-m", model, "Hi")
-    assert done.code == 1
-    assert done.err.endswith(f"hint: {told or 'Not here.'}\n")
-
-
-def test_a_name_that_is_like_no_provider_is_told_which_are_installed(shell: Shell) -> None:
-    shell.install("it = Echo(models=['nope:foo1'], strict=True)")
-    assert "Did you mean `nope:foo1`?" in (near := shell.run("chat", "-m", "nope:foo", "Hi").err)
-    assert "is no provider" not in near
-    told = shell.run("chat", "-m", "strange:thing", "Hi").err
-    assert re.search(r"hint: `strange` is no provider; installed: `fake`, .*`ollama`\.", told)
-
-
-def test_a_request_that_is_rejected_for_another_reason_says_nothing_of_providers(shell: Shell) -> None:
-    shell.install("it = Echo([RequestRejected('No such option.', hint='Leave it out.')])")
-    assert shell.run("chat", "-m", "fakke:small", "Hi").err.endswith("hint: Leave it out.\n")
-
-
-def test_an_error_about_an_adapter_has_every_reason(shell: Shell) -> None:
-    shell.install("it = Echo([AdapterUnsupported('No way.', reasons=['too old', 'No way'], hint='Update it.')])")
-    assert shell.run("chat", "Hi").err == "error: No way.\n  too old\nhint: Update it.\n"
-
-
-@pytest.mark.parametrize("error", ["AdapterIncompatible('No.')", "ResourceLimitExceeded('No.', limit='x')"])
-def test_what_force_overcomes_says_so(shell: Shell, error: str) -> None:
-    shell.install(f"it = Echo([{error}])")
-    assert shell.run("chat", "Hi").err == "error: No.\nhint: `--force` goes on all the same.\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (
-            "chat Hi",
-            {
-                "`timeout`": "`--timeout`",
-                "`timeouts.idle`": "GRAFTAGE_TIMEOUTS__IDLE",
-                "`context_window`": "`--context-window`",
-                "`api_key`": "GRAFTAGE_API_KEY",
-                "`max_reply_bytes`": "GRAFTAGE_MAX_REPLY_BYTES",
-                "the setting `memory_check`": "the setting GRAFTAGE_FAKE_MEMORY_CHECK",
-                "`images`": "`--image`",
-                "`truncate`": "`truncate`",
-                "`show`": "`graftage models show`",
-            },
-        ),
-        ("generate Hi", {"`raw`": "`--raw-prompt`"}),
-        (
-            "models list",
-            {
-                "`timeout`": "GRAFTAGE_TIMEOUTS__TOTAL",
-                "`host`": "`--host`",
-                "`context_window`": "GRAFTAGE_CONTEXT_WINDOW",
-            },
-        ),
-    ],
-)
-def test_a_hint_is_in_the_words_of_the_command(shell: Shell, command: str, words: dict[str, str]) -> None:
-    shell.install(
-        f"""
+    def test_hint_uses_the_commands_words(self, shell: Shell, command: str, words: dict[str, str]) -> None:
+        shell.install(
+            f"""
         error = ProviderError("No.", hint={", ".join(words)!r})
         it = Echo(errors={{"chat": error, "generate": error, "list_models": error}})
         """
-    )
-    assert shell.run(*command.split()).err == f"error: No.\nhint: {', '.join(words.values())}\n"
+        )
+        assert shell.run(*command.split()).err == f"error: No.\nhint: {', '.join(words.values())}\n"
 
-
-@pytest.mark.parametrize("command", ["chat", "embed"])
-def test_a_default_model_that_cannot_do_it_is_told_with_where_it_is_from(shell: Shell, command: str) -> None:
-    shell.install(f"it = Echo(errors={{'{command}': CapabilityUnsupported('No.', hint='Look.')}})")
-    hint = "`small:1b` is the default (environment GRAFTAGE_MODEL): name another with `-m`."
-    assert shell.run(command, "Hi").err == f"error: No.\nhint: Look. {hint}\n"
-    assert shell.run(command, "Hi", "-m", "small:1b").err == "error: No.\nhint: Look.\n"
-
-
-# --- Streams that are closed or full ---------------------------------------------------------------------------------
+    @pytest.mark.parametrize("command", ["chat", "embed"])
+    def test_default_model_is_shown_with_its_origin(self, shell: Shell, command: str) -> None:
+        shell.install(f"it = Echo(errors={{'{command}': CapabilityUnsupported('No.', hint='Look.')}})")
+        hint = "`small:1b` is the default (environment GRAFTAGE_MODEL): name another with `-m`."
+        assert shell.run(command, "Hi").err == f"error: No.\nhint: Look. {hint}\n"
+        assert shell.run(command, "Hi", "-m", "small:1b").err == "error: No.\nhint: Look.\n"
 
 
 def redirected(shell: Shell, command: str, streams: str) -> tuple[int, str]:
@@ -164,101 +151,94 @@ def redirected(shell: Shell, command: str, streams: str) -> tuple[int, str]:
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 
 
-@posix
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-@pytest.mark.parametrize(
-    "command",
-    ["--help", "chat --help", "chat Hi", "chat Hi --json", "embed Hi", "models list", "models pull", "doctor"],
-)
-def test_output_that_cannot_be_written_is_told_and_an_error(shell: Shell, command: str) -> None:
-    code, said = redirected(shell, command, ">/dev/full")
-    assert code == 1
-    assert said.endswith("error: Standard output cannot be written: No space left on device.\n")
-    assert "fault of Graftage" not in said
+class TestOutputStreams:
+    """Standard streams that are closed or full."""
+
+    @posix
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+    @pytest.mark.parametrize(
+        "command",
+        ["--help", "chat --help", "chat Hi", "chat Hi --json", "embed Hi", "models list", "models pull", "doctor"],
+    )
+    def test_output_that_cannot_be_written(self, shell: Shell, command: str) -> None:
+        code, said = redirected(shell, command, ">/dev/full")
+        assert code == 1
+        assert said.endswith("error: Standard output cannot be written: No space left on device.\n")
+        assert "fault of Graftage" not in said
+
+    @posix
+    @pytest.mark.parametrize("streams", [">&-", ">&- 2>&- <&-"])
+    @pytest.mark.parametrize("command", ["--help", "chat Hi", "models list"])
+    def test_closed_stream_is_ignored(self, shell: Shell, command: str, streams: str) -> None:
+        assert redirected(shell, command, streams) == (0, "")
+
+    @posix
+    @pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full"])
+    def test_unprintable_error_sets_the_exit_code(self, shell: Shell, streams: str) -> None:
+        assert redirected(shell, "chat Hi -m fake: --format nothing.json", streams) == (2, "")
 
 
-@posix
-@pytest.mark.parametrize("streams", [">&-", ">&- 2>&- <&-"])
-@pytest.mark.parametrize("command", ["--help", "chat Hi", "models list"])
-def test_a_stream_that_is_closed_leads_nowhere(shell: Shell, command: str, streams: str) -> None:
-    assert redirected(shell, command, streams) == (0, "")
+class TestExitCodes:
+    def test_no_model_is_wrong_usage(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("chat", "Hi", GRAFTAGE_MODEL="")
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith("error: No model is chosen.\nhint: Name one with `-m`")
 
+    def test_unknown_provider_is_named(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("chat", "Hi", GRAFTAGE_PROVIDER="fakee")
+        assert done == (1, "", "error: There is no provider `fakee`.\nhint: Did you mean `fake`?\n")
 
-@posix
-@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full"])
-def test_an_error_that_cannot_be_told_is_in_the_exit_code(shell: Shell, streams: str) -> None:
-    assert redirected(shell, "chat Hi -m fake: --format nothing.json", streams) == (2, "")
+    @pytest.mark.parametrize(
+        ("environment", "problem"),
+        [
+            ({"GRAFTAGE_HOTS": "x"}, "There is no setting `hots` (environment GRAFTAGE_HOTS)"),
+            ({"GRAFTAGE_ATTEMPTS": "0"}, "The setting `attempts` (environment GRAFTAGE_ATTEMPTS) is wrong"),
+        ],
+    )
+    def test_wrong_setting_names_its_source(self, shell: Shell, environment: dict[str, str], problem: str) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("chat", "Hi", **environment)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"error: {problem}")
 
+    def test_invalid_settings_file_is_named(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        (shell.folder / "config.toml").write_text("model = ")
+        done = shell.run("chat", "Hi")
+        assert done.code == 2
+        assert str(shell.folder / "config.toml") in done.err
 
-def test_no_model_is_wrong_usage(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("chat", "Hi", GRAFTAGE_MODEL="")
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: No model is chosen.\nhint: Name one with `-m`")
+    @pytest.mark.parametrize(("arguments", "environment"), [(["--debug"], {}), ([], {"GRAFTAGE_DEBUG": "1"})])
+    def test_debug_shows_the_traceback(self, shell: Shell, arguments: list[str], environment: dict[str, str]) -> None:
+        shell.install("it = Echo([InferenceFailed('It \\x1b broke.')])")
+        done = shell.run(*arguments, "chat", "Hi", **environment)
+        assert done.code == 1
+        assert "Traceback (most recent call last)" in done.err
+        assert done.err.endswith("error: It \\x1b broke.\n")
+        assert "\x1b" not in done.err
 
+    def test_unexpected_error_is_one_message(self, shell: Shell) -> None:
+        (shell.folder / "sitecustomize.py").write_text("import graftage\ngraftage.connect = lambda *a, **k: 1 / 0\n")
+        done = shell.run("chat", "Hi")
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith("error: ZeroDivisionError: division by zero\nhint: ")
+        assert "Traceback" not in done.err
 
-def test_a_provider_that_is_not_installed_is_named_with_those_that_are(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("chat", "Hi", GRAFTAGE_PROVIDER="fakee")
-    assert done == (1, "", "error: There is no provider `fakee`.\nhint: Did you mean `fake`?\n")
+    def test_ctrl_c_ends_a_reply(self, shell: Shell) -> None:
+        shell.install("it = Echo([[Chunk(text='first words'), Pause(), Chunk(finish_reason='stop')]])")
+        child = shell.terminal("chat", "Hi")
+        child.expect("first words")
+        child.sendintr()
+        assert shell.ends(child) == 130
+        assert "Traceback" not in child.before
+        assert "error" not in child.before
 
-
-@pytest.mark.parametrize(
-    ("environment", "problem"),
-    [
-        ({"GRAFTAGE_HOTS": "x"}, "There is no setting `hots` (environment GRAFTAGE_HOTS)"),
-        ({"GRAFTAGE_ATTEMPTS": "0"}, "The setting `attempts` (environment GRAFTAGE_ATTEMPTS) is wrong"),
-    ],
-)
-def test_a_wrong_setting_has_exit_code_2_and_its_source(
-    shell: Shell, environment: dict[str, str], problem: str
-) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("chat", "Hi", **environment)
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"error: {problem}")
-
-
-def test_a_settings_file_that_is_no_toml_has_exit_code_2(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    (shell.folder / "config.toml").write_text("model = ")
-    done = shell.run("chat", "Hi")
-    assert done.code == 2
-    assert str(shell.folder / "config.toml") in done.err
-
-
-@pytest.mark.parametrize(("arguments", "environment"), [(["--debug"], {}), ([], {"GRAFTAGE_DEBUG": "1"})])
-def test_debug_shows_the_traceback(shell: Shell, arguments: list[str], environment: dict[str, str]) -> None:
-    shell.install("it = Echo([InferenceFailed('It \\x1b broke.')])")
-    done = shell.run(*arguments, "chat", "Hi", **environment)
-    assert done.code == 1
-    assert "Traceback (most recent call last)" in done.err
-    assert done.err.endswith("error: It \\x1b broke.\n")
-    assert "\x1b" not in done.err
-
-
-def test_a_fault_that_nobody_foresaw_is_one_message_too(shell: Shell) -> None:
-    (shell.folder / "sitecustomize.py").write_text("import graftage\ngraftage.connect = lambda *a, **k: 1 / 0\n")
-    done = shell.run("chat", "Hi")
-    assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("error: ZeroDivisionError: division by zero\nhint: ")
-    assert "Traceback" not in done.err
-
-
-def test_ctrl_c_ends_a_single_answer_with_exit_code_130(shell: Shell) -> None:
-    shell.install("it = Echo([[Chunk(text='first words'), Pause(), Chunk(finish_reason='stop')]])")
-    child = shell.terminal("chat", "Hi")
-    child.expect("first words")
-    child.sendintr()
-    assert shell.ends(child) == 130
-    assert "Traceback" not in child.before
-    assert "error" not in child.before
-
-
-def test_ctrl_c_before_the_first_word_has_exit_code_130(shell: Shell) -> None:
-    shell.install("it = Echo([[Pause(), Chunk(finish_reason='stop')]])")
-    child = shell.terminal("chat", "Hi")
-    child.expect("waiting for the first word")
-    child.sendintr()
-    assert shell.ends(child) == 130
-    assert "Traceback" not in child.before
+    def test_ctrl_c_before_the_first_word(self, shell: Shell) -> None:
+        shell.install("it = Echo([[Pause(), Chunk(finish_reason='stop')]])")
+        child = shell.terminal("chat", "Hi")
+        child.expect("waiting for the first word")
+        child.sendintr()
+        assert shell.ends(child) == 130
+        assert "Traceback" not in child.before

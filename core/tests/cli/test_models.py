@@ -23,81 +23,74 @@ it = Echo(models=[
 """
 
 
-def test_models_list_is_a_table_or_json(shell: Shell) -> None:
-    shell.install(MODELS)
-    lines = shell.run("models", "list").out.splitlines()
-    assert [line.split()[0] for line in lines] == ["name", "plain:1b", "rich:7b"]
-    assert "4.2 GB" in lines[2]
-    data = json.loads(shell.run("models", "list", "--json").out)
-    assert [each["name"] for each in data] == ["plain:1b", "rich:7b"]
-    assert data[1]["modified_at"] == "2026-01-02T12:00:00+00:00"
-    assert data[1]["features"] == ["chat", "tools"]
-    assert "raw" not in data[1]
+class TestTables:
+    def test_list_is_a_table_or_json(self, shell: Shell) -> None:
+        shell.install(MODELS)
+        lines = shell.run("models", "list").out.splitlines()
+        assert [line.split()[0] for line in lines] == ["name", "plain:1b", "rich:7b"]
+        assert "4.2 GB" in lines[2]
+        data = json.loads(shell.run("models", "list", "--json").out)
+        assert [each["name"] for each in data] == ["plain:1b", "rich:7b"]
+        assert data[1]["modified_at"] == "2026-01-02T12:00:00+00:00"
+        assert data[1]["features"] == ["chat", "tools"]
+        assert "raw" not in data[1]
 
+    def test_fit_a_narrow_terminal(self, shell: Shell) -> None:
+        shell.install(MODELS)
+        child = shell.terminal("models", "list", columns=60)
+        child.expect("rich:7b ")
+        text = child.before + child.after
+        assert shell.ends(child) == 0
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text + child.before)
+        assert max(map(len, plain.splitlines())) <= 60
+        assert "…" not in plain
 
-def test_tables_fit_a_narrow_terminal_and_cut_nothing(shell: Shell) -> None:
-    shell.install(MODELS)
-    child = shell.terminal("models", "list", columns=60)
-    child.expect("rich:7b ")
-    text = child.before + child.after
-    assert shell.ends(child) == 0
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text + child.before)
-    assert max(map(len, plain.splitlines())) <= 60
-    assert "…" not in plain
+    def test_no_color_is_honoured(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        shell.environment["NO_COLOR"] = "1"
+        child = shell.terminal("doctor")
+        child.expect("provider")
+        assert shell.ends(child) == 0
+        assert "\x1b[3" not in child.before
 
-
-def test_no_color_is_heeded(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    shell.environment["NO_COLOR"] = "1"
-    child = shell.terminal("doctor")
-    child.expect("provider")
-    assert shell.ends(child) == 0
-    assert "\x1b[3" not in child.before
-
-
-def test_models_show_describes_one_model(shell: Shell) -> None:
-    shell.install(MODELS)
-    facts = dict(line.split(maxsplit=1) for line in shell.run("models", "show", "rich:7b").out.splitlines())
-    assert {name: value.strip() for name, value in facts.items() if name in ("features", "licence", "tensors")} == {
-        "features": "chat, tools",
-        "licence": "MIT",
-        "tensors": "1",
-    }
-    assert json.loads(shell.run("models", "show", "fake:rich:7b", "--json").out)["metadata"] == {"general.name": "x"}
-
-
-def test_models_are_loaded_and_unloaded(shell: Shell) -> None:
-    shell.install("it = Echo(); it.loaded['m:1'] = LoadedModel(name='m:1', size=100, accelerator_size=50)")
-    assert shell.run("models", "load", "m:1") == (0, "m:1 is loaded.\n", "")
-    assert shell.run("models", "unload", "m:1").out == "m:1 was unloaded.\n"
-    line = shell.run("models", "loaded").out.splitlines()[1]
-    assert line.split() == ["m:1", "100", "bytes", "50", "%"]
-    assert json.loads(shell.run("models", "loaded", "--json").out)[0]["size"] == 100
-
-
-def test_where_nothing_is_loaded_that_is_said_and_no_table_printed(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    assert shell.run("models", "loaded") == (0, "", "Nothing is loaded.\n")
-    assert shell.run("models", "loaded", "--json") == (0, "[]\n", "")
+    def test_show_describes_one_model(self, shell: Shell) -> None:
+        shell.install(MODELS)
+        facts = dict(line.split(maxsplit=1) for line in shell.run("models", "show", "rich:7b").out.splitlines())
+        assert {name: value.strip() for name, value in facts.items() if name in ("features", "licence", "tensors")} == {
+            "features": "chat, tools",
+            "licence": "MIT",
+            "tensors": "1",
+        }
+        assert json.loads(shell.run("models", "show", "fake:rich:7b", "--json").out)["metadata"] == {
+            "general.name": "x"
+        }
 
 
 ENDS = "It ends with this command; a program that holds the client keeps it.\n"
 
 
-def test_a_model_in_an_embedded_engine_is_loaded_only_as_long_as_the_command(shell: Shell) -> None:
-    shell.install("it = Echo(address='embedded')")
-    assert shell.run("models", "load", "m:1") == (0, "m:1 is loaded.\n", ENDS)
+class TestLoad:
+    def test_load_and_unload(self, shell: Shell) -> None:
+        shell.install("it = Echo(); it.loaded['m:1'] = LoadedModel(name='m:1', size=100, accelerator_size=50)")
+        assert shell.run("models", "load", "m:1") == (0, "m:1 is loaded.\n", "")
+        assert shell.run("models", "unload", "m:1").out == "m:1 was unloaded.\n"
+        line = shell.run("models", "loaded").out.splitlines()[1]
+        assert line.split() == ["m:1", "100", "bytes", "50", "%"]
+        assert json.loads(shell.run("models", "loaded", "--json").out)[0]["size"] == 100
+
+    def test_nothing_loaded_prints_no_table(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        assert shell.run("models", "loaded") == (0, "", "Nothing is loaded.\n")
+        assert shell.run("models", "loaded", "--json") == (0, "[]\n", "")
+
+    def test_embedded_load_ends_with_the_command(self, shell: Shell) -> None:
+        shell.install("it = Echo(address='embedded')")
+        assert shell.run("models", "load", "m:1") == (0, "m:1 is loaded.\n", ENDS)
 
 
-def test_a_provider_is_chosen_by_option(shell: Shell) -> None:
+def test_provider_is_chosen_by_option(shell: Shell) -> None:
     shell.install("it = Echo(models=['here:1'])")
     assert "here:1" in shell.run("models", "list", "-p", "fake", GRAFTAGE_PROVIDER="").out
-
-
-def test_pull_tells_its_steps_in_a_pipe(shell: Shell) -> None:
-    shell.install("it = Echo()")
-    done = shell.run("models", "pull", "new:1b")
-    assert done == (0, "new:1b is here.\n", "pulling manifest\npulling new:1b\n")
 
 
 PULL = """
@@ -132,36 +125,41 @@ it = Provider()
 """
 
 
-def test_pull_draws_a_bar_for_each_layer(shell: Shell) -> None:
-    shell.install(PULL)
-    child = shell.terminal("models", "pull", "quick:1b", columns=60)
-    child.expect_exact(r"pulling manifest\x1b[2J")
-    child.expect("aaaabbbbcccc .*100.0/100.0 MB")
-    child.expect("eeeeffff0000 .*100.0/100.0 MB")
-    child.expect("quick:1b is here.")
-    assert shell.ends(child) == 0
+class TestPull:
+    def test_prints_its_steps_in_a_pipe(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("models", "pull", "new:1b")
+        assert done == (0, "new:1b is here.\n", "pulling manifest\npulling new:1b\n")
+
+    def test_draws_a_bar_for_each_layer(self, shell: Shell) -> None:
+        shell.install(PULL)
+        child = shell.terminal("models", "pull", "quick:1b", columns=60)
+        child.expect_exact(r"pulling manifest\x1b[2J")
+        child.expect("aaaabbbbcccc .*100.0/100.0 MB")
+        child.expect("eeeeffff0000 .*100.0/100.0 MB")
+        child.expect("quick:1b is here.")
+        assert shell.ends(child) == 0
+
+    def test_ctrl_c_has_exit_code_130(self, shell: Shell) -> None:
+        shell.install(PULL)
+        child = shell.terminal("models", "pull", "slow:1b")
+        child.expect("eeeeffff0000")
+        child.sendintr()
+        child.expect("Stopped. The same command goes on where it ended.")
+        assert shell.ends(child) == 130
+        assert "Traceback" not in child.before
 
 
-def test_ctrl_c_ends_a_pull_with_exit_code_130(shell: Shell) -> None:
-    shell.install(PULL)
-    child = shell.terminal("models", "pull", "slow:1b")
-    child.expect("eeeeffff0000")
-    child.sendintr()
-    child.expect("Stopped. The same command goes on where it ended.")
-    assert shell.ends(child) == 130
-    assert "Traceback" not in child.before
+class TestDelete:
+    def test_needs_yes(self, shell: Shell) -> None:
+        shell.install(MODELS)
+        told = shell.run("models", "delete", "rich:7b")
+        assert (told.code, told.out) == (0, "rich:7b (4.2 GB) would be deleted: `--yes` does it.\n")
+        assert shell.run("models", "delete", "rich:7b", "--yes") == (0, "rich:7b was deleted.\n", "")
+        assert shell.run("models", "delete", "nope:1b", "--yes").code == 1
 
-
-def test_a_model_is_deleted_with_a_yes_alone(shell: Shell) -> None:
-    shell.install(MODELS)
-    told = shell.run("models", "delete", "rich:7b")
-    assert (told.code, told.out) == (0, "rich:7b (4.2 GB) would be deleted: `--yes` does it.\n")
-    assert shell.run("models", "delete", "rich:7b", "--yes") == (0, "rich:7b was deleted.\n", "")
-    assert shell.run("models", "delete", "nope:1b", "--yes").code == 1
-
-
-def test_the_default_model_is_never_deleted_for_want_of_a_name(shell: Shell) -> None:
-    shell.install(MODELS)
-    for name in ([], ["fake:"]):
-        done = shell.run("models", "delete", "--yes", *name)
-        assert (done.code, done.out) == (2, "")
+    def test_needs_a_name(self, shell: Shell) -> None:
+        shell.install(MODELS)
+        for name in ([], ["fake:"]):
+            done = shell.run("models", "delete", "--yes", *name)
+            assert (done.code, done.out) == (2, "")

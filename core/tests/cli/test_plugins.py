@@ -16,7 +16,7 @@ def plugin_table(shell: Shell, **environment: str) -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in json.loads(shell.run("plugins", "--json", **environment).out)}
 
 
-def test_plugins_are_listed_with_where_they_come_from(shell: Shell) -> None:
+def test_plugins_are_listed_with_their_source(shell: Shell) -> None:
     shell.install("it = Echo()")
     assert plugin_table(shell)["fake"] == {
         "name": "fake",
@@ -32,7 +32,7 @@ def test_plugins_are_listed_with_where_they_come_from(shell: Shell) -> None:
     )
 
 
-def test_a_broken_plugin_is_explained_and_hides_no_other(shell: Shell) -> None:
+def test_broken_plugin_hides_no_other(shell: Shell) -> None:
     shell.install("it = Echo()")
     shell.install("raise RuntimeError('out of \\x1b order')", name="bad", group="graftage.plugins")
     done = shell.run("plugins")
@@ -44,7 +44,7 @@ def test_a_broken_plugin_is_explained_and_hides_no_other(shell: Shell) -> None:
     }.items()
 
 
-def test_a_stranger_whose_entry_points_are_broken_is_passed_over_with_a_word(shell: Shell) -> None:
+def test_broken_entry_points_are_skipped_with_a_note(shell: Shell) -> None:
     shell.install("it = Echo()")
     damage = {
         "one": (b"[console_scripts]\nfoo\n", "a line of it is no `name = value`"),
@@ -62,7 +62,7 @@ def test_a_stranger_whose_entry_points_are_broken_is_passed_over_with_a_word(she
         assert f"The entry_points.txt of {name} 1 is broken: {why}. " in done.err
 
 
-def test_a_broken_plugin_is_a_warning_and_the_answer_comes(shell: Shell) -> None:
+def test_broken_plugin_is_only_a_warning(shell: Shell) -> None:
     shell.install("it = Echo(['Hello.'])")
     shell.install("raise RuntimeError('out of order')", name="bad", group="graftage.plugins")
     done = subprocess.run(
@@ -78,7 +78,7 @@ def test_a_broken_plugin_is_a_warning_and_the_answer_comes(shell: Shell) -> None
     assert re.fullmatch(r"warning: .*`bad`.*out of order.*\n", done.stderr)
 
 
-def test_a_disabled_plugin_is_listed_and_not_imported(shell: Shell) -> None:
+def test_disabled_plugin_is_not_imported(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')")
     found = plugin_table(shell, GRAFTAGE_DISABLED_PLUGINS="fake")["fake"]
     assert (found["state"], found["why"]) == ("disabled", "GRAFTAGE_DISABLED_PLUGINS names it.")

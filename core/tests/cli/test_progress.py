@@ -45,49 +45,49 @@ it = Provider()
 """
 
 
-@pytest.mark.parametrize("how", [(), ("--no-stream",)])
-def test_a_model_that_comes_by_itself_is_told_with_its_licence(shell: Shell, how: tuple[str, ...]) -> None:
-    shell.install(FIRST)
-    told = "Small by Somebody, licence Apache-2.0 \\x1b[2J\ndownloading small 1.0\n"
-    assert shell.run("chat", "Hi", *how) == (0, "Here I am.\n", told)
-
-
-def test_a_model_that_comes_by_itself_keeps_json_clean(shell: Shell) -> None:
-    shell.install(FIRST)
-    done = shell.run("chat", "Hi", "--json")
-    assert done.out.startswith("{\n")
-    assert "licence Apache-2.0" in done.err
-
-
-def test_a_model_that_comes_by_itself_is_a_bar_in_a_terminal(shell: Shell) -> None:
-    shell.install(FIRST)
-    child = shell.terminal("chat", columns=70)
-    child.expect(">>> ")
-    child.sendline("Hi")
-    child.expect_exact(r"Small by Somebody, licence Apache-2.0 \x1b[2J")
-    child.expect("downloading small 1.0 .*98.0/98.0 MB")
-    child.expect(r"Here I am\.")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
-
-
 ENDLESS = FIRST.replace(
     "steps = [", "steps = [PullProgress(status=f'part {n} of many', total=9, completed=1) for n in range(60)] + ["
 )
 
 
-def test_more_parts_than_a_terminal_has_lines_are_no_flood(shell: Shell) -> None:
-    shell.install(ENDLESS)
-    child = shell.terminal("chat", columns=70)
-    child.expect(">>> ")
-    child.sendline("Hi")
-    child.expect("part 59 of many")
-    child.expect(r"Here I am\.")
-    erased = re.findall(r"(?:\x1b\[1A\x1b\[2K)+", child.before)
-    assert max(run.count("\x1b[1A") for run in erased) <= 20
-    child.sendline("/exit")
-    assert shell.ends(child) == 0
+class TestDownload:
+    """A provider that downloads its model by itself."""
+
+    @pytest.mark.parametrize("how", [(), ("--no-stream",)])
+    def test_is_printed_with_the_licence(self, shell: Shell, how: tuple[str, ...]) -> None:
+        shell.install(FIRST)
+        told = "Small by Somebody, licence Apache-2.0 \\x1b[2J\ndownloading small 1.0\n"
+        assert shell.run("chat", "Hi", *how) == (0, "Here I am.\n", told)
+
+    def test_keeps_json_clean(self, shell: Shell) -> None:
+        shell.install(FIRST)
+        done = shell.run("chat", "Hi", "--json")
+        assert done.out.startswith("{\n")
+        assert "licence Apache-2.0" in done.err
+
+    def test_is_a_bar_in_a_terminal(self, shell: Shell) -> None:
+        shell.install(FIRST)
+        child = shell.terminal("chat", columns=70)
+        child.expect(">>> ")
+        child.sendline("Hi")
+        child.expect_exact(r"Small by Somebody, licence Apache-2.0 \x1b[2J")
+        child.expect("downloading small 1.0 .*98.0/98.0 MB")
+        child.expect(r"Here I am\.")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
+
+    def test_many_parts_fit_the_terminal(self, shell: Shell) -> None:
+        shell.install(ENDLESS)
+        child = shell.terminal("chat", columns=70)
+        child.expect(">>> ")
+        child.sendline("Hi")
+        child.expect("part 59 of many")
+        child.expect(r"Here I am\.")
+        erased = re.findall(r"(?:\x1b\[1A\x1b\[2K)+", child.before)
+        assert max(run.count("\x1b[1A") for run in erased) <= 20
+        child.sendline("/exit")
+        assert shell.ends(child) == 0
 
 
 READING = """
@@ -110,28 +110,25 @@ it = Provider()
 """
 
 
-def test_the_reading_of_a_prompt_is_shown_where_it_takes_long(shell: Shell) -> None:
-    shell.install(READING)
-    child = shell.terminal("chat", columns=70)
-    child.expect(">>> ")
-    child.sendline("Hi")
-    child.expect(r"Read\.")
-    assert "reading the prompt" not in child.before
-    child.expect(">>> ")
-    child.sendline("slowly")
-    child.expect("reading the prompt: [5-9][05] %")
-    child.expect(r"Read\.")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
+class TestPromptReading:
+    def test_is_shown_if_it_takes_long(self, shell: Shell) -> None:
+        shell.install(READING)
+        child = shell.terminal("chat", columns=70)
+        child.expect(">>> ")
+        child.sendline("Hi")
+        child.expect(r"Read\.")
+        assert "reading the prompt" not in child.before
+        child.expect(">>> ")
+        child.sendline("slowly")
+        child.expect("reading the prompt: [5-9][05] %")
+        child.expect(r"Read\.")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
 
-
-def test_the_reading_of_a_prompt_goes_to_no_file(shell: Shell) -> None:
-    shell.install(READING)
-    assert shell.run("chat", "slowly") == (0, "Read.\n", "")
-
-
-# --- Nobody has named a provider -------------------------------------------------------------------------------------
+    def test_goes_to_no_file(self, shell: Shell) -> None:
+        shell.install(READING)
+        assert shell.run("chat", "slowly") == (0, "Read.\n", "")
 
 
 @pytest.fixture
@@ -146,51 +143,51 @@ def fake(shell: Shell) -> object:
 TAKEN = "smollm2:135m on ollama, as no provider was named.\n"
 
 
-@pytest.mark.parametrize(
-    "command", [["chat", "Hi"], ["chat", "--json", "Hi"], ["generate", "Once"], ["chat", "-m", "smollm2:135m", "Hi"]]
-)
-def test_who_was_taken_is_told_where_nobody_was_named(shell: Shell, fake: FakeOllama, command: list[str]) -> None:
-    done = shell.run(*command)
-    assert (done.code, done.err) == (0, TAKEN)
+class TestAuto:
+    """The command names no provider."""
 
-
-@pytest.mark.parametrize("command", [["chat", "-m", "ollama:smollm2:135m", "Hi"], ["chat", "Hi"]])
-def test_who_was_named_is_not_told(shell: Shell, fake: FakeOllama, command: list[str]) -> None:
-    named = {"GRAFTAGE_PROVIDER": "ollama", "GRAFTAGE_MODEL": "smollm2:135m"} if "-m" not in command else {}
-    assert shell.run(*command, **named) == (0, "Hello from the fake.\n", "")
-
-
-def test_a_conversation_never_changes_its_provider(shell: Shell) -> None:
-    shell.environment |= {"GRAFTAGE_PROVIDER": "", "GRAFTAGE_MODEL": ""}
-    with FakeOllama() as server:
-        shell.environment["OLLAMA_HOST"] = server.url
-        child = shell.terminal("chat", columns=120)
-        child.expect("smollm2:135m on ollama")
-        child.expect(">>> ")
-        child.sendline("Hi")
-        child.expect("Hello from the fake")
-        child.expect(">>> ")
-    child.sendline("And now?")
-    child.expect("error: Nothing listens")
-    child.expect(">>> ")
-    child.sendeof()
-    assert shell.ends(child) == 0
-
-
-def test_who_names_a_server_means_that_server(shell: Shell, fake: FakeOllama) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    done = shell.run("chat", "-m", "smollm2:135m", "Hi", "--host", f"127.0.0.1:{port}")
-    assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("error: Nothing listens at")
-
-
-def test_models_are_looked_at_where_the_answers_come_from(shell: Shell, fake: FakeOllama) -> None:
-    assert "smollm2:135m" in shell.run("models", "list").out
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    done = shell.run("models", "list", OLLAMA_HOST=f"127.0.0.1:{port}")
-    assert "smollm2:135m" not in done.out
-    assert done.err.startswith(
-        "Looking at llamacpp, as no provider was named. `ollama` cannot be taken: Nothing listens"
+    @pytest.mark.parametrize(
+        "command",
+        [["chat", "Hi"], ["chat", "--json", "Hi"], ["generate", "Once"], ["chat", "-m", "smollm2:135m", "Hi"]],
     )
+    def test_chosen_provider_is_shown(self, shell: Shell, fake: FakeOllama, command: list[str]) -> None:
+        done = shell.run(*command)
+        assert (done.code, done.err) == (0, TAKEN)
+
+    @pytest.mark.parametrize("command", [["chat", "-m", "ollama:smollm2:135m", "Hi"], ["chat", "Hi"]])
+    def test_named_provider_is_not_shown(self, shell: Shell, fake: FakeOllama, command: list[str]) -> None:
+        named = {"GRAFTAGE_PROVIDER": "ollama", "GRAFTAGE_MODEL": "smollm2:135m"} if "-m" not in command else {}
+        assert shell.run(*command, **named) == (0, "Hello from the fake.\n", "")
+
+    def test_conversation_keeps_its_provider(self, shell: Shell) -> None:
+        shell.environment |= {"GRAFTAGE_PROVIDER": "", "GRAFTAGE_MODEL": ""}
+        with FakeOllama() as server:
+            shell.environment["OLLAMA_HOST"] = server.url
+            child = shell.terminal("chat", columns=120)
+            child.expect("smollm2:135m on ollama")
+            child.expect(">>> ")
+            child.sendline("Hi")
+            child.expect("Hello from the fake")
+            child.expect(">>> ")
+        child.sendline("And now?")
+        child.expect("error: Nothing listens")
+        child.expect(">>> ")
+        child.sendeof()
+        assert shell.ends(child) == 0
+
+    def test_named_server_is_the_only_one_asked(self, shell: Shell, fake: FakeOllama) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        done = shell.run("chat", "-m", "smollm2:135m", "Hi", "--host", f"127.0.0.1:{port}")
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith("error: Nothing listens at")
+
+    def test_models_follow_the_chosen_provider(self, shell: Shell, fake: FakeOllama) -> None:
+        assert "smollm2:135m" in shell.run("models", "list").out
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        done = shell.run("models", "list", OLLAMA_HOST=f"127.0.0.1:{port}")
+        assert "smollm2:135m" not in done.out
+        assert done.err.startswith(
+            "Looking at llamacpp, as no provider was named. `ollama` cannot be taken: Nothing listens"
+        )

@@ -24,7 +24,7 @@ def compared(shell: Shell, *arguments: str) -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in json.loads(done.out)}
 
 
-def test_providers_are_compared_by_state_health_capabilities_and_models(shell: Shell) -> None:
+def test_json_has_every_fact(shell: Shell) -> None:
     shell.install("it = Echo(models=['a:1', 'b:2'], address='http://me:hidden@here')")
     gone = "{'health': ConnectionFailed('Down.', hint='Start it.')}"
     shell.install(f"it = Echo(without=['embed'], errors={gone})", name="down")
@@ -38,7 +38,7 @@ def test_providers_are_compared_by_state_health_capabilities_and_models(shell: S
     assert set(well["features"]) - set(down["features"]) == {"embed"}
 
 
-def test_the_table_has_a_column_for_each_provider(shell: Shell) -> None:
+def test_table_has_a_column_each(shell: Shell) -> None:
     shell.install("it = Echo(models=[f'm:{n}' for n in range(7)] + ['\\x1b[2J'])")
     shell.install("it = Echo(without=['embed'])", name="other")
     out = shell.run("providers").out
@@ -49,7 +49,7 @@ def test_the_table_has_a_column_for_each_provider(shell: Shell) -> None:
     assert "ollama: GRAFTAGE_DISABLED_PLUGINS names it." in out
 
 
-def test_a_broken_provider_hides_no_other(shell: Shell) -> None:
+def test_broken_provider_hides_no_other(shell: Shell) -> None:
     shell.install("it = Echo()")
     shell.install("raise RuntimeError('out of \\x1b order')", name="bad")
     shell.install("it = Echo(errors={'list_models': ValueError('odd')})", name="odd")
@@ -71,7 +71,7 @@ it = Hanging()
 """
 
 
-def test_a_provider_that_hangs_is_left_behind(shell: Shell) -> None:
+def test_provider_that_hangs_is_left_behind(shell: Shell) -> None:
     shell.install("it = Echo()")
     shell.install(HANGS, name="slow")
     found = compared(shell, "--timeout", "0.5")
@@ -79,7 +79,7 @@ def test_a_provider_that_hangs_is_left_behind(shell: Shell) -> None:
     assert (found["slow"]["health"], found["slow"]["problems"]) == ("unknown", ["It gave no answer within 0.5 s."])
 
 
-def test_two_distributions_with_one_name_are_a_conflict(shell: Shell) -> None:
+def test_one_name_twice_is_a_conflict(shell: Shell) -> None:
     shell.install("it = Echo()")
     shell.install("it = Echo()", distribution="stranger")
     assert "stranger 1.0" in compared(shell)["fake"]["problems"][0]
