@@ -34,15 +34,15 @@ FILES = [
 
 
 @pytest.mark.parametrize(("written", "canonical"), SAME)
-def test_a_name_is_compared_as_ollama_compares_it(written: str, canonical: str) -> None:
+def test_names_compare_as_in_ollama(written: str, canonical: str) -> None:
     assert canonical_name(written) == canonical
 
 
 @pytest.mark.parametrize(("written", "canonical"), SAME)
-def test_a_canonical_name_is_its_own(written: str, canonical: str) -> None:
+def test_canonical_names_are_stable(written: str, canonical: str) -> None:
     assert canonical_name(canonical) == canonical
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_path_of_a_file_stays_as_it_is(path: str) -> None:
+def test_file_paths_are_kept(path: str) -> None:
     assert canonical_name(f" {path} ") == path

@@ -63,47 +63,6 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, each) for name, values in RIGHT.items() for each in values])
-def test_an_option_of_its_type_and_range_is_sent_as_it_is(name: str, value: Any) -> None:
-    read = read_options({name: value}, KNOWN)[name]
-    assert (read, type(read)) == (value, type(value))
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, each) for name, values in WRONG.items() for each in values])
-def test_an_option_of_another_type_or_range_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(RequestRejected, match=f"`{name}`") as caught:
-        read_options({name: value}, KNOWN)
-    assert caught.value.hint
-
-
-def test_a_hint_says_what_an_option_takes() -> None:
-    hints = {
-        "temperature": "a number from 0 to 1000",
-        "mirostat": "a whole number from 0 to 2",
-        "logprobs": "True or False",
-        "stop": "a text that is not empty, or a list of them",
-    }
-    for name, hint in hints.items():
-        with pytest.raises(RequestRejected) as caught:
-            read_options({name: -1}, KNOWN)
-        assert caught.value.hint == f"Give {hint}."
-
-
-def test_one_text_to_stop_at_is_a_list_for_every_provider() -> None:
-    assert read_options({"stop": "a"}, KNOWN) == {"stop": ["a"]}
-
-
-@pytest.mark.parametrize("none", [None, {}, {"temperature": None}, {"server": None}, {"server": {}}])
-def test_what_is_left_out_is_not_sent(none: Any) -> None:
-    assert read_options(none, KNOWN) == {}
-
-
-@pytest.mark.parametrize("options", ["x", 5, [("temperature", 1)], {"temperature"}, True])
-def test_options_are_a_mapping(options: Any) -> None:
-    with pytest.raises(RequestRejected, match="`options`"):
-        read_options(options, KNOWN)
-
-
 class Options(BaseModel):
     """As `ollama.Options`."""
 
@@ -111,41 +70,74 @@ class Options(BaseModel):
     temperature: float | None = None
 
 
-def test_an_object_of_pydantics_is_read_by_what_is_set_in_it() -> None:
-    assert read_options(Options(temperature=0.5), KNOWN) == {"temperature": 0.5}
-    with pytest.raises(RequestRejected) as caught:
-        read_options(Options(num_ctx=9), KNOWN)
-    assert caught.value.hint == "Use the parameter `context_window`."
+class TestValues:
+    @pytest.mark.parametrize(("name", "value"), [(name, each) for name, values in RIGHT.items() for each in values])
+    def test_valid_ones_are_sent_unchanged(self, name: str, value: Any) -> None:
+        read = read_options({name: value}, KNOWN)[name]
+        assert (read, type(read)) == (value, type(value))
 
-
-@pytest.mark.parametrize(
-    ("name", "way_out"),
-    {
-        "num_ctx": "parameter `context_window`",
-        "Num_Ctx": "parameter `context_window`",
-        "numCtx": "parameter `context_window`",
-        "num-predict": "parameter `max_tokens`",
-        "max_tokens": "parameter `max_tokens`",
-        "keepAlive": "parameter `keep_alive`",
-        "reasoning_effort": "parameter `think`",
-        "response_format": "parameter `format`",
-        "temp": "Did you mean `temperature`?",
-        "temprature": "Did you mean `temperature`?",
-        "Temperature": "Did you mean `temperature`?",
-        "repetition_penalty": "Did you mean `repeat_penalty`?",
-        "n_gpu_layers": "Did you mean `num_gpu`?",
-        "xtc_probability": "goes into `server`",
-        5: "goes into `server`",
-    }.items(),
-)
-def test_an_option_that_is_not_known_is_refused_with_the_right_word(name: Any, way_out: str) -> None:
-    for value in (1, None):
-        with pytest.raises(RequestRejected) as caught:
+    @pytest.mark.parametrize(("name", "value"), [(name, each) for name, values in WRONG.items() for each in values])
+    def test_invalid_ones_are_refused(self, name: str, value: Any) -> None:
+        with pytest.raises(RequestRejected, match=f"`{name}`") as caught:
             read_options({name: value}, KNOWN)
-        assert way_out in str(caught.value.hint)
+        assert caught.value.hint
 
+    def test_hint_names_type_and_range(self) -> None:
+        hints = {
+            "temperature": "a number from 0 to 1000",
+            "mirostat": "a whole number from 0 to 2",
+            "logprobs": "True or False",
+            "stop": "a text that is not empty, or a list of them",
+        }
+        for name, hint in hints.items():
+            with pytest.raises(RequestRejected) as caught:
+                read_options({name: -1}, KNOWN)
+            assert caught.value.hint == f"Give {hint}."
 
-# --- What a server alone knows ---------------------------------------------------------------------------------------
+    def test_single_stop_becomes_a_list(self) -> None:
+        assert read_options({"stop": "a"}, KNOWN) == {"stop": ["a"]}
+
+    @pytest.mark.parametrize("none", [None, {}, {"temperature": None}, {"server": None}, {"server": {}}])
+    def test_none_is_not_sent(self, none: Any) -> None:
+        assert read_options(none, KNOWN) == {}
+
+    @pytest.mark.parametrize("options", ["x", 5, [("temperature", 1)], {"temperature"}, True])
+    def test_other_than_a_mapping_is_refused(self, options: Any) -> None:
+        with pytest.raises(RequestRejected, match="`options`"):
+            read_options(options, KNOWN)
+
+    def test_pydantic_object_gives_its_set_fields(self) -> None:
+        assert read_options(Options(temperature=0.5), KNOWN) == {"temperature": 0.5}
+        with pytest.raises(RequestRejected) as caught:
+            read_options(Options(num_ctx=9), KNOWN)
+        assert caught.value.hint == "Use the parameter `context_window`."
+
+    @pytest.mark.parametrize(
+        ("name", "way_out"),
+        {
+            "num_ctx": "parameter `context_window`",
+            "Num_Ctx": "parameter `context_window`",
+            "numCtx": "parameter `context_window`",
+            "num-predict": "parameter `max_tokens`",
+            "max_tokens": "parameter `max_tokens`",
+            "keepAlive": "parameter `keep_alive`",
+            "reasoning_effort": "parameter `think`",
+            "response_format": "parameter `format`",
+            "temp": "Did you mean `temperature`?",
+            "temprature": "Did you mean `temperature`?",
+            "Temperature": "Did you mean `temperature`?",
+            "repetition_penalty": "Did you mean `repeat_penalty`?",
+            "n_gpu_layers": "Did you mean `num_gpu`?",
+            "xtc_probability": "goes into `server`",
+            5: "goes into `server`",
+        }.items(),
+    )
+    def test_unknown_name_gets_the_right_one(self, name: Any, way_out: str) -> None:
+        for value in (1, None):
+            with pytest.raises(RequestRejected) as caught:
+                read_options({name: value}, KNOWN)
+            assert way_out in str(caught.value.hint)
+
 
 NEWER = {"xtc_probability": 0.5, "dry": {"multiplier": 1, "breakers": ["\n"]}, "flag": True, "word": "x"}
 OURS = {
@@ -174,59 +166,55 @@ NOT_NESTED = {
 TOP = [*LIMITED, *((word, name) for word, names in NOT_NESTED.items() for name in names)]
 
 
-def test_what_the_server_alone_knows_is_put_beside_the_rest() -> None:
-    assert read_options({"temperature": 0, "server": {**NEWER, "none": None}}, KNOWN) == {"temperature": 0, **NEWER}
+class TestServerOptions:
+    """What goes into `server`: options that only the server knows."""
 
+    def test_are_merged_with_the_rest(self) -> None:
+        assert read_options({"temperature": 0, "server": {**NEWER, "none": None}}, KNOWN) == {"temperature": 0, **NEWER}
 
-@pytest.mark.parametrize("value", ["x", 5, [1], True, {1: 2}, {"x": math.nan}, {"x": {1}}, {"x": object()}])
-def test_what_is_passed_on_is_json(value: Any) -> None:
-    with pytest.raises(RequestRejected, match="`server`"):
-        read_options({"server": value}, KNOWN)
+    @pytest.mark.parametrize("value", ["x", 5, [1], True, {1: 2}, {"x": math.nan}, {"x": {1}}, {"x": object()}])
+    def test_must_be_json(self, value: Any) -> None:
+        with pytest.raises(RequestRejected, match="`server`"):
+            read_options({"server": value}, KNOWN)
 
+    @pytest.mark.parametrize(("word", "name"), TOP)
+    def test_cannot_hold_graftage_names(self, word: str, name: str) -> None:
+        with pytest.raises(RequestRejected, match="cannot be given in `server`") as caught:
+            read_options({"server": {name: 1}}, KNOWN)
+        assert str(caught.value.hint).endswith(f"`{word}`.")
 
-@pytest.mark.parametrize(("word", "name"), TOP)
-def test_what_graftage_has_a_word_for_is_not_passed_on(word: str, name: str) -> None:
-    with pytest.raises(RequestRejected, match="cannot be given in `server`") as caught:
-        read_options({"server": {name: 1}}, KNOWN)
-    assert str(caught.value.hint).endswith(f"`{word}`.")
+    @pytest.mark.parametrize(("word", "name"), LIMITED)
+    def test_cannot_bypass_limits_at_any_depth(self, word: str, name: str) -> None:
+        for given in ({"options": {name: 1}}, {"a": [{"b": {name: None}}]}):
+            with pytest.raises(RequestRejected) as caught:
+                read_options({"server": given}, KNOWN)
+            assert f"`{word}`" in str(caught.value.hint)
 
+    def test_nested_data_may_use_other_names(self) -> None:
+        given = {"guide": {"properties": {"model": {"format": "date"}, "stop": {}}}}
+        assert read_options({"server": given}, KNOWN) == given
 
-@pytest.mark.parametrize(("word", "name"), LIMITED)
-def test_what_bypasses_a_limit_is_refused_at_any_depth(word: str, name: str) -> None:
-    for given in ({"options": {name: 1}}, {"a": [{"b": {name: None}}]}):
+    def test_several_replies_are_refused(self) -> None:
+        with pytest.raises(RequestRejected, match="`n`") as caught:
+            read_options({"server": {"n": 2}}, KNOWN)
+        assert "Call again" in str(caught.value.hint)
+
+    def test_options_of_other_providers_are_checked(self) -> None:
+        known = frozenset({"server", "temperature"})
+        assert read_options({"server": {"top_k": 40}}, known) == {"top_k": 40}
+        with pytest.raises(RequestRejected, match="`top_k`"):
+            read_options({"server": {"top_k": "40"}}, known)
         with pytest.raises(RequestRejected) as caught:
-            read_options({"server": given}, KNOWN)
-        assert f"`{word}`" in str(caught.value.hint)
+            read_options({"server": {"num_thread": 4}}, known)
+        assert "settings" in str(caught.value.hint)
+
+    def test_provider_without_them_refuses(self) -> None:
+        with pytest.raises(RequestRejected, match="passes no options") as caught:
+            read_options({"server": NEWER}, frozenset({"temperature"}))
+        assert caught.value.hint == "Known are temperature."
 
 
-def test_data_that_is_passed_on_may_have_other_words_of_ours() -> None:
-    given = {"guide": {"properties": {"model": {"format": "date"}, "stop": {}}}}
-    assert read_options({"server": given}, KNOWN) == given
-
-
-def test_several_answers_cannot_be_asked_for() -> None:
-    with pytest.raises(RequestRejected, match="`n`") as caught:
-        read_options({"server": {"n": 2}}, KNOWN)
-    assert "Call again" in str(caught.value.hint)
-
-
-def test_what_only_another_provider_has_a_word_for_is_passed_on_if_it_is_right() -> None:
-    known = frozenset({"server", "temperature"})
-    assert read_options({"server": {"top_k": 40}}, known) == {"top_k": 40}
-    with pytest.raises(RequestRejected, match="`top_k`"):
-        read_options({"server": {"top_k": "40"}}, known)
-    with pytest.raises(RequestRejected) as caught:
-        read_options({"server": {"num_thread": 4}}, known)
-    assert "settings" in str(caught.value.hint)
-
-
-def test_a_provider_that_passes_nothing_on_says_so() -> None:
-    with pytest.raises(RequestRejected, match="passes no options") as caught:
-        read_options({"server": NEWER}, frozenset({"temperature"}))
-    assert caught.value.hint == "Known are temperature."
-
-
-def test_options_reach_the_provider_under_both_clients(both: Any) -> None:
+def test_options_reach_the_provider(both: Any) -> None:
     echo = Echo()
     llm = both.connect(echo, model="m")
     options = {"seed": 1, "stop": "a", "server": NEWER}

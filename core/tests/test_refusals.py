@@ -118,42 +118,42 @@ WORDS: list[tuple[int, str, Kind, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["text", "object"])
-@pytest.mark.parametrize(("status", "words", "kind", "retryable"), WORDS, ids=[f"{s}-{w[:30]}" for s, w, *_ in WORDS])
-def test_words_say_what_a_refusal_is(status: int, words: str, kind: Kind, *, retryable: bool, nested: bool) -> None:
-    error = error_of(status, {"error": {"message": words} if nested else words})
-    assert (type(error), error.retryable) == (kind, retryable)
-    assert error.hint
-    assert words[:40] in error.message
+class TestErrorInTheBody:
+    @pytest.mark.parametrize("nested", [False, True], ids=["text", "object"])
+    @pytest.mark.parametrize(
+        ("status", "words", "kind", "retryable"), WORDS, ids=[f"{s}-{w[:30]}" for s, w, *_ in WORDS]
+    )
+    def test_words_decide_the_type(self, status: int, words: str, kind: Kind, *, retryable: bool, nested: bool) -> None:
+        error = error_of(status, {"error": {"message": words} if nested else words})
+        assert (type(error), error.retryable) == (kind, retryable)
+        assert error.hint
+        assert words[:40] in error.message
 
+    @pytest.mark.parametrize(
+        ("code", "kind"),
+        [
+            ("insufficient_quota", QuotaExceeded),
+            ("rate_limit_exceeded", Overloaded),
+            ("overloaded_error", Overloaded),
+            ("context_length_exceeded", ContextOverflow),
+            ("exceed_context_size_error", ContextOverflow),
+            ("invalid_api_key", AuthenticationFailed),
+            ("model_not_found", ModelNotFound),
+            ("server_error", InferenceFailed),
+        ],
+    )
+    @pytest.mark.parametrize("key", ["code", "type"])
+    def test_code_decides_in_a_stream(self, code: str, kind: Kind, key: str) -> None:
+        assert type(error_of(200, {"error": {"message": "no", key: code}})) is kind
 
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [
-        ("insufficient_quota", QuotaExceeded),
-        ("rate_limit_exceeded", Overloaded),
-        ("overloaded_error", Overloaded),
-        ("context_length_exceeded", ContextOverflow),
-        ("exceed_context_size_error", ContextOverflow),
-        ("invalid_api_key", AuthenticationFailed),
-        ("model_not_found", ModelNotFound),
-        ("server_error", InferenceFailed),
-    ],
-)
-@pytest.mark.parametrize("key", ["code", "type"])
-def test_a_code_says_it_where_a_stream_has_no_status(code: str, kind: Kind, key: str) -> None:
-    assert type(error_of(200, {"error": {"message": "no", key: code}})) is kind
+    @pytest.mark.parametrize("code", [429, "429"])
+    def test_status_in_a_stream_counts(self, code: Any) -> None:
+        error = error_of(200, {"error": {"message": "no", "code": code}})
+        assert (type(error), error.status) == (Overloaded, 429)
 
-
-@pytest.mark.parametrize("code", [429, "429"])
-def test_a_status_in_the_error_of_a_stream_counts(code: Any) -> None:
-    error = error_of(200, {"error": {"message": "no", "code": code}})
-    assert (type(error), error.status) == (Overloaded, 429)
-
-
-def test_an_error_in_a_list_is_read() -> None:
-    error = error_of(429, [{"error": {"code": 429, "message": "You exceeded your current quota."}}])
-    assert type(error) is QuotaExceeded
+    def test_list_with_an_error_is_read(self) -> None:
+        error = error_of(429, [{"error": {"code": 429, "message": "You exceeded your current quota."}}])
+        assert type(error) is QuotaExceeded
 
 
 STATUSES: dict[int, tuple[Kind, bool]] = {
@@ -193,38 +193,35 @@ STATUSES: dict[int, tuple[Kind, bool]] = {
 }
 
 
-@pytest.mark.parametrize("body", [b"<html>error code: 1</html>", b""], ids=["page", "empty"])
-@pytest.mark.parametrize("status", STATUSES)
-def test_a_proxys_page_is_what_its_status_says(status: int, body: bytes) -> None:
-    error = error_of(status, body)
-    assert (type(error), error.retryable) == STATUSES[status]
-    assert str(status) in error.message
-    assert error.hint
-    assert b"html" not in str(error).encode()
+class TestStatus:
+    @pytest.mark.parametrize("body", [b"<html>error code: 1</html>", b""], ids=["page", "empty"])
+    @pytest.mark.parametrize("status", STATUSES)
+    def test_decides_for_a_proxy_page(self, status: int, body: bytes) -> None:
+        error = error_of(status, body)
+        assert (type(error), error.retryable) == STATUSES[status]
+        assert str(status) in error.message
+        assert error.hint
+        assert b"html" not in str(error).encode()
+
+    def test_words_of_a_page_do_not_count(self) -> None:
+        assert type(error_of(403, b"<html>Please upgrade your browser: usage limit</html>")) is AuthenticationFailed
+
+    @pytest.mark.parametrize(
+        ("status", "kind"), [(404, ModelNotFound), (422, RequestRejected), (501, CapabilityUnsupported)]
+    )
+    def test_decides_beside_unclear_json(self, status: int, kind: Kind) -> None:
+        assert type(error_of(status, {"error": "no"})) is kind
+
+    @pytest.mark.parametrize(
+        ("code", "status"), [(None, None), (503, 503), (400, 400), (599, 599), (7, None), (600, None)]
+    )
+    def test_200_gives_way_to_the_body(self, code: int | None, status: int | None) -> None:
+        assert error_of(200, {"error": {"message": "no", "code": code}}).status == status
 
 
-def test_a_page_is_not_searched_for_words() -> None:
-    assert type(error_of(403, b"<html>Please upgrade your browser: usage limit</html>")) is AuthenticationFailed
-
-
-@pytest.mark.parametrize(
-    ("status", "kind"), [(404, ModelNotFound), (422, RequestRejected), (501, CapabilityUnsupported)]
-)
-def test_a_status_of_the_servers_own_counts_beside_an_error_in_json(status: int, kind: Kind) -> None:
-    assert type(error_of(status, {"error": "no"})) is kind
-
-
-@pytest.mark.parametrize(("code", "status"), [(None, None), (503, 503), (400, 400), (599, 599), (7, None), (600, None)])
-def test_an_error_under_status_200_has_only_a_status_that_its_body_names(code: int | None, status: int | None) -> None:
-    assert error_of(200, {"error": {"message": "no", "code": code}}).status == status
-
-
-def test_the_figures_beside_an_error_are_in_its_details() -> None:
+def test_figures_of_the_server_become_details() -> None:
     details = error_of(400, {"error": {"message": "too long", "type": "size", "n_ctx": 4096}}).details
     assert (details["server_message"], details["type"], details["n_ctx"]) == ("too long", "size", 4096)
-
-
-# --- When it may be asked again --------------------------------------------------------------------------------------
 
 
 NOW = 1_800_000_000.0
@@ -279,41 +276,40 @@ WAITS: list[tuple[str, dict[str, str], float | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("headers", "seconds"), [each[1:] for each in WAITS], ids=[each[0] for each in WAITS])
-def test_a_server_says_when_it_may_be_asked_again(
-    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], seconds: float | None
-) -> None:
-    monkeypatch.setattr(time, "time", lambda: NOW)
-    error = error_of(429, {"error": "slow down"}, headers)
-    if seconds is None:
-        assert (error.retry_after, "asked again" in str(error)) == (None, False)
-    else:
-        assert error.retry_after == seconds
-        assert f"asked again in {seconds} s" in error.message
+class TestRetryAfter:
+    @pytest.mark.parametrize(("headers", "seconds"), [each[1:] for each in WAITS], ids=[each[0] for each in WAITS])
+    def test_is_read_from_headers(
+        self, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], seconds: float | None
+    ) -> None:
+        monkeypatch.setattr(time, "time", lambda: NOW)
+        error = error_of(429, {"error": "slow down"}, headers)
+        if seconds is None:
+            assert (error.retry_after, "asked again" in str(error)) == (None, False)
+        else:
+            assert error.retry_after == seconds
+            assert f"asked again in {seconds} s" in error.message
 
+    @pytest.mark.parametrize(
+        ("error", "seconds"),
+        [
+            ({"message": "wait", "details": [{"@type": "x/RetryInfo", "retryDelay": "34.5s"}]}, 34.5),
+            ({"message": "wait", "retry_after": 3}, 3),
+            ({"message": "Rate limit reached. Please try again in 1m30s. Visit …"}, 90),
+            ({"message": "Please retry after 10 seconds."}, 10),
+            ({"message": "Please retry in 34.07s."}, 34.07),
+            ({"message": "Please try again in 2 minutes."}, None),
+            ({"message": "Please try again in 90 ms."}, None),
+            ({"message": "Please try again in 2 days"}, None),
+            ({"message": "Please try again."}, None),
+            ({"message": "Please try again in an hour."}, None),
+        ],
+    )
+    @pytest.mark.parametrize("status", [429, 200])
+    def test_is_read_from_the_body(self, error: dict[str, Any], seconds: float | None, status: int) -> None:
+        body = {"error": {**error, "code": "rate_limit_exceeded"}}
+        assert error_of(status, body).retry_after == seconds
 
-@pytest.mark.parametrize(
-    ("error", "seconds"),
-    [
-        ({"message": "wait", "details": [{"@type": "x/RetryInfo", "retryDelay": "34.5s"}]}, 34.5),
-        ({"message": "wait", "retry_after": 3}, 3),
-        ({"message": "Rate limit reached. Please try again in 1m30s. Visit …"}, 90),
-        ({"message": "Please retry after 10 seconds."}, 10),
-        ({"message": "Please retry in 34.07s."}, 34.07),
-        ({"message": "Please try again in 2 minutes."}, None),
-        ({"message": "Please try again in 90 ms."}, None),
-        ({"message": "Please try again in 2 days"}, None),
-        ({"message": "Please try again."}, None),
-        ({"message": "Please try again in an hour."}, None),
-    ],
-)
-@pytest.mark.parametrize("status", [429, 200])
-def test_its_body_may_say_so(error: dict[str, Any], seconds: float | None, status: int) -> None:
-    body = {"error": {**error, "code": "rate_limit_exceeded"}}
-    assert error_of(status, body).retry_after == seconds
-
-
-def test_a_quota_says_when_it_is_renewed() -> None:
-    error = error_of(429, {"error": "weekly usage limit reached"}, {"retry-after": "7200"})
-    assert (type(error), error.retry_after) == (QuotaExceeded, 7200)
-    assert "7200 s" in str(error)
+    def test_stands_in_the_quota_error(self) -> None:
+        error = error_of(429, {"error": "weekly usage limit reached"}, {"retry-after": "7200"})
+        assert (type(error), error.retry_after) == (QuotaExceeded, 7200)
+        assert "7200 s" in str(error)
