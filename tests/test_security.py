@@ -13,14 +13,21 @@ PROMISES = [line for line in TEXT.splitlines() if line.startswith("| ") and not 
 
 
 @functools.cache
-def functions(path: str) -> frozenset[str]:
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    return frozenset(each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef))
+def tests(path: str) -> frozenset[str]:
+    """Return the tests of a module, those of a class as `TestClass::test_name`."""
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    classes = [each for each in body if isinstance(each, ast.ClassDef)]
+    inside = {f"{each.name}::{name}" for each in classes for name in functions(each.body)}
+    return frozenset(inside | functions(body))
 
 
-def test_each_promise_names_tests_that_exist() -> None:
+def functions(body: list[ast.stmt]) -> set[str]:
+    return {each.name for each in body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
+
+
+def test_each_promise_names_existing_tests() -> None:
     assert len(PROMISES) >= 14
     for promise in PROMISES:
-        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", promise)
+        named = re.findall(r"`([\w/]+\.py)::((?:Test\w+::)?test_\w+)`", promise)
         assert named, promise
-        assert not [(path, name) for path, name in named if name not in functions(path)]
+        assert not [(path, name) for path, name in named if name not in tests(path)]
