@@ -48,34 +48,33 @@ def graftage(environment: dict[str, str], *arguments: str, **more: str) -> subpr
     return run(environment, "-m", "graftage._cli", *arguments, **more)
 
 
-def test_the_command_chats_with_it(environment: dict[str, str]) -> None:
-    done = graftage(environment, "chat", "-m", "parrot:grey", "hello")
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "hello", "")
+class TestParrot:
+    """A provider from another distribution."""
 
+    def test_chats_from_the_command(self, environment: dict[str, str]) -> None:
+        done = graftage(environment, "chat", "-m", "parrot:grey", "hello")
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "hello", "")
 
-def test_the_command_lists_it_with_its_distribution(environment: dict[str, str]) -> None:
-    done = graftage(environment, "plugins", "--json")
-    found: dict[str, Any] = {each["name"]: each for each in json.loads(done.stdout)}
-    parrot = found["parrot"]
-    assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-outside", "2.5")
-    assert (parrot["state"], parrot["hooks"]) == ("loaded", ["connect", "settings_model"])
+    def test_is_listed_with_its_distribution(self, environment: dict[str, str]) -> None:
+        done = graftage(environment, "plugins", "--json")
+        found: dict[str, Any] = {each["name"]: each for each in json.loads(done.stdout)}
+        parrot = found["parrot"]
+        assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-outside", "2.5")
+        assert (parrot["state"], parrot["hooks"]) == ("loaded", ["connect", "settings_model"])
 
+    def test_has_its_own_settings(self, environment: dict[str, str]) -> None:
+        done = graftage(environment, "chat", "-m", "parrot:green", "hello", GRAFTAGE_PARROT_TIMES="3")
+        assert done.stdout.split() == ["hello"] * 3
 
-def test_it_has_settings_of_its_own(environment: dict[str, str]) -> None:
-    done = graftage(environment, "chat", "-m", "parrot:green", "hello", GRAFTAGE_PARROT_TIMES="3")
-    assert done.stdout.split() == ["hello"] * 3
+    def test_errors_reach_the_user_with_hint(self, environment: dict[str, str]) -> None:
+        done = graftage(environment, "chat", "-m", "parrot:blue", "hello")
+        assert done.returncode != 0
+        assert "There is no blue parrot." in done.stderr
+        assert "green" in done.stderr
+        assert "Traceback" not in done.stderr
 
-
-def test_its_errors_reach_the_user_with_their_way_out(environment: dict[str, str]) -> None:
-    done = graftage(environment, "chat", "-m", "parrot:blue", "hello")
-    assert done.returncode != 0
-    assert "There is no blue parrot." in done.stderr
-    assert "green" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_its_plain_hooks_serve_async_hosts(environment: dict[str, str]) -> None:
-    code = """
+    def test_plain_hooks_serve_async_hosts(self, environment: dict[str, str]) -> None:
+        code = """
 import asyncio, graftage
 
 async def main():
@@ -85,19 +84,21 @@ async def main():
 
 asyncio.run(main())
 """
-    done = run(environment, "-c", code)
-    assert (done.stdout.strip(), done.stderr) == ("['hello there ', ''] ['green', 'grey']", "")
+        done = run(environment, "-c", code)
+        assert (done.stdout.strip(), done.stderr) == ("['hello there ', ''] ['green', 'grey']", "")
+
+    def test_missing_feature_is_refused(self, environment: dict[str, str]) -> None:
+        done = graftage(environment, "embed", "-m", "parrot:green", "hello")
+        assert done.returncode != 0
+        assert "embed" in done.stderr
+        assert "parrot" in done.stderr
 
 
-def test_what_it_cannot_do_is_refused_by_name(environment: dict[str, str]) -> None:
-    done = graftage(environment, "embed", "-m", "parrot:green", "hello")
-    assert done.returncode != 0
-    assert "embed" in done.stderr
-    assert "parrot" in done.stderr
+class TestOpenaiWire:
+    """A provider on the toolkit."""
 
-
-def test_one_on_the_toolkit_answers_both_kinds_of_client(environment: dict[str, str], claim_cassette: Any) -> None:
-    code = """
+    def test_serves_both_clients(self, environment: dict[str, str], claim_cassette: Any) -> None:
+        code = """
 import asyncio, sys
 import graftage
 from graftage.testing import Cassette
@@ -115,14 +116,13 @@ with graftage.connect("openai-wire:smollm2:135m", transport=Cassette(sys.argv[1]
     for reply in ask(llm), asyncio.run(main(**given)):
         print("Paris" in reply.text, reply.provider)
 """
-    recorded = claim_cassette("test_outside_openai/test_a_chat_gives_text_usage_and_the_reason_it_ended.yaml")
-    done = run(environment, "-c", code, str(recorded))
-    assert (done.stdout.split("\n"), done.stderr) == (["True openai-wire"] * 2 + [""], "")
+        recorded = claim_cassette("test_outside_openai/test_chat_gives_text_usage_and_reason.yaml")
+        done = run(environment, "-c", code, str(recorded))
+        assert (done.stdout.split("\n"), done.stderr) == (["True openai-wire"] * 2 + [""], "")
 
-
-def test_the_common_settings_of_one_that_names_no_others_come_from_variables(environment: dict[str, str]) -> None:
-    done = graftage(
-        environment, "chat", "-m", "openai-wire:any", "hello", GRAFTAGE_OPENAI_WIRE_HOST="http://127.0.0.1:9"
-    )
-    assert done.returncode != 0
-    assert "Nothing listens at http://127.0.0.1:9." in done.stderr
+    def test_common_settings_come_from_variables(self, environment: dict[str, str]) -> None:
+        done = graftage(
+            environment, "chat", "-m", "openai-wire:any", "hello", GRAFTAGE_OPENAI_WIRE_HOST="http://127.0.0.1:9"
+        )
+        assert done.returncode != 0
+        assert "Nothing listens at http://127.0.0.1:9." in done.stderr
