@@ -67,24 +67,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-# --- Addresses -------------------------------------------------------------------------------------------------------
-
-
-def test_a_literal_address_of_ipv6_is_reached(both: Any) -> None:
-    if not socket.has_ipv6:
-        pytest.skip("this system has no IPv6")
-    server = Server()
-    server.listener.close()
-    try:
-        server.listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
-    except OSError:
-        pytest.skip("this system has no IPv6")
-    with server:
-        port = server.listener.getsockname()[1]
-        assert both.connect(on(f"http://[::1]:{port}"), model=MODEL).chat("x").text == "Hello world"
-        assert f"host: [::1]:{port}\r\n".encode() in server.requests[0]
-
-
 def found_as(*addresses: str, port: int) -> Callable[..., Any]:
     real = socket.getaddrinfo
 
@@ -102,12 +84,6 @@ def found_as(*addresses: str, port: int) -> Callable[..., Any]:
     return look
 
 
-def test_the_second_address_is_taken_where_the_first_refuses(both: Any, monkeypatch: Any) -> None:
-    with Server() as server:
-        monkeypatch.setattr(socket, "getaddrinfo", found_as("127.0.0.2", HERE, port=server.port))
-        assert both.connect(on(f"http://model.test:{server.port}"), model=MODEL).chat("x").text == "Hello world"
-
-
 def full(listener: socket.socket) -> list[socket.socket]:
     """A listener's queue filled up, so that the next one to connect waits for ever."""
     waiting = []
@@ -119,58 +95,75 @@ def full(listener: socket.socket) -> list[socket.socket]:
     return waiting
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lets those who connect wait")
-def test_the_second_address_is_taken_where_the_first_is_silent(both: Any, monkeypatch: Any) -> None:
-    with Server() as server, socket.socket() as silent:
-        silent.bind(("127.0.0.2", server.port))
-        silent.listen(0)
-        waiting = full(silent)
-        monkeypatch.setattr(socket, "getaddrinfo", found_as("127.0.0.2", HERE, port=server.port))
-        timeouts = Timeouts(connect=1, first_token=5, idle=5, total=10)
-        llm = both.connect(on(f"http://model.test:{server.port}"), model=MODEL, attempts=1, timeouts=timeouts)
-        assert llm.chat("x").text == "Hello world"
-        for each in waiting:
-            each.close()
+class TestHostNames:
+    def test_ipv6_literal(self, both: Any) -> None:
+        if not socket.has_ipv6:
+            pytest.skip("this system has no IPv6")
+        server = Server()
+        server.listener.close()
+        try:
+            server.listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        except OSError:
+            pytest.skip("this system has no IPv6")
+        with server:
+            port = server.listener.getsockname()[1]
+            assert both.connect(on(f"http://[::1]:{port}"), model=MODEL).chat("x").text == "Hello world"
+            assert f"host: [::1]:{port}\r\n".encode() in server.requests[0]
 
+    def test_second_address_if_the_first_refuses(self, both: Any, monkeypatch: Any) -> None:
+        with Server() as server:
+            monkeypatch.setattr(socket, "getaddrinfo", found_as("127.0.0.2", HERE, port=server.port))
+            assert both.connect(on(f"http://model.test:{server.port}"), model=MODEL).chat("x").text == "Hello world"
 
-def test_a_name_that_is_nowhere_is_not_asked_for_again(both: Any, monkeypatch: Any) -> None:
-    def look(host: Any, *arguments: Any, **named: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lets those who connect wait")
+    def test_second_address_if_the_first_is_silent(self, both: Any, monkeypatch: Any) -> None:
+        with Server() as server, socket.socket() as silent:
+            silent.bind(("127.0.0.2", server.port))
+            silent.listen(0)
+            waiting = full(silent)
+            monkeypatch.setattr(socket, "getaddrinfo", found_as("127.0.0.2", HERE, port=server.port))
+            timeouts = Timeouts(connect=1, first_token=5, idle=5, total=10)
+            llm = both.connect(on(f"http://model.test:{server.port}"), model=MODEL, attempts=1, timeouts=timeouts)
+            assert llm.chat("x").text == "Hello world"
+            for each in waiting:
+                each.close()
 
-    monkeypatch.setattr(socket, "getaddrinfo", look)
-    with pytest.raises(ConnectionFailed, match=r"The host name in http://model\.test is not known") as caught:
-        both.connect(on("http://model.test"), model=MODEL).chat("x")
-    assert (caught.value.details["cause"], caught.value.retryable) == ("dns", False)
+    def test_unknown_name_is_not_retried(self, both: Any, monkeypatch: Any) -> None:
+        def look(host: Any, *arguments: Any, **named: Any) -> Any:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
+        monkeypatch.setattr(socket, "getaddrinfo", look)
+        with pytest.raises(ConnectionFailed, match=r"The host name in http://model\.test is not known") as caught:
+            both.connect(on("http://model.test"), model=MODEL).chat("x")
+        assert (caught.value.details["cause"], caught.value.retryable) == ("dns", False)
 
-def test_a_name_that_is_looked_up_for_ever_ends_in_time(both: Any, monkeypatch: Any) -> None:
-    ended = threading.Event()
-    real = socket.getaddrinfo
+    def test_endless_lookup_times_out(self, both: Any, monkeypatch: Any) -> None:
+        ended = threading.Event()
+        real = socket.getaddrinfo
 
-    def look(host: Any, *arguments: Any, **named: Any) -> Any:
-        if host != b"model.test":
-            return real(host, *arguments, **named)
-        if named.get("flags", 0) & socket.AI_NUMERICHOST:
+        def look(host: Any, *arguments: Any, **named: Any) -> Any:
+            if host != b"model.test":
+                return real(host, *arguments, **named)
+            if named.get("flags", 0) & socket.AI_NUMERICHOST:
+                raise socket.gaierror
+            ended.wait(20)
             raise socket.gaierror
-        ended.wait(20)
-        raise socket.gaierror
 
-    monkeypatch.setattr(socket, "getaddrinfo", look)
-    begun = time.monotonic()
-    llm = both.connect(on("http://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
-    with pytest.raises(ProviderTimeout) as caught:
-        llm.chat("x")
-    assert time.monotonic() - begun < SHORT.total + SLACK
-    assert caught.value.phase == "connect"
-    ended.set()
+        monkeypatch.setattr(socket, "getaddrinfo", look)
+        begun = time.monotonic()
+        llm = both.connect(on("http://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
+        with pytest.raises(ProviderTimeout) as caught:
+            llm.chat("x")
+        assert time.monotonic() - begun < SHORT.total + SLACK
+        assert caught.value.phase == "connect"
+        ended.set()
 
-
-@pytest.mark.parametrize("host", ["a..b", "x" * 70, "\u00fc..de", "\u00fc" * 70])
-def test_a_host_name_that_is_none_is_a_typed_error(both: Any, monkeypatch: Any, host: str) -> None:
-    monkeypatch.undo()  # These are looked up nowhere.
-    with pytest.raises(ConnectionFailed) as caught:
-        both.connect(on(f"http://{host}"), model=MODEL, attempts=1).chat("x")
-    assert caught.value.details["cause"] == "dns"
+    @pytest.mark.parametrize("host", ["a..b", "x" * 70, "\u00fc..de", "\u00fc" * 70])
+    def test_invalid_name_is_a_failed_connection(self, both: Any, monkeypatch: Any, host: str) -> None:
+        monkeypatch.undo()  # These are looked up nowhere.
+        with pytest.raises(ConnectionFailed) as caught:
+            both.connect(on(f"http://{host}"), model=MODEL, attempts=1).chat("x")
+        assert caught.value.details["cause"] == "dns"
 
 
 BASES = {
@@ -181,11 +174,6 @@ BASES = {
     "https://me:p@ss@model.test/v1": "https://model.test/v1",
     "http://me@[::1]:80/": "http://[::1]:80",
 }
-
-
-@pytest.mark.parametrize(("given", "url"), BASES.items(), ids=BASES)
-def test_a_base_is_read_as_people_write_it(given: str, url: str) -> None:
-    assert read_base(given)[0] == url
 
 
 WRONG = [
@@ -201,23 +189,27 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "given", [*WRONG, "http://me:word@model.test", "http://me:word@a#b", "https://me:word@a:99999"]
-)
-def test_a_base_that_cannot_be_used_is_refused_and_not_repeated(given: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        read_base(given)
-    assert "word@" not in str(caught.value)
-    assert caught.value.hint
+class TestBaseUrl:
+    @pytest.mark.parametrize(("given", "url"), BASES.items(), ids=BASES)
+    def test_is_normalised(self, given: str, url: str) -> None:
+        assert read_base(given)[0] == url
 
+    @pytest.mark.parametrize(
+        "given", [*WRONG, "http://me:word@model.test", "http://me:word@a#b", "https://me:word@a:99999"]
+    )
+    def test_invalid_one_is_refused_and_hidden(self, given: str) -> None:
+        with pytest.raises(SettingsError) as caught:
+            read_base(given)
+        assert "word@" not in str(caught.value)
+        assert caught.value.hint
 
-def test_headers_that_are_given_stand_before_a_user_in_the_address(both: Any) -> None:
-    with Server() as server:
-        url = server.url.replace("://", "://me:word@")
-        both.connect(on(url, WithKey), model=MODEL).models()
-        assert b"authorization: Basic bWU6d29yZA==\r\n" in server.requests[0]
-        both.connect(on(url), model=MODEL, headers={"Authorization": "Own"}).models()
-        assert b"authorization: Own\r\n" in server.requests[1]
+    def test_explicit_headers_override_its_user(self, both: Any) -> None:
+        with Server() as server:
+            url = server.url.replace("://", "://me:word@")
+            both.connect(on(url, WithKey), model=MODEL).models()
+            assert b"authorization: Basic bWU6d29yZA==\r\n" in server.requests[0]
+            both.connect(on(url), model=MODEL, headers={"Authorization": "Own"}).models()
+            assert b"authorization: Own\r\n" in server.requests[1]
 
 
 MOVED: dict[str, tuple[bytes, str]] = {
@@ -236,7 +228,7 @@ MOVED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("location", "words"), MOVED.values(), ids=MOVED)
-def test_a_redirect_is_not_followed_and_names_where_to(both: Any, location: bytes, words: str) -> None:
+def test_redirect_is_refused_with_its_target(both: Any, location: bytes, words: str) -> None:
     head = b"HTTP/1.1 307 Moved\r\nlocation: %b\r\ncontent-length: 0\r\n\r\n" % location
     with Server(saying(head)) as server:
         llm = both.connect(on(server.url), model=MODEL, attempts=1)
@@ -247,14 +239,12 @@ def test_a_redirect_is_not_followed_and_names_where_to(both: Any, location: byte
         assert len(server.requests) == 1
 
 
-def test_a_path_where_nothing_is_stands_in_the_error(both: Any) -> None:
+def test_error_names_the_missing_path(both: Any) -> None:
     with Server(saying(b"HTTP/1.1 404 Not Found\r\ncontent-length: 8\r\n\r\nnot here")) as server:
         llm = both.connect(on(f"{server.url}/v1/"), model=MODEL, attempts=1)
         with pytest.raises(ProtocolError, match=r"It was asked for `/v1/models`\. .*Check `host`"):
             llm.models()
 
-
-# --- Sockets of the file system --------------------------------------------------------------------------------------
 
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="has no sockets of the file system")
 
@@ -272,57 +262,50 @@ def named(path: Path) -> str:
     return "http+unix://" + str(path).replace("/", "%2F")
 
 
-@needs_unix
-def test_a_socket_of_the_file_system_serves_both_clients(both: Any, folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("all_proxy", f"http://{HERE}:1")
-    path = folder / "Server.Sock"
-    with Server(path=path) as server:
-        llm = both.connect(on(f"{named(path)}/v1/", WithKey), model=MODEL)
-        assert "".join(chunk.text for chunk in llm.chat("x", stream=True)) == "Hello world"
-        assert [each.name for each in llm.models()] == ["a"]
-        assert server.requests[0].startswith(b"POST /v1/chat HTTP/1.1\r\nhost: localhost\r\n")
-        assert SECRET.encode() in server.requests[0]
-        assert server.accepted == 1
+class TestUnixSockets:
+    @needs_unix
+    def test_serve_both_clients(self, both: Any, folder: Path, monkeypatch: Any) -> None:
+        monkeypatch.setenv("all_proxy", f"http://{HERE}:1")
+        path = folder / "Server.Sock"
+        with Server(path=path) as server:
+            llm = both.connect(on(f"{named(path)}/v1/", WithKey), model=MODEL)
+            assert "".join(chunk.text for chunk in llm.chat("x", stream=True)) == "Hello world"
+            assert [each.name for each in llm.models()] == ["a"]
+            assert server.requests[0].startswith(b"POST /v1/chat HTTP/1.1\r\nhost: localhost\r\n")
+            assert SECRET.encode() in server.requests[0]
+            assert server.accepted == 1
 
+    @needs_unix
+    def test_work_as_host_of_ollama(self, both: Any, folder: Path) -> None:
+        lines = b'{"message":{"content":"Hi"},"done":true,"done_reason":"stop"}\n'
+        head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(lines)
+        with Server(saying(head + lines), path=folder / "A.sock") as server:
+            assert both.connect("ollama", model=MODEL, host=named(folder / "A.sock")).chat("x").text == "Hi"
+            assert b"POST /api/chat HTTP/1.1" in server.requests[0]
 
-@needs_unix
-def test_the_setting_host_of_ollama_takes_a_socket(both: Any, folder: Path) -> None:
-    lines = b'{"message":{"content":"Hi"},"done":true,"done_reason":"stop"}\n'
-    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(lines)
-    with Server(saying(head + lines), path=folder / "A.sock") as server:
-        assert both.connect("ollama", model=MODEL, host=named(folder / "A.sock")).chat("x").text == "Hi"
-        assert b"POST /api/chat HTTP/1.1" in server.requests[0]
+    @needs_unix
+    def test_no_listener_is_a_failed_connection(self, both: Any, folder: Path) -> None:
+        llm = both.connect(on(named(folder / "none")), model=MODEL, attempts=1)
+        with pytest.raises(ConnectionFailed, match=r"Nothing listens at http.unix://%2F") as caught:
+            llm.chat("x")
+        assert caught.value.details["cause"] == "refused"
 
+    def test_missing_support_is_reported(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.delattr(socket, "AF_UNIX", raising=False)
+        with pytest.raises(ConnectionFailed, match="This system has no sockets of the file system") as caught:
+            both.connect(on("http+unix://%2Frun%2Fa"), model=MODEL).chat("x")
+        assert not caught.value.retryable
 
-@needs_unix
-def test_a_socket_where_nothing_listens_is_a_typed_error(both: Any, folder: Path) -> None:
-    llm = both.connect(on(named(folder / "none")), model=MODEL, attempts=1)
-    with pytest.raises(ConnectionFailed, match=r"Nothing listens at http.unix://%2F") as caught:
-        llm.chat("x")
-    assert caught.value.details["cause"] == "refused"
+    @pytest.mark.parametrize("host", ["", "run", "%2F", "%2Fa:80", "me@%2Fa", "%2Fa%00b", "[::1]"])
+    def test_invalid_path_is_refused(self, both: Any, host: str) -> None:
+        with pytest.raises(SettingsError):
+            both.connect(on(f"http+unix://{host}/v1"), model=MODEL).chat("x")
 
-
-def test_a_system_without_such_sockets_says_so(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.delattr(socket, "AF_UNIX", raising=False)
-    with pytest.raises(ConnectionFailed, match="This system has no sockets of the file system") as caught:
-        both.connect(on("http+unix://%2Frun%2Fa"), model=MODEL).chat("x")
-    assert not caught.value.retryable
-
-
-@pytest.mark.parametrize("host", ["", "run", "%2F", "%2Fa:80", "me@%2Fa", "%2Fa%00b", "[::1]"])
-def test_a_socket_that_is_no_path_is_refused(both: Any, host: str) -> None:
-    with pytest.raises(SettingsError):
-        both.connect(on(f"http+unix://{host}/v1"), model=MODEL).chat("x")
-
-
-def test_a_socket_is_private_and_keeps_its_case_in_messages() -> None:
-    url = "http+unix://%2Frun%2FServer.sock/v1"
-    assert is_private(url)
-    assert place(url) == "http+unix://%2Frun%2FServer.sock"
-    assert server_of("http+unix://%2Frun%2FServer.sock").path == "/run/Server.sock"
-
-
-# --- Closing, forks, threads, loops ----------------------------------------------------------------------------------
+    def test_are_private_and_keep_their_case(self) -> None:
+        url = "http+unix://%2Frun%2FServer.sock/v1"
+        assert is_private(url)
+        assert place(url) == "http+unix://%2Frun%2FServer.sock"
+        assert server_of("http+unix://%2Frun%2FServer.sock").path == "/run/Server.sock"
 
 
 def silent_body(server: Server, connection: socket.socket) -> None:
@@ -334,68 +317,68 @@ def silent_body(server: Server, connection: socket.socket) -> None:
 RUNNING: dict[str, Callable[[Server, socket.socket], None]] = {"an answer": hang, "a body": silent_body}
 
 
-@pytest.mark.parametrize("where", ["an answer", "a body", "a handshake", "a proxy", "a connection"])
-def test_closing_wakes_who_waits_at_once(both: Any, monkeypatch: Any, trusted: Authority, where: str) -> None:
-    with Server(RUNNING.get(where, stalled_handshake)) as server:
-        url, waiting = server.url, []
-        if where == "a handshake":
-            url = f"https://{HERE}:{server.port}"
-        elif where == "a proxy":
-            url = "https://model.test"
-            monkeypatch.setenv("all_proxy", server.url)
-        elif where == "a connection":
-            if not Path("/proc/self/fd").exists():
-                pytest.skip("only Linux lets those who connect wait")
-            silent = socket.socket()
-            silent.bind((HERE, 0))
-            silent.listen(0)
-            waiting = [silent, *full(silent)]
-            url = f"http://{HERE}:{silent.getsockname()[1]}"
-        llm = both.opened(on(url), model=MODEL)
-        call = both.start(llm.chat, "x", timeout=30)
-        time.sleep(0.3)
-        begun = time.monotonic()
-        llm.close()
-        with pytest.raises(GraftageError):
-            call.result(10)
-        assert time.monotonic() - begun < SLACK
-        llm.close()
-        with pytest.raises(RuntimeError, match="closed"):
-            llm.chat("x")
-        for each in waiting:
-            each.close()
-
-
 def own_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@needs_proc
-def test_a_connection_that_comes_back_after_its_network_has_closed_is_not_kept(both: Any) -> None:
-    class Own(OnToolkit):
-        @hookimpl
-        async def list_models(self, request: Any) -> Any:
-            response = await self.http.send(
-                self.http._request("GET", "/models", b""), request.call, self.clock(request.call)
-            )
-            network = self.http._transport
-            assert network is not None
-            while await response.read():
-                pass
-            await network.close()
-            await response.close()
-            return ()
+class TestClosing:
+    @pytest.mark.parametrize("where", ["an answer", "a body", "a handshake", "a proxy", "a connection"])
+    def test_wakes_waiting_calls_at_once(self, both: Any, monkeypatch: Any, trusted: Authority, where: str) -> None:
+        with Server(RUNNING.get(where, stalled_handshake)) as server:
+            url, waiting = server.url, []
+            if where == "a handshake":
+                url = f"https://{HERE}:{server.port}"
+            elif where == "a proxy":
+                url = "https://model.test"
+                monkeypatch.setenv("all_proxy", server.url)
+            elif where == "a connection":
+                if not Path("/proc/self/fd").exists():
+                    pytest.skip("only Linux lets those who connect wait")
+                silent = socket.socket()
+                silent.bind((HERE, 0))
+                silent.listen(0)
+                waiting = [silent, *full(silent)]
+                url = f"http://{HERE}:{silent.getsockname()[1]}"
+            llm = both.opened(on(url), model=MODEL)
+            call = both.start(llm.chat, "x", timeout=30)
+            time.sleep(0.3)
+            begun = time.monotonic()
+            llm.close()
+            with pytest.raises(GraftageError):
+                call.result(10)
+            assert time.monotonic() - begun < SLACK
+            llm.close()
+            with pytest.raises(RuntimeError, match="closed"):
+                llm.chat("x")
+            for each in waiting:
+                each.close()
 
-        def clock(self, call: Any) -> Any:
-            from graftage.http import Clock
+    @needs_proc
+    def test_late_connection_is_not_kept(self, both: Any) -> None:
+        class Own(OnToolkit):
+            @hookimpl
+            async def list_models(self, request: Any) -> Any:
+                response = await self.http.send(
+                    self.http._request("GET", "/models", b""), request.call, self.clock(request.call)
+                )
+                network = self.http._transport
+                assert network is not None
+                while await response.read():
+                    pass
+                await network.close()
+                await response.close()
+                return ()
 
-            return Clock(call)
+            def clock(self, call: Any) -> Any:
+                from graftage.http import Clock
 
-    with Server() as server:
-        llm = both.opened(on(server.url, Own), model=MODEL, attempts=1)
-        before = own_descriptors()
-        llm.models()
-        assert soon(lambda: own_descriptors() <= before)
+                return Clock(call)
+
+        with Server() as server:
+            llm = both.opened(on(server.url, Own), model=MODEL, attempts=1)
+            before = own_descriptors()
+            llm.models()
+            assert soon(lambda: own_descriptors() <= before)
 
 
 FORKS = """
@@ -433,7 +416,7 @@ def strict(program: str, *arguments: str) -> str:
 
 
 @needs_fork
-def test_a_child_and_its_parent_share_no_connection() -> None:
+def test_fork_shares_no_connection() -> None:
     with Server() as server:
         found = strict(FORKS, server.url, "|".join(sys.path)).splitlines()
         assert found == ["Hello world", "[0, 0, 0, 0]", "Hello world"]
@@ -467,56 +450,10 @@ ENDS = {
 
 
 @pytest.mark.parametrize("program", ENDS.values(), ids=ENDS)
-def test_a_program_may_end_with_its_client_open(program: str) -> None:
+def test_program_may_end_with_open_client(program: str) -> None:
     begin = "import asyncio, sys, graftage\nsys.path[:] = sys.argv[2].split('|')\nfrom test_network import on, MODEL\n"
     with Server() as server:
         assert strict(begin + dedent(program), server.url, "|".join(sys.path)) == "Hello world"
-
-
-@needs_proc
-def test_loops_in_turn_and_at_once_share_a_client_and_leave_nothing() -> None:
-    async def ask(llm: Any, times: int) -> None:
-        for _ in range(times):
-            assert (await llm.chat("x")).text == "Hello world"
-
-    with Server() as server:
-        llm = graftage.connect_async(on(server.url), model=MODEL)
-        asyncio.run(ask(llm, 1))
-        before = own_descriptors()
-        for _ in range(5):
-            asyncio.run(ask(llm, 2))
-        faults: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                for _ in range(5):
-                    asyncio.run(ask(llm, 5))
-            except BaseException as error:  # noqa: BLE001 - the test fails of it
-                faults.append(error)
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(60)
-        assert faults == []
-        assert soon(lambda: server.open == 0)
-        asyncio.run(llm.close())
-        assert soon(lambda: own_descriptors() <= before)
-
-
-@pytest.mark.parametrize("repeat", range(3))
-def test_32_threads_that_begin_at_once_lose_no_connection(both: Any, repeat: int) -> None:
-    with Server() as server:
-        llm = both.opened(on(server.url), model=MODEL)
-        together = both.together([lambda: llm.chat("x").text] * 32)
-        assert together == ["Hello world"] * 32
-        assert soon(lambda: server.open <= 20)
-        kept, accepted = server.open, server.accepted
-        assert both.together([lambda: llm.chat("x").text] * kept) == ["Hello world"] * kept
-        assert server.accepted == accepted
-        llm.close()
-        assert soon(lambda: server.open == 0)
 
 
 class Foreign:
@@ -540,35 +477,6 @@ class ForeignLoop(asyncio.SelectorEventLoop):
             return protocol
 
         return await super().create_connection(make, *arguments, **named)
-
-
-def test_a_loop_may_have_transports_of_its_own_kind() -> None:
-    async def main(url: str) -> None:
-        async with graftage.connect_async(on(url), model=MODEL) as llm:
-            assert (await llm.chat("x")).text == "Hello world"
-
-    with Server() as server, asyncio.Runner(loop_factory=ForeignLoop) as runner:
-        runner.run(main(server.url))
-
-
-def test_a_loop_that_ended_under_a_stream_is_let_go() -> None:
-    async def begin() -> Any:
-        stream = await llm.chat("x", stream=True)
-        await anext(stream)
-        return stream
-
-    with Server(silent_body) as server:
-        llm = graftage.connect_async(on(server.url), model=MODEL)
-        loops: list[Any] = []
-        for _ in range(3):
-            loop = asyncio.new_event_loop()
-            loops.append(weakref.ref(loop))
-            stream = loop.run_until_complete(begin())
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
-            del loop, stream
-        assert soon(lambda: sum(each() is not None for each in loops) <= 1)  # A client knows the first one.
-        asyncio.run(llm.close())
 
 
 UNTIDY = """
@@ -612,14 +520,83 @@ UNTIDY = """
 """
 
 
-@needs_proc
-def test_loops_that_end_untidily_leave_no_socket() -> None:
-    with Server() as server:
-        found = run(UNTIDY, server.url, "|".join(sys.path)).splitlines()
-    assert found == ["True call 0", "True stream 0", "False call 0", "False stream 0", "without a collector 0"]
+class TestLoopsAndThreads:
+    @needs_proc
+    def test_many_loops_share_a_client(self) -> None:
+        async def ask(llm: Any, times: int) -> None:
+            for _ in range(times):
+                assert (await llm.chat("x")).text == "Hello world"
 
+        with Server() as server:
+            llm = graftage.connect_async(on(server.url), model=MODEL)
+            asyncio.run(ask(llm, 1))
+            before = own_descriptors()
+            for _ in range(5):
+                asyncio.run(ask(llm, 2))
+            faults: list[BaseException] = []
 
-# --- Connections that the server has closed --------------------------------------------------------------------------
+            def work() -> None:
+                try:
+                    for _ in range(5):
+                        asyncio.run(ask(llm, 5))
+                except BaseException as error:  # noqa: BLE001 - the test fails of it
+                    faults.append(error)
+
+            threads = [threading.Thread(target=work) for _ in range(8)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join(60)
+            assert faults == []
+            assert soon(lambda: server.open == 0)
+            asyncio.run(llm.close())
+            assert soon(lambda: own_descriptors() <= before)
+
+    @pytest.mark.parametrize("repeat", range(3))
+    def test_32_threads_lose_no_connection(self, both: Any, repeat: int) -> None:
+        with Server() as server:
+            llm = both.opened(on(server.url), model=MODEL)
+            together = both.together([lambda: llm.chat("x").text] * 32)
+            assert together == ["Hello world"] * 32
+            assert soon(lambda: server.open <= 20)
+            kept, accepted = server.open, server.accepted
+            assert both.together([lambda: llm.chat("x").text] * kept) == ["Hello world"] * kept
+            assert server.accepted == accepted
+            llm.close()
+            assert soon(lambda: server.open == 0)
+
+    def test_foreign_loop_transports_work(self) -> None:
+        async def main(url: str) -> None:
+            async with graftage.connect_async(on(url), model=MODEL) as llm:
+                assert (await llm.chat("x")).text == "Hello world"
+
+        with Server() as server, asyncio.Runner(loop_factory=ForeignLoop) as runner:
+            runner.run(main(server.url))
+
+    def test_loop_ended_during_a_stream_is_released(self) -> None:
+        async def begin() -> Any:
+            stream = await llm.chat("x", stream=True)
+            await anext(stream)
+            return stream
+
+        with Server(silent_body) as server:
+            llm = graftage.connect_async(on(server.url), model=MODEL)
+            loops: list[Any] = []
+            for _ in range(3):
+                loop = asyncio.new_event_loop()
+                loops.append(weakref.ref(loop))
+                stream = loop.run_until_complete(begin())
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+                del loop, stream
+            assert soon(lambda: sum(each() is not None for each in loops) <= 1)  # A client knows the first one.
+            asyncio.run(llm.close())
+
+    @needs_proc
+    def test_untidy_ends_leave_no_socket(self) -> None:
+        with Server() as server:
+            found = run(UNTIDY, server.url, "|".join(sys.path)).splitlines()
+        assert found == ["True call 0", "True stream 0", "False call 0", "False stream 0", "without a collector 0"]
 
 
 def reset(connection: socket.socket) -> None:
@@ -650,82 +627,74 @@ ASKED: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("end", ENDED.values(), ids=ENDED)
-@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
-def test_a_kept_connection_that_was_closed_is_no_error(both: Any, ask: Any, end: Any) -> None:
-    with Server(answering_once(end)) as server:
-        llm = both.connect(on(server.url), model=MODEL, attempts=1)
-        found = [ask(llm) for _ in range(4)]
-        assert all(each == found[0] for each in found)
-        assert (server.accepted, len(server.requests)) == (4, 7)
-        assert llm.stats().running == 0
-
-
-@pytest.mark.parametrize("end", ENDED.values(), ids=ENDED)
-def test_a_file_is_sent_again_as_a_whole(both: Any, tmp_path: Path, end: Any) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 100_000)
-    with Server(answering_once(end)) as server:
-        llm = both.connect(Giving(lambda request: Uploading(request, server.url, file)), model=MODEL, attempts=1)
-        llm.models()
-        llm.models()
-        assert [each.endswith(file.read_bytes()) for each in server.requests] == [True] * 3
-
-
-def test_a_kept_connection_that_was_closed_is_no_error_in_a_tunnel(
-    both: Any, monkeypatch: Any, trusted: Authority
-) -> None:
-    with Server(secured(trusted.context(), answering_once(reset))) as server, Proxy(server.port) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://{HERE}:{proxy.port}")
-        llm = both.connect(on("https://model.test"), model=MODEL, attempts=1)
-        assert [llm.chat("x").text for _ in range(3)] == ["Hello world"] * 3
-
-
 def hasty(server: Server, connection: socket.socket) -> None:
     server.requests.append(read_request(connection))
     answer(connection, server.requests[-1])
 
 
-def test_no_call_fails_where_each_connection_is_closed_after_its_answer_without_a_word(both: Any) -> None:
-    with Server(hasty) as server:
-        llm = both.connect(on(server.url), model=MODEL, attempts=1)
-        assert [llm.chat("x").text for _ in range(100)] == ["Hello world"] * 100
-        assert server.accepted == 100
+class TestStaleConnections:
+    """Kept connections that the server has closed."""
 
+    @pytest.mark.parametrize("end", ENDED.values(), ids=ENDED)
+    @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+    def test_closed_one_is_replaced(self, both: Any, ask: Any, end: Any) -> None:
+        with Server(answering_once(end)) as server:
+            llm = both.connect(on(server.url), model=MODEL, attempts=1)
+            found = [ask(llm) for _ in range(4)]
+            assert all(each == found[0] for each in found)
+            assert (server.accepted, len(server.requests)) == (4, 7)
+            assert llm.stats().running == 0
 
-def test_a_request_is_sent_once_more_and_not_for_ever(both: Any) -> None:
-    def serve(server: Server, connection: socket.socket) -> None:
-        if request := read_request(connection):
-            server.requests.append(request)
-            if server.accepted == 1:
-                answer(connection, request)
-                server.requests.append(read_request(connection))
-
-    with Server(serve) as server:
-        llm = both.connect(on(server.url), model=MODEL, attempts=1)
-        llm.models()
-        with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+    @pytest.mark.parametrize("end", ENDED.values(), ids=ENDED)
+    def test_file_is_sent_again_whole(self, both: Any, tmp_path: Path, end: Any) -> None:
+        file = tmp_path / "file"
+        file.write_bytes(b"x" * 100_000)
+        with Server(answering_once(end)) as server:
+            llm = both.connect(Giving(lambda request: Uploading(request, server.url, file)), model=MODEL, attempts=1)
             llm.models()
-        assert len(server.requests) == 3
-
-
-def test_a_request_whose_answer_has_begun_is_not_sent_again(both: Any) -> None:
-    with Server(answering_once(lambda connection: connection.sendall(b"HTTP/1.1 2"))) as server:
-        llm = both.connect(on(server.url), model=MODEL, attempts=1)
-        llm.models()
-        with pytest.raises(ConnectionFailed, match="broke before an answer came"):
             llm.models()
-        assert len(server.requests) == 2
+            assert [each.endswith(file.read_bytes()) for each in server.requests] == [True] * 3
 
+    def test_closed_one_in_a_tunnel_is_replaced(self, both: Any, monkeypatch: Any, trusted: Authority) -> None:
+        with Server(secured(trusted.context(), answering_once(reset))) as server, Proxy(server.port) as proxy:
+            monkeypatch.setenv("https_proxy", f"http://{HERE}:{proxy.port}")
+            llm = both.connect(on("https://model.test"), model=MODEL, attempts=1)
+            assert [llm.chat("x").text for _ in range(3)] == ["Hello world"] * 3
 
-def test_an_end_that_comes_late_has_crossed_no_request() -> None:
-    answer = Framing()
-    answer.end()
-    assert is_stale(answer, time.monotonic())
-    assert not is_stale(answer, time.monotonic() - 6)
+    def test_silent_close_after_each_response(self, both: Any) -> None:
+        with Server(hasty) as server:
+            llm = both.connect(on(server.url), model=MODEL, attempts=1)
+            assert [llm.chat("x").text for _ in range(100)] == ["Hello world"] * 100
+            assert server.accepted == 100
 
+    def test_request_is_repeated_only_once(self, both: Any) -> None:
+        def serve(server: Server, connection: socket.socket) -> None:
+            if request := read_request(connection):
+                server.requests.append(request)
+                if server.accepted == 1:
+                    answer(connection, request)
+                    server.requests.append(read_request(connection))
 
-# --- Cancels, slow readers -------------------------------------------------------------------------------------------
+        with Server(serve) as server:
+            llm = both.connect(on(server.url), model=MODEL, attempts=1)
+            llm.models()
+            with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+                llm.models()
+            assert len(server.requests) == 3
+
+    def test_request_with_partial_response_is_not_repeated(self, both: Any) -> None:
+        with Server(answering_once(lambda connection: connection.sendall(b"HTTP/1.1 2"))) as server:
+            llm = both.connect(on(server.url), model=MODEL, attempts=1)
+            llm.models()
+            with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+                llm.models()
+            assert len(server.requests) == 2
+
+    def test_late_end_is_not_stale(self) -> None:
+        answer = Framing()
+        answer.end()
+        assert is_stale(answer, time.monotonic())
+        assert not is_stale(answer, time.monotonic() - 6)
 
 
 STEPS = {"plain": 150, "tls": 100, "tunnel": 100, "upload": 60}
@@ -733,7 +702,7 @@ STEPS = {"plain": 150, "tls": 100, "tunnel": 100, "upload": 60}
 
 @needs_proc
 @pytest.mark.parametrize("way", STEPS)
-def test_a_cancel_at_any_step_leaves_nothing(monkeypatch: Any, trusted: Authority, tmp_path: Path, way: str) -> None:
+def test_cancel_at_any_step_leaves_nothing(monkeypatch: Any, trusted: Authority, tmp_path: Path, way: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x" * 200_000)
 
@@ -801,7 +770,7 @@ class Bytes(OnToolkit):
         return ()
 
 
-def test_a_reader_that_is_slow_loses_nothing_and_is_not_late(both: Any) -> None:
+def test_slow_reader_loses_nothing(both: Any) -> None:
     burst = b"x" * (30 << 20)
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(burst)
     made: list[Bytes] = []
@@ -819,9 +788,6 @@ def test_a_reader_that_is_slow_loses_nothing_and_is_not_late(both: Any) -> None:
         tracemalloc.stop()
         assert made[0].size == len(burst)
         assert peak < 4 << 20
-
-
-# --- Requests --------------------------------------------------------------------------------------------------------
 
 
 class Odd(OnToolkit):
@@ -844,74 +810,66 @@ def odd(server: Server, headers: dict[str, str] | None = None, **how: str) -> Gi
     return Giving(lambda request: Odd(request, server.url, headers or {}, **how))
 
 
-@pytest.mark.parametrize("value", [f"{SECRET}\r\nx: y", f"{SECRET}\n", f"{SECRET}\0", f"{SECRET}\ud800"])
-@pytest.mark.parametrize("patched", [False, True], ids=["plain", "vcrpy"])
-def test_a_header_that_cannot_be_sent_is_refused_without_its_value(
-    both: Any, tmp_path: Path, value: str, patched: bool
-) -> None:
-    cassette = vcr.use_cassette(str(tmp_path / "a.yaml")) if patched else contextlib.nullcontext()
-    with Server() as server, cassette:
-        llm = both.connect(odd(server, {"x-api-key": value}), model=MODEL)
-        with pytest.raises(RequestRejected) as caught:
+class TestRequests:
+    @pytest.mark.parametrize("value", [f"{SECRET}\r\nx: y", f"{SECRET}\n", f"{SECRET}\0", f"{SECRET}\ud800"])
+    @pytest.mark.parametrize("patched", [False, True], ids=["plain", "vcrpy"])
+    def test_invalid_header_is_refused_and_hidden(self, both: Any, tmp_path: Path, value: str, patched: bool) -> None:
+        cassette = vcr.use_cassette(str(tmp_path / "a.yaml")) if patched else contextlib.nullcontext()
+        with Server() as server, cassette:
+            llm = both.connect(odd(server, {"x-api-key": value}), model=MODEL)
+            with pytest.raises(RequestRejected) as caught:
+                llm.models()
+            assert SECRET not in str(caught.value)
+            assert server.requests == []
+
+    def test_header_may_hold_any_letter(self, both: Any) -> None:
+        with Server() as server:
+            both.connect(odd(server, {"x-name": "J\u00f6rg \u20ac"}), model=MODEL).models()
+            assert "x-name: J\u00f6rg \u20ac\r\n".encode() in server.requests[0]
+
+    def test_explicit_host_replaces_the_default(self, both: Any) -> None:
+        with Server() as server:
+            both.connect(odd(server, {"Host": "model.internal"}), model=MODEL).models()
+            assert re.findall(rb"(?im)^host: .*$", server.requests[0]) == [b"host: model.internal\r"]
+
+    @pytest.mark.parametrize(
+        ("path", "target"),
+        [
+            ("/a b", "/a%20b"),
+            ("/m\u00f6del:1", "/m%C3%B6del:1"),
+            ("/a%2Fb", "/a%2Fb"),
+            ("/a\r\nx: y", "/a%0D%0Ax:%20y"),
+            ("/a?b=c d&e=[1]", "/a?b=c%20d&e=[1]"),
+            ("/a\x7f", "/a%7F"),
+            ("?a=b", "/?a=b"),
+            ("/a#b", "/a"),
+        ],
+    )
+    def test_path_is_percent_encoded(self, both: Any, path: str, target: str) -> None:
+        with Server() as server:
+            both.connect(odd(server, path=path), model=MODEL).models()
+            assert server.requests[0].startswith(f"GET {target} HTTP/1.1\r\n".encode())
+
+    @pytest.mark.parametrize("method", ["GET", "DELETE", "HEAD", "POST"])
+    def test_content_length_matches_the_body(self, both: Any, method: str) -> None:
+        def serve(server: Server, connection: socket.socket) -> None:
+            while request := read_request(connection):
+                server.requests.append(request)
+                connection.sendall(OBJECT[:-17] if method == "HEAD" else OBJECT)
+
+        with Server(serve) as server:
+            llm = both.connect(odd(server, method=method), model=MODEL)
             llm.models()
-        assert SECRET not in str(caught.value)
-        assert server.requests == []
-
-
-def test_a_header_may_hold_any_letter(both: Any) -> None:
-    with Server() as server:
-        both.connect(odd(server, {"x-name": "J\u00f6rg \u20ac"}), model=MODEL).models()
-        assert "x-name: J\u00f6rg \u20ac\r\n".encode() in server.requests[0]
-
-
-def test_a_host_that_is_given_stands_alone(both: Any) -> None:
-    with Server() as server:
-        both.connect(odd(server, {"Host": "model.internal"}), model=MODEL).models()
-        assert re.findall(rb"(?im)^host: .*$", server.requests[0]) == [b"host: model.internal\r"]
-
-
-@pytest.mark.parametrize(
-    ("path", "target"),
-    [
-        ("/a b", "/a%20b"),
-        ("/m\u00f6del:1", "/m%C3%B6del:1"),
-        ("/a%2Fb", "/a%2Fb"),
-        ("/a\r\nx: y", "/a%0D%0Ax:%20y"),
-        ("/a?b=c d&e=[1]", "/a?b=c%20d&e=[1]"),
-        ("/a\x7f", "/a%7F"),
-        ("?a=b", "/?a=b"),
-        ("/a#b", "/a"),
-    ],
-)
-def test_odd_characters_of_a_path_are_encoded(both: Any, path: str, target: str) -> None:
-    with Server() as server:
-        both.connect(odd(server, path=path), model=MODEL).models()
-        assert server.requests[0].startswith(f"GET {target} HTTP/1.1\r\n".encode())
-
-
-@pytest.mark.parametrize("method", ["GET", "DELETE", "HEAD", "POST"])
-def test_a_request_says_how_long_its_body_is(both: Any, method: str) -> None:
-    def serve(server: Server, connection: socket.socket) -> None:
-        while request := read_request(connection):
-            server.requests.append(request)
-            connection.sendall(OBJECT[:-17] if method == "HEAD" else OBJECT)
-
-    with Server(serve) as server:
-        llm = both.connect(odd(server, method=method), model=MODEL)
-        llm.models()
-        llm.models()
-        head, _, body = server.requests[1].partition(b"\r\n\r\n")
-        lengths = re.findall(rb"content-length: (\d+)", head)
-        assert body == ('{"text":"\u00e4\u20ac\U0001f600"}'.encode() if method == "POST" else b"")
-        assert lengths == {"GET": [], "HEAD": [], "DELETE": [b"0"], "POST": [str(len(body)).encode()]}[method]
-        assert server.accepted == 1
-
-
-# --- What is left after many calls -----------------------------------------------------------------------------------
+            llm.models()
+            head, _, body = server.requests[1].partition(b"\r\n\r\n")
+            lengths = re.findall(rb"content-length: (\d+)", head)
+            assert body == ('{"text":"\u00e4\u20ac\U0001f600"}'.encode() if method == "POST" else b"")
+            assert lengths == {"GET": [], "HEAD": [], "DELETE": [b"0"], "POST": [str(len(body)).encode()]}[method]
+            assert server.accepted == 1
 
 
 @needs_proc
-def test_many_calls_leave_neither_descriptors_nor_memory(both: Any) -> None:
+def test_many_calls_leave_nothing(both: Any) -> None:
     def some(times: int) -> None:
         for _ in range(times):
             llm.chat("x")

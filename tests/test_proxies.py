@@ -39,38 +39,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def test_plain_http_goes_through_a_proxy_with_its_whole_url(both: Any, monkeypatch: Any) -> None:
-    with Server() as server, Proxy(server.port) as proxy:
-        monkeypatch.setenv("http_proxy", f"http://{WORDS}@{HERE}:{proxy.port}")
-        llm = both.connect(on("http://model.test", WithKey), model=MODEL)
-        assert llm.chat("x").text == "Hello world"
-        assert proxy.requests[0].startswith(b"POST http://model.test/chat HTTP/1.1\r\nhost: model.test\r\n")
-        assert BASIC in proxy.requests[0]
-        assert SECRET.encode() not in proxy.requests[0]
-
-
-@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
-def test_https_goes_through_a_tunnel_and_keeps_the_key_inside(
-    both: Any, monkeypatch: Any, trusted: Authority, name: str
-) -> None:
-    with Server(secured(trusted.context())) as server, Proxy(server.port) as proxy:
-        monkeypatch.setenv(name, f"http://{WORDS}@{HERE}:{proxy.port}")
-        llm = both.connect(on("https://model.test", WithKey), model=MODEL)
-        for _ in range(2):
+class TestRouting:
+    def test_plain_http_sends_the_whole_url(self, both: Any, monkeypatch: Any) -> None:
+        with Server() as server, Proxy(server.port) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{WORDS}@{HERE}:{proxy.port}")
+            llm = both.connect(on("http://model.test", WithKey), model=MODEL)
             assert llm.chat("x").text == "Hello world"
-        assert proxy.requests[0].startswith(b"CONNECT model.test:443 HTTP/1.1\r\nhost: model.test:443\r\n")
-        assert BASIC in proxy.requests[0]
-        assert (proxy.accepted, server.accepted) == (1, 1)
-        assert all(SECRET.encode() not in each for each in proxy.requests)
-        assert SECRET.encode() in server.requests[0]
-        assert b"proxy-authorization" not in server.requests[0]
+            assert proxy.requests[0].startswith(b"POST http://model.test/chat HTTP/1.1\r\nhost: model.test\r\n")
+            assert BASIC in proxy.requests[0]
+            assert SECRET.encode() not in proxy.requests[0]
 
+    @pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
+    def test_https_hides_the_key_in_a_tunnel(self, both: Any, monkeypatch: Any, trusted: Authority, name: str) -> None:
+        with Server(secured(trusted.context())) as server, Proxy(server.port) as proxy:
+            monkeypatch.setenv(name, f"http://{WORDS}@{HERE}:{proxy.port}")
+            llm = both.connect(on("https://model.test", WithKey), model=MODEL)
+            for _ in range(2):
+                assert llm.chat("x").text == "Hello world"
+            assert proxy.requests[0].startswith(b"CONNECT model.test:443 HTTP/1.1\r\nhost: model.test:443\r\n")
+            assert BASIC in proxy.requests[0]
+            assert (proxy.accepted, server.accepted) == (1, 1)
+            assert all(SECRET.encode() not in each for each in proxy.requests)
+            assert SECRET.encode() in server.requests[0]
+            assert b"proxy-authorization" not in server.requests[0]
 
-def test_a_proxy_is_reached_by_tls_for_a_plain_server(both: Any, monkeypatch: Any, trusted: Authority) -> None:
-    with Server() as server, Proxy(server.port, secure=trusted.context()) as proxy:
-        monkeypatch.setenv("http_proxy", f"https://{HERE}:{proxy.port}")
-        assert both.connect(on("http://model.test"), model=MODEL).chat("x").text == "Hello world"
-        assert proxy.requests[0].startswith(b"POST http://model.test/chat")
+    def test_proxy_may_speak_tls(self, both: Any, monkeypatch: Any, trusted: Authority) -> None:
+        with Server() as server, Proxy(server.port, secure=trusted.context()) as proxy:
+            monkeypatch.setenv("http_proxy", f"https://{HERE}:{proxy.port}")
+            assert both.connect(on("http://model.test"), model=MODEL).chat("x").text == "Hello world"
+            assert proxy.requests[0].startswith(b"POST http://model.test/chat")
 
 
 REFUSING: dict[str, tuple[Callable[[Server, socket.socket], None], type[ProviderError]]] = {
@@ -82,35 +79,6 @@ REFUSING: dict[str, tuple[Callable[[Server, socket.socket], None], type[Provider
     "closes": (close, ConnectionFailed),
     "garbage": (garbage, ConnectionFailed),
 }
-
-
-@pytest.mark.parametrize(("serve", "kind"), REFUSING.values(), ids=REFUSING)
-def test_a_proxy_that_makes_no_tunnel_is_blamed_in_time(
-    both: Any, monkeypatch: Any, serve: Any, kind: type[ProviderError]
-) -> None:
-    with Server(serve) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@{HERE}:{proxy.port}")
-        llm = both.connect(on("https://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
-        begun = time.monotonic()
-        named = rf"(?i)proxy.*model\.test.*http://{HERE}:{proxy.port}, which https_proxy names.*NO_PROXY"
-        with pytest.raises(kind, match=named) as caught:
-            llm.chat("x")
-        assert time.monotonic() - begun < SHORT.total + SLACK
-        assert SECRET not in str(caught.value)
-        assert "status 0" not in str(caught.value)
-        assert soon(lambda: proxy.open == 0 or serve is hang)
-
-
-@pytest.mark.parametrize("serve", [REFUSING["407"][0], close, garbage], ids=["407", "closes", "garbage"])
-def test_a_proxy_that_fails_a_plain_server_is_blamed(both: Any, monkeypatch: Any, serve: Any) -> None:
-    with Server(serve) as proxy:
-        monkeypatch.setenv("HTTP_PROXY", f"http://me:{SECRET}@{HERE}:{proxy.port}")
-        llm = both.connect(on("http://model.test"), model=MODEL, attempts=1)
-        named = rf"(?i)proxy.*http://model\.test.*http://{HERE}:{proxy.port}, which HTTP_PROXY names.*NO_PROXY"
-        with pytest.raises(ProviderError, match=named) as caught:
-            llm.chat("x")
-        assert SECRET not in str(caught.value)
-        assert soon(lambda: proxy.open == 0)
 
 
 UNUSABLE = {
@@ -127,29 +95,56 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize(("proxy", "problem"), UNUSABLE.items(), ids=UNUSABLE)
-def test_a_proxy_that_cannot_be_used_is_blamed(both: Any, monkeypatch: Any, proxy: str, problem: str) -> None:
-    def look(host: Any, *arguments: Any, **named: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+class TestFailures:
+    @pytest.mark.parametrize(("serve", "kind"), REFUSING.values(), ids=REFUSING)
+    def test_refused_tunnel_names_the_proxy(
+        self, both: Any, monkeypatch: Any, serve: Any, kind: type[ProviderError]
+    ) -> None:
+        with Server(serve) as proxy:
+            monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@{HERE}:{proxy.port}")
+            llm = both.connect(on("https://model.test"), model=MODEL, attempts=1, timeouts=SHORT)
+            begun = time.monotonic()
+            named = rf"(?i)proxy.*model\.test.*http://{HERE}:{proxy.port}, which https_proxy names.*NO_PROXY"
+            with pytest.raises(kind, match=named) as caught:
+                llm.chat("x")
+            assert time.monotonic() - begun < SHORT.total + SLACK
+            assert SECRET not in str(caught.value)
+            assert "status 0" not in str(caught.value)
+            assert soon(lambda: proxy.open == 0 or serve is hang)
 
-    monkeypatch.setattr(socket, "getaddrinfo", look)
-    monkeypatch.setenv("ALL_PROXY", proxy)
-    llm = both.connect(on("https://model.test"), model=MODEL, attempts=1)
-    with pytest.raises(ConnectionFailed, match=problem) as caught:
-        llm.chat("x")
-    assert "NO_PROXY" in str(caught.value)
-    assert "word" not in str(caught.value)
+    @pytest.mark.parametrize("serve", [REFUSING["407"][0], close, garbage], ids=["407", "closes", "garbage"])
+    def test_failed_plain_request_names_the_proxy(self, both: Any, monkeypatch: Any, serve: Any) -> None:
+        with Server(serve) as proxy:
+            monkeypatch.setenv("HTTP_PROXY", f"http://me:{SECRET}@{HERE}:{proxy.port}")
+            llm = both.connect(on("http://model.test"), model=MODEL, attempts=1)
+            named = rf"(?i)proxy.*http://model\.test.*http://{HERE}:{proxy.port}, which HTTP_PROXY names.*NO_PROXY"
+            with pytest.raises(ProviderError, match=named) as caught:
+                llm.chat("x")
+            assert SECRET not in str(caught.value)
+            assert soon(lambda: proxy.open == 0)
 
+    @pytest.mark.parametrize(("proxy", "problem"), UNUSABLE.items(), ids=UNUSABLE)
+    def test_unusable_proxy_is_named(self, both: Any, monkeypatch: Any, proxy: str, problem: str) -> None:
+        def look(host: Any, *arguments: Any, **named: Any) -> Any:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-@pytest.mark.parametrize("url", ["http://model.test", "https://model.test"])
-def test_a_proxy_that_is_not_there_is_blamed(both: Any, monkeypatch: Any, url: str) -> None:
-    with socket.create_server((HERE, 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("all_proxy", f"http://me:{SECRET}@{HERE}:{port}")
-    llm = both.connect(on(url), model=MODEL, attempts=1)
-    with pytest.raises(ConnectionFailed, match=rf"Nothing listens at http://{HERE}:{port}.*NO_PROXY") as caught:
-        llm.chat("x")
-    assert SECRET not in str(caught.value)
+        monkeypatch.setattr(socket, "getaddrinfo", look)
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        llm = both.connect(on("https://model.test"), model=MODEL, attempts=1)
+        with pytest.raises(ConnectionFailed, match=problem) as caught:
+            llm.chat("x")
+        assert "NO_PROXY" in str(caught.value)
+        assert "word" not in str(caught.value)
+
+    @pytest.mark.parametrize("url", ["http://model.test", "https://model.test"])
+    def test_absent_proxy_is_named(self, both: Any, monkeypatch: Any, url: str) -> None:
+        with socket.create_server((HERE, 0)) as free:
+            port = free.getsockname()[1]
+        monkeypatch.setenv("all_proxy", f"http://me:{SECRET}@{HERE}:{port}")
+        llm = both.connect(on(url), model=MODEL, attempts=1)
+        with pytest.raises(ConnectionFailed, match=rf"Nothing listens at http://{HERE}:{port}.*NO_PROXY") as caught:
+            llm.chat("x")
+        assert SECRET not in str(caught.value)
 
 
 SPARED = [
@@ -205,18 +200,18 @@ SPARED = [
 ]
 
 
-@pytest.mark.parametrize(("names", "url", "spared"), SPARED)
-def test_no_proxy_is_read_in_every_form(monkeypatch: Any, names: str, url: str, spared: bool) -> None:
-    monkeypatch.setenv("all_proxy", "http://proxy.test:1")
-    monkeypatch.setenv("http_proxy", "http://proxy.test:1")
-    for name in ("no_proxy", "NO_PROXY"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, names)
-            assert (proxy_for(url) is None) is spared
+class TestNoProxy:
+    @pytest.mark.parametrize(("names", "url", "spared"), SPARED)
+    def test_every_form_is_read(self, monkeypatch: Any, names: str, url: str, spared: bool) -> None:
+        monkeypatch.setenv("all_proxy", "http://proxy.test:1")
+        monkeypatch.setenv("http_proxy", "http://proxy.test:1")
+        for name in ("no_proxy", "NO_PROXY"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, names)
+                assert (proxy_for(url) is None) is spared
 
-
-def test_an_empty_no_proxy_hides_no_other_one(monkeypatch: Any) -> None:
-    monkeypatch.setenv("http_proxy", "http://proxy.test:1")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("NO_PROXY", "a.test")
-    assert proxy_for("http://a.test") is None
+    def test_empty_one_hides_no_other(self, monkeypatch: Any) -> None:
+        monkeypatch.setenv("http_proxy", "http://proxy.test:1")
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("NO_PROXY", "a.test")
+        assert proxy_for("http://a.test") is None

@@ -55,8 +55,6 @@ class Led:
         await self._network.close()
 
 
-# --- Keys ------------------------------------------------------------------------------------------------------------
-
 REMOTE = [
     "http://models.example",
     "models.example:11434",
@@ -143,63 +141,52 @@ class Ahoy:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("given", ["argument", "OLLAMA_API_KEY", "GRAFTAGE_API_KEY"])
-def test_the_key_is_sent_over_https_or_to_this_machine_only(
-    both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, given: str
-) -> None:
-    settings = {"api_key": KEY} if given == "argument" else {}
-    if not settings:
-        monkeypatch.setenv(given, KEY)
-    for host in (*REMOTE, *TRUSTED):
-        llm = both.connect("ollama", model=MODEL, host=host, transport=Detour(fake), **settings)
-        llm.chat("Hi")
-        llm.pull("other:1b")
-        sent = [f"Bearer {KEY}" if host in TRUSTED else None] * 2
-        assert (host, [seen.headers.get("authorization") for seen in fake.requests]) == (host, sent)
-        assert carried(fake) == ({"authorization"} if host in TRUSTED else set())
-        fake.requests.clear()
+class TestKey:
+    """A key is sent over HTTPS, or in plain HTTP to this machine alone."""
 
+    @pytest.mark.parametrize("given", ["argument", "OLLAMA_API_KEY", "GRAFTAGE_API_KEY"])
+    def test_of_the_settings(self, both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+        settings = {"api_key": KEY} if given == "argument" else {}
+        if not settings:
+            monkeypatch.setenv(given, KEY)
+        for host in (*REMOTE, *TRUSTED):
+            llm = both.connect("ollama", model=MODEL, host=host, transport=Detour(fake), **settings)
+            llm.chat("Hi")
+            llm.pull("other:1b")
+            sent = [f"Bearer {KEY}" if host in TRUSTED else None] * 2
+            assert (host, [seen.headers.get("authorization") for seen in fake.requests]) == (host, sent)
+            assert carried(fake) == ({"authorization"} if host in TRUSTED else set())
+            fake.requests.clear()
 
-@pytest.mark.parametrize("host", ["http://models.example", "https://models.example", "localhost"])
-def test_that_holds_for_requests_of_every_kind(
-    both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
-) -> None:
-    monkeypatch.setenv("OLLAMA_API_KEY", KEY)
-    plugin = Ahoy(tmp_path / "ahoy.gguf")
-    settings = {"model": MODEL, "host": host, "headers": {"X-Api-Key": KEY, "X-Team": "green"}, "plugins": [plugin]}
-    ask_everything(both.connect("ollama", transport=Detour(fake), **settings), "ahoy")
-    paths = {seen.path.rpartition("/sha256")[0] or seen.path for seen in fake.requests}
-    asked = {"chat", "generate", "embed", "version", "tags", "show", "ps", "pull", "create", "blobs"}
-    assert {f"/api/{each}" for each in asked} <= paths
-    sent = set() if host.startswith("http:") else {"authorization", "x-api-key"}
-    for seen in fake.requests:
-        assert {name for name, value in seen.headers.items() if KEY in value} == sent, seen.path
-        assert seen.headers["x-team"] == "green"
+    @pytest.mark.parametrize("host", ["http://models.example", "https://models.example", "localhost"])
+    def test_in_every_kind_of_request(
+        self, both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
+    ) -> None:
+        monkeypatch.setenv("OLLAMA_API_KEY", KEY)
+        plugin = Ahoy(tmp_path / "ahoy.gguf")
+        settings = {"model": MODEL, "host": host, "headers": {"X-Api-Key": KEY, "X-Team": "green"}, "plugins": [plugin]}
+        ask_everything(both.connect("ollama", transport=Detour(fake), **settings), "ahoy")
+        paths = {seen.path.rpartition("/sha256")[0] or seen.path for seen in fake.requests}
+        asked = {"chat", "generate", "embed", "version", "tags", "show", "ps", "pull", "create", "blobs"}
+        assert {f"/api/{each}" for each in asked} <= paths
+        sent = set() if host.startswith("http:") else {"authorization", "x-api-key"}
+        for seen in fake.requests:
+            assert {name for name, value in seen.headers.items() if KEY in value} == sent, seen.path
+            assert seen.headers["x-team"] == "green"
 
-
-@pytest.mark.parametrize("own", [{}, {"api_key": "another-key"}])
-def test_it_holds_for_the_official_client_too(
-    both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
-) -> None:
-    monkeypatch.setenv("OLLAMA_API_KEY", KEY)
-    for host in (*REMOTE, *TRUSTED):
-        llm = both.connect("ollama", host=host, transport=Detour(fake), **own)
-        official = both.native(llm)
-        official.list()
-        list(official.chat(MODEL, [{"role": "user", "content": "Hi"}], stream=True))
-        sent = [f"Bearer {own.get('api_key', KEY)}" if host in TRUSTED else None] * 2
-        assert (host, [seen.headers.get("authorization") for seen in fake.requests]) == (host, sent)
-        fake.requests.clear()
-
-
-@pytest.mark.parametrize("name", SECRETS)
-def test_a_header_that_is_named_like_a_secret_is_sent_as_a_key_is(both: Any, fake: FakeOllama, name: str) -> None:
-    for host, sent in [("http://models.example", set()), ("https://models.example", {name.lower()})]:
-        llm = both.connect("ollama", model=MODEL, host=host, transport=Detour(fake), headers={name: KEY})
-        llm.chat("Hi")
-        llm.pull("other:1b")
-        assert (host, carried(fake)) == (host, sent)
-        fake.requests.clear()
+    @pytest.mark.parametrize("own", [{}, {"api_key": "another-key"}])
+    def test_in_the_official_client(
+        self, both: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+    ) -> None:
+        monkeypatch.setenv("OLLAMA_API_KEY", KEY)
+        for host in (*REMOTE, *TRUSTED):
+            llm = both.connect("ollama", host=host, transport=Detour(fake), **own)
+            official = both.native(llm)
+            official.list()
+            list(official.chat(MODEL, [{"role": "user", "content": "Hi"}], stream=True))
+            sent = [f"Bearer {own.get('api_key', KEY)}" if host in TRUSTED else None] * 2
+            assert (host, [seen.headers.get("authorization") for seen in fake.requests]) == (host, sent)
+            fake.requests.clear()
 
 
 class Own:
@@ -214,22 +201,32 @@ class Own:
         yield Chunk(finish_reason="stop")
 
 
-@pytest.mark.parametrize("name", SECRETS)
-def test_it_is_sent_so_whoever_gave_it_and_however_it_is_spelt(both: Any, fake: FakeOllama, name: str) -> None:
-    for spelt in (name, name.upper(), name.lower()):
+class TestSecretHeaders:
+    """A header with the name of a secret is sent as a key is."""
+
+    @pytest.mark.parametrize("name", SECRETS)
+    def test_from_the_settings(self, both: Any, fake: FakeOllama, name: str) -> None:
         for host, sent in [("http://models.example", set()), ("https://models.example", {name.lower()})]:
-            provider = Giving(partial(Own, host, {spelt: KEY}))
-            both.connect(provider, model=MODEL, transport=Detour(fake)).chat("Hi")
-            assert (spelt, host, carried(fake)) == (spelt, host, sent)
+            llm = both.connect("ollama", model=MODEL, host=host, transport=Detour(fake), headers={name: KEY})
+            llm.chat("Hi")
+            llm.pull("other:1b")
+            assert (host, carried(fake)) == (host, sent)
             fake.requests.clear()
 
+    @pytest.mark.parametrize("name", SECRETS)
+    def test_from_a_provider_in_any_spelling(self, both: Any, fake: FakeOllama, name: str) -> None:
+        for spelt in (name, name.upper(), name.lower()):
+            for host, sent in [("http://models.example", set()), ("https://models.example", {name.lower()})]:
+                provider = Giving(partial(Own, host, {spelt: KEY}))
+                both.connect(provider, model=MODEL, transport=Detour(fake)).chat("Hi")
+                assert (spelt, host, carried(fake)) == (spelt, host, sent)
+                fake.requests.clear()
 
-def test_a_header_may_have_letters_beyond_ascii(both: Any, fake: FakeOllama) -> None:
+
+def test_header_may_hold_other_than_ascii(both: Any, fake: FakeOllama) -> None:
     both.connect("ollama", model=MODEL, host=fake.url, headers={"X-Team": "grün"}).chat("Hi")
     assert fake.requests[0].headers["x-team"].encode("latin-1").decode() == "grün"
 
-
-# --- Proxies ---------------------------------------------------------------------------------------------------------
 
 VARIABLES = ["HTTP_PROXY", "http_proxy", "Http_Proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy"]
 
@@ -245,30 +242,41 @@ def proxy(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
         yield server
 
 
-@pytest.mark.parametrize(("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES)
-def test_a_request_to_this_machine_goes_through_no_proxy(
-    both: Any, fake: FakeOllama, proxy: FakeOllama, variable: str
-) -> None:
-    port = urlsplit(fake.url).port
-    hosts = ["127.0.0.1", "localhost", "LocalHost", "localhost.", "127.1.2.3", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
-    for scheme in schemes(variable):
-        for host in hosts:
-            llm = both.connect("ollama", model=MODEL, host=f"{scheme}://{host}:{port}", attempts=1)
-            # The fake listens at 127.0.0.1 and speaks no TLS: with the others it counts where they did not go.
-            with contextlib.suppress(GraftageError):
-                llm.chat("Hi")
-            assert (host, proxy.accepted) == (host, 0)
-    if "http" in schemes(variable):
-        assert [seen.path for seen in fake.requests][:1] == ["/api/chat"]
-        both.native(both.connect("ollama", host=fake.url)).list()
-        assert proxy.accepted == 0
+class TestProxies:
+    @pytest.mark.parametrize(
+        ("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES
+    )
+    def test_are_not_used_for_this_machine(self, both: Any, fake: FakeOllama, proxy: FakeOllama, variable: str) -> None:
+        port = urlsplit(fake.url).port
+        hosts = [
+            "127.0.0.1",
+            "localhost",
+            "LocalHost",
+            "localhost.",
+            "127.1.2.3",
+            "0.0.0.0",
+            "[::1]",
+            "[::ffff:127.0.0.1]",
+        ]
+        for scheme in schemes(variable):
+            for host in hosts:
+                llm = both.connect("ollama", model=MODEL, host=f"{scheme}://{host}:{port}", attempts=1)
+                # The fake listens at 127.0.0.1 and speaks no TLS: with the others it counts where they did not go.
+                with contextlib.suppress(GraftageError):
+                    llm.chat("Hi")
+                assert (host, proxy.accepted) == (host, 0)
+        if "http" in schemes(variable):
+            assert [seen.path for seen in fake.requests][:1] == ["/api/chat"]
+            both.native(both.connect("ollama", host=fake.url)).list()
+            assert proxy.accepted == 0
 
-
-@pytest.mark.parametrize(("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES)
-def test_a_request_to_another_machine_goes_through_the_proxy(both: Any, proxy: FakeOllama, variable: str) -> None:
-    for scheme in schemes(variable):
-        before = proxy.accepted
-        # The fake does not know the way on.
-        with pytest.raises(GraftageError):
-            both.connect("ollama", model=MODEL, host=f"{scheme}://models.example", attempts=1).chat("Hi")
-        assert proxy.accepted > before
+    @pytest.mark.parametrize(
+        ("variable", "proxy"), [(each, each) for each in VARIABLES], indirect=["proxy"], ids=VARIABLES
+    )
+    def test_are_used_for_other_machines(self, both: Any, proxy: FakeOllama, variable: str) -> None:
+        for scheme in schemes(variable):
+            before = proxy.accepted
+            # The fake does not know the way on.
+            with pytest.raises(GraftageError):
+                both.connect("ollama", model=MODEL, host=f"{scheme}://models.example", attempts=1).chat("Hi")
+            assert proxy.accepted > before

@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_several_mb_arrives_as_it_is(both: Any, file: Path) -> None:
+def test_large_file_arrives_unchanged(both: Any, file: Path) -> None:
     with Server() as server:
         llm = both.connect(uploading(server, file), model=MODEL)
         llm.models()
@@ -44,7 +44,7 @@ def test_a_file_of_several_mb_arrives_as_it_is(both: Any, file: Path) -> None:
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["closes", "stays"])
-def test_an_upload_that_is_refused_early_has_the_servers_answer(both: Any, file: Path, stays: bool) -> None:
+def test_early_refusal_is_reported(both: Any, file: Path, stays: bool) -> None:
     def early(server: Server, connection: socket.socket) -> None:
         connection.recv(1000)
         connection.sendall(b"HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\n\r\n")
@@ -67,7 +67,7 @@ def test_an_upload_that_is_refused_early_has_the_servers_answer(both: Any, file:
         assert caught.value.status == 413
 
 
-def test_an_upload_may_take_long_while_it_goes_on(both: Any, tmp_path: Path) -> None:
+def test_steady_upload_may_take_long(both: Any, tmp_path: Path) -> None:
     def slow(server: Server, connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         got = 0
@@ -86,7 +86,7 @@ def test_an_upload_may_take_long_while_it_goes_on(both: Any, tmp_path: Path) -> 
 
 
 @needs_proc
-def test_a_file_is_closed_at_once_when_its_upload_ends_half_way(both: Any, file: Path) -> None:
+def test_interrupted_upload_closes_its_file(both: Any, file: Path) -> None:
     def held() -> list[str]:
         found = []
         for each in Path("/proc/self/fd").iterdir():
@@ -102,7 +102,7 @@ def test_a_file_is_closed_at_once_when_its_upload_ends_half_way(both: Any, file:
         assert caught.value.phase == "first_token"
 
 
-def test_what_a_file_has_grown_by_is_not_sent(both: Any, file: Path) -> None:
+def test_growth_of_a_file_is_not_sent(both: Any, file: Path) -> None:
     size = file.stat().st_size
 
     def growing(server: Server, connection: socket.socket) -> None:
@@ -125,7 +125,7 @@ def test_what_a_file_has_grown_by_is_not_sent(both: Any, file: Path) -> None:
         assert b"evil" not in b"".join(server.requests)
 
 
-def test_a_file_that_shrinks_is_a_typed_error(both: Any, tmp_path: Path) -> None:
+def test_shrunk_file_is_rejected(both: Any, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * (16 << 20))
 
