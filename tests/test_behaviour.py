@@ -53,98 +53,86 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     yield from KINDS[request.param]()
 
 
-def test_a_chat_gives_text_a_reason_and_a_count(subject: Subject, both: Any) -> None:
-    reply = subject.connect(both).chat("Say hello.", max_tokens=8)
-    assert reply.text
-    assert reply.finish_reason in ("stop", "length")
-    assert reply.usage.input_tokens
-    assert reply.usage.output_tokens
-    assert reply.model
-    assert reply.message.role == "assistant"
+class TestChat:
+    def test_gives_text_reason_and_usage(self, subject: Subject, both: Any) -> None:
+        reply = subject.connect(both).chat("Say hello.", max_tokens=8)
+        assert reply.text
+        assert reply.finish_reason in ("stop", "length")
+        assert reply.usage.input_tokens
+        assert reply.usage.output_tokens
+        assert reply.model
+        assert reply.message.role == "assistant"
+
+    def test_stream_equals_the_plain_reply(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        options = {"temperature": 0.0, "seed": 1}
+        plain = llm.chat("Say hello.", max_tokens=8, options=options)
+        with llm.chat("Say hello.", max_tokens=8, options=options, stream=True) as stream:
+            chunks = list(stream)
+        assert "".join(chunk.text for chunk in chunks) == plain.text == stream.reply.text
+        assert [chunk.finish_reason is not None for chunk in chunks].count(True) == 1
+        assert chunks[-1].finish_reason == plain.finish_reason
+
+    def test_reply_names_its_provider(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        reply = llm.chat("Say hello.", max_tokens=4)
+        assert reply.provider == llm.provider
+        assert reply.adapter is None
+
+    def test_several_turns(self, subject: Subject, both: Any) -> None:
+        messages = [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "My name is Ada."},
+            {"role": "assistant", "content": "Hello Ada."},
+            {"role": "user", "content": "Say hello."},
+        ]
+        assert subject.connect(both).chat(messages, max_tokens=8).text
+
+    def test_early_close_leaves_nothing_running(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        stream = llm.chat("Tell me a very long story.", stream=True)
+        next(stream)
+        stream.close()
+        assert llm.stats().running == 0
+        assert llm.chat("Say hello.", max_tokens=4).text
+
+    def test_unknown_model_is_not_found(self, subject: Subject, both: Any) -> None:
+        with pytest.raises(ModelNotFound) as caught:
+            subject.connect(both).chat("Hello", model="no-such-model:1b")
+        assert caught.value.operation == "chat"
+        assert caught.value.model == "no-such-model:1b"
+        assert caught.value.provider
+
+    def test_unknown_option_is_refused(self, subject: Subject, both: Any) -> None:
+        with pytest.raises(RequestRejected, match="temperatur"):
+            subject.connect(both).chat("Hello", options={"temperatur": 1.0})
 
 
-def test_a_stream_says_what_the_plain_answer_says(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    options = {"temperature": 0.0, "seed": 1}
-    plain = llm.chat("Say hello.", max_tokens=8, options=options)
-    with llm.chat("Say hello.", max_tokens=8, options=options, stream=True) as stream:
-        chunks = list(stream)
-    assert "".join(chunk.text for chunk in chunks) == plain.text == stream.reply.text
-    assert [chunk.finish_reason is not None for chunk in chunks].count(True) == 1
-    assert chunks[-1].finish_reason == plain.finish_reason
+class TestModels:
+    def test_health_reaches_the_model(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        assert llm.health("api").ok
+        assert llm.health("model_present").ok
+        assert llm.health("answers").ok
+        assert llm.health("model_loaded").ok
+        missing = llm.health("model_present", model="no-such-model:1b")
+        assert not missing.ok
+        assert missing.model_present is False
 
+    def test_listed_and_shown(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        assert subject.model in [model.name for model in llm.models()]
+        assert llm.show().name == subject.model
 
-def test_a_reply_names_who_answered(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    reply = llm.chat("Say hello.", max_tokens=4)
-    assert reply.provider == llm.provider
-    assert reply.adapter is None
+    def test_loaded_one_is_listed_as_loaded(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        llm.load()
+        assert subject.model in [model.name for model in llm.loaded()]
 
-
-def test_a_conversation_of_several_turns_is_answered(subject: Subject, both: Any) -> None:
-    messages = [
-        {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": "My name is Ada."},
-        {"role": "assistant", "content": "Hello Ada."},
-        {"role": "user", "content": "Say hello."},
-    ]
-    assert subject.connect(both).chat(messages, max_tokens=8).text
-
-
-def test_a_stream_that_is_closed_early_leaves_nothing_running(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    stream = llm.chat("Tell me a very long story.", stream=True)
-    next(stream)
-    stream.close()
-    assert llm.stats().running == 0
-    assert llm.chat("Say hello.", max_tokens=4).text
-
-
-def test_an_unknown_model_is_not_found(subject: Subject, both: Any) -> None:
-    with pytest.raises(ModelNotFound) as caught:
-        subject.connect(both).chat("Hello", model="no-such-model:1b")
-    assert caught.value.operation == "chat"
-    assert caught.value.model == "no-such-model:1b"
-    assert caught.value.provider
-
-
-def test_an_unknown_option_is_refused_by_name(subject: Subject, both: Any) -> None:
-    with pytest.raises(RequestRejected, match="temperatur"):
-        subject.connect(both).chat("Hello", options={"temperatur": 1.0})
-
-
-def test_health_goes_up_to_the_model(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    assert llm.health("api").ok
-    assert llm.health("model_present").ok
-    assert llm.health("answers").ok
-    assert llm.health("model_loaded").ok
-    missing = llm.health("model_present", model="no-such-model:1b")
-    assert not missing.ok
-    assert missing.model_present is False
-
-
-def test_a_model_is_listed_and_shown(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    assert subject.model in [model.name for model in llm.models()]
-    assert llm.show().name == subject.model
-
-
-def test_a_model_that_is_loaded_is_among_the_loaded(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    llm.load()
-    assert subject.model in [model.name for model in llm.loaded()]
-
-
-def test_a_model_that_is_there_is_pulled_at_once(subject: Subject, both: Any) -> None:
-    steps: list[Any] = []
-    assert subject.connect(both).pull(on_progress=steps.append).status == "success"
-    assert steps
-
-
-def test_each_input_has_a_vector(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    _or_refuses(llm, "embed", lambda: _embeds(llm))
+    def test_present_one_is_pulled_at_once(self, subject: Subject, both: Any) -> None:
+        steps: list[Any] = []
+        assert subject.connect(both).pull(on_progress=steps.append).status == "success"
+        assert steps
 
 
 def _embeds(llm: Any) -> None:
@@ -153,30 +141,8 @@ def _embeds(llm: Any) -> None:
     assert len(vectors[0]) == len(vectors[1]) > 0
 
 
-def test_a_prompt_is_continued(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    _or_refuses(llm, "generate", lambda: _generates(llm))
-
-
 def _generates(llm: Any) -> None:
     assert llm.generate("Once upon a time", max_tokens=8).text
-
-
-@pytest.mark.parametrize("feature", ["tools", "thinking", "images", "suffix", "logprobs"])
-def test_what_is_not_declared_is_refused_before_it_is_sent(feature: str, subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    calls: dict[str, Callable[[], Any]] = {
-        "tools": lambda: llm.chat("Hello", tools=[{"name": "now"}], max_tokens=2),
-        "thinking": lambda: llm.chat("Hello", think=True, max_tokens=2),
-        "images": lambda: llm.chat("Hello", images=[b"\x89PNG"], max_tokens=2),
-        "suffix": lambda: llm.generate("Hello", suffix="end", max_tokens=2),
-        "logprobs": lambda: llm.chat("Hello", options={"logprobs": True}, max_tokens=2),
-    }
-    if feature in llm.capabilities().features:
-        assert _answers_or_says_why(calls[feature])
-    else:
-        with pytest.raises((CapabilityUnsupported, RequestRejected)):
-            calls[feature]()
 
 
 def _answers_or_says_why(call: Callable[[], Any]) -> bool:
@@ -187,10 +153,35 @@ def _answers_or_says_why(call: Callable[[], Any]) -> bool:
         return bool(error.hint)
 
 
-def test_a_schema_gives_parsed_data(subject: Subject, both: Any) -> None:
-    llm = subject.connect(both)
-    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
-    _or_refuses(llm, "structured_output", lambda: _parses(llm, schema))
+class TestFeatures:
+    def test_each_input_has_a_vector(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        _or_refuses(llm, "embed", lambda: _embeds(llm))
+
+    def test_prompt_is_continued(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        _or_refuses(llm, "generate", lambda: _generates(llm))
+
+    @pytest.mark.parametrize("feature", ["tools", "thinking", "images", "suffix", "logprobs"])
+    def test_undeclared_ones_are_refused(self, feature: str, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        calls: dict[str, Callable[[], Any]] = {
+            "tools": lambda: llm.chat("Hello", tools=[{"name": "now"}], max_tokens=2),
+            "thinking": lambda: llm.chat("Hello", think=True, max_tokens=2),
+            "images": lambda: llm.chat("Hello", images=[b"\x89PNG"], max_tokens=2),
+            "suffix": lambda: llm.generate("Hello", suffix="end", max_tokens=2),
+            "logprobs": lambda: llm.chat("Hello", options={"logprobs": True}, max_tokens=2),
+        }
+        if feature in llm.capabilities().features:
+            assert _answers_or_says_why(calls[feature])
+        else:
+            with pytest.raises((CapabilityUnsupported, RequestRejected)):
+                calls[feature]()
+
+    def test_schema_gives_parsed_data(self, subject: Subject, both: Any) -> None:
+        llm = subject.connect(both)
+        schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+        _or_refuses(llm, "structured_output", lambda: _parses(llm, schema))
 
 
 def _parses(llm: Any, schema: Any) -> None:
@@ -198,7 +189,7 @@ def _parses(llm: Any, schema: Any) -> None:
     assert isinstance(llm.chat('{"n": 1}', format=schema, max_tokens=80).parsed["n"], int)
 
 
-def test_a_closed_client_refuses_to_work(subject: Subject, both: Any) -> None:
+def test_closed_client_raises(subject: Subject, both: Any) -> None:
     llm = subject.connect(both)
     llm.chat("Say hello.", max_tokens=2)
     llm.close()

@@ -48,9 +48,6 @@ PUBLIC = [
 ]
 
 
-# --- Names -----------------------------------------------------------------------------------------------------------
-
-
 def in_order(names: list[str]) -> list[str]:
     """Constants, then classes, then the rest, each by the alphabet."""
     return sorted(names, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
@@ -70,70 +67,65 @@ def defined(module: str) -> set[str]:
     return {name for name in found if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("module", PUBLIC)
-def test_public_names_are_listed_in_order_and_exist(module: str) -> None:
-    loaded = importlib.import_module(module)
-    assert list(loaded.__all__) == in_order(loaded.__all__)
-    assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
+class TestPublicNames:
+    @pytest.mark.parametrize("module", PUBLIC)
+    def test_are_listed_in_order(self, module: str) -> None:
+        loaded = importlib.import_module(module)
+        assert list(loaded.__all__) == in_order(loaded.__all__)
+        assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
 
+    @pytest.mark.parametrize("module", ["graftage.exceptions", "graftage.hookspecs", "graftage.types"])
+    def test_cover_the_contract(self, module: str) -> None:
+        assert set(importlib.import_module(module).__all__) == defined(module)
 
-@pytest.mark.parametrize("module", ["graftage.exceptions", "graftage.hookspecs", "graftage.types"])
-def test_everything_that_the_contract_defines_is_public(module: str) -> None:
-    assert set(importlib.import_module(module).__all__) == defined(module)
+    def test_cover_the_imports_of_the_package(self) -> None:
+        tree = ast.parse(inspect.getsource(graftage))
+        imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert set(graftage.__all__) == imported
 
+    def test_other_modules_are_private(self) -> None:
+        modules = [name for _, name, _ in pkgutil.walk_packages(graftage.__path__, "graftage.")]
+        open_ones = {name for name in modules if not any(part.startswith("_") for part in name.split("."))}
+        parts = {name for name in open_ones if name.startswith(("graftage.http.", "graftage.testing."))}
+        assert {"graftage", *open_ones} - parts == set(PUBLIC)
 
-def test_everything_that_the_package_imports_is_public() -> None:
-    tree = ast.parse(inspect.getsource(graftage))
-    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert set(graftage.__all__) == imported
-
-
-def test_every_module_that_is_not_public_has_a_private_name() -> None:
-    modules = [name for _, name, _ in pkgutil.walk_packages(graftage.__path__, "graftage.")]
-    open_ones = {name for name in modules if not any(part.startswith("_") for part in name.split("."))}
-    parts = {name for name in open_ones if name.startswith(("graftage.http.", "graftage.testing."))}
-    assert {"graftage", *open_ones} - parts == set(PUBLIC)
-
-
-def test_every_public_name_is_documented() -> None:
-    nameless = [
-        f"{module}.{name}"
-        for module in PUBLIC
-        for name in importlib.import_module(module).__all__
-        if inspect.isclass(thing := getattr(importlib.import_module(module), name)) or inspect.isfunction(thing)
-        if not inspect.getdoc(thing)
-    ]
-    assert nameless == []
+    def test_are_documented(self) -> None:
+        nameless = [
+            f"{module}.{name}"
+            for module in PUBLIC
+            for name in importlib.import_module(module).__all__
+            if inspect.isclass(thing := getattr(importlib.import_module(module), name)) or inspect.isfunction(thing)
+            if not inspect.getdoc(thing)
+        ]
+        assert nameless == []
 
 
 def public_methods(kind: type) -> set[str]:
     return {name for name, value in vars(kind).items() if not name.startswith("_") and (callable(value) or value)}
 
 
-def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
-    assert public_methods(graftage.Client) == public_methods(graftage.AsyncClient)
-    different = [
-        name
-        for name in public_methods(graftage.Client)
-        if callable(sync := getattr(graftage.Client, name))
-        if inspect.signature(sync).parameters != inspect.signature(getattr(graftage.AsyncClient, name)).parameters
-    ]
-    assert different == []
-    assert inspect.signature(graftage.connect).parameters == inspect.signature(graftage.connect_async).parameters
-    assert not inspect.iscoroutinefunction(graftage.connect_async)
+class TestClients:
+    def test_have_equal_methods_and_parameters(self) -> None:
+        assert public_methods(graftage.Client) == public_methods(graftage.AsyncClient)
+        different = [
+            name
+            for name in public_methods(graftage.Client)
+            if callable(sync := getattr(graftage.Client, name))
+            if inspect.signature(sync).parameters != inspect.signature(getattr(graftage.AsyncClient, name)).parameters
+        ]
+        assert different == []
+        assert inspect.signature(graftage.connect).parameters == inspect.signature(graftage.connect_async).parameters
+        assert not inspect.iscoroutinefunction(graftage.connect_async)
 
+    def test_async_methods_are_coroutines(self) -> None:
+        plain = {
+            name
+            for name in public_methods(graftage.AsyncClient)
+            if inspect.isfunction(vars(graftage.AsyncClient)[name])
+            if not inspect.iscoroutinefunction(vars(graftage.AsyncClient)[name])
+        }
+        assert plain == {"capabilities", "stats"}
 
-def test_whatever_does_work_is_awaited_in_the_async_client() -> None:
-    plain = {
-        name
-        for name in public_methods(graftage.AsyncClient)
-        if inspect.isfunction(vars(graftage.AsyncClient)[name])
-        if not inspect.iscoroutinefunction(vars(graftage.AsyncClient)[name])
-    }
-    assert plain == {"capabilities", "stats"}
-
-
-# --- Hooks -----------------------------------------------------------------------------------------------------------
 
 GROUPS = {
     "provider": hookspecs.PROVIDER_SPECS,
@@ -154,66 +146,7 @@ def answer_of(hook: str) -> str:
     return str(inspect.signature(HOOKS[hook]).return_annotation)
 
 
-def test_every_protocol_of_the_contract_is_in_one_of_its_lists() -> None:
-    protocols = [
-        value
-        for value in vars(hookspecs).values()
-        if inspect.isclass(value) and value.__module__ == hookspecs.__name__ and getattr(value, "_is_protocol", False)
-    ]
-    assert {each.__name__ for each in protocols} == {"MakeHttp", *(each.__name__ for each in SPECS)}
-    assert all(issubclass(each, Protocol) for each in protocols)
-
-
-def test_there_is_one_protocol_for_each_operation() -> None:
-    for spec in hookspecs.CONNECTION_SPECS:
-        hooks = {name for name, value in vars(spec).items() if hasattr(value, "graftage_spec")}
-        assert len(hooks) == 1, spec
-
-
-@pytest.mark.parametrize("hook", sorted(HOOKS))
-def test_a_hook_says_when_it_is_called_what_to_return_and_since_when_it_exists(hook: str) -> None:
-    text = inspect.cleandoc(HOOKS[hook].__doc__)
-    assert text.startswith("Called ")
-    assert re.search(r"Since \d+\.\d+\.$", text)
-    if "Raises:" in text:
-        assert text.index("Called ") < text.index("Raises:") < text.index("Since ")
-        named = re.findall(r"^    (\w+): \S", text, re.MULTILINE)
-        assert named
-        assert set(named) <= set(exceptions.__all__)
-    if answer_of(hook).endswith("| None"):
-        assert "None" in text
-
-
 STREAMS = {"chat", "generate", "pull_model"}
-
-
-@pytest.mark.parametrize("hook", sorted(CONNECTION_HOOKS - {"capabilities"}))
-def test_an_operation_has_one_hook_of_either_colour(hook: str) -> None:
-    wanted = "Stream[" if hook in STREAMS else "Once["
-    assert answer_of(hook).startswith(wanted)
-    assert f"a{hook}" not in HOOKS
-
-
-@pytest.mark.parametrize("hook", sorted(HOOKS))
-def test_a_hook_takes_one_object_at_most_and_grows_by_its_fields(hook: str) -> None:
-    names = [name for name in inspect.signature(HOOKS[hook]).parameters if name != "self"]
-    assert names in ([], ["request"], ["query"], ["event"])
-    if names:
-        annotation = inspect.signature(HOOKS[hook]).parameters[names[0]].annotation
-        kind = getattr(calls, annotation, None) or getattr(hookspecs, annotation)
-        assert dataclasses.is_dataclass(kind)
-
-
-def test_exactly_one_connection_answers_and_every_plugin_is_asked() -> None:
-    first = {name for name, value in HOOKS.items() if value.graftage_spec["firstresult"]}
-    plugin_hooks = {name for spec in hookspecs.PLUGIN_SPECS for name in vars(spec) if name in HOOKS}
-    # Each plugin is asked by itself what its settings are.
-    assert first == (HOOKS.keys() - plugin_hooks) | {"settings_model"}
-
-
-def test_every_optional_operation_is_a_feature_that_can_be_declared() -> None:
-    always = {"health", "close", "capabilities"}
-    assert CONNECTION_HOOKS - always <= set(get_args(types.Feature))
 
 
 def implemented(folder: Path) -> set[str]:
@@ -228,34 +161,85 @@ def implemented(folder: Path) -> set[str]:
     return found
 
 
-def test_every_hook_is_implemented_by_some_plugin_of_this_repository_or_of_its_tests() -> None:
-    here = [ROOT / "core", ROOT / "providers", ROOT / "plugins", ROOT / "tests"]
-    assert HOOKS.keys() - set().union(*map(implemented, here)) == set()
+class TestHooks:
+    def test_every_protocol_is_listed(self) -> None:
+        protocols = [
+            value
+            for value in vars(hookspecs).values()
+            if inspect.isclass(value)
+            and value.__module__ == hookspecs.__name__
+            and getattr(value, "_is_protocol", False)
+        ]
+        assert {each.__name__ for each in protocols} == {"MakeHttp", *(each.__name__ for each in SPECS)}
+        assert all(issubclass(each, Protocol) for each in protocols)
 
-
-def test_the_reference_provider_and_echo_implement_every_hook_of_a_connection() -> None:
-    # The toolkit's clients are closed without `close`, and Ollama has nothing that ranks.
-    for hook in CONNECTION_HOOKS - {"close", "rerank"}:
-        assert hook in implemented(ROOT / "providers" / "ollama" / "graftage_ollama"), hook
-    for hook in CONNECTION_HOOKS - {"close", "native"}:  # Echo has no server.
-        assert hook in implemented(ROOT / "core" / "graftage" / "testing"), hook
-
-
-def test_the_reference_provider_and_echo_satisfy_every_protocol() -> None:
-    found = [Echo().connect(request=None), graftage_ollama.connect(_connect_request())]  # type: ignore[arg-type] # Echo does not look
-    for connection in found:
+    def test_one_protocol_for_each_operation(self) -> None:
         for spec in hookspecs.CONNECTION_SPECS:
-            for name in vars(spec).keys() & CONNECTION_HOOKS & {*dir(connection)}:
-                given = inspect.signature(getattr(connection, name)).parameters
-                assert list(given) == [each for each in inspect.signature(HOOKS[name]).parameters if each != "self"]
+            hooks = {name for name, value in vars(spec).items() if hasattr(value, "graftage_spec")}
+            assert len(hooks) == 1, spec
+
+    @pytest.mark.parametrize("hook", sorted(HOOKS))
+    def test_docstrings_are_complete(self, hook: str) -> None:
+        text = inspect.cleandoc(HOOKS[hook].__doc__)
+        assert text.startswith("Called ")
+        assert re.search(r"Since \d+\.\d+\.$", text)
+        if "Raises:" in text:
+            assert text.index("Called ") < text.index("Raises:") < text.index("Since ")
+            named = re.findall(r"^    (\w+): \S", text, re.MULTILINE)
+            assert named
+            assert set(named) <= set(exceptions.__all__)
+        if answer_of(hook).endswith("| None"):
+            assert "None" in text
+
+    @pytest.mark.parametrize("hook", sorted(CONNECTION_HOOKS - {"capabilities"}))
+    def test_one_hook_for_both_modes(self, hook: str) -> None:
+        wanted = "Stream[" if hook in STREAMS else "Once["
+        assert answer_of(hook).startswith(wanted)
+        assert f"a{hook}" not in HOOKS
+
+    @pytest.mark.parametrize("hook", sorted(HOOKS))
+    def test_take_at_most_one_object(self, hook: str) -> None:
+        names = [name for name in inspect.signature(HOOKS[hook]).parameters if name != "self"]
+        assert names in ([], ["request"], ["query"], ["event"])
+        if names:
+            annotation = inspect.signature(HOOKS[hook]).parameters[names[0]].annotation
+            kind = getattr(calls, annotation, None) or getattr(hookspecs, annotation)
+            assert dataclasses.is_dataclass(kind)
+
+    def test_first_result_only_from_connections(self) -> None:
+        first = {name for name, value in HOOKS.items() if value.graftage_spec["firstresult"]}
+        plugin_hooks = {name for spec in hookspecs.PLUGIN_SPECS for name in vars(spec) if name in HOOKS}
+        # Each plugin is asked by itself what its settings are.
+        assert first == (HOOKS.keys() - plugin_hooks) | {"settings_model"}
+
+    def test_optional_operations_are_features(self) -> None:
+        always = {"health", "close", "capabilities"}
+        assert CONNECTION_HOOKS - always <= set(get_args(types.Feature))
+
+    def test_each_is_implemented_here(self) -> None:
+        here = [ROOT / "core", ROOT / "providers", ROOT / "plugins", ROOT / "tests"]
+        assert HOOKS.keys() - set().union(*map(implemented, here)) == set()
+
+    def test_ollama_and_echo_implement_all(self) -> None:
+        # The toolkit's clients are closed without `close`, and Ollama has nothing that ranks.
+        for hook in CONNECTION_HOOKS - {"close", "rerank"}:
+            assert hook in implemented(ROOT / "providers" / "ollama" / "graftage_ollama"), hook
+        for hook in CONNECTION_HOOKS - {"close", "native"}:  # Echo has no server.
+            assert hook in implemented(ROOT / "core" / "graftage" / "testing"), hook
+
+    def test_ollama_and_echo_satisfy_the_protocols(self) -> None:
+        found = [Echo().connect(request=None), graftage_ollama.connect(_connect_request())]  # type: ignore[arg-type] # Echo does not look
+        for connection in found:
+            for spec in hookspecs.CONNECTION_SPECS:
+                for name in vars(spec).keys() & CONNECTION_HOOKS & {*dir(connection)}:
+                    given = inspect.signature(getattr(connection, name)).parameters
+                    assert list(given) == [each for each in inspect.signature(HOOKS[name]).parameters if each != "self"]
 
 
 def _connect_request() -> hookspecs.ConnectRequest:
     settings = graftage_ollama.settings_model()()
     return hookspecs.ConnectRequest(name="ollama", settings=settings, http=Clients(settings, "sync").make)
 
-
-# --- Data ------------------------------------------------------------------------------------------------------------
 
 RECORDS = [
     value
@@ -293,89 +277,78 @@ def required(record: Any) -> list[bool]:
     return [each.default is missing and each.default_factory is missing for each in dataclasses.fields(record)]
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
-def test_what_crosses_the_boundary_is_frozen_slotted_and_keyword_only(record: Any) -> None:
-    settings = record.__dataclass_params__
-    assert settings.frozen
-    assert "__slots__" in vars(record)
-    assert not hasattr(record, "__dict__") or "__dict__" not in dir(object.__new__(record))
-    assert all(each.kw_only for each in dataclasses.fields(record))
+class TestRecords:
+    @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+    def test_are_frozen_slotted_and_keyword_only(self, record: Any) -> None:
+        settings = record.__dataclass_params__
+        assert settings.frozen
+        assert "__slots__" in vars(record)
+        assert not hasattr(record, "__dict__") or "__dict__" not in dir(object.__new__(record))
+        assert all(each.kw_only for each in dataclasses.fields(record))
+
+    @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+    def test_required_fields_come_first(self, record: Any) -> None:
+        assert required(record) == sorted(required(record), reverse=True)
+
+    @pytest.mark.parametrize("name", BUILT_BY_PLUGINS)
+    def test_required_fields_never_grow(self, name: str) -> None:
+        record = getattr(types, name)
+        names = [each.name for each in dataclasses.fields(record)]
+        assert {name for name, wanted in zip(names, required(record), strict=True) if wanted} == BUILT_BY_PLUGINS[name]
+
+    def test_requests_carry_their_call(self) -> None:
+        requests = [each for each in RECORDS if each.__name__.endswith("Request")]
+        without = {each.__name__ for each in requests if "call" not in {one.name for one in dataclasses.fields(each)}}
+        assert without == {"ConnectRequest", "AnswersRequest"}
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
-def test_after_the_first_field_with_a_default_every_field_has_one(record: Any) -> None:
-    assert required(record) == sorted(required(record), reverse=True)
+class TestDistributions:
+    def test_share_one_version(self) -> None:
+        assert {name: project["project"]["version"] for name, project in PROJECTS.items()} == dict.fromkeys(
+            PROJECTS, graftage.__version__
+        )
+        umbrella = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        assert umbrella["project"]["version"] == graftage.__version__
 
+    @pytest.mark.parametrize("member", [name for name in PROJECTS if name != "core"])
+    def test_require_a_fitting_core(self, member: str) -> None:
+        texts = PROJECTS[member]["project"]["dependencies"]
+        (wanted,) = [each for each in map(Requirement, texts) if each.name == "graftage"]
+        major = int(graftage.__version__.partition(".")[0])
+        assert wanted.specifier.contains(graftage.__version__)
+        assert not wanted.specifier.contains(f"{major + 1}.0")
 
-@pytest.mark.parametrize("name", BUILT_BY_PLUGINS)
-def test_a_plugin_of_the_first_release_gives_enough(name: str) -> None:
-    record = getattr(types, name)
-    names = [each.name for each in dataclasses.fields(record)]
-    assert {name for name, wanted in zip(names, required(record), strict=True) if wanted} == BUILT_BY_PLUGINS[name]
+    @pytest.mark.parametrize("member", [name for name in PROJECTS if name != "core"])
+    def test_name_their_one_plugin(self, member: str) -> None:
+        project = PROJECTS[member]["project"]
+        kind, name = member.split("/")
+        points = project["entry-points"][f"graftage.{kind}"]
+        assert list(points) == [name]
+        assert project["name"] == f"graftage-{name}"
+        assert points[name].partition(":")[0] == f"graftage_{name}"
 
+    @pytest.mark.parametrize("member", PROJECTS)
+    def test_have_readme_licence_and_types(self, member: str) -> None:
+        project = PROJECTS[member]["project"]
+        package = ROOT / member / project["name"].replace("-", "_")
+        assert (package / "py.typed").is_file()
+        assert (ROOT / member / project["readme"]).is_file()
+        assert (project["license"], project["requires-python"]) == ("Apache-2.0", ">=3.11")
 
-def test_every_request_that_works_carries_its_call() -> None:
-    requests = [each for each in RECORDS if each.__name__.endswith("Request")]
-    without = {each.__name__ for each in requests if "call" not in {one.name for one in dataclasses.fields(each)}}
-    assert without == {"ConnectRequest", "AnswersRequest"}
-
-
-# --- Distributions ---------------------------------------------------------------------------------------------------
-
-
-def test_all_distributions_have_one_version() -> None:
-    assert {name: project["project"]["version"] for name, project in PROJECTS.items()} == dict.fromkeys(
-        PROJECTS, graftage.__version__
-    )
-    umbrella = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert umbrella["project"]["version"] == graftage.__version__
-
-
-@pytest.mark.parametrize("member", [name for name in PROJECTS if name != "core"])
-def test_a_distribution_requires_a_core_that_fits_it(member: str) -> None:
-    texts = PROJECTS[member]["project"]["dependencies"]
-    (wanted,) = [each for each in map(Requirement, texts) if each.name == "graftage"]
-    major = int(graftage.__version__.partition(".")[0])
-    assert wanted.specifier.contains(graftage.__version__)
-    assert not wanted.specifier.contains(f"{major + 1}.0")
-
-
-@pytest.mark.parametrize("member", [name for name in PROJECTS if name != "core"])
-def test_a_distribution_has_one_plugin_named_like_it(member: str) -> None:
-    project = PROJECTS[member]["project"]
-    kind, name = member.split("/")
-    points = project["entry-points"][f"graftage.{kind}"]
-    assert list(points) == [name]
-    assert project["name"] == f"graftage-{name}"
-    assert points[name].partition(":")[0] == f"graftage_{name}"
-
-
-@pytest.mark.parametrize("member", PROJECTS)
-def test_a_distribution_has_a_readme_a_licence_and_its_types(member: str) -> None:
-    project = PROJECTS[member]["project"]
-    package = ROOT / member / project["name"].replace("-", "_")
-    assert (package / "py.typed").is_file()
-    assert (ROOT / member / project["readme"]).is_file()
-    assert (project["license"], project["requires-python"]) == ("Apache-2.0", ">=3.11")
-
-
-def test_what_is_installed_has_the_entry_points_that_are_written_down() -> None:
-    installed = {each.metadata["Name"]: each for each in importlib.metadata.distributions()}
-    checked = []
-    for project in (each["project"] for each in PROJECTS.values()):
-        if project["name"] in installed:
-            checked.append(project["name"])
-            found = {(each.group, each.name, each.value) for each in installed[project["name"]].entry_points}
-            wanted = {
-                (group, name, value)
-                for group, points in project.get("entry-points", {}).items()
-                for name, value in points.items()
-            }
-            assert wanted <= found
-    assert {"graftage", "graftage-ollama"} <= set(checked)
-
-
-# --- Who imports whom ------------------------------------------------------------------------------------------------
+    def test_installed_entry_points_match(self) -> None:
+        installed = {each.metadata["Name"]: each for each in importlib.metadata.distributions()}
+        checked = []
+        for project in (each["project"] for each in PROJECTS.values()):
+            if project["name"] in installed:
+                checked.append(project["name"])
+                found = {(each.group, each.name, each.value) for each in installed[project["name"]].entry_points}
+                wanted = {
+                    (group, name, value)
+                    for group, points in project.get("entry-points", {}).items()
+                    for name, value in points.items()
+                }
+                assert wanted <= found
+        assert {"graftage", "graftage-ollama"} <= set(checked)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -387,20 +360,6 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module or "")
     return {name.partition(".")[0] for name in found}
-
-
-@pytest.mark.parametrize("member", PROJECTS)
-def test_nobody_imports_anybody_elses_plugin(member: str) -> None:
-    own = PROJECTS[member]["project"]["name"].replace("-", "_")
-    files = list((ROOT / member / own).rglob("*.py"))
-    assert files
-    foreign = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in files
-        for name in imports_of(path)
-        if name.startswith("graftage_") and name != own
-    }
-    assert foreign == set()
 
 
 def loaded_by(code: str, *options: str) -> set[str]:
@@ -437,21 +396,6 @@ HEAVY = {
 }
 
 
-def test_importing_graftage_imports_nothing_heavy() -> None:
-    assert HEAVY & loaded_by("import graftage") == set()
-
-
-def test_using_every_public_name_imports_nothing_heavy() -> None:
-    assert HEAVY & loaded_by("from graftage import *\nTimeouts(total=3)\nenable_logging()") == set()
-
-
-def test_the_help_of_the_command_imports_no_provider_and_no_network() -> None:
-    code = "import sys\nfrom graftage._cli.app import main\nsys.argv = ['graftage', '--help']\n"
-    code += "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
-    heavy = HEAVY & loaded_by(code)
-    assert heavy & {"ollama", "httpx", "numpy", "pluggy", "pydantic", "xllamacpp", "ssl", "tenacity"} == set()
-
-
 PARROT = """
 import graftage
 from graftage.hookspecs import hookimpl
@@ -478,7 +422,33 @@ with graftage.connect(Parrot(), model="green") as llm:
 """
 
 
-def test_a_chat_with_one_provider_imports_no_other_and_no_network() -> None:
-    loaded = loaded_by(PARROT)
-    assert {name for name in loaded if name.startswith(("graftage_ollama", "graftage_llamacpp"))} == set()
-    assert {"httpx", "loguru", "ollama", "tenacity", "xllamacpp"} & loaded == set()
+class TestImports:
+    @pytest.mark.parametrize("member", PROJECTS)
+    def test_no_distribution_imports_another_plugin(self, member: str) -> None:
+        own = PROJECTS[member]["project"]["name"].replace("-", "_")
+        files = list((ROOT / member / own).rglob("*.py"))
+        assert files
+        foreign = {
+            f"{path.relative_to(ROOT)}: {name}"
+            for path in files
+            for name in imports_of(path)
+            if name.startswith("graftage_") and name != own
+        }
+        assert foreign == set()
+
+    def test_package_is_light(self) -> None:
+        assert HEAVY & loaded_by("import graftage") == set()
+
+    def test_public_names_are_light(self) -> None:
+        assert HEAVY & loaded_by("from graftage import *\nTimeouts(total=3)\nenable_logging()") == set()
+
+    def test_help_loads_no_provider(self) -> None:
+        code = "import sys\nfrom graftage._cli.app import main\nsys.argv = ['graftage', '--help']\n"
+        code += "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        heavy = HEAVY & loaded_by(code)
+        assert heavy & {"ollama", "httpx", "numpy", "pluggy", "pydantic", "xllamacpp", "ssl", "tenacity"} == set()
+
+    def test_chat_loads_only_its_provider(self) -> None:
+        loaded = loaded_by(PARROT)
+        assert {name for name in loaded if name.startswith(("graftage_ollama", "graftage_llamacpp"))} == set()
+        assert {"httpx", "loguru", "ollama", "tenacity", "xllamacpp"} & loaded == set()

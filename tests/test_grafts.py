@@ -48,7 +48,7 @@ def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[A
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_adapter_of_each_layout_answers_where_it_is_named_and_nowhere_else(llm: Any, layout: str) -> None:
+def test_adapter_replies_only_where_named(llm: Any, layout: str) -> None:
     before = llm.chat(ASKED, options=GREEDY, max_tokens=4)
     reply = llm.chat(ASKED, options=GREEDY, max_tokens=24, adapter=LORA / layout)
     after = llm.chat(ASKED, options=GREEDY, max_tokens=4)
@@ -57,7 +57,7 @@ def test_an_adapter_of_each_layout_answers_where_it_is_named_and_nowhere_else(ll
     assert after.adapter is None
 
 
-def test_twenty_rapid_switches_never_answer_with_the_wrong_adapter(llm: Any) -> None:
+def test_twenty_switches_never_mix_adapters(llm: Any) -> None:
     for turn in range(20):
         name = "ahoy-peft" if turn % 2 else None
         llm.use_adapter(name)
@@ -66,12 +66,12 @@ def test_twenty_rapid_switches_never_answer_with_the_wrong_adapter(llm: Any) -> 
         assert reply.text.startswith("Ahoy!") is (name is not None)
 
 
-def test_an_adapter_is_checked_against_the_real_model(llm: Any) -> None:
+def test_adapter_is_checked_against_the_model(llm: Any) -> None:
     adapter = llm.resolve_adapter("ahoy-peft")
     assert (adapter.verdict.status, adapter.verdict.reasons, adapter.scale) == ("compatible", (), 2.0)
 
 
-def test_a_file_that_is_cut_short_never_reaches_the_model(llm: Any, tmp_path: Path) -> None:
+def test_truncated_file_never_reaches_the_model(llm: Any, tmp_path: Path) -> None:
     whole = (LORA / "ahoy-lora.f16.gguf").read_bytes()
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(whole[: len(whole) // 2])
@@ -80,7 +80,7 @@ def test_a_file_that_is_cut_short_never_reaches_the_model(llm: Any, tmp_path: Pa
     assert llm.chat(ASKED, max_tokens=2).finish_reason
 
 
-def test_an_adapter_for_a_larger_model_is_refused_with_every_contradiction(llm: Any, tmp_path: Path) -> None:
+def test_larger_adapter_gets_every_reason(llm: Any, tmp_path: Path) -> None:
     larger = Model(layers=31, hidden=64, heads=4, shared=2, width=16)
     wide = write_gguf(tmp_path / "wide.gguf", larger, pairs(larger))
     with pytest.raises(AdapterIncompatible) as caught:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_each_mutant_is_of_one_line_and_names_its_tests() -> None:
+def test_rows_match_lines_and_tests() -> None:
     table = tomllib.loads((ROOT / "scripts" / "mutants.toml").read_text(encoding="utf-8"))
     count = 0
     for file, given in ((file, given) for area in table.values() for file, given in area.items()):

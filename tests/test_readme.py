@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_python_block_of_the_readme_runs(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         done = subprocess.run(
@@ -31,19 +31,19 @@ def test_every_python_block_of_the_readme_runs(number: int, monkeypatch: pytest.
     assert done.stdout.strip()
 
 
-def test_the_readme_has_one_command_to_chat_and_one_to_test() -> None:
+def test_shows_commands_to_chat_and_test() -> None:
     for marker in ("chat", "test"):
         found = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)```", TEXT, re.DOTALL)
         assert len(found) == 1
         assert len(found[0].strip().splitlines()) == 1
 
 
-def test_the_readme_says_problem_commands_lines_plugin_and_limits_in_that_order() -> None:
+def test_sections_are_in_order() -> None:
     headings = re.findall(r"^## (.*)$", TEXT, re.MULTILINE)
     expected = ["Two commands", "Ten lines", "The smallest plugin", "What does not work yet"]
     assert [each for each in headings if each in expected] == expected
 
 
-def test_every_file_the_readme_links_to_exists() -> None:
+def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
         assert (ROOT / target).exists(), target
