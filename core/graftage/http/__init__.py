@@ -8,10 +8,10 @@
         async def list_models(self, request):
             return await self._http.json("GET", "/api/tags", call=request.call, read=to_models)
 
-Its coroutines serve both colours. Everything a request has to keep to stands inside: the four limits of time, bounds on
-sizes, whole lines, typed errors, retries of the opening, no redirect, no proxy to loopback, no key in clear.
+Its coroutines serve sync and async clients. It keeps the four time limits, the bounds on sizes, whole lines, typed
+errors and retries of the opening. It follows no redirect, uses no proxy for loopback, and sends no key in clear text.
 
-What a server answers is read by `read_…`: strictly what matters, and leniently what nobody needs.
+The functions `read_…` read responses: required fields strictly, optional ones leniently.
 """
 
 from graftage._engine.answers import (

@@ -1,4 +1,4 @@
-"""The network of async clients: asyncio's transports, with one timer for each connection."""
+"""The network of async clients: asyncio transports, with one timer for each connection."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 __all__ = ["AsyncNetwork"]
 
 A_DAY = 86_400.0
-"""Seconds for which a loop's timer holds its connections, before the next one does."""
+"""Seconds after which the timer that keeps a pool alive is renewed."""
 SOONER = 0.001
-"""Seconds by which a limit must end before the timer does for the timer to be set anew."""
+"""Reset a timer only if the new limit ends this many seconds earlier."""
 
 
 class AsyncNetwork:
-    """Connections for async clients, kept apart by event loop."""
+    """Connections for async clients, in one pool for each event loop."""
 
     colour: Colour | None = "async"
 
     def __init__(self) -> None:
         self._servers: dict[str, Server] = {}
         self._pools: weakref.WeakValueDictionary[int, _Pool] = weakref.WeakValueDictionary()
-        """By the identity of the loop, which no other one has while its pool is there."""
+        """By the id of the loop, which stays unique while the pool refers to the loop."""
         self._lock = threading.Lock()
 
     async def send(self, request: Request, clock: Clock) -> Response:
-        """Send a request and wait for the head of its answer."""
+        """Send a request and wait for the head of its response."""
         origin = request.origin
         server = self._servers.get(origin) or self._servers.setdefault(origin, server_of(origin))
         if _patched.is_patched(server):
@@ -91,7 +91,7 @@ class AsyncNetwork:
         return pool
 
     async def close(self) -> None:
-        """Close the connections of all loops that still run."""
+        """Close the connections of all running loops."""
         with self._lock:
             self._bury()
             pools = list(self._pools.values())
@@ -101,18 +101,18 @@ class AsyncNetwork:
                 if pool.keeper is not None:
                     await pool.keeper.aclose()
             elif pool.loop.is_running():
-                with contextlib.suppress(RuntimeError):  # It has ended meanwhile, and closed them.
+                with contextlib.suppress(RuntimeError):  # The loop has just ended and closed them.
                     pool.loop.call_soon_threadsafe(pool.close)
 
     def _bury(self) -> None:
-        """Close what loops that were closed untidily have left, rather than wait for the collector."""
+        """Close the pools of closed loops now, instead of at garbage collection."""
         for pool in list(self._pools.values()):
             if pool.loop.is_closed():
                 pool.close()
 
 
 class _Pool:
-    """The connections of one event loop, which alone holds it: they end with it, however it ends."""
+    """The connections of one event loop. Only the loop refers to its pool, so both end together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -127,15 +127,15 @@ class _Pool:
         self._held = self.loop.call_later(A_DAY, self._hold)
 
     async def kept(self) -> AsyncGenerator[None, None]:
-        """Begun in a loop, it is finished at the end of a loop that is closed tidily."""
+        """Close the pool when `loop.shutdown_asyncgens` ends this generator."""
         try:
             yield
         finally:
             self.close()
-            await asyncio.sleep(0)  # A transport closes in the next step.
+            await asyncio.sleep(0)  # Transports close in the next step of the loop.
 
     def taken(self, server: Server) -> _Wire | None:
-        """An idle connection to a server that is still good."""
+        """Return an idle connection to a server, or None."""
         now = time.monotonic()
         for wire in [each for each in reversed(self._idle) if each.server is server]:
             self._idle.remove(wire)
@@ -146,7 +146,7 @@ class _Pool:
         return None
 
     async def connected(self, server: Server, clock: Clock) -> _Wire:
-        """A new connection."""
+        """Return a new connection."""
         clock.enter("connect")
         limit = asyncio.timeout(clock.left())
         self._limits.add(limit)
@@ -164,7 +164,7 @@ class _Pool:
         return wire
 
     def give_back(self, wire: _Wire, answer: Framing) -> None:
-        """Keep a connection for the next request, where it can take one."""
+        """Keep a connection for the next request if it can take one, else close it."""
         if self.closed or not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
             self.drop(wire)
             return
@@ -180,7 +180,7 @@ class _Pool:
         wire.close()
 
     def close(self) -> None:
-        """Close every connection; who waits at one of them, or for one, is woken."""
+        """Close every connection and wake the calls that wait for one."""
         self.closed = True
         self._held.cancel()
         for wire in (*self._idle, *self._busy):
@@ -193,12 +193,12 @@ class _Pool:
 
 
 class _Wire(asyncio.Protocol):
-    """One connection, which feeds what comes to the answer that is awaited."""
+    """One connection, which feeds the received bytes to the current response."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, server: Server, connection: socket.socket) -> None:
         self._socket = connection
         self.transport: Any = None
-        """Is there once the connection, with TLS where it begins so, is made."""
+        """None until the connection, with its TLS if any, is made."""
         self.loop = loop
         self.server = server
         self.since = 0.0
@@ -218,7 +218,7 @@ class _Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         answer = self.answer
-        if answer is None or answer.complete:  # Nobody has asked for it.
+        if answer is None or answer.complete:  # No request is waiting for these bytes.
             self.close()
             return
         try:
@@ -251,14 +251,14 @@ class _Wire(asyncio.Protocol):
     # --- What a request calls ----------------------------------------------------------------------------------------
 
     def answered(self) -> bool:
-        """Whether the head of an answer has come, or none will."""
+        """Whether the head of the response has come, or will never come."""
         return self.lost or self.answer is None or self.answer.head or self.answer.fault is not None
 
     async def wait(self, clock: Clock) -> None:
-        """Wait until something has happened.
+        """Wait until something happens.
 
         Raises:
-            ProviderTimeout: a limit of the clock passed first.
+            ProviderTimeout: a limit passed first.
         """
         self._clock = clock
         limit = min(clock.until, clock.deadline)
@@ -284,7 +284,7 @@ class _Wire(asyncio.Protocol):
         self._timer = self.loop.call_later(left, self._late)
 
     def _late(self) -> None:
-        """The timer has run out; since it was set, the limit may have moved."""
+        """Time out, or set the timer again if the limit has moved since."""
         self._timer = None
         if self._waiter is None or self._waiter.done() or self._clock is None:
             return
@@ -310,7 +310,7 @@ class _Wire(asyncio.Protocol):
         if self.transport is not None:
             try:
                 self.transport.abort()
-            except RuntimeError:  # The loop is closed, and will not do it.
+            except RuntimeError:  # The loop is closed and cannot do it.
                 self._socket.close()
 
 
@@ -331,7 +331,7 @@ async def _connect(server: Server, clock: Clock) -> _Wire:
 
 
 async def _dialled(loop: asyncio.AbstractEventLoop, server: Server, clock: Clock) -> socket.socket:
-    """Try each address of the host, the first ones within their share of what is left of the limit."""
+    """Try each address of the host; each gets its share of the remaining time."""
     failure: OSError = OSError("the host has no address")
     host, port = server.first
     found = known_addresses(server) or await loop.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
@@ -378,13 +378,13 @@ async def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Cl
         while not (wire.writable or wire.answered()):
             await wire.wait(clock)
         if wire.answered():
-            return  # It has answered before it had read all.
+            return  # The server answered before it had read everything.
         wire.transport.write(block)
-        clock.enter("first_token")  # It counts from the last block that went out.
+        clock.enter("first_token")  # The time counts from the last block sent.
 
 
 class _Response:
-    """An answer whose pieces are awaited."""
+    """A response whose pieces are awaited."""
 
     def __init__(self, pool: _Pool, wire: _Wire, answer: Framing, clock: Clock) -> None:
         self.status, self.reason = answer.status, answer.reason
@@ -423,6 +423,7 @@ class _Response:
             self._pool.give_back(wire, self._answer)
 
     def __del__(self) -> None:
-        if self._wire is not None:  # The collector may run in any thread, after the loop's end as well.
+        # The garbage collector may run in any thread, also after the end of the loop.
+        if self._wire is not None:
             with contextlib.suppress(RuntimeError):
                 self._wire.loop.call_soon_threadsafe(self._give_back)

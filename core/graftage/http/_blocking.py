@@ -1,4 +1,4 @@
-"""The network of sync clients: sockets, each read and write of which ends at the limit of the running request."""
+"""The network of sync clients: sockets whose reads and writes end at the limits of the request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockingNetwork"]
 
 LOOK = 0.2
-"""Seconds for which a server takes nothing more, after which it may have answered what it has not read."""
+"""Seconds for which a server takes no bytes, before we look whether it has answered early."""
 
 
 class BlockingNetwork:
@@ -54,16 +54,16 @@ class BlockingNetwork:
 
     def _begin(self) -> None:
         idle, self._idle = self._idle, []
-        self._lock = threading.Lock()  # Another thread may have held the one before at the fork.
+        self._lock = threading.Lock()  # At the fork another thread may have held the old one.
         self._busy: WeakSet[_Wire] = WeakSet()
         self._process = os.getpid()
         for wire in idle:
             wire.close()
 
     async def send(self, request: Request, clock: Clock) -> Response:
-        """Send a request and wait for the head of its answer."""
+        """Send a request and wait for the head of its response."""
         if self._process != os.getpid():
-            self._begin()  # Two processes that read from one socket get each other's answers.
+            self._begin()  # Two processes on one socket would get each other's responses.
         origin = request.origin
         server = self._servers.get(origin) or self._servers.setdefault(origin, server_of(origin))
         if _patched.is_patched(server):
@@ -89,7 +89,7 @@ class BlockingNetwork:
             kept = None
 
     def _taken(self, server: Server) -> _Wire | None:
-        """An idle connection to a server that is still good."""
+        """Return an idle connection to a server, or None."""
         while True:
             with self._lock:
                 wire = next((each for each in reversed(self._idle) if each.server is server), None)
@@ -99,7 +99,7 @@ class BlockingNetwork:
                 self._busy.add(wire)
             try:
                 wire.socket.settimeout(0)
-                wire.socket.recv(1)  # What is there, the end or an answer that nobody asked for, belongs to no request.
+                wire.socket.recv(1)  # Any byte, or the end, means that the connection is of no use.
             except wire.quiet:
                 if wire.since + KEEPALIVE_EXPIRY > time.monotonic():
                     return wire
@@ -108,11 +108,11 @@ class BlockingNetwork:
             self.give_back(wire, usable=False)
 
     def _connected(self, server: Server, clock: Clock) -> _Wire:
-        """A new connection."""
+        """Return a new connection."""
         clock.enter("connect")
         wire = _Wire(server)
         with self._lock:
-            self._busy.add(wire)  # Before it is made, so that `close` wakes who waits for that, too.
+            self._busy.add(wire)  # First, so that `close` can wake this call while it connects.
         try:
             _connect(wire, clock)
             if self._closed:
@@ -128,7 +128,7 @@ class BlockingNetwork:
         return wire
 
     def give_back(self, wire: _Wire, *, usable: bool) -> None:
-        """Keep a connection for the next request, where it can take one; else close it."""
+        """Keep a connection for the next request if it can take one, else close it."""
         wire.since = time.monotonic()
         spare: _Wire | None = wire
         with self._lock:
@@ -140,7 +140,7 @@ class BlockingNetwork:
             spare.close()
 
     async def close(self) -> None:
-        """Close every connection; who waits at one of them is woken."""
+        """Close every connection and wake the calls that wait for one."""
         with self._lock:
             self._closed = True
             idle, self._idle, busy = self._idle, [], list(self._busy)
@@ -157,14 +157,14 @@ class _Wire:
 
     def __init__(self, server: Server) -> None:
         self.socket: Any = None
-        """Is there once the connection is being made."""
+        """None until the connection is being made."""
         self.quiet: type[Exception] = BlockingIOError
-        """What it raises where nothing has come."""
+        """What it raises if there is nothing to read."""
         self.server = server
         self.since = 0.0
 
     def answered(self) -> bool:
-        """Whether something has come. By TLS it cannot be told from what is about TLS itself."""
+        """Whether the server has sent something. With TLS, the bytes may be about TLS alone, so this is False."""
         if self.quiet is not BlockingIOError:
             return False
         self.socket.settimeout(0)
@@ -172,14 +172,14 @@ class _Wire:
             self.socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
-        except OSError:  # Reading meets it as well.
+        except OSError:  # Reading will raise it again.
             pass
         return True
 
     def wake(self) -> None:
-        """Let another thread that waits for more have the end."""
-        # It is closed already, or not yet there. That of `ssl` would first make it a plain one, on which a thread that
-        # is about to send would send in clear.
+        """End a wait in another thread."""
+        # The socket may be closed already, or not exist yet. `SSLSocket.shutdown` would first remove TLS, and another
+        # thread might then send in clear text.
         with contextlib.suppress(OSError, TypeError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
@@ -187,7 +187,7 @@ class _Wire:
         if self.socket is not None:
             self.socket.close()
 
-    __del__ = close  # Nobody closes an answer that is dropped, nor a client that is open when its program ends.
+    __del__ = close  # For a response that is dropped, or a client that is open when the program ends.
 
 
 def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -> None:
@@ -197,17 +197,17 @@ def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -
     more = () if file is None else (block_of(file, start, size) for start in range(0, size, BLOCK))
     for block in chain(first, more):
         rest = memoryview(block)
-        while rest:  # Not `sendall`: that of `ssl` gives each record the whole limit anew.
+        while rest:  # Not `sendall`: with TLS it would restart the limit for each record.
             try:
                 wire.socket.settimeout(min(clock.left(), LOOK))
                 rest = rest[wire.socket.send(rest) :]
             except TimeoutError:
                 if wire.answered():
                     return
-            except OSError:  # It may have answered before it had read all. What else it may mean, reading meets too.
+            except OSError:  # The server may have answered early; reading shows it, or raises the error again.
                 return
         if file is not None:
-            clock.enter("first_token")  # It counts from the last block that went out.
+            clock.enter("first_token")  # The time counts from the last block sent.
 
 
 def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
@@ -245,7 +245,7 @@ def _connect(wire: _Wire, clock: Clock) -> None:
 
 
 def _dial(wire: _Wire, clock: Clock) -> None:
-    """Try each address of the host, the first ones within their share of what is left of the limit."""
+    """Try each address of the host; each gets its share of the remaining time."""
     failure: OSError = OSError("the host has no address")
     found = known_addresses(wire.server) or _looked_up(wire.server.first, clock)
     for position, (family, kind, protocol, _, address) in enumerate(found):
@@ -264,7 +264,7 @@ def _dial(wire: _Wire, clock: Clock) -> None:
 
 
 def _looked_up(first: tuple[str, int], clock: Clock) -> Addresses:
-    """The addresses of a name. The system keeps no limit, so a thread waits for it."""
+    """Look up a name in a thread, since the system's lookup has no time limit."""
     look = partial(socket.getaddrinfo, first[0].encode(), first[1], type=socket.SOCK_STREAM)
     return submit(look).result(clock.left())
 
@@ -290,7 +290,7 @@ def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> None:
 
 
 class _Response:
-    """An answer whose pieces are read by blocking."""
+    """A response whose pieces are read by blocking."""
 
     def __init__(self, network: BlockingNetwork, wire: _Wire, answer: Framing, clock: Clock) -> None:
         self.status, self.reason = answer.status, answer.reason
@@ -324,7 +324,7 @@ class _Response:
         return data
 
     async def close(self) -> None:
-        if self._reading and self._wire is not None:  # In another thread, which then comes here itself.
+        if self._reading and self._wire is not None:  # Another thread reads; it will give the connection back.
             self._wire.wake()
         else:
             self._give_back()

@@ -1,4 +1,4 @@
-"""Bytes of HTTP/1.1 to requests and answers: what both networks share. llhttp, through httptools, reads the answers."""
+"""HTTP/1.1 for both networks: write requests, and read responses with llhttp, through httptools."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "ENOUGH", "OK", "Framing", "ParserError", "block_of", "head_of", "size_of", "target_of"]
 
 BLOCK: Final = 1 << 16
-"""Bytes that are received at once."""
+"""Bytes to receive at once."""
 ENOUGH: Final = 1 << 16
-"""Bytes that have come and were not read, above which a connection waits with more; what headers may have at most,
-those of interim answers (RFC 9110, 15.2) included."""
+"""Unread bytes above which a connection pauses; also the most that headers may have, with those of interim responses
+(RFC 9110, 15.2)."""
 INTERIM: Final = 100
-"""The lowest status that there is."""
+"""The lowest valid status."""
 OK: Final = 200
-"""The lowest status that is no interim answer."""
+"""The lowest status of a final response."""
 FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
-"""Headers that say where a body ends."""
+"""Headers that define the end of a body."""
 ParserError = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 KEPT: Final = "%/?:@!$&'()*+,;=~[]{}|"
-"""What a target keeps as it is, where another character of it has to be encoded."""
+"""Characters that stay as they are if a target is percent-encoded."""
 _SAFE: Final = re.compile('[!"$-~]+')
 _UNSAFE: Final = re.compile(rb"[\r\n\0]")
 
 
 def size_of(request: Request) -> int:
-    """Bytes of the body."""
+    """Return the number of bytes in the body."""
     return request.file.stat().st_size if request.file is not None else len(request.body)
 
 
 def block_of(file: Path, start: int, size: int) -> bytes:
-    """The next block of a file of which `size` bytes were promised; what it has grown by would be taken for a request.
+    """Read the next block of a file, up to the announced `size`: the server would take more bytes for a new request.
 
-    The file is open no longer than this takes: a call that ends half-way leaves nothing to close.
+    The file is open only during this call, so that an interrupted upload leaves nothing to close.
 
     Raises:
-        RequestRejected: the file has become shorter.
+        RequestRejected: the file is shorter than announced.
     """
     with file.open("rb") as stream:
         stream.seek(start)
@@ -59,19 +59,19 @@ def block_of(file: Path, start: int, size: int) -> bytes:
 
 
 def target_of(request: Request, server: Server) -> str:
-    """What the request line names: the path, or the whole URL where a proxy reads it."""
+    """Return the target for the request line: the path, or the whole URL if a proxy reads it."""
     target = request.target if _SAFE.fullmatch(request.target) else quote(request.target, safe=KEPT)
     return f"{server.origin}{target}" if server.absolute else target
 
 
 def head_of(request: Request, server: Server, size: int) -> bytes:
-    """The request line and the headers of a request with a body of this size.
+    """Return the request line and the headers for a body of this size.
 
     Raises:
-        RequestRejected: a header cannot be sent. It is not repeated: it may be a key.
+        RequestRejected: a header cannot be sent. The error does not show it, since it may be a key.
     """
     headers = [*(server.headers if server.absolute else ()), *request.headers]
-    if all(name != "host" for name, _ in request.headers):  # A server behind a gateway may go by another name.
+    if all(name != "host" for name, _ in request.headers):  # Behind a gateway a server may need another name.
         headers.insert(0, ("host", server.netloc))
     if size or request.method not in ("GET", "HEAD"):
         headers.append(("content-length", str(size)))
@@ -86,7 +86,7 @@ def head_of(request: Request, server: Server, size: int) -> bytes:
 
 
 class Framing:
-    """One answer, as far as its bytes have come. What comes after its end makes its connection useless."""
+    """One response, as far as it has been received. Bytes after its end make its connection unusable."""
 
     __slots__ = (
         *("_bodiless", "_parser", "complete", "fault", "feed", "head", "headers", "on_body", "pieces", "reason"),
@@ -94,60 +94,60 @@ class Framing:
     )
 
     def __init__(self, *, bodiless: bool = False) -> None:
-        """Begin. `bodiless` is the answer to HEAD or CONNECT, which ends with its headers whatever they say."""
+        """Begin a response. `bodiless` is for HEAD and CONNECT, whose responses always end with their headers."""
         self.pieces: list[bytes] = []
-        """What has come of the body and was not read."""
+        """The received pieces of the body that are not read yet."""
         self.on_body = self._surplus if bodiless else self.pieces.append
         self._parser = httptools.HttpResponseParser(self)
-        # Some proxies send a length beside a chunked body; the chunks count (RFC 9112, 6.3). Small servers end lines
-        # with a line feed alone (2.2), or pad the sizes of chunks.
+        # Some proxies send a length beside a chunked body; then the chunks count (RFC 9112, 6.3). Small servers end
+        # lines with a line feed alone (2.2), or pad the sizes of chunks.
         self._parser.set_dangerous_leniencies(
             lenient_chunked_length=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
         )
         self.feed: Callable[[bytes], None] = self._parser.feed_data
-        """Takes what has come. Whatever it raises is for `failed`."""
+        """Takes received bytes. Pass what it raises to `failed`."""
         self._bodiless = bodiless
         self.status, self.reason = 0, ""
         self.headers: list[tuple[str, str]] = []
         self.size = 0
-        """Bytes that have come since something was read."""
+        """Bytes received since the last read."""
         self.head = False
         self.complete = False
         self.usable = False
         """Whether the connection can take another request."""
         self.fault: BaseException | None = None
-        """Why no more will come."""
+        """Why nothing more will come."""
 
     def failed(self, error: BaseException) -> None:
-        """What has come breaks a rule."""
+        """Note an error in the received bytes."""
         self.usable = False
         if not self.complete:
             self.fault = self.fault or error
 
     def crowded(self) -> bool:
-        """Whether enough has come for now. Headers have a bound instead."""
+        """Whether to pause receiving. Too long headers are an error instead."""
         if not self.head:
             self.failed(httptools.HttpParserError(f"the headers are longer than {ENOUGH} bytes"))
         return self.head
 
     def end(self, error: BaseException | None = None) -> None:
-        """The connection has ended, which ends a body that nothing else ends."""
+        """Note the end of the connection. It also ends a body without length or chunks."""
         self.usable = False
         if error is None and self.head and not any(name in FRAMED for name, _ in self.headers):
             self.complete = True
         self.failed(error or EOFError("the server closed the connection"))
 
     def let_go(self) -> None:
-        """Nothing more will be fed: the parser and this refer to each other, and must not wait for the collector."""
+        """Drop the parser: it and this object refer to each other, and would wait for garbage collection."""
         del self._parser, self.feed
 
     def words(self) -> str:
-        """Why no more will come, for people."""
+        """Describe `fault` for a message."""
         fault = self.fault or EOFError()
         return str(fault.__context__ or fault).rstrip(".") or type(fault).__name__
 
     def interrupted(self) -> StreamInterrupted:
-        """The error for a body that will not be complete."""
+        """Return the error for an incomplete body."""
         error = StreamInterrupted(
             f"The connection broke before the answer was complete: {self.words()}.",
             retryable=True,
@@ -159,22 +159,22 @@ class Framing:
     # --- What httptools calls ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """An answer begins; a second one must not be taken for that to the next request."""
+        """Refuse a second response: it must not become the response to the next request."""
         if self.complete:
             raise ValueError("nobody has asked for another answer")
 
     def on_status(self, reason: bytes) -> None:
-        """The reason phrase."""
+        """Keep the reason phrase."""
         if not self.head:
             self.reason = reason.decode("latin-1")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer, which nobody needs."""
+        """Keep a header; ignore trailers."""
         if not self.head:
             self.headers.append((name.decode("latin-1").lower(), value.decode("latin-1")))
 
     def on_headers_complete(self) -> None:
-        """The headers of an interim answer, or of the answer itself, are there."""
+        """Check the complete headers; drop those of an interim response."""
         if self.complete:
             return
         self.status = self._parser.get_status_code()
@@ -193,7 +193,7 @@ class Framing:
         self.usable = False
 
     def on_message_complete(self) -> None:
-        """An interim answer, or the answer itself, has ended."""
+        """Note the end of the response; ignore that of an interim one."""
         if self.head and not self.complete:
             self.complete = True
             self.usable = self._parser.should_keep_alive()

@@ -1,4 +1,4 @@
-"""What both networks share: what a failure means, and TLS."""
+"""Errors and TLS for both networks."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ __all__ = [
 Addresses: TypeAlias = list[tuple[Any, Any, int, str, Any]]
 """As `socket.getaddrinfo` gives them."""
 KEEPALIVE = 20
-"""Idle connections that are kept."""
+"""How many idle connections are kept."""
 KEEPALIVE_EXPIRY = 30.0
 """Seconds for which an idle connection is kept."""
 RACE = 5.0
-"""Seconds within which the end of a connection may have crossed a request; later it is the end of the server's work."""
+"""Seconds within which the end of a connection may have crossed the request. Later ends mean that the server failed."""
 PROXY_SIGN_IN = 407
 SERVER_FAULT = 500
 
 
 def known_addresses(server: Server) -> Addresses | None:
-    """The addresses of a server that take no time to find; None where a name has to be looked up.
+    """Return the addresses of a server that need no lookup, or None.
 
     Raises:
-        ConnectionFailed: this system has no such sockets.
+        ConnectionFailed: this system has no Unix sockets.
     """
     if server.path is not None:
         if not hasattr(socket, "AF_UNIX"):
             hint = "Let the server listen at a port."
             raise _failed("This system has no sockets of the file system.", "unreachable", hint)
         return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", server.path)]
-    host, port = server.first[0].encode(), server.first[1]  # For a text, Python would look into IDNA.
+    host, port = server.first[0].encode(), server.first[1]  # For a `str`, Python would import IDNA.
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
@@ -67,7 +67,7 @@ def known_addresses(server: Server) -> Addresses | None:
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """The one TLS context of the process: building one costs some 50 ms, and no plain-http host needs it.
+    """Return the one TLS context of the process. Building one takes about 50 ms, and plain HTTP needs none.
 
     Raises:
         ConnectionFailed: the certificates cannot be read.
@@ -82,7 +82,7 @@ def tls_context() -> ssl.SSLContext:
         context = ssl.create_default_context(
             cafile=os.environ.get("SSL_CERT_FILE") if own else certifi.where(), capath=os.environ.get("SSL_CERT_DIR")
         )
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # ssl.SSLError is a subclass.
         raise _failed(
             f"The certificates for TLS cannot be read: {error}.", "tls", "Check SSL_CERT_FILE and SSL_CERT_DIR."
         ) from error
@@ -91,13 +91,13 @@ def tls_context() -> ssl.SSLContext:
 
 
 def failed_before_answer(error: BaseException, clock: Clock, url: str) -> ProviderError:
-    """The typed error for what the system said before the head of an answer was there."""
+    """Return the typed error for a system error before the head of a response."""
     return clock.expired() if isinstance(error, TimeoutError) else connection_failed(error, url)
 
 
 def unconnected(error: BaseException, clock: Clock, server: Server) -> ProviderError:
-    """The typed error for a connection that was not made, which blames the proxy where there is one."""
-    # What TLS says inside a tunnel, the server says.
+    """Return the typed error for a connection that was not made. It names the proxy if there is one."""
+    # A TLS error inside a tunnel comes from the server, not from the proxy.
     inside = server.tunnel is not None and _tls_error(list(_chain(error))) is not None
     if isinstance(error, ProviderTimeout):
         found: ProviderError = error
@@ -107,12 +107,12 @@ def unconnected(error: BaseException, clock: Clock, server: Server) -> ProviderE
 
 
 def peer_of(server: Server) -> str:
-    """Scheme, host and port of what connections are made to: the proxy, where there is one."""
+    """Return scheme, host and port of the proxy, or of the server if there is none."""
     return server.origin if server.proxy is None else server.proxy.partition(",")[0]
 
 
 def _blamed(error: ProviderError, server: Server) -> ProviderError:
-    """The same error, which names the proxy where it was the proxy that failed."""
+    """Name the proxy, if there is one, in an error and its hint."""
     if server.proxy is not None:
         error.message += f" It is the proxy on the way to {place(server.origin)}."
         error.hint = f"Check the proxy {server.proxy}. NO_PROXY names hosts that need none."
@@ -121,25 +121,25 @@ def _blamed(error: ProviderError, server: Server) -> ProviderError:
 
 
 def closed() -> ConnectionFailed:
-    """The typed error for a connection that was closed while it was made."""
+    """Return the typed error for a connection that was closed while it was made."""
     return _failed("The connection was closed while it was made.", "closed", "Use a client that is open.")
 
 
 def is_stale(answer: Framing, begun: float) -> bool:
-    """Whether a connection that had been used before was closed, it seems, before the request came.
+    """Whether the server probably closed a reused connection before it read the request.
 
-    It is sent again then, at once and whatever it is, as a browser does: nothing fails that was never read. Had it been
-    read after all, a model answers twice, a pull goes on, an upload is the same, and what was to be deleted is gone.
+    Any such request is sent again at once, as browsers do, so that no request fails unread. If the server had read it
+    after all, a repeat does no harm: a model replies twice, a pull continues, an upload or a deletion stays the same.
     """
     closed = answer.size == 0 and isinstance(answer.fault, (OSError, EOFError))
     return closed and time.monotonic() - begun < RACE
 
 
 def unanswered(answer: Framing, clock: Clock, server: Server) -> ProviderError:
-    """The typed error for a connection that ended, or broke a rule, before the head of its answer was there."""
+    """Return the typed error for a connection that ended, or sent invalid bytes, before the head of its response."""
     if answer.head:
         return tunnel_failed(answer, server)
-    # In a tunnel it was the server.
+    # Inside a tunnel the server is to blame.
     where = peer_of(server) if server.absolute else server.origin
     fault = answer.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
@@ -150,19 +150,19 @@ def unanswered(answer: Framing, clock: Clock, server: Server) -> ProviderError:
 
 
 def is_answered(answer: Framing, server: Server) -> bool:
-    """Whether the server has begun to answer: a proxy that wants a sign-in speaks in its place."""
+    """Whether the head of the server's own response has come, not a proxy's demand for a sign-in."""
     return answer.head and not (server.absolute and answer.status == PROXY_SIGN_IN)
 
 
 def not_http(url: str, why: str) -> ProtocolError:
-    """The typed error for an answer that breaks the rules of HTTP."""
+    """Return the typed error for a response that is not valid HTTP."""
     return ProtocolError(
         f"What answers at {place(url)} does not speak HTTP: {why}.", hint="Check `host`, its scheme and its port."
     )
 
 
 def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
-    """The typed error for a connection that could not be made or broke, with the cause in `details["cause"]`."""
+    """Return the typed error for a connection that failed or broke, with the cause in `details["cause"]`."""
     where = place(url)
     causes = list(_chain(error))
     if any(isinstance(each, (socket.gaierror, UnicodeError)) for each in causes):
@@ -193,7 +193,7 @@ def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
 
 
 def tunnel_failed(answer: Framing, server: Server) -> ConnectionFailed:
-    """The error for a proxy that makes no connection to the server."""
+    """Return the error for a proxy that does not connect to the server."""
     hint = "Put user and password into its address." if answer.status == PROXY_SIGN_IN else "Check its log."
     what = f"refuses: status {answer.status}" if answer.head else f"broke off: {answer.words()}"
     return _failed(
@@ -209,7 +209,7 @@ def _failed(message: str, cause: str, hint: str, *, retryable: bool = False) -> 
 
 
 def _tls_error(causes: list[BaseException]) -> Any:
-    ssl = sys.modules.get("ssl")  # Where it was never imported, no such error can be.
+    ssl = sys.modules.get("ssl")  # If it was never imported, there is no such error.
     return next((each for each in causes if isinstance(each, ssl.SSLError)), None) if ssl else None
 
 

@@ -1,6 +1,6 @@
-"""Requests through `http.client`, while somebody has put a class of their own there: vcrpy does within a cassette.
+"""Requests through `http.client` while a tool such as vcrpy has replaced its connection classes.
 
-A cassette takes a body as a whole, so what is seen here are neither the pieces nor the times of the network.
+A cassette holds whole bodies, so pieces and times of the network are lost here.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["exchange", "is_patched"]
 
 
 def is_patched(server: Server) -> bool:
-    """Whether `http.client` makes connections of somebody else's class. Looked at for each request."""
+    """Whether a tool has replaced the connection class of `http.client`. Checked for each request."""
     client = sys.modules.get("http.client")
     return client is not None and client.HTTPConnection.__module__ != "http.client" and server.path is None
 
 
 def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
-    """Send a request and read all of its answer, by blocking."""
+    """Send a request and read its whole response, by blocking."""
     import http.client
 
     (host, port), left = server.first, clock.left()
@@ -37,7 +37,7 @@ def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
     )
     if server.tunnel:
         connection.set_tunnel(server.netloc, headers=dict(server.headers))
-    head_of(request, server, size_of(request))  # Refuses headers that must not be sent.
+    head_of(request, server, size_of(request))  # Refuses invalid headers.
     headers = dict((*(server.headers if server.absolute else ()), *request.headers))
     body = request.file.read_bytes() if request.file is not None else request.body
     clock.sent()
@@ -55,7 +55,7 @@ def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
 
 
 class Exchanged:
-    """An answer that is here as a whole."""
+    """A response that has been read."""
 
     def __init__(self, response: Any) -> None:
         self.status, self.reason = response.status, response.reason or ""
@@ -63,9 +63,9 @@ class Exchanged:
         self._body: bytes = response.read()
 
     async def read(self) -> bytes:
-        """The body, at once."""
+        """Return the whole body, then nothing."""
         body, self._body = self._body, b""
         return body
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the connection is closed."""

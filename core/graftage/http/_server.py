@@ -1,4 +1,4 @@
-"""How the server of a URL is reached: straight, by a socket of the file system, or through the environment's proxy."""
+"""How to reach a server: directly, by a Unix socket, or through a proxy from the environment."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ __all__ = ["Server", "server_of"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """Where the connections for one origin go."""
+    """Where to connect for one origin."""
 
     origin: str
     """Scheme, host and port."""
     netloc: str
     host: str
     tls: bool = False
-    """Whether TLS begins at once; with a tunnel it begins inside, for the host."""
+    """Whether TLS begins at once. With a tunnel, another TLS for the host begins inside it."""
     first: tuple[str, int]
-    """The host and the port that a connection is made to: those of the proxy, where there is one."""
+    """The host and port to connect to: those of the proxy if there is one."""
     path: str | None = None
-    """The socket of the file system that a connection is made to instead."""
+    """The Unix socket to connect to instead."""
     proxy: str | None = None
-    """The proxy's address, without user and password, and what names it: for messages."""
+    """The proxy, without user and password, and the variable that names it: for messages."""
     tunnel: bytes | None = None
-    """What asks the proxy for a connection to the server."""
+    """The request for a tunnel through the proxy."""
     absolute: bool = False
-    """Whether requests name the whole URL, which a proxy reads."""
+    """Whether requests must name the whole URL, for a proxy."""
     headers: tuple[tuple[str, str], ...] = ()
-    """What the proxy, and nobody behind it, has to be given: with each request, or with the one for the tunnel."""
+    """Headers for the proxy alone: sent with each request, or with the one for the tunnel."""
 
 
 def server_of(origin: str) -> Server:
-    """How an origin is reached.
+    """Return how to reach an origin.
 
     Raises:
-        ConnectionFailed: the host name, or the proxy that the environment names, cannot be used.
+        ConnectionFailed: the host name, or the proxy from the environment, cannot be used.
     """
     if (path := socket_path(origin)) is not None:
         return Server(origin=origin, netloc="localhost", host="localhost", first=("", 0), path=path)
@@ -69,7 +69,7 @@ def server_of(origin: str) -> Server:
 
 
 def _ascii(host: str) -> str | None:
-    """A host name as it is looked up; None where it is invalid."""
+    """Return a host name in the form for lookups, or None if it is invalid."""
     try:
         return host if host.isascii() else host.encode("idna").decode()
     except UnicodeError:
@@ -77,7 +77,7 @@ def _ascii(host: str) -> str | None:
 
 
 def _checked_proxy(proxy: str, variable: str, *, tls: bool) -> tuple[SplitResult, tuple[str, int]]:
-    """A proxy's address, and where a connection to it is made. No password of it stands in an error."""
+    """Return a proxy's URL, and the host and port to connect to. Errors do not show its password."""
     problem = ""
     try:
         by = urlsplit(proxy)

@@ -1,4 +1,4 @@
-"""Where a request goes: this machine or another one, straight or through a proxy, with or without a key."""
+"""Where a request goes: to this machine or another, directly or through a proxy, with or without a key."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from graftage.exceptions import SettingsError
 __all__ = ["basic", "is_loopback", "is_private", "named_proxy", "place", "proxy_for", "read_base", "socket_path"]
 
 UNIX: Final = "http+unix"
-"""The scheme of a server that listens at a socket of the file system."""
+"""The scheme of a server on a Unix socket."""
 SECRET_NAMES: Final = re.compile(r"auth|cookie|credential|key|passw|secret|session|token", re.IGNORECASE)
-"""Headers that are named like this carry what only the right server may see."""
+"""Headers with such names hold secrets."""
 LISTEN_ONLY: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - recognised in order not to be used
 _LIST: Final = re.compile(r"[\s,]+")
 _ENTRY: Final = re.compile(r"(\[[^\]]*\]|[^:]*):([0-9]{1,5})")
@@ -35,16 +35,16 @@ def is_loopback(host: str) -> bool:
 
 
 def read_base(text: str) -> tuple[str, dict[str, str]]:
-    """A base URL without its last slash, and the header that a user and a password in it are sent as.
+    """Return a base URL without its last slash, and the header for a user and password in it.
 
-    Spaces and quotes around it are left out, and an address that a server listens on, `0.0.0.0`, becomes the loopback
-    address it can be reached at from here. A refused one is not repeated: it may hold a password.
+    Spaces and quotes around it are removed. `0.0.0.0`, which servers listen on, becomes the loopback address. An error
+    does not show the URL, since it may hold a password.
 
-    A server that listens at a socket of the file system is named by the percent-encoded path in place of the host:
-    `http+unix://%2Frun%2Fserver.sock/v1`. It counts as this machine: keys may go there, and no proxy is asked.
+    A server on a Unix socket has the percent-encoded path in place of the host: `http+unix://%2Frun%2Fserver.sock/v1`.
+    It counts as this machine: keys may go there, and no proxy is used.
 
     Raises:
-        SettingsError: nothing can be sent there, or a password would go in clear.
+        SettingsError: nothing can be sent there, or a password would go in clear text.
     """
     url = text.strip().strip("'\"").strip()
     try:
@@ -70,7 +70,7 @@ def read_base(text: str) -> tuple[str, dict[str, str]]:
 
 
 def basic(header: str, parts: SplitResult) -> dict[str, str]:
-    """The header that the user and the password of a URL are sent as; none where it has no user."""
+    """Return the header for the user and password of a URL; empty if it has no user."""
     if parts.username is None:
         return {}
     words = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode(errors="replace")
@@ -78,19 +78,19 @@ def basic(header: str, parts: SplitResult) -> dict[str, str]:
 
 
 def socket_path(url: str) -> str | None:
-    """The path of the socket that a URL names; None where it names a host."""
+    """Return the path of a URL's Unix socket, or None if the URL names a host."""
     parts = urlsplit(url)
-    return unquote(parts.netloc) if parts.scheme == UNIX else None  # Not the host name, which is in lower case.
+    return unquote(parts.netloc) if parts.scheme == UNIX else None  # `hostname` would be in lower case.
 
 
 def is_private(url: str) -> bool:
-    """Whether nobody on the way can read what is sent to `url`: by TLS, or since it stays on this machine."""
+    """Whether nobody between can read what is sent to `url`: it uses TLS or stays on this machine."""
     parts = urlsplit(url)
     return parts.scheme in ("https", UNIX) or is_loopback(parts.hostname or "")
 
 
 def place(url: str) -> str:
-    """An address for people: without user, password, path and query."""
+    """Return scheme, host and port of a URL, for messages: no user, password, path or query."""
     parts = urlsplit(url)
     if parts.scheme == UNIX:
         return f"{UNIX}://{parts.netloc}"
@@ -99,17 +99,17 @@ def place(url: str) -> str:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for `url`. Loopback never has one: a prompt would leave the machine."""
+    """Return the proxy for `url` from the environment. Loopback never has one: prompts must not leave the machine."""
     return named_proxy(url)[0]
 
 
 def named_proxy(url: str) -> tuple[str | None, str]:
-    """The proxy for `url`, and what names it: a variable of the environment, or the system's settings."""
+    """Return the proxy for `url`, and what names it: a variable of the environment or the system's settings."""
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
     if parts.scheme == UNIX or is_loopback(host):
         return None, ""
-    import os  # A server on this machine does not need these, and the second is slow to import
+    import os  # Slow to import, and a server on this machine needs neither.
     import urllib.request
 
     proxies = urllib.request.getproxies()
@@ -128,7 +128,7 @@ def named_proxy(url: str) -> tuple[str | None, str]:
 
 
 def _is_named(host: str, port: int | None, entry: str) -> bool:
-    """Whether an entry of NO_PROXY names a host, in any form that curl, Go or Python take."""
+    """Whether an entry of NO_PROXY names a host, in any form of curl, Go or Python."""
     found = _ENTRY.fullmatch(entry)
     name, own_port = found.groups() if found else (entry, None)
     name = name.strip("[]").rstrip(".").lower()
@@ -137,12 +137,12 @@ def _is_named(host: str, port: int | None, entry: str) -> bool:
     if (network := _network(name)) is not None:
         address = _network(host)
         return address is not None and address.subnet_of(network)
-    # `.name` is its subdomains and itself, as for curl; `*.name` is its subdomains.
+    # `.name` covers the name and its subdomains, as in curl; `*.name` only the subdomains.
     return name == "*" or host == name.lstrip(".") or host.endswith(f".{name.removeprefix('*').lstrip('.')}")
 
 
 def _network(text: str) -> ipaddress.IPv6Network | None:
-    """A network, or an address as one; those of IPv4 as IPv6 has them, so that both forms of an address are equal."""
+    """Return a network, or an address as one, in the form of IPv6, so that both forms of an IPv4 address are equal."""
     try:
         found = ipaddress.ip_network(_ZONE.sub("", text), strict=False)
     except ValueError:  # It is a name.
