@@ -1,4 +1,4 @@
-"""An answer that refuses, and what it says: its words, its figures, and when to ask again."""
+"""A response that refuses: its words, its figures, and when to retry."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ OK: Final = 200
 REFUSED: Final = 400
 LAST_STATUS: Final = 599
 MAX_WORDS: Final = 500
-"""Characters of the server's words that go into a message."""
+"""Characters of the server's words in a message."""
 DEEPEST: Final = 4
-"""A server passes on what another one said as a text inside its own: unwrap it, but not for ever."""
+"""How many nested errors to unwrap: servers quote the error of another server as text inside their own."""
 FACTS: Final = ("code", "type", "param", "n_prompt_tokens", "n_ctx")
-"""What stands beside an error and is worth keeping."""
+"""Fields beside an error that are worth keeping."""
 _FOLDER = re.compile(r"(?<![\w:/\\.])(?:[A-Za-z]:[\\/]|/)[^\s\"':,;()]*[\\/](?=[^\s\"':,;()/\\]+)")
 
 
 @dataclass(frozen=True, slots=False, kw_only=True)
 class Answer:
-    """An answer that refuses: with a status from 400 on, or with an error under status 200."""
+    """A response that refuses: with a status from 400 on, or with an error under status 200."""
 
     status: int
     headers: Headers
     body: bytes
-    """Without the secrets of the connection."""
+    """Without the connection's secrets."""
     call: Call = field(repr=False)
     server: str = "the server"
-    """Who says it, for messages."""
+    """The server's name, for messages."""
 
     @cached_property
     def _read(self) -> tuple[str, dict[str, Any], bool]:
@@ -53,7 +53,7 @@ class Answer:
         for _ in range(DEEPEST):
             if isinstance(value, str):
                 value = _parsed(value)
-            if isinstance(value, list) and value:  # Gemini's API puts its one error into a list.
+            if isinstance(value, list) and value:  # Gemini puts its error into a list.
                 value = value[0]
             if not isinstance(value, Mapping):
                 break
@@ -71,28 +71,28 @@ class Answer:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """The figures beside it."""
+        """The fields of `FACTS`, and the status, beside those words."""
         return self._read[1]
 
     @property
     def known(self) -> bool:
-        """Whether the body was an error in JSON: otherwise it may come from another service."""
+        """Whether the body was an error in JSON. If not, it may come from another service."""
         return self._read[2]
 
     @property
     def inner_status(self) -> int:
-        """The status; of an error under status 200 the one in its body, where it has one."""
+        """The status; for an error under status 200 the one in its body, if any."""
         found = self.facts.get("status", self.status) if self.status == OK else self.status
         return found if found == OK or REFUSED <= found <= LAST_STATUS else self.status
 
     @property
     def model(self) -> str:
-        """The model of the call, as it stands in a sentence."""
+        """The model of the call, for a sentence."""
         return f"`{self.call.model}`" if self.call.model else "the model"
 
     @property
     def said(self) -> str:
-        """The server's words as a sentence, cut, and without the folders of its machine, which may name a person."""
+        """The server's words as a sentence: shortened, and without folders of its machine, which may name a person."""
         if not (self.known and self.words):
             return f"The status is {self.inner_status}."
         text = f"{self.server[:1].upper()}{self.server[1:]} says: {_FOLDER.sub('', self.words[:MAX_WORDS])}".rstrip()
@@ -100,13 +100,13 @@ class Answer:
 
     @cached_property
     def searched(self) -> str:
-        """What tables of words look into, in lower case: the server's words, and the codes beside them."""
+        """What a table of words searches: the server's words and codes, in lower case."""
         parts = (self.words, *(str(self.facts[key]) for key in ("code", "type") if key in self.facts))
         return f" {' '.join(word for each in parts for word in each.lower().split())} "
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds to wait, where the server names them in a header or in its words; what makes no sense is left out."""
+        """Seconds to wait, from a header or the body; None if the server names none that is valid."""
         said = re.search(_SAID, self.body.decode("utf-8", "replace"))
         named = (
             _wait(f"{header(self.headers, 'retry-after-ms')}ms"),
@@ -118,30 +118,30 @@ class Answer:
 
 
 Refusal: TypeAlias = Callable[[Answer], ProviderError | None]
-"""An author's own table: the error for an answer, or None for what the table of the toolkit says."""
+"""A provider's own table: return the error for a response, or None for the toolkit's error."""
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
 Make: TypeAlias = Callable[[Answer], ProviderError]
 Rules: TypeAlias = tuple[tuple[tuple[str, ...], Make], ...]
-"""A table of words: the first rule of which one phrase, in lower case, is among the server's words decides."""
+"""A table of words: the first rule with a phrase among the server's words decides. Phrases are in lower case."""
 
 
 def says(kind: type[ProviderError], sentence: str, hint: str, **facts: Any) -> Make:
-    """How a table makes an error.
+    """Return a function that makes an error, for a table.
 
     Args:
         kind: its class.
-        sentence: what it says before the server's own words; `{model}` in it becomes the model of the call.
+        sentence: comes before the server's own words; `{model}` in it becomes the model of the call.
         hint: the way out.
-        facts: what else the class takes.
+        facts: other arguments of the class.
     """
     return lambda it: kind(f"{sentence.format(model=it.model)} {it.said}".lstrip(), hint=hint, **facts)
 
 
 def by_words(it: Answer, rules: Rules) -> ProviderError | None:
-    """The error that a table of words has for an answer."""
+    """Return the error that a table of words has for a response, or None."""
     return next((make(it) for phrases, make in rules if any(each in it.searched for each in phrases)), None)
 
 
@@ -149,7 +149,7 @@ def by_words(it: Answer, rules: Rules) -> ProviderError | None:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON that a text is, or that its first line is; else the text."""
+    """Return the JSON in a text or in its first line; else the text."""
     if text.lstrip().startswith(("{", "[")):
         for each in (text, text.splitlines()[0]):
             with contextlib.suppress(ValueError, RecursionError):
@@ -161,7 +161,7 @@ def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in FACTS:
         if isinstance(value.get(key), (str, int)):
             yield key, value[key]
-    for key in ("code", "status", "StatusCode"):  # Elsewhere they are words.
+    for key in ("code", "status", "StatusCode"):  # Other servers put words there.
         if isinstance(value.get(key), int) or re.fullmatch("[0-9]{3}", str(value.get(key))):
             yield "status", int(value[key])
 
@@ -169,19 +169,19 @@ def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 # --- When to ask again -----------------------------------------------------------------------------------------------
 
 EPOCH: Final = 1e9
-"""A number from here on is a time of Unix, in seconds, or in milliseconds where it is `MILLISECONDS` or more."""
+"""A number from here on is a Unix time in seconds; from `MILLISECONDS` on, in milliseconds."""
 MILLISECONDS: Final = 1e11
 A_YEAR: Final = 366 * 86_400.0
-"""Seconds: who names more has made a mistake."""
+"""Seconds: a longer wait is a mistake."""
 _SAID: Final = (
     r"(?i)(?:retry_?(?:delay|after)\W{1,4}|(?:try again|retry) (?:in|after) )"
     r"((?:\d+(?:\.\d+)?(?:ms|[hms])?)+)(?!\w|\.\d|\s?(?:ms|milli|min|hour|day))"
 )
-"""How long to wait, in the body: Google's `"retryDelay": "34s"`, OpenAI's "Please try again in 1m30s"."""
+"""A wait in the body: Google's `"retryDelay": "34s"`, OpenAI's "Please try again in 1m30s"."""
 
 
 def _wait(text: str | None) -> float | None:
-    """The seconds from now on that a number, a duration such as `1m30s`, a time of Unix or a date means."""
+    """Return the seconds from now for a number, a duration such as `1m30s`, a Unix time or a date."""
     if not text:
         return None
     seconds = duration(text)
@@ -192,7 +192,7 @@ def _wait(text: str | None) -> float | None:
 
 
 def _date(text: str) -> float | None:
-    """The time of Unix that a date means, in one of the three forms of HTTP (RFC 9110, 5.6.7) or that of ISO 8601."""
+    """Return the Unix time of a date in a form of HTTP (RFC 9110, 5.6.7) or of ISO 8601."""
     from datetime import UTC, datetime
     from email.utils import parsedate_to_datetime
 
@@ -204,7 +204,7 @@ def _date(text: str) -> float | None:
 
 
 def _reset(headers: Headers) -> float | None:
-    """Seconds until the limit that is used up begins again; until the last of them where several are, or may be."""
+    """Return the seconds until the last used-up limit is reset. A limit that states no remainder counts as used up."""
     given = dict(headers)
     waits = [
         _wait(value)

@@ -1,7 +1,7 @@
-"""HTTP for providers, written once for both colours: JSON, lines, server-sent events, uploads.
+"""HTTP for providers, written once for sync and async: JSON, lines, server-sent events, uploads.
 
-What a provider's author would write again stands here: limits on time and size, whole lines, typed errors, retries of
-the opening, keys that go nowhere else. `ConnectRequest.http` makes one.
+Here is what every provider needs: limits on time and size, whole lines, typed errors, retries of the opening, and keys
+that go to one server alone. `ConnectRequest.http` makes a client.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ __all__ = ["Document", "Event", "Http", "Items"]
 
 T = TypeVar("T")
 Words: TypeAlias = Callable[[bytes], "tuple[str, str] | None"]
-"""The text and the thinking of a line that holds nothing else."""
+"""Returns the text and the thinking of a line that holds nothing else; None for other lines."""
 MAX_LINE: Final = 8 * 1024 * 1024
-"""Bytes of one line of a stream: what Ollama's own client takes (`api/client.go`, `maxBufferSize`)."""
+"""Bytes of one line of a stream: the limit of Ollama's own client (`api/client.go`, `maxBufferSize`)."""
 MAX_ERROR_BODY: Final = 64 * 1024
 REDIRECT: Final = 300
 REFUSED: Final = 400
 NOT_THERE: Final = (404, 405)
 _PLACE: Final = re.compile(r"https?://[A-Za-z0-9._:\[\]-]{1,260}")
 DRAIN: Final = 0.2
-"""Seconds to wait for the end of a body after its last item; then the connection is not used again."""
+"""Seconds to wait for the end of a body after its last item, before the connection is given up."""
 SHORTEST_SECRET: Final = 4
-"""Characters; what is shorter stands in many words by chance."""
+"""Characters: shorter secrets occur in many words by chance."""
 AGENT: Final = "graftage"
 ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 FIELDS: Final = ("event", "id", "retry")
-"""Those of an event besides its data; others mean nothing."""
+"""Fields of an event besides its data; others are ignored."""
 DONE: Final = "[DONE]"
-"""What ends a stream of events in OpenAI's API."""
+"""The data of the last event in OpenAI's API."""
 
 
 class Document(dict[str, Any]):
-    """A JSON object that a server answered with."""
+    """A JSON object from a server."""
 
     headers: Headers = ()
     """The headers that came with it."""
 
 
 class Http:
-    """Asks one server. Opens nothing until the first request."""
+    """A client of one server. It opens no connection before the first request."""
 
     def __init__(
         self,
@@ -80,16 +80,16 @@ class Http:
         refusal: Refusal | None = None,
         server: str = "the server",
     ) -> None:
-        """Take what all requests share.
+        """Set what all requests share.
 
         Args:
-            base_url: as `read_base` gives it.
-            build: makes what sends the requests; the first one calls it.
-            colour: the kind of client that asks.
-            begin: makes the call of a request that comes from an SDK, with the limits of the settings.
-            headers: sent with each request; one that is named like a secret only over https or to loopback.
-            refusal: the author's own table of errors.
-            server: who refuses, for messages.
+            base_url: as from `read_base`.
+            build: makes the transport at the first request.
+            colour: whether the client is sync or async.
+            begin: makes the call for a request of an SDK, with the limits of the settings.
+            headers: sent with each request; one with the name of a secret only over https or to loopback.
+            refusal: the provider's own table of errors.
+            server: the server's name, for messages.
         """
         self.base_url = base_url
         self.headers: Headers = _kept((headers or {}).items(), safe=is_private(base_url))
@@ -121,20 +121,20 @@ class Http:
         vectors: str | None = None,
         context: Mapping[str, object] | None = None,
     ) -> T:
-        """Ask for a JSON object; asked again where its error is safe to retry.
+        """Request a JSON object, again if an error is safe to retry.
 
         Args:
             method: the HTTP method.
-            path: is put after the base URL.
+            path: comes after the base URL.
             body: is sent as JSON.
-            call: the call that this belongs to: its limits hold.
-            read: makes the result of the object; whatever it raises that is not typed is a `ProtocolError`.
-            empty: whether no body at all is an object, too.
-            vectors: the name in the object under which there may be many vectors: right ones become `Vectors` at once.
-            context: is for a transport of the author's own, and is not sent.
+            call: the call whose limits hold.
+            read: turns the object into the result; an error of it that is not typed becomes a `ProtocolError`.
+            empty: whether an empty body counts as an empty object.
+            vectors: a name in the object that may hold many vectors; valid ones become `Vectors` at once.
+            context: for the provider's own transport; it is not sent.
 
         Raises:
-            ProviderError: whichever class fits.
+            ProviderError: the class that fits the failure.
         """
 
         async def ask() -> T:
@@ -164,18 +164,18 @@ class Http:
         words: Words | None = None,
         context: Mapping[str, object] | None = None,
     ) -> Items[T]:
-        """Ask for a stream of lines, each a JSON object (NDJSON). Opening is retried; nothing is after the first line.
+        """Request a stream of lines, each a JSON object (NDJSON). Only its opening is retried.
 
         Args:
             method: the HTTP method.
-            path: is put after the base URL.
+            path: comes after the base URL.
             body: is sent as JSON.
-            call: the call that this belongs to: its limits hold, and its end closes the stream.
-            read: makes an item of an object; whatever it raises that is not typed is a `ProtocolError`.
-            words: reads a line that is nothing but text, as most are, at less cost: gives its text and its thinking,
-                which become a chunk, or None where it is more than that or cannot be read: then `read` has it. Where
-                nobody sees single chunks, those that come together become one.
-            context: is for a transport of the author's own, and is not sent.
+            call: the call whose limits hold, and whose end closes the stream.
+            read: turns an object into an item; an error of it that is not typed becomes a `ProtocolError`.
+            words: a faster reader for lines that hold only text. It returns their text and thinking, which become a
+                chunk, or None to leave a line to `read`. If the caller does not stream, chunks that arrive together
+                become one.
+            context: for the provider's own transport; it is not sent.
         """
         request = self._request(method, path, _encoded(body), context=context)
         return Items(self, request, call, _Lines(self, call, read), words)
@@ -190,24 +190,24 @@ class Http:
         read: Callable[[Event], T],
         context: Mapping[str, object] | None = None,
     ) -> Items[T]:
-        """Ask for server-sent events; the arguments are those of `lines`. `[DONE]` ends them.
+        """Request server-sent events, with the arguments of `lines`. `[DONE]` ends them.
 
-        `read` is given the `Event`, whose `json()` gives the data as an object, or raises the error that it is. Where
-        events belong together, such as a reason and the usage after it, let `read` keep them, and yield the last chunk
+        `read` takes an `Event`, whose `json()` returns the data as an object or raises the error in it. If events
+        belong together, such as a finish reason and the usage after it, let `read` keep them, and yield the last chunk
         after the loop.
         """
         request = self._request(method, path, _encoded(body), ("accept", "text/event-stream"), context=context)
         return Items(self, request, call, _Events(self, call, read))
 
     async def upload(self, path: str, file: Path, *, call: Call, method: str = "POST") -> None:
-        """Send a file, however long that takes while it goes on.
+        """Send a file. It may take long as long as it makes progress.
 
         Raises:
-            ProviderError: whichever class fits.
+            ProviderError: the class that fits the failure.
         """
 
         async def send() -> None:
-            with reading():  # The file may be gone.
+            with reading():  # The file may be missing.
                 request = self._request(method, path, b"", ("content-type", "application/octet-stream"), file=file)
                 response = await self.send(request, call, Clock(call))
             await response.close()
@@ -215,11 +215,11 @@ class Http:
         await retry.call(send, call)
 
     def httpx_transport(self) -> BlockingTransport | AsyncTransport:
-        """A transport for an SDK that is built on httpx: for its sync client or its async one, as ours is.
+        """Return a transport for the client of an SDK built on httpx, sync or async as this client is.
 
-        Each request has the limits of the settings and is sent once; whatever the SDK says of time, proxies, redirects
-        and keys is not heeded. It raises httpx's own errors, with the typed one as their cause. To close it does
-        nothing: its connections are those of this client.
+        Each request has the limits of the settings and is sent once. The SDK's own timeouts, proxies, redirects and
+        keys are ignored. Errors are those of httpx, each with the typed error as its cause. Closing the transport does
+        nothing: its connections belong to this client.
         """
         from graftage.http.httpx_transport import AsyncTransport, BlockingTransport
 
@@ -244,7 +244,7 @@ class Http:
         file: Path | None = None,
         context: Mapping[str, object] | None = None,
     ) -> Request:
-        # Compressed answers could be bombs, and nothing on a local line is won by them.
+        # A compressed response could be a bomb, and saves nothing on a local network.
         headers = [("accept-encoding", "identity"), ("user-agent", AGENT), *more]
         if body:
             headers.append(("content-type", "application/json"))
@@ -260,7 +260,7 @@ class Http:
         )
 
     async def send(self, request: Request, call: Call, clock: Clock) -> Response:
-        """Send a request; its answer is handed on once it is known to be none that refuses."""
+        """Send a request and return its response, or raise the error for one that refuses."""
         response = await (self._transport or self._opened()).send(request, clock)
         try:
             if response.status >= REDIRECT:
@@ -273,7 +273,7 @@ class Http:
         return response
 
     async def _forward(self, request: Request) -> Response:
-        """Send what an SDK asks for, with our keys in place of its own; an answer that refuses is the SDK's to read."""
+        """Send a request of an SDK with our keys in place of its own. The SDK itself reads refusals."""
         call = self._begin()
         given = {name for name, _ in self.headers}
         kept = (pair for pair in _kept(request.headers, safe=False) if pair[0] not in given)
@@ -298,7 +298,7 @@ class Http:
         return body
 
     def _opened(self) -> Transport:
-        with self._lock:  # Two threads would build two pools, and one of them would never be closed.
+        with self._lock:  # Two threads would build two pools, one of which nobody would close.
             if self._closed:
                 raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use a client that is open.")
             if self._transport is None:
@@ -306,7 +306,7 @@ class Http:
             return self._transport
 
     def _refused(self, request: Request, response: Response, body: bytes, call: Call) -> ProviderError:
-        """The typed error for an answer with a status that refuses, or that redirects."""
+        """Return the typed error for a response with an error status or a redirect."""
         status = response.status
         if status < REFUSED:
             return _redirected(status, request.url, header(response.headers, "location"))
@@ -316,7 +316,7 @@ class Http:
         return error
 
     def refused(self, status: int, headers: Headers, body: bytes, call: Call) -> ProviderError:
-        """The typed error for an answer that refuses."""
+        """Return the typed error for a response that refuses."""
         from graftage.http.errors import refused
 
         answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
@@ -330,7 +330,7 @@ class Http:
         if not isinstance(found, dict):
             raise ProtocolError("The answer is no JSON object.", hint="Is it another service? Check `host`.")
         if found.get("error") is not None:
-            # Some proxies, and old servers once they had begun, say 200 to that too.
+            # Some proxies and old servers report errors with status 200.
             raise self.refused(OK, headers, data, call)
         document = Document(found)
         document.headers = headers
@@ -338,10 +338,10 @@ class Http:
 
 
 class Items(Generic[T]):
-    """What a streamed answer is made of, item by item. What is opened here ends with the call, at the latest.
+    """The items of a streamed response. The stream is closed at the end of its call at the latest.
 
-    A chunk with a `finish_reason`, or a step of a pull with the status `success`, is the last item, whatever the
-    connection does after it. The limit between two items counts while the next one is waited for.
+    A chunk with a `finish_reason`, or a step of a pull with the status `success`, is the last item; what follows is
+    ignored. The idle limit counts only while this waits for the next item.
     """
 
     def __init__(
@@ -366,7 +366,7 @@ class Items(Generic[T]):
 
     @property
     def headers(self) -> Headers:
-        """The headers of the answer, once its first item has come."""
+        """The headers of the response, once its first item has come."""
         return self._response.headers if self._response else ()
 
     def __aiter__(self) -> Self:
@@ -385,7 +385,7 @@ class Items(Generic[T]):
                     raise StopAsyncIteration
                 piece = await self._response.read()
                 self._size += len(piece)
-                # Cut at the byte for a new line and nowhere else: U+0085 and U+2028 stand inside of JSON.
+                # Split at line feeds alone: JSON may hold U+0085 and U+2028.
                 *whole, rest = piece.split(b"\n")
                 if whole:
                     whole[0] = bytes(self._rest) + whole[0]
@@ -410,7 +410,7 @@ class Items(Generic[T]):
         return taken
 
     async def _end(self, piece: bytes) -> None:
-        """The body has come to its end, or to a bound."""
+        """Handle the end of the body, or raise the error for a bound."""
         if self._size > self._most:
             raise _too_large(self._call)
         if len(self._rest) > MAX_LINE:
@@ -422,7 +422,7 @@ class Items(Generic[T]):
             await self._drain()
 
     def _joined(self, text: str, thinking: str) -> tuple[str, str]:
-        """The words of a line with those of the lines after it, since nobody sees single chunks."""
+        """Join the words of a line with those of the lines after it, for a caller that does not stream."""
         words: Any = self._words
         ready = self._ready
         texts, thoughts = [text], [thinking]
@@ -433,7 +433,7 @@ class Items(Generic[T]):
         return "".join(texts), "".join(thoughts)
 
     async def _item(self, raw: Any) -> T:
-        """A line or an event as an item, after which the body is drained where that was the last one."""
+        """Read a line or an event as an item, and drain the body after the last one."""
         try:
             item = self._reader.read(raw)
         except GraftageError:
@@ -446,7 +446,7 @@ class Items(Generic[T]):
 
     async def _open(self) -> T:
         """Send the request and wait for the first item."""
-        self._begin()  # An attempt before this one may have come to the end of its answer.
+        self._begin()  # An earlier attempt may have read to the end of its response.
         self._call.opened[id(self)] = self
         self._response = await self._http.send(self._request, self._call, self._clock)
         try:
@@ -455,7 +455,7 @@ class Items(Generic[T]):
             raise StreamInterrupted("The server sent an empty answer.", retryable=True, hint="Ask again.") from None
 
     async def _drain(self) -> None:
-        """Read the end of the body, so that the connection can be used again; what is there is not wanted."""
+        """Read and drop the rest of the body, so that the connection can be used again."""
         self._over = True
         self._clock.deadline = min(self._clock.deadline, time.monotonic() + DRAIN)
         with contextlib.suppress(GraftageError):
@@ -475,11 +475,11 @@ class Items(Generic[T]):
         await self._drop()
 
 
-# --- Answers for an SDK -----------------------------------------------------------------------------------------------
+# --- Responses for an SDK -----------------------------------------------------------------------------------------------
 
 
 class _Bounded:
-    """An answer as it comes, up to the largest that its call allows."""
+    """A response that raises an error beyond the size that its call allows."""
 
     def __init__(self, response: Response, call: Call) -> None:
         self.status, self.reason, self.headers = response.status, response.reason, response.headers
@@ -499,7 +499,7 @@ class _Bounded:
 
 
 class _Whole:
-    """An answer that has been read. The headers about its body may not be true any more."""
+    """A response that has been read, without the headers about its body, which may be wrong now."""
 
     def __init__(self, response: Response, body: bytes) -> None:
         self.status, self.reason = response.status, response.reason
@@ -529,19 +529,19 @@ class _Lines(Generic[T]):
         self.reset()
 
     def reset(self) -> None:
-        """Begin with another answer."""
+        """Begin with another response."""
         self._unfinished = b""
 
     take: Callable[[Iterable[bytes]], Iterable[bytes]] = staticmethod(partial(filter, bytes.strip))
-    """Lines that are not blank. They are read one by one: what is wrong with one takes nothing from those before it."""
+    """Return the lines that are not blank; `read` takes one at a time, so that an invalid one spoils none before it."""
 
     def end(self, rest: bytes) -> Iterable[bytes]:
-        """The end of the body: the last line may lack its line break."""
+        """Return the last line of a body, which may lack its line break."""
         self._unfinished = rest
         return self.take([rest])
 
     def read(self, line: bytes) -> T:
-        """A line as an item."""
+        """Read a line as an item."""
         try:
             found = _parsed(line)
         except (ValueError, RecursionError):
@@ -551,9 +551,9 @@ class _Lines(Generic[T]):
         raise self._odd(line, found)
 
     def _odd(self, line: bytes, found: Any) -> ProviderError:
-        """The error for a line that is an error, or no object."""
+        """Return the error for a line that holds an error, or is not an object."""
         tail = line if found else line[max(line.rfind(b"{"), 0) :]
-        if b'"error"' in tail:  # Some servers write the error right after an unfinished object.
+        if b'"error"' in tail:  # Some servers write an error right after an unfinished object.
             return self._http.refused(OK, (), tail, self._call)
         if line is self._unfinished and line.lstrip().startswith(b"{"):
             return _cut()
@@ -576,10 +576,10 @@ class Event:
         self.retry = fields.get("retry")
 
     def json(self) -> dict[str, Any]:
-        """The data as a JSON object.
+        """Return the data as a JSON object.
 
         Raises:
-            ProviderError: it is an error of the server's.
+            ProviderError: the data is an error of the server.
         """
         data = self.data.encode()
         try:
@@ -594,7 +594,7 @@ class Event:
 
 
 class _Events(Generic[T]):
-    """Events (HTML Living Standard, 9.2.6); a lone carriage return ends no line here."""
+    """Events (HTML Living Standard, 9.2.6), except that a lone carriage return does not end a line."""
 
     def __init__(self, http: Http, call: Call, read: Callable[[Event], T]) -> None:
         self._http = http
@@ -603,13 +603,13 @@ class _Events(Generic[T]):
         self.reset()
 
     def reset(self) -> None:
-        """Begin with another answer."""
+        """Begin with another response."""
         self.done = False
         self._fields: dict[str, str] = {}
         self._data: list[str] = []
 
     def take(self, lines: Iterable[bytes]) -> Iterator[Event | str]:
-        """The events that whole lines complete; a line that belongs to none as it is."""
+        """Yield the events that these lines complete; a line that looks like a JSON object as it is."""
         for each in lines:
             line = each.removesuffix(b"\r").decode("utf-8", "replace")
             if line.startswith("{"):  # No field has such a name.
@@ -625,14 +625,14 @@ class _Events(Generic[T]):
             raise _too_many(len(self._data), "lines in one event")
 
     def end(self, rest: bytes) -> Iterator[Event | str]:
-        """The end of the body: an event that no empty line ended is cut."""
+        """Yield the last events. An event without its empty line is incomplete, and an error."""
         yield from self.take([rest] if rest else [])
         if self._data and not self.done and "".join(self._data).strip() != DONE:
             raise _cut()
         self.done = self.done or bool(self._data)
 
     def read(self, found: Event | str) -> T:
-        """An event as an item."""
+        """Read an event as an item."""
         if isinstance(found, Event):
             return self._of(found)
         Event(self._http, self._call, {}, found).json()
@@ -670,9 +670,9 @@ def _too_large(call: Call) -> ProtocolError:
 
 
 def _redirected(status: int, url: str, location: str | None) -> ProtocolError:
-    """The error for a redirect: followed, it would send the prompt to whatever it names.
+    """Return the error for a redirect. To follow it could send the prompt to any server.
 
-    It names the server alone: user, path and query may be secret.
+    The error shows no user, path or query of the target, which may be secret.
     """
     to, hint = "", "Put the final address into `host`."
     with contextlib.suppress(ValueError):
@@ -697,7 +697,7 @@ def _too_many(count: int, what: str) -> ProtocolError:
 
 
 def _kept(headers: Iterable[tuple[str, str]], *, safe: bool) -> Headers:
-    """The headers that may be sent: a secret goes over https or to loopback, and nowhere else."""
+    """Return the headers that may be sent: secrets only over https or to loopback (`safe`)."""
     return tuple((name.lower(), value) for name, value in headers if safe or not SECRET_NAMES.search(name))
 
 
@@ -727,11 +727,11 @@ def _encoded(body: Mapping[str, Any] | None) -> bytes:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON, as `decode` reads it.
+    """Read JSON with `decode`.
 
     Raises:
         ProtocolError: it holds too many objects.
-        ValueError: it is no JSON, or no UTF-8.
+        ValueError: it is not valid JSON, or not UTF-8.
         RecursionError: it is nested too deeply.
     """
     if len(data) > MAX_OBJECTS:  # Fewer bytes hold fewer objects.
@@ -740,16 +740,16 @@ def _parsed(data: bytes) -> Any:
 
 
 def _check_objects(data: bytes) -> None:
-    """Refuse JSON that would be much larger in memory, before it is read. Brackets in texts count as well."""
+    """Refuse JSON that would take much more memory than its bytes. Brackets inside texts count as well."""
     count = data.count(b"{") + data.count(b"[")
     if count > MAX_OBJECTS:
         raise _too_many(count, "objects and lists at once")
 
 
 def _with_vectors(data: bytes, name: str) -> Any:
-    """A JSON object with `Vectors` under a name, where that is what it has: the lists that they come in are not built.
+    """Return a JSON object with `Vectors` under a name, without building their lists.
 
-    `None` is for all else, which is read in the common way.
+    Return None if the object has anything else there; then it is read in the common way.
     """
     import msgspec
 
@@ -758,12 +758,12 @@ def _with_vectors(data: bytes, name: str) -> Any:
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
         found: dict[str, Any] = msgspec.json.decode(data, type=dict[str, tuple[tuple[float, ...], ...] | plain])
         if [each for each, value in found.items() if isinstance(value, tuple)] == [name]:
-            return {**found, name: Vectors._of(found[name])}  # noqa: SLF001 - the parser has seen to the types
+            return {**found, name: Vectors._of(found[name])}  # noqa: SLF001 - the parser has checked the types
     return None
 
 
 class reading:  # noqa: N801 - reads as a word in a `with`
-    """A block that reads an answer: what it raises and is not typed says that the answer is not what it should be."""
+    """Turn untyped errors in a block that reads a response into a `ProtocolError`."""
 
     __slots__ = ()
 
@@ -784,7 +784,7 @@ def _unreadable(error: Exception) -> ProtocolError:
 
 
 def reason(error: Exception) -> str:
-    """What was wrong with an answer, without a word of the answer, which may hold what nobody may log."""
+    """Return what was wrong with a response, without its text, which must not be logged."""
     found = getattr(error, "errors", None)
     if callable(found):  # pydantic's
         places = [f"{'.'.join(map(str, each['loc']))} ({each['type']})" for each in found(include_input=False)]

@@ -1,4 +1,4 @@
-"""The four limits of a call, as what reads and writes keeps them."""
+"""The four time limits of a call, for reads and writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Which limit of a call runs now, and when it ends."""
+    """The time limit of a call that runs now."""
 
     __slots__ = ("_call", "deadline", "idle", "patient", "phase", "until")
 
@@ -24,26 +24,26 @@ class Clock:
         self.idle = call.timeouts.idle
         """Seconds between two items."""
         self.patient = patient
-        """Whether the body comes in items: its limit starts afresh with each whole one, not with each byte."""
+        """Whether the idle limit restarts with each whole item, not with each piece."""
         self.enter("connect")
 
     def enter(self, phase: Phase) -> None:
-        """Start the limit of a phase afresh."""
+        """Start the limit of a phase."""
         self.phase = phase
         self.until = time.monotonic() + float(getattr(self._call.timeouts, phase))
 
     def sent(self) -> None:
-        """The request goes out: the time for the first token begins, unless it has."""
+        """Start the limit for the first token when the request is sent, unless it runs already."""
         if self.phase == "connect":
             self.enter("first_token")
 
     def read(self) -> None:
-        """More of the body is asked for. The limit between two pieces counts from here: a reader may take its time."""
+        """Restart the idle limit at each read, so that a slow reader is not late."""
         if self.phase == "idle":
             self.until = time.monotonic() + self.idle
 
     def left(self) -> float:
-        """Seconds until the nearest limit.
+        """Return the seconds until the nearest limit.
 
         Raises:
             ProviderTimeout: it has passed.
@@ -54,5 +54,5 @@ class Clock:
         return left
 
     def expired(self) -> ProviderTimeout:
-        """The error for the limit that has passed, or that is the next to pass."""
+        """Return the error for the limit that passed, or passes next."""
         return self._call.timed_out("total" if self.deadline <= self.until else self.phase)

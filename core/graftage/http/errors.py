@@ -1,4 +1,4 @@
-"""What an answer that refuses means: the tables from words and status to error, below a provider's own."""
+"""Typed errors for refusals: tables of words and statuses, used after a provider's own table."""
 
 from __future__ import annotations
 
@@ -170,9 +170,9 @@ PASSING: Final[Rules] = (
         _overloaded,
     ),
 )
-"""A limit on speed, though its text may name a plan with a higher one."""
+"""Limits on speed, even if the text names a plan with a higher one."""
 ABOUT_PLANS: Final[Rules] = ((("quota", "subscri", "upgrade", "billing", "credit", " plan", "free tier"), _quota),)
-"""Where the status says that something is used up or forbidden, these say what."""
+"""If the status means "used up" or "forbidden", these words mean the plan."""
 BEHIND: Final[Rules] = (
     ((" eof while parsing",), says(RequestRejected, "", MEND)),
     (
@@ -232,7 +232,7 @@ BEHIND: Final[Rules] = (
         ),
     ),
 )
-"""Words of sockets: the server speaks of its own runner, or of another server, whatever status it chose for that."""
+"""Words about sockets mean the server's own runner, or another server, with any status."""
 WORDS_AT: Final[Mapping[int, Rules]] = {
     OK: (
         *PASSING,
@@ -291,7 +291,7 @@ ANYBODY: Final[Mapping[int, Make]] = {
     598: _late_behind,
     599: _gateway,
 }
-"""What a status means, no matter who gives it: the server, or a proxy before it."""
+"""What a status means from the server as well as from a proxy."""
 SERVERS_OWN: Final[Mapping[int, Make]] = {
     404: says(ModelNotFound, "The server does not have it.", "Check the model's name, and `host`."),
     501: says(CapabilityUnsupported, "", "Another model or server may."),
@@ -300,12 +300,12 @@ SERVERS_OWN: Final[Mapping[int, Make]] = {
 
 
 def refused(it: Answer, own: Refusal | None) -> ProviderError:
-    """The typed error for an answer that refuses: as the author's table says, else by its status."""
+    """Return the typed error for a refusal: from the provider's own table, else by words and status."""
     error = own(it) if own is not None else None
     error = error or _by_default(it)
     error.model = error.model or it.call.model
     error.operation = error.operation or it.call.operation or None
-    # An error inside a stream has no status of its own: 200 would be a lie.
+    # An error inside a stream has no status; 200 would be wrong.
     error.status = None if it.inner_status == OK else it.inner_status
     if isinstance(error, (Overloaded, QuotaExceeded)) and error.retry_after is None:
         _say_when(error, it.retry_after)
@@ -315,7 +315,7 @@ def refused(it: Answer, own: Refusal | None) -> ProviderError:
 
 
 def _say_when(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
-    """Let an error say when it may be asked again."""
+    """Add the wait to an error and its message."""
     if seconds is not None:
         error.retry_after = seconds
         error.message = f"{error.message} It may be asked again in {round(seconds, 3):.12g} s."
@@ -323,7 +323,7 @@ def _say_when(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
 
 
 def _by_default(it: Answer) -> ProviderError:
-    """As the words say, else as the status does."""
+    """Return the error by words, else by status."""
     status = it.inner_status
     if it.known and (error := by_words(it, (*WORDS, *WORDS_AT.get(status, ())))):
         return error

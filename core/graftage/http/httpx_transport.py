@@ -1,6 +1,6 @@
-"""The toolkit's connections as transports of httpx, so that an SDK keeps the toolkit's promises.
+"""The toolkit's connections as transports for httpx, so that SDKs get the toolkit's guarantees.
 
-What an SDK sees are httpx's own errors, which it catches; the typed one is the cause of each.
+Errors are those of httpx, which SDKs catch, each with the typed error as its cause.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["AsyncTransport", "BlockingTransport"]
 
 Send: TypeAlias = Callable[[Request], Awaitable[Response]]
 OURS: Final = frozenset({"accept-encoding", "connection", "content-length", "host", "transfer-encoding"})
-"""Headers that say how a message is sent, which is the network's to know."""
+"""Headers about the transfer, which the network sets itself."""
 
 
 class _Guarded:
-    """What both colours share."""
+    """What sync and async share."""
 
     def __init__(self, base_url: str, send: Send) -> None:
         self._base = base_url
@@ -42,7 +42,7 @@ class _Guarded:
             )
         if isinstance(request.stream, httpx.ByteStream):
             return await self._send(self._request(request, body=b"".join([piece async for piece in request.stream])))
-        with tempfile.TemporaryDirectory() as folder:  # It may be a model's file, which no memory takes.
+        with tempfile.TemporaryDirectory() as folder:  # It may be a model's file, too large for memory.
             file = Path(folder) / "body"
             with file.open("wb") as kept:
                 async for piece in _pieces(request.stream):
@@ -53,7 +53,7 @@ class _Guarded:
         parts = urlsplit(self._base)
         return Request(
             method=request.method,
-            # Without a user and a password that an SDK may have put there.
+            # Without a user and password that an SDK may have added.
             url=f"{parts.scheme}://{parts.netloc}{request.url.raw_path.decode('ascii')}",
             headers=tuple(pair for pair in _headers(request) if pair[0] not in OURS),
             body=body,
@@ -62,7 +62,7 @@ class _Guarded:
 
 
 class BlockingTransport(_Guarded, httpx.BaseTransport):
-    """For the SDKs' sync clients."""
+    """For sync clients of SDKs."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and wait for the head of its answer."""
@@ -72,7 +72,7 @@ class BlockingTransport(_Guarded, httpx.BaseTransport):
 
 
 class AsyncTransport(_Guarded, httpx.AsyncBaseTransport):
-    """For the SDKs' async clients."""
+    """For async clients of SDKs."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and wait for the head of its answer."""
@@ -122,7 +122,7 @@ async def _pieces(stream: httpx.SyncByteStream | httpx.AsyncByteStream) -> Async
 
 @contextlib.contextmanager
 def _as_httpx() -> Iterator[None]:
-    """A block whose typed errors are raised as those of httpx that mean the same."""
+    """Turn typed errors in a block into those of httpx."""
     try:
         yield
     except ProviderError as error:

@@ -1,7 +1,7 @@
-"""The one seam below the toolkit: send a request, get a status, headers and pieces of bytes.
+"""The interface below the toolkit: send a request, get status, headers and pieces of bytes.
 
-Three things implement it: the network, a cassette, and whatever a host hands in as the setting `transport`. Its methods
-are coroutines in both colours: one of a sync client blocks and never suspends.
+Implementations are the network, a cassette, and what a host passes as the setting `transport`. The methods are always
+coroutines; those for a sync client block and never suspend.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Colour", "Headers", "Request", "Response", "Transport", "Wrapper"]
 _END: Final = re.compile("[/?#]")
 Colour: TypeAlias = Literal["sync", "async"]
 Headers: TypeAlias = tuple[tuple[str, str], ...]
-"""Names in lower case and values, in their order; a name may come several times."""
+"""Pairs of names in lower case and values, in order; a name may occur several times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +33,13 @@ class Request:
     headers: Headers = ()
     body: bytes = b""
     file: Path | None = None
-    """Is sent instead of `body`, in pieces."""
+    """Sent instead of `body`, in pieces."""
     context: Mapping[str, object] = field(default_factory=dict, repr=False)
-    """What a provider's own transport needs to know; it is not sent."""
+    """For a provider's own transport; it is not sent."""
 
     @property
     def target(self) -> str:
-        """Path and query, without a fragment, which is not sent."""
+        """Path and query, without the fragment, which is not sent."""
         found = self.url[len(self.origin) :].partition("#")[0]
         return found if found.startswith("/") else f"/{found}"
 
@@ -52,39 +52,39 @@ class Request:
 
 
 class Response(Protocol):
-    """An answer whose head has come."""
+    """A response whose head has come."""
 
     status: int
     reason: str
     headers: Headers
 
     async def read(self) -> bytes:
-        """The next piece of the body; empty at its end.
+        """Return the next piece of the body; empty at its end.
 
         Raises:
-            ProviderTimeout: a limit of the clock passed.
+            ProviderTimeout: a limit passed.
             StreamInterrupted: the connection broke.
         """
         ...
 
     async def close(self) -> None:
-        """Give the connection back where the body was read to its end, else drop it. Safe to call twice."""
+        """Give the connection back if the body was read to its end, else drop it. Safe to call twice."""
         ...
 
 
 class Transport(Protocol):
-    """Sends requests."""
+    """A sender of requests."""
 
     colour: Colour | None
-    """Which clients it serves; None for both."""
+    """The clients it serves; None for both."""
 
     async def send(self, request: Request, clock: Clock) -> Response:
-        """Send a request and wait for the head of its answer.
+        """Send a request and wait for the head of its response.
 
         Raises:
-            ConnectionFailed: it could not be reached, or the connection broke before the head was there.
-            ProviderTimeout: a limit of the clock passed.
-            ProtocolError: what answers does not speak HTTP.
+            ConnectionFailed: the server could not be reached, or the connection broke before the head came.
+            ProviderTimeout: a limit passed.
+            ProtocolError: the response is not HTTP.
         """
         ...
 
@@ -94,20 +94,20 @@ class Transport(Protocol):
 
 
 class Wrapper(Protocol):
-    """What the setting `transport` takes: something that stands between a provider and the network."""
+    """A value for the setting `transport`, between a provider and the network."""
 
     def wrap(self, network: Callable[[], Transport]) -> Transport:
-        """The transport to use; a replay never calls `network`, so that no connection is ever made."""
+        """Return the transport to use. A replay never calls `network`, so it makes no connection."""
         ...
 
 
 def header(headers: Iterable[tuple[str, str]], name: str) -> str | None:
-    """The first value of a header."""
+    """Return the first value of a header, or None."""
     return next((value for each, value in headers if each == name), None)
 
 
 async def read_all(response: Response, limit: int) -> tuple[bytes, bool]:
-    """The whole body, and whether it is within the limit; reading stops beyond it."""
+    """Return the body, and whether it is within the limit. Reading stops beyond it."""
     pieces: list[bytes] = []
     size = 0
     while piece := await response.read():
