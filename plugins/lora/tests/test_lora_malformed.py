@@ -146,18 +146,6 @@ def peft(place: Place, weights: bytes | None = None, config: Any = None) -> Path
     return folder
 
 
-def test_the_adapter_that_the_others_are_made_from_is_good(place: Place) -> None:
-    found = place.resolve(peft(place))
-    assert found.scale == 2.0
-    assert len(found.facts.shapes) == 1
-
-
-@pytest.mark.parametrize("kind", list(WEIGHTS))
-def test_malformed_weights_are_refused_with_the_reason(place: Place, kind: str) -> None:
-    reason, data = WEIGHTS[kind]
-    refused(place, peft(place, data), reason)
-
-
 # --- Configurations --------------------------------------------------------------------------------------------------
 
 CONFIGS: dict[str, tuple[str, Any]] = {
@@ -206,19 +194,29 @@ CONFIGS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
-def test_a_configuration_that_cannot_be_followed_is_refused_with_the_reason(place: Place, kind: str) -> None:
-    reason, config = CONFIGS[kind]
-    refused(place, peft(place, config=config), reason)
+class TestPeft:
+    def test_sample_is_valid(self, place: Place) -> None:
+        found = place.resolve(peft(place))
+        assert found.scale == 2.0
+        assert len(found.facts.shapes) == 1
+
+    @pytest.mark.parametrize("kind", list(WEIGHTS))
+    def test_malformed_weights_are_refused(self, place: Place, kind: str) -> None:
+        reason, data = WEIGHTS[kind]
+        refused(place, peft(place, data), reason)
+
+    @pytest.mark.parametrize("kind", list(CONFIGS))
+    def test_unsupported_configuration_is_refused(self, place: Place, kind: str) -> None:
+        reason, config = CONFIGS[kind]
+        refused(place, peft(place, config=config), reason)
+
+    def test_missing_configuration_is_refused(self, place: Place) -> None:
+        folder = peft(place)
+        (folder / "adapter_config.json").unlink()
+        refused(place, folder / "adapter_model.safetensors", "no `adapter_config.json`")
 
 
-def test_weights_without_a_configuration_are_refused(place: Place) -> None:
-    folder = peft(place)
-    (folder / "adapter_config.json").unlink()
-    refused(place, folder / "adapter_model.safetensors", "no `adapter_config.json`")
-
-
-def test_a_magnitude_of_mlx_lm_is_refused(place: Place) -> None:
+def test_mlx_magnitude_is_refused(place: Place) -> None:
     folder = write_mlx(place.folder / "mlx", pairs(place.model))
     head = {f"{MODULE}.m": entry([2, 4], 0, 32)}
     (folder / "adapters.safetensors").write_bytes(safetensors(head, DATA[:32]))
@@ -335,120 +333,109 @@ GGUFS: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(GGUFS))
-def test_a_malformed_gguf_is_refused_with_the_reason(place: Place, kind: str) -> None:
-    reason, data = GGUFS[kind]
-    path = place.folder / "given.gguf"
-    path.write_bytes(data)
-    refused(place, path, reason)
+class TestGguf:
+    @pytest.mark.parametrize("kind", list(GGUFS))
+    def test_malformed_file_is_refused(self, place: Place, kind: str) -> None:
+        reason, data = GGUFS[kind]
+        path = place.folder / "given.gguf"
+        path.write_bytes(data)
+        refused(place, path, reason)
+
+    def test_sample_is_valid(self, place: Place) -> None:
+        path = place.folder / "given.gguf"
+        path.write_bytes(gguf())
+        assert place.resolve(path).scale == 2.0
 
 
-def test_the_gguf_that_the_others_are_made_from_is_good(place: Place) -> None:
-    path = place.folder / "given.gguf"
-    path.write_bytes(gguf())
-    assert place.resolve(path).scale == 2.0
+class TestTruncated:
+    def test_gguf_is_refused(self, place: Place) -> None:
+        whole = gguf()
+        path = place.folder / "given.gguf"
+        for length in range(len(whole)):
+            path.write_bytes(whole[:length])
+            with pytest.raises(AdapterInvalid):
+                place.resolve(path)
+
+    def test_safetensors_is_refused(self, place: Place) -> None:
+        whole = safetensors(GOOD)
+        folder = peft(place)
+        for length in range(len(whole)):
+            (folder / "adapter_model.safetensors").write_bytes(whole[:length])
+            with pytest.raises(AdapterInvalid):
+                place.resolve(folder)
 
 
-def test_a_gguf_that_is_cut_anywhere_is_refused(place: Place) -> None:
-    whole = gguf()
-    path = place.folder / "given.gguf"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(AdapterInvalid):
-            place.resolve(path)
+class TestFiles:
+    def test_pickles_are_named_not_opened(self, place: Place) -> None:
+        folder = place.folder / "given"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        for name in ("adapter_model.bin", "adapters.npz"):
+            (folder / name).write_bytes(pickle.dumps({"a": 1}))
+            assert "safetensors" in str(refused(place, folder, name))
+            (folder / name).unlink()
 
+    def test_numpy_archive_is_refused(self, place: Place) -> None:
+        path = place.folder / "adapters.safetensors"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.npy", bytes(1000))
+        refused(place, path, "pickle or a NumPy archive")
 
-def test_a_safetensors_file_that_is_cut_anywhere_is_refused(place: Place) -> None:
-    whole = safetensors(GOOD)
-    folder = peft(place)
-    for length in range(len(whole)):
-        (folder / "adapter_model.safetensors").write_bytes(whole[:length])
-        with pytest.raises(AdapterInvalid):
+    def test_size_limit_precedes_reading(self, place: Place) -> None:
+        folder = peft(place)
+        weights = folder / "adapter_model.safetensors"
+        os.truncate(weights, 1 << 40)  # sparse: it takes no room
+        assert "GRAFTAGE_LORA_MAX_BYTES" in str(refused(place, folder, "are allowed"))
+
+    def test_oversized_head_is_refused(self, place: Place) -> None:
+        folder = peft(place)
+        length = (4 << 20) + 1
+        (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}".ljust(length) + DATA)
+        refused(place, folder, f"its head states a length of {length} bytes")
+
+    def test_change_while_open_is_noticed(self, tmp_path: Path) -> None:
+        from graftage_lora._files import Opened
+
+        path = tmp_path / "base.gguf"
+        for change in (lambda: path.write_bytes(DATA + b"x"), lambda: os.utime(path, ns=(1, 1))):
+            path.write_bytes(DATA)
+            with Opened(path) as file:
+                assert file.unchanged()
+                change()
+                assert not file.unchanged()
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name here")
+    def test_pipe_is_refused_at_once(self, place: Place) -> None:
+        folder = peft(place)
+        (folder / "adapter_model.safetensors").unlink()
+        os.mkfifo(folder / "adapter_model.safetensors")
+        refused(place, folder, "not a regular file")
+
+    def test_folder_instead_of_file_is_refused(self, place: Place) -> None:
+        folder = peft(place)
+        (folder / "adapter_model.safetensors").unlink()
+        (folder / "adapter_model.safetensors").mkdir()
+        refused(place, folder, "regular file|cannot be opened")
+
+    def test_circular_link_is_refused(self, place: Place) -> None:
+        folder = peft(place)
+        (folder / "adapter_model.safetensors").unlink()
+        (folder / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
+        with pytest.raises(AdapterInvalid, match=r"goes round|cannot be opened|symbolic links"):
             place.resolve(folder)
 
+    def test_empty_folder_says_what_was_expected(self, place: Place) -> None:
+        (place.folder / "given").mkdir()
+        error = refused(place, place.folder / "given", "no adapter")
+        assert "adapter_config.json" in str(error)
 
-# --- Files that are none ---------------------------------------------------------------------------------------------
-
-
-def test_pickles_in_a_folder_are_named_and_never_opened(place: Place) -> None:
-    folder = place.folder / "given"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    for name in ("adapter_model.bin", "adapters.npz"):
-        (folder / name).write_bytes(pickle.dumps({"a": 1}))
-        assert "safetensors" in str(refused(place, folder, name))
-        (folder / name).unlink()
-
-
-def test_an_archive_of_arrays_is_refused_by_its_content(place: Place) -> None:
-    path = place.folder / "adapters.safetensors"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.npy", bytes(1000))
-    refused(place, path, "pickle or a NumPy archive")
-
-
-def test_a_file_beyond_the_limit_is_refused_before_it_is_read(place: Place) -> None:
-    folder = peft(place)
-    weights = folder / "adapter_model.safetensors"
-    os.truncate(weights, 1 << 40)  # sparse: it takes no room
-    assert "GRAFTAGE_LORA_MAX_BYTES" in str(refused(place, folder, "are allowed"))
-
-
-def test_a_head_that_is_larger_than_an_adapter_can_need_is_refused_though_it_is_there(place: Place) -> None:
-    folder = peft(place)
-    length = (4 << 20) + 1
-    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}".ljust(length) + DATA)
-    refused(place, folder, f"its head states a length of {length} bytes")
-
-
-def test_a_file_that_grows_or_is_written_meanwhile_has_changed(tmp_path: Path) -> None:
-    from graftage_lora._files import Opened
-
-    path = tmp_path / "base.gguf"
-    for change in (lambda: path.write_bytes(DATA + b"x"), lambda: os.utime(path, ns=(1, 1))):
-        path.write_bytes(DATA)
-        with Opened(path) as file:
-            assert file.unchanged()
-            change()
-            assert not file.unchanged()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name here")
-def test_a_named_pipe_is_refused_and_not_waited_for(place: Place) -> None:
-    folder = peft(place)
-    (folder / "adapter_model.safetensors").unlink()
-    os.mkfifo(folder / "adapter_model.safetensors")
-    refused(place, folder, "not a regular file")
-
-
-def test_a_folder_in_place_of_a_file_is_refused(place: Place) -> None:
-    folder = peft(place)
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.safetensors").mkdir()
-    refused(place, folder, "regular file|cannot be opened")
-
-
-def test_a_link_that_goes_round_is_refused(place: Place) -> None:
-    folder = peft(place)
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
-    with pytest.raises(AdapterInvalid, match=r"goes round|cannot be opened|symbolic links"):
-        place.resolve(folder)
-
-
-def test_a_folder_without_an_adapter_says_what_was_expected(place: Place) -> None:
-    (place.folder / "given").mkdir()
-    error = refused(place, place.folder / "given", "no adapter")
-    assert "adapter_config.json" in str(error)
-
-
-def test_a_model_beside_an_adapter_is_not_taken_for_it(place: Place) -> None:
-    folder = place.folder / "given"
-    write_gguf(folder / "adapter.gguf", place.model, pairs(place.model))
-    place.model.write(folder / "model.gguf")
-    assert place.resolve(folder).facts.layout == "gguf"
-    write_gguf(folder / "second.gguf", place.model, pairs(place.model))
-    refused(place, folder, r"adapter\.gguf, second\.gguf")
+    def test_model_beside_adapter_is_ignored(self, place: Place) -> None:
+        folder = place.folder / "given"
+        write_gguf(folder / "adapter.gguf", place.model, pairs(place.model))
+        place.model.write(folder / "model.gguf")
+        assert place.resolve(folder).facts.layout == "gguf"
+        write_gguf(folder / "second.gguf", place.model, pairs(place.model))
+        refused(place, folder, r"adapter\.gguf, second\.gguf")
 
 
 # --- Fuzzing ---------------------------------------------------------------------------------------------------------
@@ -487,24 +474,6 @@ def small() -> dict[str, bytes]:
     return {"gguf": gguf(), "weights": safetensors(GOOD), "config": json.dumps(CONFIG).encode()}
 
 
-@FUZZED
-@given(edits=EDITS)
-def test_no_edit_of_a_gguf_does_harm(tmp_path: Path, small: dict[str, bytes], edits: Any) -> None:
-    path = tmp_path / "given.gguf"
-    path.write_bytes(edited(small["gguf"], edits))
-    survives(Place(tmp_path), path)
-
-
-@FUZZED
-@given(weights=EDITS, config=EDITS)
-def test_no_edit_of_a_peft_adapter_does_harm(
-    tmp_path: Path, small: dict[str, bytes], weights: Any, config: Any
-) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(edited(small["weights"], weights))
-    (tmp_path / "adapter_config.json").write_bytes(edited(small["config"], config))
-    survives(Place(tmp_path), tmp_path)
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -514,39 +483,52 @@ NAMES = st.sampled_from([A, B, f"{MODULE}.lora_a", f"{MODULE}.lora_b", "lora_A",
 FIELDS = st.sampled_from(["dtype", "shape", "data_offsets"]) | st.text(max_size=4)
 
 
-@FUZZED
-@given(
-    head=st.dictionaries(NAMES, st.dictionaries(FIELDS, JSON, max_size=4) | JSON, max_size=4),
-    config=st.dictionaries(st.sampled_from([*CONFIG, "lora_parameters", "fine_tune_type", "rank_pattern"]), JSON),
-    data=st.binary(max_size=80),
-)
-def test_no_json_of_any_shape_does_harm(tmp_path: Path, head: Any, config: Any, data: bytes) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors(head, data))
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}), encoding="utf-8")
-    survives(Place(tmp_path), tmp_path)
+class TestFuzz:
+    @FUZZED
+    @given(edits=EDITS)
+    def test_edited_gguf(self, tmp_path: Path, small: dict[str, bytes], edits: Any) -> None:
+        path = tmp_path / "given.gguf"
+        path.write_bytes(edited(small["gguf"], edits))
+        survives(Place(tmp_path), path)
+
+    @FUZZED
+    @given(weights=EDITS, config=EDITS)
+    def test_edited_peft(self, tmp_path: Path, small: dict[str, bytes], weights: Any, config: Any) -> None:
+        (tmp_path / "adapter_model.safetensors").write_bytes(edited(small["weights"], weights))
+        (tmp_path / "adapter_config.json").write_bytes(edited(small["config"], config))
+        survives(Place(tmp_path), tmp_path)
+
+    @FUZZED
+    @given(
+        head=st.dictionaries(NAMES, st.dictionaries(FIELDS, JSON, max_size=4) | JSON, max_size=4),
+        config=st.dictionaries(st.sampled_from([*CONFIG, "lora_parameters", "fine_tune_type", "rank_pattern"]), JSON),
+        data=st.binary(max_size=80),
+    )
+    def test_any_json(self, tmp_path: Path, head: Any, config: Any, data: bytes) -> None:
+        (tmp_path / "adapter_model.safetensors").write_bytes(safetensors(head, data))
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}), encoding="utf-8")
+        survives(Place(tmp_path), tmp_path)
+
+    @FUZZED
+    @given(
+        data=st.binary(max_size=200),
+        start=st.sampled_from([b"", b"GGUF\x03\x00\x00\x00", b"GGUF", b"\x80\x02", b"PK\x03\x04"]),
+    )
+    def test_any_bytes(self, tmp_path: Path, data: bytes, start: bytes) -> None:
+        path = tmp_path / "given.gguf"
+        path.write_bytes(start + data)
+        survives(Place(tmp_path), path)
+
+    @FUZZED
+    @given(edits=EDITS)
+    def test_edited_head_of_trained_adapter(self, tmp_path: Path, edits: Any) -> None:
+        source = (LORA / "ahoy-lora.f16.gguf").read_bytes()
+        path = tmp_path / "given.gguf"
+        path.write_bytes(edited(source[:12_000], edits) + source[12_000:])
+        survives(Place(tmp_path, Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536)), path)
 
 
-@FUZZED
-@given(
-    data=st.binary(max_size=200),
-    start=st.sampled_from([b"", b"GGUF\x03\x00\x00\x00", b"GGUF", b"\x80\x02", b"PK\x03\x04"]),
-)
-def test_no_bytes_at_all_do_harm(tmp_path: Path, data: bytes, start: bytes) -> None:
-    path = tmp_path / "given.gguf"
-    path.write_bytes(start + data)
-    survives(Place(tmp_path), path)
-
-
-@FUZZED
-@given(edits=EDITS)
-def test_no_edit_of_a_trained_adapter_s_head_does_harm(tmp_path: Path, edits: Any) -> None:
-    source = (LORA / "ahoy-lora.f16.gguf").read_bytes()
-    path = tmp_path / "given.gguf"
-    path.write_bytes(edited(source[:12_000], edits) + source[12_000:])
-    survives(Place(tmp_path, Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536)), path)
-
-
-def test_reasons_and_hints_tell_no_number_of_an_adapter(place: Place) -> None:
+def test_reasons_hide_numbers(place: Place) -> None:
     error = refused(place, peft(place, safetensors(GOOD, numbers(float("nan"), 123.456))), "NaN")
     assert "123" not in str(error)
 
@@ -556,6 +538,6 @@ def builders() -> dict[str, Callable[..., Path]]:
 
 
 @pytest.mark.parametrize("layout", list(builders()))
-def test_settings_of_the_scale_s_bounds_are_kept_in_each_layout(place: Place, layout: str) -> None:
+def test_scale_bounds_hold_in_each_layout(place: Place, layout: str) -> None:
     folder = builders()[layout](place.folder / layout, pairs(place.model, scale=1e20))
     refused(place, folder, "scale")

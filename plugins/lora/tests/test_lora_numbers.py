@@ -75,23 +75,6 @@ def answers(model: Model, adapter: Mapping[str, Pair]) -> Any:
     return logits(model, changed(model, adapter), TOKENS, side_by_side=False)
 
 
-# --- Conversion ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["peft", "mlx", "gguf"])
-@pytest.mark.parametrize("architecture", SEVEN)
-def test_each_tensor_is_converted_exactly_and_only_llama_reorders_q_and_k(
-    place: Place, architecture: str, layout: str
-) -> None:
-    place.model = model = Model(architecture=architecture)
-    adapter = pairs(model)
-    found = tensors_of(place.resolve(written(place, layout, adapter)).gguf(model.info()))
-    assert len(found) == 2 * 7 * model.layers
-    for name, pair in adapter.items():
-        assert np.array_equal(found[f"{gguf_name(name)}.lora_a"], pair.a)
-        assert np.array_equal(found[f"{gguf_name(name)}.lora_b"], model.ordered(name, pair.b))
-
-
 def written(place: Place, layout: str, adapter: Mapping[str, Pair]) -> Path:
     """The adapter in one of the layouts."""
     if layout == "gguf":
@@ -99,93 +82,81 @@ def written(place: Place, layout: str, adapter: Mapping[str, Pair]) -> Path:
     return (write_peft if layout == "peft" else write_mlx)(place.folder / layout, adapter)
 
 
-@pytest.mark.parametrize("layout", ["peft", "mlx", "gguf"])
-def test_a_converted_adapter_answers_as_the_changed_original_does(place: Place, layout: str) -> None:
-    adapter = pairs(place.model)
-    file = place.resolve(written(place, layout, adapter)).gguf(place.model.info())
-    truth = answers(place.model, adapter)
-    served = logits(place.model, applied(place.model, file), TOKENS, side_by_side=True)
-    assert np.abs(served - truth).max() < EXACT
-    assert np.abs(answers(place.model, {}) - truth).max() > 1000 * EXACT
+class TestConversion:
+    @pytest.mark.parametrize("layout", ["peft", "mlx", "gguf"])
+    @pytest.mark.parametrize("architecture", SEVEN)
+    def test_tensors_are_exact(self, place: Place, architecture: str, layout: str) -> None:
+        place.model = model = Model(architecture=architecture)
+        adapter = pairs(model)
+        found = tensors_of(place.resolve(written(place, layout, adapter)).gguf(model.info()))
+        assert len(found) == 2 * 7 * model.layers
+        for name, pair in adapter.items():
+            assert np.array_equal(found[f"{gguf_name(name)}.lora_a"], pair.a)
+            assert np.array_equal(found[f"{gguf_name(name)}.lora_b"], model.ordered(name, pair.b))
+
+    @pytest.mark.parametrize("layout", ["peft", "mlx", "gguf"])
+    def test_logits_match_changed_original(self, place: Place, layout: str) -> None:
+        adapter = pairs(place.model)
+        file = place.resolve(written(place, layout, adapter)).gguf(place.model.info())
+        truth = answers(place.model, adapter)
+        served = logits(place.model, applied(place.model, file), TOKENS, side_by_side=True)
+        assert np.abs(served - truth).max() < EXACT
+        assert np.abs(answers(place.model, {}) - truth).max() > 1000 * EXACT
+
+    def test_missing_permutation_would_be_noticed(self, place: Place) -> None:
+        adapter = pairs(
+            place.model, modules=[name for name in place.model.modules() if name.endswith(("q_proj", "k_proj"))]
+        )
+        truth = answers(place.model, adapter)
+        unmoved = Model(architecture="plain")  # its file has q and k in the original order, as a careless converter's
+        careless = write_gguf(place.folder / "careless.gguf", unmoved, adapter)
+        served = logits(place.model, applied(place.model, careless), TOKENS, side_by_side=True)
+        assert np.abs(served - truth).max() > 100 * EXACT
+        converted = place.resolve(write_peft(place.folder / "peft", adapter)).gguf(place.model.info())
+        served = logits(place.model, applied(place.model, converted), TOKENS, side_by_side=True)
+        assert np.abs(served - truth).max() < EXACT
 
 
-def test_a_forgotten_permutation_would_be_noticed(place: Place) -> None:
-    adapter = pairs(
-        place.model, modules=[name for name in place.model.modules() if name.endswith(("q_proj", "k_proj"))]
-    )
-    truth = answers(place.model, adapter)
-    unmoved = Model(architecture="plain")  # its file has q and k in the original order, as a careless converter's
-    careless = write_gguf(place.folder / "careless.gguf", unmoved, adapter)
-    served = logits(place.model, applied(place.model, careless), TOKENS, side_by_side=True)
-    assert np.abs(served - truth).max() > 100 * EXACT
-    converted = place.resolve(write_peft(place.folder / "peft", adapter)).gguf(place.model.info())
-    served = logits(place.model, applied(place.model, converted), TOKENS, side_by_side=True)
-    assert np.abs(served - truth).max() < EXACT
+class TestScale:
+    def test_rslora_divides_by_root_of_rank(self, place: Place) -> None:
+        adapter = pairs(place.model, rank=16, scale=8 / 16**0.5)
+        found = place.resolve(write_peft(place.folder / "peft", adapter, lora_alpha=8, use_rslora=True))
+        assert found.scale == 2.0
+        served = logits(place.model, applied(place.model, found.gguf(place.model.info())), TOKENS, side_by_side=True)
+        assert np.abs(served - answers(place.model, adapter)).max() < EXACT
+        plain = place.resolve(write_peft(place.folder / "plain", adapter, lora_alpha=8))
+        assert plain.scale == 0.5
 
+    def test_mlx_default_is_twenty(self, place: Place) -> None:
+        adapter = pairs(place.model, rank=4, scale=3.0)
+        assert place.resolve(write_mlx(place.folder / "stated", adapter)).scale == 3.0
+        silent = place.resolve(write_mlx(place.folder / "silent", adapter, parameters={"rank": 4}))
+        assert silent.scale == 20.0
+        assert keys_of(silent.gguf(place.model.info()))["adapter.lora.alpha"] == 80.0
 
-def test_rank_stabilised_adapters_are_divided_by_the_root_of_the_rank(place: Place) -> None:
-    adapter = pairs(place.model, rank=16, scale=8 / 16**0.5)
-    found = place.resolve(write_peft(place.folder / "peft", adapter, lora_alpha=8, use_rslora=True))
-    assert found.scale == 2.0
-    served = logits(place.model, applied(place.model, found.gguf(place.model.info())), TOKENS, side_by_side=True)
-    assert np.abs(served - answers(place.model, adapter)).max() < EXACT
-    plain = place.resolve(write_peft(place.folder / "plain", adapter, lora_alpha=8))
-    assert plain.scale == 0.5
-
-
-def test_the_scale_of_mlx_is_taken_as_it_is_and_twenty_where_none_is_stated(place: Place) -> None:
-    adapter = pairs(place.model, rank=4, scale=3.0)
-    assert place.resolve(write_mlx(place.folder / "stated", adapter)).scale == 3.0
-    silent = place.resolve(write_mlx(place.folder / "silent", adapter, parameters={"rank": 4}))
-    assert silent.scale == 20.0
-    assert keys_of(silent.gguf(place.model.info()))["adapter.lora.alpha"] == 80.0
-
-
-def test_square_halves_of_mlx_are_turned_over_although_their_shape_does_not_tell(place: Place) -> None:
-    place.model = model = Model(hidden=64, heads=4, shared=4, width=16, feed_forward=64)
-    adapter = pairs(model, rank=64)
-    file = place.resolve(write_mlx(place.folder / "mlx", adapter)).gguf(model.info())
-    served = logits(model, applied(model, file), TOKENS, side_by_side=True)
-    assert np.abs(served - answers(model, adapter)).max() < EXACT
-
-
-def test_alphas_and_ranks_of_single_modules_are_folded_into_the_one_alpha_of_a_file(place: Place) -> None:
-    model = place.model
-    names = model.modules()
-    special = [name for name in names if name.endswith("v_proj")]
-    single = "model.layers.1.mlp.down_proj"
-    plain = [name for name in names if name not in special and name != single]
-    adapter = {
-        **pairs(model, rank=4, scale=2.0, modules=plain),
-        **pairs(model, rank=2, scale=2.0, modules=special),  # alpha 4 by rank 2
-        **pairs(model, rank=4, scale=5.0, modules=[single]),  # alpha 20 by rank 4
-    }
-    folder = write_peft(
-        place.folder / "peft",
-        adapter,
-        r=4,
-        lora_alpha=8,
-        rank_pattern={"v_proj": 2},
-        alpha_pattern={"v_proj": 4, f"^{single}": 20},
-    )
-    found = place.resolve(folder)
-    served = logits(model, applied(model, found.gguf(model.info())), TOKENS, side_by_side=True)
-    assert found.scale == 2.0
-    assert np.abs(served - answers(model, adapter)).max() < EXACT
-
-
-def test_ends_are_converted_as_llama_cpp_looks_them_up(place: Place) -> None:
-    adapter = pairs(place.model, modules=["embed_tokens", "lm_head"])
-    found = {}
-    for layout, write in (("peft", write_ends), ("mlx", write_mlx)):
-        file = place.resolve(write(place.folder / layout, adapter)).gguf(place.model.info())
-        found[layout] = held = tensors_of(file)
-        assert np.array_equal(held["token_embd.weight.lora_a"], adapter["embed_tokens"].b)
-        assert np.array_equal(held["token_embd.weight.lora_b"], adapter["embed_tokens"].a.T)
-        assert np.array_equal(held["output.weight.lora_a"], adapter["lm_head"].a)
-        again = place.resolve(file).gguf(place.model.info())
-        assert again.read_bytes() == file.read_bytes()
-    assert list(found["peft"]) == list(found["mlx"])
+    def test_patterns_fold_into_one_alpha(self, place: Place) -> None:
+        model = place.model
+        names = model.modules()
+        special = [name for name in names if name.endswith("v_proj")]
+        single = "model.layers.1.mlp.down_proj"
+        plain = [name for name in names if name not in special and name != single]
+        adapter = {
+            **pairs(model, rank=4, scale=2.0, modules=plain),
+            **pairs(model, rank=2, scale=2.0, modules=special),  # alpha 4 by rank 2
+            **pairs(model, rank=4, scale=5.0, modules=[single]),  # alpha 20 by rank 4
+        }
+        folder = write_peft(
+            place.folder / "peft",
+            adapter,
+            r=4,
+            lora_alpha=8,
+            rank_pattern={"v_proj": 2},
+            alpha_pattern={"v_proj": 4, f"^{single}": 20},
+        )
+        found = place.resolve(folder)
+        served = logits(model, applied(model, found.gguf(model.info())), TOKENS, side_by_side=True)
+        assert found.scale == 2.0
+        assert np.abs(served - answers(model, adapter)).max() < EXACT
 
 
 def write_ends(folder: Path, adapter: Mapping[str, Pair]) -> Path:
@@ -204,106 +175,106 @@ def write_ends(folder: Path, adapter: Mapping[str, Pair]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "F32"])
-def test_a_gguf_adapter_is_read_in_each_type_it_is_written_in(place: Place, kind: str) -> None:
-    adapter = pairs(place.model)
-    source = write_gguf(place.folder / "own.gguf", place.model, adapter, kind=kind)
-    converted = tensors_of(place.resolve(source).gguf(place.model.info()))
-    for name, data in tensors_of(source).items():
-        assert np.array_equal(converted[name], data)
+class TestLayout:
+    def test_square_mlx_halves_are_transposed(self, place: Place) -> None:
+        place.model = model = Model(hidden=64, heads=4, shared=4, width=16, feed_forward=64)
+        adapter = pairs(model, rank=64)
+        file = place.resolve(write_mlx(place.folder / "mlx", adapter)).gguf(model.info())
+        served = logits(model, applied(model, file), TOKENS, side_by_side=True)
+        assert np.abs(served - answers(model, adapter)).max() < EXACT
+
+    def test_ends_match_llama_cpp(self, place: Place) -> None:
+        adapter = pairs(place.model, modules=["embed_tokens", "lm_head"])
+        found = {}
+        for layout, write in (("peft", write_ends), ("mlx", write_mlx)):
+            file = place.resolve(write(place.folder / layout, adapter)).gguf(place.model.info())
+            found[layout] = held = tensors_of(file)
+            assert np.array_equal(held["token_embd.weight.lora_a"], adapter["embed_tokens"].b)
+            assert np.array_equal(held["token_embd.weight.lora_b"], adapter["embed_tokens"].a.T)
+            assert np.array_equal(held["output.weight.lora_a"], adapter["lm_head"].a)
+            again = place.resolve(file).gguf(place.model.info())
+            assert again.read_bytes() == file.read_bytes()
+        assert list(found["peft"]) == list(found["mlx"])
+
+    @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "F32"])
+    def test_gguf_types_are_read(self, place: Place, kind: str) -> None:
+        adapter = pairs(place.model)
+        source = write_gguf(place.folder / "own.gguf", place.model, adapter, kind=kind)
+        converted = tensors_of(place.resolve(source).gguf(place.model.info()))
+        for name, data in tensors_of(source).items():
+            assert np.array_equal(converted[name], data)
 
 
-def test_the_sample_is_one_adapter_in_three_layouts(place: Place) -> None:
-    place.model = Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536, vocabulary=49152)
-    names = ("ahoy-peft", "ahoy-mlx", "ahoy-lora.f16.gguf")
-    found = [place.resolve(LORA / name) for name in names]
-    assert {each.digest for each in found} == {found[0].digest}
-    assert [each.verdict.status for each in found] == ["compatible"] * 3
-    files = [each.gguf(place.model.info()) for each in found]
-    assert len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
-    shipped = tensors_of(LORA / "ahoy-lora.f16.gguf")
-    converted = tensors_of(files[0])
-    assert shipped.keys() == converted.keys()
-    assert all(np.array_equal(converted[name], data) for name, data in shipped.items())
+class TestSample:
+    def test_three_layouts_are_one_adapter(self, place: Place) -> None:
+        place.model = Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536, vocabulary=49152)
+        names = ("ahoy-peft", "ahoy-mlx", "ahoy-lora.f16.gguf")
+        found = [place.resolve(LORA / name) for name in names]
+        assert {each.digest for each in found} == {found[0].digest}
+        assert [each.verdict.status for each in found] == ["compatible"] * 3
+        files = [each.gguf(place.model.info()) for each in found]
+        assert len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
+        shipped = tensors_of(LORA / "ahoy-lora.f16.gguf")
+        converted = tensors_of(files[0])
+        assert shipped.keys() == converted.keys()
+        assert all(np.array_equal(converted[name], data) for name, data in shipped.items())
+
+    def test_rows_of_q_and_k_move(self, place: Place) -> None:
+        from safetensors.numpy import load_file
+
+        peft = load_file(LORA / "ahoy-peft" / "adapter_model.safetensors")
+        place.model = Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536, vocabulary=49152)
+        converted = tensors_of(place.resolve(LORA / "ahoy-peft").gguf(place.model.info()))
+        for letter, heads in (("q", 9), ("k", 3)):
+            original = peft[f"base_model.model.model.layers.20.self_attn.{letter}_proj.lora_B.weight"]
+            found = converted[f"blk.20.attn_{letter}.weight.lora_b"]
+            assert np.array_equal(found, neighbours(original, heads))
+            assert not np.array_equal(found, original)
 
 
-def test_the_rows_of_the_sample_s_q_and_k_are_moved(place: Place) -> None:
-    from safetensors.numpy import load_file
+class TestConvertedFile:
+    def test_bytes_are_reproducible(self, place: Place) -> None:
+        folder = write_peft(place.folder / "peft", pairs(place.model))
+        first = place.resolve(folder).gguf(place.model.info())
+        second = place.resolve(folder, cache=place.folder / "elsewhere").gguf(place.model.info())
+        assert first != second
+        assert first.read_bytes() == second.read_bytes()
+        assert hashlib.sha256(first.read_bytes()).hexdigest()[:16] in first.name
 
-    peft = load_file(LORA / "ahoy-peft" / "adapter_model.safetensors")
-    place.model = Model(layers=30, hidden=576, heads=9, shared=3, width=64, feed_forward=1536, vocabulary=49152)
-    converted = tensors_of(place.resolve(LORA / "ahoy-peft").gguf(place.model.info()))
-    for letter, heads in (("q", 9), ("k", 3)):
-        original = peft[f"base_model.model.model.layers.20.self_attn.{letter}_proj.lora_B.weight"]
-        found = converted[f"blk.20.attn_{letter}.weight.lora_b"]
-        assert np.array_equal(found, neighbours(original, heads))
-        assert not np.array_equal(found, original)
+    def test_damaged_cache_is_rebuilt(self, place: Place) -> None:
+        adapter = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
+        file = adapter.gguf(place.model.info())
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + b"!")
+        assert adapter.gguf(place.model.info()).read_bytes() == whole
+        assert [each.name for each in file.parent.iterdir()] == [file.name]
 
+    def test_invocation_tokens_are_kept(self, place: Place) -> None:
+        folder = write_peft(place.folder / "peft", pairs(place.model), alora_invocation_tokens=[7, 8])
+        converted = place.resolve(folder).gguf(place.model.info())
+        assert keys_of(converted)["adapter.alora.invocation_tokens"] == [7, 8]
+        assert place.resolve(converted).digest == place.resolve(folder).digest
 
-def test_a_conversion_has_one_digest_whenever_and_wherever_it_is_made(place: Place) -> None:
-    folder = write_peft(place.folder / "peft", pairs(place.model))
-    first = place.resolve(folder).gguf(place.model.info())
-    second = place.resolve(folder, cache=place.folder / "elsewhere").gguf(place.model.info())
-    assert first != second
-    assert first.read_bytes() == second.read_bytes()
-    assert hashlib.sha256(first.read_bytes()).hexdigest()[:16] in first.name
+    def test_unplaced_modules_are_refused(self, place: Place) -> None:
+        folder = write_peft(place.folder / "peft", pairs(place.model))
+        other = Model(architecture="phi3")
+        found = place.resolve(folder, base=other.info)
+        assert found.verdict.status == "unknown"
+        with pytest.raises(AdapterUnsupported, match="phi3"):
+            found.gguf(other.info())
 
+    def test_changed_files_are_refused(self, place: Place) -> None:
+        folder = write_peft(place.folder / "peft", pairs(place.model))
+        found = place.resolve(folder)
+        write_peft(folder, pairs(place.model, seed=8))
+        with pytest.raises(AdapterInvalid, match="changed"):
+            found.gguf(place.model.info())
 
-def test_a_cached_conversion_that_was_damaged_is_made_again(place: Place) -> None:
-    adapter = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
-    file = adapter.gguf(place.model.info())
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + b"!")
-    assert adapter.gguf(place.model.info()).read_bytes() == whole
-    assert [each.name for each in file.parent.iterdir()] == [file.name]
-
-
-def test_invocation_tokens_stay_in_a_converted_adapter(place: Place) -> None:
-    folder = write_peft(place.folder / "peft", pairs(place.model), alora_invocation_tokens=[7, 8])
-    converted = place.resolve(folder).gguf(place.model.info())
-    assert keys_of(converted)["adapter.alora.invocation_tokens"] == [7, 8]
-    assert place.resolve(converted).digest == place.resolve(folder).digest
-
-
-def test_an_adapter_whose_modules_have_no_place_is_not_guessed(place: Place) -> None:
-    folder = write_peft(place.folder / "peft", pairs(place.model))
-    other = Model(architecture="phi3")
-    found = place.resolve(folder, base=other.info)
-    assert found.verdict.status == "unknown"
-    with pytest.raises(AdapterUnsupported, match="phi3"):
-        found.gguf(other.info())
-
-
-def test_files_that_changed_after_they_were_checked_are_not_converted(place: Place) -> None:
-    folder = write_peft(place.folder / "peft", pairs(place.model))
-    found = place.resolve(folder)
-    write_peft(folder, pairs(place.model, seed=8))
-    with pytest.raises(AdapterInvalid, match="changed"):
-        found.gguf(place.model.info())
-
-
-# --- Merging ---------------------------------------------------------------------------------------------------------
 
 ROUNDED = {"F32": 0.0001, "F16": 0.005, "BF16": 0.05, "Q8_0": 0.05, "Q4_1": 0.05, "Q5_0": 0.05}
 """Root mean square of the logits' errors by that of what the adapter changes; by the type of the base model."""
 STEPS = {"F32": 2**-22, "F16": 2**-11, "BF16": 2**-8}
 """Half a step of a float, by its size. Of Q8_0 a step is the largest of 32 numbers by 127, which is kept as F16."""
-
-
-@pytest.mark.parametrize("kind", list(ROUNDED))
-def test_a_merged_model_answers_as_base_and_change_together(place: Place, kind: str) -> None:
-    model, adapter = place.model, pairs(place.model)
-    base = model.write(place.folder / "base.gguf", kind)
-    found = place.resolve(write_peft(place.folder / "peft", adapter))
-    merged = tensors_of(found.merge(base, place.folder / "merged.gguf"))
-    held = tensors_of(base)
-    truth: dict[str, Any] = {name: data.astype(np.float64) for name, data in held.items()}
-    for name, pair in adapter.items():
-        truth[gguf_name(name)] += model.ordered(name, pair.change)
-    for name, data in truth.items():
-        assert (np.abs(merged[name] - data) <= half_steps(data, kind) + 1e-6).all()
-    expected, served, untouched = (logits(model, each, TOKENS, side_by_side=True) for each in (truth, merged, held))
-    assert size(served - expected) < ROUNDED[kind] * size(untouched - expected)
 
 
 def half_steps(data: Any, kind: str) -> Any:
@@ -319,110 +290,6 @@ def half_steps(data: Any, kind: str) -> Any:
 def size(errors: Any) -> float:
     """Root mean square."""
     return float(np.sqrt((errors**2).mean()))
-
-
-def test_a_merge_into_quantised_tensors_can_be_written_as_f16(place: Place) -> None:
-    base = place.model.write(place.folder / "base.gguf", "Q4_1")
-    folder = write_peft(place.folder / "peft", pairs(place.model))
-    sizes = {}
-    for kind in ("Q8_0", "F16"):
-        merged = place.resolve(folder, merge_type=kind).merge(base, place.folder / f"{kind}.gguf")
-        assert keys_of(merged)["graftage.merge.type"] == kind
-        sizes[kind] = merged.stat().st_size
-    assert sizes["F16"] > sizes["Q8_0"] > base.stat().st_size
-
-
-def test_a_merge_leaves_keys_and_untouched_tensors_as_they_are(place: Place) -> None:
-    import gguf
-
-    base = place.model.write(place.folder / "base.gguf", "Q4_1")
-    name = "model.layers.0.mlp.down_proj"
-    found = place.resolve(write_peft(place.folder / "peft", pairs(place.model, modules=[name])))
-    merged = found.merge(base, place.folder / "merged.gguf")
-    before, after = keys_of(base), keys_of(merged)
-    assert {key: after.pop(key) for key in list(after) if key.startswith("graftage.")} == {
-        "graftage.adapter.digest": found.digest,
-        "graftage.adapter.scale": 2.0,
-        "graftage.merge.type": "Q8_0",
-        "graftage.merge.version": 1,
-    }
-    assert after == before
-    old, new = (gguf.GGUFReader(path).tensors for path in (base, merged))
-    assert [each.name for each in old] == [each.name for each in new]
-    differing = [one.name for one, two in zip(old, new, strict=True) if one.data.tobytes() != two.data.tobytes()]
-    assert differing == [gguf_name(name)]
-
-
-def test_a_merge_has_one_digest_and_tells_how_far_it_is(place: Place) -> None:
-    base = place.model.write(place.folder / "base.gguf", "Q8_0")
-    found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
-    told: list[tuple[int, int]] = []
-    first = found.merge(base, place.folder / "first.gguf", lambda done, total: told.append((done, total)))
-    second = found.merge(base, place.folder / "second.gguf")
-    assert first.read_bytes() == second.read_bytes()
-    assert told == sorted(told)
-    assert told[-1] == (first.stat().st_size,) * 2
-    assert {total for _, total in told} == {first.stat().st_size}
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("enough"), BrokenPipeError("gone")])
-def test_a_cancelled_merge_leaves_nothing_and_raises_what_cancelled_it(place: Place, error: BaseException) -> None:
-    base = place.model.write(place.folder / "base.gguf", "Q8_0")
-    found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
-    out = place.folder / "out" / "merged.gguf"
-    out.parent.mkdir()
-    out.write_bytes(b"what was here")
-
-    def stop(done: int, total: int) -> None:
-        if done > total // 2:
-            raise error
-
-    with pytest.raises(type(error)) as caught:
-        found.merge(base, out, stop)
-    assert caught.value is error
-    assert [each.name for each in out.parent.iterdir()] == ["merged.gguf"]
-    assert out.read_bytes() == b"what was here"
-
-
-def test_what_a_killed_merge_left_is_deleted_by_the_next_one_and_what_is_being_written_stays(place: Place) -> None:
-    write_peft(place.folder / "adapters" / "mine", pairs(place.model))
-    base = place.model.write(place.folder / "base.gguf")
-    names = ("old", "young", "other")
-    old, young, other = (place.folder / f".merged.gguf.{name}.part" for name in names)
-    other = other.with_name(".else.gguf.other.part")
-    for each in (old, young, other):
-        each.write_bytes(b"left")
-    for each in (old, other):
-        os.utime(each, (1, 1))
-    place.resolve("mine").merge(base, place.folder / "merged.gguf")
-    assert sorted(each.name for each in place.folder.glob(".*.part")) == sorted((young.name, other.name))
-
-
-def test_a_merge_that_the_disk_cannot_take_is_refused_before_it_begins(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    base = place.model.write(place.folder / "base.gguf", "Q8_0")
-    found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
-    usage = shutil.disk_usage(place.folder)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    told: list[int] = []
-    with pytest.raises(AdapterError, match="1,000 free"):
-        found.merge(base, place.folder / "out" / "merged.gguf", lambda done, _: told.append(done))
-    assert told == []
-    assert list((place.folder / "out").iterdir()) == []
-
-
-def test_a_merge_into_a_model_it_does_not_fit_names_every_contradiction(place: Place) -> None:
-    other = Model(hidden=96, layers=1, width=24)
-    base = other.write(place.folder / "base.gguf")
-    found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
-    with pytest.raises(AdapterIncompatible) as caught:
-        found.merge(base, place.folder / "merged.gguf")
-    assert len(caught.value.reasons) > 7
-    assert any("beyond" in reason for reason in caught.value.reasons)
-    assert any("inputs" in reason for reason in caught.value.reasons)
 
 
 def refused_merges() -> dict[str, tuple[str, Any]]:
@@ -479,25 +346,133 @@ def peft(place: Place) -> Path:
     return write_peft(place.folder / "peft", pairs(place.model))
 
 
-@pytest.mark.parametrize("case", list(refused_merges()))
-def test_a_merge_is_refused_with_the_reason_and_nothing_is_left(place: Place, case: str) -> None:
-    reason, build = refused_merges()[case]
-    base, folder = build(place)
-    found = place.resolve(folder)
-    with pytest.raises(AdapterError, match=reason):
-        found.merge(base, place.folder / "out" / "merged.gguf")
-    assert not (place.folder / "out").exists() or list((place.folder / "out").iterdir()) == []
+class TestMerge:
+    @pytest.mark.parametrize("kind", list(ROUNDED))
+    def test_logits_match_base_plus_change(self, place: Place, kind: str) -> None:
+        model, adapter = place.model, pairs(place.model)
+        base = model.write(place.folder / "base.gguf", kind)
+        found = place.resolve(write_peft(place.folder / "peft", adapter))
+        merged = tensors_of(found.merge(base, place.folder / "merged.gguf"))
+        held = tensors_of(base)
+        truth: dict[str, Any] = {name: data.astype(np.float64) for name, data in held.items()}
+        for name, pair in adapter.items():
+            truth[gguf_name(name)] += model.ordered(name, pair.change)
+        for name, data in truth.items():
+            assert (np.abs(merged[name] - data) <= half_steps(data, kind) + 1e-6).all()
+        expected, served, untouched = (logits(model, each, TOKENS, side_by_side=True) for each in (truth, merged, held))
+        assert size(served - expected) < ROUNDED[kind] * size(untouched - expected)
 
+    def test_type_can_be_f16(self, place: Place) -> None:
+        base = place.model.write(place.folder / "base.gguf", "Q4_1")
+        folder = write_peft(place.folder / "peft", pairs(place.model))
+        sizes = {}
+        for kind in ("Q8_0", "F16"):
+            merged = place.resolve(folder, merge_type=kind).merge(base, place.folder / f"{kind}.gguf")
+            assert keys_of(merged)["graftage.merge.type"] == kind
+            sizes[kind] = merged.stat().st_size
+        assert sizes["F16"] > sizes["Q8_0"] > base.stat().st_size
 
-def test_a_merge_never_takes_the_place_of_its_base(place: Place) -> None:
-    base = place.model.write(place.folder / "base.gguf")
-    before = base.read_bytes()
-    with pytest.raises(AdapterUnsupported, match="place of its base"):
-        place.resolve(peft(place)).merge(base, place.folder / "." / "base.gguf")
-    assert base.read_bytes() == before
+    def test_keys_and_other_tensors_are_unchanged(self, place: Place) -> None:
+        import gguf
 
+        base = place.model.write(place.folder / "base.gguf", "Q4_1")
+        name = "model.layers.0.mlp.down_proj"
+        found = place.resolve(write_peft(place.folder / "peft", pairs(place.model, modules=[name])))
+        merged = found.merge(base, place.folder / "merged.gguf")
+        before, after = keys_of(base), keys_of(merged)
+        assert {key: after.pop(key) for key in list(after) if key.startswith("graftage.")} == {
+            "graftage.adapter.digest": found.digest,
+            "graftage.adapter.scale": 2.0,
+            "graftage.merge.type": "Q8_0",
+            "graftage.merge.version": 1,
+        }
+        assert after == before
+        old, new = (gguf.GGUFReader(path).tensors for path in (base, merged))
+        assert [each.name for each in old] == [each.name for each in new]
+        differing = [one.name for one, two in zip(old, new, strict=True) if one.data.tobytes() != two.data.tobytes()]
+        assert differing == [gguf_name(name)]
 
-# --- The engine itself -----------------------------------------------------------------------------------------------
+    def test_is_reproducible_and_reports_progress(self, place: Place) -> None:
+        base = place.model.write(place.folder / "base.gguf", "Q8_0")
+        found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
+        told: list[tuple[int, int]] = []
+        first = found.merge(base, place.folder / "first.gguf", lambda done, total: told.append((done, total)))
+        second = found.merge(base, place.folder / "second.gguf")
+        assert first.read_bytes() == second.read_bytes()
+        assert told == sorted(told)
+        assert told[-1] == (first.stat().st_size,) * 2
+        assert {total for _, total in told} == {first.stat().st_size}
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("enough"), BrokenPipeError("gone")])
+    def test_cancelling_leaves_nothing(self, place: Place, error: BaseException) -> None:
+        base = place.model.write(place.folder / "base.gguf", "Q8_0")
+        found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
+        out = place.folder / "out" / "merged.gguf"
+        out.parent.mkdir()
+        out.write_bytes(b"what was here")
+
+        def stop(done: int, total: int) -> None:
+            if done > total // 2:
+                raise error
+
+        with pytest.raises(type(error)) as caught:
+            found.merge(base, out, stop)
+        assert caught.value is error
+        assert [each.name for each in out.parent.iterdir()] == ["merged.gguf"]
+        assert out.read_bytes() == b"what was here"
+
+    def test_stale_parts_are_deleted(self, place: Place) -> None:
+        write_peft(place.folder / "adapters" / "mine", pairs(place.model))
+        base = place.model.write(place.folder / "base.gguf")
+        names = ("old", "young", "other")
+        old, young, other = (place.folder / f".merged.gguf.{name}.part" for name in names)
+        other = other.with_name(".else.gguf.other.part")
+        for each in (old, young, other):
+            each.write_bytes(b"left")
+        for each in (old, other):
+            os.utime(each, (1, 1))
+        place.resolve("mine").merge(base, place.folder / "merged.gguf")
+        assert sorted(each.name for each in place.folder.glob(".*.part")) == sorted((young.name, other.name))
+
+    def test_full_disk_is_refused_first(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        import shutil
+
+        base = place.model.write(place.folder / "base.gguf", "Q8_0")
+        found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
+        usage = shutil.disk_usage(place.folder)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        told: list[int] = []
+        with pytest.raises(AdapterError, match="1,000 free"):
+            found.merge(base, place.folder / "out" / "merged.gguf", lambda done, _: told.append(done))
+        assert told == []
+        assert list((place.folder / "out").iterdir()) == []
+
+    def test_misfit_names_every_contradiction(self, place: Place) -> None:
+        other = Model(hidden=96, layers=1, width=24)
+        base = other.write(place.folder / "base.gguf")
+        found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
+        with pytest.raises(AdapterIncompatible) as caught:
+            found.merge(base, place.folder / "merged.gguf")
+        assert len(caught.value.reasons) > 7
+        assert any("beyond" in reason for reason in caught.value.reasons)
+        assert any("inputs" in reason for reason in caught.value.reasons)
+
+    @pytest.mark.parametrize("case", list(refused_merges()))
+    def test_refusal_leaves_nothing(self, place: Place, case: str) -> None:
+        reason, build = refused_merges()[case]
+        base, folder = build(place)
+        found = place.resolve(folder)
+        with pytest.raises(AdapterError, match=reason):
+            found.merge(base, place.folder / "out" / "merged.gguf")
+        assert not (place.folder / "out").exists() or list((place.folder / "out").iterdir()) == []
+
+    def test_base_is_never_overwritten(self, place: Place) -> None:
+        base = place.model.write(place.folder / "base.gguf")
+        before = base.read_bytes()
+        with pytest.raises(AdapterUnsupported, match="place of its base"):
+            place.resolve(peft(place)).merge(base, place.folder / "." / "base.gguf")
+        assert base.read_bytes() == before
+
 
 ENGINE = """
 import json, sys, urllib.request, xllamacpp
@@ -536,7 +511,7 @@ def served(model: Path, adapters: list[Path], asked: list[list[float]]) -> list[
 
 
 @pytest.mark.engine
-def test_llama_cpp_answers_natively_and_merged_as_the_changed_original_does(place: Place) -> None:
+def test_llama_cpp_agrees(place: Place) -> None:
     """0.003 of a log-probability is what the engine differs by from NumPy on the base model alone."""
     model, adapter = place.model, pairs(place.model)
     base = model.write(place.folder / "base.gguf")
@@ -566,8 +541,6 @@ def log_probabilities(found: Any) -> Any:
     return last - np.log(np.exp(last).sum())
 
 
-# --- Any shape -------------------------------------------------------------------------------------------------------
-
 MODELS = st.builds(
     lambda heads, width, seed: Model(
         layers=1, hidden=32, heads=heads[0], shared=heads[1], width=width, feed_forward=64, seed=seed
@@ -585,7 +558,7 @@ MODELS = st.builds(
     scale=st.floats(0.01, 30),
     layout=st.sampled_from(["peft", "mlx", "gguf"]),
 )
-def test_any_shape_rank_and_scale_is_converted_and_merged_rightly(
+def test_any_shape_rank_and_scale(
     tmp_path_factory: pytest.TempPathFactory, model: Model, rank: int, scale: float, layout: str
 ) -> None:
     place = Place(tmp_path_factory.mktemp("any"), model)
