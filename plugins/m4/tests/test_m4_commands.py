@@ -88,42 +88,42 @@ def largest(machine: str) -> list[int | None]:
     return [row.largest and row.largest // K for row in plan]
 
 
-@pytest.mark.parametrize(("gigabytes", "system"), list(TABLE))
-def test_the_plan_is_within_one_step_of_the_published_table(gigabytes: int, system: int) -> None:
-    ours, published = largest(f"mini-{gigabytes}-macos{system}"), TABLE[gigabytes, system]
-    for name, mine, theirs in zip(NINE, ours, published, strict=True):
-        sys.stdout.write(
-            f"{gigabytes:2} GB macOS {system} {name:14} plan {mine or 'no':>4}  table {theirs or 'no':>4}\n"
+class TestEstimates:
+    @pytest.mark.parametrize(("gigabytes", "system"), list(TABLE))
+    def test_windows_near_published_table(self, gigabytes: int, system: int) -> None:
+        ours, published = largest(f"mini-{gigabytes}-macos{system}"), TABLE[gigabytes, system]
+        for name, mine, theirs in zip(NINE, ours, published, strict=True):
+            sys.stdout.write(
+                f"{gigabytes:2} GB macOS {system} {name:14} plan {mine or 'no':>4}  table {theirs or 'no':>4}\n"
+            )
+        steps = [None, 4, 8, 16, 32, 64, 128, 256]
+        distances = [abs(steps.index(mine) - steps.index(theirs)) for mine, theirs in zip(ours, published, strict=True)]
+        assert max(distances) <= 1
+
+    @pytest.mark.parametrize(
+        ("name", "chip", "measured"),
+        [
+            ("llama3.1:8b", "Apple M4", 20.9),
+            ("qwen3:14b", "Apple M4", 11.0),
+            ("gpt-oss:20b", "Apple M4", 22.5),
+            ("gemma3:27b", "Apple M4 Pro", 13.2),
+            ("qwen3:30b-a3b", "Apple M4 Pro", 70.6),
+        ],
+    )
+    def test_decode_speed_near_measured(self, name: str, chip: str, measured: float) -> None:
+        speed = decode_speed(NINE[name], chip)
+        assert speed == pytest.approx(measured, rel=0.25)
+
+    def test_prefill_matches_measured(self) -> None:
+        assert prefill_seconds(NINE["llama3.1:8b"], "Apple M4", 26_400) == pytest.approx(120)
+        assert prefill_seconds(NINE["qwen3:14b"], "Apple M4", 15_000) == pytest.approx(120, rel=0.1)
+        assert prefill_seconds(NINE["llama3.1:8b"], "Apple M4", 1000, low_power=True) == pytest.approx(
+            1000 / 220 / 0.65
         )
-    steps = [None, 4, 8, 16, 32, 64, 128, 256]
-    distances = [abs(steps.index(mine) - steps.index(theirs)) for mine, theirs in zip(ours, published, strict=True)]
-    assert max(distances) <= 1
 
-
-@pytest.mark.parametrize(
-    ("name", "chip", "measured"),
-    [
-        ("llama3.1:8b", "Apple M4", 20.9),
-        ("qwen3:14b", "Apple M4", 11.0),
-        ("gpt-oss:20b", "Apple M4", 22.5),
-        ("gemma3:27b", "Apple M4 Pro", 13.2),
-        ("qwen3:30b-a3b", "Apple M4 Pro", 70.6),
-    ],
-)
-def test_the_expected_speed_is_near_what_was_measured(name: str, chip: str, measured: float) -> None:
-    speed = decode_speed(NINE[name], chip)
-    assert speed == pytest.approx(measured, rel=0.25)
-
-
-def test_reading_a_prompt_takes_what_was_measured() -> None:
-    assert prefill_seconds(NINE["llama3.1:8b"], "Apple M4", 26_400) == pytest.approx(120)
-    assert prefill_seconds(NINE["qwen3:14b"], "Apple M4", 15_000) == pytest.approx(120, rel=0.1)
-    assert prefill_seconds(NINE["llama3.1:8b"], "Apple M4", 1000, low_power=True) == pytest.approx(1000 / 220 / 0.65)
-
-
-def test_an_unknown_chip_has_no_speed() -> None:
-    assert decode_speed(NINE["qwen3:4b"], "Apple M9 Ultra") is None
-    assert prefill_seconds(NINE["qwen3:4b"], None, 4096) is None
+    def test_unknown_chip_has_no_speed(self) -> None:
+        assert decode_speed(NINE["qwen3:4b"], "Apple M9 Ultra") is None
+        assert prefill_seconds(NINE["qwen3:4b"], None, 4096) is None
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -143,93 +143,90 @@ def plan(host: str, *arguments: object) -> Any:
     return run("plan", "-p", "ollama", "--host", host, "--machine", SMALLEST, *arguments)
 
 
-def test_the_plan_is_a_table_of_all_models_by_windows(host: str) -> None:
-    result = plan(host)
-    assert result.exit_code == 0
-    assert "Apple M4, 16 GB, macOS 15.4" in result.stdout
-    assert "budget 10.4 GB: Metal's working set of 11.5 GB less 1.1 GB" in result.stdout
-    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line}
-    assert "fits 0.6 GB 1s" in rows["smollm2:135m"]
-    assert rows["smollm2:135m"].split()[-1] == "-", "it was not trained for 128k"
-    assert "second:1b" in rows
+class TestPlan:
+    def test_table_of_models_by_windows(self, host: str) -> None:
+        result = plan(host)
+        assert result.exit_code == 0
+        assert "Apple M4, 16 GB, macOS 15.4" in result.stdout
+        assert "budget 10.4 GB: Metal's working set of 11.5 GB less 1.1 GB" in result.stdout
+        rows = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+        assert "fits 0.6 GB 1s" in rows["smollm2:135m"]
+        assert rows["smollm2:135m"].split()[-1] == "-", "it was not trained for 128k"
+        assert "second:1b" in rows
+
+    def test_json_has_bytes_and_seconds(self, host: str) -> None:
+        answer = json.loads(plan(host, "smollm2:135m", "--json").stdout)
+        (row,) = answer["models"]
+        assert answer["budget"]["source"] == "metal"
+        assert row["largest_window"] == 8192
+        assert [cell["verdict"] for cell in row["windows"]][:3] == ["fits", "fits", "untrained"]
+        assert all(cell["bytes"] > 0 and cell["prefill"] > 0 for cell in row["windows"])
+
+    def test_picture_has_budget_line(self, host: str, tmp_path: Path) -> None:
+        path = tmp_path / "plan.svg"
+        assert plan(host, "--plot", path).exit_code == 0
+        text = path.read_text()
+        root = ET.fromstring(text)
+        space = "{http://www.w3.org/2000/svg}"
+        assert root.tag == f"{space}svg"
+        assert len(root.findall(f"{space}polyline")) == 2
+        assert "budget 10.4 GB" in text
+        assert "smollm2:135m" in text
+
+    def test_picture_escapes_names(self) -> None:
+        policy = graftage_m4.M4(machine=SMALLEST).policy()
+        assert policy is not None
+        on = _plan.ground(policy)
+        assert on is not None
+        models = {'<script>alert("x")</script>&\x1b[2J': NINE["qwen3:4b"], **NINE}
+        root = ET.fromstring(_plan.picture(models, on, policy))
+        labels = [each.text or "" for each in root.iter() if each.text]
+        assert any("<script>" in each and "\x1b" not in each for each in labels)
+
+    def test_misfit_exits_1_unless_forced(self, host: str, tmp_path: Path) -> None:
+        tiny = json.loads(SMALLEST.read_text())
+        tiny["readings"][0]["stdout"] = tiny["readings"][0]["stdout"].replace("17179869184", "2147483648")
+        tiny["readings"][1]["stdout"] = '{"recommended_working_set": 1431655765}'
+        path = tmp_path / "tiny.json"
+        path.write_text(json.dumps(tiny))
+        arguments = ("plan", "-p", "ollama", "--host", host, "--machine", path)
+        assert run(*arguments, "smollm2:135m").exit_code == 1
+        assert run(*arguments, "smollm2:135m", "--force").exit_code == 0
+        assert run(*arguments).exit_code == 0
 
 
-def test_the_plan_as_json_has_bytes_and_seconds(host: str) -> None:
-    answer = json.loads(plan(host, "smollm2:135m", "--json").stdout)
-    (row,) = answer["models"]
-    assert answer["budget"]["source"] == "metal"
-    assert row["largest_window"] == 8192
-    assert [cell["verdict"] for cell in row["windows"]][:3] == ["fits", "fits", "untrained"]
-    assert all(cell["bytes"] > 0 and cell["prefill"] > 0 for cell in row["windows"])
+class TestOffMac:
+    def test_watch_hints_at_machine_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.platform", "linux")
+        result = run("watch", "--count", 1)
+        assert result.exit_code == 1
+        assert "machine file with `--machine`" in str(result.exception)
+
+    def test_record_hints_at_the_mac(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.platform", "linux")
+        error = run("record").exception
+        assert error.hint.startswith("Record on the Mac itself; ")
+        assert "m4 plan --machine" in error.hint, "only as an option of another command"
 
 
-def test_the_picture_is_sound_and_has_the_budget_line(host: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.svg"
-    assert plan(host, "--plot", path).exit_code == 0
-    text = path.read_text()
-    root = ET.fromstring(text)
-    space = "{http://www.w3.org/2000/svg}"
-    assert root.tag == f"{space}svg"
-    assert len(root.findall(f"{space}polyline")) == 2
-    assert "budget 10.4 GB" in text
-    assert "smollm2:135m" in text
+class TestWatch:
+    def test_shows_readings_and_limits(self) -> None:
+        result = run("watch", "--machine", SMALLEST, "--count", 1)
+        assert result.stdout.startswith("pressure 1 · available 71 % · swap 0.1 GB · thermal 0 · low power False")
+        assert "loads allowed" in result.stdout
+
+    def test_json_explains_unknown(self, tmp_path: Path) -> None:
+        path = tmp_path / "machine.json"
+        content = json.loads(SMALLEST.read_text())
+        content["readings"] = [each for each in content["readings"] if each["name"] in ("static", "vm_stat")]
+        path.write_text(json.dumps(content))
+        moment = json.loads(run("watch", "--machine", path, "--count", 1, "--json").stdout)
+        assert (moment["pressure"], moment["thermal"], moment["concurrency"]) == (None, None, 1)
+        assert moment["unknown"]["pressure"] == "memory: not in the machine file"
+        assert "the memory pressure is not measured" in moment["why"]
 
 
-def test_a_picture_of_strange_names_is_still_sound() -> None:
-    policy = graftage_m4.M4(machine=SMALLEST).policy()
-    assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
-    models = {'<script>alert("x")</script>&\x1b[2J': NINE["qwen3:4b"], **NINE}
-    root = ET.fromstring(_plan.picture(models, on, policy))
-    labels = [each.text or "" for each in root.iter() if each.text]
-    assert any("<script>" in each and "\x1b" not in each for each in labels)
-
-
-def test_a_model_that_fits_nowhere_is_exit_1_unless_forced(host: str, tmp_path: Path) -> None:
-    tiny = json.loads(SMALLEST.read_text())
-    tiny["readings"][0]["stdout"] = tiny["readings"][0]["stdout"].replace("17179869184", "2147483648")
-    tiny["readings"][1]["stdout"] = '{"recommended_working_set": 1431655765}'
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(tiny))
-    arguments = ("plan", "-p", "ollama", "--host", host, "--machine", path)
-    assert run(*arguments, "smollm2:135m").exit_code == 1
-    assert run(*arguments, "smollm2:135m", "--force").exit_code == 0
-    assert run(*arguments).exit_code == 0
-
-
-def test_off_a_mac_the_command_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
-    result = run("watch", "--count", 1)
-    assert result.exit_code == 1
-    assert "machine file with `--machine`" in str(result.exception)
-
-
-def test_off_a_mac_recording_hints_at_no_option_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
-    error = run("record").exception
-    assert error.hint.startswith("Record on the Mac itself; ")
-    assert "m4 plan --machine" in error.hint, "only as an option of another command"
-
-
-def test_the_watch_shows_readings_and_what_they_allow() -> None:
-    result = run("watch", "--machine", SMALLEST, "--count", 1)
-    assert result.stdout.startswith("pressure 1 · available 71 % · swap 0.1 GB · thermal 0 · low power False")
-    assert "loads allowed" in result.stdout
-
-
-def test_the_watch_as_json_tells_what_is_unknown_and_why(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    content = json.loads(SMALLEST.read_text())
-    content["readings"] = [each for each in content["readings"] if each["name"] in ("static", "vm_stat")]
-    path.write_text(json.dumps(content))
-    moment = json.loads(run("watch", "--machine", path, "--count", 1, "--json").stdout)
-    assert (moment["pressure"], moment["thermal"], moment["concurrency"]) == (None, None, 1)
-    assert moment["unknown"]["pressure"] == "memory: not in the machine file"
-    assert "the memory pressure is not measured" in moment["why"]
-
-
-def test_a_recording_can_be_acted_by_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_can_be_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTAGE_M4_MACHINE", str(SMALLEST))
     path = tmp_path / "again.json"
     assert run("record", path, "--title", "again").exit_code == 0

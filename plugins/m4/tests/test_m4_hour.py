@@ -304,7 +304,7 @@ def told(number: int, minute: Minute, readings: Any, server: Server, most: int) 
     )
 
 
-def test_an_hour_of_twenty_callers_never_passes_the_budget() -> None:
+def test_budget_holds_for_an_hour() -> None:
     clock = Clock()
     with Server(clock) as server:
         recorded = Recorded(read_machine(HOUR), clock)

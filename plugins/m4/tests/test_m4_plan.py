@@ -33,52 +33,51 @@ def text_of(root: ET.Element, begins: str) -> ET.Element:
     return next(each for each in root.iter(f"{SPACE}text") if (each.text or "").startswith(begins))
 
 
-@pytest.mark.parametrize("live", [10_370_000_000, 10_200_000_000, 5_000_000_000, 0])
-def test_the_names_of_budget_and_free_memory_do_not_cover_each_other(live: int) -> None:
-    root = drawn({"m:1": SMALL}, live)
-    budget, free = (float(text_of(root, begins).attrib["y"]) for begins in ("budget 10.4 GB", "free now"))
-    assert free - budget >= 15
+class TestPicture:
+    @pytest.mark.parametrize("live", [10_370_000_000, 10_200_000_000, 5_000_000_000, 0])
+    def test_labels_do_not_overlap(self, live: int) -> None:
+        root = drawn({"m:1": SMALL}, live)
+        budget, free = (float(text_of(root, begins).attrib["y"]) for begins in ("budget 10.4 GB", "free now"))
+        assert free - budget >= 15
 
+    def test_line_leaving_top_is_marked(self) -> None:
+        root = drawn({"large:70b": LARGE, "small:4b": SMALL})
+        assert text_of(root, "large:70b").text == "large:70b (above: 90.5 GB)"
+        assert text_of(root, "small:4b").text == "small:4b"
+        assert len(root.findall(f"{SPACE}path")) == 1
+        lines = [line.attrib["points"].split() for line in root.iter(f"{SPACE}polyline")]
+        tops = sorted(sum(point.endswith(",50.0") for point in points) for points in lines)
+        assert tops == [0, 1], "none runs along the edge"
 
-def test_a_line_that_leaves_the_picture_is_marked_where_it_does() -> None:
-    root = drawn({"large:70b": LARGE, "small:4b": SMALL})
-    assert text_of(root, "large:70b").text == "large:70b (above: 90.5 GB)"
-    assert text_of(root, "small:4b").text == "small:4b"
-    assert len(root.findall(f"{SPACE}path")) == 1
-    lines = [line.attrib["points"].split() for line in root.iter(f"{SPACE}polyline")]
-    tops = sorted(sum(point.endswith(",50.0") for point in points) for points in lines)
-    assert tops == [0, 1], "none runs along the edge"
+    def test_size_follows_names(self) -> None:
+        name = "owner/" + "long-" * 20 + "name:30b"
+        few, many = drawn({name: SMALL}), drawn({f"m{number}:1": SMALL for number in range(60)})
+        label, width = text_of(few, name), float(few.attrib["viewBox"].split()[2])
+        text = label.text or ""
+        assert text.startswith(name)
+        assert float(label.attrib["x"]) + 7 * len(text) < width
+        heights = sorted(
+            float(each.attrib["y"]) for each in many.iter(f"{SPACE}text") if (each.text or "").startswith("m")
+        )
+        assert all(above + 14 <= below for above, below in pairwise(heights))
+        assert 0 < heights[0] < heights[-1] < float(many.attrib["viewBox"].split()[3])
 
+    def test_control_characters_are_replaced(self) -> None:
+        root = drawn({"a\x1b[2J\x00\ud800&<b>:1": SMALL}, title="Apple\x07 M4")
+        assert text_of(root, "a?[2J??&<b>:1").text
+        assert "Apple? M4" in (text_of(root, "Memory").text or "")
 
-def test_a_picture_is_as_wide_as_its_names_and_as_high_as_they_are_many() -> None:
-    name = "owner/" + "long-" * 20 + "name:30b"
-    few, many = drawn({name: SMALL}), drawn({f"m{number}:1": SMALL for number in range(60)})
-    label, width = text_of(few, name), float(few.attrib["viewBox"].split()[2])
-    text = label.text or ""
-    assert text.startswith(name)
-    assert float(label.attrib["x"]) + 7 * len(text) < width
-    heights = sorted(float(each.attrib["y"]) for each in many.iter(f"{SPACE}text") if (each.text or "").startswith("m"))
-    assert all(above + 14 <= below for above, below in pairwise(heights))
-    assert 0 < heights[0] < heights[-1] < float(many.attrib["viewBox"].split()[3])
-
-
-def test_control_characters_make_no_broken_picture() -> None:
-    root = drawn({"a\x1b[2J\x00\ud800&<b>:1": SMALL}, title="Apple\x07 M4")
-    assert text_of(root, "a?[2J??&<b>:1").text
-    assert "Apple? M4" in (text_of(root, "Memory").text or "")
-
-
-def test_a_machine_that_gives_models_nothing_can_be_drawn() -> None:
-    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
-    assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
-    none = replace(on, live=0, budget=replace(on.budget, static=0))
-    assert ET.fromstring(_plan.picture({"m:1": SMALL}, none, policy)).tag == f"{SPACE}svg"
+    def test_empty_budget_can_be_drawn(self) -> None:
+        policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
+        assert policy is not None
+        on = _plan.ground(policy)
+        assert on is not None
+        none = replace(on, live=0, budget=replace(on.budget, static=0))
+        assert ET.fromstring(_plan.picture({"m:1": SMALL}, none, policy)).tag == f"{SPACE}svg"
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.85, "fits"), (0.95, "tight"), (1.05, "no")])
-def test_a_model_that_takes_nearly_all_of_the_budget_fits_tightly(share: float, verdict: str) -> None:
+def test_verdict_follows_share_of_budget(share: float, verdict: str) -> None:
     policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
     assert policy is not None
     on = _plan.ground(policy)
