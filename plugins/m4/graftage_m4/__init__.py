@@ -65,9 +65,9 @@ class M4:
         policy = self.policy(settings)
         if policy is None:
             return NEVER_APPLIES
-        from graftage_m4._scene import is_here
+        from graftage_m4._state import is_local_server
 
-        return policy.limits(query) if self._acts(settings) or is_here(query.address) else NEVER_APPLIES
+        return policy.limits(query) if self._acts(settings) or is_local_server(query.address) else NEVER_APPLIES
 
     def settings(self) -> M4Settings:
         """The settings of the process, for a caller without a client.
@@ -100,7 +100,7 @@ class M4:
             return None
         from graftage_m4._machine import Collector, Live, Recorded, read_machine
         from graftage_m4._policy import Policy
-        from graftage_m4._scene import Ledger, ledger_of
+        from graftage_m4._state import Ledger, ledger_of
 
         runner = self._runner
         if runner is None:

@@ -15,9 +15,9 @@ from graftage.exceptions import GraftageError
 if TYPE_CHECKING:
     import graftage
     from graftage.footprint import Shape
-    from graftage_m4._plan import Ground, Row
+    from graftage_m4._plan import Mac, Row
     from graftage_m4._policy import Policy
-    from graftage_m4._scene import Watch
+    from graftage_m4._state import Watch
 
 __all__ = ["app"]
 
@@ -27,7 +27,7 @@ Machine = Annotated[Path | None, typer.Option("--machine", metavar="FILE", help=
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Every = Annotated[float, typer.Option("--every", min=0.5, help="Seconds between two readings.")]
 
-MOST_MODELS = 40
+MAX_MODELS = 40
 """Rows of a plan that names no model."""
 
 
@@ -50,10 +50,10 @@ def _policy(machine: Path | None, *, hint: str = ELSEWHERE, **settings: Any) -> 
     return policy
 
 
-def _ground(policy: Policy) -> Ground:
-    from graftage_m4._plan import ground
+def _read_mac(policy: Policy) -> Mac:
+    from graftage_m4._plan import read_mac
 
-    found = ground(policy)
+    found = read_mac(policy)
     if found is None:
         raise NoMac("The memory of this Mac cannot be read.", hint="`graftage m4 watch` shows which readings fail.")
     return found
@@ -82,12 +82,12 @@ def plan(
     from graftage_m4 import _plan
 
     policy = _policy(machine, profile=profile, kv_type=kv_type)
-    on = _ground(policy)
+    mac = _read_mac(policy)
     shapes = _shapes(models or [], provider, host)
-    table = _plan.rows(shapes, on, policy)
+    table = _plan.rows(shapes, mac, policy)
     if plot is not None:
-        plot.write_text(_plan.picture(shapes, on, policy), encoding="utf-8")
-    _print_plan(table, on, as_json=as_json)
+        plot.write_text(_plan.picture(shapes, mac, policy), encoding="utf-8")
+    _print_plan(table, mac, as_json=as_json)
     if models and not force and any(row.largest is None for row in table):
         raise typer.Exit(1)
 
@@ -103,10 +103,10 @@ def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[st
 
 def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, Shape]]:
     from graftage.footprint import read_shape
-    from graftage_m4._scene import listed_size
+    from graftage_m4._state import listed_size
 
     models = llm.models()
-    for name in names or [info.name for info in models][:MOST_MODELS]:
+    for name in names or [info.name for info in models][:MAX_MODELS]:
         info = llm.show(name)
         shape = read_shape(info, listed_size(models, name, info.name))
         if shape is not None:
@@ -115,19 +115,19 @@ def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, S
             typer.echo(f"{name}: its size is not known", err=True)
 
 
-def _print_plan(table: list[Row], on: Ground, *, as_json: bool) -> None:
+def _print_plan(table: list[Row], mac: Mac, *, as_json: bool) -> None:
     from graftage_m4 import _plan
     from graftage_m4._machine import gb
 
     if as_json:
-        budget = {"static": on.budget.static, "cap": on.budget.cap, "source": on.budget.source, "live": on.live}
-        answer = {"machine": on.title, "budget": budget, "models": [row.to_dict() for row in table]}
+        budget = {"static": mac.budget.static, "cap": mac.budget.cap, "source": mac.budget.source, "live": mac.live}
+        answer = {"machine": mac.title, "budget": budget, "models": [row.to_dict() for row in table]}
         typer.echo(json.dumps(answer, indent=2))
         return
     from rich.table import Table
 
-    live = "unknown" if on.live is None else gb(on.live)
-    typer.echo(f"{on.title}\nbudget {on.budget.words}; free for models now: {live}")
+    live = "unknown" if mac.live is None else gb(mac.live)
+    typer.echo(f"{mac.title}\nbudget {mac.budget.description}; free for models now: {live}")
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("model", "weights", "tok/s", *map(_plan.short, _plan.WINDOWS)):
         view.add_column(name)
@@ -166,7 +166,7 @@ def watch(
     as_json: AsJson = False,
 ) -> None:
     """Show the readings of this Mac as they change, and what they allow."""
-    from graftage_m4._scene import Watch
+    from graftage_m4._state import Watch
 
     policy, rules = _policy(machine), Watch()
     turn = 0
@@ -180,11 +180,11 @@ def watch(
 
 def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
     """One look: readings, budget, and rules. What is unknown is None, with the reason beside it."""
-    from graftage_m4._plan import ground
+    from graftage_m4._plan import read_mac
 
     readings = policy.collector.readings()
     rules = watch.rules(readings)
-    on = ground(policy)
+    mac = read_mac(policy)
     return {
         "at": round(readings.at, 1),
         "pressure": readings.pressure,
@@ -193,8 +193,8 @@ def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
         "thermal": readings.thermal,
         "low_power": readings.low_power,
         "sleep_minutes": readings.sleep_minutes,
-        "budget": on.budget.static if on else None,
-        "free_for_models": on.live if on else None,
+        "budget": mac.budget.static if mac else None,
+        "free_for_models": mac.live if mac else None,
         "concurrency": rules.concurrency,
         "loads": "refused" if rules.refuse else f"to {rules.window} tokens" if rules.window else "allowed",
         "why": list(rules.reasons),

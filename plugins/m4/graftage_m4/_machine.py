@@ -34,9 +34,9 @@ SYSCTL: Final = "/usr/sbin/sysctl"
 PYTHON: Final = "" if getattr(sys, "frozen", False) else sys.executable or ""
 """What runs the probe; a frozen application is no Python, and would start itself."""
 PROBE: Final = str(Path(__file__).with_name("_probe.py"))
-MOST_OUTPUT: Final = 64 * 1024
+MAX_OUTPUT: Final = 64 * 1024
 """Characters of an answer that are looked at."""
-MOST_DIGITS: Final = 15
+MAX_DIGITS: Final = 15
 """Digits of a number that a Mac can have of anything."""
 PAGE_SIZES: Final = range(4096, 65_537)
 """Bytes that a page can have: it has 16 384 on Apple silicon."""
@@ -130,13 +130,13 @@ class Live:
             return Output(exit=1, problem=f"no answer within {reading.limit:g} s")
         except OSError as error:
             return Output(exit=1, problem=f"cannot be run ({error.strerror or type(error).__name__})")
-        return Output(done.stdout[:MOST_OUTPUT].decode("utf-8", "replace"), done.returncode)
+        return Output(done.stdout[:MAX_OUTPUT].decode("utf-8", "replace"), done.returncode)
 
 
-def kept(reading: Reading, stdout: str) -> str:
+def redact(reading: Reading, stdout: str) -> str:
     """The answer without what a recording must not hold: serial numbers, names, the names of other programs."""
     found = re.compile(rf"({reading.keep})")
-    matches = (found.match(line) for line in stdout[:MOST_OUTPUT].splitlines())
+    matches = (found.match(line) for line in stdout[:MAX_OUTPUT].splitlines())
     return "".join(f"{match[0].rstrip()}\n" for match in matches if match)
 
 
@@ -243,11 +243,11 @@ def read_static(output: Output) -> Static:
     values = _sysctl(output)
     return Static(
         memory=_whole(values.get("hw.memsize")) or None,
-        chip=_label_of(values.get("machdep.cpu.brand_string")),
-        model=_label_of(values.get("hw.model")),
+        chip=_printable(values.get("machdep.cpu.brand_string")),
+        model=_printable(values.get("hw.model")),
         performance_cores=_whole(values.get("hw.perflevel0.physicalcpu")),
         efficiency_cores=_whole(values.get("hw.perflevel1.physicalcpu")),
-        os=_label_of(values.get("kern.osproductversion")),
+        os=_printable(values.get("kern.osproductversion")),
     )
 
 
@@ -265,8 +265,8 @@ def read_live(outputs: Mapping[str, Output], at: float) -> Readings:
     found["thermal"] = _thermal(outputs["thermal"])
     found |= _power(outputs["power"])
     if "process" in outputs:
-        found = _with_process(found, outputs["process"])
-    unknown = {name: _why(outputs, name) for name, value in found.items() if value is None}
+        found = _fill_from_process(found, outputs["process"])
+    unknown = {name: _unknown_reason(outputs, name) for name, value in found.items() if value is None}
     return Readings(at=at, pages=pages, unknown=unknown, **found)  # type: ignore[arg-type] # the names are fields
 
 
@@ -277,7 +277,7 @@ SOURCE_OF: Final = {
 }  # fmt: skip
 
 
-def _why(outputs: Mapping[str, Output], name: str) -> str:
+def _unknown_reason(outputs: Mapping[str, Output], name: str) -> str:
     output = outputs[SOURCE_OF[name]]
     if output.problem:
         return f"{SOURCE_OF[name]}: {output.problem}"
@@ -291,10 +291,10 @@ def _sysctl(output: Output) -> dict[str, str]:
 
 
 def _whole(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else None
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
-def _label_of(text: str | None) -> str | None:
+def _printable(text: str | None) -> str | None:
     """A short text that can be shown anywhere."""
     return text if text and text.isprintable() and len(text) < 80 else None
 
@@ -355,7 +355,7 @@ def _json(output: Output) -> dict[str, int]:
     except (ValueError, RecursionError):
         return {}
     values = answer if isinstance(answer, dict) else {}
-    return {str(key): value for key, value in values.items() if type(value) is int and 0 <= value < 10**MOST_DIGITS}
+    return {str(key): value for key, value in values.items() if type(value) is int and 0 <= value < 10**MAX_DIGITS}
 
 
 def _metal(output: Output) -> dict[str, int | bool | None]:
@@ -365,7 +365,7 @@ def _metal(output: Output) -> dict[str, int | bool | None]:
             "largest_buffer": values.get("largest_buffer") or None}  # fmt: skip
 
 
-def _with_process(found: dict[str, int | bool | None], output: Output) -> dict[str, int | bool | None]:
+def _fill_from_process(found: dict[str, int | bool | None], output: Output) -> dict[str, int | bool | None]:
     """Fill in from `NSProcessInfo`, which does not distinguish moderate from heavy: its `fair` counts as heavy."""
     values = _json(output)
     filled = dict(found)
@@ -404,7 +404,7 @@ class Budget:
     warnings: tuple[str, ...] = ()
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The budget for a reason."""
         where = {"metal": "Metal's working set", "wired_limit": "iogpu.wired_limit_mb", "table": "the usual share"}
         return f"{gb(self.static)}: {where[self.source]} of {gb(self.cap)} less {gb(self.reserve)}"
@@ -441,7 +441,7 @@ def budget_of(static: Static, readings: Readings, profile: str = "dedicated") ->
 def _cap(static: Static, readings: Readings) -> tuple[int | None, Literal["metal", "wired_limit", "table"]]:
     wired = readings.wired_limit or None  # 0 is the system's own rule.
     metal = readings.working_set
-    most = static.memory or 10**MOST_DIGITS
+    most = static.memory or 10**MAX_DIGITS
     if metal and metal <= most:
         # The limit holds at once, while Metal was perhaps asked some minutes ago.
         lowered = wired is not None and wired < metal
@@ -464,7 +464,7 @@ def _hazards(memory: int, wired: int | None) -> tuple[str, ...]:
 
 # --- Machine files ---------------------------------------------------------------------------------------------------
 
-MOST_BYTES: Final = 8 * 1024 * 1024
+MAX_BYTES: Final = 8 * 1024 * 1024
 """A machine file is refused above this: an hour of readings is far below it."""
 
 
@@ -527,9 +527,9 @@ def _content(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError("it is no file" if path.exists() else "there is no such file")
     with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES // 1024**2} MB")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES // 1024**2} MB")
     return data
 
 
@@ -575,7 +575,7 @@ def record(
                 Sample(
                     name=reading.name,
                     at=turn * every,
-                    stdout=kept(reading, output.stdout),
+                    stdout=redact(reading, output.stdout),
                     exit=output.exit,
                     problem=output.problem,
                 )

@@ -14,7 +14,7 @@ from graftage_m4._policy import LADDER
 if TYPE_CHECKING:
     from graftage_m4._policy import Policy
 
-__all__ = ["WINDOWS", "Cell", "Ground", "Row", "ground", "picture", "rows"]
+__all__ = ["WINDOWS", "Cell", "Mac", "Row", "picture", "read_mac", "rows"]
 
 WINDOWS: Final = LADDER[:-1]
 TIGHT: Final = 0.9
@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class Mac:
     """The machine that a plan is for."""
 
     title: str
@@ -74,7 +74,7 @@ class Ground:
     low_power: bool
 
 
-def ground(policy: Policy) -> Ground | None:
+def read_mac(policy: Policy) -> Mac | None:
     """The machine of a policy; `None` where neither its memory nor Metal's share is known."""
     static, readings = policy.collector.static(), policy.collector.readings()
     budget = budget_of(static, readings, policy.settings.profile)
@@ -82,7 +82,7 @@ def ground(policy: Policy) -> Ground | None:
         return None
     memory = static.memory or budget.cap
     free = readings.available(memory)
-    return Ground(
+    return Mac(
         title=f"{static.chip or 'unknown chip'}, {memory / (1 << 30):.0f} GB, macOS {static.os or 'unknown'}",
         budget=budget,
         live=None if free is None else max(free - budget.live_reserve, 0),
@@ -91,14 +91,14 @@ def ground(policy: Policy) -> Ground | None:
     )
 
 
-def rows(models: Mapping[str, Shape], on: Ground, policy: Policy, windows: Sequence[int] = WINDOWS) -> list[Row]:
+def rows(models: Mapping[str, Shape], mac: Mac, policy: Policy, windows: Sequence[int] = WINDOWS) -> list[Row]:
     """The plan: a row for each model, a cell for each window."""
     return [
         Row(
             model=name,
             weights=shape.weights,
-            speed=decode_speed(shape, on.chip, low_power=on.low_power),
-            cells=tuple(_cell(shape, window, on, policy) for window in windows),
+            speed=decode_speed(shape, mac.chip, low_power=mac.low_power),
+            cells=tuple(_cell(shape, window, mac, policy) for window in windows),
             notes=(*shape.notes, *(f"{fact} is odd, and not believed" for fact in shape.odd)),
         )
         for name, shape in models.items()
@@ -117,16 +117,16 @@ def size_with(shape: Shape, window: int, policy: Policy) -> int:
     ).total
 
 
-def _cell(shape: Shape, window: int, on: Ground, policy: Policy) -> Cell:
+def _cell(shape: Shape, window: int, mac: Mac, policy: Policy) -> Cell:
     size = size_with(shape, window, policy)
     verdict: Literal["fits", "tight", "no", "untrained"] = "fits"
     if shape.trained_window is not None and window > shape.trained_window:
         verdict = "untrained"
-    elif size > on.budget.static:
+    elif size > mac.budget.static:
         verdict = "no"
-    elif size > TIGHT * on.budget.static or (on.live is not None and size > on.live):
+    elif size > TIGHT * mac.budget.static or (mac.live is not None and size > mac.live):
         verdict = "tight"
-    seconds = prefill_seconds(shape, on.chip, window, low_power=on.low_power)
+    seconds = prefill_seconds(shape, mac.chip, window, low_power=mac.low_power)
     return Cell(window=window, verdict=verdict, bytes=size, prefill=seconds)
 
 
@@ -147,18 +147,18 @@ COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f0
 """Distinct also for colour-blind readers."""
 
 
-def picture(models: Mapping[str, Shape], on: Ground, policy: Policy, windows: Sequence[int] = WINDOWS) -> str:
+def picture(models: Mapping[str, Shape], mac: Mac, policy: Policy, windows: Sequence[int] = WINDOWS) -> str:
     """Footprint against window as SVG, with the line of the budget."""
     curves = [
         _Curve(printable(name), _sizes(shape, windows, policy), COLOURS[place % len(COLOURS)])
         for place, (name, shape) in enumerate(models.items())
         if shape.trained_window is None or shape.trained_window >= windows[0]
     ]
-    budget = on.budget.static
+    budget = mac.budget.static
     top = max([1e9, budget * 1.25, *(min(curve.sizes[0], budget * 3) for curve in curves)])
     frame = _Frame(windows, top, max(HEIGHT, TOP + BOTTOM + LINE * len(curves)))
-    title = printable(f"Memory of models by context window: {on.title}")
-    parts = [frame.axes(), *frame.curves(curves), frame.limits(budget, on.live)]
+    title = printable(f"Memory of models by context window: {mac.title}")
+    parts = [frame.axes(), *frame.curves(curves), frame.limits(budget, mac.live)]
     longest = max(
         [LEFT + LETTER * len(title) * 15 / 12, *(frame.right + LETTER * len(each.label(top)) for each in curves)]
     )

@@ -12,16 +12,16 @@ from graftage.exceptions import ConnectionFailed, GraftageError, ResourceLimitEx
 from graftage.footprint import MOST_NUMBER, RUNTIME, Footprint, Shape, count_of, footprint, read_shape
 from graftage.types import Limits, canonical_name
 from graftage_m4._machine import GIB, Collector, budget_of, gb, readable_window
-from graftage_m4._scene import (
+from graftage_m4._state import (
     ALIVE,
-    UNSEEN,
+    RESIDENTS_UNKNOWN,
     Grant,
     Key,
     Ledger,
     Plan,
     Resident,
-    Scene,
     Server,
+    State,
     Watch,
     listed_size,
     not_now,
@@ -39,21 +39,21 @@ __all__ = ["LADDER", "Policy"]
 
 LADDER: Final = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 """Windows that a model gets where nobody asked for another."""
-UNTOLD: Final = 8192
+MAX_UNTRAINED: Final = 8192
 """The longest window that nobody asked for, where a model does not say what it was trained for."""
 SMALL_EMBEDDING: Final = 500_000_000
 """Bytes: an embedding model below this does not count as a loaded model."""
-MOST_SLOTS: Final = 16
+MAX_SLOTS: Final = 16
 CHARACTERS_PER_TOKEN: Final = 3
 """So few that a prompt is thought longer than it is."""
 ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
 """Seconds: the default limit on a whole call, after which a model's time in memory begins again."""
-UNDERWAY: Final = 60.0
+LOADING_TIME: Final = 60.0
 """Seconds within which a model that was given to another address of a server is in use there, or is not coming."""
-STRETCHED: Final = 8
+MAX_STRETCH: Final = 8
 """A loaded window that is longer than this many times what the model was trained for is no fact."""
-MOST_NAMED: Final = 5
+MAX_NAMED: Final = 5
 QUEUE_REASON: Final = "more could not be answered before their callers give up"
 
 CLASSES: Final = (3.3e9, 5.8e9, 10e9, 15.5e9, 22e9)
@@ -66,9 +66,9 @@ MINUTES: Final = (
     (float("inf"), (60, 60, 60, 60, 60, 10)),
 )
 """How long a model stays, by gigabytes of memory below and by class."""
-TOGETHER: Final = ((28, 2), (float("inf"), 4))
+MAX_CONCURRENCY: Final = ((28, 2), (float("inf"), 4))
 """Requests at once at most, by gigabytes of memory below."""
-LOADED: Final = ((20, 1), (40, 2), (float("inf"), 3))
+MAX_LOADED: Final = ((20, 1), (40, 2), (float("inf"), 3))
 """Models in memory, by gigabytes of memory below; 3 is Ollama's own limit on a Mac."""
 
 T = TypeVar("T")
@@ -91,53 +91,53 @@ class Policy:
         Raises:
             ResourceLimitExceeded: it must not run, or not now.
         """
-        info, loaded = _told(query.model_info), _told(query.loaded_models)
+        info, loaded = _ask(query.model_info), _ask(query.loaded_models)
         size = self._listed_size(query, info) if info is not None else None
         with self.ledger.lock:
-            scene = self._scene(query, info, size, loaded)
-            return scene if isinstance(scene, Limits) else self._decide(scene)
+            state = self._gather(query, info, size, loaded)
+            return state if isinstance(state, Limits) else self._decide(state)
 
     # --- What is the case --------------------------------------------------------------------------------------------
 
     def _listed_size(self, query: LimitsQuery, info: ModelInfo) -> int | None:
         """Bytes of a model by its server's list, which is asked once for each state of the model."""
         key = _key(server_of(query.provider, query.address), query.model)
-        state = (key, info.digest, info.modified_at, info.size)
-        if state not in self.ledger.listed:
-            models = _told(query.models)
+        version = (key, info.digest, info.modified_at, info.size)
+        if version not in self.ledger.listed:
+            models = _ask(query.models)
             if models is None:
                 return None
             with self.ledger.lock:
-                remember(self.ledger.listed, state, listed_size(models, query.model, info.name))
-        return self.ledger.listed.get(state)
+                remember(self.ledger.listed, version, listed_size(models, query.model, info.name))
+        return self.ledger.listed.get(version)
 
-    def _scene(
+    def _gather(
         self, query: LimitsQuery, info: ModelInfo | None, size: int | None, loaded: tuple[LoadedModel, ...] | None
-    ) -> Scene | Limits:
+    ) -> State | Limits:
         """Everything to decide on, or the answer where too little is known to decide."""
         static = self.collector.static()
         readings = self.collector.readings()
         rules = self._watch.rules(readings)
         budget = budget_of(static, readings, self.settings.profile)
         if budget is None:
-            return _unmeasured(self.settings)
+            return _unreadable_mac_limits(self.settings)
         server = server_of(query.provider, query.address)
-        self.ledger.ask_later(server, query.address, query.in_use)
+        self.ledger.register_usage(server, query.address, query.in_use)
         key = _key(server, query.model)
         shape = self._shape(key, info, size)
         if shape is None:
-            return _of_unknown(query, self.settings)
-        told = [self._believed(server, each) for each in loaded or ()]
-        slots = self._learned_slots(server, told)
-        everyone = self._everyone(server, query.address, None if loaded is None else told, slots)
-        mine = everyone.pop(key, None)
-        others, beyond = _reachable(query, everyone.values())
+            return _unknown_model_limits(query, self.settings)
+        reported = [self._plausible(server, each) for each in loaded or ()]
+        slots = self._learn_slots(server, reported)
+        residents = self._residents(server, query.address, None if loaded is None else reported, slots)
+        current = residents.pop(key, None)
+        others, beyond = _split_reachable(query, residents.values())
         elsewhere, coming = self._elsewhere(server)
         promise = self.ledger.promises.get(key, 0)
-        if mine is None or query.context_window or promise > (mine.window or 0):
+        if current is None or query.context_window or promise > (current.window or 0):
             # A load is decided on what is free now; 2 seconds ago another model may not have been there.
             readings = self.collector.readings(fresh=True)
-        return Scene(
+        return State(
             query=query,
             key=key,
             shape=shape,
@@ -145,14 +145,14 @@ class Policy:
             readings=readings,
             memory=static.memory or budget.cap,
             chip=static.chip,
-            rules=rules if loaded is not None else rules.and_(UNSEEN),
-            mine=mine,
+            rules=rules if loaded is not None else rules.combined(RESIDENTS_UNKNOWN),
+            current=current,
             others=others,
             elsewhere=elsewhere + sum(each.size for each in beyond),
             coming_elsewhere=coming + sum(each.coming for each in beyond),
             slots=slots,
             promise=promise,
-            odd=tuple(each.name for each, believed in zip(loaded or (), told, strict=True) if each != believed),
+            odd=tuple(each.name for each, believed in zip(loaded or (), reported, strict=True) if each != believed),
             seen=loaded is not None,
             settings=self.settings,
         )
@@ -163,10 +163,10 @@ class Policy:
             remember(self.ledger.shapes, key, shape)
         return self.ledger.shapes.get(key)
 
-    def _believed(self, server: Server, model: LoadedModel) -> LoadedModel:
+    def _plausible(self, server: Server, model: LoadedModel) -> LoadedModel:
         """What a server reports of a loaded model, without what cannot be."""
         shape = self.ledger.shapes.get(_key(server, model.name))
-        longest = (shape.trained_window or 0) * STRETCHED if shape is not None else 0
+        longest = (shape.trained_window or 0) * MAX_STRETCH if shape is not None else 0
         window = count_of(model.context_window)
         return replace(
             model,
@@ -175,7 +175,7 @@ class Policy:
             context_window=window if window is not None and window <= (longest or MOST_NUMBER) else None,
         )
 
-    def _learned_slots(self, server: Server, loaded: Iterable[LoadedModel]) -> int:
+    def _learn_slots(self, server: Server, loaded: Iterable[LoadedModel]) -> int:
         """The server's parallel slots: as set, else no fewer than the size of a model gave away when last seen."""
         if self.settings.slots is not None:
             return self.settings.slots
@@ -188,7 +188,7 @@ class Policy:
         return max((slots for key, slots in self.ledger.slots.items() if key[:2] == server), default=1)
 
     def _slots_of(self, shape: Shape, window: int, size: int) -> int:
-        for slots in range(1, MOST_SLOTS + 1):
+        for slots in range(1, MAX_SLOTS + 1):
             if self._footprint(shape, window, slots).counted >= size:
                 return slots
         return 1  # So large that something else is amiss; the size itself counts anyway.
@@ -197,11 +197,11 @@ class Policy:
         settings = self.settings
         return footprint(shape, window, slots=slots, kv_type=settings.kv_type, flash_attention=settings.flash_attention)
 
-    def _everyone(
+    def _residents(
         self, server: Server, address: str, loaded: list[LoadedModel] | None, slots: int
     ) -> dict[Key, Resident]:
         """Models in memory, and those that admitted requests are bringing there; `loaded` is None where unknown."""
-        used = self.ledger.used(server)
+        used = self.ledger.in_use(server)
         found: dict[Key, Resident] = {}
         for each in loaded or ():
             resident = self._resident(server, each, used, slots)
@@ -210,23 +210,23 @@ class Policy:
         for key, grant in list(self.ledger.grants.items()):
             if key[:2] != server or key in found:
                 continue
-            if key[2] in used or self._underway(grant, address):
+            if key[2] in used or self._is_loading(grant, address):
                 found[key] = _coming(key, grant)
-            elif loaded is None and self._lives(grant):
-                found[key] = self._unseen(key, grant)
+            elif loaded is None and self._may_be_loaded(grant):
+                found[key] = self._assumed(key, grant)
             elif loaded is not None:
                 del self.ledger.grants[key]  # It has gone.
         return found
 
-    def _underway(self, grant: Grant, address: str) -> bool:
+    def _is_loading(self, grant: Grant, address: str) -> bool:
         """Whether it was given this moment to somebody whose requests are counted by another address."""
-        return grant.loads and grant.address != address and self.collector.clock() - grant.at < UNDERWAY
+        return grant.pending and grant.address != address and self.collector.clock() - grant.at < LOADING_TIME
 
-    def _lives(self, grant: Grant) -> bool:
+    def _may_be_loaded(self, grant: Grant) -> bool:
         """Whether a model may still be in memory."""
         return self.collector.clock() - grant.at < LONGEST_CALL + grant.keep_alive
 
-    def _unseen(self, key: Key, grant: Grant) -> Resident:
+    def _assumed(self, key: Key, grant: Grant) -> Resident:
         """A model that may be in memory. Its bytes surely come back only while it surely is there."""
         there = self.collector.clock() - grant.at < grant.keep_alive
         return Resident(
@@ -242,23 +242,23 @@ class Policy:
         ledger, key = self.ledger, _key(server, model.name)
         grant, shape = ledger.grants.get(key), ledger.shapes.get(key)
         window = model.context_window or (grant.window if grant else None)
-        told = model.size or 0
+        reported = model.size or 0
         estimate = self._footprint(shape, window, slots).total if shape is not None and window else 0
         loads = grant is not None and key[2] in used and (window or 0) < grant.window
-        if grant is not None and grant.loads and not loads:
-            ledger.grants[key] = replace(grant, loads=False)
+        if grant is not None and grant.pending and not loads:
+            ledger.grants[key] = replace(grant, pending=False)
         # `/api/ps` counts too little for sliding windows: it is a floor, and never the truth. What is in use may be
         # about to be loaded again with what it was given.
-        size = max(estimate, told + RUNTIME, grant.size if grant and key[2] in used else 0)
-        on_cpu = bool(told) and model.accelerator_size is not None and model.accelerator_size < told
+        size = max(estimate, reported + RUNTIME, grant.size if grant and key[2] in used else 0)
+        on_cpu = bool(reported) and model.accelerator_size is not None and model.accelerator_size < reported
         if on_cpu:
             ledger.on_cpu.add(key)
         return Resident(
             key=key,
             name=model.name,
             size=size,
-            freed=told,
-            coming=max(size - told, 0) if loads else 0,
+            freed=reported,
+            coming=max(size - reported, 0) if loads else 0,
             window=window,
             busy=key[2] in used,
             expires=_expiry(model.expires_at),
@@ -275,263 +275,265 @@ class Policy:
         for key, grant in self.ledger.grants.items():
             if key[:2] == here:
                 continue
-            busy = key[2] in self.ledger.used(key[:2])
+            busy = key[2] in self.ledger.in_use(key[:2])
             known = self.settings.machine is None or grant.by is self._name
-            if busy or (known and self._lives(grant)):
+            if busy or (known and self._may_be_loaded(grant)):
                 total += grant.size
-                coming += grant.size if busy and grant.loads else 0
+                coming += grant.size if busy and grant.pending else 0
         return total, coming
 
     # --- What follows ------------------------------------------------------------------------------------------------
 
-    def _decide(self, scene: Scene) -> Limits:
-        plan = self._plan(scene)
-        if not plan.loads and scene.rules.drop_idle:
-            plan = replace(plan, gone=tuple(scene.idle))
-        return self._granted(scene, plan)
+    def _decide(self, state: State) -> Limits:
+        plan = self._plan(state)
+        if not plan.loads and state.rules.drop_idle:
+            plan = replace(plan, unload=tuple(state.idle))
+        return self._limits(state, plan)
 
-    def _plan(self, scene: Scene) -> Plan:
+    def _plan(self, state: State) -> Plan:
         """A loaded model keeps its window, unless the caller or an earlier promise wants more and that fits."""
-        wanted = self._wanted(scene)
-        mine = scene.mine
-        if mine is None or mine.window is None:
-            return self._loaded(scene, wanted, promised=scene.promise == wanted)
-        if wanted < mine.window and (scene.query.force or scene.rules.steps or scene.rules.window):
+        wanted = self._wanted(state)
+        current = state.current
+        if current is None or current.window is None:
+            return self._plan_load(state, wanted, promised=state.promise == wanted)
+        if wanted < current.window and (state.query.force or state.rules.steps or state.rules.window):
             return Plan(window=wanted)  # As asked: memory is short, and the server gives some back for it.
-        grown = self._grown(scene, mine.window, wanted) if wanted > mine.window else None
-        return grown or Plan(window=mine.window, loads=False)
+        grown = self._plan_larger(state, current.window, wanted) if wanted > current.window else None
+        return grown or Plan(window=current.window, loads=False)
 
-    def _wanted(self, scene: Scene) -> int:
+    def _wanted(self, state: State) -> int:
         """The window to give: as asked, else as promised, else what can be read in good time."""
-        if scene.query.context_window is not None:
-            return self._trained(scene, scene.query.context_window)
-        has = scene.mine.window if scene.mine else None
-        if has or scene.promise:
-            return max(has or 0, scene.promise)
-        readable = readable_window(scene.shape, scene.chip, self.settings.prefill_seconds)
-        needed = -(-(scene.query.prompt_characters or 0) // CHARACTERS_PER_TOKEN)
-        needed += scene.query.max_tokens or ROOM_FOR_ANSWER
-        most = min(readable or LADDER[-1], LADDER[-1] if scene.shape.trained_window else UNTOLD)
+        if state.query.context_window is not None:
+            return self._trained(state, state.query.context_window)
+        has = state.current.window if state.current else None
+        if has or state.promise:
+            return max(has or 0, state.promise)
+        readable = readable_window(state.shape, state.chip, self.settings.prefill_seconds)
+        needed = -(-(state.query.prompt_characters or 0) // CHARACTERS_PER_TOKEN)
+        needed += state.query.max_tokens or ROOM_FOR_ANSWER
+        most = min(readable or LADDER[-1], LADDER[-1] if state.shape.trained_window else MAX_UNTRAINED)
         usual = max([step for step in LADDER if step <= most], default=LADDER[0])
         enough = next((step for step in LADDER if step >= needed), LADDER[-1])
-        return self._trained(scene, max(usual, enough))
+        return self._trained(state, max(usual, enough))
 
     @staticmethod
-    def _trained(scene: Scene, window: int) -> int:
-        return min(window, scene.shape.trained_window or MOST_NUMBER)
+    def _trained(state: State, window: int) -> int:
+        return min(window, state.shape.trained_window or MOST_NUMBER)
 
-    def _loaded(self, scene: Scene, wanted: int, *, promised: bool = False) -> Plan:
+    def _plan_load(self, state: State, wanted: int, *, promised: bool = False) -> Plan:
         """How to load a model: the largest window first, and the fewest idle models out of memory for it.
 
         Args:
-            scene: what is the case.
+            state: what is the case.
             wanted: the window to begin with.
             promised: its conversations have that window: rather wait than take it from them.
 
         Raises:
             ResourceLimitExceeded: not now, or not at all.
         """
-        if scene.query.force:
-            return self._forced(scene, wanted)
-        if scene.rules.refuse:
-            raise not_now(scene)
-        windows = _steps_down(self._lowered(scene, wanted), min(self.settings.minimum_window, wanted))
+        if state.query.force:
+            return self._plan_forced(state, wanted)
+        if state.rules.refuse:
+            raise not_now(state)
+        windows = _steps_down(self._lowered(state, wanted), min(self.settings.minimum_window, wanted))
         for window in windows:
-            gone = _fewest_gone(scene, window)
+            gone = _fewest_to_unload(state, window)
             if gone is not None:
-                return self._counted(scene, Plan(window=window, gone=gone))
-            if promised and scene.fits(window, scene.others):
-                return _waiting(scene, window)
+                return self._limit_models(state, Plan(window=window, unload=gone))
+            if promised and state.fits(window, state.others):
+                return _plan_waiting(state, window)
         for window in windows:
-            if scene.fits(window, scene.others):
-                return _waiting(scene, window)
-        raise self._too_large(scene, windows[-1])
+            if state.fits(window, state.others):
+                return _plan_waiting(state, window)
+        raise self._too_large(state, windows[-1])
 
-    def _grown(self, scene: Scene, has: int, wanted: int) -> Plan | None:
+    def _plan_larger(self, state: State, has: int, wanted: int) -> Plan | None:
         """A larger window for a loaded model; `None` where it cannot have one now."""
-        if scene.query.force:
-            return self._forced(scene, wanted)
-        if scene.rules.refuse:
+        if state.query.force:
+            return self._plan_forced(state, wanted)
+        if state.rules.refuse:
             return None
-        for window in _steps_down(self._lowered(scene, wanted), has):
-            gone = _fewest_gone(scene, window)
+        for window in _steps_down(self._lowered(state, wanted), has):
+            gone = _fewest_to_unload(state, window)
             if window > has and gone is not None:
-                return Plan(window=window, gone=gone)
+                return Plan(window=window, unload=gone)
         return None
 
-    def _forced(self, scene: Scene, wanted: int) -> Plan:
+    def _plan_forced(self, state: State, wanted: int) -> Plan:
         """What the caller wants; whatever is idle goes, and the reply says what would have been refused."""
         refused = None
-        if scene.rules.refuse:
-            refused = not_now(scene).message
-        elif not scene.fits(wanted, scene.idle):
-            refused = self._too_large(scene, wanted).message
-        gone = tuple(scene.idle) if refused else _fewest_gone(scene, wanted) or ()
-        return Plan(window=wanted, gone=gone, forced=refused)
+        if state.rules.refuse:
+            refused = not_now(state).message
+        elif not state.fits(wanted, state.idle):
+            refused = self._too_large(state, wanted).message
+        gone = tuple(state.idle) if refused else _fewest_to_unload(state, wanted) or ()
+        return Plan(window=wanted, unload=gone, forced=refused)
 
-    def _too_large(self, scene: Scene, window: int) -> ResourceLimitExceeded:
+    def _too_large(self, state: State, window: int) -> ResourceLimitExceeded:
         shapes = self.ledger.shapes
-        known = {key[2]: shape for key, shape in shapes.items() if key[:2] == scene.key[:2] and key != scene.key}
-        return too_large(scene, window, known)
+        known = {key[2]: shape for key, shape in shapes.items() if key[:2] == state.key[:2] and key != state.key}
+        return too_large(state, window, known)
 
-    def _lowered(self, scene: Scene, wanted: int) -> int:
+    def _lowered(self, state: State, wanted: int) -> int:
         """The window after what the state of the Mac, and of the model's last load, takes from it."""
         lower = [step for step in LADDER if step < wanted]
         window = wanted
-        for _ in range(scene.rules.steps + (scene.key in self.ledger.on_cpu)):
+        for _ in range(state.rules.steps + (state.key in self.ledger.on_cpu)):
             window = lower.pop() if lower else window
-        return min(window, scene.rules.window or window)
+        return min(window, state.rules.window or window)
 
-    def _counted(self, scene: Scene, plan: Plan) -> Plan:
+    def _limit_models(self, state: State, plan: Plan) -> Plan:
         """Let more idle models go where too many would be loaded; wait for busy ones only where memory is short."""
-        allowed = self._loaded_models(scene)
-        leaving = {each.key for each in plan.gone}
-        stay = {each.key: each for each in scene.others if each.key not in leaving and not each.small}
-        surplus = [each for each in scene.idle if each.key in stay][: max(len(stay) + 1 - allowed, 0)]
+        allowed = self._loaded_models(state)
+        leaving = {each.key for each in plan.unload}
+        stay = {each.key: each for each in state.others if each.key not in leaving and not each.small}
+        surplus = [each for each in state.idle if each.key in stay][: max(len(stay) + 1 - allowed, 0)]
         for each in surplus:
             del stay[each.key]
-        short = scene.rules.loaded is not None and len(stay) + 1 > allowed
+        short = state.rules.loaded is not None and len(stay) + 1 > allowed
         wait_for = tuple(each.name for each in stay.values()) if short else ()
-        return replace(plan, gone=(*plan.gone, *surplus), wait_for=wait_for)
+        return replace(plan, unload=(*plan.unload, *surplus), wait_for=wait_for)
 
-    def _loaded_models(self, scene: Scene) -> int:
-        usual = _below(LOADED, scene.memory / GIB)
-        return min(usual, scene.rules.loaded or usual)
+    def _loaded_models(self, state: State) -> int:
+        usual = _below(MAX_LOADED, state.memory / GIB)
+        return min(usual, state.rules.loaded or usual)
 
     # --- Answers -----------------------------------------------------------------------------------------------------
 
-    def _granted(self, scene: Scene, plan: Plan) -> Limits:
-        keep = self._keep_alive(scene)
-        together, why_together = self._together(scene, plan)
+    def _limits(self, state: State, plan: Plan) -> Limits:
+        keep = self._keep_alive(state)
+        concurrency, why_concurrency = self._concurrency(state, plan)
         if not plan.wait_for:
-            self._note(scene, plan, keep)
-        rules = scene.rules
+            self._record_grant(state, plan, keep)
+        rules = state.rules
         return Limits(
             context_window=plan.window,
-            concurrent_requests=together,
+            concurrent_requests=concurrency,
             queued_requests=self.settings.queued_requests,
-            loaded_models=self._loaded_models(scene),
+            loaded_models=self._loaded_models(state),
             keep_alive=keep,
             keep_window=not plan.loads,
-            unload=tuple(each.name for each in plan.gone),
+            unload=tuple(each.name for each in plan.unload),
             wait_for=plan.wait_for,
             reasons={
-                "context_window": self._why_window(scene, plan),
-                "concurrent_requests": why_together,
+                "context_window": self._window_reason(state, plan),
+                "concurrent_requests": why_concurrency,
                 "queued_requests": QUEUE_REASON,
-                "loaded_models": rules.words or f"{gb(scene.memory)} of memory",
-                "keep_alive": rules.words if rules.keep_alive is not None else "what the model takes of the budget",
+                "loaded_models": rules.description or f"{gb(state.memory)} of memory",
+                "keep_alive": rules.description
+                if rules.keep_alive is not None
+                else "what the model takes of the budget",
             },
-            warnings=self._warnings(scene, plan),
+            warnings=self._warnings(state, plan),
         )
 
-    def _note(self, scene: Scene, plan: Plan, keep: float) -> None:
+    def _record_grant(self, state: State, plan: Plan, keep: float) -> None:
         """Remember what was given. Who asks for less than others have does not take it from them."""
-        ledger, mine = self.ledger, scene.mine
-        before = ledger.grants.get(scene.key)
-        window, size = plan.window, scene.footprint(plan.window).total
-        if mine is not None:
-            size = max(size, mine.size)
-            if scene.query.context_window is not None:
-                window = max(window, mine.window or 0, before.window if before else 0)
+        ledger, current = self.ledger, state.current
+        before = ledger.grants.get(state.key)
+        window, size = plan.window, state.footprint(plan.window).total
+        if current is not None:
+            size = max(size, current.size)
+            if state.query.context_window is not None:
+                window = max(window, current.window or 0, before.window if before else 0)
         grant = Grant(
-            name=scene.query.model,
-            address=scene.query.address,
+            name=state.query.model,
+            address=state.query.address,
             by=self._name,
             window=window,
             size=size,
             at=self.collector.clock(),
             keep_alive=keep,
-            loads=plan.loads or bool(mine and mine.coming),
+            pending=plan.loads or bool(current and current.coming),
         )
-        for each in plan.gone:
+        for each in plan.unload:
             ledger.grants.pop(each.key, None)
-        remember(ledger.grants, scene.key, grant)
-        remember(ledger.promises, scene.key, max(plan.window, scene.promise))
+        remember(ledger.grants, state.key, grant)
+        remember(ledger.promises, state.key, max(plan.window, state.promise))
         if plan.loads:
-            ledger.on_cpu.discard(scene.key)
+            ledger.on_cpu.discard(state.key)
 
-    def _why_window(self, scene: Scene, plan: Plan) -> str:
-        asked = scene.query.context_window or 0
+    def _window_reason(self, state: State, plan: Plan) -> str:
+        asked = state.query.context_window or 0
         if not plan.loads:
             larger = ", and a larger one does not fit now" if asked > plan.window else ""
             return f"the model is loaded with it{larger}"
-        if asked > (scene.shape.trained_window or asked) == plan.window:
+        if asked > (state.shape.trained_window or asked) == plan.window:
             return f"the model was trained for {plan.window}"
-        room = scene.room(plan.gone)
-        words = f"{gb(scene.footprint(plan.window).total)} of {gb(room.bytes)}"
-        words += f" ({scene.budget.words})" if room.binding == "budget" else " that are free"
-        return f"{words}; {scene.rules.words}" if scene.rules.words else words
+        room = state.room(plan.unload)
+        words = f"{gb(state.footprint(plan.window).total)} of {gb(room.bytes)}"
+        words += f" ({state.budget.description})" if room.binding == "budget" else " that are free"
+        return f"{words}; {state.rules.description}" if state.rules.description else words
 
-    def _together(self, scene: Scene, plan: Plan) -> tuple[int, str]:
+    def _concurrency(self, state: State, plan: Plan) -> tuple[int, str]:
         """Requests at once, and why: each slot of a server holds a window of its own."""
-        if scene.rules.concurrency is not None:
-            return scene.rules.concurrency, scene.rules.words
-        if scene.mine is not None and scene.mine.on_cpu:
+        if state.rules.concurrency is not None:
+            return state.rules.concurrency, state.rules.description
+        if state.current is not None and state.current.on_cpu:
             return 1, "part of the model runs on the CPU"
-        room = max(scene.room(plan.gone, loading=False).static, 0)
-        most = _below(TOGETHER, scene.memory / GIB)
-        fitting = [slots for slots in range(2, most + 1) if scene.footprint(plan.window, slots).total <= room]
+        room = max(state.room(plan.unload, loading=False).static, 0)
+        most = _below(MAX_CONCURRENCY, state.memory / GIB)
+        fitting = [slots for slots in range(2, most + 1) if state.footprint(plan.window, slots).total <= room]
         count = max(fitting, default=1)
         return count, f"{count} windows of {plan.window} tokens fit into {gb(room)}"
 
-    def _keep_alive(self, scene: Scene) -> float:
-        minutes = _below(MINUTES, scene.memory / GIB)
-        usual = 60.0 * minutes[sum(scene.shape.weights >= bound for bound in CLASSES)]
-        return usual if scene.rules.keep_alive is None else min(usual, scene.rules.keep_alive)
+    def _keep_alive(self, state: State) -> float:
+        minutes = _below(MINUTES, state.memory / GIB)
+        usual = 60.0 * minutes[sum(state.shape.weights >= bound for bound in CLASSES)]
+        return usual if state.rules.keep_alive is None else min(usual, state.rules.keep_alive)
 
-    def _warnings(self, scene: Scene, plan: Plan) -> tuple[str, ...]:
-        query, window = scene.query, plan.window
-        notes = [*scene.budget.warnings]
+    def _warnings(self, state: State, plan: Plan) -> tuple[str, ...]:
+        query, window = state.query, plan.window
+        notes = [*state.budget.warnings]
         if plan.forced is not None:
             notes.append(f"`force` overrode a refusal of the policy `m4`: {plan.forced}")
-        notes += [*_window_note(scene, plan), *_budget_note(scene, plan), *_doubts(scene)]
-        if not scene.rules.measured:
+        notes += [*_window_warning(state, plan), *_budget_warning(state, plan), *_doubt_warnings(state)]
+        if not state.rules.measured:
             notes.append("The memory pressure could not be measured; the limits are those of the machine alone.")
-        if scene.mine is not None and scene.mine.on_cpu:
+        if state.current is not None and state.current.on_cpu:
             notes.append(f"Part of `{query.model}` runs on the CPU: it was too large when it was loaded.")
         needed = (query.prompt_characters or 0) // (CHARACTERS_PER_TOKEN + 1)
         if query.context_window is None and needed > window:
             notes.append(f"The prompt may not fit the window of {window} tokens; ask for `context_window={needed}`.")
-        return (*notes, *scene.shape.notes) if plan.forced else tuple(notes)
+        return (*notes, *state.shape.notes) if plan.forced else tuple(notes)
 
 
-def _window_note(scene: Scene, plan: Plan) -> Iterator[str]:
+def _window_warning(state: State, plan: Plan) -> Iterator[str]:
     """What to say of a window that is not the one its conversations had: to each of them, for one may not listen."""
-    loaded = (scene.mine.window if scene.mine else None) or 0
-    had, asked = max(loaded, scene.promise), scene.query.context_window
-    name, window = scene.query.model, plan.window
+    loaded = (state.current.window if state.current else None) or 0
+    had, asked = max(loaded, state.promise), state.query.context_window
+    name, window = state.query.model, plan.window
     again = bool(plan.loads and loaded)
     if not had or window == had or plan.wait_for or (asked is not None and asked <= window and not again):
         return
-    why = "as asked" if asked == window else scene.rules.words or "as much as fits now"
+    why = "as asked" if asked == window else state.rules.description or "as much as fits now"
     yield f"The window of `{name}` is {window} instead of {had}, {why}{': the server loads it again' if again else ''}."
 
 
-def _budget_note(scene: Scene, plan: Plan) -> Iterator[str]:
+def _budget_warning(state: State, plan: Plan) -> Iterator[str]:
     """What to say while models have more than they may, as after a call with `force`."""
-    has = scene.resident - sum(each.size for each in plan.gone)
-    if not plan.loads and has > scene.budget.static:
+    has = state.resident - sum(each.size for each in plan.unload)
+    if not plan.loads and has > state.budget.static:
         yield (
-            f"Models have {gb(has)}, and may have {gb(scene.budget.static)}: the Mac may freeze. "
+            f"Models have {gb(has)}, and may have {gb(state.budget.static)}: the Mac may freeze. "
             "Unload one, or have it loaded with a smaller window."
         )
 
 
-def _doubts(scene: Scene) -> Iterator[str]:
+def _doubt_warnings(state: State) -> Iterator[str]:
     """What to say of a server that does not report everything, or reports what cannot be."""
-    if not scene.seen:
+    if not state.seen:
         yield "The server does not report what it has in memory: one model is used at a time."
-    if scene.shape.estimated:
-        yield f"The server does not report the size of `{scene.query.model}`: {scene.shape.notes[0]}."
-    if scene.shape.odd:
-        yield f"What is reported of `{scene.query.model}` is odd, and not believed: {', '.join(scene.shape.odd)}."
-    if scene.odd:
-        names = ", ".join(map(repr, scene.odd[:MOST_NAMED]))
+    if state.shape.estimated:
+        yield f"The server does not report the size of `{state.query.model}`: {state.shape.notes[0]}."
+    if state.shape.odd:
+        yield f"What is reported of `{state.query.model}` is odd, and not believed: {', '.join(state.shape.odd)}."
+    if state.odd:
+        names = ", ".join(map(repr, state.odd[:MAX_NAMED]))
         yield f"The server reports odd figures for what it has in memory, which are not believed: {names}."
 
 
-def _of_unknown(query: LimitsQuery, settings: M4Settings) -> Limits:
+def _unknown_model_limits(query: LimitsQuery, settings: M4Settings) -> Limits:
     """Limits of a model that cannot be weighed: little is risked with it."""
     why = f"the size of `{query.model}` is not known"
     return Limits(
@@ -543,7 +545,7 @@ def _of_unknown(query: LimitsQuery, settings: M4Settings) -> Limits:
     )
 
 
-def _unmeasured(settings: M4Settings) -> Limits:
+def _unreadable_mac_limits(settings: M4Settings) -> Limits:
     """Limits of a Mac of which neither the memory nor Metal's share is known."""
     why = "neither the memory of this Mac nor Metal's share of it could be read"
     return Limits(
@@ -574,34 +576,34 @@ def _coming(key: Key, grant: Grant) -> Resident:
     )
 
 
-def _reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Resident, ...], list[Resident]]:
+def _split_reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Resident, ...], list[Resident]]:
     """The other models that the core can unload or wait for, and those that it cannot.
 
     It knows no model that is used by another address of the server, or that has no name.
     """
-    mine = {canonical_name(model) for model, count in query.in_use().items() if count > 0}
+    known = {canonical_name(model) for model, count in query.in_use().items() if count > 0}
     reach: list[Resident] = []
     beyond: list[Resident] = []
     for each in others:
-        (reach if each.name and (not each.busy or each.key[2] in mine) else beyond).append(each)
+        (reach if each.name and (not each.busy or each.key[2] in known) else beyond).append(each)
     return tuple(reach), beyond
 
 
-def _waiting(scene: Scene, window: int) -> Plan:
+def _plan_waiting(state: State, window: int) -> Plan:
     """A window that fits once those that work now are done."""
     return Plan(
         window=window,
-        gone=tuple(scene.idle),
-        wait_for=tuple(each.name for each in scene.others if each.busy),
+        unload=tuple(state.idle),
+        wait_for=tuple(each.name for each in state.others if each.busy),
     )
 
 
-def _fewest_gone(scene: Scene, window: int) -> tuple[Resident, ...] | None:
+def _fewest_to_unload(state: State, window: int) -> tuple[Resident, ...] | None:
     """The fewest idle models that must go for a window to fit; `None` where not even all of them suffice."""
-    idle = scene.idle
-    counts = range(len(idle) if scene.rules.drop_idle else 0, len(idle) + 1)
+    idle = state.idle
+    counts = range(len(idle) if state.rules.drop_idle else 0, len(idle) + 1)
     # The more are gone the more fits, so the fewest are found by halving: a server may list thousands.
-    found = bisect_left(counts, True, key=lambda count: scene.fits(window, idle[:count]))
+    found = bisect_left(counts, True, key=lambda count: state.fits(window, idle[:count]))
     return tuple(idle[: counts[found]]) if found < len(counts) else None
 
 
@@ -616,7 +618,7 @@ def _below(table: Sequence[tuple[float, T]], value: float) -> T:
     return next(entry for bound, entry in table if value < bound)
 
 
-def _told(ask: Callable[[], T]) -> T | None:
+def _ask(ask: Callable[[], T]) -> T | None:
     """What a provider reports; nothing if it cannot. One that is not there fails the call as it would anyway."""
     try:
         return ask()

@@ -79,11 +79,11 @@ def largest(machine: str) -> list[int | None]:
     """What the plan gives each of the nine, in thousands; `pytest -s` shows the whole plan."""
     policy = graftage_m4.M4(machine=ASSETS / f"{machine}.json").policy()
     assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
+    mac = _plan.read_mac(policy)
+    assert mac is not None
     windows = (*_plan.WINDOWS, 262_144)
-    plan = _plan.rows(NINE, on, policy, windows)
-    sys.stdout.write(f"\n{on.title}, budget {on.budget.words}\n")
+    plan = _plan.rows(NINE, mac, policy, windows)
+    sys.stdout.write(f"\n{mac.title}, budget {mac.budget.description}\n")
     sys.stdout.writelines("  ".join(f"{cell:18}" for cell in cells) + "\n" for cells in _plan.lines(plan))
     return [row.largest and row.largest // K for row in plan]
 
@@ -176,10 +176,10 @@ class TestPlan:
     def test_picture_escapes_names(self) -> None:
         policy = graftage_m4.M4(machine=SMALLEST).policy()
         assert policy is not None
-        on = _plan.ground(policy)
-        assert on is not None
+        mac = _plan.read_mac(policy)
+        assert mac is not None
         models = {'<script>alert("x")</script>&\x1b[2J': NINE["qwen3:4b"], **NINE}
-        root = ET.fromstring(_plan.picture(models, on, policy))
+        root = ET.fromstring(_plan.picture(models, mac, policy))
         labels = [each.text or "" for each in root.iter() if each.text]
         assert any("<script>" in each and "\x1b" not in each for each in labels)
 

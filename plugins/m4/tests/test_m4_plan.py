@@ -24,9 +24,9 @@ def drawn(models: dict[str, Shape], live: int | None = None, **changed: Any) -> 
     """The picture of models on a Mac with 16 GB."""
     policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
     assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
-    return ET.fromstring(_plan.picture(models, replace(on, live=live, **changed), policy))
+    mac = _plan.read_mac(policy)
+    assert mac is not None
+    return ET.fromstring(_plan.picture(models, replace(mac, live=live, **changed), policy))
 
 
 def text_of(root: ET.Element, begins: str) -> ET.Element:
@@ -70,9 +70,9 @@ class TestPicture:
     def test_empty_budget_can_be_drawn(self) -> None:
         policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
         assert policy is not None
-        on = _plan.ground(policy)
-        assert on is not None
-        none = replace(on, live=0, budget=replace(on.budget, static=0))
+        mac = _plan.read_mac(policy)
+        assert mac is not None
+        none = replace(mac, live=0, budget=replace(mac.budget, static=0))
         assert ET.fromstring(_plan.picture({"m:1": SMALL}, none, policy)).tag == f"{SPACE}svg"
 
 
@@ -80,9 +80,9 @@ class TestPicture:
 def test_verdict_follows_share_of_budget(share: float, verdict: str) -> None:
     policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
     assert policy is not None
-    on = _plan.ground(policy)
-    assert on is not None
+    mac = _plan.read_mac(policy)
+    assert mac is not None
     static = int(_plan.size_with(SMALL, 4096, policy) / share)
-    on = replace(on, live=None, budget=replace(on.budget, static=static))
-    ((cell,),) = (row.cells for row in _plan.rows({"m:1": SMALL}, on, policy, [4096]))
+    mac = replace(mac, live=None, budget=replace(mac.budget, static=static))
+    ((cell,),) = (row.cells for row in _plan.rows({"m:1": SMALL}, mac, policy, [4096]))
     assert cell.verdict == verdict

@@ -24,7 +24,7 @@ from graftage.testing import Echo
 from graftage.types import NEVER_APPLIES, Limits, LoadedModel, ModelInfo
 from graftage_m4._machine import Collector, Output, Reading, Readings, budget_of
 from graftage_m4._policy import LADDER
-from graftage_m4._scene import Ledger, Watch, server_of
+from graftage_m4._state import Ledger, Watch, server_of
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -709,12 +709,12 @@ class TestLedger:
 
     def test_fork_drops_parent_requests(self) -> None:
         ledger = Ledger()
-        ledger.ask_later(("ollama", "x"), "x", lambda: {"a:1": 1})
-        assert ledger.used(("ollama", "x")) == {"a:1"}
+        ledger.register_usage(("ollama", "x"), "x", lambda: {"a:1": 1})
+        assert ledger.in_use(("ollama", "x")) == {"a:1"}
         with ledger.lock:
-            ledger.forked()
+            ledger.reset_after_fork()
         assert ledger.lock.acquire(blocking=False)
-        assert ledger.used(("ollama", "x")) == set()
+        assert ledger.in_use(("ollama", "x")) == set()
 
 
 class TestPromise:

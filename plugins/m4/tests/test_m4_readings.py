@@ -26,11 +26,11 @@ from graftage_m4._machine import (
     Sample,
     Static,
     budget_of,
-    kept,
     read_live,
     read_machine,
     read_static,
     record,
+    redact,
 )
 
 if TYPE_CHECKING:
@@ -487,11 +487,11 @@ class TestRecording:
         assert [sample.name for sample in taken.readings].count("static") == 1
 
     def test_foreign_chip_is_dropped(self) -> None:
-        assert kept(READINGS["static"], "machdep.cpu.brand_string: Anna's CPU\n") == ""
+        assert redact(READINGS["static"], "machdep.cpu.brand_string: Anna's CPU\n") == ""
 
     def test_assets_are_what_record_writes(self) -> None:
         for path in MACHINES:
             for sample in json.loads(path.read_text())["readings"]:
-                assert kept(READINGS[sample["name"]], sample["stdout"]) == "".join(
+                assert redact(READINGS[sample["name"]], sample["stdout"]) == "".join(
                     f"{line.rstrip()}\n" for line in sample["stdout"].splitlines()
                 )

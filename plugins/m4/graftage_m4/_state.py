@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from graftage_m4._settings import M4Settings
 
 __all__ = [
-    "UNSEEN",
+    "RESIDENTS_UNKNOWN",
     "Grant",
     "Key",
     "Ledger",
@@ -35,10 +35,10 @@ __all__ = [
     "Resident",
     "Room",
     "Rules",
-    "Scene",
     "Server",
+    "State",
     "Watch",
-    "is_here",
+    "is_local_server",
     "ledger_of",
     "listed_size",
     "not_now",
@@ -94,7 +94,7 @@ class Grant:
     size: int
     at: float
     keep_alive: float = ALIVE
-    loads: bool = True
+    pending: bool = True
     """It has not been seen in memory with that window yet."""
 
 
@@ -105,7 +105,7 @@ class Plan:
     window: int
     loads: bool = True
     """Whether the server will load the model for it."""
-    gone: tuple[Resident, ...] = ()
+    unload: tuple[Resident, ...] = ()
     wait_for: tuple[str, ...] = ()
     forced: str | None = None
     """The refusal that was overridden."""
@@ -132,7 +132,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
+class State:
     """Everything that one decision is made of."""
 
     query: LimitsQuery
@@ -143,7 +143,7 @@ class Scene:
     memory: int
     chip: str | None
     rules: Rules
-    mine: Resident | None
+    current: Resident | None
     """The model itself, where it is in memory or on its way."""
     others: tuple[Resident, ...]
     elsewhere: int
@@ -169,7 +169,7 @@ class Scene:
     @property
     def resident(self) -> int:
         """Bytes of all models that are in memory, or on their way there."""
-        return self.elsewhere + sum(each.size for each in self.others) + (self.mine.size if self.mine else 0)
+        return self.elsewhere + sum(each.size for each in self.others) + (self.current.size if self.current else 0)
 
     def footprint(self, window: int, slots: int = 1) -> Footprint:
         """The model's footprint with that window, in this server."""
@@ -193,7 +193,7 @@ class Scene:
             return Room(static=static, live=None)
         # Those on their way have not taken all of their memory yet; a reload gives back what the model has.
         coming = self.coming_elsewhere + sum(each.coming for each in stay)
-        back = sum(each.freed for each in gone) + (self.mine.freed if self.mine else 0)
+        back = sum(each.freed for each in gone) + (self.current.freed if self.current else 0)
         return Room(static=static, live=free + back - coming - self.budget.live_reserve)
 
     def fits(self, window: int, gone: Sequence[Resident]) -> bool:
@@ -208,14 +208,14 @@ SPAN: Final = 30.0
 """Limits are relaxed after so many better samples that span so many seconds."""
 SAME_SAMPLE: Final = 2.0
 """Seconds: two looks closer than this have seen one reading."""
-SWAPPING: Final = 64e6
+SWAP_RATE: Final = 64e6
 """Bytes per second that go out to swap, or come back from the compressor, when memory runs short."""
-SHORTEST: Final = 1.0
+MIN_INTERVAL: Final = 1.0
 """Seconds between two counts of pages from which a rate is taken."""
 
 
 @dataclass(slots=True)
-class _Calm:
+class _Hysteresis:
     """One severity with hysteresis. What is unknown is no better sample."""
 
     level: int = 0
@@ -260,7 +260,7 @@ class Rules:
     retry_after: float | None = None
     reasons: tuple[str, ...] = ()
 
-    def and_(self, other: Rules) -> Rules:
+    def combined(self, other: Rules) -> Rules:
         """Both: the tighter of each."""
         refusing = self if self.refuse else other
         return Rules(
@@ -279,7 +279,7 @@ class Rules:
         )
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Why, in one line."""
         return "; ".join(self.reasons)
 
@@ -290,10 +290,10 @@ def _least(*values: float | None) -> int | None:
 
 
 WELL: Final = Rules()
-UNKNOWN: Final = Rules(
+PRESSURE_UNKNOWN: Final = Rules(
     concurrency=1, loaded=1, keep_alive=300.0, measured=False, reasons=("the memory pressure is not measured",)
 )
-SWAPS: Final = Rules(concurrency=1, loaded=1, steps=1, keep_alive=300.0, reasons=("memory is being swapped out",))
+SWAPPING: Final = Rules(concurrency=1, loaded=1, steps=1, keep_alive=300.0, reasons=("memory is being swapped out",))
 WARNING: Final = Rules(
     concurrency=1, loaded=1, window=8192, keep_alive=60.0, drop_idle=True, reasons=("memory pressure is at warning",)
 )
@@ -306,19 +306,19 @@ TOO_HOT: Final = Rules(
     concurrency=1, refuse="the Mac is too hot", limit="thermal_pressure", value=2, retry_after=60.0,
     reasons=("the Mac is too hot",),
 )  # fmt: skip
-UNFELT: Final = Rules(concurrency=1, reasons=("the heat is not measured",))
-UNSEEN: Final = Rules(loaded=1, reasons=("what the server has in memory is not known",))
-SAVING: Final = Rules(concurrency=1, reasons=("low power mode is on",))
+HEAT_UNKNOWN: Final = Rules(concurrency=1, reasons=("the heat is not measured",))
+RESIDENTS_UNKNOWN: Final = Rules(loaded=1, reasons=("what the server has in memory is not known",))
+LOW_POWER: Final = Rules(concurrency=1, reasons=("low power mode is on",))
 
 
 class Watch:
     """Remembers how the Mac was, and says what that allows."""
 
     def __init__(self) -> None:
-        self._pressure = _Calm()
-        self._swapping = _Calm()
-        self._thermal = _Calm()
-        self._saving = _Calm()
+        self._pressure = _Hysteresis()
+        self._swapping = _Hysteresis()
+        self._thermal = _Hysteresis()
+        self._saving = _Hysteresis()
         self._pages: tuple[float, int, int] | None = None
         self._rate: float | None = None
 
@@ -329,9 +329,9 @@ class Watch:
         swapping = self._swap_level(readings)
         thermal = self._thermal.update(readings.thermal, at)
         saving = self._saving.update(None if readings.low_power is None else int(readings.low_power), at)
-        rules = _of_memory(pressure, swapping, known=readings.pressure is not None)
-        rules = rules.and_(_of_heat(thermal, known=readings.thermal is not None))
-        return rules.and_(SAVING) if saving else rules
+        rules = _memory_rules(pressure, swapping, known=readings.pressure is not None)
+        rules = rules.combined(_heat_rules(thermal, known=readings.thermal is not None))
+        return rules.combined(LOW_POWER) if saving else rules
 
     def _swap_level(self, readings: Readings) -> int:
         """Whether pages go out, or come back faster and faster; two counts too close together mean nothing."""
@@ -342,29 +342,29 @@ class Watch:
             self._pages = (readings.at, out, back)
         since, out_before, back_before = self._pages
         elapsed = readings.at - since
-        if elapsed < SHORTEST:
+        if elapsed < MIN_INTERVAL:
             return self._swapping.level
         self._pages = (readings.at, out, back)
         swapped = (out - out_before) * readings.page / elapsed
         returned = (back - back_before) * readings.page / elapsed
-        rising = self._rate is not None and returned > self._rate > SWAPPING
+        rising = self._rate is not None and returned > self._rate > SWAP_RATE
         self._rate = returned
-        return self._swapping.update(int(swapped > SWAPPING or rising), readings.at)
+        return self._swapping.update(int(swapped > SWAP_RATE or rising), readings.at)
 
 
-def _of_memory(pressure: int, swapping: int, *, known: bool) -> Rules:
-    felt = CRITICAL if pressure >= 4 else WARNING if pressure >= 2 else SWAPS if swapping else WELL
-    return felt if known else felt.and_(UNKNOWN)
+def _memory_rules(pressure: int, swapping: int, *, known: bool) -> Rules:
+    felt = CRITICAL if pressure >= 4 else WARNING if pressure >= 2 else SWAPPING if swapping else WELL
+    return felt if known else felt.combined(PRESSURE_UNKNOWN)
 
 
-def _of_heat(thermal: int, *, known: bool) -> Rules:
+def _heat_rules(thermal: int, *, known: bool) -> Rules:
     felt = TOO_HOT if thermal >= 3 else THROTTLED if thermal == 2 else WELL
-    return felt if known else felt.and_(UNFELT)
+    return felt if known else felt.combined(HEAT_UNKNOWN)
 
 
 # --- The ledger: one for all policies of a process that share a Mac --------------------------------------------------
 
-MOST_REMEMBERED: Final = 512
+MAX_REMEMBERED: Final = 512
 PORTS: Final = {"http": 80, "https": 443}
 
 K = TypeVar("K")
@@ -388,16 +388,16 @@ class Ledger:
         self._in_use: dict[Server, dict[str, Callable[[], Mapping[str, int]]]] = {}
         """For each server, and each way to write its address, which models requests use."""
 
-    def ask_later(self, server: Server, address: str, in_use: Callable[[], Mapping[str, int]]) -> None:
+    def register_usage(self, server: Server, address: str, in_use: Callable[[], Mapping[str, int]]) -> None:
         """Remember how to ask which models of a server are in use; its gate lives as long as the process."""
         self._in_use.setdefault(server, {})[address] = in_use
 
-    def used(self, server: Server) -> set[str]:
+    def in_use(self, server: Server) -> set[str]:
         """The canonical names of a server's models that requests of this process use, by whatever address."""
         counts = [in_use() for in_use in self._in_use.get(server, {}).values()]
         return {canonical_name(model) for each in counts for model, count in each.items() if count > 0}
 
-    def forked(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a process that was forked off: what runs, runs in the parent, and its threads hold no lock here."""
         self.lock = threading.Lock()
         self._in_use = {}
@@ -413,22 +413,22 @@ def ledger_of(machine: Path | None) -> Ledger:
         return _ledgers.setdefault(machine and machine.expanduser().resolve(), Ledger())
 
 
-def _forked() -> None:
+def _reset_after_fork() -> None:
     global _lock  # noqa: PLW0603 - another thread may have held it at the fork
     _lock = threading.Lock()
     for ledger in _ledgers.values():
-        ledger.forked()
+        ledger.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def remember(memory: dict[K, T], key: K, value: T) -> None:
     """Keep the newest, and drop the oldest beyond what a host can use."""
     memory.pop(key, None)
     memory[key] = value
-    if len(memory) > MOST_REMEMBERED:
+    if len(memory) > MAX_REMEMBERED:
         del memory[next(iter(memory))]
 
 
@@ -438,9 +438,9 @@ def listed_size(models: Iterable[ModelInfo], *names: str) -> int | None:
     return next((each.size for each in models if each.size and canonical_name(each.name) in wanted), None)
 
 
-def is_here(address: str) -> bool:
+def is_local_server(address: str) -> bool:
     """Whether a server is on this machine. An address that is no URL is an engine in this process."""
-    return "://" not in address or _is_own(urlsplit(address).hostname or "")
+    return "://" not in address or _is_local(urlsplit(address).hostname or "")
 
 
 def server_of(provider: str, address: str) -> Server:
@@ -450,11 +450,11 @@ def server_of(provider: str, address: str) -> Server:
         port = parts.port or PORTS.get(parts.scheme)
     except ValueError:
         return provider, address
-    own = "://" in address and _is_own(parts.hostname or "")
+    own = "://" in address and _is_local(parts.hostname or "")
     return provider, f"this machine:{port}{parts.path.rstrip('/')}" if own else address
 
 
-def _is_own(host: str) -> bool:
+def _is_local(host: str) -> bool:
     try:
         found = ipaddress.ip_address(host)
     except ValueError:
@@ -470,19 +470,19 @@ Way = tuple[dict[str, Any], str]
 """Something that works instead, as data and in words."""
 
 
-def not_now(scene: Scene) -> ResourceLimitExceeded:
+def not_now(state: State) -> ResourceLimitExceeded:
     """The Mac is not well enough to load a model: ask again later."""
-    rules = scene.rules
-    ways = list(_loaded(scene))
+    rules = state.rules
+    ways = list(_plan_load(state))
     return ResourceLimitExceeded(
-        f"`{scene.query.model}` is not loaded now: {rules.refuse}.",
+        f"`{state.query.model}` is not loaded now: {rules.refuse}.",
         limit=rules.limit,
         value=rules.value,
-        reason=rules.words,
+        reason=rules.description,
         details={
             "retryable": True,
             "retry_after": rules.retry_after,
-            "required": scene.footprint(scene.settings.minimum_window).total,
+            "required": state.footprint(state.settings.minimum_window).total,
             "available": 0,
             "binding": rules.limit,
             "alternatives": [way for way, _ in ways],
@@ -491,33 +491,33 @@ def not_now(scene: Scene) -> ResourceLimitExceeded:
     )
 
 
-def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> ResourceLimitExceeded:
+def too_large(state: State, window: int, known: Mapping[str, Shape]) -> ResourceLimitExceeded:
     """A model does not fit, even with the least window.
 
     Args:
-        scene: what was decided on.
+        state: what was decided on.
         window: that least window.
         known: other models of that server, by name.
     """
-    needs = scene.footprint(window)
-    room = scene.room(scene.others)
+    needs = state.footprint(window)
+    room = state.room(state.others)
     if room.binding == "budget":
-        where = f"this Mac gives models {gb(room.bytes)} ({scene.budget.words}{_elsewhere(scene)})"
+        where = f"this Mac gives models {gb(room.bytes)} ({state.budget.description}{_elsewhere(state)})"
     else:
-        where = f"only {gb(room.bytes)} are free now, with {gb(scene.budget.live_reserve)} kept back"
-    later = room.binding == "live" or needs.total <= room.static + scene.elsewhere
-    smaller = next((each for each in SMALLER_WINDOWS if each < window and scene.fits(each, scene.others)), None)
+        where = f"only {gb(room.bytes)} are free now, with {gb(state.budget.live_reserve)} kept back"
+    later = room.binding == "live" or needs.total <= room.static + state.elsewhere
+    smaller = next((each for each in SMALLER_WINDOWS if each < window and state.fits(each, state.others)), None)
     ways: list[Way] = []
     if smaller:
         ways.append(({"kind": "context_window", "context_window": smaller}, f"ask for `context_window={smaller}`"))
-    ways += [*_loaded(scene), *_fitting(scene, known)][:1]
+    ways += [*_plan_load(state), *_fitting(state, known)][:1]
     if later:
         missing = needs.total - room.bytes
         free = "close programs" if room.binding == "live" else "unload models elsewhere"
         ways.append(({"kind": "free_memory", "bytes": missing}, f"{free} that hold {gb(missing)}"))
     hint = ", or ".join([*(words for _, words in ways or [({}, "use a smaller model")]), "go on with `force=True`"])
     return ResourceLimitExceeded(
-        f"`{scene.query.model}` needs {gb(needs.total)} with a window of {window} tokens; {where}.",
+        f"`{state.query.model}` needs {gb(needs.total)} with a window of {window} tokens; {where}.",
         limit="context_window" if smaller else "memory",
         value=smaller or room.bytes,
         reason=f"weights {gb(needs.weights)}, cache {gb(needs.cache)}, working memory "
@@ -528,7 +528,7 @@ def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> Resource
             "required": needs.total,
             "available": room.bytes,
             "binding": room.binding,
-            "budget_source": scene.budget.source,
+            "budget_source": state.budget.source,
             "context_window": window,
             "alternatives": [way for way, _ in ways],
         },
@@ -536,19 +536,19 @@ def too_large(scene: Scene, window: int, known: Mapping[str, Shape]) -> Resource
     )
 
 
-def _elsewhere(scene: Scene) -> str:
-    return f"; models in use elsewhere on this Mac have {gb(scene.elsewhere)}" if scene.elsewhere else ""
+def _elsewhere(state: State) -> str:
+    return f"; models in use elsewhere on this Mac have {gb(state.elsewhere)}" if state.elsewhere else ""
 
 
-def _loaded(scene: Scene) -> Iterator[Way]:
+def _plan_load(state: State) -> Iterator[Way]:
     """The first other model that is loaded already."""
-    for each in [each for each in scene.others if not each.loading and not each.small][:1]:
+    for each in [each for each in state.others if not each.loading and not each.small][:1]:
         yield {"kind": "model", "model": each.name, "loaded": True}, f"use `{each.name}`, which is loaded"
 
 
-def _fitting(scene: Scene, known: Mapping[str, Shape]) -> Iterator[Way]:
+def _fitting(state: State, known: Mapping[str, Shape]) -> Iterator[Way]:
     """Other models of the server that fit, and do the same."""
     for name, shape in known.items():
-        same = shape.embeds == scene.shape.embeds
-        if same and replace(scene, shape=shape).fits(scene.settings.minimum_window, scene.others):
+        same = shape.embeds == state.shape.embeds
+        if same and replace(state, shape=shape).fits(state.settings.minimum_window, state.others):
             yield {"kind": "model", "model": name, "loaded": False}, f"use `{name}`, which fits"
