@@ -151,9 +151,6 @@ class Static:
     """Bytes."""
     chip: str | None = None
     """`Apple M4`."""
-    model: str | None = None
-    performance_cores: int | None = None
-    efficiency_cores: int | None = None
     os: str | None = None
     """`15.4`."""
 
@@ -171,7 +168,6 @@ class Readings:
     """Seconds on the clock of the collector."""
     working_set: int | None = None
     """Metal's `recommendedMaxWorkingSetSize`, in bytes."""
-    largest_buffer: int | None = None
     wired_limit: int | None = None
     """`iogpu.wired_limit_mb` in bytes; 0 is the system's own rule."""
     pressure: int | None = None
@@ -228,9 +224,8 @@ class Collector:
 
     def readings(self, *, fresh: bool = False) -> Readings:
         """What the Mac says now; `fresh` counts memory again."""
-        outputs = {name: self.output(name) for name in ("metal", "power")}
+        outputs = {name: self.output(name) for name in ("metal", "power", "thermal")}
         outputs |= {name: self.output(name, fresh=fresh) for name in ("memory", "vm_stat")}
-        outputs["thermal"] = self.output("thermal")
         readings = read_live(outputs, self.clock())
         if readings.thermal is None or readings.low_power is None:
             # The coarse second source costs a Python process; it is asked only where the first failed.
@@ -244,9 +239,6 @@ def read_static(output: Output) -> Static:
     return Static(
         memory=_whole(values.get("hw.memsize")) or None,
         chip=_printable(values.get("machdep.cpu.brand_string")),
-        model=_printable(values.get("hw.model")),
-        performance_cores=_whole(values.get("hw.perflevel0.physicalcpu")),
-        efficiency_cores=_whole(values.get("hw.perflevel1.physicalcpu")),
         os=_printable(values.get("kern.osproductversion")),
     )
 
@@ -255,7 +247,8 @@ def read_live(outputs: Mapping[str, Output], at: float) -> Readings:
     """Parse all the readings of one moment."""
     found: dict[str, int | bool | None] = {}
     memory = _sysctl(outputs["memory"])
-    found |= _metal(outputs["metal"])
+    # A device that recommends nothing has not answered.
+    found["working_set"] = _json(outputs["metal"]).get("recommended_working_set") or None
     wired = _whole(memory.get("iogpu.wired_limit_mb"))
     found["wired_limit"] = None if wired is None else wired << 20
     found["pressure"] = _one_of(PRESSURE_LEVELS, memory.get("kern.memorystatus_vm_pressure_level"))
@@ -271,7 +264,7 @@ def read_live(outputs: Mapping[str, Output], at: float) -> Readings:
 
 
 SOURCE_OF: Final = {
-    "working_set": "metal", "largest_buffer": "metal", "wired_limit": "memory", "pressure": "memory",
+    "working_set": "metal", "wired_limit": "memory", "pressure": "memory",
     "available_percent": "memory", "swap_used": "memory", "page": "vm_stat", "thermal": "thermal",
     "low_power": "power", "sleep_minutes": "power",
 }  # fmt: skip
@@ -356,13 +349,6 @@ def _json(output: Output) -> dict[str, int]:
         return {}
     values = answer if isinstance(answer, dict) else {}
     return {str(key): value for key, value in values.items() if type(value) is int and 0 <= value < 10**MAX_DIGITS}
-
-
-def _metal(output: Output) -> dict[str, int | bool | None]:
-    values = _json(output)
-    # A device that recommends nothing has not answered.
-    return {"working_set": values.get("recommended_working_set") or None,
-            "largest_buffer": values.get("largest_buffer") or None}  # fmt: skip
 
 
 def _fill_from_process(found: dict[str, int | bool | None], output: Output) -> dict[str, int | bool | None]:

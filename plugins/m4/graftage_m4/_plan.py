@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from graftage.footprint import Shape, footprint
+from graftage.footprint import Shape
 from graftage_m4._machine import Budget, budget_of, decode_speed, gb, prefill_seconds
 from graftage_m4._policy import LADDER
 
@@ -105,20 +105,8 @@ def rows(models: Mapping[str, Shape], mac: Mac, policy: Policy, windows: Sequenc
     ]
 
 
-def size_with(shape: Shape, window: int, policy: Policy) -> int:
-    """Bytes of a model with a window, in the server that the settings describe."""
-    settings = policy.settings
-    return footprint(
-        shape,
-        window,
-        slots=settings.slots or 1,
-        kv_type=settings.kv_type,
-        flash_attention=settings.flash_attention,
-    ).total
-
-
 def _cell(shape: Shape, window: int, mac: Mac, policy: Policy) -> Cell:
-    size = size_with(shape, window, policy)
+    size = policy.settings.footprint(shape, window).total
     verdict: Literal["fits", "tight", "no", "untrained"] = "fits"
     if shape.trained_window is not None and window > shape.trained_window:
         verdict = "untrained"
@@ -171,7 +159,8 @@ def picture(models: Mapping[str, Shape], mac: Mac, policy: Policy, windows: Sequ
 
 
 def _sizes(shape: Shape, windows: Sequence[int], policy: Policy) -> list[int]:
-    return [size_with(shape, window, policy) for window in windows if window <= (shape.trained_window or window)]
+    footprint = policy.settings.footprint
+    return [footprint(shape, window).total for window in windows if window <= (shape.trained_window or window)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from graftage.exceptions import ConnectionFailed, GraftageError, ResourceLimitExceeded
-from graftage.footprint import MOST_NUMBER, RUNTIME, Footprint, Shape, count_of, footprint, read_shape
+from graftage.footprint import MOST_NUMBER, RUNTIME, Shape, count_of, read_shape
 from graftage.types import Limits, canonical_name
 from graftage_m4._machine import GIB, Collector, budget_of, gb, readable_window
 from graftage_m4._state import (
@@ -189,13 +189,9 @@ class Policy:
 
     def _slots_of(self, shape: Shape, window: int, size: int) -> int:
         for slots in range(1, MAX_SLOTS + 1):
-            if self._footprint(shape, window, slots).counted >= size:
+            if self.settings.footprint(shape, window, slots).counted >= size:
                 return slots
         return 1  # So large that something else is amiss; the size itself counts anyway.
-
-    def _footprint(self, shape: Shape, window: int, slots: int) -> Footprint:
-        settings = self.settings
-        return footprint(shape, window, slots=slots, kv_type=settings.kv_type, flash_attention=settings.flash_attention)
 
     def _residents(
         self, server: Server, address: str, loaded: list[LoadedModel] | None, slots: int
@@ -243,7 +239,7 @@ class Policy:
         grant, shape = ledger.grants.get(key), ledger.shapes.get(key)
         window = model.context_window or (grant.window if grant else None)
         reported = model.size or 0
-        estimate = self._footprint(shape, window, slots).total if shape is not None and window else 0
+        estimate = self.settings.footprint(shape, window, slots).total if shape is not None and window else 0
         loads = grant is not None and key[2] in used and (window or 0) < grant.window
         if grant is not None and grant.pending and not loads:
             ledger.grants[key] = replace(grant, pending=False)

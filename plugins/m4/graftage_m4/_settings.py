@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from graftage.footprint import Footprint, Shape, footprint
 from graftage.settings import PluginSettings
 
 __all__ = ["M4Settings"]
@@ -38,3 +39,13 @@ class M4Settings(PluginSettings):
         description="Requests that may wait: 16 answers of 400 tokens at 20 tokens a second take the 300 s that a call "
         "waits for its first token",
     )
+
+    def footprint(self, shape: Shape, window: int, slots: int | None = None) -> Footprint:
+        """Estimate what a model takes with a window, in the server that these settings describe."""
+        return footprint(
+            shape,
+            window,
+            slots=slots or self.slots or 1,
+            kv_type=self.kv_type,
+            flash_attention=self.flash_attention,
+        )

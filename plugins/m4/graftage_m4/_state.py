@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from graftage.exceptions import ResourceLimitExceeded
-from graftage.footprint import Footprint, Shape, footprint
 from graftage.types import canonical_name
 from graftage_m4._machine import GIB, Budget, Readings, gb
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from graftage.calls import LimitsQuery
+    from graftage.footprint import Footprint, Shape
     from graftage.types import ModelInfo
     from graftage_m4._settings import M4Settings
 
@@ -173,13 +173,7 @@ class State:
 
     def footprint(self, window: int, slots: int = 1) -> Footprint:
         """The model's footprint with that window, in this server."""
-        return footprint(
-            self.shape,
-            window,
-            slots=max(slots, self.slots),
-            kv_type=self.settings.kv_type,
-            flash_attention=self.settings.flash_attention,
-        )
+        return self.settings.footprint(self.shape, window, max(slots, self.slots))
 
     def room(self, gone: Sequence[Resident] = (), *, loading: bool = True) -> Room:
         """What is there once some of the others are gone; what is free now matters only for loading."""
@@ -403,19 +397,16 @@ class Ledger:
         self._in_use = {}
 
 
-_ledgers: dict[Path | None, Ledger] = {}
-_lock = threading.Lock()
+_ledgers: dict[str, Ledger] = {}
 
 
 def ledger_of(machine: Path | None) -> Ledger:
-    """The ledger of this Mac, or of the one of a machine file."""
-    with _lock:
-        return _ledgers.setdefault(machine and machine.expanduser().resolve(), Ledger())
+    """Return the ledger of this Mac, or of the one that a machine file describes."""
+    # `setdefault` of a dict with text as keys is atomic.
+    return _ledgers.setdefault(str(machine and machine.expanduser().resolve()), Ledger())
 
 
 def _reset_after_fork() -> None:
-    global _lock  # noqa: PLW0603 - another thread may have held it at the fork
-    _lock = threading.Lock()
     for ledger in _ledgers.values():
         ledger.reset_after_fork()
 

@@ -82,7 +82,7 @@ def test_verdict_follows_share_of_budget(share: float, verdict: str) -> None:
     assert policy is not None
     mac = _plan.read_mac(policy)
     assert mac is not None
-    static = int(_plan.size_with(SMALL, 4096, policy) / share)
+    static = int(policy.settings.footprint(SMALL, 4096).total / share)
     mac = replace(mac, live=None, budget=replace(mac.budget, static=static))
     ((cell,),) = (row.cells for row in _plan.rows({"m:1": SMALL}, mac, policy, [4096]))
     assert cell.verdict == verdict
