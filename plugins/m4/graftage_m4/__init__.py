@@ -1,6 +1,6 @@
-"""Resource limits for Macs with Apple silicon: what fits is admitted, what does not is refused with what would.
+"""Resource limits for Macs with Apple silicon: a request that does not fit is refused, with a way out.
 
-Installed, it works by itself. To act as another machine, or with other settings, give an object of your own:
+Installed, it works by itself. To act as another machine, or to change settings, pass your own object:
 
     graftage.connect("ollama", model="qwen3:8b", plugins=[graftage_m4.M4(machine="mini-16.json")])
 """
@@ -29,15 +29,15 @@ __all__ = ["M4", "plugin"]
 
 
 class M4:
-    """The policy as a plugin. Nothing is read, and nothing heavy is imported, before the first request.
+    """The policy as a plugin. It reads nothing, and imports nothing heavy, before the first request.
 
-    All objects for one Mac, or for one machine file, know what the others gave. One with a runner or a clock of its own
-    stands for a Mac of its own, so a test that gives one starts afresh.
+    All objects for one Mac, or for one machine file, share what they granted. An object with a custom runner or clock
+    stands for a separate Mac, so that a test starts fresh.
 
     Args:
         runner: runs the readings; the default is this Mac, or the machine file of the settings.
-        clock: seconds that never go back; a test may have one of its own.
-        settings: `machine`, `profile`, `kv_type` and the others of the README; they win over environment and file.
+        clock: monotonic seconds; tests may pass their own.
+        settings: `machine`, `profile`, `kv_type` and others (see the README); they win over environment and file.
     """
 
     name = "m4"
@@ -60,7 +60,7 @@ class M4:
 
     @hookimpl
     def resource_limits(self, query: LimitsQuery) -> Limits | None:
-        """Limits for one request; none ever where this is no Mac with Apple silicon, or the server is elsewhere."""
+        """Return limits for one request; none apply without Apple silicon, or if the server is on another machine."""
         settings = cast("M4Settings | None", query.settings) or self.settings()
         policy = self.policy(settings)
         if policy is None:
@@ -70,20 +70,20 @@ class M4:
         return policy.limits(query) if self._acts(settings) or is_local_server(query.address) else NEVER_APPLIES
 
     def settings(self) -> M4Settings:
-        """The settings of the process, for a caller without a client.
+        """Load the settings of the process, for a caller without a client.
 
         Raises:
-            SettingsError: one is unknown or wrong.
+            SettingsError: a setting is unknown or invalid.
         """
         from graftage.settings import load
 
         return load(self.settings_model(), name=self.name, arguments=self.arguments).settings
 
     def policy(self, settings: M4Settings | None = None) -> Policy | None:
-        """What decides with these settings, built once; None off a Mac with Apple silicon, unless it acts as one.
+        """Return the policy for these settings, built once; `None` without Apple silicon or a machine to act as.
 
         Raises:
-            SettingsError: a setting or the machine file is wrong.
+            SettingsError: a setting or the machine file is invalid.
         """
         settings = settings or self.settings()
         with self._lock:
@@ -92,7 +92,7 @@ class M4:
             return self._policies[settings]
 
     def _acts(self, settings: M4Settings) -> bool:
-        """Whether it stands for a machine that was named, wherever the server is."""
+        """Return whether it acts as a given machine, so that it does not matter where the server is."""
         return self._runner is not None or settings.machine is not None
 
     def _build(self, settings: M4Settings) -> Policy | None:
@@ -105,8 +105,8 @@ class M4:
         runner = self._runner
         if runner is None:
             runner = Recorded(read_machine(settings.machine), self._clock) if settings.machine else Live()
-        own = self._runner is not None or self._clock is not time.monotonic
-        ledger = Ledger() if own else ledger_of(settings.machine)
+        custom = self._runner is not None or self._clock is not time.monotonic
+        ledger = Ledger() if custom else ledger_of(settings.machine)
         return Policy(settings, Collector(runner, self._clock), ledger)
 
 

@@ -1,4 +1,4 @@
-"""`graftage m4`: what fits on a Mac, how it is, and a file to act as one."""
+"""`graftage m4`: plan what fits on a Mac, watch its readings, and record them."""
 
 from __future__ import annotations
 
@@ -23,30 +23,26 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What fits on a Mac with Apple silicon.")
 
-Machine = Annotated[Path | None, typer.Option("--machine", metavar="FILE", help="Act as the Mac of a machine file.")]
+Machine = Annotated[Path | None, typer.Option("--machine", metavar="FILE", help="Act as the Mac in a machine file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Every = Annotated[float, typer.Option("--every", min=0.5, help="Seconds between two readings.")]
 
 MAX_MODELS = 40
-"""Rows of a plan that names no model."""
+"""Rows of a plan for all models."""
+NAME_A_MACHINE = "Name a machine file with `--machine`."
 
 
 class NoMac(GraftageError):
-    """This is no Mac with Apple silicon."""
+    """This computer is not a Mac with Apple silicon, or it cannot be read."""
 
 
-ELSEWHERE = "Name a machine file with `--machine`."
-"""The way out for a command that can act as another machine."""
-
-
-def _policy(machine: Path | None, *, hint: str = ELSEWHERE, **settings: Any) -> Policy:
-    """What would decide here."""
+def _policy(machine: Path | None, *, hint: str = NAME_A_MACHINE, **settings: Any) -> Policy:
     import graftage_m4
 
     given = {name: value for name, value in {"machine": machine, **settings}.items() if value is not None}
     policy = graftage_m4.M4(**given).policy()
     if policy is None:
-        raise NoMac("This is no Mac with Apple silicon.", hint=hint)
+        raise NoMac("This computer is not a Mac with Apple silicon.", hint=hint)
     return policy
 
 
@@ -64,20 +60,22 @@ def _read_mac(policy: Policy) -> Mac:
 
 @app.command()
 def plan(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all there are.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all models.")] = None,
     *,
     machine: Machine = None,
     profile: Annotated[str | None, typer.Option(help="dedicated, shared, strict or relaxed.")] = None,
     kv_type: Annotated[str | None, typer.Option(help="The server's cache type: f16, q8_0 or q4_0.")] = None,
-    provider: Annotated[str | None, typer.Option("--provider", "-p", help="Whose models.")] = None,
+    provider: Annotated[
+        str | None, typer.Option("--provider", "-p", help="Plan for the models of this provider.")
+    ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address of the server.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw footprint against window, too.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Succeed although a named model does not fit.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw footprint against window.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Succeed even if a named model does not fit.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which models fit with which windows, how fast they will be, and how long a full prompt takes to read.
 
-    Exit code 1 where a model that was named fits with no window.
+    The exit code is 1 if a named model fits with no window.
     """
     from graftage_m4 import _plan
 
@@ -93,7 +91,7 @@ def plan(
 
 
 def _shapes(names: list[str], provider: str | None, host: str | None) -> dict[str, Shape]:
-    """The shapes of the models that a provider has, by name."""
+    """Read the shapes of a provider's models, by name."""
     import graftage
 
     settings: dict[str, Any] = {"host": host} if host else {}
@@ -112,7 +110,7 @@ def _each_shape(llm: graftage.Client, names: list[str]) -> Iterator[tuple[str, S
         if shape is not None:
             yield name, shape
         else:
-            typer.echo(f"{name}: its size is not known", err=True)
+            typer.echo(f"{name}: the size is not known", err=True)
 
 
 def _print_plan(table: list[Row], mac: Mac, *, as_json: bool) -> None:
@@ -121,8 +119,8 @@ def _print_plan(table: list[Row], mac: Mac, *, as_json: bool) -> None:
 
     if as_json:
         budget = {"static": mac.budget.static, "cap": mac.budget.cap, "source": mac.budget.source, "live": mac.live}
-        answer = {"machine": mac.title, "budget": budget, "models": [row.to_dict() for row in table]}
-        typer.echo(json.dumps(answer, indent=2))
+        content = {"machine": mac.title, "budget": budget, "models": [row.to_dict() for row in table]}
+        typer.echo(json.dumps(content, indent=2))
         return
     from rich.table import Table
 
@@ -151,7 +149,7 @@ def _console() -> Any:
 
     from rich.console import Console
 
-    # Nothing is folded where it goes to a file or a pipe.
+    # Do not wrap lines in a file or a pipe.
     return Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False, emoji=False)
 
 
@@ -162,7 +160,7 @@ def _console() -> Any:
 def watch(
     machine: Machine = None,
     every: Every = 2.0,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many.")] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many readings.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the readings of this Mac as they change, and what they allow."""
@@ -179,7 +177,7 @@ def watch(
 
 
 def _moment(policy: Policy, watch: Watch) -> dict[str, Any]:
-    """One look: readings, budget, and rules. What is unknown is None, with the reason beside it."""
+    """Collect readings, budget and rules; unknown values are `None`, with the reason in `unknown`."""
     from graftage_m4._plan import read_mac
 
     readings = policy.collector.readings()
@@ -226,14 +224,14 @@ def _line(moment: dict[str, Any]) -> str:
 @app.command()
 def record(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: standard output.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, max=3600, help="How many times.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=3600, help="How many samples.")] = 1,
     every: Every = 5.0,
-    title: Annotated[str, typer.Option("--title", help="What to call the machine.")] = "",
+    title: Annotated[str, typer.Option("--title", help="The title of the file.")] = "",
 ) -> None:
     """Write a machine file: the readings of this Mac, without serial numbers or names."""
     from graftage_m4._machine import record as take
 
-    hint = "Record on the Mac itself; what it gave is used elsewhere with `graftage m4 plan --machine FILE`."
+    hint = "Record on the Mac itself; use the file elsewhere with `graftage m4 plan --machine FILE`."
     taken = take(_policy(None, hint=hint).collector.runner, samples=samples, every=every)
     content = {"format": taken.format, "title": title, **taken.model_dump(exclude_defaults=True)}
     text = json.dumps(content, indent=1) + "\n"

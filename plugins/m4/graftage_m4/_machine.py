@@ -1,8 +1,7 @@
-"""A Mac: what can be read of it without root, what it may give to models, and how fast it will be with one.
+"""A Mac: what can be read of it without root, how much memory models may use, and how fast they will be.
 
-There is one small program for each reading, with a limit of time, and a strict parser. A reading that fails, or whose
-answer is not exactly what that program prints, is unknown: never zero, never normal. A machine file stands in
-for a Mac.
+Each reading is one small program with a timeout, and a strict parser. A reading that fails, or whose output is not
+exactly what that program prints, is unknown: never zero, never normal. A machine file can stand in for a Mac.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ __all__ = [
 
 SYSCTL: Final = "/usr/sbin/sysctl"
 PYTHON: Final = "" if getattr(sys, "frozen", False) else sys.executable or ""
-"""What runs the probe; a frozen application is no Python, and would start itself."""
+"""What runs the probe; a frozen application is not a Python, and would start itself."""
 PROBE: Final = str(Path(__file__).with_name("_probe.py"))
 MAX_OUTPUT: Final = 64 * 1024
-"""Characters of an answer that are looked at."""
+"""Characters of an output that are parsed."""
 MAX_DIGITS: Final = 15
-"""Digits of a number that a Mac can have of anything."""
+"""Digits of a plausible number."""
 PAGE_SIZES: Final = range(4096, 65_537)
-"""Bytes that a page can have: it has 16 384 on Apple silicon."""
+"""Plausible sizes of a page: it has 16 384 bytes on Apple silicon."""
 THERMAL_KEY: Final = "com.apple.system.thermalpressurelevel"
 THERMAL_LEVELS: Final = range(5)
 PRESSURE_LEVELS: Final = (1, 2, 4)
@@ -47,16 +46,16 @@ PRESSURE_LEVELS: Final = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A program to run, and how long its answer holds."""
+    """A program to run, and how long its output stays valid."""
 
     name: str
     argv: tuple[str, ...]
     life: float
-    """Seconds its answer may be used again."""
+    """Seconds for which its output may be reused."""
     keep: str
-    """Lines of its answer that say nothing of a person or of one machine: all others are dropped from a recording."""
+    """Lines of its output that identify neither a person nor a machine: a recording drops all others."""
     limit: float = 2.0
-    """Seconds it may take; they take 2 to 10 ms, Metal about 100."""
+    """Seconds that it may take; most take 2 to 10 ms, Metal about 100."""
 
 
 _NUMBER_LINE = r'"?[A-Za-z][\w -]*"?: +\d+\.'
@@ -89,36 +88,36 @@ READINGS: Final[Mapping[str, Reading]] = {
         Reading("power", ("/usr/bin/pmset", "-g"), 60.0, r"\s*(lowpowermode|powermode|sleep)\s+\d+"),
     )
 }  # fmt: skip
-"""Each with its natural life: memory moves in seconds, heat in tens of seconds, a power mode by hand."""
+"""Memory changes in seconds, heat in tens of seconds, a power mode by hand."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a program answered."""
+    """What a program printed."""
 
     stdout: str = ""
     exit: int = 0
     problem: str = ""
-    """Why there is no answer: it is missing, or took too long."""
+    """Why there is no output: the program is missing, or took too long."""
 
 
 class Runner(Protocol):
-    """Runs a reading's program; a machine file stands in for it."""
+    """Runs a reading's program, or replays its output."""
 
     def run(self, reading: Reading) -> Output:
-        """The program's answer; what went wrong is in it."""
+        """Return the program's output, with the problem if it failed."""
         ...
 
 
 class Live:
-    """Runs the programs of this Mac, by their full paths and with an environment of their own."""
+    """Runs the programs of this Mac, by their full paths and in a clean environment."""
 
     def run(self, reading: Reading) -> Output:
-        """Run it, for no longer than it may take."""
+        """Run a reading's program, within its time limit."""
         if not reading.argv[0]:
-            return Output(exit=1, problem="there is no Python to run it with")
+            return Output(exit=1, problem="no Python is available to run it")
         try:
-            done = subprocess.run(  # noqa: S603 - fixed paths, no shell, nothing of a caller's
+            done = subprocess.run(  # noqa: S603 - fixed paths, no shell, no input of a caller
                 reading.argv,
                 capture_output=True,
                 stdin=subprocess.DEVNULL,
@@ -127,25 +126,25 @@ class Live:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return Output(exit=1, problem=f"no answer within {reading.limit:g} s")
+            return Output(exit=1, problem=f"no output within {reading.limit:g} s")
         except OSError as error:
-            return Output(exit=1, problem=f"cannot be run ({error.strerror or type(error).__name__})")
+            return Output(exit=1, problem=f"cannot run ({error.strerror or type(error).__name__})")
         return Output(done.stdout[:MAX_OUTPUT].decode("utf-8", "replace"), done.returncode)
 
 
 def redact(reading: Reading, stdout: str) -> str:
-    """The answer without what a recording must not hold: serial numbers, names, the names of other programs."""
+    """Remove what a recording must not hold: serial numbers, names, other programs."""
     found = re.compile(rf"({reading.keep})")
     matches = (found.match(line) for line in stdout[:MAX_OUTPUT].splitlines())
     return "".join(f"{match[0].rstrip()}\n" for match in matches if match)
 
 
-# --- What they say ---------------------------------------------------------------------------------------------------
+# --- Readings --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Static:
-    """What does not change while a Mac runs. What is unknown is `None`."""
+    """What does not change while a Mac runs. Unknown fields are `None`."""
 
     memory: int | None = None
     """Bytes."""
@@ -156,27 +155,27 @@ class Static:
 
     @property
     def os_major(self) -> int | None:
-        """The release that decides how much of the memory Metal gives away."""
+        """The major release: Metal's share of the memory depends on it."""
         return _whole((self.os or "").partition(".")[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """What a Mac says at one moment. What is unknown is `None`, and `unknown` says why."""
+    """The readings of one moment. Unknown fields are `None`, and `unknown` says why."""
 
     at: float = 0.0
-    """Seconds on the clock of the collector."""
+    """Seconds on the collector's clock."""
     working_set: int | None = None
     """Metal's `recommendedMaxWorkingSetSize`, in bytes."""
     wired_limit: int | None = None
-    """`iogpu.wired_limit_mb` in bytes; 0 is the system's own rule."""
+    """`iogpu.wired_limit_mb` in bytes; 0 is the system's default."""
     pressure: int | None = None
     """1 normal, 2 warning, 4 critical."""
     available_percent: int | None = None
     page: int | None = None
     """Bytes of a page."""
     pages: Mapping[str, int] = field(default_factory=dict, repr=False)
-    """What `vm_stat` counted, by its labels."""
+    """The counts of `vm_stat`, by label."""
     swap_used: int | None = None
     thermal: int | None = None
     """0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping."""
@@ -187,7 +186,7 @@ class Readings:
     """Why a field is `None`."""
 
     def available(self, memory: int) -> int | None:
-        """Bytes that are free, by the formula of Ollama (`discover/gpu_info_darwin.m`): both then agree."""
+        """Return the bytes that are free, by Ollama's formula (`discover/gpu_info_darwin.m`) so that both agree."""
         used = ("active", "inactive", "speculative", "wired down", "occupied by compressor")
         spare = ("purgeable", "file-backed")
         counts = {name: self.pages.get(name) for name in (*used, *spare)}
@@ -195,46 +194,47 @@ class Readings:
             return None
         known = {name: count or 0 for name, count in counts.items()}
         taken = sum(known[name] for name in used) - sum(known[name] for name in spare)
-        return max(memory - self.page * taken, 0) if taken > 0 else None  # No Mac runs on nothing.
+        # A Mac that uses no memory is not plausible.
+        return max(memory - self.page * taken, 0) if taken > 0 else None
 
 
 class Collector:
-    """Runs readings when they are wanted, and keeps each answer for its natural life. Safe for threads."""
+    """Runs readings on demand, and reuses each output while it is valid. Safe for threads."""
 
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.runner = runner
         self.clock = clock
-        self._answers: dict[str, tuple[float, Output]] = {}
+        self._outputs: dict[str, tuple[float, Output]] = {}
         self._lock = threading.Lock()
 
     def output(self, name: str, *, fresh: bool = False) -> Output:
-        """The answer of a reading, run again where the last one is too old or a fresh one is wanted."""
+        """Return the output of a reading; run it if the last output is too old or `fresh` is set."""
         reading = READINGS[name]
         with self._lock:
             now = self.clock()
-            taken, output = self._answers.get(name, (float("-inf"), Output()))
+            taken, output = self._outputs.get(name, (float("-inf"), Output()))
             if now - taken >= reading.life or fresh or taken > now:
                 output = self.runner.run(reading)
-                self._answers[name] = (now, output)
+                self._outputs[name] = (now, output)
             return output
 
     def static(self) -> Static:
-        """What does not change."""
+        """Return what does not change while a Mac runs."""
         return read_static(self.output("static"))
 
     def readings(self, *, fresh: bool = False) -> Readings:
-        """What the Mac says now; `fresh` counts memory again."""
+        """Return the readings of now; `fresh` reads memory again."""
         outputs = {name: self.output(name) for name in ("metal", "power", "thermal")}
         outputs |= {name: self.output(name, fresh=fresh) for name in ("memory", "vm_stat")}
         readings = read_live(outputs, self.clock())
         if readings.thermal is None or readings.low_power is None:
-            # The coarse second source costs a Python process; it is asked only where the first failed.
+            # The coarse fallback costs a Python process.
             readings = read_live({**outputs, "process": self.output("process")}, self.clock())
         return readings
 
 
 def read_static(output: Output) -> Static:
-    """Parse `sysctl` of what does not change."""
+    """Parse the `sysctl` output of what does not change."""
     values = _sysctl(output)
     return Static(
         memory=_whole(values.get("hw.memsize")) or None,
@@ -244,10 +244,10 @@ def read_static(output: Output) -> Static:
 
 
 def read_live(outputs: Mapping[str, Output], at: float) -> Readings:
-    """Parse all the readings of one moment."""
+    """Parse all readings of one moment."""
     found: dict[str, int | bool | None] = {}
     memory = _sysctl(outputs["memory"])
-    # A device that recommends nothing has not answered.
+    # A recommendation of 0 is not plausible.
     found["working_set"] = _json(outputs["metal"]).get("recommended_working_set") or None
     wired = _whole(memory.get("iogpu.wired_limit_mb"))
     found["wired_limit"] = None if wired is None else wired << 20
@@ -274,11 +274,11 @@ def _unknown_reason(outputs: Mapping[str, Output], name: str) -> str:
     output = outputs[SOURCE_OF[name]]
     if output.problem:
         return f"{SOURCE_OF[name]}: {output.problem}"
-    return f"{SOURCE_OF[name]}: exit {output.exit}" if output.exit else f"{SOURCE_OF[name]}: not in its answer"
+    return f"{SOURCE_OF[name]}: exit {output.exit}" if output.exit else f"{SOURCE_OF[name]}: not in its output"
 
 
 def _sysctl(output: Output) -> dict[str, str]:
-    """`key: value` lines; a key that the system does not know is simply left out (`sysctl -i`)."""
+    """Parse `key: value` lines; `sysctl -i` omits keys that the system does not know."""
     lines = (line.partition(": ") for line in output.stdout.splitlines() if output.exit == 0)
     return {key.strip(): value.strip() for key, colon, value in lines if colon}
 
@@ -288,7 +288,7 @@ def _whole(text: str | None) -> int | None:
 
 
 def _printable(text: str | None) -> str | None:
-    """A short text that can be shown anywhere."""
+    """Return a text if it is short and can be shown anywhere."""
     return text if text and text.isprintable() and len(text) < 80 else None
 
 
@@ -301,7 +301,7 @@ _SWAP = re.compile(r"total = [\d.]+M  used = ([0-9]{1,12}(?:\.[0-9]{1,6})?)M  fr
 
 
 def _swap_used(text: str | None) -> int | None:
-    """Bytes of swap in use. Its total means nothing: macOS makes swap files as it needs them."""
+    """Return the bytes of swap in use. The total means nothing: macOS creates swap files as needed."""
     found = _SWAP.match(text or "")
     return int(float(found[1]) * (1 << 20)) if found else None
 
@@ -311,7 +311,7 @@ _PAGES = re.compile(r'"?([A-Za-z][\w -]*?)"?: +(\d+)\.')
 
 
 def _vm_stat(output: Output) -> tuple[int | None, dict[str, int]]:
-    """The page size and the counts, whatever the width of the columns; labels lose `Pages` and capitals."""
+    """Return the page size and the counts by label, without `Pages` and in lower case."""
     head, _, rest = output.stdout.partition("\n")
     found = _PAGE_SIZE.match(head)
     if output.exit or not found:
@@ -328,7 +328,7 @@ def _label(text: str) -> str:
 
 
 def _thermal(output: Output) -> int | None:
-    """The level after the one known key. Failures come on stdout with exit 0, and an unknown key reads as 0."""
+    """Return the level after the expected key: `notifyutil` prints failures on stdout and exits with 0."""
     words = output.stdout.split()
     if output.exit or len(words) != 2 or words[0] != THERMAL_KEY:
         return None
@@ -352,7 +352,7 @@ def _json(output: Output) -> dict[str, int]:
 
 
 def _fill_from_process(found: dict[str, int | bool | None], output: Output) -> dict[str, int | bool | None]:
-    """Fill in from `NSProcessInfo`, which does not distinguish moderate from heavy: its `fair` counts as heavy."""
+    """Fill gaps from `NSProcessInfo`, whose `fair` can be moderate or heavy and counts as heavy."""
     values = _json(output)
     filled = dict(found)
     if filled["thermal"] is None and values.get("thermal_state") in range(4):
@@ -362,47 +362,47 @@ def _fill_from_process(found: dict[str, int | bool | None], output: Output) -> d
     return filled
 
 
-# --- What models may have --------------------------------------------------------------------------------------------
+# --- Budget ----------------------------------------------------------------------------------------------------------
 
 GIB: Final = 1 << 30
 
 NEW_RULE: Final = 26
-"""The first release of macOS in whose logs Metal gives away more; the exact one is not known."""
+"""The first macOS release in whose logs Metal's share is larger; the exact release is not known."""
 NEW_SHARES: Final = ((16, 2 / 3), (32, 0.74), (64, 0.78), (128, 0.81), (float("inf"), 0.84))
-"""Metal's working set by gigabytes of memory below, on macOS 26: logs of 16, 24, 32, 48, 64 and 128 GB Macs."""
+"""Metal's share of the memory (below so many GB) on macOS 26, from logs of 16, 24, 32, 48, 64 and 128 GB Macs."""
 OLD_SHARES: Final = ((36.5, 2 / 3), (float("inf"), 3 / 4))
 """The same up to macOS 15."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bytes that models may have, all together."""
+    """Bytes that all models together may use."""
 
     cap: int
-    """What Metal keeps for programs at most."""
+    """The most that Metal keeps in memory for programs."""
     source: Literal["metal", "wired_limit", "table"]
-    """Where the cap comes from: `table` is a fallback, which up to macOS 15 promises no more than Metal does."""
+    """Where the cap comes from: `table` is a fallback, up to macOS 15 never above Metal's own value."""
     reserve: int
     static: int
-    """`cap` less the reserve: never passed, whatever happens."""
+    """`cap` less the reserve: never exceeded."""
     live_reserve: int
-    """What stays free of the memory that is free now."""
+    """How much of the memory that is free now stays free."""
     warnings: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
-        """The budget for a reason."""
+        """The budget in words."""
         where = {"metal": "Metal's working set", "wired_limit": "iogpu.wired_limit_mb", "table": "the usual share"}
         return f"{gb(self.static)}: {where[self.source]} of {gb(self.cap)} less {gb(self.reserve)}"
 
 
 def gb(count: float) -> str:
-    """Bytes in gigabytes for people."""
+    """Format bytes as gigabytes."""
     return f"{count / 1e9:.1f} GB"
 
 
 def budget_of(static: Static, readings: Readings, profile: str = "dedicated") -> Budget | None:
-    """What models may have on a Mac; `None` where neither its memory nor Metal's share of it is known."""
+    """Return what models may use of a Mac; `None` if neither its memory nor Metal's share of it is known."""
     cap, source = _cap(static, readings)
     if cap is None:
         return None
@@ -425,11 +425,11 @@ def budget_of(static: Static, readings: Readings, profile: str = "dedicated") ->
 
 
 def _cap(static: Static, readings: Readings) -> tuple[int | None, Literal["metal", "wired_limit", "table"]]:
-    wired = readings.wired_limit or None  # 0 is the system's own rule.
+    wired = readings.wired_limit or None
     metal = readings.working_set
     most = static.memory or 10**MAX_DIGITS
     if metal and metal <= most:
-        # The limit holds at once, while Metal was perhaps asked some minutes ago.
+        # A changed limit holds at once, while Metal's value may be some minutes old.
         lowered = wired is not None and wired < metal
         return (wired, "wired_limit") if lowered else (metal, "metal")
     if wired and wired <= most:
@@ -444,14 +444,14 @@ def _cap(static: Static, readings: Readings) -> tuple[int | None, Literal["metal
 def _hazards(memory: int, wired: int | None) -> tuple[str, ...]:
     if wired and wired > memory - max(4 * GIB, int(0.15 * memory)):
         left = gb(max(memory - wired, 0))
-        return (f"iogpu.wired_limit_mb leaves {left} to everything else: the Mac may freeze. Lower it.",)
+        return (f"`iogpu.wired_limit_mb` leaves only {left} to everything else: the Mac may freeze. Lower it.",)
     return ()
 
 
 # --- Machine files ---------------------------------------------------------------------------------------------------
 
 MAX_BYTES: Final = 8 * 1024 * 1024
-"""A machine file is refused above this: an hour of readings is far below it."""
+"""The largest machine file; an hour of readings is far smaller."""
 
 
 class _Strict(BaseModel):
@@ -459,7 +459,7 @@ class _Strict(BaseModel):
 
 
 class Sample(_Strict):
-    """What one program answered at one moment."""
+    """What one program printed at one moment."""
 
     name: str
     at: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -468,11 +468,11 @@ class Sample(_Strict):
     exit: int = 0
     problem: str = ""
     source: str = ""
-    """Where it was published, or what was made up."""
+    """Where it was published, or that it is made up."""
 
 
 class MachineFile(_Strict):
-    """Readings of a Mac, to act as one anywhere."""
+    """Readings of a Mac, to act as that Mac on any computer."""
 
     format: Literal["graftage-m4 machine 1"] = "graftage-m4 machine 1"
     title: str = ""
@@ -486,7 +486,7 @@ def read_machine(path: Path) -> MachineFile:
     """Read and check a machine file.
 
     Raises:
-        SettingsError: it cannot be read, or is not one.
+        SettingsError: the file cannot be read, or is not a machine file.
     """
     hint = "`graftage m4 record` writes one."
     try:
@@ -497,21 +497,21 @@ def read_machine(path: Path) -> MachineFile:
         key = str(first["loc"][-1]) if first["loc"] else ""
         close = difflib.get_close_matches(key, {*MachineFile.model_fields, *Sample.model_fields}, n=1)
         way = f"Did you mean `{close[0]}`?" if close and "extra" in first["type"] else hint
-        raise SettingsError(f"The machine file {path} is wrong at `{where}`: {first['msg']}.", hint=way) from None
-    except (OSError, ValueError, RuntimeError) as error:  # Of these: a home that is not known, JSON that is too deep.
+        raise SettingsError(f"The machine file {path} is invalid at `{where}`: {first['msg']}.", hint=way) from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder, or JSON that is too deep.
         raise SettingsError(f"The machine file {path} cannot be used: {error}.", source=str(path), hint=hint) from None
     for sample in machine.readings:
         if sample.name not in READINGS:
             close = difflib.get_close_matches(sample.name, READINGS, n=1)
-            way = f"Did you mean `{close[0]}`?" if close else f"There are {', '.join(READINGS)}."
+            way = f"Did you mean `{close[0]}`?" if close else f"Valid readings: {', '.join(READINGS)}."
             raise SettingsError(f"The machine file {path} has an unknown reading `{sample.name}`.", hint=way)
     return machine
 
 
 def _content(path: Path) -> bytes:
-    # To open a pipe is to wait until something writes to it.
+    # Opening a pipe would wait for its writer.
     if not path.is_file():
-        raise ValueError("it is no file" if path.exists() else "there is no such file")
+        raise ValueError("it is not a regular file" if path.exists() else "no such file")
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -520,7 +520,7 @@ def _content(path: Path) -> bytes:
 
 
 class Recorded:
-    """A machine file as a runner: of each reading the last answer that is not in the future."""
+    """Replays a machine file: the last output of each reading that is not in the future."""
 
     def __init__(self, machine: MachineFile, clock: Callable[[], float] = time.monotonic) -> None:
         self._samples: dict[str, list[Sample]] = {}
@@ -530,7 +530,7 @@ class Recorded:
         self._started = clock()
 
     def run(self, reading: Reading) -> Output:
-        """The recorded answer."""
+        """Return the recorded output."""
         now = self._clock() - self._started
         past = [sample for sample in self._samples.get(reading.name, ()) if sample.at <= now]
         if not past:
@@ -541,12 +541,12 @@ class Recorded:
 def record(
     runner: Runner, *, samples: int = 1, every: float = 5.0, sleep: Callable[[float], None] = time.sleep
 ) -> MachineFile:
-    """Take readings, without what identifies a person or a machine.
+    """Record readings, without what identifies a person or a machine.
 
     Args:
-        runner: whose readings.
-        samples: how many times; what does not change is taken once.
-        every: seconds between them.
+        runner: where the readings come from.
+        samples: how many samples; what does not change is recorded once.
+        every: seconds between samples.
         sleep: how to wait.
     """
     taken: list[Sample] = []
@@ -570,31 +570,31 @@ def record(
     return MachineFile(recorded=moment, sources=("recorded by graftage m4 record",), readings=tuple(taken))
 
 
-# --- The speed: for ordering and for patience, never a promise -------------------------------------------------------
+# --- Speed: an estimate for ordering and timeouts, never a promise ---------------------------------------------------
 
 BANDWIDTH: Final[Mapping[str, float]] = {"Apple M4": 120e9, "Apple M4 Pro": 273e9}
-"""Bytes per second that the memory gives, as Apple says; it cannot be read. Others are unknown."""
+"""The memory's bytes per second, as Apple publishes them; they cannot be read. Other chips are unknown."""
 PREFILL: Final[Mapping[str, float]] = {"Apple M4": 220.0, "Apple M4 Pro": 440.0}
-"""Tokens of a prompt per second for a dense model of 8 billion parameters: measured on the M4, twice that inferred."""
+"""Prompt tokens per second for a dense model of 8 billion parameters: measured on the M4, assumed twice on the Pro."""
 DENSE: Final[Mapping[str, float]] = {"Apple M4": 0.8, "Apple M4 Pro": 0.75}
 """The share of the bandwidth that decoding reaches, from measured tokens per second."""
 EXPERTS: Final = 0.45
 """The same for a mixture of experts."""
 LOW_POWER: Final = 0.65
-"""What is left of the speed in low power mode."""
+"""The share of the speed that is left in low power mode."""
 MEASURED_WITH: Final = 8e9
-"""Parameters of the model whose reading speed was measured."""
+"""Parameters of the model that `PREFILL` was measured with."""
 MIXTURE_PENALTY: Final = 2.0
 """A mixture with 4 billion active parameters was measured to read as fast as a dense model of 8 billion."""
 
 
 def decode_speed(shape: Shape, chip: str | None, window: int = 0, *, low_power: bool = False) -> float | None:
-    """Tokens per second of an answer: bandwidth over the bytes that a token reads, its cache included.
+    """Estimate a reply's tokens per second: bandwidth over the bytes that a token reads, its cache included.
 
     Args:
         shape: the model.
-        chip: the Mac's; one that is not in the table gives `None`.
-        window: tokens that lie before the answer.
+        chip: the Mac's chip; for one that is not in the table the result is `None`.
+        window: tokens before the reply.
         low_power: whether the Mac saves power.
     """
     bandwidth = BANDWIDTH.get(chip or "")
@@ -607,23 +607,23 @@ def decode_speed(shape: Shape, chip: str | None, window: int = 0, *, low_power: 
 
 
 def prefill_speed(shape: Shape, chip: str | None, *, low_power: bool = False) -> float | None:
-    """Tokens of a prompt per second: of what was measured with 8 billion parameters, by the number that act."""
+    """Estimate prompt tokens per second from the measured speed, by the number of active parameters."""
     measured = PREFILL.get(chip or "")
     if measured is None:
         return None
-    # Without a count, four bits and a half for each parameter.
+    # Without a count, assume 4.5 bits per parameter.
     parameters = (shape.parameters or shape.weights / 4.5 * 8) * shape.active
-    acting = parameters * (MIXTURE_PENALTY if shape.active < 1 else 1)
-    return measured * MEASURED_WITH / acting * (LOW_POWER if low_power else 1)
+    weighted = parameters * (MIXTURE_PENALTY if shape.active < 1 else 1)
+    return measured * MEASURED_WITH / weighted * (LOW_POWER if low_power else 1)
 
 
 def prefill_seconds(shape: Shape, chip: str | None, window: int, *, low_power: bool = False) -> float | None:
-    """Seconds until the first token where the prompt fills the window; `None` for an unknown chip."""
+    """Estimate seconds until the first token if the prompt fills the window; `None` for an unknown chip."""
     speed = prefill_speed(shape, chip, low_power=low_power)
     return None if speed is None else window / speed
 
 
 def readable_window(shape: Shape, chip: str | None, seconds: float) -> int | None:
-    """Tokens that can be read in that time; `None` for an unknown chip."""
+    """Estimate how many tokens can be read in some seconds; `None` for an unknown chip."""
     speed = prefill_speed(shape, chip)
     return None if speed is None else int(speed * seconds)

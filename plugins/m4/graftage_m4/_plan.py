@@ -1,4 +1,4 @@
-"""Which models fit with which windows, how fast they will be, and the same as a picture."""
+"""Which models fit with which windows and how fast they will be, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Cell:
 
     window: int
     verdict: Literal["fits", "tight", "no", "untrained"]
-    """`tight`: it fits the budget, but not what is free now, or hardly; `untrained`: the model has no such window."""
+    """`tight`: it fits the budget barely, or not what is free now; `untrained`: longer than the model's longest."""
     bytes: int
     prefill: float | None
-    """Seconds to read a prompt as long as the window."""
+    """Seconds to read a prompt that fills the window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +40,17 @@ class Row:
     model: str
     weights: int
     speed: float | None
-    """Tokens per second of a short answer."""
+    """Tokens per second of a short reply."""
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def largest(self) -> int | None:
-        """The largest window of those asked for that the budget holds."""
+        """The largest listed window that fits the budget."""
         return max((cell.window for cell in self.cells if cell.verdict in ("fits", "tight")), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data."""
+        """Return the row as plain data."""
         cells = [asdict(cell) for cell in self.cells]
         return {
             "model": self.model,
@@ -64,18 +64,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mac:
-    """The machine that a plan is for."""
+    """The Mac that a plan is for."""
 
     title: str
     budget: Budget
     live: int | None
-    """Bytes that a model could take now."""
+    """Bytes that models could take now."""
     chip: str | None
     low_power: bool
 
 
 def read_mac(policy: Policy) -> Mac | None:
-    """The machine of a policy; `None` where neither its memory nor Metal's share is known."""
+    """Describe the Mac of a policy; return `None` if neither its memory nor Metal's share is known."""
     static, readings = policy.collector.static(), policy.collector.readings()
     budget = budget_of(static, readings, policy.settings.profile)
     if budget is None:
@@ -92,14 +92,14 @@ def read_mac(policy: Policy) -> Mac | None:
 
 
 def rows(models: Mapping[str, Shape], mac: Mac, policy: Policy, windows: Sequence[int] = WINDOWS) -> list[Row]:
-    """The plan: a row for each model, a cell for each window."""
+    """Build the plan: a row for each model, a cell for each window."""
     return [
         Row(
             model=name,
             weights=shape.weights,
             speed=decode_speed(shape, mac.chip, low_power=mac.low_power),
             cells=tuple(_cell(shape, window, mac, policy) for window in windows),
-            notes=(*shape.notes, *(f"{fact} is odd, and not believed" for fact in shape.odd)),
+            notes=(*shape.notes, *(f"{fact} is impossible, and ignored" for fact in shape.odd)),
         )
         for name, shape in models.items()
     ]
@@ -121,22 +121,22 @@ def _cell(shape: Shape, window: int, mac: Mac, policy: Policy) -> Cell:
 # --- The picture -----------------------------------------------------------------------------------------------------
 
 PLOT: Final = 600
-"""Width of the part within the axes."""
+"""Width within the axes."""
 HEIGHT: Final = 480
-"""At least; many models make it higher."""
+"""Least height; many models need more."""
 LEFT: Final = 60
 TOP: Final = 50
 BOTTOM: Final = 50
 LINE: Final = 15
 """Height of a line of text."""
 LETTER: Final = 7.5
-"""Width of a letter, rather too much: the viewer knows its font, and this code does not."""
+"""Width of a letter, on the safe side: the font depends on the viewer."""
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#8c564b")
-"""Distinct also for colour-blind readers."""
+"""Colours that colour-blind readers can distinguish."""
 
 
 def picture(models: Mapping[str, Shape], mac: Mac, policy: Policy, windows: Sequence[int] = WINDOWS) -> str:
-    """Footprint against window as SVG, with the line of the budget."""
+    """Draw footprint against window as SVG, with a line for the budget."""
     curves = [
         _Curve(printable(name), _sizes(shape, windows, policy), COLOURS[place % len(COLOURS)])
         for place, (name, shape) in enumerate(models.items())
@@ -172,12 +172,12 @@ class _Curve:
     colour: str
 
     def label(self, top: float) -> str:
-        """Its name, and how far it goes where the picture does not follow."""
+        """Return its name, with its last size if that lies above the picture."""
         return f"{self.name} (above: {gb(self.sizes[-1])})" if self.sizes[-1] > top else self.name
 
 
 class _Frame:
-    """Where a window and a size lie on the picture."""
+    """Maps windows and sizes to places in the picture, and draws there."""
 
     def __init__(self, windows: Sequence[int], top: float, height: int) -> None:
         self._windows = windows
@@ -186,7 +186,7 @@ class _Frame:
         self._bottom = height - BOTTOM
         self._edge = LEFT + PLOT
         self.right = self._edge + LINE
-        """Where the names begin."""
+        """Where the labels begin."""
 
     def x(self, place: float) -> float:
         return LEFT + PLOT * place / max(len(self._windows) - 1, 1)
@@ -213,11 +213,11 @@ class _Frame:
         return f'<text x="{self.x(place):.1f}" y="{y}" text-anchor="middle">{short(self._windows[place])}</text>'
 
     def limits(self, budget: int, live: int | None) -> str:
-        """The line of the budget, named above it, and that of what is free now, named below it."""
+        """Draw the line of the budget, labelled above it, and that of free memory, labelled below it."""
         drawn = self._limit(budget, f"budget {gb(budget)}", "#b00020", -6)
         if live is None or live >= budget:
             return drawn
-        # Where nothing is free there is no place below, and where little is, none between the lines is needed.
+        # If little is free, there is no place below the line, and enough above it.
         below = LINE if self.y(live) < self._bottom - LINE else -6
         return drawn + self._limit(live, f"free now {gb(live)}", "#b06000", below)
 
@@ -232,7 +232,7 @@ class _Frame:
         )
 
     def curves(self, curves: Sequence[_Curve]) -> list[str]:
-        """The models' lines, and their names one below the other."""
+        """Draw the models' lines, and their labels one below the other."""
         ordered = sorted(curves, key=lambda curve: self.y(curve.sizes[-1]))
         places = _spread([self.y(curve.sizes[-1]) for curve in ordered], self._bottom)
         return [self._curve(curve, y) for curve, y in zip(ordered, places, strict=True)]
@@ -251,7 +251,7 @@ class _Frame:
         )
 
     def _points(self, sizes: Sequence[int]) -> list[tuple[float, float]]:
-        """The points of a line, up to where it leaves the picture through the top."""
+        """Return the points of a line, up to where it leaves the picture at the top."""
         inside = [size for size in sizes if size <= self._top]
         points = [(self.x(place), self.y(size)) for place, size in enumerate(inside)]
         if not inside:
@@ -264,7 +264,7 @@ class _Frame:
 
 
 def _spread(wanted: Sequence[float], bottom: float) -> list[float]:
-    """Heights for lines of text, near those that are wanted, from the top down, none upon another."""
+    """Spread lines of text so that none overlap, near the wanted heights, from the top down."""
     places: list[float] = []
     for y in wanted:
         places.append(max(y, places[-1] + LINE) if places else y)
@@ -274,17 +274,17 @@ def _spread(wanted: Sequence[float], bottom: float) -> list[float]:
 
 
 def short(window: int) -> str:
-    """`8k`."""
+    """Format a window as `8k`."""
     return f"{window // 1024}k" if window % 1024 == 0 else str(window)
 
 
 def printable(text: str) -> str:
-    """A name that a server gave, without what could steer a terminal or break a picture."""
+    """Replace characters of a server's name that could control a terminal or break a picture."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def lines(plan: Iterable[Row]) -> list[list[str]]:
-    """The plan as text: model, weights, speed, and a cell for each window."""
+    """Format the plan as text: model, weights, speed, and a cell for each window."""
     return [
         [
             printable(row.model),

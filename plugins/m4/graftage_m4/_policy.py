@@ -1,4 +1,4 @@
-"""The policy: what a request may have of this Mac, with the reason for each number, or why not."""
+"""The policy: what a request may use of this Mac, with the reason for each number, or why it is refused."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
 __all__ = ["LADDER", "Policy"]
 
 LADDER: Final = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
-"""Windows that a model gets where nobody asked for another."""
+"""Windows that a model gets if the caller asks for none."""
 MAX_UNTRAINED: Final = 8192
-"""The longest window that nobody asked for, where a model does not say what it was trained for."""
+"""The longest default window of a model that does not state what it was trained for."""
 SMALL_EMBEDDING: Final = 500_000_000
 """Bytes: an embedding model below this does not count as a loaded model."""
 MAX_SLOTS: Final = 16
 CHARACTERS_PER_TOKEN: Final = 3
-"""So few that a prompt is thought longer than it is."""
+"""Low, so that the length of a prompt is overestimated."""
 ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
-"""Seconds: the default limit on a whole call, after which a model's time in memory begins again."""
+"""Seconds: the default limit on a whole call; the `keep_alive` of a model starts when its call ends."""
 LOADING_TIME: Final = 60.0
-"""Seconds within which a model that was given to another address of a server is in use there, or is not coming."""
+"""Seconds: a model granted to another address of the server that is not in use by then will not be loaded."""
 MAX_STRETCH: Final = 8
-"""A loaded window that is longer than this many times what the model was trained for is no fact."""
+"""A reported window longer than this many times what the model was trained for is not believed."""
 MAX_NAMED: Final = 5
-QUEUE_REASON: Final = "more could not be answered before their callers give up"
+QUEUE_REASON: Final = "more requests would not finish before their callers give up"
 
 CLASSES: Final = (3.3e9, 5.8e9, 10e9, 15.5e9, 22e9)
 """Bytes of weights below which a model is of the 4B, 8B, 14B, 20B, 32B and 70B class."""
@@ -65,31 +65,31 @@ MINUTES: Final = (
     (56, (60, 60, 60, 60, 30, 10)),
     (float("inf"), (60, 60, 60, 60, 60, 10)),
 )
-"""How long a model stays, by gigabytes of memory below and by class."""
+"""Minutes that a model stays, by memory (below so many gigabytes) and class."""
 MAX_CONCURRENCY: Final = ((28, 2), (float("inf"), 4))
-"""Requests at once at most, by gigabytes of memory below."""
+"""The most requests at once, by memory."""
 MAX_LOADED: Final = ((20, 1), (40, 2), (float("inf"), 3))
-"""Models in memory, by gigabytes of memory below; 3 is Ollama's own limit on a Mac."""
+"""The most models in memory, by memory; 3 is Ollama's own limit on a Mac."""
 
 T = TypeVar("T")
 
 
 class Policy:
-    """Decides about requests, one after the other. Safe for threads."""
+    """Decides about requests, one by one. Safe for threads."""
 
     def __init__(self, settings: M4Settings, collector: Collector, ledger: Ledger | None = None) -> None:
         self.settings = settings
         self.collector = collector
         self.ledger = ledger or Ledger()
         self._watch = Watch()
-        self._name = object()
-        """What this policy signs with: it does not keep it alive."""
+        self._signature = object()
+        """Marks this policy's grants without keeping it alive."""
 
     def limits(self, query: LimitsQuery) -> Limits:
-        """What a request may have.
+        """Return what a request may use.
 
         Raises:
-            ResourceLimitExceeded: it must not run, or not now.
+            ResourceLimitExceeded: it cannot run, or not now.
         """
         info, loaded = _ask(query.model_info), _ask(query.loaded_models)
         size = self._listed_size(query, info) if info is not None else None
@@ -97,10 +97,10 @@ class Policy:
             state = self._gather(query, info, size, loaded)
             return state if isinstance(state, Limits) else self._decide(state)
 
-    # --- What is the case --------------------------------------------------------------------------------------------
+    # --- Gather ------------------------------------------------------------------------------------------------------
 
     def _listed_size(self, query: LimitsQuery, info: ModelInfo) -> int | None:
-        """Bytes of a model by its server's list, which is asked once for each state of the model."""
+        """Return the size of a model from its server's list, which is read once for each version of the model."""
         key = _key(server_of(query.provider, query.address), query.model)
         version = (key, info.digest, info.modified_at, info.size)
         if version not in self.ledger.listed:
@@ -114,7 +114,7 @@ class Policy:
     def _gather(
         self, query: LimitsQuery, info: ModelInfo | None, size: int | None, loaded: tuple[LoadedModel, ...] | None
     ) -> State | Limits:
-        """Everything to decide on, or the answer where too little is known to decide."""
+        """Gather everything to decide on; return limits at once if too little is known."""
         static = self.collector.static()
         readings = self.collector.readings()
         rules = self._watch.rules(readings)
@@ -135,7 +135,7 @@ class Policy:
         elsewhere, coming = self._elsewhere(server)
         promise = self.ledger.promises.get(key, 0)
         if current is None or query.context_window or promise > (current.window or 0):
-            # A load is decided on what is free now; 2 seconds ago another model may not have been there.
+            # Another model may have been loaded since memory was last read.
             readings = self.collector.readings(fresh=True)
         return State(
             query=query,
@@ -164,7 +164,7 @@ class Policy:
         return self.ledger.shapes.get(key)
 
     def _plausible(self, server: Server, model: LoadedModel) -> LoadedModel:
-        """What a server reports of a loaded model, without what cannot be."""
+        """Drop impossible figures from what a server reports of a loaded model."""
         shape = self.ledger.shapes.get(_key(server, model.name))
         longest = (shape.trained_window or 0) * MAX_STRETCH if shape is not None else 0
         window = count_of(model.context_window)
@@ -176,7 +176,7 @@ class Policy:
         )
 
     def _learn_slots(self, server: Server, loaded: Iterable[LoadedModel]) -> int:
-        """The server's parallel slots: as set, else no fewer than the size of a model gave away when last seen."""
+        """Return the server's parallel slots: as set, else as derived from the sizes of its loaded models."""
         if self.settings.slots is not None:
             return self.settings.slots
         for each in loaded:
@@ -191,12 +191,12 @@ class Policy:
         for slots in range(1, MAX_SLOTS + 1):
             if self.settings.footprint(shape, window, slots).counted >= size:
                 return slots
-        return 1  # So large that something else is amiss; the size itself counts anyway.
+        return 1  # No number of slots explains the size; the size itself counts anyway.
 
     def _residents(
         self, server: Server, address: str, loaded: list[LoadedModel] | None, slots: int
     ) -> dict[Key, Resident]:
-        """Models in memory, and those that admitted requests are bringing there; `loaded` is None where unknown."""
+        """Return the models in memory and those being loaded by admitted requests; `loaded` is None if unknown."""
         used = self.ledger.in_use(server)
         found: dict[Key, Resident] = {}
         for each in loaded or ():
@@ -207,23 +207,23 @@ class Policy:
             if key[:2] != server or key in found:
                 continue
             if key[2] in used or self._is_loading(grant, address):
-                found[key] = _coming(key, grant)
+                found[key] = _loading(key, grant)
             elif loaded is None and self._may_be_loaded(grant):
                 found[key] = self._assumed(key, grant)
             elif loaded is not None:
-                del self.ledger.grants[key]  # It has gone.
+                del self.ledger.grants[key]
         return found
 
     def _is_loading(self, grant: Grant, address: str) -> bool:
-        """Whether it was given this moment to somebody whose requests are counted by another address."""
+        """Return whether a model was just granted to a client that writes the server's address differently."""
         return grant.pending and grant.address != address and self.collector.clock() - grant.at < LOADING_TIME
 
     def _may_be_loaded(self, grant: Grant) -> bool:
-        """Whether a model may still be in memory."""
+        """Return whether a model may still be in memory."""
         return self.collector.clock() - grant.at < LONGEST_CALL + grant.keep_alive
 
     def _assumed(self, key: Key, grant: Grant) -> Resident:
-        """A model that may be in memory. Its bytes surely come back only while it surely is there."""
+        """Describe a model that may be in memory; unloading it surely frees bytes only during its `keep_alive`."""
         there = self.collector.clock() - grant.at < grant.keep_alive
         return Resident(
             key=key,
@@ -243,8 +243,8 @@ class Policy:
         loads = grant is not None and key[2] in used and (window or 0) < grant.window
         if grant is not None and grant.pending and not loads:
             ledger.grants[key] = replace(grant, pending=False)
-        # `/api/ps` counts too little for sliding windows: it is a floor, and never the truth. What is in use may be
-        # about to be loaded again with what it was given.
+        # `/api/ps` counts too little for sliding windows, so it is only a lower bound. A model in use may be about to
+        # be reloaded with the window it was granted.
         size = max(estimate, reported + RUNTIME, grant.size if grant and key[2] in used else 0)
         on_cpu = bool(reported) and model.accelerator_size is not None and model.accelerator_size < reported
         if on_cpu:
@@ -263,22 +263,22 @@ class Policy:
         )
 
     def _elsewhere(self, here: Server) -> tuple[int, int]:
-        """Bytes of models that other servers of this Mac were given and may still have; and those not taken yet.
+        """Return the bytes granted to models of other servers on this Mac, and how many of them are not taken yet.
 
-        A policy that acts as another Mac does not count idle models of another such policy: their server may be gone.
+        With a machine file, idle models granted by other policies do not count: their servers may be gone.
         """
         total = coming = 0
         for key, grant in self.ledger.grants.items():
             if key[:2] == here:
                 continue
             busy = key[2] in self.ledger.in_use(key[:2])
-            known = self.settings.machine is None or grant.by is self._name
+            known = self.settings.machine is None or grant.by is self._signature
             if busy or (known and self._may_be_loaded(grant)):
                 total += grant.size
                 coming += grant.size if busy and grant.pending else 0
         return total, coming
 
-    # --- What follows ------------------------------------------------------------------------------------------------
+    # --- Decide ------------------------------------------------------------------------------------------------------
 
     def _decide(self, state: State) -> Limits:
         plan = self._plan(state)
@@ -287,18 +287,18 @@ class Policy:
         return self._limits(state, plan)
 
     def _plan(self, state: State) -> Plan:
-        """A loaded model keeps its window, unless the caller or an earlier promise wants more and that fits."""
+        """Keep a loaded model's window, unless the caller or an earlier promise wants more and that fits."""
         wanted = self._wanted(state)
         current = state.current
         if current is None or current.window is None:
             return self._plan_load(state, wanted, promised=state.promise == wanted)
         if wanted < current.window and (state.query.force or state.rules.steps or state.rules.window):
-            return Plan(window=wanted)  # As asked: memory is short, and the server gives some back for it.
+            return Plan(window=wanted)  # Memory is short, and a smaller window frees some.
         grown = self._plan_larger(state, current.window, wanted) if wanted > current.window else None
         return grown or Plan(window=current.window, loads=False)
 
     def _wanted(self, state: State) -> int:
-        """The window to give: as asked, else as promised, else what can be read in good time."""
+        """Return the window to aim at: as requested, else as promised, else as long as can be read in time."""
         if state.query.context_window is not None:
             return self._trained(state, state.query.context_window)
         has = state.current.window if state.current else None
@@ -317,15 +317,15 @@ class Policy:
         return min(window, state.shape.trained_window or MOST_NUMBER)
 
     def _plan_load(self, state: State, wanted: int, *, promised: bool = False) -> Plan:
-        """How to load a model: the largest window first, and the fewest idle models out of memory for it.
+        """Plan a load: the largest window that fits, unloading as few idle models as possible.
 
         Args:
-            state: what is the case.
-            wanted: the window to begin with.
-            promised: its conversations have that window: rather wait than take it from them.
+            state: everything to decide on.
+            wanted: the window to aim at.
+            promised: conversations have that window: wait for it rather than take it from them.
 
         Raises:
-            ResourceLimitExceeded: not now, or not at all.
+            ResourceLimitExceeded: the model does not fit, or cannot be loaded now.
         """
         if state.query.force:
             return self._plan_forced(state, wanted)
@@ -344,7 +344,7 @@ class Policy:
         raise self._too_large(state, windows[-1])
 
     def _plan_larger(self, state: State, has: int, wanted: int) -> Plan | None:
-        """A larger window for a loaded model; `None` where it cannot have one now."""
+        """Plan a larger window for a loaded model; return `None` if none fits now."""
         if state.query.force:
             return self._plan_forced(state, wanted)
         if state.rules.refuse:
@@ -356,7 +356,7 @@ class Policy:
         return None
 
     def _plan_forced(self, state: State, wanted: int) -> Plan:
-        """What the caller wants; whatever is idle goes, and the reply says what would have been refused."""
+        """Plan what the caller forces: unload all idle models if needed, and keep the refusal for the reply."""
         refused = None
         if state.rules.refuse:
             refused = not_now(state).message
@@ -371,7 +371,7 @@ class Policy:
         return too_large(state, window, known)
 
     def _lowered(self, state: State, wanted: int) -> int:
-        """The window after what the state of the Mac, and of the model's last load, takes from it."""
+        """Lower a window by what the Mac's pressure and the model's last load demand."""
         lower = [step for step in LADDER if step < wanted]
         window = wanted
         for _ in range(state.rules.steps + (state.key in self.ledger.on_cpu)):
@@ -379,7 +379,7 @@ class Policy:
         return min(window, state.rules.window or window)
 
     def _limit_models(self, state: State, plan: Plan) -> Plan:
-        """Let more idle models go where too many would be loaded; wait for busy ones only where memory is short."""
+        """Unload more idle models if too many would be loaded; wait for busy ones only if memory is short."""
         allowed = self._loaded_models(state)
         leaving = {each.key for each in plan.unload}
         stay = {each.key: each for each in state.others if each.key not in leaving and not each.small}
@@ -394,7 +394,7 @@ class Policy:
         usual = _below(MAX_LOADED, state.memory / GIB)
         return min(usual, state.rules.loaded or usual)
 
-    # --- Answers -----------------------------------------------------------------------------------------------------
+    # --- Limits ------------------------------------------------------------------------------------------------------
 
     def _limits(self, state: State, plan: Plan) -> Limits:
         keep = self._keep_alive(state)
@@ -416,15 +416,13 @@ class Policy:
                 "concurrent_requests": why_concurrency,
                 "queued_requests": QUEUE_REASON,
                 "loaded_models": rules.description or f"{gb(state.memory)} of memory",
-                "keep_alive": rules.description
-                if rules.keep_alive is not None
-                else "what the model takes of the budget",
+                "keep_alive": rules.description if rules.keep_alive is not None else "the size of the model",
             },
             warnings=self._warnings(state, plan),
         )
 
     def _record_grant(self, state: State, plan: Plan, keep: float) -> None:
-        """Remember what was given. Who asks for less than others have does not take it from them."""
+        """Remember what was granted; a smaller request does not shrink what others were granted."""
         ledger, current = self.ledger, state.current
         before = ledger.grants.get(state.key)
         window, size = plan.window, state.footprint(plan.window).total
@@ -435,7 +433,7 @@ class Policy:
         grant = Grant(
             name=state.query.model,
             address=state.query.address,
-            by=self._name,
+            by=self._signature,
             window=window,
             size=size,
             at=self.collector.clock(),
@@ -453,7 +451,7 @@ class Policy:
         asked = state.query.context_window or 0
         if not plan.loads:
             larger = ", and a larger one does not fit now" if asked > plan.window else ""
-            return f"the model is loaded with it{larger}"
+            return f"the model is loaded with this window{larger}"
         if asked > (state.shape.trained_window or asked) == plan.window:
             return f"the model was trained for {plan.window}"
         room = state.room(plan.unload)
@@ -462,7 +460,7 @@ class Policy:
         return f"{words}; {state.rules.description}" if state.rules.description else words
 
     def _concurrency(self, state: State, plan: Plan) -> tuple[int, str]:
-        """Requests at once, and why: each slot of a server holds a window of its own."""
+        """Return how many requests may run at once, and why: each slot of a server holds its own window."""
         if state.rules.concurrency is not None:
             return state.rules.concurrency, state.rules.description
         if state.current is not None and state.current.on_cpu:
@@ -485,7 +483,7 @@ class Policy:
             notes.append(f"`force` overrode a refusal of the policy `m4`: {plan.forced}")
         notes += [*_window_warning(state, plan), *_budget_warning(state, plan), *_doubt_warnings(state)]
         if not state.rules.measured:
-            notes.append("The memory pressure could not be measured; the limits are those of the machine alone.")
+            notes.append("The memory pressure could not be measured; the limits follow from the size of the Mac alone.")
         if state.current is not None and state.current.on_cpu:
             notes.append(f"Part of `{query.model}` runs on the CPU: it was too large when it was loaded.")
         needed = (query.prompt_characters or 0) // (CHARACTERS_PER_TOKEN + 1)
@@ -495,7 +493,7 @@ class Policy:
 
 
 def _window_warning(state: State, plan: Plan) -> Iterator[str]:
-    """What to say of a window that is not the one its conversations had: to each of them, for one may not listen."""
+    """Warn, in every reply, of a window that differs from the one that conversations had."""
     loaded = (state.current.window if state.current else None) or 0
     had, asked = max(loaded, state.promise), state.query.context_window
     name, window = state.query.model, plan.window
@@ -507,42 +505,42 @@ def _window_warning(state: State, plan: Plan) -> Iterator[str]:
 
 
 def _budget_warning(state: State, plan: Plan) -> Iterator[str]:
-    """What to say while models have more than they may, as after a call with `force`."""
+    """Warn while models exceed the budget, as after a call with `force`."""
     has = state.resident - sum(each.size for each in plan.unload)
     if not plan.loads and has > state.budget.static:
         yield (
-            f"Models have {gb(has)}, and may have {gb(state.budget.static)}: the Mac may freeze. "
-            "Unload one, or have it loaded with a smaller window."
+            f"Models use {gb(has)}, more than their budget of {gb(state.budget.static)}: the Mac may freeze. "
+            "Unload one, or load it with a smaller window."
         )
 
 
 def _doubt_warnings(state: State) -> Iterator[str]:
-    """What to say of a server that does not report everything, or reports what cannot be."""
+    """Warn of missing and impossible figures of a server."""
     if not state.seen:
-        yield "The server does not report what it has in memory: one model is used at a time."
+        yield "The server does not report which models are loaded: one model is used at a time."
     if state.shape.estimated:
         yield f"The server does not report the size of `{state.query.model}`: {state.shape.notes[0]}."
     if state.shape.odd:
-        yield f"What is reported of `{state.query.model}` is odd, and not believed: {', '.join(state.shape.odd)}."
+        yield f"Impossible figures of `{state.query.model}` are ignored: {', '.join(state.shape.odd)}."
     if state.odd:
         names = ", ".join(map(repr, state.odd[:MAX_NAMED]))
-        yield f"The server reports odd figures for what it has in memory, which are not believed: {names}."
+        yield f"Impossible figures of loaded models are ignored: {names}."
 
 
 def _unknown_model_limits(query: LimitsQuery, settings: M4Settings) -> Limits:
-    """Limits of a model that cannot be weighed: little is risked with it."""
+    """Return cautious limits for a model of unknown size."""
     why = f"the size of `{query.model}` is not known"
     return Limits(
         context_window=LADDER[0] if query.context_window is None else None,
         concurrent_requests=1,
         queued_requests=settings.queued_requests,
         reasons={"context_window": why, "concurrent_requests": why, "queued_requests": QUEUE_REASON},
-        warnings=(f"The footprint of `{query.model}` is not known: nothing that was asked is lowered or refused.",),
+        warnings=(f"The size of `{query.model}` is not known: nothing requested is lowered or refused.",),
     )
 
 
 def _unreadable_mac_limits(settings: M4Settings) -> Limits:
-    """Limits of a Mac of which neither the memory nor Metal's share is known."""
+    """Return cautious limits for a Mac whose memory and Metal share are both unknown."""
     why = "neither the memory of this Mac nor Metal's share of it could be read"
     return Limits(
         concurrent_requests=1,
@@ -559,8 +557,8 @@ def _unreadable_mac_limits(settings: M4Settings) -> Limits:
     )
 
 
-def _coming(key: Key, grant: Grant) -> Resident:
-    """A model that an admitted request is bringing into memory."""
+def _loading(key: Key, grant: Grant) -> Resident:
+    """Describe a model that an admitted request is loading."""
     return Resident(
         key=key,
         name=grant.name,
@@ -573,9 +571,9 @@ def _coming(key: Key, grant: Grant) -> Resident:
 
 
 def _split_reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Resident, ...], list[Resident]]:
-    """The other models that the core can unload or wait for, and those that it cannot.
+    """Split other models into those that the core can unload or wait for, and those that it cannot.
 
-    It knows no model that is used by another address of the server, or that has no name.
+    The core does not know models that are used through another address of the server, or that have no name.
     """
     known = {canonical_name(model) for model, count in query.in_use().items() if count > 0}
     reach: list[Resident] = []
@@ -586,7 +584,7 @@ def _split_reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tu
 
 
 def _plan_waiting(state: State, window: int) -> Plan:
-    """A window that fits once those that work now are done."""
+    """Plan a window that fits once the busy models are done."""
     return Plan(
         window=window,
         unload=tuple(state.idle),
@@ -595,27 +593,27 @@ def _plan_waiting(state: State, window: int) -> Plan:
 
 
 def _fewest_to_unload(state: State, window: int) -> tuple[Resident, ...] | None:
-    """The fewest idle models that must go for a window to fit; `None` where not even all of them suffice."""
+    """Return the fewest idle models to unload for a window to fit; `None` if all of them are not enough."""
     idle = state.idle
     counts = range(len(idle) if state.rules.drop_idle else 0, len(idle) + 1)
-    # The more are gone the more fits, so the fewest are found by halving: a server may list thousands.
+    # Bisect: a server may list thousands of models.
     found = bisect_left(counts, True, key=lambda count: state.fits(window, idle[:count]))
     return tuple(idle[: counts[found]]) if found < len(counts) else None
 
 
 def _steps_down(window: int, least: int) -> list[int]:
-    """That window, then those of the ladder below it, none below the least."""
+    """Return a window, then the smaller ones of the ladder, down to the least."""
     steps = [step for step in reversed(LADDER) if least <= step < window]
     return [window, *steps, *([least] if least < min([window, *steps]) else [])]
 
 
 def _below(table: Sequence[tuple[float, T]], value: float) -> T:
-    """The entry of the first row whose bound lies above the value."""
+    """Return the entry of the first row whose bound lies above the value."""
     return next(entry for bound, entry in table if value < bound)
 
 
 def _ask(ask: Callable[[], T]) -> T | None:
-    """What a provider reports; nothing if it cannot. One that is not there fails the call as it would anyway."""
+    """Return what a provider reports, `None` if it cannot; an unreachable one fails the call anyway."""
     try:
         return ask()
     except ConnectionFailed:

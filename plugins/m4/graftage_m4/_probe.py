@@ -1,7 +1,8 @@
-"""Asks macOS what only its frameworks know, and prints it as JSON. Run as a program of its own, by its path.
+"""Reads what only macOS frameworks know, and prints it as JSON.
 
-In a child process a wrong call costs that child, the time is bounded, and the answer can be recorded and replayed.
-    python _probe.py metal      what Metal lets programs use of the memory
+A separate program, run by its path: a wrong call costs only this process, its time is bounded, and its output can be
+recorded and replayed.
+    python _probe.py metal      how much memory Metal lets programs use
     python _probe.py process    heat and power mode as Foundation sees them
 """
 
@@ -14,7 +15,7 @@ FRAMEWORKS = "/System/Library/Frameworks/{0}.framework/{0}"
 
 
 class _ObjC:
-    """The little of the Objective-C runtime that is needed."""
+    """The part of the Objective-C runtime that is needed."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("/usr/lib/libobjc.A.dylib")
@@ -25,14 +26,15 @@ class _ObjC:
     def of_class(self, name: bytes) -> Any:
         return self._library.objc_getClass(name)
 
-    def send(self, target: Any, selector: bytes, answers: Any) -> Any:
-        message = ctypes.CFUNCTYPE(answers, ctypes.c_void_p, ctypes.c_void_p)(("objc_msgSend", self._library))
+    def send(self, target: Any, selector: bytes, result: Any) -> Any:
+        message = ctypes.CFUNCTYPE(result, ctypes.c_void_p, ctypes.c_void_p)(("objc_msgSend", self._library))
         return message(target, self._library.sel_registerName(selector))
 
 
 def metal() -> dict[str, int]:
-    """What Metal recommends as the most that programs keep in memory for the GPU, and its largest buffer; bytes."""
-    ctypes.CDLL(FRAMEWORKS.format("CoreGraphics"))  # Without it a program with no window gets no device.
+    """Return, in bytes, how much Metal recommends to keep in memory for the GPU, and its largest buffer."""
+    # Without CoreGraphics, a program without a window gets no device.
+    ctypes.CDLL(FRAMEWORKS.format("CoreGraphics"))
     library = ctypes.CDLL(FRAMEWORKS.format("Metal"))
     library.MTLCreateSystemDefaultDevice.restype = ctypes.c_void_p
     device = library.MTLCreateSystemDefaultDevice()
@@ -44,7 +46,7 @@ def metal() -> dict[str, int]:
 
 
 def process() -> dict[str, int]:
-    """`NSProcessInfo`: its thermal state, 0 to 3, and whether the Mac saves power."""
+    """Return `NSProcessInfo`'s thermal state, 0 to 3, and whether the Mac saves power."""
     ctypes.CDLL(FRAMEWORKS.format("Foundation"))
     objc = _ObjC()
     info = objc.send(objc.of_class(b"NSProcessInfo"), b"processInfo", ctypes.c_void_p)

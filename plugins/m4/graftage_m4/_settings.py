@@ -14,29 +14,31 @@ __all__ = ["M4Settings"]
 
 
 class M4Settings(PluginSettings):
-    """What a host, or the person whose Mac it is, can say."""
+    """The settings of the policy."""
 
     machine: Path | None = Field(
-        default=None, description="A machine file to act as, on any computer; `graftage m4 record` writes one"
+        default=None, description="A machine file: act as that Mac; `graftage m4 record` writes one"
     )
     profile: Literal["dedicated", "shared", "strict", "relaxed"] = Field(
-        default="dedicated", description="How much is left to others: `shared` is for a Mac that a person works at"
+        default="dedicated", description="How much is left to other programs; `shared` for a Mac that a person works at"
     )
     kv_type: Literal["f16", "q8_0", "q4_0"] = Field(
-        default="f16", description="The server's cache type (`OLLAMA_KV_CACHE_TYPE`), which no client can see"
+        default="f16", description="The server's cache type (`OLLAMA_KV_CACHE_TYPE`), which clients cannot read"
     )
     slots: int | None = Field(
-        default=None, ge=1, le=64, description="The server's parallel slots (`OLLAMA_NUM_PARALLEL`), where known"
+        default=None, ge=1, le=64, description="The server's parallel slots (`OLLAMA_NUM_PARALLEL`), if known"
     )
-    flash_attention: bool = Field(default=True, description="Whether the server uses it")
-    minimum_window: int = Field(default=4096, ge=256, description="Refuse a model rather than give it fewer tokens")
+    flash_attention: bool = Field(default=True, description="Whether the server uses flash attention")
+    minimum_window: int = Field(
+        default=4096, ge=256, description="Refuse a model rather than load it with fewer tokens"
+    )
     prefill_seconds: float = Field(
-        default=120.0, gt=0, description="A window that nobody asked for is no longer than can be read in that time"
+        default=120.0, gt=0, description="A default window is at most as long as can be read in so many seconds"
     )
     queued_requests: int = Field(
         default=16,
         ge=0,
-        description="Requests that may wait: 16 answers of 400 tokens at 20 tokens a second take the 300 s that a call "
+        description="Requests that may wait: 16 replies of 400 tokens at 20 tokens a second take the 300 s that a call "
         "waits for its first token",
     )
 

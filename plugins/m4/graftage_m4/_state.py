@@ -1,7 +1,4 @@
-"""What one decision is made of: the machine and its state, the model, who else is in memory, and what was given before.
-
-And the refusal, which names what would work instead.
-"""
+"""What one decision is made of: the Mac, the model, other models in memory, earlier grants; and the refusal."""
 
 from __future__ import annotations
 
@@ -48,9 +45,9 @@ __all__ = [
 ]
 
 ALIVE = 300.0
-"""Seconds a model is thought to stay where nobody said: Ollama's own default."""
+"""Seconds that a model is assumed to stay if nothing else is known: Ollama's default."""
 MLX_RESERVE = 3 * GIB
-"""MLX takes far more than its cache for a moment while it reads a prompt."""
+"""While it reads a prompt, MLX briefly takes far more than its cache."""
 
 Server: TypeAlias = tuple[str, str]
 """Provider and address."""
@@ -60,36 +57,36 @@ Key: TypeAlias = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """A model in memory, or on its way there."""
+    """A model that is in memory or being loaded."""
 
     key: Key
     name: str
     size: int
-    """Bytes it takes, never less than the estimate."""
+    """Bytes that it takes, at least the estimate."""
     freed: int = 0
-    """Bytes that surely come back where it goes."""
+    """Bytes that unloading it surely frees."""
     coming: int = 0
-    """Bytes that it will still take: it is being loaded."""
+    """Bytes that it will still take while it is being loaded."""
     window: int | None = None
     loading: bool = False
-    """Admitted and not yet seen in memory."""
+    """It was admitted and not seen in memory yet."""
     busy: bool = False
     expires: float = 0.0
-    """When it goes by itself: the first to go has been idle longest."""
+    """When it leaves by itself: the first to leave has been idle longest."""
     small: bool = False
-    """An embedding model that does not count."""
+    """It is an embedding model too small to count."""
     on_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What a model was given last, while it may be in memory."""
+    """What a model was granted last, while it may be in memory."""
 
     name: str
     address: str
-    """As the client that got it writes it."""
+    """As the client writes it."""
     by: object
-    """The policy that gave it."""
+    """The signature of the policy."""
     window: int
     size: int
     at: float
@@ -100,7 +97,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A window, and who goes or is waited for."""
+    """A window, and the models to unload or wait for."""
 
     window: int
     loads: bool = True
@@ -113,12 +110,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What is there for one model."""
+    """The memory that is there for one model."""
 
     static: int
-    """Bytes below the budget that no other model takes."""
+    """Bytes of the budget that no other model takes."""
     live: int | None
-    """Bytes that are free now; `None` where that is unknown or does not count."""
+    """Bytes that are free now; `None` if unknown or irrelevant."""
 
     @property
     def bytes(self) -> int:
@@ -144,39 +141,39 @@ class State:
     chip: str | None
     rules: Rules
     current: Resident | None
-    """The model itself, where it is in memory or on its way."""
+    """The model itself, if it is in memory or being loaded."""
     others: tuple[Resident, ...]
     elsewhere: int
-    """Bytes of models that this request can neither wait for nor unload: on other servers of this Mac, or in use by
-    requests that reach this one by another address."""
+    """Bytes of models that this request can neither wait for nor unload: those on other servers of this Mac, and those
+    in use through another address of this server."""
     coming_elsewhere: int
-    """Those of them that may not be taken yet."""
+    """The part of them that may not be taken yet."""
     slots: int
     """Parallel slots of the server."""
     promise: int
-    """The largest window that the model was given; 0 for none."""
+    """The largest window that the model was granted, or 0."""
     odd: tuple[str, ...]
-    """Loaded models for which the server reports nonsense."""
+    """Loaded models for which the server reports impossible figures."""
     seen: bool
     """Whether the server reported what it has in memory."""
     settings: M4Settings
 
     @property
     def idle(self) -> list[Resident]:
-        """Others that no request uses, the longest idle first."""
+        """Other models that no request uses, the longest idle first."""
         return sorted((each for each in self.others if not each.busy), key=lambda each: each.expires)
 
     @property
     def resident(self) -> int:
-        """Bytes of all models that are in memory, or on their way there."""
+        """Bytes of all models that are in memory or being loaded."""
         return self.elsewhere + sum(each.size for each in self.others) + (self.current.size if self.current else 0)
 
     def footprint(self, window: int, slots: int = 1) -> Footprint:
-        """The model's footprint with that window, in this server."""
+        """Estimate the model's footprint with a window, in this server."""
         return self.settings.footprint(self.shape, window, max(slots, self.slots))
 
     def room(self, gone: Sequence[Resident] = (), *, loading: bool = True) -> Room:
-        """What is there once some of the others are gone; what is free now matters only for loading."""
+        """Return the room once some other models are gone; memory that is free now matters only for loading."""
         leaving = {each.key for each in gone}
         stay = [each for each in self.others if each.key not in leaving]
         static = self.budget.static - self.elsewhere - sum(each.size for each in stay)
@@ -185,32 +182,32 @@ class State:
         free = self.readings.available(self.memory) if loading else None
         if free is None:
             return Room(static=static, live=None)
-        # Those on their way have not taken all of their memory yet; a reload gives back what the model has.
+        # Models being loaded have not taken all of their memory yet; a reload frees what the model has now.
         coming = self.coming_elsewhere + sum(each.coming for each in stay)
         back = sum(each.freed for each in gone) + (self.current.freed if self.current else 0)
         return Room(static=static, live=free + back - coming - self.budget.live_reserve)
 
     def fits(self, window: int, gone: Sequence[Resident]) -> bool:
-        """Whether the model can be loaded with that window once those are gone."""
+        """Return whether the model can be loaded with a window once some other models are gone."""
         return self.footprint(window).total <= self.room(gone).bytes
 
 
-# --- The state: limits tighten at once, and relax only after the Mac has been well for a while -----------------------
+# --- Pressure: limits tighten at once, and relax only after the Mac has been well for a while ------------------------
 
 SAMPLES: Final = 3
 SPAN: Final = 30.0
-"""Limits are relaxed after so many better samples that span so many seconds."""
+"""Limits relax after `SAMPLES` better samples over at least so many seconds."""
 SAME_SAMPLE: Final = 2.0
-"""Seconds: two looks closer than this have seen one reading."""
+"""Seconds: samples closer than this count as one."""
 SWAP_RATE: Final = 64e6
-"""Bytes per second that go out to swap, or come back from the compressor, when memory runs short."""
+"""Bytes per second to swap, or from the compressor, above which memory is short."""
 MIN_INTERVAL: Final = 1.0
-"""Seconds between two counts of pages from which a rate is taken."""
+"""Seconds between two counts of pages below which they give no rate."""
 
 
 @dataclass(slots=True)
 class _Hysteresis:
-    """One severity with hysteresis. What is unknown is no better sample."""
+    """A severity that rises at once and falls slowly. An unknown sample does not count as a better one."""
 
     level: int = 0
     _better: list[tuple[float, int]] = field(default_factory=list)
@@ -231,31 +228,31 @@ class _Hysteresis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What the state of the Mac allows. The defaults are those of one that is well."""
+    """What the pressure on the Mac allows. The defaults are those of a Mac that is well."""
 
     concurrency: int | None = None
     loaded: int | None = None
-    """Models in memory at most."""
+    """The most models in memory."""
     window: int | None = None
-    """Tokens of a model that is loaded now."""
+    """The longest window for a model that is loaded now."""
     steps: int = 0
     """Steps of the ladder to go down for a model that is loaded now."""
     keep_alive: float | None = None
     drop_idle: bool = False
-    """Every other idle model goes, whether or not its memory is needed."""
+    """Unload every other idle model, even if its memory is not needed."""
     measured: bool = True
     """Whether the pressure is known."""
     refuse: str | None = None
-    """No model is loaded now: why."""
+    """Why no model can be loaded now."""
     limit: str = ""
-    """What of the Mac refuses."""
+    """The name of the limit that refuses."""
     value: int | None = None
-    """The worst reading at which it would not."""
+    """The worst reading at which a model could be loaded."""
     retry_after: float | None = None
     reasons: tuple[str, ...] = ()
 
     def combined(self, other: Rules) -> Rules:
-        """Both: the tighter of each."""
+        """Combine two sets of rules into the tighter of each."""
         refusing = self if self.refuse else other
         return Rules(
             concurrency=_least(self.concurrency, other.concurrency),
@@ -274,7 +271,7 @@ class Rules:
 
     @property
     def description(self) -> str:
-        """Why, in one line."""
+        """All reasons in one line."""
         return "; ".join(self.reasons)
 
 
@@ -306,7 +303,7 @@ LOW_POWER: Final = Rules(concurrency=1, reasons=("low power mode is on",))
 
 
 class Watch:
-    """Remembers how the Mac was, and says what that allows."""
+    """Follows the readings of a Mac, and derives what they allow."""
 
     def __init__(self) -> None:
         self._pressure = _Hysteresis()
@@ -317,7 +314,7 @@ class Watch:
         self._rate: float | None = None
 
     def rules(self, readings: Readings) -> Rules:
-        """What the readings, and those before them, allow."""
+        """Return what these readings, and those before them, allow."""
         at = readings.at
         pressure = self._pressure.update(readings.pressure, at)
         swapping = self._swap_level(readings)
@@ -328,7 +325,7 @@ class Watch:
         return rules.combined(LOW_POWER) if saving else rules
 
     def _swap_level(self, readings: Readings) -> int:
-        """Whether pages go out, or come back faster and faster; two counts too close together mean nothing."""
+        """Return 1 if pages go out, or come back at a high and rising rate; ignore counts too close together."""
         out, back = readings.pages.get("swapouts"), readings.pages.get("decompressions")
         if out is None or back is None or readings.page is None:
             return self._swapping.update(None, readings.at)
@@ -366,33 +363,33 @@ T = TypeVar("T")
 
 
 class Ledger:
-    """What was given, promised and learned. To read or write it, hold the lock."""
+    """What was granted, promised and learned. To read or write it, hold the lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.grants: dict[Key, Grant] = {}
         self.promises: dict[Key, int] = {}
-        """The largest window that each model was given: its conversations may be as long."""
+        """The largest window that each model was granted: its conversations may be as long."""
         self.shapes: dict[Key, Shape] = {}
         self.listed: dict[Hashable, int | None] = {}
-        """The size of each state of a model by its server's list; `None` where the list lacks it."""
+        """The size of each version of a model in its server's list; `None` if the list does not have it."""
         self.slots: dict[Key, int] = {}
-        """The parallel slots that the size of each model gave away when it was last seen."""
+        """The parallel slots that follow from the last reported size of each model."""
         self.on_cpu: set[Key] = set()
         self._in_use: dict[Server, dict[str, Callable[[], Mapping[str, int]]]] = {}
-        """For each server, and each way to write its address, which models requests use."""
+        """For each server, and each way to write its address, how to get the models in use."""
 
     def register_usage(self, server: Server, address: str, in_use: Callable[[], Mapping[str, int]]) -> None:
-        """Remember how to ask which models of a server are in use; its gate lives as long as the process."""
+        """Remember how to get the models of a server that are in use."""
         self._in_use.setdefault(server, {})[address] = in_use
 
     def in_use(self, server: Server) -> set[str]:
-        """The canonical names of a server's models that requests of this process use, by whatever address."""
+        """Return the canonical names of a server's models in use, through any of its addresses."""
         counts = [in_use() for in_use in self._in_use.get(server, {}).values()]
         return {canonical_name(model) for each in counts for model, count in each.items() if count > 0}
 
     def reset_after_fork(self) -> None:
-        """In a process that was forked off: what runs, runs in the parent, and its threads hold no lock here."""
+        """Drop, in a forked process, the lock and the requests: they belong to the parent."""
         self.lock = threading.Lock()
         self._in_use = {}
 
@@ -416,7 +413,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def remember(memory: dict[K, T], key: K, value: T) -> None:
-    """Keep the newest, and drop the oldest beyond what a host can use."""
+    """Store a value as the newest, and drop the oldest beyond `MAX_REMEMBERED`."""
     memory.pop(key, None)
     memory[key] = value
     if len(memory) > MAX_REMEMBERED:
@@ -424,18 +421,18 @@ def remember(memory: dict[K, T], key: K, value: T) -> None:
 
 
 def listed_size(models: Iterable[ModelInfo], *names: str) -> int | None:
-    """Bytes of a model in a list, however its name is written there and here."""
+    """Return the size of a model in a list, by any of its names."""
     wanted = {canonical_name(name) for name in names}
     return next((each.size for each in models if each.size and canonical_name(each.name) in wanted), None)
 
 
 def is_local_server(address: str) -> bool:
-    """Whether a server is on this machine. An address that is no URL is an engine in this process."""
+    """Return whether a server is on this machine; an address that is not a URL is an engine in this process."""
     return "://" not in address or _is_local(urlsplit(address).hostname or "")
 
 
 def server_of(provider: str, address: str) -> Server:
-    """A server, however its address is written: all names of this machine are one."""
+    """Identify a server, however its address is written: all names of this machine are one."""
     try:
         parts = urlsplit(address)
         port = parts.port or PORTS.get(parts.scheme)
@@ -462,11 +459,11 @@ Way = tuple[dict[str, Any], str]
 
 
 def not_now(state: State) -> ResourceLimitExceeded:
-    """The Mac is not well enough to load a model: ask again later."""
+    """Build the error for a Mac under too much pressure to load a model."""
     rules = state.rules
     ways = list(_plan_load(state))
     return ResourceLimitExceeded(
-        f"`{state.query.model}` is not loaded now: {rules.refuse}.",
+        f"`{state.query.model}` cannot be loaded now: {rules.refuse}.",
         limit=rules.limit,
         value=rules.value,
         reason=rules.description,
@@ -478,24 +475,24 @@ def not_now(state: State) -> ResourceLimitExceeded:
             "binding": rules.limit,
             "alternatives": [way for way, _ in ways],
         },
-        hint=f"Ask again in {rules.retry_after:g} s{''.join(f', or {words}' for _, words in ways)}.",
+        hint=f"Try again in {rules.retry_after:g} s{''.join(f', or {words}' for _, words in ways)}.",
     )
 
 
 def too_large(state: State, window: int, known: Mapping[str, Shape]) -> ResourceLimitExceeded:
-    """A model does not fit, even with the least window.
+    """Build the error for a model that does not fit even with the least window.
 
     Args:
         state: what was decided on.
-        window: that least window.
-        known: other models of that server, by name.
+        window: the least window.
+        known: other models of the server, by name.
     """
     needs = state.footprint(window)
     room = state.room(state.others)
     if room.binding == "budget":
-        where = f"this Mac gives models {gb(room.bytes)} ({state.budget.description}{_elsewhere(state)})"
+        where = f"this Mac has {gb(room.bytes)} for it ({state.budget.description}{_elsewhere(state)})"
     else:
-        where = f"only {gb(room.bytes)} are free now, with {gb(state.budget.live_reserve)} kept back"
+        where = f"only {gb(room.bytes)} are free now, with {gb(state.budget.live_reserve)} in reserve"
     later = room.binding == "live" or needs.total <= room.static + state.elsewhere
     smaller = next((each for each in SMALLER_WINDOWS if each < window and state.fits(each, state.others)), None)
     ways: list[Way] = []
@@ -528,17 +525,17 @@ def too_large(state: State, window: int, known: Mapping[str, Shape]) -> Resource
 
 
 def _elsewhere(state: State) -> str:
-    return f"; models in use elsewhere on this Mac have {gb(state.elsewhere)}" if state.elsewhere else ""
+    return f"; models in use elsewhere on this Mac take {gb(state.elsewhere)}" if state.elsewhere else ""
 
 
 def _plan_load(state: State) -> Iterator[Way]:
-    """The first other model that is loaded already."""
+    """Offer the first other model that is already loaded."""
     for each in [each for each in state.others if not each.loading and not each.small][:1]:
         yield {"kind": "model", "model": each.name, "loaded": True}, f"use `{each.name}`, which is loaded"
 
 
 def _fitting(state: State, known: Mapping[str, Shape]) -> Iterator[Way]:
-    """Other models of the server that fit, and do the same."""
+    """Offer other models of the server that fit, for the same purpose."""
     for name, shape in known.items():
         same = shape.embeds == state.shape.embeds
         if same and replace(state, shape=shape).fits(state.settings.minimum_window, state.others):

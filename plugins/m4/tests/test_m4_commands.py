@@ -1,4 +1,4 @@
-"""`graftage m4`: the plan beside the published table, the picture, the watch, the recording."""
+"""`graftage m4`: the plan against the published table, the picture, the watch, the recording."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ TABLE: dict[tuple[int, int], tuple[int | None, ...]] = {
 
 
 def largest(machine: str) -> list[int | None]:
-    """What the plan gives each of the nine, in thousands; `pytest -s` shows the whole plan."""
+    """Return the largest window of each of the nine, in thousands; `pytest -s` shows the whole plan."""
     policy = graftage_m4.M4(machine=ASSETS / f"{machine}.json").policy()
     assert policy is not None
     mac = _plan.read_mac(policy)

@@ -56,7 +56,7 @@ MODELS = {info.name: info for info in (SMALL, MIDDLE, LARGE)}
 
 
 class Clock:
-    """Seconds that pass when the hour says so."""
+    """Seconds that pass on demand."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -76,7 +76,7 @@ class Held:
 
 
 class Server(FakeOllama):
-    """Ollama with models of some size: it keeps windows and time, and answers when it is told to."""
+    """Ollama with models of some size: it keeps windows and time, and replies on demand."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(models=list(MODELS))
@@ -89,21 +89,21 @@ class Server(FakeOllama):
 
     def _usual_answer(self, seen: Seen) -> Answer:
         if seen.path == "/api/show":
-            return self._json(self._described(str(seen.body["model"])))
+            return self._json(self._details(str(seen.body["model"])))
         if seen.path == "/api/ps":
-            return self._json({"models": [self._residence(name) for name in self.living()]})
+            return self._json({"models": [self._loaded_model(name) for name in self.living()]})
         if seen.path == "/api/generate" and seen.body.get("keep_alive") == 0 and not seen.body.get("prompt"):
             with self.mutex:
                 self.held.pop(seen.body["model"], None)
                 self.unloaded.append(seen.body["model"])
         if seen.path == "/api/chat":
-            return self._answered(seen)
+            return self._chat_reply(seen)
         return super()._usual_answer(seen)
 
     def _json(self, content: Mapping[str, Any]) -> Answer:
         return Answer([content], framing="none")
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _details(self, name: str) -> dict[str, Any]:
         info = MODELS[name]
         details = {"format": "gguf", "family": "test", "quantization_level": "Q4_K_M", "parameter_size": ""}
         return {
@@ -113,13 +113,13 @@ class Server(FakeOllama):
         }
 
     def size(self, name: str, window: int) -> int:
-        """What a model really takes."""
+        """Return the bytes that a model really takes."""
         shape = read_shape(MODELS[name])
         assert shape is not None
         return footprint(shape, window).total
 
     def living(self) -> dict[str, Held]:
-        """Models in memory, after those have left whose time is over."""
+        """Return the models in memory, after expired ones have left."""
         with self.mutex:
             for name, held in list(self.held.items()):
                 if not held.working and self.clock() - held.used >= held.keep_alive:
@@ -127,10 +127,10 @@ class Server(FakeOllama):
             return dict(self.held)
 
     def total(self) -> int:
-        """Bytes that all models really take."""
+        """Return the bytes that all models really take."""
         return sum(self.size(name, held.window) for name, held in self.living().items())
 
-    def _residence(self, name: str) -> dict[str, Any]:
+    def _loaded_model(self, name: str) -> dict[str, Any]:
         held = self.held[name]
         size = int(self.size(name, held.window) * 0.9)
         expires = START + timedelta(seconds=held.used + held.keep_alive)
@@ -145,7 +145,7 @@ class Server(FakeOllama):
             "context_length": held.window,
         }
 
-    def _answered(self, seen: Seen) -> Answer:
+    def _chat_reply(self, seen: Seen) -> Answer:
         name, window = seen.body["model"], seen.body["options"]["num_ctx"]
         gate = threading.Event()
         self.living()
@@ -161,7 +161,7 @@ class Server(FakeOllama):
         return Answer([first, gate, last])
 
     def finish(self, name: str) -> None:
-        """A caller has its answer."""
+        """Note that a caller has its reply."""
         with self.mutex:
             if held := self.held.get(name):
                 held.working -= 1
@@ -169,7 +169,7 @@ class Server(FakeOllama):
 
 
 class Inhabited:
-    """The recorded Mac, with the server's models in its memory beside what was recorded."""
+    """The recorded Mac, with the server's models in its memory."""
 
     def __init__(self, recorded: Recorded, server: Server) -> None:
         self.recorded = recorded
@@ -200,7 +200,7 @@ class Minute:
 
 
 class Hour:
-    """Twenty callers, one minute after the other."""
+    """Twenty callers, minute by minute."""
 
     def __init__(self, server: Server, clock: Clock, llm: Any, most: int) -> None:
         self.server, self.clock, self.llm, self.most = server, clock, llm, most
@@ -212,7 +212,7 @@ class Hour:
         self.windows: dict[str, list[int]] = {}
 
     def call(self, model: str, window: int | None) -> str:
-        """One caller's question; what became of it."""
+        """Make one call, and return its outcome."""
         try:
             with self.llm.chat("?", model=model, context_window=window, stream=True) as stream:
                 for _ in stream:
@@ -225,7 +225,7 @@ class Hour:
         return self.answered(stream.reply)
 
     def answered(self, reply: Reply) -> str:
-        """Note the window that was given."""
+        """Note the window that was granted."""
         assert reply.limits is not None
         given = self.windows.setdefault(reply.model, [])
         if not given or given[-1] != reply.limits.context_window:
@@ -233,12 +233,12 @@ class Hour:
         return "answered"
 
     def settle(self) -> None:
-        """Wait until every call waits, is being answered, or has ended."""
+        """Wait until every call waits, runs, or has ended."""
         end = time.monotonic() + 20
 
         calm = 0
         while calm < 2:
-            assert time.monotonic() < end, "a call neither waits nor is answered"
+            assert time.monotonic() < end, "a call neither waits nor runs"
             time.sleep(0.001)
             open_ones = sum(not each.done() for each in self.calls.values())
             calm = calm + 1 if open_ones == self.llm.stats().waiting + len(self.server.answering) else 0
@@ -246,7 +246,7 @@ class Hour:
         assert self.server.total() <= self.most
 
     def start(self, minute: Minute) -> None:
-        """Some of those who have nothing to do ask something."""
+        """Let some idle callers make a call."""
         for caller in range(CALLERS):
             free = caller not in self.calls
             if free and self.random.random() < 0.6:
@@ -257,7 +257,7 @@ class Hour:
                 self.settle()
 
     def answer(self, minute: Minute) -> None:
-        """Twenty seconds pass, and those that are being answered are done."""
+        """Let twenty seconds pass, and finish the running calls."""
         self.clock.now += 20
         with self.server.mutex:
             gates, self.server.answering = self.server.answering, []
@@ -270,7 +270,7 @@ class Hour:
                 del self.calls[caller]
 
     def minute(self) -> Minute:
-        """One minute."""
+        """Run one minute."""
         minute = Minute()
         before = len(self.server.unloaded)
         self.start(minute)
@@ -282,18 +282,18 @@ class Hour:
         return minute
 
     def end(self) -> None:
-        """Answer everybody who is left."""
+        """Finish all remaining calls."""
         while self.calls:
             self.answer(Minute())
         self.threads.shutdown()
 
 
 def show(line: str) -> None:
-    """Tell it to whoever runs `pytest -s`."""
+    """Print a line for `pytest -s`."""
     sys.stdout.write(f"{line}\n")
 
 
-def told(number: int, minute: Minute, readings: Any, server: Server, most: int) -> str:
+def report(number: int, minute: Minute, readings: Any, server: Server, most: int) -> str:
     models = ", ".join(f"{name}@{held.window}" for name, held in server.living().items()) or "-"
     ended = ", ".join(f"{count} {what}" for what, count in sorted(minute.ended.items())) or "-"
     gone = f"; unloaded {', '.join(minute.unloaded)}" if minute.unloaded else ""
@@ -319,7 +319,7 @@ def test_budget_holds_for_an_hour() -> None:
             for number in range(60):
                 clock.now = number * 60.0
                 minutes.append(hour.minute())
-                show(told(number, minutes[-1], collector.readings(), server, budget.static))
+                show(report(number, minutes[-1], collector.readings(), server, budget.static))
             hour.end()
             stats = llm.stats()
     show(f"{dict(hour.outcomes)}; unloaded {len(server.unloaded)}, loaded again {server.reloads}")
@@ -332,7 +332,7 @@ def test_budget_holds_for_an_hour() -> None:
     assert max(minute.waiting for minute in minutes) > 0
     assert server.unloaded
     assert (stats.running, stats.waiting) == (0, 0)
-    # While pressure is critical nothing is loaded: whoever is answered had a model in memory.
+    # While pressure is critical nothing is loaded: only callers of loaded models get replies.
     assert sum(minute.ended["answered"] for minute in minutes[34:40]) < sum(
         minute.ended["answered"] for minute in minutes[4:10]
     )

@@ -1,4 +1,4 @@
-"""The plan as a picture: names and lines keep apart, whatever the models and the machine."""
+"""The plan as a picture: labels and lines do not overlap, for any models and machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TestPicture:
         assert len(root.findall(f"{SPACE}path")) == 1
         lines = [line.attrib["points"].split() for line in root.iter(f"{SPACE}polyline")]
         tops = sorted(sum(point.endswith(",50.0") for point in points) for points in lines)
-        assert tops == [0, 1], "none runs along the edge"
+        assert tops == [0, 1], "no line runs along the edge"
 
     def test_size_follows_names(self) -> None:
         name = "owner/" + "long-" * 20 + "name:30b"
@@ -72,8 +72,8 @@ class TestPicture:
         assert policy is not None
         mac = _plan.read_mac(policy)
         assert mac is not None
-        none = replace(mac, live=0, budget=replace(mac.budget, static=0))
-        assert ET.fromstring(_plan.picture({"m:1": SMALL}, none, policy)).tag == f"{SPACE}svg"
+        empty = replace(mac, live=0, budget=replace(mac.budget, static=0))
+        assert ET.fromstring(_plan.picture({"m:1": SMALL}, empty, policy)).tag == f"{SPACE}svg"
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.85, "fits"), (0.95, "tight"), (1.05, "no")])

@@ -1,4 +1,4 @@
-"""The policy: what it gives, what it refuses, and that no sequence of events passes the budget."""
+"""The policy: what it grants and refuses, and that no sequence of events exceeds the budget."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ MODELS = {each.name: each for each in (SMALL, MIDDLE, LARGE, HUGE, EMBEDDER)}
 
 
 class Mac:
-    """A Mac that a test makes feel well or ill."""
+    """A Mac whose readings a test sets."""
 
     def __init__(self, gigabytes: float = 16, *, free: float | None = None, cap: float | None = None) -> None:
         self.memory = int(gigabytes * GIB)
@@ -132,7 +132,7 @@ class Mac:
 
 
 class Desk:
-    """Asks a policy as the core does."""
+    """Asks a policy for limits, as the core does."""
 
     def __init__(self, mac: Mac, address: str = "http://127.0.0.1:11434", plugin: Any = None, **settings: Any) -> None:
         self.mac = mac
@@ -140,8 +140,8 @@ class Desk:
         self.plugin = plugin or graftage_m4.M4(runner=mac, clock=mac.clock, **settings)
         self.loaded: dict[str, LoadedModel] = {}
         self.used: Counter[str] = Counter()
-        self.tells = True
-        """Whether the server tells what it has in memory."""
+        self.reports = True
+        """Whether the server reports which models are loaded."""
 
     def ask(self, info: ModelInfo | None, window: int | None = None, **more: Any) -> Limits:
         query = LimitsQuery(
@@ -151,7 +151,7 @@ class Desk:
             model=info.name if info else "unknown:1",
             context_window=window,
             model_info=lambda: info,
-            loaded_models=lambda: tuple(self.loaded.values()) if self.tells else None,
+            loaded_models=lambda: tuple(self.loaded.values()) if self.reports else None,
             in_use=lambda: {name: count for name, count in self.used.items() if count},
             **more,
         )
@@ -159,10 +159,12 @@ class Desk:
         assert isinstance(answer, Limits)
         return answer
 
-    def load(self, info: ModelInfo, window: int, *, minutes: float = 5, part: float = 1.0, told: float = 1.0) -> None:
+    def load(
+        self, info: ModelInfo, window: int, *, minutes: float = 5, part: float = 1.0, reported: float = 1.0
+    ) -> None:
         shape = read_shape(info)
         assert shape is not None
-        size = int(footprint(shape, window).counted * told)
+        size = int(footprint(shape, window).counted * reported)
         self.loaded[info.name] = LoadedModel(
             name=info.name,
             size=size,
@@ -172,7 +174,7 @@ class Desk:
         )
 
     def give(self, info: ModelInfo, window: int | None = None, **more: Any) -> Limits:
-        """Ask, and load the model as it was given."""
+        """Ask, and load the model as granted."""
         limits = self.ask(info, window, **more)
         for name in limits.unload:
             self.loaded.pop(name, None)
@@ -303,14 +305,14 @@ class TestPlugin:
 
 
 def mlx(level: str | None, **facts: Any) -> ModelInfo:
-    """A model for Apple silicon as Ollama shows it: its size is not told, and half of its bytes are its parameters."""
+    """A model for Apple silicon as Ollama shows it: without a size, and with parameters as half of its bytes."""
     metadata = {"general.architecture": "gemma4", "gemma4.context_length": 131_072,
                 "general.parameter_count": 3_800_000_000}  # fmt: skip
-    told = {
+    reported = {
         "architecture": "gemma4", "quantization": level, "metadata": metadata,
         "tensors": {"a": (12_000_000, 1000)}, "raw": {"details": {"format": "safetensors"}}, **facts,
     }  # fmt: skip
-    return ModelInfo(name="gemma4:12b-mlx", **told)
+    return ModelInfo(name="gemma4:12b-mlx", **reported)
 
 
 LEVELS = ["int4", "int8", "mxfp4", "mxfp8", "nvfp4", "INT4", "IQ1_S", "IQ2_XXS", "IQ3_M", "TQ1_0", "TQ2_0", "unknown",
@@ -344,7 +346,7 @@ class TestListedSize:
         listed = (replace(MIDDLE, size=size),)
         limits = Desk(Mac(16)).ask(MIDDLE, models=lambda: listed)
         assert limits.context_window == Desk(Mac(16)).ask(MIDDLE).context_window
-        assert limits.warnings == ("What is reported of `llama3.1:8b` is odd, and not believed: size.",)
+        assert limits.warnings == ("Impossible figures of `llama3.1:8b` are ignored: size.",)
 
     def test_name_is_canonical(self) -> None:
         models = (ModelInfo(name="registry.ollama.ai/library/gemma4:latest", size=7_600_000_000),)
@@ -359,7 +361,7 @@ class TestListedSize:
         assert "estimated from 12.0 billion parameters of 5.0 bits" in limits.warnings[0]
         limits = Desk(Mac(8)).ask(mlx("unknown"), 65_536, models=models)
         assert limits.context_window is None
-        assert "not known: nothing that was asked is lowered or refused" in limits.warnings[0]
+        assert "not known: nothing requested is lowered or refused" in limits.warnings[0]
 
     def test_list_is_read_once_per_state(self) -> None:
         asked = []
@@ -404,7 +406,7 @@ class TestRefusal:
         assert (error.limit, error.value) == ("memory", error.details["available"])
         assert error.details["required"] == size_of(HUGE, 4096) > error.details["available"]
         assert (error.details["binding"], error.details["retryable"]) == ("budget", False)
-        assert "`llama3.3:70b` needs 46.6 GB with a window of 4096 tokens; this Mac gives models 15.8 GB" in str(error)
+        assert "`llama3.3:70b` needs 46.6 GB with a window of 4096 tokens; this Mac has 15.8 GB for it" in str(error)
         assert error.details["alternatives"] == [{"kind": "model", "model": "qwen3:4b", "loaded": True}]
         assert "Use `qwen3:4b`, which is loaded" in str(error)
         assert "`force=True`" in str(error)
@@ -478,9 +480,9 @@ class TestLoadedWindow:
         assert desk.give(MIDDLE, 8192).context_window == 8192
         for _ in range(3):
             assert desk.ask(MIDDLE).context_window == 8192
-        assert "is loaded with it" in desk.ask(MIDDLE).reasons["context_window"]
+        assert "is loaded with this window" in desk.ask(MIDDLE).reasons["context_window"]
         desk.loaded.clear()
-        assert desk.ask(MIDDLE).context_window == 8192, "the conversation goes on although the model had left"
+        assert desk.ask(MIDDLE).context_window == 8192, "the conversation goes on after the model left"
 
     def test_grows_with_warning_if_it_fits(self) -> None:
         desk = Desk(Mac(24))
@@ -564,25 +566,25 @@ class TestOtherModels:
 
 
 class TestUnseen:
-    """A server that does not report what it has in memory."""
+    """A server that does not report which models are loaded."""
 
     def test_models_are_used_one_by_one(self) -> None:
         desk = Desk(Mac(24))
-        desk.tells = False
+        desk.reports = False
         first = desk.ask(MIDDLE, 8192)
-        assert "does not report what it has in memory" in first.warnings[0]
+        assert "does not report which models are loaded" in first.warnings[0]
         second = desk.ask(SMALL, 4096)
         assert (second.unload, second.loaded_models) == ((MIDDLE.name,), 1)
         desk.used[SMALL.name] = 1
         assert desk.ask(MIDDLE, 8192).wait_for == (SMALL.name,)
         desk.used.clear()
-        desk.tells = True
+        desk.reports = True
         seen = desk.ask(SMALL, 4096)
         assert (seen.unload, seen.warnings) == ((), ())
 
     def test_model_expires(self) -> None:
         desk = Desk(Mac(16))
-        desk.tells = False
+        desk.reports = False
         desk.ask(MIDDLE, 8192)
         assert desk.ask(SMALL, 4096).unload == (MIDDLE.name,)
         desk.mac.now = 100_000.0
@@ -591,7 +593,7 @@ class TestUnseen:
     @pytest.mark.parametrize(("later", "gone"), [(800, (MIDDLE.name,)), (1400, (MIDDLE.name,)), (1600, ())])
     def test_expiry_includes_longest_call(self, later: float, gone: tuple[str, ...]) -> None:
         desk = Desk(Mac(24))
-        desk.tells = False
+        desk.reports = False
         assert desk.ask(MIDDLE, 8192).keep_alive == 900
         desk.mac.now += later
         assert desk.ask(SMALL, 4096).unload == gone
@@ -601,7 +603,7 @@ class TestUnseen:
         desk.give(MIDDLE, 8192)
         desk.loaded.clear()
         desk.give(SMALL, 4096)
-        desk.tells = False
+        desk.reports = False
         assert desk.ask(LARGE, 4096).unload == (SMALL.name,)
 
 
@@ -621,7 +623,7 @@ class TestReported:
     def test_understated_size_is_not_believed(self) -> None:
         desk = Desk(Mac(24))
         desk.ask(MIDDLE, 32_768)
-        desk.load(MIDDLE, 32_768, told=0.3)
+        desk.load(MIDDLE, 32_768, reported=0.3)
         desk.used["llama3.1:8b"] = 1
         assert desk.ask(LARGE, 4096).wait_for == ("llama3.1:8b",)
 
@@ -641,8 +643,8 @@ class TestReported:
         budget = budget_of(collector.static(), collector.readings())
         assert budget is not None
         room = budget.static - size_of(SMALL, 4096)
-        for told, gone in ((room - RUNTIME, ()), (room - RUNTIME // 2, ("other:1",))):
-            desk.loaded = {"other:1": LoadedModel(name="other:1", size=told, accelerator_size=told)}
+        for reported, gone in ((room - RUNTIME, ()), (room - RUNTIME // 2, ("other:1",))):
+            desk.loaded = {"other:1": LoadedModel(name="other:1", size=reported, accelerator_size=reported)}
             assert desk.ask(SMALL, 4096).unload == gone
 
 
@@ -662,7 +664,7 @@ class TestLedger:
             elsewhere.ask(SMALL)
         assert caught.value.details["retryable"] is True
         first.used.clear()
-        assert elsewhere.ask(SMALL).context_window, "its server may be no more, where one only acts as a Mac"
+        assert elsewhere.ask(SMALL).context_window, "with a machine file, its server may be gone"
 
     def test_custom_clock_starts_empty(self) -> None:
         file, mac = ASSETS / "mini-16-macos15.json", Mac()
@@ -723,7 +725,7 @@ class TestPromise:
         desk.give(MIDDLE, 32_768)
         desk.loaded.clear()
         desk.mac.pressure, desk.mac.now = 2, 10.0
-        for _ in range(3):  # The first of them may have failed before anybody could read it.
+        for _ in range(3):  # The first reply may have failed before it was read.
             limits = desk.give(MIDDLE)
             assert limits.warnings == (
                 "The window of `llama3.1:8b` is 8192 instead of 32768, memory pressure is at warning.",
@@ -747,15 +749,15 @@ class TestPromise:
         back = desk.ask(MIDDLE)
         assert back.context_window == 4096
         assert "is 4096 instead of 16384" in back.warnings[0]
-        assert desk.ask(MIDDLE, 4096).warnings == (), "who asked for it himself knows"
+        assert desk.ask(MIDDLE, 4096).warnings == (), "the caller asked for it"
 
     def test_warns_while_over_budget(self) -> None:
         desk = Desk(Mac(16))
         desk.give(MIDDLE, 131_072, force=True)
         for _ in range(2):
-            assert "Models have 23.9 GB, and may have 10.4 GB" in desk.give(MIDDLE).warnings[0]
+            assert "Models use 23.9 GB, more than their budget of 10.4 GB" in desk.give(MIDDLE).warnings[0]
         desk.loaded.clear()
-        assert not any("Models have" in each for each in desk.give(MIDDLE).warnings)
+        assert not any("Models use" in each for each in desk.give(MIDDLE).warnings)
 
 
 ODD_FIGURES: list[dict[str, Any]] = [
@@ -774,7 +776,7 @@ class TestOddFigures:
     def test_wrong_slots_are_forgotten(self) -> None:
         desk = Desk(Mac(24))
         desk.give(MIDDLE, 8192)
-        desk.load(MIDDLE, 8192, told=1.9)
+        desk.load(MIDDLE, 8192, reported=1.9)
         during = desk.ask(SMALL, 131_072).context_window or 0
         desk.load(MIDDLE, 8192)
         assert during < (desk.ask(SMALL, 131_072).context_window or 0) == 40_960
@@ -786,8 +788,8 @@ class TestOddFigures:
         desk.loaded[MIDDLE.name] = replace(desk.loaded[MIDDLE.name], **figures)
         limits = desk.ask(MIDDLE)
         assert limits.context_window in (8192, 16_384)
-        assert "odd figures for what it has in memory, which are not believed: 'llama3.1:8b'" in limits.warnings[-1]
-        assert "odd figures" in desk.ask(SMALL, 4096).warnings[-1]
+        assert "Impossible figures of loaded models are ignored: 'llama3.1:8b'" in limits.warnings[-1]
+        assert "Impossible figures of loaded models" in desk.ask(SMALL, 4096).warnings[-1]
 
     def test_nameless_model_counts(self) -> None:
         desk = Desk(Mac(16))
@@ -822,7 +824,7 @@ class TestOddFigures:
         odd = replace(odd, context_window=-1, metadata={**odd.metadata, **changed})
         limits = Desk(Mac(16)).ask(odd)
         assert 4096 <= (limits.context_window or 0) <= 32_768
-        assert "What is reported of `odd:1` is odd, and not believed:" in limits.warnings[0]
+        assert "Impossible figures of `odd:1` are ignored:" in limits.warnings[0]
 
 
 def ill(**how: Any) -> Desk:
@@ -853,7 +855,7 @@ class TestPressure:
         with pytest.raises(ResourceLimitExceeded, match=r"critical.*30 s.*`llama3\.1:8b`") as caught:
             desk.ask(LARGE)
         assert (caught.value.limit, caught.value.details["retry_after"]) == ("memory_pressure", 30)
-        assert desk.ask(MIDDLE, 16_384).context_window == 8192, "and nothing is loaded again with more"
+        assert desk.ask(MIDDLE, 16_384).context_window == 8192, "and it is not loaded again with more"
 
     def test_swapping_lowers_window(self) -> None:
         desk = Desk(Mac(24))
@@ -983,10 +985,10 @@ class BudgetMachine(RuleBasedStateMachine):
         self.budget = budget
         self.settle()
 
-    # What is true
+    # Facts
 
     def windows(self) -> dict[tuple[str, str], int]:
-        """Each model that is in memory or admitted, with the largest window it has or is about to have."""
+        """Return the models in memory or admitted, with the largest window that each has or will have."""
         found = {
             (address, name): each.context_window or 0
             for address, desk in self.desks.items()
@@ -1003,7 +1005,7 @@ class BudgetMachine(RuleBasedStateMachine):
         return footprint(shape, window, slots=self.slots).total
 
     def settle(self) -> None:
-        """Let the Mac's free memory follow from what is loaded."""
+        """Derive the Mac's free memory from what is loaded."""
         held = sum(
             self.size(name, each.context_window or 0)
             for desk in self.desks.values()
@@ -1011,7 +1013,7 @@ class BudgetMachine(RuleBasedStateMachine):
         )
         self.mac.free = max(self.mac.memory - self.others - held, 0)
 
-    # What happens
+    # Events
 
     @rule(
         server=st.sampled_from(["http://127.0.0.1:11434", "engine"]),
@@ -1041,25 +1043,25 @@ class BudgetMachine(RuleBasedStateMachine):
         self.expires[server, name] = limits.keep_alive or 0
 
     def coming(self) -> int:
-        """Bytes that models which were admitted will still take."""
+        """Return the bytes that admitted models will still take."""
         return sum(
             self.size(name, window) - self.has(server, name) for (server, name), window in self.windows().items()
         )
 
     def has(self, server: str, name: str) -> int:
-        """Bytes that a model has taken."""
+        """Return the bytes that a model has taken."""
         loaded = self.desks[server].loaded.get(name)
         return self.size(name, loaded.context_window or 0) if loaded else 0
 
     @precondition(lambda self: any(not each.loaded for each in self.requests))
-    @rule(data=st.data(), told=st.floats(0.5, 1.0))
-    def load(self, data: st.DataObject, told: float) -> None:
+    @rule(data=st.data(), reported=st.floats(0.5, 1.0))
+    def load(self, data: st.DataObject, reported: float) -> None:
         """The server loads the model of a request, and may understate its size."""
         each = data.draw(st.sampled_from([each for each in self.requests if not each.loaded]))
         each.loaded = True
         shape = read_shape(MODELS[each.model])
         assert shape is not None
-        size = int(footprint(shape, each.window, slots=self.slots).counted * told)
+        size = int(footprint(shape, each.window, slots=self.slots).counted * reported)
         self.desks[each.server].loaded[each.model] = LoadedModel(
             name=each.model, size=size, accelerator_size=size, context_window=each.window, expires_at=START
         )
@@ -1074,7 +1076,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @rule(server=st.sampled_from(["http://127.0.0.1:11434", "engine"]))
     def crash(self, server: str) -> None:
-        """The server falls: its models are gone, and its requests have failed."""
+        """The server crashes: its models are gone, and its requests have failed."""
         self.desks[server].loaded.clear()
         self.desks[server].used.clear()
         self.requests = [each for each in self.requests if each.server != server]
@@ -1091,7 +1093,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @rule(gigabytes=st.floats(1.0, 12.0))
     def other_programs(self, gigabytes: float) -> None:
-        """What other programs hold changes, before the policy looks again."""
+        """The memory of other programs changes before the policy reads it again."""
         self.others = int(gigabytes * GIB)
         self.mac.now += 3
         self.settle()
@@ -1106,7 +1108,7 @@ class BudgetMachine(RuleBasedStateMachine):
             self.settle()
 
     @invariant()
-    def the_budget_is_never_passed(self) -> None:
+    def budget_is_never_exceeded(self) -> None:
         if hasattr(self, "budget"):
             total = sum(self.size(name, window) for (_, name), window in self.windows().items())
             assert total <= self.budget.static

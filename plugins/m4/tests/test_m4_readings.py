@@ -1,4 +1,4 @@
-"""What a Mac tells: parsed strictly, kept for its natural life, recorded without names, replayed anywhere."""
+"""Readings of a Mac: parsed strictly, reused while valid, recorded without names, replayed anywhere."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ METAL = '{"recommended_working_set": 12713115648, "largest_buffer": 9534832640}\
 
 
 def outputs(**changed: Output | str) -> dict[str, Output]:
-    """A whole moment of a Mac that is well, with changes."""
+    """All outputs of a Mac that is well, with changes."""
     usual: dict[str, Output | str] = {
         "metal": METAL,
         "memory": MEMORY,
@@ -82,7 +82,7 @@ def outputs(**changed: Output | str) -> dict[str, Output]:
 
 
 class Script:
-    """A runner that answers as it is told, and counts."""
+    """A runner with scripted outputs that counts its calls."""
 
     def __init__(self, **answers: Output | str) -> None:
         self.answers = outputs(**answers)
@@ -94,7 +94,7 @@ class Script:
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """Seconds that pass on demand."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -107,7 +107,7 @@ UNKNOWN: list[tuple[str, Output | str, str]] = [
     ("pressure", MEMORY.replace("level: 1", "level: 3"), "memory"),
     ("pressure", MEMORY.replace("kern.memorystatus_vm_pressure_level: 1\n", ""), "memory"),
     ("pressure", Output(MEMORY, exit=1), "memory"),
-    ("pressure", Output(exit=1, problem="no answer within 2 s"), "memory"),
+    ("pressure", Output(exit=1, problem="no output within 2 s"), "memory"),
     ("available_percent", MEMORY.replace("71", "171"), "memory"),
     ("wired_limit", MEMORY.replace("iogpu.wired_limit_mb: 0\n", ""), "memory"),
     ("wired_limit", MEMORY.replace("mb: 0", "mb: -1"), "memory"),
@@ -196,7 +196,7 @@ class TestCollector:
         script = Script(thermal="com.apple.system.thermalpressurelevel: Failed with code 9\n",
                         process='{"thermal_state": 1, "low_power": 1}')  # fmt: skip
         readings = Collector(script).readings()
-        # `fair` can be moderate or heavy, and is taken for the worse.
+        # `fair` can be moderate or heavy, and counts as heavy.
         assert (readings.thermal, readings.low_power) == (2, False)
         assert "process" in script.ran
 
@@ -248,20 +248,20 @@ class TestLive:
         slow.write_text("#!/bin/sh\nexec sleep 60\n")
         slow.chmod(slow.stat().st_mode | stat.S_IEXEC)
         hung = Live().run(Reading("slow", (str(slow),), 1.0, ".*", limit=0.1))
-        assert (hung.exit, hung.problem) == (1, "no answer within 0.1 s")
+        assert (hung.exit, hung.problem) == (1, "no output within 0.1 s")
         missing = Live().run(Reading("missing", (str(tmp_path / "none"),), 1.0, ".*"))
-        assert "cannot be run" in missing.problem
+        assert "cannot run" in missing.problem
 
     @pytest.mark.skipif(sys.platform == "win32", reason="runs a script")
     def test_environment_is_not_inherited(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SECRET_OF_THE_HOST", "s3cret")
-        script = tmp_path / "tell"
+        script = tmp_path / "show"
         script.write_text("#!/bin/sh\ncat\n/usr/bin/env\n")
         script.chmod(script.stat().st_mode | stat.S_IEXEC)
-        told = Live().run(Reading("tell", (str(script),), 1.0, ".*"))
-        assert told.exit == 0
-        assert "s3cret" not in told.stdout
-        assert "LC_ALL=C" in told.stdout
+        output = Live().run(Reading("show", (str(script),), 1.0, ".*"))
+        assert output.exit == 0
+        assert "s3cret" not in output.stdout
+        assert "LC_ALL=C" in output.stdout
 
     def test_frozen_application_runs_no_probe(self) -> None:
         assert "no Python" in Live().run(Reading("metal", ("", "-I"), 1.0, ".*")).problem
@@ -269,7 +269,7 @@ class TestLive:
     def test_programs_have_paths_and_timeouts(self) -> None:
         assert all(Path(reading.argv[0]).is_absolute() and 0 < reading.limit <= 5 for reading in READINGS.values())
 
-    @pytest.mark.skipif(sys.platform == "darwin", reason="there the probe answers")
+    @pytest.mark.skipif(sys.platform == "darwin", reason="the probe works there")
     def test_probe_fails_cleanly_elsewhere(self) -> None:
         output = Live().run(READINGS["metal"])
         assert output.exit != 0
@@ -321,7 +321,11 @@ class TestMachineFile:
     def test_pipe_or_folder_is_refused(self, tmp_path: Path) -> None:
         pipe = tmp_path / "pipe.json"
         os.mkfifo(pipe)
-        for path, says in ((pipe, "no file"), (tmp_path, "no file"), (tmp_path / "none.json", "no such file")):
+        for path, says in (
+            (pipe, "regular file"),
+            (tmp_path, "regular file"),
+            (tmp_path / "none.json", "no such file"),
+        ):
             with pytest.raises(SettingsError, match=says):
                 read_machine(path)
 
@@ -337,7 +341,7 @@ USUAL = {
     (16, 15): 9.7, (16, 26): 10.8, (24, 15): 14.7, (24, 26): 16.3, (32, 15): 19.6, (32, 26): 23.0,
     (48, 15): 33.1, (48, 26): 34.4, (64, 15): 44.2, (64, 26): 47.7,
 }  # fmt: skip
-"""What models may have on a dedicated Mac, in GiB: Metal's working set less 8 %."""
+"""What models may use on a dedicated Mac, in GiB: Metal's working set less 8 %."""
 
 
 class TestBudget:
@@ -353,12 +357,12 @@ class TestBudget:
     @pytest.mark.parametrize(("gigabytes", "system"), [key for key in USUAL if key != (48, 15)])
     def test_fallback_is_below_metal(self, gigabytes: int, system: int) -> None:
         collector = Collector(Recorded(read_machine(ASSETS / f"mini-{gigabytes}-macos{system}.json")))
-        told = budget_of(collector.static(), collector.readings())
+        stated = budget_of(collector.static(), collector.readings())
         assumed = budget_of(collector.static(), Readings())
-        assert told is not None
+        assert stated is not None
         assert assumed is not None
         assert assumed.source == "table"
-        assert assumed.cap <= told.cap * 1.001
+        assert assumed.cap <= stated.cap * 1.001
 
     @pytest.mark.parametrize("system", [None, "15.4", "26.4", "27.0", "nonsense"])
     def test_grows_with_memory(self, system: str | None) -> None:
