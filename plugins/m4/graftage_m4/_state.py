@@ -49,6 +49,7 @@ ALIVE = 300.0
 MLX_RESERVE = 3 * GIB
 """While it reads a prompt, MLX briefly takes far more than its cache."""
 
+N = TypeVar("N", int, float)
 Server: TypeAlias = tuple[str, str]
 """Provider and address."""
 Key: TypeAlias = tuple[str, str, str]
@@ -275,9 +276,8 @@ class Rules:
         return "; ".join(self.reasons)
 
 
-def _least(*values: float | None) -> int | None:
-    known = [value for value in values if value is not None]
-    return min(known) if known else None  # type: ignore[return-value] # a keep-alive may be a float
+def _least(one: N | None, other: N | None) -> N | None:
+    return min((value for value in (one, other) if value is not None), default=None)
 
 
 WELL: Final = Rules()
