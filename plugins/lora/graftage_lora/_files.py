@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Files", "Opened", "Refused", "read_adapter", "read_model"]
+__all__ = ["CheckedFile", "Files", "Refused", "read_adapter", "read_model"]
 
 ADAPTER_HEAD: Final = 1 << 22
 """Bytes that an adapter's head may have: it carries no vocabulary, and a model beside it is soon known by its own."""
@@ -64,7 +64,7 @@ def _open(path: Path, within: Path | None) -> int:
         raise Refused(f"`{path.name}` cannot be opened: {error.strerror}") from None
 
 
-class Opened:
+class CheckedFile:
     """A file that is read from front to back, no further than its size, and hashed on the way.
 
     Raises:
@@ -161,7 +161,7 @@ class Opened:
 # --- Heads of GGUF files ---------------------------------------------------------------------------------------------
 
 
-def read_adapter(file: Opened) -> gguf.Header:
+def read_adapter(file: CheckedFile) -> gguf.Header:
     """The head of an adapter; the file is then at the end of the table of tensors.
 
     Raises:
@@ -170,7 +170,7 @@ def read_adapter(file: Opened) -> gguf.Header:
     return _read(file, ADAPTER_HEAD)
 
 
-def read_model(file: Opened) -> gguf.Header:
+def read_model(file: CheckedFile) -> gguf.Header:
     """The same of a model.
 
     Raises:
@@ -179,7 +179,7 @@ def read_model(file: Opened) -> gguf.Header:
     return _read(file, gguf.MAX_HEAD)
 
 
-def _read(file: Opened, most: int) -> gguf.Header:
+def _read(file: CheckedFile, most: int) -> gguf.Header:
     try:
         return gguf.read(file, file.size, most=most)
     except GgufError as error:

@@ -40,7 +40,7 @@ __all__ = [
     "Part",
     "Shape",
     "gguf_name",
-    "heads",
+    "head_count",
     "is_placed",
     "judge",
     "layer_of",
@@ -106,7 +106,7 @@ def kind_of(tensor: str) -> str:
     return match[2] if match and match[2] else tensor.removesuffix(".weight")
 
 
-def heads(metadata: Mapping[str, Any], tensor: str) -> int | None:
+def head_count(metadata: Mapping[str, Any], tensor: str) -> int | None:
     """How many heads the rows of a tensor are divided into; `None` if that is not known."""
     architecture = metadata.get("general.architecture")
     count = metadata.get(f"{architecture}.attention.head_count")
@@ -229,7 +229,7 @@ class Lora:
         stated = metadata.get("general.architecture")
         if self.facts.layout == "gguf" or not is_reordered(stated, part.tensor):
             return part.b
-        return reorder(part.b, _divisor(part, metadata))
+        return reorder(part.b, _heads_of(part, metadata))
 
     def digest(self, metadata: Mapping[str, Any]) -> str:
         """`sha256:…` over the content that acts: names, scales, and the numbers as F32, rows in the original order.
@@ -240,23 +240,23 @@ class Lora:
         found = hashlib.sha256(b"graftage-lora 1\n")
         found.update(f"{self.facts.invocation}\n".encode())
         for part in self.parts:
-            rows, order = self._original(part, metadata)
+            rows, order = self._original_rows(part, metadata)
             found.update(f"{part.tensor} {part.a.shape} {part.b.shape} {part.scale:.6g} {order}\n".encode())
             for data in (part.a, rows):
                 found.update(np.ascontiguousarray(data, "<f4").data)
         return f"sha256:{found.hexdigest()}"
 
-    def _original(self, part: Part, metadata: Mapping[str, Any]) -> tuple[Array, str]:
+    def _original_rows(self, part: Part, metadata: Mapping[str, Any]) -> tuple[Array, str]:
         if self.facts.layout != "gguf" or not is_reordered(self.facts.architecture, part.tensor):
             return part.b, ""
         try:
-            return restore(part.b, _divisor(part, metadata)), ""
+            return restore(part.b, _heads_of(part, metadata)), ""
         except Refused:
             return part.b, "reordered"
 
 
-def _divisor(part: Part, metadata: Mapping[str, Any]) -> int:
-    count = heads(metadata, part.tensor)
+def _heads_of(part: Part, metadata: Mapping[str, Any]) -> int:
+    count = head_count(metadata, part.tensor)
     if count is None:
         raise Refused(f"the base model does not say how many heads `{part.tensor}` has")
     if len(part.b) % (2 * count):
@@ -291,8 +291,8 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
         reason = "the provider says nothing about the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
-    warnings = (*facts.warnings, *_hints((facts.base_model, meant_for), base))
-    found = [*_architecture(facts, base.metadata), *_by_layer(facts.shapes, base)]
+    warnings = (*facts.warnings, *_name_warnings((facts.base_model, meant_for), base))
+    found = [*_check_architecture(facts, base.metadata), *_check_layers(facts.shapes, base)]
     contradictions = tuple(reason for kind, reason in found if kind == "contradiction")
     gaps = tuple(reason for kind, reason in found if kind == "gap")
     if contradictions:
@@ -300,7 +300,7 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
     return Verdict(status="unknown" if gaps else "compatible", reasons=gaps, warnings=warnings)
 
 
-def _architecture(facts: Facts, metadata: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_architecture(facts: Facts, metadata: Mapping[str, Any]) -> Iterator[Finding]:
     architecture = metadata["general.architecture"]
     if facts.architecture is not None and facts.architecture != architecture:
         yield (
@@ -312,11 +312,11 @@ def _architecture(facts: Facts, metadata: Mapping[str, Any]) -> Iterator[Finding
         yield "gap", f"its modules cannot be placed in the architecture `{architecture}`, only in {known}"
 
 
-def _by_layer(shapes: Iterable[Shape], base: ModelInfo) -> Iterator[Finding]:
+def _check_layers(shapes: Iterable[Shape], base: ModelInfo) -> Iterator[Finding]:
     """One finding for all the layers that share it."""
     layers: dict[tuple[Finding, str], list[int]] = defaultdict(list)
     for shape in shapes:
-        for finding in _part(shape, base):
+        for finding in _check_part(shape, base):
             layer = layer_of(shape.tensor)
             layers[finding, _label(shape.tensor)].append(-1 if layer is None else layer)
     for ((kind, text), tensor), found in layers.items():
@@ -336,7 +336,7 @@ def _span(layers: list[int]) -> str:
     return f" of the {len(layers)} layers from {layers[0]} to {layers[-1]}" if whole else f" of {len(layers)} layers"
 
 
-def _part(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
+def _check_part(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if not is_placed(shape.tensor):
         yield "gap", "is no module that can be placed"
         return
@@ -345,13 +345,13 @@ def _part(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if layer is not None and isinstance(count, int) and layer >= count:
         yield "contradiction", f"lies beyond the base model's {count} layers"
         return
-    yield from _ends(shape, base)
-    yield from _sides(shape, base)
-    if is_reordered(metadata["general.architecture"], shape.tensor) and heads(metadata, shape.tensor) is None:
+    yield from _check_ends(shape, base)
+    yield from _check_shape(shape, base)
+    if is_reordered(metadata["general.architecture"], shape.tensor) and head_count(metadata, shape.tensor) is None:
         yield "gap", "has rows in an order that depends on the number of heads, which is not known"
 
 
-def _ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
+def _check_ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if shape.tensor not in (EMBEDDING, OUTPUT):
         return
     if base.tensors is None:
@@ -360,12 +360,12 @@ def _ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         yield "contradiction", "changes one end of a model whose ends are tied: embedding and output are one tensor"
 
 
-def _sides(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
+def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if base.tensors is not None and shape.tensor not in base.tensors:
-        if shape.tensor != OUTPUT:  # `_ends` has said so
-            yield _absent(shape, base.tensors)
+        if shape.tensor != OUTPUT:  # `_check_ends` has said so
+            yield _missing_tensor(shape, base.tensors)
         return
-    sides = base.tensors[shape.tensor] if base.tensors is not None else _derived(base.metadata, shape.tensor)
+    sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         yield "gap", "has a shape in the base model that is not known"
         return
@@ -374,7 +374,7 @@ def _sides(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
             yield "contradiction", f"has {own} {side}, and in the base model {other}"
 
 
-def _absent(shape: Shape, tensors: Mapping[str, Any]) -> Finding:
+def _missing_tensor(shape: Shape, tensors: Mapping[str, Any]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in FUSED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
@@ -382,7 +382,7 @@ def _absent(shape: Shape, tensors: Mapping[str, Any]) -> Finding:
     return "contradiction", "is not there in the base model"
 
 
-def _derived(metadata: Mapping[str, Any], tensor: str) -> tuple[int | None, ...]:
+def _expected_shape(metadata: Mapping[str, Any], tensor: str) -> tuple[int | None, ...]:
     """Inputs and outputs of a tensor by the model's figures, as llama.cpp derives them."""
     architecture, layer = metadata["general.architecture"], layer_of(tensor)
 
@@ -429,7 +429,7 @@ QUANTISED: Final = re.compile(
 SIZE: Final = re.compile(r"\b\d+(\.\d+)?[bm]\b")
 
 
-def _hints(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:
+def _name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:
     names = [
         base.name,
         *(each for each in (base.metadata.get("general.basename"), base.parent) if isinstance(each, str)),
@@ -437,19 +437,19 @@ def _hints(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:
     return tuple(
         f"It was made for `{each}` by name, and the base model is `{base.name}`: check that they are one model."
         for each in dict.fromkeys(filter(None, stated))
-        if all(_differ(each, name) for name in names)
+        if all(_surely_differ(each, name) for name in names)
     )
 
 
-def _differ(left: str, right: str) -> bool:
+def _surely_differ(left: str, right: str) -> bool:
     """Whether two names surely mean two models: by family or size, as far as both state them."""
-    (family, size), (other, other_size) = _name(left), _name(right)
+    (family, size), (other, other_size) = _family_and_size(left), _family_and_size(right)
     if size and other_size and size != other_size:
         return True
     return bool(family and other) and not family.startswith(other) and not other.startswith(family)
 
 
-def _name(text: str) -> tuple[str, str]:
+def _family_and_size(text: str) -> tuple[str, str]:
     """Family and size in a model's name: owner, file system and quantisation do not count."""
     last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
     words = QUANTISED.sub(" ", re.sub(r"[:\s-]+", " ", last))

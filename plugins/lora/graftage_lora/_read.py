@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import numpy as np
 
 from graftage.gguf import MAGIC, Header, Tensor, bytes_of
-from graftage_lora._files import Files, Opened, Refused, read_adapter
+from graftage_lora._files import CheckedFile, Files, Refused, read_adapter
 from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, checked_scale, gguf_name
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def read(files: Files, *, max_bytes: int = MAX_BYTES) -> Lora:
     Raises:
         Refused: it is malformed, unsafe, or of a kind that is not supported.
     """
-    with Opened(files.weights, within=files.within, limit=max_bytes) as file:
+    with CheckedFile(files.weights, within=files.within, limit=max_bytes) as file:
         start = file.peek(8)
         if start.startswith(MAGIC):
             return _read_gguf(file)
@@ -62,7 +62,7 @@ def stated_base(files: Files) -> str | None:
     try:
         if files.config is not None:
             return _config_base(_config(files))
-        with Opened(files.weights, within=files.within) as file:
+        with CheckedFile(files.weights, within=files.within) as file:
             return _gguf_base(read_adapter(file).metadata)
     except Refused:
         return None
@@ -84,7 +84,7 @@ def _refuse_pickle(start: bytes, name: str) -> None:
 def _config(files: Files) -> dict[str, Any]:
     if files.config is None or not files.config.exists():
         raise Refused("there is no `adapter_config.json` beside it, which states the scale", "Copy it there.")
-    with Opened(files.config, within=files.within, limit=MAX_CONFIG) as file:
+    with CheckedFile(files.config, within=files.within, limit=MAX_CONFIG) as file:
         return _json(bytes(file.rest()), f"`{file.name}`")
 
 
@@ -123,15 +123,15 @@ def _config_base(config: Mapping[str, Any]) -> str | None:
     return _text(config, "base_model_name_or_path") or _text(config, "model")
 
 
-def _figure(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A finite number that is not zero: a scale of zero would change nothing."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not _finite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not _is_finite(value):
         raise Refused(f"`{key}` is {str(value)[:40]}; it must be a finite number other than 0")
     return float(value)
 
 
-def _finite(value: float) -> bool:
+def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float
@@ -154,7 +154,7 @@ REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "monteclora_config": "it samples its weights",
     "velora_config": "it projects its inputs",
 }
-REFUSED_STARTS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REFUSED_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to initialise that change the base model too: saved as they are, the two halves are not the whole change."""
 
 
@@ -171,7 +171,7 @@ def _check_peft(config: Mapping[str, Any]) -> None:
     if config.get("bias", "none") not in ("none", None):
         raise Refused("`bias` is set: it trains the biases of the base model")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(REFUSED_STARTS):
+    if isinstance(start, str) and start.lower().startswith(REFUSED_INITS):
         raise Refused(
             f"it was initialised by `{start[:40]}`, which changes the base model as well",
             "Save it with `path_initial_model_for_weight_conversion`.",
@@ -181,17 +181,17 @@ def _check_peft(config: Mapping[str, Any]) -> None:
 def _peft_scales(config: Mapping[str, Any]) -> Scales:
     """PEFT: alpha / r, or alpha / sqrt(r) where it is rank-stabilised; patterns give single modules their own."""
     rank = _rank(config.get("r"), "r")
-    alpha = _figure(config, "lora_alpha")
+    alpha = _number(config, "lora_alpha")
     ranks = {key: _rank(value, "rank_pattern") for key, value in _pattern(config, "rank_pattern").items()}
     alphas = {
-        key: _figure({"alpha_pattern": value}, "alpha_pattern")
+        key: _number({"alpha_pattern": value}, "alpha_pattern")
         for key, value in _pattern(config, "alpha_pattern").items()
     }
     power = 0.5 if config.get("use_rslora") else 1.0
 
     def scale(module: str) -> tuple[int, float]:
-        own = _matching(ranks, module, rank)
-        return own, _matching(alphas, module, alpha) / own**power
+        own = _match_pattern(ranks, module, rank)
+        return own, _match_pattern(alphas, module, alpha) / own**power
 
     return scale
 
@@ -207,7 +207,7 @@ def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found
 
 
-def _matching(figures: Mapping[str, Any], module: str, default: Any) -> Any:
+def _match_pattern(figures: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's `get_pattern_key`: the first key that is the module's name, or the end of it after a dot."""
     for key, value in figures.items():
         name = key.removeprefix("^")
@@ -228,7 +228,7 @@ def _mlx_scales(config: Mapping[str, Any]) -> Scales:
     if not isinstance(parameters, dict):
         raise Refused("it has no `lora_parameters`, which state the scale")
     rank = _rank(parameters["rank"], "rank") if "rank" in parameters else None
-    scale = _figure(parameters, "scale", 20.0)
+    scale = _number(parameters, "scale", 20.0)
     if "alpha" in parameters and parameters["alpha"] != rank:
         # Releases of 2024 multiplied by alpha / rank; later ones ignore an alpha that an old configuration still has.
         raise Refused(
@@ -251,7 +251,7 @@ def _invocation(value: Any) -> tuple[int, ...]:
 
 PEFT_NAME: Final = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?([AB])(?:\.[\w-]+?)??(\.weight)?")
 MLX_NAME: Final = re.compile(r"(.+)\.lora_([ab])")
-LEFTOVERS: Final = {
+UNEXPECTED: Final = {
     "lora_magnitude_vector": "a DoRA magnitude",
     ".bias": "a bias",
     "modules_to_save": "a saved module",
@@ -259,7 +259,7 @@ LEFTOVERS: Final = {
 }
 
 
-def _read_safetensors(file: Opened, config: Mapping[str, Any]) -> Lora:
+def _read_safetensors(file: CheckedFile, config: Mapping[str, Any]) -> Lora:
     layout: Literal["peft", "mlx"]
     if "peft_type" in config:
         layout, check, scales, named = "peft", _check_peft, _peft_scales, _peft_half
@@ -276,7 +276,7 @@ def _read_safetensors(file: Opened, config: Mapping[str, Any]) -> Lora:
         tensor = gguf_name(module)
         modules[tensor] = module
         _add(halves, tensor, half, array)
-    parts = _parts(halves, lambda tensor: scale(modules[tensor]))
+    parts = _pair(halves, lambda tensor: scale(modules[tensor]))
     return _lora(
         parts,
         layout=layout,
@@ -289,7 +289,7 @@ def _read_safetensors(file: Opened, config: Mapping[str, Any]) -> Lora:
 def _peft_half(name: str, data: Array) -> tuple[str, str, Array]:
     match = PEFT_NAME.fullmatch(name)
     if match is None or bool(match[2]) == bool(match[4]):
-        raise Refused(_leftover(name))
+        raise Refused(_unexpected(name))
     half = match[3].lower()
     if match[2]:
         # PEFT's embedding adds (B @ A) turned over: its halves change places.
@@ -302,19 +302,19 @@ def _mlx_half(name: str, data: Array) -> tuple[str, str, Array]:
         raise Refused("it is a DoRA adapter, which no server of ours can apply")
     match = MLX_NAME.fullmatch(name)
     if match is None:
-        raise Refused(_leftover(name))
+        raise Refused(_unexpected(name))
     if gguf_name(match[1]) == EMBEDDING:
         # mlx-lm's embedding looks rows of its `lora_a` up by token: that is our B, as it stands.
         return match[1], "b" if match[2] == "a" else "a", data
     return match[1], match[2], data.T
 
 
-def _leftover(name: str) -> str:
-    what = next((words for part, words in LEFTOVERS.items() if part in name), "not one half of a LoRA pair")
+def _unexpected(name: str) -> str:
+    what = next((words for part, words in UNEXPECTED.items() if part in name), "not one half of a LoRA pair")
     return f"the tensor `{name[:120]}` is {what}"
 
 
-def _safetensors(file: Opened) -> dict[str, Array]:
+def _safetensors(file: CheckedFile) -> dict[str, Array]:
     """The tensors of a safetensors file, by the rules of its reference reader and a few more for adapters."""
     if file.size < 8:  # The length of the length
         raise Refused(f"`{file.name}` is too short to be safetensors")
@@ -330,13 +330,13 @@ def _safetensors(file: Opened) -> dict[str, Array]:
         raise Refused("its `__metadata__` is not a table of texts")
     if not table:
         raise Refused("it holds no tensors")
-    places = {name: _place(name, entry) for name, entry in table.items()}
+    places = {name: _check_entry(name, entry) for name, entry in table.items()}
     _check_ranges(places, file.left)
     data = file.rest()
     return {name: _array(name, data[start:end], kind, shape) for name, (kind, shape, start, end) in places.items()}
 
 
-def _place(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
+def _check_entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
     label = f"the tensor `{name[:120]}`"
     if len(name) > MAX_NAME:
         raise Refused(f"{label} has a name of {len(name)} characters; at most {MAX_NAME} are allowed")
@@ -345,9 +345,9 @@ def _place(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in FLOATS:
         raise Refused(f"{label} has the type {str(kind)[:20]}; supported are F32, F16 and BF16")
-    if not _whole(shape, 2) or not all(1 <= side < MAX_SIDE for side in shape):
+    if not _are_integers(shape, 2) or not all(1 <= side < MAX_SIDE for side in shape):
         raise Refused(f"{label} has the shape {str(shape)[:60]}; expected are two sides, each at least 1")
-    if not _whole(offsets, 2) or not 0 <= offsets[0] < offsets[1]:
+    if not _are_integers(offsets, 2) or not 0 <= offsets[0] < offsets[1]:
         raise Refused(f"{label} has the data_offsets {str(offsets)[:60]}")
     width = np.dtype(FLOATS[kind]).itemsize
     if shape[0] * shape[1] * width != offsets[1] - offsets[0]:
@@ -355,7 +355,7 @@ def _place(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
     return FLOATS[kind], (shape[0], shape[1]), offsets[0], offsets[1]
 
 
-def _whole(value: Any, count: int) -> bool:
+def _are_integers(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(type(each) is int for each in value)
 
 
@@ -374,7 +374,7 @@ def _check_ranges(places: Mapping[str, tuple[str, tuple[int, int], int, int]], s
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _read_gguf(file: Opened) -> Lora:
+def _read_gguf(file: CheckedFile) -> Lora:
     header = read_adapter(file)
     keys = header.metadata
     if not header.is_adapter:
@@ -385,10 +385,10 @@ def _read_gguf(file: Opened) -> Lora:
         raise Refused("it does not state its `general.architecture`")
     halves, skipped = _gguf_halves(file, header)
     alpha = keys.get("adapter.lora.alpha", 0.0)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _finite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _is_finite(alpha):
         raise Refused(f"its `adapter.lora.alpha` is {str(alpha)[:40]}")
     # llama.cpp: alpha / rank, and plain 1 where alpha is 0 or missing.
-    parts = _parts(halves, lambda tensor: (None, alpha / halves[tensor]["b"].shape[1] if alpha else 1.0))
+    parts = _pair(halves, lambda tensor: (None, alpha / halves[tensor]["b"].shape[1] if alpha else 1.0))
     return _lora(
         parts,
         layout="gguf",
@@ -402,7 +402,7 @@ def _read_gguf(file: Opened) -> Lora:
     )
 
 
-def _gguf_halves(file: Opened, header: Header) -> tuple[Halves, int]:
+def _gguf_halves(file: CheckedFile, header: Header) -> tuple[Halves, int]:
     file.take(header.data - file.position if header.data <= file.size else 0, "padding")
     data = file.rest()
     halves: Halves = {}
@@ -411,7 +411,7 @@ def _gguf_halves(file: Opened, header: Header) -> tuple[Halves, int]:
         name, _, half = tensor.name.rpartition(".lora_")
         if half not in ("a", "b"):
             if not tensor.name.endswith("_norm.weight"):
-                raise Refused(_leftover(tensor.name))
+                raise Refused(_unexpected(tensor.name))
             skipped += 1
             continue
         if len(tensor.shape) != 2:
@@ -460,7 +460,7 @@ def _add(halves: Halves, tensor: str, half: str, array: Array) -> None:
     pair[half] = array
 
 
-def _parts(halves: Halves, scale: Scales) -> list[Part]:
+def _pair(halves: Halves, scale: Scales) -> list[Part]:
     parts = []
     for tensor, pair in sorted(halves.items()):
         if missing := {"a", "b"} - set(pair):

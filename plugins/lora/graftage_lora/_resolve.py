@@ -24,10 +24,10 @@ from graftage.exceptions import (
 from graftage.gguf import Header
 from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
 from graftage_lora import _write
-from graftage_lora._files import Files, Opened, Refused, read_model
+from graftage_lora._files import CheckedFile, Files, Refused, read_model
 from graftage_lora._lora import Facts, Lora, judge
 from graftage_lora._read import read, stated_base
-from graftage_lora._sources import Found, Passed, Reference, chain, parse
+from graftage_lora._sources import Found, NotKnown, Reference, chain, parse
 from graftage_lora._write import Progress
 
 if TYPE_CHECKING:
@@ -59,22 +59,22 @@ class Resolver:
         """
         try:
             reference = parse(request.reference)
-        except Passed as reason:
+        except NotKnown as reason:
             raise _not_found(ascii(request.reference[:80]), [str(reason)]) from None
         try:
             found = self._find(reference)
             if isinstance(found, Found):
-                return self._checked(found, reference, request)
-            return self._served(reference, request, found)
+                return self._from_files(found, reference, request)
+            return self._from_server(reference, request, found)
         except Refused as error:
-            raise invalid(request.reference, error) from None
+            raise invalid_adapter(request.reference, error) from None
 
     def known(self) -> Iterator[AdapterInfo]:
         """What all sources know; a broken one hides only itself."""
         for source in self._sources:
             try:
                 found = list(source.known())
-            except (Passed, Refused, OSError):
+            except (NotKnown, Refused, OSError):
                 continue
             for each in found:
                 yield AdapterInfo(
@@ -91,13 +91,13 @@ class Resolver:
         for source in self._sources:
             try:
                 return source.find(reference)
-            except Passed as reason:
+            except NotKnown as reason:
                 passed.append(f"{source.name}: {reason}")
             except OSError as error:
                 passed.append(f"{source.name}: {error.strerror or error}")
         return passed
 
-    def _checked(self, found: Found, reference: Reference, request: ResolveRequest) -> FileAdapter:
+    def _from_files(self, found: Found, reference: Reference, request: ResolveRequest) -> FileAdapter:
         base = request.base()
         facts, digest = self._facts(found, base)
         for pin in (reference.digest, found.digest):
@@ -119,7 +119,7 @@ class Resolver:
         """Facts and digest, remembered as long as the file system says that the files are the same."""
         metadata = base.metadata if base is not None else {}
         with self._lock:  # of several callers one reads, and the others find it
-            key = (_signature(found.files), found.scale, _order(metadata))
+            key = (_signature(found.files), found.scale, _row_order(metadata))
             if key not in self._read:
                 lora = load(found.files, found.scale, self._settings)
                 if _signature(found.files) != key[0]:
@@ -130,15 +130,15 @@ class Resolver:
                 self._read.popitem(last=False)
             return self._read[key]
 
-    def _served(self, reference: Reference, request: ResolveRequest, passed: list[str]) -> ServedAdapter:
+    def _from_server(self, reference: Reference, request: ResolveRequest, passed: list[str]) -> ServedAdapter:
         """The last source: a model of the server that carries an adapter already."""
         try:
-            model = _model(reference.text, request)
+            model = _served_model(reference.text, request)
         except (RequestRejected, CapabilityUnsupported) as error:
             raise _not_found(reference.text, [*passed, f"server: {error.message}"]) from None
         if model is None:
             why = "it has no model of that name"
-        elif found := served(model, request.base()):
+        elif found := served_adapter(model, request.base()):
             _require_served(reference.digest, found.digest)
             return found
         else:
@@ -146,7 +146,7 @@ class Resolver:
         raise _not_found(reference.text, [*passed, f"server: {why}"])
 
 
-def _model(name: str, request: ResolveRequest) -> ModelInfo | None:
+def _served_model(name: str, request: ResolveRequest) -> ModelInfo | None:
     """A model of the server; a path, or what no server takes for a name, is not sent to it."""
     if name == request.model:
         return request.base()
@@ -170,7 +170,7 @@ def _signature(files: Files) -> tuple[tuple[int, ...], ...]:
         raise Refused(f"it cannot be read: {error.strerror}") from None
 
 
-def _order(metadata: Mapping[str, Any]) -> str:
+def _row_order(metadata: Mapping[str, Any]) -> str:
     """What the digest depends on beside the files: how the base model orders rows."""
     architecture = metadata.get("general.architecture")
     heads = [metadata.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv")]
@@ -193,7 +193,7 @@ def _require_served(pin: str | None, digest: str) -> None:
 # --- What a provider is given ----------------------------------------------------------------------------------------
 
 
-def _silent(_written: int, _total: int) -> None:
+def _no_progress(_written: int, _total: int) -> None:
     """The `on_progress` of a merge that is not watched."""
 
 
@@ -207,7 +207,7 @@ def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
     return lora if scale is None else lora.scaled(scale)
 
 
-def invalid(name: str, error: Refused) -> AdapterInvalid:
+def invalid_adapter(name: str, error: Refused) -> AdapterInvalid:
     """The error of an adapter that cannot be used."""
     return AdapterInvalid(
         f"The adapter `{name}` cannot be used: {error.reason}.",
@@ -250,12 +250,12 @@ class FileAdapter:
         """
         lora = self._read()
         try:
-            with self._typed("written"):
-                return _write.store(_write.pieces(lora, base.metadata), self.settings.cache, _slug(self.name))
+            with self._translate_errors("written"):
+                return _write.store(_write.encode(lora, base.metadata), self.settings.cache, _slug(self.name))
         except Refused as error:
             raise self._unsupported(error) from None
 
-    def merge(self, base_file: Path, out: Path, on_progress: Progress = _silent) -> Path:
+    def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:
         """Write the base model with the adapter merged into it to `out`; nothing is left of it where that fails.
 
         It costs about 0.1 s of one core for each million numbers that the adapter touches, and the memory of a few
@@ -273,22 +273,22 @@ class FileAdapter:
             AdapterError: the disk is full, or a file cannot be read or written.
         """
         lora = self._read()
-        watched = _Watched(on_progress)
+        progress = _SafeProgress(on_progress)
         try:
-            with self._typed("merged"), Opened(base_file) as base:
-                header = self._base_header(base, base_file, out)
-                return self._merged(lora, base, header, out, watched)
+            with self._translate_errors("merged"), CheckedFile(base_file) as base:
+                header = self._read_base(base, base_file, out)
+                return self._merged(lora, base, header, out, progress)
         except Refused as error:
             raise self._unsupported(error) from None
         except _Stopped:
-            raise watched.error from None  # type: ignore[misc] # it is set wherever that is raised
+            raise progress.error from None  # type: ignore[misc] # it is set wherever that is raised
 
-    def _merged(self, lora: Lora, base: Opened, header: Header, out: Path, watched: Progress) -> Path:
+    def _merged(self, lora: Lora, base: CheckedFile, header: Header, out: Path, progress: Progress) -> Path:
         self._require_fit(header, base.name)
         kind = self.settings.merge_type
-        return _write.merge(base, header, lora, out, digest=self.digest, kind=kind, on_progress=watched)
+        return _write.merge(base, header, lora, out, digest=self.digest, kind=kind, on_progress=progress)
 
-    def _base_header(self, base: Opened, base_file: Path, out: Path) -> Header:
+    def _read_base(self, base: CheckedFile, base_file: Path, out: Path) -> Header:
         if out.exists() and out.samefile(base_file):
             raise Refused("the merged model would take the place of its base model", "Choose another file.")
         header = read_model(base)
@@ -311,20 +311,20 @@ class FileAdapter:
 
     def _read(self) -> Lora:
         try:
-            with self._typed("read"):
+            with self._translate_errors("read"):
                 lora = load(self.files, self.given_scale, self.settings)
             if lora.facts != self.facts:
                 raise Refused("its files changed after it was checked", "Resolve it again.")
         except Refused as error:
-            raise invalid(self.name, error) from None
+            raise invalid_adapter(self.name, error) from None
         return lora
 
     @contextmanager
-    def _typed(self, done: str) -> Iterator[None]:
+    def _translate_errors(self, done: str) -> Iterator[None]:
         """Turn what the system refuses into an error of the contract."""
         try:
             yield
-        except (OSError, MemoryError, _write.NoRoom) as error:
+        except (OSError, MemoryError, _write.DiskFull) as error:
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise AdapterError(
                 f"The adapter `{self.name}` could not be {done}: {words}.", reference=self.name
@@ -343,7 +343,7 @@ class _Stopped(Exception):
     """`on_progress` raised an error."""
 
 
-class _Watched:
+class _SafeProgress:
     """Progress whose own errors are kept apart from those of the work."""
 
     def __init__(self, on_progress: Progress) -> None:
@@ -385,7 +385,7 @@ class ServedAdapter:
         """
         raise self._unsupported()
 
-    def merge(self, base_file: Path, out: Path, on_progress: Progress = _silent) -> Path:  # noqa: ARG002 - as above
+    def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:  # noqa: ARG002 - as above
         """No file of it is known.
 
         Raises:
@@ -401,7 +401,7 @@ class ServedAdapter:
         )
 
 
-def served(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:
+def served_adapter(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:
     """The adapter that a model carries: as a layer of its own, or merged by us; `None` where it carries none."""
     digest, scale = model.metadata.get(_write.DIGEST), model.metadata.get(_write.SCALE)
     if not isinstance(digest, str):
@@ -412,12 +412,12 @@ def served(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:
         name=model.name,
         digest=digest,
         scale=float(scale) if isinstance(scale, (int, float)) else 1.0,
-        verdict=_of_served(model, base),
+        verdict=_served_verdict(model, base),
         served_as=model.name,
     )
 
 
-def _of_served(model: ModelInfo, base: ModelInfo | None) -> Verdict:
+def _served_verdict(model: ModelInfo, base: ModelInfo | None) -> Verdict:
     if base is None:
         return Verdict(status="unknown", reasons=("the provider says nothing about the base model",))
     own, other = (each.architecture or each.metadata.get("general.architecture") for each in (model, base))

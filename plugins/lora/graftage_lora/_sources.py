@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftage.settings import nearest
-from graftage_lora._files import Files, Opened, Refused, read_adapter
+from graftage_lora._files import CheckedFile, Files, Refused, read_adapter
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
 
-__all__ = ["Found", "Passed", "Reference", "Source", "chain", "parse"]
+__all__ = ["Found", "NotKnown", "Reference", "Source", "chain", "parse"]
 
 REGISTRY: Final = "adapters.toml"
 PROJECT: Final = Path(".graftage") / "adapters"
@@ -41,7 +41,7 @@ MAX_REVISION: Final = 256
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
-class Passed(Exception):
+class NotKnown(Exception):
     """Why a source does not know a reference."""
 
 
@@ -69,10 +69,10 @@ def parse(text: str) -> Reference:
     """Read a reference: `name`, `name@digest`, `hf://owner/name`, or a path.
 
     Raises:
-        Passed: it is none of these on any system.
+        NotKnown: it is none of these on any system.
     """
     if not text.strip() or len(text) > MAX_REFERENCE or any(unicodedata.category(each)[0] == "C" for each in text):
-        raise Passed("it is empty, too long, or holds control characters")
+        raise NotKnown("it is empty, too long, or holds control characters")
     match = PINNED.fullmatch(text)
     # After a repository, bare hex is a commit.
     if match and (match[2] or not text.startswith(HUB)):
@@ -85,7 +85,7 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def problem_of(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """Why a text is no name; `None` where it is one, on every system."""
     if "/" in name or "\\" in name:
         return "it has separators of a path in it"
@@ -119,7 +119,7 @@ class Source(Protocol):
         """The files of a reference.
 
         Raises:
-            Passed: it is not known here.
+            NotKnown: it is not known here.
             Refused: it is, and the answer is no.
         """
         ...
@@ -138,8 +138,8 @@ def chain(settings: LoraSettings) -> tuple[Source, ...]:
     return (Paths(allowed=settings.paths), Registry(settings.registry, hub, trusted=True), *folders, hub)
 
 
-def _contained(path: Path, folder: Path) -> Files:
-    if outside(path, folder):
+def _locate_inside(path: Path, folder: Path) -> Files:
+    if is_outside(path, folder):
         raise Refused(f"`{path.name}` leads out of its folder", f"Bind it by its path in the user's own {REGISTRY}.")
     return locate(path, within=folder)
 
@@ -159,14 +159,14 @@ class Paths:
         """The files at a path."""
         text = reference.text
         if reference.is_hub or not re.search(r"[/\\]", text):
-            raise Passed("it is no path; `./` before it would make it one")
+            raise NotKnown("it is no path; `./` before it would make it one")
         if not self._allowed:
-            raise Passed("paths are switched off (`paths`)")
+            raise NotKnown("paths are switched off (`paths`)")
         if text.startswith("\\\\"):
-            raise Passed("it is on another machine")
+            raise NotKnown("it is on another machine")
         path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
-            raise Passed("there is no such file or folder")
+            raise NotKnown("there is no such file or folder")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
         return Found(name=name or text, reference=text, source=self.name, files=locate(path))
 
@@ -189,15 +189,15 @@ class Folder:
     def find(self, reference: Reference) -> Found:
         """The files of a name."""
         name = reference.name
-        if problem := problem_of(name):
-            raise Passed(problem)
+        if problem := name_problem(name):
+            raise NotKnown(problem)
         names = {composed(entry): entry for entry in self._names()}
         if bound := self._registry.get(name):
             return replace(bound, source=self.name)
         for entry in (name, f"{name}.gguf"):
             if entry in names:
                 return self._found(name, names[entry])
-        raise Passed(_missing(name, names))
+        raise NotKnown(_not_listed(name, names))
 
     def known(self) -> Iterator[Found]:
         """All adapters in the folder."""
@@ -207,26 +207,26 @@ class Folder:
         taken = {each.name for each in bound}
         for entry in names:
             name = composed(entry).removesuffix(".gguf")
-            if name not in taken and problem_of(name) is None and self._is_adapter(entry):
+            if name not in taken and name_problem(name) is None and self._is_adapter(entry):
                 taken.add(name)
                 yield self._found(name, entry)
 
     def _is_adapter(self, entry: str) -> bool:
         try:
-            files = _contained(self._folder / entry, self._folder)
+            files = _locate_inside(self._folder / entry, self._folder)
         except (Refused, OSError):
             return False
         return files.config is not None or is_adapter(files.weights, self._folder)
 
     def _found(self, name: str, entry: str) -> Found:
-        files = _contained(self._folder / entry, self._folder)
+        files = _locate_inside(self._folder / entry, self._folder)
         return Found(name=name, reference=name, source=self.name, files=files)
 
     def _names(self) -> list[str]:
         try:
-            return entries(self._folder)
+            return list_folder(self._folder)
         except FileNotFoundError:
-            raise Passed("the folder is not there") from None
+            raise NotKnown("the folder is not there") from None
 
 
 def _by_name(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,11 +237,11 @@ def _by_name(document: Mapping[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _missing(name: str, names: Iterable[str]) -> str:
+def _not_listed(name: str, names: Iterable[str]) -> str:
     others = [each for each in names if each.removesuffix(".gguf").casefold() == name.casefold()]
     return f"there is `{others[0]}`, written otherwise" if others else "there is no such entry"
 
@@ -280,11 +280,11 @@ class Registry:
 
     def find(self, reference: Reference) -> Found:
         """The files of a name."""
-        if problem := problem_of(reference.name):
-            raise Passed(problem)
+        if problem := name_problem(reference.name):
+            raise NotKnown(problem)
         if found := self.get(reference.name):
             return found
-        raise Passed(f"it is not in {self._path}")
+        raise NotKnown(f"it is not in {self._path}")
 
     def get(self, name: str) -> Found | None:
         """The files of a name, or `None`.
@@ -298,7 +298,7 @@ class Registry:
     def known(self) -> Iterator[Found]:
         """All names whose files are there."""
         for name, entry in self._document().items():
-            if problem_of(name) is None:
+            if name_problem(name) is None:
                 with contextlib.suppress(Refused):
                     yield self._found(name, entry)
 
@@ -306,21 +306,22 @@ class Registry:
         within = None if self._trusted else self._path.parent
         try:
             self._path.lstat()
-            with Opened(self._path, within=within, limit=MAX_REGISTRY, empty=True) as file:
+            with CheckedFile(self._path, within=within, limit=MAX_REGISTRY, empty=True) as file:
                 return _by_name(tomllib.loads(bytes(file.rest()).decode("utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (Refused, OSError, ValueError, RecursionError) as error:
             raise Refused(
-                f"{self._path}, which may bind that name, cannot be read: {_words(error)}", "Mend it, or move it away."
+                f"{self._path}, which may bind that name, cannot be read: {_error_text(error)}",
+                "Mend it, or move it away.",
             ) from None
 
     def _found(self, name: str, entry: Any) -> Found:
         binding = self._binding(name, entry)
         try:
             files = self._files(binding.path)
-        except (Passed, OSError) as error:
-            raise Refused(f"{self._path} binds it to `{binding.path[:200]}`: {_words(error)}") from None
+        except (NotKnown, OSError) as error:
+            raise Refused(f"{self._path} binds it to `{binding.path[:200]}`: {_error_text(error)}") from None
         return Found(
             name=name,
             reference=name,
@@ -353,7 +354,7 @@ class Registry:
             return self._hub.find(Reference(text=path)).files
         folder = self._path.parent
         whole = folder / (os.path.expanduser(path) if self._trusted else path)  # noqa: PTH111 - not at its beginning only
-        return locate(whole) if self._trusted else _contained(whole, folder)
+        return locate(whole) if self._trusted else _locate_inside(whole, folder)
 
 
 # --- The cache of Hugging Face ---------------------------------------------------------------------------------------
@@ -370,11 +371,11 @@ class Hub:
     def find(self, reference: Reference) -> Found:
         """The files of a repository."""
         if not reference.is_hub:
-            raise Passed(f"it does not begin with `{HUB}`")
+            raise NotKnown(f"it does not begin with `{HUB}`")
         repository, _, revision = reference.text.removeprefix(HUB).partition("@")
         parts = repository.split("/")
         if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
-            raise Passed(f"`{HUB}` is followed by an owner and a name, and perhaps `@` and a revision")
+            raise NotKnown(f"`{HUB}` is followed by an owner and a name, and perhaps `@` and a revision")
         return self._found(parts[0], parts[1], revision)
 
     def known(self) -> Iterator[Found]:
@@ -384,21 +385,21 @@ class Hub:
             if kind == "models" and name and _is_hub_part(owner) and _is_hub_part(name[0]):
                 try:
                     yield self._found(owner, name[0], "")
-                except (Refused, Passed, OSError):
+                except (Refused, NotKnown, OSError):
                     continue
 
     def _found(self, owner: str, name: str, revision: str) -> Found:
         entry = f"models--{owner}--{name}"
         names = self._names()
         if entry not in names:
-            raise Passed(f"{self._folder} does not have it; download it with `hf download {owner}/{name}`")
+            raise NotKnown(f"{self._folder} does not have it; download it with `hf download {owner}/{name}`")
         folder = self._folder / entry
         commit = revision if COMMIT.fullmatch(revision) else _commit(folder, revision or "main")
         snapshot = folder / "snapshots" / commit
         if not snapshot.is_dir():
-            raise Passed(f"{self._folder} does not have its revision {revision or 'main'}")
+            raise NotKnown(f"{self._folder} does not have its revision {revision or 'main'}")
         text = f"{HUB}{owner}/{name}" + (f"@{revision}" if revision else "")
-        return Found(name=name, reference=text, source=self.name, files=_contained(snapshot, folder))
+        return Found(name=name, reference=text, source=self.name, files=_locate_inside(snapshot, folder))
 
     def _names(self) -> list[str]:
         try:
@@ -419,8 +420,8 @@ def _is_revision(text: str) -> bool:
 def _commit(folder: Path, revision: str) -> str:
     path = folder / "refs" / revision
     if not path.exists():
-        raise Passed(f"its revision {revision} is not in the cache")
-    with Opened(path, within=folder, limit=1024) as file:
+        raise NotKnown(f"its revision {revision} is not in the cache")
+    with CheckedFile(path, within=folder, limit=1024) as file:
         text = bytes(file.rest()).strip()
     commit = text.decode("ascii", "replace")
     if not COMMIT.fullmatch(commit):
@@ -437,7 +438,7 @@ MAX_FOLDER: Final = 10_000
 """Entries of a folder that are looked at."""
 
 
-def outside(path: Path, folder: Path) -> bool:
+def is_outside(path: Path, folder: Path) -> bool:
     """Whether a path, all links followed, leads out of a folder; a link that goes round leads nowhere in it."""
     try:
         return not path.resolve().is_relative_to(folder.resolve())
@@ -445,7 +446,7 @@ def outside(path: Path, folder: Path) -> bool:
         return True
 
 
-def entries(folder: Path) -> list[str]:
+def list_folder(folder: Path) -> list[str]:
     """The names in a folder, sorted; of a very large one, some of them."""
     with os.scandir(folder) as found:
         return sorted(entry.name for entry in itertools.islice(found, MAX_FOLDER))
@@ -466,7 +467,7 @@ def locate(path: Path, within: Path | None = None) -> Files:
 
 
 def _in_folder(folder: Path, within: Path | None) -> Files:
-    names = entries(folder)
+    names = list_folder(folder)
     if CONFIG in names:
         for name in WEIGHTS.values():
             if name in names:
@@ -487,7 +488,7 @@ def _in_folder(folder: Path, within: Path | None) -> Files:
 def is_adapter(path: Path, within: Path | None) -> bool:
     """Whether a GGUF file is an adapter and not a model, which some trainers put beside it."""
     try:
-        with Opened(path, within=within) as file:
+        with CheckedFile(path, within=within) as file:
             return read_adapter(file).is_adapter
     except Refused:
         return False

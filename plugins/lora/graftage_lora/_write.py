@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPES, Header, Tensor, bytes_of
-from graftage_lora._files import Opened, Refused
+from graftage_lora._files import CheckedFile, Refused
 from graftage_lora._lora import ARCHITECTURES, EMBEDDING, Array, Lora, Part, is_placed
 from graftage_lora._read import dequantize
 
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "NoRoom", "Progress", "merge", "pieces", "store"]
+__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store"]
 
 TOLERANCE: Final = 1e-6
 """Of a scale: alpha is written as F32."""
@@ -44,7 +44,7 @@ STALE: Final = 3600.0
 """Seconds in which nothing was written before a file counts as abandoned; a merge writes several times a second."""
 
 
-def pieces(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
+def encode(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
     """The adapter's GGUF file, piece by piece, for a base model with that metadata.
 
     Raises:
@@ -97,10 +97,10 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
 # --- Files that are whole or not there -------------------------------------------------------------------------------
 
 
-def _written(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
+def _write_atomically(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
     """A file that appears under its name only when all of it is on the disk; after any error, nothing is left of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
+    _delete_stale(out)
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -114,7 +114,7 @@ def _written(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
     return out
 
 
-def _sweep(out: Path) -> None:
+def _delete_stale(out: Path) -> None:
     """Delete what runs that were killed have left of the same file."""
     for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):
         with contextlib.suppress(OSError):
@@ -127,8 +127,8 @@ def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
     data = b"".join(content)
     sha256 = hashlib.sha256(data).hexdigest()
     path = folder / f"{name}-{sha256[:16]}.gguf"
-    if not _holds(path, len(data), sha256):
-        _written(path, lambda file: _write(file, data))
+    if not _has_content(path, len(data), sha256):
+        _write_atomically(path, lambda file: _write(file, data))
     return path
 
 
@@ -136,7 +136,7 @@ def _write(file: IO[bytes], data: bytes) -> None:
     file.write(data)
 
 
-def _holds(path: Path, size: int, sha256: str) -> bool:
+def _has_content(path: Path, size: int, sha256: str) -> bool:
     """Whether a file has that content: what an earlier run left may have been cut or changed since."""
     try:
         with path.open("rb") as file:
@@ -152,7 +152,7 @@ VERSION: Final = 1
 DIGEST: Final = "graftage.adapter.digest"
 SCALE: Final = "graftage.adapter.scale"
 TYPE: Final = "graftage.merge.type"
-MARKS: Final = (DIGEST, SCALE, TYPE, "graftage.merge.version")
+MERGE_KEYS: Final = (DIGEST, SCALE, TYPE, "graftage.merge.version")
 """Keys that mark a merged model; servers show them."""
 BLOCK: Final = 4 << 20
 """Numbers, or bytes of an untouched tensor, that are worked on at once."""
@@ -166,7 +166,7 @@ FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
 Progress = Callable[[int, int], None]
 
 
-class NoRoom(Exception):
+class DiskFull(Exception):
     """The disk cannot take the file."""
 
 
@@ -182,7 +182,7 @@ class _Job:
     """The part's B in the order of the file."""
 
 
-def _marks(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
+def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
     """The keys that a merge adds."""
     values = (
         Value(STRING, digest),
@@ -190,11 +190,11 @@ def _marks(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
         Value(STRING, kind),
         Value(UINT32, VERSION),
     )
-    return dict(zip(MARKS, values, strict=True))
+    return dict(zip(MERGE_KEYS, values, strict=True))
 
 
 def merge(
-    base: Opened, header: Header, lora: Lora, out: Path, *, digest: str, kind: str, on_progress: Progress
+    base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str, on_progress: Progress
 ) -> Path:
     """Write the merged model; what `on_progress` raises ends the work and is raised.
 
@@ -209,40 +209,40 @@ def merge(
 
     Raises:
         Refused: the adapter or the base model is of a kind that cannot be merged.
-        NoRoom: the disk cannot take it.
+        DiskFull: the disk cannot take it.
     """
     _check(header, lora)
     jobs = _jobs(header, lora, kind)
-    head = _head(base, header, jobs, _marks(digest, lora, kind))
+    head = _head(base, header, jobs, _merge_keys(digest, lora, kind))
     total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
-    _check_room(out, total)
+    _check_disk(out, total)
 
     def fill(file: IO[bytes]) -> None:
         done = file.write(head)
-        for data in _contents(base, header, jobs):
+        for data in _tensor_data(base, header, jobs):
             on_progress(done, total)
             done += file.write(data)
         on_progress(done, total)
 
-    _written(out, fill)
+    _write_atomically(out, fill)
     return out
 
 
 def _check(header: Header, lora: Lora) -> None:
     if lora.facts.invocation:
         raise Refused("it acts only after its invocation tokens, and a merged one would always act")
-    if present := [key for key in MARKS if key in header.metadata]:
+    if present := [key for key in MERGE_KEYS if key in header.metadata]:
         raise Refused(f"the base model has an adapter merged into it already (`{present[0]}`)", "Give the plain model.")
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise Refused("the base model's file is one of several (`split.count`)", "Join them with `llama-gguf-split`.")
     _check_placed(lora, header.metadata)
 
 
-def _check_room(out: Path, total: int) -> None:
+def _check_disk(out: Path, total: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < total + SPARE:
-        raise NoRoom(f"the merged model needs {total:,} bytes and the disk has {free:,} free")
+        raise DiskFull(f"the merged model needs {total:,} bytes and the disk has {free:,} free")
 
 
 def _jobs(header: Header, lora: Lora, kind: str) -> list[_Job]:
@@ -262,12 +262,12 @@ def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, A
     return _Job(tensor=tensor, kind=kind, size=size, part=part, rows=lora.rows(part, metadata))
 
 
-def _head(base: Opened, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
+def _head(base: CheckedFile, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
     lines = [(job.tensor.name, job.tensor.shape, job.kind, job.size) for job in jobs]
     head = b"".join(
         (
-            _front(header.version, len(jobs), len(header.metadata) + len(added)),
-            base.read_at(FRONT, header.keys_end - FRONT),
+            _start(header.version, len(jobs), len(header.metadata) + len(added)),
+            base.read_at(START_SIZE, header.keys_end - START_SIZE),
             _key_values(added),
             _table(lines, header.alignment),
         )
@@ -275,20 +275,20 @@ def _head(base: Opened, header: Header, jobs: list[_Job], added: Mapping[str, Va
     return head + bytes(_padding(len(head), header.alignment))
 
 
-def _contents(base: Opened, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
+def _tensor_data(base: CheckedFile, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
     for job in jobs:
-        yield from _copied(base, job.tensor) if job.part is None else _changed(base, job)
+        yield from _copied(base, job.tensor) if job.part is None else _merged_rows(base, job)
         yield bytes(_padding(job.size, header.alignment))
     if not base.unchanged():
         raise Refused("the base model's file changed while it was read")
 
 
-def _copied(base: Opened, tensor: Tensor) -> Iterator[bytes]:
+def _copied(base: CheckedFile, tensor: Tensor) -> Iterator[bytes]:
     for position in range(0, tensor.size, BLOCK):
         yield base.read_at(tensor.offset + position, min(BLOCK, tensor.size - position))
 
 
-def _changed(base: Opened, job: _Job) -> Iterator[bytes]:
+def _merged_rows(base: CheckedFile, job: _Job) -> Iterator[bytes]:
     part, rows = job.part, job.rows
     assert part is not None and rows is not None  # noqa: S101, PT018 - `_job` sets both
     inputs, outputs = job.tensor.shape
@@ -298,10 +298,10 @@ def _changed(base: Opened, job: _Job) -> Iterator[bytes]:
     for row in range(0, outputs, step):
         count = min(step, outputs - row)
         block = dequantize(job.tensor, base.read_at(job.tensor.offset + row * width, count * width))
-        yield _quantize(_sum(block, rows[row : row + count].astype(np.float32), a, job), job.kind)
+        yield _quantize(_add_change(block, rows[row : row + count].astype(np.float32), a, job), job.kind)
 
 
-def _sum(block: Array, b: Array, a: Array, job: _Job) -> Array:
+def _add_change(block: Array, b: Array, a: Array, job: _Job) -> Array:
     with np.errstate(all="ignore"):  # what is not finite is looked for
         block = block + b @ a
     limit = HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf)
@@ -320,7 +320,7 @@ def _quantize(rows: Array, kind: str) -> bytes:
 
 # --- The parts of a GGUF file ----------------------------------------------------------------------------------------
 
-FRONT: Final = 24
+START_SIZE: Final = 24
 """Bytes of magic, version and counts."""
 UINT32, FLOAT32 = 4, 6
 
@@ -368,15 +368,15 @@ def _table(tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: 
     return b"".join(lines)
 
 
-def _front(version: int, tensors: int, keys: int) -> bytes:
-    """The first bytes of a file, `FRONT` of them."""
+def _start(version: int, tensors: int, keys: int) -> bytes:
+    """The first bytes of a file, `START_SIZE` of them."""
     return MAGIC + struct.pack("<IQQ", version, tensors, keys)
 
 
 def _file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
     """A whole file of F32 and F16 arrays, piece by piece."""
     lines = [(name, tuple(reversed(data.shape)), f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
-    head = _front(3, len(tensors), len(values)) + _key_values(values) + _table(lines, ALIGNMENT)
+    head = _start(3, len(tensors), len(values)) + _key_values(values) + _table(lines, ALIGNMENT)
     yield head + bytes(_padding(len(head), ALIGNMENT))
     for _, data in tensors:
         yield data.astype(data.dtype.newbyteorder("<"), order="C", copy=False).tobytes()

@@ -394,12 +394,12 @@ class TestFiles:
         refused(place, folder, f"its head states a length of {length} bytes")
 
     def test_change_while_open_is_noticed(self, tmp_path: Path) -> None:
-        from graftage_lora._files import Opened
+        from graftage_lora._files import CheckedFile
 
         path = tmp_path / "base.gguf"
         for change in (lambda: path.write_bytes(DATA + b"x"), lambda: os.utime(path, ns=(1, 1))):
             path.write_bytes(DATA)
-            with Opened(path) as file:
+            with CheckedFile(path) as file:
                 assert file.unchanged()
                 change()
                 assert not file.unchanged()
