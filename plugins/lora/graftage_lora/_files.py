@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["CheckedFile", "Files", "Refused", "read_adapter", "read_model"]
+__all__ = ["CheckedFile", "Files", "Refused", "read_head"]
 
 ADAPTER_HEAD: Final = 1 << 22
 """Bytes that an adapter's head may have: it carries no vocabulary, and a model beside it is soon known by its own."""
@@ -161,25 +161,12 @@ class CheckedFile:
 # --- Heads of GGUF files ---------------------------------------------------------------------------------------------
 
 
-def read_adapter(file: CheckedFile) -> gguf.Header:
-    """The head of an adapter; the file is then at the end of the table of tensors.
+def read_head(file: CheckedFile, most: int = ADAPTER_HEAD) -> gguf.Header:
+    """Read the head of a GGUF file; the file is then at the end of the table of tensors.
 
     Raises:
-        Refused: it breaks a rule of the format or a bound.
+        Refused: it breaks a rule or a bound of the format.
     """
-    return _read(file, ADAPTER_HEAD)
-
-
-def read_model(file: CheckedFile) -> gguf.Header:
-    """The same of a model.
-
-    Raises:
-        Refused: as for an adapter.
-    """
-    return _read(file, gguf.MAX_HEAD)
-
-
-def _read(file: CheckedFile, most: int) -> gguf.Header:
     try:
         return gguf.read(file, file.size, most=most)
     except GgufError as error:

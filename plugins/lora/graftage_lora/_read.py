@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import numpy as np
 
 from graftage.gguf import MAGIC, Header, Tensor, bytes_of
-from graftage_lora._files import CheckedFile, Files, Refused, read_adapter
+from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, checked_scale, gguf_name
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def stated_base(files: Files) -> str | None:
         if files.config is not None:
             return _config_base(_config(files))
         with CheckedFile(files.weights, within=files.within) as file:
-            return _gguf_base(read_adapter(file).metadata)
+            return _gguf_base(read_head(file).metadata)
     except Refused:
         return None
 
@@ -375,7 +375,7 @@ def _check_ranges(places: Mapping[str, tuple[str, tuple[int, int], int, int]], s
 
 
 def _read_gguf(file: CheckedFile) -> Lora:
-    header = read_adapter(file)
+    header = read_head(file)
     keys = header.metadata
     if not header.is_adapter:
         raise Refused("it is a whole model and not an adapter", "Name it as the model instead.")

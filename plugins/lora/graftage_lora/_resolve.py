@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from graftage.calls import ResolveRequest
 from graftage.exceptions import (
@@ -21,10 +21,10 @@ from graftage.exceptions import (
     CapabilityUnsupported,
     RequestRejected,
 )
-from graftage.gguf import Header
+from graftage.gguf import MAX_HEAD, Header
 from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
 from graftage_lora import _write
-from graftage_lora._files import CheckedFile, Files, Refused, read_model
+from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Facts, Lora, judge
 from graftage_lora._read import read, stated_base
 from graftage_lora._sources import Found, NotKnown, Reference, chain, parse
@@ -101,7 +101,7 @@ class Resolver:
         base = request.base()
         facts, digest = self._facts(found, base)
         for pin in (reference.digest, found.digest):
-            _require_digest(pin, digest, facts)
+            _require_digest(pin, digest, facts.sha256)
         return FileAdapter(
             name=found.name,
             digest=digest,
@@ -139,7 +139,7 @@ class Resolver:
         if model is None:
             why = "it has no model of that name"
         elif found := served_adapter(model, request.base()):
-            _require_served(reference.digest, found.digest)
+            _require_digest(reference.digest, found.digest)
             return found
         else:
             why = "the model of that name carries no adapter"
@@ -177,17 +177,14 @@ def _row_order(metadata: Mapping[str, Any]) -> str:
     return repr((architecture, *heads))
 
 
-def _require_digest(pin: str | None, digest: str, facts: Facts) -> None:
-    if pin and not digest.removeprefix("sha256:").startswith(pin) and not facts.sha256.startswith(pin):
+def _require_digest(pin: str | None, digest: str, weights: str = "") -> None:
+    """Refuse an adapter unless its digest, or its weights' SHA-256, starts with the pin."""
+    if pin and not digest.removeprefix("sha256:").startswith(pin) and not weights.startswith(pin):
+        also = f" (weights: {weights[:12]}…)" if weights else ""
         raise Refused(
-            f"its digest is {digest}, its weights' {facts.sha256[:12]}…, and asked for is {pin}",
+            f"its digest is {digest}{also}, not {pin}",
             "It is another version of the adapter; correct the digest if that is what you want.",
         )
-
-
-def _require_served(pin: str | None, digest: str) -> None:
-    if pin and not digest.removeprefix("sha256:").startswith(pin):
-        raise Refused(f"the model of that name carries {digest}, and asked for is {pin}")
 
 
 # --- What a provider is given ----------------------------------------------------------------------------------------
@@ -273,41 +270,36 @@ class FileAdapter:
             AdapterError: the disk is full, or a file cannot be read or written.
         """
         lora = self._read()
-        progress = _SafeProgress(on_progress)
         try:
             with self._translate_errors("merged"), CheckedFile(base_file) as base:
                 header = self._read_base(base, base_file, out)
-                return self._merged(lora, base, header, out, progress)
+                kind = self.settings.merge_type
+                return _write.merge(
+                    base, header, lora, out, digest=self.digest, kind=kind, on_progress=_guarded(on_progress)
+                )
         except Refused as error:
             raise self._unsupported(error) from None
-        except _Stopped:
-            raise progress.error from None  # type: ignore[misc] # it is set wherever that is raised
-
-    def _merged(self, lora: Lora, base: CheckedFile, header: Header, out: Path, progress: Progress) -> Path:
-        self._require_fit(header, base.name)
-        kind = self.settings.merge_type
-        return _write.merge(base, header, lora, out, digest=self.digest, kind=kind, on_progress=progress)
+        except _Stopped as stopped:
+            raise stopped.error from None
 
     def _read_base(self, base: CheckedFile, base_file: Path, out: Path) -> Header:
         if out.exists() and out.samefile(base_file):
             raise Refused("the merged model would take the place of its base model", "Choose another file.")
-        header = read_model(base)
+        header = read_head(base, MAX_HEAD)
         if header.is_adapter:
             raise Refused(f"`{base.name}` is an adapter and not a model")
-        return header
-
-    def _require_fit(self, header: Header, name: str) -> None:
         tensors = {name: tensor.shape for name, tensor in header.tensors.items()}
-        verdict = judge(self.facts, ModelInfo(name=name, metadata=header.metadata, tensors=tensors))
+        verdict = judge(self.facts, ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors))
         if verdict.status == "incompatible":
             raise AdapterIncompatible(
-                f"The adapter `{self.name}` does not fit `{name}`: {'; '.join(verdict.reasons)}.",
+                f"The adapter `{self.name}` does not fit `{base.name}`: {'; '.join(verdict.reasons)}.",
                 reference=self.name,
                 reasons=verdict.reasons,
                 hint="Give the model it was made for.",
             )
         if verdict.status == "unknown":
-            raise Refused(f"it is not known whether it fits `{name}`: {'; '.join(verdict.reasons)}")
+            raise Refused(f"it is not known whether it fits `{base.name}`: {'; '.join(verdict.reasons)}")
+        return header
 
     def _read(self) -> Lora:
         try:
@@ -342,20 +334,21 @@ class FileAdapter:
 class _Stopped(Exception):
     """`on_progress` raised an error."""
 
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
-class _SafeProgress:
-    """Progress whose own errors are kept apart from those of the work."""
 
-    def __init__(self, on_progress: Progress) -> None:
-        self._on_progress = on_progress
-        self.error: BaseException | None = None
+def _guarded(on_progress: Progress) -> Progress:
+    """Keep the errors of `on_progress` apart from those of the merge."""
 
-    def __call__(self, written: int, total: int) -> None:
+    def report(written: int, total: int) -> None:
         try:
-            self._on_progress(written, total)
-        except BaseException as error:  # noqa: BLE001 - it is raised again as it is
-            self.error = error
-            raise _Stopped from None
+            on_progress(written, total)
+        except BaseException as error:  # noqa: BLE001 - `merge` raises it again
+            raise _Stopped(error) from None
+
+    return report
 
 
 def _slug(name: str) -> str:
@@ -363,8 +356,6 @@ def _slug(name: str) -> str:
 
 
 # --- In the server ---------------------------------------------------------------------------------------------------
-
-HINT: Final = "Give the adapter's files instead of the model's name."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,28 +368,19 @@ class ServedAdapter:
     verdict: Verdict
     served_as: str | None
 
-    def gguf(self, base: ModelInfo) -> Path:  # noqa: ARG002 - the contract's signature
-        """No file of it is known.
+    def gguf(self, *_: object, **__: object) -> NoReturn:
+        """Refuse: the adapter's file is not known.
 
         Raises:
             AdapterUnsupported: always.
         """
-        raise self._unsupported()
-
-    def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:  # noqa: ARG002 - as above
-        """No file of it is known.
-
-        Raises:
-            AdapterUnsupported: always.
-        """
-        raise self._unsupported()
-
-    def _unsupported(self) -> AdapterUnsupported:
-        return AdapterUnsupported(
+        raise AdapterUnsupported(
             f"The adapter `{self.name}` is inside a model of the server, and its file is not known.",
             reference=self.name,
-            hint=HINT,
+            hint="Give the adapter's files instead of the model's name.",
         )
+
+    merge = gguf
 
 
 def served_adapter(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftage.settings import nearest
-from graftage_lora._files import CheckedFile, Files, Refused, read_adapter
+from graftage_lora._files import CheckedFile, Files, Refused, read_head
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
@@ -403,7 +403,7 @@ class Hub:
 
     def _names(self) -> list[str]:
         try:
-            return os.listdir(self._folder)  # noqa: PTH208 - names alone
+            return [entry.name for entry in self._folder.iterdir()]
         except FileNotFoundError:
             return []
 
@@ -478,7 +478,10 @@ def _in_folder(folder: Path, within: Path | None) -> Files:
     if adapters:
         raise Refused(f"the folder holds several adapters: {', '.join(adapters)}", "Name the file you mean.")
     if pickles := [name for name in PICKLES if name in names]:
-        raise Refused(*_pickle(pickles[0]))
+        raise Refused(
+            f"`{pickles[0]}` is a pickle, which can run any program when it is read",
+            "Save the adapter as safetensors, the default of every current trainer.",
+        )
     raise Refused(
         "the folder holds no adapter",
         f"Expected are {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
@@ -489,13 +492,6 @@ def is_adapter(path: Path, within: Path | None) -> bool:
     """Whether a GGUF file is an adapter and not a model, which some trainers put beside it."""
     try:
         with CheckedFile(path, within=within) as file:
-            return read_adapter(file).is_adapter
+            return read_head(file).is_adapter
     except Refused:
         return False
-
-
-def _pickle(name: str) -> tuple[str, str]:
-    return (
-        f"`{name}` is a pickle, which can run any program when it is read",
-        "Save the adapter as safetensors, the default of every current trainer.",
-    )

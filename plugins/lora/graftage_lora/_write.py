@@ -97,7 +97,7 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
 # --- Files that are whole or not there -------------------------------------------------------------------------------
 
 
-def _write_atomically(out: Path, fill: Callable[[IO[bytes]], None]) -> Path:
+def _write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     """A file that appears under its name only when all of it is on the disk; after any error, nothing is left of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_stale(out)
@@ -128,12 +128,8 @@ def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
     sha256 = hashlib.sha256(data).hexdigest()
     path = folder / f"{name}-{sha256[:16]}.gguf"
     if not _has_content(path, len(data), sha256):
-        _write_atomically(path, lambda file: _write(file, data))
+        _write_atomically(path, lambda file: file.write(data))
     return path
-
-
-def _write(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
 
 
 def _has_content(path: Path, size: int, sha256: str) -> bool:
@@ -177,9 +173,8 @@ class _Job:
     tensor: Tensor
     kind: str
     size: int
-    part: Part | None = None
-    rows: Array | None = None
-    """The part's B in the order of the file."""
+    change: tuple[Part, Array] | None = None
+    """The part that changes it, with its B in the order of the file."""
 
 
 def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
@@ -259,7 +254,7 @@ def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, A
     elif inputs % BLOCKS[kind][0]:
         kind = "F16"
     size = outputs * bytes_of(kind, inputs)
-    return _Job(tensor=tensor, kind=kind, size=size, part=part, rows=lora.rows(part, metadata))
+    return _Job(tensor=tensor, kind=kind, size=size, change=(part, lora.rows(part, metadata)))
 
 
 def _head(base: CheckedFile, header: Header, jobs: list[_Job], added: Mapping[str, Value]) -> bytes:
@@ -277,7 +272,7 @@ def _head(base: CheckedFile, header: Header, jobs: list[_Job], added: Mapping[st
 
 def _tensor_data(base: CheckedFile, header: Header, jobs: list[_Job]) -> Iterator[bytes]:
     for job in jobs:
-        yield from _copied(base, job.tensor) if job.part is None else _merged_rows(base, job)
+        yield from _copied(base, job.tensor) if job.change is None else _merged_rows(base, job, *job.change)
         yield bytes(_padding(job.size, header.alignment))
     if not base.unchanged():
         raise Refused("the base model's file changed while it was read")
@@ -288,9 +283,7 @@ def _copied(base: CheckedFile, tensor: Tensor) -> Iterator[bytes]:
         yield base.read_at(tensor.offset + position, min(BLOCK, tensor.size - position))
 
 
-def _merged_rows(base: CheckedFile, job: _Job) -> Iterator[bytes]:
-    part, rows = job.part, job.rows
-    assert part is not None and rows is not None  # noqa: S101, PT018 - `_job` sets both
+def _merged_rows(base: CheckedFile, job: _Job, part: Part, rows: Array) -> Iterator[bytes]:
     inputs, outputs = job.tensor.shape
     width = bytes_of(job.tensor.kind, inputs)
     step = max(1, BLOCK // inputs)
