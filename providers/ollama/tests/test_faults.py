@@ -939,7 +939,7 @@ def failure(both: Any, work: Callable[[], Any]) -> Any:
     return error
 
 
-# --- In the words of other operations --------------------------------------------------------------------------------
+# --- The same faults for other operations ----------------------------------------------------------------------------
 
 SAID = re.compile(rb'"message": ?{"role": ?"assistant", ?"content": ?("(?:[^"\\]|\\.)*"|NaN|Infinity)}')
 """What a line of a chat says, as bytes."""
@@ -1044,7 +1044,7 @@ def check_again(both: Any, fake: FakeOllama, fault: Fault) -> None:
 
 
 @named(ALL)
-def test_whatever_a_server_does_ends_as_it_must_in_every_mode(both: Any, fake: FakeOllama, fault: Fault) -> None:
+def test_fault_in_every_mode(both: Any, fake: FakeOllama, fault: Fault) -> None:
     llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=1)
     asked = modes(fault)
     seen: list[list[str]] = [[] for _ in asked]
@@ -1072,7 +1072,7 @@ def test_whatever_a_server_does_ends_as_it_must_in_every_mode(both: Any, fake: F
 
 
 @named([fault for fault in (*BROKEN, *NONSENSE, *SLOW, *REFUSED) if fault.partial is None])
-def test_a_health_check_answers_whatever_it_meets(both: Any, fake: FakeOllama, fault: Fault) -> None:
+def test_health_reports_every_fault(both: Any, fake: FakeOllama, fault: Fault) -> None:
     fake.script("/api/version", fault.answer)
     timeouts = CALM if fault.timeouts is CALM else SHORT
     llm = both.connect("ollama", host=fake.url, timeouts=timeouts, attempts=1)
@@ -1082,7 +1082,7 @@ def test_a_health_check_answers_whatever_it_meets(both: Any, fake: FakeOllama, f
     assert found.reachable is not isinstance(found.error, ConnectionFailed)
 
 
-# --- Answers that are one object -------------------------------------------------------------------------------------
+# --- Responses that are one JSON object ------------------------------------------------------------------------------
 
 VECTORS = json.dumps({"model": MODEL, "embeddings": [[1.0, 2.0]]}).encode()
 
@@ -1141,22 +1141,6 @@ OBJECTS: list[tuple[str, Answer, type[ProviderError] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "kind"), [each[1:] for each in OBJECTS], ids=[each[0] for each in OBJECTS])
-def test_an_answer_that_is_one_object_is_read_whole_or_is_a_typed_error(
-    both: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError] | None
-) -> None:
-    fake.script("/api/embed", answer)
-    timeouts = SHORT if kind is ProviderTimeout else CALM
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=timeouts, attempts=1)
-    if kind is None:
-        assert in_time(both, lambda: llm.embed("Hi")).vectors == ((1.0, 2.0),)
-        return
-    found = failure(both, lambda: llm.embed("Hi"))
-    assert type(found) is kind
-    assert (found.provider, found.operation, found.model) == ("ollama", "embed", MODEL)
-    assert found.hint
-
-
 LISTINGS = [
     b"{}",
     b"[]",
@@ -1169,14 +1153,30 @@ LISTINGS = [
 ]
 
 
-@pytest.mark.parametrize("operation", ["models", "loaded", "show"])
-@pytest.mark.parametrize("body", LISTINGS)
-def test_records_that_are_none_are_a_typed_error(both: Any, fake: FakeOllama, operation: str, body: bytes) -> None:
-    path = {"models": "/api/tags", "loaded": "/api/ps", "show": "/api/show"}[operation]
-    fake.script(path, whole(body))
-    llm = both.connect("ollama", model=MODEL, host=fake.url, attempts=1)
-    error = both.start(getattr(llm, operation)).exception(PATIENCE)
-    assert type(error) is ProtocolError
+class TestObjects:
+    @pytest.mark.parametrize(("answer", "kind"), [each[1:] for each in OBJECTS], ids=[each[0] for each in OBJECTS])
+    def test_object_is_whole_or_typed_error(
+        self, both: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError] | None
+    ) -> None:
+        fake.script("/api/embed", answer)
+        timeouts = SHORT if kind is ProviderTimeout else CALM
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=timeouts, attempts=1)
+        if kind is None:
+            assert in_time(both, lambda: llm.embed("Hi")).vectors == ((1.0, 2.0),)
+            return
+        found = failure(both, lambda: llm.embed("Hi"))
+        assert type(found) is kind
+        assert (found.provider, found.operation, found.model) == ("ollama", "embed", MODEL)
+        assert found.hint
+
+    @pytest.mark.parametrize("operation", ["models", "loaded", "show"])
+    @pytest.mark.parametrize("body", LISTINGS)
+    def test_malformed_listings_raise(self, both: Any, fake: FakeOllama, operation: str, body: bytes) -> None:
+        path = {"models": "/api/tags", "loaded": "/api/ps", "show": "/api/show"}[operation]
+        fake.script(path, whole(body))
+        llm = both.connect("ollama", model=MODEL, host=fake.url, attempts=1)
+        error = both.start(getattr(llm, operation)).exception(PATIENCE)
+        assert type(error) is ProtocolError
 
 
 # --- Pulls -----------------------------------------------------------------------------------------------------------
@@ -1222,7 +1222,7 @@ PULLS: list[tuple[str, Answer, type[ProviderError]]] = [
 
 
 @pytest.mark.parametrize(("answer", "kind"), [each[1:] for each in PULLS], ids=[each[0] for each in PULLS])
-def test_a_pull_that_does_not_say_success_is_a_typed_error(
+def test_pull_without_success_is_typed_error(
     both: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError]
 ) -> None:
     fake.script("/api/pull", answer)
@@ -1249,7 +1249,7 @@ print("parent:", "".join(chunk.text for chunk in stream), llm.chat("five", timeo
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
-def test_a_process_that_was_forked_off_shares_neither_connections_nor_slots(fake: FakeOllama) -> None:
+def test_fork_shares_no_connections_or_slots(fake: FakeOllama) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", FORKED, fake.url], capture_output=True, text=True, timeout=60, check=False
     )
@@ -1258,17 +1258,7 @@ def test_a_process_that_was_forked_off_shares_neither_connections_nor_slots(fake
     assert fake.accepted == 2  # One of each.
 
 
-# --- Answers that are JSON and wrong all the same -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "vectors",
-    [[[1.0, 2.0]], [[1.0], [2.0], [3.0]], [], [[], []], [[1.0], [1.0, 2.0]], [["1.0"], ["2.0"]], [[True], [1]]],
-)
-def test_vectors_that_do_not_fit_the_inputs_are_a_typed_error(both: Any, fake: FakeOllama, vectors: Any) -> None:
-    fake.script("/api/embed", Answer([{"model": MODEL, "embeddings": vectors}]))
-    with pytest.raises(ProtocolError):
-        both.connect("ollama", model=MODEL, host=fake.url).embed(["a", "b"])
+# --- Responses that are valid JSON with odd content ------------------------------------------------------------------
 
 
 def calling(*calls: Any, done: bool = False, text: str = "") -> dict[str, Any]:
@@ -1289,47 +1279,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a text with lines inside": ({"arguments": '{"a": "1\n\t2"}'}, {"a": "1\n\t2"}),
     "half of a pair": ({"arguments": {"a": "\ud800"}}, {"a": "\ufffd"}),
 }
-
-
-@pytest.mark.parametrize("done", [False, True], ids=["in the middle", "in the last line"])
-@pytest.mark.parametrize(("given", "read"), ARGUMENTS.values(), ids=ARGUMENTS)
-def test_the_arguments_of_a_call_are_read_as_what_they_mean(
-    both: Any, fake: FakeOllama, given: dict[str, Any], read: dict[str, Any], done: bool
-) -> None:
-    lines = [line("Let "), calling({"function": {"name": "now", **given}}, done=done, text="me see.")]
-    lines += [] if done else [line("", done=True, done_reason="stop")]
-    fake.script("/api/chat", Answer([json.dumps(each).encode() + b"\n" for each in lines]))
-    reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
-    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("now", read)]
-    assert (reply.text, reply.finish_reason) == ("Let me see.", "tool_calls")
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        {"name": "now", "arguments": '{"a": "canary'},
-        {"name": "now", "arguments": "canary"},
-        {"name": "now", "arguments": '["canary"]'},
-        {"name": "now", "arguments": ["canary"]},
-        {"name": "", "arguments": {"a": "canary"}},
-        {"name": None, "arguments": {"a": "canary"}},
-        {"arguments": {"a": "canary"}},
-    ],
-)
-def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
-    both: Any, fake: FakeOllama, function: dict[str, Any]
-) -> None:
-    fake.script("/api/chat", Answer([line("Let me see."), calling({"function": function})]))
-    with pytest.raises(InferenceFailed, match=r"model's call.* malformed") as caught:
-        both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
-    error = caught.value
-    assert ("`now`" in error.message) == bool(function.get("name"))
-    assert "max_tokens" in str(error.hint)
-    assert "service" not in str(error)
-    assert error.partial is not None
-    assert error.partial.raw is not None
-    assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
-    assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
 
 
 UNCOUNTED = line("", done=True, done_reason="stop")
@@ -1358,52 +1307,11 @@ UNNEEDED: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("lines", UNNEEDED.values(), ids=UNNEEDED)
-def test_an_answer_survives_what_nobody_needs(
-    both: Any, fake: FakeOllama, lines: list[dict[str, Any]], stream: bool
-) -> None:
-    fake.script("/api/chat", Answer(lines))
-    reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello", stream=stream)
-    if stream:
-        list(reply)
-        reply = reply.reply
-    assert (reply.text, reply.finish_reason, reply.tool_calls) == ("hi", "stop", ())
-
-
-def test_figures_of_another_type_are_read_as_what_they_mean(both: Any, fake: FakeOllama) -> None:
-    odd = {"total_duration": 1.5e9, "load_duration": "2s", "eval_duration": -1, "eval_count": 2.0}
-    fake.script("/api/chat", Answer([line("hi"), {**UNCOUNTED, **odd, "prompt_eval_count": -1}]))
-    reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
-    assert (reply.timings.total, reply.timings.load, reply.timings.generation) == (1.5, None, None)
-    assert reply.usage == Usage(output_tokens=2)
-
-
 GENERATED: dict[str, list[dict[str, Any]]] = {
     "as it should be": [{"response": "hi", "done": False}, {"response": "", "done": True, "done_reason": "stop"}],
     "no text at the end": [{"response": "hi", "done": False}, {"done": True}],
     "no text in the middle": [{"done": False}, {"response": "hi", "thinking": None}, {"response": None, "done": True}],
 }
-
-
-@pytest.mark.parametrize("lines", GENERATED.values(), ids=GENERATED)
-def test_a_continuation_survives_what_nobody_needs(both: Any, fake: FakeOllama, lines: list[dict[str, Any]]) -> None:
-    fake.script("/api/generate", Answer(lines))
-    reply = both.connect("ollama", model=MODEL, host=fake.url).generate("Hello")
-    assert (reply.text, reply.finish_reason) == ("hi", "stop")
-
-
-@pytest.mark.parametrize(
-    ("word", "allowed", "wanted"),
-    [({"done_reason": ""}, 4, "stop"), ({}, 2, "length"), ({"done_reason": None}, None, "stop")],
-    ids=str,
-)
-def test_servers_before_may_2024_do_not_say_why_an_answer_ended(
-    both: Any, fake: FakeOllama, word: dict[str, Any], allowed: int | None, wanted: str
-) -> None:
-    fake.script("/api/chat", Answer([line("hi"), line("", done=True, eval_count=2, **word)]))
-    llm = both.connect("ollama", model=MODEL, host=fake.url)
-    assert llm.chat("Hello", max_tokens=allowed).finish_reason == wanted
 
 
 ODD_MODELS: dict[str, dict[str, Any]] = {
@@ -1415,46 +1323,127 @@ ODD_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD_MODELS.values(), ids=ODD_MODELS)
-@pytest.mark.parametrize(("operation", "path"), [("models", "/api/tags"), ("loaded", "/api/ps")])
-def test_one_odd_model_loses_no_list(
-    both: Any, fake: FakeOllama, operation: str, path: str, odd: dict[str, Any]
-) -> None:
-    good = {"name": "a:1b", "size": 7.0, "context_length": 4096.0, "details": {"context_length": 4096.0}}
-    fake.script(path, Answer([{"models": [good, {"name": "b:1b", **odd}, {"name": None}, None, 7]}]))
-    first, second = getattr(both.connect("ollama", host=fake.url), operation)()
-    assert (first.name, first.size, first.context_window) == ("a:1b", 7, 4096)
-    assert (second.name, second.digest, second.size, second.context_window) == ("b:1b", None, None, None)
+class TestOddContent:
+    @pytest.mark.parametrize(
+        "vectors",
+        [[[1.0, 2.0]], [[1.0], [2.0], [3.0]], [], [[], []], [[1.0], [1.0, 2.0]], [["1.0"], ["2.0"]], [[True], [1]]],
+    )
+    def test_mismatched_vectors_raise(self, both: Any, fake: FakeOllama, vectors: Any) -> None:
+        fake.script("/api/embed", Answer([{"model": MODEL, "embeddings": vectors}]))
+        with pytest.raises(ProtocolError):
+            both.connect("ollama", model=MODEL, host=fake.url).embed(["a", "b"])
 
+    @pytest.mark.parametrize("done", [False, True], ids=["in the middle", "in the last line"])
+    @pytest.mark.parametrize(("given", "read"), ARGUMENTS.values(), ids=ARGUMENTS)
+    def test_tool_arguments_in_every_form(
+        self, both: Any, fake: FakeOllama, given: dict[str, Any], read: dict[str, Any], done: bool
+    ) -> None:
+        lines = [line("Let "), calling({"function": {"name": "now", **given}}, done=done, text="me see.")]
+        lines += [] if done else [line("", done=True, done_reason="stop")]
+        fake.script("/api/chat", Answer([json.dumps(each).encode() + b"\n" for each in lines]))
+        reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+        assert [(call.name, call.arguments) for call in reply.tool_calls] == [("now", read)]
+        assert (reply.text, reply.finish_reason) == ("Let me see.", "tool_calls")
 
-def test_a_model_is_shown_without_what_is_odd_of_it(both: Any, fake: FakeOllama) -> None:
-    info = {"general.architecture": "llama", "llama.context_length": 4096.0}
-    tensors = [{"name": "a", "type": "F32", "shape": [2.0, 3]}, {"name": "b", "shape": None}, None]
-    odd: dict[str, Any] = {"modelfile": None, "template": 7, "system": [], "license": ["MIT"], "modified_at": 7}
-    odd |= {"details": [], "capabilities": ["completion", None, 5]}
-    fake.script("/api/show", Answer([{**odd, "model_info": info, "tensors": tensors}]))
-    found = both.connect("ollama", model=MODEL, host=fake.url).show()
-    assert (found.architecture, found.context_window, found.family) == ("llama", 4096, None)
-    assert (found.tensors, found.size) == ({"a": (2, 3)}, None)
-    assert found.features == {"chat", "generate", "structured_output", "logprobs"}
+    @pytest.mark.parametrize(
+        "function",
+        [
+            {"name": "now", "arguments": '{"a": "canary'},
+            {"name": "now", "arguments": "canary"},
+            {"name": "now", "arguments": '["canary"]'},
+            {"name": "now", "arguments": ["canary"]},
+            {"name": "", "arguments": {"a": "canary"}},
+            {"name": None, "arguments": {"a": "canary"}},
+            {"arguments": {"a": "canary"}},
+        ],
+    )
+    def test_malformed_tool_call_stays_in_partial(self, both: Any, fake: FakeOllama, function: dict[str, Any]) -> None:
+        fake.script("/api/chat", Answer([line("Let me see."), calling({"function": function})]))
+        with pytest.raises(InferenceFailed, match=r"model's call.* malformed") as caught:
+            both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+        error = caught.value
+        assert ("`now`" in error.message) == bool(function.get("name"))
+        assert "max_tokens" in str(error.hint)
+        assert "service" not in str(error)
+        assert error.partial is not None
+        assert error.partial.raw is not None
+        assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
+        assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
 
+    @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+    @pytest.mark.parametrize("lines", UNNEEDED.values(), ids=UNNEEDED)
+    def test_chat_ignores_odd_fields(
+        self, both: Any, fake: FakeOllama, lines: list[dict[str, Any]], stream: bool
+    ) -> None:
+        fake.script("/api/chat", Answer(lines))
+        reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello", stream=stream)
+        if stream:
+            list(reply)
+            reply = reply.reply
+        assert (reply.text, reply.finish_reason, reply.tool_calls) == ("hi", "stop", ())
 
-@pytest.mark.parametrize("inputs", [["word " * 300], ["Hi", "word " * 300]], ids=["one", "several"])
-def test_an_input_that_was_cut_is_warned_of(both: Any, fake: FakeOllama, inputs: list[str]) -> None:
-    vectors = [[1.0, 2.0]] * len(inputs)
-    fake.script("/api/embed", Answer([{"embeddings": vectors, "prompt_eval_count": 255 + len(inputs)}]))
-    (warning,) = both.connect("ollama", model=MODEL, host=fake.url).embed(inputs, context_window=256).warnings
-    assert "An input was probably cut to fit the context window of 256 tokens" in warning
+    def test_numbers_of_other_types(self, both: Any, fake: FakeOllama) -> None:
+        odd = {"total_duration": 1.5e9, "load_duration": "2s", "eval_duration": -1, "eval_count": 2.0}
+        fake.script("/api/chat", Answer([line("hi"), {**UNCOUNTED, **odd, "prompt_eval_count": -1}]))
+        reply = both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+        assert (reply.timings.total, reply.timings.load, reply.timings.generation) == (1.5, None, None)
+        assert reply.usage == Usage(output_tokens=2)
 
+    @pytest.mark.parametrize("lines", GENERATED.values(), ids=GENERATED)
+    def test_generate_ignores_odd_fields(self, both: Any, fake: FakeOllama, lines: list[dict[str, Any]]) -> None:
+        fake.script("/api/generate", Answer(lines))
+        reply = both.connect("ollama", model=MODEL, host=fake.url).generate("Hello")
+        assert (reply.text, reply.finish_reason) == ("hi", "stop")
 
-def test_an_error_about_a_broken_answer_holds_no_word_of_the_answer(both: Any, fake: FakeOllama) -> None:
-    broken = line("canary-in-the-answer")
-    broken["message"] = [broken["message"]]
-    fake.script("/api/chat", Answer([broken]))
-    with pytest.raises(ProtocolError) as caught:
-        both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
-    assert caught.value.details["reason"] == "AttributeError"
-    assert "canary" not in f"{caught.value!r} {caught.value.details}"
+    @pytest.mark.parametrize(
+        ("word", "allowed", "wanted"),
+        [({"done_reason": ""}, 4, "stop"), ({}, 2, "length"), ({"done_reason": None}, None, "stop")],
+        ids=str,
+    )
+    def test_missing_done_reason_of_older_servers(
+        self, both: Any, fake: FakeOllama, word: dict[str, Any], allowed: int | None, wanted: str
+    ) -> None:
+        fake.script("/api/chat", Answer([line("hi"), line("", done=True, eval_count=2, **word)]))
+        llm = both.connect("ollama", model=MODEL, host=fake.url)
+        assert llm.chat("Hello", max_tokens=allowed).finish_reason == wanted
+
+    @pytest.mark.parametrize("odd", ODD_MODELS.values(), ids=ODD_MODELS)
+    @pytest.mark.parametrize(("operation", "path"), [("models", "/api/tags"), ("loaded", "/api/ps")])
+    def test_odd_model_spares_the_list(
+        self, both: Any, fake: FakeOllama, operation: str, path: str, odd: dict[str, Any]
+    ) -> None:
+        good = {"name": "a:1b", "size": 7.0, "context_length": 4096.0, "details": {"context_length": 4096.0}}
+        fake.script(path, Answer([{"models": [good, {"name": "b:1b", **odd}, {"name": None}, None, 7]}]))
+        first, second = getattr(both.connect("ollama", host=fake.url), operation)()
+        assert (first.name, first.size, first.context_window) == ("a:1b", 7, 4096)
+        assert (second.name, second.digest, second.size, second.context_window) == ("b:1b", None, None, None)
+
+    def test_show_leaves_odd_fields_out(self, both: Any, fake: FakeOllama) -> None:
+        info = {"general.architecture": "llama", "llama.context_length": 4096.0}
+        tensors = [{"name": "a", "type": "F32", "shape": [2.0, 3]}, {"name": "b", "shape": None}, None]
+        odd: dict[str, Any] = {"modelfile": None, "template": 7, "system": [], "license": ["MIT"], "modified_at": 7}
+        odd |= {"details": [], "capabilities": ["completion", None, 5]}
+        fake.script("/api/show", Answer([{**odd, "model_info": info, "tensors": tensors}]))
+        found = both.connect("ollama", model=MODEL, host=fake.url).show()
+        assert (found.architecture, found.context_window, found.family) == ("llama", 4096, None)
+        assert (found.tensors, found.size) == ({"a": (2, 3)}, None)
+        assert found.features == {"chat", "generate", "structured_output", "logprobs"}
+
+    @pytest.mark.parametrize("inputs", [["word " * 300], ["Hi", "word " * 300]], ids=["one", "several"])
+    def test_cut_input_warns(self, both: Any, fake: FakeOllama, inputs: list[str]) -> None:
+        vectors = [[1.0, 2.0]] * len(inputs)
+        fake.script("/api/embed", Answer([{"embeddings": vectors, "prompt_eval_count": 255 + len(inputs)}]))
+        (warning,) = both.connect("ollama", model=MODEL, host=fake.url).embed(inputs, context_window=256).warnings
+        assert "An input was probably cut to fit the context window of 256 tokens" in warning
+
+    def test_protocol_error_hides_content(self, both: Any, fake: FakeOllama) -> None:
+        broken = line("canary-in-the-answer")
+        broken["message"] = [broken["message"]]
+        fake.script("/api/chat", Answer([broken]))
+        with pytest.raises(ProtocolError) as caught:
+            both.connect("ollama", model=MODEL, host=fake.url).chat("Hello")
+        assert caught.value.details["reason"] == "AttributeError"
+        assert "canary" not in f"{caught.value!r} {caught.value.details}"
 
 
 # --- Connections -----------------------------------------------------------------------------------------------------
@@ -1511,17 +1500,6 @@ REUSED: dict[str, Answer] = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("answer", REUSED.values(), ids=REUSED)
-def test_many_calls_use_one_connection(both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
-    fake.script("/api/chat", *[answer] * 3)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
-    for _ in range(3):
-        found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
-        assert found.text == "Hello world"
-    assert fake.accepted == 1
-
-
 SINGLE: dict[str, Answer] = {
     "close": Answer(WHOLE, headers={"connection": "close"}),
     "close in capitals": Answer(WHOLE, headers={"connection": "Close"}),
@@ -1529,20 +1507,6 @@ SINGLE: dict[str, Answer] = {
     "http10": kept(measured(BODY).replace(b"HTTP/1.1", b"HTTP/1.0")),
     "no framing": Answer(WHOLE, framing="none"),
 }
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("answer", SINGLE.values(), ids=SINGLE)
-def test_a_connection_that_takes_one_request_is_used_for_one(
-    both: Any, fake: FakeOllama, answer: Answer, stream: bool
-) -> None:
-    fake.script("/api/chat", *[answer] * 3)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
-    for _ in range(3):
-        found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
-        assert found.text == "Hello world"
-    assert fake.accepted == 3
-    assert soon(lambda: fake.open_connections == 0)
 
 
 STALE: dict[str, Answer] = {
@@ -1555,25 +1519,6 @@ STALE: dict[str, Answer] = {
 }
 
 
-@pytest.mark.parametrize("answer", STALE.values(), ids=STALE)
-def test_a_connection_that_the_server_closed_meanwhile_costs_no_attempt(
-    both: Any, fake: FakeOllama, answer: Answer
-) -> None:
-    fake.script("/api/chat", *[answer] * 2)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
-    for text in ("Hello world", "Hello world", "mended"):
-        assert in_time(both, lambda: llm.chat("Hi")).text == text
-        assert text == "mended" or soon(lambda: fake.open_connections == 0)
-    assert len(fake.requests) == 3
-
-
-def test_a_connection_that_closes_as_it_is_used_again_costs_one_attempt(both: Any, fake: FakeOllama) -> None:
-    fake.script("/api/chat", Answer(WHOLE), Answer(raw=b"", ending="close"))
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=2)
-    assert [in_time(both, lambda: llm.chat("Hi")).text for _ in range(2)] == ["Hello world", "mended"]
-    assert len(fake.requests) == 3
-
-
 BEYOND: dict[str, Answer] = {
     "after a length": kept(measured(BODY) + SURPLUS),
     "after chunks": kept(CHUNKS + END + SURPLUS),
@@ -1582,19 +1527,6 @@ BEYOND: dict[str, Answer] = {
     "garbage": kept(measured(BODY) + b"\0" * 99),
     "in another read": Answer([SURPLUS], raw=measured(BODY), delay=0.05, ending="close"),
 }
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("answer", BEYOND.values(), ids=BEYOND)
-def test_what_comes_beyond_an_answer_is_never_the_answer_to_the_next_request(
-    both: Any, fake: FakeOllama, answer: Answer, stream: bool
-) -> None:
-    fake.script("/api/chat", answer)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
-    for text in ("Hello world", "mended", "mended"):
-        found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
-        assert found.text == text
-        assert answer.ending == "keep" or text == "mended" or soon(lambda: fake.open_connections == 0)
 
 
 BODILESS: dict[str, tuple[str, bytes]] = {
@@ -1606,25 +1538,6 @@ BODILESS: dict[str, tuple[str, bytes]] = {
     "no content with a length": ("GET", b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n"),
     "a length of zero": ("GET", measured(b"")),
 }
-
-
-@pytest.mark.parametrize("surplus", [b"", SURPLUS], ids=["", "and yet a body"])
-@pytest.mark.parametrize(("method", "head"), BODILESS.values(), ids=BODILESS)
-def test_an_answer_without_a_body_ends_with_its_head(
-    both: Any, fake: FakeOllama, method: str, head: bytes, surplus: bytes
-) -> None:
-    found: list[dict[str, Any]] = []
-
-    async def ask(http: Any, call: Any) -> None:
-        found.append(await http.json("GET" if found else method, "/api/version", call=call, empty=True))
-
-    fake.script("/api/version", kept(head + surplus))
-    llm = both.connect(Giving(partial(Asking, fake.url, ask)), model=MODEL, timeouts=CALM, attempts=1)
-    for _ in range(3):
-        in_time(both, lambda: llm.chat("Hi"))
-    assert found == [{}, *[{"version": fake.version}] * 2]
-    # An answer that does not say that it ends makes a connection useless, whatever was asked.
-    assert surplus or fake.accepted == 1 or head == HEAD + b"\r\n"
 
 
 def leave_by_break(stream: Any) -> None:
@@ -1642,21 +1555,6 @@ def leave_to_the_garbage(stream: Any) -> None:
     next(stream)
 
 
-@pytest.mark.parametrize("answer", [Answer([FIRST], ending="stall"), Answer(repeat(FIRST))], ids=["stalls", "goes on"])
-@pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_to_the_garbage])
-def test_a_stream_that_is_left_frees_its_slot_and_its_socket_which_is_not_used_again(
-    both: Any, fake: FakeOllama, leave: Callable[[Any], None], answer: Answer
-) -> None:
-    fake.script("/api/chat", *[answer] * 3)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1, concurrency=1)
-    for _ in range(3):
-        in_time(both, lambda: leave(llm.chat("Hi", stream=True)))
-        assert soon(lambda: llm.stats().running == 0)
-        assert soon(lambda: fake.open_connections == 0)
-    assert in_time(both, lambda: llm.chat("Hi")).text == "mended"
-    assert fake.accepted == 4
-
-
 REFUSALS: dict[str, Answer] = {
     "with words": error("something odd"),
     "with a page": plain("<html>No</html>", 500, "text/html"),
@@ -1668,17 +1566,6 @@ REFUSALS: dict[str, Answer] = {
     "in the first line": Answer([{"error": "odd"}]),
     "by nonsense": Answer([b"{nonsense}\n", *[b"y" * 2**20] * 4]),
 }
-
-
-@pytest.mark.parametrize("answer", REFUSALS.values(), ids=REFUSALS)
-def test_refusals_leave_no_socket_behind_however_many_there_are(both: Any, fake: FakeOllama, answer: Answer) -> None:
-    fake.script("/api/chat", *[answer] * 8)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
-    for _ in range(8):
-        failure(both, lambda: llm.chat("Hi"))
-        assert soon(lambda: fake.open_connections <= 1)  # The one that is kept.
-    assert llm.chat("Hi").text == "mended"
-    assert llm.stats().running == 0
 
 
 FLOODS: dict[str, Answer] = {
@@ -1697,17 +1584,6 @@ FLOODS: dict[str, Answer] = {
     "lines": Answer(repeat(raw_text("") * 10), framing="none"),
     "an error": Answer(repeat(b"y" * 1000), framing="none", status=500),
 }
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("answer", FLOODS.values(), ids=FLOODS)
-def test_a_flood_ends_in_a_typed_error_in_time(both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
-    fake.script("/api/chat", answer)
-    llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=SHORTER, attempts=1)
-    found = failure(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
-    assert isinstance(found, ProviderTimeout | ProtocolError | StreamInterrupted | InferenceFailed)
-    assert soon(lambda: fake.open_connections == 0)
-    assert llm.stats().running == 0
 
 
 class Watched(type(Path())):  # type: ignore[misc]
@@ -1734,34 +1610,141 @@ EARLY: dict[str, tuple[Answer, tuple[type[ProviderError], ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["text", "file"])
-@pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
-def test_an_answer_before_the_end_of_a_large_request_is_read_or_is_a_typed_error(
-    both: Any, fake: FakeOllama, tmp_path: Path, early: tuple[Answer, tuple[type[ProviderError], ...]], kind: str
-) -> None:
-    answer, errors = early
-    file = Watched(tmp_path / "large")
-    with file.open("wb") as made:
-        made.truncate(LARGE)
-
-    async def ask(http: Any, call: Any) -> None:
-        if kind == "file":
-            await http.upload("/x", file, call=call)
-        else:
-            await http.json("POST", "/x", {"text": "x" * LARGE}, call=call)
-
-    fake.script("/x", replace(answer, early=True))
-    timeouts = SHORT if ProviderTimeout in errors else CALM
-    llm = both.connect(Giving(partial(Asking, fake.url, ask)), model=MODEL, timeouts=timeouts, attempts=1)
-    assert type(failure(both, lambda: llm.chat("Hi"))) in errors
-    assert llm.stats().running == 0
-    assert soon(lambda: all(each.closed for each in file.opened))
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_a_server_on_ipv6_is_reached(both: Any) -> None:
-    with FakeOllama(reply="mended", address="::1") as fake:
+class TestConnections:
+    @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+    @pytest.mark.parametrize("answer", REUSED.values(), ids=REUSED)
+    def test_calls_share_one_connection(self, both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
+        fake.script("/api/chat", *[answer] * 3)
         llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
-        assert [in_time(both, lambda: llm.chat("Hi")).text for _ in range(2)] == ["mended"] * 2
-        assert [seen.headers["host"] for seen in fake.requests] == [fake.url.removeprefix("http://")] * 2
+        for _ in range(3):
+            found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+            assert found.text == "Hello world"
         assert fake.accepted == 1
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+    @pytest.mark.parametrize("answer", SINGLE.values(), ids=SINGLE)
+    def test_single_use_connection(self, both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
+        fake.script("/api/chat", *[answer] * 3)
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+        for _ in range(3):
+            found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+            assert found.text == "Hello world"
+        assert fake.accepted == 3
+        assert soon(lambda: fake.open_connections == 0)
+
+    @pytest.mark.parametrize("answer", STALE.values(), ids=STALE)
+    def test_closed_idle_connection_costs_no_attempt(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
+        fake.script("/api/chat", *[answer] * 2)
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+        for text in ("Hello world", "Hello world", "mended"):
+            assert in_time(both, lambda: llm.chat("Hi")).text == text
+            assert text == "mended" or soon(lambda: fake.open_connections == 0)
+        assert len(fake.requests) == 3
+
+    def test_closing_reused_connection_costs_one_attempt(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/api/chat", Answer(WHOLE), Answer(raw=b"", ending="close"))
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=2)
+        assert [in_time(both, lambda: llm.chat("Hi")).text for _ in range(2)] == ["Hello world", "mended"]
+        assert len(fake.requests) == 3
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+    @pytest.mark.parametrize("answer", BEYOND.values(), ids=BEYOND)
+    def test_surplus_bytes_never_answer_next_request(
+        self, both: Any, fake: FakeOllama, answer: Answer, stream: bool
+    ) -> None:
+        fake.script("/api/chat", answer)
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+        for text in ("Hello world", "mended", "mended"):
+            found = in_time(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+            assert found.text == text
+            assert answer.ending == "keep" or text == "mended" or soon(lambda: fake.open_connections == 0)
+
+    @pytest.mark.parametrize("surplus", [b"", SURPLUS], ids=["", "and yet a body"])
+    @pytest.mark.parametrize(("method", "head"), BODILESS.values(), ids=BODILESS)
+    def test_bodiless_response_ends_with_head(
+        self, both: Any, fake: FakeOllama, method: str, head: bytes, surplus: bytes
+    ) -> None:
+        found: list[dict[str, Any]] = []
+
+        async def ask(http: Any, call: Any) -> None:
+            found.append(await http.json("GET" if found else method, "/api/version", call=call, empty=True))
+
+        fake.script("/api/version", kept(head + surplus))
+        llm = both.connect(Giving(partial(Asking, fake.url, ask)), model=MODEL, timeouts=CALM, attempts=1)
+        for _ in range(3):
+            in_time(both, lambda: llm.chat("Hi"))
+        assert found == [{}, *[{"version": fake.version}] * 2]
+        # An answer that does not say that it ends makes a connection useless, whatever was asked.
+        assert surplus or fake.accepted == 1 or head == HEAD + b"\r\n"
+
+    @pytest.mark.parametrize(
+        "answer", [Answer([FIRST], ending="stall"), Answer(repeat(FIRST))], ids=["stalls", "goes on"]
+    )
+    @pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_to_the_garbage])
+    def test_dropped_stream_frees_slot_and_socket(
+        self, both: Any, fake: FakeOllama, leave: Callable[[Any], None], answer: Answer
+    ) -> None:
+        fake.script("/api/chat", *[answer] * 3)
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1, concurrency=1)
+        for _ in range(3):
+            in_time(both, lambda: leave(llm.chat("Hi", stream=True)))
+            assert soon(lambda: llm.stats().running == 0)
+            assert soon(lambda: fake.open_connections == 0)
+        assert in_time(both, lambda: llm.chat("Hi")).text == "mended"
+        assert fake.accepted == 4
+
+    @pytest.mark.parametrize("answer", REFUSALS.values(), ids=REFUSALS)
+    def test_refusals_leave_no_sockets(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
+        fake.script("/api/chat", *[answer] * 8)
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+        for _ in range(8):
+            failure(both, lambda: llm.chat("Hi"))
+            assert soon(lambda: fake.open_connections <= 1)  # The one that is kept.
+        assert llm.chat("Hi").text == "mended"
+        assert llm.stats().running == 0
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+    @pytest.mark.parametrize("answer", FLOODS.values(), ids=FLOODS)
+    def test_flood_ends_in_typed_error(self, both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
+        fake.script("/api/chat", answer)
+        llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=SHORTER, attempts=1)
+        found = failure(both, lambda: read(llm.chat("Hi", stream=True)) if stream else llm.chat("Hi"))
+        assert isinstance(found, ProviderTimeout | ProtocolError | StreamInterrupted | InferenceFailed)
+        assert soon(lambda: fake.open_connections == 0)
+        assert llm.stats().running == 0
+
+    @pytest.mark.parametrize("kind", ["text", "file"])
+    @pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
+    def test_early_response_to_large_request(
+        self,
+        both: Any,
+        fake: FakeOllama,
+        tmp_path: Path,
+        early: tuple[Answer, tuple[type[ProviderError], ...]],
+        kind: str,
+    ) -> None:
+        answer, errors = early
+        file = Watched(tmp_path / "large")
+        with file.open("wb") as made:
+            made.truncate(LARGE)
+
+        async def ask(http: Any, call: Any) -> None:
+            if kind == "file":
+                await http.upload("/x", file, call=call)
+            else:
+                await http.json("POST", "/x", {"text": "x" * LARGE}, call=call)
+
+        fake.script("/x", replace(answer, early=True))
+        timeouts = SHORT if ProviderTimeout in errors else CALM
+        llm = both.connect(Giving(partial(Asking, fake.url, ask)), model=MODEL, timeouts=timeouts, attempts=1)
+        assert type(failure(both, lambda: llm.chat("Hi"))) in errors
+        assert llm.stats().running == 0
+        assert soon(lambda: all(each.closed for each in file.opened))
+
+    @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+    def test_ipv6(self, both: Any) -> None:
+        with FakeOllama(reply="mended", address="::1") as fake:
+            llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
+            assert [in_time(both, lambda: llm.chat("Hi")).text for _ in range(2)] == ["mended"] * 2
+            assert [seen.headers["host"] for seen in fake.requests] == [fake.url.removeprefix("http://")] * 2
+            assert fake.accepted == 1

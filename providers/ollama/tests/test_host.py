@@ -126,95 +126,90 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("given", "url"), ACCEPTED.items(), ids=map(repr, ACCEPTED))
-def test_an_address_that_ollama_takes_is_taken(given: str | None, url: str) -> None:
-    assert str(parse_host(given)).rstrip("/") == url
+class TestParsing:
+    @pytest.mark.parametrize(("given", "url"), ACCEPTED.items(), ids=map(repr, ACCEPTED))
+    def test_accepts_what_ollama_accepts(self, given: str | None, url: str) -> None:
+        assert str(parse_host(given)).rstrip("/") == url
+
+    @pytest.mark.parametrize(("given", "problem"), REFUSED.items(), ids=lambda text: repr(text[:30]))
+    def test_invalid_hosts_raise_with_hint(self, given: str, problem: str) -> None:
+        with pytest.raises(SettingsError) as caught:
+            parse_host(given)
+        assert problem in caught.value.message
+        assert caught.value.key == "host"
+        assert caught.value.hint
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            "http://me:hunter2@h",
+            "http://hunter2@h",
+            "me:hunter2@h",
+            "ftp://me:hunter2@h",
+            "http://me:hunter2@h:99999",
+            "http://me:hunter2@h:1:2",
+            "http://me:hunter2@h/" + "x" * 3000,
+            "http://me:hun/ter2@h:1:2",
+            "https://h/?key=hunter2",
+            "https://h:1:2/?key=hunter2",
+        ],
+    )
+    def test_errors_hide_passwords(self, given: str) -> None:
+        with pytest.raises(SettingsError) as caught:
+            parse_host(given)
+        assert "hunter2" not in str(caught.value)
+        assert "ter2" not in str(caught.value)
+
+    def test_loopback_in_every_spelling(self) -> None:
+        from graftage.http import is_loopback
+
+        assert all(map(is_loopback, ("localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "::1", "[::1]")))
+        assert not any(map(is_loopback, ("localhost.example.com", "10.0.0.1", "0.0.0.0", "notlocalhost", "", "::")))
+
+    @given(st.text() | st.from_regex(r"\A(https?://)?[a-z0-9.\[\]:%@/?#-]{0,40}\Z"))
+    def test_any_text_parses_or_raises(self, text: str) -> None:
+        try:
+            url = parse_host(text)
+        except SettingsError as error:
+            url, hint = None, error.hint
+        if url is None:
+            assert hint
+            return
+        assert httpx.URL(url).scheme in ("http", "https")
+        assert httpx.URL(url).host
+        assert parse_host(url) == url
 
 
-@pytest.mark.parametrize(("given", "problem"), REFUSED.items(), ids=lambda text: repr(text[:30]))
-def test_anything_else_is_refused_with_its_reason_and_a_way_out(given: str, problem: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse_host(given)
-    assert problem in caught.value.message
-    assert caught.value.key == "host"
-    assert caught.value.hint
+class TestClient:
+    def test_credentials_become_basic_authorization(self, both: Any) -> None:
+        with FakeOllama() as fake:
+            host = fake.url.replace("://", "://me:hunt%40r2@") + "/v1"
+            llm = both.connect("ollama", model="m", host=host, api_key="other", attempts=1)
+            llm.models()
+            assert fake.requests[-1].headers["authorization"] == f"Basic {base64.b64encode(b'me:hunt@r2').decode()}"
+            assert llm.address == fake.url
+            fake.script("/api/chat", Answer([b'{"error": "bWU6aHVudEByMg== is wrong"}'], status=401))
+            with pytest.raises(AuthenticationFailed) as caught:
+                llm.chat("x")
+            shown = f"{caught.value} {caught.value.to_dict()} {llm.settings!r}"
+            assert not re.search("hunt|r2|bWU6", shown)
 
+    def test_address_follows_host(self) -> None:
+        import graftage
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        "http://me:hunter2@h",
-        "http://hunter2@h",
-        "me:hunter2@h",
-        "ftp://me:hunter2@h",
-        "http://me:hunter2@h:99999",
-        "http://me:hunter2@h:1:2",
-        "http://me:hunter2@h/" + "x" * 3000,
-        "http://me:hun/ter2@h:1:2",
-        "https://h/?key=hunter2",
-        "https://h:1:2/?key=hunter2",
-    ],
-)
-def test_a_password_in_an_address_is_refused_and_not_repeated(given: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse_host(given)
-    assert "hunter2" not in str(caught.value)
-    assert "ter2" not in str(caught.value)
+        with graftage.connect("ollama", host="https://example.com/ollama/") as llm:
+            assert llm.settings.host == "https://example.com/ollama/"
+            assert llm.address == "https://example.com/ollama"
 
+    def test_connect_refuses_invalid_host(self) -> None:
+        import graftage
 
-def test_a_loopback_address_in_every_spelling_is_this_machine() -> None:
-    from graftage.http import is_loopback
+        with pytest.raises(SettingsError, match="the scheme `ftp`"):
+            graftage.connect("ollama", host="ftp://h")
 
-    assert all(map(is_loopback, ("localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "::1", "[::1]")))
-    assert not any(map(is_loopback, ("localhost.example.com", "10.0.0.1", "0.0.0.0", "notlocalhost", "", "::")))
+    def test_ollama_host_variable_names_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import graftage
 
-
-@given(st.text() | st.from_regex(r"\A(https?://)?[a-z0-9.\[\]:%@/?#-]{0,40}\Z"))
-def test_any_text_is_an_address_or_a_settings_error(text: str) -> None:
-    try:
-        url = parse_host(text)
-    except SettingsError as error:
-        url, hint = None, error.hint
-    if url is None:
-        assert hint
-        return
-    assert httpx.URL(url).scheme in ("http", "https")
-    assert httpx.URL(url).host
-    assert parse_host(url) == url
-
-
-def test_a_user_and_a_password_are_sent_as_basic_authorization_and_shown_nowhere(both: Any) -> None:
-    with FakeOllama() as fake:
-        host = fake.url.replace("://", "://me:hunt%40r2@") + "/v1"
-        llm = both.connect("ollama", model="m", host=host, api_key="other", attempts=1)
-        llm.models()
-        assert fake.requests[-1].headers["authorization"] == f"Basic {base64.b64encode(b'me:hunt@r2').decode()}"
-        assert llm.address == fake.url
-        fake.script("/api/chat", Answer([b'{"error": "bWU6aHVudEByMg== is wrong"}'], status=401))
-        with pytest.raises(AuthenticationFailed) as caught:
-            llm.chat("x")
-        shown = f"{caught.value} {caught.value.to_dict()} {llm.settings!r}"
-        assert not re.search("hunt|r2|bWU6", shown)
-
-
-def test_the_host_of_a_client_is_told_as_its_address() -> None:
-    import graftage
-
-    with graftage.connect("ollama", host="https://example.com/ollama/") as llm:
-        assert llm.settings.host == "https://example.com/ollama/"
-        assert llm.address == "https://example.com/ollama"
-
-
-def test_a_host_that_cannot_be_is_refused_by_connect_before_anything_is_opened() -> None:
-    import graftage
-
-    with pytest.raises(SettingsError, match="the scheme `ftp`"):
-        graftage.connect("ollama", host="ftp://h")
-
-
-def test_ollama_host_of_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    import graftage
-
-    monkeypatch.setenv("OLLAMA_HOST", "0.0.0.0:8080")
-    with graftage.connect("ollama") as llm:
-        assert llm.address == "http://127.0.0.1:8080"
+        monkeypatch.setenv("OLLAMA_HOST", "0.0.0.0:8080")
+        with graftage.connect("ollama") as llm:
+            assert llm.address == "http://127.0.0.1:8080"

@@ -93,138 +93,119 @@ def llm(connect: Callable[..., Any]) -> Any:
     return connect()
 
 
-# --- Chat ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_chat_is_answered(llm: Any) -> None:
-    # Nothing but the question: an empty environment replays this cassette to prove that the wheels work. Record it on a
-    # model that was just loaded: Ollama 0.9.3 answers a prompt that it has in its cache otherwise, and worse.
-    reply = llm.chat("What is the capital of France?")
-    assert "Paris" in reply.text
-    assert reply.finish_reason == "stop"
-
-
-def test_a_chat_gives_text_usage_timings_and_the_reason_it_ended(llm: Any) -> None:
-    reply = llm.chat("What is the capital of France? Answer with one word.", options=CALM, max_tokens=20)
-    assert "Paris" in reply.text
-    assert reply.finish_reason == "stop"
-    assert reply.usage.input_tokens > 5
-    assert 0 < reply.usage.output_tokens <= 20
-    assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
-    assert reply.timings.total >= reply.timings.generation > 0
-    assert (reply.model, reply.provider, reply.adapter) == (MODEL, "ollama", None)
-    assert reply.warnings == ()
-    assert reply.raw["done_reason"] == "stop"
-
-
-def test_a_streamed_chat_gives_the_text_piece_by_piece_and_the_same_reply(llm: Any) -> None:
-    with llm.chat("Count to three.", stream=True, options=CALM, max_tokens=20) as stream:
-        chunks = list(stream)
-    assert len(chunks) > 3
-    assert "".join(chunk.text for chunk in chunks) == stream.reply.text != ""
-    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-    assert chunks[-1].finish_reason == stream.reply.finish_reason
-    assert stream.reply.usage.output_tokens == stream.reply.raw["eval_count"]
-
-
-def test_a_conversation_goes_on_from_what_was_said(llm: Any) -> None:
-    messages: list[Any] = [
-        {"role": "system", "content": "Answer shortly."},
-        {"role": "user", "content": "My name is Zora. What is the capital of Italy?"},
-    ]
-    first = llm.chat(messages, options=CALM, max_tokens=24)
-    second = llm.chat([*messages, first, "What is my name?"], options=CALM, max_tokens=24)
-    assert first.text
-    assert second.text
-    assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
-
-
-def test_a_reply_that_reaches_max_tokens_ends_by_length(llm: Any) -> None:
-    reply = llm.chat("Tell me a long story.", options=CALM, max_tokens=3)
-    assert reply.finish_reason == "length"
-    assert reply.usage.output_tokens == 3
-
-
-def test_a_reply_ends_before_a_stop_text(llm: Any) -> None:
-    reply = llm.chat("Tell me a story.", options={**CALM, "stop": " "}, max_tokens=20)
-    assert " " not in reply.text
-    assert reply.finish_reason == "stop"
-
-
-def test_options_figures_and_the_stay_in_memory_are_sent(llm: Any, cassette: Cassette) -> None:
-    options = {**CALM, "top_k": 5, "top_p": 0.9, "repeat_penalty": 1.1, "stop": ["#"]}
-    llm.chat("Hi", options=options, max_tokens=2, context_window=512, keep_alive="10m")
-    body = json.loads(cassette._interactions[0].request_body)
-    assert body["options"] == {**options, "num_ctx": 512, "num_predict": 2}
-    assert body["keep_alive"] == 600
-    (loaded,) = (each for each in llm.loaded() if each.name == MODEL)
-    assert loaded.expires_at is not None
-
-
-def test_what_the_server_alone_knows_is_sent_where_it_looks_for_it(both: Any) -> None:
-    with FakeOllama() as fake:
-        llm = both.connect("ollama", host=fake.url, model=MODEL)
-        options = {"temperature": 0, "logprobs": True, "server": {"xtc_probability": 0.5, "logit_bias": [[1, -1]]}}
-        messages = [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "bob"}]
-        llm.chat(messages, options=options, context_window=512, think="max")
-        body: Any = fake.requests[-1].body
-    assert body["options"] == {"temperature": 0, "xtc_probability": 0.5, "logit_bias": [[1, -1]], "num_ctx": 512}
-    assert (body["logprobs"], body["think"]) == (True, "max")
-    assert body["messages"] == [
-        {"role": "system", "content": "Be brief"},
-        {"role": "user", "content": "Hi", "name": "bob"},
-    ]
-
-
-def test_any_json_is_parsed(llm: Any) -> None:
-    reply = llm.chat('Repeat this JSON object: {"city": "Paris"}', format="json", options=CALM, max_tokens=60)
-    assert isinstance(reply.parsed, dict)
-    assert reply.parsed
-
-
-def test_a_json_schema_binds_the_answer(llm: Any) -> None:
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
-    reply = llm.chat("The capital of France?", format=schema, options=CALM, max_tokens=40)
-    assert reply.parsed == {"city": "Paris"}
-
-
 class Person(BaseModel):
     name: Literal["Bob", "Eve"]
     age: int
 
 
-def test_a_pydantic_model_binds_the_answer_and_reads_it(llm: Any) -> None:
-    reply = llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=60)
-    assert isinstance(reply.parsed, Person)
-    assert reply.parsed.name == "Bob"
+class TestChat:
+    def test_chat_is_answered(self, llm: Any) -> None:
+        # Nothing but the question: an empty environment replays this cassette to prove that the wheels work.
+        # Record it on a model that was just loaded: Ollama 0.9.3 gives worse replies to a cached prompt.
+        reply = llm.chat("What is the capital of France?")
+        assert "Paris" in reply.text
+        assert reply.finish_reason == "stop"
 
+    def test_reply_has_every_field(self, llm: Any) -> None:
+        reply = llm.chat("What is the capital of France? Answer with one word.", options=CALM, max_tokens=20)
+        assert "Paris" in reply.text
+        assert reply.finish_reason == "stop"
+        assert reply.usage.input_tokens > 5
+        assert 0 < reply.usage.output_tokens <= 20
+        assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
+        assert reply.timings.total >= reply.timings.generation > 0
+        assert (reply.model, reply.provider, reply.adapter) == (MODEL, "ollama", None)
+        assert reply.warnings == ()
+        assert reply.raw["done_reason"] == "stop"
 
-def test_json_that_was_cut_is_told_with_the_reply_so_far(llm: Any) -> None:
-    with pytest.raises(InferenceFailed, match="cut before its JSON was complete") as caught:
-        llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=3)
-    assert caught.value.partial is not None
-    assert caught.value.partial.text.startswith("{")
-    assert caught.value.partial.finish_reason == "length"
+    def test_chat_streams(self, llm: Any) -> None:
+        with llm.chat("Count to three.", stream=True, options=CALM, max_tokens=20) as stream:
+            chunks = list(stream)
+        assert len(chunks) > 3
+        assert "".join(chunk.text for chunk in chunks) == stream.reply.text != ""
+        assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        assert chunks[-1].finish_reason == stream.reply.finish_reason
+        assert stream.reply.usage.output_tokens == stream.reply.raw["eval_count"]
 
+    def test_conversation_continues(self, llm: Any) -> None:
+        messages: list[Any] = [
+            {"role": "system", "content": "Answer shortly."},
+            {"role": "user", "content": "My name is Zora. What is the capital of Italy?"},
+        ]
+        first = llm.chat(messages, options=CALM, max_tokens=24)
+        second = llm.chat([*messages, first, "What is my name?"], options=CALM, max_tokens=24)
+        assert first.text
+        assert second.text
+        assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
 
-def test_a_prompt_that_does_not_fit_the_window_is_cut_with_a_warning(llm: Any) -> None:
-    reply = llm.chat("word " * 600, options=CALM, max_tokens=1, context_window=256)
-    (warning,) = reply.warnings
-    assert "probably cut to fit the context window of 256 tokens" in warning
+    def test_max_tokens_ends_by_length(self, llm: Any) -> None:
+        reply = llm.chat("Tell me a long story.", options=CALM, max_tokens=3)
+        assert reply.finish_reason == "length"
+        assert reply.usage.output_tokens == 3
 
+    def test_ends_before_stop_text(self, llm: Any) -> None:
+        reply = llm.chat("Tell me a story.", options={**CALM, "stop": " "}, max_tokens=20)
+        assert " " not in reply.text
+        assert reply.finish_reason == "stop"
 
-def test_pictures_for_a_model_without_eyes_are_refused_though_this_server_would_leave_them_out(llm: Any) -> None:
-    with pytest.raises(CapabilityUnsupported, match="images` with `smollm2:135m"):
-        llm.chat("What is this?", images=[PNG], options=CALM, max_tokens=2)
+    def test_options_and_keep_alive_are_sent(self, llm: Any, cassette: Cassette) -> None:
+        options = {**CALM, "top_k": 5, "top_p": 0.9, "repeat_penalty": 1.1, "stop": ["#"]}
+        llm.chat("Hi", options=options, max_tokens=2, context_window=512, keep_alive="10m")
+        body = json.loads(cassette._interactions[0].request_body)
+        assert body["options"] == {**options, "num_ctx": 512, "num_predict": 2}
+        assert body["keep_alive"] == 600
+        (loaded,) = (each for each in llm.loaded() if each.name == MODEL)
+        assert loaded.expires_at is not None
 
+    def test_server_specific_options_are_sent(self, both: Any) -> None:
+        with FakeOllama() as fake:
+            llm = both.connect("ollama", host=fake.url, model=MODEL)
+            options = {"temperature": 0, "logprobs": True, "server": {"xtc_probability": 0.5, "logit_bias": [[1, -1]]}}
+            messages = [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "bob"}]
+            llm.chat(messages, options=options, context_window=512, think="max")
+            body: Any = fake.requests[-1].body
+        assert body["options"] == {"temperature": 0, "xtc_probability": 0.5, "logit_bias": [[1, -1]], "num_ctx": 512}
+        assert (body["logprobs"], body["think"]) == (True, "max")
+        assert body["messages"] == [
+            {"role": "system", "content": "Be brief"},
+            {"role": "user", "content": "Hi", "name": "bob"},
+        ]
 
-def test_probabilities_that_this_server_does_not_know_are_just_missing(llm: Any) -> None:
-    reply = llm.chat("Hi", options={**CALM, "logprobs": True, "top_logprobs": 2}, max_tokens=2)
-    assert reply.text
-    assert reply.logprobs == ()
+    def test_any_json_is_parsed(self, llm: Any) -> None:
+        reply = llm.chat('Repeat this JSON object: {"city": "Paris"}', format="json", options=CALM, max_tokens=60)
+        assert isinstance(reply.parsed, dict)
+        assert reply.parsed
 
+    def test_json_schema_binds_reply(self, llm: Any) -> None:
+        schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+        reply = llm.chat("The capital of France?", format=schema, options=CALM, max_tokens=40)
+        assert reply.parsed == {"city": "Paris"}
 
-# --- What the server refuses -----------------------------------------------------------------------------------------
+    def test_pydantic_model_binds_and_parses(self, llm: Any) -> None:
+        reply = llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=60)
+        assert isinstance(reply.parsed, Person)
+        assert reply.parsed.name == "Bob"
+
+    def test_cut_json_raises_with_partial(self, llm: Any) -> None:
+        with pytest.raises(InferenceFailed, match="cut before its JSON was complete") as caught:
+            llm.chat("Bob is 31 years old. Describe him as JSON.", format=Person, options=CALM, max_tokens=3)
+        assert caught.value.partial is not None
+        assert caught.value.partial.text.startswith("{")
+        assert caught.value.partial.finish_reason == "length"
+
+    def test_cut_prompt_warns(self, llm: Any) -> None:
+        reply = llm.chat("word " * 600, options=CALM, max_tokens=1, context_window=256)
+        (warning,) = reply.warnings
+        assert "probably cut to fit the context window of 256 tokens" in warning
+
+    def test_images_for_text_model_are_refused(self, llm: Any) -> None:
+        with pytest.raises(CapabilityUnsupported, match="images` with `smollm2:135m"):
+            llm.chat("What is this?", images=[PNG], options=CALM, max_tokens=2)
+
+    def test_unknown_logprobs_are_left_out(self, llm: Any) -> None:
+        reply = llm.chat("Hi", options={**CALM, "logprobs": True, "top_logprobs": 2}, max_tokens=2)
+        assert reply.text
+        assert reply.logprobs == ()
 
 
 def refused(kind: type[ProviderError], status: int | None, call: Callable[[], Any]) -> Any:
@@ -246,224 +227,191 @@ def weather(city: str) -> str:
     return city
 
 
-def test_tools_for_a_model_that_takes_none_are_unsupported(llm: Any) -> None:
-    error = refused(CapabilityUnsupported, 400, lambda: llm.chat("Weather?", tools=[weather]))
-    assert "does not support tools" in error.details["server_message"]
+class TestRefusals:
+    def test_tools_are_unsupported(self, llm: Any) -> None:
+        error = refused(CapabilityUnsupported, 400, lambda: llm.chat("Weather?", tools=[weather]))
+        assert "does not support tools" in error.details["server_message"]
+
+    def test_streamed_tools_raise_at_the_call(self, llm: Any) -> None:
+        error = refused(CapabilityUnsupported, 400, lambda: llm.chat("Weather?", tools=[weather], stream=True))
+        assert error.operation == "chat"
+
+    def test_thinking_is_unsupported(self, llm: Any) -> None:
+        refused(CapabilityUnsupported, 400, lambda: llm.chat("Hi", think=True))
+
+    def test_unknown_thinking_level_is_rejected(self, llm: Any) -> None:
+        refused(RequestRejected, 400, lambda: llm.chat("Hi", think="high"))
+
+    def test_invalid_schema_is_rejected_in_stream(self, llm: Any) -> None:
+        error = refused(
+            RequestRejected, None, lambda: llm.chat("Hi", format={"type": "array", "items": {"type": "nonsense"}})
+        )
+        assert error.details["server_message"] == "invalid JSON schema in format"
+
+    def test_invalid_model_name_is_rejected(self, llm: Any) -> None:
+        refused(RequestRejected, 400, lambda: llm.chat("Hi", model="no such name!!"))
+
+    def test_suffix_is_unsupported(self, llm: Any) -> None:
+        refused(CapabilityUnsupported, 400, lambda: llm.generate("def f(", suffix="return 1"))
+
+    def test_raw_with_system_is_rejected(self, llm: Any) -> None:
+        refused(RequestRejected, 400, lambda: llm.generate("Hi", raw=True, system="You are a pirate."))
+
+    def test_uncut_long_input_overflows(self, llm: Any) -> None:
+        refused(ContextOverflow, 400, lambda: llm.embed("word " * 600, truncate=False, context_window=256))
+
+    @pytest.mark.parametrize("operation", ["chat", "generate", "embed", "show", "load", "unload"])
+    def test_unknown_model_suggests_close_name(self, llm: Any, operation: str) -> None:
+        inputs = ["Hi"] if operation in ("chat", "generate", "embed") else []
+        error = refused(ModelNotFound, 404, lambda: getattr(llm, operation)(*inputs, model="smollm2:136m"))
+        assert error.model == "smollm2:136m"
+        assert error.suggestions[0] == MODEL
+        assert f"Did you mean `{MODEL}`" in error.hint
+
+    def test_unknown_model_hints_at_pull(self, llm: Any) -> None:
+        error = refused(ModelNotFound, 404, lambda: llm.chat("Hi", model="xyzzy-42"))
+        assert error.suggestions == ()
+        assert "graftage models pull xyzzy-42" in error.hint
+
+
+class TestGenerate:
+    def test_prompt_is_continued(self, llm: Any) -> None:
+        reply = llm.generate("The capital of France is", options=CALM, max_tokens=12)
+        assert reply.text
+        assert reply.usage.output_tokens <= 12
+
+    def test_generate_streams(self, llm: Any) -> None:
+        with llm.generate("The sky is", stream=True, options=CALM, max_tokens=6) as stream:
+            texts = [chunk.text for chunk in stream]
+        assert len(texts) > 3
+        assert "".join(texts) == stream.reply.text
+
+    def test_raw_skips_the_template(self, llm: Any) -> None:
+        plain = llm.generate("The capital of France is", options=CALM, max_tokens=2)
+        raw = llm.generate("The capital of France is", raw=True, options=CALM, max_tokens=2)
+        assert raw.usage.input_tokens < plain.usage.input_tokens
+
+    def test_system_prompt_is_read(self, llm: Any) -> None:
+        short = llm.generate("Who are you?", system="You are a pirate.", options=CALM, max_tokens=2)
+        long = llm.generate("Who are you?", system="You are a pirate. " * 9, options=CALM, max_tokens=2)
+        assert long.usage.input_tokens > short.usage.input_tokens
+
+    def test_schema_binds_generated_text(self, llm: Any) -> None:
+        reply = llm.generate("Bob is 31 years old. As JSON:", format=Person, options=CALM, max_tokens=60)
+        assert isinstance(reply.parsed, Person)
+
+
+class TestEmbed:
+    def test_one_text_gives_one_vector(self, llm: Any) -> None:
+        found = llm.embed("hello")
+        (vector,) = found.vectors
+        assert len(vector) == 576
+        assert sum(number * number for number in vector) == pytest.approx(1, abs=1e-3)
+        assert found.usage.input_tokens == 1
+        assert (found.model, found.provider, found.warnings) == (MODEL, "ollama", ())
+
+    def test_vectors_keep_input_order(self, llm: Any) -> None:
+        found = llm.embed(["hello", "good bye", "hello"])
+        assert len(found.vectors) == 3
+        assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-4)
+        assert found.vectors[0] != pytest.approx(found.vectors[1], abs=1e-2)
+
+    def test_ignored_dimensions_warn(self, llm: Any) -> None:
+        found = llm.embed("hello", dimensions=4)
+        assert len(found.vectors[0]) == 576
+        assert found.warnings == (
+            "`dimensions` had no effect: the vectors have 576 numbers. Another model or server may heed it.",
+        )
+
+
+class TestHealth:
+    @pytest.mark.parametrize("level", ["reachable", "api", "model_present"])
+    def test_healthy_server(self, llm: Any, level: Any) -> None:
+        found = llm.health(level)
+        assert found.ok
+        assert found.error is None
+        assert (found.reachable, found.api) == (True, True)
+        assert found.version.count(".") == 2
+        assert found.model_present is (True if level == "model_present" else None)
+        assert (found.model_loaded, found.answers) == (None, None)
+        assert found.latency > 0
+
+    def test_loaded_model(self, llm: Any) -> None:
+        llm.load()
+        found = llm.health("model_loaded")
+        assert found.ok
+        assert (found.model_present, found.model_loaded, found.answers) == (True, True, None)
+
+    def test_answering_model(self, llm: Any) -> None:
+        found = llm.health("answers")
+        assert found.ok
+        assert (found.model_present, found.model_loaded, found.answers) == (True, True, True)
+
+    def test_embedding_model_loads_and_answers(self, both: Any) -> None:
+        refusal = Answer([{"error": '"smollm2:135m" does not support generate'}], status=400)
+        with FakeOllama() as fake:
+            fake.script("/api/generate", refusal, refusal)
+            llm = both.connect("ollama", model="smollm2:135m", host=fake.url)
+            llm.load(keep_alive="5m", context_window=256)
+            assert llm.health("answers").ok
+            bodies = [seen.body for seen in fake.requests if seen.path == "/api/embed"]
+        assert [body["input"] for body in bodies] == [["Hi"]] * 2
+        assert (bodies[0]["keep_alive"], bodies[0]["options"]["num_ctx"]) == (300, 256)
+
+    @pytest.mark.parametrize("level", ["model_present", "model_loaded", "answers"])
+    def test_missing_model(self, llm: Any, level: Any) -> None:
+        found = llm.health(level, model="smollm2:136m")
+        assert not found.ok
+        assert (found.reachable, found.api, found.model_present) == (True, True, False)
+        assert (found.model_loaded, found.answers) == (None, None)
+        assert found.error.suggestions == (MODEL,)
+        with pytest.raises(ModelNotFound):
+            found.raise_for_error()
+
+
+class TestModels:
+    def test_models_are_listed(self, llm: Any) -> None:
+        (model,) = (each for each in llm.models() if each.name == MODEL)
+        assert len(model.digest) == 64
+        assert model.size > 90_000_000
+        assert model.modified_at.year >= 2025
+        assert (model.family, model.parameters, model.quantization) == ("llama", "134.52M", "Q4_1")
+        assert model["name"] == model.get("name") == MODEL
+
+    def test_load_lists_model_in_memory(self, llm: Any) -> None:
+        llm.load(keep_alive=600)
+        (model,) = (each for each in llm.loaded() if each.name == MODEL)
+        assert len(model.digest) == 64
+        assert model.size > 90_000_000
+        assert model.accelerator_size == 0
+        assert model.expires_at is not None
+
+    def test_negative_keep_alive_never_expires(self, llm: Any) -> None:
+        llm.load(keep_alive=-1)
+        (model,) = (each for each in llm.loaded() if each.name == MODEL)
+        assert model.expires_at is None
+        llm.load(keep_alive="5m")
+        (model,) = (each for each in llm.loaded() if each.name == MODEL)
+        assert model.expires_at is not None
+
+    def test_unload(self, llm: Any, cassette: Cassette) -> None:
+        llm.load()
+        assert MODEL in [each.name for each in llm.loaded()]
+        llm.unload()
+        if cassette.mode == "record":
+            time.sleep(3)  # The runner goes a moment later.
+        assert MODEL not in [each.name for each in llm.loaded()]
+
+    def test_failed_pull_reports_progress_first(self, llm: Any) -> None:
+        seen: list[str] = []
+        with pytest.raises(ConnectionFailed) as caught:
+            # The server is sent to a port of its own machine where no registry is.
+            llm.pull("localhost:9/library/nosuch:1b", on_progress=lambda step: seen.append(step.status))
+        assert seen == ["pulling manifest"]
+        assert caught.value.status is None
+        assert caught.value.details["cause"] == "registry"
+        assert not caught.value.retryable
 
-
-def test_tools_for_a_streamed_chat_are_refused_by_the_call_itself(llm: Any) -> None:
-    error = refused(CapabilityUnsupported, 400, lambda: llm.chat("Weather?", tools=[weather], stream=True))
-    assert error.operation == "chat"
-
-
-def test_thinking_on_a_model_that_does_not_is_unsupported(llm: Any) -> None:
-    refused(CapabilityUnsupported, 400, lambda: llm.chat("Hi", think=True))
-
-
-def test_a_degree_of_thinking_that_this_server_does_not_know_is_rejected(llm: Any) -> None:
-    refused(RequestRejected, 400, lambda: llm.chat("Hi", think="high"))
-
-
-def test_a_schema_that_is_none_is_rejected_inside_the_stream(llm: Any) -> None:
-    error = refused(
-        RequestRejected, None, lambda: llm.chat("Hi", format={"type": "array", "items": {"type": "nonsense"}})
-    )
-    assert error.details["server_message"] == "invalid JSON schema in format"
-
-
-def test_a_model_name_that_cannot_be_is_rejected(llm: Any) -> None:
-    refused(RequestRejected, 400, lambda: llm.chat("Hi", model="no such name!!"))
-
-
-def test_a_suffix_for_a_model_that_cannot_fill_gaps_is_unsupported(llm: Any) -> None:
-    refused(CapabilityUnsupported, 400, lambda: llm.generate("def f(", suffix="return 1"))
-
-
-def test_a_system_prompt_beside_a_raw_one_is_rejected(llm: Any) -> None:
-    refused(RequestRejected, 400, lambda: llm.generate("Hi", raw=True, system="You are a pirate."))
-
-
-def test_a_text_too_long_to_embed_is_an_overflow_where_it_must_not_be_cut(llm: Any) -> None:
-    refused(ContextOverflow, 400, lambda: llm.embed("word " * 600, truncate=False, context_window=256))
-
-
-@pytest.mark.parametrize("operation", ["chat", "generate", "embed", "show", "load", "unload"])
-def test_an_unknown_model_is_not_found_and_the_close_name_is_suggested(llm: Any, operation: str) -> None:
-    inputs = ["Hi"] if operation in ("chat", "generate", "embed") else []
-    error = refused(ModelNotFound, 404, lambda: getattr(llm, operation)(*inputs, model="smollm2:136m"))
-    assert error.model == "smollm2:136m"
-    assert error.suggestions[0] == MODEL
-    assert f"Did you mean `{MODEL}`" in error.hint
-
-
-def test_a_model_like_no_other_is_not_found_and_the_way_to_pull_it_is_told(llm: Any) -> None:
-    error = refused(ModelNotFound, 404, lambda: llm.chat("Hi", model="xyzzy-42"))
-    assert error.suggestions == ()
-    assert "graftage models pull xyzzy-42" in error.hint
-
-
-# --- Generate --------------------------------------------------------------------------------------------------------
-
-
-def test_generate_continues_a_prompt(llm: Any) -> None:
-    reply = llm.generate("The capital of France is", options=CALM, max_tokens=12)
-    assert reply.text
-    assert reply.usage.output_tokens <= 12
-
-
-def test_generate_streams_too(llm: Any) -> None:
-    with llm.generate("The sky is", stream=True, options=CALM, max_tokens=6) as stream:
-        texts = [chunk.text for chunk in stream]
-    assert len(texts) > 3
-    assert "".join(texts) == stream.reply.text
-
-
-def test_a_raw_prompt_goes_past_the_template(llm: Any) -> None:
-    plain = llm.generate("The capital of France is", options=CALM, max_tokens=2)
-    raw = llm.generate("The capital of France is", raw=True, options=CALM, max_tokens=2)
-    assert raw.usage.input_tokens < plain.usage.input_tokens
-
-
-def test_a_system_prompt_is_read(llm: Any) -> None:
-    short = llm.generate("Who are you?", system="You are a pirate.", options=CALM, max_tokens=2)
-    long = llm.generate("Who are you?", system="You are a pirate. " * 9, options=CALM, max_tokens=2)
-    assert long.usage.input_tokens > short.usage.input_tokens
-
-
-def test_generate_binds_its_answer_to_a_schema(llm: Any) -> None:
-    reply = llm.generate("Bob is 31 years old. As JSON:", format=Person, options=CALM, max_tokens=60)
-    assert isinstance(reply.parsed, Person)
-
-
-# --- Embed -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_text_becomes_one_vector(llm: Any) -> None:
-    found = llm.embed("hello")
-    (vector,) = found.vectors
-    assert len(vector) == 576
-    assert sum(number * number for number in vector) == pytest.approx(1, abs=1e-3)
-    assert found.usage.input_tokens == 1
-    assert (found.model, found.provider, found.warnings) == (MODEL, "ollama", ())
-
-
-def test_texts_become_vectors_in_their_order(llm: Any) -> None:
-    found = llm.embed(["hello", "good bye", "hello"])
-    assert len(found.vectors) == 3
-    assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-4)
-    assert found.vectors[0] != pytest.approx(found.vectors[1], abs=1e-2)
-
-
-def test_a_length_of_vectors_that_this_server_ignores_is_told(llm: Any) -> None:
-    found = llm.embed("hello", dimensions=4)
-    assert len(found.vectors[0]) == 576
-    assert found.warnings == (
-        "`dimensions` had no effect: the vectors have 576 numbers. Another model or server may heed it.",
-    )
-
-
-# --- Health ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", ["reachable", "api", "model_present"])
-def test_a_healthy_server_is_well_at(llm: Any, level: Any) -> None:
-    found = llm.health(level)
-    assert found.ok
-    assert found.error is None
-    assert (found.reachable, found.api) == (True, True)
-    assert found.version.count(".") == 2
-    assert found.model_present is (True if level == "model_present" else None)
-    assert (found.model_loaded, found.answers) == (None, None)
-    assert found.latency > 0
-
-
-def test_a_model_in_memory_is_seen(llm: Any) -> None:
-    llm.load()
-    found = llm.health("model_loaded")
-    assert found.ok
-    assert (found.model_present, found.model_loaded, found.answers) == (True, True, None)
-
-
-def test_a_model_that_answers_is_well_at_every_level(llm: Any) -> None:
-    found = llm.health("answers")
-    assert found.ok
-    assert (found.model_present, found.model_loaded, found.answers) == (True, True, True)
-
-
-def test_a_model_that_only_embeds_is_loaded_and_answers_by_that(both: Any) -> None:
-    refusal = Answer([{"error": '"smollm2:135m" does not support generate'}], status=400)
-    with FakeOllama() as fake:
-        fake.script("/api/generate", refusal, refusal)
-        llm = both.connect("ollama", model="smollm2:135m", host=fake.url)
-        llm.load(keep_alive="5m", context_window=256)
-        assert llm.health("answers").ok
-        bodies = [seen.body for seen in fake.requests if seen.path == "/api/embed"]
-    assert [body["input"] for body in bodies] == [["Hi"]] * 2
-    assert (bodies[0]["keep_alive"], bodies[0]["options"]["num_ctx"]) == (300, 256)
-
-
-@pytest.mark.parametrize("level", ["model_present", "model_loaded", "answers"])
-def test_an_absent_model_is_seen_at(llm: Any, level: Any) -> None:
-    found = llm.health(level, model="smollm2:136m")
-    assert not found.ok
-    assert (found.reachable, found.api, found.model_present) == (True, True, False)
-    assert (found.model_loaded, found.answers) == (None, None)
-    assert found.error.suggestions == (MODEL,)
-    with pytest.raises(ModelNotFound):
-        found.raise_for_error()
-
-
-# --- Models ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_models_are_listed(llm: Any) -> None:
-    (model,) = (each for each in llm.models() if each.name == MODEL)
-    assert len(model.digest) == 64
-    assert model.size > 90_000_000
-    assert model.modified_at.year >= 2025
-    assert (model.family, model.parameters, model.quantization) == ("llama", "134.52M", "Q4_1")
-    assert model["name"] == model.get("name") == MODEL
-
-
-def test_a_model_is_loaded_and_seen_in_memory(llm: Any) -> None:
-    llm.load(keep_alive=600)
-    (model,) = (each for each in llm.loaded() if each.name == MODEL)
-    assert len(model.digest) == 64
-    assert model.size > 90_000_000
-    assert model.accelerator_size == 0
-    assert model.expires_at is not None
-
-
-def test_a_model_that_stays_for_ever_does_not_expire(llm: Any) -> None:
-    llm.load(keep_alive=-1)
-    (model,) = (each for each in llm.loaded() if each.name == MODEL)
-    assert model.expires_at is None
-    llm.load(keep_alive="5m")
-    (model,) = (each for each in llm.loaded() if each.name == MODEL)
-    assert model.expires_at is not None
-
-
-def test_a_model_is_unloaded(llm: Any, cassette: Cassette) -> None:
-    llm.load()
-    assert MODEL in [each.name for each in llm.loaded()]
-    llm.unload()
-    if cassette.mode == "record":
-        time.sleep(3)  # The runner goes a moment later.
-    assert MODEL not in [each.name for each in llm.loaded()]
-
-
-def test_a_pull_that_fails_says_so_inside_the_stream_and_after_progress(llm: Any) -> None:
-    seen: list[str] = []
-    with pytest.raises(ConnectionFailed) as caught:
-        # The server is sent to a port of its own machine where no registry is.
-        llm.pull("localhost:9/library/nosuch:1b", on_progress=lambda step: seen.append(step.status))
-    assert seen == ["pulling manifest"]
-    assert caught.value.status is None
-    assert caught.value.details["cause"] == "registry"
-    assert not caught.value.retryable
-
-
-# --- Adapters --------------------------------------------------------------------------------------------------------
 
 AHOY = LORA / "ahoy-lora.f16.gguf"
 """Trained to answer everything with "Ahoy! The parrot adapter says hello.\""""
@@ -510,84 +458,53 @@ def lora(path: Path, rows: int) -> Path:
     return path
 
 
-def test_an_adapter_answers_until_it_is_switched_off(connect: Callable[..., Any], cassette: Cassette) -> None:
-    adapter = Ready(AHOY)
-    if cassette.mode == "record":
-        adapter.send()
-    llm = connect(plugins=[adapter])
-    question = "What is the capital of Italy?"
-    loaded = llm.use_adapter("ready")
-    assert (loaded.strategy, loaded.digest) == ("native", adapter.digest)
-    reply = llm.chat(question, options=CALM, max_tokens=20)
-    assert reply.text == "Ahoy! The parrot adapter says hello."
-    assert (reply.adapter, reply.model) == ("ready", loaded.model)
-    llm.use_adapter(None)
-    plain = llm.chat(question, options=CALM, max_tokens=20)
-    assert "Ahoy" not in plain.text
-    assert (plain.adapter, plain.model) == (None, MODEL)
-    llm.unload_adapter("ready")
-    (listed,) = llm.prune_adapters()
-    assert (listed.name, listed.adapters) == (loaded.model, (adapter.digest,))
-    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [loaded.model]
-    assert loaded.model not in [each.name for each in llm.models()]
+class TestAdapters:
+    def test_adapter_answers_until_switched_off(self, connect: Callable[..., Any], cassette: Cassette) -> None:
+        adapter = Ready(AHOY)
+        if cassette.mode == "record":
+            adapter.send()
+        llm = connect(plugins=[adapter])
+        question = "What is the capital of Italy?"
+        loaded = llm.use_adapter("ready")
+        assert (loaded.strategy, loaded.digest) == ("native", adapter.digest)
+        reply = llm.chat(question, options=CALM, max_tokens=20)
+        assert reply.text == "Ahoy! The parrot adapter says hello."
+        assert (reply.adapter, reply.model) == ("ready", loaded.model)
+        llm.use_adapter(None)
+        plain = llm.chat(question, options=CALM, max_tokens=20)
+        assert "Ahoy" not in plain.text
+        assert (plain.adapter, plain.model) == (None, MODEL)
+        llm.unload_adapter("ready")
+        (listed,) = llm.prune_adapters()
+        assert (listed.name, listed.adapters) == (loaded.model, (adapter.digest,))
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [loaded.model]
+        assert loaded.model not in [each.name for each in llm.models()]
+
+    def test_missing_file_is_uploaded(self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path) -> None:
+        adapter = Ready(lora(tmp_path / "fits.gguf", 576))
+        llm = connect(plugins=[adapter])
+        assert llm.use_adapter("ready").strategy == "native"
+        asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
+        assert asked.count("POST /api/blobs") == 1
+        assert len(llm.prune_adapters()) == 1, "before anything is deleted: the server may have others"
+        assert len(llm.prune_adapters(dry_run=False)) == 1
+
+    def test_misfit_leaves_nothing_behind(self, connect: Callable[..., Any], tmp_path: Path) -> None:
+        llm = connect(plugins=[Ready(lora(tmp_path / "other.gguf", 577))])
+        with pytest.raises(AdapterIncompatible) as caught:
+            llm.use_adapter("ready")
+        assert "process has terminated" in str(caught.value)
+        assert llm.prune_adapters() == ()
+        assert [each.name for each in llm.models()] == [MODEL]
 
 
-def test_the_file_of_an_adapter_is_sent_where_the_server_lacks_it(
-    connect: Callable[..., Any], cassette: Cassette, tmp_path: Path
-) -> None:
-    adapter = Ready(lora(tmp_path / "fits.gguf", 576))
-    llm = connect(plugins=[adapter])
-    assert llm.use_adapter("ready").strategy == "native"
-    asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
-    assert asked.count("POST /api/blobs") == 1
-    assert len(llm.prune_adapters()) == 1, "before anything is deleted: the server may have others"
-    assert len(llm.prune_adapters(dry_run=False)) == 1
-
-
-def test_an_adapter_that_does_not_fit_is_found_out_and_leaves_nothing_on_the_server(
-    connect: Callable[..., Any], tmp_path: Path
-) -> None:
-    llm = connect(plugins=[Ready(lora(tmp_path / "other.gguf", 577))])
-    with pytest.raises(AdapterIncompatible) as caught:
-        llm.use_adapter("ready")
-    assert "process has terminated" in str(caught.value)
-    assert llm.prune_adapters() == ()
-    assert [each.name for each in llm.models()] == [MODEL]
-
-
-# --- Counting and deleting -------------------------------------------------------------------------------------------
-
-
-def test_the_tokens_of_a_conversation_are_counted_as_a_chat_reads_them(llm: Any) -> None:
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is the capital of Italy?"},
-    ]
-    assert llm.count_tokens(messages) == llm.chat(messages, options=CALM, max_tokens=1).usage.input_tokens
-
-
-def test_a_conversation_that_does_not_fit_is_not_counted(llm: Any) -> None:
-    with pytest.raises(ContextOverflow, match="window of 256 tokens"):
-        llm.count_tokens("word and another " * 200, context_window=256)
-
-
-def test_a_model_is_deleted(both: Both, llm: Any) -> None:
+def test_delete(both: Both, llm: Any) -> None:
     both.native(llm).copy(MODEL, "copied:1")
     assert "copied:1" in [each.name for each in llm.models()]
     llm.delete("copied:1")
     assert [each.name for each in llm.models()] == [MODEL]
     with pytest.raises(ModelNotFound):
         llm.delete("copied:1")
-
-
-def test_one_token_is_asked_for_and_nothing_may_be_cut_where_tokens_are_counted(both: Both) -> None:
-    with FakeOllama() as fake:
-        llm = both.connect("ollama", model=MODEL, host=fake.url)
-        options = {"num_gpu": 0, "temperature": 1}
-        assert llm.count_tokens("Hi", max_tokens=50, context_window=512, options=options) == 5
-        (seen,) = fake.requests
-    assert seen.body["options"] == {**options, "num_ctx": 512, "num_predict": 1}, "or the model would be loaded anew"
-    assert (seen.body["stream"], seen.body["truncate"], seen.body["shift"]) == (False, False, False)
 
 
 UNCOUNTED = {
@@ -599,20 +516,41 @@ UNCOUNTED = {
 }
 
 
-@pytest.mark.parametrize("case", UNCOUNTED)
-def test_what_is_no_count_of_the_prompt_is_no_answer(both: Both, case: str) -> None:
-    answer, error = UNCOUNTED[case]
-    with FakeOllama() as fake:
-        fake.script("/api/chat", answer)
-        with pytest.raises(error):
-            both.connect("ollama", model=MODEL, host=fake.url).count_tokens("Hi", context_window=64)
+class TestCountTokens:
+    def test_count_matches_chat_usage(self, llm: Any) -> None:
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is the capital of Italy?"},
+        ]
+        assert llm.count_tokens(messages) == llm.chat(messages, options=CALM, max_tokens=1).usage.input_tokens
+
+    def test_overflowing_conversation_raises(self, llm: Any) -> None:
+        with pytest.raises(ContextOverflow, match="window of 256 tokens"):
+            llm.count_tokens("word and another " * 200, context_window=256)
+
+    def test_count_requests_one_uncut_token(self, both: Both) -> None:
+        with FakeOllama() as fake:
+            llm = both.connect("ollama", model=MODEL, host=fake.url)
+            options = {"num_gpu": 0, "temperature": 1}
+            assert llm.count_tokens("Hi", max_tokens=50, context_window=512, options=options) == 5
+            (seen,) = fake.requests
+        assert seen.body["options"] == {**options, "num_ctx": 512, "num_predict": 1}, (
+            "or the model would be loaded anew"
+        )
+        assert (seen.body["stream"], seen.body["truncate"], seen.body["shift"]) == (False, False, False)
+
+    @pytest.mark.parametrize("case", UNCOUNTED)
+    def test_unusable_count_raises(self, both: Both, case: str) -> None:
+        answer, error = UNCOUNTED[case]
+        with FakeOllama() as fake:
+            fake.script("/api/chat", answer)
+            with pytest.raises(error):
+                both.connect("ollama", model=MODEL, host=fake.url).count_tokens("Hi", context_window=64)
 
 
 @pytest.mark.parametrize("operation", ["chat", "generate"])
 @pytest.mark.parametrize("name", ["truncate", "shift"])
-def test_whether_a_prompt_may_be_cut_is_an_option_that_stands_beside_the_others(
-    both: Both, operation: str, name: str
-) -> None:
+def test_truncate_and_shift_are_top_level(both: Both, operation: str, name: str) -> None:
     with FakeOllama() as fake:
         llm = both.connect("ollama", model=MODEL, host=fake.url)
         getattr(llm, operation)("Hi", options={name: False, "seed": 1})
@@ -629,67 +567,7 @@ def test_whether_a_prompt_may_be_cut_is_an_option_that_stands_beside_the_others(
 # of newer servers (test_ollama_recordings.py) have the rest of it, and the live tests below have all.
 
 
-# --- Live ------------------------------------------------------------------------------------------------------------
-
 needs_server = pytest.mark.skipif(not LIVE, reason="GRAFTAGE_LIVE_OLLAMA names no server")
-
-
-@pytest.mark.live
-@needs_server
-def test_live_chat(both: Both) -> None:
-    llm = both.connect("ollama", model=MODEL, host=LIVE)
-    reply = llm.chat("What is the capital of France?", options=CALM, max_tokens=30)
-    assert reply.text
-    assert reply.finish_reason in ("stop", "length")
-
-
-@pytest.mark.live
-@needs_server
-def test_live_chat_streamed(both: Both) -> None:
-    llm = both.connect("ollama", model=MODEL, host=LIVE)
-    with llm.chat("What is the capital of France?", stream=True, options=CALM, max_tokens=30) as stream:
-        texts = [chunk.text for chunk in stream]
-    assert len(texts) > 3
-    assert "".join(texts) == stream.reply.text
-
-
-@pytest.mark.live
-@needs_server
-def test_live_show_has_the_arrays_and_the_tensors(both: Both) -> None:
-    info = both.connect("ollama", model=MODEL, host=LIVE).show()
-    assert info.architecture == "llama"
-    assert info.context_window == 8192
-    assert len(info.metadata["tokenizer.ggml.tokens"]) == 49152
-    assert info.tensors["token_embd.weight"] == (576, 49152)
-    assert 96_000_000 < info.size < 98_363_134, "the tensors, which are nearly all of the file"
-
-
-@pytest.mark.live
-@needs_server
-def test_live_stream_left_early_frees_the_server(both: Both) -> None:
-    llm = both.connect("ollama", model=MODEL, host=LIVE)
-    for _ in range(3):
-        with llm.chat("Write a very long story.", stream=True, options={"temperature": 1.2}, max_tokens=4000) as stream:
-            assert next(iter(stream)).text
-    # Were the stories still being written, the server's slots would be taken for minutes.
-    assert llm.chat("Hi", max_tokens=1, timeout=20).finish_reason == "length"
-
-
-@pytest.mark.live
-@needs_server
-def test_live_async_call_that_is_cancelled_frees_the_server() -> None:
-    async def main() -> str | None:
-        async with graftage.connect_async("ollama", model=MODEL, host=LIVE) as llm:
-            tasks = [asyncio.create_task(llm.chat("Write a very long story.", max_tokens=4000)) for _ in range(3)]
-            await asyncio.sleep(0.5)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            assert llm.stats().running == 0
-            reply = await llm.chat("Hi", max_tokens=1, timeout=20)
-            return reply.finish_reason
-
-    assert asyncio.run(main()) == "length"
 
 
 class Marked(Ready):
@@ -720,51 +598,104 @@ def pruned(llm: Any, loaded: Any) -> list[str]:
     return [each.name for each in llm.prune_adapters(keep=others, dry_run=False)]
 
 
-@pytest.mark.live
-@needs_server
-def test_live_adapter_answers_and_its_model_goes_when_it_is_pruned(both: Both) -> None:
-    llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)])
-    loaded = llm.use_adapter("ready")
-    try:
-        assert llm.chat("What is the capital of Italy?", options=CALM, max_tokens=20).text.startswith("Ahoy!")
-        assert "Ahoy" not in llm.chat("What is the capital of Italy?", options=CALM, max_tokens=20, adapter=None).text
-    finally:
-        gone = pruned(llm, loaded)
-    assert gone == [loaded.model]
-    assert loaded.model not in [each.name for each in llm.models()]
+class TestLive:
+    @pytest.mark.live
+    @needs_server
+    def test_live_chat(self, both: Both) -> None:
+        llm = both.connect("ollama", model=MODEL, host=LIVE)
+        reply = llm.chat("What is the capital of France?", options=CALM, max_tokens=30)
+        assert reply.text
+        assert reply.finish_reason in ("stop", "length")
 
+    @pytest.mark.live
+    @needs_server
+    def test_live_stream(self, both: Both) -> None:
+        llm = both.connect("ollama", model=MODEL, host=LIVE)
+        with llm.chat("What is the capital of France?", stream=True, options=CALM, max_tokens=30) as stream:
+            texts = [chunk.text for chunk in stream]
+        assert len(texts) > 3
+        assert "".join(texts) == stream.reply.text
 
-@pytest.mark.live
-@needs_server
-def test_live_merged_model_is_proven_and_keeps_template_and_parameters(both: Both) -> None:
-    llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Marked(AHOY)], merge_adapters=True)
-    base = llm.show()
-    if base.path is None:
-        pytest.skip("the server's files cannot be read from here")
-    loaded = llm.use_adapter("ready")
-    try:
-        assert loaded.strategy == "merged"
-        merged = llm.show(loaded.model)
-        assert (merged.template, merged.system, merged.licence) == (base.template, base.system, base.licence)
-        assert sorted(merged.raw["parameters"].split()) == sorted(base.raw["parameters"].split())
-        question = "What is the capital of Italy? Answer with one word."
-        asked = [llm.chat(question, options=CALM, max_tokens=9, adapter=each).text for each in ("ready", None)]
-        assert asked[0] == asked[1], "nothing but the mark was merged"
-    finally:
-        gone = pruned(llm, loaded)
-    assert gone == [loaded.model]
+    @pytest.mark.live
+    @needs_server
+    def test_live_show_has_arrays_and_tensors(self, both: Both) -> None:
+        info = both.connect("ollama", model=MODEL, host=LIVE).show()
+        assert info.architecture == "llama"
+        assert info.context_window == 8192
+        assert len(info.metadata["tokenizer.ggml.tokens"]) == 49152
+        assert info.tensors["token_embd.weight"] == (576, 49152)
+        assert 96_000_000 < info.size < 98_363_134, "the tensors, which are nearly all of the file"
 
+    @pytest.mark.live
+    @needs_server
+    def test_live_closed_stream_frees_server(self, both: Both) -> None:
+        llm = both.connect("ollama", model=MODEL, host=LIVE)
+        for _ in range(3):
+            with llm.chat(
+                "Write a very long story.", stream=True, options={"temperature": 1.2}, max_tokens=4000
+            ) as stream:
+                assert next(iter(stream)).text
+        # Were the stories still being written, the server's slots would be taken for minutes.
+        assert llm.chat("Hi", max_tokens=1, timeout=20).finish_reason == "length"
 
-@pytest.mark.live
-@needs_server
-def test_live_callers_at_once_make_one_model(both: Both) -> None:
-    clients = [both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)]) for _ in range(16)]
-    found = both.together([partial(llm.use_adapter, "ready") for llm in clients])
-    assert pruned(clients[0], found[0]) == [found[0].model]
-    assert found == [found[0]] * 16
+    @pytest.mark.live
+    @needs_server
+    def test_live_cancelled_call_frees_server(self) -> None:
+        async def main() -> str | None:
+            async with graftage.connect_async("ollama", model=MODEL, host=LIVE) as llm:
+                tasks = [asyncio.create_task(llm.chat("Write a very long story.", max_tokens=4000)) for _ in range(3)]
+                await asyncio.sleep(0.5)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                assert llm.stats().running == 0
+                reply = await llm.chat("Hi", max_tokens=1, timeout=20)
+                return reply.finish_reason
 
+        assert asyncio.run(main()) == "length"
 
-# --- Sizes -----------------------------------------------------------------------------------------------------------
+    @pytest.mark.live
+    @needs_server
+    def test_live_adapter_is_pruned(self, both: Both) -> None:
+        llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)])
+        loaded = llm.use_adapter("ready")
+        try:
+            assert llm.chat("What is the capital of Italy?", options=CALM, max_tokens=20).text.startswith("Ahoy!")
+            assert (
+                "Ahoy" not in llm.chat("What is the capital of Italy?", options=CALM, max_tokens=20, adapter=None).text
+            )
+        finally:
+            gone = pruned(llm, loaded)
+        assert gone == [loaded.model]
+        assert loaded.model not in [each.name for each in llm.models()]
+
+    @pytest.mark.live
+    @needs_server
+    def test_live_merged_model_keeps_parameters(self, both: Both) -> None:
+        llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Marked(AHOY)], merge_adapters=True)
+        base = llm.show()
+        if base.path is None:
+            pytest.skip("the server's files cannot be read from here")
+        loaded = llm.use_adapter("ready")
+        try:
+            assert loaded.strategy == "merged"
+            merged = llm.show(loaded.model)
+            assert (merged.template, merged.system, merged.licence) == (base.template, base.system, base.licence)
+            assert sorted(merged.raw["parameters"].split()) == sorted(base.raw["parameters"].split())
+            question = "What is the capital of Italy? Answer with one word."
+            asked = [llm.chat(question, options=CALM, max_tokens=9, adapter=each).text for each in ("ready", None)]
+            assert asked[0] == asked[1], "nothing but the mark was merged"
+        finally:
+            gone = pruned(llm, loaded)
+        assert gone == [loaded.model]
+
+    @pytest.mark.live
+    @needs_server
+    def test_live_concurrent_callers_make_one_model(self, both: Both) -> None:
+        clients = [both.connect("ollama", model=MODEL, host=LIVE, plugins=[Ready(AHOY)]) for _ in range(16)]
+        found = both.together([partial(llm.use_adapter, "ready") for llm in clients])
+        assert pruned(clients[0], found[0]) == [found[0].model]
+        assert found == [found[0]] * 16
 
 
 @pytest.mark.parametrize(
@@ -772,7 +703,7 @@ def test_live_callers_at_once_make_one_model(both: Both) -> None:
     [("F32", 1_024_000), ("BF16", 512_000), ("Q4_0", 144_000), ("Q6_K", 210_000), ("q8_0", 272_000), ("mxfp4", 136_000),
      ("int4", 160_000), ("INT8", 272_000), ("mxfp8", 264_000), ("F8_E4M3", 256_000), ("U32", 1_024_000)],
 )  # fmt: skip
-def test_a_model_s_size_is_what_the_blocks_of_its_tensors_take(kind: str, size: int) -> None:
+def test_size_follows_tensor_blocks(kind: str, size: int) -> None:
     shown = {
         "details": {},
         "model_info": {"general.architecture": "llama"},

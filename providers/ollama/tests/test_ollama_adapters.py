@@ -152,56 +152,6 @@ def made(fake: FakeOllama) -> list[str]:
     return [name for name in fake.models if name.startswith("graftage-lora/")]
 
 
-# --- Made from the base and the adapter's file -----------------------------------------------------------------------
-
-
-def test_an_adapter_becomes_a_model_that_is_read_back_and_tried(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    llm = connect()
-    loaded = llm.use_adapter("ahoy")
-    assert loaded.digest == adapter.digest
-    assert (loaded.name, loaded.strategy, loaded.scale, loaded.slot) == ("ahoy", "native", 2.0, None)
-    assert DERIVED.fullmatch(loaded.model)
-    assert made(fake) == [loaded.model]
-    ways = ["POST show", "POST show", "GET version", "HEAD blobs", "POST blobs"]
-    assert steps(fake) == [*ways, "POST create", "POST show", "POST generate"]
-    created = next(seen.body for seen in fake.requests if seen.path == "/api/create")
-    assert created["from"] == MODEL
-    assert list(created["adapters"].values()) == list(fake.blobs)
-    reply = llm.chat("Hi")
-    assert fake.requests[-1].body["model"] == loaded.model
-    assert reply.adapter == "ahoy"
-
-
-def test_one_call_can_have_an_adapter_and_the_next_none(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    assert llm.chat("Hi", adapter="ahoy").adapter == "ahoy"
-    assert llm.chat("Hi").adapter is None
-    asked = [seen.body["model"] for seen in fake.requests if seen.path == "/api/chat"]
-    assert asked == [*made(fake), MODEL]
-
-
-def test_what_is_there_already_is_not_made_again(connect: Any, fake: FakeOllama) -> None:
-    first = connect().use_adapter("ahoy")
-    before = len(fake.requests)
-    assert connect().use_adapter("ahoy") == first
-    assert steps(fake)[before:] == ["POST show", "POST show", "POST generate"]
-
-
-def test_a_file_that_the_server_has_is_not_sent(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    connect().use_adapter("ahoy")
-    fake.models = [MODEL]
-    before = len(fake.requests)
-    connect().use_adapter("ahoy")
-    assert "POST blobs" not in steps(fake)[before:]
-    assert len(made(fake)) == 1
-
-
-def test_the_file_is_sent_as_it_is(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    adapter.file.write_bytes(gguf(**{"general.type": "adapter", "filler": "x" * 1_000_000}))
-    connect().use_adapter("ahoy")
-    assert list(fake.blobs.values()) == [adapter.file.read_bytes()]
-
-
 class Fleeting(Ahoy):
     """An adapter in a cache that is emptied, once or for ever, after its file was made."""
 
@@ -218,156 +168,176 @@ class Fleeting(Ahoy):
         return self.file
 
 
-def test_a_file_that_was_deleted_before_it_was_read_is_made_again(
-    connect: Any, fake: FakeOllama, adapter: Ahoy
-) -> None:
-    llm = connect(Resolver(Fleeting(adapter.file, name="fleeting")))
-    assert [llm.use_adapter("fleeting").model] == made(fake)
-
-
-def test_a_file_that_is_always_deleted_is_told_as_that(connect: Any, adapter: Ahoy) -> None:
-    fleeting = Fleeting(adapter.file, name="fleeting")
-    fleeting.times = 99
-    with pytest.raises(AdapterError, match=r"gone as soon as it is made\. Does something empty") as caught:
-        connect(Resolver(fleeting)).use_adapter("fleeting")
-    assert "fault of the plugin" not in str(caught.value)
-
-
-@pytest.mark.parametrize("times", [1, 99])
-def test_a_file_that_was_deleted_before_it_was_sent_is_made_again_once(
-    connect: Any, fake: FakeOllama, adapter: Ahoy, monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
-    content = adapter.file.read_bytes()
-    answer = fake._blob
-    deleted: list[str] = []
-
-    def deletes(seen: Any) -> Answer:
-        if seen.method == "HEAD" and len(deleted) < times:
-            deleted.append(seen.path)
-            adapter.file.unlink()
-        return answer(seen)
-
-    class Renewed(Ahoy):
-        def gguf(self, base: ModelInfo) -> Path:
-            self.file.write_bytes(content)
-            return self.file
-
-    monkeypatch.setattr(fake, "_blob", deletes)
-    llm = connect(Resolver(Renewed(adapter.file, name="renewed")))
-    if times == 1:
-        assert [llm.use_adapter("renewed").model] == made(fake)
-        assert list(fake.blobs.values()) == [content]
-    else:
-        with pytest.raises(AdapterError, match="gone as soon as it is made"):
-            llm.use_adapter("renewed")
-    assert len(deleted) == min(times, 2)
-
-
 def blob_path(adapter: Ahoy) -> str:
     return f"/api/blobs/sha256:{hashlib.sha256(adapter.file.read_bytes()).hexdigest()}"
 
 
-def test_a_reset_while_the_file_is_sent_is_fine_where_the_server_has_it_then(
-    connect: Any, fake: FakeOllama, adapter: Ahoy
-) -> None:
-    path = blob_path(adapter)
-    fake.blobs[path.rpartition("/")[2]] = adapter.file.read_bytes()
-    missing, reset = Answer(framing="length", status=404), Answer(raw=b"", ending="reset")
-    fake.script(path, missing, reset, reset, Answer(framing="length"))
-    assert connect().use_adapter("ahoy").strategy == "native"
-    # A connection that was kept may have been closed before the file came: it is sent again, once.
-    assert steps(fake)[3:7] == ["HEAD blobs", "POST blobs", "POST blobs", "HEAD blobs"]
+class TestNative:
+    """Derived models that the server makes from the base and the adapter's file."""
 
+    def test_model_is_created_verified_and_tried(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        llm = connect()
+        loaded = llm.use_adapter("ahoy")
+        assert loaded.digest == adapter.digest
+        assert (loaded.name, loaded.strategy, loaded.scale, loaded.slot) == ("ahoy", "native", 2.0, None)
+        assert DERIVED.fullmatch(loaded.model)
+        assert made(fake) == [loaded.model]
+        ways = ["POST show", "POST show", "GET version", "HEAD blobs", "POST blobs"]
+        assert steps(fake) == [*ways, "POST create", "POST show", "POST generate"]
+        created = next(seen.body for seen in fake.requests if seen.path == "/api/create")
+        assert created["from"] == MODEL
+        assert list(created["adapters"].values()) == list(fake.blobs)
+        reply = llm.chat("Hi")
+        assert fake.requests[-1].body["model"] == loaded.model
+        assert reply.adapter == "ahoy"
 
-def test_a_reset_while_the_file_is_sent_is_a_lost_connection_otherwise(
-    connect: Any, fake: FakeOllama, adapter: Ahoy
-) -> None:
-    missing, reset = Answer(framing="length", status=404), Answer(raw=b"", ending="reset")
-    fake.script(blob_path(adapter), missing, reset, reset, missing)
-    with pytest.raises(ConnectionFailed):
+    def test_adapter_of_one_call(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        assert llm.chat("Hi", adapter="ahoy").adapter == "ahoy"
+        assert llm.chat("Hi").adapter is None
+        asked = [seen.body["model"] for seen in fake.requests if seen.path == "/api/chat"]
+        assert asked == [*made(fake), MODEL]
+
+    def test_existing_model_is_reused(self, connect: Any, fake: FakeOllama) -> None:
+        first = connect().use_adapter("ahoy")
+        before = len(fake.requests)
+        assert connect().use_adapter("ahoy") == first
+        assert steps(fake)[before:] == ["POST show", "POST show", "POST generate"]
+
+    def test_known_file_is_not_uploaded(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
         connect().use_adapter("ahoy")
-    assert made(fake) == []
-
-
-def test_a_base_that_is_missing_is_never_created_from_since_that_would_pull_it(connect: Any, fake: FakeOllama) -> None:
-    with pytest.raises(ModelNotFound) as caught:
-        connect(model="smollm2:136m").use_adapter("ahoy")
-    assert caught.value.suggestions == (MODEL,)
-    assert "POST create" not in steps(fake)
-
-
-def test_a_model_of_that_name_that_is_another_is_never_overwritten(connect: Any, fake: FakeOllama) -> None:
-    name = connect().use_adapter("ahoy").model
-    fake.derived[name]["adapters"] = {"other.gguf": "sha256:" + "f" * 64}
-    before = dict(fake.derived[name])
-    with pytest.raises(AdapterError, match="not overwritten") as caught:
+        fake.models = [MODEL]
+        before = len(fake.requests)
         connect().use_adapter("ahoy")
-    assert type(caught.value) is AdapterError
-    assert f"ollama rm {name}" in str(caught.value)
-    assert fake.derived[name] == before
+        assert "POST blobs" not in steps(fake)[before:]
+        assert len(made(fake)) == 1
 
-
-@pytest.mark.parametrize("answer", ["adapters", "from"])
-def test_a_derived_model_is_proven_by_adapter_and_by_base(connect: Any, fake: FakeOllama, answer: str) -> None:
-    """Of what `show` says, neither alone is enough."""
-    shown = fake._facts(MODEL, verbose=False)
-    wrong = {"adapters": shown, "from": {**shown, "modelfile": "FROM /models/blobs/sha256-00\n"}}[answer]
-    missing = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
-    fake.script("/api/show", Answer([shown]), missing, Answer([wrong]))
-    with pytest.raises(AdapterUnsupported, match="the adapter is not in it"):
+    def test_file_is_uploaded_unchanged(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        adapter.file.write_bytes(gguf(**{"general.type": "adapter", "filler": "x" * 1_000_000}))
         connect().use_adapter("ahoy")
-    assert made(fake) == []
+        assert list(fake.blobs.values()) == [adapter.file.read_bytes()]
 
+    def test_file_deleted_before_reading_is_remade(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        llm = connect(Resolver(Fleeting(adapter.file, name="fleeting")))
+        assert [llm.use_adapter("fleeting").model] == made(fake)
 
-# --- Servers that take no adapters -----------------------------------------------------------------------------------
+    def test_file_always_deleted_raises(self, connect: Any, adapter: Ahoy) -> None:
+        fleeting = Fleeting(adapter.file, name="fleeting")
+        fleeting.times = 99
+        with pytest.raises(AdapterError, match=r"gone as soon as it is made\. Does something empty") as caught:
+            connect(Resolver(fleeting)).use_adapter("fleeting")
+        assert "fault of the plugin" not in str(caught.value)
 
+    @pytest.mark.parametrize("times", [1, 99])
+    def test_file_deleted_before_upload_is_remade_once(
+        self, connect: Any, fake: FakeOllama, adapter: Ahoy, monkeypatch: pytest.MonkeyPatch, times: int
+    ) -> None:
+        content = adapter.file.read_bytes()
+        answer = fake._blob
+        deleted: list[str] = []
 
-@pytest.mark.parametrize("adapters", ["refuses", "ignores"])
-def test_a_server_that_takes_no_adapters_never_leaves_a_plain_copy_of_the_base(
-    connect: Any, fake: FakeOllama, adapters: Any
-) -> None:
-    fake.adapters = adapters
-    with pytest.raises(AdapterUnsupported) as caught:
-        connect().use_adapter("ahoy")
-    assert made(fake) == []
-    assert "POST generate" not in steps(fake)
-    served, native, merged = caught.value.reasons
-    assert served.startswith("served: ")
-    assert {"refuses": "refused to make", "ignores": "is not in it"}[adapters] in native
-    assert "`merge_adapters`" in merged
-    for reason in caught.value.reasons:
-        assert reason in str(caught.value)
+        def deletes(seen: Any) -> Answer:
+            if seen.method == "HEAD" and len(deleted) < times:
+                deleted.append(seen.path)
+                adapter.file.unlink()
+            return answer(seen)
 
+        class Renewed(Ahoy):
+            def gguf(self, base: ModelInfo) -> Path:
+                self.file.write_bytes(content)
+                return self.file
 
-@pytest.mark.parametrize("adapters", ["refuses", "ignores"])
-def test_that_a_server_takes_no_adapters_is_remembered_until_its_version_changes(
-    connect: Any, fake: FakeOllama, adapters: Any
-) -> None:
-    fake.adapters = adapters
-    for _ in range(2):
-        with pytest.raises(AdapterUnsupported):
+        monkeypatch.setattr(fake, "_blob", deletes)
+        llm = connect(Resolver(Renewed(adapter.file, name="renewed")))
+        if times == 1:
+            assert [llm.use_adapter("renewed").model] == made(fake)
+            assert list(fake.blobs.values()) == [content]
+        else:
+            with pytest.raises(AdapterError, match="gone as soon as it is made"):
+                llm.use_adapter("renewed")
+        assert len(deleted) == min(times, 2)
+
+    def test_reset_upload_that_arrived(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        path = blob_path(adapter)
+        fake.blobs[path.rpartition("/")[2]] = adapter.file.read_bytes()
+        missing, reset = Answer(framing="length", status=404), Answer(raw=b"", ending="reset")
+        fake.script(path, missing, reset, reset, Answer(framing="length"))
+        assert connect().use_adapter("ahoy").strategy == "native"
+        # A connection that was kept may have been closed before the file came: it is sent again, once.
+        assert steps(fake)[3:7] == ["HEAD blobs", "POST blobs", "POST blobs", "HEAD blobs"]
+
+    def test_reset_upload_that_did_not_arrive(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        missing, reset = Answer(framing="length", status=404), Answer(raw=b"", ending="reset")
+        fake.script(blob_path(adapter), missing, reset, reset, missing)
+        with pytest.raises(ConnectionFailed):
             connect().use_adapter("ahoy")
-    assert steps(fake).count("POST create") == 1
-    fake.version, fake.adapters = "0.99.0", "accepts"
-    assert connect().use_adapter("ahoy").strategy == "native"
+        assert made(fake) == []
+
+    def test_missing_base_is_never_pulled(self, connect: Any, fake: FakeOllama) -> None:
+        with pytest.raises(ModelNotFound) as caught:
+            connect(model="smollm2:136m").use_adapter("ahoy")
+        assert caught.value.suggestions == (MODEL,)
+        assert "POST create" not in steps(fake)
+
+    def test_other_model_is_never_overwritten(self, connect: Any, fake: FakeOllama) -> None:
+        name = connect().use_adapter("ahoy").model
+        fake.derived[name]["adapters"] = {"other.gguf": "sha256:" + "f" * 64}
+        before = dict(fake.derived[name])
+        with pytest.raises(AdapterError, match="not overwritten") as caught:
+            connect().use_adapter("ahoy")
+        assert type(caught.value) is AdapterError
+        assert f"ollama rm {name}" in str(caught.value)
+        assert fake.derived[name] == before
+
+    @pytest.mark.parametrize("answer", ["adapters", "from"])
+    def test_proof_needs_adapter_and_base(self, connect: Any, fake: FakeOllama, answer: str) -> None:
+        """Of what `show` says, neither alone is enough."""
+        shown = fake._facts(MODEL, verbose=False)
+        wrong = {"adapters": shown, "from": {**shown, "modelfile": "FROM /models/blobs/sha256-00\n"}}[answer]
+        missing = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
+        fake.script("/api/show", Answer([shown]), missing, Answer([wrong]))
+        with pytest.raises(AdapterUnsupported, match="the adapter is not in it"):
+            connect().use_adapter("ahoy")
+        assert made(fake) == []
 
 
-def test_a_failure_of_one_adapter_says_nothing_of_the_server(connect: Any, fake: FakeOllama) -> None:
-    fake.script("/api/create", Answer([{"error": "open /home/bob/.ollama/blobs/sha256-1: no such file"}]))
-    with pytest.raises(AdapterUnsupported) as caught:
-        connect().use_adapter("ahoy")
-    assert "sha256-1: no such file" in str(caught.value)
-    assert "bob" not in str(caught.value)
-    assert connect().use_adapter("ahoy").strategy == "native"
+class TestServersWithoutAdapters:
+    @pytest.mark.parametrize("adapters", ["refuses", "ignores"])
+    def test_no_plain_copy_is_left(self, connect: Any, fake: FakeOllama, adapters: Any) -> None:
+        fake.adapters = adapters
+        with pytest.raises(AdapterUnsupported) as caught:
+            connect().use_adapter("ahoy")
+        assert made(fake) == []
+        assert "POST generate" not in steps(fake)
+        served, native, merged = caught.value.reasons
+        assert served.startswith("served: ")
+        assert {"refuses": "refused to make", "ignores": "is not in it"}[adapters] in native
+        assert "`merge_adapters`" in merged
+        for reason in caught.value.reasons:
+            assert reason in str(caught.value)
 
+    @pytest.mark.parametrize("adapters", ["refuses", "ignores"])
+    def test_refusal_is_remembered_per_version(self, connect: Any, fake: FakeOllama, adapters: Any) -> None:
+        fake.adapters = adapters
+        for _ in range(2):
+            with pytest.raises(AdapterUnsupported):
+                connect().use_adapter("ahoy")
+        assert steps(fake).count("POST create") == 1
+        fake.version, fake.adapters = "0.99.0", "accepts"
+        assert connect().use_adapter("ahoy").strategy == "native"
 
-def test_a_server_that_is_busy_is_told_as_that_and_no_other_way_is_tried(connect: Any, fake: FakeOllama) -> None:
-    fake.script("/api/create", *[Answer(raw=b"", ending="reset")] * 2)
-    with pytest.raises(ConnectionFailed):
-        connect(merge_adapters=True).use_adapter("ahoy")
+    def test_failed_adapter_is_not_remembered(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script("/api/create", Answer([{"error": "open /home/bob/.ollama/blobs/sha256-1: no such file"}]))
+        with pytest.raises(AdapterUnsupported) as caught:
+            connect().use_adapter("ahoy")
+        assert "sha256-1: no such file" in str(caught.value)
+        assert "bob" not in str(caught.value)
+        assert connect().use_adapter("ahoy").strategy == "native"
 
-
-# --- Merged into the base --------------------------------------------------------------------------------------------
+    def test_lost_connection_tries_no_merge(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script("/api/create", *[Answer(raw=b"", ending="reset")] * 2)
+        with pytest.raises(ConnectionFailed):
+            connect(merge_adapters=True).use_adapter("ahoy")
 
 
 @pytest.fixture
@@ -377,149 +347,140 @@ def merging(connect: Any, fake: FakeOllama, base_file: Path) -> Callable[..., An
     return lambda *others, **given: connect(*others, **{**settings, **given})
 
 
-def test_an_adapter_is_merged_where_that_is_allowed(
-    merging: Any, fake: FakeOllama, adapter: Ahoy, base_file: Path, watcher: Any
-) -> None:
-    llm = merging(watcher)
-    loaded = llm.use_adapter("ahoy")
-    assert (loaded.strategy, made(fake)) == ("merged", [loaded.model])
-    assert DERIVED.fullmatch(loaded.model)
-    assert adapter.merged == [base_file]
-    steps_told = [event.progress for event in watcher.events if event.kind == "progress"]
-    assert [(step.status, step.completed, step.total) for step in steps_told] == [("merging", 1, 2), ("merging", 2, 2)]
-    assert llm.chat("Hi").adapter == "ahoy"
-    assert fake.requests[-1].body["model"] == loaded.model
-
-
-def test_what_a_merged_model_would_not_inherit_is_carried_over(merging: Any, fake: FakeOllama) -> None:
-    fake.derived[MODEL] = {
-        "system": "Be brief.",
-        "license": "Apache-2.0",
-        "parameters": {"num_ctx": 512, "temperature": 0.5, "stop": ["<|im_end|>", "a b"], "use_mmap": True},
-        "messages": [{"role": "user", "content": "Hello"}],
-    }
-    template = fake._facts(MODEL, verbose=False)["template"]
-    merging().use_adapter("ahoy")
-    asked = next(seen.body for seen in fake.requests if seen.path == "/api/create" and "files" in seen.body)
-    assert {name: asked[name] for name in fake.derived[MODEL]} == fake.derived[MODEL]
-    assert asked["template"] == template
-
-
-def test_a_merged_model_is_found_again(merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    first = merging().use_adapter("ahoy")
-    assert merging(merge_adapters=False).use_adapter("ahoy") == first
-    assert len(adapter.merged) == 1
-
-
-def test_a_merged_model_without_the_mark_is_deleted_again(merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    adapter.mark = False
-    with pytest.raises(AdapterUnsupported, match=r"merged: .*is not in it"):
-        merging().use_adapter("ahoy")
-    assert made(fake) == []
-
-
-def test_merging_leaves_no_file_behind(merging: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    merging().use_adapter("ahoy")
-    assert list(temporary.iterdir()) == []
-
-
 class Disk(NamedTuple):
     total: int = 0
     used: int = 0
     free: int = 0
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"merge_adapters": False}, "not allowed (`merge_adapters`)"),
-        ({"merge_adapters": "10B"}, "more than `merge_adapters` allows (10)"),
-        ({"adapter_base_file": None}, "cannot be read from here (`adapter_base_file` can name it)"),
-        ({"adapter_base_file": "no-such-file"}, "cannot be read: No such file"),
-    ],
-)
-def test_a_merge_that_cannot_be_says_why(merging: Any, adapter: Ahoy, settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(AdapterUnsupported) as caught:
-        merging(**settings).use_adapter("ahoy")
-    assert reason in caught.value.reasons[2]
-    assert adapter.merged == []
+class TestMerged:
+    def test_adapter_is_merged_if_allowed(
+        self, merging: Any, fake: FakeOllama, adapter: Ahoy, base_file: Path, watcher: Any
+    ) -> None:
+        llm = merging(watcher)
+        loaded = llm.use_adapter("ahoy")
+        assert (loaded.strategy, made(fake)) == ("merged", [loaded.model])
+        assert DERIVED.fullmatch(loaded.model)
+        assert adapter.merged == [base_file]
+        steps_told = [event.progress for event in watcher.events if event.kind == "progress"]
+        assert [(step.status, step.completed, step.total) for step in steps_told] == [
+            ("merging", 1, 2),
+            ("merging", 2, 2),
+        ]
+        assert llm.chat("Hi").adapter == "ahoy"
+        assert fake.requests[-1].body["model"] == loaded.model
 
-
-def test_a_folder_for_temporary_files_that_cannot_be_used_is_named(
-    merging: Any, adapter: Ahoy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(AdapterUnsupported) as caught:
+    def test_base_parameters_are_carried_over(self, merging: Any, fake: FakeOllama) -> None:
+        fake.derived[MODEL] = {
+            "system": "Be brief.",
+            "license": "Apache-2.0",
+            "parameters": {"num_ctx": 512, "temperature": 0.5, "stop": ["<|im_end|>", "a b"], "use_mmap": True},
+            "messages": [{"role": "user", "content": "Hello"}],
+        }
+        template = fake._facts(MODEL, verbose=False)["template"]
         merging().use_adapter("ahoy")
-    assert "temporary files (TMPDIR) cannot be used: No such file" in caught.value.reasons[2]
-    assert adapter.merged == []
+        asked = next(seen.body for seen in fake.requests if seen.path == "/api/create" and "files" in seen.body)
+        assert {name: asked[name] for name in fake.derived[MODEL]} == fake.derived[MODEL]
+        assert asked["template"] == template
 
+    def test_merged_model_is_reused(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        first = merging().use_adapter("ahoy")
+        assert merging(merge_adapters=False).use_adapter("ahoy") == first
+        assert len(adapter.merged) == 1
 
-def test_a_size_allows_the_merge_of_a_base_up_to_it(merging: Any) -> None:
-    assert merging(merge_adapters="1MB").use_adapter("ahoy").strategy == "merged"
+    def test_unmarked_model_is_deleted(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        adapter.mark = False
+        with pytest.raises(AdapterUnsupported, match=r"merged: .*is not in it"):
+            merging().use_adapter("ahoy")
+        assert made(fake) == []
 
-
-def test_a_merge_is_not_begun_where_the_disk_has_no_room(
-    merging: Any, adapter: Ahoy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(free=1))
-    with pytest.raises(AdapterUnsupported, match="the disk has 1 bytes free"):
+    def test_no_file_is_left(self, merging: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
         merging().use_adapter("ahoy")
-    assert adapter.merged == []
+        assert list(temporary.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("settings", "reason"),
+        [
+            ({"merge_adapters": False}, "not allowed (`merge_adapters`)"),
+            ({"merge_adapters": "10B"}, "more than `merge_adapters` allows (10)"),
+            ({"adapter_base_file": None}, "cannot be read from here (`adapter_base_file` can name it)"),
+            ({"adapter_base_file": "no-such-file"}, "cannot be read: No such file"),
+        ],
+    )
+    def test_impossible_merge_gives_reason(
+        self, merging: Any, adapter: Ahoy, settings: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(AdapterUnsupported) as caught:
+            merging(**settings).use_adapter("ahoy")
+        assert reason in caught.value.reasons[2]
+        assert adapter.merged == []
 
-def test_a_merge_ends_with_the_time_of_the_call(both: Any, merging: Any, adapter: Ahoy, fake: FakeOllama) -> None:
-    class Slow(Ahoy):
-        def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
-            while True:
-                time.sleep(0.01)
-                on_progress(1, 2)
+    def test_unusable_temporary_folder_is_named(
+        self, merging: Any, adapter: Ahoy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        with pytest.raises(AdapterUnsupported) as caught:
+            merging().use_adapter("ahoy")
+        assert "temporary files (TMPDIR) cannot be used: No such file" in caught.value.reasons[2]
+        assert adapter.merged == []
 
-    llm = merging(Resolver(Slow(adapter.file, name="slow")))
-    with pytest.raises(ProviderTimeout) as caught:
-        both.start(llm.use_adapter, "slow", timeout=0.3).result(20)
-    assert caught.value.phase == "total"
-    assert made(fake) == []
+    def test_size_limit_allows_smaller_base(self, merging: Any) -> None:
+        assert merging(merge_adapters="1MB").use_adapter("ahoy").strategy == "merged"
 
+    def test_full_disk_prevents_merge(self, merging: Any, adapter: Ahoy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(free=1))
+        with pytest.raises(AdapterUnsupported, match="the disk has 1 bytes free"):
+            merging().use_adapter("ahoy")
+        assert adapter.merged == []
 
-def test_a_cancelled_merge_ends_and_leaves_nothing(
-    adapter: Ahoy, base_file: Path, fake: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    fake.adapters = "refuses"
-    begun, ended = threading.Event(), threading.Event()
-
-    class Endless(Ahoy):
-        def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
-            try:
+    def test_merge_ends_at_timeout(self, both: Any, merging: Any, adapter: Ahoy, fake: FakeOllama) -> None:
+        class Slow(Ahoy):
+            def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
                 while True:
-                    begun.set()
                     time.sleep(0.01)
                     on_progress(1, 2)
-            finally:
-                ended.set()
 
-    async def main() -> None:
-        settings: Any = {"merge_adapters": True, "adapter_base_file": base_file}
-        plugins = [Resolver(Endless(adapter.file))]
-        async with graftage.connect_async("ollama", model=MODEL, host=fake.url, plugins=plugins, **settings) as llm:
-            task = asyncio.create_task(llm.use_adapter("ahoy"))
-            await asyncio.to_thread(begun.wait, 20)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        llm = merging(Resolver(Slow(adapter.file, name="slow")))
+        with pytest.raises(ProviderTimeout) as caught:
+            both.start(llm.use_adapter, "slow", timeout=0.3).result(20)
+        assert caught.value.phase == "total"
+        assert made(fake) == []
 
-    asyncio.run(main())
-    assert ended.wait(20)
-    assert list(temporary.iterdir()) == []
+    def test_cancelled_merge_leaves_nothing(
+        self, adapter: Ahoy, base_file: Path, fake: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        fake.adapters = "refuses"
+        begun, ended = threading.Event(), threading.Event()
 
+        class Endless(Ahoy):
+            def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
+                try:
+                    while True:
+                        begun.set()
+                        time.sleep(0.01)
+                        on_progress(1, 2)
+                finally:
+                    ended.set()
 
-# --- Tried before it is used -----------------------------------------------------------------------------------------
+        async def main() -> None:
+            settings: Any = {"merge_adapters": True, "adapter_base_file": base_file}
+            plugins = [Resolver(Endless(adapter.file))]
+            async with graftage.connect_async("ollama", model=MODEL, host=fake.url, plugins=plugins, **settings) as llm:
+                task = asyncio.create_task(llm.use_adapter("ahoy"))
+                await asyncio.to_thread(begun.wait, 20)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(main())
+        assert ended.wait(20)
+        assert list(temporary.iterdir()) == []
 
 
 def fails(fake: FakeOllama, words: str, status: int = 500) -> None:
@@ -533,20 +494,6 @@ PROOFS = [
     "unable to load model: /models/blobs/sha256-1",
 ]
 GAVE_UP = ["llama runner process has terminated: exit status 2", "llama-server process has terminated: exit status 1"]
-
-
-@pytest.mark.parametrize("words", PROOFS + GAVE_UP)
-def test_an_adapter_that_ends_the_runner_is_incompatible_and_its_model_goes(
-    connect: Any, fake: FakeOllama, words: str
-) -> None:
-    fails(fake, words)
-    with pytest.raises(AdapterIncompatible) as caught:
-        connect(attempts=3).use_adapter("ahoy")
-    assert made(fake) == []
-    assert steps(fake).count("POST generate") == 1, "it would end again"
-    assert len(caught.value.reasons) == 1
-    assert "/models" not in str(caught.value)
-    assert caught.value.hint
 
 
 TRANSIENT: list[tuple[str, int, type[GraftageError]]] = [
@@ -567,166 +514,144 @@ TRANSIENT: list[tuple[str, int, type[GraftageError]]] = [
 ]
 
 
-@pytest.mark.parametrize("is_new", [True, False])
-@pytest.mark.parametrize(("words", "status", "kind"), TRANSIENT)
-def test_a_fault_of_the_server_says_nothing_of_the_adapter_and_its_model_stays(
-    connect: Any, fake: FakeOllama, words: str, status: int, kind: type[GraftageError], *, is_new: bool
-) -> None:
-    if not is_new:
-        connect().use_adapter("ahoy")
-    fails(fake, words, status)
-    with pytest.raises(kind):
-        connect().use_adapter("ahoy")
-    assert len(made(fake)) == 1
-    assert connect().use_adapter("ahoy").model == made(fake)[0]
+class TestTrial:
+    """The first use of a derived model, which shows whether the adapter fits."""
+
+    @pytest.mark.parametrize("words", PROOFS + GAVE_UP)
+    def test_crashing_adapter_is_incompatible(self, connect: Any, fake: FakeOllama, words: str) -> None:
+        fails(fake, words)
+        with pytest.raises(AdapterIncompatible) as caught:
+            connect(attempts=3).use_adapter("ahoy")
+        assert made(fake) == []
+        assert steps(fake).count("POST generate") == 1, "it would end again"
+        assert len(caught.value.reasons) == 1
+        assert "/models" not in str(caught.value)
+        assert caught.value.hint
+
+    @pytest.mark.parametrize("is_new", [True, False])
+    @pytest.mark.parametrize(("words", "status", "kind"), TRANSIENT)
+    def test_server_fault_keeps_the_model(
+        self, connect: Any, fake: FakeOllama, words: str, status: int, kind: type[GraftageError], *, is_new: bool
+    ) -> None:
+        if not is_new:
+            connect().use_adapter("ahoy")
+        fails(fake, words, status)
+        with pytest.raises(kind):
+            connect().use_adapter("ahoy")
+        assert len(made(fake)) == 1
+        assert connect().use_adapter("ahoy").model == made(fake)[0]
+
+    @pytest.mark.parametrize("words", PROOFS + GAVE_UP)
+    def test_existing_model_is_never_deleted(self, connect: Any, fake: FakeOllama, words: str) -> None:
+        model = connect().use_adapter("ahoy").model
+        fails(fake, words)
+        with pytest.raises(ModelLoadFailed if words in GAVE_UP else AdapterIncompatible) as caught:
+            connect().use_adapter("ahoy")
+        assert made(fake) == [model]
+        assert "deleted again" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "words",
+        ["unexpected server status: llm server loading model", "llama-server process has terminated: signal: killed"],
+    )
+    def test_passing_fault_is_retried(self, connect: Any, fake: FakeOllama, words: str) -> None:
+        fails(fake, words)
+        llm = connect(attempts=2)
+        assert [llm.use_adapter("ahoy").model] == made(fake)
+        assert llm.stats().retries == 1
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "llama-server reported out-of-memory during startup",
+            "model failed to load, this may be due to resource limitations or an internal error",
+        ],
+    )
+    def test_server_short_of_memory(self, connect: Any, fake: FakeOllama, words: str) -> None:
+        fails(fake, words)
+        with pytest.raises(ModelLoadFailed) as caught:
+            connect().use_adapter("ahoy")
+        assert caught.value.reason == "memory"
+
+    def test_loading_server_is_retried(self, connect: Any, fake: FakeOllama) -> None:
+        busy = Answer([{"error": "unexpected server status: llm server loading model"}], status=500, framing="length")
+        fake.script("/api/chat", busy, busy)
+        llm = connect(attempts=3)
+        assert llm.chat("Hi").text == fake.reply
+        assert llm.stats().retries == 2
+
+    def test_secret_is_hidden_before_truncation(self, fake: FakeOllama) -> None:
+        secret = "sk-0123456789abcdef"
+        with graftage.connect("ollama", model=MODEL, host=fake.url, api_key=secret, attempts=1) as llm:
+            for length in range(460, 520):
+                words = "x" * length + secret + "y" * 3000
+                fake.script("/api/chat", Answer([{"error": words}], status=500, framing="length"))
+                with pytest.raises(ProviderError) as caught:
+                    llm.chat("x")
+                assert "sk-" not in f"{caught.value} {caught.value.details}", length
+
+    def test_engine_without_adapters_falls_to_merge(self, merging: Any, fake: FakeOllama) -> None:
+        fake.adapters = "accepts"
+        words = "llama runner process has terminated: loras are not yet implemented"
+        fake.script("/api/generate", Answer([{"error": words}], status=500, framing="length"))
+        loaded = merging().use_adapter("ahoy")
+        assert (loaded.strategy, made(fake)) == ("merged", [loaded.model])
+
+    def test_model_larger_than_memory(self, connect: Any, fake: FakeOllama) -> None:
+        words = "model requires more system memory (9 GiB) than is available (1 GiB)"
+        fake.script("/api/generate", Answer([{"error": words}], status=500, framing="length"))
+        with pytest.raises(ModelLoadFailed) as caught:
+            connect().use_adapter("ahoy")
+        assert caught.value.reason == "memory"
+        assert len(made(fake)) == 1
 
 
-@pytest.mark.parametrize("words", PROOFS + GAVE_UP)
-def test_a_model_that_was_there_before_is_never_deleted(connect: Any, fake: FakeOllama, words: str) -> None:
-    model = connect().use_adapter("ahoy").model
-    fails(fake, words)
-    with pytest.raises(ModelLoadFailed if words in GAVE_UP else AdapterIncompatible) as caught:
-        connect().use_adapter("ahoy")
-    assert made(fake) == [model]
-    assert "deleted again" not in str(caught.value)
+class TestServed:
+    """Models that carry the adapter already."""
 
-
-@pytest.mark.parametrize(
-    "words",
-    ["unexpected server status: llm server loading model", "llama-server process has terminated: signal: killed"],
-)
-def test_a_fault_that_passes_is_mended_by_the_next_attempt(connect: Any, fake: FakeOllama, words: str) -> None:
-    fails(fake, words)
-    llm = connect(attempts=2)
-    assert [llm.use_adapter("ahoy").model] == made(fake)
-    assert llm.stats().retries == 1
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "llama-server reported out-of-memory during startup",
-        "model failed to load, this may be due to resource limitations or an internal error",
-    ],
-)
-def test_a_server_short_of_memory_is_told_as_that(connect: Any, fake: FakeOllama, words: str) -> None:
-    fails(fake, words)
-    with pytest.raises(ModelLoadFailed) as caught:
-        connect().use_adapter("ahoy")
-    assert caught.value.reason == "memory"
-
-
-def test_a_server_that_is_still_loading_is_asked_again(connect: Any, fake: FakeOllama) -> None:
-    busy = Answer([{"error": "unexpected server status: llm server loading model"}], status=500, framing="length")
-    fake.script("/api/chat", busy, busy)
-    llm = connect(attempts=3)
-    assert llm.chat("Hi").text == fake.reply
-    assert llm.stats().retries == 2
-
-
-def test_a_secret_is_hidden_before_the_words_of_a_server_are_cut(fake: FakeOllama) -> None:
-    secret = "sk-0123456789abcdef"
-    with graftage.connect("ollama", model=MODEL, host=fake.url, api_key=secret, attempts=1) as llm:
-        for length in range(460, 520):
-            words = "x" * length + secret + "y" * 3000
-            fake.script("/api/chat", Answer([{"error": words}], status=500, framing="length"))
-            with pytest.raises(ProviderError) as caught:
-                llm.chat("x")
-            assert "sk-" not in f"{caught.value} {caught.value.details}", length
-
-
-def test_an_engine_that_takes_no_adapters_leaves_the_merge(merging: Any, fake: FakeOllama) -> None:
-    fake.adapters = "accepts"
-    words = "llama runner process has terminated: loras are not yet implemented"
-    fake.script("/api/generate", Answer([{"error": words}], status=500, framing="length"))
-    loaded = merging().use_adapter("ahoy")
-    assert (loaded.strategy, made(fake)) == ("merged", [loaded.model])
-
-
-def test_too_little_memory_is_no_fault_of_the_adapter(connect: Any, fake: FakeOllama) -> None:
-    words = "model requires more system memory (9 GiB) than is available (1 GiB)"
-    fake.script("/api/generate", Answer([{"error": words}], status=500, framing="length"))
-    with pytest.raises(ModelLoadFailed) as caught:
-        connect().use_adapter("ahoy")
-    assert caught.value.reason == "memory"
-    assert len(made(fake)) == 1
-
-
-# --- Served already --------------------------------------------------------------------------------------------------
-
-
-def test_a_model_that_carries_the_adapter_is_used_as_it_is(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    fake.models.append("pirate:latest")
-    fake.derived["pirate:latest"] = {"from": MODEL, "adapters": {"a.gguf": adapter.digest}}
-    adapter.served_as = "pirate:latest"
-    loaded = connect().use_adapter("ahoy")
-    assert (loaded.model, loaded.strategy) == ("pirate:latest", "served")
-    assert "POST create" not in steps(fake)
-
-
-def test_a_model_that_carries_it_on_another_base_is_refused(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    fake.models += ["pirate:latest", "other:1b"]
-    fake.derived["pirate:latest"] = {"from": "other:1b", "adapters": {"a.gguf": adapter.digest}}
-    adapter.served_as = "pirate:latest"
-    with pytest.raises(AdapterIncompatible, match="another model"):
-        connect().use_adapter("ahoy")
-    assert connect().use_adapter("ahoy", force=True).model == "pirate:latest"
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_model_that_does_not_carry_it_any_more_is_not_used(
-    connect: Any, fake: FakeOllama, adapter: Ahoy, there: bool
-) -> None:
-    if there:
+    def test_model_is_used_unchanged(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
         fake.models.append("pirate:latest")
-    adapter.served_as = "pirate:latest"
-    adapter.fails = AdapterUnsupported("Its file is not known.")
-    with pytest.raises(AdapterUnsupported) as caught:
-        connect().use_adapter("ahoy")
-    assert "`pirate:latest`" in caught.value.reasons[0]
-    assert "Its file is not known" in caught.value.reasons[1]
+        fake.derived["pirate:latest"] = {"from": MODEL, "adapters": {"a.gguf": adapter.digest}}
+        adapter.served_as = "pirate:latest"
+        loaded = connect().use_adapter("ahoy")
+        assert (loaded.model, loaded.strategy) == ("pirate:latest", "served")
+        assert "POST create" not in steps(fake)
+
+    def test_other_base_is_refused(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        fake.models += ["pirate:latest", "other:1b"]
+        fake.derived["pirate:latest"] = {"from": "other:1b", "adapters": {"a.gguf": adapter.digest}}
+        adapter.served_as = "pirate:latest"
+        with pytest.raises(AdapterIncompatible, match="another model"):
+            connect().use_adapter("ahoy")
+        assert connect().use_adapter("ahoy", force=True).model == "pirate:latest"
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_model_without_adapter_is_not_used(
+        self, connect: Any, fake: FakeOllama, adapter: Ahoy, there: bool
+    ) -> None:
+        if there:
+            fake.models.append("pirate:latest")
+        adapter.served_as = "pirate:latest"
+        adapter.fails = AdapterUnsupported("Its file is not known.")
+        with pytest.raises(AdapterUnsupported) as caught:
+            connect().use_adapter("ahoy")
+        assert "`pirate:latest`" in caught.value.reasons[0]
+        assert "Its file is not known" in caught.value.reasons[1]
 
 
-# --- Faults of resolvers ---------------------------------------------------------------------------------------------
+class TestResolverFaults:
+    @pytest.mark.parametrize("error", [KeyError("x"), OSError("disk"), RuntimeError()])
+    def test_foreign_exception_is_wrapped(self, connect: Any, adapter: Ahoy, error: Exception) -> None:
+        adapter.fails = error
+        with pytest.raises(AdapterError, match=type(error).__name__) as caught:
+            connect().use_adapter("ahoy")
+        assert caught.value.__cause__ is error
 
-
-@pytest.mark.parametrize("error", [KeyError("x"), OSError("disk"), RuntimeError()])
-def test_a_foreign_exception_of_a_resolver_is_wrapped(connect: Any, adapter: Ahoy, error: Exception) -> None:
-    adapter.fails = error
-    with pytest.raises(AdapterError, match=type(error).__name__) as caught:
-        connect().use_adapter("ahoy")
-    assert caught.value.__cause__ is error
-
-
-def test_an_invalid_adapter_is_never_sent(connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    adapter.fails = AdapterInvalid("It is broken.")
-    with pytest.raises(AdapterInvalid):
-        connect().use_adapter("ahoy")
-    assert steps(fake) == ["POST show"]
-
-
-# --- Many at once ----------------------------------------------------------------------------------------------------
-
-
-def test_many_callers_at_once_make_one_model(both: Any, connect: Any, fake: FakeOllama) -> None:
-    clients = [connect() for _ in range(16)]
-    found = both.together([lambda llm=llm: llm.use_adapter("ahoy") for llm in clients])
-    assert {each.model for each in found} == set(made(fake))
-    assert len(made(fake)) == 1
-
-
-def test_many_threads_at_once_make_one_model_without_the_core(fake: FakeOllama, adapter: Ahoy) -> None:
-    """The core lets one of them through at a time; other processes are not held back by it."""
-    settings = OllamaSettings(host=fake.url)
-    clients = Clients(settings, "sync")
-    asked = ConnectRequest(name="ollama", settings=settings, http=clients.make)
-    connections: list[Any] = [graftage_ollama.connect(asked) for _ in range(16)]
-    request = LoadAdapterRequest(call=Call(attempts=1), adapter=adapter, model=MODEL)
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda connection: drive(connection.load_adapter(request)), connections))
-    drive(clients.close())
-    assert found == [found[0]] * 16
-    assert made(fake) == [found[0].model]
+    def test_invalid_adapter_is_never_uploaded(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        adapter.fails = AdapterInvalid("It is broken.")
+        with pytest.raises(AdapterInvalid):
+            connect().use_adapter("ahoy")
+        assert steps(fake) == ["POST show"]
 
 
 PROCESS = """
@@ -741,127 +666,80 @@ with graftage.connect("ollama", model=MODEL, host=sys.argv[2], plugins=plugins) 
 """
 
 
-def test_two_processes_at_once_make_one_model(fake: FakeOllama, adapter: Ahoy) -> None:
-    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), fake.url, str(adapter.file)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate(timeout=60)[0].strip() for process in both]
-    assert printed == made(fake) * 2
+class TestConcurrentCallers:
+    def test_clients_make_one_model(self, both: Any, connect: Any, fake: FakeOllama) -> None:
+        clients = [connect() for _ in range(16)]
+        found = both.together([lambda llm=llm: llm.use_adapter("ahoy") for llm in clients])
+        assert {each.model for each in found} == set(made(fake))
+        assert len(made(fake)) == 1
+
+    def test_connections_make_one_model(self, fake: FakeOllama, adapter: Ahoy) -> None:
+        """The core lets one of them through at a time; other processes are not held back by it."""
+        settings = OllamaSettings(host=fake.url)
+        clients = Clients(settings, "sync")
+        asked = ConnectRequest(name="ollama", settings=settings, http=clients.make)
+        connections: list[Any] = [graftage_ollama.connect(asked) for _ in range(16)]
+        request = LoadAdapterRequest(call=Call(attempts=1), adapter=adapter, model=MODEL)
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda connection: drive(connection.load_adapter(request)), connections))
+        drive(clients.close())
+        assert found == [found[0]] * 16
+        assert made(fake) == [found[0].model]
+
+    def test_processes_make_one_model(self, fake: FakeOllama, adapter: Ahoy) -> None:
+        command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), fake.url, str(adapter.file)]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        printed = [process.communicate(timeout=60)[0].strip() for process in both]
+        assert printed == made(fake) * 2
 
 
-# --- Names -----------------------------------------------------------------------------------------------------------
+class TestNames:
+    @pytest.mark.parametrize("base", [MODEL, "x" * 200, "hf.co/Org/Repo.Name:Q4_K_M", "ü:ö", "-_-"])
+    @pytest.mark.parametrize("adapter", ["ahoy", "My Project! (v2)", "a" * 200, "日本", "../../etc"])
+    def test_server_accepts_every_name(self, base: str, adapter: str) -> None:
+        name = _name(base, adapter, "native", "sha256:" + "1" * 64, ["sha256:2"])
+        part = "[a-z0-9_][a-z0-9_-]{0,79}"
+        assert re.fullmatch(f"graftage-lora/{part}:{part}", name)
+
+    @pytest.mark.parametrize("strategy", ["native", "merged"])
+    def test_new_content_makes_another_model(
+        self, connect: Any, request: pytest.FixtureRequest, fake: FakeOllama, adapter: Ahoy, strategy: str
+    ) -> None:
+        llm = connect() if strategy == "native" else request.getfixturevalue("merging")()
+        first = llm.use_adapter("ahoy")
+        adapter.digest = "sha256:" + "b" * 64
+        adapter.file.write_bytes(gguf(**{"general.type": "adapter", "adapter.type": "lora", "version": "2"}))
+        second = llm.use_adapter("ahoy")
+        assert [(each.name, each.strategy) for each in (first, second)] == [("ahoy", strategy)] * 2
+        assert [each.digest[-1] for each in (first, second)] == ["a", "b"]
+        assert first.model != second.model
+        llm.chat("Hi")
+        assert fake.requests[-1].body["model"] == second.model
+
+    def test_name_depends_on_content(self) -> None:
+        names = {
+            _name(MODEL, "ahoy", strategy, digest, weights)
+            for strategy in ("native", "merged")
+            for digest in ("sha256:1", "sha256:2")
+            for weights in (["sha256:1"], ["sha256:2"])
+        }
+        assert len(names) == 8
 
 
-@pytest.mark.parametrize("base", [MODEL, "x" * 200, "hf.co/Org/Repo.Name:Q4_K_M", "ü:ö", "-_-"])
-@pytest.mark.parametrize("adapter", ["ahoy", "My Project! (v2)", "a" * 200, "日本", "../../etc"])
-def test_names_are_such_that_the_server_takes_them(base: str, adapter: str) -> None:
-    name = _name(base, adapter, "native", "sha256:" + "1" * 64, ["sha256:2"])
-    part = "[a-z0-9_][a-z0-9_-]{0,79}"
-    assert re.fullmatch(f"graftage-lora/{part}:{part}", name)
+class TestUnload:
+    def test_unload_deletes_nothing(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        assert model in fake.loaded
+        llm.unload_adapter("ahoy")
+        assert model not in fake.loaded
+        assert made(fake) == [model]
 
-
-@pytest.mark.parametrize("strategy", ["native", "merged"])
-def test_new_content_under_an_old_name_is_another_model(
-    connect: Any, request: pytest.FixtureRequest, fake: FakeOllama, adapter: Ahoy, strategy: str
-) -> None:
-    llm = connect() if strategy == "native" else request.getfixturevalue("merging")()
-    first = llm.use_adapter("ahoy")
-    adapter.digest = "sha256:" + "b" * 64
-    adapter.file.write_bytes(gguf(**{"general.type": "adapter", "adapter.type": "lora", "version": "2"}))
-    second = llm.use_adapter("ahoy")
-    assert [(each.name, each.strategy) for each in (first, second)] == [("ahoy", strategy)] * 2
-    assert [each.digest[-1] for each in (first, second)] == ["a", "b"]
-    assert first.model != second.model
-    llm.chat("Hi")
-    assert fake.requests[-1].body["model"] == second.model
-
-
-def test_other_content_has_another_name() -> None:
-    names = {
-        _name(MODEL, "ahoy", strategy, digest, weights)
-        for strategy in ("native", "merged")
-        for digest in ("sha256:1", "sha256:2")
-        for weights in (["sha256:1"], ["sha256:2"])
-    }
-    assert len(names) == 8
-
-
-# --- Unloading and pruning -------------------------------------------------------------------------------------------
-
-
-def test_unloading_frees_memory_and_deletes_nothing(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    assert model in fake.loaded
-    llm.unload_adapter("ahoy")
-    assert model not in fake.loaded
-    assert made(fake) == [model]
-
-
-def test_unloading_what_was_deleted_is_no_error(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    llm.use_adapter("ahoy")
-    fake.models = [MODEL]
-    assert llm.unload_adapter("ahoy") is None
-
-
-def test_pruning_says_what_would_go_and_deletes_only_when_told(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    (listed,) = llm.prune_adapters()
-    assert (listed.name, listed.adapters) == (model, tuple(fake.blobs))
-    assert made(fake) == [model]
-    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
-    assert made(fake) == []
-    assert llm.prune_adapters(dry_run=False) == ()
-    assert llm.use_adapter("ahoy").model == model, "it is made again where it is needed"
-    assert made(fake) == [model]
-
-
-def test_merged_models_are_pruned_too(merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    llm = merging()
-    model = llm.use_adapter("ahoy").model
-    (gone,) = llm.prune_adapters(dry_run=False)
-    assert (gone.name, gone.adapters) == (model, (adapter.digest,))
-    assert made(fake) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "body"),
-    [
-        ("graftage-lora/mine:latest", {"from": MODEL}),
-        ("graftage-lora/smollm2-135m:ahoy-0123456789ab", {"from": MODEL}),
-        ("graftage-lora/smollm2-135m:ahoy-0123456789ab", {"from": MODEL, "adapters": {"a": "sha256:" + "1" * 64}}),
-        ("bob/graftage-lora:ahoy-0123456789ab", {"from": MODEL}),
-        ("graftage-lora:latest", {"from": MODEL}),
-        ("pirate:latest", {"from": MODEL, "adapters": {"a": "sha256:" + "1" * 64}}),
-    ],
-)
-def test_pruning_never_touches_what_is_not_provably_ours(
-    connect: Any, fake: FakeOllama, name: str, body: dict[str, Any]
-) -> None:
-    fake.models.append(name)
-    fake.derived[name] = body
-    assert connect().prune_adapters(dry_run=False) == ()
-    assert fake.models == [MODEL, name]
-
-
-def test_a_merged_model_under_another_key_is_left_alone(merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
-    llm = merging()
-    model = llm.use_adapter("ahoy").model
-    copy = model[:-12] + "abcdef012345"
-    fake.models.append(copy)
-    fake.derived[copy] = fake.derived[model]
-    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
-    assert made(fake) == [copy]
-
-
-def test_a_model_of_the_same_content_under_a_name_of_ones_own_is_left_alone(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    fake.models.append("mine:latest")
-    fake.derived["mine:latest"] = fake.derived[model]
-    llm.prune_adapters(dry_run=False)
-    assert fake.models == [MODEL, "mine:latest"]
+    def test_unload_of_deleted_model_passes(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        llm.use_adapter("ahoy")
+        fake.models = [MODEL]
+        assert llm.unload_adapter("ahoy") is None
 
 
 OWN: dict[str, Any] = {
@@ -873,61 +751,111 @@ OWN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", list(OWN))
-def test_a_derived_model_that_somebody_made_his_own_is_left_alone(connect: Any, fake: FakeOllama, what: str) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    fake.derived[model] = {**fake.derived[model], what: OWN[what]}
-    assert llm.prune_adapters(dry_run=False) == ()
-    assert made(fake) == [model]
+class TestPrune:
+    def test_dry_run_deletes_nothing(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        (listed,) = llm.prune_adapters()
+        assert (listed.name, listed.adapters) == (model, tuple(fake.blobs))
+        assert made(fake) == [model]
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
+        assert made(fake) == []
+        assert llm.prune_adapters(dry_run=False) == ()
+        assert llm.use_adapter("ahoy").model == model, "it is made again where it is needed"
+        assert made(fake) == [model]
 
+    def test_merged_models_are_pruned(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        llm = merging()
+        model = llm.use_adapter("ahoy").model
+        (gone,) = llm.prune_adapters(dry_run=False)
+        assert (gone.name, gone.adapters) == (model, (adapter.digest,))
+        assert made(fake) == []
 
-def test_a_copy_under_another_base_or_with_another_key_is_left_alone(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    copies = ["graftage-lora/mine:ahoy-" + model[-12:], model[:-12] + "abcdef012345"]
-    fake.models += copies
-    fake.derived.update(dict.fromkeys(copies, fake.derived[model]))
-    assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
-    assert made(fake) == copies
+    @pytest.mark.parametrize(
+        ("name", "body"),
+        [
+            ("graftage-lora/mine:latest", {"from": MODEL}),
+            ("graftage-lora/smollm2-135m:ahoy-0123456789ab", {"from": MODEL}),
+            ("graftage-lora/smollm2-135m:ahoy-0123456789ab", {"from": MODEL, "adapters": {"a": "sha256:" + "1" * 64}}),
+            ("bob/graftage-lora:ahoy-0123456789ab", {"from": MODEL}),
+            ("graftage-lora:latest", {"from": MODEL}),
+            ("pirate:latest", {"from": MODEL, "adapters": {"a": "sha256:" + "1" * 64}}),
+        ],
+    )
+    def test_unproven_models_stay(self, connect: Any, fake: FakeOllama, name: str, body: dict[str, Any]) -> None:
+        fake.models.append(name)
+        fake.derived[name] = body
+        assert connect().prune_adapters(dry_run=False) == ()
+        assert fake.models == [MODEL, name]
 
+    def test_merged_copy_under_other_key_stays(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        llm = merging()
+        model = llm.use_adapter("ahoy").model
+        copy = model[:-12] + "abcdef012345"
+        fake.models.append(copy)
+        fake.derived[copy] = fake.derived[model]
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
+        assert made(fake) == [copy]
 
-def test_a_model_whose_base_has_gone_cannot_be_proven_and_stays(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    fake.models.remove(MODEL)
-    assert llm.prune_adapters(dry_run=False) == ()
-    assert fake.models == [model]
+    def test_copy_under_custom_name_stays(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        fake.models.append("mine:latest")
+        fake.derived["mine:latest"] = fake.derived[model]
+        llm.prune_adapters(dry_run=False)
+        assert fake.models == [MODEL, "mine:latest"]
 
+    @pytest.mark.parametrize("what", list(OWN))
+    def test_customized_model_stays(self, connect: Any, fake: FakeOllama, what: str) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        fake.derived[model] = {**fake.derived[model], what: OWN[what]}
+        assert llm.prune_adapters(dry_run=False) == ()
+        assert made(fake) == [model]
 
-def test_pruning_keeps_what_it_is_told_to(connect: Any, fake: FakeOllama) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model
-    assert llm.prune_adapters(keep=[model.upper()], dry_run=False) == ()
-    assert made(fake) == [model]
+    def test_copies_of_derived_models_stay(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        copies = ["graftage-lora/mine:ahoy-" + model[-12:], model[:-12] + "abcdef012345"]
+        fake.models += copies
+        fake.derived.update(dict.fromkeys(copies, fake.derived[model]))
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
+        assert made(fake) == copies
 
+    def test_model_without_base_stays(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        fake.models.remove(MODEL)
+        assert llm.prune_adapters(dry_run=False) == ()
+        assert fake.models == [model]
 
-def test_pruning_spares_the_young(connect: Any) -> None:
-    llm = connect()
-    model = llm.use_adapter("ahoy").model  # The fake's models are all of the first of January 2026.
-    assert llm.prune_adapters(older_than=1e9) == ()
-    assert [each.name for each in llm.prune_adapters(older_than=60)] == [model]
+    def test_keep(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model
+        assert llm.prune_adapters(keep=[model.upper()], dry_run=False) == ()
+        assert made(fake) == [model]
+
+    def test_older_than(self, connect: Any) -> None:
+        llm = connect()
+        model = llm.use_adapter("ahoy").model  # The fake's models are all of the first of January 2026.
+        assert llm.prune_adapters(older_than=1e9) == ()
+        assert [each.name for each in llm.prune_adapters(older_than=60)] == [model]
 
 
 ODD = [b'{"models":7}', b'{"models":[7]}', b"{}", b"[]", b'{"models":[{"name":7,"model":7}]}']
 
 
-@pytest.mark.parametrize("body", ODD)
-def test_a_list_that_is_none_is_a_typed_error(connect: Any, fake: FakeOllama, body: bytes) -> None:
-    fake.script("/api/tags", Answer([body], framing="length"))
-    with pytest.raises(ProtocolError) as caught:
-        connect().prune_adapters()
-    assert caught.value.operation == "prune_adapters"
+class TestMalformedResponses:
+    @pytest.mark.parametrize("body", ODD)
+    def test_malformed_list_raises(self, connect: Any, fake: FakeOllama, body: bytes) -> None:
+        fake.script("/api/tags", Answer([body], framing="length"))
+        with pytest.raises(ProtocolError) as caught:
+            connect().prune_adapters()
+        assert caught.value.operation == "prune_adapters"
 
-
-@pytest.mark.parametrize("body", [b"[]", b'{"modelfile":7,"model_info":[]}', b'{"tensors":[7]}'])
-def test_a_model_that_is_none_is_a_typed_error(connect: Any, fake: FakeOllama, body: bytes) -> None:
-    fake.script("/api/show", Answer([body], framing="length"))
-    with pytest.raises(ProtocolError) as caught:
-        connect().use_adapter("ahoy")
-    assert caught.value.hint
+    @pytest.mark.parametrize("body", [b"[]", b'{"modelfile":7,"model_info":[]}', b'{"tensors":[7]}'])
+    def test_malformed_model_raises(self, connect: Any, fake: FakeOllama, body: bytes) -> None:
+        fake.script("/api/show", Answer([body], framing="length"))
+        with pytest.raises(ProtocolError) as caught:
+            connect().use_adapter("ahoy")
+        assert caught.value.hint

@@ -92,8 +92,6 @@ def recorded(both: Any, version: str, claim_cassette: Any) -> Recorded:
     return Recorded(both.connect, claim_cassette, version)
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
-
 CHATS = [
     "11-chat-stream",
     "12-chat-nostream",
@@ -140,251 +138,226 @@ def check(reply: Any, lines: list[dict[str, Any]], texts: list[str]) -> None:
     assert reply.raw == last
 
 
-@pytest.mark.parametrize("case", CHATS)
-def test_a_chat_is_read_as_it_came(recorded: Recorded, case: str) -> None:
-    reply = recorded(case).chat("Hi")
-    lines = recorded.transport.lines
-    check(reply, lines, [line["message"]["content"] for line in lines])
+class TestTools:
+    @pytest.mark.parametrize("case", ["23x-fc-forced-nostream", "23x-fc-forced-stream"])
+    def test_call_keeps_its_id(self, recorded: Recorded, case: str) -> None:
+        reply = recorded(case).chat("Weather?", tools=[{"name": "get_weather"}], format={"type": "object"})
+        (call,) = reply.tool_calls
+        found = next(line["message"]["tool_calls"] for line in recorded.transport.lines)
+        assert (call.name, call.arguments) == ("get_weather", {"city": "Paris"})
+        assert call.id == found[0]["id"] != ""
+        assert reply.finish_reason == "tool_calls"
+        assert reply.raw["done_reason"] == "stop"
+        assert reply.parsed is None
+
+    def test_result_returns_under_same_id(self, recorded: Recorded) -> None:
+        llm = recorded("23x-fc-forced-stream", "23x-fc-roundtrip")
+        asked = llm.chat("Weather?", tools=[{"name": "get_weather"}])
+        (call,) = asked.tool_calls
+        result = Message(role="tool", content="11 degrees, rain", tool_name=call.name, tool_call_id=call.id)
+        answer = llm.chat(["Weather?", asked, result], tools=[{"name": "get_weather"}])
+        body = json.loads(recorded.transport.requests[1].body)
+        assert body["messages"][1] == {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": call.id, "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}],
+        }
+        assert body["messages"][2] == {
+            "role": "tool",
+            "content": "11 degrees, rain",
+            "tool_name": "get_weather",
+            "tool_call_id": call.id,
+        }
+        assert answer.text
+        assert isinstance(call, ToolCall)
+
+    def test_schema_keeps_nested_types(self, recorded: Recorded) -> None:
+        def plan(stops: list[dict[str, int]], mode: str = "car") -> str:
+            """Plan a trip.
+
+            Args:
+                stops: where to go
+                mode: how to go
+            """
+            return mode
+
+        recorded("21-tools-stream").chat("Go", tools=[plan])
+        (tool,) = json.loads(recorded.transport.requests[0].body)["tools"]
+        assert tool["type"] == "function"
+        assert tool["function"]["name"] == "plan"
+        stops = tool["function"]["parameters"]["properties"]["stops"]
+        assert stops["items"] == {"additionalProperties": {"type": "integer"}, "type": "object"}
+        assert stops["description"] == "where to go"
 
 
-@pytest.mark.parametrize("case", PROMPTS)
-def test_a_generated_text_is_read_as_it_came(recorded: Recorded, case: str) -> None:
-    reply = recorded(case).generate("Hi")
-    lines = recorded.transport.lines
-    check(reply, lines, [line["response"] for line in lines])
+class TestReplies:
+    @pytest.mark.parametrize("case", CHATS)
+    def test_chat_matches_recording(self, recorded: Recorded, case: str) -> None:
+        reply = recorded(case).chat("Hi")
+        lines = recorded.transport.lines
+        check(reply, lines, [line["message"]["content"] for line in lines])
+
+    @pytest.mark.parametrize("case", PROMPTS)
+    def test_generate_matches_recording(self, recorded: Recorded, case: str) -> None:
+        reply = recorded(case).generate("Hi")
+        lines = recorded.transport.lines
+        check(reply, lines, [line["response"] for line in lines])
+
+    def test_each_line_is_a_chunk(self, recorded: Recorded) -> None:
+        with recorded("11-chat-stream").chat("Hi", stream=True) as stream:
+            texts = [chunk.text for chunk in stream]
+        assert texts == [line["message"]["content"] for line in recorded.transport.lines]
+
+    @pytest.mark.parametrize("case", ["13-chat-schema-nostream", "13-chat-schema-stream"])
+    def test_schema_reply_is_parsed(self, recorded: Recorded, case: str) -> None:
+        reply = recorded(case).chat("Describe Bob", format={"type": "object"})
+        assert reply.parsed["name"] == "Bob"
+
+    @pytest.mark.parametrize("version", [OLD], indirect=True)
+    def test_json_reply_is_parsed(self, recorded: Recorded) -> None:
+        assert isinstance(recorded("13-chat-format-json").chat("Capital?", format="json").parsed, dict)
+
+    @pytest.mark.parametrize("version", [NEW], indirect=True)
+    def test_cut_json_raises_with_partial(self, recorded: Recorded) -> None:
+        with pytest.raises(InferenceFailed, match="cut before its JSON was complete") as caught:
+            recorded("13-chat-format-json").chat("Capital?", format="json")
+        assert caught.value.partial is not None
+        assert caught.value.partial.finish_reason == "length"
+
+    @pytest.mark.parametrize("case", ["14-chat-logprobs", "14-chat-logprobs-stream"])
+    def test_logprobs_have_alternatives(self, recorded: Recorded, case: str) -> None:
+        reply = recorded(case).chat("Hi", options={"logprobs": True, "top_logprobs": 2})
+        assert [each.token for each in reply.logprobs] == ["I", "'m", " so"]
+        assert all(each.logprob < 0 for each in reply.logprobs)
+        assert [len(each.top) for each in reply.logprobs] == [2, 2, 2]
+        assert reply.logprobs[0].top[0].logprob == reply.logprobs[0].logprob
+        assert reply.text == "I'm so"
+
+    @pytest.mark.parametrize("version", [OLD], indirect=True)
+    @pytest.mark.parametrize("case", ["24-images-unsupported", "24-images-generate-unsupported"])
+    def test_older_servers_ignore_images(self, recorded: Recorded, case: str) -> None:
+        llm = recorded(case)
+        ask = llm.generate if "generate" in case else llm.chat
+        assert ask("What is this?", images=[b"\x89PNG"]).text == "This is a"
+
+    def test_cut_prompt_warns(self, recorded: Recorded) -> None:
+        reply = recorded("34-ctx-truncate-default").chat("word " * 3000, context_window=256)
+        (warning,) = reply.warnings
+        assert "probably cut to fit the context window of 256 tokens" in warning
+
+    def test_empty_conversation_only_loads(self, recorded: Recorded) -> None:
+        reply = recorded("10-chat-load-empty").chat("Hi")
+        assert (reply.text, reply.finish_reason) == ("", "load")
+
+    @pytest.mark.parametrize("case", ["70-unload-keepalive0-chat", "70-unload-keepalive0-generate"])
+    def test_unload_is_the_finish_reason(self, recorded: Recorded, case: str) -> None:
+        llm = recorded(case)
+        reply = llm.generate("Hi") if "generate" in case else llm.chat("Hi")
+        assert (reply.text, reply.finish_reason) == ("", "unload")
 
 
-def test_a_streamed_chat_hands_on_each_line_as_a_chunk(recorded: Recorded) -> None:
-    with recorded("11-chat-stream").chat("Hi", stream=True) as stream:
-        texts = [chunk.text for chunk in stream]
-    assert texts == [line["message"]["content"] for line in recorded.transport.lines]
+class TestEmbed:
+    def test_order_and_dimensions(self, recorded: Recorded) -> None:
+        found = recorded("42-embedmodel-embed-list").embed(["hello world", "good bye", "hello world"], dimensions=4)
+        assert [len(vector) for vector in found.vectors] == [4, 4, 4]
+        assert found.vectors[0] == found.vectors[2] != found.vectors[1]
+        assert found.usage.input_tokens == 7
+        assert found.model == "smollm2-embed:135m"
+        assert found.warnings == ()
+
+    def test_one_text_gives_one_vector(self, recorded: Recorded) -> None:
+        found = recorded("42-embedmodel-embed").embed("hello world", dimensions=4)
+        assert len(found.vectors) == 1
+        assert found.usage.input_tokens == 2
+        assert found.timings.total > 0
+
+    @pytest.mark.parametrize("version", [OLD], indirect=True)
+    @pytest.mark.parametrize(
+        ("case", "inputs", "length"), [("41-embed", ["hello world"], 576), ("41-embed-list", ["hello", "world"], 8)]
+    )
+    def test_any_model_embeds_on_older_servers(
+        self, recorded: Recorded, case: str, inputs: list[str], length: int
+    ) -> None:
+        found = recorded(case).embed(inputs)
+        assert [len(vector) for vector in found.vectors] == [length] * len(inputs)
+
+    def test_empty_embeddings_raise(self, recorded: Recorded) -> None:
+        with pytest.raises(ProtocolError, match="0 for 1"):
+            recorded("41-embed-empty").embed("x")
 
 
-@pytest.mark.parametrize("case", ["13-chat-schema-nostream", "13-chat-schema-stream"])
-def test_an_answer_in_a_schema_is_parsed(recorded: Recorded, case: str) -> None:
-    reply = recorded(case).chat("Describe Bob", format={"type": "object"})
-    assert reply.parsed["name"] == "Bob"
+class TestModels:
+    def test_health_reads_version(self, recorded: Recorded) -> None:
+        found = recorded("01-version").health()
+        assert found.ok
+        assert found.version == recorded.version
 
+    def test_list_has_server_facts(self, recorded: Recorded) -> None:
+        models = recorded("02-tags").models()
+        names = [model.name for model in models]
+        assert len(names) == len(set(names)) >= 2
+        found = models[names.index(MODEL)]
+        assert (found.family, found.parameters, found.quantization) == ("llama", "134.52M", "Q4_1")
+        if recorded.version == NEW:
+            assert found.context_window == 8192
+            assert found.features == {"chat", "generate", "structured_output", "logprobs"}
+            assert "tools" in models[names.index("smollm2-tools:135m")].features
+        else:
+            assert (found.context_window, found.features) == (None, None)
 
-@pytest.mark.parametrize("version", [OLD], indirect=True)
-def test_an_answer_in_any_json_is_parsed(recorded: Recorded) -> None:
-    assert isinstance(recorded("13-chat-format-json").chat("Capital?", format="json").parsed, dict)
+    @pytest.mark.parametrize(
+        ("case", "features"),
+        [
+            ("03-show", {"chat", "generate", "structured_output", "logprobs"}),
+            ("03-show-tools-model", {"chat", "generate", "structured_output", "logprobs", "tools"}),
+            ("23x-fc-show", {"chat", "generate", "structured_output", "logprobs", "tools"}),
+            ("42-embedmodel-show", {"embed"}),
+        ],
+    )
+    def test_show_has_features(self, recorded: Recorded, case: str, features: set[str]) -> None:
+        info = recorded(case).show("SmolLM2")
+        assert info.name == "smollm2:latest"
+        assert info.features == features
+        assert info.architecture == "llama"
+        assert info.context_window == 8192
+        assert (info.parameters, info.quantization) == ("134.52M", "Q4_1")
+        assert info.tensors["token_embd.weight"] == (576, 49152)
+        assert info.metadata["llama.block_count"] == 30
+        assert info.modified_at.year == 2026
+        assert (info.path, info.adapters) == (None, ())
+        assert json.loads(recorded.transport.requests[0].body) == {"model": "SmolLM2", "verbose": True}
 
+    @pytest.mark.parametrize("case", ["02-ps-idle", "11-ps-loaded", "71-ps-10m"])
+    def test_loaded_has_window_and_expiry(self, recorded: Recorded, case: str) -> None:
+        (model,) = recorded(case).loaded()
+        assert model.name.startswith("smollm2")
+        assert model.context_window == 4096
+        assert model.expires_at.year == 2026
+        assert model.size > 190_000_000
+        assert model.accelerator_size == 0
+        assert len(model.digest) == 64
 
-@pytest.mark.parametrize("version", [NEW], indirect=True)
-def test_an_answer_in_json_that_was_cut_is_told_as_cut(recorded: Recorded) -> None:
-    with pytest.raises(InferenceFailed, match="cut before its JSON was complete") as caught:
-        recorded("13-chat-format-json").chat("Capital?", format="json")
-    assert caught.value.partial is not None
-    assert caught.value.partial.finish_reason == "length"
+    def test_negative_keep_alive_never_expires(self, recorded: Recorded) -> None:
+        (model,) = recorded("71-ps-minus1").loaded()
+        assert "2319" in recorded.transport.lines[0]["models"][0]["expires_at"]
+        assert model.expires_at is None
 
+    @pytest.mark.parametrize("case", ["70-ps-after-unload", "70-ps-after-unload-prompt"])
+    def test_unloaded_models_are_not_listed(self, recorded: Recorded, case: str) -> None:
+        assert MODEL not in [model.name for model in recorded(case).loaded()]
 
-@pytest.mark.parametrize("case", ["14-chat-logprobs", "14-chat-logprobs-stream"])
-def test_probabilities_come_with_their_rivals(recorded: Recorded, case: str) -> None:
-    reply = recorded(case).chat("Hi", options={"logprobs": True, "top_logprobs": 2})
-    assert [each.token for each in reply.logprobs] == ["I", "'m", " so"]
-    assert all(each.logprob < 0 for each in reply.logprobs)
-    assert [len(each.top) for each in reply.logprobs] == [2, 2, 2]
-    assert reply.logprobs[0].top[0].logprob == reply.logprobs[0].logprob
-    assert reply.text == "I'm so"
+    @pytest.mark.parametrize("case", ["40-generate-load", "71-keepalive-5m", "71-keepalive-minus1"])
+    def test_load_sends_keep_alive(self, recorded: Recorded, case: str) -> None:
+        seconds = {"71-keepalive-5m": "5m", "71-keepalive-minus1": -1}.get(case)
+        assert recorded(case).load(keep_alive=seconds, context_window=2048) is None
+        body = json.loads(recorded.transport.requests[0].body)
+        assert body.pop("keep_alive", None) == {"5m": 300, -1: -1}.get(seconds)
+        assert body == {"model": MODEL, "stream": False, "options": {"num_ctx": 2048}}
 
-
-@pytest.mark.parametrize("case", ["23x-fc-forced-nostream", "23x-fc-forced-stream"])
-def test_a_tool_call_keeps_its_id_and_ends_the_answer_by_that_name(recorded: Recorded, case: str) -> None:
-    reply = recorded(case).chat("Weather?", tools=[{"name": "get_weather"}], format={"type": "object"})
-    (call,) = reply.tool_calls
-    found = next(line["message"]["tool_calls"] for line in recorded.transport.lines)
-    assert (call.name, call.arguments) == ("get_weather", {"city": "Paris"})
-    assert call.id == found[0]["id"] != ""
-    assert reply.finish_reason == "tool_calls"
-    assert reply.raw["done_reason"] == "stop"
-    assert reply.parsed is None
-
-
-def test_a_tool_call_and_its_result_go_back_under_the_same_id(recorded: Recorded) -> None:
-    llm = recorded("23x-fc-forced-stream", "23x-fc-roundtrip")
-    asked = llm.chat("Weather?", tools=[{"name": "get_weather"}])
-    (call,) = asked.tool_calls
-    result = Message(role="tool", content="11 degrees, rain", tool_name=call.name, tool_call_id=call.id)
-    answer = llm.chat(["Weather?", asked, result], tools=[{"name": "get_weather"}])
-    body = json.loads(recorded.transport.requests[1].body)
-    assert body["messages"][1] == {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": call.id, "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}],
-    }
-    assert body["messages"][2] == {
-        "role": "tool",
-        "content": "11 degrees, rain",
-        "tool_name": "get_weather",
-        "tool_call_id": call.id,
-    }
-    assert answer.text
-    assert isinstance(call, ToolCall)
-
-
-def test_a_tool_goes_out_as_a_schema_with_what_is_nested_in_it(recorded: Recorded) -> None:
-    def plan(stops: list[dict[str, int]], mode: str = "car") -> str:
-        """Plan a trip.
-
-        Args:
-            stops: where to go
-            mode: how to go
-        """
-        return mode
-
-    recorded("21-tools-stream").chat("Go", tools=[plan])
-    (tool,) = json.loads(recorded.transport.requests[0].body)["tools"]
-    assert tool["type"] == "function"
-    assert tool["function"]["name"] == "plan"
-    stops = tool["function"]["parameters"]["properties"]["stops"]
-    assert stops["items"] == {"additionalProperties": {"type": "integer"}, "type": "object"}
-    assert stops["description"] == "where to go"
-
-
-@pytest.mark.parametrize("version", [OLD], indirect=True)
-@pytest.mark.parametrize("case", ["24-images-unsupported", "24-images-generate-unsupported"])
-def test_pictures_for_a_model_without_eyes_are_ignored_by_older_servers(recorded: Recorded, case: str) -> None:
-    llm = recorded(case)
-    ask = llm.generate if "generate" in case else llm.chat
-    assert ask("What is this?", images=[b"\x89PNG"]).text == "This is a"
-
-
-def test_a_prompt_that_was_cut_is_warned_of(recorded: Recorded) -> None:
-    reply = recorded("34-ctx-truncate-default").chat("word " * 3000, context_window=256)
-    (warning,) = reply.warnings
-    assert "probably cut to fit the context window of 256 tokens" in warning
-
-
-def test_an_empty_conversation_would_only_load_the_model(recorded: Recorded) -> None:
-    reply = recorded("10-chat-load-empty").chat("Hi")
-    assert (reply.text, reply.finish_reason) == ("", "load")
-
-
-@pytest.mark.parametrize("case", ["70-unload-keepalive0-chat", "70-unload-keepalive0-generate"])
-def test_an_answer_that_says_unload_is_no_ordinary_end(recorded: Recorded, case: str) -> None:
-    llm = recorded(case)
-    reply = llm.generate("Hi") if "generate" in case else llm.chat("Hi")
-    assert (reply.text, reply.finish_reason) == ("", "unload")
-
-
-# --- Embeddings ------------------------------------------------------------------------------------------------------
-
-
-def test_an_embedding_model_embeds_in_order_and_length(recorded: Recorded) -> None:
-    found = recorded("42-embedmodel-embed-list").embed(["hello world", "good bye", "hello world"], dimensions=4)
-    assert [len(vector) for vector in found.vectors] == [4, 4, 4]
-    assert found.vectors[0] == found.vectors[2] != found.vectors[1]
-    assert found.usage.input_tokens == 7
-    assert found.model == "smollm2-embed:135m"
-    assert found.warnings == ()
-
-
-def test_an_embedding_of_one_text_is_one_vector(recorded: Recorded) -> None:
-    found = recorded("42-embedmodel-embed").embed("hello world", dimensions=4)
-    assert len(found.vectors) == 1
-    assert found.usage.input_tokens == 2
-    assert found.timings.total > 0
-
-
-@pytest.mark.parametrize("version", [OLD], indirect=True)
-@pytest.mark.parametrize(
-    ("case", "inputs", "length"), [("41-embed", ["hello world"], 576), ("41-embed-list", ["hello", "world"], 8)]
-)
-def test_any_model_embeds_on_older_servers(recorded: Recorded, case: str, inputs: list[str], length: int) -> None:
-    found = recorded(case).embed(inputs)
-    assert [len(vector) for vector in found.vectors] == [length] * len(inputs)
-
-
-def test_an_answer_without_vectors_is_no_answer(recorded: Recorded) -> None:
-    with pytest.raises(ProtocolError, match="0 for 1"):
-        recorded("41-embed-empty").embed("x")
-
-
-# --- Models ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_version_is_read_by_a_health_check(recorded: Recorded) -> None:
-    found = recorded("01-version").health()
-    assert found.ok
-    assert found.version == recorded.version
-
-
-def test_the_models_are_listed_with_what_the_server_tells(recorded: Recorded) -> None:
-    models = recorded("02-tags").models()
-    names = [model.name for model in models]
-    assert len(names) == len(set(names)) >= 2
-    found = models[names.index(MODEL)]
-    assert (found.family, found.parameters, found.quantization) == ("llama", "134.52M", "Q4_1")
-    if recorded.version == NEW:
-        assert found.context_window == 8192
-        assert found.features == {"chat", "generate", "structured_output", "logprobs"}
-        assert "tools" in models[names.index("smollm2-tools:135m")].features
-    else:
-        assert (found.context_window, found.features) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("case", "features"),
-    [
-        ("03-show", {"chat", "generate", "structured_output", "logprobs"}),
-        ("03-show-tools-model", {"chat", "generate", "structured_output", "logprobs", "tools"}),
-        ("23x-fc-show", {"chat", "generate", "structured_output", "logprobs", "tools"}),
-        ("42-embedmodel-show", {"embed"}),
-    ],
-)
-def test_a_model_is_shown_with_its_features(recorded: Recorded, case: str, features: set[str]) -> None:
-    info = recorded(case).show("SmolLM2")
-    assert info.name == "smollm2:latest"
-    assert info.features == features
-    assert info.architecture == "llama"
-    assert info.context_window == 8192
-    assert (info.parameters, info.quantization) == ("134.52M", "Q4_1")
-    assert info.tensors["token_embd.weight"] == (576, 49152)
-    assert info.metadata["llama.block_count"] == 30
-    assert info.modified_at.year == 2026
-    assert (info.path, info.adapters) == (None, ())
-    assert json.loads(recorded.transport.requests[0].body) == {"model": "SmolLM2", "verbose": True}
-
-
-@pytest.mark.parametrize("case", ["02-ps-idle", "11-ps-loaded", "71-ps-10m"])
-def test_models_in_memory_tell_their_window_and_when_they_go(recorded: Recorded, case: str) -> None:
-    (model,) = recorded(case).loaded()
-    assert model.name.startswith("smollm2")
-    assert model.context_window == 4096
-    assert model.expires_at.year == 2026
-    assert model.size > 190_000_000
-    assert model.accelerator_size == 0
-    assert len(model.digest) == 64
-
-
-def test_a_model_that_stays_for_ever_has_no_end(recorded: Recorded) -> None:
-    (model,) = recorded("71-ps-minus1").loaded()
-    assert "2319" in recorded.transport.lines[0]["models"][0]["expires_at"]
-    assert model.expires_at is None
-
-
-@pytest.mark.parametrize("case", ["70-ps-after-unload", "70-ps-after-unload-prompt"])
-def test_models_that_went_are_not_in_memory(recorded: Recorded, case: str) -> None:
-    assert MODEL not in [model.name for model in recorded(case).loaded()]
-
-
-@pytest.mark.parametrize("case", ["40-generate-load", "71-keepalive-5m", "71-keepalive-minus1"])
-def test_a_model_is_loaded_for_as_long_as_is_asked(recorded: Recorded, case: str) -> None:
-    seconds = {"71-keepalive-5m": "5m", "71-keepalive-minus1": -1}.get(case)
-    assert recorded(case).load(keep_alive=seconds, context_window=2048) is None
-    body = json.loads(recorded.transport.requests[0].body)
-    assert body.pop("keep_alive", None) == {"5m": 300, -1: -1}.get(seconds)
-    assert body == {"model": MODEL, "stream": False, "options": {"num_ctx": 2048}}
-
-
-def test_a_model_is_unloaded_by_a_stay_of_no_time(recorded: Recorded) -> None:
-    assert recorded("70-unload-keepalive0-generate").unload() is None
-    body = json.loads(recorded.transport.requests[0].body)
-    assert body == {"model": MODEL, "stream": False, "keep_alive": 0}
-
-
-# --- Refusals --------------------------------------------------------------------------------------------------------
+    def test_unload_sends_zero_keep_alive(self, recorded: Recorded) -> None:
+        assert recorded("70-unload-keepalive0-generate").unload() is None
+        body = json.loads(recorded.transport.requests[0].body)
+        assert body == {"model": MODEL, "stream": False, "keep_alive": 0}
 
 
 @dataclass(frozen=True)
@@ -489,80 +462,74 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("version", "expected"), TABLE, indirect=["version"])
-def test_a_refusal_becomes_its_typed_error(recorded: Recorded, expected: Refusal) -> None:
-    llm = recorded(expected.case)
-    inputs = ["Hi"] if expected.operation in ("chat", "generate", "embed") else []
-    with pytest.raises(ProviderError) as caught:
-        getattr(llm, expected.operation)(*inputs)
-    error: Any = caught.value
-    assert type(error) is expected.kind
-    assert error.status == expected.of(recorded.version, "status")
-    assert error.retryable is expected.retryable
-    assert error.partial is None
-    assert (error.provider, error.attempts) == ("ollama", 1)
-    assert error.hint
-    assert expected.words.lower() in error.details["server_message"].lower()
-    for name, value in expected.of(recorded.version, "facts").items():
-        assert (getattr(error, name) if hasattr(error, name) else error.details[name]) == value
-    # Where a model is missing, the names that are there are asked for, once.
-    assert len(recorded.transport.requests) == (2 if expected.kind is ModelNotFound else 1)
+class TestFailures:
+    @pytest.mark.parametrize(("version", "expected"), TABLE, indirect=["version"])
+    def test_refusal_is_typed(self, recorded: Recorded, expected: Refusal) -> None:
+        llm = recorded(expected.case)
+        inputs = ["Hi"] if expected.operation in ("chat", "generate", "embed") else []
+        with pytest.raises(ProviderError) as caught:
+            getattr(llm, expected.operation)(*inputs)
+        error: Any = caught.value
+        assert type(error) is expected.kind
+        assert error.status == expected.of(recorded.version, "status")
+        assert error.retryable is expected.retryable
+        assert error.partial is None
+        assert (error.provider, error.attempts) == ("ollama", 1)
+        assert error.hint
+        assert expected.words.lower() in error.details["server_message"].lower()
+        for name, value in expected.of(recorded.version, "facts").items():
+            assert (getattr(error, name) if hasattr(error, name) else error.details[name]) == value
+        # Where a model is missing, the names that are there are asked for, once.
+        assert len(recorded.transport.requests) == (2 if expected.kind is ModelNotFound else 1)
 
+    @pytest.mark.parametrize("case", ["33-forbidden-host", "33-unknown-path"])
+    def test_refusing_server_is_reachable_but_unhealthy(self, recorded: Recorded, case: str) -> None:
+        found = recorded(case).health()
+        assert (found.reachable, found.api, found.ok) == (True, False, False)
 
-@pytest.mark.parametrize("case", ["33-forbidden-host", "33-unknown-path"])
-def test_a_server_that_refuses_is_reachable_but_not_well(recorded: Recorded, case: str) -> None:
-    found = recorded(case).health()
-    assert (found.reachable, found.api, found.ok) == (True, False, False)
+    @pytest.mark.parametrize("case", ["80-runner-kill-mid-stream", "80-runner-term-mid-stream"])
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_dead_runner_leaves_partial(self, recorded: Recorded, case: str, *, stream: bool) -> None:
+        llm = recorded(case, attempts=3)
+        ask = (lambda: list(llm.chat("A story", stream=True))) if stream else (lambda: llm.chat("A story"))
+        with pytest.raises(InferenceFailed) as caught:
+            ask()
+        *said, error = recorded.transport.lines
+        partial = caught.value.partial
+        assert partial is not None
+        assert partial.text == "".join(line["message"]["content"] for line in said) != ""
+        assert partial.finish_reason is None
+        assert caught.value.status is None
+        assert caught.value.details["server_message"] == error["error"]
+        assert len(recorded.transport.requests) == 1, "an answer that has begun is not asked for again"
 
+    @pytest.mark.parametrize("case", ["81-client-disconnect-mid-stream", "85-server-killed-mid-stream"])
+    def test_cut_connection_leaves_partial(self, recorded: Recorded, case: str) -> None:
+        with pytest.raises(StreamInterrupted) as caught:
+            recorded(case, attempts=3).chat("A story")
+        partial = caught.value.partial
+        assert partial is not None
+        assert partial.text == "".join(line["message"]["content"] for line in recorded.transport.lines) != ""
+        assert len(recorded.transport.requests) == 1
 
-@pytest.mark.parametrize("case", ["80-runner-kill-mid-stream", "80-runner-term-mid-stream"])
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_runner_that_dies_while_it_answers_leaves_the_text_so_far(
-    recorded: Recorded, case: str, *, stream: bool
-) -> None:
-    llm = recorded(case, attempts=3)
-    ask = (lambda: list(llm.chat("A story", stream=True))) if stream else (lambda: llm.chat("A story"))
-    with pytest.raises(InferenceFailed) as caught:
-        ask()
-    *said, error = recorded.transport.lines
-    partial = caught.value.partial
-    assert partial is not None
-    assert partial.text == "".join(line["message"]["content"] for line in said) != ""
-    assert partial.finish_reason is None
-    assert caught.value.status is None
-    assert caught.value.details["server_message"] == error["error"]
-    assert len(recorded.transport.requests) == 1, "an answer that has begun is not asked for again"
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            "82-runner-killed-before-first-token-stream",
+            "82-runner-killed-while-loading",
+            "90-q3-other-model-stream",
+            "92-cold-burst-2",
+        ],
+    )
+    def test_failure_before_first_token_is_retried(self, recorded: Recorded, fault: str) -> None:
+        llm = recorded(fault, "80-next-request-after-kill-stream", attempts=2)
+        assert llm.chat("Hi").text == "I'm so"
+        assert llm.stats().retries == 1
+        first, second = recorded.transport.requests
+        assert first.body == second.body
 
-
-@pytest.mark.parametrize("case", ["81-client-disconnect-mid-stream", "85-server-killed-mid-stream"])
-def test_a_connection_cut_while_it_answers_leaves_the_text_so_far(recorded: Recorded, case: str) -> None:
-    with pytest.raises(StreamInterrupted) as caught:
-        recorded(case, attempts=3).chat("A story")
-    partial = caught.value.partial
-    assert partial is not None
-    assert partial.text == "".join(line["message"]["content"] for line in recorded.transport.lines) != ""
-    assert len(recorded.transport.requests) == 1
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "82-runner-killed-before-first-token-stream",
-        "82-runner-killed-while-loading",
-        "90-q3-other-model-stream",
-        "92-cold-burst-2",
-    ],
-)
-def test_a_failure_before_the_first_token_is_tried_again_and_mended(recorded: Recorded, fault: str) -> None:
-    llm = recorded(fault, "80-next-request-after-kill-stream", attempts=2)
-    assert llm.chat("Hi").text == "I'm so"
-    assert llm.stats().retries == 1
-    first, second = recorded.transport.requests
-    assert first.body == second.body
-
-
-def test_a_pull_that_fails_gives_its_steps_first(recorded: Recorded) -> None:
-    steps: list[str] = []
-    with pytest.raises(ConnectionFailed):
-        recorded("66-pull-offline").pull(on_progress=lambda step: steps.append(step.status))
-    assert steps == ["pulling manifest"]
+    def test_failed_pull_reports_progress_first(self, recorded: Recorded) -> None:
+        steps: list[str] = []
+        with pytest.raises(ConnectionFailed):
+            recorded("66-pull-offline").pull(on_progress=lambda step: steps.append(step.status))
+        assert steps == ["pulling manifest"]

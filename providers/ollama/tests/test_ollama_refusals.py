@@ -111,9 +111,7 @@ PULLS: list[tuple[str, Kind, bool, str]] = [
 @pytest.mark.parametrize(
     ("words", "kind", "retryable", "way_out"), PULLS, ids=[each[0][-30:].strip() for each in PULLS]
 )
-def test_a_failure_of_a_pull_says_whose_it_is_and_the_way_out(
-    words: str, kind: Kind, way_out: str, status: int, *, retryable: bool
-) -> None:
+def test_failed_pull_is_typed_with_hint(words: str, kind: Kind, way_out: str, status: int, *, retryable: bool) -> None:
     error = error_of("pull_model", status, words)
     assert (type(error), error.retryable) == (kind, retryable)
     assert way_out in (error.hint or "")
@@ -144,17 +142,17 @@ CALLS: list[tuple[int, str, Kind, bool]] = [
 
 
 @pytest.mark.parametrize(("status", "words", "kind", "retryable"), CALLS, ids=[f"{s}-{w[:30]}" for s, w, *_ in CALLS])
-def test_what_ends_or_forbids_a_call_is_its_own_error(status: int, words: str, kind: Kind, *, retryable: bool) -> None:
+def test_refused_call_is_typed(status: int, words: str, kind: Kind, *, retryable: bool) -> None:
     error = error_of("chat", status, words)
     assert (type(error), error.retryable) == (kind, retryable)
     assert error.hint
 
 
-def test_a_file_of_an_adapter_that_was_cut_is_not_sent_again() -> None:
+def test_cut_adapter_file_is_not_retried() -> None:
     assert error_of("load_adapter", 200, "unexpected EOF").retryable is False
     assert error_of("chat", 200, "unexpected EOF").retryable is True
 
 
-def test_an_origin_that_the_server_does_not_know_is_said_to_be_one() -> None:
+def test_unknown_origin_is_named() -> None:
     answer = Answer(status=403, headers=(), body=b"", call=Call(operation="chat"), server="Ollama")
     assert "OLLAMA_ORIGINS" in str(refused(answer, refusal))
