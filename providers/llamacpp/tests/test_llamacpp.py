@@ -68,163 +68,108 @@ def patched(source: Path, out: Path, key: str, value: bytes) -> Path:
     return out
 
 
-# --- Chat and generate -----------------------------------------------------------------------------------------------
+class TestGenerate:
+    def test_schema_binds_raw_completion(self, llm: Any) -> None:
+        schema = {"enum": ["red", "green"]}
+        assert (
+            llm.generate("The grass is", raw=True, format=schema, max_tokens=8, options=SURE).parsed in schema["enum"]
+        )
+
+    def test_raw_skips_the_template(self, default: Any) -> None:
+        raw = default.generate("One two three four", raw=True, max_tokens=1)
+        assert raw.usage.input_tokens == 4
+        assert default.generate("One two three four", max_tokens=1).usage.input_tokens > 10
 
 
-def test_a_client_that_names_no_model_chats_with_the_default_one(default: Any) -> None:
-    reply = default.chat(FRANCE, max_tokens=8, options=SURE)
-    assert "Paris" in reply.text
-    assert reply.model == DEFAULT_MODEL
-    assert reply.provider == "llamacpp"
+class TestChat:
+    def test_default_model(self, default: Any) -> None:
+        reply = default.chat(FRANCE, max_tokens=8, options=SURE)
+        assert "Paris" in reply.text
+        assert reply.model == DEFAULT_MODEL
+        assert reply.provider == "llamacpp"
 
+    def test_reply_has_usage_and_timings(self, llm: Any) -> None:
+        reply = llm.chat(FRANCE, max_tokens=4, options=SURE)
+        assert reply.finish_reason == "length"
+        assert reply.usage.output_tokens == 4
+        assert reply.usage.input_tokens > 10
+        assert reply.timings.load > 0
+        assert reply.timings.prompt > 0
+        assert reply.timings.generation > 0
+        assert llm.chat(FRANCE, max_tokens=1).timings.load is None
 
-def test_an_answer_tells_its_tokens_and_where_the_time_went(llm: Any) -> None:
-    reply = llm.chat(FRANCE, max_tokens=4, options=SURE)
-    assert reply.finish_reason == "length"
-    assert reply.usage.output_tokens == 4
-    assert reply.usage.input_tokens > 10
-    assert reply.timings.load > 0
-    assert reply.timings.prompt > 0
-    assert reply.timings.generation > 0
-    assert llm.chat(FRANCE, max_tokens=1).timings.load is None
+    def test_stream_gives_same_text(self, llm: Any) -> None:
+        plain = llm.chat(FRANCE, max_tokens=16, options=SURE)
+        stream = llm.chat(FRANCE, max_tokens=16, options=SURE, stream=True)
+        texts = [chunk.text for chunk in stream]
+        assert len(texts) > 5
+        assert "".join(texts) == plain.text == stream.reply.text
+        assert stream.reply.usage == plain.usage
 
+    def test_default_system_prompt(self, llm: Any) -> None:
+        plain = llm.chat("Hi", max_tokens=1).usage.input_tokens
+        messages = [{"role": "system", "content": _convert.SYSTEM_PROMPT}, {"role": "user", "content": "Hi"}]
+        same = llm.chat(messages, max_tokens=1)
+        empty = llm.chat([{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}], max_tokens=1)
+        assert same.usage.input_tokens == plain
+        assert empty.usage.input_tokens < plain
 
-def test_a_stream_gives_the_text_of_the_plain_answer(llm: Any) -> None:
-    plain = llm.chat(FRANCE, max_tokens=16, options=SURE)
-    stream = llm.chat(FRANCE, max_tokens=16, options=SURE, stream=True)
-    texts = [chunk.text for chunk in stream]
-    assert len(texts) > 5
-    assert "".join(texts) == plain.text == stream.reply.text
-    assert stream.reply.usage == plain.usage
+    def test_defaults_are_deterministic(self, default: Any) -> None:
+        assert {default.chat(FRANCE, max_tokens=6).text.strip() for _ in range(3)} == {"The capital of France is Paris"}
+        warm = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}
+        assert len({default.chat(FRANCE, max_tokens=12, options={"seed": seed, **warm}).text for seed in range(3)}) == 3
 
+    def test_seed_repeats_the_reply(self, llm: Any) -> None:
+        options = {"seed": 7, "temperature": 1.5}
+        first = llm.chat("Invent a word.", max_tokens=12, options=options).text
+        assert llm.chat("Invent a word.", max_tokens=12, options=options).text == first
+        others = {llm.chat("Invent a word.", max_tokens=12, options={**options, "seed": seed}).text for seed in (8, 9)}
+        assert others != {first}
 
-def test_a_system_prompt_is_sent_where_the_caller_gives_none_and_only_then(llm: Any) -> None:
-    plain = llm.chat("Hi", max_tokens=1).usage.input_tokens
-    messages = [{"role": "system", "content": _convert.SYSTEM_PROMPT}, {"role": "user", "content": "Hi"}]
-    same = llm.chat(messages, max_tokens=1)
-    empty = llm.chat([{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}], max_tokens=1)
-    assert same.usage.input_tokens == plain
-    assert empty.usage.input_tokens < plain
+    def test_ends_before_stop_text(self, default: Any) -> None:
+        reply = default.chat(FRANCE, max_tokens=40, options={**SURE, "stop": "Paris"})
+        assert reply.finish_reason == "stop"
+        assert reply.text
+        assert "Paris" not in reply.text
 
+    def test_logprobs_have_alternatives(self, llm: Any) -> None:
+        for reply in (
+            llm.chat(FRANCE, max_tokens=3, options={**SURE, "logprobs": True, "top_logprobs": 2}),
+            llm.generate("Once upon", raw=True, max_tokens=3, options={**SURE, "logprobs": True, "top_logprobs": 2}),
+        ):
+            assert "".join(each.token for each in reply.logprobs) == reply.text
+            for each in reply.logprobs:
+                assert len(each.top) == 2
+                assert each.logprob == max(other.logprob for other in each.top) <= 0
 
-def test_the_default_model_answers_as_surely_as_it_can_unless_options_are_given(default: Any) -> None:
-    assert {default.chat(FRANCE, max_tokens=6).text.strip() for _ in range(3)} == {"The capital of France is Paris"}
-    warm = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}
-    assert len({default.chat(FRANCE, max_tokens=12, options={"seed": seed, **warm}).text for seed in range(3)}) == 3
+    def test_logprobs_alone(self, llm: Any) -> None:
+        reply = llm.chat(FRANCE, max_tokens=2, options={"logprobs": True})
+        assert [each.top for each in reply.logprobs] == [(), ()]
 
+    def test_pydantic_model_binds_and_parses(self, default: Any) -> None:
+        class City(pydantic.BaseModel):
+            name: str = pydantic.Field(max_length=20)
+            population: int = pydantic.Field(ge=0, le=99)
 
-def test_a_seed_makes_an_answer_the_same_again(llm: Any) -> None:
-    options = {"seed": 7, "temperature": 1.5}
-    first = llm.chat("Invent a word.", max_tokens=12, options=options).text
-    assert llm.chat("Invent a word.", max_tokens=12, options=options).text == first
-    others = {llm.chat("Invent a word.", max_tokens=12, options={**options, "seed": seed}).text for seed in (8, 9)}
-    assert others != {first}
+        reply = default.chat("Describe Paris.", format=City, max_tokens=80, options=SURE)
+        assert isinstance(reply.parsed, City)
 
+    def test_json_format_gives_object(self, default: Any) -> None:
+        reply = default.chat('Write {"a": 1}', format="json", max_tokens=60, options={**SURE, "repeat_penalty": 1.0})
+        assert isinstance(reply.parsed, dict)
 
-def test_an_answer_ends_before_a_stop_text(default: Any) -> None:
-    reply = default.chat(FRANCE, max_tokens=40, options={**SURE, "stop": "Paris"})
-    assert reply.finish_reason == "stop"
-    assert reply.text
-    assert "Paris" not in reply.text
+    def test_cut_json_raises_with_partial(self, llm: Any) -> None:
+        with pytest.raises(InferenceFailed, match="max_tokens") as caught:
+            llm.chat("Count.", format={"type": "array", "items": {"type": "integer"}, "minItems": 100}, max_tokens=10)
+        assert caught.value.partial is not None
+        assert caught.value.partial.text.startswith("[")
 
-
-def test_probabilities_are_given_with_those_of_the_next_best(llm: Any) -> None:
-    for reply in (
-        llm.chat(FRANCE, max_tokens=3, options={**SURE, "logprobs": True, "top_logprobs": 2}),
-        llm.generate("Once upon", raw=True, max_tokens=3, options={**SURE, "logprobs": True, "top_logprobs": 2}),
-    ):
-        assert "".join(each.token for each in reply.logprobs) == reply.text
-        for each in reply.logprobs:
-            assert len(each.top) == 2
-            assert each.logprob == max(other.logprob for other in each.top) <= 0
-
-
-def test_probabilities_without_a_number_of_others_come_alone(llm: Any) -> None:
-    reply = llm.chat(FRANCE, max_tokens=2, options={"logprobs": True})
-    assert [each.top for each in reply.logprobs] == [(), ()]
-
-
-def test_a_schema_binds_the_answer_and_a_pydantic_model_reads_it(default: Any) -> None:
-    class City(pydantic.BaseModel):
-        name: str = pydantic.Field(max_length=20)
-        population: int = pydantic.Field(ge=0, le=99)
-
-    reply = default.chat("Describe Paris.", format=City, max_tokens=80, options=SURE)
-    assert isinstance(reply.parsed, City)
-
-
-def test_any_json_is_an_object(default: Any) -> None:
-    reply = default.chat('Write {"a": 1}', format="json", max_tokens=60, options={**SURE, "repeat_penalty": 1.0})
-    assert isinstance(reply.parsed, dict)
-
-
-def test_a_schema_binds_a_raw_completion_too(llm: Any) -> None:
-    schema = {"enum": ["red", "green"]}
-    assert llm.generate("The grass is", raw=True, format=schema, max_tokens=8, options=SURE).parsed in schema["enum"]
-
-
-def test_json_that_is_cut_is_told_with_what_came(llm: Any) -> None:
-    with pytest.raises(InferenceFailed, match="max_tokens") as caught:
-        llm.chat("Count.", format={"type": "array", "items": {"type": "integer"}, "minItems": 100}, max_tokens=10)
-    assert caught.value.partial is not None
-    assert caught.value.partial.text.startswith("[")
-
-
-def test_a_raw_prompt_goes_past_the_template(default: Any) -> None:
-    raw = default.generate("One two three four", raw=True, max_tokens=1)
-    assert raw.usage.input_tokens == 4
-    assert default.generate("One two three four", max_tokens=1).usage.input_tokens > 10
-
-
-def test_several_requests_at_once_are_all_answered(both: Any, small_store: Path) -> None:
-    llm = both.connect("llamacpp", context_window=512, slots=2)
-    calls = [lambda: llm.chat(FRANCE, max_tokens=8, options=SURE).text] * 4
-    answers = both.together(calls)
-    assert len(set(answers)) == 1
-    assert isinstance(answers[0], str)
-
-
-# --- What is refused -------------------------------------------------------------------------------------------------
-
-
-def test_tools_are_refused_where_the_template_has_no_place_for_them(default: Any) -> None:
-    with pytest.raises(CapabilityUnsupported, match="tools") as caught:
-        default.chat("What time is it?", tools=[{"name": "now"}])
-    assert caught.value.model == DEFAULT_MODEL
-    assert "tools" not in default.show().features
-    assert "tools" in default.capabilities().features
-
-
-def test_tools_reach_a_model_whose_template_has_a_place_for_them(both: Any, tmp_path: Path) -> None:
-    template = (
-        "{% if tools %}{{'<|im_start|>system\n'}}{% for t in tools %}{{t|tojson}}{% endfor %}{{'<|im_end|>\n'}}"
-        "{% endif %}{% for m in messages %}{{'<|im_start|>'+m['role']+'\n'+(m['content'] or '')+'<|im_end|>\n'}}"
-        "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
-    )
-    path = tmp_path / "tooled.gguf"
-    MODEL.write_for_engine(path, template)
-    llm = both.connect("llamacpp", model=str(path), context_window=1024)
-    assert "tools" in llm.show().features
-    without = llm.chat("Hello", max_tokens=4)
-    tool = {"name": "now", "description": "Tells the time of day.", "parameters": {"type": "object"}}
-    reply = llm.chat("Hello", max_tokens=4, tools=[tool])
-    assert reply.finish_reason in ("length", "stop", "tool_calls")
-    assert reply.usage.input_tokens > without.usage.input_tokens + 10
-
-
-def test_thinking_and_pictures_and_suffixes_are_refused(llm: Any) -> None:
-    with pytest.raises(CapabilityUnsupported, match="thinking"):
-        llm.chat("Hello", think=True)
-    with pytest.raises(CapabilityUnsupported, match="images"):
-        llm.chat("Hello", images=[b"\x89PNG"])
-    with pytest.raises(CapabilityUnsupported, match="suffix"):
-        llm.generate("Hello", suffix="end")
-    assert llm.chat("Hello", think=False, max_tokens=1).text
-
-
-def test_a_schema_that_is_none_is_rejected(llm: Any) -> None:
-    with pytest.raises(RequestRejected, match="nonsense"):
-        llm.chat("Hello", format={"type": "array", "items": {"type": "nonsense"}})
+    def test_concurrent_requests_are_answered(self, both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", context_window=512, slots=2)
+        calls = [lambda: llm.chat(FRANCE, max_tokens=8, options=SURE).text] * 4
+        answers = both.together(calls)
+        assert len(set(answers)) == 1
+        assert isinstance(answers[0], str)
 
 
 THINKER: Any = SimpleNamespace(architecture="llama", template="{{ enable_thinking }}", figure={}.get)
@@ -232,7 +177,7 @@ THINKER: Any = SimpleNamespace(architecture="llama", template="{{ enable_thinkin
 
 
 @pytest.mark.parametrize(("think", "on"), [("max", True), ("low", True), ("none", False), (True, True), (False, False)])
-def test_thinking_and_what_the_engine_alone_knows_are_put_into_a_request(think: Any, on: bool) -> None:
+def test_thinking_and_engine_options_are_sent(think: Any, on: bool) -> None:
     options = {"seed": 1, "dry_multiplier": 0.8, "stream": False, "chat_template_kwargs": {"custom": 1}}
     messages = (Message(role="system", content="Be brief"), Message(role="user", content="Hi", name="bob"))
     request = ChatRequest(call=Call(), model="m", messages=messages, think=think, options=options, max_tokens=3)
@@ -249,256 +194,240 @@ def test_thinking_and_what_the_engine_alone_knows_are_put_into_a_request(think: 
     }
 
 
-def test_a_raw_prompt_takes_no_system_prompt(llm: Any) -> None:
-    with pytest.raises(RequestRejected, match="system"):
-        llm.generate("Hello", raw=True, system="Be kind.")
-    with pytest.raises(RequestRejected, match="empty"):
-        llm.generate("", raw=True)
+class TestRefusals:
+    def test_tools_without_template_support(self, default: Any) -> None:
+        with pytest.raises(CapabilityUnsupported, match="tools") as caught:
+            default.chat("What time is it?", tools=[{"name": "now"}])
+        assert caught.value.model == DEFAULT_MODEL
+        assert "tools" not in default.show().features
+        assert "tools" in default.capabilities().features
+
+    def test_tools_with_template_support(self, both: Any, tmp_path: Path) -> None:
+        template = (
+            "{% if tools %}{{'<|im_start|>system\n'}}{% for t in tools %}{{t|tojson}}{% endfor %}{{'<|im_end|>\n'}}"
+            "{% endif %}{% for m in messages %}{{'<|im_start|>'+m['role']+'\n'+(m['content'] or '')+'<|im_end|>\n'}}"
+            "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+        )
+        path = tmp_path / "tooled.gguf"
+        MODEL.write_for_engine(path, template)
+        llm = both.connect("llamacpp", model=str(path), context_window=1024)
+        assert "tools" in llm.show().features
+        without = llm.chat("Hello", max_tokens=4)
+        tool = {"name": "now", "description": "Tells the time of day.", "parameters": {"type": "object"}}
+        reply = llm.chat("Hello", max_tokens=4, tools=[tool])
+        assert reply.finish_reason in ("length", "stop", "tool_calls")
+        assert reply.usage.input_tokens > without.usage.input_tokens + 10
+
+    def test_thinking_images_and_suffix(self, llm: Any) -> None:
+        with pytest.raises(CapabilityUnsupported, match="thinking"):
+            llm.chat("Hello", think=True)
+        with pytest.raises(CapabilityUnsupported, match="images"):
+            llm.chat("Hello", images=[b"\x89PNG"])
+        with pytest.raises(CapabilityUnsupported, match="suffix"):
+            llm.generate("Hello", suffix="end")
+        assert llm.chat("Hello", think=False, max_tokens=1).text
+
+    def test_invalid_schema(self, llm: Any) -> None:
+        with pytest.raises(RequestRejected, match="nonsense"):
+            llm.chat("Hello", format={"type": "array", "items": {"type": "nonsense"}})
+
+    def test_raw_with_system_prompt(self, llm: Any) -> None:
+        with pytest.raises(RequestRejected, match="system"):
+            llm.generate("Hello", raw=True, system="Be kind.")
+        with pytest.raises(RequestRejected, match="empty"):
+            llm.generate("", raw=True)
+
+    def test_overflow_gives_token_counts(self, llm: Any) -> None:
+        with pytest.raises(ContextOverflow, match="1024") as caught:
+            llm.chat("word " * 2000)
+        assert caught.value.details["n_ctx"] == 1024
+        assert caught.value.details["n_prompt_tokens"] > 2000
+
+    def test_model_larger_than_memory(self, both: Any, engine_store: Path, tmp_path: Path) -> None:
+        heads = (1 << 22).to_bytes(4, "little")
+        path = patched(
+            engine_store / "smollm2-135m.gguf", tmp_path / "huge.gguf", "llama.attention.head_count_kv", heads
+        )
+        with pytest.raises(ModelLoadFailed, match="MB are free") as caught:
+            both.connect("llamacpp", model=str(path), context_window=1024).chat("Hello")
+        assert caught.value.reason == "memory"
+        assert caught.value.details["needed"] > caught.value.details["free"] > 0
+        assert "98 MB of weights" in str(caught.value)
+
+    def test_engine_error_without_memory_check(self, both: Any, engine_store: Path, tmp_path: Path) -> None:
+        layers = (31).to_bytes(4, "little")
+        path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "odd.gguf", "llama.block_count", layers)
+        with pytest.raises(ModelLoadFailed, match=r"blk\.30") as caught:
+            both.connect("llamacpp", model=str(path), memory_check=False).chat("Hello")
+        assert caught.value.reason == "incompatible"
 
 
-def test_a_prompt_that_does_not_fit_the_window_is_an_overflow_with_the_figures(llm: Any) -> None:
-    with pytest.raises(ContextOverflow, match="1024") as caught:
-        llm.chat("word " * 2000)
-    assert caught.value.details["n_ctx"] == 1024
-    assert caught.value.details["n_prompt_tokens"] > 2000
+class TestKeepAlive:
+    def test_zero_unloads_the_model(self, llm: Any) -> None:
+        llm.chat("Hello", max_tokens=1, keep_alive=600)
+        (loaded,) = llm.loaded()
+        assert loaded.expires_at is not None
+        llm.chat("Hello", max_tokens=1, keep_alive=0)
+        assert eventually(lambda: llm.loaded() == ())
 
-
-def test_a_window_above_what_the_model_was_trained_for_is_lowered_with_a_warning(both: Any, small_store: Path) -> None:
-    llm = both.connect("llamacpp", context_window=WINDOW + 1)
-    assert any(str(WINDOW) in each for each in llm.chat("Hello", max_tokens=1).warnings)
-    assert llm.loaded()[0].context_window == WINDOW
-
-
-def test_another_window_starts_the_engine_again_and_says_so(llm: Any) -> None:
-    assert llm.chat("Hello", max_tokens=1).warnings == ()
-    reply = llm.chat("Hello", max_tokens=1, context_window=512)
-    assert any("512" in each for each in reply.warnings)
-    assert [each.context_window for each in llm.loaded()] == [512]
-
-
-def test_a_model_too_large_for_the_memory_is_refused_with_the_figures(
-    both: Any, engine_store: Path, tmp_path: Path
-) -> None:
-    heads = (1 << 22).to_bytes(4, "little")
-    path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "huge.gguf", "llama.attention.head_count_kv", heads)
-    with pytest.raises(ModelLoadFailed, match="MB are free") as caught:
-        both.connect("llamacpp", model=str(path), context_window=1024).chat("Hello")
-    assert caught.value.reason == "memory"
-    assert caught.value.details["needed"] > caught.value.details["free"] > 0
-    assert "98 MB of weights" in str(caught.value)
-
-
-def test_the_check_of_the_memory_can_be_turned_off_and_the_engine_says_what_is_wrong(
-    both: Any, engine_store: Path, tmp_path: Path
-) -> None:
-    layers = (31).to_bytes(4, "little")
-    path = patched(engine_store / "smollm2-135m.gguf", tmp_path / "odd.gguf", "llama.block_count", layers)
-    with pytest.raises(ModelLoadFailed, match=r"blk\.30") as caught:
-        both.connect("llamacpp", model=str(path), memory_check=False).chat("Hello")
-    assert caught.value.reason == "incompatible"
-
-
-# --- Embed -----------------------------------------------------------------------------------------------------------
-
-
-def test_each_text_has_a_vector_of_length_one_and_equal_texts_have_equal_ones(default: Any) -> None:
-    found = default.embed(["The cat sat.", "Stocks fell.", "The cat sat."])
-    assert [len(vector) for vector in found.vectors] == [576] * 3
-    assert [sum(each * each for each in vector) for vector in found.vectors] == [pytest.approx(1, abs=1e-3)] * 3
-    assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-3)
-    assert found.vectors[0] != pytest.approx(found.vectors[1], abs=1e-2)
-    assert found.usage.input_tokens > 3
-
-
-def test_a_text_too_long_to_embed_is_cut_with_a_warning_or_refused(llm: Any) -> None:
-    found = llm.embed(["short", "word " * 600])
-    assert len(found.vectors) == 2
-    assert any("Input 1 was cut" in each for each in found.warnings)
-    with pytest.raises(ContextOverflow, match="512"):
-        llm.embed("word " * 600, truncate=False)
-
-
-def test_vectors_of_another_length_are_unsupported(llm: Any) -> None:
-    assert len(llm.embed("cat", dimensions=MODEL.hidden).vectors[0]) == MODEL.hidden
-    with pytest.raises(CapabilityUnsupported, match=f"{MODEL.hidden}"):
-        llm.embed("cat", dimensions=32)
-
-
-# --- Models ----------------------------------------------------------------------------------------------------------
-
-
-def test_show_tells_what_the_file_holds_with_its_vocabulary(default: Any, engine_store: Path) -> None:
-    shown = default.show()
-    assert shown.architecture == "llama"
-    assert shown.parameters == "134.52M"
-    assert shown.quantization == "Q4_1"
-    assert shown.context_window == 8192
-    assert shown.licence == "Apache-2.0"
-    assert shown.digest.startswith("sha256:b179c952")
-    assert shown.size == 98_362_432
-    assert shown.path == engine_store / "smollm2-135m.gguf"
-    assert len(shown.metadata["tokenizer.ggml.tokens"]) == 49152
-    assert shown.tensors["token_embd.weight"] == (576, 49152)
-    assert {"chat", "embed", "structured_output", "logprobs"} <= shown.features
-
-
-def test_the_list_of_models_leaves_the_vocabulary_out(default: Any) -> None:
-    (listed,) = default.models()
-    assert listed.name == DEFAULT_MODEL
-    assert "tokenizer.ggml.tokens" not in listed.metadata
-
-
-def test_a_loaded_model_tells_the_memory_of_its_process(default: Any) -> None:
-    assert default.loaded() == ()
-    default.load()
-    (loaded,) = default.loaded()
-    assert loaded.name == DEFAULT_MODEL
-    assert loaded.context_window == 1024
-    assert loaded.expires_at is None
-    status = Path(f"/proc/{loaded.raw['pid']}/status").read_text(encoding="ascii")
-    resident = int(status.split("VmRSS:")[1].split()[0]) * 1024
-    assert loaded.size == pytest.approx(resident, rel=0.1)
-    default.unload()
-    assert default.loaded() == ()
-    default.unload()
-
-
-def test_a_model_that_may_not_stay_leaves_the_memory(llm: Any) -> None:
-    llm.chat("Hello", max_tokens=1, keep_alive=600)
-    (loaded,) = llm.loaded()
-    assert loaded.expires_at is not None
-    llm.chat("Hello", max_tokens=1, keep_alive=0)
-    assert eventually(lambda: llm.loaded() == ())
-
-
-@pytest.mark.parametrize("stay", [LONGEST_STAY, math.inf], ids=["a hundred years", "for ever"])
-def test_a_model_may_stay_as_long_as_can_be_said(llm: Any, stay: float) -> None:
-    llm.chat("Hello", max_tokens=1, keep_alive=stay)
-    (loaded,) = llm.loaded()
-    assert (loaded.expires_at is None) == (stay == math.inf)
+    @pytest.mark.parametrize("stay", [LONGEST_STAY, math.inf], ids=["a hundred years", "for ever"])
+    def test_longest_stay(self, llm: Any, stay: float) -> None:
+        llm.chat("Hello", max_tokens=1, keep_alive=stay)
+        (loaded,) = llm.loaded()
+        assert (loaded.expires_at is None) == (stay == math.inf)
 
 
 @pytest.mark.parametrize(
     "figures", [{"context_window": 1}, {"threads": 513}, {"gpu_layers": 2**31}, {"batch": 8193}, {"slots": 65}], ids=str
 )
-def test_a_figure_that_would_end_the_engine_is_refused(both: Any, small_store: Path, figures: dict[str, int]) -> None:
+def test_numbers_that_crash_the_engine_are_refused(both: Any, small_store: Path, figures: dict[str, int]) -> None:
     with pytest.raises(SettingsError, match=next(iter(figures))):
         both.opened("llamacpp", **figures)
 
 
-def test_the_smallest_window_does_not_end_the_engine(llm: Any) -> None:
-    assert llm.generate("a", raw=True, max_tokens=1, context_window=2).usage.output_tokens == 1
+class TestContextWindow:
+    def test_larger_than_trained_is_lowered_with_warning(self, both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", context_window=WINDOW + 1)
+        assert any(str(WINDOW) in each for each in llm.chat("Hello", max_tokens=1).warnings)
+        assert llm.loaded()[0].context_window == WINDOW
+
+    def test_change_restarts_engine_with_warning(self, llm: Any) -> None:
+        assert llm.chat("Hello", max_tokens=1).warnings == ()
+        reply = llm.chat("Hello", max_tokens=1, context_window=512)
+        assert any("512" in each for each in reply.warnings)
+        assert [each.context_window for each in llm.loaded()] == [512]
+
+    def test_smallest_window_works(self, llm: Any) -> None:
+        assert llm.generate("a", raw=True, max_tokens=1, context_window=2).usage.output_tokens == 1
 
 
-def test_a_path_is_a_model_too(both: Any, engine_store: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.gguf"
-    path.symlink_to(engine_store / "smollm2-135m.gguf")
-    llm = both.connect("llamacpp", model=str(path), models_path=tmp_path / "none", context_window=512)
-    assert "Paris" in llm.chat(FRANCE, max_tokens=8, options=SURE).text
-    assert llm.show().path == path
+class TestModels:
+    def test_show_includes_vocabulary(self, default: Any, engine_store: Path) -> None:
+        shown = default.show()
+        assert shown.architecture == "llama"
+        assert shown.parameters == "134.52M"
+        assert shown.quantization == "Q4_1"
+        assert shown.context_window == 8192
+        assert shown.licence == "Apache-2.0"
+        assert shown.digest.startswith("sha256:b179c952")
+        assert shown.size == 98_362_432
+        assert shown.path == engine_store / "smollm2-135m.gguf"
+        assert len(shown.metadata["tokenizer.ggml.tokens"]) == 49152
+        assert shown.tensors["token_embd.weight"] == (576, 49152)
+        assert {"chat", "embed", "structured_output", "logprobs"} <= shown.features
+
+    def test_list_leaves_vocabulary_out(self, default: Any) -> None:
+        (listed,) = default.models()
+        assert listed.name == DEFAULT_MODEL
+        assert "tokenizer.ggml.tokens" not in listed.metadata
+
+    def test_loaded_model_has_memory_size(self, default: Any) -> None:
+        assert default.loaded() == ()
+        default.load()
+        (loaded,) = default.loaded()
+        assert loaded.name == DEFAULT_MODEL
+        assert loaded.context_window == 1024
+        assert loaded.expires_at is None
+        status = Path(f"/proc/{loaded.raw['pid']}/status").read_text(encoding="ascii")
+        resident = int(status.split("VmRSS:")[1].split()[0]) * 1024
+        assert loaded.size == pytest.approx(resident, rel=0.1)
+        default.unload()
+        assert default.loaded() == ()
+        default.unload()
+
+    def test_path_names_a_model(self, both: Any, engine_store: Path, tmp_path: Path) -> None:
+        path = tmp_path / "mine.gguf"
+        path.symlink_to(engine_store / "smollm2-135m.gguf")
+        llm = both.connect("llamacpp", model=str(path), models_path=tmp_path / "none", context_window=512)
+        assert "Paris" in llm.chat(FRANCE, max_tokens=8, options=SURE).text
+        assert llm.show().path == path
+
+    @pytest.mark.parametrize("operation", ["chat", "generate", "embed", "load"])
+    def test_unknown_model_suggests_close_name(self, operation: str, default: Any) -> None:
+        arguments = () if operation == "load" else ("Hello",)
+        with pytest.raises(ModelNotFound, match="smollm2:135m") as caught:
+            getattr(default, operation)(*arguments, model="smollm2:1m")
+        assert caught.value.suggestions == (DEFAULT_MODEL,)
 
 
-@pytest.mark.parametrize("operation", ["chat", "generate", "embed", "load"])
-def test_an_unknown_model_is_not_found_and_the_close_name_is_suggested(operation: str, default: Any) -> None:
-    arguments = () if operation == "load" else ("Hello",)
-    with pytest.raises(ModelNotFound, match="smollm2:135m") as caught:
-        getattr(default, operation)(*arguments, model="smollm2:1m")
-    assert caught.value.suggestions == (DEFAULT_MODEL,)
+class TestHealth:
+    def test_checks_no_further_than_asked(self, llm: Any) -> None:
+        api = llm.health("api")
+        assert api.ok
+        assert api.version
+        assert api.model_present is None
+        assert llm.loaded() == ()
+        loaded = llm.health("model_loaded")
+        assert loaded.model_present
+        assert loaded.model_loaded is False
+        answers = llm.health("answers")
+        assert answers.ok
+        assert len(llm.loaded()) == 1
+
+    def test_embedding_model_loads_and_answers(self, both: Any, tmp_path: Path) -> None:
+        write_embedder(tmp_path / "embedder.gguf")
+        llm = both.connect("llamacpp", model="embedder", models_path=tmp_path)
+        llm.load()
+        assert llm.health("answers").ok
+        with pytest.raises(CapabilityUnsupported, match="chat"):
+            llm.chat("Hello")
+
+    def test_missing_model(self, llm: Any) -> None:
+        health = llm.health("model_loaded", model="other")
+        assert health.api
+        assert health.model_present is False
+        assert isinstance(health.error, ModelNotFound)
 
 
-# --- Health ----------------------------------------------------------------------------------------------------------
+class TestCancellation:
+    def test_closed_stream_frees_engine(self, llm: Any) -> None:
+        stream = llm.chat("Count.", stream=True, **LONG)
+        next(iter(stream))
+        stream.close()
+        # There is one slot: the next answer would wait for a minute, were the first still being made.
+        assert llm.chat("Hello", max_tokens=1, timeout=10).text
+        assert llm.stats().running == 0
 
+    def test_dropped_stream_frees_engine(self, small_store: Path) -> None:
+        with graftage.connect("llamacpp", context_window=1024) as llm:
+            for _ in llm.chat("Count.", stream=True, **LONG):
+                break
+            assert llm.chat("Hello", max_tokens=1, timeout=10).text
 
-def test_health_looks_no_further_than_it_is_asked(llm: Any) -> None:
-    api = llm.health("api")
-    assert api.ok
-    assert api.version
-    assert api.model_present is None
-    assert llm.loaded() == ()
-    loaded = llm.health("model_loaded")
-    assert loaded.model_present
-    assert loaded.model_loaded is False
-    answers = llm.health("answers")
-    assert answers.ok
-    assert len(llm.loaded()) == 1
+    def test_cancelled_task_frees_engine(self, small_store: Path) -> None:
+        async def work() -> str:
+            async with graftage.connect_async("llamacpp", context_window=1024) as llm:
+                await llm.load()
+                task = asyncio.ensure_future(llm.chat("Count.", **LONG))
+                await asyncio.sleep(0.5)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                return str((await llm.chat("Hello", max_tokens=1, timeout=10)).text)
 
+        assert asyncio.run(work())
 
-def test_a_model_that_only_embeds_is_loaded_and_answers_by_that(both: Any, tmp_path: Path) -> None:
-    write_embedder(tmp_path / "embedder.gguf")
-    llm = both.connect("llamacpp", model="embedder", models_path=tmp_path)
-    llm.load()
-    assert llm.health("answers").ok
-    with pytest.raises(CapabilityUnsupported, match="chat"):
-        llm.chat("Hello")
+    def test_cancelled_start_leaves_working_client(self, small_store: Path) -> None:
+        async def work() -> str:
+            async with graftage.connect_async("llamacpp", context_window=1024) as llm:
+                task = asyncio.ensure_future(llm.chat("Hello"))
+                await asyncio.sleep(0.05)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                return str((await llm.chat("Hello", max_tokens=1)).text)
 
+        assert asyncio.run(work())
 
-def test_health_names_a_model_that_is_not_there(llm: Any) -> None:
-    health = llm.health("model_loaded", model="other")
-    assert health.api
-    assert health.model_present is False
-    assert isinstance(health.error, ModelNotFound)
-
-
-# --- Cancellation ----------------------------------------------------------------------------------------------------
-
-
-def test_a_stream_that_is_closed_frees_the_engine(llm: Any) -> None:
-    stream = llm.chat("Count.", stream=True, **LONG)
-    next(iter(stream))
-    stream.close()
-    # There is one slot: the next answer would wait for a minute, were the first still being made.
-    assert llm.chat("Hello", max_tokens=1, timeout=10).text
-    assert llm.stats().running == 0
-
-
-def test_a_stream_that_is_dropped_frees_the_engine(small_store: Path) -> None:
-    with graftage.connect("llamacpp", context_window=1024) as llm:
-        for _ in llm.chat("Count.", stream=True, **LONG):
-            break
+    def test_timeout_frees_engine(self, llm: Any) -> None:
+        llm.load(context_window=LONG["context_window"])
+        with pytest.raises(ProviderTimeout) as caught:
+            llm.chat("Count.", timeout=1, **LONG)
+        assert caught.value.phase == "total"
         assert llm.chat("Hello", max_tokens=1, timeout=10).text
 
 
-def test_a_task_that_is_cancelled_frees_the_engine(small_store: Path) -> None:
-    async def work() -> str:
-        async with graftage.connect_async("llamacpp", context_window=1024) as llm:
-            await llm.load()
-            task = asyncio.ensure_future(llm.chat("Count.", **LONG))
-            await asyncio.sleep(0.5)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            return str((await llm.chat("Hello", max_tokens=1, timeout=10)).text)
-
-    assert asyncio.run(work())
-
-
-def test_a_task_that_is_cancelled_while_the_engine_starts_leaves_a_client_that_works(small_store: Path) -> None:
-    async def work() -> str:
-        async with graftage.connect_async("llamacpp", context_window=1024) as llm:
-            task = asyncio.ensure_future(llm.chat("Hello"))
-            await asyncio.sleep(0.05)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            return str((await llm.chat("Hello", max_tokens=1)).text)
-
-    assert asyncio.run(work())
-
-
-def test_a_limit_on_the_whole_call_ends_it_and_frees_the_engine(llm: Any) -> None:
-    llm.load(context_window=LONG["context_window"])
-    with pytest.raises(ProviderTimeout) as caught:
-        llm.chat("Count.", timeout=1, **LONG)
-    assert caught.value.phase == "total"
-    assert llm.chat("Hello", max_tokens=1, timeout=10).text
-
-
-# --- Recording -------------------------------------------------------------------------------------------------------
-
-
-def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_port(
-    both: Any, small_store: Path, tmp_path: Path
-) -> None:
+def test_recording_has_no_key_or_port(both: Any, small_store: Path, tmp_path: Path) -> None:
     path = tmp_path / "chat.yaml"
     tape = Cassette(path, mode="record")
     llm = both.connect("llamacpp", context_window=512, transport=tape)
@@ -517,57 +446,52 @@ def test_a_recorded_chat_is_played_without_the_engine_and_holds_neither_key_nor_
     assert again.loaded() == ()
 
 
-# --- Counting, ranking, and the reading of a prompt -------------------------------------------------------------------
-
-
-def test_the_tokens_of_a_prompt_are_counted_and_told_while_it_is_read(
-    both: Any, engine_store: Path, watcher: Watcher
-) -> None:
-    llm = both.connect("llamacpp", batch=96, context_window=256, plugins=[watcher])
-    prompt = "One word and another. " * 20
-    count = llm.count_tokens(prompt)
-    assert "prompt_progress" not in watcher.kinds()
-    reply = llm.chat(prompt, max_tokens=2, options=SURE)
-    assert reply.usage.input_tokens == count > 96
-    assert llm.count_tokens(prompt * 4) > 256, "which does not fit, and is counted all the same"
-    kinds = watcher.kinds("chat")
-    told = [event.prompt for event in watcher.events if event.prompt is not None]
-    assert (told[0].processed, told[-1].processed) == (0, count)
-    assert {each.total for each in told} == {count}
-    assert len(told) > 2
-    assert kinds == ["start", "admitted", *["prompt_progress"] * len(told), "first_chunk", "finish"]
-    llm.chat("Hi", max_tokens=1)
-    assert watcher.kinds("chat")[len(kinds) :] == ["start", "admitted", "first_chunk", "finish"]
-
-
 NEWS = b'data: {"choices":[{"delta":{}}],"prompt_progress":{"total":9,"cache":1,"processed":%d,"time_ms":0}}\n\n'
 WORDS = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 
 
-@pytest.mark.parametrize(
-    ("pieces", "handed", "told"),
-    [
-        ([NEWS % 1, NEWS % 9, WORDS], [WORDS], [1, 9]),
-        ([NEWS % 1 + NEWS % 9 + WORDS, WORDS], [WORDS, WORDS], [1, 9]),
-        ([b":\n\n", NEWS % 9 + b":\n\n", WORDS], [b":\n\n", b":\n\n", WORDS], [9]),
-        ([NEWS % 1, WORDS[:20], WORDS[20:]], [WORDS[:20], WORDS[20:]], [1]),
-        ([NEWS[:20], (NEWS % 1)[20:], WORDS], [NEWS[:20], (NEWS % 1)[20:], WORDS], []),
-        ([NEWS % 1], [], [1]),
-        ([WORDS, WORDS.replace(b'"a"', b'"\\"prompt_progress\\""')], None, []),
-    ],
-    ids=["each", "together", "beside comments", "before halves", "halves", "alone", "as words"],
-)
-def test_news_of_the_prompt_is_told_and_no_part_of_the_answer(
-    pieces: list[bytes], handed: list[bytes] | None, told: list[int]
-) -> None:
-    seen: list[int] = []
-    call = Call(emit=lambda kind, prompt: seen.append(prompt.processed))
-    leased = _engine._Leased(cast("Any", Said(*pieces)), cast("Any", SimpleNamespace(use=None)), call)
-    found = []
-    while piece := drive(leased.read()):
-        found.append(piece)
-    assert found == (pieces if handed is None else handed)
-    assert seen == told
+class TestPromptProgress:
+    def test_events_count_the_prompt_tokens(self, both: Any, engine_store: Path, watcher: Watcher) -> None:
+        llm = both.connect("llamacpp", batch=96, context_window=256, plugins=[watcher])
+        prompt = "One word and another. " * 20
+        count = llm.count_tokens(prompt)
+        assert "prompt_progress" not in watcher.kinds()
+        reply = llm.chat(prompt, max_tokens=2, options=SURE)
+        assert reply.usage.input_tokens == count > 96
+        assert llm.count_tokens(prompt * 4) > 256, "which does not fit, and is counted all the same"
+        kinds = watcher.kinds("chat")
+        told = [event.prompt for event in watcher.events if event.prompt is not None]
+        assert (told[0].processed, told[-1].processed) == (0, count)
+        assert {each.total for each in told} == {count}
+        assert len(told) > 2
+        assert kinds == ["start", "admitted", *["prompt_progress"] * len(told), "first_chunk", "finish"]
+        llm.chat("Hi", max_tokens=1)
+        assert watcher.kinds("chat")[len(kinds) :] == ["start", "admitted", "first_chunk", "finish"]
+
+    @pytest.mark.parametrize(
+        ("pieces", "handed", "told"),
+        [
+            ([NEWS % 1, NEWS % 9, WORDS], [WORDS], [1, 9]),
+            ([NEWS % 1 + NEWS % 9 + WORDS, WORDS], [WORDS, WORDS], [1, 9]),
+            ([b":\n\n", NEWS % 9 + b":\n\n", WORDS], [b":\n\n", b":\n\n", WORDS], [9]),
+            ([NEWS % 1, WORDS[:20], WORDS[20:]], [WORDS[:20], WORDS[20:]], [1]),
+            ([NEWS[:20], (NEWS % 1)[20:], WORDS], [NEWS[:20], (NEWS % 1)[20:], WORDS], []),
+            ([NEWS % 1], [], [1]),
+            ([WORDS, WORDS.replace(b'"a"', b'"\\"prompt_progress\\""')], None, []),
+        ],
+        ids=["each", "together", "beside comments", "before halves", "halves", "alone", "as words"],
+    )
+    def test_events_are_cut_from_the_response(
+        self, pieces: list[bytes], handed: list[bytes] | None, told: list[int]
+    ) -> None:
+        seen: list[int] = []
+        call = Call(emit=lambda kind, prompt: seen.append(prompt.processed))
+        leased = _engine._Leased(cast("Any", Said(*pieces)), cast("Any", SimpleNamespace(use=None)), call)
+        found = []
+        while piece := drive(leased.read()):
+            found.append(piece)
+        assert found == (pieces if handed is None else handed)
+        assert seen == told
 
 
 def reranker(path: Path) -> Path:
@@ -600,26 +524,23 @@ def reranker(path: Path) -> Path:
     return path
 
 
-def test_a_model_that_is_made_for_it_ranks_and_does_nothing_else(both: Any, tmp_path: Path) -> None:
-    reranker(tmp_path / "ranks.gguf")
-    llm = both.connect("llamacpp", model="ranks", models_path=tmp_path, context_window=64)
-    found = llm.rerank("a", ["b", "a b", "b a b"])
-    assert sorted(each.index for each in found.results) == [0, 1, 2]
-    assert (found.model, found.usage.input_tokens) == ("ranks", 15)
-    assert llm.show().features == {"rerank"}
-    for act in (llm.embed, llm.chat, llm.count_tokens):
-        with pytest.raises(CapabilityUnsupported, match="`ranks` cannot do"):
-            act("a")
-    with pytest.raises(ContextOverflow):
-        llm.rerank("a " * 50, ["b " * 50])
+class TestRerank:
+    def test_ranking_model_only_ranks(self, both: Any, tmp_path: Path) -> None:
+        reranker(tmp_path / "ranks.gguf")
+        llm = both.connect("llamacpp", model="ranks", models_path=tmp_path, context_window=64)
+        found = llm.rerank("a", ["b", "a b", "b a b"])
+        assert sorted(each.index for each in found.results) == [0, 1, 2]
+        assert (found.model, found.usage.input_tokens) == ("ranks", 15)
+        assert llm.show().features == {"rerank"}
+        for act in (llm.embed, llm.chat, llm.count_tokens):
+            with pytest.raises(CapabilityUnsupported, match="`ranks` cannot do"):
+                act("a")
+        with pytest.raises(ContextOverflow):
+            llm.rerank("a " * 50, ["b " * 50])
 
-
-def test_a_model_that_is_not_made_for_it_does_not_rank(llm: Any) -> None:
-    with pytest.raises(CapabilityUnsupported, match="cannot do `rerank`"):
-        llm.rerank("a", ["b"])
-
-
-# --- Reading answers -------------------------------------------------------------------------------------------------
+    def test_chat_model_does_not_rank(self, llm: Any) -> None:
+        with pytest.raises(CapabilityUnsupported, match="cannot do `rerank`"):
+            llm.rerank("a", ["b"])
 
 
 class Saying:
@@ -660,41 +581,31 @@ def delta(finish: str | None = None, **what: Any) -> dict[str, Any]:
     return {"choices": [{"delta": what, "finish_reason": finish}]}
 
 
-def test_a_tool_call_that_comes_in_pieces_is_put_together(both: Any, small_store: Path) -> None:
-    parts = (
-        {"index": 0, "id": "a1", "function": {"name": "now", "arguments": ""}},
-        {"index": 1, "id": "", "function": {"name": "then", "arguments": "{}"}},
-        {"index": 0, "function": {"arguments": '{"zone": '}},
-        {"index": 0, "function": {"arguments": '"UTC"}'}},
-    )
-    events = [*(delta(tool_calls=[part]) for part in parts), delta("tool_calls")]
-    reply = both.connect("llamacpp", transport=Saying(*events)).chat("Hello")
-    assert reply.finish_reason == "tool_calls"
-    assert [(call.name, call.arguments, call.id) for call in reply.tool_calls] == [
-        ("now", {"zone": "UTC"}, "a1"),
-        ("then", {}, reply.tool_calls[1].id),
-    ]
-    assert reply.tool_calls[1].id not in ("", "a1")
+class TestEmbed:
+    def test_vectors_have_length_one(self, default: Any) -> None:
+        found = default.embed(["The cat sat.", "Stocks fell.", "The cat sat."])
+        assert [len(vector) for vector in found.vectors] == [576] * 3
+        assert [sum(each * each for each in vector) for vector in found.vectors] == [pytest.approx(1, abs=1e-3)] * 3
+        assert found.vectors[0] == pytest.approx(found.vectors[2], abs=1e-3)
+        assert found.vectors[0] != pytest.approx(found.vectors[1], abs=1e-2)
+        assert found.usage.input_tokens > 3
 
+    def test_long_input_is_cut_or_refused(self, llm: Any) -> None:
+        found = llm.embed(["short", "word " * 600])
+        assert len(found.vectors) == 2
+        assert any("Input 1 was cut" in each for each in found.warnings)
+        with pytest.raises(ContextOverflow, match="512"):
+            llm.embed("word " * 600, truncate=False)
 
-def test_an_answer_survives_what_nobody_needs(both: Any, engine_store: Path) -> None:
-    entries = [{"token": "a", "logprob": -1}, {"token": "b", "logprob": None}, None]
-    events = (
-        {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": entries}}]},
-        {"choices": [{"delta": {"content": None, "tool_calls": None}, "logprobs": []}]},
-        delta("eos"),
-        {"choices": None, "usage": {"prompt_tokens": -1, "completion_tokens": 2.0}, "timings": {"prompt_ms": "x"}},
-    )
-    reply = both.connect("llamacpp", transport=Saying(*events)).chat("Hello", options={"logprobs": True})
-    assert (reply.text, reply.finish_reason) == ("a", "stop")
-    assert [each.token for each in reply.logprobs] == ["a"]
-    assert (reply.usage.input_tokens, reply.usage.output_tokens, reply.timings.prompt) == (None, 2, None)
+    def test_other_dimensions_are_unsupported(self, llm: Any) -> None:
+        assert len(llm.embed("cat", dimensions=MODEL.hidden).vectors[0]) == MODEL.hidden
+        with pytest.raises(CapabilityUnsupported, match=f"{MODEL.hidden}"):
+            llm.embed("cat", dimensions=32)
 
-
-def test_vectors_that_are_not_numbered_through_are_an_error() -> None:
-    data = [{"index": 0, "embedding": [1.0]}, {"index": 0, "embedding": [2.0]}]
-    with pytest.raises(ProtocolError, match="2 vectors, which are not numbered"):
-        _convert.embeddings({"data": data}, "m", ())
+    def test_misnumbered_vectors_raise(self) -> None:
+        data = [{"index": 0, "embedding": [1.0]}, {"index": 0, "embedding": [2.0]}]
+        with pytest.raises(ProtocolError, match="2 vectors, which are not numbered"):
+            _convert.embeddings({"data": data}, "m", ())
 
 
 def calling(function: dict[str, Any]) -> Saying:
@@ -703,72 +614,97 @@ def calling(function: dict[str, Any]) -> Saying:
     return Saying(delta(content="Let me see."), delta("tool_calls", tool_calls=[call]))
 
 
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ({"arguments": '{"a": 1}'}, {"a": 1}),
-        ({"arguments": {"a": 1}}, {"a": 1}),
-        ({}, {}),
-        ({"arguments": None}, {}),
-        ({"arguments": ""}, {}),
-        ({"arguments": "  "}, {}),
-        ({"arguments": "null"}, {}),
-    ],
-    ids=str,
-)
-def test_the_arguments_of_a_call_are_read_as_what_they_mean(
-    both: Any, small_store: Path, given: dict[str, Any], read: dict[str, Any]
-) -> None:
-    llm = both.connect("llamacpp", transport=calling({"name": "now", **given}))
-    reply = llm.chat("Hello")
-    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("now", read)]
-    assert (reply.text, reply.finish_reason) == ("Let me see.", "tool_calls")
+class TestReadingResponses:
+    def test_tool_call_in_pieces_is_joined(self, both: Any, small_store: Path) -> None:
+        parts = (
+            {"index": 0, "id": "a1", "function": {"name": "now", "arguments": ""}},
+            {"index": 1, "id": "", "function": {"name": "then", "arguments": "{}"}},
+            {"index": 0, "function": {"arguments": '{"zone": '}},
+            {"index": 0, "function": {"arguments": '"UTC"}'}},
+        )
+        events = [*(delta(tool_calls=[part]) for part in parts), delta("tool_calls")]
+        reply = both.connect("llamacpp", transport=Saying(*events)).chat("Hello")
+        assert reply.finish_reason == "tool_calls"
+        assert [(call.name, call.arguments, call.id) for call in reply.tool_calls] == [
+            ("now", {"zone": "UTC"}, "a1"),
+            ("then", {}, reply.tool_calls[1].id),
+        ]
+        assert reply.tool_calls[1].id not in ("", "a1")
 
+    def test_odd_fields_are_ignored(self, both: Any, engine_store: Path) -> None:
+        entries = [{"token": "a", "logprob": -1}, {"token": "b", "logprob": None}, None]
+        events = (
+            {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": entries}}]},
+            {"choices": [{"delta": {"content": None, "tool_calls": None}, "logprobs": []}]},
+            delta("eos"),
+            {"choices": None, "usage": {"prompt_tokens": -1, "completion_tokens": 2.0}, "timings": {"prompt_ms": "x"}},
+        )
+        reply = both.connect("llamacpp", transport=Saying(*events)).chat("Hello", options={"logprobs": True})
+        assert (reply.text, reply.finish_reason) == ("a", "stop")
+        assert [each.token for each in reply.logprobs] == ["a"]
+        assert (reply.usage.input_tokens, reply.usage.output_tokens, reply.timings.prompt) == (None, 2, None)
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        {"name": "now", "arguments": "{canary"},
-        {"name": "now", "arguments": '["canary"]'},
-        {"name": None, "arguments": '{"a": "canary"}'},
-    ],
-    ids=str,
-)
-def test_a_malformed_call_of_a_tool_is_the_models_fault_and_only_in_partial(
-    both: Any, small_store: Path, function: dict[str, Any]
-) -> None:
-    llm = both.connect("llamacpp", transport=calling(function))
-    with pytest.raises(InferenceFailed, match=r"model's call.* malformed") as caught:
-        llm.chat("Hello")
-    error = caught.value
-    assert ("`now`" in error.message) == bool(function["name"])
-    assert "max_tokens" in str(error.hint)
-    assert error.partial is not None
-    assert error.partial.raw is not None
-    assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
-    assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
+    @pytest.mark.parametrize(
+        ("given", "read"),
+        [
+            ({"arguments": '{"a": 1}'}, {"a": 1}),
+            ({"arguments": {"a": 1}}, {"a": 1}),
+            ({}, {}),
+            ({"arguments": None}, {}),
+            ({"arguments": ""}, {}),
+            ({"arguments": "  "}, {}),
+            ({"arguments": "null"}, {}),
+        ],
+        ids=str,
+    )
+    def test_tool_arguments_in_every_form(
+        self, both: Any, small_store: Path, given: dict[str, Any], read: dict[str, Any]
+    ) -> None:
+        llm = both.connect("llamacpp", transport=calling({"name": "now", **given}))
+        reply = llm.chat("Hello")
+        assert [(call.name, call.arguments) for call in reply.tool_calls] == [("now", read)]
+        assert (reply.text, reply.finish_reason) == ("Let me see.", "tool_calls")
 
+    @pytest.mark.parametrize(
+        "function",
+        [
+            {"name": "now", "arguments": "{canary"},
+            {"name": "now", "arguments": '["canary"]'},
+            {"name": None, "arguments": '{"a": "canary"}'},
+        ],
+        ids=str,
+    )
+    def test_malformed_tool_call_stays_in_partial(self, both: Any, small_store: Path, function: dict[str, Any]) -> None:
+        llm = both.connect("llamacpp", transport=calling(function))
+        with pytest.raises(InferenceFailed, match=r"model's call.* malformed") as caught:
+            llm.chat("Hello")
+        error = caught.value
+        assert ("`now`" in error.message) == bool(function["name"])
+        assert "max_tokens" in str(error.hint)
+        assert error.partial is not None
+        assert error.partial.raw is not None
+        assert (error.partial.text, error.partial.raw["arguments"]) == ("Let me see.", function["arguments"])
+        assert "canary" not in f"{error} {error!r} {error.to_dict()} {error.__cause__} {error.__context__}"
 
-@pytest.mark.parametrize("end", ["data: [DONE]\n\n", "", 'data: {"choi'])
-def test_an_answer_without_a_reason_is_no_whole_answer(end: str, both: Any, small_store: Path) -> None:
-    llm = both.connect("llamacpp", transport=Saying(delta(content="Let"), end=end))
-    with pytest.raises(StreamInterrupted) as caught:
-        llm.chat("Hello")
-    assert caught.value.partial is not None
-    assert caught.value.partial.text == "Let"
+    @pytest.mark.parametrize("end", ["data: [DONE]\n\n", "", 'data: {"choi'])
+    def test_missing_finish_reason_is_an_interruption(self, end: str, both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", transport=Saying(delta(content="Let"), end=end))
+        with pytest.raises(StreamInterrupted) as caught:
+            llm.chat("Hello")
+        assert caught.value.partial is not None
+        assert caught.value.partial.text == "Let"
 
-
-@pytest.mark.parametrize(
-    ("failure", "error"),
-    [
-        ({"code": 500, "message": "x"}, InferenceFailed),
-        ({"code": 503, "message": "x"}, Overloaded),
-        ({"code": 400, "type": "exceed_context_size_error", "message": "x"}, ContextOverflow),
-        ({"code": 501, "type": "not_supported_error", "message": "x"}, CapabilityUnsupported),
-        ("x", InferenceFailed),
-    ],
-)
-def test_an_error_inside_a_stream_is_typed(failure: Any, error: type[Exception], both: Any, small_store: Path) -> None:
-    llm = both.connect("llamacpp", transport=Saying({"error": failure}))
-    with pytest.raises(error, match="x"):
-        llm.chat("Hello")
+    @pytest.mark.parametrize(
+        ("failure", "error"),
+        [
+            ({"code": 500, "message": "x"}, InferenceFailed),
+            ({"code": 503, "message": "x"}, Overloaded),
+            ({"code": 400, "type": "exceed_context_size_error", "message": "x"}, ContextOverflow),
+            ({"code": 501, "type": "not_supported_error", "message": "x"}, CapabilityUnsupported),
+            ("x", InferenceFailed),
+        ],
+    )
+    def test_error_event_is_typed(self, failure: Any, error: type[Exception], both: Any, small_store: Path) -> None:
+        llm = both.connect("llamacpp", transport=Saying({"error": failure}))
+        with pytest.raises(error, match="x"):
+            llm.chat("Hello")

@@ -124,58 +124,8 @@ def ask(llm: Any, **how: Any) -> str:
     return str(llm.chat(QUESTION, max_tokens=len(BASE), options=SURE, **how).text)
 
 
-def test_the_answers_are_those_of_a_forward_pass_of_another_making() -> None:
+def test_expected_replies_match_an_independent_forward_pass() -> None:
     assert [answer(QUESTION, adapter, len(BASE)) for adapter in (None, "ahoy")] == [BASE, AHOY]
-
-
-def test_an_adapter_changes_the_answer_and_the_base_answers_as_before_it(llm: Any) -> None:
-    adapters: list[Any] = [{}, {"adapter": "ahoy"}, {}, {"adapter": "ahoy"}, {"adapter": None}]
-    assert [ask(llm, **each) for each in adapters] == [BASE, AHOY, BASE, AHOY, BASE]
-
-
-def test_the_name_of_an_adapter_and_its_digest_each_have_their_place(llm: Any, folder: Path) -> None:
-    for name in ("ahoy", "mute"):
-        loaded = llm.use_adapter(name)
-        assert (loaded.name, loaded.digest) == (name, Ready(folder / f"{name}.gguf").digest)
-    assert llm.loaded()[0].raw["adapters"] == [Ready(folder / f"{name}.gguf").digest for name in ("ahoy", "mute")]
-
-
-def test_new_content_under_an_old_name_is_another_adapter(llm: Any, folder: Path) -> None:
-    assert ask(llm, adapter="ahoy") == AHOY
-    (folder / "ahoy.gguf").write_bytes((folder / "mute.gguf").read_bytes())
-    assert ask(llm, adapter="ahoy") == BASE
-
-
-def test_the_reply_names_its_adapter(llm: Any) -> None:
-    assert llm.chat("Hi", max_tokens=1, adapter="ahoy").adapter == "ahoy"
-    assert llm.chat("Hi", max_tokens=1).adapter is None
-
-
-def test_several_adapters_are_loaded_at_once_and_each_answers_for_itself(llm: Any) -> None:
-    assert ask(llm, adapter="mute") == BASE
-    assert ask(llm, adapter="ahoy") == AHOY
-    pid = llm.loaded()[0].raw["pid"]
-    assert [ask(llm, adapter=name) for name in ("ahoy", "mute", "ahoy", None)] == [AHOY, BASE, AHOY, BASE]
-    assert llm.loaded()[0].raw["pid"] == pid
-    assert len(llm.loaded()[0].raw["adapters"]) == 2
-
-
-def test_requests_with_and_without_an_adapter_at_one_time_do_not_mix(
-    both: Any, small_store: Path, folder: Path
-) -> None:
-    llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
-    llm.use_adapter("ahoy")
-    llm.use_adapter(None)
-    names = ["ahoy", None] * 4
-    answers = both.together([lambda name=name: ask(llm, adapter=name) for name in names])
-    assert answers == [AHOY if name else BASE for name in names]
-
-
-def test_an_adapter_applies_to_generate_and_to_raw_prompts(llm: Any) -> None:
-    assert llm.generate(QUESTION, max_tokens=len(AHOY), options=SURE, adapter="ahoy").text == AHOY
-    raw = [llm.generate(STORY, raw=True, max_tokens=8, options=SURE, adapter=name).text for name in (None, "ahoy")]
-    assert raw[0] != raw[1]
-    assert llm.generate(STORY, raw=True, max_tokens=8, options=SURE).text == raw[0]
 
 
 class Weaker:
@@ -197,113 +147,142 @@ class Weaker:
         await self._inner.close()
 
 
-def test_a_request_can_weaken_an_adapter(both: Any, small_store: Path, folder: Path) -> None:
-    weaker = Weaker()
-    llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)], transport=weaker)
-    assert ask(llm, adapter="ahoy") == AHOY
-    weaker.scale = 0.0
-    assert ask(llm, adapter="ahoy") == BASE
+class TestLoad:
+    def test_loaded_adapter_has_name_and_digest(self, llm: Any, folder: Path) -> None:
+        for name in ("ahoy", "mute"):
+            loaded = llm.use_adapter(name)
+            assert (loaded.name, loaded.digest) == (name, Ready(folder / f"{name}.gguf").digest)
+        assert llm.loaded()[0].raw["adapters"] == [Ready(folder / f"{name}.gguf").digest for name in ("ahoy", "mute")]
+
+    def test_progress_is_reported_once(self, both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
+        llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder), watcher])
+        ask(llm, adapter="ahoy")
+        assert "ahoy" in watcher.last("progress").progress.status
+        count = watcher.kinds().count("progress")
+        ask(llm, adapter="ahoy")
+        assert watcher.kinds().count("progress") == count
+
+    def test_unloaded_adapter_is_reloaded_when_named(self, llm: Any) -> None:
+        ask(llm, adapter="ahoy")
+        ask(llm, adapter="mute")
+        llm.unload_adapter("ahoy")
+        assert ask(llm) == BASE
+        assert len(llm.loaded()[0].raw["adapters"]) == 1
+        assert ask(llm, adapter="ahoy") == AHOY
+
+    def test_adapter_unloaded_by_other_client(self, both: Any, small_store: Path, folder: Path) -> None:
+        one, two = (both.connect("llamacpp", context_window=1024, plugins=[Files(folder)]) for _ in range(2))
+        assert ask(one, adapter="ahoy") == AHOY
+        assert ask(two, adapter="ahoy") == AHOY
+        two.unload_adapter("ahoy")
+        assert ask(two) == BASE
+        assert ask(one, adapter="ahoy") == AHOY
+
+    def test_adapter_survives_engine_restarts(self, llm: Any) -> None:
+        assert ask(llm, adapter="ahoy") == AHOY
+        assert ask(llm, adapter="ahoy", context_window=512) == AHOY
+        os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
+        assert ask(llm, adapter="ahoy") == AHOY
 
 
-def test_an_adapter_that_is_not_loaded_is_refused_and_the_base_does_not_answer_for_it(small_store: Path) -> None:
-    settings: Settings = LlamaCppSettings(models_path=small_store)
-    connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings, http=Mock()))
-    unknown = LoadedAdapter(name="other", digest="sha256:00", model=NAME, slot=0)
-    request = ChatRequest(call=Call(), model=NAME, messages=(), adapter=unknown)
-    with pytest.raises(AdapterError, match="not loaded"):
-        asyncio.run(anext(connection.chat(request)))
-    connection.close(CloseRequest())
+class TestChoice:
+    """Which adapter answers a request."""
+
+    def test_adapter_and_base_take_turns(self, llm: Any) -> None:
+        adapters: list[Any] = [{}, {"adapter": "ahoy"}, {}, {"adapter": "ahoy"}, {"adapter": None}]
+        assert [ask(llm, **each) for each in adapters] == [BASE, AHOY, BASE, AHOY, BASE]
+
+    def test_new_content_is_another_adapter(self, llm: Any, folder: Path) -> None:
+        assert ask(llm, adapter="ahoy") == AHOY
+        (folder / "ahoy.gguf").write_bytes((folder / "mute.gguf").read_bytes())
+        assert ask(llm, adapter="ahoy") == BASE
+
+    def test_reply_names_its_adapter(self, llm: Any) -> None:
+        assert llm.chat("Hi", max_tokens=1, adapter="ahoy").adapter == "ahoy"
+        assert llm.chat("Hi", max_tokens=1).adapter is None
+
+    def test_several_loaded_adapters(self, llm: Any) -> None:
+        assert ask(llm, adapter="mute") == BASE
+        assert ask(llm, adapter="ahoy") == AHOY
+        pid = llm.loaded()[0].raw["pid"]
+        assert [ask(llm, adapter=name) for name in ("ahoy", "mute", "ahoy", None)] == [AHOY, BASE, AHOY, BASE]
+        assert llm.loaded()[0].raw["pid"] == pid
+        assert len(llm.loaded()[0].raw["adapters"]) == 2
+
+    def test_concurrent_requests_do_not_mix(self, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
+        llm.use_adapter("ahoy")
+        llm.use_adapter(None)
+        names = ["ahoy", None] * 4
+        answers = both.together([lambda name=name: ask(llm, adapter=name) for name in names])
+        assert answers == [AHOY if name else BASE for name in names]
+
+    def test_generate_and_raw_prompts(self, llm: Any) -> None:
+        assert llm.generate(QUESTION, max_tokens=len(AHOY), options=SURE, adapter="ahoy").text == AHOY
+        raw = [llm.generate(STORY, raw=True, max_tokens=8, options=SURE, adapter=name).text for name in (None, "ahoy")]
+        assert raw[0] != raw[1]
+        assert llm.generate(STORY, raw=True, max_tokens=8, options=SURE).text == raw[0]
+
+    def test_request_can_weaken_an_adapter(self, both: Any, small_store: Path, folder: Path) -> None:
+        weaker = Weaker()
+        llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)], transport=weaker)
+        assert ask(llm, adapter="ahoy") == AHOY
+        weaker.scale = 0.0
+        assert ask(llm, adapter="ahoy") == BASE
+
+    def test_use_adapter_until_none(self, llm: Any) -> None:
+        llm.use_adapter("ahoy")
+        assert ask(llm) == AHOY
+        assert ask(llm, adapter=None) == BASE
+        llm.use_adapter(None)
+        assert ask(llm) == BASE
+
+    def test_other_client_keeps_its_base(self, both: Any, small_store: Path, folder: Path) -> None:
+        one, two = (both.connect("llamacpp", context_window=1024, plugins=[Files(folder)]) for _ in range(2))
+        one.use_adapter("ahoy")
+        assert ask(one) == AHOY
+        assert ask(two) == BASE
 
 
-def test_an_active_adapter_answers_until_it_is_put_away(llm: Any) -> None:
-    llm.use_adapter("ahoy")
-    assert ask(llm) == AHOY
-    assert ask(llm, adapter=None) == BASE
-    llm.use_adapter(None)
-    assert ask(llm) == BASE
+class TestRefusals:
+    def test_unloaded_adapter_raises(self, small_store: Path) -> None:
+        settings: Settings = LlamaCppSettings(models_path=small_store)
+        connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings, http=Mock()))
+        unknown = LoadedAdapter(name="other", digest="sha256:00", model=NAME, slot=0)
+        request = ChatRequest(call=Call(), model=NAME, messages=(), adapter=unknown)
+        with pytest.raises(AdapterError, match="not loaded"):
+            asyncio.run(anext(connection.chat(request)))
+        connection.close(CloseRequest())
 
+    def test_unknown_adapter_is_not_found(self, llm: Any) -> None:
+        with pytest.raises(AdapterNotFound):
+            ask(llm, adapter="nothing")
 
-def test_an_adapter_is_loaded_with_progress_and_once(both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
-    llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder), watcher])
-    ask(llm, adapter="ahoy")
-    assert "ahoy" in watcher.last("progress").progress.status
-    count = watcher.kinds().count("progress")
-    ask(llm, adapter="ahoy")
-    assert watcher.kinds().count("progress") == count
+    @pytest.mark.parametrize("wrong", ["cut", "model", "text", "empty"])
+    def test_invalid_file_leaves_engine_running(self, wrong: str, llm: Any, folder: Path, small_store: Path) -> None:
+        bad = folder / "bad.gguf"
+        if wrong == "model":
+            bad.symlink_to(small_store / "small.gguf")
+        else:
+            bad.write_bytes(
+                {"cut": (folder / "ahoy.gguf").read_bytes()[:-5000], "text": b"hello" * 99, "empty": b""}[wrong]
+            )
+        with pytest.raises(AdapterInvalid, match="bad") as caught:
+            ask(llm, adapter="bad")
+        assert caught.value.reasons
+        assert ask(llm) == BASE
 
+    def test_other_architecture_is_incompatible(self, llm: Any, folder: Path) -> None:
+        damaged(folder, "other", b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2")
+        with pytest.raises(AdapterIncompatible, match="qwen2"):
+            ask(llm, adapter="other")
 
-def test_an_adapter_that_is_unloaded_leaves_the_memory_and_comes_back_when_it_is_named(llm: Any) -> None:
-    ask(llm, adapter="ahoy")
-    ask(llm, adapter="mute")
-    llm.unload_adapter("ahoy")
-    assert ask(llm) == BASE
-    assert len(llm.loaded()[0].raw["adapters"]) == 1
-    assert ask(llm, adapter="ahoy") == AHOY
+    def test_mismatched_tensors_leave_engine_running(self, llm: Any, folder: Path) -> None:
+        damaged(folder, "deep", b"blk.1.", b"blk.9.")
+        with pytest.raises(AdapterError, match="deep"):
+            ask(llm, adapter="deep")
+        assert ask(llm) == BASE
 
-
-def test_an_adapter_that_another_client_unloads_comes_back_when_it_is_named(
-    both: Any, small_store: Path, folder: Path
-) -> None:
-    one, two = (both.connect("llamacpp", context_window=1024, plugins=[Files(folder)]) for _ in range(2))
-    assert ask(one, adapter="ahoy") == AHOY
-    assert ask(two, adapter="ahoy") == AHOY
-    two.unload_adapter("ahoy")
-    assert ask(two) == BASE
-    assert ask(one, adapter="ahoy") == AHOY
-
-
-def test_an_adapter_survives_a_crash_of_the_engine_and_another_window(llm: Any) -> None:
-    assert ask(llm, adapter="ahoy") == AHOY
-    assert ask(llm, adapter="ahoy", context_window=512) == AHOY
-    os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
-    assert ask(llm, adapter="ahoy") == AHOY
-
-
-def test_an_adapter_that_another_loads_is_not_used_for_a_client_that_names_none(
-    both: Any, small_store: Path, folder: Path
-) -> None:
-    one, two = (both.connect("llamacpp", context_window=1024, plugins=[Files(folder)]) for _ in range(2))
-    one.use_adapter("ahoy")
-    assert ask(one) == AHOY
-    assert ask(two) == BASE
-
-
-def test_an_adapter_that_nobody_knows_is_not_found(llm: Any) -> None:
-    with pytest.raises(AdapterNotFound):
-        ask(llm, adapter="nothing")
-
-
-@pytest.mark.parametrize("wrong", ["cut", "model", "text", "empty"])
-def test_a_file_that_is_no_adapter_is_refused_by_name_and_the_engine_goes_on(
-    wrong: str, llm: Any, folder: Path, small_store: Path
-) -> None:
-    bad = folder / "bad.gguf"
-    if wrong == "model":
-        bad.symlink_to(small_store / "small.gguf")
-    else:
-        bad.write_bytes(
-            {"cut": (folder / "ahoy.gguf").read_bytes()[:-5000], "text": b"hello" * 99, "empty": b""}[wrong]
-        )
-    with pytest.raises(AdapterInvalid, match="bad") as caught:
-        ask(llm, adapter="bad")
-    assert caught.value.reasons
-    assert ask(llm) == BASE
-
-
-def test_an_adapter_for_another_architecture_is_incompatible(llm: Any, folder: Path) -> None:
-    damaged(folder, "other", b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2")
-    with pytest.raises(AdapterIncompatible, match="qwen2"):
-        ask(llm, adapter="other")
-
-
-def test_an_adapter_whose_tensors_do_not_fit_is_refused_and_the_base_goes_on(llm: Any, folder: Path) -> None:
-    damaged(folder, "deep", b"blk.1.", b"blk.9.")
-    with pytest.raises(AdapterError, match="deep"):
-        ask(llm, adapter="deep")
-    assert ask(llm) == BASE
-
-
-# --- The cache of prompts --------------------------------------------------------------------------------------------
 
 CONTEXT = "The harbour of the old town lies below the hill, and boats come in with fish each morning. " * 3
 """Some 280 tokens, which are read once or each time."""
@@ -333,18 +312,6 @@ def cached(both: Any, small_store: Path, folder: Path) -> Any:
     return llm
 
 
-def test_a_prompt_is_read_once_for_each_adapter_in_turn_and_the_answers_stay_the_same(cached: Any) -> None:
-    cold = {}
-    for name in ("ahoy", "contrary", None):
-        cold[name], reused = told(cached, name)
-        assert not reused
-        assert told(cached, name) == (cold[name], True)
-    assert len(set(cold.values())) == len(cold)
-    for name in ("ahoy", None, "contrary", None, "ahoy"):
-        assert told(cached, name) == (cold[name], False)
-    assert told(cached, "ahoy") == (cold["ahoy"], True)
-
-
 def _stop(llm: Any, adapter: str | None) -> None:
     stream = llm.chat(asked(CONTEXT), adapter=adapter, max_tokens=200, stream=True)
     stream.close()
@@ -355,63 +322,70 @@ def _overflow(llm: Any, adapter: str | None) -> None:
         llm.chat(asked(CONTEXT * 9), adapter=adapter)
 
 
-@pytest.mark.parametrize(
-    ("between", "adapter", "reused"),
-    [
-        pytest.param(_stop, None, True, id="a stream of its own that is stopped"),
-        pytest.param(_stop, "ahoy", False, id="a stream of an adapter that is stopped"),
-        pytest.param(_overflow, "ahoy", False, id="an adapter's prompt that does not fit"),
-        pytest.param(lambda llm, _: llm.embed(CONTEXT), None, False, id="an embedding"),
-        pytest.param(lambda llm, _: llm.load(), None, True, id="a load"),
-    ],
-)
-def test_a_cache_is_used_again_only_after_its_own_kind(between: Any, adapter: Any, reused: bool, cached: Any) -> None:
-    cold, _ = told(cached, None)
-    between(cached, adapter)
-    again, found = told(cached, None)
-    assert (again, found) == (cold, reused)
-    assert told(cached, None) == (cold, True)
+class TestPromptCache:
+    def test_each_adapter_reads_the_prompt_once(self, cached: Any) -> None:
+        cold = {}
+        for name in ("ahoy", "contrary", None):
+            cold[name], reused = told(cached, name)
+            assert not reused
+            assert told(cached, name) == (cold[name], True)
+        assert len(set(cold.values())) == len(cold)
+        for name in ("ahoy", None, "contrary", None, "ahoy"):
+            assert told(cached, name) == (cold[name], False)
+        assert told(cached, "ahoy") == (cold["ahoy"], True)
 
+    @pytest.mark.parametrize(
+        ("between", "adapter", "reused"),
+        [
+            pytest.param(_stop, None, True, id="a stream of its own that is stopped"),
+            pytest.param(_stop, "ahoy", False, id="a stream of an adapter that is stopped"),
+            pytest.param(_overflow, "ahoy", False, id="an adapter's prompt that does not fit"),
+            pytest.param(lambda llm, _: llm.embed(CONTEXT), None, False, id="an embedding"),
+            pytest.param(lambda llm, _: llm.load(), None, True, id="a load"),
+        ],
+    )
+    def test_cache_is_reused_only_within_one_adapter(
+        self, between: Any, adapter: Any, reused: bool, cached: Any
+    ) -> None:
+        cold, _ = told(cached, None)
+        between(cached, adapter)
+        again, found = told(cached, None)
+        assert (again, found) == (cold, reused)
+        assert told(cached, None) == (cold, True)
 
-def test_a_health_check_that_generates_leaves_the_answers_as_they_are(cached: Any) -> None:
-    cold, _ = told(cached, "ahoy")
-    assert cached.health(level="answers").answers
-    assert told(cached, "ahoy")[0] == cold
+    def test_health_check_leaves_replies_unchanged(self, cached: Any) -> None:
+        cold, _ = told(cached, "ahoy")
+        assert cached.health(level="answers").answers
+        assert told(cached, "ahoy")[0] == cold
 
-
-def test_each_of_several_slots_keeps_the_cache_of_its_adapter(both: Any, small_store: Path, folder: Path) -> None:
-    llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
-    llm.use_adapter("ahoy")
-    cold = {name: told(llm, name)[0] for name in ("ahoy", None)}
-    for name in ("ahoy", None, None, "ahoy"):
-        assert told(llm, name) == (cold[name], True)
-
-
-def test_two_conversations_keep_their_own_slots(both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
-    llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder), watcher])
-    llm.use_adapter("ahoy")
-    other = CONTEXT.replace("harbour", "market")
-    cold = {context: told(llm, "ahoy", context)[0] for context in (CONTEXT, other)}
-    for context in (other, CONTEXT, CONTEXT, other, other):
-        assert told(llm, "ahoy", context) == (cold[context], True)
-    assert "retry" not in watcher.kinds()
-
-
-@pytest.mark.parametrize("slots", [1, 2])
-def test_more_requests_than_slots_at_one_time_each_get_their_own_answer(
-    slots: int, both: Any, small_store: Path, folder: Path
-) -> None:
-    one, two = (both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)]) for _ in range(2))
-    for llm in (one, two):
+    def test_slot_keeps_cache_of_its_adapter(self, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
         llm.use_adapter("ahoy")
-    cold = {name: told(one, name)[0] for name in ("ahoy", None)}
-    names = ["ahoy", None, None, "ahoy", "ahoy", None]
-    calls = [lambda name=name, llm=llm: told(llm, name)[0] for name, llm in zip(names, (one, two) * 3, strict=True)]
-    assert both.together(calls) == [cold[name] for name in names]
-    assert [told(two, name)[0] for name in (None, "ahoy")] == [cold[None], cold["ahoy"]]
+        cold = {name: told(llm, name)[0] for name in ("ahoy", None)}
+        for name in ("ahoy", None, None, "ahoy"):
+            assert told(llm, name) == (cold[name], True)
 
+    def test_conversations_keep_their_slots(self, both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder), watcher])
+        llm.use_adapter("ahoy")
+        other = CONTEXT.replace("harbour", "market")
+        cold = {context: told(llm, "ahoy", context)[0] for context in (CONTEXT, other)}
+        for context in (other, CONTEXT, CONTEXT, other, other):
+            assert told(llm, "ahoy", context) == (cold[context], True)
+        assert "retry" not in watcher.kinds()
 
-# --- Files that go ---------------------------------------------------------------------------------------------------
+    @pytest.mark.parametrize("slots", [1, 2])
+    def test_more_requests_than_slots(self, slots: int, both: Any, small_store: Path, folder: Path) -> None:
+        one, two = (
+            both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)]) for _ in range(2)
+        )
+        for llm in (one, two):
+            llm.use_adapter("ahoy")
+        cold = {name: told(one, name)[0] for name in ("ahoy", None)}
+        names = ["ahoy", None, None, "ahoy", "ahoy", None]
+        calls = [lambda name=name, llm=llm: told(llm, name)[0] for name, llm in zip(names, (one, two) * 3, strict=True)]
+        assert both.together(calls) == [cold[name] for name in names]
+        assert [told(two, name)[0] for name in (None, "ahoy")] == [cold[None], cold["ahoy"]]
 
 
 @pytest.fixture
@@ -443,81 +417,77 @@ RESTARTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("restart", RESTARTS)
-def test_the_cache_of_adapters_may_be_emptied_before_any_restart(restart: str, made: Any, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "cache")
-    RESTARTS[restart](made)
-    assert ask(made) == BASE
-    assert ask(made, adapter="ahoy") == AHOY
-    assert ask(made, adapter="mute") == BASE
-
-
-@pytest.mark.parametrize("first", ["ahoy", "mute", None])
-@pytest.mark.parametrize("damage", ["deleted", "emptied", "garbage", "cut", "swapped", "folder"])
-def test_a_damaged_file_in_the_cache_is_made_again(damage: str, first: str | None, made: Any, tmp_path: Path) -> None:
-    one, other = sorted((tmp_path / "cache").glob("*.gguf"))
-    if damage in ("deleted", "folder"):
-        one.unlink()
-    else:
-        whole = one.read_bytes()
-        one.write_bytes(
-            {"emptied": b"", "garbage": b"hello" * 99, "cut": whole[:-5000], "swapped": other.read_bytes()}[damage]
-        )
-    if damage == "folder":
-        one.mkdir()
-    _crash(made)
-    for name in (first, "ahoy", "mute", None):
-        if not _blocked(damage, name):
-            assert ask(made, adapter=name) == (AHOY if name == "ahoy" else BASE)
-
-
 def _blocked(damage: str, name: str | None) -> bool:
     return damage == "folder" and name == "ahoy"
 
 
-def test_an_adapter_whose_file_cannot_be_made_again_fails_alone_and_by_name(made: Any, tmp_path: Path) -> None:
-    made.use_adapter("ahoy")
-    shutil.rmtree(tmp_path / "adapters" / "ahoy")
-    shutil.rmtree(tmp_path / "cache")
-    _crash(made)
-    with pytest.raises(AdapterError, match="ahoy"):
-        ask(made)
-    assert ask(made, adapter=None) == BASE
-    assert ask(made, adapter="mute") == BASE
-    pid = made.loaded()[0].raw["pid"]
-    with pytest.raises(AdapterError, match="ahoy"):
-        ask(made)
-    assert ask(made, adapter=None) == BASE
-    assert made.loaded()[0].raw["pid"] == pid
+class TestLostFiles:
+    @pytest.mark.parametrize("restart", RESTARTS)
+    def test_emptied_cache_before_restart(self, restart: str, made: Any, tmp_path: Path) -> None:
+        shutil.rmtree(tmp_path / "cache")
+        RESTARTS[restart](made)
+        assert ask(made) == BASE
+        assert ask(made, adapter="ahoy") == AHOY
+        assert ask(made, adapter="mute") == BASE
 
+    @pytest.mark.parametrize("first", ["ahoy", "mute", None])
+    @pytest.mark.parametrize("damage", ["deleted", "emptied", "garbage", "cut", "swapped", "folder"])
+    def test_damaged_file_is_remade(self, damage: str, first: str | None, made: Any, tmp_path: Path) -> None:
+        one, other = sorted((tmp_path / "cache").glob("*.gguf"))
+        if damage in ("deleted", "folder"):
+            one.unlink()
+        else:
+            whole = one.read_bytes()
+            one.write_bytes(
+                {"emptied": b"", "garbage": b"hello" * 99, "cut": whole[:-5000], "swapped": other.read_bytes()}[damage]
+            )
+        if damage == "folder":
+            one.mkdir()
+        _crash(made)
+        for name in (first, "ahoy", "mute", None):
+            if not _blocked(damage, name):
+                assert ask(made, adapter=name) == (AHOY if name == "ahoy" else BASE)
 
-def test_a_cache_that_cannot_be_written_fails_only_who_needs_it(made: Any, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "cache")
-    (tmp_path / "cache").write_text("a file")
-    _crash(made)
-    assert ask(made) == BASE
-    with pytest.raises(AdapterError, match="ahoy"):
-        ask(made, adapter="ahoy")
-    (tmp_path / "cache").unlink()
-    assert ask(made, adapter="ahoy") == AHOY
+    def test_unavailable_adapter_fails_alone(self, made: Any, tmp_path: Path) -> None:
+        made.use_adapter("ahoy")
+        shutil.rmtree(tmp_path / "adapters" / "ahoy")
+        shutil.rmtree(tmp_path / "cache")
+        _crash(made)
+        with pytest.raises(AdapterError, match="ahoy"):
+            ask(made)
+        assert ask(made, adapter=None) == BASE
+        assert ask(made, adapter="mute") == BASE
+        pid = made.loaded()[0].raw["pid"]
+        with pytest.raises(AdapterError, match="ahoy"):
+            ask(made)
+        assert ask(made, adapter=None) == BASE
+        assert made.loaded()[0].raw["pid"] == pid
 
+    def test_unwritable_cache_spares_other_adapters(self, made: Any, tmp_path: Path) -> None:
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").write_text("a file")
+        _crash(made)
+        assert ask(made) == BASE
+        with pytest.raises(AdapterError, match="ahoy"):
+            ask(made, adapter="ahoy")
+        (tmp_path / "cache").unlink()
+        assert ask(made, adapter="ahoy") == AHOY
 
-def test_an_adapter_that_the_engine_does_not_start_with_any_more_fails_alone(llm: Any, folder: Path) -> None:
-    for name in ("mute", "ahoy"):
-        llm.use_adapter(name)
-    damaged(folder, "ahoy", b"blk.1.", b"blk.9.")
-    _crash(llm)
-    assert ask(llm, adapter=None) == BASE
-    with pytest.raises(AdapterError, match="ahoy"):
-        ask(llm)
-    assert ask(llm, adapter="mute") == BASE
+    def test_adapter_that_prevents_start_fails_alone(self, llm: Any, folder: Path) -> None:
+        for name in ("mute", "ahoy"):
+            llm.use_adapter(name)
+        damaged(folder, "ahoy", b"blk.1.", b"blk.9.")
+        _crash(llm)
+        assert ask(llm, adapter=None) == BASE
+        with pytest.raises(AdapterError, match="ahoy"):
+            ask(llm)
+        assert ask(llm, adapter="mute") == BASE
 
-
-def test_a_plugin_whose_conversion_breaks_fails_only_who_needs_it(both: Any, small_store: Path, folder: Path) -> None:
-    llm = both.connect("llamacpp", context_window=1024, plugins=[Broken(folder)])
-    llm.use_adapter("ahoy")
-    (folder / "ahoy.gguf").touch()
-    _crash(llm)
-    assert ask(llm, adapter=None) == BASE
-    with pytest.raises(AdapterError, match="ahoy"):
-        ask(llm)
+    def test_failing_conversion_fails_alone(self, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect("llamacpp", context_window=1024, plugins=[Broken(folder)])
+        llm.use_adapter("ahoy")
+        (folder / "ahoy.gguf").touch()
+        _crash(llm)
+        assert ask(llm, adapter=None) == BASE
+        with pytest.raises(AdapterError, match="ahoy"):
+            ask(llm)

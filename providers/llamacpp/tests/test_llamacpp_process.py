@@ -73,139 +73,47 @@ def _nothing_is_left() -> Iterator[None]:
     assert eventually(lambda: children() == set())
 
 
-# --- Start, sharing, end ---------------------------------------------------------------------------------------------
-
-
-def test_nothing_runs_until_the_first_request_and_nothing_after_the_client_is_closed(llm: Any) -> None:
-    llm.models()
-    llm.show()
-    assert children() == set()
-    llm.chat("Hello", max_tokens=1)
-    assert children() == {engine(llm)}
-    llm.close()
-    assert children() == set()
-
-
-def test_clients_of_one_model_and_settings_share_an_engine_until_the_last_is_closed(
-    both: Any, small_store: Path
-) -> None:
-    one, two = (both.connect("llamacpp", context_window=512) for _ in range(2))
-    one.chat("Hello", max_tokens=1)
-    assert two.chat("Hello", max_tokens=1).timings.load is None
-    assert children() == {engine(one)}
-    one.close()
-    assert two.chat("Hello", max_tokens=1).text
-    two.close()
-    assert children() == set()
-
-
-def test_clients_of_other_settings_have_an_engine_of_their_own(both: Any, small_store: Path) -> None:
-    one, two = (both.connect("llamacpp", context_window=512, batch=batch) for batch in (64, 128))
-    one.chat("Hello", max_tokens=1)
-    two.chat("Hello", max_tokens=1)
-    assert len(children()) == 2
-
-
-def test_requests_that_come_at_once_start_one_engine(llm: Any, both: Any) -> None:
-    answers = [both.start(llm.chat, "Hello", max_tokens=1) for _ in range(6)]
-    seen: set[int] = set()
-    while not all(each.done() for each in answers):
-        seen |= children()
-        time.sleep(0.01)
-    assert all(each.result().text for each in answers)
-    assert len(seen) == 1
-
-
-def test_the_engine_listens_on_loopback_and_wants_a_key_that_nobody_can_read(llm: Any) -> None:
-    llm.load()
-    (engine_,) = _engine.engines()
-    assert engine_.process is not None
-    address, key = engine_.process.address, engine_.process.key
-    assert address.startswith("http://127.0.0.1:")
-    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}):
-        refused = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
-        assert refused.status_code == 401
-        assert not refused.headers.get("access-control-allow-origin")
-    assert len(key) >= 32
-    pid = engine_.process.pid
-    assert key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    assert key not in str(environment(pid))
-    assert key not in repr(engine_.process) + repr(llm.loaded())
-
-
-def test_each_start_has_another_key(llm: Any) -> None:
-    keys = set()
-    for _ in range(2):
+class TestSecurity:
+    def test_listens_on_loopback_with_hidden_key(self, llm: Any) -> None:
         llm.load()
         (engine_,) = _engine.engines()
         assert engine_.process is not None
-        keys.add(engine_.process.key)
-        llm.unload()
-    assert len(keys) == 2
+        address, key = engine_.process.address, engine_.process.key
+        assert address.startswith("http://127.0.0.1:")
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}):
+            refused = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+            assert refused.status_code == 401
+            assert not refused.headers.get("access-control-allow-origin")
+        assert len(key) >= 32
+        pid = engine_.process.pid
+        assert key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert key not in str(environment(pid))
+        assert key not in repr(engine_.process) + repr(llm.loaded())
+
+    def test_each_start_has_another_key(self, llm: Any) -> None:
+        keys = set()
+        for _ in range(2):
+            llm.load()
+            (engine_,) = _engine.engines()
+            assert engine_.process is not None
+            keys.add(engine_.process.key)
+            llm.unload()
+        assert len(keys) == 2
 
 
-def test_threads_of_the_engine_do_not_spin_while_they_wait_and_no_debugger_looks_at_its_end(llm: Any) -> None:
-    llm.load()
-    assert environment(engine(llm)).items() >= {"OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}.items()
+class TestThreads:
+    def test_threads_wait_passively_without_backtraces(self, llm: Any) -> None:
+        llm.load()
+        assert environment(engine(llm)).items() >= {"OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}.items()
 
-
-def test_by_default_a_core_is_left_to_the_host() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert 1 <= _process.default_threads() <= max(1, cores - 1)
+    def test_default_leaves_one_core_free(self) -> None:
+        cores = len(os.sched_getaffinity(0))
+        assert 1 <= _process.default_threads() <= max(1, cores - 1)
 
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def test_twenty_starts_and_ends_leave_no_process_and_no_open_file(small_store: Path) -> None:
-    before = open_files()
-    seen = set()
-    with graftage.connect("llamacpp", context_window=128, batch=32) as llm:
-        for _ in range(20):
-            llm.load()
-            seen.add(engine(llm))
-            llm.unload()
-            assert children() == set()
-    assert len(seen) == 20
-    assert open_files() <= before + 1
-
-
-# --- Crashes ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_crash_within_a_stream_is_an_interruption_with_what_came(llm: Any) -> None:
-    stream = llm.chat("Hello", stream=True, **LONG)
-    first = next(iter(stream))
-    os.kill(engine(llm), signal.SIGKILL)
-    with pytest.raises(StreamInterrupted, match="killed by signal 9") as caught:
-        for _ in stream:
-            pass
-    assert caught.value.partial is not None
-    assert caught.value.partial.text.startswith(first.text)
-    assert caught.value.partial.finish_reason is None
-    assert not caught.value.retryable
-
-
-def test_a_crash_within_a_plain_answer_is_an_interruption_too(llm: Any, both: Any) -> None:
-    llm.load(context_window=LONG["context_window"])
-    answer = both.start(llm.chat, "Hello", timeout=60, **LONG)
-    time.sleep(1)
-    os.kill(engine(llm), signal.SIGKILL)
-    with pytest.raises(StreamInterrupted) as caught:
-        answer.result(PATIENCE)
-    assert caught.value.partial is not None
-
-
-def test_after_a_crash_the_engine_is_started_again_and_the_reply_says_so(llm: Any) -> None:
-    llm.chat("Hello", max_tokens=1)
-    os.kill(engine(llm), signal.SIGKILL)
-    assert eventually(lambda: llm.loaded() == ())
-    reply = llm.chat("Hello", max_tokens=1)
-    assert reply.text
-    assert any("ended unexpectedly" in each for each in reply.warnings)
-    assert llm.chat("Hello", max_tokens=1).warnings == ()
 
 
 def ended(llm: Any, both: Any, how: signal.Signals) -> Any:
@@ -222,32 +130,57 @@ def ended(llm: Any, both: Any, how: signal.Signals) -> Any:
     return answer
 
 
-def test_a_request_whose_engine_is_killed_before_it_answers_is_tried_again(llm: Any, both: Any) -> None:
-    answer = ended(llm, both, signal.SIGKILL)
-    assert answer.result(PATIENCE).text
+class TestCrashes:
+    def test_crash_in_stream_gives_partial(self, llm: Any) -> None:
+        stream = llm.chat("Hello", stream=True, **LONG)
+        first = next(iter(stream))
+        os.kill(engine(llm), signal.SIGKILL)
+        with pytest.raises(StreamInterrupted, match="killed by signal 9") as caught:
+            for _ in stream:
+                pass
+        assert caught.value.partial is not None
+        assert caught.value.partial.text.startswith(first.text)
+        assert caught.value.partial.finish_reason is None
+        assert not caught.value.retryable
 
+    def test_crash_in_plain_reply_gives_partial(self, llm: Any, both: Any) -> None:
+        llm.load(context_window=LONG["context_window"])
+        answer = both.start(llm.chat, "Hello", timeout=60, **LONG)
+        time.sleep(1)
+        os.kill(engine(llm), signal.SIGKILL)
+        with pytest.raises(StreamInterrupted) as caught:
+            answer.result(PATIENCE)
+        assert caught.value.partial is not None
 
-@pytest.mark.parametrize("how", [signal.SIGABRT, signal.SIGSEGV])
-def test_a_request_whose_engine_ends_by_a_fault_of_its_own_is_not_tried_again(
-    llm: Any, both: Any, how: signal.Signals
-) -> None:
-    with pytest.raises(ConnectionFailed, match=f"signal {int(how)}") as caught:
-        ended(llm, both, how).result(PATIENCE)
-    assert (caught.value.attempts, caught.value.retryable) == (1, False)
-    assert "fault of its own" in str(caught.value.hint)
-    assert llm.chat("Hello", max_tokens=1).text
+    def test_next_call_restarts_with_warning(self, llm: Any) -> None:
+        llm.chat("Hello", max_tokens=1)
+        os.kill(engine(llm), signal.SIGKILL)
+        assert eventually(lambda: llm.loaded() == ())
+        reply = llm.chat("Hello", max_tokens=1)
+        assert reply.text
+        assert any("ended unexpectedly" in each for each in reply.warnings)
+        assert llm.chat("Hello", max_tokens=1).warnings == ()
 
+    def test_killed_before_reply_is_retried(self, llm: Any, both: Any) -> None:
+        answer = ended(llm, both, signal.SIGKILL)
+        assert answer.result(PATIENCE).text
 
-def test_an_engine_that_hangs_while_it_starts_is_ended_at_the_limit(
-    both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in(tmp_path, monkeypatch, "import time; time.sleep(60)")
-    with pytest.raises((ModelLoadFailed, ProviderTimeout)):
-        both.connect("llamacpp").chat("Hello", timeout=1)
-    assert eventually(lambda: children() == set())
+    @pytest.mark.parametrize("how", [signal.SIGABRT, signal.SIGSEGV])
+    def test_crashed_before_reply_is_not_retried(self, llm: Any, both: Any, how: signal.Signals) -> None:
+        with pytest.raises(ConnectionFailed, match=f"signal {int(how)}") as caught:
+            ended(llm, both, how).result(PATIENCE)
+        assert (caught.value.attempts, caught.value.retryable) == (1, False)
+        assert "fault of its own" in str(caught.value.hint)
+        assert llm.chat("Hello", max_tokens=1).text
 
+    def test_hanging_start_ends_at_timeout(
+        self, both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stand_in(tmp_path, monkeypatch, "import time; time.sleep(60)")
+        with pytest.raises((ModelLoadFailed, ProviderTimeout)):
+            both.connect("llamacpp").chat("Hello", timeout=1)
+        assert eventually(lambda: children() == set())
 
-# --- The end of the parent -------------------------------------------------------------------------------------------
 
 PARENT = f"""
 import sys, time, os
@@ -284,62 +217,56 @@ def parent(small_store: Path, heed_signals: None) -> Iterator[Any]:
         assert eventually(lambda pid=pid: not is_engine(pid))  # type: ignore[misc] # a bound name
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_the_engine_ends_with_a_parent_that_is_killed(how: signal.Signals, parent: Any) -> None:
-    host, pid = parent("time.sleep(60)")
-    host.send_signal(how)
-    host.wait(PATIENCE)
-    assert eventually(lambda: not is_engine(pid))
-
-
-@pytest.mark.parametrize("then", ["", "sys.exit(3)", "os._exit(0)", "os.abort()", "1 / 0"])
-def test_the_engine_ends_with_a_parent_that_does_not_close_its_client(then: str, parent: Any) -> None:
-    host, pid = parent(then)
-    host.wait(PATIENCE)
-    assert eventually(lambda: not is_engine(pid))
-
-
-def test_the_engine_ends_with_its_parent_though_a_process_forked_off_lives_on(parent: Any) -> None:
-    host, pid = parent("child = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)")
-    fork = int(host.stdout.readline())
-    try:
-        assert is_engine(pid)
-        host.kill()
+class TestEndOfParent:
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+    def test_killed_parent(self, how: signal.Signals, parent: Any) -> None:
+        host, pid = parent("time.sleep(60)")
+        host.send_signal(how)
         host.wait(PATIENCE)
         assert eventually(lambda: not is_engine(pid))
-    finally:
-        os.kill(fork, signal.SIGKILL)
 
+    @pytest.mark.parametrize("then", ["", "sys.exit(3)", "os._exit(0)", "os.abort()", "1 / 0"])
+    def test_unclosed_client(self, then: str, parent: Any) -> None:
+        host, pid = parent(then)
+        host.wait(PATIENCE)
+        assert eventually(lambda: not is_engine(pid))
 
-def test_the_end_of_a_process_forked_off_leaves_the_engine_to_its_parent(parent: Any) -> None:
-    host, pid = parent(
-        "stream.close()\n"
-        "child = os.fork()\n"
-        "if not child: sys.exit(0)\n"
-        "os.waitpid(child, 0)\n"
-        "print(llm.chat('Hello', max_tokens=1).timings.load, llm.loaded()[0].raw['pid'], flush=True)\n"
-    )
-    assert host.stdout.readline().split() == ["None", str(pid)]
+    def test_fork_does_not_keep_engine_alive(self, parent: Any) -> None:
+        host, pid = parent("child = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)")
+        fork = int(host.stdout.readline())
+        try:
+            assert is_engine(pid)
+            host.kill()
+            host.wait(PATIENCE)
+            assert eventually(lambda: not is_engine(pid))
+        finally:
+            os.kill(fork, signal.SIGKILL)
 
+    def test_fork_that_ends_leaves_engine_running(self, parent: Any) -> None:
+        host, pid = parent(
+            "stream.close()\n"
+            "child = os.fork()\n"
+            "if not child: sys.exit(0)\n"
+            "os.waitpid(child, 0)\n"
+            "print(llm.chat('Hello', max_tokens=1).timings.load, llm.loaded()[0].raw['pid'], flush=True)\n"
+        )
+        assert host.stdout.readline().split() == ["None", str(pid)]
 
-def test_ctrl_c_interrupts_a_stream_and_the_engine_can_be_asked_again(parent: Any) -> None:
-    host, pid = parent(
-        "try:\n"
-        "    print('reading', flush=True)\n"
-        "    while True:\n"
-        "        for _ in stream: pass\n"
-        "        stream = llm.chat('Tell me a story', stream=True, **long)\n"
-        "except KeyboardInterrupt:\n"
-        "    stream.close()\n"
-        "    print(bool(llm.chat('Hello', max_tokens=1).text), llm.loaded()[0].raw['pid'], flush=True)\n"
-    )
-    assert host.stdout.readline() == "reading\n"
-    time.sleep(0.3)
-    host.send_signal(signal.SIGINT)
-    assert host.stdout.readline().split() == ["True", str(pid)]
-
-
-# --- Systems that lack something -------------------------------------------------------------------------------------
+    def test_ctrl_c_ends_only_the_stream(self, parent: Any) -> None:
+        host, pid = parent(
+            "try:\n"
+            "    print('reading', flush=True)\n"
+            "    while True:\n"
+            "        for _ in stream: pass\n"
+            "        stream = llm.chat('Tell me a story', stream=True, **long)\n"
+            "except KeyboardInterrupt:\n"
+            "    stream.close()\n"
+            "    print(bool(llm.chat('Hello', max_tokens=1).text), llm.loaded()[0].raw['pid'], flush=True)\n"
+        )
+        assert host.stdout.readline() == "reading\n"
+        time.sleep(0.3)
+        host.send_signal(signal.SIGINT)
+        assert host.stdout.readline().split() == ["True", str(pid)]
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
@@ -349,87 +276,131 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None
     monkeypatch.syspath_prepend(folder)
 
 
-@pytest.mark.parametrize(
-    ("library", "package"),
-    [("libgomp.so.1", "libgomp1"), ("libstdc++.so.6", r"libstdc\+\+6"), ("libodd.so.3", "libodd")],
-)
-def test_a_missing_system_library_is_named_with_the_package_to_install(
-    library: str, package: str, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = f"{library}: cannot open shared object file: No such file or directory"
-    stand_in(tmp_path, monkeypatch, f"raise ImportError({words!r})")
-    with pytest.raises(ModelLoadFailed, match=package) as caught:
-        llm.chat("Hello")
-    assert caught.value.reason == "incompatible"
-    assert library.partition(".")[0] in caught.value.message
-    assert caught.value.attempts == 1
-
-
-def test_an_engine_that_is_not_installed_is_named(
-    both: Any, small_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    llm = both.connect("llamacpp")
-    with pytest.raises(ModelLoadFailed, match="xllamacpp") as caught:
-        llm.chat("Hello")
-    assert "graftage-llamacpp" in str(caught.value.hint)
-    health = llm.health("answers")
-    assert not health.reachable
-    assert isinstance(health.error, ModelLoadFailed)
-
-
-@pytest.mark.parametrize(("number", "attempts"), [(9, 2), (6, 1)])
-def test_an_engine_that_crashes_while_it_starts_is_told_and_one_that_was_killed_is_tried_once_more(
-    llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, attempts: int
-) -> None:
-    log = tmp_path / "starts"
-    lines = (
-        f"open({str(log)!r}, 'a').write('x')",
-        "import os, sys",
-        "print('out of luck', file=sys.stderr, flush=True)",
-        f"os.kill(os.getpid(), {number})",
+class TestFailedStart:
+    @pytest.mark.parametrize(
+        ("library", "package"),
+        [("libgomp.so.1", "libgomp1"), ("libstdc++.so.6", r"libstdc\+\+6"), ("libodd.so.3", "libodd")],
     )
-    stand_in(tmp_path, monkeypatch, "\n".join(lines))
-    with pytest.raises(ModelLoadFailed, match=f"signal {number}") as caught:
-        llm.chat("Hello")
-    assert caught.value.reason == "crashed"
-    assert "out of luck" in caught.value.details["engine_stderr"]
-    assert caught.value.attempts == len(log.read_text()) == attempts
+    def test_missing_library_names_its_package(
+        self, library: str, package: str, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        words = f"{library}: cannot open shared object file: No such file or directory"
+        stand_in(tmp_path, monkeypatch, f"raise ImportError({words!r})")
+        with pytest.raises(ModelLoadFailed, match=package) as caught:
+            llm.chat("Hello")
+        assert caught.value.reason == "incompatible"
+        assert library.partition(".")[0] in caught.value.message
+        assert caught.value.attempts == 1
+
+    def test_missing_engine_package_is_named(
+        self, both: Any, small_store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "xllamacpp", None)
+        llm = both.connect("llamacpp")
+        with pytest.raises(ModelLoadFailed, match="xllamacpp") as caught:
+            llm.chat("Hello")
+        assert "graftage-llamacpp" in str(caught.value.hint)
+        health = llm.health("answers")
+        assert not health.reachable
+        assert isinstance(health.error, ModelLoadFailed)
+
+    @pytest.mark.parametrize(("number", "attempts"), [(9, 2), (6, 1)])
+    def test_crash_is_reported_and_kill_retried(
+        self, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, attempts: int
+    ) -> None:
+        log = tmp_path / "starts"
+        lines = (
+            f"open({str(log)!r}, 'a').write('x')",
+            "import os, sys",
+            "print('out of luck', file=sys.stderr, flush=True)",
+            f"os.kill(os.getpid(), {number})",
+        )
+        stand_in(tmp_path, monkeypatch, "\n".join(lines))
+        with pytest.raises(ModelLoadFailed, match=f"signal {number}") as caught:
+            llm.chat("Hello")
+        assert caught.value.reason == "crashed"
+        assert "out of luck" in caught.value.details["engine_stderr"]
+        assert caught.value.attempts == len(log.read_text()) == attempts
+
+    def test_abort_for_lack_of_memory(
+        self, both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stand_in(tmp_path, monkeypatch, "import os\nos.write(2, b'what(): std::bad_alloc')\nos.abort()")
+        with pytest.raises(ModelLoadFailed) as caught:
+            both.connect("llamacpp").chat("Hello")
+        assert (caught.value.reason, caught.value.attempts) == ("memory", 1)
 
 
-def test_memory_that_does_not_suffice_is_told_though_the_engine_ends_by_a_fault_of_its_own(
-    both: Any, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in(tmp_path, monkeypatch, "import os\nos.write(2, b'what(): std::bad_alloc')\nos.abort()")
-    with pytest.raises(ModelLoadFailed) as caught:
-        both.connect("llamacpp").chat("Hello")
-    assert (caught.value.reason, caught.value.attempts) == ("memory", 1)
+class TestLifetime:
+    def test_runs_from_first_request_to_close(self, llm: Any) -> None:
+        llm.models()
+        llm.show()
+        assert children() == set()
+        llm.chat("Hello", max_tokens=1)
+        assert children() == {engine(llm)}
+        llm.close()
+        assert children() == set()
 
+    def test_equal_clients_share_an_engine(self, both: Any, small_store: Path) -> None:
+        one, two = (both.connect("llamacpp", context_window=512) for _ in range(2))
+        one.chat("Hello", max_tokens=1)
+        assert two.chat("Hello", max_tokens=1).timings.load is None
+        assert children() == {engine(one)}
+        one.close()
+        assert two.chat("Hello", max_tokens=1).text
+        two.close()
+        assert children() == set()
 
-def test_a_closed_client_starts_nothing(llm: Any) -> None:
-    llm.close()
-    with pytest.raises((RuntimeError, ConnectionFailed)):
-        llm.chat("Hello", model=NAME)
-    assert children() == set()
+    def test_other_settings_get_another_engine(self, both: Any, small_store: Path) -> None:
+        one, two = (both.connect("llamacpp", context_window=512, batch=batch) for batch in (64, 128))
+        one.chat("Hello", max_tokens=1)
+        two.chat("Hello", max_tokens=1)
+        assert len(children()) == 2
 
+    def test_concurrent_requests_start_one_engine(self, llm: Any, both: Any) -> None:
+        answers = [both.start(llm.chat, "Hello", max_tokens=1) for _ in range(6)]
+        seen: set[int] = set()
+        while not all(each.done() for each in answers):
+            seen |= children()
+            time.sleep(0.01)
+        assert all(each.result().text for each in answers)
+        assert len(seen) == 1
 
-def test_closing_a_client_ends_what_another_thread_reads(small_store: Path) -> None:
-    llm = graftage.connect("llamacpp", context_window=512)
-    stream = llm.chat("Hello", stream=True, **LONG)
-    next(iter(stream))
-    failed: list[BaseException] = []
+    def test_twenty_starts_leak_nothing(self, small_store: Path) -> None:
+        before = open_files()
+        seen = set()
+        with graftage.connect("llamacpp", context_window=128, batch=32) as llm:
+            for _ in range(20):
+                llm.load()
+                seen.add(engine(llm))
+                llm.unload()
+                assert children() == set()
+        assert len(seen) == 20
+        assert open_files() <= before + 1
 
-    def read() -> None:
-        try:
-            for _ in stream:
-                pass
-        except Exception as error:  # noqa: BLE001 - the test looks at its class
-            failed.append(error)
+    def test_closed_client_starts_nothing(self, llm: Any) -> None:
+        llm.close()
+        with pytest.raises((RuntimeError, ConnectionFailed)):
+            llm.chat("Hello", model=NAME)
+        assert children() == set()
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    llm.close()
-    reader.join(PATIENCE)
-    assert not reader.is_alive()
-    assert all(isinstance(each, (graftage.GraftageError, RuntimeError)) for each in failed)
-    assert children() == set()
+    def test_close_ends_stream_of_another_thread(self, small_store: Path) -> None:
+        llm = graftage.connect("llamacpp", context_window=512)
+        stream = llm.chat("Hello", stream=True, **LONG)
+        next(iter(stream))
+        failed: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                for _ in stream:
+                    pass
+            except Exception as error:  # noqa: BLE001 - the test looks at its class
+                failed.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        llm.close()
+        reader.join(PATIENCE)
+        assert not reader.is_alive()
+        assert all(isinstance(each, (graftage.GraftageError, RuntimeError)) for each in failed)
+        assert children() == set()

