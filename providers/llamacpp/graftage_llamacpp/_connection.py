@@ -385,7 +385,7 @@ def _window_notes(stored: Stored, wanted: int | None) -> tuple[str, ...]:
     window = _window(stored, wanted)
     if window == wanted:
         return ()
-    return (f"`context_window` was lowered from {wanted} to {window}: the model was trained for no more.",)
+    return (f"`context_window` was lowered from {wanted} to {window}, the most that the model was trained for.",)
 
 
 def _advised(stored: Stored, request: ChatRequest | GenerateRequest) -> dict[str, Any]:
@@ -404,8 +404,8 @@ def _anything(answer: Mapping[str, Any]) -> None:
 
 def _too_long(tokens: int, limit: int) -> ContextOverflow:
     return ContextOverflow(
-        f"A text of {tokens} tokens does not fit: {limit} are taken at once.",
-        hint="Raise the setting `batch` and the window, send less, or let it be cut with `truncate`.",
+        f"A text of {tokens} tokens is too long: the engine reads at most {limit} at once.",
+        hint="Raise the setting `batch` and the window, shorten the text, or allow `truncate`.",
         details={"tokens": tokens, "limit": limit},
     )
 

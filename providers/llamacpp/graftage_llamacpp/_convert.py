@@ -203,10 +203,10 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
         return chat_body(ChatRequest(messages=(*system, Message(role="user", content=request.prompt)), **same), header)
     if request.system is not None:
         raise RequestRejected(
-            "A raw prompt has no place for a system prompt.", hint="Write it into the prompt, or leave `raw` out."
+            "`raw` cannot be combined with a system prompt.", hint="Write it into the prompt, or leave `raw` out."
         )
     if not request.prompt:
-        raise RequestRejected("The prompt is empty.", hint="A raw prompt needs a text to go on from.")
+        raise RequestRejected("The prompt is empty.", hint="A raw prompt must have text to continue.")
     body = _shared_body(request)
     body["prompt"] = request.prompt
     if body.pop("logprobs", False):
@@ -245,7 +245,7 @@ def require(feature: str, able: frozenset[str], model: str) -> None:
     """
     if feature not in able:
         raise CapabilityUnsupported(
-            f"The model `{model}` cannot do `{feature}` here.",
+            f"The model `{model}` does not support `{feature}` here.",
             model=model,
             hint="Choose another model: `show` lists the features of each.",
         )
@@ -393,11 +393,11 @@ def refusal(it: Answer) -> ProviderError | None:
     if kind == "exceed_context_size_error" or "exceeds the available context size" in it.words:
         return ContextOverflow(
             f"The prompt of {it.facts.get('n_prompt_tokens', 'too many')} tokens does not fit into the context window"
-            f" of {it.facts.get('n_ctx', 'the engine')} tokens.",
+            f" ({it.facts.get('n_ctx', 'fewer')} tokens).",
             hint="Raise `context_window`, or send less.",
         )
     if it.inner_status == STATUS_UNAUTHORISED:
         return AuthenticationFailed("The engine did not accept its key.", hint="Close the client and open another.")
     if kind == "not_supported_error":
-        return CapabilityUnsupported(it.said, hint="Another model may.")
+        return CapabilityUnsupported(it.said, hint="Choose another model.")
     return None

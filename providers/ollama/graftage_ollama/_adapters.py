@@ -110,7 +110,7 @@ class Adapters:
             except _Passed as why:
                 reasons.append(f"{strategy}: {why}")
         raise AdapterUnsupported(
-            f"This server cannot take the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
+            f"This server cannot use the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
             reference=request.adapter.name,
             reasons=reasons,
             hint="Allow the setting `merge_adapters`, use Ollama before 0.34, or the embedded provider.",
@@ -145,20 +145,20 @@ class Adapters:
         """A model of the server that carries it already."""
         adapter = request.adapter
         if adapter.served_as is None:
-            raise _Passed("no model of the server was named as one that carries it")
+            raise _Passed("no model that contains it was named")
         try:
             model = await self._show(request.call, adapter.served_as)
         except ModelNotFound:
-            raise _Passed(f"`{adapter.served_as}` is not there any more") from None
+            raise _Passed(f"`{adapter.served_as}` no longer exists") from None
         if adapter.digest not in (model.metadata.get(MARK), *model.adapters):
-            raise _Passed(f"`{adapter.served_as}` does not carry it")
+            raise _Passed(f"`{adapter.served_as}` does not contain it")
         if model.adapters and _weights(model) != _weights(base) and not request.force:
             reason = f"`{adapter.served_as}` was made from another model than `{request.model}`"
             raise AdapterIncompatible(
                 f"The adapter does not belong to this model: {reason}.",
                 reference=adapter.name,
                 reasons=[reason],
-                hint="Choose the model it was made from, or say `force=True`.",
+                hint="Choose the model it was made from, or pass `force=True`.",
             )
         return _loaded(adapter, adapter.served_as, "served")
 
@@ -166,7 +166,7 @@ class Adapters:
         """A model made from the base and the adapter's GGUF file."""
         weights = _weights(base)
         if not weights:
-            raise _Passed("the server does not tell which weights the base has")
+            raise _Passed("the server does not report the weights of the base")
         file, digest = await self._converted(request, base)
 
         def proves(model: ModelInfo) -> bool:
@@ -260,8 +260,8 @@ class Adapters:
             raise
         except Exception as error:
             raise AdapterError(
-                f"The adapter could not be made ready ({type(error).__name__}: {error}).",
-                hint="This is a fault of the plugin that resolved it.",
+                f"The adapter could not be prepared ({type(error).__name__}: {error}).",
+                hint="This is a bug in the plugin that resolved it.",
             ) from error
 
     # --- Making and proving ------------------------------------------------------------------------------------------
@@ -277,9 +277,9 @@ class Adapters:
             return False
         if not derived.proves(model):
             raise AdapterError(
-                f"The model `{derived.name}` is there but does not hold this adapter: it is not overwritten.",
+                f"The model `{derived.name}` exists but does not contain this adapter: it is not overwritten.",
                 reference=request.adapter.name,
-                hint=f"Delete it if nobody needs it: `ollama rm {derived.name}`.",
+                hint=f"If it is not needed, delete it: `ollama rm {derived.name}`.",
             )
         return True
 
@@ -331,7 +331,7 @@ class Adapters:
             if is_new:
                 await self._delete(request.call, derived.name)
             if "not yet implemented" in words:
-                raise _Passed("the server's engine for this architecture takes no adapters") from error
+                raise _Passed("the server's engine for this architecture does not support adapters") from error
             raise _does_not_run(request, derived, error, is_new=is_new) from error
 
     async def _upload(self, call: Call, digest: str, file: Path) -> None:
@@ -505,20 +505,20 @@ def _does_not_run(
     request: LoadAdapterRequest, derived: _Derived, error: ProviderError, *, is_new: bool
 ) -> AdapterIncompatible:
     reason = f"the server cannot run `{request.model}` with it ({_cause(error)})"
-    rest = "is deleted again" if is_new else f"was there before and stays: `ollama rm {derived.name}` deletes it"
+    rest = "was deleted" if is_new else f"existed before and stays: `ollama rm {derived.name}` deletes it"
     return AdapterIncompatible(
         f"The adapter `{request.adapter.name}` does not work: {reason}.",
         reference=request.adapter.name,
         reasons=[reason],
-        hint=f"It was probably made for another base model; what was made for it on the server {rest}.",
+        hint=f"It was probably made for another base model. Its model on the server {rest}.",
     )
 
 
 def _gone(request: LoadAdapterRequest, file: Path) -> AdapterError:
     return AdapterError(
-        f"The file `{file.name}` of the adapter is gone as soon as it is made.",
+        f"The adapter's file `{file.name}` was deleted right after it was made.",
         reference=request.adapter.name,
-        hint="Does something empty the cache of adapters? Ask again when it is done.",
+        hint="Does another program empty the cache of adapters? Try again later.",
     )
 
 
@@ -560,7 +560,7 @@ def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
                 hint="Raise `timeout`: a model of 7 billion parameters takes about ten minutes.",
             )
         if not folder.exists():
-            raise AdapterError("The merge was given up.", hint="Ask again.")
+            raise AdapterError("The merge was cancelled.", hint="Try again.")
         call.emit("progress", progress=PullProgress(status="merging", total=total, completed=written))
 
     return adapter.merge(base_file, folder / "merged.gguf", told)

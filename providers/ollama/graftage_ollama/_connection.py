@@ -218,5 +218,7 @@ def _refusal(it: Answer) -> ProviderError | None:
 def _version(answer: Mapping[str, Any]) -> str:
     version = answer.get("version")
     if not isinstance(version, str):
-        raise ProtocolError("Another service than Ollama answers there.", hint="Check `host` and its port.")
+        raise ProtocolError(
+            "This server is not Ollama: it did not report its version.", hint="Check `host` and its port."
+        )
     return version

@@ -290,7 +290,7 @@ def counted(last: Chunk) -> int:
     """
     count = read_count(last.usage.input_tokens) if last.usage else None
     if count is None:
-        raise CapabilityUnsupported("This server does not count a prompt that it has in its cache.", hint="Update it.")
+        raise CapabilityUnsupported("This server does not count a prompt that is in its cache.", hint="Update Ollama.")
     return count
 
 
@@ -335,7 +335,7 @@ def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
 def _name(found: Mapping[str, Any]) -> str:
     name = read_word(found.get("model")) or read_word(found.get("name"))  # The oldest servers have only one of them.
     if not name:
-        raise ValueError("a model has a name")
+        raise ValueError("a model must have a name")
     return name
 
 

@@ -89,7 +89,7 @@ STOPPED = (
     " eof ",
 )
 REGISTRY = {"cause": "registry"}
-AGAIN = "Pull again: it goes on where it was."
+AGAIN = "Pull again: it resumes where it stopped."
 NETWORK = f"Check the server's network and proxy. {AGAIN}"
 
 
@@ -117,7 +117,7 @@ PULLS: Final[Rules] = (
     ),
     (
         ("digest mismatch",),
-        says(StreamInterrupted, "A part of {model} came damaged.", "Pull again.", retryable=True),
+        says(StreamInterrupted, "A part of {model} arrived damaged.", "Pull again.", retryable=True),
     ),
     (
         ("no space left", "not enough space", "disk quota exceeded", "disk is full"),
@@ -127,19 +127,19 @@ PULLS: Final[Rules] = (
         ("permission denied", "access is denied", "operation not permitted", "read-only file system"),
         says(
             InferenceFailed,
-            "The server may not write into its folder of models.",
+            "The server is not allowed to write to its folder of models.",
             "Give that folder to the user that runs Ollama, or set OLLAMA_MODELS for the server.",
         ),
     ),
     (
         (*_status("429"), "rate limit", "too many requests", "toomanyrequests"),
-        says(Overloaded, "The registry is busy.", "Pull again later: it goes on where it was."),
+        says(Overloaded, "The registry is busy.", "Pull again later: it resumes where it stopped."),
     ),
     (
         ("proxy authentication required",),
         says(
             ConnectionFailed,
-            "The proxy between the server and the registry wants a sign-in.",
+            "The proxy between the server and the registry requires a sign-in.",
             "Put user and password into HTTPS_PROXY where Ollama runs.",
             retryable=False,
             details=REGISTRY,
@@ -150,21 +150,21 @@ PULLS: Final[Rules] = (
         says(
             ConnectionFailed,
             "The registry sends the server to another host.",
-            "Write `huggingface.co/…` in the place of `hf.co/…`, or pull later.",
+            "Write `huggingface.co/…` instead of `hf.co/…`, or pull later.",
             retryable=False,
             details=REGISTRY,
         ),
     ),
     (
         ("not gguf", "not compatible with llama.cpp"),
-        says(CapabilityUnsupported, "Ollama cannot read {model}.", "Pull a version of it that is GGUF."),
+        says(CapabilityUnsupported, "Ollama cannot read {model}.", "Pull a GGUF version of it."),
     ),
     (
         (*_status("401", "403"), "unauthorized", "forbidden", "authentication required", "access denied"),
         says(
             AuthenticationFailed,
-            "The registry does not give {model} to this server.",
-            "Check the name. What is private or gated needs an account: sign the server in with `ollama signin`.",
+            "The registry denies this server access to {model}.",
+            "Check the name. A private or gated model needs an account: sign the server in with `ollama signin`.",
         ),
     ),
     (
@@ -180,7 +180,7 @@ PULLS: Final[Rules] = (
         says(
             ConnectionFailed,
             "The server does not trust the registry's certificate.",
-            "A proxy on the way may have put its own in: install that one where Ollama runs, then pull again.",
+            "A proxy may have replaced it: install the proxy's certificate where Ollama runs, then pull again.",
             retryable=False,
             details=REGISTRY,
         ),
@@ -203,7 +203,7 @@ PULLS: Final[Rules] = (
             "timed out",
             *_status("408", "5"),
         ),
-        says(ConnectionFailed, "The registry broke off while it gave {model}.", AGAIN, details=REGISTRY),
+        says(ConnectionFailed, "The registry broke off the transfer of {model}.", AGAIN, details=REGISTRY),
     ),
     (
         (
@@ -226,8 +226,8 @@ PULLS: Final[Rules] = (
 )
 """Failures of a pull, nearly all of them lines under status 200: the words of the server and of registries."""
 RULES: Final[Rules] = (
-    (("server busy",), says(Overloaded, "The server is busy.", "Ask again later, or send less at one time.")),
-    (LOADING, says(Overloaded, "The server is still loading {model}.", "Ask again in some seconds.")),
+    (("server busy",), says(Overloaded, "The server is busy.", "Try again later, or send fewer requests at once.")),
+    (LOADING, says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
         MEMORY,
         says(
@@ -237,8 +237,8 @@ RULES: Final[Rules] = (
             reason="memory",
         ),
     ),
-    (REJECTED, says(RequestRejected, "", "Mend the request.")),
-    (UNSUPPORTED, says(CapabilityUnsupported, "", "`graftage models show` tells what a model can do.")),
+    (REJECTED, says(RequestRejected, "", "Correct the request.")),
+    (UNSUPPORTED, says(CapabilityUnsupported, "", "`graftage models show` lists what a model can do.")),
     (
         ("timed out waiting for llama",),
         says(
@@ -262,7 +262,7 @@ RULES: Final[Rules] = (
         says(
             ModelLoadFailed,
             "The runner of {model} ended.",
-            "If it goes on, look into the server's log: an adapter may not fit, or memory be short.",
+            "If it happens again, read the server's log: an adapter may not fit, or memory may be short.",
             reason="crashed",
         ),
     ),
@@ -271,20 +271,20 @@ RULES: Final[Rules] = (
         says(
             InferenceFailed,
             "The runner stopped while {model} was answering.",
-            "Ask again: the server starts a new runner.",
+            "Try again: the server starts a new runner.",
             retryable=True,
         ),
     ),
     (
         ("context canceled", "request canceled"),
-        says(InferenceFailed, "", "Another party ended the request: ask again.", retryable=True),
+        says(InferenceFailed, "", "The server or a proxy cancelled the request: try again.", retryable=True),
     ),
     (("nan or inf",), says(InferenceFailed, "", "The model's weights or the input are broken.")),
     (
         ("unauthorized",),
         says(
             AuthenticationFailed,
-            "The server wants a sign-in.",
+            "The server requires a sign-in.",
             "Set `api_key` (sent only over https or to loopback), or sign in with `ollama signin`.",
         ),
     ),
@@ -294,7 +294,7 @@ FORBIDDEN = 403
 _forbidden = says(
     AuthenticationFailed,
     "The server forbids this.",
-    "It does not know the host name or origin it was asked by: use an address that it knows, or set OLLAMA_HOST and "
+    "It does not accept the request's host name or origin: use an address that it accepts, or set OLLAMA_HOST and "
     "OLLAMA_ORIGINS for the server.",
 )
 

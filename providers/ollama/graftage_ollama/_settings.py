@@ -24,16 +24,16 @@ class OllamaSettings(Settings):
 
     host: str | None = Field(
         default=None,
-        description="Address of the server; 127.0.0.1:11434 where none is given. A last `/v1` or `/api` is left out",
+        description="Address of the server, by default 127.0.0.1:11434. A final `/v1` or `/api` is ignored",
     )
     api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token over https or to loopback only")
     merge_adapters: bool | ByteSize = Field(
         default=False,
-        description="Whether an adapter may be merged into a copy of its base where the server takes none: true, or "
-        "the largest base to do it with (`2GB`). It costs minutes, and as much disk as the base",
+        description="Whether an adapter may be merged into a copy of its base if the server supports no adapters: "
+        "true, or the size of the largest base (`2GB`). It takes minutes, and as much disk as the base",
     )
     adapter_base_file: Path | None = Field(
-        default=None, description="The base model's GGUF file for merging, where the server's own cannot be read"
+        default=None, description="The base model's GGUF file for merging, if the server's own file cannot be read"
     )
 
 
@@ -86,7 +86,7 @@ def parse_host(text: str | None) -> str:
     if found is None:
         if _is_bare_ipv6(text):
             _refuse(text, "is an IPv6 address without brackets", f"Write `[{text}]` or `[{text}]:{DEFAULT_PORT}`.")
-        _refuse(text, "is no address", "Write it as `host:port` or `http://host:port`.")
+        _refuse(text, "is not an address", "Write it as `host:port` or `http://host:port`.")
     scheme = (found["scheme"] or "").lower()
     if scheme == "http+unix":
         return text.rstrip("/")
@@ -146,9 +146,9 @@ def _host(text: str, host: str, *, named: bool) -> str:
         try:
             host = str(ipaddress.IPv4Address(host))
         except ValueError:
-            _refuse(text, "is no IPv4 address", "Write four numbers from 0 to 255, such as 127.0.0.1.")
+            _refuse(text, "is not an IPv4 address", "Write four numbers from 0 to 255, such as 127.0.0.1.")
     elif not _NAME.fullmatch(host):
-        _refuse(text, "is no host name", "Names have letters, digits, dots and hyphens.")
+        _refuse(text, "is not a host name", "Names have letters, digits, dots and hyphens.")
     return _LISTEN_ONLY.get(host, host)
 
 
@@ -158,7 +158,7 @@ def _ipv6(text: str, address: str) -> str:
     except ValueError:
         _refuse(text, "has no IPv6 address in its brackets", "Write it as `[::1]:11434`.")
     if "%" in found:
-        _refuse(text, "has a zone in its IPv6 address", "Use an address that needs none.")
+        _refuse(text, "has a zone in its IPv6 address", "Use an address without one.")
     return _LISTEN_ONLY.get(found, found)
 
 
