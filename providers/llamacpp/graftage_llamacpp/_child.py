@@ -19,7 +19,7 @@ from typing import Any
 
 PARENT_CHECK = 1.0
 """Seconds between two looks at the parent: a process it forked may hold the pipe open after its death."""
-LOG_PATIENCE = 2.0
+LOG_WAIT = 2.0
 LOG_STEP = 0.1
 
 
@@ -27,11 +27,11 @@ def run_command() -> None:
     """Run a command to its end, or to that of the parent."""
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)  # noqa: S603 - its caller has chosen it
 
-    def end_with_input() -> None:
-        _wait_for_the_end_of_input()
+    def end_with_stdin() -> None:
+        _wait_for_stdin_end()
         child.kill()
 
-    threading.Thread(target=end_with_input, daemon=True).start()
+    threading.Thread(target=end_with_stdin, daemon=True).start()
     # Ctrl-C goes to the whole foreground: the parent says what comes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(child.wait())
@@ -43,16 +43,16 @@ def run_engine() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Whatever native code prints must not mix with the answer.
     order = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    threading.Thread(target=_exit_with_stdin, daemon=True).start()
     if os.name == "posix":
-        threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(order["parent"],), daemon=True).start()
     try:
         answer = _serve(order)
     except ImportError as error:
         answer = {"error": "import", "message": str(error)}
     except Exception as error:  # noqa: BLE001 - the bindings raise several kinds, and all of them mean the same
         answer = {"error": "load", "message": f"{type(error).__name__}: {error}"}
-        _let_the_log_be_written()
+        _wait_for_log()
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     if "address" not in answer:
@@ -61,9 +61,9 @@ def run_engine() -> None:
         time.sleep(3600)
 
 
-def _let_the_log_be_written() -> None:
+def _wait_for_log() -> None:
     """Wait until standard error, a file, grows no more: a thread of the engine writes there what was wrong."""
-    end = time.monotonic() + LOG_PATIENCE
+    end = time.monotonic() + LOG_WAIT
     size = 0
     while time.monotonic() < end:
         before, size = size, os.fstat(2).st_size
@@ -72,17 +72,17 @@ def _let_the_log_be_written() -> None:
         time.sleep(LOG_STEP)
 
 
-def _wait_for_the_end_of_input() -> None:
+def _wait_for_stdin_end() -> None:
     while os.read(0, 4096):
         pass
 
 
-def _end_with_input() -> None:
-    _wait_for_the_end_of_input()
+def _exit_with_stdin() -> None:
+    _wait_for_stdin_end()
     os._exit(0)
 
 
-def _end_with_parent(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     # PR_SET_PDEATHSIG would not do: it follows the thread that started this process, not the parent as a whole.
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK)

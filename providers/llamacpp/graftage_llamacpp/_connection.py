@@ -50,11 +50,11 @@ from graftage.types import (
 )
 from graftage_llamacpp import _convert, _engine
 from graftage_llamacpp._engine import (
+    BASE_URL,
     CHAT,
     COMPLETIONS,
     COUNT,
     EMBEDDINGS,
-    PLACE,
     RERANK,
     TOKENIZE,
     AdapterFile,
@@ -83,7 +83,9 @@ if TYPE_CHECKING:
 __all__ = ["LlamaCppConnection"]
 
 T = TypeVar("T")
-Asked: TypeAlias = ChatRequest | GenerateRequest | EmbedRequest | RerankRequest | LoadModelRequest | LoadAdapterRequest
+EngineRequest: TypeAlias = (
+    ChatRequest | GenerateRequest | EmbedRequest | RerankRequest | LoadModelRequest | LoadAdapterRequest
+)
 """A request that needs the engine."""
 
 CAPABILITIES: Final = Capabilities(
@@ -105,7 +107,7 @@ class LlamaCppConnection:
         self.default_model = DEFAULT_MODEL
         self._settings = settings
         self._store = Store(settings.models_path)
-        self._http = request.http(PLACE, refusal=_convert.refusal, server="the engine", transport=EngineTransport)
+        self._http = request.http(BASE_URL, refusal=_convert.refusal, server="the engine", transport=EngineTransport)
         self._adapters: dict[str, AdapterFile] = {}
         """By their digests, those that this connection has loaded."""
         self._closed = False
@@ -117,7 +119,7 @@ class LlamaCppConnection:
     @hookimpl
     def close(self, request: CloseRequest) -> None:  # noqa: ARG002 - nothing in it yet
         self._closed = True
-        _engine.let_go(id(self))
+        _engine.release(id(self))
 
     # --- Inference ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class LlamaCppConnection:
         self, request: ChatRequest | GenerateRequest, job: Job, path: str, body: Mapping[str, Any]
     ) -> AsyncIterator[Chunk]:
         reader = _convert.ChunkReader(job.stored.name, top=bool(request.options.get("top_logprobs")))
-        body = {**_advised(job.stored, request), **body}
+        body = {**_default_options(job.stored, request), **body}
         events = self._http.events("POST", path, body, call=request.call, read=reader.read, context={"job": job})
         async for chunk in events:
             if chunk is not None:
@@ -166,14 +168,14 @@ class LlamaCppConnection:
             if len(text.encode(errors="replace")) + SPECIAL_TOKENS <= limit:
                 inputs.append(text)
                 continue
-            tokens = await self._ask(job, TOKENIZE, {"content": text, "add_special": True}, _tokens)
+            tokens = await self._post(job, TOKENIZE, {"content": text, "add_special": True}, _tokens)
             if len(tokens) > limit:
                 if not request.truncate:
-                    raise _too_long(len(tokens), limit)
+                    raise _too_long_error(len(tokens), limit)
                 warnings.append(f"Input {place} was cut from {len(tokens)} to {limit} tokens.")
             inputs.append(tokens[:limit])
         read = partial(_convert.embeddings, model=stored.name, warnings=tuple(warnings))
-        return await self._ask(job, EMBEDDINGS, {"input": inputs, "encoding_format": "float"}, read)
+        return await self._post(job, EMBEDDINGS, {"input": inputs, "encoding_format": "float"}, read)
 
     @hookimpl
     async def rerank(self, request: RerankRequest) -> Ranking:
@@ -183,15 +185,15 @@ class LlamaCppConnection:
         read = partial(
             _convert.ranking, model=job.stored.name, warnings=_window_notes(job.stored, request.context_window)
         )
-        return await self._ask(job, RERANK, body, read)
+        return await self._post(job, RERANK, body, read)
 
     @hookimpl
     async def count_tokens(self, request: ChatRequest) -> int:
         job = await self._job(request)
         body = _convert.chat_body(replace(request, adapter=None), job.stored.header)
-        return await self._ask(job, COUNT, body, _convert.counted)
+        return await self._post(job, COUNT, body, _convert.token_count)
 
-    async def _ask(self, job: Job, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
+    async def _post(self, job: Job, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
         return await self._http.json("POST", path, body, call=job.call, read=read, context={"job": job})
 
     # --- Models ------------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ class LlamaCppConnection:
     def show_model(self, request: ModelRequest) -> ModelInfo:
         watch = Watch(request.call)
         if self._store.has(request.model):
-            self._present(request.model, request.call, watch)
+            self._find_or_pull(request.model, request.call, watch)
         return _convert.model_info(self._store.find(request.model, watch, long_lists=True), full=True)
 
     @hookimpl
@@ -241,7 +243,7 @@ class LlamaCppConnection:
 
     @hookimpl
     async def delete_model(self, request: ModelRequest) -> None:
-        path = await request.call.run(self._store.deletable, request.model)
+        path = await request.call.run(self._store.path_to_delete, request.model)
         for engine in _engine.engines(path):
             await engine.end(request.call)
         await request.call.run(self._store.delete, path)
@@ -281,12 +283,12 @@ class LlamaCppConnection:
     async def health(self, request: HealthRequest) -> Health:
         found: dict[str, Any] = {"address": self.address, "reachable": False}
         try:
-            await self._look(request, found)
+            await self._check_levels(request, found)
         except GraftageError as error:
             return request.result(found, error)
         return request.result(found)
 
-    async def _look(self, request: HealthRequest, found: dict[str, Any]) -> None:
+    async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
         """Go up the levels."""
         call, model = request.call, request.model or DEFAULT_MODEL
         await call.run(find_package)
@@ -303,21 +305,21 @@ class LlamaCppConnection:
             load = LoadModelRequest(
                 call=call, model=model, context_window=request.context_window, keep_alive=request.keep_alive
             )
-            await self._ask(await self._job(load), COMPLETIONS, {"prompt": "Hi", "max_tokens": 1}, _anything)
+            await self._post(await self._job(load), COMPLETIONS, {"prompt": "Hi", "max_tokens": 1}, _ignore)
             found.update(model_loaded=True, answers=True)
 
     # --- Below the hooks ---------------------------------------------------------------------------------------------
 
-    async def _job(self, request: Asked, adapter: LoadedAdapter | None = None) -> Job:
+    async def _job(self, request: EngineRequest, adapter: LoadedAdapter | None = None) -> Job:
         """What every request to the engine starts from: which engine, and what it must be like."""
         watch = Watch(request.call)
         try:
             return await request.call.run(self._prepare, request, adapter, watch)
         finally:
-            watch.given_up.set()
+            watch.cancelled.set()
 
-    def _prepare(self, request: Asked, adapter: LoadedAdapter | None, watch: Watch) -> Job:
-        stored = self._present(request.model, request.call, watch)
+    def _prepare(self, request: EngineRequest, adapter: LoadedAdapter | None, watch: Watch) -> Job:
+        stored = self._find_or_pull(request.model, request.call, watch)
         if self._closed:
             raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use a client that is open.")
         engine = self._engine(stored)
@@ -331,9 +333,9 @@ class LlamaCppConnection:
             _require_memory(stored, engine, need)
         return Job(call=request.call, stored=stored, engine=engine, need=need)
 
-    def _present(self, model: str, call: Call, watch: Watch) -> Stored:
+    def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
         """The model's file; the default model is pulled on its first use, and where it is not what was pulled."""
-        if model.lower() == DEFAULT_MODEL and not self._store.is_whole(model, watch):
+        if model.lower() == DEFAULT_MODEL and not self._store.is_unchanged(model, watch):
             for step in self._store.pull(model, watch):
                 call.emit("progress", progress=step)
         return self._store.find(model, watch)
@@ -348,7 +350,7 @@ class LlamaCppConnection:
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
         )
-        return _engine.hold(launch, id(self))
+        return _engine.acquire(launch, id(self))
 
     def _known_adapter(self, adapter: LoadedAdapter) -> AdapterFile:
         """The file of an adapter that a request names; the engine may have been restarted without it."""
@@ -388,21 +390,21 @@ def _window_notes(stored: Stored, wanted: int | None) -> tuple[str, ...]:
     return (f"`context_window` was lowered from {wanted} to {window}, the most that the model was trained for.",)
 
 
-def _advised(stored: Stored, request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+def _default_options(stored: Stored, request: ChatRequest | GenerateRequest) -> dict[str, Any]:
     """The options for what the caller leaves open. JSON repeats its marks, so nothing may hold that against it."""
     bound = request.format is not None
-    return {name: value for name, value in stored.advised.items() if not (bound and name == "repeat_penalty")}
+    return {name: value for name, value in stored.default_options.items() if not (bound and name == "repeat_penalty")}
 
 
 def _tokens(answer: Mapping[str, Any]) -> list[int]:
     return list(answer["tokens"])
 
 
-def _anything(answer: Mapping[str, Any]) -> None:
+def _ignore(answer: Mapping[str, Any]) -> None:
     """An answer at all is all that is wanted."""
 
 
-def _too_long(tokens: int, limit: int) -> ContextOverflow:
+def _too_long_error(tokens: int, limit: int) -> ContextOverflow:
     return ContextOverflow(
         f"A text of {tokens} tokens is too long: the engine reads at most {limit} at once.",
         hint="Raise the setting `batch` and the window, shorten the text, or allow `truncate`.",

@@ -42,7 +42,6 @@ __all__ = [
     "OPTIONS",
     "ChunkReader",
     "chat_body",
-    "counted",
     "features",
     "generate_body",
     "model_info",
@@ -50,6 +49,7 @@ __all__ = [
     "ranking",
     "refusal",
     "require",
+    "token_count",
 ]
 
 OPTIONS: Final = frozenset(
@@ -179,7 +179,7 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
         body["tools"] = [_tool(each) for each in request.tools]
     if request.format is not None:
         body["response_format"] = {"type": "json_schema", "json_schema": {"schema": _schema(request.format)}}
-    _think(body, request.think, header, request.model)
+    _set_thinking(body, request.think, header, request.model)
     return body
 
 
@@ -255,7 +255,7 @@ def _schema(wanted: Mapping[str, Any] | str) -> Mapping[str, Any]:
     return ANY_OBJECT if isinstance(wanted, str) else wanted
 
 
-def _think(body: dict[str, Any], think: bool | str | None, header: Header, model: str) -> None:
+def _set_thinking(body: dict[str, Any], think: bool | str | None, header: Header, model: str) -> None:
     if think is None:
         return
     on = think not in (False, "none")
@@ -362,7 +362,7 @@ class ChunkReader:
         )
 
 
-def counted(found: Mapping[str, Any]) -> int:
+def token_count(found: Mapping[str, Any]) -> int:
     """The tokens of a prompt."""
     return int(found["input_tokens"])
 

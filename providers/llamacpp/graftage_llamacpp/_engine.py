@@ -34,7 +34,7 @@ from graftage.gguf import GgufError, read_file
 from graftage.http import Request, Response, Transport
 from graftage.types import PromptProgress
 from graftage_llamacpp import _convert
-from graftage_llamacpp._process import Launch, Process, Use, start
+from graftage_llamacpp._process import Launch, Process, SlotUse, start
 from graftage_llamacpp._sources import check_adapter
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from graftage_llamacpp._store import Stored
 
 __all__ = [
+    "BASE_URL",
     "CHAT",
     "COMPLETIONS",
     "COUNT",
     "EMBEDDINGS",
-    "PLACE",
     "RERANK",
     "TOKENIZE",
     "AdapterFile",
@@ -58,12 +58,12 @@ __all__ = [
     "EngineTransport",
     "Job",
     "Need",
+    "acquire",
     "engines",
-    "hold",
-    "let_go",
+    "release",
 ]
 
-PLACE: Final = "http://llamacpp.invalid"
+BASE_URL: Final = "http://llamacpp.invalid"
 """Stands for the engine, wherever it listens."""
 TOKENIZE: Final = "/tokenize"
 CHAT: Final = "/v1/chat/completions"
@@ -71,13 +71,13 @@ COMPLETIONS: Final = "/v1/completions"
 COUNT: Final = "/v1/chat/completions/input_tokens"
 EMBEDDINGS: Final = "/v1/embeddings"
 RERANK: Final = "/v1/rerank"
-TOKEN: Final = 4
+CHARS_PER_TOKEN: Final = 4
 """Characters of a token, as a rule."""
 PROGRESS: Final = b'"prompt_progress"'
 EVENT_END: Final = b"\n\n"
 MARGIN: Final = 0.05
 """Seconds kept back from a limit, so that the engine's own error comes before that of the clock."""
-PATIENCE: Final = 0.2
+EXIT_WAIT: Final = 0.2
 """Seconds to wait for a broken engine's end, to say how it ended."""
 
 
@@ -120,13 +120,13 @@ class EngineTransport:
         lease = await job.take(time.monotonic() + clock.left() - MARGIN)
         try:
             clock.enter("connect")
-            return _Leased(await self._network.send(_directed(request, lease), clock), lease, job.call)
+            return _LeasedResponse(await self._network.send(_wire_request(request, lease), clock), lease, job.call)
         except ConnectionFailed as error:
-            ended = await job.call.run(lease.process.how_it_ended, PATIENCE)
+            ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
             lease.end()
             if ended is None:
                 raise
-            raise _ended(ended, lease.process) from error
+            raise _ended_error(ended, lease.process) from error
         except BaseException:
             lease.end()
             raise
@@ -136,7 +136,7 @@ class EngineTransport:
         await self._network.close()
 
 
-class _Leased:
+class _LeasedResponse:
     """An answer of the engine. Its end gives the lease back."""
 
     def __init__(self, inner: Response, lease: Lease, call: Call) -> None:
@@ -150,7 +150,7 @@ class _Leased:
         piece = b""
         try:
             while not piece and (piece := await self._inner.read()) and not self._begun:
-                piece = self._without_progress(piece)
+                piece = self._cut_progress(piece)
         except StreamInterrupted as error:
             raise await self._call.run(self._interrupted) from error
         # The status does not wait for the prompt to be read, and comments may come before the first event.
@@ -160,15 +160,15 @@ class _Leased:
                 self._lease.use.answered()
         return piece
 
-    def _without_progress(self, piece: bytes) -> bytes:
+    def _cut_progress(self, piece: bytes) -> bytes:
         """Tell how far the prompt has been read, and leave that out: it is no beginning of an answer."""
         if PROGRESS not in piece:
             return piece
         *events, rest = piece.split(EVENT_END)
-        kept = [event + EVENT_END for event in events if not self._is_progress(event)]
+        kept = [event + EVENT_END for event in events if not self._emit_progress(event)]
         return b"".join((*kept, rest))
 
-    def _is_progress(self, event: bytes) -> bool:
+    def _emit_progress(self, event: bytes) -> bool:
         if PROGRESS not in event or not event.startswith(b"data: "):
             return False
         found = json.loads(event.removeprefix(b"data: "))["prompt_progress"]
@@ -179,12 +179,12 @@ class _Leased:
     def _interrupted(self) -> StreamInterrupted:
         """The error for an answer that broke off: an engine that is killed ends it without a word."""
         process = self._lease.process
-        ended = process.how_it_ended(PATIENCE)
+        ended = process.exit_reason(EXIT_WAIT)
         return StreamInterrupted(
             f"The reply broke off: the engine {ended or 'closed the connection'}.",
             retryable=not self._begun and (ended is None or process.was_killed),
-            hint=process.advice if ended else "Try again.",
-            details={"engine_stderr": process.last_words()} if ended else None,
+            hint=process.hint_after_exit if ended else "Try again.",
+            details={"engine_stderr": process.stderr_tail()} if ended else None,
         )
 
     async def close(self) -> None:
@@ -194,7 +194,7 @@ class _Leased:
             self._lease.end()
 
 
-def _directed(request: Request, lease: Lease) -> Request:
+def _wire_request(request: Request, lease: Lease) -> Request:
     """The request as it goes over the wire: with the engine's address, its key, and its numbers of the adapters."""
     process = lease.process
     headers = (
@@ -204,7 +204,7 @@ def _directed(request: Request, lease: Lease) -> Request:
         ("connection", "close"),
     )
     body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
-    if request.target in (CHAT, COMPLETIONS) and len(body) > TOKEN * lease.engine.launch.batch:
+    if request.target in (CHAT, COMPLETIONS) and len(body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
         body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch is read in one step.
     return Request(method=request.method, url=f"{process.address}{request.target}", headers=headers, body=body)
 
@@ -226,13 +226,13 @@ def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
     return json.dumps(found).encode()
 
 
-def _ended(how: str, process: Process) -> ConnectionFailed:
+def _ended_error(how: str, process: Process) -> ConnectionFailed:
     """The error for an engine that ended before it answered."""
     return ConnectionFailed(
         f"The engine {how} before it answered.",
         retryable=process.was_killed,
-        hint=process.advice,
-        details={"cause": "engine", "engine_stderr": process.last_words()},
+        hint=process.hint_after_exit,
+        details={"cause": "engine", "engine_stderr": process.stderr_tail()},
     )
 
 
@@ -267,7 +267,7 @@ class Lease:
     notes: tuple[str, ...] = ()
     """Warnings for the reply."""
     keep_alive: float | None = None
-    use: Use | None = None
+    use: SlotUse | None = None
     """Of a slot, while adapters are loaded."""
     _ended: bool = False
 
@@ -346,7 +346,7 @@ class Engine:
                     "The engine has been closed.", retryable=False, hint="Use a client that is open."
                 )
             self._waiting.append(need)
-        self._pump()
+        self._grant_next()
         return need.future
 
     def _withdraw(self, future: Future[Lease | None]) -> None:
@@ -358,14 +358,14 @@ class Engine:
 
         if not future.cancel():
             future.add_done_callback(give_back)
-        self._pump()
+        self._grant_next()
 
     def give_back(self, lease: Lease) -> None:
         """End one request."""
         with self._lock:
             self._running -= 1
-            self._rest(lease.keep_alive)
-        self._pump()
+            self._start_idle_timer(lease.keep_alive)
+        self._grant_next()
 
     def drop_adapter(self, digest: str) -> bool:
         """Leave an adapter out from the next start on; whether the running child still holds it."""
@@ -397,7 +397,7 @@ class Engine:
         if self.process is not None:
             self.process.disown()
 
-    def _pump(self) -> None:
+    def _grant_next(self) -> None:
         """Grant what can be granted, and start a restart where the next in line needs one."""
         granted: list[tuple[Need, Lease]] = []
         with self._lock:
@@ -405,7 +405,7 @@ class Engine:
                 need = self._waiting[0]
                 if need.future.cancelled():
                     self._waiting.popleft()
-                elif not need.stop and (process := self._fitting(need)) is not None:
+                elif not need.stop and (process := self._fitting_process(need)) is not None:
                     self._waiting.popleft()
                     if need.future.set_running_or_notify_cancel():
                         granted.append((need, self._lease(need, process)))
@@ -413,20 +413,22 @@ class Engine:
                     self._waiting.popleft()
                     if need.future.set_running_or_notify_cancel():
                         self._busy = True
-                        threading.Thread(target=self._change, args=(need,), name="graftage-engine", daemon=True).start()
+                        threading.Thread(
+                            target=self._restart, args=(need,), name="graftage-engine", daemon=True
+                        ).start()
                 else:
                     break
         for need, lease in granted:
             need.future.set_result(lease)
 
-    def _fitting(self, need: Need) -> Process | None:
+    def _fitting_process(self, need: Need) -> Process | None:
         """The running child, where it is what the request needs."""
         process = self.running
         if process is None:
             return None
         if need.window not in (None, process.window):
             return None
-        if process.state != _state(Path(self.launch.model)):
+        if process.state != _file_state(Path(self.launch.model)):
             return None  # What it has in memory is of another file, or may be.
         if need.adapter is not None and need.adapter.digest not in process.adapters:
             return None
@@ -437,7 +439,7 @@ class Engine:
         self._cancel_timer()
         return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
 
-    def _change(self, need: Need) -> None:
+    def _restart(self, need: Need) -> None:
         """End the child that does not fit, and start one that does; on a thread of its own, and alone."""
         began = time.monotonic()
         before = self.process
@@ -449,7 +451,7 @@ class Engine:
         adapters: dict[str, AdapterFile] = {}
         try:
             if not need.stop:
-                adapters = self._usable(need.adapter)
+                adapters = self._usable_adapters(need.adapter)
             if before is not None:
                 self.process = None
                 before.stop()
@@ -471,14 +473,14 @@ class Engine:
                 notes = _notes(before, process, died=died)
                 lease = self._lease(need, process, time.monotonic() - began, notes)
             elif self.process is not None:
-                self._rest(need.keep_alive)
+                self._start_idle_timer(need.keep_alive)
         if error is not None:
             need.future.set_exception(error)
         else:
             need.future.set_result(lease)
-        self._pump()
+        self._grant_next()
 
-    def _usable(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
+    def _usable_adapters(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
         """The adapters to start with: one without a usable file is left out, and fails only requests that need it."""
         usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
         if needed is not None:
@@ -489,19 +491,19 @@ class Engine:
     def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
         """Start a child; if it fails, again without the adapters that are not needed, for it may be one of them."""
         try:
-            return self._child(window, adapters, need.deadline)
+            return self._start_child(window, adapters, need.deadline)
         except ModelLoadFailed as error:
             failed = error
         needed = {} if need.adapter is None else {need.adapter.digest: need.adapter}
         if len(needed) < len(adapters) and failed.reason != "timeout":
             try:
-                return self._child(window, needed, need.deadline)
+                return self._start_child(window, needed, need.deadline)
             except ModelLoadFailed as error:
                 failed = error
-        raise failed if need.adapter is None else need.adapter.not_taken(failed)
+        raise failed if need.adapter is None else need.adapter.load_error(failed)
 
-    def _child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
-        state = _state(Path(self.launch.model))
+    def _start_child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
+        state = _file_state(Path(self.launch.model))
         process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
         process.state = state
         # What such an adapter has read depends on where it was invoked, so its cache serves no other request.
@@ -510,7 +512,7 @@ class Engine:
 
     # How long an idle child stays
 
-    def _rest(self, keep_alive: float | None) -> None:
+    def _start_idle_timer(self, keep_alive: float | None) -> None:
         self._cancel_timer()
         if self._running or self._closed or keep_alive is None or keep_alive == math.inf:
             return
@@ -530,7 +532,7 @@ class Engine:
             if self._running or self._waiting or self._busy or self._closed:
                 return
             self._waiting.append(Need(stop=True))
-        self._pump()
+        self._grant_next()
 
 
 def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str, ...]:
@@ -569,7 +571,7 @@ class AdapterFile:
         Raises:
             GraftageError: it cannot be made, or the engine cannot take it.
         """
-        if self._state is None or _state(self.path) != self._state:
+        if self._state is None or _file_state(self.path) != self._state:
             self._state = None
             self._make()
 
@@ -593,7 +595,7 @@ class AdapterFile:
                 reference=self.name,
                 hint="This is a bug in the plugin that resolved it.",
             ) from error
-        state = _state(self.path)
+        state = _file_state(self.path)
         self._check(model)
         self._state = state
 
@@ -619,7 +621,7 @@ class AdapterFile:
             )
         self.activated = "adapter.alora.invocation_tokens" in header.metadata
 
-    def not_taken(self, error: ModelLoadFailed) -> GraftageError:
+    def load_error(self, error: ModelLoadFailed) -> GraftageError:
         """What it means that an engine did not start with this adapter and no other."""
         words = str(error.details.get("engine_stderr", ""))
         if error.reason != "incompatible" or "adapter_lora" not in words:
@@ -635,7 +637,7 @@ class AdapterFile:
         return failed
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
+def _file_state(path: Path) -> tuple[int, ...] | None:
     """Changes when a file does; None where there is none."""
     try:
         found = path.stat()
@@ -650,7 +652,7 @@ _engines: dict[Launch, Engine] = {}
 _lock = threading.Lock()
 
 
-def hold(launch: Launch, holder: int) -> Engine:
+def acquire(launch: Launch, holder: int) -> Engine:
     """The engine of a launch, which stays until its last holder lets go."""
     with _lock:
         engine = _engines.get(launch)
@@ -660,7 +662,7 @@ def hold(launch: Launch, holder: int) -> Engine:
         return engine
 
 
-def let_go(holder: int) -> None:
+def release(holder: int) -> None:
     """Let go of everything one holder has; what has no holder left ends."""
     idle = []
     with _lock:

@@ -35,7 +35,7 @@ __all__ = [
     "Launch",
     "LlamaCppSettings",
     "Process",
-    "Use",
+    "SlotUse",
     "default_threads",
     "find_package",
     "free_memory",
@@ -49,7 +49,7 @@ Scales: TypeAlias = tuple[float, ...]
 
 PACKAGE: Final = "xllamacpp"
 SCRIPT: Final = Path(__file__).with_name("_child.py")
-END_GENTLY: Final = 2.0
+STOP_TIMEOUT: Final = 2.0
 """Seconds for the child to end by itself, and again after SIGTERM."""
 STDERR_TAIL: Final = 4000
 """Characters of the engine's last words that go into an error's details."""
@@ -141,7 +141,7 @@ class Process:
         """Whether it runs."""
         return self._child.poll() is None
 
-    def how_it_ended(self, patience: float = 0.0) -> str | None:
+    def exit_reason(self, patience: float = 0.0) -> str | None:
         """Why it does not run any more, in words; None while it does."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(patience)
@@ -156,13 +156,13 @@ class Process:
         return self._child.poll() in KILLED
 
     @property
-    def advice(self) -> str:
+    def hint_after_exit(self) -> str:
         """What to do once it has ended unasked."""
         if self.was_killed:
             return "Try again: the next request restarts it. Is there enough memory?"
         return "The engine crashed: the end of its log is in `details`. Change the request or the model."
 
-    def last_words(self) -> str:
+    def stderr_tail(self) -> str:
         """The end of what it wrote to standard error."""
         try:
             size = self._errors.seek(0, os.SEEK_END)
@@ -178,7 +178,7 @@ class Process:
                 with contextlib.suppress(OSError):
                     end()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._child.wait(END_GENTLY)
+                    self._child.wait(STOP_TIMEOUT)
                     break
             for pipe in (self._child.stdout, self._errors):
                 if pipe is not None:
@@ -212,7 +212,7 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
     process, answer = _launch(order, deadline)
     try:
         if answer is None or "address" not in answer:
-            raise _not_started(process, answer, deadline)
+            raise _start_error(process, answer, deadline)
     except BaseException:
         process.stop()
         raise
@@ -231,7 +231,7 @@ def probe() -> str:
     process, answer = _launch({"model": None, "key": ""}, time.monotonic() + PROBE_LIMIT)
     try:
         if answer is None or answer.get("error", "") is not None:
-            raise _not_started(process, answer, math.inf)
+            raise _start_error(process, answer, math.inf)
         return str(answer["version"])
     finally:
         process.stop()
@@ -323,10 +323,10 @@ def _platform_hint() -> str:
     )
 
 
-def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: float) -> ModelLoadFailed:
+def _start_error(process: Process, answer: Mapping[str, Any] | None, deadline: float) -> ModelLoadFailed:
     """The typed error for a child that gave no address."""
-    ended = process.how_it_ended(patience=1.0)
-    words = process.last_words()
+    ended = process.exit_reason(patience=1.0)
+    words = process.stderr_tail()
     details = {"engine_message": str((answer or {}).get("message", "")), "engine_stderr": words}
     if answer is None and time.monotonic() >= deadline:
         return ModelLoadFailed(
@@ -336,8 +336,8 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
             details=details,
         )
     if answer is not None and answer.get("error") == "import":
-        return _not_imported(details)
-    if _short_of_memory(words):
+        return _import_error(details)
+    if _is_out_of_memory(words):
         return ModelLoadFailed(
             "There is not enough memory for the model.",
             reason="memory",
@@ -349,7 +349,7 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
             f"The engine crashed while it loaded the model ({f'it {ended}' if ended else 'no answer'}).",
             reason="crashed",
             retryable=process.was_killed,
-            hint=process.advice,
+            hint=process.hint_after_exit,
             details=details,
         )
     return ModelLoadFailed(
@@ -360,7 +360,7 @@ def _not_started(process: Process, answer: Mapping[str, Any] | None, deadline: f
     )
 
 
-def _not_imported(details: Mapping[str, str]) -> ModelLoadFailed:
+def _import_error(details: Mapping[str, str]) -> ModelLoadFailed:
     message = details["engine_message"]
     library = re.search(r"(lib[\w+-]+)\.so[.\d]*: cannot open", message)
     hints = {
@@ -375,7 +375,7 @@ def _not_imported(details: Mapping[str, str]) -> ModelLoadFailed:
     return ModelLoadFailed(text, reason="incompatible", hint=hint, details=details)
 
 
-def _short_of_memory(words: str) -> bool:
+def _is_out_of_memory(words: str) -> bool:
     lower = words.lower()
     return any(each in lower for each in ("failed to allocate", "out of memory", "bad_alloc", "unable to allocate"))
 
@@ -406,7 +406,7 @@ class _Slot:
 
 
 @dataclass(slots=True, eq=False)
-class Use:
+class SlotUse:
     """One request in its slot; in all of them where the engine chooses."""
 
     of: Slots
@@ -442,14 +442,14 @@ class Slots:
         self._slots = [_Slot(number) for number in range(count)]
         self._turns = itertools.count(1)
 
-    def take(self, scales: Scales | None, text: Sequence[Any]) -> Use:
+    def take(self, scales: Scales | None, text: Sequence[Any]) -> SlotUse:
         """Choose an idle slot, the one whose cache serves best; `scales` is None if a cache must not be used again."""
         with self.lock:
             slot = min(
                 self._slots,
                 key=lambda each: (
                     len(each.running),
-                    -_shared(each.text, text) if each.made_with == scales else 0,
+                    -_common_prefix(each.text, text) if each.made_with == scales else 0,
                     each.turn,
                 ),
             )
@@ -457,21 +457,21 @@ class Slots:
             reuse = scales is not None and slot.made_with == scales
             return self._enter([slot], scales, reuse=reuse)
 
-    def take_any(self) -> Use:
+    def take_any(self) -> SlotUse:
         """Leave the choice to the engine, which does not report it: afterwards nothing is known of any cache."""
         with self.lock:
             return self._enter(self._slots, None, reuse=False)
 
-    def _enter(self, slots: Sequence[_Slot], scales: Scales | None, *, reuse: bool) -> Use:
+    def _enter(self, slots: Sequence[_Slot], scales: Scales | None, *, reuse: bool) -> SlotUse:
         for slot in slots:
             slot.running.append(scales)
             if not reuse:
                 # A request that fails may leave what was there before.
                 slot.made_with = None
-        return Use(self, slots, scales, reuse)
+        return SlotUse(self, slots, scales, reuse)
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many messages, or letters, two begin with in common."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
@@ -501,7 +501,7 @@ def _cores() -> int:
 def free_memory() -> int | None:
     """Bytes that can still be used without pushing others out; None if the system does not say."""
     if platform.system() == "Linux":
-        return min((each for each in (_available(), _left_in_cgroup()) if each is not None), default=None)
+        return min((each for each in (_linux_free(), _cgroup_free()) if each is not None), default=None)
     if platform.system() == "Darwin":
         # macOS gives up its file cache and compresses before it swaps; what is there is the best figure it has.
         found = _output("sysctl", "-n", "hw.memsize")
@@ -511,7 +511,7 @@ def free_memory() -> int | None:
     return None
 
 
-def _available() -> int | None:
+def _linux_free() -> int | None:
     for line in (_read(PROC / "meminfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -519,7 +519,7 @@ def _available() -> int | None:
     return None
 
 
-def _left_in_cgroup() -> int | None:
+def _cgroup_free() -> int | None:
     """What a container may still take: its limit, less what it uses apart from caches."""
     limit = _read(CGROUP / "memory.max")
     used = _read(CGROUP / "memory.current")

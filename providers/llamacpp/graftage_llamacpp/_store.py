@@ -55,7 +55,7 @@ KNOWN: Final[Mapping[str, PackageSource]] = {
         title="SmolLM2-135M-Instruct by Hugging Face",
         licence="Apache-2.0",
         # Its card says 0.2 and 0.9; at this size and in four bits that still begins in French half the time.
-        advised={"temperature": 0.0, "repeat_penalty": 1.1},
+        default_options={"temperature": 0.0, "repeat_penalty": 1.1},
     )
 }
 """Models with a name of their own."""
@@ -71,7 +71,7 @@ class Stored:
     digest: str | None
     licence: str | None
     modified_at: datetime
-    advised: Mapping[str, Any]
+    default_options: Mapping[str, Any]
     """Options for requests that do not set them."""
 
 
@@ -82,7 +82,7 @@ class Store:
         self._given = folder
         self.known = KNOWN if known is None else known
         self._folder: Path | None = None
-        self._looked_at: dict[State, Header] = {}
+        self._headers: dict[State, Header] = {}
         self._reading = threading.Lock()
         self._digests: dict[State, str] = {}
         self._hashing = threading.Lock()
@@ -107,23 +107,23 @@ class Store:
         Raises:
             RequestRejected: the name cannot be one.
         """
-        if known := self._known(name):
+        if known := self._known_name(name):
             return self.folder / f"{known.replace(':', '-')}{SUFFIX}"
         if name.startswith(HUB):
             parts = name.removeprefix(HUB).split("/")
             if not HUB_NAME.fullmatch(name) or not name.lower().endswith(SUFFIX) or ".." in parts:
-                raise _bad_name(name)
+                raise _name_error(name)
             return self.folder.joinpath("hf", *parts)
         if _is_path(name):
             try:
                 return Path(name).expanduser().absolute()
             except RuntimeError as error:
-                raise _bad_name(name) from error
+                raise _name_error(name) from error
         if not PLAIN_NAME.fullmatch(name):
-            raise _bad_name(name)
+            raise _name_error(name)
         return self.folder / f"{name.removesuffix(':latest').replace(':', '-')}{SUFFIX}"
 
-    def _known(self, name: str) -> str | None:
+    def _known_name(self, name: str) -> str | None:
         """The model with a name of its own that a name means."""
         wanted = canonical_name(name)
         return next((each for each in self.known if canonical_name(each) == wanted), None)
@@ -152,12 +152,12 @@ class Store:
         """
         path = self.path_of(name)
         try:
-            if not self._whole(path, watch):
-                raise self._changed(path)
+            if not self._is_unchanged(path, watch):
+                raise self._changed_error(path)
             header = read_file(path, long_arrays=True) if long_lists else self._header(path)
             check_model(header)
         except (FileNotFoundError, NotADirectoryError):
-            raise self._not_found(name) from None
+            raise self._not_found_error(name) from None
         except OSError as error:
             raise ModelLoadFailed(
                 f"The file of the model `{name}` cannot be read: {error.strerror}.",
@@ -189,45 +189,45 @@ class Store:
         """Whether there is a file of that name, whatever is in it."""
         return self.path_of(name).is_file()
 
-    def is_whole(self, name: str, watch: Watch) -> bool:
+    def is_unchanged(self, name: str, watch: Watch) -> bool:
         """Whether there is a file of that name that is still what was pulled, where that is known."""
         path = self.path_of(name)
-        return path.is_file() and self._whole(path, watch)
+        return path.is_file() and self._is_unchanged(path, watch)
 
     def digest_of(self, path: Path) -> str | None:
         """The digest of a file that has not changed since it was taken; None where nobody has taken it."""
-        state = _state(path)
+        state = _file_state(path)
         note = _read_note(path)
         same = (note.get("size"), note.get("modified")) == state[1:]
         digest = note.get("digest") if same else self._digests.get(state)
         return digest if isinstance(digest, str) else None
 
-    def _whole(self, path: Path, watch: Watch) -> bool:
+    def _is_unchanged(self, path: Path, watch: Watch) -> bool:
         """Whether a file has the digest that it should have: looked at again where its size or its time has changed."""
-        expected = _expected(path)
+        expected = _expected_digest(path)
         if expected is None or self.digest_of(path) == expected:
             return True
         with self._hashing:  # Callers that come together read the file once.
-            if _state(path) not in self._digests:
-                for _ in self._take_digest(path, watch):
+            if _file_state(path) not in self._digests:
+                for _ in self._hash(path, watch):
                     pass
         return self.digest_of(path) == expected
 
-    def _take_digest(self, path: Path, watch: Watch) -> Generator[PullProgress, None, str]:
+    def _hash(self, path: Path, watch: Watch) -> Generator[PullProgress, None, str]:
         """Take the digest of a file, and keep it beside the file where it is what it should be."""
-        state, digest = _state(path), ""
+        state, digest = _file_state(path), ""
         for step in _digest_steps(path, watch):
             digest = step.digest or digest
             yield step
         self._digests[state] = digest
-        if digest == _expected(path):
+        if digest == _expected_digest(path):
             with contextlib.suppress(OSError):  # A folder that cannot be written is as good.
-                _write_note(path, {**_read_note(path), **_noted(digest, path)})
+                _write_note(path, {**_read_note(path), **_note_fields(digest, path)})
         return digest
 
-    def _changed(self, path: Path) -> ModelLoadFailed:
+    def _changed_error(self, path: Path) -> ModelLoadFailed:
         name = self.name_of(path)
-        if self._known(name) or name.startswith(HUB):
+        if self._known_name(name) or name.startswith(HUB):
             hint = f"`graftage models pull {name}` repairs it."
         else:
             source = _read_note(path).get("source")
@@ -237,7 +237,7 @@ class Store:
             reason="incompatible",
             model=name,
             hint=hint,
-            details={"file": str(path), "digest": self.digest_of(path), "expected": _expected(path)},
+            details={"file": str(path), "digest": self.digest_of(path), "expected": _expected_digest(path)},
         )
 
     def _files(self) -> Iterator[Path]:
@@ -249,15 +249,15 @@ class Store:
                 yield path
 
     def _header(self, path: Path) -> Header:
-        key = _state(path)
-        known = self._looked_at.get(key)
+        key = _file_state(path)
+        known = self._headers.get(key)
         if known is None:
             with self._reading:  # A vocabulary takes a tenth of a second: callers that come together read it once.
-                known = self._looked_at.get(key)
+                known = self._headers.get(key)
                 if known is None:
                     known = read_file(path)
-                    kept = {old: each for old, each in self._looked_at.items() if old[0] != key[0]}
-                    self._looked_at = {**kept, key: known}
+                    kept = {old: each for old, each in self._headers.items() if old[0] != key[0]}
+                    self._headers = {**kept, key: known}
         return known
 
     def _stored(self, path: Path, header: Header) -> Stored:
@@ -270,13 +270,13 @@ class Store:
             digest=self.digest_of(path),
             licence=note.get("licence") or header.metadata.get("general.license"),
             modified_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
-            advised=self.known[name].advised if name in self.known else {},
+            default_options=self.known[name].default_options if name in self.known else {},
         )
 
-    def _not_found(self, name: str) -> ModelNotFound:
+    def _not_found_error(self, name: str) -> ModelNotFound:
         names = {self.name_of(path) for path in self._files()} | set(self.known)
         close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-        if known := self._known(name):
+        if known := self._known_name(name):
             hint = f"Pull it: `graftage models pull {known}`."
         elif _is_path(name) and not name.startswith(HUB):
             hint = "Check the path."
@@ -290,7 +290,7 @@ class Store:
 
     # --- Deleting ----------------------------------------------------------------------------------------------------
 
-    def deletable(self, name: str) -> Path:
+    def path_to_delete(self, name: str) -> Path:
         """The file of a model in the folder.
 
         Raises:
@@ -299,7 +299,7 @@ class Store:
         """
         path = self.path_of(name)
         if not path.is_file():
-            raise self._not_found(name)
+            raise self._not_found_error(name)
         if not path.is_relative_to(self.folder) or ".." in path.parts:
             raise RequestRejected(
                 f"The file of `{name}` is not in the folder of models, {self.folder}.",
@@ -317,7 +317,7 @@ class Store:
             path.unlink(missing_ok=True)
             _note_path(path).unlink(missing_ok=True)
         except OSError as error:
-            raise _disk_error(error, self.folder) from error
+            raise _write_error(error, self.folder) from error
 
     # --- Pulling -----------------------------------------------------------------------------------------------------
 
@@ -335,18 +335,18 @@ class Store:
             staging.mkdir(parents=True, exist_ok=True)
             with (staging / f"{_slug(path, self.folder)}.lock").open("a+b") as lock:
                 yield from _locked(lock, watch, path.name)
-                if (yield from self._is_there(path, source, watch)):
+                if (yield from self._is_current(path, source, watch)):
                     yield PullProgress(status="is there already", digest=source.digest, total=source.size)
                 else:
                     yield from self._fetch(source, path, staging, watch)
         except OSError as error:
-            raise _disk_error(error, self.folder) from error
+            raise _write_error(error, self.folder) from error
         yield PullProgress(status="success")
 
     def _source(self, name: str) -> tuple[Source, Path]:
         """Where a model comes from, and the file it becomes."""
         path = self.path_of(name)
-        if known := self._known(name):
+        if known := self._known_name(name):
             return self.known[known], path
         if name.startswith(HUB):
             org, repo, *file = name.removeprefix(HUB).split("/")
@@ -355,41 +355,41 @@ class Store:
             inside = path if path.is_relative_to(self.folder) else self.folder / f"{path.stem}{SUFFIX}"
             same = next((source for name, source in self.known.items() if inside == self.path_of(name)), None)
             return FileSource(path, same.digest if same else None), inside
-        raise self._not_found(name)
+        raise self._not_found_error(name)
 
-    def _is_there(self, path: Path, source: Source, watch: Watch) -> Generator[PullProgress, None, bool]:
+    def _is_current(self, path: Path, source: Source, watch: Watch) -> Generator[PullProgress, None, bool]:
         """Whether the file in the folder is the one that the source would give: all of it is read again."""
         if not path.is_file():
             return False
         itself = isinstance(source, FileSource) and source.path.samefile(path)
-        expected = _expected(path) if itself else source.digest
+        expected = _expected_digest(path) if itself else source.digest
         if expected is None:
             return itself
-        if (yield from self._take_digest(path, watch)) == expected:
+        if (yield from self._hash(path, watch)) == expected:
             return True
         if itself:
-            raise self._changed(path)
+            raise self._changed_error(path)
         return False
 
     def _fetch(self, source: Source, path: Path, staging: Path, watch: Watch) -> Iterator[PullProgress]:
-        yield from source.look(watch)
-        if (yield from self._is_there(path, source, watch)):  # A source on the net knows its digest only now.
+        yield from source.inspect(watch)
+        if (yield from self._is_current(path, source, watch)):  # A source on the net knows its digest only now.
             return
         slug = _slug(path, self.folder)
         part = staging / f"{slug}.{(source.digest or 'new').removeprefix('sha256:')[:12]}.part"
         for old in staging.glob(f"{slug}.*.part"):
             if old != part:
                 old.unlink()
-        _require_space(self.folder, source.space(part), source.label)
+        _require_space(self.folder, source.space_needed(part), source.label)
         work = staging / f"{slug}.work"
         shutil.rmtree(work, ignore_errors=True)
         try:
             yield from source.fetch(part, work, watch)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        yield from self._take_in(source, part, path, watch)
+        yield from self._install(source, part, path, watch)
 
-    def _take_in(self, source: Source, part: Path, path: Path, watch: Watch) -> Iterator[PullProgress]:
+    def _install(self, source: Source, part: Path, path: Path, watch: Watch) -> Iterator[PullProgress]:
         """Verify a whole file and put it in its place, in one step."""
         digest = ""
         for step in _digest_steps(part, watch):
@@ -410,7 +410,7 @@ class Store:
             os.fsync(file.fileno())
         path.parent.mkdir(parents=True, exist_ok=True)
         # The note goes first: it counts only for a file of its size and its time.
-        _write_note(path, {**_noted(digest, part), "source": source.label, "licence": source.licence})
+        _write_note(path, {**_note_fields(digest, part), "source": source.label, "licence": source.licence})
         part.replace(path)
         yield PullProgress(status=f"stored as {self.name_of(path)}", digest=digest, total=size, completed=size)
 
@@ -425,7 +425,7 @@ def _is_path(name: str) -> bool:
     return name.lower().endswith(SUFFIX) or os.sep in name or name.startswith("~") or (os.altsep or os.sep) in name
 
 
-def _bad_name(name: str) -> RequestRejected:
+def _name_error(name: str) -> RequestRejected:
     return RequestRejected(
         f"`{name[:200]}` is not a valid model name.",
         hint=f"Give the path of a GGUF file, `hf://org/repo/file.gguf`, or a name such as `{DEFAULT_MODEL}`.",
@@ -451,7 +451,7 @@ def _read_note(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _expected(path: Path) -> str | None:
+def _expected_digest(path: Path) -> str | None:
     """The digest of a file that was pulled; None for one that somebody has put there."""
     digest = _read_note(path).get("digest")
     return digest if isinstance(digest, str) else None
@@ -464,13 +464,13 @@ def _write_note(path: Path, note: Mapping[str, Any]) -> None:
     fresh.replace(_note_path(path))
 
 
-def _noted(digest: str, path: Path) -> dict[str, Any]:
+def _note_fields(digest: str, path: Path) -> dict[str, Any]:
     """What a note says of a file that has a digest now."""
-    _, size, modified = _state(path)
+    _, size, modified = _file_state(path)
     return {"digest": digest, "size": size, "modified": modified}
 
 
-def _state(path: Path) -> State:
+def _file_state(path: Path) -> State:
     """What changes with a file."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
@@ -493,17 +493,18 @@ def _require_space(folder: Path, needed: int, label: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
         raise ProviderError(
-            f"The disk is too full for {label}: {_mega(needed)} are needed, {_mega(free)} are free in {folder}.",
+            f"The disk is too full for {label}: {_megabytes(needed)} are needed,"
+            f" {_megabytes(free)} are free in {folder}.",
             hint="Make room, or name another folder in the setting `models_path`.",
             details={"needed": needed, "free": free},
         )
 
 
-def _mega(size: int) -> str:
+def _megabytes(size: int) -> str:
     return f"{size / 1e6:.0f} MB"
 
 
-def _disk_error(error: OSError, folder: Path) -> ProviderError:
+def _write_error(error: OSError, folder: Path) -> ProviderError:
     return ProviderError(
         f"The folder of models {folder} cannot be written: {error.strerror or error}.",
         hint="Make room, check its permissions, or name another folder in the setting `models_path`.",

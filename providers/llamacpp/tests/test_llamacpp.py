@@ -486,7 +486,7 @@ class TestPromptProgress:
     ) -> None:
         seen: list[int] = []
         call = Call(emit=lambda kind, prompt: seen.append(prompt.processed))
-        leased = _engine._Leased(cast("Any", Said(*pieces)), cast("Any", SimpleNamespace(use=None)), call)
+        leased = _engine._LeasedResponse(cast("Any", Said(*pieces)), cast("Any", SimpleNamespace(use=None)), call)
         found = []
         while piece := drive(leased.read()):
             found.append(piece)

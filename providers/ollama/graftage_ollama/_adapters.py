@@ -56,21 +56,21 @@ MARK: Final = "graftage.adapter.digest"
 KEY_LENGTH: Final = 12
 PART_LENGTH: Final = 80
 """Characters of one part of a model's name (Ollama's `types/model/name.go`)."""
-ROOM: Final = 2
+SPACE_FACTOR: Final = 2
 """A merged model is at most this much larger than its base: touched 4-bit tensors become 8-bit ones."""
-BLOCK: Final = 1 << 20
+READ_SIZE: Final = 1 << 20
 MISFIT: Final = re.compile(
     r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
 )
 """What a server says of an adapter that it cannot apply (recorded from 0.24), and its newer engine of any."""
-GAVE_UP: Final = re.compile(r"terminated: exit status")
+EXITED: Final = re.compile(r"terminated: exit status")
 """All that 0.9 and 0.32 say of it (recorded). Other faults may end a runner so, too: it is proof only of a model
 that never worked: one that this call has made."""
-PASSING: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, ModelLoadFailed, ProtocolError)
+TRY_NEXT: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, ModelLoadFailed, ProtocolError)
 """What `create` answers where another strategy may do better; a lost connection is not among it."""
 
 
-class _Passed(Exception):
+class _StrategyUnavailable(Exception):
     """A strategy cannot be used; its text says why."""
 
 
@@ -99,7 +99,7 @@ class Adapters:
         Raises:
             ModelNotFound: the base model is not there.
             AdapterIncompatible: the server cannot run the base with it.
-            AdapterUnsupported: no strategy works; each one's reason is told.
+            AdapterUnsupported: no strategy works; `reasons` has one reason for each.
         """
         # First of all: `create` would pull a base that is missing from a registry.
         base = await self._show(request.call, request.model)
@@ -107,7 +107,7 @@ class Adapters:
         for strategy, attempt in (("served", self._served), ("native", self._native), ("merged", self._merged)):
             try:
                 return await attempt(request, base)
-            except _Passed as why:
+            except _StrategyUnavailable as why:
                 reasons.append(f"{strategy}: {why}")
         raise AdapterUnsupported(
             f"This server cannot use the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
@@ -123,9 +123,9 @@ class Adapters:
     async def _unload(self, call: Call, model: str) -> None:
         body = {"model": model, "keep_alive": 0, "stream": False}
         with contextlib.suppress(ModelNotFound):
-            await self._ask(call, "POST", "/api/generate", body)
+            await self._request(call, "POST", "/api/generate", body)
 
-    async def _ask(
+    async def _request(
         self,
         call: Call,
         method: str,
@@ -145,13 +145,13 @@ class Adapters:
         """A model of the server that carries it already."""
         adapter = request.adapter
         if adapter.served_as is None:
-            raise _Passed("no model that contains it was named")
+            raise _StrategyUnavailable("no model that contains it was named")
         try:
             model = await self._show(request.call, adapter.served_as)
         except ModelNotFound:
-            raise _Passed(f"`{adapter.served_as}` no longer exists") from None
+            raise _StrategyUnavailable(f"`{adapter.served_as}` no longer exists") from None
         if adapter.digest not in (model.metadata.get(MARK), *model.adapters):
-            raise _Passed(f"`{adapter.served_as}` does not contain it")
+            raise _StrategyUnavailable(f"`{adapter.served_as}` does not contain it")
         if model.adapters and _weights(model) != _weights(base) and not request.force:
             reason = f"`{adapter.served_as}` was made from another model than `{request.model}`"
             raise AdapterIncompatible(
@@ -166,8 +166,8 @@ class Adapters:
         """A model made from the base and the adapter's GGUF file."""
         weights = _weights(base)
         if not weights:
-            raise _Passed("the server does not report the weights of the base")
-        file, digest = await self._converted(request, base)
+            raise _StrategyUnavailable("the server does not report the weights of the base")
+        file, digest = await self._convert_adapter(request, base)
 
         def proves(model: ModelInfo) -> bool:
             return _weights(model) == weights and sorted(model.adapters) == sorted((*base.adapters, digest))
@@ -175,13 +175,13 @@ class Adapters:
         name = _name(request.model, request.adapter.name, "native", digest, weights)
         body = {"model": name, "from": request.model, "adapters": {"adapter.gguf": digest}, "stream": False}
         derived = _Derived(name=name, strategy="native", proves=proves, body=body)
-        is_new = not await self._is_there(request, derived)
+        is_new = not await self._exists(request, derived)
         if is_new:
-            memory = await self._memory(request.call)
-            if memory.reason:
-                raise _Passed(memory.reason)
-            await self._send(request, base, file, digest)
-            await self._create(request, derived, memory)
+            record = await self._record(request.call)
+            if record.reason:
+                raise _StrategyUnavailable(record.reason)
+            await self._upload_adapter(request, base, file, digest)
+            await self._create(request, derived, record)
         await self._probe(request, derived, is_new=is_new)
         return _loaded(request.adapter, name, "native")
 
@@ -195,17 +195,17 @@ class Adapters:
 
         name = _name(request.model, adapter.name, "merged", adapter.digest, _weights(base))
         derived = _Derived(name=name, strategy="merged", proves=proves, body={})
-        is_new = not await self._is_there(request, derived)
+        is_new = not await self._exists(request, derived)
         if is_new:
             base_file, size = self._allowed_base_file(base)
-            folder = _scratch(ROOM * size)
+            folder = _temporary_folder(SPACE_FACTOR * size)
             try:
                 file = await self._from_resolver(request.call, lambda: _merge(adapter, base_file, folder, request.call))
                 digest = await request.call.run(_sha256, file)
                 await self._upload(request.call, digest, file)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            body = {"model": name, "files": {"model.gguf": digest}, "stream": False, **_settings(base)}
+            body = {"model": name, "files": {"model.gguf": digest}, "stream": False, **_model_settings(base)}
             await self._create(request, replace(derived, body=body))
         await self._probe(request, derived, is_new=is_new)
         return _loaded(adapter, name, "merged")
@@ -213,21 +213,25 @@ class Adapters:
     def _allowed_base_file(self, base: ModelInfo) -> tuple[Path, int]:
         """The file to merge into, and its size."""
         if not self._merge:
-            raise _Passed("merging is not allowed (`merge_adapters`)")
+            raise _StrategyUnavailable("merging is not allowed (`merge_adapters`)")
         if len(_weights(base)) > 1:
-            raise _Passed("a base of several files cannot be merged")
+            raise _StrategyUnavailable("a base of several files cannot be merged")
         file = self._base_file or base.path
         if file is None:
-            raise _Passed("the base model's file cannot be read from here (`adapter_base_file` can name it)")
+            raise _StrategyUnavailable(
+                "the base model's file cannot be read from here (`adapter_base_file` can name it)"
+            )
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise _Passed(f"the base model's file cannot be read: {error.strerror}") from None
+            raise _StrategyUnavailable(f"the base model's file cannot be read: {error.strerror}") from None
         if self._merge is not True and size > self._merge:
-            raise _Passed(f"the base has {size} bytes, more than `merge_adapters` allows ({self._merge:d})")
+            raise _StrategyUnavailable(
+                f"the base has {size} bytes, more than `merge_adapters` allows ({self._merge:d})"
+            )
         return file, size
 
-    async def _converted(self, request: LoadAdapterRequest, base: ModelInfo) -> tuple[Path, str]:
+    async def _convert_adapter(self, request: LoadAdapterRequest, base: ModelInfo) -> tuple[Path, str]:
         """The adapter's GGUF file and its digest. The file lies in a cache, which may be emptied at any time."""
 
         def make() -> tuple[Path, str]:
@@ -235,11 +239,11 @@ class Adapters:
                 file = request.adapter.gguf(base)
                 with contextlib.suppress(FileNotFoundError):
                     return file, _sha256(file)
-            raise _gone(request, file)
+            raise _file_vanished(request, file)
 
         return await self._from_resolver(request.call, make)
 
-    async def _send(self, request: LoadAdapterRequest, base: ModelInfo, file: Path, digest: str) -> None:
+    async def _upload_adapter(self, request: LoadAdapterRequest, base: ModelInfo, file: Path, digest: str) -> None:
         """Bring the adapter's file into the server, made once more where it has gone meanwhile."""
         for _ in range(2):
             try:
@@ -247,15 +251,15 @@ class Adapters:
             except ProtocolError:
                 if await request.call.run(file.exists):
                     raise
-            file, digest = await self._converted(request, base)
-        raise _gone(request, file)
+            file, digest = await self._convert_adapter(request, base)
+        raise _file_vanished(request, file)
 
     async def _from_resolver(self, call: Call, make: Callable[[], T]) -> T:
         """What the resolver makes; what it cannot do is left to the next strategy."""
         try:
             return await call.run(make)
         except AdapterUnsupported as error:
-            raise _Passed(error.message.rstrip(".")) from error
+            raise _StrategyUnavailable(error.message.rstrip(".")) from error
         except GraftageError:
             raise
         except Exception as error:
@@ -266,13 +270,13 @@ class Adapters:
 
     # --- Making and proving ------------------------------------------------------------------------------------------
 
-    async def _is_there(self, request: LoadAdapterRequest, derived: _Derived) -> bool:
+    async def _exists(self, request: LoadAdapterRequest, derived: _Derived) -> bool:
         """Whether the derived model is there already.
 
         Raises:
             AdapterError: a model of that name is there and is another one. It is not overwritten.
         """
-        model = await self._show_if_there(request.call, derived.name)
+        model = await self._show_or_none(request.call, derived.name)
         if model is None:
             return False
         if not derived.proves(model):
@@ -283,28 +287,30 @@ class Adapters:
             )
         return True
 
-    async def _create(self, request: LoadAdapterRequest, derived: _Derived, memory: _Memory | None = None) -> None:
+    async def _create(
+        self, request: LoadAdapterRequest, derived: _Derived, record: _ServerRecord | None = None
+    ) -> None:
         """Make a model and read it back; what is not right is deleted again.
 
         Raises:
-            _Passed: the server refused, or made something else. Where that is its way, `memory` keeps it.
+            _StrategyUnavailable: the server refused, or made something else. Where that is its way, `record` keeps it.
         """
         try:
-            await self._ask(request.call, "POST", "/api/create", derived.body)
-        except PASSING as error:
+            await self._request(request.call, "POST", "/api/create", derived.body)
+        except TRY_NEXT as error:
             why = f"the server refused to make the model ({_cause(error)})"
-            if memory is not None and "adapter" in str(error.details.get("server_message", error)).lower():
-                memory.reason = why  # Other refusals may be of this one request.
-            raise _Passed(why) from error
-        model = await self._show_if_there(request.call, derived.name)
+            if record is not None and "adapter" in str(error.details.get("server_message", error)).lower():
+                record.reason = why  # Other refusals may be of this one request.
+            raise _StrategyUnavailable(why) from error
+        model = await self._show_or_none(request.call, derived.name)
         if model is not None and derived.proves(model):
             return
         why = "the server said it made the model, but the adapter is not in it"
         if model is not None:
             await self._delete(request.call, derived.name)
-        if memory is not None:
-            memory.reason = why
-        raise _Passed(why)
+        if record is not None:
+            record.reason = why
+        raise _StrategyUnavailable(why)
 
     async def _probe(self, request: LoadAdapterRequest, derived: _Derived, *, is_new: bool) -> None:
         """Ask for one token: an adapter that does not fit is accepted by `create`, and then ends the runner.
@@ -314,7 +320,7 @@ class Adapters:
         Raises:
             AdapterIncompatible: the server's words prove that it does not fit.
             ProviderError: something else went wrong. It says nothing of the adapter, and the model stays.
-            _Passed: the server's engine takes no adapters.
+            _StrategyUnavailable: the server's engine takes no adapters.
         """
         options: dict[str, Any] = {"num_predict": 1}
         if request.context_window is not None:
@@ -323,7 +329,7 @@ class Adapters:
         if request.keep_alive is not None:
             body["keep_alive"] = _convert.keep_alive(request.keep_alive)
         try:
-            await self._ask(request.call, "POST", "/api/generate", body)
+            await self._request(request.call, "POST", "/api/generate", body)
         except ModelLoadFailed as error:
             words = str(error.details.get("server_message", ""))
             if not _is_misfit(error, words, is_new=is_new):
@@ -331,8 +337,10 @@ class Adapters:
             if is_new:
                 await self._delete(request.call, derived.name)
             if "not yet implemented" in words:
-                raise _Passed("the server's engine for this architecture does not support adapters") from error
-            raise _does_not_run(request, derived, error, is_new=is_new) from error
+                raise _StrategyUnavailable(
+                    "the server's engine for this architecture does not support adapters"
+                ) from error
+            raise _incompatible(request, derived, error, is_new=is_new) from error
 
     async def _upload(self, call: Call, digest: str, file: Path) -> None:
         """Bring a file into the server. It is asked first: that saves the transfer, and a reset in the middle of it."""
@@ -348,23 +356,23 @@ class Adapters:
 
     async def _has_blob(self, call: Call, path: str) -> bool:
         try:
-            await self._ask(call, "HEAD", path)
+            await self._request(call, "HEAD", path)
         except ProviderError as error:
             if error.status == 404:  # The only way to say no
                 return False
             raise
         return True
 
-    async def _memory(self, call: Call) -> _Memory:
-        answer = await self._ask(call, "GET", "/api/version")
-        return _memory_of(self._address, str(answer.get("version")))
+    async def _record(self, call: Call) -> _ServerRecord:
+        answer = await self._request(call, "GET", "/api/version")
+        return _server_record(self._address, str(answer.get("version")))
 
     async def _show(self, call: Call, model: str) -> ModelInfo:
         read = partial(_convert.model_info, model)
-        shown: ModelInfo = await self._ask(call, "POST", "/api/show", {"model": model}, read=read)
+        shown: ModelInfo = await self._request(call, "POST", "/api/show", {"model": model}, read=read)
         return shown
 
-    async def _show_if_there(self, call: Call, model: str) -> ModelInfo | None:
+    async def _show_or_none(self, call: Call, model: str) -> ModelInfo | None:
         try:
             return await self._show(call, model)
         except ModelNotFound:
@@ -372,19 +380,19 @@ class Adapters:
 
     async def _delete(self, call: Call, model: str) -> None:
         with contextlib.suppress(ModelNotFound):  # Somebody else was quicker.
-            await self._ask(call, "DELETE", "/api/delete", {"model": model})
+            await self._request(call, "DELETE", "/api/delete", {"model": model})
 
     # --- Pruning -----------------------------------------------------------------------------------------------------
 
     async def prune(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
         """Delete the derived models, or only list them: those that are in our namespace and provably of our making."""
         read = _convert.listed_models
-        models = await self._ask(request.call, "GET", "/api/tags", read=read)
+        models = await self._request(request.call, "GET", "/api/tags", read=read)
         gone: list[ModelInfo] = []
         for model in models:
-            if not _chosen(model, request):
+            if not _is_selected(model, request):
                 continue
-            found = await self._show_if_there(request.call, model.name)
+            found = await self._show_or_none(request.call, model.name)
             if found is None or not await self._is_ours(request.call, found, models):
                 continue
             if not request.dry_run:
@@ -399,7 +407,7 @@ class Adapters:
         promised = canonical_name(model.name).partition("/")[2].partition(":")[0]
         for each in models:
             if promised in {_slug(name, PART_LENGTH) for name in (each.name, each.name.removesuffix(":latest"))}:
-                base = await self._show_if_there(call, each.name)
+                base = await self._show_or_none(call, each.name)
                 if base is not None and _made_from(base, model):
                     return True
         return False
@@ -409,19 +417,19 @@ class Adapters:
 
 
 @dataclass(slots=True)
-class _Memory:
+class _ServerRecord:
     """Of one server in one version: why it takes no adapters, where it does not."""
 
     reason: str = ""
 
 
-_memories: dict[tuple[str, str], _Memory] = {}
-_memories_lock = threading.Lock()
+_server_records: dict[tuple[str, str], _ServerRecord] = {}
+_server_records_lock = threading.Lock()
 
 
-def _memory_of(address: str, version: str) -> _Memory:
-    with _memories_lock:
-        return _memories.setdefault((address, version), _Memory())
+def _server_record(address: str, version: str) -> _ServerRecord:
+    with _server_records_lock:
+        return _server_records.setdefault((address, version), _ServerRecord())
 
 
 # --- Names and proofs ------------------------------------------------------------------------------------------------
@@ -445,21 +453,21 @@ def _slug(text: str, length: int) -> str:
 
 
 def _weights(model: ModelInfo) -> tuple[str, ...]:
-    """The digests of the weights, and of what else is loaded beside them."""
-    return _convert.digests(str(model.raw.get("modelfile") or ""), "FROM")
+    """The blob_digests of the weights, and of what else is loaded beside them."""
+    return _convert.blob_digests(str(model.raw.get("modelfile") or ""), "FROM")
 
 
 def _made_from(base: ModelInfo, model: ModelInfo) -> bool:
     """Whether a model is the base with one adapter, by the key in its name, and is otherwise the base unchanged."""
     key, weights = model.name.rpartition("-")[2], _weights(base)
-    if _settings(model) != _settings(base):
+    if _model_settings(model) != _model_settings(base):
         return False  # Somebody has made it his own.
     if isinstance(mark := model.metadata.get(MARK), str):
         return key == _key("merged", mark, weights)
     return _weights(model) == weights and any(key == _key("native", digest, weights) for digest in model.adapters)
 
 
-def _settings(model: ModelInfo) -> dict[str, Any]:
+def _model_settings(model: ModelInfo) -> dict[str, Any]:
     """What a model says beside its weights, in the words of `create`; one made from a file inherits none of it."""
     raw = model.raw
     fields = {
@@ -474,7 +482,7 @@ def _settings(model: ModelInfo) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value}
 
 
-def _chosen(model: ModelInfo, request: PruneAdaptersRequest) -> bool:
+def _is_selected(model: ModelInfo, request: PruneAdaptersRequest) -> bool:
     name = canonical_name(model.name)
     if not name.startswith(f"{NAMESPACE}/") or name in {canonical_name(each) for each in request.keep}:
         return False
@@ -498,10 +506,10 @@ def _is_misfit(error: ModelLoadFailed, words: str, *, is_new: bool) -> bool:
     """Whether a failure to load proves that the adapter does not fit, and not only that the server is in need."""
     if error.reason in ("memory", "timeout"):
         return False
-    return bool(MISFIT.search(words) or (is_new and GAVE_UP.search(words)))
+    return bool(MISFIT.search(words) or (is_new and EXITED.search(words)))
 
 
-def _does_not_run(
+def _incompatible(
     request: LoadAdapterRequest, derived: _Derived, error: ProviderError, *, is_new: bool
 ) -> AdapterIncompatible:
     reason = f"the server cannot run `{request.model}` with it ({_cause(error)})"
@@ -514,7 +522,7 @@ def _does_not_run(
     )
 
 
-def _gone(request: LoadAdapterRequest, file: Path) -> AdapterError:
+def _file_vanished(request: LoadAdapterRequest, file: Path) -> AdapterError:
     return AdapterError(
         f"The adapter's file `{file.name}` was deleted right after it was made.",
         reference=request.adapter.name,
@@ -532,27 +540,29 @@ def _cause(error: ProviderError) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.sha256()
-        while block := stream.read(BLOCK):
+        while block := stream.read(READ_SIZE):
             digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _scratch(room: int) -> Path:
+def _temporary_folder(room: int) -> Path:
     """A new folder for temporary files that has room."""
     try:
         where = tempfile.gettempdir()
         free = shutil.disk_usage(where).free
         if free < room:
-            raise _Passed(f"the disk has {free} bytes free, and merging may need {room}")
+            raise _StrategyUnavailable(f"the disk has {free} bytes free, and merging may need {room}")
         return Path(tempfile.mkdtemp(prefix="graftage-"))
     except OSError as error:
-        raise _Passed(f"the folder for temporary files (TMPDIR) cannot be used: {error.strerror or error}") from None
+        raise _StrategyUnavailable(
+            f"the folder for temporary files (TMPDIR) cannot be used: {error.strerror or error}"
+        ) from None
 
 
 def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
     """Merge into a file of that folder; a folder that has gone, or the deadline, ends it."""
 
-    def told(written: int, total: int) -> None:
+    def report(written: int, total: int) -> None:
         if time.monotonic() > call.deadline:
             raise ProviderTimeout(
                 f"The adapter was not merged within {call.timeouts.total:g} s.",
@@ -563,4 +573,4 @@ def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
             raise AdapterError("The merge was cancelled.", hint="Try again.")
         call.emit("progress", progress=PullProgress(status="merging", total=total, completed=written))
 
-    return adapter.merge(base_file, folder / "merged.gguf", told)
+    return adapter.merge(base_file, folder / "merged.gguf", report)

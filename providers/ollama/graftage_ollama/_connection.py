@@ -71,7 +71,7 @@ class OllamaConnection:
     @hookimpl
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         body = _convert.chat_body(request)
-        read, words = _convert.chat_chunk, _convert.chat_words
+        read, words = _convert.chat_chunk, _convert.chat_text
         async for chunk in self._http.lines("POST", "/api/chat", body, call=request.call, read=read, words=words):
             yield chunk
 
@@ -90,10 +90,10 @@ class OllamaConnection:
     @hookimpl
     async def count_tokens(self, request: ChatRequest) -> int:
         # No endpoint counts alone, and of `num_predict: 0` servers make as many tokens as there come.
-        body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.UNCUT}))
+        body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.NO_TRUNCATION}))
         body["stream"] = False
         last = await self._http.json("POST", "/api/chat", body, call=request.call, read=_convert.chat_chunk)
-        return _convert.counted(last)
+        return _convert.prompt_tokens(last)
 
     # --- Models ------------------------------------------------------------------------------------------------------
 
@@ -124,13 +124,13 @@ class OllamaConnection:
 
     @hookimpl
     async def load_model(self, request: LoadModelRequest) -> None:
-        await self._generated(
-            _convert.residency(request.model, request.keep_alive, request.context_window), request.call
+        await self._post_generate(
+            _convert.load_body(request.model, request.keep_alive, request.context_window), request.call
         )
 
     @hookimpl
     async def unload_model(self, request: ModelRequest) -> None:
-        await self._generated(_convert.residency(request.model, 0.0, None), request.call)
+        await self._post_generate(_convert.load_body(request.model, 0.0, None), request.call)
 
     @hookimpl
     async def delete_model(self, request: ModelRequest) -> None:
@@ -175,15 +175,15 @@ class OllamaConnection:
     async def health(self, request: HealthRequest) -> Health:
         found: dict[str, Any] = {"address": self.address}
         try:
-            await self._look(request, found)
+            await self._check_levels(request, found)
         except ProviderError as error:
             return request.result(found, error)
         return request.result(found)
 
-    async def _look(self, request: HealthRequest, found: dict[str, Any]) -> None:
+    async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
         """Go up the levels."""
         call, model = request.call, request.model or ""
-        found.update(reachable=True, api=True, version=await self._get("/api/version", call, _version))
+        found.update(reachable=True, api=True, version=await self._get("/api/version", call, _read_version))
         if request.wants("model_present"):
             # Asked without `verbose`: the vocabulary is not needed to know that it is there.
             await self._http.json("POST", "/api/show", {"model": model}, call=call)
@@ -193,8 +193,8 @@ class OllamaConnection:
             names = {canonical_name(each.name) for each in loaded}
             found["model_loaded"] = canonical_name(model) in names
         if request.wants("answers"):
-            body = _convert.residency(model, request.keep_alive, request.context_window)
-            await self._generated(
+            body = _convert.load_body(model, request.keep_alive, request.context_window)
+            await self._post_generate(
                 {**body, "prompt": "Hi", "options": {**body.get("options", {}), "num_predict": 1}}, call
             )
             # It may not have been in memory before, but it is now.
@@ -205,7 +205,7 @@ class OllamaConnection:
     async def _get(self, path: str, call: Call, read: Callable[[Mapping[str, Any]], T]) -> T:
         return await self._http.json("GET", path, call=call, read=read)
 
-    async def _generated(self, body: Mapping[str, Any], call: Call) -> None:
+    async def _post_generate(self, body: Mapping[str, Any], call: Call) -> None:
         await self._http.json("POST", "/api/generate", body, call=call)
 
 
@@ -215,7 +215,7 @@ def _refusal(it: Answer) -> ProviderError | None:
     return refusal(it)
 
 
-def _version(answer: Mapping[str, Any]) -> str:
+def _read_version(answer: Mapping[str, Any]) -> str:
     version = answer.get("version")
     if not isinstance(version, str):
         raise ProtocolError(

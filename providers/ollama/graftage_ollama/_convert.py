@@ -47,31 +47,31 @@ from graftage.types import (
 )
 
 __all__ = [
+    "NO_TRUNCATION",
     "OPTIONS",
-    "UNCUT",
+    "blob_digests",
     "chat_body",
     "chat_chunk",
-    "chat_words",
-    "counted",
-    "digests",
+    "chat_text",
     "embed_body",
     "embeddings",
     "generate_body",
     "generate_chunk",
     "keep_alive",
     "listed_models",
+    "load_body",
     "loaded_models",
     "model_info",
     "parameters",
     "progress",
-    "residency",
+    "prompt_tokens",
     "server_options",
 ]
 
 REQUEST_OPTIONS: Final = frozenset({"logprobs", "shift", "top_logprobs", "truncate"})
 """Options of ours that stand beside `options` in Ollama's request. Before 0.12.6 a server takes no notice of `shift`
 and `truncate`."""
-UNCUT: Final = {"shift": False, "truncate": False}
+NO_TRUNCATION: Final = {"shift": False, "truncate": False}
 """So a prompt that does not fit is refused, and not cut."""
 OPTIONS: Final = REQUEST_OPTIONS | {
     "frequency_penalty",
@@ -106,7 +106,7 @@ FEATURES: Final = {
     "insert": ("suffix",),
     "embedding": ("embed",),
 }
-HEAD_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
+HEADER_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
 """Ollama writes "for ever" as some date in that century."""
 
@@ -213,28 +213,28 @@ def _image(image: Image) -> str:
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
-class _Said(msgspec.Struct):
+class _TextMessage(msgspec.Struct):
     content: str
     thinking: str = ""
     tool_calls: None = None
 
 
-class _ChatLine(msgspec.Struct):
+class _TextLine(msgspec.Struct):
     """A line of a chat that holds nothing but words: what is declared None must not be there."""
 
-    message: _Said
+    message: _TextMessage
     done: bool
     logprobs: None = None
     error: None = None
 
 
-_chat_line = msgspec.json.Decoder(_ChatLine).decode
+_text_line = msgspec.json.Decoder(_TextLine).decode
 
 
-def chat_words(line: bytes) -> tuple[str, str] | None:
+def chat_text(line: bytes) -> tuple[str, str] | None:
     """The text and the thinking of a line that holds nothing else."""
     try:
-        found = _chat_line(line)
+        found = _text_line(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return None if found.done else (found.message.content, found.message.thinking)
@@ -242,17 +242,17 @@ def chat_words(line: bytes) -> tuple[str, str] | None:
 
 def chat_chunk(part: Mapping[str, Any]) -> Chunk:
     """A line of a chat."""
-    message = _of(part, "message") or {}
+    message = _content(part, "message") or {}
     text, thinking = read_text(message.get("content")), read_text(message.get("thinking"))
     return _chunk(part, text, thinking, read_tool_calls(message.get("tool_calls")))
 
 
 def generate_chunk(part: Mapping[str, Any]) -> Chunk:
     """A line of a generate."""
-    return _chunk(part, read_text(_of(part, "response")), read_text(part.get("thinking")))
+    return _chunk(part, read_text(_content(part, "response")), read_text(part.get("thinking")))
 
 
-def _of(part: Mapping[str, Any], name: str) -> Any:
+def _content(part: Mapping[str, Any], name: str) -> Any:
     """What makes a line one of an answer; some lack it, but no line of another service says whether it is done."""
     return part.get(name) if "done" in part else part[name]
 
@@ -282,11 +282,11 @@ def _chunk(part: Mapping[str, Any], text: str, thinking: str, calls: tuple[ToolC
 _seconds = partial(read_seconds, per_second=1e9)
 
 
-def counted(last: Chunk) -> int:
+def prompt_tokens(last: Chunk) -> int:
     """The tokens of the prompt, from the answer to it.
 
     Raises:
-        CapabilityUnsupported: the server has not counted.
+        CapabilityUnsupported: the server has not prompt_tokens.
     """
     count = read_count(last.usage.input_tokens) if last.usage else None
     if count is None:
@@ -369,7 +369,7 @@ def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
     modelfile = read_word(answer.get("modelfile")) or ""
     return ModelInfo(
         name=canonical_name(name),
-        size=_weights(answer.get("tensors")),
+        size=_weights_size(answer.get("tensors")),
         modified_at=read_moment(answer.get("modified_at")),
         family=read_word(details.get("family")),
         architecture=architecture,
@@ -378,11 +378,11 @@ def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
         context_window=read_count(metadata.get(f"{architecture}.context_length")),
         features=_features(answer.get("capabilities")),
         parent=read_word(details.get("parent_model")),
-        adapters=digests(modelfile, "ADAPTER"),
+        adapters=blob_digests(modelfile, "ADAPTER"),
         template=read_word(answer.get("template")),
         system=read_word(answer.get("system")),
         licence=read_word(answer.get("license")),
-        path=_file(modelfile),
+        path=_weights_file(modelfile),
         metadata=metadata,
         tensors=_tensors(answer.get("tensors")),
         raw={key: value for key, value in answer.items() if key not in ("model_info", "tensors")},
@@ -396,7 +396,7 @@ def _features(capabilities: Any) -> frozenset[str] | None:
     return frozenset(feature for each in words for feature in FEATURES.get(each, (each,)))
 
 
-def _weights(found: Any) -> int | None:
+def _weights_size(found: Any) -> int | None:
     """Bytes of the tensors, which are nearly all of a file; None where the type or the shape of one is not known."""
     if not isinstance(found, list) or not found:
         return None
@@ -413,22 +413,24 @@ def _shape(tensor: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(int(each) for each in tensor["shape"])
 
 
-def _lines(modelfile: str, word: str) -> Iterator[str]:
+def _modelfile_values(modelfile: str, word: str) -> Iterator[str]:
     """What stands after a word in the head of a Modelfile.
 
     The head ends at the template: from there on a model's author may have put anything at the beginning of a line.
     """
     for line in modelfile.splitlines():
         first, _, rest = line.partition(" ")
-        if first in HEAD_ENDS:
+        if first in HEADER_ENDS:
             return
         if first == word and rest.strip():
             yield rest.strip()
 
 
-def digests(modelfile: str, word: str) -> tuple[str, ...]:
-    """The digests of the blobs that a Modelfile names after a word: `FROM` or `ADAPTER`."""
-    return tuple(f"sha256:{path.rpartition('sha256-')[2]}" for path in _lines(modelfile, word) if "sha256-" in path)
+def blob_digests(modelfile: str, word: str) -> tuple[str, ...]:
+    """The blob_digests of the blobs that a Modelfile names after a word: `FROM` or `ADAPTER`."""
+    return tuple(
+        f"sha256:{path.rpartition('sha256-')[2]}" for path in _modelfile_values(modelfile, word) if "sha256-" in path
+    )
 
 
 def parameters(text: str) -> dict[str, Any]:
@@ -448,9 +450,9 @@ def _value(text: str) -> Any:
         return text.strip('"')
 
 
-def _file(modelfile: str) -> Path | None:
+def _weights_file(modelfile: str) -> Path | None:
     """The file of the weights: only where the server is this machine, and this user may read it."""
-    for line in _lines(modelfile, "FROM"):
+    for line in _modelfile_values(modelfile, "FROM"):
         path = Path(line)
         if not path.is_absolute():
             continue
@@ -462,7 +464,7 @@ def _file(modelfile: str) -> Path | None:
     return None
 
 
-def residency(model: str, keep_alive_: float | None, context_window: int | None) -> dict[str, Any]:
+def load_body(model: str, keep_alive_: float | None, context_window: int | None) -> dict[str, Any]:
     """An empty prompt loads a model, or with a `keep_alive` of 0 unloads it."""
     body: dict[str, Any] = {"model": model, "stream": False}
     if keep_alive_ is not None:

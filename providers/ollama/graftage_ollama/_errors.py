@@ -60,7 +60,7 @@ INCOMPATIBLE = (
     "unable to load model",
     "invalid file magic",
 )
-ENDED_ITSELF = re.compile(r"terminated: (?:panic|exit status)|^unexpected EOF$")
+CRASHED_ON_LOAD = re.compile(r"terminated: (?:panic|exit status)|^unexpected EOF$")
 """A runner that gave up while it loaded, or a file that was cut; a runner that was killed says "signal: killed"."""
 UNSUPPORTED = ("does not support", "not support multimodal", "this model is missing data required for image input")
 REJECTED = (
@@ -307,6 +307,6 @@ def refusal(it: Answer) -> ProviderError | None:
     if error is None and re.search(r"model .*not found|not found, try pulling it", it.searched):
         name = it.call.model or "NAME"
         return ModelNotFound(f"The server does not have {it.model}.", hint=f"Pull it: `graftage models pull {name}`.")
-    if it.call.operation == "load_adapter" and error is not None and ENDED_ITSELF.search(it.words):
+    if it.call.operation == "load_adapter" and error is not None and CRASHED_ON_LOAD.search(it.words):
         error.retryable = False  # It would end again: that is how an adapter that does not fit shows itself.
     return error

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 __all__ = ["official_package"]
 
-READS: Final = ("OLLAMA_HOST", "OLLAMA_API_KEY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+VARIABLES: Final = ("OLLAMA_HOST", "OLLAMA_API_KEY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 def official_package() -> Any:
@@ -22,7 +22,7 @@ def official_package() -> Any:
     except ModuleNotFoundError:
         raise
     except Exception:  # noqa: BLE001 - whatever it stumbled over
-        names = [name for name in os.environ if name in READS or name.lower().endswith("_proxy")]
+        names = [name for name in os.environ if name in VARIABLES or name.lower().endswith("_proxy")]
         taken = {name: os.environ.pop(name) for name in names}
         try:
             return importlib.import_module("ollama")

@@ -55,7 +55,7 @@ _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,254}}$)({_LABEL}\.)*{_LABEL}\.?")
 """What look-ups take: an empty or an overlong label would break them with an error of their own."""
 _PATH = re.compile(r"[\x21-\x7e]*")
-_API = re.compile(
+_API_PATH = re.compile(
     r"/+(?:(?:api|v1)(?:/+(?:chat(?:/completions)?|completions|embed|embeddings|generate|models|ps|show|tags|version))?/*)?$"
 )
 """The end of a path that is the API's."""
@@ -99,13 +99,15 @@ def parse_host(text: str | None) -> str:
         _refuse(text, "has a path with spaces or other odd characters", "Write them as `%20` and so on.")
     scheme = scheme or "http"
     name = f"[{host}]" if ":" in host else host.lower()
-    place = name if port == PORTS[scheme] else f"{name}:{port}"
-    return f"{scheme}://{_user(found['user'], host, scheme)}{place}{urllib.parse.quote(_without_api(path), safe=SAFE)}"
+    authority = name if port == PORTS[scheme] else f"{name}:{port}"
+    return (
+        f"{scheme}://{_user(found['user'], host, scheme)}{authority}{urllib.parse.quote(_without_api(path), safe=SAFE)}"
+    )
 
 
 def _without_api(path: str) -> str:
     """A path without the API's own part, which is put after it: people give the addresses that other programs want."""
-    while (shorter := _API.sub("", path)) != path:
+    while (shorter := _API_PATH.sub("", path)) != path:
         path = shorter
     return path
 

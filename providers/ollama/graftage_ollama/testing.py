@@ -35,7 +35,7 @@ Piece: TypeAlias = "bytes | Mapping[str, Any] | threading.Event"
 _DATE: Final = "2026-01-01T00:00:00Z"
 _JSON: Final = "application/json; charset=utf-8"
 _NDJSON: Final = "application/x-ndjson"
-_JOIN: Final = 5.0
+_JOIN_TIMEOUT: Final = 5.0
 """Seconds a thread has to end after its socket was shut; none comes near."""
 
 
@@ -123,14 +123,14 @@ class FakeOllama:
         # `accept` wakes up for a connection on every system, and for a closed socket on some.
         with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname()[:2]):
             pass
-        self._acceptor.join(_JOIN)
+        self._acceptor.join(_JOIN_TIMEOUT)
         self._listener.close()
         with self._lock:
-            open_ones = list(self._connections.items())
-        for connection, thread in open_ones:
+            still_open = list(self._connections.items())
+        for connection, thread in still_open:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            thread.join(_JOIN)
+            thread.join(_JOIN_TIMEOUT)
 
     @property
     def url(self) -> str:
@@ -349,16 +349,16 @@ class FakeOllama:
             return _error(missing.format(asked.get("model")), 404)
         head = {"model": asked["model"], "created_at": _DATE}
         if not prompt:
-            return _object({**head, **part(""), "done_reason": self._place(model, asked), "done": True})
-        self._place(model, asked)
+            return _object({**head, **part(""), "done_reason": self._load_or_unload(model, asked), "done": True})
+        self._load_or_unload(model, asked)
         words, reason = _cut(re.findall(r"\S+\s*", self.reply), asked)
-        last = {"done_reason": reason, "done": True, **facts, **_figures(len(words))}
+        last = {"done_reason": reason, "done": True, **facts, **_timings(len(words))}
         if asked.get("stream") is False:
             return _object({**head, **part("".join(words)), **last})
         lines = [{**head, **part(word), "done": False} for word in words]
         return Answer([*lines, {**head, **part(""), **last}])
 
-    def _place(self, model: str, asked: Mapping[str, Any]) -> str:
+    def _load_or_unload(self, model: str, asked: Mapping[str, Any]) -> str:
         """Bring a model into memory or out of it; the reason that Ollama gives then."""
         leaving = asked.get("keep_alive") in (0, "0", "0s")
         with self._lock:
@@ -370,7 +370,7 @@ class FakeOllama:
         model = canonical_name(str(asked.get("model", "")))
         if model not in self.models:
             return _error(f'model "{asked.get("model")}" not found, try pulling it first', 404)
-        self._place(model, asked)
+        self._load_or_unload(model, asked)
         given = asked.get("input", [])
         texts = [given] if isinstance(given, str) else given
         vectors = [[float(len(text)), 1.0, 0.0, 0.0] for text in texts]
@@ -572,7 +572,7 @@ def _facts(digest: str) -> dict[str, Any]:
     }
 
 
-def _figures(tokens: int) -> dict[str, int]:
+def _timings(tokens: int) -> dict[str, int]:
     return {
         "total_duration": 4_000_000,
         "load_duration": 1_000_000,
