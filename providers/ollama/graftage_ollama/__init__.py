@@ -17,13 +17,13 @@ __all__ = ["OllamaSettings", "answers", "connect", "settings_model"]
 
 @hookimpl
 def settings_model() -> type[Settings]:
-    """The settings of this provider."""
+    """Return the settings of this provider."""
     return OllamaSettings
 
 
 @hookimpl
 def answers(request: AnswersRequest) -> int | None:
-    """Before an engine of one's own, where the server is on this machine or was named for Graftage."""
+    """Rank before the embedded engine, if the server is on this machine or the user named one."""
     from graftage.http.address import is_loopback, socket_path
 
     url = parse_host(request.settings.host)
@@ -33,7 +33,7 @@ def answers(request: AnswersRequest) -> int | None:
 
 @hookimpl
 def connect(request: ConnectRequest) -> object:
-    """A connection; its modules are imported only now, and the `ollama` package not at all."""
+    """Connect. The modules of the connection are imported only here, the `ollama` package not at all."""
     from graftage_ollama._connection import OllamaConnection
 
     return OllamaConnection(request, cast("OllamaSettings", request.settings))

@@ -1,9 +1,9 @@
-"""How Ollama takes an adapter: as a model derived from the base, made once and proven by reading it back.
+"""Adapters on Ollama: models derived from the base, created once and verified by reading them back.
 
-Nothing here knows what an adapter is made of; the resolver's `Adapter` does.
+Nothing here knows the content of an adapter; the resolver's `Adapter` does.
 
-What a server says to `create` proves nothing: an unknown field is ignored with "success", and a server without adapters
-might leave a plain copy of the base. So each model is shown afterwards, and a wrong one is deleted.
+A success of `create` proves nothing: servers ignore unknown fields, and one without adapters may leave a plain copy of
+the base. So each model is shown afterwards, and a wrong one is deleted.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ __all__ = ["NAMESPACE", "Adapters"]
 
 T = TypeVar("T")
 NAMESPACE: Final = "graftage-lora"
-"""Where the derived models are: nothing outside it is ever deleted."""
+"""The prefix of derived models: nothing outside it is ever deleted."""
 MARK: Final = "graftage.adapter.digest"
-"""The key that a merge leaves in the model's metadata; servers show it."""
+"""The metadata key by which a merged model names its adapter; servers show it."""
 KEY_LENGTH: Final = 12
 PART_LENGTH: Final = 80
 """Characters of one part of a model's name (Ollama's `types/model/name.go`)."""
@@ -62,21 +62,21 @@ READ_SIZE: Final = 1 << 20
 MISFIT: Final = re.compile(
     r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
 )
-"""What a server says of an adapter that it cannot apply (recorded from 0.24), and its newer engine of any."""
+"""How a server reports an adapter that it cannot apply (recorded from 0.24); its newer engine reports any so."""
 EXITED: Final = re.compile(r"terminated: exit status")
-"""All that 0.9 and 0.32 say of it (recorded). Other faults may end a runner so, too: it is proof only of a model
-that never worked: one that this call has made."""
+"""All that 0.9 and 0.32 report of it (recorded). Other faults can end a runner like this, too, so it is proof only
+for a model that never worked: one that this call has created."""
 TRY_NEXT: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, ModelLoadFailed, ProtocolError)
-"""What `create` answers where another strategy may do better; a lost connection is not among it."""
+"""Errors of `create` after which the next strategy is tried; a lost connection is not one of them."""
 
 
 class _StrategyUnavailable(Exception):
-    """A strategy cannot be used; its text says why."""
+    """A strategy cannot be used; its text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derived:
-    """A model to be made: how it is asked for, and how it is known to be right."""
+    """A model to create: its request, and the check that it is right."""
 
     name: str
     strategy: str
@@ -85,7 +85,7 @@ class _Derived:
 
 
 class Adapters:
-    """Loads and prunes the adapters of one server."""
+    """The adapters of one server."""
 
     def __init__(self, http: Http, address: str, *, merge: bool | int = False, base_file: Path | None = None) -> None:
         self._http = http
@@ -97,11 +97,11 @@ class Adapters:
         """Make an adapter usable by the first strategy that works.
 
         Raises:
-            ModelNotFound: the base model is not there.
+            ModelNotFound: the base model does not exist.
             AdapterIncompatible: the server cannot run the base with it.
             AdapterUnsupported: no strategy works; `reasons` has one reason for each.
         """
-        # First of all: `create` would pull a base that is missing from a registry.
+        # Check this first: `create` would pull a missing base from a registry.
         base = await self._show(request.call, request.model)
         reasons: list[str] = []
         for strategy, attempt in (("served", self._served), ("native", self._native), ("merged", self._merged)):
@@ -117,7 +117,7 @@ class Adapters:
         )
 
     async def unload(self, request: UnloadAdapterRequest) -> None:
-        """Free the memory of an adapter's model; one that is gone holds none."""
+        """Free the memory of an adapter's model, if it still exists."""
         await self._unload(request.call, request.adapter.model)
 
     async def _unload(self, call: Call, model: str) -> None:
@@ -134,15 +134,15 @@ class Adapters:
         *,
         read: Callable[[Mapping[str, Any]], Any] = dict,
     ) -> Any:
-        """Ask for a JSON object and read it; an empty answer is an empty one."""
-        # What an error is about is the model that was asked for, and not the one of the call.
+        """Request a JSON object and read it; an empty response is an empty object."""
+        # An error is about the requested model, not the model of the call.
         about = replace(call, operation="load_adapter", model=(body or {}).get("model"))
         return await self._http.json(method, path, body, call=about, read=read, empty=True)
 
     # --- Strategies --------------------------------------------------------------------------------------------------
 
     async def _served(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
-        """A model of the server that carries it already."""
+        """Use a model of the server that contains the adapter already."""
         adapter = request.adapter
         if adapter.served_as is None:
             raise _StrategyUnavailable("no model that contains it was named")
@@ -163,7 +163,7 @@ class Adapters:
         return _loaded(adapter, adapter.served_as, "served")
 
     async def _native(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
-        """A model made from the base and the adapter's GGUF file."""
+        """Create a model from the base and the adapter's GGUF file."""
         weights = _weights(base)
         if not weights:
             raise _StrategyUnavailable("the server does not report the weights of the base")
@@ -186,7 +186,7 @@ class Adapters:
         return _loaded(request.adapter, name, "native")
 
     async def _merged(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
-        """A model made from a copy of the base file with the adapter computed into it: dear, so only where allowed."""
+        """Create a model from a copy of the base file with the adapter merged into it. Costly, so only if allowed."""
         adapter = request.adapter
 
         def proves(model: ModelInfo) -> bool:
@@ -211,7 +211,7 @@ class Adapters:
         return _loaded(adapter, name, "merged")
 
     def _allowed_base_file(self, base: ModelInfo) -> tuple[Path, int]:
-        """The file to merge into, and its size."""
+        """Return the file to merge into, and its size."""
         if not self._merge:
             raise _StrategyUnavailable("merging is not allowed (`merge_adapters`)")
         if len(_weights(base)) > 1:
@@ -232,7 +232,7 @@ class Adapters:
         return file, size
 
     async def _convert_adapter(self, request: LoadAdapterRequest, base: ModelInfo) -> tuple[Path, str]:
-        """The adapter's GGUF file and its digest. The file lies in a cache, which may be emptied at any time."""
+        """Return the adapter's GGUF file and its digest. The file is in a cache, which may be emptied at any time."""
 
         def make() -> tuple[Path, str]:
             for _ in range(2):
@@ -244,7 +244,7 @@ class Adapters:
         return await self._from_resolver(request.call, make)
 
     async def _upload_adapter(self, request: LoadAdapterRequest, base: ModelInfo, file: Path, digest: str) -> None:
-        """Bring the adapter's file into the server, made once more where it has gone meanwhile."""
+        """Upload the adapter's file, converted once more if it was deleted meanwhile."""
         for _ in range(2):
             try:
                 return await self._upload(request.call, digest, file)
@@ -255,7 +255,7 @@ class Adapters:
         raise _file_vanished(request, file)
 
     async def _from_resolver(self, call: Call, make: Callable[[], T]) -> T:
-        """What the resolver makes; what it cannot do is left to the next strategy."""
+        """Let the resolver make something; if it cannot, the next strategy is tried."""
         try:
             return await call.run(make)
         except AdapterUnsupported as error:
@@ -268,13 +268,13 @@ class Adapters:
                 hint="This is a bug in the plugin that resolved it.",
             ) from error
 
-    # --- Making and proving ------------------------------------------------------------------------------------------
+    # --- Create and verify -------------------------------------------------------------------------------------------
 
     async def _exists(self, request: LoadAdapterRequest, derived: _Derived) -> bool:
-        """Whether the derived model is there already.
+        """Whether the derived model exists already.
 
         Raises:
-            AdapterError: a model of that name is there and is another one. It is not overwritten.
+            AdapterError: another model has that name. It is not overwritten.
         """
         model = await self._show_or_none(request.call, derived.name)
         if model is None:
@@ -290,17 +290,17 @@ class Adapters:
     async def _create(
         self, request: LoadAdapterRequest, derived: _Derived, record: _ServerRecord | None = None
     ) -> None:
-        """Make a model and read it back; what is not right is deleted again.
+        """Create a model and read it back; a wrong one is deleted.
 
         Raises:
-            _StrategyUnavailable: the server refused, or made something else. Where that is its way, `record` keeps it.
+            _StrategyUnavailable: the server refused, or created something else. `record` notes it if it always would.
         """
         try:
             await self._request(request.call, "POST", "/api/create", derived.body)
         except TRY_NEXT as error:
             why = f"the server refused to make the model ({_cause(error)})"
             if record is not None and "adapter" in str(error.details.get("server_message", error)).lower():
-                record.reason = why  # Other refusals may be of this one request.
+                record.reason = why  # Other refusals may be about this request only.
             raise _StrategyUnavailable(why) from error
         model = await self._show_or_none(request.call, derived.name)
         if model is not None and derived.proves(model):
@@ -313,14 +313,14 @@ class Adapters:
         raise _StrategyUnavailable(why)
 
     async def _probe(self, request: LoadAdapterRequest, derived: _Derived, *, is_new: bool) -> None:
-        """Ask for one token: an adapter that does not fit is accepted by `create`, and then ends the runner.
+        """Generate one token: `create` accepts an adapter that does not fit, which then ends the runner.
 
-        A model that was there before this call has worked before: it is never deleted.
+        A model that existed before this call has worked before: it is never deleted.
 
         Raises:
-            AdapterIncompatible: the server's words prove that it does not fit.
-            ProviderError: something else went wrong. It says nothing of the adapter, and the model stays.
-            _StrategyUnavailable: the server's engine takes no adapters.
+            AdapterIncompatible: the server's message proves that the adapter does not fit.
+            ProviderError: something else failed. It proves nothing about the adapter, and the model stays.
+            _StrategyUnavailable: the server's engine does not support adapters.
         """
         options: dict[str, Any] = {"num_predict": 1}
         if request.context_window is not None:
@@ -343,14 +343,14 @@ class Adapters:
             raise _incompatible(request, derived, error, is_new=is_new) from error
 
     async def _upload(self, call: Call, digest: str, file: Path) -> None:
-        """Bring a file into the server. It is asked first: that saves the transfer, and a reset in the middle of it."""
+        """Upload a file, unless the server has it: that saves the transfer, and a reset in the middle of it."""
         path = f"/api/blobs/{digest}"
         if await self._has_blob(call, path):
             return
         try:
             await self._http.upload(path, file, call=call)
         except (ConnectionFailed, StreamInterrupted):
-            # The server answers without reading what it already has, so that another sender's success looks like this.
+            # The server does not read a file that it has: if another client was faster, the connection is reset.
             if not await self._has_blob(call, path):
                 raise
 
@@ -358,7 +358,7 @@ class Adapters:
         try:
             await self._request(call, "HEAD", path)
         except ProviderError as error:
-            if error.status == 404:  # The only way to say no
+            if error.status == 404:  # The server does not have it.
                 return False
             raise
         return True
@@ -379,13 +379,13 @@ class Adapters:
             return None
 
     async def _delete(self, call: Call, model: str) -> None:
-        with contextlib.suppress(ModelNotFound):  # Somebody else was quicker.
+        with contextlib.suppress(ModelNotFound):  # Another client was faster.
             await self._request(call, "DELETE", "/api/delete", {"model": model})
 
     # --- Pruning -----------------------------------------------------------------------------------------------------
 
     async def prune(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
-        """Delete the derived models, or only list them: those that are in our namespace and provably of our making."""
+        """Delete or list the derived models: those in our namespace that Graftage provably created."""
         read = _convert.listed_models
         models = await self._request(request.call, "GET", "/api/tags", read=read)
         gone: list[ModelInfo] = []
@@ -396,14 +396,14 @@ class Adapters:
             if found is None or not await self._is_ours(request.call, found, models):
                 continue
             if not request.dry_run:
-                # A model that is deleted stays in memory, where its name can no longer be used to put it out.
+                # Unload it first: a deleted model stays in memory and cannot be named any more.
                 await self._unload(request.call, model.name)
                 await self._delete(request.call, model.name)
             gone.append(replace(model, adapters=found.adapters or (str(found.metadata[MARK]),)))
         return tuple(gone)
 
     async def _is_ours(self, call: Call, model: ModelInfo, models: Sequence[ModelInfo]) -> bool:
-        """Whether a model is what its name promises and nothing more: a base that is still there must prove it."""
+        """Whether a model is exactly what its name promises, proven by a base that still exists."""
         promised = canonical_name(model.name).partition("/")[2].partition(":")[0]
         for each in models:
             if promised in {_slug(name, PART_LENGTH) for name in (each.name, each.name.removesuffix(":latest"))}:
@@ -413,12 +413,12 @@ class Adapters:
         return False
 
 
-# --- What is remembered of a server ----------------------------------------------------------------------------------
+# --- Known servers ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class _ServerRecord:
-    """Of one server in one version: why it takes no adapters, where it does not."""
+    """Why one server in one version supports no adapters, if known."""
 
     reason: str = ""
 
@@ -436,7 +436,7 @@ def _server_record(address: str, version: str) -> _ServerRecord:
 
 
 def _name(base: str, adapter: str, strategy: str, digest: str, weights: Sequence[str]) -> str:
-    """`graftage-lora/BASE:ADAPTER-KEY`: the same content has the same name, and other content another."""
+    """Return `graftage-lora/BASE:ADAPTER-KEY`, which is equal for equal content only."""
     base, adapter = _slug(base, PART_LENGTH), _slug(adapter, PART_LENGTH - KEY_LENGTH - 1)
     return f"{NAMESPACE}/{base}:{adapter}-{_key(strategy, digest, weights)}"
 
@@ -447,28 +447,28 @@ def _key(strategy: str, digest: str, weights: Sequence[str]) -> str:
 
 
 def _slug(text: str, length: int) -> str:
-    """What may stand in a part of a model's name."""
+    """Return a text as a valid part of a model's name."""
     slug = re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
     return slug[:length].rstrip("-") or "x"
 
 
 def _weights(model: ModelInfo) -> tuple[str, ...]:
-    """The blob_digests of the weights, and of what else is loaded beside them."""
+    """Return the digests of the weights, and of other files loaded with them."""
     return _convert.blob_digests(str(model.raw.get("modelfile") or ""), "FROM")
 
 
 def _made_from(base: ModelInfo, model: ModelInfo) -> bool:
-    """Whether a model is the base with one adapter, by the key in its name, and is otherwise the base unchanged."""
+    """Whether a model is the unchanged base with one adapter, by the key in its name."""
     key, weights = model.name.rpartition("-")[2], _weights(base)
     if _model_settings(model) != _model_settings(base):
-        return False  # Somebody has made it his own.
+        return False  # The user has changed it.
     if isinstance(mark := model.metadata.get(MARK), str):
         return key == _key("merged", mark, weights)
     return _weights(model) == weights and any(key == _key("native", digest, weights) for digest in model.adapters)
 
 
 def _model_settings(model: ModelInfo) -> dict[str, Any]:
-    """What a model says beside its weights, in the words of `create`; one made from a file inherits none of it."""
+    """Return all of a model but its weights, as fields of `create`. A model created from a file inherits none of it."""
     raw = model.raw
     fields = {
         "template": model.template,
@@ -503,7 +503,7 @@ def _loaded(adapter: Adapter, model: str, strategy: str) -> LoadedAdapter:
 
 
 def _is_misfit(error: ModelLoadFailed, words: str, *, is_new: bool) -> bool:
-    """Whether a failure to load proves that the adapter does not fit, and not only that the server is in need."""
+    """Whether a failure to load proves that the adapter does not fit, rather than a lack of resources."""
     if error.reason in ("memory", "timeout"):
         return False
     return bool(MISFIT.search(words) or (is_new and EXITED.search(words)))
@@ -546,7 +546,7 @@ def _sha256(file: Path) -> str:
 
 
 def _temporary_folder(room: int) -> Path:
-    """A new folder for temporary files that has room."""
+    """Make a folder for temporary files on a disk with enough space."""
     try:
         where = tempfile.gettempdir()
         free = shutil.disk_usage(where).free
@@ -560,7 +560,7 @@ def _temporary_folder(room: int) -> Path:
 
 
 def _merge(adapter: Adapter, base_file: Path, folder: Path, call: Call) -> Path:
-    """Merge into a file of that folder; a folder that has gone, or the deadline, ends it."""
+    """Merge into a file of that folder, until the deadline, or until the folder is deleted."""
 
     def report(written: int, total: int) -> None:
         if time.monotonic() > call.deadline:

@@ -1,4 +1,4 @@
-"""One connection to a server: every hook of the contract, on the toolkit."""
+"""One connection to a server: every hook of the contract, built on `graftage.http`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CAPABILITIES: Final = Capabilities(
 
 
 class OllamaConnection:
-    """The hooks, on a client that opens nothing until the first request."""
+    """The hooks of a connection. It opens nothing until the first request."""
 
     def __init__(self, request: ConnectRequest, settings: OllamaSettings) -> None:
         self._http = request.http(parse_host(settings.host), refusal=_refusal, server="Ollama")
@@ -89,7 +89,7 @@ class OllamaConnection:
 
     @hookimpl
     async def count_tokens(self, request: ChatRequest) -> int:
-        # No endpoint counts alone, and of `num_predict: 0` servers make as many tokens as there come.
+        # No endpoint only counts. `num_predict: 0` would mean no limit.
         body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.NO_TRUNCATION}))
         body["stream"] = False
         last = await self._http.json("POST", "/api/chat", body, call=request.call, read=_convert.chat_chunk)
@@ -114,7 +114,7 @@ class OllamaConnection:
 
     @hookimpl
     async def pull_model(self, request: ModelRequest) -> AsyncIterator[PullProgress]:
-        # A pull has no first token: each step has the idle limit.
+        # A pull has no first token: the idle limit holds for each step.
         timeouts = replace(request.call.timeouts, first_token=request.call.timeouts.idle)
         call = replace(request.call, timeouts=timeouts)
         body = {"model": request.model, "insecure": False, "stream": True}
@@ -134,7 +134,7 @@ class OllamaConnection:
 
     @hookimpl
     async def delete_model(self, request: ModelRequest) -> None:
-        once = replace(request.call, attempts=1)  # A second attempt would not find what the first has deleted.
+        once = replace(request.call, attempts=1)  # A second attempt would not find the deleted model.
         await self._http.json("DELETE", "/api/delete", {"model": request.model}, call=once, empty=True)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
@@ -154,14 +154,14 @@ class OllamaConnection:
     # --- The official client ------------------------------------------------------------------------------------------
 
     @hookimpl
-    def native(self, request: NativeRequest) -> object:  # noqa: ARG002 - the shape is the contract's
+    def native(self, request: NativeRequest) -> object:  # noqa: ARG002 - required by the hook
         from graftage_ollama._package import official_package
 
         package = official_package()
         kind = package.Client if self._http.colour == "sync" else package.AsyncClient
         client: object = kind(
             self.address,
-            # So it takes no key from the environment; what is sent in its place is the transport's to say.
+            # A placeholder, so that it takes no key from the environment: the transport replaces it.
             headers={"authorization": "Bearer -"},
             transport=self._http.httpx_transport(),
             follow_redirects=False,
@@ -181,11 +181,11 @@ class OllamaConnection:
         return request.result(found)
 
     async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
-        """Go up the levels."""
+        """Check each level up to the requested one."""
         call, model = request.call, request.model or ""
         found.update(reachable=True, api=True, version=await self._get("/api/version", call, _read_version))
         if request.wants("model_present"):
-            # Asked without `verbose`: the vocabulary is not needed to know that it is there.
+            # Without `verbose`, which would send the vocabulary too.
             await self._http.json("POST", "/api/show", {"model": model}, call=call)
             found["model_present"] = True
         if request.wants("model_loaded"):
@@ -197,10 +197,10 @@ class OllamaConnection:
             await self._post_generate(
                 {**body, "prompt": "Hi", "options": {**body.get("options", {}), "num_predict": 1}}, call
             )
-            # It may not have been in memory before, but it is now.
+            # The reply has loaded the model.
             found.update(model_loaded=True, answers=True)
 
-    # --- Inside ------------------------------------------------------------------------------------------------------
+    # --- Helpers -----------------------------------------------------------------------------------------------------
 
     async def _get(self, path: str, call: Call, read: Callable[[Mapping[str, Any]], T]) -> T:
         return await self._http.json("GET", path, call=call, read=read)
@@ -209,10 +209,10 @@ class OllamaConnection:
         await self._http.json("POST", "/api/generate", body, call=call)
 
 
-def _refusal(it: Answer) -> ProviderError | None:
+def _refusal(answer: Answer) -> ProviderError | None:
     from graftage_ollama._errors import refusal
 
-    return refusal(it)
+    return refusal(answer)
 
 
 def _read_version(answer: Mapping[str, Any]) -> str:

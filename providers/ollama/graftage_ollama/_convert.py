@@ -1,7 +1,7 @@
-"""Graftage's types to Ollama's JSON, and its answers back.
+"""Requests to Ollama's JSON, and its responses to Graftage's types.
 
-Neither uses the types of the official package: they drop what they do not know (nested tool schemas, the ids of tool
-calls, `verbose`), and importing it costs more than a chat.
+The types of the official package are not used: they drop unknown fields (nested tool schemas, the ids of tool calls,
+`verbose`), and importing it takes longer than a chat.
 """
 
 from __future__ import annotations
@@ -69,10 +69,9 @@ __all__ = [
 ]
 
 REQUEST_OPTIONS: Final = frozenset({"logprobs", "shift", "top_logprobs", "truncate"})
-"""Options of ours that stand beside `options` in Ollama's request. Before 0.12.6 a server takes no notice of `shift`
-and `truncate`."""
+"""Options that are top-level fields of Ollama's request. Servers before 0.12.6 ignore `shift` and `truncate`."""
 NO_TRUNCATION: Final = {"shift": False, "truncate": False}
-"""So a prompt that does not fit is refused, and not cut."""
+"""Options by which a prompt that does not fit is refused, not cut."""
 OPTIONS: Final = REQUEST_OPTIONS | {
     "frequency_penalty",
     "main_gpu",
@@ -108,11 +107,11 @@ FEATURES: Final = {
 }
 HEADER_ENDS: Final = frozenset({"TEMPLATE", "SYSTEM", "RENDERER", "PARSER", "PARAMETER", "LICENSE", "MESSAGE"})
 NEVER_YEAR = 2300
-"""Ollama writes "for ever" as some date in that century."""
+"""Ollama writes "for ever" as a date after this year."""
 
 
 def keep_alive(seconds: float | None) -> float | int | None:
-    """Seconds as Ollama takes them: negative is for ever."""
+    """Convert seconds to what Ollama expects: negative means for ever."""
     if seconds is None:
         return None
     if seconds == math.inf:
@@ -123,7 +122,7 @@ def keep_alive(seconds: float | None) -> float | int | None:
 def server_options(
     options: Mapping[str, Any], context_window: int | None = None, max_tokens: int | None = None
 ) -> dict[str, Any]:
-    """The `options` of a request."""
+    """Return the `options` of a request."""
     out = {name: value for name, value in options.items() if name not in REQUEST_OPTIONS}
     if context_window is not None:
         out["num_ctx"] = context_window
@@ -146,7 +145,7 @@ def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
 
 
 def chat_body(request: ChatRequest) -> dict[str, Any]:
-    """The JSON of a chat request."""
+    """Return the JSON of a chat request."""
     body = _shared_body(request)
     body["messages"] = [_message(each) for each in request.messages]
     if request.tools:
@@ -155,7 +154,7 @@ def chat_body(request: ChatRequest) -> dict[str, Any]:
 
 
 def generate_body(request: GenerateRequest) -> dict[str, Any]:
-    """The JSON of a generate request."""
+    """Return the JSON of a generate request."""
     body = _shared_body(request)
     body["prompt"] = request.prompt
     for name in ("suffix", "system"):
@@ -169,7 +168,7 @@ def generate_body(request: GenerateRequest) -> dict[str, Any]:
 
 
 def embed_body(request: EmbedRequest) -> dict[str, Any]:
-    """The JSON of an embed request."""
+    """Return the JSON of an embed request."""
     body: dict[str, Any] = {
         "model": request.model,
         "input": list(request.inputs),
@@ -210,7 +209,7 @@ def _image(image: Image) -> str:
     return base64.b64encode(image.data).decode("ascii")
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
+# --- Responses -------------------------------------------------------------------------------------------------------
 
 
 class _TextMessage(msgspec.Struct):
@@ -220,7 +219,7 @@ class _TextMessage(msgspec.Struct):
 
 
 class _TextLine(msgspec.Struct):
-    """A line of a chat that holds nothing but words: what is declared None must not be there."""
+    """A line of a chat with text only. Fields of type None must be absent."""
 
     message: _TextMessage
     done: bool
@@ -232,7 +231,7 @@ _text_line = msgspec.json.Decoder(_TextLine).decode
 
 
 def chat_text(line: bytes) -> tuple[str, str] | None:
-    """The text and the thinking of a line that holds nothing else."""
+    """Return the text and the thinking of a line, or None if it holds anything else."""
     try:
         found = _text_line(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -241,19 +240,19 @@ def chat_text(line: bytes) -> tuple[str, str] | None:
 
 
 def chat_chunk(part: Mapping[str, Any]) -> Chunk:
-    """A line of a chat."""
+    """Read a line of a chat."""
     message = _content(part, "message") or {}
     text, thinking = read_text(message.get("content")), read_text(message.get("thinking"))
     return _chunk(part, text, thinking, read_tool_calls(message.get("tool_calls")))
 
 
 def generate_chunk(part: Mapping[str, Any]) -> Chunk:
-    """A line of a generate."""
+    """Read a line of a generate."""
     return _chunk(part, read_text(_content(part, "response")), read_text(part.get("thinking")))
 
 
 def _content(part: Mapping[str, Any], name: str) -> Any:
-    """What makes a line one of an answer; some lack it, but no line of another service says whether it is done."""
+    """Return the content of a line. It may be missing only beside `done`, which lines of other services lack."""
     return part.get(name) if "done" in part else part[name]
 
 
@@ -283,10 +282,10 @@ _seconds = partial(read_seconds, per_second=1e9)
 
 
 def prompt_tokens(last: Chunk) -> int:
-    """The tokens of the prompt, from the answer to it.
+    """Return the tokens of the prompt, from the last chunk.
 
     Raises:
-        CapabilityUnsupported: the server has not prompt_tokens.
+        CapabilityUnsupported: the server did not count them.
     """
     count = read_count(last.usage.input_tokens) if last.usage else None
     if count is None:
@@ -295,9 +294,9 @@ def prompt_tokens(last: Chunk) -> int:
 
 
 def embeddings(answer: Mapping[str, Any]) -> Embeddings:
-    """The vectors of an answer."""
+    """Read the vectors of a response."""
     return Embeddings(
-        vectors=answer["embeddings"],  # As they came: the core checks them.
+        vectors=answer["embeddings"],  # The core checks them.
         model=read_word(answer.get("model")) or "",
         usage=Usage(input_tokens=answer.get("prompt_eval_count")),
         timings=Timings(total=_seconds(answer.get("total_duration")), load=_seconds(answer.get("load_duration"))),
@@ -305,9 +304,9 @@ def embeddings(answer: Mapping[str, Any]) -> Embeddings:
 
 
 def progress(part: Mapping[str, Any]) -> PullProgress:
-    """A step of a pull."""
+    """Read a step of a pull."""
     total, completed = read_count(part.get("total")), read_count(part.get("completed"))
-    # The server leaves a nought out: a step with a total has begun.
+    # The server leaves a zero out: a step with a total has begun.
     begun = 0 if completed is None and total is not None else completed
     return PullProgress(
         status=read_text(part.get("status")), digest=read_word(part.get("digest")), total=total, completed=begun
@@ -315,7 +314,7 @@ def progress(part: Mapping[str, Any]) -> PullProgress:
 
 
 def loaded_models(answer: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
-    """The models in memory."""
+    """Read the models in memory."""
     return read_records(answer["models"], _loaded_model)
 
 
@@ -333,14 +332,14 @@ def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
 
 
 def _name(found: Mapping[str, Any]) -> str:
-    name = read_word(found.get("model")) or read_word(found.get("name"))  # The oldest servers have only one of them.
+    name = read_word(found.get("model")) or read_word(found.get("name"))  # Old servers have only one.
     if not name:
         raise ValueError("a model must have a name")
     return name
 
 
 def listed_models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
-    """The models of a list."""
+    """Read a list of models."""
     return read_records(answer["models"], _listed_model)
 
 
@@ -362,8 +361,8 @@ def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
 
 
 def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
-    """What `/api/show` says of a model when it is asked verbosely."""
-    details = read_object(answer["details"])  # Each version of the server sends them: without, it is another service.
+    """Read the response of `/api/show` to a verbose request."""
+    details = read_object(answer["details"])  # Every version sends them: without, this is another service.
     metadata = read_object(answer.get("model_info"))
     architecture = read_word(metadata.get("general.architecture"))
     modelfile = read_word(answer.get("modelfile")) or ""
@@ -397,10 +396,10 @@ def _features(capabilities: Any) -> frozenset[str] | None:
 
 
 def _weights_size(found: Any) -> int | None:
-    """Bytes of the tensors, which are nearly all of a file; None where the type or the shape of one is not known."""
+    """Return the bytes of the tensors, which are nearly all of a file; None if one has an unknown type or shape."""
     if not isinstance(found, list) or not found:
         return None
-    # Of a safetensors model Ollama tells the shapes without the scales, and the blocks count them in.
+    # Ollama's shapes of safetensors models lack the scales; the size of a block includes them.
     sizes = read_entries(found, lambda each: bytes_of(str(each["type"]).upper(), math.prod(_shape(each))))
     return sum(sizes) if len(sizes) == len(found) else None
 
@@ -414,9 +413,9 @@ def _shape(tensor: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _modelfile_values(modelfile: str, word: str) -> Iterator[str]:
-    """What stands after a word in the head of a Modelfile.
+    """Return what follows a word in the head of a Modelfile.
 
-    The head ends at the template: from there on a model's author may have put anything at the beginning of a line.
+    The head ends at the template: after that, a line may begin with any text of the model's author.
     """
     for line in modelfile.splitlines():
         first, _, rest = line.partition(" ")
@@ -427,14 +426,14 @@ def _modelfile_values(modelfile: str, word: str) -> Iterator[str]:
 
 
 def blob_digests(modelfile: str, word: str) -> tuple[str, ...]:
-    """The blob_digests of the blobs that a Modelfile names after a word: `FROM` or `ADAPTER`."""
+    """Return the digests of the blobs that a Modelfile names after `FROM` or `ADAPTER`."""
     return tuple(
         f"sha256:{path.rpartition('sha256-')[2]}" for path in _modelfile_values(modelfile, word) if "sha256-" in path
     )
 
 
 def parameters(text: str) -> dict[str, Any]:
-    """What `/api/show` writes as `name value` lines, in the form that `/api/create` takes."""
+    """Convert the `name value` lines of `/api/show` to the form of `/api/create`."""
     found: dict[str, list[Any]] = {}
     for line in text.splitlines():
         name, _, value = line.strip().partition(" ")
@@ -451,7 +450,7 @@ def _value(text: str) -> Any:
 
 
 def _weights_file(modelfile: str) -> Path | None:
-    """The file of the weights: only where the server is this machine, and this user may read it."""
+    """Return the file of the weights, if it is on this machine and readable."""
     for line in _modelfile_values(modelfile, "FROM"):
         path = Path(line)
         if not path.is_absolute():
@@ -465,7 +464,7 @@ def _weights_file(modelfile: str) -> Path | None:
 
 
 def load_body(model: str, keep_alive_: float | None, context_window: int | None) -> dict[str, Any]:
-    """An empty prompt loads a model, or with a `keep_alive` of 0 unloads it."""
+    """Return the JSON that loads a model, or unloads it with a `keep_alive` of 0: a request without a prompt."""
     body: dict[str, Any] = {"model": model, "stream": False}
     if keep_alive_ is not None:
         body["keep_alive"] = keep_alive(keep_alive_)

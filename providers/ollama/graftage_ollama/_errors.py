@@ -1,7 +1,7 @@
-"""What a refusal of Ollama means: by status and message together, across server versions.
+"""The typed error for each refusal of Ollama, chosen by status and message, across server versions.
 
-A status alone does not tell: a bad option, a bad format and an incompatible model all come as 500, and errors inside a
-stream have no status of their own. The words are those of Ollama 0.6 to 0.32 and of the runners inside it.
+The status alone is not enough: a bad option, a bad format and an incompatible model are all a 500, and errors inside a
+stream have no status. The messages are those of Ollama 0.6 to 0.32 and of the runners inside it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ MEMORY = (
     "unable to load full model on gpu",
     "unable to allocate",
     "alloc_failed",
-    # llm/server.go, where a runner does not answer the request to load. What goes on so after "model runner has
-    # unexpectedly stopped" is another thing: that is said of one that was killed, too, and the next request mends it.
+    # llm/server.go, if a runner does not respond to the request to load. The same words after "model runner has
+    # unexpectedly stopped" are not about memory: they follow a killed runner, too, and the next request starts another.
     "model failed to load, this may be due to resource limitations",
 )
 LOADING = ("llm server loading model", "llm server launched")
-"""The runner is not ready: Completion in llm/server.go answers "unexpected server status: …", and it will be soon. Seen
-where a request was ended while its model was loaded, and the next one came before that was done."""
+"""The runner will be ready soon: Completion in llm/server.go responds "unexpected server status: …". Seen if a request
+was cancelled while its model was loaded, and the next one came before the model was ready."""
 TOO_NEW = ("requires a newer version", "newer version of ollama")
 INCOMPATIBLE = (
     *TOO_NEW,
@@ -61,7 +61,7 @@ INCOMPATIBLE = (
     "invalid file magic",
 )
 CRASHED_ON_LOAD = re.compile(r"terminated: (?:panic|exit status)|^unexpected EOF$")
-"""A runner that gave up while it loaded, or a file that was cut; a runner that was killed says "signal: killed"."""
+"""A runner that crashed while it loaded, or a truncated file. A killed runner says "signal: killed" instead."""
 UNSUPPORTED = ("does not support", "not support multimodal", "this model is missing data required for image input")
 REJECTED = (
     "must be of type",
@@ -94,7 +94,7 @@ NETWORK = f"Check the server's network and proxy. {AGAIN}"
 
 
 def _status(*begins: str) -> tuple[str, ...]:
-    """How a status of the registry stands in the words."""
+    """Return the forms in which messages name a status of the registry."""
     return tuple(f"{after} {each}" for each in begins for after in ("manifest:", "retries exceeded:", "with status"))
 
 
@@ -224,7 +224,7 @@ PULLS: Final[Rules] = (
         ),
     ),
 )
-"""Failures of a pull, nearly all of them lines under status 200: the words of the server and of registries."""
+"""Failures of a pull, in messages of the server and of registries. Nearly all come as a line under status 200."""
 RULES: Final[Rules] = (
     (("server busy",), says(Overloaded, "The server is busy.", "Try again later, or send fewer requests at once.")),
     (LOADING, says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
@@ -299,14 +299,15 @@ _forbidden = says(
 )
 
 
-def refusal(it: Answer) -> ProviderError | None:
-    """The typed error for an answer that refuses; None where the server's words do not tell, and its status must."""
-    if not it.known:
-        return _forbidden(it) if it.status == FORBIDDEN else None
-    error = by_words(it, (*PULLS, *RULES) if it.call.operation == "pull_model" else RULES)
-    if error is None and re.search(r"model .*not found|not found, try pulling it", it.searched):
-        name = it.call.model or "NAME"
-        return ModelNotFound(f"The server does not have {it.model}.", hint=f"Pull it: `graftage models pull {name}`.")
-    if it.call.operation == "load_adapter" and error is not None and CRASHED_ON_LOAD.search(it.words):
-        error.retryable = False  # It would end again: that is how an adapter that does not fit shows itself.
+def refusal(answer: Answer) -> ProviderError | None:
+    """Return the typed error for a refusal, or None if only its status can decide."""
+    if not answer.known:
+        return _forbidden(answer) if answer.status == FORBIDDEN else None
+    error = by_words(answer, (*PULLS, *RULES) if answer.call.operation == "pull_model" else RULES)
+    if error is None and re.search(r"model .*not found|not found, try pulling it", answer.searched):
+        name = answer.call.model or "NAME"
+        hint = f"Pull it: `graftage models pull {name}`."
+        return ModelNotFound(f"The server does not have {answer.model}.", hint=hint)
+    if answer.call.operation == "load_adapter" and error is not None and CRASHED_ON_LOAD.search(answer.words):
+        error.retryable = False  # An adapter that does not fit crashes the runner every time.
     return error

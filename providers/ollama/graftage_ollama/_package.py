@@ -1,4 +1,4 @@
-"""The official package, whatever the environment says."""
+"""The official package, imported even if the environment would make that fail."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ VARIABLES: Final = ("OLLAMA_HOST", "OLLAMA_API_KEY", "SSL_CERT_FILE", "SSL_CERT_
 def official_package() -> Any:
     """Import `ollama`.
 
-    Its import builds a client of its own, which reads proxies, certificates, a key and `OLLAMA_HOST`, and fails where
-    one of them is wrong, though our own connections may have nothing to do with it. Then it is imported without them.
+    Its import builds a client from proxies, certificates, a key and `OLLAMA_HOST`, and fails if one of them is invalid.
+    Our connections may not use these at all, so it is then imported without them.
     """
     try:
         return importlib.import_module("ollama")
     except ModuleNotFoundError:
         raise
-    except Exception:  # noqa: BLE001 - whatever it stumbled over
+    except Exception:  # noqa: BLE001 - invalid settings raise many kinds
         names = [name for name in os.environ if name in VARIABLES or name.lower().endswith("_proxy")]
         taken = {name: os.environ.pop(name) for name in names}
         try:

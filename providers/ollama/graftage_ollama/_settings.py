@@ -1,4 +1,4 @@
-"""The settings, and the address of the server in every form that Ollama's own tools take."""
+"""The settings, and the server's address in every form that Ollama's tools accept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["OllamaSettings", "parse_host"]
 
 
 class OllamaSettings(Settings):
-    """The common settings, also from the variables that Ollama's own tools read."""
+    """The common settings, also read from the variables of Ollama's tools."""
 
     native_environment: ClassVar[Mapping[str, str]] = {"host": "OLLAMA_HOST", "api_key": "OLLAMA_API_KEY"}
 
@@ -53,32 +53,31 @@ _SHAPE = re.compile(
 )
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,254}}$)({_LABEL}\.)*{_LABEL}\.?")
-"""What look-ups take: an empty or an overlong label would break them with an error of their own."""
+"""Names that a look-up accepts: an empty or overlong label would raise a foreign error."""
 _PATH = re.compile(r"[\x21-\x7e]*")
 _API_PATH = re.compile(
     r"/+(?:(?:api|v1)(?:/+(?:chat(?:/completions)?|completions|embed|embeddings|generate|models|ps|show|tags|version))?/*)?$"
 )
-"""The end of a path that is the API's."""
+"""The end of a path that belongs to the API."""
 SAFE: Final = "/%:@!$&'()*+,;=~-._"
-"""What may stand in a path as it is (RFC 3986, 3.3)."""
+"""Characters that need no escape in a path (RFC 3986, 3.3)."""
 MAX_TEXT = 2000
-_LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised in order not to be used
+_LISTEN_ONLY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - replaced, never used
 
 
 def parse_host(text: str | None) -> str:
-    """The address of a server: `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`; None: the default.
+    """Parse the address of a server; None is the default.
 
-    A user and a password before the host are kept, as they are sent. What belongs to the API, `/v1` or `/api/chat`, is
-    left out. Also a socket of the file system, `http+unix://%2Frun%2Follama.sock`.
-
-    An address that a server listens on, `0.0.0.0`, becomes the loopback address it can be reached at from here.
+    The forms are `host`, `host:port`, `:port`, `[ipv6]:port`, `http(s)://host…/path`, and a socket file,
+    `http+unix://%2Frun%2Follama.sock`. A user and a password are kept. A path of the API, `/v1` or `/api/chat`, is
+    dropped. `0.0.0.0`, which servers listen on, becomes the loopback address.
 
     Raises:
-        SettingsError: it has none of these forms.
+        SettingsError: the address has none of these forms.
     """
     text = (text or "").strip().strip("'\"").strip().removeprefix("//") or DEFAULT_HOST
     found = _SHAPE.fullmatch(text)
-    # A query may hold a secret: it is refused before anything that would repeat it.
+    # A query may hold a secret: refuse it before any message that would repeat it.
     if found["extra"] if found else re.search(r"[?#]", text):
         _refuse_secret("a query or a fragment, which would not be sent", "Leave them out.")
     if len(text) > MAX_TEXT:
@@ -106,14 +105,14 @@ def parse_host(text: str | None) -> str:
 
 
 def _without_api(path: str) -> str:
-    """A path without the API's own part, which is put after it: people give the addresses that other programs want."""
+    """Drop the API's part of a path: people copy addresses that other programs need."""
     while (shorter := _API_PATH.sub("", path)) != path:
         path = shorter
     return path
 
 
 def _user(user: str | None, host: str, scheme: str) -> str:
-    """The user and the password before a host, where they may be sent."""
+    """Return the user and the password before a host, if they may be sent."""
     if user is None:
         return ""
     from graftage.http import is_loopback
@@ -124,14 +123,14 @@ def _user(user: str | None, host: str, scheme: str) -> str:
 
 
 def _without_dots(path: str) -> str:
-    """A path whose `.` and `..` are resolved, as a server would."""
+    """Resolve `.` and `..` in a path, as a server would."""
     return urllib.parse.urlsplit(urllib.parse.urljoin("http://host", path)).path if _PATH.fullmatch(path) else path
 
 
 def _port(text: str, port: str | None, default: int) -> int:
     if port is None:
         return default
-    # The length comes first: Python refuses to read thousands of digits.
+    # Check the length first: Python refuses to read thousands of digits.
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) <= MAX_PORT:
         _refuse(text, f"has the port `{port[:20]}`", f"A port is a number from 1 to {MAX_PORT}.")
     return int(port)
@@ -184,5 +183,5 @@ def _refuse_user() -> NoReturn:
 
 
 def _refuse_secret(problem: str, hint: str) -> NoReturn:
-    # The text is not repeated: it may hold a secret.
+    # Do not repeat the text: it may hold a secret.
     raise SettingsError(f"The host has {problem}.", key="host", hint=hint)

@@ -1,11 +1,11 @@
-"""A server on loopback that speaks Ollama's API, as well or as badly as a test needs.
+"""A server on loopback with Ollama's API, as correct or as faulty as a test needs.
 
     with FakeOllama() as fake:
         fake.script("/api/chat", Answer([{"error": "busy"}], status=503), Answer([b"{half a li"], ending="reset"))
         ...
         assert [seen.path for seen in fake.requests] == ["/api/chat", "/api/chat"]
 
-Each scripted answer is given once; afterwards, and on all other paths, it answers as Ollama 0.9 does.
+Each scripted answer is sent once. After that, and on all other paths, it answers as Ollama 0.9 does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DATE: Final = "2026-01-01T00:00:00Z"
 _JSON: Final = "application/json; charset=utf-8"
 _NDJSON: Final = "application/x-ndjson"
 _JOIN_TIMEOUT: Final = 5.0
-"""Seconds a thread has to end after its socket was shut; none comes near."""
+"""Seconds that a thread has to end after its socket was shut; it needs far less."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ class Answer:
     chunks: Iterable[Piece] = ()
     """The body, in transfer chunks: bytes as they are, mappings as lines of JSON; an event is waited for.
 
-    With `itertools.repeat`, it goes on until the client has gone."""
+    With `itertools.repeat`, it continues until the client closes the connection."""
     _: KW_ONLY
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Added to the usual ones, or put in their place, even where that makes them wrong."""
+    """Added to the usual ones, or in their place, even if that makes them wrong."""
     framing: Literal["chunked", "length", "none"] = "chunked"
     """How the reader finds the end of the body; with `none`, by the end of the connection."""
     ending: Literal["end", "close", "reset", "stall", "keep"] = "end"
-    """After the chunks: end as promised; close without the end; reset; say nothing until the client goes; or keep the
-    connection for the next request after `raw` too."""
+    """After the chunks: end correctly; close early; reset; send nothing until the client closes; or keep the connection
+    for the next request, also after `raw`."""
     delay: float = 0.0
     """Seconds before each chunk."""
     raw: bytes | None = None
-    """Sent before the chunks in place of status and headers; the chunks then go out bare."""
+    """Sent before the chunks in place of status and headers; the chunks are then sent without framing."""
     early: bool = False
-    """Before the body of the request is read. The connection takes no other request."""
+    """Whether to answer before the body of the request is read. The connection then serves no other request."""
 
 
 class Seen(NamedTuple):
@@ -72,11 +72,11 @@ class Seen(NamedTuple):
     headers: dict[str, str]
     """By lower-case name."""
     body: Any
-    """Parsed where it is JSON, else bytes; `None` where there is none or it was not read."""
+    """Parsed if it is JSON, else bytes; `None` if it is missing or was not read."""
 
 
 class FakeOllama:
-    """The server. Use it as a context manager: when the block ends, no thread and no socket is left."""
+    """The server. Use it as a context manager: when the block ends, all threads and sockets are closed."""
 
     def __init__(
         self,
@@ -88,22 +88,22 @@ class FakeOllama:
         address: str = "127.0.0.1",
     ) -> None:
         self.address = address
-        """Where it listens: an address of IPv4 or IPv6."""
+        """The IPv4 or IPv6 address it listens on."""
         self.version = version
         self.adapters = adapters
-        """What it makes of `adapters` in a request to create a model: with `ignores`, a plain copy and "success"."""
+        """How it treats `adapters` in a request to create a model: `ignores` makes a plain copy and reports success."""
         self.blobs: dict[str, bytes] = {}
-        """Files that were sent, by digest."""
+        """Uploaded files, by digest."""
         self.derived: dict[str, dict[str, Any]] = {}
-        """What models that were created were asked to be, by name."""
+        """The requests that created models, by model name."""
         self.models = [canonical_name(model) for model in models]
         self.reply = reply
-        """What it answers to every chat and prompt, word by word."""
+        """Its reply to every chat and prompt, word by word."""
         self.loaded: list[str] = []
         """Models in memory."""
         self.requests: list[Seen] = []
         self.accepted = 0
-        """Connections taken so far, closed ones too."""
+        """Connections accepted so far, closed ones included."""
         self._scripts: defaultdict[str, deque[Answer]] = defaultdict(deque)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ class FakeOllama:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopping.set()
-        # `accept` wakes up for a connection on every system, and for a closed socket on some.
+        # A connection ends `accept` on every system, a closed socket only on some.
         with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname()[:2]):
             pass
         self._acceptor.join(_JOIN_TIMEOUT)
@@ -134,7 +134,7 @@ class FakeOllama:
 
     @property
     def url(self) -> str:
-        """The address to give as `host`."""
+        """The address to pass as `host`."""
         host, port = self._listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -145,7 +145,7 @@ class FakeOllama:
             return len(self._connections)
 
     def script(self, path: str, *answers: Answer) -> None:
-        """Queue answers for a path, whatever the method."""
+        """Queue answers for a path and any method."""
         with self._lock:
             self._scripts[path].extend(answers)
 
@@ -157,7 +157,7 @@ class FakeOllama:
             if self._stopping.is_set():
                 connection.close()
                 return
-            # Small chunks shall arrive as they are sent.
+            # Small chunks must arrive as they are sent.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             thread = threading.Thread(target=self._serve, args=(connection,), name="FakeOllama", daemon=True)
             with self._lock:
@@ -166,7 +166,7 @@ class FakeOllama:
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer one connection's requests until either side ends it."""
+        """Answer the requests of one connection until either side closes it."""
         try:
             with connection, connection.makefile("rb") as reader, contextlib.suppress(OSError):
                 while (seen := _read_head(reader)) and not self._stopping.is_set():
@@ -182,7 +182,7 @@ class FakeOllama:
                 del self._connections[connection]
 
     def _send(self, connection: socket.socket, seen: Seen, answer: Answer) -> bool:
-        """Send an answer; whether the connection can take another request."""
+        """Send an answer, and return whether the connection can serve another request."""
         framed = answer.framing if answer.raw is None else "none"
         ends_well = answer.ending == "keep" or (answer.ending == "end" and framed != "none")
         connection.sendall(_head(answer) if answer.raw is None else answer.raw)
@@ -331,7 +331,7 @@ class FakeOllama:
         return self._infer(asked, asked.get("messages"), part, 'model "{}" not found, try pulling it first')
 
     def _generate(self, asked: Mapping[str, Any]) -> Answer:
-        # A conversation in tokens, to go on from; as many as there are words.
+        # The tokens of the conversation so far, one for each word.
         context = [*(asked.get("context") or ()), *range(len(str(asked.get("prompt")).split()))]
         facts = {} if asked.get("raw") else {"context": context}
         return self._infer(asked, asked.get("prompt"), lambda text: {"response": text}, "model '{}' not found", **facts)
@@ -359,7 +359,7 @@ class FakeOllama:
         return Answer([*lines, {**head, **part(""), **last}])
 
     def _load_or_unload(self, model: str, asked: Mapping[str, Any]) -> str:
-        """Bring a model into memory or out of it; the reason that Ollama gives then."""
+        """Load or unload a model, and return Ollama's reason."""
         leaving = asked.get("keep_alive") in (0, "0", "0s")
         with self._lock:
             others = [each for each in self.loaded if each != model]
@@ -398,7 +398,7 @@ class FakeOllama:
 
 
 def _read_head(reader: IO[bytes]) -> Seen | None:
-    """The next request without its body, or `None` where the client has gone or sent something else."""
+    """Read the next request without its body; `None` if the client has closed or sent something else."""
     words = reader.readline().decode("latin-1").split()
     if len(words) != 3:  # Method, target, version
         return None
@@ -455,9 +455,9 @@ def _head(answer: Answer) -> bytes:
 
 
 def _end(connection: socket.socket, ending: str) -> None:
-    """Do what comes after the chunks; the caller closes the socket unless all is well."""
+    """Do what follows the chunks; the caller closes the socket unless the connection is kept."""
     if ending == "reset":
-        # A socket that lingers for no time is reset when it is closed.
+        # A zero linger time makes `close` reset the connection.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     elif ending == "stall":
         while connection.recv(4096):
@@ -525,7 +525,7 @@ def _parameters(parameters: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _gguf_values(data: bytes) -> dict[str, Any]:
-    """The texts, figures and truths among a GGUF file's keys, up to the first list."""
+    """Read the texts, numbers and booleans of a GGUF file's keys, up to the first list."""
     sizes = {4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     place = 24  # After magic, version, and the numbers of tensors and keys.
 
