@@ -16,19 +16,19 @@ __all__ = ["DEFAULT_MODEL", "LlamaCppSettings", "answers", "connect", "settings_
 
 @hookimpl
 def settings_model() -> type[Settings]:
-    """The settings of this provider."""
+    """Return the settings of this provider."""
     return LlamaCppSettings
 
 
 @hookimpl
 def answers(request: AnswersRequest) -> int | None:
-    """After a server that runs already; not at all if a host is named, since the engine has none."""
+    """Rank after a running server, and never if a host is named: the engine has none."""
     return 10 if request.settings.host is None else None
 
 
 @hookimpl
 def connect(request: ConnectRequest) -> object:
-    """A connection; httpx and the rest are imported only now, and the engine not at all: it has its own process."""
+    """Connect. Imports of the connection happen only here; the engine runs in another process."""
     from graftage_llamacpp._connection import LlamaCppConnection
 
     settings = request.settings

@@ -1,9 +1,9 @@
-"""A child process that ends when its parent does, however that went: the engine, or a command.
+"""A child process that ends when its parent ends, even if that is killed: the engine, or a command.
 
-Started as a script, isolated (`-I -S`) and with nothing of Graftage imported. The parent holds the other end of
-standard input: it ends with the parent, and so does this. With arguments they are a command to run, whose exit code it
-has. Without any it is one llama.cpp server on loopback: it reads its order as one line of JSON from standard input, so
-that the key is in no argument list, and answers with one line on standard output.
+It runs as an isolated script (`-I -S`) and imports nothing of Graftage. The parent holds the other end of standard
+input, which closes when the parent ends; then this process ends, too. With arguments, it runs them as a command and
+returns its exit code. Without, it is one llama.cpp server on loopback: it reads its order as one line of JSON from
+standard input, so that no argument list shows the key, and answers with one line on standard output.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import time
 from typing import Any
 
 PARENT_CHECK = 1.0
-"""Seconds between two looks at the parent: a process it forked may hold the pipe open after its death."""
+"""Seconds between two checks of the parent: after its end, a fork of it may hold the pipe open."""
 LOG_WAIT = 2.0
 LOG_STEP = 0.1
 
 
 def run_command() -> None:
-    """Run a command to its end, or to that of the parent."""
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)  # noqa: S603 - its caller has chosen it
+    """Run a command until it ends, or until the parent ends."""
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)  # noqa: S603 - the caller's command
 
     def end_with_stdin() -> None:
         _wait_for_stdin_end()
         child.kill()
 
     threading.Thread(target=end_with_stdin, daemon=True).start()
-    # Ctrl-C goes to the whole foreground: the parent says what comes of it.
+    # Ctrl-C reaches the whole foreground: the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(child.wait())
 
 
 def run_engine() -> None:
-    """Serve until the parent is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host: it may want to go on.
+    """Serve until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which may continue.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # Whatever native code prints must not mix with the answer.
+    os.dup2(2, 1)  # Output of native code must not mix with the answer.
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_exit_with_stdin, daemon=True).start()
     if os.name == "posix":
@@ -50,7 +50,7 @@ def run_engine() -> None:
         answer = _serve(order)
     except ImportError as error:
         answer = {"error": "import", "message": str(error)}
-    except Exception as error:  # noqa: BLE001 - the bindings raise several kinds, and all of them mean the same
+    except Exception as error:  # noqa: BLE001 - the bindings raise several kinds for one cause
         answer = {"error": "load", "message": f"{type(error).__name__}: {error}"}
         _wait_for_log()
     answers.write(json.dumps(answer) + "\n")
@@ -62,7 +62,7 @@ def run_engine() -> None:
 
 
 def _wait_for_log() -> None:
-    """Wait until standard error, a file, grows no more: a thread of the engine writes there what was wrong."""
+    """Wait until standard error, a file, stops growing: a thread of the engine writes the cause there."""
     end = time.monotonic() + LOG_WAIT
     size = 0
     while time.monotonic() < end:
@@ -83,7 +83,7 @@ def _exit_with_stdin() -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    # PR_SET_PDEATHSIG would not do: it follows the thread that started this process, not the parent as a whole.
+    # PR_SET_PDEATHSIG follows only the thread that started this process, not the whole parent.
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK)
     os._exit(0)
@@ -114,9 +114,9 @@ def _serve(order: dict[str, Any]) -> dict[str, Any]:
     params.api_keys = [order["key"]]
     params.cors_origins = ""
     params.endpoint_slots = params.ui = False
-    params.cache_ram_mib = 0  # Otherwise the prompts of finished requests pile up to 8 GB.
-    params.fit_params = False  # The window is the one that was asked for, or an error.
-    params.verbosity = 1  # Errors only: they go to standard error, which the parent keeps for its own errors.
+    params.cache_ram_mib = 0  # By default, it keeps up to 8 GB of finished prompts.
+    params.fit_params = False  # Fail rather than change the requested window.
+    params.verbosity = 1  # Errors only: the parent reads standard error for its messages.
     server = xllamacpp.Server(params)
     _servers.append(server)
     return {"address": server.listening_address, "version": xllamacpp.__version__}

@@ -1,6 +1,6 @@
-"""One connection: every hook of the contract on an engine in a child process.
+"""One connection: every hook of the contract, on an engine in a child process.
 
-Hooks that only look at files or processes are plain: the core runs them in a thread.
+Hooks that only read files or processes are plain functions: the core runs them in a thread.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ CAPABILITIES: Final = Capabilities(
     parameters=frozenset({"keep_alive", "context_window", "max_tokens"}),
 )
 DEFAULT_WINDOW: Final = 4096
-"""Tokens, where neither the caller nor a policy says; or as many as the model was trained for."""
+"""Tokens if neither the caller nor a policy sets them; fewer if the model was trained for fewer."""
 SPECIAL_TOKENS: Final = 4
-"""Tokens that a tokenizer may add to a text."""
+"""How many tokens a tokenizer may add to a text."""
 
 
 class LlamaCppConnection:
-    """The hooks, on an engine that is started by the first request which needs it."""
+    """The hooks of a connection. The first request that needs the engine starts it."""
 
     def __init__(self, request: ConnectRequest, settings: LlamaCppSettings) -> None:
         self.address = "embedded"
@@ -109,7 +109,7 @@ class LlamaCppConnection:
         self._store = Store(settings.models_path)
         self._http = request.http(BASE_URL, refusal=_convert.refusal, server="the engine", transport=EngineTransport)
         self._adapters: dict[str, AdapterFile] = {}
-        """By their digests, those that this connection has loaded."""
+        """The adapters that this connection has loaded, by digest."""
         self._closed = False
 
     @hookimpl
@@ -117,7 +117,7 @@ class LlamaCppConnection:
         return CAPABILITIES
 
     @hookimpl
-    def close(self, request: CloseRequest) -> None:  # noqa: ARG002 - nothing in it yet
+    def close(self, request: CloseRequest) -> None:  # noqa: ARG002 - required by the hook
         self._closed = True
         _engine.release(id(self))
 
@@ -164,7 +164,7 @@ class LlamaCppConnection:
         inputs: list[str | list[int]] = []
         warnings = [*_window_notes(stored, request.context_window)]
         for place, text in enumerate(request.inputs):
-            # A token stands for one byte at least: most texts are known to fit without counting.
+            # A token is at least one byte, so most texts fit without counting.
             if len(text.encode(errors="replace")) + SPECIAL_TOKENS <= limit:
                 inputs.append(text)
                 continue
@@ -199,7 +199,7 @@ class LlamaCppConnection:
     # --- Models ------------------------------------------------------------------------------------------------------
 
     @hookimpl
-    def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:  # noqa: ARG002 - the store knows
+    def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:  # noqa: ARG002 - required by the hook
         return tuple(_convert.model_info(stored, full=False) for stored in self._store.models())
 
     @hookimpl
@@ -210,7 +210,7 @@ class LlamaCppConnection:
         return _convert.model_info(self._store.find(request.model, watch, long_lists=True), full=True)
 
     @hookimpl
-    def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:  # noqa: ARG002 - this process knows
+    def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:  # noqa: ARG002 - required by the hook
         found = (self._loaded_model(engine) for engine in _engine.engines())
         return tuple(each for each in found if each is not None)
 
@@ -259,7 +259,7 @@ class LlamaCppConnection:
         call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
         self._adapters[adapter.digest] = job.need.adapter = file
         lease = await _load(job)
-        # The file carries the strength it was made for, so the engine applies it as it is: 1.
+        # The file contains its scale, so the engine applies it with 1.
         return LoadedAdapter(
             name=adapter.name,
             digest=adapter.digest,
@@ -273,7 +273,7 @@ class LlamaCppConnection:
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
         for engine in _engine.engines(self._store.path_of(request.adapter.model)):
-            # The engine cannot drop one alone: it ends, and the next request starts it without.
+            # The engine cannot drop one adapter: end it, and the next request starts it without.
             if engine.drop_adapter(request.adapter.digest):
                 await engine.end(request.call)
 
@@ -289,7 +289,7 @@ class LlamaCppConnection:
         return request.result(found)
 
     async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
-        """Go up the levels."""
+        """Check each level up to the requested one."""
         call, model = request.call, request.model or DEFAULT_MODEL
         await call.run(find_package)
         found["reachable"] = True
@@ -311,7 +311,7 @@ class LlamaCppConnection:
     # --- Below the hooks ---------------------------------------------------------------------------------------------
 
     async def _job(self, request: EngineRequest, adapter: LoadedAdapter | None = None) -> Job:
-        """What every request to the engine starts from: which engine, and what it must be like."""
+        """Find the engine for a request, and what the request needs of it."""
         watch = Watch(request.call)
         try:
             return await request.call.run(self._prepare, request, adapter, watch)
@@ -334,7 +334,7 @@ class LlamaCppConnection:
         return Job(call=request.call, stored=stored, engine=engine, need=need)
 
     def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
-        """The model's file; the default model is pulled on its first use, and where it is not what was pulled."""
+        """Find the model's file. The default model is pulled on its first use, and again if its file has changed."""
         if model.lower() == DEFAULT_MODEL and not self._store.is_unchanged(model, watch):
             for step in self._store.pull(model, watch):
                 call.emit("progress", progress=step)
@@ -353,21 +353,21 @@ class LlamaCppConnection:
         return _engine.acquire(launch, id(self))
 
     def _known_adapter(self, adapter: LoadedAdapter) -> AdapterFile:
-        """The file of an adapter that a request names; the engine may have been restarted without it."""
+        """Return the file of a request's adapter, without which the engine may have been restarted."""
         file = self._adapters.get(adapter.digest)
         if file is None:
-            # The engine would take any number and answer with the base model.
+            # The engine would accept any number and use the base model.
             raise AdapterError(
                 f"The adapter `{adapter.name}` is not loaded here.", reference=adapter.name, hint="Load it again."
             )
         return file
 
 
-# --- Parts -----------------------------------------------------------------------------------------------------------
+# --- Helpers ---------------------------------------------------------------------------------------------------------
 
 
 async def _load(job: Job) -> Lease:
-    """Have the engine started as the job needs it; gives the lease, which has ended."""
+    """Start the engine as the job needs it, and return its lease, which has ended."""
 
     async def load() -> Lease:
         lease = await job.take(min(job.call.deadline, time.monotonic() + job.call.timeouts.first_token))
@@ -378,7 +378,7 @@ async def _load(job: Job) -> Lease:
 
 
 def _window(stored: Stored, wanted: int | None) -> int | None:
-    """The window to ask for: not above what the model was trained for."""
+    """Return the window to request: at most what the model was trained for."""
     trained = stored.header.figure("context_length")
     return min(wanted, trained) if wanted and trained else wanted
 
@@ -391,7 +391,8 @@ def _window_notes(stored: Stored, wanted: int | None) -> tuple[str, ...]:
 
 
 def _default_options(stored: Stored, request: ChatRequest | GenerateRequest) -> dict[str, Any]:
-    """The options for what the caller leaves open. JSON repeats its marks, so nothing may hold that against it."""
+    """Return the model's options for those that the caller did not set."""
+    # JSON repeats its marks, so there must be no penalty for that.
     bound = request.format is not None
     return {name: value for name, value in stored.default_options.items() if not (bound and name == "repeat_penalty")}
 
@@ -401,7 +402,7 @@ def _tokens(answer: Mapping[str, Any]) -> list[int]:
 
 
 def _ignore(answer: Mapping[str, Any]) -> None:
-    """An answer at all is all that is wanted."""
+    """Accept any response."""
 
 
 def _too_long_error(tokens: int, limit: int) -> ContextOverflow:
@@ -413,7 +414,7 @@ def _too_long_error(tokens: int, limit: int) -> ContextOverflow:
 
 
 def _require_memory(stored: Stored, engine: Engine, need: Need) -> None:
-    """Refuse a model that the free memory cannot hold, before the engine takes it."""
+    """Refuse a model that is too large for the free memory, before the engine loads it."""
     running = engine.running
     if running is not None and need.window in (None, running.window):
         return

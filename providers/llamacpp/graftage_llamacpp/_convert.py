@@ -1,7 +1,7 @@
-"""Graftage's types to the JSON of llama.cpp's server, and its answers back.
+"""Requests to the JSON of llama.cpp's server, and its responses to Graftage's types.
 
-The bodies name an adapter by its digest, under `adapter`; the transport puts the engine's own numbers in its place, for
-they change with each start.
+The bodies name an adapter by its digest, under `adapter`. The transport replaces that by the engine's numbers, which
+change with each start.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ OPTIONS: Final = frozenset(
     }
 )
 FEATURES: Final = frozenset({"tools", "structured_output", "thinking", "logprobs"})
-"""Of the engine, besides what its hooks show."""
+"""Features of the engine that its hooks do not show."""
 SYSTEM_PROMPT: Final = "You are a helpful assistant."
-"""Sent where the caller gives none: with what small models have built in, they answer nonsense."""
+"""Sent if the caller gives none: with their built-in prompts, small models answer nonsense."""
 NO_SYSTEM_ROLE: Final = re.compile(r"system role not supported", re.IGNORECASE)
 ANY_OBJECT: Final = {"type": "object"}
-"""The engine's own `json_object` does not hold the model to JSON."""
+"""A schema for any object: the engine's `json_object` does not force the model to write JSON."""
 STATUS_UNAUTHORISED: Final = 401
 EMBEDDERS: Final = frozenset(
     {"bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert"}
@@ -91,16 +91,16 @@ EMBEDDERS: Final = frozenset(
     "llama-embed",
     "t5encoder",
 }
-"""Architectures that give vectors and nothing else."""
+"""Architectures that can only embed."""
 RANKS: Final = 4
-"""The kind of pooling, in a model's file, of one that scores documents (llama.h, llama_pooling_type)."""
+"""The pooling type of models that score documents (llama.h, llama_pooling_type)."""
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
 def features(header: Header) -> frozenset[str]:
-    """What a model can do, as its architecture and its chat template show."""
+    """Return what a model can do, by its architecture and its chat template."""
     if header.figure("pooling_type") == RANKS:
         return frozenset({"rerank"})
     if header.architecture in EMBEDDERS:
@@ -114,13 +114,13 @@ def features(header: Header) -> frozenset[str]:
 
 
 def pooling(header: Header) -> Literal["MEAN", "RANK"] | None:
-    """How the engine must be told to make one result of all tokens: over the average, where the file says nothing."""
+    """Return the pooling type to set, or None to use the file's; the mean if the file has none."""
     found = header.figure("pooling_type")
     return "MEAN" if found is None else "RANK" if found == RANKS else None
 
 
 def model_info(stored: Stored, *, full: bool) -> ModelInfo:
-    """What the file says of its model; the arrays, such as the vocabulary, and the tensors where it is `full`."""
+    """Describe a model by its file; if `full`, with its tensors and arrays, such as the vocabulary."""
     header = stored.header
     metadata = dict(header.metadata)
     if not full:
@@ -145,7 +145,7 @@ def model_info(stored: Stored, *, full: bool) -> ModelInfo:
 
 
 def _count(header: Header) -> str:
-    """The number of parameters, as Ollama writes it."""
+    """Return the number of parameters, as Ollama writes it."""
     total = 0
     for tensor in header.tensors.values():
         entries = 1
@@ -162,10 +162,10 @@ def _count(header: Header) -> str:
 
 
 def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
-    """The JSON of a chat.
+    """Return the JSON of a chat.
 
     Raises:
-        CapabilityUnsupported: the model's template has no place for what is asked.
+        CapabilityUnsupported: the model's template does not support a part of the request.
     """
     able = features(header)
     require("chat", able, request.model)
@@ -184,11 +184,11 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
 
 
 def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
-    """The JSON of a completion; through the template it is a chat of one message.
+    """Return the JSON of a raw completion, or of a chat with one message.
 
     Raises:
-        CapabilityUnsupported: the model or the engine cannot do what is asked.
-        RequestRejected: what is asked contradicts itself.
+        CapabilityUnsupported: the model or the engine does not support a part of the request.
+        RequestRejected: parts of the request contradict each other.
     """
     able = features(header)
     require("generate", able, request.model)
@@ -210,7 +210,7 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
     body = _shared_body(request)
     body["prompt"] = request.prompt
     if body.pop("logprobs", False):
-        body["logprobs"] = body.pop("top_logprobs", 1)  # This endpoint takes the number.
+        body["logprobs"] = body.pop("top_logprobs", 1)  # Here, this is the number.
     if request.format is not None:
         body["json_schema"] = _schema(request.format)
     if request.think:
@@ -225,7 +225,7 @@ def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
         "stream_options": {"include_usage": True},
     }
     if body.get("logprobs"):
-        body["top_logprobs"] = body.get("top_logprobs") or 1  # The engine gives none where none are asked for.
+        body["top_logprobs"] = body.get("top_logprobs") or 1  # With 0, the engine sends no logprobs at all.
         body["logprobs"] = True
     else:
         body.pop("logprobs", None)
@@ -238,10 +238,10 @@ def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
 
 
 def require(feature: str, able: frozenset[str], model: str) -> None:
-    """Refuse what a model cannot do.
+    """Check that a model has a feature.
 
     Raises:
-        CapabilityUnsupported: it cannot.
+        CapabilityUnsupported: it does not.
     """
     if feature not in able:
         raise CapabilityUnsupported(
@@ -299,11 +299,11 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
+# --- Responses -------------------------------------------------------------------------------------------------------
 
 
 class ChunkReader:
-    """Makes the chunks of one answer from its events."""
+    """Turns the events of one response into chunks."""
 
     def __init__(self, model: str, *, top: bool) -> None:
         self._model = model
@@ -311,10 +311,10 @@ class ChunkReader:
         self._calls: dict[int, dict[str, str]] = {}
         self._last: dict[str, Any] = {}
         self.finish: str | None = None
-        """The engine's own word for why it ended, once it has."""
+        """The engine's reason for the end, once it has ended."""
 
     def read(self, event: Event) -> Chunk | None:
-        """The chunk an event makes, if it makes one."""
+        """Return the chunk of an event, if it has one."""
         found = event.json()
         if found.get("usage") or found.get("timings"):
             self._last = found
@@ -333,7 +333,7 @@ class ChunkReader:
         return Chunk(text=text, thinking=thinking, logprobs=logprobs)
 
     def _add_call(self, part: Mapping[str, Any]) -> None:
-        """Take a piece of a tool call: its name comes first, then its arguments in pieces."""
+        """Add a part of a tool call: first comes its name, then its arguments in pieces."""
         call = self._calls.setdefault(int(part.get("index") or 0), {"id": "", "name": "", "arguments": ""})
         function = part.get("function") or {}
         call["id"] = part.get("id") or call["id"]
@@ -343,7 +343,7 @@ class ChunkReader:
             call["arguments"] += piece if isinstance(piece, str) else json.dumps(piece)
 
     def last(self, load: float | None, notes: tuple[str, ...]) -> Chunk:
-        """The last chunk, with the seconds that the engine took to start, and warnings."""
+        """Return the last chunk, with the seconds that the engine took to start, and warnings."""
         usage, timings = read_object(self._last.get("usage")), read_object(self._last.get("timings"))
         return Chunk(
             tool_calls=tuple(
@@ -363,12 +363,12 @@ class ChunkReader:
 
 
 def token_count(found: Mapping[str, Any]) -> int:
-    """The tokens of a prompt."""
+    """Read the number of tokens of a prompt."""
     return int(found["input_tokens"])
 
 
 def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Ranking:
-    """The scores of documents."""
+    """Read the scores of documents."""
     return Ranking(
         results=read_records(found["results"], lambda each: Ranked(index=each["index"], score=each["relevance_score"])),
         model=model,
@@ -378,7 +378,7 @@ def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> 
 
 
 def embeddings(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Embeddings:
-    """The vectors of an answer, in the order of the inputs."""
+    """Read the vectors of a response, in the order of the inputs."""
     return Embeddings(
         vectors=read_vectors(found["data"]),
         model=model,
@@ -387,17 +387,17 @@ def embeddings(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) 
     )
 
 
-def refusal(it: Answer) -> ProviderError | None:
-    """What the engine refuses for reasons of its own."""
-    kind = it.facts.get("type")
-    if kind == "exceed_context_size_error" or "exceeds the available context size" in it.words:
+def refusal(answer: Answer) -> ProviderError | None:
+    """Return the typed error for a refusal of the engine, or None if only its status can decide."""
+    kind = answer.facts.get("type")
+    if kind == "exceed_context_size_error" or "exceeds the available context size" in answer.words:
         return ContextOverflow(
-            f"The prompt of {it.facts.get('n_prompt_tokens', 'too many')} tokens does not fit into the context window"
-            f" ({it.facts.get('n_ctx', 'fewer')} tokens).",
+            f"The prompt of {answer.facts.get('n_prompt_tokens', 'too many')} tokens does not fit into the context"
+            f" window ({answer.facts.get('n_ctx', 'fewer')} tokens).",
             hint="Raise `context_window`, or send less.",
         )
-    if it.inner_status == STATUS_UNAUTHORISED:
+    if answer.inner_status == STATUS_UNAUTHORISED:
         return AuthenticationFailed("The engine did not accept its key.", hint="Close the client and open another.")
     if kind == "not_supported_error":
-        return CapabilityUnsupported(it.said, hint="Choose another model.")
+        return CapabilityUnsupported(answer.said, hint="Choose another model.")
     return None

@@ -1,7 +1,7 @@
-"""The engine of one model, shared by all clients of this process, and the transport that takes their requests to it.
+"""The engine of one model, shared by all clients of this process, and the transport that sends their requests to it.
 
-Each request takes a lease on the engine, which starts it where needed, until its answer ends. Above the transport the
-engine has one address and no key, so a recorder that stands in between sees neither port nor secret.
+Each request holds a lease on the engine, which starts it if necessary, until its response ends. Above the transport,
+the engine has one address and no key, so a recorder in between sees neither port nor secret.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 BASE_URL: Final = "http://llamacpp.invalid"
-"""Stands for the engine, wherever it listens."""
+"""Stands for the engine's address, which changes with each start."""
 TOKENIZE: Final = "/tokenize"
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
@@ -72,13 +72,13 @@ COUNT: Final = "/v1/chat/completions/input_tokens"
 EMBEDDINGS: Final = "/v1/embeddings"
 RERANK: Final = "/v1/rerank"
 CHARS_PER_TOKEN: Final = 4
-"""Characters of a token, as a rule."""
+"""Characters of an average token."""
 PROGRESS: Final = b'"prompt_progress"'
 EVENT_END: Final = b"\n\n"
 MARGIN: Final = 0.05
-"""Seconds kept back from a limit, so that the engine's own error comes before that of the clock."""
+"""Seconds subtracted from a limit, so that the engine's error comes before that of the clock."""
 EXIT_WAIT: Final = 0.2
-"""Seconds to wait for a broken engine's end, to say how it ended."""
+"""Seconds to wait for the exit code of a broken engine."""
 
 
 # --- The transport ---------------------------------------------------------------------------------------------------
@@ -86,14 +86,14 @@ EXIT_WAIT: Final = 0.2
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """What a request to an engine is for: the context of its HTTP requests."""
+    """The purpose of a request to an engine: the context of its HTTP requests."""
 
     call: Call
     stored: Stored
     engine: Engine
     need: Need
     lease: Lease | None = None
-    """Of its last request; a replay has none."""
+    """The lease of its last request; a replay has none."""
 
     async def take(self, deadline: float) -> Lease:
         """Wait for the right to send a request.
@@ -114,7 +114,7 @@ class EngineTransport:
         self.colour = self._network.colour
 
     async def send(self, request: Request, clock: Clock) -> Response:
-        """Wait for the engine, send it a request, and wait for the head of its answer."""
+        """Wait for the engine, send it a request, and wait for the head of its response."""
         job = cast("Job", request.context["job"])
         clock.enter("first_token")
         lease = await job.take(time.monotonic() + clock.left() - MARGIN)
@@ -137,7 +137,7 @@ class EngineTransport:
 
 
 class _LeasedResponse:
-    """An answer of the engine. Its end gives the lease back."""
+    """A response of the engine. Its end gives the lease back."""
 
     def __init__(self, inner: Response, lease: Lease, call: Call) -> None:
         self.status, self.reason, self.headers = inner.status, inner.reason, inner.headers
@@ -153,7 +153,7 @@ class _LeasedResponse:
                 piece = self._cut_progress(piece)
         except StreamInterrupted as error:
             raise await self._call.run(self._interrupted) from error
-        # The status does not wait for the prompt to be read, and comments may come before the first event.
+        # Status and comments may come before the prompt is read: the reply begins with its first choice.
         if not self._begun and b'"choices"' in piece:
             self._begun = True
             if self._lease.use is not None:
@@ -161,7 +161,7 @@ class _LeasedResponse:
         return piece
 
     def _cut_progress(self, piece: bytes) -> bytes:
-        """Tell how far the prompt has been read, and leave that out: it is no beginning of an answer."""
+        """Emit events of the prompt's progress and cut them out: they are not the beginning of a reply."""
         if PROGRESS not in piece:
             return piece
         *events, rest = piece.split(EVENT_END)
@@ -177,7 +177,7 @@ class _LeasedResponse:
         return True
 
     def _interrupted(self) -> StreamInterrupted:
-        """The error for an answer that broke off: an engine that is killed ends it without a word."""
+        """Return the error for a response that broke off, as it does without notice if the engine is killed."""
         process = self._lease.process
         ended = process.exit_reason(EXIT_WAIT)
         return StreamInterrupted(
@@ -195,7 +195,7 @@ class _LeasedResponse:
 
 
 def _wire_request(request: Request, lease: Lease) -> Request:
-    """The request as it goes over the wire: with the engine's address, its key, and its numbers of the adapters."""
+    """Return the request to send: with the engine's address, its key, and its numbers of the adapters."""
     process = lease.process
     headers = (
         ("authorization", f"Bearer {process.key}"),
@@ -205,12 +205,12 @@ def _wire_request(request: Request, lease: Lease) -> Request:
     )
     body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
     if request.target in (CHAT, COMPLETIONS) and len(body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
-        body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch is read in one step.
+        body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch has no progress.
     return Request(method=request.method, url=f"{process.address}{request.target}", headers=headers, body=body)
 
 
 def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
-    """A body that names the scale of every adapter, its slot, and whether to go on from the cache of that."""
+    """Add the scale of every adapter to a body, the slot, and whether to reuse the slot's cache."""
     if path in (TOKENIZE, COUNT):
         return body
     process, found = lease.process, json.loads(body)
@@ -227,7 +227,7 @@ def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
 
 
 def _ended_error(how: str, process: Process) -> ConnectionFailed:
-    """The error for an engine that ended before it answered."""
+    """Return the error for an engine that ended before it answered."""
     return ConnectionFailed(
         f"The engine {how} before it answered.",
         retryable=process.was_killed,
@@ -241,24 +241,24 @@ def _ended_error(how: str, process: Process) -> ConnectionFailed:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Need:
-    """What a request wants of the engine before it can be sent."""
+    """What a request needs of the engine before it can be sent."""
 
     deadline: float = math.inf
     window: int | None = None
-    """None for whatever window there is."""
+    """None for any window."""
     default_window: int = 4096
     adapter: AdapterFile | None = None
-    """The one that must be loaded."""
+    """The adapter that must be loaded."""
     keep_alive: float | None = None
     stop: bool = False
-    """Whether the engine is to be ended instead: when nothing runs any more."""
+    """Whether to end the engine instead, once it is idle."""
     future: Future[Lease | None] = field(default_factory=Future, init=False)
-    """None where it was to be ended."""
+    """The result: a lease, or None if `stop` is set."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Lease:
-    """The right to send one request; while there is one, the engine is not restarted."""
+    """The right to send one request. The engine is not restarted while a lease exists."""
 
     engine: Engine
     process: Process
@@ -268,11 +268,11 @@ class Lease:
     """Warnings for the reply."""
     keep_alive: float | None = None
     use: SlotUse | None = None
-    """Of a slot, while adapters are loaded."""
+    """The use of a slot, while adapters are loaded."""
     _ended: bool = False
 
     def end(self) -> None:
-        """Give it back; the second time does nothing."""
+        """Give the lease back. A second call does nothing."""
         if not self._ended:
             self._ended = True
             if self.use is not None:
@@ -281,19 +281,20 @@ class Lease:
 
 
 class Engine:
-    """The child of one launch: there is one or none, and what wants it waits in one fair line.
+    """The child process of one launch, if it runs, and the queue of requests for it.
 
-    A restart, for another window or a new adapter, waits until what runs has ended; what comes later waits behind it.
+    A restart, for another window or a new adapter, waits until all running requests have ended, and later requests wait
+    for the restart.
     """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.process: Process | None = None
         self.expires: datetime | None = None
-        """When an idle child ends; None for as long as a client is open."""
+        """When an idle child ends; None if it stays until the last client is closed."""
         self.holders: set[int] = set()
         self.adapters: dict[str, AdapterFile] = {}
-        """Digests and files of the adapters that the next start loads, in this order."""
+        """The adapters that the next start loads, in this order, by digest."""
         self._waiting: deque[Need] = deque()
         self._running = 0
         self._busy = False
@@ -303,16 +304,16 @@ class Engine:
 
     @property
     def running(self) -> Process | None:
-        """The child, where it lives."""
+        """The child, if it is alive."""
         process = self.process
         return process if process is not None and process.alive else None
 
     async def grant(self, need: Need, call: Call, deadline: float) -> Lease | None:
-        """Wait in line until the engine is what a request needs; for a lease, or for None where it was to be ended.
+        """Wait until the engine is what a request needs; return a lease, or None if it was to be ended.
 
         Raises:
-            ProviderTimeout: it was not free in time.
-            ModelLoadFailed: it could not be started.
+            ProviderTimeout: the engine was not free in time.
+            ModelLoadFailed: the engine could not be started.
         """
         future = self._ask(replace(need, deadline=deadline))
         try:
@@ -326,7 +327,7 @@ class Engine:
             raise
 
     async def end(self, call: Call) -> None:
-        """End the child once nothing runs on it."""
+        """End the child once it is idle."""
         await self.grant(Need(stop=True), call, call.deadline)
 
     def _not_free(self, call: Call, deadline: float) -> ProviderTimeout:
@@ -350,7 +351,7 @@ class Engine:
         return need.future
 
     def _withdraw(self, future: Future[Lease | None]) -> None:
-        """Stop waiting; a lease that is granted all the same is given back."""
+        """Stop waiting, and give back a lease that is granted meanwhile."""
 
         def give_back(done: Future[Lease | None]) -> None:
             if done.exception() is None and (lease := done.result()) is not None:
@@ -368,13 +369,13 @@ class Engine:
         self._grant_next()
 
     def drop_adapter(self, digest: str) -> bool:
-        """Leave an adapter out from the next start on; whether the running child still holds it."""
+        """Leave an adapter out of the next start, and return whether the running child has loaded it."""
         with self._lock:
             self.adapters.pop(digest, None)
             return self.process is not None and digest in self.process.adapters
 
     def close(self) -> None:
-        """End the child now, whatever it does, and refuse what waits."""
+        """End the child now, even if it is busy, and refuse waiting requests."""
         with self._lock:
             self._closed = True
             process, self.process = self.process, None
@@ -393,12 +394,12 @@ class Engine:
                 )
 
     def disown(self) -> None:
-        """In a process that was forked off: let go of the child without ending it."""
+        """In a forked process: forget the child without ending it."""
         if self.process is not None:
             self.process.disown()
 
     def _grant_next(self) -> None:
-        """Grant what can be granted, and start a restart where the next in line needs one."""
+        """Grant all possible leases, and restart the engine if the next request needs that."""
         granted: list[tuple[Need, Lease]] = []
         with self._lock:
             while self._waiting and not self._busy:
@@ -422,14 +423,14 @@ class Engine:
             need.future.set_result(lease)
 
     def _fitting_process(self, need: Need) -> Process | None:
-        """The running child, where it is what the request needs."""
+        """Return the running child if it is what the request needs."""
         process = self.running
         if process is None:
             return None
         if need.window not in (None, process.window):
             return None
         if process.state != _file_state(Path(self.launch.model)):
-            return None  # What it has in memory is of another file, or may be.
+            return None  # The file may have changed since it was loaded.
         if need.adapter is not None and need.adapter.digest not in process.adapters:
             return None
         return process
@@ -440,7 +441,7 @@ class Engine:
         return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
 
     def _restart(self, need: Need) -> None:
-        """End the child that does not fit, and start one that does; on a thread of its own, and alone."""
+        """End the child that does not fit, and start one that does. Runs on its own thread, one at a time."""
         began = time.monotonic()
         before = self.process
         died = before is not None and not before.alive
@@ -457,7 +458,7 @@ class Engine:
                 before.stop()
             if not need.stop:
                 process = self._start(window, adapters, need)
-        except Exception as caught:  # noqa: BLE001 - it is raised where the request waits, whatever it is
+        except Exception as caught:  # noqa: BLE001 - raised again in the waiting request
             error = caught
         with self._lock:
             self._busy = False
@@ -481,7 +482,7 @@ class Engine:
         self._grant_next()
 
     def _usable_adapters(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
-        """The adapters to start with: one without a usable file is left out, and fails only requests that need it."""
+        """Return the adapters to load. One without a usable file is left out: only requests for it fail."""
         usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
         if needed is not None:
             needed.prepare()
@@ -489,7 +490,7 @@ class Engine:
         return usable
 
     def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
-        """Start a child; if it fails, again without the adapters that are not needed, for it may be one of them."""
+        """Start a child; if that fails, try again without the adapters that the request does not need."""
         try:
             return self._start_child(window, adapters, need.deadline)
         except ModelLoadFailed as error:
@@ -506,11 +507,11 @@ class Engine:
         state = _file_state(Path(self.launch.model))
         process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
         process.state = state
-        # What such an adapter has read depends on where it was invoked, so its cache serves no other request.
+        # The cache of such an adapter depends on where it was invoked, so no other request can use it.
         process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
         return process
 
-    # How long an idle child stays
+    # --- The end of an idle child ------------------------------------------------------------------------------------
 
     def _start_idle_timer(self, keep_alive: float | None) -> None:
         self._cancel_timer()
@@ -553,23 +554,23 @@ def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str
 
 
 class AdapterFile:
-    """An adapter as a file that an engine can load with one model."""
+    """An adapter as a file that the engine can load with one model."""
 
     def __init__(self, adapter: Adapter, model: Callable[[], Stored]) -> None:
         self.name = adapter.name
         self.digest = adapter.digest
         self.path = Path()
         self.activated = False
-        """Whether it acts only after its invocation tokens."""
+        """Whether it has an effect only after its invocation tokens."""
         self._adapter = adapter
         self._model = model
         self._state: tuple[int, ...] | None = None
 
     def prepare(self) -> None:
-        """Make the file at `path`, unless it is still what it was.
+        """Make the file at `path`, unless it exists unchanged.
 
         Raises:
-            GraftageError: it cannot be made, or the engine cannot take it.
+            GraftageError: it cannot be made, or the engine cannot load it.
         """
         if self._state is None or _file_state(self.path) != self._state:
             self._state = None
@@ -600,7 +601,7 @@ class AdapterFile:
         self._state = state
 
     def _check(self, model: Stored) -> None:
-        """Refuse by name what the engine would refuse without a reason."""
+        """Refuse an invalid file with a reason: the engine would give none."""
         try:
             header = read_file(self.path)
             check_adapter(header)
@@ -622,7 +623,7 @@ class AdapterFile:
         self.activated = "adapter.alora.invocation_tokens" in header.metadata
 
     def load_error(self, error: ModelLoadFailed) -> GraftageError:
-        """What it means that an engine did not start with this adapter and no other."""
+        """Return the error for an engine that did not start with this adapter alone."""
         words = str(error.details.get("engine_stderr", ""))
         if error.reason != "incompatible" or "adapter_lora" not in words:
             return error
@@ -638,7 +639,7 @@ class AdapterFile:
 
 
 def _file_state(path: Path) -> tuple[int, ...] | None:
-    """Changes when a file does; None where there is none."""
+    """Return values that change with a file; None if it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -653,7 +654,7 @@ _lock = threading.Lock()
 
 
 def acquire(launch: Launch, holder: int) -> Engine:
-    """The engine of a launch, which stays until its last holder lets go."""
+    """Return the engine of a launch, which stays until its last holder releases it."""
     with _lock:
         engine = _engines.get(launch)
         if engine is None:
@@ -663,7 +664,7 @@ def acquire(launch: Launch, holder: int) -> Engine:
 
 
 def release(holder: int) -> None:
-    """Let go of everything one holder has; what has no holder left ends."""
+    """Release all engines of one holder, and end those without another."""
     idle = []
     with _lock:
         for launch, engine in list(_engines.items()):
@@ -675,7 +676,7 @@ def release(holder: int) -> None:
 
 
 def engines(model: Path | None = None) -> list[Engine]:
-    """Every engine of this process, or those of the model in a file."""
+    """Return every engine of this process, or those of the model in a file."""
     with _lock:
         return [each for each in _engines.values() if model is None or each.launch.model == str(model)]
 
@@ -689,8 +690,8 @@ def _end_all() -> None:
 
 
 def _forget_all() -> None:
-    """After a fork: the children are the parent's."""
-    global _lock  # noqa: PLW0603 - another thread may have held it at the fork
+    """Forget all engines after a fork: they belong to the parent."""
+    global _lock  # noqa: PLW0603 - at the fork, another thread may have held it
     _lock = threading.Lock()
     for engine in _engines.values():
         engine.disown()

