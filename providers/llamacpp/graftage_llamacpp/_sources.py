@@ -338,8 +338,8 @@ def _package_error(source: PackageSource, why: str) -> ProtocolError:
 class HubSource:
     """A file of a repository on the Hugging Face hub, or what `HF_ENDPOINT` names.
 
-    The `huggingface_hub` package finds the file, with the user's token and settings. Its bytes are fetched here, so that
-    a download can resume and its digest is checked.
+    The `huggingface_hub` package finds the file, with the user's token and settings. Its bytes are fetched here, so
+    that a download can resume and its digest is checked.
     """
 
     def __init__(self, repository: str, file: str) -> None:
@@ -438,7 +438,7 @@ def _hub() -> Any:
 
 
 def _hub_error(error: Exception, label: str) -> ProviderError:
-    """Return the typed error for one of the hub's package, by class name: the classes moved between releases."""
+    """Return the typed error for one of the hub's package, by class name: the classes move between releases."""
     names = {each.__name__ for each in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in names or status in UNAUTHORISED:

@@ -62,7 +62,7 @@ READ_SIZE: Final = 1 << 20
 MISFIT: Final = re.compile(
     r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
 )
-"""How a server reports an adapter that it cannot apply (recorded from 0.24); its newer engine reports any so."""
+"""How a server reports an adapter that it cannot apply (recorded from 0.24); its newer engine reports any like this."""
 EXITED: Final = re.compile(r"terminated: exit status")
 """All that 0.9 and 0.32 report of it (recorded). Other faults can end a runner like this, too, so it is proof only
 for a model that never worked: one that this call has created."""
