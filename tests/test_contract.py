@@ -118,14 +118,28 @@ class TestClients:
         assert inspect.signature(graftage.connect).parameters == inspect.signature(graftage.connect_async).parameters
         assert not inspect.iscoroutinefunction(graftage.connect_async)
 
-    def test_async_methods_are_coroutines(self) -> None:
+    def test_async_methods_are_awaited(self) -> None:
         plain = {
             name
             for name in public_methods(graftage.AsyncClient)
-            if inspect.isfunction(vars(graftage.AsyncClient)[name])
             if not inspect.iscoroutinefunction(vars(graftage.AsyncClient)[name])
         }
-        assert plain == {"capabilities", "stats"}
+        assert plain == {"chat", "generate"}  # Their answer is awaited: a coroutine, or a stream.
+
+    def test_sync_client_is_up_to_date(self) -> None:
+        command = [sys.executable, str(ROOT / "scripts" / "make_client.py"), "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "")
+
+    @pytest.mark.parametrize("client", [graftage.Client, graftage.AsyncClient], ids=["sync", "async"])
+    def test_each_member_documents_itself(self, client: type) -> None:
+        members = {name: member for name, member in inspect.getmembers(client) if not name.startswith("_")}
+        assert {"chat", "provider", "stats"} <= set(members)
+        for name, member in members.items():
+            text = inspect.getdoc(member) or ""
+            given = set(inspect.signature(member).parameters) - {"self"} if callable(member) else set()
+            assert text.partition("\n")[0].endswith("."), name
+            assert not [each for each in given if not re.search(rf"^    {each}: ", text, re.MULTILINE)], name
 
 
 GROUPS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -10,6 +11,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -22,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 import graftage
 from graftage._engine.inputs import DEEPEST, LARGEST_IMAGE, read_messages
 from graftage._engine.schemas import read_format, read_tools
-from graftage.exceptions import InferenceFailed, RequestRejected
+from graftage.calls import Call
+from graftage.exceptions import AdapterNotFound, InferenceFailed, RequestRejected
+from graftage.settings import Settings
 from graftage.testing.echo import Echo
 from graftage.types import Image, Message, Reply, Tool, ToolCall
 
@@ -1023,7 +1027,7 @@ def test_error_of_the_callers_generator_passes_through(both: Any, act: Act) -> N
 
 
 class TestSwitchesAndNames:
-    @pytest.mark.parametrize("value", ["no", "x", 1, None])
+    @pytest.mark.parametrize("value", ["no", "x", 1])
     @pytest.mark.parametrize(
         "act",
         [
@@ -1067,15 +1071,12 @@ class TestSwitchesAndNames:
     def test_empty_model_name_is_refused(self, both: Any, act: Callable[[Any, Any], Any], value: Any) -> None:
         assert "model" in refusal(both, lambda llm: act(llm, value)).message
 
-    @pytest.mark.parametrize("names", [{"model": ""}, {"model": 5}, {"model": HALF}, {"models": [5]}, {"models": [""]}])
+    @pytest.mark.parametrize("names", [{"model": ""}, {"model": 5}, {"model": HALF}])
     def test_client_needs_valid_model_names(self, both: Any, names: dict[str, Any]) -> None:
         echo = Echo()
         with pytest.raises(RequestRejected, match="model"):
             both.opened(echo, **names)
         assert echo.calls == []
-
-    def test_plugins_and_models_may_be_none(self, both: Any) -> None:
-        assert both.connect(Echo(), model=MODEL, models=None, plugins=None).chat("x").text == "x"
 
     @pytest.mark.parametrize("keep", ["abc", 5, {"a": 1}, [5]])
     def test_invalid_keep_deletes_nothing(self, both: Any, keep: Any) -> None:
@@ -1102,24 +1103,24 @@ class AwaitedObject:
 
 
 WRONG_ARGUMENTS: dict[str, list[Any]] = {
-    "stream": ["no", "false", "", 0, 0.0, 1, [], None, object()],
+    "stream": ["no", "false", "", 0, 0.0, 1, [], object()],
     "timeout": ["x", "5", True, 0, -1, math.nan, math.inf, [], {}],
     "on_progress": [5, "print", True, [], awaited, AwaitedObject()],
     "max_age": ["x", "5m", True, False, math.nan, -1, Decimal(1), Decimal("NaN"), timedelta(1), []],
     "older_than": ["7d", "7", True, False, math.nan, -1, Decimal(1), timedelta(7), []],
-    "dry_run": ["no", 0, 1, None, []],
+    "dry_run": ["no", 0, 1, []],
     "keep": ["abc", 5, {"a": 1}, [5]],
     "keep_alive": ["soon", "", True, math.nan, [], {}],
     "context_window": [0, -1, 1.5, "4096", True, math.nan, 2**31],
     "max_tokens": [0, -1, 1.5, "9", True, math.nan, 2**31],
     "dimensions": [0, -1, 1.5, "9", True, math.nan],
-    "force": ["no", 1, 0, None],
-    "raw": ["no", 1, None],
-    "truncate": ["no", 1, None],
-    "retries": [-1, 1.5, "2", True, None, math.nan, 10**9],
+    "force": ["no", 1, 0],
+    "raw": ["no", 1],
+    "truncate": ["no", 1],
+    "retries": [-1, 1.5, "2", True, math.nan, 10**9],
     "purpose": ["search", 5, "", True, []],
-    "level": ["up", 5, None, [], True],
-    "policy": ["sometimes", 5, None, [], True],
+    "level": ["up", 5, [], True],
+    "policy": ["sometimes", 5, [], True],
     "model": [5, "", " ", True, b"x", []],
     "adapter": [5, "", True, [], b"x"],
     "options": ["x", 5, [1], True, {"temperature": "hot"}, {"num_ctx": 1}],
@@ -1155,6 +1156,10 @@ TAKES_TEXT = ("chat", "generate", "embed", "count_tokens", "delete", "resolve_ad
 SUBJECT: dict[str, list[Any]] = {**{each: ["x"] for each in TAKES_TEXT}, "rerank": ["x", ["y"]]}
 
 
+def without_call(request: Any) -> Any:
+    return replace(request, call=Call()) if hasattr(request, "call") else request
+
+
 class TestEveryPath:
     """Every argument on every path."""
 
@@ -1168,6 +1173,25 @@ class TestEveryPath:
             assert caught.value.hint, value
         assert echo.requests == []
         assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+
+    @pytest.mark.parametrize("operation", TAKES)
+    def test_none_means_not_given(self, both: Any, operation: str) -> None:
+        names = [each for each in TAKES[operation] if each != "adapter"]  # There it means the base model.
+        asked = []
+        for arguments in ({}, dict.fromkeys(names)):
+            echo = Echo(models=[MODEL, "x"])
+            llm = both.connect(echo, model=MODEL)
+            with contextlib.suppress(AdapterNotFound):  # No plugin resolves adapters here.
+                getattr(llm, operation)(*SUBJECT.get(operation, ()), **arguments)
+            asked.append([(hook, repr(without_call(request))) for hook, request in echo.calls])
+        assert asked[0] == asked[1]
+        assert asked[0]
+
+    def test_none_means_not_given_to_connect(self, both: Any) -> None:
+        names = ("model", "settings", "plugins", "translate_error", "env_prefix", *Settings.model_fields)
+        llm = both.opened(Echo(), **dict.fromkeys(names))
+        assert llm.origins == {}
+        assert llm.settings == both.opened(Echo()).settings
 
     @pytest.mark.parametrize("name", ["stream", "model", "keep_alive", "options", "think", "timeout"])
     def test_chain_reads_its_arguments(self, both: Any, name: str) -> None:
@@ -1190,7 +1214,7 @@ class TestEveryPath:
 
     @pytest.mark.parametrize(
         "given",
-        [{"models": "abc"}, {"models": 5}, {"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
+        [{"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
         ids=str,
     )
     def test_client_arguments_are_read_strictly(self, both: Any, given: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ from graftage.types import Chunk, Health, Logprob, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from graftage import AsyncStream
 
 MODEL = "m:1"
 END = Chunk(finish_reason="stop")
@@ -302,18 +306,111 @@ def test_closing_the_client_ends_a_stream_with_a_typed_error(both: Any) -> None:
     assert isinstance(reading.exception(5), StreamInterrupted)
 
 
-def test_an_async_stream_is_iterated_and_left_by_async_with() -> None:
-    async def main() -> None:
-        echo = Echo(["one two"])
-        async with (
-            graftage.connect_async(echo, model=MODEL) as llm,
-            await llm.chat("x", stream=True) as stream,
-        ):
-            assert [chunk.text async for chunk in stream] == ["one ", "two", ""]
-            assert stream.reply.text == "one two"
-        assert echo.running == 0
+async def awaited(stream: AsyncStream) -> list[str]:
+    return [chunk.text async for chunk in await stream]
 
-    asyncio.run(main())
+
+async def entered(stream: AsyncStream) -> list[str]:
+    async with stream:
+        return [chunk.text async for chunk in stream]
+
+
+async def awaited_and_entered(stream: AsyncStream) -> list[str]:
+    async with await stream as same:
+        assert same is stream is await stream
+        return [chunk.text async for chunk in stream]
+
+
+async def iterated(stream: AsyncStream) -> list[str]:
+    return [chunk.text async for chunk in stream]
+
+
+async def in_a_task(stream: AsyncStream) -> list[str]:
+    return await iterated(await asyncio.wait_for(stream, 5))
+
+
+HOSTS = [awaited, entered, awaited_and_entered, iterated, in_a_task]
+
+
+class TestAsyncStream:
+    @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
+    def test_opens_once_however_it_is_used(self, host: Any) -> None:
+        async def main() -> None:
+            echo = Echo(["one two", "not asked"])
+            async with graftage.connect_async(echo, model=MODEL) as llm:
+                stream = llm.chat("x", stream=True)
+                assert echo.requests == []
+                assert await host(stream) == ["one ", "two", ""]
+                assert stream.reply.text == stream.partial.text == "one two"
+            assert (len(echo.requests), echo.running) == (1, 0)
+
+        asyncio.run(main())
+
+    @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
+    def test_opening_raises_the_hosts_error(self, host: Any) -> None:
+        async def main() -> None:
+            echo = Echo([ConnectionFailed("gone")])
+            async with graftage.connect_async(echo, model=MODEL, translate_error=lambda _: LookupError("x")) as llm:
+                with pytest.raises(LookupError) as caught:
+                    await host(llm.chat("x", stream=True))
+            assert isinstance(caught.value.__cause__, ConnectionFailed)
+
+        asyncio.run(main())
+
+    def test_unopened_sends_nothing(self) -> None:
+        async def main() -> None:
+            echo = Echo()
+            async with graftage.connect_async(echo, model=MODEL) as llm:
+                stream = llm.chat("x", stream=True)
+                with pytest.raises(RuntimeError, match="not open"):
+                    _ = stream.partial
+                with pytest.raises(RuntimeError, match="not been read to its end"):
+                    _ = stream.reply
+                await stream.close()
+                with pytest.raises(RuntimeError, match="closed"):
+                    await stream
+                llm.chat("y", stream=True)
+            assert echo.requests == []
+
+        asyncio.run(main())
+
+    def test_two_tasks_open_it_once(self) -> None:
+        async def main() -> None:
+            echo = Echo(["one", "two"])
+            async with graftage.connect_async(echo, model=MODEL) as llm:
+                stream = llm.chat("x", stream=True)
+                first, second = await asyncio.gather(iterated(stream), iterated(stream), return_exceptions=True)
+            assert first == ["one", ""]
+            assert isinstance(second, RuntimeError)
+            assert len(echo.requests) == 1
+
+        asyncio.run(main())
+
+    def test_dropped_half_way_closes_quietly(self) -> None:
+        program = """
+import asyncio, gc, sys
+import graftage
+from graftage.testing import Echo, Pause
+from graftage.types import Chunk
+
+async def main():
+    echo = Echo([[Chunk(text="a"), Pause()], [Chunk(text="b"), Pause()], "free"])
+    llm = graftage.connect_async(echo, model="m", concurrency=1)
+    async for chunk in llm.chat("x", stream=True):
+        break
+    assert (await llm.chat("y", stream=True)).partial.text == "b"
+    print((await llm.chat("z")).text)
+    while echo.running:
+        await asyncio.sleep(0)
+    async for chunk in llm.chat("x", stream=True):
+        break
+
+asyncio.run(main())
+gc.collect()
+"""
+        command = [sys.executable, "-W", "error", "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == ("free\n", "")
 
 
 def test_a_dropped_async_stream_of_a_closed_loop_still_frees_its_slot() -> None:

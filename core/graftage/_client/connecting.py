@@ -57,10 +57,10 @@ def connect(
         provider,
         plugins,
         translate_error,
+        overrides,
         model=model,
         settings=settings,
         env_prefix=env_prefix,
-        overrides=overrides,
     )
     return Client(options)
 
@@ -83,16 +83,20 @@ def connect_async(
         provider,
         plugins,
         translate_error,
+        overrides,
         model=model,
         settings=settings,
         env_prefix=env_prefix,
-        overrides=overrides,
     )
     return AsyncClient(options)
 
 
 def _read(
-    provider: Any, plugins: Any, translate_error: Callable[[GraftageError], Exception] | None, **given: Any
+    provider: Any,
+    plugins: Any,
+    translate_error: Callable[[GraftageError], Exception] | None,
+    overrides: Mapping[str, Any],
+    **given: Any,
 ) -> ConnectOptions:
     from graftage._engine.choosing import ConnectOptions
     from graftage._engine.inputs import items, rejected
@@ -100,4 +104,10 @@ def _read(
     if translate_error is not None and not callable(translate_error):
         raise rejected("`translate_error`", "a function that makes an error of an error", translate_error)
     plugins = items(plugins, "`plugins`", "a sequence of plugin objects")
-    return ConnectOptions(provider=provider, plugins=plugins, translate=translate_error or as_it_is, **given)
+    return ConnectOptions(
+        provider=provider,
+        plugins=plugins,
+        translate=translate_error or as_it_is,
+        overrides={name: value for name, value in overrides.items() if value is not None},
+        **given,
+    )

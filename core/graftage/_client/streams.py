@@ -145,11 +145,11 @@ class AsyncStream:
         begin, self._begin = self._begin, None
         if begin is None:
             raise RuntimeError("the stream is closed, or another task is opening it")
-        self._loop = asyncio.get_running_loop()
         try:
             self._run, self._first = await begin()
         except GraftageError as error:
             raise_translated(error, self._translate)
+        self._loop = asyncio.get_running_loop()
         return self._run
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
