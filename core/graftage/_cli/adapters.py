@@ -26,7 +26,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Find, check, load and convert LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
 UNDECIDED = 3
 """The exit code of `check` where nobody can say whether the adapter fits."""
-DIGEST = 19
+SHOWN_DIGEST = 19
 """Characters of a digest that people look at: `sha256:` and twelve more."""
 DAY = 86400.0
 LORA, FOLDERS = "lora", "GRAFTAGE_LORA_FOLDERS"
@@ -43,21 +43,24 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file w
 def list_adapters(provider: options.Provider = None, as_json: options.AsJson = False) -> None:
     """List the adapters that the installed plugins know of."""
     # The plugins know them: no server need answer.
-    with options.connected(None, provider or options.usual_provider()[0]) as client:
+    with options.open_client(None, provider or options.default_provider()[0]) as client:
         found = client.adapters()
     if as_json:
         show.print_json([asdict(each) for each in found])
         return
     if not found:
-        show.note(_nothing_known())
+        show.note(_nothing_found())
         return
     show.print_table(
         ("name", "base model", "digest", "source", "reference"),
-        ((each.name, each.base_model, (each.digest or "")[:DIGEST], each.source, each.reference) for each in found),
+        (
+            (each.name, each.base_model, (each.digest or "")[:SHOWN_DIGEST], each.source, each.reference)
+            for each in found
+        ),
     )
 
 
-def _nothing_known() -> str:
+def _nothing_found() -> str:
     """Where adapters were looked for, as far as that is known here."""
     from graftage._engine.plugins import Catalog
     from graftage.settings import Sources
@@ -102,8 +105,8 @@ def check_adapter(
 
     Exit code: 0 it fits, 1 it does not, 3 nobody can say.
     """
-    with options.one_model(model, provider, host=host) as client:
-        report = _report(client, reference)
+    with options.open_for_one_model(model, provider, host=host) as client:
+        report = _check(client, reference)
     if as_json:
         show.print_json(asdict(report))
     else:
@@ -111,7 +114,7 @@ def check_adapter(
     raise typer.Exit({"compatible": 0, "unknown": UNDECIDED}.get(report.status, FAILED))
 
 
-def _report(client: "Client", reference: str) -> Report:
+def _check(client: "Client", reference: str) -> Report:
     if "show_model" in client.capabilities().features:
         client.show()  # A model that is not there is an error, and no verdict on the adapter.
     try:
@@ -156,14 +159,14 @@ def load_adapter(
     force: options.Force = False,
 ) -> None:
     """Make an adapter usable now, so that the first answer need not wait for it."""
-    with options.one_model(model, provider, host=host) as client:
+    with options.open_for_one_model(model, provider, host=host) as client:
         with Waiting("making it usable"):
             loaded = client.use_adapter(reference, force=force)
         if loaded is None:
             raise Misuse("There is nothing to load.", hint="Name an adapter.")
         how = f" ({loaded.strategy})" if loaded.strategy else ""
         show.line(f"{show.cell(loaded.name)} is loaded as {show.cell(loaded.model)}{show.cell(how)}.")
-        options.tell_if_embedded(client)
+        options.note_if_embedded(client)
     for warning in loaded.warnings:
         show.note(warning, kind="warning")
 
@@ -177,14 +180,14 @@ def unload_adapter(
     host: options.Host = None,
 ) -> None:
     """Put an adapter out of memory; nothing is deleted."""
-    with options.one_model(model, provider, host=host) as client:
-        if _is_any_in_memory(client):
+    with options.open_for_one_model(model, provider, host=host) as client:
+        if _is_any_adapter_loaded(client):
             client.use_adapter(reference)  # Another process has loaded it: this tells as what.
         client.unload_adapter(reference)
     show.line(f"{show.cell(reference)} is not in memory.")
 
 
-def _is_any_in_memory(client: "Client") -> bool:
+def _is_any_adapter_loaded(client: "Client") -> bool:
     """Whether a server holds any model that loading an adapter has left there."""
     if "prune_adapters" not in client.capabilities().features:
         return False
@@ -209,8 +212,8 @@ def prune_adapters(
     as_json: options.AsJson = False,
 ) -> None:
     """Delete the models that loading adapters has left on a server."""
-    age = _seconds(older_than)
-    with options.managed(None, provider, host=host) as client:
+    age = _parse_age(older_than)
+    with options.open_to_manage(None, provider, host=host) as client:
         gone = client.prune_adapters(keep=tuple(keep or ()), older_than=age, dry_run=not yes)
     if as_json:
         show.print_json({"deleted": yes, "models": [show.record(each) for each in gone]})
@@ -218,17 +221,17 @@ def prune_adapters(
     if gone:
         rows = ((each.name, show.size(each.size), show.date(each.modified_at)) for each in gone)
         show.print_table(("name", "size", "made"), rows)
-    show.line(_pruned(len(gone), yes=yes))
+    show.line(_prune_summary(len(gone), yes=yes))
 
 
-def _pruned(count: int, *, yes: bool) -> str:
+def _prune_summary(count: int, *, yes: bool) -> str:
     if not count:
         return "There is nothing to delete."
     models = "1 model" if count == 1 else f"{count} models"
     return f"{models} deleted." if yes else f"{models} would be deleted: `--yes` does it."
 
 
-def _seconds(age: str | None) -> float | None:
+def _parse_age(age: str | None) -> float | None:
     """An age in seconds, from `90`, `5m`, `1h30m` or `7d`."""
     from graftage._values import keep_alive_seconds
 
@@ -259,11 +262,14 @@ def convert_adapter(
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter as GGUF, converted for a model."""
-    with options.one_model(model, provider, host=host) as client, _writing(out, overwrite=overwrite) as fresh:
-        adapter = _fitting(client, reference, force=force)
+    with (
+        options.open_for_one_model(model, provider, host=host) as client,
+        _replacing(out, overwrite=overwrite) as fresh,
+    ):
+        adapter = _resolve_fitting(client, reference, force=force)
         with Waiting("converting"):
             made = adapter.gguf(client.show())
-        with _telling(out):
+        with _report_write_errors(out):
             shutil.copyfile(made, fresh)
     show.line(f"{show.cell(out)} is written.")
 
@@ -292,9 +298,12 @@ def merge_adapter(
     """Write a model with an adapter merged into it."""
     from graftage.types import PullProgress
 
-    with options.one_model(model, provider, host=host) as client, _writing(out, overwrite=overwrite) as fresh:
-        adapter = _fitting(client, reference, force=force)
-        base = base_file or _file_of(client)
+    with (
+        options.open_for_one_model(model, provider, host=host) as client,
+        _replacing(out, overwrite=overwrite) as fresh,
+    ):
+        adapter = _resolve_fitting(client, reference, force=force)
+        base = base_file or _model_file(client)
         with Waiting("merging") as waiting:
             adapter.merge(
                 base,
@@ -304,7 +313,7 @@ def merge_adapter(
     show.line(f"{show.cell(out)} is written.")
 
 
-def _fitting(client: "Client", reference: str, *, force: bool) -> "Adapter":
+def _resolve_fitting(client: "Client", reference: str, *, force: bool) -> "Adapter":
     adapter = client.resolve_adapter(reference)
     if adapter.verdict.status == "incompatible" and not force:
         raise AdapterIncompatible(
@@ -316,7 +325,7 @@ def _fitting(client: "Client", reference: str, *, force: bool) -> "Adapter":
     return adapter
 
 
-def _file_of(client: "Client") -> Path:
+def _model_file(client: "Client") -> Path:
     path = client.show().path
     if path is None:
         raise Misuse(
@@ -326,20 +335,20 @@ def _file_of(client: "Client") -> Path:
 
 
 @contextmanager
-def _writing(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def _replacing(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A file to write, which takes the place of `out` when all went well; nothing is left of it otherwise."""
     if out.exists() and not overwrite:
         raise Misuse(f"`{out}` is there already.", hint="Choose another name, or `--overwrite` it.")
     with ExitStack() as stack:
-        with _telling(out):
+        with _report_write_errors(out):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent))
         yield Path(folder, out.name)
-        with _telling(out):
+        with _report_write_errors(out):
             Path(folder, out.name).replace(out)
 
 
 @contextmanager
-def _telling(out: Path) -> Iterator[None]:
+def _report_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from graftage.types import Chunk, Reply
 
-__all__ = ["Stopped", "answer", "streamed"]
+__all__ = ["Stopped", "print_reply", "stream_reply"]
 
 Ask = Callable[..., Any]
 """`Client.chat` or `Client.generate` with all arguments but `stream`."""
@@ -29,24 +29,24 @@ class Stopped(KeyboardInterrupt):
         """What had come."""
 
 
-def answer(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
+def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
     """Ask, and print the answer in the way that was wanted."""
     if as_json:
         with Waiting("waiting for the answer"):
             reply = ask(stream=False)
-        show.print_json(_data(reply))
+        show.print_json(_reply_data(reply))
     elif stream:
-        streamed(ask, raw=raw)
+        stream_reply(ask, raw=raw)
     else:
         with Waiting("waiting for the answer"):
             reply = ask(stream=False)
-        printer = _Printer(raw=raw)
+        printer = _ReplyPrinter(raw=raw)
         printer.add(reply)
         printer.end()
-        _tell(reply)
+        _print_warnings(reply)
 
 
-def streamed(ask: Ask, *, raw: bool) -> "Reply":
+def stream_reply(ask: Ask, *, raw: bool) -> "Reply":
     """Ask, print the answer as it comes, and give it back.
 
     Raises:
@@ -54,7 +54,7 @@ def streamed(ask: Ask, *, raw: bool) -> "Reply":
     """
     with Waiting("waiting for the first word"):
         stream = ask(stream=True)
-    printer = _Printer(raw=raw)
+    printer = _ReplyPrinter(raw=raw)
     try:
         with stream:
             for chunk in stream:
@@ -67,11 +67,11 @@ def streamed(ask: Ask, *, raw: bool) -> "Reply":
     finally:
         printer.end()
     reply: Reply = stream.reply
-    _tell(reply)
+    _print_warnings(reply)
     return reply
 
 
-class _Printer:
+class _ReplyPrinter:
     """Prints text to stdout and thinking, dimmed, to stderr."""
 
     def __init__(self, *, raw: bool) -> None:
@@ -122,7 +122,7 @@ class _Printer:
             self._thoughts_open = False
 
 
-def _tell(reply: "Reply") -> None:
+def _print_warnings(reply: "Reply") -> None:
     for warning in reply.warnings:
         show.note(warning, kind="warning")
     if reply.finish_reason == "length":
@@ -141,7 +141,7 @@ def _cut(reply: "Reply") -> str:
     return "The answer was cut: raise `--max-tokens`, or `--context-window`."
 
 
-def _data(reply: "Reply") -> dict[str, Any]:
+def _reply_data(reply: "Reply") -> dict[str, Any]:
     """A reply for programs."""
     data = {
         "text": reply.text,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from graftage._cli import options
-from graftage._cli.answer import answer
+from graftage._cli.answer import print_reply
 from graftage._cli.errors import Misuse
 from graftage._cli.prompt import read_prompt
 
@@ -58,7 +58,7 @@ def chat(
     text = read_prompt(prompt)
     if text is None and as_json:
         raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
-    with options.answering(model, provider, host=host, tell=text is not None) as client:
+    with options.open_to_ask(model, provider, host=host, announce=text is not None) as client:
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
             from graftage._cli.conversation import Conversation
@@ -66,9 +66,9 @@ def chat(
             options.require_chat(client)
             Conversation(client, messages, arguments, images=image or (), raw=raw).run()
             return
-        messages.append(_question(text, image))
-        answer(partial(client.chat, messages, **arguments), stream=not no_stream, as_json=as_json, raw=raw)
+        messages.append(_user_message(text, image))
+        print_reply(partial(client.chat, messages, **arguments), stream=not no_stream, as_json=as_json, raw=raw)
 
 
-def _question(text: str, images: list[Path] | None) -> dict[str, Any]:
+def _user_message(text: str, images: list[Path] | None) -> dict[str, Any]:
     return {"role": "user", "content": text, "images": images or []}

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from graftage._cli import show
-from graftage._cli.errors import Reporting
+from graftage._cli.errors import ReportingGroup
 from graftage._engine.faults import is_fault
 from graftage._values import EntryPoint, entry_points, identity
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError
@@ -21,7 +21,7 @@ GROUP = "graftage.commands"
 """The entry-point group: names of subcommands, each with a `typer.Typer`."""
 
 
-class Commands(Reporting):
+class Commands(ReportingGroup):
     """The root of the commands: its own, and those of plugins, which cannot take a name of its own."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -33,10 +33,10 @@ class Commands(Reporting):
         """The command of that name, or None; nothing of a plugin is imported for it."""
         own = super().get_command(ctx, cmd_name)
         points = [] if own else [point for point in entry_points(GROUP) if point.name == cmd_name]
-        return _Brought(points) if points else own
+        return _PluginCommand(points) if points else own
 
 
-class _Brought(TyperCommand):
+class _PluginCommand(TyperCommand):
     """Stands in the list for a plugin's command, and makes way for it when it is run."""
 
     def __init__(self, points: list[EntryPoint]) -> None:
@@ -46,7 +46,7 @@ class _Brought(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the real command."""
         self._refuse()
-        return _loaded(self._points[0]).make_context(info_name, args, parent, **extra)
+        return _load(self._points[0]).make_context(info_name, args, parent, **extra)
 
     def _refuse(self) -> None:
         """Import nothing that is disabled, or that two distributions claim."""
@@ -75,7 +75,7 @@ def _summary(points: list[EntryPoint]) -> str:
     return show.cell(said or f"From {' and '.join(map(_origin, points))}.")
 
 
-def _loaded(point: EntryPoint) -> Any:
+def _load(point: EntryPoint) -> Any:
     """The real command.
 
     Raises:
@@ -86,7 +86,7 @@ def _loaded(point: EntryPoint) -> Any:
         app = point.load()
         if not isinstance(app, typer.Typer):
             raise TypeError(f"`{point.value}` is no `typer.Typer`, but a `{type(app).__name__}`")
-        return _mounted(app, point.name)
+        return _mount(app, point.name)
     except BaseException as error:
         if not is_fault(error):
             raise
@@ -98,7 +98,7 @@ def _loaded(point: EntryPoint) -> Any:
         ) from error
 
 
-def _mounted(app: typer.Typer, name: str) -> Any:
+def _mount(app: typer.Typer, name: str) -> Any:
     """The group that an app becomes below another one: without what only the root of a program has."""
     root = typer.Typer(add_completion=False, rich_markup_mode=None)
     root.add_typer(app, name=name)

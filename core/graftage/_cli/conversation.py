@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftage._cli import errors, show
-from graftage._cli.answer import Stopped, streamed
+from graftage._cli.answer import Stopped, stream_reply
 from graftage.exceptions import GraftageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PROMPT = ">>> "
 CONTINUED = "... "
 COMMAND = re.compile(r"/(\w+|\?)?( .*)?")
 """A line that is no question: a path and a comment begin otherwise."""
-GAP = 0.02
+PASTE_GAP = 0.02
 """Seconds within which the next line of a paste is there; nobody types one in that time."""
 ALIASES = {"/bye": "/exit", "/quit": "/exit", "/?": "/help"}
 HELP = """\
@@ -66,14 +66,14 @@ class Conversation:
             # Python turns it off. GNU's then hands over a paste as one text; others do not know the variable.
             importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
         show.note(f"{self._client.model} on {self._client.provider}. /help shows what you can do.")
-        for text in _texts():
+        for text in _read_inputs():
             if COMMAND.fullmatch(text):
                 command = ALIASES.get(text, text)
                 if command == "/exit":
                     return
                 self._command(command)
             elif text:
-                self._turn(text)
+                self._ask(text)
 
     def _command(self, line: str) -> None:
         if line == "/clear":
@@ -84,11 +84,11 @@ class Conversation:
         else:
             show.note(f"There is no `{line}`; /help shows what there is, and with a space before it it is a question.")
 
-    def _turn(self, text: str) -> None:
+    def _ask(self, text: str) -> None:
         """One question and its answer. A question that got no answer is forgotten."""
         messages = [*self._history, {"role": "user", "content": text, "images": self._images}]
         try:
-            reply = streamed(partial(self._client.chat, messages, **self._arguments), raw=self._raw)
+            reply = stream_reply(partial(self._client.chat, messages, **self._arguments), raw=self._raw)
         except Stopped as stopped:
             show.note("(stopped)")
             reply = stopped.partial
@@ -96,21 +96,21 @@ class Conversation:
             show.note("(stopped before it began)")
             return
         except GraftageError as error:
-            errors.tell(error)
+            errors.report(error)
             return
         if reply.text:
             self._history = [*messages, {"role": "assistant", "content": reply.text}]
             self._images = []
 
 
-def _texts() -> Iterator[str]:
+def _read_inputs() -> Iterator[str]:
     """What is typed or pasted until the end of the input, each empty where Ctrl-C took it back."""
     ended = False
     while not ended:
         lines: list[str] = []
         try:
             lines.append(input(PROMPT))
-            while _more_waits(lines):
+            while _more_is_waiting(lines):
                 lines.append(input(CONTINUED))
         except EOFError:
             sys.stdout.write("\n")
@@ -122,11 +122,11 @@ def _texts() -> Iterator[str]:
         yield "\n".join(lines).strip("\n").rstrip()  # The first line of pasted code may be indented, too.
 
 
-def _more_waits(lines: Sequence[str]) -> bool:
+def _more_is_waiting(lines: Sequence[str]) -> bool:
     """Whether more of a paste is in the terminal's input, where no brackets around it have told so."""
     if COMMAND.fullmatch(lines[0]):
         return False
     try:
-        return bool(select.select([sys.stdin], [], [], GAP)[0])
+        return bool(select.select([sys.stdin], [], [], PASTE_GAP)[0])
     except (OSError, ValueError):  # On Windows only sockets can be looked at.
         return False

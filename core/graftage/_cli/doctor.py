@@ -101,12 +101,12 @@ class Examination:
             "model": self._model_present,
         }
         for name, step in steps.items():
-            check = Check(name, "skip", "not looked at") if self.code else self._made(name, step)
+            check = Check(name, "skip", "not looked at") if self.code else self._run(name, step)
             if check.state == "fail":
                 self.code = self.code or FAILED
             yield check
 
-    def _made(self, name: str, step: Callable[[], Check]) -> Check:
+    def _run(self, name: str, step: Callable[[], Check]) -> Check:
         try:
             return step()
         except GraftageError as error:
@@ -119,7 +119,7 @@ class Examination:
             return []
         values = self._client.settings
         return [
-            {"name": name, "value": _masked(name, getattr(values, name)), "origin": self._origin(name)}
+            {"name": name, "value": _mask(name, getattr(values, name)), "origin": self._origin(name)}
             for name in type(values).model_fields
             if name != "transport"
         ]
@@ -143,16 +143,16 @@ class Examination:
 
         origin, hint = "command line", None
         if self._provider is None:
-            self._provider, origin = options.usual_provider(self._host)
+            self._provider, origin = options.default_provider(self._host)
             if origin == options.DEFAULT and self._host is None:
-                hint = self._taken_by_auto(self._provider)
+                hint = self._auto_hint(self._provider)
         entry = Catalog().provider(self._provider)
         text = f"`{entry.name}` from {entry.origin} ({origin})"
         return Check("provider", "note" if hint else "ok", text, hint)
 
-    def _taken_by_auto(self, usual: str) -> str | None:
+    def _auto_hint(self, usual: str) -> str | None:
         """Look at what `auto` takes, or at the server where it can take nothing; tells why it is not the server."""
-        with contextlib.suppress(GraftageError), options.connected(self._model) as client:
+        with contextlib.suppress(GraftageError), options.open_client(self._model) as client:
             self._provider = client.provider
             if self._provider == usual and self._model is None and "model" not in client.origins:
                 self._model, self._model_origin = client.model, "the one in use there"
@@ -161,15 +161,15 @@ class Examination:
         return f"`{usual}` cannot answer now: `graftage doctor -p {usual}` tells why."
 
     def _settings_read(self) -> Check:
-        self._client = options.connected(self._model, self._provider, host=self._host)
+        self._client = options.open_client(self._model, self._provider, host=self._host)
         known = [name for name in self._client.origins if name not in ("model", "provider")]
         return Check("settings", "ok", f"{len(known)} set, the rest are defaults" if known else "all are defaults")
 
     def _address_read(self) -> Check:
         given = str(self._connected.settings.host or "")
-        text = f"{_without_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
+        text = f"{_hide_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
         if LISTENS_EVERYWHERE.search(given):
-            listens = f"`{_without_user(given)}` is an address to listen on."
+            listens = f"`{_hide_user(given)}` is an address to listen on."
             return Check("address", "note", text, f"{listens} Name the machine: 127.0.0.1 if it is this one.")
         return Check("address", "ok", text)
 
@@ -186,7 +186,7 @@ class Examination:
             return Check(
                 "proxy",
                 "note",
-                f"{_without_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
+                f"{_hide_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
                 f"Set NO_PROXY={self._url.hostname} to go straight.",
             )
         return Check("proxy", "ok", f"none applies, though {', '.join(names)} is set" if names else "none is set")
@@ -195,9 +195,9 @@ class Examination:
         if self._target is None:
             return Check("name", "skip", "there is no network on the way")
         host, port = self._target
-        found = _resolved(host, port, self._connected.settings.timeouts.connect)
+        found = _resolve(host, port, self._connected.settings.timeouts.connect)
         if isinstance(found, str):
-            return Check("name", "fail", f"`{host}` is not known: {found}", self._place_hint("Check the spelling."))
+            return Check("name", "fail", f"`{host}` is not known: {found}", self._location_hint("Check the spelling."))
         return Check("name", "ok", f"{host} is {', '.join(found)}")
 
     def _port_open(self) -> Check:
@@ -208,10 +208,10 @@ class Examination:
             socket.create_connection((host, port), timeout=self._connected.settings.timeouts.connect).close()
         except OSError as error:
             text = f"{host} port {port} does not answer: {error.strerror or error}"
-            return Check("port", "fail", text, self._place_hint("Is the server running, and is the port right?"))
+            return Check("port", "fail", text, self._location_hint("Is the server running, and is the port right?"))
         return Check("port", "ok", f"{host} listens on port {port}")
 
-    def _place_hint(self, hint: str) -> str:
+    def _location_hint(self, hint: str) -> str:
         if self._proxy:
             return f"That is the proxy. {hint}"
         if _in_container() and self._url is not None and _is_loopback(self._url.hostname or ""):
@@ -219,7 +219,7 @@ class Examination:
         return hint
 
     def _server_answers(self) -> Check:
-        health = self._healthy("api")
+        health = self._check_health("api")
         version = f"version {health.version}" if health.version else "of unknown version"
         return Check("server", "ok", f"answers, {version}, in {1000 * (health.latency or 0):.0f} ms")
 
@@ -229,7 +229,7 @@ class Examination:
             return Check("model", "note", "none is chosen", "Name one with `-m`, or set GRAFTAGE_MODEL.")
         origin = self._connected.origins.get("model") or self._model_origin
         try:
-            self._healthy("model_present")
+            self._check_health("model_present")
         except ModelNotFound:
             if self._model or "model" in self._connected.origins:
                 raise
@@ -237,7 +237,7 @@ class Examination:
             return Check("model", "note", f"`{model}` is not there yet", "The first answer downloads it.")
         return Check("model", "ok", f"`{model}` is there ({origin})")
 
-    def _healthy(self, level: "HealthLevel") -> "Health":
+    def _check_health(self, level: "HealthLevel") -> "Health":
         health = self._connected.health(level, max_age=0)
         if health.ok:
             return health
@@ -283,7 +283,7 @@ def _sources() -> "Sources":
     return Sources.of()
 
 
-def _resolved(host: str, port: int, seconds: float) -> list[str] | str:
+def _resolve(host: str, port: int, seconds: float) -> list[str] | str:
     """The addresses of a name, or why there are none. A resolver cannot be told how long to take."""
     found: list[list[str] | str] = []
 
@@ -310,13 +310,13 @@ def _is_loopback(host: str) -> bool:
     return host in {"localhost", "::1"} or host.startswith("127.")
 
 
-def _without_user(address: str) -> str:
+def _hide_user(address: str) -> str:
     from graftage.settings import without_user
 
     return without_user(address)
 
 
-def _masked(name: str, value: Any) -> str:
+def _mask(name: str, value: Any) -> str:
     """A setting for the eyes of whoever reads the report."""
     if value is None:
         return ""
@@ -326,7 +326,7 @@ def _masked(name: str, value: Any) -> str:
         return ", ".join(f"{header}: {MASK}" for header in value)
     if name == "timeouts":
         return ", ".join(f"{part} {seconds:g}" for part, seconds in asdict(value).items())
-    return _without_user(str(value))
+    return _hide_user(str(value))
 
 
 def _print_check(check: Check) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["embed"]
 
-SHOWN = 3
+SHOWN_NUMBERS = 3
 """Numbers of each vector in the table."""
 EXCERPT = 24
 
@@ -42,15 +42,15 @@ def embed(
         {"dimensions": dimensions, "context_window": context_window, "keep_alive": keep_alive, "timeout": timeout}
     )
     inputs = texts or _from_pipe()
-    with options.answering(model, provider, host=host) as client, Waiting("waiting for the vectors"):
+    with options.open_to_ask(model, provider, host=host) as client, Waiting("waiting for the vectors"):
         found = client.embed(inputs, **arguments)
     if as_json:
-        show.print_json(_data(found))
+        show.print_json(_embeddings_data(found))
         return
     show.print_table(
         ("text", "length", "vector"),
         (
-            (_excerpt(text), len(vector), " ".join(f"{number:+.4f}" for number in vector[:SHOWN]) + " ...")
+            (_excerpt(text), len(vector), " ".join(f"{number:+.4f}" for number in vector[:SHOWN_NUMBERS]) + " ...")
             for text, vector in zip(inputs, found.vectors, strict=False)
         ),
     )
@@ -69,7 +69,7 @@ def _excerpt(text: str) -> str:
     return text if len(text) <= EXCERPT else f"{text[: EXCERPT - 3]}..."
 
 
-def _data(found: "Embeddings") -> dict[str, Any]:
+def _embeddings_data(found: "Embeddings") -> dict[str, Any]:
     return {
         "vectors": found.vectors,
         "model": found.model,

@@ -28,21 +28,31 @@ from graftage.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FAILED", "INTERRUPTED", "MISUSED", "Misuse", "Reporting", "exit_code", "output_complete", "tell", "way_out"]
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "MISUSED",
+    "Misuse",
+    "ReportingGroup",
+    "exit_code",
+    "output_complete",
+    "report",
+    "way_out",
+]
 
 FAILED = 1
 MISUSED = 2
-NEAR = 0.75
+SIMILARITY = 0.75
 """How alike two names must be, from 0 to 1, for one to be meant by the other."""
 TAG = re.compile(r"latest|i?q\d\w*|b?f(p?16|32)|\W.*|\d.*", re.IGNORECASE)
 """What follows the colon in the name of a model, or of a path, and is no model of a provider."""
 INTERRUPTED = 130
 """What a shell gives a program that Ctrl-C ended."""
-RENAMED = {"images": "--image", "raw": "--raw-prompt"}
+RENAMED_OPTIONS = {"images": "--image", "raw": "--raw-prompt"}
 """Arguments whose option has another name; all others have their own."""
-METHODS = frozenset({"load", "loaded", "pull", "show", "unload"})
+MODEL_COMMANDS = frozenset({"load", "loaded", "pull", "show", "unload"})
 """Methods that are commands of `graftage models`."""
-NAMED = re.compile(r"`(timeouts\.)?([a-z_]+)`")
+QUOTED_NAME = re.compile(r"`(timeouts\.)?([a-z_]+)`")
 _options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
 """Of the command that is run."""
 
@@ -51,7 +61,7 @@ class Misuse(GraftageError):
     """The command was called in a way that makes no sense."""
 
 
-class Reporting(TyperGroup):
+class ReportingGroup(TyperGroup):
     """The root of the commands: what escapes from one of them is told here."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -63,12 +73,12 @@ class Reporting(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        with _reported(debug=ctx.params.get("debug") or os.environ.get("GRAFTAGE_DEBUG", "") not in ("", "0")):
+        with _report_errors(debug=ctx.params.get("debug") or os.environ.get("GRAFTAGE_DEBUG", "") not in ("", "0")):
             return super().invoke(ctx)
 
 
 @contextlib.contextmanager
-def _reported(*, debug: bool) -> Iterator[None]:
+def _report_errors(*, debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -78,7 +88,7 @@ def _reported(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if hasattr(error, "exit_code"):  # Typer's own, about the usage; its class moved between releases.
             raise
-        tell(error, debug=debug)
+        report(error, debug=debug)
         raise typer.Exit(exit_code(error)) from None
 
 
@@ -102,13 +112,13 @@ def exit_code(error: Exception) -> int:
     return MISUSED if isinstance(error, (Misuse, SettingsError)) else FAILED
 
 
-def tell(error: Exception, *, debug: bool = False) -> None:
+def report(error: Exception, *, debug: bool = False) -> None:
     """Print an error and the way out."""
     sys.stdout.flush()
     if debug:
         show.note("".join(traceback.format_exception(error)).rstrip(), indent="")
     if isinstance(error, GraftageError):
-        show.note("\n".join((error.message.removesuffix(";"), *_reasons(error))), kind="error")
+        show.note("\n".join((error.message.removesuffix(";"), *_further_reasons(error))), kind="error")
         hint = way_out(error)
     else:
         show.note(f"{type(error).__name__}: {error}", kind="error")
@@ -119,27 +129,27 @@ def tell(error: Exception, *, debug: bool = False) -> None:
 
 def way_out(error: GraftageError) -> str | None:
     """What to do about an error, with the command or the option that does it."""
-    hint = NAMED.sub(lambda found: _of_the_command(found, error), error.hint or "")
+    hint = QUOTED_NAME.sub(lambda found: _in_command_words(found, error), error.hint or "")
     if isinstance(error, ModelNotFound):
         if error.suggestions and not any(name in hint for name in error.suggestions):
             hint = f"{hint} Did you mean {' or '.join(f'`{name}`' for name in error.suggestions)}?"
         if error.model and not error.hint:
             name = f"{error.provider}:{error.model}" if error.provider else error.model
             hint = f"{hint} `graftage models pull {name}` downloads it."
-    if meant := _provider_meant(error):
+    if meant := _provider_hint(error):
         hint = f"{meant} {hint}"
     if isinstance(error, (AdapterIncompatible, ResourceLimitExceeded)) and "--force" not in hint:
         hint = f"{hint} `--force` goes on all the same."
     return hint.strip() or None
 
 
-def _of_the_command(found: re.Match[str], error: GraftageError) -> str:
+def _in_command_words(found: re.Match[str], error: GraftageError) -> str:
     """The option for an argument, a command for a method, the variable for a setting, and anything else as it is."""
     part, name = found.groups()
-    option = RENAMED.get(name, f"--{name.replace('_', '-')}")
+    option = RENAMED_OPTIONS.get(name, f"--{name.replace('_', '-')}")
     if not part and option in _options.get():
         return f"`{option}`"
-    if name in METHODS:
+    if name in MODEL_COMMANDS:
         return f"`graftage models {name}`"
     from graftage.settings import Settings
 
@@ -155,7 +165,7 @@ def _of_the_command(found: re.Match[str], error: GraftageError) -> str:
     return found[0]
 
 
-def _provider_meant(error: GraftageError) -> str | None:
+def _provider_hint(error: GraftageError) -> str | None:
     """What to say of a model that is not there and whose name has, or is, something like a provider's."""
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
@@ -168,14 +178,14 @@ def _provider_meant(error: GraftageError) -> str | None:
         return f"`{name}` is a provider: write `{name}:`, or `{name}:MODEL`."
     if not rest or name in installed or TAG.fullmatch(rest) or not re.fullmatch(r"[a-z][\w-]*", name, re.IGNORECASE):
         return None
-    if close := difflib.get_close_matches(name.lower(), installed, n=1, cutoff=NEAR):
+    if close := difflib.get_close_matches(name.lower(), installed, n=1, cutoff=SIMILARITY):
         return f"Did you mean `{close[0]}:{rest}`?"
     if isinstance(error, ModelNotFound) and error.suggestions:
         return None
     return f"`{name}` is no provider; installed: {', '.join(f'`{each}`' for each in installed)}."
 
 
-def _reasons(error: GraftageError) -> list[str]:
+def _further_reasons(error: GraftageError) -> list[str]:
     """What an error about an adapter knows beyond its message."""
     reasons = error.reasons if isinstance(error, AdapterError) else ()
     return [reason for reason in reasons if reason not in error.message]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from graftage._cli import options
-from graftage._cli.answer import answer
+from graftage._cli.answer import print_reply
 from graftage._cli.errors import Misuse
 from graftage._cli.prompt import read_prompt
 
@@ -64,5 +64,5 @@ def generate(
     text = read_prompt(prompt)
     if text is None:
         raise Misuse("There is no prompt.", hint='Give one: `graftage generate "Once upon a time"`.')
-    with options.answering(model, provider, host=host) as client:
-        answer(partial(client.generate, text, **arguments), stream=not no_stream, as_json=as_json, raw=raw)
+    with options.open_to_ask(model, provider, host=host) as client:
+        print_reply(partial(client.generate, text, **arguments), stream=not no_stream, as_json=as_json, raw=raw)

@@ -21,7 +21,7 @@ Name = Annotated[str | None, typer.Argument(metavar="[PROVIDER:]MODEL", help="Th
 @app.command("list")
 def list_models(provider: options.Provider = None, host: options.Host = None, as_json: options.AsJson = False) -> None:
     """List the models that can be asked without a download."""
-    with options.managed(None, provider, host=host) as client:
+    with options.open_to_manage(None, provider, host=host) as client:
         found = client.models()
     if as_json:
         show.print_json([show.record(each) for each in found])
@@ -43,7 +43,7 @@ def show_model(
     as_json: options.AsJson = False,
 ) -> None:
     """Describe a model."""
-    with options.one_model(model, provider, host=host) as client:
+    with options.open_for_one_model(model, provider, host=host) as client:
         info = client.show()
     if as_json:
         show.print_json(show.record(info))
@@ -54,7 +54,7 @@ def show_model(
 @app.command("pull")
 def pull_model(model: Name = None, provider: options.Provider = None, host: options.Host = None) -> None:
     """Download a model, or go on with a download that was stopped."""
-    with options.one_model(model, provider, host=host) as client:
+    with options.open_for_one_model(model, provider, host=host) as client:
         try:
             with Waiting("asking for it"):
                 client.pull()
@@ -69,7 +69,7 @@ def loaded_models(
     provider: options.Provider = None, host: options.Host = None, as_json: options.AsJson = False
 ) -> None:
     """List the models in memory."""
-    with options.managed(None, provider, host=host) as client:
+    with options.open_to_manage(None, provider, host=host) as client:
         found = client.loaded()
     if as_json:
         show.print_json([show.record(each) for each in found])
@@ -95,17 +95,17 @@ def load_model(
     host: options.Host = None,
 ) -> None:
     """Bring a model into memory, with the window that the next questions will have."""
-    with options.one_model(model, provider, host=host) as client:
+    with options.open_for_one_model(model, provider, host=host) as client:
         with Waiting("loading"):
             client.load(keep_alive=keep_alive, context_window=context_window)
         show.line(f"{show.cell(client.model)} is loaded.")
-        options.tell_if_embedded(client)
+        options.note_if_embedded(client)
 
 
 @app.command("unload")
 def unload_model(model: Name = None, provider: options.Provider = None, host: options.Host = None) -> None:
     """Put a model out of memory."""
-    with options.one_model(model, provider, host=host) as client:
+    with options.open_for_one_model(model, provider, host=host) as client:
         client.unload()
         show.line(f"{show.cell(client.model)} was unloaded.")
 
@@ -121,7 +121,7 @@ def delete_model(
     """Delete a model from the disk."""
     if options.split(model)[1] is None:  # The default model is never meant.
         raise Misuse("No model is named.", hint="Name the one to delete.")
-    with options.one_model(model, provider, host=host) as client:
+    with options.open_for_one_model(model, provider, host=host) as client:
         if yes:
             client.delete(client.model or "")  # Also one whose file is damaged, and that cannot be shown.
             show.line(f"{show.cell(client.model)} was deleted.")

@@ -68,7 +68,7 @@ Raw = Annotated[
 ]
 
 
-def connected(model: str | None, provider: str | None = None, **overrides: Any) -> "Client":
+def open_client(model: str | None, provider: str | None = None, **overrides: Any) -> "Client":
     """The client that the options choose.
 
     The part before the first colon is a provider only where one of that name is installed: `llama3.2:1b` is a model.
@@ -81,13 +81,15 @@ def connected(model: str | None, provider: str | None = None, **overrides: Any) 
 
 
 @contextmanager
-def answering(model: str | None, provider: str | None, *, host: str | None, tell: bool = True) -> "Iterator[Client]":
+def open_to_ask(
+    model: str | None, provider: str | None, *, host: str | None, announce: bool = True
+) -> "Iterator[Client]":
     """The client of a command that asks a model. Tells who answers where nobody has chosen it."""
     if provider is None:
         provider, model = split(model)
-    with connected(model, provider, host=host) as client:
+    with open_client(model, provider, host=host) as client:
         require_model(client)
-        if tell and host is None and taken(client):
+        if announce and host is None and auto_reason(client):
             show.note(f"{client.model} on {client.provider}, as no provider was named.")
         try:
             yield client
@@ -98,17 +100,17 @@ def answering(model: str | None, provider: str | None, *, host: str | None, tell
             raise
 
 
-def managed(model: str | None, provider: str | None, *, host: str | None = None) -> "Client":
+def open_to_manage(model: str | None, provider: str | None, *, host: str | None = None) -> "Client":
     """The client for looking after models: of one provider, whether or not it has a model that could answer."""
     if provider is None:
         provider, model = split(model)
-    client = connected(model, provider, host=host)
-    if (why := taken(client)) and why != "it answers":
+    client = open_client(model, provider, host=host)
+    if (why := auto_reason(client)) and why != "it answers":
         show.note(f"Looking at {client.provider}, as no provider was named. {why}")
     return client
 
 
-def taken(client: "Client") -> str | None:
+def auto_reason(client: "Client") -> str | None:
     """Why the client's provider was taken, where nobody has chosen it."""
     from graftage._engine.choosing import AUTO
 
@@ -118,9 +120,9 @@ def taken(client: "Client") -> str | None:
 
 
 @contextmanager
-def one_model(model: str | None, provider: str | None, *, host: str | None) -> "Iterator[Client]":
+def open_for_one_model(model: str | None, provider: str | None, *, host: str | None) -> "Iterator[Client]":
     """The client for looking after one model."""
-    with managed(model, provider, host=host) as client:
+    with open_to_manage(model, provider, host=host) as client:
         require_model(client)
         yield client
 
@@ -134,13 +136,13 @@ def require_chat(client: "Client") -> None:
         raise CapabilityUnsupported(f"The model `{client.model}` cannot chat.", hint="`graftage embed` may be for it.")
 
 
-def tell_if_embedded(client: "Client") -> None:
+def note_if_embedded(client: "Client") -> None:
     """Say that what was loaded does not stay, where no server keeps it."""
     if client.address == IN_PROCESS:
         show.note("It ends with this command; a program that holds the client keeps it.")
 
 
-def usual_provider(host: str | None = None) -> tuple[str, str]:
+def default_provider(host: str | None = None) -> tuple[str, str]:
     """The provider that is asked first where none is named, and why it."""
     from graftage._engine.choosing import AUTO, ConnectOptions, Opening
     from graftage.settings import Sources

@@ -40,7 +40,7 @@ def print_plugins(entries: "Sequence[Entry]") -> None:
         ),
     )
     for entry in entries:
-        if why := _why(entry):
+        if why := _reason(entry):
             show.line(f"\n{show.cell(entry.name)}: {show.cell(why)}")
 
 
@@ -53,11 +53,11 @@ def plugin_data(entry: "Entry") -> dict[str, Any]:
         "version": entry.version,
         "hooks": list(entry.hooks),
         "state": entry.state,
-        "why": _why(entry),
+        "why": _reason(entry),
     }
 
 
-def _why(entry: "Entry") -> str | None:
+def _reason(entry: "Entry") -> str | None:
     if entry.error is not None:
         return " ".join(filter(None, (entry.error.message, way_out(entry.error))))
     return "GRAFTAGE_DISABLED_PLUGINS names it." if entry.state == "disabled" else None

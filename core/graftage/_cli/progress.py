@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["Waiting", "watcher"]
 
 _current: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
-MOST = 20
+MAX_BARS = 20
 """Bars at one time; the oldest makes way for the next, or a server could fill the memory."""
-LONG = 1.0
+READING_DELAY = 1.0
 """Seconds after which the reading of a prompt is shown."""
-END = "success"
+LAST_STATUS = "success"
 """The status of the last step of a download."""
-LATE = 2.0
+FLUSH_TIMEOUT = 2.0
 """Seconds that the end of the block waits for one more step to be shown."""
 
 
@@ -84,7 +84,7 @@ class Waiting:
         shown = -1
         while shown != self._shown:  # As long as steps come: drawing them may take longer than making them.
             shown = self._shown
-            flush(LATE)
+            flush(FLUSH_TIMEOUT)
         with self._lock:
             self._over = True
             self._stop()
@@ -97,7 +97,7 @@ class Waiting:
                 self._shown += 1
 
     def _show(self, step: PullProgress) -> None:
-        if step.status == END:
+        if step.status == LAST_STATUS:
             self._stop()
             self._spin()
         elif self._terminal and step.total is not None and step.completed is not None:
@@ -109,14 +109,14 @@ class Waiting:
     def read(self, prompt: PromptProgress) -> None:
         """Show how much of a prompt has been read, where that takes so long that one wonders."""
         with self._lock:
-            if self._over or self._spinner is None or time.monotonic() - self._began < LONG:
+            if self._over or self._spinner is None or time.monotonic() - self._began < READING_DELAY:
                 return
             self._spinner.update(_dim(f"reading the prompt: {100 * prompt.processed // max(prompt.total, 1)} %"))
 
     def _draw(self, key: str, title: str, total: int, completed: int) -> None:
         bars = self._bars or self._begin_bars()
         if key not in self._tasks:
-            if len(self._tasks) == MOST:
+            if len(self._tasks) == MAX_BARS:
                 bars.remove_task(self._tasks.pop(next(iter(self._tasks))))
             self._tasks[key] = bars.add_task(show.cell(title), total=total)
         bars.update(self._tasks[key], description=show.cell(title), total=total, completed=completed)

@@ -15,14 +15,14 @@ def read_prompt(prompt: str | None) -> str | None:
     """
     text = prompt
     if sys.stdin is not None and not is_terminal(sys.stdin):
-        piped = _piped()
+        piped = _read_pipe()
         text = f"{piped.rstrip()}\n\n{prompt}" if prompt and piped.strip() else prompt or piped
     if text is not None and not text.strip():
         raise Misuse("There is no prompt.", hint='Give one: `graftage chat "Why is the sky blue?"`.')
     return text
 
 
-def _piped() -> str:
+def _read_pipe() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:

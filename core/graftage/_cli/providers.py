@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["providers"]
 
-LIMIT = 10.0
+TIMEOUT = 10.0
 """Seconds each provider has, all of them at one time, unless `--timeout` says otherwise."""
 GRACE = 1.0
 """Seconds more until one that does not keep to its limit is left behind."""
-SHOWN = 5
+SHOWN_MODELS = 5
 """Models named in the table."""
 
 
@@ -45,14 +45,14 @@ class Finding:
 
 
 def providers(
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit on each.")] = LIMIT,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit on each.")] = TIMEOUT,
     as_json: options.AsJson = False,
 ) -> None:
     """Compare the installed providers: how well each is, what it can do, which models it has."""
     from graftage._engine.plugins import Catalog
 
     entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
-    found = _examined(sorted(entries, key=lambda entry: entry.name), timeout)
+    found = _inspect_all(sorted(entries, key=lambda entry: entry.name), timeout)
     if as_json:
         show.print_json([asdict(each) for each in found])
     elif not found:
@@ -61,14 +61,14 @@ def providers(
         _print(found)
 
 
-def _examined(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
+def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
     """Look at all of them at one time; one that does not come back in time is left behind."""
     found = [
         Finding(name=entry.name, distribution=entry.distribution, version=entry.version, state=entry.state)
         for entry in entries
     ]
     # A thread that hangs in somebody's code must not keep the command from ending.
-    looks = [threading.Thread(target=_look, args=(each, timeout), daemon=True) for each in found]
+    looks = [threading.Thread(target=_inspect, args=(each, timeout), daemon=True) for each in found]
     for thread in looks:
         thread.start()
     deadline = time.monotonic() + timeout + GRACE
@@ -79,19 +79,19 @@ def _examined(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
     return [replace(each) for each in found]  # What comes too late changes nothing any more.
 
 
-def _look(finding: Finding, timeout: float) -> None:
+def _inspect(finding: Finding, timeout: float) -> None:
     """Fill in what can be found out; whatever a provider does is its own affair."""
     if finding.state == "disabled":
         finding.problems.append("GRAFTAGE_DISABLED_PLUGINS names it.")
         return
     try:
-        with options.connected(None, finding.name) as client:
+        with options.open_client(None, finding.name) as client:
             finding.state = "loaded"
             _ask(client, finding, timeout)
     except Exception as error:  # noqa: BLE001 - the others must not suffer for it
         if isinstance(error, PluginError):
             finding.state = "quarantined"
-        finding.problems.append(_told(error))
+        finding.problems.append(_describe(error))
 
 
 def _ask(client: "Client", finding: Finding, timeout: float) -> None:
@@ -104,12 +104,12 @@ def _ask(client: "Client", finding: Finding, timeout: float) -> None:
     finding.health = "well" if health.ok else "not well"
     finding.server_version = health.version
     if health.error is not None:
-        finding.problems.append(_told(health.error))
+        finding.problems.append(_describe(health.error))
     elif "list_models" in capabilities.features:
         finding.models = [model.name for model in client.models(timeout=timeout)]
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, GraftageError):
         return " ".join(filter(None, (error.message, way_out(error))))
     return f"{type(error).__name__}: {error}"
@@ -124,7 +124,7 @@ def _print(found: Sequence[Finding]) -> None:
         ("address", *(each.address for each in found)),
         ("version", *(each.server_version for each in found)),
         ("models", *(_names(each.models) for each in found)),
-        *((feature, *(_can(each, feature) for each in found)) for feature in _features(found)),
+        *((feature, *(_support(each, feature) for each in found)) for feature in _features(found)),
     ]
     show.print_table(("", *(each.name for each in found)), rows)
     for each in found:
@@ -135,8 +135,8 @@ def _print(found: Sequence[Finding]) -> None:
 def _names(models: Sequence[str] | None) -> str | None:
     if models is None:
         return None
-    more = f" and {len(models) - SHOWN} more" if len(models) > SHOWN else ""
-    return (", ".join(models[:SHOWN]) or "none") + more
+    more = f" and {len(models) - SHOWN_MODELS} more" if len(models) > SHOWN_MODELS else ""
+    return (", ".join(models[:SHOWN_MODELS]) or "none") + more
 
 
 def _features(found: Iterable[Finding]) -> list[str]:
@@ -148,7 +148,7 @@ def _features(found: Iterable[Finding]) -> list[str]:
     return [*known, *sorted(able.difference(known))]
 
 
-def _can(finding: Finding, feature: str) -> str | None:
+def _support(finding: Finding, feature: str) -> str | None:
     if finding.features is None:
         return None
     return "yes" if feature in finding.features else "no"

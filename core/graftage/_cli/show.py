@@ -30,7 +30,7 @@ __all__ = [
     "console",
     "date",
     "discard",
-    "escaped",
+    "escape",
     "is_terminal",
     "line",
     "note",
@@ -48,26 +48,26 @@ _PIPE_WIDTH = 1000
 _NAME_WIDTH = 24
 _HIDDEN = ("raw", "tensors")
 """Fields of a record that even `--json` leaves out: the server's own form of the same, and thousands of shapes."""
-_LAST_OF_LATIN_1 = 0xFF
+_LATIN_1_END = 0xFF
 
 
 # --- Escaping --------------------------------------------------------------------------------------------------------
 
 
-def escaped(text: str) -> str:
+def escape(text: str) -> str:
     """The text with every control character made visible, ESC as backslash-x1b; tabs and line breaks stay."""
-    return _RISKY.sub(_visible, text.replace("\r\n", "\n"))
+    return _RISKY.sub(_make_visible, text.replace("\r\n", "\n"))
 
 
 def cell(value: object) -> str:
     """A value as escaped text on one line; `None` is empty."""
-    text = "" if value is None else escaped(str(value))
+    text = "" if value is None else escape(str(value))
     return text.replace("\n", r"\n").replace("\t", r"\t")
 
 
-def _visible(found: re.Match[str]) -> str:
+def _make_visible(found: re.Match[str]) -> str:
     code = ord(found[0])
-    return f"\\x{code:02x}" if code <= _LAST_OF_LATIN_1 else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code <= _LATIN_1_END else f"\\u{code:04x}"
 
 
 class Escaper:
@@ -83,12 +83,12 @@ class Escaper:
             return piece
         text = self._held + piece
         self._held = "\r" if text.endswith("\r") else ""
-        return escaped(text.removesuffix("\r") if self._held else text)
+        return escape(text.removesuffix("\r") if self._held else text)
 
     def end(self) -> str:
         """What was held back."""
         held, self._held = self._held, ""
-        return escaped(held)
+        return escape(held)
 
 
 # --- Streams ---------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def note(text: str, *, kind: str | None = None, indent: str = "  ") -> None:
     """Tell something on stderr, escaped: `error: ...`. Further lines are indented, or they could pose as another."""
     start = f"{kind}: " if kind else ""
     try:
-        sys.stderr.write(f"{start}{escaped(text)}".replace("\n", f"\n{indent}") + "\n")
+        sys.stderr.write(f"{start}{escape(text)}".replace("\n", f"\n{indent}") + "\n")
         sys.stderr.flush()
     except OSError:
         discard(sys.stderr)  # Nobody can be told that nobody can be told.

@@ -44,8 +44,8 @@ Key: TypeAlias = tuple[str, str, str]
 
 ORIGIN: Final = "http://localhost:11434"
 """Stands in every file for the server's address: a cassette names no machine, and plays on any."""
-KEPT_OF_REQUEST: Final = ("content-type",)
-KEPT_OF_RESPONSE: Final = ("content-type", "retry-after", "content-encoding")
+KEPT_REQUEST_HEADERS: Final = ("content-type",)
+KEPT_RESPONSE_HEADERS: Final = ("content-type", "retry-after", "content-encoding")
 MAX_BYTES: Final = 16 * 1024 * 1024
 """Larger files are refused before they are parsed."""
 _MAX_DEPTH: Final = 32
@@ -210,11 +210,11 @@ class Cassette:
         interaction = _Interaction(
             request.method,
             _target(request.url),
-            _kept(request.headers, KEPT_OF_REQUEST),
+            _select_headers(request.headers, KEPT_REQUEST_HEADERS),
             _body(request),
             response.status,
             response.reason,
-            _kept(response.headers, KEPT_OF_RESPONSE),
+            _select_headers(response.headers, KEPT_RESPONSE_HEADERS),
             cut_short=True,
         )
         with self._lock:
@@ -302,7 +302,7 @@ def _body(request: Request) -> bytes:
     return request.file.read_bytes() if request.file is not None else request.body
 
 
-def _kept(headers: Headers, names: Iterable[str]) -> dict[str, list[str]]:
+def _select_headers(headers: Headers, names: Iterable[str]) -> dict[str, list[str]]:
     found = {name: [value for each, value in headers if each == name] for name in names}
     return {name: values for name, values in found.items() if values}
 
@@ -317,22 +317,22 @@ _MAX_SHOWN: Final = 5
 def _canonical(body: bytes) -> str:
     """JSON with its keys sorted, and with the ids of tool calls by their order; anything else as it is."""
     try:
-        return json.dumps(_numbered(json.loads(body), {}), sort_keys=True, separators=(",", ":"))
+        return json.dumps(_number_ids(json.loads(body), {}), sort_keys=True, separators=(",", ":"))
     except (ValueError, RecursionError):
         return body.decode("utf-8", "backslashreplace")
 
 
-def _numbered(value: Any, ids: dict[str, str]) -> Any:
+def _number_ids(value: Any, ids: dict[str, str]) -> Any:
     """The same with `call 1` for the first id of a tool call, and so on: ids are made up, and ask for nothing."""
     if isinstance(value, list):
-        return [_numbered(each, ids) for each in value]
+        return [_number_ids(each, ids) for each in value]
     if not isinstance(value, dict):
         return value
     names = ("id", "tool_call_id") if "function" in value else ("tool_call_id",)
     return {
         key: ids.setdefault(each, f"call {len(ids) + 1}")
         if key in names and isinstance(each, str)
-        else _numbered(each, ids)
+        else _number_ids(each, ids)
         for key, each in value.items()
     }
 
@@ -360,13 +360,13 @@ def _differences(recorded: Key, asked: Key) -> Iterator[str]:
         yield "the method"
     if recorded[1] != asked[1]:
         yield "the path"
-    old, new = _flat(recorded[2]), _flat(asked[2])
+    old, new = _flatten(recorded[2]), _flatten(asked[2])
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            yield f"`{name}` (recorded {_short(old.get(name))}, asked {_short(new.get(name))})"
+            yield f"`{name}` (recorded {_shorten(old.get(name))}, asked {_shorten(new.get(name))})"
 
 
-def _flat(body: str) -> dict[str, str]:
+def _flatten(body: str) -> dict[str, str]:
     """The leaves of a JSON body by their paths: `{"options.seed": "42"}`."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -385,7 +385,7 @@ def _flat(body: str) -> dict[str, str]:
         return {"body": body} if body else {}
 
 
-def _short(value: str | None, limit: int = 80) -> str:
+def _shorten(value: str | None, limit: int = 80) -> str:
     if value is None:
         return "nothing"
     return value if len(value) <= limit else f"{value[:limit]}…"
@@ -472,12 +472,12 @@ _SECRET_SHAPES: Final = re.compile(
     r"|(?P<private_key>-----BEGIN [A-Z ]*PRIVATE KEY-----)"
 )
 
-_HARMLESS: Final = re.compile(
+_HARMLESS_HEADERS: Final = re.compile(
     r"accept(-\w+)?|cache-control|connection|content-(encoding|length|type)|date|expect|host|keep-alive|pragma|range"
     r"|te|traceparent|transfer-encoding|upgrade|user-agent|x-stainless-.+"
 )
 """Request headers that clients set by themselves. The value of any other one is taken for a secret."""
-_MIN_SENT: Final = 6
+_MIN_HEADER_SECRET: Final = 6
 _SCHEMES: Final = frozenset({"basic", "bearer", "token"})
 """Words that stand before credentials in headers of any name; before `authorization` any word may."""
 
@@ -485,8 +485,8 @@ _SCHEMES: Final = frozenset({"basic", "bearer", "token"})
 def _secrets_of(headers: Headers) -> Iterator[tuple[str, str]]:
     """The secrets of a request, each with the name of its header."""
     for name, value in headers:
-        if not _HARMLESS.fullmatch(name):
-            yield from ((part.strip(), name) for part in _parts(name, value) if len(part.strip()) >= _MIN_SENT)
+        if not _HARMLESS_HEADERS.fullmatch(name):
+            yield from ((part.strip(), name) for part in _parts(name, value) if len(part.strip()) >= _MIN_HEADER_SECRET)
 
 
 def _parts(name: str, value: str) -> Iterator[str]:
@@ -508,7 +508,7 @@ def _refuse_secrets(path: Path, interactions: list[_Interaction], server: str | 
         if any(value != "identity" for value in each.headers.get("content-encoding", ())):
             raise CassetteError(f"{path} was not written: the server sent a compressed body, which cannot be searched.")
         texts += _texts(each)
-    searched = "\n".join(dict.fromkeys(_readings("\n".join(texts))))
+    searched = "\n".join(dict.fromkeys(_decoded_forms("\n".join(texts))))
     if found := next(_secrets_in(searched, sent), None):
         raise CassetteError(
             f"{path} was not written: it would hold {found}.",
@@ -524,20 +524,20 @@ def _texts(interaction: _Interaction) -> Iterator[str]:
     for body in (interaction.request_body, b"".join(interaction.chunks)):
         text = body.decode("utf-8", "replace")
         yield text
-        yield from _streamed(text)
+        yield from _joined_fields(text)
 
 
-def _streamed(text: str) -> Iterator[str]:
+def _joined_fields(text: str) -> Iterator[str]:
     """Each field of a stream of JSON, put together: a model tells a word in many lines."""
     fields: defaultdict[str, list[str]] = defaultdict(list)
     for line in text.split("\n"):
-        for name, value in _flat(line.removeprefix("data:")).items():
+        for name, value in _flatten(line.removeprefix("data:")).items():
             if value.startswith('"'):
                 fields[name].append(value[1:-1])
     yield from map("".join, fields.values())
 
 
-def _readings(text: str) -> Iterator[str]:
+def _decoded_forms(text: str) -> Iterator[str]:
     """The text as it is, and without the escapes of JSON and of addresses, twice: JSON may stand in JSON."""
     yield text
     for undo in (_unescaped, urllib.parse.unquote) * 2:
@@ -558,22 +558,22 @@ def _unescaped(text: str) -> str:
 def _secrets_in(text: str, sent: Mapping[str, str]) -> Iterator[str]:
     for name, value in os.environ.items():
         named = _SECRET_NAMES.search(name) and len(value) >= _MIN_SECRET
-        if named and any(form in text for form in _disguises(value)):
+        if named and any(form in text for form in _encoded_forms(value)):
             yield f"the value of the environment variable `{name}`"
     for value, header in sent.items():
-        if any(form in text for form in _disguises(value)):
+        if any(form in text for form in _encoded_forms(value)):
             yield f"the value of the request header `{header}`, or a part of it"
     for match in _SECRET_SHAPES.finditer(text):
         yield f"what looks like a secret ({match.lastgroup})"
 
 
-def _disguises(value: str) -> set[str]:
+def _encoded_forms(value: str) -> set[str]:
     """How a secret may stand in a text without escapes: plain, as in a form, in base64."""
     data = value.encode("utf-8", "surrogateescape")
-    return {value, urllib.parse.quote_plus(data), *_in_base64(data)}
+    return {value, urllib.parse.quote_plus(data), *_base64_forms(data)}
 
 
-def _in_base64(data: bytes) -> Iterator[str]:
+def _base64_forms(data: bytes) -> Iterator[str]:
     """What base64 makes of bytes among others: three things, by where they begin in a group of three bytes."""
     for before, start in ((0, 0), (1, 2), (2, 3)):
         signs = base64.b64encode(bytes(before) + data).decode()[start : (before + len(data)) * 8 // 6]
@@ -656,7 +656,7 @@ def _from_plain(place: int, plain: Any) -> _Interaction:
     )
 
 
-_PLAIN: Final = "/?%:@!$&'()*+,;=~"
+_UNQUOTED: Final = "/?%:@!$&'()*+,;=~"
 """Signs that stand in paths and queries as they are, besides letters, digits and `-._`."""
 
 
@@ -664,7 +664,7 @@ def _target(uri: str) -> str:
     """Path and query of an address, as they are sent."""
     parts = urllib.parse.urlsplit(uri)
     query = f"?{parts.query}" if parts.query else ""
-    return urllib.parse.quote((parts.path or "/") + query, safe=_PLAIN)
+    return urllib.parse.quote((parts.path or "/") + query, safe=_UNQUOTED)
 
 
 def _expect(condition: bool, otherwise: str) -> None:

@@ -121,10 +121,10 @@ _PARAMETERS: Final = frozenset({"keep_alive", "context_window", "max_tokens"})
 _CONTEXT_WINDOW: Final = 8192
 _DIMENSIONS: Final = 8
 _MODEL_SIZE: Final = 1_000_000
-_POLL: Final = 0.002
+_POLL_INTERVAL: Final = 0.002
 """Seconds between two looks at a pause: short enough for a test, and no thread stays behind a cancelled task."""
 
-_numbers = itertools.count(1)
+_counter = itertools.count(1)
 
 
 class Echo:
@@ -162,7 +162,7 @@ class Echo:
         """
         self.strict = strict
         self.errors = dict(errors or {})
-        self.address = address or f"echo/{next(_numbers)}"
+        self.address = address or f"echo/{next(_counter)}"
         self.connections: list[Any] = []
         """Every connection it made."""
         self.calls: list[tuple[str, Any]] = []
@@ -207,11 +207,11 @@ class Echo:
     def next_step(self, request: Any) -> Answer:
         """What the script has for this request."""
         with self.lock:
-            step = self._script.popleft() if self._script else _last_words(request)
+            step = self._script.popleft() if self._script else _last_message(request)
         return step(request) if callable(step) else step
 
 
-class _Workings:
+class _EchoBase:
     """What the hooks of a connection have in common; private, so that leaving out a hook leaves nothing of it."""
 
     def __init__(self, echo: Echo) -> None:
@@ -234,7 +234,7 @@ class _Workings:
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, str):
-            return _words_as_chunks(answer, request, model)
+            return _word_chunks(answer, request, model)
         return iter(answer)
 
     async def _play(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> AsyncGenerator[Chunk, None]:
@@ -243,7 +243,7 @@ class _Workings:
             for item in items:
                 if isinstance(item, Pause):
                     for _ in self._hold(item, request.call, started=started):
-                        await request.call.sleep(_POLL)
+                        await request.call.sleep(_POLL_INTERVAL)
                 elif isinstance(item, Exception):
                     raise item
                 else:
@@ -437,7 +437,7 @@ class _Workings:
         )
 
 
-class EchoConnection(_Workings):
+class EchoConnection(_EchoBase):
     """The connection of `Echo`, with every hook of the contract."""
 
     @hookimpl
@@ -528,16 +528,16 @@ def _connection_class(without: frozenset[str]) -> Callable[[Echo], Any]:
     if not without:
         return EchoConnection
     kept = {name: hook for name, hook in hooks.items() if name not in without}
-    return type("EchoConnection", (_Workings,), kept)
+    return type("EchoConnection", (_EchoBase,), kept)
 
 
-def _last_words(request: ChatRequest | GenerateRequest) -> str:
+def _last_message(request: ChatRequest | GenerateRequest) -> str:
     if isinstance(request, GenerateRequest):
         return request.prompt
     return next((each.content for each in reversed(request.messages) if each.role == "user"), "")
 
 
-def _words_as_chunks(text: str, request: ChatRequest | GenerateRequest, model: str) -> Iterator[Chunk]:
+def _word_chunks(text: str, request: ChatRequest | GenerateRequest, model: str) -> Iterator[Chunk]:
     """One chunk for each word, spaces kept, and a last one that tells why it ends there."""
     words = re.findall(r"^\s+|\S+\s*", text)
     allowed = words[: request.max_tokens]

@@ -36,7 +36,7 @@ __all__ = [
 _MODES: Final = {"sync", "async"}
 """Parts of a test's id that do not make another cassette."""
 _claims = pytest.StashKey[set[Path]]()
-_TOLD = "graftage"
+_WORKER_REPORT = "graftage"
 """What a worker of pytest-xdist tells its controller is under this name."""
 _orphans = pytest.StashKey[list[Path]]()
 _partial = pytest.StashKey[bool]()
@@ -173,10 +173,10 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Hear from a worker of pytest-xdist what it has claimed: the controller itself collects nothing."""
-    told = getattr(node, "workeroutput", {}).get(_TOLD)
+    report = getattr(node, "workeroutput", {}).get(_WORKER_REPORT)
     stash = node.config.stash
-    stash[_claims] |= {Path(each) for each in told["claims"]} if told else set()
-    stash[_partial] = stash.get(_partial, False) or not told or told["partial"]
+    stash[_claims] |= {Path(each) for each in report["claims"]} if report else set()
+    stash[_partial] = stash.get(_partial, False) or not report or report["partial"]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -184,7 +184,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     output = getattr(config, "workeroutput", None)
     if output is not None:
-        output[_TOLD] = {"claims": [str(each) for each in config.stash[_claims]], "partial": not _is_whole(session)}
+        output[_WORKER_REPORT] = {
+            "claims": [str(each) for each in config.stash[_claims]],
+            "partial": not _is_whole(session),
+        }
         return
     if not _is_whole(session):
         return
@@ -236,12 +239,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     Other processes and what does not go through Python's `socket` are not held.
     """
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name), address_of=_last_of_call))
+        monkeypatch.setattr(socket.socket, name, _guard(getattr(socket.socket, name), address_of=_host_of_last))
     for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
-        monkeypatch.setattr(socket, name, _guarded(getattr(socket, name), address_of=_first_of_call))
+        monkeypatch.setattr(socket, name, _guard(getattr(socket, name), address_of=_host_of_first))
 
 
-def _guarded(real: Callable[..., Any], *, address_of: Callable[..., object]) -> Callable[..., Any]:
+def _guard(real: Callable[..., Any], *, address_of: Callable[..., object]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         host = address_of(*args, **kwargs)
         if not _is_local(host):
@@ -251,13 +254,13 @@ def _guarded(real: Callable[..., Any], *, address_of: Callable[..., object]) -> 
     return guarded
 
 
-def _last_of_call(*args: Any, **_kwargs: Any) -> object:
+def _host_of_last(*args: Any, **_kwargs: Any) -> object:
     """The host in `sock.connect(address)` and `sock.sendto(data[, flags], address)`."""
     address = args[-1]
     return address[0] if isinstance(address, tuple) else None
 
 
-def _first_of_call(host: object = None, *_args: Any, **_kwargs: Any) -> object:
+def _host_of_first(host: object = None, *_args: Any, **_kwargs: Any) -> object:
     """The host in `getaddrinfo(host, port)`."""
     return host
 

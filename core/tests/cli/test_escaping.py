@@ -83,5 +83,5 @@ def test_names_and_errors_are_escaped(shell: Shell) -> None:
 def test_pieces_are_escaped_like_the_whole(pieces: list[str]) -> None:
     escaper = show.Escaper()
     printed = "".join(map(escaper.feed, pieces)) + escaper.end()
-    assert show.escaped("".join(pieces)) == printed
+    assert show.escape("".join(pieces)) == printed
     assert set(printed) <= set("ab\n\té\\x1b9bu202ed800d")
