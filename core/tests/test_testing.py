@@ -814,21 +814,21 @@ class TestInvalidFiles:
     @pytest.mark.parametrize(
         ("text", "complaint"),
         [
-            ("a: [", "no valid YAML"),
+            ("a: [", "not valid YAML"),
             ("[" * 100_000, "nested|maximum"),  # Newer YAML readers have a limit of their own.
             ("[" * 33 + "]" * 33, "nested more than 32 deep"),
-            ("a: !!python/object/apply:os.getcwd []", "no valid YAML"),
-            ("\x00", "no valid YAML"),
-            ("- 1", "no mapping"),
+            ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+            ("\x00", "not valid YAML"),
+            ("- 1", "not a mapping"),
             ("version: 2\ninteractions: []", "version"),
             ("version: 1", "interactions"),
-            ("version: 1\ninteractions: [1]", "in interaction 0, there is no mapping"),
-            (one_interaction("{}", "null"), "`response` is no mapping"),
+            ("version: 1\ninteractions: [1]", "in interaction 0, the entry is not a mapping"),
+            (one_interaction("{}", "null"), "`response` is not a mapping"),
             (one_interaction("{method: GET, uri: 1}", "{}"), "`method` or `uri`"),
             (one_interaction("{method: GET, uri: /}", "{status: 1}"), "status.code"),
             (one_interaction("{method: GET, uri: 'http://[a'}", GOOD), "Invalid IPv6 URL"),
             (one_interaction("{method: GET, uri: /, body: {}}", GOOD), "neither text nor bytes"),
-            (one_interaction("{method: GET, uri: /, headers: []}", GOOD), "`headers` is no mapping"),
+            (one_interaction("{method: GET, uri: /, headers: []}", GOOD), "`headers` is not a mapping"),
             (one_interaction("{method: GET, uri: /, headers: {a: [1]}}", GOOD), "header 'a'"),
             (one_interaction("{method: GET, uri: /}", "{status: {code: 200}}"), "`response.body`"),
         ],
@@ -1090,7 +1090,7 @@ class TestPytestPlugin:
         suite.makepyfile(test_it="def test_version(cassette): pass")
         result = suite.runpytest()
         result.assert_outcomes(passed=1, errors=1)
-        result.stdout.fnmatch_lines(["*left unplayed in part: GET /api/version.*"])
+        result.stdout.fnmatch_lines(["*not fully played: GET /api/version.*"])
 
     def test_failed_test_keeps_the_old_cassette(self, suite: pytest.Pytester, fake: FakeOllama) -> None:
         path = suite.path / "cassettes" / "test_it" / "test_version.yaml"

@@ -33,10 +33,10 @@ LORA, FOLDERS = "lora", "GRAFTAGE_LORA_FOLDERS"
 """The plugin that most people find their adapters with, and the variable that names its folders."""
 
 Reference = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="A name, a path, or what else the installed plugins understand.")
+    str, typer.Argument(metavar="ADAPTER", help="A name, a path, or any other reference that a plugin knows.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file where there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 
 
 @app.command("list")
@@ -67,11 +67,11 @@ def _nothing_found() -> str:
 
     looking = [each.name for each in Catalog().entries if each.kind == "plugin" and each.state != "disabled"]
     if LORA not in looking:
-        return "No adapter is known. `graftage plugins` shows who looks for them; `graftage-lora` is one that does."
+        return "No adapter was found. `graftage plugins` lists the plugins; install `graftage-lora` to find adapters."
     named = os.environ.get(FOLDERS) or "not set"
     return (
-        f"No adapter is known. `graftage-lora` looked in the folders of {FOLDERS} ({named}), in those of `[{LORA}]` in "
-        f"{Sources.of().file}, in your `adapters.toml`, and in the cache of `huggingface_hub`. Name a folder: "
+        f"No adapter was found. `graftage-lora` looked in the folders of {FOLDERS} ({named}), in those of `[{LORA}]` "
+        f"in {Sources.of().file}, in your `adapters.toml`, and in the cache of `huggingface_hub`. Name a folder: "
         f"`{FOLDERS}=FOLDER graftage adapters list`."
     )
 
@@ -101,9 +101,9 @@ def check_adapter(
     host: options.Host = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Tell whether an adapter fits a model, and why not.
+    """Check if an adapter fits a model, and show why not.
 
-    Exit code: 0 it fits, 1 it does not, 3 nobody can say.
+    Exit code: 0 if it fits, 1 if not, 3 if unknown.
     """
     with options.open_for_one_model(model, provider, host=host) as client:
         report = _check(client, reference)
@@ -158,9 +158,9 @@ def load_adapter(
     host: options.Host = None,
     force: options.Force = False,
 ) -> None:
-    """Make an adapter usable now, so that the first answer need not wait for it."""
+    """Load an adapter now, so that the first reply does not wait for it."""
     with options.open_for_one_model(model, provider, host=host) as client:
-        with Waiting("making it usable"):
+        with Waiting("loading the adapter"):
             loaded = client.use_adapter(reference, force=force)
         if loaded is None:
             raise Misuse("There is nothing to load.", hint="Name an adapter.")
@@ -179,7 +179,7 @@ def unload_adapter(
     provider: options.Provider = None,
     host: options.Host = None,
 ) -> None:
-    """Put an adapter out of memory; nothing is deleted."""
+    """Remove an adapter from memory; nothing is deleted."""
     with options.open_for_one_model(model, provider, host=host) as client:
         if _is_any_adapter_loaded(client):
             client.use_adapter(reference)  # Another process has loaded it: this tells as what.
@@ -201,17 +201,17 @@ def _is_any_adapter_loaded(client: "Client") -> bool:
 def prune_adapters(
     *,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="AGE", help="Only what was made that long ago: 12h, 7d.")
+        str | None, typer.Option("--older-than", metavar="AGE", help="Only models older than this: 12h, 7d.")
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", metavar="MODEL", help="Leave it; may be repeated.")
+        list[str] | None, typer.Option("--keep", metavar="MODEL", help="Keep this model; may be repeated.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only tell what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only list what would go.")] = False,
     provider: options.Provider = None,
     host: options.Host = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Delete the models that loading adapters has left on a server."""
+    """Delete the models that a server made when it loaded adapters."""
     age = _parse_age(older_than)
     with options.open_to_manage(None, provider, host=host) as client:
         gone = client.prune_adapters(keep=tuple(keep or ()), older_than=age, dry_run=not yes)
@@ -228,7 +228,7 @@ def _prune_summary(count: int, *, yes: bool) -> str:
     if not count:
         return "There is nothing to delete."
     models = "1 model" if count == 1 else f"{count} models"
-    return f"{models} deleted." if yes else f"{models} would be deleted: `--yes` does it."
+    return f"{models} deleted." if yes else f"{models} would be deleted. Add `--yes` to do so."
 
 
 def _parse_age(age: str | None) -> float | None:
@@ -243,7 +243,7 @@ def _parse_age(age: str | None) -> float | None:
     except ValueError:
         seconds = None
     if seconds is None or seconds == float("inf"):
-        raise Misuse(f"`--older-than {age}` is no age.", hint="Give a number of seconds, or 30m, 12h, 7d.")
+        raise Misuse(f"`--older-than {age}` is not a valid age.", hint="Give a number of seconds, or 30m, 12h, 7d.")
     return seconds
 
 
@@ -338,7 +338,7 @@ def _model_file(client: "Client") -> Path:
 def _replacing(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A file to write, which takes the place of `out` when all went well; nothing is left of it otherwise."""
     if out.exists() and not overwrite:
-        raise Misuse(f"`{out}` is there already.", hint="Choose another name, or `--overwrite` it.")
+        raise Misuse(f"`{out}` already exists.", hint="Choose another name, or add `--overwrite`.")
     with ExitStack() as stack:
         with _report_write_errors(out):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent))

@@ -32,13 +32,13 @@ class Stopped(KeyboardInterrupt):
 def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
     """Ask, and print the answer in the way that was wanted."""
     if as_json:
-        with Waiting("waiting for the answer"):
+        with Waiting("waiting for the reply"):
             reply = ask(stream=False)
         show.print_json(_reply_data(reply))
     elif stream:
         stream_reply(ask, raw=raw)
     else:
-        with Waiting("waiting for the answer"):
+        with Waiting("waiting for the reply"):
             reply = ask(stream=False)
         printer = _ReplyPrinter(raw=raw)
         printer.add(reply)
@@ -137,8 +137,8 @@ def _cut(reply: "Reply") -> str:
         if reply.limits is not None and tokens and tokens == limit:
             why = reply.limits.reasons.get(name, "a policy")
             option = f"--{name.replace('_', '-')}"
-            return f"The answer was cut at `{option}` {limit} by {why}. `{option} N --force` goes past it."
-    return "The answer was cut: raise `--max-tokens`, or `--context-window`."
+            return f"The reply was cut at `{option}` {limit} by {why}. `{option} N --force` exceeds it."
+    return "The reply was cut: raise `--max-tokens` or `--context-window`."
 
 
 def _reply_data(reply: "Reply") -> dict[str, Any]:

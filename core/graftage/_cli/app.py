@@ -43,7 +43,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Talk to language models through whatever provider is installed."""
+    """Talk to language models through the installed providers."""
     # `Commands` reads `debug`, and the callback of `version` does all of its work.
 
 

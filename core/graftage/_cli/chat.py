@@ -16,7 +16,7 @@ __all__ = ["chat"]
 
 def chat(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask. Without it, a conversation begins, or the pipe is read.")
+        str | None, typer.Argument(help="What to ask. Without it, read the pipe or start a conversation.")
     ] = None,
     *,
     model: options.Model = None,
@@ -38,7 +38,7 @@ def chat(
     as_json: options.AsJson = False,
     raw: options.Raw = False,
 ) -> None:
-    """Ask a model, or talk with it.
+    """Ask a model, or have a conversation.
 
     `cat notes.txt | graftage chat "Summarise this."` sends both.
     """

@@ -54,7 +54,7 @@ class _PluginCommand(TyperCommand):
             raise PluginError(
                 f"The command `{self.name}` is disabled.",
                 plugin=self.name,
-                hint="Take it out of GRAFTAGE_DISABLED_PLUGINS.",
+                hint="Remove it from GRAFTAGE_DISABLED_PLUGINS.",
             )
         if len(self._points) > 1:
             origins = [_origin(point) for point in self._points]
@@ -85,7 +85,7 @@ def _load(point: EntryPoint) -> Any:
     try:
         app = point.load()
         if not isinstance(app, typer.Typer):
-            raise TypeError(f"`{point.value}` is no `typer.Typer`, but a `{type(app).__name__}`")
+            raise TypeError(f"`{point.value}` must be a `typer.Typer`, not a `{type(app).__name__}`")
         return _mount(app, point.name)
     except BaseException as error:
         if not is_fault(error):
@@ -94,7 +94,7 @@ def _load(point: EntryPoint) -> Any:
             f"The command `{point.name}` ({_origin(point)}) could not be loaded: {type(error).__name__}: {error}.",
             plugin=point.name,
             distributions=[_origin(point)],
-            hint="Mend or uninstall it.",
+            hint="Fix or uninstall it.",
         ) from error
 
 

@@ -27,7 +27,7 @@ PASTE_GAP = 0.02
 """Seconds within which the next line of a paste is there; nobody types one in that time."""
 ALIASES = {"/bye": "/exit", "/quit": "/exit", "/?": "/help"}
 HELP = """\
-/clear   forget what was said so far
+/clear   forget the conversation so far
 /exit    end the conversation, as Ctrl-D does
 /help    show this
 Ctrl-C   stop the answer"""
@@ -65,7 +65,7 @@ class Conversation:
         with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself.
             # Python turns it off. GNU's then hands over a paste as one text; others do not know the variable.
             importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
-        show.note(f"{self._client.model} on {self._client.provider}. /help shows what you can do.")
+        show.note(f"{self._client.model} on {self._client.provider}. /help lists the commands.")
         for text in _read_inputs():
             if COMMAND.fullmatch(text):
                 command = ALIASES.get(text, text)
@@ -82,7 +82,9 @@ class Conversation:
         elif line == "/help":
             show.note(HELP, indent="")
         else:
-            show.note(f"There is no `{line}`; /help shows what there is, and with a space before it it is a question.")
+            show.note(
+                f"There is no command `{line}`. /help lists them; a space before the line sends it as a question."
+            )
 
     def _ask(self, text: str) -> None:
         """One question and its answer. A question that got no answer is forgotten."""

@@ -50,9 +50,9 @@ def doctor(
     host: options.Host = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find out why it does not work.
+    """Check everything between this command and a reply.
 
-    Exit code: 0 all is well, 1 a check failed, 2 the settings are wrong.
+    Exit code: 0 if all is well, 1 if a check failed, 2 if a setting is wrong.
     """
     from graftage._engine.plugins import Catalog
 
@@ -101,7 +101,7 @@ class Examination:
             "model": self._model_present,
         }
         for name, step in steps.items():
-            check = Check(name, "skip", "not looked at") if self.code else self._run(name, step)
+            check = Check(name, "skip", "not checked") if self.code else self._run(name, step)
             if check.state == "fail":
                 self.code = self.code or FAILED
             yield check
@@ -158,7 +158,7 @@ class Examination:
                 self._model, self._model_origin = client.model, "the one in use there"
         if self._provider == usual:
             return None
-        return f"`{usual}` cannot answer now: `graftage doctor -p {usual}` tells why."
+        return f"`{usual}` cannot answer now: `graftage doctor -p {usual}` shows why."
 
     def _settings_read(self) -> Check:
         self._client = options.open_client(self._model, self._provider, host=self._host)
@@ -170,12 +170,12 @@ class Examination:
         text = f"{_hide_user(self._address) or 'none: it needs no server'} ({self._origin('host')})"
         if LISTENS_EVERYWHERE.search(given):
             listens = f"`{_hide_user(given)}` is an address to listen on."
-            return Check("address", "note", text, f"{listens} Name the machine: 127.0.0.1 if it is this one.")
+            return Check("address", "note", text, f"{listens} Use the address of the machine: 127.0.0.1 for this one.")
         return Check("address", "ok", text)
 
     def _proxy_found(self) -> Check:
         if self._url is None:
-            return Check("proxy", "skip", "there is no network on the way")
+            return Check("proxy", "skip", "no network is used")
         names = [name for name in PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
         try:
             from graftage.http import proxy_for
@@ -186,23 +186,25 @@ class Examination:
             return Check(
                 "proxy",
                 "note",
-                f"{_hide_user(self._proxy)} is on the way ({', '.join(names) or 'system settings'})",
-                f"Set NO_PROXY={self._url.hostname} to go straight.",
+                f"{_hide_user(self._proxy)} is used ({', '.join(names) or 'system settings'})",
+                f"Set NO_PROXY={self._url.hostname} to connect directly.",
             )
         return Check("proxy", "ok", f"none applies, though {', '.join(names)} is set" if names else "none is set")
 
     def _name_resolved(self) -> Check:
         if self._target is None:
-            return Check("name", "skip", "there is no network on the way")
+            return Check("name", "skip", "no network is used")
         host, port = self._target
         found = _resolve(host, port, self._connected.settings.timeouts.connect)
         if isinstance(found, str):
-            return Check("name", "fail", f"`{host}` is not known: {found}", self._location_hint("Check the spelling."))
+            return Check(
+                "name", "fail", f"`{host}` cannot be resolved: {found}", self._location_hint("Check the spelling.")
+            )
         return Check("name", "ok", f"{host} is {', '.join(found)}")
 
     def _port_open(self) -> Check:
         if self._target is None:
-            return Check("port", "skip", "there is no network on the way")
+            return Check("port", "skip", "no network is used")
         host, port = self._target
         try:
             socket.create_connection((host, port), timeout=self._connected.settings.timeouts.connect).close()
@@ -213,9 +215,9 @@ class Examination:
 
     def _location_hint(self, hint: str) -> str:
         if self._proxy:
-            return f"That is the proxy. {hint}"
+            return f"This is the proxy. {hint}"
         if _in_container() and self._url is not None and _is_loopback(self._url.hostname or ""):
-            return f"{hint} In a container, localhost is the container: outside it is `host.docker.internal`."
+            return f"{hint} In a container, localhost is the container itself; its host is `host.docker.internal`."
         return hint
 
     def _server_answers(self) -> Check:
@@ -234,8 +236,8 @@ class Examination:
             if self._model or "model" in self._connected.origins:
                 raise
             # A provider that names a default model answers with it, whether or not it is there yet.
-            return Check("model", "note", f"`{model}` is not there yet", "The first answer downloads it.")
-        return Check("model", "ok", f"`{model}` is there ({origin})")
+            return Check("model", "note", f"`{model}` is not downloaded yet", "The first reply downloads it.")
+        return Check("model", "ok", f"`{model}` is available ({origin})")
 
     def _check_health(self, level: "HealthLevel") -> "Health":
         health = self._connected.health(level, max_age=0)
@@ -244,15 +246,15 @@ class Examination:
         if isinstance(health.error, GraftageError):
             raise health.error
         if level == "model_present":
-            raise ModelNotFound(f"The model `{health.model}` is not there.", model=health.model)
-        raise GraftageError(f"It is not well: {health.error or 'no reason was given'}.")
+            raise ModelNotFound(f"The provider does not have the model `{health.model}`.", model=health.model)
+        raise GraftageError(f"The server is not well: {health.error or 'no reason was given'}.")
 
     # What they need
 
     @property
     def _connected(self) -> "Client":
         if self._client is None:
-            raise GraftageError("There is no connection to look at.")
+            raise GraftageError("There is no connection to check.")
         return self._client
 
     def _origin(self, name: str) -> str:

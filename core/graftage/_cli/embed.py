@@ -26,7 +26,7 @@ def embed(
     model: options.Model = None,
     provider: options.Provider = None,
     dimensions: Annotated[
-        int | None, typer.Option("--dimensions", min=1, help="Cut the vectors to this length, where the model can.")
+        int | None, typer.Option("--dimensions", min=1, help="Cut the vectors to this length, if the model can.")
     ] = None,
     context_window: options.ContextWindow = None,
     keep_alive: options.KeepAlive = None,

@@ -122,7 +122,7 @@ def report(error: Exception, *, debug: bool = False) -> None:
         hint = way_out(error)
     else:
         show.note(f"{type(error).__name__}: {error}", kind="error")
-        hint = "That is a fault of Graftage or of a plugin: run `graftage --debug ...` and report the traceback."
+        hint = "This is a bug in Graftage or in a plugin: run `graftage --debug ...` and report the traceback."
     if hint:
         show.note(hint, kind="hint")
 
@@ -139,7 +139,7 @@ def way_out(error: GraftageError) -> str | None:
     if meant := _provider_hint(error):
         hint = f"{meant} {hint}"
     if isinstance(error, (AdapterIncompatible, ResourceLimitExceeded)) and "--force" not in hint:
-        hint = f"{hint} `--force` goes on all the same."
+        hint = f"{hint} `--force` overrides this."
     return hint.strip() or None
 
 
@@ -182,7 +182,7 @@ def _provider_hint(error: GraftageError) -> str | None:
         return f"Did you mean `{close[0]}:{rest}`?"
     if isinstance(error, ModelNotFound) and error.suggestions:
         return None
-    return f"`{name}` is no provider; installed: {', '.join(f'`{each}`' for each in installed)}."
+    return f"`{name}` is not a provider. Installed: {', '.join(f'`{each}`' for each in installed)}."
 
 
 def _further_reasons(error: GraftageError) -> list[str]:

@@ -14,12 +14,12 @@ __all__ = ["generate"]
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text. What is piped in comes before it.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text. Piped text comes before it.")] = None,
     *,
     model: options.Model = None,
     provider: options.Provider = None,
     system: options.System = None,
-    suffix: Annotated[str | None, typer.Option("--suffix", help="What comes after the gap to fill.")] = None,
+    suffix: Annotated[str | None, typer.Option("--suffix", help="The text after the gap to fill.")] = None,
     raw_prompt: Annotated[
         bool, typer.Option("--raw-prompt", help="Continue the text as it is, without the model's template.")
     ] = False,
@@ -41,8 +41,8 @@ def generate(
 ) -> None:
     """Answer one text; `--raw-prompt` continues it.
 
-    The model's template makes a question of the text, as in a chat without a history. With `--raw-prompt` the model
-    gets the text as it is, and goes on from its end.
+    The model's template turns the text into a question, as in a chat without a history. With `--raw-prompt` the model
+    gets the text as it is, and continues it.
     """
     arguments = options.given(
         {

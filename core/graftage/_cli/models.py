@@ -20,7 +20,7 @@ Name = Annotated[str | None, typer.Argument(metavar="[PROVIDER:]MODEL", help="Th
 
 @app.command("list")
 def list_models(provider: options.Provider = None, host: options.Host = None, as_json: options.AsJson = False) -> None:
-    """List the models that can be asked without a download."""
+    """List the models that need no download."""
     with options.open_to_manage(None, provider, host=host) as client:
         found = client.models()
     if as_json:
@@ -53,13 +53,13 @@ def show_model(
 
 @app.command("pull")
 def pull_model(model: Name = None, provider: options.Provider = None, host: options.Host = None) -> None:
-    """Download a model, or go on with a download that was stopped."""
+    """Download a model, or resume a stopped download."""
     with options.open_for_one_model(model, provider, host=host) as client:
         try:
-            with Waiting("asking for it"):
+            with Waiting("requesting the model"):
                 client.pull()
         except KeyboardInterrupt:
-            show.note("Stopped. The same command goes on where it ended.")
+            show.note("Stopped. Run the same command to resume.")
             raise
         show.line(f"{show.cell(client.model)} is here.")
 
@@ -94,7 +94,7 @@ def load_model(
     context_window: options.ContextWindow = None,
     host: options.Host = None,
 ) -> None:
-    """Bring a model into memory, with the window that the next questions will have."""
+    """Load a model into memory, with the context window of the next calls."""
     with options.open_for_one_model(model, provider, host=host) as client:
         with Waiting("loading"):
             client.load(keep_alive=keep_alive, context_window=context_window)
@@ -104,7 +104,7 @@ def load_model(
 
 @app.command("unload")
 def unload_model(model: Name = None, provider: options.Provider = None, host: options.Host = None) -> None:
-    """Put a model out of memory."""
+    """Remove a model from memory."""
     with options.open_for_one_model(model, provider, host=host) as client:
         client.unload()
         show.line(f"{show.cell(client.model)} was unloaded.")
@@ -114,7 +114,7 @@ def unload_model(model: Name = None, provider: options.Provider = None, host: op
 def delete_model(
     model: Annotated[str, typer.Argument(metavar="[PROVIDER:]MODEL", help="The model.")],
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete it. Without this, only tell what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it. Without this, only show what would go.")] = False,
     provider: options.Provider = None,
     host: options.Host = None,
 ) -> None:
@@ -128,7 +128,7 @@ def delete_model(
         else:
             info = client.show()
             size = f" ({show.size(info.size)})" if info.size else ""
-            show.line(f"{show.cell(info.name)}{size} would be deleted: `--yes` does it.")
+            show.line(f"{show.cell(info.name)}{size} would be deleted. Add `--yes` to do so.")
 
 
 def _facts(info: "ModelInfo") -> Iterator[tuple[str, object]]:

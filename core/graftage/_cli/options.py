@@ -22,49 +22,49 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="[PROVIDER:]MODEL",
-        help="The model, and the provider if it is not the usual one. Default: GRAFTAGE_MODEL, or the settings file.",
+        help="The model, and the provider if not the default one. Default: GRAFTAGE_MODEL, or the settings file.",
     ),
 ]
 Provider = Annotated[
     str | None,
     typer.Option(
-        "--provider", "-p", help="The provider. Default: GRAFTAGE_PROVIDER, or the settings file, else what answers."
+        "--provider",
+        "-p",
+        help="The provider. Default: GRAFTAGE_PROVIDER, or the settings file, else the first that answers.",
     ),
 ]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Limit on the whole call.")]
 System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter to answer with.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter to use.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 for the likeliest words, 1 for variety.")]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="The same seed gives the same answer, where all else is equal.")
-]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of the answer.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same reply, if all else is equal.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of the reply.")]
 ContextWindow = Annotated[
     int | None,
-    typer.Option("--context-window", min=SMALLEST_WINDOW, help="Tokens of prompt and answer together."),
+    typer.Option("--context-window", min=SMALLEST_WINDOW, help="Tokens of prompt and reply together."),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Go on where a policy refuses or an adapter does not fit; warns of it.")
+    bool, typer.Option("--force", help="Go on, with a warning, if a policy refuses or an adapter does not fit.")
 ]
 KeepAlive = Annotated[
     str | None, typer.Option("--keep-alive", help="How long the model stays loaded: seconds, 5m, -1 for ever.")
 ]
-Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Whether to think before answering.")]
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Think before replying, or not.")]
 Images = Annotated[
-    list[Path] | None, typer.Option("--image", metavar="FILE", help="Picture to go with the prompt; may be repeated.")
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="Picture to send with the prompt; may be repeated.")
 ]
 Format = Annotated[
-    str | None, typer.Option("--format", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
+    str | None, typer.Option("--format", metavar="json|FILE", help="Reply in JSON, or by the JSON schema in a file.")
 ]
-NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")]
+NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")]
 IN_PROCESS = "embedded"
 """The address of a connection whose engine ends with it."""
 DEFAULT = "default"
 """Where a choice came from that nobody made."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Print control characters of the answer as they are: they can steer a terminal.")
+    bool, typer.Option("--raw", help="Print control characters of the reply as they are: they can control a terminal.")
 ]
 
 
@@ -90,7 +90,7 @@ def open_to_ask(
     with open_client(model, provider, host=host) as client:
         require_model(client)
         if announce and host is None and auto_reason(client):
-            show.note(f"{client.model} on {client.provider}, as no provider was named.")
+            show.note(f"{client.model} on {client.provider}, because no provider was named.")
         try:
             yield client
         except CapabilityUnsupported as error:
@@ -106,7 +106,7 @@ def open_to_manage(model: str | None, provider: str | None, *, host: str | None 
         provider, model = split(model)
     client = open_client(model, provider, host=host)
     if (why := auto_reason(client)) and why != "it answers":
-        show.note(f"Looking at {client.provider}, as no provider was named. {why}")
+        show.note(f"Using {client.provider}, because no provider was named. {why}")
     return client
 
 
@@ -133,13 +133,13 @@ def require_chat(client: "Client") -> None:
     with suppress(GraftageError):  # The first question will tell.
         features = client.show().features
     if features is not None and "chat" not in features:
-        raise CapabilityUnsupported(f"The model `{client.model}` cannot chat.", hint="`graftage embed` may be for it.")
+        raise CapabilityUnsupported(f"The model `{client.model}` cannot chat.", hint="Try `graftage embed`.")
 
 
 def note_if_embedded(client: "Client") -> None:
     """Say that what was loaded does not stay, where no server keeps it."""
     if client.address == IN_PROCESS:
-        show.note("It ends with this command; a program that holds the client keeps it.")
+        show.note("It is unloaded when this command ends. To keep it, keep a client open in a program.")
 
 
 def default_provider(host: str | None = None) -> tuple[str, str]:
@@ -188,5 +188,5 @@ def read_format(value: str | None) -> Any:
             f"`--format {value}` cannot be used: {error}.", hint="Give `json`, or a JSON schema's file."
         ) from None
     if not isinstance(schema, dict) or not schema:
-        raise Misuse(f"`--format {value}` holds no JSON schema.", hint="A schema is an object, not empty.")
+        raise Misuse(f"`--format {value}` holds no JSON schema.", hint="A schema must be an object that is not empty.")
     return schema

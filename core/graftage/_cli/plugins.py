@@ -15,7 +15,7 @@ __all__ = ["plugin_data", "plugins", "print_plugins"]
 
 
 def plugins(as_json: options.AsJson = False) -> None:
-    """List providers and plugins, and why one is left out."""
+    """List providers and plugins, and show why one is not used."""
     from graftage._engine.plugins import Catalog
 
     entries = Catalog().inspect_all()

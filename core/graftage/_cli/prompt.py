@@ -26,4 +26,4 @@ def _read_pipe() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Misuse(f"What is piped in is no text in UTF-8: {error.reason} at byte {error.start}.") from None
+        raise Misuse(f"The piped input is not valid UTF-8: {error.reason} at byte {error.start}.") from None

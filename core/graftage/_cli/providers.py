@@ -45,10 +45,10 @@ class Finding:
 
 
 def providers(
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit on each.")] = TIMEOUT,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit for each.")] = TIMEOUT,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare the installed providers: how well each is, what it can do, which models it has."""
+    """Compare the installed providers: their health, features and models."""
     from graftage._engine.plugins import Catalog
 
     entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
@@ -75,7 +75,7 @@ def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
     for thread, each in zip(looks, found, strict=True):
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            each.problems.append(f"It gave no answer within {timeout:g} s.")
+            each.problems.append(f"It did not answer within {timeout:g} s.")
     return [replace(each) for each in found]  # What comes too late changes nothing any more.
 
 

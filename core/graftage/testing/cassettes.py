@@ -109,7 +109,7 @@ class Cassette:
             CassetteError: there is no such file to replay, or it is malformed.
         """
         if mode not in ("replay", "record"):
-            raise ValueError(f"`mode` is `replay` or `record`, not {mode!r}")
+            raise ValueError(f"`mode` must be `replay` or `record`, not {mode!r}")
         self.path = Path(path)
         self.mode = mode
         self.server = server
@@ -167,7 +167,7 @@ class Cassette:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(text.encode())
         except (OSError, ValueError) as error:  # A name with a NUL in it is a ValueError.
-            why = getattr(error, "strerror", None) or "no file can have that name"
+            why = getattr(error, "strerror", None) or "the file name is not valid"
             raise CassetteError(f"The cassette {self.path} cannot be written: {why}.") from error
 
     def _write(self, data: bytes) -> None:
@@ -195,7 +195,7 @@ class Cassette:
                 return queue.popleft()
             miss = CassetteMiss(
                 f"{self.path} does not hold this request. {_explain(key, self._interactions)}",
-                hint="Record it again, or ask what was recorded.",
+                hint="Record it again, or send a recorded request.",
             )
             self.misses.append(miss)
         raise miss
@@ -341,7 +341,7 @@ def _explain(key: Key, recorded: list[_Interaction]) -> str:
     """Say which recorded request is nearest, and what differs."""
     asked = f"Asked: {key[0]} {key[1]}."
     if not recorded:
-        return f"{asked} It holds none at all."
+        return f"{asked} It holds no request."
     if equal := sum(each.key == key for each in recorded):
         return f"{asked} It was recorded {_times(equal)} and has been played as often."
     # A request to another path is no neighbour, however alike its body.
@@ -592,16 +592,16 @@ def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
     """
     content = _load(path)
     try:
-        _expect(isinstance(content, dict), "the file is no mapping")
+        _expect(isinstance(content, dict), "the file is not a mapping")
         _expect(content.get("version") == 1, "its `version` is not 1")
-        _expect(isinstance(content.get("interactions"), list), "`interactions` is no list")
+        _expect(isinstance(content.get("interactions"), list), "`interactions` is not a list")
         interactions = [_from_plain(place, each) for place, each in enumerate(content["interactions"])]
         # Files of version 0.1 say it once, as metadata.
         places = [content.get("metadata"), *(each["response"] for each in content["interactions"])]
         servers = (each.get("server") for each in places if isinstance(each, dict))
         return next((each for each in servers if isinstance(each, str)), None), interactions
     except ValueError as error:
-        raise CassetteError(f"{path} is no cassette: {error}.", hint="Record it again.") from error
+        raise CassetteError(f"{path} is not a valid cassette: {error}.", hint="Record it again.") from error
 
 
 def _load(path: Path) -> Any:
@@ -609,8 +609,8 @@ def _load(path: Path) -> Any:
         data = read_file(path, MAX_BYTES)
     except FileNotFoundError as error:
         raise CassetteError(
-            f"There is no cassette {path}.",
-            hint='Record it with `Cassette(path, mode="record")`, or by our pytest plugin: `pytest --graftage-record`.',
+            f"The cassette {path} does not exist.",
+            hint='Record it with `Cassette(path, mode="record")`, or with `pytest --graftage-record`.',
         ) from error
     except OSError as error:
         raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
@@ -618,7 +618,7 @@ def _load(path: Path) -> Any:
         _check_depth(path, data)
         return yaml.load(data, Loader=_LOADER)  # noqa: S506 # it is a safe loader, in C where there is one
     except (yaml.YAMLError, ValueError) as error:
-        raise CassetteError(f"The cassette {path} is no valid YAML: {error}", hint="Record it again.") from error
+        raise CassetteError(f"The cassette {path} is not valid YAML: {error}", hint="Record it again.") from error
 
 
 def _check_depth(path: Path, data: bytes) -> None:
@@ -634,15 +634,15 @@ def _check_depth(path: Path, data: bytes) -> None:
 
 def _from_plain(place: int, plain: Any) -> _Interaction:
     where = f"in interaction {place}, "
-    _expect(isinstance(plain, dict), where + "there is no mapping")
+    _expect(isinstance(plain, dict), where + "the entry is not a mapping")
     request, response = plain.get("request"), plain.get("response")
-    _expect(isinstance(request, dict), where + "`request` is no mapping")
-    _expect(isinstance(response, dict), where + "`response` is no mapping")
+    _expect(isinstance(request, dict), where + "`request` is not a mapping")
+    _expect(isinstance(response, dict), where + "`response` is not a mapping")
     method, uri, status = request.get("method"), request.get("uri"), response.get("status")
-    _expect(isinstance(method, str) and isinstance(uri, str), where + "`method` or `uri` is no text")
-    _expect(isinstance(status, dict) and isinstance(status.get("code"), int), where + "`status.code` is no number")
+    _expect(isinstance(method, str) and isinstance(uri, str), where + "`method` or `uri` is not text")
+    _expect(isinstance(status, dict) and isinstance(status.get("code"), int), where + "`status.code` is not a number")
     body = response.get("body")
-    _expect(isinstance(body, dict), where + "`response.body` is no mapping")
+    _expect(isinstance(body, dict), where + "`response.body` is not a mapping")
     return _Interaction(
         method,
         _target(uri),
@@ -673,10 +673,10 @@ def _expect(condition: bool, otherwise: str) -> None:
 
 
 def _headers(where: str, headers: Any) -> dict[str, list[str]]:
-    _expect(headers is None or isinstance(headers, dict), where + "`headers` is no mapping")
+    _expect(headers is None or isinstance(headers, dict), where + "`headers` is not a mapping")
     lists = {name: value if isinstance(value, list) else [value] for name, value in (headers or {}).items()}
     for name, values in lists.items():
-        _expect(all(isinstance(each, str) for each in (name, *values)), where + f"the header {name!r} is no text")
+        _expect(all(isinstance(each, str) for each in (name, *values)), where + f"the header {name!r} is not text")
     return lists
 
 

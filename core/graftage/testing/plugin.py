@@ -114,7 +114,7 @@ def cassette(
     if cassette.misses:
         pytest.fail("\n".join(map(str, cassette.misses)), pytrace=False)
     if passed and cassette.unplayed:
-        pytest.fail(f"{path} was left unplayed in part: {', '.join(cassette.unplayed)}.", pytrace=False)
+        pytest.fail(f"{path} was not fully played: {', '.join(cassette.unplayed)}.", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

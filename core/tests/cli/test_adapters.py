@@ -75,7 +75,7 @@ class TestList:
         shell.install("it = Echo()")
         done = shell.run("adapters", "list", GRAFTAGE_DISABLED_PLUGINS="lore,lora")
         assert (done.code, done.out) == (0, "")
-        assert done.err.endswith("`graftage-lora` is one that does.\n")
+        assert done.err.endswith("install `graftage-lora` to find adapters.\n")
 
     def test_without_adapters_the_places_are_named(self, shell: Shell) -> None:
         shell.install("it = Echo()")
@@ -89,7 +89,7 @@ class TestList:
         assert f"looked in the folders of GRAFTAGE_LORA_FOLDERS ({shell.folder / 'mine'})" in done.err
         assert f"`[lora]` in {shell.folder / 'config.toml'}" in done.err
         assert "`GRAFTAGE_LORA_FOLDERS=FOLDER graftage adapters list`" in done.err
-        assert "is one that does" not in done.err
+        assert "install `graftage-lora`" not in done.err
 
 
 class TestCheck:
@@ -150,7 +150,7 @@ class TestLoad:
         shell.install("it = Echo(address='embedded')")
         done = shell.run("adapters", "load", "compatible")
         assert done.out == "ahoy is loaded as small:1b+ahoy (derived).\n"
-        assert done.err == "It ends with this command; a program that holds the client keeps it.\n"
+        assert done.err == "It is unloaded when this command ends. To keep it, keep a client open in a program.\n"
 
     def test_misfit_needs_force(self, shell: Shell) -> None:
         shell.install("it = Echo(['Ahoy!'] * 2)")
@@ -202,7 +202,7 @@ class TestPrune:
         assert (done.code, done.err) == (0, "")
         assert re.search(r"^graftage/a +98.0 MB *$", done.out, re.MULTILINE)
         assert "((), None, True)" in done.out
-        assert done.out.endswith("2 models would be deleted: `--yes` does it.\n")
+        assert done.out.endswith("2 models would be deleted. Add `--yes` to do so.\n")
 
     @pytest.mark.parametrize(("age", "seconds"), [("90", 90.0), ("30m", 1800.0), ("12h", 43200.0), ("7d", 604800.0)])
     def test_deletes_old_models_not_kept(self, shell: Shell, age: str, seconds: float) -> None:
@@ -226,7 +226,7 @@ class TestPrune:
         shell.install(PRUNER)
         done = shell.run("adapters", "prune", "--yes", f"--older-than={age}")
         assert (done.code, done.out) == (2, "")
-        assert done.err.startswith(f"error: `--older-than {age}` is no age.")
+        assert done.err.startswith(f"error: `--older-than {age}` is not a valid age.")
 
 
 MERGE = ("adapters", "merge", "compatible", "--out", "new.gguf")
@@ -287,7 +287,7 @@ class TestConvertAndMerge:
         done = shell.run("adapters", *command, "--out", "new.gguf")
         assert (done.code, done.err) == (
             2,
-            "error: `new.gguf` is there already.\nhint: Choose another name, or `--overwrite` it.\n",
+            "error: `new.gguf` already exists.\nhint: Choose another name, or add `--overwrite`.\n",
         )
         assert (shell.folder / "new.gguf").read_text() == "precious"
         assert shell.run("adapters", *command, "--out", "new.gguf", "--overwrite").code == 0

@@ -207,7 +207,7 @@ class TestReply:
         assert done.err == (
             "let me see\n"
             "warning: The window was clamped.\n"
-            "warning: The answer was cut: raise `--max-tokens`, or `--context-window`.\n"
+            "warning: The reply was cut: raise `--max-tokens` or `--context-window`.\n"
         )
 
     @pytest.mark.parametrize(
@@ -216,11 +216,11 @@ class TestReply:
             (
                 {"max_tokens": 3},
                 (),
-                "at `--max-tokens` 3 by tight: a small machine. `--max-tokens N --force` goes past it.",
+                "at `--max-tokens` 3 by tight: a small machine. `--max-tokens N --force` exceeds it.",
             ),
             ({"max_tokens": 3}, ("--max-tokens", "9"), "at `--max-tokens` 3 by tight: a small machine."),
-            ({"max_tokens": 3}, ("--max-tokens", "2"), ": raise `--max-tokens`, or `--context-window`."),
-            ({"max_tokens": 3}, ("--max-tokens", "4", "--force"), ": raise `--max-tokens`, or `--context-window`."),
+            ({"max_tokens": 3}, ("--max-tokens", "2"), ": raise `--max-tokens` or `--context-window`."),
+            ({"max_tokens": 3}, ("--max-tokens", "4", "--force"), ": raise `--max-tokens` or `--context-window`."),
             ({"context_window": 7}, ("--max-tokens", "2"), "at `--context-window` 7 by tight: a small machine."),
         ],
     )
@@ -230,7 +230,7 @@ class TestReply:
         shell.install(f"FIGURES = {figures}\n{POLICY}", name="tight", group="graftage.plugins")
         shell.install("it = Echo()")
         done = shell.run("chat", "one two three four five", *arguments)
-        warnings = [each for each in done.err.splitlines() if "The answer was cut" in each]
+        warnings = [each for each in done.err.splitlines() if "The reply was cut" in each]
         assert len(warnings) == 1
         assert told in warnings[0]
 
@@ -254,7 +254,7 @@ class TestPipes:
             (["chat"], "", "There is no prompt."),
             (["chat", " "], "", "There is no prompt."),
             (["generate"], "", "There is no prompt."),
-            (["chat"], b"\xff\xfe\x00", "What is piped in is no text in UTF-8"),
+            (["chat"], b"\xff\xfe\x00", "The piped input is not valid UTF-8"),
         ],
     )
     def test_missing_prompt_is_wrong_usage(

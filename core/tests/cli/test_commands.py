@@ -58,7 +58,7 @@ def test_error_of_a_command_is_one_message(shell: Shell) -> None:
         ("raise RuntimeError('out of order')", "RuntimeError: out of order"),
         ("raise SystemExit(0)", "SystemExit: 0"),
         ("raise BaseException('oh')", "BaseException: oh"),
-        ("it = object()", "`graftage_tree:it` is no `typer.Typer`, but a `object`"),
+        ("it = object()", "`graftage_tree:it` must be a `typer.Typer`, not a `object`"),
         ("", "AttributeError"),
     ],
 )

@@ -80,7 +80,7 @@ class TestNetwork:
         report = examined(shell, code=1)
         assert [name for name, state in states(report).items() if state != "ok"] == ["port", "server", "model"]
         assert "Is the server running" in report["checks"]["port"]["hint"]
-        assert report["checks"]["server"]["text"] == "not looked at"
+        assert report["checks"]["server"]["text"] == "not checked"
 
     def test_shows_the_proxy(self, shell: Shell, closed_port: int) -> None:
         shell.install(
@@ -89,8 +89,8 @@ class TestNetwork:
         report = examined(shell, code=1, HTTP_PROXY=f"http://user:hidden@127.0.0.1:{closed_port}")
         proxy = report["checks"]["proxy"]
         assert proxy["state"] == "note"
-        assert proxy["text"] == f"http://127.0.0.1:{closed_port} is on the way (HTTP_PROXY)"
-        assert proxy["hint"] == "Set NO_PROXY=192.0.2.1 to go straight."
+        assert proxy["text"] == f"http://127.0.0.1:{closed_port} is used (HTTP_PROXY)"
+        assert proxy["hint"] == "Set NO_PROXY=192.0.2.1 to connect directly."
         assert report["checks"]["port"]["hint"].startswith("That is the proxy.")
 
     def test_proxy_is_not_for_this_machine(self, shell: Shell, port: int) -> None:
@@ -183,7 +183,7 @@ it = Own(models=["other:1b"], strict=True)
 def test_downloadable_model_is_fine(shell: Shell) -> None:
     shell.install(DEFAULT)
     model = examined(shell, GRAFTAGE_MODEL="")["checks"]["model"]
-    assert (model["state"], model["text"]) == ("note", "`own:1b` is not there yet")
+    assert (model["state"], model["text"]) == ("note", "`own:1b` is not downloaded yet")
     assert examined(shell, GRAFTAGE_MODEL="own:1b", code=1)["checks"]["model"]["state"] == "fail"
 
 
@@ -200,7 +200,7 @@ def test_checks_the_server_that_would_answer(shell: Shell) -> None:
     with FakeOllama() as server:
         report = examined(shell, GRAFTAGE_PROVIDER="", GRAFTAGE_MODEL="", OLLAMA_HOST=server.url)
     assert report["checks"]["provider"]["text"].startswith("`ollama` ")
-    assert report["checks"]["model"]["text"] == "`smollm2:135m` is there (the one in use there)"
+    assert report["checks"]["model"]["text"] == "`smollm2:135m` is available (the one in use there)"
 
 
 def test_checks_embedded_if_no_server_answers(shell: Shell, closed_port: int) -> None:

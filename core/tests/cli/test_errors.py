@@ -54,9 +54,9 @@ class TestMissingModel:
     def test_unknown_provider_lists_those_installed(self, shell: Shell) -> None:
         shell.install("it = Echo(models=['nope:foo1'], strict=True)")
         assert "Did you mean `nope:foo1`?" in (near := shell.run("chat", "-m", "nope:foo", "Hi").err)
-        assert "is no provider" not in near
+        assert "is not a provider" not in near
         told = shell.run("chat", "-m", "strange:thing", "Hi").err
-        assert re.search(r"hint: `strange` is no provider; installed: `fake`, .*`ollama`\.", told)
+        assert re.search(r"hint: `strange` is not a provider. Installed: `fake`, .*`ollama`\.", told)
 
     def test_other_rejection_names_no_provider(self, shell: Shell) -> None:
         shell.install("it = Echo([RequestRejected('No such option.', hint='Leave it out.')])")
@@ -85,7 +85,7 @@ class TestMessage:
     @pytest.mark.parametrize("error", ["AdapterIncompatible('No.')", "ResourceLimitExceeded('No.', limit='x')"])
     def test_hint_names_force(self, shell: Shell, error: str) -> None:
         shell.install(f"it = Echo([{error}])")
-        assert shell.run("chat", "Hi").err == "error: No.\nhint: `--force` goes on all the same.\n"
+        assert shell.run("chat", "Hi").err == "error: No.\nhint: `--force` overrides this.\n"
 
     @pytest.mark.parametrize(
         ("command", "words"),
@@ -164,7 +164,7 @@ class TestOutputStreams:
         code, said = redirected(shell, command, ">/dev/full")
         assert code == 1
         assert said.endswith("error: Standard output cannot be written: No space left on device.\n")
-        assert "fault of Graftage" not in said
+        assert "bug in Graftage" not in said
 
     @posix
     @pytest.mark.parametrize("streams", [">&-", ">&- 2>&- <&-"])

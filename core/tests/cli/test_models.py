@@ -66,7 +66,7 @@ class TestTables:
         }
 
 
-ENDS = "It ends with this command; a program that holds the client keeps it.\n"
+ENDS = "It is unloaded when this command ends. To keep it, keep a client open in a program.\n"
 
 
 class TestLoad:
@@ -145,7 +145,7 @@ class TestPull:
         child = shell.terminal("models", "pull", "slow:1b")
         child.expect("eeeeffff0000")
         child.sendintr()
-        child.expect("Stopped. The same command goes on where it ended.")
+        child.expect("Stopped. Run the same command to resume.")
         assert shell.ends(child) == 130
         assert "Traceback" not in child.before
 
@@ -154,7 +154,7 @@ class TestDelete:
     def test_needs_yes(self, shell: Shell) -> None:
         shell.install(MODELS)
         told = shell.run("models", "delete", "rich:7b")
-        assert (told.code, told.out) == (0, "rich:7b (4.2 GB) would be deleted: `--yes` does it.\n")
+        assert (told.code, told.out) == (0, "rich:7b (4.2 GB) would be deleted. Add `--yes` to do so.\n")
         assert shell.run("models", "delete", "rich:7b", "--yes") == (0, "rich:7b was deleted.\n", "")
         assert shell.run("models", "delete", "nope:1b", "--yes").code == 1
 

@@ -140,7 +140,7 @@ def fake(shell: Shell) -> object:
         yield server
 
 
-TAKEN = "smollm2:135m on ollama, as no provider was named.\n"
+TAKEN = "smollm2:135m on ollama, because no provider was named.\n"
 
 
 class TestAuto:
@@ -189,5 +189,5 @@ class TestAuto:
         done = shell.run("models", "list", OLLAMA_HOST=f"127.0.0.1:{port}")
         assert "smollm2:135m" not in done.out
         assert done.err.startswith(
-            "Looking at llamacpp, as no provider was named. `ollama` cannot be taken: Nothing listens"
+            "Using llamacpp, because no provider was named. `ollama` cannot be taken: Nothing listens"
         )
