@@ -1,4 +1,4 @@
-"""`graftage adapters`: find LoRA adapters, see whether they fit, make them usable, and turn them into other files."""
+"""`graftage adapters`: find, check, load and convert LoRA adapters."""
 
 import os
 import re
@@ -25,12 +25,12 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Find, check, load and convert LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
 UNDECIDED = 3
-"""The exit code of `check` where nobody can say whether the adapter fits."""
+"""The exit code of `check` if it is unknown whether the adapter fits."""
 SHOWN_DIGEST = 19
-"""Characters of a digest that people look at: `sha256:` and twelve more."""
+"""Characters of a digest in a table: `sha256:` and twelve more."""
 DAY = 86400.0
 LORA, FOLDERS = "lora", "GRAFTAGE_LORA_FOLDERS"
-"""The plugin that most people find their adapters with, and the variable that names its folders."""
+"""The plugin of `graftage-lora`, and the variable that names its folders."""
 
 Reference = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A name, a path, or any other reference that a plugin knows.")
@@ -42,7 +42,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 @app.command("list")
 def list_adapters(provider: options.Provider = None, as_json: options.AsJson = False) -> None:
     """List the adapters that the installed plugins know of."""
-    # The plugins know them: no server need answer.
+    # Only plugins are asked: no server has to run.
     with options.open_client(None, provider or options.default_provider()[0]) as client:
         found = client.adapters()
     if as_json:
@@ -61,7 +61,7 @@ def list_adapters(provider: options.Provider = None, as_json: options.AsJson = F
 
 
 def _nothing_found() -> str:
-    """Where adapters were looked for, as far as that is known here."""
+    """Say where adapters were looked for."""
     from graftage._engine.plugins import Catalog
     from graftage.settings import Sources
 
@@ -78,12 +78,12 @@ def _nothing_found() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `check` found out."""
+    """The result of `check`."""
 
     reference: str
     model: str | None
     status: str
-    """`compatible`, `incompatible`, `unknown`; or `invalid` where it is no adapter that can be used at all."""
+    """`compatible`, `incompatible`, `unknown`; or `invalid` if the adapter is malformed."""
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     name: str | None = None
@@ -116,7 +116,7 @@ def check_adapter(
 
 def _check(client: "Client", reference: str) -> Report:
     if "show_model" in client.capabilities().features:
-        client.show()  # A model that is not there is an error, and no verdict on the adapter.
+        client.show()  # A missing model is an error, not a verdict on the adapter.
     try:
         adapter = client.resolve_adapter(reference)
     except (AdapterInvalid, AdapterIncompatible) as error:
@@ -182,13 +182,13 @@ def unload_adapter(
     """Remove an adapter from memory; nothing is deleted."""
     with options.open_for_one_model(model, provider, host=host) as client:
         if _is_any_adapter_loaded(client):
-            client.use_adapter(reference)  # Another process has loaded it: this tells as what.
+            client.use_adapter(reference)  # Another process may have loaded it: find out its name there.
         client.unload_adapter(reference)
     show.line(f"{show.cell(reference)} is not in memory.")
 
 
 def _is_any_adapter_loaded(client: "Client") -> bool:
-    """Whether a server holds any model that loading an adapter has left there."""
+    """Return whether the server has a model in memory that it made for an adapter."""
     if "prune_adapters" not in client.capabilities().features:
         return False
     from graftage.types import canonical_name
@@ -232,7 +232,7 @@ def _prune_summary(count: int, *, yes: bool) -> str:
 
 
 def _parse_age(age: str | None) -> float | None:
-    """An age in seconds, from `90`, `5m`, `1h30m` or `7d`."""
+    """Convert an age such as `90`, `5m`, `1h30m` or `7d` to seconds."""
     from graftage._values import keep_alive_seconds
 
     if age is None:
@@ -336,7 +336,7 @@ def _model_file(client: "Client") -> Path:
 
 @contextmanager
 def _replacing(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A file to write, which takes the place of `out` when all went well; nothing is left of it otherwise."""
+    """Give a temporary file that replaces `out` if the block succeeds, and is deleted if not."""
     if out.exists() and not overwrite:
         raise Misuse(f"`{out}` already exists.", hint="Choose another name, or add `--overwrite`.")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Prints an answer as it comes, or as a whole, and tells what a reader should know of it."""
+"""Prints a reply as it arrives or as a whole, and its warnings."""
 
 import sys
 from collections.abc import Callable
@@ -21,16 +21,16 @@ Ask = Callable[..., Any]
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C came during an answer."""
+    """Ctrl-C came during a reply."""
 
     def __init__(self, partial: "Reply") -> None:
         super().__init__()
         self.partial = partial
-        """What had come."""
+        """What had arrived."""
 
 
 def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
-    """Ask, and print the answer in the way that was wanted."""
+    """Ask, and print the reply as text, as a stream of text, or as JSON."""
     if as_json:
         with Waiting("waiting for the reply"):
             reply = ask(stream=False)
@@ -47,7 +47,7 @@ def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
 
 
 def stream_reply(ask: Ask, *, raw: bool) -> "Reply":
-    """Ask, print the answer as it comes, and give it back.
+    """Ask, print the reply as it arrives, and return it.
 
     Raises:
         Stopped: Ctrl-C came; the stream is closed.
@@ -92,7 +92,7 @@ class _ReplyPrinter:
             self._write(self._text.feed(piece.text))
 
     def catch_up(self, error: ProviderError) -> None:
-        """Print what the error brought along: the chunk it was found in never came out."""
+        """Print the rest of the partial reply: the chunk in which the error was found was not printed."""
         if error.partial is not None and (rest := error.partial.text[self._fed :]):
             self._write(self._text.feed(rest))
 
@@ -130,7 +130,7 @@ def _print_warnings(reply: "Reply") -> None:
 
 
 def _cut(reply: "Reply") -> str:
-    """Why an answer ended before its end: a policy, where it came to that policy's limit."""
+    """Explain why a reply was cut; a policy is named if its limit was reached."""
     written, read = reply.usage.output_tokens or 0, reply.usage.input_tokens or 0
     for name, tokens in (("max_tokens", written), ("context_window", read + written)):
         limit = getattr(reply.limits, name, None)
@@ -142,7 +142,7 @@ def _cut(reply: "Reply") -> str:
 
 
 def _reply_data(reply: "Reply") -> dict[str, Any]:
-    """A reply for programs."""
+    """Convert a reply to plain data."""
     data = {
         "text": reply.text,
         "model": reply.model,

@@ -44,7 +44,7 @@ def _root(
     ] = False,
 ) -> None:
     """Talk to language models through the installed providers."""
-    # `Commands` reads `debug`, and the callback of `version` does all of its work.
+    # `Commands` reads `debug`; the callback of `version` prints it.
 
 
 def main() -> None:

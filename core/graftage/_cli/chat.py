@@ -1,4 +1,4 @@
-"""`graftage chat`: one answer, or a conversation."""
+"""`graftage chat`: one reply, or a conversation."""
 
 from functools import partial
 from pathlib import Path

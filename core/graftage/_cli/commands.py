@@ -1,4 +1,4 @@
-"""Subcommands that plugins bring: listed from metadata alone, imported only when one of them is run."""
+"""Subcommands of plugins: listed from metadata, imported only when they are run."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ GROUP = "graftage.commands"
 
 
 class Commands(ReportingGroup):
-    """The root of the commands: its own, and those of plugins, which cannot take a name of its own."""
+    """The root group: built-in commands, and those of plugins, which cannot replace a built-in one."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of all that can be run, its own first."""
-        brought = {point.name for point in entry_points(GROUP)} - self.commands.keys() - _disabled()
-        return [*super().list_commands(ctx), *sorted(brought)]
+        """Return the names of all commands, built-in ones first."""
+        plugged = {point.name for point in entry_points(GROUP)} - self.commands.keys() - _disabled()
+        return [*super().list_commands(ctx), *sorted(plugged)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name, or None; nothing of a plugin is imported for it."""
-        own = super().get_command(ctx, cmd_name)
-        points = [] if own else [point for point in entry_points(GROUP) if point.name == cmd_name]
-        return _PluginCommand(points) if points else own
+        """Return the command of that name, or None, without importing a plugin."""
+        builtin = super().get_command(ctx, cmd_name)
+        points = [] if builtin else [point for point in entry_points(GROUP) if point.name == cmd_name]
+        return _PluginCommand(points) if points else builtin
 
 
 class _PluginCommand(TyperCommand):
-    """Stands in the list for a plugin's command, and makes way for it when it is run."""
+    """Stands for a plugin's command in the list, and loads it when it is run."""
 
     def __init__(self, points: list[EntryPoint]) -> None:
         self._points = points
         super().__init__(points[0].name, help=_summary(points))
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context of the real command."""
+        """Load the command, and make its context."""
         self._refuse()
         return _load(self._points[0]).make_context(info_name, args, parent, **extra)
 
     def _refuse(self) -> None:
-        """Import nothing that is disabled, or that two distributions claim."""
+        """Check that the command is enabled and that one distribution alone claims it."""
         if self.name in _disabled():
             raise PluginError(
                 f"The command `{self.name}` is disabled.",
@@ -67,19 +67,19 @@ class _PluginCommand(TyperCommand):
 
 
 def _summary(points: list[EntryPoint]) -> str:
-    """What the one distribution that brings a command says of itself, else where it is from."""
-    said: Any = None
+    """Return the summary of the distribution, or else its name."""
+    summary: Any = None
     if len(points) == 1:
-        with contextlib.suppress(Exception):  # The file is missing, or no text.
-            said = points[0].dist and points[0].dist.metadata.get("Summary")
-    return show.cell(said or f"From {' and '.join(map(_origin, points))}.")
+        with contextlib.suppress(Exception):  # The file is missing or malformed.
+            summary = points[0].dist and points[0].dist.metadata.get("Summary")
+    return show.cell(summary or f"From {' and '.join(map(_origin, points))}.")
 
 
 def _load(point: EntryPoint) -> Any:
-    """The real command.
+    """Import the command.
 
     Raises:
-        PluginLoadError: it cannot be imported, is no `typer.Typer`, or needs another Graftage.
+        PluginLoadError: it cannot be imported, is not a `typer.Typer`, or needs another Graftage.
     """
     _check_core(point)
     try:
@@ -99,7 +99,7 @@ def _load(point: EntryPoint) -> Any:
 
 
 def _mount(app: typer.Typer, name: str) -> Any:
-    """The group that an app becomes below another one: without what only the root of a program has."""
+    """Convert an app to a group, without the options of a program's root."""
     root = typer.Typer(add_completion=False, rich_markup_mode=None)
     root.add_typer(app, name=name)
     group: Any = typer.main.get_command(root)
@@ -110,7 +110,7 @@ def _check_core(point: EntryPoint) -> None:
     from graftage._engine import plugins  # Only when a plugin's command is run
 
     name, version = identity(point.dist)
-    plugins._check_core(  # noqa: SLF001 - one rule for all that plugins bring
+    plugins._check_core(  # noqa: SLF001 - one rule for plugins and commands
         plugins.Entry(
             name=point.name,
             kind="plugin",

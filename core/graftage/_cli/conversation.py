@@ -22,9 +22,9 @@ __all__ = ["Conversation"]
 PROMPT = ">>> "
 CONTINUED = "... "
 COMMAND = re.compile(r"/(\w+|\?)?( .*)?")
-"""A line that is no question: a path and a comment begin otherwise."""
+"""A line that is a command: paths and comments do not match."""
 PASTE_GAP = 0.02
-"""Seconds within which the next line of a paste is there; nobody types one in that time."""
+"""Seconds until the next line of a paste arrives; typing one takes longer."""
 ALIASES = {"/bye": "/exit", "/quit": "/exit", "/?": "/help"}
 HELP = """\
 /clear   forget the conversation so far
@@ -34,12 +34,12 @@ Ctrl-C   stop the answer"""
 
 
 class Conversation:
-    """Questions and answers that the model remembers.
+    """A conversation: each question is sent with the messages before it.
 
     Args:
-        client: who answers.
-        start: the messages that `/clear` leaves.
-        arguments: what each call is given.
+        client: the client to ask.
+        start: the first messages, which `/clear` keeps.
+        arguments: arguments of each call.
         images: pictures for the first question.
         raw: print control characters as they are.
     """
@@ -61,9 +61,9 @@ class Conversation:
         self._raw = raw
 
     def run(self) -> None:
-        """Talk until the end of the input, or `/exit`."""
-        with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself.
-            # Python turns it off. GNU's then hands over a paste as one text; others do not know the variable.
+        """Run until the end of the input, or `/exit`."""
+        with contextlib.suppress(ImportError):  # Windows has no readline; its console edits lines.
+            # Python turns this off. With it, GNU readline returns a paste as one text; libedit ignores it.
             importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
         show.note(f"{self._client.model} on {self._client.provider}. /help lists the commands.")
         for text in _read_inputs():
@@ -87,7 +87,7 @@ class Conversation:
             )
 
     def _ask(self, text: str) -> None:
-        """One question and its answer. A question that got no answer is forgotten."""
+        """Ask one question, and print the reply. A question without a reply is forgotten."""
         messages = [*self._history, {"role": "user", "content": text, "images": self._images}]
         try:
             reply = stream_reply(partial(self._client.chat, messages, **self._arguments), raw=self._raw)
@@ -106,7 +106,7 @@ class Conversation:
 
 
 def _read_inputs() -> Iterator[str]:
-    """What is typed or pasted until the end of the input, each empty where Ctrl-C took it back."""
+    """Yield each input that is typed or pasted; Ctrl-C makes it empty."""
     ended = False
     while not ended:
         lines: list[str] = []
@@ -121,14 +121,14 @@ def _read_inputs() -> Iterator[str]:
             sys.stdout.write("\n")
             show.note("Ctrl-D or /exit ends the conversation.")
             lines.clear()
-        yield "\n".join(lines).strip("\n").rstrip()  # The first line of pasted code may be indented, too.
+        yield "\n".join(lines).strip("\n").rstrip()  # Keep the indent of pasted code.
 
 
 def _more_is_waiting(lines: Sequence[str]) -> bool:
-    """Whether more of a paste is in the terminal's input, where no brackets around it have told so."""
+    """Return whether more lines of a paste wait in the terminal, if it marks no pastes."""
     if COMMAND.fullmatch(lines[0]):
         return False
     try:
         return bool(select.select([sys.stdin], [], [], PASTE_GAP)[0])
-    except (OSError, ValueError):  # On Windows only sockets can be looked at.
+    except (OSError, ValueError):  # On Windows, `select` takes only sockets.
         return False

@@ -1,4 +1,4 @@
-"""`graftage doctor`: looks at everything between here and an answer, in the order in which it can fail."""
+"""`graftage doctor`: checks everything between this command and a reply, in the order in which it can fail."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ MASK = "**********"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, and what was found."""
+    """One check and its result."""
 
     name: str
     state: State
@@ -76,7 +76,7 @@ def doctor(
 
 
 class Examination:
-    """The checks, each of which needs what those before it found."""
+    """The checks; each needs the results of those before it."""
 
     def __init__(self, model: str | None, provider: str | None, host: str | None) -> None:
         self.code = 0
@@ -88,7 +88,7 @@ class Examination:
         self._proxy: str | None = None
 
     def checks(self) -> Iterator[Check]:
-        """Make them, one after the other; after one that failed the rest would only repeat it."""
+        """Run the checks in order; those after a failure are skipped."""
         steps: dict[str, Callable[[], Check]] = {
             "settings file": self._settings_file,
             "provider": self._provider_found,
@@ -114,7 +114,7 @@ class Examination:
             return Check(name, "fail", error.message, way_out(error))
 
     def settings(self) -> list[dict[str, str]]:
-        """The settings in effect and where each came from; secrets are masked."""
+        """Return the settings in effect and the origin of each; secrets are masked."""
         if self._client is None:
             return []
         values = self._client.settings
@@ -125,7 +125,7 @@ class Examination:
         ]
 
     def close(self) -> None:
-        """Give the client back."""
+        """Close the client."""
         if self._client is not None:
             self._client.close()
 
@@ -151,7 +151,7 @@ class Examination:
         return Check("provider", "note" if hint else "ok", text, hint)
 
     def _auto_hint(self, usual: str) -> str | None:
-        """Look at what `auto` takes, or at the server where it can take nothing; tells why it is not the server."""
+        """Use the provider that `auto` chooses, if it finds one; explain if it is not the usual one."""
         with contextlib.suppress(GraftageError), options.open_client(self._model) as client:
             self._provider = client.provider
             if self._provider == usual and self._model is None and "model" not in client.origins:
@@ -235,7 +235,7 @@ class Examination:
         except ModelNotFound:
             if self._model or "model" in self._connected.origins:
                 raise
-            # A provider that names a default model answers with it, whether or not it is there yet.
+            # A provider with a default model downloads it for the first reply.
             return Check("model", "note", f"`{model}` is not downloaded yet", "The first reply downloads it.")
         return Check("model", "ok", f"`{model}` is available ({origin})")
 
@@ -249,7 +249,7 @@ class Examination:
             raise ModelNotFound(f"The provider does not have the model `{health.model}`.", model=health.model)
         raise GraftageError(f"The server is not well: {health.error or 'no reason was given'}.")
 
-    # What they need
+    # What the checks need
 
     @property
     def _connected(self) -> "Client":
@@ -272,7 +272,7 @@ class Examination:
 
     @property
     def _target(self) -> tuple[str, int] | None:
-        """Whom to call: the server, or the proxy in front of it."""
+        """The host and port to connect to: the server's, or those of the proxy in front of it."""
         parts = urlsplit(self._proxy) if self._proxy else self._url
         if parts is None:
             return None
@@ -286,7 +286,7 @@ def _sources() -> "Sources":
 
 
 def _resolve(host: str, port: int, seconds: float) -> list[str] | str:
-    """The addresses of a name, or why there are none. A resolver cannot be told how long to take."""
+    """Return the addresses of a name, or why there are none. A thread limits the time, as the resolver cannot."""
     found: list[list[str] | str] = []
 
     def look() -> None:
@@ -304,7 +304,7 @@ def _resolve(host: str, port: int, seconds: float) -> list[str] | str:
 
 
 def _in_container() -> bool:
-    """Whether this is a container of Docker or Podman, by the file that each leaves in it."""
+    """Return whether this runs in a container of Docker or Podman, which mark theirs with a file."""
     return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
 
 
@@ -319,7 +319,7 @@ def _hide_user(address: str) -> str:
 
 
 def _mask(name: str, value: Any) -> str:
-    """A setting for the eyes of whoever reads the report."""
+    """Return a setting as text, without its secrets."""
     if value is None:
         return ""
     if SECRET.search(name) or hasattr(value, "get_secret_value"):

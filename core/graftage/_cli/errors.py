@@ -1,4 +1,4 @@
-"""Every error of a command becomes one message with the way out, and an exit code."""
+"""Turns each error of a command into one message, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ __all__ = [
 FAILED = 1
 MISUSED = 2
 SIMILARITY = 0.75
-"""How alike two names must be, from 0 to 1, for one to be meant by the other."""
+"""How similar two names must be, from 0 to 1, for one to be suggested."""
 TAG = re.compile(r"latest|i?q\d\w*|b?f(p?16|32)|\W.*|\d.*", re.IGNORECASE)
-"""What follows the colon in the name of a model, or of a path, and is no model of a provider."""
+"""A tag or the rest of a path: what follows a colon and is not the name of a model."""
 INTERRUPTED = 130
-"""What a shell gives a program that Ctrl-C ended."""
+"""The exit code of a program that Ctrl-C ended, as in a shell."""
 RENAMED_OPTIONS = {"images": "--image", "raw": "--raw-prompt"}
-"""Arguments whose option has another name; all others have their own."""
+"""Arguments whose option has another name."""
 MODEL_COMMANDS = frozenset({"load", "loaded", "pull", "show", "unload"})
 """Methods that are commands of `graftage models`."""
 QUOTED_NAME = re.compile(r"`(timeouts\.)?([a-z_]+)`")
 _options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
-"""Of the command that is run."""
+"""The options of the command that runs."""
 
 
 class Misuse(GraftageError):
-    """The command was called in a way that makes no sense."""
+    """The command was used in a wrong way."""
 
 
 class ReportingGroup(TyperGroup):
-    """The root of the commands: what escapes from one of them is told here."""
+    """A root group that reports the errors of its commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is run, whose options its hints name."""
+        """Find the command to run, and note its options for hints."""
         name, command, rest = super().resolve_command(ctx, args)
         leaf = getattr(command, "commands", {}).get(rest[0] if rest else "", command)
         _options.set(frozenset(each for option in getattr(leaf, "params", ()) for each in option.opts))
@@ -86,7 +86,7 @@ def _report_errors(*, debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, show.OutputFailed):
         raise
     except Exception as error:
-        if hasattr(error, "exit_code"):  # Typer's own, about the usage; its class moved between releases.
+        if hasattr(error, "exit_code"):  # Typer's usage errors; their class moved between releases.
             raise
         report(error, debug=debug)
         raise typer.Exit(exit_code(error)) from None
@@ -94,7 +94,7 @@ def _report_errors(*, debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def output_complete() -> Iterator[None]:
-    """A block after which all output has been written, or the exit code and a message say that it has not."""
+    """Write all output at the end of the block, or exit with an error."""
     try:
         try:
             yield
@@ -102,18 +102,18 @@ def output_complete() -> Iterator[None]:
             sys.stdout.flush()
     except show.OutputFailed as failed:
         show.discard(sys.stdout)
-        if not isinstance(failed.__cause__, BrokenPipeError):  # A reader that goes away, such as `head`, knows.
+        if not isinstance(failed.__cause__, BrokenPipeError):  # A reader such as `head` stopped on purpose.
             show.note(f"Standard output cannot be written: {failed}.", kind="error")
         sys.exit(FAILED)
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code that an error means."""
+    """Return the exit code for an error."""
     return MISUSED if isinstance(error, (Misuse, SettingsError)) else FAILED
 
 
 def report(error: Exception, *, debug: bool = False) -> None:
-    """Print an error and the way out."""
+    """Print an error and its hint."""
     sys.stdout.flush()
     if debug:
         show.note("".join(traceback.format_exception(error)).rstrip(), indent="")
@@ -128,7 +128,7 @@ def report(error: Exception, *, debug: bool = False) -> None:
 
 
 def way_out(error: GraftageError) -> str | None:
-    """What to do about an error, with the command or the option that does it."""
+    """Return what to do about an error, in the words of the command."""
     hint = QUOTED_NAME.sub(lambda found: _in_command_words(found, error), error.hint or "")
     if isinstance(error, ModelNotFound):
         if error.suggestions and not any(name in hint for name in error.suggestions):
@@ -136,15 +136,15 @@ def way_out(error: GraftageError) -> str | None:
         if error.model and not error.hint:
             name = f"{error.provider}:{error.model}" if error.provider else error.model
             hint = f"{hint} `graftage models pull {name}` downloads it."
-    if meant := _provider_hint(error):
-        hint = f"{meant} {hint}"
+    if provider_hint := _provider_hint(error):
+        hint = f"{provider_hint} {hint}"
     if isinstance(error, (AdapterIncompatible, ResourceLimitExceeded)) and "--force" not in hint:
         hint = f"{hint} `--force` overrides this."
     return hint.strip() or None
 
 
 def _in_command_words(found: re.Match[str], error: GraftageError) -> str:
-    """The option for an argument, a command for a method, the variable for a setting, and anything else as it is."""
+    """Replace an argument by its option, a method by its command, and a setting by its variable."""
     part, name = found.groups()
     option = RENAMED_OPTIONS.get(name, f"--{name.replace('_', '-')}")
     if not part and option in _options.get():
@@ -166,7 +166,7 @@ def _in_command_words(found: re.Match[str], error: GraftageError) -> str:
 
 
 def _provider_hint(error: GraftageError) -> str | None:
-    """What to say of a model that is not there and whose name has, or is, something like a provider's."""
+    """Explain that the name of a missing model is, or starts with, something like a provider's name."""
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
         return None
@@ -186,6 +186,6 @@ def _provider_hint(error: GraftageError) -> str | None:
 
 
 def _further_reasons(error: GraftageError) -> list[str]:
-    """What an error about an adapter knows beyond its message."""
+    """Return the reasons of an adapter error that are not in its message."""
     reasons = error.reasons if isinstance(error, AdapterError) else ()
     return [reason for reason in reasons if reason not in error.message]

@@ -1,4 +1,4 @@
-"""`graftage models`: what a provider has, and what is in memory."""
+"""`graftage models`: the models of a provider, and those in memory."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -119,11 +119,11 @@ def delete_model(
     host: options.Host = None,
 ) -> None:
     """Delete a model from the disk."""
-    if options.split(model)[1] is None:  # The default model is never meant.
+    if options.split(model)[1] is None:  # Never delete the default model by accident.
         raise Misuse("No model is named.", hint="Name the one to delete.")
     with options.open_for_one_model(model, provider, host=host) as client:
         if yes:
-            client.delete(client.model or "")  # Also one whose file is damaged, and that cannot be shown.
+            client.delete(client.model or "")  # Works for a damaged model too, which cannot be shown.
             show.line(f"{show.cell(client.model)} was deleted.")
         else:
             info = client.show()

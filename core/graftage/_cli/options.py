@@ -1,4 +1,4 @@
-"""The options that several commands share, and what is made of them."""
+"""The options that commands share, and the clients that they open."""
 
 import json
 from collections.abc import Iterator
@@ -59,9 +59,9 @@ Format = Annotated[
 ]
 NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")]
 IN_PROCESS = "embedded"
-"""The address of a connection whose engine ends with it."""
+"""The address of a connection whose engine runs in this process."""
 DEFAULT = "default"
-"""Where a choice came from that nobody made."""
+"""The origin of a value that was not set."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Raw = Annotated[
     bool, typer.Option("--raw", help="Print control characters of the reply as they are: they can control a terminal.")
@@ -69,9 +69,9 @@ Raw = Annotated[
 
 
 def open_client(model: str | None, provider: str | None = None, **overrides: Any) -> "Client":
-    """The client that the options choose.
+    """Open the client that the options name.
 
-    The part before the first colon is a provider only where one of that name is installed: `llama3.2:1b` is a model.
+    The part before the first colon is a provider only if it is installed: `llama3.2:1b` is a model.
     """
     import graftage
 
@@ -84,7 +84,7 @@ def open_client(model: str | None, provider: str | None = None, **overrides: Any
 def open_to_ask(
     model: str | None, provider: str | None, *, host: str | None, announce: bool = True
 ) -> "Iterator[Client]":
-    """The client of a command that asks a model. Tells who answers where nobody has chosen it."""
+    """Open the client of a command that asks a model; show which provider was taken if none was named."""
     if provider is None:
         provider, model = split(model)
     with open_client(model, provider, host=host) as client:
@@ -101,7 +101,7 @@ def open_to_ask(
 
 
 def open_to_manage(model: str | None, provider: str | None, *, host: str | None = None) -> "Client":
-    """The client for looking after models: of one provider, whether or not it has a model that could answer."""
+    """Open a client to manage models; unlike for a reply, the provider need not have one."""
     if provider is None:
         provider, model = split(model)
     client = open_client(model, provider, host=host)
@@ -111,39 +111,39 @@ def open_to_manage(model: str | None, provider: str | None, *, host: str | None 
 
 
 def auto_reason(client: "Client") -> str | None:
-    """Why the client's provider was taken, where nobody has chosen it."""
+    """Return why `auto` took the client's provider; None if it was named."""
     from graftage._engine.choosing import AUTO
 
-    _ = client.provider  # The choice is made where it is needed.
+    _ = client.provider  # This makes the choice.
     how, _, why = client.origins.get("provider", "").partition(": ")
     return why if how == AUTO else None
 
 
 @contextmanager
 def open_for_one_model(model: str | None, provider: str | None, *, host: str | None) -> "Iterator[Client]":
-    """The client for looking after one model."""
+    """Open a client to manage one model."""
     with open_to_manage(model, provider, host=host) as client:
         require_model(client)
         yield client
 
 
 def require_chat(client: "Client") -> None:
-    """Refuse to begin a conversation with a model that is known not to chat: each question would fail."""
+    """Refuse a conversation with a model that cannot chat: each question would fail."""
     features = None
-    with suppress(GraftageError):  # The first question will tell.
+    with suppress(GraftageError):  # The first question will show it.
         features = client.show().features
     if features is not None and "chat" not in features:
         raise CapabilityUnsupported(f"The model `{client.model}` cannot chat.", hint="Try `graftage embed`.")
 
 
 def note_if_embedded(client: "Client") -> None:
-    """Say that what was loaded does not stay, where no server keeps it."""
+    """Note that a model in this process is unloaded at its end."""
     if client.address == IN_PROCESS:
         show.note("It is unloaded when this command ends. To keep it, keep a client open in a program.")
 
 
 def default_provider(host: str | None = None) -> tuple[str, str]:
-    """The provider that is asked first where none is named, and why it."""
+    """Return the provider that is asked first if none is named, and the origin of that choice."""
     from graftage._engine.choosing import AUTO, ConnectOptions, Opening
     from graftage.settings import Sources
 
@@ -154,7 +154,7 @@ def default_provider(host: str | None = None) -> tuple[str, str]:
 
 
 def split(model: str | None) -> tuple[str | None, str | None]:
-    """The provider, where one is named, and the model."""
+    """Split off the provider, if it is installed."""
     from graftage._engine.plugins import Catalog
 
     name, colon, rest = (model or "").partition(":")
@@ -164,12 +164,12 @@ def split(model: str | None) -> tuple[str | None, str | None]:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were used."""
+    """Return the options that were set."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def require_model(client: "Client") -> None:
-    """Refuse to go on without a model."""
+    """Check that a model was chosen."""
     if not client.model:
         raise Misuse(
             "No model is chosen.",
@@ -178,7 +178,7 @@ def require_model(client: "Client") -> None:
 
 
 def read_format(value: str | None) -> Any:
-    """What `--format` names: `json`, or the schema in a file."""
+    """Read the value of `--format`: `json`, or the schema in a file."""
     if value in (None, "json"):
         return value
     try:

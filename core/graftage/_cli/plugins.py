@@ -1,4 +1,4 @@
-"""`graftage plugins`: what is installed, and what became of it."""
+"""`graftage plugins`: the installed plugins and their states."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ def plugins(as_json: options.AsJson = False) -> None:
 
 
 def print_plugins(entries: "Sequence[Entry]") -> None:
-    """Print the table, and below it what is wrong."""
+    """Print the table, and the problems below it."""
     if not entries:
         show.line("No provider or plugin is installed. `pip install graftage-ollama` brings one.")
         return
@@ -45,7 +45,7 @@ def print_plugins(entries: "Sequence[Entry]") -> None:
 
 
 def plugin_data(entry: "Entry") -> dict[str, Any]:
-    """A plugin for programs."""
+    """Convert an entry to plain data."""
     return {
         "name": entry.name,
         "kind": entry.kind,

@@ -1,4 +1,4 @@
-"""What a command waits for, told on stderr: the first word, a download, an adapter that is made usable."""
+"""Shows on stderr what a command waits for: the first word, a download, an adapter."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = ["Waiting", "watcher"]
 
 _current: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
 MAX_BARS = 20
-"""Bars at one time; the oldest makes way for the next, or a server could fill the memory."""
+"""Bars at one time; the oldest is removed for the next, or a server could fill the memory."""
 READING_DELAY = 1.0
-"""Seconds after which the reading of a prompt is shown."""
+"""Seconds until the reading of a prompt is shown."""
 LAST_STATUS = "success"
 """The status of the last step of a download."""
 FLUSH_TIMEOUT = 2.0
-"""Seconds that the end of the block waits for one more step to be shown."""
+"""Seconds to wait for a last step at the end of the block."""
 
 
 def watcher() -> object:
-    """A plugin that shows the steps a provider tells of in whatever is waited for."""
+    """Return a plugin that shows the progress of a provider in the current `Waiting`."""
     from graftage.hookspecs import hookimpl
 
     class Watcher:
@@ -52,15 +52,15 @@ def watcher() -> object:
 
 
 class Waiting:
-    """Shows that something is going on until the block ends: a spinner, then the steps, where it has any.
+    """Shows a spinner until the block ends, and the steps of an operation that has any.
 
-    On a terminal a step that counts bytes is a bar; all others, and those that go to a file, are lines. An observer's
-    steps come in a thread of the engine's, so the block waits for them at its end.
+    On a terminal, a step that counts bytes is a bar. All other steps are lines. Observers are called in another thread,
+    so the block waits for their events at its end.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
-        # Asked now: what moves on a terminal puts something of its own in the place of the stream.
+        # Asked now: rich replaces the stream while it draws.
         self._terminal = show.is_terminal(sys.stderr)
         self._silent = not (self._terminal and show.is_terminal(sys.stdout))
         self._spinner: Status | None = None
@@ -82,7 +82,7 @@ class Waiting:
 
         _current.reset(self._before)
         shown = -1
-        while shown != self._shown:  # As long as steps come: drawing them may take longer than making them.
+        while shown != self._shown:  # While steps arrive: they may take longer to draw than to make.
             shown = self._shown
             flush(FLUSH_TIMEOUT)
         with self._lock:
@@ -107,7 +107,7 @@ class Waiting:
             show.note(show.cell(step.status))
 
     def read(self, prompt: PromptProgress) -> None:
-        """Show how much of a prompt has been read, where that takes so long that one wonders."""
+        """Show how much of a prompt has been read, if that takes long."""
         with self._lock:
             if self._over or self._spinner is None or time.monotonic() - self._began < READING_DELAY:
                 return
@@ -125,7 +125,7 @@ class Waiting:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
         from rich.table import Column
 
-        self._stop()  # A terminal shows one moving thing at a time.
+        self._stop()  # rich draws only one live display at a time.
         title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self._bars = Progress(
             title, BarColumn(bar_width=None), DownloadColumn(), console=show.console(error=True), expand=True

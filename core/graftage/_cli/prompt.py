@@ -9,9 +9,9 @@ __all__ = ["read_prompt"]
 
 
 def read_prompt(prompt: str | None) -> str | None:
-    """The prompt to send; None where a person sits at the terminal and gave none.
+    """Return the prompt to send; None if none was given at a terminal.
 
-    What is piped in comes first and the prompt after it, as one says what to do with a text.
+    Piped text comes before the prompt.
     """
     text = prompt
     if sys.stdin is not None and not is_terminal(sys.stdin):

@@ -1,4 +1,4 @@
-"""`graftage providers`: compares what is installed, so that one can choose."""
+"""`graftage providers`: compares the installed providers."""
 
 import threading
 import time
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 __all__ = ["providers"]
 
 TIMEOUT = 10.0
-"""Seconds each provider has, all of them at one time, unless `--timeout` says otherwise."""
+"""Seconds for each provider; all are asked at the same time."""
 GRACE = 1.0
-"""Seconds more until one that does not keep to its limit is left behind."""
+"""Seconds until a provider that exceeds its limit is left out."""
 SHOWN_MODELS = 5
 """Models named in the table."""
 
 
 @dataclass(kw_only=True)
 class Finding:
-    """What was found out about a provider; what is unknown is None."""
+    """What was found out about a provider; None is unknown."""
 
     name: str
     distribution: str | None
     version: str | None
     state: str = "available"
     health: str = "unknown"
-    """In words: `well`, or `not well`."""
+    """`well`, `not well` or `unknown`."""
     address: str | None = None
     server_version: str | None = None
     models: list[str] | None = None
     features: list[str] | None = None
     problems: list[str] = field(default_factory=list)
-    """What went wrong, each with the way out."""
+    """What went wrong, each with a hint."""
 
 
 def providers(
@@ -62,12 +62,12 @@ def providers(
 
 
 def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
-    """Look at all of them at one time; one that does not come back in time is left behind."""
+    """Inspect all at the same time; a provider that exceeds its limit is left out."""
     found = [
         Finding(name=entry.name, distribution=entry.distribution, version=entry.version, state=entry.state)
         for entry in entries
     ]
-    # A thread that hangs in somebody's code must not keep the command from ending.
+    # A daemon thread: a plugin that hangs must not keep the command from ending.
     looks = [threading.Thread(target=_inspect, args=(each, timeout), daemon=True) for each in found]
     for thread in looks:
         thread.start()
@@ -76,11 +76,11 @@ def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             each.problems.append(f"It did not answer within {timeout:g} s.")
-    return [replace(each) for each in found]  # What comes too late changes nothing any more.
+    return [replace(each) for each in found]  # A copy, which late results cannot change.
 
 
 def _inspect(finding: Finding, timeout: float) -> None:
-    """Fill in what can be found out; whatever a provider does is its own affair."""
+    """Fill in a finding; an error of the provider becomes a problem in it."""
     if finding.state == "disabled":
         finding.problems.append("GRAFTAGE_DISABLED_PLUGINS names it.")
         return
@@ -88,7 +88,7 @@ def _inspect(finding: Finding, timeout: float) -> None:
         with options.open_client(None, finding.name) as client:
             finding.state = "loaded"
             _ask(client, finding, timeout)
-    except Exception as error:  # noqa: BLE001 - the others must not suffer for it
+    except Exception as error:  # noqa: BLE001 - one provider must not affect the others
         if isinstance(error, PluginError):
             finding.state = "quarantined"
         finding.problems.append(_describe(error))
@@ -116,7 +116,7 @@ def _describe(error: Exception) -> str:
 
 
 def _print(found: Sequence[Finding]) -> None:
-    """A column for each provider, and below them what is wrong."""
+    """Print a column for each provider, and the problems below."""
     rows = [
         ("distribution", *(" ".join(filter(None, (each.distribution, each.version))) for each in found)),
         ("state", *(each.state for each in found)),
@@ -140,7 +140,7 @@ def _names(models: Sequence[str] | None) -> str | None:
 
 
 def _features(found: Iterable[Finding]) -> list[str]:
-    """What at least one of them can do, in the order of the contract; what the contract does not know comes last."""
+    """Return the features of all providers in the order of the contract, unknown ones last."""
     from graftage.types import Feature
 
     able = {feature for each in found for feature in each.features or ()}

@@ -1,4 +1,4 @@
-"""What reaches the terminal. Models, servers and plugins write what they like; none of it may steer the terminal."""
+"""Writes to the terminal. The text of models, servers and plugins must not control it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ __all__ = [
 ]
 
 _RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""C0 without tab and line feed, DEL, C1, what turns the direction of text, and halves of surrogate pairs."""
+"""C0 without tab and line feed, DEL, C1, changes of the direction of text, and lone surrogates."""
 _PIPE_WIDTH = 1000
-"""Columns of a table that goes to a file or a pipe: nothing is cut or folded there."""
+"""Columns of a table in a file or a pipe, where nothing is cut or folded."""
 _NAME_WIDTH = 24
 _HIDDEN = ("raw", "tensors")
-"""Fields of a record that even `--json` leaves out: the server's own form of the same, and thousands of shapes."""
+"""Fields that `--json` leaves out: the server's own data, and thousands of shapes."""
 _LATIN_1_END = 0xFF
 
 
@@ -55,12 +55,12 @@ _LATIN_1_END = 0xFF
 
 
 def escape(text: str) -> str:
-    """The text with every control character made visible, ESC as backslash-x1b; tabs and line breaks stay."""
+    """Make control characters visible, ESC as backslash-x1b; tabs and line breaks stay."""
     return _RISKY.sub(_make_visible, text.replace("\r\n", "\n"))
 
 
 def cell(value: object) -> str:
-    """A value as escaped text on one line; `None` is empty."""
+    """Convert a value to escaped text on one line; `None` is empty."""
     text = "" if value is None else escape(str(value))
     return text.replace("\n", r"\n").replace("\t", r"\t")
 
@@ -71,14 +71,14 @@ def _make_visible(found: re.Match[str]) -> str:
 
 
 class Escaper:
-    """Escapes a text that comes in pieces; a line break may be split between two."""
+    """Escapes a text in pieces; a line break may be split between two."""
 
     def __init__(self, *, raw: bool = False) -> None:
         self._raw = raw
         self._held = ""
 
     def feed(self, piece: str) -> str:
-        """What of it can be printed now."""
+        """Return what can be printed now."""
         if self._raw:
             return piece
         text = self._held + piece
@@ -86,7 +86,7 @@ class Escaper:
         return escape(text.removesuffix("\r") if self._held else text)
 
     def end(self) -> str:
-        """What was held back."""
+        """Return what was held back."""
         held, self._held = self._held, ""
         return escape(held)
 
@@ -99,10 +99,10 @@ class OutputFailed(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output. What fails there is told from what fails in another file."""
+    """Standard output, whose errors have their own class."""
 
     def write(self, data: Any) -> int:
-        """Write to it.
+        """Write data.
 
         Raises:
             OutputFailed: it cannot be written.
@@ -114,9 +114,9 @@ class _Output(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """No character may end the command: what the terminal cannot show becomes a question mark.
+    """Print characters that the terminal cannot show as question marks.
 
-    A stream that was closed (`>&-`) leads nowhere, so that no file that is opened later takes its number.
+    A closed stream (`>&-`) is opened to nowhere, so that no later file takes its number.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -139,22 +139,22 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def line(text: str) -> None:
-    """Print a line of our own."""
+    """Print a line."""
     sys.stdout.write(f"{text}\n")
 
 
 def note(text: str, *, kind: str | None = None, indent: str = "  ") -> None:
-    """Tell something on stderr, escaped: `error: ...`. Further lines are indented, or they could pose as another."""
+    """Print an escaped note on stderr. Further lines are indented, or they could pose as another note."""
     start = f"{kind}: " if kind else ""
     try:
         sys.stderr.write(f"{start}{escape(text)}".replace("\n", f"\n{indent}") + "\n")
         sys.stderr.flush()
     except OSError:
-        discard(sys.stderr)  # Nobody can be told that nobody can be told.
+        discard(sys.stderr)  # There is no place left to report this.
 
 
 def discard(stream: TextIO) -> None:
-    """Lead a stream nowhere, where nothing can be written any more: Python flushes it at its end, and complains."""
+    """Redirect a broken stream to nowhere, or Python reports an error when it flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -162,12 +162,12 @@ def discard(stream: TextIO) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person may be looking at a stream."""
+    """Return whether a stream is a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def console(*, error: bool = False) -> Console:
-    """Where tables, bars and dimmed text go."""
+    """Return the console for tables, bars and dimmed text."""
     from rich.console import Console  # Only what draws something pays for rich
 
     stream = sys.stderr if error else sys.stdout
@@ -184,13 +184,13 @@ def console(*, error: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print plain data. JSON has an escape of its own for every risky character."""
+    """Print plain data as JSON, with risky characters escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=2, default=_plain)
     sys.stdout.write(_RISKY.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def record(facts: ModelInfo | LoadedModel) -> dict[str, Any]:
-    """A record for programs."""
+    """Convert a record to a dictionary."""
     return {each.name: getattr(facts, each.name) for each in fields(facts) if each.name not in _HIDDEN}
 
 
@@ -207,7 +207,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; each cell is escaped, and folded rather than cut where the terminal is narrow."""
+    """Print a table; each cell is escaped, and folded instead of cut on a narrow terminal."""
     from rich.text import Text
 
     cells = [[Text(cell(value)) for value in row] for row in rows]
@@ -218,7 +218,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 def _table(columns: Sequence[str], *, first: int) -> Table:
-    """A table whose first column, which holds names, is the last to be folded."""
+    """Make a table whose first column, the names, is folded last."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
@@ -228,7 +228,7 @@ def _table(columns: Sequence[str], *, first: int) -> Table:
 
 
 def size(count: int | None) -> str | None:
-    """Bytes for people: `271 MB`."""
+    """Format a number of bytes: `271 MB`."""
     if count is None:
         return None
     from rich.filesize import decimal
@@ -237,5 +237,5 @@ def size(count: int | None) -> str | None:
 
 
 def date(moment: datetime | None) -> str | None:
-    """A moment in local time, to the minute."""
+    """Format a moment in local time, to the minute."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else None

@@ -1,4 +1,4 @@
-"""For those who test against Graftage: a scripted provider and recorded answers. Needs `graftage[testing]`."""
+"""Tools for tests: a scripted provider and recorded responses. Needs `graftage[testing]`."""
 
 from graftage.testing.cassettes import Cassette, CassetteError, CassetteMiss
 from graftage.testing.echo import Echo, Pause

@@ -1,13 +1,12 @@
-"""Real exchanges, recorded once and replayed offline: a transport for providers that are built on the toolkit.
+"""Real exchanges, recorded once and replayed offline: a transport for providers that use `graftage.http`.
 
     with Cassette("cassettes/story.yaml", mode="record", server="Ollama 0.9.3") as cassette:
         with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
             llm.chat("Tell me a story")
 
-The files are vcrpy's, so that any vcrpy from 8.2.1 on replays them, and pytest-recording too. Three keys of a response
-are ours, and vcrpy carries them along: `server`, which server it came from, `chunk_lengths`, the borders at which the
-body came, and `cut_short`, where it ended before its end. Nothing is patched: two cassettes may be open at once, in
-threads and in tasks.
+The files have vcrpy's format: vcrpy 8.2.1 or newer replays them, and so does pytest-recording. Three keys of a response
+are ours, and vcrpy keeps them: `server`, the server's name; `chunk_lengths`, the sizes in which the body arrived; and
+`cut_short`, if the body broke off. Nothing is patched: two cassettes may be open at once, in threads and in tasks.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ Key: TypeAlias = tuple[str, str, str]
 """What requests are matched by: the method, the path with its query, the body in canonical form."""
 
 ORIGIN: Final = "http://localhost:11434"
-"""Stands in every file for the server's address: a cassette names no machine, and plays on any."""
+"""Replaces the server's address in every file: a cassette names no machine."""
 KEPT_REQUEST_HEADERS: Final = ("content-type",)
 KEPT_RESPONSE_HEADERS: Final = ("content-type", "retry-after", "content-encoding")
 MAX_BYTES: Final = 16 * 1024 * 1024
 """Larger files are refused before they are parsed."""
 _MAX_DEPTH: Final = 32
-"""Nesting in a file. The C parser has no limit of its own: a file of 100,000 brackets ends the process."""
+"""Nesting in a file. The C parser has no limit: a file of 100,000 brackets ends the process."""
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -58,12 +57,12 @@ class CassetteError(GraftageError):
 
 
 class CassetteMiss(CassetteError):
-    """A request was replayed that the cassette does not hold, or not once more."""
+    """The cassette does not hold a request, or has already replayed it."""
 
 
 @dataclass
 class _Interaction:
-    """A request and what came back."""
+    """A request and its response."""
 
     method: str
     target: str
@@ -84,10 +83,9 @@ class _Interaction:
 class Cassette:
     """A recording, given to a provider as its `transport` setting.
 
-    On replay each interaction plays once: equal requests get the answers in the order they were recorded. The ids of
-    tool calls count by their order alone: those that servers and Graftage make up are others each time. On recording,
-    the file is written when the block ends without an error, in one step, and replaces the one before. An exchange that
-    failed before its answer came, such as a refused connection, is not recorded.
+    On replay, each response is given once: equal requests get theirs in the order of the recording. Ids of tool calls
+    are compared by their order, because they are generated and differ each time. On recording, the file is replaced
+    when the block ends without an error. A request without a response, such as a refused connection, is not recorded.
     """
 
     def __init__(
@@ -97,16 +95,16 @@ class Cassette:
         mode: Literal["replay", "record"] = "replay",
         server: str | None = None,
     ) -> None:
-        """Read the file, or begin a new one.
+        """Read the file, or start a new one.
 
         Args:
             path: where the file is, or will be.
-            mode: `record` sends requests on and keeps the answers; `replay` never opens a connection.
-            server: the server and its version in words, such as `Ollama 0.9.3`, kept in the file.
+            mode: `record` sends requests on and keeps the responses; `replay` never opens a connection.
+            server: the server and its version, such as `Ollama 0.9.3`, kept in the file.
 
         Raises:
-            ValueError: there is no such mode.
-            CassetteError: there is no such file to replay, or it is malformed.
+            ValueError: the mode is invalid.
+            CassetteError: the file to replay is missing or malformed.
         """
         if mode not in ("replay", "record"):
             raise ValueError(f"`mode` must be `replay` or `record`, not {mode!r}")
@@ -114,11 +112,11 @@ class Cassette:
         self.mode = mode
         self.server = server
         self.misses: list[CassetteMiss] = []
-        """What was asked and not found; here even where a provider swallowed the error."""
+        """Requests that were not found, even if a provider swallowed the error."""
         self._interactions: list[_Interaction] = []
         self._waiting: defaultdict[Key, deque[_Interaction]] = defaultdict(deque)
         self._sent: dict[str, str] = {}
-        """The secrets that requests carried, each with the name of its header; they never reach the file."""
+        """The secrets that requests sent, each with the name of its header; they are never written."""
         self._lock = threading.Lock()
         if mode == "replay":
             self._read()
@@ -136,26 +134,25 @@ class Cassette:
         return len(self._interactions)
 
     def __bool__(self) -> bool:
-        # By its length, a new recording would be false, and `if transport` would go past it to the network.
+        # An empty recording must not be false, or `if transport` would skip it and use the network.
         return True
 
     @property
     def unplayed(self) -> tuple[str, ...]:
-        """What the file holds and nobody asked for, as `POST /api/chat`."""
+        """Recorded requests that were not sent, as `POST /api/chat`."""
         with self._lock:
             return tuple(f"{each.method} {each.target}" for queue in self._waiting.values() for each in queue)
 
     def wrap(self, network: Callable[[], Transport]) -> Transport:
-        """A transport that replays, or records what the provider's own one does; both colours play the same file."""
+        """Return a transport that replays, or that records the given one; both colours use the same file."""
         return _Recorder(self, network()) if self.mode == "record" else _Player(self)
 
     def save(self) -> None:
-        """Write the file, through a temporary one beside it.
+        """Write the file, by way of a temporary one beside it.
 
         Raises:
-            CassetteError: nothing was recorded, or a secret was: the value of a request's header, or of a variable of
-                the environment that is named like one, or what looks like a key. Or the file cannot be written; what
-                was recorded can be saved again.
+            CassetteError: nothing was recorded, or the file cannot be written, or it would hold a secret: the value of
+                a request header, of an environment variable with such a name, or text that looks like a key.
         """
         if not self._interactions:
             raise CassetteError(
@@ -166,7 +163,7 @@ class Cassette:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(text.encode())
-        except (OSError, ValueError) as error:  # A name with a NUL in it is a ValueError.
+        except (OSError, ValueError) as error:  # A NUL in the name is a ValueError.
             why = getattr(error, "strerror", None) or "the file name is not valid"
             raise CassetteError(f"The cassette {self.path} cannot be written: {why}.") from error
 
@@ -174,7 +171,7 @@ class Cassette:
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.write_bytes(data)
-            os.replace(temporary, self.path)  # noqa: PTH105 # says that it replaces, on every system
+            os.replace(temporary, self.path)  # noqa: PTH105 # the name says that it replaces
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -184,10 +181,10 @@ class Cassette:
             self._waiting[each.key].append(each)
 
     def take(self, request: Request) -> _Interaction:
-        """The answer to a request; each is taken once.
+        """Take the response to a request; each is taken once.
 
         Raises:
-            CassetteMiss: the file does not hold it, or not once more.
+            CassetteMiss: there is no such response, or none is left.
         """
         key = (request.method, _target(request.url), _canonical(_body(request)))
         with self._lock:
@@ -201,12 +198,12 @@ class Cassette:
         raise miss
 
     def note_secrets(self, request: Request) -> None:
-        """Note the secrets of a request that is to be sent: a later answer may repeat them, though none comes to it."""
+        """Note the secrets of a request before it is sent: any later response may repeat them."""
         with self._lock:
             self._sent.update(_secrets_of(request.headers))
 
     def begin(self, request: Request, response: Response) -> _Interaction:
-        """Note an answer at its head: the file then has the order in which answers began."""
+        """Add a response when its head arrives, so that the file has the order in which they began."""
         interaction = _Interaction(
             request.method,
             _target(request.url),
@@ -241,7 +238,7 @@ class _Recorder:
 
 
 class _Recording:
-    """Hands each piece on as it comes and keeps a copy: the reader waits no longer than without it."""
+    """Passes each piece on as it arrives, and keeps a copy."""
 
     def __init__(self, inner: Response, interaction: _Interaction) -> None:
         self.status, self.reason, self.headers = inner.status, inner.reason, inner.headers
@@ -276,7 +273,7 @@ class _Player:
 
 
 class Replayed:
-    """A recorded answer, with the borders of its pieces, and with its break where it had one."""
+    """A recorded response in its original pieces; it breaks off where the original did."""
 
     def __init__(self, interaction: _Interaction) -> None:
         self.status, self.reason = interaction.status, interaction.reason
@@ -311,11 +308,11 @@ def _select_headers(headers: Headers, names: Iterable[str]) -> dict[str, list[st
 
 
 _MAX_SHOWN: Final = 5
-"""Differences that are told of a request that was not found."""
+"""Differences shown of a request that was not found."""
 
 
 def _canonical(body: bytes) -> str:
-    """JSON with its keys sorted, and with the ids of tool calls by their order; anything else as it is."""
+    """Return JSON with sorted keys and numbered ids of tool calls; other text is unchanged."""
     try:
         return json.dumps(_number_ids(json.loads(body), {}), sort_keys=True, separators=(",", ":"))
     except (ValueError, RecursionError):
@@ -323,7 +320,7 @@ def _canonical(body: bytes) -> str:
 
 
 def _number_ids(value: Any, ids: dict[str, str]) -> Any:
-    """The same with `call 1` for the first id of a tool call, and so on: ids are made up, and ask for nothing."""
+    """Replace the ids of tool calls by `call 1`, `call 2` and so on: they are generated, and do not matter."""
     if isinstance(value, list):
         return [_number_ids(each, ids) for each in value]
     if not isinstance(value, dict):
@@ -338,13 +335,13 @@ def _number_ids(value: Any, ids: dict[str, str]) -> Any:
 
 
 def _explain(key: Key, recorded: list[_Interaction]) -> str:
-    """Say which recorded request is nearest, and what differs."""
+    """Describe the nearest recorded request, and what differs."""
     asked = f"Asked: {key[0]} {key[1]}."
     if not recorded:
         return f"{asked} It holds no request."
     if equal := sum(each.key == key for each in recorded):
         return f"{asked} It was recorded {_times(equal)} and has been played as often."
-    # A request to another path is no neighbour, however alike its body.
+    # The path counts before the body.
     nearest, differences = min(
         ((each.key, list(_differences(each.key, key))) for each in recorded),
         key=lambda pair: (pair[0][:2] != key[:2], len(pair[1])),
@@ -355,7 +352,7 @@ def _explain(key: Key, recorded: list[_Interaction]) -> str:
 
 
 def _differences(recorded: Key, asked: Key) -> Iterator[str]:
-    # What they were is in the message already.
+    # The message already has their values.
     if recorded[0] != asked[0]:
         yield "the method"
     if recorded[1] != asked[1]:
@@ -367,7 +364,7 @@ def _differences(recorded: Key, asked: Key) -> Iterator[str]:
 
 
 def _flatten(body: str) -> dict[str, str]:
-    """The leaves of a JSON body by their paths: `{"options.seed": "42"}`."""
+    """Return the leaves of a JSON body by their paths: `{"options.seed": "42"}`."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
@@ -399,20 +396,20 @@ def _times(count: int) -> str:
 
 
 class _Flow(list[Any]):
-    """A list that is written on one line."""
+    """A list to be written on one line."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text for people: blocks where there are lines, no folding, no anchors."""
+    """Writes readable text: blocks for several lines, no folding, no anchors."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 # the name and shape are PyYAML's
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 # PyYAML's signature
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = "|" if "\n" in text else None
     if re.search("[\r\x85\u2028\u2029]", text):
-        # YAML takes these for line breaks too and would give back other ones; only double quotes escape them.
+        # YAML reads these as line breaks and would change them; only double quotes escape them.
         style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -424,13 +421,13 @@ _Dumper.add_representer(
 
 
 def _to_yaml(interactions: Iterable[_Interaction], server: str | None) -> str:
-    """The file's text: the same interactions give the same text."""
+    """Return the text of the file; equal interactions give equal text."""
     content = {"version": 1, "interactions": [_to_plain(each, server) for each in interactions]}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 def _to_plain(interaction: _Interaction, server: str | None) -> dict[str, Any]:
-    # vcrpy has a place for such facts beside `interactions`, but pytest-recording 0.14 fails on it.
+    # vcrpy allows keys beside `interactions`, but pytest-recording 0.14 fails on them.
     response: dict[str, Any] = {"server": server} if server else {}
     response |= {
         "status": {"code": interaction.status, "message": interaction.reason},
@@ -464,7 +461,7 @@ def _text(body: bytes) -> str | bytes:
 
 _SECRET_NAMES: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _MIN_SECRET: Final = 8
-"""Shorter values, such as `1` or `true`, occur everywhere and protect nothing."""
+"""Shorter values, such as `1` or `true`, occur everywhere."""
 _SECRET_SHAPES: Final = re.compile(
     r"(?P<key>\bsk-[A-Za-z0-9_-]{16,})"
     r"|(?P<token>\bhf_[A-Za-z0-9]{16,}|\bgh[opsu]_[A-Za-z0-9]{20,})"
@@ -476,21 +473,21 @@ _HARMLESS_HEADERS: Final = re.compile(
     r"accept(-\w+)?|cache-control|connection|content-(encoding|length|type)|date|expect|host|keep-alive|pragma|range"
     r"|te|traceparent|transfer-encoding|upgrade|user-agent|x-stainless-.+"
 )
-"""Request headers that clients set by themselves. The value of any other one is taken for a secret."""
+"""Request headers that clients set. The value of any other is treated as a secret."""
 _MIN_HEADER_SECRET: Final = 6
 _SCHEMES: Final = frozenset({"basic", "bearer", "token"})
-"""Words that stand before credentials in headers of any name; before `authorization` any word may."""
+"""Words before credentials in any header; in `authorization` any word may stand there."""
 
 
 def _secrets_of(headers: Headers) -> Iterator[tuple[str, str]]:
-    """The secrets of a request, each with the name of its header."""
+    """Yield the secrets of a request, each with the name of its header."""
     for name, value in headers:
         if not _HARMLESS_HEADERS.fullmatch(name):
             yield from ((part.strip(), name) for part in _parts(name, value) if len(part.strip()) >= _MIN_HEADER_SECRET)
 
 
 def _parts(name: str, value: str) -> Iterator[str]:
-    """What a server may repeat of a header: credentials without their scheme, a password, each cookie."""
+    """Yield what a server may repeat of a header: credentials without their scheme, a password, each cookie."""
     scheme, _, credentials = value.strip().partition(" ")
     has_scheme = credentials and ("authorization" in name or scheme.lower() in _SCHEMES)
     yield credentials if has_scheme else value
@@ -502,7 +499,7 @@ def _parts(name: str, value: str) -> Iterator[str]:
 
 
 def _refuse_secrets(path: Path, interactions: list[_Interaction], server: str | None, sent: Mapping[str, str]) -> None:
-    """Refuse to write a secret. The message names where it is known from, and never shows it."""
+    """Refuse to write a secret. The message names its source, and never shows it."""
     texts = [server or ""]
     for each in interactions:
         if any(value != "identity" for value in each.headers.get("content-encoding", ())):
@@ -517,7 +514,7 @@ def _refuse_secrets(path: Path, interactions: list[_Interaction], server: str | 
 
 
 def _texts(interaction: _Interaction) -> Iterator[str]:
-    """All that a file holds of an interaction and that is not ours."""
+    """Yield all text of an interaction that came from outside."""
     yield from (interaction.method, interaction.target, interaction.reason)
     for headers in (interaction.request_headers, interaction.headers):
         yield from (value for values in headers.values() for value in values)
@@ -528,7 +525,7 @@ def _texts(interaction: _Interaction) -> Iterator[str]:
 
 
 def _joined_fields(text: str) -> Iterator[str]:
-    """Each field of a stream of JSON, put together: a model tells a word in many lines."""
+    """Yield each field of a stream of JSON as one text: a word may be split over many lines."""
     fields: defaultdict[str, list[str]] = defaultdict(list)
     for line in text.split("\n"):
         for name, value in _flatten(line.removeprefix("data:")).items():
@@ -538,7 +535,7 @@ def _joined_fields(text: str) -> Iterator[str]:
 
 
 def _decoded_forms(text: str) -> Iterator[str]:
-    """The text as it is, and without the escapes of JSON and of addresses, twice: JSON may stand in JSON."""
+    """Yield the text, and its forms without the escapes of JSON and URLs; twice, for JSON inside JSON."""
     yield text
     for undo in (_unescaped, urllib.parse.unquote) * 2:
         text = undo(text)
@@ -550,7 +547,7 @@ _ESCAPED: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
 def _unescaped(text: str) -> str:
-    # Servers choose what they escape: Go writes `\u0026` for `&`, PHP `\/` for `/`.
+    # Servers differ in what they escape: Go writes `\u0026` for `&`, PHP `\/` for `/`.
     text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else _ESCAPED.get(found[2], found[2]), text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -568,13 +565,13 @@ def _secrets_in(text: str, sent: Mapping[str, str]) -> Iterator[str]:
 
 
 def _encoded_forms(value: str) -> set[str]:
-    """How a secret may stand in a text without escapes: plain, as in a form, in base64."""
+    """Return the forms of a secret in text without escapes: plain, URL-encoded, in base64."""
     data = value.encode("utf-8", "surrogateescape")
     return {value, urllib.parse.quote_plus(data), *_base64_forms(data)}
 
 
 def _base64_forms(data: bytes) -> Iterator[str]:
-    """What base64 makes of bytes among others: three things, by where they begin in a group of three bytes."""
+    """Yield the base64 forms of bytes inside others; they depend on the offset in a group of three."""
     for before, start in ((0, 0), (1, 2), (2, 3)):
         signs = base64.b64encode(bytes(before) + data).decode()[start : (before + len(data)) * 8 // 6]
         yield signs
@@ -585,10 +582,10 @@ def _base64_forms(data: bytes) -> Iterator[str]:
 
 
 def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
-    """The server and the interactions of a file of ours or of vcrpy's.
+    """Read the server and the interactions of a file.
 
     Raises:
-        CassetteError: the file is missing, too large, or not what it should be.
+        CassetteError: the file is missing, too large or malformed.
     """
     content = _load(path)
     try:
@@ -596,7 +593,7 @@ def _from_yaml(path: Path) -> tuple[str | None, list[_Interaction]]:
         _expect(content.get("version") == 1, "its `version` is not 1")
         _expect(isinstance(content.get("interactions"), list), "`interactions` is not a list")
         interactions = [_from_plain(place, each) for place, each in enumerate(content["interactions"])]
-        # Files of version 0.1 say it once, as metadata.
+        # Files of version 0.1 have one server, in their metadata.
         places = [content.get("metadata"), *(each["response"] for each in content["interactions"])]
         servers = (each.get("server") for each in places if isinstance(each, dict))
         return next((each for each in servers if isinstance(each, str)), None), interactions
@@ -616,7 +613,7 @@ def _load(path: Path) -> Any:
         raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
     try:
         _check_depth(path, data)
-        return yaml.load(data, Loader=_LOADER)  # noqa: S506 # it is a safe loader, in C where there is one
+        return yaml.load(data, Loader=_LOADER)  # noqa: S506 # a safe loader, in C if available
     except (yaml.YAMLError, ValueError) as error:
         raise CassetteError(f"The cassette {path} is not valid YAML: {error}", hint="Record it again.") from error
 
@@ -657,11 +654,11 @@ def _from_plain(place: int, plain: Any) -> _Interaction:
 
 
 _UNQUOTED: Final = "/?%:@!$&'()*+,;=~"
-"""Signs that stand in paths and queries as they are, besides letters, digits and `-._`."""
+"""Characters that are not quoted in paths and queries, besides letters, digits and `-._`."""
 
 
 def _target(uri: str) -> str:
-    """Path and query of an address, as they are sent."""
+    """Return the path and query of a URL as they are sent."""
     parts = urllib.parse.urlsplit(uri)
     query = f"?{parts.query}" if parts.query else ""
     return urllib.parse.quote((parts.path or "/") + query, safe=_UNQUOTED)
@@ -686,7 +683,7 @@ def _bytes(where: str, body: Any) -> bytes:
 
 
 def _pieces(body: bytes, lengths: Any) -> list[bytes]:
-    """The body in its chunks; whole where the borders are unknown or belong to a body that was edited since."""
+    """Split the body into its chunks; one chunk if their lengths are unknown or do not fit."""
     known = isinstance(lengths, list) and all(isinstance(each, int) and each > 0 for each in lengths)
     if not known or sum(lengths) != len(body):
         return [body] if body else []

@@ -1,10 +1,10 @@
-"""A provider without a model: it answers from a script, or with the caller's own words.
+"""A provider without a model: it plays a script, or repeats the prompt.
 
     echo = Echo(["Hello!", ConnectionFailed("gone"), [Chunk(text="Hel"), StreamInterrupted("cut")]])
     with graftage.connect(echo, model="echo:latest") as llm:
         assert llm.chat("Hi").text == "Hello!"
 
-It implements every hook of a connection, remembers what it was asked, and opens nothing.
+It implements every hook of a connection, records its requests, and opens no network connection.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ __all__ = ["Echo", "Pause"]
 
 @dataclass(frozen=True)
 class Pause:
-    """Stands between the chunks of a script and holds the stream there until it is released.
+    """Holds a stream between two chunks of a script until it is released.
 
-    The stream's own time limits still hold, and closing the connection ends the pause: a test that forgets to release
+    The time limits of the stream still apply, and closing the connection ends the pause: a test that forgets to release
     it fails, and does not hang.
     """
 
     gate: threading.Event = field(default_factory=threading.Event)
     """Set it, or call `release`, to let the stream go on."""
     reached: threading.Event = field(default_factory=threading.Event)
-    """Is set when the stream arrives here."""
+    """Set when the stream reaches the pause."""
 
     def release(self) -> None:
         """Let the stream go on."""
@@ -122,25 +122,25 @@ _CONTEXT_WINDOW: Final = 8192
 _DIMENSIONS: Final = 8
 _MODEL_SIZE: Final = 1_000_000
 _POLL_INTERVAL: Final = 0.002
-"""Seconds between two looks at a pause: short enough for a test, and no thread stays behind a cancelled task."""
+"""Seconds between two checks of a pause. Polling leaves no thread behind a cancelled task."""
 
 _counter = itertools.count(1)
 
 
 class Echo:
-    """A provider plugin that plays a script, call after call, and then repeats the caller's last message.
+    """A provider plugin that plays a script, call by call, and then repeats the last message.
 
     Each step of the script answers one `chat` or `generate`:
 
-    - a string: the answer, word by word, with its usage counted in words and the finish reason `stop`;
+    - a string: the reply, word by word, with its usage counted in words and the finish reason `stop`;
     - an exception: raised when the hook is called;
     - a sequence of chunks, in which an exception is raised where it stands and a `Pause` holds the stream;
-    - a function of the request that gives one of these.
+    - a function of the request that returns one of these.
     """
 
     name = "echo"
 
-    def __init__(  # each has a default, and all but the script a name
+    def __init__(  # All but the script are keyword-only.
         self,
         script: Iterable[Step] = (),
         *,
@@ -153,44 +153,44 @@ class Echo:
         """Build the plugin.
 
         Args:
-            script: the steps; afterwards, or without them, it echoes.
-            models: the models it has, by name or with their facts.
-            strict: whether any other model is a `ModelNotFound`, instead of being taken as it comes.
-            without: names of hooks, such as `embed`, that its connections shall lack.
-            errors: what an operation other than those of the script raises, by its name; `health` reports it instead.
-            address: the connection's address; each object has one of its own, so that two tests never share slots.
+            script: the steps; after them it echoes.
+            models: its models, by name or with their facts.
+            strict: raise `ModelNotFound` for any other model.
+            without: hooks that its connections lack, such as `embed`.
+            errors: what other operations than those of the script raise, by name; `health` reports it instead.
+            address: the connection's address; by default a unique one, so that two tests never share slots.
         """
         self.strict = strict
         self.errors = dict(errors or {})
         self.address = address or f"echo/{next(_counter)}"
         self.connections: list[Any] = []
-        """Every connection it made."""
+        """Every connection that was made."""
         self.calls: list[tuple[str, Any]] = []
         """Every hook that was called, with its request."""
         self.running = 0
-        """Streams that are open."""
+        """The number of open streams."""
         self.lock = threading.Lock()
         self.models = {info.name: info for info in map(_model_info, models)}
         self.loaded: dict[str, LoadedModel] = {}
         self.derived: set[str] = set()
-        """Names of the models that it made for adapters."""
+        """Names of the models that were made for adapters."""
         self._script = deque(script)
         self._kind = _connection_class(frozenset(without))
 
     @property
     def requests(self) -> list[Any]:
-        """Every request it got, in order, without those to connect and to close."""
+        """Every request, in order, without those to connect and to close."""
         with self.lock:
             return [request for hook, request in self.calls if hook not in {"connect", "close"}]
 
     @property
     def closed(self) -> bool:
-        """Whether there were connections and all of them are closed."""
+        """Whether connections were made and all are closed."""
         return bool(self.connections) and all(each.closed for each in self.connections)
 
     @hookimpl
     def connect(self, request: ConnectRequest) -> object:
-        """Answer with a connection that has all hooks but those left out."""
+        """Return a connection with all hooks but those left out."""
         connection = self._kind(self)
         with self.lock:
             self.calls.append(("connect", request))
@@ -198,21 +198,21 @@ class Echo:
         return connection
 
     def note(self, hook: str, request: Any) -> None:
-        """Remember a call, and raise what it is to raise."""
+        """Record a call, and raise its error, if any."""
         with self.lock:
             self.calls.append((hook, request))
         if error := self.errors.get(hook):
             raise error
 
     def next_step(self, request: Any) -> Answer:
-        """What the script has for this request."""
+        """Return the next step of the script."""
         with self.lock:
             step = self._script.popleft() if self._script else _last_message(request)
         return step(request) if callable(step) else step
 
 
 class _EchoBase:
-    """What the hooks of a connection have in common; private, so that leaving out a hook leaves nothing of it."""
+    """The code behind the hooks, under private names: a hook that is left out is truly missing."""
 
     def __init__(self, echo: Echo) -> None:
         self._echo = echo
@@ -251,7 +251,7 @@ class _EchoBase:
                     yield item
 
     def _hold(self, pause: Pause, call: Call, *, started: bool) -> Iterator[None]:
-        """Yield as long as the pause lasts; the caller waits a little each time, in its own way."""
+        """Yield while the pause lasts; the caller sleeps each time."""
         phase: Literal["idle", "first_token", "total"] = "idle" if started else "first_token"
         until = time.monotonic() + (call.timeouts.idle if started else call.timeouts.first_token)
         if call.deadline < until:
@@ -274,7 +274,7 @@ class _EchoBase:
             with self._echo.lock:
                 self._echo.running -= 1
 
-    # Everything else
+    # Other operations
 
     def _embed(self, hook: str, request: EmbedRequest) -> Embeddings:
         self._echo.note(hook, request)
@@ -293,7 +293,7 @@ class _EchoBase:
         return max(_count_words(request), 1)
 
     def _rerank(self, hook: str, request: RerankRequest) -> Ranking:
-        """A document scores by the words that it shares with the query."""
+        """Score each document by the number of words that it shares with the query."""
         self._echo.note(hook, request)
         self._check_model(request.model, hook)
         wanted = set(request.query.lower().split())
@@ -306,11 +306,11 @@ class _EchoBase:
     def _health(self, hook: str, request: HealthRequest) -> Health:
         try:
             self._echo.note(hook, request)
-        except Exception as error:  # noqa: BLE001 # the contract: what went wrong is reported, not raised
+        except Exception as error:  # noqa: BLE001 # the contract: `health` reports errors
             return Health(level=request.level, reachable=False, address=self.address, error=error)
         name = canonical_name(request.model) if request.model else None
         present = name in self._echo.models or not self._echo.strict
-        # To see whether a model answers, it is made to: then it is in memory, too.
+        # A check that a model answers also loads it.
         answers = present and request.level == "answers"
         if answers and request.model:
             self._load(request.model, None)
@@ -376,7 +376,7 @@ class _EchoBase:
             raise self._no_model(request.model, hook)
 
     def _load_adapter(self, hook: str, request: LoadAdapterRequest) -> LoadedAdapter:
-        """Answer like a server that keeps an adapter as a model of its own."""
+        """Act like a server that keeps an adapter as a separate model."""
         self._echo.note(hook, request)
         self._check_model(request.model, hook)
         adapter = request.adapter
@@ -521,7 +521,7 @@ class EchoConnection(_EchoBase):
 
 
 def _connection_class(without: frozenset[str]) -> Callable[[Echo], Any]:
-    """`EchoConnection`, or a copy that truly lacks some hooks: a subclass would still have them."""
+    """Return `EchoConnection`, or a copy without some hooks: a subclass would still have them."""
     hooks = {name: value for name, value in vars(EchoConnection).items() if hasattr(value, "graftage_impl")}
     if unknown := without - hooks.keys():
         raise ValueError(f"`Echo` has no hooks {sorted(unknown)} to leave out; it has {sorted(hooks)}")
@@ -538,7 +538,7 @@ def _last_message(request: ChatRequest | GenerateRequest) -> str:
 
 
 def _word_chunks(text: str, request: ChatRequest | GenerateRequest, model: str) -> Iterator[Chunk]:
-    """One chunk for each word, spaces kept, and a last one that tells why it ends there."""
+    """Yield a chunk for each word with its spaces, and a last one with the finish reason."""
     words = re.findall(r"^\s+|\S+\s*", text)
     allowed = words[: request.max_tokens]
     for word in allowed:
@@ -574,7 +574,7 @@ def _model_info(model: str | ModelInfo) -> ModelInfo:
 
 
 def _vector(text: str, dimensions: int) -> tuple[float, ...]:
-    """A unit vector that depends on the text alone."""
+    """Return a unit vector that depends only on the text."""
     digests = (hashlib.sha256(f"{place} {text}".encode()).digest() for place in range(dimensions))
     numbers = [int.from_bytes(digest[:4], "big") / 2**31 - 1 for digest in digests]
     length = math.sqrt(sum(number**2 for number in numbers)) or 1.0

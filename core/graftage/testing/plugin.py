@@ -1,11 +1,11 @@
-"""Fixtures for pytest, for those who ask for them: `pytest_plugins = ["graftage.testing.plugin"]`.
+"""Fixtures for pytest, enabled by `pytest_plugins = ["graftage.testing.plugin"]`.
 
     def test_story(cassette):
         with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
             assert llm.chat("Tell me a story").text
 
 Cassettes are `<root>/<test module>/<test name>.yaml`; a test that runs as `[sync]` and `[async]` has one for both.
-`--graftage-record` records them again. When the whole suite has passed, a cassette that no test uses fails it.
+`--graftage-record` records them again. A cassette that no test uses fails a suite that passed as a whole.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = [
 ]
 
 _MODES: Final = {"sync", "async"}
-"""Parts of a test's id that do not make another cassette."""
+"""Parts of a test's id that share one cassette."""
 _claims = pytest.StashKey[set[Path]]()
 _WORKER_REPORT = "graftage"
-"""What a worker of pytest-xdist tells its controller is under this name."""
+"""The key of what a worker of pytest-xdist sends to its controller."""
 _orphans = pytest.StashKey[list[Path]]()
 _partial = pytest.StashKey[bool]()
 _passed = pytest.StashKey[bool]()
 
 
 class NetworkRefused(RuntimeError):
-    """A test reached for the network. No `OSError`, or a provider would take it for a server that is down."""
+    """A test used the network. Not an `OSError`, which a provider would report as a server that is down."""
 
 
 # --- Settings of the run ---------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Register the marker."""
     config.addinivalue_line("markers", "cassette(name): play this cassette; a name with `/` is below the root.")
     config.stash[_claims] = set()
 
@@ -75,13 +75,13 @@ def cassette_root(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def cassette_server() -> str | None:
-    """The server's name and version, kept in what is recorded: override it where you know them."""
+    """The server's name and version, kept in recordings: override it if you know them."""
     return None
 
 
 @pytest.fixture
 def claim_cassette(request: pytest.FixtureRequest, cassette_root: Path) -> Callable[[str | Path], Path]:
-    """A function that claims a cassette a test opens itself, and returns its full path."""
+    """A function that claims a cassette that a test opens itself, and returns its full path."""
 
     def claim(path: str | Path) -> Path:
         whole = (cassette_root / path).resolve()
@@ -100,9 +100,9 @@ def cassette(
 ) -> Iterator[Cassette]:
     """The test's cassette, to be given as `transport`.
 
-    Fails the test if it asked for what was not recorded, even where the provider swallowed that, or if it left
-    something unplayed. With `--graftage-record` it records instead, and replaces the file only if the test passes; of a
-    test that runs both sync and async, the sync one records and the async one replays.
+    Fails the test if a request was not recorded, even if the provider swallowed that error, or if a response was not
+    played. With `--graftage-record` it records instead, and replaces the file only if the test passes; of a test that
+    runs both sync and async, the sync one records and the async one replays.
     """
     recording = request.config.getoption("--graftage-record") and "async" not in _ids(request.node)
     path = claim_cassette(cassette_root / _name(request.node))
@@ -119,7 +119,7 @@ def cassette(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Let fixtures know at teardown whether the test itself passed."""
+    """Note whether the test passed, for the teardown of fixtures."""
     report = yield
     if call.when == "call":
         item.stash[_passed] = report.passed
@@ -145,11 +145,11 @@ def _name(item: pytest.Item) -> str:
     return f"{item.path.stem}/{name}.yaml"
 
 
-# --- Cassettes that nobody uses --------------------------------------------------------------------------------------
+# --- Unused cassettes ----------------------------------------------------------------------------------------------
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Claim the cassettes of all tests that were collected: one that is skipped on this machine keeps its own."""
+    """Claim the cassettes of all collected tests, also of those that are skipped here."""
     for item in session.items:
         if "cassette" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cassette"):
             session.config.stash[_claims].add(_root(session.config) / _name(item))
@@ -157,7 +157,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
-    """Remember that a module skipped itself: its tests are unknown here."""
+    """Note that a module was skipped: its tests are unknown."""
     report = yield
     if report.skipped:
         collector.config.stash[_partial] = True
@@ -165,14 +165,14 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Remember that only a part of the suite runs."""
+    """Note that only a part of the suite runs."""
     if items:
         items[0].config.stash[_partial] = True
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Hear from a worker of pytest-xdist what it has claimed: the controller itself collects nothing."""
+    """Take the claims of a worker of pytest-xdist: the controller itself collects nothing."""
     report = getattr(node, "workeroutput", {}).get(_WORKER_REPORT)
     stash = node.config.stash
     stash[_claims] |= {Path(each) for each in report["claims"]} if report else set()
@@ -180,7 +180,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a session that was whole and good if cassettes were left over."""
+    """Fail a whole session that passed if cassettes are unused."""
     config = session.config
     output = getattr(config, "workeroutput", None)
     if output is not None:
@@ -199,7 +199,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Name the cassettes that no test uses."""
+    """List the cassettes that no test uses."""
     if orphans := config.stash.get(_orphans, []):
         terminalreporter.section("cassettes that no test uses", red=True)
         for path in orphans:
@@ -208,7 +208,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _is_whole(session: pytest.Session) -> bool:
-    """Whether every test was collected here and none failed: a part of a suite cannot tell an orphan."""
+    """Return whether every test was collected and none failed: a part of a suite cannot find unused cassettes."""
     config = session.config
     options = ("collectonly", "ignore", "ignore_glob", "lf", "stepwise")
     narrowed = (
@@ -225,8 +225,8 @@ def _is_whole(session: pytest.Session) -> bool:
 
 @pytest.fixture
 def free_waiting() -> Iterator[None]:
-    """Waiting between attempts costs no time."""
-    from graftage.retry import no_waiting  # Only tests that ask for it need it
+    """Skip the waiting between attempts."""
+    from graftage.retry import no_waiting  # Imported only if it is used
 
     with no_waiting():
         yield
@@ -234,9 +234,9 @@ def free_waiting() -> Iterator[None]:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections and look-ups reach this machine only; anything else is a `NetworkRefused`.
+    """Allow connections and look-ups to this machine only; others raise `NetworkRefused`.
 
-    Other processes and what does not go through Python's `socket` are not held.
+    Other processes, and code that does not use Python's `socket`, are not restricted.
     """
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, _guard(getattr(socket.socket, name), address_of=_host_of_last))
@@ -255,18 +255,18 @@ def _guard(real: Callable[..., Any], *, address_of: Callable[..., object]) -> Ca
 
 
 def _host_of_last(*args: Any, **_kwargs: Any) -> object:
-    """The host in `sock.connect(address)` and `sock.sendto(data[, flags], address)`."""
+    """Return the host of `sock.connect(address)` or `sock.sendto(data[, flags], address)`."""
     address = args[-1]
     return address[0] if isinstance(address, tuple) else None
 
 
 def _host_of_first(host: object = None, *_args: Any, **_kwargs: Any) -> object:
-    """The host in `getaddrinfo(host, port)`."""
+    """Return the host of `getaddrinfo(host, port)`."""
     return host
 
 
 def _is_local(host: object) -> bool:
-    """Whether a host is this machine; no host at all is one, as with sockets of the file system."""
+    """Return whether a host is this machine; a missing host is, as for Unix sockets."""
     name = host.decode("ascii", "replace") if isinstance(host, bytes) else host
     if not name or name == "localhost":
         return True
