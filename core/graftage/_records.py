@@ -1,8 +1,8 @@
-"""`dataclass` for frozen records, at a tenth of what the library's costs while a module is imported.
+"""A `dataclass` for frozen records that costs a tenth of the library's at import.
 
-The library compiles up to seven functions for each class. Here a class shares all of them with the others but its
-`__init__`, and that one is compiled when it is first needed: most programs use a few of these classes. What comes out
-is a dataclass like any other, for `fields`, `replace`, `copy`, `pickle`, type checkers, and classes derived from it.
+The library compiles up to seven functions for each class. Here all classes share these functions, except for
+`__init__`, which is compiled at its first use: most programs use only a few of the classes. The result is an ordinary
+dataclass for `fields`, `replace`, `copy`, `pickle`, type checkers and subclasses.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["dataclass"]
 
 
 class _Init:
-    """The `__init__` of a class, which puts a compiled one into its place as soon as anybody looks at it."""
+    """A placeholder for `__init__`, which is replaced by a compiled one at its first use."""
 
     def __init__(self, cls: type) -> None:
         self._cls = cls
 
     def __get__(self, instance: object, owner: type) -> Any:
         compiled: Any = _compiled_init(self._cls)
-        self._cls.__init__ = compiled  # type: ignore[misc] # the same for every thread that comes here
+        self._cls.__init__ = compiled  # type: ignore[misc] # every thread sets the same
         return compiled.__get__(instance, owner)
 
 
@@ -53,7 +53,7 @@ def _compiled_init(cls: Any) -> Callable[..., None]:
     heads = ", ".join(["self", *placed, *(["*", *named] if named else ())])
     text = f"def make({', '.join(known)}):\n def __init__({heads}):\n{''.join(lines) or '  pass'}\n return __init__"
     made: dict[str, Any] = {}
-    exec(text, vars(sys.modules[cls.__module__]), made)  # noqa: S102 - as the library does; names of fields go in
+    exec(text, vars(sys.modules[cls.__module__]), made)  # noqa: S102 - as the library does, with the names of fields
     init: Any = made["make"](**known)
     init.__qualname__ = f"{cls.__qualname__}.__init__"
     init.__annotations__ = {each.name: each.type for each in fields(cls) if each.init} | {"return": None}
@@ -118,7 +118,7 @@ def _frozen(cls: type, *, slots: bool, kw_only: bool) -> type:
 if not TYPE_CHECKING:
 
     def dataclass(*, frozen: bool = False, slots: bool = False, kw_only: bool = False) -> Callable[[type], type]:
-        """`dataclasses.dataclass`; of what is not frozen the library's own."""
+        """Return a decorator; for a class that is not frozen, that of the library."""
         if not frozen:
             return dataclasses.dataclass(slots=slots, kw_only=kw_only)
         return lambda cls: _frozen(cls, slots=slots, kw_only=kw_only)

@@ -1,4 +1,4 @@
-"""Small readings: of what callers write, and of what is installed."""
+"""Read small values from callers, and the metadata of installed distributions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 LARGEST_COUNT = 2**31 - 1
-"""What engines count tokens in has 32 bits."""
+"""Engines count tokens in 32 bits."""
 SMALLEST_WINDOW = 2
-"""Tokens: a prompt and an answer of one each. An engine that is to make do with less ends by an assertion."""
+"""Tokens: a prompt and a reply of one each. With less, an engine fails an assertion."""
 LONGEST_STAY = 100 * 365 * 24 * 3600.0
-"""Seconds; engines count them in nanoseconds, which overflow after 292 years."""
+"""Seconds: engines count nanoseconds, which overflow after 292 years."""
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
 def keep_alive_seconds(value: Any) -> float | None:
-    """Seconds a model is to stay loaded: from a number, a `timedelta`, or text such as `5m`, `1h30m`, `-1`.
+    """Return the seconds that a model stays loaded, from a number, a `timedelta`, or text such as `5m`, `1h30m`, `-1`.
 
-    A negative value is for ever and comes back as infinity.
+    A negative value means for ever and becomes infinity.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the value is invalid.
     """
     if value is None:
         return None
@@ -52,7 +52,7 @@ def keep_alive_seconds(value: Any) -> float | None:
 
 
 def user_path(value: str | Path) -> Path:
-    """A path whose `~` is made whole; as it is where there is no such user."""
+    """Expand `~` in a path; return the path unchanged if there is no such user."""
     try:
         return Path(value).expanduser()
     except (RuntimeError, ValueError):
@@ -60,14 +60,14 @@ def user_path(value: str | Path) -> Path:
 
 
 def read_file(path: Path, largest: int) -> bytes:
-    """What is in a regular file: a pipe or a device may never end.
+    """Read a regular file: a pipe or a device may never end.
 
     Args:
         path: the file.
-        largest: bytes it may have.
+        largest: the most bytes it may have.
 
     Raises:
-        OSError: it cannot be read, is another kind of file, or larger; `strerror` says which.
+        OSError: it cannot be read, is not a regular file, or is too large; `strerror` says which.
     """
     try:
         kind = path.stat().st_mode
@@ -83,7 +83,7 @@ def read_file(path: Path, largest: int) -> bytes:
 
 
 def close(name: str, names: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The names that are spelt alike, the nearest first."""
+    """Return the names with a similar spelling, the nearest first."""
     if not (known := list(names)):
         return []
     import difflib
@@ -92,11 +92,11 @@ def close(name: str, names: Iterable[str], *, most: int = 1, cutoff: float = 0.6
 
 
 SHORTEST_SECRET = 4
-"""Characters: what is shorter stands in many words by chance, and would tell its place by its absence."""
+"""Characters: shorter secrets occur in many words by chance, and gaps there would reveal them."""
 
 
 def hidden(value: Any, secret: str) -> Any:
-    """The same text, mapping or tuple without the secret."""
+    """Return a text, mapping, list or tuple with the secret replaced."""
     if isinstance(value, str):
         return value.replace(secret, "***")
     if isinstance(value, dict):
@@ -107,7 +107,7 @@ def hidden(value: Any, secret: str) -> Any:
 
 
 def duration(text: str) -> float | None:
-    """The seconds of a number, or of a duration as Go writes it; None for what is neither."""
+    """Return the seconds of a number or of a duration as Go writes it; None for other text."""
     text = text.strip()
     try:
         return float(text)
@@ -119,25 +119,25 @@ def duration(text: str) -> float | None:
     return sign * sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(body))
 
 
-# --- What is installed: the one place that reads metadata ------------------------------------------------------------
+# --- Installed distributions: the only code that reads their metadata ------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class EntryPoint:
-    """What a distribution offers under a name, read from its metadata."""
+    """An entry point of a distribution, read from its metadata."""
 
     group: str
     name: str
     value: str
     dist: Any
     damage: str | None = None
-    """Why the file that it stands in cannot be trusted."""
+    """Why the file with it cannot be trusted."""
 
     def load(self) -> Any:
-        """Import it.
+        """Import the object.
 
         Raises:
-            Exception: whatever its import raises, or that its value is no reference.
+            Exception: the import failed, or the value is not a valid reference.
         """
         from importlib import metadata
 
@@ -147,12 +147,12 @@ class EntryPoint:
 
 
 def entry_points(*groups: str) -> tuple[EntryPoint, ...]:
-    """The entry points of some groups, read from metadata: nothing is imported.
+    """Return the entry points of some groups from metadata, without an import.
 
-    They are read again when something has been installed, which changes its folder. Each distribution is read by
-    itself: `importlib.metadata.entry_points` gives none at all where the files of a single one are damaged.
+    An installation changes its folder, and then they are read again. Each distribution is read alone:
+    `importlib.metadata.entry_points` returns none at all if the files of one distribution are damaged.
     """
-    # Python imports from nothing but text, and a folder that is named twice is one.
+    # Python imports only from text, and a folder may be named twice.
     path: list[Any] = sys.path
     folders = dict.fromkeys(each for each in path if isinstance(each, str))
     return _entry_points(groups, tuple((each, _changed(each)) for each in folders))
@@ -160,7 +160,7 @@ def entry_points(*groups: str) -> tuple[EntryPoint, ...]:
 
 def _changed(folder: str) -> int | None:
     try:
-        return os.stat(folder or os.curdir).st_mtime_ns  # noqa: PTH116 - a third of the time, for each client
+        return os.stat(folder or os.curdir).st_mtime_ns  # noqa: PTH116 - takes a third of the time, for each client
     except (OSError, ValueError):
         return None
 
@@ -172,7 +172,7 @@ def _entry_points(groups: tuple[str, ...], folders: tuple[tuple[str, int | None]
         for dist in _distributions(path=[folder]):
             if not _points_of(dist, groups):
                 continue
-            # What counts is what an import would find: the first of that name, whether it has entry points or not.
+            # An import takes the first distribution of a name: its entry points count, even if it has none.
             name = _plain_name(dist)
             first = next((each for each in _distributions(name=name) if _plain_name(each) == name), dist)
             found.setdefault(name or id(dist), _points_of(first if name else dist, groups))
@@ -180,21 +180,21 @@ def _entry_points(groups: tuple[str, ...], folders: tuple[tuple[str, int | None]
 
 
 def _distributions(**where: Any) -> Iterator[Any]:
-    """What is installed, in the order of an import, as far as the folders can be read."""
+    """Yield the installed distributions in the order of imports, as far as the folders can be read."""
     from importlib import metadata
 
-    with contextlib.suppress(Exception):  # What is wrong with a stranger's folder or archive is not one kind of error.
+    with contextlib.suppress(Exception):  # A damaged folder or archive may raise any error.
         yield from metadata.distributions(**where)
 
 
 def _points_of(dist: Any, groups: tuple[str, ...]) -> list[EntryPoint]:
-    """The entry points of one distribution. A malformed one is left to fail when it is loaded."""
+    """Return the entry points of one distribution. A malformed one fails later, when it is loaded."""
     damage = None
     try:
         text = dist.read_text("entry_points.txt") or ""
     except UnicodeDecodeError as error:
         text, damage = error.object.decode(errors="replace"), "has an entry_points.txt that is not UTF-8"
-    except Exception:  # noqa: BLE001 - it cannot be read, so nobody can say what it offers
+    except Exception:  # noqa: BLE001 - an unreadable file may raise any error
         return []
     if not any(group in text for group in groups):
         return []
@@ -209,28 +209,27 @@ def _points_of(dist: Any, groups: tuple[str, ...]) -> list[EntryPoint]:
 
 
 def broken_entry_points() -> Iterator[str]:
-    """Whose entry points are broken, and how, in words: what cannot be read of them is passed over."""
+    """Yield a message for each distribution whose entry points are broken."""
     for dist in _distributions():
         try:
             tuple(dist.entry_points)
-        except Exception as error:  # noqa: BLE001 - what is wrong with a stranger's file is not one kind of error
+        except Exception as error:  # noqa: BLE001 - a damaged file may raise any error
             whose = " ".join(filter(None, identity(dist))) or f"the distribution in {dist.locate_file('')}"
             why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a line of it is no `name = value`"
             yield f"The entry_points.txt of {whose} is broken: {why}. What cannot be read of it is passed over."
 
 
 def _plain_name(dist: Any) -> str | None:
-    """The name of a distribution for comparing; None where its metadata is damaged."""
+    """Return the normalised name of a distribution; None if its metadata is damaged."""
     name, version = identity(dist)
     return re.sub(r"[-_.]+", "-", name).lower() if name and version else None
 
 
 @functools.cache
 def ready_pydantic() -> None:
-    """Let pydantic be imported and used, whatever is installed.
+    """Make pydantic usable even if the metadata of a distribution is damaged.
 
-    At the first type of a process it looks for plugins of its own, and fails, once, where the metadata of any
-    distribution is damaged.
+    At its first type in a process, pydantic searches for its own plugins, and damaged metadata makes that fail, once.
     """
     with contextlib.suppress(Exception):
         from pydantic import TypeAdapter
@@ -238,11 +237,11 @@ def ready_pydantic() -> None:
         TypeAdapter(None)
 
 
-@functools.lru_cache(maxsize=4096)  # More than anybody has installed: each client asks for all of them.
+@functools.lru_cache(maxsize=4096)  # More than are ever installed: each client asks for all of them.
 def identity(dist: Any) -> tuple[str | None, str | None]:
-    """The name and the version of a distribution, each None where its metadata does not tell."""
+    """Return the name and version of a distribution, each None if its metadata lacks it."""
     try:
         metadata: Any = dist.metadata if dist else {}
         return metadata.get("Name"), metadata.get("Version")
-    except Exception:  # noqa: BLE001 - the file is missing, or no text
+    except Exception:  # noqa: BLE001 - a missing or damaged file may raise any error
         return None, None

@@ -1,9 +1,9 @@
-"""Retries, for providers to use where they open a call. tenacity, set up once.
+"""Retries for the opening of a call, by providers. Uses tenacity.
 
     first = await retry.call(open_and_read_the_first_chunk, request.call)
 
-Only errors that say they are `retryable` are tried again, never past the deadline, and never after the first chunk:
-that is up to the provider, by retrying the opening alone. tenacity is imported and set up only after a failure.
+Only errors with `retryable` are retried, and never past the deadline. A provider retries only the opening, so nothing
+is retried after the first chunk. tenacity is imported only after a failure.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """The schedule, as data. All waits are seconds."""
+    """The schedule of retries. All waits are seconds."""
 
     connection_waits: tuple[float, ...] = (0.1, 0.5)
-    """After a refused or broken connection: short, so that the verdict on a dead server takes less than a second."""
+    """After a refused or broken connection: short, so that a dead server is reported within a second."""
     fault_base: float = 1.0
-    """After a fault of the server: doubled each time, within the two bounds below."""
+    """After an error of the server: doubled each time, within the two bounds below."""
     fault_min: float = 4.0
     fault_max: float = 10.0
     jitter: float = 0.1
-    """Up to this share of the wait is added, so that clients do not come back together."""
+    """Up to this share of the wait is added, so that clients do not return all at once."""
     retry_after_max: float = 60.0
-    """A server's `Retry-After` is honoured up to this. One that names more is not asked again: it would refuse."""
+    """The longest `Retry-After` to wait for. A longer one ends the call, since the server would refuse again."""
     crash_attempts: int = 2
-    """A runner that crashed is tried again once: a second crash has a cause that a third try will not mend."""
+    """Attempts after a crash of the runner: after a second crash a third attempt would not help."""
 
     def wait(self, error: BaseException | None, attempt: int, jitter: float) -> float:
-        """Seconds to wait after attempt number `attempt`; `jitter` is a random number from 0 to 1."""
+        """Return the seconds to wait after attempt number `attempt`; `jitter` is a random number from 0 to 1."""
         if (named := _named(error)) is not None:
             return min(named, self.retry_after_max)
         if isinstance(error, ConnectionFailed):
@@ -55,13 +55,13 @@ class RetryPolicy:
         return base * (1 + self.jitter * jitter)
 
     def attempts_for(self, error: BaseException | None, attempts: int) -> int:
-        """How often a call that fails like this may be tried."""
+        """Return how often a call with this error may be tried."""
         crashed = isinstance(error, (ModelLoadFailed, InferenceFailed))
         return min(attempts, self.crash_attempts) if crashed else attempts
 
 
 def _named(error: BaseException | None) -> float | None:
-    """The seconds that a server asks to wait; None where they are before now, or no number."""
+    """Return the wait that a server asks for; None if it is negative or not a number."""
     named = error.retry_after if isinstance(error, Overloaded) else None
     return named if named is not None and named >= 0 else None
 
@@ -74,7 +74,7 @@ _waits: ContextVar[bool] = ContextVar("graftage_retry_waits", default=True)
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Make every wait between attempts free, for tests. Attempts, budget and events stay as they are."""
+    """Skip the waits between attempts, for tests. Attempts, budget and events stay as they are."""
     token = _waits.set(False)
     try:
         yield
@@ -83,7 +83,7 @@ def no_waiting() -> Iterator[None]:
 
 
 async def call(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
-    """Await what `function` returns, again where its error is safe to retry; waits as the client of the call does.
+    """Await `function()`, again if its error is safe to retry. Waits suit the client, sync or async.
 
     Raises:
         ProviderError: the last error, with its number of attempts.
@@ -104,7 +104,7 @@ async def _retrying(first: ProviderError, function: Callable[[], Awaitable[T]], 
 
     async def attempt() -> T:
         if failed:
-            raise failed.pop()  # The first attempt has been made already.
+            raise failed.pop()  # The first attempt is done.
         return await function()
 
     return await tenacity.AsyncRetrying(sleep=of.sleep, **_schedule(of, policy))(attempt)

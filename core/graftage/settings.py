@@ -1,24 +1,31 @@
 """Settings: arguments over environment variables over a TOML file, each value with its origin.
 
-A provider that has settings of its own subclasses `Settings` and returns the class from its `settings_model` hook:
+A provider with its own settings subclasses `Settings` and returns the class from its `settings_model` hook:
 
     class MySettings(Settings):
         native_environment: ClassVar[Mapping[str, str]] = {"api_key": "MY_SERVICE_KEY"}
 
         region: str = "eu"
 
-The value of a field is taken from the first of these that has it: an argument of `connect`; the mapping given as
-`settings`; `GRAFTAGE_<PROVIDER>_<FIELD>`; `GRAFTAGE_<FIELD>`; the variable that the provider's own tools read
-(`native_environment`); the provider's table in the TOML file; the top of that file. A host application can set its own
-prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest known one, and so is a variable that is
-near a known one; any other that nobody reads is ignored with a warning in the log. A variable of an object holds JSON,
-or each part has one, `GRAFTAGE_TIMEOUTS__IDLE`; that of a list holds JSON, or text that the field's validator splits.
+A field takes its value from the first of these sources that has it:
 
-Other plugins subclass `PluginSettings`. Theirs come from the arguments that their object was built with, from their
-table in the mapping, from `GRAFTAGE_<PLUGIN>_<FIELD>`, and from their table in the file.
+1. an argument of `connect`
+2. the mapping passed as `settings`
+3. `GRAFTAGE_<PROVIDER>_<FIELD>`
+4. `GRAFTAGE_<FIELD>`
+5. the variable that the provider's own tools read (`native_environment`)
+6. the provider's table in the TOML file
+7. the top of that file
 
-What is for one server, its address and whatever is secret, goes to a member of a chain only from where that member is
-named.
+A host application can set its own prefix in place of `GRAFTAGE`. An unknown key is an error that names the nearest
+known one, and so is a variable that is similar to a known one. Other unknown variables are ignored, with a warning in
+the log. A variable for an object holds JSON, or each part has its own, such as `GRAFTAGE_TIMEOUTS__IDLE`. A variable
+for a list holds JSON, or text that the field's validator splits.
+
+Other plugins subclass `PluginSettings`. Their values come from the arguments of their object, their table in the
+mapping, `GRAFTAGE_<PLUGIN>_<FIELD>`, and their table in the file.
+
+An address or a secret is for one server. A member of a chain takes it only from a source that names that member.
 """
 
 from __future__ import annotations
@@ -48,31 +55,31 @@ from graftage.types import Timeouts
 
 ready_pydantic()
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator  # noqa: E402 - it is ready
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator  # noqa: E402 - after `ready_pydantic`
 
 __all__ = ["Loaded", "PluginSettings", "Settings", "Sources", "config_path", "load", "nearest", "without_user"]
 
 PREFIX = "GRAFTAGE"
 NESTED = "__"
-"""What stands between a setting and a part of it in the name of a variable."""
+"""The separator between a setting and its part in the name of a variable."""
 RESERVED = frozenset({"CONFIG", "PROVIDER", "MODEL", "DISABLED_PLUGINS", "STRICT_PLUGINS", "LIVE_OLLAMA", "DEBUG"})
-"""Variables of the prefix that are not fields of a provider's settings."""
+"""Variables of the prefix that are not fields of settings."""
 LARGEST_FILE = 64 * 1024
-"""Bytes of a settings file: reading nested names takes time that grows with their square."""
+"""Bytes of a settings file: the time to read nested names grows with the square of their number."""
 CHOICE_KEYS = ("provider", "model")
-"""Keys of the file's top level that choose instead of configure."""
+"""Keys at the top of the file that select a provider and a model."""
 MAPPING = "the `settings` mapping"
 GIVEN = ("argument", "argument of the member", MAPPING)
-"""Origins that are in the call of `connect`."""
+"""Origins inside a call of `connect`."""
 NEAR = 0.75
-"""How alike two names must be, from 0 to 1, for one to be meant by the other."""
+"""How similar a name must be to a known one, from 0 to 1, to count as misspelt."""
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
-"""RFC 9110, 5.1 and 5.5; without the control characters of Latin-1, which nobody means."""
+"""RFC 9110, 5.1 and 5.5, without the control characters of Latin-1."""
 
 
 class PluginSettings(BaseModel):
-    """What a plugin can be told: subclass it, and return the class from `settings_model`."""
+    """The base class for a plugin's settings. Return the subclass from `settings_model`."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -83,7 +90,7 @@ class PluginSettings(BaseModel):
     )
 
     native_environment: ClassVar[Mapping[str, str]] = {}
-    """Field to environment variable, for names that other tools read."""
+    """Field to environment variable, for variables that other tools read."""
 
 
 class Settings(PluginSettings):
@@ -91,23 +98,28 @@ class Settings(PluginSettings):
 
     host: str | None = Field(default=None, description="Address of the server")
     api_key: SecretStr | None = Field(
-        default=None, description="Sent as a bearer token; never in clear to a remote host"
+        default=None, description="Sent as a bearer token; to a remote host only over https"
     )
     headers: Mapping[str, SecretStr] = Field(
-        default_factory=dict, description="Sent with every request; a secret never in clear to a remote host"
+        default_factory=dict, description="Sent with every request; secrets to a remote host only over https"
     )
     timeouts: Timeouts = Field(default_factory=Timeouts, description="connect, first_token, idle, total, in seconds")
-    attempts: int = Field(default=3, ge=1, le=10, description="How often a safe failure is tried; 1 turns retries off")
+    attempts: int = Field(
+        default=3,
+        ge=1,
+        le=10,
+        description="How often a call is tried if its failure is safe to retry; 1 disables retries",
+    )
     keep_alive: float | None = Field(
         default=None, description="How long a model stays loaded: seconds, 5m, -1 for ever"
     )
     context_window: int | None = Field(
-        default=None, ge=SMALLEST_WINDOW, le=LARGEST_COUNT, description="Tokens of prompt and answer together"
+        default=None, ge=SMALLEST_WINDOW, le=LARGEST_COUNT, description="Tokens of prompt and reply together"
     )
-    concurrency: int | None = Field(
-        default=None, ge=1, description="Requests at once on that server, from this process"
+    concurrency: int | None = Field(default=None, ge=1, description="Requests at once to the server, from this process")
+    max_reply_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1024, description="Largest reply that is accepted, in bytes"
     )
-    max_reply_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, description="A larger answer is refused")
     transport: Any = Field(
         default=None, exclude=True, description="A `graftage.http.Wrapper`, such as a cassette: for tests and recording"
     )
@@ -122,14 +134,14 @@ class Settings(PluginSettings):
     @field_validator("api_key")
     @classmethod
     def _key(cls, value: SecretStr | None) -> SecretStr | None:
-        # A key that was read from a file ends with a line feed; an empty one is none.
+        # A key from a file ends with a line feed; an empty key means none.
         key = _header_value(value).get_secret_value() if value else ""
         return SecretStr(key) if key else None
 
     @field_validator("headers")
     @classmethod
     def _headers(cls, value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
-        # What is no name may be a whole header with its secret: it is not repeated.
+        # The error does not show an invalid name: it may be a whole header with its secret.
         if not all(HEADER_NAME.fullmatch(name) for name in value):
             raise ValueError("a header's name may have letters, digits and hyphens, and no space or colon")
         return {name: _header_value(each) for name, each in value.items()}
@@ -142,7 +154,7 @@ class Settings(PluginSettings):
     @field_validator("timeouts", mode="before")
     @classmethod
     def _timeouts(cls, value: Any) -> Any:
-        # Named parts keep the defaults of the others; a misspelt part must not be swallowed.
+        # Parts that are left out keep their defaults; a misspelt part must be an error.
         if isinstance(value, Mapping):
             known = [each.name for each in fields(Timeouts)]
             for name in value:
@@ -152,7 +164,7 @@ class Settings(PluginSettings):
         return value
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """All fields; of an address without the name and the password that may be in it."""
+        """Return all fields, the address without user and password."""
         for name, value in super().__repr_args__():
             yield name, without_user(value) if name == "host" and value else value
 
@@ -166,28 +178,28 @@ class Loaded(Generic[AnySettings]):
 
     settings: AnySettings
     origins: Mapping[str, str] = field(default_factory=dict)
-    """For each field that is not a default: `argument`, `environment GRAFTAGE_HOST`, or a file's path."""
+    """For each field that is not a default: `argument`, `environment GRAFTAGE_HOST`, or the path of a file."""
     ignored: tuple[str, ...] = ()
-    """Variables of the prefix that nobody reads, and that seem to be meant for what is not installed."""
+    """Unknown variables of the prefix, probably for plugins that are not installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Where settings may come from, besides arguments."""
+    """Sources of settings besides arguments."""
 
     prefix: str = PREFIX
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
-    """Holds secrets, and not only ours."""
+    """Holds secrets, also those of other programs."""
     file: Path | None = None
     required: bool = False
-    """Whether a file that is not there is an error."""
+    """Whether a missing file is an error."""
 
     @classmethod
     def of(cls, prefix: str | None = None, file: str | Path | None = None) -> Sources:
-        """The process's environment, and the given file or the user's own.
+        """Return the process's environment, and the given file or the user's own.
 
         Raises:
-            SettingsError: the prefix is none that a variable could have.
+            SettingsError: the prefix cannot begin the name of a variable.
         """
         chosen: Any = prefix or PREFIX
         if not isinstance(chosen, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen):
@@ -197,10 +209,10 @@ class Sources:
         return cls(prefix=chosen, file=user_path(file) if file else config_path(chosen), required=bool(file))
 
     def document(self) -> dict[str, Any]:
-        """The TOML file as plain data; empty where there is none.
+        """Return the TOML file as plain data; empty if there is none.
 
         Raises:
-            SettingsError: it cannot be read, is no regular file or larger than `LARGEST_FILE`, or is not TOML.
+            SettingsError: it cannot be read, is not a regular file, is larger than `LARGEST_FILE`, or is not TOML.
         """
         if self.file is None or str(self.file) == os.devnull:
             return {}
@@ -221,7 +233,7 @@ class Sources:
         )
 
     def choice(self, key: str) -> tuple[str | None, str]:
-        """The `provider` or `model` to use where the caller names none, and where it came from."""
+        """Return the `provider` or `model` for a caller that names none, and its origin."""
         variable = f"{self.prefix}_{key}".upper()
         if value := self.environment.get(variable):
             return value, f"environment {variable}"
@@ -233,7 +245,7 @@ class Sources:
 
 
 def config_path(prefix: str = PREFIX) -> Path:
-    """The settings file: what `GRAFTAGE_CONFIG` names, else `config.toml` in the user's config folder."""
+    """Return the settings file: from `GRAFTAGE_CONFIG`, else `config.toml` in the user's config folder."""
     if named := os.environ.get(f"{prefix}_CONFIG"):
         return user_path(named)
     from platformdirs import user_config_path
@@ -242,17 +254,17 @@ def config_path(prefix: str = PREFIX) -> Path:
 
 
 def _read_toml(data: bytes) -> dict[str, Any]:
-    import tomllib  # Only where there is a file
+    import tomllib  # Needed only with a file
 
     document: dict[str, Any] = tomllib.loads(data.decode("utf-8-sig"))
     return document
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be used, in words of its reader; where those are Python's own, in ours."""
+    """Return why a file cannot be used. Python's internal messages are replaced."""
     if isinstance(error, OSError):
         return str(error.strerror)
-    import tomllib  # Only where there is a file
+    import tomllib  # Needed only with a file
 
     if isinstance(error, tomllib.TOMLDecodeError):
         return str(error)
@@ -264,12 +276,12 @@ def _reason(error: Exception) -> str:
 
 
 def without_user(address: str) -> str:
-    """An address for people: without the name and the password that may be in it."""
+    """Return an address without the user and password that may be in it."""
     return re.sub(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)?.*@", r"\1", address, flags=re.DOTALL)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The way out for a name that is not known: the nearest one, else all of them."""
+    """Return the hint for an unknown name: the nearest known one, else all of them."""
     names = sorted(known)
     near = close(name.lower(), names)
     return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(f'`{each}`' for each in names)}."
@@ -277,21 +289,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """Whose settings are gathered."""
+    """The plugin whose settings are loaded."""
 
     name: str
     model: type[PluginSettings]
     plugins: frozenset[str]
-    """Names of everything installed, its own included."""
+    """Names of all installed plugins, its own included."""
 
     @property
     def is_provider(self) -> bool:
-        """Whether it takes what is said to all providers, too."""
+        """Whether it also takes the settings for all providers."""
         return issubclass(self.model, Settings)
 
     @property
     def writable(self) -> set[str]:
-        """What can be set in text."""
+        """Fields that variables and files can set."""
         return set(self.model.model_fields) - {"transport"}
 
 
@@ -306,25 +318,25 @@ def load(
     plugins: Iterable[str] = (),
     chained: bool = False,
 ) -> Loaded[AnySettings]:
-    """Gather and check the settings of one provider or plugin.
+    """Load and check the settings of one provider or plugin.
 
     Args:
         model: its settings class.
         name: its plugin name, which names its table and its variables.
-        arguments: what the caller gave by keyword.
-        own: what the caller gave for this one member of a chain.
-        mapping: what the caller gave as `settings`.
-        sources: environment and file; those of the process where none are given.
-        plugins: names of everything installed: their tables and variables are none of our business.
-        chained: whether there are other members, which a key or an address for all of them would reach too.
+        arguments: keyword arguments of the caller.
+        own: arguments for this one member of a chain.
+        mapping: the argument `settings`.
+        sources: environment and file; by default those of the process.
+        plugins: names of all installed plugins, whose tables and variables are skipped.
+        chained: whether there are other members, which must not get this one's key or address.
 
     Raises:
-        SettingsError: a key is unknown or a value is wrong; the message names the source and the nearest key.
+        SettingsError: a key is unknown or a value is invalid; the message names the source and the nearest key.
     """
     sources = sources or Sources.of()
     owner = _Owner(name, model, frozenset({name, *plugins}))
     known = set(model.model_fields)
-    # A host's own prefix names many things that are not ours; under ours a stray name may be a mistake.
+    # Under a host's prefix there are variables for other things; under ours an unknown one may be a mistake.
     ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
     layers = [
         *_given(own or {}, "argument of the member", known, shared=False),
@@ -351,7 +363,7 @@ def load(
 
 
 _Layer = tuple[str, str, Any, bool]
-"""Where a value is from, its key, the value, and whether every member of a chain would get it."""
+"""The origin of a value, its key, the value, and whether every member of a chain would get it."""
 
 
 def _given(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
@@ -361,7 +373,7 @@ def _given(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: b
 
 
 def _is_private(key: str, model: type[PluginSettings]) -> bool:
-    """Whether a setting is for one server: its address, or anything secret."""
+    """Whether a setting is for one server: its address or a secret."""
     return key == "host" or "Secret" in repr(model.model_fields[key].annotation)
 
 
@@ -394,9 +406,9 @@ def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
 
 
 def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tuple[str, ...], tuple[str, str]]]:
-    """For each setting that variables of a prefix are about: name and text for the whole, `()`, and for its parts.
+    """Return, for each setting with variables, the name and text for the whole, `()`, and for each part.
 
-    Names count in any case, and a variable that is empty is none.
+    The case of names does not matter, and empty variables are ignored.
     """
     found: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}
     for name, text in environment.items():
@@ -407,10 +419,10 @@ def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tu
 
 
 def _from_texts(annotation: Any, texts: Mapping[tuple[str, ...], str]) -> Any:
-    """What variables hold for a setting or a part of one, from its whole and from its own parts, which win.
+    """Return the value of a setting or of a part. Variables of single parts win over that of the whole.
 
     Raises:
-        ValueError: a text must be JSON and is not.
+        ValueError: a text that must be JSON is not.
         RecursionError: it is nested too deeply.
     """
     value = _from_text(_kinds(annotation), texts[()]) if () in texts else {}
@@ -423,7 +435,7 @@ def _from_texts(annotation: Any, texts: Mapping[tuple[str, ...], str]) -> Any:
 
 
 def _from_text(kinds: set[str], text: str) -> Any:
-    """An object or a list, where one is wanted, from JSON; else the text, which the setting may read in its own way."""
+    """Return an object or a list from JSON if the setting takes one; else the text, for its validator."""
     if kinds == {"text"}:
         return text
     try:
@@ -436,8 +448,8 @@ def _from_text(kinds: set[str], text: str) -> Any:
 
 
 def _kinds(annotation: Any) -> set[str]:
-    """What a type takes: an `object` with parts, a `list`, or what is written as one `text`."""
-    annotation = getattr(annotation, "__value__", annotation)  # An alias as Python 3.12 writes it.
+    """Return what a type takes: an `object` with parts, a `list`, or one `text`."""
+    annotation = getattr(annotation, "__value__", annotation)  # A type alias of Python 3.12.
     origin = get_origin(annotation) or annotation
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -451,7 +463,7 @@ def _kinds(annotation: Any) -> set[str]:
 
 
 def _part(annotation: Any, key: str) -> Any:
-    """The type of a part: of a field of a model, or of a value of a mapping; text where nobody says."""
+    """Return the type of a part: of a field of a model or a value of a mapping; by default text."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(key)
         return field.annotation if field else str
@@ -459,7 +471,7 @@ def _part(annotation: Any, key: str) -> Any:
 
 
 def _merged(under: Any, over: Any) -> Any:
-    """The upper value; two mappings are put together."""
+    """Return `over`, or both merged if they are mappings."""
     if isinstance(under, Mapping) and isinstance(over, Mapping):
         return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
     return over
@@ -475,14 +487,14 @@ def _no_json(key: str, origin: str, prefix: str) -> SettingsError:
 
 
 def _own(plugin: str) -> str:
-    """What a plugin's own variables begin with, after the prefix."""
+    """Return what follows the prefix in the names of a plugin's own variables."""
     return f"{plugin}_".upper().replace("-", "_")
 
 
 def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
-    """Refuse a variable that seems to be meant for this plugin and will not be read; others' are theirs to check.
+    """Refuse unknown variables that seem to be for this plugin. Other plugins check theirs.
 
-    The answer is those that are near nothing that is known.
+    Return those that are not similar to any known name.
     """
     ignored = []
     for variable in sources.environment:
@@ -504,7 +516,7 @@ def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
 
 
 def _meant(name: str, owner: _Owner) -> str | None:
-    """What the name of a variable was probably to be: a setting, or a setting of a plugin that is installed."""
+    """Return the setting, also of another plugin, that a variable's name is a misspelling of; None if there is none."""
     name = name.partition(NESTED)[0]
     fields = {*owner.model.model_fields, *(map(str.lower, RESERVED) if owner.is_provider else ())}
     plugins = [_own(each).lower() for each in owner.plugins]
@@ -517,7 +529,7 @@ def _meant(name: str, owner: _Owner) -> str | None:
 
 
 def _field(name: str, model: type[PluginSettings]) -> str:
-    """The setting that a variable is about: `TIMEOUTS__TOTAL` is a part of `timeouts`, and `host` has no parts."""
+    """Return the setting of a variable: `timeouts` for `TIMEOUTS__TOTAL`, but `host__x` for `HOST__X`: no parts."""
     whole = name.lower()
     of, nested, _ = whole.partition(NESTED)
     field = model.model_fields.get(of) if nested else None
@@ -527,7 +539,7 @@ def _field(name: str, model: type[PluginSettings]) -> str:
 def _from_document(
     document: Mapping[Any, Any], origin: str, owner: _Owner, known: set[str], choices: Iterable[str] = ()
 ) -> Iterable[_Layer]:
-    """What is in the plugin's own table and, for a provider, at the top of the file or the mapping."""
+    """Yield the values in the plugin's own table and, for a provider, at the top of the file or mapping."""
     table = document.get(owner.name, {})
     if not isinstance(table, Mapping):
         raise SettingsError(f"`{owner.name}` in {origin} must be a table.", key=owner.name, source=origin)
@@ -557,7 +569,7 @@ def _explained(error: ValidationError, model: type[PluginSettings], origins: Map
     origin = origins.get(name, "default")
     message = str(first["msg"]).removeprefix("Value error, ")
     about = model.model_fields[name].description if name in model.model_fields else None
-    # The value itself is left out: it may be a secret.
+    # The error does not show the value, which may be a secret.
     return SettingsError(
         f"The setting `{key}` ({origin}) is wrong: {message if message[-1:] in '.?' else f'{message}.'}",
         key=key,
@@ -567,7 +579,7 @@ def _explained(error: ValidationError, model: type[PluginSettings], origins: Map
 
 
 def _number(value: Any) -> float:
-    """A number of seconds; text only where it is one, as variables hold it."""
+    """Return a number of seconds, also from text, as variables hold it."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         # pydantic lets a `TypeError` of a validator escape.
         raise ValueError(f"a number of seconds is wanted, not {type(value).__name__}")  # noqa: TRY004
@@ -578,7 +590,7 @@ def _number(value: Any) -> float:
 
 
 def _header_value(value: SecretStr) -> SecretStr:
-    """What can be sent in a header; the space around it is no part of it (RFC 9110, 5.5)."""
+    """Return a valid value of a header, without the space around it (RFC 9110, 5.5)."""
     text = value.get_secret_value().strip()
     if not HEADER_VALUE.fullmatch(text):
         raise ValueError("it holds a line feed or another character that no header may have")

@@ -475,7 +475,7 @@ class Items(Generic[T]):
         await self._drop()
 
 
-# --- Responses for an SDK --------------------------------------------------------------------------------------------
+# --- Responses for an SDK ---------------------------------------------------------------------------------------------
 
 
 class _Bounded:
@@ -533,7 +533,7 @@ class _Lines(Generic[T]):
         self._unfinished = b""
 
     take: Callable[[Iterable[bytes]], Iterable[bytes]] = staticmethod(partial(filter, bytes.strip))
-    """Return the lines that are not blank; `read` takes one at a time, so that an invalid one spoils none before it."""
+    """Return the lines that are not blank. `read` takes them one by one: an invalid one spoils none before it."""
 
     def end(self, rest: bytes) -> Iterable[bytes]:
         """Return the last line of a body, which may lack its line break."""
