@@ -1,9 +1,9 @@
-"""How many bytes a model takes in memory, from what its file says of itself.
+"""Estimate the memory of a model from the metadata of its file.
 
     F(window, slots) = weights + projector + attention cache + recurrent state + compute buffers + runtime
 
-The terms are those of llama.cpp and of Ollama's own planner; each function names its source. Known gaps are errors
-upwards: a figure that is too high costs a smaller window, one that is too low freezes a computer.
+The terms come from llama.cpp and Ollama's planner; each function names its source. Estimates are rather too high: that
+costs a smaller window, while an estimate that is too low can freeze a computer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KVType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
 
 
 def _width(kind: str) -> float:
-    """Bytes of one number of a type, its share of the block's scales included."""
+    """Return the bytes of one number of a type, with its share of the block's scales."""
     entries, size = BLOCKS[kind]
     return size / entries
 
@@ -48,19 +48,19 @@ def _width(kind: str) -> float:
 KV_BYTES: Final[Mapping[KVType, float]] = {"f16": _width("F16"), "q8_0": _width("Q8_0"), "q4_0": _width("Q4_0")}
 """Bytes of one number in the cache."""
 BATCH: Final = 512
-"""Tokens of a prompt that are computed at once: the default of llama.cpp (`n_ubatch`) and of Ollama (`num_batch`)."""
+"""Tokens of a prompt computed at once: the default of llama.cpp (`n_ubatch`) and Ollama (`num_batch`)."""
 SMALLEST_CACHE: Final = 2048
-"""Cells: Ollama 0.9.3 counts no fewer for a model, as measured at windows of 512 to 2048."""
+"""Cells: the least that Ollama 0.9.3 counts for a model, measured at windows of 512 to 2048."""
 PADDING: Final = 256
 """Cells to which llama.cpp rounds the cache of a sliding window."""
 PROJECTOR_WORK: Final = GIB
-"""Ollama's `mmprojOffloadHeadroom`: what looking at an image takes beside the projector's weights."""
+"""Ollama's `mmprojOffloadHeadroom`: memory to process an image, besides the projector's weights."""
 RUNTIME: Final = 300 * MIB
 """The runner's own memory and Metal's. Ollama's planner up to 0.24 counted 457 to 512 MiB here on a GPU, 0 on a CPU."""
 MARGIN: Final = 0.05
-"""What the formulas do not know, as a share of the sum."""
+"""A share of the sum, for what the formulas leave out."""
 ASSUMED_VOCABULARY: Final = 262_144
-"""The largest vocabulary in wide use (Gemma): a bound where the file does not tell."""
+"""The largest vocabulary in wide use (Gemma): an upper bound if the file does not state it."""
 
 BITS: Final[Mapping[str, float]] = {kind: 8 * _width(kind) for kind in BLOCKS} | {
     "F16": 16.0005,
@@ -96,66 +96,66 @@ BITS: Final[Mapping[str, float]] = {kind: 8 * _width(kind) for kind in BLOCKS} |
 }
 """Bits for each weight of a whole file: the table in llama.cpp's `tools/quantize/README.md`, else the block's size.
 
-A whole file in full precision has its type by torch's name.
+Full precision also has torch's names.
 """
 UNKNOWN_WEIGHTS: Final = 1.25
-"""Above that where only parameters are counted: tables and projectors are kept finer. It is 1.17 for smollm2:135m,
-1.24 for gpt-oss:20b, 1.25 for gemma3:4b, and hardly above 1 for most."""
+"""Factor for weights estimated from the number of parameters: tables and projectors have a higher precision. Measured:
+1.17 for smollm2:135m, 1.24 for gpt-oss:20b, 1.25 for gemma3:4b, and hardly above 1 for most."""
 LEAST_BITS: Final = 1
-"""Of each weight: a list that says fewer does not say the size, as of a model that runs elsewhere."""
+"""Bits of each weight: a listed size below this is not that of the weights, as for a model that runs elsewhere."""
 
 CACHE_BY_SIZE: Final[tuple[tuple[float, int], ...]] = ((6e9, 144), (12e9, 160), (30e9, 256), (float("inf"), 320))
-"""KiB of cache for each token by bytes of weights: the greediest common model of each class, at f16."""
+"""KiB of cache for each token by bytes of weights: the largest among the common models of each class, at f16."""
 
 SLIDING_EVERY: Final[Mapping[str, int]] = {"gemma3": 6, "gemma3n": 5, "gemma2": 2, "gptoss": 2, "gpt-oss": 2}
-"""Every so-manieth layer looks at the whole window where the file has no pattern; the others slide."""
+"""If the file has no pattern, every n-th layer sees the whole window; the others have a sliding one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What one layer keeps."""
+    """The memory of one layer."""
 
     cell: int = 0
-    """Numbers for each token: heads times (key length plus value length); 0 where it has no attention."""
+    """Numbers for each token: heads times (key length plus value length); 0 without attention."""
     window: int = 0
-    """Tokens it looks back at; 0 for all."""
+    """Tokens that it looks back at; 0 for all."""
     state: int = 0
-    """Bytes for each sequence, whatever its length."""
+    """Bytes for each sequence of any length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What of a model decides its footprint and its speed."""
+    """The properties of a model that determine its footprint and speed."""
 
     weights: int
     """Bytes."""
     layers: tuple[Layer, ...] | None = None
-    """`None` where the file does not tell: then the cache is a bound by the size of the weights."""
+    """`None` if the file does not state them; then the cache is estimated from the size of the weights."""
     embedding: int = 4096
     heads: int = 32
     vocabulary: int = ASSUMED_VOCABULARY
     trained_window: int | None = None
     parameters: int | None = None
     bits: float | None = None
-    """Of each weight, as its type says, else as size and parameters do."""
+    """For each weight: from its type, else from size and parameters."""
     estimated: bool = False
-    """Nobody tells the size of the weights: it follows from parameters and type."""
+    """Whether the size of the weights is estimated from parameters and type."""
     vision: bool = False
     embeds: bool = False
-    """An embedding model: its batch is its window, and it has one slot."""
+    """Whether it is an embedding model: its batch is its window, and it has one slot."""
     mlx: bool = False
-    """Run by MLX, whose prefill takes far more for a moment."""
+    """Whether it runs on MLX, whose prefill takes far more memory for a moment."""
     active: float = 1.0
     """The share of the weights that one token reads."""
     notes: tuple[str, ...] = ()
-    """What had to be assumed."""
+    """The assumptions behind the figures."""
     odd: tuple[str, ...] = ()
-    """Facts that cannot be, and are taken as not told."""
+    """Keys with impossible values, which are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes in memory, by what they are for."""
+    """Bytes in memory, by purpose."""
 
     weights: int
     projector: int
@@ -168,7 +168,7 @@ class Footprint:
 
     @property
     def counted(self) -> int:
-        """What a server counts as the model's size: everything but the runner itself."""
+        """What a server counts as the size of the model: everything except for the runner."""
         return self.weights + self.projector + self.cache + self.state + self.compute + self.margin
 
     @property
@@ -186,14 +186,14 @@ def footprint(
     flash_attention: bool = True,
     batch: int = BATCH,
 ) -> Footprint:
-    """What a model takes with a window, in a server with so many parallel slots.
+    """Return the footprint of a model with a window, in a server with some parallel slots.
 
     Args:
         shape: the model.
         window: tokens of one slot.
-        slots: the server's parallel slots: each has a window of its own.
-        kv_type: how the cache is quantised.
-        flash_attention: whether the server uses it; without, the compute buffers grow with the window.
+        slots: the server's parallel slots, each with its own window.
+        kv_type: the quantization of the cache.
+        flash_attention: whether the server uses it; without it, the compute buffers grow with the window.
         batch: tokens computed at once.
     """
     slots = 1 if shape.embeds else max(slots, 1)
@@ -203,7 +203,7 @@ def footprint(
     projector = PROJECTOR_WORK if shape.vision else 0
     margin = MARGIN * (shape.weights + projector + cache + state + compute)
     if shape.layers is None:
-        # A bound: 15 % of the weights and a gigabyte, where nothing but their size is known.
+        # An upper bound if only the size is known: 15 % of the weights and a gigabyte.
         margin += 0.10 * shape.weights + GIB
     return Footprint(
         weights=shape.weights,
@@ -217,7 +217,7 @@ def footprint(
 
 
 def _cache(shape: Shape, window: int, slots: int, batch: int) -> int:
-    """Numbers in the attention cache (llama.cpp's `llama_kv_cache`, from September 2025 for sliding windows)."""
+    """Return the numbers in the attention cache (llama.cpp's `llama_kv_cache`; sliding windows: September 2025)."""
     cells = max(window * slots, SMALLEST_CACHE)
     if shape.layers is None:
         kib = next(kib for below, kib in CACHE_BY_SIZE if shape.weights < below)
@@ -233,14 +233,14 @@ def _cache(shape: Shape, window: int, slots: int, batch: int) -> int:
 
 
 def _compute(shape: Shape, cells: int, batch: int, *, flash_attention: bool) -> int:
-    """Bytes of the compute buffers.
+    """Return the bytes of the compute buffers.
 
-    With flash attention, the logits and activations of a batch and the mask: 299.75 MiB computed where llama.cpp#11083
-    printed 299.75, 398 where llama.cpp#17609 printed 404. Without, Ollama's graph of the llama family
-    (`fs/ggml` `GraphSize`): 2145 MiB computed where a log of codegeex4 at 32k printed 2.1 GiB.
+    With flash attention: the logits and activations of a batch, and the mask. This gives 299.75 MiB (llama.cpp#11083
+    printed 299.75) and 398 MiB (llama.cpp#17609 printed 404). Without it: Ollama's graph of the llama family
+    (`fs/ggml`, `GraphSize`). This gives 2145 MiB (a log of codegeex4 at 32k printed 2.1 GiB).
     """
     if shape.embeds:
-        return 4 * cells * shape.embedding * 8  # No logits; queries, keys, values and the wide middle layer.
+        return 4 * cells * shape.embedding * 8  # Queries, keys, values and the wide middle layer; no logits.
     logits = 4 * batch * (shape.vocabulary + shape.embedding)
     if flash_attention:
         return logits + 2 * batch * cells
@@ -253,14 +253,14 @@ def _compute(shape: Shape, cells: int, batch: int, *, flash_attention: bool) -> 
 MOST_BYTES: Final = 1 << 50
 """No model is larger."""
 MOST_NUMBER: Final = 1 << 24
-"""No window, vocabulary, or width of a layer is larger: the longest window in use is 10 million."""
+"""No window, vocabulary or width of a layer is larger. The longest window in use has 10 million tokens."""
 MOST_LAYERS: Final = 4096
 LEAST_TRAINED: Final = 64
-"""No model was trained for fewer tokens."""
+"""Every model was trained for more tokens."""
 
 
 def count_of(value: Any, most: int = MOST_BYTES) -> int | None:
-    """A number that can be a count: not negative, and of a size that a model can have."""
+    """Return a number that can be a count: not negative, and not too large for a model; else None."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most:
         return int(value)
     return None
@@ -271,13 +271,13 @@ def _is_list(value: Any) -> bool:
 
 
 class _Keys:
-    """The metadata of a GGUF file, whose keys begin with the architecture's name. Nothing in it is trusted."""
+    """The metadata of a GGUF file, by keys without the architecture's name. Nothing in it is trusted."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
         self._metadata = metadata
         self._prefix = architecture or str(metadata.get("general.architecture") or "")
         self.odd: dict[str, None] = {}
-        """Keys whose value cannot be, in the order in which they were found."""
+        """Keys with impossible values, in the order in which they were found."""
 
     def has(self, key: str) -> bool:
         return f"{self._prefix}.{key}" in self._metadata
@@ -286,14 +286,14 @@ class _Keys:
         return self._metadata.get(f"{self._prefix}.{key}")
 
     def checked(self, key: str, value: Any, most: int = MOST_NUMBER) -> int | None:
-        """A count; what is told and is none is noted as odd."""
+        """Return a count, or None. A value that is not a count is noted as odd."""
         count = count_of(value, most)
         if count is None and value is not None:
             self.odd[key] = None
         return count
 
     def number(self, key: str, most: int = MOST_NUMBER) -> int | None:
-        """A count; of an array, the largest."""
+        """Return a count; of an array, the largest."""
         value = self.value(key)
         if _is_list(value):
             numbers = [each for each in (self.checked(key, each, most) for each in value) if each is not None]
@@ -301,7 +301,7 @@ class _Keys:
         return self.checked(key, value, most)
 
     def each(self, key: str, layers: int) -> list[int] | None:
-        """A count for each layer, from one number or an array; `None` where it is not told."""
+        """Return a count for each layer, from one number or an array; `None` if there is none."""
         value = self.value(key)
         if _is_list(value):
             numbers = [self.checked(key, each) for each in value[:layers]]
@@ -314,11 +314,11 @@ class _Keys:
 
 
 def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
-    """Read a model's shape from what its provider tells; `None` where not even its size is known.
+    """Read the shape of a model from its provider's information; `None` if not even its size is known.
 
     Args:
-        info: what `show_model` told, arrays included.
-        size: bytes of its weights as a list of models tells them: measured, so that it wins over what `info` says.
+        info: the result of `show_model`, with arrays.
+        size: bytes of the weights from a list of models. They are measured, so they win over those in `info`.
     """
     keys = _Keys(info.metadata, _text(info.architecture))
     parameters = keys.checked("parameters", info.metadata.get("general.parameter_count"), MOST_BYTES)
@@ -340,7 +340,7 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
         vocabulary=_vocabulary(info, keys) or ASSUMED_VOCABULARY,
         trained_window=_trained(keys, info),
         parameters=parameters,
-        # Of a safetensors model Ollama tells half of its bytes as parameters.
+        # For safetensors models Ollama reports half of their bytes as parameters.
         bits=bits or (weights * 8 / parameters if parameters and not _is_mlx(info) else None),
         estimated=estimated,
         vision="images" in features,
@@ -386,14 +386,14 @@ def _weights(
         except (OSError, ValueError):
             pass
     if not elements or not bits:
-        # A type that is not known may have 1 bit or 32: no number is better than a wrong one.
+        # An unknown type may have 1 bit or 32, and a wrong number would be worse than none.
         return None, ()
     note = f"the weights are estimated from {elements / 1e9:.1f} billion parameters of {bits:.1f} bits"
     return int(elements * bits / 8 * UNKNOWN_WEIGHTS), (note,)
 
 
 def _product(shape: Sequence[int]) -> float:
-    """The elements of a tensor; infinite where there cannot be so many."""
+    """Return the elements of a tensor; infinity if the number is impossible."""
     counts = [count_of(each) for each in shape]
     total = math.prod(each or 0 for each in counts)
     return float("inf") if None in counts or total > MOST_BYTES else total
@@ -403,7 +403,7 @@ _SPOKEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT])\s*", re.IGNORECASE)
 
 
 def _spoken(text: str | None) -> float | None:
-    """A number of parameters in words: `134.52M`; infinite where it has hundreds of digits."""
+    """Read a number of parameters such as `134.52M`; hundreds of digits give infinity."""
     found = _SPOKEN.fullmatch(_text(text))
     if not found:
         return None
@@ -421,7 +421,7 @@ def _is_mlx(info: ModelInfo) -> bool:
 
 
 def _active(info: ModelInfo, keys: _Keys) -> float:
-    """The share of the weights that one token reads: of a mixture of experts, those that are chosen."""
+    """Return the share of the weights that one token reads: in a mixture of experts, only the chosen ones count."""
     count, used = keys.number("expert_count"), keys.number("expert_used_count")
     if not count or not used:
         return 1.0
@@ -433,7 +433,7 @@ def _active(info: ModelInfo, keys: _Keys) -> float:
 
 
 def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
-    """The layers, or `None` where the file does not tell enough to be exact."""
+    """Return the layers, or `None` if the file does not state enough."""
     count = keys.number("block_count", MOST_LAYERS)
     heads = _kv_heads(keys, count) if count else None
     if not count or heads is None:
@@ -444,11 +444,11 @@ def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
         return None
     state = _recurrent_state(keys)
     if not any(heads) and not state:
-        return None  # A model that remembers nothing is none.
+        return None  # Every model has attention or a state, so the figures are wrong.
     attends = _attention(keys, heads, recurrent=bool(state))
     keeps = count - (keys.number("attention.shared_kv_layers") or 0)
     windows = _windows(keys, architecture, count)
-    # The few layers of a hybrid that attend are given a state too: some have both, and it is a bound.
+    # In a hybrid, layers with attention get a state too: some have both, and the sum is an upper bound.
     return tuple(
         Layer(
             cell=heads[place] * (sliding_length if window else global_length)
@@ -462,16 +462,16 @@ def _layers(keys: _Keys, architecture: str) -> tuple[Layer, ...] | None:
 
 
 def _kv_heads(keys: _Keys, layers: int) -> list[int] | None:
-    """Heads of keys and values in each layer: as many as of queries where the key is left out, as GGUF has it.
+    """Return the heads of keys and values in each layer. If the key is missing, GGUF means as many as of queries.
 
-    A key without a value is one that the provider did not tell.
+    A key without a value is one that the provider left out.
     """
     left_out = not keys.has("attention.head_count_kv")
     return keys.each("attention.head_count" if left_out else "attention.head_count_kv", layers)
 
 
 def _head_length(keys: _Keys, suffix: str) -> int | None:
-    """Numbers in a key and a value of one head. Files converted for MLA tell the small ones here, others the large."""
+    """Return the numbers in a key and a value of one head; with MLA, files state the small or the large ones."""
     key, value = keys.number(f"attention.key_length{suffix}"), keys.number(f"attention.value_length{suffix}")
     if key and value:
         return key + value
@@ -484,7 +484,7 @@ def _head_length(keys: _Keys, suffix: str) -> int | None:
 
 
 def _recurrent_state(keys: _Keys) -> int:
-    """Bytes of one recurrent layer for one sequence, in f32 (llama.cpp's `n_embd_r` and `n_embd_s`)."""
+    """Return the bytes of one recurrent layer for one sequence, in f32 (llama.cpp's `n_embd_r` and `n_embd_s`)."""
     if short := keys.number("shortconv.l_cache"):
         return (short - 1) * (keys.number("embedding_length") or 0) * 4
     inner, state = keys.number("ssm.inner_size"), keys.number("ssm.state_size")
@@ -495,7 +495,7 @@ def _recurrent_state(keys: _Keys) -> int:
 
 
 def _attention(keys: _Keys, heads: list[int], *, recurrent: bool) -> list[bool]:
-    """Which layers have attention: by an array of heads with zeros, or one layer in so many of a hybrid."""
+    """Return which layers have attention: those with heads, or every n-th layer of a hybrid."""
     every = keys.number("full_attention_interval")
     if every and recurrent and min(heads) > 0:
         return [(place + 1) % every == 0 for place in range(len(heads))]
@@ -503,7 +503,7 @@ def _attention(keys: _Keys, heads: list[int], *, recurrent: bool) -> list[bool]:
 
 
 def _windows(keys: _Keys, architecture: str, count: int) -> Iterator[int]:
-    """The window of each layer; 0 for one that looks at everything."""
+    """Yield the window of each layer; 0 for one that sees everything."""
     window = keys.number("attention.sliding_window") or 0
     pattern = keys.value("attention.sliding_window_pattern")
     every = SLIDING_EVERY.get(architecture, 0)

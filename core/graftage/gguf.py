@@ -1,8 +1,8 @@
-"""Read the head of a GGUF file: what a model or an adapter says of itself, and where its tensors lie.
+"""Read the head of a GGUF file: the metadata of a model or an adapter, and the places of its tensors.
 
-The layout is that of ggml's `docs/gguf.md`: magic, version, two counts, keys with values, a table of tensors, then data
-at offsets that are multiples of an alignment. Nothing in a file is trusted. Each length is checked against what is left
-of the file before anything is read, so time and memory stay in proportion to its bytes.
+The format is in ggml's `docs/gguf.md`: magic, version, two counts, keys with values, a table of tensors, then data at
+offsets that are multiples of an alignment. Nothing in a file is trusted. Each length is checked against the rest of the
+file before a read, so time and memory stay proportional to the file's size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
-"""Of the data, where a file does not say."""
+"""The default alignment of the data."""
 
 # --- Types -----------------------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ SCALARS: Final[Mapping[int, str]] = {
     11: "q",
     12: "d",
 }
-"""GGUF's number of a value's type to the letter that `struct` has for it."""
+"""GGUF's number for the type of a value to the letter of `struct`."""
 STRING: Final = 8
 ARRAY: Final = 9
 
@@ -97,7 +97,7 @@ GGML: Final[Mapping[int, tuple[str, int, int]]] = {
     41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),
 }
-"""ggml's number of a tensor's type to its name, the entries in a block, and the bytes of a block (`ggml.c`)."""
+"""ggml's number for the type of a tensor to its name, the entries in a block and the bytes of a block (`ggml.c`)."""
 SAFETENSORS: Final[Mapping[str, tuple[int, int]]] = {
     "INT4": (32, 20),
     "INT8": (64, 68),
@@ -107,7 +107,7 @@ SAFETENSORS: Final[Mapping[str, tuple[int, int]]] = {
     "U8": (1, 1),
     "U32": (1, 4),
 }
-"""The same of types that only safetensors files have.
+"""Types of safetensors files alone: name to the entries and the bytes of a block.
 
 MLX keeps a scale and a bias of 16 bits for 32 numbers of `INT4` and for 64 of `INT8`, a scale of 8 bits for 32 of
 `MXFP8`.
@@ -116,32 +116,32 @@ MLX keeps a scale and a bias of 16 bits for 32 numbers of `INT4` and for 64 of `
 TYPES: Final[Mapping[str, int]] = {name: number for number, (name, _, _) in GGML.items()}
 """The name of a tensor's type to ggml's number."""
 BLOCKS: Final = {name: (block, size) for name, block, size in GGML.values()} | dict(SAFETENSORS)
-"""The name of a tensor's type to the entries in a block and its bytes, whatever the format of the file."""
+"""The name of a tensor's type, in either format, to the entries and the bytes of a block."""
 FILE_TYPES: Final[Sequence[str]] = """
     F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS
     IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4
     """.split()  # noqa: SIM905 - a table reads better than forty lines
-"""What the numbers of `general.file_type` mean; `-` are no longer in use."""
+"""Names for the numbers of `general.file_type`; those with `-` are no longer used."""
 
 
 def bytes_of(kind: str, entries: int) -> int:
-    """Bytes of so many entries of a type in `BLOCKS`; they must be whole blocks."""
+    """Return the bytes of some entries of a type in `BLOCKS`. They must fill whole blocks."""
     block, size = BLOCKS[kind]
     return entries // block * size
 
 
-# --- What is read ----------------------------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------------------------
 
 
 class GgufError(ValueError):
-    """Why a file cannot be read, as the rest of a sentence: "it is cut: ..."."""
+    """Why a file cannot be read, as the rest of a sentence: "it is truncated: ..."."""
 
 
 class Source(Protocol):
-    """What a head is read from: an open file, or anything else that gives its bytes in turn."""
+    """A source of bytes: an open file or anything like it."""
 
     def read(self, count: int, /) -> bytes:
-        """The next bytes, fewer only at the end."""
+        """Return the next bytes, fewer only at the end."""
         ...
 
 
@@ -151,7 +151,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    """As GGUF has it: the dimension that varies fastest comes first."""
+    """In the order of GGUF: the fastest dimension comes first."""
     kind: str
     """The name of its type, one of `TYPES`."""
     offset: int
@@ -161,11 +161,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """All of a file but the numbers in its tensors."""
+    """Everything in a file except for the numbers in its tensors."""
 
     version: int
     metadata: Mapping[str, Any] = field(repr=False)
-    """Numbers, texts and arrays; of a long array that was not wanted, a `range` of its length."""
+    """Numbers, texts and arrays; for a long array that is not kept, a `range` of its length."""
     tensors: Mapping[str, Tensor] = field(repr=False)
     alignment: int
     keys_end: int
@@ -177,29 +177,29 @@ class Header:
 
     @property
     def architecture(self) -> str:
-        """The kind of model it is, or is for; empty where the file does not say."""
+        """The architecture of the model, or of an adapter's base model; empty if the file does not state it."""
         return self._text("general.architecture")
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it calls itself an adapter."""
+        """Whether the file states that it is an adapter."""
         return self.metadata.get("general.type") == "adapter"
 
     @property
     def template(self) -> str:
-        """The chat template; empty where there is none."""
+        """The chat template; empty if there is none."""
         return self._text("tokenizer.chat_template")
 
     @property
     def quantization(self) -> str | None:
-        """The type of most of its tensors, as the file says."""
+        """The type of most tensors, as the file states it; None if it does not."""
         found = self.metadata.get("general.file_type")
         if not isinstance(found, int) or not 0 <= found < len(FILE_TYPES) or FILE_TYPES[found] == "-":
             return None
         return FILE_TYPES[found]
 
     def figure(self, name: str) -> int | None:
-        """A number of the architecture, such as `block_count`; the largest where there is one for each layer."""
+        """Return a number of the architecture, such as `block_count`; the largest if each layer has its own."""
         found = self.metadata.get(f"{self.architecture}.{name}")
         if isinstance(found, tuple):
             found = max((each for each in found if isinstance(each, int)), default=None)
@@ -213,13 +213,13 @@ class Header:
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 MAX_HEAD: Final = 64 * 1024 * 1024
-"""Bytes before the data. The largest vocabularies in use take a quarter of that."""
+"""Bytes before the data. The largest vocabularies take a quarter of this."""
 MAX_KEYS: Final = 4096
 MAX_TENSORS: Final = 65_536
 MAX_ENTRIES: Final = 1 << 23
-"""Of all arrays together: a million words have each a score, a type and a place in the merges."""
+"""In all arrays together: a million words, each with a score, a type and an entry in the merges."""
 LONG: Final = 4096
-"""Entries above which an array does not hold a figure for each layer, but belongs to the vocabulary."""
+"""Entries above which an array belongs to the vocabulary, not to the layers."""
 MAX_STRING: Final = 1 << 24
 """Some files hold a whole `tokenizer.json`."""
 MAX_NAME: Final = 1024
@@ -228,11 +228,11 @@ MAX_SIDE: Final = 1 << 40
 """Entries along one dimension."""
 MAX_ALIGNMENT: Final = 1 << 20
 LENGTH: Final = struct.Struct("<Q")
-"""What stands before each text."""
+"""The length before each text."""
 LEAST_KEY: Final = 14
-"""Bytes: its length, a letter, the value's type, and a value."""
+"""Bytes: its length, one letter, the type of the value, and the value."""
 LEAST_TENSOR: Final = 33
-"""Bytes: its name's length, a letter, the number of dimensions, one of them, type and offset."""
+"""Bytes: the length of its name, one letter, the number of dimensions, one dimension, type and offset."""
 
 
 def read_file(path: Path, *, long_arrays: bool = False) -> Header:
@@ -240,14 +240,14 @@ def read_file(path: Path, *, long_arrays: bool = False) -> Header:
 
     Args:
         path: the file.
-        long_arrays: whether the vocabulary is kept: it is most of a head, and few need it. It is checked in any case.
+        long_arrays: whether to keep the vocabulary, most of a head and rarely needed. It is checked in any case.
 
     Raises:
-        GgufError: it is not GGUF, of a version or byte order that is not supported, corrupt, or cut.
+        GgufError: the file is not GGUF, is corrupt or truncated, or has an unsupported version or byte order.
         OSError: it cannot be opened.
     """
     status = path.stat()
-    # To open a pipe would wait for ever.
+    # Opening a pipe could wait for ever.
     if not stat.S_ISREG(status.st_mode):
         raise GgufError("it is not a regular file")
     with path.open("rb") as file:
@@ -255,12 +255,12 @@ def read_file(path: Path, *, long_arrays: bool = False) -> Header:
 
 
 def read(source: Source, size: int, *, most: int = MAX_HEAD, long_arrays: bool = False) -> Header:
-    """Read the head of a file that is open, at its start; it is left at the end of the table of tensors.
+    """Read the head of an open file, from its start to the end of the table of tensors.
 
     Args:
         source: the file.
-        size: its bytes.
-        most: bytes that its head may have.
+        size: its size in bytes.
+        most: the most bytes that its head may have.
         long_arrays: as in `read_file`.
 
     Raises:
@@ -270,7 +270,7 @@ def read(source: Source, size: int, *, most: int = MAX_HEAD, long_arrays: bool =
 
 
 class _Reader:
-    """Reads on, and keeps count of what is left."""
+    """A reader that counts the bytes that are left."""
 
     def __init__(self, source: Source, size: int, limit: int, *, long_arrays: bool) -> None:
         self._source = source
@@ -350,7 +350,7 @@ class _Reader:
         return range(count)
 
     def _texts(self, key: str, count: int) -> Iterator[bytes]:
-        """Texts one by one: a vocabulary has a hundred thousand and more, and this loop is most of a reader's time."""
+        """Yield texts one by one. Vocabularies have 100,000 or more, so most of the time is spent in this loop."""
         read, length_of, limit, place = self._source.read, LENGTH.unpack, self._limit, self._place
         for _ in range(count):
             place += LENGTH.size
@@ -368,7 +368,7 @@ class _Reader:
         self._place = place
 
     def _tensor(self, alignment: int) -> Tensor:
-        """A line of the table; its offset is from the start of the data."""
+        """Read a row of the table, with the offset from the start of the data."""
         name = self._name("a tensor's name")
         dimensions = self._number("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -387,7 +387,7 @@ class _Reader:
         return Tensor(name=name, shape=shape, kind=kind, offset=offset, size=bytes_of(kind, math.prod(shape)))
 
     def _placed(self, table: Sequence[Tensor], data: int) -> dict[str, Tensor]:
-        """The tensors by their names, where they lie in the file."""
+        """Return the tensors by name, with the offset from the start of the file."""
         found: dict[str, Tensor] = {}
         for each in table:
             if each.name in found:
@@ -423,7 +423,7 @@ class _Reader:
         return data
 
     def _check(self, what: str, count: int, most: int, least: int = 0) -> None:
-        """Refuse a count of things that are too many, or have so many bytes at least that the file is too small."""
+        """Refuse a count above `most`, or one that needs more bytes, at `least` each, than the file has."""
         if count > most:
             raise _too_many(what, count, most)
         if count * least > self._size - self._place:
