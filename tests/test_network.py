@@ -216,11 +216,11 @@ MOVED: dict[str, tuple[bytes, str]] = {
     "https": (b"https://me:word@llm.test/models?token=word#word", r"to https://llm\.test \(.*in place of http://127"),
     "a port": (b"http://llm.test:81/word", r"to http://llm\.test:81 \("),
     "without a scheme": (b"//llm.test/x", r"to http://llm\.test \("),
-    "a path": (b"/login?word", "to another page of its own .*sign-in"),
-    "a relative path": (b"login", "to another page of its own"),
+    "a path": (b"/login?word", "to another of its pages .*sign-in"),
+    "a relative path": (b"login", "to another of its pages"),
     "no place": (b"", "The server redirects"),
-    "a file": (b"file:///etc/word", "to what is no http address"),
-    "a script": (b"javascript:word", "to what is no http address"),
+    "a file": (b"file:///etc/word", "to an address that is not http"),
+    "a script": (b"javascript:word", "to an address that is not http"),
     "a bad port": (b"http://llm.test:word/", r"redirects \(status"),
     "an odd name": (b'http://llm\xe9 "x.test/word', r"redirects \(status"),
     "a name too long": (b"http://" + b"a" * 400 + b"/word", r"redirects \(status"),
@@ -242,7 +242,7 @@ def test_redirect_is_refused_with_its_target(both: Any, location: bytes, words: 
 def test_error_names_the_missing_path(both: Any) -> None:
     with Server(saying(b"HTTP/1.1 404 Not Found\r\ncontent-length: 8\r\n\r\nnot here")) as server:
         llm = both.connect(on(f"{server.url}/v1/"), model=MODEL, attempts=1)
-        with pytest.raises(ProtocolError, match=r"It was asked for `/v1/models`\. .*Check `host`"):
+        with pytest.raises(ProtocolError, match=r"The path was `/v1/models`\. .*Check `host`"):
             llm.models()
 
 
@@ -292,7 +292,7 @@ class TestUnixSockets:
 
     def test_missing_support_is_reported(self, both: Any, monkeypatch: Any) -> None:
         monkeypatch.delattr(socket, "AF_UNIX", raising=False)
-        with pytest.raises(ConnectionFailed, match="This system has no sockets of the file system") as caught:
+        with pytest.raises(ConnectionFailed, match="This system has no Unix sockets") as caught:
             both.connect(on("http+unix://%2Frun%2Fa"), model=MODEL).chat("x")
         assert not caught.value.retryable
 
@@ -678,7 +678,7 @@ class TestStaleConnections:
         with Server(serve) as server:
             llm = both.connect(on(server.url), model=MODEL, attempts=1)
             llm.models()
-            with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+            with pytest.raises(ConnectionFailed, match="broke before a response came"):
                 llm.models()
             assert len(server.requests) == 3
 
@@ -686,7 +686,7 @@ class TestStaleConnections:
         with Server(answering_once(lambda connection: connection.sendall(b"HTTP/1.1 2"))) as server:
             llm = both.connect(on(server.url), model=MODEL, attempts=1)
             llm.models()
-            with pytest.raises(ConnectionFailed, match="broke before an answer came"):
+            with pytest.raises(ConnectionFailed, match="broke before a response came"):
                 llm.models()
             assert len(server.requests) == 2
 

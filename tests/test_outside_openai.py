@@ -462,7 +462,7 @@ class TestErrors:
         ("body", "kind", "said"),
         [
             ({"error": {"message": "The model crashed"}}, InferenceFailed, "The model crashed"),
-            ({"choices": [{"message": {"content": "Hello"}}]}, ProtocolError, "no stream of events"),
+            ({"choices": [{"message": {"content": "Hello"}}]}, ProtocolError, "not a stream of events"),
         ],
     )
     def test_object_instead_of_events_is_reported(

@@ -82,15 +82,15 @@ REFUSING: dict[str, tuple[Callable[[Server, socket.socket], None], type[Provider
 
 
 UNUSABLE = {
-    "socks5://me:word@p.test:1080": r"socks5://p\.test:1080, which ALL_PROXY names, is of a kind .*: socks5",
+    "socks5://me:word@p.test:1080": r"socks5://p\.test:1080, which ALL_PROXY names, has an unsupported scheme: socks5",
     "socks5h://p.test": r"socks5h://p\.test, which",
     "ftp://p.test": "ftp",
-    "http://": "ALL_PROXY names as a proxy is invalid",
-    "http://me:word@p.test:99999": "ALL_PROXY names as a proxy is invalid",
-    "http://me:word@p.test:abc": "ALL_PROXY names as a proxy is invalid",
-    "me:word@[::1": "ALL_PROXY names as a proxy is invalid",
-    "http://p..\u00fc.test": "ALL_PROXY names as a proxy is invalid",
-    "https://me:word@p.test": r"https://p\.test, which ALL_PROXY names, is reached by TLS",
+    "http://": "proxy in ALL_PROXY is invalid",
+    "http://me:word@p.test:99999": "proxy in ALL_PROXY is invalid",
+    "http://me:word@p.test:abc": "proxy in ALL_PROXY is invalid",
+    "me:word@[::1": "proxy in ALL_PROXY is invalid",
+    "http://p..\u00fc.test": "proxy in ALL_PROXY is invalid",
+    "https://me:word@p.test": r"https://p\.test, which ALL_PROXY names, uses TLS",
     "http://p.test": r"The host name in http://p\.test is not known\. It is the proxy",
 }
 

@@ -284,10 +284,10 @@ class TestRetryAfter:
         monkeypatch.setattr(time, "time", lambda: NOW)
         error = error_of(429, {"error": "slow down"}, headers)
         if seconds is None:
-            assert (error.retry_after, "asked again" in str(error)) == (None, False)
+            assert (error.retry_after, "Retry after" in str(error)) == (None, False)
         else:
             assert error.retry_after == seconds
-            assert f"asked again in {seconds} s" in error.message
+            assert f"Retry after {seconds} s" in error.message
 
     @pytest.mark.parametrize(
         ("error", "seconds"),

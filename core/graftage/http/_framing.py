@@ -54,7 +54,7 @@ def block_of(file: Path, start: int, size: int) -> bytes:
         stream.seek(start)
         block = stream.read(min(BLOCK, size - start))
     if not block:
-        raise RequestRejected("The file became shorter while it was sent.", hint="Send it again.")
+        raise RequestRejected("The file became shorter during the upload.", hint="Send it again.")
     return block
 
 
@@ -81,7 +81,7 @@ def head_of(request: Request, server: Server, size: int) -> bytes:
         lines = [b"\0"]
     if any(map(_UNSAFE.search, lines)):
         hint = "Check `api_key` and `headers`."
-        raise RequestRejected("A header holds a line break, or what no text can hold.", hint=hint)
+        raise RequestRejected("A header holds a line break or another invalid character.", hint=hint)
     return b"\r\n".join([f"{request.method} {target_of(request, server)} HTTP/1.1".encode(), *lines, b"", b""])
 
 
@@ -149,7 +149,7 @@ class Framing:
     def interrupted(self) -> StreamInterrupted:
         """Return the error for an incomplete body."""
         error = StreamInterrupted(
-            f"The connection broke before the answer was complete: {self.words()}.",
+            f"The connection broke before the response was complete: {self.words()}.",
             retryable=True,
             hint="Was the server stopped, or a proxy's limit reached?",
         )
@@ -161,7 +161,7 @@ class Framing:
     def on_message_begin(self) -> None:
         """Refuse a second response: it must not become the response to the next request."""
         if self.complete:
-            raise ValueError("nobody has asked for another answer")
+            raise ValueError("it sends a second response")
 
     def on_status(self, reason: bytes) -> None:
         """Keep the reason phrase."""
@@ -179,7 +179,7 @@ class Framing:
             return
         self.status = self._parser.get_status_code()
         if self.status < INTERIM:
-            raise ValueError("its status is none")
+            raise ValueError("its status code is invalid")
         if self.status < OK:
             self.headers.clear()
             return

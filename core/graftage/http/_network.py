@@ -55,8 +55,8 @@ def known_addresses(server: Server) -> Addresses | None:
     """
     if server.path is not None:
         if not hasattr(socket, "AF_UNIX"):
-            hint = "Let the server listen at a port."
-            raise _failed("This system has no sockets of the file system.", "unreachable", hint)
+            hint = "Let the server listen on a port."
+            raise _failed("This system has no Unix sockets.", "unreachable", hint)
         return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", server.path)]
     host, port = server.first[0].encode(), server.first[1]  # For a `str`, Python would import IDNA.
     try:
@@ -114,15 +114,15 @@ def peer_of(server: Server) -> str:
 def _blamed(error: ProviderError, server: Server) -> ProviderError:
     """Name the proxy, if there is one, in an error and its hint."""
     if server.proxy is not None:
-        error.message += f" It is the proxy on the way to {place(server.origin)}."
-        error.hint = f"Check the proxy {server.proxy}. NO_PROXY names hosts that need none."
+        error.message += f" It is the proxy for {place(server.origin)}."
+        error.hint = f"Check the proxy {server.proxy}, or add the host to NO_PROXY."
         error.args = (error.message,)
     return error
 
 
 def closed() -> ConnectionFailed:
     """Return the typed error for a connection that was closed while it was made."""
-    return _failed("The connection was closed while it was made.", "closed", "Use a client that is open.")
+    return _failed("The connection was closed while it was made.", "closed", "Use an open client.")
 
 
 def is_stale(answer: Framing, begun: float) -> bool:
@@ -157,7 +157,7 @@ def is_answered(answer: Framing, server: Server) -> bool:
 def not_http(url: str, why: str) -> ProtocolError:
     """Return the typed error for a response that is not valid HTTP."""
     return ProtocolError(
-        f"What answers at {place(url)} does not speak HTTP: {why}.", hint="Check `host`, its scheme and its port."
+        f"The server at {place(url)} does not speak HTTP: {why}.", hint="Check `host`, its scheme and its port."
     )
 
 
@@ -179,7 +179,7 @@ def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
         )
     if any(isinstance(each, (EOFError, ConnectionError)) for each in causes):
         return _failed(
-            f"The connection to {where} broke before an answer came: {_innermost(causes)}.",
+            f"The connection to {where} broke before a response came: {_innermost(causes)}.",
             "broken",
             "Was the server stopped?",
             retryable=True,
@@ -197,9 +197,9 @@ def tunnel_failed(answer: Framing, server: Server) -> ConnectionFailed:
     hint = "Put user and password into its address." if answer.status == PROXY_SIGN_IN else "Check its log."
     what = f"refuses: status {answer.status}" if answer.head else f"broke off: {answer.words()}"
     return _failed(
-        f"The proxy on the way to {place(server.origin)} {what}. It is {server.proxy}.",
+        f"The proxy for {place(server.origin)} {what}. It is {server.proxy}.",
         "proxy",
-        f"{hint} NO_PROXY names hosts that need none.",
+        f"{hint} If the host needs no proxy, add it to NO_PROXY.",
         retryable=answer.status >= SERVER_FAULT,
     )
 

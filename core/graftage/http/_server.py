@@ -85,14 +85,12 @@ def _checked_proxy(proxy: str, variable: str, *, tls: bool) -> tuple[SplitResult
     except ValueError:
         host = port = None
     if not host or port == 0:
-        problem = f"What {variable} names as a proxy is invalid."
+        problem = f"The URL of the proxy in {variable} is invalid."
     elif by.scheme not in ("http", "https"):
-        problem = f"The proxy {place(proxy)}, which {variable} names, is of a kind that cannot be used: {by.scheme}."
+        problem = f"The proxy {place(proxy)}, which {variable} names, has an unsupported scheme: {by.scheme}."
     elif tls and by.scheme == "https":
-        problem = (
-            f"The proxy {place(proxy)}, which {variable} names, is reached by TLS, as the server is: not both can."
-        )
+        problem = f"The proxy {place(proxy)}, which {variable} names, uses TLS as the server does: only one can."
     if problem or not host:
-        hint = "Set an http proxy, or name the host in NO_PROXY."
+        hint = "Set an http proxy, or add the host to NO_PROXY."
         raise ConnectionFailed(problem, retryable=False, hint=hint, details={"cause": "proxy"})
     return by, (host, port or (443 if by.scheme == "https" else 80))

@@ -56,10 +56,10 @@ def read_base(text: str) -> tuple[str, dict[str, str]]:
         usable = False
     if not usable or parts.query or parts.fragment or (parts.username is not None and not is_private(url)):
         raise SettingsError(
-            "The server's address cannot be used: it must be an http or https URL without query and fragment, and "
-            "without a user or a password where they would go in clear.",
+            "The server's address is invalid: it must be an http or https URL without query and fragment, and without "
+            "a user or a password that would be sent in clear text.",
             key="host",
-            hint="Write it like `http://127.0.0.1:8000/v1`, and put a key into `api_key`.",
+            hint="Use the form `http://127.0.0.1:8000/v1`, and set a key as `api_key`.",
         )
     if parts.scheme == UNIX:
         return url.rstrip("/"), {}

@@ -300,7 +300,7 @@ class Http:
     def _opened(self) -> Transport:
         with self._lock:  # Two threads would build two pools, one of which nobody would close.
             if self._closed:
-                raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use a client that is open.")
+                raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use an open client.")
             if self._transport is None:
                 self._transport = self._build()
             return self._transport
@@ -312,7 +312,7 @@ class Http:
             return _redirected(status, request.url, header(response.headers, "location"))
         error = self.refused(status, response.headers, body, call)
         if status in NOT_THERE and isinstance(error, ProtocolError):
-            error.hint = f"It was asked for `{request.target.partition('?')[0]}`. {error.hint or ''}".rstrip()
+            error.hint = f"The path was `{request.target.partition('?')[0]}`. {error.hint or ''}".rstrip()
         return error
 
     def refused(self, status: int, headers: Headers, body: bytes, call: Call) -> ProviderError:
@@ -328,7 +328,7 @@ class Http:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise ProtocolError("The answer is no JSON object.", hint="Is it another service? Check `host`.")
+            raise ProtocolError("The response is not a JSON object.", hint="Is it another service? Check `host`.")
         if found.get("error") is not None:
             # Some proxies and old servers report errors with status 200.
             raise self.refused(OK, headers, data, call)
@@ -452,7 +452,7 @@ class Items(Generic[T]):
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            raise StreamInterrupted("The server sent an empty answer.", retryable=True, hint="Ask again.") from None
+            raise StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.") from None
 
     async def _drain(self) -> None:
         """Read and drop the rest of the body, so that the connection can be used again."""
@@ -557,9 +557,7 @@ class _Lines(Generic[T]):
             return self._http.refused(OK, (), tail, self._call)
         if line is self._unfinished and line.lstrip().startswith(b"{"):
             return _cut()
-        return ProtocolError(
-            "The stream holds a line that is no JSON object.", hint="Is it another service? Check `host`."
-        )
+        return ProtocolError("A line of the stream is not a JSON object.", hint="Is it another service? Check `host`.")
 
 
 class Event:
@@ -587,7 +585,7 @@ class Event:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise ProtocolError("The stream holds an event that is no JSON object.", hint="Is it another service?")
+            raise ProtocolError("An event of the stream is not a JSON object.", hint="Is it another service?")
         if found.get("error") is not None or self.event == "error":
             raise self._http.refused(OK, (), data, self._call)
         return found
@@ -636,7 +634,7 @@ class _Events(Generic[T]):
         if isinstance(found, Event):
             return self._of(found)
         Event(self._http, self._call, {}, found).json()
-        raise ProtocolError("The answer is an object and no stream of events.", hint="Is it the right service?")
+        raise ProtocolError("The response is a JSON object, not a stream of events.", hint="Is it the right service?")
 
     def _take(self, line: str) -> None:
         if line.startswith(":"):  # A comment.
@@ -656,17 +654,17 @@ class _Events(Generic[T]):
 
 def _too_long() -> ProtocolError:
     return ProtocolError(
-        f"A line of the answer is longer than {MAX_LINE} bytes.",
-        hint="No model writes so much at once: is it the right service?",
+        f"A line of the response is longer than {MAX_LINE} bytes.",
+        hint="No model writes so much at once. Is it the right service?",
     )
 
 
 def _cut() -> StreamInterrupted:
-    return StreamInterrupted("The stream ended in the middle of a line.", retryable=True, hint="Ask again.")
+    return StreamInterrupted("The stream ended in the middle of a line.", retryable=True, hint="Try again.")
 
 
 def _too_large(call: Call) -> ProtocolError:
-    return ProtocolError(f"The answer is larger than {call.max_reply_bytes} bytes.", hint="Raise `max_reply_bytes`.")
+    return ProtocolError(f"The response is larger than {call.max_reply_bytes} bytes.", hint="Raise `max_reply_bytes`.")
 
 
 def _redirected(status: int, url: str, location: str | None) -> ProtocolError:
@@ -674,16 +672,16 @@ def _redirected(status: int, url: str, location: str | None) -> ProtocolError:
 
     The error shows no user, path or query of the target, which may be secret.
     """
-    to, hint = "", "Put the final address into `host`."
+    to, hint = "", "Set `host` to the final address."
     with contextlib.suppress(ValueError):
         target, own = urlsplit(urljoin(url, location or "")), place(url)
         there = place(target.geturl())
         if there == own:
-            to, hint = " to another page of its own", "Does it want a sign-in? Check the path in `host`, and `api_key`."
+            to, hint = " to another of its pages", "Does it require a sign-in? Check the path in `host`, and `api_key`."
         elif target.scheme in ("http", "https") and _PLACE.fullmatch(there):
-            to, hint = f" to {there}", f"If that is right, put it into `host` in place of {own}."
+            to, hint = f" to {there}", f"If that is right, set `host` to it in place of {own}."
         elif target.scheme not in ("http", "https"):
-            to = " to what is no http address"
+            to = " to an address that is not http"
     return ProtocolError(
         f"The server redirects{to} (status {status}); redirects are not followed.", status=status, hint=hint
     )
@@ -691,8 +689,8 @@ def _redirected(status: int, url: str, location: str | None) -> ProtocolError:
 
 def _too_many(count: int, what: str) -> ProtocolError:
     return ProtocolError(
-        f"The answer holds {count} {what}; at most {MAX_OBJECTS} are read.",
-        hint="No model says so much at once: is it the right service? Ask for less where it is.",
+        f"The response holds {count} {what}; the limit is {MAX_OBJECTS}.",
+        hint="Is it the right service? If it is, request less at once.",
     )
 
 
@@ -705,12 +703,12 @@ def _check_kind(response: Response) -> None:
     encoding = (header(response.headers, "content-encoding") or "identity").lower()
     if encoding != "identity":
         raise ProtocolError(
-            f"The answer is compressed ({encoding[:40]}), which was not asked for.",
-            hint="Is a proxy between here and the server?",
+            f"The response is compressed ({encoding[:40]}), which was not requested.",
+            hint="Is there a proxy before the server?",
         )
     if "text/html" in (header(response.headers, "content-type") or "").lower():
         raise ProtocolError(
-            "The address answers with a web page: it is another service, or a proxy's page.",
+            "The response is a web page, of another service or of a proxy.",
             status=response.status,
             hint="Check `host` and its port.",
         )
@@ -777,8 +775,8 @@ class reading:  # noqa: N801 - reads as a word in a `with`
 
 def _unreadable(error: Exception) -> ProtocolError:
     return ProtocolError(
-        f"The answer is not what the API promises ({type(error).__name__}).",
-        hint="Is it another service, or a proxy's page? Check `host`.",
+        f"The response does not follow the API ({type(error).__name__}).",
+        hint="Is it another service, or the page of a proxy? Check `host`.",
         details={"reason": reason(error)},
     )
 

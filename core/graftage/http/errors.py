@@ -24,42 +24,42 @@ from graftage.http.answer import MAX_WORDS, OK, Answer, Make, Refusal, Rules, by
 __all__ = ["refused"]
 
 SERVER_FAULT: Final = 500
-MEND: Final = "Mend the request."
-LOG: Final = "The server's log may tell more."
-PLAN: Final = "Check the account's plan and what is left of it, or ask another model or provider."
+FIX: Final = "Correct the request."
+LOG: Final = "See the server's log."
+PLAN: Final = "Check the account's plan and usage, or use another model or provider."
 _gateway: Final = says(
     ConnectionFailed,
-    "A proxy on the way could not reach the server.",
+    "A proxy could not reach the server.",
     "Is the server running?",
     details={"cause": "gateway"},
 )
 _certificate: Final = says(
     ConnectionFailed,
-    "A proxy on the way does not trust the server's certificate.",
-    "Whoever runs the proxy must mend it.",
+    "A proxy does not trust the server's certificate.",
+    "The proxy's administrator must fix it.",
     retryable=False,
     details={"cause": "gateway"},
 )
-_overloaded: Final = says(Overloaded, "The server is busy.", "Ask again later, or send less at one time.")
-_quota: Final = says(QuotaExceeded, "The plan does not cover this, or is used up.", PLAN)
+_overloaded: Final = says(Overloaded, "The server is busy.", "Try again later, or send fewer requests at once.")
+_quota: Final = says(QuotaExceeded, "The plan does not cover this request, or is used up.", PLAN)
 _sign_in: Final = says(
     AuthenticationFailed,
-    "The server wants a sign-in.",
+    "The server requires a sign-in.",
     "Set `api_key`, which is sent only over https or to loopback.",
 )
-_retired: Final = says(
-    ModelNotFound, "The server does not have {model} any more.", "Choose another one that the server lists."
-)
+_retired: Final = says(ModelNotFound, "The server no longer has {model}.", "Choose one that the server lists.")
 _header: Final = says(
-    RequestRejected, "The head of the request is too large.", "Send fewer or shorter `headers`, or raise the limit."
+    RequestRejected,
+    "The head of the request is too large.",
+    "Send fewer or shorter `headers`, or raise the server's limit.",
 )
 _gave_up: Final = "A proxy or the server gave up waiting."
-_late: Final = says(ProviderTimeout, _gave_up, "Ask again.", phase="first_token", retryable=True)
+_late: Final = says(ProviderTimeout, _gave_up, "Try again.", phase="first_token", retryable=True)
 # Behind a gateway the server may still be at work.
 _late_behind: Final = says(
     ProviderTimeout,
     _gave_up,
-    "Raise the proxy's limit, or stream the answer: its first chunk comes sooner.",
+    "Raise the proxy's limit, or stream the reply: its first chunk comes sooner.",
     phase="first_token",
 )
 
@@ -174,7 +174,7 @@ PASSING: Final[Rules] = (
 ABOUT_PLANS: Final[Rules] = ((("quota", "subscri", "upgrade", "billing", "credit", " plan", "free tier"), _quota),)
 """If the status means "used up" or "forbidden", these words mean the plan."""
 BEHIND: Final[Rules] = (
-    ((" eof while parsing",), says(RequestRejected, "", MEND)),
+    ((" eof while parsing",), says(RequestRejected, "", FIX)),
     (
         (
             " eof ",
@@ -206,8 +206,8 @@ BEHIND: Final[Rules] = (
         ),
         says(
             InferenceFailed,
-            "What computes for {model} behind the server has ended, or cannot be reached.",
-            "Ask again: the server may start it again.",
+            "The process that runs {model} for the server has ended or cannot be reached.",
+            "Try again: the server may restart it.",
             retryable=True,
         ),
     ),
@@ -226,7 +226,7 @@ BEHIND: Final[Rules] = (
         ),
         says(
             ConnectionFailed,
-            "The server could not reach another one that it needs for {model}.",
+            "The server could not reach another server that it needs for {model}.",
             "Check the server's network and proxy.",
             details={"cause": "upstream"},
         ),
@@ -253,12 +253,12 @@ ANYBODY: Final[Mapping[int, Make]] = {
     403: says(
         AuthenticationFailed,
         "The server forbids this.",
-        "Check the key's rights; a server that says no more may not know the host name or origin it was asked by.",
+        "Check the permissions of the key. If the server gives no reason, it may not accept the host name or origin.",
     ),
     407: says(
         ConnectionFailed,
-        "The proxy on the way wants a sign-in.",
-        "Put user and password into the proxy variable, or name the host in NO_PROXY.",
+        "The proxy requires a sign-in.",
+        "Put user and password into the proxy's URL, or add the host to NO_PROXY.",
         retryable=False,
         details={"cause": "proxy"},
     ),
@@ -271,15 +271,15 @@ ANYBODY: Final[Mapping[int, Make]] = {
     425: _late,
     429: _overloaded,
     431: _header,
-    451: says(AuthenticationFailed, "The law forbids this, says the server.", "Ask another provider."),
-    499: says(InferenceFailed, "The request was ended by another party.", "Ask again.", retryable=True),
+    451: says(AuthenticationFailed, "The server refuses this for legal reasons.", "Use another provider."),
+    499: says(InferenceFailed, "Another party ended the request.", "Try again.", retryable=True),
     502: _gateway,
     503: _overloaded,
     504: _late_behind,
-    509: says(QuotaExceeded, "The server's bandwidth is used up.", "Ask again later."),
+    509: says(QuotaExceeded, "The server's bandwidth is used up.", "Try again later."),
     511: says(
         ConnectionFailed,
-        "The network on the way wants a sign-in.",
+        "The network requires a sign-in.",
         "Open a web page in this network and sign in.",
         retryable=False,
         details={"cause": "proxy"},
@@ -293,8 +293,8 @@ ANYBODY: Final[Mapping[int, Make]] = {
 }
 """What a status means from the server as well as from a proxy."""
 SERVERS_OWN: Final[Mapping[int, Make]] = {
-    404: says(ModelNotFound, "The server does not have it.", "Check the model's name, and `host`."),
-    501: says(CapabilityUnsupported, "", "Another model or server may."),
+    404: says(ModelNotFound, "The server does not have {model}.", "Check the model's name, and `host`."),
+    501: says(CapabilityUnsupported, "", "Use another model or server."),
 }
 """What a status means beside an error in JSON."""
 
@@ -318,7 +318,7 @@ def _say_when(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
     """Add the wait to an error and its message."""
     if seconds is not None:
         error.retry_after = seconds
-        error.message = f"{error.message} It may be asked again in {round(seconds, 3):.12g} s."
+        error.message = f"{error.message} Retry after {round(seconds, 3):.12g} s."
         error.args = (error.message,)
 
 
@@ -333,11 +333,11 @@ def _by_default(it: Answer) -> ProviderError:
         return InferenceFailed(it.said, hint=LOG)
     if not it.known:
         return ProtocolError(
-            f"The answer does not come from {it.server}: status {status}.",
-            hint="Is it another service, an older server, or a proxy's page? Check `host`.",
+            f"The response does not come from {it.server}: status {status}.",
+            hint="Is it another service, an older server, or the page of a proxy? Check `host`.",
         )
     if status in SERVERS_OWN:
         return SERVERS_OWN[status](it)
     if status < SERVER_FAULT:
-        return RequestRejected(it.said, hint=MEND)
+        return RequestRejected(it.said, hint=FIX)
     return InferenceFailed(f"The server failed. {it.said}", hint=LOG)

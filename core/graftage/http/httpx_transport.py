@@ -37,8 +37,8 @@ class _Guarded:
         url = httpx.URL(self._base)
         if (request.url.scheme, request.url.host, request.url.port) != (url.scheme, url.host, url.port):
             raise RequestRejected(
-                f"A request to {place(str(request.url))} was refused: this client is for {place(self._base)} alone.",
-                hint="Use a client of your own for other servers.",
+                f"A request to {place(str(request.url))} was refused: this client is only for {place(self._base)}.",
+                hint="Use another client for other servers.",
             )
         if isinstance(request.stream, httpx.ByteStream):
             return await self._send(self._request(request, body=b"".join([piece async for piece in request.stream])))
