@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from graftage.hookspecs import hookimpl
 from graftage_llamacpp._process import DEFAULT_MODEL, LlamaCppSettings
@@ -31,7 +31,4 @@ def connect(request: ConnectRequest) -> object:
     """Connect. Imports of the connection happen only here; the engine runs in another process."""
     from graftage_llamacpp._connection import LlamaCppConnection
 
-    settings = request.settings
-    if not isinstance(settings, LlamaCppSettings):
-        settings = LlamaCppSettings(**{name: getattr(settings, name) for name in settings.model_fields_set})
-    return LlamaCppConnection(request, settings)
+    return LlamaCppConnection(request, cast("LlamaCppSettings", request.settings))

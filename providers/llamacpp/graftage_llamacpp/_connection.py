@@ -168,7 +168,7 @@ class LlamaCppConnection:
             if len(text.encode(errors="replace")) + SPECIAL_TOKENS <= limit:
                 inputs.append(text)
                 continue
-            tokens = await self._post(job, TOKENIZE, {"content": text, "add_special": True}, _tokens)
+            tokens = await self._post(job, TOKENIZE, {"content": text, "add_special": True}, _convert.tokens)
             if len(tokens) > limit:
                 if not request.truncate:
                     raise _too_long_error(len(tokens), limit)
@@ -305,7 +305,7 @@ class LlamaCppConnection:
             load = LoadModelRequest(
                 call=call, model=model, context_window=request.context_window, keep_alive=request.keep_alive
             )
-            await self._post(await self._job(load), COMPLETIONS, {"prompt": "Hi", "max_tokens": 1}, _ignore)
+            await self._post(await self._job(load), COMPLETIONS, {"prompt": "Hi", "max_tokens": 1}, dict)
             found.update(model_loaded=True, answers=True)
 
     # --- Below the hooks ---------------------------------------------------------------------------------------------
@@ -395,14 +395,6 @@ def _default_options(stored: Stored, request: ChatRequest | GenerateRequest) -> 
     # JSON repeats its marks, so there must be no penalty for that.
     bound = request.format is not None
     return {name: value for name, value in stored.default_options.items() if not (bound and name == "repeat_penalty")}
-
-
-def _tokens(answer: Mapping[str, Any]) -> list[int]:
-    return list(answer["tokens"])
-
-
-def _ignore(answer: Mapping[str, Any]) -> None:
-    """Accept any response."""
 
 
 def _too_long_error(tokens: int, limit: int) -> ContextOverflow:

@@ -7,6 +7,7 @@ change with each start.
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -50,6 +51,7 @@ __all__ = [
     "refusal",
     "require",
     "token_count",
+    "tokens",
 ]
 
 OPTIONS: Final = frozenset(
@@ -82,15 +84,21 @@ ANY_OBJECT: Final = {"type": "object"}
 """A schema for any object: the engine's `json_object` does not force the model to write JSON."""
 STATUS_UNAUTHORISED: Final = 401
 EMBEDDERS: Final = frozenset(
-    {"bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert"}
-) | {
-    "neo-bert",
-    "eurobert",
-    "gemma-embedding",
-    "gemma-embedding2",
-    "llama-embed",
-    "t5encoder",
-}
+    {
+        "bert",
+        "eurobert",
+        "gemma-embedding",
+        "gemma-embedding2",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "llama-embed",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "t5encoder",
+    }
+)
 """Architectures that can only embed."""
 RANKS: Final = 4
 """The pooling type of models that score documents (llama.h, llama_pooling_type)."""
@@ -146,15 +154,10 @@ def model_info(stored: Stored, *, full: bool) -> ModelInfo:
 
 def _count(header: Header) -> str:
     """Return the number of parameters, as Ollama writes it."""
-    total = 0
-    for tensor in header.tensors.values():
-        entries = 1
-        for size in tensor.shape:
-            entries *= size
-        total += entries
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+    total = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    for unit, name, digits in ((1e9, "B", 1), (1e6, "M", 2), (1e3, "K", 2)):
         if total >= unit:
-            return f"{total / unit:.2f}{name}" if unit < 1e9 else f"{total / unit:.1f}{name}"
+            return f"{total / unit:.{digits}f}{name}"
     return str(total)
 
 
@@ -360,6 +363,11 @@ class ChunkReader:
             warnings=notes,
             raw=self._last,
         )
+
+
+def tokens(found: Mapping[str, Any]) -> list[int]:
+    """Read the tokens of a text."""
+    return list(found["tokens"])
 
 
 def token_count(found: Mapping[str, Any]) -> int:

