@@ -197,12 +197,7 @@ class _LeasedResponse:
 def _wire_request(request: Request, lease: Lease) -> Request:
     """Return the request to send: with the engine's address, its key, and its numbers of the adapters."""
     process = lease.process
-    headers = (
-        ("authorization", f"Bearer {process.key}"),
-        ("content-type", "application/json"),
-        # With several slots the engine often closes a connection just when it is to be used again.
-        ("connection", "close"),
-    )
+    headers = (("authorization", f"Bearer {process.key}"), ("content-type", "application/json"))
     body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
     if request.target in (CHAT, COMPLETIONS) and len(body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
         body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch has no progress.
