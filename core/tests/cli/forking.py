@@ -8,6 +8,7 @@ back.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -31,6 +32,7 @@ def preload() -> None:
             importlib.import_module(each.name)
     for name in ("importlib.metadata", "rich.console", "rich.table", "rich.text"):
         importlib.import_module(name)
+    gc.freeze()
 
 
 def serve(server: socket.socket) -> bool:
