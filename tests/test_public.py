@@ -127,7 +127,9 @@ def _class(node: ast.ClassDef, *, built: bool) -> Iterator[str]:
 
 
 def _function(node: Function) -> str:
-    decorators = "".join(f"@{each} " for each in map(ast.unparse, node.decorator_list) if each[0] != "_")
+    decorators = "".join(
+        f"@{each} " for each in map(ast.unparse, node.decorator_list) if not each.startswith(("_", "translate_errors"))
+    )
     kind = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"{decorators}{kind} {node.name}({ast.unparse(node.args)}){returns}"

@@ -13,7 +13,7 @@ PROMISES = [line for line in TEXT.splitlines() if line.startswith("| ") and not 
 
 
 @functools.cache
-def tests(path: str) -> frozenset[str]:
+def names_in(path: str) -> frozenset[str]:
     """Return the tests of a module, those of a class as `TestClass::test_name`."""
     body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
     classes = [each for each in body if isinstance(each, ast.ClassDef)]
@@ -30,4 +30,4 @@ def test_each_promise_names_existing_tests() -> None:
     for promise in PROMISES:
         named = re.findall(r"`([\w/]+\.py)::((?:Test\w+::)?test_\w+)`", promise)
         assert named, promise
-        assert not [(path, name) for path, name in named if name not in tests(path)]
+        assert not [(path, name) for path, name in named if name not in names_in(path)]

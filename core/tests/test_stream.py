@@ -376,12 +376,17 @@ class TestAsyncStream:
 
     def test_two_tasks_open_it_once(self) -> None:
         async def main() -> None:
-            echo = Echo(["one", "two"])
+            pause = Pause()
+            echo = Echo([[pause, Chunk(text="one"), END], "not asked"])
             async with graftage.connect_async(echo, model=MODEL) as llm:
                 stream = llm.chat("x", stream=True)
-                first, second = await asyncio.gather(iterated(stream), iterated(stream), return_exceptions=True)
-            assert first == ["one", ""]
-            assert isinstance(second, RuntimeError)
+                first = asyncio.create_task(iterated(stream))
+                while not pause.reached.is_set():
+                    await asyncio.sleep(0)
+                with pytest.raises(RuntimeError, match="another task is opening it"):
+                    await stream
+                pause.release()
+                assert await first == ["one", ""]
             assert len(echo.requests) == 1
 
         asyncio.run(main())

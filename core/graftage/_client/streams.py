@@ -138,29 +138,34 @@ class AsyncStream:
     def __await__(self) -> Generator[Any, None, Self]:
         return self.__aenter__().__await__()
 
-    async def _open(self) -> Run:
-        import asyncio
+    async def __aenter__(self) -> Self:
+        if self._run is None:
+            import asyncio
 
-        # Taken away first: two tasks that both open it must not send the request twice.
-        begin, self._begin = self._begin, None
-        if begin is None:
-            raise RuntimeError("the stream is closed, or another task is opening it")
-        try:
-            self._run, self._first = await begin()
-        except GraftageError as error:
-            raise_translated(error, self._translate)
-        self._loop = asyncio.get_running_loop()
-        return self._run
+            # Taken away first: two tasks that both open it must not send the request twice.
+            begin, self._begin = self._begin, None
+            if begin is None:
+                raise RuntimeError("the stream is closed, or another task is opening it")
+            try:
+                self._run, self._first = await begin()
+            except GraftageError as error:
+                raise_translated(error, self._translate)
+            self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
     async def __anext__(self) -> Chunk:
-        run = self._run or await self._open()
+        if self._run is None:
+            await self.__aenter__()
         chunk, self._first = self._first, None
-        if chunk is None:
+        if chunk is None and self._run is not None:
             try:
-                chunk = await run.pull()
+                chunk = await self._run.pull()
             except GraftageError as error:
                 raise_translated(error, self._translate)
         if chunk is None:
@@ -174,14 +179,6 @@ class AsyncStream:
             await self._run.give_up()
 
     close = aclose
-
-    async def __aenter__(self) -> Self:
-        if self._run is None:
-            await self._open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     def __del__(self) -> None:
         # A `break` in a loop drops the stream: its work must end, and its slot must not stay taken.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from graftage.footprint import Footprint, Shape, footprint
 from graftage.settings import PluginSettings
+
+if TYPE_CHECKING:
+    from graftage.footprint import Footprint, Shape
 
 __all__ = ["M4Settings"]
 
@@ -44,6 +46,8 @@ class M4Settings(PluginSettings):
 
     def footprint(self, shape: Shape, window: int, slots: int | None = None) -> Footprint:
         """Estimate what a model takes with a window, in the server that these settings describe."""
+        from graftage.footprint import footprint  # Not on a machine without limits.
+
         return footprint(
             shape,
             window,
