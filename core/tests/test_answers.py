@@ -1,4 +1,4 @@
-"""What servers and models answer: read strictly where it matters, and leniently where nobody needs it."""
+"""Responses of servers and models: read strictly where it matters, leniently elsewhere."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class TestToolCalls:
 
 
 ENDS: list[tuple[Any, bool, int, str]] = [
-    # The server's word, whether tools are called, tokens of 10 that were allowed, what it means
+    # The server's word, whether tools are called, tokens of the 10 allowed, the meaning
     ("stop", False, 10, "stop"),
     ("STOP", False, 5, "stop"),
     ("eos", False, 5, "stop"),
@@ -253,7 +253,7 @@ CUTS: dict[str, tuple[list[str], int | None, int | None, bool]] = {
     "a count of 0": ([PROSE], 256, 0, True),
     "it fits": ([PROSE], 2048, 621, False),
     "it fits, and was cached": (["word " * 100], 2048, 3, False),
-    "it fits, and there is no count": ([PROSE], 2048, None, False),
+    "it fits, without a count": ([PROSE], 2048, None, False),
     "a line of dashes": (["-" * 5000], 2048, 99, False),
     "a line of equals signs": (["=" * 5000], 2048, 99, False),
     "spaces": ([" " * 5000], 2048, 98, False),
@@ -271,7 +271,7 @@ CUTS: dict[str, tuple[list[str], int | None, int | None, bool]] = {
 
 
 SUMS: dict[str, tuple[list[str], int, bool]] = {
-    # Of several inputs the server tells the sum, and each has the window of 256.
+    # The server counts several inputs together, and each has a window of 256.
     "all fit": (["word " * 100] * 5, 505, False),
     "one does not": ([PROSE, "Hi"], 257, True),
     "none does": ([PROSE, PROSE], 512, True),
@@ -280,7 +280,7 @@ SUMS: dict[str, tuple[list[str], int, bool]] = {
 
 
 class Short:
-    """A provider whose server reads 256 tokens of everything, and takes no window."""
+    """A provider whose server reads 256 tokens of every prompt, and accepts no window."""
 
     class Connection:
         def __init__(self, parameters: frozenset[str] | None) -> None:
@@ -316,7 +316,7 @@ class TestCutPrompt:
         self, texts: Any, window: int | None, read: int | None, cut: bool, kind: str
     ) -> None:
         if kind == "inputs" and window is None and read == 4096:
-            cut = False  # Texts that are cut into pieces before they are embedded have a round number of tokens, too.
+            cut = False  # Texts that are split before they are embedded have a round number of tokens, too.
         of = {"messages": [SimpleNamespace(content=each) for each in texts], "prompt": texts[0], "inputs": tuple(texts)}
         found = cut_warning(SimpleNamespace(context_window=window, truncate=True, **{kind: of[kind]}), read)  # type: ignore[arg-type]
         assert bool(found) == cut
@@ -355,8 +355,8 @@ class TestCutPrompt:
 
 
 def test_ignored_dimensions_are_warned_of(both: Any) -> None:
-    (mine, told) = both.connect(Short(), model=MODEL).embed("x", dimensions=3).warnings
-    assert (mine, "`dimensions` had no effect: the vectors have 2 numbers" in told) == ("mine", True)
+    (mine, other) = both.connect(Short(), model=MODEL).embed("x", dimensions=3).warnings
+    assert (mine, "`dimensions` had no effect: the vectors have 2 numbers" in other) == ("mine", True)
 
 
 class Point(BaseModel):
@@ -402,7 +402,7 @@ UNCERTAIN = {
 
 
 class TestFoundJson:
-    """JSON that came in another way than was asked for."""
+    """JSON that the model wrapped in other text."""
 
     @pytest.mark.parametrize("given", [Point, {"type": "object"}, "json"], ids=["model", "schema", "json"])
     @pytest.mark.parametrize("way", WAYS)
@@ -449,11 +449,11 @@ class TestFoundJson:
 
 
 class OwnError(Exception):
-    """The host's."""
+    """An error of the host."""
 
 
 class Own(BaseModel):
-    """A model whose validator raises what the test says."""
+    """A model whose validator raises the error that its input names."""
 
     a: str
 
@@ -465,7 +465,7 @@ class Own(BaseModel):
 
 
 class Reader(BaseModel):
-    """A model that reads by itself."""
+    """A model with its own reader."""
 
     @classmethod
     def model_validate_json(cls, *_: Any, **__: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What callers give: all of it is read and checked before anything is sent, and a bad call changes nothing."""
+"""Arguments of callers: all are checked before anything is sent, and a bad call changes nothing."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from graftage.types import Image, Message, Reply, Tool, ToolCall
 
 MODEL = "echo:latest"
 HALF = "\ud800"
-"""Half of a surrogate pair: no UTF-8 has it."""
+"""Half of a surrogate pair, which UTF-8 cannot encode."""
 Act: TypeAlias = Callable[[Any], Any]
 
 
 def refusal(both: Any, act: Act) -> RequestRejected:
-    """How a call is refused; nothing is sent, and the next call works as if it had not been."""
+    """Return how a call is refused; nothing is sent, and the next call works."""
     echo = Echo()
     llm = both.connect(echo, model=MODEL)
     with pytest.raises(RequestRejected) as caught:
@@ -77,11 +77,11 @@ PNG = base64.b64decode(
 )
 BASE64 = base64.b64encode(PNG).decode()
 JPEG = b"\xff\xd8\xff\xe0" + PNG
-"""Its base64 begins as a path does."""
+"""Its base64 starts like a path."""
 
 
 class Text(str):
-    """A text that says it is a path, too."""
+    """A text that is also path-like."""
 
     __slots__ = ()
 
@@ -120,13 +120,13 @@ NO_PICTURES: dict[str, str] = {
     "a file's address": "file:///etc/passwd",
     "an address": "https://example.org/cat.png",
     "an address in capitals": " HTTP://EXAMPLE.ORG/CAT",
-    "base64 of a text": base64.b64encode(b"a text of somebody").decode(),
+    "base64 of a text": base64.b64encode(b"a text of a user").decode(),
     "base64 that is cut": BASE64[:41],
     "a URI of a text": f"data:text/plain;base64,{BASE64}",
     "a URI without a type": f"data:;base64,{BASE64}",
     "a URI without data": "data:image/gif;base64,",
     "a URI without a comma": "data:image/gif;base64",
-    "a URI that is no base64": "data:image/png;base64,a cat!",
+    "a URI that is not base64": "data:image/png;base64,a cat!",
     "a URI with half of a pair": f"data:image/png;base64,{HALF}",
 }
 
@@ -147,7 +147,7 @@ WAYS = [in_mapping, in_message, in_history]
 
 
 def picture(both: Any, messages: Any, **arguments: Any) -> Image:
-    """The picture that reaches the provider."""
+    """Return the picture that reaches the provider."""
     echo = Echo()
     both.connect(echo, model=MODEL).chat(messages, **arguments)
     (found,) = echo.requests[-1].messages[0].images
@@ -333,7 +333,7 @@ NO_JSON = {
     "a set": {1},
     "an object": object(),
     "bytes": b"x",
-    "a key that is no text": {1: 2},
+    "a key that is not text": {1: 2},
     "a circle": CIRCLE,
     "too many levels": nested(5000),
     "one level too many": nested(DEEPEST),
@@ -372,9 +372,6 @@ class TestJsonData:
         assert echo.requests[0].format == {"type": "object", "required": []}
 
 
-# --- Tools -----------------------------------------------------------------------------------------------------------
-
-
 class Opaque:
     pass
 
@@ -406,7 +403,7 @@ class WithNan(BaseModel):
 
 
 def takes_object(thing: Opaque) -> None:
-    """Take something that no schema describes."""
+    """Take an argument without a schema."""
 
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -439,7 +436,7 @@ NO_TOOLS: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt description": ({"name": "f", "descripton": "d"}, "`description`"),
     "a schema under another word": ({**PLAIN, "json": SCHEMA}, "parameters"),
     "a schema without its key": ({**PLAIN, **SCHEMA}, "parameters"),
-    "a key that is no text": ({**PLAIN, 5: SCHEMA}, "parameters"),  # type: ignore[dict-item]
+    "a key that is not text": ({**PLAIN, 5: SCHEMA}, "parameters"),  # type: ignore[dict-item]
     "a misspelt schema in OpenAI's": ({"function": {**PLAIN, "params": SCHEMA}}, "parameters"),
     "a schema beside OpenAI's": ({"function": PLAIN, "parameters": SCHEMA}, "function"),
     "a description beside OpenAI's": ({"function": {"name": "f"}, "description": "d"}, "function"),
@@ -447,7 +444,7 @@ NO_TOOLS: dict[str, tuple[dict[str, Any], str]] = {
     "a schema and an empty one": ({**PLAIN, "parameters": {}, "input_schema": SCHEMA}, "`input_schema`"),
     "a list for a schema": ({**PLAIN, "parameters": []}, "JSON schema"),
     "a text for a schema": ({**PLAIN, "inputSchema": "{}"}, "JSON schema"),
-    "a description that is no text": ({"name": "f", "description": ["d"]}, "text"),
+    "a description that is not text": ({"name": "f", "description": ["d"]}, "text"),
 }
 
 
@@ -463,9 +460,9 @@ class Child(Parent):
     city: str
 
 
-class Told(Parent):
+class Described(Parent):
     """
-    Tell the weather.
+    Show the weather.
 
     In any city.
     """
@@ -479,8 +476,8 @@ class BareData:
 
 
 @dataclasses.dataclass
-class ToldData:
-    """Tell the weather."""
+class DescribedData:
+    """Show the weather."""
 
     city: str
 
@@ -489,27 +486,27 @@ class BareKeys(typing.TypedDict):
     city: str
 
 
-class ToldKeys(BareKeys):
-    """Tell the weather."""
+class DescribedKeys(BareKeys):
+    """Show the weather."""
 
     day: typing.NotRequired[Annotated[int, Field(ge=1)]]
 
 
 class Station:
-    """Where the weather is told."""
+    """A weather station."""
 
-    def tell(self, city: str) -> str:
-        """Tell the weather."""
+    def show(self, city: str) -> str:
+        """Show the weather."""
         return city
 
     @classmethod
-    def tell_all(cls, city: str) -> str:
-        """Tell the weather."""
+    def show_all(cls, city: str) -> str:
+        """Show the weather."""
         return city
 
 
 class OtherStation(Station):
-    def tell(self, city: str) -> str:
+    def show(self, city: str) -> str:
         return city
 
 
@@ -517,8 +514,8 @@ def bare(city: str) -> str:
     return city
 
 
-def told(city: str) -> str:
-    """Tell the weather.
+def described(city: str) -> str:
+    """Show the weather.
 
     Args:
         city: where.
@@ -527,34 +524,34 @@ def told(city: str) -> str:
 
 
 def named(function: Any, **more: Any) -> Any:
-    """A partial function that has a name, as `functools.wraps` would give it."""
+    """Return a partial function with a name, as `functools.wraps` would give it."""
     made = functools.partial(function)
     made.__name__ = "named"  # type: ignore[attr-defined]
     vars(made).update(more)
     return made
 
 
-WEATHER = "Tell the weather."
+WEATHER = "Show the weather."
 DOCSTRINGS: dict[str, tuple[Any, str]] = {
     "a model": (Bare, ""),
     "a model with a parent": (Child, ""),
-    "a model with its own": (Told, "Tell the weather.\n\nIn any city."),
+    "a model with its own": (Described, "Show the weather.\n\nIn any city."),
     "a dataclass": (BareData, ""),
-    "a dataclass with its own": (ToldData, WEATHER),
+    "a dataclass with its own": (DescribedData, WEATHER),
     "a TypedDict": (BareKeys, ""),
-    "a TypedDict with its own": (ToldKeys, WEATHER),
+    "a TypedDict with its own": (DescribedKeys, WEATHER),
     "a function": (bare, ""),
-    "a function with its own": (told, WEATHER),
-    "a method": (Station().tell, WEATHER),
-    "a method without its parent's": (OtherStation().tell, ""),
-    "a method of a class": (Station.tell_all, WEATHER),
+    "a function with its own": (described, WEATHER),
+    "a method": (Station().show, WEATHER),
+    "a method without its parent's": (OtherStation().show, ""),
+    "a method of a class": (Station.show_all, WEATHER),
     "a partial function": (named(bare), ""),
     "a partial function with its own": (named(bare, __doc__=WEATHER), WEATHER),
 }
 
 
 def long(city: str, day: int, hour: int = 0) -> str:
-    """Tell the weather.
+    """Show the weather.
 
     Args:
         city (str): where it is: a name,
@@ -629,20 +626,18 @@ class TestTools:
         assert caught.value.hint
 
     @pytest.mark.parametrize("kind", ["web_search_20250305", "web_search_preview", "mcp", "computer_use", 5])
-    def test_that_runs_elsewhere_is_refused(self, kind: Any) -> None:
+    def test_tool_that_runs_elsewhere_is_refused(self, kind: Any) -> None:
         for given in ({**PLAIN, "type": kind}, {"type": kind, "function": PLAIN}):
             with pytest.raises(RequestRejected, match="runs on a server") as caught:
                 read_tools([given])
             assert "`function`" in str(caught.value.hint)
 
 
-# --- Formats ---------------------------------------------------------------------------------------------------------
-
 FORMATS: dict[str, tuple[Any, str, Any]] = {
     "a model": (Bare, '{"city": "Ulm"}', Bare(city="Ulm")),
     "a dataclass": (BareData, '{"city": "Ulm"}', BareData(city="Ulm")),
     "a TypedDict": (BareKeys, '{"city": "Ulm"}', {"city": "Ulm"}),
-    "a TypedDict with what may be missing": (ToldKeys, '{"city": "Ulm"}', {"city": "Ulm"}),
+    "a TypedDict with what may be missing": (DescribedKeys, '{"city": "Ulm"}', {"city": "Ulm"}),
     "a NamedTuple": (Pair, '["Ulm", 2]', Pair("Ulm", 2)),
     "a list": (list[Bare], '[{"city": "Ulm"}]', [Bare(city="Ulm")]),
     "a dictionary": (dict[str, int], '{"a": 1}', {"a": 1}),
@@ -716,10 +711,10 @@ class TestFormats:
             both.connect(Echo(['["Ulm"]']), model=MODEL).chat("x", format=list[Bare])
 
     def test_typed_dict_keeps_its_descriptions(self) -> None:
-        schema: Any = read_format(ToldKeys)[0]
+        schema: Any = read_format(DescribedKeys)[0]
         assert schema["required"] == ["city"]
         assert schema["properties"]["day"]["minimum"] == 1
-        assert schema["title"] == "ToldKeys"
+        assert schema["title"] == "DescribedKeys"
 
     @pytest.mark.parametrize(("given", "sent"), WRAPPED.values(), ids=WRAPPED)
     def test_other_clients_formats_are_unwrapped(self, given: Any, sent: Any) -> None:
@@ -733,8 +728,6 @@ class TestFormats:
         assert "http" not in str(error)
         assert "schema" in str(error.hint)
 
-
-# --- Messages in the form of other clients ---------------------------------------------------------------------------
 
 URI = f"data:image/png;base64,{BASE64}"
 ONE_PIXEL = Image(data=PNG, media_type="image/png")
@@ -763,7 +756,7 @@ def result(content: str = "", **keys: Any) -> Message:
 
 
 class Part(BaseModel):
-    """As the parts of OpenAI's and Anthropic's packages."""
+    """A part like those of OpenAI's and Anthropic's packages."""
 
     type: str = "text"
     text: str = "hi"
@@ -775,7 +768,7 @@ MESSAGES: dict[str, tuple[Any, tuple[Message, ...]]] = {
     "two text parts": (user({"type": "text", "text": "a"}, {"type": "text", "text": "b"}), seen((), "a\nb")),
     "a part of the other API": (user({"type": "input_text", "text": "hi"}), seen((), "hi")),
     "a text among parts": (user("hi"), seen((), "hi")),
-    "a part with what nobody reads": (
+    "a part with unused keys": (
         user({"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}),
         seen((), "hi"),
     ),
@@ -872,7 +865,7 @@ NO_MESSAGES: dict[str, tuple[Any, str]] = {
     "thinking that is hidden": (assistant(content=[{"type": "redacted_thinking", "data": "canary"}]), "redacted"),
     "an unknown part": (user({"type": "canary" * 20}), "of the type"),
     "a part without a type": (user({"text": "canary"}), "without a type"),
-    "a part whose type is no text": (user({"type": ["text"], "text": "canary"}), "without a type"),
+    "a part whose type is not text": (user({"type": ["text"], "text": "canary"}), "without a type"),
     "data in place of parts": ({"role": "tool", "content": {"temperature": "canary"}}, "without a type"),
     "a number among parts": (user(5), "without a type"),
     "bytes among parts": (user(b"canary"), "without a type"),
@@ -885,7 +878,7 @@ NO_MESSAGES: dict[str, tuple[Any, str]] = {
         "address",
     ),
     "a picture of a path": (user({"type": "image_url", "image_url": {"url": "/etc/passwd"}}), "base64"),
-    "a picture that is none": (user({"type": "image", "data": "canary", "mimeType": "text/plain"}), "URI"),
+    "data that is not a picture": (user({"type": "image", "data": "canary", "mimeType": "text/plain"}), "URI"),
     "a result of nothing": (user({"type": "tool_result", "content": "canary"}), "`tool_use_id`"),
     "a result in a result": (
         user({"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "tool_result", "content": "canary"}]}),
@@ -899,9 +892,9 @@ NO_MESSAGES: dict[str, tuple[Any, str]] = {
     "a number for a content": ({"role": "user", "content": 5}, "`content`"),
     "bytes for a content": ({"role": "user", "content": b"canary"}, "`content`"),
     "sound beside the text": (assistant(audio={"id": "canary"}), "`audio`"),
-    "a name that is no text": ({"role": "user", "content": "x", "name": 5}, "`name`"),
+    "a name that is not text": ({"role": "user", "content": "x", "name": 5}, "`name`"),
     "an unknown role": ({"role": "human", "content": "canary"}, "human"),
-    "a role that is no text": ({"role": ["user"], "content": "canary"}, "role"),
+    "a role that is not text": ({"role": ["user"], "content": "canary"}, "role"),
 }
 
 
@@ -926,8 +919,6 @@ class TestForeignMessages:
         assert "canary" * 8 not in f"{error} {error.__cause__} {error.__context__}"
         assert "canary" not in f"{error.message.replace('canary' * 6, '')} {error.__cause__} {error.__context__}"
 
-
-# --- Calls of tools in earlier messages ------------------------------------------------------------------------------
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "an object": ({"arguments": {"a": 1}}, {"a": 1}),
@@ -961,7 +952,7 @@ NO_ARGUMENTS = [
 
 
 def made(body: dict[str, Any]) -> list[Any]:
-    """A conversation in which the model has called the tool `f`, in OpenAI's form and in ours."""
+    """A conversation with a call of the tool `f`, in OpenAI's form and in ours."""
     return [
         {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", **body}}]},
         {"role": "assistant", "tool_calls": [{"id": "1", "name": "f", **body}]},
@@ -995,9 +986,6 @@ class TestEarlierCalls:
         call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": "{}", "index": 0}, "extra_content": {}}
         both.connect(echo, model=MODEL).chat({"role": "assistant", "tool_calls": [call]})
         assert echo.requests[0].messages[0].tool_calls == (ToolCall(name="f", arguments={}, id="1"),)
-
-
-# --- What the caller's own code raises -------------------------------------------------------------------------------
 
 
 def breaking() -> Iterator[str]:
@@ -1090,16 +1078,13 @@ class TestSwitchesAndNames:
             llm.use_adapter("poet", force="no")
 
 
-# --- Every argument on every path ------------------------------------------------------------------------------------
-
-
 async def awaited(_: Any) -> None:
-    """A function that nobody would await."""
+    """An async function, which would not be awaited."""
 
 
 class AwaitedObject:
     async def __call__(self, _: Any) -> None:
-        """Nor this."""
+        """An async method, which would not be awaited either."""
 
 
 WRONG_ARGUMENTS: dict[str, list[Any]] = {

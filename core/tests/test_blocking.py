@@ -1,4 +1,4 @@
-"""Providers whose plain hooks block and keep no time: no call waits for them past its limits, and no process either."""
+"""Plain hooks that block: neither a call nor a process waits for them past its limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORT = Timeouts(connect=0.1, first_token=0.1, idle=0.1, total=30)
 
 
 class Deaf:
-    """Gives some chunks, then waits for a gate, whatever the limits of the call say."""
+    """Gives some chunks, then waits for a gate beyond the limits of the call."""
 
     name = "deaf"
 
@@ -109,7 +109,7 @@ class TestLimits:
 
 
 class TestStreams:
-    """A thread goes through the iterator from its start to its end."""
+    """One thread reads the iterator from start to end."""
 
     def test_reading_thread_also_closes(self, both: Any, deaf: Deaf) -> None:
         deaf.before = 3

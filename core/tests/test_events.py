@@ -1,4 +1,4 @@
-"""Events, logs and counters: what is told, in which order, and what never is."""
+"""Events, logs and counters: their content and order, and what must never be in them."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ class TestOrder:
         with pytest.raises(ProviderError) as caught:
             llm.chat("x")
         assert watcher.kinds() == kinds
-        told = watcher.last("error").error
-        assert (type(told), str(told), told.partial) == (
+        error = watcher.last("error").error
+        assert (type(error), str(error), error.partial) == (
             type(caught.value),
             str(caught.value),
             None,
@@ -183,20 +183,26 @@ class TestRetries:
         assert caught.value.attempts == 3
 
     def test_emitted_event_carries_its_calls_facts(self, both: Any, watcher: Any) -> None:
-        def tell(request: Any) -> str:
+        def retry(request: Any) -> str:
             request.call.emit("retry", attempt=1, delay=0.5, error=ConnectionFailed("gone"))
             return "done"
 
-        llm = both.connect(Echo([tell]), model=MODEL, plugins=[watcher])
+        llm = both.connect(Echo([retry]), model=MODEL, plugins=[watcher])
         llm.chat("x")
-        told = watcher.last("retry")
-        assert (told.provider, told.model, told.operation, told.attempt, told.delay) == ("echo", MODEL, "chat", 1, 0.5)
+        event = watcher.last("retry")
+        assert (event.provider, event.model, event.operation, event.attempt, event.delay) == (
+            "echo",
+            MODEL,
+            "chat",
+            1,
+            0.5,
+        )
         assert llm.stats().retries == 1
 
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What a host's loguru sink gets, at the lowest level, after `enable_logging`."""
+    """What the host's loguru sink receives at the lowest level, after `enable_logging`."""
     from loguru import logger
 
     monkeypatch.setattr(engine_events, "_enabled", False)
@@ -209,7 +215,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
 
 
 def quiet(code: str) -> subprocess.CompletedProcess[str]:
-    """What a fresh Python prints for some code."""
+    """Run code in a fresh Python."""
     head = "import sys, graftage\nfrom graftage.exceptions import *\nfrom graftage.testing import Echo\n"
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", head + code], capture_output=True, text=True, timeout=60, check=True
@@ -239,12 +245,12 @@ class TestLogs:
         assert all(f"'model': '{MODEL}'" in line and "'call_id': '" in line for line in lines)
 
     def test_failure_is_error_and_retry_is_warning(self, both: Any, logged: io.StringIO) -> None:
-        def tell(request: Any) -> Any:
+        def fail(request: Any) -> Any:
             request.call.emit("retry", attempt=1, delay=0.5, error=ConnectionFailed("gone"))
             raise InferenceFailed("It fell over.")
 
         with pytest.raises(InferenceFailed):
-            both.connect(Echo([tell]), model=MODEL).chat("x")
+            both.connect(Echo([fail]), model=MODEL).chat("x")
         log = logged.getvalue()
         assert f"WARNING chat echo:{MODEL}: attempt 1 failed, next in 0.5 s: ConnectionFailed: gone" in log
         assert f"ERROR chat echo:{MODEL}: InferenceFailed: It fell over." in log
@@ -280,7 +286,7 @@ class TestLogs:
 
 
 class Stuck:
-    """An observer that hangs at its first event until it is let go, and then remembers."""
+    """An observer that hangs at its first event until it is released, then records."""
 
     name = "stuck"
 
@@ -304,7 +310,7 @@ def stuck() -> Iterator[Stuck]:
 
 
 class Slow:
-    """An observer that takes its time, and counts what it has seen of each call."""
+    """A slow observer that records the events of each call."""
 
     name = "slow"
 
@@ -321,7 +327,7 @@ SPAN: ContextVar[str] = ContextVar("span", default="none")
 
 
 class Spans:
-    """Notes whose call it is, and keeps something of its own from a call's first event to its last."""
+    """Records the caller's context variable, and keeps its own from a call's first event to its last."""
 
     name = "spans"
 
@@ -448,7 +454,7 @@ class TestObserverThread:
         stream = llm.chat("x", stream=True)
         llm.close()
         list(stream)
-        assert llm.stats().events_dropped == len(WHOLE) - 1, "the first one is being told"
+        assert llm.stats().events_dropped == len(WHOLE) - 1, "the first one is being delivered"
 
     def test_events_keep_order_and_context(self, both: Any) -> None:
         spans = Spans()
@@ -507,7 +513,7 @@ def stream_that_is_cut(llm: Any) -> None:
     list(llm.chat(PROMPT, stream=True))
 
 
-NEVER_TOLD: dict[str, tuple[Any, Callable[[Any], None], type[Exception] | None]] = {
+HIDDEN: dict[str, tuple[Any, Callable[[Any], None], type[Exception] | None]] = {
     "an answer": (ANSWER, chat_that_works, None),
     "a completion": (ANSWER, prompt_in("generate"), None),
     "vectors": (ANSWER, prompt_in("embed"), None),
@@ -528,23 +534,23 @@ NEVER_TOLD: dict[str, tuple[Any, Callable[[Any], None], type[Exception] | None]]
 
 
 class TestNoPromptLeaks:
-    @pytest.mark.parametrize("case", NEVER_TOLD)
+    @pytest.mark.parametrize("case", HIDDEN)
     def test_events_logs_and_errors(self, both: Any, watcher: Any, logged: io.StringIO, case: str) -> None:
-        script, act, error = NEVER_TOLD[case]
+        script, act, error = HIDDEN[case]
         llm = both.connect(Echo([script]), model=MODEL, plugins=[watcher])
-        told = [logged.getvalue()]
+        seen = [logged.getvalue()]
         if error is None:
             act(llm)
         else:
             with pytest.raises(error) as caught:
                 act(llm)
             assert isinstance(caught.value, GraftageError)
-            told += [str(caught.value), repr(caught.value), repr(caught.value.to_dict()), repr(caught.value.args)]
-        told += [repr(event) for event in watcher.events]
-        told += [str(event.error) for event in watcher.events]
-        told.append(logged.getvalue())
+            seen += [str(caught.value), repr(caught.value), repr(caught.value.to_dict()), repr(caught.value.args)]
+        seen += [repr(event) for event in watcher.events]
+        seen += [str(event.error) for event in watcher.events]
+        seen.append(logged.getvalue())
         assert len(watcher.events) >= 2
-        for text in told:
+        for text in seen:
             assert PROMPT not in text
             assert PROMPT.replace("-", "_") not in text
             assert ANSWER not in text
@@ -584,7 +590,7 @@ class TestNoPromptLeaks:
 
 
 def secrets(llm: Any) -> str:
-    """Everything that a client shows of itself."""
+    """Return everything that a client shows of itself."""
     settings = llm.settings
     return "\n".join([repr(llm), repr(settings), str(settings), repr(llm.origins), llm.address, repr(llm.stats())])
 
@@ -592,7 +598,7 @@ def secrets(llm: Any) -> str:
 def test_retry_event_has_delay_and_error() -> None:
     from graftage.calls import Call
 
-    told: list[tuple[str, dict[str, Any]]] = []
+    seen: list[tuple[str, dict[str, Any]]] = []
     failures = [ConnectionFailed("gone")]
 
     async def once() -> str:
@@ -600,8 +606,8 @@ def test_retry_event_has_delay_and_error() -> None:
             raise failures.pop()
         return "fine"
 
-    assert drive(retry_call(once, Call(emit=lambda kind, **facts: told.append((kind, facts))))) == "fine"
-    ((kind, facts),) = [each for each in told if each[0] == "retry"]
+    assert drive(retry_call(once, Call(emit=lambda kind, **facts: seen.append((kind, facts))))) == "fine"
+    ((kind, facts),) = [each for each in seen if each[0] == "retry"]
     assert (kind, facts["attempt"]) == ("retry", 1)
     assert isinstance(facts["error"], ConnectionFailed)
     assert facts["delay"] >= 0
@@ -634,9 +640,9 @@ class TestNoSecretLeaks:
             sent = fake.requests[-1].headers
         assert (sent["authorization"], sent["x-other"]) == (f"Bearer {KEY}", f"{KEY}-2")
         error = caught.value
-        told = [str(error), repr(error), repr(vars(error)), *traceback.format_exception(error), secrets(llm)]
-        told += [repr(event) for event in watcher.events] + [logged.getvalue()]
-        assert KEY not in "\n".join(told)
+        seen = [str(error), repr(error), repr(vars(error)), *traceback.format_exception(error), secrets(llm)]
+        seen += [repr(event) for event in watcher.events] + [logged.getvalue()]
+        assert KEY not in "\n".join(seen)
         assert KEY.encode() not in pickle.dumps(error)
 
     def test_password_in_a_refused_address(self, both: Any, logged: io.StringIO) -> None:
@@ -674,11 +680,11 @@ class TestNoSecretLeaks:
         llm = both.connect(echo, model=MODEL, plugins=[watcher], api_key=KEY)
         assert KEY not in repr(llm.health().error)
         with FakeOllama() as fake:
-            told = both.connect("ollama:smollm2:135m", host=fake.url, plugins=[watcher], api_key=KEY, attempts=2)
-            words = "x" * 480 + KEY  # A server's words are cut to a length, and the key must not survive in part.
+            retrying = both.connect("ollama:smollm2:135m", host=fake.url, plugins=[watcher], api_key=KEY, attempts=2)
+            words = "x" * 480 + KEY  # A server's text is cut to a length: no part of the key may remain.
             fake.script("/api/chat", Answer([{"error": words}], status=503), Answer([{"error": words}], status=503))
             with pytest.raises(ProviderError) as caught:
-                told.chat("x")
+                retrying.chat("x")
         assert watcher.last("retry").error is not None
         seen = [repr(event.error) + str(getattr(event.error, "details", "")) for event in watcher.events if event.error]
         assert not [text for text in (*seen, repr(caught.value), str(caught.value.details)) if KEY[:8] in text]

@@ -1,4 +1,4 @@
-"""Errors: they travel, they hold no secrets, and they end with the way out."""
+"""Errors: they can be copied and pickled, hold no secrets, and end with the way out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CLASSES: list[type[GraftageError]] = [getattr(exceptions, name) for name in exce
 
 
 def full(kind: type[GraftageError]) -> GraftageError:
-    """An error that has something in every attribute."""
+    """Return an error with a value in every attribute."""
     given: dict[str, Any] = {"hint": "Do this."}
     if issubclass(kind, ProviderError):
         given |= {"provider": "p", "model": "m", "operation": "chat", "status": 500, "retryable": True}
@@ -145,18 +145,15 @@ class TestTravel:
 
 
 class TooGreen(ProviderError):
-    """An error of a plugin, with an attribute of its own."""
+    """An error of a plugin, with its own attribute."""
 
     def __init__(self, message: str, *, shade: str, **attributes: Any) -> None:
         super().__init__(message, **attributes)
         self.shade = shade
 
 
-# --- The way out -----------------------------------------------------------------------------------------------------
-
-
 class Policy:
-    """Fails, or limits."""
+    """A policy that fails or returns limits."""
 
     name = "policy"
 

@@ -1,4 +1,4 @@
-"""The footprint of a model: against what servers printed, and against what one was measured to hold."""
+"""The footprint of a model, compared with what servers printed and with measured memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOW, HIGH = -0.05, 0.25
 
 
 def show(line: str) -> None:
-    """Tell it to whoever runs `pytest -s`."""
+    """Print a line for `pytest -s`."""
     sys.stdout.write(f"{line}\n")
 
 
@@ -42,7 +42,7 @@ def model(  # noqa: PLR0917 - the columns of a table
     features: frozenset[str] | None = None,
     **more: Any,
 ) -> ModelInfo:
-    """A model as its provider tells it; `more` are further keys, with `__` for the dot."""
+    """Return a model as its provider describes it; `more` are further keys, with `__` for the dot."""
     keys = {
         "block_count": layers,
         "attention.head_count": heads,
@@ -106,7 +106,7 @@ PUBLISHED: list[tuple[str, Shape, int, int, bool, float, str]] = [
         32_768, 1, False, 8.1 * GIB / 1e9, "log of an M4 with 32 GB",
     ),
 ]  # fmt: skip
-"""Name, shape by the published configuration, window, slots, flash attention, printed gigabytes, published where."""
+"""Name, shape by the published configuration, window, slots, flash attention, printed gigabytes, source."""
 
 
 class TestTotal:
@@ -114,7 +114,7 @@ class TestTotal:
     def test_meets_published_sizes(self, row: tuple[str, Shape, int, int, bool, float, str]) -> None:
         name, shape, window, slots, flash, printed, source = row
         ours = footprint(shape, window, slots=slots, flash_attention=flash)
-        # Ollama's planner up to 0.24 counts 457 to 512 MiB for the runner on a GPU; so the runner is counted here, too.
+        # Ollama's planner up to 0.24 counts 457 to 512 MiB for the runner on a GPU; so it is counted here, too.
         error = ours.total / (printed * 1e9) - 1
         figures = f"printed {printed:5.1f} GB, ours {ours.total / 1e9:5.1f} {error:+.1%}"
         show(f"{name:22} {window:7} x {slots} {figures}  {source}")
@@ -153,7 +153,7 @@ class TestTotal:
                 fits = [footprint(shape, window, slots=slots, flash_attention=False).counted for slots in (1, 2, 4)]
                 errors.append([ours / size - 1 for ours in fits])
         show(str(errors))
-        # The server does not tell its slots: one number of them must explain all five sizes.
+        # The server does not report its slots: one number must explain all five sizes.
         assert any(all(LOW <= error <= HIGH for error in column) for column in zip(*errors, strict=True))
 
 
@@ -250,7 +250,7 @@ FILES = {
         if (bits, kind) not in {(4, "L"), (5, "L")}
     },
 }
-"""Kinds of files that hold several types of tensors, by the type that most of them have."""
+"""Files with several types of tensors, by the most frequent type."""
 NEVER_A_FILE = {"Q3_K", "Q4_K", "Q5_K", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 
 
@@ -281,9 +281,9 @@ class TestBits:
 
 
 class TestOddFacts:
-    @pytest.mark.parametrize(("told", "trained"), [(8, None), (63, None), (64, 64), (8192, 8192)])
-    def test_tiny_window_is_odd(self, told: int, trained: int | None) -> None:
-        shape = shape_of(*LLAMA_8B, 4.9, context_length=told)
+    @pytest.mark.parametrize(("given", "trained"), [(8, None), (63, None), (64, 64), (8192, 8192)])
+    def test_tiny_window_is_odd(self, given: int, trained: int | None) -> None:
+        shape = shape_of(*LLAMA_8B, 4.9, context_length=given)
         assert (shape.trained_window, shape.odd) == (trained, () if trained else ("context_length",))
 
     def test_size_below_one_bit_is_odd(self) -> None:
@@ -322,12 +322,12 @@ class TestOddFacts:
     def test_impossible_size_is_unknown(self, facts: dict[str, Any]) -> None:
         assert read_shape(ModelInfo(name="x:1", **facts)) is None
         shape = read_shape(ModelInfo(name="x:1", **{"quantization": "Q8_0", **facts, "parameters": "8.0B"}))
-        assert (shape is None) == (facts.get("quantization") == 4), "a type that is no text has no size"
+        assert (shape is None) == (facts.get("quantization") == 4), "a type that is not text has no size"
         assert shape is None or shape.weights == pytest.approx(8e9 * 8.5008 / 8 * 1.25)
 
 
 def without(info: ModelInfo, key: str) -> Shape:
-    """The shape of a model whose file leaves a key out."""
+    """Return the shape of a model whose file lacks a key."""
     shape = read_shape(replace(info, metadata={name: info.metadata[name] for name in info.metadata if name != key}))
     assert shape is not None
     return shape
@@ -335,12 +335,12 @@ def without(info: ModelInfo, key: str) -> Shape:
 
 class TestMissingFacts:
     def test_missing_heads_are_bounded_by_size(self) -> None:
-        told = footprint(shape_of("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), 32_768).total
-        untold = read_shape(model("llama", 32, 32, None, 128, 4096, 128_256, 4.9))
-        assert untold is not None
-        assert untold.layers is None
-        assert "estimated from the file's size" in untold.notes[0]
-        assert told < footprint(untold, 32_768).total
+        known = footprint(shape_of("llama", 32, 32, 8, 128, 4096, 128_256, 4.9), 32_768).total
+        unknown = read_shape(model("llama", 32, 32, None, 128, 4096, 128_256, 4.9))
+        assert unknown is not None
+        assert unknown.layers is None
+        assert "estimated from the file's size" in unknown.notes[0]
+        assert known < footprint(unknown, 32_768).total
 
     def test_missing_size_is_estimated_from_parameters(self) -> None:
         info = ModelInfo(name="x:1", architecture="llama", parameters="8.03B", quantization="Q4_K_M")
@@ -397,8 +397,6 @@ class TestShape:
         assert by_tensors is not None
         assert by_tensors.active == pytest.approx(1 - 0.9 * (1 - 4 / 32))
 
-
-# --- For every model -------------------------------------------------------------------------------------------------
 
 LAYERS = st.builds(
     Layer,

@@ -1,4 +1,4 @@
-"""The reader of GGUF heads: what is sound is read, what is not is refused, in memory that its size pays for."""
+"""The reader of GGUF heads: valid files are read, others refused, in memory proportional to their size."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_overlapping_tensors_are_refused(path: Path) -> None:
 
 
 def test_blocks_match_ggml() -> None:
-    # The `gguf` package still gives Q8_1, which is never in a file, the 40 bytes that it had at first.
+    # Q8_1 is never in a file, and the `gguf` package still gives it its first size of 40 bytes.
     theirs = {kind.name: (kind.value, *block) for kind, block in GGML_QUANT_SIZES.items() if kind.name != "Q8_1"}
     ours = {kind: (TYPES[kind], *BLOCKS[kind]) for kind in theirs}
     assert ours == theirs

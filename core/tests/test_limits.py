@@ -1,4 +1,4 @@
-"""Limits: what policies answer is merged, clamped into the request, and held as slots until a call has ended."""
+"""Limits of policies: merged, applied to the request, and held as slots until the call ends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ END = Chunk(finish_reason="stop")
 
 
 class Policy:
-    """Answers as it is told, and remembers what it was asked."""
+    """Returns the given result, and records its queries."""
 
     def __init__(
         self, answer: Limits | Exception | Callable[[LimitsQuery], Limits | None] | None, name: str = "policy"
@@ -59,13 +59,13 @@ class Policy:
 
 
 def held(*, then: Any = "free") -> tuple[Echo, Pause]:
-    """A provider whose first answer is held, and then others."""
+    """Return a provider whose first reply is held; later ones are not."""
     pause = Pause()
     return Echo([[Chunk(text="a"), pause, END], then, then, then]), pause
 
 
 def until(truth: Callable[[], bool]) -> None:
-    """Wait for something another thread does."""
+    """Wait for another thread."""
     end = time.monotonic() + 5
     while not truth():
         assert time.monotonic() < end
@@ -318,7 +318,7 @@ class TestUnloading:
 
 
 def only_one(query: LimitsQuery) -> Limits:
-    """One model at a time: others must first be idle, and then go."""
+    """Allow one model at a time: wait until the others are idle, then unload them."""
     others = tuple(each.name for each in query.loaded_models() or () if each.name != query.model)
     return Limits(wait_for=others, unload=others)
 
@@ -370,7 +370,7 @@ class TestAdmission:
 
         def careful(query: LimitsQuery) -> Limits:
             busy = tuple(each for each in query.in_use() if each != query.model)
-            if busy:  # Its reader comes to the end just now.
+            if busy:  # Its stream ends at this moment.
                 pause.release()
                 list(streams.pop())
                 return Limits(wait_for=busy)
@@ -530,7 +530,7 @@ class TestSlots:
         how: dict[str, Any] = (
             {"concurrency": 2} if by == "setting" else {"plugins": [Policy(Limits(concurrent_requests=2))]}
         )
-        # Plain hooks, so that in both modes calls would really run at one time.
+        # Plain hooks, so that calls run at the same time in both modes.
         echo = PlainEcho([busy] * 12)
         llm = both.connect(echo, model=MODEL, **how)
         assert [reply.text for reply in both.together([lambda: llm.chat("x")] * 12)] == ["ok"] * 12
@@ -665,11 +665,8 @@ def test_model_facts_may_decide(both: Any) -> None:
     assert chats == [1024, None]
 
 
-# --- The gate --------------------------------------------------------------------------------------------------------
-
-
 class GateMachine(RuleBasedStateMachine):
-    """Callers come with limits of their own, are served, leave, or give up."""
+    """Callers arrive with their own limits, are served, leave, or give up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -678,7 +675,7 @@ class GateMachine(RuleBasedStateMachine):
         self.inside: list[Future[None]] = []
 
     def settle(self) -> None:
-        """Those whom the gate has let in; they must be the first of the line."""
+        """Move the callers that were let in; they must be the first of the line."""
         let_in = [granted for granted, _ in self.line if granted.done()]
         assert let_in == [granted for granted, _ in self.line[: len(let_in)]]
         self.line = self.line[len(let_in) :]
@@ -740,7 +737,7 @@ class GateMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         while self.inside or self.line:
             if not self.inside:
-                raise AssertionError("somebody was lost in the line")
+                raise AssertionError("a caller was lost in the line")
             self.inside.pop()
             self.gate.leave()
             self.settle()

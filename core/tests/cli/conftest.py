@@ -1,4 +1,4 @@
-"""The `graftage` command, run as its users run it: as a separate process, in pipes and in a real terminal."""
+"""The `graftage` command, run as users run it: as a program, in pipes and in a real terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def history(request):
 
 
 class Result(NamedTuple):
-    """What became of a command."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -100,7 +100,7 @@ def forks() -> Iterator[Forks | None]:
 
 @dataclass
 class Shell:
-    """Runs the command where nothing but the given provider, `fake`, is meant to be used."""
+    """Runs the command with only one provider, `fake`, in use."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Shell:
         requires: str = "graftage",
         summary: str = "",
     ) -> None:
-        """Put a distribution onto the path, with an entry point of that name for the module's `it`."""
+        """Install a distribution with an entry point for the module's `it`."""
         module = (distribution or f"graftage-{name}").replace("-", "_")
         (self.folder / f"{module}.py").write_text(HEAD + textwrap.dedent(source), encoding="utf-8")
         info = self.folder / f"{module}-1.0.dist-info"
@@ -131,15 +131,7 @@ class Shell:
         (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:it\n")
 
     def run(self, *arguments: str, text: str | bytes | None = None, **environment: str) -> Result:
-        """Run the command with `text` piped in, or with no input at all."""
-        data = text.encode() if isinstance(text, str) else text
-        # What Python itself reads at its start, no fork reads again.
-        needs_start = (
-            any(each.startswith("PYTHON") for each in environment) or (self.folder / "sitecustomize.py").exists()
-        )
-        environment = {**self.environment, **environment}
-        if self.forks and self.command == COMMAND and not needs_start:
-            return self.forks.run(arguments, data, self.folder, environment)
+        """Run the command with `text` piped in, or without input."""
         done = subprocess.run(
             [*self.command, *arguments],
             input=data,
@@ -171,7 +163,7 @@ class Shell:
         return child
 
     def ends(self, child: Any) -> int:
-        """The exit code of a program in a terminal, once it is over."""
+        """Wait for a program in a terminal, and return its exit code."""
         import pexpect
 
         child.expect(pexpect.EOF)

@@ -182,8 +182,8 @@ class Connection:
 
     @hookimpl
     def prune_adapters(self, request):
-        told = repr((request.keep, request.older_than, request.dry_run))
-        found = (ModelInfo(name="graftage/a", size=98_000_000), ModelInfo(name=told))
+        text = repr((request.keep, request.older_than, request.dry_run))
+        found = (ModelInfo(name="graftage/a", size=98_000_000), ModelInfo(name=text))
         return () if request.keep == ("all",) else found
 
 class Provider:

@@ -1,4 +1,4 @@
-"""`graftage chat`, `generate` and `embed`: one answer, from the command line or a pipe."""
+"""`graftage chat`, `generate` and `embed`: one reply, from the command line or a pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def imported_by(shell: Shell, *arguments: str) -> set[str]:
-    """The top-level modules that a command imports."""
+    """Return the top-level modules that a command imports."""
     code = f"""
 import sys
 from graftage._cli.app import app
@@ -106,9 +106,9 @@ class TestReply:
         assert json.loads(done.out)["provider"] == "fake"
 
     def test_help_of_generate_explains_raw_prompt(self, shell: Shell) -> None:
-        told = " ".join(shell.run("generate", "--help").out.split())
-        assert "Answer one text; `--raw-prompt` continues it." in told
-        assert "With `--raw-prompt` the model gets the text as it is" in told
+        text = " ".join(shell.run("generate", "--help").out.split())
+        assert "Answer one text; `--raw-prompt` continues it." in text
+        assert "With `--raw-prompt` the model gets the text as it is" in text
 
     def test_settings_file_names_model_and_provider(self, shell: Shell) -> None:
         shell.install("it = Echo([lambda request: request.model])")
@@ -118,13 +118,13 @@ class TestReply:
     def test_options_reach_the_request(self, shell: Shell) -> None:
         shell.install(
             """
-        def told(request):
+        def show(request):
             return repr((
                 [each.role for each in request.messages], dict(request.options), request.max_tokens,
                 request.context_window, request.keep_alive, request.think, request.messages[-1].images[0].data,
                 request.call.timeouts.total,
             ))
-        it = Echo([told])
+        it = Echo([show])
         """
         )
         (shell.folder / "a.png").write_bytes(b"png")
@@ -211,7 +211,7 @@ class TestReply:
         )
 
     @pytest.mark.parametrize(
-        ("figures", "arguments", "told"),
+        ("figures", "arguments", "warning"),
         [
             (
                 {"max_tokens": 3},
@@ -225,14 +225,14 @@ class TestReply:
         ],
     )
     def test_cut_reply_names_the_policy(
-        self, shell: Shell, figures: dict[str, int], arguments: tuple[str, ...], told: str
+        self, shell: Shell, figures: dict[str, int], arguments: tuple[str, ...], warning: str
     ) -> None:
         shell.install(f"FIGURES = {figures}\n{POLICY}", name="tight", group="graftage.plugins")
         shell.install("it = Echo()")
         done = shell.run("chat", "one two three four five", *arguments)
         warnings = [each for each in done.err.splitlines() if "The reply was cut" in each]
         assert len(warnings) == 1
-        assert told in warnings[0]
+        assert warning in warnings[0]
 
 
 class TestPipes:

@@ -1,4 +1,4 @@
-"""Subcommands that plugins bring."""
+"""Subcommands of plugins."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_listing_has_the_distributions_summary(shell: Shell) -> None:
 def test_command_gets_its_arguments(shell: Shell) -> None:
     shell.install(TREE, name="tree", group=GROUP)
     assert shell.run("tree", "plant", "oak", "--count", "3") == (0, "3 oak\n", "")
-    told = shell.run("tree", "--help").out
-    assert "Plant trees." in told
-    assert "--install-completion" not in told
+    text = shell.run("tree", "--help").out
+    assert "Plant trees." in text
+    assert "--install-completion" not in text
     wrong = shell.run("tree", "plant")
     assert wrong.code == 2
     assert "graftage tree plant" in wrong.err

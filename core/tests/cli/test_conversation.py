@@ -24,18 +24,18 @@ def test_earlier_messages_are_sent(shell: Shell) -> None:
 
 
 LINES = [f"line {number}" for number in range(41)]
-TOLD = """
-def told(request):
+SHOW = """
+def show(request):
     return f"{len(request.messages)} messages, the last of {len(request.messages[-1].content.splitlines())} lines"
-it = Echo([told] * 3)
+it = Echo([show] * 3)
 """
 
 
 class TestPaste:
     def test_bracketed_lines_are_one_message(self, shell: Shell) -> None:
-        shell.install(TOLD)
+        shell.install(SHOW)
         child = shell.terminal("chat", columns=200)
-        child.expect_exact("\x1b[?2004h")  # The terminal is asked to put brackets around what is pasted.
+        child.expect_exact("\x1b[?2004h")  # The terminal is asked to mark pastes.
         child.expect(">>> ")
         child.send("\x1b[200~" + "\r".join(LINES) + "\r\x1b[201~")
         child.expect("line 40")
@@ -49,7 +49,7 @@ class TestPaste:
         assert shell.ends(child) == 0
 
     def test_waiting_lines_are_one_message(self, shell: Shell) -> None:
-        shell.install(TOLD)
+        shell.install(SHOW)
         child = shell.terminal("chat", columns=200)
         child.expect(">>> ")
         child.send("\r".join(LINES) + "\r")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def examined(shell: Shell, *arguments: str, code: int = 0, **environment: str) -> dict[str, Any]:
-    """The report, with the checks by name."""
+    """Run `doctor`, and return its report with the checks by name."""
     done = shell.run("doctor", "--json", *arguments, **environment)
     assert done.code == code, done
     report: dict[str, Any] = json.loads(done.out)
@@ -35,14 +35,14 @@ def states(report: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port of this machine that listens."""
+    """An open port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 @pytest.fixture
 def closed_port() -> int:
-    """A port of this machine that does not."""
+    """A closed port of this machine."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         return int(server.getsockname()[1])
 
@@ -83,9 +83,7 @@ class TestNetwork:
         assert report["checks"]["server"]["text"] == "not checked"
 
     def test_shows_the_proxy(self, shell: Shell, closed_port: int) -> None:
-        shell.install(
-            "it = Echo(address='http://192.0.2.1:11434')"
-        )  # An address for documentation: it is never called.
+        shell.install("it = Echo(address='http://192.0.2.1:11434')")  # A documentation address, never connected to.
         report = examined(shell, code=1, HTTP_PROXY=f"http://user:hidden@127.0.0.1:{closed_port}")
         proxy = report["checks"]["proxy"]
         assert proxy["state"] == "note"

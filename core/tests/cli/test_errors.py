@@ -1,4 +1,4 @@
-"""Every error of a command is one message with the way out, and an exit code."""
+"""Each error of a command is one message, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TestMissingModel:
         done = shell.run("chat", "-m", "smolm2:135m", "Hi")
         assert done.code == 1
         assert "Did you mean `smollm2:135m`?" in done.err
-        assert "graftage models pull" not in done.err  # The provider has said what helps.
+        assert "graftage models pull" not in done.err  # The provider has its own hint.
 
     def test_pull_command_is_suggested(self, shell: Shell) -> None:
         shell.install("it = Echo([ModelNotFound('Not here.', provider='fake', model='a:1')])")
@@ -28,7 +28,7 @@ class TestMissingModel:
         assert done.err == "error: Not here.\nhint: `graftage models pull fake:a:1` downloads it.\n"
 
     @pytest.mark.parametrize(
-        ("model", "told"),
+        ("model", "hint"),
         [
             ("fakke:small:1b", "Did you mean `fake:small:1b`? Not here."),
             ("fakke:small", "Did you mean `fake:small`? Not here."),
@@ -39,7 +39,7 @@ class TestMissingModel:
         ],
     )
     @pytest.mark.parametrize("error", ["ModelNotFound", "RequestRejected"])
-    def test_misspelt_provider_is_suggested(self, shell: Shell, error: str, model: str, told: str | None) -> None:
+    def test_misspelt_provider_is_suggested(self, shell: Shell, error: str, model: str, hint: str | None) -> None:
         shell.install(
             f"""
         def refuse(request):
@@ -49,14 +49,14 @@ class TestMissingModel:
         )
         done = shell.run("chat", "-m", model, "Hi")
         assert done.code == 1
-        assert done.err.endswith(f"hint: {told or 'Not here.'}\n")
+        assert done.err.endswith(f"hint: {hint or 'Not here.'}\n")
 
     def test_unknown_provider_lists_those_installed(self, shell: Shell) -> None:
         shell.install("it = Echo(models=['nope:foo1'], strict=True)")
         assert "Did you mean `nope:foo1`?" in (near := shell.run("chat", "-m", "nope:foo", "Hi").err)
         assert "is not a provider" not in near
-        told = shell.run("chat", "-m", "strange:thing", "Hi").err
-        assert re.search(r"hint: `strange` is not a provider. Installed: `fake`, .*`ollama`\.", told)
+        far = shell.run("chat", "-m", "strange:thing", "Hi").err
+        assert re.search(r"hint: `strange` is not a provider. Installed: `fake`, .*`ollama`\.", far)
 
     def test_other_rejection_names_no_provider(self, shell: Shell) -> None:
         shell.install("it = Echo([RequestRejected('No such option.', hint='Leave it out.')])")
@@ -133,7 +133,7 @@ class TestMessage:
 
 
 def redirected(shell: Shell, command: str, streams: str) -> tuple[int, str]:
-    """The exit code of a command whose streams a POSIX shell directs elsewhere, and what it says of an error."""
+    """Run a command with streams redirected by a POSIX shell; return its exit code and stderr."""
     shell.install("it = Echo(['Hello.', 'Hello.'])")
     done = subprocess.run(
         ["/bin/sh", "-c", f'"$@" {streams}', "sh", *shell.command, *command.split()],
@@ -155,7 +155,7 @@ class TestOutputStreams:
     """Standard streams that are closed or full."""
 
     @posix
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
     @pytest.mark.parametrize(
         "command",
         ["--help", "chat --help", "chat Hi", "chat Hi --json", "embed Hi", "models list", "models pull", "doctor"],

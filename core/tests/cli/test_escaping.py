@@ -1,4 +1,4 @@
-"""Nobody but us steers the terminal: not a model, not a server, not a plugin."""
+"""No model, server or plugin controls the terminal."""
 
 from __future__ import annotations
 

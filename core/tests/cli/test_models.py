@@ -153,8 +153,8 @@ class TestPull:
 class TestDelete:
     def test_needs_yes(self, shell: Shell) -> None:
         shell.install(MODELS)
-        told = shell.run("models", "delete", "rich:7b")
-        assert (told.code, told.out) == (0, "rich:7b (4.2 GB) would be deleted. Add `--yes` to do so.\n")
+        done = shell.run("models", "delete", "rich:7b")
+        assert (done.code, done.out) == (0, "rich:7b (4.2 GB) would be deleted. Add `--yes` to do so.\n")
         assert shell.run("models", "delete", "rich:7b", "--yes") == (0, "rich:7b was deleted.\n", "")
         assert shell.run("models", "delete", "nope:1b", "--yes").code == 1
 

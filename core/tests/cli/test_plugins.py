@@ -1,4 +1,4 @@
-"""`graftage plugins` and `graftage providers`, and the commands that plugins bring."""
+"""`graftage plugins`."""
 
 from __future__ import annotations
 

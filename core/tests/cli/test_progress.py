@@ -1,4 +1,4 @@
-"""What a command waits for: a provider that downloads its model by itself, and one that nobody has named."""
+"""What a command waits for: downloads, and the choice of a provider."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class TestDownload:
     @pytest.mark.parametrize("how", [(), ("--no-stream",)])
     def test_is_printed_with_the_licence(self, shell: Shell, how: tuple[str, ...]) -> None:
         shell.install(FIRST)
-        told = "Small by Somebody, licence Apache-2.0 \\x1b[2J\ndownloading small 1.0\n"
-        assert shell.run("chat", "Hi", *how) == (0, "Here I am.\n", told)
+        progress = "Small by Somebody, licence Apache-2.0 \\x1b[2J\ndownloading small 1.0\n"
+        assert shell.run("chat", "Hi", *how) == (0, "Here I am.\n", progress)
 
     def test_keeps_json_clean(self, shell: Shell) -> None:
         shell.install(FIRST)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _alone(shell: Shell) -> None:
-    """Those that are really installed would ask whatever server is there."""
+    """Disable the providers that are really installed: they could ask a real server."""
     shell.environment["GRAFTAGE_DISABLED_PLUGINS"] = "ollama,llamacpp"
 
 
