@@ -47,7 +47,7 @@ def keep_alive_seconds(value: Any) -> float | None:
     if seconds < 0:
         return math.inf
     if seconds != math.inf and seconds > LONGEST_STAY:
-        raise ValueError("keep_alive is longer than a hundred years; -1 is for ever")
+        raise ValueError("keep_alive must be at most a hundred years; -1 means for ever")
     return float(seconds)
 
 
@@ -72,7 +72,7 @@ def read_file(path: Path, largest: int) -> bytes:
     try:
         kind = path.stat().st_mode
     except ValueError as error:
-        raise OSError(errno.EINVAL, "No file can have that name") from error
+        raise OSError(errno.EINVAL, "The name is not valid for a file") from error
     if not stat.S_ISREG(kind):
         raise OSError(errno.EINVAL, "It is not a regular file")
     with path.open("rb") as file:
@@ -215,8 +215,10 @@ def broken_entry_points() -> Iterator[str]:
             tuple(dist.entry_points)
         except Exception as error:  # noqa: BLE001 - a damaged file may raise any error
             whose = " ".join(filter(None, identity(dist))) or f"the distribution in {dist.locate_file('')}"
-            why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a line of it is no `name = value`"
-            yield f"The entry_points.txt of {whose} is broken: {why}. What cannot be read of it is passed over."
+            why = (
+                "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "one of its lines is not `name = value`"
+            )
+            yield f"The entry_points.txt of {whose} is broken: {why}. Its unreadable part is ignored."
 
 
 def _plain_name(dist: Any) -> str | None:

@@ -330,7 +330,7 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
     estimated = bool(notes)
     layers = _layers(keys, _text(info.architecture))
     if layers is None:
-        notes = (*notes, "the cache is estimated from the file's size: the model does not tell its layers")
+        notes = (*notes, "the cache is estimated from the file's size: the layers of the model are unknown")
     features = info.features or frozenset()
     return Shape(
         weights=weights,

@@ -308,14 +308,14 @@ class _Reader:
             return version
         if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
             raise GgufError("it is written for big-endian machines")
-        raise GgufError(f"its GGUF version is {version}, and 2 and 3 are supported")
+        raise GgufError(f"its GGUF version is {version}; 2 and 3 are supported")
 
     def _metadata(self, count: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for _ in range(count):
             key = self._name("a key")
             if key in found:
-                raise GgufError(f"the key `{key}` is there twice")
+                raise GgufError(f"the key `{key}` occurs twice")
             found[key] = self._value(self._number("I"), key)
         return found
 
@@ -381,7 +381,7 @@ class _Reader:
             raise GgufError(f"the tensor `{name}` has the unknown type {number}")
         kind, block, _ = GGML[number]
         if shape[0] % block:
-            raise GgufError(f"the tensor `{name}` has rows of {shape[0]}, and {kind} goes in blocks of {block}")
+            raise GgufError(f"the tensor `{name}` has rows of {shape[0]}, but {kind} comes in blocks of {block}")
         if offset % alignment:
             raise GgufError(f"the tensor `{name}` does not begin at a multiple of {alignment}")
         return Tensor(name=name, shape=shape, kind=kind, offset=offset, size=bytes_of(kind, math.prod(shape)))
@@ -391,9 +391,9 @@ class _Reader:
         found: dict[str, Tensor] = {}
         for each in table:
             if each.name in found:
-                raise GgufError(f"the tensor `{each.name}` is there twice")
+                raise GgufError(f"the tensor `{each.name}` occurs twice")
             if (missing := data + each.offset + each.size - self._size) > 0:
-                raise GgufError(f"it is cut: at least {missing} bytes are missing (tensor `{each.name}`)")
+                raise GgufError(f"it is truncated: at least {missing} bytes are missing (tensor `{each.name}`)")
             found[each.name] = replace(each, offset=data + each.offset)
         end = 0
         for each in sorted(table, key=lambda tensor: tensor.offset):
@@ -431,14 +431,14 @@ class _Reader:
 
     def _ended(self, place: int) -> GgufError:
         if place <= self._limit:
-            return GgufError("it became shorter while it was read")
+            return GgufError("it became shorter during the read")
         if self._limit < self._size:
             return GgufError(f"its head is larger than {self._limit:,} bytes")
-        return GgufError("it is cut: it ends within its head")
+        return GgufError("it is truncated: it ends within its head")
 
 
 def _too_many(what: str, count: int, most: int) -> GgufError:
-    return GgufError(f"it states {count} {what}; at most {most} are allowed")
+    return GgufError(f"it states {count} {what}; the limit is {most}")
 
 
 def _alignment(metadata: Mapping[str, Any]) -> int:

@@ -128,7 +128,7 @@ class Settings(PluginSettings):
     @classmethod
     def _wraps(cls, value: Any) -> Any:
         if value is not None and not callable(getattr(value, "wrap", None)):
-            raise ValueError("it has no method `wrap`: give a cassette, or another `graftage.http.Wrapper`")
+            raise ValueError("it has no method `wrap`: pass a cassette or another `graftage.http.Wrapper`")
         return value
 
     @field_validator("api_key")
@@ -143,7 +143,7 @@ class Settings(PluginSettings):
     def _headers(cls, value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
         # The error does not show an invalid name: it may be a whole header with its secret.
         if not all(HEADER_NAME.fullmatch(name) for name in value):
-            raise ValueError("a header's name may have letters, digits and hyphens, and no space or colon")
+            raise ValueError("the name of a header may have letters, digits and hyphens, but no space or colon")
         return {name: _header_value(each) for name, each in value.items()}
 
     @field_validator("keep_alive", mode="before")
@@ -204,7 +204,9 @@ class Sources:
         chosen: Any = prefix or PREFIX
         if not isinstance(chosen, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen):
             raise SettingsError(
-                "`env_prefix` is no prefix of variables.", key="env_prefix", hint="Use letters, digits and `_`."
+                "`env_prefix` cannot begin the name of a variable.",
+                key="env_prefix",
+                hint="Use letters, digits and `_`.",
             )
         return cls(prefix=chosen, file=user_path(file) if file else config_path(chosen), required=bool(file))
 
@@ -229,7 +231,7 @@ class Sources:
         return SettingsError(
             f"The settings file {self.file} cannot be used: {_reason(error)}.",
             source=str(self.file),
-            hint=f"Mend it, or name another one in {self.prefix}_CONFIG.",
+            hint=f"Correct it, or name another file in {self.prefix}_CONFIG.",
         )
 
     def choice(self, key: str) -> tuple[str | None, str]:
@@ -284,7 +286,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the hint for an unknown name: the nearest known one, else all of them."""
     names = sorted(known)
     near = close(name.lower(), names)
-    return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(f'`{each}`' for each in names)}."
+    return f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(f'`{each}`' for each in names)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,8 +385,8 @@ def _for_everyone(key: str, origin: str, provider: str, prefix: str) -> Settings
         f"The setting `{key}` ({origin}) would reach every member of the chain.",
         key=key,
         source=origin,
-        hint=f"Give it to the one it is for: as `(provider, {{{key!r}: ...}})` in the list, in the table of that "
-        f"provider in the settings file, such as `[{provider}]`, or in its own variable, such as {variable}.",
+        hint=f"Set it for one member: as `(provider, {{{key!r}: ...}})` in the list, in the provider's table of the "
+        f"settings file, such as `[{provider}]`, or in the provider's variable, such as {variable}.",
     )
 
 
@@ -479,10 +481,10 @@ def _merged(under: Any, over: Any) -> Any:
 
 def _no_json(key: str, origin: str, prefix: str) -> SettingsError:
     return SettingsError(
-        f"The setting `{key}` ({origin}) is wrong: it is no JSON.",
+        f"The setting `{key}` ({origin}) is invalid: it is not valid JSON.",
         key=key,
         source=origin,
-        hint=f"Give an object, or a variable for each part: {prefix}{key.upper()}{NESTED}PART.",
+        hint=f"Set an object, or a variable for each part: {prefix}{key.upper()}{NESTED}PART.",
     )
 
 
@@ -548,7 +550,7 @@ def _from_document(
         if key in choices or key in owner.plugins:
             continue
         if isinstance(value, Mapping) and key not in known:
-            hint = f"No provider and no plugin of that name is installed. {nearest(str(key), {*known, *owner.plugins})}"
+            hint = f"No provider or plugin with that name is installed. {nearest(str(key), {*known, *owner.plugins})}"
             raise SettingsError(f"There is no table `{key}` ({origin}).", key=str(key), source=origin, hint=hint)
         _require(key, {*known, *choices, *owner.plugins}, origin)
         yield origin, key, value, True
@@ -571,7 +573,7 @@ def _explained(error: ValidationError, model: type[PluginSettings], origins: Map
     about = model.model_fields[name].description if name in model.model_fields else None
     # The error does not show the value, which may be a secret.
     return SettingsError(
-        f"The setting `{key}` ({origin}) is wrong: {message if message[-1:] in '.?' else f'{message}.'}",
+        f"The setting `{key}` ({origin}) is invalid: {message if message[-1:] in '.?' else f'{message}.'}",
         key=key,
         source=origin,
         hint=f"`{name}`: {about}." if about else None,
@@ -582,16 +584,16 @@ def _number(value: Any) -> float:
     """Return a number of seconds, also from text, as variables hold it."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         # pydantic lets a `TypeError` of a validator escape.
-        raise ValueError(f"a number of seconds is wanted, not {type(value).__name__}")  # noqa: TRY004
+        raise ValueError(f"it must be a number of seconds, not {type(value).__name__}")  # noqa: TRY004
     try:
         return float(value)
     except (ValueError, OverflowError):
-        raise ValueError("a number of seconds is wanted") from None
+        raise ValueError("it must be a number of seconds") from None
 
 
 def _header_value(value: SecretStr) -> SecretStr:
     """Return a valid value of a header, without the space around it (RFC 9110, 5.5)."""
     text = value.get_secret_value().strip()
     if not HEADER_VALUE.fullmatch(text):
-        raise ValueError("it holds a line feed or another character that no header may have")
+        raise ValueError("it holds a line feed or another character that headers cannot hold")
     return SecretStr(text)

@@ -177,7 +177,7 @@ class TestVariables:
 
     def test_invalid_json_is_reported(self) -> None:
         with pytest.raises(
-            SettingsError, match=r"`by_name` \(environment GRAFTAGE_WOOD_BY_NAME\) .* no JSON"
+            SettingsError, match=r"`by_name` \(environment GRAFTAGE_WOOD_BY_NAME\) .* not valid JSON"
         ) as caught:
             wood(BY_NAME="oak")
         assert "GRAFTAGE_WOOD_BY_NAME__PART" in str(caught.value.hint)
@@ -305,7 +305,7 @@ class TestRefusals:
     @pytest.mark.parametrize("transport", [object(), "cassette.yaml", {"wrap": 1}])
     def test_transport_without_wrap(self, transport: Any) -> None:
         with (
-            pytest.raises(SettingsError, match="no method `wrap`: give a cassette"),
+            pytest.raises(SettingsError, match="no method `wrap`: pass a cassette"),
             graftage.connect(Echo(), transport=transport),
         ):
             pass

@@ -194,7 +194,7 @@ class TestExitCodes:
         ("environment", "problem"),
         [
             ({"GRAFTAGE_HOTS": "x"}, "There is no setting `hots` (environment GRAFTAGE_HOTS)"),
-            ({"GRAFTAGE_ATTEMPTS": "0"}, "The setting `attempts` (environment GRAFTAGE_ATTEMPTS) is wrong"),
+            ({"GRAFTAGE_ATTEMPTS": "0"}, "The setting `attempts` (environment GRAFTAGE_ATTEMPTS) is invalid"),
         ],
     )
     def test_wrong_setting_names_its_source(self, shell: Shell, environment: dict[str, str], problem: str) -> None:

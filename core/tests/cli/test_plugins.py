@@ -47,7 +47,7 @@ def test_broken_plugin_hides_no_other(shell: Shell) -> None:
 def test_broken_entry_points_are_skipped_with_a_note(shell: Shell) -> None:
     shell.install("it = Echo()")
     damage = {
-        "one": (b"[console_scripts]\nfoo\n", "a line of it is no `name = value`"),
+        "one": (b"[console_scripts]\nfoo\n", "one of its lines is not `name = value`"),
         "two": (b"\xe9", "it is not UTF-8"),
     }
     for name, (points, _) in damage.items():
