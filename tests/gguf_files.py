@@ -1,4 +1,4 @@
-"""GGUF files that are made by hand, sound and malformed."""
+"""GGUF files made by hand, valid and malformed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tensor(name: str = "token_embd.weight", shape: tuple[int, ...] = (32, 8), ki
 
 
 def gguf(keys: list[bytes] | None = None, tensors: list[bytes] | None = None, *, data: int = 1024) -> bytes:
-    """A model of one tensor, unless told otherwise; the head is sound, and nothing could be done with the rest."""
+    """Return a model, by default with one tensor: a valid head, and data without meaning."""
     keys = head() if keys is None else keys
     tensors = [tensor()] if tensors is None else tensors
     start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join((*keys, *tensors))
@@ -87,4 +87,4 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "with a tensor beyond its end": (gguf(tensors=[tensor(offset=HUGE)]), "bytes are missing"),
     "with a tensor at an odd place": (gguf(tensors=[tensor(offset=3)]), "multiple of 32"),
 }
-"""What is wrong with a file, its bytes, and what the refusal says."""
+"""What is wrong with a file: its bytes, and words of the error."""

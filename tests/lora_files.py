@@ -1,7 +1,7 @@
-"""Adapters and base models for the tests of `graftage_lora`, written by other libraries than the one under test.
+"""Adapters and base models for the tests of `graftage_lora`, written by other libraries than the plugin itself.
 
 The model is a small llama in NumPy, in two forms: with the original weights, and with those of a GGUF file, whose
-rotary pairs are neighbours. Neither shares a line with the plugin.
+rotary pairs are neighbours. Neither shares code with the plugin.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The figures of a small model with shared keys and values."""
+    """The sizes of a small model with shared keys and values."""
 
     architecture: str = "llama"
     layers: int = 2
@@ -51,7 +51,7 @@ class Model:
     tied: bool = False
 
     def sides(self, module: str) -> tuple[int, int]:
-        """Outputs and inputs of a module."""
+        """Return the outputs and inputs of a module."""
         query, key = self.heads * self.width, self.shared * self.width
         return {
             "self_attn.q_proj": (query, self.hidden),
@@ -66,11 +66,11 @@ class Model:
         }[module]
 
     def modules(self) -> list[str]:
-        """All modules by the names that trainers give them."""
+        """Return all modules by their names in trainers."""
         return [f"model.layers.{layer}.{each}" for layer in range(self.layers) for each in MODULES]
 
     def weights(self) -> dict[str, Array]:
-        """The original weights, in the original order."""
+        """Return the original weights, in the original order."""
         rng = np.random.default_rng(self.seed)
         found: dict[str, Array] = {}
         for name in self.modules():
@@ -85,7 +85,7 @@ class Model:
         return found
 
     def metadata(self) -> dict[str, Any]:
-        """The keys that its GGUF file has."""
+        """Return the keys of its GGUF file."""
         return {
             "general.architecture": self.architecture,
             "general.name": "small",
@@ -100,7 +100,7 @@ class Model:
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes as a GGUF file has them, inputs first."""
+        """Return the shapes in the order of GGUF files, inputs first."""
         found = {gguf_name(name): self.sides(name.split(".", 3)[3])[::-1] for name in self.modules()}
         found["token_embd.weight"] = (self.hidden, self.vocabulary)
         if not self.tied:
@@ -108,12 +108,12 @@ class Model:
         return dict(found)
 
     def info(self, **changes: Any) -> ModelInfo:
-        """What a provider tells of it."""
+        """Return what a provider reports about it."""
         facts: dict[str, Any] = {"name": "small:1m", "metadata": self.metadata(), "tensors": self.tensors(), **changes}
         return ModelInfo(**facts)
 
     def write(self, path: Path, kind: str = "F32", **extra: Any) -> Path:
-        """Its GGUF file, by the `gguf` package's own writer."""
+        """Write its GGUF file with the `gguf` package."""
         writer = gguf.GGUFWriter(path, self.architecture)
         for key, value in self.metadata().items():
             if key != "general.architecture":
@@ -134,7 +134,7 @@ class Model:
         return path
 
     def placed(self, weights: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """The weights under the names and in the order of a GGUF file."""
+        """Return the weights with the names and the order of a GGUF file."""
         weights = weights or self.weights()
         found = {}
         for name in self.modules():
@@ -149,14 +149,14 @@ class Model:
         return found
 
     def ordered(self, name: str, rows: Array) -> Array:
-        """Rows as a GGUF file of the architecture has them."""
+        """Return rows in the order of a GGUF file of the architecture."""
         if self.architecture != "llama" or not name.endswith(("q_proj", "k_proj")):
             return rows
         return neighbours(rows, self.heads if name.endswith("q_proj") else self.shared)
 
 
 def gguf_name(module: str) -> str:
-    """The name of a module in GGUF files."""
+    """Return the name of a module in GGUF files."""
     if module in ("embed_tokens", "lm_head"):
         return {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}[module]
     _, _, layer, rest = module.split(".", 3)
@@ -164,7 +164,7 @@ def gguf_name(module: str) -> str:
 
 
 def neighbours(rows: Array, heads: int) -> Array:
-    """Rows whose pairs lie half a head apart, moved so that each pair lies side by side: one row at a time."""
+    """Move rows, one at a time, so that pairs half a head apart become neighbours."""
     out, width = np.empty_like(rows), len(rows) // heads
     for head in range(heads):
         for pair in range(width // 2):
@@ -177,7 +177,7 @@ def neighbours(rows: Array, heads: int) -> Array:
 
 
 def logits(model: Model, weights: Mapping[str, Array], tokens: list[int], *, side_by_side: bool) -> npt.NDArray[Any]:
-    """What a llama answers, in F64. Weights are under GGUF names; `side_by_side` tells how rotary pairs lie in them."""
+    """Return the logits of a llama, in F64. Weights have GGUF names; `side_by_side` is their order of rotary pairs."""
     held = {name: np.asarray(data, np.float64) for name, data in weights.items()}
     x = held["token_embd.weight"][tokens]
     for layer in range(model.layers):
@@ -214,7 +214,7 @@ def _attention(model: Model, own: Mapping[str, Array], x: Array, *, side_by_side
 
 
 def _turned(x: Array, *, side_by_side: bool) -> Array:
-    """Each pair turned by its position times its frequency."""
+    """Rotate each pair by its position times its frequency."""
     width = x.shape[-1]
     angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(width // 2) * 2 / width)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -229,13 +229,13 @@ def _turned(x: Array, *, side_by_side: bool) -> Array:
 
 
 def add(writer: gguf.GGUFWriter, name: str, data: Array, kind: str) -> None:
-    """Add a tensor of some type."""
+    """Add a tensor of a type."""
     label = gguf.GGMLQuantizationType[kind]
     writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(data, np.float32), label), raw_dtype=label)
 
 
 def close(writer: gguf.GGUFWriter) -> None:
-    """Write all of it."""
+    """Write the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -243,7 +243,7 @@ def close(writer: gguf.GGUFWriter) -> None:
 
 
 def tensors_of(path: Path) -> dict[str, Array]:
-    """The tensors of a GGUF file as F32, by the `gguf` package's own reader."""
+    """Read the tensors of a GGUF file as F32 with the `gguf` package."""
     reader = gguf.GGUFReader(path)
     return {
         each.name: gguf.quants.dequantize(each.data, each.tensor_type).reshape(tuple(reversed(each.shape.tolist())))
@@ -252,7 +252,7 @@ def tensors_of(path: Path) -> dict[str, Array]:
 
 
 def keys_of(path: Path) -> dict[str, Any]:
-    """The keys of a GGUF file, by the `gguf` package's own reader."""
+    """Read the keys of a GGUF file with the `gguf` package."""
     return {
         name: each.contents() for name, each in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF.")
     }
@@ -260,7 +260,7 @@ def keys_of(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The two halves of a change, in the original layout."""
+    """The two matrices of an adapter for one module, in the original layout."""
 
     a: Array
     b: Array
@@ -268,7 +268,7 @@ class Pair:
 
     @property
     def change(self) -> Array:
-        """What is added to the weight, in F64."""
+        """The change of the weight, in F64."""
         return self.scale * self.b.astype(np.float64) @ self.a.astype(np.float64)
 
 
@@ -281,7 +281,7 @@ def pairs(
     modules: list[str] | None = None,
     kind: Any = np.float32,
 ) -> dict[str, Pair]:
-    """A random adapter, by module."""
+    """Make a random adapter, by module."""
     rng = np.random.default_rng(seed)
     found = {}
     for name in modules if modules is not None else model.modules():
@@ -292,7 +292,7 @@ def pairs(
 
 
 def write_peft(folder: Path, adapter: Mapping[str, Pair], **config: Any) -> Path:
-    """An adapter as PEFT saves it. Unless the configuration says otherwise, alpha is scale times rank."""
+    """Write an adapter as PEFT does. By default alpha is scale times rank."""
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapter.values()))
     rank = len(first.a)
@@ -317,12 +317,12 @@ def write_peft(folder: Path, adapter: Mapping[str, Pair], **config: Any) -> Path
 def write_mlx(
     folder: Path, adapter: Mapping[str, Pair], *, parameters: Mapping[str, Any] | None = None, **config: Any
 ) -> Path:
-    """An adapter as mlx-lm saves it: both halves turned over, and the scale as it is."""
+    """Write an adapter as mlx-lm does: both matrices transposed, with the scale itself."""
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapter.values()))
     held = {}
     for name, pair in adapter.items():
-        # Its embedding looks rows of `lora_a` up by token, and has no need to turn anything.
+        # An embedding looks up rows of `lora_a` by token, so nothing is transposed.
         a, b = (pair.b, pair.a) if name.endswith("embed_tokens") else (pair.a.T, pair.b.T)
         held[f"{name}.lora_a"], held[f"{name}.lora_b"] = np.ascontiguousarray(a), np.ascontiguousarray(b)
     save_file(held, folder / "adapters.safetensors")
@@ -335,7 +335,7 @@ def write_mlx(
 def write_gguf(
     path: Path, model: Model, adapter: Mapping[str, Pair], *, kind: str = "F32", alpha: float | None = None, **keys: Any
 ) -> Path:
-    """An adapter as llama.cpp's converter writes it."""
+    """Write an adapter as llama.cpp's converter does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, keys.pop("architecture", model.architecture))
     writer.add_string("general.type", keys.pop("type", "adapter"))
@@ -356,19 +356,19 @@ def write_gguf(
 
 @dataclass
 class Place:
-    """A plugin that sees nothing of the machine, and what it is asked."""
+    """A plugin whose folders are all in one place, and its requests."""
 
     folder: Path
     model: Model = field(default_factory=Model)
 
     def plugin(self, **settings: Any) -> Any:
-        """The plugin with everything in one folder."""
+        """Return the plugin with these folders."""
         from graftage_lora import LoraPlugin
 
         return LoraPlugin(**{**self.settings(), **settings})
 
     def settings(self) -> dict[str, Any]:
-        """Where it looks when nothing else is said."""
+        """Return its default settings."""
         return {
             "folders": [self.folder / "adapters"],
             "registry": self.folder / "adapters.toml",
@@ -377,6 +377,6 @@ class Place:
         }
 
     def resolve(self, reference: Any, *, base: Callable[[], ModelInfo | None] | None = None, **settings: Any) -> Any:
-        """The adapter of a reference, for the small model or another base."""
+        """Return the adapter for a reference, on the small model or another base."""
         request = ResolveRequest(reference=str(reference), model="small:1m", base=base or self.model.info)
         return self.plugin(**settings).resolve_adapter(request)

@@ -1,4 +1,4 @@
-"""Servers, proxies and certificates for tests of the network, all on this machine; `openssl` makes the certificates."""
+"""Servers, proxies and certificates for tests of the network, all local; `openssl` makes the certificates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SECRET = "s3cr3t-key"
 SHORT = Timeouts(connect=0.5, first_token=0.5, idle=0.5, total=1.5)
 CALLS = int(os.environ.get("GRAFTAGE_TEST_CALLS", "300"))
 SLACK = 3.0
-"""Seconds above its limit within which a call must have ended, on a slow machine too."""
+"""Seconds after its limit by which a call must have ended, also on a slow machine."""
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists descriptors")
 OBJECT = b"HTTP/1.1 200 OK\r\ncontent-length: 17\r\n\r\n" + b'{"models": ["a"]}'
 CHUNKS = b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in WHOLE)
@@ -39,7 +39,7 @@ STREAM += b"0\r\n\r\n"
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """A request with its body; nothing where the connection has ended."""
+    """Read a request with its body; return nothing if the connection has ended."""
     data = b""
     while b"\r\n\r\n" not in data:
         if not (more := connection.recv(65536)):
@@ -56,12 +56,12 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 def answer(connection: socket.socket, request: bytes) -> None:
-    """What `OnToolkit` asks for."""
+    """Send what `OnToolkit` requests."""
     connection.sendall(STREAM if b"/chat " in request.split(b"\r\n", 1)[0] else OBJECT)
 
 
 class Server:
-    """Calls a function for each connection, in a thread; what it was asked is in `requests`."""
+    """A server that calls a function for each connection, in a thread, and keeps `requests`."""
 
     def __init__(
         self, serve: Callable[[Server, socket.socket], None] | None = None, *, path: Path | None = None
@@ -173,7 +173,7 @@ class Authority:
         subprocess.run(["openssl", *arguments, *more], cwd=self.folder, check=True, capture_output=True)
 
     def context(self, name: str = "IP:127.0.0.1,DNS:model.test", days: str = "2") -> ssl.SSLContext:
-        """The context of a server with a certificate for some names."""
+        """Return the context of a server with a certificate for some names."""
         if (name, days) not in self._made:
             (self.folder / "san").write_text(f"subjectAltName={name}\n", encoding="utf-8")
             subject = ["-nodes", "-subj", "/CN=x", "-keyout", "k.pem", "-out", "r.pem"]
@@ -208,7 +208,7 @@ def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
 def secured(
     context: ssl.SSLContext, serve: Callable[[Server, socket.socket], None] | None = None
 ) -> Callable[[Server, socket.socket], None]:
-    """What serves by TLS."""
+    """Return a function that serves with TLS."""
 
     def begin(server: Server, connection: socket.socket) -> None:
         with context.wrap_socket(connection, server_side=True) as wrapped:
@@ -218,7 +218,7 @@ def secured(
 
 
 class Proxy(Server):
-    """A proxy that knows one host, and makes tunnels to it."""
+    """A proxy and its tunnels to one host."""
 
     def __init__(self, target: int, *, secure: ssl.SSLContext | None = None) -> None:
         self.target = target
@@ -256,7 +256,7 @@ WORDS = "me:p%40ss%20w%C3%B6rd"
 
 
 class WithKey(OnToolkit):
-    """Sends a key where it may."""
+    """A connection with a key."""
 
     def __init__(self, request: Any, url: str) -> None:
         super().__init__(request, url)
@@ -264,7 +264,7 @@ class WithKey(OnToolkit):
 
 
 class Uploading(OnToolkit):
-    """Sends a file."""
+    """A connection that sends a file."""
 
     def __init__(self, request: Any, url: str, file: Path) -> None:
         super().__init__(request, url)

@@ -1,4 +1,4 @@
-"""Where things are that tests of several distributions read."""
+"""Folders for the tests of several distributions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model that the embedded engine starts with in a fifth of a second and that answers at once; adapters for it.
+"""A model that the embedded engine loads in a fifth of a second and that replies at once, with adapters.
 
-Its weights are random and its tokens are letters, so an answer is nonsense, but always the same, and far from that of
-any adapter. What the answer must be is known from a forward pass of another making.
+Its weights are random and its tokens are letters, so replies are nonsense, but always the same, and far from those with
+an adapter. A separate forward pass gives the expected replies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 START, END = "<|im_start|>", "<|im_end|>"
 TOKENS = [chr(number) for number in range(33, 127)] + ["Ġ", "Ċ", START, END]
-"""The visible letters of ASCII, a space, the end of a line (as GPT-2 spells them), and two marks."""
+"""The visible characters of ASCII, a space and a line feed (as GPT-2 spells them), and two marks."""
 TEMPLATE = (
     f"{{% for m in messages %}}{{{{'{START}'+m['role']+'\\n'+m['content']+'{END}\\n'}}}}{{% endfor %}}"
     f"{{% if add_generation_prompt %}}{{{{'{START}assistant\\n'}}}}{{% endif %}}"
@@ -38,13 +38,13 @@ class SmallModel(Model):
     seed: int = 6
 
     def weights(self) -> dict[str, Any]:
-        """The original weights, without any wish to end an answer."""
+        """Return the original weights, changed so that no reply ends early."""
         found = super().weights()
         found["lm_head"][TOKENS.index(START) :] = 0
         return found
 
     def write_for_engine(self, path: Path, template: str = TEMPLATE) -> None:
-        """Its GGUF file with all that it takes to chat."""
+        """Write its GGUF file with everything for a chat."""
         writer = gguf.GGUFWriter(path, self.architecture)
         numbers = {key: value for key, value in self.metadata().items() if isinstance(value, int)}
         numbers["llama.context_length"] = WINDOW
@@ -70,10 +70,10 @@ ADAPTERS: Mapping[str, Mapping[str, Pair]] = {
     "contrary": pairs(MODEL, seed=2),
     "mute": pairs(MODEL, scale=1e-6),
 }
-"""Two that change every answer, and one that changes none."""
+"""Two that change every reply, and one that changes none."""
 QUESTION = "What is the capital of France?"
 BASE, AHOY = "E`3WyDG9", "fyS3yS95"
-"""What the model says to that, and what it says with the adapter `ahoy`; a test holds both against `answer`."""
+"""The reply to that question, without and with the adapter `ahoy`; a test compares both with `answer`."""
 
 
 LONG: Mapping[str, Any] = {"max_tokens": 30_000, "context_window": WINDOW, "options": {"temperature": 0.0}}
@@ -81,7 +81,7 @@ LONG: Mapping[str, Any] = {"max_tokens": 30_000, "context_window": WINDOW, "opti
 
 
 def answer(question: str, adapter: str | None, count: int) -> str:
-    """The most likely letters after a question, in F64."""
+    """Return the most likely letters after a question, in F64."""
     weights = MODEL.weights()
     for name, pair in ADAPTERS[adapter].items() if adapter else ():
         weights[name] = weights[name].astype(np.float64) + pair.change
@@ -107,7 +107,7 @@ def _spelt(text: str) -> list[int]:
 
 
 def write_embedder(path: Path) -> None:
-    """The GGUF file of a small BERT, which gives vectors and nothing else."""
+    """Write the GGUF file of a small BERT, which only embeds."""
     hidden, width, words = 32, 64, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁hi", "▁hello"]
     writer = gguf.GGUFWriter(path, "bert")
     for key, value in {

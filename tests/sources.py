@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def modules() -> dict[str, Path]:
-    """Each module of ours and its file."""
+    """Return each of our modules and its file."""
     found = {}
     for package in sorted([*ROOT.glob("core/graftage"), *ROOT.glob("providers/*/*"), *ROOT.glob("plugins/*/*")]):
         for path in sorted(package.rglob("*.py")) if package.name.startswith("graftage") else ():
@@ -22,13 +22,13 @@ def modules() -> dict[str, Path]:
 
 @cache
 def tree(module: str) -> ast.Module:
-    """A module, parsed."""
+    """Return a parsed module."""
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
 @cache
 def imports(module: str) -> dict[str, int]:
-    """The modules of ours that a module imports, lazily and for types too, and on which line."""
+    """Return which of our modules a module imports, lazily and for types too, with the lines."""
     found = {}
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The whole suite runs offline, replays cassettes, and waits for nothing between attempts."""
+"""Fixtures for all tests: they run offline, replay cassettes, and skip the waits between attempts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 pytest_plugins = ["graftage.testing.plugin", "engine_fixtures", "network_servers"]
 
 PATIENCE = 60.0
-"""Seconds until a test that should have ended long ago fails instead of hanging."""
+"""Seconds after which a hanging test fails."""
 
 LONG = 600.0
-"""Seconds for a test that may have to fetch a model and start an engine, or to wait for the one real server."""
+"""Seconds for a test that may download a model, start an engine, or wait for the one real server."""
 
-# The gate says the same of the same code each time, on a slow machine too. `--hypothesis-profile=search` looks further.
+# The gate gives the same result each time, also on a slow machine. `--hypothesis-profile=search` tries more inputs.
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("gate")
@@ -50,23 +50,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """With several workers, one test at a time has the real server: each counts what is there."""
+    """With several workers, let one test at a time use the real server, since each counts its models."""
     if request.node.get_closest_marker("live") is None:
         yield
         return
-    # The folder above that of a worker is the same for all of them.
+    # All workers share the folder above their own.
     with FileLock(tmp_path_factory.getbasetemp().parent / "live.lock"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _offline(no_network: None) -> None:
-    """Only loopback can be reached."""
+    """Let tests reach only loopback."""
 
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No setting of the machine reaches a test, and no plugin that is installed but the providers."""
+    """Hide the machine's settings, proxies and plugins from tests; only the installed providers stay."""
     for name in list(os.environ):
         if name.startswith(("GRAFTAGE_", "OLLAMA_")) and not name.startswith("GRAFTAGE_LIVE"):
             monkeypatch.delenv(name)
@@ -78,14 +78,14 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def _free(free_waiting: None) -> None:
-    """Waits between attempts are free."""
+    """Skip waits between attempts."""
 
 
 @pytest.fixture
 def heed_signals() -> Iterator[None]:
-    """Programs that the test starts heed Ctrl-C and a lost terminal, though the tests may run where both are ignored.
+    """Make programs that the test starts react to Ctrl-C and a lost terminal.
 
-    A job in the background (`pytest &` in a script, `nohup`) ignores them, and what it starts inherits that.
+    A background job (`pytest &` in a script, `nohup`) ignores both, and the programs it starts inherit that.
     """
     wanted: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
     if hasattr(signal, "SIGHUP"):
@@ -98,15 +98,15 @@ def heed_signals() -> Iterator[None]:
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Iterator[Path]:
-    """A pipe by name. Whoever opens it to read is let go, so that a test fails instead of hanging."""
+    """A named pipe. A thread opens it for writing, so that a test that reads it fails instead of hanging."""
     if not hasattr(os, "mkfifo"):
-        pytest.skip("this system has no pipes by name")
+        pytest.skip("this system has no named pipes")
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(target=lambda: path.open("wb").close())
     writer.start()
     yield path
-    while writer.is_alive():  # It may not have come to open it yet: it is let go as often as it takes.
+    while writer.is_alive():  # The thread may not have opened it yet, so try until it ends.
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         writer.join(0.1)
         os.close(reader)
@@ -116,10 +116,10 @@ def pipe(tmp_path: Path) -> Iterator[Path]:
 
 
 class Both:
-    """One client of either kind, so that a test says what happens once: `llm.chat(...)` in both modes.
+    """One way to use both clients, so that a test is written once: `llm.chat(...)` in both modes.
 
-    In async mode each method runs as a task of one event loop, in a thread that lives as long as the test: calls from
-    several threads of a test are several tasks of that loop. What the loop has to complain about fails the test.
+    In async mode each method runs as a task of one event loop in a background thread, so calls from several threads of
+    a test are several tasks of that loop. Errors that the loop reports fail the test.
     """
 
     def __init__(self, mode: str) -> None:
@@ -134,7 +134,7 @@ class Both:
             self._thread.start()
 
     def connect(self, *arguments: Any, **settings: Any) -> Any:
-        """A client whose methods block, whichever kind it is inside."""
+        """Return a client whose methods block in both modes."""
         import graftage
 
         if self._loop is None:
@@ -145,12 +145,12 @@ class Both:
         return client
 
     def opened(self, *arguments: Any, **settings: Any) -> Any:
-        """A client that has made its connection, which an async one does only when it is entered or called."""
+        """Return an open client. An async one opens only when it is entered or called."""
         client = self.connect(*arguments, **settings)
         return client.__enter__()
 
     def native(self, client: Any) -> Any:
-        """The server's own client from one of ours, blocking too."""
+        """Return the native client of one of ours; its methods block, too."""
         found = client.native()
         return found if self._loop is None else _Waiting(found, self.run)
 
@@ -160,22 +160,22 @@ class Both:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def start(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
-        """Run a function in a thread of its own, where what it calls may block."""
+        """Run a function in its own thread, where it may block."""
         context = contextvars.copy_context()
         return self._threads.submit(lambda: context.run(function, *arguments, **named))
 
     def together(self, functions: Iterable[Callable[[], Any]]) -> list[Any]:
-        """Run functions at one time; what each of them gives or raises, in order."""
+        """Run functions at the same time; return their results or errors in order."""
         begun = [self.start(function) for function in functions]
         return [each.exception(PATIENCE) or each.result(PATIENCE) for each in begun]
 
     def close_clients(self) -> None:
-        """Close the clients that were connected so far."""
+        """Close all clients."""
         while self._clients:
             self._clients.pop().close()
 
     def close(self) -> None:
-        """Close everything, and complain of what the event loop complained of."""
+        """Close everything, and fail if the event loop reported errors."""
         self.close_clients()
         self._threads.shutdown()
         if self._loop is not None:
@@ -196,7 +196,7 @@ class Both:
 
 
 class _Waiting:
-    """An async client, or stream, as if it were a sync one."""
+    """An async client or stream with the interface of a sync one."""
 
     def __init__(self, inner: Any, run: Callable[[Any], Any]) -> None:
         self._inner = inner
@@ -238,17 +238,17 @@ async def _awaited(work: Awaitable[Any]) -> Any:
 
 @pytest.fixture(params=["sync", "async"])
 def both(request: pytest.FixtureRequest) -> Iterator[Both]:
-    """The same behaviour, from both kinds of client."""
+    """The test runs with both clients."""
     kind = Both(request.param)
     yield kind
     kind.close()
 
 
-# --- Plugins that tests hand over or install -------------------------------------------------------------------------
+# --- Plugins that tests pass or install ------------------------------------------------------------------------------
 
 
 class Watcher:
-    """An observer that remembers."""
+    """An observer that keeps its events."""
 
     name = "watcher"
 
@@ -261,27 +261,27 @@ class Watcher:
 
     @property
     def events(self) -> list[Event]:
-        """What it was told of, once that is all that has happened."""
+        """All events so far, once they have arrived."""
         flush(PATIENCE)
         return self._events
 
     def kinds(self, operation: str | None = None) -> list[str]:
-        """What kinds of events there were, in order."""
+        """Return the kinds of the events, in order."""
         return [event.kind for event in self.events if operation in (None, event.operation)]
 
     def last(self, kind: str) -> Event:
-        """The last event of a kind."""
+        """Return the last event of a kind."""
         return [event for event in self.events if event.kind == kind][-1]
 
 
 @pytest.fixture
 def watcher() -> Watcher:
-    """An observer that remembers, to be given as a plugin."""
+    """An observer that keeps its events, to pass as a plugin."""
     return Watcher()
 
 
 class Site:
-    """A folder of distributions, as an installer leaves them; importable as long as the test runs."""
+    """A folder of installed distributions, importable during the test."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -298,8 +298,8 @@ class Site:
         modules: Mapping[str, str] | None = None,
         metadata: str | None = None,
     ) -> None:
-        """Install a distribution: its metadata, and the source of its modules."""
-        # Hyphens in the name of that folder would make several distributions collapse into one.
+        """Install a distribution: its metadata and its modules."""
+        # With hyphens in the name of that folder, several distributions would count as one.
         info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         text = [f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}"]
@@ -317,20 +317,20 @@ class Site:
         importlib.invalidate_caches()
 
     def imported(self) -> list[str]:
-        """The modules of this folder that have been imported."""
+        """Return the imported modules of this folder."""
         here = str(self.folder)
         modules = list(sys.modules.items())
         return sorted(name for name, module in modules if str(getattr(module, "__file__", "")).startswith(here))
 
     def forget(self) -> None:
-        """Let no other test find the modules."""
+        """Remove the modules, so that no other test finds them."""
         for name in self.imported():
             del sys.modules[name]
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """Distributions that are installed as long as the test runs."""
+    """Distributions that are installed during the test."""
     folder = tmp_path / "site"
     folder.mkdir()
     made = Site(folder, monkeypatch)

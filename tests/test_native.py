@@ -147,8 +147,9 @@ class TestOfficialClient:
     @pytest.mark.parametrize("what", WEB)
     def test_web_search_needs_its_own_host(self, both: Both, official: Any, fake: FakeOllama, what: str) -> None:
         arguments, answer = WEB[what]
-        refused = r"ollama.com.* was refused.*is only for http://127"
-        with pytest.raises(httpx.LocalProtocolError, match=refused) as caught:
+        with pytest.raises(
+            httpx.LocalProtocolError, match=r"ollama.com.* was refused.*is only for http://127"
+        ) as caught:
             getattr(official, what)(*arguments)
         assert isinstance(caught.value.__cause__, RequestRejected)
         assert fake.accepted == 0
