@@ -82,7 +82,7 @@ def _free(free_waiting: None) -> None:
 
 
 @pytest.fixture
-def heed_signals() -> Iterator[None]:
+def default_signals() -> Iterator[None]:
     """Make programs that the test starts react to Ctrl-C and a lost terminal.
 
     A background job (`pytest &` in a script, `nohup`) ignores both, and the programs it starts inherit that.

@@ -132,6 +132,14 @@ class Shell:
 
     def run(self, *arguments: str, text: str | bytes | None = None, **environment: str) -> Result:
         """Run the command with `text` piped in, or without input."""
+        data = text.encode() if isinstance(text, str) else text
+        # What Python reads when it starts, a fork does not read again.
+        needs_start = (
+            any(each.startswith("PYTHON") for each in environment) or (self.folder / "sitecustomize.py").exists()
+        )
+        environment = {**self.environment, **environment}
+        if self.forks and self.command == COMMAND and not needs_start:
+            return self.forks.run(arguments, data, self.folder, environment)
         done = subprocess.run(
             [*self.command, *arguments],
             input=data,
@@ -172,7 +180,7 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, heed_signals: None, forks: Forks | None) -> Iterator[Shell]:
+def shell(tmp_path: Path, default_signals: None, forks: Forks | None) -> Iterator[Shell]:
     ours = (
         "GRAFTAGE_",
         "OLLAMA_",

@@ -194,7 +194,7 @@ print(llm.loaded()[0].raw["pid"], flush=True)
 
 
 @pytest.fixture
-def parent(small_store: Path, heed_signals: None) -> Iterator[Any]:
+def parent(small_store: Path, default_signals: None) -> Iterator[Any]:
     """Starts a host that has an engine; gives the host, and the engine's process."""
     started: list[tuple[subprocess.Popen[str], int]] = []
 
