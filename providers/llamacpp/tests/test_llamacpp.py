@@ -1,4 +1,4 @@
-"""The embedded provider with its engine and its model: every operation, and what it refuses."""
+"""The embedded provider with its engine and a model: every operation and refusal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.engine
 
 FRANCE = "What is the capital of France?"
 SURE = {"temperature": 0.0}
-"""Options that make an answer the same each time."""
+"""Options that make replies repeatable."""
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def llm(both: Any, small_store: Path) -> Any:
 
 @pytest.fixture
 def default(both: Any, engine_store: Path) -> Any:
-    """A client of the default model."""
+    """Return a client of the default model."""
     return both.connect("llamacpp", context_window=1024)
 
 
 def patched(source: Path, out: Path, key: str, value: bytes) -> Path:
-    """A copy of a model in which the value of a key is another one of the same length."""
+    """Copy a model with another value of the same length for a key."""
     shutil.copyfile(source, out)
     with out.open("r+b") as file:
         name = len(key).to_bytes(8, "little") + key.encode()
@@ -173,7 +173,7 @@ class TestChat:
 
 
 THINKER: Any = SimpleNamespace(architecture="llama", template="{{ enable_thinking }}", figure={}.get)
-"""The head of a model that can think."""
+"""The header of a model that can think."""
 
 
 @pytest.mark.parametrize(("think", "on"), [("max", True), ("low", True), ("none", False), (True, True), (False, False)])
@@ -384,7 +384,7 @@ class TestCancellation:
         stream = llm.chat("Count.", stream=True, **LONG)
         next(iter(stream))
         stream.close()
-        # There is one slot: the next answer would wait for a minute, were the first still being made.
+        # With one slot, the next reply would wait a minute if the first were still being written.
         assert llm.chat("Hello", max_tokens=1, timeout=10).text
         assert llm.stats().running == 0
 
@@ -446,8 +446,8 @@ def test_recording_has_no_key_or_port(both: Any, small_store: Path, tmp_path: Pa
     assert again.loaded() == ()
 
 
-NEWS = b'data: {"choices":[{"delta":{}}],"prompt_progress":{"total":9,"cache":1,"processed":%d,"time_ms":0}}\n\n'
-WORDS = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+PROGRESS = b'data: {"choices":[{"delta":{}}],"prompt_progress":{"total":9,"cache":1,"processed":%d,"time_ms":0}}\n\n'
+TEXT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 
 
 class TestPromptProgress:
@@ -458,31 +458,31 @@ class TestPromptProgress:
         assert "prompt_progress" not in watcher.kinds()
         reply = llm.chat(prompt, max_tokens=2, options=SURE)
         assert reply.usage.input_tokens == count > 96
-        assert llm.count_tokens(prompt * 4) > 256, "which does not fit, and is counted all the same"
+        assert llm.count_tokens(prompt * 4) > 256, "a prompt that does not fit is counted, too"
         kinds = watcher.kinds("chat")
-        told = [event.prompt for event in watcher.events if event.prompt is not None]
-        assert (told[0].processed, told[-1].processed) == (0, count)
-        assert {each.total for each in told} == {count}
-        assert len(told) > 2
-        assert kinds == ["start", "admitted", *["prompt_progress"] * len(told), "first_chunk", "finish"]
+        reported = [event.prompt for event in watcher.events if event.prompt is not None]
+        assert (reported[0].processed, reported[-1].processed) == (0, count)
+        assert {each.total for each in reported} == {count}
+        assert len(reported) > 2
+        assert kinds == ["start", "admitted", *["prompt_progress"] * len(reported), "first_chunk", "finish"]
         llm.chat("Hi", max_tokens=1)
         assert watcher.kinds("chat")[len(kinds) :] == ["start", "admitted", "first_chunk", "finish"]
 
     @pytest.mark.parametrize(
-        ("pieces", "handed", "told"),
+        ("pieces", "passed_on", "reported"),
         [
-            ([NEWS % 1, NEWS % 9, WORDS], [WORDS], [1, 9]),
-            ([NEWS % 1 + NEWS % 9 + WORDS, WORDS], [WORDS, WORDS], [1, 9]),
-            ([b":\n\n", NEWS % 9 + b":\n\n", WORDS], [b":\n\n", b":\n\n", WORDS], [9]),
-            ([NEWS % 1, WORDS[:20], WORDS[20:]], [WORDS[:20], WORDS[20:]], [1]),
-            ([NEWS[:20], (NEWS % 1)[20:], WORDS], [NEWS[:20], (NEWS % 1)[20:], WORDS], []),
-            ([NEWS % 1], [], [1]),
-            ([WORDS, WORDS.replace(b'"a"', b'"\\"prompt_progress\\""')], None, []),
+            ([PROGRESS % 1, PROGRESS % 9, TEXT], [TEXT], [1, 9]),
+            ([PROGRESS % 1 + PROGRESS % 9 + TEXT, TEXT], [TEXT, TEXT], [1, 9]),
+            ([b":\n\n", PROGRESS % 9 + b":\n\n", TEXT], [b":\n\n", b":\n\n", TEXT], [9]),
+            ([PROGRESS % 1, TEXT[:20], TEXT[20:]], [TEXT[:20], TEXT[20:]], [1]),
+            ([PROGRESS[:20], (PROGRESS % 1)[20:], TEXT], [PROGRESS[:20], (PROGRESS % 1)[20:], TEXT], []),
+            ([PROGRESS % 1], [], [1]),
+            ([TEXT, TEXT.replace(b'"a"', b'"\\"prompt_progress\\""')], None, []),
         ],
-        ids=["each", "together", "beside comments", "before halves", "halves", "alone", "as words"],
+        ids=["separate", "together", "with comments", "before split text", "split", "alone", "as text"],
     )
     def test_events_are_cut_from_the_response(
-        self, pieces: list[bytes], handed: list[bytes] | None, told: list[int]
+        self, pieces: list[bytes], passed_on: list[bytes] | None, reported: list[int]
     ) -> None:
         seen: list[int] = []
         call = Call(emit=lambda kind, prompt: seen.append(prompt.processed))
@@ -490,12 +490,12 @@ class TestPromptProgress:
         found = []
         while piece := drive(leased.read()):
             found.append(piece)
-        assert found == (pieces if handed is None else handed)
-        assert seen == told
+        assert found == (pieces if passed_on is None else passed_on)
+        assert seen == reported
 
 
 def reranker(path: Path) -> Path:
-    """A model that scores each document alike."""
+    """Write a model that gives each document the same score."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2581a", "\u2581b"]
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (32, len(words)), "position_embd": (32, 64), "token_types": (32, 2), "token_embd_norm": (32,),
@@ -562,7 +562,7 @@ class Saying:
 
 
 class Said:
-    """An answer that comes in pieces."""
+    """A response in pieces."""
 
     status, reason, headers = 200, "OK", (("content-type", "text/event-stream"),)
 
@@ -577,7 +577,7 @@ class Said:
 
 
 def delta(finish: str | None = None, **what: Any) -> dict[str, Any]:
-    """An event of an answer."""
+    """Return an event of a reply."""
     return {"choices": [{"delta": what, "finish_reason": finish}]}
 
 
@@ -609,7 +609,7 @@ class TestEmbed:
 
 
 def calling(function: dict[str, Any]) -> Saying:
-    """An answer that says something, and calls a tool."""
+    """Return a transport whose reply has text and a tool call."""
     call = {"index": 0, "id": "a", "function": function}
     return Saying(delta(content="Let me see."), delta("tool_calls", tool_calls=[call]))
 

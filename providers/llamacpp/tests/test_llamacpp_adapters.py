@@ -1,4 +1,4 @@
-"""LoRA adapters on the embedded engine: several at once, switched with each request, and never the wrong one."""
+"""LoRA adapters on the embedded engine: several at once, chosen by each request, never the wrong one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Ready:
 
 
 class Files:
-    """Finds adapters in a folder."""
+    """A resolver of the adapters in a folder."""
 
     name = "files"
 
@@ -81,7 +81,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Once(Ready):
-    """Can be converted once."""
+    """An adapter that can be converted once."""
 
     done: list[int] = field(default_factory=list, compare=False)
 
@@ -93,7 +93,7 @@ class Once(Ready):
 
 
 class Broken(Files):
-    """Its adapters can be converted once."""
+    """A resolver whose adapters can be converted once."""
 
     @hookimpl
     def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
@@ -101,7 +101,7 @@ class Broken(Files):
 
 
 def damaged(folder: Path, name: str, old: bytes, new: bytes) -> None:
-    """Write the adapter `ahoy` under a name, with other bytes at one place."""
+    """Write the adapter `ahoy` under another name with some bytes replaced."""
     data = (folder / "ahoy.gguf").read_bytes()
     assert old in data
     (folder / f"{name}.gguf").write_bytes(data.replace(old, new))
@@ -109,7 +109,7 @@ def damaged(folder: Path, name: str, old: bytes, new: bytes) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """`ahoy` and `contrary` answer otherwise, whatever they are asked; `mute` does nothing."""
+    """Make a folder of adapters: `ahoy` and `contrary` change every reply, `mute` changes nothing."""
     for name, adapter in ADAPTERS.items():
         write_gguf(tmp_path / f"{name}.gguf", MODEL, adapter)
     return tmp_path
@@ -129,7 +129,7 @@ def test_expected_replies_match_an_independent_forward_pass() -> None:
 
 
 class Weaker:
-    """A transport that sets the strength with which a request wants its adapter."""
+    """A transport that sets the scale of each request's adapter."""
 
     scale = 1.0
 
@@ -285,18 +285,18 @@ class TestRefusals:
 
 
 CONTEXT = "The harbour of the old town lies below the hill, and boats come in with fish each morning. " * 3
-"""Some 280 tokens, which are read once or each time."""
+"""About 280 tokens."""
 MOST = 200
 
 
-def asked(context: str) -> list[dict[str, str]]:
-    """A question after a long text."""
+def question_after(context: str) -> list[dict[str, str]]:
+    """Return the messages of a question after a long text."""
     return [{"role": "system", "content": context}, {"role": "user", "content": QUESTION}]
 
 
-def told(llm: Any, adapter: str | None, context: str = CONTEXT) -> tuple[str, bool]:
-    """The answer to a question with a long context, and whether the engine had that in its cache."""
-    reply = llm.chat(asked(context), adapter=adapter, max_tokens=4, options=SURE)
+def ask_with_context(llm: Any, adapter: str | None, context: str = CONTEXT) -> tuple[str, bool]:
+    """Ask a question with a long context; return the reply, and whether the engine had that in its cache."""
+    reply = llm.chat(question_after(context), adapter=adapter, max_tokens=4, options=SURE)
     cached, read = reply.raw["timings"]["cache_n"], reply.raw["timings"]["prompt_n"]
     assert cached > MOST or read > MOST
     return str(reply.text), cached > MOST
@@ -304,7 +304,7 @@ def told(llm: Any, adapter: str | None, context: str = CONTEXT) -> tuple[str, bo
 
 @pytest.fixture
 def cached(both: Any, small_store: Path, folder: Path) -> Any:
-    """A client with two adapters loaded, which answer differently, beside the base model."""
+    """Return a client with two loaded adapters, which reply differently."""
     llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)])
     for name in ("ahoy", "contrary"):
         llm.use_adapter(name)
@@ -313,65 +313,65 @@ def cached(both: Any, small_store: Path, folder: Path) -> Any:
 
 
 def _stop(llm: Any, adapter: str | None) -> None:
-    stream = llm.chat(asked(CONTEXT), adapter=adapter, max_tokens=200, stream=True)
+    stream = llm.chat(question_after(CONTEXT), adapter=adapter, max_tokens=200, stream=True)
     stream.close()
 
 
 def _overflow(llm: Any, adapter: str | None) -> None:
     with pytest.raises(ContextOverflow):
-        llm.chat(asked(CONTEXT * 9), adapter=adapter)
+        llm.chat(question_after(CONTEXT * 9), adapter=adapter)
 
 
 class TestPromptCache:
     def test_each_adapter_reads_the_prompt_once(self, cached: Any) -> None:
         cold = {}
         for name in ("ahoy", "contrary", None):
-            cold[name], reused = told(cached, name)
+            cold[name], reused = ask_with_context(cached, name)
             assert not reused
-            assert told(cached, name) == (cold[name], True)
+            assert ask_with_context(cached, name) == (cold[name], True)
         assert len(set(cold.values())) == len(cold)
         for name in ("ahoy", None, "contrary", None, "ahoy"):
-            assert told(cached, name) == (cold[name], False)
-        assert told(cached, "ahoy") == (cold["ahoy"], True)
+            assert ask_with_context(cached, name) == (cold[name], False)
+        assert ask_with_context(cached, "ahoy") == (cold["ahoy"], True)
 
     @pytest.mark.parametrize(
         ("between", "adapter", "reused"),
         [
-            pytest.param(_stop, None, True, id="a stream of its own that is stopped"),
-            pytest.param(_stop, "ahoy", False, id="a stream of an adapter that is stopped"),
-            pytest.param(_overflow, "ahoy", False, id="an adapter's prompt that does not fit"),
-            pytest.param(lambda llm, _: llm.embed(CONTEXT), None, False, id="an embedding"),
-            pytest.param(lambda llm, _: llm.load(), None, True, id="a load"),
+            pytest.param(_stop, None, True, id="stopped stream of the base"),
+            pytest.param(_stop, "ahoy", False, id="stopped stream of an adapter"),
+            pytest.param(_overflow, "ahoy", False, id="overflow of an adapter"),
+            pytest.param(lambda llm, _: llm.embed(CONTEXT), None, False, id="embedding"),
+            pytest.param(lambda llm, _: llm.load(), None, True, id="load"),
         ],
     )
     def test_cache_is_reused_only_within_one_adapter(
         self, between: Any, adapter: Any, reused: bool, cached: Any
     ) -> None:
-        cold, _ = told(cached, None)
+        cold, _ = ask_with_context(cached, None)
         between(cached, adapter)
-        again, found = told(cached, None)
+        again, found = ask_with_context(cached, None)
         assert (again, found) == (cold, reused)
-        assert told(cached, None) == (cold, True)
+        assert ask_with_context(cached, None) == (cold, True)
 
     def test_health_check_leaves_replies_unchanged(self, cached: Any) -> None:
-        cold, _ = told(cached, "ahoy")
+        cold, _ = ask_with_context(cached, "ahoy")
         assert cached.health(level="answers").answers
-        assert told(cached, "ahoy")[0] == cold
+        assert ask_with_context(cached, "ahoy")[0] == cold
 
     def test_slot_keeps_cache_of_its_adapter(self, both: Any, small_store: Path, folder: Path) -> None:
         llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
         llm.use_adapter("ahoy")
-        cold = {name: told(llm, name)[0] for name in ("ahoy", None)}
+        cold = {name: ask_with_context(llm, name)[0] for name in ("ahoy", None)}
         for name in ("ahoy", None, None, "ahoy"):
-            assert told(llm, name) == (cold[name], True)
+            assert ask_with_context(llm, name) == (cold[name], True)
 
     def test_conversations_keep_their_slots(self, both: Any, small_store: Path, folder: Path, watcher: Any) -> None:
         llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder), watcher])
         llm.use_adapter("ahoy")
         other = CONTEXT.replace("harbour", "market")
-        cold = {context: told(llm, "ahoy", context)[0] for context in (CONTEXT, other)}
+        cold = {context: ask_with_context(llm, "ahoy", context)[0] for context in (CONTEXT, other)}
         for context in (other, CONTEXT, CONTEXT, other, other):
-            assert told(llm, "ahoy", context) == (cold[context], True)
+            assert ask_with_context(llm, "ahoy", context) == (cold[context], True)
         assert "retry" not in watcher.kinds()
 
     @pytest.mark.parametrize("slots", [1, 2])
@@ -381,16 +381,19 @@ class TestPromptCache:
         )
         for llm in (one, two):
             llm.use_adapter("ahoy")
-        cold = {name: told(one, name)[0] for name in ("ahoy", None)}
+        cold = {name: ask_with_context(one, name)[0] for name in ("ahoy", None)}
         names = ["ahoy", None, None, "ahoy", "ahoy", None]
-        calls = [lambda name=name, llm=llm: told(llm, name)[0] for name, llm in zip(names, (one, two) * 3, strict=True)]
+        calls = [
+            lambda name=name, llm=llm: ask_with_context(llm, name)[0]
+            for name, llm in zip(names, (one, two) * 3, strict=True)
+        ]
         assert both.together(calls) == [cold[name] for name in names]
-        assert [told(two, name)[0] for name in (None, "ahoy")] == [cold[None], cold["ahoy"]]
+        assert [ask_with_context(two, name)[0] for name in (None, "ahoy")] == [cold[None], cold["ahoy"]]
 
 
 @pytest.fixture
 def made(both: Any, small_store: Path, tmp_path: Path) -> Any:
-    """A client with two adapters loaded that were converted into a cache."""
+    """Return a client with two loaded adapters, converted into a cache."""
     for name in ("ahoy", "mute"):
         write_peft(tmp_path / "adapters" / name, ADAPTERS[name])
     lora = LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")

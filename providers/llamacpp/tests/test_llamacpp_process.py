@@ -1,4 +1,4 @@
-"""The engine's process: started when it is needed, shared, restarted after a crash, and never left behind."""
+"""The engine's process: started if needed, shared, restarted after a crash, and never left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def llm(both: Any, small_store: Path) -> Any:
 
 
 def children() -> set[int]:
-    """The engines that run below this process."""
+    """Return the engines that are children of this process."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -57,7 +57,7 @@ def is_engine(pid: int) -> bool:
 
 
 def engine(llm: Any) -> int:
-    """The process of the only model in memory."""
+    """Return the process of the only model in memory."""
     (loaded,) = llm.loaded()
     return int(loaded.raw["pid"])
 
@@ -117,7 +117,7 @@ def open_files() -> int:
 
 
 def ended(llm: Any, both: Any, how: signal.Signals) -> Any:
-    """A chat whose engine a signal ends before it answers."""
+    """Start a chat whose engine a signal ends before it answers."""
     llm.load()
     pid = engine(llm)
     os.kill(pid, signal.SIGSTOP)
@@ -195,7 +195,7 @@ print(llm.loaded()[0].raw["pid"], flush=True)
 
 @pytest.fixture
 def parent(small_store: Path, default_signals: None) -> Iterator[Any]:
-    """Starts a host that has an engine; gives the host, and the engine's process."""
+    """Start a host with an engine, and return the host and the engine's process."""
     started: list[tuple[subprocess.Popen[str], int]] = []
 
     def start(then: str) -> tuple[subprocess.Popen[str], int]:
@@ -206,7 +206,7 @@ def parent(small_store: Path, default_signals: None) -> Iterator[Any]:
         pid = int(host.stdout.readline())
         started.append((host, pid))
         assert is_engine(pid)
-        host.stdin.write("\n")  # Only now may it end.
+        host.stdin.write("\n")  # From now on, it may end.
         host.stdin.flush()
         return host, pid
 
@@ -270,7 +270,7 @@ class TestEndOfParent:
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """Make the engine's package one that does what `source` says when it is imported."""
+    """Replace the engine's package by one that runs `source` when it is imported."""
     (folder / "xllamacpp").mkdir()
     (folder / "xllamacpp" / "__init__.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(folder)

@@ -1,4 +1,4 @@
-"""The embedded provider's models: what is refused before the engine sees it; how files get in, whole or not at all."""
+"""The embedded provider's models: refused files, and pulls, which are complete or leave nothing."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ if TYPE_CHECKING:
 
 BAD: dict[str, tuple[bytes, str]] = {
     **MALFORMED,
-    "of an unknown architecture": (gguf(head("perceptron")), "'perceptron' is not known"),
-    "of no architecture": (gguf(head()[1:]), "'' is not known"),
+    "unknown architecture": (gguf(head("perceptron")), "'perceptron' is not known"),
+    "missing architecture": (gguf(head()[1:]), "'' is not known"),
     "an adapter": (gguf(head("llama", word("general.type", "adapter"))), "an adapter, not a model"),
     "an image encoder": (gguf(head("clip")), "not a language model"),
     "one part of several": (gguf(head("llama", figure("split.count", 3))), "one part of several"),
-    "without a figure": (gguf(head()[:-1]), "`llama.block_count` is missing"),
-    "without tensors": (gguf(tensors=[]), "no tensors"),
+    "missing number": (gguf(head()[:-1]), "`llama.block_count` is missing"),
+    "missing tensors": (gguf(tensors=[]), "no tensors"),
 }
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A folder for models."""
+    """Return a folder for models."""
     return tmp_path / "models"
 
 
@@ -73,7 +73,7 @@ def llm(both: Any, models: Path) -> Any:
 
 
 def inside(folder: Path) -> list[str]:
-    """The files in a folder of models, but for locks."""
+    """Return the files in a folder of models, without locks."""
     return sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
     )
@@ -122,7 +122,7 @@ class TestBadFiles:
 
 
 def like_gemma(path: Path) -> Path:
-    """A model of Gemma 3's shape whose file, which is all hole, is larger than any memory."""
+    """Write a sparse file with the shape of Gemma 3, larger than any memory."""
     figures = {
         "context_length": 131_072,
         "embedding_length": 2560,
@@ -159,8 +159,8 @@ class TestMemory:
         machine = M4 / "mini-16-macos15.json"
         command = ["plan", "-p", "llamacpp", "--machine", str(machine), "--json", str(path)]
         planned = json.loads(CliRunner().invoke(app, command).stdout)
-        told = {cell["window"]: cell["bytes"] for cell in planned["models"][0]["windows"]}
-        assert told[32_768] == caught.value.details["needed"] + RUNTIME
+        sizes = {cell["window"]: cell["bytes"] for cell in planned["models"][0]["windows"]}
+        assert sizes[32_768] == caught.value.details["needed"] + RUNTIME
 
 
 class TestFolder:
@@ -254,22 +254,22 @@ class TestFolder:
 
 
 class Hub:
-    """A stand-in for the Hugging Face hub: the part of its protocol that a download of one file needs."""
+    """A stand-in for the Hugging Face hub, as far as a download of one file needs it."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.size: int | None = None
-        """What it says that a file has, where that is not true."""
+        """The reported size of a file, if it is wrong."""
         self.status = 200
         self.cut: int | None = None
-        """Break the next answer off after so many bytes."""
+        """Break off the next response after this many bytes."""
         self.pause = 0.0
         """Seconds between two blocks of 64 kB."""
         self.ranges = True
         self.digests = True
         self.elsewhere: str | None = None
-        """Where the bytes are, if not here."""
+        """The host of the bytes, if not this one."""
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -283,12 +283,12 @@ class Hub:
         self._server.server_close()
 
     def fetched(self) -> list[dict[str, str]]:
-        """The headers of each request for bytes."""
+        """Return the headers of each request for the file."""
         return [headers for method, path, headers in self.requests if (method, path) == ("GET", PLACE)]
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """Answers for a `Hub`."""
+    """The request handler of a `Hub`."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -344,7 +344,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         return data
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Do not log."""
 
 
 NAME = "hf://org/repo/tiny.gguf"
@@ -390,7 +390,7 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def noted_before_times_were_kept(path: Path) -> None:
+def note_without_time(path: Path) -> None:
     note = path.with_name(f"{path.name}.json")
     note.write_text(
         json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "modified"})
@@ -416,7 +416,7 @@ class TestChangedFiles:
         assert llm.show(NAME).digest == DIGEST
         assert (models / "hf" / "org" / "repo" / "tiny.gguf").read_bytes() == TINY
 
-    @pytest.mark.parametrize("change", [touched, copied, noted_before_times_were_kept])
+    @pytest.mark.parametrize("change", [touched, copied, note_without_time])
     def test_other_modification_time_rehashes_once(
         self, llm: Any, models: Path, hub: Hub, change: Callable[[Path], None]
     ) -> None:
@@ -473,7 +473,7 @@ with graftage.connect("llamacpp", models_path=sys.argv[1]) as llm:
 
 
 def pulling(models: Path, name: str = NAME) -> subprocess.Popen[str]:
-    """Another process that pulls."""
+    """Start another process that pulls."""
     command = [sys.executable, "-c", PULLING, str(models), name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
@@ -635,13 +635,13 @@ MEMBER = "tiny_model/tiny.gguf"
 def wheel(
     folder: Path, member: str = MEMBER, data: bytes = TINY, *, name: str = "tiny_model", version: str = "1.0"
 ) -> Path:
-    """A wheel that holds a model, and requires what nobody has."""
+    """Write a wheel with a model and a requirement that does not exist."""
     info = f"{name}-{version}.dist-info"
     files = {
         f"{name}/__init__.py": b"raise SystemExit('this must not be run')",
         member: data,
         f"{info}/METADATA": (
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nobody-has\n"
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: does-not-exist\n"
         ).encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -656,7 +656,7 @@ def wheel(
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that pip and uv take for the package index."""
+    """Return a folder of wheels that pip and uv use as package index."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name in ("PIP", "UV"):
@@ -687,7 +687,7 @@ def pull(store: Store, **limits: float) -> list[PullProgress]:
 
 
 def stand_in_for_uv(folder: Path, wheels: Path) -> None:
-    """A `uv` that unpacks a wheel where it is told to, and writes down what it was asked."""
+    """Write a `uv` that unpacks a wheel into its target, and records its arguments."""
     folder.mkdir()
     script = folder / "uv"
     script.write_text(

@@ -1,12 +1,11 @@
-"""Everything that a network, a proxy or a sick server can do to an answer, and the one typed error that comes of it.
+"""What a network, a proxy or a faulty server can do to a response, and the typed error for each fault.
 
-Each fault is a few bytes on a real socket. Whatever happens ends in time, in an error of Graftage's own, with the text
-that had come in `.partial`; a fault that is safe to repeat is mended by the next attempt, and none is repeated after
-the first chunk.
+Each fault is a few bytes on a real socket. Each ends in time, in an error of Graftage, with the text so far in
+`.partial`. A fault that is safe to repeat is fixed by the next attempt; after the first chunk, nothing is repeated.
 
-A scenario is one behaviour of a server, and a row of a table: its name, what the server does, what comes of it. Each
-row of `ALL` runs in every mode, here and at night alike: chat and generate, plain and as a stream, with both clients,
-and as an embedding where that means the same. `hold` says what must be true of all of them.
+A scenario is one behaviour of a server and a row of a table: its name, what the server does, and the result. Each row
+of `ALL` runs in every mode: chat and generate, plain and as a stream, with both clients, and as an embedding if that
+means the same. `check_scenario` checks what must be true of all of them.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ if TYPE_CHECKING:
 MODEL = "smollm2:135m"
 PATIENCE = 20.0
 SHORT = Timeouts(connect=5.0, first_token=0.3, idle=0.3, total=1.0)
-"""For faults that only time can end."""
+"""For faults that end only by a timeout."""
 SHORTER = Timeouts(connect=5.0, first_token=0.2, idle=0.2, total=0.4)
 CALM = Timeouts(connect=10.0, first_token=10.0, idle=10.0, total=15.0)
-"""For all others: a busy machine must not turn them into timeouts."""
+"""For all other faults: a busy machine must not make them time out."""
 
 
 def line(text: str, **fields: Any) -> dict[str, Any]:
@@ -69,12 +68,12 @@ def line(text: str, **fields: Any) -> dict[str, Any]:
 
 
 def raw_text(text: str) -> bytes:
-    """A line with the text as it is, where JSON need not escape it."""
+    """A line with the text unescaped, as far as JSON allows."""
     return json.dumps(line(text), ensure_ascii=False).encode() + b"\n"
 
 
 def read(stream: Any) -> Any:
-    """The reply of a stream, after all of it."""
+    """Read a stream to its end, and return its reply."""
     with stream as chunks:
         for _ in chunks:
             pass
@@ -82,7 +81,7 @@ def read(stream: Any) -> Any:
 
 
 BREAKS = "a\x7f\x85b\u2028c\u2029d"
-"""Characters that readers of text lines take for the end of one."""
+"""Characters that some readers treat as the end of a line."""
 FIRST = line("Hello ")
 SECOND = line("world")
 LAST = line("", done=True, done_reason="stop", eval_count=2, prompt_eval_count=5)
@@ -102,7 +101,7 @@ def chunk(data: bytes, extension: bytes = b"") -> bytes:
 
 
 def measured(body: bytes) -> bytes:
-    """A whole answer that says its length."""
+    """A complete response with its length."""
     return HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
@@ -124,24 +123,24 @@ def redirect(status: int, to: str) -> Answer:
 
 @dataclass(frozen=True)
 class Fault:
-    """An answer, and what a chat must make of it: the whole text, or an error with what had come."""
+    """A server's answer, and the result of a chat: the whole text, or an error with the text so far."""
 
     name: str
     answer: Answer
     _: KW_ONLY
     kind: type[ProviderError] | None = None
     partial: str | None = None
-    """The text that had come; None where no chunk had."""
+    """The text so far; None if no chunk had come."""
     text: str = "Hello world"
-    """Where no error is due."""
-    ended: str = "stop"
-    """Why it ended, then."""
+    """The text of the reply if no error is expected."""
+    finish: str = "stop"
+    """The finish reason of that reply."""
     again: bool = False
-    """Whether it is safe to ask again."""
+    """Whether a retry is safe."""
     facts: tuple[tuple[str, Any], ...] = ()
     timeouts: Timeouts = CALM
     embeds: bool = True
-    """Whether embeddings fail so too; never where the answer holds something of a chat."""
+    """Whether embeddings fail in the same way; never if the answer has text of a chat."""
 
 
 GOOD = [
@@ -163,7 +162,7 @@ GOOD = [
     Fault("trailers", Answer([chunk(BODY), b"0\r\nx-sum: 1\r\n\r\n"], raw=CHUNKED, ending="keep")),
     Fault(
         "duplicate_line", Answer([FIRST, FIRST, LAST]), text="Hello Hello "
-    ),  # Nothing numbers the lines: nobody can know.
+    ),  # Lines have no numbers, so this cannot be detected.
     Fault("fin_no_last_chunk_after_done", Answer(WHOLE, ending="close")),
     *[
         Fault(name, Answer(raw=raw, ending="close"))
@@ -329,7 +328,7 @@ NONSENSE = [
 
 
 def slow(name: str, answer: Answer, phase: str, partial: str | None = None, *, embeds: bool = True) -> Fault:
-    """A fault that only one limit of time can end; the others are beyond the patience of the tests."""
+    """A fault that ends only by one timeout; the others are longer than the test waits."""
     far = dict.fromkeys(("connect", "first_token", "idle", "total"), 200.0)
     limits = {**far, phase: 1.0 if phase == "total" else 0.3}
     facts = (("phase", phase),)
@@ -338,7 +337,7 @@ def slow(name: str, answer: Answer, phase: str, partial: str | None = None, *, e
 
 
 def drip(name: str, raw: bytes, piece: bytes, phase: str = "idle") -> Fault:
-    """A piece again and again, after a beginning."""
+    """A fault that repeats a piece after a beginning."""
     partial = None if phase == "first_token" else "Hello "
     return slow(f"drip_of_{name}", Answer(repeat(piece), raw=raw, delay=0.05), phase, partial)
 
@@ -540,7 +539,7 @@ REFUSED = [
 
 
 def last(**fields: Any) -> dict[str, Any]:
-    """The last line, with other fields."""
+    """The last line with other fields."""
     return {**LAST, **fields}
 
 
@@ -586,8 +585,8 @@ DEVIATING = [
     Fault("tool_calls_empty", Answer([line("", message={"content": "Hello world", "tool_calls": []}), LAST])),
     Fault("null_character", Answer([line("a\0b"), LAST]), text="a\0b"),
     Fault("line_of_1_MB", Answer([line("x" * 2**20), LAST]), text="x" * 2**20),
-    Fault("done_reason_unknown", Answer([FIRST, SECOND, last(done_reason="bored")]), ended="other"),
-    Fault("done_reason_length", Answer([FIRST, SECOND, last(done_reason="length")]), ended="length"),
+    Fault("done_reason_unknown", Answer([FIRST, SECOND, last(done_reason="bored")]), finish="other"),
+    Fault("done_reason_length", Answer([FIRST, SECOND, last(done_reason="length")]), finish="length"),
 ]
 WRAPPED = [
     Fault(name, answer)
@@ -702,76 +701,76 @@ CUT += [
 ]
 
 
-def words(status: int, body: Any, kind: type[ProviderError], *, again: bool = False, **facts: Any) -> dict[str, Any]:
-    """A refusal: an error in JSON where there are words, else a page of some proxy."""
+def refusal(status: int, body: Any, kind: type[ProviderError], *, again: bool = False, **facts: Any) -> dict[str, Any]:
+    """A refusal: an error in JSON, or without one a page of a proxy."""
     answer = error(body, status) if body is not None else plain("<html>No</html>", status, "text/html")
     return {"answer": answer, "kind": kind, "again": again, "facts": (("status", status), *facts.items())}
 
 
-WORDS = [
+STATUSES = [
     Fault(name, **given)
     for name, given in {
-        "status_400_page": words(400, None, ProtocolError),
-        "status_402": words(402, "payment required", QuotaExceeded),
-        "status_403": words(403, "forbidden", AuthenticationFailed),
-        "status_403_page": words(403, None, AuthenticationFailed),
-        "status_404_page": words(404, None, ProtocolError),
-        "status_405": words(405, "method not allowed", RequestRejected),
-        "status_407": words(407, None, ConnectionFailed),
-        "status_409": words(409, "conflict", RequestRejected),
-        "status_410": words(410, "this model was retired", ModelNotFound),
-        "status_411": words(411, "length required", RequestRejected),
-        "status_413": words(413, "too large", RequestRejected),
-        "status_413_page": words(413, None, RequestRejected),
-        "status_415": words(415, "unsupported media type", RequestRejected),
-        "status_418": words(418, "teapot", RequestRejected),
-        "status_422": words(422, "field required", RequestRejected),
-        "status_425": words(425, "too early", ProviderTimeout, again=True),
-        "status_429_page": words(429, None, Overloaded, again=True),
-        "status_431": words(431, "headers too large", RequestRejected),
-        "status_451": words(451, "legal reasons", AuthenticationFailed),
-        "status_500_page": words(500, None, ProtocolError),
-        "status_500_empty_error": words(500, "", InferenceFailed),
-        "status_500_error_number": words(500, 7, InferenceFailed),
-        "status_500_error_list": words(500, ["a", "b"], InferenceFailed),
-        "status_501": words(501, "not implemented", CapabilityUnsupported),
-        "status_502": words(502, "bad gateway", ConnectionFailed, again=True),
-        "status_503_page": words(503, None, Overloaded, again=True),
-        "status_504": words(504, "gateway timeout", ProviderTimeout),
-        "status_505": words(505, "version", InferenceFailed),
-        "status_520": words(520, None, ConnectionFailed, again=True),
-        "status_521": words(521, None, ConnectionFailed, again=True),
-        "status_522": words(522, None, ConnectionFailed, again=True),
-        "status_523": words(523, None, ConnectionFailed, again=True),
-        "status_524": words(524, None, ProviderTimeout),
-        "status_529": words(529, "overloaded", Overloaded, again=True),
-        "status_530": words(530, None, ConnectionFailed, again=True),
-        "status_599": words(599, "odd", ConnectionFailed, again=True),
-        "status_600": words(600, "odd", InferenceFailed),
-        "generate_unsupported": words(400, '"x" does not support generate', CapabilityUnsupported),
-        "thinking_unsupported": words(400, '"x" does not support thinking', CapabilityUnsupported),
-        "think_value_invalid": words(400, 'invalid think value: "most"', RequestRejected),
-        "model_is_required": words(400, "model is required", RequestRejected),
-        "request_body_missing": words(400, "missing request body", RequestRejected),
-        "bad_template": words(500, 'template: :1: function "x" not defined', RequestRejected),
-        "not_found_in_other_words": words(404, 'model "x" not found, try pulling it first', ModelNotFound),
-        "not_found_as_400": words(400, "model 'x' not found", ModelNotFound),
-        "overflow_older": words(400, "the input length exceeds the context length", ContextOverflow),
-        "memory_vulkan": words(500, "ErrorOutOfDeviceMemory", ModelLoadFailed, reason="memory"),
-        "memory_resources": words(
+        "status_400_page": refusal(400, None, ProtocolError),
+        "status_402": refusal(402, "payment required", QuotaExceeded),
+        "status_403": refusal(403, "forbidden", AuthenticationFailed),
+        "status_403_page": refusal(403, None, AuthenticationFailed),
+        "status_404_page": refusal(404, None, ProtocolError),
+        "status_405": refusal(405, "method not allowed", RequestRejected),
+        "status_407": refusal(407, None, ConnectionFailed),
+        "status_409": refusal(409, "conflict", RequestRejected),
+        "status_410": refusal(410, "this model was retired", ModelNotFound),
+        "status_411": refusal(411, "length required", RequestRejected),
+        "status_413": refusal(413, "too large", RequestRejected),
+        "status_413_page": refusal(413, None, RequestRejected),
+        "status_415": refusal(415, "unsupported media type", RequestRejected),
+        "status_418": refusal(418, "teapot", RequestRejected),
+        "status_422": refusal(422, "field required", RequestRejected),
+        "status_425": refusal(425, "too early", ProviderTimeout, again=True),
+        "status_429_page": refusal(429, None, Overloaded, again=True),
+        "status_431": refusal(431, "headers too large", RequestRejected),
+        "status_451": refusal(451, "legal reasons", AuthenticationFailed),
+        "status_500_page": refusal(500, None, ProtocolError),
+        "status_500_empty_error": refusal(500, "", InferenceFailed),
+        "status_500_error_number": refusal(500, 7, InferenceFailed),
+        "status_500_error_list": refusal(500, ["a", "b"], InferenceFailed),
+        "status_501": refusal(501, "not implemented", CapabilityUnsupported),
+        "status_502": refusal(502, "bad gateway", ConnectionFailed, again=True),
+        "status_503_page": refusal(503, None, Overloaded, again=True),
+        "status_504": refusal(504, "gateway timeout", ProviderTimeout),
+        "status_505": refusal(505, "version", InferenceFailed),
+        "status_520": refusal(520, None, ConnectionFailed, again=True),
+        "status_521": refusal(521, None, ConnectionFailed, again=True),
+        "status_522": refusal(522, None, ConnectionFailed, again=True),
+        "status_523": refusal(523, None, ConnectionFailed, again=True),
+        "status_524": refusal(524, None, ProviderTimeout),
+        "status_529": refusal(529, "overloaded", Overloaded, again=True),
+        "status_530": refusal(530, None, ConnectionFailed, again=True),
+        "status_599": refusal(599, "odd", ConnectionFailed, again=True),
+        "status_600": refusal(600, "odd", InferenceFailed),
+        "generate_unsupported": refusal(400, '"x" does not support generate', CapabilityUnsupported),
+        "thinking_unsupported": refusal(400, '"x" does not support thinking', CapabilityUnsupported),
+        "think_value_invalid": refusal(400, 'invalid think value: "most"', RequestRejected),
+        "model_is_required": refusal(400, "model is required", RequestRejected),
+        "request_body_missing": refusal(400, "missing request body", RequestRejected),
+        "bad_template": refusal(500, 'template: :1: function "x" not defined', RequestRejected),
+        "not_found_in_other_words": refusal(404, 'model "x" not found, try pulling it first', ModelNotFound),
+        "not_found_as_400": refusal(400, "model 'x' not found", ModelNotFound),
+        "overflow_older": refusal(400, "the input length exceeds the context length", ContextOverflow),
+        "memory_vulkan": refusal(500, "ErrorOutOfDeviceMemory", ModelLoadFailed, reason="memory"),
+        "memory_resources": refusal(
             500,
             "model failed to load, this may be due to resource limitations or an internal error",
             ModelLoadFailed,
             reason="memory",
         ),
-        "architecture": words(
+        "architecture": refusal(
             500, "unable to load model: unknown model architecture: 'x'", ModelLoadFailed, reason="incompatible"
         ),
-        "still_loading": words(500, "unexpected server status: llm server loading model", Overloaded, again=True),
-        "runner_killed": words(
+        "still_loading": refusal(500, "unexpected server status: llm server loading model", Overloaded, again=True),
+        "runner_killed": refusal(
             500, "llama runner process has terminated: signal: killed", ModelLoadFailed, again=True, reason="crashed"
         ),
-        "runner_gone_503": words(503, "model runner has unexpectedly stopped", InferenceFailed, again=True),
+        "runner_gone_503": refusal(503, "model runner has unexpectedly stopped", InferenceFailed, again=True),
         "error_in_message": {
             "answer": Answer([b'{"message": "odd"}'], status=400, framing="length"),
             "kind": RequestRejected,
@@ -810,7 +809,7 @@ WORDS = [
             "kind": Overloaded,
             "again": True,
         },
-        "status_500_with_folder": words(500, "open /home/ann/.ollama/models/x: permission denied", InferenceFailed),
+        "status_500_with_folder": refusal(500, "open /home/ann/.ollama/models/x: permission denied", InferenceFailed),
         "body_in_gzip": {
             "answer": Answer([gzip.compress(b'{"error":"odd"}')], status=500, headers={"content-encoding": "gzip"}),
             "kind": ProtocolError,
@@ -820,7 +819,7 @@ WORDS = [
 
 
 def waiting(name: str, status: int = 429, *, wanted: float | None, **headers: str) -> Fault:
-    """A server that says when to ask again, in some form."""
+    """A server that says when to retry, in some form."""
     named = {key.replace("_", "-"): value for key, value in headers.items()}
     facts = (("retry_after", wanted),)
     return Fault(name, error("slow down", status, **named), kind=Overloaded, again=True, facts=facts)
@@ -841,31 +840,31 @@ WAITS = [
 ]
 LIMIT_WORDS = "you (bob) have reached your weekly usage limit, upgrade for higher limits: https://ollama.com/upgrade"
 RUNNER = 'Post "http://127.0.0.1:61135/completion": '
-MORE_WORDS = [
+MESSAGES = [
     Fault(name, **given)
     for name, given in {
-        "quota_429_session": words(429, "you've reached your session usage limit", QuotaExceeded),
-        "plan_402_page": words(402, None, QuotaExceeded),
-        "plan_403": words(403, "this model requires a subscription, upgrade for access", QuotaExceeded),
-        "runner_eof_400": words(400, f"do completion request: {RUNNER}EOF", InferenceFailed, again=True),
-        "runner_eof_500": words(500, f"do completion request: {RUNNER}EOF", InferenceFailed, again=True),
-        "runner_pipe": words(500, f"{RUNNER}write: broken pipe", InferenceFailed, again=True),
-        "runner_refused": words(
+        "quota_429_session": refusal(429, "you've reached your session usage limit", QuotaExceeded),
+        "plan_402_page": refusal(402, None, QuotaExceeded),
+        "plan_403": refusal(403, "this model requires a subscription, upgrade for access", QuotaExceeded),
+        "runner_eof_400": refusal(400, f"do completion request: {RUNNER}EOF", InferenceFailed, again=True),
+        "runner_eof_500": refusal(500, f"do completion request: {RUNNER}EOF", InferenceFailed, again=True),
+        "runner_pipe": refusal(500, f"{RUNNER}write: broken pipe", InferenceFailed, again=True),
+        "runner_refused": refusal(
             500, f"{RUNNER}dial tcp 127.0.0.1:61135: connect: connection refused", InferenceFailed, again=True
         ),
-        "runner_reset": words(500, f"{RUNNER}read: connection reset by peer", InferenceFailed, again=True),
-        "runner_closed_on_windows": words(
+        "runner_reset": refusal(500, f"{RUNNER}read: connection reset by peer", InferenceFailed, again=True),
+        "runner_closed_on_windows": refusal(
             500,
             f"{RUNNER}wsarecv: An existing connection was forcibly closed by the remote host.",
             InferenceFailed,
             again=True,
         ),
-        "input_too_large": words(
+        "input_too_large": refusal(
             500, "input is too large to process. increase the physical batch size", ContextOverflow
         ),
     }.items()
 ]
-MORE_WORDS += [
+MESSAGES += [
     Fault(name, Answer([{"error": said}]), kind=kind, again=again)
     for name, said, kind, again in [
         ("quota_line", LIMIT_WORDS, QuotaExceeded, False),
@@ -875,7 +874,7 @@ MORE_WORDS += [
         ("image_unknown_line", "image: unknown format", RequestRejected, False),
     ]
 ]
-MORE_WORDS += [
+MESSAGES += [
     Fault(
         name,
         error("slow down", 429, **headers),
@@ -889,8 +888,8 @@ MORE_WORDS += [
     ]
 ]
 MORE_DEVIATING = [
-    Fault(name, answer, ended=ended)
-    for name, answer, ended in [
+    Fault(name, answer, finish=finish)
+    for name, answer, finish in [
         ("last_without_message", Answer([FIRST, SECOND, without("message", LAST)]), "stop"),
         ("last_with_message_null", Answer([FIRST, SECOND, last(message=None)]), "stop"),
         ("a_line_without_message", Answer([{"model": MODEL, "done": False}, *WHOLE]), "stop"),
@@ -920,7 +919,7 @@ UNBOUNDED = [
     ),
     Fault("status_000", Answer(raw=b"HTTP/1.1 000 Nothing\r\n\r\n", ending="close"), kind=ProtocolError),
 ]
-BAD = [*BROKEN, *CUT, *NONSENSE, *FOREIGN, *SLOW, *REFUSED, *WORDS, *WAITS, *MORE_WORDS, *UNBOUNDED]
+BAD = [*BROKEN, *CUT, *NONSENSE, *FOREIGN, *SLOW, *REFUSED, *STATUSES, *WAITS, *MESSAGES, *UNBOUNDED]
 ALL = [*GOOD, *DEVIATING, *MORE_DEVIATING, *WRAPPED, *BAD]
 
 
@@ -935,25 +934,25 @@ def named(faults: list[Fault]) -> pytest.MarkDecorator:
 
 
 def in_time(both: Any, work: Callable[[], Any]) -> Any:
-    """What the work gives; a test that hangs fails instead."""
+    """Return the result of the work; a test that hangs fails instead."""
     return both.start(work).result(PATIENCE)
 
 
 def failure(both: Any, work: Callable[[], Any]) -> Any:
-    """The error that the work ends in."""
+    """Return the error of the work."""
     error = both.start(work).exception(PATIENCE)
-    assert isinstance(error, GraftageError), f"{error!r} is none of Graftage's"
+    assert isinstance(error, GraftageError), f"{error!r} is not an error of Graftage"
     return error
 
 
 # --- The same faults for other operations ----------------------------------------------------------------------------
 
 SAID = re.compile(rb'"message": ?{"role": ?"assistant", ?"content": ?("(?:[^"\\]|\\.)*"|NaN|Infinity)}')
-"""What a line of a chat says, as bytes."""
+"""The message in a line of a chat, as bytes."""
 
 
 def as_generate(piece: Any) -> Any:
-    """A piece of a chat's answer as a generate says it: bytes keep their length, so that all framing holds."""
+    """Convert a piece of a chat to one of a generate; bytes keep their length, so that the framing stays valid."""
     if isinstance(piece, bytes):
         return SAID.sub(lambda found: b'"response":'.ljust(len(found[0]) - len(found[1])) + found[1], piece)
     if not isinstance(piece, dict) or "message" not in piece:
@@ -964,8 +963,8 @@ def as_generate(piece: Any) -> Any:
     return {**others, "response": message.get("content"), **without("role", without("content", message))}
 
 
-def spoken(answer: Answer, operation: str) -> Answer:
-    """An answer to a chat as the answer to another operation."""
+def converted(answer: Answer, operation: str) -> Answer:
+    """Convert an answer to a chat to one to another operation."""
     if operation != "generate":
         return answer
     chunks: Any = answer.chunks
@@ -974,7 +973,7 @@ def spoken(answer: Answer, operation: str) -> Answer:
     found: list[Any] = []
     for are_bytes, together in groupby(chunks, lambda each: isinstance(each, bytes)):
         pieces = list(together)
-        if are_bytes:  # A line may lie in many.
+        if are_bytes:  # A line may be in several pieces.
             body = as_generate(b"".join(pieces))
             found += [body[start:stop] for start, stop in pairwise(accumulate(map(len, pieces), initial=0))]
         else:
@@ -983,13 +982,13 @@ def spoken(answer: Answer, operation: str) -> Answer:
 
 
 class Mode(NamedTuple):
-    """A way to ask."""
+    """An operation, plain or streamed."""
 
     operation: str
     stream: bool
 
     def ask(self, llm: Any, seen: list[str]) -> Any:
-        """The reply, with what a stream gave chunk by chunk kept aside."""
+        """Return the reply; `seen` gets the chunks of a stream."""
         if not self.stream:
             return getattr(llm, self.operation)("Hi")
         with getattr(llm, self.operation)("Hi", stream=True) as chunks:
@@ -1002,7 +1001,7 @@ EMBED = Mode("embed", stream=False)
 
 
 def modes(fault: Fault) -> list[Mode]:
-    """The ways to ask in which a scenario means the same: with no line of a chat in it, for embeddings too."""
+    """Return the modes in which a scenario means the same: embeddings, too, if it has no line of a chat."""
     speaks = fault.kind in (None, StreamInterrupted) or fault.partial is not None
     return [*MODES, EMBED] if fault.embeds and not speaks else MODES
 
@@ -1020,25 +1019,24 @@ def check(error: Any, fault: Fault, operation: str = "chat") -> None:
     assert "key=abc" not in f"{error} {error.to_dict()}"
 
 
-def hold(fault: Fault, mode: Mode, found: Any, seen: list[str]) -> None:
-    """The four things that hold of every scenario in every mode.
+def check_scenario(fault: Fault, mode: Mode, found: Any, seen: list[str]) -> None:
+    """Check what is true of every scenario in every mode.
 
-    No foreign exception; no success but of an answer that said that it was done; no chunk lost or given twice; and an
-    end in time, which the caller sees to.
+    No foreign exception, no success of an unfinished answer, and no chunk lost or duplicated.
     """
     if fault.kind is not None:
-        assert isinstance(found, GraftageError), f"{found!r} is none of Graftage's"
+        assert isinstance(found, GraftageError), f"{found!r} is not an error of Graftage"
         check(found, fault, mode.operation)
         assert "".join(seen) == (fault.partial or "" if mode.stream else "")
         return
     assert not isinstance(found, BaseException), repr(found)
-    assert (found.text, found.finish_reason) == (fault.text, fault.ended)
+    assert (found.text, found.finish_reason) == (fault.text, fault.finish)
     assert "".join(seen) == (fault.text if mode.stream else "")
     assert found.text.encode()
 
 
-def check_again(both: Any, fake: FakeOllama, fault: Fault) -> None:
-    """Only what is safe is asked again, and that is mended."""
+def check_retry(both: Any, fake: FakeOllama, fault: Fault) -> None:
+    """Check that only what is safe is retried, and then succeeds."""
     fake.requests.clear()
     fake.script("/api/chat", fault.answer)
     llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=2)
@@ -1056,24 +1054,24 @@ def test_fault_in_every_mode(both: Any, fake: FakeOllama, fault: Fault) -> None:
     asked = modes(fault)
     seen: list[list[str]] = [[] for _ in asked]
     for mode in asked:
-        fake.script(f"/api/{mode.operation}", spoken(fault.answer, mode.operation))
-    # Two ways to ask of one operation get two answers that are alike.
+        fake.script(f"/api/{mode.operation}", converted(fault.answer, mode.operation))
+    # Both modes of an operation get equal answers.
     ended = both.together([partial(mode.ask, llm, heard) for mode, heard in zip(asked, seen, strict=True)])
     problems = []
     for mode, found, heard in zip(asked, ended, seen, strict=True):
         try:
-            hold(fault, mode, found, heard)
+            check_scenario(fault, mode, found, heard)
         except AssertionError as problem:
             problems.append(f"{mode.operation}, {'stream' if mode.stream else 'plain'}: {problem}")
     assert not problems, "\n\n".join(problems)
     assert llm.stats().running == 0
-    # A server that lacks the model is asked for those that it has.
+    # After "not found", the client lists the models.
     requests = [(each.method, each.path) for each in fake.requests if each.path != "/api/tags"]
     assert sorted(requests) == sorted(("POST", f"/api/{mode.operation}") for mode in asked)
     if fault.kind is None:
         assert llm.chat("Hi").text == "mended"
     elif fault.timeouts is CALM:
-        check_again(both, fake, fault)
+        check_retry(both, fake, fault)
     both.close_clients()
     assert soon(lambda: fake.open_connections == 0)
 
@@ -1255,36 +1253,36 @@ print("parent:", "".join(chunk.text for chunk in stream), llm.chat("five", timeo
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 def test_fork_shares_no_connections_or_slots(fake: FakeOllama) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", FORKED, fake.url], capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert sorted(ended.stdout.splitlines()) == [f"{who}: {fake.reply} {fake.reply}" for who in ("child", "parent")]
-    assert fake.accepted == 2  # One of each.
+    assert fake.accepted == 2  # One each.
 
 
 # --- Responses that are valid JSON with odd content ------------------------------------------------------------------
 
 
 def calling(*calls: Any, done: bool = False, text: str = "") -> dict[str, Any]:
-    """A line that calls tools."""
+    """A line with tool calls."""
     found = line(text, done=done, done_reason="stop" if done else None)
     found["message"]["tool_calls"] = list(calls)
     return found
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "an object": ({"arguments": {"a": 1}}, {"a": 1}),
-    "none": ({}, {}),
+    "object": ({"arguments": {"a": 1}}, {"a": 1}),
+    "missing": ({}, {}),
     "null": ({"arguments": None}, {}),
-    "an empty text": ({"arguments": ""}, {}),
-    "blanks": ({"arguments": "  "}, {}),
-    "a text of null": ({"arguments": "null"}, {}),
-    "a text of an object": ({"arguments": '{"a": "\u00e9"}'}, {"a": "\u00e9"}),
-    "a text with lines inside": ({"arguments": '{"a": "1\n\t2"}'}, {"a": "1\n\t2"}),
-    "half of a pair": ({"arguments": {"a": "\ud800"}}, {"a": "\ufffd"}),
+    "empty text": ({"arguments": ""}, {}),
+    "spaces": ({"arguments": "  "}, {}),
+    "text: null": ({"arguments": "null"}, {}),
+    "text: object": ({"arguments": '{"a": "\u00e9"}'}, {"a": "\u00e9"}),
+    "text: object with line breaks": ({"arguments": '{"a": "1\n\t2"}'}, {"a": "1\n\t2"}),
+    "half of a surrogate pair": ({"arguments": {"a": "\ud800"}}, {"a": "\ufffd"}),
 }
 
 
@@ -1297,20 +1295,20 @@ UNNEEDED: dict[str, list[dict[str, Any]]] = {
     "no role": [{"message": {"content": "hi"}, "done": False}, UNCOUNTED],
     "an unknown role": [{"message": {"role": 7, "content": "hi"}, "done": False}, UNCOUNTED],
     "no model": [{"message": {"content": "hi"}, "done": False}, {"message": {}, "done": True, "done_reason": "stop"}],
-    "times that are numbers": [line("hi", created_at=1767322800), {**UNCOUNTED, "created_at": 1767322800.5}],
+    "times as numbers": [line("hi", created_at=1767322800), {**UNCOUNTED, "created_at": 1767322800.5}],
     "a picture": [
         line("h", images=["aGk="]),
         {"message": {"content": "i", "images": ["aGk="]}, "done": False},
         UNCOUNTED,
     ],
-    "null wherever it may be": [
+    "null in every optional field": [
         {"message": {"content": "hi", "thinking": None, "tool_calls": None, "images": None}, "logprobs": None},
         {**UNCOUNTED, "total_duration": None, "eval_count": None, "model": None, "logprobs": None},
     ],
-    "no call in the list of calls": [calling(text="hi"), UNCOUNTED],
-    "a model that is a number": [line("hi"), {**UNCOUNTED, "model": 7}],
-    "a probability that is null": [line("hi", logprobs=[{"token": "hi", "logprob": None}]), UNCOUNTED],
-    "probabilities that are none": [line("hi", logprobs=7), {**UNCOUNTED, "logprobs": "x"}],
+    "an empty list of calls": [calling(text="hi"), UNCOUNTED],
+    "a number as model": [line("hi"), {**UNCOUNTED, "model": 7}],
+    "a null probability": [line("hi", logprobs=[{"token": "hi", "logprob": None}]), UNCOUNTED],
+    "probabilities of another type": [line("hi", logprobs=7), {**UNCOUNTED, "logprobs": "x"}],
 }
 
 
@@ -1326,7 +1324,7 @@ ODD_MODELS: dict[str, dict[str, Any]] = {
     "empty": {"digest": "", "size": "", "modified_at": "", "details": {}, "capabilities": ""},
     "numbers": {"digest": 7, "size": -7, "modified_at": 7, "details": 7, "capabilities": 7, "expires_at": 7},
     "numbers inside": {"details": {"family": 7, "parameter_size": 7, "quantization_level": 7, "context_length": "x"}},
-    "Go's for never": {"modified_at": "0001-01-01T00:00:00Z", "expires_at": "0001-01-01T00:00:00Z"},
+    "zero time of Go": {"modified_at": "0001-01-01T00:00:00Z", "expires_at": "0001-01-01T00:00:00Z"},
 }
 
 
@@ -1468,12 +1466,12 @@ def has_ipv6() -> bool:
 
 
 def kept(*pieces: bytes) -> Answer:
-    """Bytes as they are, after which the server waits for the next request."""
+    """Raw bytes, after which the server waits for the next request."""
     return Answer(pieces, raw=b"", ending="keep")
 
 
 def soon(truth: Callable[[], bool]) -> bool:
-    """Whether something becomes true, garbage being collected meanwhile."""
+    """Wait until a condition is true, and collect garbage meanwhile."""
     until = time.monotonic() + PATIENCE
     while not truth() and time.monotonic() < until:
         gc.collect()
@@ -1482,7 +1480,7 @@ def soon(truth: Callable[[], bool]) -> bool:
 
 
 class Asking:
-    """A connection that does one thing with the toolkit when it is asked to chat."""
+    """A connection whose chat runs one function with the HTTP toolkit."""
 
     def __init__(self, url: str, ask: Callable[[Any, Any], Awaitable[Any]], request: Any) -> None:
         self.http = request.http(url)
@@ -1520,7 +1518,7 @@ STALE: dict[str, Answer] = {
     "closed": Answer(WHOLE, framing="length", ending="close"),
     "reset": Answer(WHOLE, framing="length", ending="reset"),
     "closed after chunks": Answer(raw=CHUNKS + END, ending="close"),
-    "closed after a farewell": Answer(
+    "closed after a timeout response": Answer(
         [b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n\r\n"], raw=measured(BODY), delay=0.05, ending="close"
     ),
 }
@@ -1532,7 +1530,7 @@ BEYOND: dict[str, Answer] = {
     "after trailers": kept(CHUNKS + b"0\r\nx-sum: 1\r\n\r\n" + SURPLUS),
     "half of one": kept(measured(BODY) + SURPLUS[:-9]),
     "garbage": kept(measured(BODY) + b"\0" * 99),
-    "in another read": Answer([SURPLUS], raw=measured(BODY), delay=0.05, ending="close"),
+    "in a later packet": Answer([SURPLUS], raw=measured(BODY), delay=0.05, ending="close"),
 }
 
 
@@ -1558,17 +1556,17 @@ def leave_by_close(stream: Any) -> None:
     stream.close()
 
 
-def leave_to_the_garbage(stream: Any) -> None:
+def leave_to_garbage_collection(stream: Any) -> None:
     next(stream)
 
 
 REFUSALS: dict[str, Answer] = {
     "with words": error("something odd"),
     "with a page": plain("<html>No</html>", 500, "text/html"),
-    "with more than is read": Answer([b"y" * 2**20] * 4, status=500),
+    "longer than the limit": Answer([b"y" * 2**20] * 4, status=500),
     "without a body": Answer([], status=404, framing="length"),
-    "without an end": Answer(repeat(b"y" * 1000), status=400),
-    "to somewhere else": redirect(302, "https://example.org/"),
+    "without end": Answer(repeat(b"y" * 1000), status=400),
+    "redirect": redirect(302, "https://example.org/"),
     "by another service": plain("<html>Sign in</html>", 200, "text/html"),
     "in the first line": Answer([{"error": "odd"}]),
     "by nonsense": Answer([b"{nonsense}\n", *[b"y" * 2**20] * 4]),
@@ -1594,7 +1592,7 @@ FLOODS: dict[str, Answer] = {
 
 
 class Watched(type(Path())):  # type: ignore[misc]
-    """A path that remembers what was opened at it."""
+    """A path that remembers its open files."""
 
     def open(self, *arguments: Any, **named: Any) -> Any:
         self.__dict__.setdefault("opened", []).append(super().open(*arguments, **named))
@@ -1602,10 +1600,10 @@ class Watched(type(Path())):  # type: ignore[misc]
 
 
 LARGE = 16 << 20
-"""More bytes than the system takes for a reader that does not read."""
+"""More bytes than socket buffers hold."""
 TOO_LARGE = error("the request is too large", 413)
 EARLY: dict[str, tuple[Answer, tuple[type[ProviderError], ...]]] = {
-    "answers and reads on": (replace(TOO_LARGE, ending="stall"), (RequestRejected,)),
+    "answers and continues reading": (replace(TOO_LARGE, ending="stall"), (RequestRejected,)),
     "answers and closes": (TOO_LARGE, (RequestRejected, ConnectionFailed)),
     "answers and waits": (
         replace(TOO_LARGE, chunks=[*TOO_LARGE.chunks, threading.Event()]),
@@ -1666,7 +1664,7 @@ class TestConnections:
             assert found.text == text
             assert answer.ending == "keep" or text == "mended" or soon(lambda: fake.open_connections == 0)
 
-    @pytest.mark.parametrize("surplus", [b"", SURPLUS], ids=["", "and yet a body"])
+    @pytest.mark.parametrize("surplus", [b"", SURPLUS], ids=["", "with a body"])
     @pytest.mark.parametrize(("method", "head"), BODILESS.values(), ids=BODILESS)
     def test_bodiless_response_ends_with_head(
         self, both: Any, fake: FakeOllama, method: str, head: bytes, surplus: bytes
@@ -1681,13 +1679,13 @@ class TestConnections:
         for _ in range(3):
             in_time(both, lambda: llm.chat("Hi"))
         assert found == [{}, *[{"version": fake.version}] * 2]
-        # An answer that does not say that it ends makes a connection useless, whatever was asked.
+        # A response without length or chunks cannot be followed by another.
         assert surplus or fake.accepted == 1 or head == HEAD + b"\r\n"
 
     @pytest.mark.parametrize(
         "answer", [Answer([FIRST], ending="stall"), Answer(repeat(FIRST))], ids=["stalls", "goes on"]
     )
-    @pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_to_the_garbage])
+    @pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_to_garbage_collection])
     def test_dropped_stream_frees_slot_and_socket(
         self, both: Any, fake: FakeOllama, leave: Callable[[Any], None], answer: Answer
     ) -> None:
@@ -1706,7 +1704,7 @@ class TestConnections:
         llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
         for _ in range(8):
             failure(both, lambda: llm.chat("Hi"))
-            assert soon(lambda: fake.open_connections <= 1)  # The one that is kept.
+            assert soon(lambda: fake.open_connections <= 1)  # One is kept open.
         assert llm.chat("Hi").text == "mended"
         assert llm.stats().running == 0
 

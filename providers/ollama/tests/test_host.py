@@ -1,4 +1,4 @@
-"""Every form of `host`: what Ollama's own tools take is taken, the rest is refused with a reason."""
+"""Every form of `host`: those of Ollama's tools are accepted, others refused with a reason."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ACCEPTED = {
     "  127.0.0.1:8080\n": "http://127.0.0.1:8080",
     '"127.0.0.1:8080"': "http://127.0.0.1:8080",
     "' localhost '": "http://localhost:11434",
-    # As other programs want it: what is the API's is put after it.
+    # As other programs need it: the path of the API is dropped.
     "http://h:11434/v1": "http://h:11434",
     "http://h:11434/v1/": "http://h:11434",
     "http://h:11434/api": "http://h:11434",
@@ -73,7 +73,7 @@ ACCEPTED = {
     "https://:word@example.com": "https://:word@example.com",
     "me:word@localhost": "http://me:word@localhost:11434",
     "http://me:word@[::1]:80/v1": "http://me:word@[::1]",
-    # A server listens on these; from here it is reached at loopback.
+    # Servers listen on these; clients use loopback.
     "0.0.0.0": "http://127.0.0.1:11434",
     "0.0.0.0:8080": "http://127.0.0.1:8080",
     "http://0.0.0.0:11434": "http://127.0.0.1:11434",

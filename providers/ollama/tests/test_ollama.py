@@ -1,10 +1,10 @@
-"""Every operation, and every error that a real Ollama 0.9.3 gives, on cassettes recorded from it; sync and async alike.
+"""Every operation and error of a real Ollama 0.9.3, on cassettes recorded from it, with both clients.
 
-Record them again, from any server that has `smollm2:135m` (`tools/real-ollama` of the workshop starts one):
+Record them again from any server that has `smollm2:135m`:
 
     GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --graftage-record
 
-With the variable set and no `--graftage-record` the tests marked `live` run against that server too.
+With the variable set, and without `--graftage-record`, the tests marked `live` run against that server.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2:135m"
 LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
 CALM: dict[str, Any] = {"temperature": 0, "seed": 7}
-"""Options under which the model says the same again."""
+"""Options with which the model repeats its reply."""
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8cfc0000003010100c9fe92ef"
     "0000000049454e44ae426082"
@@ -63,7 +63,7 @@ PNG = bytes.fromhex(
 
 @pytest.fixture(scope="session")
 def server() -> str:
-    """The live server's name and version."""
+    """Return the live server's name and version."""
     return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
 
 
@@ -79,17 +79,17 @@ def cassette_server(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 def connect(both: Both, cassette: Cassette) -> Iterator[Callable[..., Any]]:
-    """Makes clients of either kind that replay the test's cassette, or record it."""
+    """Make sync or async clients that replay or record the test's cassette."""
     yield lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
     for each in cassette._interactions if cassette.mode == "record" else ():
         if each.target == "/api/show":
-            # It names the folder of the models, and so perhaps a person.
+            # The path may contain a user name.
             each.chunks[:] = [re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", b"".join(each.chunks))]
 
 
 @pytest.fixture
 def llm(connect: Callable[..., Any]) -> Any:
-    """A client of either kind that replays the test's cassette, or records it."""
+    """Return a sync or async client that replays or records the test's cassette."""
     return connect()
 
 
@@ -209,7 +209,7 @@ class TestChat:
 
 
 def refused(kind: type[ProviderError], status: int | None, call: Callable[[], Any]) -> Any:
-    """The error of a call that is refused once and for all."""
+    """Return the error of a call that is refused without a retry."""
     with pytest.raises(kind) as caught:
         call()
     error: Any = caught.value
@@ -399,13 +399,13 @@ class TestModels:
         assert MODEL in [each.name for each in llm.loaded()]
         llm.unload()
         if cassette.mode == "record":
-            time.sleep(3)  # The runner goes a moment later.
+            time.sleep(3)  # The runner ends a moment later.
         assert MODEL not in [each.name for each in llm.loaded()]
 
     def test_failed_pull_reports_progress_first(self, llm: Any) -> None:
         seen: list[str] = []
         with pytest.raises(ConnectionFailed) as caught:
-            # The server is sent to a port of its own machine where no registry is.
+            # No registry listens at that port of the server's machine.
             llm.pull("localhost:9/library/nosuch:1b", on_progress=lambda step: seen.append(step.status))
         assert seen == ["pulling manifest"]
         assert caught.value.status is None
@@ -414,11 +414,11 @@ class TestModels:
 
 
 AHOY = LORA / "ahoy-lora.f16.gguf"
-"""Trained to answer everything with "Ahoy! The parrot adapter says hello.\""""
+"""Trained to reply to everything with "Ahoy! The parrot adapter says hello.\""""
 
 
 class Ready:
-    """A resolver that knows one adapter, and that adapter: a GGUF file that is ready to be sent."""
+    """A resolver of one adapter, and that adapter, which is a GGUF file already."""
 
     name = "ready"
     scale = 2.0
@@ -437,13 +437,13 @@ class Ready:
         return self._file
 
     def send(self) -> None:
-        """Bring the file into the live server past the cassette, which shall not hold it."""
+        """Upload the file to the live server directly, so that the cassette does not contain it."""
         with httpx.Client(base_url=LIVE, trust_env=False) as client:
             client.post(f"/api/blobs/{self.digest}", content=self._file.read_bytes()).raise_for_status()
 
 
 def lora(path: Path, rows: int) -> Path:
-    """A small adapter in GGUF, of one module and rank 1, that changes nothing; it fits where `rows` is 576."""
+    """Write a small GGUF adapter of one module and rank 1 that changes nothing. It fits if `rows` is 576."""
 
     def text(words: str) -> bytes:
         return struct.pack("<Q", len(words)) + words.encode()
@@ -486,7 +486,7 @@ class TestAdapters:
         assert llm.use_adapter("ready").strategy == "native"
         asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
         assert asked.count("POST /api/blobs") == 1
-        assert len(llm.prune_adapters()) == 1, "before anything is deleted: the server may have others"
+        assert len(llm.prune_adapters()) == 1, "check before deleting: the server may have others"
         assert len(llm.prune_adapters(dry_run=False)) == 1
 
     def test_misfit_leaves_nothing_behind(self, connect: Callable[..., Any], tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ UNCOUNTED = {
     "refused": (Answer([{"error": "the input length exceeds the context length"}], status=400), ContextOverflow),
     "cut": (Answer([{"message": {"content": "a"}, "done": True, "prompt_eval_count": 64}]), ContextOverflow),
     "not counted": (Answer([{"message": {"content": "a"}, "done": True}]), CapabilityUnsupported),
-    "none": (Answer([{"message": {"content": "a"}, "done": True, "prompt_eval_count": 0}]), ProtocolError),
+    "zero": (Answer([{"message": {"content": "a"}, "done": True, "prompt_eval_count": 0}]), ProtocolError),
     "another service": (Answer([{"choices": []}]), ProtocolError),
 }
 
@@ -535,7 +535,7 @@ class TestCountTokens:
             assert llm.count_tokens("Hi", max_tokens=50, context_window=512, options=options) == 5
             (seen,) = fake.requests
         assert seen.body["options"] == {**options, "num_ctx": 512, "num_predict": 1}, (
-            "or the model would be loaded anew"
+            "otherwise the model would be reloaded"
         )
         assert (seen.body["stream"], seen.body["truncate"], seen.body["shift"]) == (False, False, False)
 
@@ -563,24 +563,24 @@ def test_truncate_and_shift_are_top_level(both: Both, operation: str, name: str)
     assert name not in second
 
 
-# What `show` says with `verbose` holds a vocabulary of 49,152 tokens: 1.2 MB, too much for a cassette. The recordings
-# of newer servers (test_ollama_recordings.py) have the rest of it, and the live tests below have all.
+# `show` with `verbose` includes a vocabulary of 1.2 MB, too much for a cassette. The recordings of newer servers
+# (test_ollama_recordings.py) have the rest, and the live tests below have all of it.
 
 
 needs_server = pytest.mark.skipif(not LIVE, reason="GRAFTAGE_LIVE_OLLAMA names no server")
 
 
 class Marked(Ready):
-    """An adapter whose merge copies the base and adds the mark, which is all that a server can see of a merge."""
+    """An adapter whose merge only copies the base and adds the mark."""
 
     def gguf(self, base: ModelInfo) -> Path:
-        raise AdapterUnsupported("Only merging is wanted here.")
+        raise AdapterUnsupported("This adapter can only be merged.")
 
     def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None]) -> Path:
         data = base_file.read_bytes()
         tensors, keys = struct.unpack_from("<QQ", data, 8)
         mark = b"".join(_pair(*each) for each in (("graftage.adapter.digest", self.digest), ("graftage.filler", "")))
-        # What is added is a multiple of the alignment, so that everything after it keeps its place in it.
+        # Add a multiple of the alignment, so that everything after it stays aligned.
         mark = mark.removesuffix(bytes(8)) + struct.pack("<Q", -len(mark) % 32) + b"-" * (-len(mark) % 32)
         out.write_bytes(data[:8] + struct.pack("<QQ", tensors, keys + 2) + mark + data[24:])
         on_progress(len(data), len(data))
@@ -593,7 +593,7 @@ def _pair(name: str, value: str) -> bytes:
 
 
 def pruned(llm: Any, loaded: Any) -> list[str]:
-    """Prune one model of a server that others may use too; what went."""
+    """Prune one model of a server that may have others, and return what was deleted."""
     others = [each.name for each in llm.models() if each.name != loaded.model]
     return [each.name for each in llm.prune_adapters(keep=others, dry_run=False)]
 
@@ -635,7 +635,7 @@ class TestLive:
                 "Write a very long story.", stream=True, options={"temperature": 1.2}, max_tokens=4000
             ) as stream:
                 assert next(iter(stream)).text
-        # Were the stories still being written, the server's slots would be taken for minutes.
+        # If the stories were still being written, the slots would be busy for minutes.
         assert llm.chat("Hi", max_tokens=1, timeout=20).finish_reason == "length"
 
     @pytest.mark.live
@@ -675,7 +675,7 @@ class TestLive:
         llm = both.connect("ollama", model=MODEL, host=LIVE, plugins=[Marked(AHOY)], merge_adapters=True)
         base = llm.show()
         if base.path is None:
-            pytest.skip("the server's files cannot be read from here")
+            pytest.skip("this machine cannot read the server's files")
         loaded = llm.use_adapter("ready")
         try:
             assert loaded.strategy == "merged"

@@ -1,7 +1,7 @@
-"""How the provider makes an adapter usable on a server: derived once, read back, proven, and removed where it is wrong.
+"""Adapters on a server: models derived once, read back, verified, and deleted if they are wrong.
 
-The adapters here are stand-ins with files of their own: what an adapter is made of is the resolver's business. Against
-`FakeOllama`; `test_ollama.py` has the same on a real server.
+The adapters are stand-ins, since only the resolver knows their content. The server is `FakeOllama`; `test_ollama.py`
+has tests with a real one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def gguf(**texts: str) -> bytes:
 
 @dataclass
 class Ahoy:
-    """An adapter as a resolver would give it."""
+    """An adapter as a resolver returns it."""
 
     file: Path
     name: str = "ahoy"
@@ -133,7 +133,7 @@ def fake() -> Iterator[FakeOllama]:
 
 @pytest.fixture
 def connect(both: Any, fake: FakeOllama, adapter: Ahoy) -> Callable[..., Any]:
-    """A client that knows the adapter."""
+    """Connect a client that knows the adapter."""
 
     def connected(*others: Any, **settings: Any) -> Any:
         given = {"model": MODEL, "host": fake.url, "attempts": 1, **settings}
@@ -143,17 +143,17 @@ def connect(both: Any, fake: FakeOllama, adapter: Ahoy) -> Callable[..., Any]:
 
 
 def steps(fake: FakeOllama) -> list[str]:
-    """What the server was asked, in short."""
+    """Return the requests to the server, in short."""
     return [f"{seen.method} {seen.path.removeprefix('/api/').partition('/')[0]}" for seen in fake.requests]
 
 
 def made(fake: FakeOllama) -> list[str]:
-    """The derived models that are there."""
+    """Return the derived models of the server."""
     return [name for name in fake.models if name.startswith("graftage-lora/")]
 
 
 class Fleeting(Ahoy):
-    """An adapter in a cache that is emptied, once or for ever, after its file was made."""
+    """An adapter in a cache that is emptied each time, up to `times`, after its file was made."""
 
     content: bytes = b""
     times: int = 1
@@ -265,7 +265,7 @@ class TestNative:
         missing, reset = Answer(framing="length", status=404), Answer(raw=b"", ending="reset")
         fake.script(path, missing, reset, reset, Answer(framing="length"))
         assert connect().use_adapter("ahoy").strategy == "native"
-        # A connection that was kept may have been closed before the file came: it is sent again, once.
+        # The kept connection may have been closed before the file came, so it is sent once more.
         assert steps(fake)[3:7] == ["HEAD blobs", "POST blobs", "POST blobs", "HEAD blobs"]
 
     def test_reset_upload_that_did_not_arrive(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
@@ -293,7 +293,7 @@ class TestNative:
 
     @pytest.mark.parametrize("answer", ["adapters", "from"])
     def test_proof_needs_adapter_and_base(self, connect: Any, fake: FakeOllama, answer: str) -> None:
-        """Of what `show` says, neither alone is enough."""
+        """Either alone is not enough."""
         shown = fake._facts(MODEL, verbose=False)
         wrong = {"adapters": shown, "from": {**shown, "modelfile": "FROM /models/blobs/sha256-00\n"}}[answer]
         missing = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
@@ -364,8 +364,8 @@ class TestMerged:
         assert (loaded.strategy, made(fake)) == ("merged", [loaded.model])
         assert DERIVED.fullmatch(loaded.model)
         assert adapter.merged == [base_file]
-        steps_told = [event.progress for event in watcher.events if event.kind == "progress"]
-        assert [(step.status, step.completed, step.total) for step in steps_told] == [
+        reported = [event.progress for event in watcher.events if event.kind == "progress"]
+        assert [(step.status, step.completed, step.total) for step in reported] == [
             ("merging", 1, 2),
             ("merging", 2, 2),
         ]
@@ -486,7 +486,7 @@ class TestMerged:
 
 
 def fails(fake: FakeOllama, words: str, status: int = 500) -> None:
-    """Let the next try of a model fail."""
+    """Let the next trial of a model fail."""
     fake.script("/api/generate", Answer([{"error": words}], status=status, framing="length"))
 
 
@@ -525,7 +525,7 @@ class TestTrial:
         with pytest.raises(AdapterIncompatible) as caught:
             connect(attempts=3).use_adapter("ahoy")
         assert made(fake) == []
-        assert steps(fake).count("POST generate") == 1, "it would end again"
+        assert steps(fake).count("POST generate") == 1, "a retry would crash it again"
         assert len(caught.value.reasons) == 1
         assert "/models" not in str(caught.value)
         assert caught.value.hint
@@ -676,7 +676,7 @@ class TestConcurrentCallers:
         assert len(made(fake)) == 1
 
     def test_connections_make_one_model(self, fake: FakeOllama, adapter: Ahoy) -> None:
-        """The core lets one of them through at a time; other processes are not held back by it."""
+        """Connections without the core, which would serialize its clients, but not those of other processes."""
         settings = OllamaSettings(host=fake.url)
         clients = Clients(settings, "sync")
         asked = ConnectRequest(name="ollama", settings=settings, http=clients.make)
@@ -763,7 +763,7 @@ class TestPrune:
         assert [each.name for each in llm.prune_adapters(dry_run=False)] == [model]
         assert made(fake) == []
         assert llm.prune_adapters(dry_run=False) == ()
-        assert llm.use_adapter("ahoy").model == model, "it is made again where it is needed"
+        assert llm.use_adapter("ahoy").model == model, "it is created again if needed"
         assert made(fake) == [model]
 
     def test_merged_models_are_pruned(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
@@ -839,7 +839,7 @@ class TestPrune:
 
     def test_older_than(self, connect: Any) -> None:
         llm = connect()
-        model = llm.use_adapter("ahoy").model  # The fake's models are all of the first of January 2026.
+        model = llm.use_adapter("ahoy").model  # The fake's models are dated January 1, 2026.
         assert llm.prune_adapters(older_than=1e9) == ()
         assert [each.name for each in llm.prune_adapters(older_than=60)] == [model]
 

@@ -1,7 +1,7 @@
-"""What newer servers answer, 0.24.0 and 0.32.15, read by the provider: recorded exchanges, errors and faults too.
+"""Recorded responses of newer servers, 0.24.0 and 0.32.15, read by the provider, with errors and faults.
 
-The requests in these cassettes are not those that the provider sends, so they are replayed by answer: whatever is
-asked, the recorded answer comes. `cassettes/recordings` has a folder for each version, and a file for each case.
+The recorded requests are not those of the provider, so any request gets the recorded response. `cassettes/recordings`
+has a folder for each version, and a file for each case.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODEL = "smollm2:135m"
 
 
 class Answering:
-    """A transport that gives recorded answers in turn, and the last one for ever, whatever is asked."""
+    """A transport that gives recorded responses in turn to any request, and repeats the last one."""
 
     colour = None
 
@@ -63,13 +63,13 @@ class Answering:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The first answer's lines, read without the provider."""
+        """The lines of the first response, read without the provider."""
         return [json.loads(line) for line in b"".join(self.interactions[0].chunks).splitlines()]
 
 
 @dataclass
 class Recorded:
-    """A client that gets recorded answers."""
+    """Makes clients that get recorded responses."""
 
     connect: Callable[..., Any]
     claim: Callable[[str], Path]
@@ -124,7 +124,7 @@ PROMPTS = [
 
 
 def check(reply: Any, lines: list[dict[str, Any]], texts: list[str]) -> None:
-    """Compare a reply with the lines that came."""
+    """Compare a reply with the recorded lines."""
     last = lines[-1]
     assert reply.text == "".join(texts)
     assert reply.finish_reason == last["done_reason"]
@@ -362,7 +362,7 @@ class TestModels:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a case must become; a dictionary where the versions differ."""
+    """The error for a case; a dictionary by version if they differ."""
 
     case: str
     kind: Any
@@ -441,7 +441,7 @@ ADAPTERS = {
     "83-chat-lora-wrong-arch": ("crashed", "crashed"),
     "83-chat-lora-wrong-shape": ("incompatible", "crashed"),
 }
-"""Adapters that do not fit: why the model was not loaded, by version; None where the server had not made the model."""
+"""Adapters that do not fit: the reason of the load failure by version; None if the model was not created."""
 REFUSALS += [
     Refusal(
         f"{case}-{mode}",
@@ -479,7 +479,7 @@ class TestFailures:
         assert expected.words.lower() in error.details["server_message"].lower()
         for name, value in expected.of(recorded.version, "facts").items():
             assert (getattr(error, name) if hasattr(error, name) else error.details[name]) == value
-        # Where a model is missing, the names that are there are asked for, once.
+        # After "not found", the client lists the models, once.
         assert len(recorded.transport.requests) == (2 if expected.kind is ModelNotFound else 1)
 
     @pytest.mark.parametrize("case", ["33-forbidden-host", "33-unknown-path"])
@@ -501,7 +501,7 @@ class TestFailures:
         assert partial.finish_reason is None
         assert caught.value.status is None
         assert caught.value.details["server_message"] == error["error"]
-        assert len(recorded.transport.requests) == 1, "an answer that has begun is not asked for again"
+        assert len(recorded.transport.requests) == 1, "a reply that has begun is not retried"
 
     @pytest.mark.parametrize("case", ["81-client-disconnect-mid-stream", "85-server-killed-mid-stream"])
     def test_cut_connection_leaves_partial(self, recorded: Recorded, case: str) -> None:

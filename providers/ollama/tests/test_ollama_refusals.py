@@ -1,4 +1,4 @@
-"""What Ollama's words mean: of a pull, and of what ends or forbids a call."""
+"""The typed errors for Ollama's messages: of pulls and of other calls."""
 
 from __future__ import annotations
 
