@@ -215,8 +215,8 @@ def _refusal(answer: Answer) -> ProviderError | None:
     return refusal(answer)
 
 
-def _read_version(answer: Mapping[str, Any]) -> str:
-    version = answer.get("version")
+def _read_version(response: Mapping[str, Any]) -> str:
+    version = response.get("version")
     if not isinstance(version, str):
         raise ProtocolError(
             "This server is not Ollama: it did not report its version.", hint="Check `host` and its port."

@@ -293,13 +293,13 @@ def prompt_tokens(last: Chunk) -> int:
     return count
 
 
-def embeddings(answer: Mapping[str, Any]) -> Embeddings:
+def embeddings(response: Mapping[str, Any]) -> Embeddings:
     """Read the vectors of a response."""
     return Embeddings(
-        vectors=answer["embeddings"],  # The core checks them.
-        model=read_word(answer.get("model")) or "",
-        usage=Usage(input_tokens=answer.get("prompt_eval_count")),
-        timings=Timings(total=_seconds(answer.get("total_duration")), load=_seconds(answer.get("load_duration"))),
+        vectors=response["embeddings"],  # The core checks them.
+        model=read_word(response.get("model")) or "",
+        usage=Usage(input_tokens=response.get("prompt_eval_count")),
+        timings=Timings(total=_seconds(response.get("total_duration")), load=_seconds(response.get("load_duration"))),
     )
 
 
@@ -313,9 +313,9 @@ def progress(part: Mapping[str, Any]) -> PullProgress:
     )
 
 
-def loaded_models(answer: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
+def loaded_models(response: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
     """Read the models in memory."""
-    return read_records(answer["models"], _loaded_model)
+    return read_records(response["models"], _loaded_model)
 
 
 def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
@@ -338,9 +338,9 @@ def _name(found: Mapping[str, Any]) -> str:
     return name
 
 
-def listed_models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
+def listed_models(response: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
     """Read a list of models."""
-    return read_records(answer["models"], _listed_model)
+    return read_records(response["models"], _listed_model)
 
 
 def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
@@ -360,31 +360,31 @@ def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
     )
 
 
-def model_info(name: str, answer: Mapping[str, Any]) -> ModelInfo:
+def model_info(name: str, response: Mapping[str, Any]) -> ModelInfo:
     """Read the response of `/api/show` to a verbose request."""
-    details = read_object(answer["details"])  # Every version sends them: without, this is another service.
-    metadata = read_object(answer.get("model_info"))
+    details = read_object(response["details"])  # Every version sends them: without, this is another service.
+    metadata = read_object(response.get("model_info"))
     architecture = read_word(metadata.get("general.architecture"))
-    modelfile = read_word(answer.get("modelfile")) or ""
+    modelfile = read_word(response.get("modelfile")) or ""
     return ModelInfo(
         name=canonical_name(name),
-        size=_weights_size(answer.get("tensors")),
-        modified_at=read_moment(answer.get("modified_at")),
+        size=_weights_size(response.get("tensors")),
+        modified_at=read_moment(response.get("modified_at")),
         family=read_word(details.get("family")),
         architecture=architecture,
         parameters=read_word(details.get("parameter_size")),
         quantization=read_word(details.get("quantization_level")),
         context_window=read_count(metadata.get(f"{architecture}.context_length")),
-        features=_features(answer.get("capabilities")),
+        features=_features(response.get("capabilities")),
         parent=read_word(details.get("parent_model")),
         adapters=blob_digests(modelfile, "ADAPTER"),
-        template=read_word(answer.get("template")),
-        system=read_word(answer.get("system")),
-        licence=read_word(answer.get("license")),
+        template=read_word(response.get("template")),
+        system=read_word(response.get("system")),
+        licence=read_word(response.get("license")),
         path=_weights_file(modelfile),
         metadata=metadata,
-        tensors=_tensors(answer.get("tensors")),
-        raw={key: value for key, value in answer.items() if key not in ("model_info", "tensors")},
+        tensors=_tensors(response.get("tensors")),
+        raw={key: value for key, value in response.items() if key not in ("model_info", "tensors")},
     )
 
 
