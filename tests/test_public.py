@@ -37,6 +37,7 @@ ENGINE = [
     "purposes",
     "arguments",
     "limits",
+    "slots",
     "plugins",
     "waiting",
     "awaiting",

@@ -1,7 +1,7 @@
-"""The data that a host sees: messages, answers, models, limits, adapters. What hooks are given is in `calls`.
+"""The data that a host application sees: messages, replies, models, limits, adapters. `calls` has what hooks receive.
 
-Everything here is frozen and keyword-only, and grows by fields with defaults: a plugin written for this release still
-works with the next. An unknown figure is `None`, never 0. Durations are seconds, sizes are bytes.
+All of it is frozen and keyword-only. It grows by fields with defaults, so a plugin written for this release works with
+the next. An unknown figure is `None`, never 0. Durations are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "unload", "load", "other"]
-"""Why an answer ended. Readers must tolerate new values; the server's own word is in `raw`."""
+"""Why a reply ended. Readers must accept new values; the server's word is in `raw`."""
 Feature: TypeAlias = Literal[
     "chat",
     "generate",
@@ -105,7 +105,7 @@ class _Unset(enum.Enum):
 
 
 ACTIVE: Final = _Unset.ACTIVE
-"""Stands for "the adapter that `use_adapter` made active"; `None` means the base model."""
+"""The adapter that `use_adapter` made active; `None` means the base model."""
 AdapterChoice: TypeAlias = "str | Path | Literal[_Unset.ACTIVE] | None"
 
 
@@ -114,25 +114,25 @@ AdapterChoice: TypeAlias = "str | Path | Literal[_Unset.ACTIVE] | None"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A picture that goes with a message."""
+    """An image in a message."""
 
     data: bytes = field(default=b"", repr=False)
-    """The encoded picture (PNG, JPEG, WebP), as it is in its file."""
+    """The bytes of the image file (PNG, JPEG, WebP)."""
     path: str | Path | None = None
-    """The file to read it from, instead of `data`. A provider gets `data` alone."""
+    """The file to read, instead of `data`. A provider receives only `data`."""
     media_type: str | None = None
-    """Such as `image/png`; None where it is not known."""
+    """Such as `image/png`; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A function the model wants called."""
+    """The model's request to call a function."""
 
     name: str
     arguments: Mapping[str, Any]
-    """The arguments as the model wrote them: untrusted, and not checked against the tool's schema."""
+    """The arguments as the model wrote them. Do not trust them: they are not checked against the tool's schema."""
     id: str
-    """Names this call when its result is sent back."""
+    """The name of this call in `Message.tool_call_id`, when its result is sent back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,35 +154,35 @@ class Message:
     images: tuple[Image, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     tool_name: str | None = None
-    """On a message with role `tool`: the function whose result this is."""
+    """On a message with the role `tool`: the function whose result this is."""
     tool_call_id: str | None = None
-    """On a message with role `tool`: the `ToolCall.id` this answers."""
+    """On a message with the role `tool`: the `ToolCall.id` that this is the result of."""
     thinking: str | None = None
-    """What the model thought before it answered."""
+    """What the model thought before its reply."""
     name: str | None = None
-    """Who speaks, where several share a role; few servers and templates have a place for it."""
+    """Who speaks, if several share a role; few servers and templates use it."""
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
+# --- Replies ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens counted by the server; a count that cannot be is unknown."""
+    """Tokens as the server counted them; an impossible count becomes `None`."""
 
     input_tokens: int | None = None
-    """Of the whole prompt, with what the server had in its cache."""
+    """Tokens of the whole prompt, including those in the server's cache."""
     output_tokens: int | None = None
 
     @property
     def total_tokens(self) -> int | None:
-        """Input and output together, where both are known."""
+        """Input and output together; `None` unless both are known."""
         if self.input_tokens is None or self.output_tokens is None:
             return None
         return self.input_tokens + self.output_tokens
 
     def __add__(self, other: Usage) -> Usage:
-        """That of several answers together; what one of them does not know is not known."""
+        """Add two counts; a figure that one of them lacks is unknown in the sum."""
         names = (each.name for each in fields(self))
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return Usage(**{name: None if None in pair else sum(pair) for name, pair in pairs.items()})
@@ -190,45 +190,45 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time went, in seconds: `first_chunk` and `wall` by the client's clock, the rest as the server says."""
+    """Where the time went, in seconds: `first_chunk` and `wall` by the client's clock, the rest by the server's."""
 
     total: float | None = None
     load: float | None = None
-    """Bringing the model into memory."""
+    """Loading the model into memory."""
     prompt: float | None = None
     """Reading the prompt."""
     generation: float | None = None
     first_chunk: float | None = None
-    """From the call to the first chunk, waiting for a slot included."""
+    """From the call to the first chunk, including the wait for a slot."""
     wall: float | None = None
     """From the call to the last chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """A token that was chosen, and how probable it was."""
+    """A token of the reply, and how probable it was."""
 
     token: str
     logprob: float
-    """Natural logarithm of the probability."""
+    """The natural logarithm of the probability."""
     top: tuple[Logprob, ...] = ()
-    """The most probable tokens at this place, where they were asked for."""
+    """The most probable tokens at this place, if the request asked for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A piece of an answer as a provider yields it. The last one, and no other, has a `finish_reason`."""
+    """A piece of a reply, as a provider yields it. Only the last chunk has a `finish_reason`."""
 
     text: str = ""
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[Logprob, ...] = ()
     finish_reason: str | None = None
-    """A provider gives the server's word, empty where the server gave none; a host gets a `FinishReason`."""
+    """A provider passes on the server's word, or `""` if there is none; the host receives a `FinishReason`."""
     usage: Usage | None = None
     timings: Timings | None = None
     model: str | None = None
-    """The model that answered, in the server's words."""
+    """The model that replied, as the server names it."""
     warnings: tuple[str, ...] = ()
     raw: Mapping[str, Any] | None = field(default=None, repr=False)
     """On the last chunk: what the server sent, unchanged."""
@@ -236,32 +236,32 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A whole answer, or as much of one as there is (`finish_reason` is then `None`)."""
+    """A reply of a model. If it is not complete, its `finish_reason` is `None`."""
 
     text: str
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[Logprob, ...] = ()
     parsed: Any = None
-    """With `format`: the text as an instance of the pydantic model, or as plain data."""
+    """With `format`: the text as an instance of the given type, or as plain data."""
     finish_reason: FinishReason | None = None
     usage: Usage = Usage()
     timings: Timings = Timings()
     model: str = ""
     provider: str = ""
-    """Who answered."""
+    """The provider that replied."""
     adapter: str | None = None
-    """The adapter that answered, or `None` for the base model."""
+    """The adapter that was used, or `None` for the base model."""
     limits: Limits | None = None
     """What the policies allowed, and why."""
     warnings: tuple[str, ...] = ()
     attempts: int = 1
-    """How often the model was asked until its answer fitted the `format`; `usage` is that of all its answers."""
+    """How often the model was asked until its reply matched the `format`; `usage` is the sum over all of them."""
     raw: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def message(self) -> Message:
-        """The answer as the next message of the conversation."""
+        """The reply as the next message of the conversation."""
         return Message(role="assistant", content=self.text, tool_calls=self.tool_calls, thinking=self.thinking or None)
 
     def __str__(self) -> str:
@@ -272,12 +272,12 @@ _NOT_FINITE: Final = "a vector that holds what is no finite number"
 
 
 class Vectors(tuple[tuple[float, ...], ...]):
-    """Vectors of one length, as tuples of finite floats; `numpy()` gives them as one array."""
+    """Vectors of equal length, as tuples of finite floats; `numpy()` returns them as one array."""
 
     __slots__ = ()
 
     def __new__(cls, vectors: Iterable[Iterable[float]] = ()) -> Self:
-        """Check them, and make floats of all numbers.
+        """Check the vectors and convert all numbers to floats.
 
         Raises:
             TypeError: there is no sequence of vectors.
@@ -287,13 +287,13 @@ class Vectors(tuple[tuple[float, ...], ...]):
 
     @classmethod
     def _of(cls, vectors: tuple[tuple[float, ...], ...]) -> Self:
-        """Take what is known to be tuples of floats, and check the rest."""
+        """Check everything except the types, which the caller has checked."""
         lengths = sorted(set(map(len, vectors)))
         if lengths and not lengths[0]:
             raise ValueError("an empty vector")
         if len(lengths) > 1:
             raise ValueError(f"vectors of different lengths, from {lengths[0]} to {lengths[-1]} numbers")
-        # The sum is quick, but that of huge numbers is infinite, too.
+        # A sum is quick to check, but a sum of huge finite numbers is infinite too.
         if not all(map(math.isfinite, map(sum, vectors))) and not all(map(math.isfinite, chain.from_iterable(vectors))):
             raise ValueError(_NOT_FINITE)
         return super().__new__(cls, vectors)
@@ -302,13 +302,13 @@ class Vectors(tuple[tuple[float, ...], ...]):
         return f"<Vectors {len(self)} x {len(self[0]) if self else 0}>"
 
     def numpy(self, dtype: DTypeLike = "float32") -> NDArray[Any]:
-        """A new array of the shape (vectors, numbers in each).
+        """Return a new array with a row for each vector.
 
         Args:
-            dtype: the kind of number; models compute in no finer one than `float32`.
+            dtype: the type of the numbers; models compute with `float32` at most.
 
         Raises:
-            ImportError: NumPy, which Graftage does not need, is not installed.
+            ImportError: NumPy is not installed; nothing else in Graftage needs it.
         """
         try:
             import numpy as np  # Slow to import, and often not there
@@ -319,12 +319,12 @@ class Vectors(tuple[tuple[float, ...], ...]):
 
 
 def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
-    """The vectors as tuples of floats, where all are real numbers and no truth values."""
+    """Return the vectors as tuples of floats; check that all are real numbers and not booleans."""
     import msgspec
 
     with contextlib.suppress(msgspec.ValidationError):
         return msgspec.convert(vectors, tuple[tuple[float, ...], ...])
-    # There is some other sequence or number, or something is wrong.
+    # These are other types of sequences or numbers, or something is wrong.
     from numbers import Real
 
     try:
@@ -332,7 +332,7 @@ def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]
     except TypeError:
         raise TypeError("what is no sequence of vectors") from None
     kinds = set().union(*(map(type, each) for each in found))
-    with contextlib.suppress(OverflowError):  # A whole number may be larger than any float.
+    with contextlib.suppress(OverflowError):  # An integer may be larger than any float.
         if bool not in kinds and all(issubclass(each, Real) for each in kinds):
             return tuple(tuple(map(float, each)) for each in found)
     raise ValueError(_NOT_FINITE)
@@ -343,7 +343,7 @@ class Embeddings:
     """One vector for each input, in the order of the inputs."""
 
     vectors: Vectors = field(repr=False)
-    """As tuples of floats, or as one array: `vectors.numpy()`. A provider gives any sequences of numbers."""
+    """Tuples of floats, or one array: `vectors.numpy()`. A provider may give any sequences of numbers."""
     model: str = ""
     provider: str = ""
     usage: Usage = Usage()
@@ -351,7 +351,7 @@ class Embeddings:
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
 
-    if TYPE_CHECKING:  # What builds one may give less than it reads.
+    if TYPE_CHECKING:  # The constructor accepts more types than the field has.
 
         def __init__(
             self,
@@ -367,7 +367,8 @@ class Embeddings:
 
     def __post_init__(self) -> None:
         given: Any = self.vectors
-        with contextlib.suppress(TypeError, ValueError):  # What are no vectors the core refuses, and says whose.
+        # The core checks again, and its error names the provider.
+        with contextlib.suppress(TypeError, ValueError):
             object.__setattr__(self, "vectors", Vectors(given))
 
 
@@ -376,14 +377,14 @@ class Ranked:
     """How well one document answers a query."""
 
     index: int
-    """Its place among the documents of the request, from 0."""
+    """The position of the document in the request, from 0."""
     score: float
-    """The higher, the better; scores of different models, or for different queries, cannot be compared."""
+    """Higher is better; scores of different models or queries cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Each document of a request once, the best first. A provider may give them in any order."""
+    """Each document of a request once, the best first. A provider may return them in any order."""
 
     results: tuple[Ranked, ...]
     model: str = ""
@@ -399,15 +400,15 @@ class Ranking:
 
 _FILE: Final = re.compile(r"[/~.\\]|[a-z]:\\|hf://|[^:]*\.gguf$", re.IGNORECASE)
 _DEFAULTS: Final = ("https://", "http://", "registry.ollama.ai/", "library/")
-"""What a name may begin with and need not, from the outermost."""
+"""Prefixes that a name may omit, the outermost first."""
 
 
 def canonical_name(name: str) -> str:
-    """A model's name for comparing: in lower case, tag included, without what Ollama adds where it is left out.
+    """Return a model's name in the form that two names are compared in: lower case, with a tag, without defaults.
 
-    So `Llama3.2`, `library/llama3.2` and `registry.ollama.ai/library/llama3.2:latest` are all `llama3.2:latest`, and
-    `hf.co/Owner/Model:Q4_0` is `hf.co/owner/model:q4_0`: Ollama heeds case in no name. The path of a file, or
-    `hf://org/repo/file.gguf`, stays as it is, since there case counts.
+    `Llama3.2`, `library/llama3.2` and `registry.ollama.ai/library/llama3.2:latest` are all `llama3.2:latest`, and
+    `hf.co/Owner/Model:Q4_0` is `hf.co/owner/model:q4_0`: Ollama ignores case in names. The path of a file and
+    `hf://org/repo/file.gguf` stay unchanged, because case matters there.
     """
     name = name.strip()
     if _FILE.match(name):
@@ -420,10 +421,10 @@ def canonical_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What is known of a model. A list knows less than `show`; what is not known is `None`."""
+    """What is known about a model. `list_models` knows less than `show_model`; unknown fields are `None`."""
 
     name: str
-    """As a request names it: `gpt-4o`; where the server has tags, with its tag: `llama3.2:latest`."""
+    """The name for requests, such as `gpt-4o`, with its tag if the server has tags: `llama3.2:latest`."""
     digest: str | None = None
     size: int | None = None
     """Bytes on disk."""
@@ -431,25 +432,25 @@ class ModelInfo:
     family: str | None = None
     architecture: str | None = None
     parameters: str | None = None
-    """Number of parameters in the server's words: `134.52M`."""
+    """The number of parameters as the server writes it: `134.52M`."""
     quantization: str | None = None
     context_window: int | None = None
-    """The largest window the model was trained for, in tokens."""
+    """The largest window that the model was trained for, in tokens."""
     features: frozenset[str] | None = None
-    """Names of `Feature` this model has; `None` where the server does not tell."""
+    """Each `Feature` that the model has; `None` if the server does not say."""
     parent: str | None = None
-    """The model this one was made from."""
+    """The model that this one was made from."""
     adapters: tuple[str, ...] = ()
-    """Digests of the adapters inside it."""
+    """The digests of the adapters inside it."""
     template: str | None = None
     system: str | None = None
     licence: str | None = None
     path: Path | None = None
-    """The model's file, where it is on this machine and readable."""
+    """The model's file, if it is on this machine and readable."""
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """The GGUF keys with their arrays, or the like."""
+    """The keys of its GGUF file with their arrays, or similar data."""
     tensors: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)
-    """The shape of each tensor, by name, where the server tells."""
+    """The shape of each tensor by name; `None` if the server does not say."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -460,19 +461,19 @@ class LoadedModel:
     name: str
     digest: str | None = None
     size: int | None = None
-    """Bytes in memory, all together."""
+    """Bytes in memory, in total."""
     accelerator_size: int | None = None
-    """Bytes of those on the accelerator."""
+    """How many of these bytes are on the accelerator."""
     expires_at: datetime | None = None
-    """When it will be unloaded; `None` for unknown or never."""
+    """When it will be unloaded; `None` if unknown or never."""
     context_window: int | None = None
-    """The window it was loaded with, in tokens."""
+    """The window that it was loaded with, in tokens."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullProgress:
-    """A step of a download. The last one of a pull that worked has the status `success`."""
+    """A step of a download. The last step of a successful pull has the status `success`."""
 
     status: str
     digest: str | None = None
@@ -486,9 +487,9 @@ class PromptProgress:
 
     total: int
     processed: int
-    """Those of the cache included."""
+    """Including those from the cache."""
     cached: int = 0
-    """Tokens that it need not read again."""
+    """Tokens that it did not have to read again."""
 
 
 HealthLevel: TypeAlias = Literal["reachable", "api", "model_present", "model_loaded", "answers"]
@@ -498,13 +499,13 @@ HEALTH_LEVELS: Final[tuple[HealthLevel, ...]] = ("reachable", "api", "model_pres
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """How far up the levels a provider is well. A level that was not looked at is `None`."""
+    """The levels that a provider has reached. A level that was not checked is `None`."""
 
     level: HealthLevel
-    """The level that was asked for."""
+    """The highest level that was to be checked."""
     reachable: bool
     api: bool | None = None
-    """The right service answers there."""
+    """The expected service answers there."""
     model_present: bool | None = None
     model_loaded: bool | None = None
     answers: bool | None = None
@@ -513,24 +514,24 @@ class Health:
     address: str | None = None
     model: str | None = None
     latency: float | None = None
-    """Seconds the check took."""
+    """The seconds that the check took."""
     error: Exception | None = None
-    """Why the first level that failed did."""
+    """Why the check failed, at the first level that failed."""
     cached: bool = False
     age: float = 0.0
-    """Seconds since it was measured."""
+    """Seconds since the check."""
 
     @property
     def ok(self) -> bool:
-        """Whether every level up to the one asked for is well."""
+        """Whether every level up to `level` was reached."""
         upto = HEALTH_LEVELS[: HEALTH_LEVELS.index(self.level) + 1]
         return all(getattr(self, level) for level in upto)
 
     def raise_for_error(self) -> None:
-        """Raise why it is not well; do nothing where it is.
+        """Raise the reason if the check failed.
 
         Raises:
-            ProviderError: the failure that the check met.
+            ProviderError: the failure that the check found.
         """
         if not self.ok:
             raise self.error or RuntimeError(f"the health check did not reach the level `{self.level}`")
@@ -538,16 +539,16 @@ class Health:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a provider can do, known without asking a server."""
+    """What a provider can do, known without a request to the server."""
 
     features: frozenset[str]
-    """Names of `Feature`."""
+    """Each `Feature` that it has."""
     options: frozenset[str] = frozenset()
-    """The names that `options` of a call may have. With `server` among them, `{"server": {...}}` gives options that the
-    server alone knows; a provider finds them beside the others, and sends all."""
+    """The keys that `options` of a call may have. If `server` is one of them, `{"server": {...}}` passes on options
+    that only the server knows. The provider receives them next to the others, and sends them all."""
     parameters: frozenset[str] | None = None
-    """Which of `keep_alive`, `context_window` and `max_tokens` it reads; `None` where it does not say. Another one that
-    is set is a warning on the reply."""
+    """Which of `keep_alive`, `context_window` and `max_tokens` it uses; `None` if it does not say. If a call sets
+    another one of them, the reply has a warning."""
 
 
 # --- Limits ----------------------------------------------------------------------------------------------------------
@@ -555,29 +556,28 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a policy allows. An unset field does not limit."""
+    """What a policy allows. An unset field does not limit anything."""
 
     context_window: int | None = None
     """Tokens."""
     max_tokens: int | None = None
     concurrent_requests: int | None = None
-    """Requests at once on that server, from this process."""
+    """Simultaneous requests from this process to the server."""
     queued_requests: int | None = None
-    """Requests that may wait for a slot; one more is `Overloaded`."""
+    """Requests that may wait for a slot; one more raises `Overloaded`."""
     loaded_models: int | None = None
     keep_alive: float | None = None
-    """Seconds; infinity is for ever."""
+    """Seconds; infinity means for ever."""
     keep_window: bool = False
-    """The model is loaded with `context_window`: a caller who sets a smaller one gets this one, or it would be loaded
-    again."""
+    """Raise a smaller window to `context_window`, because the model is loaded with it and would be loaded again."""
     unload: tuple[str, ...] = ()
-    """Idle models that the core unloads before the request is admitted; one in use is left alone."""
+    """Idle models that the core unloads before it admits the request; a model in use stays loaded."""
     wait_for: tuple[str, ...] = ()
-    """Models whose requests must end first: while one is in use the request waits, then the policies are asked anew."""
+    """Models whose requests must end first: the request waits until none is in use, then the policies decide again."""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """For each field that is set, why: `{"context_window": "16 GB leave 4 GB for the cache"}`."""
+    """The reason for each field that is set: `{"context_window": "16 GB leave 4 GB for the cache"}`."""
     warnings: tuple[str, ...] = ()
-    """Notes that go onto the reply."""
+    """Warnings for the reply."""
 
     def __post_init__(self) -> None:
         for name in ("context_window", "max_tokens", "concurrent_requests", "queued_requests", "loaded_models"):
@@ -596,7 +596,7 @@ def _check_figure(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
 
 
 NEVER_APPLIES: Final = Limits()
-"""What a policy answers that can never limit anything on this connection: it is not asked again."""
+"""The result of a policy that cannot limit anything on this connection: the core does not ask it again."""
 
 
 # --- Limits of time --------------------------------------------------------------------------------------------------
@@ -605,7 +605,7 @@ NEVER_APPLIES: Final = Limits()
 Phase: TypeAlias = Literal["connect", "first_token", "idle", "total"]
 """The limits on a call."""
 LONGEST: Final = 366 * 86400.0
-"""Seconds: more than that is a mistake, and some clocks of the system overflow."""
+"""Seconds: a longer timeout is a mistake, and some system clocks would overflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -619,7 +619,7 @@ class Timeouts:
     idle: float = 60.0
     """Between chunks."""
     total: float = 600.0
-    """The whole call by the wall clock, all attempts included. A pull has `idle` only."""
+    """The whole call, including all attempts. A pull has only `idle`."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -640,17 +640,17 @@ class Verdict:
 
     status: Literal["compatible", "incompatible", "unknown"]
     reasons: tuple[str, ...] = ()
-    """Every contradiction, or what is missing to know."""
+    """Every contradiction, or what is missing for a decision."""
     warnings: tuple[str, ...] = ()
 
 
 def _merged_silently(_written: int, _total: int) -> None:
-    """The `on_progress` of a merge that nobody watches."""
+    """Ignore the progress of a merge."""
 
 
 @runtime_checkable
 class Adapter(Protocol):
-    """A LoRA adapter that a resolver has found and checked. The provider decides how its server takes it."""
+    """A LoRA adapter that a resolver has found and checked. The provider decides how its server loads it."""
 
     @property
     def name(self) -> str:
@@ -659,12 +659,12 @@ class Adapter(Protocol):
 
     @property
     def digest(self) -> str:
-        """`sha256:…` over the content that acts: equal adapters have equal digests."""
+        """`sha256:…` over the content that has an effect: equal adapters have equal digests."""
         ...
 
     @property
     def scale(self) -> float:
-        """The strength it was made for (alpha by rank, with rank-stabilising counted)."""
+        """The strength that it was trained for: alpha by rank, or by its square root if rank-stabilised."""
         ...
 
     @property
@@ -674,11 +674,11 @@ class Adapter(Protocol):
 
     @property
     def served_as(self) -> str | None:
-        """The model of the server that already carries it, where the reference named one."""
+        """The model on the server that already includes it, if the reference named one."""
         ...
 
     def gguf(self, base: ModelInfo) -> Path:
-        """A GGUF file of the adapter, converted for `base` where it was not one.
+        """Return a GGUF file of the adapter, converted for `base` if needed.
 
         Raises:
             AdapterError: it cannot be read or does not fit.
@@ -686,12 +686,12 @@ class Adapter(Protocol):
         ...
 
     def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _merged_silently) -> Path:
-        """Write the base model with the adapter merged into it to `out`; nothing is left of it where that fails.
+        """Write the base model with the adapter merged into it to `out`. A failure leaves no file.
 
         Args:
             base_file: the base model in GGUF.
             out: the file to write.
-            on_progress: told bytes written and bytes in all; an error that it raises ends the work.
+            on_progress: called with the bytes written and the total; an error that it raises ends the merge.
 
         Raises:
             AdapterError: it cannot be read or does not fit.
@@ -701,30 +701,30 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """An adapter that a plugin knows of, not yet checked against a model."""
+    """An adapter that a plugin knows, not yet checked against a model."""
 
     name: str
     reference: str
-    """What to give to `use_adapter`."""
+    """The argument for `use_adapter`."""
     source: str = ""
-    """Where it was found: a plugin's own word."""
+    """Where it was found, in the plugin's words."""
     base_model: str | None = None
     digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
-    """An adapter the provider can answer with."""
+    """An adapter that the provider can use."""
 
     name: str
     digest: str
     model: str
-    """The model to ask for: a derived one, or the base where the adapter has a slot."""
+    """The model to request: a derived model, or the base model if the adapter has a slot."""
     slot: int | None = None
-    """The engine's number for it, where adapters are switched per request."""
+    """The engine's number for it, if the engine switches adapters per request."""
     scale: float = 1.0
     strategy: str = ""
-    """How it was made usable: a provider's own word."""
+    """How it was loaded, in the provider's words."""
     warnings: tuple[str, ...] = ()
 
 
@@ -733,7 +733,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """What a client has done so far, as `Client.stats` gives it."""
+    """What a client has done so far; the result of `Client.stats`."""
 
     calls: int = 0
     failures: int = 0
@@ -745,5 +745,5 @@ class Stats:
     input_tokens: int = 0
     output_tokens: int = 0
     events_dropped: int = 0
-    """Events of which observers were not told, because they were too slow."""
+    """Events that observers missed because they were too slow."""
     active_adapter: str | None = None

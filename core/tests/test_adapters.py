@@ -218,7 +218,7 @@ def test_resolvers_are_asked_in_turn_and_each_says_why_it_passed(both: Any) -> N
 
 def test_an_answer_that_is_no_adapter_counts_for_nothing(both: Any) -> None:
     llm = both.connect(Echo(), model=MODEL, plugins=[shelf(poet={"name": "poet"})])
-    with pytest.raises(AdapterNotFound, match="no adapter"):
+    with pytest.raises(AdapterNotFound, match="not an adapter"):
         llm.chat("x", adapter="poet")
 
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from plain import PlainEcho
 
 import graftage
-from graftage._engine.limits import Gate
+from graftage._engine.slots import Slots
 from graftage.exceptions import (
     ConnectionFailed,
     ModelNotFound,
@@ -390,7 +390,7 @@ class TestAdmission:
                 llm.chat("should I?")
 
         llm = both.connect(Echo(), model=MODEL, plugins=[Policy(selfish)])
-        with pytest.raises(RequestRejected, match="deciding about"):
+        with pytest.raises(RequestRejected, match="decides about"):
             llm.chat("x", timeout=30)
         assert llm.chat("another").text == "another"
 
@@ -665,12 +665,12 @@ def test_model_facts_may_decide(both: Any) -> None:
     assert chats == [1024, None]
 
 
-class GateMachine(RuleBasedStateMachine):
+class SlotsMachine(RuleBasedStateMachine):
     """Callers arrive with their own limits, are served, leave, or give up."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = Gate()
+        self.slots = Slots()
         self.line: list[tuple[Future[None], int | None]] = []
         self.inside: list[Future[None]] = []
 
@@ -683,7 +683,7 @@ class GateMachine(RuleBasedStateMachine):
 
     @rule(limit=st.one_of(st.none(), st.integers(0, 4)))
     def come(self, limit: int | None) -> None:
-        granted = self.gate.enter(limit)
+        granted = self.slots.enter(limit)
         alone = not self.line
         self.line.append((granted, limit))
         if granted.done():
@@ -695,7 +695,7 @@ class GateMachine(RuleBasedStateMachine):
     def come_to_a_bounded_line(self, limit: int, queued: int) -> None:
         full = len(self.inside) >= max(limit, 1)
         try:
-            self.line.append((self.gate.enter(limit, queued), limit))
+            self.line.append((self.slots.enter(limit, queued), limit))
         except Overloaded:
             assert full
             assert len(self.line) >= queued
@@ -707,7 +707,7 @@ class GateMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         self.inside.remove(data.draw(st.sampled_from(self.inside)))
-        self.gate.leave()
+        self.slots.leave()
         self.settle()
 
     @precondition(lambda self: self.line)
@@ -715,7 +715,7 @@ class GateMachine(RuleBasedStateMachine):
     def give_up(self, data: st.DataObject) -> None:
         entry = data.draw(st.sampled_from(self.line))
         self.line.remove(entry)
-        self.gate.withdraw(entry[0])
+        self.slots.withdraw(entry[0])
         self.settle()
 
     @precondition(lambda self: self.inside)
@@ -723,12 +723,12 @@ class GateMachine(RuleBasedStateMachine):
     def give_up_too_late(self, data: st.DataObject) -> None:
         granted = data.draw(st.sampled_from(self.inside))
         self.inside.remove(granted)
-        self.gate.withdraw(granted)
+        self.slots.withdraw(granted)
         self.settle()
 
     @invariant()
     def counts_are_true_and_nobody_waits_who_could_run(self) -> None:
-        assert self.gate.running == len(self.inside)
+        assert self.slots.running == len(self.inside)
         if self.line:
             limit = self.line[0][1]
             assert limit is not None
@@ -739,24 +739,24 @@ class GateMachine(RuleBasedStateMachine):
             if not self.inside:
                 raise AssertionError("a caller was lost in the line")
             self.inside.pop()
-            self.gate.leave()
+            self.slots.leave()
             self.settle()
-        assert self.gate.running == 0
+        assert self.slots.running == 0
 
 
-TestGate = GateMachine.TestCase
-TestGate.settings = settings(max_examples=150, stateful_step_count=30)
+TestSlotsInAnyOrder = SlotsMachine.TestCase
+TestSlotsInAnyOrder.settings = settings(max_examples=150, stateful_step_count=30)
 
 
-def test_gate_loses_no_call_under_threads() -> None:
-    gate = Gate()
+def test_slots_lose_no_call_under_threads() -> None:
+    slots = Slots()
     inside, most, served, lock = [0], [0], [0], threading.Lock()
 
     def caller(number: int) -> None:
         for turn in range(40):
-            granted = gate.enter(3)
+            granted = slots.enter(3)
             if (number + turn) % 5 == 0:
-                gate.withdraw(granted)
+                slots.withdraw(granted)
                 continue
             granted.result(10)
             with lock:
@@ -765,14 +765,14 @@ def test_gate_loses_no_call_under_threads() -> None:
                 served[0] += 1
             with lock:
                 inside[0] -= 1
-            gate.leave()
+            slots.leave()
 
     threads = [threading.Thread(target=caller, args=(number,)) for number in range(10)]
     for each in threads:
         each.start()
     for each in threads:
         each.join(20)
-    assert (gate.running, inside[0], served[0]) == (0, 0, 320)
+    assert (slots.running, inside[0], served[0]) == (0, 0, 320)
     assert most[0] <= 3
 
 

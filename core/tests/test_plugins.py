@@ -695,7 +695,7 @@ class TestAuthorMistakes:
             (Twin(), "`achat`, a hook of Graftage 0.1.*It is `chat` now"),
             (Mistyped(), "attribute `adress`.*Did you mean `address`"),
             (Answering, "is a class"),
-            (None, "gave no connection"),
+            (None, "has no connection"),
             ("a string", "implements no hook"),
             (Exploding(), "RuntimeError: boom"),
         ],
@@ -858,7 +858,7 @@ class TestFailingPlugins:
             def resource_limits(self, query: Any) -> Any:
                 return {"max_tokens": 1}
 
-        with pytest.raises(PluginError, match="`nonsense` answered with dict instead of Limits"):
+        with pytest.raises(PluginError, match="`nonsense` returned dict instead of Limits"):
             both.connect(Echo(), model=MODEL, plugins=[Nonsense()]).chat("x")
 
     def test_resolver_passes_to_the_next(self, both: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adapters of one connection: resolved by plugins, loaded by the provider, active for all calls or for one."""
+"""The adapters of one connection: plugins find them, the provider loads them, calls use them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftage._engine import limits as gates
 from graftage._engine.arguments import CallOptions, read_flag, read_reference
 from graftage._engine.faults import in_words
+from graftage._engine.slots import Slots, slots_for
 from graftage._records import dataclass
 from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
@@ -35,13 +35,13 @@ __all__ = ["Adapters"]
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What the calls that name no adapter answer with."""
+    """The adapter of calls that do not name one."""
 
     reference: str | None = None
     model: str = ""
     loaded: LoadedAdapter | None = None
     error: BaseException | None = None
-    """Why the last switch failed: every call raises it, or another project's adapter might answer."""
+    """Why the last switch failed. Every call raises it: another project's adapter must not answer."""
     warnings: tuple[str, ...] = ()
     force: bool = False
 
@@ -53,7 +53,7 @@ class Adapters:
         self._session = session
         self._admission = admission
         self._state = _State()
-        self._switches = gates.Gate()
+        self._switches = Slots()
         """One switch at a time: the last one that was asked for is in effect at the end."""
         self._loaded: dict[tuple[str, str], LoadedAdapter] = {}
 
@@ -65,7 +65,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def switching(self, reference: Any) -> Iterator[None]:
-        """A switch from its first look at the arguments to its end; whatever ends it early is its failure."""
+        """Hold a switch from the reading of its arguments to its end; what it raises is its failure."""
         try:
             yield
         except BaseException as error:
@@ -75,7 +75,7 @@ class Adapters:
     async def switch(
         self, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"] | None, force: bool | None
     ) -> LoadedAdapter | None:
-        """Make an adapter the active one, after any switch that is under way."""
+        """Make an adapter the active one, after the switch that is under way."""
         on_missing = read_on_missing(on_missing)
         force = read_flag("force", force)
         name = None if reference is None else read_reference(reference)
@@ -98,7 +98,7 @@ class Adapters:
         return _State(reference, model, loaded, force=force)
 
     async def for_call(self, asked: CallOptions, model: str, run: Run) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
-        """The adapter one call answers with, and warnings: a snapshot, whatever is switched meanwhile."""
+        """Return the adapter of one call, and warnings: a snapshot that later switches do not change."""
         if asked.adapter is None:
             return None, ()
         if asked.adapter is not ACTIVE:
@@ -114,13 +114,13 @@ class Adapters:
         return await self._load(state.reference, model, run, forced), state.warnings
 
     def _holds(self, loaded: LoadedAdapter | None) -> bool:
-        """Whether an adapter is still loaded: pruned or unloaded, it must be loaded again."""
+        """Whether an adapter is still loaded: after `prune` or `unload` it must be loaded again."""
         return loaded is not None and any(
             (each.digest, each.model) == (loaded.digest, loaded.model) for each in list(self._loaded.values())
         )
 
     async def unload(self, reference: Any, model: str, call: Call) -> None:
-        """Free what an adapter holds; a call that names it again loads it again."""
+        """Free the memory of an adapter; a call that names it loads it again."""
         session = self._session
         session.require("unload_adapter")
         adapter = await self.resolve(reference, model, call)
@@ -129,14 +129,14 @@ class Adapters:
             await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
 
     def forget(self, model: str) -> None:
-        """Load anew what answers as this model: it is no longer there."""
+        """Load again what answers as this model: it is gone from the server."""
         name = canonical_name(model)
         for key, loaded in list(self._loaded.items()):
             if canonical_name(loaded.model) == name:
                 self._loaded.pop(key, None)
 
     def forget_all(self) -> None:
-        """Load everything anew."""
+        """Load everything again."""
         self._loaded.clear()
 
     async def _load(self, reference: str, model: str, run: Run, asked: CallOptions) -> LoadedAdapter:
@@ -148,19 +148,19 @@ class Adapters:
             key = (adapter.digest, canonical_name(model))
         loaded = self._loaded.get(key)
         if loaded is None:
-            gate = gates.gate_for(f"adapter {session.provider}", f"{session.address} {key}")
-            await self._admission.granted(gate, gate.enter(1), call)  # One loads, the others wait and find it.
+            slot = slots_for(f"adapter {session.provider}", f"{session.address} {key}")
+            await self._admission.granted(slot, slot.enter(1), call)  # One call loads it, the others wait.
             try:
                 loaded = self._loaded.get(key)
                 if loaded is None:
                     loaded = self._loaded[key] = await self._loaded_now(adapter, model, run, asked)
             finally:
-                gate.leave()
-        # Two references may have the same content: what is loaded once answers under the name that was asked for.
+                slot.leave()
+        # Two references may have the same content, which is loaded once: the reply has the name that was asked for.
         return replace(loaded, name=adapter.name, warnings=(*warnings, *loaded.warnings))
 
     async def _loaded_now(self, adapter: Adapter, model: str, run: Run, asked: CallOptions) -> LoadedAdapter:
-        """Let the provider load it. That brings the model into memory, so the policies must allow it first."""
+        """Let the provider load it. That brings the model into memory, so policies must allow it first."""
         session = self._session
         allowed = await self._admission.allow(run, "load_adapter", asked, model)
         try:
@@ -172,7 +172,7 @@ class Adapters:
             allowed.give_back()
 
     async def resolve(self, reference: Any, model: str, call: Call) -> Adapter:
-        """The adapter behind a reference: the first one that a resolver knows."""
+        """Find the adapter of a reference: the first one that a resolver knows."""
         session = self._session
         request = ResolveRequest(
             reference=read_reference(reference),
@@ -187,11 +187,11 @@ class Adapters:
             try:
                 found: Any = await session.io.ask(name, resolver, request, call)
             except (AdapterInvalid, AdapterIncompatible, ProviderError, SettingsError):
-                raise  # The reference was known, and the answer is no; or the provider failed when it was asked.
+                raise  # A resolver knows the reference, or the provider failed.
             except AdapterNotFound as error:
                 said += [f"{name}: {reason}" for reason in error.reasons or (error.message,)]
                 continue
-            except Exception as error:  # noqa: BLE001 - one resolver's failure must not hide what another knows
+            except Exception as error:  # noqa: BLE001 - the next resolver may know it
                 said.append(f"{name}: {in_words(error)}")
                 continue
             with session.relay.contained:
@@ -199,7 +199,9 @@ class Adapters:
             if known:
                 adapter: Adapter = found
                 return adapter
-            said.append(f"{name}: {'does not know it' if found is None else 'gave something that is no adapter'}")
+            said.append(
+                f"{name}: {'does not know it' if found is None else 'returned something that is not an adapter'}"
+            )
         what = "; ".join(said) or "no plugin that resolves adapters is installed"
         raise AdapterNotFound(
             f"The adapter `{request.reference}` was not found ({what}).",
@@ -221,7 +223,11 @@ def read_on_missing(value: Literal["error", "base"] | None) -> Literal["error", 
 
 
 def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tuple[str, ...]:
-    """What to warn of, once it is known that the adapter may be used."""
+    """Return the warnings of an adapter that may be used.
+
+    Raises:
+        AdapterIncompatible: it may not.
+    """
     verdict = adapter.verdict
     if verdict.status != "incompatible":
         unsure = f"Whether the adapter `{adapter.name}` fits `{model}` is not known: {'; '.join(verdict.reasons)}."
@@ -232,7 +238,7 @@ def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tu
             f"The adapter `{reference}` does not fit `{model}`: {reasons}.",
             reference=reference,
             reasons=verdict.reasons,
-            hint="Choose the model it was made for; `force` loads it all the same.",
+            hint="Choose the model it was made for, or load it anyway with `force`.",
         )
     return (
         *verdict.warnings,
@@ -241,10 +247,10 @@ def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tu
 
 
 def _again(state: _State) -> BaseException:
-    """The error of a failed switch, to be raised by a later call."""
+    """Return the error of a failed switch, for a later call to raise."""
     error = state.error
     if isinstance(error, AdapterError):
-        return copy.copy(error)  # One instance raised in several threads would mix their tracebacks.
+        return copy.copy(error)  # One instance raised in several threads would mix tracebacks.
     failed = AdapterError(
         f"The switch to the adapter `{state.reference}` failed: {str(error) or type(error).__name__}",
         reference=state.reference,

@@ -1,4 +1,4 @@
-"""Admission: what the policies allow a request, which models go before it, and the slot it waits for."""
+"""What comes before a request is sent: policies set limits, idle models are unloaded, a slot becomes free."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from graftage._engine import limits as gates
 from graftage._engine.faults import in_words, kind_of
 from graftage._engine.hooks import call_hook
+from graftage._engine.limits import clamp, merge, with_concurrency
+from graftage._engine.slots import any_of, holding, slots_for
 from graftage._records import dataclass
 from graftage.calls import LimitsQuery, ModelRequest, ModelsRequest
 from graftage.exceptions import ModelNotFound, PluginError, ProviderError, ProviderTimeout, ResourceLimitExceeded
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from graftage._engine.arguments import CallOptions
     from graftage._engine.call import Run
     from graftage._engine.connection import Connection
-    from graftage._engine.limits import Gate
+    from graftage._engine.slots import Slots
     from graftage.calls import Call
 
 __all__ = ["Admission"]
@@ -29,30 +30,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a request may have, before it waits for its slot."""
+    """What policies allow a request, before it waits for a slot."""
 
     figures: dict[str, Any]
     limits: Limits | None
     warnings: tuple[str, ...]
     give_back: Callable[[], None]
-    """The model is in use no more."""
+    """Says that the model is not in use any more."""
 
 
 class Admission:
-    """The way in to one server, shared by all clients of the process that use it."""
+    """Admits the requests of one connection to its server."""
 
     def __init__(self, session: Connection) -> None:
         self._session = session
         self._most_waiting: int | None = None
-        """How many may wait for the policies, as they said last."""
+        """How many requests may wait for the policies, as these said last."""
 
     @property
-    def gate(self) -> Gate:
-        """The slots of the server. Looked up each time: in a process that was forked off there is another."""
-        return gates.gate_for(self._session.provider, self._session.address)
+    def slots(self) -> Slots:
+        """The slots of the server. Looked up each time: a forked process has its own."""
+        return slots_for(self._session.provider, self._session.address)
 
     async def admit(self, run: Run, operation: str, asked: CallOptions, model: str) -> dict[str, Any]:
-        """Ask the policies, unload what they name, clamp, and take a slot; the figures that the request may have."""
+        """Ask the policies, unload what they name, clamp, take a slot; return the figures that the request may have."""
         allowed = await self.allow(run, operation, asked, model)
         run.at_end(allowed.give_back)
         run.limits = allowed.limits
@@ -62,7 +63,7 @@ class Admission:
         return allowed.figures
 
     async def allow(self, run: Run, operation: str, asked: CallOptions, model: str) -> Allowed:
-        """Ask the policies, unload what they name, and clamp. The model counts as in use until it is given back."""
+        """Ask the policies, unload what they name, and clamp. The model counts as in use until `give_back`."""
         session = self._session
         wanted = {
             "keep_alive": session.keep_alive(asked.keep_alive),
@@ -74,19 +75,19 @@ class Admission:
             limits, give_back = await self._as_policies_say(run, operation, asked, model, wanted)
         else:
             limits, give_back = None, self._reserve(model)
-        limits = gates.with_concurrency(limits, session.settings.concurrency)
-        figures, warnings = gates.clamp(wanted, limits, force=asked.force)
+        limits = with_concurrency(limits, session.settings.concurrency)
+        figures, warnings = clamp(wanted, limits, force=asked.force)
         return Allowed(figures, limits, (*warnings, *self._without_effect(wanted)), give_back)
 
     def _without_effect(self, wanted: Mapping[str, Any]) -> Iterator[str]:
-        """A warning for each parameter that is set and that the provider says it does not read."""
+        """Yield a warning for each parameter that is set and that the provider does not read."""
         read = self._session.capabilities().parameters
         for name, value in wanted.items():
             if value is not None and read is not None and name not in read:
                 yield f"`{name}` has no effect: the provider `{self._session.provider}` does not read it."
 
-    async def granted(self, gate: Gate, granted: Future[None], call: Call) -> None:
-        """Wait for a slot, and give the place up where the waiting ends otherwise.
+    async def granted(self, slots: Slots, granted: Future[None], call: Call) -> None:
+        """Wait for a slot; on any error, give the place up.
 
         Raises:
             ProviderTimeout: the deadline passed.
@@ -98,43 +99,45 @@ class Admission:
         try:
             await self._session.io.wait(granted, call.deadline)
         except TimeoutError as error:
-            gate.withdraw(granted)
+            slots.withdraw(granted)
             raise ProviderTimeout(
                 f"No slot became free within {call.timeouts.total:g} s.",
                 phase="total",
                 hint="Raise `timeout`, or the limit on concurrent requests.",
             ) from error
         except BaseException:
-            gate.withdraw(granted)
+            slots.withdraw(granted)
             raise
         finally:
             counters.add(waiting=-1)
 
     async def _take_slot(self, run: Run, limits: Limits | None) -> None:
-        gate = self.gate
-        granted = gate.enter(limits.concurrent_requests if limits else None, limits.queued_requests if limits else None)
-        await self.granted(gate, granted, run.call)
-        run.at_end(gate.leave)
+        slots = self.slots
+        granted = slots.enter(
+            limits.concurrent_requests if limits else None, limits.queued_requests if limits else None
+        )
+        await self.granted(slots, granted, run.call)
+        run.at_end(slots.leave)
 
     def _reserve(self, model: str) -> Callable[[], None]:
-        """Count a model as in use, until the answer is called."""
-        gate = self.gate
-        gate.use(model, 1)
-        return lambda: gate.use(model, -1)
+        """Count a model as in use until the returned function is called."""
+        slots = self.slots
+        slots.use(model, 1)
+        return lambda: slots.use(model, -1)
 
     # --- Policies ----------------------------------------------------------------------------------------------------
 
     async def _as_policies_say(
         self, run: Run, operation: str, asked: CallOptions, model: str, wanted: Mapping[str, Any]
     ) -> tuple[Limits | None, Callable[[], None]]:
-        """What the policies allow, once those models have gone that must; the model is then reserved."""
-        lock = self.gate.policy_lock
-        with gates.inside(lock, "A policy made a request to the server that it was deciding about."):
+        """Ask the policies, unload what they name, and reserve the model."""
+        lock = self.slots.policy_lock
+        with holding(lock, "A policy may not send requests to the server that it decides about."):
             await self.granted(lock, lock.enter(1, self._most_waiting), run.call)
             return await self._locked(lock, run, model, self._query(run, operation, asked, model, wanted))
 
     async def _locked(
-        self, lock: Gate, run: Run, model: str, query: Callable[[], LimitsQuery]
+        self, lock: Slots, run: Run, model: str, query: Callable[[], LimitsQuery]
     ) -> tuple[Limits | None, Callable[[], None]]:
         try:
             limits = await self._when_there_is_room(run, query)
@@ -144,27 +147,27 @@ class Admission:
             lock.leave()
 
     async def _when_there_is_room(self, run: Run, query: Callable[[], LimitsQuery]) -> Limits | None:
-        """What the policies say once no model is in use that they want to be done first."""
-        gate = self.gate
+        """Ask the policies until no model is in use that they want to wait for."""
+        slots = self.slots
         while True:
-            moved = gate.moved()
-            used = gate.in_use()
+            moved = slots.moved()
+            used = slots.in_use()
             try:
                 limits = await self._limits(query(), run.call)
                 self._most_waiting = limits.queued_requests if limits else None
-                if limits is None or not gates.named(limits.wait_for, used):
+                if limits is None or not any_of(limits.wait_for, used):
                     return limits
-                # One that was done while they answered is idle now, and may have to go: they are asked again.
-                if gate.busy(limits.wait_for):
-                    await self.granted(gate, moved, run.call)
+                # A model that became idle while they answered may have to go: ask them again.
+                if slots.busy(limits.wait_for):
+                    await self.granted(slots, moved, run.call)
             finally:
-                gate.withdraw(moved)
+                slots.withdraw(moved)
 
     async def _unload(self, limits: Limits | None, call: Call) -> None:
         session = self._session
         for idle in limits.unload if limits and session.has("unload_model") else ():
-            if not self.gate.busy([idle]):
-                with contextlib.suppress(ModelNotFound):  # It was deleted while it was in memory, or has just gone.
+            if not self.slots.busy([idle]):
+                with contextlib.suppress(ModelNotFound):  # It was deleted, or has just been unloaded.
                     await call_hook(
                         session.io, session.relay.hooks["unload_model"], ModelRequest(call=call, model=idle), call
                     )
@@ -172,7 +175,7 @@ class Admission:
     def _query(
         self, run: Run, operation: str, asked: CallOptions, model: str, wanted: Mapping[str, Any]
     ) -> Callable[[], LimitsQuery]:
-        """Makes the question to the policies, whose facts are asked for lazily, and anew each time."""
+        """Return what makes the query for the policies; its facts are asked for lazily, each time again."""
         session, call = self._session, run.call
 
         def ask(hook: str) -> Callable[[], Any]:
@@ -189,7 +192,7 @@ class Admission:
             model_info=_once(lambda: session.facts(model, call)),
             loaded_models=ask("loaded_models"),
             models=ask("list_models"),
-            in_use=self.gate.in_use,
+            in_use=self.slots.in_use,
             **wanted,
         )
 
@@ -201,7 +204,7 @@ class Admission:
                 self._session.relay.drop("resource_limits", name)
             elif answer is not None:
                 answers.append((name, answer))
-        return gates.merge(answers)
+        return merge(answers)
 
     async def _ask(self, name: str, policy: Callable[..., Any], query: LimitsQuery, call: Call) -> Limits | None:
         problem, cause = "", None
@@ -209,17 +212,17 @@ class Admission:
             answer = await self._session.io.ask(name, policy, query, call)
             if answer is None or isinstance(answer, Limits):
                 return answer
-            problem = f"answered with {kind_of(answer)} instead of Limits"
+            problem = f"returned {kind_of(answer)} instead of Limits"
         except ResourceLimitExceeded as refusal:
             refusal.plugin = refusal.plugin or name
             if not query.force:
                 raise
             return Limits(warnings=(f"`force` overrode a refusal of the policy `{refusal.plugin}`: {refusal.message}",))
         except (ProviderError, PluginError):
-            raise  # The provider failed when the policy asked about it, or the policy has been named already.
-        except Exception as error:  # noqa: BLE001 - whatever it is, the policy must be named
+            raise  # The provider failed, or the error names the policy already.
+        except Exception as error:  # noqa: BLE001 - the error must name the policy
             problem, cause = f"failed with {in_words(error)}", error
-        hint = "Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
+        hint = "Report it to its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS."
         raise PluginError(f"The policy {self._session.relay.named(name)} {problem}.", plugin=name, hint=hint) from cause
 
 

@@ -1,4 +1,4 @@
-"""An answer while it comes: its chunks are folded into a reply."""
+"""One call: its chunks are folded into a reply, and what it holds is given back at its end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Run"]
 
 T = TypeVar("T")
 Translate = Callable[[GraftageError], Exception]
-"""How a host wants to see an error."""
+"""Makes the host's error of ours."""
 
 
 WANTED = {
@@ -40,13 +40,13 @@ WANTED = {
     "timings": "`Timings`",
     "tool_calls": "tuple of `ToolCall`",
 }
-"""What the fields of a Chunk must be that are looked at once, at the end of an answer."""
+"""What fields of a Chunk must be; they are checked once, at the end of an answer."""
 BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
-"""What a call meets whose client is closed under it."""
+"""The errors of a call whose client is closed while it runs."""
 
 
 class Fold:
-    """What has come of an answer: what its chunks say, not the chunks."""
+    """What the chunks so far say; the chunks are not kept."""
 
     __slots__ = ("first", "last", "logprobs", "texts", "thoughts", "tool_calls", "warnings")
 
@@ -61,7 +61,7 @@ class Fold:
         self.warnings: list[str] = []
 
     def add_more(self, chunk: Chunk) -> None:
-        """Add what few chunks have."""
+        """Add the fields that few chunks have."""
         self.thoughts.append(chunk.thinking)
         self.tool_calls += chunk.tool_calls
         self.logprobs += chunk.logprobs
@@ -76,7 +76,7 @@ class Fold:
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Run:
-    """One call from its start to its end, whichever end that is."""
+    """One call from its start to its end."""
 
     author: Author
     model: str
@@ -85,30 +85,30 @@ class Run:
     started: float
     emit: Callable[..., None]
     release: Callable[[], None]
-    """Gives back what the call holds; done once, at its end."""
+    """Gives back what the call holds; called once, at its end."""
     count: Callable[..., None]
     hide: Callable[[GraftageError], None] = field(default=lambda _: None)
-    """Takes secrets out of what an error says: a server may repeat the headers it got."""
+    """Removes secrets from an error: a server may repeat the headers it got."""
     suggest: Callable[[ModelNotFound], Coroutine[Any, Any, None]]
-    """Adds names that were probably meant to an error about one that is not there."""
+    """Adds close names to the error about a missing model."""
     parse: Parse | None = None
     adapter: str | None = None
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
     request: ChatRequest | GenerateRequest | None = None
-    """What was asked, as far as the provider reads it."""
+    """The request, as far as the provider reads it."""
     source: Source | None = None
     fold: Fold = field(default_factory=Fold)
     reply: Reply | None = None
     ended: bool = False
     stopped: bool = False
-    """Whether the reader wants no more: an end without a last chunk is then no fault."""
+    """Whether the reader has stopped: an end without a last chunk is then not an error."""
     closed: Callable[[], bool] = field(default=lambda: False)
-    """Whether the client has been closed meanwhile."""
+    """Whether the client was closed in the meantime."""
     reported: bool = False
-    """Whether observers know how it ended."""
+    """Whether observers were sent its end."""
     host_error: BaseException | None = None
-    """What a callback or a validator of the host has raised: it goes back to the host as it is."""
+    """What a callback or a validator of the host raised: it goes back to the host unchanged."""
 
     @property
     def provider(self) -> str:
@@ -121,7 +121,7 @@ class Run:
         return self.fold.last is not None
 
     def so_far(self) -> Reply:
-        """What has come; its `finish_reason` is None until the last chunk is in."""
+        """Return what has come; `finish_reason` is None until the last chunk is there."""
         fold = self.fold
         last = fold.last or Chunk()
         first = None if fold.first is None else fold.first - self.started
@@ -142,7 +142,7 @@ class Run:
         )
 
     async def pull(self) -> Chunk | None:
-        """The next chunk; None after the last one. Ends the run at the last chunk, and on any error."""
+        """Return the next chunk, or None after the last one. The last chunk and any error end the run."""
         source, fold = self.source, self.fold
         over = self.stopped or self.reply is not None
         if source is None or over:
@@ -167,14 +167,14 @@ class Run:
             if chunk.finish_reason is not None:
                 await self._close_source()
                 self._finish(chunk)
-        except BaseException as error:  # noqa: BLE001 - raised again, unless its reader has stopped it
+        except BaseException as error:  # noqa: BLE001 - raised again, unless the reader has stopped
             await self._broken(error)
             return None
         taken: Chunk = chunk
         return taken
 
     def _last(self, last: Chunk) -> Chunk:
-        """The last chunk, with the reason in our words, its counts checked, and a warning where the prompt was cut."""
+        """Return the last chunk with its reason in our words, checked counts, and a warning if the prompt was cut."""
         self._check_end(last)
         usage, request = read_usage(last.usage), self.request
         self.request = None  # It may hold pictures, and a host may hold the stream for long.
@@ -186,18 +186,18 @@ class Run:
         return replace(last, finish_reason=reason, usage=usage, warnings=(*last.warnings, *cut))
 
     def _no_chunk(self, found: Any) -> ProviderError:
-        """The error for what is no chunk: the end, or a fault of the provider."""
+        """Return the error for what is not a chunk: an early end, or a bug in the provider."""
         if found is not None:
             odd = f"{kind_of(found)} instead of a Chunk"
             what = "a Chunk whose `text` or `thinking` is no text" if isinstance(found, Chunk) else odd
             return self.author.fault(f"gave {what}")
         hint = "The text so far is in `partial`; ask again for a whole answer."
-        if not self.call.opened:  # No server ended it.
-            hint += " A provider's last Chunk must have a `finish_reason`, and none of them may be None."
+        if not self.call.opened:  # It did not come from a server.
+            hint += " A provider's last Chunk must have a `finish_reason`, and it must not yield None."
         return StreamInterrupted("The answer ended before it was done.", retryable=True, hint=hint)
 
     async def _broken(self, error: BaseException) -> None:
-        """End the run where a chunk did not come, and raise why, unless its reader has stopped it."""
+        """End the run with an error, and raise it, unless the reader has stopped."""
         if self.stopped and is_fault(error):
             await self.abandon()
             return
@@ -210,12 +210,12 @@ class Run:
         raise failure from failure.__cause__
 
     def misfits(self) -> bool:
-        """Whether the whole answer came, and did not fit its format; one that was cut would be cut again."""
+        """Whether the whole answer came and did not fit its format; a cut answer would be cut again."""
         last = self.fold.last
         return self.reply is None and last is not None and last.finish_reason not in (None, "length")
 
     def whole(self) -> Reply:
-        """The reply of an answer that has been read to its end."""
+        """Return the reply of an answer that was read to its end."""
         if self.reply is None:  # pragma: no cover - the engine reads it to its end, or raises
             raise RuntimeError("the answer has not been read to its end")
         return self.reply
@@ -228,7 +228,7 @@ class Run:
             except GraftageError:
                 raise
             except BaseException as error:
-                self.host_error = error  # It comes from a validator of the host's.
+                self.host_error = error  # From a validator of the host.
                 raise
         self.reply = reply
         self.end()
@@ -237,7 +237,7 @@ class Run:
         self._report("finish", finish_reason=last.finish_reason, usage=usage, timings=reply.timings)
 
     def _check_end(self, last: Chunk) -> None:
-        """Refuse what only a reader of the reply would stumble over."""
+        """Check the fields that only the reader of a reply would use."""
         right = {
             "usage": last.usage is None or isinstance(last.usage, Usage),
             "timings": last.timings is None or isinstance(last.timings, Timings),
@@ -249,20 +249,20 @@ class Run:
             )
 
     def _report(self, kind: str, **facts: Any) -> None:
-        """Tell observers how it ended, once."""
+        """Send observers its end, once."""
         if not self.reported:
             self.reported = True
             self.emit(kind, **facts)
 
     async def give_up(self) -> None:
-        """Stop because the reader wants no more, which is no failure."""
+        """Stop because the reader has stopped; that is not a failure."""
         try:
             await self.abandon()
         finally:
             self._report("finish", timings=self.so_far().timings if self.received else None)
 
     def at_end(self, give_back: Callable[[], None]) -> None:
-        """Give one more thing back at the end, before what was taken earlier."""
+        """Call a function at the end, before those that were given earlier."""
         earlier = self.release
 
         def release() -> None:
@@ -278,7 +278,7 @@ class Run:
             self.release()
 
     async def abandon(self) -> None:
-        """Stop the provider's work, whatever it thinks of that."""
+        """Stop the provider's work, even if that fails."""
         self.stopped = True
         try:
             await self._close_source()
@@ -286,7 +286,7 @@ class Run:
             self.end()
 
     async def _close_source(self) -> None:
-        # The whole answer, or the error that led here, is what to tell; not that tidying up failed.
+        # The answer, or the error that led here, matters more than an error of tidying up.
         try:
             if self.source is not None:
                 await self.source.close()
@@ -298,11 +298,11 @@ class Run:
                 await self.call.release()
 
     def failing(self) -> _Failing:
-        """A block whose errors are those of this run."""
+        """Return a block whose errors end this run."""
         return _Failing(self)
 
     def failed(self, error: BaseException) -> BaseException:
-        """The error to raise for one that occurred, counted and told to observers."""
+        """End the run; return the error to raise, counted and sent to observers."""
         self.end()
         if not is_fault(error) or error is self.host_error:
             self._report("finish")  # Cancelled or interrupted by the caller: not a failure.
@@ -317,17 +317,17 @@ class Run:
             typed.operation = typed.operation or self.operation
         if self.received:
             came = self.so_far()
-            # What a provider puts there is what it could not make a chunk of.
+            # A provider puts there what it could not read.
             typed.partial = replace(came, raw=typed.partial.raw) if typed.partial else came
             if isinstance(typed, ProviderError):
-                typed.retryable = False  # What came would come twice.
+                typed.retryable = False  # The chunks so far would come twice.
         self.count(failures=1)
         self._report("error", error=typed)
         return typed
 
 
 def closed_meanwhile(cause: GraftageError | None = None, *, received: bool = False) -> ProviderError:
-    """The error of a call whose client was closed under it."""
+    """Return the error of a call whose client was closed while it ran."""
     kind = StreamInterrupted if received else ConnectionFailed
     hint = "Close a client when its calls are done."
     failed = kind("The client was closed while this call was under way.", retryable=False, hint=hint)
@@ -336,21 +336,21 @@ def closed_meanwhile(cause: GraftageError | None = None, *, received: bool = Fal
 
 
 def as_it_is(error: GraftageError) -> Exception:
-    """How a host that asked for nothing else sees an error."""
+    """Return the error unchanged, for a host without `translate_error`."""
     return error
 
 
 def raise_translated(error: GraftageError, translate: Translate) -> NoReturn:
     """Raise an error as the host wants to see it, with the typed one as its cause."""
     answer: Any = translate(error)
-    # A host that translates some errors may forget to hand on the others.
+    # A host that translates some errors may forget to return the others.
     if answer is error or not isinstance(answer, Exception):
         raise error
     raise answer from error
 
 
 class _Failing:
-    """Ends a run with the error that leaves the block: typed, counted, and told to observers."""
+    """Ends a run with the error that leaves the block."""
 
     __slots__ = ("_run",)
 

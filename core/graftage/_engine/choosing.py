@@ -1,4 +1,4 @@
-"""From what `connect` was asked to a session: choosing providers and models, loading settings and plugins."""
+"""Makes the sessions of a client: finds providers and plugins, loads settings, chooses a model."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = ["ConnectOptions", "Opening"]
 
 AUTO = "auto"
 DERIVED = "graftage-"
-"""How the names of models begin that were made of an adapter (`hookspecs.LoadAdapter`)."""
+"""How the names of models begin that were made of an adapter (see `hookspecs.LoadAdapter`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectOptions:
-    """What `connect` was asked."""
+    """The arguments of `connect`, read."""
 
     provider: Any
     model: str | None = None
@@ -58,7 +58,7 @@ class ConnectOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A provider that was chosen by name, ready to be connected."""
+    """A provider with its model and settings, ready to be connected."""
 
     entry: Entry
     model: str | None
@@ -66,13 +66,13 @@ class _Member:
 
     @property
     def given(self) -> frozenset[str]:
-        """The settings that were given to Graftage, and do not come from another tool's variable."""
+        """The settings that were given to Graftage and do not come from another tool's variable."""
         others = {f"environment {variable}" for variable in type(self.loaded.settings).native_environment.values()}
         return frozenset(name for name, origin in self.loaded.origins.items() if origin not in others)
 
 
 class Opening:
-    """Reads a options: plugins are found and settings checked at once; what must ask a server waits for `resolve`."""
+    """Finds plugins and checks settings at once; what must ask a server waits for `resolve`."""
 
     def __init__(self, options: ConnectOptions) -> None:
         self._options = options
@@ -113,7 +113,7 @@ class Opening:
             check_model(self._options.model)
 
     async def resolve(self, io: IO) -> Session | Chain:
-        """The session, or the chain of them."""
+        """Connect the providers; return the session, or the chain."""
         return await (self._auto(io) if self.is_auto else self._chosen(io))
 
     async def _chosen(self, io: IO) -> Session | Chain:
@@ -128,7 +128,7 @@ class Opening:
         return Chain(sessions) if self._chained else sessions[0]
 
     def _named(self, provider: Any) -> tuple[Any, str | None]:
-        """The provider, by name or as an object, and the model in one item of the options."""
+        """Return the provider, by name or as an object, and the model of one item of `provider`."""
         if isinstance(provider, str):
             name, _, model = provider.partition(":")
             return name, model or None
@@ -139,7 +139,7 @@ class Opening:
             self.origins["provider"] = origin
             return self._named(chosen)
         given = [each.plugin for each in self._catalog.entries if each.kind == "provider" and each.entry_point is None]
-        # The one provider that was handed over as an object was surely handed over to be used.
+        # A provider among the `plugins`, if it is the only one, is there to be used.
         return (given[0] if len(given) == 1 else AUTO), None
 
     def _member(self, provider: Any, model: str | None, own: Mapping[str, Any] = MappingProxyType({})) -> _Member:
@@ -163,7 +163,7 @@ class Opening:
         return model
 
     def _loaded_plugins(self) -> list[Entry]:
-        """The enabled plugins with their settings; one that cannot say what its settings are is left out."""
+        """Return the enabled plugins with their settings; a plugin whose settings cannot be read is left out."""
         plugins = self._catalog.plugins()
         for entry in plugins:
             if "settings_model" in entry.hooks:
@@ -176,10 +176,10 @@ class Opening:
         return [entry for entry in plugins if entry.error is None]
 
     def _settings_of(self, entry: Entry, kind: type[AnySettings], **given: Any) -> Loaded[AnySettings]:
-        with _blaming(entry, "settings_model"):  # Its settings may have validators of its own.
+        with _blaming(entry, "settings_model"):  # Its settings may have validators.
             model = _hook(entry, "settings_model") if "settings_model" in entry.hooks else kind
             if not issubclass(model, kind):
-                raise TypeError(f"`{model.__name__}` is no subclass of `{kind.__name__}`")
+                raise TypeError(f"`{model.__name__}` is not a subclass of `{kind.__name__}`")
             loaded: Loaded[AnySettings] = load(
                 model,
                 name=entry.name,
@@ -201,7 +201,7 @@ class Opening:
         connection = _hook(member.entry, "connect", request=request)
         if connection is None:
             raise PluginLoadError(
-                f"The {member.entry.named} gave no connection: its `connect` returned None.",
+                f"The {member.entry.named} has no connection: its `connect` returned None.",
                 plugin=member.entry.name,
                 distributions=[member.entry.origin] if member.entry.distribution else (),
                 hint="It must return the object that implements `chat`.",
@@ -221,14 +221,14 @@ class Opening:
     # --- auto --------------------------------------------------------------------------------------------------------
 
     async def _auto(self, io: IO) -> Session:
-        """The provider with the highest rank whose server is well."""
+        """Return a session of the provider with the highest rank that answers."""
         members, wrong = self._ranked()
         for member in members:
             try:
                 session = await self._well(member, io)
             except (ProviderError, PluginError) as error:
                 if "host" in member.given:
-                    raise  # Who names a server means that server.
+                    raise  # A named server is the only one to ask.
                 wrong = {**wrong, member.entry.name: error}
                 continue
             self._note_taken(member, wrong)
@@ -236,14 +236,14 @@ class Opening:
         raise self._none_taken(wrong)
 
     def ranked(self) -> list[str]:
-        """The names of the providers that `auto` may take, in the order in which it asks them."""
+        """Return the names of the providers that `auto` may take, in the order in which it asks them."""
         members, wrong = self._ranked()
         if not members:
             raise self._none_taken(wrong)
         return [member.entry.name for member in members]
 
     def _ranked(self) -> tuple[list[_Member], dict[str, GraftageError]]:
-        """The providers that say that they may be taken, and what is wrong with those that cannot say."""
+        """Return the providers that may be taken, and the errors of those that could not say."""
         found: list[tuple[int, _Member]] = []
         wrong: dict[str, GraftageError] = {}
         for name in self._catalog.names("provider", enabled=True):
@@ -255,24 +255,24 @@ class Opening:
             except SettingsError as error:
                 if error.source not in GIVEN:
                     raise
-                wrong[name] = error  # What the caller asks for is not for this one.
+                wrong[name] = error  # The caller's arguments are for another provider.
             else:
                 if rank is not None:
                     found.append((-rank, member))
         return [member for _, member in sorted(found, key=lambda each: (each[0], each[1].entry.name))], wrong
 
     async def _well(self, member: _Member, io: IO) -> Session:
-        """A session of a provider that answers.
+        """Return a session of a provider that answers.
 
         Raises:
-            ProviderError: it does not.
+            ProviderError: it does not answer.
         """
         session = await self._session(member, io)
         try:
-            # A check has short limits of its own: a server that hangs must not hold up the choice.
+            # A check has short limits: a server that hangs must not hold up the choice.
             health = await session.health("api", None, None, None)
             if not health.ok:
-                raise session.author.typed(health.error or RuntimeError("it is not well"))
+                raise session.author.typed(health.error or RuntimeError("it is not healthy"))
         except BaseException:
             await _given_back(session)
             raise
@@ -285,7 +285,7 @@ class Opening:
         log("INFO", f"took the provider `{member.entry.name}`: {why}", provider=member.entry.name)
 
     async def _with_model(self, session: Session) -> Session:
-        """The session with a model where one can be found. One that was named is not looked for: the call will tell."""
+        """Give the session a default model if it has none. Whether a named model exists, its first call shows."""
         try:
             session.model = session.model or await _default_model(session)
         except BaseException:
@@ -295,7 +295,7 @@ class Opening:
 
     def _none_taken(self, wrong: Mapping[str, GraftageError]) -> GraftageError:
         if wrong:
-            # A provider that was asked says more than one that could not even say whether it may be.
+            # The error of a server says more than an error of settings.
             error = min(wrong.values(), key=lambda each: not isinstance(each, ProviderError))
             if len(wrong) == 1:
                 error.hint = f"{error.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
@@ -305,7 +305,7 @@ class Opening:
             hint = "Install `graftage-ollama` or `graftage-llamacpp`."
             return ProviderNotFound("No provider is installed.", plugin=AUTO, hint=hint)
         hint = f"Name one, or the `host` of its server. Installed: {', '.join(f'`{name}`' for name in names)}."
-        return ProviderNotFound("No provider on this machine can be taken where none is named.", plugin=AUTO, hint=hint)
+        return ProviderNotFound("None of the installed providers can be chosen without a name.", plugin=AUTO, hint=hint)
 
 
 def _rank(member: _Member) -> int | None:
@@ -329,22 +329,22 @@ def _as_mapping(settings: Any) -> Mapping[Any, Any] | None:
 
 
 def _with_settings(member: Any) -> tuple[Any, Mapping[str, Any]]:
-    """A member of a chain, and the settings that are for it alone."""
+    """Return a member of a chain, and its own settings."""
     if isinstance(member, tuple) and len(member) == 2 and isinstance(member[1], Mapping):  # A pair
         return member[0], member[1]
     return member, {}
 
 
 async def _given_back(session: Session) -> None:
-    """Close a session that is not to be used; why it is not is more worth telling than what closing it says."""
+    """Close a session that is not used; the error that led here matters more than an error of closing."""
     with contextlib.suppress(Exception):
         await session.close()
 
 
 async def _default_model(session: Session) -> str | None:
-    """The model that a server's user seems to chat with: one that is loaded, else the newest; None where there is none.
+    """Return a model to chat with: one that is loaded, or else the newest; None if there is none.
 
-    Never one that was made of an adapter: nobody is answered by somebody else's adapter because he named no model.
+    Never one that was made of an adapter: a call that names no model must not be answered by an adapter.
     """
     if not session.has("list_models"):
         return None
@@ -359,7 +359,7 @@ async def _default_model(session: Session) -> str | None:
 
 
 async def _chats(session: Session, model: ModelInfo) -> bool:
-    """Whether a model can chat, and has no adapter in it; a list may not say, so it is shown."""
+    """Whether a model can chat and has no adapter in it. A list may not say it; `show` does."""
     if model.features is None and session.has("show_model"):
         try:
             model = await session.show(model.name, HEALTH_TIMEOUTS)
@@ -373,14 +373,14 @@ def _age(model: ModelInfo) -> float:
 
 
 def _hook(entry: Entry, name: str, **arguments: Any) -> Any:
-    """Call a hook that is called where its caller is."""
+    """Call a plain hook, in the caller's thread."""
     with _blaming(entry, name):
         return getattr(entry.plugin, name)(**arguments if entry.hooks[name] else {})
 
 
 @contextlib.contextmanager
 def _blaming(entry: Entry, hook: str) -> Iterator[None]:
-    """A block whose foreign exceptions are the plugin's fault."""
+    """Turn the foreign exceptions of a block into an error that blames the plugin."""
     try:
         yield
     except GraftageError:
@@ -392,5 +392,5 @@ def _blaming(entry: Entry, hook: str) -> Iterator[None]:
             f"The {entry.named} failed in `{hook}` with {in_words(error)}.",
             plugin=entry.name,
             distributions=[entry.origin] if entry.distribution else (),
-            hint=f"That is a fault of the {entry.kind}; tell its authors.",
+            hint=f"That is a bug in the {entry.kind}: report it to its authors.",
         ) from error

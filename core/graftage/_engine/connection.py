@@ -1,4 +1,4 @@
-"""One connection and what every call of it needs: hooks, settings, deadlines, events, counters, secrets."""
+"""One connection, and what each of its calls needs: hooks, settings, deadlines, events, counters, secrets."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ from graftage.types import (
 __all__ = ["Connection"]
 
 BRIEF = Timeouts(connect=1.0, first_token=2.0, idle=2.0, total=3.0)
-"""Close names are a courtesy: they must not hold the error up."""
+"""Limits of the search for close names, which must not delay the error."""
 RECORDS = {"list_models": ModelInfo, "loaded_models": LoadedModel, "prune_adapters": ModelInfo}
-"""What the answers of hooks hold that give several."""
+"""The kind of each item, for hooks that return several."""
 SOON = 30.0
 """Seconds for facts about models."""
 
 
 class Connection:
-    """A provider's connection with what is bound to it, for all of its calls."""
+    """A provider's connection and what belongs to it."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Connection:
         self.relay = Relay(author, connection, plugins)
         self._object = connection
         self.waiting: Waiting = io
-        """How its hooks wait."""
+        """How the hooks of the connection wait."""
         if self.relay.needs_event_loop:
             from graftage._engine.awaiting import BackgroundIO
 
@@ -145,7 +145,7 @@ class Connection:
         model: str | None = None,
         timeout: float | Timeouts | None = None,
     ) -> Any:
-        """Call a hook that answers once, as a call of its own."""
+        """Call a hook that returns once, as one whole call."""
         run = self.run(hook, model, self.timeouts(timeout))
         with run.failing():
             self.require(hook)
@@ -155,7 +155,7 @@ class Connection:
         return answer
 
     async def call(self, hook: str, request: Any, call: Call, answers: type | None = None) -> Any:
-        """Call a hook, and refuse an answer of another kind than the contract says."""
+        """Call a hook, and check the kind of its result."""
         try:
             answer = await call_hook(self.io, self.relay.hooks[hook], request, call)
         except ModelNotFound as error:
@@ -167,10 +167,10 @@ class Connection:
         return answer
 
     def _check(self, hook: str, answer: Any, wanted: type | None) -> None:
-        """Refuse an answer of another kind than the contract says.
+        """Check that a result has the kind that the contract says.
 
         Raises:
-            ProviderError: it is one.
+            ProviderError: it has another kind.
         """
         if wanted is not None and not isinstance(answer, wanted):
             raise self.author.fault(f"answered `{hook}` with {kind_of(answer)} instead of {wanted.__name__}")
@@ -180,7 +180,7 @@ class Connection:
                 raise self.author.fault(f"answered `{hook}` with {kind_of(each)} among its {record.__name__}s")
 
     async def _suggest(self, error: ModelNotFound, hook: str, call: Call) -> None:
-        """Add the names that are there and close to the one that was asked for: a courtesy that must not take long."""
+        """Add to an error the names that exist and are close to the missing one."""
         wanted = error.model or call.model
         if hook == "list_models" or error.suggestions or not wanted or not self.has("list_models"):
             return
@@ -192,7 +192,7 @@ class Connection:
             names = [each.name for each in models if each.name and each.name != wanted]
             error.suggestions = inputs.close_names(wanted, names)
         if error.suggestions:
-            hint = error.hint if self.has("pull_model") else None  # Else only what is listed helps.
+            hint = error.hint if self.has("pull_model") else None  # Otherwise only a listed model helps.
             otherwise = f" If not, {hint[0].lower()}{hint[1:]}" if hint else ""
             error.hint = f"Did you mean `{error.suggestions[0]}`?{otherwise}"
 
@@ -210,7 +210,7 @@ class Connection:
         inputs.require(hook, self.has(hook), self.provider)
 
     def capabilities(self) -> Capabilities:
-        """What the provider can do: as it says, or as its hooks show. Asked once."""
+        """Return what the provider can do, as it says and as its hooks show."""
         if self._capabilities is None:
             self._capabilities = self._asked_capabilities()
         return self._capabilities
@@ -228,15 +228,15 @@ class Connection:
             raise typed from typed.__cause__
 
     async def _know(self, model: str, call: Call) -> None:
-        """Learn what a model can do, where the provider can tell."""
+        """Ask what a model can do, if the provider can say."""
         if model not in self._infos and self.has("show_model"):
-            with contextlib.suppress(ProviderError):  # The request itself will tell.
+            with contextlib.suppress(ProviderError):  # The request itself will say it.
                 self._infos[model] = await self.call(
                     "show_model", ModelRequest(call=call, model=model), call, ModelInfo
                 )
 
     def _require_features(self, model: str, needs: Sequence[str]) -> None:
-        """Refuse what the provider cannot do, or what this model is known not to do."""
+        """Refuse what the provider cannot do, or this model is known not to do."""
         able = self.capabilities().features
         info = self._infos.get(model)
         for feature in needs:
@@ -245,24 +245,24 @@ class Connection:
                 inputs.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
 
     def from_plugin(self, hook: str, request: Any) -> Any:
-        """Call a hook from a plugin's blocking code; None where the connection has no such hook."""
+        """Call a hook from a plugin's blocking code; None if the connection has no such hook."""
         found = self.relay.hooks.get(hook)
         return self.io.from_thread(lambda: call_hook(self.io, found, request, request.call)) if found else None
 
     def facts(self, model: str, call: Call) -> ModelInfo | None:
-        """Facts about a model, from a plugin's blocking code; remembered."""
+        """Return facts about a model to a plugin's blocking code. They are remembered."""
         if model not in self._infos:
             try:
                 info = self.from_plugin("show_model", ModelRequest(call=call, model=model))
             except ModelNotFound:
-                return None  # The request itself will tell, with suggestions.
+                return None  # The request itself will say it, with suggestions.
             if info is None:
                 return None
             self._infos[model] = info
         return self._infos[model]
 
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
-        """The limits of a call; a number means the total."""
+        """Return the limits of a call; a number means the total."""
         if given is None:
             return self.settings.timeouts
         if isinstance(given, Timeouts):
@@ -271,21 +271,21 @@ class Connection:
             return replace(self.settings.timeouts, total=given)
         except ValueError as error:
             hint = "Give seconds above 0, or `Timeouts`."
-            raise RequestRejected(f"The timeout is wrong: {error}.", hint=hint) from error
+            raise RequestRejected(f"`timeout` is invalid: {error}.", hint=hint) from error
 
     def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
-        """The limits of a call for which no model works: a server that does not answer it soon will not at all."""
+        """Return shorter limits, for calls that do not make a model work."""
         if given is not None:
             return given
         own = self.settings.timeouts
         return replace(own, first_token=min(own.first_token, SOON), total=min(own.total, SOON))
 
     def keep_alive(self, given: float | str | None) -> float | None:
-        """Seconds a model is to stay: as the call says, else the settings."""
+        """Return the seconds for which a model stays loaded: the call's, or the settings'."""
         return read_keep_alive(given) if given is not None else self.settings.keep_alive
 
     def choose_model(self, model: str | None) -> str:
-        """The model of a call, or the client's."""
+        """Return the model of a call, or the client's."""
         chosen = self.model if model is None else model
         if not chosen and model is None:
             hint = "Give `model=` to the call or to `connect`, or set GRAFTAGE_MODEL. `graftage models list` shows "
@@ -295,7 +295,7 @@ class Connection:
         return str(chosen)
 
     def hide(self, error: GraftageError) -> None:
-        """Take secrets out of what an error says: a server may repeat the headers it got."""
+        """Remove secrets from an error: a server may repeat the headers it got."""
         settings = self.settings
         secrets = [each.get_secret_value() for each in (settings.api_key, *settings.headers.values()) if each]
         for secret in (each for each in secrets if len(each) >= SHORTEST_SECRET):

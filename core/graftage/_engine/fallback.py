@@ -1,4 +1,4 @@
-"""A fallback chain: providers in order, the next one asked where the one before could not begin to answer."""
+"""A fallback chain: providers in order. The next one is asked if the one before could not begin to answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def _note_skipped(error: GraftageError, skipped: Sequence[str]) -> None:
-    """Let the error that ends a chain say what happened to the members before it."""
+    """Add to the error that ends a chain what happened to the members before."""
     details = getattr(error, "details", None)
     if isinstance(details, dict):
         details.setdefault("skipped", tuple(skipped))
@@ -42,16 +42,15 @@ class _Adapter:
 
 
 class Chain:
-    """Sessions in order. Has the methods of a session that make sense for several providers."""
+    """Sessions in order, with the methods of a session that make sense for several providers."""
 
     def __init__(self, sessions: Sequence[Session]) -> None:
         self.sessions = tuple(sessions)
-        """How the host wants to see errors: the members' own stay as they are, since the chain must read them."""
         self._adapter = _Adapter(None)
 
     @property
     def io(self) -> Any:
-        """How to wait: alike for all members."""
+        """How to wait: the same for all members."""
         return self.sessions[0].io
 
     @property
@@ -75,13 +74,13 @@ class Chain:
         return ", ".join(session.address for session in self.sessions)
 
     def single(self) -> Session:
-        """Refuse what is for one provider."""
+        """Refuse an operation for one provider."""
         raise RuntimeError("this client has several providers: call it on one of its `members`")
 
     async def infer(
         self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool | None
     ) -> tuple[Run, Any]:
-        """Start an answer: the first member that gives a first chunk has the word, and keeps it."""
+        """Start an answer: the first member that gives a first chunk gives all others, too."""
         adapter = self._adapter if asked.adapter is ACTIVE else _Adapter(asked.adapter, force=asked.force)
         asked = replace(asked, adapter=adapter.reference, force=asked.force or adapter.force)
 
@@ -100,11 +99,11 @@ class Chain:
         return await self._first(ask, asked.timeout)
 
     async def embed(self, asked: CallOptions) -> Embeddings:
-        """One vector for each input, all from one member."""
+        """Return one vector for each input, all from one member."""
         return await self._measure(Session.embed, asked)
 
     async def rerank(self, asked: CallOptions) -> Ranking:
-        """The documents in the order of one member's scores."""
+        """Return the documents in the order of one member's scores."""
         return await self._measure(Session.rerank, asked)
 
     async def _measure(
@@ -143,8 +142,8 @@ class Chain:
         model: str | None,
         timeout: float | Timeouts | None,
     ) -> LoadedAdapter | None:
-        """Note the adapter of all calls that follow: each member resolves it when it is asked."""
-        self._adapter = _Adapter(reference)  # Whatever is wrong below: no other adapter answers in its place.
+        """Note the adapter of all calls that follow: each member resolves it at its next call."""
+        self._adapter = _Adapter(reference)  # If an argument is invalid, the adapter before must not answer.
         self._adapter = _Adapter(reference, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
         if model is not None:
             check_model(model)
@@ -154,15 +153,15 @@ class Chain:
         return None
 
     def switch_failed(self, reference: Any, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
-        """A switch ended before it came here."""
+        """Note a switch that failed before the client was open."""
         self._adapter = _Adapter(reference)
 
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        """The adapters that the plugins know of."""
+        """List the adapters that the plugins know."""
         return await self.sessions[0].list_adapters()
 
     def capabilities(self) -> Capabilities:
-        """What at least one member can do, with the options that all of them know."""
+        """Return what at least one member can do, with the options that all of them take."""
         each = [session.capabilities() for session in self.sessions]
         return Capabilities(
             features=frozenset().union(*(one.features for one in each)),
@@ -170,7 +169,7 @@ class Chain:
         )
 
     def stats(self) -> Stats:
-        """The counters of all members together."""
+        """Return the sums of the counters of all members."""
         each = [session.stats() for session in self.sessions]
         names = [each.name for each in fields(Stats) if each.name != "active_adapter"]
         reference = self._adapter.reference
@@ -178,7 +177,7 @@ class Chain:
         return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)
 
     async def close(self) -> None:
-        """Close every member, whatever one of them says to it."""
+        """Close every member, even if closing one fails."""
         failed: GraftageError | None = None
         for session in self.sessions:
             try:

@@ -1,4 +1,4 @@
-"""One connection at work: what `Client` and `AsyncClient` share, written once against `graftage._engine.waiting.IO`."""
+"""The operations of both clients, written once: how to wait is in `graftage._engine.waiting.IO`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from graftage._engine import inputs
-from graftage._engine import limits as gates
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
@@ -21,6 +20,7 @@ from graftage._engine.events import log
 from graftage._engine.faults import in_words, kind_of
 from graftage._engine.hooks import call_hook, open_hook
 from graftage._engine.options import read_options
+from graftage._engine.slots import holding, slots_for
 from graftage.calls import (
     Call,
     ChatRequest,
@@ -73,11 +73,11 @@ from graftage.types import (
 __all__ = ["HEALTH_TIMEOUTS", "Session"]
 
 Measured = TypeVar("Measured", bound=Embeddings | Ranking)
-NOT_FITTING = "That does not fit the format that was asked for. Answer again, with JSON that fits and nothing else:"
+NOT_FITTING = "That does not fit the requested format. Answer again, only with JSON that fits:"
 HEALTH_TIMEOUTS = Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=10.0)
-"""A check that does not make the model work answers soon or not at all."""
+"""The limits of a health check that does not make the model work."""
 NAMED = 9
-"""Empty inputs that an error names by their place."""
+"""How many empty inputs an error names."""
 
 
 class Session(Connection):
@@ -89,7 +89,7 @@ class Session(Connection):
         self.adapters = Adapters(self, self.admission)
 
     def single(self) -> Session:
-        """This session; a chain of several has none."""
+        """Return this session; a chain of several providers raises."""
         return self
 
     # --- Inference ---------------------------------------------------------------------------------------------------
@@ -102,11 +102,11 @@ class Session(Connection):
         stream: bool | None,
         warnings: Sequence[str] = (),
     ) -> tuple[Run, Any]:
-        """An answer: the run at its end, or as a stream with its first chunk. `warnings` go onto its reply."""
+        """Return the run at its end, or a stream's run with the first chunk. `warnings` go onto its reply."""
         stream = read_flag("stream", stream)
         if stream and asked.retries:
-            hint = "Leave out `retries` or `stream`: what has been shown cannot be taken back."
-            raise RequestRejected("A stream cannot be asked for again.", hint=hint)
+            hint = "Leave out `retries` or `stream`: what was shown cannot be taken back."
+            raise RequestRejected("`retries` cannot be used with `stream`.", hint=hint)
         model = self.choose_model(asked.model)
         run = self.run(operation, model, self.timeouts(asked.timeout), stream=stream)
         run.parse = asked.parse
@@ -122,7 +122,7 @@ class Session(Connection):
             return run, first
         except Exception as error:
             if run.adapter and isinstance(error, ModelNotFound):
-                self.adapters.forget(run.model)  # Somebody has deleted it: the next call makes it again.
+                self.adapters.forget(run.model)  # It was deleted: the next call loads it again.
             if asked.retries and isinstance(error, InferenceFailed) and run.misfits():
                 return await self._ask_again(asked, run, error, warnings)
             raise
@@ -130,16 +130,16 @@ class Session(Connection):
     async def _ask_again(
         self, asked: CallOptions, run: Run, error: InferenceFailed, warnings: Sequence[str]
     ) -> tuple[Run, Any]:
-        """Ask once more where an answer does not fit its format: a call of its own, within the time of the first."""
+        """Ask again if an answer does not fit its format: another call, within the time of the first."""
         left = run.call.deadline - time.monotonic()
         if left <= 0 or asked.build is None:
             raise error
         build, answer = asked.build, run.so_far()
-        told = Message(role="user", content=f"{NOT_FITTING}\n\n{reason_of(error)}")
+        problem = Message(role="user", content=f"{NOT_FITTING}\n\n{reason_of(error)}")
 
         def longer(**settled: Any) -> ChatRequest:
             request: ChatRequest = build(**settled)
-            return replace(request, messages=(*request.messages, answer.message, told))
+            return replace(request, messages=(*request.messages, answer.message, problem))
 
         timeouts = replace(run.call.timeouts, total=left)
         again = replace(asked, build=longer, retries=asked.retries - 1, timeout=timeouts)
@@ -153,11 +153,11 @@ class Session(Connection):
         return last, chunk
 
     async def _inference_request(self, run: Run, operation: str, asked: CallOptions, model: str) -> Any:
-        """Settle everything that a request needs: options, adapter, limits and a slot."""
+        """Get all that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
         options = read_options(asked.options, self.capabilities().options)
         self._require_features(model, asked.needs)
-        if "images" in asked.needs:  # Some servers leave them out without a word, and the model makes something up.
+        if "images" in asked.needs:  # Some servers silently drop them, and the model invents.
             await self._know(model, run.call)
             self._require_features(model, asked.needs)
         adapter, notes = await self.adapters.for_call(asked, model, run)
@@ -172,11 +172,11 @@ class Session(Connection):
         return asked.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
 
     async def embed(self, asked: CallOptions) -> Embeddings:
-        """One vector for each input."""
+        """Return one vector for each input."""
         return await self._measure("embed", asked, Embeddings, _checked_embeddings)
 
     async def rerank(self, asked: CallOptions) -> Ranking:
-        """The documents in the order of their scores."""
+        """Return the documents in the order of their scores."""
         return await self._measure("rerank", asked, Ranking, _checked_ranking)
 
     async def _measure(
@@ -186,7 +186,7 @@ class Session(Connection):
         kind: type[Measured],
         check: Callable[[Measured, Any], dict[str, Any]],
     ) -> Measured:
-        """What a model makes of texts all at once; `check` gives what the answer is about, once that is right."""
+        """Call a hook that answers for all texts at once; `check` returns the fields of the answer, or raises."""
         model = self.choose_model(asked.model)
         run = self.run(operation, model, self.timeouts(asked.timeout))
         with run.failing():
@@ -213,7 +213,7 @@ class Session(Connection):
         )
 
     def _as_read(self, request: Any) -> Any:
-        """A request as the provider reads it: a window that it cannot set is not the server's."""
+        """Return a request as the provider reads it: without a window, if it cannot set one."""
         if request.context_window is None:
             return request
         read = self.capabilities().parameters
@@ -228,20 +228,20 @@ class Session(Connection):
 
             figures["prefix"] = prefix_for(model, asked.purpose)
             if figures["prefix"] is None:
-                run.warnings = (*run.warnings, f"`purpose` has no effect: no prefix of `{model}` is known.")
+                run.warnings = (*run.warnings, f"`purpose` has no effect: the prefix of `{model}` is unknown.")
         if asked.build is None:  # pragma: no cover - embed and rerank always have one
             raise RuntimeError("there is no request to build")
         return asked.build(call=run.call, model=model, options=options, **figures)
 
     async def count_tokens(self, asked: CallOptions) -> int:
-        """How many tokens a conversation has, as the model would read it."""
+        """Count the tokens of a conversation as the model reads it."""
         model = self.choose_model(asked.model)
         run = self.run("count_tokens", model, self.timeouts(asked.timeout))
         with run.failing():
             request = await self._inference_request(run, "count_tokens", asked, model)
             count: int = await self.call("count_tokens", request, run.call, int)
             if not read_count(count):
-                hint = "No conversation is that short; tell the provider's authors."
+                hint = "A conversation cannot be that short: report it to the provider's authors."
                 raise ProtocolError(f"The answer counts {count} tokens.", hint=hint)
             if cut := cut_warning(self._as_read(request), count):
                 raise ContextOverflow(*cut)
@@ -296,7 +296,7 @@ class Session(Connection):
         return replace(found, address=found.address or self.address, latency=time.monotonic() - run.started)
 
     async def _looked_at(self, run: Run, request: HealthRequest) -> Health:
-        """Ask the provider; a model that has to answer must be allowed to, as for any request."""
+        """Ask the provider. If the model has to answer, policies decide as for any request."""
         found: Health
         if request.level == "answers" and request.model is not None:
             try:
@@ -309,7 +309,7 @@ class Session(Connection):
         return await self._ask_health(request)
 
     async def _ask_health(self, request: HealthRequest) -> Health:
-        """Ask the hook; a provider without one is as well as its list of models."""
+        """Call the hook `health`, or, if the provider has none, the hooks that show the same."""
         call = request.call
         if self.has("health"):
             asked: Health = await self.call("health", request, call, Health)
@@ -333,7 +333,7 @@ class Session(Connection):
         return request.result(levels)
 
     async def _look(self, request: HealthRequest, found: dict[str, Any]) -> None:
-        """Go up the levels by the other hooks."""
+        """Check level by level with the other hooks."""
         call, model = request.call, request.model
         models = await self.call("list_models", ModelsRequest(call=call), call, tuple)
         found.update(reachable=True, api=True)
@@ -347,7 +347,7 @@ class Session(Connection):
             )
         found["model_present"] = True
         if request.wants("answers"):
-            found["model_loaded"] = None  # Not known if it fails now.
+            found["model_loaded"] = None  # It is unknown if the next step fails.
             try:
                 await self._one_token(request, model)
             except (CapabilityUnsupported, ModelNotFound, RequestRejected) as refusal:  # It is listed, so it is there.
@@ -369,7 +369,7 @@ class Session(Connection):
             await request.call.release()
 
     async def _one_vector(self, request: HealthRequest | LoadModelRequest, model: str, refusal: ProviderError) -> None:
-        """Do with a text to embed what a model refused that gives vectors and nothing else: load it, have it answer."""
+        """Load a model that only embeds, and see it answer, by one vector; or raise its refusal to do it otherwise."""
         if not self.has("embed"):
             raise refusal
         embed = EmbedRequest(
@@ -387,14 +387,14 @@ class Session(Connection):
     # --- Models ------------------------------------------------------------------------------------------------------
 
     async def models(self, timeout: float | Timeouts | None) -> tuple[ModelInfo, ...]:
-        """The models that can be asked."""
+        """List the models that can be used."""
         found: tuple[ModelInfo, ...] = await self.ask(
             "list_models", lambda call: ModelsRequest(call=call), tuple, timeout=self._soon(timeout)
         )
         return found
 
     async def show(self, model: str | None, timeout: float | Timeouts | None) -> ModelInfo:
-        """One model in full."""
+        """Describe one model in full."""
         name = self.choose_model(model)
         info: ModelInfo = await self.ask(
             "show_model",
@@ -407,7 +407,7 @@ class Session(Connection):
         return info
 
     async def loaded(self, timeout: float | Timeouts | None) -> tuple[LoadedModel, ...]:
-        """What is in memory."""
+        """List the models in memory."""
         found: tuple[LoadedModel, ...] = await self.ask(
             "loaded_models", lambda call: ModelsRequest(call=call), tuple, timeout=self._soon(timeout)
         )
@@ -416,17 +416,17 @@ class Session(Connection):
     async def pull(
         self, model: str | None, on_progress: Callable[[PullProgress], None] | None, timeout: float | Timeouts | None
     ) -> PullProgress:
-        """Download a model; one pull of a model at a time, in this process."""
+        """Download a model, one download of a model at a time in this process."""
         check_progress(on_progress)
         name = self.choose_model(model)
         given = timeout if timeout is not None else self.settings.timeouts
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
         with run.failing():
             self.require("pull_model")
-            gate = gates.gate_for(f"pull {self.provider}", f"{self.address} {name}")
-            with gates.inside(gate, f"`{name}` was to be pulled by its own pull, which would wait for itself."):
-                await self.admission.granted(gate, gate.enter(1), run.call)
-                run.at_end(gate.leave)
+            slot = slots_for(f"pull {self.provider}", f"{self.address} {name}")
+            with holding(slot, f"`on_progress` of the pull of `{name}` pulls it again, which would wait for ever."):
+                await self.admission.granted(slot, slot.enter(1), run.call)
+                run.at_end(slot.leave)
                 try:
                     last = await self._pull(run, name, on_progress)
                 finally:
@@ -448,9 +448,9 @@ class Session(Connection):
             if on_progress is not None:
                 _tell(run, on_progress, step)
         if last is None or last.status != "success":
-            hint = "Pull again: it goes on."
-            if not run.call.opened:  # No server ended it.
-                hint += " A provider's last PullProgress must have the status `success`, and none of them may be None."
+            hint = "Pull again: it continues."
+            if not run.call.opened:  # It did not come from a server.
+                hint += " A provider's last PullProgress must have the status `success`, and it must not yield None."
             raise StreamInterrupted("The download ended before it was complete.", hint=hint)
         return last
 
@@ -488,7 +488,7 @@ class Session(Connection):
         *,
         force: bool | None,
     ) -> None:
-        """Bring a model into memory, with the window that the next calls will have."""
+        """Bring a model into memory, with the window of the next calls."""
         name = self.choose_model(model)
         check_tokens("context_window", context_window)
         asked = CallOptions(keep_alive=keep_alive, context_window=context_window, force=read_flag("force", force))
@@ -506,12 +506,12 @@ class Session(Connection):
         run.emit("finish")
 
     async def unload(self, model: str | None, timeout: float | Timeouts | None) -> None:
-        """Put a model out of memory."""
+        """Remove a model from memory."""
         name = self.choose_model(model)
         await self.ask("unload_model", lambda call: ModelRequest(call=call, model=name), model=name, timeout=timeout)
 
     async def delete(self, model: str, timeout: float | Timeouts | None) -> None:
-        """Delete a model. Only what is named: no default, and no other spelling of it than a server's own."""
+        """Delete the model of exactly this name; the default is never meant."""
         check_model(model)
         await self.ask("delete_model", lambda call: ModelRequest(call=call, model=model), model=model, timeout=timeout)
         self._infos.pop(model, None)
@@ -541,12 +541,12 @@ class Session(Connection):
         return active
 
     def switch_failed(self, reference: Any, error: BaseException) -> None:
-        """A switch ended before it came here."""
+        """Note a switch that failed before the client was open."""
         with contextlib.suppress(BaseException), self.adapters.switching(reference):
             raise error
 
     async def resolve_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> Adapter:
-        """The adapter behind a reference, with the verdict on it."""
+        """Find the adapter of a reference, with the verdict on it."""
         name = self.choose_model(model)
         run = self.run("resolve_adapter", name, self.timeouts(timeout))
         with run.failing():
@@ -556,7 +556,7 @@ class Session(Connection):
         return adapter
 
     async def unload_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> None:
-        """Free what an adapter holds."""
+        """Free the memory of an adapter."""
         name = self.choose_model(model)
         run = self.run("unload_adapter", name, self.timeouts(timeout))
         with run.failing():
@@ -571,7 +571,7 @@ class Session(Connection):
         dry_run: bool | None,
         timeout: float | Timeouts | None,
     ) -> tuple[ModelInfo, ...]:
-        """Delete what loaded adapters have left on the server."""
+        """Delete the models that loaded adapters have left on the server."""
         kept = tuple(inputs.text(each, "`keep`") for each in inputs.items(keep, "`keep`", "a sequence of names"))
         dry_run = read_flag("dry_run", dry_run, default=True)
         read_seconds("older_than", older_than)
@@ -586,7 +586,7 @@ class Session(Connection):
         return found
 
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        """The adapters that the plugins know of; one that fails to list hides nobody else's."""
+        """List the adapters that the plugins know. If one plugin fails, the others are still asked."""
         self._require_open()
         found: list[AdapterInfo] = []
         request = ListAdaptersRequest(call=Call(operation="list_adapters", waiting=self.io))
@@ -594,23 +594,23 @@ class Session(Connection):
             try:
                 found += await self.io.run(lambda ask=function: tuple(ask(request)))
             except Exception as error:
-                if isinstance(error, SettingsError):  # It is the user's to mend, and silence looks like an empty list.
+                if isinstance(error, SettingsError):  # The user must correct it.
                     raise
                 log("WARNING", f"the plugin `{name}` failed to list its adapters: {in_words(error)}")
         return tuple(found)
 
     async def native(self) -> Any:
-        """The server's own client, on this connection."""
+        """Return the server's own client, on this connection."""
         return await self.ask("native", lambda call: NativeRequest(call=call))
 
     def stats(self) -> Stats:
-        """What has been done so far."""
+        """Return what was done so far."""
         return self.counters.snapshot(self.adapters.active)
 
     # --- The end -----------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Give everything back. The second time does nothing."""
+        """Give everything back. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -637,37 +637,37 @@ def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgr
 
 
 def _checked_ranking(answer: Ranking, request: RerankRequest) -> dict[str, Any]:
-    """A ranking in its order, with each document once.
+    """Return the fields of a ranking, in its order, with each document once.
 
     Raises:
-        ProtocolError: a document is missing, or comes twice; a score is no finite number.
+        ProtocolError: a document is missing or comes twice, or a score is not a finite number.
     """
     count = len(request.documents)
     results: Any = answer.results
     hint = "Rerank fewer documents at a time, or choose a model that is made for it."
     if not isinstance(results, tuple) or not all(isinstance(each, Ranked) for each in results):
-        raise ProtocolError("The answer ranks what are no documents.", hint=hint)
+        raise ProtocolError("The answer has results that are not `Ranked`.", hint=hint)
     places = sorted(each.index for each in results if type(each.index) is int)
     if places != list(range(count)):
         found = f"{len(results)} for {count}" if len(results) != count else "one twice, or one that was not given"
-        raise ProtocolError(f"The answer ranks other documents than there are, {found}.", hint=hint)
+        raise ProtocolError(f"The answer does not rank each document once: {found}.", hint=hint)
     scores = [each.score for each in results]
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scores):
-        raise ProtocolError("The answer has a score that is no finite number.", hint=hint)
+        raise ProtocolError("The answer has a score that is not a finite number.", hint=hint)
     results = tuple(sorted(results, key=lambda each: (-each.score, each.index)))
     return {"results": results, "warnings": answer.warnings}
 
 
 def _checked_embeddings(answer: Embeddings, request: EmbedRequest) -> dict[str, Any]:
     vectors = _checked_vectors(answer.vectors, len(request.inputs))
-    # A provider that cuts by itself says so itself.
+    # A provider that cuts inputs itself warns itself.
     cut = answer.warnings or cut_warning(request, read_count(answer.usage.input_tokens))
     return {"vectors": vectors, "warnings": (*cut, *_length_warning(len(vectors[0]), request.dimensions))}
 
 
 @contextlib.contextmanager
 def _naming_empty(request: EmbedRequest | RerankRequest) -> Iterator[None]:
-    """A block whose errors say which inputs are empty: many servers refuse such a one, and do not say which it is."""
+    """Let the errors of a block say which inputs are empty: many servers refuse those and do not say which."""
     try:
         yield
     except (InferenceFailed, ProtocolError, RequestRejected) as error:
@@ -682,14 +682,14 @@ def _naming_empty(request: EmbedRequest | RerankRequest) -> Iterator[None]:
 def _length_warning(length: int, wanted: int | None) -> tuple[str, ...]:
     if wanted in (None, length):
         return ()
-    return (f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may heed it.",)
+    return (f"`dimensions` had no effect: the vectors have {length} numbers. Another model or server may use it.",)
 
 
 def _checked_vectors(given: Any, inputs: int) -> Vectors:
-    """The vectors of an answer, one for each input; a vector too few would put each later one to the wrong text.
+    """Return the vectors of an answer, one for each input: with one too few, later ones would go to the wrong text.
 
     Raises:
-        ProtocolError: there are more or fewer, or they are no vectors.
+        ProtocolError: there are more or fewer, or they are not vectors.
     """
     hint = "Embed one text at a time to find the one that fails, or choose a model that is made for embeddings."
     try:
@@ -698,5 +698,5 @@ def _checked_vectors(given: Any, inputs: int) -> Vectors:
         raise ProtocolError(f"The answer has {error}.", hint=hint) from None
     if len(vectors) != inputs:
         found = f"{len(vectors)} for {inputs}"
-        raise ProtocolError(f"The answer has another number of vectors than there are inputs, {found}.", hint=hint)
+        raise ProtocolError(f"The number of vectors is not the number of inputs: {found}.", hint=hint)
     return vectors

@@ -320,7 +320,7 @@ class TestEmbed:
         found = llm.embed("hello", dimensions=4)
         assert len(found.vectors[0]) == 576
         assert found.warnings == (
-            "`dimensions` had no effect: the vectors have 576 numbers. Another model or server may heed it.",
+            "`dimensions` had no effect: the vectors have 576 numbers. Another model or server may use it.",
         )
 
 
