@@ -76,7 +76,7 @@ def test_disabled_command_is_absent(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')", name="tree", group=GROUP)
     off = {"GRAFTAGE_DISABLED_PLUGINS": "x, tree"}
     assert "tree" not in shell.run("--help", **off).out
-    hint = "hint: Take it out of GRAFTAGE_DISABLED_PLUGINS.\n"
+    hint = "hint: Remove it from GRAFTAGE_DISABLED_PLUGINS.\n"
     assert shell.run("tree", **off) == (1, "", f"error: The command `tree` is disabled.\n{hint}")
 
 

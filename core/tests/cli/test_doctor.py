@@ -89,7 +89,7 @@ class TestNetwork:
         assert proxy["state"] == "note"
         assert proxy["text"] == f"http://127.0.0.1:{closed_port} is used (HTTP_PROXY)"
         assert proxy["hint"] == "Set NO_PROXY=192.0.2.1 to connect directly."
-        assert report["checks"]["port"]["hint"].startswith("That is the proxy.")
+        assert report["checks"]["port"]["hint"].startswith("This is the proxy.")
 
     def test_proxy_is_not_for_this_machine(self, shell: Shell, port: int) -> None:
         shell.install(f"it = Echo(address='http://127.0.0.1:{port}')")
@@ -187,7 +187,7 @@ def test_downloadable_model_is_fine(shell: Shell) -> None:
 
 def test_names_the_origin_of_a_default_model(shell: Shell) -> None:
     shell.install(DEFAULT.replace("other:1b", "own:1b"))
-    text = "`own:1b` is there"
+    text = "`own:1b` is available"
     assert examined(shell, GRAFTAGE_MODEL="")["checks"]["model"]["text"] == f"{text} (the provider's own default)"
     named = examined(shell, "-m", "own:1b", GRAFTAGE_MODEL="")["checks"]["model"]
     assert named["text"] == f"{text} (command line)"

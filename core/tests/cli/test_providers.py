@@ -76,7 +76,7 @@ def test_provider_that_hangs_is_left_behind(shell: Shell) -> None:
     shell.install(HANGS, name="slow")
     found = compared(shell, "--timeout", "0.5")
     assert found["fake"]["health"] == "well"
-    assert (found["slow"]["health"], found["slow"]["problems"]) == ("unknown", ["It gave no answer within 0.5 s."])
+    assert (found["slow"]["health"], found["slow"]["problems"]) == ("unknown", ["It did not answer within 0.5 s."])
 
 
 def test_one_name_twice_is_a_conflict(shell: Shell) -> None:
