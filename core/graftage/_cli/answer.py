@@ -31,19 +31,18 @@ class Stopped(KeyboardInterrupt):
 
 def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
     """Ask, and print the reply as text, as a stream of text, or as JSON."""
-    if as_json:
-        with Waiting("waiting for the reply"):
-            reply = ask(stream=False)
-        show.print_json(_reply_data(reply))
-    elif stream:
+    if stream and not as_json:
         stream_reply(ask, raw=raw)
-    else:
-        with Waiting("waiting for the reply"):
-            reply = ask(stream=False)
-        printer = _ReplyPrinter(raw=raw)
-        printer.add(reply)
-        printer.end()
-        _print_warnings(reply)
+        return
+    with Waiting("waiting for the reply"):
+        reply = ask(stream=False)
+    if as_json:
+        show.print_json(_reply_data(reply))
+        return
+    printer = _ReplyPrinter(raw=raw)
+    printer.add(reply)
+    printer.end()
+    _print_warnings(reply)
 
 
 def stream_reply(ask: Ask, *, raw: bool) -> "Reply":

@@ -20,7 +20,6 @@ from graftage.exceptions import GraftageError, ModelNotFound
 
 if TYPE_CHECKING:
     from graftage import Client
-    from graftage.settings import Sources
     from graftage.types import Health, HealthLevel
 
 __all__ = ["doctor"]
@@ -132,7 +131,9 @@ class Examination:
     # The checks
 
     def _settings_file(self) -> Check:
-        sources = _sources()
+        from graftage.settings import Sources
+
+        sources = Sources.of()
         sources.document()
         if sources.file is not None and sources.file.is_file():
             return Check("settings file", "ok", f"{sources.file} is read")
@@ -174,13 +175,11 @@ class Examination:
         return Check("address", "ok", text)
 
     def _proxy_found(self) -> Check:
+        from graftage.http import proxy_for
+
         if self._url is None:
             return Check("proxy", "skip", "no network is used")
         names = [name for name in PROXY_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
-        try:
-            from graftage.http import proxy_for
-        except ImportError:
-            return Check("proxy", "skip", "the provider does not use Graftage's HTTP")
         self._proxy = proxy_for(self._address)
         if self._proxy:
             return Check(
@@ -214,9 +213,11 @@ class Examination:
         return Check("port", "ok", f"{host} listens on port {port}")
 
     def _location_hint(self, hint: str) -> str:
+        from graftage.http import is_loopback
+
         if self._proxy:
             return f"This is the proxy. {hint}"
-        if _in_container() and self._url is not None and _is_loopback(self._url.hostname or ""):
+        if _in_container() and self._url is not None and is_loopback(self._url.hostname or ""):
             return f"{hint} In a container, localhost is the container itself; its host is `host.docker.internal`."
         return hint
 
@@ -279,12 +280,6 @@ class Examination:
         return parts.hostname or "", parts.port or DEFAULT_PORTS.get(parts.scheme, 80)
 
 
-def _sources() -> "Sources":
-    from graftage.settings import Sources
-
-    return Sources.of()
-
-
 def _resolve(host: str, port: int, seconds: float) -> list[str] | str:
     """Return the addresses of a name, or why there are none. A thread limits the time, as the resolver cannot."""
     found: list[list[str] | str] = []
@@ -306,10 +301,6 @@ def _resolve(host: str, port: int, seconds: float) -> list[str] | str:
 def _in_container() -> bool:
     """Return whether this runs in a container of Docker or Podman, which mark theirs with a file."""
     return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
-
-
-def _is_loopback(host: str) -> bool:
-    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def _hide_user(address: str) -> str:

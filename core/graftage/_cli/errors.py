@@ -34,6 +34,7 @@ __all__ = [
     "MISUSED",
     "Misuse",
     "ReportingGroup",
+    "describe",
     "exit_code",
     "output_complete",
     "report",
@@ -125,6 +126,13 @@ def report(error: Exception, *, debug: bool = False) -> None:
         hint = "This is a bug in Graftage or in a plugin: run `graftage --debug ...` and report the traceback."
     if hint:
         show.note(hint, kind="hint")
+
+
+def describe(error: Exception) -> str:
+    """Return an error and its hint on one line."""
+    if isinstance(error, GraftageError):
+        return " ".join(filter(None, (error.message, way_out(error))))
+    return f"{type(error).__name__}: {error}"
 
 
 def way_out(error: GraftageError) -> str | None:

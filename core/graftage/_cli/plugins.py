@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from graftage._cli import options, show
-from graftage._cli.errors import way_out
+from graftage._cli.errors import describe
 from graftage._values import broken_entry_points
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ def plugin_data(entry: "Entry") -> dict[str, Any]:
 
 def _reason(entry: "Entry") -> str | None:
     if entry.error is not None:
-        return " ".join(filter(None, (entry.error.message, way_out(entry.error))))
+        return describe(entry.error)
     return "GRAFTAGE_DISABLED_PLUGINS names it." if entry.state == "disabled" else None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from graftage._cli import options, show
-from graftage._cli.errors import way_out
-from graftage.exceptions import GraftageError, PluginError
+from graftage._cli.errors import describe
+from graftage.exceptions import PluginError
 
 if TYPE_CHECKING:
     from graftage import Client
@@ -91,7 +91,7 @@ def _inspect(finding: Finding, timeout: float) -> None:
     except Exception as error:  # noqa: BLE001 - one provider must not affect the others
         if isinstance(error, PluginError):
             finding.state = "quarantined"
-        finding.problems.append(_describe(error))
+        finding.problems.append(describe(error))
 
 
 def _ask(client: "Client", finding: Finding, timeout: float) -> None:
@@ -104,15 +104,9 @@ def _ask(client: "Client", finding: Finding, timeout: float) -> None:
     finding.health = "well" if health.ok else "not well"
     finding.server_version = health.version
     if health.error is not None:
-        finding.problems.append(_describe(health.error))
+        finding.problems.append(describe(health.error))
     elif "list_models" in capabilities.features:
         finding.models = [model.name for model in client.models(timeout=timeout)]
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, GraftageError):
-        return " ".join(filter(None, (error.message, way_out(error))))
-    return f"{type(error).__name__}: {error}"
 
 
 def _print(found: Sequence[Finding]) -> None:
