@@ -121,7 +121,7 @@ class TestCtrlC:
         child.sendeof()
         assert shell.ends(child) == 0
 
-    def test_ctrl_c_at_the_prompt_says_how_to_end(self, shell: Shell) -> None:
+    def test_ctrl_c_at_prompt_says_how_to_end(self, shell: Shell) -> None:
         shell.install("it = Echo()")
         child = shell.terminal("chat")
         child.expect(">>> ")
