@@ -1,4 +1,4 @@
-"""What every provider does alike: one set of tests for `echo`, Ollama and the embedded engine.
+"""Common behaviour of all providers: one set of tests for `echo`, Ollama and the embedded engine.
 
 Differences are declared capabilities, never skipped tests: what a provider does not declare it must refuse by name.
 """
@@ -26,7 +26,7 @@ class Subject:
 
     def connect(self, both: Any) -> Any:
         llm = both.connect(self.provider, model=self.model, **self.settings)
-        llm.health()  # Opens an async client, so that it can say what it is.
+        llm.health()  # Opens an async client, which then knows its capabilities.
         return llm
 
 
@@ -146,7 +146,7 @@ def _generates(llm: Any) -> None:
 
 
 def _answers_or_says_why(call: Callable[[], Any]) -> bool:
-    """A provider that declares a feature may still have a model without it, and then says so by name."""
+    """Return whether a declared feature works, or is refused with a hint if the model lacks it."""
     try:
         return call().finish_reason is not None
     except CapabilityUnsupported as error:
@@ -185,7 +185,7 @@ class TestFeatures:
 
 
 def _parses(llm: Any, schema: Any) -> None:
-    # `echo` and the fake give the text back, a model follows the schema.
+    # `echo` and the fake return the text; a model follows the schema.
     assert isinstance(llm.chat('{"n": 1}', format=schema, max_tokens=80).parsed["n"], int)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's command works: what it measures is not tested."""
+"""The benchmark command works; its figures are not tested."""
 
 from __future__ import annotations
 

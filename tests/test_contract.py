@@ -1,4 +1,4 @@
-"""The public surface: what hosts and plugin authors build on, and what must not be imported for it."""
+"""The public interface for hosts and plugin authors, and what its import must not load."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ PUBLIC = [
 
 
 def in_order(names: list[str]) -> list[str]:
-    """Constants, then classes, then the rest, each by the alphabet."""
+    """Sort names: constants, then classes, then the rest, each alphabetically."""
     return sorted(names, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
 
 
 def defined(module: str) -> set[str]:
-    """The public names that the source of a module defines itself."""
+    """Return the public names that a module defines itself."""
     source = inspect.getsource(importlib.import_module(module))
     found: set[str] = set()
     for node in ast.parse(source).body:
@@ -157,7 +157,7 @@ CONNECTION_HOOKS = {
 
 
 def answer_of(hook: str) -> str:
-    """What a hook is declared to return."""
+    """Return the declared result of a hook."""
     return str(inspect.signature(HOOKS[hook]).return_annotation)
 
 
@@ -165,7 +165,7 @@ STREAMS = {"chat", "generate", "pull_model"}
 
 
 def implemented(folder: Path) -> set[str]:
-    """The hooks that the source below a folder implements."""
+    """Return the hooks that the modules in a folder implement."""
     found = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -224,7 +224,7 @@ class TestHooks:
     def test_first_result_only_from_connections(self) -> None:
         first = {name for name, value in HOOKS.items() if value.graftage_spec["firstresult"]}
         plugin_hooks = {name for spec in hookspecs.PLUGIN_SPECS for name in vars(spec) if name in HOOKS}
-        # Each plugin is asked by itself what its settings are.
+        # `settings_model` is called for one plugin at a time.
         assert first == (HOOKS.keys() - plugin_hooks) | {"settings_model"}
 
     def test_optional_operations_are_features(self) -> None:
@@ -236,14 +236,14 @@ class TestHooks:
         assert HOOKS.keys() - set().union(*map(implemented, here)) == set()
 
     def test_ollama_and_echo_implement_all(self) -> None:
-        # The toolkit's clients are closed without `close`, and Ollama has nothing that ranks.
+        # The toolkit closes its clients without `close`, and Ollama has no reranking.
         for hook in CONNECTION_HOOKS - {"close", "rerank"}:
             assert hook in implemented(ROOT / "providers" / "ollama" / "graftage_ollama"), hook
         for hook in CONNECTION_HOOKS - {"close", "native"}:  # Echo has no server.
             assert hook in implemented(ROOT / "core" / "graftage" / "testing"), hook
 
     def test_ollama_and_echo_satisfy_the_protocols(self) -> None:
-        found = [Echo().connect(request=None), graftage_ollama.connect(_connect_request())]  # type: ignore[arg-type] # Echo does not look
+        found = [Echo().connect(request=None), graftage_ollama.connect(_connect_request())]  # type: ignore[arg-type] # Echo does not read it
         for connection in found:
             for spec in hookspecs.CONNECTION_SPECS:
                 for name in vars(spec).keys() & CONNECTION_HOOKS & {*dir(connection)}:
@@ -283,11 +283,11 @@ BUILT_BY_PLUGINS = {
     "Usage": set(),
     "Verdict": {"status"},
 }
-"""What a plugin of the first release must give. Another required field would break it."""
+"""The required fields of the first release. Another one would break plugins."""
 
 
 def required(record: Any) -> list[bool]:
-    """For each field in order, whether it has no default."""
+    """Return for each field, in order, whether it has no default."""
     missing = dataclasses.MISSING
     return [each.default is missing and each.default_factory is missing for each in dataclasses.fields(record)]
 
@@ -366,7 +366,7 @@ class TestDistributions:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The top-level packages that a file imports, wherever in it."""
+    """Return the top-level packages that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -377,7 +377,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def loaded_by(code: str, *options: str) -> set[str]:
-    """The modules that a fresh Python has imported once it has run some code."""
+    """Return the modules that a new Python has imported after some code."""
     report = "\nimport sys\nprint('loaded', *sys.modules)"
     done = subprocess.run(
         [sys.executable, *options, "-c", code + report], capture_output=True, text=True, timeout=60, check=True

@@ -1,6 +1,6 @@
-"""Whatever bytes reach a reader, nothing but a typed error comes out, and nothing is lost.
+"""Readers raise only typed errors for any bytes, and lose nothing.
 
-The targets are those of `scripts/fuzz.py`, which goes on by hand; `--hypothesis-profile=search` looks further here.
+`scripts/fuzz.py` has the targets and runs longer; `--hypothesis-profile=search` tries more inputs here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TARGETS = targets()
 
 @st.composite
 def edited(draw: st.DrawFn, examples: tuple[bytes, ...]) -> bytes:
-    """An example with some of its bytes removed, doubled or replaced."""
+    """Return an example with some bytes removed, doubled or replaced."""
     data = draw(st.sampled_from(examples))
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(data)))

@@ -1,4 +1,4 @@
-"""Both grafts at once, on real models: an adapter that the plugin finds, used by the embedded engine and by Ollama."""
+"""Adapters from the plugin on real models, in the embedded engine and in Ollama."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SERVERS = {"llamacpp": _embedded, "ollama": _ollama}
     params=[pytest.param("llamacpp", marks=pytest.mark.engine), pytest.param("ollama", marks=pytest.mark.live)]
 )
 def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[Any]:
-    """A client of a real model, with the plugin for adapters; on a server nothing is left behind."""
+    """A client of a real model, with the plugin for adapters; cleans up on a server."""
     settings = SERVERS[request.param](request)
     plugin = LoraPlugin(folders=[LORA], cache=tmp_path / "converted")
     client = both.opened(settings.pop("provider"), model="smollm2:135m", plugins=[plugin], **settings)

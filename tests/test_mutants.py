@@ -1,6 +1,6 @@
-"""Each mutant of `scripts/mutants.toml` is of a line that is there, once, and names tests that are there.
+"""Each row of `scripts/mutants.toml` matches one line and names existing tests.
 
-Whether the tests kill them is seen at night: `just nightly`.
+`just nightly` checks that the tests kill the mutants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The server's own client on Graftage's connections, and what is made for it as input of `chat`."""
+"""The server's official client on Graftage's connections, and its objects as arguments of `chat`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def official(both: Both, llm: Any) -> Any:
 
 
 class Sdk:
-    """A provider whose server has an SDK that follows redirects, goes through proxies and has a key of its own."""
+    """A provider with an SDK that follows redirects, uses proxies and has its own key."""
 
     name = "sdk"
 
@@ -303,7 +303,7 @@ CALL = ollama.Message.ToolCall(
     function=ollama.Message.ToolCall.Function(name="weather", arguments={"city": "Delft", "unit": None})
 )
 SEES = Answer([{"capabilities": ["completion", "tools", "vision"], "details": {}, "model_info": {}}])
-"""What a server says of a model that takes pictures."""
+"""A server's facts about a model that takes images."""
 CONVERSATION = [
     ollama.Message(role="system", content="Be brief."),
     ollama.Message(role="user", content="What is it?", images=[ollama.Image(value=PNG)]),
@@ -330,7 +330,7 @@ class TestInputs:
         wanted, sent = (seen.body for seen in fake.requests if seen.path == "/api/chat")
         for message in sent["messages"]:
             for call in message.get("tool_calls", ()):
-                del call["id"]  # The official client has none, and none in the result.
+                del call["id"]  # The official client sends no ids.
             message.pop("tool_call_id", None)
         assert sent["messages"] == wanted["messages"]
         assert sent["tools"] == wanted["tools"]

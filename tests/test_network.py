@@ -1,4 +1,4 @@
-"""The network of the toolkit: addresses, sockets of the file system, closing, forks, cancels, odd requests."""
+"""The network of the toolkit: addresses, Unix sockets, closing, forks, cancels, odd requests."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def found_as(*addresses: str, port: int) -> Callable[..., Any]:
 
 
 def full(listener: socket.socket) -> list[socket.socket]:
-    """A listener's queue filled up, so that the next one to connect waits for ever."""
+    """Fill the queue of a listener, so that the next connection waits for ever."""
     waiting = []
     for _ in range(8):
         each = socket.socket()
@@ -160,7 +160,7 @@ class TestHostNames:
 
     @pytest.mark.parametrize("host", ["a..b", "x" * 70, "\u00fc..de", "\u00fc" * 70])
     def test_invalid_name_is_a_failed_connection(self, both: Any, monkeypatch: Any, host: str) -> None:
-        monkeypatch.undo()  # These are looked up nowhere.
+        monkeypatch.undo()  # These names are invalid, so there is no lookup.
         with pytest.raises(ConnectionFailed) as caught:
             both.connect(on(f"http://{host}"), model=MODEL, attempts=1).chat("x")
         assert caught.value.details["cause"] == "dns"
@@ -246,12 +246,12 @@ def test_error_names_the_missing_path(both: Any) -> None:
             llm.models()
 
 
-needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="has no sockets of the file system")
+needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="has no Unix sockets")
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder whose name is short: such a path has at most a hundred characters."""
+    """A folder with a short name: a Unix socket has a path of at most a hundred characters."""
     path = Path(os.path.realpath("/tmp")) / f"Graft{os.getpid()}-{threading.get_ident()}"
     path.mkdir()
     yield path
@@ -411,7 +411,7 @@ FORKS = """
 
 
 def strict(program: str, *arguments: str) -> str:
-    """What a program prints, in which a warning is an error."""
+    """Run a program with warnings as errors, and return its output."""
     return run(f"import warnings\nwarnings.simplefilter('error', ResourceWarning)\n{dedent(program)}", *arguments)
 
 
@@ -457,7 +457,7 @@ def test_program_may_end_with_open_client(program: str) -> None:
 
 
 class Foreign:
-    """A transport that is none of asyncio's own classes, as those of uvloop are not."""
+    """A transport of another class than asyncio's, like those of uvloop."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -539,7 +539,7 @@ class TestLoopsAndThreads:
                 try:
                     for _ in range(5):
                         asyncio.run(ask(llm, 5))
-                except BaseException as error:  # noqa: BLE001 - the test fails of it
+                except BaseException as error:  # noqa: BLE001 - fails the test
                     faults.append(error)
 
             threads = [threading.Thread(target=work) for _ in range(8)]
@@ -589,7 +589,7 @@ class TestLoopsAndThreads:
                 loop.run_until_complete(loop.shutdown_asyncgens())
                 loop.close()
                 del loop, stream
-            assert soon(lambda: sum(each() is not None for each in loops) <= 1)  # A client knows the first one.
+            assert soon(lambda: sum(each() is not None for each in loops) <= 1)  # The client keeps its first loop.
             asyncio.run(llm.close())
 
     @needs_proc
@@ -604,7 +604,7 @@ def reset(connection: socket.socket) -> None:
 
 
 def answering_once(end: Callable[[socket.socket], object]) -> Callable[[Server, socket.socket], None]:
-    """Answers the first request of each connection and reads the second one, as if its end had crossed it."""
+    """Answer the first request of each connection, then read the second and end the connection."""
 
     def serve(server: Server, connection: socket.socket) -> None:
         for count in range(2):
@@ -750,7 +750,7 @@ def test_cancel_at_any_step_leaves_nothing(monkeypatch: Any, trusted: Authority,
 
 
 class Bytes(OnToolkit):
-    """Reads a body as an SDK would, as slowly as it is told."""
+    """A connection that reads a body like an SDK, with pauses."""
 
     def __init__(self, request: Any, url: str, pause: float) -> None:
         super().__init__(request, url)
@@ -791,7 +791,7 @@ def test_slow_reader_loses_nothing(both: Any) -> None:
 
 
 class Odd(OnToolkit):
-    """Sends what it is told."""
+    """A connection that sends the given request."""
 
     def __init__(self, request: Any, url: str, headers: dict[str, str], method: str = "GET", path: str = "/m") -> None:
         super().__init__(request, url)

@@ -1,10 +1,9 @@
-"""The 29 faults of the client that Graftage replaces: it must not have them again. Each test names its fault.
+"""The 29 faults of the client that Graftage replaces must not return. Each class names its fault.
 
 | fault | where it is tested |
 | --- | --- |
 | 1 to 27, and 29 | here, each under its number |
-| 28: typing errors that no checker was run for | by the gate: `.ci/run` runs mypy, strict, over all, and a \
-test that starts a checker would only repeat it. That what is installed is typed is tested here |
+| 28: typing errors, since no type checker was run | by mypy in the gate. That the packages are typed is tested here |
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ class TestFault05TransientErrors:
         with pytest.raises(ProviderTimeout) as caught:
             llm.chat("Hi", timeout=Timeouts(first_token=0.2, total=15))
         assert caught.value.phase == "first_token"
-        # Waiting is free in these tests: the schedule itself is what is honoured.
+        # Tests skip waits, so the schedule is checked.
         assert DEFAULT_POLICY.wait(watcher.last("retry").error, 1, 0.0) == 9.0
 
 
@@ -336,7 +335,7 @@ class TestFault15EventLoops:
         llm = graftage.connect_async("ollama", model=MODEL, host=fake.url)
         assert [asyncio.run(llm.chat("Hi")).text for _ in range(3)] == [fake.reply] * 3
         assert gone(fake), "the connections of a loop are closed with it"
-        gc.collect()  # What was left open would complain now.
+        gc.collect()  # An open connection would warn now.
         asyncio.run(llm.close())
 
 
@@ -511,14 +510,14 @@ class TestFault26Requests:
         assert (second["options"]["num_ctx"], second["keep_alive"]) == (512, -1)
 
     def test_truncated_prompt_is_a_warning(self, llm: Any) -> None:
-        reply = llm.chat("source code " * 20_000)  # The fake says that it read five tokens.
+        reply = llm.chat("source code " * 20_000)  # The fake reports five tokens.
         (warning,) = reply.warnings
         assert "probably cut" in warning
 
 
 @pytest.fixture
 def waiting() -> Iterator[None]:
-    """Waits between attempts take their time again."""
+    """Waits between attempts take their real time."""
     token = retry._waits.set(True)
     yield
     retry._waits.reset(token)
@@ -526,7 +525,7 @@ def waiting() -> Iterator[None]:
 
 class TestFault27Documentation:
     def test_documented_waits_are_used(self, both: Any, dead: str, fake: FakeOllama, waiting: None) -> None:
-        # Within these 3 s a dead server can be tried three times, and a busy one but once: its first wait takes 4 s.
+        # Within 3 s a dead server is tried three times, a busy one once: its first wait takes 4 s.
         fake.script("/api/chat", BUSY)
         attempts = []
         for host in (dead, fake.url):

@@ -1,4 +1,4 @@
-"""Providers that know nothing of this repository: packed and installed by pip, then used by their names."""
+"""Providers from outside this repository: installed by pip, then used by name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ OUTSIDE = Path(__file__).resolve().parent / "outside"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of programs that find the providers, installed into a folder of their own."""
+    """The environment for programs that use the providers, which are installed in their own folder."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("pip is not in this environment")
     target = tmp_path_factory.mktemp("installed")
-    # The build backend is the one that all of this repository needs; from where it is not, pip fetches it.
+    # The build backend is usually installed, since this repository needs it; if not, pip downloads it.
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *isolation, "--target", str(target)]
     done = subprocess.run([*command, str(OUTSIDE)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GRAFTAGE_", "OLLAMA_"))}
-    # Where the sources under test are on the path, they stay there.
+    # Keep the sources under test on the path.
     path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "GRAFTAGE_CONFIG": str(target / "none.toml"), "PYTHONUTF8": "1"}
 

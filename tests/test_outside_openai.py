@@ -1,4 +1,4 @@
-"""A provider for OpenAI's chat API that knows nothing but the contract, on cassettes recorded from Ollama's `/v1`.
+"""A provider for OpenAI's chat API that uses only the contract, on cassettes from Ollama's `/v1`.
 
 Record them again, from any server that has `smollm2:135m`:
 
@@ -47,7 +47,7 @@ LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
 MODEL = "smollm2:135m"
 CHAT = "/v1/chat/completions"
 CALM: dict[str, Any] = {"temperature": 0, "seed": 7}
-"""Options under which the model says the same again."""
+"""Options for the same reply on each run."""
 TOOL = {
     "name": "get_weather",
     "description": "The weather in a city",
@@ -62,12 +62,12 @@ Tools: {{ range .Tools }}{{ . }}{{ end }}<|im_end|>
 <|im_end|>
 {{ end }}<|im_start|>assistant
 """
-"""Makes Ollama believe that the model knows tools; a schema then makes it call one."""
+"""Makes Ollama accept tools for the model; a schema then forces a call."""
 
 
 @pytest.fixture(scope="module")
 def wire() -> Any:
-    """The provider's module, as a host hands it over."""
+    """The provider's module, as a host passes it."""
     spec = importlib.util.spec_from_file_location("graftage_openai_wire", SOURCE)
     assert spec is not None
     assert spec.loader is not None
@@ -89,7 +89,7 @@ def cassette_server(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 def llm(both: Both, wire: Any, cassette: Cassette) -> Any:
-    """A client of either kind that replays the test's cassette, or records it."""
+    """A client that replays or records the test's cassette."""
     return both.connect(wire, model=MODEL, host=f"{LIVE or 'http://127.0.0.1:11434'}/v1", transport=cassette)
 
 
@@ -246,8 +246,8 @@ class TestRequest:
         fake.script(CHAT, *(events(event({"content": each}), STOP, DONE) for each in ("Well", "{}")))
         reply = connect().chat("Hi", format="json", retries=1)
         assert (reply.parsed, reply.attempts) == ({}, 2)
-        *_, answer, told = fake.requests[-1].body["messages"]
-        assert (answer["role"], answer["content"], told["role"]) == ("assistant", "Well", "user")
+        *_, reply, request = fake.requests[-1].body["messages"]
+        assert (reply["role"], reply["content"], request["role"]) == ("assistant", "Well", "user")
 
     def test_missing_operations_are_refused(self, connect: Any, fake: FakeOllama) -> None:
         llm = connect()

@@ -1,4 +1,4 @@
-"""Proxies on the way: whole URLs, tunnels, blame, and hosts that are spared."""
+"""Proxies: whole URLs, tunnels, errors that name the proxy, and NO_PROXY."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README, as it stands: its Python blocks run, and its commands are those that the gate runs."""
+"""The README: its Python blocks run, and its commands are those of the gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and prompts go where they were meant to go: no key in clear to another machine, no prompt through a proxy."""
+"""Keys and prompts reach only their server: no key in clear text elsewhere, no local prompt through a proxy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fake() -> Iterator[FakeOllama]:
 
 
 class Detour:
-    """Leads every request to the fake server, which then sees what a remote host would see."""
+    """A transport that sends every request to the fake server, in place of a remote host."""
 
     def __init__(self, fake: FakeOllama) -> None:
         self._url = fake.url
@@ -99,7 +99,7 @@ SECRETS = [
 
 
 def carried(fake: FakeOllama) -> set[str]:
-    """The names of the headers that carried a key, in any request."""
+    """Return the names of all headers with a key."""
     return {name for seen in fake.requests for name, value in seen.headers.items() if KEY in value}
 
 
@@ -190,7 +190,7 @@ class TestKey:
 
 
 class Own:
-    """A connection whose author gives headers of his own to the toolkit."""
+    """A connection that passes its own headers to the toolkit."""
 
     def __init__(self, url: str, headers: dict[str, str], request: Any) -> None:
         self._http = request.http(url, headers=headers)
@@ -261,7 +261,7 @@ class TestProxies:
         for scheme in schemes(variable):
             for host in hosts:
                 llm = both.connect("ollama", model=MODEL, host=f"{scheme}://{host}:{port}", attempts=1)
-                # The fake listens at 127.0.0.1 and speaks no TLS: with the others it counts where they did not go.
+                # The fake has no TLS and listens only at 127.0.0.1, so some calls fail, but none may use the proxy.
                 with contextlib.suppress(GraftageError):
                     llm.chat("Hi")
                 assert (host, proxy.accepted) == (host, 0)
@@ -276,7 +276,7 @@ class TestProxies:
     def test_are_used_for_other_machines(self, both: Any, proxy: FakeOllama, variable: str) -> None:
         for scheme in schemes(variable):
             before = proxy.accepted
-            # The fake does not know the way on.
+            # The fake is not a real proxy.
             with pytest.raises(GraftageError):
                 both.connect("ollama", model=MODEL, host=f"{scheme}://models.example", attempts=1).chat("Hi")
             assert proxy.accepted > before

@@ -1,4 +1,4 @@
-"""The threat model names tests, and they exist."""
+"""The tests that SECURITY.md names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS on the network of the toolkit: certificates, limits inside records, broken ends."""
+"""TLS: certificates, time limits inside records, broken ends."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TestWrongScheme:
         assert "scheme" in str(error)
 
     def test_plain_http_to_a_tls_port(self, both: Any, trusted: Authority) -> None:
-        def alert(server: Server, connection: socket.socket) -> None:  # As OpenSSL's own servers and Go's answer.
+        def alert(server: Server, connection: socket.socket) -> None:  # Like servers with OpenSSL or Go.
             connection.recv(65536)
             connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")
 
@@ -110,7 +110,7 @@ class TestTimeouts:
         assert isinstance(error, ProviderTimeout)
 
     def test_record_drips(self, both: Any, trusted: Authority) -> None:
-        """The bytes on the wire come slowly, and no record is ever whole."""
+        """The bytes arrive slowly, and no record is ever complete."""
 
         def serve(server: Server, connection: socket.socket) -> None:
             inner, outer = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -136,7 +136,7 @@ class TestTimeouts:
 
 
 class Sending(OnToolkit):
-    """Sends a large body."""
+    """A connection that sends a large body."""
 
     @hookimpl
     async def list_models(self, request: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files that are sent: whole, refused early, slow, growing and shrinking."""
+"""Uploads: whole, refused early, slow, growing and shrinking files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def uploading(server: Server, file: Path) -> Giving:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A file of several MB, no two blocks of which are the same."""
+    """A file of several MB without two equal blocks."""
     path = tmp_path / "file"
     path.write_bytes(b"".join(b"%08d" % number for number in range(1 << 20)) + b"end")
     return path

@@ -1,4 +1,4 @@
-"""Cassettes of a host's own, made by plain vcrpy, see the calls that are made through Graftage."""
+"""A host's own vcrpy cassettes record and replay calls through Graftage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fake() -> Iterator[FakeOllama]:
 
 
 def asked(llm: Any) -> tuple[str, list[str], int, int]:
-    """A chat, a stream, vectors and a list."""
+    """Return the results of a chat, a stream, vectors and a list."""
     text = llm.chat("Hello").text
     with llm.chat("Tell me more", stream=True) as stream:
         pieces = [chunk.text for chunk in stream]
@@ -86,7 +86,7 @@ class TestRecordAndReplay:
             llm = both.connect("ollama", model="nosuch", host=fake.url)
             with vcr.use_cassette(str(tmp_path / "a.yaml")), pytest.raises(ModelNotFound):
                 llm.show()
-        assert len(fake.requests) == 2  # The refusal, and the list that close names come from.
+        assert len(fake.requests) == 2  # The refusal, and the list for suggestions.
 
 
 BROKEN: dict[str, tuple[bytes, type[ProviderError], str]] = {

@@ -1,4 +1,4 @@
-"""A model's canonical name: one rule for providers, policies and the core."""
+"""Canonical names of models: one rule for providers, policies and the core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a call: known ones are checked before anything is sent, others pass on purpose and bypass nothing."""
+"""Options of a call: known ones are checked before a request, others must be in `server` and bypass no limit."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 class Options(BaseModel):
-    """As `ollama.Options`."""
+    """Like `ollama.Options`."""
 
     num_ctx: int | None = None
     temperature: float | None = None

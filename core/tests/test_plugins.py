@@ -1,4 +1,4 @@
-"""Plugins: found without importing, loaded only when chosen, and left out without harm where they are broken."""
+"""Plugins: found without an import, loaded only when needed, and left out if they are broken."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ OBSERVER = HEAD + "seen = []\n@hookimpl\ndef observe(event):\n    seen.append(ev
 
 
 def entry_named(name: str) -> Entry:
-    """What became of the plugin of that name, once everything was looked at."""
+    """Return the entry of a plugin after all were inspected."""
     (found,) = [entry for entry in Catalog().inspect_all() if entry.name == name]
     return found
 
 
 @contextmanager
 def left_out(name: str) -> Iterator[None]:
-    """Expect the warning that a plugin is left out, and no other."""
+    """Expect only the warning that a plugin is left out."""
     with pytest.warns(PluginWarning, match=f"`{name}` is left out") as caught:
         yield
     assert len({str(each.message) for each in caught}) == 1
@@ -115,9 +115,7 @@ class TestDiscovery:
             modules={"oak_provider": PROVIDER, "eye_plugin": OBSERVER},
             requires=["graftage>=0.2"],
         )
-        monkeypatch.setattr(
-            "sys.dont_write_bytecode", True
-        )  # Or the folder changes when a module in it is first imported.
+        monkeypatch.setattr("sys.dont_write_bytecode", True)  # Byte code would change the folder.
         assert both.connect("oak", model=MODEL).chat("x").text == "oak_provider answers"
 
         def never(*_: Any, **__: Any) -> Any:
@@ -170,7 +168,7 @@ class TestDiscovery:
             graftage.connect("zzz")
 
     def test_editable_install_counts_once(self, site: Any, tmp_path: Path, monkeypatch: Any) -> None:
-        # As an editable install leaves it: metadata in the environment, and metadata beside the source.
+        # An editable install has metadata in the environment and beside the source.
         site.add("Graftage_Oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
         beside = tmp_path / "source"
         info = beside / "graftage_oak.egg-info"
@@ -241,7 +239,7 @@ BROKEN_PLUGINS = {
 
 
 BROKEN_PROVIDERS = {
-    "a wrong signature": (HEAD + "@hookimpl\ndef connect(wish): ...\n", "wrong signature"),
+    "a wrong signature": (HEAD + "@hookimpl\ndef connect(wrong): ...\n", "wrong signature"),
     "a connection's hook": (HEAD + "@hookimpl\ndef chat(request): ...\n", "hook of a connection.*`connect` returns"),
     "a plugin's hook": (PROVIDER + "@hookimpl\ndef observe(event): ...\n", "hook of a plugin.*Move it to a plugin"),
     "an exit": ("import sys\nsys.exit(3)\n", "SystemExit: 3"),
@@ -439,7 +437,7 @@ class TestDisabledPlugins:
 
 
 class Policy:
-    """Allows little, and remembers what it was asked."""
+    """A strict policy that keeps its queries."""
 
     def __init__(self, name: str = "policy", **limits: Any) -> None:
         self.name = name
@@ -497,7 +495,7 @@ class TestPassedObjects:
 
     def test_optional_hook_may_be_unknown(self, both: Any) -> None:
         class Ahead:
-            """Written for a later Graftage, and still good here."""
+            """A plugin for a later version of Graftage."""
 
             name = "ahead"
             seen = 0
@@ -525,7 +523,7 @@ class TestPassedObjects:
 
 
 class Answering:
-    """The least that a connection can do."""
+    """A minimal connection."""
 
     @hookimpl
     def chat(self, request: Any) -> Any:
@@ -767,7 +765,7 @@ def test_each_client_calls_its_own_provider(site: Any, both: Any) -> None:
 
 
 class Failing:
-    """Fails whatever it is asked, and counts how often it was."""
+    """A plugin that always fails and counts its calls."""
 
     def __init__(self, error: BaseException, name: str = "failing") -> None:
         self.name = name
@@ -802,7 +800,7 @@ class FailingResolver(Failing):
 
 
 class FoundAdapter:
-    """An adapter as a resolver gives it."""
+    """An adapter from a resolver."""
 
     name = "bonsai"
     digest = "sha256:0"
@@ -818,7 +816,7 @@ class FoundAdapter:
 
 
 class Resolver:
-    """Knows one adapter."""
+    """A resolver of one adapter."""
 
     name = "resolver"
 
@@ -920,7 +918,7 @@ READABLE = {
 
 
 def damage(site: Any, distribution: str, entry_points: bytes | None) -> None:
-    """Put something else in the place of a distribution's entry points."""
+    """Replace the entry points of a distribution."""
     (file,) = site.folder.glob(f"{distribution.replace('-', '_')}-*.dist-info/entry_points.txt")
     if entry_points is None:
         file.unlink()
@@ -944,7 +942,7 @@ class TestDamagedMetadata:
         damage(site, "a-stranger", STRANGERS[case])
         program = "import graftage as g; from graftage.testing import Echo\n"
         program += "print(g.connect(Echo(), model='m').chat('hi').text)"
-        # Libraries that ours stands on read all metadata, too, once in a process: so this needs one of its own.
+        # Our dependencies also read all metadata, once in a process, so the test needs its own process.
         path = os.pathsep.join([str(site.folder), *sys.path])
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -977,7 +975,7 @@ class TestDamagedMetadata:
 
     @pytest.mark.parametrize("metadata", ["", "Version: 1.0\n", "Name: graftage-oak\n"])
     def test_remains_of_an_update_are_ignored(self, site: Any, both: Any, metadata: str) -> None:
-        # As an update leaves it that was cut short. Some of the names come before the whole one's, and some after.
+        # The remains of an interrupted update; some sort before the complete distribution, some after.
         for version in ("0.9", "1.1"):
             site.add("graftage-oak", version=version, providers={"oak": "no_such_module"}, metadata=metadata)
         site.add("graftage-oak", providers={"oak": "oak_provider"}, modules={"oak_provider": PROVIDER})
@@ -1009,7 +1007,7 @@ class TestDamagedMetadata:
 
 
 class Panic(BaseException):
-    """As an extension raises it whose Rust code has panicked."""
+    """Like the error of an extension after a panic in Rust."""
 
 
 ENDS: dict[str, BaseException] = {
@@ -1022,7 +1020,7 @@ ENDS: dict[str, BaseException] = {
 
 
 class Mute(Exception):
-    """Says nothing."""
+    """An error whose `str()` fails."""
 
     def __str__(self) -> str:
         raise SystemExit
@@ -1043,7 +1041,7 @@ def test_error_with_failing_str_is_handled(both: Any, watcher: Any) -> None:
 
 
 class Ending(Echo):
-    """Ends the program in one hook of its connection, called or iterated, or in a property of it."""
+    """A provider that ends the program in one hook or property of its connection."""
 
     name = "ending"
 
@@ -1114,7 +1112,7 @@ def close_in(mode: str, provider: Any) -> None:
 
 
 class OnLoop(Ending):
-    """The same on the event loop in the background."""
+    """The same on the background event loop."""
 
     @hookimpl
     def connect(self, request: Any) -> Any:
@@ -1124,7 +1122,7 @@ class OnLoop(Ending):
 
 
 class InThread(Giving):
-    """Has a function run that interrupts its thread."""
+    """A provider that runs a function which interrupts its thread."""
 
     def __init__(self, end: BaseException, _: str) -> None:
         class Connection:
@@ -1140,7 +1138,7 @@ class InThread(Giving):
 
 
 def ask_in(mode: str, provider: Any, **arguments: Any) -> Any:
-    """Ask in the main thread, which alone is interrupted by its user."""
+    """Call in the main thread, the only one that Ctrl-C interrupts."""
 
     async def work() -> Any:
         async with graftage.connect_async(provider, model=MODEL, **arguments) as llm:
@@ -1177,7 +1175,7 @@ def test_cancelled_hook_is_not_a_failure() -> None:
 
 
 class Odd:
-    """A plugin with something of its own that fails in a way that ends programs."""
+    """A plugin that ends the program in one of its members."""
 
     def __init__(self, at: str, end: BaseException) -> None:
         self.at = at
@@ -1199,14 +1197,14 @@ class Odd:
         return map(self.fail, [1]) if self.at == "a lazy list" else []
 
 
-@pytest.mark.parametrize("wish", [KeyboardInterrupt(), SystemExit(3)])
-def test_callback_error_reaches_the_host(wish: BaseException) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_callback_error_reaches_the_host(error: BaseException) -> None:
     def stop(_: Any) -> None:
-        raise wish
+        raise error
 
-    with graftage.connect(Echo(), model=MODEL) as llm, pytest.raises(type(wish)) as caught:
+    with graftage.connect(Echo(), model=MODEL) as llm, pytest.raises(type(error)) as caught:
         llm.pull(on_progress=stop)
-    assert caught.value is wish
+    assert caught.value is error
 
 
 AT_IMPORT = {
@@ -1340,7 +1338,7 @@ def test_lazy_proxy_in_a_module_is_ignored(site: Any) -> None:
 
 
 class TestInterrupt:
-    """The user's Ctrl-C reaches the main thread alone; raised elsewhere it is a fault of the plugin."""
+    """Ctrl-C interrupts only the main thread; in other threads a KeyboardInterrupt is an error of the plugin."""
 
     def test_at_import_in_the_main_thread(self, site: Any) -> None:
         site.add("graftage-ill", providers={"ill": "ill"}, modules={"ill": "raise KeyboardInterrupt\n"})
@@ -1352,7 +1350,7 @@ class TestInterrupt:
         [(PlainEnding, "sync"), (PlainEnding, "async"), (OnLoop, "sync"), (OnLoop, "async"), (InThread, "async")],
     )
     def test_in_a_worker_thread(self, kind: Any, mode: str) -> None:
-        for _ in range(2):  # The thread and the loop live on.
+        for _ in range(2):  # The thread and the loop survive the first error.
             with pytest.raises(ProviderError, match=r"`(ending|giving)` failed with"):
                 ask_in(mode, kind(KeyboardInterrupt(), "chat"))
 

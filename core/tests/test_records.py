@@ -1,4 +1,4 @@
-"""Frozen records: what comes out of our `dataclass` is what the library's would be."""
+"""Frozen records: our `dataclass` gives the same classes as the library's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Placed:
-    """A record with places, and without slots."""
+    """A record with positional fields and without slots."""
 
     first: int
     rest: Any = None
@@ -61,13 +61,13 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True)
 class Derived(Placed):
-    """What a host derives from one of ours."""
+    """A subclass of a host."""
 
     more: int = 1
 
 
 class Plain(Placed):
-    """A class that derives from one and is none."""
+    """A subclass that is not a dataclass."""
 
 
 class TestLikeTheLibrary:

@@ -1,4 +1,4 @@
-"""What an answer that refuses becomes: by its words, else by its status; and when it may be asked again."""
+"""Errors for refusals, by words and by status, and the wait before a retry."""
 
 from __future__ import annotations
 

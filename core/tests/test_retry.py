@@ -1,4 +1,4 @@
-"""Retries: policy as data, only what is safe, never past a limit, and the original error at the end."""
+"""Retries: only safe ones, never past a limit, with the original error at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 class Server:
-    """Fails as it is told and then answers."""
+    """A server with the given failures before its answer."""
 
     def __init__(self, *failures: BaseException) -> None:
         self.failures = list(failures)
@@ -57,7 +57,7 @@ class Server:
 
 @pytest.fixture(params=["sync", "async"])
 def attempt(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """`retry.call` in the way of each client, to its end."""
+    """`retry.call` as the sync or the async client runs it."""
 
     def blocking(server: Server, of: Call, **more: Any) -> str:
         return drive(retry.call(server.ask, of, **more))
@@ -265,20 +265,20 @@ class TestPolicy:
 
 class TestEvents:
     def test_retry_has_attempt_delay_and_error(self, attempt: Callable[..., str]) -> None:
-        told: list[tuple[str, dict[str, Any]]] = []
+        events: list[tuple[str, dict[str, Any]]] = []
         errors = [ConnectionFailed("one"), ConnectionFailed("two")]
-        attempt(Server(*errors), Call(emit=lambda kind, **facts: told.append((kind, facts))))
-        assert [kind for kind, _ in told] == ["retry", "retry"]
-        assert [(facts["attempt"], facts["error"]) for _, facts in told] == [(1, errors[0]), (2, errors[1])]
-        assert all(facts["delay"] >= 0 for _, facts in told)
+        attempt(Server(*errors), Call(emit=lambda kind, **facts: events.append((kind, facts))))
+        assert [kind for kind, _ in events] == ["retry", "retry"]
+        assert [(facts["attempt"], facts["error"]) for _, facts in events] == [(1, errors[0]), (2, errors[1])]
+        assert all(facts["delay"] >= 0 for _, facts in events)
 
     def test_no_retry_when_giving_up(self, attempt: Callable[..., str]) -> None:
-        told: list[str] = []
+        events: list[str] = []
         with pytest.raises(ModelNotFound):
-            attempt(Server(ModelNotFound("x")), Call(emit=lambda kind, **_: told.append(kind)))
+            attempt(Server(ModelNotFound("x")), Call(emit=lambda kind, **_: events.append(kind)))
         with pytest.raises(ConnectionFailed):
-            attempt(Server(GONE), Call(attempts=1, emit=lambda kind, **_: told.append(kind)))
-        assert told == []
+            attempt(Server(GONE), Call(attempts=1, emit=lambda kind, **_: events.append(kind)))
+        assert events == []
 
 
 class TestWaiting:

@@ -1,4 +1,4 @@
-"""Settings: what wins over what, where each value came from, and what is refused."""
+"""Settings: the order of sources, the origin of each value, and refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read(
 
 @pytest.fixture
 def toml(tmp_path: Path) -> Any:
-    """Writes a settings file."""
+    """A function that writes a settings file."""
 
     def write(text: str) -> Path:
         path = tmp_path / "settings.toml"
@@ -108,7 +108,7 @@ class TestPrecedence:
 
 
 class Stem(BaseModel):
-    """A part of a setting that has parts of its own."""
+    """A part of a setting, with its own parts."""
 
     rings: tuple[int, ...] = ()
     bark: str = ""
@@ -438,7 +438,7 @@ class TestRefusals:
 
 
 def refused_key(**sources: Any) -> str | None:
-    """The setting that is refused; None where all is well."""
+    """Return the setting that is refused, or None."""
     try:
         read(**sources)
     except SettingsError as error:
@@ -447,7 +447,7 @@ def refused_key(**sources: Any) -> str | None:
 
 
 class TestAnyInput:
-    """Whatever comes in gives settings or a `SettingsError`."""
+    """Any input gives settings or a `SettingsError`."""
 
     @given(
         st.dictionaries(
@@ -496,7 +496,7 @@ class TestHeaders:
 
 
 def secret(value: SecretStr | None) -> str | None:
-    """What a secret holds."""
+    """Return the text of a secret."""
     return None if value is None else value.get_secret_value()
 
 
@@ -525,9 +525,9 @@ class TestSecrets:
     def test_hidden_in_errors_and_tracebacks(self, asked: dict[str, Any]) -> None:
         with pytest.raises(SettingsError) as caught:
             read(**asked)
-        told = "".join(traceback.format_exception(caught.value))
+        printed = "".join(traceback.format_exception(caught.value))
         again = pickle.loads(pickle.dumps(copy.copy(caught.value)))
-        assert SECRET not in f"{told} {again!r} {again.to_dict()}"
+        assert SECRET not in f"{printed} {again!r} {again.to_dict()}"
 
     @pytest.mark.parametrize(
         ("address", "shown"),
@@ -570,14 +570,14 @@ class TestConnect:
 
 
 class BeeSettings(PluginSettings):
-    """What the bee can be told."""
+    """The settings of the bee."""
 
     honey: int = Field(default=1, ge=0, description="Jars of it")
     meadow: str = "here"
 
 
 class Bee:
-    """A policy and a resolver that note with which settings they were asked."""
+    """A policy and resolver that keeps the settings of each query."""
 
     name = "bee"
 
@@ -603,9 +603,9 @@ class Bee:
         return ()
 
 
-def asked(both: Any, bee: Bee, **wish: Any) -> BeeSettings:
-    """The settings that each hook of the bee was given."""
-    llm = both.opened(Echo(), model="m", plugins=[bee], **wish)
+def asked(both: Any, bee: Bee, **arguments: Any) -> BeeSettings:
+    """Return the settings that every hook of the bee got."""
+    llm = both.opened(Echo(), model="m", plugins=[bee], **arguments)
     llm.chat("Hi")
     llm.adapters()
     with pytest.raises(AdapterNotFound):
@@ -637,7 +637,7 @@ class TestPluginSettings:
         assert [each.honey for each in bee.seen] == [2, 3]
 
     @pytest.mark.parametrize(
-        ("wish", "environment", "says"),
+        ("arguments", "environment", "says"),
         [
             ({"settings": {"bee": {"hony": 1}}}, {}, "Did you mean `honey`"),
             ({"settings": {"bee": {"honey": -1}}}, {}, "Jars of it"),
@@ -649,12 +649,12 @@ class TestPluginSettings:
         ],
     )
     def test_invalid_ones_fail_at_opening(
-        self, both: Any, monkeypatch: pytest.MonkeyPatch, wish: Any, environment: dict[str, str], says: str
+        self, both: Any, monkeypatch: pytest.MonkeyPatch, arguments: Any, environment: dict[str, str], says: str
     ) -> None:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SettingsError, match=says):
-            both.opened(Echo(), plugins=[Bee()], **wish)
+            both.opened(Echo(), plugins=[Bee()], **arguments)
 
     def test_misspelt_key_of_an_installed_plugin(self, both: Any, toml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "m4")
@@ -695,7 +695,7 @@ class TestPluginSettings:
 
 
 class Deaf(Echo):
-    """A provider that reads no more than `max_tokens`, or does not say what it reads."""
+    """A provider that declares the parameters it reads, or does not."""
 
     name = "deaf"
 

@@ -1,4 +1,4 @@
-"""The test kit tests itself: Echo, cassettes, the pytest plugin, and the fake server."""
+"""The test kit: Echo, cassettes, the pytest plugin, and the fake server."""
 
 from __future__ import annotations
 
@@ -76,17 +76,17 @@ async def collect(items: AsyncIterator[Any]) -> list[Any]:
 
 
 def waiting(mode: str, request: Any) -> Any:
-    """A request that waits as one kind of client does."""
+    """Return a request that waits as the client of a mode does."""
     return replace(request, call=replace(request.call, waiting=AwaitingIO())) if mode == "async" else request
 
 
 def run(mode: str, work: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine gives, run as one kind of client does."""
+    """Run a coroutine as the client of a mode does."""
     return drive(work) if mode == "sync" else asyncio.run(work)
 
 
 def ask(mode: str, connection: Any, hook: str, request: Any) -> Any:
-    """What a hook answers, all of it, under one kind of client."""
+    """Return the whole result of a hook in a mode."""
     answer = getattr(connection, hook)(waiting(mode, request))
     return run(mode, collect(answer) if hasattr(answer, "__aiter__") else answer)
 
@@ -159,7 +159,7 @@ class TestEcho:
 
         async def read() -> None:
             async for chunk in hooks.chat(chat_request()):
-                seen.append(chunk.text)  # noqa: PERF401 # what came before the error is what counts
+                seen.append(chunk.text)  # noqa: PERF401 # keeps the items before an error
 
         with pytest.raises(StreamInterrupted):
             run(mode, read())
@@ -366,7 +366,7 @@ def exchange(
     leave_after: int | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Exchange:
-    """The status and the body's pieces as the toolkit gets them, through a cassette.
+    """Return the status and the pieces of the body, through a cassette.
 
     Args:
         body: bytes as they are, anything else as JSON.
@@ -409,7 +409,7 @@ STREAM = Answer([{"n": 1}, {"n": 2, "text": "grüß 🌱"}, b'{"n":', b"3}\n"])
 
 
 def talk(transport: Cassette, host: str) -> list[str]:
-    """Call a tool twice in one conversation, with a server that gives its calls no ids; the ids that were made up."""
+    """Call a tool twice in a conversation with a server without call ids. Return the generated ids."""
     with graftage.connect("ollama", model="m", host=host, transport=transport) as llm:
         first = llm.chat("Hi")
         result = {"role": "tool", "content": "1", "tool_call_id": first.tool_calls[0].id}
@@ -612,7 +612,7 @@ class TestMatching:
 
 
 SENT = 'q7&/+é"x'
-"""Sent as a header. It has what JSON, addresses and base64 each write in another way."""
+"""A header whose characters JSON, URLs and base64 all encode differently."""
 
 
 def in_base64(*, before: str = "", alphabet: bytes = b"+/") -> bytes:
@@ -694,13 +694,13 @@ class TestSecretsAreNotWritten:
     @pytest.mark.parametrize("before", ["", "~", "~~"])
     def test_header_in_url_safe_base64(self, tmp_path: Path, fake: FakeOllama, before: str) -> None:
         secret = "opaque~~~???>>>~~~"
-        told = base64.urlsafe_b64encode(f"{before}{secret}~".encode())
-        assert set(told) & set(b"-_")
+        repeated = base64.urlsafe_b64encode(f"{before}{secret}~".encode())
+        assert set(repeated) & set(b"-_")
         with pytest.raises(CassetteError, match="request header `x-api-key`"):
-            recorded(tmp_path / "a.yaml", fake, Answer([told]), headers={"x-api-key": secret})
+            recorded(tmp_path / "a.yaml", fake, Answer([repeated]), headers={"x-api-key": secret})
 
     @pytest.mark.parametrize(
-        ("headers", "told"),
+        ("headers", "repeated"),
         [
             ({"authorization": "Bearer opaque-1"}, "opaque-1"),
             ({"authorization": "Own-Scheme opaque-1"}, "opaque-1"),
@@ -715,12 +715,12 @@ class TestSecretsAreNotWritten:
         ],
     )
     def test_credentials_inside_a_header(
-        self, tmp_path: Path, fake: FakeOllama, headers: dict[str, str], told: str
+        self, tmp_path: Path, fake: FakeOllama, headers: dict[str, str], repeated: str
     ) -> None:
         (name,) = headers
         with pytest.raises(CassetteError, match=f"request header `{name}`") as caught:
-            recorded(tmp_path / "a.yaml", fake, Answer([{"text": told}]), headers=headers)
-        assert told not in str(caught.value)
+            recorded(tmp_path / "a.yaml", fake, Answer([{"text": repeated}]), headers=headers)
+        assert repeated not in str(caught.value)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("where", ["prompt", "address"])
@@ -815,7 +815,7 @@ class TestInvalidFiles:
         ("text", "complaint"),
         [
             ("a: [", "not valid YAML"),
-            ("[" * 100_000, "nested|maximum"),  # Newer YAML readers have a limit of their own.
+            ("[" * 100_000, "nested|maximum"),  # Newer YAML readers have their own limit.
             ("[" * 33 + "]" * 33, "nested more than 32 deep"),
             ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
             ("\x00", "not valid YAML"),
@@ -970,7 +970,7 @@ class TestVcrpy:
         paths = sorted((ROOT / "cassettes").rglob("*.yaml"))
         lengths = {str(path): len(Cassette(path)) for path in paths}
         assert {path: len(vcr.cassette.Cassette.load(path=path)) for path in lengths} == lengths
-        # Of several cassettes pytest-recording makes one.
+        # pytest-recording joins several cassettes into one.
         outer.makepyfile(
             test_it=f"""
         import pytest
@@ -1016,7 +1016,7 @@ def test_version(cassette, mode):
 
 @pytest.fixture
 def outer(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A folder with our plugin and no other, whatever is installed."""
+    """A test folder with our plugin alone."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeconftest('pytest_plugins = ["graftage.testing.plugin"]')
     return pytester
@@ -1024,7 +1024,7 @@ def outer(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 @pytest.fixture
 def suite(outer: pytest.Pytester, fake: FakeOllama) -> pytest.Pytester:
-    """A suite whose one test has recorded its cassette."""
+    """A test suite with one test and its recorded cassette."""
     outer.makepyfile(test_it=SUITE.replace("URL", fake.url))
     outer.runpytest("--graftage-record").assert_outcomes(passed=2)
     return outer
