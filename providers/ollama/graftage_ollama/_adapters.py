@@ -153,7 +153,7 @@ class Adapters:
         if adapter.digest not in (model.metadata.get(MARK), *model.adapters):
             raise _StrategyUnavailable(f"`{adapter.served_as}` does not contain it")
         if model.adapters and _weights(model) != _weights(base) and not request.force:
-            reason = f"`{adapter.served_as}` was made from another model than `{request.model}`"
+            reason = f"`{adapter.served_as}` was made from a model other than `{request.model}`"
             raise AdapterIncompatible(
                 f"The adapter does not belong to this model: {reason}.",
                 reference=adapter.name,
@@ -298,14 +298,14 @@ class Adapters:
         try:
             await self._request(request.call, "POST", "/api/create", derived.body)
         except TRY_NEXT as error:
-            why = f"the server refused to make the model ({_cause(error)})"
+            why = f"the server refused to create the model ({_cause(error)})"
             if record is not None and "adapter" in str(error.details.get("server_message", error)).lower():
                 record.reason = why  # Other refusals may be about this request only.
             raise _StrategyUnavailable(why) from error
         model = await self._show_or_none(request.call, derived.name)
         if model is not None and derived.proves(model):
             return
-        why = "the server said it made the model, but the adapter is not in it"
+        why = "the created model does not contain the adapter"
         if model is not None:
             await self._delete(request.call, derived.name)
         if record is not None:

@@ -298,7 +298,7 @@ class TestNative:
         wrong = {"adapters": shown, "from": {**shown, "modelfile": "FROM /models/blobs/sha256-00\n"}}[answer]
         missing = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
         fake.script("/api/show", Answer([shown]), missing, Answer([wrong]))
-        with pytest.raises(AdapterUnsupported, match="the adapter is not in it"):
+        with pytest.raises(AdapterUnsupported, match="does not contain the adapter"):
             connect().use_adapter("ahoy")
         assert made(fake) == []
 
@@ -313,7 +313,7 @@ class TestServersWithoutAdapters:
         assert "POST generate" not in steps(fake)
         served, native, merged = caught.value.reasons
         assert served.startswith("served: ")
-        assert {"refuses": "refused to make", "ignores": "is not in it"}[adapters] in native
+        assert {"refuses": "refused to create", "ignores": "does not contain the adapter"}[adapters] in native
         assert "`merge_adapters`" in merged
         for reason in caught.value.reasons:
             assert reason in str(caught.value)
@@ -392,7 +392,7 @@ class TestMerged:
 
     def test_unmarked_model_is_deleted(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
         adapter.mark = False
-        with pytest.raises(AdapterUnsupported, match=r"merged: .*is not in it"):
+        with pytest.raises(AdapterUnsupported, match="merged: .*does not contain the adapter"):
             merging().use_adapter("ahoy")
         assert made(fake) == []
 
@@ -623,7 +623,7 @@ class TestServed:
         fake.models += ["pirate:latest", "other:1b"]
         fake.derived["pirate:latest"] = {"from": "other:1b", "adapters": {"a.gguf": adapter.digest}}
         adapter.served_as = "pirate:latest"
-        with pytest.raises(AdapterIncompatible, match="another model"):
+        with pytest.raises(AdapterIncompatible, match="a model other than"):
             connect().use_adapter("ahoy")
         assert connect().use_adapter("ahoy", force=True).model == "pirate:latest"
 
