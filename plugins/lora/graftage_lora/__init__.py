@@ -1,8 +1,8 @@
-"""LoRA adapters for Graftage: found, proven, converted and merged.
+"""LoRA adapters for Graftage: found, checked, converted and merged.
 
     graftage.connect("ollama", model="smollm2:135m", plugins=[LoraPlugin(folders=["adapters"])])
 
-Installed, it works by itself, with `GRAFTAGE_LORA_…` and the table `[lora]` of the settings file.
+Installed, it works by itself; configure it by `GRAFTAGE_LORA_…` or the table `[lora]` of the settings file.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ AnyPath: TypeAlias = "str | PathLike[str]"
 
 
 class LoraPlugin:
-    """Resolves adapters. What is not given here is taken from the environment, then from the settings file.
+    """Resolves adapters. Settings that are not given here come from the environment, then from the settings file.
 
     Args:
-        folders: folders of adapters, asked in that order.
+        folders: folders of adapters, searched in this order.
         project: a project's folder; its adapters are in `.graftage/adapters`.
-        registry: the file that binds names to adapters, `adapters.toml` in the user's config folder by default.
-        hub: the cache of `huggingface_hub`, where that has it by default.
+        registry: the file that binds names to adapters; default: `adapters.toml` in the user's config folder.
+        hub: the cache of `huggingface_hub`; default: where that library keeps it.
         cache: where converted adapters are kept.
-        paths: whether a reference may be a path. Turn it off where references come from strangers.
-        max_bytes: a larger adapter is refused; 2 GiB by default.
-        merge_type: type of a quantised tensor after a merge, `Q8_0` (the default) or `F16`.
+        paths: whether a reference may be a path. Disable it if references come from untrusted users.
+        max_bytes: the largest adapter; default: 2 GiB.
+        merge_type: the type of a quantised tensor after a merge, `Q8_0` (the default) or `F16`.
 
-    Wrong settings are a `SettingsError` when a client opens.
+    Invalid settings raise `SettingsError` when a client opens.
     """
 
     name = "lora"
@@ -78,26 +78,26 @@ class LoraPlugin:
 
     @hookimpl
     def resolve_adapter(self, request: ResolveRequest) -> Adapter:
-        """The adapter of a reference, read and judged.
+        """Find, read and judge the adapter of a reference.
 
         Raises:
-            AdapterNotFound: none of the sources knows it; `reasons` has what each said.
+            AdapterNotFound: no source has it; `reasons` has a reason from each.
             AdapterInvalid: it was found and cannot be used.
         """
         return self._resolver(request).resolve(request)
 
     @hookimpl
     def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
-        """The adapters that the sources know of."""
+        """List the adapters that the sources have."""
         return tuple(self._resolver(request).known())
 
     def _resolver(self, request: ResolveRequest | ListAdaptersRequest) -> Resolver:
-        """The one for these settings: it remembers the adapters that it has read."""
+        """Return the resolver for the request's settings; it remembers the adapters that it has read."""
         from graftage.settings import load
-        from graftage_lora._resolve import Resolver  # NumPy, only where an adapter is named
+        from graftage_lora._resolve import Resolver  # Imports NumPy.
 
         settings = cast("LoraSettings | None", request.settings)
-        if settings is None:  # It is asked without a client.
+        if settings is None:  # There is no client.
             settings = load(self.settings_model(), name=self.name, arguments=self.arguments).settings
         with self._lock:
             if settings not in self._resolvers:
@@ -106,4 +106,4 @@ class LoraPlugin:
 
 
 plugin = LoraPlugin()
-"""The one that is installed."""
+"""The installed plugin."""

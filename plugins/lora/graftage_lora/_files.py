@@ -1,4 +1,4 @@
-"""Files that cannot be trusted: opened once, then checked, hashed and read from that one descriptor; heads of GGUF."""
+"""Untrusted files: opened once, then checked, hashed and read from that descriptor; and the heads of GGUF files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["CheckedFile", "Files", "Refused", "read_head"]
 
 ADAPTER_HEAD: Final = 1 << 22
-"""Bytes that an adapter's head may have: it carries no vocabulary, and a model beside it is soon known by its own."""
-# Without O_NONBLOCK, opening a named pipe would wait for ever for its other end. The path is resolved before it is
-# checked and opened, so a link that appears in between is refused by O_NOFOLLOW.
+"""The largest head of an adapter in bytes: adapters have no vocabulary."""
+# Without O_NONBLOCK, opening a named pipe would wait forever for its other end. The path is resolved before it is
+# checked and opened; O_NOFOLLOW refuses a link that appears in between.
 FLAGS: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
 
 
 class Refused(Exception):
-    """Why a file is not used, as the rest of a sentence; and the way out, where there is one."""
+    """Why a file cannot be used, as the rest of a sentence, with a hint if there is one."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
@@ -36,16 +36,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """Where an adapter lies."""
+    """The files of an adapter."""
 
     weights: Path
     config: Path | None = None
-    """Beside the weights of PEFT and MLX; a GGUF file needs none."""
+    """PEFT and MLX have one beside the weights, GGUF does not."""
     within: Path | None = None
-    """The folder that no link may lead out of."""
+    """The folder that links must not leave."""
 
     def signature(self) -> tuple[tuple[int, ...], ...]:
-        """Changes when a file does, as far as the file system shows."""
+        """Return a value that changes when a file changes, as far as the file system shows."""
         found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
@@ -54,21 +54,21 @@ def _open(path: Path, within: Path | None) -> int:
     try:
         real = path.resolve()
         if within is not None and not real.is_relative_to(within.resolve()):
-            raise Refused(f"`{path.name}` is a link that leads out of its folder", "Put the file itself there.")
+            raise Refused(f"`{path.name}` is a link out of its folder", "Put the file itself there.")
         return os.open(real, FLAGS)
     except ValueError:
-        raise Refused(f"{path.name!r} is no name of a file") from None
-    except RuntimeError:  # Python up to 3.12 says so of links that go round
-        raise Refused(f"`{path.name}` is a link that goes round") from None
+        raise Refused(f"{path.name!r} is not a valid file name") from None
+    except RuntimeError:  # Up to Python 3.12, for a circular link.
+        raise Refused(f"`{path.name}` is a circular link") from None
     except OSError as error:
         raise Refused(f"`{path.name}` cannot be opened: {error.strerror}") from None
 
 
 class CheckedFile:
-    """A file that is read from front to back, no further than its size, and hashed on the way.
+    """A file that is read from start to end, at most as far as its first size, and hashed on the way.
 
     Raises:
-        Refused: it is not a regular file, is too large, leads out of its folder, or cannot be read.
+        Refused: it is not a regular file, is too large, leaves its folder, or cannot be read.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class CheckedFile:
             raise Refused(f"`{self.name}` is empty")
         if limit is not None and self.size > limit:
             raise Refused(
-                f"`{self.name}` has {self.size:,} bytes, and {limit:,} are allowed",
-                "If it is what you want, raise GRAFTAGE_LORA_MAX_BYTES.",
+                f"`{self.name}` has {self.size:,} bytes; at most {limit:,} are allowed",
+                "Raise `GRAFTAGE_LORA_MAX_BYTES` to allow it.",
             )
 
     @property
@@ -104,7 +104,7 @@ class CheckedFile:
         return self.size - self.position
 
     def take(self, count: int, what: str) -> bytes:
-        """The next bytes; asking for more than there are allocates nothing."""
+        """Read exactly `count` bytes; asking for more than there are allocates nothing."""
         if not 0 <= count <= self.left:
             raise Refused(f"`{self.name}` ends within its {what}")
         data = self.read(count)
@@ -113,22 +113,22 @@ class CheckedFile:
         return data
 
     def rest(self) -> memoryview:
-        """Everything that is left."""
+        """Read everything that is left."""
         return memoryview(self.take(self.left, "end"))
 
     def read(self, count: int) -> bytes:
-        """The next bytes; fewer where the file ends."""
+        """Read up to `count` bytes."""
         data = self._file.read(count)
         self._hash.update(data)
         self.position += len(data)
         return data
 
     def peek(self, count: int) -> bytes:
-        """The first bytes, without reading them; at most what there is."""
+        """Return up to `count` of the next bytes without moving on."""
         return self._file.peek(count)[:count]
 
     def read_at(self, position: int, count: int) -> bytes:
-        """Bytes from anywhere, outside the hash: for files too large to keep."""
+        """Read bytes at any position without hashing them: for files too large to keep."""
         self._file.seek(position)
         data = self._file.read(count)
         if len(data) != count:
@@ -137,16 +137,16 @@ class CheckedFile:
 
     @property
     def sha256(self) -> str:
-        """Over what has been read."""
+        """The hash of what has been read."""
         return self._hash.hexdigest()
 
     def unchanged(self) -> bool:
-        """Whether the file is still as it was when it was opened."""
+        """Return whether the file is as it was when it was opened."""
         now = os.fstat(self._file.fileno())
         return (now.st_size, now.st_mtime_ns) == (self.size, self.state.st_mtime_ns)
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -1,16 +1,16 @@
-"""The one form every layout is read into, what the architectures differ in, and whether an adapter fits a base model.
+"""The form that every layout is read into, the differences of architectures, and whether an adapter fits a base model.
 
-An adapter changes a weight W to W + scale * B @ A. Weights are named as GGUF names them, since that is what every
-server of ours holds; the rows of B are in the order of the layout they were read from until `rows` reorders them.
+An adapter changes a weight W to W + scale * B @ A. Weights have their GGUF names, as in the servers' files. The rows of
+B keep the order of the layout that they were read from until `rows` reorders them.
 
-The verdict is about loading and not about sense: all derivatives of one model look alike, and names are hints and no
-more. What is compared, with what, and what follows from it:
+The verdict says whether an adapter can be loaded, not whether it makes sense: all derivatives of one model look alike,
+and names are only hints. What is compared:
 
-    architecture      a GGUF adapter's own, with the base model's             differs: incompatible
-    layers            the highest one, with `block_count`                     beyond: incompatible
-    shapes            inputs and outputs of each part, with the tensor's      differ: incompatible
-    tensors           each part's, with those there are                       missing: incompatible; fused: unknown
-    vocabulary        rows of the embedding and the output                    differ, or both tied: incompatible
+    architecture      a GGUF adapter's with the base model's                  different: incompatible
+    layers            the highest one with `block_count`                      beyond: incompatible
+    shapes            inputs and outputs of each part with the tensor's       different: incompatible
+    tensors           each part's with the base model's                       missing: incompatible; fused: unknown
+    vocabulary        rows of the embedding and the output                    different, or both tied: incompatible
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ ARCHITECTURES: Final[Mapping[str, bool]] = {
     "gemma2": False,
     "gemma3": False,
 }
-"""Architectures whose modules can be placed; true where GGUF reorders the rows of q and k.
+"""Architectures whose modules have known GGUF names; true if GGUF reorders the rows of q and k.
 
-Those files turn pairs of neighbouring numbers by one angle, and the original weights pair each number with the one half
-a head away. llama.cpp's converter therefore reorders the rows within each head (`LlamaModel.permute`).
+These GGUF files rotate pairs of neighbouring numbers, while the original weights pair numbers half a head apart.
+llama.cpp's converter therefore reorders the rows within each head (`LlamaModel.permute`).
 """
 
 SCALES: Final = (1e-9, 1e9)
-"""A scale outside of these is a mistake, and its product with a number of the adapter might be no F32."""
+"""Bounds of a plausible scale; beyond them, its product with a weight might not fit F32."""
 MODULES: Final[Mapping[str, str]] = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -80,7 +80,7 @@ PLACED: Final = re.compile(r"blk\.(\d{1,5})\.([a-z0-9_]+)\.weight|token_embd\.we
 
 
 def gguf_name(module: str) -> str:
-    """The GGUF name of a module's weight, or the module's own name where the table does not have it."""
+    """Return the GGUF name of a module's weight, or the module's name if the table does not have it."""
     if module in ENDS:
         return ENDS[module]
     match = LAYER.fullmatch(module)
@@ -90,24 +90,24 @@ def gguf_name(module: str) -> str:
 
 
 def is_placed(tensor: str) -> bool:
-    """Whether a name is a GGUF name."""
+    """Return whether a name is a GGUF name of a weight."""
     return PLACED.fullmatch(tensor) is not None
 
 
 def layer_of(tensor: str) -> int | None:
-    """The layer a tensor belongs to; `None` for the two ends of a model."""
+    """Return the layer of a tensor; `None` for the embedding and the output."""
     match = PLACED.fullmatch(tensor)
     return int(match[1]) if match and match[1] else None
 
 
 def kind_of(tensor: str) -> str:
-    """A tensor's name without its layer: `attn_q`."""
+    """Return a tensor's name without its layer: `attn_q`."""
     match = PLACED.fullmatch(tensor)
     return match[2] if match and match[2] else tensor.removesuffix(".weight")
 
 
 def head_count(metadata: Mapping[str, Any], tensor: str) -> int | None:
-    """How many heads the rows of a tensor are divided into; `None` if that is not known."""
+    """Return how many heads the rows of a tensor are divided into; `None` if unknown."""
     architecture = metadata.get("general.architecture")
     count = metadata.get(f"{architecture}.attention.head_count")
     if kind_of(tensor) == "attn_k":
@@ -116,43 +116,43 @@ def head_count(metadata: Mapping[str, Any], tensor: str) -> int | None:
 
 
 def per_layer(figure: Any, layer: int | None) -> int | None:
-    """A figure that some models state once and some for each layer."""
+    """Return a figure that some models state once and some for each layer."""
     if isinstance(figure, (list, tuple)):
         figure = figure[layer] if layer is not None and layer < len(figure) else None
     return figure if isinstance(figure, int) and not isinstance(figure, bool) and figure > 0 else None
 
 
 def is_reordered(architecture: str | None, tensor: str) -> bool:
-    """Whether GGUF files of the architecture hold the rows of this tensor in another order than the original."""
+    """Return whether GGUF files of an architecture hold the rows of a tensor in a different order."""
     return ARCHITECTURES.get(architecture or "", False) and kind_of(tensor) in ("attn_q", "attn_k")
 
 
 def reorder(rows: Array, count: int) -> Array:
-    """Rows of a llama's q or k from the original order into GGUF's, as llama.cpp's `LlamaModel.permute` does it."""
+    """Reorder rows of a llama's q or k from the original order to GGUF's, as `LlamaModel.permute` of llama.cpp does."""
     found: Array = rows.reshape(count, 2, len(rows) // count // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
     return found
 
 
 def restore(rows: Array, count: int) -> Array:
-    """The inverse of `reorder`."""
+    """Reorder rows from GGUF's order to the original one: the inverse of `reorder`."""
     found: Array = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
     return found
 
 
 def checked_scale(scale: float) -> float:
-    """A scale that may be used.
+    """Check that a scale is plausible, and return it.
 
     Raises:
-        Refused: it is outside of `SCALES`.
+        Refused: it is outside `SCALES`.
     """
     if not SCALES[0] <= abs(scale) <= SCALES[1]:
-        raise Refused(f"its scale is {scale:g}, which no training gives")
+        raise Refused(f"its scale is {scale:g}; it must be from {SCALES[0]:g} to {SCALES[1]:g}")
     return scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A part without its numbers."""
+    """A part without its weights."""
 
     tensor: str
     inputs: int
@@ -163,7 +163,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
-    """The change of one weight: `scale * b @ a`."""
+    """The change of one tensor: `scale * b @ a`."""
 
     tensor: str
     a: Array
@@ -174,25 +174,25 @@ class Part:
 
     @property
     def shape(self) -> Shape:
-        """Its figures."""
+        """The part without its weights."""
         (rank, inputs), outputs = self.a.shape, len(self.b)
         return Shape(tensor=self.tensor, inputs=inputs, outputs=outputs, rank=rank, scale=self.scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All of an adapter but its numbers: cheap to keep."""
+    """An adapter without its weights: cheap to keep."""
 
     layout: Literal["peft", "mlx", "gguf"]
     shapes: tuple[Shape, ...]
     sha256: str
     """Of the file with the weights."""
     architecture: str | None = None
-    """As a GGUF adapter states it; the others do not."""
+    """Only GGUF adapters state it."""
     base_model: str | None = None
-    """The model it was trained on, in its author's words."""
+    """The model that it was trained on, as its author names it."""
     invocation: tuple[int, ...] = ()
-    """Tokens after which it acts ("activated LoRA"); none for one that always acts."""
+    """Tokens after which it acts ("activated LoRA"); empty if it always acts."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -210,10 +210,10 @@ class Lora:
     """Sorted by tensor."""
 
     def scaled(self, scale: float) -> Lora:
-        """The same with another scale for all of it.
+        """Return the adapter with one scale for all its parts.
 
         Raises:
-            Refused: the scale is 0, or beyond what any training gives.
+            Refused: the scale is not plausible.
         """
         checked_scale(scale)
         shapes = tuple(replace(each, scale=scale) for each in self.facts.shapes)
@@ -221,10 +221,10 @@ class Lora:
         return Lora(facts=replace(self.facts, shapes=shapes), parts=parts)
 
     def rows(self, part: Part, metadata: Mapping[str, Any]) -> Array:
-        """B with its rows as a GGUF base model with that metadata has them.
+        """Return B with its rows in the order of a GGUF base model with this metadata.
 
         Raises:
-            Refused: the metadata does not say enough.
+            Refused: the metadata lacks the number of heads.
         """
         stated = metadata.get("general.architecture")
         if self.facts.layout == "gguf" or not is_reordered(stated, part.tensor):
@@ -232,10 +232,10 @@ class Lora:
         return reorder(part.b, _heads_of(part, metadata))
 
     def digest(self, metadata: Mapping[str, Any]) -> str:
-        """`sha256:…` over the content that acts: names, scales, and the numbers as F32, rows in the original order.
+        """Return `sha256:…` over names, scales and weights as F32, with rows in the original order.
 
-        One adapter has one digest in each layout and float type, as long as the type holds its numbers exactly. Only
-        the base model says how a GGUF adapter for a llama ordered its rows: without it, that one's digest differs.
+        An adapter has the same digest in every layout and float type that holds its weights exactly. The rows of a
+        GGUF adapter for a llama can only be restored with the base model's metadata: without it, the digest differs.
         """
         found = hashlib.sha256(b"graftage-lora 1\n")
         found.update(f"{self.facts.invocation}\n".encode())
@@ -268,7 +268,7 @@ def _heads_of(part: Part, metadata: Mapping[str, Any]) -> int:
 
 
 Finding: TypeAlias = "tuple[Literal['contradiction', 'gap'], str]"
-"""What is wrong with a part, without its layer; or what is missing to know."""
+"""What is wrong with a part (without its layer), or what is not known."""
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "attn_q": ("attn_qkv",),
     "attn_k": ("attn_qkv",),
@@ -277,19 +277,19 @@ FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "ffn_up": ("ffn_up_exps",),
     "ffn_down": ("ffn_down_exps",),
 }
-"""What some architectures have instead of a tensor: it may hold it, or several of it."""
+"""Tensors that some architectures have instead, which may hold a tensor fused with others."""
 
 
 def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None) -> Verdict:
-    """Whether an adapter fits a base model, with all the reasons.
+    """Judge whether an adapter fits a base model, with all reasons.
 
     Args:
-        facts: what is known of the adapter.
+        facts: the adapter.
         base: what is known of the base model.
-        meant_for: the base model that its registry names.
+        meant_for: the base model that the adapter's registry names.
     """
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
-        reason = "the provider says nothing about the base model's shapes"
+        reason = "the provider does not report the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
     warnings = (*facts.warnings, *_name_warnings((facts.base_model, meant_for), base))
     found = [*_check_architecture(facts, base.metadata), *_check_layers(facts.shapes, base)]
@@ -305,15 +305,15 @@ def _check_architecture(facts: Facts, metadata: Mapping[str, Any]) -> Iterator[F
     if facts.architecture is not None and facts.architecture != architecture:
         yield (
             "contradiction",
-            f"it is for the architecture `{facts.architecture}`, and the base model is `{architecture}`",
+            f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
         )
     if facts.layout != "gguf" and architecture not in ARCHITECTURES:
         known = ", ".join(f"`{each}`" for each in ARCHITECTURES)
-        yield "gap", f"its modules cannot be placed in the architecture `{architecture}`, only in {known}"
+        yield "gap", f"its modules have no known names in the architecture `{architecture}`, only in {known}"
 
 
 def _check_layers(shapes: Iterable[Shape], base: ModelInfo) -> Iterator[Finding]:
-    """One finding for all the layers that share it."""
+    """Yield one finding for all layers that share it."""
     layers: dict[tuple[Finding, str], list[int]] = defaultdict(list)
     for shape in shapes:
         for finding in _check_part(shape, base):
@@ -338,52 +338,52 @@ def _span(layers: list[int]) -> str:
 
 def _check_part(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if not is_placed(shape.tensor):
-        yield "gap", "is no module that can be placed"
+        yield "gap", "is not a known module"
         return
     metadata, layer = base.metadata, layer_of(shape.tensor)
     count = metadata.get(f"{metadata['general.architecture']}.block_count")
     if layer is not None and isinstance(count, int) and layer >= count:
-        yield "contradiction", f"lies beyond the base model's {count} layers"
+        yield "contradiction", f"is beyond the base model's {count} layers"
         return
     yield from _check_ends(shape, base)
     yield from _check_shape(shape, base)
     if is_reordered(metadata["general.architecture"], shape.tensor) and head_count(metadata, shape.tensor) is None:
-        yield "gap", "has rows in an order that depends on the number of heads, which is not known"
+        yield "gap", "cannot be reordered: the number of heads is not known"
 
 
 def _check_ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if shape.tensor not in (EMBEDDING, OUTPUT):
         return
     if base.tensors is None:
-        yield "gap", "may be tied to the other end of the base model: its tensors are not known"
+        yield "gap", "may be tied to another tensor: the base model's tensors are not known"
     elif OUTPUT not in base.tensors:
-        yield "contradiction", "changes one end of a model whose ends are tied: embedding and output are one tensor"
+        yield "contradiction", "cannot be changed alone: the base model's embedding and output are tied"
 
 
 def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if base.tensors is not None and shape.tensor not in base.tensors:
-        if shape.tensor != OUTPUT:  # `_check_ends` has said so
+        if shape.tensor != OUTPUT:  # `_check_ends` has reported it.
             yield _missing_tensor(shape, base.tensors)
         return
     sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        yield "gap", "has a shape in the base model that is not known"
+        yield "gap", "has an unknown shape in the base model"
         return
     for side, own, other in (("inputs", shape.inputs, sides[0]), ("outputs", shape.outputs, sides[1])):
         if own != other:
-            yield "contradiction", f"has {own} {side}, and in the base model {other}"
+            yield "contradiction", f"has {own} {side}, but {other} in the base model"
 
 
 def _missing_tensor(shape: Shape, tensors: Mapping[str, Any]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in FUSED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
-        return "gap", f"is not there by itself in the base model, which has `{instead[0]}`"
-    return "contradiction", "is not there in the base model"
+        return "gap", f"is replaced by `{instead[0]}` in the base model"
+    return "contradiction", "is missing in the base model"
 
 
 def _expected_shape(metadata: Mapping[str, Any], tensor: str) -> tuple[int | None, ...]:
-    """Inputs and outputs of a tensor by the model's figures, as llama.cpp derives them."""
+    """Derive inputs and outputs of a tensor from the model's figures, as llama.cpp does."""
     architecture, layer = metadata["general.architecture"], layer_of(tensor)
 
     def figure(key: str) -> int | None:
@@ -391,7 +391,7 @@ def _expected_shape(metadata: Mapping[str, Any], tensor: str) -> tuple[int | Non
 
     hidden, count = figure("embedding_length"), figure("attention.head_count")
     shared = figure("attention.head_count_kv") or count
-    # A head's width is stated only where it is not the even share.
+    # A head's width is stated only if it differs from the even share.
     even = hidden // count if hidden and count and hidden % count == 0 else None
     key = figure("attention.key_length") or even
     value = figure("attention.value_length") or even
@@ -435,14 +435,14 @@ def _name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, 
         *(each for each in (base.metadata.get("general.basename"), base.parent) if isinstance(each, str)),
     ]
     return tuple(
-        f"It was made for `{each}` by name, and the base model is `{base.name}`: check that they are one model."
+        f"It was made for `{each}`, but the base model is `{base.name}`: check that they are the same model."
         for each in dict.fromkeys(filter(None, stated))
         if all(_surely_differ(each, name) for name in names)
     )
 
 
 def _surely_differ(left: str, right: str) -> bool:
-    """Whether two names surely mean two models: by family or size, as far as both state them."""
+    """Return whether two names differ in family or size, as far as both state them."""
     (family, size), (other, other_size) = _family_and_size(left), _family_and_size(right)
     if size and other_size and size != other_size:
         return True
@@ -450,7 +450,7 @@ def _surely_differ(left: str, right: str) -> bool:
 
 
 def _family_and_size(text: str) -> tuple[str, str]:
-    """Family and size in a model's name: owner, file system and quantisation do not count."""
+    """Split a model's name into family and size, without owner, path and quantisation."""
     last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
     words = QUANTISED.sub(" ", re.sub(r"[:\s-]+", " ", last))
     size = SIZE.search(words)

@@ -1,8 +1,8 @@
-"""Reads PEFT, MLX and GGUF adapters into one form, and refuses what it cannot read rightly.
+"""Reads PEFT, MLX and GGUF adapters into one form, and refuses what it cannot read correctly.
 
-Each file is opened once, its head is checked against bounds before anything is read by it, and check, hash and numbers
-come from the same descriptor. Nothing is allocated that the file's size does not pay for. Pickles are never read, and
-no path out of a configuration is ever followed.
+Each file is opened once, its head is checked before anything is read by it, and checks, hash and weights come from the
+same descriptor. Memory is bounded by the file's size. Pickles are never read, and paths in a configuration are never
+followed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["MAX_BYTES", "dequantize", "read", "stated_base"]
 MAX_BYTES: Final = 2 << 30
 MAX_CONFIG: Final = 1 << 20
 MAX_HEADER: Final = 4 << 20
-"""Of a safetensors file; an adapter of 27,000 tensors fits."""
+"""The largest head of a safetensors file; 27,000 tensors fit."""
 MAX_TENSORS: Final = 65_536
 MAX_NAME: Final = 1024
 MAX_RANK: Final = 1024
@@ -36,16 +36,16 @@ MAX_SIDE: Final = 1 << 31
 FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 Halves: TypeAlias = dict[str, dict[str, Array]]
-"""Tensor to its `a` and `b`."""
+"""The `a` and `b` of each tensor."""
 Scales: TypeAlias = Callable[[str], tuple[int | None, float]]
-"""Module to its rank, where it is stated, and scale."""
+"""Returns a module's scale, and its rank if that is stated."""
 
 
 def read(files: Files, *, max_bytes: int = MAX_BYTES) -> Lora:
-    """The adapter in some files.
+    """Read the adapter in some files.
 
     Raises:
-        Refused: it is malformed, unsafe, or of a kind that is not supported.
+        Refused: it is malformed, unsafe or not supported.
     """
     with CheckedFile(files.weights, within=files.within, limit=max_bytes) as file:
         start = file.peek(8)
@@ -58,7 +58,7 @@ def read(files: Files, *, max_bytes: int = MAX_BYTES) -> Lora:
 
 
 def stated_base(files: Files) -> str | None:
-    """The base model an adapter names: for lists, where a broken one is no error."""
+    """Return the base model that an adapter names; `None` also for a broken adapter, for use in lists."""
     try:
         if files.config is not None:
             return _config_base(_config(files))
@@ -73,7 +73,7 @@ def _refuse_pickle(start: bytes, name: str) -> None:
     # The second byte of a pickle is its protocol; that of a safetensors file is part of a length.
     if zipped or array or (pickled and start[1:2] in b"\x02\x03\x04\x05" and any(start[3:8])):
         raise Refused(
-            f"`{name}` is a pickle or a NumPy archive, which can run any program when it is read",
+            f"`{name}` is a pickle or a NumPy archive, which can run code when it is read",
             "Save the adapter as safetensors.",
         )
 
@@ -83,7 +83,7 @@ def _refuse_pickle(start: bytes, name: str) -> None:
 
 def _config(files: Files) -> dict[str, Any]:
     if files.config is None or not files.config.exists():
-        raise Refused("there is no `adapter_config.json` beside it, which states the scale", "Copy it there.")
+        raise Refused("`adapter_config.json` with the scale is missing", "Put it beside the weights.")
     with CheckedFile(files.config, within=files.within, limit=MAX_CONFIG) as file:
         return _json(bytes(file.rest()), f"`{file.name}`")
 
@@ -92,7 +92,7 @@ def _json(data: bytes, what: str) -> dict[str, Any]:
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _JsonRule) else "it is not JSON"
+        reason = str(error) if isinstance(error, _JsonRule) else "it is not valid JSON"
         raise Refused(f"{what} cannot be read: {reason}") from None
     if not isinstance(found, dict):
         raise Refused(f"{what} is not a JSON object")
@@ -100,18 +100,18 @@ def _json(data: bytes, what: str) -> dict[str, Any]:
 
 
 class _JsonRule(ValueError):
-    """A rule beyond JSON's own."""
+    """JSON that is valid and not accepted."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _JsonRule("a key is there twice")
+        raise _JsonRule("it has a key twice")
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise _JsonRule(f"it holds {name}")
+    raise _JsonRule(f"it contains {name}")
 
 
 def _text(config: Mapping[str, Any], key: str) -> str | None:
@@ -124,10 +124,10 @@ def _config_base(config: Mapping[str, Any]) -> str | None:
 
 
 def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A finite number that is not zero: a scale of zero would change nothing."""
+    """Return a finite number other than 0: a scale of 0 would change nothing."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not _is_finite(value):
-        raise Refused(f"`{key}` is {str(value)[:40]}; it must be a finite number other than 0")
+        raise Refused(f"`{key}` must be a finite number other than 0, not {str(value)[:40]}")
     return float(value)
 
 
@@ -140,12 +140,12 @@ def _is_finite(value: float) -> bool:
 
 def _rank(value: Any, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise Refused(f"`{key}` is {str(value)[:40]}; it must be a whole number from 1 to {MAX_RANK}")
+        raise Refused(f"`{key}` must be an integer from 1 to {MAX_RANK}, not {str(value)[:40]}")
     return value
 
 
 REFUSED_FIELDS: Final[Mapping[str, str]] = {
-    "lora_bias": "it trains biases of its own",
+    "lora_bias": "it trains separate biases",
     "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it trains single tokens",
     "layer_replication": "it repeats layers of the base model",
@@ -155,31 +155,31 @@ REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "velora_config": "it projects its inputs",
 }
 REFUSED_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to initialise that change the base model too: saved as they are, the two halves are not the whole change."""
+"""Initialisations that also change the base model: the saved halves are not the whole change."""
 
 
 def _check_peft(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise Refused(f"its `peft_type` is {str(kind)[:40]}; supported is LORA")
+        raise Refused(f"`peft_type` must be LORA, not {str(kind)[:40]}")
     for key, reason in REFUSED_FIELDS.items():
         if config.get(key):
-            raise Refused(f"`{key}` is set: {reason}, which no server of ours can apply")
+            raise Refused(f"`{key}` is set: {reason}, which no supported server can apply")
     for key, value in config.items():
         if key.startswith("use_") and key != "use_rslora" and value:
-            raise Refused(f"`{key[:40]}` is set: a variant of LoRA that no server of ours can apply")
+            raise Refused(f"`{key[:40]}` is set: no supported server can apply this variant of LoRA")
     if config.get("bias", "none") not in ("none", None):
         raise Refused("`bias` is set: it trains the biases of the base model")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(REFUSED_INITS):
         raise Refused(
-            f"it was initialised by `{start[:40]}`, which changes the base model as well",
+            f"it was initialised by `{start[:40]}`, which also changes the base model",
             "Save it with `path_initial_model_for_weight_conversion`.",
         )
 
 
 def _peft_scales(config: Mapping[str, Any]) -> Scales:
-    """PEFT: alpha / r, or alpha / sqrt(r) where it is rank-stabilised; patterns give single modules their own."""
+    """Return PEFT's scales: alpha / r, or alpha / sqrt(r) with rsLoRA; patterns override single modules."""
     rank = _rank(config.get("r"), "r")
     alpha = _number(config, "lora_alpha")
     ranks = {key: _rank(value, "rank_pattern") for key, value in _pattern(config, "rank_pattern").items()}
@@ -201,14 +201,14 @@ def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(found, dict) or len(found) > MAX_TENSORS:
         raise Refused(f"`{key}` is not a JSON object")
     for name in found:
-        # PEFT takes any regular expression, and some of those run for ever.
+        # PEFT accepts any regular expression, and some run forever.
         if not re.fullmatch(r"\^?[\w.]+", name):
             raise Refused(f"`{key}` has the pattern `{name[:80]}`; only names are supported, not expressions")
     return found
 
 
 def _match_pattern(figures: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's `get_pattern_key`: the first key that is the module's name, or the end of it after a dot."""
+    """Find the first key that is the module's name, or its end after a dot, as PEFT's `get_pattern_key` does."""
     for key, value in figures.items():
         name = key.removeprefix("^")
         if module == name or (name == key and module.endswith(f".{name}")):
@@ -219,21 +219,21 @@ def _match_pattern(figures: Mapping[str, Any], module: str, default: Any) -> Any
 def _check_mlx(config: Mapping[str, Any]) -> None:
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise Refused(f"its `fine_tune_type` is {str(kind)[:40]}; supported is lora")
+        raise Refused(f"`fine_tune_type` must be lora, not {str(kind)[:40]}")
 
 
 def _mlx_scales(config: Mapping[str, Any]) -> Scales:
-    """mlx-lm: the scale as it is, 20 where none is given; no alpha."""
+    """Return mlx-lm's scales: the scale as stated, 20 by default; no alpha."""
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
-        raise Refused("it has no `lora_parameters`, which state the scale")
+        raise Refused("`lora_parameters` with the scale are missing")
     rank = _rank(parameters["rank"], "rank") if "rank" in parameters else None
     scale = _number(parameters, "scale", 20.0)
     if "alpha" in parameters and parameters["alpha"] != rank:
-        # Releases of 2024 multiplied by alpha / rank; later ones ignore an alpha that an old configuration still has.
+        # Releases of 2024 multiplied by alpha / rank; later ones ignore the alpha of an old configuration.
         raise Refused(
-            "its `lora_parameters` hold an `alpha`, and releases of mlx-lm differ in what that means",
-            "Remove it, and multiply `scale` by alpha / rank if it was trained before October 2024.",
+            "`lora_parameters` have an `alpha`, whose meaning depends on the release of mlx-lm",
+            "Remove it, and multiply `scale` by alpha / rank if the adapter was trained before October 2024.",
         )
     return lambda _: (rank, scale)
 
@@ -243,7 +243,7 @@ def _invocation(value: Any) -> tuple[int, ...]:
         return ()
     tokens = tuple(value) if isinstance(value, (list, tuple)) else (-1,)
     if len(tokens) > 4096 or not all(type(each) is int and 0 <= each < MAX_SIDE for each in tokens):
-        raise Refused("its invocation tokens are not a list of numbers of tokens")
+        raise Refused("its invocation tokens are not a list of token numbers")
     return tokens
 
 
@@ -292,19 +292,19 @@ def _peft_half(name: str, data: Array) -> tuple[str, str, Array]:
         raise Refused(_unexpected(name))
     half = match[3].lower()
     if match[2]:
-        # PEFT's embedding adds (B @ A) turned over: its halves change places.
+        # For an embedding, PEFT adds the transpose of B @ A: the halves change places.
         return match[1], "b" if half == "a" else "a", data.T
     return match[1], half, data
 
 
 def _mlx_half(name: str, data: Array) -> tuple[str, str, Array]:
     if name.endswith(".m"):
-        raise Refused("it is a DoRA adapter, which no server of ours can apply")
+        raise Refused("it is a DoRA adapter, which no supported server can apply")
     match = MLX_NAME.fullmatch(name)
     if match is None:
         raise Refused(_unexpected(name))
     if gguf_name(match[1]) == EMBEDDING:
-        # mlx-lm's embedding looks rows of its `lora_a` up by token: that is our B, as it stands.
+        # For an embedding, mlx-lm looks up rows of `lora_a` by token: that is our B.
         return match[1], "b" if match[2] == "a" else "a", data
     return match[1], match[2], data.T
 
@@ -315,12 +315,12 @@ def _unexpected(name: str) -> str:
 
 
 def _safetensors(file: CheckedFile) -> dict[str, Array]:
-    """The tensors of a safetensors file, by the rules of its reference reader and a few more for adapters."""
-    if file.size < 8:  # The length of the length
+    """Read the tensors of a safetensors file, by the rules of its reference reader and a few more for adapters."""
+    if file.size < 8:
         raise Refused(f"`{file.name}` is too short to be safetensors")
     (length,) = struct.unpack("<Q", file.take(8, "head"))
     if length > min(MAX_HEADER, file.left):
-        raise Refused(f"its head states a length of {length} bytes, more than the file or an adapter can have")
+        raise Refused(f"its head states a length of {length} bytes, more than the file or any adapter has")
     text = file.take(length, "head")
     if text.count(b"{") > MAX_TENSORS + 2 or text.count(b"[") > 2 * MAX_TENSORS + 2:
         raise Refused(f"it states more than {MAX_TENSORS} tensors")
@@ -329,7 +329,7 @@ def _safetensors(file: CheckedFile) -> dict[str, Array]:
     if not isinstance(notes, dict) or not all(isinstance(each, str) for each in notes.values()):
         raise Refused("its `__metadata__` is not a table of texts")
     if not table:
-        raise Refused("it holds no tensors")
+        raise Refused("it contains no tensors")
     places = {name: _check_entry(name, entry) for name, entry in table.items()}
     _check_ranges(places, file.left)
     data = file.rest()
@@ -341,17 +341,17 @@ def _check_entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]
     if len(name) > MAX_NAME:
         raise Refused(f"{label} has a name of {len(name)} characters; at most {MAX_NAME} are allowed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise Refused(f"{label} is not described by dtype, shape and data_offsets")
+        raise Refused(f"{label} must have exactly dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in FLOATS:
-        raise Refused(f"{label} has the type {str(kind)[:20]}; supported are F32, F16 and BF16")
+        raise Refused(f"{label} has the type {str(kind)[:20]}; it must be F32, F16 or BF16")
     if not _are_integers(shape, 2) or not all(1 <= side < MAX_SIDE for side in shape):
-        raise Refused(f"{label} has the shape {str(shape)[:60]}; expected are two sides, each at least 1")
+        raise Refused(f"{label} has the shape {str(shape)[:60]}; it must have two sides of at least 1")
     if not _are_integers(offsets, 2) or not 0 <= offsets[0] < offsets[1]:
-        raise Refused(f"{label} has the data_offsets {str(offsets)[:60]}")
+        raise Refused(f"{label} has the invalid data_offsets {str(offsets)[:60]}")
     width = np.dtype(FLOATS[kind]).itemsize
     if shape[0] * shape[1] * width != offsets[1] - offsets[0]:
-        raise Refused(f"{label} has {offsets[1] - offsets[0]} bytes, which its shape {shape} contradicts")
+        raise Refused(f"{label} has {offsets[1] - offsets[0]} bytes, which contradicts its shape {shape}")
     return FLOATS[kind], (shape[0], shape[1]), offsets[0], offsets[1]
 
 
@@ -378,16 +378,16 @@ def _read_gguf(file: CheckedFile) -> Lora:
     header = read_head(file)
     keys = header.metadata
     if not header.is_adapter:
-        raise Refused("it is a whole model and not an adapter", "Name it as the model instead.")
+        raise Refused("it is a whole model, not an adapter", "Use it as the model instead.")
     if keys.get("adapter.type") != "lora":
-        raise Refused(f"its `adapter.type` is {str(keys.get('adapter.type'))[:40]}; supported is lora")
+        raise Refused(f"`adapter.type` must be lora, not {str(keys.get('adapter.type'))[:40]}")
     if not header.architecture:
-        raise Refused("it does not state its `general.architecture`")
+        raise Refused("its `general.architecture` is missing")
     halves, skipped = _gguf_halves(file, header)
     alpha = keys.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _is_finite(alpha):
-        raise Refused(f"its `adapter.lora.alpha` is {str(alpha)[:40]}")
-    # llama.cpp: alpha / rank, and plain 1 where alpha is 0 or missing.
+        raise Refused(f"`adapter.lora.alpha` must be a finite number, not {str(alpha)[:40]}")
+    # As in llama.cpp: alpha / rank, or 1 if alpha is 0 or missing.
     parts = _pair(halves, lambda tensor: (None, alpha / halves[tensor]["b"].shape[1] if alpha else 1.0))
     return _lora(
         parts,
@@ -396,9 +396,7 @@ def _read_gguf(file: CheckedFile) -> Lora:
         architecture=header.architecture,
         base_model=_gguf_base(keys),
         invocation=_invocation(keys.get("adapter.alora.invocation_tokens")),
-        warnings=(f"{skipped} norm tensors of the adapter are not applied: no server applies them.",)
-        if skipped
-        else (),
+        warnings=(f"{skipped} norm tensors of the adapter are ignored: no server applies them.",) if skipped else (),
     )
 
 
@@ -415,10 +413,10 @@ def _gguf_halves(file: CheckedFile, header: Header) -> tuple[Halves, int]:
             skipped += 1
             continue
         if len(tensor.shape) != 2:
-            raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; expected are 2")
+            raise Refused(f"the tensor `{tensor.name}` has {len(tensor.shape)} dimensions; it must have 2")
         array = _gguf_array(tensor, data[tensor.offset - header.data :][: tensor.size])
         if name == EMBEDDING:
-            # llama.cpp looks rows of A up by token: A is stored turned over, and takes the place of B.
+            # llama.cpp looks up rows of A by token: A is stored transposed, in place of B.
             half, array = ("b", array) if half == "a" else ("a", array.T)
         _add(halves, name, half, array)
     return halves, skipped
@@ -449,7 +447,7 @@ def _array(name: str, data: memoryview, kind: str, shape: tuple[int, int]) -> Ar
 
 def _finite_array(name: str, array: Array) -> Array:
     if not np.isfinite(array).all():
-        raise Refused(f"the tensor `{name[:120]}` holds NaN or infinity")
+        raise Refused(f"the tensor `{name[:120]}` contains NaN or infinity")
     return array
 
 
@@ -469,10 +467,10 @@ def _pair(halves: Halves, scale: Scales) -> list[Part]:
         rank, factor = scale(tensor)
         if len(a) != b.shape[1] or len(a) > MAX_RANK:
             raise Refused(
-                f"`{tensor[:120]}` has the ranks {len(a)} and {b.shape[1]}; both must be one, up to {MAX_RANK}"
+                f"`{tensor[:120]}` has the ranks {len(a)} and {b.shape[1]}; they must be equal, at most {MAX_RANK}"
             )
         if rank is not None and rank != len(a):
-            raise Refused(f"`{tensor[:120]}` has the rank {len(a)}, and its configuration states {rank}")
+            raise Refused(f"`{tensor[:120]}` has the rank {len(a)}, but its configuration states {rank}")
         parts.append(Part(tensor=tensor, a=a, b=b, scale=checked_scale(factor)))
     return parts
 
@@ -480,23 +478,23 @@ def _pair(halves: Halves, scale: Scales) -> list[Part]:
 def _lora(parts: Iterable[Part], **facts: Any) -> Lora:
     found = tuple(parts)
     if not found:
-        raise Refused("it holds no LoRA pairs")
+        raise Refused("it contains no LoRA pairs")
     if not any(part.a.any() and part.b.any() for part in found):
-        raise Refused("all of its changes are zero", "It was saved before it was trained.")
+        raise Refused("all its changes are zero", "Train it before you save it.")
     return Lora(facts=Facts(shapes=tuple(part.shape for part in found), **facts), parts=found)
 
 
 def dequantize(tensor: Tensor, data: Any) -> npt.NDArray[np.float32]:
-    """Whole rows of a tensor as F32.
+    """Convert whole rows of a tensor to F32.
 
     Raises:
         Refused: the `gguf` package does not know the type.
     """
-    from gguf import GGMLQuantizationType, quants  # A quarter of a second, only where it is needed
+    from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
 
     rows = np.frombuffer(data, np.uint8).reshape(-1, bytes_of(tensor.kind, tensor.shape[0]))
     try:
-        with np.errstate(all="ignore"):  # what is not finite is looked for afterwards
+        with np.errstate(all="ignore"):  # Callers check for NaN and infinity.
             return quants.dequantize(rows, GGMLQuantizationType[tensor.kind])
     except (NotImplementedError, KeyError, ValueError):
         raise Refused(f"the tensor `{tensor.name}` has the type {tensor.kind}, which cannot be read") from None

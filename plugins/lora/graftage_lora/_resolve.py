@@ -1,4 +1,4 @@
-"""Finds an adapter through the chain of sources, reads it, judges it against the base model, and hands it over."""
+"""Finds an adapter in the chain of sources, reads it, judges it against the base model, and returns it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 __all__ = ["Resolver"]
 
 MODEL: Final = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){0,3}(?::\w[\w.-]*)?", re.ASCII)
-"""How providers name their models."""
+"""The pattern of model names."""
 REMEMBERED: Final = 64
-"""Adapters whose facts are kept: a chat that names its adapter must not read it each time."""
+"""Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
 
 class Resolver:
-    """What `resolve_adapter` and `list_adapters` do, with one set of settings."""
+    """Implements `resolve_adapter` and `list_adapters` for one set of settings."""
 
     def __init__(self, settings: LoraSettings) -> None:
         self._settings = settings
@@ -51,10 +51,10 @@ class Resolver:
         self._lock = threading.Lock()
 
     def resolve(self, request: ResolveRequest) -> Adapter:
-        """The adapter of a reference.
+        """Find, read and judge the adapter of a reference.
 
         Raises:
-            AdapterNotFound: no source knows it; `reasons` has what each said.
+            AdapterNotFound: no source has it; `reasons` has a reason from each.
             AdapterInvalid: it was found and cannot be used.
         """
         try:
@@ -70,7 +70,7 @@ class Resolver:
             raise invalid_adapter(request.reference, error) from None
 
     def known(self) -> Iterator[AdapterInfo]:
-        """What all sources know; a broken one hides only itself."""
+        """List the adapters of all sources, without broken ones."""
         for source in self._sources:
             try:
                 found = list(source.known())
@@ -86,16 +86,16 @@ class Resolver:
                 )
 
     def _find(self, reference: Reference) -> Found | list[str]:
-        """What the first source that knows it found, or why each passed."""
-        passed = []
+        """Return what the first source finds, or a reason from each source."""
+        reasons = []
         for source in self._sources:
             try:
                 return source.find(reference)
             except NotKnown as reason:
-                passed.append(f"{source.name}: {reason}")
+                reasons.append(f"{source.name}: {reason}")
             except OSError as error:
-                passed.append(f"{source.name}: {error.strerror or error}")
-        return passed
+                reasons.append(f"{source.name}: {error.strerror or error}")
+        return reasons
 
     def _from_files(self, found: Found, reference: Reference, request: ResolveRequest) -> FileAdapter:
         base = request.base()
@@ -116,9 +116,9 @@ class Resolver:
         )
 
     def _facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
-        """Facts and digest, remembered as long as the file system says that the files are the same."""
+        """Return facts and digest, from memory as long as the files are unchanged."""
         metadata = base.metadata if base is not None else {}
-        with self._lock:  # of several callers one reads, and the others find it
+        with self._lock:  # One of several callers reads it for all.
             key = (_signature(found.files), found.scale, _row_order(metadata))
             if key not in self._read:
                 lora = load(found.files, found.scale, self._settings)
@@ -130,24 +130,24 @@ class Resolver:
                 self._read.popitem(last=False)
             return self._read[key]
 
-    def _from_server(self, reference: Reference, request: ResolveRequest, passed: list[str]) -> ServedAdapter:
-        """The last source: a model of the server that carries an adapter already."""
+    def _from_server(self, reference: Reference, request: ResolveRequest, reasons: list[str]) -> ServedAdapter:
+        """Look for a model of the server that already contains an adapter."""
         try:
             model = _served_model(reference.text, request)
         except (RequestRejected, CapabilityUnsupported) as error:
-            raise _not_found(reference.text, [*passed, f"server: {error.message}"]) from None
+            raise _not_found(reference.text, [*reasons, f"server: {error.message}"]) from None
         if model is None:
             why = "it has no model of that name"
         elif found := served_adapter(model, request.base()):
             _require_digest(reference.digest, found.digest)
             return found
         else:
-            why = "the model of that name carries no adapter"
-        raise _not_found(reference.text, [*passed, f"server: {why}"])
+            why = "the model of that name has no adapter"
+        raise _not_found(reference.text, [*reasons, f"server: {why}"])
 
 
 def _served_model(name: str, request: ResolveRequest) -> ModelInfo | None:
-    """A model of the server; a path, or what no server takes for a name, is not sent to it."""
+    """Return a model of the server; a reference that cannot be a model's name is not sent to it."""
     if name == request.model:
         return request.base()
     show: Callable[[str], ModelInfo | None] | None = getattr(request, "show", None)
@@ -159,7 +159,7 @@ def _not_found(reference: str, reasons: list[str]) -> AdapterNotFound:
         f"The adapter `{reference}` was not found: {'; '.join(reasons)}.",
         reference=reference,
         reasons=reasons,
-        hint="`graftage adapters list` shows those that are known.",
+        hint="`graftage adapters list` shows the known ones.",
     )
 
 
@@ -171,7 +171,7 @@ def _signature(files: Files) -> tuple[tuple[int, ...], ...]:
 
 
 def _row_order(metadata: Mapping[str, Any]) -> str:
-    """What the digest depends on beside the files: how the base model orders rows."""
+    """Return what the digest depends on besides the files: how the base model orders rows."""
     architecture = metadata.get("general.architecture")
     heads = [metadata.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv")]
     return repr((architecture, *heads))
@@ -183,29 +183,29 @@ def _require_digest(pin: str | None, digest: str, weights: str = "") -> None:
         also = f" (weights: {weights[:12]}…)" if weights else ""
         raise Refused(
             f"its digest is {digest}{also}, not {pin}",
-            "It is another version of the adapter; correct the digest if that is what you want.",
+            "This is another version of the adapter. Correct the digest to use it.",
         )
 
 
-# --- What a provider is given ----------------------------------------------------------------------------------------
+# --- An adapter in files ---------------------------------------------------------------------------------------------
 
 
 def _no_progress(_written: int, _total: int) -> None:
-    """The `on_progress` of a merge that is not watched."""
+    """Ignore the progress of a merge."""
 
 
 def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
-    """The adapter in some files, with the scale its registry gives it.
+    """Read the adapter in some files, with its registry's scale.
 
     Raises:
-        Refused: it is malformed, unsafe, or of a kind that is not supported.
+        Refused: it is malformed, unsafe or not supported.
     """
     lora = read(files, max_bytes=settings.max_bytes)
     return lora if scale is None else lora.scaled(scale)
 
 
 def invalid_adapter(name: str, error: Refused) -> AdapterInvalid:
-    """The error of an adapter that cannot be used."""
+    """Build the error for an adapter that cannot be used."""
     return AdapterInvalid(
         f"The adapter `{name}` cannot be used: {error.reason}.",
         reference=name,
@@ -216,10 +216,10 @@ def invalid_adapter(name: str, error: Refused) -> AdapterInvalid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileAdapter:
-    """An adapter in files, found and checked; an `Adapter` of the contract.
+    """An `Adapter` in files, found and checked.
 
-    Each method reads the files again, from one descriptor that is checked, hashed and used, and refuses them where they
-    are not what was checked first.
+    Each method reads the files again, from one descriptor that is checked, hashed and used, and refuses them if they
+    have changed since the first check.
     """
 
     name: str
@@ -230,19 +230,19 @@ class FileAdapter:
     files: Files = field(repr=False)
     settings: LoraSettings = field(repr=False)
     source: str = ""
-    """Where it was found."""
+    """The source that found it."""
     given_scale: float | None = None
-    """The scale of the registry, in place of its own."""
+    """The scale of the registry, which replaces the adapter's own."""
     meant_for: str | None = None
     """The base model that the registry names."""
     served_as: str | None = None
 
     def gguf(self, base: ModelInfo) -> Path:
-        """A GGUF file of the adapter for a base model, in the cache; its bytes depend on nothing but the content.
+        """Write a GGUF file of the adapter for a base model to the cache; equal content gives equal bytes.
 
         Raises:
-            AdapterInvalid: its files are not what they were when it was resolved.
-            AdapterUnsupported: its modules have no known place in such a model.
+            AdapterInvalid: its files have changed since it was resolved.
+            AdapterUnsupported: its modules have no known names in such a model.
             AdapterError: the cache cannot be written.
         """
         lora = self._read()
@@ -253,20 +253,20 @@ class FileAdapter:
             raise self._unsupported(error) from None
 
     def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:
-        """Write the base model with the adapter merged into it to `out`; nothing is left of it where that fails.
+        """Write the base model with the adapter merged into it to `out`; leave nothing if that fails.
 
-        It costs about 0.1 s of one core for each million numbers that the adapter touches, and the memory of a few
-        blocks. Metadata is the base model's, byte for byte, with the keys `graftage.adapter.*` and `graftage.merge.*`.
+        It takes about 0.1 s of one core per million numbers that the adapter touches, and the memory of a few blocks.
+        The metadata is the base model's, byte for byte, plus the keys `graftage.adapter.*` and `graftage.merge.*`.
 
         Args:
-            base_file: the base model in GGUF; a split one is refused.
-            out: the file to write, replaced where it is there.
-            on_progress: called with bytes written and bytes in all; an error that it raises ends the work.
+            base_file: the base model in GGUF, in one file.
+            out: the file to write or replace.
+            on_progress: called with the bytes written and the total; an error that it raises stops the merge.
 
         Raises:
-            AdapterInvalid: its files are not what they were when it was resolved.
-            AdapterIncompatible: it does not fit that file.
-            AdapterUnsupported: it or that file is of a kind that cannot be merged.
+            AdapterInvalid: its files have changed since it was resolved.
+            AdapterIncompatible: it does not fit the base model.
+            AdapterUnsupported: the adapter or the base model cannot be merged.
             AdapterError: the disk is full, or a file cannot be read or written.
         """
         lora = self._read()
@@ -284,10 +284,10 @@ class FileAdapter:
 
     def _read_base(self, base: CheckedFile, base_file: Path, out: Path) -> Header:
         if out.exists() and out.samefile(base_file):
-            raise Refused("the merged model would take the place of its base model", "Choose another file.")
+            raise Refused("the merged model would replace its base model", "Choose another file.")
         header = read_head(base, MAX_HEAD)
         if header.is_adapter:
-            raise Refused(f"`{base.name}` is an adapter and not a model")
+            raise Refused(f"`{base.name}` is an adapter, not a model")
         tensors = {name: tensor.shape for name, tensor in header.tensors.items()}
         verdict = judge(self.facts, ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors))
         if verdict.status == "incompatible":
@@ -295,10 +295,10 @@ class FileAdapter:
                 f"The adapter `{self.name}` does not fit `{base.name}`: {'; '.join(verdict.reasons)}.",
                 reference=self.name,
                 reasons=verdict.reasons,
-                hint="Give the model it was made for.",
+                hint="Use the model that it was made for.",
             )
         if verdict.status == "unknown":
-            raise Refused(f"it is not known whether it fits `{base.name}`: {'; '.join(verdict.reasons)}")
+            raise Refused(f"it may not fit `{base.name}`: {'; '.join(verdict.reasons)}")
         return header
 
     def _read(self) -> Lora:
@@ -306,14 +306,14 @@ class FileAdapter:
             with self._translate_errors("read"):
                 lora = load(self.files, self.given_scale, self.settings)
             if lora.facts != self.facts:
-                raise Refused("its files changed after it was checked", "Resolve it again.")
+                raise Refused("its files changed after the check", "Resolve it again.")
         except Refused as error:
             raise invalid_adapter(self.name, error) from None
         return lora
 
     @contextmanager
     def _translate_errors(self, done: str) -> Iterator[None]:
-        """Turn what the system refuses into an error of the contract."""
+        """Translate errors of the system into `AdapterError`."""
         try:
             yield
         except (OSError, MemoryError, _write.DiskFull) as error:
@@ -324,7 +324,7 @@ class FileAdapter:
 
     def _unsupported(self, error: Refused) -> AdapterUnsupported:
         return AdapterUnsupported(
-            f"The adapter `{self.name}` cannot be used so: {error.reason}.",
+            f"The adapter `{self.name}` cannot be used this way: {error.reason}.",
             reference=self.name,
             reasons=[error.reason],
             hint=error.hint or None,
@@ -355,12 +355,12 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "adapter"
 
 
-# --- In the server ---------------------------------------------------------------------------------------------------
+# --- An adapter in the server ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedAdapter:
-    """An adapter that a model of the server carries; an `Adapter` of the contract without files."""
+    """An `Adapter` without files: a model of the server already contains it."""
 
     name: str
     digest: str
@@ -384,7 +384,7 @@ class ServedAdapter:
 
 
 def served_adapter(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | None:
-    """The adapter that a model carries: as a layer of its own, or merged by us; `None` where it carries none."""
+    """Return the adapter that a model contains as a layer, or merged by Graftage; `None` if there is none."""
     digest, scale = model.metadata.get(_write.DIGEST), model.metadata.get(_write.SCALE)
     if not isinstance(digest, str):
         if not model.adapters:
@@ -401,12 +401,12 @@ def served_adapter(model: ModelInfo, base: ModelInfo | None) -> ServedAdapter | 
 
 def _served_verdict(model: ModelInfo, base: ModelInfo | None) -> Verdict:
     if base is None:
-        return Verdict(status="unknown", reasons=("the provider says nothing about the base model",))
+        return Verdict(status="unknown", reasons=("the provider does not report the base model",))
     own, other = (each.architecture or each.metadata.get("general.architecture") for each in (model, base))
     if own and other and own != other:
-        reason = f"`{model.name}` is of the architecture `{own}`, and the base model of `{other}`"
+        reason = f"`{model.name}` has the architecture `{own}`, but the base model has `{other}`"
         return Verdict(status="incompatible", reasons=(reason,))
     if model.parent and model.parent != base.name:
-        note = f"`{model.name}` was made from `{model.parent}`, and the base model is `{base.name}`."
+        note = f"`{model.name}` was made from `{model.parent}`, but the base model is `{base.name}`."
         return Verdict(status="compatible", warnings=(note,))
     return Verdict(status="compatible")

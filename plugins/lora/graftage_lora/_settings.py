@@ -15,7 +15,7 @@ __all__ = ["LoraSettings"]
 
 
 def _hub() -> Path:
-    """Where `huggingface_hub` keeps what it downloads, by its own variables."""
+    """Return where `huggingface_hub` keeps its downloads, by its variables."""
     if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(named)
     home = os.environ.get("HF_HOME")
@@ -31,20 +31,18 @@ def _expanded(path: Path) -> Path:
 
 
 class LoraSettings(PluginSettings):
-    """Where adapters are looked for, and how far they are let in."""
+    """Where adapters are searched, and which are allowed."""
 
     folders: tuple[Path, ...] = Field(
         default=(), description="Folders of adapters; in the variable, separated as in PATH"
     )
-    project: Path | None = Field(
-        default=None, description="A project's folder: adapters are looked for in its `.graftage/adapters`"
-    )
+    project: Path | None = Field(default=None, description="A project's folder: its `.graftage/adapters` is searched")
     registry: Path = Field(
         default_factory=lambda: platformdirs.user_config_path("graftage", appauthor=False) / "adapters.toml",
-        description="The user's own file that binds names to adapters",
+        description="The user's file that binds names to adapters",
     )
     hub: Path = Field(
-        default_factory=_hub, description="The cache of `huggingface_hub`, read and never filled; HF_… name it"
+        default_factory=_hub, description="The cache of `huggingface_hub`, only read; located by HF_… variables"
     )
     cache: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("graftage", appauthor=False) / "adapters",
@@ -53,9 +51,9 @@ class LoraSettings(PluginSettings):
     paths: bool = Field(
         default=True, description="Whether a reference may be a path; names alone cannot leave a folder"
     )
-    max_bytes: int = Field(default=2 << 30, ge=1024, description="A larger adapter is refused")
+    max_bytes: int = Field(default=2 << 30, ge=1024, description="The largest adapter")
     merge_type: Literal["Q8_0", "F16"] = Field(
-        default="Q8_0", description="Type of a quantised tensor after a merge has changed it"
+        default="Q8_0", description="The type of a quantised tensor that a merge has changed"
     )
 
     @field_validator("folders", mode="before")

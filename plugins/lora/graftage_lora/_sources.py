@@ -1,8 +1,8 @@
-"""Where adapters are found: a chain of sources, each of which finds the files of a reference or says why it passes.
+"""Where adapters are found: a chain of sources, each of which finds the files of a reference or says why it cannot.
 
-A name is one component: it is looked up in the listing of a folder, exactly as it is written there, and never joined
-to a path unseen. So no name leaves its folder, whatever the file system makes of case, dots, colons or device names. A
-link is followed only where it stays inside.
+A name is one path component. It must stand in the listing of its folder exactly as written, and is never joined to a
+path before that. So no name leaves its folder, however the file system treats case, dots, colons or device names. A
+link is followed only if it stays inside.
 """
 
 from __future__ import annotations
@@ -42,55 +42,57 @@ COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 class NotKnown(Exception):
-    """Why a source does not know a reference."""
+    """Why a source does not have a reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What was asked for."""
+    """A parsed reference."""
 
     text: str
-    """Without the digest."""
+    """The reference without the digest."""
     digest: str | None = None
-    """The beginning of the digest that it must have, in hex."""
+    """The start of the required digest, in hex."""
 
     @property
     def is_hub(self) -> bool:
-        """Whether it is a repository of the Hugging Face cache."""
+        """Whether it is a repository in the cache of Hugging Face."""
         return self.text.startswith(HUB)
 
     @property
     def name(self) -> str:
-        """It as a name, in one form of those that Unicode has for a letter: some systems write another into folders."""
+        """The reference as a name in composed Unicode: some systems store names in another form."""
         return composed(self.text)
 
 
 def parse(text: str) -> Reference:
-    """Read a reference: `name`, `name@digest`, `hf://owner/name`, or a path.
+    """Parse a reference: `name`, `name@digest`, `hf://owner/name`, or a path.
 
     Raises:
-        NotKnown: it is none of these on any system.
+        NotKnown: it cannot be any of these.
     """
     if not text.strip() or len(text) > MAX_REFERENCE or any(unicodedata.category(each)[0] == "C" for each in text):
-        raise NotKnown("it is empty, too long, or holds control characters")
+        raise NotKnown("it is empty, too long, or contains control characters")
     match = PINNED.fullmatch(text)
-    # After a repository, bare hex is a commit.
+    # Bare hex after a repository is a commit.
     if match and (match[2] or not text.startswith(HUB)):
         return Reference(text=match[1], digest=match[2] or match[3])
     return Reference(text=text)
 
 
 def composed(text: str) -> str:
-    """A text with each letter and its accents as one character, where there is one."""
+    """Return a text in composed Unicode (NFC)."""
     return unicodedata.normalize("NFC", text)
 
 
 def name_problem(name: str) -> str | None:
-    """Why a text is no name; `None` where it is one, on every system."""
+    """Return why a text is not a valid name on every system; `None` if it is."""
     if "/" in name or "\\" in name:
-        return "it has separators of a path in it"
+        return "a name cannot contain path separators"
     if not NAME.fullmatch(name) or name.endswith((".", " ")):
-        return "a name has letters, digits, `_`, `.`, `+`, `-` and spaces, and no dot or space at its ends"
+        return (
+            "a name must consist of letters, digits, `_`, `.`, `+`, `-` and spaces, without dots or spaces at its ends"
+        )
     if DEVICES.fullmatch(unicodedata.normalize("NFKC", name.partition(".")[0]).strip()):
         return "it is a device on Windows"
     return None
@@ -98,11 +100,11 @@ def name_problem(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """An adapter's files, and what its registry says of it."""
+    """An adapter's files, and what its registry states."""
 
     name: str
     reference: str
-    """What finds it again."""
+    """A reference that finds it again."""
     source: str
     files: Files
     digest: str | None = None
@@ -111,26 +113,26 @@ class Found:
 
 
 class Source(Protocol):
-    """One place to look."""
+    """One place to look for adapters."""
 
     name: str
 
     def find(self, reference: Reference) -> Found:
-        """The files of a reference.
+        """Find the files of a reference.
 
         Raises:
-            NotKnown: it is not known here.
-            Refused: it is, and the answer is no.
+            NotKnown: the source does not have it; the next one is asked.
+            Refused: the source has it, but it cannot be used; the search ends.
         """
         ...
 
     def known(self) -> Iterator[Found]:
-        """What is known here; what is broken is left out."""
+        """List the adapters here, without broken ones."""
         ...
 
 
 def chain(settings: LoraSettings) -> tuple[Source, ...]:
-    """The sources in the order in which they are asked."""
+    """Return the sources in the order in which they are asked."""
     hub = Hub(settings.hub)
     folders = [Folder(f"folder {each}", each) for each in settings.folders]
     if settings.project is not None:
@@ -140,15 +142,15 @@ def chain(settings: LoraSettings) -> tuple[Source, ...]:
 
 def _locate_inside(path: Path, folder: Path) -> Files:
     if is_outside(path, folder):
-        raise Refused(f"`{path.name}` leads out of its folder", f"Bind it by its path in the user's own {REGISTRY}.")
+        raise Refused(f"`{path.name}` leads out of its folder", f"Bind it by its path in the user's {REGISTRY}.")
     return locate(path, within=folder)
 
 
-# --- An explicit path ------------------------------------------------------------------------------------------------
+# --- Paths -----------------------------------------------------------------------------------------------------------
 
 
 class Paths:
-    """A path, in so many words: it may be anywhere, since the caller chose it."""
+    """Explicit paths, which may lead anywhere."""
 
     name = "path"
 
@@ -156,30 +158,30 @@ class Paths:
         self._allowed = allowed
 
     def find(self, reference: Reference) -> Found:
-        """The files at a path."""
+        """Find the files at a path."""
         text = reference.text
         if reference.is_hub or not re.search(r"[/\\]", text):
-            raise NotKnown("it is no path; `./` before it would make it one")
+            raise NotKnown("it is not a path; start it with `./` to make it one")
         if not self._allowed:
-            raise NotKnown("paths are switched off (`paths`)")
+            raise NotKnown("paths are disabled (`paths`)")
         if text.startswith("\\\\"):
             raise NotKnown("it is on another machine")
         path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
-            raise NotKnown("there is no such file or folder")
+            raise NotKnown("no such file or folder")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
         return Found(name=name or text, reference=text, source=self.name, files=locate(path))
 
     def known(self) -> Iterator[Found]:
-        """Nothing: there is no end of paths."""
+        """List nothing: paths are unlimited."""
         yield from ()
 
 
-# --- A folder of adapters, and its registry --------------------------------------------------------------------------
+# --- Folders and registries ------------------------------------------------------------------------------------------
 
 
 class Folder:
-    """A folder whose entries are adapters: `NAME/`, `NAME.gguf`, or bound by name in its `adapters.toml`."""
+    """A folder of adapters: `NAME/`, `NAME.gguf`, or names bound in its `adapters.toml`."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -187,7 +189,7 @@ class Folder:
         self._registry = Registry(folder / REGISTRY, None, trusted=False)
 
     def find(self, reference: Reference) -> Found:
-        """The files of a name."""
+        """Find the files of a name."""
         name = reference.name
         if problem := name_problem(name):
             raise NotKnown(problem)
@@ -200,7 +202,7 @@ class Folder:
         raise NotKnown(_not_listed(name, names))
 
     def known(self) -> Iterator[Found]:
-        """All adapters in the folder."""
+        """List all adapters in the folder."""
         names = self._names()
         bound = list(self._registry.known())
         yield from (replace(each, source=self.name) for each in bound)
@@ -226,14 +228,14 @@ class Folder:
         try:
             return list_folder(self._folder)
         except FileNotFoundError:
-            raise NotKnown("the folder is not there") from None
+            raise NotKnown("the folder does not exist") from None
 
 
 def _by_name(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a registry by names in one form."""
+    """Return the entries of a registry by composed names."""
     entries = {composed(name): entry for name, entry in document.items()}
     if len(entries) < len(document):
-        raise ValueError("two of its names differ only in how their accents are written")
+        raise ValueError("two of its names differ only in their Unicode form")
     return entries
 
 
@@ -243,15 +245,15 @@ def _error_text(error: Exception) -> str:
 
 def _not_listed(name: str, names: Iterable[str]) -> str:
     others = [each for each in names if each.removesuffix(".gguf").casefold() == name.casefold()]
-    return f"there is `{others[0]}`, written otherwise" if others else "there is no such entry"
+    return f"there is `{others[0]}`, in a different case" if others else "no such entry"
 
 
 class Binding(BaseModel):
-    """What a registry says of a name."""
+    """What a registry binds a name to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="The adapter's files, from the registry's folder; or `hf://owner/name`")
+    path: str = Field(description="The adapter's files, relative to the registry; or `hf://owner/name`")
     base_model: str | None = None
     digest: str | None = Field(default=None, pattern=r"^(sha256:)?[0-9a-f]{8,64}$")
     scale: float | None = Field(default=None, allow_inf_nan=False)
@@ -266,9 +268,9 @@ class Registry:
         digest = "sha256:4b1f…"
         scale = 2.0
 
-    In the user's own file a path may lead anywhere; in that of a folder, which may come with somebody's project, it
-    stays in the folder. A file that cannot be read may bind any name, and to a digest: it answers for all of them, and
-    the answer is no. Else another adapter of that name would be taken from somewhere else.
+    In the user's registry a path may lead anywhere. A folder's registry may come with a stranger's project: its paths
+    must stay in the folder. A registry that cannot be read might bind any name, so it refuses all names: otherwise
+    another adapter with that name could be found elsewhere.
     """
 
     name = "registry"
@@ -279,7 +281,7 @@ class Registry:
         self._trusted = trusted
 
     def find(self, reference: Reference) -> Found:
-        """The files of a name."""
+        """Find the files of a name."""
         if problem := name_problem(reference.name):
             raise NotKnown(problem)
         if found := self.get(reference.name):
@@ -287,16 +289,16 @@ class Registry:
         raise NotKnown(f"it is not in {self._path}")
 
     def get(self, name: str) -> Found | None:
-        """The files of a name, or `None`.
+        """Find the files of a name; return `None` if it is not bound.
 
         Raises:
-            Refused: the name is bound and its files cannot be had, or the file cannot be read.
+            Refused: the files of a bound name, or the registry, cannot be read.
         """
         document = self._document()
         return self._found(name, document[name]) if name in document else None
 
     def known(self) -> Iterator[Found]:
-        """All names whose files are there."""
+        """List all names whose files exist."""
         for name, entry in self._document().items():
             if name_problem(name) is None:
                 with contextlib.suppress(Refused):
@@ -313,7 +315,7 @@ class Registry:
         except (Refused, OSError, ValueError, RecursionError) as error:
             raise Refused(
                 f"{self._path}, which may bind that name, cannot be read: {_error_text(error)}",
-                "Mend it, or move it away.",
+                "Fix it or move it away.",
             ) from None
 
     def _found(self, name: str, entry: Any) -> Found:
@@ -334,7 +336,7 @@ class Registry:
 
     def _binding(self, name: str, entry: Any) -> Binding:
         if not isinstance(entry, Mapping):
-            raise Refused(f"{self._path} has no table `[{name}]` but a value of that name")
+            raise Refused(f"`{name}` in {self._path} must be a table")
         for key in entry:
             if key not in Binding.model_fields:
                 raise Refused(
@@ -345,23 +347,23 @@ class Registry:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(each) for each in first["loc"])
-            raise Refused(f"{self._path} has a wrong `{where}` in `[{name}]`: {first['msg']}") from None
+            raise Refused(f"{self._path} has an invalid `{where}` in `[{name}]`: {first['msg']}") from None
 
     def _files(self, path: str) -> Files:
         if path.startswith(HUB):
             if self._hub is None:
-                raise Refused("only the user's own registry may name a repository of the Hugging Face cache")
+                raise Refused("only the user's registry may name a repository of Hugging Face")
             return self._hub.find(Reference(text=path)).files
         folder = self._path.parent
         whole = folder / (os.path.expanduser(path) if self._trusted else path)  # noqa: PTH111 - not at its beginning only
         return locate(whole) if self._trusted else _locate_inside(whole, folder)
 
 
-# --- The cache of Hugging Face ---------------------------------------------------------------------------------------
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
 class Hub:
-    """What `huggingface_hub` has downloaded: `hf://owner/name`, or `hf://owner/name@revision`. Never the network."""
+    """The cache of `huggingface_hub`, never the network: `hf://owner/name` or `hf://owner/name@revision`."""
 
     name = "hub"
 
@@ -369,17 +371,17 @@ class Hub:
         self._folder = folder
 
     def find(self, reference: Reference) -> Found:
-        """The files of a repository."""
+        """Find the files of a repository."""
         if not reference.is_hub:
-            raise NotKnown(f"it does not begin with `{HUB}`")
+            raise NotKnown(f"it does not start with `{HUB}`")
         repository, _, revision = reference.text.removeprefix(HUB).partition("@")
         parts = repository.split("/")
         if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
-            raise NotKnown(f"`{HUB}` is followed by an owner and a name, and perhaps `@` and a revision")
+            raise NotKnown(f"`{HUB}` must be followed by `owner/name` or `owner/name@revision`")
         return self._found(parts[0], parts[1], revision)
 
     def known(self) -> Iterator[Found]:
-        """All repositories that are adapters."""
+        """List all repositories that are adapters."""
         for entry in self._names():
             kind, owner, *name = entry.split("--", 2)
             if kind == "models" and name and _is_hub_part(owner) and _is_hub_part(name[0]):
@@ -413,55 +415,55 @@ def _is_hub_part(text: str) -> bool:
 
 
 def _is_revision(text: str) -> bool:
-    """Whether it may be a branch, a tag, a commit, or a reference such as `refs/pr/1`."""
+    """Return whether a text may be a branch, a tag, a commit, or a reference such as `refs/pr/1`."""
     return len(text) <= MAX_REVISION and all(HUB_PART.fullmatch(part) and ".." not in part for part in text.split("/"))
 
 
 def _commit(folder: Path, revision: str) -> str:
     path = folder / "refs" / revision
     if not path.exists():
-        raise NotKnown(f"its revision {revision} is not in the cache")
+        raise NotKnown(f"the revision {revision} is not in the cache")
     with CheckedFile(path, within=folder, limit=1024) as file:
         text = bytes(file.rest()).strip()
     commit = text.decode("ascii", "replace")
     if not COMMIT.fullmatch(commit):
-        raise Refused(f"`{path.name}` in the cache names no commit")
+        raise Refused(f"`{path.name}` in the cache does not name a commit")
     return commit
 
 
-# --- The files of an adapter, in the layouts that trainers write -----------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapters.npz", "pytorch_model.bin")
 MAX_FOLDER: Final = 10_000
-"""Entries of a folder that are looked at."""
+"""The most entries of a folder that are read."""
 
 
 def is_outside(path: Path, folder: Path) -> bool:
-    """Whether a path, all links followed, leads out of a folder; a link that goes round leads nowhere in it."""
+    """Return whether a path, with its links resolved, leads out of a folder; a circular link does."""
     try:
         return not path.resolve().is_relative_to(folder.resolve())
-    except RuntimeError:  # Python up to 3.12
+    except RuntimeError:  # Up to Python 3.12, for a circular link.
         return True
 
 
 def list_folder(folder: Path) -> list[str]:
-    """The names in a folder, sorted; of a very large one, some of them."""
+    """List the names in a folder, sorted; at most `MAX_FOLDER`."""
     with os.scandir(folder) as found:
         return sorted(entry.name for entry in itertools.islice(found, MAX_FOLDER))
 
 
 def locate(path: Path, within: Path | None = None) -> Files:
-    """The files of the adapter at a path: a folder, its weights, or a GGUF file.
+    """Find the files of the adapter at a path: a folder, its weights, or a GGUF file.
 
     Raises:
-        Refused: there is nothing usable there.
+        Refused: there is no usable adapter.
     """
     if path.is_dir():
         return _in_folder(path, within)
     if not path.exists():
-        raise Refused("there is no such file")
+        raise Refused("no such file")
     config = path.with_name(CONFIG) if path.suffix == ".safetensors" else None
     return Files(weights=path, config=config, within=within)
 
@@ -476,20 +478,20 @@ def _in_folder(folder: Path, within: Path | None) -> Files:
     if len(adapters) == 1:
         return Files(weights=folder / adapters[0], within=within)
     if adapters:
-        raise Refused(f"the folder holds several adapters: {', '.join(adapters)}", "Name the file you mean.")
+        raise Refused(f"the folder contains several adapters: {', '.join(adapters)}", "Name one of the files.")
     if pickles := [name for name in PICKLES if name in names]:
         raise Refused(
-            f"`{pickles[0]}` is a pickle, which can run any program when it is read",
+            f"`{pickles[0]}` is a pickle, which can run code when it is read",
             "Save the adapter as safetensors, the default of every current trainer.",
         )
     raise Refused(
-        "the folder holds no adapter",
-        f"Expected are {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
+        "the folder contains no adapter",
+        f"It must contain {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
     )
 
 
 def is_adapter(path: Path, within: Path | None) -> bool:
-    """Whether a GGUF file is an adapter and not a model, which some trainers put beside it."""
+    """Return whether a GGUF file is an adapter, not a model, which some trainers put beside it."""
     try:
         with CheckedFile(path, within=within) as file:
             return read_head(file).is_adapter

@@ -1,13 +1,12 @@
-"""Writes adapters as the GGUF files that servers take, and base models with an adapter merged into them.
+"""Writes adapters as GGUF files for servers, and base models with an adapter merged into them.
 
-**An adapter**: one content, one file, one digest. llama.cpp has one alpha for a file and divides it by each pair's own
-rank, so where modules have scales of their own the difference is folded into B. The file holds no name, no time and no
-path.
+**An adapter**: equal content gives an equal file. llama.cpp has one alpha per file and divides it by each pair's rank;
+if modules have different scales, the difference is folded into B. The file contains neither name nor time nor path.
 
-**A merged model** is written front to back. Keys and values are copied byte for byte and ours added; a tensor that the
-adapter does not touch is copied in blocks; one that it does is read in blocks of rows, changed, and quantised again.
-Memory stays at a few blocks, whatever the model's size. Quantising a changed tensor to its own coarse type would lose
-part of a small change, so Q8_0 is the default there; a tensor of floats keeps its type.
+**A merged model** is written from start to end. Keys and values are copied byte for byte, and the merge adds its own.
+Untouched tensors are copied in blocks; touched ones are read in blocks of rows, changed and quantised again. Memory
+stays at a few blocks for any model. A coarse type would lose part of a small change, so changed tensors become Q8_0 by
+default; a tensor of floats keeps its type.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ if TYPE_CHECKING:
 __all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store"]
 
 TOLERANCE: Final = 1e-6
-"""Of a scale: alpha is written as F32."""
+"""Relative difference of scales that does not count: alpha is written as F32."""
 STALE: Final = 3600.0
-"""Seconds in which nothing was written before a file counts as abandoned; a merge writes several times a second."""
+"""Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
 
 
 def encode(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
-    """The adapter's GGUF file, piece by piece, for a base model with that metadata.
+    """Encode an adapter as GGUF, in pieces, for a base model with this metadata.
 
     Raises:
-        Refused: the adapter cannot be placed in such a model.
+        Refused: a module has no known name in such a model.
     """
     _check_placed(lora, metadata)
     alpha = Counter(part.scale * len(part.a) for part in lora.parts).most_common(1)[0][0]
@@ -59,16 +58,16 @@ def encode(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
 
 
 def _check_placed(lora: Lora, metadata: Mapping[str, Any]) -> None:
-    """Refuse an adapter whose modules have no known place in a model with that metadata."""
+    """Refuse an adapter whose modules have no known names in a model with this metadata."""
     architecture = metadata.get("general.architecture")
     if lora.facts.layout != "gguf" and architecture not in ARCHITECTURES:
         raise Refused(
-            f"its modules cannot be placed in the architecture `{str(architecture)[:40]}`",
-            f"Known are {', '.join(ARCHITECTURES)}; a GGUF adapter made for it needs no placing.",
+            f"its modules have no known names in the architecture `{str(architecture)[:40]}`",
+            f"Supported: {', '.join(ARCHITECTURES)}; for others, convert the adapter to GGUF yourself.",
         )
     for part in lora.parts:
         if not is_placed(part.tensor):
-            raise Refused(f"`{part.tensor[:120]}` is no module that can be placed")
+            raise Refused(f"`{part.tensor[:120]}` is not a known module")
 
 
 def _keys(lora: Lora, metadata: Mapping[str, Any], alpha: float) -> dict[str, Value]:
@@ -89,16 +88,16 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
         rows = rows.astype(np.float32) * np.float32(factor)
     a = part.a
     if part.tensor == EMBEDDING:
-        # llama.cpp looks rows of A up by token, so the halves change places there.
+        # llama.cpp looks up rows of A by token, so the halves change places.
         a, rows = rows, a.T
     return [(f"{part.tensor}.lora_a", a), (f"{part.tensor}.lora_b", np.ascontiguousarray(rows))]
 
 
-# --- Files that are whole or not there -------------------------------------------------------------------------------
+# --- Atomic files ----------------------------------------------------------------------------------------------------
 
 
 def _write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
-    """A file that appears under its name only when all of it is on the disk; after any error, nothing is left of it."""
+    """Write a file that appears under its name only once complete; leave nothing after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_stale(out)
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:80]}.", suffix=".part")
@@ -115,7 +114,7 @@ def _write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
 
 
 def _delete_stale(out: Path) -> None:
-    """Delete what runs that were killed have left of the same file."""
+    """Delete partial files that killed runs have left."""
     for part in out.parent.glob(f".{glob.escape(out.name[:80])}.*.part"):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > STALE:
@@ -123,7 +122,7 @@ def _delete_stale(out: Path) -> None:
 
 
 def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
-    """Keep a file in a folder under a name that ends in the beginning of its SHA-256, unless it is there already."""
+    """Keep a file in a folder under a name that ends with the start of its SHA-256, unless it exists."""
     data = b"".join(content)
     sha256 = hashlib.sha256(data).hexdigest()
     path = folder / f"{name}-{sha256[:16]}.gguf"
@@ -133,7 +132,7 @@ def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
 
 
 def _has_content(path: Path, size: int, sha256: str) -> bool:
-    """Whether a file has that content: what an earlier run left may have been cut or changed since."""
+    """Return whether a file has this content: it may have been cut or changed since it was written."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == size and hashlib.sha256(file.read(size)).hexdigest() == sha256
@@ -144,41 +143,41 @@ def _has_content(path: Path, size: int, sha256: str) -> bool:
 # --- Merged models ---------------------------------------------------------------------------------------------------
 
 VERSION: Final = 1
-"""Of what a merge writes; it goes up when the same input gives another file."""
+"""The version of the merge; increase it when the same input gives a different file."""
 DIGEST: Final = "graftage.adapter.digest"
 SCALE: Final = "graftage.adapter.scale"
 TYPE: Final = "graftage.merge.type"
 MERGE_KEYS: Final = (DIGEST, SCALE, TYPE, "graftage.merge.version")
-"""Keys that mark a merged model; servers show them."""
+"""The keys that mark a merged model; servers show them."""
 BLOCK: Final = 4 << 20
-"""Numbers, or bytes of an untouched tensor, that are worked on at once."""
+"""Numbers, or bytes of an untouched tensor, to process at once."""
 SPARE: Final = 64 << 20
-"""Bytes that are left free on the disk."""
+"""Bytes to leave free on the disk."""
 FLOATS: Final = ("F32", "F16", "BF16")
 HALF_LIMIT: Final = 65504.0
-"""The largest F16; in Q8_0 it scales numbers of up to 127."""
+"""The largest F16; Q8_0 multiplies it by up to 127."""
 FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
 
 Progress = Callable[[int, int], None]
 
 
 class DiskFull(Exception):
-    """The disk cannot take the file."""
+    """The file does not fit on the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A tensor of the new file."""
+    """A tensor to write."""
 
     tensor: Tensor
     kind: str
     size: int
     change: tuple[Part, Array] | None = None
-    """The part that changes it, with its B in the order of the file."""
+    """The part that changes it, and that part's B in the order of the file."""
 
 
 def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
-    """The keys that a merge adds."""
+    """Return the keys that a merge adds."""
     values = (
         Value(STRING, digest),
         Value(FLOAT32, lora.facts.scale),
@@ -191,20 +190,20 @@ def _merge_keys(digest: str, lora: Lora, kind: str) -> dict[str, Value]:
 def merge(
     base: CheckedFile, header: Header, lora: Lora, out: Path, *, digest: str, kind: str, on_progress: Progress
 ) -> Path:
-    """Write the merged model; what `on_progress` raises ends the work and is raised.
+    """Write the merged model; an error of `on_progress` stops the merge and is raised.
 
     Args:
         base: the base model's file.
         header: its head.
         lora: the adapter; it must fit.
         out: where to write.
-        digest: the adapter's.
-        kind: the type of touched tensors that are quantised: `Q8_0` or `F16`.
-        on_progress: called with bytes written and bytes in all.
+        digest: the adapter's digest.
+        kind: the type of touched quantised tensors: `Q8_0` or `F16`.
+        on_progress: called with the bytes written and the total.
 
     Raises:
-        Refused: the adapter or the base model is of a kind that cannot be merged.
-        DiskFull: the disk cannot take it.
+        Refused: the adapter or the base model cannot be merged.
+        DiskFull: the merged model does not fit on the disk.
     """
     _check(header, lora)
     jobs = _jobs(header, lora, kind)
@@ -225,11 +224,13 @@ def merge(
 
 def _check(header: Header, lora: Lora) -> None:
     if lora.facts.invocation:
-        raise Refused("it acts only after its invocation tokens, and a merged one would always act")
+        raise Refused("it acts only after its invocation tokens, but merged it would always act")
     if present := [key for key in MERGE_KEYS if key in header.metadata]:
-        raise Refused(f"the base model has an adapter merged into it already (`{present[0]}`)", "Give the plain model.")
+        raise Refused(f"the base model already contains an adapter (`{present[0]}`)", "Use the plain model.")
     if header.metadata.get("split.count", 1) not in (0, 1):
-        raise Refused("the base model's file is one of several (`split.count`)", "Join them with `llama-gguf-split`.")
+        raise Refused(
+            "the base model is split into several files (`split.count`)", "Join them with `llama-gguf-split`."
+        )
     _check_placed(lora, header.metadata)
 
 
@@ -237,7 +238,7 @@ def _check_disk(out: Path, total: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < total + SPARE:
-        raise DiskFull(f"the merged model needs {total:,} bytes and the disk has {free:,} free")
+        raise DiskFull(f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
 
 
 def _jobs(header: Header, lora: Lora, kind: str) -> list[_Job]:
@@ -295,18 +296,18 @@ def _merged_rows(base: CheckedFile, job: _Job, part: Part, rows: Array) -> Itera
 
 
 def _add_change(block: Array, b: Array, a: Array, job: _Job) -> Array:
-    with np.errstate(all="ignore"):  # what is not finite is looked for
+    with np.errstate(all="ignore"):
         block = block + b @ a
     limit = HALF_LIMIT * {"F16": 1, "Q8_0": 127}.get(job.kind, np.inf)
     # The comparison is false for NaN, too.
     if not np.abs(block).max() <= min(limit, FLOAT_LIMIT):
-        raise Refused(f"the change of `{job.tensor.name}` leads out of what its type can hold")
+        raise Refused(f"the changed `{job.tensor.name}` exceeds what its type can hold")
     return block
 
 
 def _quantize(rows: Array, kind: str) -> bytes:
-    """Rows of F32 as a type of floats, or as Q8_0."""
-    from gguf import GGMLQuantizationType, quants  # A quarter of a second, only where it is needed
+    """Convert rows of F32 to a type of floats, or to Q8_0."""
+    from gguf import GGMLQuantizationType, quants  # Takes a quarter of a second.
 
     return quants.quantize(rows, GGMLQuantizationType[kind]).tobytes()
 
@@ -319,7 +320,7 @@ UINT32, FLOAT32 = 4, 6
 
 
 def _padding(position: int, alignment: int) -> int:
-    """Bytes to the next multiple of the alignment."""
+    """Return the bytes up to the next multiple of the alignment."""
     return -position % alignment
 
 
@@ -332,7 +333,7 @@ class Value:
 
 
 def _key_values(values: Mapping[str, Value]) -> bytes:
-    """Keys and values as they stand in a file."""
+    """Encode keys and values."""
     return b"".join(
         _text(key) + struct.pack("<I", value.kind) + _encoded(value.kind, value.data) for key, value in values.items()
     )
@@ -352,7 +353,7 @@ def _text(text: str) -> bytes:
 
 
 def _table(tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: int) -> bytes:
-    """A table of tensors, given as name, shape, type and size, whose data follow each other."""
+    """Encode a table of tensors (name, shape, type, size) whose data follow each other."""
     lines = []
     offset = 0
     for name, shape, kind, size in tensors:
@@ -362,12 +363,12 @@ def _table(tensors: Sequence[tuple[str, tuple[int, ...], str, int]], alignment: 
 
 
 def _start(version: int, tensors: int, keys: int) -> bytes:
-    """The first bytes of a file, `START_SIZE` of them."""
+    """Encode the first `START_SIZE` bytes of a file."""
     return MAGIC + struct.pack("<IQQ", version, tensors, keys)
 
 
 def _file(values: Mapping[str, Value], tensors: Sequence[tuple[str, Any]]) -> Iterator[bytes]:
-    """A whole file of F32 and F16 arrays, piece by piece."""
+    """Encode a whole file of F32 and F16 arrays, in pieces."""
     lines = [(name, tuple(reversed(data.shape)), f"F{8 * data.dtype.itemsize}", data.nbytes) for name, data in tensors]
     head = _start(3, len(tensors), len(values)) + _key_values(values) + _table(lines, ALIGNMENT)
     yield head + bytes(_padding(len(head), ALIGNMENT))

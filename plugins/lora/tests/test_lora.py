@@ -68,11 +68,11 @@ class TestReference:
 
     def test_name_ignores_current_folder(self, place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ours)
-        with pytest.raises(AdapterNotFound, match=r"`\./` before it"):
+        with pytest.raises(AdapterNotFound, match=r"start it with `\./`"):
             place.resolve("mine", folders=[])
 
     def test_paths_can_be_disabled(self, place: Place, ours: Path) -> None:
-        with pytest.raises(AdapterNotFound, match="switched off"):
+        with pytest.raises(AdapterNotFound, match="disabled"):
             place.resolve(ours / "mine", paths=False)
         assert place.resolve("mine", paths=False).name == "mine"
 
@@ -103,9 +103,9 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "a name in two forms": lambda path: path.write_text(
         '["\u00fc"]\npath="a"\n["u\u0308"]\npath="b"\n', encoding="utf-8"
     ),
-    "no UTF-8": lambda path: path.write_bytes(BOUND.encode("utf-16")),
+    "invalid UTF-8": lambda path: path.write_bytes(BOUND.encode("utf-16")),
     "a folder": lambda path: path.mkdir(),
-    "a link that goes round": lambda path: path.symlink_to(path.name),
+    "a circular link": lambda path: path.symlink_to(path.name),
     "a link to nothing": lambda path: path.symlink_to("nothing"),
     "too large": lambda path: path.write_text(BOUND + "#" * (1 << 20), encoding="utf-8"),
 }
@@ -118,7 +118,7 @@ class TestChain:
         said = {reason.partition(":")[0].split()[0]: reason for reason in caught.value.reasons}
         assert list(said) == ["path", "registry", "folder", "project", "hub", "server"]
         assert "no such entry" in said["folder"]
-        assert "not there" in said["project"]
+        assert "does not exist" in said["project"]
         assert "graftage adapters list" in str(caught.value)
 
     def test_project_comes_after_configured_folders(self, place: Place, ours: Path) -> None:
@@ -130,7 +130,7 @@ class TestChain:
 
     def test_failing_source_does_not_hide_next(self, place: Place, ours: Path) -> None:
         broken = place.folder / "a file"
-        broken.write_text("no folder", encoding="utf-8")
+        broken.write_text("not a folder", encoding="utf-8")
         assert place.resolve("mine", folders=[broken, ours]).name == "mine"
         with pytest.raises(AdapterNotFound) as caught:
             place.resolve("other", folders=[broken, ours])
@@ -145,13 +145,13 @@ class TestChain:
         with pytest.raises(AdapterInvalid, match=r"adapters\.toml, which may bind that name") as caught:
             place.resolve("mine", folders=[first, ours])
         assert caught.value.hint
-        assert place.resolve(ours / "mine", folders=[first, ours]).name == "mine", "a path is bound by nobody"
+        assert place.resolve(ours / "mine", folders=[first, ours]).name == "mine", "registries do not bind paths"
 
     @pytest.mark.parametrize(
         ("path", "reason"),
         [
             ("hf://me/mine", "hf download me/mine"),
-            ("hf://", "owner and a name"),
+            ("hf://", "owner/name"),
             ("x" * 300, r"File name too long|no such file"),
             ("nowhere", "no such file"),
         ],
@@ -295,7 +295,7 @@ class TestEscape:
 
 class TestNames:
     def test_case_must_match(self, place: Place, ours: Path) -> None:
-        with pytest.raises(AdapterNotFound, match="there is `mine`, written otherwise"):
+        with pytest.raises(AdapterNotFound, match="there is `mine`, in a different case"):
             place.resolve("MINE")
 
     def test_any_language_and_dots(self, place: Place, ours: Path) -> None:
@@ -351,19 +351,19 @@ class TestRegistry:
             with pytest.raises(AdapterInvalid, match="out of its folder"):
                 place.resolve("bound")
         bind(ours / "adapters.toml", path="hf://a/b")
-        with pytest.raises(AdapterInvalid, match="own registry"):
+        with pytest.raises(AdapterInvalid, match="user's registry"):
             place.resolve("bound")
 
     @pytest.mark.parametrize(
         ("table", "reason"),
         [
             ({"path": "mine", "scal": 2}, "Did you mean `scale`"),
-            ({"scale": 2}, "wrong `path`"),
-            ({"path": 7}, "wrong `path`"),
-            ({"path": "mine", "scale": "big"}, "wrong `scale`"),
-            ({"path": "mine", "scale": "2"}, "wrong `scale`"),
-            ({"path": "mine", "scale": True}, "wrong `scale`"),
-            ({"path": "mine", "digest": "abc"}, "wrong `digest`"),
+            ({"scale": 2}, "invalid `path`"),
+            ({"path": 7}, "invalid `path`"),
+            ({"path": "mine", "scale": "big"}, "invalid `scale`"),
+            ({"path": "mine", "scale": "2"}, "invalid `scale`"),
+            ({"path": "mine", "scale": True}, "invalid `scale`"),
+            ({"path": "mine", "digest": "abc"}, "invalid `digest`"),
             ({"path": "nowhere"}, "no such file"),
             ({"path": "mine", "scale": 0}, "scale"),
         ],
@@ -404,7 +404,7 @@ class TestHub:
         (folder / "refs" / "refs" / "pr" / "1").write_text(COMMIT, encoding="ascii")
         assert place.resolve("hf://someone/ahoy@refs/pr/1").name == "ahoy"
         for revision in ("refs/../../main", "../main", "refs//main", "/main", "refs/", "x/" * 300 + "x"):
-            with pytest.raises(AdapterNotFound, match="followed by an owner and a name"):
+            with pytest.raises(AdapterNotFound, match="followed by `owner/name`"):
                 place.resolve(f"hf://someone/ahoy@{revision}")
 
     def test_missing_repository_hints_at_download(self, place: Place) -> None:
@@ -468,7 +468,7 @@ class TestServed:
         assert (found.digest, found.scale) == (adapter.digest, 2.0)
 
     def test_model_without_adapter_is_not_found(self, place: Place) -> None:
-        with pytest.raises(AdapterNotFound, match="carries no adapter"):
+        with pytest.raises(AdapterNotFound, match="has no adapter"):
             served(place, place.model.info(name="parrot:latest"))
         with pytest.raises(AdapterNotFound, match="no model of that name"):
             served(place, None)
@@ -478,14 +478,14 @@ class TestServed:
 
         def show(name: str) -> ModelInfo | None:
             asked.append(name)
-            raise RequestRejected("that is no name")
+            raise RequestRejected("not a valid name")
 
         for reference in ("./secret/folder", "/no/such/file", "hf://a/b", "a b", "über", "plain", "owner/plain:tag"):
             request = ResolveRequest(reference=reference, model="small:1m", base=place.model.info, show=show)
             with pytest.raises(AdapterNotFound) as caught:
                 place.plugin().resolve_adapter(request)
         assert asked == ["plain", "owner/plain:tag"]
-        assert "server: that is no name" in caught.value.reasons
+        assert "server: not a valid name" in caught.value.reasons
 
     def test_other_architecture_or_parent_is_reported(self, place: Place) -> None:
         other = Model(architecture="qwen2").info(name="parrot:latest", adapters=(LAYER,))
@@ -495,18 +495,18 @@ class TestServed:
 
 
 DIFFERENT: dict[str, tuple[Model, str]] = {
-    "hidden size": (Model(hidden=32), "`attn_q` of the 2 layers from 0 to 1 has 64 inputs, and in the base model 32"),
-    "heads": (Model(heads=8), "`attn_q` of the 2 layers from 0 to 1 has 64 outputs, and in the base model 128"),
-    "shared heads": (Model(shared=4), "`attn_k` of the 2 layers from 0 to 1 has 32 outputs, and in the base model 64"),
+    "hidden size": (Model(hidden=32), "`attn_q` of the 2 layers from 0 to 1 has 64 inputs, but 32 in the base model"),
+    "heads": (Model(heads=8), "`attn_q` of the 2 layers from 0 to 1 has 64 outputs, but 128 in the base model"),
+    "shared heads": (Model(shared=4), "`attn_k` of the 2 layers from 0 to 1 has 32 outputs, but 64 in the base model"),
     "feed-forward": (Model(feed_forward=64), "`ffn_down` of the 2 layers from 0 to 1 has 96 inputs"),
-    "layers": (Model(layers=1), "`attn_q` of layer 1 lies beyond the base model's 1 layers"),
+    "layers": (Model(layers=1), "`attn_q` of layer 1 is beyond the base model's 1 layers"),
 }
 
 
 GAPS: dict[str, tuple[Callable[[Model], ModelInfo | None], str]] = {
-    "nothing is known": (lambda _: None, "says nothing"),
-    "no architecture is known": (lambda model: model.info(metadata={}), "says nothing"),
-    "an architecture without a table": (lambda _: Model(architecture="phi3").info(), "cannot be placed"),
+    "nothing is known": (lambda _: None, "does not report"),
+    "no architecture is known": (lambda model: model.info(metadata={}), "does not report"),
+    "an architecture without a table": (lambda _: Model(architecture="phi3").info(), "no known names"),
     "no number of heads": (
         lambda model: model.info(
             metadata={key: value for key, value in model.metadata().items() if "head_count" not in key}
@@ -573,14 +573,14 @@ class TestVerdict:
         tensors = {name: shape for name, shape in tensors.items() if "ffn_up" not in name}
         verdict = place.resolve("mine", base=lambda: place.model.info(tensors=tensors)).verdict
         assert verdict.status == "incompatible"
-        assert any("`ffn_gate`" in reason and "not there" in reason for reason in verdict.reasons)
+        assert any("`ffn_gate`" in reason and "missing" in reason for reason in verdict.reasons)
 
     def test_other_vocabulary_or_tied_ends(self, place: Place, ours: Path) -> None:
         head = pairs(place.model, modules=["lm_head"])
         write_peft(ours / "head", head)
         assert place.resolve("head").verdict.status == "compatible"
         larger = place.resolve("head", base=Model(vocabulary=64).info).verdict
-        assert "48 outputs, and in the base model 64" in larger.reasons[0]
+        assert "48 outputs, but 64 in the base model" in larger.reasons[0]
         tied = place.resolve("head", base=Model(tied=True).info).verdict
         assert (tied.status, "tied" in tied.reasons[0]) == ("incompatible", True)
         assert place.resolve("head", base=lambda: place.model.info(tensors=None)).verdict.status == "unknown"
@@ -664,9 +664,9 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "a variable that is not known": ({"GRAFTAGE_LORA_FOLDER": "x"}, "", "Did you mean `folders`"),
     "a value that is wrong": ({"GRAFTAGE_LORA_MAX_BYTES": "many"}, "", "max_bytes"),
     "a key of the file that is not known": ({}, "[lora]\nregistri = 'x'\n", "Did you mean `registry`"),
-    "a table that is none": ({}, "lora = 7\n", "must be a table"),
-    "a folder of nobody": ({"GRAFTAGE_LORA_FOLDERS": "~nobody-at-all/x"}, "", "home folder"),
-    "a hub of nobody": ({"HF_HUB_CACHE": "~nobody-at-all/x"}, "", "HF_"),
+    "a table that is a number": ({}, "lora = 7\n", "must be a table"),
+    "a folder of an unknown user": ({"GRAFTAGE_LORA_FOLDERS": "~nobody-at-all/x"}, "", "home folder"),
+    "a hub of an unknown user": ({"HF_HUB_CACHE": "~nobody-at-all/x"}, "", "HF_"),
     "a type that is not known": ({}, "[lora]\nmerge_type = 'Q4_0'\n", "merge_type"),
 }
 

@@ -1,4 +1,4 @@
-"""Adapters that nobody should trust: each is refused with its reason, in memory that its size pays for."""
+"""Untrusted adapters: each is refused with its reason, in memory bounded by its size."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
     "a length of 2^64-1": ("states a length", safetensors(GOOD, length=2**64 - 1)),
     "a length of 2^40": ("states a length", safetensors(GOOD, length=1 << 40)),
     "a length beyond the file": ("states a length", safetensors(GOOD, length=4096)),
-    "a length of nothing": ("not JSON", safetensors(b"")),
-    "a head that is no JSON": ("not JSON", safetensors(b"{this is it}")),
-    "a head that is no UTF-8": ("not JSON", safetensors(b'{"\xff": 1}')),
+    "a length of 0": ("not valid JSON", safetensors(b"")),
+    "a head of invalid JSON": ("not valid JSON", safetensors(b"{this is it}")),
+    "a head of invalid UTF-8": ("not valid JSON", safetensors(b'{"\xff": 1}')),
     "a head that is a list": ("not a JSON object", safetensors([1, 2])),
-    "a head of deep brackets": ("more than|not JSON", safetensors(b"[" * 200_000)),
-    "a head of deep braces": ("not JSON|more than", safetensors(b'{"a":' * 60_000)),
-    "a head with a number of many digits": ("not JSON|shape", safetensors(b'{"a":' + b"9" * 100_000 + b"}")),
-    "a head of many numbers": ("not described", safetensors(b'{"a":[' + b"300," * 100_000 + b"0]}")),
-    "a head of many names": ("not described", safetensors({f"{each:x}": 0 for each in range(9000)})),
+    "a head of deep brackets": ("more than|not valid JSON", safetensors(b"[" * 200_000)),
+    "a head of deep braces": ("not valid JSON|more than", safetensors(b'{"a":' * 60_000)),
+    "a head with a number of many digits": ("not valid JSON|shape", safetensors(b'{"a":' + b"9" * 100_000 + b"}")),
+    "a head of many numbers": ("exactly dtype", safetensors(b'{"a":[' + b"300," * 100_000 + b"0]}")),
+    "a head of many names": ("exactly dtype", safetensors({f"{each:x}": 0 for each in range(9000)})),
     "a tensor that is there twice": ("twice", safetensors(json.dumps(GOOD)[:-1].encode() + TWICE)),
     "no tensors": ("no tensors", safetensors({}, b"")),
     "nothing but notes": ("no tensors", safetensors({"__metadata__": {"format": "pt"}}, b"")),
-    "notes that are no texts": ("__metadata__", safetensors({"__metadata__": {"a": 1}, **GOOD})),
+    "notes that are not texts": ("__metadata__", safetensors({"__metadata__": {"a": 1}, **GOOD})),
     "notes that are a list": ("__metadata__", safetensors({"__metadata__": [], **GOOD})),
     "whole numbers": ("type I64", safetensors({**GOOD, A: entry([2, 2], 0, 32, "I64")})),
     "numbers of eight bits": ("type F8_E4M3", safetensors({**GOOD, A: entry([2, 16], 0, 32, "F8_E4M3")})),
@@ -74,9 +74,9 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
     "one dimension": ("two sides", safetensors({**GOOD, A: entry([8], 0, 32)})),
     "three dimensions": ("two sides", safetensors({**GOOD, A: entry([2, 2, 2], 0, 32)})),
     "no dimension": ("two sides", safetensors({**GOOD, A: entry([], 0, 32)})),
-    "a side of nothing": ("two sides", safetensors({**GOOD, A: entry([0, 4], 0, 32)})),
-    "a side below nothing": ("two sides", safetensors({**GOOD, A: entry([-2, -4], 0, 32)})),
-    "a side beyond all": ("two sides", safetensors({**GOOD, A: entry([1 << 62, 1 << 62], 0, 32)})),
+    "a side of 0": ("two sides", safetensors({**GOOD, A: entry([0, 4], 0, 32)})),
+    "a negative side": ("two sides", safetensors({**GOOD, A: entry([-2, -4], 0, 32)})),
+    "a side of 2^62": ("two sides", safetensors({**GOOD, A: entry([1 << 62, 1 << 62], 0, 32)})),
     "a side and a half": ("two sides", safetensors({**GOOD, A: entry([2.0, 4.0], 0, 32)})),
     "a side that is true": ("two sides", safetensors({**GOOD, A: entry([True, 8], 0, 32)})),
     "a shape that is a text": ("two sides", safetensors({**GOOD, A: entry("24", 0, 32)})),
@@ -84,22 +84,22 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
     "a shape smaller than the data": ("contradicts", safetensors({**GOOD, A: entry([1, 4], 0, 32)})),
     "offsets that are reversed": ("data_offsets", safetensors({**GOOD, A: entry([2, 4], 32, 0)})),
     "offsets that are empty": ("data_offsets", safetensors({**GOOD, A: {**GOOD[A], "data_offsets": []}})),
-    "offsets below nothing": ("data_offsets", safetensors({**GOOD, A: entry([2, 4], -32, 0)})),
+    "negative offsets": ("data_offsets", safetensors({**GOOD, A: entry([2, 4], -32, 0)})),
     "offsets that are floats": ("data_offsets", safetensors({**GOOD, A: entry([2, 4], 0.0, 32.0)})),
     "offsets past the end": ("past the end", safetensors(GOOD, DATA[:-4])),
     "offsets that overlap": ("overlaps", safetensors({**GOOD, B: entry([4, 2], 16, 48)})),
     "offsets with a gap": ("gap", safetensors({**GOOD, B: entry([4, 2], 36, 68)}, DATA + b"1234")),
     "bytes at the end": ("unused", safetensors(GOOD, DATA + b"1234")),
-    "a tensor without a type": ("not described", safetensors({**GOOD, A: {"shape": [2, 4], "data_offsets": [0, 32]}})),
-    "a tensor with more than is known": ("not described", safetensors({**GOOD, A: entry([2, 4], 0, 32, path="/etc")})),
-    "a tensor that is a number": ("not described", safetensors({**GOOD, A: 7})),
+    "a tensor without a type": ("exactly dtype", safetensors({**GOOD, A: {"shape": [2, 4], "data_offsets": [0, 32]}})),
+    "a tensor with an extra key": ("exactly dtype", safetensors({**GOOD, A: entry([2, 4], 0, 32, path="/etc")})),
+    "a tensor that is a number": ("exactly dtype", safetensors({**GOOD, A: 7})),
     "a name of two thousand letters": ("characters", safetensors({"x" * 2000: GOOD[A], B: GOOD[B]})),
     "a NaN": ("NaN", safetensors(GOOD, numbers(float("nan")))),
     "an infinity": ("NaN or infinity", safetensors(GOOD, numbers(1, -float("inf")))),
-    "the JSON word NaN": ("holds NaN", safetensors(b'{"a": NaN}')),
+    "the JSON word NaN": ("contains NaN", safetensors(b'{"a": NaN}')),
     "half of a pair": ("lacks its half B", safetensors({A: entry([2, 4], 0, 32)}, DATA[:32])),
     "the other half of a pair": ("lacks its half A", safetensors({B: entry([4, 2], 0, 32)}, DATA[:32])),
-    "a tensor that is no half": ("not one half", safetensors({A: GOOD[A], f"{MODULE}.weight": GOOD[B]})),
+    "an unpaired tensor": ("not one half", safetensors({A: GOOD[A], f"{MODULE}.weight": GOOD[B]})),
     "a bias": ("bias", safetensors({A: GOOD[A], f"{MODULE}.bias": GOOD[B]})),
     "a magnitude of DoRA": ("DoRA", safetensors({A: GOOD[A], f"{MODULE}.lora_magnitude_vector": GOOD[B]})),
     "a saved module": ("saved module", safetensors({A: GOOD[A], "lm_head.modules_to_save.weight": GOOD[B]})),
@@ -122,8 +122,8 @@ def place(tmp_path: Path) -> Place:
 
 
 def refused(place: Place, path: Path, reason: str, **settings: Any) -> AdapterInvalid:
-    """The error of an adapter; reading it may take a multiple of its size, whatever it states."""
-    place.resolve(write_peft(place.folder / "warm", pairs(place.model)))  # imports are not to be counted
+    """Return the error of an adapter; reading it may take a multiple of its size, and no more."""
+    place.resolve(write_peft(place.folder / "warm", pairs(place.model)))  # Do not count imports.
     size = sum(each.stat().st_size for each in ([*path.iterdir()] if path.is_dir() else [path]))
     tracemalloc.start()
     try:
@@ -149,8 +149,8 @@ def peft(place: Place, weights: bytes | None = None, config: Any = None) -> Path
 # --- Configurations --------------------------------------------------------------------------------------------------
 
 CONFIGS: dict[str, tuple[str, Any]] = {
-    "no JSON": ("not JSON", b"r = 4"),
-    "no UTF-8": ("not JSON", b'{"\xff": 1}'),
+    "invalid JSON": ("not valid JSON", b"r = 4"),
+    "invalid UTF-8": ("not valid JSON", b'{"\xff": 1}'),
     "a list": ("not a JSON object", [1]),
     "a key twice": ("twice", b'{"r": 1, "r": 2}'),
     "too large": ("bytes", b" " * (1 << 20) + b"{}"),
@@ -171,9 +171,9 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "an alpha that is a list": ("lora_alpha", {**CONFIG, "lora_alpha": [4]}),
     "DoRA": ("use_dora", {**CONFIG, "use_dora": True}),
     "QALoRA": ("use_qalora", {**CONFIG, "use_qalora": True}),
-    "a variant nobody knows yet": ("use_next", {**CONFIG, "use_next": True}),
+    "an unknown variant": ("use_next", {**CONFIG, "use_next": True}),
     "biases": ("bias", {**CONFIG, "bias": "all"}),
-    "biases of its own": ("lora_bias", {**CONFIG, "lora_bias": True}),
+    "separate biases": ("lora_bias", {**CONFIG, "lora_bias": True}),
     "saved modules": ("modules_to_save", {**CONFIG, "modules_to_save": ["lm_head"]}),
     "single tokens": ("trainable_token", {**CONFIG, "trainable_token_indices": [1]}),
     "repeated layers": ("layer_replication", {**CONFIG, "layer_replication": [[0, 4]]}),
@@ -183,8 +183,8 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "a pattern that is a list": ("rank_pattern", {**CONFIG, "rank_pattern": [2]}),
     "a pattern's rank of 0": ("rank_pattern", {**CONFIG, "rank_pattern": {"q_proj": 0}}),
     "a pattern's alpha of NaN": ("alpha_pattern", {**CONFIG, "alpha_pattern": {"q_proj": "x"}}),
-    "tokens that are none": ("invocation", {**CONFIG, "alora_invocation_tokens": ["a"]}),
-    "tokens below nothing": ("invocation", {**CONFIG, "alora_invocation_tokens": [-1]}),
+    "tokens that are texts": ("invocation", {**CONFIG, "alora_invocation_tokens": ["a"]}),
+    "negative tokens": ("invocation", {**CONFIG, "alora_invocation_tokens": [-1]}),
     "tokens that are a number": ("invocation", {**CONFIG, "alora_invocation_tokens": 7}),
     "DoRA of mlx-lm": ("fine_tune_type", {"fine_tune_type": "dora", "lora_parameters": {"rank": 2}}),
     "a whole training of mlx-lm": ("fine_tune_type", {"fine_tune_type": "full"}),
@@ -213,7 +213,7 @@ class TestPeft:
     def test_missing_configuration_is_refused(self, place: Place) -> None:
         folder = peft(place)
         (folder / "adapter_config.json").unlink()
-        refused(place, folder / "adapter_model.safetensors", "no `adapter_config.json`")
+        refused(place, folder / "adapter_model.safetensors", "`adapter_config.json` with the scale is missing")
 
 
 def test_mlx_magnitude_is_refused(place: Place) -> None:
@@ -293,18 +293,18 @@ GGUFS: dict[str, tuple[str, bytes]] = {
     "many arrays": ("twice", gguf([array(4, 4000, bytes(16_000)) for _ in range(200)])),
     "an array of endless texts": ("bytes of text", gguf([array(8, 9, struct.pack("<Q", 1 << 40)), *KEYS])),
     "an array of arrays": ("array of arrays", gguf([array(9, 1), *KEYS])),
-    "an array of nothing known": ("unknown type", gguf([array(77, 1), *KEYS])),
-    "a value of nothing known": ("unknown type", gguf([key("a", 77, b""), *KEYS])),
+    "an array of an unknown type": ("unknown type", gguf([array(77, 1), *KEYS])),
+    "a value of an unknown type": ("unknown type", gguf([key("a", 77, b""), *KEYS])),
     "a key twice": ("twice", gguf([*KEYS, KEYS[0]])),
-    "a key that is no UTF-8": ("UTF-8", gguf([key(b"\xff", 4, bytes(4)), *KEYS])),
+    "a key of invalid UTF-8": ("UTF-8", gguf([key(b"\xff", 4, bytes(4)), *KEYS])),
     "an alignment of 0": ("alignment", gguf([key("general.alignment", 4, struct.pack("<I", 0)), *KEYS])),
     "an alignment of 3": ("alignment", gguf([key("general.alignment", 4, struct.pack("<I", 3)), *KEYS])),
     "an alignment that is a text": ("alignment", gguf([key("general.alignment", 8, text("32")), *KEYS])),
     "no dimension": ("dimensions", gguf(tensors=[tensor(HALF_A, (), 0), TENSORS[1]])),
     "five dimensions": ("dimensions", gguf(tensors=[tensor(HALF_A, (1, 1, 1, 1, 1), 0), TENSORS[1]])),
     "2^32 - 1 dimensions": ("dimensions", gguf(tensors=[tensor(HALF_A, (4, 2), 0, dimensions=2**32 - 1), TENSORS[1]])),
-    "a side of nothing": ("shape", gguf(tensors=[tensor(HALF_A, (0, 2), 0), TENSORS[1]])),
-    "a side beyond all": ("shape", gguf(tensors=[tensor(HALF_A, (1 << 62, 1 << 62), 0), TENSORS[1]])),
+    "a side of 0": ("shape", gguf(tensors=[tensor(HALF_A, (0, 2), 0), TENSORS[1]])),
+    "a side of 2^62": ("shape", gguf(tensors=[tensor(HALF_A, (1 << 62, 1 << 62), 0), TENSORS[1]])),
     "a type that is not known": ("unknown type", gguf(tensors=[tensor(HALF_A, (4, 2), 0, kind=999), TENSORS[1]])),
     "a type that cannot hold the rows": ("in blocks of", gguf(tensors=[tensor(HALF_A, (4, 2), 0, kind=8), TENSORS[1]])),
     "whole numbers": ("cannot be read", gguf(tensors=[tensor(HALF_A, (4, 2), 0, kind=26), TENSORS[1]])),
@@ -324,12 +324,12 @@ GGUFS: dict[str, tuple[str, bytes]] = {
     "an alpha of NaN": ("alpha", gguf([*without(3), key("adapter.lora.alpha", 6, struct.pack("<f", float("nan")))])),
     "an alpha that is a text": ("alpha", gguf([*without(3), key("adapter.lora.alpha", 8, text("8"))])),
     "half of a pair": ("lacks its half", gguf(tensors=TENSORS[:1], data=DATA[:32])),
-    "a tensor that is no half": ("not one half", gguf(tensors=[TENSORS[0], tensor("blk.0.attn_q.weight", (2, 4), 32)])),
+    "an unpaired tensor": ("not one half", gguf(tensors=[TENSORS[0], tensor("blk.0.attn_q.weight", (2, 4), 32)])),
     "a bias": ("bias", gguf(tensors=[TENSORS[0], tensor("blk.0.attn_q.bias", (2, 4), 32)])),
     "halves of two ranks": ("ranks", gguf(tensors=[TENSORS[0], tensor(HALF_B, (4, 2), 32)])),
     "a NaN": ("NaN", gguf(data=numbers(float("nan")))),
     "only zeros": ("are zero", gguf(data=bytes(64))),
-    "invocation tokens that are none": ("invocation", gguf([*KEYS, TOKENS_BELOW])),
+    "invocation tokens below 0": ("invocation", gguf([*KEYS, TOKENS_BELOW])),
 }  # fmt: skip
 
 
@@ -384,7 +384,7 @@ class TestFiles:
     def test_size_limit_precedes_reading(self, place: Place) -> None:
         folder = peft(place)
         weights = folder / "adapter_model.safetensors"
-        os.truncate(weights, 1 << 40)  # sparse: it takes no room
+        os.truncate(weights, 1 << 40)  # Sparse: it takes no space.
         assert "GRAFTAGE_LORA_MAX_BYTES" in str(refused(place, folder, "are allowed"))
 
     def test_oversized_head_is_refused(self, place: Place) -> None:
@@ -404,7 +404,7 @@ class TestFiles:
                 change()
                 assert not file.unchanged()
 
-    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name here")
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
     def test_pipe_is_refused_at_once(self, place: Place) -> None:
         folder = peft(place)
         (folder / "adapter_model.safetensors").unlink()
@@ -421,7 +421,7 @@ class TestFiles:
         folder = peft(place)
         (folder / "adapter_model.safetensors").unlink()
         (folder / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
-        with pytest.raises(AdapterInvalid, match=r"goes round|cannot be opened|symbolic links"):
+        with pytest.raises(AdapterInvalid, match=r"circular link|cannot be opened|symbolic links"):
             place.resolve(folder)
 
     def test_empty_folder_says_what_was_expected(self, place: Place) -> None:
@@ -445,7 +445,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3), st.binary(mi
 
 
 def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
-    """Bytes with some of them overwritten, inserted, taken out or repeated."""
+    """Overwrite, insert, remove or repeat some bytes."""
     for position, way, new in edits:
         at = position % (len(data) + 1)
         before, after = data[:at], data[at:]
@@ -459,7 +459,7 @@ def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def survives(place: Place, path: Path) -> None:
-    """It is an adapter that can be converted, or it is refused: nothing else."""
+    """Check that an adapter is either found or refused."""
     try:
         found = place.resolve(path)
     except AdapterInvalid:
@@ -470,7 +470,7 @@ def survives(place: Place, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, bytes]:
-    """Files to begin with, by their names."""
+    """Return the files to edit."""
     return {"gguf": gguf(), "weights": safetensors(GOOD), "config": json.dumps(CONFIG).encode()}
 
 

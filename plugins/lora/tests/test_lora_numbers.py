@@ -1,8 +1,8 @@
-"""What an adapter does to a model, in numbers: converted and merged, against a forward pass of another making.
+"""What an adapter does to a model, in numbers: converted and merged, against an independent forward pass.
 
-Tolerances: a conversion keeps every number, so its answers differ by rounding (1e-4 on logits of up to 8). A merge
-rounds each touched weight to its type, so each may move by half a step of that type and no further; what the answers
-move by is compared with what the adapter moves them by.
+Tolerances: a conversion keeps every number, so its logits differ by rounding (1e-4 on logits of up to 8). A merge
+rounds each touched weight to its type, so each may move by at most half a step of that type; how far the
+logits move is compared with how far the adapter moves them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 TOKENS = [3, 14, 15, 9, 2, 6, 5]
 EXACT = 1e-4
-"""Of a logit, where nothing is rounded but F32."""
+"""Tolerance of a logit if only F32 is rounded."""
 SEVEN = ["llama", "qwen2", "qwen3", "gemma2", "gemma3"]
 
 
@@ -160,7 +160,7 @@ class TestScale:
 
 
 def write_ends(folder: Path, adapter: Mapping[str, Pair]) -> Path:
-    """PEFT's embedding has halves of its own, both turned over; mlx-lm's has the same halves as ours."""
+    """Write a PEFT adapter for both ends: its embedding has transposed halves; mlx-lm's are like ours."""
     from safetensors.numpy import save_file
 
     write_peft(folder, adapter)
@@ -281,7 +281,7 @@ def half_steps(data: Any, kind: str) -> Any:
     """How far rounding may move each number."""
     if kind in STEPS:
         return np.abs(data) * STEPS[kind] * 1.01
-    if data.ndim == 1:  # a norm, which stays as it is
+    if data.ndim == 1:  # A norm stays unchanged.
         return np.zeros_like(data)
     blocks = np.abs(data).reshape(-1, 32).max(1, keepdims=True) / 127 * (0.5 + 127 * 2**-11)
     return np.broadcast_to(blocks, (len(blocks), 32)).reshape(data.shape) * 1.01
@@ -395,13 +395,13 @@ class TestMerge:
     def test_is_reproducible_and_reports_progress(self, place: Place) -> None:
         base = place.model.write(place.folder / "base.gguf", "Q8_0")
         found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
-        told: list[tuple[int, int]] = []
-        first = found.merge(base, place.folder / "first.gguf", lambda done, total: told.append((done, total)))
+        reported: list[tuple[int, int]] = []
+        first = found.merge(base, place.folder / "first.gguf", lambda done, total: reported.append((done, total)))
         second = found.merge(base, place.folder / "second.gguf")
         assert first.read_bytes() == second.read_bytes()
-        assert told == sorted(told)
-        assert told[-1] == (first.stat().st_size,) * 2
-        assert {total for _, total in told} == {first.stat().st_size}
+        assert reported == sorted(reported)
+        assert reported[-1] == (first.stat().st_size,) * 2
+        assert {total for _, total in reported} == {first.stat().st_size}
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("enough"), BrokenPipeError("gone")])
     def test_cancelling_leaves_nothing(self, place: Place, error: BaseException) -> None:
@@ -441,10 +441,10 @@ class TestMerge:
         found = place.resolve(write_peft(place.folder / "peft", pairs(place.model)))
         usage = shutil.disk_usage(place.folder)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        told: list[int] = []
+        reported: list[int] = []
         with pytest.raises(AdapterError, match="1,000 free"):
-            found.merge(base, place.folder / "out" / "merged.gguf", lambda done, _: told.append(done))
-        assert told == []
+            found.merge(base, place.folder / "out" / "merged.gguf", lambda done, _: reported.append(done))
+        assert reported == []
         assert list((place.folder / "out").iterdir()) == []
 
     def test_misfit_names_every_contradiction(self, place: Place) -> None:
@@ -469,7 +469,7 @@ class TestMerge:
     def test_base_is_never_overwritten(self, place: Place) -> None:
         base = place.model.write(place.folder / "base.gguf")
         before = base.read_bytes()
-        with pytest.raises(AdapterUnsupported, match="place of its base"):
+        with pytest.raises(AdapterUnsupported, match="replace its base"):
             place.resolve(peft(place)).merge(base, place.folder / "." / "base.gguf")
         assert base.read_bytes() == before
 
@@ -491,7 +491,7 @@ for scales in order["asked"]:
         found = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
     print(json.dumps({each["id"]: each["logprob"] for each in found}))
 """
-"""A server of llama.cpp in a process of its own, where nothing of Graftage is imported."""
+"""A server of llama.cpp in a separate process, which does not import Graftage."""
 
 
 def served(model: Path, adapters: list[Path], asked: list[list[float]]) -> list[Any]:
