@@ -71,7 +71,7 @@ class LoraPlugin:
 
     @hookimpl
     def settings_model(self) -> type[LoraSettings]:
-        """The settings of this plugin."""
+        """Return the model of this plugin's settings."""
         from graftage_lora._settings import LoraSettings
 
         return LoraSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,8 +150,7 @@ def _served_model(name: str, request: ResolveRequest) -> ModelInfo | None:
     """Return a model of the server; a reference that cannot be a model's name is not sent to it."""
     if name == request.model:
         return request.base()
-    show: Callable[[str], ModelInfo | None] | None = getattr(request, "show", None)
-    return show(name) if show and MODEL.fullmatch(name) else None
+    return request.show(name) if MODEL.fullmatch(name) else None
 
 
 def _not_found(reference: str, reasons: list[str]) -> AdapterNotFound:

@@ -8,10 +8,9 @@ import subprocess
 import sys
 import threading
 import unicodedata
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -439,11 +438,13 @@ LAYER = "sha256:" + "ab" * 32
 
 def served(place: Place, model: ModelInfo | None, reference: str = "parrot:latest") -> Any:
     """Resolve the name of a model of the server."""
-
-    request = ResolveRequest(reference=reference, model="small:1m", base=place.model.info)
-    facts = {each.name: getattr(request, each.name) for each in fields(request)}
-    facts["show"] = lambda name: model if name == "parrot:latest" else None
-    return place.plugin().resolve_adapter(SimpleNamespace(**facts))
+    request = ResolveRequest(
+        reference=reference,
+        model="small:1m",
+        base=place.model.info,
+        show=lambda name: model if name == "parrot:latest" else None,
+    )
+    return place.plugin().resolve_adapter(request)
 
 
 class TestServed:

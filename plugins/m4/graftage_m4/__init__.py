@@ -53,7 +53,7 @@ class M4:
 
     @hookimpl
     def settings_model(self) -> type[M4Settings]:
-        """The settings of this plugin."""
+        """Return the model of this plugin's settings."""
         from graftage_m4._settings import M4Settings
 
         return M4Settings

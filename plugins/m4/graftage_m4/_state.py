@@ -461,7 +461,7 @@ Way = tuple[dict[str, Any], str]
 def not_now(state: State) -> ResourceLimitExceeded:
     """Build the error for a Mac under too much pressure to load a model."""
     rules = state.rules
-    ways = list(_plan_load(state))
+    ways = list(_loaded_model(state))
     return ResourceLimitExceeded(
         f"`{state.query.model}` cannot be loaded now: {rules.refuse}.",
         limit=rules.limit,
@@ -483,7 +483,7 @@ def too_large(state: State, window: int, known: Mapping[str, Shape]) -> Resource
     """Build the error for a model that does not fit even with the least window.
 
     Args:
-        state: what was decided on.
+        state: everything to decide on.
         window: the least window.
         known: other models of the server, by name.
     """
@@ -498,11 +498,12 @@ def too_large(state: State, window: int, known: Mapping[str, Shape]) -> Resource
     ways: list[Way] = []
     if smaller:
         ways.append(({"kind": "context_window", "context_window": smaller}, f"ask for `context_window={smaller}`"))
-    ways += [*_plan_load(state), *_fitting(state, known)][:1]
+    ways += [*_loaded_model(state), *_fitting_models(state, known)][:1]
     if later:
         missing = needs.total - room.bytes
         free = "close programs" if room.binding == "live" else "unload models elsewhere"
         ways.append(({"kind": "free_memory", "bytes": missing}, f"{free} that hold {gb(missing)}"))
+    ways = ways[:2]
     hint = ", or ".join([*(words for _, words in ways or [({}, "use a smaller model")]), "go on with `force=True`"])
     return ResourceLimitExceeded(
         f"`{state.query.model}` needs {gb(needs.total)} with a window of {window} tokens; {where}.",
@@ -528,13 +529,13 @@ def _elsewhere(state: State) -> str:
     return f"; models in use elsewhere on this Mac take {gb(state.elsewhere)}" if state.elsewhere else ""
 
 
-def _plan_load(state: State) -> Iterator[Way]:
+def _loaded_model(state: State) -> Iterator[Way]:
     """Offer the first other model that is already loaded."""
     for each in [each for each in state.others if not each.loading and not each.small][:1]:
         yield {"kind": "model", "model": each.name, "loaded": True}, f"use `{each.name}`, which is loaded"
 
 
-def _fitting(state: State, known: Mapping[str, Shape]) -> Iterator[Way]:
+def _fitting_models(state: State, known: Mapping[str, Shape]) -> Iterator[Way]:
     """Offer other models of the server that fit, for the same purpose."""
     for name, shape in known.items():
         same = shape.embeds == state.shape.embeds
