@@ -1,4 +1,4 @@
-"""What hooks are given: calls, requests, queries, events. Each grows by fields with defaults, never by parameters."""
+"""What hooks receive: calls, requests, queries, events. Each grows by fields with defaults, never by parameters."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Budget:
-    """Retries that a connection can afford, so that a sick server is not hammered.
+    """The retries that a connection has left, so that a failing server does not receive even more requests.
 
-    A token bucket as in the AWS SDKs' standard mode: a retry takes `cost`, a call that works at once gives `refill`.
+    It is a token bucket, as in the standard mode of the AWS SDKs: a retry takes `cost` tokens, and a call that succeeds
+    at the first attempt adds `refill`.
     """
 
     capacity: float = 100.0
@@ -82,7 +83,7 @@ class Budget:
         self._tokens = self.capacity
 
     def spend(self) -> bool:
-        """Take the price of one retry; False where it cannot be paid."""
+        """Take the tokens of one retry; return False if there are too few."""
         with self._lock:
             if self._tokens < self.cost:
                 return False
@@ -90,29 +91,29 @@ class Budget:
             return True
 
     def earn(self) -> None:
-        """Give back a little after a call that worked at once."""
+        """Add tokens after a call that succeeded at the first attempt."""
         if self._tokens < self.capacity:
             with self._lock:
                 self._tokens = min(self.capacity, self._tokens + self.refill)
 
 
 class Waiting(Protocol):
-    """How a client waits: by blocking, or by awaiting. A provider uses it through its call, and needs no asyncio."""
+    """How a client waits: it blocks or it awaits. A provider uses it through its `Call`, and needs no asyncio."""
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for some seconds."""
         ...
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run code that blocks; an async client runs it in a thread."""
+        """Run code that blocks; an async client uses a thread."""
         ...
 
     async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do what gives back what hooks have opened, where they have opened it."""
+        """Close what hooks have opened, in the event loop in which they opened it."""
         ...
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
-        """Wait until a future is done, whatever came of it.
+        """Wait until a future is done, with a result or an error.
 
         Raises:
             TimeoutError: the deadline, in seconds on the monotonic clock, passed first.
@@ -121,22 +122,22 @@ class Waiting(Protocol):
 
 
 class Blocking:
-    """Waits by blocking the thread: its coroutines never suspend."""
+    """A `Waiting` that blocks the thread: its coroutines never suspend."""
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        time.sleep(seconds)  # noqa: ASYNC251 - that is its way
+        """Block for some seconds."""
+        time.sleep(seconds)  # noqa: ASYNC251 - blocking is the purpose
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run code that blocks."""
         return function(*arguments)
 
     async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Give back what hooks have opened."""
+        """Close what hooks have opened."""
         await work()
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
-        """Wait until a future is done, whatever came of it.
+        """Block until a future is done, with a result or an error.
 
         Raises:
             TimeoutError: the deadline passed first.
@@ -145,48 +146,48 @@ class Blocking:
 
 
 class Owned(Protocol):
-    """What a call has opened."""
+    """Something that a call has opened."""
 
     async def close(self) -> None:
-        """Give it back. Safe to call twice."""
+        """Close it. A second call does nothing."""
         ...
 
 
 def _tell_nobody(_kind: str, **_facts: Any) -> None:
-    """The `emit` of a call that nobody observes."""
+    """Ignore an event: the call has no observers."""
 
 
 MAX_OBJECTS: Final = 100_000
-"""Objects and lists in one line or one JSON answer, and tool calls and log-probabilities in a whole answer. In memory,
-each takes many times the bytes that it is sent in."""
+"""The most objects and lists in one line or one JSON response, and tool calls and log-probabilities in one reply. Each
+takes many times more memory than bytes on the network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What every operation's request carries about the call itself."""
+    """The part of every request that describes the call itself."""
 
     operation: Operation = ""
     """The name of the hook."""
     model: str | None = None
     deadline: float = math.inf
-    """Seconds on the monotonic clock: after this the call has failed. Infinite for a pull."""
+    """The time on the monotonic clock, in seconds, at which the call fails. Infinite for a pull."""
     timeouts: Timeouts = field(default_factory=Timeouts)
     attempts: int = 3
-    """How often a safe failure may be tried, the first time included."""
+    """How often a request may be sent, including the first time, if a retry is safe."""
     budget: Budget | None = None
-    """Retries this connection can still afford."""
+    """The retries that this connection has left."""
     max_reply_bytes: int = 64 * 1024 * 1024
     whole: bool = False
-    """Nobody sees single chunks: those that come together may be one."""
+    """The caller receives only the whole reply, so chunks that arrive together may be merged."""
     emit: Callable[..., None] = field(default=_tell_nobody, repr=False)
-    """Tells observers: `emit("retry", attempt=1, delay=0.1, error=error)`; the core adds the rest of the `Event`."""
+    """Notify observers: `emit("retry", attempt=1, delay=0.1, error=error)`. The core adds the rest of the `Event`."""
     waiting: Waiting = field(default_factory=Blocking, repr=False)
-    """How its client waits."""
+    """How the client waits."""
     opened: dict[int, Owned] = field(default_factory=dict, repr=False)
-    """What the toolkit has opened for it: closed at its end, however the author's code ended."""
+    """What the toolkit has opened for the call. The core closes it at the end, even if the hook failed."""
 
     async def release(self) -> None:
-        """Close what is still open."""
+        """Close what the call has left open."""
         if self.opened:
             await self.waiting.finish(self._close_opened)
 
@@ -195,7 +196,7 @@ class Call:
             await self.opened.popitem()[1].close()
 
     def timed_out(self, phase: Phase = "total") -> ProviderTimeout:
-        """The error for a limit that has passed."""
+        """Return the error for a time limit that has passed."""
         what = {
             "connect": "The server could not be reached within",
             "first_token": "The server gave no first token within",
@@ -208,22 +209,22 @@ class Call:
         return ProviderTimeout(f"{what} {seconds:g} s.", phase=phase, hint=hint)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait, in the way of the client."""
+        """Wait in the client's way."""
         await self.waiting.sleep(seconds)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run code that blocks, in the way of the client: an async one runs it in a thread."""
+        """Run code that blocks in the client's way: an async client uses a thread."""
         return await self.waiting.run(function, *arguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happened, for observers and logs. Never holds a prompt or an answer."""
+    """Something that happened, for observers and logs. It never holds a prompt or a reply."""
 
     kind: Literal[
         "start", "admitted", "attempt", "retry", "prompt_progress", "first_chunk", "progress", "finish", "error"
     ]
-    """One `start` and one `finish` or `error` for each call; the rest between them."""
+    """Each call has one `start` and one `finish` or `error`; the others are between them."""
     call_id: str
     operation: Operation
     provider: str
@@ -242,7 +243,7 @@ class Event:
     timings: Timings | None = None
     progress: PullProgress | None = None
     prompt: PromptProgress | None = None
-    """With `prompt_progress`: how far the prompt has been read, where the provider tells."""
+    """With `prompt_progress`: how much of the prompt has been read."""
 
 
 # --- Requests: the one argument of each hook -------------------------------------------------------------------------
@@ -250,25 +251,25 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRequest:
-    """What `close` is asked."""
+    """The argument of `close`."""
 
     call: Call = field(default_factory=Call)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """What `chat` is asked, and `count_tokens`."""
+    """The argument of `chat` and of `count_tokens`."""
 
     call: Call
     model: str
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     format: Mapping[str, Any] | Literal["json"] | None = None
-    """A JSON schema, or any JSON."""
+    """A JSON schema; `json` allows any JSON."""
     think: bool | str | None = None
-    """Whether to think first, or how hard: `low`, `medium`, `high`, or any other level: the server is the judge."""
+    """Whether to think first, or how hard: `low`, `medium`, `high`, or another level that the server knows."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Checked by the core against `Capabilities.options`, by name, type and range."""
+    """The core has checked their names against `Capabilities.options`, and the types and ranges of those it knows."""
     keep_alive: float | None = None
     context_window: int | None = None
     max_tokens: int | None = None
@@ -277,16 +278,16 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """What `generate` is asked."""
+    """The argument of `generate`."""
 
     call: Call
     model: str
     prompt: str
     suffix: str | None = None
-    """What comes after the gap that the model is to fill."""
+    """The text after the gap that the model fills."""
     system: str | None = None
     raw: bool = False
-    """Send the prompt as it is, without the model's template."""
+    """Send the prompt unchanged, without the model's template."""
     images: tuple[Image, ...] = ()
     format: Mapping[str, Any] | Literal["json"] | None = None
     think: bool | str | None = None
@@ -299,14 +300,14 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedRequest:
-    """What `embed` is asked."""
+    """The argument of `embed`."""
 
     call: Call
     model: str
     inputs: tuple[str, ...]
     dimensions: int | None = None
     truncate: bool = True
-    """Cut an input that does not fit; otherwise it is a `ContextOverflow`."""
+    """Cut an input that does not fit; if False, raise `ContextOverflow`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     keep_alive: float | None = None
     context_window: int | None = None
@@ -314,7 +315,7 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankRequest:
-    """What `rerank` is asked."""
+    """The argument of `rerank`."""
 
     call: Call
     model: str
@@ -327,23 +328,23 @@ class RerankRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthRequest:
-    """What `health` is asked."""
+    """The argument of `health`."""
 
     call: Call
     level: HealthLevel = "api"
     model: str | None = None
     context_window: int | None = None
-    """For `answers`, as of a chat: the model must not be loaded otherwise than its users want it."""
+    """For the level `answers`, as for a chat: the check must not load the model with another window."""
     keep_alive: float | None = None
 
     def wants(self, level: HealthLevel) -> bool:
-        """Whether the check goes up to this level."""
+        """Return whether the check includes this level."""
         return HEALTH_LEVELS.index(self.level) >= HEALTH_LEVELS.index(level)
 
     def result(self, found: Mapping[str, Any], error: Exception | None = None) -> Health:
-        """The answer: what was found of each level. With an error, the first level not reached is where it failed.
+        """Return the `Health` for what was found at each level. After an error, the first level without a value failed.
 
-        Whether a server is `reachable` need not be found: any error of its own shows that it is.
+        `found` may omit `reachable`: any error except a failed connection shows that the server is.
         """
         levels = dict(found)
         if error is not None:
@@ -356,21 +357,21 @@ class HealthRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsRequest:
-    """What `list_models` and `loaded_models` are asked."""
+    """The argument of `list_models` and of `loaded_models`."""
 
     call: Call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeRequest:
-    """What `native` is asked."""
+    """The argument of `native`."""
 
     call: Call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
-    """What `show_model`, `pull_model`, `unload_model` and `delete_model` are asked."""
+    """The argument of `show_model`, `pull_model`, `unload_model` and `delete_model`."""
 
     call: Call
     model: str
@@ -378,32 +379,32 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadModelRequest:
-    """What `load_model` is asked."""
+    """The argument of `load_model`."""
 
     call: Call
     model: str
     keep_alive: float | None = None
     context_window: int | None = None
-    """The window that the next requests will have: another one would load the model again."""
+    """The window of the next requests: another one would load the model again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadAdapterRequest:
-    """What `load_adapter` is asked."""
+    """The argument of `load_adapter`."""
 
     call: Call
     adapter: Adapter
     model: str
     """The base model."""
     force: bool = False
-    """Load it although it may not fit: the caller said so."""
+    """The caller wants it loaded even if it may not fit."""
     keep_alive: float | None = None
     context_window: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadAdapterRequest:
-    """What `unload_adapter` is asked."""
+    """The argument of `unload_adapter`."""
 
     call: Call
     adapter: LoadedAdapter
@@ -411,37 +412,37 @@ class UnloadAdapterRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneAdaptersRequest:
-    """What `prune_adapters` is asked."""
+    """The argument of `prune_adapters`."""
 
     call: Call
     keep: tuple[str, ...] = ()
-    """Names of models to leave alone."""
+    """Names of models to keep."""
     older_than: float | None = None
-    """Seconds since a model was made; younger ones are left alone."""
+    """Keep models that were made less than this many seconds ago."""
     dry_run: bool = True
-    """Only say what would go."""
+    """Delete nothing: only return the models that would be deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolveRequest:
-    """What `resolve_adapter` is asked."""
+    """The argument of `resolve_adapter`."""
 
     reference: str
     model: str
     """The base model's name on the provider."""
     provider: str = ""
     base: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
-    """Facts about the base model: asked on the first call, then remembered."""
+    """Return facts about the base model; only the first call sends a request."""
     show: Callable[[str], ModelInfo | None] = field(default=lambda _name: None, repr=False)
-    """Facts about any model of the server; `None` where it has none of that name or cannot tell."""
+    """Return facts about any model of the server; `None` if there is no such model or the facts are unknown."""
     settings: PluginSettings | None = None
-    """An instance of what the plugin's `settings_model` returned; `None` where it has no such hook."""
+    """An instance of the class from the plugin's `settings_model`; `None` without that hook."""
     call: Call = field(default_factory=Call)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListAdaptersRequest:
-    """What `list_adapters` is asked."""
+    """The argument of `list_adapters`."""
 
     settings: PluginSettings | None = None
     """As for `resolve_adapter`."""
@@ -450,27 +451,27 @@ class ListAdaptersRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsQuery:
-    """What a policy may know of a request before it is admitted."""
+    """The argument of `resource_limits`: what a policy may know about a request before it is admitted."""
 
     operation: Operation
     provider: str
     address: str
     model: str
     context_window: int | None = None
-    """As the caller set it."""
+    """The caller's value."""
     max_tokens: int | None = None
     keep_alive: float | None = None
     prompt_characters: int | None = None
     adapter: str | None = None
     force: bool = False
-    """The caller wants it done all the same: a refusal and a clamp become warnings on the reply."""
+    """The caller ignores limits: a refusal or a lowered value becomes a warning on the reply."""
     model_info: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
-    """Facts about the model: asked on the first call, then remembered; `None` where the provider cannot tell."""
+    """Return facts about the model, looked up once per connection; `None` if unknown."""
     loaded_models: Callable[[], tuple[LoadedModel, ...] | None] = field(default=lambda: None, repr=False)
-    """What is in memory: asked once for each request; `None` where the provider cannot tell."""
+    """Return the models in memory, looked up once per request; `None` if unknown."""
     models: Callable[[], tuple[ModelInfo, ...] | None] = field(default=lambda: None, repr=False)
-    """What could be asked instead: asked once for each request; `None` where the provider cannot tell."""
+    """Return the models that could reply instead, looked up once per request; `None` if unknown."""
     in_use: Callable[[], Mapping[str, int]] = field(default=dict, repr=False)
-    """Models that admitted requests of this process use or wait for, and how many requests."""
+    """Return the models that admitted requests of this process use or wait for, with the number of requests."""
     settings: PluginSettings | None = None
-    """An instance of what the plugin's `settings_model` returned; `None` where it has no such hook."""
+    """An instance of the class from the plugin's `settings_model`; `None` without that hook."""

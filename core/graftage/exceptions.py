@@ -3,7 +3,7 @@
     GraftageError
     ├── SettingsError               a setting is unknown or wrong, and where it came from
     ├── PluginError
-    │   ├── ProviderNotFound        nothing of that name is installed
+    │   ├── ProviderNotFound        no provider of that name is installed
     │   ├── PluginConflict          two distributions claim one name
     │   └── PluginLoadError         import, signature or version is wrong; cause attached
     ├── ProviderError               .provider .model .operation .status .retryable .attempts .suggestions .partial
@@ -13,24 +13,24 @@
     │   ├── AuthenticationFailed
     │   ├── ModelNotFound           close names in .suggestions
     │   ├── ModelLoadFailed         .reason: memory, incompatible, crashed, timeout
-    │   ├── RequestRejected         the request is wrong, says the server or Graftage before sending
-    │   ├── CapabilityUnsupported   refused before sending where it can be known
+    │   ├── RequestRejected         the request is invalid; refused by the server, or by Graftage before sending
+    │   ├── CapabilityUnsupported   the provider or model cannot do it; refused before sending if known
     │   ├── ContextOverflow         the prompt does not fit, or was cut
     │   ├── Overloaded              queue full or rate limited; .retry_after
-    │   ├── QuotaExceeded           a plan's limit is used up, or does not cover it; .retry_after
-    │   ├── InferenceFailed         the model or its runner failed, or what the model wrote cannot be read
-    │   ├── StreamInterrupted       the stream ended before it was done; .partial
-    │   └── ProtocolError           the answer is not what the API promises
-    ├── AdapterError
-    │   ├── AdapterNotFound         what each resolver said
+    │   ├── QuotaExceeded           a plan's limit is used up, or the plan lacks the model; .retry_after
+    │   ├── InferenceFailed         the model or its runner failed, or its output cannot be read
+    │   ├── StreamInterrupted       the stream ended too early; .partial
+    │   └── ProtocolError           the response is not what the API promises
+    ├── AdapterError                .reference .reasons
+    │   ├── AdapterNotFound         no resolver knows the reference
     │   ├── AdapterInvalid          malformed, unsafe or unsupported file
-    │   ├── AdapterIncompatible     reasons
-    │   └── AdapterUnsupported      this provider or server version cannot load it; what can
+    │   ├── AdapterIncompatible     the adapter does not fit the base model
+    │   └── AdapterUnsupported      this provider or server version cannot load it
     └── ResourceLimitExceeded       .limit .value .plugin .reason
 
-Building an error writes no log line and keeps no reference to the mappings it was given.
-All of them pickle and copy. Their text never holds a prompt or an answer; `GraftageError.partial` does.
-Wrong use of an object, such as a client after `close`, is a `RuntimeError` and not in this tree.
+Creating an error writes no log line and keeps no reference to the mappings passed to it.
+All errors can be pickled and copied. Their text never holds a prompt or a reply; `GraftageError.partial` does.
+Misuse of an object, such as a client after `close`, is a `RuntimeError` and not in this tree.
 """
 
 from __future__ import annotations
@@ -73,33 +73,33 @@ __all__ = [
 
 
 class GraftageError(Exception):
-    """The one class to catch around everything Graftage does. A chain does not fall back unless a class says so."""
+    """The base class of every error here. A chain does not fall back unless a class says so."""
 
     default_falls_back: ClassVar[bool] = False
     partial: Reply | None = None
-    """What had been received when it failed: text, thinking and tool calls."""
+    """What was received before the failure: text, thinking and tool calls."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         """What went wrong, in one sentence."""
         self.hint = hint
-        """The way out, where one is known."""
+        """What to do about it, if known."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
 
     @property
     def falls_back(self) -> bool:
-        """Whether a chain asks its next provider after this error: it could not begin to answer, and another may."""
+        """Whether a chain asks its next provider after this error: this one did not begin a reply, and another may."""
         return self.default_falls_back
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception.__reduce__ would call the class with its positional arguments alone.
+        # `Exception.__reduce__` would call the class with positional arguments only.
         return (_rebuild, (type(self), self.args, self.__dict__.copy()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as plain data, for a log or a web answer; without `partial`, which holds model output."""
+        """Return the error as plain data for a log or an HTTP response, without `partial`, which holds model output."""
         fields = {name: value for name, value in vars(self).items() if name != "partial"}
         return {"error": type(self).__name__, **fields}
 
@@ -112,7 +112,7 @@ def _rebuild(kind: type[GraftageError], args: tuple[Any, ...], state: dict[str, 
 
 
 class SettingsError(GraftageError):
-    """A setting is unknown or its value is wrong."""
+    """A setting is unknown or its value is invalid."""
 
     def __init__(self, message: str, *, key: str | None = None, source: str | None = None, hint: str | None = None):
         super().__init__(message, hint=hint)
@@ -137,25 +137,25 @@ class PluginError(GraftageError):
         self.plugin = plugin
         """The plugin's name."""
         self.distributions = tuple(distributions)
-        """The distributions it came from, each as `name version`."""
+        """The distributions that it came from, each as `name version`."""
 
 
 class ProviderNotFound(PluginError):
-    """No provider of that name is installed; the message lists those that are."""
+    """No provider of that name is installed; the message lists the installed ones."""
 
 
 class PluginConflict(PluginError):
-    """Two distributions claim one plugin name; uninstall or disable one of those in `distributions`."""
+    """Two distributions claim one plugin name; uninstall or disable one of `distributions`."""
 
 
 class PluginLoadError(PluginError):
-    """A plugin could not be imported, has a wrong hook, or needs another Graftage; the cause is attached."""
+    """A plugin could not be imported, has an invalid hook, or needs another version of Graftage."""
 
 
 class ProviderError(GraftageError):
-    """A provider, or the server behind it, could not do what was asked.
+    """A provider, or the server behind it, could not do what a call asked for.
 
-    Each class says whether a retry is safe; `retryable` says it of the instance.
+    The docstring of each class says whether a retry is safe; `retryable` says so for one error.
     """
 
     default_retryable: ClassVar[bool] = False
@@ -178,24 +178,24 @@ class ProviderError(GraftageError):
         self.provider = provider
         """The provider's plugin name."""
         self.model = model
-        """The model that was asked for."""
+        """The requested model."""
         self.operation = operation
         """The operation, such as `chat`."""
         self.status = status
-        """The HTTP status, where there was one."""
+        """The HTTP status, if there was one."""
         self.retryable = self.default_retryable if retryable is None else retryable
-        """Whether the same request may succeed if it is sent again; not where a part of the answer has come."""
+        """Whether the same request may succeed if it is sent again. False once a part of the reply has arrived."""
         self.attempts = 1
-        """How often it was tried."""
+        """How often the request was sent."""
         self.suggestions = tuple(suggestions)
         """Names that were probably meant."""
         self.partial = partial
         self.details = dict(details or {})
-        """Facts for a program, such as the server's own words under `server_message`."""
+        """Facts for a program, such as the server's message under `server_message`."""
 
 
 class ConnectionFailed(ProviderError):
-    """Nothing answered at that address, or the connection broke before an answer. Retrying is safe.
+    """Nothing answered at the address, or the connection broke before a response. Retrying is safe.
 
     A chain falls back.
     """
@@ -205,9 +205,9 @@ class ConnectionFailed(ProviderError):
 
 
 class ProviderTimeout(ProviderError):
-    """A time limit passed. Retrying is safe only for `connect`: the server may still be working on the rest.
+    """A time limit passed. Retrying is safe only for `connect`: otherwise the server may still be at work.
 
-    A chain falls back where `phase` is `connect` or `first_token`.
+    A chain falls back if `phase` is `connect` or `first_token`.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class ProviderTimeout(ProviderError):
 
 
 class AuthenticationFailed(ProviderError):
-    """The server wants a key, a sign-in, or another host name. Retrying does not help. A chain falls back."""
+    """The server requires a key, a sign-in, or another host name. Retrying does not help. A chain falls back."""
 
     default_falls_back = True
 
@@ -241,7 +241,7 @@ class ModelNotFound(ProviderError):
 
 
 class ModelLoadFailed(ProviderError):
-    """The model could not be brought into memory. Retrying is safe only where `reason` is `crashed`.
+    """The model could not be loaded into memory. Retrying is safe only if `reason` is `crashed`.
 
     A chain falls back.
     """
@@ -262,14 +262,14 @@ class ModelLoadFailed(ProviderError):
 
 
 class RequestRejected(ProviderError):
-    """The request is wrong: says the server, or Graftage before sending it. Retrying does not help.
+    """The request is invalid: the server refused it, or Graftage did before sending it. Retrying does not help.
 
-    A chain never falls back: the next provider would be sent the same mistake.
+    A chain never falls back, because the next provider would receive the same mistake.
     """
 
 
 class CapabilityUnsupported(ProviderError):
-    """The provider or the model cannot do that. Retrying does not help. A chain falls back."""
+    """The provider or the model cannot do this. Retrying does not help. A chain falls back."""
 
     default_falls_back = True
 
@@ -277,7 +277,7 @@ class CapabilityUnsupported(ProviderError):
 class ContextOverflow(ProviderError):
     """The prompt does not fit into the context window. Retrying does not help; a larger window may.
 
-    A chain falls back: the next model may have one.
+    A chain falls back, because the next model may have one.
     """
 
     default_falls_back = True
@@ -292,11 +292,11 @@ class Overloaded(ProviderError):
     def __init__(self, message: str, *, retry_after: float | None = None, **attributes: Any) -> None:
         super().__init__(message, **attributes)
         self.retry_after = retry_after
-        """Seconds to wait, where the server named them."""
+        """Seconds to wait, if the server gave a time."""
 
 
 class QuotaExceeded(ProviderError):
-    """A plan's limit is used up, or the plan does not cover the model. Retrying does not help before `retry_after`.
+    """A plan's limit is used up, or the plan does not include the model. Retrying does not help before `retry_after`.
 
     A chain falls back.
     """
@@ -306,13 +306,13 @@ class QuotaExceeded(ProviderError):
     def __init__(self, message: str, *, retry_after: float | None = None, **attributes: Any) -> None:
         super().__init__(message, **attributes)
         self.retry_after = retry_after
-        """Seconds until it is renewed, where the server named them."""
+        """Seconds until the limit is renewed, if the server gave a time."""
 
 
 class InferenceFailed(ProviderError):
-    """The model or its runner failed while answering, or what the model wrote cannot be read: a call of a tool, JSON.
+    """The model or its runner failed during a reply, or its output cannot be read: a tool call, JSON.
 
-    Retrying is safe where `retryable` says so. A chain falls back where `retryable` says so, too.
+    If `retryable` is true, retrying is safe, and a chain falls back.
     """
 
     @property
@@ -322,15 +322,15 @@ class InferenceFailed(ProviderError):
 
 
 class StreamInterrupted(ProviderError):
-    """The answer ended before it was done; what came is in `partial`. Retrying is safe where nothing came."""
+    """The reply ended too early; `partial` has what arrived. Retrying is safe if nothing arrived."""
 
 
 class ProtocolError(ProviderError):
-    """The answer is not what the API promises: another service, a proxy, or a broken server."""
+    """The response is not what the API promises: it is from another service, a proxy, or a broken server."""
 
 
 class AdapterError(GraftageError):
-    """A LoRA adapter could not be found, read, proven or applied."""
+    """A LoRA adapter could not be found, read, checked or applied."""
 
     def __init__(
         self,
@@ -342,17 +342,17 @@ class AdapterError(GraftageError):
     ) -> None:
         super().__init__(message, hint=hint)
         self.reference = reference
-        """The adapter as it was asked for."""
+        """The reference that the caller gave."""
         self.reasons = tuple(reasons)
         """Every reason found, not only the first."""
 
 
 class AdapterNotFound(AdapterError):
-    """No resolver knows the reference; `reasons` tells what each one said."""
+    """No resolver knows the reference; `reasons` has the result of each."""
 
 
 class AdapterInvalid(AdapterError):
-    """The file is malformed, unsafe, or of a kind that is not supported."""
+    """The file is malformed, unsafe, or of an unsupported kind."""
 
 
 class AdapterIncompatible(AdapterError):
@@ -360,7 +360,7 @@ class AdapterIncompatible(AdapterError):
 
 
 class AdapterUnsupported(AdapterError):
-    """This provider, or this version of its server, cannot load the adapter; `reasons` tells what was tried.
+    """This provider, or this version of its server, cannot load the adapter; `reasons` lists what was tried.
 
     A chain falls back.
     """
@@ -371,7 +371,7 @@ class AdapterUnsupported(AdapterError):
 class ResourceLimitExceeded(GraftageError):
     """A policy refused the request because the machine cannot take it.
 
-    A chain falls back: the next provider may be elsewhere, or its model smaller.
+    A chain falls back, because the next provider may run elsewhere or have a smaller model.
     """
 
     default_falls_back = True
@@ -391,10 +391,10 @@ class ResourceLimitExceeded(GraftageError):
         self.limit = limit
         """The limit's name, such as `context_window`."""
         self.value = value
-        """The largest value that would have been admitted, where there is one."""
+        """The largest value that would have been admitted, if there is one."""
         self.plugin = plugin
-        """The policy that refused."""
+        """The plugin whose policy refused."""
         self.reason = reason
-        """Why, with figures."""
+        """The reason, with figures."""
         self.details = dict(details or {})
         """The figures for a program, such as `required` and `available` in bytes."""

@@ -1,23 +1,24 @@
-"""The contract: every hook a plugin can implement, in the order in which things happen.
+"""The contract: every hook that a plugin can implement, in the order in which the core calls them.
 
 A **provider** is found through the entry-point group `graftage.providers` and loaded only when it is chosen. It
-implements `connect`, which returns a **connection**: an object with the hooks of the operations it can do, each marked
-with `hookimpl`. A **plugin** is found through `graftage.plugins` and may implement policies, adapters and observers.
+implements `connect`, which returns a **connection**: an object with a hook for each operation that it supports, each
+marked with `hookimpl`. A **plugin** is found through `graftage.plugins` and may implement policies, adapters and
+observers.
 
 Each hook takes one frozen object from `graftage.calls` and grows by fields of that object, never by parameters. An
-operation that a connection does not implement is `CapabilityUnsupported` before anything is sent. Several calls may run
-at once. Errors are raised as `graftage.exceptions` names them; whatever else escapes is wrapped.
+operation that a connection does not implement raises `CapabilityUnsupported` before anything is sent. Several calls may
+run at the same time. Raise the classes of `graftage.exceptions`; the core wraps any other error.
 
-**One hook, one name, one colour**: an author writes each operation of a connection once, and both clients use it.
+**Write each operation once**: both clients use it, whether it is sync or async.
 
-- `async def` (for a stream an async generator) on the toolkit, `graftage.http` and `request.call`: awaited by an async
-  client; under a sync one the toolkit's coroutines block, and never suspend.
-- `async def` that awaits something of its own: the connection says so with `needs_event_loop = True`, and runs on one
+- `async def` that awaits only the toolkit, `graftage.http` and `request.call` (for a stream, an async generator). An
+  async client awaits it. Under a sync client the toolkit's coroutines block and never suspend.
+- `async def` that awaits anything else. Set `needs_event_loop = True` on the connection: its hooks then run on one
   event loop in the background, under both clients.
-- `def` (for a stream a generator): in a thread of the core, from its start to the end of its iterator. The call does
-  not wait for it past its limits, so it need not keep them.
+- `def` (for a stream, a generator). It runs in a thread of the core until its iterator ends. It does not have to keep
+  time limits, because the call does not wait for it after they pass.
 
-All other hooks are `def`, and are called where their caller is.
+All other hooks are `def`. The core calls them in the thread that needs them.
 """
 
 from __future__ import annotations
@@ -111,11 +112,11 @@ __all__ = [
 
 hookspec = pluggy.HookspecMarker("graftage")
 hookimpl = pluggy.HookimplMarker("graftage")
-"""Marks an implementation: `@hookimpl` above a method or function named like the hook."""
+"""Mark an implementation: write `@hookimpl` above a method or function that has the hook's name."""
 
 
 class MakeHttp(Protocol):
-    """What `ConnectRequest.http` is."""
+    """The type of `ConnectRequest.http`."""
 
     def __call__(
         self,
@@ -126,20 +127,20 @@ class MakeHttp(Protocol):
         server: str = "the server",
         transport: Callable[[Callable[[], Transport]], Transport] | None = None,
     ) -> Http:
-        """A client for one server, closed with the connection; it opens nothing until the first request.
+        """Make an HTTP client for one server. It opens nothing before its first request. The core closes it.
 
         Args:
-            base_url: scheme, host, port, and a path that is put before that of each request. A user and a password in
-                it are sent as Basic authorization.
-            headers: sent with each request, besides `api_key` as a bearer token and `headers` of the settings.
-            refusal: the author's own table of errors; what it passes is typed by the status.
-            server: who refuses, for messages: `Ollama`.
-            transport: builds the author's own transport, which stands in the place of the network; it is given what
-                makes the network, in the colour of the client.
+            base_url: scheme, host, port, and a path that goes before the path of each request. A user and a password
+                in it are sent as Basic authorization.
+            headers: sent with each request, in addition to `api_key` as a bearer token and `headers` of the settings.
+            refusal: maps error responses to errors; if it returns None, the status decides.
+            server: the server's name in messages, such as `Ollama`.
+            transport: builds a custom transport that replaces the network. Its argument is a function that makes the
+                network's transport, sync or async as the client is.
 
         Raises:
-            SettingsError: `base_url` is no http or https URL, has a query or a fragment, or a password that would go in
-                clear.
+            SettingsError: `base_url` is not an http or https URL, has a query or a fragment, or has a password that
+                would be sent without encryption.
         """
         ...
 
@@ -150,45 +151,45 @@ def _no_http(base_url: str, **_: object) -> Http:  # noqa: ARG001 - the shape is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectRequest:
-    """What `connect` is asked."""
+    """The argument of `connect`."""
 
     name: str
     """The provider's plugin name."""
     settings: Settings
-    """An instance of what `settings_model` returned."""
+    """An instance of the class from `settings_model`."""
     http: MakeHttp = field(default=_no_http, repr=False)
-    """Makes a client of the toolkit for a server."""
+    """Make the toolkit's HTTP client for a server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswersRequest:
-    """What `answers` is asked."""
+    """The argument of `answers`."""
 
     name: str
     """The provider's plugin name."""
     settings: Settings
-    """An instance of what `settings_model` returned."""
+    """An instance of the class from `settings_model`."""
     given: frozenset[str] = frozenset()
-    """The settings that were given to Graftage: by an argument, a variable of its own, or its file. What comes from the
-    variable of another tool is not among them."""
+    """The names of the settings that the user gave to Graftage: by an argument, one of its variables, or its file.
+    Settings from the variables of other tools are not included."""
 
 
 # --- A provider plugin: the module or object behind an entry point of `graftage.providers` ---------------------------
 
 
 class Connect(Protocol):
-    """What every provider plugin implements."""
+    """Open a provider. Every provider plugin implements this hook."""
 
     @hookspec(firstresult=True)
     def connect(self, request: ConnectRequest) -> object:
         """Called once for each client, when its provider is chosen.
 
-        Return the connection: an object whose methods implement the hooks below. It opens nothing until an operation
-        needs it, since connecting must be cheap. It may have three attributes:
+        Return the connection: an object whose methods implement the hooks below. Connecting must be cheap, so open
+        nothing before an operation needs it. The connection may have three attributes:
 
-        - `address`, the server's address in words, which names the slots that limits are held on;
-        - `default_model`, which is asked where nobody names a model;
-        - `needs_event_loop = True`, where its hooks await more than the toolkit.
+        - `address`: the server's address as text; connections with the same address share their limits;
+        - `default_model`: the model to use if neither the caller nor the settings name one;
+        - `needs_event_loop = True`: its hooks await more than the toolkit.
 
         Raises:
             SettingsError: a setting cannot be used.
@@ -199,16 +200,17 @@ class Connect(Protocol):
 
 
 class SettingsModel(Protocol):
-    """What a provider or any other plugin implements to have settings of its own."""
+    """Declare settings, for a provider or any other plugin."""
 
     @hookspec(firstresult=True)
     def settings_model(self) -> type[PluginSettings]:
-        """Called once for each client, to know which settings to look for.
+        """Called once for each client, before its settings are read.
 
-        A provider returns a subclass of `graftage.settings.Settings`, and finds an instance in `ConnectRequest`;
-        without this hook it has the common settings. Another plugin returns a subclass of `PluginSettings`, and finds
-        an instance in each of its requests: clients differ, so its object keeps none. What a host gave to the object
-        when it built it stands in the object's `arguments`, a mapping, and wins over all other sources.
+        A provider returns a subclass of `graftage.settings.Settings` and receives an instance in `ConnectRequest`.
+        Without this hook it has the common settings. Another plugin returns a subclass of `PluginSettings` and receives
+        an instance in each request. The plugin must not keep it, because clients have different settings. A plugin
+        object may have `arguments`, a mapping of the settings that the host application passed to its constructor: they
+        win over all other sources.
 
         Since 0.1.
         """
@@ -216,36 +218,36 @@ class SettingsModel(Protocol):
 
 
 class Answers(Protocol):
-    """What a provider plugin implements to be found where nobody chose a provider."""
+    """Take part in the choice of a provider if the user has not named one."""
 
     @hookspec(firstresult=True)
     def answers(self, request: AnswersRequest) -> int | None:
-        """Called where nobody chose; the provider with the highest rank whose `health` is well at `api` is taken.
+        """Called if no provider was named. The core takes the highest rank whose `health` is ok at the level `api`.
 
-        Return a rank, or None for "not me". A server is asked by `health`, not here. No prompt may leave this machine
-        unless its user said so: an address elsewhere has no rank unless `host` is in `request.given`.
+        Return a rank, or None to decline. Send nothing here: `health` asks the server. Prompts must not leave this
+        machine without the user's consent, so return None for a remote address unless `host` is in `request.given`.
 
         Since 0.1.
         """
         ...
 
 
-# --- A connection: `chat` is required, and all else is optional ------------------------------------------------------
+# --- A connection: `chat` is required, the others are optional -------------------------------------------------------
 
 
 class Chat(Protocol):
-    """Answer a conversation."""
+    """Reply to a conversation."""
 
     @hookspec(firstresult=True)
     def chat(self, request: ChatRequest) -> Stream[Chunk]:
-        """Called for each chat, streamed or not: a plain answer is a fold over the chunks.
+        """Called for each chat, streamed or not: the core joins the chunks into a whole reply.
 
-        Return an iterator. Nothing need happen before its first `next`; closing it must stop the work. The last chunk,
-        and no other, has a `finish_reason`; an end without one is a `StreamInterrupted`. Retry only what is safe, and
-        only before the first chunk (`graftage.retry`). Keep to `request.call.deadline` and `request.call.timeouts`.
+        Return an iterator. It may do nothing before the first `next`; closing it must stop the work. Only the last
+        chunk has a `finish_reason`; an end without one becomes `StreamInterrupted`. Retry only what is safe, and only
+        before the first chunk (`graftage.retry`). Keep `request.call.deadline` and `request.call.timeouts`.
 
         Raises:
-            ProviderError: whichever class fits.
+            ProviderError: the class that fits best.
 
         Since 0.1.
         """
@@ -253,14 +255,14 @@ class Chat(Protocol):
 
 
 class CheckHealth(Protocol):
-    """Say how well the provider is. Without this hook `list_models` tells, `loaded_models`, and a chat of one token."""
+    """Check the provider. Without this hook the core uses `list_models`, `loaded_models`, and a chat of one token."""
 
     @hookspec(firstresult=True)
     def health(self, request: HealthRequest) -> Once[Health]:
-        """Called when a host asks and no fresh answer is remembered: the core caches and joins callers.
+        """Called for a health check, unless the core has a fresh result.
 
-        Return how far up the levels it is well, up to `request.level` and no further; put what went wrong into
-        `Health.error` instead of raising it. Do not retry.
+        Check the levels up to `request.level` and no further. Return a failure in `Health.error` instead of raising it.
+        Do not retry.
 
         Since 0.1.
         """
@@ -268,11 +270,11 @@ class CheckHealth(Protocol):
 
 
 class Close(Protocol):
-    """Give everything back. Clients of the toolkit are closed without it."""
+    """Close the connection. The core closes the toolkit's HTTP clients even without this hook."""
 
     @hookspec(firstresult=True)
     def close(self, request: CloseRequest) -> Once[None]:
-        """Called when the client is closed, perhaps twice: the second time does nothing.
+        """Called when the client is closed. A second call must do nothing.
 
         Since 0.1.
         """
@@ -284,7 +286,7 @@ class Generate(Protocol):
 
     @hookspec(firstresult=True)
     def generate(self, request: GenerateRequest) -> Stream[Chunk]:
-        """Called for each completion of a prompt; the same rules as for `chat`. Since 0.1."""
+        """Called for each completion of a prompt. The rules of `chat` apply. Since 0.1."""
         ...
 
 
@@ -293,22 +295,22 @@ class Embed(Protocol):
 
     @hookspec(firstresult=True)
     def embed(self, request: EmbedRequest) -> Once[Embeddings]:
-        """Called for each batch of texts. Return one vector for each input, in order. Since 0.1."""
+        """Called for each batch of inputs. Return one vector for each input, in order. Since 0.1."""
         ...
 
 
 class CountTokens(Protocol):
-    """Say how long a conversation is."""
+    """Count the tokens of a conversation."""
 
     @hookspec(firstresult=True)
     def count_tokens(self, request: ChatRequest) -> Once[int]:
-        """Called to count the tokens of what `chat` would be asked, template and tools included.
+        """Called to count the tokens that the model would read for this chat, including its template and tools.
 
-        Return what the model would read. Generate nothing that can be left out; never guess.
+        Generate as few tokens as the server allows. Never estimate.
 
         Raises:
-            ContextOverflow: the conversation does not fit, and the server counts only what does.
-            CapabilityUnsupported: this server cannot tell.
+            ContextOverflow: the conversation does not fit, and the server counts only the part that fits.
+            CapabilityUnsupported: this server cannot count tokens.
 
         Since 0.2.
         """
@@ -316,23 +318,22 @@ class CountTokens(Protocol):
 
 
 class Rerank(Protocol):
-    """Say how well each of several texts answers a query."""
+    """Score how well each document answers a query."""
 
     @hookspec(firstresult=True)
     def rerank(self, request: RerankRequest) -> Once[Ranking]:
-        """Called to rank documents. Return each of them once, in any order: the core sorts. Since 0.2."""
+        """Called to rank documents. Return each document once, in any order: the core sorts them. Since 0.2."""
         ...
 
 
 class DescribeCapabilities(Protocol):
-    """Say what the provider can do."""
+    """List what the provider can do."""
 
     @hookspec(firstresult=True)
     def capabilities(self) -> Capabilities:
-        """Called often; answer without I/O.
+        """Called often; return without I/O.
 
-        Return what the hooks do not show: the features that are implemented hooks are added. Without this hook they are
-        all there is.
+        The core adds a feature for each implemented hook. Without this hook, those are the only features.
 
         Since 0.1.
         """
@@ -340,11 +341,11 @@ class DescribeCapabilities(Protocol):
 
 
 class ListModels(Protocol):
-    """Say which models there are."""
+    """List the available models."""
 
     @hookspec(firstresult=True)
     def list_models(self, request: ModelsRequest) -> Once[tuple[ModelInfo, ...]]:
-        """Called to list the models that can be asked without a download. Since 0.1."""
+        """Called to list the models that can be used without a download. Since 0.1."""
         ...
 
 
@@ -353,10 +354,10 @@ class ShowModel(Protocol):
 
     @hookspec(firstresult=True)
     def show_model(self, request: ModelRequest) -> Once[ModelInfo]:
-        """Called to describe one model in full, arrays included.
+        """Called to describe one model in full, including arrays.
 
         Raises:
-            ModelNotFound: it is not there.
+            ModelNotFound: the server does not have it.
 
         Since 0.1.
         """
@@ -364,11 +365,11 @@ class ShowModel(Protocol):
 
 
 class LoadedModels(Protocol):
-    """Say which models are in memory."""
+    """List the models in memory."""
 
     @hookspec(firstresult=True)
     def loaded_models(self, request: ModelsRequest) -> Once[tuple[LoadedModel, ...]]:
-        """Called to list what is in memory, with its size as measured. Since 0.1."""
+        """Called to list the models in memory, with their measured sizes. Since 0.1."""
         ...
 
 
@@ -377,10 +378,10 @@ class PullModel(Protocol):
 
     @hookspec(firstresult=True)
     def pull_model(self, request: ModelRequest) -> Stream[PullProgress]:
-        """Called to download a model; the core lets one pull of a model run at a time.
+        """Called to download a model. The core runs one pull of a model at a time.
 
-        Return an iterator whose last item has the status `success`; an end without it is a `StreamInterrupted`. The
-        limit on it is `timeouts.idle`, between steps.
+        Return an iterator whose last item has the status `success`; an end without it becomes `StreamInterrupted`. The
+        only time limit is `timeouts.idle`, between two steps.
 
         Since 0.1.
         """
@@ -388,20 +389,20 @@ class PullModel(Protocol):
 
 
 class LoadModel(Protocol):
-    """Bring a model into memory."""
+    """Load a model into memory."""
 
     @hookspec(firstresult=True)
     def load_model(self, request: LoadModelRequest) -> Once[None]:
-        """Called to load a model with the window the next requests will have. Since 0.1."""
+        """Called to load a model with the window that the next requests will have. Since 0.1."""
         ...
 
 
 class UnloadModel(Protocol):
-    """Put a model out of memory."""
+    """Unload a model from memory."""
 
     @hookspec(firstresult=True)
     def unload_model(self, request: ModelRequest) -> Once[None]:
-        """Called to free a model's memory; one that is not loaded is no error. Since 0.1."""
+        """Called to free a model's memory. Do nothing if it is not loaded. Since 0.1."""
         ...
 
 
@@ -410,10 +411,10 @@ class DeleteModel(Protocol):
 
     @hookspec(firstresult=True)
     def delete_model(self, request: ModelRequest) -> Once[None]:
-        """Called to delete a model from the disk, and from memory. Delete nothing that another model needs.
+        """Called to delete a model from disk and memory. Keep what another model needs.
 
         Raises:
-            ModelNotFound: it is not there.
+            ModelNotFound: the server does not have it.
 
         Since 0.2.
         """
@@ -421,17 +422,17 @@ class DeleteModel(Protocol):
 
 
 class LoadAdapter(Protocol):
-    """Make an adapter usable."""
+    """Load an adapter."""
 
     @hookspec(firstresult=True)
     def load_adapter(self, request: LoadAdapterRequest) -> Once[LoadedAdapter]:
         """Called when a request or `use_adapter` names an adapter that this connection has not loaded.
 
-        Return the model to ask for, or the adapter's slot. Tell slow steps with `request.call.emit("progress", …)`.
-        A model that is made for it has a name that begins with `graftage-`: it is not taken where nobody names one.
+        Return the model to request, or the adapter's slot. Report slow steps with `request.call.emit("progress", …)`.
+        If you create a model for it, begin its name with `graftage-`, so that it never becomes the default model.
 
         Raises:
-            AdapterUnsupported: neither this server nor this version can take it; `reasons` tells what was tried.
+            AdapterUnsupported: the server cannot load it; `reasons` lists what was tried.
 
         Since 0.1.
         """
@@ -439,22 +440,22 @@ class LoadAdapter(Protocol):
 
 
 class UnloadAdapter(Protocol):
-    """Free what an adapter holds."""
+    """Unload an adapter from memory."""
 
     @hookspec(firstresult=True)
     def unload_adapter(self, request: UnloadAdapterRequest) -> Once[None]:
-        """Called to free an adapter's memory; it deletes nothing. Since 0.1."""
+        """Called to free an adapter's memory. Delete nothing. Since 0.1."""
         ...
 
 
 class PruneAdapters(Protocol):
-    """Delete what `load_adapter` has left on the server."""
+    """Delete the models that `load_adapter` has left on the server."""
 
     @hookspec(firstresult=True)
     def prune_adapters(self, request: PruneAdaptersRequest) -> Once[tuple[ModelInfo, ...]]:
-        """Called to list or delete the models that `load_adapter` derived, now or in earlier runs.
+        """Called to list or delete the models that `load_adapter` created, in this run or an earlier one.
 
-        Return those that were deleted, or would be. Never touch a model that is not provably of this provider's making.
+        Return the models that were deleted, or would be. Touch only models that this provider provably created.
 
         Since 0.1.
         """
@@ -462,14 +463,15 @@ class PruneAdapters(Protocol):
 
 
 class Native(Protocol):
-    """Hand out the server's own client."""
+    """Return the server's official client."""
 
     @hookspec(firstresult=True)
     def native(self, request: NativeRequest) -> Once[object]:
-        """Called when a host wants what the contract does not have.
+        """Called when a host application needs something that the contract does not have.
 
-        Return the official client of the server, sync or async as the client is, on `Http.httpx_transport()`: so it
-        keeps the limits of the settings and sends keys nowhere else. It is the host's from then on.
+        Return the server's official client, sync or async as the Graftage client is. Build it on
+        `Http.httpx_transport()`, so that it keeps the limits of the settings and sends keys to this server only. The
+        host application owns it.
 
         Since 0.1.
         """
@@ -477,18 +479,18 @@ class Native(Protocol):
 
 
 # --- Other plugins: the module or object behind an entry point of `graftage.plugins` ---------------------------------
-# They are called one implementation at a time, outside the event loop.
+# The core calls one implementation at a time, outside the event loop.
 
 
 class ResourceLimits(Protocol):
-    """A policy: what the machine can take."""
+    """Limit what a request may use of the machine: a policy."""
 
     @hookspec
     def resource_limits(self, query: LimitsQuery) -> Limits | None:
-        """Called before each request is admitted, one request of a server at a time; the tightest value wins.
+        """Called before a request is admitted, for one request of a server at a time. The lowest value wins.
 
-        Return None to allow everything, or `NEVER_APPLIES` to be asked no more on this connection. A field that the
-        caller left unset takes the limit; one that was set is clamped, and the reply says so. Any error but
+        Return None to allow everything, or `NEVER_APPLIES` to opt out for this connection. A field that the caller left
+        unset takes the limit. A larger value is lowered to the limit, and the reply warns of it. Any error except
         `ResourceLimitExceeded` fails the call and names the plugin.
 
         Raises:
@@ -504,10 +506,10 @@ class ResolveAdapter(Protocol):
 
     @hookspec
     def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
-        """Called when an adapter is named, resolver after resolver until one answers.
+        """Called when a call names an adapter, one resolver after another until one returns it.
 
-        Return None to pass. `AdapterInvalid` and `AdapterIncompatible` end the search: the reference was known, and
-        the answer is no. Any other error is noted and the next resolver is asked.
+        Return None if the reference is unknown. `AdapterInvalid` and `AdapterIncompatible` end the search: the
+        reference is known, but cannot be used. The core notes any other error and asks the next resolver.
 
         Since 0.1.
         """
@@ -515,21 +517,23 @@ class ResolveAdapter(Protocol):
 
     @hookspec
     def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
-        """Called to list the adapters that this plugin knows of. Since 0.1."""
+        """Called to list the adapters that this plugin knows. Since 0.1."""
         ...
 
 
 class Observe(Protocol):
-    """Watch what happens."""
+    """Watch the events of a client."""
 
     @hookspec
     def observe(self, event: Event) -> None:
-        """Called for each event, those of a call in their order. An observer that raises is reported and dropped.
+        """Called for each event, in order within a call. The core reports and drops an observer that raises.
 
-        It is called in a thread of Graftage's, one event of a client after the other, with the context variables of the
-        call's caller: it may block, and no call waits for it. One that falls far behind is not told of whole calls,
-        which `Client.stats` counts. `close` waits half a second until everything is told, and so does the end of the
-        process. Since 0.1.
+        It runs in a thread of the core, one event of a client after another, with the context variables of the caller.
+        It may block, and no call waits for it. An observer that falls far behind misses all events of some calls;
+        `Client.stats` counts them. `close` and the end of the process wait up to half a second for events that are not
+        delivered yet.
+
+        Since 0.1.
         """
         ...
 

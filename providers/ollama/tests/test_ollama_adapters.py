@@ -392,7 +392,7 @@ class TestMerged:
 
     def test_unmarked_model_is_deleted(self, merging: Any, fake: FakeOllama, adapter: Ahoy) -> None:
         adapter.mark = False
-        with pytest.raises(AdapterUnsupported, match="merged: .*does not contain the adapter"):
+        with pytest.raises(AdapterUnsupported, match=r"merged: .*does not contain the adapter"):
             merging().use_adapter("ahoy")
         assert made(fake) == []
 
