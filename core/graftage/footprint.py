@@ -322,7 +322,7 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
     """
     keys = _Keys(info.metadata, _text(info.architecture))
     parameters = keys.checked("parameters", info.metadata.get("general.parameter_count"), MOST_BYTES)
-    parameters = parameters or keys.checked("parameters", _spoken(info.parameters), MOST_BYTES)
+    parameters = parameters or keys.checked("parameters", _parse_count(info.parameters), MOST_BYTES)
     bits = BITS.get(_text(info.quantization).upper())
     weights, notes = _weights(info, keys, parameters, bits, size)
     if not weights:
@@ -399,12 +399,12 @@ def _product(shape: Sequence[int]) -> float:
     return float("inf") if None in counts or total > MOST_BYTES else total
 
 
-_SPOKEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT])\s*", re.IGNORECASE)
+_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT])\s*", re.IGNORECASE)
 
 
-def _spoken(text: str | None) -> float | None:
+def _parse_count(text: str | None) -> float | None:
     """Read a number of parameters such as `134.52M`; hundreds of digits give infinity."""
-    found = _SPOKEN.fullmatch(_text(text))
+    found = _COUNT.fullmatch(_text(text))
     if not found:
         return None
     return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()]

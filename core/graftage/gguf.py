@@ -278,7 +278,7 @@ class _Reader:
         self._limit = limit
         self._long_arrays = long_arrays
         self._entries = 0
-        self._place = 0
+        self._position = 0
 
     def header(self) -> Header:
         version = self._version()
@@ -286,14 +286,14 @@ class _Reader:
         self._check("tensors", tensors, MAX_TENSORS, LEAST_TENSOR)
         self._check("keys", keys, MAX_KEYS, LEAST_KEY)
         metadata = self._metadata(keys)
-        keys_end = self._place
+        keys_end = self._position
         alignment = _alignment(metadata)
         table = [self._tensor(alignment) for _ in range(tensors)]
-        data = -(-self._place // alignment) * alignment
+        data = -(-self._position // alignment) * alignment
         return Header(
             version=version,
             metadata=metadata,
-            tensors=self._placed(table, data),
+            tensors=self._locate(table, data),
             alignment=alignment,
             keys_end=keys_end,
             data=data,
@@ -351,21 +351,21 @@ class _Reader:
 
     def _texts(self, key: str, count: int) -> Iterator[bytes]:
         """Yield texts one by one. Vocabularies have 100,000 or more, so most of the time is spent in this loop."""
-        read, length_of, limit, place = self._source.read, LENGTH.unpack, self._limit, self._place
+        read, length_of, limit, place = self._source.read, LENGTH.unpack, self._limit, self._position
         for _ in range(count):
             place += LENGTH.size
             prefix = read(LENGTH.size) if place <= limit else b""
             if len(prefix) != LENGTH.size:
-                raise self._ended(place)
+                raise self._end_error(place)
             (length,) = length_of(prefix)
             if length > MAX_STRING:
                 raise _too_many(f"bytes of text in `{key}`", length, MAX_STRING)
             place += length
             text = read(length) if place <= limit else b""
             if len(text) != length:
-                raise self._ended(place)
+                raise self._end_error(place)
             yield text
-        self._place = place
+        self._position = place
 
     def _tensor(self, alignment: int) -> Tensor:
         """Read a row of the table, with the offset from the start of the data."""
@@ -386,7 +386,7 @@ class _Reader:
             raise GgufError(f"the tensor `{name}` does not begin at a multiple of {alignment}")
         return Tensor(name=name, shape=shape, kind=kind, offset=offset, size=bytes_of(kind, math.prod(shape)))
 
-    def _placed(self, table: Sequence[Tensor], data: int) -> dict[str, Tensor]:
+    def _locate(self, table: Sequence[Tensor], data: int) -> dict[str, Tensor]:
         """Return the tensors by name, with the offset from the start of the file."""
         found: dict[str, Tensor] = {}
         for each in table:
@@ -415,21 +415,21 @@ class _Reader:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
 
     def _take(self, count: int) -> bytes:
-        place = self._place + count
+        place = self._position + count
         data = self._source.read(count) if place <= self._limit else b""
         if len(data) != count:
-            raise self._ended(place)
-        self._place = place
+            raise self._end_error(place)
+        self._position = place
         return data
 
     def _check(self, what: str, count: int, most: int, least: int = 0) -> None:
         """Refuse a count above `most`, or one that needs more bytes, at `least` each, than the file has."""
         if count > most:
             raise _too_many(what, count, most)
-        if count * least > self._size - self._place:
+        if count * least > self._size - self._position:
             raise GgufError(f"it states {count} {what}, more than the file can hold")
 
-    def _ended(self, place: int) -> GgufError:
+    def _end_error(self, place: int) -> GgufError:
         if place <= self._limit:
             return GgufError("it became shorter during the read")
         if self._limit < self._size:

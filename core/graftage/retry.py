@@ -46,7 +46,7 @@ class RetryPolicy:
 
     def wait(self, error: BaseException | None, attempt: int, jitter: float) -> float:
         """Return the seconds to wait after attempt number `attempt`; `jitter` is a random number from 0 to 1."""
-        if (named := _named(error)) is not None:
+        if (named := _retry_after(error)) is not None:
             return min(named, self.retry_after_max)
         if isinstance(error, ConnectionFailed):
             base = self.connection_waits[min(attempt, len(self.connection_waits)) - 1]
@@ -60,7 +60,7 @@ class RetryPolicy:
         return min(attempts, self.crash_attempts) if crashed else attempts
 
 
-def _named(error: BaseException | None) -> float | None:
+def _retry_after(error: BaseException | None) -> float | None:
     """Return the wait that a server asks for; None if it is negative or not a number."""
     named = error.retry_after if isinstance(error, Overloaded) else None
     return named if named is not None and named >= 0 else None
@@ -119,7 +119,7 @@ def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:
             error.attempts = state.attempt_number
         return error
 
-    def worth(state: tenacity.RetryCallState) -> bool:
+    def is_retryable(state: tenacity.RetryCallState) -> bool:
         error = error_of(state)
         return isinstance(error, ProviderError) and error.retryable
 
@@ -132,11 +132,11 @@ def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:
         if state.attempt_number >= policy.attempts_for(error, of.attempts):
             return True
         left = of.deadline - time.monotonic()
-        if state.upcoming_sleep >= left or (_named(error) or 0.0) > min(policy.retry_after_max, left):
+        if state.upcoming_sleep >= left or (_retry_after(error) or 0.0) > min(policy.retry_after_max, left):
             return True
         return of.budget is not None and not of.budget.spend()
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         of.emit("retry", attempt=state.attempt_number, delay=state.upcoming_sleep, error=error_of(state))
 
-    return {"retry": worth, "wait": wait, "stop": stop, "before_sleep": before_sleep, "reraise": True}
+    return {"retry": is_retryable, "wait": wait, "stop": stop, "before_sleep": before_sleep, "reraise": True}

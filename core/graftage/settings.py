@@ -71,7 +71,7 @@ CHOICE_KEYS = ("provider", "model")
 MAPPING = "the `settings` mapping"
 GIVEN = ("argument", "argument of the member", MAPPING)
 """Origins inside a call of `connect`."""
-NEAR = 0.75
+SIMILARITY = 0.75
 """How similar a name must be to a known one, from 0 to 1, to count as misspelt."""
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
@@ -341,8 +341,8 @@ def load(
     # Under a host's prefix there are variables for other things; under ours an unknown one may be a mistake.
     ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
     layers = [
-        *_given(own or {}, "argument of the member", known, shared=False),
-        *_given(arguments, "argument", known),
+        *_from_mapping(own or {}, "argument of the member", known, shared=False),
+        *_from_mapping(arguments, "argument", known),
         *_from_document(mapping or {}, MAPPING, owner, known),
         *_from_environment(owner, sources),
         *_from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS),
@@ -353,7 +353,7 @@ def load(
         whole = key not in merged
         private = chained and owner.is_provider and shared and _is_private(key, model)
         if private and value and (whole or isinstance(value, Mapping)):
-            raise _for_everyone(key, origin, name, sources.prefix)
+            raise _shared_secret_error(key, origin, name, sources.prefix)
         if whole:
             merged[key], origins[key] = value, origin
         elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
@@ -361,16 +361,16 @@ def load(
     try:
         return Loaded(settings=model(**merged), origins=origins, ignored=tuple(ignored))
     except ValidationError as error:
-        raise _explained(error, model, origins) from None
+        raise _settings_error(error, model, origins) from None
 
 
 _Layer = tuple[str, str, Any, bool]
 """The origin of a value, its key, the value, and whether every member of a chain would get it."""
 
 
-def _given(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
+def _from_mapping(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
     for key, value in values.items():
-        _require(key, known, origin)
+        _check_known(key, known, origin)
         yield origin, key, value, shared
 
 
@@ -379,8 +379,8 @@ def _is_private(key: str, model: type[PluginSettings]) -> bool:
     return key == "host" or "Secret" in repr(model.model_fields[key].annotation)
 
 
-def _for_everyone(key: str, origin: str, provider: str, prefix: str) -> SettingsError:
-    variable = f"{prefix}_{_own(provider)}{key}".upper()
+def _shared_secret_error(key: str, origin: str, provider: str, prefix: str) -> SettingsError:
+    variable = f"{prefix}_{_variable_part(provider)}{key}".upper()
     return SettingsError(
         f"The setting `{key}` ({origin}) would reach every member of the chain.",
         key=key,
@@ -392,7 +392,7 @@ def _for_everyone(key: str, origin: str, provider: str, prefix: str) -> Settings
 
 def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
     everyones = f"{sources.prefix}_"
-    for prefix in (f"{everyones}{_own(owner.name)}", everyones)[: 1 + owner.is_provider]:
+    for prefix in (f"{everyones}{_variable_part(owner.name)}", everyones)[: 1 + owner.is_provider]:
         for key, found in _variables(prefix, sources.environment).items():
             annotation = owner.model.model_fields[key].annotation if key in owner.writable else str
             if key in owner.writable and (() in found or _kinds(annotation) != {"text"}):
@@ -400,7 +400,7 @@ def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
                 try:
                     value = _from_texts(annotation, {parts: text for parts, (_, text) in found.items()})
                 except (ValueError, RecursionError):
-                    raise _no_json(key, origin, prefix) from None
+                    raise _json_error(key, origin, prefix) from None
                 yield origin, key, value, prefix == everyones
     for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
@@ -479,7 +479,7 @@ def _merged(under: Any, over: Any) -> Any:
     return over
 
 
-def _no_json(key: str, origin: str, prefix: str) -> SettingsError:
+def _json_error(key: str, origin: str, prefix: str) -> SettingsError:
     return SettingsError(
         f"The setting `{key}` ({origin}) is invalid: it is not valid JSON.",
         key=key,
@@ -488,7 +488,7 @@ def _no_json(key: str, origin: str, prefix: str) -> SettingsError:
     )
 
 
-def _own(plugin: str) -> str:
+def _variable_part(plugin: str) -> str:
     """Return what follows the prefix in the names of a plugin's own variables."""
     return f"{plugin}_".upper().replace("-", "_")
 
@@ -504,30 +504,30 @@ def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
         if rest == variable or rest in RESERVED or (owner.is_provider and _field(rest, owner.model) in owner.writable):
             continue
         origin = f"environment {variable}"
-        whose = max((each for each in owner.plugins if rest.startswith(_own(each))), key=len, default=None)
+        whose = max((each for each in owner.plugins if rest.startswith(_variable_part(each))), key=len, default=None)
         if whose == owner.name:
-            _require(_field(rest.removeprefix(_own(whose)), owner.model), owner.writable, origin)
+            _check_known(_field(rest.removeprefix(_variable_part(whose)), owner.model), owner.writable, origin)
         elif whose is None:
             name = _field(rest, owner.model)
             known = {*owner.writable, *map(str.lower, RESERVED)} if owner.is_provider else set()
-            if (meant := _meant(name, owner)) is not None:
-                _require(name, {*known, meant} - {"transport"}, origin)
+            if (meant := _likely_setting(name, owner)) is not None:
+                _check_known(name, {*known, meant} - {"transport"}, origin)
             else:
                 ignored.append(variable)
     return ignored
 
 
-def _meant(name: str, owner: _Owner) -> str | None:
+def _likely_setting(name: str, owner: _Owner) -> str | None:
     """Return the setting, also of another plugin, that a variable's name is a misspelling of; None if there is none."""
     name = name.partition(NESTED)[0]
     fields = {*owner.model.model_fields, *(map(str.lower, RESERVED) if owner.is_provider else ())}
-    plugins = [_own(each).lower() for each in owner.plugins]
+    plugins = [_variable_part(each).lower() for each in owner.plugins]
     for each in fields:
         if name.endswith(f"_{each}"):
-            near = close(name.removesuffix(each), plugins, cutoff=NEAR)
+            near = close(name.removesuffix(each), plugins, cutoff=SIMILARITY)
             return f"{near[0]}{each}" if near else None
-    own = fields if owner.is_provider else {f"{_own(owner.name)}{each}".lower() for each in fields}
-    return next(iter(close(name, own, cutoff=NEAR)), None)
+    own = fields if owner.is_provider else {f"{_variable_part(owner.name)}{each}".lower() for each in fields}
+    return next(iter(close(name, own, cutoff=SIMILARITY)), None)
 
 
 def _field(name: str, model: type[PluginSettings]) -> str:
@@ -545,18 +545,18 @@ def _from_document(
     table = document.get(owner.name, {})
     if not isinstance(table, Mapping):
         raise SettingsError(f"`{owner.name}` in {origin} must be a table.", key=owner.name, source=origin)
-    yield from _given(table, f"{origin} [{owner.name}]", known, shared=False)
+    yield from _from_mapping(table, f"{origin} [{owner.name}]", known, shared=False)
     for key, value in document.items() if owner.is_provider else ():
         if key in choices or key in owner.plugins:
             continue
         if isinstance(value, Mapping) and key not in known:
             hint = f"No provider or plugin with that name is installed. {nearest(str(key), {*known, *owner.plugins})}"
             raise SettingsError(f"There is no table `{key}` ({origin}).", key=str(key), source=origin, hint=hint)
-        _require(key, {*known, *choices, *owner.plugins}, origin)
+        _check_known(key, {*known, *choices, *owner.plugins}, origin)
         yield origin, key, value, True
 
 
-def _require(key: Any, known: Iterable[str], origin: str) -> None:
+def _check_known(key: Any, known: Iterable[str], origin: str) -> None:
     if key not in set(known):
         name = str(key)
         raise SettingsError(
@@ -564,7 +564,7 @@ def _require(key: Any, known: Iterable[str], origin: str) -> None:
         )
 
 
-def _explained(error: ValidationError, model: type[PluginSettings], origins: Mapping[str, str]) -> SettingsError:
+def _settings_error(error: ValidationError, model: type[PluginSettings], origins: Mapping[str, str]) -> SettingsError:
     first = error.errors(include_url=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     key = ".".join(str(part) for part in first["loc"])

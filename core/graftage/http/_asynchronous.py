@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from graftage.exceptions import ProviderTimeout
 from graftage.http import _patched
-from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, block_of, head_of, size_of
+from graftage.http._framing import BLOCK, BUFFER_LIMIT, OK, Framing, ParserError, block_of, head_of, size_of
 from graftage.http._network import (
-    KEEPALIVE,
-    KEEPALIVE_EXPIRY,
-    closed,
-    is_answered,
+    IDLE_SECONDS,
+    MAX_IDLE,
+    closed_error,
+    connect_error,
+    has_response,
     is_stale,
     known_addresses,
+    no_response_error,
     tls_context,
-    tunnel_failed,
-    unanswered,
-    unconnected,
+    tunnel_error,
 )
 from graftage.http._server import Server, server_of
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncNetwork"]
 
-A_DAY = 86_400.0
+KEEP_ALIVE_INTERVAL = 86_400.0
 """Seconds after which the timer that keeps a pool alive is renewed."""
-SOONER = 0.001
+TIMER_SLACK = 0.001
 """Reset a timer only if the new limit ends this many seconds earlier."""
 
 
@@ -60,9 +60,9 @@ class AsyncNetwork:
         size = size_of(request)
         head = head_of(request, server, size)
         pool = await self._pool()
-        kept, begun = pool.taken(server), time.monotonic()
+        kept, begun = pool.take_idle(server), time.monotonic()
         while True:
-            wire = kept or await pool.connected(server, clock)
+            wire = kept or await pool.connect(server, clock)
             wire.answer = answer = Framing(bodiless=request.method == "HEAD")
             try:
                 await _send(wire, head, request, size, clock)
@@ -71,11 +71,11 @@ class AsyncNetwork:
             except BaseException:
                 pool.drop(wire)
                 raise
-            if is_answered(answer, server):
+            if has_response(answer, server):
                 return _Response(pool, wire, answer, clock)
             pool.drop(wire)
             if kept is None or pool.closed or not is_stale(answer, begun):
-                raise unanswered(answer, clock, server)
+                raise no_response_error(answer, clock, server)
             kept = None
 
     async def _pool(self) -> _Pool:
@@ -83,17 +83,17 @@ class AsyncNetwork:
         with self._lock:
             pool = self._pools.get(id(loop))
             if pool is None or pool.closed:
-                self._bury()
+                self._close_dead_pools()
                 pool = self._pools[id(loop)] = _Pool(loop)
         if pool.keeper is None:
-            pool.keeper = pool.kept()
+            pool.keeper = pool.until_shutdown()
             await anext(pool.keeper)
         return pool
 
     async def close(self) -> None:
         """Close the connections of all running loops."""
         with self._lock:
-            self._bury()
+            self._close_dead_pools()
             pools = list(self._pools.values())
             self._pools.clear()
         for pool in pools:
@@ -104,7 +104,7 @@ class AsyncNetwork:
                 with contextlib.suppress(RuntimeError):  # The loop has just ended and closed them.
                     pool.loop.call_soon_threadsafe(pool.close)
 
-    def _bury(self) -> None:
+    def _close_dead_pools(self) -> None:
         """Close the pools of closed loops now, instead of at garbage collection."""
         for pool in list(self._pools.values()):
             if pool.loop.is_closed():
@@ -116,17 +116,17 @@ class _Pool:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._hold()
+        self._keep_alive()
         self._idle: list[_Wire] = []
         self._busy: set[_Wire] = set()
         self._limits: set[asyncio.Timeout] = set()
         self.closed = False
         self.keeper: AsyncGenerator[None, None] | None = None
 
-    def _hold(self) -> None:
-        self._held = self.loop.call_later(A_DAY, self._hold)
+    def _keep_alive(self) -> None:
+        self._keep_alive_timer = self.loop.call_later(KEEP_ALIVE_INTERVAL, self._keep_alive)
 
-    async def kept(self) -> AsyncGenerator[None, None]:
+    async def until_shutdown(self) -> AsyncGenerator[None, None]:
         """Close the pool when `loop.shutdown_asyncgens` ends this generator."""
         try:
             yield
@@ -134,18 +134,18 @@ class _Pool:
             self.close()
             await asyncio.sleep(0)  # Transports close in the next step of the loop.
 
-    def taken(self, server: Server) -> _Wire | None:
+    def take_idle(self, server: Server) -> _Wire | None:
         """Return an idle connection to a server, or None."""
         now = time.monotonic()
         for wire in [each for each in reversed(self._idle) if each.server is server]:
             self._idle.remove(wire)
-            if wire.since + KEEPALIVE_EXPIRY > now and not wire.lost:
+            if wire.since + IDLE_SECONDS > now and not wire.lost:
                 self._busy.add(wire)
                 return wire
             wire.close()
         return None
 
-    async def connected(self, server: Server, clock: Clock) -> _Wire:
+    async def connect(self, server: Server, clock: Clock) -> _Wire:
         """Return a new connection."""
         clock.enter("connect")
         limit = asyncio.timeout(clock.left())
@@ -154,7 +154,7 @@ class _Pool:
             async with limit:
                 wire = await _connect(server, clock)
         except (OSError, ProviderTimeout) as error:
-            failure = closed() if self.closed else unconnected(error, clock, server)
+            failure = closed_error() if self.closed else connect_error(error, clock, server)
             if failure is error:
                 raise
             raise failure from error
@@ -171,7 +171,7 @@ class _Pool:
         self._busy.discard(wire)
         wire.rest()
         self._idle.append(wire)
-        if len(self._idle) > KEEPALIVE:
+        if len(self._idle) > MAX_IDLE:
             self._idle.pop(0).close()
 
     def drop(self, wire: _Wire) -> None:
@@ -182,7 +182,7 @@ class _Pool:
     def close(self) -> None:
         """Close every connection and wake the calls that wait for one."""
         self.closed = True
-        self._held.cancel()
+        self._keep_alive_timer.cancel()
         for wire in (*self._idle, *self._busy):
             wire.close()
         self._idle.clear()
@@ -226,7 +226,7 @@ class _Wire(asyncio.Protocol):
         except ParserError as error:
             answer.failed(error)
         answer.size += len(data)
-        if answer.size > ENOUGH and answer.crowded() and self._reading:
+        if answer.size > BUFFER_LIMIT and answer.is_full() and self._reading:
             self._reading = False
             self.transport.pause_reading()
         if self._waiter is not None and not self._waiter.done():
@@ -262,7 +262,7 @@ class _Wire(asyncio.Protocol):
         """
         self._clock = clock
         limit = min(clock.until, clock.deadline)
-        if self._timer is None or self._due > limit + SOONER:
+        if self._timer is None or self._due > limit + TIMER_SLACK:
             self._arm(clock.left())
         if not self._reading:
             self._reading = True
@@ -281,9 +281,9 @@ class _Wire(asyncio.Protocol):
     def _arm(self, left: float) -> None:
         self._disarm()
         self._due = time.monotonic() + left
-        self._timer = self.loop.call_later(left, self._late)
+        self._timer = self.loop.call_later(left, self._on_timer)
 
-    def _late(self) -> None:
+    def _on_timer(self) -> None:
         """Time out, or set the timer again if the limit has moved since."""
         self._timer = None
         if self._waiter is None or self._waiter.done() or self._clock is None:
@@ -316,7 +316,7 @@ class _Wire(asyncio.Protocol):
 
 async def _connect(server: Server, clock: Clock) -> _Wire:
     loop = asyncio.get_running_loop()
-    connection = await _dialled(loop, server, clock)
+    connection = await _dial(loop, server, clock)
     wire = _Wire(loop, server, connection)
     try:
         tls: dict[str, Any] = {"ssl": tls_context(), "server_hostname": server.first[0]} if server.tls else {}
@@ -330,7 +330,7 @@ async def _connect(server: Server, clock: Clock) -> _Wire:
     return wire
 
 
-async def _dialled(loop: asyncio.AbstractEventLoop, server: Server, clock: Clock) -> socket.socket:
+async def _dial(loop: asyncio.AbstractEventLoop, server: Server, clock: Clock) -> socket.socket:
     """Try each address of the host; each gets its share of the remaining time."""
     failure: OSError = OSError("the host has no address")
     host, port = server.first
@@ -357,9 +357,9 @@ async def _through_proxy(loop: asyncio.AbstractEventLoop, wire: _Wire, tunnel: b
     wire.transport.write(tunnel)
     while not answer.head and answer.fault is None:
         await wire.wait(clock)
-    answer.let_go()
+    answer.release()
     if answer.status != OK:
-        raise tunnel_failed(answer, wire.server)
+        raise tunnel_error(answer, wire.server)
     wire.answer = None
     secured = await loop.start_tls(wire.transport, wire, tls_context(), server_hostname=wire.server.host)
     if secured is None:
@@ -419,7 +419,7 @@ class _Response:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.answer = None
-            self._answer.let_go()
+            self._answer.release()
             self._pool.give_back(wire, self._answer)
 
     def __del__(self) -> None:

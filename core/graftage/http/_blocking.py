@@ -15,19 +15,19 @@ from weakref import WeakSet
 from graftage._engine.threads import submit
 from graftage.exceptions import ProviderTimeout
 from graftage.http import _patched
-from graftage.http._framing import BLOCK, ENOUGH, OK, Framing, ParserError, block_of, head_of, size_of
+from graftage.http._framing import BLOCK, BUFFER_LIMIT, OK, Framing, ParserError, block_of, head_of, size_of
 from graftage.http._network import (
-    KEEPALIVE,
-    KEEPALIVE_EXPIRY,
+    IDLE_SECONDS,
+    MAX_IDLE,
     Addresses,
-    closed,
-    is_answered,
+    closed_error,
+    connect_error,
+    has_response,
     is_stale,
     known_addresses,
+    no_response_error,
     tls_context,
-    tunnel_failed,
-    unanswered,
-    unconnected,
+    tunnel_error,
 )
 from graftage.http._server import Server, server_of
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockingNetwork"]
 
-LOOK = 0.2
+PEEK_AFTER = 0.2
 """Seconds for which a server takes no bytes, before we look whether it has answered early."""
 
 
@@ -50,9 +50,9 @@ class BlockingNetwork:
         self._servers: dict[str, Server] = {}
         self._closed = False
         self._idle: list[_Wire] = []
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         idle, self._idle = self._idle, []
         self._lock = threading.Lock()  # At the fork another thread may have held the old one.
         self._busy: WeakSet[_Wire] = WeakSet()
@@ -63,16 +63,16 @@ class BlockingNetwork:
     async def send(self, request: Request, clock: Clock) -> Response:
         """Send a request and wait for the head of its response."""
         if self._process != os.getpid():
-            self._begin()  # Two processes on one socket would get each other's responses.
+            self._reset()  # Two processes on one socket would get each other's responses.
         origin = request.origin
         server = self._servers.get(origin) or self._servers.setdefault(origin, server_of(origin))
         if _patched.is_patched(server):
             return _patched.exchange(request, server, clock)
         size = size_of(request)
         head = head_of(request, server, size)
-        kept, begun = self._taken(server), time.monotonic()
+        kept, begun = self._take_idle(server), time.monotonic()
         while True:
-            wire = kept or self._connected(server, clock)
+            wire = kept or self._new_connection(server, clock)
             answer = Framing(bodiless=request.method == "HEAD")
             try:
                 _send(wire, head, request, size, clock)
@@ -81,14 +81,14 @@ class BlockingNetwork:
             except BaseException:
                 self.give_back(wire, usable=False)
                 raise
-            if is_answered(answer, server):
+            if has_response(answer, server):
                 return _Response(self, wire, answer, clock)
             self.give_back(wire, usable=False)
             if kept is None or self._closed or not is_stale(answer, begun):
-                raise unanswered(answer, clock, server)
+                raise no_response_error(answer, clock, server)
             kept = None
 
-    def _taken(self, server: Server) -> _Wire | None:
+    def _take_idle(self, server: Server) -> _Wire | None:
         """Return an idle connection to a server, or None."""
         while True:
             with self._lock:
@@ -101,13 +101,13 @@ class BlockingNetwork:
                 wire.socket.settimeout(0)
                 wire.socket.recv(1)  # Any byte, or the end, means that the connection is of no use.
             except wire.quiet:
-                if wire.since + KEEPALIVE_EXPIRY > time.monotonic():
+                if wire.since + IDLE_SECONDS > time.monotonic():
                     return wire
             except OSError:
                 pass
             self.give_back(wire, usable=False)
 
-    def _connected(self, server: Server, clock: Clock) -> _Wire:
+    def _new_connection(self, server: Server, clock: Clock) -> _Wire:
         """Return a new connection."""
         clock.enter("connect")
         wire = _Wire(server)
@@ -116,12 +116,12 @@ class BlockingNetwork:
         try:
             _connect(wire, clock)
             if self._closed:
-                raise closed()
+                raise closed_error()
         except BaseException as error:
             self.give_back(wire, usable=False)
             if not isinstance(error, (OSError, ProviderTimeout)):
                 raise
-            failure = closed() if self._closed else unconnected(error, clock, server)
+            failure = closed_error() if self._closed else connect_error(error, clock, server)
             if failure is error:
                 raise
             raise failure from error
@@ -135,7 +135,7 @@ class BlockingNetwork:
             self._busy.discard(wire)
             if usable and not self._closed:
                 self._idle.append(wire)
-                spare = self._idle.pop(0) if len(self._idle) > KEEPALIVE else None
+                spare = self._idle.pop(0) if len(self._idle) > MAX_IDLE else None
         if spare is not None:
             spare.close()
 
@@ -199,7 +199,7 @@ def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -
         rest = memoryview(block)
         while rest:  # Not `sendall`: with TLS it would restart the limit for each record.
             try:
-                wire.socket.settimeout(min(clock.left(), LOOK))
+                wire.socket.settimeout(min(clock.left(), PEEK_AFTER))
                 rest = rest[wire.socket.send(rest) :]
             except TimeoutError:
                 if wire.answered():
@@ -230,8 +230,8 @@ def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
         except ParserError as error:
             answer.failed(error)
         answer.size += len(data)
-        if answer.size > ENOUGH and not answer.head:
-            answer.crowded()
+        if answer.size > BUFFER_LIMIT and not answer.head:
+            answer.is_full()
 
 
 def _connect(wire: _Wire, clock: Clock) -> None:
@@ -247,7 +247,7 @@ def _connect(wire: _Wire, clock: Clock) -> None:
 def _dial(wire: _Wire, clock: Clock) -> None:
     """Try each address of the host; each gets its share of the remaining time."""
     failure: OSError = OSError("the host has no address")
-    found = known_addresses(wire.server) or _looked_up(wire.server.first, clock)
+    found = known_addresses(wire.server) or _look_up(wire.server.first, clock)
     for position, (family, kind, protocol, _, address) in enumerate(found):
         wire.socket = socket.socket(family, kind, protocol)
         try:
@@ -263,7 +263,7 @@ def _dial(wire: _Wire, clock: Clock) -> None:
     raise failure
 
 
-def _looked_up(first: tuple[str, int], clock: Clock) -> Addresses:
+def _look_up(first: tuple[str, int], clock: Clock) -> Addresses:
     """Look up a name in a thread, since the system's lookup has no time limit."""
     look = partial(socket.getaddrinfo, first[0].encode(), first[1], type=socket.SOCK_STREAM)
     return submit(look).result(clock.left())
@@ -284,9 +284,9 @@ def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> None:
     wire.socket.sendall(tunnel)
     while not answer.head and answer.fault is None:
         _receive(wire, answer, clock)
-    answer.let_go()
+    answer.release()
     if answer.status != OK:
-        raise tunnel_failed(answer, wire.server)
+        raise tunnel_error(answer, wire.server)
 
 
 class _Response:
@@ -333,5 +333,5 @@ class _Response:
         wire, self._wire = self._wire, None
         if wire is not None:
             if self._answer.complete:
-                self._answer.let_go()
+                self._answer.release()
             self._network.give_back(wire, usable=self._answer.usable)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from graftage.http._server import Server
     from graftage.http.transport import Request
 
-__all__ = ["BLOCK", "ENOUGH", "OK", "Framing", "ParserError", "block_of", "head_of", "size_of", "target_of"]
+__all__ = ["BLOCK", "BUFFER_LIMIT", "OK", "Framing", "ParserError", "block_of", "head_of", "size_of", "target_of"]
 
 BLOCK: Final = 1 << 16
 """Bytes to receive at once."""
-ENOUGH: Final = 1 << 16
+BUFFER_LIMIT: Final = 1 << 16
 """Unread bytes above which a connection pauses; also the most that headers may have, with those of interim responses
 (RFC 9110, 15.2)."""
 INTERIM: Final = 100
@@ -31,7 +31,7 @@ OK: Final = 200
 FRAMED: Final = frozenset({"content-length", "transfer-encoding"})
 """Headers that define the end of a body."""
 ParserError = (httptools.HttpParserError, httptools.HttpParserUpgrade)
-KEPT: Final = "%/?:@!$&'()*+,;=~[]{}|"
+TARGET_CHARACTERS: Final = "%/?:@!$&'()*+,;=~[]{}|"
 """Characters that stay as they are if a target is percent-encoded."""
 _SAFE: Final = re.compile('[!"$-~]+')
 _UNSAFE: Final = re.compile(rb"[\r\n\0]")
@@ -60,7 +60,7 @@ def block_of(file: Path, start: int, size: int) -> bytes:
 
 def target_of(request: Request, server: Server) -> str:
     """Return the target for the request line: the path, or the whole URL if a proxy reads it."""
-    target = request.target if _SAFE.fullmatch(request.target) else quote(request.target, safe=KEPT)
+    target = request.target if _SAFE.fullmatch(request.target) else quote(request.target, safe=TARGET_CHARACTERS)
     return f"{server.origin}{target}" if server.absolute else target
 
 
@@ -124,10 +124,10 @@ class Framing:
         if not self.complete:
             self.fault = self.fault or error
 
-    def crowded(self) -> bool:
+    def is_full(self) -> bool:
         """Whether to pause receiving. Too long headers are an error instead."""
         if not self.head:
-            self.failed(httptools.HttpParserError(f"the headers are longer than {ENOUGH} bytes"))
+            self.failed(httptools.HttpParserError(f"the headers are longer than {BUFFER_LIMIT} bytes"))
         return self.head
 
     def end(self, error: BaseException | None = None) -> None:
@@ -137,11 +137,11 @@ class Framing:
             self.complete = True
         self.failed(error or EOFError("the server closed the connection"))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop the parser: it and this object refer to each other, and would wait for garbage collection."""
         del self._parser, self.feed
 
-    def words(self) -> str:
+    def fault_text(self) -> str:
         """Describe `fault` for a message."""
         fault = self.fault or EOFError()
         return str(fault.__context__ or fault).rstrip(".") or type(fault).__name__
@@ -149,7 +149,7 @@ class Framing:
     def interrupted(self) -> StreamInterrupted:
         """Return the error for an incomplete body."""
         error = StreamInterrupted(
-            f"The connection broke before the response was complete: {self.words()}.",
+            f"The connection broke before the response was complete: {self.fault_text()}.",
             retryable=True,
             hint="Was the server stopped, or a proxy's limit reached?",
         )

@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from graftage.http.clock import Clock
 
 __all__ = [
-    "KEEPALIVE",
-    "KEEPALIVE_EXPIRY",
+    "IDLE_SECONDS",
+    "MAX_IDLE",
     "Addresses",
-    "closed",
-    "failed_before_answer",
-    "is_answered",
+    "closed_error",
+    "connect_error",
+    "early_error",
+    "has_response",
     "is_stale",
     "known_addresses",
-    "not_http",
+    "no_response_error",
+    "not_http_error",
     "tls_context",
-    "tunnel_failed",
-    "unanswered",
-    "unconnected",
+    "tunnel_error",
 ]
 
 Addresses: TypeAlias = list[tuple[Any, Any, int, str, Any]]
 """As `socket.getaddrinfo` gives them."""
-KEEPALIVE = 20
+MAX_IDLE = 20
 """How many idle connections are kept."""
-KEEPALIVE_EXPIRY = 30.0
+IDLE_SECONDS = 30.0
 """Seconds for which an idle connection is kept."""
-RACE = 5.0
+RACE_SECONDS = 5.0
 """Seconds within which the end of a connection may have crossed the request. Later ends mean that the server failed."""
 PROXY_SIGN_IN = 407
 SERVER_FAULT = 500
@@ -56,7 +56,7 @@ def known_addresses(server: Server) -> Addresses | None:
     if server.path is not None:
         if not hasattr(socket, "AF_UNIX"):
             hint = "Let the server listen on a port."
-            raise _failed("This system has no Unix sockets.", "unreachable", hint)
+            raise _connection_failed("This system has no Unix sockets.", "unreachable", hint)
         return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", server.path)]
     host, port = server.first[0].encode(), server.first[1]  # For a `str`, Python would import IDNA.
     try:
@@ -83,27 +83,27 @@ def tls_context() -> ssl.SSLContext:
             cafile=os.environ.get("SSL_CERT_FILE") if own else certifi.where(), capath=os.environ.get("SSL_CERT_DIR")
         )
     except OSError as error:  # ssl.SSLError is a subclass.
-        raise _failed(
+        raise _connection_failed(
             f"The certificates for TLS cannot be read: {error}.", "tls", "Check SSL_CERT_FILE and SSL_CERT_DIR."
         ) from error
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
-def failed_before_answer(error: BaseException, clock: Clock, url: str) -> ProviderError:
+def early_error(error: BaseException, clock: Clock, url: str) -> ProviderError:
     """Return the typed error for a system error before the head of a response."""
-    return clock.expired() if isinstance(error, TimeoutError) else connection_failed(error, url)
+    return clock.expired() if isinstance(error, TimeoutError) else connection_error(error, url)
 
 
-def unconnected(error: BaseException, clock: Clock, server: Server) -> ProviderError:
+def connect_error(error: BaseException, clock: Clock, server: Server) -> ProviderError:
     """Return the typed error for a connection that was not made. It names the proxy if there is one."""
     # A TLS error inside a tunnel comes from the server, not from the proxy.
     inside = server.tunnel is not None and _tls_error(list(_chain(error))) is not None
     if isinstance(error, ProviderTimeout):
         found: ProviderError = error
     else:
-        found = failed_before_answer(error, clock, server.origin if inside else peer_of(server))
-    return found if inside else _blamed(found, server)
+        found = early_error(error, clock, server.origin if inside else peer_of(server))
+    return found if inside else _name_proxy(found, server)
 
 
 def peer_of(server: Server) -> str:
@@ -111,7 +111,7 @@ def peer_of(server: Server) -> str:
     return server.origin if server.proxy is None else server.proxy.partition(",")[0]
 
 
-def _blamed(error: ProviderError, server: Server) -> ProviderError:
+def _name_proxy(error: ProviderError, server: Server) -> ProviderError:
     """Name the proxy, if there is one, in an error and its hint."""
     if server.proxy is not None:
         error.message += f" It is the proxy for {place(server.origin)}."
@@ -120,9 +120,9 @@ def _blamed(error: ProviderError, server: Server) -> ProviderError:
     return error
 
 
-def closed() -> ConnectionFailed:
+def closed_error() -> ConnectionFailed:
     """Return the typed error for a connection that was closed while it was made."""
-    return _failed("The connection was closed while it was made.", "closed", "Use an open client.")
+    return _connection_failed("The connection was closed while it was made.", "closed", "Use an open client.")
 
 
 def is_stale(answer: Framing, begun: float) -> bool:
@@ -132,59 +132,59 @@ def is_stale(answer: Framing, begun: float) -> bool:
     after all, a repeat does no harm: a model replies twice, a pull continues, an upload or a deletion stays the same.
     """
     closed = answer.size == 0 and isinstance(answer.fault, (OSError, EOFError))
-    return closed and time.monotonic() - begun < RACE
+    return closed and time.monotonic() - begun < RACE_SECONDS
 
 
-def unanswered(answer: Framing, clock: Clock, server: Server) -> ProviderError:
+def no_response_error(answer: Framing, clock: Clock, server: Server) -> ProviderError:
     """Return the typed error for a connection that ended, or sent invalid bytes, before the head of its response."""
     if answer.head:
-        return tunnel_failed(answer, server)
+        return tunnel_error(answer, server)
     # Inside a tunnel the server is to blame.
     where = peer_of(server) if server.absolute else server.origin
     fault = answer.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
-        error = failed_before_answer(fault, clock, where)
+        error = early_error(fault, clock, where)
     else:
-        error = not_http(where, answer.words())
-    return _blamed(error, server) if server.absolute else error
+        error = not_http_error(where, answer.fault_text())
+    return _name_proxy(error, server) if server.absolute else error
 
 
-def is_answered(answer: Framing, server: Server) -> bool:
+def has_response(answer: Framing, server: Server) -> bool:
     """Whether the head of the server's own response has come, not a proxy's demand for a sign-in."""
     return answer.head and not (server.absolute and answer.status == PROXY_SIGN_IN)
 
 
-def not_http(url: str, why: str) -> ProtocolError:
+def not_http_error(url: str, why: str) -> ProtocolError:
     """Return the typed error for a response that is not valid HTTP."""
     return ProtocolError(
         f"The server at {place(url)} does not speak HTTP: {why}.", hint="Check `host`, its scheme and its port."
     )
 
 
-def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
+def connection_error(error: BaseException, url: str) -> ConnectionFailed:
     """Return the typed error for a connection that failed or broke, with the cause in `details["cause"]`."""
     where = place(url)
     causes = list(_chain(error))
     if any(isinstance(each, (socket.gaierror, UnicodeError)) for each in causes):
-        return _failed(f"The host name in {where} is not known.", "dns", "Check the spelling of `host`.")
+        return _connection_failed(f"The host name in {where} is not known.", "dns", "Check the spelling of `host`.")
     if (found := _tls_error(causes)) is not None:
-        return _failed(
+        return _connection_failed(
             f"TLS with {where} failed: {found.reason or found}.",
             "tls",
             "Check the scheme, the certificate and the clock.",
         )
     if any(isinstance(each, (ConnectionRefusedError, FileNotFoundError)) for each in causes):
-        return _failed(
+        return _connection_failed(
             f"Nothing listens at {where}.", "refused", "Is the server running, and is the port right?", retryable=True
         )
     if any(isinstance(each, (EOFError, ConnectionError)) for each in causes):
-        return _failed(
+        return _connection_failed(
             f"The connection to {where} broke before a response came: {_innermost(causes)}.",
             "broken",
             "Was the server stopped?",
             retryable=True,
         )
-    return _failed(
+    return _connection_failed(
         f"{where} cannot be reached: {_innermost(causes)}.",
         "unreachable",
         "Check `host` and the network.",
@@ -192,11 +192,11 @@ def connection_failed(error: BaseException, url: str) -> ConnectionFailed:
     )
 
 
-def tunnel_failed(answer: Framing, server: Server) -> ConnectionFailed:
+def tunnel_error(answer: Framing, server: Server) -> ConnectionFailed:
     """Return the error for a proxy that does not connect to the server."""
     hint = "Put user and password into its address." if answer.status == PROXY_SIGN_IN else "Check its log."
-    what = f"refuses: status {answer.status}" if answer.head else f"broke off: {answer.words()}"
-    return _failed(
+    what = f"refuses: status {answer.status}" if answer.head else f"broke off: {answer.fault_text()}"
+    return _connection_failed(
         f"The proxy for {place(server.origin)} {what}. It is {server.proxy}.",
         "proxy",
         f"{hint} If the host needs no proxy, add it to NO_PROXY.",
@@ -204,7 +204,7 @@ def tunnel_failed(answer: Framing, server: Server) -> ConnectionFailed:
     )
 
 
-def _failed(message: str, cause: str, hint: str, *, retryable: bool = False) -> ConnectionFailed:
+def _connection_failed(message: str, cause: str, hint: str, *, retryable: bool = False) -> ConnectionFailed:
     return ConnectionFailed(message, hint=hint, retryable=retryable, details={"cause": cause})
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from graftage.http._framing import head_of, size_of, target_of
-from graftage.http._network import failed_before_answer, not_http, tls_context
+from graftage.http._network import early_error, not_http_error, tls_context
 
 if TYPE_CHECKING:
     from graftage.http._server import Server
@@ -45,11 +45,11 @@ def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
         connection.request(request.method, target_of(request, server), body=body or None, headers=headers)
         return Exchanged(connection.getresponse())
     except OSError as error:
-        raise failed_before_answer(error, clock, request.url) from error
+        raise early_error(error, clock, request.url) from error
     except http.client.IncompleteRead as error:
-        raise failed_before_answer(EOFError(str(error)), clock, request.url) from error
+        raise early_error(EOFError(str(error)), clock, request.url) from error
     except http.client.HTTPException as error:
-        raise not_http(request.url, type(error).__name__) from error
+        raise not_http_error(request.url, type(error).__name__) from error
     finally:
         connection.close()
 

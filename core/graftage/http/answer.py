@@ -57,7 +57,7 @@ class Answer:
                 value = value[0]
             if not isinstance(value, Mapping):
                 break
-            facts.update(_figures(value))
+            facts.update(_facts(value))
             inner = next((value[key] for key in ("error", "message", "detail") if value.get(key) is not None), None)
             if inner is None:
                 break
@@ -107,12 +107,12 @@ class Answer:
     @property
     def retry_after(self) -> float | None:
         """Seconds to wait, from a header or the body; None if the server names none that is valid."""
-        said = re.search(_SAID, self.body.decode("utf-8", "replace"))
+        said = re.search(_WAIT_IN_BODY, self.body.decode("utf-8", "replace"))
         named = (
-            _wait(f"{header(self.headers, 'retry-after-ms')}ms"),
-            _wait(header(self.headers, "retry-after")),
-            _reset(self.headers),
-            _wait(said and said[1]),
+            _to_seconds(f"{header(self.headers, 'retry-after-ms')}ms"),
+            _to_seconds(header(self.headers, "retry-after")),
+            _seconds_until_reset(self.headers),
+            _to_seconds(said and said[1]),
         )
         return next((seconds for seconds in named if seconds is not None), None)
 
@@ -157,7 +157,7 @@ def _parsed(text: str) -> Any:
     return text
 
 
-def _figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _facts(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in FACTS:
         if isinstance(value.get(key), (str, int)):
             yield key, value[key]
@@ -173,25 +173,25 @@ EPOCH: Final = 1e9
 MILLISECONDS: Final = 1e11
 A_YEAR: Final = 366 * 86_400.0
 """Seconds: a longer wait is a mistake."""
-_SAID: Final = (
+_WAIT_IN_BODY: Final = (
     r"(?i)(?:retry_?(?:delay|after)\W{1,4}|(?:try again|retry) (?:in|after) )"
     r"((?:\d+(?:\.\d+)?(?:ms|[hms])?)+)(?!\w|\.\d|\s?(?:ms|milli|min|hour|day))"
 )
 """A wait in the body: Google's `"retryDelay": "34s"`, OpenAI's "Please try again in 1m30s"."""
 
 
-def _wait(text: str | None) -> float | None:
+def _to_seconds(text: str | None) -> float | None:
     """Return the seconds from now for a number, a duration such as `1m30s`, a Unix time or a date."""
     if not text:
         return None
     seconds = duration(text)
-    moment = _date(text) if seconds is None else seconds if seconds >= EPOCH else None
+    moment = _timestamp(text) if seconds is None else seconds if seconds >= EPOCH else None
     if moment is not None:
         seconds = max((moment / 1000 if moment >= MILLISECONDS else moment) - time.time(), 0.0)
     return seconds if seconds is not None and 0 <= seconds <= A_YEAR else None
 
 
-def _date(text: str) -> float | None:
+def _timestamp(text: str) -> float | None:
     """Return the Unix time of a date in a form of HTTP (RFC 9110, 5.6.7) or of ISO 8601."""
     from datetime import UTC, datetime
     from email.utils import parsedate_to_datetime
@@ -203,11 +203,11 @@ def _date(text: str) -> float | None:
     return None
 
 
-def _reset(headers: Headers) -> float | None:
+def _seconds_until_reset(headers: Headers) -> float | None:
     """Return the seconds until the last used-up limit is reset. A limit that states no remainder counts as used up."""
     given = dict(headers)
     waits = [
-        _wait(value)
+        _to_seconds(value)
         for name, value in headers
         if "limit" in name and "reset" in name and given.get(name.replace("reset", "remaining"), "0") in ("0", "0.0")
     ]

@@ -92,7 +92,7 @@ class Http:
             server: the server's name, for messages.
         """
         self.base_url = base_url
-        self.headers: Headers = _kept((headers or {}).items(), safe=is_private(base_url))
+        self.headers: Headers = _allowed((headers or {}).items(), safe=is_private(base_url))
         self._build = build
         self.colour = colour
         self._begin = begin
@@ -261,7 +261,7 @@ class Http:
 
     async def send(self, request: Request, call: Call, clock: Clock) -> Response:
         """Send a request and return its response, or raise the error for one that refuses."""
-        response = await (self._transport or self._opened()).send(request, clock)
+        response = await (self._transport or self._get_transport()).send(request, clock)
         try:
             if response.status >= REDIRECT:
                 body, _ = await read_all(response, MAX_ERROR_BODY)
@@ -276,9 +276,9 @@ class Http:
         """Send a request of an SDK with our keys in place of its own. The SDK itself reads refusals."""
         call = self._begin()
         given = {name for name, _ in self.headers}
-        kept = (pair for pair in _kept(request.headers, safe=False) if pair[0] not in given)
+        kept = (pair for pair in _allowed(request.headers, safe=False) if pair[0] not in given)
         request = replace(request, headers=(("accept-encoding", "identity"), *kept, *self.headers))
-        response = await (self._transport or self._opened()).send(request, Clock(call))
+        response = await (self._transport or self._get_transport()).send(request, Clock(call))
         try:
             if response.status < REDIRECT:
                 _check_kind(response)
@@ -287,17 +287,17 @@ class Http:
             if response.status < REFUSED:
                 raise self._refused(request, response, body, call)
             await response.close()
-            return _Whole(response, self._hidden(body))
+            return _Whole(response, self._redact(body))
         except BaseException:
             await response.close()
             raise
 
-    def _hidden(self, body: bytes) -> bytes:
+    def _redact(self, body: bytes) -> bytes:
         for secret in self._secrets:
             body = body.replace(secret, b"***")
         return body
 
-    def _opened(self) -> Transport:
+    def _get_transport(self) -> Transport:
         with self._lock:  # Two threads would build two pools, one of which nobody would close.
             if self._closed:
                 raise ConnectionFailed("The connection is closed.", retryable=False, hint="Use an open client.")
@@ -319,7 +319,7 @@ class Http:
         """Return the typed error for a response that refuses."""
         from graftage.http.errors import refused
 
-        answer = Answer(status=status, headers=headers, body=self._hidden(body), call=call, server=self._server)
+        answer = Answer(status=status, headers=headers, body=self._redact(body), call=call, server=self._server)
         return refused(answer, self._refusal)
 
     def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None) -> Document:
@@ -362,7 +362,7 @@ class Items(Generic[T]):
         self._ready: deque[Any] = deque()
         self._rest = bytearray()
         self._size = 0
-        self._over = self._begun = False
+        self._over = self._started = False
 
     @property
     def headers(self) -> Headers:
@@ -376,7 +376,7 @@ class Items(Generic[T]):
         ready, clock, words = self._ready, self._clock, self._words
         item: Any = None
         try:
-            if self._begun:
+            if self._started:
                 clock.phase, clock.until = "idle", time.monotonic() + clock.idle
             elif self._response is None and not self._over:
                 return await retry.call(self._open, self._call)
@@ -405,7 +405,7 @@ class Items(Generic[T]):
         except BaseException:
             await self.close()
             raise
-        self._begun = True
+        self._started = True
         taken: T = item
         return taken
 
@@ -548,9 +548,9 @@ class _Lines(Generic[T]):
             found = None
         if isinstance(found, dict) and found.get("error") is None:
             return self._of(found)
-        raise self._odd(line, found)
+        raise self._line_error(line, found)
 
-    def _odd(self, line: bytes, found: Any) -> ProviderError:
+    def _line_error(self, line: bytes, found: Any) -> ProviderError:
         """Return the error for a line that holds an error, or is not an object."""
         tail = line if found else line[max(line.rfind(b"{"), 0) :]
         if b'"error"' in tail:  # Some servers write an error right after an unfinished object.
@@ -694,7 +694,7 @@ def _too_many(count: int, what: str) -> ProtocolError:
     )
 
 
-def _kept(headers: Iterable[tuple[str, str]], *, safe: bool) -> Headers:
+def _allowed(headers: Iterable[tuple[str, str]], *, safe: bool) -> Headers:
     """Return the headers that may be sent: secrets only over https or to loopback (`safe`)."""
     return tuple((name.lower(), value) for name, value in headers if safe or not SECRET_NAMES.search(name))
 

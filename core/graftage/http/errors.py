@@ -48,22 +48,22 @@ _sign_in: Final = says(
     "Set `api_key`, which is sent only over https or to loopback.",
 )
 _retired: Final = says(ModelNotFound, "The server no longer has {model}.", "Choose one that the server lists.")
-_header: Final = says(
+_head_too_large: Final = says(
     RequestRejected,
     "The head of the request is too large.",
     "Send fewer or shorter `headers`, or raise the server's limit.",
 )
 _gave_up: Final = "A proxy or the server gave up waiting."
-_late: Final = says(ProviderTimeout, _gave_up, "Try again.", phase="first_token", retryable=True)
+_timed_out: Final = says(ProviderTimeout, _gave_up, "Try again.", phase="first_token", retryable=True)
 # Behind a gateway the server may still be at work.
-_late_behind: Final = says(
+_timed_out_behind: Final = says(
     ProviderTimeout,
     _gave_up,
     "Raise the proxy's limit, or stream the reply: its first chunk comes sooner.",
     phase="first_token",
 )
 
-USED_UP: Final = (
+QUOTA_WORDS: Final = (
     "usage limit",
     "insufficient_quota",
     "insufficient quota",
@@ -96,7 +96,7 @@ USED_UP: Final = (
     "upgrade your account",
     "upgrade for ",
 )
-RETIRED: Final = (
+RETIRED_WORDS: Final = (
     "has been retired",
     "was retired",
     "is retired",
@@ -108,7 +108,7 @@ RETIRED: Final = (
     "end of life",
     "end-of-life",
 )
-OVERFLOW: Final = (
+OVERFLOW_WORDS: Final = (
     "exceeds the available context size",
     "exceed_context_size",
     "exceeds the context length",
@@ -129,11 +129,11 @@ OVERFLOW: Final = (
     "tokens` must be <=",
     "`inputs` must have less than",
 )
-WORDS: Final[Rules] = (
-    (USED_UP, _quota),
-    (RETIRED, _retired),
+GENERAL_WORDS: Final[Rules] = (
+    (QUOTA_WORDS, _quota),
+    (RETIRED_WORDS, _retired),
     (
-        OVERFLOW,
+        OVERFLOW_WORDS,
         says(
             ContextOverflow, "The prompt does not fit into the context window.", "Send less, or raise `context_window`."
         ),
@@ -152,7 +152,7 @@ WORDS: Final[Rules] = (
     ),
 )
 """What words mean with any status."""
-PASSING: Final[Rules] = (
+RATE_LIMITS: Final[Rules] = (
     (
         (
             "rate limit",
@@ -173,7 +173,7 @@ PASSING: Final[Rules] = (
 """Limits on speed, even if the text names a plan with a higher one."""
 ABOUT_PLANS: Final[Rules] = ((("quota", "subscri", "upgrade", "billing", "credit", " plan", "free tier"), _quota),)
 """If the status means "used up" or "forbidden", these words mean the plan."""
-BEHIND: Final[Rules] = (
+BACKEND: Final[Rules] = (
     ((" eof while parsing",), says(RequestRejected, "", FIX)),
     (
         (
@@ -233,21 +233,21 @@ BEHIND: Final[Rules] = (
     ),
 )
 """Words about sockets mean the server's own runner, or another server, with any status."""
-WORDS_AT: Final[Mapping[int, Rules]] = {
+WORDS_BY_STATUS: Final[Mapping[int, Rules]] = {
     OK: (
-        *PASSING,
-        *BEHIND,
+        *RATE_LIMITS,
+        *BACKEND,
         (("invalid_api_key", "authentication_error", "unauthorized"), _sign_in),
         (("model_not_found",), says(ModelNotFound, "The server does not have {model}.", "Check its name.")),
     ),
-    400: BEHIND,
+    400: BACKEND,
     403: ABOUT_PLANS,
-    429: (*PASSING, *ABOUT_PLANS),
-    500: (*PASSING, *BEHIND),
+    429: (*RATE_LIMITS, *ABOUT_PLANS),
+    500: (*RATE_LIMITS, *BACKEND),
 }
 """What words mean with one status."""
 
-ANYBODY: Final[Mapping[int, Make]] = {
+BY_STATUS: Final[Mapping[int, Make]] = {
     401: _sign_in,
     402: _quota,
     403: says(
@@ -262,20 +262,20 @@ ANYBODY: Final[Mapping[int, Make]] = {
         retryable=False,
         details={"cause": "proxy"},
     ),
-    408: _late,
+    408: _timed_out,
     410: _retired,
     413: says(
         RequestRejected, "The request is too large.", "Send less, or raise the limit of the server or its proxy."
     ),
-    414: _header,
-    425: _late,
+    414: _head_too_large,
+    425: _timed_out,
     429: _overloaded,
-    431: _header,
+    431: _head_too_large,
     451: says(AuthenticationFailed, "The server refuses this for legal reasons.", "Use another provider."),
     499: says(InferenceFailed, "Another party ended the request.", "Try again.", retryable=True),
     502: _gateway,
     503: _overloaded,
-    504: _late_behind,
+    504: _timed_out_behind,
     509: says(QuotaExceeded, "The server's bandwidth is used up.", "Try again later."),
     511: says(
         ConnectionFailed,
@@ -286,13 +286,13 @@ ANYBODY: Final[Mapping[int, Make]] = {
     ),
     **dict.fromkeys((520, 521, 522, 523, 527, 530), _gateway),
     **dict.fromkeys((525, 526), _certificate),
-    524: _late_behind,
+    524: _timed_out_behind,
     529: _overloaded,
-    598: _late_behind,
+    598: _timed_out_behind,
     599: _gateway,
 }
 """What a status means from the server as well as from a proxy."""
-SERVERS_OWN: Final[Mapping[int, Make]] = {
+BY_STATUS_IN_JSON: Final[Mapping[int, Make]] = {
     404: says(ModelNotFound, "The server does not have {model}.", "Check the model's name, and `host`."),
     501: says(CapabilityUnsupported, "", "Use another model or server."),
 }
@@ -302,19 +302,19 @@ SERVERS_OWN: Final[Mapping[int, Make]] = {
 def refused(it: Answer, own: Refusal | None) -> ProviderError:
     """Return the typed error for a refusal: from the provider's own table, else by words and status."""
     error = own(it) if own is not None else None
-    error = error or _by_default(it)
+    error = error or _default_error(it)
     error.model = error.model or it.call.model
     error.operation = error.operation or it.call.operation or None
     # An error inside a stream has no status; 200 would be wrong.
     error.status = None if it.inner_status == OK else it.inner_status
     if isinstance(error, (Overloaded, QuotaExceeded)) and error.retry_after is None:
-        _say_when(error, it.retry_after)
+        _add_retry_after(error, it.retry_after)
     error.details.setdefault("server_message", it.words[:MAX_WORDS])
     error.details.update(it.facts)
     return error
 
 
-def _say_when(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
+def _add_retry_after(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
     """Add the wait to an error and its message."""
     if seconds is not None:
         error.retry_after = seconds
@@ -322,13 +322,13 @@ def _say_when(error: Overloaded | QuotaExceeded, seconds: float | None) -> None:
         error.args = (error.message,)
 
 
-def _by_default(it: Answer) -> ProviderError:
+def _default_error(it: Answer) -> ProviderError:
     """Return the error by words, else by status."""
     status = it.inner_status
-    if it.known and (error := by_words(it, (*WORDS, *WORDS_AT.get(status, ())))):
+    if it.known and (error := by_words(it, (*GENERAL_WORDS, *WORDS_BY_STATUS.get(status, ())))):
         return error
-    if status in ANYBODY:
-        return ANYBODY[status](it)
+    if status in BY_STATUS:
+        return BY_STATUS[status](it)
     if status == OK:
         return InferenceFailed(it.said, hint=LOG)
     if not it.known:
@@ -336,8 +336,8 @@ def _by_default(it: Answer) -> ProviderError:
             f"The response does not come from {it.server}: status {status}.",
             hint="Is it another service, an older server, or the page of a proxy? Check `host`.",
         )
-    if status in SERVERS_OWN:
-        return SERVERS_OWN[status](it)
+    if status in BY_STATUS_IN_JSON:
+        return BY_STATUS_IN_JSON[status](it)
     if status < SERVER_FAULT:
         return RequestRejected(it.said, hint=FIX)
     return InferenceFailed(f"The server failed. {it.said}", hint=LOG)
