@@ -206,7 +206,8 @@ def merge(
         DiskFull: the merged model does not fit on the disk.
     """
     _check(header, lora)
-    jobs = _jobs(header, lora, kind)
+    parts = {part.tensor: part for part in lora.parts}
+    jobs = [_job(tensor, parts.get(tensor.name), lora, header.metadata, kind) for tensor in header.tensors.values()]
     head = _head(base, header, jobs, _merge_keys(digest, lora, kind))
     total = len(head) + sum(job.size + _padding(job.size, header.alignment) for job in jobs)
     _check_disk(out, total)
@@ -239,11 +240,6 @@ def _check_disk(out: Path, total: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < total + SPARE:
         raise DiskFull(f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
-
-
-def _jobs(header: Header, lora: Lora, kind: str) -> list[_Job]:
-    parts = {part.tensor: part for part in lora.parts}
-    return [_job(tensor, parts.get(tensor.name), lora, header.metadata, kind) for tensor in header.tensors.values()]
 
 
 def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, Any], kind: str) -> _Job:
