@@ -120,12 +120,12 @@ class Room:
 
     @property
     def bytes(self) -> int:
-        """The smaller of both."""
+        """The smaller of the two."""
         return max(self.static if self.live is None else min(self.static, self.live), 0)
 
     @property
     def binding(self) -> Literal["live", "budget"]:
-        """Which of both is the smaller."""
+        """Which of the two is smaller."""
         return "live" if self.live is not None and self.live < self.static else "budget"
 
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,18 +14,27 @@ import graftage_m4
 from graftage.footprint import Layer, Shape
 from graftage_m4 import _plan
 
+if TYPE_CHECKING:
+    from graftage_m4._policy import Policy
+
 ASSETS = Path(__file__).parent / "assets"
 SMALL = Shape(weights=2_500_000_000, layers=(Layer(cell=8 * 256),) * 36, embedding=2560, heads=32, vocabulary=151_936)
 LARGE = Shape(weights=42_500_000_000, layers=(Layer(cell=8 * 256),) * 80, embedding=8192, heads=64, vocabulary=128_256)
 SPACE = "{http://www.w3.org/2000/svg}"
 
 
-def drawn(models: dict[str, Shape], live: int | None = None, **changed: Any) -> ET.Element:
-    """The picture of models on a Mac with 16 GB."""
+def small_mac() -> tuple[Policy, _plan.Mac]:
+    """Read a Mac with 16 GB."""
     policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
     assert policy is not None
     mac = _plan.read_mac(policy)
     assert mac is not None
+    return policy, mac
+
+
+def drawn(models: dict[str, Shape], live: int | None = None, **changed: Any) -> ET.Element:
+    """Draw models on a Mac with 16 GB."""
+    policy, mac = small_mac()
     return ET.fromstring(_plan.picture(models, replace(mac, live=live, **changed), policy))
 
 
@@ -68,20 +77,14 @@ class TestPicture:
         assert "Apple? M4" in (text_of(root, "Memory").text or "")
 
     def test_empty_budget_can_be_drawn(self) -> None:
-        policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
-        assert policy is not None
-        mac = _plan.read_mac(policy)
-        assert mac is not None
+        policy, mac = small_mac()
         empty = replace(mac, live=0, budget=replace(mac.budget, static=0))
         assert ET.fromstring(_plan.picture({"m:1": SMALL}, empty, policy)).tag == f"{SPACE}svg"
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.85, "fits"), (0.95, "tight"), (1.05, "no")])
 def test_verdict_follows_share_of_budget(share: float, verdict: str) -> None:
-    policy = graftage_m4.M4(machine=ASSETS / "mini-16-macos15.json").policy()
-    assert policy is not None
-    mac = _plan.read_mac(policy)
-    assert mac is not None
+    policy, mac = small_mac()
     static = int(policy.settings.footprint(SMALL, 4096).total / share)
     mac = replace(mac, live=None, budget=replace(mac.budget, static=static))
     ((cell,),) = (row.cells for row in _plan.rows({"m:1": SMALL}, mac, policy, [4096]))
