@@ -569,7 +569,7 @@ class Limits:
     keep_alive: float | None = None
     """Seconds; infinity means for ever."""
     keep_window: bool = False
-    """Raise a smaller window to `context_window`, because the model is loaded with it and would be loaded again."""
+    """Raise a smaller window of the caller to `context_window`, with which the model is loaded, to avoid a new load."""
     unload: tuple[str, ...] = ()
     """Idle models that the core unloads before it admits the request; a model in use stays loaded."""
     wait_for: tuple[str, ...] = ()

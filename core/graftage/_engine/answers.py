@@ -1,7 +1,7 @@
-"""Reads what servers and models answer: strictly what matters, leniently what nobody needs.
+"""Read the responses of servers and the replies of models: strictly where it matters, leniently elsewhere.
 
-A text, the end of an answer, a vector and the name of a tool must be what the API promises. Any other field that is
-missing, empty or of another type is unknown, and takes nothing else with it.
+A text, the end of a reply, a vector and the name of a tool must be what the API promises. Any other field may be
+missing, empty or of another type: it is then unknown, and the other fields are still read.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ __all__ = [
 
 T = TypeVar("T")
 ODD: Final = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
-"""What reading raises where something is not of the type or the form that it should be."""
+"""The errors of reading a value of an unexpected type or form."""
 LARGEST_COUNT: Final = 2**53
-"""Above it a float, which is all that some servers count with, skips numbers."""
+"""Some servers count with floats, which skip integers above it."""
 
 
 # --- Fields ----------------------------------------------------------------------------------------------------------
 
 
 def read_text(value: Any) -> str:
-    """A text of an answer; None is an empty one.
+    """Return a string of a response; None becomes an empty string.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the value is something else.
     """
     if value is not None and not isinstance(value, str):
         raise TypeError("a text is wanted")
@@ -66,30 +66,30 @@ def read_text(value: Any) -> str:
 
 
 def read_word(value: Any) -> str | None:
-    """A text that nobody needs; None where it is empty, or anything else."""
+    """Return an optional string; None if it is empty or not a string."""
     return value if isinstance(value, str) and value else None
 
 
 def read_count(value: Any) -> int | None:
-    """A whole number from 0 to 2**53, of which a float is one, too; None for anything else."""
+    """Return an integer from 0 to 2**53, also from a float; None for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT:
         return int(value) if value == int(value) else None
     return None
 
 
 def read_seconds(value: Any, *, per_second: float = 1) -> float | None:
-    """A duration in seconds; None for what is no number, negative or absurd.
+    """Return a duration in seconds; None if it is not a number, or is negative or absurdly large.
 
     Args:
-        value: what the server says.
-        per_second: how many of its units are a second: 1e9 for nanoseconds.
+        value: the server's value.
+        per_second: how many of its units are in a second, such as 1e9 for nanoseconds.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value / per_second if number and 0 <= value <= LARGEST_COUNT else None
 
 
 def read_moment(value: Any) -> datetime | None:
-    """A moment that is written as ISO 8601 has it; None for anything else, and for the year 1: Go's for "never"."""
+    """Return a moment in ISO 8601; None for anything else, and for the year 1, with which Go means "never"."""
     with contextlib.suppress(*ODD):
         found = datetime.fromisoformat(value)
         return found if found.year > 1 else None
@@ -97,12 +97,12 @@ def read_moment(value: Any) -> datetime | None:
 
 
 def read_object(value: Any) -> Mapping[str, Any]:
-    """An object; one without entries for anything else."""
+    """Return a JSON object; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
 def read_entries(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
-    """The entries of a list, without those that cannot be read: one bad entry loses no other."""
+    """Return the entries of a list that can be read; skip the others."""
     taken = []
     for each in found if isinstance(found, list) else ():
         with contextlib.suppress(*ODD):
@@ -111,10 +111,10 @@ def read_entries(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
 
 
 def read_records(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
-    """The entries of a list that was asked for, without those that cannot be read. None is an empty list.
+    """Return the entries of a requested list that can be read. None is an empty list.
 
     Raises:
-        TypeError: it is no list, or has entries of which none can be read.
+        TypeError: it is not a list, or not one of its entries can be read.
     """
     taken = read_entries(found, read)
     if found not in (None, []) and not taken:
@@ -123,11 +123,11 @@ def read_records(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
 
 
 def read_logprobs(found: Any, *, top: bool = True) -> tuple[Logprob, ...]:
-    """Log-probabilities, each an object with `token`, `logprob` and `top_logprobs`; those that can be read.
+    """Return the log-probabilities that can be read, each from an object with `token`, `logprob` and `top_logprobs`.
 
     Args:
-        found: the list of them.
-        top: whether the most probable tokens at each place are wanted.
+        found: the list of objects.
+        top: whether to read the most probable tokens at each place.
     """
     return read_entries(found, partial(_read_logprob, top=top))
 
@@ -144,17 +144,17 @@ def _read_logprob(found: Any, *, top: bool) -> Logprob:
 
 
 def read_usage(usage: Usage | None) -> Usage | None:
-    """Counts of tokens, without those that cannot be."""
+    """Return the counts of tokens without impossible ones."""
     if usage is None:
         return None
     return Usage(input_tokens=read_count(usage.input_tokens), output_tokens=read_count(usage.output_tokens))
 
 
 def read_vectors(data: Any) -> list[Any]:
-    """The vectors of an answer in OpenAI's form, each at the place that its `index` names.
+    """Return the vectors of a response in OpenAI's form, in the order of their `index`.
 
     Raises:
-        ProtocolError: the indexes do not number them.
+        ProtocolError: the indexes are not the numbers from 0 on.
     """
     places = [each.get("index") for each in data]
     if places != [None] * len(data) and sorted(places) != list(range(len(data))):
@@ -169,17 +169,17 @@ def read_vectors(data: Any) -> list[Any]:
 
 
 def decode(data: bytes | str) -> Any:
-    """JSON, with the replacement character for half of a surrogate pair that stands alone: no text can hold one.
+    """Decode JSON; put the replacement character for each lone half of a surrogate pair, which UTF-8 cannot encode.
 
     Raises:
-        ValueError: it is no JSON, or no UTF-8.
+        ValueError: it is not valid JSON or UTF-8.
         RecursionError: it is nested too deeply.
     """
     import msgspec
 
     with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
         return msgspec.json.decode(data)
-    # What it refuses is wrong, or is what `json` alone takes: NaN, and the ends of lines that models write in a text.
+    # `json` also accepts NaN and the line ends that models write inside strings.
     text = data if isinstance(data, str) else data.decode()
     found = json.loads(text, strict=False)
     return _whole(found) if "\\ud" in text or "\\uD" in text else found
@@ -195,19 +195,19 @@ def _whole(value: Any) -> Any:
 
 THOUGHT: Final = r"</think(?:ing)?>"
 FENCE: Final = r"(?s)```[ \t]*\w*\s*(.*?)(?:\n[ \t]*```|```\Z|\Z)"
-"""What ends a thought, and a block of code in Markdown, whose end may be missing."""
+"""The end of a thought, and a block of code in Markdown, whose end may be missing."""
 
 
 MOST_REASON: Final = 4000
-"""Characters of what is wrong with an answer: each of many fields may be."""
+"""Characters: a reply with many wrong fields has a long list of errors."""
 
 
 def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
-    """The answer as `format` wanted it: its JSON, also where that stands in a fence or after a thought.
+    """Parse the JSON of a reply to a `format`, even inside a Markdown fence or after a thought.
 
     Raises:
-        InferenceFailed: there is no JSON, or not what was wanted; the reply is in `partial`.
-        Exception: what the host's own validators raise, as it is.
+        InferenceFailed: the JSON is missing or does not match; `partial` has the reply.
+        Exception: an error of the host application's validators, unchanged.
     """
     text = next(filter(None, map(_as_json, _readings(reply.text if reply.text.strip() else reply.thinking))), None)
     if text is None:
@@ -236,23 +236,23 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
 
 
 def reason_of(error: InferenceFailed) -> str:
-    """Why an answer did not fit its format, in the words of what read it, for the model."""
+    """Return why a reply did not match its format, in the parser's words, for the model."""
     words = re.sub(r"\n *For further information visit \S+", "", str(error.__cause__ or error.message))
     return words[:MOST_REASON]
 
 
 def _readings(text: str) -> Iterator[str]:
-    """The places in an answer where its JSON may stand, from the most certain to the least."""
+    """Yield the parts of a reply that may be its JSON, the most likely first."""
     yield text
     rest = re.split(THOUGHT, text)[-1].strip("\ufeff \t\r\n")
     yield rest
     fenced = re.findall(FENCE, rest)
-    if len(fenced) == 1:  # Of several, nobody knows which is meant.
+    if len(fenced) == 1:  # With several, it is unclear which one is meant.
         yield fenced[0]
 
 
 def _as_json(text: str) -> str | None:
-    """A text, if it is JSON; the ends of lines that models write inside strings are escaped."""
+    """Return a text if it is JSON, with the line ends that models write inside strings escaped."""
     for strict in (True, False):
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(text, strict=strict)
@@ -264,11 +264,11 @@ def _as_json(text: str) -> str | None:
 
 
 def read_tool_calls(found: Any) -> tuple[ToolCall, ...]:
-    """The whole calls of tools that a message holds: all of them, since a part of a plan is another plan.
+    """Return the tool calls of a message. One malformed call fails all, since a part of a plan is another plan.
 
     Raises:
-        InferenceFailed: one of them is malformed.
-        TypeError: it is no list, and no call alone.
+        InferenceFailed: a call is malformed.
+        TypeError: it is neither a list nor a single call.
     """
     calls = [found] if found and isinstance(found, Mapping) else found or ()
     if not isinstance(calls, (list, tuple)):
@@ -282,16 +282,15 @@ def _read_whole_call(call: Mapping[str, Any]) -> ToolCall:
 
 
 def read_tool_call(name: Any, arguments: Any, call_id: Any = None) -> ToolCall:
-    """A call of a tool as a model has written it.
+    """Return a tool call as a model has written it.
 
     Args:
         name: the name of the tool.
-        arguments: an object, or JSON of one in a text; None, `null` and an empty text are an object without entries.
-        call_id: names the call when its result is sent back; where the server gave none, one is made up that no other
-            call has.
+        arguments: an object, or its JSON in a string; None, `null` and an empty string mean an empty object.
+        call_id: the name of the call when its result is sent back; without one, a unique name is made.
 
     Raises:
-        InferenceFailed: it has no name, or arguments that are no object; what the model wrote is in `partial.raw`.
+        InferenceFailed: it has no name, or its arguments are not an object; `partial.raw` has what the model wrote.
     """
     found = read_arguments(arguments, decode)
     if isinstance(name, str) and name and found is not None:
@@ -308,9 +307,9 @@ LOADS: Final = partial(json.loads, strict=False)
 
 
 def read_arguments(value: Any, loads: Callable[[str], Any] = LOADS) -> dict[str, Any] | None:
-    """The arguments of a tool call; None where they cannot be read as an object."""
+    """Return the arguments of a tool call; None if they cannot be read as an object."""
     with contextlib.suppress(ValueError, RecursionError):
-        while isinstance(value, str):  # Some servers write the JSON of a text that is JSON.
+        while isinstance(value, str):  # Some servers encode the JSON twice.
             value = loads(value) if value.strip() else None
     if value is None:
         return {}
@@ -340,16 +339,16 @@ ENDS: Final[Mapping[str, FinishReason]] = {
     "load": "load",
     "unload": "unload",
 }
-"""What servers call the ways in which an answer ends."""
+"""The finish reasons in the words of servers."""
 
 
 def read_finish_reason(word: object, *, calls: bool, full: bool) -> FinishReason:
-    """Why an answer ended.
+    """Return why a reply ended.
 
     Args:
-        word: the server's own; empty where it gave none.
-        calls: whether the answer has calls of tools: they tell more than the word.
-        full: whether the answer is as long as was allowed.
+        word: the server's word; empty if it gave none.
+        calls: whether the reply has tool calls, which are more reliable than the word.
+        full: whether the reply is as long as was allowed.
     """
     absent: FinishReason = "length" if full else "stop"
     reason = ENDS.get(str(word).lower(), "other") if word else absent
@@ -359,29 +358,29 @@ def read_finish_reason(word: object, *, calls: bool, full: bool) -> FinishReason
 
 
 NEAR: Final = 2
-"""Tokens: some servers do not count those that stand at the beginning and the end of a text."""
+"""Tokens: some servers do not count the special ones at the beginning and the end of a text."""
 USUAL_WINDOW: Final = 2048
-"""Tokens: the smallest window that servers give a model of their own accord. All such windows are powers of two."""
+"""Tokens: the smallest window that servers choose by default. All default windows are powers of two."""
 UNITS: Final = r"[^\W\x00-\u2fff]{1,8}|[^\s\u3000-\uffff]+"
-"""A word, or as many characters of a script without spaces as a token may hold."""
+"""A word, or as many characters of a script without spaces as one token may hold."""
 
 
 def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int | None) -> tuple[str, ...]:
-    """A warning where a prompt, or an input, was probably cut to fit the window, which servers do without a word.
+    """Return a warning if a prompt or an input was probably cut to fit the window, which servers do silently.
 
-    It was if the tokens that were read fill the window, or are fewer than its words. A word takes one token at least,
-    while a token may hold dozens of dashes or spaces: characters tell nothing. What is not seen is a cut that leaves
-    more tokens than there are words, by a server that does not fill the window or that sums up several inputs.
+    It was cut if the tokens that the server read fill the window, or are fewer than the words. A word takes at least
+    one token, while a token may hold dozens of dashes or spaces, so the number of characters proves nothing. Some cuts
+    go unnoticed: those that leave more tokens than words, if the server does not fill the window or sums over inputs.
 
     Args:
-        request: what was asked.
-        read: tokens of the input, as the server counted them.
+        request: the request.
+        read: the tokens of the input, as the server counted them.
     """
     inputs = getattr(request, "inputs", None)
-    if not getattr(request, "truncate", True):  # Then a server refuses what does not fit.
+    if not getattr(request, "truncate", True):  # The server refuses what does not fit.
         return ()
     texts, window = inputs or _texts(request), request.context_window
-    if window is not None and (read or 0) > len(inputs or "-") * window:  # More than fits was counted, or was read.
+    if window is not None and (read or 0) > len(inputs or "-") * window:  # The server's window is larger, or its count.
         return ()
     size = sum(map(len, texts))
     if not (_is_full(read, window, inputs) or _has_more_words(texts, size, read, window, inputs)):
@@ -410,7 +409,7 @@ def _is_full(read: int | None, window: int | None, inputs: tuple[str, ...] | Non
 def _has_more_words(
     texts: tuple[str, ...], size: int, read: int | None, window: int | None, inputs: tuple[str, ...] | None
 ) -> bool:
-    if size <= (window or USUAL_WINDOW):  # So few characters are no more tokens.
+    if size <= (window or USUAL_WINDOW):  # A text has at most as many tokens as characters.
         return False
     words = [len(each.split()) if each.isascii() else len(re.findall(UNITS, each)) for each in texts]
     longest = max(words) if inputs else sum(words)

@@ -1,4 +1,4 @@
-"""The arguments that both clients take, written once, and how they are read into what a session works on."""
+"""The arguments of both clients, and how to read them into the `CallOptions` of a session."""
 
 from __future__ import annotations
 
@@ -27,66 +27,66 @@ MOST_RETRIES = 10
 
 
 class Arguments(TypedDict, total=False):
-    """What `chat` and `generate` take alike."""
+    """The arguments that `chat` and `generate` share."""
 
     model: str | None
-    """The model, where it is not the client's."""
+    """The model, if it is not the client's."""
     adapter: AdapterChoice
-    """An adapter for this call; None for the base model; left out for the active one."""
+    """An adapter for this call; None for the base model; leave it out for the active adapter."""
     format: schemas.Format | None
-    """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`; the
+    """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`. The
     result is in `Reply.parsed`."""
     think: bool | str | None
-    """Whether to think first, or how hard: `low`, `medium`, `high`, and whatever other level the server knows."""
+    """Whether to think first, or how hard: `low`, `medium`, `high`, or another level that the server knows."""
     images: Sequence[reading.ImageLike] | None
-    """Pictures for the user's last message, each of 64 MB at most: bytes, `Path`, `Image`, or a text that is a `data:`
-    URI or a path. Inside a message a text is a `data:` URI or base64, and never a path."""
+    """Images for the user's last message, each at most 64 MB: bytes, `Path`, `Image`, or a string with a `data:` URI or
+    a path. Inside a message, a string is a `data:` URI or base64, never a path."""
     options: Mapping[str, Any] | BaseModel | None
-    """`temperature`, `seed` and so on; `capabilities().options` has the names. What a server alone knows goes into
-    `{"server": {...}}`, where `server` is among them."""
+    """`temperature`, `seed` and so on; `capabilities().options` lists the names. If `server` is one of them, options
+    that only the server knows go into `{"server": {...}}`."""
     keep_alive: float | str | None
     """How long the model stays loaded: seconds, `"5m"`, -1 for ever."""
     context_window: int | None
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and reply together."""
     max_tokens: int | None
-    """Tokens of the answer."""
+    """Tokens of the reply."""
     force: bool | None
-    """Go on where a policy refuses or lowers something, or an adapter does not fit; the reply then warns of it."""
+    """Ignore the limits of policies and an adapter that does not fit; the reply then has a warning."""
     timeout: Timeout
     """Seconds for the whole call, or `Timeouts`."""
 
 
 class ChatArguments(Arguments, total=False):
-    """What `chat` takes besides the messages."""
+    """The arguments of `chat` besides the messages."""
 
     tools: Sequence[schemas.ToolLike] | None
-    """What the model may call: Python functions, pydantic models, mappings or `Tool`s."""
+    """The tools that the model may call: Python functions, pydantic models, mappings or `Tool`s."""
     retries: int | None
-    """How often to ask again where the answer does not fit the `format`, with what is wrong as a message; not for a
-    stream. `timeout` holds for all of it."""
+    """How often to ask again if the reply does not match the `format`, with the error as a message; not for a stream.
+    `timeout` applies to all attempts together."""
 
 
 class GenerateArguments(Arguments, total=False):
-    """What `generate` takes besides the prompt."""
+    """The arguments of `generate` besides the prompt."""
 
     system: str | None
-    """A system prompt, where the template has a place for one."""
+    """A system prompt, if the template has a place for one."""
     suffix: str | None
-    """What comes after the gap that the model is to fill."""
+    """The text after the gap that the model fills."""
     raw: bool | None
     """Send the prompt without the model's template."""
 
 
 class EmbedArguments(TypedDict, total=False):
-    """What `embed` takes besides the inputs."""
+    """The arguments of `embed` besides the inputs."""
 
     model: str | None
     dimensions: int | None
-    """Cut the vectors to this length, where the model allows it."""
+    """Cut the vectors to this length, if the model allows it."""
     truncate: bool | None
-    """Cut an input that does not fit, which is the default; otherwise it is a `ContextOverflow`."""
+    """Cut an input that does not fit, which is the default; if False, raise `ContextOverflow`."""
     purpose: Purpose | None
-    """What the vectors are for, `"query"` or `"document"`: each input gets the prefix that the model was trained on."""
+    """`"query"` or `"document"`: put the prefix before each input that the model was trained with."""
     options: Mapping[str, Any] | BaseModel | None
     keep_alive: float | str | None
     context_window: int | None
@@ -95,7 +95,7 @@ class EmbedArguments(TypedDict, total=False):
 
 
 class RerankArguments(TypedDict, total=False):
-    """What `rerank` takes besides the query and the documents."""
+    """The arguments of `rerank` besides the query and the documents."""
 
     model: str | None
     options: Mapping[str, Any] | BaseModel | None
@@ -107,7 +107,7 @@ class RerankArguments(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallOptions:
-    """A call's arguments, read and checked as far as they can be without a model."""
+    """A call's arguments, read, and checked as far as possible without a model."""
 
     model: str | None = None
     adapter: AdapterChoice = ACTIVE
@@ -120,17 +120,17 @@ class CallOptions:
     parse: reading.Parse | None = None
     prompt_characters: int | None = None
     needs: tuple[str, ...] = ()
-    """Features the provider and the model must have."""
+    """The features that the provider and the model must have."""
     retries: int = 0
     purpose: Purpose | None = None
     build: Callable[..., Any] | None = None
-    """Makes the request from what is settled later: call, model, adapter, options and the clamped figures."""
+    """Build the request from what is known later: call, model, adapter, options and limits."""
 
 
 def may_read_files(subject: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether to read the arguments of a call may take the time of a file: pictures may stand in files.
+    """Return whether reading the arguments of a call may read files: images may be paths.
 
-    What a generator of messages does is not known.
+    A generator of messages may do anything, so it counts too.
     """
     if arguments.get("images"):
         return True
@@ -247,10 +247,10 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Seconds a model is to stay, or None.
+    """Return the seconds that a model stays loaded, or None.
 
     Raises:
-        RequestRejected: it is neither a number of them nor a text such as `5m`.
+        RequestRejected: it is neither a number nor a string such as `5m`.
     """
     try:
         return keep_alive_seconds(value)
@@ -259,10 +259,10 @@ def read_keep_alive(value: Any) -> float | None:
 
 
 def check_tokens(name: str, value: Any) -> None:
-    """Refuse what is no number of tokens.
+    """Check a number of tokens.
 
     Raises:
-        RequestRejected: it is neither None nor a whole number that engines can count to, and that can be meant.
+        RequestRejected: it is neither None nor an integer that engines accept.
     """
     _check_count(name, value, "tokens")
 
@@ -277,17 +277,17 @@ def _check_count(name: str, value: Any, of: str) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no name of a model.
+    """Check the name of a model.
 
     Raises:
-        RequestRejected: it is no text, empty, or cannot be sent.
+        RequestRejected: it is not a string, is empty, or cannot be sent.
     """
     if not reading.text(model, "`model`").strip():
         raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out for the client's own.")
 
 
 def read_flag(name: str, value: Any, *, default: bool = False) -> bool:
-    """Return True or False; None means the default. Any text would be true, `"no"` as well.
+    """Return a boolean; None means the default. Other types are refused: the string `"no"` would be true.
 
     Raises:
         RequestRejected: it is neither True nor False.
@@ -312,10 +312,10 @@ def _read_retries(arguments: Mapping[str, Any]) -> int:
 
 
 def read_seconds(name: str, value: Any) -> float | None:
-    """A length of time, or None. True would be a second, and NaN neither more nor less than any other.
+    """Return a length of time, or None.
 
     Raises:
-        RequestRejected: it is no number from 0 on.
+        RequestRejected: it is not a number of at least 0.
     """
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
         return value
@@ -323,7 +323,7 @@ def read_seconds(name: str, value: Any) -> float | None:
 
 
 def check_progress(on_progress: Any) -> None:
-    """Refuse what cannot be called with the steps of a download, before it begins.
+    """Check the function to call with the steps of a download, before the download begins.
 
     Raises:
         RequestRejected: it is neither None nor a plain function.
@@ -335,10 +335,10 @@ def check_progress(on_progress: Any) -> None:
 
 
 def read_reference(reference: Any) -> str:
-    """A reference to an adapter, as text.
+    """Return a reference to an adapter as a string.
 
     Raises:
-        RequestRejected: it is neither text nor a path, or empty.
+        RequestRejected: it is neither a string nor a path, or is empty.
     """
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
     if not isinstance(name, str) or not name.strip():
@@ -349,7 +349,7 @@ def read_reference(reference: Any) -> str:
 
 
 def _read_think(value: Any) -> bool | str | None:
-    """How to think: which levels there are, the server knows."""
+    """Check how to think. Only the server knows its levels."""
     if value is None or isinstance(value, bool):
         return value
     if not isinstance(value, str) or not value.strip():
@@ -364,10 +364,10 @@ def _needs(arguments: Mapping[str, Any], **wanted: Any) -> tuple[str, ...]:
 
 
 def _given(operation: str, arguments: Mapping[str, Any], known: type) -> dict[str, Any]:
-    """Return the arguments that are given: one of None is not, except `adapter`, of which it means the base model.
+    """Return the arguments that are given: None means "not given", except for `adapter`, where it is the base model.
 
     Raises:
-        TypeError: an argument is unknown. The message names the right one, as Python's does.
+        TypeError: an argument is unknown. Like Python's, the message names a similar one.
     """
     names = known.__annotations__
     for name in arguments:

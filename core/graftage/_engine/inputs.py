@@ -1,4 +1,4 @@
-"""Reads what callers write - messages, pictures, calls of tools - into the contract's types."""
+"""Read what callers pass - messages, images, tool calls - into the types of the contract."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KNOWN_KEYS = frozenset(
         *MESSAGE_KEYS,
         *TEXT_KEYS,
         "function_call",
-        # What else real messages have, and no model reads:
+        # Other keys of real messages, which no model reads:
         "annotations",
         "cache_control",
         "id",
@@ -58,11 +58,11 @@ KNOWN_KEYS = frozenset(
 )
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 THINKING_PARTS = {"thinking": "thinking", "reasoning": "text"}
-"""The types of parts that are words, with the key that has these."""
+"""The types of parts that are text, each with the key of the text."""
 IMAGE_PARTS = ("image_url", "input_image", "image")
-"""The types of parts that are pictures: OpenAI's, and the one of Anthropic and MCP."""
+"""The types of parts that are images: OpenAI's, and the one of Anthropic and MCP."""
 LARGEST_IMAGE = 64 * 1024 * 1024
-"""Bytes of a picture: more than any model takes."""
+"""Bytes of an image: more than any model accepts."""
 PICTURES = (
     (re.compile(rb"\x89PNG"), "image/png"),
     (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
@@ -73,19 +73,19 @@ PICTURES = (
     (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "image/avif"),
     (re.compile(rb".{4}ftyp(?:hei[cx]|mif1)", re.DOTALL), "image/heic"),
 )
-"""How the files of pictures begin."""
+"""The first bytes of image files."""
 CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
 DEEPEST = 64
-"""Levels of nesting in schemas, options and arguments: servers refuse, or fall over, where there are many more."""
+"""Levels of nesting in schemas, options and arguments: with many more, servers refuse or crash."""
 
 
 def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) -> tuple[Message, ...]:
-    """A conversation from a string, a message, or a sequence of messages and mappings.
+    """Return a conversation from a string, a message, or a sequence of messages and mappings.
 
     `images` go to the last message of the user.
 
     Raises:
-        RequestRejected: it cannot be read as messages.
+        RequestRejected: the value cannot be read as messages.
     """
     value = fields(value)
     if isinstance(value, (str, Message, Reply, Mapping)):
@@ -100,7 +100,7 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
 
 
 def read_message(value: MessageLike) -> tuple[Message, ...]:
-    """The messages that one stands for: Anthropic has the results of tools inside one of the user."""
+    """Return the messages that one stands for: Anthropic puts tool results inside a message of the user."""
     if isinstance(value, str):
         return (Message(role="user", content=text(value, "the text of a message")),)
     given = _entries(fields(value))
@@ -142,7 +142,7 @@ def _entries(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Content:
-    """What stands in the content of one message, by its kind."""
+    """The content of one message, sorted by kind."""
 
     __slots__ = ("calls", "images", "results", "texts", "thoughts")
 
@@ -155,7 +155,7 @@ class _Content:
 
 
 def _read_content(value: Any, *, of_result: bool = False) -> _Content:
-    """A text, a part, or a list of parts, as OpenAI, Anthropic and MCP have them; a result holds texts and pictures."""
+    """Read a string, a part, or a list of parts, in the form of OpenAI, Anthropic or MCP; a result has text and images."""
     found, what = _Content(), "the `content` of a message"
     if isinstance(value, str):
         found.texts.append(text(value, what))
@@ -195,7 +195,7 @@ def _read_part(part: Any, found: _Content, *, of_result: bool) -> None:
 
 
 def _read_image_part(part: Mapping[str, Any]) -> Image:
-    """A picture in a part: `image_url` of OpenAI, `source` of Anthropic, or `data` of MCP."""
+    """Read the image in a part: `image_url` of OpenAI, `source` of Anthropic, or `data` of MCP."""
     found = fields(part.get("image_url") or part.get("source") or part)
     if not isinstance(found, Mapping):
         return _read_image(found, paths=False)
@@ -211,9 +211,9 @@ def _read_image_part(part: Mapping[str, Any]) -> Image:
 
 
 def fields(value: Any) -> Any:
-    """What is set in an object of pydantic's, such as `ollama.Message`, as a mapping; anything else as it is.
+    """Return the fields that are set in a pydantic object, such as `ollama.Message`; return any other value unchanged.
 
-    It is not dumped: one of `ollama.Image` reads a file by its name then, and the name may have come from outside.
+    This does not use `model_dump`: that of `ollama.Image` reads a file, whose name may come from outside.
     """
     if not is_model_object(value):
         return value
@@ -221,27 +221,27 @@ def fields(value: Any) -> Any:
 
 
 def is_model_object(value: object) -> TypeGuard[BaseModel]:
-    """Whether a value is an object of pydantic's."""
+    """Return whether a value is a pydantic object."""
     return hasattr(value, "model_dump") and not inspect.isclass(value)
 
 
 def read_images(values: Iterable[ImageLike] | None, *, paths: bool = False) -> tuple[Image, ...]:
-    """Pictures, each with its bytes in `data`.
+    """Return images, each with its bytes in `data`.
 
     Args:
-        values: bytes, paths, images, or texts: `data:` URIs and base64.
-        paths: a text that is no `data:` URI is a path. Never inside a message, which may have come from outside: the
-            sender would choose a file of this machine to be read and sent.
+        values: bytes, paths, images, or strings: `data:` URIs and base64.
+        paths: whether a string other than a `data:` URI is a path. Never inside a message, which may come from
+            outside: its sender would choose a file of this machine to read and send.
 
     Raises:
-        RequestRejected: one of them is no picture, or its file cannot be read.
+        RequestRejected: a value is not an image, or its file cannot be read.
     """
     wanted = "a sequence of paths, bytes or images"
     return tuple(_read_image(each, paths=paths) for each in items(values, "`images`", wanted))
 
 
 def _read_image(value: ImageLike, *, paths: bool) -> Image:
-    if is_model_object(value):  # As `ollama.Image`; a text in it is read as any other.
+    if is_model_object(value):  # Such as `ollama.Image`; a string in it is read like any other.
         value = fields(value).get("value")
     if isinstance(value, str):
         image = _read_picture(value, paths=paths)
@@ -264,26 +264,26 @@ def _read_image(value: ImageLike, *, paths: bool) -> Image:
 
 
 def _kind(data: bytes) -> str | None:
-    """The media type of a picture, by its first bytes."""
+    """Return the media type of an image, by its first bytes."""
     return next((name for begins, name in PICTURES if begins.match(data)), None)
 
 
 def _read_picture(value: str, *, paths: bool) -> Image:
-    """A picture from a text, of which nothing is repeated in an error."""
+    """Read an image from a string. No error repeats the string."""
     scheme = value.lstrip()[:8].lower()
     if scheme.startswith(("http://", "https://")):
         raise RequestRejected("An image is given by its address.", hint="Download it, and give its bytes.")
     if scheme.startswith("data:"):
         return _read_data_uri(value.strip())
     if paths:
-        with contextlib.suppress(OSError):  # It names the file: it must be no cause of what is raised.
+        with contextlib.suppress(OSError):  # It names the file, so it must not become the cause of the error below.
             return Image(data=read_file(user_path(value), LARGEST_IMAGE))
         raise RequestRejected(
             "A text given as an image is neither a `data:` URI nor the path of a file that can be read.",
             hint="Check the path; give base64 text as `data:image/png;base64,…`.",
         )
     data = _from_base64(_bytes(value))
-    if data is None or _kind(data) is None:  # Many words and paths are valid base64, too.
+    if data is None or _kind(data) is None:  # Many words and paths are valid base64.
         raise RequestRejected(
             "A text given as an image of a message is neither base64 of a picture nor a `data:` URI.",
             hint="A text in a message is never a path: give a `pathlib.Path`, a `graftage.Image`, or bytes.",
@@ -304,7 +304,7 @@ def _read_data_uri(value: str) -> Image:
 
 
 def _from_base64(value: bytes) -> bytes | None:
-    """What a text in base64 stands for: in either alphabet, in one line or several, with its padding or without."""
+    """Decode base64 of either alphabet, on one line or several, with or without padding; None if it is invalid."""
     value = b"".join(value.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     with contextlib.suppress(ValueError):
         return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
@@ -312,7 +312,7 @@ def _from_base64(value: bytes) -> bytes | None:
 
 
 def _decoded(data: bytes) -> bytes:
-    """The picture, where `base64.b64encode` has made bytes of it."""
+    """Return the image, decoded if it was base64 in bytes."""
     inner = None if _kind(data) else _from_base64(data)
     return inner if inner is not None and _kind(inner) else data
 
@@ -347,9 +347,9 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
 
 
 def _paired(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages, with what ties a result to its call: the id alone, the name, or that it is the next in order.
+    """Tie each tool result to its call: by its id, else by its name, else to the next call without a result.
 
-    A call without an id gets one that no other has, and that is the same whenever the conversation is sent.
+    A call without an id gets a unique one, which is the same each time the conversation is sent.
     """
     if not any(each.tool_calls or each.role == "tool" for each in messages):
         return tuple(messages)
@@ -373,7 +373,7 @@ def _paired(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _read_sent_tool_call(value: Any) -> ToolCall:
-    """A tool call of an earlier answer, on its way back to the model; its id is empty where it has none."""
+    """Read a tool call of an earlier reply, on its way back to the model; without an id, its id is empty."""
     if isinstance(value, ToolCall):
         value = {"name": value.name, "arguments": value.arguments, "id": value.id}
     value = fields(value)
@@ -400,7 +400,7 @@ def _read_sent_tool_call(value: Any) -> ToolCall:
 
 
 def require(feature: str, has: bool, provider: str, what: str | None = None) -> None:
-    """Refuse what a provider cannot do, before anything is sent.
+    """Refuse a feature that a provider does not have, before anything is sent.
 
     Raises:
         CapabilityUnsupported: `has` is False.
@@ -414,14 +414,14 @@ def require(feature: str, has: bool, provider: str, what: str | None = None) -> 
 
 
 def close_names(wanted: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The names that were probably meant: spelt alike, or of the same family."""
+    """Return the names that were probably meant: of similar spelling or the same family."""
     near = close(wanted.lower(), names, most=3, cutoff=0.5)
     family = wanted.partition(":")[0].lower()
     return tuple(dict.fromkeys([*near, *(name for name in names if name.partition(":")[0] == family)]))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that names what was probably meant, or everything that is known."""
+    """Return a hint with the name that was probably meant, or with all known names."""
     names = sorted(known)
     near = close(name, names)
     return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(names) or 'none'}."
@@ -431,10 +431,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
-    """What is in a sequence or comes from a generator, in its order; an error of that generator is the caller's own.
+    """Return the items of a sequence or a generator in their order; an error of the generator passes unchanged.
 
     Raises:
-        RequestRejected: it is a text, has no order, or cannot be iterated over.
+        RequestRejected: the value is a string, has no order, or cannot be iterated over.
     """
     if value is None:
         return ()
@@ -444,10 +444,10 @@ def items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
 
 
 def text(value: Any, what: str) -> str:
-    """A text that can be sent.
+    """Check that a value is a string that can be sent.
 
     Raises:
-        RequestRejected: it is none, or UTF-8 has no bytes for it.
+        RequestRejected: it is not a string, or UTF-8 cannot encode it.
     """
     if not isinstance(value, str):
         raise rejected(what, "a text", value)
@@ -460,23 +460,23 @@ def text(value: Any, what: str) -> str:
 
 
 def optional_text(value: Any, what: str) -> str | None:
-    """A text that can be sent, or None."""
+    """Check that a value is None or a string that can be sent."""
     return None if value is None else text(value, what)
 
 
 def _is_utf8(value: str) -> bool:
     try:
         value.encode()
-    except UnicodeEncodeError:  # It holds the text: it must be no cause of what is raised.
+    except UnicodeEncodeError:  # It holds the text, so it must not become the cause of an error.
         return False
     return True
 
 
 def plain(value: Any, what: str, depth: int = DEEPEST) -> Any:
-    """A copy of JSON data, of plain dictionaries and lists.
+    """Return a copy of JSON data in plain dictionaries and lists.
 
     Raises:
-        RequestRejected: it is not JSON: another type, a number that is not finite, nested too deeply or in a circle.
+        RequestRejected: it has a type that JSON lacks, an infinite number or NaN, too many levels, or a cycle.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -496,10 +496,10 @@ def plain(value: Any, what: str, depth: int = DEEPEST) -> Any:
 
 
 def plain_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
-    """A copy of a JSON object.
+    """Return a copy of a JSON object.
 
     Raises:
-        RequestRejected: it is none.
+        RequestRejected: it is not a JSON object.
     """
     if not isinstance(value, Mapping):
         raise rejected(what, wanted, value)
@@ -509,7 +509,7 @@ def plain_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
 def _finite(value: float, what: str) -> float:
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # A whole number may be larger than any float.
+    except OverflowError:  # An integer may be larger than any float.
         finite = False
     if not finite:
         raise RequestRejected(
@@ -519,7 +519,7 @@ def _finite(value: float, what: str) -> float:
 
 
 def rejected(what: str, wanted: str, value: object) -> RequestRejected:
-    """The error for an argument of the wrong kind; the value itself may be a prompt, and is not told."""
+    """Return the error for an argument of a wrong type. It omits the value, which may be a prompt."""
     return RequestRejected(f"{_capital(what)} cannot be read.", hint=f"Give {wanted}, not {type(value).__name__}.")
 
 

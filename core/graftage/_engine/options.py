@@ -1,4 +1,4 @@
-"""Reads the options of a call: those that Graftage knows by type and range, and what a server alone knows."""
+"""Read the options of a call: those that Graftage checks by type and range, and those that only the server knows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["SERVER", "read_options", "word_for"]
 
 SERVER = "server"
-"""The option that holds what the server knows and Graftage does not, where a provider passes that on."""
+"""The option with a mapping of options that only the server knows, if the provider passes them on."""
 MOST = 2**31 - 1
-"""What engines count in has 32 bits."""
+"""Engines count with 32 bits."""
 HUGE = 1000
-"""Beyond it no factor or penalty makes sense, and engines that count with 32 bits end at infinity."""
+"""Larger factors and penalties make no sense, and become infinite in engines with 32-bit floats."""
 NUMBERS: Mapping[str, tuple[float, float]] = {
     "frequency_penalty": (-HUGE, HUGE),
     "min_p": (0, 1),
@@ -31,7 +31,7 @@ NUMBERS: Mapping[str, tuple[float, float]] = {
     "top_p": (0, 1),
     "typical_p": (0, 1),
 }
-"""The least and the most of each option that is a number."""
+"""The range of each option that is a number."""
 WHOLE: Mapping[str, tuple[int, int]] = {
     "main_gpu": (0, MOST),
     "mirostat": (0, 2),
@@ -44,7 +44,7 @@ WHOLE: Mapping[str, tuple[int, int]] = {
     "top_k": (-1, MOST),
     "top_logprobs": (0, MOST),
 }
-"""The same for whole numbers. Where servers take it, -1 leaves the choice to them."""
+"""The range of each option that is an integer. If a server accepts it, -1 means its own choice."""
 SWITCHES = frozenset({"logprobs", "penalize_newline", "shift", "truncate", "use_mmap"})
 PARAMETERS: Mapping[str, str] = {
     "adapter": "adapters lora lora_adapters",
@@ -63,7 +63,7 @@ PARAMETERS: Mapping[str, str] = {
     "think": "thinking reasoning reasoning_effort enable_thinking",
     "tools": "functions",
 }
-"""The parameters of a call, with what servers and other clients call them: as an option one would bypass the limits."""
+"""The parameters of a call, with their names elsewhere. They must not be options, which would bypass the limits."""
 SYNONYMS: Mapping[str, str] = {
     "main_gpu": "",
     "num_batch": "n_batch n_ubatch batch_size",
@@ -76,40 +76,38 @@ SYNONYMS: Mapping[str, str] = {
     "temperature": "temp",
     "use_mmap": "mmap",
 }
-"""What some options are called elsewhere."""
+"""Some options, with their names elsewhere."""
 NESTED = frozenset({"context_window", "keep_alive", "main_gpu", "max_tokens", "num_batch", "num_gpu", "num_thread"})
-"""What decides about memory and time, and is refused at any depth of what is passed on."""
+"""Names that decide about memory and time. They are refused at any depth of `server`."""
 
 
 def _key(name: str) -> str:
-    """A name without what differs between two ways to write it: `num_ctx`, `numCtx`, `NUM-CTX`."""
+    """Return a name in the form that two spellings are compared in: `num_ctx`, `numCtx` and `NUM-CTX` are equal."""
     return "".join(each for each in name.casefold() if each.isalnum())
 
 
 @functools.cache
 def _ours() -> Mapping[str, str]:
-    """All names that Graftage knows, each with its own word; made where somebody needs it."""
+    """Map every known name, as a key, to the name that Graftage uses."""
     words = {**dict.fromkeys([*NUMBERS, *WHOLE, *SWITCHES], ""), **SYNONYMS, **PARAMETERS}
     return {_key(name): word for word, names in words.items() for name in (word, *names.split())}
 
 
 def word_for(name: str) -> str | None:
-    """What Graftage calls a parameter or an option that has another name elsewhere."""
+    """Return the name that Graftage uses for a parameter or an option; None if it is unknown."""
     return _ours().get(_key(name))
 
 
 def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset[str]) -> dict[str, Any]:
-    """The options of a call, once every name and value is known to be right.
-
-    What stands under `server` is put beside the others.
+    """Check and return the options of a call, with those under `server` next to the others.
 
     Args:
         options: the options.
         known: the names that the provider knows.
 
     Raises:
-        RequestRejected: a name is unknown, or belongs to a parameter of the call; a value is of the wrong type or
-            beyond its range, or not JSON.
+        RequestRejected: a name is unknown or is a parameter of the call; a value has a wrong type, is out of range, or
+            is not JSON.
     """
     given = fields(options)
     if given is None:
@@ -139,7 +137,7 @@ def _unknown(name: str, known: frozenset[str]) -> RequestRejected:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value of a known option; one that only its provider knows may be any JSON."""
+    """Check and return the value of a known option. An option that only the provider knows may be any JSON."""
     value = plain(value, f"the option `{name}`")
     if name in SWITCHES:
         right, wanted = isinstance(value, bool), "True or False"
@@ -160,7 +158,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _passed_on(value: Any, known: frozenset[str]) -> dict[str, Any]:
-    """What the server alone knows. A name that is Graftage's would bypass its checks and the limits of policies."""
+    """Return the options for the server. A name that Graftage knows would bypass its checks and limits."""
     given = plain_object(value, f"the option `{SERVER}`", "a mapping of names to what the server takes")
     for deep, name in _names(given):
         if hint := _bypass(name, known, deep=deep):
@@ -169,7 +167,7 @@ def _passed_on(value: Any, known: frozenset[str]) -> dict[str, Any]:
 
 
 def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
-    """What to use in place of a name that would bypass something, if it would."""
+    """Return what to use instead of a name that would bypass something; None if it would not."""
     word = word_for(name) or next((each for each in known if _key(each) == _key(name)), None)
     if deep and word not in NESTED:
         return None
@@ -183,7 +181,7 @@ def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
 
 
 def _names(value: Any, *, deep: bool = False) -> Iterator[tuple[bool, str]]:
-    """All names in JSON data, and whether they stand deeper than at its top."""
+    """Yield all names in JSON data, each with whether it is below the top level."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     yield from ((deep, name) for name in (value if isinstance(value, dict) else ()))
     for each in inside:

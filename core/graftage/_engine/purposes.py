@@ -1,4 +1,4 @@
-"""What embedding models were trained to read before a query and before a document, as their model cards say."""
+"""The prefixes for queries and documents that embedding models were trained with, from their model cards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Purpose: TypeAlias = Literal["query", "document"]
 
 
 class Prefixes(NamedTuple):
-    """The texts that go before an input."""
+    """The prefixes of one model."""
 
     query: str
     document: str = ""
@@ -46,14 +46,14 @@ MODELS: Final[Mapping[str, Prefixes]] = {
     "snowflake-arctic-embed-m-v2.0": Prefixes("query: "),
     "snowflake-arctic-embed2": Prefixes("query: "),  # the same two, as Ollama names them
 }
-"""By the beginning of a model's name, without owner and tag; of several that fit, the longest counts."""
+"""By the beginning of a model's name, without owner and tag; the longest match counts."""
 
 
 def prefix_for(model: str, purpose: Purpose) -> str | None:
-    """What to put before each input; None where nothing is known of that model.
+    """Return the prefix for each input; None if the model is unknown.
 
-    Owners, registries, tags and the endings of files do not count: `hf.co/nomic-ai/nomic-embed-text-v1.5-GGUF:Q4_K_M`
-    is a `nomic-embed-text`.
+    Owners, registries, tags and file endings are ignored: `hf.co/nomic-ai/nomic-embed-text-v1.5-GGUF:Q4_K_M` is a
+    `nomic-embed-text`.
     """
     name = model.strip().lower().replace("\\", "/").rpartition("/")[2].replace("_", "-")
     found = [each for each in MODELS if name.startswith(each) and not name[len(each) : len(each) + 1].isalnum()]

@@ -1,4 +1,4 @@
-"""Reads tools and formats: what has a JSON schema, in the forms that people have."""
+"""Read tools and formats, which have a JSON schema, in the forms that callers use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type | Ba
 Format: TypeAlias = "Literal['json', ''] | Mapping[str, Any] | type | UnionType | TypeAdapter[Any] | None"
 
 SCHEMA_KEYS = ("parameters", "inputSchema", "input_schema")
-"""What the schema of a tool is called: here and by OpenAI, by MCP, by Anthropic."""
+"""The names of a tool's schema: here and in OpenAI's API, in MCP, in Anthropic's API."""
 TOOL_KEYS = ("name", "description", *SCHEMA_KEYS)
 IGNORED_TOOL_KEYS = frozenset(
     {
@@ -46,18 +46,18 @@ IGNORED_TOOL_KEYS = frozenset(
         "meta",
     }
 )
-"""What else real tools have, and no model needs."""
+"""Other keys of real tools, which no model needs."""
 OUTER_TOOL_KEYS = ("type", "function", "strict", "cache_control")
 RUNS_HERE = ("function", "custom")
-"""The types of tools that the caller runs: of OpenAI, and of Anthropic. Others run on the servers of their makers."""
+"""The types of tools that the caller runs, of OpenAI and Anthropic. Other tools run on servers of the vendor."""
 WRAPPER_KEYS = frozenset({"type", "name", "description", "strict", "schema"})
-"""What stands around the schema in OpenAI's `response_format`, and in Anthropic's."""
+"""The keys of the mapping around the schema in the formats of OpenAI and Anthropic."""
 TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 KEYWORDS = frozenset(
     {"$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "items", "oneOf", "pattern", "prefixItems"}
     | {"properties", "type"}
 )
-"""What a schema says something by: a mapping without any of them would be sent, and allow anything."""
+"""The keywords that restrict something: a mapping without any of them would allow anything."""
 WANTED = "a pydantic model or another type, a JSON schema, or 'json'"
 
 
@@ -65,10 +65,10 @@ WANTED = "a pydantic model or another type, a JSON schema, or 'json'"
 
 
 def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
-    """Tools from functions, pydantic models, `Tool`, or mappings in OpenAI's, Anthropic's or MCP's form.
+    """Return tools from functions, pydantic models, `Tool`s, or mappings in the form of OpenAI, Anthropic or MCP.
 
     Raises:
-        RequestRejected: one of them cannot be read.
+        RequestRejected: a tool cannot be read.
     """
     return tuple(_read_tool(each) for each in items(values, "`tools`", "a sequence of tools"))
 
@@ -98,12 +98,12 @@ def _made_tool(value: Any) -> Tool:
 def _dumped_tool(tool: BaseModel) -> Mapping[str, Any]:
     try:
         return tool.model_dump(by_alias=True, exclude_none=True)
-    except Exception:  # noqa: BLE001 - serializers of the caller's own types run in there, and may repeat what they got
+    except Exception:  # noqa: BLE001 - the caller's serializers may raise anything, and repeat the values
         raise rejected("a tool", "one whose fields JSON has", tool) from None
 
 
 def _tool_from(value: Mapping[str, Any]) -> Tool:
-    """A tool from a mapping; a key that is not known may be a misspelt one, and the schema with it lost."""
+    """Read a tool from a mapping. Refuse unknown keys: a misspelt one may hold the schema."""
     body = value.get("function", value)
     if not isinstance(body, Mapping) or not body.get("name"):
         raise RequestRejected("A tool has no name.", hint="Give a mapping with `name`, `description` and `parameters`.")
@@ -137,15 +137,15 @@ def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: froze
 
 
 def _tool_of(function: Callable[..., Any]) -> Tool:
-    """A tool from a function's signature and docstring."""
+    """Make a tool from a function's signature and docstring."""
     called = getattr(function, "__name__", "<lambda>")
     if called == "<lambda>":
         raise _no_tool(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
     try:
         schema = _adapter(function).json_schema()
-    except Exception as error:  # Signatures and schemas of the caller's own types are made in there.
+    except Exception as error:  # The caller's types may raise anything.
         raise _no_tool(function, _first_sentence(error)) from error
-    if schema.get("type") != "object":  # Positional parameters make an array, which a model cannot call by name.
+    if schema.get("type") != "object":  # Positional-only parameters make an array.
         raise _no_tool(function, "its parameters have no names to call them by")
     summary, arguments = _read_docstring(_docstring(function))
     for name, words in arguments.items():
@@ -164,7 +164,7 @@ def _no_tool(
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The part before `Args:`, and what Google's style says of each argument."""
+    """Return the text before `Args:`, and the description of each argument, from a docstring in Google's style."""
     summary, _, rest = text.partition("Args:\n")
     arguments: dict[str, str] = {}
     indent, last = len(rest) - len(rest.lstrip(" ")), ""
@@ -172,7 +172,7 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
         if line and not line.startswith(" "):
             break
         name, colon, words = line.strip().partition(":")
-        if last and line.startswith(" " * (indent + 1)):  # It goes on.
+        if last and line.startswith(" " * (indent + 1)):  # The last description continues.
             arguments[last] += f" {line.strip()}"
         elif colon:
             last = name.split("(")[0].strip()
@@ -181,14 +181,15 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _docstring(value: Any) -> str:
-    """What its author wrote there: neither what a parent says, nor what Python has for all of its kind."""
+    """Return the docstring that the author wrote: not an inherited one, and not one that Python generated."""
     written = value.__doc__ if inspect.isroutine(value) else getattr(value, "__dict__", {}).get("__doc__")
-    made_up = inspect.isclass(value) and str(written).startswith(f"{value.__name__}(")  # By `dataclass`, `NamedTuple`.
-    return inspect.cleandoc(written) if isinstance(written, str) and not made_up else ""
+    # `dataclass` and `NamedTuple` write the signature.
+    generated = inspect.isclass(value) and str(written).startswith(f"{value.__name__}(")
+    return inspect.cleandoc(written) if isinstance(written, str) and not generated else ""
 
 
 def _first_sentence(error: Exception) -> str:
-    """What pydantic says, without its advice and its links."""
+    """Return the first sentence of pydantic's message, without advice and links."""
     return re.split(r"\n|\. ", str(error), maxsplit=1)[0].rstrip(".")[:200]
 
 
@@ -196,14 +197,14 @@ def _first_sentence(error: Exception) -> str:
 
 
 def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | None, Parse | None]:
-    """The JSON schema to send, and how to read the answer into `Reply.parsed`.
+    """Return the JSON schema to send, and the function that reads a reply into `Reply.parsed`.
 
     Args:
-        value: a pydantic model or another type that pydantic knows, one of its `TypeAdapter`s, a JSON schema, OpenAI's
-            `response_format`, or `"json"`. None, and `""` as in Ollama's client, are no format.
+        value: a pydantic model or another type that pydantic knows, a `TypeAdapter`, a JSON schema, OpenAI's
+            `response_format`, or `"json"`. None means no format, and so does `""`, as in Ollama's client.
 
     Raises:
-        RequestRejected: it is none of these.
+        RequestRejected: the value is something else.
     """
     given: Any = _unwrapped(value) if isinstance(value, Mapping) else value
     if given is None or (isinstance(given, str) and not given):
@@ -219,7 +220,7 @@ def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | No
 
 
 def _unwrapped(value: Mapping[str, Any]) -> Any:
-    """What a mapping asks for: itself, where it is a schema, or what stands in OpenAI's `response_format`."""
+    """Return the schema in a mapping: the mapping itself, or the schema inside OpenAI's `response_format`."""
     kind: Any = value.get("type")
     schema: Any = value
     if kind == "text":
@@ -247,14 +248,14 @@ def _has_schema(value: object) -> TypeGuard[type[BaseModel]]:
 
 
 def _schema_and_parse(kind: Any) -> tuple[dict[str, Any], Parse]:
-    """The JSON schema of a type, and how to make one of it from JSON."""
+    """Return the JSON schema of a type, and the function that makes an instance from JSON."""
     try:
         if _has_schema(kind):
             return kind.model_json_schema(), kind.model_validate_json
         adapter = kind if _is_adapter(kind) else _adapter(kind) if _is_type(kind) else None
         if adapter is not None:
             return adapter.json_schema(), adapter.validate_json
-    except Exception as error:  # Schemas of the caller's own types are made in there.
+    except Exception as error:  # The types of the caller may raise anything.
         name = kind.__name__ if inspect.isclass(kind) else str(kind)
         raise RequestRejected(
             f"`{name[:80]}` has no JSON schema: {_first_sentence(error)}.",
@@ -268,8 +269,8 @@ def _is_adapter(value: object) -> TypeGuard[TypeAdapter[Any]]:
 
 
 def _is_type(value: object) -> bool:
-    """Whether a value is a type. A function is none: pydantic would call it with the answer."""
-    alias = hasattr(value, "__supertype__") or hasattr(value, "__value__")  # Of `NewType`, or of `type X = …`.
+    """Return whether a value is a type. A function is not: pydantic would call it with the reply."""
+    alias = hasattr(value, "__supertype__") or hasattr(value, "__value__")  # From `NewType`, or from `type X = …`.
     return inspect.isclass(value) or typing.get_origin(value) is not None or alias
 
 
@@ -282,8 +283,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _extended(kind: Any) -> Any:
-    """A `TypedDict` as that of `typing_extensions`: before Python 3.12 pydantic reads no other."""
-    import typing_extensions  # Pydantic needs it, and has it installed
+    """Return a `TypedDict` as one of `typing_extensions`: before Python 3.12 pydantic reads no other."""
+    import typing_extensions  # A requirement of pydantic, so it is installed
 
     required, optional = typing_extensions.Required, typing_extensions.NotRequired
     keys = {}
