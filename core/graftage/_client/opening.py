@@ -272,7 +272,11 @@ class _AwaitingClient(_Client):
     ) -> Any:
         """Return a coroutine that gives the reply, or a stream that opens when it is awaited or read."""
         begin = partial(self._begin, operation, read, subject, stream, arguments)
-        return AsyncStream(begin, self._options.translate) if stream else self._whole(begin)
+        if stream:
+            return AsyncStream(begin, self._options.translate)
+        work: Any = self._whole(begin)
+        work.__qualname__ = f"AsyncClient.{operation}"  # Python names it if it is never awaited.
+        return work
 
     async def _begin(
         self,
