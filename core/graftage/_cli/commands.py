@@ -68,7 +68,7 @@ class _PluginCommand(TyperCommand):
 
 def _summary(points: list[EntryPoint]) -> str:
     """Return the summary of the distribution, or else its name."""
-    summary: Any = None
+    summary = None
     if len(points) == 1:
         with contextlib.suppress(Exception):  # The file is missing or malformed.
             summary = points[0].dist and points[0].dist.metadata.get("Summary")

@@ -47,7 +47,7 @@ class Conversation:
     def __init__(
         self,
         client: "Client",
-        start: Sequence[Any],
+        start: Sequence[Mapping[str, object]],
         arguments: Mapping[str, Any],
         *,
         images: Sequence[Path] = (),

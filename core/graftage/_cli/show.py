@@ -122,7 +122,7 @@ def prepare_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             nowhere = os.open(os.devnull, os.O_RDONLY if name == "stdin" else os.O_WRONLY)
-            setattr(sys, name, open(nowhere, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(nowhere, mode, encoding="utf-8", closefd=False))
         elif name == "stdout" and not is_terminal(stream):
             output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             sys.stdout = io.TextIOWrapper(output, encoding=stream.encoding)
@@ -183,7 +183,7 @@ def console(*, error: bool = False) -> Console:
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print plain data as JSON, with risky characters escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=2, default=_plain)
     sys.stdout.write(_RISKY.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
@@ -194,7 +194,7 @@ def record(facts: ModelInfo | LoadedModel) -> dict[str, Any]:
     return {each.name: getattr(facts, each.name) for each in fields(facts) if each.name not in _HIDDEN}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, Mapping):

@@ -171,7 +171,7 @@ class Cassette:
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.write_bytes(data)
-            os.replace(temporary, self.path)  # noqa: PTH105 # the name says that it replaces
+            temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
 
