@@ -1,8 +1,8 @@
-"""Runs the command in forks of one process that has imported it: most of the time of a short command goes to imports.
+"""Runs commands in forks of one process, since a short command spends most of its time on imports.
 
     python -W error forking.py DESCRIPTOR
 
-Each request from the socket is a line of JSON with three descriptors. A fork becomes the command; its exit code goes
+Each request from the socket is a line of JSON with three descriptors. A fork runs the command; its exit code is sent
 back.
 """
 
@@ -36,7 +36,7 @@ def preload() -> None:
 
 
 def serve(server: socket.socket) -> bool:
-    """Fork for each request; True in a fork, which then is the command, and False once nobody asks any more."""
+    """Fork for each request. Return True in a fork, which then runs the command, and False at the end."""
     while True:
         data, files, _, _ = socket.recv_fds(server, PIECE, 3)
         if not data:
@@ -54,7 +54,7 @@ def serve(server: socket.socket) -> bool:
 
 
 def become(request: dict[str, Any], files: list[int]) -> None:
-    """Take on what the request says, as a program that was just started has it."""
+    """Set up the streams, folder, environment and arguments of a new program."""
     for number, each in enumerate(files):
         os.dup2(each, number)
         os.close(each)
