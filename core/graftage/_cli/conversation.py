@@ -30,7 +30,7 @@ HELP = """\
 /clear   forget the conversation so far
 /exit    end the conversation, as Ctrl-D does
 /help    show this
-Ctrl-C   stop the answer"""
+Ctrl-C   stop the reply"""
 
 
 class Conversation:

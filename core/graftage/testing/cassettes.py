@@ -285,7 +285,7 @@ class Replayed:
         piece = next(self._pieces, b"")
         if not piece and self._cut_short:
             raise StreamInterrupted(
-                "The connection broke before the answer was complete (recorded).",
+                "The connection broke before the response was complete (recorded).",
                 retryable=True,
                 hint="Was the server stopped, or a proxy's limit reached?",
             )

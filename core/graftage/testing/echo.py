@@ -259,7 +259,7 @@ class _EchoBase:
         pause.reached.set()
         while not pause.gate.is_set():
             if self.closed:
-                raise StreamInterrupted("The connection was closed during the answer.", provider=Echo.name)
+                raise StreamInterrupted("The connection was closed during the reply.", provider=Echo.name)
             if time.monotonic() > until:
                 raise ProviderTimeout("The script paused for too long.", phase=phase, provider=Echo.name)
             yield
