@@ -1014,7 +1014,6 @@ ENDS: dict[str, BaseException] = {
     "exit": SystemExit(0),
     "exit with words": SystemExit("bye"),
     "panic": Panic("oh"),
-    "close": GeneratorExit(),
     "cancel": asyncio.CancelledError(),
 }
 
@@ -1214,7 +1213,6 @@ AT_IMPORT = {
         "class E(Exception):\n    def __str__(self):\n        raise SystemExit\nraise E\n",
         "could not be imported: E.",
     ),
-    "a close": ("raise GeneratorExit\n", "could not be imported: GeneratorExit"),
     "an object that fails when it is looked at": (
         OBSERVER + "class P:\n    @property\n    def __class__(self):\n        raise SystemExit('no')\np = P()\n",
         "fails when it is looked at: SystemExit: no",

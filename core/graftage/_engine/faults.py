@@ -27,10 +27,10 @@ LOOPLESS = "It needs an event loop: its connection must say `needs_event_loop = 
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an exception from a plugin's code is its fault: an interrupt or a cancellation is somebody's wish.
+    """Return whether an exception from a plugin's code is its fault, and not a cancellation or an interrupt.
 
-    A plugin may raise the same itself. But only the main thread is interrupted, only a task that was asked to end is
-    cancelled, and what closes a generator comes from no `raise`. An interrupt in the main thread is always the user's.
+    Only the main thread is interrupted, only a task that was asked to end is cancelled. The limits: an interrupt in
+    the main thread counts as the user's, and the end of a generator as its reader's, even if the plugin raised it.
     """
     import asyncio
 
@@ -41,31 +41,20 @@ def is_fault(error: BaseException) -> bool:
             task = asyncio.current_task()
             return task is None or not task.cancelling()
         return True
-    return _by_a_statement(error) if isinstance(error, GeneratorExit) else not _by_a_signal(error)
+    return not (isinstance(error, GeneratorExit) or _is_from_signal_handler(error))
 
 
-def _by_a_statement(error: BaseException) -> bool:
-    """Whether a `raise` was where it began."""
-    import opcode
+def _is_from_signal_handler(error: BaseException) -> bool:
+    """Return whether a signal handler of the host raised it, as one for SIGTERM that calls `sys.exit`.
 
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
-
-
-def _by_a_signal(error: BaseException) -> bool:
-    """Whether a handler of the host's raised it: it strikes wherever the main thread is, in a plugin's code as well."""
+    It interrupts whatever the main thread does, a plugin's code as well.
+    """
     import signal
+    import traceback
 
     handlers = [signal.getsignal(each) for each in signal.valid_signals()]
-    codes = {getattr(each, "__code__", None) for each in handlers} - {None}
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
-        trace = trace.tb_next
-    return False
+    codes = {getattr(each, "__code__", None) for each in handlers}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class Contained:
