@@ -18,7 +18,7 @@ import pytest
 
 import graftage
 from graftage._engine import events as engine_events
-from graftage._engine.delivery import FLUSH, MOST, flush
+from graftage._engine.delivery import FLUSH_TIMEOUT, MAX_QUEUED, flush
 from graftage._engine.driving import drive
 from graftage.exceptions import (
     AdapterNotFound,
@@ -405,11 +405,11 @@ class TestObserverThread:
         llm.chat("x")
         begun = time.monotonic()
         llm.close()
-        assert time.monotonic() - begun < 10 * FLUSH
+        assert time.monotonic() - begun < 10 * FLUSH_TIMEOUT
 
     def test_calls_events_are_dropped_whole(self, both: Any, stuck: Stuck) -> None:
         def many(request: Any) -> str:
-            for _ in range(MOST):
+            for _ in range(MAX_QUEUED):
                 request.call.emit("retry", attempt=1, delay=0.0, error=ConnectionFailed("gone"))
             return "done"
 
@@ -422,7 +422,7 @@ class TestObserverThread:
         llm.chat("x")
         flush(60)
         kinds = [event.kind for event in stuck.seen]
-        assert kinds == [*WHOLE[:2], *["retry"] * MOST, *WHOLE[2:], *WHOLE]
+        assert kinds == [*WHOLE[:2], *["retry"] * MAX_QUEUED, *WHOLE[2:], *WHOLE]
         assert llm.stats().events_dropped == 2 * len(WHOLE)
 
     def test_started_call_is_delivered_to_its_end(self, both: Any) -> None:
@@ -438,7 +438,7 @@ class TestObserverThread:
 
     def test_queue_of_steps_is_bounded(self, both: Any, stuck: Stuck) -> None:
         def many(request: Any) -> str:
-            for _ in range(MOST + 100):
+            for _ in range(MAX_QUEUED + 100):
                 request.call.emit("progress", progress=PullProgress(status="on its way"))
             return "done"
 

@@ -1,4 +1,4 @@
-"""Brings events to observers, which may block: in a thread of ours, from a queue that has an end."""
+"""Deliver events to observers, which may block: in a thread of ours, from a queue of limited length."""
 
 from __future__ import annotations
 
@@ -12,148 +12,169 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
-from typing import Final, Protocol
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 from graftage._engine.threads import start
 
+if TYPE_CHECKING:
+    from graftage.calls import Event
+
 __all__ = ["Delivery", "flush"]
 
+Report = Callable[["Event"], None]
 Wait = Callable[["Future[None]", float], Awaitable[None]]
-MOST: Final = 4096
-"""Events that may wait for a client's observers: of a call that begins behind so many, none is told."""
-FLUSH: Final = 0.5
-"""Seconds that an end waits until observers know everything, from when the event was begun that they are told now."""
-
-
-class Told(Protocol):
-    """What waits to be told."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether one of its call has been told, so that this one should be, too."""
-        ...
-
-    def begin(self) -> None:
-        """Note that it is taken to be told."""
-        ...
-
-    def tell(self) -> None:
-        """Tell it; must not raise."""
-        ...
-
-    def drop(self) -> None:
-        """Count it instead, and those of its call that are still to come."""
-        ...
+MAX_QUEUED: Final = 4096
+"""Events that may wait for a client's observers. If a call begins behind so many, none of its events is reported."""
+FLUSH_TIMEOUT: Final = 0.5
+"""Seconds that a client's end waits for its observers, counted from when they got the event that they have now."""
 
 
 class Delivery:
-    """Tells the observers of one client, one event after the other, in a thread of ours: no call waits for them.
+    """Delivers events to the observers of one client, one at a time, in a thread of ours: no call waits for them.
 
-    The thread is one of those that are kept, and is taken only as long as there is something to tell.
+    The thread is one of those that are kept, and is taken only while events are queued.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[Told | Future[None]] = deque()
-        self._turn = threading.Lock()
-        """Is held for the thread that tells."""
-        self._taking = threading.Lock()
-        """Is held while something is taken from what waits."""
-        self._began = 0.0
-        """When it began to tell what it tells now."""
+        self._queue: deque[tuple[_CallEvents, Event] | Future[None]] = deque()
+        self._worker_lock = threading.Lock()
+        """Held while a thread delivers."""
+        self._take_lock = threading.Lock()
+        """Held while something is taken from the queue."""
+        self._since = 0.0
+        """When the observers got the event that they have now."""
 
-    def begin(self) -> None:
+    def register(self) -> None:
         """Be flushed at the end of the process, and empty after a fork."""
         with _all_lock:
             _all.add(self)
         _flush_at_exit()
 
-    def renew(self) -> None:
-        """After a fork: what waits is told by the parent, whose thread it is."""
-        self._waiting.clear()
-        self._turn, self._taking = threading.Lock(), threading.Lock()
+    def reset(self) -> None:
+        """Forget, after a fork, what is queued: the parent delivers it, and the thread is the parent's."""
+        self._queue.clear()
+        self._worker_lock, self._take_lock = threading.Lock(), threading.Lock()
 
     @property
     def full(self) -> bool:
-        """Whether more waits already than should."""
-        return len(self._waiting) >= MOST
+        """Whether as many events are queued as may be."""
+        return len(self._queue) >= MAX_QUEUED
 
-    def put(self, item: Told | Future[None]) -> None:
-        """Tell an event after those that wait already, or note that they are told."""
-        self._waiting.append(item)
-        if self._turn.acquire(blocking=False):
-            self._began = time.monotonic()
+    def for_call(self, report: Report, drop: Report) -> Report:
+        """Return what takes the events of one call: all of them are passed to `report`, or all to `drop`.
+
+        Args:
+            report: passes an event to the observers; is called in our thread, and must not raise.
+            drop: counts an event that observers do not get.
+        """
+        return drop if self.full else _CallEvents(self, report, drop)
+
+    def put(self, item: tuple[_CallEvents, Event] | Future[None]) -> None:
+        """Queue an event, or a future that is done when all before it are delivered."""
+        self._queue.append(item)
+        if self._worker_lock.acquire(blocking=False):
+            self._since = time.monotonic()
             try:
-                start(self._tell_all)
+                start(self._deliver_all)
             except RuntimeError:  # There are no more threads: the next event tries again.
-                self._turn.release()
+                self._worker_lock.release()
 
-    def _tell_all(self) -> None:
+    def _deliver_all(self) -> None:
         while True:
             try:
-                with self._taking:
-                    item = self._waiting.popleft()
+                with self._take_lock:
+                    item = self._queue.popleft()
                     if not isinstance(item, Future):
-                        item.begin()
+                        item[0].begun = True
             except IndexError:
-                self._turn.release()
-                # Something may have been put there before the turn was given back.
-                if not (self._waiting and self._turn.acquire(blocking=False)):
+                self._worker_lock.release()
+                # Something may have been queued before the lock was released.
+                if not (self._queue and self._worker_lock.acquire(blocking=False)):
                     return
                 continue
-            self._began = time.monotonic()
+            self._since = time.monotonic()
             if isinstance(item, Future):
                 item.set_result(None)
             else:
-                item.tell()
+                call, event = item
+                call.context.run(call.report, event)
 
-    def told(self) -> Future[None]:
-        """Is done when all that has happened so far is told."""
+    def delivered(self) -> Future[None]:
+        """Return a future that is done when all events so far are delivered."""
         done: Future[None] = Future()
-        if self._waiting or self._turn.locked():
+        if self._queue or self._worker_lock.locked():
             self.put(done)
         else:
             done.set_result(None)
         return done
 
     async def close(self, wait: Wait) -> None:
-        """Wait for a short while until everything is told; what is not told then is dropped.
+        """Wait for a short while until everything is delivered, then drop the rest.
 
-        A call of which something has been told is told to its end where the observers are slow, and not stuck.
+        If the observers are slow, but not stuck, a call of which they have an event is delivered to its end.
         """
-        done = self.told()
+        done = self.delivered()
         if done.done():
             return
         try:
-            await wait(done, self._began + FLUSH)
+            await wait(done, self._since + FLUSH_TIMEOUT)
         except TimeoutError:
-            self._drop_waiting(stuck=time.monotonic() - self._began > FLUSH / 2)
+            self._drop_queued(stuck=time.monotonic() - self._since > FLUSH_TIMEOUT / 2)
 
-    def _drop_waiting(self, *, stuck: bool) -> None:
+    def _drop_queued(self, *, stuck: bool) -> None:
         _all.discard(self)  # The end of the process need not wait once more.
-        kept: list[Told | Future[None]] = []
-        dropped: list[Told] = []
-        with self._taking:
+        kept: list[tuple[_CallEvents, Event] | Future[None]] = []
+        dropped: list[tuple[_CallEvents, Event]] = []
+        with self._take_lock:
             with contextlib.suppress(IndexError):  # There are no more.
                 while True:
-                    item = self._waiting.popleft()
-                    if isinstance(item, Future) or (item.begun and not stuck):
+                    item = self._queue.popleft()
+                    if isinstance(item, Future) or (item[0].begun and not stuck):
                         kept.append(item)
                     else:
                         dropped.append(item)
-            self._waiting.extendleft(reversed(kept))
-            for each in dropped:
-                each.drop()
+            self._queue.extendleft(reversed(kept))
+            for call, event in dropped:
+                call.drop(event)
+
+
+@dataclass(slots=True)
+class _CallEvents:
+    """Queues the events of one call, to be reported with the context variables of its caller."""
+
+    delivery: Delivery
+    report: Report
+    count_dropped: Report
+    context: Context = field(default_factory=copy_context)
+    begun: bool = False
+    """Whether the observers have one of them."""
+    dropped: bool = False
+    """Whether one of them is dropped, and so those that follow."""
+
+    def __call__(self, event: Event) -> None:
+        # There is no limit to the steps of a pull, and each says what the one before it said.
+        if self.dropped or (event.kind.endswith("progress") and self.delivery.full):
+            self.count_dropped(event)
+        else:
+            self.delivery.put((self, event))
+
+    def drop(self, event: Event) -> None:
+        """Count an event instead of reporting it, and do so with those that follow."""
+        self.dropped = True
+        self.count_dropped(event)
 
 
 _all: weakref.WeakSet[Delivery] = weakref.WeakSet()
 _all_lock = threading.Lock()
 
 
-def flush(limit: float = FLUSH) -> None:
-    """Wait until all observers of this process know what has happened so far, for so many seconds at most."""
+def flush(timeout: float = FLUSH_TIMEOUT) -> None:
+    """Wait until all observers of this process have all events so far, for at most so many seconds."""
     with _all_lock:
         found = list(_all)
-    wait([each.told() for each in found], limit)
+    wait([each.delivered() for each in found], timeout)
 
 
 @functools.cache
@@ -161,13 +182,13 @@ def _flush_at_exit() -> None:
     atexit.register(flush)
 
 
-def _renew() -> None:
+def _reset_all() -> None:
     """After a fork: the threads are the parent's, and one of them may have held the lock."""
     global _all_lock  # noqa: PLW0603 - one lock for the process
     _all_lock = threading.Lock()
     for each in _all:
-        each.renew()
+        each.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+    os.register_at_fork(after_in_child=_reset_all)

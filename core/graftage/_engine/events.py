@@ -1,4 +1,4 @@
-"""Events: told to observers, counted, and logged where the host has enabled it."""
+"""Events: reported to observers, counted, and logged if the host has enabled it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ def enable_logging() -> None:
 
 
 def log(level: str, message: str, **facts: Any) -> None:
-    """Log a line where the host has enabled it."""
+    """Log a line if the host has enabled it."""
     if _enabled:
         from loguru import logger  # A host that does not log does not pay
 
@@ -46,7 +45,7 @@ def log(level: str, message: str, **facts: Any) -> None:
 
 
 def new_call_id() -> str:
-    """A name for one call, unique among the calls of this process."""
+    """Return a name for one call, unique among the calls of this process."""
     return f"{os.getpid():x}-{next(_ids):x}"
 
 
@@ -81,7 +80,7 @@ class Counters:
                 self._lock.release()
 
     def snapshot(self, active_adapter: str | None) -> Stats:
-        """The counters as they are now."""
+        """Return the counters as they are now."""
         self._settle()
         with self._lock:
             stats = Stats(
@@ -100,7 +99,7 @@ class Counters:
 
 
 class Emitter:
-    """Counts and logs what happens to the calls of one connection, and has its observers told."""
+    """Counts and logs the events of one connection's calls, and reports them to its observers."""
 
     def __init__(
         self,
@@ -113,31 +112,35 @@ class Emitter:
         self._counters = counters
         self._delivery = delivery
         self._hide = hide
-        self._late = False
+        self._drop_logged = False
         if observers:
-            delivery.begin()
+            delivery.register()
 
     def for_call(self, **facts: Any) -> Callable[..., None]:
-        """The `emit` of one call: the facts that all its events share are given here."""
-        tell = self._teller() if self._observers else None
+        """Return the `emit` of one call.
+
+        Args:
+            **facts: what all its events have in common.
+        """
+        report = self._delivery.for_call(self._report, self._drop) if self._observers else None
 
         def emit(kind: str, **more: Any) -> None:
             if kind == "retry":
                 self._counters.add(retries=1)
-            if not (tell or _enabled):
+            if not (report or _enabled):
                 return
             error = more.get("error")
             if isinstance(error, GraftageError):
                 more["error"] = self._harmless(error)
             event = Event(kind=kind, at=time.monotonic(), **{**facts, **more})  # type: ignore[arg-type] # checked by type checkers at the callers' side only
-            if tell:
-                tell(event)
+            if report:
+                report(event)
             _log_event(event)
 
         return emit
 
     def _harmless(self, error: GraftageError) -> GraftageError:
-        """The error without secrets and without the answer so far."""
+        """Return the error without secrets and without the reply so far."""
         self._hide(error)
         if getattr(error, "partial", None) is None:
             return error
@@ -145,69 +148,23 @@ class Emitter:
         shown.partial = None
         return shown
 
-    def _teller(self) -> Callable[[Event], None]:
-        """Has the events of one call told: all of them or none."""
-        return self.drop if self._delivery.full else _Teller(self, self._delivery, copy_context())
-
-    def tell(self, event: Event) -> None:
-        """Tell the observers; one that raises is reported once and dropped."""
+    def _report(self, event: Event) -> None:
+        """Pass an event to the observers; log one that raises, and ask it no more."""
         for observer in list(self._observers):
             name, function = observer
             try:
                 function(event)
-            except BaseException as error:  # noqa: BLE001 - in a thread of ours, nothing is anybody's wish
+            except BaseException as error:  # noqa: BLE001 - nobody interrupts or cancels a thread of ours
                 self._observers.remove(observer)
                 log("WARNING", f"the observer `{name}` failed and is dropped: {in_words(error)}")
 
-    def drop(self, _: Event) -> None:
-        """Do not tell it, but count it; the first time, log that."""
+    def _drop(self, _: Event) -> None:
+        """Count an event that is not reported; log the first."""
         self._counters.add(events_dropped=1)
-        if not self._late:
-            self._late = True
+        if not self._drop_logged:
+            self._drop_logged = True
             names = ", ".join(f"`{name}`" for name, _ in self._observers)
             log("WARNING", f"events are dropped, since the observers are too slow ({names}); `stats` counts them")
-
-
-@dataclass(slots=True)
-class _Teller:
-    """Has the events of one call told, with the context variables of its caller."""
-
-    emitter: Emitter
-    delivery: Delivery
-    context: Context
-    begun: bool = False
-    """Whether one of them has been told."""
-    dropped: bool = False
-    """Whether one of them has been dropped, and so those that are to come."""
-
-    def __call__(self, event: Event) -> None:
-        # Of steps there may be any number, and the next one says what this one did.
-        if self.dropped or (event.kind.endswith("progress") and self.delivery.full):
-            self.emitter.drop(event)
-        else:
-            self.delivery.put(_Told(self, event))
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """An event that waits for being told."""
-
-    teller: _Teller
-    event: Event
-
-    @property
-    def begun(self) -> bool:
-        return self.teller.begun
-
-    def begin(self) -> None:
-        self.teller.begun = True
-
-    def tell(self) -> None:
-        self.teller.context.run(self.teller.emitter.tell, self.event)
-
-    def drop(self) -> None:
-        self.teller.dropped = True
-        self.teller.emitter.drop(self.event)
 
 
 def _log_event(event: Event) -> None:
