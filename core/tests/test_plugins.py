@@ -690,7 +690,7 @@ class TestAuthorMistakes:
             (Misspelling(), "Did you mean `embed`"),
             (Unawaited(), "`chat` as `async def` without `yield`.*async generator"),
             (Yielding(), "`embed` as a generator.*`return`"),
-            (Twin(), "`achat`, a hook of Graftage 0.1.*It is `chat` now"),
+            (Twin(), "`achat`.*Did you mean `chat`"),
             (Mistyped(), "attribute `adress`.*Did you mean `address`"),
             (Answering, "is a class"),
             (None, "has no connection"),

@@ -509,9 +509,6 @@ def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
                 if other == "connection"
                 else f"Move it to a {other}.",
             )
-    if name[:1] == "a" and name[1:] in NAMES["connection"]:
-        hint = f"It is `{name[1:]}` now: one hook serves both clients, as `def` or as `async def`."
-        raise _Problem(f"implements `{name}`, a hook of Graftage 0.1", hint)
     near = close(name, NAMES[kind])
     hint = f"Did you mean `{near[0]}`?" if near else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
     raise _Problem(f"implements `{name}`, which is no hook", hint)
