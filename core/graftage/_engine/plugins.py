@@ -328,28 +328,28 @@ def _unfit(dist: Any) -> str | None:
     return None
 
 
-_BOUNDS = re.compile(r"graftage(?:\[[\w,-]*\])?((?:(?:>=|<)\d{1,9}(?:\.\d{1,9})*(?:,|$))*)")
+_BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
+_BOUNDED = re.compile(rf"graftage(?:\[[\w,-]*\])?(?:{_BOUND.pattern}(?:,|$))*")
 
 
 def _is_within(text: str) -> bool:
-    """Whether a requirement has nothing but bounds, `graftage>=0.2,<1`, and this release is surely within them.
+    """Return whether a requirement has only bounds, as `graftage>=0.2,<1`, and this release is surely within them.
 
-    Whether it applies at all does not matter then.
+    Then it does not matter whether the requirement applies.
     """
-    found = _BOUNDS.fullmatch(text.partition(";")[0].strip())
-    if found is None or not re.fullmatch(r"\d+(\.\d+)*", __version__):
+    text = text.partition(";")[0].strip()
+    if not (_BOUNDED.fullmatch(text) and re.fullmatch(r"[\d.]+", __version__)):
         return False
     ours = _release(__version__)
-    bounds = found[1].split(",")
-    return all(ours < _release(each[1:]) if each[:1] == "<" else ours >= _release(each[2:]) for each in bounds if each)
+    return all(
+        ours >= _release(version) if bound == ">=" else ours < _release(version)
+        for bound, version in _BOUND.findall(text)
+    )
 
 
 def _release(version: str) -> list[int]:
-    """The numbers of a release, without zeros at its end: 1.0 and 1 are one."""
-    numbers = [int(each) for each in version.split(".")]
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return numbers
+    """Return the numbers of a release without zeros at its end: 1.0 and 1 are one."""
+    return [int(each) for each in re.sub(r"(\.0+)+$", "", version).split(".")]
 
 
 def _fits(wanted: Requirement) -> bool:
