@@ -75,9 +75,14 @@ class Entry:
         return Author(self.name, self.origin if self.entry_point else "")
 
     @property
+    def label(self) -> str:
+        """Its name and its distribution, if it has one."""
+        return f"`{self.name}`{f' ({self.origin})' if self.entry_point else ''}"
+
+    @property
     def named(self) -> str:
-        """Its kind, its name and its distribution, where it has one."""
-        return f"{self.kind} `{self.name}`{f' ({self.origin})' if self.entry_point else ''}"
+        """Its kind, its name and its distribution, if it has one."""
+        return f"{self.kind} {self.label}"
 
 
 class Catalog:
@@ -168,7 +173,7 @@ class Catalog:
         Raises:
             PluginError: `GRAFTAGE_STRICT_PLUGINS` is set.
         """
-        self._quarantine(entry, error, error.__cause__)
+        self._quarantine(entry, error)
         self._leave_out(entry, error)
 
     def _leave_out(self, entry: Entry, error: PluginError) -> None:
@@ -223,7 +228,7 @@ class Catalog:
         try:
             _check_core(entry)
         except PluginLoadError as error:
-            self._quarantine(entry, error, error.__cause__)
+            self._quarantine(entry, error)
             return
         try:
             entry.plugin = entry.entry_point.load()
@@ -246,7 +251,7 @@ class Catalog:
         entry.state = "loaded"
 
     def _quarantine(self, entry: Entry, error: PluginError, cause: BaseException | None = None) -> None:
-        error.__cause__ = cause
+        error.__cause__ = cause or error.__cause__
         entry.state, entry.error, entry.plugin = "quarantined", error, None
 
     def _not_found(self, name: str) -> ProviderNotFound:
@@ -520,9 +525,8 @@ STREAMS = ("chat", "generate", "pull_model")
 
 def _check_colour(name: str, function: Callable[..., Any], kind: Kind) -> None:
     """Refuse what would fail at its first call: a coroutine where an iterator is wanted, and the reverse."""
-    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
     if kind != "connection" or name == "capabilities":
-        if is_async:
+        if _is_async(function):
             raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is called where its caller is.")
         if kind != "plugin" and inspect.isgeneratorfunction(function):
             raise _Problem(f"implements `{name}` as a generator", "It answers once: `return` the result.")
@@ -531,6 +535,10 @@ def _check_colour(name: str, function: Callable[..., Any], kind: Kind) -> None:
             raise _Problem(f"implements `{name}` as `async def` without `yield`", "Make it an async generator.")
     elif inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         raise _Problem(f"implements `{name}` as a generator", "It answers once: `return` the result.")
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 ATTRIBUTES = ("address", "default_model", "needs_event_loop")
@@ -569,11 +577,20 @@ class Relay:
             raise PluginLoadError(
                 f"{whose} {problem.text}.", plugin=provider, distributions=[origin] if origin else (), hint=problem.hint
             ) from problem
-        self.needs_event_loop = on_loop = bool(getattr(connection, "needs_event_loop", False))
+        self.needs_event_loop = bool(getattr(connection, "needs_event_loop", False))
         self.contained = Contained(author.typed)
         """A block of the provider's code."""
-        hook = partial(_hook, connection, author, self.contained, on_loop)
-        self.hooks = {name: hook(name, takes=takes) for name, takes in hooks.items()}
+        self.hooks = {
+            name: Hook(
+                name,
+                _positional(getattr(connection, name), takes=takes),
+                _is_async(getattr(connection, name)),
+                self.needs_event_loop,
+                author,
+                self.contained,
+            )
+            for name, takes in hooks.items()
+        }
         # Two entry points may name one object: it is asked once.
         self._plugins = list({id(entry.plugin): entry for entry in reversed(plugins)}.values())[::-1]
         self._asked: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
@@ -596,17 +613,11 @@ class Relay:
 
     def named(self, plugin: str) -> str:
         """A plugin's name as it stands in a message, with its distribution where it has one."""
-        return next((each.named.partition(" ")[2] for each in self._plugins if each.name == plugin), f"`{plugin}`")
+        return next((each.label for each in self._plugins if each.name == plugin), f"`{plugin}`")
 
     def drop(self, name: str, plugin: str) -> None:
         """Do not ask a plugin's hook again."""
         self._asked[name] = [each for each in self.each(name) if each[0] != plugin]
-
-
-def _hook(connection: object, author: Author, contained: Contained, on_loop: bool, name: str, *, takes: bool) -> Hook:
-    function = getattr(connection, name)
-    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    return Hook(name, _positional(function, takes=takes), is_async, on_loop, author, contained)
 
 
 def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:
