@@ -1,4 +1,4 @@
-"""Find plugins without importing them, load the chosen ones, explain the rest, and build one relay for a connection."""
+"""Find plugins without an import, load the chosen ones, explain the rest, and look up the hooks of a connection."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ GROUPS: dict[str, Kind] = {"graftage.providers": "provider", "graftage.plugins":
 
 
 class PluginWarning(UserWarning):
-    """A plugin was left out; `graftage plugins` tells why."""
+    """A plugin is left out; `graftage plugins` shows why."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """A plugin as it was found, and what became of it."""
+    """A plugin as it was found, and its state."""
 
     name: str
     kind: Kind
@@ -54,10 +54,10 @@ class Entry:
     """Why it is quarantined."""
     plugin: object | None = None
     hooks: Mapping[str, bool] = field(default_factory=dict)
-    """The names of its hooks, and whether each takes its argument."""
+    """Its hooks, and whether each takes its argument."""
     entry_point: EntryPoint | None = field(default=None, repr=False)
     settings: PluginSettings | None = None
-    """What it is told, where it is no provider and has settings."""
+    """The settings of a plugin, if it has any; those of a provider are the connection's."""
 
     @property
     def origin(self) -> str:
@@ -71,7 +71,7 @@ class Entry:
 
     @property
     def author(self) -> Author:
-        """Whose it is, for messages."""
+        """Its author, for messages."""
         return Author(self.name, self.origin if self.entry_point else "")
 
     @property
@@ -86,12 +86,12 @@ class Entry:
 
 
 class Catalog:
-    """What is installed, and what was given as objects.
+    """The plugins that are installed, and those that were given as objects.
 
     Args:
-        objects: plugin objects to use without installing them; a name they share with something installed wins.
+        objects: plugin objects to use without installing them; they replace installed plugins of the same name.
         environment: where `GRAFTAGE_DISABLED_PLUGINS` and `GRAFTAGE_STRICT_PLUGINS` are read.
-        prefix: what these begin with, in the place of `GRAFTAGE`.
+        prefix: what the names of these begin with, instead of `GRAFTAGE`.
     """
 
     def __init__(
@@ -107,23 +107,28 @@ class Catalog:
         self._given = [self._admit_object(each) for each in {id(each): each for each in objects}.values()]
         taken = {(entry.kind, entry.name) for entry in self._given}
         found = [each for each in self._discover() if (each.kind, each.name) not in taken]
-        # What is damaged comes last: it must not stand in the way of another one of its name.
+        # Damaged ones come last, so that another one of the same name is found first.
         self.entries = [*self._given, *sorted(found, key=lambda each: each.state == "quarantined")]
         self._mark_conflicts()
         for entry in self._given:
             if entry.error is not None:
-                raise entry.error  # The caller handed it over: there is nobody else to shield.
+                raise entry.error  # The caller gave it: no other plugin is to blame or to protect.
 
     def names(self, kind: Kind | None = None, *, enabled: bool = False) -> list[str]:
-        """The names of everything found, or of one kind, or of what is not disabled."""
+        """Return the names of what was found.
+
+        Args:
+            kind: only those of this kind.
+            enabled: only those that are not disabled.
+        """
         found = (entry for entry in self.entries if kind in (None, entry.kind))
         return sorted({entry.name for entry in found if not enabled or entry.state != "disabled"})
 
     def provider(self, name: str) -> Entry:
-        """The loaded provider of that name.
+        """Return the provider of that name, loaded.
 
         Raises:
-            ProviderNotFound: nothing of that name is installed, or it is disabled.
+            ProviderNotFound: it is not installed, or disabled.
             PluginConflict: two distributions claim the name.
             PluginLoadError: it is broken.
         """
@@ -142,10 +147,10 @@ class Catalog:
         raise self._not_found(name)
 
     def given_provider(self, plugin: object) -> Entry:
-        """The entry of a provider object that was given to `connect`.
+        """Return the entry of a provider object that was given to `connect`.
 
         Raises:
-            ProviderNotFound: the object is no provider.
+            ProviderNotFound: the object is not a provider.
         """
         entry = next(entry for entry in self._given if entry.plugin is plugin)
         if entry.kind != "provider":
@@ -155,7 +160,7 @@ class Catalog:
         return entry
 
     def plugins(self) -> list[Entry]:
-        """Every enabled plugin that works, loaded. The others are quarantined with a warning.
+        """Return every enabled plugin that works, loaded; quarantine the others, with a warning.
 
         Raises:
             PluginError: a plugin is broken and `GRAFTAGE_STRICT_PLUGINS` is set.
@@ -168,7 +173,7 @@ class Catalog:
         return [entry for entry in chosen if entry.state == "loaded"]
 
     def quarantine(self, entry: Entry, error: PluginError) -> None:
-        """Leave out a plugin that was found to be broken after it was loaded.
+        """Leave out a plugin that proved to be broken after it was loaded.
 
         Raises:
             PluginError: `GRAFTAGE_STRICT_PLUGINS` is set.
@@ -182,7 +187,7 @@ class Catalog:
         warnings.warn(f"The plugin `{entry.name}` is left out: {error}", PluginWarning, stacklevel=2)
 
     def inspect_all(self) -> list[Entry]:
-        """Every entry, loaded where it can be, for a report."""
+        """Return every entry, loaded if possible, for a report."""
         for entry in self.entries:
             if entry.state != "disabled":
                 self._load(entry)
@@ -208,7 +213,7 @@ class Catalog:
     def _mark_conflicts(self) -> None:
         claims: dict[tuple[Kind, str], list[Entry]] = {}
         for entry in self.entries:
-            # Provider objects are told apart by identity: a chain may have two of one kind.
+            # Provider objects are distinguished by identity: a chain may have two of one class.
             if entry.state in ("available", "loaded") and (entry.kind != "provider" or entry.entry_point):
                 claims.setdefault((entry.kind, entry.name), []).append(entry)
         for rivals in claims.values():
@@ -263,7 +268,7 @@ class Catalog:
 
 
 def plugin_name(plugin: object) -> str:
-    """The name of a plugin object: its `name`, a module's last part, or its class's name in lower case."""
+    """Return the name of a plugin object: its `name`, a module's last part, or its class's name in lower case."""
     named = getattr(plugin, "name", None)
     if isinstance(named, str):
         return named
@@ -273,7 +278,7 @@ def plugin_name(plugin: object) -> str:
 
 
 def is_provider(plugin: object) -> bool:
-    """Whether an object is a provider: it implements `connect`."""
+    """Return whether an object is a provider: it implements `connect`."""
     return bool(getattr(getattr(plugin, "connect", None), "graftage_impl", None))
 
 
@@ -296,19 +301,19 @@ def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
 
 
 def _damage(entry: Entry) -> str | None:
-    """What is wrong with the metadata of a distribution, where something is."""
+    """Return what is wrong with the metadata of a distribution, if anything is."""
     unnamed = None if entry.distribution and entry.version else "has metadata without a name or a version"
     return (entry.entry_point.damage if entry.entry_point else None) or unnamed
 
 
 def _check_core(entry: Entry) -> None:
-    """Refuse a plugin whose metadata asks for another Graftage: pip leaves such pairs installed."""
+    """Refuse a plugin whose metadata requires another Graftage: pip leaves such pairs installed."""
     dist = entry.entry_point.dist if entry.entry_point else None
     if dist is None:
         return
     try:
         unfit = _unfit(dist)
-    except Exception as error:  # what is wrong with a file is not one kind of error
+    except Exception as error:  # a damaged file may raise any error
         raise _load_error(entry, f"has broken metadata: {in_words(error)}", REINSTALL) from error
     if damage := _damage(entry):
         raise _load_error(entry, damage, REINSTALL)
@@ -319,12 +324,13 @@ def _check_core(entry: Entry) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _unfit(dist: Any) -> str | None:
-    """The versions of Graftage that a distribution asks for, where this is none of them."""
+    """Return the versions of Graftage that a distribution requires, if this is not one of them."""
     for text in dist.requires or ():
         name = re.match(r"\s*([\w.-]*)", text)
         if not name or re.sub(r"[-_.]+", "-", name[1]).lower() != "graftage" or _is_within(text):
             continue
-        from packaging import requirements  # Slow to import, and two bounds need no parser
+        # Slow to import, and simple bounds do not need its parser.
+        from packaging import requirements
 
         with contextlib.suppress(requirements.InvalidRequirement):
             wanted = requirements.Requirement(text)
@@ -363,7 +369,7 @@ def _fits(wanted: Requirement) -> bool:
 
 
 def _specs(classes: Iterable[type]) -> type:
-    """The hooks of some Protocols and nothing else: pluggy looks at every attribute, each time a client is opened."""
+    """Return a class with the hooks of some Protocols alone, since pluggy looks at every attribute."""
     found = {name: value for each in classes for name, value in vars(each).items() if hasattr(value, "graftage_spec")}
     return type("Specs", (), found)
 
@@ -398,16 +404,16 @@ class Hook:
     """A block of the provider's code."""
 
     def __call__(self, request: Any) -> Any:
-        """What the hook returns: of an async one, what is to be awaited or iterated over."""
+        """Call the hook. An async one returns what must be awaited or iterated over."""
         return self.function(request)
 
     async def once(self, request: Any) -> Any:
-        """The result of an async hook that answers once."""
+        """Return the result of an async hook that returns once."""
         with self.contained:
             return await self.function(request)
 
     def plain(self, request: Any) -> Any:
-        """The result of a plain hook.
+        """Return the result of a plain hook.
 
         Raises:
             ProviderError: it returned something that must be awaited.
@@ -424,7 +430,7 @@ class Hook:
         return result
 
     def items(self, request: Any) -> Any:
-        """What a plain hook gives one by one.
+        """Return what a plain hook gives one by one.
 
         Raises:
             ProviderError: it returned something else.
@@ -440,18 +446,19 @@ class Hook:
 
 FUNCTIONS = (FunctionType, MethodType)
 Hooks = Mapping[str, bool]
-"""The names of the hooks that an object implements, and whether each takes its argument: pluggy lets it be left out."""
+"""The hooks that an object implements, and whether each takes its argument, which pluggy allows to leave out."""
 _checked: weakref.WeakKeyDictionary[object, tuple[Kind, Mapping[str, object], Hooks]] = weakref.WeakKeyDictionary()
-"""For each class or module: as what it was checked, the marked functions of a module, and its hooks."""
+"""For each class or module: the kind it was checked as, its own marked functions, and its hooks."""
 
 
 def checked_hooks(plugin: object, kind: Kind) -> Hooks:
-    """The hooks that an object implements, once they are known to be right. A class is checked once in a process.
+    """Check the hooks of an object, and return them.
 
-    So is a module, as long as its functions stay the same; an object with hooks of its own is checked each time.
+    A class is checked once in a process, and so is a module as long as its functions stay the same. An object that
+    has hooks besides those of its class is checked each time.
 
     Raises:
-        _Problem: they are not.
+        _Problem: something is wrong with them.
     """
     try:
         return _checked_hooks(plugin, kind)
@@ -466,11 +473,11 @@ def checked_hooks(plugin: object, kind: Kind) -> Hooks:
 def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
     if inspect.isclass(plugin):
         raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
-    # What else a module holds is not looked at: a proxy may raise whatever it likes before it is set up.
-    kept = ((name, each) for name, each in getattr(plugin, "__dict__", {}).items() if type(each) in FUNCTIONS)
-    own = {name: each for name, each in kept if hasattr(each, "graftage_impl")}
-    where = plugin if inspect.ismodule(plugin) else type(plugin)
-    if (found := _checked.get(where)) is not None and found[:2] == (kind, own):
+    # Only functions are looked at: a proxy in a module may raise any error before it is set up.
+    functions = [(name, each) for name, each in getattr(plugin, "__dict__", {}).items() if type(each) in FUNCTIONS]
+    own = {name: each for name, each in functions if hasattr(each, "graftage_impl")}
+    owner = plugin if inspect.ismodule(plugin) else type(plugin)
+    if (found := _checked.get(owner)) is not None and found[:2] == (kind, own):
         return found[2]
     manager = _manager(kind)
     try:
@@ -481,12 +488,12 @@ def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
     for caller in manager.get_hookcallers(plugin) or []:
         for impl in caller.get_hookimpls():
             _check_hook(caller.name, impl, kind)
-            _check_colour(caller.name, impl.function, kind)
+            _check_async(caller.name, impl.function, kind)
             hooks[caller.name] = bool(impl.argnames)
     if not hooks:
         raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
-    if where is plugin or not own:
-        _checked[where] = kind, own, hooks
+    if owner is plugin or not own:
+        _checked[owner] = kind, own, hooks
     return hooks
 
 
@@ -520,11 +527,11 @@ def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
 
 
 STREAMS = ("chat", "generate", "pull_model")
-"""Hooks that answer with an iterator."""
+"""Hooks that return an iterator."""
 
 
-def _check_colour(name: str, function: Callable[..., Any], kind: Kind) -> None:
-    """Refuse what would fail at its first call: a coroutine where an iterator is wanted, and the reverse."""
+def _check_async(name: str, function: Callable[..., Any], kind: Kind) -> None:
+    """Refuse what would fail at its first call: a coroutine instead of an iterator, and the reverse."""
     if kind != "connection" or name == "capabilities":
         if _is_async(function):
             raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is called where its caller is.")
@@ -542,17 +549,17 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 ATTRIBUTES = ("address", "default_model", "needs_event_loop")
-"""What the core reads of a connection besides its hooks."""
+"""The attributes of a connection that the core reads."""
 
 
 def _check_attributes(connection: object, hooks: Hooks) -> None:
-    """Refuse a misspelt attribute: it would have no effect, and nobody would know why."""
-    if found := _misspelt(frozenset(name for name in dir(connection) if name[0] != "_" and name not in hooks)):
+    """Refuse a misspelt attribute, which would have no effect."""
+    if found := _near_attribute(frozenset(name for name in dir(connection) if name[0] != "_" and name not in hooks)):
         raise _Problem(f"has an attribute `{found[1]}`", f"Did you mean `{found[0]}`? Else put a `_` before it.")
 
 
 @functools.lru_cache(maxsize=64)
-def _misspelt(present: frozenset[str]) -> tuple[str, str] | None:
+def _near_attribute(present: frozenset[str]) -> tuple[str, str] | None:
     for name in ATTRIBUTES:
         if name not in present and (near := close(name, present.difference(ATTRIBUTES), cutoff=0.85)):
             return name, near[0]
@@ -560,7 +567,7 @@ def _misspelt(present: frozenset[str]) -> tuple[str, str] | None:
 
 
 class Relay:
-    """The hooks of one connection, its own and those of the plugins that are enabled for it, looked up once."""
+    """The hooks of one connection and those of the plugins that are enabled for it, looked up once."""
 
     def __init__(self, author: Author, connection: object, plugins: Sequence[Entry]) -> None:
         provider, origin = author.name, author.origin
@@ -591,16 +598,16 @@ class Relay:
             )
             for name, takes in hooks.items()
         }
-        # Two entry points may name one object: it is asked once.
+        # Two entry points may name one object: it is called once.
         self._plugins = list({id(entry.plugin): entry for entry in reversed(plugins)}.values())[::-1]
-        self._asked: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
+        self._implementations: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
 
     def each(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
-        """The implementations of a plugin hook, each with its plugin's name, in the order to ask them.
+        """Return the implementations of a plugin hook, each with its plugin's name, in the order to call them.
 
-        Objects given to `connect` come before what is installed, unless a hook is marked `tryfirst` or `trylast`.
+        Objects given to `connect` come before installed ones, unless a hook is marked `tryfirst` or `trylast`.
         """
-        if name not in self._asked:
+        if name not in self._implementations:
             found = []
             for entry in self._plugins:
                 if name in entry.hooks:
@@ -608,20 +615,20 @@ class Relay:
                     rank = options.get("trylast", False) - options.get("tryfirst", False)
                     found.append((rank, entry.name, _plugin_function(entry, name)))
             found.sort(key=lambda each: each[0])
-            self._asked[name] = [(plugin, function) for _, plugin, function in found]
-        return self._asked[name]
+            self._implementations[name] = [(plugin, function) for _, plugin, function in found]
+        return self._implementations[name]
 
     def named(self, plugin: str) -> str:
-        """A plugin's name as it stands in a message, with its distribution where it has one."""
+        """Return a plugin's name for a message, with its distribution if it has one."""
         return next((each.label for each in self._plugins if each.name == plugin), f"`{plugin}`")
 
     def drop(self, name: str, plugin: str) -> None:
-        """Do not ask a plugin's hook again."""
-        self._asked[name] = [each for each in self.each(name) if each[0] != plugin]
+        """Do not call a plugin's hook again."""
+        self._implementations[name] = [each for each in self.each(name) if each[0] != plugin]
 
 
 def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:
-    """The function of an implementation that may leave the hook's parameter out, as pluggy allows."""
+    """Return the function, for calls with one argument: pluggy allows hooks without the parameter."""
     return function if takes else lambda *_: function()
 
 
@@ -633,9 +640,9 @@ def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
         if entry.settings is not None and hook != "observe":
             request = replace(request, settings=entry.settings)
         with contained:
-            answer = function(request)
-            # A list that is made while it is read is read in here.
-            return list(answer) if isinstance(answer, Iterator) else answer
+            result = function(request)
+            # A generator runs the plugin's code as it is read: read it inside the block.
+            return list(result) if isinstance(result, Iterator) else result
 
     return call
 
