@@ -203,11 +203,11 @@ BROKEN_PLUGINS = {
     ),
     "a hook is misspelt": (
         HEAD + "@hookimpl\ndef resource_limit(query): ...\n",
-        "implements `resource_limit`, which is no hook. Did you mean `resource_limits`\\?",
+        "implements `resource_limit`, which is not a hook. Did you mean `resource_limits`\\?",
     ),
     "a hook is unheard of": (
         HEAD + "@hookimpl\ndef zzz(query): ...\n",
-        "implements `zzz`, which is no hook. Hooks of a plugin: list_adapters, observe, resolve_adapter",
+        "implements `zzz`, which is not a hook. Hooks of a plugin: list_adapters, observe, resolve_adapter",
     ),
     "a signature is wrong": (
         HEAD + "@hookimpl\ndef observe(happening): ...\n",
@@ -229,7 +229,7 @@ BROKEN_PLUGINS = {
     "it has no hooks": ("def observe(event): ...\n", "implements no hook"),
     "it raises while it is registered": (
         OBSERVER + "def __dir__():\n    raise RuntimeError('boom')\n",
-        "fails when it is looked at: RuntimeError: boom",
+        "fails when it is inspected: RuntimeError: boom",
     ),
     "a hook would never be awaited": (
         HEAD + "@hookimpl\nasync def observe(event): ...\n",
@@ -490,7 +490,7 @@ class TestPassedObjects:
         assert watcher.kinds() == ["start", "admitted", "first_chunk", "finish"]
 
     def test_two_of_one_name_conflict(self, both: Any) -> None:
-        with pytest.raises(PluginConflict, match=r"`policy` is claimed.*a `name` of its own"):
+        with pytest.raises(PluginConflict, match=r"`policy` is claimed.*a different `name`"):
             both.opened(Echo(), model=MODEL, plugins=[Policy(), Policy()])
 
     def test_optional_hook_may_be_unknown(self, both: Any) -> None:
@@ -1215,7 +1215,7 @@ AT_IMPORT = {
     ),
     "an object that fails when it is looked at": (
         OBSERVER + "class P:\n    @property\n    def __class__(self):\n        raise SystemExit('no')\np = P()\n",
-        "fails when it is looked at: SystemExit: no",
+        "fails when it is inspected: SystemExit: no",
     ),
 }
 

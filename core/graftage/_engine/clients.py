@@ -47,9 +47,9 @@ class Clients:
             built: Transport = wrapper.wrap(network) if wrapper is not None else network()
             if built.colour not in (None, self.colour):
                 raise SettingsError(
-                    f"The `transport` is one for {built.colour} clients, and this client is {self.colour}.",
+                    f"The `transport` is for {built.colour} clients, and this client is {self.colour}.",
                     key="transport",
-                    hint="Give each kind of client its own.",
+                    hint="Give each kind of client a transport of its kind.",
                 )
             return built
 

@@ -28,8 +28,8 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
     try:
         work.send(None)
         suspended = PluginError(
-            "A hook of the provider waits for something that is not the toolkit's, and a sync client has no loop.",
-            hint="Its connection must say `needs_event_loop = True`; nothing is sent again. Tell its authors.",
+            "A hook of the provider awaits something outside the toolkit, and a sync client has no event loop.",
+            hint="Its connection must set `needs_event_loop = True`; nothing is sent again. Report it to its authors.",
         )
         # Thrown, not closed: what the coroutine holds is given back. Code that tidies up may suspend as well.
         for _ in range(TIDYING):

@@ -23,7 +23,7 @@ MISTAKE = (
 
 NO_LOOP = re.compile(r"no (running|current) event loop|async library|not currently running on any", re.IGNORECASE)
 """What asyncio, sniffio and anyio say to code that needs a loop where there is none: under a sync client."""
-LOOPLESS = "It needs an event loop: its connection must say `needs_event_loop = True`. Tell its authors."
+LOOPLESS = "It needs an event loop: its connection must set `needs_event_loop = True`. Report it to its authors."
 
 
 def is_fault(error: BaseException) -> bool:
@@ -87,7 +87,9 @@ class Author:
     def __str__(self) -> str:
         return f"The provider `{self.name}`{f' ({self.origin})' if self.origin else ''}"
 
-    def fault(self, what: str, hint: str = "That is a fault of the provider; tell its authors.") -> ProviderError:
+    def fault(
+        self, what: str, hint: str = "This is a fault of the provider: report it to its authors."
+    ) -> ProviderError:
         """The error for what the author got wrong."""
         return ProviderError(f"{self} {what}.", provider=self.name, hint=hint)
 
@@ -102,7 +104,7 @@ class Author:
             f"failed with {what}; a provider must raise the errors of `graftage.exceptions`",
             LOOPLESS
             if isinstance(error, RuntimeError) and NO_LOOP.search(_words_of(error))
-            else "That is a fault of the provider: tell its authors, with the traceback of the cause.",
+            else "This is a fault of the provider: report it to its authors, with the traceback of the cause.",
         )
         typed.__cause__ = error
         return typed

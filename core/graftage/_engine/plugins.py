@@ -33,7 +33,7 @@ __all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
 
 Kind = Literal["provider", "plugin", "connection"]
 State = Literal["available", "loaded", "disabled", "quarantined"]
-REINSTALL = "Install it anew."
+REINSTALL = "Reinstall it."
 GROUPS: dict[str, Kind] = {"graftage.providers": "provider", "graftage.plugins": "plugin"}
 
 
@@ -155,7 +155,9 @@ class Catalog:
         entry = next(entry for entry in self._given if entry.plugin is plugin)
         if entry.kind != "provider":
             raise ProviderNotFound(
-                f"The object `{entry.name}` is no provider.", plugin=entry.name, hint="A provider implements `connect`."
+                f"The object `{entry.name}` is not a provider.",
+                plugin=entry.name,
+                hint="A provider implements `connect`.",
             )
         return entry
 
@@ -224,7 +226,7 @@ class Catalog:
                     f"The {entry.kind} name `{entry.name}` is claimed by {claimants}.",
                     plugin=entry.name,
                     distributions=[each.origin for each in rivals],
-                    hint="Uninstall one of them." if entry.entry_point else "Give each object a `name` of its own.",
+                    hint="Uninstall one of them." if entry.entry_point else "Give each object a different `name`.",
                 )
 
     def _load(self, entry: Entry) -> None:
@@ -241,7 +243,7 @@ class Catalog:
             if not is_fault(error):
                 raise
             problem = f"could not be imported: {in_words(error)}"
-            self._quarantine(entry, _load_error(entry, problem, "Mend or uninstall it."), error)
+            self._quarantine(entry, _load_error(entry, problem, "Fix or uninstall it."), error)
             return
         self._inspect(entry)
 
@@ -424,8 +426,8 @@ class Hook:
             if inspect.iscoroutine(result):
                 result.close()
             raise self.author.fault(
-                f"has a wrong hook: `{self.name}` is a `def` that returned {type(result).__name__}",
-                "Its authors must write `async def`, so that it can be seen that it is awaited.",
+                f"has an invalid hook: `{self.name}` is a `def` but returned {kind_of(result)}",
+                "Its authors must make it an `async def`.",
             )
         return result
 
@@ -438,8 +440,8 @@ class Hook:
         found = self.plain(request)
         if not hasattr(found, "__iter__"):
             raise self.author.fault(
-                f"has a wrong hook: `{self.name}` returned {kind_of(found)} and must give its items one by one",
-                "Its authors must `yield` them.",
+                f"has an invalid hook: `{self.name}` returned {kind_of(found)} instead of an iterator",
+                "Its authors must `yield` its items.",
             )
         return found
 
@@ -467,7 +469,7 @@ def checked_hooks(plugin: object, kind: Kind) -> Hooks:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise _Problem(f"fails when it is looked at: {in_words(error)}", "Mend or remove it.") from error
+        raise _Problem(f"fails when it is inspected: {in_words(error)}", "Fix or remove it.") from error
 
 
 def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
@@ -510,7 +512,7 @@ def _wrong_signature(error: pluggy.PluginValidationError, kind: Kind) -> _Proble
 
 def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
     if impl.wrapper or impl.hookwrapper:
-        raise _Problem(f"wraps the hook `{name}`", "Hooks are not wrapped: answer them, or use `observe`.")
+        raise _Problem(f"wraps the hook `{name}`", "Hooks cannot be wrapped: implement them, or use `observe`.")
     if name in NAMES[kind] or impl.optionalhook:
         return
     for other, names in NAMES.items():
@@ -523,7 +525,7 @@ def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
             )
     near = close(name, NAMES[kind])
     hint = f"Did you mean `{near[0]}`?" if near else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
-    raise _Problem(f"implements `{name}`, which is no hook", hint)
+    raise _Problem(f"implements `{name}`, which is not a hook", hint)
 
 
 STREAMS = ("chat", "generate", "pull_model")
@@ -534,14 +536,14 @@ def _check_async(name: str, function: Callable[..., Any], kind: Kind) -> None:
     """Refuse what would fail at its first call: a coroutine instead of an iterator, and the reverse."""
     if kind != "connection" or name == "capabilities":
         if _is_async(function):
-            raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is called where its caller is.")
+            raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is not awaited.")
         if kind != "plugin" and inspect.isgeneratorfunction(function):
-            raise _Problem(f"implements `{name}` as a generator", "It answers once: `return` the result.")
+            raise _Problem(f"implements `{name}` as a generator", "It must `return` one result.")
     elif name in STREAMS:
         if inspect.iscoroutinefunction(function):
             raise _Problem(f"implements `{name}` as `async def` without `yield`", "Make it an async generator.")
     elif inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise _Problem(f"implements `{name}` as a generator", "It answers once: `return` the result.")
+        raise _Problem(f"implements `{name}` as a generator", "It must `return` one result.")
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -555,7 +557,9 @@ ATTRIBUTES = ("address", "default_model", "needs_event_loop")
 def _check_attributes(connection: object, hooks: Hooks) -> None:
     """Refuse a misspelt attribute, which would have no effect."""
     if found := _near_attribute(frozenset(name for name in dir(connection) if name[0] != "_" and name not in hooks)):
-        raise _Problem(f"has an attribute `{found[1]}`", f"Did you mean `{found[0]}`? Else put a `_` before it.")
+        raise _Problem(
+            f"has an attribute `{found[1]}`", f"Did you mean `{found[0]}`? If not, put a `_` before its name."
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -652,5 +656,5 @@ def _plugin_error(entry: Entry, error: BaseException) -> PluginError:
         f"The {entry.named} failed with {in_words(error)}.",
         plugin=entry.name,
         distributions=[entry.origin] if entry.distribution else (),
-        hint="Tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
+        hint="Report it to its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
     )

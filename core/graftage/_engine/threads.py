@@ -99,7 +99,7 @@ def _raisable(error: BaseException) -> BaseException:
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    wrapped = RuntimeError(f"a function let {type(error).__name__} out")
+    wrapped = RuntimeError(f"a function raised {type(error).__name__}")
     wrapped.__cause__ = error
     return wrapped
 

@@ -137,7 +137,8 @@ async def answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
         raise ProviderTimeout(
             f"The plugin `{plugin}` did not answer within {call.timeouts.total:g} s.",
             phase="total",
-            hint="Raise `timeout`; where it hangs, tell its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
+            hint="Raise `timeout`. If it hangs, report that to its authors, or disable it with "
+            "GRAFTAGE_DISABLED_PLUGINS.",
         ) from error
     return future.result()
 
