@@ -14,14 +14,14 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graftage._engine.threads import submit
-from graftage._engine.waiting import GRACE, IO, Elsewhere, Source, answered
+from graftage._engine.waiting import GRACE, IO, Source, TimedSource, await_plugin
 from graftage.calls import Call
 
 if TYPE_CHECKING:
     from graftage._engine.plugins import Hook
     from graftage.http import Colour
 
-__all__ = ["AwaitingIO", "BackgroundIO", "OnLoop", "in_background"]
+__all__ = ["AwaitingIO", "BackgroundIO", "BackgroundSource", "in_background"]
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class AwaitingIO:
     async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await work()
 
-    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:
+    async def await_hook(self, work: Coroutine[Any, Any, T], call: Call) -> T:
         if call.deadline == math.inf:
             return await work
         try:
@@ -54,7 +54,7 @@ class AwaitingIO:
             raise call.timed_out() from error
 
     def source(self, hook: Hook, request: Any, call: Call) -> Source:
-        return _Awaited(hook, request, call)
+        return _AwaitedSource(hook, request, call)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
         token = _loop.set(asyncio.get_running_loop())
@@ -62,11 +62,11 @@ class AwaitingIO:
             future = submit(function, question)
         finally:
             _loop.reset(token)
-        return await answered(self, plugin, future, call)
+        return await await_plugin(self, plugin, future, call)
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
         done = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: _tell(done))
+        future.add_done_callback(lambda _: _wake(done))
         # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again. Not `wait_for`,
         # which in Python 3.11 loses the cancellation of a caller at the moment the future is done.
         async with asyncio.timeout(None if deadline == math.inf else max(deadline - time.monotonic(), 0)):
@@ -80,18 +80,18 @@ _loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
 """The loop whose worker thread runs a plugin's code."""
 
 
-def _tell(done: asyncio.Future[None]) -> None:
+def _wake(done: asyncio.Future[None]) -> None:
     """Let a task go on, from any thread."""
 
-    def tell() -> None:
+    def wake() -> None:
         if not done.done():
             done.set_result(None)
 
     with contextlib.suppress(RuntimeError):  # Its event loop is closed, and it with it.
-        done.get_loop().call_soon_threadsafe(tell)
+        done.get_loop().call_soon_threadsafe(wake)
 
 
-class _Awaited:
+class _AwaitedSource:
     """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
 
     The timer, and `close` from another task, cancel whoever waits for a chunk. So no task and no timer is made for a
@@ -102,8 +102,8 @@ class _Awaited:
         self._chunks = hook(request)
         self._call = call
         self._reader: asyncio.Task[Any] | None = None
-        self._read = asyncio.Event()
-        self._over: Literal["late", "closed"] | None = None
+        self._read_done = asyncio.Event()
+        self._ended: Literal["late", "closed"] | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         if call.deadline != math.inf:
@@ -111,35 +111,35 @@ class _Awaited:
             self._timer = self._loop.call_later(delay, self._end, "late")
 
     def _end(self, why: Literal["late", "closed"]) -> None:
-        self._over = self._over or why
+        self._ended = self._ended or why
         if self._reader is not None:
             self._reader.cancel()
 
     async def pull(self) -> Any:
-        if self._over is not None:
-            return self._at_the_end()
+        if self._ended is not None:
+            return self._raise_if_late()
         if self._reader is not None:
-            await self._read.wait()  # Another task reads: each chunk goes to one of them, and none is lost.
+            await self._read_done.wait()  # Another task reads: each chunk goes to one of them, and none is lost.
             return await self.pull()
         self._reader = asyncio.current_task()
-        self._read.clear()
+        self._read_done.clear()
         cancels = self._reader.cancelling() if self._reader else 0
         try:
             return await anext(self._chunks, None)
         except asyncio.CancelledError:
-            if not self._was_ended(cancels):
+            if not self._cancelled_by_us(cancels):
                 raise
-            return self._at_the_end()
+            return self._raise_if_late()
         finally:
             self._reader = None
-            self._read.set()
+            self._read_done.set()
 
-    def _was_ended(self, cancels: int) -> bool:
+    def _cancelled_by_us(self, cancels: int) -> bool:
         """Whether the cancellation that arrived is ours alone; then it is taken back."""
-        return self._over is not None and self._reader is not None and self._reader.uncancel() <= cancels
+        return self._ended is not None and self._reader is not None and self._reader.uncancel() <= cancels
 
-    def _at_the_end(self) -> None:
-        if self._over == "late":
+    def _raise_if_late(self) -> None:
+        if self._ended == "late":
             raise self._call.timed_out()
 
     async def close(self) -> None:
@@ -149,15 +149,15 @@ class _Awaited:
             self._end("closed")
             with contextlib.suppress(TimeoutError):  # A provider that will not be cancelled is left to itself.
                 async with asyncio.timeout(GRACE):
-                    await self._read.wait()
-        self._over = self._over or "closed"
+                    await self._read_done.wait()
+        self._ended = self._ended or "closed"
         await self._chunks.aclose()
 
 
 # --- The loop in the background ---------------------------------------------------------------------------------------
 
 
-class OnLoop(Elsewhere):
+class BackgroundSource(TimedSource):
     """An async iterator on the loop in the background."""
 
     def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
@@ -172,7 +172,7 @@ class OnLoop(Elsewhere):
         if self._closed:
             return None
         if self._pending is None:
-            self._pending = in_background(self._after())
+            self._pending = in_background(self._next_chunk())
         future = self._pending
         try:
             await self._io.wait(future, until)
@@ -185,15 +185,15 @@ class OnLoop(Elsewhere):
         self._closed = True
         if self._pending is not None:
             self._pending.cancel()
-        closing = in_background(self._end())
+        closing = in_background(self._close_chunks())
         with contextlib.suppress(TimeoutError):
             await self._io.wait(closing, time.monotonic() + GRACE)
 
-    async def _after(self) -> Any:
+    async def _next_chunk(self) -> Any:
         with self._contained:
             return await anext(self._chunks, None)
 
-    async def _end(self) -> None:
+    async def _close_chunks(self) -> None:
         with contextlib.suppress(RuntimeError), self._contained:  # A chunk may be on its way that is not cancelled.
             await self._chunks.aclose()
 
@@ -229,7 +229,7 @@ def in_background(work: Coroutine[Any, Any, T]) -> Future[T]:
     return asyncio.run_coroutine_threadsafe(work, _background_loop())
 
 
-def _forget_loop() -> None:
+def _reset() -> None:
     """After a fork: its thread is the parent's."""
     global _background_lock  # noqa: PLW0603 - another thread may have held it at the fork
     _background_lock = threading.Lock()
@@ -237,4 +237,4 @@ def _forget_loop() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_loop)
+    os.register_at_fork(after_in_child=_reset)

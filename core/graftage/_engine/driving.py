@@ -12,7 +12,7 @@ __all__ = ["drive"]
 
 T = TypeVar("T")
 NO_HOOKS: Final = (None, None)
-TIDYING: Final = 100
+MAX_CLEANUP_AWAITS: Final = 100
 """Suspensions in what a hook does to tidy up, each of which is refused."""
 
 
@@ -32,7 +32,7 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
             hint="Its connection must set `needs_event_loop = True`; nothing is sent again. Report it to its authors.",
         )
         # Thrown, not closed: what the coroutine holds is given back. Code that tidies up may suspend as well.
-        for _ in range(TIDYING):
+        for _ in range(MAX_CLEANUP_AWAITS):
             work.throw(suspended)
     except StopIteration as done:
         result: T = done.value

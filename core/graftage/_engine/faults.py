@@ -13,17 +13,19 @@ from graftage.exceptions import GraftageError, ProviderError
 
 __all__ = ["Author", "Contained", "in_words", "is_fault", "kind_of"]
 
-OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - compared as text
-PYTHONS = os.path.join(os.path.dirname(os.__file__), "")  # noqa: PTH118, PTH120
-MISTAKE = (
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - compared as text
+STDLIB = os.path.join(os.path.dirname(os.__file__), "")  # noqa: PTH118, PTH120
+PYTHON_MESSAGE = (
     r"'[\w.]+' object (?:has no attribute '\w+'|is not [\w ]+)|[\w.<>]+\(\) (?:missing|got|takes) [\w ',.:()-]+"
     r"|name '\w+' is not defined|No module named '[\w.]+'|cannot import name '\w+'"
 )
 """What Python itself says of a mistake in a program: names, and no data."""
 
-NO_LOOP = re.compile(r"no (running|current) event loop|async library|not currently running on any", re.IGNORECASE)
+NO_LOOP_MESSAGE = re.compile(
+    r"no (running|current) event loop|async library|not currently running on any", re.IGNORECASE
+)
 """What asyncio, sniffio and anyio say to code that needs a loop where there is none: under a sync client."""
-LOOPLESS = "It needs an event loop: its connection must set `needs_event_loop = True`. Report it to its authors."
+NEEDS_LOOP_HINT = "It needs an event loop: its connection must set `needs_event_loop = True`. Report it to its authors."
 
 
 def is_fault(error: BaseException) -> bool:
@@ -98,19 +100,19 @@ class Author:
         if isinstance(error, GraftageError):
             return error
         # The words of a foreign error may hold the prompt: they stay in the cause.
-        said = re.match(MISTAKE, _words_of(error))
+        said = re.match(PYTHON_MESSAGE, _message_of(error))
         what = f"{type(error).__name__}{f' ({said[0]})' if said else ''}{_place(error)}"
         typed = self.fault(
             f"failed with {what}; a provider must raise the errors of `graftage.exceptions`",
-            LOOPLESS
-            if isinstance(error, RuntimeError) and NO_LOOP.search(_words_of(error))
+            NEEDS_LOOP_HINT
+            if isinstance(error, RuntimeError) and NO_LOOP_MESSAGE.search(_message_of(error))
             else "This is a fault of the provider: report it to its authors, with the traceback of the cause.",
         )
         typed.__cause__ = error
         return typed
 
 
-def _words_of(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     """What a stranger's error says; nothing where it fails to."""
     try:
         return str(error)
@@ -122,7 +124,7 @@ def _words_of(error: BaseException) -> str:
 
 def in_words(error: BaseException) -> str:
     """A stranger's error as a part of a sentence."""
-    return f"{type(error).__name__}: {_words_of(error)}".rstrip(".: ")
+    return f"{type(error).__name__}: {_message_of(error)}".rstrip(".: ")
 
 
 def kind_of(value: object) -> str:
@@ -136,7 +138,7 @@ def _place(error: BaseException) -> str:
     while trace is not None:
         code = trace.tb_frame.f_code
         file = code.co_filename
-        foreign = not file.startswith(OURS) and (not file.startswith(PYTHONS) or "-packages" in file)
+        foreign = not file.startswith(PACKAGE) and (not file.startswith(STDLIB) or "-packages" in file)
         if file == found[0] if found else foreign:
             found = file, code.co_name, trace.tb_lineno
         trace = trace.tb_next

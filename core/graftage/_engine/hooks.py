@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from graftage._engine.threads import submit
-from graftage._engine.waiting import GRACE, IO, Source, Threaded
+from graftage._engine.waiting import GRACE, IO, Source, ThreadSource
 
 if TYPE_CHECKING:
     from graftage._engine.plugins import Hook
@@ -23,17 +23,17 @@ async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
         from graftage._engine.awaiting import in_background
 
         return await _result(io, in_background(hook.once(request)), call)
-    return await io.awaited(hook.once(request), call)
+    return await io.await_hook(hook.once(request), call)
 
 
 def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
     """Call a hook of a connection that answers with an iterator, in its own colour."""
     if not hook.is_async:
-        return Threaded(io, hook, request, call)
+        return ThreadSource(io, hook, request, call)
     if hook.needs_event_loop:
-        from graftage._engine.awaiting import OnLoop
+        from graftage._engine.awaiting import BackgroundSource
 
-        return OnLoop(io, hook, request, call)
+        return BackgroundSource(io, hook, request, call)
     return io.source(hook, request, call)
 
 

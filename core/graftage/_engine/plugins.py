@@ -594,7 +594,7 @@ class Relay:
         self.hooks = {
             name: Hook(
                 name,
-                _positional(getattr(connection, name), takes=takes),
+                _with_argument(getattr(connection, name), takes=takes),
                 _is_async(getattr(connection, name)),
                 self.needs_event_loop,
                 author,
@@ -617,7 +617,7 @@ class Relay:
                 if name in entry.hooks:
                     options = getattr(getattr(entry.plugin, name), "graftage_impl", None) or {}
                     rank = options.get("trylast", False) - options.get("tryfirst", False)
-                    found.append((rank, entry.name, _plugin_function(entry, name)))
+                    found.append((rank, entry.name, _plugin_hook(entry, name)))
             found.sort(key=lambda each: each[0])
             self._implementations[name] = [(plugin, function) for _, plugin, function in found]
         return self._implementations[name]
@@ -631,13 +631,13 @@ class Relay:
         self._implementations[name] = [each for each in self.each(name) if each[0] != plugin]
 
 
-def _positional(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:
+def _with_argument(function: Callable[..., Any], *, takes: bool) -> Callable[..., Any]:
     """Return the function, for calls with one argument: pluggy allows hooks without the parameter."""
     return function if takes else lambda *_: function()
 
 
-def _plugin_function(entry: Entry, hook: str) -> Callable[..., Any]:
-    function = _positional(getattr(entry.plugin, hook), takes=entry.hooks[hook])
+def _plugin_hook(entry: Entry, hook: str) -> Callable[..., Any]:
+    function = _with_argument(getattr(entry.plugin, hook), takes=entry.hooks[hook])
     contained = Contained(partial(_plugin_error, entry))
 
     def call(request: Any) -> Any:

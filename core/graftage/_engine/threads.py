@@ -19,9 +19,9 @@ from typing import Any, Final, Generic, TypeVar
 __all__ = ["Items", "start", "submit"]
 
 T = TypeVar("T")
-KEPT: Final = 8
+MAX_IDLE: Final = 8
 """Idle threads that wait for more work."""
-AHEAD: Final = 16
+MAX_AHEAD: Final = 16
 """Items that a provider may make before the caller has asked for them."""
 
 Work = Callable[[], None]
@@ -47,7 +47,7 @@ class _Threads:
         while True:
             inbox.get()()
             with self._lock:
-                if len(self._idle) >= KEPT:
+                if len(self._idle) >= MAX_IDLE:
                     return
                 self._idle.append(inbox)
 
@@ -55,14 +55,14 @@ class _Threads:
 _threads = _Threads()
 
 
-def _renew() -> None:
+def _reset() -> None:
     """After a fork: the threads are the parent's."""
     global _threads  # noqa: PLW0603 - one pool for the process
     _threads = _Threads()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+    os.register_at_fork(after_in_child=_reset)
 
 
 def start(work: Work) -> None:
@@ -121,16 +121,16 @@ class Items(Generic[T]):
         self._lock = threading.Lock()
         self._ready: deque[T] = deque()
         self._failure: BaseException | None = None
-        self._news: Future[None] = Future()
-        self._room = threading.Semaphore(AHEAD)
+        self._available: Future[None] = Future()
+        self._free_places = threading.Semaphore(MAX_AHEAD)
         self._stopped = False
-        self._over = False
+        self._done = False
         self.ended = submit(self._run, make)
         """Is done when the thread has let the iterator go."""
 
-    def news(self) -> Future[None]:
+    def available(self) -> Future[None]:
         """Is done when `take` has an answer."""
-        return self._news
+        return self._available
 
     def take(self) -> T | None:
         """The next item, or None after the last one; what the iterator raised is raised here, once.
@@ -141,11 +141,11 @@ class Items(Generic[T]):
         with self._lock:
             if self._ready:
                 item = self._ready.popleft()
-                if not (self._ready or self._over):
-                    self._news = Future()
-                self._room.release()
+                if not (self._ready or self._done):
+                    self._available = Future()
+                self._free_places.release()
                 return item
-            if not (self._over or self._stopped):
+            if not (self._done or self._stopped):
                 raise Empty
             failure, self._failure = self._failure, None
         if failure is not None:
@@ -155,8 +155,8 @@ class Items(Generic[T]):
     def stop(self) -> None:
         """Let the thread close the iterator as soon as it has it back; whoever waits for an item gets none."""
         self._stopped = True
-        self._room.release()
-        self._tell()
+        self._free_places.release()
+        self._wake()
 
     def _run(self, make: Callable[[], Iterator[T]]) -> None:
         try:
@@ -166,24 +166,24 @@ class Items(Generic[T]):
             self._failure = _raisable(error)
         finally:
             with self._lock:
-                self._over = True
-            self._tell()
+                self._done = True
+            self._wake()
 
     def _hand_over(self, iterator: Iterator[T]) -> None:
         try:
             for item in iterator:
-                self._room.acquire()
+                self._free_places.acquire()
                 if self._stopped:
                     return
                 with self._lock:
                     self._ready.append(item)
-                self._tell()
+                self._wake()
         finally:
             close = getattr(iterator, "close", None)
             if close is not None:
                 close()
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         with self._lock:
-            if not self._news.done():
-                self._news.set_result(None)
+            if not self._available.done():
+                self._available.set_result(None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from graftage._engine.plugins import Hook
     from graftage.http import Colour
 
-__all__ = ["GRACE", "IO", "BlockingIO", "Elsewhere", "Source", "Threaded", "answered"]
+__all__ = ["GRACE", "IO", "BlockingIO", "Source", "ThreadSource", "TimedSource", "await_plugin"]
 
 T = TypeVar("T")
 GRACE: Final = 0.5
@@ -69,7 +69,7 @@ class IO(Protocol):
         """
         ...
 
-    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:
+    async def await_hook(self, work: Coroutine[Any, Any, T], call: Call) -> T:
         """Await a hook that needs no event loop but the caller's."""
         ...
 
@@ -98,20 +98,20 @@ class BlockingIO(Blocking):
 
     colour: Colour = "sync"
 
-    async def awaited(self, work: Coroutine[Any, Any, T], call: Call) -> T:  # noqa: ARG002 - the toolkit keeps the time
+    async def await_hook(self, work: Coroutine[Any, Any, T], call: Call) -> T:  # noqa: ARG002 - the toolkit times it
         return await work
 
     def source(self, hook: Hook, request: Any, call: Call) -> Source:  # noqa: ARG002
-        return _Pulled(hook, request)
+        return _DrivenSource(hook, request)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
-        return await answered(self, plugin, submit(function, question), call)
+        return await await_plugin(self, plugin, submit(function, question), call)
 
     def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return drive(work())
 
 
-class _Pulled:
+class _DrivenSource:
     """An async iterator that never suspends."""
 
     def __init__(self, hook: Hook, request: Any) -> None:
@@ -122,10 +122,10 @@ class _Pulled:
         await self._chunks.aclose()
 
 
-# --- Elsewhere: in a thread -------------------------------------------------------------------------------------------
+# --- TimedSource: in a thread -------------------------------------------------------------------------------------------
 
 
-async def answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
+async def await_plugin(io: IO, plugin: str, future: Future[T], call: Call) -> T:
     """What a plugin answers, which is left to itself where it hangs.
 
     Raises:
@@ -143,7 +143,7 @@ async def answered(io: IO, plugin: str, future: Future[T], call: Call) -> T:
     return future.result()
 
 
-class Elsewhere:
+class TimedSource:
     """A source whose work is done elsewhere: the core keeps the limits of the call."""
 
     def __init__(self, io: IO, call: Call) -> None:
@@ -164,7 +164,7 @@ class Elsewhere:
         raise NotImplementedError
 
 
-class Threaded(Elsewhere):
+class ThreadSource(TimedSource):
     """An iterator that one thread goes through."""
 
     def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
@@ -173,7 +173,7 @@ class Threaded(Elsewhere):
 
     async def _next(self, until: float) -> Any:
         while True:
-            await self._io.wait(self._items.news(), until)
+            await self._io.wait(self._items.available(), until)
             with contextlib.suppress(Empty):
                 return self._items.take()
 
