@@ -1,4 +1,4 @@
-"""How async clients wait: by awaiting. And the event loop in the background, for connections that need one."""
+"""How async clients wait: by awaiting. Also the event loop in the background, for connections that need one."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class AwaitingIO:
     async def wait(self, future: Future[Any], deadline: float) -> None:
         done = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: _wake(done))
-        # Not `wrap_future`, which cancels what it wraps: others may wait for it, or this caller again. Not `wait_for`,
-        # which in Python 3.11 loses the cancellation of a caller at the moment the future is done.
+        # `wrap_future` would cancel the future, for which others may wait, too. `wait_for` of Python 3.11 loses a
+        # cancellation of the caller at the moment the future is done.
         async with asyncio.timeout(None if deadline == math.inf else max(deadline - time.monotonic(), 0)):
             await done
 
@@ -77,25 +77,25 @@ class AwaitingIO:
 
 
 _loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")
-"""The loop whose worker thread runs a plugin's code."""
+"""For a plugin's code in a thread: the event loop of its call."""
 
 
 def _wake(done: asyncio.Future[None]) -> None:
-    """Let a task go on, from any thread."""
+    """Wake the task that awaits the future, from any thread."""
 
     def wake() -> None:
         if not done.done():
             done.set_result(None)
 
-    with contextlib.suppress(RuntimeError):  # Its event loop is closed, and it with it.
+    with contextlib.suppress(RuntimeError):  # Its event loop is closed.
         done.get_loop().call_soon_threadsafe(wake)
 
 
 class _AwaitedSource:
-    """An async iterator as a source, with one timer for the whole stream as a backstop for its deadline.
+    """An async iterator as a source, with one timer for the deadline of the whole stream.
 
-    The timer, and `close` from another task, cancel whoever waits for a chunk. So no task and no timer is made for a
-    chunk.
+    The timer, and `close` from another task, cancel the task that waits for a chunk. So a chunk needs neither a task
+    nor a timer.
     """
 
     def __init__(self, hook: Hook, request: Any, call: Call) -> None:
@@ -119,7 +119,7 @@ class _AwaitedSource:
         if self._ended is not None:
             return self._raise_if_late()
         if self._reader is not None:
-            await self._read_done.wait()  # Another task reads: each chunk goes to one of them, and none is lost.
+            await self._read_done.wait()  # Another task reads: each chunk goes to one of them.
             return await self.pull()
         self._reader = asyncio.current_task()
         self._read_done.clear()
@@ -135,7 +135,7 @@ class _AwaitedSource:
             self._read_done.set()
 
     def _cancelled_by_us(self, cancels: int) -> bool:
-        """Whether the cancellation that arrived is ours alone; then it is taken back."""
+        """Return whether the cancellation is ours alone; if so, take it back."""
         return self._ended is not None and self._reader is not None and self._reader.uncancel() <= cancels
 
     def _raise_if_late(self) -> None:
@@ -147,7 +147,7 @@ class _AwaitedSource:
             self._timer.cancel()
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._end("closed")
-            with contextlib.suppress(TimeoutError):  # A provider that will not be cancelled is left to itself.
+            with contextlib.suppress(TimeoutError):  # A provider that ignores its cancellation is abandoned.
                 async with asyncio.timeout(GRACE):
                     await self._read_done.wait()
         self._ended = self._ended or "closed"
@@ -166,7 +166,7 @@ class BackgroundSource(TimedSource):
         self._chunks = hook(request)
         self._closed = False
         self._pending: Future[Any] | None = None
-        """A chunk on its way: kept where its reader is cancelled, so that none is lost."""
+        """The next chunk: kept if its reader is cancelled, so that it is not lost."""
 
     async def _next(self, until: float) -> Any:
         if self._closed:
@@ -194,12 +194,12 @@ class BackgroundSource(TimedSource):
             return await anext(self._chunks, None)
 
     async def _close_chunks(self) -> None:
-        with contextlib.suppress(RuntimeError), self._contained:  # A chunk may be on its way that is not cancelled.
+        with contextlib.suppress(RuntimeError), self._contained:  # The generator may still run.
             await self._chunks.aclose()
 
 
 class BackgroundIO(AwaitingIO):
-    """How the hooks of a connection that needs an event loop wait: on the one in the background, for either client."""
+    """How the hooks of a connection that needs an event loop wait: on the one in the background, under both clients."""
 
     def __init__(self, io: IO) -> None:
         self._io = io
@@ -215,7 +215,7 @@ _background_lock = threading.Lock()
 
 
 def _background_loop() -> asyncio.AbstractEventLoop:
-    """The one event loop of the process for connections that need one under a sync client."""
+    """Return the one event loop of the process for connections that need one, and start it if necessary."""
     with _background_lock:
         if not _background:
             loop = asyncio.new_event_loop()

@@ -1,4 +1,4 @@
-"""The toolkit's clients of one connection: with its settings, on the transport of its client, closed with it."""
+"""Make the HTTP clients of one connection: with its settings, on its transport, closed with it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Clients"]
 
 
 class Clients:
-    """Makes the toolkit's clients of one connection, and closes them."""
+    """Makes the HTTP clients of one connection, and closes them."""
 
     def __init__(self, settings: Settings, colour: Colour) -> None:
         self._settings = settings
         self.colour = colour
-        """That of the hooks that use them."""
+        """Whether the hooks that use them are sync or async."""
         self._made: list[Http] = []
 
     def make(
@@ -34,8 +34,8 @@ class Clients:
         server: str = "the server",
         transport: Callable[[Callable[[], Transport]], Transport] | None = None,
     ) -> Http:
-        """What `ConnectRequest.http` promises."""
-        # A provider without HTTP does not need these.
+        """Make a client, as `ConnectRequest.http` documents."""
+        # A provider without HTTP need not import these.
         from graftage.http.address import read_base
         from graftage.http.client import Http
 
@@ -67,7 +67,7 @@ class Clients:
         return http
 
     def _begin(self) -> Call:
-        """The call of a request that comes from an SDK."""
+        """Return the call for a request of an SDK."""
         timeouts = self._settings.timeouts
         return Call(
             operation="native",
@@ -90,10 +90,10 @@ class Clients:
         given = {name.lower(): value for name, value in own.items()}
         if settings.api_key is not None:
             given["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
-        # What stands in the address is for this server; a key may be for every one.
+        # A password in the address is for this server, while a key may be for all.
         return given | basic | {name.lower(): value.get_secret_value() for name, value in settings.headers.items()}
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close all of them."""
         for http in self._made:
             await http.close()

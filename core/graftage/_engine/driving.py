@@ -1,4 +1,4 @@
-"""How a sync client runs the engine's coroutines: to their end, in one step."""
+"""Run the engine's coroutines for a sync client: to their end, in one step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["drive"]
 T = TypeVar("T")
 NO_HOOKS: Final = (None, None)
 MAX_CLEANUP_AWAITS: Final = 100
-"""Suspensions in what a hook does to tidy up, each of which is refused."""
+"""How often a hook that cleans up may try to suspend before it is abandoned."""
 
 
 def drive(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, because whatever it awaits blocks instead.
+    """Run a coroutine that never suspends, because all that it awaits blocks instead.
 
-    A loop that runs in this thread, Jupyter's for one, must not adopt the generators that are begun here: it would end
-    them by itself.
+    An event loop that runs in this thread, as Jupyter's, must not adopt the generators that start here: it would close
+    them.
     """
     hooks = sys.get_asyncgen_hooks()
     if hooks != NO_HOOKS:
@@ -31,7 +31,7 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
             "A hook of the provider awaits something outside the toolkit, and a sync client has no event loop.",
             hint="Its connection must set `needs_event_loop = True`; nothing is sent again. Report it to its authors.",
         )
-        # Thrown, not closed: what the coroutine holds is given back. Code that tidies up may suspend as well.
+        # Throw, so that the coroutine releases what it holds. Code that cleans up may suspend, too.
         for _ in range(MAX_CLEANUP_AWAITS):
             work.throw(suspended)
     except StopIteration as done:

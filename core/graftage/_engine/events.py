@@ -30,7 +30,7 @@ _ids = itertools.count(1)
 def enable_logging() -> None:
     """Let Graftage and its providers log through loguru: one line for each call, retry and failure, never a prompt.
 
-    Sinks, levels and formats stay the host's business. Without this call loguru is not even imported.
+    Sinks, levels and formats are the host's to choose. Without this call loguru is not imported.
     """
     global _enabled  # noqa: PLW0603 - one switch for the process, as documented
     _enabled = True
@@ -39,7 +39,7 @@ def enable_logging() -> None:
 def log(level: str, message: str, **facts: Any) -> None:
     """Log a line if the host has enabled it."""
     if _enabled:
-        from loguru import logger  # A host that does not log does not pay
+        from loguru import logger  # Imported only by hosts that log
 
         logger.bind(**facts).log(level, message)
 
@@ -66,7 +66,7 @@ class Counters:
 
     def add(self, **changes: int) -> None:
         """Change several counters at once."""
-        # A stream's `__del__` may come here from the garbage collector while its thread holds the lock: never wait.
+        # Never wait: a stream's `__del__` may call this while its own thread holds the lock.
         self._changes.append(changes)
         self._settle()
 
@@ -149,7 +149,7 @@ class Emitter:
         return shown
 
     def _report(self, event: Event) -> None:
-        """Pass an event to the observers; log one that raises, and ask it no more."""
+        """Pass an event to the observers; log and drop one that raises."""
         for observer in list(self._observers):
             name, function = observer
             try:

@@ -1,4 +1,4 @@
-"""What a plugin's code lets out, made into the error that it should have been."""
+"""Turn what a plugin's code raises into the error that it should have raised."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PYTHON_MESSAGE = (
     r"'[\w.]+' object (?:has no attribute '\w+'|is not [\w ]+)|[\w.<>]+\(\) (?:missing|got|takes) [\w ',.:()-]+"
     r"|name '\w+' is not defined|No module named '[\w.]+'|cannot import name '\w+'"
 )
-"""What Python itself says of a mistake in a program: names, and no data."""
+"""Messages of Python itself about a mistake in a program. They hold names, and no data."""
 
 NO_LOOP_MESSAGE = re.compile(
     r"no (running|current) event loop|async library|not currently running on any", re.IGNORECASE
 )
-"""What asyncio, sniffio and anyio say to code that needs a loop where there is none: under a sync client."""
+"""Messages of asyncio, sniffio and anyio to code that needs an event loop, which a sync client does not run."""
 NEEDS_LOOP_HINT = "It needs an event loop: its connection must set `needs_event_loop = True`. Report it to its authors."
 
 
@@ -60,9 +60,9 @@ def _is_from_signal_handler(error: BaseException) -> bool:
 
 
 class Contained:
-    """A block of a plugin's code. What would end the program or the event loop, as `sys.exit` does, becomes an error.
+    """A block of a plugin's code. What would end the program or the event loop, as `sys.exit`, becomes an error.
 
-    It must be the code alone: where the host's own thread waits for it, such an exception is the host's.
+    Code of the host must stay outside: what it raises is its own.
     """
 
     __slots__ = ("_blame",)
@@ -80,11 +80,11 @@ class Contained:
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """Whose code a provider is."""
+    """The author of a provider, for messages."""
 
     name: str
     origin: str = ""
-    """The distribution and its version; empty for an object that a host gave."""
+    """The distribution and its version; empty for an object that was given to `connect`."""
 
     def __str__(self) -> str:
         return f"The provider `{self.name}`{f' ({self.origin})' if self.origin else ''}"
@@ -92,14 +92,14 @@ class Author:
     def fault(
         self, what: str, hint: str = "This is a fault of the provider: report it to its authors."
     ) -> ProviderError:
-        """The error for what the author got wrong."""
+        """Return the error for a mistake of the author."""
         return ProviderError(f"{self} {what}.", provider=self.name, hint=hint)
 
     def typed(self, error: BaseException) -> GraftageError:
-        """The error itself, or a typed one for what a provider should not have let out."""
+        """Return the error itself if it is one of ours, else one that names the provider."""
         if isinstance(error, GraftageError):
             return error
-        # The words of a foreign error may hold the prompt: they stay in the cause.
+        # The message of a foreign error may hold the prompt: it stays in the cause.
         said = re.match(PYTHON_MESSAGE, _message_of(error))
         what = f"{type(error).__name__}{f' ({said[0]})' if said else ''}{_place(error)}"
         typed = self.fault(
@@ -113,7 +113,7 @@ class Author:
 
 
 def _message_of(error: BaseException) -> str:
-    """What a stranger's error says; nothing where it fails to."""
+    """Return the message of any error; nothing if its `__str__` fails."""
     try:
         return str(error)
     except BaseException as failure:
@@ -123,17 +123,17 @@ def _message_of(error: BaseException) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """A stranger's error as a part of a sentence."""
+    """Return the type and message of any error, as a part of a sentence."""
     return f"{type(error).__name__}: {_message_of(error)}".rstrip(".: ")
 
 
 def kind_of(value: object) -> str:
-    """What something is, in a sentence about what it should have been."""
+    """Return the type of a value, for a sentence about what it should have been."""
     return "None" if value is None else type(value).__name__
 
 
 def _place(error: BaseException) -> str:
-    """Where in a plugin's code an error comes from: the last step in the first file that is not ours or Python's."""
+    """Return where in a plugin's code an error arose: the last step in the first file that is not ours or Python's."""
     trace, found = error.__traceback__, None
     while trace is not None:
         code = trace.tb_frame.f_code

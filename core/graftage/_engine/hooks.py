@@ -1,4 +1,4 @@
-"""Calling the hooks of a connection, each in its own colour."""
+"""Call the hooks of a connection, which are plain or async, under a client that is sync or async."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["call_hook", "open_hook"]
 
 
 async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
-    """Call a hook of a connection that answers once, in its own colour."""
+    """Call a hook of a connection that returns once: in a thread, on a loop, or here."""
     if not hook.is_async:
         return await _result(io, submit(hook.plain, request), call)
     if hook.needs_event_loop:
@@ -27,7 +27,7 @@ async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
 
 
 def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
-    """Call a hook of a connection that answers with an iterator, in its own colour."""
+    """Call a hook of a connection that returns an iterator: in a thread, on a loop, or here."""
     if not hook.is_async:
         return ThreadSource(io, hook, request, call)
     if hook.needs_event_loop:
@@ -38,11 +38,11 @@ def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
 
 
 async def _result(io: IO, future: Future[Any], call: Call) -> Any:
-    """What comes of work elsewhere, which is left behind where it outlasts the call."""
+    """Wait for work on a thread or a loop, and abandon it if it outlasts the call."""
     try:
         await io.wait(future, call.deadline + GRACE)
     except TimeoutError as error:
         raise call.timed_out() from error
     finally:
-        future.cancel()  # Of no effect once it is done.
+        future.cancel()  # Has no effect if it is done.
     return future.result()

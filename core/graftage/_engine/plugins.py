@@ -112,7 +112,7 @@ class Catalog:
         self._mark_conflicts()
         for entry in self._given:
             if entry.error is not None:
-                raise entry.error  # The caller gave it: no other plugin is to blame or to protect.
+                raise entry.error  # Its caller gave it, and must know at once.
 
     def names(self, kind: Kind | None = None, *, enabled: bool = False) -> list[str]:
         """Return the names of what was found.

@@ -1,7 +1,7 @@
-"""Threads of ours for code that may block: plugins, and hooks of a provider that keep no time.
+"""Threads for code that may block: plugins, and plain hooks of a provider.
 
-They are daemons and kept for the next: one that hangs is left behind, takes nothing from the others, and does not keep
-the process from ending, as the workers of `asyncio.to_thread` would.
+They are daemons, and kept for the next piece of work. One that hangs is left behind: it holds up neither the others nor
+the end of the process, as a worker of `asyncio.to_thread` would.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ T = TypeVar("T")
 MAX_IDLE: Final = 8
 """Idle threads that wait for more work."""
 MAX_AHEAD: Final = 16
-"""Items that a provider may make before the caller has asked for them."""
+"""Items that a provider may make before the caller asks for them."""
 
 Work = Callable[[], None]
 
 
 class _Threads:
-    """Hands each piece of work to a thread that is idle, or to a new one."""
+    """Passes each piece of work to an idle thread, or to a new one."""
 
     def __init__(self) -> None:
         self._idle: list[SimpleQueue[Work]] = []
@@ -77,13 +77,13 @@ def start(work: Work) -> None:
 def submit(function: Callable[..., T], *arguments: Any) -> Future[T]:
     """Call a function in a thread, with the context variables of the caller."""
     future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # What runs cannot be cancelled; nobody must try.
+    future.set_running_or_notify_cancel()  # So that `cancel` has no effect.
     context = copy_context()
 
     def work() -> None:
         try:
             result = context.run(function, *arguments)
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
             future.set_exception(_raisable(error))
         else:
             future.set_result(result)
@@ -93,9 +93,9 @@ def submit(function: Callable[..., T], *arguments: Any) -> Future[T]:
 
 
 def _raisable(error: BaseException) -> BaseException:
-    """The error; for one that would end who waits for it, another one: nobody interrupts or closes a thread of ours.
+    """Return the error, or an ordinary one in its place if it would end what waits for it.
 
-    A `StopIteration` is one of these: no coroutine can raise it, and asyncio's futures refuse it.
+    `StopIteration` would, too: a coroutine cannot raise it, and asyncio's futures refuse it.
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
@@ -105,7 +105,7 @@ def _raisable(error: BaseException) -> BaseException:
 
 
 class Items(Generic[T]):
-    """What an iterator gives, made in one thread from its start to its end and handed over through a bounded queue.
+    """The items of an iterator, which one thread reads from start to end into a bounded queue.
 
     The thread closes the iterator itself, so it is never used by two threads at once.
     """
@@ -115,7 +115,7 @@ class Items(Generic[T]):
 
         Args:
             make: makes the iterator, in the thread.
-            around: what the iterator's own code runs within.
+            around: a context for the iterator's code.
         """
         self._around = around
         self._lock = threading.Lock()
@@ -126,14 +126,14 @@ class Items(Generic[T]):
         self._stopped = False
         self._done = False
         self.ended = submit(self._run, make)
-        """Is done when the thread has let the iterator go."""
+        """Is done when the thread has closed the iterator."""
 
     def available(self) -> Future[None]:
-        """Is done when `take` has an answer."""
+        """Return a future that is done when `take` has a result."""
         return self._available
 
     def take(self) -> T | None:
-        """The next item, or None after the last one; what the iterator raised is raised here, once.
+        """Return the next item, or None after the last one. Raise what the iterator raised, once.
 
         Raises:
             queue.Empty: another reader was faster.
@@ -153,7 +153,7 @@ class Items(Generic[T]):
         return None
 
     def stop(self) -> None:
-        """Let the thread close the iterator as soon as it has it back; whoever waits for an item gets none."""
+        """Make the thread close the iterator after its current item; a pending `take` returns None."""
         self._stopped = True
         self._free_places.release()
         self._wake()
@@ -162,7 +162,7 @@ class Items(Generic[T]):
         try:
             with self._around:
                 self._hand_over(make())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the item is waited for
+        except BaseException as error:  # noqa: BLE001 - raised where the item is awaited
             self._failure = _raisable(error)
         finally:
             with self._lock:

@@ -1,7 +1,7 @@
-"""Two ways to wait, so that the logic of a client is written once; here the one that blocks.
+"""How sync clients wait: by blocking.
 
-The engine is written as coroutines against `IO`. `AsyncClient` awaits them, by `awaiting`. `Client` drives them with
-`BlockingIO`, whose methods block instead of suspending, so that `drive` gets the result from a single step.
+The engine is written once, as coroutines that wait by an `IO`. `AsyncClient` awaits them, with that of `awaiting`.
+`Client` uses `BlockingIO`, whose methods block instead of suspending, so that `drive` has the result in one step.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Source(Protocol):
 
     @property
     def pull(self) -> Callable[[], Awaitable[Any]]:
-        """Gives the next chunk, or None at the end."""
+        """Return the next chunk, or None at the end."""
         ...
 
     async def close(self) -> None:
-        """Stop the provider's work, a pending `pull` of another task too. Safe to call twice."""
+        """Stop the provider's work, and a pending `pull` of another task. May be called twice."""
         ...
 
 
@@ -58,11 +58,11 @@ class IO(Protocol):
         ...
 
     async def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do what gives back what hooks have opened, where they have opened it."""
+        """Close what hooks have opened, on the event loop where they opened it."""
         ...
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
-        """Wait until a future is done, whatever came of it.
+        """Wait until a future is done, has failed or is cancelled.
 
         Raises:
             TimeoutError: the deadline passed first.
@@ -70,15 +70,15 @@ class IO(Protocol):
         ...
 
     async def await_hook(self, work: Coroutine[Any, Any, T], call: Call) -> T:
-        """Await a hook that needs no event loop but the caller's."""
+        """Await a hook that runs where its caller runs."""
         ...
 
     def source(self, hook: Hook, request: Any, call: Call) -> Source:
-        """The chunks of such a hook."""
+        """Return the chunks of such a hook."""
         ...
 
     async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
-        """Ask a policy or a resolver, whose code may block; one that hangs is left to itself at the call's deadline.
+        """Call a policy or a resolver in a thread, and abandon it at the call's deadline.
 
         Raises:
             ProviderTimeout: it was not done by then.
@@ -86,7 +86,7 @@ class IO(Protocol):
         ...
 
     def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """What comes of a coroutine of the engine, for a plugin's blocking code that `ask` runs."""
+        """Run a coroutine of the engine, for a plugin's blocking code that `ask` runs."""
         ...
 
 
@@ -112,7 +112,7 @@ class BlockingIO(Blocking):
 
 
 class _DrivenSource:
-    """An async iterator that never suspends."""
+    """An async iterator that blocks instead of suspending."""
 
     def __init__(self, hook: Hook, request: Any) -> None:
         self._chunks = hook(request)
@@ -122,14 +122,14 @@ class _DrivenSource:
         await self._chunks.aclose()
 
 
-# --- TimedSource: in a thread -------------------------------------------------------------------------------------------
+# --- In a thread -----------------------------------------------------------------------------------------------------
 
 
 async def await_plugin(io: IO, plugin: str, future: Future[T], call: Call) -> T:
-    """What a plugin answers, which is left to itself where it hangs.
+    """Wait for the result of a plugin, and abandon it if it hangs.
 
     Raises:
-        ProviderTimeout: it did not answer by the call's deadline.
+        ProviderTimeout: it was not done by the call's deadline.
     """
     try:
         await io.wait(future, call.deadline)
@@ -144,7 +144,7 @@ async def await_plugin(io: IO, plugin: str, future: Future[T], call: Call) -> T:
 
 
 class TimedSource:
-    """A source whose work is done elsewhere: the core keeps the limits of the call."""
+    """A source on another thread or event loop, for which the core enforces the limits of the call."""
 
     def __init__(self, io: IO, call: Call) -> None:
         self._io = io
@@ -165,7 +165,7 @@ class TimedSource:
 
 
 class ThreadSource(TimedSource):
-    """An iterator that one thread goes through."""
+    """An iterator that a thread reads."""
 
     def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
         super().__init__(io, call)
@@ -179,6 +179,6 @@ class ThreadSource(TimedSource):
 
     async def close(self) -> None:
         self._items.stop()
-        # A provider that is still at work is left to itself.
+        # A provider that still works is abandoned.
         with contextlib.suppress(TimeoutError):
             await self._io.wait(self._items.ended, time.monotonic() + GRACE)
