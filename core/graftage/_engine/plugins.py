@@ -70,6 +70,11 @@ class Entry:
         return f"{self.distribution} {self.version or 'without a version'}"
 
     @property
+    def distributions(self) -> tuple[str, ...]:
+        """Its distribution, if it has one, as errors have it."""
+        return (self.origin,) if self.distribution else ()
+
+    @property
     def author(self) -> Author:
         """Its author, for messages."""
         return Author(self.name, self.origin if self.entry_point else "")
@@ -132,19 +137,19 @@ class Catalog:
             PluginConflict: two distributions claim the name.
             PluginLoadError: it is broken.
         """
-        for entry in self.entries:
-            if entry.kind == "provider" and entry.name == name:
-                if entry.state == "disabled":
-                    raise ProviderNotFound(
-                        f"The provider `{name}` is disabled.",
-                        plugin=name,
-                        hint=f"Take it out of {self._prefix}_DISABLED_PLUGINS.",
-                    )
-                self._load(entry)
-                if entry.error is not None:
-                    raise entry.error
-                return entry
-        raise self._not_found(name)
+        entry = next((each for each in self.entries if (each.kind, each.name) == ("provider", name)), None)
+        if entry is None:
+            raise self._not_found(name)
+        if entry.state == "disabled":
+            raise ProviderNotFound(
+                f"The provider `{name}` is disabled.",
+                plugin=name,
+                hint=f"Take it out of {self._prefix}_DISABLED_PLUGINS.",
+            )
+        self._load(entry)
+        if entry.error is not None:
+            raise entry.error
+        return entry
 
     def given_provider(self, plugin: object) -> Entry:
         """Return the entry of a provider object that was given to `connect`.
@@ -297,7 +302,7 @@ def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
     return PluginLoadError(
         f"The {entry.kind} `{entry.name}` ({entry.origin}) {problem}.",
         plugin=entry.name,
-        distributions=[entry.origin] if entry.distribution else (),
+        distributions=entry.distributions,
         hint=hint,
     )
 
@@ -310,15 +315,14 @@ def _damage(entry: Entry) -> str | None:
 
 def _check_core(entry: Entry) -> None:
     """Refuse a plugin whose metadata requires another Graftage: pip leaves such pairs installed."""
-    dist = entry.entry_point.dist if entry.entry_point else None
-    if dist is None:
+    if entry.entry_point is None or entry.entry_point.dist is None:
         return
-    try:
-        unfit = _unfit(dist)
-    except Exception as error:  # a damaged file may raise any error
-        raise _load_error(entry, f"has broken metadata: {in_words(error)}", REINSTALL) from error
     if damage := _damage(entry):
         raise _load_error(entry, damage, REINSTALL)
+    try:
+        unfit = _unfit(entry.entry_point.dist)
+    except Exception as error:  # a damaged file may raise any error
+        raise _load_error(entry, f"has broken metadata: {in_words(error)}", REINSTALL) from error
     if unfit is not None:
         hint = "Install versions that fit each other."
         raise _load_error(entry, f"requires graftage{unfit}, and this is {__version__}", hint)
@@ -384,13 +388,6 @@ SPECS: dict[Kind, type] = {
 NAMES: dict[Kind, set[str]] = {
     kind: {name for name in vars(specs) if not name.startswith("_")} for kind, specs in SPECS.items()
 }
-
-
-def _manager(*kinds: Kind) -> pluggy.PluginManager:
-    manager = pluggy.PluginManager("graftage")
-    for kind in kinds:
-        manager.add_hookspecs(SPECS[kind])
-    return manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,7 +478,8 @@ def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
     owner = plugin if inspect.ismodule(plugin) else type(plugin)
     if (found := _checked.get(owner)) is not None and found[:2] == (kind, own):
         return found[2]
-    manager = _manager(kind)
+    manager = pluggy.PluginManager("graftage")
+    manager.add_hookspecs(SPECS[kind])
     try:
         manager.register(plugin, "plugin")
     except pluggy.PluginValidationError as error:
@@ -655,6 +653,6 @@ def _plugin_error(entry: Entry, error: BaseException) -> PluginError:
     return PluginError(
         f"The {entry.named} failed with {in_words(error)}.",
         plugin=entry.name,
-        distributions=[entry.origin] if entry.distribution else (),
+        distributions=entry.distributions,
         hint="Report it to its authors, or disable it with GRAFTAGE_DISABLED_PLUGINS.",
     )
