@@ -8,21 +8,17 @@ import inspect
 import os
 import re
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
-from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
-import pluggy
-
+from graftage._engine.checking import HookProblem, Kind, check_attributes, check_hooks, is_async
 from graftage._engine.faults import Author, Contained, in_words, is_fault, kind_of
 from graftage._records import dataclass
 from graftage._values import EntryPoint, close, entry_points, identity
 from graftage._version import __version__
 from graftage.exceptions import PluginConflict, PluginError, PluginLoadError, ProviderNotFound
-from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
 
-Kind = Literal["provider", "plugin", "connection"]
 State = Literal["available", "loaded", "disabled", "quarantined"]
 REINSTALL = "Reinstall it."
 GROUPS: dict[str, Kind] = {"graftage.providers": "provider", "graftage.plugins": "plugin"}
@@ -254,10 +249,10 @@ class Catalog:
 
     def _inspect(self, entry: Entry) -> None:
         try:
-            entry.hooks = checked_hooks(entry.plugin, entry.kind)
+            entry.hooks = check_hooks(entry.plugin, entry.kind)
             if entry.kind == "provider" and "connect" not in entry.hooks:
-                raise _Problem("lacks the hook `connect`", "Mark its `connect` with `graftage.hookspecs.hookimpl`.")
-        except _Problem as problem:
+                raise HookProblem("lacks the hook `connect`", "Mark its `connect` with `graftage.hookspecs.hookimpl`.")
+        except HookProblem as problem:
             self._quarantine(entry, _load_error(entry, problem.text, problem.hint), problem.__cause__)
             return
         entry.state = "loaded"
@@ -287,15 +282,6 @@ def plugin_name(plugin: object) -> str:
 def is_provider(plugin: object) -> bool:
     """Return whether an object is a provider: it implements `connect`."""
     return bool(getattr(getattr(plugin, "connect", None), "graftage_impl", None))
-
-
-class _Problem(Exception):
-    """What is wrong with a plugin object."""
-
-    def __init__(self, text: str, hint: str) -> None:
-        super().__init__(text)
-        self.text = text
-        self.hint = hint
 
 
 def _load_error(entry: Entry, problem: str, hint: str) -> PluginLoadError:
@@ -374,22 +360,6 @@ def _fits(wanted: Requirement) -> bool:
     return not applies or wanted.specifier.contains(__version__, prereleases=True)
 
 
-def _specs(classes: Iterable[type]) -> type:
-    """Return a class with the hooks of some Protocols alone, since pluggy looks at every attribute."""
-    found = {name: value for each in classes for name, value in vars(each).items() if hasattr(value, "graftage_spec")}
-    return type("Specs", (), found)
-
-
-SPECS: dict[Kind, type] = {
-    "provider": _specs(PROVIDER_SPECS),
-    "plugin": _specs(PLUGIN_SPECS),
-    "connection": _specs(CONNECTION_SPECS),
-}
-NAMES: dict[Kind, set[str]] = {
-    kind: {name for name in vars(specs) if not name.startswith("_")} for kind, specs in SPECS.items()
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Hook:
     """A hook of a connection, looked up once."""
@@ -443,131 +413,6 @@ class Hook:
         return found
 
 
-FUNCTIONS = (FunctionType, MethodType)
-Hooks = Mapping[str, bool]
-"""The hooks that an object implements, and whether each takes its argument, which pluggy allows to leave out."""
-_checked: weakref.WeakKeyDictionary[object, tuple[Kind, Mapping[str, object], Hooks]] = weakref.WeakKeyDictionary()
-"""For each class or module: the kind it was checked as, its own marked functions, and its hooks."""
-
-
-def checked_hooks(plugin: object, kind: Kind) -> Hooks:
-    """Check the hooks of an object, and return them.
-
-    A class is checked once in a process, and so is a module as long as its functions stay the same. An object that
-    has hooks besides those of its class is checked each time.
-
-    Raises:
-        _Problem: something is wrong with them.
-    """
-    try:
-        return _checked_hooks(plugin, kind)
-    except _Problem:
-        raise
-    except BaseException as error:
-        if not is_fault(error):
-            raise
-        raise _Problem(f"fails when it is inspected: {in_words(error)}", "Fix or remove it.") from error
-
-
-def _checked_hooks(plugin: object, kind: Kind) -> Hooks:
-    if inspect.isclass(plugin):
-        raise _Problem("is a class", f"Register an instance: `{plugin.__name__}()`.")
-    # Only functions are looked at: a proxy in a module may raise any error before it is set up.
-    functions = [(name, each) for name, each in getattr(plugin, "__dict__", {}).items() if type(each) in FUNCTIONS]
-    own = {name: each for name, each in functions if hasattr(each, "graftage_impl")}
-    owner = plugin if inspect.ismodule(plugin) else type(plugin)
-    if (found := _checked.get(owner)) is not None and found[:2] == (kind, own):
-        return found[2]
-    manager = pluggy.PluginManager("graftage")
-    manager.add_hookspecs(SPECS[kind])
-    try:
-        manager.register(plugin, "plugin")
-    except pluggy.PluginValidationError as error:
-        raise _wrong_signature(error, kind) from error
-    hooks: dict[str, bool] = {}
-    for caller in manager.get_hookcallers(plugin) or []:
-        for impl in caller.get_hookimpls():
-            _check_hook(caller.name, impl, kind)
-            _check_async(caller.name, impl.function, kind)
-            hooks[caller.name] = bool(impl.argnames)
-    if not hooks:
-        raise _Problem("implements no hook", "Mark its functions with `graftage.hookspecs.hookimpl`.")
-    if owner is plugin or not own:
-        _checked[owner] = kind, own, hooks
-    return hooks
-
-
-def _wrong_signature(error: pluggy.PluginValidationError, kind: Kind) -> _Problem:
-    found = re.search(r"for hook '(\w+)'", str(error))
-    hook = found[1] if found else "?"
-    wanted = inspect.signature(getattr(SPECS[kind], hook)).parameters if hook in NAMES[kind] else ("self", "request")
-    parameters = ", ".join(name for name in wanted if name != "self") or "none"
-    return _Problem(
-        f"has the hook `{hook}` with a wrong signature: {str(error).strip().splitlines()[-1]}",
-        f"Its parameters are: {parameters}.",
-    )
-
-
-def _check_hook(name: str, impl: pluggy.HookImpl, kind: Kind) -> None:
-    if impl.wrapper or impl.hookwrapper:
-        raise _Problem(f"wraps the hook `{name}`", "Hooks cannot be wrapped: implement them, or use `observe`.")
-    if name in NAMES[kind] or impl.optionalhook:
-        return
-    for other, names in NAMES.items():
-        if name in names:
-            raise _Problem(
-                f"implements `{name}`, which is a hook of a {other}, not of a {kind}",
-                "A provider's `connect` returns the connection that has such hooks."
-                if other == "connection"
-                else f"Move it to a {other}.",
-            )
-    near = close(name, NAMES[kind])
-    hint = f"Did you mean `{near[0]}`?" if near else f"Hooks of a {kind}: {', '.join(sorted(NAMES[kind]))}."
-    raise _Problem(f"implements `{name}`, which is not a hook", hint)
-
-
-STREAMS = ("chat", "generate", "pull_model")
-"""Hooks that return an iterator."""
-
-
-def _check_async(name: str, function: Callable[..., Any], kind: Kind) -> None:
-    """Refuse what would fail at its first call: a coroutine instead of an iterator, and the reverse."""
-    if kind != "connection" or name == "capabilities":
-        if _is_async(function):
-            raise _Problem(f"implements `{name}` as `async def`", "Write `def`: it is not awaited.")
-        if kind != "plugin" and inspect.isgeneratorfunction(function):
-            raise _Problem(f"implements `{name}` as a generator", "It must `return` one result.")
-    elif name in STREAMS:
-        if inspect.iscoroutinefunction(function):
-            raise _Problem(f"implements `{name}` as `async def` without `yield`", "Make it an async generator.")
-    elif inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise _Problem(f"implements `{name}` as a generator", "It must `return` one result.")
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-
-
-ATTRIBUTES = ("address", "default_model", "needs_event_loop")
-"""The attributes of a connection that the core reads."""
-
-
-def _check_attributes(connection: object, hooks: Hooks) -> None:
-    """Refuse a misspelt attribute, which would have no effect."""
-    if found := _near_attribute(frozenset(name for name in dir(connection) if name[0] != "_" and name not in hooks)):
-        raise _Problem(
-            f"has an attribute `{found[1]}`", f"Did you mean `{found[0]}`? If not, put a `_` before its name."
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def _near_attribute(present: frozenset[str]) -> tuple[str, str] | None:
-    for name in ATTRIBUTES:
-        if name not in present and (near := close(name, present.difference(ATTRIBUTES), cutoff=0.85)):
-            return name, near[0]
-    return None
-
-
 class Relay:
     """The hooks of one connection and those of the plugins that are enabled for it, looked up once."""
 
@@ -575,14 +420,14 @@ class Relay:
         provider, origin = author.name, author.origin
         whose = f"The connection of the provider `{provider}`{f' from {origin}' if origin else ''}"
         try:
-            hooks = checked_hooks(connection, "connection")
-            _check_attributes(connection, hooks)
+            hooks = check_hooks(connection, "connection")
+            check_attributes(connection, hooks)
             if "chat" not in hooks:
                 unmarked = hasattr(connection, "chat")
-                raise _Problem(
+                raise HookProblem(
                     "lacks a required hook", f"{'Put `@hookimpl` above its' if unmarked else 'Implement'} `chat`."
                 )
-        except _Problem as problem:
+        except HookProblem as problem:
             raise PluginLoadError(
                 f"{whose} {problem.text}.", plugin=provider, distributions=[origin] if origin else (), hint=problem.hint
             ) from problem
@@ -593,7 +438,7 @@ class Relay:
             name: Hook(
                 name,
                 _with_argument(getattr(connection, name), takes=takes),
-                _is_async(getattr(connection, name)),
+                is_async(getattr(connection, name)),
                 self.needs_event_loop,
                 author,
                 self.contained,
