@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType
@@ -101,15 +100,11 @@ def _hooks_of(plugin: object, kind: Kind) -> Hooks:
 
 
 def _wrong_signature(error: pluggy.PluginValidationError, kind: Kind) -> HookProblem:
-    found = re.search(r"for hook '(\w+)'", str(error))
-    hook = found[1] if found else "?"
-    wanted = (
-        inspect.signature(getattr(SPECS[kind], hook)).parameters if hook in HOOK_NAMES[kind] else ("self", "request")
-    )
-    parameters = ", ".join(name for name in wanted if name != "self") or "none"
+    name = str(error).partition("for hook '")[2].partition("'")[0]
+    parameters = [each for each in inspect.signature(getattr(SPECS[kind], name)).parameters if each != "self"]
     return HookProblem(
-        f"has the hook `{hook}` with a wrong signature: {str(error).strip().splitlines()[-1]}",
-        f"Its parameters are: {parameters}.",
+        f"has the hook `{name}` with a wrong signature: {str(error).strip().splitlines()[-1]}",
+        f"Its parameters are: {', '.join(parameters) or 'none'}.",
     )
 
 
