@@ -43,8 +43,6 @@ SPECS: dict[Kind, type] = {
 HOOK_NAMES: dict[Kind, set[str]] = {
     kind: {name for name in vars(specs) if not name.startswith("_")} for kind, specs in SPECS.items()
 }
-
-
 FUNCTIONS = (FunctionType, MethodType)
 Hooks = Mapping[str, bool]
 """The hooks that an object implements, and whether each takes its argument, which pluggy allows to leave out."""

@@ -28,7 +28,7 @@ __all__ = ["GRACE", "IO", "BlockingIO", "Source", "ThreadSource", "TimedSource",
 
 T = TypeVar("T")
 GRACE: Final = 0.5
-"""Seconds past the deadline after which the core stops waiting for a provider that should have."""
+"""Seconds past a deadline after which the core abandons a provider that did not end by itself."""
 
 
 class Source(Protocol):
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 class IO(Protocol):
-    """How to wait."""
+    """How the coroutines of the engine wait."""
 
     colour: Colour
 
