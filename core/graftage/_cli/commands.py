@@ -110,7 +110,7 @@ def _check_core(point: EntryPoint) -> None:
     from graftage._engine import plugins  # Only when a plugin's command is run
 
     name, version = identity(point.dist)
-    plugins._check_core(  # noqa: SLF001 - one rule for plugins and commands
+    plugins.check_core(
         plugins.Entry(
             name=point.name,
             kind="plugin",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from graftage.settings import PluginSettings
 
-__all__ = ["Catalog", "Entry", "PluginWarning", "Relay"]
+__all__ = ["Catalog", "Entry", "PluginWarning", "Relay", "check_core"]
 
 State = Literal["available", "loaded", "disabled", "quarantined"]
 REINSTALL = "Reinstall it."
@@ -233,7 +233,7 @@ class Catalog:
         if entry.state != "available" or entry.entry_point is None:
             return
         try:
-            _check_core(entry)
+            check_core(entry)
         except PluginLoadError as error:
             self._quarantine(entry, error)
             return
@@ -299,7 +299,7 @@ def _damage(entry: Entry) -> str | None:
     return (entry.entry_point.damage if entry.entry_point else None) or unnamed
 
 
-def _check_core(entry: Entry) -> None:
+def check_core(entry: Entry) -> None:
     """Refuse a plugin whose metadata requires another Graftage: pip leaves such pairs installed."""
     if entry.entry_point is None or entry.entry_point.dist is None:
         return
