@@ -91,21 +91,6 @@ def close(name: str, names: Iterable[str], *, most: int = 1, cutoff: float = 0.6
     return difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
 
 
-SHORTEST_SECRET = 4
-"""Characters: shorter secrets occur in many words by chance, and gaps there would reveal them."""
-
-
-def hidden(value: Any, secret: str) -> Any:
-    """Return a text, mapping, list or tuple with the secret replaced."""
-    if isinstance(value, str):
-        return value.replace(secret, "***")
-    if isinstance(value, dict):
-        return {key: hidden(each, secret) for key, each in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(hidden(each, secret) for each in value)
-    return value
-
-
 def duration(text: str) -> float | None:
     """Return the seconds of a number or of a duration as Go writes it; None for other text."""
     text = text.strip()

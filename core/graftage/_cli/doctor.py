@@ -16,6 +16,7 @@ import typer
 from graftage._cli import options, show
 from graftage._cli.errors import FAILED, exit_code, way_out
 from graftage._cli.plugins import plugin_data, print_plugins
+from graftage._secrets import SECRET_NAMES
 from graftage.exceptions import GraftageError, ModelNotFound
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ STYLES = {"ok": "green", "fail": "bold red", "note": "yellow", "skip": "dim"}
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 LISTENS_EVERYWHERE = re.compile(r"(^|[/@])(0\.0\.0\.0|\[?::\]?)(:\d+)?(/|$)")
-SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 MASK = "**********"
 
 
@@ -313,7 +313,7 @@ def _mask(name: str, value: Any) -> str:
     """Return a setting as text, without its secrets."""
     if value is None:
         return ""
-    if SECRET.search(name) or hasattr(value, "get_secret_value"):
+    if SECRET_NAMES.search(name) or hasattr(value, "get_secret_value"):
         return MASK
     if name == "headers":
         return ", ".join(f"{header}: {MASK}" for header in value)

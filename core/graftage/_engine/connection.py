@@ -20,7 +20,7 @@ from graftage._engine.health import HealthCache
 from graftage._engine.hooks import call_hook
 from graftage._engine.plugins import Entry, Relay
 from graftage._engine.waiting import IO
-from graftage._values import SHORTEST_SECRET, hidden
+from graftage._secrets import SHORTEST_SECRET, hidden
 from graftage.calls import (
     Budget,
     Call,

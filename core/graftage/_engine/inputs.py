@@ -155,7 +155,7 @@ class _Content:
 
 
 def _read_content(value: Any, *, of_result: bool = False) -> _Content:
-    """Read a string, a part, or a list of parts, in the form of OpenAI, Anthropic or MCP; a result has text and images."""
+    """Read a string, a part, or a list of parts in the form of OpenAI, Anthropic or MCP."""
     found, what = _Content(), "the `content` of a message"
     if isinstance(value, str):
         found.texts.append(text(value, what))

@@ -29,9 +29,9 @@ from graftage._engine.answers import (
     read_word,
 )
 from graftage.http.address import is_loopback, is_private, place, proxy_for
-from graftage.http.answer import Answer, Refusal, Rules, by_words, says
 from graftage.http.client import Document, Event, Http, Items
 from graftage.http.clock import Clock
+from graftage.http.refusal import Answer, Refusal, Rules, by_words, says
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, Wrapper
 
 __all__ = [

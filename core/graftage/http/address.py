@@ -14,8 +14,6 @@ __all__ = ["basic", "is_loopback", "is_private", "named_proxy", "place", "proxy_
 
 UNIX: Final = "http+unix"
 """The scheme of a server on a Unix socket."""
-SECRET_NAMES: Final = re.compile(r"auth|cookie|credential|key|passw|secret|session|token", re.IGNORECASE)
-"""Headers with such names hold secrets."""
 LISTEN_ONLY: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - recognised in order not to be used
 _LIST: Final = re.compile(r"[\s,]+")
 _ENTRY: Final = re.compile(r"(\[[^\]]*\]|[^:]*):([0-9]{1,5})")

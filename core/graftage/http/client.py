@@ -21,11 +21,12 @@ from urllib.parse import urljoin, urlsplit
 
 from graftage import retry
 from graftage._engine.answers import decode
+from graftage._secrets import SECRET_NAMES, SHORTEST_SECRET
 from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
-from graftage.http.address import SECRET_NAMES, is_private, place
-from graftage.http.answer import OK, Answer, Refusal
+from graftage.http.address import is_private, place
 from graftage.http.clock import Clock
+from graftage.http.refusal import OK, Answer, Refusal
 from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all
 from graftage.types import Chunk, Vectors
 
@@ -49,8 +50,6 @@ NOT_THERE: Final = (404, 405)
 _PLACE: Final = re.compile(r"https?://[A-Za-z0-9._:\[\]-]{1,260}")
 DRAIN: Final = 0.2
 """Seconds to wait for the end of a body after its last item, before the connection is given up."""
-SHORTEST_SECRET: Final = 4
-"""Characters: shorter secrets occur in many words by chance."""
 AGENT: Final = "graftage"
 ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 FIELDS: Final = ("event", "id", "retry")

@@ -19,7 +19,7 @@ from graftage.exceptions import (
     QuotaExceeded,
     RequestRejected,
 )
-from graftage.http.answer import MAX_WORDS, OK, Answer, Make, Refusal, Rules, by_words, says
+from graftage.http.refusal import MAX_WORDS, OK, Answer, Make, Refusal, Rules, by_words, says
 
 __all__ = ["refused"]
 
