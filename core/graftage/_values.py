@@ -42,11 +42,12 @@ def keep_alive_seconds(value: Any) -> float | None:
     if isinstance(value, timedelta):
         value = value.total_seconds()
     seconds = duration(value) if isinstance(value, str) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds != seconds:  # noqa: PLR0124 - NaN
+    # Of all numbers, only NaN is not at least minus infinity.
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= -math.inf:
         raise ValueError(f"keep_alive must be seconds, a text such as '5m' or '1h30m', or -1 for ever, not {value!r}")
-    if seconds < 0:
+    if seconds < 0 or seconds == math.inf:
         return math.inf
-    if seconds != math.inf and seconds > LONGEST_STAY:
+    if seconds > LONGEST_STAY:
         raise ValueError("keep_alive must be at most a hundred years; -1 means for ever")
     return float(seconds)
 

@@ -30,6 +30,7 @@ An address or a secret is for one server. A member of a chain takes it only from
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -220,11 +221,9 @@ class Sources:
             return {}
         try:
             return _read_toml(read_file(self.file, LARGEST_FILE))
-        except FileNotFoundError as error:
-            if not self.required:
-                return {}
-            raise self._unusable(error) from error
         except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, FileNotFoundError) and not self.required:
+                return {}
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> SettingsError:
@@ -582,13 +581,10 @@ def _settings_error(error: ValidationError, model: type[PluginSettings], origins
 
 def _number(value: Any) -> float:
     """Return a number of seconds, also from text, as variables hold it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        # pydantic lets a `TypeError` of a validator escape.
-        raise ValueError(f"it must be a number of seconds, not {type(value).__name__}")  # noqa: TRY004
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise ValueError("it must be a number of seconds") from None
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    raise ValueError("it must be a number of seconds")
 
 
 def _header_value(value: SecretStr) -> SecretStr:
