@@ -208,9 +208,9 @@ def _connection_failed(message: str, cause: str, hint: str, *, retryable: bool =
     return ConnectionFailed(message, hint=hint, retryable=retryable, details={"cause": cause})
 
 
-def _tls_error(causes: list[BaseException]) -> Any:
-    ssl = sys.modules.get("ssl")  # If it was never imported, there is no such error.
-    return next((each for each in causes if isinstance(each, ssl.SSLError)), None) if ssl else None
+def _tls_error(causes: list[BaseException]) -> ssl.SSLError | None:
+    module = sys.modules.get("ssl")  # If it was never imported, there is no such error.
+    return next((each for each in causes if isinstance(each, module.SSLError)), None) if module else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

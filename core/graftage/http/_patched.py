@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftage.http._framing import head_of, size_of, target_of
 from graftage.http._network import early_error, not_http_error, tls_context
+from graftage.http.transport import ReadResponse
 
 if TYPE_CHECKING:
     from graftage.http._server import Server
@@ -25,7 +26,7 @@ def is_patched(server: Server) -> bool:
     return client is not None and client.HTTPConnection.__module__ != "http.client" and server.path is None
 
 
-def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
+def exchange(request: Request, server: Server, clock: Clock) -> ReadResponse:
     """Send a request and read its whole response, by blocking."""
     import http.client
 
@@ -43,7 +44,9 @@ def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
     clock.sent()
     try:
         connection.request(request.method, target_of(request, server), body=body or None, headers=headers)
-        return Exchanged(connection.getresponse())
+        found = connection.getresponse()
+        given = tuple((name.lower(), value) for name, value in found.getheaders())
+        return ReadResponse(found.status, found.reason or "", given, found.read())
     except OSError as error:
         raise early_error(error, clock, request.url) from error
     except http.client.IncompleteRead as error:
@@ -52,20 +55,3 @@ def exchange(request: Request, server: Server, clock: Clock) -> Exchanged:
         raise not_http_error(request.url, type(error).__name__) from error
     finally:
         connection.close()
-
-
-class Exchanged:
-    """A response that has been read."""
-
-    def __init__(self, response: Any) -> None:
-        self.status, self.reason = response.status, response.reason or ""
-        self.headers = tuple((name.lower(), value) for name, value in response.getheaders())
-        self._body: bytes = response.read()
-
-    async def read(self) -> bytes:
-        """Return the whole body, then nothing."""
-        body, self._body = self._body, b""
-        return body
-
-    async def close(self) -> None:
-        """Do nothing: the connection is closed."""

@@ -26,8 +26,8 @@ from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import ConnectionFailed, GraftageError, ProtocolError, ProviderError, StreamInterrupted
 from graftage.http.address import is_private, place
 from graftage.http.clock import Clock
-from graftage.http.refusal import OK, Answer, Refusal
-from graftage.http.transport import Colour, Headers, Request, Response, Transport, header, read_all
+from graftage.http.refusal import OK, REFUSED, Answer, Refusal
+from graftage.http.transport import Colour, Headers, ReadResponse, Request, Response, Transport, header, read_all
 from graftage.types import Chunk, Vectors
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ MAX_LINE: Final = 8 * 1024 * 1024
 """Bytes of one line of a stream: the limit of Ollama's own client (`api/client.go`, `maxBufferSize`)."""
 MAX_ERROR_BODY: Final = 64 * 1024
 REDIRECT: Final = 300
-REFUSED: Final = 400
 NOT_THERE: Final = (404, 405)
 _PLACE: Final = re.compile(r"https?://[A-Za-z0-9._:\[\]-]{1,260}")
 DRAIN: Final = 0.2
@@ -147,7 +146,7 @@ class Http:
             if not within:
                 raise _too_large(call)
             document = Document() if empty and not data else self._document(data, response.headers, call, vectors)
-            with reading():
+            with typed_errors():
                 return read(document)
 
         return await retry.call(ask, call)
@@ -206,7 +205,7 @@ class Http:
         """
 
         async def send() -> None:
-            with reading():  # The file may be missing.
+            with typed_errors():  # The file may be missing.
                 request = self._request(method, path, b"", ("content-type", "application/octet-stream"), file=file)
                 response = await self.send(request, call, Clock(call))
             await response.close()
@@ -286,7 +285,9 @@ class Http:
             if response.status < REFUSED:
                 raise self._refused(request, response, body, call)
             await response.close()
-            return _Whole(response, self._redact(body))
+            # Headers about the body may be wrong now.
+            headers = tuple(pair for pair in response.headers if pair[0] not in ABOUT_BODY)
+            return ReadResponse(response.status, response.reason, headers, self._redact(body))
         except BaseException:
             await response.close()
             raise
@@ -495,22 +496,6 @@ class _Bounded:
 
     async def close(self) -> None:
         await self._response.close()
-
-
-class _Whole:
-    """A response that has been read, without the headers about its body, which may be wrong now."""
-
-    def __init__(self, response: Response, body: bytes) -> None:
-        self.status, self.reason = response.status, response.reason
-        self.headers = tuple(pair for pair in response.headers if pair[0] not in ABOUT_BODY)
-        self._body = body
-
-    async def read(self) -> bytes:
-        body, self._body = self._body, b""
-        return body
-
-    async def close(self) -> None:
-        pass
 
 
 # --- Lines and events ------------------------------------------------------------------------------------------------
@@ -759,17 +744,15 @@ def _with_vectors(data: bytes, name: str) -> Any:
     return None
 
 
-class reading:  # noqa: N801 - reads as a word in a `with`
+@contextlib.contextmanager
+def typed_errors() -> Iterator[None]:
     """Turn untyped errors in a block that reads a response into a `ProtocolError`."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, GraftageError):
-            raise _unreadable(error) from error
+    try:
+        yield
+    except GraftageError:
+        raise
+    except Exception as error:
+        raise _unreadable(error) from error
 
 
 def _unreadable(error: Exception) -> ProtocolError:

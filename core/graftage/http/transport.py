@@ -106,6 +106,22 @@ def header(headers: Iterable[tuple[str, str]], name: str) -> str | None:
     return next((value for each, value in headers if each == name), None)
 
 
+class ReadResponse:
+    """A response that has been read."""
+
+    def __init__(self, status: int, reason: str, headers: Headers, body: bytes) -> None:
+        self.status, self.reason, self.headers = status, reason, headers
+        self._body = body
+
+    async def read(self) -> bytes:
+        """Return the whole body, then nothing."""
+        body, self._body = self._body, b""
+        return body
+
+    async def close(self) -> None:
+        """Do nothing: the connection is given back already."""
+
+
 async def read_all(response: Response, limit: int) -> tuple[bytes, bool]:
     """Return the body, and whether it is within the limit. Reading stops beyond it."""
     pieces: list[bytes] = []
