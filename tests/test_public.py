@@ -38,6 +38,7 @@ ENGINE = [
     "arguments",
     "limits",
     "slots",
+    "checking",
     "plugins",
     "waiting",
     "awaiting",

@@ -46,7 +46,7 @@ class M4Settings(PluginSettings):
 
     def footprint(self, shape: Shape, window: int, slots: int | None = None) -> Footprint:
         """Estimate what a model takes with a window, in the server that these settings describe."""
-        from graftage.footprint import footprint  # Not on a machine without limits.
+        from graftage.footprint import footprint  # Not needed to connect.
 
         return footprint(
             shape,
