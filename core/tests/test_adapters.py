@@ -360,18 +360,6 @@ def test_a_call_keeps_the_adapter_it_began_with_while_another_is_switched_to() -
     asyncio.run(main())
 
 
-def test_a_chain_resolves_the_adapter_for_the_member_that_answers(both: Any) -> None:
-    first = Echo([ConnectionFailed("gone")], address="chain first")
-    llm = both.opened([first, Echo(address="chain second")], model=MODEL, plugins=[shelf("poet")])
-    assert llm.use_adapter("poet") is None
-    reply = llm.chat("x")
-    assert (reply.adapter, reply.model) == ("poet", "m:1+poet")
-    assert llm.use_adapter("nobody", on_missing="base") is None
-    reply = llm.chat("x")
-    assert reply.adapter is None
-    assert any("nobody" in warning for warning in reply.warnings)
-
-
 # --- Never another project's adapter ---------------------------------------------------------------------------------
 
 NAMES = ("one", "two", "three")

@@ -25,6 +25,7 @@ from graftage.exceptions import (
     ModelLoadFailed,
     ModelNotFound,
     Overloaded,
+    PluginError,
     PluginLoadError,
     ProtocolError,
     ProviderError,
@@ -579,8 +580,8 @@ def test_each_call_begins_with_the_first_member_again(both: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("error", [each for each in PASSES_ON if isinstance(each, ProviderError)], ids=_id)
-def test_after_the_first_chunk_nobody_else_is_asked(both: Any, error: ProviderError, stream: bool) -> None:
+@pytest.mark.parametrize("error", [*PASSES_ON, PluginError("It is broken.")], ids=_id)
+def test_after_the_first_chunk_nobody_else_is_asked(both: Any, error: GraftageError, stream: bool) -> None:
     first, second = Echo([[Chunk(text="so far "), copied(error)]]), Second()
     llm = both.connect([first, second], model=MODEL)
 
@@ -590,8 +591,10 @@ def test_after_the_first_chunk_nobody_else_is_asked(both: Any, error: ProviderEr
 
     with pytest.raises(type(error)) as caught:
         act()
-    assert caught.value.partial is not None
-    assert caught.value.partial.text == "so far "
+    if isinstance(caught.value, ProviderError):
+        assert caught.value.partial is not None
+        assert caught.value.partial.text == "so far "
+    assert (llm.stats().calls, llm.stats().running) == (1, 0)
     assert second.requests == []
 
 
@@ -701,7 +704,7 @@ def test_an_adapter_is_resolved_anew_for_each_member_that_is_asked(both: Any, by
     if by_call:
         reply = llm.chat("x", adapter="bonsai")
     else:
-        llm.use_adapter("bonsai")
+        assert llm.use_adapter("bonsai") is None
         reply = llm.chat("x")
     assert (reply.adapter, reply.model, reply.provider) == ("bonsai", f"{MODEL}+bonsai", "second")
     assert resolver.asked == [("echo", MODEL), ("second", MODEL)]

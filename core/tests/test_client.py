@@ -293,16 +293,8 @@ def test_without_numpy_the_error_names_the_way_out(both: Any, monkeypatch: pytes
     assert caught.value.name == "numpy"
 
 
-@pytest.mark.parametrize("inputs", [[], [1], ["a", None], b"ab"])
+@pytest.mark.parametrize("inputs", [[], [1], ["a", None], b"ab", None, 5])
 def test_inputs_that_are_no_texts_are_refused(both: Any, inputs: Any) -> None:
-    echo = Echo()
-    with pytest.raises(RequestRejected, match="inputs"):
-        both.connect(echo, model=MODEL).embed(inputs)
-    assert echo.requests == []
-
-
-@pytest.mark.parametrize("inputs", [None, 5])
-def test_inputs_that_are_no_sequence_are_refused_and_not_blamed_on_the_provider(both: Any, inputs: Any) -> None:
     echo = Echo()
     with pytest.raises(RequestRejected, match="inputs"):
         both.connect(echo, model=MODEL).embed(inputs)
@@ -711,7 +703,7 @@ def test_a_timeout_that_is_no_finite_time_above_zero_is_refused(both: Any) -> No
     echo = Echo()
     llm = both.connect(echo, model=MODEL)
     acts = (functools.partial(llm.chat, "x"), functools.partial(llm.embed, "x"), llm.health, llm.models, llm.pull)
-    for given in (0, -1, math.inf, math.nan, True, "5", "soon", [5]):
+    for given in (0, -1, math.inf, math.nan, 1e10, 10**400, True, "5", "soon", [5]):
         for act in acts:
             with pytest.raises(RequestRejected, match="timeout"):
                 act(timeout=given)
@@ -940,12 +932,6 @@ def test_a_stream_dropped_by_the_garbage_collector_never_waits_for_a_lock() -> N
         gc.set_threshold(*before)
         gc.unfreeze()
     assert (llm.stats().running, llm.chat("x", timeout=5).text) == (0, "x")
-
-
-@pytest.mark.parametrize("timeout", [1e10, 10**400], ids=["long", "longer"])
-def test_a_timeout_no_clock_can_hold_is_refused(both: Any, timeout: Any) -> None:
-    with pytest.raises(RequestRejected, match="timeout"):
-        both.connect(Echo(), model=MODEL).chat("x", timeout=timeout)
 
 
 @pytest.mark.parametrize("settings", [{"api_key": "canary-in-the-key"}, {"headers": {"X-A": "canary-in-the-key"}}])
@@ -1255,10 +1241,19 @@ def test_a_hook_that_forgets_to_answer_is_a_typed_error_and_leaves_nothing_runni
     assert llm.stats().running == 0
 
 
-@pytest.mark.parametrize("chunk", ["text", 5, {"text": "x"}, Chunk(text=5), Chunk(thinking=b"x")])  # type: ignore[arg-type]
-def test_a_chunk_that_is_no_chunk_is_a_typed_error(both: Any, chunk: Any) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "words"),
+    [
+        ("text", "`echo` gave str instead of a Chunk"),
+        (5, "gave int"),
+        ({"text": "x"}, "gave dict"),
+        (Chunk(text=5), ""),  # type: ignore[arg-type]
+        (Chunk(thinking=b"x"), ""),  # type: ignore[arg-type]
+    ],
+)
+def test_a_chunk_that_is_no_chunk_is_a_typed_error(both: Any, chunk: Any, words: str) -> None:
     llm = both.connect(Echo([[chunk]]), model=MODEL)
-    with pytest.raises(ProviderError):
+    with pytest.raises(ProviderError, match=words):
         llm.chat("x")
     assert llm.stats().running == 0
 
@@ -1438,38 +1433,24 @@ class Slow(Echo):
         return Settings
 
 
-def test_a_task_that_gives_up_opening_does_not_spoil_it_for_the_others() -> None:
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_a_task_that_gives_up_opening_does_not_spoil_it_for_the_others(cancelled: int) -> None:
     async def main() -> list[Any]:
         slow = Slow()
         llm = graftage.connect_async(slow, model=MODEL)
         tasks = [asyncio.create_task(llm.chat(word)) for word in ("one", "two", "three")]
         while not slow.reached.is_set():
             await asyncio.sleep(0.001)
-        tasks[1].cancel()
+        tasks[cancelled].cancel()
         await asyncio.sleep(0.005)
         slow.gate.set()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         await llm.close()
         return [getattr(each, "text", type(each)) for each in outcomes]
 
-    assert asyncio.run(main()) == ["one", asyncio.CancelledError, "three"]
-
-
-def test_the_first_task_that_gives_up_opening_does_not_spoil_it_for_the_others() -> None:
-    async def main() -> list[Any]:
-        slow = Slow()
-        llm = graftage.connect_async(slow, model=MODEL)
-        tasks = [asyncio.create_task(llm.chat(word)) for word in ("one", "two")]
-        while not slow.reached.is_set():
-            await asyncio.sleep(0.001)
-        tasks[0].cancel()
-        await asyncio.sleep(0.005)
-        slow.gate.set()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        await llm.close()
-        return [getattr(each, "text", type(each)) for each in outcomes]
-
-    assert asyncio.run(main()) == [asyncio.CancelledError, "two"]
+    expected: list[Any] = ["one", "two", "three"]
+    expected[cancelled] = asyncio.CancelledError
+    assert asyncio.run(main()) == expected
 
 
 def test_a_client_closed_while_it_opens_leaves_no_connection_open() -> None:
@@ -1972,9 +1953,3 @@ def test_a_dead_server_is_asked_once_and_not_once_for_each_layer(both: Any) -> N
     with pytest.raises(ConnectionFailed):
         both.connect(echo, model=MODEL).chat("x")
     assert len(echo.requests) == 1
-
-
-def test_replies_can_be_told_apart_from_dictionaries_and_written_as_json(both: Any) -> None:
-    reply = both.connect(Echo(["x"]), model=MODEL).chat("x")
-    assert json.loads(json.dumps(reply.raw)) == {"model": MODEL, "done": True}
-    assert not isinstance(reply, dict)

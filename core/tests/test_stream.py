@@ -27,7 +27,7 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo, Pause
-from graftage.types import Chunk, Health, Logprob, Usage
+from graftage.types import Chunk, Health, Logprob, ToolCall, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -443,13 +443,15 @@ def test_an_idle_stream_does_not_keep_its_event_loop_waiting() -> None:
     assert asyncio.run(main()) == 0
 
 
-def test_no_more_objects_are_kept_than_fit_however_many_chunks_bring_them(both: Any) -> None:
-    most = (Logprob(token="a", logprob=0.0),) * MAX_OBJECTS
-    llm = both.connect(
-        Echo([[Chunk(logprobs=most), END], [Chunk(logprobs=most), Chunk(logprobs=most[:1]), END]]), model=MODEL
-    )
-    assert len(llm.chat("x").logprobs) == MAX_OBJECTS
-    with pytest.raises(ProtocolError, match=f"at most {MAX_OBJECTS}"):
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    [("logprobs", Logprob(token="a", logprob=0.0)), ("tool_calls", ToolCall(id="1", name="f", arguments={}))],
+)
+def test_no_more_objects_are_kept_than_fit_however_many_chunks_bring_them(both: Any, kind: str, each: Any) -> None:
+    most, more = Chunk(**{kind: (each,) * MAX_OBJECTS}), Chunk(**{kind: (each,)})
+    llm = both.connect(Echo([[most, END], [most, more, END]]), model=MODEL)
+    assert len(getattr(llm.chat("x"), kind)) == MAX_OBJECTS
+    with pytest.raises(ProtocolError, match=rf"has {MAX_OBJECTS + 1} .*at most {MAX_OBJECTS}"):
         llm.chat("x")
 
 
@@ -502,10 +504,3 @@ def test_a_stream_is_safe_to_close_by_many_threads_at_once() -> None:
     for each in threads:
         each.join(5)
     assert (echo.running, llm.stats().running) == (0, 0)
-
-
-def test_a_provider_that_gives_something_else_than_chunks_is_named_with_what_it_gave(both: Any) -> None:
-    text: Any = "only text"
-    llm = both.connect(Echo([[text]]), model=MODEL)
-    with pytest.raises(ProviderError, match="`echo` gave str instead of a Chunk"):
-        llm.chat("x")
