@@ -43,10 +43,19 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+
 MODEL = "m:1"
+
+
 END = Chunk(finish_reason="stop")
+
+
 SHORT = Timeouts(connect=5.0, first_token=0.4, idle=0.4, total=1.5)
+
+
 PATIENCE = 20.0
+
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
 
 
@@ -70,9 +79,6 @@ def run(program: str, *arguments: str) -> str:
     )
     assert (ended.stderr, ended.returncode) == ("", 0)
     return ended.stdout.strip()
-
-
-# --- On the toolkit --------------------------------------------------------------------------------------------------
 
 
 class OnToolkit:
@@ -118,6 +124,8 @@ def event(**fields: Any) -> bytes:
 
 
 EVENTS = {"content-type": "text/event-stream"}
+
+
 WHOLE = [event(text="Hello "), event(text="world"), event(text="", end="stop"), b"data: [DONE]\n\n"]
 
 
@@ -135,80 +143,8 @@ def fake() -> Iterator[FakeOllama]:
         yield server
 
 
-def test_an_async_hook_on_the_toolkit_serves_both_clients(both: Any, fake: FakeOllama) -> None:
-    fake.script("/chat", said(), said())
-    fake.script("/models", Answer([b'{"models": ["a", "b"]}']))
-    fake.script("/embed", Answer([b'{"vectors": [[1.0]]}']))
-    llm = both.connect(on_toolkit(fake), model=MODEL)
-    assert llm.chat("x").text == "Hello world"
-    assert "".join(chunk.text for chunk in llm.chat("x", stream=True)) == "Hello world"
-    assert [each.name for each in llm.models()] == ["a", "b"]
-    assert llm.embed("x").vectors == ((1.0,),)
-    assert (fake.accepted, llm.stats().running) == (1, 0)
-
-
-def test_a_stream_that_another_thread_closes_ends_a_pending_read_at_once(fake: FakeOllama) -> None:
-    fake.script("/chat", said(*WHOLE[:1], ending="stall"))
-    timeouts = Timeouts(connect=5, first_token=60, idle=60, total=60)
-    with graftage.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts) as llm:
-        stream = llm.chat("x", stream=True)
-        pieces: list[str] = []
-        reader = threading.Thread(target=lambda: pieces.extend(chunk.text for chunk in stream), daemon=True)
-        reader.start()
-        while not pieces:
-            time.sleep(0.01)
-        stream.close()
-        reader.join(20)
-        assert not reader.is_alive()
-        assert (stream.partial.text, stream.partial.finish_reason) == ("".join(pieces), None)
-        assert (llm.stats().running, llm.stats().failures) == (0, 0)
-
-
-def test_a_reader_may_be_slower_than_the_limit_between_two_chunks(both: Any, fake: FakeOllama) -> None:
-    fake.script("/chat", said(*WHOLE, delay=0.01))
-    timeouts = Timeouts(connect=5, first_token=20, idle=0.2, total=20)
-    stream = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts).chat("x", stream=True)
-    pieces = []
-    for chunk in stream:
-        pieces.append(chunk.text)
-        time.sleep(0.4)
-    assert "".join(pieces) == "Hello world"
-
-
 def count_chunks() -> int:
     return sum(type(each) is Chunk for each in gc.get_objects())
-
-
-def test_a_stream_keeps_what_chunks_say_and_not_the_chunks(both: Any, fake: FakeOllama) -> None:
-    fake.script("/chat", said(*[event(text="a ")] * 300, *WHOLE[-2:]))
-    before = count_chunks()
-    stream = both.connect(on_toolkit(fake), model=MODEL).chat("x", stream=True)
-    for _ in range(299):
-        next(stream)
-    assert stream.partial.text == "a " * 299
-    assert count_chunks() < before + 9
-
-
-def test_answers_of_an_async_client_are_awaited_at_the_same_time() -> None:
-    together, body = 20, b"".join(WHOLE)
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(body)
-
-    async def ask() -> list[str]:
-        # Nobody is answered before everybody has asked: one after another they would wait for ever.
-        all_here = asyncio.Barrier(together)
-
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            await all_here.wait()
-            writer.write(head + body)
-            writer.close()
-
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            async with graftage.connect_async(Giving(lambda request: OnToolkit(request, url)), model=MODEL) as llm:
-                return [each.text for each in await asyncio.gather(*(llm.chat("x") for _ in range(together)))]
-
-    assert asyncio.run(asyncio.wait_for(ask(), 30)) == ["Hello world"] * together
 
 
 ODD: dict[str, tuple[bytes, list[str]]] = {
@@ -222,13 +158,6 @@ ODD: dict[str, tuple[bytes, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("body", "read"), ODD.values(), ids=ODD)
-def test_odd_json_is_read_as_python_reads_it(both: Any, fake: FakeOllama, body: bytes, read: list[str]) -> None:
-    fake.script("/models", Answer([b'{"models": ' + body + b"}"]))
-    names = [str(each.name) for each in both.connect(on_toolkit(fake), model=MODEL).models()]
-    assert names == read
-
-
 def embedded(both: Any, fake: FakeOllama, body: bytes, vectors: str | None) -> Any:
     """What comes of an answer: the vectors and what else was in it, or the error."""
     fake.script("/embed", Answer([body]))
@@ -239,95 +168,6 @@ def embedded(both: Any, fake: FakeOllama, body: bytes, vectors: str | None) -> A
         return type(error), error.message
     assert type(found.vectors) is Vectors
     return found.vectors, found.warnings
-
-
-@pytest.mark.parametrize(
-    "more", ["1", "-0", "1.0", "9" * 30, "null", '"\\ud83d"', "[1, [2]]", "[[3]]", "[]", '{"a": [true]}']
-)
-def test_vectors_that_the_toolkit_is_told_of_are_read_as_all_others(both: Any, fake: FakeOllama, more: str) -> None:
-    body = f'{{"vectors": [[1, 0.1], [-2e-3, 1e308]], "more": {more}}}'.encode()
-    found = embedded(both, fake, body, "vectors")
-    assert found == embedded(both, fake, body, None)
-    assert found[0] == ((1.0, 0.1), (-0.002, 1e308))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "[[1.0]]",
-        "[[1.0], []]",
-        "[[1.0], [1.0, 2.0]]",
-        "[[1.0], [NaN]]",
-        "[[1.0], [1e400]]",
-        "[[1], [true]]",
-        '[[1], ["2"]]',
-        '[[1], "2"]',
-        "[1, 2]",
-        "{}",
-        "null",
-        '[[1], [2]], "error": "too busy"',
-    ],
-)
-def test_wrong_vectors_are_the_same_error_whether_the_toolkit_is_told_of_them(
-    both: Any, fake: FakeOllama, wrong: str
-) -> None:
-    body = f'{{"vectors": {wrong}}}'.encode()
-    kind, message = embedded(both, fake, body, "vectors")
-    assert (kind, message) == embedded(both, fake, body, None)
-    assert issubclass(kind, ProviderError)
-
-
-def test_a_sync_client_inside_a_running_loop_lends_it_nothing(fake: FakeOllama) -> None:
-    """As in Jupyter: a loop runs in this thread, and would end the generators that begin in it."""
-    fake.script("/chat", *[said() for _ in range(6)])
-    adopted: list[Any] = []
-
-    async def main() -> None:
-        before = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(adopted.append, adopted.append)
-        with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=1) as llm:
-            assert llm.chat("x").text == "Hello world"
-            for _chunk in llm.chat("x", stream=True):
-                break
-            gc.collect()
-            stream = llm.chat("x", stream=True)
-            del stream
-            gc.collect()
-            stream = llm.chat("x", stream=True)
-            await asyncio.to_thread(stream.close)
-            stream = llm.chat("x", stream=True)
-            await asyncio.get_running_loop().shutdown_asyncgens()
-            assert "".join(chunk.text for chunk in stream) == "Hello world"
-            assert llm.chat("x").text == "Hello world"
-            assert llm.stats().running == 0
-        assert sys.get_asyncgen_hooks() != before
-        sys.set_asyncgen_hooks(*before)
-
-    asyncio.run(main())
-    assert adopted == []
-
-
-def test_an_error_leaves_the_hooks_of_a_running_loop_as_they_were(fake: FakeOllama) -> None:
-    fake.script("/chat", said(event(text="raise")))
-
-    async def main() -> None:
-        before = sys.get_asyncgen_hooks()
-        with graftage.connect(on_toolkit(fake), model=MODEL) as llm, pytest.raises(InferenceFailed):
-            llm.chat("x")
-        assert sys.get_asyncgen_hooks() == before
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("end", ["break", "raise", "return"])
-def test_however_the_authors_loop_ends_its_connection_is_given_back(both: Any, fake: FakeOllama, end: str) -> None:
-    fake.script("/chat", *[said(event(text=end), ending="stall") for _ in range(5)])
-    llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
-    for _ in range(5):
-        with pytest.raises(InferenceFailed if end == "raise" else StreamInterrupted):
-            llm.chat("x", timeout=10)
-        assert soon(lambda: fake.open_connections == 0)
-    assert llm.stats().running == 0
 
 
 def leave_by_break(stream: Any) -> None:
@@ -350,19 +190,172 @@ def leave_in_a_thread(stream: Any) -> None:
     closer.join()
 
 
-@pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_by_error, leave_in_a_thread])
-def test_however_a_reader_leaves_the_connection_is_given_back(
-    both: Any, fake: FakeOllama, leave: Callable[[Any], None]
-) -> None:
-    fake.script("/chat", *[said(event(text="Hello"), ending="stall") for _ in range(5)])
-    llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
-    for _ in range(5):
-        leave(llm.chat("x", stream=True, timeout=10))
-        assert soon(lambda: fake.open_connections == 0)
-        assert soon(lambda: llm.stats().running == 0)
+class TestToolkit:
+    def test_one_hook_serves_both_clients(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/chat", said(), said())
+        fake.script("/models", Answer([b'{"models": ["a", "b"]}']))
+        fake.script("/embed", Answer([b'{"vectors": [[1.0]]}']))
+        llm = both.connect(on_toolkit(fake), model=MODEL)
+        assert llm.chat("x").text == "Hello world"
+        assert "".join(chunk.text for chunk in llm.chat("x", stream=True)) == "Hello world"
+        assert [each.name for each in llm.models()] == ["a", "b"]
+        assert llm.embed("x").vectors == ((1.0,),)
+        assert (fake.accepted, llm.stats().running) == (1, 0)
 
+    def test_close_ends_a_pending_read(self, fake: FakeOllama) -> None:
+        fake.script("/chat", said(*WHOLE[:1], ending="stall"))
+        timeouts = Timeouts(connect=5, first_token=60, idle=60, total=60)
+        with graftage.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts) as llm:
+            stream = llm.chat("x", stream=True)
+            pieces: list[str] = []
+            reader = threading.Thread(target=lambda: pieces.extend(chunk.text for chunk in stream), daemon=True)
+            reader.start()
+            while not pieces:
+                time.sleep(0.01)
+            stream.close()
+            reader.join(20)
+            assert not reader.is_alive()
+            assert (stream.partial.text, stream.partial.finish_reason) == ("".join(pieces), None)
+            assert (llm.stats().running, llm.stats().failures) == (0, 0)
 
-# --- What waits for something of its own -----------------------------------------------------------------------------
+    def test_slow_reader_is_not_idle(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/chat", said(*WHOLE, delay=0.01))
+        timeouts = Timeouts(connect=5, first_token=20, idle=0.2, total=20)
+        stream = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts).chat("x", stream=True)
+        pieces = []
+        for chunk in stream:
+            pieces.append(chunk.text)
+            time.sleep(0.4)
+        assert "".join(pieces) == "Hello world"
+
+    def test_read_chunks_are_not_kept(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/chat", said(*[event(text="a ")] * 300, *WHOLE[-2:]))
+        before = count_chunks()
+        stream = both.connect(on_toolkit(fake), model=MODEL).chat("x", stream=True)
+        for _ in range(299):
+            next(stream)
+        assert stream.partial.text == "a " * 299
+        assert count_chunks() < before + 9
+
+    def test_async_calls_run_concurrently(self) -> None:
+        together, body = 20, b"".join(WHOLE)
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(body)
+
+        async def ask() -> list[str]:
+            # Nobody is answered before everybody has asked: one after another they would wait for ever.
+            all_here = asyncio.Barrier(together)
+
+            async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await reader.readuntil(b"\r\n\r\n")
+                await all_here.wait()
+                writer.write(head + body)
+                writer.close()
+
+            async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+                url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+                async with graftage.connect_async(Giving(lambda request: OnToolkit(request, url)), model=MODEL) as llm:
+                    return [each.text for each in await asyncio.gather(*(llm.chat("x") for _ in range(together)))]
+
+        assert asyncio.run(asyncio.wait_for(ask(), 30)) == ["Hello world"] * together
+
+    @pytest.mark.parametrize(("body", "read"), ODD.values(), ids=ODD)
+    def test_odd_json_reads_like_python(self, both: Any, fake: FakeOllama, body: bytes, read: list[str]) -> None:
+        fake.script("/models", Answer([b'{"models": ' + body + b"}"]))
+        names = [str(each.name) for each in both.connect(on_toolkit(fake), model=MODEL).models()]
+        assert names == read
+
+    @pytest.mark.parametrize(
+        "more", ["1", "-0", "1.0", "9" * 30, "null", '"\\ud83d"', "[1, [2]]", "[[3]]", "[]", '{"a": [true]}']
+    )
+    def test_declared_vectors_read_alike(self, both: Any, fake: FakeOllama, more: str) -> None:
+        body = f'{{"vectors": [[1, 0.1], [-2e-3, 1e308]], "more": {more}}}'.encode()
+        found = embedded(both, fake, body, "vectors")
+        assert found == embedded(both, fake, body, None)
+        assert found[0] == ((1.0, 0.1), (-0.002, 1e308))
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            "[[1.0]]",
+            "[[1.0], []]",
+            "[[1.0], [1.0, 2.0]]",
+            "[[1.0], [NaN]]",
+            "[[1.0], [1e400]]",
+            "[[1], [true]]",
+            '[[1], ["2"]]',
+            '[[1], "2"]',
+            "[1, 2]",
+            "{}",
+            "null",
+            '[[1], [2]], "error": "too busy"',
+        ],
+    )
+    def test_wrong_vectors_fail_alike(self, both: Any, fake: FakeOllama, wrong: str) -> None:
+        body = f'{{"vectors": {wrong}}}'.encode()
+        kind, message = embedded(both, fake, body, "vectors")
+        assert (kind, message) == embedded(both, fake, body, None)
+        assert issubclass(kind, ProviderError)
+
+    def test_running_loop_adopts_no_generators(self, fake: FakeOllama) -> None:
+        """As in Jupyter: a loop runs in this thread, and would end the generators that begin in it."""
+        fake.script("/chat", *[said() for _ in range(6)])
+        adopted: list[Any] = []
+
+        async def main() -> None:
+            before = sys.get_asyncgen_hooks()
+            sys.set_asyncgen_hooks(adopted.append, adopted.append)
+            with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=1) as llm:
+                assert llm.chat("x").text == "Hello world"
+                for _chunk in llm.chat("x", stream=True):
+                    break
+                gc.collect()
+                stream = llm.chat("x", stream=True)
+                del stream
+                gc.collect()
+                stream = llm.chat("x", stream=True)
+                await asyncio.to_thread(stream.close)
+                stream = llm.chat("x", stream=True)
+                await asyncio.get_running_loop().shutdown_asyncgens()
+                assert "".join(chunk.text for chunk in stream) == "Hello world"
+                assert llm.chat("x").text == "Hello world"
+                assert llm.stats().running == 0
+            assert sys.get_asyncgen_hooks() != before
+            sys.set_asyncgen_hooks(*before)
+
+        asyncio.run(main())
+        assert adopted == []
+
+    def test_error_restores_the_loops_hooks(self, fake: FakeOllama) -> None:
+        fake.script("/chat", said(event(text="raise")))
+
+        async def main() -> None:
+            before = sys.get_asyncgen_hooks()
+            with graftage.connect(on_toolkit(fake), model=MODEL) as llm, pytest.raises(InferenceFailed):
+                llm.chat("x")
+            assert sys.get_asyncgen_hooks() == before
+
+        asyncio.run(main())
+
+    @pytest.mark.parametrize("end", ["break", "raise", "return"])
+    def test_ended_hook_returns_its_connection(self, both: Any, fake: FakeOllama, end: str) -> None:
+        fake.script("/chat", *[said(event(text=end), ending="stall") for _ in range(5)])
+        llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
+        for _ in range(5):
+            with pytest.raises(InferenceFailed if end == "raise" else StreamInterrupted):
+                llm.chat("x", timeout=10)
+            assert soon(lambda: fake.open_connections == 0)
+        assert llm.stats().running == 0
+
+    @pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_by_error, leave_in_a_thread])
+    def test_leaving_reader_returns_the_connection(
+        self, both: Any, fake: FakeOllama, leave: Callable[[Any], None]
+    ) -> None:
+        fake.script("/chat", *[said(event(text="Hello"), ending="stall") for _ in range(5)])
+        llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
+        for _ in range(5):
+            leave(llm.chat("x", stream=True, timeout=10))
+            assert soon(lambda: fake.open_connections == 0)
+            assert soon(lambda: llm.stats().running == 0)
 
 
 class Sleepy:
@@ -434,33 +427,31 @@ USES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("tidies", [False, True], ids=["", "and again to tidy up"])
-@pytest.mark.parametrize("where", ["before", "between"])
-@pytest.mark.parametrize("use", USES)
-def test_a_hook_that_suspends_under_a_sync_client_is_an_error_that_names_the_way_out(
-    use: str, where: str, tidies: bool
-) -> None:
-    connection = Sleepy(where, tidies=tidies)
-    with graftage.connect(Giving(lambda _: connection), model=MODEL, concurrency=1) as llm:
-        for count in (1, 2, 3):
-            with pytest.raises(PluginError, match="needs_event_loop"):
-                USES[use](llm)
-            assert connection.sent == count
-            assert llm.stats().running == 0
+class TestSuspension:
+    @pytest.mark.parametrize("tidies", [False, True], ids=["", "and again to tidy up"])
+    @pytest.mark.parametrize("where", ["before", "between"])
+    @pytest.mark.parametrize("use", USES)
+    def test_is_an_error(self, use: str, where: str, tidies: bool) -> None:
+        connection = Sleepy(where, tidies=tidies)
+        with graftage.connect(Giving(lambda _: connection), model=MODEL, concurrency=1) as llm:
+            for count in (1, 2, 3):
+                with pytest.raises(PluginError, match="needs_event_loop"):
+                    USES[use](llm)
+                assert connection.sent == count
+                assert llm.stats().running == 0
 
+    def test_asyncio_sleep_is_an_error(self) -> None:
+        class Asking:
+            @hookimpl
+            async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+                await asyncio.sleep(0.001)
+                yield END
 
-def test_a_hook_that_asks_for_a_loop_under_a_sync_client_is_given_the_way_out() -> None:
-    class Asking:
-        @hookimpl
-        async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-            await asyncio.sleep(0.001)
-            yield END
-
-    with (
-        graftage.connect(Giving(lambda _: Asking()), model=MODEL) as llm,
-        pytest.raises(GraftageError, match="needs_event_loop"),
-    ):
-        llm.chat("x")
+        with (
+            graftage.connect(Giving(lambda _: Asking()), model=MODEL) as llm,
+            pytest.raises(GraftageError, match="needs_event_loop"),
+        ):
+            llm.chat("x")
 
 
 def _same(connection: Any, _: Any) -> Any:
@@ -469,120 +460,6 @@ def _same(connection: Any, _: Any) -> Any:
 
 def _is_tidied(connection: Any, count: int) -> bool:
     return bool(connection.tidied == count)
-
-
-@pytest.mark.parametrize("use", USES)
-def test_a_connection_that_needs_a_loop_has_the_one_in_the_background(both: Any, use: str) -> None:
-    first, second = Sleepy(needs_loop=True), Sleepy(needs_loop=True)
-    for connection in (first, second):
-        llm = both.connect(Giving(partial(_same, connection)), model=MODEL, concurrency=1)
-        USES[use](llm)
-        USES[use](llm)
-        assert llm.stats().running == 0
-    assert len(first.loops | second.loops) == 1
-    assert len(first.threads | second.threads) == 1
-    assert threading.get_ident() not in first.threads
-
-
-def test_on_the_background_loop_what_a_hook_raises_comes_back_typed(both: Any) -> None:
-    class Failing(Sleepy):
-        async def wait(self) -> None:
-            await asyncio.sleep(0)
-            raise InferenceFailed("broken")
-
-    llm = both.connect(Giving(lambda _: Failing("between", needs_loop=True)), model=MODEL, concurrency=1)
-    with pytest.raises(InferenceFailed) as caught:
-        llm.chat("x")
-    assert caught.value.partial
-    with pytest.raises(InferenceFailed):
-        llm.embed("x")
-    assert llm.stats().running == 0
-
-
-@pytest.mark.parametrize("where", ["before", "between"])
-@pytest.mark.parametrize("use", ["chat", "stream", "embed"])
-def test_on_the_background_loop_a_hook_that_hangs_ends_in_time(both: Any, use: str, where: str) -> None:
-    connection = Sleepy(where, needs_loop=True)
-    connection.hang = True
-    llm = both.connect(Giving(lambda _: connection), model=MODEL, concurrency=1, timeouts=SHORT)
-    with pytest.raises(ProviderTimeout):
-        USES[use](llm)
-    assert llm.stats().running == 0
-    assert soon(lambda: connection.tidied == 1)
-    connection.hang = False
-    USES[use](llm)
-
-
-def test_a_stream_on_the_background_loop_that_is_left_early_ends_the_hook(both: Any) -> None:
-    connection = Sleepy("between", needs_loop=True)
-    connection.hang = True
-    llm = both.connect(Giving(lambda _: connection), model=MODEL, concurrency=1)
-    for count in (1, 2, 3):
-        leave_in_a_thread(llm.chat("x", stream=True))
-        assert soon(partial(_is_tidied, connection, count))
-        assert soon(lambda: llm.stats().running == 0)
-
-
-@pytest.mark.parametrize("use", ["chat", "embed"])
-def test_a_call_that_is_cancelled_ends_its_hook_on_the_background_loop(use: str) -> None:
-    connection = Sleepy(needs_loop=True)
-    connection.hang = True
-
-    async def main() -> None:
-        async with graftage.connect_async(Giving(lambda _: connection), model=MODEL, concurrency=1) as llm:
-            work: Any = llm.chat("x") if use == "chat" else llm.embed("x")
-            task = asyncio.create_task(work)
-            while not connection.threads:
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert llm.stats().running == 0
-            for _ in range(1000):
-                if connection.tidied:
-                    break
-                await asyncio.sleep(0.005)
-            assert connection.tidied == 1
-
-    asyncio.run(main())
-
-
-def test_waiting_by_the_call_holds_nobody_else_on_the_background_loop_up(both: Any) -> None:
-    began = threading.Event()
-
-    class Patient:
-        needs_event_loop = True
-
-        @hookimpl
-        async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-            began.set()
-            await request.call.sleep(PATIENCE)
-            yield END
-
-    slow = both.connect(Giving(lambda _: Patient()), model=MODEL)
-    waiting = both.start(lambda: slow.chat("x", timeout=3))
-    assert began.wait(5)
-    quick = both.connect(Giving(lambda _: Sleepy(needs_loop=True)), model=MODEL)
-    assert quick.chat("x", timeout=1.5).text == "one two"
-    assert isinstance(waiting.exception(PATIENCE), ProviderTimeout)
-
-
-def test_the_toolkit_holds_nobody_else_on_the_background_loop_up(both: Any, fake: FakeOllama) -> None:
-    class Mixed(OnToolkit):
-        needs_event_loop = True
-        chat, list_models, embed = OnToolkit.chat, OnToolkit.list_models, OnToolkit.embed
-
-    fake.script("/chat", said(event(text="Hello"), ending="stall"), said())
-    fake.script("/models", Answer([b'{"models": ["a"]}']))
-    llm = both.connect(Giving(lambda request: Mixed(request, fake.url)), model=MODEL)
-    stream = llm.chat("x", stream=True, timeout=Timeouts(connect=5, first_token=5, idle=2, total=10))
-    reading = both.start(list, stream)
-    assert llm.chat("x", timeout=5).text == "Hello world"
-    assert [each.name for each in llm.models(timeout=5)] == ["a"]
-    stream.close()
-    reading.exception(PATIENCE)
-    llm.close()
-    assert soon(lambda: fake.open_connections == 0)
 
 
 FORKED_LOOP = """
@@ -633,38 +510,117 @@ FORKED_LOOP = """
 """
 
 
-@needs_fork
-def test_a_process_that_was_forked_off_has_threads_and_a_loop_of_its_own() -> None:
-    assert run(FORKED_LOOP).splitlines()[-1] == "the end"
+class TestBackgroundLoop:
+    @pytest.mark.parametrize("use", USES)
+    def test_is_shared(self, both: Any, use: str) -> None:
+        first, second = Sleepy(needs_loop=True), Sleepy(needs_loop=True)
+        for connection in (first, second):
+            llm = both.connect(Giving(partial(_same, connection)), model=MODEL, concurrency=1)
+            USES[use](llm)
+            USES[use](llm)
+            assert llm.stats().running == 0
+        assert len(first.loops | second.loops) == 1
+        assert len(first.threads | second.threads) == 1
+        assert threading.get_ident() not in first.threads
 
+    def test_errors_come_back_typed(self, both: Any) -> None:
+        class Failing(Sleepy):
+            async def wait(self) -> None:
+                await asyncio.sleep(0)
+                raise InferenceFailed("broken")
 
-# --- Plain hooks -----------------------------------------------------------------------------------------------------
+        llm = both.connect(Giving(lambda _: Failing("between", needs_loop=True)), model=MODEL, concurrency=1)
+        with pytest.raises(InferenceFailed) as caught:
+            llm.chat("x")
+        assert caught.value.partial
+        with pytest.raises(InferenceFailed):
+            llm.embed("x")
+        assert llm.stats().running == 0
 
+    @pytest.mark.parametrize("where", ["before", "between"])
+    @pytest.mark.parametrize("use", ["chat", "stream", "embed"])
+    def test_hanging_hook_ends_in_time(self, both: Any, use: str, where: str) -> None:
+        connection = Sleepy(where, needs_loop=True)
+        connection.hang = True
+        llm = both.connect(Giving(lambda _: connection), model=MODEL, concurrency=1, timeouts=SHORT)
+        with pytest.raises(ProviderTimeout):
+            USES[use](llm)
+        assert llm.stats().running == 0
+        assert soon(lambda: connection.tidied == 1)
+        connection.hang = False
+        USES[use](llm)
 
-def test_a_generator_lives_and_ends_in_one_daemon_thread(both: Any) -> None:
-    threads: list[threading.Thread] = []
+    def test_leaving_early_ends_the_hook(self, both: Any) -> None:
+        connection = Sleepy("between", needs_loop=True)
+        connection.hang = True
+        llm = both.connect(Giving(lambda _: connection), model=MODEL, concurrency=1)
+        for count in (1, 2, 3):
+            leave_in_a_thread(llm.chat("x", stream=True))
+            assert soon(partial(_is_tidied, connection, count))
+            assert soon(lambda: llm.stats().running == 0)
 
-    class Plain:
-        @hookimpl
-        def chat(self, request: Any) -> Iterator[Chunk]:
-            try:
-                for _ in range(100):
-                    threads.append(threading.current_thread())
-                    yield Chunk(text="a")
-            finally:
-                threads.append(threading.current_thread())
+    @pytest.mark.parametrize("use", ["chat", "embed"])
+    def test_cancelling_ends_the_hook(self, use: str) -> None:
+        connection = Sleepy(needs_loop=True)
+        connection.hang = True
 
-    llm = both.connect(Giving(lambda _: Plain()), model=MODEL, concurrency=1)
-    for read in (1, 3, 50):
-        threads.clear()
-        stream = llm.chat("x", stream=True)
-        for _ in range(read):
-            next(stream)
+        async def main() -> None:
+            async with graftage.connect_async(Giving(lambda _: connection), model=MODEL, concurrency=1) as llm:
+                work: Any = llm.chat("x") if use == "chat" else llm.embed("x")
+                task = asyncio.create_task(work)
+                while not connection.threads:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert llm.stats().running == 0
+                for _ in range(1000):
+                    if connection.tidied:
+                        break
+                    await asyncio.sleep(0.005)
+                assert connection.tidied == 1
+
+        asyncio.run(main())
+
+    def test_call_sleep_blocks_no_other(self, both: Any) -> None:
+        began = threading.Event()
+
+        class Patient:
+            needs_event_loop = True
+
+            @hookimpl
+            async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+                began.set()
+                await request.call.sleep(PATIENCE)
+                yield END
+
+        slow = both.connect(Giving(lambda _: Patient()), model=MODEL)
+        waiting = both.start(lambda: slow.chat("x", timeout=3))
+        assert began.wait(5)
+        quick = both.connect(Giving(lambda _: Sleepy(needs_loop=True)), model=MODEL)
+        assert quick.chat("x", timeout=1.5).text == "one two"
+        assert isinstance(waiting.exception(PATIENCE), ProviderTimeout)
+
+    def test_toolkit_blocks_no_other(self, both: Any, fake: FakeOllama) -> None:
+        class Mixed(OnToolkit):
+            needs_event_loop = True
+            chat, list_models, embed = OnToolkit.chat, OnToolkit.list_models, OnToolkit.embed
+
+        fake.script("/chat", said(event(text="Hello"), ending="stall"), said())
+        fake.script("/models", Answer([b'{"models": ["a"]}']))
+        llm = both.connect(Giving(lambda request: Mixed(request, fake.url)), model=MODEL)
+        stream = llm.chat("x", stream=True, timeout=Timeouts(connect=5, first_token=5, idle=2, total=10))
+        reading = both.start(list, stream)
+        assert llm.chat("x", timeout=5).text == "Hello world"
+        assert [each.name for each in llm.models(timeout=5)] == ["a"]
         stream.close()
-        assert soon(lambda: llm.stats().running == 0)
-        assert len(set(threads)) == 1
-        assert threads[0].daemon
-        assert threads[0] is not threading.current_thread()
+        reading.exception(PATIENCE)
+        llm.close()
+        assert soon(lambda: fake.open_connections == 0)
+
+    @needs_fork
+    def test_forked_process_has_its_own(self) -> None:
+        assert run(FORKED_LOOP).splitlines()[-1] == "the end"
 
 
 class Returning:
@@ -689,27 +645,47 @@ async def generator() -> AsyncIterator[Chunk]:
     yield END
 
 
-@pytest.mark.parametrize("make", [coroutine, generator])
-@pytest.mark.parametrize("use", ["chat", "stream", "embed"])
-def test_a_def_that_returns_what_must_be_awaited_is_refused_in_plain_words(
-    both: Any, use: str, make: Callable[[], Any]
-) -> None:
-    llm = both.connect(Giving(lambda _: Returning(make)), model=MODEL, concurrency=1)
-    for _ in range(2):
-        with pytest.raises(ProviderError, match=r"is a `def` that returned .*\n?.*`async def`"):
-            USES[use](llm)
-    assert llm.stats().running == 0
+class TestPlainHooks:
+    def test_generator_keeps_one_daemon_thread(self, both: Any) -> None:
+        threads: list[threading.Thread] = []
 
+        class Plain:
+            @hookimpl
+            def chat(self, request: Any) -> Iterator[Chunk]:
+                try:
+                    for _ in range(100):
+                        threads.append(threading.current_thread())
+                        yield Chunk(text="a")
+                finally:
+                    threads.append(threading.current_thread())
 
-@pytest.mark.parametrize("given", [None, 5, END, "text", [], iter(())])
-def test_a_chat_that_returns_no_chunks_is_a_typed_error(both: Any, given: Any) -> None:
-    llm = both.connect(Giving(lambda _: Returning(lambda: given)), model=MODEL, concurrency=1)
-    with pytest.raises(ProviderError):
-        llm.chat("x")
-    assert llm.stats().running == 0
+        llm = both.connect(Giving(lambda _: Plain()), model=MODEL, concurrency=1)
+        for read in (1, 3, 50):
+            threads.clear()
+            stream = llm.chat("x", stream=True)
+            for _ in range(read):
+                next(stream)
+            stream.close()
+            assert soon(lambda: llm.stats().running == 0)
+            assert len(set(threads)) == 1
+            assert threads[0].daemon
+            assert threads[0] is not threading.current_thread()
 
+    @pytest.mark.parametrize("make", [coroutine, generator])
+    @pytest.mark.parametrize("use", ["chat", "stream", "embed"])
+    def test_awaitable_result_is_refused(self, both: Any, use: str, make: Callable[[], Any]) -> None:
+        llm = both.connect(Giving(lambda _: Returning(make)), model=MODEL, concurrency=1)
+        for _ in range(2):
+            with pytest.raises(ProviderError, match=r"is a `def` that returned .*\n?.*`async def`"):
+                USES[use](llm)
+        assert llm.stats().running == 0
 
-# --- What is refused -------------------------------------------------------------------------------------------------
+    @pytest.mark.parametrize("given", [None, 5, END, "text", [], iter(())])
+    def test_chat_must_return_chunks(self, both: Any, given: Any) -> None:
+        llm = both.connect(Giving(lambda _: Returning(lambda: given)), model=MODEL, concurrency=1)
+        with pytest.raises(ProviderError):
+            llm.chat("x")
+        assert llm.stats().running == 0
 
 
 class Least:
@@ -746,54 +722,6 @@ class MisspeltInside(Least):
         self.adress = "somewhere"
 
 
-@pytest.mark.parametrize(
-    ("connection", "message"),
-    [
-        (Unyielding, "async generator"),
-        (Old, "`aembed`.*It is `embed` now"),
-        (Misspelt, "Did you mean `address`"),
-        (OfABase, "Did you mean `address`"),
-        (MisspeltInside, "Did you mean `address`"),
-        (MisspeltNeed, "Did you mean `needs_event_loop`"),
-    ],
-)
-def test_a_connection_that_would_fail_later_is_refused_when_it_is_made(
-    both: Any, connection: Any, message: str
-) -> None:
-    with pytest.raises(PluginLoadError, match=rf"(?s){message}"):
-        both.opened(Giving(lambda _: connection()), model=MODEL)
-
-
-@pytest.mark.parametrize("hook", ["resource_limits", "resolve_adapter", "list_adapters", "observe", "settings_model"])
-def test_a_hook_of_a_plugin_that_is_an_async_def_is_refused(both: Any, hook: str) -> None:
-    async def implementation(self: Any, *_: Any) -> None: ...
-
-    async def with_query(self: Any, query: Any) -> None: ...
-
-    async def with_request(self: Any, request: Any) -> None: ...
-
-    async def with_event(self: Any, event: Any) -> None: ...
-
-    async def without(self: Any) -> None: ...
-
-    functions: dict[str, Any] = {"resource_limits": with_query, "observe": with_event, "settings_model": without}
-    function = hookimpl(functions.get(hook, with_request))
-    plugin = type("Wrong", (), {"name": "wrong", hook: function})()
-    with pytest.raises(PluginLoadError, match=rf"(?s)`{hook}` as `async def`.*Write `def`"):
-        both.opened(Echo(), model=MODEL, plugins=[plugin])
-
-
-def test_a_connect_that_is_an_async_def_is_refused(both: Any) -> None:
-    class Provider:
-        name = "late"
-
-        @hookimpl
-        async def connect(self, request: Any) -> Any: ...
-
-    with pytest.raises(PluginLoadError, match="`connect` as `async def`"):
-        both.opened(Provider(), model=MODEL)
-
-
 class Coloured:
     """A transport of one colour, which counts what it is asked to send."""
 
@@ -811,106 +739,66 @@ class Coloured:
     async def close(self) -> None: ...
 
 
-@pytest.mark.parametrize("colour", ["sync", "async", None])
-def test_a_transport_of_the_wrong_colour_is_refused_before_anything_is_sent(
-    both: Any, fake: FakeOllama, colour: Any
-) -> None:
-    transport = Coloured(colour)
-    llm = both.connect(on_toolkit(fake), model=MODEL, transport=transport, concurrency=1)
-    right = colour in (None, both.mode)
-    with pytest.raises(ProtocolError if right else SettingsError, match=None if right else "transport"):
-        llm.chat("x")
-    assert transport.sent == int(right)
-    assert (llm.stats().running, fake.accepted) == (0, 0)
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("connection", "message"),
+        [
+            (Unyielding, "async generator"),
+            (Old, "`aembed`.*It is `embed` now"),
+            (Misspelt, "Did you mean `address`"),
+            (OfABase, "Did you mean `address`"),
+            (MisspeltInside, "Did you mean `address`"),
+            (MisspeltNeed, "Did you mean `needs_event_loop`"),
+        ],
+    )
+    def test_faulty_connection(self, both: Any, connection: Any, message: str) -> None:
+        with pytest.raises(PluginLoadError, match=rf"(?s){message}"):
+            both.opened(Giving(lambda _: connection()), model=MODEL)
 
+    @pytest.mark.parametrize(
+        "hook", ["resource_limits", "resolve_adapter", "list_adapters", "observe", "settings_model"]
+    )
+    def test_async_plugin_hook(self, both: Any, hook: str) -> None:
+        async def implementation(self: Any, *_: Any) -> None: ...
 
-@pytest.mark.parametrize("given", [5, "http", object()])
-def test_what_is_no_transport_is_an_error_in_the_settings(both: Any, fake: FakeOllama, given: Any) -> None:
-    with pytest.raises(SettingsError, match="transport"):
-        both.opened(on_toolkit(fake), model=MODEL, transport=given)
+        async def with_query(self: Any, query: Any) -> None: ...
 
+        async def with_request(self: Any, request: Any) -> None: ...
 
-# --- Cancels, loops, threads -----------------------------------------------------------------------------------------
+        async def with_event(self: Any, event: Any) -> None: ...
 
+        async def without(self: Any) -> None: ...
 
-@pytest.mark.parametrize("use", ["chat", "stream", "embed"])
-def test_hundreds_of_cancels_at_any_step_lose_nothing(fake: FakeOllama, use: str) -> None:
-    chance = random.Random(7)
-    body = b"".join(WHOLE)
-    pieces = [body[place : place + 9] for place in range(0, len(body), 9)]
+        functions: dict[str, Any] = {"resource_limits": with_query, "observe": with_event, "settings_model": without}
+        function = hookimpl(functions.get(hook, with_request))
+        plugin = type("Wrong", (), {"name": "wrong", hook: function})()
+        with pytest.raises(PluginLoadError, match=rf"(?s)`{hook}` as `async def`.*Write `def`"):
+            both.opened(Echo(), model=MODEL, plugins=[plugin])
 
-    async def once(llm: Any) -> None:
-        if use == "embed":
-            await llm.embed("x")
-        elif use == "chat":
-            assert (await llm.chat("x")).text == "Hello world"
-        else:
-            async with await llm.chat("x", stream=True) as stream:
-                assert "".join([chunk.text async for chunk in stream]) == "Hello world"
+    def test_async_connect(self, both: Any) -> None:
+        class Provider:
+            name = "late"
 
-    async def main() -> None:
-        async with graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=2) as llm:
-            for _ in range(300):
-                task = asyncio.create_task(once(llm))
-                for _ in range(chance.randrange(60)):
-                    await asyncio.sleep(0)
-                if chance.random() < 0.3:
-                    await asyncio.sleep(chance.random() / 200)
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-                assert llm.stats().running == 0
-            for _ in range(5):
-                await asyncio.wait_for(once(llm), 5)
-            await asyncio.sleep(0.2)
-            assert fake.open_connections <= 2
+            @hookimpl
+            async def connect(self, request: Any) -> Any: ...
 
-    fake.script("/chat", *[said(*pieces) for _ in range(400)])
-    fake.script("/embed", *[Answer([b'{"vectors": ', b"[[1.0]]}"]) for _ in range(400)])
-    asyncio.run(main())
-    assert soon(lambda: fake.open_connections == 0)
+        with pytest.raises(PluginLoadError, match="`connect` as `async def`"):
+            both.opened(Provider(), model=MODEL)
 
+    @pytest.mark.parametrize("colour", ["sync", "async", None])
+    def test_transport_of_wrong_colour(self, both: Any, fake: FakeOllama, colour: Any) -> None:
+        transport = Coloured(colour)
+        llm = both.connect(on_toolkit(fake), model=MODEL, transport=transport, concurrency=1)
+        right = colour in (None, both.mode)
+        with pytest.raises(ProtocolError if right else SettingsError, match=None if right else "transport"):
+            llm.chat("x")
+        assert transport.sent == int(right)
+        assert (llm.stats().running, fake.accepted) == (0, 0)
 
-def test_one_async_client_serves_event_loops_in_turn(fake: FakeOllama) -> None:
-    fake.script("/chat", *[said() for _ in range(20)])
-    llm = graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=1)
-
-    async def main(*, leave: bool) -> None:
-        assert (await llm.chat("x", timeout=10)).text == "Hello world"
-        stream = await llm.chat("x", stream=True)
-        if not leave:
-            await stream.aclose()
-
-    for turn in range(6):
-        asyncio.run(main(leave=turn % 2 == 0))
-        assert soon(lambda: fake.open_connections == 0)
-    assert soon(lambda: llm.stats().running == 0)
-    asyncio.run(llm.close())
-
-
-def test_many_threads_share_a_sync_client(fake: FakeOllama) -> None:
-    fake.script("/chat", *[said() for _ in range(200)])
-    faults: list[BaseException] = []
-    with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=4) as llm:
-
-        def work(number: int) -> None:
-            try:
-                for turn in range(10):
-                    if (turn + number) % 3:
-                        assert llm.chat("x", timeout=30).text == "Hello world"
-                    else:
-                        leave_by_break(llm.chat("x", stream=True, timeout=30))
-            except BaseException as error:  # noqa: BLE001 - the test fails of it
-                faults.append(error)
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(60)
-        assert faults == []
-        assert soon(lambda: llm.stats().running == 0)
-        assert fake.open_connections <= 4
+    @pytest.mark.parametrize("given", [5, "http", object()])
+    def test_invalid_transport(self, both: Any, fake: FakeOllama, given: Any) -> None:
+        with pytest.raises(SettingsError, match="transport"):
+            both.opened(on_toolkit(fake), model=MODEL, transport=given)
 
 
 INTERRUPTED = """
@@ -951,18 +839,98 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
-def test_an_interrupt_in_the_middle_of_a_read_gives_the_slot_back(fake: FakeOllama) -> None:
-    stalled = [said(event(text="Hello"), ending="stall"), Answer(raw=b"HTTP/1.1 200 OK\r\n", ending="stall")]
-    fake.script("/stall", *stalled * 3)
-    fake.script("/m", said(), said())
-    assert run(INTERRUPTED, fake.url).splitlines() == ["interrupted 0"] * 6 + ["Hello world 0"]
+class TestSharing:
+    @pytest.mark.parametrize("use", ["chat", "stream", "embed"])
+    def test_cancelling_anywhere_loses_nothing(self, fake: FakeOllama, use: str) -> None:
+        chance = random.Random(7)
+        body = b"".join(WHOLE)
+        pieces = [body[place : place + 9] for place in range(0, len(body), 9)]
 
+        async def once(llm: Any) -> None:
+            if use == "embed":
+                await llm.embed("x")
+            elif use == "chat":
+                assert (await llm.chat("x")).text == "Hello world"
+            else:
+                async with await llm.chat("x", stream=True) as stream:
+                    assert "".join([chunk.text async for chunk in stream]) == "Hello world"
 
-# --- Limits on what a server sends -----------------------------------------------------------------------------------
+        async def main() -> None:
+            async with graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=2) as llm:
+                for _ in range(300):
+                    task = asyncio.create_task(once(llm))
+                    for _ in range(chance.randrange(60)):
+                        await asyncio.sleep(0)
+                    if chance.random() < 0.3:
+                        await asyncio.sleep(chance.random() / 200)
+                    task.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await task
+                    assert llm.stats().running == 0
+                for _ in range(5):
+                    await asyncio.wait_for(once(llm), 5)
+                await asyncio.sleep(0.2)
+                assert fake.open_connections <= 2
+
+        fake.script("/chat", *[said(*pieces) for _ in range(400)])
+        fake.script("/embed", *[Answer([b'{"vectors": ', b"[[1.0]]}"]) for _ in range(400)])
+        asyncio.run(main())
+        assert soon(lambda: fake.open_connections == 0)
+
+    def test_event_loops_take_turns(self, fake: FakeOllama) -> None:
+        fake.script("/chat", *[said() for _ in range(20)])
+        llm = graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=1)
+
+        async def main(*, leave: bool) -> None:
+            assert (await llm.chat("x", timeout=10)).text == "Hello world"
+            stream = await llm.chat("x", stream=True)
+            if not leave:
+                await stream.aclose()
+
+        for turn in range(6):
+            asyncio.run(main(leave=turn % 2 == 0))
+            assert soon(lambda: fake.open_connections == 0)
+        assert soon(lambda: llm.stats().running == 0)
+        asyncio.run(llm.close())
+
+    def test_threads_share_a_sync_client(self, fake: FakeOllama) -> None:
+        fake.script("/chat", *[said() for _ in range(200)])
+        faults: list[BaseException] = []
+        with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=4) as llm:
+
+            def work(number: int) -> None:
+                try:
+                    for turn in range(10):
+                        if (turn + number) % 3:
+                            assert llm.chat("x", timeout=30).text == "Hello world"
+                        else:
+                            leave_by_break(llm.chat("x", stream=True, timeout=30))
+                except BaseException as error:  # noqa: BLE001 - the test fails of it
+                    faults.append(error)
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join(60)
+            assert faults == []
+            assert soon(lambda: llm.stats().running == 0)
+            assert fake.open_connections <= 4
+
+    @pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
+    def test_interrupt_frees_the_slot(self, fake: FakeOllama) -> None:
+        stalled = [said(event(text="Hello"), ending="stall"), Answer(raw=b"HTTP/1.1 200 OK\r\n", ending="stall")]
+        fake.script("/stall", *stalled * 3)
+        fake.script("/m", said(), said())
+        assert run(INTERRUPTED, fake.url).splitlines() == ["interrupted 0"] * 6 + ["Hello world 0"]
+
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+
+
 BARE = HEAD + b"connection: close\r\n\r\n"
+
+
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
@@ -987,33 +955,9 @@ SLOW: dict[str, tuple[Answer, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("answer", "phases"), SLOW.values(), ids=SLOW)
-def test_a_stream_of_events_that_drips_ends_in_time(
-    both: Any, fake: FakeOllama, answer: Answer, phases: set[str]
-) -> None:
-    fake.script("/chat", answer)
-    llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
-    begun = time.monotonic()
-    with pytest.raises(ProviderTimeout) as caught:
-        llm.chat("x")
-    assert caught.value.phase in phases
-    assert time.monotonic() - begun < SHORT.total + 2
-    assert llm.stats().running == 0
-    assert soon(lambda: fake.open_connections == 0)
-
-
-@pytest.mark.parametrize("data", [b" ", b"\n", b'{"'], ids=["blanks", "empty lines", "an object"])
-@pytest.mark.parametrize("use", ["models", "embed"])
-def test_an_object_that_drips_ends_in_time(both: Any, fake: FakeOllama, use: str, data: bytes) -> None:
-    fake.script(f"/{use}", Answer([data] * 200, delay=0.05))
-    llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
-    with pytest.raises(ProviderTimeout):
-        USES[use](llm)
-    assert llm.stats().running == 0
-    assert soon(lambda: fake.open_connections == 0)
-
-
 BIG = b"x" * (1 << 20)
+
+
 WRONG: dict[str, Answer] = {
     "a line of 9 MB": said(b"data: ", *[BIG] * 9),
     "an event without end": said(*[b"data: " + BIG[: 1 << 19] + b"\n"] * 12),
@@ -1052,22 +996,6 @@ WRONG: dict[str, Answer] = {
 }
 
 
-@pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
-def test_a_wrong_stream_of_events_is_a_typed_error_in_time(both: Any, fake: FakeOllama, answer: Answer) -> None:
-    fake.script("/chat", answer, answer, said())
-    timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
-    llm = both.connect(
-        on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, concurrency=1, max_reply_bytes=4 << 20
-    )
-    for _ in range(2):
-        with pytest.raises(ProviderError) as caught:
-            llm.chat("x")
-        assert not isinstance(caught.value, ProviderTimeout)
-        assert type(caught.value) is not ProviderError, caught.value
-    assert llm.chat("x").text == "Hello world"
-    assert llm.stats().running == 0
-
-
 OBJECTS: dict[str, Answer] = {
     "without end": Answer([BIG] * 6),
     "a promise of too much": Answer([], framing="none", headers={"content-length": "99999999999"}, ending="close"),
@@ -1084,39 +1012,14 @@ OBJECTS: dict[str, Answer] = {
 }
 
 
-@pytest.mark.parametrize("answer", OBJECTS.values(), ids=OBJECTS)
-def test_a_wrong_object_is_a_typed_error_in_time(both: Any, fake: FakeOllama, answer: Answer) -> None:
-    fake.script("/models", answer, Answer([b'{"models": []}']))
-    timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
-    llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, max_reply_bytes=4 << 20)
-    with pytest.raises(ProviderError) as caught:
-        llm.models()
-    assert type(caught.value) not in (ProviderError, ProviderTimeout)
-    assert llm.models() == ()
-    assert llm.stats().running == 0
-
-
 MANY = 200_000
+
+
 DENSE: dict[str, tuple[bytes, str]] = {
     "models": (b'{"models": [' + b'{"name":"m"},' * MANY + b"{}]}", "200003 objects and lists"),
     "empty lists": (b'{"x": [' + b"[]," * MANY + b"0]}", "200002 objects and lists"),
     "objects in objects": (b'{"x": [' + b'{"a":{}},' * MANY + b"0]}", "400002 objects and lists"),
 }
-
-
-@pytest.mark.parametrize("vectors", [None, "vectors"], ids=["an object", "vectors"])
-@pytest.mark.parametrize(("body", "words"), DENSE.values(), ids=DENSE)
-def test_an_object_of_too_many_objects_is_refused_before_it_is_read(
-    both: Any, fake: FakeOllama, body: bytes, words: str, vectors: str | None
-) -> None:
-    fake.script("/embed", Answer([body]))
-    llm = both.connect(Giving(lambda request: OnToolkit(request, fake.url, vectors)), model=MODEL)
-    tracemalloc.start()
-    with pytest.raises(ProtocolError, match=f"{words}.*the limit is 100000"):
-        llm.embed("x")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 12 << 20
 
 
 CROWDED = {
@@ -1125,57 +1028,116 @@ CROWDED = {
 }
 
 
-@pytest.mark.parametrize("body", CROWDED.values(), ids=CROWDED)
-def test_an_event_of_too_many_objects_is_refused(both: Any, fake: FakeOllama, body: bytes) -> None:
-    fake.script("/chat", said(WHOLE[0], body))
-    with pytest.raises(ProtocolError, match="the limit is 100000"):
-        both.connect(on_toolkit(fake), model=MODEL).chat("x")
+class TestResponses:
+    @pytest.mark.parametrize(("answer", "phases"), SLOW.values(), ids=SLOW)
+    def test_dripping_events_end_in_time(self, both: Any, fake: FakeOllama, answer: Answer, phases: set[str]) -> None:
+        fake.script("/chat", answer)
+        llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
+        begun = time.monotonic()
+        with pytest.raises(ProviderTimeout) as caught:
+            llm.chat("x")
+        assert caught.value.phase in phases
+        assert time.monotonic() - begun < SHORT.total + 2
+        assert llm.stats().running == 0
+        assert soon(lambda: fake.open_connections == 0)
 
+    @pytest.mark.parametrize("data", [b" ", b"\n", b'{"'], ids=["blanks", "empty lines", "an object"])
+    @pytest.mark.parametrize("use", ["models", "embed"])
+    def test_dripping_objects_end_in_time(self, both: Any, fake: FakeOllama, use: str, data: bytes) -> None:
+        fake.script(f"/{use}", Answer([data] * 200, delay=0.05))
+        llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
+        with pytest.raises(ProviderTimeout):
+            USES[use](llm)
+        assert llm.stats().running == 0
+        assert soon(lambda: fake.open_connections == 0)
 
-def test_fields_of_an_event_that_mean_nothing_are_not_kept(both: Any, fake: FakeOllama) -> None:
-    seen: list[int] = []
+    @pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
+    def test_wrong_events_are_typed_errors(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
+        fake.script("/chat", answer, answer, said())
+        timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
+        llm = both.connect(
+            on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, concurrency=1, max_reply_bytes=4 << 20
+        )
+        for _ in range(2):
+            with pytest.raises(ProviderError) as caught:
+                llm.chat("x")
+            assert not isinstance(caught.value, ProviderTimeout)
+            assert type(caught.value) is not ProviderError, caught.value
+        assert llm.chat("x").text == "Hello world"
+        assert llm.stats().running == 0
 
-    class Looking(OnToolkit):
-        @hookimpl
-        async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-            items = self.http.events("POST", "/chat", {}, call=request.call, read=lambda event: event)
-            seen.extend([len(items._reader._fields) async for _ in items])
-            yield END
+    @pytest.mark.parametrize("answer", OBJECTS.values(), ids=OBJECTS)
+    def test_wrong_objects_are_typed_errors(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
+        fake.script("/models", answer, Answer([b'{"models": []}']))
+        timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
+        llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, max_reply_bytes=4 << 20)
+        with pytest.raises(ProviderError) as caught:
+            llm.models()
+        assert type(caught.value) not in (ProviderError, ProviderTimeout)
+        assert llm.models() == ()
+        assert llm.stats().running == 0
 
-    fake.script("/chat", said(WHOLE[0], b"".join(b"f%d: x\n" % each for each in range(999)), b"id: 7\n", *WHOLE))
-    both.connect(Giving(lambda request: Looking(request, fake.url)), model=MODEL).chat("x")
-    assert max(seen) <= 1
+    @pytest.mark.parametrize("vectors", [None, "vectors"], ids=["an object", "vectors"])
+    @pytest.mark.parametrize(("body", "words"), DENSE.values(), ids=DENSE)
+    def test_crowded_object_is_refused_unread(
+        self, both: Any, fake: FakeOllama, body: bytes, words: str, vectors: str | None
+    ) -> None:
+        fake.script("/embed", Answer([body]))
+        llm = both.connect(Giving(lambda request: OnToolkit(request, fake.url, vectors)), model=MODEL)
+        tracemalloc.start()
+        with pytest.raises(ProtocolError, match=f"{words}.*the limit is 100000"):
+            llm.embed("x")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 12 << 20
 
+    @pytest.mark.parametrize("body", CROWDED.values(), ids=CROWDED)
+    def test_crowded_event_is_refused(self, both: Any, fake: FakeOllama, body: bytes) -> None:
+        fake.script("/chat", said(WHOLE[0], body))
+        with pytest.raises(ProtocolError, match="the limit is 100000"):
+            both.connect(on_toolkit(fake), model=MODEL).chat("x")
 
-def test_brackets_in_a_text_of_any_usual_length_are_no_objects_too_many(both: Any, fake: FakeOllama) -> None:
-    fake.script("/models", Answer([b'{"models": ["' + b"[{" * 45_000 + b'"]}']))
-    assert len(both.connect(on_toolkit(fake), model=MODEL).models()) == 1
+    def test_unknown_event_fields_are_dropped(self, both: Any, fake: FakeOllama) -> None:
+        seen: list[int] = []
 
+        class Looking(OnToolkit):
+            @hookimpl
+            async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+                items = self.http.events("POST", "/chat", {}, call=request.call, read=lambda event: event)
+                seen.extend([len(items._reader._fields) async for _ in items])
+                yield END
 
-def test_what_a_server_sends_beyond_its_answer_is_not_taken_for_the_next_one(both: Any) -> None:
-    head = b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n"
-    good, wrong = b'{"models": ["good"]}', b'{"models": ["evil"]}'
+        fake.script("/chat", said(WHOLE[0], b"".join(b"f%d: x\n" % each for each in range(999)), b"id: 7\n", *WHOLE))
+        both.connect(Giving(lambda request: Looking(request, fake.url)), model=MODEL).chat("x")
+        assert max(seen) <= 1
 
-    def serve(listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection, suppress(OSError):
-                    extra = head + wrong
-                    while connection.recv(65536):
-                        connection.sendall(head + good + extra)
-                        extra = b""
+    def test_brackets_in_text_do_not_count(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/models", Answer([b'{"models": ["' + b"[{" * 45_000 + b'"]}']))
+        assert len(both.connect(on_toolkit(fake), model=MODEL).models()) == 1
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        llm = both.connect(Giving(lambda request: OnToolkit(request, url)), model=MODEL)
-        assert [llm.models()[0].name for _ in range(3)] == ["good"] * 3
-        llm.close()
-        listener.shutdown(socket.SHUT_RDWR)
+    def test_surplus_bytes_are_discarded(self, both: Any) -> None:
+        head = b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n"
+        good, wrong = b'{"models": ["good"]}', b'{"models": ["evil"]}'
 
+        def serve(listener: socket.socket) -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, suppress(OSError):
+                        extra = head + wrong
+                        while connection.recv(65536):
+                            connection.sendall(head + good + extra)
+                            extra = b""
 
-def test_an_event_may_begin_with_a_byte_order_mark_and_end_in_any_way(both: Any, fake: FakeOllama) -> None:
-    body = b"\xef\xbb\xbf" + b"".join(WHOLE).replace(b"\n", b"\r\n").replace(b"data: [", b"data:[")
-    fake.script("/chat", said(*[body[place : place + 1] for place in range(len(body))]))
-    assert both.connect(on_toolkit(fake), model=MODEL).chat("x").text == "Hello world"
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=serve, args=(listener,), daemon=True).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            llm = both.connect(Giving(lambda request: OnToolkit(request, url)), model=MODEL)
+            assert [llm.models()[0].name for _ in range(3)] == ["good"] * 3
+            llm.close()
+            listener.shutdown(socket.SHUT_RDWR)
+
+    def test_bom_and_any_newline_are_accepted(self, both: Any, fake: FakeOllama) -> None:
+        body = b"\xef\xbb\xbf" + b"".join(WHOLE).replace(b"\n", b"\r\n").replace(b"data: [", b"data:[")
+        fake.script("/chat", said(*[body[place : place + 1] for place in range(len(body))]))
+        assert both.connect(on_toolkit(fake), model=MODEL).chat("x").text == "Hello world"

@@ -256,12 +256,10 @@ def _where(kept: dict[str, Any], figure: str, parts: Parts, kind: int) -> Iterat
     )
 
 
-def test_nothing_costs_more_calls_or_lines_than_it_did() -> None:
+def test_costs_do_not_grow() -> None:
     grown = "\n".join(_grown(json.loads(KEPT.read_text(encoding="utf-8")), figures()))
     assert not grown, f"{grown}\nIf that is meant: {RENEW}"
 
-
-# --- What the guard says ---------------------------------------------------------------------------------------------
 
 BEFORE: dict[str, Parts] = {"chat": {"a:f": [50, 900], "a:g": [50, 100]}}
 
@@ -270,25 +268,23 @@ def _said(now: dict[str, Parts], python: str = HERE) -> list[str]:
     return list(_grown(json.loads(_text(BEFORE)) | {"python": python}, now))
 
 
-def test_what_costs_less_passes() -> None:
-    assert _said({"chat": {"a:f": [40, 800], "a:g": [50, 100]}}) == []
+class TestReport:
+    def test_lower_costs_pass(self) -> None:
+        assert _said({"chat": {"a:f": [40, 800], "a:g": [50, 100]}}) == []
 
+    def test_small_growth_passes(self) -> None:
+        assert _said({"chat": {"a:f": [52, 929], "a:g": [51, 101]}}) == []
 
-def test_a_little_more_passes() -> None:
-    assert _said({"chat": {"a:f": [52, 929], "a:g": [51, 101]}}) == []
+    def test_growth_names_its_functions(self) -> None:
+        assert _said({"chat": {"a:f": [52, 900], "a:g": [50, 100], "a:h": [3, 6]}}) == [
+            "chat: 105 calls where 100 were kept; most of that in",
+            "    a:h: 3, 3 more",
+            "    a:f: 52, 2 more",
+        ]
 
-
-def test_what_has_grown_is_named_with_the_functions_that_grew_most() -> None:
-    assert _said({"chat": {"a:f": [52, 900], "a:g": [50, 100], "a:h": [3, 6]}}) == [
-        "chat: 105 calls where 100 were kept; most of that in",
-        "    a:h: 3, 3 more",
-        "    a:f: 52, 2 more",
-    ]
-
-
-def test_lines_are_compared_on_one_version_of_python() -> None:
-    now: dict[str, Parts] = {"chat": {"a:f": [50, 2000], "a:g": [50, 100]}}
-    assert (len(_said(now)), _said(now, python="3.0")) == (2, [])
+    def test_lines_need_the_same_python(self) -> None:
+        now: dict[str, Parts] = {"chat": {"a:f": [50, 2000], "a:g": [50, 100]}}
+        assert (len(_said(now)), _said(now, python="3.0")) == (2, [])
 
 
 if __name__ == "__main__":

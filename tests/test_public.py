@@ -150,17 +150,17 @@ def _target(node: ast.Assign | ast.AnnAssign) -> str:
     return ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
 
 
-def test_the_public_names_are_those_that_were_agreed() -> None:
+def test_public_names_are_as_agreed() -> None:
     agreed, found = AGREED.read_text(encoding="utf-8").splitlines(), surface().splitlines()
     changes = "\n".join(difflib.unified_diff(agreed, found, "agreed", "now", lineterm="", n=1))
     assert not changes, f"{changes}\nIf that is meant: {RENEW}"
 
 
-def test_each_public_module_says_what_is_public() -> None:
+def test_public_modules_have_all() -> None:
     assert not [module for module in modules() if _is_public(module) and not _names(module)]
 
 
-def test_each_public_name_is_there() -> None:
+def test_names_in_all_exist() -> None:
     for module in modules():
         lines = "\n".join(_module(module, _names(module)))
         assert not [name for name in _names(module) if name not in lines], module
@@ -169,14 +169,14 @@ def test_each_public_name_is_there() -> None:
 # --- Imports ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     try:
         TopologicalSorter({module: set(imports(module)) for module in modules()}).prepare()
     except CycleError as error:
         raise AssertionError(" is imported by ".join(error.args[1])) from None
 
 
-def test_imports_inside_the_engine_run_one_way() -> None:
+def test_engine_imports_run_one_way() -> None:
     order = [f"graftage._engine.{name}" for name in ENGINE]
     assert {each for each in modules() if each.startswith("graftage._engine.")} == set(order)
     up = [

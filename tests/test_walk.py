@@ -111,26 +111,26 @@ def walks(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_few_layers_stand_between_a_chat_and_the_socket(walks: dict[str, Any], kind: str) -> None:
+def test_few_layers_to_the_socket(walks: dict[str, Any], kind: str) -> None:
     path = walks[kind]["walk"]
     assert path[0].startswith("graftage._client."), path
     assert path[-1].startswith("graftage.http."), path
     assert len(path) <= LAYERS, path
 
 
-def test_the_walk_is_the_one_that_is_described(walks: dict[str, Any]) -> None:
+def test_walk_matches_its_description(walks: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8").partition("## How a call walks")[2].partition("\n## ")[0]
     described = re.findall(r"^\| `([\w.]+)`", text, re.MULTILINE)
     assert described == [each.partition(":")[2].partition(".<locals>")[0] for each in walks["sync plain"]["walk"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chunk_takes_few_calls(walks: dict[str, Any], kind: str) -> None:
+def test_chunk_takes_few_calls(walks: dict[str, Any], kind: str) -> None:
     calls = walks[kind]["calls"]
     assert sum(calls.values()) <= CALLS_PER_CHUNK, calls
 
 
-def test_a_chat_imports_only_what_it_needs() -> None:
+def test_chat_imports_what_it_needs() -> None:
     program = f"""
 import sys
 import graftage

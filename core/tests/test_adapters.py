@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
     from graftage.calls import ResolveRequest
 
+
 MODEL = "m:1"
+
+
 FITS = Verdict(status="compatible")
 
 
@@ -99,245 +102,6 @@ def loads(echo: Echo) -> list[Any]:
     return [request for hook, request in echo.calls if hook.removeprefix("a") == "load_adapter"]
 
 
-def test_an_adapter_of_one_call_answers_that_call_and_no_other(both: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
-    with_it, without = llm.chat("x", adapter="poet"), llm.chat("x")
-    assert (with_it.adapter, with_it.model) == ("poet", "m:1+poet")
-    assert (without.adapter, without.model) == (None, MODEL)
-
-
-def test_an_active_adapter_answers_until_it_is_switched_off(both: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
-    active = llm.use_adapter("poet")
-    assert (active.name, active.model, active.strategy) == ("poet", "m:1+poet", "derived")
-    assert llm.stats().active_adapter == "poet"
-    assert [llm.chat("x").adapter, llm.generate("x").adapter, llm.chat("x", adapter=None).adapter] == [
-        "poet",
-        "poet",
-        None,
-    ]
-    assert llm.use_adapter(None) is None
-    assert (llm.chat("x").adapter, llm.stats().active_adapter) == (None, None)
-
-
-def test_an_adapter_is_loaded_once_for_many_calls_at_one_time(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
-    replies = both.together([lambda: llm.chat("x", adapter="poet").adapter] * 16)
-    assert replies == ["poet"] * 16
-    assert sum("load_adapter" in hook for hook, _ in echo.calls) == 1
-
-
-def test_after_a_failed_switch_every_call_raises_that_error_until_a_switch_works(both: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
-    llm.use_adapter("poet")
-    with pytest.raises(AdapterNotFound):
-        llm.use_adapter("pirate")
-    for act in (llm.chat, llm.generate):
-        with pytest.raises(AdapterNotFound, match="pirate"):
-            act("x")
-    assert llm.chat("x", adapter=None).adapter is None
-    assert llm.chat("x", adapter="poet").adapter == "poet"
-    llm.use_adapter("poet")
-    assert llm.chat("x").adapter == "poet"
-
-
-def test_a_switch_that_the_provider_fails_is_told_by_every_call_too(both: Any) -> None:
-    echo = Echo(errors={"load_adapter": ConnectionFailed("gone")})
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
-    with pytest.raises(ConnectionFailed):
-        llm.use_adapter("poet")
-    with pytest.raises(AdapterError, match="poet") as caught:
-        llm.chat("x")
-    assert isinstance(caught.value.__cause__, ConnectionFailed)
-    llm.use_adapter(None)
-    assert llm.chat("x").adapter is None
-
-
-def test_a_missing_adapter_falls_back_to_the_base_only_where_asked_and_says_so_on_every_reply(both: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf()])
-    assert llm.use_adapter("pirate", on_missing="base") is None
-    for _ in range(2):
-        reply = llm.chat("x")
-        assert reply.adapter is None
-        assert any("pirate" in warning for warning in reply.warnings)
-    llm.use_adapter(None)
-    assert llm.chat("x").warnings == ()
-
-
-def test_falling_back_covers_what_is_missing_and_nothing_else(both: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf(torn=AdapterInvalid("torn"))])
-    with pytest.raises(AdapterInvalid):
-        llm.use_adapter("torn", on_missing="base")
-    with pytest.raises(RequestRejected, match="on_missing"):
-        llm.use_adapter("torn", on_missing="whatever")
-
-
-NO = Verdict(status="incompatible", reasons=("40 layers against 30", "width 960 against 576"))
-
-
-def test_an_adapter_that_does_not_fit_is_refused_with_every_reason(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
-    with pytest.raises(AdapterIncompatible, match="40 layers") as caught:
-        llm.chat("x", adapter="big")
-    assert caught.value.reasons == NO.reasons
-    assert "force" in str(caught.value)
-    assert not any("load_adapter" in hook for hook, _ in echo.calls)
-
-
-def test_force_loads_it_all_the_same_and_each_reply_tells(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
-    once = llm.chat("x", adapter="big", force=True)
-    llm.use_adapter("big", force=True)
-    for reply in (once, llm.chat("x")):
-        assert reply.adapter == "big"
-        assert any("forced" in warning and "40 layers" in warning for warning in reply.warnings)
-    assert next(request for hook, request in echo.calls if "load_adapter" in hook).force
-    with pytest.raises(AdapterIncompatible):
-        llm.chat("x", adapter="big")
-
-
-def test_an_adapter_that_may_fit_is_used_with_a_warning(both: Any) -> None:
-    unsure = Verdict(status="unknown", reasons=("the shapes of the base are not told",), warnings=("other name",))
-    reply = both.connect(Echo(), model=MODEL, plugins=[shelf(odd=Patch("odd", unsure))]).chat("x", adapter="odd")
-    assert reply.warnings[0] == "other name"
-    assert "shapes of the base" in reply.warnings[1]
-
-
-def test_resolvers_are_asked_in_turn_and_each_says_why_it_passed(both: Any) -> None:
-    broken, empty, full = Shelf({"poet": OSError("no disk")}, "one"), Shelf({}, "two"), Shelf({}, "three")
-    llm = both.connect(Echo(), model=MODEL, plugins=[broken, empty, full])
-    with pytest.raises(AdapterNotFound) as caught:
-        llm.chat("x", adapter="poet")
-    assert caught.value.reasons == ("one: OSError: no disk", "two: does not know it", "three: does not know it")
-    full.patches["poet"] = Patch("poet")
-    assert llm.chat("x", adapter="poet").adapter == "poet"
-
-
-def test_an_answer_that_is_no_adapter_counts_for_nothing(both: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf(poet={"name": "poet"})])
-    with pytest.raises(AdapterNotFound, match="not an adapter"):
-        llm.chat("x", adapter="poet")
-
-
-def test_without_a_resolver_the_error_says_what_to_install(both: Any) -> None:
-    with pytest.raises(AdapterNotFound, match="graftage-lora"):
-        both.connect(Echo(), model=MODEL).chat("x", adapter="poet")
-
-
-def test_a_provider_that_takes_no_adapters_says_so_before_anything_is_resolved(both: Any) -> None:
-    found = shelf("poet")
-    echo = Echo(without=["load_adapter"])
-    with pytest.raises(CapabilityUnsupported, match="load_adapter"):
-        both.connect(echo, model=MODEL, plugins=[found]).chat("x", adapter="poet")
-    assert found.asked == []
-
-
-def test_a_resolver_gets_the_facts_of_the_base_only_when_it_asks(both: Any) -> None:
-    facts: list[ModelInfo | None] = []
-
-    def look(request: ResolveRequest) -> Patch:
-        facts.extend([request.base(), request.base()])
-        return Patch("poet")
-
-    echo = Echo(models=[ModelInfo(name="m:1", architecture="llama")])
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("plain", poet=look)])
-    llm.chat("x", adapter="plain")
-    assert not any("show_model" in hook for hook, _ in echo.calls)
-    llm.chat("x", adapter="poet")
-    assert [info.architecture if info else None for info in facts] == ["llama", "llama"]
-    assert sum("show_model" in hook for hook, _ in echo.calls) == 1
-
-
-def test_a_dead_server_is_no_missing_adapter(both: Any) -> None:
-    echo = Echo(errors={"show_model": ConnectionFailed("gone")})
-    with pytest.raises(ConnectionFailed):
-        both.connect(echo, model=MODEL, plugins=[shelf(poet=lambda request: request.base())]).chat("x", adapter="poet")
-
-
-@pytest.mark.parametrize("reference", ["", "  ", 5, b"poet", ["poet"]])
-def test_a_reference_that_is_none_is_refused(both: Any, reference: Any) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
-    with pytest.raises(RequestRejected, match="dapter"):
-        llm.use_adapter(reference)
-
-
-def test_resolving_shows_the_verdict_and_loads_nothing(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
-    assert llm.resolve_adapter("big").verdict == NO
-    assert echo.requests == []
-    with pytest.raises(AdapterNotFound):
-        llm.resolve_adapter("small")
-
-
-def test_adapters_of_all_plugins_are_listed_and_a_broken_one_hides_nobody(both: Any) -> None:
-    class Broken(Shelf):
-        @hookimpl
-        def list_adapters(self) -> list[AdapterInfo]:
-            raise OSError("no disk")
-
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet"), Broken(name="broken"), Shelf({"pirate": 1}, "b")])
-    assert [each.name for each in llm.adapters()] == ["poet", "pirate"]
-
-
-def test_an_adapter_that_was_unloaded_is_loaded_again_by_the_call_that_names_it(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
-    llm.use_adapter("poet")
-    llm.unload_adapter("poet")
-    llm.unload_adapter("poet")
-    assert llm.loaded() == ()
-    assert llm.chat("x", adapter="poet").adapter == "poet"
-    hooks = [hook.removeprefix("a") for hook, _ in echo.calls if "load_adapter" in hook]
-    assert hooks == ["load_adapter", "unload_adapter", "load_adapter"]
-
-
-def test_pruning_says_what_would_go_and_deletes_only_where_asked(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "pirate")])
-    for name in ("poet", "pirate"):
-        llm.chat("x", adapter=name)
-    assert [each.name for each in llm.prune_adapters()] == ["m:1+pirate", "m:1+poet"]
-    assert echo.derived == {"m:1+pirate", "m:1+poet"}
-    assert [each.name for each in llm.prune_adapters(keep=["m:1+poet"], dry_run=False)] == ["m:1+pirate"]
-    assert echo.derived == {"m:1+poet"}
-    assert llm.chat("x", adapter="pirate").adapter == "pirate"
-
-
-def test_a_derived_model_that_somebody_deleted_is_an_error_once_and_then_made_again(both: Any) -> None:
-    gone = ModelNotFound("deleted", model="m:1+poet")
-    echo = Echo(["a", gone, "b"])
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
-    assert llm.chat("x", adapter="poet").text == "a"
-    with pytest.raises(ModelNotFound):
-        llm.chat("x", adapter="poet")
-    assert llm.chat("x", adapter="poet").text == "b"
-    assert sum("load_adapter" in hook for hook, _ in echo.calls) == 2
-
-
-def test_the_last_of_many_switches_at_one_time_wins(both: Any) -> None:
-    reached, go = threading.Event(), threading.Event()
-
-    def slow(request: ResolveRequest) -> Patch:
-        reached.set()
-        assert go.wait(10)
-        return Patch(request.reference)
-
-    names = ("one", "two", "three")
-    llm = both.opened(Echo(), model=MODEL, plugins=[shelf(**dict.fromkeys(names, slow))])
-    switches = []
-    for waiting, name in enumerate(names):
-        switches.append(both.start(llm.use_adapter, name))
-        assert reached.wait(10)
-        until(lambda: llm.stats().waiting == waiting)  # noqa: B023 - called at once
-    go.set()
-    assert [each.result(10).name for each in switches] == [*names]
-    assert llm.chat("x").adapter == "three"
-
-
 def until(truth: Callable[[], bool]) -> None:
     """Wait for something another thread does."""
     end = time.monotonic() + 5
@@ -346,23 +110,359 @@ def until(truth: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_a_call_keeps_the_adapter_it_began_with_while_another_is_switched_to() -> None:
-    async def main() -> None:
-        llm = graftage.connect_async(Echo(["a b c", "d"]), model=MODEL, plugins=[shelf("poet", "pirate")])
-        async with llm:
-            await llm.use_adapter("poet")
-            async with await llm.chat("x", stream=True) as stream:
-                await llm.use_adapter("pirate")
-                assert [chunk.text async for chunk in stream] == ["a ", "b ", "c", ""]
-                assert (stream.reply.adapter, stream.reply.model) == ("poet", "m:1+poet")
-            assert (await llm.chat("y")).adapter == "pirate"
+class TestUse:
+    def test_argument_serves_one_call(self, both: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+        with_it, without = llm.chat("x", adapter="poet"), llm.chat("x")
+        assert (with_it.adapter, with_it.model) == ("poet", "m:1+poet")
+        assert (without.adapter, without.model) == (None, MODEL)
 
-    asyncio.run(main())
+    def test_active_one_serves_until_switched(self, both: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+        active = llm.use_adapter("poet")
+        assert (active.name, active.model, active.strategy) == ("poet", "m:1+poet", "derived")
+        assert llm.stats().active_adapter == "poet"
+        assert [llm.chat("x").adapter, llm.generate("x").adapter, llm.chat("x", adapter=None).adapter] == [
+            "poet",
+            "poet",
+            None,
+        ]
+        assert llm.use_adapter(None) is None
+        assert (llm.chat("x").adapter, llm.stats().active_adapter) == (None, None)
+
+    def test_concurrent_calls_load_once(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        replies = both.together([lambda: llm.chat("x", adapter="poet").adapter] * 16)
+        assert replies == ["poet"] * 16
+        assert sum("load_adapter" in hook for hook, _ in echo.calls) == 1
+
+    def test_unloaded_one_loads_again(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        llm.use_adapter("poet")
+        llm.unload_adapter("poet")
+        llm.unload_adapter("poet")
+        assert llm.loaded() == ()
+        assert llm.chat("x", adapter="poet").adapter == "poet"
+        hooks = [hook.removeprefix("a") for hook, _ in echo.calls if "load_adapter" in hook]
+        assert hooks == ["load_adapter", "unload_adapter", "load_adapter"]
+
+    def test_prune_is_dry_by_default(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "pirate")])
+        for name in ("poet", "pirate"):
+            llm.chat("x", adapter=name)
+        assert [each.name for each in llm.prune_adapters()] == ["m:1+pirate", "m:1+poet"]
+        assert echo.derived == {"m:1+pirate", "m:1+poet"}
+        assert [each.name for each in llm.prune_adapters(keep=["m:1+poet"], dry_run=False)] == ["m:1+pirate"]
+        assert echo.derived == {"m:1+poet"}
+        assert llm.chat("x", adapter="pirate").adapter == "pirate"
+
+    def test_deleted_model_is_made_again(self, both: Any) -> None:
+        gone = ModelNotFound("deleted", model="m:1+poet")
+        echo = Echo(["a", gone, "b"])
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        assert llm.chat("x", adapter="poet").text == "a"
+        with pytest.raises(ModelNotFound):
+            llm.chat("x", adapter="poet")
+        assert llm.chat("x", adapter="poet").text == "b"
+        assert sum("load_adapter" in hook for hook, _ in echo.calls) == 2
+
+    def test_running_call_keeps_its_adapter(self) -> None:
+        async def main() -> None:
+            llm = graftage.connect_async(Echo(["a b c", "d"]), model=MODEL, plugins=[shelf("poet", "pirate")])
+            async with llm:
+                await llm.use_adapter("poet")
+                async with await llm.chat("x", stream=True) as stream:
+                    await llm.use_adapter("pirate")
+                    assert [chunk.text async for chunk in stream] == ["a ", "b ", "c", ""]
+                    assert (stream.reply.adapter, stream.reply.model) == ("poet", "m:1+poet")
+                assert (await llm.chat("y")).adapter == "pirate"
+
+        asyncio.run(main())
+
+    def test_policies_limit_the_loading(self, both: Any) -> None:
+        class Strict:
+            name = "strict"
+            answer: Any = Limits(context_window=512)
+
+            @hookimpl
+            def resource_limits(self, query: Any) -> Any:
+                if isinstance(self.answer, Exception):
+                    raise self.answer
+                return self.answer
+
+        policy = Strict()
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "other"), policy])
+        llm.use_adapter("poet")
+        (loading,) = [request for hook, request in echo.calls if hook.endswith("load_adapter")]
+        assert loading.context_window == 512
+        policy.answer = ResourceLimitExceeded("no room", limit="memory", value=1)
+        with pytest.raises(ResourceLimitExceeded):
+            llm.use_adapter("other")
+        assert len([hook for hook, _ in echo.calls if hook.endswith("load_adapter")]) == 1
 
 
-# --- Never another project's adapter ---------------------------------------------------------------------------------
+class TestSwitch:
+    def test_failure_lasts_until_success(self, both: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+        llm.use_adapter("poet")
+        with pytest.raises(AdapterNotFound):
+            llm.use_adapter("pirate")
+        for act in (llm.chat, llm.generate):
+            with pytest.raises(AdapterNotFound, match="pirate"):
+                act("x")
+        assert llm.chat("x", adapter=None).adapter is None
+        assert llm.chat("x", adapter="poet").adapter == "poet"
+        llm.use_adapter("poet")
+        assert llm.chat("x").adapter == "poet"
+
+    def test_provider_failure_lasts_too(self, both: Any) -> None:
+        echo = Echo(errors={"load_adapter": ConnectionFailed("gone")})
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        with pytest.raises(ConnectionFailed):
+            llm.use_adapter("poet")
+        with pytest.raises(AdapterError, match="poet") as caught:
+            llm.chat("x")
+        assert isinstance(caught.value.__cause__, ConnectionFailed)
+        llm.use_adapter(None)
+        assert llm.chat("x").adapter is None
+
+    def test_on_missing_warns_each_reply(self, both: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf()])
+        assert llm.use_adapter("pirate", on_missing="base") is None
+        for _ in range(2):
+            reply = llm.chat("x")
+            assert reply.adapter is None
+            assert any("pirate" in warning for warning in reply.warnings)
+        llm.use_adapter(None)
+        assert llm.chat("x").warnings == ()
+
+    def test_on_missing_covers_nothing_else(self, both: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf(torn=AdapterInvalid("torn"))])
+        with pytest.raises(AdapterInvalid):
+            llm.use_adapter("torn", on_missing="base")
+        with pytest.raises(RequestRejected, match="on_missing"):
+            llm.use_adapter("torn", on_missing="whatever")
+
+    def test_last_one_wins(self, both: Any) -> None:
+        reached, go = threading.Event(), threading.Event()
+
+        def slow(request: ResolveRequest) -> Patch:
+            reached.set()
+            assert go.wait(10)
+            return Patch(request.reference)
+
+        names = ("one", "two", "three")
+        llm = both.opened(Echo(), model=MODEL, plugins=[shelf(**dict.fromkeys(names, slow))])
+        switches = []
+        for waiting, name in enumerate(names):
+            switches.append(both.start(llm.use_adapter, name))
+            assert reached.wait(10)
+            until(lambda: llm.stats().waiting == waiting)  # noqa: B023 - called at once
+        go.set()
+        assert [each.result(10).name for each in switches] == [*names]
+        assert llm.chat("x").adapter == "three"
+
+    @pytest.mark.parametrize(
+        ("reference", "arguments"),
+        [("", {}), (5, {}), ("other", {"timeout": 0}), ("other", {"on_missing": "bse"}), ("other", {"model": 5})],
+    )
+    def test_wrong_arguments_are_a_failure(self, both: Any, reference: Any, arguments: dict[str, Any]) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet", "other")])
+        llm.use_adapter("poet")
+        with pytest.raises(RequestRejected):
+            llm.use_adapter(reference, **arguments)
+        with pytest.raises(AdapterError, match="Switch again"):
+            llm.chat("x")
+        llm.use_adapter(None)
+        assert llm.chat("x").adapter is None
+
+    def test_cancellation_is_a_failure(self) -> None:
+        async def main() -> None:
+            llm = graftage.connect_async(Echo(), model=MODEL, plugins=[shelf("poet")])
+            switching = asyncio.create_task(llm.use_adapter("poet"))
+            await asyncio.sleep(0)
+            switching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await switching
+            with pytest.raises(AdapterError, match="Switch again"):
+                await llm.chat("x")
+            await llm.close()
+
+        asyncio.run(main())
+
+    def test_success_holds_during_the_next(self, both: Any) -> None:
+        gates = {name: (threading.Event(), threading.Event()) for name in ("early", "late")}
+
+        def slow(request: ResolveRequest) -> Patch:
+            reached, go = gates[request.reference]
+            reached.set()
+            assert go.wait(10)
+            return Patch(request.reference)
+
+        llm = both.opened(Echo(), model=MODEL, plugins=[shelf(early=slow, late=slow)])
+        switches = [both.start(llm.use_adapter, "early")]
+        assert gates["early"][0].wait(10)
+        switches.append(both.start(llm.use_adapter, "late"))
+        for (reached, go), switch, name, before in zip(gates.values(), switches, gates, (None, "early"), strict=True):
+            assert reached.wait(10)
+            assert llm.stats().active_adapter == before
+            go.set()
+            assert switch.result(10).name == name
+        assert llm.chat("x").adapter == "late"
+
+
+NO = Verdict(status="incompatible", reasons=("40 layers against 30", "width 960 against 576"))
+
+
+class TestVerdict:
+    def test_incompatible_is_refused_with_reasons(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
+        with pytest.raises(AdapterIncompatible, match="40 layers") as caught:
+            llm.chat("x", adapter="big")
+        assert caught.value.reasons == NO.reasons
+        assert "force" in str(caught.value)
+        assert not any("load_adapter" in hook for hook, _ in echo.calls)
+
+    def test_force_loads_with_a_warning(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
+        once = llm.chat("x", adapter="big", force=True)
+        llm.use_adapter("big", force=True)
+        for reply in (once, llm.chat("x")):
+            assert reply.adapter == "big"
+            assert any("forced" in warning and "40 layers" in warning for warning in reply.warnings)
+        assert next(request for hook, request in echo.calls if "load_adapter" in hook).force
+        with pytest.raises(AdapterIncompatible):
+            llm.chat("x", adapter="big")
+
+    def test_unknown_loads_with_a_warning(self, both: Any) -> None:
+        unsure = Verdict(status="unknown", reasons=("the shapes of the base are not told",), warnings=("other name",))
+        reply = both.connect(Echo(), model=MODEL, plugins=[shelf(odd=Patch("odd", unsure))]).chat("x", adapter="odd")
+        assert reply.warnings[0] == "other name"
+        assert "shapes of the base" in reply.warnings[1]
+
+    def test_resolving_loads_nothing(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(big=Patch("big", NO))])
+        assert llm.resolve_adapter("big").verdict == NO
+        assert echo.requests == []
+        with pytest.raises(AdapterNotFound):
+            llm.resolve_adapter("small")
+
+
+class TestResolvers:
+    def test_are_asked_in_turn(self, both: Any) -> None:
+        broken, empty, full = Shelf({"poet": OSError("no disk")}, "one"), Shelf({}, "two"), Shelf({}, "three")
+        llm = both.connect(Echo(), model=MODEL, plugins=[broken, empty, full])
+        with pytest.raises(AdapterNotFound) as caught:
+            llm.chat("x", adapter="poet")
+        assert caught.value.reasons == ("one: OSError: no disk", "two: does not know it", "three: does not know it")
+        full.patches["poet"] = Patch("poet")
+        assert llm.chat("x", adapter="poet").adapter == "poet"
+
+    def test_invalid_result_is_skipped(self, both: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf(poet={"name": "poet"})])
+        with pytest.raises(AdapterNotFound, match="not an adapter"):
+            llm.chat("x", adapter="poet")
+
+    def test_missing_one_names_graftage_lora(self, both: Any) -> None:
+        with pytest.raises(AdapterNotFound, match="graftage-lora"):
+            both.connect(Echo(), model=MODEL).chat("x", adapter="poet")
+
+    def test_unable_provider_is_refused_first(self, both: Any) -> None:
+        found = shelf("poet")
+        echo = Echo(without=["load_adapter"])
+        with pytest.raises(CapabilityUnsupported, match="load_adapter"):
+            both.connect(echo, model=MODEL, plugins=[found]).chat("x", adapter="poet")
+        assert found.asked == []
+
+    def test_base_facts_come_on_request(self, both: Any) -> None:
+        facts: list[ModelInfo | None] = []
+
+        def look(request: ResolveRequest) -> Patch:
+            facts.extend([request.base(), request.base()])
+            return Patch("poet")
+
+        echo = Echo(models=[ModelInfo(name="m:1", architecture="llama")])
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("plain", poet=look)])
+        llm.chat("x", adapter="plain")
+        assert not any("show_model" in hook for hook, _ in echo.calls)
+        llm.chat("x", adapter="poet")
+        assert [info.architecture if info else None for info in facts] == ["llama", "llama"]
+        assert sum("show_model" in hook for hook, _ in echo.calls) == 1
+
+    def test_dead_server_is_a_connection_error(self, both: Any) -> None:
+        echo = Echo(errors={"show_model": ConnectionFailed("gone")})
+        with pytest.raises(ConnectionFailed):
+            both.connect(echo, model=MODEL, plugins=[shelf(poet=lambda request: request.base())]).chat(
+                "x", adapter="poet"
+            )
+
+    @pytest.mark.parametrize("reference", ["", "  ", 5, b"poet", ["poet"]])
+    def test_invalid_references_are_refused(self, both: Any, reference: Any) -> None:
+        llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+        with pytest.raises(RequestRejected, match="dapter"):
+            llm.use_adapter(reference)
+
+    def test_broken_one_hides_no_other(self, both: Any) -> None:
+        class Broken(Shelf):
+            @hookimpl
+            def list_adapters(self) -> list[AdapterInfo]:
+                raise OSError("no disk")
+
+        llm = both.connect(
+            Echo(), model=MODEL, plugins=[shelf("poet"), Broken(name="broken"), Shelf({"pirate": 1}, "b")]
+        )
+        assert [each.name for each in llm.adapters()] == ["poet", "pirate"]
+
+
+class TestIdentity:
+    def test_shared_content_keeps_both_names(self, both: Any) -> None:
+        echo, names = Echo(), ("one", "two", "one")
+        patches = {name: Patch(name, content="same") for name in names}
+        llm = both.connect(echo, model=MODEL, plugins=[Shelf(patches)])
+        assert [llm.chat("x", adapter=name).adapter for name in names] == [*names]
+        assert [marks(request) for hook, request in echo.calls if hook.endswith("chat")] == [
+            (name, patches[name].digest) for name in names
+        ]
+        assert len(loads(echo)) == 1
+
+    def test_name_and_digest_are_separate(self, both: Any, watcher: Any) -> None:
+        echo, patch = Echo(), Patch("poet")
+        llm = both.connect(echo, model=MODEL, plugins=[Shelf({"a/path": patch}), watcher])
+        loaded = llm.use_adapter("a/path")
+        assert (loaded.name, loaded.digest) == ("poet", patch.digest)
+        assert (llm.stats().active_adapter, watcher.last("finish").adapter) == ("poet", "poet")
+        replies = [llm.chat("x"), llm.generate("x"), llm.chat("x", adapter="a/path")]
+        assert [marks(request) for request in echo.requests[-3:]] == [("poet", patch.digest)] * 3
+        assert [reply.adapter for reply in replies] == ["poet"] * 3
+        llm.unload_adapter("a/path")
+        assert marks(echo.requests[-1]) == ("poet", patch.digest)
+
+    def test_new_content_is_another_adapter(self, both: Any) -> None:
+        echo, old, new = Echo(), Patch("poet"), Patch("poet", content="new")
+        plugin = Shelf({"poet": old, "old": old})
+        llm = both.connect(echo, model=MODEL, plugins=[plugin])
+        llm.use_adapter("poet")
+        plugin.patches["poet"] = new
+        for how, digest in (({"adapter": "poet"}, new.digest), ({}, old.digest)):
+            llm.chat("x", **how)
+            assert marks(echo.requests[-1]) == ("poet", digest)
+        assert [request.adapter.digest for request in loads(echo)] == [old.digest, new.digest]
+        # The active one is gone then, whatever else is loaded under its name.
+        llm.unload_adapter("old")
+        llm.chat("x")
+        assert marks(echo.requests[-1]) == ("poet", new.digest)
+
 
 NAMES = ("one", "two", "three")
+
+
 UNFIT = {
     "torn": AdapterInvalid("torn"),
     "unsupported": AdapterUnsupported("not here"),
@@ -429,119 +529,3 @@ class AdapterMachine(RuleBasedStateMachine):
 
 TestAdapterMachine = AdapterMachine.TestCase
 TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=30)
-
-
-@pytest.mark.parametrize(
-    ("reference", "arguments"),
-    [("", {}), (5, {}), ("other", {"timeout": 0}), ("other", {"on_missing": "bse"}), ("other", {"model": 5})],
-)
-def test_a_switch_that_fails_at_its_arguments_leaves_no_other_adapter_in_its_place(
-    both: Any, reference: Any, arguments: dict[str, Any]
-) -> None:
-    llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet", "other")])
-    llm.use_adapter("poet")
-    with pytest.raises(RequestRejected):
-        llm.use_adapter(reference, **arguments)
-    with pytest.raises(AdapterError, match="Switch again"):
-        llm.chat("x")
-    llm.use_adapter(None)
-    assert llm.chat("x").adapter is None
-
-
-def test_a_switch_that_is_cancelled_while_the_client_opens_is_a_failed_switch() -> None:
-    async def main() -> None:
-        llm = graftage.connect_async(Echo(), model=MODEL, plugins=[shelf("poet")])
-        switching = asyncio.create_task(llm.use_adapter("poet"))
-        await asyncio.sleep(0)
-        switching.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await switching
-        with pytest.raises(AdapterError, match="Switch again"):
-            await llm.chat("x")
-        await llm.close()
-
-    asyncio.run(main())
-
-
-def test_a_switch_that_succeeds_is_in_effect_while_a_later_one_is_under_way(both: Any) -> None:
-    gates = {name: (threading.Event(), threading.Event()) for name in ("early", "late")}
-
-    def slow(request: ResolveRequest) -> Patch:
-        reached, go = gates[request.reference]
-        reached.set()
-        assert go.wait(10)
-        return Patch(request.reference)
-
-    llm = both.opened(Echo(), model=MODEL, plugins=[shelf(early=slow, late=slow)])
-    switches = [both.start(llm.use_adapter, "early")]
-    assert gates["early"][0].wait(10)
-    switches.append(both.start(llm.use_adapter, "late"))
-    for (reached, go), switch, name, before in zip(gates.values(), switches, gates, (None, "early"), strict=True):
-        assert reached.wait(10)
-        assert llm.stats().active_adapter == before
-        go.set()
-        assert switch.result(10).name == name
-    assert llm.chat("x").adapter == "late"
-
-
-def test_two_names_of_one_content_are_each_named_as_they_were_asked_for(both: Any) -> None:
-    echo, names = Echo(), ("one", "two", "one")
-    patches = {name: Patch(name, content="same") for name in names}
-    llm = both.connect(echo, model=MODEL, plugins=[Shelf(patches)])
-    assert [llm.chat("x", adapter=name).adapter for name in names] == [*names]
-    assert [marks(request) for hook, request in echo.calls if hook.endswith("chat")] == [
-        (name, patches[name].digest) for name in names
-    ]
-    assert len(loads(echo)) == 1
-
-
-def test_the_name_of_an_adapter_and_its_digest_each_have_their_place(both: Any, watcher: Any) -> None:
-    echo, patch = Echo(), Patch("poet")
-    llm = both.connect(echo, model=MODEL, plugins=[Shelf({"a/path": patch}), watcher])
-    loaded = llm.use_adapter("a/path")
-    assert (loaded.name, loaded.digest) == ("poet", patch.digest)
-    assert (llm.stats().active_adapter, watcher.last("finish").adapter) == ("poet", "poet")
-    replies = [llm.chat("x"), llm.generate("x"), llm.chat("x", adapter="a/path")]
-    assert [marks(request) for request in echo.requests[-3:]] == [("poet", patch.digest)] * 3
-    assert [reply.adapter for reply in replies] == ["poet"] * 3
-    llm.unload_adapter("a/path")
-    assert marks(echo.requests[-1]) == ("poet", patch.digest)
-
-
-def test_new_content_under_an_old_name_is_another_adapter(both: Any) -> None:
-    echo, old, new = Echo(), Patch("poet"), Patch("poet", content="new")
-    plugin = Shelf({"poet": old, "old": old})
-    llm = both.connect(echo, model=MODEL, plugins=[plugin])
-    llm.use_adapter("poet")
-    plugin.patches["poet"] = new
-    for how, digest in (({"adapter": "poet"}, new.digest), ({}, old.digest)):
-        llm.chat("x", **how)
-        assert marks(echo.requests[-1]) == ("poet", digest)
-    assert [request.adapter.digest for request in loads(echo)] == [old.digest, new.digest]
-    # The active one is gone then, whatever else is loaded under its name.
-    llm.unload_adapter("old")
-    llm.chat("x")
-    assert marks(echo.requests[-1]) == ("poet", new.digest)
-
-
-def test_an_adapter_is_loaded_only_where_the_policies_allow_it_and_with_their_window(both: Any) -> None:
-    class Strict:
-        name = "strict"
-        answer: Any = Limits(context_window=512)
-
-        @hookimpl
-        def resource_limits(self, query: Any) -> Any:
-            if isinstance(self.answer, Exception):
-                raise self.answer
-            return self.answer
-
-    policy = Strict()
-    echo = Echo()
-    llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "other"), policy])
-    llm.use_adapter("poet")
-    (loading,) = [request for hook, request in echo.calls if hook.endswith("load_adapter")]
-    assert loading.context_window == 512
-    policy.answer = ResourceLimitExceeded("no room", limit="memory", value=1)
-    with pytest.raises(ResourceLimitExceeded):
-        llm.use_adapter("other")
-    assert len([hook for hook, _ in echo.calls if hook.endswith("load_adapter")]) == 1

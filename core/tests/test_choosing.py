@@ -47,9 +47,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+
 MODEL = "m:1"
+
+
 DEAD = "http://127.0.0.1:9"
 """Nothing listens on the discard port."""
+
+
 EMBEDDED = """
 from graftage.hookspecs import hookimpl
 from graftage.testing import Cassette, Echo
@@ -88,56 +93,46 @@ def embedded(site: Any) -> Any:
     return site
 
 
-# --- auto: who is taken ----------------------------------------------------------------------------------------------
+class TestAuto:
+    @pytest.mark.parametrize("provider", [None, "auto"])
+    def test_takes_the_server_first(self, both: Any, ollama: Any, embedded: Any, provider: Any) -> None:
+        llm = both.opened(provider)
+        assert llm.chat("x").text == "the server answers"
+        assert llm.provider == "ollama"
 
+    def test_takes_the_server_with_the_model(self, both: Any, ollama: Any, embedded: Any) -> None:
+        llm = both.opened(model="qwen:0.5b")
+        assert (llm.provider, llm.chat("x").model) == ("ollama", "qwen:0.5b")
 
-@pytest.mark.parametrize("provider", [None, "auto"])
-def test_auto_takes_the_server_where_it_answers(both: Any, ollama: Any, embedded: Any, provider: Any) -> None:
-    llm = both.opened(provider)
-    assert llm.chat("x").text == "the server answers"
-    assert llm.provider == "ollama"
+    @pytest.mark.usefixtures("ollama", "embedded")
+    def test_missing_model_is_an_error(self, both: Any) -> None:
+        with pytest.raises(ModelNotFound, match=r"graftage models pull qwen:0\.6b"):
+            both.opened(model="qwen:0.6b").chat("x")
 
+    @pytest.mark.usefixtures("embedded")
+    def test_close_names_are_suggested(self, both: Any, ollama: Any) -> None:
+        with pytest.raises(ModelNotFound, match=r"Did you mean `qwen:0\.5b`") as caught:
+            both.opened(model="qwen:0.6b").chat("x")
+        assert caught.value.suggestions == ("qwen:0.5b",)
 
-def test_auto_takes_the_server_where_it_has_the_wanted_model(both: Any, ollama: Any, embedded: Any) -> None:
-    llm = both.opened(model="qwen:0.5b")
-    assert (llm.provider, llm.chat("x").model) == ("ollama", "qwen:0.5b")
+    def test_missing_model_can_be_pulled(self, both: Any, ollama: Any) -> None:
+        llm = both.opened(model="new:1b")
+        llm.pull()
+        assert (llm.provider, "new:1b" in ollama.models) == ("ollama", True)
 
+    @pytest.mark.usefixtures("no_server", "embedded")
+    def test_falls_back_to_the_embedded(self, both: Any) -> None:
+        llm = both.opened(model="small:1b")
+        assert llm.chat("x").text == "the embedded one answers"
+        assert llm.provider == "llamacpp"
 
-@pytest.mark.usefixtures("ollama", "embedded")
-def test_a_model_that_the_server_lacks_is_an_error_with_the_way_out_and_nobody_else_is_asked(both: Any) -> None:
-    with pytest.raises(ModelNotFound, match=r"graftage models pull qwen:0\.6b"):
-        both.opened(model="qwen:0.6b").chat("x")
+    @pytest.mark.usefixtures("embedded")
+    def test_empty_server_names_pull(self, both: Any, monkeypatch: Any) -> None:
+        with FakeOllama(models=[]) as empty:
+            monkeypatch.setenv("OLLAMA_HOST", empty.url)
+            with pytest.raises(RequestRejected, match=r"No model is chosen.*graftage models pull"):
+                both.opened().chat("x")
 
-
-@pytest.mark.usefixtures("embedded")
-def test_a_name_close_to_one_that_the_server_has_is_suggested(both: Any, ollama: Any) -> None:
-    with pytest.raises(ModelNotFound, match=r"Did you mean `qwen:0\.5b`") as caught:
-        both.opened(model="qwen:0.6b").chat("x")
-    assert caught.value.suggestions == ("qwen:0.5b",)
-
-
-def test_a_model_that_is_missing_can_be_pulled_where_auto_looks(both: Any, ollama: Any) -> None:
-    llm = both.opened(model="new:1b")
-    llm.pull()
-    assert (llm.provider, "new:1b" in ollama.models) == ("ollama", True)
-
-
-@pytest.mark.usefixtures("no_server", "embedded")
-def test_auto_takes_the_embedded_provider_where_no_server_answers(both: Any) -> None:
-    llm = both.opened(model="small:1b")
-    assert llm.chat("x").text == "the embedded one answers"
-    assert llm.provider == "llamacpp"
-
-
-@pytest.mark.usefixtures("embedded")
-def test_a_server_without_a_model_says_how_to_get_one(both: Any, monkeypatch: Any) -> None:
-    with FakeOllama(models=[]) as empty:
-        monkeypatch.setenv("OLLAMA_HOST", empty.url)
-        with pytest.raises(RequestRejected, match=r"No model is chosen.*graftage models pull"):
-            both.opened().chat("x")
-
-
-# --- auto: hosts ------------------------------------------------------------------------------------------------------
 
 GIVEN: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "an argument": ({"host": DEAD}, {}),
@@ -147,36 +142,32 @@ GIVEN: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 
-@pytest.mark.usefixtures("embedded", "ollama")
-@pytest.mark.parametrize("how", GIVEN)
-def test_a_dead_server_that_was_named_is_told_and_nobody_else_is_asked(both: Any, monkeypatch: Any, how: str) -> None:
-    given, environment = GIVEN[how]
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9"):
-        both.opened(**given)
+class TestAutoHost:
+    @pytest.mark.usefixtures("embedded", "ollama")
+    @pytest.mark.parametrize("how", GIVEN)
+    def test_named_dead_server_is_an_error(self, both: Any, monkeypatch: Any, how: str) -> None:
+        given, environment = GIVEN[how]
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9"):
+            both.opened(**given)
 
+    @pytest.mark.usefixtures("embedded")
+    def test_remote_ollama_host_is_skipped(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("OLLAMA_HOST", "gpu.example:11434")
+        assert both.opened(model="small:1b").provider == "llamacpp"
 
-@pytest.mark.usefixtures("embedded")
-def test_a_remote_server_of_another_tools_variable_is_never_taken(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", "gpu.example:11434")
-    assert both.opened(model="small:1b").provider == "llamacpp"
+    @pytest.mark.usefixtures("embedded")
+    def test_named_remote_server_is_asked(self, both: Any) -> None:
+        with pytest.raises(ProviderError, match=r"NetworkRefused"):
+            both.opened(host="gpu.example:11434")
 
+    def test_error_names_installed_providers(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp,lora,m4")
+        monkeypatch.setenv("OLLAMA_HOST", "gpu.example:11434")
+        with pytest.raises(ProviderNotFound, match=r"Name one.*`ollama`"):
+            both.opened()
 
-@pytest.mark.usefixtures("embedded")
-def test_a_remote_server_that_was_named_is_asked(both: Any) -> None:
-    with pytest.raises(ProviderError, match=r"NetworkRefused"):
-        both.opened(host="gpu.example:11434")
-
-
-def test_where_nobody_may_be_taken_the_installed_are_named(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp,lora,m4")
-    monkeypatch.setenv("OLLAMA_HOST", "gpu.example:11434")
-    with pytest.raises(ProviderNotFound, match=r"Name one.*`ollama`"):
-        both.opened()
-
-
-# --- auto: any provider -----------------------------------------------------------------------------------------------
 
 RANKED = """
 from graftage.hookspecs import hookimpl
@@ -193,65 +184,25 @@ it = Ranked(["the oak answers"] * 4, models=["acorn:1b"])
 """
 
 
-@pytest.mark.usefixtures("embedded", "ollama")
-@pytest.mark.parametrize(("rank", "taken"), [("30", "oak"), ("1", "ollama"), ("None", "ollama")])
-def test_the_highest_rank_is_taken_whoever_it_is(both: Any, site: Any, rank: str, taken: str) -> None:
-    site.add("graftage-oak", providers={"oak": "oak:it"}, modules={"oak": RANKED.replace("RANK", rank)})
-    assert both.opened().provider == taken
+class TestAutoRank:
+    @pytest.mark.usefixtures("embedded", "ollama")
+    @pytest.mark.parametrize(("rank", "taken"), [("30", "oak"), ("1", "ollama"), ("None", "ollama")])
+    def test_highest_is_taken(self, both: Any, site: Any, rank: str, taken: str) -> None:
+        site.add("graftage-oak", providers={"oak": "oak:it"}, modules={"oak": RANKED.replace("RANK", rank)})
+        assert both.opened().provider == taken
 
+    @pytest.mark.usefixtures("embedded", "ollama")
+    def test_invalid_one_is_left_out(self, both: Any, site: Any) -> None:
+        site.add("graftage-oak", providers={"oak": "oak:it"}, modules={"oak": RANKED.replace("RANK", "'first'")})
+        llm = both.opened()
+        assert llm.provider == "ollama"
+        assert "`oak` cannot be taken" in llm.origins["provider"]
 
-@pytest.mark.usefixtures("embedded", "ollama")
-def test_a_provider_whose_rank_is_no_number_is_left_out(both: Any, site: Any) -> None:
-    site.add("graftage-oak", providers={"oak": "oak:it"}, modules={"oak": RANKED.replace("RANK", "'first'")})
-    llm = both.opened()
-    assert llm.provider == "ollama"
-    assert "`oak` cannot be taken" in llm.origins["provider"]
-
-
-@pytest.mark.usefixtures("embedded")
-def test_settings_that_only_one_provider_knows_are_for_that_one(both: Any, ollama: Any) -> None:
-    assert both.opened(merge_adapters=True).provider == "ollama"
-    with pytest.raises(SettingsError, match="merge_adaptors"):
-        both.opened(merge_adaptors=True)
-
-
-# --- auto: what else it takes -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("embedded")
-def test_auto_takes_the_embedded_provider_where_something_else_listens(both: Any, monkeypatch: Any) -> None:
-    page = Answer([b"<html>Welcome to nginx</html>"], headers={"Content-Type": "text/html"}, framing="length")
-    with FakeOllama() as fake:
-        for path in ("/", "/api/version", "/api/tags", "/api/ps", "/api/show"):
-            fake.script(path, *[page] * 5)
-        monkeypatch.setenv("OLLAMA_HOST", fake.url)
-        assert both.opened(model="small:1b").provider == "llamacpp"
-
-
-@pytest.mark.usefixtures("embedded")
-def test_auto_takes_the_embedded_provider_where_the_other_is_disabled(both: Any, monkeypatch: Any, ollama: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "ollama")
-    llm = both.opened()
-    assert llm.provider == "llamacpp"
-    assert llm.origins["provider"] == "auto: it answers"
-    assert ollama.requests == []
-
-
-@pytest.mark.usefixtures("embedded")
-def test_auto_takes_the_embedded_provider_where_the_other_is_broken(both: Any, site: Any) -> None:
-    site.add("graftage-ollama", providers={"ollama": "ill"}, modules={"ill": "raise OSError('no sap')\n"})
-    llm = both.opened()
-    assert llm.provider == "llamacpp"
-    assert "no sap" in llm.origins["provider"]
-
-
-def test_auto_prefers_a_model_that_is_in_memory(both: Any, ollama: Any) -> None:
-    ollama.loaded.append("qwen:0.5b")
-    assert both.opened().model == "qwen:0.5b"
-
-
-def test_auto_takes_some_model_of_the_server_where_none_is_in_memory(both: Any, ollama: Any) -> None:
-    assert both.opened().model in ollama.models
+    @pytest.mark.usefixtures("embedded")
+    def test_own_settings_reach_their_provider(self, both: Any, ollama: Any) -> None:
+        assert both.opened(merge_adapters=True).provider == "ollama"
+        with pytest.raises(SettingsError, match="merge_adaptors"):
+            both.opened(merge_adaptors=True)
 
 
 EMBEDDING = """
@@ -267,168 +218,179 @@ for name in ("vectors:1b", "with-adapter:1b"):
 """
 
 
-@pytest.mark.usefixtures("no_server")
-def test_auto_never_takes_a_model_that_cannot_chat_or_has_an_adapter_in_it(both: Any, site: Any) -> None:
-    site.add("graftage-llamacpp", providers={"llamacpp": "stand_in:it"}, modules={"stand_in": EMBEDDED + EMBEDDING})
-    assert both.opened().model == "small:1b"
+class TestAutoModel:
+    def test_loaded_one_is_preferred(self, both: Any, ollama: Any) -> None:
+        ollama.loaded.append("qwen:0.5b")
+        assert both.opened().model == "qwen:0.5b"
+
+    def test_otherwise_any_is_taken(self, both: Any, ollama: Any) -> None:
+        assert both.opened().model in ollama.models
+
+    @pytest.mark.usefixtures("no_server")
+    def test_must_chat_without_adapter(self, both: Any, site: Any) -> None:
+        site.add("graftage-llamacpp", providers={"llamacpp": "stand_in:it"}, modules={"stand_in": EMBEDDED + EMBEDDING})
+        assert both.opened().model == "small:1b"
+
+    def test_derived_one_is_never_taken(self, both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        derived = "graftage-lora/smollm2-135m:ahoy-e6f3be36d42c"
+        with FakeOllama(models=["smollm2:135m", derived]) as fake:
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            fake.loaded.append(derived)
+            assert both.opened().model == "smollm2:135m"
+            fake.models.remove("smollm2:135m")
+            assert derived not in str(both.opened().model)
 
 
-def test_auto_never_takes_a_model_that_was_made_of_an_adapter(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    derived = "graftage-lora/smollm2-135m:ahoy-e6f3be36d42c"
-    with FakeOllama(models=["smollm2:135m", derived]) as fake:
-        monkeypatch.setenv("OLLAMA_HOST", fake.url)
-        fake.loaded.append(derived)
-        assert both.opened().model == "smollm2:135m"
-        fake.models.remove("smollm2:135m")
-        assert derived not in str(both.opened().model)
+class TestAutoSkips:
+    @pytest.mark.usefixtures("embedded")
+    def test_foreign_server(self, both: Any, monkeypatch: Any) -> None:
+        page = Answer([b"<html>Welcome to nginx</html>"], headers={"Content-Type": "text/html"}, framing="length")
+        with FakeOllama() as fake:
+            for path in ("/", "/api/version", "/api/tags", "/api/ps", "/api/show"):
+                fake.script(path, *[page] * 5)
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            assert both.opened(model="small:1b").provider == "llamacpp"
 
+    @pytest.mark.usefixtures("embedded")
+    def test_disabled_provider(self, both: Any, monkeypatch: Any, ollama: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "ollama")
+        llm = both.opened()
+        assert llm.provider == "llamacpp"
+        assert llm.origins["provider"] == "auto: it answers"
+        assert ollama.requests == []
 
-def test_auto_waits_for_no_server_longer_than_a_check_may_last(both: Any, site: Any) -> None:
-    source = EMBEDDED.replace('"llamacpp"', '"ollama"')
-    site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
-    both.opened()
-    import stand_in  # type: ignore[import-not-found] # it is there as long as the test runs
+    @pytest.mark.usefixtures("embedded")
+    def test_broken_provider(self, both: Any, site: Any) -> None:
+        site.add("graftage-ollama", providers={"ollama": "ill"}, modules={"ill": "raise OSError('no sap')\n"})
+        llm = both.opened()
+        assert llm.provider == "llamacpp"
+        assert "no sap" in llm.origins["provider"]
 
-    asked = [(hook, request) for hook, request in stand_in.it.calls if hook not in ("connect", "close")]
-    assert [hook for hook, _ in asked] == ["health", "list_models", "loaded_models"]
-    assert max(request.call.timeouts.total for _, request in asked) <= 10
-
-
-@pytest.mark.usefixtures("no_server")
-def test_auto_with_nothing_that_answers_says_what_to_install(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp")
-    with pytest.raises(ConnectionFailed, match="install `graftage-llamacpp`, which needs no server"):
+    def test_checks_are_short(self, both: Any, site: Any) -> None:
+        source = EMBEDDED.replace('"llamacpp"', '"ollama"')
+        site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
         both.opened()
+        import stand_in  # type: ignore[import-not-found] # it is there as long as the test runs
+
+        asked = [(hook, request) for hook, request in stand_in.it.calls if hook not in ("connect", "close")]
+        assert [hook for hook, _ in asked] == ["health", "list_models", "loaded_models"]
+        assert max(request.call.timeouts.total for _, request in asked) <= 10
+
+    @pytest.mark.usefixtures("no_server")
+    def test_no_server_says_what_to_install(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp")
+        with pytest.raises(ConnectionFailed, match="install `graftage-llamacpp`, which needs no server"):
+            both.opened()
+
+    def test_no_provider_says_what_to_install(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp, ollama")
+        with pytest.raises(ProviderNotFound, match="Install `graftage-ollama` or `graftage-llamacpp`"):
+            both.opened()
+
+    @pytest.mark.usefixtures("embedded")
+    def test_wrong_setting_is_an_error(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("OLLAMA_HOST", "ftp://somewhere")
+        with pytest.raises(SettingsError):
+            both.opened()
+
+    def test_skipped_connection_is_closed(self, both: Any, site: Any, embedded: Any) -> None:
+        source = EMBEDDED.replace('name = "llamacpp"', 'name = "ollama"').replace(
+            "models=", "errors={'health': OSError('gone')}, models="
+        )
+        site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
+        assert both.opened(model="another:1b").provider == "llamacpp"
+        import stand_in  # it is there as long as the test runs
+
+        assert stand_in.it.closed
 
 
-def test_auto_with_nothing_installed_says_what_to_install(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp, ollama")
-    with pytest.raises(ProviderNotFound, match="Install `graftage-ollama` or `graftage-llamacpp`"):
-        both.opened()
+class TestPrecedence:
+    @pytest.mark.usefixtures("ollama", "embedded")
+    def test_variable_beats_search(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_PROVIDER", "llamacpp:small:1b")
+        llm = both.opened()
+        assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
+        assert llm.origins["provider"] == "environment GRAFTAGE_PROVIDER"
+
+    @pytest.mark.usefixtures("ollama", "embedded")
+    def test_file_beats_search(self, both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+        file = tmp_path / "settings.toml"
+        file.write_text('provider = "llamacpp"\nmodel = "small:1b"\n')
+        monkeypatch.setenv("GRAFTAGE_CONFIG", str(file))
+        llm = both.opened()
+        assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
+        assert llm.origins == {"provider": str(file), "model": str(file)}
+
+    @pytest.mark.usefixtures("ollama", "embedded")
+    def test_variable_beats_file(self, both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+        file = tmp_path / "settings.toml"
+        file.write_text('provider = "llamacpp"\n')
+        monkeypatch.setenv("GRAFTAGE_CONFIG", str(file))
+        monkeypatch.setenv("GRAFTAGE_PROVIDER", "ollama")
+        assert both.opened(model="qwen:0.5b").provider == "ollama"
+
+    @pytest.mark.usefixtures("ollama", "embedded")
+    def test_argument_beats_everything(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_PROVIDER", "ollama")
+        assert both.opened("llamacpp").provider == "llamacpp"
+
+    @pytest.mark.usefixtures("embedded")
+    def test_named_provider_is_not_replaced(self, both: Any, no_server: None) -> None:
+        llm = both.opened("ollama", model="small:1b")
+        with pytest.raises(ConnectionFailed):
+            llm.chat("x")
 
 
-@pytest.mark.usefixtures("embedded")
-def test_a_setting_that_is_wrong_is_told_and_not_taken_for_a_dead_server(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", "ftp://somewhere")
-    with pytest.raises(SettingsError):
-        both.opened()
-
-
-def test_what_auto_does_not_take_it_closes(both: Any, site: Any, embedded: Any) -> None:
-    source = EMBEDDED.replace('name = "llamacpp"', 'name = "ollama"').replace(
-        "models=", "errors={'health': OSError('gone')}, models="
-    )
-    site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
-    assert both.opened(model="another:1b").provider == "llamacpp"
-    import stand_in  # it is there as long as the test runs
-
-    assert stand_in.it.closed
-
-
-# --- auto: choices of the user ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("ollama", "embedded")
-def test_the_variable_goes_before_the_search(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_PROVIDER", "llamacpp:small:1b")
-    llm = both.opened()
-    assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
-    assert llm.origins["provider"] == "environment GRAFTAGE_PROVIDER"
-
-
-@pytest.mark.usefixtures("ollama", "embedded")
-def test_the_settings_file_goes_before_the_search(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    file = tmp_path / "settings.toml"
-    file.write_text('provider = "llamacpp"\nmodel = "small:1b"\n')
-    monkeypatch.setenv("GRAFTAGE_CONFIG", str(file))
-    llm = both.opened()
-    assert (llm.provider, llm.model) == ("llamacpp", "small:1b")
-    assert llm.origins == {"provider": str(file), "model": str(file)}
-
-
-@pytest.mark.usefixtures("ollama", "embedded")
-def test_the_variable_goes_before_the_settings_file(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    file = tmp_path / "settings.toml"
-    file.write_text('provider = "llamacpp"\n')
-    monkeypatch.setenv("GRAFTAGE_CONFIG", str(file))
-    monkeypatch.setenv("GRAFTAGE_PROVIDER", "ollama")
-    assert both.opened(model="qwen:0.5b").provider == "ollama"
-
-
-@pytest.mark.usefixtures("ollama", "embedded")
-def test_an_argument_goes_before_everything(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_PROVIDER", "ollama")
-    assert both.opened("llamacpp").provider == "llamacpp"
-
-
-@pytest.mark.usefixtures("embedded")
-def test_a_chosen_provider_that_is_down_is_not_replaced(both: Any, no_server: None) -> None:
-    llm = both.opened("ollama", model="small:1b")
-    with pytest.raises(ConnectionFailed):
-        llm.chat("x")
-
-
-# --- auto: one choice ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("embedded")
-def test_the_choice_is_made_once_and_lasts(both: Any, ollama: Any) -> None:
-    llm = both.opened()
-    assert llm.chat("x").provider == "ollama"
-    checks = [seen.path for seen in ollama.requests if seen.path != "/api/chat"]
-    assert llm.chat("x").provider == "ollama"
-    assert [seen.path for seen in ollama.requests if seen.path != "/api/chat"] == checks
-
-
-@pytest.mark.usefixtures("embedded")
-def test_the_provider_never_changes_during_a_conversation(both: Any, monkeypatch: Any) -> None:
-    with FakeOllama() as fake:
-        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+class TestChoice:
+    @pytest.mark.usefixtures("embedded")
+    def test_is_made_once(self, both: Any, ollama: Any) -> None:
         llm = both.opened()
         assert llm.chat("x").provider == "ollama"
-    with pytest.raises(ConnectionFailed):
-        llm.chat("x")
-    assert llm.provider == "ollama"
+        checks = [seen.path for seen in ollama.requests if seen.path != "/api/chat"]
+        assert llm.chat("x").provider == "ollama"
+        assert [seen.path for seen in ollama.requests if seen.path != "/api/chat"] == checks
 
+    @pytest.mark.usefixtures("embedded")
+    def test_stays_when_the_server_stops(self, both: Any, monkeypatch: Any) -> None:
+        with FakeOllama() as fake:
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            llm = both.opened()
+            assert llm.chat("x").provider == "ollama"
+        with pytest.raises(ConnectionFailed):
+            llm.chat("x")
+        assert llm.provider == "ollama"
 
-@pytest.mark.usefixtures("embedded")
-def test_a_server_that_comes_back_is_not_taken_in_the_middle(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", DEAD)
-    llm = both.opened(model="small:1b")
-    with FakeOllama(models=["small:1b"]) as fake:
-        monkeypatch.setenv("OLLAMA_HOST", fake.url)
-        assert [llm.chat("x").provider, llm.chat("x").provider] == ["llamacpp", "llamacpp"]
-        assert fake.requests == []
+    @pytest.mark.usefixtures("embedded")
+    def test_stays_when_the_server_returns(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("OLLAMA_HOST", DEAD)
+        llm = both.opened(model="small:1b")
+        with FakeOllama(models=["small:1b"]) as fake:
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            assert [llm.chat("x").provider, llm.chat("x").provider] == ["llamacpp", "llamacpp"]
+            assert fake.requests == []
 
+    def test_waits_for_first_use(self, ollama: Any) -> None:
+        llm = graftage.connect()
+        graftage.connect_async()
+        assert ollama.requests == []
+        llm.close()
 
-def test_nothing_is_asked_before_the_client_is_used(ollama: Any) -> None:
-    llm = graftage.connect()
-    graftage.connect_async()
-    assert ollama.requests == []
-    llm.close()
+    def test_first_call_makes_it(self, both: Any, ollama: Any) -> None:
+        assert both.connect().chat("x").provider == "ollama"
 
+    @pytest.mark.usefixtures("ollama")
+    def test_origins_give_the_reason(self, both: Any) -> None:
+        assert both.opened().origins["provider"] == "auto: it answers"
 
-def test_the_first_call_chooses_where_nobody_entered_the_client(both: Any, ollama: Any) -> None:
-    assert both.connect().chat("x").provider == "ollama"
+    @pytest.mark.usefixtures("no_server", "embedded")
+    def test_origins_explain_the_skipped_server(self, both: Any) -> None:
+        llm = both.opened(model="small:1b")
+        assert re.search(r"auto: `ollama` cannot be taken: .*127\.0\.0\.1", llm.origins["provider"])
 
+    @pytest.mark.usefixtures("no_server", "embedded")
+    def test_origins_omit_skipped_settings(self, both: Any) -> None:
+        assert sorted(both.opened(model="small:1b").origins) == ["provider"]
 
-@pytest.mark.usefixtures("ollama")
-def test_the_choice_and_its_reason_are_told(both: Any) -> None:
-    assert both.opened().origins["provider"] == "auto: it answers"
-
-
-@pytest.mark.usefixtures("no_server", "embedded")
-def test_the_reason_names_why_the_server_was_not_taken(both: Any) -> None:
-    llm = both.opened(model="small:1b")
-    assert re.search(r"auto: `ollama` cannot be taken: .*127\.0\.0\.1", llm.origins["provider"])
-
-
-@pytest.mark.usefixtures("no_server", "embedded")
-def test_what_was_read_for_the_other_provider_is_not_told_as_in_effect(both: Any) -> None:
-    assert sorted(both.opened(model="small:1b").origins) == ["provider"]
-
-
-# --- Chains: what passes on ------------------------------------------------------------------------------------------
 
 PASSES_ON: list[GraftageError] = [
     AuthenticationFailed("It wants a key."),
@@ -448,6 +410,8 @@ PASSES_ON: list[GraftageError] = [
     ModelLoadFailed("It crashed.", reason="crashed"),
     ModelLoadFailed("It took too long.", reason="timeout"),
 ]
+
+
 STAYS: list[GraftageError] = [
     ProviderTimeout("It stood still.", phase="idle"),
     ProviderTimeout("It took too long.", phase="total"),
@@ -490,174 +454,143 @@ def copied(error: GraftageError) -> Any:
     return pickle.loads(pickle.dumps(error))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("error", PASSES_ON, ids=_id)
-def test_these_errors_pass_the_call_on(both: Any, error: GraftageError, operation: str) -> None:
-    first, second = failing_with(copied(error)), Second()
-    OPERATIONS[operation](both.connect([first, second], model=MODEL))
-    assert [len([hook for hook, _ in each.calls if hook in (operation, "chat")]) for each in (first, second)] == [1, 1]
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("error", STAYS, ids=_id)
-def test_no_other_error_passes_the_call_on(both: Any, error: GraftageError, operation: str) -> None:
-    first, second = failing_with(copied(error)), Second()
-    with pytest.raises(type(error)):
+class TestPassingOn:
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    @pytest.mark.parametrize("error", PASSES_ON, ids=_id)
+    def test_these_errors_pass(self, both: Any, error: GraftageError, operation: str) -> None:
+        first, second = failing_with(copied(error)), Second()
         OPERATIONS[operation](both.connect([first, second], model=MODEL))
-    assert second.requests == []
+        assert [len([hook for hook, _ in each.calls if hook in (operation, "chat")]) for each in (first, second)] == [
+            1,
+            1,
+        ]
+
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    @pytest.mark.parametrize("error", STAYS, ids=_id)
+    def test_other_errors_do_not(self, both: Any, error: GraftageError, operation: str) -> None:
+        first, second = failing_with(copied(error)), Second()
+        with pytest.raises(type(error)):
+            OPERATIONS[operation](both.connect([first, second], model=MODEL))
+        assert second.requests == []
+
+    def test_tables_name_every_provider_error(self) -> None:
+        named = {type(error) for error in [*PASSES_ON, *STAYS]}
+        assert {each for each in ProviderError.__subclasses__() if each.__module__ == "graftage.exceptions"} <= named
+
+    def test_foreign_exceptions_do_not(self, both: Any) -> None:
+        second = Second()
+        with pytest.raises(ProviderError, match="`echo` failed with KeyError"):
+            both.connect([failing_with(KeyError("k")), second], model=MODEL).chat("x")
+        assert second.requests == []
+
+    def test_missing_operations_pass(self, both: Any) -> None:
+        first, second = Echo(without=["embed"]), Second()
+        answer = both.connect([first, second], model=MODEL).embed("x")
+        assert answer.provider == "second"
+        assert (len(first.requests), len(second.requests)) == (0, 1)
+        assert re.fullmatch("`echo:m:1` was skipped: .*embed.*", answer.warnings[0])
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("error", [*PASSES_ON, PluginError("It is broken.")], ids=_id)
+    def test_nothing_passes_after_a_chunk(self, both: Any, error: GraftageError, stream: bool) -> None:
+        first, second = Echo([[Chunk(text="so far "), copied(error)]]), Second()
+        llm = both.connect([first, second], model=MODEL)
+
+        def act() -> Any:
+            answer = llm.chat("x", stream=stream)
+            return list(answer) if stream else answer
+
+        with pytest.raises(type(error)) as caught:
+            act()
+        if isinstance(caught.value, ProviderError):
+            assert caught.value.partial is not None
+            assert caught.value.partial.text == "so far "
+        assert (llm.stats().calls, llm.stats().running) == (1, 0)
+        assert second.requests == []
+
+    def test_empty_streams_do_not(self, both: Any) -> None:
+        second = Second()
+        with pytest.raises(StreamInterrupted):
+            both.connect([Echo([[]]), second], model=MODEL).chat("x")
+        assert second.requests == []
 
 
-def test_the_tables_name_every_class_of_errors_of_a_provider() -> None:
-    named = {type(error) for error in [*PASSES_ON, *STAYS]}
-    assert {each for each in ProviderError.__subclasses__() if each.__module__ == "graftage.exceptions"} <= named
+class TestSkippedMembers:
+    def test_first_able_member_replies(self, both: Any) -> None:
+        first, second = Echo(["one"]), Second(["two"])
+        reply = both.connect([first, second], model=MODEL).chat("x")
+        assert (reply.text, reply.provider, reply.warnings) == ("one", "echo", ())
+        assert second.requests == []
+
+    def test_reply_names_them(self, both: Any) -> None:
+        class Third(Echo):
+            name = "third"
+
+        members = [Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")]), Third(["three"])]
+        reply = both.connect(members, model=MODEL).chat("x")
+        assert (reply.text, reply.provider) == ("three", "third")
+        assert reply.warnings == ("`echo:m:1` was skipped: It is gone.", "`second:m:1` was skipped: It is busy.")
+
+    def test_stream_names_them(self, both: Any) -> None:
+        llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second(["two words"])], model=MODEL)
+        stream = llm.chat("x", stream=True)
+        assert stream.partial.warnings == ("`echo:m:1` was skipped: It is gone.",)
+        assert "".join(chunk.text for chunk in stream) == "two words"
+        assert (stream.reply.provider, stream.reply.warnings) == ("second", ("`echo:m:1` was skipped: It is gone.",))
+
+    def test_embeddings_name_them(self, both: Any) -> None:
+        answer = both.connect([failing_with(ConnectionFailed("It is gone.")), Second()], model=MODEL).embed(["x", "y"])
+        assert (answer.provider, answer.warnings) == ("second", ("`echo:m:1` was skipped: It is gone.",))
+        assert len(answer.vectors) == 2
+
+    def test_last_error_names_them(self, both: Any) -> None:
+        llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")])], model=MODEL)
+        with pytest.raises(Overloaded) as caught:
+            llm.chat("x")
+        assert caught.value.provider == "second"
+        assert caught.value.details["skipped"] == ("`echo:m:1` was skipped: It is gone.",)
+        assert "Before it: `echo:m:1` was skipped: It is gone." in str(caught.value.hint)
+
+    def test_next_call_tries_them_again(self, both: Any) -> None:
+        first, second = Echo([ConnectionFailed("gone"), "back"]), Second(["two"])
+        llm = both.connect([first, second], model=MODEL)
+        assert [llm.chat("x").provider, llm.chat("x").provider] == ["second", "echo"]
 
 
-def test_a_foreign_exception_does_not_pass_the_call_on(both: Any) -> None:
-    second = Second()
-    with pytest.raises(ProviderError, match="`echo` failed with KeyError"):
-        both.connect([failing_with(KeyError("k")), second], model=MODEL).chat("x")
-    assert second.requests == []
+class TestTotalLimit:
+    def test_is_shared_by_all_members(self, both: Any) -> None:
+        first, second = Echo([[Pause()]]), Second(["two"])
+        limits = Timeouts(first_token=0.2, total=30)
+        assert both.connect([first, second], model=MODEL).chat("x", timeout=limits).text == "two"
+        assert first.requests[0].call.timeouts.total <= 30
+        # The first one has waited for 0.2 s by the same clock, and they are gone.
+        assert second.requests[0].call.timeouts.total <= 29.8
+        assert second.requests[0].call.timeouts.first_token == 0.2
 
+    def test_ends_the_chain(self, both: Any) -> None:
+        second = Second()
+        limits = Timeouts(first_token=30, total=0.2)
+        with pytest.raises(ProviderTimeout) as caught:
+            both.connect([Echo([[Pause()]]), second], model=MODEL).chat("x", timeout=limits)
+        assert caught.value.phase == "total"
+        assert second.requests == []
 
-def test_an_operation_that_a_member_lacks_is_passed_on(both: Any) -> None:
-    first, second = Echo(without=["embed"]), Second()
-    answer = both.connect([first, second], model=MODEL).embed("x")
-    assert answer.provider == "second"
-    assert (len(first.requests), len(second.requests)) == (0, 1)
-    assert re.fullmatch("`echo:m:1` was skipped: .*embed.*", answer.warnings[0])
+    def test_late_error_is_raised(self, both: Any) -> None:
+        def late(request: Any) -> Any:
+            while time.monotonic() < request.call.deadline:
+                time.sleep(0.01)
+            raise ConnectionFailed("It is gone.")
 
+        second = Second()
+        with pytest.raises(ConnectionFailed):
+            both.connect([Echo([late]), second], model=MODEL).chat("x", timeout=0.2)
+        assert second.requests == []
 
-# --- Chains: who answered, and why -----------------------------------------------------------------------------------
-
-
-def test_the_first_member_that_can_answer_answers_and_nobody_else_is_asked(both: Any) -> None:
-    first, second = Echo(["one"]), Second(["two"])
-    reply = both.connect([first, second], model=MODEL).chat("x")
-    assert (reply.text, reply.provider, reply.warnings) == ("one", "echo", ())
-    assert second.requests == []
-
-
-def test_the_reply_names_who_answered_and_why_each_other_was_skipped(both: Any) -> None:
-    class Third(Echo):
-        name = "third"
-
-    members = [Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")]), Third(["three"])]
-    reply = both.connect(members, model=MODEL).chat("x")
-    assert (reply.text, reply.provider) == ("three", "third")
-    assert reply.warnings == ("`echo:m:1` was skipped: It is gone.", "`second:m:1` was skipped: It is busy.")
-
-
-def test_a_stream_names_them_too(both: Any) -> None:
-    llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second(["two words"])], model=MODEL)
-    stream = llm.chat("x", stream=True)
-    assert stream.partial.warnings == ("`echo:m:1` was skipped: It is gone.",)
-    assert "".join(chunk.text for chunk in stream) == "two words"
-    assert (stream.reply.provider, stream.reply.warnings) == ("second", ("`echo:m:1` was skipped: It is gone.",))
-
-
-def test_vectors_name_them_too(both: Any) -> None:
-    answer = both.connect([failing_with(ConnectionFailed("It is gone.")), Second()], model=MODEL).embed(["x", "y"])
-    assert (answer.provider, answer.warnings) == ("second", ("`echo:m:1` was skipped: It is gone.",))
-    assert len(answer.vectors) == 2
-
-
-def test_where_all_fail_the_last_ones_error_is_raised_and_names_the_others(both: Any) -> None:
-    llm = both.connect([Echo([ConnectionFailed("It is gone.")]), Second([Overloaded("It is busy.")])], model=MODEL)
-    with pytest.raises(Overloaded) as caught:
-        llm.chat("x")
-    assert caught.value.provider == "second"
-    assert caught.value.details["skipped"] == ("`echo:m:1` was skipped: It is gone.",)
-    assert "Before it: `echo:m:1` was skipped: It is gone." in str(caught.value.hint)
-
-
-def test_each_call_begins_with_the_first_member_again(both: Any) -> None:
-    first, second = Echo([ConnectionFailed("gone"), "back"]), Second(["two"])
-    llm = both.connect([first, second], model=MODEL)
-    assert [llm.chat("x").provider, llm.chat("x").provider] == ["second", "echo"]
-
-
-# --- Chains: nothing after the first chunk ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("error", [*PASSES_ON, PluginError("It is broken.")], ids=_id)
-def test_after_the_first_chunk_nobody_else_is_asked(both: Any, error: GraftageError, stream: bool) -> None:
-    first, second = Echo([[Chunk(text="so far "), copied(error)]]), Second()
-    llm = both.connect([first, second], model=MODEL)
-
-    def act() -> Any:
-        answer = llm.chat("x", stream=stream)
-        return list(answer) if stream else answer
-
-    with pytest.raises(type(error)) as caught:
-        act()
-    if isinstance(caught.value, ProviderError):
-        assert caught.value.partial is not None
-        assert caught.value.partial.text == "so far "
-    assert (llm.stats().calls, llm.stats().running) == (1, 0)
-    assert second.requests == []
-
-
-def test_a_stream_that_ends_without_an_end_is_not_passed_on(both: Any) -> None:
-    second = Second()
-    with pytest.raises(StreamInterrupted):
-        both.connect([Echo([[]]), second], model=MODEL).chat("x")
-    assert second.requests == []
-
-
-# --- Chains: one deadline --------------------------------------------------------------------------------------------
-
-
-def test_all_members_share_one_total_limit(both: Any) -> None:
-    first, second = Echo([[Pause()]]), Second(["two"])
-    limits = Timeouts(first_token=0.2, total=30)
-    assert both.connect([first, second], model=MODEL).chat("x", timeout=limits).text == "two"
-    assert first.requests[0].call.timeouts.total <= 30
-    # The first one has waited for 0.2 s by the same clock, and they are gone.
-    assert second.requests[0].call.timeouts.total <= 29.8
-    assert second.requests[0].call.timeouts.first_token == 0.2
-
-
-def test_once_the_total_limit_has_passed_nobody_else_is_asked(both: Any) -> None:
-    second = Second()
-    limits = Timeouts(first_token=30, total=0.2)
-    with pytest.raises(ProviderTimeout) as caught:
-        both.connect([Echo([[Pause()]]), second], model=MODEL).chat("x", timeout=limits)
-    assert caught.value.phase == "total"
-    assert second.requests == []
-
-
-def test_a_passable_error_that_comes_too_late_is_raised(both: Any) -> None:
-    def late(request: Any) -> Any:
-        while time.monotonic() < request.call.deadline:
-            time.sleep(0.01)
-        raise ConnectionFailed("It is gone.")
-
-    second = Second()
-    with pytest.raises(ConnectionFailed):
-        both.connect([Echo([late]), second], model=MODEL).chat("x", timeout=0.2)
-    assert second.requests == []
-
-
-def test_a_timeout_that_is_none_is_refused_before_anybody_is_asked(both: Any) -> None:
-    first = Echo()
-    with pytest.raises(RequestRejected, match="timeout"):
-        both.connect([first, Second()], model=MODEL).chat("x", timeout=-1)
-    assert first.requests == []
-
-
-# --- Chains: models --------------------------------------------------------------------------------------------------
-
-
-def test_each_member_may_have_a_model_of_its_own(both: Any, ollama: Any) -> None:
-    echo = Echo([ModelNotFound("no")])
-    llm = both.opened([echo, "ollama:qwen:0.5b"], model=MODEL)
-    assert [member.model for member in llm.members] == [MODEL, "qwen:0.5b"]
-    assert llm.chat("x").model == "qwen:0.5b"
-    assert echo.requests[0].model == MODEL
-
-
-# --- Chains: adapters ------------------------------------------------------------------------------------------------
+    def test_invalid_timeout_is_refused(self, both: Any) -> None:
+        first = Echo()
+        with pytest.raises(RequestRejected, match="timeout"):
+            both.connect([first, Second()], model=MODEL).chat("x", timeout=-1)
+        assert first.requests == []
 
 
 class Fits:
@@ -696,173 +629,160 @@ class Resolver:
         return [AdapterInfo(name="bonsai", reference="bonsai")]
 
 
-@pytest.mark.parametrize("by_call", [True, False])
-def test_an_adapter_is_resolved_anew_for_each_member_that_is_asked(both: Any, by_call: bool) -> None:
-    resolver = Resolver()
-    first, second = Echo([ConnectionFailed("gone")]), Second(["two"])
-    llm = both.connect([first, second], model=MODEL, plugins=[resolver])
-    if by_call:
-        reply = llm.chat("x", adapter="bonsai")
-    else:
-        assert llm.use_adapter("bonsai") is None
+class TestChainAdapters:
+    @pytest.mark.parametrize("by_call", [True, False])
+    def test_are_resolved_for_each_member(self, both: Any, by_call: bool) -> None:
+        resolver = Resolver()
+        first, second = Echo([ConnectionFailed("gone")]), Second(["two"])
+        llm = both.connect([first, second], model=MODEL, plugins=[resolver])
+        if by_call:
+            reply = llm.chat("x", adapter="bonsai")
+        else:
+            assert llm.use_adapter("bonsai") is None
+            reply = llm.chat("x")
+        assert (reply.adapter, reply.model, reply.provider) == ("bonsai", f"{MODEL}+bonsai", "second")
+        assert resolver.asked == [("echo", MODEL), ("second", MODEL)]
+
+    def test_unable_member_is_skipped(self, both: Any) -> None:
+        first, second = Echo(without=["load_adapter"]), Second(["two"])
+        reply = both.connect([first, second], model=MODEL, plugins=[Resolver()]).chat("x", adapter="bonsai")
+        assert (reply.provider, reply.adapter) == ("second", "bonsai")
+
+    def test_unknown_one_is_an_error(self, both: Any) -> None:
+        first, second = Echo(), Second()
+        llm = both.connect([first, second], model=MODEL, plugins=[Resolver()])
+        with pytest.raises(AdapterNotFound):
+            llm.chat("x", adapter="unknown")
+        llm.use_adapter("unknown")
+        with pytest.raises(AdapterNotFound):
+            llm.chat("x")
+        assert first.requests == second.requests == []
+
+    def test_on_missing_allows_the_base(self, both: Any) -> None:
+        llm = both.connect([Echo(["base"]), Second()], model=MODEL, plugins=[Resolver()])
+        llm.use_adapter("unknown", on_missing="base")
         reply = llm.chat("x")
-    assert (reply.adapter, reply.model, reply.provider) == ("bonsai", f"{MODEL}+bonsai", "second")
-    assert resolver.asked == [("echo", MODEL), ("second", MODEL)]
+        assert (reply.text, reply.adapter) == ("base", None)
+        assert reply.warnings == ("The adapter `unknown` was not found; the base model answers.",)
 
+    def test_none_means_the_base(self, both: Any) -> None:
+        llm = both.connect([Echo(["base"]), Second()], model=MODEL, plugins=[Resolver()])
+        llm.use_adapter("bonsai")
+        assert llm.stats().active_adapter == "bonsai"
+        assert llm.chat("x", adapter=None).adapter is None
+        llm.use_adapter(None)
+        assert llm.stats().active_adapter is None
 
-def test_a_member_that_cannot_load_adapters_is_skipped(both: Any) -> None:
-    first, second = Echo(without=["load_adapter"]), Second(["two"])
-    reply = both.connect([first, second], model=MODEL, plugins=[Resolver()]).chat("x", adapter="bonsai")
-    assert (reply.provider, reply.adapter) == ("second", "bonsai")
-
-
-def test_an_adapter_that_nobody_knows_is_an_error_and_never_the_base_model(both: Any) -> None:
-    first, second = Echo(), Second()
-    llm = both.connect([first, second], model=MODEL, plugins=[Resolver()])
-    with pytest.raises(AdapterNotFound):
-        llm.chat("x", adapter="unknown")
-    llm.use_adapter("unknown")
-    with pytest.raises(AdapterNotFound):
-        llm.chat("x")
-    assert first.requests == second.requests == []
-
-
-def test_the_base_model_answers_for_an_unknown_adapter_only_where_that_was_asked_for(both: Any) -> None:
-    llm = both.connect([Echo(["base"]), Second()], model=MODEL, plugins=[Resolver()])
-    llm.use_adapter("unknown", on_missing="base")
-    reply = llm.chat("x")
-    assert (reply.text, reply.adapter) == ("base", None)
-    assert reply.warnings == ("The adapter `unknown` was not found; the base model answers.",)
-
-
-def test_the_base_model_can_be_asked_for_one_call(both: Any) -> None:
-    llm = both.connect([Echo(["base"]), Second()], model=MODEL, plugins=[Resolver()])
-    llm.use_adapter("bonsai")
-    assert llm.stats().active_adapter == "bonsai"
-    assert llm.chat("x", adapter=None).adapter is None
-    llm.use_adapter(None)
-    assert llm.stats().active_adapter is None
-
-
-def test_a_chain_lists_adapters_once(both: Any) -> None:
-    llm = both.connect([Echo(), Second()], model=MODEL, plugins=[Resolver()])
-    assert [each.name for each in llm.adapters()] == ["bonsai"]
-
-
-# --- Chains: everything else -----------------------------------------------------------------------------------------
-
-
-def test_members_are_clients_of_their_own(both: Any) -> None:
-    first, second = Echo(models=["a:1"]), Second(models=["b:1"])
-    llm = both.opened([first, second], model=MODEL)
-    assert [member.provider for member in llm.members] == ["echo", "second"]
-    assert (llm.provider, llm.model) == ("echo, second", MODEL)
-    member = llm.members[1]
-    models = both.run(member.models()) if both.mode == "async" else member.models()
-    assert [each.name for each in models] == ["b:1"]
-    assert first.requests == []
-
-
-def test_a_client_of_one_provider_is_its_own_only_member() -> None:
-    with graftage.connect(Echo(), model=MODEL) as llm:
-        assert llm.members == (llm,)
-
-
-@pytest.mark.parametrize("method", ["health", "models", "show", "loaded", "pull", "ensure", "load", "unload"])
-def test_what_is_for_one_provider_is_refused_by_a_chain_with_the_way_out(both: Any, method: str) -> None:
-    first, second = Echo(), Second()
-    with pytest.raises(RuntimeError, match="`members`"):
-        getattr(both.opened([first, second], model=MODEL), method)()
-    assert first.requests == second.requests == []
-
-
-def test_two_members_may_be_of_one_kind(both: Any) -> None:
-    first, second = Echo([ConnectionFailed("gone")]), Echo(["two"])
-    assert both.connect([first, second], model=MODEL).chat("x").text == "two"
-
-
-def test_a_chain_can_do_what_some_member_can_with_the_options_that_all_know(both: Any) -> None:
-    first, second = Echo(without=["embed"]), Second(without=["capabilities"])
-    told = both.opened([first, second], model=MODEL).capabilities()
-    assert {"embed", "chat", "tools"} <= told.features
-    assert told.options == frozenset()
-
-
-def test_the_counters_of_a_chain_are_those_of_all_members(both: Any) -> None:
-    llm = both.connect([Echo([ConnectionFailed("gone")]), Second(["a b"])], model=MODEL)
-    llm.chat("x")
-    stats = llm.stats()
-    assert (stats.calls, stats.failures, stats.running, stats.output_tokens) == (2, 1, 0, 2)
-
-
-def test_closing_a_chain_closes_all_members_whatever_one_of_them_says(both: Any) -> None:
-    first, second = Echo(errors={"close": OSError("stuck")}), Second()
-    llm = both.opened([first, second], model=MODEL)
-    with pytest.raises(ProviderError, match="OSError"):
-        llm.close()
-    assert second.closed
-    llm.close()
-
-
-def test_where_a_member_cannot_be_opened_those_before_it_are_closed(both: Any) -> None:
-    class Bad(Echo):
-        name = "bad"
-
-        @hookimpl
-        def connect(self, request: Any) -> Any:
-            raise OSError("no")
-
-    first = Echo()
-    with pytest.raises(PluginLoadError):
-        both.opened([first, Bad()], model=MODEL)
-    assert first.closed
-
-
-def test_an_empty_chain_is_refused(both: Any) -> None:
-    with pytest.raises(ProviderNotFound, match="empty"):
-        both.opened([])
-
-
-def test_an_unknown_member_is_told_before_anybody_is_asked(both: Any) -> None:
-    echo = Echo()
-    with pytest.raises(ProviderNotFound, match="`nonesuch`"):
-        both.opened([echo, "nonesuch:1"], model=MODEL)
-    assert echo.connections == []
+    def test_are_listed_once(self, both: Any) -> None:
+        llm = both.connect([Echo(), Second()], model=MODEL, plugins=[Resolver()])
+        assert [each.name for each in llm.adapters()] == ["bonsai"]
 
 
 class HostError(Exception):
     """The host application's own."""
 
 
-def test_errors_are_translated_after_the_chain_has_read_them(both: Any) -> None:
-    def translate(error: GraftageError) -> Exception:
-        return HostError(type(error).__name__)
+class TestChain:
+    def test_members_have_their_own_models(self, both: Any, ollama: Any) -> None:
+        echo = Echo([ModelNotFound("no")])
+        llm = both.opened([echo, "ollama:qwen:0.5b"], model=MODEL)
+        assert [member.model for member in llm.members] == [MODEL, "qwen:0.5b"]
+        assert llm.chat("x").model == "qwen:0.5b"
+        assert echo.requests[0].model == MODEL
 
-    members = [Echo([ConnectionFailed("gone")]), Second(["fine", Overloaded("busy")])]
-    llm = both.connect([members[0], members[1]], model=MODEL, translate_error=translate)
-    assert llm.chat("x").provider == "second"
-    members[0].errors["chat"] = ConnectionFailed("gone")
-    with pytest.raises(HostError, match="Overloaded") as caught:
+    def test_members_are_clients(self, both: Any) -> None:
+        first, second = Echo(models=["a:1"]), Second(models=["b:1"])
+        llm = both.opened([first, second], model=MODEL)
+        assert [member.provider for member in llm.members] == ["echo", "second"]
+        assert (llm.provider, llm.model) == ("echo, second", MODEL)
+        member = llm.members[1]
+        models = both.run(member.models()) if both.mode == "async" else member.models()
+        assert [each.name for each in models] == ["b:1"]
+        assert first.requests == []
+
+    def test_single_client_is_its_member(self) -> None:
+        with graftage.connect(Echo(), model=MODEL) as llm:
+            assert llm.members == (llm,)
+
+    @pytest.mark.parametrize("method", ["health", "models", "show", "loaded", "pull", "ensure", "load", "unload"])
+    def test_single_provider_methods_are_refused(self, both: Any, method: str) -> None:
+        first, second = Echo(), Second()
+        with pytest.raises(RuntimeError, match="`members`"):
+            getattr(both.opened([first, second], model=MODEL), method)()
+        assert first.requests == second.requests == []
+
+    def test_members_may_share_a_provider(self, both: Any) -> None:
+        first, second = Echo([ConnectionFailed("gone")]), Echo(["two"])
+        assert both.connect([first, second], model=MODEL).chat("x").text == "two"
+
+    def test_features_unite_and_options_intersect(self, both: Any) -> None:
+        first, second = Echo(without=["embed"]), Second(without=["capabilities"])
+        told = both.opened([first, second], model=MODEL).capabilities()
+        assert {"embed", "chat", "tools"} <= told.features
+        assert told.options == frozenset()
+
+    def test_stats_add_up(self, both: Any) -> None:
+        llm = both.connect([Echo([ConnectionFailed("gone")]), Second(["a b"])], model=MODEL)
         llm.chat("x")
-    assert isinstance(caught.value.__cause__, Overloaded)
+        stats = llm.stats()
+        assert (stats.calls, stats.failures, stats.running, stats.output_tokens) == (2, 1, 0, 2)
 
+    def test_close_reaches_every_member(self, both: Any) -> None:
+        first, second = Echo(errors={"close": OSError("stuck")}), Second()
+        llm = both.opened([first, second], model=MODEL)
+        with pytest.raises(ProviderError, match="OSError"):
+            llm.close()
+        assert second.closed
+        llm.close()
 
-def test_errors_in_the_middle_of_a_stream_are_translated_too(both: Any) -> None:
-    members = [Echo([ConnectionFailed("gone")]), Second([[Chunk(text="a"), InferenceFailed("fell")]])]
-    llm = both.connect(members, model=MODEL, translate_error=lambda error: HostError(type(error).__name__))
-    stream = llm.chat("x", stream=True)
-    with pytest.raises(HostError, match="InferenceFailed"):
-        list(stream)
+    def test_failed_opening_closes_earlier_members(self, both: Any) -> None:
+        class Bad(Echo):
+            name = "bad"
 
+            @hookimpl
+            def connect(self, request: Any) -> Any:
+                raise OSError("no")
 
-@pytest.mark.usefixtures("no_server")
-def test_a_real_dead_server_is_skipped(both: Any) -> None:
-    reply = both.connect(["ollama:smollm2:135m", Echo(["fine"])], model=MODEL).chat("x")
-    assert reply.provider == "echo"
-    assert re.fullmatch(r"`ollama:.*` was skipped: .*127\.0\.0\.1.*", reply.warnings[0])
+        first = Echo()
+        with pytest.raises(PluginLoadError):
+            both.opened([first, Bad()], model=MODEL)
+        assert first.closed
 
+    def test_empty_one_is_refused(self, both: Any) -> None:
+        with pytest.raises(ProviderNotFound, match="empty"):
+            both.opened([])
 
-# --- Settings of a chain's members -----------------------------------------------------------------------------------
+    def test_unknown_member_is_refused_first(self, both: Any) -> None:
+        echo = Echo()
+        with pytest.raises(ProviderNotFound, match="`nonesuch`"):
+            both.opened([echo, "nonesuch:1"], model=MODEL)
+        assert echo.connections == []
+
+    def test_final_error_is_translated(self, both: Any) -> None:
+        def translate(error: GraftageError) -> Exception:
+            return HostError(type(error).__name__)
+
+        members = [Echo([ConnectionFailed("gone")]), Second(["fine", Overloaded("busy")])]
+        llm = both.connect([members[0], members[1]], model=MODEL, translate_error=translate)
+        assert llm.chat("x").provider == "second"
+        members[0].errors["chat"] = ConnectionFailed("gone")
+        with pytest.raises(HostError, match="Overloaded") as caught:
+            llm.chat("x")
+        assert isinstance(caught.value.__cause__, Overloaded)
+
+    def test_stream_error_is_translated(self, both: Any) -> None:
+        members = [Echo([ConnectionFailed("gone")]), Second([[Chunk(text="a"), InferenceFailed("fell")]])]
+        llm = both.connect(members, model=MODEL, translate_error=lambda error: HostError(type(error).__name__))
+        stream = llm.chat("x", stream=True)
+        with pytest.raises(HostError, match="InferenceFailed"):
+            list(stream)
+
+    @pytest.mark.usefixtures("no_server")
+    def test_dead_server_is_skipped(self, both: Any) -> None:
+        reply = both.connect(["ollama:smollm2:135m", Echo(["fine"])], model=MODEL).chat("x")
+        assert reply.provider == "echo"
+        assert re.fullmatch(r"`ollama:.*` was skipped: .*127\.0\.0\.1.*", reply.warnings[0])
+
 
 SECRET = "sk-for-one-of-them"
 
@@ -915,125 +835,124 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, str], str, tuple[str, str]]] =
 }
 
 
-@pytest.mark.parametrize("names", [("guarding", "echo"), ("echo", "guarding"), ("echo", "echo")])
-@pytest.mark.parametrize("case", SHARED)
-def test_a_key_or_an_address_for_a_whole_chain_is_refused(
-    both: Any, monkeypatch: Any, tmp_path: Path, case: str, names: tuple[str, str]
-) -> None:
-    arguments, variables, text, (key, source) = SHARED[case]
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
-    monkeypatch.setenv("TREES_CONFIG" if "env_prefix" in arguments else "GRAFTAGE_CONFIG", f"{tmp_path}/settings.toml")
-    members = [Guarding() if name == "guarding" else Echo() for name in names]
-    with pytest.raises(SettingsError, match=f"`{key}`.*every member") as caught:
-        both.opened(members, model=MODEL, **arguments)
-    assert (caught.value.key, caught.value.source) == (key, source.replace("FILE", f"{tmp_path}/settings.toml"))
-    assert caught.value.hint
-    assert SECRET not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
-    assert [member.connections for member in members] == [[], []]
+class TestChainSettings:
+    @pytest.mark.parametrize("names", [("guarding", "echo"), ("echo", "guarding"), ("echo", "echo")])
+    @pytest.mark.parametrize("case", SHARED)
+    def test_shared_key_or_address_is_refused(
+        self, both: Any, monkeypatch: Any, tmp_path: Path, case: str, names: tuple[str, str]
+    ) -> None:
+        arguments, variables, text, (key, source) = SHARED[case]
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
+        monkeypatch.setenv(
+            "TREES_CONFIG" if "env_prefix" in arguments else "GRAFTAGE_CONFIG", f"{tmp_path}/settings.toml"
+        )
+        members = [Guarding() if name == "guarding" else Echo() for name in names]
+        with pytest.raises(SettingsError, match=f"`{key}`.*every member") as caught:
+            both.opened(members, model=MODEL, **arguments)
+        assert (caught.value.key, caught.value.source) == (key, source.replace("FILE", f"{tmp_path}/settings.toml"))
+        assert caught.value.hint
+        assert SECRET not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
+        assert [member.connections for member in members] == [[], []]
 
+    def test_shared_key_needs_overrides(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", "its own")
+        monkeypatch.setenv("GRAFTAGE_API_KEY", SECRET)
+        with pytest.raises(SettingsError, match=r"`api_key` \(environment GRAFTAGE_API_KEY\).*every member"):
+            both.opened([Guarding(), Echo()], model=MODEL)
+        members = [Guarding(), Guarding()]
+        both.opened(members, model=MODEL)
+        assert [given(each).api_key for each in members] == [SecretStr("its own")] * 2
 
-def test_a_key_for_everyone_is_refused_where_a_member_has_none_of_its_own(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", "its own")
-    monkeypatch.setenv("GRAFTAGE_API_KEY", SECRET)
-    with pytest.raises(SettingsError, match=r"`api_key` \(environment GRAFTAGE_API_KEY\).*every member"):
-        both.opened([Guarding(), Echo()], model=MODEL)
-    members = [Guarding(), Guarding()]
-    both.opened(members, model=MODEL)
-    assert [given(each).api_key for each in members] == [SecretStr("its own")] * 2
+    def test_shared_headers_are_refused(self, both: Any) -> None:
+        members = [(Guarding(), {"headers": {"X-A": "a"}}), (Guarding(), {"headers": {"X-A": "b"}})]
+        with pytest.raises(SettingsError, match=r"`headers` \(argument\).*every member"):
+            both.opened(members, model=MODEL, headers={"X-Key": SECRET})
+        both.opened([(Guarding(), {"api_key": "a"}), (Guarding(), {"api_key": "b"})], model=MODEL, api_key=SECRET)
 
+    def test_shared_custom_secret_is_refused(self, both: Any) -> None:
+        with pytest.raises(SettingsError, match=r"`token`.*every member"):
+            both.opened([Guarding(), Guarding()], model=MODEL, token=SECRET)
 
-def test_headers_for_everyone_are_refused_beside_those_that_each_member_has_of_its_own(both: Any) -> None:
-    members = [(Guarding(), {"headers": {"X-A": "a"}}), (Guarding(), {"headers": {"X-A": "b"}})]
-    with pytest.raises(SettingsError, match=r"`headers` \(argument\).*every member"):
-        both.opened(members, model=MODEL, headers={"X-Key": SECRET})
-    both.opened([(Guarding(), {"api_key": "a"}), (Guarding(), {"api_key": "b"})], model=MODEL, api_key=SECRET)
+    @pytest.mark.parametrize("case", SHARED)
+    def test_single_member_takes_any(self, both: Any, monkeypatch: Any, tmp_path: Path, case: str) -> None:
+        arguments, variables, text, (key, _) = SHARED[case]
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
+        monkeypatch.setenv(
+            "TREES_CONFIG" if "env_prefix" in arguments else "GRAFTAGE_CONFIG", f"{tmp_path}/settings.toml"
+        )
+        echo = Echo()
+        both.opened([echo], model=MODEL, **arguments)
+        assert getattr(given(echo), key)
 
+    @pytest.mark.parametrize(
+        "nothing",
+        [{"api_key": None}, {"host": None}, {"headers": {}}, {"api_key": ""}, {"settings": {"api_key": None}}],
+    )
+    def test_empty_secrets_are_accepted(self, both: Any, nothing: dict[str, Any]) -> None:
+        assert both.connect([Echo(["one"]), Echo()], model=MODEL, **nothing).chat("x").text == "one"
 
-def test_a_secret_of_the_providers_own_is_for_one_member_too(both: Any) -> None:
-    with pytest.raises(SettingsError, match=r"`token`.*every member"):
-        both.opened([Guarding(), Guarding()], model=MODEL, token=SECRET)
+    def test_other_settings_reach_every_member(self, both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+        monkeypatch.setenv("GRAFTAGE_ATTEMPTS", "1")
+        transport = Cassette(tmp_path / "none.yaml", mode="record")
+        members = [Echo(), Guarding()]
+        both.opened(members, model=MODEL, transport=transport, keep_alive="5m")
+        for member in members:
+            assert (given(member).attempts, given(member).keep_alive) == (1, 300)
+            assert given(member).transport is transport
 
+    def test_named_key_reaches_its_member(self, both: Any, monkeypatch: Any, tmp_path: Path) -> None:
+        (tmp_path / "settings.toml").write_text("[guarding]\nhost = 'gpu'\n[guarding.headers]\nX-A = 'a'\n")
+        monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path / "settings.toml"))
+        monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", SECRET)
+        first, second = Guarding(), Echo()
+        both.opened([first, second], model=MODEL)
+        assert (given(first).host, given(first).api_key, list(given(first).headers)) == (
+            "gpu",
+            SecretStr(SECRET),
+            ["X-A"],
+        )
+        assert (given(second).host, given(second).api_key, given(second).headers) == (None, None, {})
 
-@pytest.mark.parametrize("case", SHARED)
-def test_a_list_of_one_takes_what_one_provider_takes(both: Any, monkeypatch: Any, tmp_path: Path, case: str) -> None:
-    arguments, variables, text, (key, _) = SHARED[case]
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
-    monkeypatch.setenv("TREES_CONFIG" if "env_prefix" in arguments else "GRAFTAGE_CONFIG", f"{tmp_path}/settings.toml")
-    echo = Echo()
-    both.opened([echo], model=MODEL, **arguments)
-    assert getattr(given(echo), key)
+    def test_ollama_key_reaches_ollama_alone(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("OLLAMA_API_KEY", SECRET)
+        monkeypatch.setenv("OLLAMA_HOST", DEAD)
+        echo = Echo()
+        llm = both.opened(["ollama:m", echo], model=MODEL)
+        assert llm.members[0].address == DEAD
+        assert given(echo).api_key is None
 
+    def test_members_have_their_own(self, both: Any, monkeypatch: Any) -> None:
+        monkeypatch.setenv("GRAFTAGE_ECHO_HOST", "elsewhere")
+        first, second, third = Echo(), Echo(), Echo()
+        own = {"host": "gpu", "api_key": SECRET, "headers": {"X-Key": SECRET}, "attempts": 2, "model": "own:1"}
+        llm = both.opened([(first, own), second, (third, {})], model=MODEL, attempts=1)
+        assert [each.model for each in llm.members] == ["own:1", MODEL, MODEL]
+        assert [given(each).attempts for each in (first, second, third)] == [2, 1, 1]
+        assert [given(each).host for each in (first, second, third)] == ["gpu", "elsewhere", "elsewhere"]
+        assert [given(each).api_key for each in (first, second, third)] == [SecretStr(SECRET), None, None]
+        assert "model" in own
 
-@pytest.mark.parametrize(
-    "nothing", [{"api_key": None}, {"host": None}, {"headers": {}}, {"api_key": ""}, {"settings": {"api_key": None}}]
-)
-def test_nothing_for_everyone_is_not_refused(both: Any, nothing: dict[str, Any]) -> None:
-    assert both.connect([Echo(["one"]), Echo()], model=MODEL, **nothing).chat("x").text == "one"
+    def test_named_members_have_their_own(self, both: Any) -> None:
+        with FakeOllama(models=["smollm2:135m"], reply="the server answers") as fake:
+            members = [("ollama:smollm2:135m", {"host": DEAD}), ("ollama", {"host": fake.url, "model": "smollm2:135m"})]
+            reply = both.connect(members).chat("x")
+        assert (reply.text, len(reply.warnings)) == ("the server answers", 1)
 
-
-def test_what_is_no_secret_reaches_every_member(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setenv("GRAFTAGE_ATTEMPTS", "1")
-    transport = Cassette(tmp_path / "none.yaml", mode="record")
-    members = [Echo(), Guarding()]
-    both.opened(members, model=MODEL, transport=transport, keep_alive="5m")
-    for member in members:
-        assert (given(member).attempts, given(member).keep_alive) == (1, 300)
-        assert given(member).transport is transport
-
-
-def test_a_key_reaches_the_member_that_it_is_named_for(both: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    (tmp_path / "settings.toml").write_text("[guarding]\nhost = 'gpu'\n[guarding.headers]\nX-A = 'a'\n")
-    monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path / "settings.toml"))
-    monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", SECRET)
-    first, second = Guarding(), Echo()
-    both.opened([first, second], model=MODEL)
-    assert (given(first).host, given(first).api_key, list(given(first).headers)) == ("gpu", SecretStr(SECRET), ["X-A"])
-    assert (given(second).host, given(second).api_key, given(second).headers) == (None, None, {})
-
-
-def test_the_servers_own_variable_reaches_its_member_alone(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("OLLAMA_API_KEY", SECRET)
-    monkeypatch.setenv("OLLAMA_HOST", DEAD)
-    echo = Echo()
-    llm = both.opened(["ollama:m", echo], model=MODEL)
-    assert llm.members[0].address == DEAD
-    assert given(echo).api_key is None
-
-
-def test_a_member_may_have_settings_and_a_model_of_its_own(both: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GRAFTAGE_ECHO_HOST", "elsewhere")
-    first, second, third = Echo(), Echo(), Echo()
-    own = {"host": "gpu", "api_key": SECRET, "headers": {"X-Key": SECRET}, "attempts": 2, "model": "own:1"}
-    llm = both.opened([(first, own), second, (third, {})], model=MODEL, attempts=1)
-    assert [each.model for each in llm.members] == ["own:1", MODEL, MODEL]
-    assert [given(each).attempts for each in (first, second, third)] == [2, 1, 1]
-    assert [given(each).host for each in (first, second, third)] == ["gpu", "elsewhere", "elsewhere"]
-    assert [given(each).api_key for each in (first, second, third)] == [SecretStr(SECRET), None, None]
-    assert "model" in own
-
-
-def test_a_member_by_name_may_have_settings_of_its_own(both: Any) -> None:
-    with FakeOllama(models=["smollm2:135m"], reply="the server answers") as fake:
-        members = [("ollama:smollm2:135m", {"host": DEAD}), ("ollama", {"host": fake.url, "model": "smollm2:135m"})]
-        reply = both.connect(members).chat("x")
-    assert (reply.text, len(reply.warnings)) == ("the server answers", 1)
-
-
-@pytest.mark.parametrize(
-    ("own", "error", "message"),
-    [
-        ({"api_kye": SECRET}, SettingsError, r"`api_kye` \(argument of the member\).*`api_key`"),
-        ({"attempts": 0}, SettingsError, r"`attempts` \(argument of the member\)"),
-        ({5: 5}, SettingsError, "`5`"),
-        ({"model": " "}, RequestRejected, "`model` is empty"),
-        ({"model": 5}, RequestRejected, "`model`"),
-    ],
-)
-def test_wrong_settings_of_a_member_are_told(both: Any, own: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message) as caught:
-        both.opened([(Echo(), own), Echo()], model=MODEL)
-    assert SECRET not in str(caught.value)
+    @pytest.mark.parametrize(
+        ("own", "error", "message"),
+        [
+            ({"api_kye": SECRET}, SettingsError, r"`api_kye` \(argument of the member\).*`api_key`"),
+            ({"attempts": 0}, SettingsError, r"`attempts` \(argument of the member\)"),
+            ({5: 5}, SettingsError, "`5`"),
+            ({"model": " "}, RequestRejected, "`model` is empty"),
+            ({"model": 5}, RequestRejected, "`model`"),
+        ],
+    )
+    def test_wrong_ones_are_refused(self, both: Any, own: Any, error: Any, message: str) -> None:
+        with pytest.raises(error, match=message) as caught:
+            both.opened([(Echo(), own), Echo()], model=MODEL)
+        assert SECRET not in str(caught.value)

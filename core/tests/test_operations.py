@@ -35,7 +35,11 @@ class City(BaseModel):
 
 
 GOOD = '{"name": "Delft", "people": 109000}'
+
+
 BAD = '{"name": "Delft", "people": "many"}'
+
+
 CUT = [Chunk(text='{"name": "De'), Chunk(finish_reason="length", usage=Usage(input_tokens=1, output_tokens=1))]
 
 
@@ -52,39 +56,41 @@ def answering(both: Any, name: str, answer: Any) -> Any:
     return both.connect(Giving(lambda _: kind()), model=MODEL)
 
 
-# --- Counting --------------------------------------------------------------------------------------------------------
+class TestCountTokens:
+    @pytest.mark.parametrize("kind", [Echo, PlainEcho])
+    def test_counts_what_chat_sends(self, both: Any, kind: type[Echo], watcher: Watcher) -> None:
+        echo = kind()
+        llm = both.connect(echo, model=MODEL, plugins=[watcher])
 
+        def look_up(name: str) -> str:
+            """Look up."""
+            return name
 
-@pytest.mark.parametrize("kind", [Echo, PlainEcho])
-def test_tokens_are_counted_of_what_chat_would_send(both: Any, kind: type[Echo], watcher: Watcher) -> None:
-    echo = kind()
-    llm = both.connect(echo, model=MODEL, plugins=[watcher])
+        messages = [{"role": "system", "content": "Be brief."}, "How are you?"]
+        given: dict[str, Any] = {
+            "tools": [look_up],
+            "images": [b"GIF89a"],
+            "options": {"seed": 1},
+            "context_window": 99,
+        }
+        assert llm.count_tokens(messages, **given) == 5
+        llm.chat(messages, **given)
+        counted, chatted = (request for request in echo.requests if hasattr(request, "messages"))
+        fields = ("model", "messages", "tools", "options", "context_window", "keep_alive", "adapter")
+        assert [getattr(counted, each) for each in fields] == [getattr(chatted, each) for each in fields]
+        assert watcher.kinds("count_tokens") == ["start", "admitted", "finish"]
+        event = next(each for each in watcher.events if (each.operation, each.kind) == ("count_tokens", "finish"))
+        assert event.usage == Usage(input_tokens=5)
+        assert llm.stats().input_tokens == 5, "of the chat: what was only counted is no work done"
 
-    def look_up(name: str) -> str:
-        """Look up."""
-        return name
-
-    messages = [{"role": "system", "content": "Be brief."}, "How are you?"]
-    given: dict[str, Any] = {"tools": [look_up], "images": [b"GIF89a"], "options": {"seed": 1}, "context_window": 99}
-    assert llm.count_tokens(messages, **given) == 5
-    llm.chat(messages, **given)
-    counted, chatted = (request for request in echo.requests if hasattr(request, "messages"))
-    fields = ("model", "messages", "tools", "options", "context_window", "keep_alive", "adapter")
-    assert [getattr(counted, each) for each in fields] == [getattr(chatted, each) for each in fields]
-    assert watcher.kinds("count_tokens") == ["start", "admitted", "finish"]
-    event = next(each for each in watcher.events if (each.operation, each.kind) == ("count_tokens", "finish"))
-    assert event.usage == Usage(input_tokens=5)
-    assert llm.stats().input_tokens == 5, "of the chat: what was only counted is no work done"
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(0, "counts 0"), (-3, "counts -3"), (True, "counts True"), (2.0, "float")]
-)
-def test_a_count_that_is_none_is_refused(both: Any, count: Any, words: str) -> None:
-    llm = answering(both, "count_tokens", count)
-    with pytest.raises(ProviderError, match=words):
-        llm.count_tokens("Hi")
-    assert (llm.stats().running, llm.stats().failures) == (0, 1)
+    @pytest.mark.parametrize(
+        ("count", "words"), [(0, "counts 0"), (-3, "counts -3"), (True, "counts True"), (2.0, "float")]
+    )
+    def test_invalid_count_is_an_error(self, both: Any, count: Any, words: str) -> None:
+        llm = answering(both, "count_tokens", count)
+        with pytest.raises(ProviderError, match=words):
+            llm.count_tokens("Hi")
+        assert (llm.stats().running, llm.stats().failures) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,7 @@ def test_a_count_that_is_none_is_refused(both: Any, count: Any, words: str) -> N
         lambda llm: llm.chat("Hi", format="json", retries=1, stream=True),
     ],
 )
-def test_what_is_wrong_is_refused_before_anything_is_sent(both: Any, act: Any) -> None:
+def test_invalid_arguments_are_refused(both: Any, act: Any) -> None:
     echo = Echo()
     llm = both.connect(echo, model=MODEL)
     with pytest.raises(RequestRejected) as caught:
@@ -119,7 +125,7 @@ def test_what_is_wrong_is_refused_before_anything_is_sent(both: Any, act: Any) -
 
 
 @pytest.mark.parametrize("name", ["count_tokens", "rerank", "delete_model"])
-def test_what_a_provider_lacks_is_refused_before_anything_is_sent(both: Any, name: str) -> None:
+def test_missing_hooks_are_refused(both: Any, name: str) -> None:
     echo = Echo(without=[name])
     llm = both.opened(echo, model=MODEL)
     acts = {
@@ -132,19 +138,6 @@ def test_what_a_provider_lacks_is_refused_before_anything_is_sent(both: Any, nam
         acts[name]()
     assert echo.requests == []
     assert name in both.opened(Echo()).capabilities().features
-
-
-# --- Ranking ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [Echo, PlainEcho])
-def test_documents_are_ranked_the_best_first(both: Any, kind: type[Echo]) -> None:
-    llm = both.connect(kind(), model=MODEL, context_window=64)
-    found = llm.rerank("a red apple", ["a car", "an apple", "a red apple", "nothing"])
-    assert [(each.index, each.score) for each in found.results] == [(2, 3.0), (0, 1.0), (1, 1.0), (3, 0.0)]
-    assert (found.model, found.provider, found.usage.input_tokens) == (MODEL, "echo", 11)
-    assert found.timings.wall is not None
-    assert llm.stats().input_tokens == 11
 
 
 def ranking(*pairs: tuple[Any, Any]) -> Ranking:
@@ -169,32 +162,38 @@ WRONG: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", WRONG)
-def test_a_ranking_that_is_none_of_the_documents_is_refused(both: Any, fault: str) -> None:
-    answer, words = WRONG[fault]
-    llm = answering(both, "rerank", answer)
-    with pytest.raises(ProviderError, match=words) as caught:
-        llm.rerank("Hi", ["a", "b"])
-    assert caught.value.hint
-    assert (llm.stats().running, llm.stats().failures) == (0, 1)
+class TestRerank:
+    @pytest.mark.parametrize("kind", [Echo, PlainEcho])
+    def test_best_comes_first(self, both: Any, kind: type[Echo]) -> None:
+        llm = both.connect(kind(), model=MODEL, context_window=64)
+        found = llm.rerank("a red apple", ["a car", "an apple", "a red apple", "nothing"])
+        assert [(each.index, each.score) for each in found.results] == [(2, 3.0), (0, 1.0), (1, 1.0), (3, 0.0)]
+        assert (found.model, found.provider, found.usage.input_tokens) == (MODEL, "echo", 11)
+        assert found.timings.wall is not None
+        assert llm.stats().input_tokens == 11
 
+    @pytest.mark.parametrize("fault", WRONG)
+    def test_invalid_ranking_is_an_error(self, both: Any, fault: str) -> None:
+        answer, words = WRONG[fault]
+        llm = answering(both, "rerank", answer)
+        with pytest.raises(ProviderError, match=words) as caught:
+            llm.rerank("Hi", ["a", "b"])
+        assert caught.value.hint
+        assert (llm.stats().running, llm.stats().failures) == (0, 1)
 
-def test_a_chain_ranks_with_the_first_member_that_can(both: Any) -> None:
-    llm = both.connect([Echo(without=["rerank"]), Echo()], model=MODEL)
-    found = llm.rerank("a", ["b", "a"])
-    assert [each.index for each in found.results] == [1, 0]
-    assert len(found.warnings) == 1
-    with pytest.raises(RuntimeError, match="members"):
-        llm.count_tokens("Hi")
-    with pytest.raises(RuntimeError, match="members"):
-        llm.delete(MODEL)
-
-
-# --- Deleting --------------------------------------------------------------------------------------------------------
+    def test_chain_uses_the_first_able(self, both: Any) -> None:
+        llm = both.connect([Echo(without=["rerank"]), Echo()], model=MODEL)
+        found = llm.rerank("a", ["b", "a"])
+        assert [each.index for each in found.results] == [1, 0]
+        assert len(found.warnings) == 1
+        with pytest.raises(RuntimeError, match="members"):
+            llm.count_tokens("Hi")
+        with pytest.raises(RuntimeError, match="members"):
+            llm.delete(MODEL)
 
 
 @pytest.mark.parametrize("kind", [Echo, PlainEcho])
-def test_a_model_is_deleted_and_forgotten(both: Any, kind: type[Echo], watcher: Watcher) -> None:
+def test_deleted_model_is_forgotten(both: Any, kind: type[Echo], watcher: Watcher) -> None:
     echo = kind(models=["a:1", "b:1"], strict=True)
     llm = both.connect(echo, model="a:1", plugins=[watcher])
     assert llm.health("model_present").ok
@@ -206,8 +205,6 @@ def test_a_model_is_deleted_and_forgotten(both: Any, kind: type[Echo], watcher: 
     assert caught.value.operation == "delete_model"
     assert watcher.kinds("delete_model") == ["start", "finish", "start", "error"]
 
-
-# --- What embeddings are for -----------------------------------------------------------------------------------------
 
 PREFIXES = [
     ("nomic-embed-text", "search_query: ", "search_document: "),
@@ -233,118 +230,41 @@ PREFIXES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "query", "document"), PREFIXES, ids=[each[0] for each in PREFIXES])
-def test_the_prefixes_of_a_model_are_found_by_its_name(model: str, query: str | None, document: str | None) -> None:
-    assert (prefix_for(model, "query"), prefix_for(model, "document")) == (query, document)
+class TestPurpose:
+    @pytest.mark.parametrize(("model", "query", "document"), PREFIXES, ids=[each[0] for each in PREFIXES])
+    def test_prefix_follows_the_model(self, model: str, query: str | None, document: str | None) -> None:
+        assert (prefix_for(model, "query"), prefix_for(model, "document")) == (query, document)
 
+    def test_instructions_match_the_model_card(self) -> None:
+        task = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+        assert prefix_for("qwen3-embedding:0.6b", "query") == task
+        assert prefix_for("multilingual-e5-large-instruct", "query") == f"{task} "
+        assert prefix_for("qwen3-embedding:0.6b", "document") == ""
 
-def test_instructions_are_written_as_on_the_card() -> None:
-    task = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
-    assert prefix_for("qwen3-embedding:0.6b", "query") == task
-    assert prefix_for("multilingual-e5-large-instruct", "query") == f"{task} "
-    assert prefix_for("qwen3-embedding:0.6b", "document") == ""
+    def test_each_input_gets_its_prefix(self, both: Any) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model="nomic-embed-text")
+        for purpose in ("query", "document", None):
+            assert llm.embed(["a", "b"], purpose=purpose).warnings == ()
+        assert [request.inputs for request in echo.requests] == [
+            ("search_query: a", "search_query: b"),
+            ("search_document: a", "search_document: b"),
+            ("a", "b"),
+        ]
 
+    def test_unknown_prefix_is_a_warning(self, both: Any) -> None:
+        echo = Echo()
+        (warning,) = both.connect(echo, model=MODEL).embed("a", purpose="query").warnings
+        assert "`purpose`" in warning
+        assert MODEL in warning
+        assert echo.requests[-1].inputs == ("a",)
 
-def test_each_input_gets_the_prefix_of_its_purpose(both: Any) -> None:
-    echo = Echo()
-    llm = both.connect(echo, model="nomic-embed-text")
-    for purpose in ("query", "document", None):
-        assert llm.embed(["a", "b"], purpose=purpose).warnings == ()
-    assert [request.inputs for request in echo.requests] == [
-        ("search_query: a", "search_query: b"),
-        ("search_document: a", "search_document: b"),
-        ("a", "b"),
-    ]
-
-
-def test_a_purpose_without_a_known_prefix_is_a_warning(both: Any) -> None:
-    echo = Echo()
-    (warning,) = both.connect(echo, model=MODEL).embed("a", purpose="query").warnings
-    assert "`purpose`" in warning
-    assert MODEL in warning
-    assert echo.requests[-1].inputs == ("a",)
-
-
-def test_each_member_of_a_chain_gets_the_prefix_of_its_model(both: Any) -> None:
-    first, second = Echo(errors={"embed": ConnectionFailed("gone")}), Echo()
-    both.connect([(first, {"model": "bge-m3"}), (second, {"model": "nomic-embed-text"})]).embed("a", purpose="query")
-    assert [each.requests[-1].inputs for each in (first, second)] == [("a",), ("search_query: a",)]
-
-
-# --- Asking again ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [Echo, PlainEcho])
-def test_an_answer_that_does_not_fit_is_asked_for_again(both: Any, kind: type[Echo], watcher: Watcher) -> None:
-    echo = kind([BAD, "no JSON", GOOD])
-    llm = both.connect(echo, model=MODEL, plugins=[watcher])
-    reply = llm.chat("Delft?", format=City, retries=2, options={"seed": 1}, max_tokens=50)
-    assert (reply.parsed, reply.attempts) == (City(name="Delft", people=109000), 3)
-    first, second, third = echo.requests
-    assert first.messages == (Message(role="user", content="Delft?"),)
-    assert third.messages[:3] == second.messages
-    assert second.messages[:2] == (*first.messages, Message(role="assistant", content=BAD))
-    assert [each.role for each in third.messages] == ["user", "assistant", "user", "assistant", "user"]
-    assert "people" in second.messages[2].content
-    assert "valid integer" in second.messages[2].content
-    assert "https://" not in second.messages[2].content
-    assert [each.options for each in echo.requests] == [{"seed": 1}] * 3
-    assert [each.max_tokens for each in echo.requests] == [50] * 3
-    usages = [event.usage for event in watcher.events if event.kind == "finish"]
-    assert (llm.stats().calls, llm.stats().failures, len(usages)) == (3, 2, 1)
-    assert reply.usage.output_tokens == sum(len(each.split()) for each in (BAD, "no JSON", GOOD))
-
-
-def test_an_answer_that_fits_is_asked_for_once(both: Any) -> None:
-    echo = Echo([GOOD])
-    assert both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2).attempts == 1
-    assert len(echo.requests) == 1
-
-
-def test_an_answer_that_never_fits_is_the_last_error(both: Any) -> None:
-    echo = Echo([BAD, BAD, BAD, GOOD])
-    with pytest.raises(InferenceFailed, match="does not fit") as caught:
-        both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2)
-    assert (caught.value.attempts, len(echo.requests)) == (3, 3)
-    assert caught.value.partial is not None
-    assert caught.value.partial.text == BAD
-
-
-def test_what_goes_wrong_while_asking_again_is_what_is_raised(both: Any) -> None:
-    echo = Echo([BAD, ConnectionFailed("gone")])
-    with pytest.raises(ConnectionFailed) as caught:
-        both.connect(echo, model=MODEL, attempts=1).chat("Delft?", format=City, retries=2)
-    assert caught.value.attempts == 2
-
-
-@pytest.mark.parametrize("retries", [0, 1])
-def test_a_schema_or_any_json_is_asked_for_again_too(both: Any, retries: int) -> None:
-    for wanted in ("json", {"type": "object"}):
-        llm = both.connect(Echo(["{", "{}"]), model=MODEL)
-        if retries:
-            assert llm.chat("x", format=wanted, retries=retries).parsed == {}
-        else:
-            with pytest.raises(InferenceFailed):
-                llm.chat("x", format=wanted)
-
-
-@pytest.mark.parametrize("step", [CUT, [Chunk(text="{")], ConnectionFailed("gone")], ids=["cut", "no end", "no answer"])
-def test_only_a_whole_answer_that_does_not_fit_is_asked_for_again(both: Any, step: Any) -> None:
-    echo = Echo([step, GOOD])
-    with pytest.raises(ProviderError):
-        both.connect(echo, model=MODEL, attempts=1).chat("Delft?", format=City, retries=2)
-    assert len(echo.requests) == 1
-
-
-def test_the_time_of_a_call_holds_for_all_of_its_answers(both: Any) -> None:
-    echo = Echo([lambda _: _slowly(0.1), lambda _: _slowly(0.1), GOOD])
-    both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2, timeout=30)
-    deadlines = [each.call.deadline for each in echo.requests]
-    assert max(deadlines) - min(deadlines) < 0.09
-    late = Echo([lambda _: _slowly(0.3)])
-    with pytest.raises((InferenceFailed, ProviderTimeout)):
-        both.connect(late, model=MODEL).chat("Delft?", format=City, retries=2, timeout=0.2)
-    assert len(late.requests) == 1
+    def test_chain_member_gets_its_prefix(self, both: Any) -> None:
+        first, second = Echo(errors={"embed": ConnectionFailed("gone")}), Echo()
+        both.connect([(first, {"model": "bge-m3"}), (second, {"model": "nomic-embed-text"})]).embed(
+            "a", purpose="query"
+        )
+        assert [each.requests[-1].inputs for each in (first, second)] == [("a",), ("search_query: a",)]
 
 
 def _slowly(seconds: float) -> str:
@@ -352,8 +272,77 @@ def _slowly(seconds: float) -> str:
     return BAD
 
 
-def test_a_chain_asks_again_where_the_answer_came_from(both: Any) -> None:
-    first, second = Echo([ConnectionFailed("gone")]), Echo([BAD, GOOD])
-    reply = both.connect([first, second], model=MODEL).chat("Delft?", format=City, retries=1)
-    assert (reply.attempts, len(reply.warnings)) == (2, 1)
-    assert (len(first.requests), len(second.requests)) == (1, 2)
+class TestRetries:
+    @pytest.mark.parametrize("kind", [Echo, PlainEcho])
+    def test_misfit_is_asked_for_again(self, both: Any, kind: type[Echo], watcher: Watcher) -> None:
+        echo = kind([BAD, "no JSON", GOOD])
+        llm = both.connect(echo, model=MODEL, plugins=[watcher])
+        reply = llm.chat("Delft?", format=City, retries=2, options={"seed": 1}, max_tokens=50)
+        assert (reply.parsed, reply.attempts) == (City(name="Delft", people=109000), 3)
+        first, second, third = echo.requests
+        assert first.messages == (Message(role="user", content="Delft?"),)
+        assert third.messages[:3] == second.messages
+        assert second.messages[:2] == (*first.messages, Message(role="assistant", content=BAD))
+        assert [each.role for each in third.messages] == ["user", "assistant", "user", "assistant", "user"]
+        assert "people" in second.messages[2].content
+        assert "valid integer" in second.messages[2].content
+        assert "https://" not in second.messages[2].content
+        assert [each.options for each in echo.requests] == [{"seed": 1}] * 3
+        assert [each.max_tokens for each in echo.requests] == [50] * 3
+        usages = [event.usage for event in watcher.events if event.kind == "finish"]
+        assert (llm.stats().calls, llm.stats().failures, len(usages)) == (3, 2, 1)
+        assert reply.usage.output_tokens == sum(len(each.split()) for each in (BAD, "no JSON", GOOD))
+
+    def test_fit_is_asked_for_once(self, both: Any) -> None:
+        echo = Echo([GOOD])
+        assert both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2).attempts == 1
+        assert len(echo.requests) == 1
+
+    def test_last_misfit_is_raised(self, both: Any) -> None:
+        echo = Echo([BAD, BAD, BAD, GOOD])
+        with pytest.raises(InferenceFailed, match="does not fit") as caught:
+            both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2)
+        assert (caught.value.attempts, len(echo.requests)) == (3, 3)
+        assert caught.value.partial is not None
+        assert caught.value.partial.text == BAD
+
+    def test_later_failure_is_raised(self, both: Any) -> None:
+        echo = Echo([BAD, ConnectionFailed("gone")])
+        with pytest.raises(ConnectionFailed) as caught:
+            both.connect(echo, model=MODEL, attempts=1).chat("Delft?", format=City, retries=2)
+        assert caught.value.attempts == 2
+
+    @pytest.mark.parametrize("retries", [0, 1])
+    def test_schemas_are_asked_for_again(self, both: Any, retries: int) -> None:
+        for wanted in ("json", {"type": "object"}):
+            llm = both.connect(Echo(["{", "{}"]), model=MODEL)
+            if retries:
+                assert llm.chat("x", format=wanted, retries=retries).parsed == {}
+            else:
+                with pytest.raises(InferenceFailed):
+                    llm.chat("x", format=wanted)
+
+    @pytest.mark.parametrize(
+        "step", [CUT, [Chunk(text="{")], ConnectionFailed("gone")], ids=["cut", "no end", "no answer"]
+    )
+    def test_cut_reply_is_not_repeated(self, both: Any, step: Any) -> None:
+        echo = Echo([step, GOOD])
+        with pytest.raises(ProviderError):
+            both.connect(echo, model=MODEL, attempts=1).chat("Delft?", format=City, retries=2)
+        assert len(echo.requests) == 1
+
+    def test_share_one_deadline(self, both: Any) -> None:
+        echo = Echo([lambda _: _slowly(0.1), lambda _: _slowly(0.1), GOOD])
+        both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2, timeout=30)
+        deadlines = [each.call.deadline for each in echo.requests]
+        assert max(deadlines) - min(deadlines) < 0.09
+        late = Echo([lambda _: _slowly(0.3)])
+        with pytest.raises((InferenceFailed, ProviderTimeout)):
+            both.connect(late, model=MODEL).chat("Delft?", format=City, retries=2, timeout=0.2)
+        assert len(late.requests) == 1
+
+    def test_chain_asks_the_same_member(self, both: Any) -> None:
+        first, second = Echo([ConnectionFailed("gone")]), Echo([BAD, GOOD])
+        reply = both.connect([first, second], model=MODEL).chat("Delft?", format=City, retries=1)
+        assert (reply.attempts, len(reply.warnings)) == (2, 1)
+        assert (len(first.requests), len(second.requests)) == (1, 2)
