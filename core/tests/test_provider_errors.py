@@ -132,8 +132,8 @@ class TestProviderErrors:
             ("text", "`echo` gave str instead of a Chunk"),
             (5, "gave int"),
             ({"text": "x"}, "gave dict"),
-            (Chunk(text=5), ""),  # type: ignore[arg-type]
-            (Chunk(thinking=b"x"), ""),  # type: ignore[arg-type]
+            (Chunk(text=5), "Chunk whose `text` or `thinking`"),  # type: ignore[arg-type]
+            (Chunk(thinking=b"x"), "Chunk whose `text` or `thinking`"),  # type: ignore[arg-type]
         ],
     )
     def test_invalid_chunks_are_errors(self, both: Any, chunk: Any, words: str) -> None:
