@@ -199,13 +199,13 @@ class Call:
         """Return the error for a time limit that has passed."""
         what = {
             "connect": "The server could not be reached within",
-            "first_token": "The server gave no first token within",
-            "idle": "The stream stood still for",
-            "total": "The call was not finished within",
+            "first_token": "The server sent no first token within",
+            "idle": "The stream sent nothing for",
+            "total": "The call did not finish within",
         }[phase]
-        knob = "timeout" if phase == "total" else f"timeouts.{phase}"
+        setting = "timeout" if phase == "total" else f"timeouts.{phase}"
         seconds = float(getattr(self.timeouts, phase))
-        hint = f"Raise `{knob}`, or ask for less at a time."
+        hint = f"Raise `{setting}`, or request less at a time."
         return ProviderTimeout(f"{what} {seconds:g} s.", phase=phase, hint=hint)
 
     async def sleep(self, seconds: float) -> None:

@@ -146,7 +146,7 @@ class MakeHttp(Protocol):
 
 
 def _no_http(base_url: str, **_: object) -> Http:  # noqa: ARG001 - the shape is `MakeHttp`'s
-    raise RuntimeError("the core makes the clients of a connection; this request is none of its making")
+    raise RuntimeError("`http` needs the core: a `ConnectRequest` made elsewhere must set it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

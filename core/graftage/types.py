@@ -268,7 +268,7 @@ class Reply:
         return self.text
 
 
-_NOT_FINITE: Final = "a vector that holds what is no finite number"
+_NOT_FINITE: Final = "a vector with a value that is not a finite number"
 
 
 class Vectors(tuple[tuple[float, ...], ...]):
@@ -280,8 +280,8 @@ class Vectors(tuple[tuple[float, ...], ...]):
         """Check the vectors and convert all numbers to floats.
 
         Raises:
-            TypeError: there is no sequence of vectors.
-            ValueError: one is empty or longer than another, or holds what is no finite number.
+            TypeError: the value is not a sequence of vectors.
+            ValueError: a vector is empty, differs in length, or has a value that is not a finite number.
         """
         return vectors if type(vectors) is cls else cls._of(_floats(vectors))
 
@@ -330,7 +330,7 @@ def _floats(vectors: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]
     try:
         found = tuple(map(tuple, vectors))
     except TypeError:
-        raise TypeError("what is no sequence of vectors") from None
+        raise TypeError("a value that is not a sequence of vectors") from None
     kinds = set().union(*(map(type, each) for each in found))
     with contextlib.suppress(OverflowError):  # An integer may be larger than any float.
         if bool not in kinds and all(issubclass(each, Real) for each in kinds):
@@ -586,13 +586,13 @@ class Limits:
         for name in ("unload", "wait_for", "warnings"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
-                raise ValueError(f"the limit `{name}` must be a tuple of texts, not {value!r}")
+                raise ValueError(f"the limit `{name}` must be a tuple of strings, not {value!r}")
 
 
 def _check_figure(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
     right = isinstance(value, kind) and not isinstance(value, bool)
     if value is not None and not (right and value >= 0):
-        raise ValueError(f"the limit `{name}` must be a number that is not negative, not {value!r}")
+        raise ValueError(f"the limit `{name}` must be a number of at least 0, not {value!r}")
 
 
 NEVER_APPLIES: Final = Limits()
@@ -626,7 +626,7 @@ class Timeouts:
             value = getattr(self, each.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LONGEST:
                 raise ValueError(
-                    f"the timeout `{each.name}` must be a number of seconds above 0 and finite (a year at most), "
+                    f"the timeout `{each.name}` must be a number of seconds above 0 and at most a year, "
                     f"not {str(value)[:40]}"
                 )
 

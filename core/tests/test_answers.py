@@ -443,7 +443,7 @@ class TestFoundJson:
 
     def test_whole_json_was_not_cut(self, both: Any) -> None:
         llm = both.connect(Echo([[Chunk(text='{"b": 1}'), Chunk(finish_reason="length")]]), model=MODEL)
-        with pytest.raises(InferenceFailed, match="does not fit") as caught:
+        with pytest.raises(InferenceFailed, match="does not match") as caught:
             llm.chat("x", format=Point)
         assert caught.value.details == {"reason": "ValidationError of Point"}
 

@@ -444,7 +444,7 @@ NO_TOOLS: dict[str, tuple[dict[str, Any], str]] = {
     "a schema and an empty one": ({**PLAIN, "parameters": {}, "input_schema": SCHEMA}, "`input_schema`"),
     "a list for a schema": ({**PLAIN, "parameters": []}, "JSON schema"),
     "a text for a schema": ({**PLAIN, "inputSchema": "{}"}, "JSON schema"),
-    "a description that is not text": ({"name": "f", "description": ["d"]}, "text"),
+    "a description that is not text": ({"name": "f", "description": ["d"]}, "string"),
 }
 
 
@@ -707,7 +707,7 @@ class TestFormats:
         assert {"type", "anyOf", "enum", "$ref"} & set(echo.requests[0].format)
 
     def test_reply_of_another_type_is_refused(self, both: Any) -> None:
-        with pytest.raises(InferenceFailed, match="does not fit the `format`"):
+        with pytest.raises(InferenceFailed, match="does not match the `format`"):
             both.connect(Echo(['["Ulm"]']), model=MODEL).chat("x", format=list[Bare])
 
     def test_typed_dict_keeps_its_descriptions(self) -> None:
@@ -872,7 +872,7 @@ NO_MESSAGES: dict[str, tuple[Any, str]] = {
     "a text part without its text": (user({"type": "text"}), "`text` part"),
     "a text part of a number": (user({"type": "text", "text": 5}), "`text` part"),
     "a picture elsewhere": (user({"type": "image_url", "image_url": {"url": "https://x.org/canary"}}), "address"),
-    "a picture by its id": (user({"type": "input_image", "file_id": "canary"}), "elsewhere"),
+    "a picture by its id": (user({"type": "input_image", "file_id": "canary"}), "without its bytes"),
     "a picture of Anthropic elsewhere": (
         user({"type": "image", "source": {"type": "url", "url": "https://x.org/canary"}}),
         "address",

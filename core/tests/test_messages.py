@@ -97,7 +97,7 @@ class TestMessages:
             ({"role": "user", "contents": "x"}, "`content`"),
             ({"role": "user", "content": [{"type": "text"}]}, "content"),
             ({"role": "assistant", "tool_calls": [5]}, "tool call"),
-            ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "no JSON object"),
+            ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "not a JSON object"),
             ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, "object"),
         ],
     )
@@ -272,5 +272,5 @@ class TestFormats:
         assert llm.chat("x", format=House, tools=[weather]).parsed is None
 
     def test_deep_json_does_not_fit(self, both: Any) -> None:
-        with pytest.raises(InferenceFailed, match="does not fit"):
+        with pytest.raises(InferenceFailed, match="does not match"):
             both.connect(Echo(["[" * 100_000]), model=MODEL).chat("x", format="json")

@@ -300,7 +300,7 @@ class TestRetries:
 
     def test_last_misfit_is_raised(self, both: Any) -> None:
         echo = Echo([BAD, BAD, BAD, GOOD])
-        with pytest.raises(InferenceFailed, match="does not fit") as caught:
+        with pytest.raises(InferenceFailed, match="does not match") as caught:
             both.connect(echo, model=MODEL).chat("Delft?", format=City, retries=2)
         assert (caught.value.attempts, len(echo.requests)) == (3, 3)
         assert caught.value.partial is not None

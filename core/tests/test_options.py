@@ -87,7 +87,7 @@ class TestValues:
             "temperature": "a number from 0 to 1000",
             "mirostat": "a whole number from 0 to 2",
             "logprobs": "True or False",
-            "stop": "a text that is not empty, or a list of them",
+            "stop": "a string that is not empty, or a list of them",
         }
         for name, hint in hints.items():
             with pytest.raises(RequestRejected) as caught:
@@ -209,7 +209,7 @@ class TestServerOptions:
         assert "settings" in str(caught.value.hint)
 
     def test_provider_without_them_refuses(self) -> None:
-        with pytest.raises(RequestRejected, match="passes no options") as caught:
+        with pytest.raises(RequestRejected, match="does not pass on options") as caught:
             read_options({"server": NEWER}, frozenset({"temperature"}))
         assert caught.value.hint == "Known are temperature."
 

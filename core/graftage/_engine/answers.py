@@ -61,7 +61,7 @@ def read_text(value: Any) -> str:
         TypeError: the value is something else.
     """
     if value is not None and not isinstance(value, str):
-        raise TypeError("a text is wanted")
+        raise TypeError("it is not a string")
     return value or ""
 
 
@@ -118,7 +118,7 @@ def read_records(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
     """
     taken = read_entries(found, read)
     if found not in (None, []) and not taken:
-        raise TypeError("a list of records is wanted")
+        raise TypeError("it is not a list of records")
     return taken
 
 
@@ -135,7 +135,7 @@ def read_logprobs(found: Any, *, top: bool = True) -> tuple[Logprob, ...]:
 def _read_logprob(found: Any, *, top: bool) -> Logprob:
     token, logprob = found["token"], found["logprob"]
     if not isinstance(token, str) or isinstance(logprob, bool) or math.isnan(logprob):
-        raise TypeError("a token and its log-probability are wanted")
+        raise TypeError("it is not a token with its log-probability")
     return Logprob(
         token=token,
         logprob=float(logprob),
@@ -159,8 +159,8 @@ def read_vectors(data: Any) -> list[Any]:
     places = [each.get("index") for each in data]
     if places != [None] * len(data) and sorted(places) != list(range(len(data))):
         raise ProtocolError(
-            f"The answer has {len(data)} vectors, which are not numbered from 0 to {len(data) - 1}.",
-            hint="Embed one text at a time; the server's authors may asked to know.",
+            f"The response has {len(data)} vectors, which are not numbered from 0 to {len(data) - 1}.",
+            hint="Embed one text at a time, and report it to the server's authors.",
         )
     return [each["embedding"] for each in sorted(data, key=lambda each: each.get("index") or 0)]
 
@@ -213,10 +213,10 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
     if text is None:
         cut = reply.finish_reason == "length"
         raise InferenceFailed(
-            "The answer was cut before its JSON was complete." if cut else "The answer does not fit the `format`.",
-            hint="Raise `max_tokens`, or `context_window` if that was full."
+            "The reply was cut before its JSON was complete." if cut else "The reply does not match the `format`.",
+            hint="Raise `max_tokens`, or `context_window` if it was full."
             if cut
-            else "A larger model, or a simpler schema, may do better.",
+            else "Try a larger model or a simpler schema.",
             partial=reply,
             details={"reason": "no JSON"},
         )
@@ -228,8 +228,8 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
         if not isinstance(error, ValidationError):
             raise
         raise InferenceFailed(
-            "The answer does not fit the `format`.",
-            hint="A larger model, or a simpler schema, may do better.",
+            "The reply does not match the `format`.",
+            hint="Try a larger model or a simpler schema.",
             partial=reply,
             details={"reason": f"ValidationError of {error.title}"},
         ) from error
@@ -272,7 +272,7 @@ def read_tool_calls(found: Any) -> tuple[ToolCall, ...]:
     """
     calls = [found] if found and isinstance(found, Mapping) else found or ()
     if not isinstance(calls, (list, tuple)):
-        raise TypeError("a list of tool calls is wanted")
+        raise TypeError("it is not a list of tool calls")
     return tuple(_read_whole_call(read_object(each)) for each in calls if each is not None)
 
 
@@ -297,8 +297,8 @@ def read_tool_call(name: Any, arguments: Any, call_id: Any = None) -> ToolCall:
         return ToolCall(name=name, arguments=found, id=str(call_id or f"call_{os.urandom(8).hex()}"))
     of = f" of the tool `{name[:80]}`" if isinstance(name, str) and name else ""
     raise InferenceFailed(
-        f"The model's call{of} is malformed: {'its arguments are no JSON object' if of else 'it names no tool'}.",
-        hint="Ask again, raise `max_tokens`, or choose a larger model.",
+        f"The model's call{of} is malformed: {'its arguments are not a JSON object' if of else 'it has no tool name'}.",
+        hint="Try again, raise `max_tokens`, or choose a larger model.",
         partial=Reply(text="", raw={"name": name, "arguments": arguments}),
     )
 

@@ -194,19 +194,21 @@ def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
 def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `embed`."""
     arguments = _given("embed", arguments, EmbedArguments)
-    given = (inputs,) if isinstance(inputs, str) else reading.items(inputs, "`inputs`", "a text or a sequence of them")
+    given = (
+        (inputs,) if isinstance(inputs, str) else reading.items(inputs, "`inputs`", "a string or a sequence of strings")
+    )
     if not given:
-        raise RequestRejected("There are no `inputs`.", hint="Give a text, or a sequence of at least one.")
+        raise RequestRejected("There are no `inputs`.", hint="Give a string, or a sequence of at least one.")
     texts = tuple(reading.text(each, "one of the `inputs`") for each in given)
     options = arguments.get("options") and reading.fields(arguments["options"])
     if isinstance(options, Mapping) and options.get("truncate") is not None:
-        raise RequestRejected("`truncate` is no option of `embed`.", hint="Use the parameter `truncate`.")
+        raise RequestRejected("`truncate` is not an option of `embed`.", hint="Use the parameter `truncate`.")
     dimensions = arguments.get("dimensions")
     _check_count("dimensions", dimensions, "numbers")
     truncate = read_flag("truncate", arguments.get("truncate"), default=True)
     purpose = arguments.get("purpose")
     if purpose is not None and purpose not in ("query", "document"):
-        raise RequestRejected("`purpose` is unknown.", hint='Give "query" or "document", or leave it out.')
+        raise RequestRejected("`purpose` is invalid.", hint='Give "query" or "document", or leave it out.')
 
     def build(prefix: str | None = None, **settled: Any) -> EmbedRequest:
         prefixed = tuple(f"{prefix}{each}" for each in texts) if prefix else texts
@@ -219,9 +221,9 @@ def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, An
     """Read the arguments of `rerank`."""
     arguments = _given("rerank", arguments, RerankArguments)
     query = reading.text(query, "`query`")
-    given = reading.items(documents, "`documents`", "a sequence of texts")
+    given = reading.items(documents, "`documents`", "a sequence of strings")
     if not given:
-        raise RequestRejected("There are no `documents`.", hint="Give a sequence of at least one text.")
+        raise RequestRejected("There are no `documents`.", hint="Give a sequence of at least one string.")
     texts = tuple(reading.text(each, "one of the `documents`") for each in given)
 
     def build(**settled: Any) -> RerankRequest:
@@ -255,7 +257,7 @@ def read_keep_alive(value: Any) -> float | None:
     try:
         return keep_alive_seconds(value)
     except ValueError as error:
-        raise RequestRejected(f"The setting is wrong: {error}.", hint="Write it as `300` or `5m`.") from error
+        raise RequestRejected(f"An argument is invalid: {error}.", hint="Write it as `300` or `5m`.") from error
 
 
 def check_tokens(name: str, value: Any) -> None:
@@ -272,7 +274,8 @@ def _check_count(name: str, value: Any, of: str) -> None:
     least = SMALLEST_WINDOW if name == "context_window" else 1
     if value is not None and not (whole and least <= value <= LARGEST_COUNT):
         raise RequestRejected(
-            f"`{name}` must be a whole number of {of}, from {least} to {LARGEST_COUNT}.", hint="Or leave it out."
+            f"`{name}` is invalid.",
+            hint=f"Give a whole number of {of} from {least} to {LARGEST_COUNT}, or leave it out.",
         )
 
 
@@ -283,7 +286,7 @@ def check_model(model: Any) -> None:
         RequestRejected: it is not a string, is empty, or cannot be sent.
     """
     if not reading.text(model, "`model`").strip():
-        raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out for the client's own.")
+        raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out to use the client's.")
 
 
 def read_flag(name: str, value: Any, *, default: bool = False) -> bool:
@@ -302,11 +305,11 @@ def read_flag(name: str, value: Any, *, default: bool = False) -> bool:
 def _read_retries(arguments: Mapping[str, Any]) -> int:
     retries = arguments.get("retries", 0)
     if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= MOST_RETRIES:
-        raise RequestRejected("`retries` is wrong.", hint=f"Give a whole number from 0 to {MOST_RETRIES}.")
+        raise RequestRejected("`retries` is invalid.", hint=f"Give a whole number from 0 to {MOST_RETRIES}.")
     if retries and arguments.get("format") is None:
         raise RequestRejected(
-            "`retries` without a `format` have no answer to refuse.",
-            hint="Give a `format`; what the server refuses is tried again as often as the setting `attempts` says.",
+            "`retries` needs a `format`: it asks again if the reply does not match.",
+            hint="Give a `format`, or set `attempts` to send a failed request again.",
         )
     return retries
 
@@ -319,7 +322,7 @@ def read_seconds(name: str, value: Any) -> float | None:
     """
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
         return value
-    raise RequestRejected(f"`{name}` is no number of seconds.", hint="Give a number from 0 on, or leave it out.")
+    raise RequestRejected(f"`{name}` is invalid.", hint="Give a number of seconds from 0 on, or leave it out.")
 
 
 def check_progress(on_progress: Any) -> None:
@@ -331,7 +334,7 @@ def check_progress(on_progress: Any) -> None:
     if on_progress is None:
         return
     if not callable(on_progress) or any(map(inspect.iscoroutinefunction, (on_progress, type(on_progress).__call__))):
-        raise reading.rejected("`on_progress`", "a plain function, which is called with each step", on_progress)
+        raise reading.rejected("`on_progress`", "a plain function to call with each step", on_progress)
 
 
 def read_reference(reference: Any) -> str:
@@ -343,7 +346,7 @@ def read_reference(reference: Any) -> str:
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
     if not isinstance(name, str) or not name.strip():
         raise RequestRejected(
-            f"An adapter cannot be {reference!r}.", hint="Name it in text, or give the path of its file or folder."
+            f"An adapter cannot be {reference!r}.", hint="Give its name as a string, or the path of its file or folder."
         )
     return reading.text(name, "the name of the adapter")
 

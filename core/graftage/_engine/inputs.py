@@ -90,7 +90,7 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
     value = fields(value)
     if isinstance(value, (str, Message, Reply, Mapping)):
         value = (value,)
-    given = items(value, "`messages`", "a text, a message, or a sequence of them")
+    given = items(value, "`messages`", "a string, a message, or a sequence of them")
     messages = [message for each in given for message in read_message(each)]
     if not messages:
         raise RequestRejected("There are no messages.", hint="Send at least one.")
@@ -107,7 +107,7 @@ def read_message(value: MessageLike) -> tuple[Message, ...]:
     role = given.get("role")
     role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise RequestRejected(f"A message has the role {repr(role)[:40]}.", hint=f"Use one of {', '.join(ROLES)}.")
+        raise RequestRejected(f"The role of a message is {repr(role)[:40]}.", hint=f"Use one of {', '.join(ROLES)}.")
     found = _read_content(given.get("content"))
     texts = {key: text(given[key], f"the `{key}` of a message") for key in TEXT_KEYS if given.get(key) is not None}
     calls = [*found.calls, *items(given.get("tool_calls"), "the `tool_calls` of a message", "a sequence of tool calls")]
@@ -134,10 +134,10 @@ def _entries(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(value, Message):
         return {name: getattr(value, name) for name in MESSAGE_KEYS}
     if not isinstance(value, Mapping):
-        raise rejected("a message", "a text, a `Message` or a mapping", value)
+        raise rejected("a message", "a string, a `Message` or a mapping", value)
     for key in value.keys() - KNOWN_KEYS:
         if value[key] is not None:
-            raise RequestRejected(f"A message has no key `{key}`.", hint=nearest(str(key), MESSAGE_KEYS))
+            raise RequestRejected(f"A message has the unknown key `{key}`.", hint=nearest(str(key), MESSAGE_KEYS))
     return value
 
 
@@ -155,7 +155,7 @@ class _Content:
 
 
 def _read_content(value: Any, *, of_result: bool = False) -> _Content:
-    """Read a string, a part, or a list of parts in the form of OpenAI, Anthropic or MCP."""
+    """Read a string, a part, or a list of parts as OpenAI, Anthropic or MCP write it; a result has text and images."""
     found, what = _Content(), "the `content` of a message"
     if isinstance(value, str):
         found.texts.append(text(value, what))
@@ -163,7 +163,7 @@ def _read_content(value: Any, *, of_result: bool = False) -> _Content:
     value = fields(value)
     if isinstance(value, Mapping):
         value = (value,)
-    for part in items(value, what, "a text, or a list of parts"):
+    for part in items(value, what, "a string, or a list of parts"):
         _read_part(
             {"type": "text", "text": part} if isinstance(part, str) else fields(part), found, of_result=of_result
         )
@@ -189,8 +189,8 @@ def _read_part(part: Any, found: _Content, *, of_result: bool) -> None:
     else:
         what = f"of the type `{kind[:40]}`" if kind else "without a type"
         raise RequestRejected(
-            f"There is a part {what} in the `content` of a message, which cannot be read.",
-            hint="Give texts and images; write of anything else what it says: data by `json.dumps`, files as text.",
+            f"The `content` of a message has a part {what}, which cannot be read.",
+            hint="Give text and images. Convert anything else to text, such as data with `json.dumps`.",
         )
 
 
@@ -203,7 +203,7 @@ def _read_image_part(part: Mapping[str, Any]) -> Image:
     media_type = found.get("media_type") or found.get("mimeType")
     if data is None:
         raise RequestRejected(
-            "There is a part in the `content` of a message whose image is elsewhere.", hint="Give its bytes in base64."
+            "The `content` of a message has an image without its bytes.", hint="Give the bytes in base64."
         )
     if isinstance(data, str) and isinstance(media_type, str):
         data = f"data:{media_type};base64,{data}"
@@ -250,7 +250,7 @@ def _read_image(value: ImageLike, *, paths: bool) -> Image:
     else:
         image = value if isinstance(value, Image) else Image(data=cast("bytes", value))
     if image.path is not None and image.data:
-        raise RequestRejected("An image has both `data` and a `path`.", hint="Give one of them.")
+        raise RequestRejected("An image has both `data` and a `path`.", hint="Give only one of them.")
     data = image.data if image.path is None else _read_image_file(image.path)
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise rejected("an image", "bytes, a path or a `graftage.Image`", data)
@@ -272,21 +272,21 @@ def _read_picture(value: str, *, paths: bool) -> Image:
     """Read an image from a string. No error repeats the string."""
     scheme = value.lstrip()[:8].lower()
     if scheme.startswith(("http://", "https://")):
-        raise RequestRejected("An image is given by its address.", hint="Download it, and give its bytes.")
+        raise RequestRejected("An image is a web address.", hint="Download it, and give its bytes.")
     if scheme.startswith("data:"):
         return _read_data_uri(value.strip())
     if paths:
         with contextlib.suppress(OSError):  # It names the file, so it must not become the cause of the error below.
             return Image(data=read_file(user_path(value), LARGEST_IMAGE))
         raise RequestRejected(
-            "A text given as an image is neither a `data:` URI nor the path of a file that can be read.",
-            hint="Check the path; give base64 text as `data:image/png;base64,…`.",
+            "A string given as an image is neither a `data:` URI nor the path of a readable file.",
+            hint="Check the path, or give base64 as `data:image/png;base64,…`.",
         )
     data = _from_base64(_bytes(value))
     if data is None or _kind(data) is None:  # Many words and paths are valid base64.
         raise RequestRejected(
-            "A text given as an image of a message is neither base64 of a picture nor a `data:` URI.",
-            hint="A text in a message is never a path: give a `pathlib.Path`, a `graftage.Image`, or bytes.",
+            "A string given as an image in a message is neither base64 of an image nor a `data:` URI.",
+            hint="A string in a message is never a path: give a `pathlib.Path`, a `graftage.Image`, or bytes.",
         )
     return Image(data=data)
 
@@ -323,7 +323,7 @@ def _bytes(value: str) -> bytes:
 
 def _read_image_file(path: str | Path) -> bytes:
     if not isinstance(path, (str, Path)):
-        raise rejected("the `path` of an image", "a text or a `pathlib.Path`", path)
+        raise rejected("the `path` of an image", "a string or a `pathlib.Path`", path)
     try:
         return read_file(user_path(path), LARGEST_IMAGE)
     except OSError as error:
@@ -338,9 +338,7 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
         if messages[place].role == "user":
             messages[place] = replace(messages[place], images=(*messages[place].images, *images))
             return
-    raise RequestRejected(
-        "There is no message of the user that the images could go with.", hint="Add one with the role `user`."
-    )
+    raise RequestRejected("The `images` need a message of the user.", hint="Add a message with the role `user`.")
 
 
 # --- Tool calls ------------------------------------------------------------------------------------------------------
@@ -385,12 +383,14 @@ def _read_sent_tool_call(value: Any) -> ToolCall:
     name = text(body["name"], "the name of a tool call")
     unknown = [key for key in body if key not in CALL_KEYS]
     if unknown and "arguments" not in body:
-        raise RequestRejected(f"A tool call has no key `{unknown[0]}`.", hint="Give its arguments as `arguments`.")
+        raise RequestRejected(
+            f"A tool call has the unknown key `{unknown[0]}`.", hint="Give its arguments as `arguments`."
+        )
     arguments = read_arguments(body.get("arguments", value.get("arguments")))
     if arguments is None:
         raise RequestRejected(
-            f"The call of the tool `{name}` is malformed: its arguments are no JSON object.",
-            hint="Give an object, or JSON of one; leave out a message whose call a model has written wrongly.",
+            f"The call of the tool `{name}` is malformed: its arguments are not a JSON object.",
+            hint="Give an object or its JSON, or leave out a message whose tool call a model has malformed.",
         )
     return ToolCall(
         name=name,
@@ -407,7 +407,7 @@ def require(feature: str, has: bool, provider: str, what: str | None = None) -> 
     """
     if not has:
         raise CapabilityUnsupported(
-            f"The provider `{provider}` cannot do `{what or feature}`.",
+            f"The provider `{provider}` does not support `{what or feature}`.",
             provider=provider,
             hint="Choose another provider.",
         )
@@ -450,11 +450,11 @@ def text(value: Any, what: str) -> str:
         RequestRejected: it is not a string, or UTF-8 cannot encode it.
     """
     if not isinstance(value, str):
-        raise rejected(what, "a text", value)
+        raise rejected(what, "a string", value)
     if not value.isascii() and not _is_utf8(value):
         raise RequestRejected(
-            f"There is half of a surrogate pair in {what}, which is no character.",
-            hint='Take it out: `text.encode("utf-8", "replace").decode()` puts a `?` in its place.',
+            f"{_capital(what)} has half of a surrogate pair, which is not a character.",
+            hint='Replace it: `text.encode("utf-8", "replace").decode()` puts a `?` in its place.',
         )
     return value
 
@@ -485,10 +485,10 @@ def plain(value: Any, what: str, depth: int = DEEPEST) -> Any:
     if isinstance(value, (int, float)):
         return _finite(value, what)
     if not isinstance(value, (Mapping, list, tuple)):
-        raise rejected(what, "data that JSON has: objects, lists, texts, numbers, true, false, null", value)
+        raise rejected(what, "JSON data: objects, lists, strings, numbers, true, false, null", value)
     if not depth:
         raise RequestRejected(
-            f"There are too many levels in {what}.", hint=f"Nest {DEEPEST} at most, and in no circle."
+            f"{_capital(what)} has too many levels.", hint=f"Nest at most {DEEPEST} levels, without cycles."
         )
     if isinstance(value, Mapping):
         return {text(key, f"a key in {what}"): plain(each, what, depth - 1) for key, each in value.items()}
@@ -513,14 +513,15 @@ def _finite(value: float, what: str) -> float:
         finite = False
     if not finite:
         raise RequestRejected(
-            f"There is a number in {what} that JSON does not have.", hint="Give a finite one, within a double's range."
+            f"{_capital(what)} has a number that JSON cannot hold.",
+            hint="Give a finite number in the range of a double.",
         )
     return value
 
 
 def rejected(what: str, wanted: str, value: object) -> RequestRejected:
     """Return the error for an argument of a wrong type. It omits the value, which may be a prompt."""
-    return RequestRejected(f"{_capital(what)} cannot be read.", hint=f"Give {wanted}, not {type(value).__name__}.")
+    return RequestRejected(f"{_capital(what)} is invalid.", hint=f"Give {wanted}, not {type(value).__name__}.")
 
 
 def _capital(words: str) -> str:

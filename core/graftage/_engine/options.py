@@ -126,14 +126,14 @@ def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset
 def _unknown(name: str, known: frozenset[str]) -> RequestRejected:
     if name == SERVER:
         return RequestRejected(
-            "This provider passes no options of its own server on.", hint=f"Known are {', '.join(sorted(known))}."
+            "This provider does not pass on options to its server.", hint=f"Known are {', '.join(sorted(known))}."
         )
     word = word_for(name)
     if word in PARAMETERS:
         return RequestRejected(f"`{name}` is not an option.", hint=f"Use the parameter `{word}`.")
     hint = f"Did you mean `{word}`?" if word in known else nearest(name, known - {SERVER})
-    more = f" What its server alone knows goes into `{SERVER}`, a mapping." if SERVER in known else ""
-    return RequestRejected(f"There is no option `{name}`.", hint=hint + more)
+    more = f" An option that only the server knows goes into `{SERVER}`, a mapping." if SERVER in known else ""
+    return RequestRejected(f"The option `{name}` is unknown.", hint=hint + more)
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -144,7 +144,7 @@ def _checked(name: str, value: Any) -> Any:
     elif name == "stop":
         value = [value] if isinstance(value, str) else value
         right = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
-        wanted = "a text that is not empty, or a list of them"
+        wanted = "a string that is not empty, or a list of them"
     elif name in NUMBERS or name in WHOLE:
         least, most = NUMBERS.get(name) or WHOLE[name]
         kind = (int, float) if name in NUMBERS else int
@@ -159,7 +159,7 @@ def _checked(name: str, value: Any) -> Any:
 
 def _passed_on(value: Any, known: frozenset[str]) -> dict[str, Any]:
     """Return the options for the server. A name that Graftage knows would bypass its checks and limits."""
-    given = plain_object(value, f"the option `{SERVER}`", "a mapping of names to what the server takes")
+    given = plain_object(value, f"the option `{SERVER}`", "a mapping of options")
     for deep, name in _names(given):
         if hint := _bypass(name, known, deep=deep):
             raise RequestRejected(f"`{name}` cannot be given in `{SERVER}`.", hint=hint)
@@ -176,8 +176,8 @@ def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
     if word in known:
         return f"Use the option `{word}`."
     if word in NESTED:
-        return "It decides how a model is loaded, and this provider has no option for that: look among its settings."
-    return "Call again for another answer: a call has one." if _key(name) == "n" else None
+        return "It controls how a model is loaded. This provider has no option for it: look at its settings."
+    return "Call again for another reply: each call returns one." if _key(name) == "n" else None
 
 
 def _names(value: Any, *, deep: bool = False) -> Iterator[tuple[bool, str]]:

@@ -99,7 +99,7 @@ def _dumped_tool(tool: BaseModel) -> Mapping[str, Any]:
     try:
         return tool.model_dump(by_alias=True, exclude_none=True)
     except Exception:  # noqa: BLE001 - the caller's serializers may raise anything, and repeat the values
-        raise rejected("a tool", "one whose fields JSON has", tool) from None
+        raise rejected("a tool", "a tool whose fields are valid JSON", tool) from None
 
 
 def _tool_from(value: Mapping[str, Any]) -> Tool:
@@ -113,14 +113,14 @@ def _tool_from(value: Mapping[str, Any]) -> Tool:
     for kind in (value.get("type"), body.get("type")):
         if kind is not None and kind not in RUNS_HERE:
             raise RequestRejected(
-                f"A tool of the type {str(kind)[:40]!r} runs on a server of its maker.",
-                hint="Give a tool of your own, with a schema; its type is `function`.",
+                f"A tool of the type {str(kind)[:40]!r} runs on a server of its vendor.",
+                hint="Give your own tool with a schema; its type is `function`.",
             )
     schemas = [body[key] for key in SCHEMA_KEYS if body.get(key) is not None]
     if any(each != schemas[0] for each in schemas[1:]):
         raise RequestRejected(
-            f"The tool `{str(body['name'])[:80]}` has several schemas that are not the same.",
-            hint=f"Give one of {', '.join(f'`{key}`' for key in SCHEMA_KEYS)}.",
+            f"The tool `{str(body['name'])[:80]}` has different schemas.",
+            hint=f"Give only one of {', '.join(f'`{key}`' for key in SCHEMA_KEYS)}.",
         )
     empty: dict[str, Any] = {"type": "object", "properties": {}}
     return Tool(
@@ -133,7 +133,7 @@ def _tool_from(value: Mapping[str, Any]) -> Tool:
 def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
     for key in value:
         if key not in known and key not in ignored:
-            raise RequestRejected(f"A tool has no key `{key}`.", hint=nearest(str(key), known))
+            raise RequestRejected(f"A tool has the unknown key `{key}`.", hint=nearest(str(key), known))
 
 
 def _tool_of(function: Callable[..., Any]) -> Tool:
@@ -146,7 +146,7 @@ def _tool_of(function: Callable[..., Any]) -> Tool:
     except Exception as error:  # The caller's types may raise anything.
         raise _no_tool(function, _first_sentence(error)) from error
     if schema.get("type") != "object":  # Positional-only parameters make an array.
-        raise _no_tool(function, "its parameters have no names to call them by")
+        raise _no_tool(function, "its parameters cannot be passed by name")
     summary, arguments = _read_docstring(_docstring(function))
     for name, words in arguments.items():
         if name in schema.get("properties", {}):
@@ -231,7 +231,7 @@ def _unwrapped(value: Mapping[str, Any]) -> Any:
         if schema is None and kind == "json_object":
             return "json"
     if not isinstance(schema, Mapping) or not _is_schema(schema):
-        raise RequestRejected("There is no schema in the `format`.", hint=f"Give {WANTED}.")
+        raise RequestRejected("The `format` has no schema.", hint=f"Give {WANTED}.")
     return schema
 
 
@@ -259,7 +259,7 @@ def _schema_and_parse(kind: Any) -> tuple[dict[str, Any], Parse]:
         name = kind.__name__ if inspect.isclass(kind) else str(kind)
         raise RequestRejected(
             f"`{name[:80]}` has no JSON schema: {_first_sentence(error)}.",
-            hint="Give a type all of whose fields have types with a JSON schema, or a schema of your own.",
+            hint="Give a type whose fields all have a JSON schema, or write the schema yourself.",
         ) from error
     raise rejected("`format`", WANTED, kind)
 

@@ -76,7 +76,7 @@ class TestMessage:
         shell.install("it = Echo([[Chunk(text='{\"a\": '), Chunk(text='oops', finish_reason='stop')]])")
         done = shell.run("chat", "Hi", "--format", "json")
         assert (done.code, done.out) == (1, '{"a": oops\n')
-        assert done.err.startswith("error: The answer does not fit the `format`.")
+        assert done.err.startswith("error: The reply does not match the `format`.")
 
     def test_adapter_error_has_every_reason(self, shell: Shell) -> None:
         shell.install("it = Echo([AdapterUnsupported('No way.', reasons=['too old', 'No way'], hint='Update it.')])")
