@@ -153,7 +153,7 @@ class Owned(Protocol):
         ...
 
 
-def _tell_nobody(_kind: str, **_facts: Any) -> None:
+def _ignore_event(_kind: str, **_facts: Any) -> None:
     """Ignore an event: the call has no observers."""
 
 
@@ -179,7 +179,7 @@ class Call:
     max_reply_bytes: int = 64 * 1024 * 1024
     whole: bool = False
     """The caller receives only the whole reply, so chunks that arrive together may be merged."""
-    emit: Callable[..., None] = field(default=_tell_nobody, repr=False)
+    emit: Callable[..., None] = field(default=_ignore_event, repr=False)
     """Notify observers: `emit("retry", attempt=1, delay=0.1, error=error)`. The core adds the rest of the `Event`."""
     waiting: Waiting = field(default_factory=Blocking, repr=False)
     """How the client waits."""

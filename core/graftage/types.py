@@ -398,8 +398,8 @@ class Ranking:
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-_FILE: Final = re.compile(r"[/~.\\]|[a-z]:\\|hf://|[^:]*\.gguf$", re.IGNORECASE)
-_DEFAULTS: Final = ("https://", "http://", "registry.ollama.ai/", "library/")
+_PATH: Final = re.compile(r"[/~.\\]|[a-z]:\\|hf://|[^:]*\.gguf$", re.IGNORECASE)
+_DEFAULT_PREFIXES: Final = ("https://", "http://", "registry.ollama.ai/", "library/")
 """Prefixes that a name may omit, the outermost first."""
 
 
@@ -411,10 +411,10 @@ def canonical_name(name: str) -> str:
     `hf://org/repo/file.gguf` stay unchanged, because case matters there.
     """
     name = name.strip()
-    if _FILE.match(name):
+    if _PATH.match(name):
         return name
     name = name.lower()
-    for prefix in _DEFAULTS:
+    for prefix in _DEFAULT_PREFIXES:
         name = name.removeprefix(prefix)
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
@@ -581,17 +581,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("context_window", "max_tokens", "concurrent_requests", "queued_requests", "loaded_models"):
-            _check_figure(name, getattr(self, name), int)
-        _check_figure("keep_alive", self.keep_alive, (int, float))
+            _check_number(name, getattr(self, name), int)
+        _check_number("keep_alive", self.keep_alive, (int, float))
         for name in ("unload", "wait_for", "warnings"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
                 raise ValueError(f"the limit `{name}` must be a tuple of strings, not {value!r}")
 
 
-def _check_figure(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
-    right = isinstance(value, kind) and not isinstance(value, bool)
-    if value is not None and not (right and value >= 0):
+def _check_number(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    valid = isinstance(value, kind) and not isinstance(value, bool)
+    if value is not None and not (valid and value >= 0):
         raise ValueError(f"the limit `{name}` must be a number of at least 0, not {value!r}")
 
 
@@ -644,7 +644,7 @@ class Verdict:
     warnings: tuple[str, ...] = ()
 
 
-def _merged_silently(_written: int, _total: int) -> None:
+def _ignore_progress(_written: int, _total: int) -> None:
     """Ignore the progress of a merge."""
 
 
@@ -685,7 +685,7 @@ class Adapter(Protocol):
         """
         ...
 
-    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _merged_silently) -> Path:
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = _ignore_progress) -> Path:
         """Write the base model with the adapter merged into it to `out`. A failure leaves no file.
 
         Args:

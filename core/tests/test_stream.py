@@ -444,7 +444,8 @@ def test_ended_stream_leaves_no_timer() -> None:
     [("logprobs", Logprob(token="a", logprob=0.0)), ("tool_calls", ToolCall(id="1", name="f", arguments={}))],
 )
 def test_object_limit_spans_chunks(both: Any, kind: str, each: Any) -> None:
-    most, more = Chunk(**{kind: (each,) * MAX_OBJECTS}), Chunk(**{kind: (each,)})
+    chunk: Any = Chunk
+    most, more = chunk(**{kind: (each,) * MAX_OBJECTS}), chunk(**{kind: (each,)})
     llm = both.connect(Echo([[most, END], [most, more, END]]), model=MODEL)
     assert len(getattr(llm.chat("x"), kind)) == MAX_OBJECTS
     with pytest.raises(ProtocolError, match=rf"has {MAX_OBJECTS + 1} .*at most {MAX_OBJECTS}"):

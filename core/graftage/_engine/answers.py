@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-ODD: Final = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
+READ_ERRORS: Final = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
 """The errors of reading a value of an unexpected type or form."""
 LARGEST_COUNT: Final = 2**53
 """Some servers count with floats, which skip integers above it."""
@@ -90,7 +90,7 @@ def read_seconds(value: Any, *, per_second: float = 1) -> float | None:
 
 def read_moment(value: Any) -> datetime | None:
     """Return a moment in ISO 8601; None for anything else, and for the year 1, with which Go means "never"."""
-    with contextlib.suppress(*ODD):
+    with contextlib.suppress(*READ_ERRORS):
         found = datetime.fromisoformat(value)
         return found if found.year > 1 else None
     return None
@@ -105,7 +105,7 @@ def read_entries(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
     """Return the entries of a list that can be read; skip the others."""
     taken = []
     for each in found if isinstance(found, list) else ():
-        with contextlib.suppress(*ODD):
+        with contextlib.suppress(*READ_ERRORS):
             taken.append(read(each))
     return tuple(taken)
 
@@ -182,15 +182,15 @@ def decode(data: bytes | str) -> Any:
     # `json` also accepts NaN and the line ends that models write inside strings.
     text = data if isinstance(data, str) else data.decode()
     found = json.loads(text, strict=False)
-    return _whole(found) if "\\ud" in text or "\\uD" in text else found
+    return _without_lone_surrogates(found) if "\\ud" in text or "\\uD" in text else found
 
 
-def _whole(value: Any) -> Any:
+def _without_lone_surrogates(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
-        return {_whole(key): _whole(each) for key, each in value.items()}
-    return [_whole(each) for each in value] if isinstance(value, list) else value
+        return {_without_lone_surrogates(key): _without_lone_surrogates(each) for key, each in value.items()}
+    return [_without_lone_surrogates(each) for each in value] if isinstance(value, list) else value
 
 
 THOUGHT: Final = r"</think(?:ing)?>"
@@ -198,7 +198,7 @@ FENCE: Final = r"(?s)```[ \t]*\w*\s*(.*?)(?:\n[ \t]*```|```\Z|\Z)"
 """The end of a thought, and a block of code in Markdown, whose end may be missing."""
 
 
-MOST_REASON: Final = 4000
+LONGEST_REASON: Final = 4000
 """Characters: a reply with many wrong fields has a long list of errors."""
 
 
@@ -209,7 +209,9 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
         InferenceFailed: the JSON is missing or does not match; `partial` has the reply.
         Exception: an error of the host application's validators, unchanged.
     """
-    text = next(filter(None, map(_as_json, _readings(reply.text if reply.text.strip() else reply.thinking))), None)
+    text = next(
+        filter(None, map(_valid_json, _json_candidates(reply.text if reply.text.strip() else reply.thinking))), None
+    )
     if text is None:
         cut = reply.finish_reason == "length"
         raise InferenceFailed(
@@ -238,10 +240,10 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
 def reason_of(error: InferenceFailed) -> str:
     """Return why a reply did not match its format, in the parser's words, for the model."""
     words = re.sub(r"\n *For further information visit \S+", "", str(error.__cause__ or error.message))
-    return words[:MOST_REASON]
+    return words[:LONGEST_REASON]
 
 
-def _readings(text: str) -> Iterator[str]:
+def _json_candidates(text: str) -> Iterator[str]:
     """Yield the parts of a reply that may be its JSON, the most likely first."""
     yield text
     rest = re.split(THOUGHT, text)[-1].strip("\ufeff \t\r\n")
@@ -251,7 +253,7 @@ def _readings(text: str) -> Iterator[str]:
         yield fenced[0]
 
 
-def _as_json(text: str) -> str | None:
+def _valid_json(text: str) -> str | None:
     """Return a text if it is JSON, with the line ends that models write inside strings escaped."""
     for strict in (True, False):
         with contextlib.suppress(ValueError, RecursionError):
@@ -319,7 +321,7 @@ def read_arguments(value: Any, loads: Callable[[str], Any] = LOADS) -> dict[str,
 # --- The end ---------------------------------------------------------------------------------------------------------
 
 
-ENDS: Final[Mapping[str, FinishReason]] = {
+FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
     "stop": "stop",
     "stop_sequence": "stop",
     "end_turn": "stop",
@@ -351,17 +353,17 @@ def read_finish_reason(word: object, *, calls: bool, full: bool) -> FinishReason
         full: whether the reply is as long as was allowed.
     """
     absent: FinishReason = "length" if full else "stop"
-    reason = ENDS.get(str(word).lower(), "other") if word else absent
+    reason = FINISH_REASONS.get(str(word).lower(), "other") if word else absent
     if calls and (reason == "stop" or not word):
         return "tool_calls"
     return "stop" if reason == "tool_calls" and not calls else reason
 
 
-NEAR: Final = 2
+UNCOUNTED: Final = 2
 """Tokens: some servers do not count the special ones at the beginning and the end of a text."""
-USUAL_WINDOW: Final = 2048
+SMALLEST_DEFAULT_WINDOW: Final = 2048
 """Tokens: the smallest window that servers choose by default. All default windows are powers of two."""
-UNITS: Final = r"[^\W\x00-\u2fff]{1,8}|[^\s\u3000-\uffff]+"
+WORDS: Final = r"[^\W\x00-\u2fff]{1,8}|[^\s\u3000-\uffff]+"
 """A word, or as many characters of a script without spaces as one token may hold."""
 
 
@@ -379,7 +381,7 @@ def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int
     inputs = getattr(request, "inputs", None)
     if not getattr(request, "truncate", True):  # The server refuses what does not fit.
         return ()
-    texts, window = inputs or _texts(request), request.context_window
+    texts, window = inputs or _input_texts(request), request.context_window
     if window is not None and (read or 0) > len(inputs or "-") * window:  # The server's window is larger, or its count.
         return ()
     size = sum(map(len, texts))
@@ -393,7 +395,7 @@ def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int
     )
 
 
-def _texts(request: Any) -> tuple[str, ...]:
+def _input_texts(request: Any) -> tuple[str, ...]:
     messages = getattr(request, "messages", None)
     return (request.prompt,) if messages is None else tuple(each.content for each in messages)
 
@@ -402,15 +404,15 @@ def _is_full(read: int | None, window: int | None, inputs: tuple[str, ...] | Non
     if read is None:
         return False
     if window is not None:
-        return read >= len(inputs or "-") * window - NEAR
-    return inputs is None and read >= USUAL_WINDOW and read.bit_count() == 1
+        return read >= len(inputs or "-") * window - UNCOUNTED
+    return inputs is None and read >= SMALLEST_DEFAULT_WINDOW and read.bit_count() == 1
 
 
 def _has_more_words(
     texts: tuple[str, ...], size: int, read: int | None, window: int | None, inputs: tuple[str, ...] | None
 ) -> bool:
-    if size <= (window or USUAL_WINDOW):  # A text has at most as many tokens as characters.
+    if size <= (window or SMALLEST_DEFAULT_WINDOW):  # A text has at most as many tokens as characters.
         return False
-    words = [len(each.split()) if each.isascii() else len(re.findall(UNITS, each)) for each in texts]
+    words = [len(each.split()) if each.isascii() else len(re.findall(WORDS, each)) for each in texts]
     longest = max(words) if inputs else sum(words)
     return longest > (window or math.inf) or sum(words) > (read or math.inf)

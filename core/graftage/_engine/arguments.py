@@ -135,10 +135,10 @@ def may_read_files(subject: Any, arguments: Mapping[str, Any]) -> bool:
     if arguments.get("images"):
         return True
     parts = subject if isinstance(subject, (list, tuple)) else (subject,)
-    return any(_has_pictures(each) for each in parts)
+    return any(_has_images(each) for each in parts)
 
 
-def _has_pictures(part: Any) -> bool:
+def _has_images(part: Any) -> bool:
     if isinstance(part, Mapping):
         return bool(part.get("images")) or not isinstance(part.get("content"), (str, NoneType))
     return bool(part.images) if isinstance(part, Message) else not isinstance(part, (str, Reply))
@@ -146,7 +146,7 @@ def _has_pictures(part: Any) -> bool:
 
 def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `chat`."""
-    arguments = _given("chat", arguments, ChatArguments)
+    arguments = _given_arguments("chat", arguments, ChatArguments)
     read = reading.read_messages(messages, arguments.get("images"))
     tools = schemas.read_tools(arguments.get("tools"))
     schema, parse = schemas.read_format(arguments.get("format"))
@@ -155,20 +155,20 @@ def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallO
     def build(**settled: Any) -> ChatRequest:
         return ChatRequest(messages=read, tools=tools, format=schema, think=think, **settled)
 
-    pictures = any(each.images for each in read)
+    has_images = any(each.images for each in read)
     return CallOptions(
         build=build,
         parse=parse,
         retries=_read_retries(arguments),
         prompt_characters=sum(len(each.content) for each in read),
-        needs=_needs(arguments, tools=tools, images=pictures, structured_output=schema, thinking=think),
+        needs=_needs(arguments, tools=tools, images=has_images, structured_output=schema, thinking=think),
         **_common(arguments),
     )
 
 
 def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `generate`."""
-    arguments = _given("generate", arguments, GenerateArguments)
+    arguments = _given_arguments("generate", arguments, GenerateArguments)
     prompt = reading.text(prompt, "`prompt`")
     images = reading.read_images(arguments.get("images"), paths=True)
     schema, parse = schemas.read_format(arguments.get("format"))
@@ -193,14 +193,14 @@ def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
 
 def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `embed`."""
-    arguments = _given("embed", arguments, EmbedArguments)
+    arguments = _given_arguments("embed", arguments, EmbedArguments)
     given = (
         (inputs,) if isinstance(inputs, str) else reading.items(inputs, "`inputs`", "a string or a sequence of strings")
     )
     if not given:
         raise RequestRejected("There are no `inputs`.", hint="Give a string, or a sequence of at least one.")
     texts = tuple(reading.text(each, "one of the `inputs`") for each in given)
-    options = arguments.get("options") and reading.fields(arguments["options"])
+    options = arguments.get("options") and reading.as_mapping(arguments["options"])
     if isinstance(options, Mapping) and options.get("truncate") is not None:
         raise RequestRejected("`truncate` is not an option of `embed`.", hint="Use the parameter `truncate`.")
     dimensions = arguments.get("dimensions")
@@ -219,7 +219,7 @@ def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Cal
 
 def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
     """Read the arguments of `rerank`."""
-    arguments = _given("rerank", arguments, RerankArguments)
+    arguments = _given_arguments("rerank", arguments, RerankArguments)
     query = reading.text(query, "`query`")
     given = reading.items(documents, "`documents`", "a sequence of strings")
     if not given:
@@ -269,13 +269,13 @@ def check_tokens(name: str, value: Any) -> None:
     _check_count(name, value, "tokens")
 
 
-def _check_count(name: str, value: Any, of: str) -> None:
+def _check_count(name: str, value: Any, unit: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     least = SMALLEST_WINDOW if name == "context_window" else 1
     if value is not None and not (whole and least <= value <= LARGEST_COUNT):
         raise RequestRejected(
             f"`{name}` is invalid.",
-            hint=f"Give a whole number of {of} from {least} to {LARGEST_COUNT}, or leave it out.",
+            hint=f"Give a whole number of {unit} from {least} to {LARGEST_COUNT}, or leave it out.",
         )
 
 
@@ -361,12 +361,12 @@ def _read_think(value: Any) -> bool | str | None:
 
 
 def _needs(arguments: Mapping[str, Any], **wanted: Any) -> tuple[str, ...]:
-    options = reading.fields(arguments.get("options"))
+    options = reading.as_mapping(arguments.get("options"))
     logprobs = isinstance(options, Mapping) and options.get("logprobs")
     return tuple(feature for feature, value in (*wanted.items(), ("logprobs", logprobs)) if value)
 
 
-def _given(operation: str, arguments: Mapping[str, Any], known: type) -> dict[str, Any]:
+def _given_arguments(operation: str, arguments: Mapping[str, Any], known: type) -> dict[str, Any]:
     """Return the arguments that are given: None means "not given", except for `adapter`, where it is the base model.
 
     Raises:
@@ -375,11 +375,11 @@ def _given(operation: str, arguments: Mapping[str, Any], known: type) -> dict[st
     names = known.__annotations__
     for name in arguments:
         if name not in names:
-            raise TypeError(f"{operation}() has no argument `{name}`{_right_name(name, names)}")
+            raise TypeError(f"{operation}() has no argument `{name}`{_similar_name(name, names)}")
     return {name: value for name, value in arguments.items() if value is not None or name == "adapter"}
 
 
-def _right_name(name: str, names: Mapping[str, Any]) -> str:
+def _similar_name(name: str, names: Mapping[str, Any]) -> str:
     word = word_for(name)
     if word and word not in PARAMETERS:
         return f"; give it in `options`, as `{word}`"

@@ -63,7 +63,7 @@ IMAGE_PARTS = ("image_url", "input_image", "image")
 """The types of parts that are images: OpenAI's, and the one of Anthropic and MCP."""
 LARGEST_IMAGE = 64 * 1024 * 1024
 """Bytes of an image: more than any model accepts."""
-PICTURES = (
+IMAGE_STARTS = (
     (re.compile(rb"\x89PNG"), "image/png"),
     (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
     (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "image/webp"),
@@ -87,23 +87,23 @@ def read_messages(value: Messages, images: Iterable[ImageLike] | None = None) ->
     Raises:
         RequestRejected: the value cannot be read as messages.
     """
-    value = fields(value)
+    value = as_mapping(value)
     if isinstance(value, (str, Message, Reply, Mapping)):
         value = (value,)
     given = items(value, "`messages`", "a string, a message, or a sequence of them")
     messages = [message for each in given for message in read_message(each)]
     if not messages:
         raise RequestRejected("There are no messages.", hint="Send at least one.")
-    if pictures := read_images(images, paths=True):
-        _attach(messages, pictures)
-    return _paired(messages)
+    if attached := read_images(images, paths=True):
+        _attach_images(messages, attached)
+    return _pair_results(messages)
 
 
 def read_message(value: MessageLike) -> tuple[Message, ...]:
     """Return the messages that one stands for: Anthropic puts tool results inside a message of the user."""
     if isinstance(value, str):
         return (Message(role="user", content=text(value, "the text of a message")),)
-    given = _entries(fields(value))
+    given = _message_fields(as_mapping(value))
     role = given.get("role")
     role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -128,7 +128,7 @@ def read_message(value: MessageLike) -> tuple[Message, ...]:
     return (*found.results, *((message,) if rest else ()))
 
 
-def _entries(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
+def _message_fields(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(value, Reply):
         value = value.message
     if isinstance(value, Message):
@@ -137,7 +137,7 @@ def _entries(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
         raise rejected("a message", "a string, a `Message` or a mapping", value)
     for key in value.keys() - KNOWN_KEYS:
         if value[key] is not None:
-            raise RequestRejected(f"A message has the unknown key `{key}`.", hint=nearest(str(key), MESSAGE_KEYS))
+            raise RequestRejected(f"A message has the unknown key `{key}`.", hint=suggest(str(key), MESSAGE_KEYS))
     return value
 
 
@@ -160,12 +160,12 @@ def _read_content(value: Any, *, of_result: bool = False) -> _Content:
     if isinstance(value, str):
         found.texts.append(text(value, what))
         return found
-    value = fields(value)
+    value = as_mapping(value)
     if isinstance(value, Mapping):
         value = (value,)
     for part in items(value, what, "a string, or a list of parts"):
         _read_part(
-            {"type": "text", "text": part} if isinstance(part, str) else fields(part), found, of_result=of_result
+            {"type": "text", "text": part} if isinstance(part, str) else as_mapping(part), found, of_result=of_result
         )
     return found
 
@@ -196,7 +196,7 @@ def _read_part(part: Any, found: _Content, *, of_result: bool) -> None:
 
 def _read_image_part(part: Mapping[str, Any]) -> Image:
     """Read the image in a part: `image_url` of OpenAI, `source` of Anthropic, or `data` of MCP."""
-    found = fields(part.get("image_url") or part.get("source") or part)
+    found = as_mapping(part.get("image_url") or part.get("source") or part)
     if not isinstance(found, Mapping):
         return _read_image(found, paths=False)
     data = found.get("url") or found.get("data")
@@ -210,7 +210,7 @@ def _read_image_part(part: Mapping[str, Any]) -> Image:
     return _read_image(data, paths=False)
 
 
-def fields(value: Any) -> Any:
+def as_mapping(value: Any) -> Any:
     """Return the fields that are set in a pydantic object, such as `ollama.Message`; return any other value unchanged.
 
     This does not use `model_dump`: that of `ollama.Image` reads a file, whose name may come from outside.
@@ -242,9 +242,9 @@ def read_images(values: Iterable[ImageLike] | None, *, paths: bool = False) -> t
 
 def _read_image(value: ImageLike, *, paths: bool) -> Image:
     if is_model_object(value):  # Such as `ollama.Image`; a string in it is read like any other.
-        value = fields(value).get("value")
+        value = as_mapping(value).get("value")
     if isinstance(value, str):
-        image = _read_picture(value, paths=paths)
+        image = _read_image_string(value, paths=paths)
     elif isinstance(value, Path):
         image = Image(path=value)
     else:
@@ -259,16 +259,18 @@ def _read_image(value: ImageLike, *, paths: bool) -> Image:
         raise RequestRejected("An image is empty.", hint="Give the bytes of its file.")
     if len(data) > LARGEST_IMAGE:
         raise RequestRejected(f"An image is larger than {LARGEST_IMAGE} bytes.", hint="Make it smaller.")
-    data = _decoded(data)
-    return Image(data=data, media_type=optional_text(image.media_type, "the media type of an image") or _kind(data))
+    data = _undo_base64(data)
+    return Image(
+        data=data, media_type=optional_text(image.media_type, "the media type of an image") or _media_type(data)
+    )
 
 
-def _kind(data: bytes) -> str | None:
+def _media_type(data: bytes) -> str | None:
     """Return the media type of an image, by its first bytes."""
-    return next((name for begins, name in PICTURES if begins.match(data)), None)
+    return next((name for begins, name in IMAGE_STARTS if begins.match(data)), None)
 
 
-def _read_picture(value: str, *, paths: bool) -> Image:
+def _read_image_string(value: str, *, paths: bool) -> Image:
     """Read an image from a string. No error repeats the string."""
     scheme = value.lstrip()[:8].lower()
     if scheme.startswith(("http://", "https://")):
@@ -282,8 +284,8 @@ def _read_picture(value: str, *, paths: bool) -> Image:
             "A string given as an image is neither a `data:` URI nor the path of a readable file.",
             hint="Check the path, or give base64 as `data:image/png;base64,…`.",
         )
-    data = _from_base64(_bytes(value))
-    if data is None or _kind(data) is None:  # Many words and paths are valid base64.
+    data = _decode_base64(_to_bytes(value))
+    if data is None or _media_type(data) is None:  # Many words and paths are valid base64.
         raise RequestRejected(
             "A string given as an image in a message is neither base64 of an image nor a `data:` URI.",
             hint="A string in a message is never a path: give a `pathlib.Path`, a `graftage.Image`, or bytes.",
@@ -294,8 +296,8 @@ def _read_picture(value: str, *, paths: bool) -> Image:
 def _read_data_uri(value: str) -> Image:
     head, _, body = value.partition(",")
     media_type, *parameters = (each.strip() for each in head.lower().removeprefix("data:").split(";"))
-    raw = unquote_to_bytes(_bytes(body))
-    data = _from_base64(raw) if "base64" in parameters else raw
+    raw = unquote_to_bytes(_to_bytes(body))
+    data = _decode_base64(raw) if "base64" in parameters else raw
     if not data or not media_type.startswith("image/"):
         raise RequestRejected(
             "An image cannot be read from its `data:` URI.", hint="Give `data:image/png;base64,…`, or its bytes."
@@ -303,7 +305,7 @@ def _read_data_uri(value: str) -> Image:
     return Image(data=data, media_type=media_type)
 
 
-def _from_base64(value: bytes) -> bytes | None:
+def _decode_base64(value: bytes) -> bytes | None:
     """Decode base64 of either alphabet, on one line or several, with or without padding; None if it is invalid."""
     value = b"".join(value.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     with contextlib.suppress(ValueError):
@@ -311,13 +313,13 @@ def _from_base64(value: bytes) -> bytes | None:
     return None
 
 
-def _decoded(data: bytes) -> bytes:
+def _undo_base64(data: bytes) -> bytes:
     """Return the image, decoded if it was base64 in bytes."""
-    inner = None if _kind(data) else _from_base64(data)
-    return inner if inner is not None and _kind(inner) else data
+    inner = None if _media_type(data) else _decode_base64(data)
+    return inner if inner is not None and _media_type(inner) else data
 
 
-def _bytes(value: str) -> bytes:
+def _to_bytes(value: str) -> bytes:
     return value.encode("utf-8", "surrogatepass")
 
 
@@ -333,7 +335,7 @@ def _read_image_file(path: str | Path) -> bytes:
         ) from error
 
 
-def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
+def _attach_images(messages: list[Message], images: tuple[Image, ...]) -> None:
     for place in range(len(messages) - 1, -1, -1):
         if messages[place].role == "user":
             messages[place] = replace(messages[place], images=(*messages[place].images, *images))
@@ -344,7 +346,7 @@ def _attach(messages: list[Message], images: tuple[Image, ...]) -> None:
 # --- Tool calls ------------------------------------------------------------------------------------------------------
 
 
-def _paired(messages: Sequence[Message]) -> tuple[Message, ...]:
+def _pair_results(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Tie each tool result to its call: by its id, else by its name, else to the next call without a result.
 
     A call without an id gets a unique one, which is the same each time the conversation is sent.
@@ -374,8 +376,8 @@ def _read_sent_tool_call(value: Any) -> ToolCall:
     """Read a tool call of an earlier reply, on its way back to the model; without an id, its id is empty."""
     if isinstance(value, ToolCall):
         value = {"name": value.name, "arguments": value.arguments, "id": value.id}
-    value = fields(value)
-    body = fields(value.get("function") or value) if isinstance(value, Mapping) else None
+    value = as_mapping(value)
+    body = as_mapping(value.get("function") or value) if isinstance(value, Mapping) else None
     if not isinstance(body, Mapping) or not isinstance(body.get("name"), str) or not body["name"]:
         raise RequestRejected(
             "A tool call has no name.", hint="Give a `ToolCall`, or a mapping with `name` and `arguments`."
@@ -394,7 +396,7 @@ def _read_sent_tool_call(value: Any) -> ToolCall:
         )
     return ToolCall(
         name=name,
-        arguments=plain_object(arguments, f"the arguments of the tool call `{name}`", "an object"),
+        arguments=copy_json_object(arguments, f"the arguments of the tool call `{name}`", "an object"),
         id=text(str(value.get("id") or ""), "the id of a tool call"),
     )
 
@@ -420,7 +422,7 @@ def close_names(wanted: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*near, *(name for name in names if name.partition(":")[0] == family)]))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return a hint with the name that was probably meant, or with all known names."""
     names = sorted(known)
     near = close(name, names)
@@ -453,7 +455,7 @@ def text(value: Any, what: str) -> str:
         raise rejected(what, "a string", value)
     if not value.isascii() and not _is_utf8(value):
         raise RequestRejected(
-            f"{_capital(what)} has half of a surrogate pair, which is not a character.",
+            f"{_capitalized(what)} has half of a surrogate pair, which is not a character.",
             hint='Replace it: `text.encode("utf-8", "replace").decode()` puts a `?` in its place.',
         )
     return value
@@ -472,7 +474,7 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-def plain(value: Any, what: str, depth: int = DEEPEST) -> Any:
+def copy_json(value: Any, what: str, depth: int = DEEPEST) -> Any:
     """Return a copy of JSON data in plain dictionaries and lists.
 
     Raises:
@@ -488,14 +490,14 @@ def plain(value: Any, what: str, depth: int = DEEPEST) -> Any:
         raise rejected(what, "JSON data: objects, lists, strings, numbers, true, false, null", value)
     if not depth:
         raise RequestRejected(
-            f"{_capital(what)} has too many levels.", hint=f"Nest at most {DEEPEST} levels, without cycles."
+            f"{_capitalized(what)} has too many levels.", hint=f"Nest at most {DEEPEST} levels, without cycles."
         )
     if isinstance(value, Mapping):
-        return {text(key, f"a key in {what}"): plain(each, what, depth - 1) for key, each in value.items()}
-    return [plain(each, what, depth - 1) for each in value]
+        return {text(key, f"a key in {what}"): copy_json(each, what, depth - 1) for key, each in value.items()}
+    return [copy_json(each, what, depth - 1) for each in value]
 
 
-def plain_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
+def copy_json_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
     """Return a copy of a JSON object.
 
     Raises:
@@ -503,7 +505,7 @@ def plain_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
     """
     if not isinstance(value, Mapping):
         raise rejected(what, wanted, value)
-    return cast("dict[str, Any]", plain(value, what))
+    return cast("dict[str, Any]", copy_json(value, what))
 
 
 def _finite(value: float, what: str) -> float:
@@ -513,7 +515,7 @@ def _finite(value: float, what: str) -> float:
         finite = False
     if not finite:
         raise RequestRejected(
-            f"{_capital(what)} has a number that JSON cannot hold.",
+            f"{_capitalized(what)} has a number that JSON cannot hold.",
             hint="Give a finite number in the range of a double.",
         )
     return value
@@ -521,8 +523,8 @@ def _finite(value: float, what: str) -> float:
 
 def rejected(what: str, wanted: str, value: object) -> RequestRejected:
     """Return the error for an argument of a wrong type. It omits the value, which may be a prompt."""
-    return RequestRejected(f"{_capital(what)} is invalid.", hint=f"Give {wanted}, not {type(value).__name__}.")
+    return RequestRejected(f"{_capitalized(what)} is invalid.", hint=f"Give {wanted}, not {type(value).__name__}.")
 
 
-def _capital(words: str) -> str:
+def _capitalized(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}"

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from graftage._engine.inputs import fields, nearest, plain, plain_object, rejected
+from graftage._engine.inputs import as_mapping, copy_json, copy_json_object, rejected, suggest
 from graftage.exceptions import RequestRejected
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _key(name: str) -> str:
 
 
 @functools.cache
-def _ours() -> Mapping[str, str]:
+def _names_by_key() -> Mapping[str, str]:
     """Map every known name, as a key, to the name that Graftage uses."""
     words = {**dict.fromkeys([*NUMBERS, *WHOLE, *SWITCHES], ""), **SYNONYMS, **PARAMETERS}
     return {_key(name): word for word, names in words.items() for name in (word, *names.split())}
@@ -95,7 +95,7 @@ def _ours() -> Mapping[str, str]:
 
 def word_for(name: str) -> str | None:
     """Return the name that Graftage uses for a parameter or an option; None if it is unknown."""
-    return _ours().get(_key(name))
+    return _names_by_key().get(_key(name))
 
 
 def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset[str]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset
         RequestRejected: a name is unknown or is a parameter of the call; a value has a wrong type, is out of range, or
             is not JSON.
     """
-    given = fields(options)
+    given = as_mapping(options)
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -119,7 +119,7 @@ def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset
         if name not in known:
             raise _unknown(str(name)[:80], known)
         if value is not None:
-            read |= _passed_on(value, known) if name == SERVER else {name: _checked(name, value)}
+            read |= _read_server_options(value, known) if name == SERVER else {name: _check_option(name, value)}
     return read
 
 
@@ -131,42 +131,42 @@ def _unknown(name: str, known: frozenset[str]) -> RequestRejected:
     word = word_for(name)
     if word in PARAMETERS:
         return RequestRejected(f"`{name}` is not an option.", hint=f"Use the parameter `{word}`.")
-    hint = f"Did you mean `{word}`?" if word in known else nearest(name, known - {SERVER})
+    hint = f"Did you mean `{word}`?" if word in known else suggest(name, known - {SERVER})
     more = f" An option that only the server knows goes into `{SERVER}`, a mapping." if SERVER in known else ""
     return RequestRejected(f"The option `{name}` is unknown.", hint=hint + more)
 
 
-def _checked(name: str, value: Any) -> Any:
+def _check_option(name: str, value: Any) -> Any:
     """Check and return the value of a known option. An option that only the provider knows may be any JSON."""
-    value = plain(value, f"the option `{name}`")
+    value = copy_json(value, f"the option `{name}`")
     if name in SWITCHES:
-        right, wanted = isinstance(value, bool), "True or False"
+        valid, wanted = isinstance(value, bool), "True or False"
     elif name == "stop":
         value = [value] if isinstance(value, str) else value
-        right = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+        valid = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
         wanted = "a string that is not empty, or a list of them"
     elif name in NUMBERS or name in WHOLE:
         least, most = NUMBERS.get(name) or WHOLE[name]
         kind = (int, float) if name in NUMBERS else int
-        right = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+        valid = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
         wanted = f"a {'' if name in NUMBERS else 'whole '}number from {least} to {most}"
     else:
         return value
-    if not right:
+    if not valid:
         raise RequestRejected(f"The option `{name}` is invalid.", hint=f"Give {wanted}.")
     return value
 
 
-def _passed_on(value: Any, known: frozenset[str]) -> dict[str, Any]:
+def _read_server_options(value: Any, known: frozenset[str]) -> dict[str, Any]:
     """Return the options for the server. A name that Graftage knows would bypass its checks and limits."""
-    given = plain_object(value, f"the option `{SERVER}`", "a mapping of options")
-    for deep, name in _names(given):
-        if hint := _bypass(name, known, deep=deep):
+    given = copy_json_object(value, f"the option `{SERVER}`", "a mapping of options")
+    for deep, name in _walk_names(given):
+        if hint := _bypass_hint(name, known, deep=deep):
             raise RequestRejected(f"`{name}` cannot be given in `{SERVER}`.", hint=hint)
-    return {name: _checked(word_for(name) or name, each) for name, each in given.items() if each is not None}
+    return {name: _check_option(word_for(name) or name, each) for name, each in given.items() if each is not None}
 
 
-def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
+def _bypass_hint(name: str, known: frozenset[str], *, deep: bool) -> str | None:
     """Return what to use instead of a name that would bypass something; None if it would not."""
     word = word_for(name) or next((each for each in known if _key(each) == _key(name)), None)
     if deep and word not in NESTED:
@@ -180,9 +180,9 @@ def _bypass(name: str, known: frozenset[str], *, deep: bool) -> str | None:
     return "Call again for another reply: each call returns one." if _key(name) == "n" else None
 
 
-def _names(value: Any, *, deep: bool = False) -> Iterator[tuple[bool, str]]:
+def _walk_names(value: Any, *, deep: bool = False) -> Iterator[tuple[bool, str]]:
     """Yield all names in JSON data, each with whether it is below the top level."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     yield from ((deep, name) for name in (value if isinstance(value, dict) else ()))
     for each in inside:
-        yield from _names(each, deep=True)
+        yield from _walk_names(each, deep=True)

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from graftage._engine.inputs import Parse, fields, is_model_object, items, nearest, plain_object, rejected, text
+from graftage._engine.inputs import Parse, as_mapping, copy_json_object, is_model_object, items, rejected, suggest, text
 from graftage.exceptions import RequestRejected
 from graftage.types import Tool
 
@@ -74,35 +74,35 @@ def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
 
 
 def _read_tool(value: ToolLike) -> Tool:
-    tool = value if isinstance(value, Tool) else _made_tool(value)
+    tool = value if isinstance(value, Tool) else _make_tool(value)
     name = text(tool.name, "the name of a tool")
     return Tool(
         name=name,
         description=text(tool.description, f"the description of the tool `{name}`"),
-        parameters=plain_object(tool.parameters, f"the `parameters` of the tool `{name}`", "a JSON schema"),
+        parameters=copy_json_object(tool.parameters, f"the `parameters` of the tool `{name}`", "a JSON schema"),
     )
 
 
-def _made_tool(value: Any) -> Tool:
+def _make_tool(value: Any) -> Tool:
     if isinstance(value, Mapping):
-        return _tool_from(value)
+        return _tool_from_mapping(value)
     if _has_schema(value):
         return Tool(name=value.__name__, description=_docstring(value), parameters=_schema_and_parse(value)[0])
     if callable(value):
-        return _tool_of(value)
+        return _tool_from_function(value)
     if is_model_object(value):
-        return _tool_from(_dumped_tool(value))
+        return _tool_from_mapping(_dump_tool(value))
     raise rejected("a tool", "a function, a mapping, a pydantic model or a `Tool`", value)
 
 
-def _dumped_tool(tool: BaseModel) -> Mapping[str, Any]:
+def _dump_tool(tool: BaseModel) -> Mapping[str, Any]:
     try:
         return tool.model_dump(by_alias=True, exclude_none=True)
     except Exception:  # noqa: BLE001 - the caller's serializers may raise anything, and repeat the values
         raise rejected("a tool", "a tool whose fields are valid JSON", tool) from None
 
 
-def _tool_from(value: Mapping[str, Any]) -> Tool:
+def _tool_from_mapping(value: Mapping[str, Any]) -> Tool:
     """Read a tool from a mapping. Refuse unknown keys: a misspelt one may hold the schema."""
     body = value.get("function", value)
     if not isinstance(body, Mapping) or not body.get("name"):
@@ -133,20 +133,20 @@ def _tool_from(value: Mapping[str, Any]) -> Tool:
 def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
     for key in value:
         if key not in known and key not in ignored:
-            raise RequestRejected(f"A tool has the unknown key `{key}`.", hint=nearest(str(key), known))
+            raise RequestRejected(f"A tool has the unknown key `{key}`.", hint=suggest(str(key), known))
 
 
-def _tool_of(function: Callable[..., Any]) -> Tool:
+def _tool_from_function(function: Callable[..., Any]) -> Tool:
     """Make a tool from a function's signature and docstring."""
     called = getattr(function, "__name__", "<lambda>")
     if called == "<lambda>":
-        raise _no_tool(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
+        raise _cannot_offer(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
     try:
-        schema = _adapter(function).json_schema()
+        schema = _type_adapter(function).json_schema()
     except Exception as error:  # The caller's types may raise anything.
-        raise _no_tool(function, _first_sentence(error)) from error
+        raise _cannot_offer(function, _first_sentence(error)) from error
     if schema.get("type") != "object":  # Positional-only parameters make an array.
-        raise _no_tool(function, "its parameters cannot be passed by name")
+        raise _cannot_offer(function, "its parameters cannot be passed by name")
     summary, arguments = _read_docstring(_docstring(function))
     for name, words in arguments.items():
         if name in schema.get("properties", {}):
@@ -154,7 +154,7 @@ def _tool_of(function: Callable[..., Any]) -> Tool:
     return Tool(name=called, description=summary, parameters=schema)
 
 
-def _no_tool(
+def _cannot_offer(
     function: Callable[..., Any],
     why: str,
     hint: str = "Give a function whose parameters have names and types with a JSON schema, or a `Tool`.",
@@ -206,27 +206,27 @@ def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | No
     Raises:
         RequestRejected: the value is something else.
     """
-    given: Any = _unwrapped(value) if isinstance(value, Mapping) else value
+    given: Any = _unwrap(value) if isinstance(value, Mapping) else value
     if given is None or (isinstance(given, str) and not given):
         return None, None
     if isinstance(given, str) and given == "json":
         return "json", json.loads
     if isinstance(given, Mapping):
-        return plain_object(given, "`format`", WANTED), json.loads
+        return copy_json_object(given, "`format`", WANTED), json.loads
     schema, parse = _schema_and_parse(given)
     if not schema:
         raise RequestRejected("The type given as `format` allows anything.", hint=f"Give {WANTED}.")
-    return plain_object(schema, "`format`", WANTED), parse
+    return copy_json_object(schema, "`format`", WANTED), parse
 
 
-def _unwrapped(value: Mapping[str, Any]) -> Any:
+def _unwrap(value: Mapping[str, Any]) -> Any:
     """Return the schema in a mapping: the mapping itself, or the schema inside OpenAI's `response_format`."""
     kind: Any = value.get("type")
     schema: Any = value
     if kind == "text":
         return None
     if kind in ("json_schema", "json_object") or ("schema" in value and value.keys() <= WRAPPER_KEYS):
-        inner = fields(value.get("json_schema", value))
+        inner = as_mapping(value.get("json_schema", value))
         schema = inner.get("schema") if isinstance(inner, Mapping) else None
         if schema is None and kind == "json_object":
             return "json"
@@ -252,7 +252,7 @@ def _schema_and_parse(kind: Any) -> tuple[dict[str, Any], Parse]:
     try:
         if _has_schema(kind):
             return kind.model_json_schema(), kind.model_validate_json
-        adapter = kind if _is_adapter(kind) else _adapter(kind) if _is_type(kind) else None
+        adapter = kind if _is_adapter(kind) else _type_adapter(kind) if _is_type(kind) else None
         if adapter is not None:
             return adapter.json_schema(), adapter.validate_json
     except Exception as error:  # The types of the caller may raise anything.
@@ -274,23 +274,25 @@ def _is_type(value: object) -> bool:
     return inspect.isclass(value) or typing.get_origin(value) is not None or alias
 
 
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _type_adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter  # Tools and formats are rare, and pydantic is slow to import
 
     if sys.version_info < (3, 12) and typing.is_typeddict(kind):
-        kind = _extended(kind)
+        kind = _convert_typed_dict(kind)
     return TypeAdapter(kind)
 
 
-def _extended(kind: Any) -> Any:
+def _convert_typed_dict(kind: Any) -> Any:
     """Return a `TypedDict` as one of `typing_extensions`: before Python 3.12 pydantic reads no other."""
     import typing_extensions  # A requirement of pydantic, so it is installed
 
     required, optional = typing_extensions.Required, typing_extensions.NotRequired
     keys = {}
     for name, hint in typing_extensions.get_type_hints(kind, include_extras=True).items():
-        said: Any = typing.get_origin(hint)
-        bare = typing.get_args(hint)[0] if said in (required, optional) else hint
-        keys[name] = bare if said is required or (said is None and name in kind.__required_keys__) else optional[bare]
+        marker: Any = typing.get_origin(hint)
+        bare = typing.get_args(hint)[0] if marker in (required, optional) else hint
+        keys[name] = (
+            bare if marker is required or (marker is None and name in kind.__required_keys__) else optional[bare]
+        )
     made: Any = typing_extensions.TypedDict
     return made(kind.__name__, keys)
