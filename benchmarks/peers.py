@@ -10,16 +10,12 @@ import sys
 import threading
 from operator import attrgetter
 
+from benchmarks.worker import CLIENTS, HELLO, TEXTS, Client, main, run
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import Any
-
-if __name__ == "__main__":
-    # Not with pathlib, which a client would then have for nothing.
-    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
-
-from benchmarks.worker import CLIENTS, HELLO, TEXTS, Client, main, run  # noqa: E402 - found only now
 
 REQUIREMENTS = {
     "langchain-ollama": ["langchain-ollama"],

@@ -24,14 +24,12 @@ from typing import Any, NamedTuple
 
 from benchmarks import growth, overshoot, report
 from benchmarks.peers import REQUIREMENTS
+from benchmarks.report import FLOOR, OURS, REFERENCE
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 300.0
 """Seconds for one measure of one client."""
-REFERENCE = "ollama"
 FRESH = "fresh"
-
-
 COMMANDS: dict[str, tuple[str, str, int]] = {
     FRESH: (FRESH, "chunks-20", 1),
     "chat 20": ("chat", "chunks-20", 100),
@@ -132,7 +130,7 @@ class Bench:
         """A worker; `path` is a folder in which it finds modules, too."""
         own = client not in REQUIREMENTS
         script = str(HERE / ("worker.py" if own else "peers.py"))
-        folders = [path, self.environment.get("PYTHONPATH", "")] if own else [path]
+        folders = [path, self.environment.get("PYTHONPATH", "") if own else str(HERE.parent)]
         return subprocess.Popen(
             [self._python(client), "-P", script, client, self.url, *more],
             env={**self.environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
@@ -286,14 +284,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repetitions = 1 if given.quick else given.repetitions
     bench = Bench(given.environments.resolve(), quick=given.quick)
     with bench.serve():
-        clients = usable(bench, ["floor", REFERENCE, "graftage", *(REQUIREMENTS if given.peers else ())])
+        clients = usable(bench, [FLOOR, REFERENCE, OURS, *(REQUIREMENTS if given.peers else ())])
         about = {
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "load before": os.getloadavg()[0],
             "quick": given.quick,
             "repetitions": repetitions,
-            "versions": {client: bench.version(client) for client in clients if client != "floor"},
+            "versions": {client: bench.version(client) for client in clients if client != FLOOR},
         }
         rows = compare(bench, clients, repetitions)
         curves = growth.measure(bench)

@@ -229,14 +229,18 @@ CLIENTS: dict[str, type[Client]] = {"floor": Floor, "ollama": Official, "graftag
 # --- What is measured -------------------------------------------------------------------------------------------------
 
 
-def run(work: Any, loops: list[asyncio.AbstractEventLoop] = []) -> Any:  # noqa: B006 - one loop for the process
-    """The result of a coroutine, from the one loop of this process."""
+_loops: list[asyncio.AbstractEventLoop] = []
+"""The one event loop of this process, once it is needed."""
+
+
+def run(work: Any) -> Any:
+    """Run a coroutine on the event loop of this process."""
     import asyncio
 
-    if not loops:
-        loops.append(asyncio.new_event_loop())
-        asyncio.set_event_loop(loops[0])
-    return loops[0].run_until_complete(work)
+    if not _loops:
+        _loops.append(asyncio.new_event_loop())
+        asyncio.set_event_loop(_loops[0])
+    return _loops[0].run_until_complete(work)
 
 
 def memory() -> float:
@@ -327,9 +331,9 @@ def main(name: str, url: str, model: str = "") -> None:
     os.dup2(2, 1)
     kind = CLIENTS[name]
 
-    def answer(work: Callable[[], dict[str, Any]]) -> None:
+    def answer(work: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> None:
         try:
-            figures = work()
+            figures = work(*arguments, **options)
         except NotImplementedError:
             figures = {}
         except Exception as error:  # noqa: BLE001 - one measure that fails must not cost the others
@@ -339,14 +343,14 @@ def main(name: str, url: str, model: str = "") -> None:
         print(json.dumps(figures), file=answers, flush=True)
 
     if model:
-        return answer(lambda: fresh(kind, url, model))
+        answer(fresh, kind, url, model)
+        return
     import json
 
     __import__(kind.module)
     client = kind(url)
     for line in sys.stdin:
-        answer(lambda: measure(client, **json.loads(line)))  # noqa: B023 - it is done at once
-    return None
+        answer(measure, client, **json.loads(line))
 
 
 if __name__ == "__main__":
