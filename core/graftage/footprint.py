@@ -353,9 +353,9 @@ def read_shape(info: ModelInfo, size: int | None = None) -> Shape | None:
 
 
 def _vocabulary(info: ModelInfo, keys: _Keys) -> int | None:
-    told = keys.number("vocab_size") or _length(info.metadata.get("tokenizer.ggml.tokens"))
+    stated = keys.number("vocab_size") or _length(info.metadata.get("tokenizer.ggml.tokens"))
     table = (info.tensors or {}).get("token_embd.weight") or (None,)
-    return told or keys.checked("token_embd.weight", table[-1])
+    return stated or keys.checked("token_embd.weight", table[-1])
 
 
 def _trained(keys: _Keys, info: ModelInfo) -> int | None:

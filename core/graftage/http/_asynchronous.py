@@ -63,19 +63,19 @@ class AsyncNetwork:
         kept, begun = pool.take_idle(server), time.monotonic()
         while True:
             wire = kept or await pool.connect(server, clock)
-            wire.answer = answer = Framing(bodiless=request.method == "HEAD")
+            wire.framing = framing = Framing(bodiless=request.method == "HEAD")
             try:
                 await _send(wire, head, request, size, clock)
-                while not answer.head and answer.fault is None:
+                while not framing.head and framing.fault is None:
                     await wire.wait(clock)
             except BaseException:
                 pool.drop(wire)
                 raise
-            if has_response(answer, server):
-                return _Response(pool, wire, answer, clock)
+            if has_response(framing, server):
+                return _Response(pool, wire, framing, clock)
             pool.drop(wire)
-            if kept is None or pool.closed or not is_stale(answer, begun):
-                raise no_response_error(answer, clock, server)
+            if kept is None or pool.closed or not is_stale(framing, begun):
+                raise no_response_error(framing, clock, server)
             kept = None
 
     async def _pool(self) -> _Pool:
@@ -163,9 +163,9 @@ class _Pool:
         self._busy.add(wire)
         return wire
 
-    def give_back(self, wire: _Wire, answer: Framing) -> None:
+    def give_back(self, wire: _Wire, framing: Framing) -> None:
         """Keep a connection for the next request if it can take one, else close it."""
-        if self.closed or not answer.usable or wire.lost or wire.transport.get_write_buffer_size():
+        if self.closed or not framing.usable or wire.lost or wire.transport.get_write_buffer_size():
             self.drop(wire)
             return
         self._busy.discard(wire)
@@ -202,7 +202,7 @@ class _Wire(asyncio.Protocol):
         self.loop = loop
         self.server = server
         self.since = 0.0
-        self.answer: Framing | None = None
+        self.framing: Framing | None = None
         self.lost = False
         self._waiter: asyncio.Future[None] | None = None
         self._clock: Clock | None = None
@@ -217,16 +217,16 @@ class _Wire(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        answer = self.answer
-        if answer is None or answer.complete:  # No request is waiting for these bytes.
+        framing = self.framing
+        if framing is None or framing.complete:  # No request is waiting for these bytes.
             self.close()
             return
         try:
-            answer.feed(data)
+            framing.feed(data)
         except ParserError as error:
-            answer.failed(error)
-        answer.size += len(data)
-        if answer.size > BUFFER_LIMIT and answer.is_full() and self._reading:
+            framing.failed(error)
+        framing.size += len(data)
+        if framing.size > BUFFER_LIMIT and framing.is_full() and self._reading:
             self._reading = False
             self.transport.pause_reading()
         if self._waiter is not None and not self._waiter.done():
@@ -237,8 +237,8 @@ class _Wire(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = self.writable = True
-        if self.answer is not None:
-            self.answer.end(error)
+        if self.framing is not None:
+            self.framing.end(error)
         self._wake()
 
     def pause_writing(self) -> None:
@@ -252,7 +252,7 @@ class _Wire(asyncio.Protocol):
 
     def answered(self) -> bool:
         """Whether the head of the response has come, or will never come."""
-        return self.lost or self.answer is None or self.answer.head or self.answer.fault is not None
+        return self.lost or self.framing is None or self.framing.head or self.framing.fault is not None
 
     async def wait(self, clock: Clock) -> None:
         """Wait until something happens.
@@ -299,7 +299,7 @@ class _Wire(asyncio.Protocol):
 
     def rest(self) -> None:
         """Wait for the next request."""
-        self.answer = self._clock = None
+        self.framing = self._clock = None
         self.since = time.monotonic()
         self._disarm()
 
@@ -353,14 +353,14 @@ async def _dial(loop: asyncio.AbstractEventLoop, server: Server, clock: Clock) -
 
 
 async def _through_proxy(loop: asyncio.AbstractEventLoop, wire: _Wire, tunnel: bytes, clock: Clock) -> None:
-    wire.answer = answer = Framing(bodiless=True)
+    wire.framing = framing = Framing(bodiless=True)
     wire.transport.write(tunnel)
-    while not answer.head and answer.fault is None:
+    while not framing.head and framing.fault is None:
         await wire.wait(clock)
-    answer.release()
-    if answer.status != OK:
-        raise tunnel_error(answer, wire.server)
-    wire.answer = None
+    framing.release()
+    if framing.status != OK:
+        raise tunnel_error(framing, wire.server)
+    wire.framing = None
     secured = await loop.start_tls(wire.transport, wire, tls_context(), server_hostname=wire.server.host)
     if secured is None:
         raise ConnectionResetError("the proxy closed the connection")
@@ -386,30 +386,30 @@ async def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Cl
 class _Response:
     """A response whose pieces are awaited."""
 
-    def __init__(self, pool: _Pool, wire: _Wire, answer: Framing, clock: Clock) -> None:
-        self.status, self.reason = answer.status, answer.reason
-        self.headers: Headers = tuple(answer.headers)
+    def __init__(self, pool: _Pool, wire: _Wire, framing: Framing, clock: Clock) -> None:
+        self.status, self.reason = framing.status, framing.reason
+        self.headers: Headers = tuple(framing.headers)
         self._pool = pool
         self._wire: _Wire | None = wire
-        self._answer = answer
+        self._framing = framing
         self._clock = clock
 
     async def read(self) -> bytes:
-        answer, clock, wire = self._answer, self._clock, self._wire
-        pieces = answer.pieces
+        framing, clock, wire = self._framing, self._clock, self._wire
+        pieces = framing.pieces
         if not clock.patient:
             clock.read()
         while not pieces:
-            if answer.complete or wire is None:
+            if framing.complete or wire is None:
                 return b""
-            if answer.fault is not None:
-                raise answer.interrupted()
+            if framing.fault is not None:
+                raise framing.interrupted()
             await wire.wait(clock)
         if not clock.patient:
             clock.phase = "idle"
         data = b"".join(pieces)
         pieces.clear()
-        answer.size = 0
+        framing.size = 0
         return data
 
     async def close(self) -> None:
@@ -418,9 +418,9 @@ class _Response:
     def _give_back(self) -> None:
         wire, self._wire = self._wire, None
         if wire is not None:
-            wire.answer = None
-            self._answer.release()
-            self._pool.give_back(wire, self._answer)
+            wire.framing = None
+            self._framing.release()
+            self._pool.give_back(wire, self._framing)
 
     def __del__(self) -> None:
         # The garbage collector may run in any thread, also after the end of the loop.

@@ -73,19 +73,19 @@ class BlockingNetwork:
         kept, begun = self._take_idle(server), time.monotonic()
         while True:
             wire = kept or self._new_connection(server, clock)
-            answer = Framing(bodiless=request.method == "HEAD")
+            framing = Framing(bodiless=request.method == "HEAD")
             try:
                 _send(wire, head, request, size, clock)
-                while not answer.head and answer.fault is None:
-                    _receive(wire, answer, clock)
+                while not framing.head and framing.fault is None:
+                    _receive(wire, framing, clock)
             except BaseException:
                 self.give_back(wire, usable=False)
                 raise
-            if has_response(answer, server):
-                return _Response(self, wire, answer, clock)
+            if has_response(framing, server):
+                return _Response(self, wire, framing, clock)
             self.give_back(wire, usable=False)
-            if kept is None or self._closed or not is_stale(answer, begun):
-                raise no_response_error(answer, clock, server)
+            if kept is None or self._closed or not is_stale(framing, begun):
+                raise no_response_error(framing, clock, server)
             kept = None
 
     def _take_idle(self, server: Server) -> _Wire | None:
@@ -100,7 +100,7 @@ class BlockingNetwork:
             try:
                 wire.socket.settimeout(0)
                 wire.socket.recv(1)  # Any byte, or the end, means that the connection is of no use.
-            except wire.quiet:
+            except wire.empty_error:
                 if wire.since + IDLE_SECONDS > time.monotonic():
                     return wire
             except OSError:
@@ -153,19 +153,19 @@ class BlockingNetwork:
 class _Wire:
     """One connection."""
 
-    __slots__ = ("__weakref__", "quiet", "server", "since", "socket")
+    __slots__ = ("__weakref__", "empty_error", "server", "since", "socket")
 
     def __init__(self, server: Server) -> None:
         self.socket: Any = None
         """None until the connection is being made."""
-        self.quiet: type[Exception] = BlockingIOError
+        self.empty_error: type[Exception] = BlockingIOError
         """What it raises if there is nothing to read."""
         self.server = server
         self.since = 0.0
 
     def answered(self) -> bool:
         """Whether the server has sent something. With TLS, the bytes may be about TLS alone, so this is False."""
-        if self.quiet is not BlockingIOError:
+        if self.empty_error is not BlockingIOError:
             return False
         self.socket.settimeout(0)
         try:
@@ -210,7 +210,7 @@ def _send(wire: _Wire, head: bytes, request: Request, size: int, clock: Clock) -
             clock.enter("first_token")  # The time counts from the last block sent.
 
 
-def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
+def _receive(wire: _Wire, framing: Framing, clock: Clock) -> None:
     left = min(clock.until, clock.deadline) - time.monotonic()
     if left <= 0:
         raise clock.expired()
@@ -220,18 +220,18 @@ def _receive(wire: _Wire, answer: Framing, clock: Clock) -> None:
     except TimeoutError as error:
         raise clock.expired() from error
     except OSError as error:
-        answer.end(error)
+        framing.end(error)
     else:
         if not data:
-            answer.end()
+            framing.end()
             return
         try:
-            answer.feed(data)
+            framing.feed(data)
         except ParserError as error:
-            answer.failed(error)
-        answer.size += len(data)
-        if answer.size > BUFFER_LIMIT and not answer.head:
-            answer.is_full()
+            framing.failed(error)
+        framing.size += len(data)
+        if framing.size > BUFFER_LIMIT and not framing.head:
+            framing.is_full()
 
 
 def _connect(wire: _Wire, clock: Clock) -> None:
@@ -274,47 +274,47 @@ def _begin_tls(wire: _Wire, host: str, clock: Clock) -> None:
 
     wire.socket.settimeout(clock.left())
     wire.socket = secured = tls_context().wrap_socket(wire.socket, server_hostname=host, do_handshake_on_connect=False)
-    wire.quiet = ssl.SSLWantReadError
+    wire.empty_error = ssl.SSLWantReadError
     secured.do_handshake()
 
 
 def _through_proxy(wire: _Wire, tunnel: bytes, clock: Clock) -> None:
-    answer = Framing(bodiless=True)
+    framing = Framing(bodiless=True)
     wire.socket.settimeout(clock.left())
     wire.socket.sendall(tunnel)
-    while not answer.head and answer.fault is None:
-        _receive(wire, answer, clock)
-    answer.release()
-    if answer.status != OK:
-        raise tunnel_error(answer, wire.server)
+    while not framing.head and framing.fault is None:
+        _receive(wire, framing, clock)
+    framing.release()
+    if framing.status != OK:
+        raise tunnel_error(framing, wire.server)
 
 
 class _Response:
     """A response whose pieces are read by blocking."""
 
-    def __init__(self, network: BlockingNetwork, wire: _Wire, answer: Framing, clock: Clock) -> None:
-        self.status, self.reason = answer.status, answer.reason
-        self.headers: Headers = tuple(answer.headers)
+    def __init__(self, network: BlockingNetwork, wire: _Wire, framing: Framing, clock: Clock) -> None:
+        self.status, self.reason = framing.status, framing.reason
+        self.headers: Headers = tuple(framing.headers)
         self._network = network
         self._wire: _Wire | None = wire
-        self._answer = answer
+        self._framing = framing
         self._clock = clock
         self._reading = False
 
     async def read(self) -> bytes:
-        answer, clock, wire = self._answer, self._clock, self._wire
-        pieces = answer.pieces
+        framing, clock, wire = self._framing, self._clock, self._wire
+        pieces = framing.pieces
         if not clock.patient:
             clock.read()
         self._reading = True
         try:
             while not pieces:
-                if answer.complete or wire is None:
+                if framing.complete or wire is None:
                     return b""
-                if answer.fault is not None:
+                if framing.fault is not None:
                     self._give_back()
-                    raise answer.interrupted()
-                _receive(wire, answer, clock)
+                    raise framing.interrupted()
+                _receive(wire, framing, clock)
         finally:
             self._reading = False
         if not clock.patient:
@@ -332,6 +332,6 @@ class _Response:
     def _give_back(self) -> None:
         wire, self._wire = self._wire, None
         if wire is not None:
-            if self._answer.complete:
-                self._answer.release()
-            self._network.give_back(wire, usable=self._answer.usable)
+            if self._framing.complete:
+                self._framing.release()
+            self._network.give_back(wire, usable=self._framing.usable)

@@ -125,33 +125,33 @@ def closed_error() -> ConnectionFailed:
     return _connection_failed("The connection was closed while it was made.", "closed", "Use an open client.")
 
 
-def is_stale(answer: Framing, begun: float) -> bool:
+def is_stale(framing: Framing, begun: float) -> bool:
     """Whether the server probably closed a reused connection before it read the request.
 
     Any such request is sent again at once, as browsers do, so that no request fails unread. If the server had read it
     after all, a repeat does no harm: a model replies twice, a pull continues, an upload or a deletion stays the same.
     """
-    closed = answer.size == 0 and isinstance(answer.fault, (OSError, EOFError))
+    closed = framing.size == 0 and isinstance(framing.fault, (OSError, EOFError))
     return closed and time.monotonic() - begun < RACE_SECONDS
 
 
-def no_response_error(answer: Framing, clock: Clock, server: Server) -> ProviderError:
+def no_response_error(framing: Framing, clock: Clock, server: Server) -> ProviderError:
     """Return the typed error for a connection that ended, or sent invalid bytes, before the head of its response."""
-    if answer.head:
-        return tunnel_error(answer, server)
+    if framing.head:
+        return tunnel_error(framing, server)
     # Inside a tunnel the server is to blame.
     where = peer_of(server) if server.absolute else server.origin
-    fault = answer.fault or EOFError()
+    fault = framing.fault or EOFError()
     if isinstance(fault, (OSError, EOFError)):
         error = early_error(fault, clock, where)
     else:
-        error = not_http_error(where, answer.fault_text())
+        error = not_http_error(where, framing.fault_text())
     return _name_proxy(error, server) if server.absolute else error
 
 
-def has_response(answer: Framing, server: Server) -> bool:
+def has_response(framing: Framing, server: Server) -> bool:
     """Whether the head of the server's own response has come, not a proxy's demand for a sign-in."""
-    return answer.head and not (server.absolute and answer.status == PROXY_SIGN_IN)
+    return framing.head and not (server.absolute and framing.status == PROXY_SIGN_IN)
 
 
 def not_http_error(url: str, why: str) -> ProtocolError:
@@ -192,15 +192,15 @@ def connection_error(error: BaseException, url: str) -> ConnectionFailed:
     )
 
 
-def tunnel_error(answer: Framing, server: Server) -> ConnectionFailed:
+def tunnel_error(framing: Framing, server: Server) -> ConnectionFailed:
     """Return the error for a proxy that does not connect to the server."""
-    hint = "Put user and password into its address." if answer.status == PROXY_SIGN_IN else "Check its log."
-    what = f"refuses: status {answer.status}" if answer.head else f"broke off: {answer.fault_text()}"
+    hint = "Put user and password into its address." if framing.status == PROXY_SIGN_IN else "Check its log."
+    what = f"refuses: status {framing.status}" if framing.head else f"broke off: {framing.fault_text()}"
     return _connection_failed(
         f"The proxy for {place(server.origin)} {what}. It is {server.proxy}.",
         "proxy",
         f"{hint} If the host needs no proxy, add it to NO_PROXY.",
-        retryable=answer.status >= SERVER_FAULT,
+        retryable=framing.status >= SERVER_FAULT,
     )
 
 
