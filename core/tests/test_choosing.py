@@ -57,7 +57,7 @@ DEAD = "http://127.0.0.1:9"
 
 EMBEDDED = """
 from graftage.hookspecs import hookimpl
-from graftage.testing import Cassette, Echo
+from graftage.testing import Echo
 
 class Embedded(Echo):
     name = "llamacpp"
@@ -171,7 +171,7 @@ class TestAutoHost:
 
 RANKED = """
 from graftage.hookspecs import hookimpl
-from graftage.testing import Cassette, Echo
+from graftage.testing import Echo
 
 class Ranked(Echo):
     name = "oak"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from giving import Giving
 from operations import OPERATIONS
 
 from graftage.exceptions import (
@@ -33,8 +34,6 @@ GONE = ConnectionFailed("gone")
 class MuteConnection:
     """Its hooks forget to return."""
 
-    address = "mute"
-
     @hookimpl
     def chat(self, request: Any) -> Any:
         return None
@@ -62,14 +61,6 @@ class MuteConnection:
     @hookimpl
     def pull_model(self, request: Any) -> Any:
         return None
-
-
-class MuteProvider:
-    name = "mute"
-
-    @hookimpl
-    def connect(self, request: Any) -> object:
-        return MuteConnection()
 
 
 class TestProviderErrors:
@@ -121,7 +112,7 @@ class TestProviderErrors:
         "operation", ["chat", "embed", "list_models", "loaded_models", "show_model", "pull_model", "health"]
     )
     def test_hook_must_return_a_result(self, both: Any, operation: str) -> None:
-        llm = both.connect(MuteProvider(), model=MODEL)
+        llm = both.connect(Giving(lambda _: MuteConnection()), model=MODEL)
         with pytest.raises(GraftageError):
             llm.health(timeout=1).raise_for_error() if operation == "health" else OPERATIONS[operation](llm)
         assert llm.stats().running == 0

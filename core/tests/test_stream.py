@@ -113,7 +113,7 @@ class TestEnd:
         stream = both.connect(Echo(["one two"]), model=MODEL).chat("x", stream=True)
         next(stream)
         with pytest.raises(RuntimeError, match="partial"):
-            stream.reply  # noqa: B018 - reading it is the test
+            _ = stream.reply
         list(stream)
         assert (stream.reply.text, stream.reply.finish_reason) == ("one two", "stop")
         assert stream.partial is stream.reply
@@ -165,7 +165,7 @@ class TestEnd:
         assert stream.partial.text == "so far"
         assert list(stream) == []
         with pytest.raises(RuntimeError):
-            stream.reply  # noqa: B018
+            _ = stream.reply
         assert llm.stats().running == 0
 
     def test_error_in_the_middle_is_final(self, both: Any) -> None:
@@ -281,15 +281,12 @@ class TestLeavingEarly:
         stream = llm.chat("x", stream=True)
         start = threading.Barrier(8)
 
-        def close() -> None:
+        def close(_: int) -> None:
             start.wait(5)
             stream.close()
 
-        threads = [threading.Thread(target=close) for _ in range(8)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(5)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(close, range(8)))
         assert (echo.running, llm.stats().running) == (0, 0)
 
 
