@@ -153,7 +153,7 @@ class Owned(Protocol):
         ...
 
 
-def _ignore_event(_kind: str, **_facts: Any) -> None:
+def _ignore_event(_kind: str, **_facts: object) -> None:
     """Ignore an event: the call has no observers."""
 
 

@@ -54,7 +54,7 @@ LARGEST_COUNT: Final = 2**53
 # --- Fields ----------------------------------------------------------------------------------------------------------
 
 
-def read_text(value: Any) -> str:
+def read_text(value: object) -> str:
     """Return a string of a response; None becomes an empty string.
 
     Raises:
@@ -65,27 +65,28 @@ def read_text(value: Any) -> str:
     return value or ""
 
 
-def read_word(value: Any) -> str | None:
+def read_word(value: object) -> str | None:
     """Return an optional string; None if it is empty or not a string."""
     return value if isinstance(value, str) and value else None
 
 
-def read_count(value: Any) -> int | None:
+def read_count(value: object) -> int | None:
     """Return an integer from 0 to 2**53, also from a float; None for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT:
         return int(value) if value == int(value) else None
     return None
 
 
-def read_seconds(value: Any, *, per_second: float = 1) -> float | None:
+def read_seconds(value: object, *, per_second: float = 1) -> float | None:
     """Return a duration in seconds; None if it is not a number, or is negative or absurdly large.
 
     Args:
         value: the server's value.
         per_second: how many of its units are in a second, such as 1e9 for nanoseconds.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value / per_second if number and 0 <= value <= LARGEST_COUNT else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT:
+        return value / per_second
+    return None
 
 
 def read_moment(value: Any) -> datetime | None:
@@ -96,12 +97,12 @@ def read_moment(value: Any) -> datetime | None:
     return None
 
 
-def read_object(value: Any) -> Mapping[str, Any]:
+def read_object(value: object) -> Mapping[str, Any]:
     """Return a JSON object; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
-def read_entries(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
+def read_entries(found: object, read: Callable[[Any], T]) -> tuple[T, ...]:
     """Return the entries of a list that can be read; skip the others."""
     taken = []
     for each in found if isinstance(found, list) else ():
@@ -110,7 +111,7 @@ def read_entries(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
     return tuple(taken)
 
 
-def read_records(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
+def read_records(found: object, read: Callable[[Any], T]) -> tuple[T, ...]:
     """Return the entries of a requested list that can be read. None is an empty list.
 
     Raises:
@@ -122,7 +123,7 @@ def read_records(found: Any, read: Callable[[Any], T]) -> tuple[T, ...]:
     return taken
 
 
-def read_logprobs(found: Any, *, top: bool = True) -> tuple[Logprob, ...]:
+def read_logprobs(found: object, *, top: bool = True) -> tuple[Logprob, ...]:
     """Return the log-probabilities that can be read, each from an object with `token`, `logprob` and `top_logprobs`.
 
     Args:
@@ -265,7 +266,7 @@ def _valid_json(text: str) -> str | None:
 # --- Tool calls ------------------------------------------------------------------------------------------------------
 
 
-def read_tool_calls(found: Any) -> tuple[ToolCall, ...]:
+def read_tool_calls(found: object) -> tuple[ToolCall, ...]:
     """Return the tool calls of a message. One malformed call fails all, since a part of a plan is another plan.
 
     Raises:
@@ -283,7 +284,7 @@ def _read_whole_call(call: Mapping[str, Any]) -> ToolCall:
     return read_tool_call(body.get("name"), body.get("arguments"), call.get("id"))
 
 
-def read_tool_call(name: Any, arguments: Any, call_id: Any = None) -> ToolCall:
+def read_tool_call(name: object, arguments: object, call_id: object = None) -> ToolCall:
     """Return a tool call as a model has written it.
 
     Args:
@@ -308,7 +309,7 @@ def read_tool_call(name: Any, arguments: Any, call_id: Any = None) -> ToolCall:
 LOADS: Final = partial(json.loads, strict=False)
 
 
-def read_arguments(value: Any, loads: Callable[[str], Any] = LOADS) -> dict[str, Any] | None:
+def read_arguments(value: object, loads: Callable[[str], Any] = LOADS) -> dict[str, Any] | None:
     """Return the arguments of a tool call; None if they cannot be read as an object."""
     with contextlib.suppress(ValueError, RecursionError):
         while isinstance(value, str):  # Some servers encode the JSON twice.

@@ -127,7 +127,7 @@ class CallOptions:
     """Build the request from what is known later: call, model, adapter, options and limits."""
 
 
-def may_read_files(subject: Any, arguments: Mapping[str, Any]) -> bool:
+def may_read_files(subject: object, arguments: Mapping[str, Any]) -> bool:
     """Return whether reading the arguments of a call may read files: images may be paths.
 
     A generator of messages may do anything, so it counts too.
@@ -138,7 +138,7 @@ def may_read_files(subject: Any, arguments: Mapping[str, Any]) -> bool:
     return any(_has_images(each) for each in parts)
 
 
-def _has_images(part: Any) -> bool:
+def _has_images(part: object) -> bool:
     if isinstance(part, Mapping):
         return bool(part.get("images")) or not isinstance(part.get("content"), (str, NoneType))
     return bool(part.images) if isinstance(part, Message) else not isinstance(part, (str, Reply))
@@ -248,7 +248,7 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return common
 
 
-def read_keep_alive(value: Any) -> float | None:
+def read_keep_alive(value: object) -> float | None:
     """Return the seconds that a model stays loaded, or None.
 
     Raises:
@@ -260,7 +260,7 @@ def read_keep_alive(value: Any) -> float | None:
         raise RequestRejected(f"An argument is invalid: {error}.", hint="Write it as `300` or `5m`.") from error
 
 
-def check_tokens(name: str, value: Any) -> None:
+def check_tokens(name: str, value: object) -> None:
     """Check a number of tokens.
 
     Raises:
@@ -269,17 +269,18 @@ def check_tokens(name: str, value: Any) -> None:
     _check_count(name, value, "tokens")
 
 
-def _check_count(name: str, value: Any, unit: str) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
+def _check_count(name: str, value: object, unit: str) -> None:
     least = SMALLEST_WINDOW if name == "context_window" else 1
-    if value is not None and not (whole and least <= value <= LARGEST_COUNT):
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
         raise RequestRejected(
             f"`{name}` is invalid.",
             hint=f"Give a whole number of {unit} from {least} to {LARGEST_COUNT}, or leave it out.",
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Check the name of a model.
 
     Raises:
@@ -289,7 +290,7 @@ def check_model(model: Any) -> None:
         raise RequestRejected("`model` is empty.", hint="Name a model, or leave it out to use the client's.")
 
 
-def read_flag(name: str, value: Any, *, default: bool = False) -> bool:
+def read_flag(name: str, value: object, *, default: bool = False) -> bool:
     """Return a boolean; None means the default. Other types are refused: the string `"no"` would be true.
 
     Raises:
@@ -314,7 +315,7 @@ def _read_retries(arguments: Mapping[str, Any]) -> int:
     return retries
 
 
-def read_seconds(name: str, value: Any) -> float | None:
+def read_seconds(name: str, value: object) -> float | None:
     """Return a length of time, or None.
 
     Raises:
@@ -337,7 +338,7 @@ def check_progress(on_progress: Any) -> None:
         raise reading.rejected("`on_progress`", "a plain function to call with each step", on_progress)
 
 
-def read_reference(reference: Any) -> str:
+def read_reference(reference: object) -> str:
     """Return a reference to an adapter as a string.
 
     Raises:
@@ -351,7 +352,7 @@ def read_reference(reference: Any) -> str:
     return reading.text(name, "the name of the adapter")
 
 
-def _read_think(value: Any) -> bool | str | None:
+def _read_think(value: object) -> bool | str | None:
     """Check how to think. Only the server knows its levels."""
     if value is None or isinstance(value, bool):
         return value
@@ -360,7 +361,7 @@ def _read_think(value: Any) -> bool | str | None:
     return reading.text(value, "`think`")
 
 
-def _needs(arguments: Mapping[str, Any], **wanted: Any) -> tuple[str, ...]:
+def _needs(arguments: Mapping[str, Any], **wanted: object) -> tuple[str, ...]:
     options = reading.as_mapping(arguments.get("options"))
     logprobs = isinstance(options, Mapping) and options.get("logprobs")
     return tuple(feature for feature, value in (*wanted.items(), ("logprobs", logprobs)) if value)

@@ -432,7 +432,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 # --- What can be sent ------------------------------------------------------------------------------------------------
 
 
-def items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
+def items(value: object, what: str, wanted: str) -> tuple[Any, ...]:
     """Return the items of a sequence or a generator in their order; an error of the generator passes unchanged.
 
     Raises:
@@ -445,7 +445,7 @@ def items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def text(value: Any, what: str) -> str:
+def text(value: object, what: str) -> str:
     """Check that a value is a string that can be sent.
 
     Raises:
@@ -461,7 +461,7 @@ def text(value: Any, what: str) -> str:
     return value
 
 
-def optional_text(value: Any, what: str) -> str | None:
+def optional_text(value: object, what: str) -> str | None:
     """Check that a value is None or a string that can be sent."""
     return None if value is None else text(value, what)
 
@@ -474,7 +474,7 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-def copy_json(value: Any, what: str, depth: int = DEEPEST) -> Any:
+def copy_json(value: object, what: str, depth: int = DEEPEST) -> Any:
     """Return a copy of JSON data in plain dictionaries and lists.
 
     Raises:
@@ -497,7 +497,7 @@ def copy_json(value: Any, what: str, depth: int = DEEPEST) -> Any:
     return [copy_json(each, what, depth - 1) for each in value]
 
 
-def copy_json_object(value: Any, what: str, wanted: str) -> dict[str, Any]:
+def copy_json_object(value: object, what: str, wanted: str) -> dict[str, Any]:
     """Return a copy of a JSON object.
 
     Raises:

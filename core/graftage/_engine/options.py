@@ -136,7 +136,7 @@ def _unknown(name: str, known: frozenset[str]) -> RequestRejected:
     return RequestRejected(f"The option `{name}` is unknown.", hint=hint + more)
 
 
-def _check_option(name: str, value: Any) -> Any:
+def _check_option(name: str, value: object) -> Any:
     """Check and return the value of a known option. An option that only the provider knows may be any JSON."""
     value = copy_json(value, f"the option `{name}`")
     if name in SWITCHES:
@@ -157,7 +157,7 @@ def _check_option(name: str, value: Any) -> Any:
     return value
 
 
-def _read_server_options(value: Any, known: frozenset[str]) -> dict[str, Any]:
+def _read_server_options(value: object, known: frozenset[str]) -> dict[str, Any]:
     """Return the options for the server. A name that Graftage knows would bypass its checks and limits."""
     given = copy_json_object(value, f"the option `{SERVER}`", "a mapping of options")
     for deep, name in _walk_names(given):
@@ -180,7 +180,7 @@ def _bypass_hint(name: str, known: frozenset[str], *, deep: bool) -> str | None:
     return "Call again for another reply: each call returns one." if _key(name) == "n" else None
 
 
-def _walk_names(value: Any, *, deep: bool = False) -> Iterator[tuple[bool, str]]:
+def _walk_names(value: object, *, deep: bool = False) -> Iterator[tuple[bool, str]]:
     """Yield all names in JSON data, each with whether it is below the top level."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     yield from ((deep, name) for name in (value if isinstance(value, dict) else ()))

@@ -83,7 +83,7 @@ def _read_tool(value: ToolLike) -> Tool:
     )
 
 
-def _make_tool(value: Any) -> Tool:
+def _make_tool(value: object) -> Tool:
     if isinstance(value, Mapping):
         return _tool_from_mapping(value)
     if _has_schema(value):
@@ -180,7 +180,7 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
     return summary.split("\n\nReturns:")[0].strip(), arguments
 
 
-def _docstring(value: Any) -> str:
+def _docstring(value: object) -> str:
     """Return the docstring that the author wrote: not an inherited one, and not one that Python generated."""
     written = value.__doc__ if inspect.isroutine(value) else getattr(value, "__dict__", {}).get("__doc__")
     # `dataclass` and `NamedTuple` write the signature.
@@ -221,8 +221,8 @@ def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | No
 
 def _unwrap(value: Mapping[str, Any]) -> Any:
     """Return the schema in a mapping: the mapping itself, or the schema inside OpenAI's `response_format`."""
-    kind: Any = value.get("type")
-    schema: Any = value
+    kind = value.get("type")
+    schema: object = value
     if kind == "text":
         return None
     if kind in ("json_schema", "json_object") or ("schema" in value and value.keys() <= WRAPPER_KEYS):
