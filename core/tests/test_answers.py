@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import BaseModel, field_validator
 
 from graftage._engine.answers import cut_warning, read_vectors
+from graftage.calls import Call, ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import InferenceFailed, ProtocolError
 from graftage.hookspecs import hookimpl
 from graftage.http import (
@@ -307,6 +307,11 @@ class Short:
         return self.Connection(self.parameters)
 
 
+def conversation(*texts: str, window: int | None) -> ChatRequest:
+    messages = tuple(Message(role="user", content=each) for each in texts)
+    return ChatRequest(call=Call(), model=MODEL, messages=messages, context_window=window)
+
+
 class TestCutPrompt:
     """A server that cuts a prompt to its window without saying so."""
 
@@ -317,21 +322,24 @@ class TestCutPrompt:
     ) -> None:
         if kind == "inputs" and window is None and read == 4096:
             cut = False  # Texts that are split before they are embedded have a round number of tokens, too.
-        of = {"messages": [SimpleNamespace(content=each) for each in texts], "prompt": texts[0], "inputs": tuple(texts)}
-        found = cut_warning(SimpleNamespace(context_window=window, truncate=True, **{kind: of[kind]}), read)  # type: ignore[arg-type]
+        requests: dict[str, ChatRequest | GenerateRequest | EmbedRequest] = {
+            "messages": conversation(*texts, window=window),
+            "prompt": GenerateRequest(call=Call(), model=MODEL, prompt=texts[0], context_window=window),
+            "inputs": EmbedRequest(call=Call(), model=MODEL, inputs=tuple(texts), context_window=window),
+        }
+        found = cut_warning(requests[kind], read)
         assert bool(found) == cut
         assert all("probably cut to fit the context window" in each for each in found)
 
     @pytest.mark.parametrize(("texts", "read", "cut"), SUMS.values(), ids=SUMS)
     def test_cut_input_among_several_is_seen(self, texts: list[str], read: int, cut: bool) -> None:
-        request: Any = SimpleNamespace(context_window=256, truncate=True, inputs=tuple(texts))
+        request = EmbedRequest(call=Call(), model=MODEL, inputs=tuple(texts), context_window=256)
         assert bool(cut_warning(request, read)) == cut
 
     def test_messages_share_one_window(self) -> None:
-        turn = SimpleNamespace(content="word " * 200)
-        two, three = (SimpleNamespace(context_window=512, messages=[turn] * count) for count in (2, 3))
-        assert cut_warning(three, 410)  # type: ignore[arg-type]
-        assert not cut_warning(two, 410)  # type: ignore[arg-type]
+        turn = "word " * 200
+        assert cut_warning(conversation(turn, turn, turn, window=512), 410)
+        assert not cut_warning(conversation(turn, turn, window=512), 410)
 
     def test_is_warned_of_with_any_provider(self, both: Any) -> None:
         llm = both.connect(Short(), model=MODEL, context_window=256)

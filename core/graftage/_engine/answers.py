@@ -16,11 +16,12 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from graftage.calls import EmbedRequest, GenerateRequest
 from graftage.exceptions import InferenceFailed, ProtocolError
 from graftage.types import FinishReason, Logprob, Reply, ToolCall, Usage
 
 if TYPE_CHECKING:
-    from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
+    from graftage.calls import ChatRequest
 
 __all__ = [
     "cut_warning",
@@ -379,41 +380,40 @@ def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int
         request: the request.
         read: the tokens of the input, as the server counted them.
     """
-    inputs = getattr(request, "inputs", None)
-    if not getattr(request, "truncate", True):  # The server refuses what does not fit.
+    if isinstance(request, EmbedRequest):
+        if not request.truncate:  # The server refuses what does not fit.
+            return ()
+        texts = request.inputs
+    elif isinstance(request, GenerateRequest):
+        texts = (request.prompt,)
+    else:
+        texts = tuple(each.content for each in request.messages)
+    window, embeds = request.context_window, isinstance(request, EmbedRequest)
+    room = None if window is None else window * len(texts) if embeds else window
+    if room is not None and (read or 0) > room:  # The server's window is larger, or its count.
         return ()
-    texts, window = inputs or _input_texts(request), request.context_window
-    if window is not None and (read or 0) > len(inputs or "-") * window:  # The server's window is larger, or its count.
+    if not (_fills(read, room, embeds=embeds) or _has_more_words(texts, read, window, embeds=embeds)):
         return ()
-    size = sum(map(len, texts))
-    if not (_is_full(read, window, inputs) or _has_more_words(texts, size, read, window, inputs)):
-        return ()
-    what = "An input" if inputs else "The prompt"
+    what = "An input" if embeds else "The prompt"
     of = f" of {window} tokens" if window else ""
-    read_so_much = f"the server read {read or 'fewer'} tokens of {size} characters"
-    return (
-        f"{what} was probably cut to fit the context window{of}: {read_so_much}. Raise `context_window`, or send less.",
-    )
+    size = sum(map(len, texts))
+    found = f"the server read {read} tokens of {size} characters" if read else f"it has {size} characters"
+    return (f"{what} was probably cut to fit the context window{of}: {found}. Raise `context_window`, or send less.",)
 
 
-def _input_texts(request: Any) -> tuple[str, ...]:
-    messages = getattr(request, "messages", None)
-    return (request.prompt,) if messages is None else tuple(each.content for each in messages)
-
-
-def _is_full(read: int | None, window: int | None, inputs: tuple[str, ...] | None) -> bool:
+def _fills(read: int | None, room: int | None, *, embeds: bool) -> bool:
     if read is None:
         return False
-    if window is not None:
-        return read >= len(inputs or "-") * window - UNCOUNTED
-    return inputs is None and read >= SMALLEST_DEFAULT_WINDOW and read.bit_count() == 1
+    if room is not None:
+        return read >= room - UNCOUNTED
+    # Some servers split an input before they embed it, so a power of two proves nothing there.
+    return not embeds and read >= SMALLEST_DEFAULT_WINDOW and read.bit_count() == 1
 
 
-def _has_more_words(
-    texts: tuple[str, ...], size: int, read: int | None, window: int | None, inputs: tuple[str, ...] | None
-) -> bool:
-    if size <= (window or SMALLEST_DEFAULT_WINDOW):  # A text has at most as many tokens as characters.
+def _has_more_words(texts: tuple[str, ...], read: int | None, window: int | None, *, embeds: bool) -> bool:
+    # A text has at most as many tokens as characters.
+    if sum(map(len, texts)) <= (window or SMALLEST_DEFAULT_WINDOW):
         return False
     words = [len(each.split()) if each.isascii() else len(re.findall(WORDS, each)) for each in texts]
-    longest = max(words) if inputs else sum(words)
+    longest = max(words) if embeds else sum(words)
     return longest > (window or math.inf) or sum(words) > (read or math.inf)
