@@ -211,7 +211,7 @@ class TestServerOptions:
     def test_provider_without_them_refuses(self) -> None:
         with pytest.raises(RequestRejected, match="does not pass on options") as caught:
             read_options({"server": NEWER}, frozenset({"temperature"}))
-        assert caught.value.hint == "Known are temperature."
+        assert caught.value.hint == "Known options: temperature."
 
 
 def test_options_reach_the_provider(both: Any) -> None:

@@ -347,7 +347,7 @@ def _attach_images(messages: list[Message], images: tuple[Image, ...]) -> None:
 
 
 def _pair_results(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Tie each tool result to its call: by its id, else by its name, else to the next call without a result.
+    """Tie each tool result to its call: by its id, else by its name, or to the next call if it has neither.
 
     A call without an id gets a unique one, which is the same each time the conversation is sent.
     """
@@ -392,7 +392,7 @@ def _read_sent_tool_call(value: Any) -> ToolCall:
     if arguments is None:
         raise RequestRejected(
             f"The call of the tool `{name}` is malformed: its arguments are not a JSON object.",
-            hint="Give an object or its JSON, or leave out a message whose tool call a model has malformed.",
+            hint="Give an object or its JSON, or leave out a message whose tool call the model wrote incorrectly.",
         )
     return ToolCall(
         name=name,
@@ -426,7 +426,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return a hint with the name that was probably meant, or with all known names."""
     names = sorted(known)
     near = close(name, names)
-    return f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(names) or 'none'}."
+    return f"Did you mean `{near[0]}`?" if near else f"Known names: {', '.join(names) or 'none'}."
 
 
 # --- What can be sent ------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def read_options(options: Mapping[str, Any] | BaseModel | None, known: frozenset
 def _unknown(name: str, known: frozenset[str]) -> RequestRejected:
     if name == SERVER:
         return RequestRejected(
-            "This provider does not pass on options to its server.", hint=f"Known are {', '.join(sorted(known))}."
+            "This provider does not pass on options to its server.", hint=f"Known options: {', '.join(sorted(known))}."
         )
     word = word_for(name)
     if word in PARAMETERS:
