@@ -139,7 +139,7 @@ class Catalog:
             raise ProviderNotFound(
                 f"The provider `{name}` is disabled.",
                 plugin=name,
-                hint=f"Take it out of {self._prefix}_DISABLED_PLUGINS.",
+                hint=f"Remove it from {self._prefix}_DISABLED_PLUGINS.",
             )
         self._load(entry)
         if entry.error is not None:
