@@ -104,11 +104,10 @@ class _AwaitedSource:
         self._reader: asyncio.Task[Any] | None = None
         self._read_done = asyncio.Event()
         self._ended: Literal["late", "closed"] | None = None
-        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         if call.deadline != math.inf:
             delay = max(call.deadline + GRACE - time.monotonic(), 0)
-            self._timer = self._loop.call_later(delay, self._end, "late")
+            self._timer = asyncio.get_running_loop().call_later(delay, self._end, "late")
 
     def _end(self, why: Literal["late", "closed"]) -> None:
         self._ended = self._ended or why

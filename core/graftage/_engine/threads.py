@@ -121,16 +121,13 @@ class Items(Generic[T]):
         self._lock = threading.Lock()
         self._ready: deque[T] = deque()
         self._failure: BaseException | None = None
-        self._available: Future[None] = Future()
+        self.available: Future[None] = Future()
+        """Is done when `take` has a result; replaced when it has taken the last item."""
         self._free_places = threading.Semaphore(MAX_AHEAD)
         self._stopped = False
         self._done = False
         self.ended = submit(self._run, make)
         """Is done when the thread has closed the iterator."""
-
-    def available(self) -> Future[None]:
-        """Return a future that is done when `take` has a result."""
-        return self._available
 
     def take(self) -> T | None:
         """Return the next item, or None after the last one. Raise what the iterator raised, once.
@@ -142,7 +139,7 @@ class Items(Generic[T]):
             if self._ready:
                 item = self._ready.popleft()
                 if not (self._ready or self._done):
-                    self._available = Future()
+                    self.available = Future()
                 self._free_places.release()
                 return item
             if not (self._done or self._stopped):
@@ -185,5 +182,5 @@ class Items(Generic[T]):
 
     def _wake(self) -> None:
         with self._lock:
-            if not self._available.done():
-                self._available.set_result(None)
+            if not self.available.done():
+                self.available.set_result(None)

@@ -173,7 +173,7 @@ class ThreadSource(TimedSource):
 
     async def _next(self, until: float) -> Any:
         while True:
-            await self._io.wait(self._items.available(), until)
+            await self._io.wait(self._items.available, until)
             with contextlib.suppress(Empty):
                 return self._items.take()
 
