@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -44,39 +45,44 @@ def measure(times: int) -> str:
     return "\n".join([about, load, "", *head, *rows])
 
 
-def late(answer: Answer, times: int) -> Iterator[float]:
+def late(answer: Answer, times: int) -> list[float]:
     """Milliseconds past the deadline, of both kinds of client, for whole answers and for streams."""
+    found: list[float] = []
     with FakeOllama() as fake:
         settings: dict[str, Any] = {"host": fake.url, "model": MODEL, "attempts": 1, "max_reply_bytes": 1 << 40}
         fake.script("/api/chat", *[answer] * times * 4)
         for stream in (False, True):
             with graftage.connect("ollama", **settings) as client:
-                llm: Any = client
                 for _ in range(times):
-                    began = time.monotonic()
-                    try:
-                        read = llm.chat("Hi", stream=stream, timeout=LIMIT)
-                        for _ in read if stream else ():
-                            pass
-                    except ProviderTimeout:
-                        yield (time.monotonic() - began - LIMIT) * 1000
-            yield from asyncio.run(_late(settings, times, stream=stream))
-
-
-async def _late(settings: dict[str, Any], times: int, *, stream: bool) -> list[float]:
-    found = []
-    async with graftage.connect_async("ollama", **settings) as client:
-        llm: Any = client
-        for _ in range(times):
-            began = time.monotonic()
-            try:
-                read = await llm.chat("Hi", stream=stream, timeout=LIMIT)
-                if stream:
-                    async for _ in read:
-                        pass
-            except ProviderTimeout:
-                found.append((time.monotonic() - began - LIMIT) * 1000)
+                    with _overshoot(found):
+                        if stream:
+                            for _ in client.chat("Hi", stream=True, timeout=LIMIT):
+                                pass
+                        else:
+                            client.chat("Hi", timeout=LIMIT)
+            asyncio.run(_late_async(settings, times, found, stream=stream))
     return found
+
+
+async def _late_async(settings: dict[str, Any], times: int, found: list[float], *, stream: bool) -> None:
+    async with graftage.connect_async("ollama", **settings) as client:
+        for _ in range(times):
+            with _overshoot(found):
+                if stream:
+                    async for _ in client.chat("Hi", stream=True, timeout=LIMIT):
+                        pass
+                else:
+                    await client.chat("Hi", timeout=LIMIT)
+
+
+@contextlib.contextmanager
+def _overshoot(found: list[float]) -> Iterator[None]:
+    """Add how late the block ended, if its deadline ended it."""
+    began = time.monotonic()
+    try:
+        yield
+    except ProviderTimeout:
+        found.append((time.monotonic() - began - LIMIT) * 1000)
 
 
 def _rank(taken: list[float], share: float) -> float:

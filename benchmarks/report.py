@@ -16,12 +16,12 @@ LEGEND = (("graftage", OURS), ("socket and json", FLOOR), ("other frameworks", "
 
 def number(value: float) -> str:
     """Three digits, and no more."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # Three digits
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def times(ratio: float) -> str:
     """A ratio, in few digits."""
-    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×"  # As many digits as matter
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -124,29 +124,31 @@ def curves(found: Mapping[str, Any]) -> str:
     wide, high, edge, parts = 320, 220, 44, list[str]()
     for place, curve in enumerate(found["growth"]):
         left, top = place % 3 * wide + edge, place // 3 * high + edge
-        width, height = wide - edge - 16, high - edge - 50
-        sizes, cpu, _ = _series(curve)
-        room = 1.5 * (max(cpu) / min(cpu)) ** 0.2
-        lows, highs = [min(sizes), min(cpu) / room], [max(sizes), max(cpu) * room]
-
-        def at(size: float, value: float, box: Any = (left, top, width, height, lows, highs)) -> tuple[float, float]:
-            x0, y0, dx, dy, low, top_ = box
-            x, y = (math.log(v / a) / math.log(b / a) for v, a, b in zip((size, value), low, top_, strict=True))
-            return x0 + dx * x, y0 + dy * (1 - y)
-
-        end = min(sizes[-1], sizes[0] * highs[1] / cpu[0])
-        colour = GOOD if curve["straight"] else BAD
-        powers = "CPU ∝ n^{cpu:.2f}, memory ∝ n^{memory:.2f}".format(**curve["exponents"])
-        parts += [
-            _text(left, top - 22, curve["title"]),
-            _text(left, top - 6, powers, colour=colour),
-            _line([(left, top), (left, top + height), (left + width, top + height)]),
-            f'<g stroke-dasharray="4">{_line([at(sizes[0], cpu[0]), at(end, cpu[0] * end / sizes[0])])}</g>',
-            _line([at(*point) for point in zip(sizes, cpu, strict=True)], colour, 2),
-            *(_dot(*at(*point), OURS, colour) for point in zip(sizes, cpu, strict=True)),
-            _text(left, top + height + 16, number(sizes[0])),
-            _text(left + width, top + height + 16, number(sizes[-1]), "end"),
-            _text(left + 6, at(sizes[0], cpu[0])[1] + 18, f"{number(cpu[0])} ms"),
-            _text(left + width, at(sizes[-1], cpu[-1])[1] - 8, f"{number(cpu[-1])} ms", "end"),
-        ]
+        parts += _panel(curve, left, top, wide - edge - 16, high - edge - 50)
     return _picture(3 * wide, 2 * high, "How the cost of Graftage grows", parts)
+
+
+def _panel(curve: Mapping[str, Any], left: int, top: int, width: int, height: int) -> list[str]:
+    sizes, cpu, _ = _series(curve)
+    room = 1.5 * (max(cpu) / min(cpu)) ** 0.2
+    lows, highs = (min(sizes), min(cpu) / room), (max(sizes), max(cpu) * room)
+
+    def at(*point: float) -> tuple[float, float]:
+        x, y = (math.log(v / low) / math.log(high / low) for v, low, high in zip(point, lows, highs, strict=True))
+        return left + width * x, top + height * (1 - y)
+
+    end = min(sizes[-1], sizes[0] * highs[1] / cpu[0])
+    colour = GOOD if curve["straight"] else BAD
+    powers = "CPU ∝ n^{cpu:.2f}, memory ∝ n^{memory:.2f}".format(**curve["exponents"])
+    return [
+        _text(left, top - 22, curve["title"]),
+        _text(left, top - 6, powers, colour=colour),
+        _line([(left, top), (left, top + height), (left + width, top + height)]),
+        f'<g stroke-dasharray="4">{_line([at(sizes[0], cpu[0]), at(end, cpu[0] * end / sizes[0])])}</g>',
+        _line([at(*point) for point in zip(sizes, cpu, strict=True)], colour, 2),
+        *(_dot(*at(*point), OURS, colour) for point in zip(sizes, cpu, strict=True)),
+        _text(left, top + height + 16, number(sizes[0])),
+        _text(left + width, top + height + 16, number(sizes[-1]), "end"),
+        _text(left + 6, at(sizes[0], cpu[0])[1] + 18, f"{number(cpu[0])} ms"),
+        _text(left + width, at(sizes[-1], cpu[-1])[1] - 8, f"{number(cpu[-1])} ms", "end"),
+    ]
