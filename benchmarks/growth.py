@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from benchmarks.run import Bench
 
 Figures: TypeAlias = "Mapping[str, float]"
-Source: TypeAlias = "Callable[[Bench, Sequence[int]], Iterator[Figures]]"
+Series: TypeAlias = "Callable[[Bench, Sequence[int]], Iterator[Figures]]"
 """Gives figures to begin with, and then those of each size."""
 
-STRAIGHT = 1.1
-"""The exponent up to which growth counts as straight: a measured one is never exactly 1."""
-LEAST = 2**18
+MAX_EXPONENT = 1.1
+"""The exponent up to which growth counts as linear: a measured one is never exactly 1."""
+MIN_GROWTH = 2**18
 """Bytes below which memory has not grown: what an allocator takes at once."""
 TURNS = [{"role": role, "content": "So much for that, and now to something else."} for role in ("user", "assistant")]
 PLUGIN = """
@@ -32,26 +32,26 @@ watcher = Watcher()
 """
 
 
-def middle(found: Sequence[Figures]) -> Figures:
+def medians(found: Sequence[Figures]) -> Figures:
     """The median of each figure."""
     return {name: median(each[name] for each in found) for name in found[0]}
 
 
-def asked(command: Callable[[int], Mapping[str, Any]]) -> Source:
+def from_commands(command: Callable[[int], Mapping[str, Any]]) -> Series:
     """What commands of a growing size cost one process, which has done the smallest before."""
 
-    def source(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
+    def series(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
         with bench.worker("graftage") as ask:
             for size in (sizes[0], *sizes):
-                yield middle([ask(command(size)) for _ in range(1 if bench.quick else 3)])
+                yield medians([ask(command(size)) for _ in range(1 if bench.quick else 3)])
 
-    return source
+    return series
 
 
-def installed(entry: str, module: str = "") -> Source:
+def from_installed(entry: str, module: str = "") -> Series:
     """What fresh processes pay where so many distributions more are installed."""
 
-    def source(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
+    def series(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
         for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 for name in (f"some_{number}" for number in range(size)):
@@ -60,27 +60,27 @@ def installed(entry: str, module: str = "") -> Source:
                     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
                     (info / "entry_points.txt").write_text(entry.format(name=name))
                     (Path(folder) / f"{name}.py").write_text(module)
-                figures = middle([bench.fresh("graftage", folder) for _ in range(1 if bench.quick else 5)])
+                figures = medians([bench.fresh("graftage", folder) for _ in range(1 if bench.quick else 5)])
             if size == sizes[0]:
                 yield figures
             yield figures
 
-    return source
+    return series
 
 
-CURVES: tuple[tuple[Source, Sequence[int], Mapping[str, str]], ...] = (
+CURVES: tuple[tuple[Series, Sequence[int], Mapping[str, str]], ...] = (
     (
-        asked(lambda size: {"what": "stream", "model": f"chunks-{size}", "times": max(1, 2000 // size)}),
+        from_commands(lambda size: {"what": "stream", "model": f"chunks-{size}", "times": max(1, 2000 // size)}),
         (10, 100, 1_000, 10_000, 100_000),
         {"chunks of a stream": "cpu"},
     ),
     (
-        asked(lambda size: {"what": "streams", "model": "chunks-20", "times": size}),
+        from_commands(lambda size: {"what": "streams", "model": "chunks-20", "times": size}),
         (1, 10, 30, 100, 300, 1_000),
         {"async streams at once": "cpu"},
     ),
     (
-        asked(
+        from_commands(
             lambda size: (
                 {"what": "chat", "model": "chunks-1", "times": max(5, 100 // size)}
                 | {"prompt": (TURNS * size)[: size - 1] + TURNS[:1]}
@@ -90,17 +90,17 @@ CURVES: tuple[tuple[Source, Sequence[int], Mapping[str, str]], ...] = (
         {"messages of a conversation": "cpu"},
     ),
     (
-        installed("[console_scripts]\n{name} = {name}:main\n"),
+        from_installed("[console_scripts]\n{name} = {name}:main\n"),
         (10, 30, 100, 300, 1_000),
         {"installed distributions, first client": "construct"},
     ),
     (
-        installed("[graftage.plugins]\n{name} = {name}:watcher\n", PLUGIN),
+        from_installed("[graftage.plugins]\n{name} = {name}:watcher\n", PLUGIN),
         (1, 5, 10, 20, 50),
-        {"plugins, first client": "construct", "plugins, each chat": "again"},
+        {"plugins, first client": "construct", "plugins, each chat": "next chat"},
     ),
 )
-"""A source, sizes, and the figures to draw."""
+"""A series, sizes, and the figures to draw."""
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -116,19 +116,19 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """All curves; memory is what the peak has grown by."""
     found = []
-    for source, all_sizes, figures in CURVES:
+    for series, all_sizes, figures in CURVES:
         print("growth:", *figures, file=sys.stderr, flush=True)
         sizes = all_sizes[:2] if bench.quick else all_sizes
         try:
-            base, *points = source(bench, sizes)
+            base, *points = series(bench, sizes)
         except RuntimeError as error:  # What else was measured is not lost.
             print("growth:", *figures, error, file=sys.stderr, flush=True)
             continue
         memory = [max(0.0, point["memory"] - base["memory"]) for point in points]
         for title, figure in figures.items():
             cpu = [point[figure] for point in points]
-            risen = [max(LEAST, each) for each in memory]
+            risen = [max(MIN_GROWTH, each) for each in memory]
             exponents = {"cpu": exponent(sizes, cpu), "memory": exponent(sizes, risen)}
             curve = {"title": title, "sizes": sizes, "cpu": cpu, "memory": memory, "exponents": exponents}
-            found.append({**curve, "straight": max(exponents.values()) <= STRAIGHT})
+            found.append({**curve, "linear": max(exponents.values()) <= MAX_EXPONENT})
     return found

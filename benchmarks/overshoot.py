@@ -19,7 +19,7 @@ LIMIT: Final = 0.2
 """Seconds that each call may take."""
 LINE: Final = {"message": {"role": "assistant", "content": "word "}, "done": False}
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
-SICK: Final[dict[str, Answer]] = {
+FAULTS: Final[dict[str, Answer]] = {
     "says nothing": Answer(raw=b"", ending="stall"),
     "sends headers slowly": Answer(repeat(b"x-a: 1\r\n"), raw=HEAD, delay=0.01),
     "sends hints for ever": Answer(repeat(b"HTTP/1.1 103 Early Hints\r\n\r\n"), raw=b"", delay=0.001),
@@ -33,11 +33,11 @@ SICK: Final[dict[str, Answer]] = {
 
 def measure(times: int) -> str:
     """The table, in Markdown."""
-    found = {name: sorted(late(answer, times)) for name, answer in SICK.items()}
-    found["all together"] = sorted(each for taken in found.values() for each in taken)
+    found = {name: sorted(measure_fault(answer, times)) for name, answer in FAULTS.items()}
+    found["all together"] = sorted(each for values in found.values() for each in values)
     rows = [
-        f"| {name} | {_rank(taken, 0.5):.1f} | {_rank(taken, 0.99):.1f} | {taken[-1]:.1f} |"
-        for name, taken in found.items()
+        f"| {name} | {_percentile(values, 0.5):.1f} | {_percentile(values, 0.99):.1f} | {values[-1]:.1f} |"
+        for name, values in found.items()
     ]
     head = ["| a server that … | p50, ms | p99, ms | worst, ms |", "|---|---|---|---|"]
     about = f"Calls with `timeout={LIMIT}`, {4 * times} for each; {len(found['all together'])} ended by it in all."
@@ -45,7 +45,7 @@ def measure(times: int) -> str:
     return "\n".join([about, load, "", *head, *rows])
 
 
-def late(answer: Answer, times: int) -> list[float]:
+def measure_fault(answer: Answer, times: int) -> list[float]:
     """Milliseconds past the deadline, of both kinds of client, for whole answers and for streams."""
     found: list[float] = []
     with FakeOllama() as fake:
@@ -60,11 +60,11 @@ def late(answer: Answer, times: int) -> list[float]:
                                 pass
                         else:
                             client.chat("Hi", timeout=LIMIT)
-            asyncio.run(_late_async(settings, times, found, stream=stream))
+            asyncio.run(_measure_async(settings, times, found, stream=stream))
     return found
 
 
-async def _late_async(settings: dict[str, Any], times: int, found: list[float], *, stream: bool) -> None:
+async def _measure_async(settings: dict[str, Any], times: int, found: list[float], *, stream: bool) -> None:
     async with graftage.connect_async("ollama", **settings) as client:
         for _ in range(times):
             with _overshoot(found):
@@ -85,5 +85,5 @@ def _overshoot(found: list[float]) -> Iterator[None]:
         found.append((time.monotonic() - began - LIMIT) * 1000)
 
 
-def _rank(taken: list[float], share: float) -> float:
-    return taken[min(int(len(taken) * share), len(taken) - 1)]
+def _percentile(values: list[float], share: float) -> float:
+    return values[min(int(len(values) * share), len(values) - 1)]

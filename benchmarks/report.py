@@ -14,12 +14,12 @@ TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0
 LEGEND = (("graftage", OURS), ("socket and json", FLOOR), ("other frameworks", ""))
 
 
-def number(value: float) -> str:
+def number_text(value: float) -> str:
     """Three digits, and no more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def times(ratio: float) -> str:
+def ratio_text(ratio: float) -> str:
     """A ratio, in few digits."""
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
@@ -38,13 +38,13 @@ def markdown(found: Mapping[str, Any]) -> str:
         *_table(["", "unit", *clients], [[row["title"], row["unit"], *_cells(row)] for row in found["rows"]]),
         "\nHow the cost of Graftage grows:\n",
         *_table(
-            ["with the number of", "sizes", "CPU ms", "memory MB", "CPU ∝ n^", "memory ∝ n^", "straight or better"],
+            ["with the number of", "sizes", "CPU ms", "memory MB", "CPU ∝ n^", "memory ∝ n^", "linear or better"],
             [
                 [
                     curve["title"],
-                    *(" ".join(map(number, each)) for each in _series(curve)),
+                    *(" ".join(map(number_text, each)) for each in _series(curve)),
                     *(f"{curve['exponents'][each]:.2f}" for each in ("cpu", "memory")),
-                    "yes" if curve["straight"] else "**no**",
+                    "yes" if curve["linear"] else "**no**",
                 ]
                 for curve in found["growth"]
             ],
@@ -59,8 +59,8 @@ def _series(curve: Mapping[str, Any]) -> tuple[Sequence[float], ...]:
 
 def _cells(row: Mapping[str, Any]) -> Iterable[str]:
     for cell in row["clients"].values():
-        ratio = f" ({times(cell['ratio'])})" if cell.get("ratio") is not None else ""
-        yield number(cell["value"] * UNITS[row["unit"]]) + ratio if cell else "–"
+        ratio = f" ({ratio_text(cell['ratio'])})" if cell.get("ratio") is not None else ""
+        yield number_text(cell["value"] * UNITS[row["unit"]]) + ratio if cell else "–"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -112,7 +112,7 @@ def bars(found: Mapping[str, Any]) -> str:
         others = [client for client in row["clients"] if client not in (REFERENCE, OURS)]
         cells = [(client, row["clients"][client].get("ratio")) for client in (*others, OURS)]
         parts += [_dot(at(ratio), y, client, colour) for client, ratio in cells if ratio]
-        parts.append(_text(right + 75, y + 4, times(ours), "end", colour))
+        parts.append(_text(right + 75, y + 4, ratio_text(ours), "end", colour))
     peers = len(rows[0]["clients"]) > len((REFERENCE, OURS, FLOOR))
     for place, (name, client) in enumerate(LEGEND[: 2 + peers]):
         parts += [_dot(left + 170 * place, bottom + 10, client), _text(left + 170 * place + 10, bottom + 14, name)]
@@ -138,7 +138,7 @@ def _panel(curve: Mapping[str, Any], left: int, top: int, width: int, height: in
         return left + width * x, top + height * (1 - y)
 
     end = min(sizes[-1], sizes[0] * highs[1] / cpu[0])
-    colour = GOOD if curve["straight"] else BAD
+    colour = GOOD if curve["linear"] else BAD
     powers = "CPU ∝ n^{cpu:.2f}, memory ∝ n^{memory:.2f}".format(**curve["exponents"])
     return [
         _text(left, top - 22, curve["title"]),
@@ -147,8 +147,8 @@ def _panel(curve: Mapping[str, Any], left: int, top: int, width: int, height: in
         f'<g stroke-dasharray="4">{_line([at(sizes[0], cpu[0]), at(end, cpu[0] * end / sizes[0])])}</g>',
         _line([at(*point) for point in zip(sizes, cpu, strict=True)], colour, 2),
         *(_dot(*at(*point), OURS, colour) for point in zip(sizes, cpu, strict=True)),
-        _text(left, top + height + 16, number(sizes[0])),
-        _text(left + width, top + height + 16, number(sizes[-1]), "end"),
-        _text(left + 6, at(sizes[0], cpu[0])[1] + 18, f"{number(cpu[0])} ms"),
-        _text(left + width, at(sizes[-1], cpu[-1])[1] - 8, f"{number(cpu[-1])} ms", "end"),
+        _text(left, top + height + 16, number_text(sizes[0])),
+        _text(left + width, top + height + 16, number_text(sizes[-1]), "end"),
+        _text(left + 6, at(sizes[0], cpu[0])[1] + 18, f"{number_text(cpu[0])} ms"),
+        _text(left + width, at(sizes[-1], cpu[-1])[1] - 8, f"{number_text(cpu[-1])} ms", "end"),
     ]

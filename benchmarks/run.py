@@ -27,7 +27,7 @@ from benchmarks.peers import REQUIREMENTS
 from benchmarks.report import FLOOR, OURS, REFERENCE
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 300.0
+TIME_LIMIT = 300.0
 """Seconds for one measure of one client."""
 FRESH = "fresh"
 COMMANDS: dict[str, tuple[str, str, int]] = {
@@ -143,7 +143,7 @@ class Bench:
     def fresh(self, client: str, path: str = "", model: str = "chunks-20") -> dict[str, float]:
         """What a new process pays until its first answer."""
         with self.start(client, model, path=path) as worker:
-            return read(worker)
+            return read_figures(worker)
 
     @contextlib.contextmanager
     def worker(self, client: str) -> Iterator[Callable[[Mapping[str, Any]], dict[str, float]]]:
@@ -160,11 +160,11 @@ class Bench:
                 with contextlib.suppress(OSError):
                     started[0].stdin.write(json.dumps(command) + "\n")
                     started[0].stdin.flush()
-                return read(started[0])
+                return read_figures(started[0])
 
             yield ask
 
-    def scaled(self, what: str, model: str, times: int) -> dict[str, Any]:
+    def scale(self, what: str, model: str, times: int) -> dict[str, Any]:
         """A command, with little to do where there is no time."""
         if self.quick:
             model, times = re.sub(r"\d+", "5", model, count=1), 2
@@ -186,21 +186,21 @@ class Bench:
         folder = self.environments / client
         if (folder / "whole").exists():
             return
-        say(f"{client}: installing")
+        log(f"{client}: installing")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True)
         command = [self._python(client), "-m", "pip", "install", "--quiet", *REQUIREMENTS[client]]
-        subprocess.run(command, check=True, capture_output=True, timeout=4 * PATIENCE)
+        subprocess.run(command, check=True, capture_output=True, timeout=4 * TIME_LIMIT)
         (folder / "whole").touch()
 
 
-def read(worker: subprocess.Popen[str]) -> dict[str, float]:
+def read_figures(worker: subprocess.Popen[str]) -> dict[str, float]:
     """The figures a worker answers with; one that takes too long is ended.
 
     Raises:
         RuntimeError: it failed.
     """
     assert worker.stdout
-    watch = threading.Timer(PATIENCE, worker.kill)
+    watch = threading.Timer(TIME_LIMIT, worker.kill)
     watch.start()
     line = worker.stdout.readline()
     watch.cancel()
@@ -210,12 +210,12 @@ def read(worker: subprocess.Popen[str]) -> dict[str, float]:
     return figures
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tell how far things are."""
     print(text, file=sys.stderr, flush=True)
 
 
-def usable(bench: Bench, clients: Sequence[str]) -> list[str]:
+def usable_clients(bench: Bench, clients: Sequence[str]) -> list[str]:
     """The clients that can be installed and give one answer; the others are named."""
     found = []
     for client in clients:
@@ -225,7 +225,7 @@ def usable(bench: Bench, clients: Sequence[str]) -> list[str]:
                 bench.fresh(client)  # Whatever is compiled at a first start, is.
             found.append(client)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            say(f"{client}: skipped, {error}")
+            log(f"{client}: skipped, {error}")
     return found
 
 
@@ -234,7 +234,7 @@ def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict
     taken: list[dict[tuple[str, str], dict[str, float]]] = []
     failed: set[tuple[str, str]] = set()
     for repetition in range(repetitions):
-        say(f"repetition {repetition + 1} of {repetitions}")
+        log(f"repetition {repetition + 1} of {repetitions}")
         taken.append({})
         order = random.Random(repetition)  # noqa: S311 - an order
         with contextlib.ExitStack() as stack:
@@ -244,10 +244,10 @@ def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict
                     if (name, client) in failed:
                         continue
                     try:
-                        taken[-1][name, client] = workers[client](bench.scaled(*command))
+                        taken[-1][name, client] = workers[client](bench.scale(*command))
                     except RuntimeError as error:
                         failed.add((name, client))
-                        say(f"{client}, {name}: {error}")
+                        log(f"{client}, {name}: {error}")
     return [{**row._asdict(), "clients": {client: _cell(row, client, taken) for client in clients}} for row in ROWS]
 
 
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repetitions = 1 if given.quick else given.repetitions
     bench = Bench(given.environments.resolve(), quick=given.quick)
     with bench.serve():
-        clients = usable(bench, [FLOOR, REFERENCE, OURS, *(REQUIREMENTS if given.peers else ())])
+        clients = usable_clients(bench, [FLOOR, REFERENCE, OURS, *(REQUIREMENTS if given.peers else ())])
         about = {
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

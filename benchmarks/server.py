@@ -15,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from benchmarks.worker import words
+from benchmarks.worker import reply_chunks
 
 COUNTS = (1, 5, 20, 100, 200, 1000)
 MODELS = (*(f"chunks-{count}" for count in COUNTS), "chunks-100-delay-5", "chunks-500-delay-1")
@@ -46,8 +46,8 @@ def _stream(kind: str, lines: list[bytes]) -> list[bytes]:
 def _chat(model: str, count: int, *, stream: bool) -> list[bytes]:
     head = {"model": model, "created_at": DATE}
     if not stream:
-        return _object({**head, "message": {"role": "assistant", "content": "".join(words(count))}, **DONE})
-    said = [{"message": {"role": "assistant", "content": word}, "done": False} for word in words(count)]
+        return _object({**head, "message": {"role": "assistant", "content": "".join(reply_chunks(count))}, **DONE})
+    said = [{"message": {"role": "assistant", "content": word}, "done": False} for word in reply_chunks(count)]
     said.append({"message": {"role": "assistant", "content": ""}, **DONE})
     return _stream("application/x-ndjson", [json.dumps({**head, **each}).encode() + b"\n" for each in said])
 
@@ -62,8 +62,8 @@ def _openai(model: str, count: int, *, stream: bool) -> list[bytes]:
 
     if not stream:
         usage = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": count + 5}
-        return _object({**choice("".join(words(count)), "stop"), "usage": usage})
-    said = [*(choice(word, None) for word in words(count)), choice("", "stop")]
+        return _object({**choice("".join(reply_chunks(count)), "stop"), "usage": usage})
+    said = [*(choice(word, None) for word in reply_chunks(count)), choice("", "stop")]
     events = [*map(json.dumps, said), "[DONE]"]
     return _stream("text/event-stream", [f"data: {event}\n\n".encode() for event in events])
 

@@ -1,4 +1,4 @@
-"""The clients that are compared, each in a process of its own that is told what to do and answers with figures.
+"""The clients that are compared, each in a process of its own that is told what to do and responses with figures.
 
     python -P worker.py CLIENT URL            reads commands, lines of JSON
     python -P worker.py CLIENT URL MODEL      what a fresh process pays: import, client, first chat
@@ -25,7 +25,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 TEXTS = [f"text {number}" for number in range(256)]
 
 
-def words(count: int) -> list[str]:
+def reply_chunks(count: int) -> list[str]:
     """The text of an answer, chunk by chunk."""
     return [f"{number:05d}-" for number in range(count)]
 
@@ -34,40 +34,40 @@ class Client:
     """A client as its users have it. What it cannot do raises `NotImplementedError`."""
 
     module = ""
-    text: Any = None
+    text_of: Any = None
     """Finds the text of a whole answer."""
-    piece: Any = None
+    chunk_text_of: Any = None
     """Finds the text of a piece, where it is at another place."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.api: Any = sys.modules[self.module]
         self.prompt: Any = "Hello"
-        self.made: dict[str, Any] = {}
+        self.cache: dict[str, Any] = {}
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
         """What users make once and keep; async clients are made inside their loop."""
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]
+        if name not in self.cache:
+            self.cache[name] = make()
+        return self.cache[name]
 
-    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
+    def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
         """Send the prompt: the answer or its pieces, to be awaited where it is for `later`."""
         raise NotImplementedError
 
-    async def pieces(self, model: str) -> AsyncIterator[Any]:
+    async def chunk_texts(self, model: str) -> AsyncIterator[Any]:
         """The pieces of an answer, async."""
-        find, found = self.piece or self.text, self.ask(model, stream=True, later=True)
+        find, found = self.chunk_text_of or self.text_of, self.send(model, stream=True, is_async=True)
         async for each in found if hasattr(found, "__aiter__") else await found:
             yield find(each)
 
     def chat(self, model: str) -> None:
         """Get an answer."""
-        check([self.text(self.ask(model, stream=False, later=False))], model, whole=True)
+        check([self.text_of(self.send(model, stream=False, is_async=False))], model, whole=True)
 
     def stream(self, model: str) -> None:
         """Get it in pieces."""
-        check(list(map(self.piece or self.text, self.ask(model, stream=True, later=False))), model)
+        check(list(map(self.chunk_text_of or self.text_of, self.send(model, stream=True, is_async=False))), model)
 
     def embed(self, model: str) -> None:
         """Get the vectors of 256 texts."""
@@ -88,19 +88,19 @@ class Client:
         raise NotImplementedError
 
 
-def check(pieces: list[str], model: str, *, whole: bool = False) -> None:
+def check(texts: list[str], model: str, *, whole: bool = False) -> None:
     """Refuse an answer that is not what the server said."""
     count = int(model.split("-")[1])
-    pieces = [piece for piece in pieces if piece]
-    if "".join(pieces) != "".join(words(count)) or len(pieces) != (1 if whole else count):
-        raise ValueError(f"{model}: got {len(pieces)} pieces, {len(''.join(pieces))} characters")
+    texts = [text for text in texts if text]
+    if "".join(texts) != "".join(reply_chunks(count)) or len(texts) != (1 if whole else count):
+        raise ValueError(f"{model}: got {len(texts)} chunks, {len(''.join(texts))} characters")
 
 
 class Floor(Client):
     """Sockets and `json`, with no care for anything that may go wrong."""
 
     module = "json"
-    text = staticmethod(lambda found: found["message"]["content"])
+    text_of = staticmethod(lambda found: found["message"]["content"])
 
     def request(self, path: str, **body: Any) -> bytes:
         """The bytes of a request."""
@@ -116,7 +116,7 @@ class Floor(Client):
         """The objects of an answer; a chunked one has one on a line."""
         import socket
 
-        server = self.made.pop("idle", None) or socket.create_connection(self.address())
+        server = self.cache.pop("idle", None) or socket.create_connection(self.address())
         server.sendall(request)
         head, _, rest = server.recv(65536).partition(b"\r\n\r\n")
         if (at := head.find(b"content-length: ")) >= 0:
@@ -132,20 +132,20 @@ class Floor(Client):
                 if whole.endswith(b"\n0\r\n\r"):
                     break
                 rest += server.recv(65536)
-        self.made["idle"] = server
+        self.cache["idle"] = server
 
-    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
+    def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
         """Async it is streams only, on `asyncio.Protocol`."""
-        request = self.request("/api/chat", model=model, messages=HELLO, stream=stream or later)
-        if later:
-            return self.later(request) if stream else self.whole(self.later(request))
+        request = self.request("/api/chat", model=model, messages=HELLO, stream=stream or is_async)
+        if is_async:
+            return self.stream_async(request) if stream else self.join(self.stream_async(request))
         return self.objects(request) if stream else next(self.objects(request))
 
-    async def whole(self, found: AsyncIterator[Any]) -> Any:
+    async def join(self, found: AsyncIterator[Any]) -> Any:
         """The sum of a stream."""
-        return {"message": {"content": "".join([self.text(each) async for each in found])}}
+        return {"message": {"content": "".join([self.text_of(each) async for each in found])}}
 
-    async def later(self, request: bytes) -> AsyncIterator[Any]:
+    async def stream_async(self, request: bytes) -> AsyncIterator[Any]:
         """`objects` of a chunked answer."""
         import asyncio
 
@@ -179,14 +179,14 @@ class Official(Client):
     """Ollama's own client."""
 
     module = "ollama"
-    text = attrgetter("message.content")
+    text_of = attrgetter("message.content")
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.sync = self.api.Client(host=url)
 
-    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
-        client = self.once("async", lambda: self.api.AsyncClient(host=self.url)) if later else self.sync
+    def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
+        client = self.cached("async", lambda: self.api.AsyncClient(host=self.url)) if is_async else self.sync
         return client.chat(model=model, messages=HELLO, stream=stream)
 
     def vectors(self, model: str) -> Any:
@@ -203,14 +203,16 @@ class Graftage(Client):
     """Graftage with the plugins that are installed."""
 
     module = "graftage"
-    text = attrgetter("text")
+    text_of = attrgetter("text")
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.sync = self.api.connect("ollama", host=url)
 
-    def ask(self, model: str, *, stream: bool, later: bool) -> Any:
-        client = self.once("async", lambda: self.api.connect_async("ollama", host=self.url)) if later else self.sync
+    def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
+        client = (
+            self.cached("async", lambda: self.api.connect_async("ollama", host=self.url)) if is_async else self.sync
+        )
         return client.chat(self.prompt, model=model, stream=stream)
 
     def vectors(self, model: str) -> Any:
@@ -243,7 +245,7 @@ def run(work: Any) -> Any:
     return _loops[0].run_until_complete(work)
 
 
-def memory() -> float:
+def peak_memory() -> float:
     """The most this process ever had in memory."""
     try:  # On Linux `getrusage` tells what whoever started this had, where that is more.
         with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123
@@ -254,7 +256,7 @@ def memory() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
-def fresh(kind: type[Client], url: str, model: str) -> dict[str, float]:
+def measure_fresh(kind: type[Client], url: str, model: str) -> dict[str, float]:
     """What a new process pays until its first answer, and for each that follows."""
     wall, start = time.perf_counter(), time.process_time()
     __import__(kind.module)
@@ -262,13 +264,13 @@ def fresh(kind: type[Client], url: str, model: str) -> dict[str, float]:
     client = kind(url)
     built = time.process_time()
     client.chat(model)
-    end, ended, peak = time.process_time(), time.perf_counter(), memory()
+    end, ended, peak = time.process_time(), time.perf_counter(), peak_memory()
     phases = {"import": imported - start, "construct": built - imported, "memory": peak}
-    again = timed(lambda: client.chat(model), lambda: None, 20)["cpu"]
-    return {"cpu": end - start, "wall": ended - wall, **phases, "again": again}
+    following = measure_calls(lambda: client.chat(model), lambda: None, 20)["cpu"]
+    return {"cpu": end - start, "wall": ended - wall, **phases, "next chat": following}
 
 
-def timed(work: Callable[[], object], warm: Callable[[], object], times: int) -> dict[str, float]:
+def measure_calls(work: Callable[[], object], warm: Callable[[], object], times: int) -> dict[str, float]:
     """The cost of each time after a first that is not counted."""
     warm()
     gc.collect()
@@ -276,17 +278,17 @@ def timed(work: Callable[[], object], warm: Callable[[], object], times: int) ->
     for _ in range(times):
         work()
     ended, end = time.perf_counter(), time.process_time()
-    return {"cpu": (end - cpu) / times, "wall": (ended - wall) / times, "memory": memory()}
+    return {"cpu": (end - cpu) / times, "wall": (ended - wall) / times, "memory": peak_memory()}
 
 
 def measure(client: Client, what: str, model: str, times: int, prompt: Any = "Hello") -> dict[str, float]:
     """One thing after the other; or at one time async `streams`, chats as `tasks` of a loop, or chats in `threads`."""
     client.prompt = prompt
     if what in ("streams", "tasks"):
-        return together(client, what, model, times)
+        return measure_together(client, what, model, times)
     if what != "threads":
         work = getattr(client, what)
-        return timed(lambda: work(model), lambda: work(model), times)
+        return measure_calls(lambda: work(model), lambda: work(model), times)
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(times) as pool:
@@ -295,43 +297,43 @@ def measure(client: Client, what: str, model: str, times: int, prompt: Any = "He
             for each in [pool.submit(client.chat, model) for _ in range(times)]:
                 each.result()
 
-        return timed(threads, threads, 1)
+        return measure_calls(threads, threads, 1)
 
 
-def together(client: Client, what: str, model: str, times: int) -> dict[str, float]:
+def measure_together(client: Client, what: str, model: str, times: int) -> dict[str, float]:
     """Many in one event loop; for streams with the time to the first token, too."""
     import asyncio
 
     firsts: list[float] = []
 
-    async def one(start: float) -> None:
-        pieces: list[str] = []
+    async def run_one(start: float) -> None:
+        texts: list[str] = []
         if what == "tasks":
-            pieces.append(client.text(await client.ask(model, stream=False, later=True)))
+            texts.append(client.text_of(await client.send(model, stream=False, is_async=True)))
         else:
-            async for piece in client.pieces(model):
-                if not pieces:
+            async for text in client.chunk_texts(model):
+                if not texts:
                     firsts.append(time.perf_counter() - start)
-                pieces.append(piece)
-        check(pieces, model, whole=what == "tasks")
+                texts.append(text)
+        check(texts, model, whole=what == "tasks")
 
-    async def all_of(count: int) -> None:
+    async def run_all(count: int) -> None:
         start = time.perf_counter()
-        await asyncio.gather(*(one(start) for _ in range(count)))
+        await asyncio.gather(*(run_one(start) for _ in range(count)))
 
-    figures = timed(lambda: run(all_of(times)), lambda: run(all_of(2)), 1)
+    figures = measure_calls(lambda: run(run_all(times)), lambda: run(run_all(2)), 1)
     firsts = sorted(firsts[-times:])
     ranks = {"first p50": len(firsts) // 2, "first p99": len(firsts) * 99 // 100}
     return figures | ({name: firsts[rank] for name, rank in ranks.items()} if firsts else {})
 
 
 def main(name: str, url: str, model: str = "") -> None:
-    """Do what is asked; nothing that a client prints gets into the answers."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Do what is asked; nothing that a client prints gets into the responses."""
+    responses = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     kind = CLIENTS[name]
 
-    def answer(work: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> None:
+    def respond(work: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> None:
         try:
             figures = work(*arguments, **options)
         except NotImplementedError:
@@ -340,17 +342,17 @@ def main(name: str, url: str, model: str = "") -> None:
             figures = {"error": repr(error)[:500]}
         import json
 
-        print(json.dumps(figures), file=answers, flush=True)
+        print(json.dumps(figures), file=responses, flush=True)
 
     if model:
-        answer(fresh, kind, url, model)
+        respond(measure_fresh, kind, url, model)
         return
     import json
 
     __import__(kind.module)
     client = kind(url)
     for line in sys.stdin:
-        answer(measure, client, **json.loads(line))
+        respond(measure, client, **json.loads(line))
 
 
 if __name__ == "__main__":
