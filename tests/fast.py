@@ -1,7 +1,7 @@
-"""Part of the tests, in less than a minute on two cores: `just test-fast`, a plugin of pytest.
+"""A part of the tests, for less than a minute on two cores: `just test-fast`, a plugin of pytest.
 
-The rule: one case of each test, always the same one, and no test that may take longer than the usual limit of time
-(those marked `engine`, `live` or `timeout`). So each module of each distribution is touched, in either mode.
+The rule: one case of each test, always the same. Left out are tests that may take longer than the usual time limit
+(marked `engine`, `live` or `timeout`), make up examples (marked `hypothesis`) or start the command (fixture `shell`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OUTPUT = "fast"
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    quick = [item for item in items if item.get_closest_marker("timeout") is None]
+    quick = [item for item in items if not _is_slow(item)]
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in quick:
         cases[item.nodeid.partition("[")[0]].append(item)
@@ -27,6 +27,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_counts] = len(chosen), len(quick) - len(chosen), len(items) - len(quick)
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
     items[:] = [item for item in items if id(item) in chosen]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    marked = {each.name for each in item.iter_markers()}
+    return not marked.isdisjoint({"timeout", "hypothesis"}) or "shell" in getattr(item, "fixturenames", ())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -46,6 +51,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if (counts := config.stash.get(_counts, None)) is not None:
         one, more, long = counts
         terminalreporter.line(
-            f"Fast: ran one case of each of {one} tests. Left out: {more} more cases, {long} that need an engine, "
-            "a server or long. `just test` runs all."
+            f"Fast: one case of each of {one} tests. Left out: {more} more cases of these, and {long} tests that need "
+            "an engine, a server or a long time, make up examples or start the command. `just test` runs all."
         )
