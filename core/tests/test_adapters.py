@@ -261,7 +261,7 @@ class TestSwitch:
         for waiting, name in enumerate(names):
             switches.append(both.start(llm.use_adapter, name))
             assert reached.wait(10)
-            until(lambda count=waiting: llm.stats().waiting == count)
+            until(lambda: llm.stats().waiting == waiting)  # noqa: B023 - called at once
         go.set()
         assert [each.result(10).name for each in switches] == [*names]
         assert llm.chat("x").adapter == "three"

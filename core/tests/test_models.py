@@ -224,7 +224,7 @@ class TestPull:
             def again(_: PullProgress) -> None:
                 llm.pull()
 
-            with pytest.raises(RequestRejected, match="wait for itself"):
+            with pytest.raises(RequestRejected, match="would wait for ever"):
                 llm.pull(on_progress=again)
             assert llm.pull().status == "success"
 
