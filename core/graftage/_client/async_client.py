@@ -64,7 +64,7 @@ class AsyncClient(_AwaitingClient):
                 `tools`: what the model may call: Python functions, pydantic models, mappings or `Tool`s.
                 `format`: a pydantic model or another type, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
                 `retries`: how often to ask again if the answer does not fit the `format`, up to 10. The conversation
-                goes on with that answer and with what is wrong with it. Each time is a call of its own for `stats` and
+                goes on with that answer and with what is wrong with it. Each attempt is a separate call for `stats` and
                 observers; `timeout` is the limit for all; `Reply.usage` is the sum, and `Reply.attempts` counts them.
                 `think`: whether to think first, or how hard.
                 `images`: pictures for the user's last message: bytes, `Image`, paths, or `data:` URIs.

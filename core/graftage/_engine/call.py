@@ -189,7 +189,7 @@ class Run:
         """Return the error for what is not a chunk: an early end, or a bug in the provider."""
         if found is not None:
             odd = f"{kind_of(found)} instead of a Chunk"
-            what = "a Chunk whose `text` or `thinking` is no text" if isinstance(found, Chunk) else odd
+            what = "a Chunk whose `text` or `thinking` is not a string" if isinstance(found, Chunk) else odd
             return self.author.fault(f"gave {what}")
         hint = "The text so far is in `partial`; ask again for a whole answer."
         if not self.call.opened:  # It did not come from a server.
