@@ -389,7 +389,8 @@ def cut_warning(request: ChatRequest | GenerateRequest | EmbedRequest, read: int
     else:
         texts = tuple(each.content for each in request.messages)
     window, embeds = request.context_window, isinstance(request, EmbedRequest)
-    room = None if window is None else window * len(texts) if embeds else window
+    windows = len(texts) if embeds else 1
+    room = None if window is None else window * windows
     if room is not None and (read or 0) > room:  # The server's window is larger, or its count.
         return ()
     if not (_fills(read, room, embeds=embeds) or _has_more_words(texts, read, window, embeds=embeds)):

@@ -270,9 +270,9 @@ def check_tokens(name: str, value: object) -> None:
 
 
 def _check_count(name: str, value: object, unit: str) -> None:
-    least = SMALLEST_WINDOW if name == "context_window" else 1
     if value is None:
         return
+    least = SMALLEST_WINDOW if name == "context_window" else 1
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
         raise RequestRejected(
             f"`{name}` is invalid.",

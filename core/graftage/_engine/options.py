@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftage._engine.inputs import as_mapping, copy_json, copy_json_object, rejected, suggest
+from graftage._values import LARGEST_COUNT
 from graftage.exceptions import RequestRejected
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ __all__ = ["SERVER", "read_options", "word_for"]
 
 SERVER = "server"
 """The option with a mapping of options that only the server knows, if the provider passes them on."""
-MOST = 2**31 - 1
-"""Engines count with 32 bits."""
 HUGE = 1000
 """Larger factors and penalties make no sense, and become infinite in engines with 32-bit floats."""
 NUMBERS: Mapping[str, tuple[float, float]] = {
@@ -33,16 +32,16 @@ NUMBERS: Mapping[str, tuple[float, float]] = {
 }
 """The range of each option that is a number."""
 WHOLE: Mapping[str, tuple[int, int]] = {
-    "main_gpu": (0, MOST),
+    "main_gpu": (0, LARGEST_COUNT),
     "mirostat": (0, 2),
-    "num_batch": (1, MOST),
-    "num_gpu": (-1, MOST),
-    "num_keep": (-1, MOST),
-    "num_thread": (0, MOST),
-    "repeat_last_n": (-1, MOST),
+    "num_batch": (1, LARGEST_COUNT),
+    "num_gpu": (-1, LARGEST_COUNT),
+    "num_keep": (-1, LARGEST_COUNT),
+    "num_thread": (0, LARGEST_COUNT),
+    "repeat_last_n": (-1, LARGEST_COUNT),
     "seed": (-(2**63), 2**63 - 1),
-    "top_k": (-1, MOST),
-    "top_logprobs": (0, MOST),
+    "top_k": (-1, LARGEST_COUNT),
+    "top_logprobs": (0, LARGEST_COUNT),
 }
 """The range of each option that is an integer. If a server accepts it, -1 means its own choice."""
 SWITCHES = frozenset({"logprobs", "penalize_newline", "shift", "truncate", "use_mmap"})
