@@ -1,1 +1,1 @@
-"""Measures of Graftage against other clients, and of how its cost grows; `python -m benchmarks --help`."""
+"""What Graftage costs compared with other clients, and how that grows: `python -m benchmarks --help`."""

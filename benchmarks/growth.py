@@ -1,4 +1,4 @@
-"""How the cost of Graftage grows with what it is given, and the power law through each curve."""
+"""How the cost of Graftage grows with the size of its input, and the power law that fits each curve."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 Figures: TypeAlias = "Mapping[str, float]"
 Series: TypeAlias = "Callable[[Bench, Sequence[int]], Iterator[Figures]]"
-"""Gives figures to begin with, and then those of each size."""
+"""Yields figures to start from, then those of each size."""
 
 MAX_EXPONENT = 1.1
-"""The exponent up to which growth counts as linear: a measured one is never exactly 1."""
+"""The largest exponent that counts as linear growth: a measured one is never exactly 1."""
 MIN_GROWTH = 2**18
-"""Bytes below which memory has not grown: what an allocator takes at once."""
+"""Bytes of memory below which nothing has grown: an allocator takes as much at once."""
 TURNS = [{"role": role, "content": "So much for that, and now to something else."} for role in ("user", "assistant")]
 PLUGIN = """
 from graftage.hookspecs import hookimpl
@@ -33,12 +33,12 @@ watcher = Watcher()
 
 
 def medians(found: Sequence[Figures]) -> Figures:
-    """The median of each figure."""
+    """Return the median of each figure."""
     return {name: median(each[name] for each in found) for name in found[0]}
 
 
 def from_commands(command: Callable[[int], Mapping[str, Any]]) -> Series:
-    """What commands of a growing size cost one process, which has done the smallest before."""
+    """Measure commands of growing size in one process, which has run the smallest one before."""
 
     def series(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
         with bench.worker("graftage") as ask:
@@ -49,7 +49,7 @@ def from_commands(command: Callable[[int], Mapping[str, Any]]) -> Series:
 
 
 def from_installed(entry: str, module: str = "") -> Series:
-    """What fresh processes pay where so many distributions more are installed."""
+    """Measure fresh processes with a growing number of installed distributions."""
 
     def series(bench: Bench, sizes: Sequence[int]) -> Iterator[Figures]:
         for size in sizes:
@@ -100,11 +100,11 @@ CURVES: tuple[tuple[Series, Sequence[int], Mapping[str, str]], ...] = (
         {"plugins, first client": "construct", "plugins, each chat": "next chat"},
     ),
 )
-"""A series, sizes, and the figures to draw."""
+"""For each series its sizes, and the figure that each curve shows."""
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """The exponent of the power law through the larger half of the points, where fixed costs weigh least."""
+    """Return the exponent of the power law that fits the larger half of the points, where fixed costs matter least."""
     half = min(len(sizes) // 2, len(sizes) - 2)
     points = [(math.log(size), math.log(value)) for size, value in zip(sizes[half:], values[half:], strict=True)]
     x, y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
@@ -114,21 +114,22 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
-    """All curves; memory is what the peak has grown by."""
+    """Measure all curves. Memory is the growth of the peak."""
     found = []
     for series, all_sizes, figures in CURVES:
         print("growth:", *figures, file=sys.stderr, flush=True)
         sizes = all_sizes[:2] if bench.quick else all_sizes
         try:
             base, *points = series(bench, sizes)
-        except RuntimeError as error:  # What else was measured is not lost.
+        except RuntimeError as error:
+            # The other curves are still measured.
             print("growth:", *figures, error, file=sys.stderr, flush=True)
             continue
         memory = [max(0.0, point["memory"] - base["memory"]) for point in points]
         for title, figure in figures.items():
             cpu = [point[figure] for point in points]
-            risen = [max(MIN_GROWTH, each) for each in memory]
-            exponents = {"cpu": exponent(sizes, cpu), "memory": exponent(sizes, risen)}
+            grown = [max(MIN_GROWTH, each) for each in memory]
+            exponents = {"cpu": exponent(sizes, cpu), "memory": exponent(sizes, grown)}
             curve = {"title": title, "sizes": sizes, "cpu": cpu, "memory": memory, "exponents": exponents}
             found.append({**curve, "linear": max(exponents.values()) <= MAX_EXPONENT})
     return found

@@ -1,4 +1,4 @@
-"""How much later than its deadline a call ends, whatever the server does: `python -m benchmarks --overshoot`."""
+"""How long after its deadline a call ends, for servers with many faults: `python -m benchmarks --overshoot`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
 FAULTS: Final[dict[str, Answer]] = {
     "says nothing": Answer(raw=b"", ending="stall"),
     "sends headers slowly": Answer(repeat(b"x-a: 1\r\n"), raw=HEAD, delay=0.01),
-    "sends hints for ever": Answer(repeat(b"HTTP/1.1 103 Early Hints\r\n\r\n"), raw=b"", delay=0.001),
+    "sends hints forever": Answer(repeat(b"HTTP/1.1 103 Early Hints\r\n\r\n"), raw=b"", delay=0.001),
     "sends a line slowly": Answer(repeat(b"y"), raw=HEAD + b"\r\n", delay=0.01),
     "stops in the middle": Answer([LINE], ending="stall"),
-    "sends lines for ever": Answer(repeat(LINE), delay=0.001),
+    "sends lines forever": Answer(repeat(LINE), delay=0.001),
     "sends a flood of lines": Answer(repeat(LINE)),
-    "sends a flood of blanks": Answer(repeat(b" " * 999 + b"\n"), framing="none"),
+    "sends a flood of spaces": Answer(repeat(b" " * 999 + b"\n"), framing="none"),
 }
 
 
 def measure(times: int) -> str:
-    """The table, in Markdown."""
+    """Measure all faults, and return a table in Markdown."""
     found = {name: sorted(measure_fault(answer, times)) for name, answer in FAULTS.items()}
     found["all together"] = sorted(each for values in found.values() for each in values)
     rows = [
@@ -40,13 +40,14 @@ def measure(times: int) -> str:
         for name, values in found.items()
     ]
     head = ["| a server that … | p50, ms | p99, ms | worst, ms |", "|---|---|---|---|"]
-    about = f"Calls with `timeout={LIMIT}`, {4 * times} for each; {len(found['all together'])} ended by it in all."
+    ended = len(found["all together"])
+    about = f"{4 * times} calls of each server with `timeout={LIMIT}`, of which {ended} in all ended by it."
     load = f"Load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
     return "\n".join([about, load, "", *head, *rows])
 
 
 def measure_fault(answer: Answer, times: int) -> list[float]:
-    """Milliseconds past the deadline, of both kinds of client, for whole answers and for streams."""
+    """Return milliseconds after the deadline, of both clients, for whole replies and for streams."""
     found: list[float] = []
     with FakeOllama() as fake:
         settings: dict[str, Any] = {"host": fake.url, "model": MODEL, "attempts": 1, "max_reply_bytes": 1 << 40}
@@ -77,7 +78,7 @@ async def _measure_async(settings: dict[str, Any], times: int, found: list[float
 
 @contextlib.contextmanager
 def _overshoot(found: list[float]) -> Iterator[None]:
-    """Add how late the block ended, if its deadline ended it."""
+    """Note how late the block ended, if the deadline ended it."""
     began = time.monotonic()
     try:
         yield

@@ -1,6 +1,6 @@
-"""Other frameworks, each in an environment of its own, by the way their users take to Ollama.
+"""Other frameworks, each in a separate environment, used as their documentation shows for Ollama.
 
-python -P peers.py CLIENT URL [MODEL]: as `worker.py`.
+Like `worker.py`, with the folder above this one in PYTHONPATH: python -P peers.py CLIENT URL [MODEL]
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ REQUIREMENTS = {
     "llama-index": ["llama-index-llms-ollama", "llama-index-embeddings-ollama"],
     "haystack": ["ollama-haystack"],
 }
-"""What is installed into the environment of each; the first is the one whose version is told."""
+"""What is installed into each environment. The report names the version of the first."""
 
 
 def load(module: str) -> Any:
-    """A module of a framework."""
+    """Import and return a module of a framework."""
     __import__(module)
     return sys.modules[module]
 
 
 class LangChain(Client):
-    """LangChain: a chat model by name, kept."""
+    """LangChain: one chat model, kept."""
 
     module = "langchain_ollama"
     text_of = attrgetter("content")
@@ -66,7 +66,7 @@ class LiteLLM(Client):
 
 
 class Llm(Client):
-    """LLM: a model by name, kept; its plugin makes a new client for each call."""
+    """LLM: one model, kept. Its plugin makes a new client for each call."""
 
     module = "llm"
     text_of = staticmethod(str)
@@ -79,7 +79,7 @@ class Llm(Client):
 
 
 class AnyLLM(LiteLLM):
-    """any-llm: a provider, kept."""
+    """any-llm: one provider, kept."""
 
     module = "any_llm"
 
@@ -92,7 +92,7 @@ class AnyLLM(LiteLLM):
 
 
 class PydanticAI(Client):
-    """Pydantic AI, by the path of OpenAI's API, as it has no other; its own way is async."""
+    """Pydantic AI: one agent, kept. It speaks OpenAI's API only, and is async only."""
 
     module = "pydantic_ai"
     text_of = attrgetter("output")
@@ -117,7 +117,7 @@ class PydanticAI(Client):
 
 
 class LlamaIndex(Client):
-    """LlamaIndex: a model by name, kept."""
+    """LlamaIndex: one model, kept."""
 
     module = "llama_index.llms.ollama"
     text_of = attrgetter("message.content")
@@ -135,7 +135,7 @@ class LlamaIndex(Client):
 
 
 class Haystack(Client):
-    """Haystack: it hands the pieces of an answer to a callback; here they come out once it has ended."""
+    """Haystack: it passes the chunks of a reply to a callback. Here they come out once it has ended."""
 
     module = "haystack_integrations.components.generators.ollama"
     text_of = staticmethod(lambda found: found["replies"][0].text)

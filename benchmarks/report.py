@@ -1,4 +1,4 @@
-"""What was measured as Markdown and as pictures, in colours that can be read on white and on black."""
+"""The results as Markdown and as pictures, in colours that are readable on white and on black."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ LEGEND = (("graftage", OURS), ("socket and json", FLOOR), ("other frameworks", "
 
 
 def number_text(value: float) -> str:
-    """Three digits, and no more."""
+    """Return a number with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio_text(ratio: float) -> str:
-    """A ratio, in few digits."""
+    """Return a ratio with few digits."""
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables, with what they were measured on."""
+    """Return the tables, with the machine and the versions."""
     about, clients = found["about"], list(found["rows"][0]["clients"])
     facts = (
         f"Python {about['python']}, {about['machine']}, load {about['load before']:.1f} to {about['load after']:.1f}"
     )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
-        *(["Quick: 5 chunks where more are named, and all of it twice. Compare nothing.\n"] if about["quick"] else []),
+        *(
+            ["A quick run: 5 chunks at most, and each call twice. Its figures cannot be compared.\n"]
+            if about["quick"]
+            else []
+        ),
         f"{facts}; median of {about['repetitions']}; {versions}.\n",
-        "CPU time of the client's process where nothing else is said, and how often that of Ollama's own client.\n",
+        "CPU time of the client's process unless a row names something else, and its ratio to Ollama's own client.\n",
         *_table(["", "unit", *clients], [[row["title"], row["unit"], *_cells(row)] for row in found["rows"]]),
         "\nHow the cost of Graftage grows:\n",
         *_table(
@@ -90,7 +94,7 @@ def _picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
 
 
 def bars(found: Mapping[str, Any]) -> str:
-    """Every row as a line from the official client to Graftage, with the others as dots beside it."""
+    """Draw every row as a line from Ollama's own client to Graftage, with the others as dots."""
     rows = [row for row in found["rows"] if row["clients"][OURS].get("ratio")]
     ratios = [cell["ratio"] for row in rows for cell in row["clients"].values() if cell.get("ratio")]
     low, high = math.log(min(*ratios, 0.5)), math.log(max(*ratios, 2.0))
@@ -120,7 +124,7 @@ def bars(found: Mapping[str, Any]) -> str:
 
 
 def curves(found: Mapping[str, Any]) -> str:
-    """One panel for each curve: CPU time over size, both logarithmic, beside a straight growth of the same start."""
+    """Draw a panel for each curve: CPU time over size, both logarithmic, beside linear growth."""
     wide, high, edge, parts = 320, 220, 44, list[str]()
     for place, curve in enumerate(found["growth"]):
         left, top = place % 3 * wide + edge, place // 3 * high + edge

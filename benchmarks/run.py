@@ -1,7 +1,7 @@
 """Compare Graftage with Ollama's own client, with a socket and `json`, and with other frameworks.
 
-Each client is a process of its own. In each repetition every measure is taken of all clients in turn, in an order that
-is drawn anew, and set in relation to the official client there; what is told is the median of these ratios.
+Each client runs in a separate process. In each repetition, all clients run each command in turn, in random order, and
+each figure is divided by that of Ollama's own client. The report has the median of these ratios.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.report import FLOOR, OURS, REFERENCE
 
 HERE = Path(__file__).resolve().parent
 TIME_LIMIT = 300.0
-"""Seconds for one measure of one client."""
+"""Seconds for one command of one client."""
 FRESH = "fresh"
 COMMANDS: dict[str, tuple[str, str, int]] = {
     FRESH: (FRESH, "chunks-20", 1),
@@ -46,20 +46,20 @@ COMMANDS: dict[str, tuple[str, str, int]] = {
     "tasks": ("tasks", "chunks-20", 64),
     "threads": ("threads", "chunks-20", 64),
 }
-"""What a worker does, with which model, and how often."""
+"""For each command what a worker does, with which model, and how often."""
 
 
 class Row(NamedTuple):
-    """A line of the table: a figure that a command gives."""
+    """A row of the table: one figure of one command."""
 
     title: str
     command: str
     figure: str = "cpu"
     unit: str = "ms"
     each: int = 1
-    """How many things the figure is for."""
+    """The figure is divided by this."""
     reference: str = ""
-    """The command of the official client to compare with, where it is another one."""
+    """The command of Ollama's own client to compare with, if it is another one."""
 
 
 ROWS = (
@@ -83,7 +83,7 @@ ROWS = (
     Row("200 streams of 100, 5 ms apart; first token, median", "paced streams", "first p50"),
     Row("200 streams of 100, 5 ms apart; first token, 99 %", "paced streams", "first p99"),
     Row("embed, 256 texts × 768", "embed"),
-    Row("health, asked anew, against `ps()`", "health", unit="µs"),
+    Row("health without a cache, against `ps()`", "health", unit="µs"),
     Row("64 tasks, a chat each", "tasks"),
     Row("64 tasks, a chat each; wall", "tasks", "wall"),
     Row("64 threads, a chat each", "threads"),
@@ -92,11 +92,11 @@ ROWS = (
 
 
 class Bench:
-    """The server, and the environments of the clients.
+    """The server and the environments of the clients.
 
     Args:
-        environments: where those of peers are.
-        quick: take little of all.
+        environments: the folder with those of peers.
+        quick: run each command as little as possible.
     """
 
     def __init__(self, environments: Path, *, quick: bool) -> None:
@@ -114,7 +114,7 @@ class Bench:
 
     @contextlib.contextmanager
     def serve(self) -> Iterator[None]:
-        """Run the server for as long as the block; it ends with its input, which `Popen` closes."""
+        """Run the server during the block. It ends with its input, which `Popen` closes."""
         command = [sys.executable, "-m", "benchmarks.server"]
         with subprocess.Popen(command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
             assert server.stdout
@@ -127,7 +127,7 @@ class Bench:
         return str(self.environments / client / ("Scripts" if os.name == "nt" else "bin") / "python")
 
     def start(self, client: str, *more: str, path: str = "") -> subprocess.Popen[str]:
-        """A worker; `path` is a folder in which it finds modules, too."""
+        """Start a worker, which finds modules in the folder `path`, too."""
         own = client not in REQUIREMENTS
         script = str(HERE / ("worker.py" if own else "peers.py"))
         folders = [path, self.environment.get("PYTHONPATH", "") if own else str(HERE.parent)]
@@ -141,20 +141,21 @@ class Bench:
         )
 
     def fresh(self, client: str, path: str = "", model: str = "chunks-20") -> dict[str, float]:
-        """What a new process pays until its first answer."""
+        """Measure a new process until its first reply."""
         with self.start(client, model, path=path) as worker:
             return read_figures(worker)
 
     @contextlib.contextmanager
     def worker(self, client: str) -> Iterator[Callable[[Mapping[str, Any]], dict[str, float]]]:
-        """A process to give commands to; that for a fresh one goes to another."""
+        """Start a worker at the first command, and end it after the block; each fresh process is another one."""
         with contextlib.ExitStack() as stack:
             started: list[subprocess.Popen[str]] = []
 
             def ask(command: Mapping[str, Any]) -> dict[str, float]:
                 if command["what"] == FRESH:
                     return self.fresh(client, model=command["model"])
-                if not started:  # Not earlier, while others are measured.
+                # Started earlier, it could disturb the measures of other clients.
+                if not started:
                     started.append(stack.enter_context(self.start(client)))
                 assert started[0].stdin
                 with contextlib.suppress(OSError):
@@ -165,20 +166,20 @@ class Bench:
             yield ask
 
     def scale(self, what: str, model: str, times: int) -> dict[str, Any]:
-        """A command, with little to do where there is no time."""
+        """Return a command, with little to do in a quick run."""
         if self.quick:
             model, times = re.sub(r"\d+", "5", model, count=1), 2
         return {"what": what, "model": model, "times": times}
 
     def version(self, client: str) -> str:
-        """The version of a client, in words."""
+        """Return the version of a client."""
         name = REQUIREMENTS.get(client, [client])[0].partition("[")[0]
         code = f"import importlib.metadata as m; print(m.version({name!r}))"
         found = subprocess.run([self._python(client), "-c", code], capture_output=True, text=True, check=False)
         return found.stdout.strip() or "no version"
 
     def install(self, client: str) -> None:
-        """Make the environment of a peer, unless it is there.
+        """Make the environment of a peer, unless it exists.
 
         Raises:
             subprocess.CalledProcessError: it cannot be installed.
@@ -194,35 +195,36 @@ class Bench:
 
 
 def read_figures(worker: subprocess.Popen[str]) -> dict[str, float]:
-    """The figures a worker answers with; one that takes too long is ended.
+    """Read the figures of a worker, or kill it if it takes too long.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the worker failed.
     """
     assert worker.stdout
     watch = threading.Timer(TIME_LIMIT, worker.kill)
     watch.start()
     line = worker.stdout.readline()
     watch.cancel()
-    figures: dict[str, Any] = json.loads(line or '{"error": "it died"}')
+    figures: dict[str, Any] = json.loads(line or '{"error": "the worker died"}')
     if "error" in figures:
         raise RuntimeError(figures["error"])
     return figures
 
 
 def log(text: str) -> None:
-    """Tell how far things are."""
+    """Show progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def usable_clients(bench: Bench, clients: Sequence[str]) -> list[str]:
-    """The clients that can be installed and give one answer; the others are named."""
+    """Return the clients that can be installed and give a reply; log the others."""
     found = []
     for client in clients:
         try:
             if client in REQUIREMENTS:
                 bench.install(client)
-                bench.fresh(client)  # Whatever is compiled at a first start, is.
+                # The first start compiles modules, which is not measured.
+                bench.fresh(client)
             found.append(client)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             log(f"{client}: skipped, {error}")
@@ -230,7 +232,7 @@ def usable_clients(bench: Bench, clients: Sequence[str]) -> list[str]:
 
 
 def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
-    """All rows, each with the figures and the ratios of every client."""
+    """Return all rows, each with the figures and ratios of every client."""
     taken: list[dict[tuple[str, str], dict[str, float]]] = []
     failed: set[tuple[str, str]] = set()
     for repetition in range(repetitions):
@@ -252,7 +254,7 @@ def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict
 
 
 def _cell(row: Row, client: str, taken: Sequence[Mapping[tuple[str, str], Mapping[str, float]]]) -> dict[str, Any]:
-    """The median of a client's figures, and of their ratios to the official client in the same repetition."""
+    """Return the median of a client's figures, and of their ratios to Ollama's own client in the same repetition."""
     values, ratios = [], []
     for figures in taken:
         value = figures.get((row.command, client), {}).get(row.figure)
@@ -264,16 +266,20 @@ def _cell(row: Row, client: str, taken: Sequence[Mapping[tuple[str, str], Mappin
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command `python -m benchmarks`."""
     temporary = Path(tempfile.gettempdir()) / "graftage-benchmarks"
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=Path, default=temporary / "out", help="folder of benchmark.md, .json and .svg")
+    parser.add_argument("--out", type=Path, default=temporary / "out", help="folder for the report and the pictures")
     parser.add_argument("--pictures", type=Path, help="another folder for the pictures")
     parser.add_argument("--peers", action="store_true", help="measure other frameworks, too")
     parser.add_argument("--environments", type=Path, default=temporary, help="folder where these are installed")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="once and little of all: to see that it works")
-    parser.add_argument("--overshoot", action="store_true", help="measure how late calls end, and nothing else")
+    parser.add_argument(
+        "--quick", action="store_true", help="run everything once and as little as possible, to see that it works"
+    )
+    parser.add_argument(
+        "--overshoot", action="store_true", help="measure only how long after their deadlines calls end"
+    )
     given = parser.parse_args(arguments)
     if given.overshoot:
         print(overshoot.measure(1 if given.quick else 15))
@@ -305,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _raise_limit() -> None:
-    """A thousand streams need as many files."""
+    """Allow enough open files for a thousand streams."""
     with contextlib.suppress(ImportError, ValueError):
         import resource
 

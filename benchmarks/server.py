@@ -1,7 +1,7 @@
-"""A server on loopback that answers like Ollama and costs little: every answer is bytes that were made before.
+"""A server on loopback that responds like Ollama and costs little: the bytes of every response are cached.
 
-The model's name says how it answers: `chunks-20` in one piece, `chunks-20-packets` with each chunk in a packet of its
-own, `chunks-100-delay-5` with each chunk 5 ms after the one before. It prints its port, and ends with its input.
+The name of the model sets the response: `chunks-20` gives all chunks at once, `chunks-20-delay-5` one every 5 ms. The
+server prints its port, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.worker import reply_chunks
 COUNTS = (1, 5, 20, 100, 200, 1000)
 MODELS = (*(f"chunks-{count}" for count in COUNTS), "chunks-100-delay-5", "chunks-500-delay-1")
 MODELS += ("chunks-5-delay-5", "chunks-5-delay-1")
-"""Those it lists; it answers for any number and delay."""
+"""The models that it lists. It accepts any count and delay."""
 DATE = "2026-01-01T00:00:00Z"
 DONE = {"done": True, "done_reason": "stop", "total_duration": 4_000_000, "load_duration": 1_000_000} | {
     "prompt_eval_count": 5, "prompt_eval_duration": 1_000_000, "eval_count": 20, "eval_duration": 2_000_000
@@ -36,7 +36,7 @@ def _object(content: dict[str, Any]) -> list[bytes]:
 
 
 def _stream(kind: str, lines: list[bytes]) -> list[bytes]:
-    """One packet for each line; the first has the head too, the last the end."""
+    """Return a packet for each line. The first begins with the head, and the last one ends the body."""
     packets = [b"%x\r\n%s\r\n" % (len(line), line) for line in lines]
     packets[0] = CHUNKED.format(kind).encode() + packets[0]
     packets[-1] += b"0\r\n\r\n"
@@ -69,10 +69,10 @@ def _openai(model: str, count: int, *, stream: bool) -> list[bytes]:
 
 
 @functools.cache
-def answer(path: str, model: str, *, stream: bool) -> tuple[list[bytes], float]:
-    """The packets of an answer, and the seconds between them; one packet where they need not be apart."""
-    asked = re.fullmatch(r"chunks-(\d+)(-packets)?(?:-delay-(\d+))?", model.removesuffix(":latest"))
-    count, apart, delay = (int(asked[1]), bool(asked[2]), int(asked[3] or 0) / 1e3) if asked else (1, False, 0.0)
+def respond(path: str, model: str, *, stream: bool) -> tuple[list[bytes], float]:
+    """Return the packets of a response, and the seconds between them: without a delay it is one packet."""
+    match = re.fullmatch(r"chunks-(\d+)(?:-delay-(\d+))?", model.removesuffix(":latest"))
+    count, delay = (int(match[1]), int(match[2] or 0) / 1e3) if match else (1, 0.0)
     tags = [
         {"name": each, "model": each, "modified_at": DATE, "size": 1, "digest": f"{at:064}"}
         for at, each in enumerate(MODELS)
@@ -88,48 +88,47 @@ def answer(path: str, model: str, *, stream: bool) -> tuple[list[bytes], float]:
     if path in plain:
         return _object(plain[path]), 0.0
     packets = (_openai if path.startswith("/v1/") else _chat)(model, count, stream=stream)
-    return (packets, delay) if apart or delay else ([b"".join(packets)], 0.0)
+    return packets if delay else [b"".join(packets)], delay
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection; it sends the next request when it has its answer."""
+    """A connection. The client sends its next request only after the response to the last one."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send small packets at once."""
+        """Switch off the delay of small packets."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._loop, self._seen = asyncio.get_running_loop(), b""
 
     def data_received(self, data: bytes) -> None:
-        """Answer when the request is whole."""
+        """Respond once the request is complete."""
         self._seen += data
         head, found, body = self._seen.partition(b"\r\n\r\n")
         length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
         if not found or len(body) < (int(length[1]) if length else 0):
             return
         self._seen = b""
-        asked = json.loads(body) if body else {}
+        request = json.loads(body) if body else {}
         path = head.split(None, 2)[1].decode()
-        stream = asked.get("stream", not path.startswith("/v1/"))
-        packets, delay = answer(path, str(asked.get("model")), stream=bool(stream))
+        stream = request.get("stream", not path.startswith("/v1/"))
+        packets, delay = respond(path, str(request.get("model")), stream=bool(stream))
         if delay:
-            self._later(packets, 0, delay, self._loop.time() + delay)
+            self._send_due(packets, 0, delay, self._loop.time() + delay)
         else:
-            for packet in packets:
-                self._transport.write(packet)
+            self._transport.write(packets[0])
 
-    def _later(self, packets: list[bytes], at: int, delay: float, due: float) -> None:
-        """Send the packets that are due, and come back for the next one."""
+    def _send_due(self, packets: list[bytes], at: int, delay: float, due: float) -> None:
+        """Send the packets that are due, and schedule the next one."""
         while at < len(packets) and due <= self._loop.time():
             self._transport.write(packets[at])
             at, due = at + 1, due + delay
         if at < len(packets) and not self._transport.is_closing():
-            self._loop.call_at(due, self._later, packets, at, delay, due)
+            self._loop.call_at(due, self._send_due, packets, at, delay, due)
 
 
 async def main() -> None:
-    """Serve until the standard input ends, as it does when whoever started this is gone."""
+    """Serve until the standard input ends, which happens if the parent process dies."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=2048)
     print(server.sockets[0].getsockname()[1], flush=True)

@@ -1,10 +1,10 @@
-"""The clients that are compared, each in a process of its own that is told what to do and responses with figures.
+"""The compared clients. Each runs in a separate process, which reads commands and answers with figures.
 
-    python -P worker.py CLIENT URL            reads commands, lines of JSON
-    python -P worker.py CLIENT URL MODEL      what a fresh process pays: import, client, first chat
+    python -P worker.py CLIENT URL            read commands, one JSON object on each line
+    python -P worker.py CLIENT URL MODEL      measure a fresh process: import, client, first chat
 
-Nothing is imported above that a client could then have for nothing, and no sibling, as peers have an environment of
-their own. Times are in seconds, memory in bytes.
+What this module imports costs a client nothing, so imports are few, or stand where they are needed. Peers import it in
+environments that have nothing else of the project. Times are in seconds, memory in bytes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ TEXTS = [f"text {number}" for number in range(256)]
 
 
 def reply_chunks(count: int) -> list[str]:
-    """The text of an answer, chunk by chunk."""
+    """Return the texts of the chunks of a reply."""
     return [f"{number:05d}-" for number in range(count)]
 
 
 class Client:
-    """A client as its users have it. What it cannot do raises `NotImplementedError`."""
+    """A client, used as its users do. What it cannot do raises `NotImplementedError`."""
 
     module = ""
     text_of: Any = None
-    """Finds the text of a whole answer."""
+    """Finds the text of a whole reply."""
     chunk_text_of: Any = None
-    """Finds the text of a piece, where it is at another place."""
+    """Finds the text of a chunk, if it is in another place."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -46,41 +46,41 @@ class Client:
         self.cache: dict[str, Any] = {}
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
-        """What users make once and keep; async clients are made inside their loop."""
+        """Return what users make once and keep. Async clients are made inside their loop."""
         if name not in self.cache:
             self.cache[name] = make()
         return self.cache[name]
 
     def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
-        """Send the prompt: the answer or its pieces, to be awaited where it is for `later`."""
+        """Send the prompt, and return the reply or an iterable of its chunks; with `is_async`, something to await."""
         raise NotImplementedError
 
     async def chunk_texts(self, model: str) -> AsyncIterator[Any]:
-        """The pieces of an answer, async."""
+        """Yield the texts of the chunks of an async stream."""
         find, found = self.chunk_text_of or self.text_of, self.send(model, stream=True, is_async=True)
         async for each in found if hasattr(found, "__aiter__") else await found:
             yield find(each)
 
     def chat(self, model: str) -> None:
-        """Get an answer."""
+        """Get a whole reply."""
         check([self.text_of(self.send(model, stream=False, is_async=False))], model, whole=True)
 
     def stream(self, model: str) -> None:
-        """Get it in pieces."""
+        """Get a reply in chunks."""
         check(list(map(self.chunk_text_of or self.text_of, self.send(model, stream=True, is_async=False))), model)
 
     def embed(self, model: str) -> None:
         """Get the vectors of 256 texts."""
         vectors = self.vectors(model)
         if len(vectors) != len(TEXTS) or {len(each) for each in vectors} != {768}:
-            raise ValueError("these are not the vectors")
+            raise ValueError("got other vectors than the server sent")
 
     def vectors(self, model: str) -> Any:
-        """The vectors themselves."""
+        """Return the vectors."""
         raise NotImplementedError
 
     def health(self, model: str) -> None:
-        """Ask the server anew how it is."""
+        """Ask the server for its health, without a cache."""
         raise NotImplementedError
 
     def construct(self, model: str) -> None:
@@ -89,7 +89,7 @@ class Client:
 
 
 def check(texts: list[str], model: str, *, whole: bool = False) -> None:
-    """Refuse an answer that is not what the server said."""
+    """Check that the reply is what the server sent."""
     count = int(model.split("-")[1])
     texts = [text for text in texts if text]
     if "".join(texts) != "".join(reply_chunks(count)) or len(texts) != (1 if whole else count):
@@ -97,23 +97,23 @@ def check(texts: list[str], model: str, *, whole: bool = False) -> None:
 
 
 class Floor(Client):
-    """Sockets and `json`, with no care for anything that may go wrong."""
+    """Sockets and `json`, without any handling of errors."""
 
     module = "json"
     text_of = staticmethod(lambda found: found["message"]["content"])
 
     def request(self, path: str, **body: Any) -> bytes:
-        """The bytes of a request."""
+        """Return the bytes of a request."""
         data = self.api.dumps(body).encode()
         return b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
 
     def address(self) -> tuple[str, int]:
-        """Where the server is."""
+        """Return the host and port of the server."""
         host, _, port = self.url.removeprefix("http://").partition(":")
         return host, int(port)
 
     def objects(self, request: bytes) -> Iterator[Any]:
-        """The objects of an answer; a chunked one has one on a line."""
+        """Yield the JSON objects of a response; a chunked one has one on each line."""
         import socket
 
         server = self.cache.pop("idle", None) or socket.create_connection(self.address())
@@ -135,18 +135,18 @@ class Floor(Client):
         self.cache["idle"] = server
 
     def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
-        """Async it is streams only, on `asyncio.Protocol`."""
+        """Stream on `asyncio.Protocol` if it is async, even for a whole reply."""
         request = self.request("/api/chat", model=model, messages=HELLO, stream=stream or is_async)
         if is_async:
             return self.stream_async(request) if stream else self.join(self.stream_async(request))
         return self.objects(request) if stream else next(self.objects(request))
 
     async def join(self, found: AsyncIterator[Any]) -> Any:
-        """The sum of a stream."""
+        """Return the whole reply of a stream."""
         return {"message": {"content": "".join([self.text_of(each) async for each in found])}}
 
     async def stream_async(self, request: bytes) -> AsyncIterator[Any]:
-        """`objects` of a chunked answer."""
+        """Yield the JSON objects of a chunked response."""
         import asyncio
 
         found: list[Any] = []
@@ -176,7 +176,7 @@ class Floor(Client):
 
 
 class Official(Client):
-    """Ollama's own client."""
+    """Ollama's client for Python."""
 
     module = "ollama"
     text_of = attrgetter("message.content")
@@ -200,7 +200,7 @@ class Official(Client):
 
 
 class Graftage(Client):
-    """Graftage with the plugins that are installed."""
+    """Graftage, with the installed plugins."""
 
     module = "graftage"
     text_of = attrgetter("text")
@@ -228,8 +228,7 @@ class Graftage(Client):
 CLIENTS: dict[str, type[Client]] = {"floor": Floor, "ollama": Official, "graftage": Graftage}
 
 
-# --- What is measured -------------------------------------------------------------------------------------------------
-
+# --- Measures ---------------------------------------------------------------------------------------------------------
 
 _loops: list[asyncio.AbstractEventLoop] = []
 """The one event loop of this process, once it is needed."""
@@ -246,8 +245,9 @@ def run(work: Any) -> Any:
 
 
 def peak_memory() -> float:
-    """The most this process ever had in memory."""
-    try:  # On Linux `getrusage` tells what whoever started this had, where that is more.
+    """Return the peak memory of this process."""
+    # On Linux `getrusage` counts the parent process, too, if its peak was higher.
+    try:
         with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123
             return next(float(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
     except OSError:
@@ -257,7 +257,7 @@ def peak_memory() -> float:
 
 
 def measure_fresh(kind: type[Client], url: str, model: str) -> dict[str, float]:
-    """What a new process pays until its first answer, and for each that follows."""
+    """Measure a new process until its first reply, and the chats after it."""
     wall, start = time.perf_counter(), time.process_time()
     __import__(kind.module)
     imported = time.process_time()
@@ -271,7 +271,7 @@ def measure_fresh(kind: type[Client], url: str, model: str) -> dict[str, float]:
 
 
 def measure_calls(work: Callable[[], object], warm: Callable[[], object], times: int) -> dict[str, float]:
-    """The cost of each time after a first that is not counted."""
+    """Return the cost of each call; the calls of `warm` are not counted."""
     warm()
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -282,7 +282,7 @@ def measure_calls(work: Callable[[], object], warm: Callable[[], object], times:
 
 
 def measure(client: Client, what: str, model: str, times: int, prompt: Any = "Hello") -> dict[str, float]:
-    """One thing after the other; or at one time async `streams`, chats as `tasks` of a loop, or chats in `threads`."""
+    """Measure calls in turn; or async `streams`, chats as `tasks`, or chats in `threads`, all at once."""
     client.prompt = prompt
     if what in ("streams", "tasks"):
         return measure_together(client, what, model, times)
@@ -301,7 +301,7 @@ def measure(client: Client, what: str, model: str, times: int, prompt: Any = "He
 
 
 def measure_together(client: Client, what: str, model: str, times: int) -> dict[str, float]:
-    """Many in one event loop; for streams with the time to the first token, too."""
+    """Measure async calls on one event loop; for streams the time to the first token, too."""
     import asyncio
 
     firsts: list[float] = []
@@ -328,7 +328,7 @@ def measure_together(client: Client, what: str, model: str, times: int) -> dict[
 
 
 def main(name: str, url: str, model: str = "") -> None:
-    """Do what is asked; nothing that a client prints gets into the responses."""
+    """Run the commands. What a client prints goes to standard error, so it does not disturb the figures."""
     responses = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     kind = CLIENTS[name]
@@ -338,7 +338,7 @@ def main(name: str, url: str, model: str = "") -> None:
             figures = work(*arguments, **options)
         except NotImplementedError:
             figures = {}
-        except Exception as error:  # noqa: BLE001 - one measure that fails must not cost the others
+        except Exception as error:  # noqa: BLE001 - the other measures go on
             figures = {"error": repr(error)[:500]}
         import json
 

@@ -17,7 +17,7 @@ from suite import LONG
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.skipif(os.name == "nt", reason="it counts in what Unix tells of a process")
+@pytest.mark.skipif(os.name == "nt", reason="it needs resource limits and load figures of Unix")
 @pytest.mark.timeout(LONG)
 def test_every_measure_gives_a_number(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "--environments", str(tmp_path)]
