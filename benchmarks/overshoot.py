@@ -40,8 +40,8 @@ def measure(times: int) -> str:
         for name, values in found.items()
     ]
     head = ["| a server that … | p50, ms | p99, ms | worst, ms |", "|---|---|---|---|"]
-    ended = len(found["all together"])
-    about = f"{4 * times} calls of each server with `timeout={LIMIT}`, of which {ended} in all ended by it."
+    calls, ended = 4 * times * len(FAULTS), len(found["all together"])
+    about = f"{calls} calls with `timeout={LIMIT}`, {4 * times} of each server. The deadline ended {ended} of them."
     load = f"Load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
     return "\n".join([about, load, "", *head, *rows])
 

@@ -47,15 +47,11 @@ def cut(data: bytes) -> list[bytes]:
 
 def text_of(data: bytes) -> str:
     """Text of any kind, half surrogates too."""
-    return data.decode("utf-8", "surrogatepass" if len(data) % 2 else "replace") if _is_text(data) else str(data)
-
-
-def _is_text(data: bytes) -> bool:
     try:
-        data.decode("utf-8", "surrogatepass")
+        text = data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        return False
-    return True
+        return str(data)
+    return text if len(data) % 2 else data.decode("utf-8", "replace")
 
 
 def value_of(data: bytes) -> Any:

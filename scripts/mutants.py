@@ -72,11 +72,17 @@ def run_tests(folder: Path, tests: str) -> int | None:
     # Old byte code could hide a mutant of the same size and second.
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     # A session of its own, so that what the tests started is stopped with them.
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        return int(process.wait(LIMIT))
+        return process.wait(LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         process.wait()

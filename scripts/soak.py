@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import os
 import random
 import re
 import resource
@@ -55,6 +54,7 @@ LENGTH: Final = 8
 """Words, or tokens, of an answer."""
 GROWTH: Final = {"MB": 8.0, "descriptors": 8, "threads": 8}
 """What may be there at the end, once all has been closed, beyond what was there after the first rounds."""
+RANDOM: Final = random.Random()  # noqa: S311 - not for secrets
 EVERY: Final = 10.0
 """Seconds between two lines of figures."""
 
@@ -114,12 +114,13 @@ async def _break(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
 
 
 async def _embed(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
-    inputs = ["a" * random.randint(1, 9) for _ in range(3)]  # noqa: S311 - no secret
+    inputs = ["a" * RANDOM.randint(1, 9) for _ in range(3)]
     found = await wait(llm.embed(inputs))
     firsts = [vector[0] for vector in found.vectors]
-    tally.expect(
-        "embed", firsts if place.reply else len(firsts), list(map(float, map(len, inputs))) if place.reply else 3
-    )
+    if place.reply:
+        tally.expect("embed", firsts, [float(len(each)) for each in inputs])
+    else:
+        tally.expect("embed", len(firsts), len(inputs))
 
 
 async def _pull(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
@@ -128,7 +129,7 @@ async def _pull(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
         tally.done["pull"] += 1
 
 
-async def _health(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:  # noqa: ARG001 - as the others
+async def _health(llm: Any, wait: Wait, _place: Place, tally: Tally) -> None:
     found = await wait(llm.health(max_age=0))
     tally.expect("health", found.ok or isinstance(found.error, GraftageError), wanted=True)
 
@@ -153,7 +154,7 @@ WORK: Final = (_chat, _generate, _stream, _break, _embed, _pull, _health)
 
 async def _do(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
     """One operation; an error of Graftage's own is an answer, too."""
-    work = random.choice(WORK)  # noqa: S311
+    work = RANDOM.choice(WORK)
     try:
         await work(llm, wait, place, tally)
     except GraftageError as error:
@@ -184,8 +185,8 @@ def _tasks(place: Place, tally: Tally, count: int) -> None:
     async def one(llm: Any) -> None:
         while not tally.stop.is_set():
             task = asyncio.create_task(_do(llm, wait, place, tally))
-            if random.random() < 0.1:  # noqa: S311
-                await asyncio.sleep(random.random() * 0.01)  # noqa: S311
+            if RANDOM.random() < 0.1:
+                await asyncio.sleep(RANDOM.random() * 0.01)
                 task.cancel()
                 tally.done["cancel"] += 1
             await asyncio.wait([task])
@@ -203,7 +204,7 @@ def _faults(fake: FakeOllama, tally: Tally) -> None:
     seen = 0
     while not tally.stop.wait(0.005):
         for _ in range((len(fake.requests) - seen) // 5):
-            fake.script(random.choice(PATHS), random.choice(GONE_WRONG))  # noqa: S311
+            fake.script(RANDOM.choice(PATHS), RANDOM.choice(GONE_WRONG))
             seen += 5
         if seen > 1000:  # The fake remembers for ever otherwise
             del fake.requests[:seen]
@@ -217,8 +218,8 @@ def figures() -> dict[str, float]:
         memory = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    folder = "/proc/self/fd" if Path("/proc/self/fd").exists() else "/dev/fd"
-    return {"MB": memory / 1e6, "descriptors": len(os.listdir(folder)), "threads": threading.active_count()}  # noqa: PTH208
+    folder = next(each for each in map(Path, ("/proc/self/fd", "/dev/fd")) if each.exists())
+    return {"MB": memory / 1e6, "descriptors": len(list(folder.iterdir())), "threads": threading.active_count()}
 
 
 def show(began: float, now: dict[str, float], tally: Tally) -> None:
@@ -263,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="half of them threads, half of them tasks")
     given = parser.parse_args(arguments)
-    random.seed(given.seed)
+    RANDOM.seed(given.seed)
     before = figures()
     with FakeOllama(reply=REPLY) as fake:
         places = [Place(fake.url, MODEL, REPLY)] + ([Place(given.host, given.model, None)] if given.host else [])
