@@ -31,11 +31,11 @@ from graftage.http.errors import refused
 from graftage_ollama._errors import refusal
 from graftage_ollama._settings import parse_host
 
-LONGEST_MESSAGE: Final = 4000
+MAX_MESSAGE: Final = 4000
 """Characters of an error: it goes into logs."""
 
 
-def cut(data: bytes) -> list[bytes]:
+def split(data: bytes) -> list[bytes]:
     """Data in pieces, whose lengths it gives itself."""
     pieces, start = [], 0
     while start < len(data):
@@ -65,7 +65,7 @@ def value_of(data: bytes) -> Any:
 # --- A stream --------------------------------------------------------------------------------------------------------
 
 
-class Given:
+class ScriptedTransport:
     """A transport, and the answer that it always gives: pieces of a body."""
 
     colour = None
@@ -73,7 +73,7 @@ class Given:
     headers: Headers = (("content-type", "application/x-ndjson"),)
     pieces: Iterator[bytes] = iter(())
 
-    def wrap(self, _network: object) -> Given:
+    def wrap(self, _network: object) -> ScriptedTransport:
         """This."""
         return self
 
@@ -89,17 +89,17 @@ class Given:
         """Do nothing."""
 
 
-GIVEN: Final = Given()
+TRANSPORT: Final = ScriptedTransport()
 _clients: list[graftage.Client] = []
 
 
 def _client() -> graftage.Client:
     if not _clients:
-        _clients.append(graftage.connect("ollama", host="127.0.0.1", model="m", transport=GIVEN, attempts=1))
+        _clients.append(graftage.connect("ollama", host="127.0.0.1", model="m", transport=TRANSPORT, attempts=1))
     return _clients[0]
 
 
-def _said(body: bytes) -> str:
+def _text_in(body: bytes) -> str:
     """The text of a whole answer, as the simplest reader has it."""
     texts = []
     for line in body.split(b"\n"):
@@ -113,12 +113,12 @@ def _said(body: bytes) -> str:
 
 def lines(data: bytes) -> None:
     """A stream of lines, in pieces of any size: all of its text, or an error with what had come."""
-    GIVEN.pieces = iter(cut(data))
+    TRANSPORT.pieces = iter(split(data))
     seen: list[str] = []
     try:
         with _client().chat("x", stream=True) as stream:
             seen.extend(chunk.text for chunk in stream)
-        whole = _said(data)
+        whole = _text_in(data)
         assert stream.reply.text == whole
     except GraftageError as error:
         whole = error.partial.text if error.partial else ""
@@ -127,10 +127,10 @@ def lines(data: bytes) -> None:
 
 def framing(data: bytes) -> None:
     """The framing of an answer: what is read of it does not depend on how it came."""
-    assert _framed([data]) == _framed(cut(data))
+    assert _read_framing([data]) == _read_framing(split(data))
 
 
-def _framed(pieces: list[bytes]) -> tuple[Any, ...]:
+def _read_framing(pieces: list[bytes]) -> tuple[Any, ...]:
     answer = Framing()
     for piece in pieces:
         try:
@@ -154,7 +154,7 @@ def errors(data: bytes) -> None:
             error = refused(Answer(status=status, headers=(), body=data, call=call, server="Ollama"), refusal)
             assert isinstance(error, ProviderError)
             assert error.hint
-            assert len(str(error)) < LONGEST_MESSAGE
+            assert len(str(error)) < MAX_MESSAGE
             json.dumps(error.to_dict())
 
 

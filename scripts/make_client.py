@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 CLIENT = Path(__file__).resolve().parent.parent / "core" / "graftage" / "_client"
-SOURCE, MADE = CLIENT / "async_client.py", CLIENT / "sync_client.py"
+SOURCE, TARGET = CLIENT / "async_client.py", CLIENT / "sync_client.py"
 HEAD = '"""The client for threads. Made from `async_client.py` by `python scripts/make_client.py`: change that file."""'
 WORDS = {
     r"A connection to a provider, for asyncio\.": "A connection to a provider.",
@@ -38,7 +38,7 @@ WORDS = {
 RUFF = [sys.executable, "-m", "ruff"]
 
 
-def made() -> str:
+def sync_source() -> str:
     """Return the source of the sync client."""
     text = SOURCE.read_text(encoding="utf-8")
     text = HEAD + _without_await(text)[len(ast.get_docstring(ast.parse(text), clean=False) or "") + 6 :]
@@ -46,7 +46,7 @@ def made() -> str:
         text = re.sub(old, new, text)
     for command in (["check", "--fix-only", "--select=F401,I"], ["format"]):
         done = subprocess.run(
-            [*RUFF, *command, "--quiet", f"--stdin-filename={MADE}", "-"],
+            [*RUFF, *command, "--quiet", f"--stdin-filename={TARGET}", "-"],
             input=text,
             capture_output=True,
             text=True,
@@ -75,13 +75,13 @@ def _without_await(text: str) -> str:
 
 def main() -> int:
     """Write the client, or check that it is up to date."""
-    new = made()
+    new = sync_source()
     if "--check" in sys.argv[1:]:
-        if MADE.read_text(encoding="utf-8") != new:
-            print(f"{MADE.name} is not up to date: run `python scripts/make_client.py`.")
+        if TARGET.read_text(encoding="utf-8") != new:
+            print(f"{TARGET.name} is not up to date: run `python scripts/make_client.py`.")
             return 1
         return 0
-    MADE.write_text(new, encoding="utf-8")
+    TARGET.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -26,7 +26,7 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
-LIMIT = 300.0
+TIME_LIMIT = 300.0
 """Seconds for the tests of one mutant; one that makes them hang is killed by the clock."""
 PACKAGES = ("core", "providers/ollama", "providers/llamacpp", "plugins/lora", "plugins/m4")
 PASSED, FAILED = 0, 1
@@ -44,12 +44,12 @@ class Mutant:
     tests: str
     """Arguments of pytest."""
 
-    def put_into(self, text: str) -> str | None:
+    def apply(self, text: str) -> str | None:
         """The mutated source; None where the line is not there exactly once."""
         return text.replace(self.old, self.new) if text.count(self.old) == 1 and self.old != self.new else None
 
 
-def read() -> Iterator[Mutant]:
+def read_table() -> Iterator[Mutant]:
     """The mutants of the table, in order."""
     for area, files in tomllib.loads(TABLE.read_text(encoding="utf-8")).items():
         rows = [(file, *row) for file, given in files.items() for row in given["mutants"]]
@@ -82,7 +82,7 @@ def run_tests(folder: Path, tests: str) -> int | None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        return process.wait(LIMIT)
+        return process.wait(TIME_LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         process.wait()
@@ -93,7 +93,7 @@ def judge(mutant: Mutant, folder: Path) -> str:
     """What became of a mutant in a copy of the tree, which is then as before."""
     file = folder / mutant.file
     source = file.read_text(encoding="utf-8") if file.exists() else ""
-    mutated = mutant.put_into(source)
+    mutated = mutant.apply(source)
     if mutated is None:
         return "stale"
     file.write_text(mutated, encoding="utf-8")
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trust", action="store_true", help="take it that the tests pass without a mutant")
     parser.add_argument("-j", dest="workers", type=int, default=1, help="how many at one time")
     given = parser.parse_args(arguments)
-    mutants = [each for each in read() if any(word in f"{each.name} {each.file} {each.old}" for word in given.only)]
+    mutants = [each for each in read_table() if any(word in f"{each.name} {each.file} {each.old}" for word in given.only)]
     if given.list:
         print(*(f"{each.name:14} {each.file}: {each.old}  ->  {each.new}" for each in mutants), sep="\n")
         return 0
@@ -123,26 +123,26 @@ def main(arguments: list[str] | None = None) -> int:
             copy_to(Path(work, str(place)))
             copies.put(Path(work, str(place)))
 
-        def told(name: str, what: str, judged: str, began: float) -> str:
+        def report(name: str, what: str, judged: str, began: float) -> str:
             print(f"{judged:9} {name:14} {time.monotonic() - began:5.0f} s  {what}", flush=True)
             return judged.partition(":")[0]
 
-        def one(mutant: Mutant) -> str:
+        def judge_one(mutant: Mutant) -> str:
             folder, began = copies.get(), time.monotonic()
             judged = judge(mutant, folder)
             copies.put(folder)
-            return told(mutant.name, f"{mutant.file}: {mutant.old}  ->  {mutant.new}", judged, began)
+            return report(mutant.name, f"{mutant.file}: {mutant.old}  ->  {mutant.new}", judged, began)
 
-        def unmutated(tests: str) -> str:
+        def check_tests(tests: str) -> str:
             folder, began = copies.get(), time.monotonic()
             passed = run_tests(folder, tests) == PASSED
             copies.put(folder)
-            return "" if passed else told("", f"without a mutant: {tests}", "broken", began)
+            return "" if passed else report("", f"without a mutant: {tests}", "broken", began)
 
         # Tests that fail anyway kill nothing.
         named = [] if given.trust else list(dict.fromkeys(each.tests for each in mutants))
-        outcomes.update(filter(None, pool.map(unmutated, named)))
-        outcomes.update(pool.map(one, mutants))
+        outcomes.update(filter(None, pool.map(check_tests, named)))
+        outcomes.update(pool.map(judge_one, mutants))
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
     return 0 if set(outcomes) <= {"killed"} else 1
 

@@ -34,7 +34,7 @@ from graftage_ollama.testing import Answer, FakeOllama
 MODEL: Final = "smollm2:135m"
 REPLY: Final = "The quick brown fox jumps over the lazy dog, é€😀."
 LINE: Final = {"message": {"role": "assistant", "content": "The "}, "response": "The ", "done": False}
-GONE_WRONG: Final = (
+FAULTS: Final = (
     Answer(raw=b"", ending="reset"),
     Answer(raw=b"", ending="close"),
     Answer([LINE], ending="reset"),
@@ -50,12 +50,12 @@ GONE_WRONG: Final = (
 )
 PATHS: Final = ("/api/chat", "/api/generate", "/api/embed", "/api/pull", "/api/version")
 TIMEOUTS: Final = Timeouts(connect=10.0, first_token=20.0, idle=0.5, total=30.0)
-LENGTH: Final = 8
+MAX_TOKENS: Final = 8
 """Words, or tokens, of an answer."""
-GROWTH: Final = {"MB": 8.0, "descriptors": 8, "threads": 8}
+MAX_GROWTH: Final = {"MB": 8.0, "descriptors": 8, "threads": 8}
 """What may be there at the end, once all has been closed, beyond what was there after the first rounds."""
 RANDOM: Final = random.Random()  # noqa: S311 - not for secrets
-EVERY: Final = 10.0
+REPORT_INTERVAL: Final = 10.0
 """Seconds between two lines of figures."""
 
 
@@ -74,7 +74,7 @@ class Tally:
             self.wrong.append(f"{what}: {found!r} instead of {wanted!r}")
 
 
-class Place(NamedTuple):
+class Server(NamedTuple):
     """A server, and what it says."""
 
     url: str
@@ -89,56 +89,56 @@ class Place(NamedTuple):
 Wait = Callable[[Any], Awaitable[Any]]
 
 
-async def _chat(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
-    reply = await wait(llm.chat("Hi", max_tokens=LENGTH))
-    tally.expect("chat", reply.text, _said(place, reply.text))
+async def _chat(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
+    reply = await wait(llm.chat("Hi", max_tokens=MAX_TOKENS))
+    tally.expect("chat", reply.text, _expected_text(server, reply.text))
 
 
-async def _generate(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
-    reply = await wait(llm.generate("Hi", max_tokens=LENGTH))
-    tally.expect("generate", reply.text, _said(place, reply.text))
+async def _generate(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
+    reply = await wait(llm.generate("Hi", max_tokens=MAX_TOKENS))
+    tally.expect("generate", reply.text, _expected_text(server, reply.text))
 
 
-async def _stream(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
-    stream = await wait(llm.chat("Hi", max_tokens=LENGTH, stream=True))
-    texts = [chunk.text async for chunk in _each(stream)]
-    tally.expect("stream", "".join(texts), _said(place, stream.reply.text))
+async def _stream(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
+    stream = await wait(llm.chat("Hi", max_tokens=MAX_TOKENS, stream=True))
+    texts = [chunk.text async for chunk in _chunks(stream)]
+    tally.expect("stream", "".join(texts), _expected_text(server, stream.reply.text))
     tally.expect("end of a stream", stream.reply.finish_reason in ("stop", "length"), wanted=True)
 
 
-async def _break(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
-    stream = await wait(llm.chat("Hi", max_tokens=LENGTH, stream=True))
-    async for chunk in _each(stream):
-        tally.expect("break", place.reply is None or place.reply.startswith(chunk.text), wanted=True)
+async def _break_off(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
+    stream = await wait(llm.chat("Hi", max_tokens=MAX_TOKENS, stream=True))
+    async for chunk in _chunks(stream):
+        tally.expect("break", server.reply is None or server.reply.startswith(chunk.text), wanted=True)
         break
 
 
-async def _embed(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+async def _embed(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
     inputs = ["a" * RANDOM.randint(1, 9) for _ in range(3)]
     found = await wait(llm.embed(inputs))
     firsts = [vector[0] for vector in found.vectors]
-    if place.reply:
+    if server.reply:
         tally.expect("embed", firsts, [float(len(each)) for each in inputs])
     else:
         tally.expect("embed", len(firsts), len(inputs))
 
 
-async def _pull(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
-    if place.reply is not None:
+async def _pull(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
+    if server.reply is not None:
         await wait(llm.pull("other:1b"))
         tally.done["pull"] += 1
 
 
-async def _health(llm: Any, wait: Wait, _place: Place, tally: Tally) -> None:
+async def _health(llm: Any, wait: Wait, _server: Server, tally: Tally) -> None:
     found = await wait(llm.health(max_age=0))
     tally.expect("health", found.ok or isinstance(found.error, GraftageError), wanted=True)
 
 
-def _said(place: Place, found: str) -> str:
-    return found if place.reply is None else "".join(re.findall(r"\S+\s*", place.reply)[:LENGTH])
+def _expected_text(server: Server, found: str) -> str:
+    return found if server.reply is None else "".join(re.findall(r"\S+\s*", server.reply)[:MAX_TOKENS])
 
 
-async def _each(stream: Any) -> Any:
+async def _chunks(stream: Any) -> Any:
     if hasattr(stream, "__anext__"):
         async with stream:
             async for chunk in stream:
@@ -149,42 +149,42 @@ async def _each(stream: Any) -> Any:
                 yield chunk
 
 
-WORK: Final = (_chat, _generate, _stream, _break, _embed, _pull, _health)
+OPERATIONS: Final = (_chat, _generate, _stream, _break_off, _embed, _pull, _health)
 
 
-async def _do(llm: Any, wait: Wait, place: Place, tally: Tally) -> None:
+async def _run_one(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
     """One operation; an error of Graftage's own is an answer, too."""
-    work = RANDOM.choice(WORK)
+    operation = RANDOM.choice(OPERATIONS)
     try:
-        await work(llm, wait, place, tally)
+        await operation(llm, wait, server, tally)
     except GraftageError as error:
         tally.done[f"error {type(error).__name__}"] += 1
     except Exception as error:  # noqa: BLE001 - that is what is looked for
-        tally.wrong.append(f"{work.__name__}: {error!r}")
+        tally.wrong.append(f"{operation.__name__}: {error!r}")
 
 
 # --- Who does it -----------------------------------------------------------------------------------------------------
 
 
-def _thread(place: Place, tally: Tally) -> None:
+def _run_thread(server: Server, tally: Tally) -> None:
     async def wait(value: Any) -> Any:
         return value
 
-    with retry.no_waiting(), graftage.connect("ollama", host=place.url, model=place.model, timeouts=TIMEOUTS) as llm:
+    with retry.no_waiting(), graftage.connect("ollama", host=server.url, model=server.model, timeouts=TIMEOUTS) as llm:
         while not tally.stop.is_set():
             try:
-                _do(llm, wait, place, tally).send(None)
+                _run_one(llm, wait, server, tally).send(None)
             except StopIteration:
                 continue
 
 
-def _tasks(place: Place, tally: Tally, count: int) -> None:
+def _run_tasks(server: Server, tally: Tally, count: int) -> None:
     async def wait(value: Any) -> Any:
         return await value
 
     async def one(llm: Any) -> None:
         while not tally.stop.is_set():
-            task = asyncio.create_task(_do(llm, wait, place, tally))
+            task = asyncio.create_task(_run_one(llm, wait, server, tally))
             if RANDOM.random() < 0.1:
                 await asyncio.sleep(RANDOM.random() * 0.01)
                 task.cancel()
@@ -192,19 +192,19 @@ def _tasks(place: Place, tally: Tally, count: int) -> None:
             await asyncio.wait([task])
 
     async def main() -> None:
-        async with graftage.connect_async("ollama", host=place.url, model=place.model, timeouts=TIMEOUTS) as llm:
+        async with graftage.connect_async("ollama", host=server.url, model=server.model, timeouts=TIMEOUTS) as llm:
             await asyncio.gather(*(one(llm) for _ in range(count)))
 
     with retry.no_waiting():
         asyncio.run(main())
 
 
-def _faults(fake: FakeOllama, tally: Tally) -> None:
+def _script_faults(fake: FakeOllama, tally: Tally) -> None:
     """Script faults as requests come: about one in five."""
     seen = 0
     while not tally.stop.wait(0.005):
         for _ in range((len(fake.requests) - seen) // 5):
-            fake.script(RANDOM.choice(PATHS), RANDOM.choice(GONE_WRONG))
+            fake.script(RANDOM.choice(PATHS), RANDOM.choice(FAULTS))
             seen += 5
         if seen > 1000:  # The fake remembers for ever otherwise
             del fake.requests[:seen]
@@ -222,7 +222,7 @@ def figures() -> dict[str, float]:
     return {"MB": memory / 1e6, "descriptors": len(list(folder.iterdir())), "threads": threading.active_count()}
 
 
-def show(began: float, now: dict[str, float], tally: Tally) -> None:
+def print_figures(began: float, now: dict[str, float], tally: Tally) -> None:
     """A line of figures."""
     calls = sum(count for what, count in tally.done.items() if not what.startswith("error"))
     errors = tally.done.total() - calls
@@ -233,22 +233,22 @@ def show(began: float, now: dict[str, float], tally: Tally) -> None:
     )
 
 
-def run(places: list[Place], fake: FakeOllama, minutes: float, workers: int) -> tuple[Tally, dict[str, float]]:
+def run(servers: list[Server], fake: FakeOllama, minutes: float, workers: int) -> tuple[Tally, dict[str, float]]:
     """Work for some minutes; what came of it, and the figures while it was warm."""
     tally = Tally()
-    threads = [threading.Thread(target=_faults, args=(fake, tally))]
-    for place in places:
-        threads += [threading.Thread(target=_thread, args=(place, tally)) for _ in range(workers // 2)]
-        threads.append(threading.Thread(target=_tasks, args=(place, tally, workers // 2)))
+    threads = [threading.Thread(target=_script_faults, args=(fake, tally))]
+    for server in servers:
+        threads += [threading.Thread(target=_run_thread, args=(server, tally)) for _ in range(workers // 2)]
+        threads.append(threading.Thread(target=_run_tasks, args=(server, tally, workers // 2)))
     for thread in threads:
         thread.start()
     began = time.monotonic()
     warm: dict[str, float] = {}
     while (left := began + minutes * 60 - time.monotonic()) > 0 and not tally.wrong:
-        time.sleep(min(EVERY, left))
+        time.sleep(min(REPORT_INTERVAL, left))
         now = figures()
         warm = warm or now
-        show(began, now, tally)
+        print_figures(began, now, tally)
     tally.stop.set()
     for thread in threads:
         thread.join()
@@ -267,14 +267,14 @@ def main(arguments: list[str] | None = None) -> int:
     RANDOM.seed(given.seed)
     before = figures()
     with FakeOllama(reply=REPLY) as fake:
-        places = [Place(fake.url, MODEL, REPLY)] + ([Place(given.host, given.model, None)] if given.host else [])
-        tally, warm = run(places, fake, given.minutes, given.workers)
+        servers = [Server(fake.url, MODEL, REPLY)] + ([Server(given.host, given.model, None)] if given.host else [])
+        tally, warm = run(servers, fake, given.minutes, given.workers)
     time.sleep(1)
     after = figures()
-    grown = {name: after[name] - max(before[name], warm.get(name, 0) if name == "MB" else 0) for name in GROWTH}
+    grown = {name: after[name] - max(before[name], warm.get(name, 0) if name == "MB" else 0) for name in MAX_GROWTH}
     problems = [
         *tally.wrong[:20],
-        *(f"{name} grew by {grown[name]:g}" for name in GROWTH if grown[name] > GROWTH[name]),
+        *(f"{name} grew by {grown[name]:g}" for name in MAX_GROWTH if grown[name] > MAX_GROWTH[name]),
     ]
     print(", ".join(f"{count} {what}" for what, count in sorted(tally.done.items())))
     print("\n".join(problems) or f"seed {given.seed}: nothing was wrong, and nothing grew: {after}")
