@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import assert_type
 
@@ -138,6 +138,11 @@ async def async_host() -> None:
         assert_type(llm, graftage.AsyncClient)
         assert_type(await llm.chat("x"), Reply)
         assert_type(await llm.generate("x"), Reply)
+        async for chunk in llm.chat("x", stream=True):
+            assert_type(chunk, Chunk)
+        async with llm.generate("x", stream=True) as entered:
+            assert_type(entered, graftage.AsyncStream)
+        assert_type(llm.chat("x"), Coroutine[Any, Any, Reply])
         stream = await llm.chat("x", stream=True)
         assert_type(stream, graftage.AsyncStream)
         async with stream:
