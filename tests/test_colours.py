@@ -1,6 +1,6 @@
-"""One hook, one name, one colour: a provider's hook is written once, in the way that suits it, and serves both clients.
+"""One hook, one name, one colour: a hook is written once, as `def` or `async def`, and serves both clients.
 
-Whatever a hook is, and however its caller leaves it: nothing hangs, nothing is sent twice, and all is given back.
+Nothing hangs, nothing is sent twice, and everything is released, even if a caller leaves early.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
 
 
 def soon(truth: Callable[[], Any]) -> bool:
-    """Whether something becomes true, garbage being collected meanwhile."""
+    """Check that something becomes true soon; collect garbage meanwhile."""
     until = time.monotonic() + 5
     while not truth() and time.monotonic() < until:
         gc.collect()
@@ -70,7 +70,7 @@ def soon(truth: Callable[[], Any]) -> bool:
 
 
 def run(program: str, *arguments: str) -> str:
-    """What a program prints; it must end well, and warn of nothing."""
+    """Return what a program prints. It must succeed without warnings."""
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
         capture_output=True,
@@ -83,7 +83,7 @@ def run(program: str, *arguments: str) -> str:
 
 
 class OnToolkit:
-    """Server-sent events and JSON, written once. The author closes nothing."""
+    """A connection on server-sent events and JSON. It closes nothing itself."""
 
     def __init__(self, request: Any, url: str, vectors: str | None = None) -> None:
         self.http = request.http(url)
@@ -98,7 +98,7 @@ class OnToolkit:
 
         async for chunk in self.http.events("POST", "/chat", {}, call=request.call, read=read):
             if chunk.text == "raise":
-                raise InferenceFailed("as the author says")
+                raise InferenceFailed("the hook's error")
             yield chunk
             if chunk.text == "return":
                 return
@@ -130,7 +130,7 @@ EVENTS = {"content-type": "text/event-stream"}
 WHOLE = [event(text="Hello "), event(text="world"), event(text="", end="stop"), b"data: [DONE]\n\n"]
 
 
-def said(*chunks: Any, **how: Any) -> Answer:
+def streamed(*chunks: Any, **how: Any) -> Answer:
     return Answer(list(chunks) or WHOLE, headers=EVENTS, **how)
 
 
@@ -150,17 +150,17 @@ def count_chunks() -> int:
 
 ODD: dict[str, tuple[bytes, list[str]]] = {
     "half of a surrogate pair": (rb'["a\ud83dz", "\uDE00", "\ud83d\ude00"]', ["a\ufffdz", "\ufffd", "\U0001f600"]),
-    "what is only JavaScript": (b"[NaN, Infinity, -Infinity]", ["nan", "inf", "-inf"]),
+    "JavaScript numbers": (b"[NaN, Infinity, -Infinity]", ["nan", "inf", "-inf"]),
     "beyond any float": (b"[1e400, -1e400, 1e-400]", ["inf", "-inf", "0.0"]),
     "whole numbers": (b"[9" + b"9" * 30 + b", -0, 18446744073709551616]", ["9" * 31, "0", str(2**64)]),
     "halfway between two floats": (b"[9007199254740993.0, 5e-324]", ["9007199254740992.0", "5e-324"]),
-    "a name that is there twice": (b'["a"], "models": ["b"]', ["b"]),
-    "nested, within reason": (b'["a"], "more": ' + b"[" * 100 + b"]" * 100, ["a"]),
+    "a repeated name": (b'["a"], "models": ["b"]', ["b"]),
+    "moderate nesting": (b'["a"], "more": ' + b"[" * 100 + b"]" * 100, ["a"]),
 }
 
 
 def embedded(both: Any, fake: FakeOllama, body: bytes, vectors: str | None) -> Any:
-    """What comes of an answer: the vectors and what else was in it, or the error."""
+    """Return the vectors and warnings that a client reads from a response, or its error."""
     fake.script("/embed", Answer([body]))
     llm = both.connect(Giving(lambda request: OnToolkit(request, fake.url, vectors)), model=MODEL)
     try:
@@ -193,7 +193,7 @@ def leave_in_a_thread(stream: Any) -> None:
 
 class TestToolkit:
     def test_one_hook_serves_both_clients(self, both: Any, fake: FakeOllama) -> None:
-        fake.script("/chat", said(), said())
+        fake.script("/chat", streamed(), streamed())
         fake.script("/models", Answer([b'{"models": ["a", "b"]}']))
         fake.script("/embed", Answer([b'{"vectors": [[1.0]]}']))
         llm = both.connect(on_toolkit(fake), model=MODEL)
@@ -204,7 +204,7 @@ class TestToolkit:
         assert (fake.accepted, llm.stats().running) == (1, 0)
 
     def test_close_ends_a_pending_read(self, fake: FakeOllama) -> None:
-        fake.script("/chat", said(*WHOLE[:1], ending="stall"))
+        fake.script("/chat", streamed(*WHOLE[:1], ending="stall"))
         timeouts = Timeouts(connect=5, first_token=60, idle=60, total=60)
         with graftage.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts) as llm:
             stream = llm.chat("x", stream=True)
@@ -220,7 +220,7 @@ class TestToolkit:
             assert (llm.stats().running, llm.stats().failures) == (0, 0)
 
     def test_slow_reader_is_not_idle(self, both: Any, fake: FakeOllama) -> None:
-        fake.script("/chat", said(*WHOLE, delay=0.01))
+        fake.script("/chat", streamed(*WHOLE, delay=0.01))
         timeouts = Timeouts(connect=5, first_token=20, idle=0.2, total=20)
         stream = both.connect(on_toolkit(fake), model=MODEL, timeouts=timeouts).chat("x", stream=True)
         pieces = []
@@ -230,7 +230,7 @@ class TestToolkit:
         assert "".join(pieces) == "Hello world"
 
     def test_read_chunks_are_not_kept(self, both: Any, fake: FakeOllama) -> None:
-        fake.script("/chat", said(*[event(text="a ")] * 300, *WHOLE[-2:]))
+        fake.script("/chat", streamed(*[event(text="a ")] * 300, *WHOLE[-2:]))
         before = count_chunks()
         stream = both.connect(on_toolkit(fake), model=MODEL).chat("x", stream=True)
         for _ in range(299):
@@ -243,16 +243,16 @@ class TestToolkit:
         head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(body)
 
         async def ask() -> list[str]:
-            # Nobody is answered before everybody has asked: one after another they would wait for ever.
+            # No response comes before all requests: sequential calls would wait for ever.
             all_here = asyncio.Barrier(together)
 
-            async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 await reader.readuntil(b"\r\n\r\n")
                 await all_here.wait()
                 writer.write(head + body)
                 writer.close()
 
-            async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
                 url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
                 async with graftage.connect_async(Giving(lambda request: OnToolkit(request, url)), model=MODEL) as llm:
                     return [each.text for each in await asyncio.gather(*(llm.chat("x") for _ in range(together)))]
@@ -298,8 +298,8 @@ class TestToolkit:
         assert issubclass(kind, ProviderError)
 
     def test_running_loop_adopts_no_generators(self, fake: FakeOllama) -> None:
-        """As in Jupyter: a loop runs in this thread, and would end the generators that begin in it."""
-        fake.script("/chat", *[said() for _ in range(6)])
+        """As in Jupyter: a loop runs in this thread and would close generators that start in it."""
+        fake.script("/chat", *[streamed() for _ in range(6)])
         adopted: list[Any] = []
 
         async def main() -> None:
@@ -327,7 +327,7 @@ class TestToolkit:
         assert adopted == []
 
     def test_error_restores_the_loops_hooks(self, fake: FakeOllama) -> None:
-        fake.script("/chat", said(event(text="raise")))
+        fake.script("/chat", streamed(event(text="raise")))
 
         async def main() -> None:
             before = sys.get_asyncgen_hooks()
@@ -339,7 +339,7 @@ class TestToolkit:
 
     @pytest.mark.parametrize("end", ["break", "raise", "return"])
     def test_ended_hook_returns_its_connection(self, both: Any, fake: FakeOllama, end: str) -> None:
-        fake.script("/chat", *[said(event(text=end), ending="stall") for _ in range(5)])
+        fake.script("/chat", *[streamed(event(text=end), ending="stall") for _ in range(5)])
         llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
         for _ in range(5):
             with pytest.raises(InferenceFailed if end == "raise" else StreamInterrupted):
@@ -351,7 +351,7 @@ class TestToolkit:
     def test_leaving_reader_returns_the_connection(
         self, both: Any, fake: FakeOllama, leave: Callable[[Any], None]
     ) -> None:
-        fake.script("/chat", *[said(event(text="Hello"), ending="stall") for _ in range(5)])
+        fake.script("/chat", *[streamed(event(text="Hello"), ending="stall") for _ in range(5)])
         llm = both.connect(on_toolkit(fake), model=MODEL, concurrency=1)
         for _ in range(5):
             leave(llm.chat("x", stream=True, timeout=10))
@@ -360,7 +360,7 @@ class TestToolkit:
 
 
 class Sleepy:
-    """Waits for its own loop, and does not say so. Cleans up by waiting, too, as an SDK's session does."""
+    """A connection that waits without declaring it. Its cleanup may wait too, like that of an SDK."""
 
     def __init__(self, where: str = "before", *, tidies: bool = False, needs_loop: bool = False) -> None:
         self.where = where
@@ -429,7 +429,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 class TestSuspension:
-    @pytest.mark.parametrize("tidies", [False, True], ids=["", "and again to tidy up"])
+    @pytest.mark.parametrize("tidies", [False, True], ids=["", "and again in cleanup"])
     @pytest.mark.parametrize("where", ["before", "between"])
     @pytest.mark.parametrize("use", USES)
     def test_is_an_error(self, use: str, where: str, tidies: bool) -> None:
@@ -468,7 +468,8 @@ FORKED_LOOP = """
     from graftage.hookspecs import hookimpl
     from graftage.types import Chunk
 
-    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of each fork of a process with threads.
+    # Python 3.12 warns of each fork of a process with threads.
+    warnings.simplefilter("ignore", DeprecationWarning)
 
     class Connection:
         needs_event_loop = True
@@ -607,7 +608,7 @@ class TestBackgroundLoop:
             needs_event_loop = True
             chat, list_models, embed = OnToolkit.chat, OnToolkit.list_models, OnToolkit.embed
 
-        fake.script("/chat", said(event(text="Hello"), ending="stall"), said())
+        fake.script("/chat", streamed(event(text="Hello"), ending="stall"), streamed())
         fake.script("/models", Answer([b'{"models": ["a"]}']))
         llm = both.connect(Giving(lambda request: Mixed(request, fake.url)), model=MODEL)
         stream = llm.chat("x", stream=True, timeout=Timeouts(connect=5, first_token=5, idle=2, total=10))
@@ -625,7 +626,7 @@ class TestBackgroundLoop:
 
 
 class Returning:
-    """`def` hooks that give back what must be awaited."""
+    """A connection whose `def` hooks return what a function makes."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -724,7 +725,7 @@ class MisspeltInside(Least):
 
 
 class Coloured:
-    """A transport of one colour, which counts what it is asked to send."""
+    """A transport of one colour that counts its requests."""
 
     def __init__(self, colour: Any) -> None:
         self.colour = colour
@@ -873,13 +874,13 @@ class TestSharing:
                 await asyncio.sleep(0.2)
                 assert fake.open_connections <= 2
 
-        fake.script("/chat", *[said(*pieces) for _ in range(400)])
+        fake.script("/chat", *[streamed(*pieces) for _ in range(400)])
         fake.script("/embed", *[Answer([b'{"vectors": ', b"[[1.0]]}"]) for _ in range(400)])
         asyncio.run(main())
         assert soon(lambda: fake.open_connections == 0)
 
     def test_event_loops_take_turns(self, fake: FakeOllama) -> None:
-        fake.script("/chat", *[said() for _ in range(20)])
+        fake.script("/chat", *[streamed() for _ in range(20)])
         llm = graftage.connect_async(on_toolkit(fake), model=MODEL, concurrency=1)
 
         async def main(*, leave: bool) -> None:
@@ -895,7 +896,7 @@ class TestSharing:
         asyncio.run(llm.close())
 
     def test_threads_share_a_sync_client(self, fake: FakeOllama) -> None:
-        fake.script("/chat", *[said() for _ in range(200)])
+        fake.script("/chat", *[streamed() for _ in range(200)])
         with graftage.connect(on_toolkit(fake), model=MODEL, concurrency=4) as llm:
 
             def work(number: int) -> None:
@@ -910,11 +911,11 @@ class TestSharing:
             assert soon(lambda: llm.stats().running == 0)
             assert fake.open_connections <= 4
 
-    @pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no timers that signal")
+    @pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="this system has no signal timers")
     def test_interrupt_frees_the_slot(self, fake: FakeOllama) -> None:
-        stalled = [said(event(text="Hello"), ending="stall"), Answer(raw=b"HTTP/1.1 200 OK\r\n", ending="stall")]
+        stalled = [streamed(event(text="Hello"), ending="stall"), Answer(raw=b"HTTP/1.1 200 OK\r\n", ending="stall")]
         fake.script("/stall", *stalled * 3)
-        fake.script("/m", said(), said())
+        fake.script("/m", streamed(), streamed())
         assert run(INTERRUPTED, fake.url).splitlines() == ["interrupted 0"] * 6 + ["Hello world 0"]
 
 
@@ -928,7 +929,7 @@ CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
 def drip(data: bytes, times: int = 200) -> Answer:
-    """Bytes without end, slowly."""
+    """Return a response that repeats some bytes slowly."""
     return Answer([data] * times, headers=EVENTS, delay=0.05)
 
 
@@ -940,9 +941,12 @@ SLOW: dict[str, tuple[Answer, set[str]]] = {
     "empty lines": (drip(b"\n"), {"first_token"}),
     "an event, then empty lines": (Answer([WHOLE[0], *[b"\r\n"] * 200], headers=EVENTS, delay=0.05), {"idle"}),
     "events for ever": (drip(WHOLE[0]), {"total"}),
-    "a head, byte by byte": (Answer([b"x"] * 200, raw=HEAD, delay=0.05), {"first_token"}),
-    "heads for ever": (Answer([b"HTTP/1.1 100 Continue\r\n\r\n"] * 200, raw=b"", delay=0.05), {"first_token"}),
-    "a size of a chunk": (Answer([b"0"] * 200, raw=CHUNKED, delay=0.05), {"first_token"}),
+    "a header, byte by byte": (Answer([b"x"] * 200, raw=HEAD, delay=0.05), {"first_token"}),
+    "interim responses for ever": (
+        Answer([b"HTTP/1.1 100 Continue\r\n\r\n"] * 200, raw=b"", delay=0.05),
+        {"first_token"},
+    ),
+    "a chunk size": (Answer([b"0"] * 200, raw=CHUNKED, delay=0.05), {"first_token"}),
     "trailers": (Answer([b"0\r\n", *[b"a: b\r\n"] * 200], raw=CHUNKED, delay=0.05), {"first_token"}),
     "an error, byte by byte": (Answer([b"x"] * 200, status=400, delay=0.05), {"first_token", "idle"}),
 }
@@ -952,53 +956,53 @@ BIG = b"x" * (1 << 20)
 
 
 WRONG: dict[str, Answer] = {
-    "a line of 9 MB": said(b"data: ", *[BIG] * 9),
-    "an event without end": said(*[b"data: " + BIG[: 1 << 19] + b"\n"] * 12),
-    "comments without end": said(*[b": " + BIG[: 1 << 19] + b"\n"] * 12),
-    "empty lines without end": said(*[b"\n" * (1 << 20)] * 6),
-    "a huge head": Answer([b"x-a: " + BIG + b"\r\n"], raw=HEAD),
-    "a million heads": Answer([b"a: b\r\n" * 200_000], raw=HEAD),
-    "garbage for the size of a chunk": Answer([b"zz\r\nhello\r\n"], raw=CHUNKED),
-    "a chunk of a negative size": Answer([b"-5\r\nhello\r\n"], raw=CHUNKED),
-    "a chunk of a huge size": Answer([b"f" * 40 + b"\r\nhello\r\n"], raw=CHUNKED),
+    "a line of 9 MB": streamed(b"data: ", *[BIG] * 9),
+    "an event without end": streamed(*[b"data: " + BIG[: 1 << 19] + b"\n"] * 12),
+    "comments without end": streamed(*[b": " + BIG[: 1 << 19] + b"\n"] * 12),
+    "empty lines without end": streamed(*[b"\n" * (1 << 20)] * 6),
+    "a huge header": Answer([b"x-a: " + BIG + b"\r\n"], raw=HEAD),
+    "too many headers": Answer([b"a: b\r\n" * 200_000], raw=HEAD),
+    "an invalid chunk size": Answer([b"zz\r\nhello\r\n"], raw=CHUNKED),
+    "a negative chunk size": Answer([b"-5\r\nhello\r\n"], raw=CHUNKED),
+    "a huge chunk size": Answer([b"f" * 40 + b"\r\nhello\r\n"], raw=CHUNKED),
     "a chunk that is too short": Answer([b"5\r\nhelloworld\r\n"], raw=CHUNKED),
-    "less than was promised": Answer(
+    "less than its length": Answer(
         WHOLE[:1], framing="none", headers={**EVENTS, "content-length": "999"}, ending="close"
     ),
-    "no number for a length": Answer(WHOLE, framing="none", headers={**EVENTS, "content-length": "many"}),
+    "an invalid length": Answer(WHOLE, framing="none", headers={**EVENTS, "content-length": "many"}),
     "a negative length": Answer(WHOLE, framing="none", headers={**EVENTS, "content-length": "-1"}),
     "two lengths": Answer(WHOLE, raw=HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n"),
-    "the end of an event is missing": said(WHOLE[0], b'data: {"text"', ending="end"),
-    "the end of the stream is missing": said(WHOLE[0]),
-    "no event at all": said(b""),
-    "only the end": said(b"data: [DONE]\n\n"),
-    "an event that is no object": said(b"data: 5\n\n"),
-    "an event that is no JSON": said(b"data: {\n\n"),
-    "an event that is no text": said(b"data: \xff\xfe\n\n"),
-    "an event of deep nests": said(b"data: " + b"[" * 100_000 + b"\n\n"),
-    "an event of a huge number": said(b"data: " + b"9" * 10_000 + b"\n\n"),
-    "an error": said(b'data: {"error": {"message": "full"}}\n\n'),
-    "an event that is called an error": said(b'event: error\ndata: {"message": "full"}\n\n'),
+    "the end of an event is missing": streamed(WHOLE[0], b'data: {"text"', ending="end"),
+    "the end of the stream is missing": streamed(WHOLE[0]),
+    "no events": streamed(b""),
+    "only the end": streamed(b"data: [DONE]\n\n"),
+    "an event that is not an object": streamed(b"data: 5\n\n"),
+    "invalid JSON in an event": streamed(b"data: {\n\n"),
+    "invalid UTF-8 in an event": streamed(b"data: \xff\xfe\n\n"),
+    "deep nesting in an event": streamed(b"data: " + b"[" * 100_000 + b"\n\n"),
+    "a huge number in an event": streamed(b"data: " + b"9" * 10_000 + b"\n\n"),
+    "an error": streamed(b'data: {"error": {"message": "full"}}\n\n'),
+    "an event named error": streamed(b'event: error\ndata: {"message": "full"}\n\n'),
     "a web page": Answer([b"<html>"], headers={"content-type": "text/html"}),
     "compressed": Answer([b"xx"], headers={"content-encoding": "gzip"}),
-    "HTTP of another kind": Answer([], raw=b"HTTP/2 200 OK\r\n\r\n", ending="close"),
-    "no HTTP": Answer([BIG], raw=b"", ending="close"),
-    "a switch of protocols": Answer([], raw=b"HTTP/1.1 101 Switching\r\n\r\n", ending="close"),
-    "a code of 999": Answer([b"{}"], raw=b"HTTP/1.1 999 What\r\nconnection: close\r\ncontent-length: 2\r\n\r\n"),
+    "HTTP/2": Answer([], raw=b"HTTP/2 200 OK\r\n\r\n", ending="close"),
+    "not HTTP": Answer([BIG], raw=b"", ending="close"),
+    "another protocol": Answer([], raw=b"HTTP/1.1 101 Switching\r\n\r\n", ending="close"),
+    "status 999": Answer([b"{}"], raw=b"HTTP/1.1 999 What\r\nconnection: close\r\ncontent-length: 2\r\n\r\n"),
     "nothing": Answer([], raw=b"HTTP/1.1 204 None\r\nconnection: close\r\n\r\n"),
 }
 
 
 OBJECTS: dict[str, Answer] = {
     "without end": Answer([BIG] * 6),
-    "a promise of too much": Answer([], framing="none", headers={"content-length": "99999999999"}, ending="close"),
+    "a huge length": Answer([], framing="none", headers={"content-length": "99999999999"}, ending="close"),
     "cut": Answer([b'{"models": ['], framing="none", headers={"content-length": "99"}, ending="close"),
-    "garbage for the size of a chunk": Answer([b"zz\r\n{}\r\n"], raw=CHUNKED),
-    "a huge head": Answer([b"x-a: " + BIG + b"\r\n"], raw=HEAD),
-    "deep nests": Answer([b'{"models": ' + b"[" * 100_000]),
+    "an invalid chunk size": Answer([b"zz\r\n{}\r\n"], raw=CHUNKED),
+    "a huge header": Answer([b"x-a: " + BIG + b"\r\n"], raw=HEAD),
+    "deep nesting": Answer([b'{"models": ' + b"[" * 100_000]),
     "a huge number": Answer([b'{"models": ' + b"9" * 10_000 + b"}"]),
-    "no object": Answer([b"[]"]),
-    "no text": Answer([b"\xff\xfe{}"]),
+    "not an object": Answer([b"[]"]),
+    "invalid UTF-8": Answer([b"\xff\xfe{}"]),
     "another object": Answer([b'{"modells": []}']),
     "nothing": Answer([]),
     "an error": Answer([b'{"error": "full"}']),
@@ -1046,7 +1050,7 @@ class TestResponses:
 
     @pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
     def test_wrong_events_are_typed_errors(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
-        fake.script("/chat", answer, answer, said())
+        fake.script("/chat", answer, answer, streamed())
         timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)
         llm = both.connect(
             on_toolkit(fake), model=MODEL, timeouts=timeouts, attempts=1, concurrency=1, max_reply_bytes=4 << 20
@@ -1086,7 +1090,7 @@ class TestResponses:
 
     @pytest.mark.parametrize("body", CROWDED.values(), ids=CROWDED)
     def test_crowded_event_is_refused(self, both: Any, fake: FakeOllama, body: bytes) -> None:
-        fake.script("/chat", said(WHOLE[0], body))
+        fake.script("/chat", streamed(WHOLE[0], body))
         with pytest.raises(ProtocolError, match="the limit is 100000"):
             both.connect(on_toolkit(fake), model=MODEL).chat("x")
 
@@ -1100,7 +1104,9 @@ class TestResponses:
                 seen.extend([len(items._reader._fields) async for _ in items])
                 yield END
 
-        fake.script("/chat", said(WHOLE[0], b"".join(b"f%d: x\n" % each for each in range(999)), b"id: 7\n", *WHOLE))
+        fake.script(
+            "/chat", streamed(WHOLE[0], b"".join(b"f%d: x\n" % each for each in range(999)), b"id: 7\n", *WHOLE)
+        )
         both.connect(Giving(lambda request: Looking(request, fake.url)), model=MODEL).chat("x")
         assert max(seen) <= 1
 
@@ -1132,5 +1138,5 @@ class TestResponses:
 
     def test_bom_and_any_newline_are_accepted(self, both: Any, fake: FakeOllama) -> None:
         body = b"\xef\xbb\xbf" + b"".join(WHOLE).replace(b"\n", b"\r\n").replace(b"data: [", b"data:[")
-        fake.script("/chat", said(*[body[place : place + 1] for place in range(len(body))]))
+        fake.script("/chat", streamed(*[body[place : place + 1] for place in range(len(body))]))
         assert both.connect(on_toolkit(fake), model=MODEL).chat("x").text == "Hello world"

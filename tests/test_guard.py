@@ -1,7 +1,7 @@
-"""What an import, a connection and a call cost in calls and lines of ours, kept from growing unseen.
+"""What an import, a connection and a call cost, in our calls and lines, so that growth is seen.
 
-Counts, not times, so that no load and no other package changes them. `python tests/test_guard.py > tests/guard.json`
-takes them as they are now; lines are compared on the version of Python that took them.
+Counts, not times, so that load and other packages do not change them. `python tests/test_guard.py > tests/guard.json`
+records them as they are now. Lines are compared only on the version of Python that recorded them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ KEPT = Path(__file__).with_name("guard.json")
 RENEW = "python tests/test_guard.py > tests/guard.json"
 ALLOWED = 0.03
 SHARE = ALLOWED / 10
-"""Of a figure, what a function must take for its part to be kept."""
+"""The least share of a figure that a function needs to be kept."""
 KINDS = ("calls", "lines")
 SHORT, PLAIN, LONG = 1, 20, 201
 MORE = f"{LONG - SHORT} chunks more"
 PROCESSES, TIMES = 2, 3
-"""The smallest of so many counts: a policy looks at the machine now and then, and a thread may end late."""
+"""The smallest of these counts is kept: a policy may check the machine, and a thread may end late."""
 NOWHERE = "http://127.0.0.1:9"
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 DISTRIBUTIONS = [ROOT / "core", *sorted(ROOT.glob("providers/*")), *sorted(ROOT.glob("plugins/*"))]
@@ -44,11 +44,11 @@ Parts: TypeAlias = dict[str, list[int]]
 """Calls and lines by function."""
 
 
-# --- Measuring, in a process of its own ------------------------------------------------------------------------------
+# --- Measuring, in a separate process --------------------------------------------------------------------------------
 
 
-class _Elsewhere:
-    """Finds modules where `sys.path` did, and this tree's before them, so that no other metadata is on the path."""
+class _Finder:
+    """A finder of modules in this tree and the former `sys.path`, so that other metadata is off the path."""
 
     places: list[str]
 
@@ -57,10 +57,10 @@ class _Elsewhere:
         return PathFinder.find_spec(name, cls.places if path is None else path, target)
 
 
-def _shut_off(folder: Path, disabled: str) -> None:
-    """Let nothing count but this tree: how much is installed, set or configured changes what a client looks through."""
-    _Elsewhere.places = [*map(str, DISTRIBUTIONS), *sys.path]
-    sys.meta_path.insert(0, _Elsewhere)
+def _isolate(folder: Path, disabled: str) -> None:
+    """Let only this tree count: installed packages, variables and settings change what a client reads."""
+    _Finder.places = [*map(str, DISTRIBUTIONS), *sys.path]
+    sys.meta_path.insert(0, _Finder)
     sys.path[:] = [str(folder / "site")]
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT")}
     os.environ.clear()
@@ -79,7 +79,7 @@ def _total(parts: Parts) -> list[int]:
 
 
 def _begin(count: Count, *, plugins: bool) -> dict[str, Parts]:
-    """What only a fresh process does."""
+    """Measure what only a fresh process does."""
     found: dict[str, Parts] = {}
     with count:
         import graftage
@@ -105,7 +105,7 @@ def _more(long: Parts, short: Parts) -> Parts:
 
 
 class _Warm:
-    """One client that has done everything before."""
+    """A client that has made each call before."""
 
     def __init__(self, count: Count, fake: Any, pace: Pace, llm: Any, run: Callable[[Any], Any]) -> None:
         self._count = count
@@ -144,7 +144,8 @@ class _Warm:
             with self._count:
                 work()
             found.append(_parts(self._count))
-        return min(found[1:], key=_total)  # What only the first call does is another thing.
+        # The first call does more, which is not counted.
+        return min(found[1:], key=_total)
 
 
 async def _read(stream: Any) -> None:
@@ -152,20 +153,21 @@ async def _read(stream: Any) -> None:
         pass
 
 
-def _go_on(count: Count, *, plugins: bool) -> dict[str, Parts]:
-    """What a process does again and again."""
+def _repeat(count: Count, *, plugins: bool) -> dict[str, Parts]:
+    """Measure what a process does repeatedly."""
     import graftage
     from graftage_ollama.testing import FakeOllama
 
     found: dict[str, Parts] = {}
     with FakeOllama() as fake, Pace(fake) as pace:
-        fake.loaded = list(fake.models)  # Else a policy looks each time whether the model finds room.
+        # Otherwise a policy checks each time whether the model fits.
+        fake.loaded = list(fake.models)
         with graftage.connect("ollama", model=MODEL, host=fake.url) as llm:
             warm = _Warm(count, fake, pace, llm, lambda done: done)
             if plugins:
                 return {"chat with plugins": warm.chat()}
             found |= {"chat": warm.chat(), MORE: warm.chunks(list), "embed": warm.embed(), "health": warm.health()}
-        # On sockets, on each system. The runner's own `run` writes out the result before 3.13.
+        # The same kind of loop on each system. Before 3.13, `Runner.run` also formats the result.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             run = runner.get_loop().run_until_complete
             with_loop = graftage.connect_async("ollama", model=MODEL, host=fake.url)
@@ -176,10 +178,10 @@ def _go_on(count: Count, *, plugins: bool) -> dict[str, Parts]:
 
 
 def _measure(folder: str, disabled: str) -> dict[str, Parts]:
-    _shut_off(Path(folder), disabled)
+    _isolate(Path(folder), disabled)
     count = Count()
     with count.watching(lines=True):
-        return _begin(count, plugins=not disabled) | _go_on(count, plugins=not disabled)
+        return _begin(count, plugins=not disabled) | _repeat(count, plugins=not disabled)
 
 
 # --- The figures -----------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def _measure(folder: str, disabled: str) -> dict[str, Parts]:
 
 @cache
 def figures() -> dict[str, Parts]:
-    """Each figure by function: the smallest of several processes."""
+    """Return each figure by function, the smallest of several processes."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     found: dict[str, Parts] = {}
     with TemporaryDirectory() as folder:
@@ -207,7 +209,7 @@ def figures() -> dict[str, Parts]:
 
 def _install(site: Path) -> None:
     """Write the metadata of this tree's distributions, as an installer does."""
-    # Not imported: what the first import costs is measured.
+    # Not imported, since the cost of the first import is measured.
     version = ast.literal_eval((ROOT / "core/graftage/_version.py").read_text(encoding="utf-8").rpartition("= ")[2])
     for folder in DISTRIBUTIONS:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -222,7 +224,7 @@ def _install(site: Path) -> None:
 
 
 def _text(found: dict[str, Parts]) -> str:
-    """The figures to keep, and on a line for each function what it takes of them."""
+    """Format the figures to keep, with a line for each function."""
     totals = {figure: dict(zip(KINDS, _total(parts), strict=True)) for figure, parts in sorted(found.items())}
     rows: dict[str, dict[str, list[int]]] = {}
     for figure, total in totals.items():
@@ -237,14 +239,14 @@ def _lines(rows: dict[str, Any]) -> str:
 
 
 def _grown(kept: dict[str, Any], found: dict[str, Parts]) -> Iterator[str]:
-    """What has grown too much, and where most."""
+    """Describe what has grown too much, and which functions most."""
     for kind, word in enumerate(KINDS):
         if word == "lines" and kept["python"] != HERE:
             continue
         for figure, parts in sorted(found.items()):
             now, before = _total(parts)[kind], kept["totals"].get(figure, {}).get(word, 0)
             if now > before * (1 + ALLOWED):
-                yield f"{figure}: {now} {word} where {before} were kept; most of that in"
+                yield f"{figure}: {now} {word} instead of {before}; functions that grew most:"
                 yield from _where(kept["functions"], figure, parts, kind)
 
 
@@ -258,33 +260,33 @@ def _where(kept: dict[str, Any], figure: str, parts: Parts, kind: int) -> Iterat
 
 def test_costs_do_not_grow() -> None:
     grown = "\n".join(_grown(json.loads(KEPT.read_text(encoding="utf-8")), figures()))
-    assert not grown, f"{grown}\nIf that is meant: {RENEW}"
+    assert not grown, f"{grown}\nIf this is intended: {RENEW}"
 
 
 BEFORE: dict[str, Parts] = {"chat": {"a:f": [50, 900], "a:g": [50, 100]}}
 
 
-def _said(now: dict[str, Parts], python: str = HERE) -> list[str]:
+def _report(now: dict[str, Parts], python: str = HERE) -> list[str]:
     return list(_grown(json.loads(_text(BEFORE)) | {"python": python}, now))
 
 
 class TestReport:
     def test_lower_costs_pass(self) -> None:
-        assert _said({"chat": {"a:f": [40, 800], "a:g": [50, 100]}}) == []
+        assert _report({"chat": {"a:f": [40, 800], "a:g": [50, 100]}}) == []
 
     def test_small_growth_passes(self) -> None:
-        assert _said({"chat": {"a:f": [52, 929], "a:g": [51, 101]}}) == []
+        assert _report({"chat": {"a:f": [52, 929], "a:g": [51, 101]}}) == []
 
     def test_growth_names_its_functions(self) -> None:
-        assert _said({"chat": {"a:f": [52, 900], "a:g": [50, 100], "a:h": [3, 6]}}) == [
-            "chat: 105 calls where 100 were kept; most of that in",
+        assert _report({"chat": {"a:f": [52, 900], "a:g": [50, 100], "a:h": [3, 6]}}) == [
+            "chat: 105 calls instead of 100; functions that grew most:",
             "    a:h: 3, 3 more",
             "    a:f: 52, 2 more",
         ]
 
     def test_lines_need_the_same_python(self) -> None:
         now: dict[str, Parts] = {"chat": {"a:f": [50, 2000], "a:g": [50, 100]}}
-        assert (len(_said(now)), _said(now, python="3.0")) == (2, [])
+        assert (len(_report(now)), _report(now, python="3.0")) == (2, [])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What others may rely on, as it was agreed, and which module may import which.
+"""The public names, as agreed in `public.txt`, and which module may import which.
 
-`python tests/test_public.py > tests/public.txt` takes the public names as they are now.
+`python tests/test_public.py > tests/public.txt` records the public names as they are now.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AGREED = Path(__file__).with_name("public.txt")
 RENEW = "python tests/test_public.py > tests/public.txt"
 ARGUMENTS = "graftage._engine.arguments"
 TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments", "RerankArguments"}
-"""What `chat(**arguments)` and its like take, which stands in a private module."""
+"""The arguments of `chat(**arguments)` and similar methods, which a private module defines."""
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 ENGINE = [
     "threads",
@@ -52,14 +52,14 @@ ENGINE = [
     "fallback",
     "choosing",
 ]
-"""The modules of the engine, from the lowest: each imports only those before it."""
+"""The modules of the engine, lowest first: each imports only those before it."""
 
 
 # --- The public names ------------------------------------------------------------------------------------------------
 
 
 def surface() -> str:
-    """Every public module with its names, and what a caller can see of each."""
+    """Return every public module with its names, as callers see them."""
     lines = []
     for module in modules():
         if names := TAKEN if module == ARGUMENTS else _names(module) if _is_public(module) else set():
@@ -81,14 +81,14 @@ def _module(module: str, public: set[str]) -> Iterator[str]:
 
 
 def _private_bases(module: str, public: set[str]) -> set[str]:
-    """What public classes inherit from, and nobody else may name."""
+    """Return the private bases of public classes."""
     classes = [node for node in tree(module).body if isinstance(node, ast.ClassDef) and node.name in public]
     bases = {ast.unparse(base) for node in classes for base in node.bases}
     return {base for base in bases if base.startswith("_")}
 
 
 def _imported(module: str, names: set[str]) -> Iterator[str]:
-    """Names of another module: what they are stands there, unless it is private."""
+    """Describe names from another module, in full only if that module is private."""
     if _is_public(module) or not names:
         yield from (f"{name} is that of {module}" for name in sorted(names))
     else:
@@ -100,7 +100,7 @@ def _is_public(module: str) -> bool:
 
 
 def _names(module: str) -> set[str]:
-    """The names in `__all__`."""
+    """Return the names in `__all__`."""
     for node in tree(module).body:
         if isinstance(node, ast.Assign) and _target(node) == "__all__":
             return set(ast.literal_eval(node.value))
@@ -116,7 +116,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _class(node: ast.ClassDef, *, built: bool) -> Iterator[str]:
-    """A class as it is used, and as it is built where others may build it."""
+    """Describe a class, with its constructor if callers may build it."""
     bases = ", ".join(ast.unparse(each) for each in [*node.bases, *node.keywords])
     decorators = "".join(f"@{ast.unparse(each)} " for each in node.decorator_list)
     yield f"{decorators}class {node.name}({bases})"
@@ -138,7 +138,7 @@ def _function(node: Function) -> str:
 
 
 def _fields(init: Function) -> Iterator[str]:
-    """The public attributes that a class sets when it is built."""
+    """List the public attributes that a constructor sets."""
     for node in ast.walk(init):
         for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
             for each in target.elts if isinstance(target, ast.Tuple) else [target]:
@@ -153,7 +153,7 @@ def _target(node: ast.Assign | ast.AnnAssign) -> str:
 def test_public_names_are_as_agreed() -> None:
     agreed, found = AGREED.read_text(encoding="utf-8").splitlines(), surface().splitlines()
     changes = "\n".join(difflib.unified_diff(agreed, found, "agreed", "now", lineterm="", n=1))
-    assert not changes, f"{changes}\nIf that is meant: {RENEW}"
+    assert not changes, f"{changes}\nIf this is intended: {RENEW}"
 
 
 def test_public_modules_have_all() -> None:

@@ -1,6 +1,6 @@
-"""How far a call walks: layers of ours between `chat` and the socket, and calls of ours for each chunk.
+"""How far a call walks: our layers between `chat` and the socket, and our calls for each chunk.
 
-Counts, not times. `python tests/test_walk.py` prints the walk.
+Counts, not times. `python tests/test_walk.py` prints the walks.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ LAYERS = 12
 CALLS_PER_CHUNK = 10
 LINES = 55
 MOST_LINES = 20
-"""Lines that nine of ten functions keep to."""
+"""Lines that nine of ten functions do not exceed."""
 SHORT, LONG = 1, 201
 WALKS = [(mode, how) for mode in ("sync", "async") for how in ("plain", "streamed")]
 KINDS = [f"{mode} {how}" for mode, how in WALKS]
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 MACHINE = M4 / "mini-16-macos15.json"
-STAYS_AWAY = (
+FORBIDDEN = (
     *("ollama", "openai", "aiohttp", "requests", "trio", "anyio._backends", "loguru", "vcr", "yaml", "pytest"),
     *("pydantic_settings", "dotenv", "difflib", "tomllib", "packaging"),
     *("graftage._cli", "graftage.testing", "graftage.footprint"),
     *("graftage_llamacpp", "graftage_lora", "graftage_m4"),
 )
-"""What a plain chat with Ollama must not import, where no other plugin is enabled."""
+"""What a plain chat with Ollama must not import if no other plugin is enabled."""
 
 
-# --- Counting, in a process of its own -------------------------------------------------------------------------------
+# --- Counting, in a separate process ---------------------------------------------------------------------------------
 
 
 def _sync(count: Count, url: str, pace: Pace, chunks: int, *, stream: bool) -> None:
     import graftage
 
     with graftage.connect("ollama", model=MODEL, host=url) as llm:
-        llm.chat("Hello")  # What only the first call does is not counted.
+        # The first call does more, which is not counted.
+        llm.chat("Hello")
         pace.script(chunks)
         with count:
             if stream:
@@ -71,7 +72,7 @@ async def _async(count: Count, url: str, pace: Pace, chunks: int, *, stream: boo
 
 
 def walk(mode: str, *, stream: bool) -> dict[str, Any]:
-    """The longest walk from `chat` to the socket, and the calls for each chunk by name."""
+    """Return the longest walk from `chat` to the socket, and the calls for each chunk by name."""
     from graftage_ollama.testing import FakeOllama
 
     count, calls = Count(), []
@@ -85,10 +86,10 @@ def walk(mode: str, *, stream: bool) -> dict[str, Any]:
                     asyncio.run(_async(*arguments, stream=stream))
             calls.append(Counter(count.calls))
     more = LONG - SHORT
-    # To the nearest half: a policy looks at the machine now and then.
+    # Rounded to halves, since a policy checks the machine now and then.
     halves = {name: round(2 * number / more) / 2 for name, number in (calls[1] - calls[0]).items()}
     return {
-        # What a plugin asks from a thread of its own is another call. Of walks of one length, the one that sends.
+        # A plugin's request in its own thread is another call. Of equally long walks, take one that sends.
         "walk": max(
             (each for each in count.walks if each and each[0].startswith("graftage._client.")),
             key=lambda each: (len(each), each[-1].endswith("_send")),
@@ -141,14 +142,14 @@ print(*sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    assert not [name for name in loaded for away in STAYS_AWAY if f"{name}.".startswith(f"{away}.")]
+    assert not [name for name in loaded for away in FORBIDDEN if f"{name}.".startswith(f"{away}.")]
 
 
 # --- Sizes -----------------------------------------------------------------------------------------------------------
 
 
 def _lengths() -> dict[str, int]:
-    """Lines of each function of the sources, its decorators and docstring included."""
+    """Return the lines of each function in the sources, with decorators and docstring."""
     found = {}
     for module, path in modules().items():
         for node in ast.walk(tree(module)):

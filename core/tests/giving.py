@@ -1,4 +1,4 @@
-"""A provider whose connection the test brings along."""
+"""A provider for a connection of the test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Giving:
-    """A provider whose connection is made by a function of the request."""
+    """A provider that calls a function to make its connection."""
 
     def __init__(self, make: Callable[[Any], Any], name: str = "giving") -> None:
         self.make = make

@@ -1,4 +1,4 @@
-"""`Echo` with plain hooks: the core runs each in a thread of its own, and keeps the limits of the call."""
+"""`Echo` with plain hooks: the core runs each in its own thread and keeps the call's limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STREAMS = ("chat", "generate", "pull_model")
 
 
 def finish(work: Any) -> Any:
-    """The result of a coroutine that never suspends."""
+    """Return the result of a coroutine that never suspends."""
     try:
         work.send(None)
     except StopIteration as done:
@@ -25,7 +25,7 @@ def finish(work: Any) -> Any:
 
 
 class PlainEcho(Echo):
-    """`Echo`, each of whose hooks is a `def`."""
+    """`Echo` with `def` hooks only."""
 
     @hookimpl
     def connect(self, request: Any) -> object:

@@ -1,4 +1,4 @@
-"""Adapters: found by resolvers, loaded by the provider, and never another one than was asked for."""
+"""Adapters: resolvers find them, providers load them, and only the requested one is ever used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from graftage.testing import Echo
 from graftage.types import AdapterInfo, Limits, ModelInfo, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from graftage.calls import ResolveRequest
@@ -46,18 +45,18 @@ FITS = Verdict(status="compatible")
 
 @dataclass(frozen=True)
 class Patch:
-    """An adapter as a resolver gives it."""
+    """An adapter as a resolver returns it."""
 
     name: str
     verdict: Verdict = FITS
     scale: float = 1.0
     served_as: str | None = None
     content: str | None = None
-    """Of its own, unless it is to have the content of another one."""
+    """What the digest is made of, by default the name."""
 
     @property
     def digest(self) -> str:
-        # The name cannot be read from it: one taken for the other is seen.
+        # It hides the name, so that a mix-up of the two fails a test.
         return f"sha256:{hashlib.sha256((self.content or self.name).encode()).hexdigest()}"
 
     def gguf(self, base: ModelInfo) -> Path:
@@ -69,7 +68,7 @@ class Patch:
 
 @dataclass
 class Shelf:
-    """A resolver with a shelf of adapters; what stands there may also be an error."""
+    """A resolver of named adapters. Errors among them are raised, functions called with the request."""
 
     patches: dict[str, Any] = field(default_factory=dict)
     name: str = "shelf"
@@ -93,21 +92,13 @@ def shelf(*names: str, **more: Any) -> Shelf:
 
 
 def marks(request: Any) -> tuple[str, str]:
-    """Which adapter a provider was asked for."""
+    """Return the name and digest of a request's adapter."""
     return request.adapter.name, request.adapter.digest
 
 
 def loads(echo: Echo) -> list[Any]:
-    """What the provider was asked to load."""
+    """Return the requests to load an adapter."""
     return [request for hook, request in echo.calls if hook == "load_adapter"]
-
-
-def until(truth: Callable[[], bool]) -> None:
-    """Wait for something another thread does."""
-    end = time.monotonic() + 5
-    while not truth():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 class TestUse:
@@ -245,7 +236,7 @@ class TestSwitch:
         with pytest.raises(AdapterInvalid):
             llm.use_adapter("torn", on_missing="base")
         with pytest.raises(RequestRejected, match="on_missing"):
-            llm.use_adapter("torn", on_missing="whatever")
+            llm.use_adapter("torn", on_missing="other")
 
     def test_last_one_wins(self, both: Any) -> None:
         reached, go = threading.Event(), threading.Event()
@@ -261,7 +252,8 @@ class TestSwitch:
         for waiting, name in enumerate(names):
             switches.append(both.start(llm.use_adapter, name))
             assert reached.wait(10)
-            until(lambda: llm.stats().waiting == waiting)  # noqa: B023 - called at once
+            while llm.stats().waiting < waiting:
+                time.sleep(0.001)
         go.set()
         assert [each.result(10).name for each in switches] == [*names]
         assert llm.chat("x").adapter == "three"
@@ -341,7 +333,7 @@ class TestVerdict:
             llm.chat("x", adapter="big")
 
     def test_unknown_loads_with_a_warning(self, both: Any) -> None:
-        unsure = Verdict(status="unknown", reasons=("the shapes of the base are not told",), warnings=("other name",))
+        unsure = Verdict(status="unknown", reasons=("the shapes of the base are unknown",), warnings=("other name",))
         reply = both.connect(Echo(), model=MODEL, plugins=[shelf(odd=Patch("odd", unsure))]).chat("x", adapter="odd")
         assert reply.warnings[0] == "other name"
         assert "shapes of the base" in reply.warnings[1]
@@ -454,7 +446,7 @@ class TestIdentity:
             llm.chat("x", **how)
             assert marks(echo.requests[-1]) == ("poet", digest)
         assert [request.adapter.digest for request in loads(echo)] == [old.digest, new.digest]
-        # The active one is gone then, whatever else is loaded under its name.
+        # This unloads the active one, though another is loaded under its name.
         llm.unload_adapter("old")
         llm.chat("x")
         assert marks(echo.requests[-1]) == ("poet", new.digest)
@@ -471,7 +463,7 @@ UNFIT = {
 
 
 class AdapterMachine(RuleBasedStateMachine):
-    """Whatever is switched, dropped, pruned or failed: a reply names the adapter that was asked for."""
+    """After any switch, unload, prune or failure, a reply names the requested adapter."""
 
     @initialize()
     def begin(self) -> None:
@@ -480,7 +472,7 @@ class AdapterMachine(RuleBasedStateMachine):
         self.expected: str | None = None
         self.failed = False
 
-    @rule(name=st.sampled_from([*NAMES, *UNFIT, "nobody", None]), lost=st.booleans())
+    @rule(name=st.sampled_from([*NAMES, *UNFIT, "missing", None]), lost=st.booleans())
     def switch(self, name: str | None, lost: bool) -> None:
         self.echo.errors = {"load_adapter": ConnectionFailed("gone")} if lost else {}
         try:

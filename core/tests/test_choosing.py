@@ -1,4 +1,4 @@
-"""Which provider answers: `auto`, preferred models, and fallback chains."""
+"""Which provider is used: `auto` and fallback chains."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MODEL = "m:1"
 
 
 DEAD = "http://127.0.0.1:9"
-"""Nothing listens on the discard port."""
+"""An address where nothing listens: the discard port."""
 
 
 EMBEDDED = """
@@ -86,7 +86,7 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def embedded(site: Any) -> Any:
-    """A stand-in for the embedded provider, in front of the real one where that is installed."""
+    """A stand-in for the embedded provider. It shadows the real one if that is installed."""
     site.add(
         "graftage-llamacpp", version="0.1.0", providers={"llamacpp": "embedded:it"}, modules={"embedded": EMBEDDED}
     )
@@ -270,7 +270,7 @@ class TestAutoSkips:
         source = EMBEDDED.replace('"llamacpp"', '"ollama"')
         site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
         both.opened()
-        import stand_in  # type: ignore[import-not-found] # it is there as long as the test runs
+        import stand_in  # type: ignore[import-not-found] # importable only in this test
 
         asked = [(hook, request) for hook, request in stand_in.it.calls if hook not in ("connect", "close")]
         assert [hook for hook, _ in asked] == ["health", "list_models", "loaded_models"]
@@ -299,7 +299,7 @@ class TestAutoSkips:
         )
         site.add("graftage-ollama", providers={"ollama": "stand_in:it"}, modules={"stand_in": source})
         assert both.opened(model="another:1b").provider == "llamacpp"
-        import stand_in  # it is there as long as the test runs
+        import stand_in  # importable only in this test
 
         assert stand_in.it.closed
 
@@ -393,20 +393,20 @@ class TestChoice:
 
 
 PASSES_ON: list[GraftageError] = [
-    AuthenticationFailed("It wants a key."),
+    AuthenticationFailed("It needs a key."),
     QuotaExceeded("It is used up."),
     ContextOverflow("It is too long."),
-    InferenceFailed("It fell over.", status=503, retryable=True),
+    InferenceFailed("It crashed.", status=503, retryable=True),
     ResourceLimitExceeded("It is too much.", limit="context_window"),
-    AdapterUnsupported("It takes none."),
+    AdapterUnsupported("It takes no adapters."),
     ConnectionFailed("It is gone."),
     Overloaded("It is busy."),
-    ModelNotFound("It has no such model."),
+    ModelNotFound("It does not have the model."),
     CapabilityUnsupported("It cannot do that."),
     ProviderTimeout("It was slow.", phase="connect"),
     ProviderTimeout("It was slow.", phase="first_token"),
     ModelLoadFailed("It is too large.", reason="memory"),
-    ModelLoadFailed("It is of another kind.", reason="incompatible"),
+    ModelLoadFailed("It has another format.", reason="incompatible"),
     ModelLoadFailed("It crashed.", reason="crashed"),
     ModelLoadFailed("It took too long.", reason="timeout"),
 ]
@@ -415,12 +415,12 @@ PASSES_ON: list[GraftageError] = [
 STAYS: list[GraftageError] = [
     ProviderTimeout("It stood still.", phase="idle"),
     ProviderTimeout("It took too long.", phase="total"),
-    RequestRejected("It says no."),
-    RequestRejected("It says no.", retryable=True),
-    InferenceFailed("It fell over."),
+    RequestRejected("It refuses."),
+    RequestRejected("It refuses.", retryable=True),
+    InferenceFailed("It crashed."),
     StreamInterrupted("It was cut."),
-    ProtocolError("It talks nonsense."),
-    ProviderError("It failed somehow."),
+    ProtocolError("It sent invalid data."),
+    ProviderError("It failed for another reason."),
     AdapterIncompatible("It does not fit."),
     AdapterInvalid("It is broken."),
 ]
@@ -431,7 +431,7 @@ def _id(error: GraftageError) -> str:
 
 
 class Second(Echo):
-    """A provider that can be told from the first one."""
+    """An Echo with another name."""
 
     name = "second"
 
@@ -445,12 +445,12 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def failing_with(error: Exception) -> Echo:
-    """An Echo that fails so at whatever it is asked."""
+    """Return an Echo that raises the error in each operation."""
     return Echo([error], errors={"embed": error})
 
 
 def copied(error: GraftageError) -> Any:
-    """The error as new: one that was raised gathers facts about its call."""
+    """Return a fresh copy, since a raised error gathers facts about its call."""
     return pickle.loads(pickle.dumps(error))
 
 
@@ -563,7 +563,7 @@ class TestTotalLimit:
         limits = Timeouts(first_token=0.2, total=30)
         assert both.connect([first, second], model=MODEL).chat("x", timeout=limits).text == "two"
         assert first.requests[0].call.timeouts.total <= 30
-        # The first one has waited for 0.2 s by the same clock, and they are gone.
+        # The first member used 0.2 s of the shared limit.
         assert second.requests[0].call.timeouts.total <= 29.8
         assert second.requests[0].call.timeouts.first_token == 0.2
 
@@ -594,7 +594,7 @@ class TestTotalLimit:
 
 
 class Fits:
-    """An adapter as a resolver gives it."""
+    """An adapter as a resolver returns it."""
 
     digest = "sha256:0"
     scale = 1.0
@@ -612,7 +612,7 @@ class Fits:
 
 
 class Resolver:
-    """Knows every adapter but `unknown`, and remembers for whom it was asked."""
+    """A resolver that finds every adapter but `unknown`, and records who asked."""
 
     name = "resolver"
 
@@ -679,7 +679,7 @@ class TestChainAdapters:
 
 
 class HostError(Exception):
-    """The host application's own."""
+    """The host's error."""
 
 
 class TestChain:
@@ -717,9 +717,9 @@ class TestChain:
 
     def test_features_unite_and_options_intersect(self, both: Any) -> None:
         first, second = Echo(without=["embed"]), Second(without=["capabilities"])
-        told = both.opened([first, second], model=MODEL).capabilities()
-        assert {"embed", "chat", "tools"} <= told.features
-        assert told.options == frozenset()
+        found = both.opened([first, second], model=MODEL).capabilities()
+        assert {"embed", "chat", "tools"} <= found.features
+        assert found.options == frozenset()
 
     def test_stats_add_up(self, both: Any) -> None:
         llm = both.connect([Echo([ConnectionFailed("gone")]), Second(["a b"])], model=MODEL)
@@ -800,7 +800,7 @@ class Guarding(Echo):
 
 
 def given(echo: Echo) -> Any:
-    """The settings that a provider was connected with."""
+    """Return the settings that a provider was connected with."""
     return next(request.settings for hook, request in echo.calls if hook == "connect")
 
 
@@ -824,7 +824,7 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, str], str, tuple[str, str]]] =
         "",
         ("headers", "environment GRAFTAGE_HEADERS__X_KEY"),
     ),
-    "a variable of the host's own": (
+    "a variable with a custom prefix": (
         {"env_prefix": "TREES"},
         {"TREES_API_KEY": SECRET},
         "",
@@ -857,13 +857,13 @@ class TestChainSettings:
         assert [member.connections for member in members] == [[], []]
 
     def test_shared_key_needs_overrides(self, both: Any, monkeypatch: Any) -> None:
-        monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", "its own")
+        monkeypatch.setenv("GRAFTAGE_GUARDING_API_KEY", "custom")
         monkeypatch.setenv("GRAFTAGE_API_KEY", SECRET)
         with pytest.raises(SettingsError, match=r"`api_key` \(environment GRAFTAGE_API_KEY\).*every member"):
             both.opened([Guarding(), Echo()], model=MODEL)
         members = [Guarding(), Guarding()]
         both.opened(members, model=MODEL)
-        assert [given(each).api_key for each in members] == [SecretStr("its own")] * 2
+        assert [given(each).api_key for each in members] == [SecretStr("custom")] * 2
 
     def test_shared_headers_are_refused(self, both: Any) -> None:
         members = [(Guarding(), {"headers": {"X-A": "a"}}), (Guarding(), {"headers": {"X-A": "b"}})]

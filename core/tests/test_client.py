@@ -219,10 +219,10 @@ class TestArguments:
         assert (llm.provider, llm.model) == ("echo", "smollm2:135m")
 
 
-class Deaf:
-    """A provider whose async hooks never answer, and never look at the clock."""
+class Silent:
+    """A provider whose async hooks never return and ignore their limits."""
 
-    name = "deaf"
+    name = "silent"
     ended = False
 
     @hookimpl
@@ -230,9 +230,9 @@ class Deaf:
         return self.Connection(self)
 
     class Connection:
-        def __init__(self, owner: Deaf) -> None:
+        def __init__(self, owner: Silent) -> None:
             self.owner = owner
-            self.address = f"deaf {id(owner)}"
+            self.address = f"silent {id(owner)}"
 
         @hookimpl
         async def chat(self, request: Any) -> AsyncIterator[Chunk]:
@@ -301,27 +301,27 @@ class TestTimeouts:
 
     def test_silent_provider_is_ended(self) -> None:
         async def main() -> None:
-            deaf = Deaf()
-            async with graftage.connect_async(deaf, model=MODEL) as llm:
+            silent = Silent()
+            async with graftage.connect_async(silent, model=MODEL) as llm:
                 for act in (llm.chat("x", timeout=0.01), llm.embed("x", timeout=0.01)):
                     with pytest.raises(ProviderTimeout, match="timeout") as caught:
                         await act
                     assert (caught.value.phase, caught.value.retryable) == ("total", False)
-                assert deaf.ended
+                assert silent.ended
                 assert llm.stats().running == 0
 
         asyncio.run(main())
 
     def test_stalled_stream_keeps_partial(self) -> None:
         async def main() -> None:
-            deaf = Deaf()
-            async with graftage.connect_async(deaf, model=MODEL) as llm:
+            silent = Silent()
+            async with graftage.connect_async(silent, model=MODEL) as llm:
                 stream = await llm.chat("begin", timeout=0.01, stream=True)
                 with pytest.raises(ProviderTimeout) as caught:
                     [chunk async for chunk in stream]
                 assert caught.value.partial is not None
                 assert caught.value.partial.text == "so far"
-                assert deaf.ended
+                assert silent.ended
                 assert (llm.stats().running, llm.stats().failures) == (0, 1)
                 task = asyncio.current_task()
                 assert task is not None
@@ -332,7 +332,7 @@ class TestTimeouts:
 
     def test_silent_health_is_a_result(self) -> None:
         async def main() -> Health:
-            async with graftage.connect_async(Deaf(), model=MODEL) as llm:
+            async with graftage.connect_async(Silent(), model=MODEL) as llm:
                 return await llm.health(timeout=0.01)
 
         health = asyncio.run(main())
@@ -368,23 +368,23 @@ def test_both_clients_have_the_same_names() -> None:
 
 
 class HostError(Exception):
-    """What the host wants to see."""
+    """The host's error."""
 
     def __init__(self, error: GraftageError) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-class Forgetful(Echo):
-    """A provider whose connection lacks what is required."""
+class Incomplete(Echo):
+    """A provider whose connection lacks required hooks."""
 
     @hookimpl
     def connect(self, request: Any) -> object:
         return Capabilities(features=frozenset())
 
 
-class Bursting(Echo):
-    """A provider that cannot even connect."""
+class Failing(Echo):
+    """A provider that fails to connect."""
 
     @hookimpl
     def connect(self, request: Any) -> object:
@@ -425,7 +425,7 @@ class TestOpening:
 
     def test_foreign_exception_is_wrapped(self, both: Any) -> None:
         with pytest.raises(GraftageError, match="burst") as caught:
-            both.connect(Bursting(), model=MODEL).chat("x")
+            both.connect(Failing(), model=MODEL).chat("x")
         assert isinstance(caught.value.__cause__, ValueError)
 
     def test_unopened_client_has_no_facts(self) -> None:
@@ -523,8 +523,8 @@ class TestTranslateError:
             (SettingsError, [Echo()], {"hots": "x"}),
             (SettingsError, [Echo()], {"attempts": 0}),
             (PluginLoadError, [Echo], {}),
-            (PluginLoadError, [Forgetful()], {}),
-            (GraftageError, [Bursting()], {}),
+            (PluginLoadError, [Incomplete()], {}),
+            (GraftageError, [Failing()], {}),
         ],
         ids=["unknown provider", "unknown setting", "wrong setting", "class", "broken connection", "failing connect"],
     )

@@ -27,7 +27,7 @@ MODEL = "m:1"
 
 
 class PlacingEcho(Echo):
-    """Remembers on which threads its hooks were called."""
+    """An Echo that records the threads of its hooks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__([lambda _: self._here("a b c"), lambda _: self._here("d")], **options)
@@ -37,13 +37,13 @@ class PlacingEcho(Echo):
         self.threads[hook] = threading.get_ident()
         super().note(hook, request)
 
-    def _here(self, answer: str) -> str:
+    def _here(self, text: str) -> str:
         self.threads["script"] = threading.get_ident()
-        return answer
+        return text
 
 
 class PlacingPlainEcho(PlacingEcho, PlainEcho):
-    """The same with plain hooks."""
+    """The same, with plain hooks."""
 
 
 async def every_operation(llm: Any) -> Reply:
@@ -116,7 +116,7 @@ class TestHooks:
 
 
 class Slow(Echo):
-    """A provider that takes its time while it is opened."""
+    """A provider whose opening waits for a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class TestConcurrentOpening:
 
 
 async def settled(echo: Echo) -> None:
-    """Let what was cancelled wind up."""
+    """Wait until cancelled work has ended."""
     for _ in range(500):
         if not echo.running:
             return
@@ -244,7 +244,8 @@ class TestCancellation:
                 stats = llm.stats()
                 assert (stats.running, stats.failures) == (0, 0)
                 assert (await llm.chat("y")).text == "free"
-                pause.release()  # A worker thread cannot be cancelled: it ends with its own wait.
+                # A worker thread cannot be cancelled; it ends when its wait ends.
+                pause.release()
                 await settled(echo)
                 assert echo.running == 0
 
@@ -328,8 +329,9 @@ class TestSharing:
     def test_collected_stream_takes_no_lock(self) -> None:
         llm = graftage.connect(Echo(), model=MODEL, concurrency=1)
         before = gc.get_threshold()
-        gc.freeze()  # What is there already need not be looked at each time.
-        gc.set_threshold(3, 2, 2)  # So often that it runs inside every locked block.
+        # Collect often enough to do so inside every locked block, and only new objects.
+        gc.freeze()
+        gc.set_threshold(3, 2, 2)
         try:
             for _ in range(50):
                 cycle: list[Any] = [llm.chat("a b", stream=True)]

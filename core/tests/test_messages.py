@@ -92,7 +92,7 @@ class TestMessages:
             ([], "no messages"),
             ([5], "message"),
             (b"Hi", "message"),
-            ({"role": "bishop", "content": "x"}, "user, assistant"),
+            ({"role": "editor", "content": "x"}, "user, assistant"),
             ({"content": "x"}, "role"),
             ({"role": "user", "contents": "x"}, "`content`"),
             ({"role": "user", "content": [{"type": "text"}]}, "content"),
@@ -194,7 +194,7 @@ class TestTools:
     @pytest.mark.parametrize("tool", [5, "weather", {"parameters": {}}, {"function": 5}, lambda stream: stream.read])
     def test_invalid_ones_are_refused(self, both: Any, tool: Any) -> None:
         if callable(tool):
-            tool.__annotations__ = {"stream": threading.Thread}  # A type that has no JSON schema.
+            tool.__annotations__ = {"stream": threading.Thread}  # A type without a JSON schema.
         echo = Echo()
         with pytest.raises(RequestRejected, match="tool"):
             both.connect(echo, model=MODEL).chat("x", tools=[tool])
@@ -245,10 +245,10 @@ class TestFormats:
 
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize(
-        ("given", "answer"), [(House, '{"number": 9}'), (House, "plain words"), ("json", "{"), (JSON_SCHEMA, "")]
+        ("given", "text"), [(House, '{"number": 9}'), (House, "plain words"), ("json", "{"), (JSON_SCHEMA, "")]
     )
-    def test_misfit_keeps_the_reply(self, both: Any, given: Any, answer: str, stream: bool) -> None:
-        llm = both.connect(Echo([answer]), model=MODEL)
+    def test_misfit_keeps_the_reply(self, both: Any, given: Any, text: str, stream: bool) -> None:
+        llm = both.connect(Echo([text]), model=MODEL)
 
         def act() -> None:
             reply = llm.chat("x", format=given, stream=stream)
@@ -258,8 +258,8 @@ class TestFormats:
         with pytest.raises(InferenceFailed, match="format") as caught:
             act()
         assert caught.value.partial is not None
-        assert (caught.value.partial.text, caught.value.partial.finish_reason) == (answer, "stop")
-        assert answer == "" or answer not in str(caught.value)
+        assert (caught.value.partial.text, caught.value.partial.finish_reason) == (text, "stop")
+        assert text == "" or text not in str(caught.value)
         assert llm.stats().running == 0
 
     def test_cut_reply_blames_max_tokens(self, both: Any) -> None:

@@ -41,7 +41,7 @@ GONE = ConnectionFailed("gone")
 
 
 class Listing:
-    """A connection that has no model but can list some."""
+    """A connection that lists models but lacks the requested one."""
 
     def __init__(self, listed: Any, colour: str) -> None:
         def chat(request: Any) -> Any:
@@ -72,7 +72,7 @@ def breaking(_: Any) -> Any:
 LISTS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
     "close": (lambda _: (ModelInfo(name="other"), ModelInfo(name="smollm2:135m")), ("smollm2:135m",)),
     "itself": (lambda _: (ModelInfo(name="smolm2"),), ()),
-    "none": (lambda _: (), ()),
+    "nothing": (lambda _: (), ()),
     "fails": (breaking, ()),
     "gives None": (lambda _: None, ()),
     "gives names": (lambda _: ("smollm2",), ()),
@@ -142,7 +142,7 @@ class TestModels:
 
 
 class Halting(Echo):
-    """Its downloads stop before they are done."""
+    """A provider whose downloads have the given steps."""
 
     def __init__(self, steps: list[PullProgress]) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Halting(Echo):
     def connect(self, request: Any) -> object:
         steps = self.steps
 
-        class Connection(type(super().connect(request))):  # type: ignore[misc] # a connection that pulls in its own way
+        class Connection(type(super().connect(request))):  # type: ignore[misc] # pulls the given steps
             @hookimpl
             async def pull_model(self, request: Any) -> AsyncIterator[PullProgress]:
                 for step in steps:

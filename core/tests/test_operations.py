@@ -1,4 +1,4 @@
-"""What clients can besides chats: count tokens, rerank, delete models, prefix inputs, ask again for what fits."""
+"""More operations: count tokens, rerank, delete models, prefix inputs, and retry replies that do not fit."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ BAD = '{"name": "Delft", "people": "many"}'
 CUT = [Chunk(text='{"name": "De'), Chunk(finish_reason="length", usage=Usage(input_tokens=1, output_tokens=1))]
 
 
-def answering(both: Any, name: str, answer: Any) -> Any:
-    """A client whose provider gives one answer to everything that a hook is asked."""
+def returning(both: Any, name: str, result: Any) -> Any:
+    """Return a client whose provider has one result for each call of a hook."""
 
     async def hook(_: Any, request: Any) -> Any:
-        return answer
+        return result
 
     async def chat(_: Any, request: Any) -> Any:
         yield Chunk(finish_reason="stop")
@@ -81,13 +81,13 @@ class TestCountTokens:
         assert watcher.kinds("count_tokens") == ["start", "admitted", "finish"]
         event = next(each for each in watcher.events if (each.operation, each.kind) == ("count_tokens", "finish"))
         assert event.usage == Usage(input_tokens=5)
-        assert llm.stats().input_tokens == 5, "of the chat: what was only counted is no work done"
+        assert llm.stats().input_tokens == 5, "only the chat counts as work"
 
     @pytest.mark.parametrize(
         ("count", "words"), [(0, "counts 0"), (-3, "counts -3"), (True, "counts True"), (2.0, "float")]
     )
     def test_invalid_count_is_an_error(self, both: Any, count: Any, words: str) -> None:
-        llm = answering(both, "count_tokens", count)
+        llm = returning(both, "count_tokens", count)
         with pytest.raises(ProviderError, match=words):
             llm.count_tokens("Hi")
         assert (llm.stats().running, llm.stats().failures) == (0, 1)
@@ -147,15 +147,15 @@ def ranking(*pairs: tuple[Any, Any]) -> Ranking:
 WRONG: dict[str, tuple[Any, str]] = {
     "one too few": (ranking((0, 1.0)), "1 for 2"),
     "one too many": (ranking((0, 1.0), (1, 1.0), (2, 1.0)), "3 for 2"),
-    "none": (ranking(), "0 for 2"),
+    "no results": (ranking(), "0 for 2"),
     "one twice": (ranking((0, 1.0), (0, 2.0)), "twice"),
     "out of range": (ranking((0, 1.0), (2, 2.0)), "twice, or one"),
     "below the first": (ranking((0, 1.0), (-1, 2.0)), "twice, or one"),
-    "no place": (ranking((0, 1.0), ("1", 2.0)), "twice, or one"),
-    "a truth as place": (ranking((0, 1.0), (True, 2.0)), "twice, or one"),
+    "a text as index": (ranking((0, 1.0), ("1", 2.0)), "twice, or one"),
+    "a bool as index": (ranking((0, 1.0), (True, 2.0)), "twice, or one"),
     "not a number": (ranking((0, math.nan), (1, 1.0)), "finite"),
     "infinite": (ranking((0, math.inf), (1, 1.0)), "finite"),
-    "text as score": (ranking((0, "1"), (1, 1.0)), "finite"),
+    "a text as score": (ranking((0, "1"), (1, 1.0)), "finite"),
     "other things": (Ranking(results=("a", "b")), "not `Ranked`"),  # type: ignore[arg-type]
     "a list": (Ranking(results=[Ranked(index=0, score=1.0)]), "not `Ranked`"),  # type: ignore[arg-type]
     "another kind": ([0.5, 0.4], "instead of Ranking"),
@@ -174,8 +174,8 @@ class TestRerank:
 
     @pytest.mark.parametrize("fault", WRONG)
     def test_invalid_ranking_is_an_error(self, both: Any, fault: str) -> None:
-        answer, words = WRONG[fault]
-        llm = answering(both, "rerank", answer)
+        result, words = WRONG[fault]
+        llm = returning(both, "rerank", result)
         with pytest.raises(ProviderError, match=words) as caught:
             llm.rerank("Hi", ["a", "b"])
         assert caught.value.hint
@@ -199,7 +199,7 @@ def test_deleted_model_is_forgotten(both: Any, kind: type[Echo], watcher: Watche
     assert llm.health("model_present").ok
     assert llm.delete("a:1") is None
     assert [each.name for each in llm.models()] == ["b:1"]
-    assert not llm.health("model_present").ok, "what was known of it is asked for again"
+    assert not llm.health("model_present").ok, "known facts must not survive"
     with pytest.raises(ModelNotFound) as caught:
         llm.delete("a:1")
     assert caught.value.operation == "delete_model"
@@ -323,7 +323,7 @@ class TestRetries:
                     llm.chat("x", format=wanted)
 
     @pytest.mark.parametrize(
-        "step", [CUT, [Chunk(text="{")], ConnectionFailed("gone")], ids=["cut", "no end", "no answer"]
+        "step", [CUT, [Chunk(text="{")], ConnectionFailed("gone")], ids=["cut", "no end", "no reply"]
     )
     def test_cut_reply_is_not_repeated(self, both: Any, step: Any) -> None:
         echo = Echo([step, GOOD])

@@ -32,7 +32,7 @@ GONE = ConnectionFailed("gone")
 
 
 class MuteConnection:
-    """Its hooks forget to return."""
+    """A connection whose hooks return nothing."""
 
     @hookimpl
     def chat(self, request: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Answers while they come: what a stream gives, when it ends, and that its slot always comes back."""
+"""Streams: what they give, when they end, and that their slots are always freed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from graftage.testing import Echo, Pause
 from graftage.types import Chunk, Health, Logprob, ToolCall, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from graftage import AsyncStream
 
@@ -46,7 +46,7 @@ def text_of(chunks: Any) -> str:
 
 
 def soon(truth: Any) -> bool:
-    """Whether something becomes true, garbage being collected meanwhile."""
+    """Check that something becomes true soon; collect garbage meanwhile."""
     until = time.monotonic() + 2
     while not truth() and time.monotonic() < until:
         gc.collect()
@@ -83,7 +83,7 @@ class TestBeginning:
 
 
 class Untidy:
-    """Its generators fail while they are closed."""
+    """A provider whose generators fail when they are closed."""
 
     name = "untidy"
 
@@ -185,7 +185,7 @@ class TestEnd:
 
 
 def two_calls(both: Any) -> tuple[Echo, Any]:
-    """A client with one slot, which a stream that does not end by itself will take."""
+    """Return an Echo and its client with one slot; the first stream does not end by itself."""
     echo = Echo([[Chunk(text="a"), Chunk(text="b"), Pause(), END], "free"])
     return echo, both.connect(echo, model=MODEL, concurrency=1, timeouts={"total": 20})
 
@@ -216,7 +216,7 @@ class TestLeavingEarly:
 
         def act() -> None:
             with llm.chat("x", stream=True):
-                raise KeyError("the host's own")
+                raise KeyError("the host's")
 
         with pytest.raises(KeyError):
             act()
@@ -260,7 +260,7 @@ class TestLeavingEarly:
         reading = both.start(lambda: text_of(stream))
         assert pause.reached.wait(5)
         both.start(stream.close).result(5)
-        # Either the work has ended, or the call still counts: a slot must never be free while its server is busy.
+        # Either the work has ended or the call still counts: no slot is free while its server is busy.
         assert (echo.running, llm.stats().running) in {(0, 0), (1, 1)}
         pause.release()
         reading.result(5)
@@ -437,14 +437,18 @@ def test_ended_stream_leaves_no_timer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "each"),
-    [("logprobs", Logprob(token="a", logprob=0.0)), ("tool_calls", ToolCall(id="1", name="f", arguments={}))],
+    "chunk",
+    [
+        lambda count: Chunk(logprobs=(Logprob(token="a", logprob=0.0),) * count),
+        lambda count: Chunk(tool_calls=(ToolCall(id="1", name="f", arguments={}),) * count),
+    ],
+    ids=["logprobs", "tool calls"],
 )
-def test_object_limit_spans_chunks(both: Any, kind: str, each: Any) -> None:
-    chunk: Any = Chunk
-    most, more = chunk(**{kind: (each,) * MAX_OBJECTS}), chunk(**{kind: (each,)})
-    llm = both.connect(Echo([[most, END], [most, more, END]]), model=MODEL)
-    assert len(getattr(llm.chat("x"), kind)) == MAX_OBJECTS
+def test_object_limit_spans_chunks(both: Any, chunk: Callable[[int], Chunk]) -> None:
+    most = chunk(MAX_OBJECTS)
+    llm = both.connect(Echo([[most, END], [most, chunk(1), END]]), model=MODEL)
+    reply = llm.chat("x")
+    assert len(reply.logprobs or reply.tool_calls) == MAX_OBJECTS
     with pytest.raises(ProtocolError, match=rf"has {MAX_OBJECTS + 1} .*at most {MAX_OBJECTS}"):
         llm.chat("x")
 

@@ -39,7 +39,7 @@ MODEL = "m:1"
 
 
 class VectorsConnection:
-    """Answers every `embed` with the same vectors, whatever was asked."""
+    """A connection that returns the same vectors for every `embed`."""
 
     address = "nowhere"
 
@@ -62,14 +62,14 @@ class VectorsConnection:
 WRONG_VECTORS: dict[str, tuple[Any, str]] = {
     "too few": (((1.0, 2.0),), "1 for 2"),
     "too many": (((1.0,), (2.0,), (3.0,)), "3 for 2"),
-    "none": ((), "0 for 2"),
-    "one that is empty": (((1.0,), ()), "empty"),
+    "no vectors": ((), "0 for 2"),
+    "one empty vector": (((1.0,), ()), "empty"),
     "all empty": (((), ()), "empty"),
     "two lengths": (((1.0, 2.0), (1.0,)), "from 1 to 2"),
     "not a number": (((1.0,), (math.nan,)), "finite"),
     "infinite": (((1.0,), (-math.inf,)), "finite"),
     "beyond any float": (((1.0,), (10**400,)), "finite"),
-    "a truth value": (((1.0,), (True,)), "finite"),
+    "a bool": (((1.0,), (True,)), "finite"),
     "a text": (((1.0,), ("1.0",)), "finite"),
     "a null": (((1.0,), (None,)), "finite"),
     "texts for vectors": (("1", "2"), "finite"),
@@ -80,10 +80,10 @@ WRONG_VECTORS: dict[str, tuple[Any, str]] = {
 
 
 def embedded(both: Any, vectors: Any) -> Vectors:
-    """The vectors of two inputs, whatever the provider gives for them."""
-    answer = both.connect(Giving(lambda _: VectorsConnection(vectors), "vectors"), model=MODEL).embed(["a", "b"])
-    assert isinstance(answer.vectors, Vectors)
-    return answer.vectors
+    """Return a provider's vectors as the client reads them."""
+    result = both.connect(Giving(lambda _: VectorsConnection(vectors), "vectors"), model=MODEL).embed(["a", "b"])
+    assert isinstance(result.vectors, Vectors)
+    return result.vectors
 
 
 RIGHT_VECTORS: dict[str, Callable[[], Any]] = {
@@ -98,19 +98,19 @@ RIGHT_VECTORS: dict[str, Callable[[], Any]] = {
 
 
 class Embedding:
-    """A connection that embeds as it is given."""
+    """A connection that returns a number of vectors, or raises an error."""
 
-    def __init__(self, answer: Any) -> None:
-        self._answer = answer
+    def __init__(self, result: Any) -> None:
+        self._result = result
 
     @hookimpl
     def chat(self, request: Any) -> Any: ...
 
     @hookimpl
     async def embed(self, request: Any) -> Any:
-        if isinstance(self._answer, Exception):
-            raise self._answer
-        return Embeddings(vectors=((1.0,),) * self._answer)
+        if isinstance(self._result, Exception):
+            raise self._result
+        return Embeddings(vectors=((1.0,),) * self._result)
 
 
 class TestEmbeddings:
@@ -151,7 +151,7 @@ class TestEmbeddings:
         assert echo.requests == []
 
     @pytest.mark.parametrize(
-        ("answer", "inputs", "said"),
+        ("result", "inputs", "named"),
         [
             (RequestRejected("no"), ["a", ""], "number 2 of 2"),
             (InferenceFailed("no"), ["", "a", " \n", "b"], "number 1, 3 of 4"),
@@ -162,11 +162,11 @@ class TestEmbeddings:
             (ConnectionFailed("no"), ["a", ""], None),
         ],
     )
-    def test_errors_name_empty_inputs(self, both: Any, answer: Any, inputs: Any, said: str | None) -> None:
+    def test_errors_name_empty_inputs(self, both: Any, result: Any, inputs: Any, named: str | None) -> None:
         with pytest.raises(ProviderError) as caught:
-            both.connect(Giving(lambda _: Embedding(answer)), model=MODEL, attempts=1).embed(inputs)
-        assert (f"Empty inputs: {said}." in str(caught.value)) == (said is not None)
-        assert ("mpty" in str(caught.value)) == (said is not None)
+            both.connect(Giving(lambda _: Embedding(result)), model=MODEL, attempts=1).embed(inputs)
+        assert (f"Empty inputs: {named}." in str(caught.value)) == (named is not None)
+        assert ("mpty" in str(caught.value)) == (named is not None)
 
     def test_empty_inputs_are_sent(self, both: Any) -> None:
         assert len(both.connect(Giving(lambda _: Embedding(2)), model=MODEL).embed(["a", ""]).vectors) == 2
@@ -195,7 +195,7 @@ class TestVectors:
         assert (single.shape, single.dtype, double.dtype) == ((2, 3), np.float32, np.float64)
         assert double.tolist() == [[0.5, 0.1, 2.0], [3.0, 4.0, 5.0]]
         assert single[0, 1] == np.float32(0.1)
-        single[0] = 0.0  # It is the caller's own.
+        single[0] = 0.0  # The array is a copy.
         assert found[0] == (0.5, 0.1, 2.0)
         assert Vectors().numpy().shape == (0, 0)
 

@@ -1,4 +1,4 @@
-"""What type checkers see of the public surface. Never run: mypy reads it, strictly, and a wrong type is an error."""
+"""What type checkers see of the public API. Only mypy reads this file, and fails on a wrong type."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ from graftage.types import (
 
 
 class City(BaseModel):
-    """An answer of a known form."""
+    """The format of a reply."""
 
     name: str
 
 
 def look_up(name: str) -> str:
-    """A tool."""
+    """Look something up."""
     return name
 
 
@@ -76,11 +76,11 @@ def show(step: PullProgress) -> None:
 
 
 class HostError(Exception):
-    """The host application's own error."""
+    """The host's error."""
 
 
 def translate(error: GraftageError) -> Exception:
-    """How the host wants to see errors."""
+    """Make the host's error of one of ours."""
     return HostError(str(error))
 
 
@@ -88,7 +88,7 @@ def translate(error: GraftageError) -> Exception:
 
 
 def sync_host(streamed: bool) -> None:
-    """Every method of `Client`."""
+    """Use every method of `Client`."""
     with graftage.connect("ollama", model="m", timeouts=Timeouts(total=3), translate_error=translate) as llm:
         assert_type(llm, graftage.Client)
         assert_type(llm.chat("x"), Reply)
@@ -125,15 +125,15 @@ def sync_host(streamed: bool) -> None:
         llm.load(context_window=4096)
         llm.unload()
         llm.delete("m")
-        llm.chat("x", temprature=1)  # type: ignore[call-overload] # a misspelt argument is an error already here
-        llm.chat(3)  # type: ignore[call-overload] # and so is what is no message
-        llm.embed("x", purpose="search")  # type: ignore[arg-type] # what vectors are for is one of two
-        llm.delete()  # type: ignore[call-arg] # what is deleted has a name
-        llm.health("well")  # type: ignore[arg-type] # and an unknown level
+        llm.chat("x", temprature=1)  # type: ignore[call-overload] # misspelt argument
+        llm.chat(3)  # type: ignore[call-overload] # not a message
+        llm.embed("x", purpose="search")  # type: ignore[arg-type] # unknown purpose
+        llm.delete()  # type: ignore[call-arg] # the name is required
+        llm.health("well")  # type: ignore[arg-type] # unknown level
 
 
 async def async_host() -> None:
-    """Every method of `AsyncClient`."""
+    """Use every method of `AsyncClient`."""
     async with graftage.connect_async(["ollama:m", "llamacpp"]) as llm:
         assert_type(llm, graftage.AsyncClient)
         assert_type(await llm.chat("x"), Reply)
@@ -163,7 +163,7 @@ async def async_host() -> None:
 
 
 def readers(reply: Reply, error: GraftageError) -> None:
-    """What answers and errors are made of."""
+    """Read the fields of replies and errors."""
     assert_type(reply.text, str)
     assert_type(reply.usage.output_tokens, int | None)
     assert_type(reply.timings.wall, float | None)
@@ -172,14 +172,14 @@ def readers(reply: Reply, error: GraftageError) -> None:
     if isinstance(error, ProviderTimeout):
         assert_type(error.partial, Reply | None)
         assert_type(error.attempts, int)
-    reply.text = "y"  # type: ignore[misc] # answers are frozen
+    reply.text = "y"  # type: ignore[misc] # replies are frozen
 
 
 # --- A plugin author -------------------------------------------------------------------------------------------------
 
 
 class TreeSettings(Settings):
-    """The common settings, and one more."""
+    """The common settings and one more."""
 
     height: int = 3
 
@@ -189,13 +189,13 @@ class Tree:
 
     @hookimpl
     def connect(self, request: ConnectRequest) -> Branch:
-        """Grow a branch."""
+        """Open a connection."""
         assert_type(request.settings, Settings)
         return Branch()
 
     @hookimpl
     def settings_model(self) -> type[Settings]:
-        """Its settings."""
+        """Return the class of its settings."""
         return TreeSettings
 
 
@@ -204,32 +204,32 @@ class Branch:
 
     @hookimpl
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        """Answer."""
+        """Stream a reply."""
         assert_type(request.messages, tuple[Message, ...])
         yield Chunk(text=request.model, finish_reason="stop")
 
     @hookimpl
     def health(self, request: HealthRequest) -> Health:
-        """It is well."""
+        """Report that the server is reachable."""
         return Health(level=request.level, reachable=True)
 
     @hookimpl
     def close(self, request: CloseRequest) -> None:
-        """Nothing to give back."""
+        """Release nothing."""
 
     @hookimpl
     def embed(self, request: EmbedRequest) -> Embeddings:
-        """Vectors."""
+        """Return vectors."""
         return Embeddings(vectors=tuple((0.0,) for _ in request.inputs))
 
     @hookimpl
     def capabilities(self) -> Capabilities:
-        """What it can do."""
+        """Return the features."""
         return Capabilities(features=frozenset({"chat", "embed"}))
 
     @hookimpl
     def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
-        """One model."""
+        """List one model."""
         return (ModelInfo(name="oak"),)
 
 
@@ -238,31 +238,31 @@ class Gardener:
 
     @hookimpl
     def resource_limits(self, query: LimitsQuery) -> Limits | None:
-        """Little."""
+        """Limit the context window."""
         info = query.model_info()
         return Limits(context_window=info.context_window) if info else None
 
     @hookimpl
     def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:
-        """None."""
+        """Find nothing."""
         assert_type(request.base(), ModelInfo | None)
         return None
 
     @hookimpl
     def list_adapters(self, request: ListAdaptersRequest) -> list[AdapterInfo]:
-        """None."""
+        """List nothing."""
         return []
 
     @hookimpl
     def observe(self, event: Event) -> None:
-        """Watch."""
+        """Watch events."""
         assert_type(event.error, Exception | None)
 
 
 def protocols(tree: Tree, branch: Branch, gardener: Gardener) -> None:
-    """Each class satisfies the Protocols of what it implements, as mypy sees it."""
+    """Check that each class satisfies the Protocols of its hooks."""
     _provider: tuple[Connect, SettingsModel] = (tree, tree)
     _required: tuple[Chat, CheckHealth, Close] = (branch, branch, branch)
     _optional: tuple[Embed, DescribeCapabilities, ListModels] = (branch, branch, branch)
     _plugin: tuple[ResourceLimits, ResolveAdapter, Observe] = (gardener, gardener, gardener)
-    _wrong: Chat = gardener  # type: ignore[assignment] # a gardener cannot chat
+    _wrong: Chat = gardener  # type: ignore[assignment] # has no `chat`
