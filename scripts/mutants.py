@@ -112,7 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trust", action="store_true", help="take it that the tests pass without a mutant")
     parser.add_argument("-j", dest="workers", type=int, default=1, help="how many at one time")
     given = parser.parse_args(arguments)
-    mutants = [each for each in read_table() if any(word in f"{each.name} {each.file} {each.old}" for word in given.only)]
+    mutants = [
+        each for each in read_table() if any(word in f"{each.name} {each.file} {each.old}" for word in given.only)
+    ]
     if given.list:
         print(*(f"{each.name:14} {each.file}: {each.old}  ->  {each.new}" for each in mutants), sep="\n")
         return 0
