@@ -44,19 +44,10 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-
 MODEL = "m:1"
-
-
 END = Chunk(finish_reason="stop")
-
-
 SHORT = Timeouts(connect=5.0, first_token=0.4, idle=0.4, total=1.5)
-
-
 PATIENCE = 20.0
-
-
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
 
 
@@ -125,8 +116,6 @@ def event(**fields: Any) -> bytes:
 
 
 EVENTS = {"content-type": "text/event-stream"}
-
-
 WHOLE = [event(text="Hello "), event(text="world"), event(text="", end="stop"), b"data: [DONE]\n\n"]
 
 
@@ -920,11 +909,7 @@ class TestSharing:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
-
-
 BARE = HEAD + b"connection: close\r\n\r\n"
-
-
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
@@ -950,11 +935,7 @@ SLOW: dict[str, tuple[Answer, set[str]]] = {
     "trailers": (Answer([b"0\r\n", *[b"a: b\r\n"] * 200], raw=CHUNKED, delay=0.05), {"first_token"}),
     "an error, byte by byte": (Answer([b"x"] * 200, status=400, delay=0.05), {"first_token", "idle"}),
 }
-
-
 BIG = b"x" * (1 << 20)
-
-
 WRONG: dict[str, Answer] = {
     "a line of 9 MB": streamed(b"data: ", *[BIG] * 9),
     "an event without end": streamed(*[b"data: " + BIG[: 1 << 19] + b"\n"] * 12),
@@ -991,8 +972,6 @@ WRONG: dict[str, Answer] = {
     "status 999": Answer([b"{}"], raw=b"HTTP/1.1 999 What\r\nconnection: close\r\ncontent-length: 2\r\n\r\n"),
     "nothing": Answer([], raw=b"HTTP/1.1 204 None\r\nconnection: close\r\n\r\n"),
 }
-
-
 OBJECTS: dict[str, Answer] = {
     "without end": Answer([BIG] * 6),
     "a huge length": Answer([], framing="none", headers={"content-length": "99999999999"}, ending="close"),
@@ -1007,18 +986,12 @@ OBJECTS: dict[str, Answer] = {
     "nothing": Answer([]),
     "an error": Answer([b'{"error": "full"}']),
 }
-
-
 MANY = 200_000
-
-
 DENSE: dict[str, tuple[bytes, str]] = {
     "models": (b'{"models": [' + b'{"name":"m"},' * MANY + b"{}]}", "200003 objects and lists"),
     "empty lists": (b'{"x": [' + b"[]," * MANY + b"0]}", "200002 objects and lists"),
     "objects in objects": (b'{"x": [' + b'{"a":{}},' * MANY + b"0]}", "400002 objects and lists"),
 }
-
-
 CROWDED = {
     "an event": b"data: " + b'{"text": "", "x": [' + b"[]," * MANY + b"0]}\n\n",
     "lines of an event": b"data:\n" * MANY,

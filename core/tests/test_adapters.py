@@ -36,10 +36,7 @@ if TYPE_CHECKING:
 
     from graftage.calls import ResolveRequest
 
-
 MODEL = "m:1"
-
-
 FITS = Verdict(status="compatible")
 
 
@@ -453,8 +450,6 @@ class TestIdentity:
 
 
 NAMES = ("one", "two", "three")
-
-
 UNFIT = {
     "torn": AdapterInvalid("torn"),
     "unsupported": AdapterUnsupported("not here"),

@@ -47,14 +47,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-
 MODEL = "m:1"
-
-
 DEAD = "http://127.0.0.1:9"
 """An address where nothing listens: the discard port."""
-
-
 EMBEDDED = """
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo
@@ -410,8 +405,6 @@ PASSES_ON: list[GraftageError] = [
     ModelLoadFailed("It crashed.", reason="crashed"),
     ModelLoadFailed("It took too long.", reason="timeout"),
 ]
-
-
 STAYS: list[GraftageError] = [
     ProviderTimeout("It stood still.", phase="idle"),
     ProviderTimeout("It took too long.", phase="total"),

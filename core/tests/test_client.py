@@ -46,10 +46,7 @@ from graftage.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-
 MODEL = "m:1"
-
-
 GONE = ConnectionFailed("gone")
 
 

@@ -26,10 +26,7 @@ from graftage.types import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-
 MODEL = "m:1"
-
-
 JSON_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 
 

@@ -33,10 +33,7 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-
 MODEL = "m:1"
-
-
 GONE = ConnectionFailed("gone")
 
 

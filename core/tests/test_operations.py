@@ -35,11 +35,7 @@ class City(BaseModel):
 
 
 GOOD = '{"name": "Delft", "people": 109000}'
-
-
 BAD = '{"name": "Delft", "people": "many"}'
-
-
 CUT = [Chunk(text='{"name": "De'), Chunk(finish_reason="length", usage=Usage(input_tokens=1, output_tokens=1))]
 
 

@@ -23,11 +23,7 @@ from graftage.types import (
 )
 
 MODEL = "m:1"
-
-
 TOOL = {"name": "f"}
-
-
 GONE = ConnectionFailed("gone")
 
 

@@ -34,10 +34,7 @@ if TYPE_CHECKING:
 
     from graftage import AsyncStream
 
-
 MODEL = "m:1"
-
-
 END = Chunk(finish_reason="stop")
 
 
@@ -454,11 +451,7 @@ def test_object_limit_spans_chunks(both: Any, chunk: Callable[[int], Chunk]) -> 
 
 
 PIECES = st.lists(st.builds(Chunk, text=st.text(max_size=8), thinking=st.text(max_size=4)), max_size=12)
-
-
 ECHO = Echo()
-
-
 CLIENT: dict[str, Any] = {}
 
 

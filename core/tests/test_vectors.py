@@ -34,7 +34,6 @@ from graftage.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
 MODEL = "m:1"
 
 
