@@ -735,7 +735,7 @@ class TestRefusals:
         ("connection", "message"),
         [
             (Unyielding, "async generator"),
-            (Old, "`aembed`.*It is `embed` now"),
+            (Old, "`aembed`.*Did you mean `embed`"),
             (Misspelt, "Did you mean `address`"),
             (OfABase, "Did you mean `address`"),
             (MisspeltInside, "Did you mean `address`"),

@@ -393,7 +393,7 @@ class Hook:
             if inspect.iscoroutine(result):
                 result.close()
             raise self.author.fault(
-                f"has an invalid hook: `{self.name}` is a `def` but returned {kind_of(result)}",
+                f"has an invalid hook: `{self.name}` is a `def` that returned {kind_of(result)}",
                 "Its authors must make it an `async def`.",
             )
         return result
