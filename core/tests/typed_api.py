@@ -142,7 +142,8 @@ async def async_host() -> None:
             assert_type(chunk, Chunk)
         async with llm.generate("x", stream=True) as entered:
             assert_type(entered, graftage.AsyncStream)
-        assert_type(llm.chat("x"), Coroutine[Any, Any, Reply])
+        task: Coroutine[Any, Any, Reply] = llm.chat("x")
+        assert_type(await task, Reply)
         stream = await llm.chat("x", stream=True)
         assert_type(stream, graftage.AsyncStream)
         async with stream:
