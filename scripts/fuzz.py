@@ -1,9 +1,9 @@
-"""Feed the readers of Graftage with bytes that nobody meant: nothing but its own errors comes out, and nothing is lost.
+"""Feed random bytes to the readers of Graftage: they must raise only its own errors, and lose nothing.
 
     python scripts/fuzz.py --list
-    python scripts/fuzz.py TARGET [FOLDER OF EXAMPLES] [-max_total_time=60] [other options of libFuzzer]
+    python scripts/fuzz.py TARGET [FOLDER OF EXAMPLES] [-max_total_time=60] [more options of libFuzzer]
 
-This needs `pip install atheris`, and runs until it finds something. The tests run each target on some hundred inputs.
+It needs `pip install atheris`, and runs until it finds an error. `tests/test_fuzz.py` runs each target on fewer inputs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from graftage_ollama._errors import refusal
 from graftage_ollama._settings import parse_host
 
 MAX_MESSAGE: Final = 4000
-"""Characters of an error: it goes into logs."""
+"""Characters that an error may have, since it goes into logs."""
 
 
 def split(data: bytes) -> list[bytes]:
-    """Data in pieces, whose lengths it gives itself."""
+    """Split data into pieces, whose lengths depend on the data."""
     pieces, start = [], 0
     while start < len(data):
         length = 1 + data[start] % 37
@@ -46,7 +46,7 @@ def split(data: bytes) -> list[bytes]:
 
 
 def text_of(data: bytes) -> str:
-    """Text of any kind, half surrogates too."""
+    """Return text of any kind, also with lone surrogates."""
     try:
         text = data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
@@ -55,7 +55,7 @@ def text_of(data: bytes) -> str:
 
 
 def value_of(data: bytes) -> Any:
-    """What a program could hand over: the value of some JSON, else a text."""
+    """Return the value if the data is JSON, otherwise a text."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -66,7 +66,7 @@ def value_of(data: bytes) -> Any:
 
 
 class ScriptedTransport:
-    """A transport, and the answer that it always gives: pieces of a body."""
+    """A transport that is also its only response: pieces of a body."""
 
     colour = None
     status, reason = 200, "OK"
@@ -74,15 +74,15 @@ class ScriptedTransport:
     pieces: Iterator[bytes] = iter(())
 
     def wrap(self, _network: object) -> ScriptedTransport:
-        """This."""
+        """Return the transport."""
         return self
 
     async def send(self, _request: object, _clock: object) -> Response:
-        """This too."""
+        """Return the response."""
         return self
 
     async def read(self) -> bytes:
-        """The next piece."""
+        """Return the next piece."""
         return next(self.pieces, b"")
 
     async def close(self) -> None:
@@ -100,7 +100,7 @@ def _client() -> graftage.Client:
 
 
 def _text_in(body: bytes) -> str:
-    """The text of a whole answer, as the simplest reader has it."""
+    """Return the text of a whole reply, read in the simplest way."""
     texts = []
     for line in body.split(b"\n"):
         if line.strip():
@@ -112,7 +112,7 @@ def _text_in(body: bytes) -> str:
 
 
 def lines(data: bytes) -> None:
-    """A stream of lines, in pieces of any size: all of its text, or an error with what had come."""
+    """A stream of lines in pieces of any size gives all of its text, or an error with the part that arrived."""
     TRANSPORT.pieces = iter(split(data))
     seen: list[str] = []
     try:
@@ -126,7 +126,7 @@ def lines(data: bytes) -> None:
 
 
 def framing(data: bytes) -> None:
-    """The framing of an answer: what is read of it does not depend on how it came."""
+    """The framing of a response does not depend on the pieces in which it arrives."""
     assert _read_framing([data]) == _read_framing(split(data))
 
 
@@ -147,7 +147,7 @@ def _read_framing(pieces: list[bytes]) -> tuple[Any, ...]:
 
 
 def errors(data: bytes) -> None:
-    """A body that refuses: a typed error that can be shown."""
+    """The body of a refusal gives a typed error with a hint and a short text."""
     for status in (200, 400, 404, 429, 500, 503, 530):
         for operation in ("chat", "pull_model"):
             call = Call(operation=operation, model="m")
@@ -159,7 +159,7 @@ def errors(data: bytes) -> None:
 
 
 def retry_after(data: bytes) -> None:
-    """When to ask again: seconds that can be waited, or nothing."""
+    """A header that says when to retry gives finite seconds, or None."""
     text = data.decode("latin-1")
     for name in ("retry-after", "retry-after-ms", "x-ratelimit-reset"):
         found = Answer(status=429, headers=((name, text),), body=b"", call=Call()).retry_after
@@ -170,7 +170,7 @@ def retry_after(data: bytes) -> None:
 
 
 def host(data: bytes) -> None:
-    """The address of a server: a URL that can be asked, or an error of the settings."""
+    """The address of a server gives a stable URL, or a `SettingsError`."""
     with contextlib.suppress(SettingsError):
         found = parse_host(text_of(data))
         base, _ = read_base(found)
@@ -178,7 +178,7 @@ def host(data: bytes) -> None:
 
 
 def no_proxy(data: bytes) -> None:
-    """The variables of proxies: no request to this machine goes through one, and no other error comes of them."""
+    """No value of the proxy variables sends a request to this machine through a proxy, or raises."""
     words = data.decode("latin-1").replace("\0", "")
     given = {"NO_PROXY": words, "HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": words}
     with mock.patch.dict(os.environ, given, clear=True):
@@ -189,14 +189,14 @@ def no_proxy(data: bytes) -> None:
 
 
 def arguments(data: bytes) -> None:
-    """The arguments of a model's call: an object, or an error without them."""
+    """The arguments of a tool call give a dict, or an error."""
     for value in (text_of(data), value_of(data)):
         with contextlib.suppress(GraftageError):
             assert isinstance(dict(read_tool_call("f", value, "id").arguments), dict)
 
 
 def messages(data: bytes) -> None:
-    """Messages: such that can be sent, or an error."""
+    """Messages can be sent, or give an error."""
     value = value_of(data)
     for each in (value, [value], [{"role": "user", "content": value}], [{"role": "assistant", "tool_calls": value}]):
         with contextlib.suppress(GraftageError):
@@ -205,7 +205,7 @@ def messages(data: bytes) -> None:
 
 
 def tools(data: bytes) -> None:
-    """Tools: such that can be sent, or an error."""
+    """Tools can be sent, or give an error."""
     value = value_of(data)
     for each in ([value], [{"type": "function", "function": value}], [{"name": "f", "parameters": value}]):
         with contextlib.suppress(GraftageError):
@@ -213,7 +213,7 @@ def tools(data: bytes) -> None:
 
 
 def gguf(data: bytes) -> None:
-    """The head of a GGUF file: read, or refused."""
+    """The head of a GGUF file is read, or gives a `GgufError`."""
     with contextlib.suppress(GgufError):
         read_gguf(io.BytesIO(data), len(data))
 
@@ -265,7 +265,7 @@ TARGETS: Final[dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]]] = {
     ),
     "gguf": (gguf, (b"GGUF\x03\0\0\0" + bytes(8) + b"\x01" + bytes(7) + _KEY + bytes(64), b"GGUF\0\0\0\x03")),
 }
-"""By name: what reads, and examples to begin with."""
+"""For each name a target, and examples to begin with."""
 
 
 def main(words: list[str]) -> int:

@@ -2,8 +2,8 @@
 
     python scripts/make_client.py [--check]
 
-Each `await` becomes a `drive`, except of the client's own methods, which block in the sync client; the names follow
-the table below. With `--check` nothing is written, and the exit code is 1 if the file is not up to date.
+Each `await` becomes a call of `drive`, except for methods of the client itself, which block in the sync client. Names
+change as in the table below. With `--check` nothing is written: the exit code is 1 if the file is not up to date.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORDS = {
     r"An? (Stream)": r"A \1",
     r"an (`Stream`)": r"a \1",
 }
-"""What becomes of each name, and of each sentence that is true of one client only."""
+"""Replacements for names, and for sentences that are true of one client only."""
 RUFF = [sys.executable, "-m", "ruff"]
 
 
@@ -57,7 +57,7 @@ def sync_source() -> str:
 
 
 def _without_await(text: str) -> str:
-    """Put `drive(…)` in place of `await …`, the last one first, so that the places before it stay right."""
+    """Replace `await …` with `drive(…)`, from the end, so that earlier positions stay valid."""
     starts = [0]
     for line in text.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -67,7 +67,7 @@ def _without_await(text: str) -> str:
         work = ast.get_source_segment(text, node.value) or ""
         begin = starts[node.lineno - 1] + node.col_offset
         end = begin + len("await ") + len(work)
-        assert end <= last, f"line {node.lineno}: one `await` stands within another"
+        assert end <= last, f"line {node.lineno}: an `await` cannot contain another"
         last = begin
         text = text[:begin] + (work if work.startswith("self.") else f"drive({work})") + text[end:]
     return text

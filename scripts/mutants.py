@@ -1,9 +1,9 @@
-"""Break the code in one line at a time, and see that the tests notice.
+"""Break one line of code at a time, and check that the tests fail.
 
     python scripts/mutants.py [--list] [--only WORD...] [--trust] [-j 2]
 
-Each mutant of `mutants.toml` is put into a copy of the tree, never into the tree itself, and the tests that must kill
-it run there. Exits with 1 if one survives, if its line is not found exactly once, or if its tests fail without it.
+Each mutant of `mutants.toml` is applied to a copy of the tree, never to the tree itself. The tests that must kill it
+run there. The exit code is 1 if a mutant survives, if its line is not found exactly once, or if its tests fail anyway.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
 TIME_LIMIT = 300.0
-"""Seconds for the tests of one mutant; one that makes them hang is killed by the clock."""
+"""Seconds for the tests of one mutant. A mutant that makes them hang counts as killed."""
 PACKAGES = ("core", "providers/ollama", "providers/llamacpp", "plugins/lora", "plugins/m4")
 PASSED, FAILED = 0, 1
 """How pytest exits if all tests pass, and if some fail."""
@@ -35,7 +35,7 @@ PASSED, FAILED = 0, 1
 
 @dataclass(frozen=True)
 class Mutant:
-    """One line of code, what it becomes, and the tests that must fail then."""
+    """A text of the code, what replaces it, and the tests that must then fail."""
 
     name: str
     file: str
@@ -45,12 +45,12 @@ class Mutant:
     """Arguments of pytest."""
 
     def apply(self, text: str) -> str | None:
-        """The mutated source; None where the line is not there exactly once."""
+        """Return the mutated source, or None if the text is not found exactly once."""
         return text.replace(self.old, self.new) if text.count(self.old) == 1 and self.old != self.new else None
 
 
 def read_table() -> Iterator[Mutant]:
-    """The mutants of the table, in order."""
+    """Yield the mutants of the table, in order."""
     for area, files in tomllib.loads(TABLE.read_text(encoding="utf-8")).items():
         rows = [(file, *row) for file, given in files.items() for row in given["mutants"]]
         for place, (file, old, new, *tests) in enumerate(rows, 1):
@@ -58,7 +58,7 @@ def read_table() -> Iterator[Mutant]:
 
 
 def copy_to(folder: Path) -> None:
-    """Copy what git knows or would add: no environment, no build."""
+    """Copy the files that git tracks or would add, without environments and builds."""
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name and (ROOT / name).is_file():
@@ -67,12 +67,12 @@ def copy_to(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: str) -> int | None:
-    """How pytest exits; None where it was stopped by the clock."""
+    """Return the exit code of pytest, or None at the time limit."""
     paths = os.pathsep.join(str(folder / each) for each in PACKAGES)
-    # Old byte code could hide a mutant of the same size and second.
+    # A mutant can have the size and time of the old byte code, which would then run instead.
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
-    # A session of its own, so that what the tests started is stopped with them.
+    # In a new session, the tests can be killed with all that they started.
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -90,7 +90,7 @@ def run_tests(folder: Path, tests: str) -> int | None:
 
 
 def judge(mutant: Mutant, folder: Path) -> str:
-    """What became of a mutant in a copy of the tree, which is then as before."""
+    """Test a mutant in a copy of the tree, and restore the copy."""
     file = folder / mutant.file
     source = file.read_text(encoding="utf-8") if file.exists() else ""
     mutated = mutant.apply(source)
@@ -105,12 +105,14 @@ def judge(mutant: Mutant, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Judge the mutants, print each and a summary; the exit code."""
+    """Judge the mutants, print each and a summary, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="print them and run nothing")
-    parser.add_argument("--only", nargs="+", default=[""], help="those whose name, file or line has one of these words")
-    parser.add_argument("--trust", action="store_true", help="take it that the tests pass without a mutant")
-    parser.add_argument("-j", dest="workers", type=int, default=1, help="how many at one time")
+    parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only mutants with one of these in their name, file or text"
+    )
+    parser.add_argument("--trust", action="store_true", help="do not check first that the tests pass without a mutant")
+    parser.add_argument("-j", dest="workers", type=int, default=1, help="how many at the same time")
     given = parser.parse_args(arguments)
     mutants = [
         each for each in read_table() if any(word in f"{each.name} {each.file} {each.old}" for word in given.only)
@@ -141,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             copies.put(folder)
             return "" if passed else report("", f"without a mutant: {tests}", "broken", began)
 
-        # Tests that fail anyway kill nothing.
+        # Tests that fail without a mutant prove nothing.
         named = [] if given.trust else list(dict.fromkeys(each.tests for each in mutants))
         outcomes.update(filter(None, pool.map(check_tests, named)))
         outcomes.update(pool.map(judge_one, mutants))

@@ -1,11 +1,11 @@
-"""Minutes of mixed calls with random faults: every answer is the right one, and nothing grows.
+"""Run mixed calls with random faults for some minutes: every reply must be right, and nothing may grow.
 
     python scripts/soak.py --minutes 10 [--host http://127.0.0.1:11434 --model smollm2:135m] [--seed 7] [--workers 16]
 
-Threads with a sync client and tasks with an async one chat, stream, break off, cancel, generate, embed, pull and ask
-for health, at a server on loopback that answers one call in five with a fault. What comes back must be what that server
-said, or one of Graftage's errors. With `--host`, a real server is asked too, without faults. Memory, descriptors and
-threads are printed as it goes; exits with 1 if an answer was wrong, or if one of the three grew.
+Threads with a sync client and tasks with an async one chat, stream, break off, cancel, generate, embed, pull and check
+the health of a server on loopback, which has a fault in one call of five. Each result must be what the server sent, or
+one of Graftage's errors. With `--host`, a real server is called, too, without faults. Memory, descriptors and threads
+are printed regularly. The exit code is 1 if a result was wrong, or if one of the three grew.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ FAULTS: Final = (
 PATHS: Final = ("/api/chat", "/api/generate", "/api/embed", "/api/pull", "/api/version")
 TIMEOUTS: Final = Timeouts(connect=10.0, first_token=20.0, idle=0.5, total=30.0)
 MAX_TOKENS: Final = 8
-"""Words, or tokens, of an answer."""
+"""Tokens of a reply; the server on loopback counts words."""
 MAX_GROWTH: Final = {"MB": 8.0, "descriptors": 8, "threads": 8}
-"""What may be there at the end, once all has been closed, beyond what was there after the first rounds."""
+"""How much each may grow from the start until everything is closed; memory from the first figures."""
 RANDOM: Final = random.Random()  # noqa: S311 - not for secrets
 REPORT_INTERVAL: Final = 10.0
 """Seconds between two lines of figures."""
@@ -61,31 +61,31 @@ REPORT_INTERVAL: Final = 10.0
 
 @dataclass
 class Tally:
-    """What has been done, and what was wrong. Shared by threads."""
+    """What was done, and what was wrong. Threads share it."""
 
     done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def expect(self, what: str, found: Any, wanted: Any) -> None:
-        """Note an answer."""
+        """Count a result, and note it if it is wrong."""
         self.done[what] += 1
         if found != wanted:
             self.wrong.append(f"{what}: {found!r} instead of {wanted!r}")
 
 
 class Server(NamedTuple):
-    """A server, and what it says."""
+    """A server, its model and its reply."""
 
     url: str
     model: str
     reply: str | None
-    """Known of the fake one; a real one need only say the same whether it is read as a stream or not."""
+    """None for a real server, whose reply is not known."""
 
 
-# --- What is done ----------------------------------------------------------------------------------------------------
+# --- Operations ------------------------------------------------------------------------------------------------------
 
-# The async client is the sync one's twin: an operation is written once, and `wait` gives what either returns.
+# Each operation is written once for both clients: `wait` gives what either returns.
 Wait = Callable[[Any], Awaitable[Any]]
 
 
@@ -153,17 +153,17 @@ OPERATIONS: Final = (_chat, _generate, _stream, _break_off, _embed, _pull, _heal
 
 
 async def _run_one(llm: Any, wait: Wait, server: Server, tally: Tally) -> None:
-    """One operation; an error of Graftage's own is an answer, too."""
+    """Run a random operation. An error of Graftage is a valid result."""
     operation = RANDOM.choice(OPERATIONS)
     try:
         await operation(llm, wait, server, tally)
     except GraftageError as error:
         tally.done[f"error {type(error).__name__}"] += 1
-    except Exception as error:  # noqa: BLE001 - that is what is looked for
+    except Exception as error:  # noqa: BLE001 - any other error is a finding
         tally.wrong.append(f"{operation.__name__}: {error!r}")
 
 
-# --- Who does it -----------------------------------------------------------------------------------------------------
+# --- Threads and tasks -----------------------------------------------------------------------------------------------
 
 
 def _run_thread(server: Server, tally: Tally) -> None:
@@ -200,19 +200,20 @@ def _run_tasks(server: Server, tally: Tally, count: int) -> None:
 
 
 def _script_faults(fake: FakeOllama, tally: Tally) -> None:
-    """Script faults as requests come: about one in five."""
+    """Script a fault for about every fifth request."""
     seen = 0
     while not tally.stop.wait(0.005):
         for _ in range((len(fake.requests) - seen) // 5):
             fake.script(RANDOM.choice(PATHS), RANDOM.choice(FAULTS))
             seen += 5
-        if seen > 1000:  # The fake remembers for ever otherwise
+        # The fake server keeps all requests.
+        if seen > 1000:
             del fake.requests[:seen]
             seen = 0
 
 
 def figures() -> dict[str, float]:
-    """What this process has."""
+    """Return the memory, descriptors and threads of this process."""
     gc.collect()
     if Path("/proc/self/statm").exists():
         memory = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
@@ -223,18 +224,18 @@ def figures() -> dict[str, float]:
 
 
 def print_figures(began: float, now: dict[str, float], tally: Tally) -> None:
-    """A line of figures."""
+    """Print a line of figures."""
     calls = sum(count for what, count in tally.done.items() if not what.startswith("error"))
     errors = tally.done.total() - calls
     print(
         f"{time.monotonic() - began:6.0f} s  {now['MB']:6.1f} MB  {now['descriptors']:4.0f} descriptors  "
-        f"{now['threads']:4.0f} threads  {calls} answers, {errors} errors, {len(tally.wrong)} wrong",
+        f"{now['threads']:4.0f} threads  {calls} results, {errors} errors, {len(tally.wrong)} wrong",
         flush=True,
     )
 
 
 def run(servers: list[Server], fake: FakeOllama, minutes: float, workers: int) -> tuple[Tally, dict[str, float]]:
-    """Work for some minutes; what came of it, and the figures while it was warm."""
+    """Run for some minutes, and return the tally and the figures after the first interval."""
     tally = Tally()
     threads = [threading.Thread(target=_script_faults, args=(fake, tally))]
     for server in servers:
@@ -256,13 +257,13 @@ def run(servers: list[Server], fake: FakeOllama, minutes: float, workers: int) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Work, and print what came of it; the exit code."""
+    """Run, print the results, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--host", help="a real server to ask, too")
+    parser.add_argument("--host", help="a real server to call, too")
     parser.add_argument("--model", default=MODEL, help="the model that the real server has")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=16, help="half of them threads, half of them tasks")
+    parser.add_argument("--workers", type=int, default=16, help="half are threads, half are tasks")
     given = parser.parse_args(arguments)
     RANDOM.seed(given.seed)
     before = figures()
@@ -277,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         *(f"{name} grew by {grown[name]:g}" for name in MAX_GROWTH if grown[name] > MAX_GROWTH[name]),
     ]
     print(", ".join(f"{count} {what}" for what, count in sorted(tally.done.items())))
-    print("\n".join(problems) or f"seed {given.seed}: nothing was wrong, and nothing grew: {after}")
+    print("\n".join(problems) or f"seed {given.seed}: all results were right, and nothing grew: {after}")
     return 1 if problems else 0
 
 
