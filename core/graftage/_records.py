@@ -70,11 +70,11 @@ def _repr(self: Any) -> str:
     return f"{type(self).__qualname__}({shown})"
 
 
-def _eq(self: Any, other: Any) -> Any:
+def _eq(self: object, other: object) -> Any:
     return _values(self, "compare") == _values(other, "compare") if type(other) is type(self) else NotImplemented
 
 
-def _hash(self: Any) -> int:
+def _hash(self: object) -> int:
     return hash(_values(self, "compare"))
 
 

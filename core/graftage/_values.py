@@ -29,7 +29,7 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, 
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
-def keep_alive_seconds(value: Any) -> float | None:
+def keep_alive_seconds(value: object) -> float | None:
     """Return the seconds that a model stays loaded, from a number, a `timedelta`, or text such as `5m`, `1h30m`, `-1`.
 
     A negative value means for ever and becomes infinity.
@@ -207,7 +207,7 @@ def broken_entry_points() -> Iterator[str]:
             yield f"The entry_points.txt of {whose} is broken: {why}. Its unreadable part is ignored."
 
 
-def _plain_name(dist: Any) -> str | None:
+def _plain_name(dist: object) -> str | None:
     """Return the normalised name of a distribution; None if its metadata is damaged."""
     name, version = identity(dist)
     return re.sub(r"[-_.]+", "-", name).lower() if name and version else None

@@ -259,21 +259,21 @@ LEAST_TRAINED: Final = 64
 """Every model was trained for more tokens."""
 
 
-def count_of(value: Any, most: int = MOST_BYTES) -> int | None:
+def count_of(value: object, most: int = MOST_BYTES) -> int | None:
     """Return a number that can be a count: not negative, and not too large for a model; else None."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most:
         return int(value)
     return None
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 class _Keys:
     """The metadata of a GGUF file, by keys without the architecture's name. Nothing in it is trusted."""
 
-    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
+    def __init__(self, metadata: Mapping[str, object], architecture: str) -> None:
         self._metadata = metadata
         self._prefix = architecture or str(metadata.get("general.architecture") or "")
         self.odd: dict[str, None] = {}
@@ -285,7 +285,7 @@ class _Keys:
     def value(self, key: str) -> Any:
         return self._metadata.get(f"{self._prefix}.{key}")
 
-    def checked(self, key: str, value: Any, most: int = MOST_NUMBER) -> int | None:
+    def checked(self, key: str, value: object, most: int = MOST_NUMBER) -> int | None:
         """Return a count, or None. A value that is not a count is noted as odd."""
         count = count_of(value, most)
         if count is None and value is not None:
@@ -366,7 +366,7 @@ def _trained(keys: _Keys, info: ModelInfo) -> int | None:
     return trained
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 

@@ -441,7 +441,7 @@ def _too_many(what: str, count: int, most: int) -> GgufError:
     return GgufError(f"it states {count} {what}; the limit is {most}")
 
 
-def _alignment(metadata: Mapping[str, Any]) -> int:
+def _alignment(metadata: Mapping[str, object]) -> int:
     found = metadata.get("general.alignment", ALIGNMENT)
     if type(found) is not int or not 0 < found <= MAX_ALIGNMENT or found & (found - 1):
         raise GgufError(f"its alignment is {str(found)[:40]!r}, which is not a power of two")

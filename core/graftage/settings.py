@@ -127,7 +127,7 @@ class Settings(PluginSettings):
 
     @field_validator("transport")
     @classmethod
-    def _wraps(cls, value: Any) -> Any:
+    def _wraps(cls, value: object) -> Any:
         if value is not None and not callable(getattr(value, "wrap", None)):
             raise ValueError("it has no method `wrap`: pass a cassette or another `graftage.http.Wrapper`")
         return value
@@ -149,12 +149,12 @@ class Settings(PluginSettings):
 
     @field_validator("keep_alive", mode="before")
     @classmethod
-    def _seconds(cls, value: Any) -> float | None:
+    def _seconds(cls, value: object) -> float | None:
         return keep_alive_seconds(value)
 
     @field_validator("timeouts", mode="before")
     @classmethod
-    def _timeouts(cls, value: Any) -> Any:
+    def _timeouts(cls, value: object) -> Any:
         # Parts that are left out keep their defaults; a misspelt part must be an error.
         if isinstance(value, Mapping):
             known = [each.name for each in fields(Timeouts)]
@@ -419,7 +419,7 @@ def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tu
     return found
 
 
-def _from_texts(annotation: Any, texts: Mapping[tuple[str, ...], str]) -> Any:
+def _from_texts(annotation: object, texts: Mapping[tuple[str, ...], str]) -> Any:
     """Return the value of a setting or of a part. Variables of single parts win over that of the whole.
 
     Raises:
@@ -448,7 +448,7 @@ def _from_text(kinds: set[str], text: str) -> Any:
     return value if kinds == {"object"} or isinstance(value, (dict, list)) else text
 
 
-def _kinds(annotation: Any) -> set[str]:
+def _kinds(annotation: object) -> set[str]:
     """Return what a type takes: an `object` with parts, a `list`, or one `text`."""
     annotation = getattr(annotation, "__value__", annotation)  # A type alias of Python 3.12.
     origin = get_origin(annotation) or annotation
@@ -463,7 +463,7 @@ def _kinds(annotation: Any) -> set[str]:
     return {"list"} if issubclass(origin, (Sequence, AbstractSet)) else {"text"}
 
 
-def _part(annotation: Any, key: str) -> Any:
+def _part(annotation: object, key: str) -> Any:
     """Return the type of a part: of a field of a model or a value of a mapping; by default text."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(key)
@@ -471,7 +471,7 @@ def _part(annotation: Any, key: str) -> Any:
     return get_args(annotation)[-1] if _kinds(annotation) == {"object"} and get_args(annotation) else str
 
 
-def _merged(under: Any, over: Any) -> Any:
+def _merged(under: object, over: object) -> Any:
     """Return `over`, or both merged if they are mappings."""
     if isinstance(under, Mapping) and isinstance(over, Mapping):
         return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
@@ -579,7 +579,7 @@ def _settings_error(error: ValidationError, model: type[PluginSettings], origins
     )
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """Return a number of seconds, also from text, as variables hold it."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):

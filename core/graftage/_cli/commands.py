@@ -43,7 +43,7 @@ class _PluginCommand(TyperCommand):
         self._points = points
         super().__init__(points[0].name, help=_summary(points))
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], parent: object = None, **extra: Any) -> Any:
         """Load the command, and make its context."""
         self._refuse()
         return _load(self._points[0]).make_context(info_name, args, parent, **extra)

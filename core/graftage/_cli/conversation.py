@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graftage._cli import errors, show
 from graftage._cli.answer import Stopped, stream_reply
@@ -48,7 +48,7 @@ class Conversation:
         self,
         client: "Client",
         start: Sequence[Mapping[str, object]],
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, object],
         *,
         images: Sequence[Path] = (),
         raw: bool = False,

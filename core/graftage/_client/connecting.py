@@ -92,10 +92,10 @@ def connect_async(
 
 
 def _read(
-    provider: Any,
-    plugins: Any,
+    provider: object,
+    plugins: object,
     translate_error: Callable[[GraftageError], Exception] | None,
-    overrides: Mapping[str, Any],
+    overrides: Mapping[str, object],
     **given: Any,
 ) -> ConnectOptions:
     from graftage._engine.choosing import ConnectOptions

@@ -89,7 +89,7 @@ class _Client:
             session.switch_failed(*self._failed_switch)
         return session
 
-    def _note_failed_switch(self, reference: Any, error: BaseException) -> None:
+    def _note_failed_switch(self, reference: object, error: BaseException) -> None:
         """Note a switch that failed before the client was open: the base model must not answer in its place."""
         self._failed_switch = (reference, error)
         if self._session is not None:
@@ -174,23 +174,23 @@ class _BlockingClient(_Client):
 
     _ready = _open
 
-    def _open_to_switch(self, reference: Any) -> Session | Chain:
+    def _open_to_switch(self, reference: object) -> Session | Chain:
         try:
             return self._open()
         except BaseException as error:
             self._note_failed_switch(reference, error)
             raise
 
-    def _read(self, read: Read, subject: Any, arguments: Mapping[str, Any]) -> CallOptions:
+    def _read(self, read: Read, subject: object, arguments: Mapping[str, object]) -> CallOptions:
         return read(subject, arguments)
 
     def _answer(
         self,
         operation: Literal["chat", "generate"],
         read: Read,
-        subject: Any,
+        subject: object,
         stream: bool | None,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, object],
     ) -> Any:
         """Return the reply, or a stream whose first chunk has come."""
         try:
@@ -247,14 +247,14 @@ class _AwaitingClient(_Client):
         self._adopt(await opening.resolve(AwaitingIO()))
         self._origins = opening.origins
 
-    async def _open_to_switch(self, reference: Any) -> Session | Chain:
+    async def _open_to_switch(self, reference: object) -> Session | Chain:
         try:
             return await self._open()
         except BaseException as error:
             self._note_failed_switch(reference, error)
             raise
 
-    async def _read(self, read: Read, subject: Any, arguments: Mapping[str, Any]) -> CallOptions:
+    async def _read(self, read: Read, subject: object, arguments: Mapping[str, object]) -> CallOptions:
         """Read the arguments of a call, in a thread if that may take the time of a file."""
         from graftage._engine.arguments import may_read_files
 
@@ -266,9 +266,9 @@ class _AwaitingClient(_Client):
         self,
         operation: Literal["chat", "generate"],
         read: Read,
-        subject: Any,
+        subject: object,
         stream: bool | None,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, object],
     ) -> Any:
         """Return a coroutine that gives the reply, or a stream that opens when it is awaited or read."""
         begin = partial(self._begin, operation, read, subject, stream, arguments)
@@ -282,9 +282,9 @@ class _AwaitingClient(_Client):
         self,
         operation: Literal["chat", "generate"],
         read: Read,
-        subject: Any,
+        subject: object,
         stream: bool | None,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, object],
     ) -> Begun:
         session = await self._open()
         return await session.infer(operation, await self._read(read, subject, arguments), stream=stream)

@@ -64,7 +64,7 @@ class Adapters:
         return loaded.name if loaded else None
 
     @contextlib.contextmanager
-    def switching(self, reference: Any) -> Iterator[None]:
+    def switching(self, reference: object) -> Iterator[None]:
         """Hold a switch from the reading of its arguments to its end; what it raises is its failure."""
         try:
             yield
@@ -73,7 +73,13 @@ class Adapters:
             raise
 
     async def switch(
-        self, reference: Any, model: str, run: Run, *, on_missing: Literal["error", "base"] | None, force: bool | None
+        self,
+        reference: object,
+        model: str,
+        run: Run,
+        *,
+        on_missing: Literal["error", "base"] | None,
+        force: bool | None,
     ) -> LoadedAdapter | None:
         """Make an adapter the active one, after the switch that is under way."""
         on_missing = read_on_missing(on_missing)
@@ -119,7 +125,7 @@ class Adapters:
             (each.digest, each.model) == (loaded.digest, loaded.model) for each in list(self._loaded.values())
         )
 
-    async def unload(self, reference: Any, model: str, call: Call) -> None:
+    async def unload(self, reference: object, model: str, call: Call) -> None:
         """Free the memory of an adapter; a call that names it loads it again."""
         session = self._session
         session.require("unload_adapter")
@@ -171,7 +177,7 @@ class Adapters:
         finally:
             allowed.give_back()
 
-    async def resolve(self, reference: Any, model: str, call: Call) -> Adapter:
+    async def resolve(self, reference: object, model: str, call: Call) -> Adapter:
         """Find the adapter of a reference: the first one that a resolver knows."""
         session = self._session
         request = ResolveRequest(

@@ -79,7 +79,7 @@ class Admission:
         figures, warnings = clamp(wanted, limits, force=asked.force)
         return Allowed(figures, limits, (*warnings, *self._without_effect(wanted)), give_back)
 
-    def _without_effect(self, wanted: Mapping[str, Any]) -> Iterator[str]:
+    def _without_effect(self, wanted: Mapping[str, object]) -> Iterator[str]:
         """Yield a warning for each parameter that is set and that the provider does not read."""
         read = self._session.capabilities().parameters
         for name, value in wanted.items():
@@ -128,7 +128,7 @@ class Admission:
     # --- Policies ----------------------------------------------------------------------------------------------------
 
     async def _as_policies_say(
-        self, run: Run, operation: str, asked: CallOptions, model: str, wanted: Mapping[str, Any]
+        self, run: Run, operation: str, asked: CallOptions, model: str, wanted: Mapping[str, object]
     ) -> tuple[Limits | None, Callable[[], None]]:
         """Ask the policies, unload what they name, and reserve the model."""
         lock = self.slots.policy_lock

@@ -187,7 +187,7 @@ def decode(data: bytes | str) -> Any:
     return _without_lone_surrogates(found) if "\\ud" in text or "\\uD" in text else found
 
 
-def _without_lone_surrogates(value: Any) -> Any:
+def _without_lone_surrogates(value: object) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
@@ -280,7 +280,7 @@ def read_tool_calls(found: object) -> tuple[ToolCall, ...]:
     return tuple(_read_whole_call(read_object(each)) for each in calls if each is not None)
 
 
-def _read_whole_call(call: Mapping[str, Any]) -> ToolCall:
+def _read_whole_call(call: Mapping[str, object]) -> ToolCall:
     body = read_object(call.get("function") or call)
     return read_tool_call(body.get("name"), body.get("arguments"), call.get("id"))
 

@@ -127,7 +127,7 @@ class CallOptions:
     """Build the request from what is known later: call, model, adapter, options and limits."""
 
 
-def may_read_files(subject: object, arguments: Mapping[str, Any]) -> bool:
+def may_read_files(subject: object, arguments: Mapping[str, object]) -> bool:
     """Return whether reading the arguments of a call may read files: images may be paths.
 
     A generator of messages may do anything, so it counts too.
@@ -144,7 +144,7 @@ def _has_images(part: object) -> bool:
     return bool(part.images) if isinstance(part, Message) else not isinstance(part, (str, Reply))
 
 
-def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallOptions:
+def read_chat(messages: reading.Messages, arguments: Mapping[str, object]) -> CallOptions:
     """Read the arguments of `chat`."""
     arguments = _given_arguments("chat", arguments, ChatArguments)
     read = reading.read_messages(messages, arguments.get("images"))
@@ -166,7 +166,7 @@ def read_chat(messages: reading.Messages, arguments: Mapping[str, Any]) -> CallO
     )
 
 
-def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
+def read_generate(prompt: str, arguments: Mapping[str, object]) -> CallOptions:
     """Read the arguments of `generate`."""
     arguments = _given_arguments("generate", arguments, GenerateArguments)
     prompt = reading.text(prompt, "`prompt`")
@@ -191,7 +191,7 @@ def read_generate(prompt: str, arguments: Mapping[str, Any]) -> CallOptions:
     )
 
 
-def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
+def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, object]) -> CallOptions:
     """Read the arguments of `embed`."""
     arguments = _given_arguments("embed", arguments, EmbedArguments)
     given = (
@@ -217,7 +217,7 @@ def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, Any]) -> Cal
     return CallOptions(build=build, purpose=purpose, prompt_characters=sum(map(len, texts)), **_common(arguments))
 
 
-def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, Any]) -> CallOptions:
+def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, object]) -> CallOptions:
     """Read the arguments of `rerank`."""
     arguments = _given_arguments("rerank", arguments, RerankArguments)
     query = reading.text(query, "`query`")
@@ -235,7 +235,7 @@ def read_rerank(query: str, documents: Iterable[str], arguments: Mapping[str, An
 COMMON = ("model", "adapter", "timeout", "keep_alive", "context_window", "max_tokens", "force", "options")
 
 
-def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _common(arguments: Mapping[str, object]) -> dict[str, Any]:
     common = {name: arguments[name] for name in COMMON if name in arguments}
     for name in ("context_window", "max_tokens"):
         check_tokens(name, common.get(name))
@@ -303,7 +303,7 @@ def read_flag(name: str, value: object, *, default: bool = False) -> bool:
     return value
 
 
-def _read_retries(arguments: Mapping[str, Any]) -> int:
+def _read_retries(arguments: Mapping[str, object]) -> int:
     retries = arguments.get("retries", 0)
     if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= MOST_RETRIES:
         raise RequestRejected("`retries` is invalid.", hint=f"Give a whole number from 0 to {MOST_RETRIES}.")
@@ -326,7 +326,7 @@ def read_seconds(name: str, value: object) -> float | None:
     raise RequestRejected(f"`{name}` is invalid.", hint="Give a number of seconds from 0 on, or leave it out.")
 
 
-def check_progress(on_progress: Any) -> None:
+def check_progress(on_progress: object) -> None:
     """Check the function to call with the steps of a download, before the download begins.
 
     Raises:
@@ -361,13 +361,13 @@ def _read_think(value: object) -> bool | str | None:
     return reading.text(value, "`think`")
 
 
-def _needs(arguments: Mapping[str, Any], **wanted: object) -> tuple[str, ...]:
+def _needs(arguments: Mapping[str, object], **wanted: object) -> tuple[str, ...]:
     options = reading.as_mapping(arguments.get("options"))
     logprobs = isinstance(options, Mapping) and options.get("logprobs")
     return tuple(feature for feature, value in (*wanted.items(), ("logprobs", logprobs)) if value)
 
 
-def _given_arguments(operation: str, arguments: Mapping[str, Any], known: type) -> dict[str, Any]:
+def _given_arguments(operation: str, arguments: Mapping[str, object], known: type) -> dict[str, Any]:
     """Return the arguments that are given: None means "not given", except for `adapter`, where it is the base model.
 
     Raises:
@@ -380,7 +380,7 @@ def _given_arguments(operation: str, arguments: Mapping[str, Any], known: type) 
     return {name: value for name, value in arguments.items() if value is not None or name == "adapter"}
 
 
-def _similar_name(name: str, names: Mapping[str, Any]) -> str:
+def _similar_name(name: str, names: Mapping[str, object]) -> str:
     word = word_for(name)
     if word and word not in PARAMETERS:
         return f"; give it in `options`, as `{word}`"

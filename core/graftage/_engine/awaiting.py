@@ -53,10 +53,10 @@ class AwaitingIO:
                 raise
             raise call.timed_out() from error
 
-    def source(self, hook: Hook, request: Any, call: Call) -> Source:
+    def source(self, hook: Hook, request: object, call: Call) -> Source:
         return _AwaitedSource(hook, request, call)
 
-    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+    async def ask(self, plugin: str, function: Callable[..., T], question: object, call: Call) -> T:
         token = _loop.set(asyncio.get_running_loop())
         try:
             future = submit(function, question)
@@ -98,7 +98,7 @@ class _AwaitedSource:
     nor a timer.
     """
 
-    def __init__(self, hook: Hook, request: Any, call: Call) -> None:
+    def __init__(self, hook: Hook, request: object, call: Call) -> None:
         self._chunks = hook(request)
         self._call = call
         self._reader: asyncio.Task[Any] | None = None
@@ -159,7 +159,7 @@ class _AwaitedSource:
 class BackgroundSource(TimedSource):
     """An async iterator on the loop in the background."""
 
-    def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
+    def __init__(self, io: IO, hook: Hook, request: object, call: Call) -> None:
         super().__init__(io, call)
         self._contained = hook.contained
         self._chunks = hook(request)

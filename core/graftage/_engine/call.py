@@ -185,7 +185,7 @@ class Run:
         reason = read_finish_reason(last.finish_reason, calls=calls, full=full)
         return replace(last, finish_reason=reason, usage=usage, warnings=(*last.warnings, *cut))
 
-    def _no_chunk(self, found: Any) -> ProviderError:
+    def _no_chunk(self, found: object) -> ProviderError:
         """Return the error for what is not a chunk: an early end, or a bug in the provider."""
         if found is not None:
             odd = f"{kind_of(found)} instead of a Chunk"

@@ -127,7 +127,7 @@ class Opening:
             raise
         return Chain(sessions) if self._chained else sessions[0]
 
-    def _named(self, provider: Any) -> tuple[Any, str | None]:
+    def _named(self, provider: object) -> tuple[Any, str | None]:
         """Return the provider, by name or as an object, and the model of one item of `provider`."""
         if isinstance(provider, str):
             name, _, model = provider.partition(":")
@@ -320,7 +320,7 @@ def _rank(member: _Member) -> int | None:
     return rank
 
 
-def _as_mapping(settings: Any) -> Mapping[Any, Any] | None:
+def _as_mapping(settings: object) -> Mapping[Any, Any] | None:
     if isinstance(settings, Settings):
         return {name: getattr(settings, name) for name in settings.model_fields_set}
     if not isinstance(settings, (Mapping, str, Path, type(None))):
@@ -328,7 +328,7 @@ def _as_mapping(settings: Any) -> Mapping[Any, Any] | None:
     return settings if isinstance(settings, Mapping) else None
 
 
-def _with_settings(member: Any) -> tuple[Any, Mapping[str, Any]]:
+def _with_settings(member: object) -> tuple[Any, Mapping[str, Any]]:
     """Return a member of a chain, and its own settings."""
     if isinstance(member, tuple) and len(member) == 2 and isinstance(member[1], Mapping):  # A pair
         return member[0], member[1]

@@ -154,7 +154,7 @@ class Connection:
         run.emit("finish")
         return answer
 
-    async def call(self, hook: str, request: Any, call: Call, answers: type | None = None) -> Any:
+    async def call(self, hook: str, request: object, call: Call, answers: type | None = None) -> Any:
         """Call a hook, and check the kind of its result."""
         try:
             answer = await call_hook(self.io, self.relay.hooks[hook], request, call)

@@ -135,7 +135,7 @@ class Chain:
 
     async def use_adapter(
         self,
-        reference: Any,
+        reference: object,
         *,
         on_missing: Literal["error", "base"] | None,
         force: bool | None,
@@ -152,7 +152,7 @@ class Chain:
             read_reference(reference)
         return None
 
-    def switch_failed(self, reference: Any, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
+    def switch_failed(self, reference: object, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
         """Note a switch that failed before the client was open."""
         self._adapter = _Adapter(reference)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["call_hook", "open_hook"]
 
 
-async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
+async def call_hook(io: IO, hook: Hook, request: object, call: Call) -> Any:
     """Call a hook of a connection that returns once: in a thread, on a loop, or here."""
     if not hook.is_async:
         return await _result(io, submit(hook.plain, request), call)
@@ -26,7 +26,7 @@ async def call_hook(io: IO, hook: Hook, request: Any, call: Call) -> Any:
     return await io.await_hook(hook.once(request), call)
 
 
-def open_hook(io: IO, hook: Hook, request: Any, call: Call) -> Source:
+def open_hook(io: IO, hook: Hook, request: object, call: Call) -> Source:
     """Call a hook of a connection that returns an iterator: in a thread, on a loop, or here."""
     if not hook.is_async:
         return ThreadSource(io, hook, request, call)

@@ -154,7 +154,7 @@ class _Content:
         self.results: list[Message] = []
 
 
-def _read_content(value: Any, *, of_result: bool = False) -> _Content:
+def _read_content(value: object, *, of_result: bool = False) -> _Content:
     """Read a string, a part, or a list of parts as OpenAI, Anthropic or MCP write it; a result has text and images."""
     found, what = _Content(), "the `content` of a message"
     if isinstance(value, str):
@@ -210,7 +210,7 @@ def _read_image_part(part: Mapping[str, Any]) -> Image:
     return _read_image(data, paths=False)
 
 
-def as_mapping(value: Any) -> Any:
+def as_mapping(value: object) -> Any:
     """Return the fields that are set in a pydantic object, such as `ollama.Message`; return any other value unchanged.
 
     This does not use `model_dump`: that of `ollama.Image` reads a file, whose name may come from outside.

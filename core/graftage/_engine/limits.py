@@ -43,7 +43,9 @@ def merge(answers: Iterable[tuple[str, Limits]]) -> Limits | None:
     return Limits(**merged, unload=tuple(unload), wait_for=tuple(wait_for), reasons=reasons, warnings=tuple(warnings))
 
 
-def clamp(wanted: Mapping[str, Any], limits: Limits | None, *, force: bool = False) -> tuple[dict[str, Any], list[str]]:
+def clamp(
+    wanted: Mapping[str, object], limits: Limits | None, *, force: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """Return what a request may have of what it wants, and warnings about the difference.
 
     A field that is not set takes the limit. One that is set is lowered to it, or kept with `force`, with a warning.

@@ -372,16 +372,16 @@ class Hook:
     contained: Contained
     """A block of the provider's code."""
 
-    def __call__(self, request: Any) -> Any:
+    def __call__(self, request: object) -> Any:
         """Call the hook. An async one returns what must be awaited or iterated over."""
         return self.function(request)
 
-    async def once(self, request: Any) -> Any:
+    async def once(self, request: object) -> Any:
         """Return the result of an async hook that returns once."""
         with self.contained:
             return await self.function(request)
 
-    def plain(self, request: Any) -> Any:
+    def plain(self, request: object) -> Any:
         """Return the result of a plain hook.
 
         Raises:
@@ -398,7 +398,7 @@ class Hook:
             )
         return result
 
-    def items(self, request: Any) -> Any:
+    def items(self, request: object) -> Any:
         """Return what a plain hook gives one by one.
 
         Raises:

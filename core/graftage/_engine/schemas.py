@@ -102,7 +102,7 @@ def _dump_tool(tool: BaseModel) -> Mapping[str, Any]:
         raise rejected("a tool", "a tool whose fields are valid JSON", tool) from None
 
 
-def _tool_from_mapping(value: Mapping[str, Any]) -> Tool:
+def _tool_from_mapping(value: Mapping[str, object]) -> Tool:
     """Read a tool from a mapping. Refuse unknown keys: a misspelt one may hold the schema."""
     body = value.get("function", value)
     if not isinstance(body, Mapping) or not body.get("name"):
@@ -130,7 +130,7 @@ def _tool_from_mapping(value: Mapping[str, Any]) -> Tool:
     )
 
 
-def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
+def _check_keys(value: Mapping[str, object], known: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> None:
     for key in value:
         if key not in known and key not in ignored:
             raise RequestRejected(f"A tool has the unknown key `{key}`.", hint=suggest(str(key), known))
@@ -219,7 +219,7 @@ def read_format(value: Format) -> tuple[Mapping[str, Any] | Literal["json"] | No
     return copy_json_object(schema, "`format`", WANTED), parse
 
 
-def _unwrap(value: Mapping[str, Any]) -> Any:
+def _unwrap(value: Mapping[str, object]) -> Any:
     """Return the schema in a mapping: the mapping itself, or the schema inside OpenAI's `response_format`."""
     kind = value.get("type")
     schema: object = value
@@ -235,7 +235,7 @@ def _unwrap(value: Mapping[str, Any]) -> Any:
     return schema
 
 
-def _is_schema(value: Mapping[str, Any]) -> bool:
+def _is_schema(value: Mapping[str, object]) -> bool:
     kind = value.get("type")
     return not KEYWORDS.isdisjoint(value) and (not isinstance(kind, str) or kind in TYPES)
 
@@ -247,7 +247,7 @@ def _has_schema(value: object) -> TypeGuard[type[BaseModel]]:
     return inspect.isclass(value) and hasattr(value, "model_json_schema")
 
 
-def _schema_and_parse(kind: Any) -> tuple[dict[str, Any], Parse]:
+def _schema_and_parse(kind: object) -> tuple[dict[str, Any], Parse]:
     """Return the JSON schema of a type, and the function that makes an instance from JSON."""
     try:
         if _has_schema(kind):

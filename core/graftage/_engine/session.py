@@ -522,7 +522,7 @@ class Session(Connection):
 
     async def use_adapter(
         self,
-        reference: Any,
+        reference: object,
         *,
         on_missing: Literal["error", "base"] | None,
         force: bool | None,
@@ -540,12 +540,12 @@ class Session(Connection):
         run.emit("finish", adapter=active.name if active else None)
         return active
 
-    def switch_failed(self, reference: Any, error: BaseException) -> None:
+    def switch_failed(self, reference: object, error: BaseException) -> None:
         """Note a switch that failed before the client was open."""
         with contextlib.suppress(BaseException), self.adapters.switching(reference):
             raise error
 
-    async def resolve_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> Adapter:
+    async def resolve_adapter(self, reference: object, model: str | None, timeout: float | Timeouts | None) -> Adapter:
         """Find the adapter of a reference, with the verdict on it."""
         name = self.choose_model(model)
         run = self.run("resolve_adapter", name, self.timeouts(timeout))
@@ -555,7 +555,7 @@ class Session(Connection):
         run.emit("finish", adapter=adapter.name)
         return adapter
 
-    async def unload_adapter(self, reference: Any, model: str | None, timeout: float | Timeouts | None) -> None:
+    async def unload_adapter(self, reference: object, model: str | None, timeout: float | Timeouts | None) -> None:
         """Free the memory of an adapter."""
         name = self.choose_model(model)
         run = self.run("unload_adapter", name, self.timeouts(timeout))

@@ -73,11 +73,11 @@ class IO(Protocol):
         """Await a hook that runs where its caller runs."""
         ...
 
-    def source(self, hook: Hook, request: Any, call: Call) -> Source:
+    def source(self, hook: Hook, request: object, call: Call) -> Source:
         """Return the chunks of such a hook."""
         ...
 
-    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+    async def ask(self, plugin: str, function: Callable[..., T], question: object, call: Call) -> T:
         """Call a policy or a resolver in a thread, and abandon it at the call's deadline.
 
         Raises:
@@ -101,10 +101,10 @@ class BlockingIO(Blocking):
     async def await_hook(self, work: Coroutine[Any, Any, T], call: Call) -> T:  # noqa: ARG002 - the toolkit times it
         return await work
 
-    def source(self, hook: Hook, request: Any, call: Call) -> Source:  # noqa: ARG002
+    def source(self, hook: Hook, request: object, call: Call) -> Source:  # noqa: ARG002
         return _DrivenSource(hook, request)
 
-    async def ask(self, plugin: str, function: Callable[..., T], question: Any, call: Call) -> T:
+    async def ask(self, plugin: str, function: Callable[..., T], question: object, call: Call) -> T:
         return await await_plugin(self, plugin, submit(function, question), call)
 
     def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -114,7 +114,7 @@ class BlockingIO(Blocking):
 class _DrivenSource:
     """An async iterator that blocks instead of suspending."""
 
-    def __init__(self, hook: Hook, request: Any) -> None:
+    def __init__(self, hook: Hook, request: object) -> None:
         self._chunks = hook(request)
         self.pull = partial(anext, self._chunks, None)
 
@@ -167,7 +167,7 @@ class TimedSource:
 class ThreadSource(TimedSource):
     """An iterator that a thread reads."""
 
-    def __init__(self, io: IO, hook: Hook, request: Any, call: Call) -> None:
+    def __init__(self, io: IO, hook: Hook, request: object, call: Call) -> None:
         super().__init__(io, call)
         self._items: Items[Any] = Items(lambda: hook.items(request), hook.contained)
 

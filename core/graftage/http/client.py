@@ -111,7 +111,7 @@ class Http:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         *,
         call: Call,
         read: Callable[[Document], T] = lambda found: found,  # type: ignore[assignment, return-value]
@@ -155,7 +155,7 @@ class Http:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         *,
         call: Call,
         read: Callable[[dict[str, Any]], T],
@@ -182,7 +182,7 @@ class Http:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         *,
         call: Call,
         read: Callable[[Event], T],
@@ -534,7 +534,7 @@ class _Lines(Generic[T]):
             return self._of(found)
         raise self._line_error(line, found)
 
-    def _line_error(self, line: bytes, found: Any) -> ProviderError:
+    def _line_error(self, line: bytes, found: object) -> ProviderError:
         """Return the error for a line that holds an error, or is not an object."""
         tail = line if found else line[max(line.rfind(b"{"), 0) :]
         if b'"error"' in tail:  # Some servers write an error right after an unfinished object.
@@ -704,7 +704,7 @@ def _check_kind(response: Response) -> None:
 _encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _encoded(body: Mapping[str, Any] | None) -> bytes:
+def _encoded(body: Mapping[str, object] | None) -> bytes:
     return b"" if body is None else _encoder.encode(body).encode()
 
 

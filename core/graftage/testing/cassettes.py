@@ -319,7 +319,7 @@ def _canonical(body: bytes) -> str:
         return body.decode("utf-8", "backslashreplace")
 
 
-def _number_ids(value: Any, ids: dict[str, str]) -> Any:
+def _number_ids(value: object, ids: dict[str, str]) -> Any:
     """Replace the ids of tool calls by `call 1`, `call 2` and so on: they are generated, and do not matter."""
     if isinstance(value, list):
         return [_number_ids(each, ids) for each in value]
@@ -366,7 +366,7 @@ def _differences(recorded: Key, asked: Key) -> Iterator[str]:
 def _flatten(body: str) -> dict[str, str]:
     """Return the leaves of a JSON body by their paths: `{"options.seed": "42"}`."""
 
-    def walk(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    def walk(value: object, path: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
             for name, each in value.items():
                 yield from walk(each, f"{path}.{name}" if path else name)
@@ -402,7 +402,7 @@ class _Flow(list[Any]):
 class _Dumper(yaml.SafeDumper):
     """Writes readable text: blocks for several lines, no folding, no anchors."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 # PyYAML's signature
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 # PyYAML's signature
         return True
 
 

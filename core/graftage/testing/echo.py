@@ -197,7 +197,7 @@ class Echo:
             self.connections.append(connection)
         return connection
 
-    def note(self, hook: str, request: Any) -> None:
+    def note(self, hook: str, request: object) -> None:
         """Record a call, and raise its error, if any."""
         with self.lock:
             self.calls.append((hook, request))

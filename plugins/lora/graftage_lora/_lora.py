@@ -106,7 +106,7 @@ def kind_of(tensor: str) -> str:
     return match[2] if match and match[2] else tensor.removesuffix(".weight")
 
 
-def head_count(metadata: Mapping[str, Any], tensor: str) -> int | None:
+def head_count(metadata: Mapping[str, object], tensor: str) -> int | None:
     """Return how many heads the rows of a tensor are divided into; `None` if unknown."""
     architecture = metadata.get("general.architecture")
     count = metadata.get(f"{architecture}.attention.head_count")
@@ -115,7 +115,7 @@ def head_count(metadata: Mapping[str, Any], tensor: str) -> int | None:
     return per_layer(count, layer_of(tensor))
 
 
-def per_layer(figure: Any, layer: int | None) -> int | None:
+def per_layer(figure: object, layer: int | None) -> int | None:
     """Return a figure that some models state once and some for each layer."""
     if isinstance(figure, (list, tuple)):
         figure = figure[layer] if layer is not None and layer < len(figure) else None
@@ -231,7 +231,7 @@ class Lora:
             return part.b
         return reorder(part.b, _heads_of(part, metadata))
 
-    def digest(self, metadata: Mapping[str, Any]) -> str:
+    def digest(self, metadata: Mapping[str, object]) -> str:
         """Return `sha256:…` over names, scales and weights as F32, with rows in the original order.
 
         An adapter has the same digest in every layout and float type that holds its weights exactly. The rows of a
@@ -246,7 +246,7 @@ class Lora:
                 found.update(np.ascontiguousarray(data, "<f4").data)
         return f"sha256:{found.hexdigest()}"
 
-    def _original_rows(self, part: Part, metadata: Mapping[str, Any]) -> tuple[Array, str]:
+    def _original_rows(self, part: Part, metadata: Mapping[str, object]) -> tuple[Array, str]:
         if self.facts.layout != "gguf" or not is_reordered(self.facts.architecture, part.tensor):
             return part.b, ""
         try:
@@ -255,7 +255,7 @@ class Lora:
             return part.b, "reordered"
 
 
-def _heads_of(part: Part, metadata: Mapping[str, Any]) -> int:
+def _heads_of(part: Part, metadata: Mapping[str, object]) -> int:
     count = head_count(metadata, part.tensor)
     if count is None:
         raise Refused(f"the base model does not say how many heads `{part.tensor}` has")
@@ -300,7 +300,7 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
     return Verdict(status="unknown" if gaps else "compatible", reasons=gaps, warnings=warnings)
 
 
-def _check_architecture(facts: Facts, metadata: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_architecture(facts: Facts, metadata: Mapping[str, object]) -> Iterator[Finding]:
     architecture = metadata["general.architecture"]
     if facts.architecture is not None and facts.architecture != architecture:
         yield (
@@ -374,7 +374,7 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
             yield "contradiction", f"has {own} {side}, but {other} in the base model"
 
 
-def _missing_tensor(shape: Shape, tensors: Mapping[str, Any]) -> Finding:
+def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in FUSED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
@@ -382,7 +382,7 @@ def _missing_tensor(shape: Shape, tensors: Mapping[str, Any]) -> Finding:
     return "contradiction", "is missing in the base model"
 
 
-def _expected_shape(metadata: Mapping[str, Any], tensor: str) -> tuple[int | None, ...]:
+def _expected_shape(metadata: Mapping[str, object], tensor: str) -> tuple[int | None, ...]:
     """Derive inputs and outputs of a tensor from the model's figures, as llama.cpp does."""
     architecture, layer = metadata["general.architecture"], layer_of(tensor)
 
@@ -413,7 +413,7 @@ def _times(count: int | None, width: int | None) -> int | None:
     return count * width if count and width else None
 
 
-def _vocabulary(metadata: Mapping[str, Any]) -> int | None:
+def _vocabulary(metadata: Mapping[str, object]) -> int | None:
     stated = metadata.get(f"{metadata['general.architecture']}.vocab_size")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(stated, int):

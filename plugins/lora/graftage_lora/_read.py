@@ -114,16 +114,16 @@ def _no_constant(name: str) -> Any:
     raise _JsonRule(f"it contains {name}")
 
 
-def _text(config: Mapping[str, Any], key: str) -> str | None:
+def _text(config: Mapping[str, object], key: str) -> str | None:
     found = config.get(key)
     return found if isinstance(found, str) and found else None
 
 
-def _config_base(config: Mapping[str, Any]) -> str | None:
+def _config_base(config: Mapping[str, object]) -> str | None:
     return _text(config, "base_model_name_or_path") or _text(config, "model")
 
 
-def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(config: Mapping[str, object], key: str, default: float | None = None) -> float:
     """Return a finite number other than 0: a scale of 0 would change nothing."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or not _is_finite(value):
@@ -138,7 +138,7 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _rank(value: Any, key: str) -> int:
+def _rank(value: object, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
         raise Refused(f"`{key}` must be an integer from 1 to {MAX_RANK}, not {str(value)[:40]}")
     return value
@@ -158,7 +158,7 @@ REFUSED_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base model: the saved halves are not the whole change."""
 
 
-def _check_peft(config: Mapping[str, Any]) -> None:
+def _check_peft(config: Mapping[str, object]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise Refused(f"`peft_type` must be LORA, not {str(kind)[:40]}")
@@ -178,7 +178,7 @@ def _check_peft(config: Mapping[str, Any]) -> None:
         )
 
 
-def _peft_scales(config: Mapping[str, Any]) -> Scales:
+def _peft_scales(config: Mapping[str, object]) -> Scales:
     """Return PEFT's scales: alpha / r, or alpha / sqrt(r) with rsLoRA; patterns override single modules."""
     rank = _rank(config.get("r"), "r")
     alpha = _number(config, "lora_alpha")
@@ -196,7 +196,7 @@ def _peft_scales(config: Mapping[str, Any]) -> Scales:
     return scale
 
 
-def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _pattern(config: Mapping[str, object], key: str) -> Mapping[str, Any]:
     found = config.get(key) or {}
     if not isinstance(found, dict) or len(found) > MAX_TENSORS:
         raise Refused(f"`{key}` is not a JSON object")
@@ -207,7 +207,7 @@ def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found
 
 
-def _match_pattern(figures: Mapping[str, Any], module: str, default: Any) -> Any:
+def _match_pattern(figures: Mapping[str, object], module: str, default: object) -> Any:
     """Find the first key that is the module's name, or its end after a dot, as PEFT's `get_pattern_key` does."""
     for key, value in figures.items():
         name = key.removeprefix("^")
@@ -216,13 +216,13 @@ def _match_pattern(figures: Mapping[str, Any], module: str, default: Any) -> Any
     return default
 
 
-def _check_mlx(config: Mapping[str, Any]) -> None:
+def _check_mlx(config: Mapping[str, object]) -> None:
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         raise Refused(f"`fine_tune_type` must be lora, not {str(kind)[:40]}")
 
 
-def _mlx_scales(config: Mapping[str, Any]) -> Scales:
+def _mlx_scales(config: Mapping[str, object]) -> Scales:
     """Return mlx-lm's scales: the scale as stated, 20 by default; no alpha."""
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
@@ -238,7 +238,7 @@ def _mlx_scales(config: Mapping[str, Any]) -> Scales:
     return lambda _: (rank, scale)
 
 
-def _invocation(value: Any) -> tuple[int, ...]:
+def _invocation(value: object) -> tuple[int, ...]:
     if not value:
         return ()
     tokens = tuple(value) if isinstance(value, (list, tuple)) else (-1,)
@@ -259,7 +259,7 @@ UNEXPECTED: Final = {
 }
 
 
-def _read_safetensors(file: CheckedFile, config: Mapping[str, Any]) -> Lora:
+def _read_safetensors(file: CheckedFile, config: Mapping[str, object]) -> Lora:
     layout: Literal["peft", "mlx"]
     if "peft_type" in config:
         layout, check, scales, named = "peft", _check_peft, _peft_scales, _peft_half
@@ -336,7 +336,7 @@ def _safetensors(file: CheckedFile) -> dict[str, Array]:
     return {name: _array(name, data[start:end], kind, shape) for name, (kind, shape, start, end) in places.items()}
 
 
-def _check_entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
+def _check_entry(name: str, entry: object) -> tuple[str, tuple[int, int], int, int]:
     label = f"the tensor `{name[:120]}`"
     if len(name) > MAX_NAME:
         raise Refused(f"{label} has a name of {len(name)} characters; at most {MAX_NAME} are allowed")
@@ -355,7 +355,7 @@ def _check_entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]
     return FLOATS[kind], (shape[0], shape[1]), offsets[0], offsets[1]
 
 
-def _are_integers(value: Any, count: int) -> bool:
+def _are_integers(value: object, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(type(each) is int for each in value)
 
 
@@ -429,7 +429,7 @@ def _gguf_array(tensor: Tensor, data: memoryview) -> Array:
     return _finite_array(tensor.name, dequantize(tensor, data).reshape(shape))
 
 
-def _gguf_base(keys: Mapping[str, Any]) -> str | None:
+def _gguf_base(keys: Mapping[str, object]) -> str | None:
     name = _text(keys, "general.base_model.0.name")
     owner = _text(keys, "general.base_model.0.organization")
     return f"{owner}/{name}" if name and owner else name

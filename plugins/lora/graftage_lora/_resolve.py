@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from graftage.calls import ResolveRequest
 from graftage.exceptions import (
@@ -169,7 +169,7 @@ def _signature(files: Files) -> tuple[tuple[int, ...], ...]:
         raise Refused(f"it cannot be read: {error.strerror}") from None
 
 
-def _row_order(metadata: Mapping[str, Any]) -> str:
+def _row_order(metadata: Mapping[str, object]) -> str:
     """Return what the digest depends on besides the files: how the base model orders rows."""
     architecture = metadata.get("general.architecture")
     heads = [metadata.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv")]

@@ -58,12 +58,12 @@ class LoraSettings(PluginSettings):
 
     @field_validator("folders", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: object) -> Any:
         return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
 
     @field_validator("folders", "project", "registry", "hub", "cache")
     @classmethod
-    def _at_home(cls, value: Any) -> Any:
+    def _at_home(cls, value: object) -> Any:
         if isinstance(value, tuple):
             return tuple(map(_expanded, value))
         return _expanded(value) if isinstance(value, Path) else value

@@ -231,7 +231,7 @@ class Folder:
             raise NotKnown("the folder does not exist") from None
 
 
-def _by_name(document: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(document: Mapping[str, object]) -> dict[str, Any]:
     """Return the entries of a registry by composed names."""
     entries = {composed(name): entry for name, entry in document.items()}
     if len(entries) < len(document):
@@ -318,7 +318,7 @@ class Registry:
                 "Fix it or move it away.",
             ) from None
 
-    def _found(self, name: str, entry: Any) -> Found:
+    def _found(self, name: str, entry: object) -> Found:
         binding = self._binding(name, entry)
         try:
             files = self._files(binding.path)
@@ -334,7 +334,7 @@ class Registry:
             base_model=binding.base_model,
         )
 
-    def _binding(self, name: str, entry: Any) -> Binding:
+    def _binding(self, name: str, entry: object) -> Binding:
         if not isinstance(entry, Mapping):
             raise Refused(f"`{name}` in {self._path} must be a table")
         for key in entry:

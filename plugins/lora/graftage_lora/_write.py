@@ -43,7 +43,7 @@ STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
 
 
-def encode(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
+def encode(lora: Lora, metadata: Mapping[str, object]) -> Iterator[bytes]:
     """Encode an adapter as GGUF, in pieces, for a base model with this metadata.
 
     Raises:
@@ -57,7 +57,7 @@ def encode(lora: Lora, metadata: Mapping[str, Any]) -> Iterator[bytes]:
     return _file(_keys(lora, metadata, alpha), tensors)
 
 
-def _check_placed(lora: Lora, metadata: Mapping[str, Any]) -> None:
+def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
     """Refuse an adapter whose modules have no known names in a model with this metadata."""
     architecture = metadata.get("general.architecture")
     if lora.facts.layout != "gguf" and architecture not in ARCHITECTURES:
@@ -70,7 +70,7 @@ def _check_placed(lora: Lora, metadata: Mapping[str, Any]) -> None:
             raise Refused(f"`{part.tensor[:120]}` is not a known module")
 
 
-def _keys(lora: Lora, metadata: Mapping[str, Any], alpha: float) -> dict[str, Value]:
+def _keys(lora: Lora, metadata: Mapping[str, object], alpha: float) -> dict[str, Value]:
     architecture = lora.facts.architecture or metadata["general.architecture"]
     keys = {
         "general.architecture": Value(STRING, architecture),
@@ -242,7 +242,7 @@ def _check_disk(out: Path, total: int) -> None:
         raise DiskFull(f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
 
 
-def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, Any], kind: str) -> _Job:
+def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, object], kind: str) -> _Job:
     if part is None:
         return _Job(tensor=tensor, kind=tensor.kind, size=tensor.size)
     inputs, outputs = tensor.shape

@@ -137,7 +137,7 @@ class LlamaCppConnection:
             yield chunk
 
     async def _chunks(
-        self, request: ChatRequest | GenerateRequest, job: Job, path: str, body: Mapping[str, Any]
+        self, request: ChatRequest | GenerateRequest, job: Job, path: str, body: Mapping[str, object]
     ) -> AsyncIterator[Chunk]:
         reader = _convert.ChunkReader(job.stored.name, top=bool(request.options.get("top_logprobs")))
         body = {**_default_options(job.stored, request), **body}
@@ -193,7 +193,7 @@ class LlamaCppConnection:
         body = _convert.chat_body(replace(request, adapter=None), job.stored.header)
         return await self._post(job, COUNT, body, _convert.token_count)
 
-    async def _post(self, job: Job, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
+    async def _post(self, job: Job, path: str, body: Mapping[str, object], read: Callable[[Mapping[str, Any]], T]) -> T:
         return await self._http.json("POST", path, body, call=job.call, read=read, context={"job": job})
 
     # --- Models ------------------------------------------------------------------------------------------------------

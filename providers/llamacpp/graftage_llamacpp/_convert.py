@@ -385,7 +385,7 @@ def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> 
     )
 
 
-def embeddings(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> Embeddings:
+def embeddings(found: Mapping[str, object], model: str, warnings: tuple[str, ...]) -> Embeddings:
     """Read the vectors of a response, in the order of the inputs."""
     return Embeddings(
         vectors=read_vectors(found["data"]),

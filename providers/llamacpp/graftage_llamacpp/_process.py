@@ -237,7 +237,7 @@ def probe() -> str:
         process.stop()
 
 
-def _launch(order: Mapping[str, Any], deadline: float) -> tuple[Process, dict[str, Any] | None]:
+def _launch(order: Mapping[str, object], deadline: float) -> tuple[Process, dict[str, Any] | None]:
     """Start the script with an order. Its answer is None if none came before the deadline."""
     location = find_package()
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child runs
@@ -323,7 +323,7 @@ def _platform_hint() -> str:
     )
 
 
-def _start_error(process: Process, answer: Mapping[str, Any] | None, deadline: float) -> ModelLoadFailed:
+def _start_error(process: Process, answer: Mapping[str, object] | None, deadline: float) -> ModelLoadFailed:
     """Return the typed error for a child that did not report an address."""
     ended = process.exit_reason(patience=1.0)
     words = process.stderr_tail()
@@ -442,7 +442,7 @@ class Slots:
         self._slots = [_Slot(number) for number in range(count)]
         self._turns = itertools.count(1)
 
-    def take(self, scales: Scales | None, text: Sequence[Any]) -> SlotUse:
+    def take(self, scales: Scales | None, text: Sequence[object]) -> SlotUse:
         """Take the idle slot with the best cache; `scales` is None if no cache may be reused."""
         with self.lock:
             slot = min(
@@ -471,7 +471,7 @@ class Slots:
         return SlotUse(self, slots, scales, reuse)
 
 
-def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+def _common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
     """Count the messages, or characters, that both have in common at the beginning."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 

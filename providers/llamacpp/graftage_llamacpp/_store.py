@@ -457,7 +457,7 @@ def _expected_digest(path: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def _write_note(path: Path, note: Mapping[str, Any]) -> None:
+def _write_note(path: Path, note: Mapping[str, object]) -> None:
     """Write the note beside a file, in one step."""
     fresh = _note_path(path).with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(note, indent=1), encoding="utf-8")

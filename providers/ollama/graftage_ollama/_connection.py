@@ -205,7 +205,7 @@ class OllamaConnection:
     async def _get(self, path: str, call: Call, read: Callable[[Mapping[str, Any]], T]) -> T:
         return await self._http.json("GET", path, call=call, read=read)
 
-    async def _post_generate(self, body: Mapping[str, Any], call: Call) -> None:
+    async def _post_generate(self, body: Mapping[str, object], call: Call) -> None:
         await self._http.json("POST", "/api/generate", body, call=call)
 
 
@@ -215,7 +215,7 @@ def _refusal(answer: Answer) -> ProviderError | None:
     return refusal(answer)
 
 
-def _read_version(response: Mapping[str, Any]) -> str:
+def _read_version(response: Mapping[str, object]) -> str:
     version = response.get("version")
     if not isinstance(version, str):
         raise ProtocolError(

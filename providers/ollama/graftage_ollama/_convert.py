@@ -120,7 +120,7 @@ def keep_alive(seconds: float | None) -> float | int | None:
 
 
 def server_options(
-    options: Mapping[str, Any], context_window: int | None = None, max_tokens: int | None = None
+    options: Mapping[str, object], context_window: int | None = None, max_tokens: int | None = None
 ) -> dict[str, Any]:
     """Return the `options` of a request."""
     out = {name: value for name, value in options.items() if name not in REQUEST_OPTIONS}
@@ -239,19 +239,19 @@ def chat_text(line: bytes) -> tuple[str, str] | None:
     return None if found.done else (found.message.content, found.message.thinking)
 
 
-def chat_chunk(part: Mapping[str, Any]) -> Chunk:
+def chat_chunk(part: Mapping[str, object]) -> Chunk:
     """Read a line of a chat."""
     message = _content(part, "message") or {}
     text, thinking = read_text(message.get("content")), read_text(message.get("thinking"))
     return _chunk(part, text, thinking, read_tool_calls(message.get("tool_calls")))
 
 
-def generate_chunk(part: Mapping[str, Any]) -> Chunk:
+def generate_chunk(part: Mapping[str, object]) -> Chunk:
     """Read a line of a generate."""
     return _chunk(part, read_text(_content(part, "response")), read_text(part.get("thinking")))
 
 
-def _content(part: Mapping[str, Any], name: str) -> Any:
+def _content(part: Mapping[str, object], name: str) -> Any:
     """Return the content of a line. It may be missing only beside `done`, which lines of other services lack."""
     return part.get(name) if "done" in part else part[name]
 
@@ -303,7 +303,7 @@ def embeddings(response: Mapping[str, Any]) -> Embeddings:
     )
 
 
-def progress(part: Mapping[str, Any]) -> PullProgress:
+def progress(part: Mapping[str, object]) -> PullProgress:
     """Read a step of a pull."""
     total, completed = read_count(part.get("total")), read_count(part.get("completed"))
     # The server leaves a zero out: a step with a total has begun.
@@ -313,12 +313,12 @@ def progress(part: Mapping[str, Any]) -> PullProgress:
     )
 
 
-def loaded_models(response: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
+def loaded_models(response: Mapping[str, object]) -> tuple[LoadedModel, ...]:
     """Read the models in memory."""
     return read_records(response["models"], _loaded_model)
 
 
-def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
+def _loaded_model(found: Mapping[str, object]) -> LoadedModel:
     expires = read_moment(found.get("expires_at"))
     return LoadedModel(
         name=_name(found),
@@ -331,19 +331,19 @@ def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
     )
 
 
-def _name(found: Mapping[str, Any]) -> str:
+def _name(found: Mapping[str, object]) -> str:
     name = read_word(found.get("model")) or read_word(found.get("name"))  # Old servers have only one.
     if not name:
         raise ValueError("a model must have a name")
     return name
 
 
-def listed_models(response: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
+def listed_models(response: Mapping[str, object]) -> tuple[ModelInfo, ...]:
     """Read a list of models."""
     return read_records(response["models"], _listed_model)
 
 
-def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
+def _listed_model(found: Mapping[str, object]) -> ModelInfo:
     details = read_object(found.get("details"))
     return ModelInfo(
         name=_name(found),
@@ -360,7 +360,7 @@ def _listed_model(found: Mapping[str, Any]) -> ModelInfo:
     )
 
 
-def model_info(name: str, response: Mapping[str, Any]) -> ModelInfo:
+def model_info(name: str, response: Mapping[str, object]) -> ModelInfo:
     """Read the response of `/api/show` to a verbose request."""
     details = read_object(response["details"])  # Every version sends them: without, this is another service.
     metadata = read_object(response.get("model_info"))
@@ -388,14 +388,14 @@ def model_info(name: str, response: Mapping[str, Any]) -> ModelInfo:
     )
 
 
-def _features(capabilities: Any) -> frozenset[str] | None:
+def _features(capabilities: object) -> frozenset[str] | None:
     if not isinstance(capabilities, list):
         return None
     words = filter(None, map(read_word, capabilities))
     return frozenset(feature for each in words for feature in FEATURES.get(each, (each,)))
 
 
-def _weights_size(found: Any) -> int | None:
+def _weights_size(found: object) -> int | None:
     """Return the bytes of the tensors, which are nearly all of a file; None if one has an unknown type or shape."""
     if not isinstance(found, list) or not found:
         return None
@@ -404,7 +404,7 @@ def _weights_size(found: Any) -> int | None:
     return sum(sizes) if len(sizes) == len(found) else None
 
 
-def _tensors(found: Any) -> dict[str, tuple[int, ...]] | None:
+def _tensors(found: object) -> dict[str, tuple[int, ...]] | None:
     return dict(read_entries(found, lambda each: (each["name"], _shape(each)))) if isinstance(found, list) else None
 
 
