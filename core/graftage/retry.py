@@ -83,7 +83,7 @@ def no_waiting() -> Iterator[None]:
 
 
 async def call(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
-    """Await `function()`, again if its error is safe to retry. Waits suit the client, sync or async.
+    """Await `function()`, and again if its error is safe to retry. It waits as the client does: blocking or awaiting.
 
     Raises:
         ProviderError: the last error, with its number of attempts.

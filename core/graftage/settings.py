@@ -530,7 +530,7 @@ def _likely_setting(name: str, owner: _Owner) -> str | None:
 
 
 def _field(name: str, model: type[PluginSettings]) -> str:
-    """Return the setting of a variable: `timeouts` for `TIMEOUTS__TOTAL`, but `host__x` for `HOST__X`: no parts."""
+    """Return a variable's setting: `timeouts` for `TIMEOUTS__TOTAL`. `host` has no parts: `HOST__X` is `host__x`."""
     whole = name.lower()
     of, nested, _ = whole.partition(NESTED)
     field = model.model_fields.get(of) if nested else None

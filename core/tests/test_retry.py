@@ -139,7 +139,7 @@ class TestWhatIsRetried:
     @pytest.mark.parametrize(
         "error", [InferenceFailed("crash", retryable=True), ModelLoadFailed("x", reason="crashed")]
     )
-    def test_crashed_runner_is_once(self, attempt: Callable[..., str], error: ProviderError) -> None:
+    def test_crashed_runner_is_retried_once(self, attempt: Callable[..., str], error: ProviderError) -> None:
         server = Server(*[error] * 9)
         with pytest.raises(type(error)):
             attempt(server, Call(attempts=9))

@@ -554,7 +554,7 @@ class TestMatching:
         with pytest.raises(CassetteMiss) as caught:
             exchange(mode, cassette, f"{ELSEWHERE}/api/chat", body={"model": "m", "options": {"seed": 42}})
         assert "The nearest recorded request is POST /api/chat" in str(caught.value)
-        assert "differs in `options.seed` (recorded 7, asked 42)." in str(caught.value)
+        assert "differs in `options.seed` (recorded 7, now 42)." in str(caught.value)
         assert cassette.misses == [caught.value]
         assert cassette.unplayed == ("GET /api/version", "POST /api/chat")
 
@@ -579,16 +579,16 @@ class TestMatching:
             .partition("request. ")[2]
             .startswith(
                 "Asked: GET /api/other. The nearest recorded request is POST /api/show,"
-                " which differs in the method; the path; `n` (recorded 0, asked nothing)."
+                " which differs in the method; the path; `n` (recorded 0, now nothing)."
             )
         )
 
     def test_miss_counts_the_other_differences(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
         recorded(path, fake, STREAM, body=dict.fromkeys("abcdefg", 1))
-        with pytest.raises(CassetteMiss, match=r"`e` \(recorded 1, asked 2\); and in 2 more\.") as caught:
+        with pytest.raises(CassetteMiss, match=r"`e` \(recorded 1, now 2\); and in 2 more\.") as caught:
             exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat", body=dict.fromkeys("abcdefg", 2))
-        assert str(caught.value).count("(recorded 1, asked 2)") == 5
+        assert str(caught.value).count("(recorded 1, now 2)") == 5
 
     def test_path_counts_more_than_body(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"

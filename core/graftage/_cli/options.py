@@ -101,7 +101,7 @@ def open_to_ask(
 
 
 def open_to_manage(model: str | None, provider: str | None, *, host: str | None = None) -> "Client":
-    """Open a client to manage models; unlike for a reply, the provider need not have one."""
+    """Open a client to manage models. Unlike commands that ask a model, these need no model on the provider."""
     if provider is None:
         provider, model = split(model)
     client = open_client(model, provider, host=host)

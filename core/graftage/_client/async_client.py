@@ -53,7 +53,7 @@ class AsyncClient(_AwaitingClient):
     def chat(
         self, messages: Messages, *, stream: bool | None = None, **arguments: Unpack[ChatArguments]
     ) -> Coroutine[Any, Any, Reply] | AsyncStream:
-        """Answer a conversation.
+        """Send a conversation to the model, and return its reply.
 
         Args:
             messages: a text, a message, or a sequence of messages and mappings, in OpenAI's or Anthropic's form.
@@ -63,15 +63,15 @@ class AsyncClient(_AwaitingClient):
                 `adapter`: an adapter for this call; None for the base model; left out, the active one.
                 `tools`: what the model may call: Python functions, pydantic models, mappings or `Tool`s.
                 `format`: a pydantic model or another type, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
-                `retries`: how often to ask again if the answer does not fit the `format`, up to 10. The conversation
-                goes on with that answer and with what is wrong with it. Each attempt is a separate call for `stats` and
+                `retries`: how often to ask again if the reply does not fit the `format`, up to 10. The conversation
+                goes on with that reply and with what is wrong with it. Each attempt is a separate call for `stats` and
                 observers; `timeout` is the limit for all; `Reply.usage` is the sum, and `Reply.attempts` counts them.
                 `think`: whether to think first, or how hard.
                 `images`: pictures for the user's last message: bytes, `Image`, paths, or `data:` URIs.
                 `options`: `temperature`, `seed` and so on; `capabilities().options` has the names.
                 `keep_alive`: how long the model stays loaded: seconds, `"5m"`, or -1 for ever.
-                `context_window`: tokens of prompt and answer together.
-                `max_tokens`: tokens of the answer.
+                `context_window`: tokens of prompt and reply together.
+                `max_tokens`: tokens of the reply.
                 `force`: go on if a policy refuses or lowers something, or if an adapter does not fit; the reply warns.
                 `timeout`: seconds for the whole call, or `Timeouts`.
 
@@ -158,7 +158,7 @@ class AsyncClient(_AwaitingClient):
     async def count_tokens(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> int:
         """Count the tokens that a model reads of a conversation, with its template and tools. It loads the model.
 
-        Ollama cannot count without answering: it reads the conversation and writes one token. A server before 0.12.6
+        Ollama cannot count without a reply: it reads the conversation and writes one token. A server before 0.12.6
         may count only what is left of a conversation that it has cut.
 
         Args:
@@ -184,7 +184,7 @@ class AsyncClient(_AwaitingClient):
         max_age: float | None = None,
         timeout: Timeout = None,
     ) -> Health:
-        """Say how well the provider is. A failure is in the result, and `Health.raise_for_error` raises it.
+        """Check the health of the provider. A failure is in the result; `Health.raise_for_error` raises it.
 
         Args:
             level: how far to look: `reachable`, `api` (the default), `model_present`, `model_loaded`, `answers`.
@@ -455,7 +455,7 @@ class AsyncClient(_AwaitingClient):
 
     @translate_errors_async
     async def close(self) -> None:
-        """Give everything back. Safe to call twice; a call after it is a `RuntimeError`."""
+        """Close the client and its connections. Safe to call twice; a later call raises `RuntimeError`."""
         await self._close()
 
     @translate_errors_async

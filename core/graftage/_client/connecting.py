@@ -102,7 +102,8 @@ def _read(
     from graftage._engine.inputs import items, rejected
 
     if translate_error is not None and not callable(translate_error):
-        raise rejected("`translate_error`", "a function that makes an error of an error", translate_error)
+        wanted = "a function that takes a `GraftageError` and returns the exception to raise"
+        raise rejected("`translate_error`", wanted, translate_error)
     plugins = items(plugins, "`plugins`", "a sequence of plugin objects")
     return ConnectOptions(
         provider=provider,

@@ -313,13 +313,13 @@ def _retrieve(task: asyncio.Task[None]) -> None:
 
 
 def _check_asyncio() -> None:
-    """Refuse a coroutine that asyncio does not run: trio runs it, or only its caller."""
+    """Raise if no asyncio task runs this coroutine, as under trio or if it is driven by hand."""
     import asyncio
 
     with contextlib.suppress(RuntimeError):  # There is no loop.
         if asyncio.current_task() is not None:
             return
     raise RuntimeError(
-        "an async client needs asyncio: await it in a task of asyncio's, as by `asyncio.run`; under trio or without a "
-        "loop, call the sync client of `graftage.connect`, in a thread if it must not block"
+        "an async client needs asyncio: await its methods in an asyncio task, for example under `asyncio.run`. With "
+        "trio or without an event loop, use the sync client from `graftage.connect`, in a thread if it must not block"
     )

@@ -1,4 +1,4 @@
-"""The two streams: the chunks of an answer as they come."""
+"""The two streams: the chunks of a reply as they come."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Begun: TypeAlias = "tuple[Run, Chunk | None]"
 
 
 class Stream:
-    """The chunks of an answer as they come: iterate over it.
+    """The chunks of a reply as they come: iterate over it.
 
-    Close it, or use it as a context manager, to stop the answer early. It holds a slot of its server until it is read
+    Close it, or use it as a context manager, to stop the reply early. It holds a slot of its server until it is read
     to the end, closed, or dropped. Threads may share it: each chunk goes to one of them.
     """
 
@@ -69,7 +69,7 @@ class Stream:
         return chunk
 
     def close(self) -> None:
-        """Stop the answer and give its slot back. Safe to call twice.
+        """Stop the reply and release its slot. Safe to call twice.
 
         A read of another thread that is pending ends at once if the provider reads by the toolkit, or else when it
         returns.
@@ -101,10 +101,10 @@ class Stream:
 
 
 class AsyncStream:
-    """The chunks of an answer as they come: await it, enter it with `async with`, or iterate over it with `async for`.
+    """The chunks of a reply as they come: await it, enter it with `async with`, or iterate over it with `async for`.
 
     Whichever comes first sends the request, and raises what is wrong with it. Close it, or leave `async with`, to stop
-    the answer early. It holds a slot of its server until it is read to the end, closed, or dropped. Tasks may share
+    the reply early. It holds a slot of its server until it is read to the end, closed, or dropped. Tasks may share
     it once it is open: each chunk goes to one of them.
     """
 
@@ -173,7 +173,7 @@ class AsyncStream:
         return chunk
 
     async def aclose(self) -> None:
-        """Stop the answer and give its slot back; a task that waits for a chunk gets none. Safe to call twice."""
+        """Stop the reply and release its slot; a task that waits for a chunk gets none. Safe to call twice."""
         self._begin = self._first = None
         if self._run is not None:
             await self._run.give_up()

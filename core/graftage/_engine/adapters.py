@@ -65,7 +65,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def switching(self, reference: object) -> Iterator[None]:
-        """Hold a switch from the reading of its arguments to its end; what it raises is its failure."""
+        """Run a switch in this block, with the reading of its arguments, and record any error as its failure."""
         try:
             yield
         except BaseException as error:
@@ -135,14 +135,14 @@ class Adapters:
             await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
 
     def forget(self, model: str) -> None:
-        """Load again what answers as this model: it is gone from the server."""
+        """Forget the adapters loaded as this model, which is gone from the server: the next call loads them again."""
         name = canonical_name(model)
         for key, loaded in list(self._loaded.items()):
             if canonical_name(loaded.model) == name:
                 self._loaded.pop(key, None)
 
     def forget_all(self) -> None:
-        """Load everything again."""
+        """Forget every loaded adapter: the next call that needs one loads it again."""
         self._loaded.clear()
 
     async def _load(self, reference: str, model: str, run: Run, asked: CallOptions) -> LoadedAdapter:
@@ -236,7 +236,7 @@ def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tu
     """
     verdict = adapter.verdict
     if verdict.status != "incompatible":
-        unsure = f"Whether the adapter `{adapter.name}` fits `{model}` is not known: {'; '.join(verdict.reasons)}."
+        unsure = f"It is unknown whether the adapter `{adapter.name}` fits `{model}`: {'; '.join(verdict.reasons)}."
         return (*verdict.warnings, *((unsure,) if verdict.status == "unknown" else ()))
     reasons = "; ".join(verdict.reasons)
     if not force:

@@ -32,7 +32,7 @@ __all__ = ["Run"]
 
 T = TypeVar("T")
 Translate = Callable[[GraftageError], Exception]
-"""Makes the host's error of ours."""
+"""Turns a `GraftageError` into the host's own error."""
 
 
 WANTED = {
@@ -40,7 +40,7 @@ WANTED = {
     "timings": "`Timings`",
     "tool_calls": "tuple of `ToolCall`",
 }
-"""What fields of a Chunk must be; they are checked once, at the end of an answer."""
+"""What fields of a Chunk must be; they are checked once, at the end of a reply."""
 BROKEN = (ConnectionFailed, ProtocolError, StreamInterrupted)
 """The errors of a call whose client is closed while it runs."""
 
@@ -69,8 +69,8 @@ class Fold:
         count = len(self.tool_calls) + len(self.logprobs)
         if count > MAX_OBJECTS:
             raise ProtocolError(
-                f"The answer has {count} tool calls and log-probabilities; at most {MAX_OBJECTS} are read.",
-                hint="Ask for a shorter answer, or without `logprobs`.",
+                f"The reply has {count} tool calls and log-probabilities; at most {MAX_OBJECTS} are read.",
+                hint="Ask for a shorter reply, or without `logprobs`.",
             )
 
 
@@ -191,10 +191,10 @@ class Run:
             odd = f"{kind_of(found)} instead of a Chunk"
             what = "a Chunk whose `text` or `thinking` is not a string" if isinstance(found, Chunk) else odd
             return self.author.fault(f"gave {what}")
-        hint = "The text so far is in `partial`; ask again for a whole answer."
+        hint = "The text so far is in `partial`; ask again for a whole reply."
         if not self.call.opened:  # It did not come from a server.
             hint += " A provider's last Chunk must have a `finish_reason`, and it must not yield None."
-        return StreamInterrupted("The answer ended before it was done.", retryable=True, hint=hint)
+        return StreamInterrupted("The reply ended before it was done.", retryable=True, hint=hint)
 
     async def _broken(self, error: BaseException) -> None:
         """End the run with an error, and raise it, unless the reader has stopped."""
@@ -210,14 +210,14 @@ class Run:
         raise failure from failure.__cause__
 
     def misfits(self) -> bool:
-        """Whether the whole answer came and did not fit its format; a cut answer would be cut again."""
+        """Whether a whole reply came but does not match its format. A reply cut by a limit would only be cut again."""
         last = self.fold.last
         return self.reply is None and last is not None and last.finish_reason not in (None, "length")
 
     def whole(self) -> Reply:
-        """Return the reply of an answer that was read to its end."""
+        """Return the reply, which must have been read to its end."""
         if self.reply is None:  # pragma: no cover - the engine reads it to its end, or raises
-            raise RuntimeError("the answer has not been read to its end")
+            raise RuntimeError("the reply has not been read to its end")
         return self.reply
 
     def _finish(self, last: Chunk) -> None:
@@ -286,7 +286,7 @@ class Run:
             self.end()
 
     async def _close_source(self) -> None:
-        # The answer, or the error that led here, matters more than an error of tidying up.
+        # The reply, or the error that led here, matters more than an error of tidying up.
         try:
             if self.source is not None:
                 await self.source.close()

@@ -243,7 +243,7 @@ class Opening:
         return [member.entry.name for member in members]
 
     def _ranked(self) -> tuple[list[_Member], dict[str, GraftageError]]:
-        """Return the providers that may be taken, and the errors of those that could not say."""
+        """Return the providers that `auto` may choose, and the errors of those that gave no rank."""
         found: list[tuple[int, _Member]] = []
         wrong: dict[str, GraftageError] = {}
         for name in self._catalog.names("provider", enabled=True):
@@ -285,7 +285,7 @@ class Opening:
         log("INFO", f"took the provider `{member.entry.name}`: {why}", provider=member.entry.name)
 
     async def _with_model(self, session: Session) -> Session:
-        """Give the session a default model if it has none. Whether a named model exists, its first call shows."""
+        """Give the session a default model if it has none. The first call shows whether a named model exists."""
         try:
             session.model = session.model or await _default_model(session)
         except BaseException:

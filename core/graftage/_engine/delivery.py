@@ -26,7 +26,7 @@ __all__ = ["Delivery", "flush"]
 Report = Callable[["Event"], None]
 Wait = Callable[["Future[None]", float], Awaitable[None]]
 MAX_QUEUED: Final = 4096
-"""Events that may wait for a client's observers. If a call begins behind so many, none of its events is reported."""
+"""The events that a client may queue. A call that begins while the queue is full reports none of its events."""
 FLUSH_TIMEOUT: Final = 0.5
 """Seconds that a client's end waits for its observers, counted from when they got the event that they have now."""
 
@@ -47,7 +47,7 @@ class Delivery:
         """When the observers got the event that they have now."""
 
     def register(self) -> None:
-        """Be flushed at the end of the process, and empty after a fork."""
+        """Register to be flushed when the process ends and emptied after a fork."""
         with _all_lock:
             _all.add(self)
         _flush_at_exit()
@@ -154,7 +154,7 @@ class _CallEvents:
     """Whether one of them is dropped, and so those that follow."""
 
     def __call__(self, event: Event) -> None:
-        # There is no limit to the steps of a pull, and each says what the one before it said.
+        # A pull has any number of steps, and each repeats the state so far: dropping some loses nothing.
         if self.dropped or (event.kind.endswith("progress") and self.delivery.full):
             self.count_dropped(event)
         else:

@@ -80,7 +80,7 @@ class Chain:
     async def infer(
         self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool | None
     ) -> tuple[Run, Any]:
-        """Start an answer: the first member that gives a first chunk gives all others, too."""
+        """Start a reply: the first member that gives a first chunk gives all others, too."""
         adapter = self._adapter if asked.adapter is ACTIVE else _Adapter(asked.adapter, force=asked.force)
         asked = replace(asked, adapter=adapter.reference, force=asked.force or adapter.force)
 

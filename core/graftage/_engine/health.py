@@ -11,14 +11,14 @@ from graftage.types import Health
 __all__ = ["HealthCache"]
 
 FRESH = 5.0
-"""Seconds for which a good answer is used again."""
+"""Seconds for which a good result is used again."""
 FRESH_FAILURE = 1.0
 """Seconds for which a bad one is: a restart must show soon."""
 Key = tuple[str, str | None]
 
 
 class HealthCache:
-    """Answers by level and model. A call that fails drops them all."""
+    """Results by level and model. A call that fails drops them all."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class HealthCache:
         """How often everything was forgotten."""
 
     def get(self, key: Key, max_age: float | None) -> Health | None:
-        """Return an answer that is fresh enough, in seconds; by default 5, and 1 for a failure."""
+        """Return a result that is fresh enough, in seconds; by default 5, and 1 for a failure."""
         known = self._known.get(key)
         if known is None:
             return None
@@ -37,7 +37,7 @@ class HealthCache:
         return replace(health, cached=True, age=age) if age <= limit else None
 
     def put(self, key: Key, health: Health, generation: int) -> None:
-        """Remember an answer, unless a call has failed since the check began: that call knows better."""
+        """Remember a result, unless a call has failed since the check began: that call knows better."""
         with self._lock:
             if generation == self.generation:
                 self._known[key] = (time.monotonic(), health)

@@ -130,7 +130,7 @@ class Session(Connection):
     async def _ask_again(
         self, asked: CallOptions, run: Run, error: InferenceFailed, warnings: Sequence[str]
     ) -> tuple[Run, Any]:
-        """Ask again if an answer does not fit its format: another call, within the time of the first."""
+        """Ask again if a reply does not fit its format: another call, within the time of the first."""
         left = run.call.deadline - time.monotonic()
         if left <= 0 or asked.build is None:
             raise error
@@ -186,7 +186,7 @@ class Session(Connection):
         kind: type[Measured],
         check: Callable[[Measured, Any], dict[str, Any]],
     ) -> Measured:
-        """Call a hook that answers for all texts at once; `check` returns the fields of the answer, or raises."""
+        """Call a hook that answers for all texts at once; `check` returns the fields of its result, or raises."""
         model = self.choose_model(asked.model)
         run = self.run(operation, model, self.timeouts(asked.timeout))
         with run.failing():
@@ -242,7 +242,7 @@ class Session(Connection):
             count: int = await self.call("count_tokens", request, run.call, int)
             if not read_count(count):
                 hint = "A conversation cannot be that short: report it to the provider's authors."
-                raise ProtocolError(f"The answer counts {count} tokens.", hint=hint)
+                raise ProtocolError(f"The provider counted {count} tokens.", hint=hint)
             if cut := cut_warning(self._as_read(request), count):
                 raise ContextOverflow(*cut)
         run.end()
@@ -254,7 +254,7 @@ class Session(Connection):
     async def health(
         self, level: HealthLevel | None, model: str | None, max_age: float | None, timeout: float | Timeouts | None
     ) -> Health:
-        """Say how well the provider is; the answer is remembered for a few seconds."""
+        """Say how well the provider is; the result is remembered for a few seconds."""
         self._require_open()
         level = "api" if level is None else level
         if level not in HEALTH_LEVELS:
@@ -287,7 +287,7 @@ class Session(Connection):
             found = await self._looked_at(run, once)
         except CapabilityUnsupported:
             raise
-        except Exception as error:  # noqa: BLE001 - what went wrong is the answer
+        except Exception as error:  # noqa: BLE001 - the error is the result
             typed = self.author.typed(error)
             self.hide(typed)
             found = Health(level=request.level, reachable=False, model=request.model, error=typed)
@@ -369,7 +369,7 @@ class Session(Connection):
             await request.call.release()
 
     async def _one_vector(self, request: HealthRequest | LoadModelRequest, model: str, refusal: ProviderError) -> None:
-        """Load a model that only embeds, and see it answer, by one vector; or raise its refusal to do it otherwise."""
+        """Embed one text, which loads a model that only embeds. Raise `refusal` if the model cannot embed, either."""
         if not self.has("embed"):
             raise refusal
         embed = EmbedRequest(
@@ -646,14 +646,14 @@ def _checked_ranking(answer: Ranking, request: RerankRequest) -> dict[str, Any]:
     results: Any = answer.results
     hint = "Rerank fewer documents at a time, or choose a model that is made for it."
     if not isinstance(results, tuple) or not all(isinstance(each, Ranked) for each in results):
-        raise ProtocolError("The answer has results that are not `Ranked`.", hint=hint)
+        raise ProtocolError("The results are not a tuple of `Ranked`.", hint="Report it to the provider's authors.")
     places = sorted(each.index for each in results if type(each.index) is int)
     if places != list(range(count)):
         found = f"{len(results)} for {count}" if len(results) != count else "one twice, or one that was not given"
-        raise ProtocolError(f"The answer does not rank each document once: {found}.", hint=hint)
+        raise ProtocolError(f"The result does not rank each document once: {found}.", hint=hint)
     scores = [each.score for each in results]
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scores):
-        raise ProtocolError("The answer has a score that is not a finite number.", hint=hint)
+        raise ProtocolError("The result has a score that is not a finite number.", hint=hint)
     results = tuple(sorted(results, key=lambda each: (-each.score, each.index)))
     return {"results": results, "warnings": answer.warnings}
 
@@ -686,7 +686,7 @@ def _length_warning(length: int, wanted: int | None) -> tuple[str, ...]:
 
 
 def _checked_vectors(given: Any, inputs: int) -> Vectors:
-    """Return the vectors of an answer, one for each input: with one too few, later ones would go to the wrong text.
+    """Return the vectors of a result, one for each input: with one too few, later ones would go to the wrong text.
 
     Raises:
         ProtocolError: there are more or fewer, or they are not vectors.
@@ -695,7 +695,7 @@ def _checked_vectors(given: Any, inputs: int) -> Vectors:
     try:
         vectors = Vectors(given)
     except (TypeError, ValueError) as error:
-        raise ProtocolError(f"The answer has {error}.", hint=hint) from None
+        raise ProtocolError(f"The result has {error}.", hint=hint) from None
     if len(vectors) != inputs:
         found = f"{len(vectors)} for {inputs}"
         raise ProtocolError(f"The number of vectors is not the number of inputs: {found}.", hint=hint)

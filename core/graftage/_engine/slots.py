@@ -190,7 +190,7 @@ def holding(lock: Slots, problem: str) -> Iterator[None]:
         RequestRejected: the block tries to take the lock again.
     """
     if lock in _held.get():
-        raise RequestRejected(problem, hint="Do it after the block, or in another place.")
+        raise RequestRejected(problem, hint="Do it after the current call has returned.")
     token = _held.set((*_held.get(), lock))
     try:
         yield

@@ -122,7 +122,7 @@ def _name_proxy(error: ProviderError, server: Server) -> ProviderError:
 
 def closed_error() -> ConnectionFailed:
     """Return the typed error for a connection that was closed while it was made."""
-    return _connection_failed("The connection was closed while it was made.", "closed", "Use an open client.")
+    return _connection_failed("The client was closed while it was connecting.", "closed", "Use an open client.")
 
 
 def is_stale(framing: Framing, begun: float) -> bool:

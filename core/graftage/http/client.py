@@ -569,7 +569,7 @@ class Event:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise ProtocolError("An event of the stream is not a JSON object.", hint="Is it another service?")
+            raise ProtocolError("An event of the stream is not a JSON object.", hint="Check that `host` is right.")
         if found.get("error") is not None or self.event == "error":
             raise self._http.refused(OK, (), data, self._call)
         return found
@@ -591,7 +591,7 @@ class _Events(Generic[T]):
         self._data: list[str] = []
 
     def take(self, lines: Iterable[bytes]) -> Iterator[Event | str]:
-        """Yield the events that these lines complete; a line that looks like a JSON object as it is."""
+        """Yield the events that these lines complete; yield a line that looks like a JSON object unchanged, as text."""
         for each in lines:
             line = each.removesuffix(b"\r").decode("utf-8", "replace")
             if line.startswith("{"):  # No field has such a name.
@@ -688,7 +688,7 @@ def _check_kind(response: Response) -> None:
     if encoding != "identity":
         raise ProtocolError(
             f"The response is compressed ({encoding[:40]}), which was not requested.",
-            hint="Is there a proxy before the server?",
+            hint="Turn compression off in the server, or in the proxy in front of it.",
         )
     if "text/html" in (header(response.headers, "content-type") or "").lower():
         raise ProtocolError(

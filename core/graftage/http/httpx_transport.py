@@ -65,7 +65,7 @@ class BlockingTransport(_Guarded, httpx.BaseTransport):
     """For sync clients of SDKs."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, and wait for the head of its answer."""
+        """Send a request, and wait for the head of its response."""
         with _as_httpx():
             response = drive(self._exchange(request))
         return httpx.Response(response.status, headers=response.headers, stream=_Body(response))
@@ -75,7 +75,7 @@ class AsyncTransport(_Guarded, httpx.AsyncBaseTransport):
     """For async clients of SDKs."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, and wait for the head of its answer."""
+        """Send a request, and wait for the head of its response."""
         with _as_httpx():
             response = await self._exchange(request)
         return httpx.Response(response.status, headers=response.headers, stream=_AsyncBody(response))

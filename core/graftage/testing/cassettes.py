@@ -360,7 +360,7 @@ def _differences(recorded: Key, asked: Key) -> Iterator[str]:
     old, new = _flatten(recorded[2]), _flatten(asked[2])
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            yield f"`{name}` (recorded {_shorten(old.get(name))}, asked {_shorten(new.get(name))})"
+            yield f"`{name}` (recorded {_shorten(old.get(name))}, now {_shorten(new.get(name))})"
 
 
 def _flatten(body: str) -> dict[str, str]:
@@ -503,7 +503,10 @@ def _refuse_secrets(path: Path, interactions: list[_Interaction], server: str | 
     texts = [server or ""]
     for each in interactions:
         if any(value != "identity" for value in each.headers.get("content-encoding", ())):
-            raise CassetteError(f"{path} was not written: the server sent a compressed body, which cannot be searched.")
+            raise CassetteError(
+                f"{path} was not written: a compressed body cannot be searched for secrets.",
+                hint="Turn compression off in the server, or in the proxy in front of it.",
+            )
         texts += _texts(each)
     searched = "\n".join(dict.fromkeys(_decoded_forms("\n".join(texts))))
     if found := next(_secrets_in(searched, sent), None):

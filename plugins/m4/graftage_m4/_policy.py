@@ -50,7 +50,7 @@ ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
 """Seconds: the default limit on a whole call; the `keep_alive` of a model starts when its call ends."""
 LOADING_TIME: Final = 60.0
-"""Seconds: a model granted to another address of the server that is not in use by then will not be loaded."""
+"""Seconds for which a model that was granted through another address of the server is assumed to be still loading."""
 MAX_STRETCH: Final = 8
 """A reported window longer than this many times what the model was trained for is not believed."""
 MAX_NAMED: Final = 5
@@ -322,7 +322,7 @@ class Policy:
         Args:
             state: everything to decide on.
             wanted: the window to aim at.
-            promised: conversations have that window: wait for it rather than take it from them.
+            promised: whether conversations already have that window; if so, wait for it rather than plan a smaller one.
 
         Raises:
             ResourceLimitExceeded: the model does not fit, or cannot be loaded now.

@@ -353,7 +353,7 @@ class LlamaCppConnection:
         return _engine.acquire(launch, id(self))
 
     def _known_adapter(self, adapter: LoadedAdapter) -> AdapterFile:
-        """Return the file of a request's adapter, without which the engine may have been restarted."""
+        """Return the file of a request's adapter. The engine may have been restarted without that adapter."""
         file = self._adapters.get(adapter.digest)
         if file is None:
             # The engine would accept any number and use the base model.
@@ -392,7 +392,7 @@ def _window_notes(stored: Stored, wanted: int | None) -> tuple[str, ...]:
 
 def _default_options(stored: Stored, request: ChatRequest | GenerateRequest) -> dict[str, Any]:
     """Return the model's options for those that the caller did not set."""
-    # JSON repeats its marks, so there must be no penalty for that.
+    # JSON repeats its punctuation: a repeat penalty would push the model away from valid JSON.
     bound = request.format is not None
     return {name: value for name, value in stored.default_options.items() if not (bound and name == "repeat_penalty")}
 

@@ -309,7 +309,7 @@ def _run(
                 yield PullProgress(status=status, total=total, completed=done)
         finally:
             if child.stdin is not None:
-                child.stdin.close()  # This ends the downloader, as the end of this process would.
+                child.stdin.close()  # The downloader ends when this pipe closes, as it does when this process ends.
             child.wait()
         if child.returncode == 0:
             return None

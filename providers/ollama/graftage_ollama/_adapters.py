@@ -62,10 +62,10 @@ READ_SIZE: Final = 1 << 20
 MISFIT: Final = re.compile(
     r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
 )
-"""How a server reports an adapter that it cannot apply (recorded from 0.24); its newer engine reports any like this."""
+"""How a server reports an adapter that it cannot apply (recorded from 0.24); its newer engine says so of each one."""
 EXITED: Final = re.compile(r"terminated: exit status")
-"""All that 0.9 and 0.32 report of it (recorded). Other faults can end a runner like this, too, so it is proof only
-for a model that never worked: one that this call has created."""
+"""All that 0.9 and 0.32 report of an adapter that they cannot apply (recorded). Other faults can end a runner with the
+same words, so they prove a misfit only if this call created the model, which thus has never worked."""
 TRY_NEXT: Final = (RequestRejected, CapabilityUnsupported, InferenceFailed, ModelLoadFailed, ProtocolError)
 """Errors of `create` after which the next strategy is tried; a lost connection is not one of them."""
 
