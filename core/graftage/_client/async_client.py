@@ -10,9 +10,7 @@ from graftage._client.opening import _AwaitingClient, translate_errors_async
 from graftage._client.streams import AsyncStream
 
 if TYPE_CHECKING:
-    from typing import Self
-
-    from typing_extensions import Unpack
+    from typing import Self, Unpack
 
     from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, RerankArguments, Timeout
     from graftage._engine.inputs import Messages

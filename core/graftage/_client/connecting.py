@@ -102,8 +102,9 @@ def _read(
     from graftage._engine.inputs import items, rejected
 
     if translate_error is not None and not callable(translate_error):
-        wanted = "a function that takes a `GraftageError` and returns the exception to raise"
-        raise rejected("`translate_error`", wanted, translate_error)
+        raise rejected(
+            "`translate_error`", "a function from a `GraftageError` to the exception to raise", translate_error
+        )
     plugins = items(plugins, "`plugins`", "a sequence of plugin objects")
     return ConnectOptions(
         provider=provider,

@@ -11,9 +11,7 @@ from graftage._client.streams import Stream
 from graftage._engine.driving import drive
 
 if TYPE_CHECKING:
-    from typing import Self
-
-    from typing_extensions import Unpack
+    from typing import Self, Unpack
 
     from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, RerankArguments, Timeout
     from graftage._engine.inputs import Messages

@@ -376,7 +376,6 @@ class TestModels:
         assert model.size > 90_000_000
         assert model.modified_at.year >= 2025
         assert (model.family, model.parameters, model.quantization) == ("llama", "134.52M", "Q4_1")
-        assert model["name"] == model.get("name") == MODEL
 
     def test_load_lists_model_in_memory(self, llm: Any) -> None:
         llm.load(keep_alive=600)
