@@ -71,7 +71,7 @@ class Server:
         self.open = 0
         self.stopping = threading.Event()
         self._serve = serve
-        self._connections: list[socket.socket] = []
+        self.connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         if path is None:
             self.listener = socket.create_server((HERE, 0))
@@ -96,7 +96,7 @@ class Server:
                 connection, _ = self.listener.accept()
                 self.accepted += 1
                 self.open += 1
-                self._connections.append(connection)
+                self.connections.append(connection)
                 thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -117,7 +117,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stopping.set()
-        for each in (self.listener, *self._connections):
+        for each in (self.listener, *self.connections):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         self.listener.close()
@@ -212,6 +212,7 @@ def secured(
 
     def begin(server: Server, connection: socket.socket) -> None:
         with context.wrap_socket(connection, server_side=True) as wrapped:
+            server.connections.append(wrapped)  # It took the socket over, and it is the one to shut down.
             (serve or Server.keep)(server, wrapped)
 
     return begin

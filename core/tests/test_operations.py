@@ -80,7 +80,7 @@ class TestCountTokens:
         assert llm.stats().input_tokens == 5, "only the chat counts as work"
 
     @pytest.mark.parametrize(
-        ("count", "words"), [(0, "counts 0"), (-3, "counts -3"), (True, "counts True"), (2.0, "float")]
+        ("count", "words"), [(0, "counted 0"), (-3, "counted -3"), (True, "counted True"), (2.0, "float")]
     )
     def test_invalid_count_is_an_error(self, both: Any, count: Any, words: str) -> None:
         llm = returning(both, "count_tokens", count)

@@ -530,7 +530,7 @@ class TestFuzz:
 
 def test_reasons_hide_numbers(place: Place) -> None:
     error = refused(place, peft(place, safetensors(GOOD, numbers(float("nan"), 123.456))), "NaN")
-    assert "123" not in str(error)
+    assert "123.4" not in str(error)
 
 
 def builders() -> dict[str, Callable[..., Path]]:
