@@ -1,7 +1,8 @@
 """A part of the tests, for less than a minute on two cores: `just test-fast`, a plugin of pytest.
 
-The rule: one case of each test, always the same. Left out are tests that may take longer than the usual time limit
-(marked `engine`, `live` or `timeout`), make up examples (marked `hypothesis`) or start the command (fixture `shell`).
+The rule: one case of each test, always the same. Left out are tests that wait for time limits or start processes
+(marked `slow`), may take longer than the usual time limit (marked `engine`, `live` or `timeout`), make up examples
+(marked `hypothesis`) or start the command (fixture `shell`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_slow(item: pytest.Item) -> bool:
     marked = {each.name for each in item.iter_markers()}
-    return not marked.isdisjoint({"timeout", "hypothesis"}) or "shell" in getattr(item, "fixturenames", ())
+    return not marked.isdisjoint({"slow", "timeout", "hypothesis"}) or "shell" in getattr(item, "fixturenames", ())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

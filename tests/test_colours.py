@@ -44,6 +44,8 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
 MODEL = "m:1"
 END = Chunk(finish_reason="stop")
 SHORT = Timeouts(connect=5.0, first_token=0.4, idle=0.4, total=1.5)

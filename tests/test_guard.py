@@ -20,12 +20,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pytest
 from counting import MODEL, Count, Pace, http
 from places import M4, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from importlib.machinery import ModuleSpec
+
+pytestmark = pytest.mark.slow
 
 KEPT = Path(__file__).with_name("guard.json")
 RENEW = "python tests/test_guard.py > tests/guard.json"

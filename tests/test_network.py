@@ -66,6 +66,8 @@ from graftage.types import Timeouts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
 
 def found_as(*addresses: str, port: int) -> Callable[..., Any]:
     real = socket.getaddrinfo

@@ -38,6 +38,8 @@ from graftage.http import proxy_for
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.slow
+
 
 class TestRouting:
     def test_plain_http_sends_the_whole_url(self, both: Any, monkeypatch: Any) -> None:

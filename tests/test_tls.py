@@ -21,6 +21,8 @@ from graftage.hookspecs import hookimpl
 from graftage.http._network import tls_context
 from graftage.types import Timeouts
 
+pytestmark = pytest.mark.slow
+
 
 def tls_failure(both: Any, server: Server) -> ProviderError:
     llm = both.connect(on(f"https://{HERE}:{server.port}"), model=MODEL, attempts=1, timeouts=SHORT)

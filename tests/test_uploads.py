@@ -21,6 +21,8 @@ from graftage.exceptions import (
 )
 from graftage.types import Timeouts
 
+pytestmark = pytest.mark.slow
+
 
 def uploading(server: Server, file: Path) -> Giving:
     return Giving(lambda request: Uploading(request, server.url, file))

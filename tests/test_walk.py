@@ -21,6 +21,8 @@ from counting import MODEL, Count, Pace
 from places import M4
 from sources import modules, tree
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 12
 CALLS_PER_CHUNK = 10
 LINES = 55

@@ -18,6 +18,8 @@ from graftage.types import Chunk, Health, Timeouts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 SHORT = Timeouts(connect=0.1, first_token=0.1, idle=0.1, total=30)
 
 

@@ -16,6 +16,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 import graftage
 import graftage_m4
 from graftage.exceptions import Overloaded, ResourceLimitExceeded
@@ -26,6 +28,8 @@ from graftage_ollama.testing import Answer, FakeOllama, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+pytestmark = pytest.mark.slow
 
 HOUR = Path(__file__).parent / "assets" / "hour-16-macos15.json"
 CALLERS = 20

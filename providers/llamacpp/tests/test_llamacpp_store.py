@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
     from graftage.types import PullProgress
 
+pytestmark = pytest.mark.slow
+
 BAD: dict[str, tuple[bytes, str]] = {
     **MALFORMED,
     "unknown architecture": (gguf(head("perceptron")), "'perceptron' is not known"),
