@@ -152,8 +152,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "not a number": (ranking((0, math.nan), (1, 1.0)), "finite"),
     "infinite": (ranking((0, math.inf), (1, 1.0)), "finite"),
     "a text as score": (ranking((0, "1"), (1, 1.0)), "finite"),
-    "other things": (Ranking(results=("a", "b")), "not `Ranked`"),  # type: ignore[arg-type]
-    "a list": (Ranking(results=[Ranked(index=0, score=1.0)]), "not `Ranked`"),  # type: ignore[arg-type]
+    "other things": (Ranking(results=("a", "b")), "not a tuple of `Ranked`"),  # type: ignore[arg-type]
+    "a list": (Ranking(results=[Ranked(index=0, score=1.0)]), "not a tuple of `Ranked`"),  # type: ignore[arg-type]
     "another kind": ([0.5, 0.4], "instead of Ranking"),
 }
 
