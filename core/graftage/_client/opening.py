@@ -83,10 +83,10 @@ class _Client:
         raise NotImplementedError
 
     def _adopt(self, session: Session | Chain) -> Session | Chain:
-        """Take the session that was opened."""
-        self._session = session
+        """Take the session that was opened, with the failure of a switch before it, so that no call gets between."""
         if self._failed_switch is not None:
             session.switch_failed(*self._failed_switch)
+        self._session = session
         return session
 
     def _note_failed_switch(self, reference: object, error: BaseException) -> None:
