@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from giving import Giving
+from operations import OPERATIONS
 from plain import PlainEcho
 
 import graftage
@@ -1080,15 +1081,7 @@ class PlainEnding(Ending, PlainEcho):
 
 
 CALLS: dict[str, Any] = {
-    "chat": lambda llm: llm.chat("x"),
-    "generate": lambda llm: llm.generate("x"),
-    "embed": lambda llm: llm.embed("x"),
-    "list_models": lambda llm: llm.models(),
-    "show_model": lambda llm: llm.show(),
-    "loaded_models": lambda llm: llm.loaded(),
-    "pull_model": lambda llm: llm.pull(),
-    "load_model": lambda llm: llm.load(),
-    "unload_model": lambda llm: llm.unload(),
+    **OPERATIONS,
     "delete_model": lambda llm: llm.delete(MODEL),
     "count_tokens": lambda llm: llm.count_tokens("x"),
     "rerank": lambda llm: llm.rerank("x", ["y"]),

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 from graftage._client.streams import AsyncStream, Stream
@@ -271,23 +270,16 @@ class _AwaitingClient(_Client):
         arguments: Mapping[str, object],
     ) -> Any:
         """Return a coroutine that gives the reply, or a stream that opens when it is awaited or read."""
-        begin = partial(self._begin, operation, read, subject, stream, arguments)
+
+        async def begin() -> Begun:
+            session = await self._open()
+            return await session.infer(operation, await self._read(read, subject, arguments), stream=stream)
+
         if stream:
             return AsyncStream(begin, self._options.translate)
         work: Any = self._whole(begin)
         work.__qualname__ = f"AsyncClient.{operation}"  # Python names it if it is never awaited.
         return work
-
-    async def _begin(
-        self,
-        operation: Literal["chat", "generate"],
-        read: Read,
-        subject: object,
-        stream: bool | None,
-        arguments: Mapping[str, object],
-    ) -> Begun:
-        session = await self._open()
-        return await session.infer(operation, await self._read(read, subject, arguments), stream=stream)
 
     async def _whole(self, begin: Callable[[], Coroutine[Any, Any, Begun]]) -> Reply:
         try:
