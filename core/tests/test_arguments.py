@@ -1088,7 +1088,7 @@ class AwaitedObject:
 
 
 WRONG_ARGUMENTS: dict[str, list[Any]] = {
-    "stream": ["no", "false", "", 0, 0.0, 1, [], object()],
+    "stream": ["no", "false", "", 0, 0.0, 1, [], None, object()],
     "timeout": ["x", "5", True, 0, -1, math.nan, math.inf, [], {}],
     "on_progress": [5, "print", True, [], awaited, AwaitedObject()],
     "max_age": ["x", "5m", True, False, math.nan, -1, Decimal(1), Decimal("NaN"), timedelta(1), []],
@@ -1161,7 +1161,7 @@ class TestEveryPath:
 
     @pytest.mark.parametrize("operation", TAKES)
     def test_none_means_not_given(self, both: Any, operation: str) -> None:
-        names = [each for each in TAKES[operation] if each != "adapter"]  # There it means the base model.
+        names = [each for each in TAKES[operation] if each not in ("adapter", "stream")]  # None has a meaning here.
         asked = []
         for arguments in ({}, dict.fromkeys(names)):
             echo = Echo(models=[MODEL, "x"])

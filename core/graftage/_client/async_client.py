@@ -36,20 +36,21 @@ class AsyncClient(_AwaitingClient):
 
     Made by `connect_async`. It opens at `async with` or at its first call; use it as a context manager, or close it.
     Tasks may share it, and event loops may use it in turn.
-    An argument of None means "not given", except `adapter=None`, which means the base model.
+    An argument of None means "not given", except `adapter=None`, which means the base model; `stream`, which decides
+    what comes back, must be True or False.
     Every method may raise a `GraftageError`; the errors named below are those to expect of it.
     """
 
     @overload
     def chat(
-        self, messages: Messages, *, stream: Literal[False] | None = None, **arguments: Unpack[ChatArguments]
+        self, messages: Messages, *, stream: Literal[False] = False, **arguments: Unpack[ChatArguments]
     ) -> Coroutine[Any, Any, Reply]: ...
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **arguments: Unpack[ChatArguments]) -> AsyncStream: ...
 
     def chat(
-        self, messages: Messages, *, stream: bool | None = None, **arguments: Unpack[ChatArguments]
+        self, messages: Messages, *, stream: bool = False, **arguments: Unpack[ChatArguments]
     ) -> Coroutine[Any, Any, Reply] | AsyncStream:
         """Send a conversation to the model, and return its reply.
 
@@ -84,7 +85,7 @@ class AsyncClient(_AwaitingClient):
 
     @overload
     def generate(
-        self, prompt: str, *, stream: Literal[False] | None = None, **arguments: Unpack[GenerateArguments]
+        self, prompt: str, *, stream: Literal[False] = False, **arguments: Unpack[GenerateArguments]
     ) -> Coroutine[Any, Any, Reply]: ...
 
     @overload
@@ -93,7 +94,7 @@ class AsyncClient(_AwaitingClient):
     ) -> AsyncStream: ...
 
     def generate(
-        self, prompt: str, *, stream: bool | None = None, **arguments: Unpack[GenerateArguments]
+        self, prompt: str, *, stream: bool = False, **arguments: Unpack[GenerateArguments]
     ) -> Coroutine[Any, Any, Reply] | AsyncStream:
         """Continue a text.
 

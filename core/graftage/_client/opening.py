@@ -188,7 +188,7 @@ class _BlockingClient(_Client):
         operation: Literal["chat", "generate"],
         read: Read,
         subject: object,
-        stream: bool | None,
+        stream: bool,
         arguments: Mapping[str, object],
     ) -> Any:
         """Return the reply, or a stream whose first chunk has come."""
@@ -266,7 +266,7 @@ class _AwaitingClient(_Client):
         operation: Literal["chat", "generate"],
         read: Read,
         subject: object,
-        stream: bool | None,
+        stream: bool,
         arguments: Mapping[str, object],
     ) -> Any:
         """Return a coroutine that gives the reply, or a stream that opens when it is awaited or read."""

@@ -37,21 +37,20 @@ class Client(_BlockingClient):
 
     Made by `connect`. Use it as a context manager, or close it.
     Threads may share it.
-    An argument of None means "not given", except `adapter=None`, which means the base model.
+    An argument of None means "not given", except `adapter=None`, which means the base model; `stream`, which decides
+    what comes back, must be True or False.
     Every method may raise a `GraftageError`; the errors named below are those to expect of it.
     """
 
     @overload
     def chat(
-        self, messages: Messages, *, stream: Literal[False] | None = None, **arguments: Unpack[ChatArguments]
+        self, messages: Messages, *, stream: Literal[False] = False, **arguments: Unpack[ChatArguments]
     ) -> Reply: ...
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **arguments: Unpack[ChatArguments]) -> Stream: ...
 
-    def chat(
-        self, messages: Messages, *, stream: bool | None = None, **arguments: Unpack[ChatArguments]
-    ) -> Reply | Stream:
+    def chat(self, messages: Messages, *, stream: bool = False, **arguments: Unpack[ChatArguments]) -> Reply | Stream:
         """Send a conversation to the model, and return its reply.
 
         Args:
@@ -85,15 +84,13 @@ class Client(_BlockingClient):
 
     @overload
     def generate(
-        self, prompt: str, *, stream: Literal[False] | None = None, **arguments: Unpack[GenerateArguments]
+        self, prompt: str, *, stream: Literal[False] = False, **arguments: Unpack[GenerateArguments]
     ) -> Reply: ...
 
     @overload
     def generate(self, prompt: str, *, stream: Literal[True], **arguments: Unpack[GenerateArguments]) -> Stream: ...
 
-    def generate(
-        self, prompt: str, *, stream: bool | None = None, **arguments: Unpack[GenerateArguments]
-    ) -> Reply | Stream:
+    def generate(self, prompt: str, *, stream: bool = False, **arguments: Unpack[GenerateArguments]) -> Reply | Stream:
         """Continue a text.
 
         Args:

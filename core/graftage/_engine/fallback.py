@@ -78,7 +78,7 @@ class Chain:
         raise RuntimeError("this client has several providers: call it on one of its `members`")
 
     async def infer(
-        self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool | None
+        self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool
     ) -> tuple[Run, Any]:
         """Start a reply: the first member that gives a first chunk gives all others, too."""
         adapter = self._adapter if asked.adapter is ACTIVE else _Adapter(asked.adapter, force=asked.force)

@@ -99,11 +99,12 @@ class Session(Connection):
         operation: Literal["chat", "generate"],
         asked: CallOptions,
         *,
-        stream: bool | None,
+        stream: bool,
         warnings: Sequence[str] = (),
     ) -> tuple[Run, Any]:
         """Return the run at its end, or a stream's run with the first chunk. `warnings` go onto its reply."""
-        stream = read_flag("stream", stream)
+        if not isinstance(stream, bool):  # None as well: it decides what comes back.
+            raise inputs.rejected("`stream`", "True or False", stream)
         if stream and asked.retries:
             hint = "Leave out `retries` or `stream`: what was shown cannot be taken back."
             raise RequestRejected("`retries` cannot be used with `stream`.", hint=hint)
