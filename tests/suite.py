@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from graftage._engine.delivery import flush
 from graftage.hookspecs import hookimpl
+from graftage_ollama.testing import FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from graftage.calls import Event
 
-pytest_plugins = ["graftage.testing.plugin", "engine_fixtures", "network_servers"]
+pytest_plugins = ["graftage.testing.plugin", "engine_fixtures", "network_servers", "pytester"]
 
 PATIENCE = 60.0
 """Seconds after which a hanging test fails."""
@@ -57,6 +58,21 @@ def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     # All workers share the folder above their own.
     with FileLock(tmp_path_factory.getbasetemp().parent / "live.lock"):
         yield
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    """A fake Ollama server."""
+    with FakeOllama() as server:
+        yield server
+
+
+@pytest.fixture
+def outer(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A test folder with our plugin alone."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeconftest('pytest_plugins = ["graftage.testing.plugin"]')
+    return pytester
 
 
 @pytest.fixture(autouse=True)

@@ -129,12 +129,6 @@ def on_toolkit(fake: FakeOllama) -> Giving:
     return Giving(lambda request: OnToolkit(request, fake.url))
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
-
-
 def count_chunks() -> int:
     return sum(type(each) is Chunk for each in gc.get_objects())
 

@@ -29,7 +29,6 @@ from graftage.types import Chunk, Timeouts
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from suite import Both
@@ -42,12 +41,6 @@ HI = [{"role": "user", "content": "Hi"}]
 KEY = "opaque-key-1"
 PNG = b"\x89PNG\r\n\x1a\n a picture"
 SHORT = Timeouts(connect=5.0, first_token=0.3, idle=0.3, total=1.0)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
 
 
 @pytest.fixture

@@ -50,12 +50,6 @@ DAY = 86_400.0
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
-
-
-@pytest.fixture
 def llm(both: Any, fake: FakeOllama) -> Any:
     return both.connect("ollama", model=MODEL, host=fake.url)
 

@@ -36,7 +36,7 @@ from graftage.types import Timeouts
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from suite import Both
 
@@ -161,12 +161,6 @@ class TestRecorded:
     def test_refusal_is_typed(self, llm: Any) -> None:
         with pytest.raises(RequestRejected, match="does not support tools"):
             llm.chat("Hi", tools=[TOOL])
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
 
 
 @pytest.fixture

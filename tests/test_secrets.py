@@ -27,12 +27,6 @@ MODEL = "smollm2:135m"
 KEY = "opaque-key-1"
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
-
-
 class Detour:
     """A transport that sends every request to the fake server, in place of a remote host."""
 

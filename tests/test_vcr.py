@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import vcr  # type: ignore[import-untyped] # it has no types
@@ -31,19 +31,9 @@ from graftage.exceptions import (
     ProviderError,
     ProviderTimeout,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 from graftage_ollama.testing import FakeOllama
 
 NAME = "smollm2:135m"
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
 
 
 def asked(llm: Any) -> tuple[str, list[str], int, int]:

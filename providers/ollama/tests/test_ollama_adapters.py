@@ -49,7 +49,7 @@ from graftage_ollama._adapters import _name
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from graftage.calls import ResolveRequest
     from graftage.types import ModelInfo
@@ -123,12 +123,6 @@ def base_file(tmp_path: Path) -> Path:
     file = tmp_path / "base.gguf"
     file.write_bytes(gguf(**{"general.architecture": "llama"}))
     return file
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
 
 
 @pytest.fixture
