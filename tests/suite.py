@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import importlib
 import inspect
 import os
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("engine") or item.get_closest_marker("live"):
             item.add_marker(pytest.mark.timeout(LONG))
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of collected tests make each full garbage collection slow, and tests that look for leaks ask for many.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
