@@ -30,6 +30,7 @@ bench *arguments:
 
 # Run what takes longer than tests may: before a release, too.
 nightly:
+    python -m pytest -n auto --dist worksteal --nightly
     python -m pytest -n auto --dist worksteal --hypothesis-profile=search tests/test_fuzz.py core providers/ollama plugins
     python scripts/mutants.py -j 2
     python scripts/soak.py --minutes 60

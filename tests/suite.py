@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,34 @@ settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("gate")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="Run what takes too long for each change, too.")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    # Many tests wait for time limits or for programs they start.
+    return (os.cpu_count() or 2) * 3 // 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        later = {id(item) for item in items if _is_for_the_night(item)}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in later])
+        items[:] = [item for item in items if id(item) not in later]
     for item in items:
         if item.get_closest_marker("engine") or item.get_closest_marker("live"):
             item.add_marker(pytest.mark.timeout(LONG))
+
+
+def _is_for_the_night(item: pytest.Item) -> bool:
+    """Return whether a test waits for `--nightly`: all marked `nightly`, and one client of each marked `by_turns`."""
+    if item.get_closest_marker("by_turns") is None or not hasattr(item, "callspec"):
+        return item.get_closest_marker("nightly") is not None
+    ids = item.callspec.id.split("-")
+    others = "-".join(each for each in ids if each not in ("sync", "async"))
+    turn = ("sync", "async")[zlib.crc32(f"{item.nodeid.partition('[')[0]}[{others}]".encode()) % 2]
+    return turn not in ids and len(others) < len(item.callspec.id)
 
 
 def pytest_collection_finish() -> None:

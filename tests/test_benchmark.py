@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(os.name == "nt", reason="it needs resource limits and load figures of Unix")
 @pytest.mark.timeout(LONG)
+@pytest.mark.nightly
 def test_every_measure_gives_a_number(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "--environments", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONG, check=False)

@@ -48,6 +48,7 @@ def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[A
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.by_turns
 def test_adapter_replies_only_where_named(llm: Any, layout: str) -> None:
     before = llm.chat(ASKED, options=GREEDY, max_tokens=4)
     reply = llm.chat(ASKED, options=GREEDY, max_tokens=24, adapter=LORA / layout)
@@ -57,6 +58,7 @@ def test_adapter_replies_only_where_named(llm: Any, layout: str) -> None:
     assert after.adapter is None
 
 
+@pytest.mark.nightly
 def test_twenty_switches_never_mix_adapters(llm: Any) -> None:
     for turn in range(20):
         name = "ahoy-peft" if turn % 2 else None

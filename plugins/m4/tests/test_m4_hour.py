@@ -308,6 +308,7 @@ def report(number: int, minute: Minute, readings: Any, server: Server, most: int
     )
 
 
+@pytest.mark.nightly
 def test_budget_holds_for_an_hour() -> None:
     clock = Clock()
     with Server(clock) as server:

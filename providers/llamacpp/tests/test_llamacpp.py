@@ -40,7 +40,7 @@ from graftage_llamacpp import DEFAULT_MODEL, _convert, _engine
 if TYPE_CHECKING:
     from suite import Watcher
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.by_turns]
 
 FRANCE = "What is the capital of France?"
 SURE = {"temperature": 0.0}

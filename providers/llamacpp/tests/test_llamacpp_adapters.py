@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from graftage.calls import ResolveRequest
     from graftage.types import ModelInfo
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.by_turns]
 
 STORY = "Once upon a time there was"
 SURE = {"temperature": 0.0}
@@ -344,6 +344,7 @@ class TestPromptCache:
             pytest.param(lambda llm, _: llm.load(), None, True, id="load"),
         ],
     )
+    @pytest.mark.by_turns
     def test_cache_is_reused_only_within_one_adapter(
         self, between: Any, adapter: Any, reused: bool, cached: Any
     ) -> None:
@@ -426,6 +427,7 @@ def _blocked(damage: str, name: str | None) -> bool:
 
 class TestLostFiles:
     @pytest.mark.parametrize("restart", RESTARTS)
+    @pytest.mark.by_turns
     def test_emptied_cache_before_restart(self, restart: str, made: Any, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "cache")
         RESTARTS[restart](made)
@@ -435,6 +437,7 @@ class TestLostFiles:
 
     @pytest.mark.parametrize("first", ["ahoy", "mute", None])
     @pytest.mark.parametrize("damage", ["deleted", "emptied", "garbage", "cut", "swapped", "folder"])
+    @pytest.mark.by_turns
     def test_damaged_file_is_remade(self, damage: str, first: str | None, made: Any, tmp_path: Path) -> None:
         one, other = sorted((tmp_path / "cache").glob("*.gguf"))
         if damage in ("deleted", "folder"):

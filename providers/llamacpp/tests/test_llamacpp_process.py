@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [
+    pytest.mark.by_turns,
     pytest.mark.engine,
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
 ]
@@ -366,6 +367,7 @@ class TestLifetime:
         assert all(each.result().text for each in answers)
         assert len(seen) == 1
 
+    @pytest.mark.nightly
     def test_twenty_starts_leak_nothing(self, small_store: Path) -> None:
         before = open_files()
         seen = set()

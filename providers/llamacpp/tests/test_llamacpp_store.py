@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from graftage.types import PullProgress
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.by_turns]
 
 BAD: dict[str, tuple[bytes, str]] = {
     **MALFORMED,
