@@ -167,9 +167,9 @@ def _in_words(found: "Difference") -> str:
 @app.command("show")
 def show_cassette(file: File) -> None:
     """Show a cassette as a conversation."""
-    from graftage.testing.files import from_yaml
+    from graftage.testing.cassettes import Cassette
 
-    for number, each in enumerate(from_yaml(file), 1):
+    for number, each in enumerate(Cassette(file).interactions, 1):
         if number > 1:
             show.line("")
         show.line(show.cell(_headline(number, each)))
@@ -261,11 +261,11 @@ def diff(first: File, second: File) -> None:
 
     Exit code: 0 if they are equal, 1 if they differ.
     """
-    from graftage.testing.files import from_yaml
+    from graftage.testing.cassettes import Cassette
     from graftage.testing.matching import Matching
 
     matching = Matching()
-    left, right = ([each.request for each in from_yaml(file)] for file in (first, second))
+    left, right = ([each.request for each in Cassette(file).interactions] for file in (first, second))
     for request in list(left):
         equal = next((each for each in right if matching.key(each) == matching.key(request)), None)
         if equal is not None:

@@ -20,7 +20,7 @@ import yaml
 
 import graftage
 from graftage.testing import bodies
-from graftage.testing.files import from_yaml
+from graftage.testing.cassettes import Cassette
 from graftage.testing.interactions import CassetteError
 from graftage.testing.secrets import find_secrets
 
@@ -92,7 +92,7 @@ def lint(paths: Iterable[Path]) -> Iterator[Finding]:
     """
     for path in paths_of(paths):
         try:
-            interactions = from_yaml(path)
+            interactions = Cassette(path).interactions
         except CassetteError as error:
             yield _unreadable(path, error)
             continue
@@ -238,7 +238,7 @@ def stale(
     today = today or datetime.datetime.now(datetime.UTC).date()
     for path in paths_of(paths):
         reasons = [
-            reason for each in from_yaml(path) for reason in _reasons(each, server=server, days=days, today=today)
+            reason for each in Cassette(path).interactions for reason in _reasons(each, server=server, days=days, today=today)
         ]
         if reasons:
             yield Stale(path=path, reasons=tuple(dict.fromkeys(reasons)))

@@ -15,7 +15,7 @@ from graftage.http._blocking import BlockingNetwork
 from graftage.http.address import read_base
 from graftage.http.transport import header, read_all
 from graftage.testing import bodies
-from graftage.testing.files import from_yaml
+from graftage.testing.cassettes import Cassette
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ def verify(path: Path, host: str, *, unsafe: bool = False) -> Iterator[Differenc
     parts = urlsplit(base)
     network = BlockingNetwork()
     try:
-        for number, each in enumerate(from_yaml(path), 1):
+        for number, each in enumerate(Cassette(path).interactions, 1):
             request = f"{each.request.method} {each.request.target}"
             if each.fault or each.request.scheme not in ("http", "https") or not (unsafe or _is_safe(each)):
                 yield Difference(interaction=number, request=request, kind="skipped")

@@ -74,7 +74,7 @@ _passed = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add the setting, and the options if conftest files are being read."""
+    """Add the setting, and the options if conftest files are being read: then all other plugins are here."""
     parser.addini("graftage_cassettes", "The folder that holds the cassettes.", default="cassettes")
     known = getattr(pluginmanager.get_plugin("pytestconfig"), "known_args_namespace", None)
     if getattr(known, "confcutdir", None) is not None:
@@ -198,14 +198,13 @@ class _Cassette(Cassette):
 
 
 def _begin(request: pytest.FixtureRequest, path: Path, options: dict[str, Any]) -> Cassette:
-    mode = options.pop("mode", "none")
-    mode = request.config.getoption("record_mode", None) or mode
-    if mode in ("all", "rewrite") and path in request.config.stash[_recorded]:
-        mode = "none"
-    records = mode != "none" and not (mode == "once" and path.exists())
-    facts = request.getfixturevalue("cassette_facts") if records else {}
+    mode = request.config.getoption("record_mode", None) or options.pop("mode", "none")
+    if mode in ("all", "rewrite"):
+        mode = "none" if path in request.config.stash[_recorded] else "all"
+    may_record = mode != "none" and not (mode == "once" and path.exists())
+    facts = request.getfixturevalue("cassette_facts") if may_record else {}
     try:
-        return _Cassette(path, mode=mode, **facts, **options)
+        return _Cassette(path, **{**facts, **options, "mode": mode})
     except CassetteError as error:
         pytest.fail(str(error), pytrace=False)
 
@@ -214,16 +213,17 @@ def _finish(owner: pytest.Item | pytest.Collector, key: tuple[Path, tuple[str, .
     """Write the recording of tests that passed, or check that they played everything."""
     cassette = owner.stash[_open].pop(key)
     path, kind = key
-    whole = _has_passed(owner, kind)
-    if cassette.recorded and whole:
-        try:
-            cassette.save()
-        except CassetteError as error:
-            pytest.fail(str(error), pytrace=False)
+    if not _has_passed(owner, kind):
+        if cassette.records and not isinstance(owner, pytest.Item):
+            pytest.fail(f"{path} was not written: not every test of `{owner.name}` passed here.", pytrace=False)
+        return
+    try:
+        cassette.save()
+    except CassetteError as error:
+        pytest.fail(str(error), pytrace=False)
+    if cassette.records:
         owner.config.stash[_recorded].add(path)
-    elif cassette.recorded and not isinstance(owner, pytest.Item):
-        pytest.fail(f"{path} was not written: not every test of `{owner.name}` passed here.", pytrace=False)
-    if whole and cassette.unplayed:
+    if cassette.unplayed:
         pytest.fail(f"{path} was not fully played: {', '.join(cassette.unplayed)}.", pytrace=False)
 
 

@@ -2,9 +2,9 @@
 
 Record them again from any server that has `smollm2:135m`:
 
-    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --graftage-record
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --record-mode=rewrite
 
-With the variable set, and without `--graftage-record`, the tests marked `live` run against that server.
+With the variable set, and without `--record-mode=rewrite`, the tests marked `live` run against that server.
 """
 
 from __future__ import annotations
@@ -62,29 +62,36 @@ PNG = bytes.fromhex(
 
 
 @pytest.fixture(scope="session")
-def server() -> str:
-    """Return the live server's name and version."""
-    return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
-
-
-@pytest.fixture
-def cassette_server(request: pytest.FixtureRequest) -> str | None:
-    if not request.config.getoption("--graftage-record"):
-        return None
+def recorded_facts() -> dict[str, str]:
+    """Return what the live server says about itself."""
     if not LIVE:
         pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
-    named: str = request.getfixturevalue("server")
-    return named
+    with httpx.Client(base_url=LIVE, trust_env=False) as client:
+        models = {each["name"]: each for each in client.get("/api/tags").json()["models"]}
+        version = client.get("/api/version").json()["version"]
+    return {"server": f"Ollama {version}", "model": MODEL, "digest": models[MODEL]["digest"]}
 
 
 @pytest.fixture
-def connect(both: Both, cassette: Cassette) -> Iterator[Callable[..., Any]]:
+def cassette_facts(recorded_facts: dict[str, str]) -> dict[str, str]:
+    return recorded_facts
+
+
+@pytest.fixture
+def cassette_options() -> dict[str, Any]:
+    return {"before_record_response": without_folders}
+
+
+def without_folders(response: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the paths of models, which may contain a user name."""
+    body = response["body"]
+    return {**response, "body": {"string": re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", body["string"])}}
+
+
+@pytest.fixture
+def connect(both: Both, cassette: Cassette) -> Callable[..., Any]:
     """Make sync or async clients that replay or record the test's cassette."""
-    yield lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
-    for each in cassette._interactions if cassette.mode == "record" else ():
-        if each.target == "/api/show":
-            # The path may contain a user name.
-            each.chunks[:] = [re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", b"".join(each.chunks))]
+    return lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
 
 
 @pytest.fixture
