@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,7 +36,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A cassette.")]
 def _root() -> None:
     """Check that the packages for cassettes are here."""
     try:
-        import graftage.testing.checks
+        import graftage.testing.checks  # noqa: F401
     except ModuleNotFoundError as error:
         raise Misuse(
             f"Cassettes need the package `{error.name}`.", hint="Install it: `pip install 'graftage[testing]'`."
@@ -54,7 +54,7 @@ def lint(paths: Paths = None, as_json: options.AsJson = False) -> None:
     """
     from graftage.testing import checks
 
-    files = list(checks.paths_of(_given(paths)))
+    files = _files(paths)
     found = list(checks.lint(files))
     if as_json:
         show.print_json([asdict(each) for each in found])
@@ -64,7 +64,9 @@ def lint(paths: Paths = None, as_json: options.AsJson = False) -> None:
             where = f"interaction {each.interaction}: " if each.interaction else ""
             show.line(show.cell(f"{place}: {each.level}: {where}{each.message} {each.hint}"))
         errors = sum(each.level == "error" for each in found)
-        show.note(f"{_count(len(files), 'cassette')}: {_count(errors, 'error')}, {_count(len(found) - errors, 'warning')}.")
+        show.note(
+            f"{_count(len(files), 'cassette')}: {_count(errors, 'error')}, {_count(len(found) - errors, 'warning')}."
+        )
     _exit(failed=any(each.level == "error" for each in found))
 
 
@@ -75,7 +77,9 @@ def stale(
     server: Annotated[
         str | None, typer.Option("--server", metavar="NAME VERSION", help="The current server, such as `Ollama 0.9.4`.")
     ] = None,
-    after: Annotated[str | None, typer.Option("--after", metavar="DAYS", help="How old they may be, such as 90d.")] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="DAYS", help="How old they may be, such as 90d.")
+    ] = None,
     provider: Annotated[
         str | None, typer.Option("--provider", "-p", help="Ask the server of this provider for its version.")
     ] = None,
@@ -88,7 +92,7 @@ def stale(
     """
     from graftage.testing import checks
 
-    found = list(checks.stale(_given(paths), server=server or _live(provider, host), days=_days(after)))
+    found = list(checks.stale(_files(paths), server=server or _live(provider, host), days=_days(after)))
     if as_json:
         show.print_json([asdict(each) for each in found])
     else:
@@ -133,11 +137,9 @@ def verify(
 
     Exit code: 0 if nothing changed but texts, 1 if something did.
     """
-    from graftage.testing import checks, drift
+    from graftage.testing import drift
 
-    found = [
-        (path, each) for path in checks.paths_of(paths) for each in drift.verify(path, host, unsafe=everything)
-    ]
+    found = [(path, each) for path in _files(paths) for each in drift.verify(path, host, unsafe=everything)]
     drifted = [(path, each) for path, each in found if each.is_drift]
     if as_json:
         show.print_json([{"path": path, **asdict(each), "is_drift": each.is_drift} for path, each in found])
@@ -157,7 +159,9 @@ def _in_words(found: "Difference") -> str:
         return f"the field `{found.field}` ({found.now}) is new"
     if found.kind == "lost":
         return f"the field `{found.field}` ({found.recorded}) is missing"
-    what = {"status": "the status", "type": "the content type"}.get(found.kind, f"the type of the field `{found.field}`")
+    what = {"status": "the status", "type": "the content type"}.get(
+        found.kind, f"the type of the field `{found.field}`"
+    )
     return f"{what} was {found.recorded}, now {found.now}"
 
 
@@ -205,7 +209,11 @@ def _asked(request: "RecordedRequest") -> Iterator[tuple[str, str]]:
     for name in () if chat else ("system", "prompt"):
         if isinstance(body.get(name), str):
             yield name, body[name]
-    rest = {name: each for name, each in body.items() if name not in ("messages", "tools", *(() if chat else ("system", "prompt")))}
+    rest = {
+        name: each
+        for name, each in body.items()
+        if name not in ("messages", "tools", *(() if chat else ("system", "prompt")))
+    }
     if rest:
         yield "options", _shorten(json.dumps(rest, ensure_ascii=False))
 
@@ -286,8 +294,15 @@ def diff(first: File, second: File) -> None:
 # --- Shared ----------------------------------------------------------------------------------------------------------
 
 
-def _given(paths: list[Path] | None) -> list[Path]:
-    return paths or [Path(FOLDER)]
+def _files(paths: list[Path] | None) -> list[Path]:
+    """Return the cassettes that the arguments name."""
+    from graftage.testing import checks
+
+    paths = paths or [Path(FOLDER)]
+    for each in paths:
+        if not each.exists():
+            raise Misuse(f"{each} does not exist.", hint="Name cassettes, or folders of them.")
+    return list(checks.paths_of(paths))
 
 
 def _count(number: int, what: str) -> str:
@@ -297,5 +312,3 @@ def _count(number: int, what: str) -> str:
 def _exit(*, failed: bool) -> None:
     if failed:
         raise typer.Exit(FAILED)
-
-

@@ -40,7 +40,9 @@ def is_unended(interaction: Interaction) -> bool:
 
 def content_type(interaction: Interaction) -> str:
     """Return the type of a response's body, without its parameters."""
-    values = (value for name, values in interaction.headers.items() if name.lower() == "content-type" for value in values)
+    values = (
+        value for name, values in interaction.headers.items() if name.lower() == "content-type" for value in values
+    )
     return next(values, "").partition(";")[0].strip().lower()
 
 

@@ -8,7 +8,7 @@ The command `graftage cassettes` prints what these functions find.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import platform
 import re
 from collections.abc import Iterable, Iterator
@@ -67,29 +67,19 @@ class Stale:
 
 
 def paths_of(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the given files, and the cassettes in the given folders, in order.
-
-    Raises:
-        CassetteError: one does not exist.
-    """
+    """Yield the given files, and the cassettes in the given folders, in order."""
     for path in paths:
         if path.is_dir():
             yield from sorted(each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file())
-        elif path.exists():
-            yield path
         else:
-            raise CassetteError(f"{path} does not exist.", hint="Name a cassette, or a folder of cassettes.")
+            yield path
 
 
 # --- Order -----------------------------------------------------------------------------------------------------------
 
 
 def lint(paths: Iterable[Path]) -> Iterator[Finding]:
-    """Yield what is wrong with cassettes, file by file.
-
-    Raises:
-        CassetteError: a path does not exist.
-    """
+    """Yield what is wrong with cassettes, file by file."""
     for path in paths_of(paths):
         try:
             interactions = Cassette(path).interactions
@@ -141,7 +131,9 @@ class _File:
         self._root: Any = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         self._interactions = _child(self._root, "interactions").value
 
-    def finding(self, number: int, kind: Any, message: str, hint: str, *, needle: str = "", level: Any = "error") -> Finding:
+    def finding(
+        self, number: int, kind: Any, message: str, hint: str, *, needle: str = "", level: Any = "error"
+    ) -> Finding:
         """Return a finding in an interaction, at the first line with a text in it."""
         node = self._interactions[number - 1]
         first, end = node.start_mark.line, node.end_mark.line
@@ -152,10 +144,10 @@ class _File:
 
     def unknown_keys(self) -> Iterator[Finding]:
         """Yield the keys that no reader knows."""
-        places = [(None, "", self._root)]
+        places: list[tuple[int | None, str, Any]] = [(None, "", self._root)]
         for number, node in enumerate(self._interactions, 1):
             places += [(number, name, _child(node, name)) for name in ("request", "response")]
-        for number, name, node in places:
+        for place, name, node in places:
             for key, _ in node.value:
                 if key.value not in KEYS[name]:
                     where = f"`{name}.{key.value}`" if name else f"`{key.value}`"
@@ -165,7 +157,7 @@ class _File:
                         message=f"The key {where} is unknown.",
                         hint="Remove it.",
                         line=key.start_mark.line + 1,
-                        interaction=number,
+                        interaction=place,
                     )
 
     def judge(self, number: int, interaction: Interaction) -> Iterator[Finding]:
@@ -181,7 +173,10 @@ class _File:
         for place, text in texts:
             if found := _machine_in(text):
                 yield self.finding(
-                    number, "machine", f"The {place} names a machine or its user: {found}.", "Scrub it, and record again.",
+                    number,
+                    "machine",
+                    f"The {place} names a machine or its user: {found}.",
+                    "Scrub it, and record again.",
                     needle=found,
                 )
         if not interaction.fault and not interaction.stopped and bodies.is_unended(interaction):
@@ -208,7 +203,9 @@ def _texts(interaction: Interaction) -> Iterator[tuple[str, str]]:
 
 def _machine_in(text: str) -> str | None:
     """Return the name of this machine or the folder of a user in a text."""
-    names = [str(Path.home())] + [each for each in (platform.node(),) if len(each) >= SHORTEST_HOST and each != "localhost"]
+    names = [str(Path.home())] + [
+        each for each in (platform.node(),) if len(each) >= SHORTEST_HOST and each != "localhost"
+    ]
     own = "|".join(re.escape(each) for each in names)
     found = PLACE.search(text) or re.search(rf"(?<![\w.-])(?:{own})(?![\w-])", text)
     return found[0] if found else None
@@ -222,7 +219,7 @@ def stale(
     *,
     server: str | None = None,
     days: int | None = None,
-    today: datetime.date | None = None,
+    today: dt.date | None = None,
 ) -> Iterator[Stale]:
     """Yield the cassettes that are not from a server, too old, from another client, or of unknown origin.
 
@@ -233,20 +230,20 @@ def stale(
         today: the day to count from; by default, today.
 
     Raises:
-        CassetteError: a path does not exist, or a file cannot be read.
+        CassetteError: a file cannot be read.
     """
-    today = today or datetime.datetime.now(datetime.UTC).date()
+    today = today or dt.datetime.now(dt.UTC).date()
     for path in paths_of(paths):
         reasons = [
-            reason for each in Cassette(path).interactions for reason in _reasons(each, server=server, days=days, today=today)
+            reason
+            for each in Cassette(path).interactions
+            for reason in _reasons(each, server=server, days=days, today=today)
         ]
         if reasons:
             yield Stale(path=path, reasons=tuple(dict.fromkeys(reasons)))
 
 
-def _reasons(
-    interaction: Interaction, *, server: str | None, days: int | None, today: datetime.date
-) -> Iterator[str]:
+def _reasons(interaction: Interaction, *, server: str | None, days: int | None, today: dt.date) -> Iterator[str]:
     facts = interaction.recorded
     unknown = [name for name in ("server", "client", "date") if not getattr(facts, name)]
     if unknown:
@@ -265,5 +262,5 @@ def _minor(client: str) -> str:
     return ".".join(client.split(".")[:2])
 
 
-def _age(date: str, today: datetime.date) -> int:
-    return (today - datetime.date.fromisoformat(date)).days
+def _age(date: str, today: dt.date) -> int:
+    return (today - dt.date.fromisoformat(date)).days

@@ -29,6 +29,8 @@ _HARMLESS: Final = re.compile(
     r"|detokenize)/?"
 )
 """Paths to which a POST changes nothing but what is in memory."""
+_LAST_PART: Final = re.compile(r"(\[\]|\.[^.\[\]]*)$")
+"""The end of a field's path: `[]`, or a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ def verify(path: Path, host: str, *, unsafe: bool = False) -> Iterator[Differenc
     Args:
         path: the cassette.
         host: the server's address; nothing is sent anywhere else. Paths are as recorded.
-        unsafe: also send requests that may change the server, such as a pull or a deletion.
+        unsafe: also send requests that may change the server, such as a pull or a deletion. Without it, what follows
+            such a request in the file is not sent either, since it may depend on it.
 
     Raises:
         CassetteError: the file cannot be read.
@@ -68,10 +71,12 @@ def verify(path: Path, host: str, *, unsafe: bool = False) -> Iterator[Differenc
     base, headers = read_base(host)
     parts = urlsplit(base)
     network = BlockingNetwork()
+    may_send = True
     try:
         for number, each in enumerate(Cassette(path).interactions, 1):
             request = f"{each.request.method} {each.request.target}"
-            if each.fault or each.request.scheme not in ("http", "https") or not (unsafe or _is_safe(each)):
+            may_send = may_send and (unsafe or _is_safe(each))
+            if not may_send or each.fault or each.request.scheme not in ("http", "https"):
                 yield Difference(interaction=number, request=request, kind="skipped")
                 continue
             sent = Request(
@@ -117,6 +122,9 @@ def _compare(
     was, now = bodies.shape(old), bodies.shape(new)
     for field in sorted(was.keys() | now.keys()):
         if _is_inside_empty(field, was) or _is_inside_empty(field, now):
+            continue
+        parent = _LAST_PART.sub("", field)
+        if parent != field and parent in was.keys() ^ now.keys():  # Reported already.
             continue
         recorded, found = " or ".join(sorted(was.get(field, ()))), " or ".join(sorted(now.get(field, ())))
         if field not in now:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -58,7 +58,7 @@ _UNSAFE: Final = re.compile(r"[^a-z0-9_.-]+", re.IGNORECASE)
 _WORKER_REPORT: Final = "graftage"
 """The key of what a worker of pytest-xdist sends to its controller."""
 _claims = pytest.StashKey[set[Path]]()
-_users = pytest.StashKey[defaultdict[str, set[str]]]()
+_users = pytest.StashKey[dict[str, set[str]]]()
 """The tests that have a cassette by default, by its name in lower case."""
 _recorded = pytest.StashKey[set[Path]]()
 _open = pytest.StashKey[dict[tuple[Path, tuple[str, ...]], Cassette]]()
@@ -103,13 +103,13 @@ def _add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManage
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
     for line in (
-        "cassette(name, **options): play this cassette; a name with `/` is below the root. A class or module shares it.",
+        "cassette(name, **options): play this one, which a class or module shares; a name with `/` is below the root.",
         "block_network(allowed_hosts=[...]): refuse connections, but to these hosts and to what is recorded.",
         "allowed_hosts(regexes): hosts that `--block-network` allows.",
     ):
         config.addinivalue_line("markers", line)
     config.stash[_claims] = set()
-    config.stash[_users] = defaultdict(set)
+    config.stash[_users] = {}
     config.stash[_recorded] = set()
 
 
@@ -203,10 +203,17 @@ def _begin(request: pytest.FixtureRequest, path: Path, options: dict[str, Any]) 
         mode = "none" if path in request.config.stash[_recorded] else "all"
     may_record = mode != "none" and not (mode == "once" and path.exists())
     facts = request.getfixturevalue("cassette_facts") if may_record else {}
-    try:
+    with _plain_errors():
         return _Cassette(path, **{**facts, **options, "mode": mode})
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show the errors of cassettes without a traceback, which would say nothing about the test."""
+    try:
+        yield
     except CassetteError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 def _finish(owner: pytest.Item | pytest.Collector, key: tuple[Path, tuple[str, ...]]) -> None:
@@ -217,10 +224,8 @@ def _finish(owner: pytest.Item | pytest.Collector, key: tuple[Path, tuple[str, .
         if cassette.records and not isinstance(owner, pytest.Item):
             pytest.fail(f"{path} was not written: not every test of `{owner.name}` passed here.", pytrace=False)
         return
-    try:
+    with _plain_errors():
         cassette.save()
-    except CassetteError as error:
-        pytest.fail(str(error), pytrace=False)
     if cassette.records:
         owner.config.stash[_recorded].add(path)
     if cassette.unplayed:
@@ -242,7 +247,7 @@ def _has_passed(owner: pytest.Item | pytest.Collector, kind: tuple[str, ...]) ->
 
 def _refuse_clash(item: pytest.Item, path: Path) -> None:
     """Fail a test whose cassette is, by its name, that of another test, too."""
-    if len(users := item.config.stash[_users][_name(item).lower()]) > 1:
+    if len(users := item.config.stash[_users].get(_name(item).lower(), ())) > 1:
         names = " and of ".join(f"`{each}`" for each in sorted(users))
         pytest.fail(f"{path} would be the cassette of {names}. Name another with the mark `cassette`.", pytrace=False)
 
@@ -320,7 +325,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         name = _name(item)
         session.config.stash[_claims].add(_root(session.config) / name)
         if not marked and item.parent:
-            session.config.stash[_users][name.lower()].add(f"{item.parent.nodeid}::{_test(item)}")
+            session.config.stash[_users].setdefault(name.lower(), set()).add(f"{item.parent.nodeid}::{_test(item)}")
 
 
 @pytest.hookimpl(wrapper=True)

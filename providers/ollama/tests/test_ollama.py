@@ -44,7 +44,7 @@ from graftage.types import Verdict
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from suite import Both
 
@@ -158,7 +158,7 @@ class TestChat:
     def test_options_and_keep_alive_are_sent(self, llm: Any, cassette: Cassette) -> None:
         options = {**CALM, "top_k": 5, "top_p": 0.9, "repeat_penalty": 1.1, "stop": ["#"]}
         llm.chat("Hi", options=options, max_tokens=2, context_window=512, keep_alive="10m")
-        body = json.loads(cassette._interactions[0].request_body)
+        body = json.loads(cassette.interactions[0].request.body)
         assert body["options"] == {**options, "num_ctx": 512, "num_predict": 2}
         assert body["keep_alive"] == 600
         (loaded,) = (each for each in llm.loaded() if each.name == MODEL)
@@ -404,7 +404,7 @@ class TestModels:
         llm.load()
         assert MODEL in [each.name for each in llm.loaded()]
         llm.unload()
-        if cassette.mode == "record":
+        if cassette.records:
             time.sleep(3)  # The runner ends a moment later.
         assert MODEL not in [each.name for each in llm.loaded()]
 
@@ -467,7 +467,7 @@ def lora(path: Path, rows: int) -> Path:
 class TestAdapters:
     def test_adapter_answers_until_switched_off(self, connect: Callable[..., Any], cassette: Cassette) -> None:
         adapter = Ready(AHOY)
-        if cassette.mode == "record":
+        if cassette.records:
             adapter.send()
         llm = connect(plugins=[adapter])
         question = "What is the capital of Italy?"
@@ -490,7 +490,7 @@ class TestAdapters:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))
         llm = connect(plugins=[adapter])
         assert llm.use_adapter("ready").strategy == "native"
-        asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
+        asked = [f"{each.request.method} {each.request.target.rpartition('/')[0]}" for each in cassette.interactions]
         assert asked.count("POST /api/blobs") == 1
         assert len(llm.prune_adapters()) == 1, "check before deleting: the server may have others"
         assert len(llm.prune_adapters(dry_run=False)) == 1
