@@ -22,7 +22,7 @@ import graftage
 from graftage.testing import bodies
 from graftage.testing.cassettes import Cassette
 from graftage.testing.interactions import CassetteError
-from graftage.testing.secrets import find_secrets
+from graftage.testing.secrets import find_secrets, texts_of
 
 if TYPE_CHECKING:
     from graftage.testing.interactions import Interaction
@@ -162,7 +162,7 @@ class _File:
 
     def judge(self, number: int, interaction: Interaction) -> Iterator[Finding]:
         """Yield what is wrong with an interaction."""
-        texts = list(_texts(interaction))
+        texts = list(texts_of(interaction))
         for found in find_secrets(texts, {}, ()):
             yield self.finding(
                 number,
@@ -187,18 +187,6 @@ class _File:
 
 def _child(node: Any, name: str) -> Any:
     return next(value for key, value in node.value if key.value == name)
-
-
-def _texts(interaction: Interaction) -> Iterator[tuple[str, str]]:
-    """Yield all text of an interaction, with its place."""
-    request = interaction.request
-    yield "address", request.uri
-    for name, value in request.headers.items():
-        yield f"request header `{name}`", value
-    yield "request body", request.body.decode("utf-8", "replace")
-    for name, values in interaction.headers.items():
-        yield f"response header `{name}`", "\n".join(values)
-    yield "response body", interaction.body.decode("utf-8", "replace")
 
 
 def _machine_in(text: str) -> str | None:
