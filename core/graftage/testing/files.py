@@ -204,7 +204,7 @@ class CassetteFile(Sequence[Interaction]):
 
     def _load(self, data: bytes) -> Any:
         try:
-            check_depth(data)
+            _check_depth(data)
             return yaml.load(data, Loader=Loader)  # noqa: S506 # a safe loader, in C if available
         except (yaml.YAMLError, ValueError) as error:
             raise CassetteError(
@@ -368,7 +368,7 @@ def _invalid(path: Path | None, error: ValueError) -> CassetteError:
     return CassetteError(f"{path} is not a valid cassette: {error}.", hint="Record it again.")
 
 
-def check_depth(data: bytes) -> None:
+def _check_depth(data: bytes) -> None:
     """Refuse what is nested too deeply, if it has signs enough for that."""
     signs = sum(map(data.count, (b"[", b"{", b"- ", b"? ", b" " * _HARMLESS)))
     if signs < _HARMLESS and b" " * _HARMLESS not in data:
@@ -451,7 +451,9 @@ def _bytes(where: str, body: Any, kind: str | None) -> bytes:
 
 def _decoded(where: str, body: bytes, headers: dict[str, list[str]]) -> tuple[bytes, dict[str, list[str]]]:
     """Return a body without its compression. vcrpy may have undone it, and have kept the header."""
-    encoding = ", ".join(value for name, each in headers.items() if name.lower() == "content-encoding" for value in each)
+    encoding = ", ".join(
+        value for name, each in headers.items() if name.lower() == "content-encoding" for value in each
+    )
     kind = encoding.strip().lower()
     if kind in ("gzip", "x-gzip", "deflate"):
         reader = zlib.decompressobj(zlib.MAX_WBITS | (32 if "gzip" in kind else 0))
