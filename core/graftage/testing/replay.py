@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from graftage.http import Colour, Headers, Response, Transport
     from graftage.testing.interactions import Interaction
 
-__all__ = ["Replay", "replaying"]
+__all__ = ["Replay", "recorded_calls", "replaying"]
 
 _SCHEME: Final = "graftage"
 _JSON: Final = (("content-type", "application/json"),)
@@ -154,7 +154,7 @@ class Replay:
 
     def _facts(self) -> Iterator[_Facts]:
         """Yield what connections of the provider were recorded to have."""
-        for each in _recorded(self.cassette):
+        for each in recorded_calls(self.cassette):
             if each.request.path == "/connect" and _name_of(each) == self.name:
                 for line in each.body.splitlines():
                     with contextlib.suppress(Exception):  # An error that `connect` raised.
@@ -174,7 +174,7 @@ class _Everywhere:
         return provider if isinstance(provider, Replay) else Replay(self._cassette, provider, find=find)
 
 
-def _recorded(cassette: Cassette) -> Iterator[Interaction]:
+def recorded_calls(cassette: Cassette) -> Iterator[Interaction]:
     """Yield what was recorded at calls."""
     return (each for each in cassette.interactions if each.request.scheme == _SCHEME)
 
@@ -186,7 +186,7 @@ def _name_of(interaction: Interaction) -> str:
 
 def _recorded_names(cassette: Cassette) -> list[str]:
     """Return the names of the recorded providers, in the order of their first calls."""
-    return list(dict.fromkeys(map(_name_of, _recorded(cassette))))
+    return list(dict.fromkeys(map(_name_of, recorded_calls(cassette))))
 
 
 # --- Connections -----------------------------------------------------------------------------------------------------
