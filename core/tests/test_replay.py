@@ -81,6 +81,11 @@ class LoopedEcho(Echo):
         return Looped(self)
 
 
+def named(name: str, echo: Echo) -> Giving:
+    """Return a provider of another name; nothing of that name is installed."""
+    return Giving(lambda request: echo.connect(request), name)
+
+
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "chat": lambda llm: llm.chat("Hi there"),
     "stream": lambda llm: [each.text for each in llm.chat("Hi there", stream=True)],
@@ -91,7 +96,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "list_models": lambda llm: llm.models(),
     "show_model": lambda llm: llm.show(),
     "loaded_models": lambda llm: llm.loaded(),
-    "pull_model": lambda llm: list(llm.pull("new")),
+    "pull_model": lambda llm: llm.pull("new"),
     "load_model": lambda llm: llm.load(),
     "unload_model": lambda llm: llm.unload(),
     "delete_model": lambda llm: llm.delete("new"),
@@ -141,7 +146,7 @@ class TestReplay:
         assert results(both.connect(Replay(path), model="m")) == live
 
     def test_provider_need_not_be_installed(self, both: Both, path: Path) -> None:
-        recorded(path, Giving(Echo().connect, "elsewhere"))
+        recorded(path, named("elsewhere", Echo()))
         for provider in (Replay(path), Replay(path, "elsewhere")):
             with both.connect(provider, model="m") as llm:
                 reply = llm.chat("Hi")
@@ -197,11 +202,11 @@ class TestReplay:
         assert begin(both.connect(Replay(path), model="m")) == "one "
 
     def test_lines_are_found_in_any_pieces(self, path: Path) -> None:
-        recorded(path, Echo(), lambda llm: llm.chat("one two three"))
+        recorded(path, Echo(["one two three"]))
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace("two ", "2 "), encoding="utf-8")  # The lengths of the pieces no longer fit.
         with graftage.connect(Replay(path), model="m") as llm:
-            assert llm.chat("one two three", model="m").text == "one 2 three"
+            assert llm.chat("Hi").text == "one 2 three"
 
     def test_images_and_adapters_are_named(self, path: Path) -> None:
         def ask(llm: Any) -> None:
@@ -228,7 +233,7 @@ class TestReplay:
     def test_file_of_several_needs_a_name(self, path: Path) -> None:
         with Cassette(path, mode="all") as cassette:
             for name in ("one", "two"):
-                with graftage.connect(Replay(cassette, Giving(Echo().connect, name)), model="m") as llm:
+                with graftage.connect(Replay(cassette, named(name, Echo())), model="m") as llm:
                     llm.chat(f"I am {name}")
         with pytest.raises(CassetteError, match="several providers: one, two"):
             Replay(path)
@@ -439,7 +444,7 @@ class TestReplaying:
         assert len(fake.requests) > asked
 
     def test_threads_of_the_host_are_replayed(self, path: Path) -> None:
-        recorded(path, Giving(Echo(["Hello"]).connect, "elsewhere"))
+        recorded(path, named("elsewhere", Echo(["Hello"])))
         said = []
 
         def host() -> None:
@@ -457,7 +462,7 @@ class TestReplaying:
             with both.connect(list(chain), model="m") as llm:
                 return llm.chat("Hi")
 
-        down, up = Giving(Echo([ConnectionFailed("gone")]).connect, "down"), Giving(Echo().connect, "up")
+        down, up = named("down", Echo([ConnectionFailed("gone")])), named("up", Echo())
         with Cassette(path, mode="all") as cassette, replaying(cassette):
             live = host(down, up)
         cassette = Cassette(path)

@@ -91,13 +91,10 @@ def _now(llm: Client, request: RecordedRequest) -> Reply | GraftageError:
         arguments = {name: plain[name] for name in _PASSED_ON if name in plain} | {"model": llm.model or plain["model"]}
         if "tools" in plain:
             arguments["tools"] = [record_of(each, Tool) for each in plain["tools"]]
-        if "prompt" in plain:
-            subject, pictures = plain["prompt"], "images" in plain
-        else:
-            subject = [record_of(each, Message) for each in plain["messages"]]
-            pictures = any(each.images for each in subject)
-    if pictures:
-        return CassetteError("It has pictures, of which only hashes are recorded.", hint="Ask it by hand.")
+        if any("images" in each for each in (plain, *plain.get("messages", ()))):
+            return CassetteError("It has pictures, of which only hashes are recorded.", hint="Ask it by hand.")
+        is_chat = "messages" in plain
+        subject = [record_of(each, Message) for each in plain["messages"]] if is_chat else plain["prompt"]
     ask: Any = getattr(llm, _OPERATIONS[request.path])
     try:
         return ask(subject, **arguments)  # type: ignore[no-any-return]
