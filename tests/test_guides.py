@@ -36,7 +36,7 @@ def files(text: str) -> Iterator[tuple[str, str]]:
 def test_examples_of_the_fake_run(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
-        exec(blocks("python", FAKES.read_text(encoding="utf-8"))[number], {})  # noqa: S102 - our own guide
+        exec(blocks("python", FAKES.read_text(encoding="utf-8"))[number], {})
 
 
 class TestTesting:
@@ -59,7 +59,7 @@ class TestTesting:
             monkeypatch.setenv("OLLAMA_HOST", fake.url)
             for block in blocks("python", self.TEXT):
                 if not NAMED.match(block):
-                    exec(block, {})  # noqa: S102 - our own guide
+                    exec(block, {})
                     ran += 1
         assert ran
 

@@ -43,7 +43,7 @@ class TestReplay:
         line = {"message": {"content": "", "tool_calls": [call]}, "done": True, "done_reason": "stop"}
         fake.script("/api/chat", *[Answer([line])] * 2)
         path = tmp_path / "one.yaml"
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             ids = talk(cassette, fake.url)
         with Cassette(path) as cassette:
             assert len({*ids, *talk(cassette, fake.url)}) == 4
@@ -78,7 +78,7 @@ class TestRecording:
         path = tmp_path / "a.yaml"
         gate = threading.Event()
         fake.script("/api/chat", Answer([{"n": 1}, gate], ending=ending))
-        with Cassette(path, mode="record") as cassette, pytest.raises(StreamInterrupted):
+        with Cassette(path, mode="all") as cassette, pytest.raises(StreamInterrupted):
             exchange(mode, cassette, f"{fake.url}/api/chat", meanwhile=gate.set)
         assert "cut_short: true" in path.read_text()
         with pytest.raises(StreamInterrupted):
@@ -143,7 +143,7 @@ interactions:
 class TestMatching:
     def test_equal_bodies_play_in_order(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             for n, body in enumerate((b'{"a":1,"b":[2]}', b'{"a":2}', b'{"a":1,"b":[2]}')):
                 fake.script("/api/chat", Answer([{"n": n}]))
                 exchange("sync", cassette, f"{fake.url}/api/chat", body=body)
@@ -157,7 +157,7 @@ class TestMatching:
     @modes
     def test_miss_names_nearest_request_and_field(self, tmp_path: Path, fake: FakeOllama, mode: str) -> None:
         path = tmp_path / "a.yaml"
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             exchange("sync", cassette, f"{fake.url}/api/version", "GET")
             exchange("sync", cassette, f"{fake.url}/api/chat", body={"model": "m", "options": {"seed": 7}})
         cassette = Cassette(path)
@@ -171,7 +171,7 @@ class TestMatching:
     @pytest.mark.parametrize("target", ["/api/a b?x={1}", "/api/grün", "?x=1", "/a%2fb", "/a?b=ü c", "/a#f", "/a[1]|b"])
     def test_spelling_of_addresses_is_ignored(self, tmp_path: Path, fake: FakeOllama, target: str) -> None:
         path = tmp_path / "a.yaml"
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             live = exchange("sync", cassette, f"{fake.url}{target}", "GET")
         assert exchange("sync", Cassette(path), f"{ELSEWHERE}{target}", "GET") == live
         sent = ELSEWHERE + fake.requests[0].path
@@ -179,7 +179,7 @@ class TestMatching:
 
     def test_miss_names_each_difference_once(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             for n in range(7):
                 exchange("sync", cassette, f"{fake.url}/api/show", body={"n": n})
         with pytest.raises(CassetteMiss) as caught:
@@ -203,7 +203,7 @@ class TestMatching:
     def test_path_counts_more_than_body(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
         body = dict.fromkeys("abcdefghijkl", 1)
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             exchange("sync", cassette, f"{fake.url}/api/show", body=body)
             exchange("sync", cassette, f"{fake.url}/api/chat", body=dict.fromkeys(body, 2))
         with pytest.raises(CassetteMiss, match="The nearest recorded request is POST /api/chat"):
@@ -236,7 +236,7 @@ class TestSaving:
 
     def test_failed_block_writes_nothing(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
-        with pytest.raises(StreamInterrupted), Cassette(path, mode="record") as cassette:
+        with pytest.raises(StreamInterrupted), Cassette(path, mode="all") as cassette:
             recorded_and_broken(cassette, fake)
         assert not path.exists()
         assert len(cassette) == 2
@@ -244,19 +244,19 @@ class TestSaving:
     def test_failed_replacement_leaves_no_file(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
         path.mkdir()
-        with pytest.raises(CassetteError, match="cannot be written"), Cassette(path, mode="record") as cassette:
+        with pytest.raises(CassetteError, match="cannot be written"), Cassette(path, mode="all") as cassette:
             exchange("sync", cassette, f"{fake.url}/api/version", "GET")
         assert list(tmp_path.iterdir()) == [path]
 
     def test_empty_cassette_records(self, tmp_path: Path, fake: FakeOllama, both: Any) -> None:
         path = tmp_path / "a.yaml"
-        with Cassette(path, mode="record") as cassette:
+        with Cassette(path, mode="all") as cassette:
             assert (bool(cassette), len(cassette)) == (True, 0)
             both.connect("ollama", host=fake.url, transport=cassette).chat("Hi", model="smollm2:135m")
         assert Cassette(path).unplayed == ("POST /api/chat",)
 
     def test_empty_recording_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(CassetteError, match="Nothing was recorded"), Cassette(tmp_path / "a.yaml", mode="record"):
+        with pytest.raises(CassetteError, match="Nothing was recorded"), Cassette(tmp_path / "a.yaml", mode="all"):
             pass
         assert list(tmp_path.iterdir()) == []
 
@@ -300,7 +300,7 @@ class TestInvalidFiles:
     def test_missing_one_hints_at_recording(self, tmp_path: Path) -> None:
         with pytest.raises(CassetteError) as caught:
             Cassette(tmp_path / "a.yaml")
-        assert 'Cassette(path, mode="record")' in str(caught.value.hint)
+        assert 'Cassette(path, mode="all")' in str(caught.value.hint)
         assert "pytest --graftage-record" in str(caught.value.hint)
 
     @pytest.mark.parametrize("mode", ["rec", "RECORD", "", None])
@@ -321,7 +321,7 @@ class TestInvalidFiles:
     @pytest.mark.parametrize("name", ["a\0b.yaml", "file/a.yaml"])
     def test_unwritable_one_can_be_saved_elsewhere(self, tmp_path: Path, fake: FakeOllama, name: str) -> None:
         (tmp_path / "file").touch()
-        tape = Cassette(tmp_path / name, mode="record")
+        tape = Cassette(tmp_path / name, mode="all")
         exchange("sync", tape, f"{fake.url}/api/version", "GET")
         with pytest.raises(CassetteError, match="cannot be written"):
             tape.save()
@@ -364,7 +364,7 @@ def test_threads_share_a_cassette(tmp_path: Path, fake: FakeOllama) -> None:
         for thread in threads:
             thread.join()
 
-    with Cassette(path, mode="record") as cassette:
+    with Cassette(path, mode="all") as cassette:
         on_threads(lambda n: exchange("sync", cassette, f"{fake.url}/api/show", body={"n": n % 4}))
     replay = Cassette(path)
     on_threads(lambda n: exchange("sync", replay, f"{ELSEWHERE}/api/show", body={"n": n % 4}))

@@ -83,7 +83,7 @@ class LoopedEcho(Echo):
 
 def named(name: str, echo: Echo) -> Giving:
     """Return a provider of another name; nothing of that name is installed."""
-    return Giving(lambda request: echo.connect(request), name)
+    return Giving(lambda request: echo.connect(request), name)  # noqa: PLW0108 - a hook would be marked
 
 
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
@@ -224,7 +224,7 @@ class TestReplay:
     def test_wrong_answer_blames_the_provider(self, path: Path) -> None:
         class Wrong:
             @hookimpl
-            def chat(self, request: Any) -> Any:  # noqa: ARG002 - the contract's shape
+            def chat(self, request: Any) -> Any:
                 yield "no chunk"
 
         with pytest.raises(ProviderError, match="`chat` with str instead of Chunk"):
@@ -482,9 +482,8 @@ class TestReplaying:
     def test_miss_is_kept_though_code_swallows_it(self, path: Path) -> None:
         recorded(path, Echo())
         cassette = Cassette(path)
-        with replaying(cassette), graftage.connect("echo", model="m") as llm:
-            with pytest.raises(CassetteMiss):
-                llm.chat("Bye")
+        with replaying(cassette), graftage.connect("echo", model="m") as llm, pytest.raises(CassetteMiss):
+            llm.chat("Bye")
         assert [type(each) for each in cassette.misses] == [CassetteMiss]
 
 

@@ -79,10 +79,11 @@ def refuse_secrets(path: Path, interactions: list[Interaction], server: str | No
 
 def _texts(interaction: Interaction) -> Iterator[str]:
     """Yield all text of an interaction that came from outside."""
-    yield from (interaction.method, interaction.target, interaction.reason)
-    for headers in (interaction.request_headers, interaction.headers):
-        yield from (value for values in headers.values() for value in values)
-    for body in (interaction.request_body, b"".join(interaction.chunks)):
+    asked, fault = interaction.request, interaction.fault
+    yield from (asked.method, asked.uri, interaction.reason, fault.message if fault else "")
+    yield from asked.headers.values()
+    yield from (value for values in interaction.headers.values() for value in values)
+    for body in (asked.body, interaction.body):
         text = body.decode("utf-8", "replace")
         yield text
         yield from _joined_fields(text)
