@@ -17,9 +17,7 @@ _OPTIONS: Final = {
 }
 """Options with several names."""
 _ROLES: Final = {"developer": "system"}
-_NOT_SAID: Final = frozenset(
-    {"messages", "tools", "options", "keep_alive", "stream_options", "user", "metadata", "store"}
-)
+_NOT_SAID: Final = frozenset({"messages", "tools", "options", "keep_alive", "stream_options", "user", "metadata", "store"})
 """Fields that are read apart, or do not change the reply."""
 
 

@@ -451,9 +451,7 @@ def _bytes(where: str, body: Any, kind: str | None) -> bytes:
 
 def _decoded(where: str, body: bytes, headers: dict[str, list[str]]) -> tuple[bytes, dict[str, list[str]]]:
     """Return a body without its compression. vcrpy may have undone it, and have kept the header."""
-    encoding = ", ".join(
-        value for name, each in headers.items() if name.lower() == "content-encoding" for value in each
-    )
+    encoding = ", ".join(value for name, each in headers.items() if name.lower() == "content-encoding" for value in each)
     kind = encoding.strip().lower()
     if kind in ("gzip", "x-gzip", "deflate"):
         reader = zlib.decompressobj(zlib.MAX_WBITS | (32 if "gzip" in kind else 0))
