@@ -4,10 +4,10 @@
         with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
             llm.chat("Tell me a story")
 
-The files have vcrpy's format: vcrpy 8.2.1 or newer replays them, and so does pytest-recording; theirs are replayed here.
-Keys of a response that are ours, and that vcrpy keeps: `recorded` (day, client, server, model), `chunk_lengths` and
-`chunk_times` (the sizes in which the body arrived, and when, in seconds), `fault` (how the exchange failed) and `stopped`
-(the reader had enough). To vcrpy, an exchange without a response is one with status 502.
+The files have vcrpy's format: vcrpy 8.2.1 or newer and pytest-recording replay them, and theirs are replayed here. Keys
+of a response that are ours, and that vcrpy keeps: `recorded` (day, client, server, model), `chunk_lengths` and
+`chunk_times` (the sizes in which the body arrived, and when, in seconds), `fault` (how the exchange failed) and
+`stopped` (the reader had enough). To vcrpy, an exchange without a response is one with status 502.
 
 Nothing is patched: two cassettes may be open at once, in threads and in tasks.
 """
@@ -122,8 +122,8 @@ class Cassette:
         self._kept_request_headers = (*KEPT_REQUEST_HEADERS, *more)
         self.kept_response_headers: Final = (*KEPT_RESPONSE_HEADERS, *more)
         self._matching = Matching(match_on, normalise, self._kept_request_headers)
-        self._scrub_request = before_record_request
-        self._scrub_response = before_record_response
+        self.before_record_request = before_record_request
+        self.before_record_response = before_record_response
         self._file = CassetteFile()
         self._tracks: list[Track] = []
         self._sent: dict[str, str] = {}
@@ -248,7 +248,7 @@ class Cassette:
             ),
             body=request.file.read_bytes() if request.file is not None else request.body,
         )
-        return self._scrub_request(asked) if self._scrub_request else asked
+        return self.before_record_request(asked) if self.before_record_request else asked
 
     def _find(self, asked: RecordedRequest) -> Interaction | None:
         """Return the first interaction in the file that matches and was not played."""
@@ -293,16 +293,16 @@ class Cassette:
         day = datetime.now(UTC).date().isoformat()
         facts = replace(self._given, date=day, model=self._given.model or model_of(interaction.request.body))
         interaction = replace(interaction, recorded=facts)
-        if self._scrub_response is None or not interaction.status:
+        if self.before_record_response is None or not interaction.status:
             return interaction
-        response = self._scrub_response(
+        response = self.before_record_response(
             {
                 "status": {"code": interaction.status, "message": interaction.reason},
                 "headers": {name: list(values) for name, values in interaction.headers.items()},
                 "body": {"string": interaction.body},
             }
         )
-        return response and _replaced(interaction, response)
+        return None if response is None else _replaced(interaction, response)
 
 
 class Track:

@@ -231,7 +231,7 @@ class CassetteFile(Sequence[Interaction]):
         if place not in self._parsed:
             try:
                 self._parsed[place] = _from_plain(place, self._plain_at(place), self._content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _invalid(self._path, error) from error
         return self._parsed[place]
 
@@ -364,7 +364,7 @@ def _read(path: Path) -> bytes:
         raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
 
 
-def _invalid(path: Path | None, error: ValueError) -> CassetteError:
+def _invalid(path: Path | None, error: ValueError | RecursionError) -> CassetteError:
     return CassetteError(f"{path} is not a valid cassette: {error}.", hint="Record it again.")
 
 
@@ -451,14 +451,14 @@ def _bytes(where: str, body: Any, kind: str | None) -> bytes:
 
 def _decoded(where: str, body: bytes, headers: dict[str, list[str]]) -> tuple[bytes, dict[str, list[str]]]:
     """Return a body without its compression. vcrpy may have undone it, and have kept the header."""
-    encoding = ", ".join(value for name, each in headers.items() if name.lower() == "content-encoding" for value in each)
-    kind = encoding.strip().lower()
+    found = (each for name, each in headers.items() if name.lower() == "content-encoding")
+    kind = ", ".join(value for each in found for value in each).strip().lower()
     if kind in ("gzip", "x-gzip", "deflate"):
         reader = zlib.decompressobj(zlib.MAX_WBITS | (32 if "gzip" in kind else 0))
         try:
-            found = reader.decompress(body, MAX_BYTES)
+            whole = reader.decompress(body, MAX_BYTES)
             _expect(not reader.unconsumed_tail, where + f"a body is larger than {MAX_BYTES} bytes")
-            body = found
+            body = whole
         except zlib.error:
             pass  # It is decoded already.
     elif kind in ("", "identity") or isinstance(_text(body), bytes):
@@ -512,7 +512,8 @@ def _recorded(response: Mapping[str, Any], metadata: Any) -> Recorded:
     found = response.get("recorded")
     # Files of version 0.1 have only the server, of each response or of all of them.
     old = response if "server" in response else metadata
-    facts = found if isinstance(found, dict) else {"server": old.get("server")} if isinstance(old, dict) else {}
+    facts = {"server": old.get("server")} if isinstance(old, dict) else {}
+    facts |= found if isinstance(found, dict) else {}
     return Recorded(
         date=_word(facts.get("date")),
         client=_word(facts.get("client")),
