@@ -204,8 +204,8 @@ class CassetteFile(Sequence[Interaction]):
 
     def _load(self, data: bytes) -> Any:
         try:
-            _check_depth(data)
-            return yaml.load(data, Loader=_Loader)  # noqa: S506 # a safe loader, in C if available
+            check_depth(data)
+            return yaml.load(data, Loader=Loader)  # noqa: S506 # a safe loader, in C if available
         except (yaml.YAMLError, ValueError) as error:
             raise CassetteError(
                 f"The cassette {self._path} is not valid YAML: {error}", hint="Record it again."
@@ -323,7 +323,7 @@ def _place(uri: str) -> tuple[str, int | None]:
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # in C if available
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # in C if available
     """Reads the few tags of Python that vcrpy writes as plain data, and builds no object."""
 
 
@@ -346,10 +346,10 @@ def _joined(parts: list[Any]) -> bytes:
 
 _PYTHON: Final = "tag:yaml.org,2002:python/"
 for _tag in ("str", "unicode"):
-    _Loader.add_constructor(_PYTHON + _tag, lambda loader, node: loader.construct_scalar(node))
-_Loader.add_constructor(_PYTHON + "tuple", lambda loader, node: loader.construct_sequence(node, deep=True))
-_Loader.add_constructor(_PYTHON + "object/new:_io.BytesIO", _construct_file)
-_Loader.add_constructor(_PYTHON + "object/apply:builtins.iter", _construct_iterator)
+    Loader.add_constructor(_PYTHON + _tag, lambda loader, node: loader.construct_scalar(node))
+Loader.add_constructor(_PYTHON + "tuple", lambda loader, node: loader.construct_sequence(node, deep=True))
+Loader.add_constructor(_PYTHON + "object/new:_io.BytesIO", _construct_file)
+Loader.add_constructor(_PYTHON + "object/apply:builtins.iter", _construct_iterator)
 
 
 def _read(path: Path) -> bytes:
@@ -368,13 +368,13 @@ def _invalid(path: Path | None, error: ValueError | RecursionError) -> CassetteE
     return CassetteError(f"{path} is not a valid cassette: {error}.", hint="Record it again.")
 
 
-def _check_depth(data: bytes) -> None:
+def check_depth(data: bytes) -> None:
     """Refuse what is nested too deeply, if it has signs enough for that."""
     signs = sum(map(data.count, (b"[", b"{", b"- ", b"? ", b" " * _HARMLESS)))
     if signs < _HARMLESS and b" " * _HARMLESS not in data:
         return
     depth = 0
-    for event in yaml.parse(data, Loader=_Loader):
+    for event in yaml.parse(data, Loader=Loader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
