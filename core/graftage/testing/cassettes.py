@@ -23,7 +23,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -43,7 +43,7 @@ from graftage.testing.interactions import (
     address_of,
 )
 from graftage.testing.matching import DEFAULT, Matching
-from graftage.testing.secrets import refuse_secrets, secrets_of
+from graftage.testing.secrets import Allowed, refuse_secrets, secrets_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -80,6 +80,7 @@ class Cassette:
         match_on: Sequence[Matcher] = DEFAULT,
         normalise: Normaliser | None = None,
         keep_headers: Iterable[str] = (),
+        allow: Iterable[Allowed] = (),
         before_record_request: Callable[[RecordedRequest], RecordedRequest | None] | None = None,
         before_record_response: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
     ) -> None:
@@ -99,6 +100,7 @@ class Cassette:
                 Names of the loopback are one host. As part of `host`, the port counts if the file has several of it.
             normalise: changes the JSON of a body before it is compared. `graftage.testing.matching.blur` is one.
             keep_headers: headers of requests and responses that are kept, besides those about the content.
+            allow: what may be in the file although it looks like a secret. It is kept in the file, with its reasons.
             before_record_request: changes a request before it is compared or kept; None leaves it out of the file.
             before_record_response: changes a response before it is kept, as vcrpy's: a mapping with `status`, `headers`
                 and `body`. None leaves the exchange out of the file.
@@ -122,6 +124,7 @@ class Cassette:
         self._kept_request_headers = (*KEPT_REQUEST_HEADERS, *more)
         self.kept_response_headers: Final = (*KEPT_RESPONSE_HEADERS, *more)
         self._matching = Matching(match_on, normalise, self._kept_request_headers)
+        self._allow = tuple(allow)
         self.before_record_request = before_record_request
         self.before_record_response = before_record_response
         self._file = CassetteFile()
@@ -169,6 +172,11 @@ class Cassette:
         return (*self._file, *self._recorded())
 
     @property
+    def allowed(self) -> tuple[Allowed, ...]:
+        """What may be in the file although it looks like a secret, as given and as the file says."""
+        return (*self._allow, *(Allowed(**entry) for each in self._file for entry in each.allow))
+
+    @property
     def unplayed(self) -> tuple[str, ...]:
         """Recorded requests that were not sent, as `POST /api/chat`."""
         with self._lock:
@@ -194,7 +202,10 @@ class Cassette:
             raise CassetteError(
                 f"Nothing was recorded for {self.path}.", hint="Was the cassette given to the provider as `transport`?"
             )
-        refuse_secrets(self.path, recorded, self._given.server, self._sent)
+        refuse_secrets(self.path, recorded, self._given.server, self._sent, self.allowed)
+        if self._allow:  # Once, not with each.
+            said = ({name: value for name, value in asdict(each).items() if value} for each in self._allow)
+            recorded[0] = replace(recorded[0], allow=tuple(said))
         data = self._file.with_more(recorded, as_json=self.path.suffix == ".json")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

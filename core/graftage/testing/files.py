@@ -101,6 +101,8 @@ def to_plain(interaction: Interaction) -> dict[str, Any]:
         response["fault"] = _FlowDict(_said(fault))
     if interaction.stopped:
         response["stopped"] = True
+    if interaction.allow:
+        response["allow"] = [_FlowDict(each) for each in interaction.allow]
     asked = interaction.request
     request = {
         "method": asked.method,
@@ -415,6 +417,7 @@ def _from_plain(place: int, plain: Any, content: Mapping[str, Any]) -> Interacti
         fault=fault,
         stopped=response.get("stopped") is True,
         recorded=_recorded(response, content.get("metadata")),
+        allow=_allow(where, response.get("allow")),
     )
 
 
@@ -521,6 +524,17 @@ def _recorded(response: Mapping[str, Any], metadata: Any) -> Recorded:
         model=_word(facts.get("model")),
         digest=_word(facts.get("digest")),
     )
+
+
+def _allow(where: str, found: Any) -> tuple[Mapping[str, str], ...]:
+    entries = found if isinstance(found, list) else [] if found is None else [found]
+    for each in entries:
+        fits = isinstance(each, dict) and all(isinstance(text, str) for text in each.values())
+        _expect(
+            fits and {*each} in ({"why", "sha256"}, {"why", "place"}),
+            where + "an entry of `allow` must have `why`, and `sha256` or `place`",
+        )
+    return tuple(entries)
 
 
 def _word(value: Any) -> str | None:
