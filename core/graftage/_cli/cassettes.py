@@ -312,3 +312,32 @@ def _count(number: int, what: str) -> str:
 def _exit(*, failed: bool) -> None:
     if failed:
         raise typer.Exit(FAILED)
+
+
+@app.command("rerun")
+def rerun(
+    file: File,
+    *,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    adapter: options.Adapter = None,
+    host: options.Host = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ask what a `Replay` recorded again, of any model, and show what changed.
+
+    Exit code: 0 if nothing changed, 1 if something did.
+    """
+    from graftage.testing.reruns import rerun
+
+    found = []
+    with options.open_to_manage(model, provider, host=host) as client:
+        if adapter is not None:
+            client.use_adapter(adapter)
+        for each in rerun(file, client):
+            found.append(each)
+            for line in () if as_json else str(each).splitlines():
+                show.line(show.cell(line))
+    if as_json:
+        show.print_json([{"operation": e.operation, "prompt": e.prompt, "changes": e.changes} for e in found])
+    _exit(failed=any(each.changes for each in found))

@@ -122,7 +122,7 @@ def reply_of(body: bytes) -> Reply:
         reply.output_tokens = _number(counts, "completion_tokens", "output_tokens", "eval_count") or reply.output_tokens
         ended = choice.get("finish_reason") or each.get("finish_reason") or each.get("done_reason")
         reply.finish_reason = str(ended) if ended else reply.finish_reason
-        if error := each.get("error"):
+        if error := each.get("error") or each.get("raised"):
             reply.error = _text(_dict(error), "message") or str(error)
     return reply
 

@@ -4,10 +4,10 @@
         with graftage.connect("ollama", model="smollm2:135m", transport=cassette) as llm:
             llm.chat("Tell me a story")
 
-The files have vcrpy's format: vcrpy 8.2.1 or newer replays them, and so does pytest-recording; theirs are replayed here.
-Keys of a response that are ours, and that vcrpy keeps: `recorded` (day, client, server, model), `chunk_lengths` and
-`chunk_times` (the sizes in which the body arrived, and when, in seconds), `fault` (how the exchange failed) and `stopped`
-(the reader had enough). To vcrpy, an exchange without a response is one with status 502.
+The files have vcrpy's format: vcrpy 8.2.1 or newer and pytest-recording replay them, and theirs are replayed here. Keys
+of a response that are ours, and that vcrpy keeps: `recorded` (day, client, server, model), `chunk_lengths` and
+`chunk_times` (the sizes in which the body arrived, and when, in seconds), `fault` (how the exchange failed) and
+`stopped` (the reader had enough). To vcrpy, an exchange without a response is one with status 502.
 
 Nothing is patched: two cassettes may be open at once, in threads and in tasks.
 """
@@ -23,7 +23,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -43,7 +43,7 @@ from graftage.testing.interactions import (
     address_of,
 )
 from graftage.testing.matching import DEFAULT, Matching
-from graftage.testing.secrets import refuse_secrets, secrets_of
+from graftage.testing.secrets import Allowed, refuse_secrets, secrets_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -80,6 +80,7 @@ class Cassette:
         match_on: Sequence[Matcher] = DEFAULT,
         normalise: Normaliser | None = None,
         keep_headers: Iterable[str] = (),
+        allow: Iterable[Allowed] = (),
         before_record_request: Callable[[RecordedRequest], RecordedRequest | None] | None = None,
         before_record_response: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
     ) -> None:
@@ -99,6 +100,7 @@ class Cassette:
                 Names of the loopback are one host. As part of `host`, the port counts if the file has several of it.
             normalise: changes the JSON of a body before it is compared. `graftage.testing.matching.blur` is one.
             keep_headers: headers of requests and responses that are kept, besides those about the content.
+            allow: what may be in the file although it looks like a secret. It is kept in the file, with its reasons.
             before_record_request: changes a request before it is compared or kept; None leaves it out of the file.
             before_record_response: changes a response before it is kept, as vcrpy's: a mapping with `status`, `headers`
                 and `body`. None leaves the exchange out of the file.
@@ -122,8 +124,9 @@ class Cassette:
         self._kept_request_headers = (*KEPT_REQUEST_HEADERS, *more)
         self.kept_response_headers: Final = (*KEPT_RESPONSE_HEADERS, *more)
         self._matching = Matching(match_on, normalise, self._kept_request_headers)
-        self._scrub_request = before_record_request
-        self._scrub_response = before_record_response
+        self._allow = tuple(allow)
+        self.before_record_request = before_record_request
+        self.before_record_response = before_record_response
         self._file = CassetteFile()
         self._tracks: list[Track] = []
         self._sent: dict[str, str] = {}
@@ -169,6 +172,11 @@ class Cassette:
         return (*self._file, *self._recorded())
 
     @property
+    def allowed(self) -> tuple[Allowed, ...]:
+        """What may be in the file although it looks like a secret, as given and as the file says."""
+        return (*self._allow, *(Allowed(**entry) for each in self._file for entry in each.allow))
+
+    @property
     def unplayed(self) -> tuple[str, ...]:
         """Recorded requests that were not sent, as `POST /api/chat`."""
         with self._lock:
@@ -194,7 +202,10 @@ class Cassette:
             raise CassetteError(
                 f"Nothing was recorded for {self.path}.", hint="Was the cassette given to the provider as `transport`?"
             )
-        refuse_secrets(self.path, recorded, self._given.server, self._sent)
+        refuse_secrets(self.path, recorded, self._given.server, self._sent, self.allowed)
+        if self._allow:  # Once, not with each.
+            said = ({name: value for name, value in asdict(each).items() if value} for each in self._allow)
+            recorded[0] = replace(recorded[0], allow=tuple(said))
         data = self._file.with_more(recorded, as_json=self.path.suffix == ".json")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +259,7 @@ class Cassette:
             ),
             body=request.file.read_bytes() if request.file is not None else request.body,
         )
-        return self._scrub_request(asked) if self._scrub_request else asked
+        return self.before_record_request(asked) if self.before_record_request else asked
 
     def _find(self, asked: RecordedRequest) -> Interaction | None:
         """Return the first interaction in the file that matches and was not played."""
@@ -293,16 +304,16 @@ class Cassette:
         day = datetime.now(UTC).date().isoformat()
         facts = replace(self._given, date=day, model=self._given.model or model_of(interaction.request.body))
         interaction = replace(interaction, recorded=facts)
-        if self._scrub_response is None or not interaction.status:
+        if self.before_record_response is None or not interaction.status:
             return interaction
-        response = self._scrub_response(
+        response = self.before_record_response(
             {
                 "status": {"code": interaction.status, "message": interaction.reason},
                 "headers": {name: list(values) for name, values in interaction.headers.items()},
                 "body": {"string": interaction.body},
             }
         )
-        return response and _replaced(interaction, response)
+        return None if response is None else _replaced(interaction, response)
 
 
 class Track:

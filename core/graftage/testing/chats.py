@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any, Final
@@ -17,7 +18,9 @@ _OPTIONS: Final = {
 }
 """Options with several names."""
 _ROLES: Final = {"developer": "system"}
-_NOT_SAID: Final = frozenset({"messages", "tools", "options", "keep_alive", "stream_options", "user", "metadata", "store"})
+_NOT_SAID: Final = frozenset(
+    {"messages", "tools", "options", "keep_alive", "stream_options", "user", "metadata", "store"}
+)
 """Fields that are read apart, or do not change the reply."""
 
 
@@ -79,10 +82,8 @@ def _call(call: Any) -> Any:
         return call
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            pass
     return [function.get("name"), arguments or {}]
 
 

@@ -101,6 +101,8 @@ def to_plain(interaction: Interaction) -> dict[str, Any]:
         response["fault"] = _FlowDict(_said(fault))
     if interaction.stopped:
         response["stopped"] = True
+    if interaction.allow:
+        response["allow"] = [_FlowDict(each) for each in interaction.allow]
     asked = interaction.request
     request = {
         "method": asked.method,
@@ -204,7 +206,11 @@ class CassetteFile(Sequence[Interaction]):
 
     def _load(self, data: bytes) -> Any:
         try:
+<<<<<<< HEAD
             _check_depth(data)
+=======
+            check_depth(data)
+>>>>>>> w-f
             return yaml.load(data, Loader=Loader)  # noqa: S506 # a safe loader, in C if available
         except (yaml.YAMLError, ValueError) as error:
             raise CassetteError(
@@ -231,7 +237,7 @@ class CassetteFile(Sequence[Interaction]):
         if place not in self._parsed:
             try:
                 self._parsed[place] = _from_plain(place, self._plain_at(place), self._content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _invalid(self._path, error) from error
         return self._parsed[place]
 
@@ -364,11 +370,11 @@ def _read(path: Path) -> bytes:
         raise CassetteError(f"The cassette {path} cannot be read: {error.strerror}.") from error
 
 
-def _invalid(path: Path | None, error: ValueError) -> CassetteError:
+def _invalid(path: Path | None, error: ValueError | RecursionError) -> CassetteError:
     return CassetteError(f"{path} is not a valid cassette: {error}.", hint="Record it again.")
 
 
-def _check_depth(data: bytes) -> None:
+def check_depth(data: bytes) -> None:
     """Refuse what is nested too deeply, if it has signs enough for that."""
     signs = sum(map(data.count, (b"[", b"{", b"- ", b"? ", b" " * _HARMLESS)))
     if signs < _HARMLESS and b" " * _HARMLESS not in data:
@@ -415,6 +421,7 @@ def _from_plain(place: int, plain: Any, content: Mapping[str, Any]) -> Interacti
         fault=fault,
         stopped=response.get("stopped") is True,
         recorded=_recorded(response, content.get("metadata")),
+        allow=_allow(where, response.get("allow")),
     )
 
 
@@ -451,16 +458,21 @@ def _bytes(where: str, body: Any, kind: str | None) -> bytes:
 
 def _decoded(where: str, body: bytes, headers: dict[str, list[str]]) -> tuple[bytes, dict[str, list[str]]]:
     """Return a body without its compression. vcrpy may have undone it, and have kept the header."""
+<<<<<<< HEAD
     encoding = ", ".join(
         value for name, each in headers.items() if name.lower() == "content-encoding" for value in each
     )
     kind = encoding.strip().lower()
+=======
+    found = (each for name, each in headers.items() if name.lower() == "content-encoding")
+    kind = ", ".join(value for each in found for value in each).strip().lower()
+>>>>>>> w-f
     if kind in ("gzip", "x-gzip", "deflate"):
         reader = zlib.decompressobj(zlib.MAX_WBITS | (32 if "gzip" in kind else 0))
         try:
-            found = reader.decompress(body, MAX_BYTES)
+            whole = reader.decompress(body, MAX_BYTES)
             _expect(not reader.unconsumed_tail, where + f"a body is larger than {MAX_BYTES} bytes")
-            body = found
+            body = whole
         except zlib.error:
             pass  # It is decoded already.
     elif kind in ("", "identity") or isinstance(_text(body), bytes):
@@ -514,7 +526,8 @@ def _recorded(response: Mapping[str, Any], metadata: Any) -> Recorded:
     found = response.get("recorded")
     # Files of version 0.1 have only the server, of each response or of all of them.
     old = response if "server" in response else metadata
-    facts = found if isinstance(found, dict) else {"server": old.get("server")} if isinstance(old, dict) else {}
+    facts = {"server": old.get("server")} if isinstance(old, dict) else {}
+    facts |= found if isinstance(found, dict) else {}
     return Recorded(
         date=_word(facts.get("date")),
         client=_word(facts.get("client")),
@@ -522,6 +535,17 @@ def _recorded(response: Mapping[str, Any], metadata: Any) -> Recorded:
         model=_word(facts.get("model")),
         digest=_word(facts.get("digest")),
     )
+
+
+def _allow(where: str, found: Any) -> tuple[Mapping[str, str], ...]:
+    entries = found if isinstance(found, list) else [] if found is None else [found]
+    for each in entries:
+        fits = isinstance(each, dict) and all(isinstance(text, str) for text in each.values())
+        _expect(
+            fits and {*each} in ({"why", "sha256"}, {"why", "place"}),
+            where + "an entry of `allow` must have `why`, and `sha256` or `place`",
+        )
+    return tuple(entries)
 
 
 def _word(value: Any) -> str | None:

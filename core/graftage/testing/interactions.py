@@ -139,6 +139,8 @@ class Interaction:
     stopped: bool = False
     """Whether the reader stopped before the end. Replayed as a whole response."""
     recorded: Recorded = Recorded()
+    allow: tuple[Mapping[str, str], ...] = ()
+    """What may be in the whole file although it looks like a secret: `why`, and `sha256` or `place`."""
 
     @property
     def body(self) -> bytes:

@@ -1,8 +1,8 @@
 """Which recorded request is meant by a request, and what differs from the nearest one.
 
-Bodies that say the same are equal: JSON is compared by its values, and fields that are null, empty text or empty objects
-count as absent. So does `stream` if it says what the API does anyway. Generated ids are compared by their order; moments
-in fields such as `created_at` do not matter.
+Bodies that say the same are equal: JSON is compared by its values, and fields that are null, empty texts or empty
+objects count as absent. So does `stream` if it says what the API does anyway. Generated ids are compared by their
+order; moments in fields such as `created_at` do not matter.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ _MOMENTS: Final = frozenset({"created", "created_at", "timestamp", "request_id",
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 _DATE: Final = re.compile(r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?: ?Z|[+-]\d\d:?\d\d)?)?")
 _WORD: Final = re.compile(r"[A-Za-z0-9]{4,}")
-_SAYS_NOTHING: Final = (None, "", {})
+_SAYS_NOTHING: Final[tuple[object, ...]] = (None, "", {})
 
 
 def canonical(body: bytes, path: str = "", normalise: Normaliser | None = None) -> str:

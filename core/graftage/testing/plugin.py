@@ -45,6 +45,7 @@ __all__ = [
     "claim_cassette",
     "free_waiting",
     "no_network",
+    "replay",
 ]
 
 _MODES: Final = {"sync", "async"}
@@ -188,6 +189,19 @@ def cassette(cassettes: Callable[[], Cassette]) -> Cassette:
     Of several tests that have the same file, the first one to pass records, and the others replay.
     """
     return cassettes()
+
+
+@pytest.fixture
+def replay(cassette: Cassette) -> Iterator[Cassette]:
+    """Record or replay, on the test's cassette, whatever the code under test connects to by itself.
+
+    Nothing is given to that code, and no network is used: calls are replayed, not HTTP. It holds in all threads, for
+    clients that are connected during the test.
+    """
+    from graftage.testing.replay import replaying  # Imported only if it is used
+
+    with replaying(cassette):
+        yield cassette
 
 
 class _Cassette(Cassette):

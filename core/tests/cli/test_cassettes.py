@@ -48,10 +48,11 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 class TestLint:
-    def test_cassettes_of_this_project_are_in_order(self, shell: Shell) -> None:
-        done = shell.run("cassettes", "lint", str(ROOT / "cassettes"))
-        assert ("error" not in done.out, done.code) == (True, 0)
-        assert " cassettes: 0 errors, " in done.err
+    def test_folder_in_order_has_no_finding(self, shell: Shell) -> None:
+        folder = TOOLS.parent
+        done = shell.run("cassettes", "lint", str(folder))
+        assert (done.code, done.out) == (0, "")
+        assert done.err == f"{len(list(folder.iterdir()))} cassettes: 0 errors, 0 warnings.\n"
 
     @pytest.mark.parametrize(
         ("old", "new", "kind"),
