@@ -206,11 +206,7 @@ class CassetteFile(Sequence[Interaction]):
 
     def _load(self, data: bytes) -> Any:
         try:
-<<<<<<< HEAD
-            _check_depth(data)
-=======
             check_depth(data)
->>>>>>> w-f
             return yaml.load(data, Loader=Loader)  # noqa: S506 # a safe loader, in C if available
         except (yaml.YAMLError, ValueError) as error:
             raise CassetteError(
@@ -458,15 +454,8 @@ def _bytes(where: str, body: Any, kind: str | None) -> bytes:
 
 def _decoded(where: str, body: bytes, headers: dict[str, list[str]]) -> tuple[bytes, dict[str, list[str]]]:
     """Return a body without its compression. vcrpy may have undone it, and have kept the header."""
-<<<<<<< HEAD
-    encoding = ", ".join(
-        value for name, each in headers.items() if name.lower() == "content-encoding" for value in each
-    )
-    kind = encoding.strip().lower()
-=======
     found = (each for name, each in headers.items() if name.lower() == "content-encoding")
     kind = ", ".join(value for each in found for value in each).strip().lower()
->>>>>>> w-f
     if kind in ("gzip", "x-gzip", "deflate"):
         reader = zlib.decompressobj(zlib.MAX_WBITS | (32 if "gzip" in kind else 0))
         try:
