@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -64,7 +65,7 @@ def lint(paths: Paths = None, as_json: options.AsJson = False) -> None:
             where = f"interaction {each.interaction}: " if each.interaction else ""
             show.line(show.cell(f"{place}: {each.level}: {where}{each.message} {each.hint}"))
         errors = sum(each.level == "error" for each in found)
-        show.note(
+        _sum_up(
             f"{_count(len(files), 'cassette')}: {_count(errors, 'error')}, {_count(len(found) - errors, 'warning')}."
         )
     _exit(failed=any(each.level == "error" for each in found))
@@ -98,7 +99,7 @@ def stale(
     else:
         for each in found:
             show.line(show.cell(f"{each.path}: {'; '.join(each.reasons)}"))
-        show.note(f"{_count(len(found), 'cassette')} must be recorded again." if found else "All are fresh.")
+        _sum_up(f"{_count(len(found), 'cassette')} must be recorded again." if found else "All are fresh.")
     _exit(failed=bool(found))
 
 
@@ -147,7 +148,7 @@ def verify(
         for path, each in drifted:
             show.line(show.cell(f"{path}: interaction {each.interaction}: {each.request}: {_in_words(each)}"))
         kinds = Counter(each.kind for _, each in found)
-        show.note(
+        _sum_up(
             f"{_count(len(drifted), 'change')} of the API; other texts in {_count(kinds['text'], 'response')}; "
             f"{_count(kinds['skipped'], 'request')} not sent."
         )
@@ -219,7 +220,7 @@ def _asked(request: "RecordedRequest") -> Iterator[tuple[str, str]]:
 
 
 def _answered(interaction: "Interaction") -> Iterator[tuple[str, str]]:
-    from graftage.testing.bodies import reply_of
+    from graftage.testing._bodies import reply_of
 
     reply = reply_of(interaction.body)
     if reply.thinking:
@@ -291,29 +292,6 @@ def diff(first: File, second: File) -> None:
     _exit(failed=bool(left or right))
 
 
-# --- Shared ----------------------------------------------------------------------------------------------------------
-
-
-def _files(paths: list[Path] | None) -> list[Path]:
-    """Return the cassettes that the arguments name."""
-    from graftage.testing import checks
-
-    paths = paths or [Path(FOLDER)]
-    for each in paths:
-        if not each.exists():
-            raise Misuse(f"{each} does not exist.", hint="Name cassettes, or folders of them.")
-    return list(checks.paths_of(paths))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _exit(*, failed: bool) -> None:
-    if failed:
-        raise typer.Exit(FAILED)
-
-
 @app.command("rerun")
 def rerun(
     file: File,
@@ -341,3 +319,32 @@ def rerun(
     if as_json:
         show.print_json([{"operation": e.operation, "prompt": e.prompt, "changes": e.changes} for e in found])
     _exit(failed=any(each.changes for each in found))
+
+
+# --- Shared ----------------------------------------------------------------------------------------------------------
+
+
+def _files(paths: list[Path] | None) -> list[Path]:
+    """Return the cassettes that the arguments name."""
+    from graftage.testing import checks
+
+    paths = paths or [Path(FOLDER)]
+    for each in paths:
+        if not each.exists():
+            raise Misuse(f"{each} does not exist.", hint="Name cassettes, or folders of them.")
+    return list(checks.paths_of(paths))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _exit(*, failed: bool) -> None:
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _sum_up(text: str) -> None:
+    """Print a note below the results."""
+    sys.stdout.flush()
+    show.note(text)

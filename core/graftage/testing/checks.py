@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import yaml
 
 import graftage
-from graftage.testing import bodies
+from graftage.testing import _bodies
 from graftage.testing.cassettes import Cassette
 from graftage.testing.files import Loader
 from graftage.testing.interactions import CassetteError
@@ -27,6 +27,7 @@ from graftage.testing.secrets import find_secrets, texts_of
 
 if TYPE_CHECKING:
     from graftage.testing.interactions import Interaction
+    from graftage.testing.secrets import Allowed
 
 __all__ = ["Finding", "Stale", "lint", "paths_of", "stale"]
 
@@ -36,10 +37,23 @@ SUFFIXES: Final = (".yaml", ".yml", ".json")
 KEYS: Final = {
     "": {"version", "interactions"},
     "request": {"method", "uri", "body", "headers"},
-    "response": {"status", "headers", "body", "url", "recorded", "chunk_lengths", "chunk_times", "fault", "stopped"}
+    "response": {
+        "status",
+        "headers",
+        "body",
+        "url",
+        "recorded",
+        "chunk_lengths",
+        "chunk_times",
+        "fault",
+        "stopped",
+        "allow",
+    }
     | {"server", "cut_short"},  # Of version 0.1.
 }
 """The keys of a file, and of the two parts of each interaction: vcrpy's and ours."""
+MARKS: Final = {"address": "uri:", "request body": "body:", "response body": "string:"}
+"""Where the line of a place begins."""
 PLACE: Final = re.compile(r"(?<![\w.-])(?:/home/|/Users/|[A-Za-z]:\\+Users\\+)[\w.-]+")
 """The folder of a user."""
 SHORTEST_HOST: Final = 5
@@ -84,7 +98,8 @@ def lint(paths: Iterable[Path]) -> Iterator[Finding]:
     """Yield what is wrong with cassettes, file by file."""
     for path in paths_of(paths):
         try:
-            interactions = Cassette(path).interactions
+            cassette = Cassette(path)
+            interactions = cassette.interactions
         except CassetteError as error:
             yield _unreadable(path, error)
             continue
@@ -101,7 +116,7 @@ def lint(paths: Iterable[Path]) -> Iterator[Finding]:
         yield from file.unknown_keys()
         seen: dict[tuple[object, ...], int] = {}
         for number, each in enumerate(interactions, 1):
-            yield from file.judge(number, each)
+            yield from file.judge(number, each, cassette.allowed)
             same = each.request.method, each.request.uri, each.request.body, each.status, each.body
             if (first := seen.setdefault(same, number)) != number:
                 yield file.finding(
@@ -125,7 +140,7 @@ def _unreadable(path: Path, error: CassetteError) -> Finding:
                 message = f"The tag `{tag}` makes YAML build an object, which may run any code."
                 return replace(found, kind="tag", message=message, line=_line(event.start_mark))
     except yaml.MarkedYAMLError as fault:
-        line = _line(fault.problem_mark or fault.context_mark)
+        line = _line(fault.context_mark or fault.problem_mark)
         return replace(found, message=f"It is not valid YAML: {fault.problem}.", line=line)
     return found
 
@@ -174,15 +189,19 @@ class _File:
                         interaction=place,
                     )
 
-    def judge(self, number: int, interaction: Interaction) -> Iterator[Finding]:
+    def judge(self, number: int, interaction: Interaction, allowed: Iterable[Allowed]) -> Iterator[Finding]:
         """Yield what is wrong with an interaction."""
         texts = list(texts_of(interaction))
-        for found in find_secrets(texts, {}, ()):
+        # What is allowed may be named with the number of its interaction.
+        numbered = [(f"interaction {number}, {place}", text) for place, text in texts]
+        for found in find_secrets(numbered, {}, allowed):
+            place = found.place.partition(", ")[2]
             yield self.finding(
                 number,
                 "secret",
-                f"The {found.place} looks like it holds a secret: {found.kind}.",
-                "Record it with a value made for tests; withdraw the secret if others could read it.",
+                f"The {place} looks like it holds a secret: {found.kind}.",
+                "Record it with a value made for tests, or allow it; withdraw the secret if others could read it.",
+                needle=next((mark for start, mark in MARKS.items() if place.startswith(start)), ""),
             )
         for place, text in texts:
             if machine := _machine_in(text):
@@ -193,7 +212,7 @@ class _File:
                     "Scrub it, and record again.",
                     needle=machine,
                 )
-        if not interaction.fault and not interaction.stopped and bodies.is_unended(interaction):
+        if not interaction.fault and not interaction.stopped and _bodies.is_unended(interaction):
             yield self.finding(
                 number, "unended", "The stream has no end, and nothing says that it was cut.", "Record it again."
             )

@@ -14,7 +14,7 @@ from graftage.http import Clock, Request
 from graftage.http._blocking import BlockingNetwork
 from graftage.http.address import read_base
 from graftage.http.transport import header, read_all
-from graftage.testing import bodies
+from graftage.testing import _bodies
 from graftage.testing.cassettes import Cassette
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def _compare(
     if interaction.status != status:
         yield "status", None, str(interaction.status), str(status)
         return
-    if (before := bodies.content_type(interaction)) and before != kind:
+    if (before := _bodies.content_type(interaction)) and before != kind:
         yield "type", None, before, kind
-    old, new = bodies.documents(interaction.body), bodies.documents(body)
-    was, now = bodies.shape(old), bodies.shape(new)
+    old, new = _bodies.documents(interaction.body), _bodies.documents(body)
+    was, now = _bodies.shape(old), _bodies.shape(new)
     for field in sorted(was.keys() | now.keys()):
         if _is_inside_empty(field, was) or _is_inside_empty(field, now):
             continue

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from graftage.http import Clock, Request, Response, Transport
 
-__all__ = ["Guard", "NetworkRefused", "Opened"]
+__all__ = ["NetworkRefused"]
 
 _active: Final[list[Guard]] = []
 _pairing: Final = threading.local()

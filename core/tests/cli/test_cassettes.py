@@ -81,6 +81,24 @@ class TestLint:
         assert text.err == "1 cassette: 1 error, 0 warnings.\n"
         assert "ghp_" not in text.out
 
+    def test_allowed_secret_is_no_finding(self, shell: Shell, recorded: Path) -> None:
+        change(recorded, "Say hello.", "My key is ghp_k3Jx9QmZ2vLr7TnB5cYw8HdPfGs1uVaE4oXi.")
+        assert shell.run("cassettes", "lint").code == 1
+        allow = "    allow:\n    - {why: made for tests, place: 'request body, `messages[0].content`'}\n    recorded:"
+        change(recorded, "    recorded:", allow)
+        assert shell.run("cassettes", "lint").code == 0
+
+    def test_json_has_no_lines(self, shell: Shell, fake: FakeOllama) -> None:
+        path = shell.folder / "health.json"
+        with (
+            Cassette(path, mode="once") as cassette,
+            graftage.connect("ollama", host=fake.url, transport=cassette) as llm,
+        ):
+            llm.models()
+        change(path, "smollm2:135m", "/home/jane/model")
+        (found,) = json.loads(shell.run("cassettes", "lint", "--json", str(path)).out)
+        assert (found["kind"], found["line"], found["interaction"]) == ("machine", None, 1)
+
     def test_cut_stream_may_lack_its_end(self, shell: Shell) -> None:
         assert shell.run("cassettes", "lint", str(CUT)).code == 0
 
