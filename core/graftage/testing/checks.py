@@ -12,7 +12,7 @@ import datetime as dt
 import platform
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -21,8 +21,9 @@ import yaml
 import graftage
 from graftage.testing import bodies
 from graftage.testing.cassettes import Cassette
+from graftage.testing.files import Loader
 from graftage.testing.interactions import CassetteError
-from graftage.testing.secrets import find_secrets
+from graftage.testing.secrets import find_secrets, texts_of
 
 if TYPE_CHECKING:
     from graftage.testing.interactions import Interaction
@@ -35,9 +36,10 @@ SUFFIXES: Final = (".yaml", ".yml", ".json")
 KEYS: Final = {
     "": {"version", "interactions"},
     "request": {"method", "uri", "body", "headers"},
-    "response": {"status", "headers", "body", "recorded", "chunk_lengths", "chunk_times", "fault", "stopped", "allow"},
+    "response": {"status", "headers", "body", "url", "recorded", "chunk_lengths", "chunk_times", "fault", "stopped"}
+    | {"server", "cut_short"},  # Of version 0.1.
 }
-"""The keys of a file, and of the two parts of each interaction. pytest-recording cannot read files with others."""
+"""The keys of a file, and of the two parts of each interaction: vcrpy's and ours."""
 PLACE: Final = re.compile(r"(?<![\w.-])(?:/home/|/Users/|[A-Za-z]:\\+Users\\+)[\w.-]+")
 """The folder of a user."""
 SHORTEST_HOST: Final = 5
@@ -112,14 +114,24 @@ def lint(paths: Iterable[Path]) -> Iterator[Finding]:
 
 
 def _unreadable(path: Path, error: CassetteError) -> Finding:
-    mark = getattr(error.__cause__, "problem_mark", None)
-    return Finding(
-        path=path,
-        kind="tag" if isinstance(error.__cause__, yaml.constructor.ConstructorError) else "unreadable",
-        message=error.message,
-        hint=error.hint or "Record it again.",
-        line=mark.line + 1 if mark else None,
-    )
+    """Return why a file cannot be read, with the line if its YAML is at fault."""
+    found = Finding(path=path, kind="unreadable", message=error.message, hint=error.hint or "Record it again.")
+    if not isinstance(error.__cause__, yaml.YAMLError):
+        return found
+    try:
+        for event in yaml.parse(path.read_bytes(), Loader=Loader):
+            tag = getattr(event, "tag", None)
+            if tag and tag not in Loader.yaml_constructors:
+                message = f"The tag `{tag}` makes YAML build an object, which may run any code."
+                return replace(found, kind="tag", message=message, line=_line(event.start_mark))
+    except yaml.MarkedYAMLError as fault:
+        line = _line(fault.problem_mark or fault.context_mark)
+        return replace(found, message=f"It is not valid YAML: {fault.problem}.", line=line)
+    return found
+
+
+def _line(mark: Any) -> int | None:
+    return mark.line + 1 if mark else None
 
 
 class _File:
@@ -128,23 +140,25 @@ class _File:
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
         self._lines = text.split("\n")
-        self._root: Any = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        self._interactions = _child(self._root, "interactions").value
+        # A file of JSON has long lines, and no need for numbers of them.
+        self._root: Any = None if text.startswith("{") else yaml.compose(text, Loader=Loader)
+        self._interactions = _child(self._root, "interactions").value if self._root else ()
 
     def finding(
         self, number: int, kind: Any, message: str, hint: str, *, needle: str = "", level: Any = "error"
     ) -> Finding:
         """Return a finding in an interaction, at the first line with a text in it."""
+        found = Finding(path=self._path, kind=kind, message=message, hint=hint, interaction=number, level=level)
+        if not self._interactions:
+            return found
         node = self._interactions[number - 1]
         first, end = node.start_mark.line, node.end_mark.line
         line = next((place for place in range(first, end) if needle in self._lines[place]), first)
-        return Finding(
-            path=self._path, kind=kind, message=message, hint=hint, line=line + 1, interaction=number, level=level
-        )
+        return replace(found, line=line + 1)
 
     def unknown_keys(self) -> Iterator[Finding]:
         """Yield the keys that no reader knows."""
-        places: list[tuple[int | None, str, Any]] = [(None, "", self._root)]
+        places: list[tuple[int | None, str, Any]] = [(None, "", self._root)] if self._root else []
         for number, node in enumerate(self._interactions, 1):
             places += [(number, name, _child(node, name)) for name in ("request", "response")]
         for place, name, node in places:
@@ -162,7 +176,7 @@ class _File:
 
     def judge(self, number: int, interaction: Interaction) -> Iterator[Finding]:
         """Yield what is wrong with an interaction."""
-        texts = list(_texts(interaction))
+        texts = list(texts_of(interaction))
         for found in find_secrets(texts, {}, ()):
             yield self.finding(
                 number,
@@ -171,13 +185,13 @@ class _File:
                 "Record it with a value made for tests; withdraw the secret if others could read it.",
             )
         for place, text in texts:
-            if found := _machine_in(text):
+            if machine := _machine_in(text):
                 yield self.finding(
                     number,
                     "machine",
-                    f"The {place} names a machine or its user: {found}.",
+                    f"The {place} names a machine or its user: {machine}.",
                     "Scrub it, and record again.",
-                    needle=found,
+                    needle=machine,
                 )
         if not interaction.fault and not interaction.stopped and bodies.is_unended(interaction):
             yield self.finding(
@@ -186,19 +200,7 @@ class _File:
 
 
 def _child(node: Any, name: str) -> Any:
-    return next(value for key, value in node.value if key.value == name)
-
-
-def _texts(interaction: Interaction) -> Iterator[tuple[str, str]]:
-    """Yield all text of an interaction, with its place."""
-    request = interaction.request
-    yield "address", request.uri
-    for name, value in request.headers.items():
-        yield f"request header `{name}`", value
-    yield "request body", request.body.decode("utf-8", "replace")
-    for name, values in interaction.headers.items():
-        yield f"response header `{name}`", "\n".join(values)
-    yield "response body", interaction.body.decode("utf-8", "replace")
+    return next((value for key, value in node.value if key.value == name), yaml.MappingNode("", []))
 
 
 def _machine_in(text: str) -> str | None:

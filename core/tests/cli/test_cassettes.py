@@ -56,7 +56,7 @@ class TestLint:
     @pytest.mark.parametrize(
         ("old", "new", "kind"),
         [
-            ("Say hello.", "My key is ghp_AbCdEf0123456789AbCdEf0123456789AbCd.", "secret"),
+            ("Say hello.", "My key is ghp_k3Jx9QmZ2vLr7TnB5cYw8HdPfGs1uVaE4oXi.", "secret"),
             ("Say hello.", "Read /home/jane/notes.txt.", "machine"),
             ('"done":true', '"done":false', "unended"),
             ("    method: POST\n", "    method: POST\n    mode: fast\n", "key"),
