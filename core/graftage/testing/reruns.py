@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from graftage._engine.answers import read_finish_reason
 from graftage._records import dataclass
 from graftage.exceptions import GraftageError
+from graftage.testing._records import answer_of, record_of
 from graftage.testing.cassettes import Cassette, CassetteError
-from graftage.testing.records import answer_of, record_of
 from graftage.testing.replay import recorded_calls
 from graftage.types import Chunk, Message, Reply, Tool, Usage
 
