@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from plain import PlainEcho
 
 import graftage
 from graftage import exceptions
+from graftage.calls import Call, LoadAdapterRequest
 from graftage.exceptions import (
     AdapterUnsupported,
     ConnectionFailed,
@@ -33,7 +35,7 @@ from graftage.exceptions import (
 from graftage.hookspecs import hookimpl
 from graftage.settings import Settings
 from graftage.testing import Cassette, CassetteError, CassetteMiss, Echo, Replay, replaying, rerun
-from graftage.testing._records import ANSWERS, answer_of, line_of
+from graftage.testing._records import ANSWERS, answer_of, line_of, request_body
 from graftage.types import (
     Chunk,
     Embeddings,
@@ -386,7 +388,16 @@ RECORDS: list[Any] = [
 ]
 
 
+class Scion:
+    name, digest, scale, verdict, served_as = "botany", "sha256:ab", 2.0, None, None
+
+
 class TestRecords:
+    @pytest.mark.parametrize("adapter", [Scion(), LoadedAdapter(name="botany", digest="sha256:ab", model="m+1")])
+    def test_adapter_is_named_in_a_request(self, adapter: Any) -> None:
+        body = json.loads(request_body(LoadAdapterRequest(call=Call(), adapter=adapter, model="m")))
+        assert body == {"adapter": {"name": "botany", "digest": "sha256:ab"}, "model": "m"}
+
     @pytest.mark.parametrize("record", RECORDS, ids=lambda each: type(each).__name__)
     def test_record_survives_its_line(self, record: Any) -> None:
         line = line_of(record)
@@ -505,7 +516,7 @@ class TestRerun:
         assert set(other.changes) == {"text", "tool_calls", "finish_reason", "usage"}
         assert other.changes["tool_calls"] == ([], [("look", {})])
         assert 'text: "" (was "Other")' in str(other)
-        assert (failed.operation, failed.changes["error"]) == ("generate", (None, "ConnectionFailed: gone"))
+        assert (failed.operation, failed.changes) == ("generate", {"error": (None, "ConnectionFailed: gone")})
         assert [each.model for each in now.requests] == ["new"] * 3
         assert now.requests[1].max_tokens == 9
 

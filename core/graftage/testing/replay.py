@@ -124,6 +124,8 @@ class Replay:
         if self.cassette.records:
             return self._call("settings_model") or Settings
         names = [name for each in self._facts() for name in each.settings]
+        if not names:
+            return Settings
         return create_model("RecordedSettings", __base__=Settings, **dict.fromkeys(names, (Any, None)))  # type: ignore[call-overload, no-any-return]
 
     @hookimpl
