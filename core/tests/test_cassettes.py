@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import ROOT
 
 from graftage.exceptions import StreamInterrupted
 from graftage.testing import Cassette, CassetteError, CassetteMiss
@@ -148,11 +145,7 @@ interactions:
             reason="OK",
             chunks=(body,) if body else (),
         )
-        text = CassetteFile().with_more([one, one])
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "a.yaml"
-            path.write_bytes(text)
-            assert list(CassetteFile.read(path)) == [one, one]
+        assert list(CassetteFile.of(CassetteFile().with_more([one, one]))) == [one, one]
 
     def test_keeps_unusual_line_breaks(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
@@ -399,70 +392,3 @@ def test_server_in_old_metadata_is_read(tmp_path: Path, fake: FakeOllama) -> Non
     text = path.read_text(encoding="utf-8").replace(", server: Ollama 0.9.3}", "}")
     path.write_text(f"metadata:\n  server: Ollama 0.9.3\n{text}", encoding="utf-8")
     assert Cassette(path).server == "Ollama 0.9.3"
-
-
-class TestVcrpy:
-    def test_plays_our_files(self, tmp_path: Path, fake: FakeOllama) -> None:
-        import vcr  # type: ignore[import-untyped] # it has no types
-
-        path = tmp_path / "a.yaml"
-        _, pieces = recorded(path, fake, STREAM, body={"model": "m"})
-        player = vcr.VCR(record_mode=vcr.mode.NONE, match_on=["method", "path", "body"])
-        with player.use_cassette(str(path)) as cassette, httpx.Client() as client:
-            response = client.post(f"{ELSEWHERE}/api/chat", json={"model": "m"})
-        assert response.content == b"".join(pieces)
-        assert cassette.all_played
-
-    @pytest.mark.parametrize("by", ["vcrpy", "pytest-recording"])
-    def test_keeps_our_keys(self, outer: pytest.Pytester, fake: FakeOllama, by: str) -> None:
-        import vcr
-
-        path = outer.path / "cassettes" / "test_it" / "test_more.yaml"
-        live = recorded(path, fake, STREAM)
-        if by == "vcrpy":
-            with vcr.use_cassette(str(path), record_mode=vcr.mode.NEW_EPISODES), httpx.Client() as client:
-                client.get(f"{fake.url}/api/version")
-        else:
-            outer.makepyfile(
-                test_it=f"""
-            import httpx, pytest
-
-            @pytest.mark.vcr
-            def test_more():
-                assert httpx.get("{fake.url}/api/version").is_success
-            """
-            )
-            result = outer.runpytest_subprocess("-p", "pytest_recording.plugin", "--record-mode=new_episodes")
-            result.assert_outcomes(passed=1)
-        cassette = Cassette(path)
-        assert (len(cassette), cassette.server) == (2, "Ollama 0.9.3")
-        assert exchange("async", cassette, f"{ELSEWHERE}/api/chat") == live
-        assert exchange("sync", cassette, f"{ELSEWHERE}/api/version", "GET") == (200, [b'{"version":"0.9.3"}'])
-
-    def test_reads_every_cassette_of_the_repository(self, outer: pytest.Pytester) -> None:
-        import vcr
-
-        paths = sorted((ROOT / "cassettes").rglob("*.yaml"))
-        lengths = {str(path): len(Cassette(path)) for path in paths}
-        assert {path: len(vcr.cassette.Cassette.load(path=path)) for path in lengths} == lengths
-        # pytest-recording joins several cassettes into one.
-        outer.makepyfile(
-            test_it=f"""
-        import pytest
-
-        @pytest.mark.vcr(*{list(lengths)})
-        def test_all(vcr):
-            assert len(vcr) == {sum(lengths.values())}
-        """
-        )
-        outer.runpytest_subprocess("-p", "pytest_recording.plugin").assert_outcomes(passed=1)
-
-    @modes
-    def test_files_play_here(self, tmp_path: Path, fake: FakeOllama, mode: str) -> None:
-        import vcr
-
-        path = tmp_path / "a.yaml"
-        with vcr.use_cassette(str(path)), httpx.Client() as client:
-            client.post(f"{fake.url}/api/show", json={"model": "nosuch"})
-        answer = exchange(mode, Cassette(path), f"{ELSEWHERE}/api/show", body={"model": "nosuch"})
-        assert answer == (404, [b'{"error":"model \'nosuch\' not found"}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from plain import PlainEcho
 
 import graftage
 from graftage import exceptions
+from graftage.calls import Call, LoadAdapterRequest
 from graftage.exceptions import (
     AdapterUnsupported,
     ConnectionFailed,
@@ -33,7 +35,7 @@ from graftage.exceptions import (
 from graftage.hookspecs import hookimpl
 from graftage.settings import Settings
 from graftage.testing import Cassette, CassetteError, CassetteMiss, Echo, Replay, replaying, rerun
-from graftage.testing.records import ANSWERS, answer_of, line_of
+from graftage.testing._records import ANSWERS, answer_of, line_of, request_body
 from graftage.types import (
     Chunk,
     Embeddings,
@@ -321,7 +323,7 @@ class TestErrors:
             assert (type(caught.value), str(caught.value)) == (kind, "why")
 
     def test_error_is_raised_where_it_was(self, both: Both, path: Path) -> None:
-        script = [[Chunk(text="Hel"), StreamInterrupted("cut", hint="Ask again.")], ConnectionFailed("gone")]
+        script: list[Any] = [[Chunk(text="Hel"), StreamInterrupted("cut", hint="Ask again.")], ConnectionFailed("gone")]
 
         def use(llm: Any) -> None:
             with pytest.raises(StreamInterrupted, match="cut") as caught:
@@ -386,7 +388,16 @@ RECORDS: list[Any] = [
 ]
 
 
+class Scion:
+    name, digest, scale, verdict, served_as = "botany", "sha256:ab", 2.0, None, None
+
+
 class TestRecords:
+    @pytest.mark.parametrize("adapter", [Scion(), LoadedAdapter(name="botany", digest="sha256:ab", model="m+1")])
+    def test_adapter_is_named_in_a_request(self, adapter: Any) -> None:
+        body = json.loads(request_body(LoadAdapterRequest(call=Call(), adapter=adapter, model="m")))
+        assert body == {"adapter": {"name": "botany", "digest": "sha256:ab"}, "model": "m"}
+
     @pytest.mark.parametrize("record", RECORDS, ids=lambda each: type(each).__name__)
     def test_record_survives_its_line(self, record: Any) -> None:
         line = line_of(record)
@@ -505,7 +516,7 @@ class TestRerun:
         assert set(other.changes) == {"text", "tool_calls", "finish_reason", "usage"}
         assert other.changes["tool_calls"] == ([], [("look", {})])
         assert 'text: "" (was "Other")' in str(other)
-        assert (failed.operation, failed.changes["error"]) == ("generate", (None, "ConnectionFailed: gone"))
+        assert (failed.operation, failed.changes) == ("generate", {"error": (None, "ConnectionFailed: gone")})
         assert [each.model for each in now.requests] == ["new"] * 3
         assert now.requests[1].max_tokens == 9
 
@@ -532,3 +543,61 @@ class TestRerun:
             llm.chat("Hi")
         with graftage.connect(Echo(), model="m") as llm, pytest.raises(CassetteError, match="no `chat`"):
             list(rerun(path, llm))
+
+
+# --- The fixture -----------------------------------------------------------------------------------------------------
+
+
+HOST = """
+import graftage
+from graftage.testing import Echo
+
+def tell(topic):
+    with graftage.connect(Echo(["Once upon a time"]), model="m") as llm:
+        return llm.chat(f"A story about {topic}").text
+"""
+SUITE = """
+from host import tell
+
+def test_story(replay):
+    assert tell("TOPIC") == "Once upon a time"
+"""
+
+
+class TestFixture:
+    @pytest.fixture
+    def suite(self, outer: pytest.Pytester) -> pytest.Pytester:
+        """A test of an application, recorded."""
+        outer.makepyfile(host=HOST, test_it=SUITE.replace("TOPIC", "foxes"))
+        outer.runpytest("--record-mode=once").assert_outcomes(passed=1)
+        outer.makepyfile(host=HOST.replace('["Once upon a time"]', ""))  # It would repeat what it is asked.
+        return outer
+
+    def test_test_replays_what_it_recorded(self, suite: pytest.Pytester) -> None:
+        suite.runpytest().assert_outcomes(passed=1)
+
+    def test_changed_prompt_names_the_nearest(self, suite: pytest.Pytester) -> None:
+        suite.makepyfile(test_it=SUITE.replace("TOPIC", "hens"))
+        done = suite.runpytest()
+        done.assert_outcomes(failed=1, errors=1)
+        done.stdout.fnmatch_lines(["*recorded*A story about foxes*A story about hens*"])
+
+    def test_swallowed_miss_fails_the_test(self, suite: pytest.Pytester) -> None:
+        suite.makepyfile(
+            test_it="""
+            import contextlib
+            from host import tell
+
+            def test_story(replay):
+                tell("foxes")
+                with contextlib.suppress(Exception):
+                    tell("hens")
+            """
+        )
+        suite.runpytest().assert_outcomes(passed=1, errors=1)
+
+    def test_unplayed_call_fails_the_test(self, suite: pytest.Pytester) -> None:
+        suite.makepyfile(test_it="def test_story(replay):\n    pass\n")
+        done = suite.runpytest()
+        done.assert_outcomes(passed=1, errors=1)
+        done.stdout.fnmatch_lines(["*was not fully played: POST /connect, POST /chat*"])

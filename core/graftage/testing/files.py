@@ -157,9 +157,13 @@ class CassetteFile(Sequence[Interaction]):
             CassetteError: the file is missing, too large or malformed. What is wrong with one interaction of many may
                 show only when that is needed.
         """
+        return cls.of(_read(path), path)
+
+    @classmethod
+    def of(cls, data: bytes, path: Path | None = None) -> Self:
+        """Read the content of a file, with the errors of `read`."""
         file = cls()
         file._path = path
-        data = _read(path)
         try:
             if not file._cut(data):
                 file._parse_all(data)

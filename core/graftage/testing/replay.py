@@ -30,8 +30,8 @@ from graftage.exceptions import GraftageError
 from graftage.hookspecs import hookimpl
 from graftage.http import Clock, Request
 from graftage.settings import Settings
+from graftage.testing._records import ANSWERS, MANY, STREAMS, answer_of, line_of, request_body
 from graftage.testing.cassettes import Cassette, CassetteError
-from graftage.testing.records import ANSWERS, MANY, STREAMS, answer_of, line_of, request_body
 from graftage.types import Capabilities
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from graftage.http import Colour, Headers, Response, Transport
     from graftage.testing.interactions import Interaction
 
-__all__ = ["Replay", "recorded_calls", "replaying"]
+__all__ = ["Replay", "replaying"]
 
 _SCHEME: Final = "graftage"
 _JSON: Final = (("content-type", "application/json"),)
@@ -74,22 +74,18 @@ class Replay:
         self,
         cassette: Cassette | str | os.PathLike[str],
         provider: str | object | None = None,
-        *,
-        find: Callable[[], Entry] | None = None,
     ) -> None:
         """Build the plugin.
 
         Args:
             cassette: where to record or replay; a path is replayed.
             provider: the provider to record, by name or as an object; not needed for a replay of a file with one.
-            find: finds the provider; by default among the installed ones.
 
         Raises:
             CassetteError: the file cannot be replayed, or no provider is given and the file names none or several.
         """
         self.cassette = cassette if isinstance(cassette, Cassette) else Cassette(cassette)
         self._provider = provider
-        self._find = find
         if provider is None:
             self.name = self._only_name()
         else:
@@ -108,8 +104,9 @@ class Replay:
     @cached_property
     def _entry(self) -> Entry:
         """The provider behind it, loaded; only a recording needs it."""
-        if self._find is not None:
-            return self._find()
+        return self._load()
+
+    def _load(self) -> Entry:
         if isinstance(self._provider, str):
             return Catalog().provider(self._provider)
         return Catalog([self._provider]).given_provider(self._provider)
@@ -127,6 +124,8 @@ class Replay:
         if self.cassette.records:
             return self._call("settings_model") or Settings
         names = [name for each in self._facts() for name in each.settings]
+        if not names:
+            return Settings
         return create_model("RecordedSettings", __base__=Settings, **dict.fromkeys(names, (Any, None)))  # type: ignore[call-overload, no-any-return]
 
     @hookimpl
@@ -171,7 +170,18 @@ class _Everywhere:
         return installed if self._cassette.records else _recorded_names(self._cassette)
 
     def provider(self, provider: str | object, find: Callable[[], Entry]) -> object:
-        return provider if isinstance(provider, Replay) else Replay(self._cassette, provider, find=find)
+        return provider if isinstance(provider, Replay) else _Chosen(self._cassette, provider, find)
+
+
+class _Chosen(Replay):
+    """A `Replay` of a provider that code under test has chosen, as that code would find it."""
+
+    def __init__(self, cassette: Cassette, provider: str | object, find: Callable[[], Entry]) -> None:
+        super().__init__(cassette, provider)
+        self._find = find
+
+    def _load(self) -> Entry:
+        return self._find()
 
 
 def recorded_calls(cassette: Cassette) -> Iterator[Interaction]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from graftage._engine.answers import read_finish_reason
 from graftage._records import dataclass
 from graftage.exceptions import GraftageError
+from graftage.testing._records import answer_of, record_of
 from graftage.testing.cassettes import Cassette, CassetteError
-from graftage.testing.records import answer_of, record_of
 from graftage.testing.replay import recorded_calls
 from graftage.types import Chunk, Message, Reply, Tool, Usage
 
@@ -47,9 +47,10 @@ class Comparison:
 
     @property
     def changes(self) -> Mapping[str, tuple[Any, Any]]:
-        """What differs, each before and now: `text`, `thinking`, `tool_calls`, `finish_reason`, `usage`, `error`."""
+        """What differs, each before and now: `text`, `thinking`, `tool_calls`, `finish_reason`, `usage`; or `error`."""
         before, now = _facts(self.before), _facts(self.now)
-        return {name: (before[name], now[name]) for name in before if before[name] != now[name]}
+        names = ["error"] if before["error"] or now["error"] else list(before)
+        return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
 
     def __str__(self) -> str:
         changes = [f"  {name}: {_shown(now)} (was {_shown(before)})" for name, (before, now) in self.changes.items()]
@@ -132,7 +133,7 @@ def _before(body: bytes) -> Reply | GraftageError:
 def _facts(outcome: Reply | GraftageError) -> dict[str, Any]:
     """Return what counts of a reply. The ids of tool calls are generated, and differ each time."""
     if isinstance(outcome, GraftageError):
-        return dict.fromkeys(_NAMES) | {"error": f"{type(outcome).__name__}: {outcome.message}"}
+        return {"error": f"{type(outcome).__name__}: {outcome.message}"}
     calls = [(each.name, dict(each.arguments)) for each in outcome.tool_calls]
     found = {name: getattr(outcome, name) for name in _NAMES} | {"tool_calls": calls, "error": None}
     return found | {"usage": (outcome.usage.input_tokens, outcome.usage.output_tokens)}

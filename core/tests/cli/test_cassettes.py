@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 import graftage
-from graftage.testing import Cassette
+from graftage.testing import Cassette, Echo, Replay
 from graftage_ollama.testing import Answer
 
 if TYPE_CHECKING:
@@ -247,3 +247,28 @@ class TestDiff:
         assert done.code == 1
         assert f"only in {STREAM}: POST /api/chat\n" in done.out
         assert f"only in {HEALTHY}: GET /api/version\n" in done.out
+
+
+class TestRerun:
+    @pytest.fixture
+    def calls(self, shell: Shell) -> Path:
+        """Calls of a provider that says hello."""
+        path = shell.folder / "calls.yaml"
+        with (
+            Cassette(path, mode="all") as cassette,
+            graftage.connect(Replay(cassette, Echo(["Hello from the fake.", "Hello!"])), model="m") as llm,
+        ):
+            llm.chat("Hi")
+            llm.chat("And?")
+        return path
+
+    def test_changes_are_shown(self, shell: Shell, calls: Path, fake: FakeOllama) -> None:
+        done = shell.run("cassettes", "rerun", str(calls), "-m", "ollama:smollm2:135m", "--host", fake.url)
+        assert done.code == 1
+        assert 'chat "And?": changed\n  text: "Hello from the fake." (was "Hello!")\n' in done.out
+
+    def test_changes_are_data(self, shell: Shell, calls: Path, fake: FakeOllama) -> None:
+        done = shell.run("cassettes", "rerun", str(calls), "-m", "ollama:smollm2:135m", "--host", fake.url, "--json")
+        first, second = json.loads(done.out)
+        assert (first["operation"], first["prompt"], set(first["changes"])) == ("chat", "Hi", {"usage"})
+        assert second["changes"]["text"] == ["Hello!", "Hello from the fake."]

@@ -191,8 +191,7 @@ def _error(plain: Any) -> GraftageError:
     return error  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _arguments(kind: type[GraftageError]) -> frozenset[str]:
+def _arguments(kind: type[Any]) -> frozenset[str]:
     """Return the attributes of an error that are kept."""
     codes = (
         each.__init__.__code__ for each in kind.__mro__ if issubclass(each, GraftageError) and "__init__" in vars(each)
