@@ -134,15 +134,17 @@ _MAX_SHOWN: Final = 3
 
 def texts_of(interaction: Interaction) -> Iterator[tuple[str, str]]:
     """Yield all text of an interaction that came from outside, with its place."""
-    yield "request method", interaction.method
-    yield "address", interaction.target
-    for name, values in interaction.request_headers.items():
-        yield f"request header `{name}`", "\n".join(values)
-    yield "request body", interaction.request_body.decode("utf-8", "replace")
+    asked, fault = interaction.request, interaction.fault
+    yield "request method", asked.method
+    yield "address", asked.uri
+    for name, value in asked.headers.items():
+        yield f"request header `{name}`", value
+    yield "request body", asked.body.decode("utf-8", "replace")
     yield "reason of the response", interaction.reason
     for name, values in interaction.headers.items():
         yield f"response header `{name}`", "\n".join(values)
-    yield "response body", b"".join(interaction.chunks).decode("utf-8", "replace")
+    yield "response body", interaction.body.decode("utf-8", "replace")
+    yield "fault", fault.message if fault else ""
 
 
 # --- Headers ---------------------------------------------------------------------------------------------------------
