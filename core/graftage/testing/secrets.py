@@ -70,25 +70,33 @@ def find_secrets(texts: Texts, sent: Mapping[str, str], allowed: Iterable[Allowe
         sent: secrets by their values, with their kinds, as `secrets_of` yields them.
         allowed: is left out.
     """
-    values = {each.sha256 for each in allowed}
-    places = {each.place for each in allowed}
-    searched = [(place, [*dict.fromkeys(_decoded_forms(f"{_label(place)}: {text}"))]) for place, text in _split(texts)]
-    everything = "\n".join(form for _, forms in searched for form in forms)
-    # Few of the known secrets are anywhere, so that only those need to be searched for in each place.
-    encoded = {known: _encoded_forms(known[0]) for known in [*_environment(), *sent.items()]}
-    known = [each for each, forms in encoded.items() if any(form in everything for form in forms)]
-    seen: defaultdict[str, list[str]] = defaultdict(list)
-    for place, forms in searched:
-        found = [each for each in known if any(form in text for text in forms for form in encoded[each])]
-        found += (each for form in forms for each in shapes_in(form))
-        if place.endswith("address"):
-            found += in_address(forms[0].removeprefix("text: "))
-        for value, kind in dict(reversed(found)).items():
+    searched = [(place, f"{_label(place)}: {text}") for place, text in _split(texts)]
+    found = _values_in("\n".join(dict.fromkeys(text for _, text in searched)), sent)
+    found |= {value: kind for place, text in searched if place.endswith("address") for value, kind in in_address(text)}
+    if not found:
+        return
+    hashes, places = {each.sha256 for each in allowed}, {each.place for each in allowed}
+    forms = [(place, "\n".join(_decoded_forms(text))) for place, text in searched]
+    for value, kind in found.items():
+        encoded = _encoded_forms(value)
+        seen: set[str] = set()
+        for place in (place for place, text in forms if any(each in text for each in encoded)):
             # A field comes before the text that holds it, and names the place better.
-            if not any(_is_in(each, place) for each in seen[value]):
-                seen[value].append(place)
-                if (hashed := _hash(value)) not in values and not _is_allowed(place, places):
-                    yield Found(place=place, kind=kind, sha256=hashed)
+            if not any(each.startswith(f"{place}, ") for each in seen):
+                seen.add(place)
+                if _hash(value) not in hashes and not _is_allowed(place, places):
+                    yield Found(place=place, kind=kind, sha256=_hash(value))
+
+
+def _values_in(text: str, sent: Mapping[str, str]) -> dict[str, str]:
+    """Return the secrets in a text, with their kinds."""
+    forms = list(_decoded_forms(text))
+    everything = "\n".join(forms)
+    known = {**dict(_environment()), **sent}.items()
+    found = {value: kind for value, kind in known if any(form in everything for form in _encoded_forms(value))}
+    for value, kind in shapes_in(forms):
+        found.setdefault(value, kind)
+    return found
 
 
 def refuse_secrets(
@@ -273,17 +281,9 @@ def _strings(value: object, path: str) -> Iterator[tuple[str, str]]:
             yield from _strings(each, f"{path}[{place}]")
 
 
-_LABEL: Final = re.compile(r"([\w-]+)(?:\[\d+\])*`$")
-
-
 def _label(place: str) -> str:
     """Return the name of a field or header: it may say that its text is a secret."""
-    found = _LABEL.search(place)
-    return found[1] if found else "text"
-
-
-def _is_in(place: str, outer: str) -> bool:
-    return place == outer or place.startswith(f"{outer}, ")
+    return place.rstrip("`0123456789[]").rpartition("`")[2].rpartition(".")[2]
 
 
 def _is_allowed(place: str, allowed: Iterable[str]) -> bool:
@@ -304,8 +304,9 @@ def _decoded_forms(text: str) -> Iterator[str]:
     forms = [text]
     for undo in (_unescaped, urllib.parse.unquote) * 2:
         forms.append(undo(forms[-1]))
+    forms = list(dict.fromkeys(forms))
     yield from forms
-    yield from filter(None, map(_out_of_base64, dict.fromkeys(forms)))
+    yield from filter(None, map(_out_of_base64, forms))
 
 
 def _out_of_base64(text: str) -> str:

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _PREFIXES: Final = {
     "a GitHub token": "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_",
@@ -87,38 +87,37 @@ _FORMS: Final = (
     ("a Mapbox token", "sk.eyJ", r"sk\.eyJ[\w-]+\.[\w-]{16,}"),
     ("a JWT", "eyJ", r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"),
     ("a JWT", "eyJ", r"eyJ[\w-]{10,}\.[\w-]*\.[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"),
+    ("a Slack token", "xox", r"xox[a-z](?:\.xox[a-z])?-\d+-[\w-]{16,}"),
     ("a Slack hook", "hooks.slack.com/", r"hooks\.slack\.com/(?:services|workflows|triggers)/\w+/\w+/[\w/]{8,}"),
     ("a Discord hook", "/webhooks/", r"discord(?:app)?\.com/api/(?:v\d+/)?webhooks/\d+/[\w-]{20,}"),
     ("a Teams hook", "office.com/", r"office\.com/webhook\w*/[\w@-]{16,}/IncomingWebhook/\w{16,}[\w/-]*"),
-    ("a private key", "PRIVATE KEY", r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----(?=\s*(?:[\w+/=]|$))"),
-    ("a private key", "PuTTY-User-Key", r"PuTTY-User-Key-File-\d: "),
 )
 """Secrets of a fixed form: kind, a text that is in each, and its pattern."""
 
 _URL: Final = re.compile(
     r"""\b[a-z][a-z0-9+.-]{1,20}://([^\s/:@"'<>?#\\]*)(?::([^\s/@"'<>\\]{3,}))?@[\w\[]""", re.ASCII
 )
-_RANDOM: Final = r"[\w+/.~%=-]{16,}"
-_NAMED: Final = re.compile(
-    r"""(?<!next.)(?<!page.)(?<!tion.)(?<!sync.)
-    (?: (?P<bearer>\bbearer\s+|\bFlyV1\s+)
-      | (?P<parameter>[?&](?:key|code|auth|sig|signature)=)
-      | (?P<cookie>\b(?:set-)?cookie:\s*[^=;\s"]{1,60}=|\bsession[_-]?(?:id)?=)
-      | (?P<password>secret|passw(?:or)?d|passwd|pwd|passphrase
-            |(?:api|access|account|private|secret|auth|service)[_-]?key
-            |token
-            |credentials?|webhook)(?:[_-]?(?:id|key|value))?["'`]*\s*(?::=|[:=]>?)\s*["'`]*(?:(?:bearer|token)\s+)?
-    )"""
-    rf"(?P<value>{_RANDOM})",
-    re.ASCII | re.IGNORECASE | re.VERBOSE,
+_PRIVATE_KEY: Final = re.compile(
+    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?=\s*(?:[\w+/=]|\Z))|PuTTY-User-Key-File-\d: "
 )
-_NAMED_KINDS: Final = {
-    "bearer": "a bearer token",
-    "parameter": "a parameter of an address",
-    "cookie": "a cookie",
-    "password": "a value that is named as a secret",
+"""Prose with the line in quotes holds no key."""
+
+_NAMES: Final = {
+    "a bearer token": r"\b(?:bearer|flyv1)\s+",
+    "a login": r"""\bbasic\s+|["']auth["']\s*:\s*["']""",
+    "a parameter of an address": r"[?&](?:key|code|auth|sig|signature)=",
+    "a cookie": r"""cookie:\s*[^=;\s"]{1,60}=|session[_-]?(?:id)?=""",
+    "a value that is named as a secret": r"""(?<!next.)(?<!page.)(?<!tion.)(?<!sync.)
+        (?:secret|passw(?:or)?d|pwd|passphrase|credentials?|token|webhook
+        |(?:api|access|account|private|auth|service)[_-]?key)(?:[_-]?(?:id|key|value))?
+        ["'`]*\s*(?::=|[:=]>?)\s*["'`]*(?:token\s+)?""",
 }
-_BASIC: Final = re.compile(r"""(?:\bbasic\s+|["']auth["']\s*:\s*["'])([A-Za-z0-9+/]{8,}={0,2})""", re.IGNORECASE)
+"""What stands before a secret, in small letters. A token of the next page is none."""
+_NAMED: Final = re.compile(f"(?:{'|'.join(f'({each})' for each in _NAMES.values())})\\Z", re.ASCII | re.VERBOSE)
+
+_RUN: Final = re.compile(r"[\w+/.~=%:@-]{16,}", re.ASCII)
+"""What a secret consists of: it has no spaces and quotes."""
+_VALUE: Final = re.compile(r"[\w+/.~%-]{16,}={0,2}", re.ASCII)
 
 _PLACEHOLDER: Final = re.compile(
     r"example|placeholder|your[_-]|(?:my|your)[_-]?(?:api|key|token|secret)|([x0*.-])\1{5}"
@@ -133,27 +132,30 @@ _PLAIN_PASSWORD: Final = re.compile(
 )
 
 
-def shapes_in(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each text that looks like a secret, with its kind."""
-    for kind, pattern in _patterns_for(text):
-        for match in pattern.finditer(text):
-            if not _PLACEHOLDER.search(match[0]) and (
-                "body" not in match.re.groupindex or looks_random(match["body"][:40])
+def shapes_in(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield all that looks like a secret, with its kind."""
+    # Few of the words of a text are as long as a secret, and a recording repeats them: only those are searched.
+    runs = "\n".join(dict.fromkeys(run for text in texts for run in _RUN.findall(text)))
+    for kind, pattern in _patterns_for(runs):
+        for match in pattern.finditer(runs):
+            has_body = "body" in pattern.groupindex
+            if not _PLACEHOLDER.search(match[0]) and (not has_body or looks_random(match["body"][:40], 0.12)):
+                yield match[0], kind
+    opaque = {value for value in set(_VALUE.findall(runs)) if is_opaque(value[:100])}
+    for text in texts:
+        yield from ((match[0], "a private key") for match in _PRIVATE_KEY.finditer(text))
+        if "://" in text:
+            yield from _in_urls(text)
+        for match in _VALUE.finditer(text) if opaque else ():
+            if match[0] in opaque and (
+                kind := _kind_by_name(match[0], text[max(0, match.start() - 80) : match.start()])
             ):
                 yield match[0], kind
-    if "://" in text:
-        yield from _in_urls(text)
-    for match in _NAMED.finditer(text):
-        if looks_random(value := match["value"]) and not _PLACEHOLDER.search(value):
-            yield value, _NAMED_KINDS[match.lastgroup if match.lastgroup != "value" else _name_of(match)]
-    for match in _BASIC.finditer(text):
-        if _is_login(match[1]):
-            yield match[1], "a login"
 
 
 def in_address(uri: str) -> Iterator[tuple[str, str]]:
     """Yield parts of a path or query that are tokens rather than names, ids or digests."""
-    for part in re.split("[/?&=]", uri):
+    for part in re.split("[/?&= ]", uri):
         if len(part) >= 16 and not _ID.fullmatch(part) and looks_random(part):
             yield part, "a token in an address"
 
@@ -165,10 +167,15 @@ _ID: Final = re.compile(
 )
 
 
-def looks_random(text: str) -> bool:
-    """Return whether a text changes between small letters, capitals and digits as often as no words do."""
+def looks_random(text: str, share: float = 0.15) -> bool:
+    """Return whether a text changes between small letters, capitals and digits as often as no words do.
+
+    Args:
+        text: without spaces.
+        share: how many of the characters begin a change.
+    """
     classes = _CAPITALISED.sub("a", text)
-    return len(_CHANGE.findall(classes)) >= max(4, len(text) / 5)
+    return len(_CHANGE.findall(classes)) >= max(3, len(text) * share)
 
 
 _CAPITALISED: Final = re.compile(r"[A-Z][a-z]{2,}")
@@ -205,8 +212,16 @@ def _in_urls(text: str) -> Iterator[tuple[str, str]]:
             yield user, "the key of a URL"
 
 
-def _name_of(match: re.Match[str]) -> str:
-    return next(name for name in _NAMED_KINDS if match[name])
+def _kind_by_name(value: str, before: str) -> str | None:
+    """Return what a value is by the name before it; None if that does not say that it is a secret."""
+    found = _NAMED.search(before.lower())
+    kind = list(_NAMES)[(found.lastindex or 1) - 1] if found else None
+    return kind if kind != "a login" or _is_login(value) else None
+
+
+def is_opaque(text: str) -> bool:
+    """Return whether a text looks random, and no documentation would write it."""
+    return looks_random(text) and not _PLACEHOLDER.search(text)
 
 
 def _is_login(text: str) -> bool:
