@@ -9,22 +9,24 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
 
 import pytest
 
 from graftage._engine.plugins import plugin_name
 from graftage._values import close, entry_points, identity
 from graftage._version import __version__
+from graftage.hookspecs import hookimpl
 from graftage.retry import no_waiting
 from graftage.testing.both import Both
 from graftage.testing.cassettes import Cassette
 from graftage.testing.conformance import report
 from graftage.testing.conformance.spy import Spy
-from graftage.testing.conformance.standin import Answer, Probe, Redirect, StandIn, served
+from graftage.testing.conformance.standin import Answer, Probe, Redirect, Seen, StandIn, served
 from graftage.testing.files import from_yaml
 
 if TYPE_CHECKING:
+    from graftage.calls import ResolveRequest
     from graftage.types import Adapter
 
 __all__ = ["Adoption", "not_applicable", "not_offered", "since"]
@@ -32,8 +34,10 @@ __all__ = ["Adoption", "not_applicable", "not_offered", "since"]
 Test = TypeVar("Test", bound=Callable[..., None])
 PREFIX: Final = "CONFORMANCE"
 """Variables with this prefix replace those of the user, which the tests must not see."""
-CHAT: Final = "test_chat_gives_text"
-"""The test whose cassette the stand-in plays."""
+PROMPT: Final = "Count from one to five."
+RECORDED_CHATS: Final = ("test_chat_gives_text", "test_stream_gives_chunks")
+"""The tests whose cassettes the stand-in plays."""
+NO_RECORDING: Final = "it needs a recording"
 
 
 def since(version: str) -> Callable[[Test], Test]:
@@ -46,14 +50,28 @@ def since(version: str) -> Callable[[Test], Test]:
     return mark
 
 
-def not_offered(what: str) -> None:
+def not_offered(what: str) -> NoReturn:
     """Skip a test of something that the provider does not declare."""
     pytest.skip(f"{report.NOT_OFFERED}: {what}")
 
 
-def not_applicable(why: str) -> None:
+def not_applicable(why: str) -> NoReturn:
     """Skip a test that makes no sense for this provider."""
     pytest.skip(f"{report.NOT_APPLICABLE}: {why}")
+
+
+class Shelf:
+    """A plugin that finds the adapter of a suite, whatever it is called."""
+
+    name = "shelf"
+
+    def __init__(self, adapter: Adapter | None) -> None:
+        self._adapter = adapter
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:  # noqa: ARG002 - there is only one
+        """Return it."""
+        return self._adapter
 
 
 class Adoption:
@@ -67,6 +85,8 @@ class Adoption:
     """The settings to connect with, such as `host`."""
     model: str | None = None
     """The model to ask; by default the provider's own."""
+    models: Mapping[str, str] = {}
+    """Other models, by the feature that only they have: `{"embed": "tiny-embed"}`."""
     adapter: Adapter | None = None
     """An adapter that fits the model, if the provider loads adapters."""
     suite: ClassVar[str] = __version__
@@ -122,7 +142,7 @@ class Adoption:
         """A function that returns an open client of the provider; its methods block with both clients."""
 
         def connect(provider: Any = None, **settings: Any) -> Any:
-            given = {"model": self.model, **self.settings, **settings}
+            given = {"model": self.model, **self.settings, "plugins": [Shelf(self.adapter)], **settings}
             return both.opened(provider or self.provider, env_prefix=PREFIX, **given)
 
         return connect
@@ -132,7 +152,7 @@ class Adoption:
         """The test's cassette; None for a provider without a server."""
         if self.cassettes is None:
             if self._uses_http():
-                not_applicable("it needs a recording, and there is no folder `cassettes`")
+                not_applicable(NO_RECORDING)
             yield None
             return
         recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
@@ -164,9 +184,9 @@ class Adoption:
     @pytest.fixture
     def reply(self, server: StandIn) -> Answer:
         """The recorded answer to a chat, which the stand-in gives."""
-        if not server.answers:
-            not_applicable("it needs a recording of a chat")
-        return list(server.answers.values())[-1]
+        if server.chat is None:
+            not_applicable(NO_RECORDING)
+        return server.chat
 
     @pytest.fixture
     def steady(self, request: pytest.FixtureRequest, connect: Callable[..., Any]) -> Any:
@@ -176,6 +196,17 @@ class Adoption:
         server: StandIn = request.getfixturevalue("server")
         request.getfixturevalue("reply")
         return connect(transport=Redirect(server.url))
+
+    @pytest.fixture
+    def ask(self, connect: Callable[..., Any], server: StandIn) -> Callable[..., Any]:
+        """A function that asks the stand-in for a chat, with settings of the client."""
+
+        def ask(*, stream: bool = False, **settings: Any) -> Any:
+            llm = connect(transport=Redirect(server.url), **settings)
+            asked = llm.chat(PROMPT, stream=stream, **self.short(llm))
+            return list(asked) if stream else asked
+
+        return ask
 
     @pytest.fixture
     def quiet(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -203,18 +234,21 @@ class Adoption:
         options = {name: value for name, value in {"temperature": 0, "seed": 7}.items() if name in able.options}
         return {"options": options} | ({"max_tokens": 24} if "max_tokens" in (able.parameters or ()) else {})
 
-    def needs(self, llm: Any, *features: str) -> None:
-        """Skip the test if the provider does not declare a feature."""
-        for each in features:
-            if each not in llm.capabilities().features:
-                not_offered(each)
+    def model_with(self, llm: Any, feature: str) -> str:
+        """Return the model for a feature; skip the test if the provider does not declare it."""
+        if feature not in llm.capabilities().features:
+            not_offered(feature)
+        return self.models.get(feature) or str(llm.model)
 
     def _cassette(self, test: str) -> Path:
         return Path(self.cassettes or "") / f"{test}.yaml"
 
-    def _recorded(self) -> dict[tuple[str, str], Answer]:
-        path = self._cassette(CHAT)
-        return served(from_yaml(path)[1]) if self.cassettes is not None and path.exists() else {}
+    def _recorded(self) -> list[tuple[Seen, Answer]]:
+        """Return the requests and answers of the recorded chats."""
+        if self.cassettes is None:
+            return []
+        paths = [self._cassette(test) for test in RECORDED_CHATS]
+        return [pair for path in paths if path.exists() for pair in served(from_yaml(path)[1])]
 
     def _uses_http(self) -> bool:
         """Whether a chat passes through the transport."""
