@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
 
@@ -27,6 +28,7 @@ from graftage.testing.files import from_yaml
 
 if TYPE_CHECKING:
     from graftage.calls import ResolveRequest
+    from graftage.http import Transport
     from graftage.types import Adapter
 
 __all__ = ["Adoption", "not_applicable", "not_offered", "since"]
@@ -74,6 +76,32 @@ class Shelf:
         return self._adapter
 
 
+class Recording:
+    """A value for `transport`: the test's cassette, which is opened at the first request.
+
+    A test that is skipped needs none.
+    """
+
+    def __init__(self, path: Path, *, record: bool, live: str | None) -> None:
+        self._path = path
+        self._record = record
+        self._live = live
+
+    @functools.cached_property
+    def cassette(self) -> Cassette:
+        """The cassette."""
+        return Cassette(self._path, mode="record" if self._record else "replay")
+
+    def wrap(self, network: Callable[[], Transport]) -> Transport:
+        """Return a transport that replays, or that records the server `live`."""
+        return self.cassette.wrap(partial(Redirect(self._live).wrap, network) if self._live else network)
+
+    def save(self) -> None:
+        """Write what was recorded, if anything was."""
+        if self._record and "cassette" in vars(self):
+            self.cassette.save()
+
+
 class Adoption:
     """The attributes of a plugin's class, and the fixtures of its tests."""
 
@@ -89,6 +117,8 @@ class Adoption:
     """Other models, by the feature that only they have: `{"embed": "tiny-embed"}`."""
     adapter: Adapter | None = None
     """An adapter that fits the model, if the provider loads adapters."""
+    live: str | None = None
+    """The server to record from, if its address is not that in `settings`."""
     suite: ClassVar[str] = __version__
     """The release of Graftage whose suite the plugin passes: a newer test that fails is a warning."""
     deviations: ClassVar[Mapping[str, str]] = {}
@@ -148,27 +178,27 @@ class Adoption:
         return connect
 
     @pytest.fixture
-    def transport(self, request: pytest.FixtureRequest, both: Both) -> Iterator[Cassette | None]:
+    def transport(self, request: pytest.FixtureRequest, both: Both) -> Iterator[Recording | None]:
         """The test's cassette; None for a provider without a server."""
         if self.cassettes is None:
             if self._uses_http():
                 not_applicable(NO_RECORDING)
+            self.pause = 0.2
             yield None
             return
         recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
-        path = self._cassette(request.function.__name__)
-        cassette = Cassette(path, mode="record" if recording else "replay")
-        yield cassette
-        if recording and len(cassette):
-            cassette.save()
+        found = Recording(self._cassette(request.function.__name__), record=recording, live=self.live)
+        self.pause = 0.2 if recording else 0.0
+        yield found
+        found.save()
 
     @pytest.fixture
-    def llm(self, connect: Callable[..., Any], transport: Cassette | None) -> Any:
+    def llm(self, connect: Callable[..., Any], transport: Recording | None) -> Any:
         """A client on the test's cassette."""
         return connect(transport=transport)
 
     @pytest.fixture
-    def spy(self, connect: Callable[..., Any], transport: Cassette | None) -> tuple[Any, Spy]:
+    def spy(self, connect: Callable[..., Any], transport: Recording | None) -> tuple[Any, Spy]:
         """The same client, and what its provider's hooks were asked and gave."""
         spy = Spy(self.provider)
         return connect(spy, transport=transport), spy
@@ -227,6 +257,9 @@ class Adoption:
         return tried
 
     # --- Helpers ---------------------------------------------------------------------------------------------------
+
+    pause = 0.0
+    """Seconds to wait for a server between two looks at it; none on replay."""
 
     def short(self, llm: Any) -> dict[str, Any]:
         """Arguments for a short reply that is the same each time, as far as the provider declares them."""
