@@ -1,0 +1,267 @@
+"""What a plugin gives to the suite, and what the suite's tests are given: clients, a stand-in for the server, a spy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+import pytest
+
+from graftage._engine.plugins import plugin_name
+from graftage._values import close, entry_points, identity
+from graftage._version import __version__
+from graftage.retry import no_waiting
+from graftage.testing.both import Both
+from graftage.testing.cassettes import Cassette
+from graftage.testing.conformance import report
+from graftage.testing.conformance.spy import Spy
+from graftage.testing.conformance.standin import Answer, Probe, Redirect, StandIn, served
+from graftage.testing.files import from_yaml
+
+if TYPE_CHECKING:
+    from graftage.types import Adapter
+
+__all__ = ["Adoption", "not_applicable", "not_offered", "since"]
+
+Test = TypeVar("Test", bound=Callable[..., None])
+PREFIX: Final = "CONFORMANCE"
+"""Variables with this prefix replace those of the user, which the tests must not see."""
+CHAT: Final = "test_chat_gives_text"
+"""The test whose cassette the stand-in plays."""
+
+
+def since(version: str) -> Callable[[Test], Test]:
+    """Mark a test as new in a release of Graftage. If it fails for a plugin that adopted an older suite, it warns."""
+
+    def mark(test: Test) -> Test:
+        test.since = version  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def not_offered(what: str) -> None:
+    """Skip a test of something that the provider does not declare."""
+    pytest.skip(f"{report.NOT_OFFERED}: {what}")
+
+
+def not_applicable(why: str) -> None:
+    """Skip a test that makes no sense for this provider."""
+    pytest.skip(f"{report.NOT_APPLICABLE}: {why}")
+
+
+class Adoption:
+    """The attributes of a plugin's class, and the fixtures of its tests."""
+
+    provider: Any = None
+    """The plugin object: a module or an instance. A property can make a new one for each test."""
+    cassettes: ClassVar[Path | str | None] = None
+    """The folder of the recordings; None for a provider without a server."""
+    settings: Mapping[str, Any] = {}
+    """The settings to connect with, such as `host`."""
+    model: str | None = None
+    """The model to ask; by default the provider's own."""
+    adapter: Adapter | None = None
+    """An adapter that fits the model, if the provider loads adapters."""
+    suite: ClassVar[str] = __version__
+    """The release of Graftage whose suite the plugin passes: a newer test that fails is a warning."""
+    deviations: ClassVar[Mapping[str, str]] = {}
+    """Tests that are known to fail, each with the reason. The report shows them. One that passes fails."""
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a test that hides one of the suite, and mark the known deviations."""
+        super().__init_subclass__()
+        suite = next(each for each in reversed(cls.__mro__) if issubclass(each, Adoption) and _tests(each))
+        tests = _tests(suite)
+        if cls is suite:
+            return
+        for name, test in tests.items():
+            if inspect.unwrap(getattr(cls, name)) is not test:
+                raise TypeError(f"{cls.__name__} hides `{name}` of the suite: declare it in `deviations` instead")
+        for name, reason in cls.deviations.items():
+            if name not in tests:
+                near = close(name, tests)
+                raise TypeError(f"`deviations` names no test of the suite: {name}{f' (or {near[0]}?)' if near else ''}")
+            if not isinstance(reason, str) or not reason.strip():
+                raise TypeError(f"the deviation `{name}` has no reason")
+            setattr(cls, name, _may_fail(tests[name], reason, strict=True))
+        for name, test in tests.items():
+            if name not in cls.deviations and _release(getattr(test, "since", "0")) > _release(cls.suite):
+                setattr(cls, name, _may_fail(test, f"{report.NEW} {getattr(test, 'since', '')}", strict=False))
+
+    # --- Fixtures --------------------------------------------------------------------------------------------------
+
+    @pytest.fixture(autouse=True)
+    def _reported(self, request: pytest.FixtureRequest) -> None:
+        report.begin(request, self._look()["facts"])
+
+    @pytest.fixture(autouse=True)
+    def _alone(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Without waits, and without the user's settings and other plugins."""
+        monkeypatch.setenv(
+            f"{PREFIX}_DISABLED_PLUGINS", ",".join(each.name for each in entry_points("graftage.plugins"))
+        )
+        with no_waiting():
+            yield
+
+    @pytest.fixture(params=["sync", "async"])
+    def both(self, request: pytest.FixtureRequest) -> Iterator[Both]:
+        """Both clients: the test runs with each."""
+        kind = Both(request.param)
+        yield kind
+        kind.close()
+
+    @pytest.fixture
+    def connect(self, both: Both) -> Callable[..., Any]:
+        """A function that returns an open client of the provider; its methods block with both clients."""
+
+        def connect(provider: Any = None, **settings: Any) -> Any:
+            given = {"model": self.model, **self.settings, **settings}
+            return both.opened(provider or self.provider, env_prefix=PREFIX, **given)
+
+        return connect
+
+    @pytest.fixture
+    def transport(self, request: pytest.FixtureRequest, both: Both) -> Iterator[Cassette | None]:
+        """The test's cassette; None for a provider without a server."""
+        if self.cassettes is None:
+            if self._uses_http():
+                not_applicable("it needs a recording, and there is no folder `cassettes`")
+            yield None
+            return
+        recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
+        path = self._cassette(request.function.__name__)
+        cassette = Cassette(path, mode="record" if recording else "replay")
+        yield cassette
+        if recording and len(cassette):
+            cassette.save()
+
+    @pytest.fixture
+    def llm(self, connect: Callable[..., Any], transport: Cassette | None) -> Any:
+        """A client on the test's cassette."""
+        return connect(transport=transport)
+
+    @pytest.fixture
+    def spy(self, connect: Callable[..., Any], transport: Cassette | None) -> tuple[Any, Spy]:
+        """The same client, and what its provider's hooks were asked and gave."""
+        spy = Spy(self.provider)
+        return connect(spy, transport=transport), spy
+
+    @pytest.fixture
+    def server(self) -> Iterator[StandIn]:
+        """A stand-in for the provider's server: it answers as recorded, unless the test says otherwise."""
+        if not self._uses_http():
+            not_applicable("no request passes through the transport")
+        with StandIn(self._recorded()) as server:
+            yield server
+
+    @pytest.fixture
+    def reply(self, server: StandIn) -> Answer:
+        """The recorded answer to a chat, which the stand-in gives."""
+        if not server.answers:
+            not_applicable("it needs a recording of a chat")
+        return list(server.answers.values())[-1]
+
+    @pytest.fixture
+    def steady(self, request: pytest.FixtureRequest, connect: Callable[..., Any]) -> Any:
+        """A client whose chats get equal replies: from the stand-in, or from a provider without a server."""
+        if not self._uses_http():
+            return connect()
+        server: StandIn = request.getfixturevalue("server")
+        request.getfixturevalue("reply")
+        return connect(transport=Redirect(server.url))
+
+    @pytest.fixture
+    def quiet(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """What code tried to open while it must not: connections, names, programs. All of it is refused."""
+        tried: list[str] = []
+
+        def refuse(what: str) -> Callable[..., Any]:
+            def refused(*_: object, **__: object) -> Any:
+                tried.append(what)
+                raise ConnectionRefusedError(f"{what}: refused by the test")
+
+            return refused
+
+        for name in ("connect", "connect_ex", "sendto"):
+            monkeypatch.setattr(socket.socket, name, refuse(f"socket.{name}"))
+        monkeypatch.setattr(socket, "getaddrinfo", refuse("getaddrinfo"))
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse("Popen"))
+        return tried
+
+    # --- Helpers ---------------------------------------------------------------------------------------------------
+
+    def short(self, llm: Any) -> dict[str, Any]:
+        """Arguments for a short reply that is the same each time, as far as the provider declares them."""
+        able = llm.capabilities()
+        options = {name: value for name, value in {"temperature": 0, "seed": 7}.items() if name in able.options}
+        return {"options": options} | ({"max_tokens": 24} if "max_tokens" in (able.parameters or ()) else {})
+
+    def needs(self, llm: Any, *features: str) -> None:
+        """Skip the test if the provider does not declare a feature."""
+        for each in features:
+            if each not in llm.capabilities().features:
+                not_offered(each)
+
+    def _cassette(self, test: str) -> Path:
+        return Path(self.cassettes or "") / f"{test}.yaml"
+
+    def _recorded(self) -> dict[tuple[str, str], Answer]:
+        path = self._cassette(CHAT)
+        return served(from_yaml(path)[1]) if self.cassettes is not None and path.exists() else {}
+
+    def _uses_http(self) -> bool:
+        """Whether a chat passes through the transport."""
+        return bool(self._look()["http"])
+
+    def _look(self) -> dict[str, Any]:
+        """Return what is known of the provider, found out once for a class: its facts, and whether it uses HTTP."""
+        kind = type(self)
+        if "_looked" not in vars(kind):
+            probe, features = Probe(), frozenset[str]()
+            both = Both("sync")
+            with suppress(Exception):  # A test says what is wrong.
+                given = {"model": self.model, **self.settings, "transport": probe}
+                llm = both.connect(self.provider, env_prefix=PREFIX, **given)
+                features = llm.capabilities().features
+                llm.chat("Hi")
+            both.close()
+            facts = {**_identity(self.provider), "features": sorted(features)}
+            kind._looked = {"facts": facts, "http": bool(probe.requests)}
+        return kind._looked
+
+    _looked: ClassVar[dict[str, Any]]
+
+
+def _identity(provider: Any) -> dict[str, str | None]:
+    """Return a provider's name, distribution and version, from the metadata of its entry point if it is installed."""
+    name, module = plugin_name(provider), getattr(provider, "__name__", type(provider).__module__)
+    for point in entry_points("graftage.providers"):
+        if point.value.partition(":")[0] == module:
+            distribution, version = identity(point.dist)
+            return {"provider": point.name, "distribution": distribution, "version": version}
+    return {"provider": name, "distribution": None, "version": None}
+
+
+def _tests(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if name.startswith("test_")}
+
+
+def _release(version: str) -> list[int]:
+    return [int(each) for each in version.split(".")[:2]]
+
+
+def _may_fail(test: Callable[..., None], reason: str, *, strict: bool) -> Callable[..., None]:
+    """Return a copy of a test that is expected to fail."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        test(*arguments, **named)
+
+    return pytest.mark.xfail(reason=reason, strict=strict)(run)
