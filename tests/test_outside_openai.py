@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from places import ROOT
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
     from graftage.testing import Cassette
 
-SOURCE = Path(__file__).resolve().parent / "outside" / "graftage_openai_wire.py"
+SOURCE = ROOT / "core" / "graftage" / "_cli" / "templates" / "openai" / "provider.py"
+"""What `graftage new provider` writes."""
 LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
 MODEL = "smollm2:135m"
 CHAT = "/v1/chat/completions"

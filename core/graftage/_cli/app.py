@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import graftage
-from graftage._cli import adapters, chat, doctor, embed, errors, generate, models, plugins, providers, show
+from graftage._cli import adapters, chat, doctor, embed, errors, generate, models, new, plugins, providers, show
 from graftage._cli.commands import Commands
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.add_typer(adapters.app, name="adapters")
 app.command("providers")(providers.providers)
 app.command("plugins")(plugins.plugins)
 app.command("doctor")(doctor.doctor)
+app.add_typer(new.app, name="new")
 
 
 def _version(wanted: bool) -> None:
