@@ -1,11 +1,10 @@
-"""The suite for providers, adopted by Echo and by providers from outside."""
+"""The suite for providers, adopted by Echo and by those that `graftage new provider` writes."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
 import os
-from pathlib import Path
 from typing import Any
 
 from places import ROOT
@@ -15,12 +14,12 @@ from graftage.testing import Echo
 from graftage.testing.conformance import ProviderSuite
 from graftage.types import Verdict
 
-OUTSIDE = Path(__file__).resolve().parent / "outside"
+TEMPLATES = ROOT / "core" / "graftage" / "_cli" / "templates"
 
 
-def module(name: str) -> Any:
-    """Import a module of the folder `outside`."""
-    spec = importlib.util.spec_from_file_location(name, OUTSIDE / f"{name}.py")
+def template(name: str) -> Any:
+    """Import the provider that `graftage new provider` begins with."""
+    spec = importlib.util.spec_from_file_location(f"graftage_{name}", TEMPLATES / name / "provider.py")
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
@@ -52,12 +51,12 @@ class TestEcho(ProviderSuite):
         return Echo(itertools.repeat(reply, 99), strict=True)
 
 
-class TestParrot(ProviderSuite):
-    provider = module("graftage_parrot")
+class TestFunction(ProviderSuite):
+    provider = template("function")
 
 
-class TestOpenaiWire(ProviderSuite):
-    provider = module("graftage_openai_wire")
+class TestOpenai(ProviderSuite):
+    provider = template("openai")
     cassettes = ROOT / "cassettes" / "test_conformance_outside"
     settings = {"host": "http://127.0.0.1:11434/v1"}
     model = "smollm2:135m"

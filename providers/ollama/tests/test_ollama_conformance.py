@@ -51,6 +51,7 @@ class TestOllama(ProviderSuite):
     models = {"tools": TOOL_MODEL}
     adapter: Any = Ahoy()
     live = LIVE or None
+    deviations = {"test_pull_ends_with_success": "no registry could be reached where the cassettes were recorded"}
 
     @pytest.fixture(autouse=True)
     def _prepared(self, request: pytest.FixtureRequest) -> None:

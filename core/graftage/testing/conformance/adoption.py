@@ -105,7 +105,7 @@ class Recording:
 class Adoption:
     """The attributes of a plugin's class, and the fixtures of its tests."""
 
-    provider: Any = None
+    provider: Any
     """The plugin object: a module or an instance. A property can make a new one for each test."""
     cassettes: ClassVar[Path | str | None] = None
     """The folder of the recordings; None for a provider without a server."""
@@ -189,8 +189,10 @@ class Adoption:
         recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
         found = Recording(self._cassette(request.function.__name__), record=recording, live=self.live)
         self.pause = 0.2 if recording else 0.0
+        failures = request.session.testsfailed
         yield found
-        found.save()
+        if request.session.testsfailed == failures:
+            found.save()
 
     @pytest.fixture
     def llm(self, connect: Callable[..., Any], transport: Recording | None) -> Any:
@@ -300,8 +302,8 @@ class Adoption:
                 llm.chat("Hi")
             both.close()
             facts = {**_identity(self.provider), "features": sorted(features)}
-            kind._looked = {"facts": facts, "http": bool(probe.requests)}
-        return kind._looked
+            kind._looked = {"facts": facts, "http": bool(probe.requests)}  # noqa: SLF001 - of this class
+        return kind._looked  # noqa: SLF001
 
     _looked: ClassVar[dict[str, Any]]
 

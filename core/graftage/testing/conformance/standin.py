@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PATIENCE", "Answer", "Probe", "Redirect", "Seen", "StandIn", "dead_address", "served"]
 
-PATIENCE: Final = 5.0
+PATIENCE: Final = 2.0
 """Seconds for which a stalled answer waits for its client to leave. Then the test fails, and does not hang."""
 
 
@@ -74,6 +74,7 @@ class StandIn:
         handler = type("Handler", (_Handler,), {"stand_in": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign] # clients may leave
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
@@ -132,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._stall()
         self.close_connection = self.close_connection or answer.ending != "end"
 
-    do_GET = do_DELETE = do_HEAD = do_PUT = do_POST
+    do_GET = do_DELETE = do_HEAD = do_PUT = do_POST  # noqa: N815 - the names of the base class
 
     def _send(self, answer: Answer) -> None:
         self.send_response(answer.status)

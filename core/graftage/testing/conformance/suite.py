@@ -653,7 +653,8 @@ class ProviderSuite(Adoption):
             assert self._health(llm, level).reachable
             (health,) = seen.calls("health")[-1].items
             assert health.level == level
-            assert [getattr(health, each) for each in HEALTH_LEVELS[place + 1 :]] == [None] * (4 - place)
+            beyond = HEALTH_LEVELS[max(place, 1) + 1 :]  # One answer shows both of the first two.
+            assert {getattr(health, each) for each in beyond} <= {None}
 
     def test_health_sees_a_model_answer(self, llm: Any) -> None:
         """The highest level is ok if the model answers.
@@ -743,7 +744,7 @@ class ProviderSuite(Adoption):
         if "context_window" not in (llm.capabilities().parameters or ()):
             not_offered("context_window")
         with suppress(ContextOverflow):
-            assert llm.count_tokens("many words " * 1500, model=model, context_window=1024) > 3000
+            assert llm.count_tokens("many words " * 1500, model=model, context_window=1024) >= 3000
 
     def test_each_document_is_ranked_once(self, llm: Any) -> None:
         """A ranking has each document once, with a finite score.
@@ -826,7 +827,7 @@ class ProviderSuite(Adoption):
         If it fails: begin the name of a model that you create with `graftage-`: it then never becomes the default.
         """
         loaded = self._use_adapter(llm)
-        assert loaded.slot is not None or loaded.model.rpartition("/")[2].startswith("graftage-")
+        assert loaded.slot is not None or loaded.model.startswith("graftage-")
         assert llm.chat(PROMPT, **self.short(llm)).adapter == loaded.name
         names = {each.name for each in llm.models()}
         llm.unload_adapter("any")
