@@ -140,10 +140,13 @@ class Adoption:
                 raise TypeError(f"`deviations` names no test of the suite: {name}{f' (or {near[0]}?)' if near else ''}")
             if not isinstance(reason, str) or not reason.strip():
                 raise TypeError(f"the deviation `{name}` has no reason")
-            setattr(cls, name, _may_fail(tests[name], reason, strict=True))
         for name, test in tests.items():
-            if name not in cls.deviations and _release(getattr(test, "since", "0")) > _release(cls.suite):
-                setattr(cls, name, _may_fail(test, f"{report.NEW} {getattr(test, 'since', '')}", strict=False))
+            if reason := cls.deviations.get(name):
+                setattr(cls, name, _may_fail(test, reason, strict=True))
+            elif _release(getattr(test, "since", "0")) > _release(cls.suite):
+                setattr(cls, name, _may_fail(test, f"{report.NEW} {test.since}", strict=False))
+            else:
+                setattr(cls, name, test)
 
     # --- Fixtures --------------------------------------------------------------------------------------------------
 
