@@ -2,9 +2,9 @@
 
 Record them again from any server that has `smollm2:135m`:
 
-    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --graftage-record
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --record-mode=rewrite
 
-With the variable set, and without `--graftage-record`, the tests marked `live` run against that server.
+With the variable set, and without `--record-mode=rewrite`, the tests marked `live` run against that server.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from graftage.types import Verdict
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from suite import Both
 
@@ -62,29 +62,36 @@ PNG = bytes.fromhex(
 
 
 @pytest.fixture(scope="session")
-def server() -> str:
-    """Return the live server's name and version."""
-    return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
-
-
-@pytest.fixture
-def cassette_server(request: pytest.FixtureRequest) -> str | None:
-    if not request.config.getoption("--graftage-record"):
-        return None
+def recorded_facts() -> dict[str, str]:
+    """Return what the live server says about itself."""
     if not LIVE:
         pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
-    named: str = request.getfixturevalue("server")
-    return named
+    with httpx.Client(base_url=LIVE, trust_env=False) as client:
+        models = {each["name"]: each for each in client.get("/api/tags").json()["models"]}
+        version = client.get("/api/version").json()["version"]
+    return {"server": f"Ollama {version}", "model": MODEL, "digest": models[MODEL]["digest"]}
 
 
 @pytest.fixture
-def connect(both: Both, cassette: Cassette) -> Iterator[Callable[..., Any]]:
+def cassette_facts(recorded_facts: dict[str, str]) -> dict[str, str]:
+    return recorded_facts
+
+
+@pytest.fixture
+def cassette_options() -> dict[str, Any]:
+    return {"before_record_response": without_folders}
+
+
+def without_folders(response: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the paths of models, which may contain a user name."""
+    body = response["body"]
+    return {**response, "body": {"string": re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", body["string"])}}
+
+
+@pytest.fixture
+def connect(both: Both, cassette: Cassette) -> Callable[..., Any]:
     """Make sync or async clients that replay or record the test's cassette."""
-    yield lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
-    for each in cassette._interactions if cassette.mode == "record" else ():
-        if each.target == "/api/show":
-            # The path may contain a user name.
-            each.chunks[:] = [re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", b"".join(each.chunks))]
+    return lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
 
 
 @pytest.fixture
@@ -151,7 +158,7 @@ class TestChat:
     def test_options_and_keep_alive_are_sent(self, llm: Any, cassette: Cassette) -> None:
         options = {**CALM, "top_k": 5, "top_p": 0.9, "repeat_penalty": 1.1, "stop": ["#"]}
         llm.chat("Hi", options=options, max_tokens=2, context_window=512, keep_alive="10m")
-        body = json.loads(cassette._interactions[0].request_body)
+        body = json.loads(cassette.interactions[0].request.body)
         assert body["options"] == {**options, "num_ctx": 512, "num_predict": 2}
         assert body["keep_alive"] == 600
         (loaded,) = (each for each in llm.loaded() if each.name == MODEL)
@@ -397,7 +404,7 @@ class TestModels:
         llm.load()
         assert MODEL in [each.name for each in llm.loaded()]
         llm.unload()
-        if cassette.mode == "record":
+        if cassette.records:
             time.sleep(3)  # The runner ends a moment later.
         assert MODEL not in [each.name for each in llm.loaded()]
 
@@ -460,7 +467,7 @@ def lora(path: Path, rows: int) -> Path:
 class TestAdapters:
     def test_adapter_answers_until_switched_off(self, connect: Callable[..., Any], cassette: Cassette) -> None:
         adapter = Ready(AHOY)
-        if cassette.mode == "record":
+        if cassette.records:
             adapter.send()
         llm = connect(plugins=[adapter])
         question = "What is the capital of Italy?"
@@ -483,7 +490,7 @@ class TestAdapters:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))
         llm = connect(plugins=[adapter])
         assert llm.use_adapter("ready").strategy == "native"
-        asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
+        asked = [f"{each.request.method} {each.request.target.rpartition('/')[0]}" for each in cassette.interactions]
         assert asked.count("POST /api/blobs") == 1
         assert len(llm.prune_adapters()) == 1, "check before deleting: the server may have others"
         assert len(llm.prune_adapters(dry_run=False)) == 1

@@ -24,7 +24,6 @@ from graftage.testing.cassettes import Cassette
 from graftage.testing.conformance import report
 from graftage.testing.conformance.spy import Spy
 from graftage.testing.conformance.standin import PATIENCE, Answer, Probe, Redirect, Seen, StandIn, served
-from graftage.testing.files import from_yaml
 
 if TYPE_CHECKING:
     from graftage.calls import ResolveRequest
@@ -82,15 +81,15 @@ class Recording:
     A test that is skipped needs none.
     """
 
-    def __init__(self, path: Path, *, record: bool, live: str | None) -> None:
+    def __init__(self, path: Path, *, live: str | None, **options: Any) -> None:
         self._path = path
-        self._record = record
         self._live = live
+        self._options = options
 
     @functools.cached_property
     def cassette(self) -> Cassette:
         """The cassette."""
-        return Cassette(self._path, mode="record" if self._record else "replay")
+        return Cassette(self._path, **self._options)
 
     def wrap(self, network: Callable[[], Transport]) -> Transport:
         """Return a transport that replays, or that records the server `live`."""
@@ -98,7 +97,7 @@ class Recording:
 
     def save(self) -> None:
         """Write what was recorded, if anything was."""
-        if self._record and "cassette" in vars(self):
+        if "cassette" in vars(self):
             self.cassette.save()
 
 
@@ -119,6 +118,8 @@ class Adoption:
     """An adapter that fits the model, if the provider loads adapters."""
     live: str | None = None
     """The server to record from, if its address is not that in `settings`."""
+    recording: Mapping[str, Any] = {}
+    """Arguments of `Cassette` for recordings, such as `server`, `model`, `digest` and `before_record_response`."""
     suite: ClassVar[str] = __version__
     """The release of Graftage whose suite the plugin passes: a newer test that fails is a warning."""
     deviations: ClassVar[Mapping[str, str]] = {}
@@ -189,9 +190,11 @@ class Adoption:
             self.pause = 0.2
             yield None
             return
-        recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
-        found = Recording(self._cassette(request.function.__name__), record=recording, live=self.live)
-        self.pause = 0.2 if recording else 0.0
+        mode = str(request.config.getoption("record_mode", None) or "none").replace("rewrite", "all")
+        records = mode != "none" and both.mode == "sync"  # The async client replays what the sync one records.
+        options = {**self.recording, "mode": mode} if records else {}
+        found = Recording(self._cassette(request.function.__name__), live=self.live, **options)
+        self.pause = 0.2 if records else 0.0
         failures = request.session.testsfailed
         yield found
         if request.session.testsfailed == failures:
@@ -286,7 +289,7 @@ class Adoption:
         if self.cassettes is None:
             return []
         paths = [self._cassette(test) for test in RECORDED_CHATS]
-        return [pair for path in paths if path.exists() for pair in served(from_yaml(path)[1])]
+        return [pair for path in paths if path.exists() for pair in served(Cassette(path).interactions)]
 
     def _uses_http(self) -> bool:
         """Whether a chat passes through the transport."""
