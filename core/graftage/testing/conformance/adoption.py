@@ -195,6 +195,8 @@ class Adoption:
         options = {**self.recording, "mode": mode} if records else {}
         found = Recording(self._cassette(request.function.__name__), live=self.live, **options)
         self.pause = 0.2 if records else 0.0
+        with suppress(pytest.FixtureLookupError):  # Our plugin for pytest is not enabled.
+            request.getfixturevalue("claim_cassette")(self._cassette(request.function.__name__))
         failures = request.session.testsfailed
         yield found
         if request.session.testsfailed == failures:
