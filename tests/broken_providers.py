@@ -143,7 +143,7 @@ class Silent:
 @breaks("All other hooks are `def`.", "test_connects")
 class AsyncConnect(Plugin):
     @hookimpl
-    async def connect(self, request: Any) -> object:  # type: ignore[override]
+    async def connect(self, request: Any) -> object:
         return Local(self.echo)
 
 

@@ -139,11 +139,11 @@ class Adoption:
             if name not in tests:
                 near = close(name, tests)
                 raise TypeError(f"`deviations` names no test of the suite: {name}{f' (or {near[0]}?)' if near else ''}")
-            if not isinstance(reason, str) or not reason.strip():
+            if not reason.strip():
                 raise TypeError(f"the deviation `{name}` has no reason")
         for name, test in tests.items():
-            if reason := cls.deviations.get(name):
-                setattr(cls, name, _may_fail(test, reason, strict=True))
+            if name in cls.deviations:
+                setattr(cls, name, _may_fail(test, cls.deviations[name], strict=True))
             elif _release(getattr(test, "since", "0")) > _release(cls.suite):
                 setattr(cls, name, _may_fail(test, f"{report.NEW} {test.since}", strict=False))
             else:
@@ -341,4 +341,5 @@ def _may_fail(test: Callable[..., None], reason: str, *, strict: bool) -> Callab
     def run(*arguments: Any, **named: Any) -> None:
         test(*arguments, **named)
 
-    return pytest.mark.xfail(reason=reason, strict=strict)(run)
+    marked: Callable[..., None] = pytest.mark.xfail(reason=reason, strict=strict)(run)
+    return marked

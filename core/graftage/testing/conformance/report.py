@@ -58,7 +58,8 @@ class Report:
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take in one phase of a test."""
-        facts = dict(dict(report.user_properties).get(_NAME, {}))
+        properties: dict[str, Any] = dict(report.user_properties)
+        facts: dict[str, Any] = {**properties.get(_NAME, {})}
         if not facts or (report.passed and report.when != "call"):
             return
         test = facts.pop("test")

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Self
 
-    from graftage.http import Clock, Request, Response, Transport
+    from graftage.http import Clock, Colour, Request, Response, Transport
     from graftage.testing.interactions import Interaction
 
 __all__ = ["PATIENCE", "Answer", "Probe", "Redirect", "Seen", "StandIn", "dead_address", "served"]
 
-PATIENCE: Final = 2.0
+PATIENCE: Final = 1.0
 """Seconds for which a stalled answer waits for its client to leave. Then the test fails, and does not hang."""
 
 
@@ -190,7 +190,7 @@ class Probe:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.colour = None
+        self.colour: Colour | None = None
 
     def wrap(self, network: Callable[[], Transport]) -> Transport:  # noqa: ARG002 - there is no network
         """Return the probe itself."""
