@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from graftage._engine.delivery import flush
 from graftage.hookspecs import hookimpl
-from graftage.testing.both import Both as Both
+from graftage.testing.both import Both
 from graftage_ollama.testing import FakeOllama
 
 if TYPE_CHECKING:

@@ -38,9 +38,8 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from suite import Both
-
     from graftage.testing import Cassette
+    from graftage.testing.both import Both
 
 SOURCE = ROOT / "core" / "graftage" / "_cli" / "templates" / "openai" / "provider.py"
 """What `graftage new provider` writes."""

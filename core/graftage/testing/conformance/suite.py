@@ -352,7 +352,7 @@ class ProviderSuite(Adoption):
         """
         with steady.chat(PROMPT, stream=True, **self.short(steady)) as first:
             next(first)
-            assert steady.chat(PROMPT, timeout=5 * PATIENCE, **self.short(steady)).text
+            assert steady.chat(PROMPT, timeout=3 * PATIENCE, **self.short(steady)).text
 
     def test_streams_do_not_mix(self, steady: Any) -> None:
         """Two streams that are read in turns give their own chunks.
