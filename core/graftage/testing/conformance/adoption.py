@@ -6,6 +6,7 @@ import functools
 import inspect
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -318,11 +319,13 @@ class Adoption:
 
 def _identity(provider: Any) -> dict[str, str | None]:
     """Return a provider's name, distribution and version, from the metadata of its entry point if it is installed."""
-    name, module = plugin_name(provider), getattr(provider, "__name__", type(provider).__module__)
     for point in entry_points("graftage.providers"):
-        if point.value.partition(":")[0] == module:
+        module, _, attribute = point.value.partition(":")
+        found: Any = sys.modules.get(module)
+        if provider is (getattr(found, attribute, None) if attribute else found):
             distribution, version = identity(point.dist)
             return {"provider": point.name, "distribution": distribution, "version": version}
+    name = plugin_name(provider)
     return {"provider": name, "distribution": None, "version": None}
 
 
