@@ -31,10 +31,9 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from suite import Both
-
     from graftage.calls import ChatRequest, NativeRequest
     from graftage.hookspecs import ConnectRequest
+    from graftage.testing.both import Both
 
 MODEL = "smollm2:135m"
 HI = [{"role": "user", "content": "Hi"}]

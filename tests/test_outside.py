@@ -1,4 +1,4 @@
-"""Providers from outside this repository: installed by pip, then used by name."""
+"""Providers as a stranger begins them: written by `graftage new`, installed by pip, then used by name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,22 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-OUTSIDE = Path(__file__).resolve().parent / "outside"
+SERVERS = {"parrot": "function", "openai-wire": "openai"}
+"""The providers, and what each asks."""
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the distributions as the command writes them."""
+    folder = tmp_path_factory.mktemp("written")
+    for name, server in SERVERS.items():
+        done = graftage(dict(os.environ), "new", "provider", name, "--server", server, "--into", str(folder))
+        assert (done.returncode, done.stderr) == (0, "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(written: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment for programs that use the providers, which are installed in their own folder."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("pip is not in this environment")
@@ -26,7 +37,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     # The build backend is usually installed, since this repository needs it; if not, pip downloads it.
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *isolation, "--target", str(target)]
-    done = subprocess.run([*command, str(OUTSIDE)], capture_output=True, text=True, timeout=300, check=False)
+    sources = [str(written / f"graftage-{name}") for name in SERVERS]
+    done = subprocess.run([*command, *sources], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GRAFTAGE_", "OLLAMA_"))}
     # Keep the sources under test on the path.
@@ -54,25 +66,25 @@ class TestParrot:
     """A provider from another distribution."""
 
     def test_chats_from_the_command(self, environment: dict[str, str]) -> None:
-        done = graftage(environment, "chat", "-m", "parrot:grey", "hello")
+        done = graftage(environment, "chat", "-m", "parrot:large", "hello")
         assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "hello", "")
 
     def test_is_listed_with_its_distribution(self, environment: dict[str, str]) -> None:
         done = graftage(environment, "plugins", "--json")
         found: dict[str, Any] = {each["name"]: each for each in json.loads(done.stdout)}
         parrot = found["parrot"]
-        assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-outside", "2.5")
+        assert (parrot["kind"], parrot["distribution"], parrot["version"]) == ("provider", "graftage-parrot", "0.1.0")
         assert (parrot["state"], parrot["hooks"]) == ("loaded", ["connect", "settings_model"])
 
     def test_has_its_own_settings(self, environment: dict[str, str]) -> None:
-        done = graftage(environment, "chat", "-m", "parrot:green", "hello", GRAFTAGE_PARROT_TIMES="3")
+        done = graftage(environment, "chat", "-m", "parrot:small", "hello", GRAFTAGE_PARROT_TIMES="3")
         assert done.stdout.split() == ["hello"] * 3
 
     def test_errors_reach_the_user_with_hint(self, environment: dict[str, str]) -> None:
         done = graftage(environment, "chat", "-m", "parrot:blue", "hello")
         assert done.returncode != 0
-        assert "There is no blue parrot." in done.stderr
-        assert "green" in done.stderr
+        assert "There is no model `blue`." in done.stderr
+        assert "small" in done.stderr
         assert "Traceback" not in done.stderr
 
     def test_plain_hooks_serve_async_hosts(self, environment: dict[str, str]) -> None:
@@ -87,10 +99,10 @@ async def main():
 asyncio.run(main())
 """
         done = run(environment, "-c", code)
-        assert (done.stdout.strip(), done.stderr) == ("['hello there ', ''] ['green', 'grey']", "")
+        assert (done.stdout.strip(), done.stderr) == ("['hello there ', ''] ['small', 'large']", "")
 
     def test_missing_feature_is_refused(self, environment: dict[str, str]) -> None:
-        done = graftage(environment, "embed", "-m", "parrot:green", "hello")
+        done = graftage(environment, "embed", "-m", "parrot:small", "hello")
         assert done.returncode != 0
         assert "embed" in done.stderr
         assert "parrot" in done.stderr

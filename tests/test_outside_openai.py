@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from places import ROOT
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -38,11 +38,11 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from suite import Both
-
     from graftage.testing import Cassette
+    from graftage.testing.both import Both
 
-SOURCE = Path(__file__).resolve().parent / "outside" / "graftage_openai_wire.py"
+SOURCE = ROOT / "core" / "graftage" / "_cli" / "templates" / "openai" / "provider.py"
+"""What `graftage new provider` writes."""
 LIVE = os.environ.get("GRAFTAGE_LIVE_OLLAMA", "")
 MODEL = "smollm2:135m"
 CHAT = "/v1/chat/completions"
@@ -65,6 +65,12 @@ Tools: {{ range .Tools }}{{ . }}{{ end }}<|im_end|>
 """Makes Ollama accept tools for the model; a schema then forces a call."""
 
 
+def create_tool_model(live: str) -> None:
+    """Create the model with tools on a live server."""
+    made = {"model": TOOL_MODEL, "from": MODEL, "template": TOOL_TEMPLATE, "stream": False}
+    httpx.post(f"{live}/api/create", json=made, trust_env=False, timeout=60).raise_for_status()
+
+
 @pytest.fixture(scope="module")
 def wire() -> Any:
     """The provider's module, as a host passes it."""
@@ -81,8 +87,7 @@ def cassette_facts() -> dict[str, str]:
     """What the server says about itself; the model with tools is made there."""
     if not LIVE:
         pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
-    made = {"model": TOOL_MODEL, "from": MODEL, "template": TOOL_TEMPLATE, "stream": False}
-    httpx.post(f"{LIVE}/api/create", json=made, trust_env=False, timeout=60).raise_for_status()
+    create_tool_model(LIVE)
     return {"server": f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"}
 
 

@@ -19,6 +19,12 @@ run at the same time. Raise the classes of `graftage.exceptions`; the core wraps
   time limits, because the call does not wait for it after they pass.
 
 All other hooks are `def`. The core calls them in the thread that needs them.
+
+**The contract has a number**, `CONTRACT`. A plugin may declare the one it was written for, as `graftage_contract = 1`
+in the module or on the object behind its entry point; without that it is 1. A plugin with a number that this core does
+not support is left out when it is registered, with both numbers in the error. The number grows when plugins that worked
+must be changed: a hook or a field was removed, or means something else. A new hook, a new field and a new error do not
+change it. What is deprecated works for two more minor releases, and warns at its author's own line.
 """
 
 from __future__ import annotations
@@ -76,6 +82,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONNECTION_SPECS",
+    "CONTRACT",
+    "OLDEST_CONTRACT",
     "PLUGIN_SPECS",
     "PROVIDER_SPECS",
     "Answers",
@@ -109,6 +117,11 @@ __all__ = [
     "hookimpl",
     "hookspec",
 ]
+
+CONTRACT = 1
+"""The number of the contract on this page."""
+OLDEST_CONTRACT = 1
+"""The oldest number whose plugins this core still takes."""
 
 hookspec = pluggy.HookspecMarker("graftage")
 hookimpl = pluggy.HookimplMarker("graftage")

@@ -33,7 +33,7 @@ from graftage.types import Chunk, Message, ModelInfo, Reply, Timeouts, ToolCall,
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
 
-    from suite import Both
+    from graftage.testing.both import Both
 
 CALL = Call()
 HOOKS = [name for spec in CONNECTION_SPECS for name in vars(spec) if hasattr(vars(spec)[name], "graftage_spec")]

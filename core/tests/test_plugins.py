@@ -34,7 +34,7 @@ from graftage.exceptions import (
     ProviderNotFound,
     StreamInterrupted,
 )
-from graftage.hookspecs import hookimpl
+from graftage.hookspecs import CONTRACT, OLDEST_CONTRACT, hookimpl
 from graftage.settings import PluginSettings, Settings
 from graftage.testing import Echo
 from graftage.types import AdapterInfo, Chunk, Health, Limits, Verdict
@@ -382,6 +382,52 @@ class TestMetadata:
         entry = entry_named("ill")
         assert entry.state == "quarantined"
         assert isinstance(entry.error, PluginLoadError)
+
+
+class TestContract:
+    """The number of the contract that a plugin was written for."""
+
+    def test_current_or_none_is_loaded(self, site: Any) -> None:
+        for name, line in ("silent", ""), ("current", f"graftage_contract = {CONTRACT}\n"):
+            site.add(f"graftage-{name}", providers={name: name}, modules={name: PROVIDER + line})
+            assert (entry_named(name).state, entry_named(name).contract) == ("loaded", CONTRACT)
+
+    @pytest.mark.parametrize(
+        ("number", "message"),
+        [
+            (
+                CONTRACT + 1,
+                (
+                    f"is written for contract {CONTRACT + 1}, and Graftage {__version__} has contract {CONTRACT}. "
+                    "Upgrade graftage: `pip install --upgrade graftage`."
+                ),
+            ),
+            (
+                OLDEST_CONTRACT - 1,
+                (
+                    f"is written for contract {OLDEST_CONTRACT - 1}, and Graftage {__version__} takes none before "
+                    f"{OLDEST_CONTRACT}. Upgrade it, or install an older graftage."
+                ),
+            ),
+            ("1.0", f"has an invalid `graftage_contract`. It must be a number: {CONTRACT}."),
+            (True, f"has an invalid `graftage_contract`. It must be a number: {CONTRACT}."),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["provider", "plugin"])
+    def test_other_number_is_refused(self, site: Any, kind: str, number: object, message: str) -> None:
+        source = (PROVIDER if kind == "provider" else OBSERVER) + f"graftage_contract = {number!r}\n"
+        site.add("graftage-odd", **{f"{kind}s": {"odd": "odd"}}, modules={"odd": source})
+        found = entry_named("odd")
+        assert (found.state, found.contract) == ("quarantined", None)
+        assert isinstance(found.error, PluginLoadError)
+        assert str(found.error) == f"The {kind} `odd` (graftage-odd 1.0) {message}"
+
+    def test_newer_object_is_refused_at_once(self, both: Any) -> None:
+        class Newer(Echo):
+            graftage_contract = CONTRACT + 1
+
+        with pytest.raises(PluginLoadError, match=f"contract {CONTRACT + 1}"):
+            both.opened(Newer(), model=MODEL)
 
 
 class TestConflicts:

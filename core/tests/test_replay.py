@@ -58,8 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from suite import Both
-
+    from graftage.testing.both import Both
     from graftage_ollama.testing import FakeOllama
 
 

@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 import graftage
-from graftage._cli import adapters, cassettes, chat, doctor, embed, errors, generate, models, plugins, providers, show
+from graftage._cli import (
+    adapters,
+    cassettes,
+    chat,
+    doctor,
+    embed,
+    errors,
+    generate,
+    models,
+    new,
+    plugins,
+    providers,
+    show,
+)
 from graftage._cli.commands import Commands
 
 __all__ = ["app", "main"]
@@ -25,8 +38,9 @@ app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(cassettes.app, name="cassettes")
 app.command("providers")(providers.providers)
-app.command("plugins")(plugins.plugins)
+app.add_typer(plugins.app, name="plugins")
 app.command("doctor")(doctor.doctor)
+app.add_typer(new.app, name="new")
 
 
 def _version(wanted: bool) -> None:

@@ -13,9 +13,10 @@ import pluggy
 
 from graftage._engine.faults import in_words, is_fault
 from graftage._values import close
-from graftage.hookspecs import CONNECTION_SPECS, PLUGIN_SPECS, PROVIDER_SPECS
+from graftage._version import __version__
+from graftage.hookspecs import CONNECTION_SPECS, CONTRACT, OLDEST_CONTRACT, PLUGIN_SPECS, PROVIDER_SPECS
 
-__all__ = ["HookProblem", "Hooks", "Kind", "check_attributes", "check_hooks", "is_async"]
+__all__ = ["HookProblem", "Hooks", "Kind", "check_attributes", "check_hooks", "contract_of", "is_async"]
 
 Kind = Literal["provider", "plugin", "connection"]
 
@@ -50,17 +51,22 @@ _checked: weakref.WeakKeyDictionary[object, tuple[Kind, Mapping[str, object], Ho
 """For each class or module: the kind it was checked as, its own marked functions, and its hooks."""
 
 
-def check_hooks(plugin: object, kind: Kind) -> Hooks:
-    """Check the hooks of an object, and return them.
+def check_hooks(plugin: object, kind: Kind, specs: Mapping[Kind, type] = SPECS) -> Hooks:
+    """Check the hooks of an object, and return them. A deprecated hook warns at its own line.
 
     A class is checked once in a process, and so is a module as long as its functions stay the same. An object that
     has hooks besides those of its class is checked each time.
+
+    Args:
+        plugin: the plugin object or connection.
+        kind: what it should be.
+        specs: for each kind, a class with its hooks.
 
     Raises:
         HookProblem: something is wrong with them.
     """
     try:
-        return _hooks_of(plugin, kind)
+        return _hooks_of(plugin, kind, specs)
     except HookProblem:
         raise
     except BaseException as error:
@@ -69,7 +75,7 @@ def check_hooks(plugin: object, kind: Kind) -> Hooks:
         raise HookProblem(f"fails when it is inspected: {in_words(error)}", "Fix or remove it.") from error
 
 
-def _hooks_of(plugin: object, kind: Kind) -> Hooks:
+def _hooks_of(plugin: object, kind: Kind, specs: Mapping[Kind, type]) -> Hooks:
     if inspect.isclass(plugin):
         raise HookProblem("is a class", f"Register an instance: `{plugin.__name__}()`.")
     # Only functions are looked at: a proxy in a module may raise any error before it is set up.
@@ -78,8 +84,10 @@ def _hooks_of(plugin: object, kind: Kind) -> Hooks:
     owner = plugin if inspect.ismodule(plugin) else type(plugin)
     if (found := _checked.get(owner)) is not None and found[:2] == (kind, own):
         return found[2]
+    if kind != "connection":
+        _check_contract(contract_of(plugin))
     manager = pluggy.PluginManager("graftage")
-    manager.add_hookspecs(SPECS[kind])
+    manager.add_hookspecs(specs[kind])
     try:
         manager.register(plugin, "plugin")
     except pluggy.PluginValidationError as error:
@@ -95,6 +103,21 @@ def _hooks_of(plugin: object, kind: Kind) -> Hooks:
     if owner is plugin or not own:
         _checked[owner] = kind, own, hooks
     return hooks
+
+
+def contract_of(plugin: object) -> Any:
+    """Return the number of the contract that a plugin was written for."""
+    return getattr(plugin, "graftage_contract", 1)
+
+
+def _check_contract(number: Any) -> None:
+    if type(number) is not int:
+        raise HookProblem("has an invalid `graftage_contract`", f"It must be a number: {CONTRACT}.")
+    written = f"is written for contract {number}, and Graftage {__version__}"
+    if number > CONTRACT:
+        raise HookProblem(f"{written} has contract {CONTRACT}", "Upgrade graftage: `pip install --upgrade graftage`.")
+    if number < OLDEST_CONTRACT:
+        raise HookProblem(f"{written} takes none before {OLDEST_CONTRACT}", "Upgrade it, or install an older graftage.")
 
 
 def _wrong_signature(error: pluggy.PluginValidationError, kind: Kind) -> HookProblem:

@@ -13,7 +13,7 @@ from dataclasses import field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftage._engine.checking import HookProblem, Kind, check_attributes, check_hooks, is_async
+from graftage._engine.checking import HookProblem, Kind, check_attributes, check_hooks, contract_of, is_async
 from graftage._engine.faults import Author, Contained, in_words, is_fault, kind_of
 from graftage._records import dataclass
 from graftage._values import EntryPoint, close, entry_points, identity
@@ -53,6 +53,11 @@ class Entry:
     entry_point: EntryPoint | None = field(default=None, repr=False)
     settings: PluginSettings | None = None
     """The settings of a plugin, if it has any; those of a provider are the connection's."""
+
+    @property
+    def contract(self) -> int | None:
+        """The number of the contract that it was written for; None if it is not loaded."""
+        return None if self.plugin is None else contract_of(self.plugin)
 
     @property
     def origin(self) -> str:

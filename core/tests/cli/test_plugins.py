@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from cli.conftest import Shell
 
@@ -82,3 +84,20 @@ def test_disabled_plugin_is_not_imported(shell: Shell) -> None:
     shell.install("raise RuntimeError('was imported')")
     found = plugin_table(shell, GRAFTAGE_DISABLED_PLUGINS="fake")["fake"]
     assert (found["state"], found["why"]) == ("disabled", "GRAFTAGE_DISABLED_PLUGINS names it.")
+
+
+@pytest.mark.slow
+def test_check_tells_what_is_wrong(shell: Shell) -> None:
+    shell.install("it = Echo(strict=True)")
+    done = shell.run("plugins", "check", "fake", "--model", "echo:latest", "--report", str(shell.folder / "it.json"))
+    assert done.code == 1
+    (found,) = json.loads((shell.folder / "it.json").read_text("utf-8"))["providers"]
+    assert (found["provider"], found["tests"]["test_chat_gives_text"]) == ("fake", {"outcome": "passed"})
+    assert found["tests"]["test_format_gives_data"]["outcome"] == "failed"
+    assert "failed: test_format_gives_data" in done.out
+
+
+def test_check_needs_an_installed_provider(shell: Shell) -> None:
+    done = shell.run("plugins", "check", "nobody")
+    assert done.code != 0
+    assert "There is no provider `nobody`." in done.err

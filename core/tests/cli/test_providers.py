@@ -83,3 +83,17 @@ def test_one_name_twice_is_a_conflict(shell: Shell) -> None:
     shell.install("it = Echo()")
     shell.install("it = Echo()", distribution="stranger")
     assert "stranger 1.0" in compared(shell)["fake"]["problems"][0]
+
+
+def test_report_in_a_package_is_shown(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    shell.install("it = Echo()", name="torn")
+    tests = {"test_a": {"outcome": "passed"}, "test_b": {"outcome": "passed"}, "test_c": {"outcome": "deviation"}}
+    report = json.dumps({"providers": [{"provider": "fake", "tests": tests}]})
+    for module, text in {"graftage_fake": report, "graftage_torn": report[:20]}.items():
+        (shell.folder / f"{module}-data").mkdir()
+        (shell.folder / f"{module}-data" / "graftage-report.json").write_text(text)
+        (shell.folder / f"{module}-1.0.dist-info" / "RECORD").write_text(f"{module}-data/graftage-report.json,,\n")
+    found = compared(shell)
+    assert found["fake"]["tests"] == "2 passed, 1 deviation"
+    assert found["torn"]["tests"] == "unknown: its report cannot be read (JSONDecodeError)"

@@ -46,9 +46,8 @@ from graftage_ollama.testing import Answer, FakeOllama
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from suite import Both
-
     from graftage.calls import ResolveRequest
+    from graftage.testing.both import Both
     from graftage.types import ModelInfo
 
 MODEL = "smollm2:135m"

@@ -1,4 +1,4 @@
-"""A provider for Graftage that speaks OpenAI's chat API, as many servers do."""
+"""The provider NAME for Graftage: speaks OpenAI's chat API, as many servers do."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -10,6 +10,7 @@ from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.http import Answer, Event, place, read_object, read_records, read_tool_call, read_vectors
 from graftage.types import Capabilities, Chunk, Embeddings, Message, ModelInfo, Usage
 
+graftage_contract = 1
 FEATURES = frozenset({"tools", "structured_output"})
 OPTIONS = frozenset({"frequency_penalty", "presence_penalty", "seed", "server", "stop", "temperature", "top_p"})
 

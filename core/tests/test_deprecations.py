@@ -1,0 +1,78 @@
+"""What is deprecated: it still works, and warns at the line of its author."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from typing import Protocol
+
+import pytest
+from sources import modules, tree
+
+from graftage._deprecations import deprecation
+from graftage._engine.checking import check_hooks
+from graftage._records import dataclass
+from graftage._version import __version__
+from graftage.hookspecs import hookimpl, hookspec
+
+
+class OldHooks(Protocol):
+    """The hooks of a provider, as if one of them was deprecated."""
+
+    @hookspec(warn_on_impl=deprecation("The hook `answers`", since="0.3", instead="`chat`"))
+    def answers(self, request: object) -> object: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request with a deprecated field."""
+
+    name: str
+
+    @property
+    def title(self) -> str:
+        warnings.warn(deprecation("`Request.title`", since="1.0", instead="`name`"), stacklevel=2)
+        return self.name
+
+
+class Provider:
+    @hookimpl
+    def answers(self, request: Request) -> str:
+        return request.title  # the line of `test_field_warns_where_it_is_read`
+
+
+LINE = Provider.answers.__code__.co_firstlineno
+"""The line of the decorator, where the function begins for Python."""
+
+
+def test_hook_warns_where_it_is_implemented() -> None:
+    with pytest.warns(DeprecationWarning, match="answers") as caught:
+        hooks = check_hooks(Provider(), "provider", {"provider": OldHooks})
+    (warning,) = caught
+    assert (warning.filename, warning.lineno) == (__file__, LINE)
+    assert str(warning.message) == (
+        "The hook `answers` is deprecated since Graftage 0.3, and will be removed in 0.5. Use `chat`."
+    )
+    assert hooks == {"answers": True}
+
+
+def test_field_warns_where_it_is_read() -> None:
+    with pytest.warns(DeprecationWarning, match=r"will be removed in 1\.2\. Use `name`\.") as caught:
+        assert Provider().answers(Request(name="Ada")) == "Ada"
+    (warning,) = caught
+    assert (warning.filename, warning.lineno) == (__file__, LINE + 2)
+
+
+def test_nothing_stays_after_its_time() -> None:
+    now = tuple(map(int, __version__.split(".")[:2]))
+    calls = [node for module in modules() for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    since = [
+        ast.literal_eval(each.value)
+        for node in calls
+        if ast.unparse(node.func) == deprecation.__name__
+        for each in node.keywords
+        if each.arg == "since"
+    ]
+    for release in since:
+        major, minor = map(int, release.split("."))
+        assert now < (major, minor + 2), f"what is deprecated since {release} must be removed now"
