@@ -1,16 +1,64 @@
-"""The suite for providers, adopted by providers from outside, by Echo, and by broken ones."""
+"""The suite for providers, adopted by Echo and by those that `graftage new provider` writes."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import os
 from typing import Any
+
+from places import ROOT
+from test_outside_openai import TOOL_MODEL
 
 from graftage.testing import Echo
 from graftage.testing.conformance import ProviderSuite
+from graftage.types import Verdict
+
+TEMPLATES = ROOT / "core" / "graftage" / "_cli" / "templates"
+
+
+def template(name: str) -> Any:
+    """Import the provider that `graftage new provider` begins with."""
+    spec = importlib.util.spec_from_file_location(f"graftage_{name}", TEMPLATES / name / "provider.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+class Wrapped:
+    """An adapter that Echo takes as it is."""
+
+    name = "pirate"
+    digest = "sha256:0"
+    scale = 1.0
+    verdict = Verdict(status="compatible")
+    served_as = None
+
+
+def reply(request: Any) -> str:
+    """Return JSON if it is asked for."""
+    return '{"city": "Paris"}' if request.format else f"{request.messages[-1].content} And so on."
 
 
 class TestEcho(ProviderSuite):
     model = "echo:latest"
+    adapter: Any = Wrapped()
 
     @property
     def provider(self) -> Any:
-        return Echo(strict=True)
+        return Echo(itertools.repeat(reply, 99), strict=True)
+
+
+class TestFunction(ProviderSuite):
+    provider = template("function")
+
+
+class TestOpenai(ProviderSuite):
+    provider = template("openai")
+    cassettes = ROOT / "cassettes" / "test_conformance_outside"
+    settings = {"host": "http://127.0.0.1:11434/v1"}
+    model = "smollm2:135m"
+    models = {"tools": TOOL_MODEL}
+    live = os.environ.get("GRAFTAGE_LIVE_OLLAMA") or None

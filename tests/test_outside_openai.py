@@ -66,6 +66,12 @@ Tools: {{ range .Tools }}{{ . }}{{ end }}<|im_end|>
 """Makes Ollama accept tools for the model; a schema then forces a call."""
 
 
+def create_tool_model(live: str) -> None:
+    """Create the model with tools on a live server."""
+    made = {"model": TOOL_MODEL, "from": MODEL, "template": TOOL_TEMPLATE, "stream": False}
+    httpx.post(f"{live}/api/create", json=made, trust_env=False, timeout=60).raise_for_status()
+
+
 @pytest.fixture(scope="module")
 def wire() -> Any:
     """The provider's module, as a host passes it."""
@@ -83,8 +89,7 @@ def cassette_server(request: pytest.FixtureRequest) -> str | None:
         return None
     if not LIVE:
         pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
-    made = {"model": TOOL_MODEL, "from": MODEL, "template": TOOL_TEMPLATE, "stream": False}
-    httpx.post(f"{LIVE}/api/create", json=made, trust_env=False, timeout=60).raise_for_status()
+    create_tool_model(LIVE)
     return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
 
 

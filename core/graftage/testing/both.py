@@ -69,6 +69,12 @@ class Both:
         context = contextvars.copy_context()
         return self._threads.submit(lambda: context.run(function, *arguments, **named))
 
+    def task(self, client: Any, method: str, *arguments: Any, **named: Any) -> Future[Any]:
+        """Begin a call as a task; to cancel the future cancels the task. Only in async mode."""
+        assert self._loop is not None
+        work = getattr(client._inner, method)(*arguments, **named)  # noqa: SLF001 - of this module
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
     def together(self, functions: Iterable[Callable[[], Any]]) -> list[Any]:
         """Run functions at the same time; return their results or errors in order."""
         begun = [self.start(function) for function in functions]

@@ -8,23 +8,27 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
 
 import pytest
 
 from graftage._engine.plugins import plugin_name
 from graftage._values import close, entry_points, identity
 from graftage._version import __version__
+from graftage.hookspecs import hookimpl
 from graftage.retry import no_waiting
 from graftage.testing.both import Both
 from graftage.testing.cassettes import Cassette
 from graftage.testing.conformance import report
 from graftage.testing.conformance.spy import Spy
-from graftage.testing.conformance.standin import Answer, Probe, Redirect, StandIn, served
+from graftage.testing.conformance.standin import Answer, Probe, Redirect, Seen, StandIn, served
 from graftage.testing.files import from_yaml
 
 if TYPE_CHECKING:
+    from graftage.calls import ResolveRequest
+    from graftage.http import Transport
     from graftage.types import Adapter
 
 __all__ = ["Adoption", "not_applicable", "not_offered", "since"]
@@ -32,8 +36,10 @@ __all__ = ["Adoption", "not_applicable", "not_offered", "since"]
 Test = TypeVar("Test", bound=Callable[..., None])
 PREFIX: Final = "CONFORMANCE"
 """Variables with this prefix replace those of the user, which the tests must not see."""
-CHAT: Final = "test_chat_gives_text"
-"""The test whose cassette the stand-in plays."""
+PROMPT: Final = "Count from one to five."
+RECORDED_CHATS: Final = ("test_chat_gives_text", "test_stream_gives_chunks")
+"""The tests whose cassettes the stand-in plays."""
+NO_RECORDING: Final = "it needs a recording"
 
 
 def since(version: str) -> Callable[[Test], Test]:
@@ -46,20 +52,60 @@ def since(version: str) -> Callable[[Test], Test]:
     return mark
 
 
-def not_offered(what: str) -> None:
+def not_offered(what: str) -> NoReturn:
     """Skip a test of something that the provider does not declare."""
     pytest.skip(f"{report.NOT_OFFERED}: {what}")
 
 
-def not_applicable(why: str) -> None:
+def not_applicable(why: str) -> NoReturn:
     """Skip a test that makes no sense for this provider."""
     pytest.skip(f"{report.NOT_APPLICABLE}: {why}")
+
+
+class Shelf:
+    """A plugin that finds the adapter of a suite, whatever it is called."""
+
+    name = "shelf"
+
+    def __init__(self, adapter: Adapter | None) -> None:
+        self._adapter = adapter
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Adapter | None:  # noqa: ARG002 - there is only one
+        """Return it."""
+        return self._adapter
+
+
+class Recording:
+    """A value for `transport`: the test's cassette, which is opened at the first request.
+
+    A test that is skipped needs none.
+    """
+
+    def __init__(self, path: Path, *, record: bool, live: str | None) -> None:
+        self._path = path
+        self._record = record
+        self._live = live
+
+    @functools.cached_property
+    def cassette(self) -> Cassette:
+        """The cassette."""
+        return Cassette(self._path, mode="record" if self._record else "replay")
+
+    def wrap(self, network: Callable[[], Transport]) -> Transport:
+        """Return a transport that replays, or that records the server `live`."""
+        return self.cassette.wrap(partial(Redirect(self._live).wrap, network) if self._live else network)
+
+    def save(self) -> None:
+        """Write what was recorded, if anything was."""
+        if self._record and "cassette" in vars(self):
+            self.cassette.save()
 
 
 class Adoption:
     """The attributes of a plugin's class, and the fixtures of its tests."""
 
-    provider: Any = None
+    provider: Any
     """The plugin object: a module or an instance. A property can make a new one for each test."""
     cassettes: ClassVar[Path | str | None] = None
     """The folder of the recordings; None for a provider without a server."""
@@ -67,8 +113,12 @@ class Adoption:
     """The settings to connect with, such as `host`."""
     model: str | None = None
     """The model to ask; by default the provider's own."""
+    models: Mapping[str, str] = {}
+    """Other models, by the feature that only they have: `{"embed": "tiny-embed"}`."""
     adapter: Adapter | None = None
     """An adapter that fits the model, if the provider loads adapters."""
+    live: str | None = None
+    """The server to record from, if its address is not that in `settings`."""
     suite: ClassVar[str] = __version__
     """The release of Graftage whose suite the plugin passes: a newer test that fails is a warning."""
     deviations: ClassVar[Mapping[str, str]] = {}
@@ -122,33 +172,35 @@ class Adoption:
         """A function that returns an open client of the provider; its methods block with both clients."""
 
         def connect(provider: Any = None, **settings: Any) -> Any:
-            given = {"model": self.model, **self.settings, **settings}
+            given = {"model": self.model, **self.settings, "plugins": [Shelf(self.adapter)], **settings}
             return both.opened(provider or self.provider, env_prefix=PREFIX, **given)
 
         return connect
 
     @pytest.fixture
-    def transport(self, request: pytest.FixtureRequest, both: Both) -> Iterator[Cassette | None]:
+    def transport(self, request: pytest.FixtureRequest, both: Both) -> Iterator[Recording | None]:
         """The test's cassette; None for a provider without a server."""
         if self.cassettes is None:
             if self._uses_http():
-                not_applicable("it needs a recording, and there is no folder `cassettes`")
+                not_applicable(NO_RECORDING)
+            self.pause = 0.2
             yield None
             return
         recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
-        path = self._cassette(request.function.__name__)
-        cassette = Cassette(path, mode="record" if recording else "replay")
-        yield cassette
-        if recording and len(cassette):
-            cassette.save()
+        found = Recording(self._cassette(request.function.__name__), record=recording, live=self.live)
+        self.pause = 0.2 if recording else 0.0
+        failures = request.session.testsfailed
+        yield found
+        if request.session.testsfailed == failures:
+            found.save()
 
     @pytest.fixture
-    def llm(self, connect: Callable[..., Any], transport: Cassette | None) -> Any:
+    def llm(self, connect: Callable[..., Any], transport: Recording | None) -> Any:
         """A client on the test's cassette."""
         return connect(transport=transport)
 
     @pytest.fixture
-    def spy(self, connect: Callable[..., Any], transport: Cassette | None) -> tuple[Any, Spy]:
+    def spy(self, connect: Callable[..., Any], transport: Recording | None) -> tuple[Any, Spy]:
         """The same client, and what its provider's hooks were asked and gave."""
         spy = Spy(self.provider)
         return connect(spy, transport=transport), spy
@@ -164,9 +216,9 @@ class Adoption:
     @pytest.fixture
     def reply(self, server: StandIn) -> Answer:
         """The recorded answer to a chat, which the stand-in gives."""
-        if not server.answers:
-            not_applicable("it needs a recording of a chat")
-        return list(server.answers.values())[-1]
+        if server.chat is None:
+            not_applicable(NO_RECORDING)
+        return server.chat
 
     @pytest.fixture
     def steady(self, request: pytest.FixtureRequest, connect: Callable[..., Any]) -> Any:
@@ -176,6 +228,17 @@ class Adoption:
         server: StandIn = request.getfixturevalue("server")
         request.getfixturevalue("reply")
         return connect(transport=Redirect(server.url))
+
+    @pytest.fixture
+    def ask(self, connect: Callable[..., Any], server: StandIn) -> Callable[..., Any]:
+        """A function that asks the stand-in for a chat, with settings of the client."""
+
+        def ask(*, stream: bool = False, **settings: Any) -> Any:
+            llm = connect(transport=Redirect(server.url), **settings)
+            asked = llm.chat(PROMPT, stream=stream, **self.short(llm))
+            return list(asked) if stream else asked
+
+        return ask
 
     @pytest.fixture
     def quiet(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -197,24 +260,30 @@ class Adoption:
 
     # --- Helpers ---------------------------------------------------------------------------------------------------
 
+    pause = 0.0
+    """Seconds to wait for a server between two looks at it; none on replay."""
+
     def short(self, llm: Any) -> dict[str, Any]:
         """Arguments for a short reply that is the same each time, as far as the provider declares them."""
         able = llm.capabilities()
         options = {name: value for name, value in {"temperature": 0, "seed": 7}.items() if name in able.options}
         return {"options": options} | ({"max_tokens": 24} if "max_tokens" in (able.parameters or ()) else {})
 
-    def needs(self, llm: Any, *features: str) -> None:
-        """Skip the test if the provider does not declare a feature."""
-        for each in features:
-            if each not in llm.capabilities().features:
-                not_offered(each)
+    def model_with(self, llm: Any, feature: str) -> str:
+        """Return the model for a feature; skip the test if the provider does not declare it."""
+        if feature not in llm.capabilities().features:
+            not_offered(feature)
+        return self.models.get(feature) or str(llm.model)
 
     def _cassette(self, test: str) -> Path:
         return Path(self.cassettes or "") / f"{test}.yaml"
 
-    def _recorded(self) -> dict[tuple[str, str], Answer]:
-        path = self._cassette(CHAT)
-        return served(from_yaml(path)[1]) if self.cassettes is not None and path.exists() else {}
+    def _recorded(self) -> list[tuple[Seen, Answer]]:
+        """Return the requests and answers of the recorded chats."""
+        if self.cassettes is None:
+            return []
+        paths = [self._cassette(test) for test in RECORDED_CHATS]
+        return [pair for path in paths if path.exists() for pair in served(from_yaml(path)[1])]
 
     def _uses_http(self) -> bool:
         """Whether a chat passes through the transport."""
@@ -233,8 +302,8 @@ class Adoption:
                 llm.chat("Hi")
             both.close()
             facts = {**_identity(self.provider), "features": sorted(features)}
-            kind._looked = {"facts": facts, "http": bool(probe.requests)}
-        return kind._looked
+            kind._looked = {"facts": facts, "http": bool(probe.requests)}  # noqa: SLF001 - of this class
+        return kind._looked  # noqa: SLF001
 
     _looked: ClassVar[dict[str, Any]]
 

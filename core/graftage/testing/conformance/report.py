@@ -58,7 +58,7 @@ class Report:
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take in one phase of a test."""
-        facts: dict[str, Any] = dict(report.user_properties).get(_NAME, {})
+        facts = dict(dict(report.user_properties).get(_NAME, {}))
         if not facts or (report.passed and report.when != "call"):
             return
         test = facts.pop("test")

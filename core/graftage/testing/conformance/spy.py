@@ -39,6 +39,8 @@ class Spy:
     def __init__(self, provider: Any) -> None:
         self.name = plugin_name(provider)
         self.seen: list[Seen] = []
+        self.hooks: set[str] = set()
+        """The hooks of its connection."""
         self._provider = provider
         if hasattr(provider, "settings_model"):
             self.settings_model = provider.settings_model
@@ -52,6 +54,7 @@ class Spy:
         """Return the connection with each hook wrapped."""
         connection = self._provider.connect(request)
         hooks = check_hooks(connection, "connection")
+        self.hooks.update(hooks)
         attributes = {name: getattr(connection, name) for name in ATTRIBUTES if hasattr(connection, name)}
         wrapped = {
             name: self._around(name, getattr(connection, name), takes=takes)
@@ -63,8 +66,13 @@ class Spy:
 
     def _around(self, name: str, hook: Any, *, takes: bool) -> Callable[[Any], Any]:
         def begin(request: object) -> tuple[Seen, Any]:
-            self.seen.append(Seen(name, request))
-            return self.seen[-1], hook(request) if takes else hook()
+            note = Seen(name, request)
+            self.seen.append(note)
+            try:
+                return note, hook(request) if takes else hook()
+            except BaseException as error:
+                note.error = error
+                raise
 
         wrap = {
             (True, True): _async_stream,
@@ -120,10 +128,7 @@ def _async_once(begin: Any, times: int) -> Callable[[Any], Any]:
 def _once(begin: Any, times: int) -> Callable[[Any], Any]:
     def once(request: Any) -> Any:
         for _ in range(times):
-            try:
-                note, result = begin(request)
-            except BaseException:
-                raise
+            note, result = begin(request)
             note.items.append(result)
         return note.items[-1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from graftage.exceptions import ConnectionFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Self
 
     from graftage.http import Clock, Request, Response, Transport
 
-__all__ = ["Answer", "Probe", "Redirect", "Seen", "StandIn", "dead_address"]
+__all__ = ["PATIENCE", "Answer", "Probe", "Redirect", "Seen", "StandIn", "dead_address", "served"]
 
-PATIENCE: Final = 5.0
+PATIENCE: Final = 2.0
 """Seconds for which a stalled answer waits for its client to leave. Then the test fails, and does not hang."""
 
 
@@ -34,12 +33,19 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
     ending: Literal["end", "cut", "stall"] = "end"
     """After the pieces: a proper end, a closed connection, or silence until the client leaves."""
-    head: bool = True
-    """Whether to send a head at all, before the silence."""
+    silent: bool = False
+    """Send nothing at all, not even a head."""
 
-    def but(self, **changes: Any) -> Answer:
-        """Return the same answer with changes."""
-        return replace(self, **changes)
+    @property
+    def is_stream(self) -> bool:
+        """Whether the body has several lines, of which the first ones are the begin of a reply."""
+        return b"".join(self.pieces).count(b"\n") > 2
+
+    def begun(self, ending: Literal["end", "cut", "stall"]) -> Answer:
+        """Return the first half of this answer, cut after a line, with an ending."""
+        body = b"".join(self.pieces)
+        first = body[: body.rfind(b"\n", 0, len(body) // 2) + 1] or body[: len(body) // 2]
+        return replace(self, pieces=(first,), ending=ending)
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,13 @@ class Seen:
 
 
 class StandIn:
-    """The server. `answers` maps a method and a target to an answer; other requests get `otherwise`."""
+    """The server. It answers as recorded: to an equal request, else to the last one of that method and target."""
 
-    def __init__(self, answers: Mapping[tuple[str, str], Answer] | None = None, otherwise: Answer = Answer()) -> None:
-        self.answers = dict(answers or {})
-        self.otherwise = otherwise
-        self.queue: deque[Answer] = deque()
-        """Answers for the next requests, before all others."""
+    def __init__(self, recorded: Iterable[tuple[Seen, Answer]] = ()) -> None:
+        self._exact = {(each.method, each.target, each.body): answer for each, answer in recorded}
+        self._by_target = {key[:2]: answer for key, answer in self._exact.items()}
+        self._chat = next(reversed(self._by_target), ("", ""))
+        self._otherwise = Answer((b"{}",))
         self.requests: list[Seen] = []
         self.stalled = threading.Event()
         """Set when an answer has begun to stall."""
@@ -68,6 +74,7 @@ class StandIn:
         handler = type("Handler", (_Handler,), {"stand_in": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign] # clients may leave
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
@@ -79,12 +86,32 @@ class StandIn:
         self._server.shutdown()
         self._server.server_close()
 
+    @property
+    def chat(self) -> Answer | None:
+        """The recorded answer to a chat, which is the last of the recorded ones."""
+        return self._by_target.get(self._chat)
+
+    @property
+    def chats(self) -> list[bytes]:
+        """The bodies of all requests for a chat."""
+        return [each.body for each in self.requests if (each.method, each.target) == self._chat]
+
+    def answer_chats(self, answer: Answer) -> None:
+        """Answer every chat with this."""
+        self._exact.clear()
+        self._by_target[self._chat] = answer
+
+    def answer_all(self, answer: Answer) -> None:
+        """Answer every request with this."""
+        self._exact.clear()
+        self._by_target.clear()
+        self._otherwise = answer
+
     def answer_to(self, seen: Seen) -> Answer:
         """Note a request, and return the answer to it."""
         self.requests.append(seen)
-        if self.queue:
-            return self.queue.popleft()
-        return self.answers.get((seen.method, seen.target), self.otherwise)
+        target = seen.method, seen.target
+        return self._exact.get((*target, seen.body)) or self._by_target.get(target, self._otherwise)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,13 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
         named = {name.lower(): value for name, value in self.headers.items()}
         answer = self.stand_in.answer_to(Seen(self.command, self.path, named, body))
         with suppress(OSError):
-            if answer.head:
+            if not answer.silent:
                 self._send(answer)
             if answer.ending == "stall":
                 self._stall()
         self.close_connection = self.close_connection or answer.ending != "end"
 
-    do_GET = do_DELETE = do_HEAD = do_PUT = do_POST
+    do_GET = do_DELETE = do_HEAD = do_PUT = do_POST  # noqa: N815 - the names of the base class
 
     def _send(self, answer: Answer) -> None:
         self.send_response(answer.status)
@@ -184,10 +211,9 @@ def dead_address() -> str:
         return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
-def served(recorded: Iterable[Any]) -> dict[tuple[str, str], Answer]:
-    """Return the answers of a cassette, by method and target; the last one of each."""
-    found = {}
+def served(recorded: Iterable[Any]) -> Iterator[tuple[Seen, Answer]]:
+    """Yield the requests of a cassette with their answers."""
     for each in recorded:
         headers = {name: values[0] for name, values in each.headers.items()}
-        found[each.method, each.target] = Answer(tuple(each.chunks), each.status, headers)
-    return found
+        seen = Seen(each.method, each.target, {}, each.request_body)
+        yield seen, Answer(tuple(each.chunks), each.status, headers)

@@ -7,7 +7,7 @@ from graftage.calls import ChatRequest, ModelsRequest
 from graftage.exceptions import ModelNotFound
 from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.settings import Settings
-from graftage.types import Chunk, Message, ModelInfo
+from graftage.types import Capabilities, Chunk, Message, ModelInfo
 
 graftage_contract = 1
 MODELS = ("small", "large")
@@ -41,6 +41,11 @@ class Connection:
         for text in reply(request.messages, self._times):
             yield Chunk(text=text)
         yield Chunk(finish_reason="stop")
+
+    @hookimpl
+    def capabilities(self) -> Capabilities:
+        """Return what it can do besides its hooks: nothing, so the core warns of `max_tokens` and the like."""
+        return Capabilities(features=frozenset(), parameters=frozenset())
 
     @hookimpl
     def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
