@@ -92,11 +92,11 @@ def recorded(
     path: Path, fake: FakeOllama, *answers: Answer, mode: str = "sync", query: str = "", **more: Any
 ) -> Exchange:
     fake.script("/api/chat", *answers)
-    with Cassette(path, mode="record", server="Ollama 0.9.3") as cassette:
+    with Cassette(path, mode="all", server="Ollama 0.9.3") as cassette:
         return exchange(mode, cassette, f"{fake.url}/api/chat{query}", **more)
 
 
-ELSEWHERE = "http://nowhere.invalid:1"
+ELSEWHERE = "http://localhost:1"
 STREAM = Answer([{"n": 1}, {"n": 2, "text": "grüß 🌱"}, b'{"n":', b"3}\n"])
 
 

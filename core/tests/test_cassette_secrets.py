@@ -142,7 +142,7 @@ class TestSecretsAreNotWritten:
         path = tmp_path / "a.yaml"
         key = {"x-api-key": "opaque-1"}
         fake.script("/api/chat", Answer([{"text": "opaque-1"}]))
-        cassette = Cassette(path, mode="record")
+        cassette = Cassette(path, mode="all")
         exchange("sync", cassette, f"{fake.url}/api/chat")
         with pytest.raises(ConnectionFailed):
             exchange("sync", cassette, "http://127.0.0.1:1/", headers=key)

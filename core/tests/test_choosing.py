@@ -890,7 +890,7 @@ class TestChainSettings:
 
     def test_other_settings_reach_every_member(self, both: Any, monkeypatch: Any, tmp_path: Path) -> None:
         monkeypatch.setenv("GRAFTAGE_ATTEMPTS", "1")
-        transport = Cassette(tmp_path / "none.yaml", mode="record")
+        transport = Cassette(tmp_path / "none.yaml", mode="all")
         members = [Echo(), Guarding()]
         both.opened(members, model=MODEL, transport=transport, keep_alive="5m")
         for member in members:

@@ -106,7 +106,7 @@ def cassette(
     """
     recording = request.config.getoption("--graftage-record") and "async" not in _ids(request.node)
     path = claim_cassette(cassette_root / _name(request.node))
-    cassette = Cassette(path, mode="record" if recording else "replay", server=cassette_server)
+    cassette = Cassette(path, mode="all" if recording else "none", server=cassette_server)
     yield cassette
     passed = request.node.stash.get(_passed, False)
     if recording and passed:

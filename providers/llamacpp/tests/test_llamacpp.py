@@ -429,7 +429,7 @@ class TestCancellation:
 
 def test_recording_has_no_key_or_port(both: Any, small_store: Path, tmp_path: Path) -> None:
     path = tmp_path / "chat.yaml"
-    tape = Cassette(path, mode="record")
+    tape = Cassette(path, mode="all")
     llm = both.connect("llamacpp", context_window=512, transport=tape)
     recorded = llm.chat(FRANCE, max_tokens=8, options=SURE)
     (engine,) = _engine.engines()

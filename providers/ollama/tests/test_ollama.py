@@ -44,7 +44,7 @@ from graftage.types import Verdict
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from suite import Both
 
@@ -78,13 +78,16 @@ def cassette_server(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
-def connect(both: Both, cassette: Cassette) -> Iterator[Callable[..., Any]]:
+def connect(both: Both, cassette: Cassette) -> Callable[..., Any]:
     """Make sync or async clients that replay or record the test's cassette."""
-    yield lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
-    for each in cassette._interactions if cassette.mode == "record" else ():
-        if each.target == "/api/show":
-            # The path may contain a user name.
-            each.chunks[:] = [re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", b"".join(each.chunks))]
+    cassette.before_record_response = without_folder
+    return lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
+
+
+def without_folder(response: dict[str, Any]) -> dict[str, Any]:
+    """Hide where the server keeps its models: the path may contain a user name."""
+    body = response["body"]["string"]
+    return {**response, "body": {"string": re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", body)}}
 
 
 @pytest.fixture
@@ -151,7 +154,7 @@ class TestChat:
     def test_options_and_keep_alive_are_sent(self, llm: Any, cassette: Cassette) -> None:
         options = {**CALM, "top_k": 5, "top_p": 0.9, "repeat_penalty": 1.1, "stop": ["#"]}
         llm.chat("Hi", options=options, max_tokens=2, context_window=512, keep_alive="10m")
-        body = json.loads(cassette._interactions[0].request_body)
+        body = json.loads(cassette.interactions[0].request.body)
         assert body["options"] == {**options, "num_ctx": 512, "num_predict": 2}
         assert body["keep_alive"] == 600
         (loaded,) = (each for each in llm.loaded() if each.name == MODEL)
@@ -397,7 +400,7 @@ class TestModels:
         llm.load()
         assert MODEL in [each.name for each in llm.loaded()]
         llm.unload()
-        if cassette.mode == "record":
+        if cassette.records:
             time.sleep(3)  # The runner ends a moment later.
         assert MODEL not in [each.name for each in llm.loaded()]
 
@@ -460,7 +463,7 @@ def lora(path: Path, rows: int) -> Path:
 class TestAdapters:
     def test_adapter_answers_until_switched_off(self, connect: Callable[..., Any], cassette: Cassette) -> None:
         adapter = Ready(AHOY)
-        if cassette.mode == "record":
+        if cassette.records:
             adapter.send()
         llm = connect(plugins=[adapter])
         question = "What is the capital of Italy?"
@@ -483,7 +486,9 @@ class TestAdapters:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))
         llm = connect(plugins=[adapter])
         assert llm.use_adapter("ready").strategy == "native"
-        asked = [f"{each.method} {each.target.rpartition('/')[0]}" for each in cassette._interactions]
+        asked = [
+            f"{each.method} {each.target.rpartition('/')[0]}" for each in (one.request for one in cassette.interactions)
+        ]
         assert asked.count("POST /api/blobs") == 1
         assert len(llm.prune_adapters()) == 1, "check before deleting: the server may have others"
         assert len(llm.prune_adapters(dry_run=False)) == 1

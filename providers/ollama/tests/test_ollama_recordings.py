@@ -47,7 +47,7 @@ class Answering:
     colour = None
 
     def __init__(self, *paths: Path) -> None:
-        self.interactions = [interaction for path in paths for interaction in Cassette(path)._interactions]
+        self.interactions = [interaction for path in paths for interaction in Cassette(path).interactions]
         self.requests: list[Request] = []
 
     def wrap(self, network: Callable[[], Transport]) -> Answering:
