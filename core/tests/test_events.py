@@ -576,7 +576,7 @@ class TestNoPromptLeaks:
     def test_policy_sees_only_the_length(self, both: Any) -> None:
         class Nosy:
             name = "nosy"
-            asked: list[Any] = []  # noqa: RUF012 - one policy, one list
+            asked: list[Any] = []
 
             @hookimpl
             def resource_limits(self, query: Any) -> Limits:
