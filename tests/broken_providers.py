@@ -21,7 +21,14 @@ from typing import Any, ClassVar
 from test_conformance_outside import TestEcho, TestOpenai, reply, template
 
 from graftage.calls import Call
-from graftage.exceptions import GraftageError, InferenceFailed, ModelNotFound, Overloaded, StreamInterrupted
+from graftage.exceptions import (
+    GraftageError,
+    InferenceFailed,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    StreamInterrupted,
+)
 from graftage.hookspecs import hookimpl
 from graftage.settings import PluginSettings
 from graftage.testing import Echo
@@ -46,8 +53,9 @@ wire = template("openai")
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Keep, for each broken provider, only the test that must catch it."""
+    """Keep, for each broken provider, only the test that must catch it, with one client."""
     items[:] = [each for each in items if CAUGHT.get(each.cls.__name__, ("", ""))[1] == each.originalname]
+    items[:] = [each for each in items if "async" not in each.name or "cancelled" in each.name]
 
 
 class Plugin:
@@ -175,7 +183,7 @@ class Locks(EchoConnection):
     @hookimpl
     def chat(self, request: Any) -> Iterator[Chunk]:  # type: ignore[override]
         with self.lock:
-            yield Chunk(text="Hi")
+            yield from [Chunk(text="Hi")] * 5000
             yield Chunk(finish_reason="stop")
 
 
@@ -320,8 +328,16 @@ class NeverCloses(Wire):
 
 
 @breaks("closing it must stop the work", "test_cancelled_call_is_seen_at_the_server")
-class IgnoresCancel(NeverCloses):
-    pass
+class IgnoresCancel(Wire):
+    needs_event_loop = True
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        unowned = replace(request, call=replace(request.call, opened={}))
+        chunks = super().chat(unowned)
+        Kept.responses.append(chunks)
+        while (chunk := await asyncio.shield(asyncio.ensure_future(anext(chunks, None)))) is not None:
+            yield chunk
 
 
 @breaks("Only the last chunk has a `finish_reason`", "test_only_the_last_chunk_has_a_reason")
@@ -446,28 +462,23 @@ class ForgetsWait(Wire):
             raise Overloaded("Busy.") from error
 
 
-class Trusting(Wire):
-    """Believes what it reads."""
-
-    @hookimpl
-    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-        body = wire.chat_body(request)
-        async for event in self._http.events("POST", "/chat/completions", body, call=request.call):
-            choice = event.json()["choices"][0]
-            yield Chunk(text=choice["delta"].get("content") or "", finish_reason=choice.get("finish_reason"))
-
-
 @breaks("the core wraps any other error", "test_errors_are_those_of_the_contract")
-class TrustsServer(Trusting):
-    pass
-
-
-@breaks("the core wraps any other error", "test_other_answers_are_protocol_errors")
 class TrustsShape(Wire):
     @hookimpl
     async def chat(self, request: Any) -> AsyncIterator[Chunk]:
         answer = await self._http.json("POST", "/chat/completions", wire.chat_body(request), call=request.call)
         yield Chunk(text=answer["choices"][0]["text"], finish_reason="stop")
+
+
+@breaks("ProviderError: the class that fits best.", "test_other_answers_are_protocol_errors")
+class SwallowsNonsense(Wire):
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        with suppress(ProtocolError):
+            async for chunk in super().chat(request):
+                yield chunk
+            return
+        yield Chunk(text="What?", finish_reason="stop")
 
 
 @breaks("ProviderError: the class that fits best.", "test_dead_port_fails_within_a_second")
@@ -582,7 +593,7 @@ class ReversedVectors(EchoConnection):
 class Estimates(EchoConnection):
     @hookimpl
     async def count_tokens(self, request: Any) -> int:
-        return sum(len(each.content) for each in request.messages) // 4
+        return sum(len(each.content) for each in request.messages) // 3
 
 
 @breaks("the server counts only the part that fits", "test_overlong_conversation_is_not_counted")
@@ -830,17 +841,13 @@ class KeyInBody(Wire):
 @breaks("closes the toolkit's HTTP clients even without this hook", "test_closed_client_ends_its_calls")
 class OutlivesClient(Wire):
     @hookimpl
-    def chat(self, request: Any) -> Iterator[Chunk]:
-        for number in itertools.count():
-            time.sleep(0.05)
-            yield Chunk(text=str(number))
-
-
-@breaks("raises `CapabilityUnsupported` before anything is sent", "test_missing_operations_are_refused_unsent")
-class LiesAboutVectors(EchoConnection):
-    @hookimpl
-    def capabilities(self) -> Capabilities:
-        return Capabilities(features=frozenset({"tools"}))
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        while time.monotonic() < request.call.deadline:
+            with suppress(GraftageError):
+                async for chunk in super().chat(request):
+                    yield chunk
+                return
+            await request.call.sleep(0.3)
 
 
 @breaks("Called for each chat", "test_tool_calls_can_be_read")

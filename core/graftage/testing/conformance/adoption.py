@@ -23,7 +23,7 @@ from graftage.testing.both import Both
 from graftage.testing.cassettes import Cassette
 from graftage.testing.conformance import report
 from graftage.testing.conformance.spy import Spy
-from graftage.testing.conformance.standin import Answer, Probe, Redirect, Seen, StandIn, served
+from graftage.testing.conformance.standin import PATIENCE, Answer, Probe, Redirect, Seen, StandIn, served
 from graftage.testing.files import from_yaml
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ class Adoption:
                 given = {"model": self.model, **self.settings, "transport": probe}
                 llm = both.connect(self.provider, env_prefix=PREFIX, **given)
                 features = llm.capabilities().features
-                llm.chat("Hi")
+                llm.chat("Hi", timeout=PATIENCE)
             both.close()
             facts = {**_identity(self.provider), "features": sorted(features)}
             kind._looked = {"facts": facts, "http": bool(probe.requests)}  # noqa: SLF001 - of this class

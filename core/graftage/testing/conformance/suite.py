@@ -561,7 +561,7 @@ class ProviderSuite(Adoption):
         If it fails: give `request.call` to the toolkit, or keep its `timeouts` yourself.
         """
         server.answer_all(Answer(ending="stall", silent=True))
-        self._times_out("first_token", lambda: ask(timeouts=Timeouts(first_token=0.2)))
+        self._times_out("first_token", lambda: ask(attempts=1, timeouts=Timeouts(first_token=0.2)))
 
     def test_stalled_stream_times_out(self, ask: Ask, server: StandIn, reply: Answer) -> None:
         """A stream that stops in the middle costs `timeouts.idle`.
@@ -570,7 +570,7 @@ class ProviderSuite(Adoption):
         """
         server.answer_chats(reply.begun("stall"))
         phase = "idle" if reply.is_stream else "first_token"
-        self._times_out(phase, lambda: ask(stream=True, timeouts=Timeouts(first_token=0.5, idle=0.2)))
+        self._times_out(phase, lambda: ask(stream=True, attempts=1, timeouts=Timeouts(first_token=0.5, idle=0.2)))
 
     def test_deadline_of_a_call_is_kept(self, ask: Ask, server: StandIn) -> None:
         """A call ends at `request.call.deadline`, whatever it waits for.
@@ -578,7 +578,7 @@ class ProviderSuite(Adoption):
         If it fails: as for the silent server.
         """
         server.answer_all(Answer(ending="stall", silent=True))
-        self._times_out("total", lambda: ask(timeouts=Timeouts(total=0.2)))
+        self._times_out("total", lambda: ask(attempts=1, timeouts=Timeouts(total=0.2)))
 
     def _times_out(self, phase: str, call: Callable[[], Any]) -> None:
         with pytest.raises(ProviderTimeout) as caught:
@@ -621,7 +621,7 @@ class ProviderSuite(Adoption):
         """
         llm = connect(transport=Redirect(server.url))
         server.answer_chats(reply.begun("stall"))
-        call = both.start(llm.chat, PROMPT)
+        call = both.start(llm.chat, PROMPT, timeout=2 * PATIENCE)
         assert server.stalled.wait(PATIENCE)
         llm.close()
         assert isinstance(call.exception(PATIENCE), GraftageError)
