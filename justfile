@@ -22,7 +22,7 @@ types:
 
 # Record cassettes again, from the server that GRAFTAGE_LIVE_OLLAMA names: all, or for example `-k capital`.
 record *arguments:
-    python -m pytest providers/ollama/tests/test_ollama.py --graftage-record {{arguments}}
+    python -m pytest providers/ollama/tests/test_ollama.py --record-mode=rewrite {{arguments}}
 
 # Measure Graftage and Ollama's own client, and how the cost grows; `--peers` measures other frameworks, too.
 bench *arguments:

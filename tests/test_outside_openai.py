@@ -2,7 +2,7 @@
 
 Record them again, from any server that has `smollm2:135m`:
 
-    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest tests/test_outside_openai.py --graftage-record
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest tests/test_outside_openai.py --record-mode=rewrite
 """
 
 from __future__ import annotations
@@ -84,13 +84,12 @@ def wire() -> Any:
 
 
 @pytest.fixture
-def cassette_server(request: pytest.FixtureRequest) -> str | None:
-    if not request.config.getoption("--graftage-record"):
-        return None
+def cassette_facts() -> dict[str, str]:
+    """What the server says about itself; the model with tools is made there."""
     if not LIVE:
         pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
     create_tool_model(LIVE)
-    return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
+    return {"server": f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"}
 
 
 @pytest.fixture

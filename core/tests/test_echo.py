@@ -28,10 +28,12 @@ from graftage.calls import (
 from graftage.exceptions import ConnectionFailed, ModelNotFound, ProviderTimeout, StreamInterrupted
 from graftage.hookspecs import CONNECTION_SPECS, PROVIDER_SPECS, ConnectRequest
 from graftage.testing import Echo, Pause
-from graftage.types import Chunk, Message, ModelInfo, Timeouts
+from graftage.types import Chunk, Message, ModelInfo, Reply, Timeouts, ToolCall, Usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
+
+    from suite import Both
 
 CALL = Call()
 HOOKS = [name for spec in CONNECTION_SPECS for name in vars(spec) if hasattr(vars(spec)[name], "graftage_spec")]
@@ -122,6 +124,23 @@ class TestEcho:
         answers = [ask(mode, hooks, "chat", chat_request("hi")) for _ in range(4)]
         assert ["".join(chunk.text for chunk in answer) for answer in answers] == ["Hello!", "x", "HI", "hi"]
         assert answers[1] == chunks
+
+    def test_reply_as_a_step_is_played(self, both: Both) -> None:
+        call = ToolCall(name="look", arguments={"city": "Rome"}, id="1")
+        whole = Reply(text="I look.", thinking="Hm", tool_calls=(call,), usage=Usage(input_tokens=9))
+        with both.connect(Echo([whole, Reply(text="cut", finish_reason="length")]), model="m") as llm:
+            first, second = llm.chat("Weather?"), llm.chat("And?")
+        assert (first.text, first.thinking, first.tool_calls) == ("I look.", "Hm", (call,))
+        assert (first.finish_reason, first.usage.input_tokens) == ("tool_calls", 9)
+        assert (second.text, second.finish_reason, second.usage.output_tokens) == ("cut", "length", 1)
+
+    def test_tool_call_as_a_step_is_called(self, both: Both) -> None:
+        call = ToolCall(name="look", arguments={}, id="1")
+        with both.connect(Echo([call, "Sunny."]), model="m") as llm:
+            first = llm.chat("Weather?")
+            result = {"role": "tool", "content": "sun", "tool_call_id": "1"}
+            assert (first.tool_calls, first.text) == ((call,), "")
+            assert llm.chat(["Weather?", first, result]).text == "Sunny."
 
     @modes
     def test_exception_as_a_step_is_raised(self, mode: str) -> None:

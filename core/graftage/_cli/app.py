@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 import graftage
-from graftage._cli import adapters, chat, doctor, embed, errors, generate, models, new, plugins, providers, show
+from graftage._cli import (
+    adapters,
+    cassettes,
+    chat,
+    doctor,
+    embed,
+    errors,
+    generate,
+    models,
+    new,
+    plugins,
+    providers,
+    show,
+)
 from graftage._cli.commands import Commands
 
 __all__ = ["app", "main"]
@@ -23,6 +36,7 @@ app.command("generate")(generate.generate)
 app.command("embed")(embed.embed)
 app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(cassettes.app, name="cassettes")
 app.command("providers")(providers.providers)
 app.command("plugins")(plugins.plugins)
 app.command("doctor")(doctor.doctor)

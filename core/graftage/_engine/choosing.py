@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from graftage._engine.arguments import check_model
 from graftage._engine.call import Translate, as_it_is
@@ -35,11 +36,37 @@ from graftage.types import ModelInfo, canonical_name
 
 AnySettings = TypeVar("AnySettings", bound=PluginSettings)
 
-__all__ = ["ConnectOptions", "Opening"]
+__all__ = ["ConnectOptions", "Opening", "StandIn", "standing_in"]
 
 AUTO = "auto"
 DERIVED = "graftage-"
 """How the names of models begin that were made of an adapter (see `hookspecs.LoadAdapter`)."""
+
+
+class StandIn(Protocol):
+    """What a test puts in the place of every provider, whichever the code under test names."""
+
+    def names(self, installed: Sequence[str]) -> Sequence[str]:
+        """Return the names of the providers that `auto` may take."""
+        ...
+
+    def provider(self, provider: str | object, find: Callable[[], Entry]) -> object:
+        """Return the provider to use for the one that was chosen, by name or as an object; `find` loads that one."""
+        ...
+
+
+_stand_ins: Final[list[StandIn]] = []
+"""The last one counts. One list for the process, because the code under test may connect in threads of its own."""
+
+
+@contextlib.contextmanager
+def standing_in(stand_in: StandIn) -> Iterator[None]:
+    """Put a stand-in in the place of each provider that is chosen meanwhile, in all threads."""
+    _stand_ins.append(stand_in)
+    try:
+        yield
+    finally:
+        _stand_ins.remove(stand_in)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +170,7 @@ class Opening:
         return (given[0] if len(given) == 1 else AUTO), None
 
     def _member(self, provider: Any, model: str | None, own: Mapping[str, Any] = MappingProxyType({})) -> _Member:
-        by_name = isinstance(provider, str)
-        entry = self._catalog.provider(provider) if by_name else self._catalog.given_provider(provider)
+        entry = self._entry(provider)
         settings = dict(own)
         own_model = settings.pop("model", None)
         if own_model is not None:
@@ -153,6 +179,11 @@ class Opening:
         for variable in loaded.ignored:
             log("WARNING", f"{variable} is ignored: neither `{entry.name}` nor another plugin has such a setting")
         return _Member(entry, model or own_model or self._default_model(), loaded)
+
+    def _entry(self, provider: Any) -> Entry:
+        by_name = isinstance(provider, str)
+        find = partial(self._catalog.provider if by_name else self._catalog.given_provider, provider)
+        return self._catalog.admit(_stand_ins[-1].provider(provider, find)) if _stand_ins else find()
 
     def _default_model(self) -> str | None:
         if self._options.model:
@@ -246,7 +277,8 @@ class Opening:
         """Return the providers that `auto` may choose, and the errors of those that gave no rank."""
         found: list[tuple[int, _Member]] = []
         wrong: dict[str, GraftageError] = {}
-        for name in self._catalog.names("provider", enabled=True):
+        installed = self._catalog.names("provider", enabled=True)
+        for name in _stand_ins[-1].names(installed) if _stand_ins else installed:
             try:
                 member = self._member(name, None)
                 rank = _rank(member)

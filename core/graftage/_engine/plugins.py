@@ -109,7 +109,7 @@ class Catalog:
         self._prefix = prefix
         disabled = environment.get(f"{prefix}_DISABLED_PLUGINS", "")
         self._disabled = {name.strip() for name in disabled.split(",") if name.strip()}
-        self._given = [self._admit_object(each) for each in {id(each): each for each in objects}.values()]
+        self._given = [self.admit(each) for each in {id(each): each for each in objects}.values()]
         taken = {(entry.kind, entry.name) for entry in self._given}
         found = [each for each in self._discover() if (each.kind, each.name) not in taken]
         # Damaged ones come last, so that another one of the same name is found first.
@@ -211,7 +211,8 @@ class Catalog:
             self._quarantine(entry, _load_error(entry, damage, REINSTALL))
         return entry
 
-    def _admit_object(self, plugin: object) -> Entry:
+    def admit(self, plugin: object) -> Entry:
+        """Return the entry of an object, checked; its `error` is set if it is broken."""
         kind: Kind = "provider" if is_provider(plugin) else "plugin"
         entry = Entry(name=plugin_name(plugin), kind=kind, plugin=plugin)
         self._inspect(entry)

@@ -36,7 +36,9 @@ from graftage.types import (
     PullProgress,
     Ranked,
     Ranking,
+    Reply,
     Timings,
+    ToolCall,
     Usage,
     canonical_name,
 )
@@ -80,7 +82,7 @@ class Pause:
 
 
 Item: TypeAlias = "Chunk | Exception | Pause"
-Answer: TypeAlias = "str | Exception | Sequence[Item]"
+Answer: TypeAlias = "str | ToolCall | Reply | Exception | Sequence[Item]"
 Step: TypeAlias = "Answer | Callable[[Any], Answer]"
 
 OPTIONS: Final = frozenset(
@@ -133,6 +135,8 @@ class Echo:
     Each step of the script answers one `chat` or `generate`:
 
     - a string: the reply, word by word, with its usage counted in words and the finish reason `stop`;
+    - a `ToolCall`: the model calls it;
+    - a `Reply`: its thinking, its text word by word, its tool calls; a `finish_reason` or `usage` in it is used;
     - an exception: raised when the hook is called;
     - a sequence of chunks, in which an exception is raised where it stands and a `Pause` holds the stream;
     - a function of the request that returns one of these.
@@ -233,9 +237,11 @@ class _EchoBase:
         answer = self._echo.next_step(request)
         if isinstance(answer, Exception):
             raise answer
+        if isinstance(answer, ToolCall):
+            answer = Reply(text="", tool_calls=(answer,))
         if isinstance(answer, str):
-            return _word_chunks(answer, request, model)
-        return iter(answer)
+            answer = Reply(text=answer)
+        return _chunks(answer, request, model) if isinstance(answer, Reply) else iter(answer)
 
     async def _play(self, request: ChatRequest | GenerateRequest, items: Iterator[Item]) -> AsyncGenerator[Chunk, None]:
         with self._running():
@@ -537,15 +543,20 @@ def _last_message(request: ChatRequest | GenerateRequest) -> str:
     return next((each.content for each in reversed(request.messages) if each.role == "user"), "")
 
 
-def _word_chunks(text: str, request: ChatRequest | GenerateRequest, model: str) -> Iterator[Chunk]:
+def _chunks(reply: Reply, request: ChatRequest | GenerateRequest, model: str) -> Iterator[Chunk]:
     """Yield a chunk for each word with its spaces, and a last one with the finish reason."""
-    words = re.findall(r"^\s+|\S+\s*", text)
+    words = re.findall(r"^\s+|\S+\s*", reply.text)
     allowed = words[: request.max_tokens]
+    counted = Usage(input_tokens=_count_words(request), output_tokens=len(allowed))
+    if reply.thinking:
+        yield Chunk(thinking=reply.thinking)
     for word in allowed:
         yield Chunk(text=word)
     yield Chunk(
-        finish_reason="stop" if len(allowed) == len(words) else "length",
-        usage=Usage(input_tokens=_count_words(request), output_tokens=len(allowed)),
+        tool_calls=reply.tool_calls,
+        logprobs=reply.logprobs,
+        finish_reason=reply.finish_reason or ("stop" if len(allowed) == len(words) else "length"),
+        usage=counted if reply.usage == Usage() else reply.usage,
         timings=Timings(total=0.0, load=0.0, prompt=0.0, generation=0.0),
         model=model,
         raw={"model": model, "done": True},

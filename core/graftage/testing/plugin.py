@@ -5,63 +5,113 @@
             assert llm.chat("Tell me a story").text
 
 Cassettes are `<root>/<test module>/<test name>.yaml`; a test that runs as `[sync]` and `[async]` has one for both.
-`--graftage-record` records them again. A cassette that no test uses fails a suite that passed as a whole.
+`@pytest.mark.cassette("name")` names another. On a class or module, its tests share that one and play it together.
+
+`--record-mode` has the modes of vcrpy, and `rewrite`, which starts from nothing. What a test records is written when it
+passes; a shared cassette, when all its tests have passed. A cassette that no test uses fails a suite that passed as a
+whole.
+
+`--block-network` and the mark `block_network` refuse all connections, also to this machine, but to `--allowed-hosts`
+and to what is recorded. If pytest-recording is installed, these options are its own, and its guard refuses what is
+recorded here: allow that host. Without autoload of plugins, name pytest-recording before this plugin.
 """
 
 from __future__ import annotations
 
-import ipaddress
+import hashlib
 import re
-import socket
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from graftage.testing.cassettes import Cassette
+from graftage.testing.cassettes import Cassette, CassetteError
+from graftage.testing.network import Guard, NetworkRefused, Opened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    from graftage.http import Transport
 
 __all__ = [
     "NetworkRefused",
     "cassette",
+    "cassette_facts",
+    "cassette_options",
     "cassette_root",
-    "cassette_server",
+    "cassettes",
     "claim_cassette",
     "free_waiting",
     "no_network",
+    "replay",
 ]
 
 _MODES: Final = {"sync", "async"}
 """Parts of a test's id that share one cassette."""
-_claims = pytest.StashKey[set[Path]]()
-_WORKER_REPORT = "graftage"
+_RECORD_MODES: Final = ("none", "once", "new_episodes", "all", "rewrite")
+_PEERS: Final = ("recording", "pytest_recording.plugin")
+"""Names under which pytest-recording may be registered: it has options of the same names."""
+_MAX_NAME: Final = 100
+"""Characters of a file's name, without its hash and `.yaml`."""
+_UNSAFE: Final = re.compile(r"[^a-z0-9_.-]+", re.IGNORECASE)
+_WORKER_REPORT: Final = "graftage"
 """The key of what a worker of pytest-xdist sends to its controller."""
+_claims = pytest.StashKey[set[Path]]()
+_users = pytest.StashKey[dict[str, set[str]]]()
+"""The tests that have a cassette by default, by its name in lower case."""
+_recorded = pytest.StashKey[set[Path]]()
+_open = pytest.StashKey[dict[tuple[Path, tuple[str, ...]], Cassette]]()
+"""The open cassettes of a test, class or module: one for each file and kind of client."""
+_parts = pytest.StashKey[set[pytest.Item | pytest.Collector]]()
+"""What was found in a class or module that shares a cassette."""
 _orphans = pytest.StashKey[list[Path]]()
 _partial = pytest.StashKey[bool]()
 _passed = pytest.StashKey[bool]()
 
 
-class NetworkRefused(RuntimeError):
-    """A test used the network. Not an `OSError`, which a provider would report as a server that is down."""
-
-
 # --- Settings of the run ---------------------------------------------------------------------------------------------
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add one option and one setting."""
-    parser.getgroup("graftage").addoption(
-        "--graftage-record", action="store_true", help="Record the cassettes of the selected tests again."
-    )
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the setting, and the options if conftest files are being read: then all other plugins are here."""
     parser.addini("graftage_cassettes", "The folder that holds the cassettes.", default="cassettes")
+    known = getattr(pluginmanager.get_plugin("pytestconfig"), "known_args_namespace", None)
+    if getattr(known, "confcutdir", None) is not None:
+        _add_options(parser, pluginmanager)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser) -> None:
+    """Add the options of a plugin that was loaded before conftest files: now pytest-recording is there, if ever."""
+    _add_options(parser, early_config.pluginmanager)
+
+
+def _add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if any(map(pluginmanager.has_plugin, _PEERS)):
+        return
+    group = parser.getgroup("graftage")
+    group.addoption("--record-mode", choices=_RECORD_MODES, help="What cassettes record. Default: none.")
+    group.addoption(
+        "--block-network", action="store_true", help="Refuse connections, but to allowed hosts and to what is recorded."
+    )
+    group.addoption(
+        "--allowed-hosts", metavar="REGEXES", help="Hosts that are not blocked: regular expressions with commas."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
-    config.addinivalue_line("markers", "cassette(name): play this cassette; a name with `/` is below the root.")
+    """Register the markers."""
+    for line in (
+        "cassette(name, **options): play this one, which a class or module shares; a name with `/` is below the root.",
+        "block_network(allowed_hosts=[...]): refuse connections, but to these hosts and to what is recorded.",
+        "allowed_hosts(regexes): hosts that `--block-network` allows.",
+    ):
+        config.addinivalue_line("markers", line)
     config.stash[_claims] = set()
+    config.stash[_users] = {}
+    config.stash[_recorded] = set()
 
 
 # --- Cassettes -------------------------------------------------------------------------------------------------------
@@ -74,9 +124,15 @@ def cassette_root(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def cassette_server() -> str | None:
-    """The server's name and version, kept in recordings: override it if you know them."""
-    return None
+def cassette_options() -> Mapping[str, Any]:
+    """Arguments for `Cassette`, such as `match_on`: override it. `mode` is used if there is no `--record-mode`."""
+    return {}
+
+
+@pytest.fixture
+def cassette_facts() -> Mapping[str, str]:
+    """What is kept in recordings: `server`, `model` and `digest`. Override it; only a recording asks for it."""
+    return {}
 
 
 @pytest.fixture
@@ -92,37 +148,132 @@ def claim_cassette(request: pytest.FixtureRequest, cassette_root: Path) -> Calla
 
 
 @pytest.fixture
-def cassette(
+def cassettes(
     request: pytest.FixtureRequest,
     cassette_root: Path,
-    cassette_server: str | None,
+    cassette_options: Mapping[str, Any],
     claim_cassette: Callable[[str | Path], Path],
-) -> Iterator[Cassette]:
-    """The test's cassette, to be given as `transport`.
+) -> Iterator[Callable[[str], Cassette]]:
+    """A function that opens a further cassette of the test: `cassettes("other_server")`.
 
     Fails the test if a request was not recorded, even if the provider swallowed that error, or if a response was not
-    played. With `--graftage-record` it records instead, and replaces the file only if the test passes; of a test that
-    runs both sync and async, the sync one records and the async one replays.
+    played.
     """
-    recording = request.config.getoption("--graftage-record") and "async" not in _ids(request.node)
-    path = claim_cassette(cassette_root / _name(request.node))
-    cassette = Cassette(path, mode="all" if recording else "none", server=cassette_server)
-    yield cassette
-    passed = request.node.stash.get(_passed, False)
-    if recording and passed:
+    item = request.node
+    used: list[tuple[Cassette, int]] = []
+
+    def open_cassette(name: str = "") -> Cassette:
+        path = claim_cassette(_in_module(item, name) if name else _name(item))
+        owner = item if name else _owner(item)
+        opened = owner.stash.setdefault(_open, {})
+        key = path, _kind(item)
+        if key not in opened:
+            if not name and cassette_root == _root(request.config):
+                _refuse_clash(item, path)
+            mark = item.get_closest_marker("cassette")
+            options = {**cassette_options, **(mark.kwargs if mark and not name else {})}
+            opened[key] = _begin(request, path, options)
+            owner.addfinalizer(partial(_finish, owner, key))
+        used.append((opened[key], len(opened[key].misses)))
+        return opened[key]
+
+    yield open_cassette
+    if misses := [miss for cassette, before in used for miss in cassette.misses[before:]]:
+        pytest.fail("\n".join(map(str, dict.fromkeys(misses))), pytrace=False)
+
+
+@pytest.fixture
+def cassette(cassettes: Callable[[], Cassette]) -> Cassette:
+    """The test's cassette, to be given as `transport`.
+
+    Of several tests that have the same file, the first one to pass records, and the others replay.
+    """
+    return cassettes()
+
+
+@pytest.fixture
+def replay(cassette: Cassette) -> Iterator[Cassette]:
+    """Record or replay, on the test's cassette, whatever the code under test connects to by itself.
+
+    Nothing is given to that code, and no network is used: calls are replayed, not HTTP. It holds in all threads, for
+    clients that are connected during the test.
+    """
+    from graftage.testing.replay import replaying  # Imported only if it is used
+
+    with replaying(cassette):
+        yield cassette
+
+
+class _Cassette(Cassette):
+    """A cassette whose recording opens its hosts in a blocked network."""
+
+    def wrap(self, network: Callable[[], Transport]) -> Transport:
+        return super().wrap(lambda: Opened(network()))
+
+
+def _begin(request: pytest.FixtureRequest, path: Path, options: dict[str, Any]) -> Cassette:
+    mode = request.config.getoption("record_mode", None) or options.pop("mode", "none")
+    if mode in ("all", "rewrite"):
+        mode = "none" if path in request.config.stash[_recorded] else "all"
+    may_record = mode != "none" and not (mode == "once" and path.exists())
+    facts = request.getfixturevalue("cassette_facts") if may_record else {}
+    with _plain_errors():
+        return _Cassette(path, **{**facts, **options, "mode": mode})
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show the errors of cassettes without a traceback, which would say nothing about the test."""
+    try:
+        yield
+    except CassetteError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+
+
+def _finish(owner: pytest.Item | pytest.Collector, key: tuple[Path, tuple[str, ...]]) -> None:
+    """Write the recording of tests that passed, or check that they played everything."""
+    cassette = owner.stash[_open].pop(key)
+    path, kind = key
+    if not _has_passed(owner, kind):
+        if cassette.records and not isinstance(owner, pytest.Item):
+            pytest.fail(f"{path} was not written: not every test of `{owner.name}` passed here.", pytrace=False)
+        return
+    with _plain_errors():
         cassette.save()
-    if cassette.misses:
-        pytest.fail("\n".join(map(str, cassette.misses)), pytrace=False)
-    if passed and cassette.unplayed:
+    if cassette.records:
+        owner.config.stash[_recorded].add(path)
+    if cassette.unplayed:
         pytest.fail(f"{path} was not fully played: {', '.join(cassette.unplayed)}.", pytrace=False)
+
+
+def _has_passed(owner: pytest.Item | pytest.Collector, kind: tuple[str, ...]) -> bool:
+    """Return whether a test passed, or all tests of a class or module that share its cassette.
+
+    They do not if only a part of them was chosen, or if pytest-xdist gave some to another process.
+    """
+    parts = [owner] if isinstance(owner, pytest.Item) else owner.stash.get(_parts, set())
+    return all(
+        part.stash.get(_passed, False)
+        for part in parts
+        if not isinstance(part, pytest.Item) or (_kind(part) == kind and _uses_cassette(part) and _owner(part) is owner)
+    )
+
+
+def _refuse_clash(item: pytest.Item, path: Path) -> None:
+    """Fail a test whose cassette is, by its name, that of another test, too."""
+    if len(users := item.config.stash[_users].get(_name(item).lower(), ())) > 1:
+        names = " and of ".join(f"`{each}`" for each in sorted(users))
+        pytest.fail(f"{path} would be the cassette of {names}. Name another with the mark `cassette`.", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Note whether the test passed, for the teardown of fixtures."""
+    """Note whether the test passed, for the teardown of fixtures; the claims of a skipped one are unknown."""
     report = yield
     if call.when == "call":
         item.stash[_passed] = report.passed
+    if report.skipped and {"cassettes", "claim_cassette"} & set(getattr(item, "fixturenames", ())):
+        item.config.stash[_partial] = True
     return report
 
 
@@ -135,32 +286,73 @@ def _ids(item: pytest.Item) -> list[str]:
     return callspec.id.split("-") if callspec else []
 
 
+def _kind(item: pytest.Item) -> tuple[str, ...]:
+    """Return the parts of a test's id that its cassette is shared by."""
+    return tuple(each for each in _ids(item) if each in _MODES)
+
+
+def _uses_cassette(item: pytest.Item) -> bool:
+    return "cassette" in getattr(item, "fixturenames", ())
+
+
+def _owner(item: pytest.Item) -> pytest.Item | pytest.Collector:
+    """Return the class or module whose mark names the cassette, or else the test."""
+    node = next((node for node, _ in item.iter_markers_with_node("cassette")), item)
+    return node if isinstance(node, (pytest.Class, pytest.Module)) else item
+
+
 def _name(item: pytest.Item) -> str:
-    """The cassette's path below the root."""
-    if marker := item.get_closest_marker("cassette"):
-        name = str(marker.args[0])
-        return f"{name}.yaml" if "/" in name else f"{item.path.stem}/{name}.yaml"
-    plain = [getattr(item, "originalname", item.name), *(each for each in _ids(item) if each not in _MODES)]
-    name = re.sub(r"[^\w.-]+", "_", "-".join(plain))
-    return f"{item.path.stem}/{name}.yaml"
+    """Return the cassette's path below the root."""
+    if mark := item.get_closest_marker("cassette"):
+        if len(mark.args) != 1:
+            raise pytest.UsageError(f"The mark `cassette` of {item.nodeid} must have one name.")
+        return _in_module(item, str(mark.args[0]))
+    return f"{item.path.stem}/{_safe(_test(item))}.yaml"
 
 
-# --- Unused cassettes ----------------------------------------------------------------------------------------------
+def _in_module(item: pytest.Item, name: str) -> str:
+    return f"{name}.yaml" if "/" in name else f"{item.path.stem}/{name}.yaml"
+
+
+def _test(item: pytest.Item) -> str:
+    """Return the name of a test, which is the same for both clients."""
+    return "-".join([getattr(item, "originalname", item.name), *(each for each in _ids(item) if each not in _MODES)])
+
+
+def _safe(name: str) -> str:
+    """Return a name for a file. A hash tells apart what is equal on some systems."""
+    safe = _UNSAFE.sub("_", name)[:_MAX_NAME]
+    if safe == name.lower():
+        return safe
+    return f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# --- Unused cassettes ------------------------------------------------------------------------------------------------
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Claim the cassettes of all collected tests, also of those that are skipped here."""
     for item in session.items:
-        if "cassette" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cassette"):
-            session.config.stash[_claims].add(_root(session.config) / _name(item))
+        marked = item.get_closest_marker("cassette")
+        if not marked and not _uses_cassette(item):
+            continue
+        name = _name(item)
+        session.config.stash[_claims].add(_root(session.config) / name)
+        if not marked and item.parent:
+            session.config.stash[_users].setdefault(name.lower(), set()).add(f"{item.parent.nodeid}::{_test(item)}")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
-    """Note that a module was skipped: its tests are unknown."""
+    """Note that a module was skipped, whose tests are unknown, and what is in a class or module."""
     report = yield
     if report.skipped:
         collector.config.stash[_partial] = True
+    for owner in collector.listchain():
+        if any(mark.name == "cassette" for mark in owner.own_markers):
+            parts = owner.stash.setdefault(_parts, set())
+            parts.discard(collector)
+            parts.update(report.result or ())
     return report
 
 
@@ -233,46 +425,38 @@ def free_waiting() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow connections and look-ups to this machine only; others raise `NetworkRefused`.
+def no_network() -> Iterator[None]:
+    """Allow connections and look-ups to this machine only, and to what is recorded; others raise `NetworkRefused`.
 
     Other processes, and code that does not use Python's `socket`, are not restricted.
     """
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, _guard(getattr(socket.socket, name), address_of=_host_of_last))
-    for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
-        monkeypatch.setattr(socket, name, _guard(getattr(socket, name), address_of=_host_of_first))
+    guard = Guard("The fixture `no_network`", "Does the test need it? Then do not use that fixture.", loopback=True)
+    with guard.installed():
+        yield
 
 
-def _guard(real: Callable[..., Any], *, address_of: Callable[..., object]) -> Callable[..., Any]:
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        host = address_of(*args, **kwargs)
-        if not _is_local(host):
-            raise NetworkRefused(f"The fixture `no_network` refused a connection to {host!r}.")
-        return real(*args, **kwargs)
-
-    return guarded
-
-
-def _host_of_last(*args: Any, **_kwargs: Any) -> object:
-    """Return the host of `sock.connect(address)` or `sock.sendto(data[, flags], address)`."""
-    address = args[-1]
-    return address[0] if isinstance(address, tuple) else None
-
-
-def _host_of_first(host: object = None, *_args: Any, **_kwargs: Any) -> object:
-    """Return the host of `getaddrinfo(host, port)`."""
-    return host
+@pytest.fixture(autouse=True)
+def _block_network(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Refuse connections if an option or a mark asks for it; tests marked `vcr` are left to pytest-recording."""
+    mark = request.node.get_closest_marker("block_network")
+    wanted = mark or request.config.getoption("block_network", default=False)
+    if not wanted or request.node.get_closest_marker("vcr"):
+        yield
+        return
+    if mark and (mark.args or mark.kwargs.keys() - {"allowed_hosts"}):
+        raise pytest.UsageError("The mark `block_network` has no argument but `allowed_hosts=[...]`.")
+    patterns = _allowed_hosts(request.node)
+    way_out = "Name it in `--allowed-hosts`, or in the mark `allowed_hosts`."
+    with Guard("A blocked network", way_out, loopback=False, patterns=patterns).installed():
+        yield
 
 
-def _is_local(host: object) -> bool:
-    """Return whether a host is this machine; a missing host is, as for Unix sockets."""
-    name = host.decode("ascii", "replace") if isinstance(host, bytes) else host
-    if not name or name == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(str(name))
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
+def _allowed_hosts(item: pytest.Item) -> list[str]:
+    """Return the patterns of the closest mark, or else those of the option."""
+    for mark in item.iter_markers():
+        if mark.name == "allowed_hosts":
+            return [pattern for each in mark.args for pattern in ([each] if isinstance(each, str) else each)]
+        if mark.name == "block_network" and "allowed_hosts" in mark.kwargs:
+            return list(mark.kwargs["allowed_hosts"])
+    option = str(item.config.getoption("allowed_hosts", default=None) or "")
+    return [each for each in option.split(",") if each]

@@ -2,9 +2,9 @@
 
 Record them again from any server that has `smollm2:135m`:
 
-    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --graftage-record
+    GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434 pytest providers/ollama/tests/test_ollama.py --record-mode=rewrite
 
-With the variable set, and without `--graftage-record`, the tests marked `live` run against that server.
+With the variable set, and without `--record-mode=rewrite`, the tests marked `live` run against that server.
 """
 
 from __future__ import annotations
@@ -62,32 +62,36 @@ PNG = bytes.fromhex(
 
 
 @pytest.fixture(scope="session")
-def server() -> str:
-    """Return the live server's name and version."""
-    return f"Ollama {httpx.get(f'{LIVE}/api/version', trust_env=False).json()['version']}"
+def recorded_facts() -> dict[str, str]:
+    """Return what the live server says about itself."""
+    if not LIVE:
+        pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
+    with httpx.Client(base_url=LIVE, trust_env=False) as client:
+        models = {each["name"]: each for each in client.get("/api/tags").json()["models"]}
+        version = client.get("/api/version").json()["version"]
+    return {"server": f"Ollama {version}", "model": MODEL, "digest": models[MODEL]["digest"]}
 
 
 @pytest.fixture
-def cassette_server(request: pytest.FixtureRequest) -> str | None:
-    if not request.config.getoption("--graftage-record"):
-        return None
-    if not LIVE:
-        pytest.fail("Name the server to record from in GRAFTAGE_LIVE_OLLAMA.", pytrace=False)
-    named: str = request.getfixturevalue("server")
-    return named
+def cassette_facts(recorded_facts: dict[str, str]) -> dict[str, str]:
+    return recorded_facts
+
+
+@pytest.fixture
+def cassette_options() -> dict[str, Any]:
+    return {"before_record_response": without_folders}
+
+
+def without_folders(response: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the paths of models, which may contain a user name."""
+    body = response["body"]
+    return {**response, "body": {"string": re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", body["string"])}}
 
 
 @pytest.fixture
 def connect(both: Both, cassette: Cassette) -> Callable[..., Any]:
     """Make sync or async clients that replay or record the test's cassette."""
-    cassette.before_record_response = without_folder
     return lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
-
-
-def without_folder(response: dict[str, Any]) -> dict[str, Any]:
-    """Hide where the server keeps its models: the path may contain a user name."""
-    body = response["body"]["string"]
-    return {**response, "body": {"string": re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", body)}}
 
 
 @pytest.fixture
@@ -486,9 +490,7 @@ class TestAdapters:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))
         llm = connect(plugins=[adapter])
         assert llm.use_adapter("ready").strategy == "native"
-        asked = [
-            f"{each.method} {each.target.rpartition('/')[0]}" for each in (one.request for one in cassette.interactions)
-        ]
+        asked = [f"{each.request.method} {each.request.target.rpartition('/')[0]}" for each in cassette.interactions]
         assert asked.count("POST /api/blobs") == 1
         assert len(llm.prune_adapters()) == 1, "check before deleting: the server may have others"
         assert len(llm.prune_adapters(dry_run=False)) == 1

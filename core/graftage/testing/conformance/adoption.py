@@ -24,7 +24,7 @@ from graftage.testing.cassettes import Cassette
 from graftage.testing.conformance import report
 from graftage.testing.conformance.spy import Spy
 from graftage.testing.conformance.standin import PATIENCE, Answer, Probe, Redirect, Seen, StandIn, served
-from graftage.testing.files import from_yaml
+from graftage.testing.files import CassetteFile
 
 if TYPE_CHECKING:
     from graftage.calls import ResolveRequest
@@ -82,15 +82,15 @@ class Recording:
     A test that is skipped needs none.
     """
 
-    def __init__(self, path: Path, *, record: bool, live: str | None) -> None:
+    def __init__(self, path: Path, *, mode: Any, live: str | None) -> None:
         self._path = path
-        self._record = record
+        self._mode = mode
         self._live = live
 
     @functools.cached_property
     def cassette(self) -> Cassette:
         """The cassette."""
-        return Cassette(self._path, mode="record" if self._record else "replay")
+        return Cassette(self._path, mode=self._mode)
 
     def wrap(self, network: Callable[[], Transport]) -> Transport:
         """Return a transport that replays, or that records the server `live`."""
@@ -98,7 +98,7 @@ class Recording:
 
     def save(self) -> None:
         """Write what was recorded, if anything was."""
-        if self._record and "cassette" in vars(self):
+        if self._mode != "none" and "cassette" in vars(self):
             self.cassette.save()
 
 
@@ -186,9 +186,11 @@ class Adoption:
             self.pause = 0.2
             yield None
             return
-        recording = bool(request.config.getoption("--graftage-record", default=False)) and both.mode == "sync"
-        found = Recording(self._cassette(request.function.__name__), record=recording, live=self.live)
-        self.pause = 0.2 if recording else 0.0
+        # The sync test records, and the async one replays that.
+        mode = request.config.getoption("record_mode", None) if both.mode == "sync" else None
+        path = self._cassette(request.function.__name__)
+        found = Recording(path, mode="all" if mode == "rewrite" else mode or "none", live=self.live)
+        self.pause = 0.2 if mode not in (None, "none") else 0.0
         failures = request.session.testsfailed
         yield found
         if request.session.testsfailed == failures:
@@ -283,7 +285,7 @@ class Adoption:
         if self.cassettes is None:
             return []
         paths = [self._cassette(test) for test in RECORDED_CHATS]
-        return [pair for path in paths if path.exists() for pair in served(from_yaml(path)[1])]
+        return [pair for path in paths if path.exists() for pair in served(CassetteFile.read(path))]
 
     def _uses_http(self) -> bool:
         """Whether a chat passes through the transport."""

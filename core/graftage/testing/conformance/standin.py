@@ -215,5 +215,5 @@ def served(recorded: Iterable[Any]) -> Iterator[tuple[Seen, Answer]]:
     """Yield the requests of a cassette with their answers."""
     for each in recorded:
         headers = {name: values[0] for name, values in each.headers.items()}
-        seen = Seen(each.method, each.target, {}, each.request_body)
+        seen = Seen(each.request.method, each.request.target, {}, each.request.body)
         yield seen, Answer(tuple(each.chunks), each.status, headers)
