@@ -70,3 +70,4 @@ class TestOpenai(ProviderSuite):
     model = "smollm2:135m"
     models = {"tools": TOOL_MODEL}
     live = os.environ.get("GRAFTAGE_LIVE_OLLAMA") or None
+    recording = {"server": "Ollama 0.9.3"}

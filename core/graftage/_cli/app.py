@@ -38,7 +38,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(cassettes.app, name="cassettes")
 app.command("providers")(providers.providers)
-app.command("plugins")(plugins.plugins)
+app.add_typer(plugins.app, name="plugins")
 app.command("doctor")(doctor.doctor)
 app.add_typer(new.app, name="new")
 

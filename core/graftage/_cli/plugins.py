@@ -1,9 +1,15 @@
-"""`graftage plugins`: the installed plugins and their states."""
+"""`graftage plugins`: the installed plugins and their states, and a check of a provider."""
 
-from typing import TYPE_CHECKING, Any
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from graftage._cli import options, show
-from graftage._cli.errors import describe
+from graftage._cli.errors import Misuse, describe
 from graftage._values import broken_entry_points
 
 if TYPE_CHECKING:
@@ -11,11 +17,16 @@ if TYPE_CHECKING:
 
     from graftage._engine.plugins import Entry
 
-__all__ = ["plugin_data", "plugins", "print_plugins"]
+__all__ = ["app", "plugin_data", "print_plugins"]
+
+app = typer.Typer(rich_markup_mode=None)
 
 
-def plugins(as_json: options.AsJson = False) -> None:
+@app.callback(invoke_without_command=True)
+def plugins(context: typer.Context, as_json: options.AsJson = False) -> None:
     """List providers and plugins, and show why one is not used."""
+    if context.invoked_subcommand:
+        return
     from graftage._engine.plugins import Catalog
 
     entries = Catalog().inspect_all()
@@ -25,6 +36,28 @@ def plugins(as_json: options.AsJson = False) -> None:
         show.print_json([plugin_data(each) for each in entries])
     else:
         print_plugins(entries)
+
+
+@app.command("check")
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The provider.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="The model to ask.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write a report as JSON.")] = None,
+) -> None:
+    """Test a provider against the contract, as far as that needs no recording."""
+    from graftage._engine.plugins import Catalog
+
+    Catalog().provider(name)
+    try:
+        from graftage.testing.conformance import checked
+    except ImportError as error:
+        hint = "Install it with `pip install 'graftage[testing]'`."
+        raise Misuse(f"The check needs {error.name or 'pytest'}.", hint=hint) from error
+    command = [sys.executable, "-m", "pytest", checked.__file__, *checked.OPTIONS]
+    command += [f"--graftage-report={report.absolute()}"] if report else []
+    # Another process, since the tests replace what this one uses, such as sockets.
+    variables = {checked.NAME: name, checked.MODEL: model or "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    raise typer.Exit(subprocess.run(command, env={**os.environ, **variables}, check=False).returncode)  # noqa: S603
 
 
 def print_plugins(entries: "Sequence[Entry]") -> None:

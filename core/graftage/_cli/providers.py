@@ -1,10 +1,12 @@
 """`graftage providers`: compares the installed providers."""
 
+import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -22,6 +24,8 @@ TIMEOUT = 10.0
 """Seconds for each provider; all are asked at the same time."""
 GRACE = 1.0
 """Seconds until a provider that exceeds its limit is left out."""
+REPORT = "graftage-report.json"
+MAX_REPORT = 1024 * 1024
 SHOWN_MODELS = 5
 """Models named in the table."""
 
@@ -40,6 +44,8 @@ class Finding:
     server_version: str | None = None
     models: list[str] | None = None
     features: list[str] | None = None
+    tests: str | None = None
+    """What became of the tests of the contract, by the report in its package."""
     problems: list[str] = field(default_factory=list)
     """What went wrong, each with a hint."""
 
@@ -64,7 +70,13 @@ def providers(
 def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
     """Inspect all at the same time; a provider that exceeds its limit is left out."""
     found = [
-        Finding(name=entry.name, distribution=entry.distribution, version=entry.version, state=entry.state)
+        Finding(
+            name=entry.name,
+            distribution=entry.distribution,
+            version=entry.version,
+            state=entry.state,
+            tests=_tests(entry),
+        )
         for entry in entries
     ]
     # A daemon thread: a plugin that hangs must not keep the command from ending.
@@ -77,6 +89,22 @@ def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
         if thread.is_alive():
             each.problems.append(f"It did not answer within {timeout:g} s.")
     return [replace(each) for each in found]  # A copy, which late results cannot change.
+
+
+def _tests(entry: "Entry") -> str | None:
+    """Return how many tests of the contract had which outcome, from `graftage-report.json` in a distribution."""
+    dist = entry.entry_point.dist if entry.entry_point else None
+    try:
+        files = [each for each in dist.files or () if each.name == REPORT] if dist else []
+        providers = json.loads(files[0].locate().read_bytes()[:MAX_REPORT])["providers"] if files else []
+        report = next((each for each in providers if each["provider"] == entry.name), None)
+        return ", ".join(f"{count} {outcome}" for outcome, count in _outcomes(report)) if report else None
+    except Exception as error:  # noqa: BLE001 - a broken file of one distribution must not affect the others
+        return f"unknown: its report cannot be read ({type(error).__name__})"
+
+
+def _outcomes(report: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
+    return Counter(str(each["outcome"]) for each in report["tests"].values()).most_common()
 
 
 def _inspect(finding: Finding, timeout: float) -> None:
@@ -114,6 +142,7 @@ def _print(found: Sequence[Finding]) -> None:
     rows = [
         ("distribution", *(" ".join(filter(None, (each.distribution, each.version))) for each in found)),
         ("state", *(each.state for each in found)),
+        ("tests", *(each.tests for each in found)),
         ("health", *(each.health for each in found)),
         ("address", *(each.address for each in found)),
         ("version", *(each.server_version for each in found)),

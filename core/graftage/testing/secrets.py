@@ -158,7 +158,7 @@ _HARMLESS: Final = re.compile(
 )
 """Values that libraries set, under any name."""
 _HARMLESS_NAMED: Final = re.compile(
-    r"host: .*"
+    r"host: .*|user-agent: graftage"
     r"|user-agent: [A-Za-z][A-Za-z._-]*(?:/[A-Za-z][A-Za-z._-]*)?[/ ]v?\d[\d.]{0,12}(?:[.+-]?[a-z]{1,5}\d{0,4})?"
     r"(?: (?:\([\w.,:;/+ -]*\)|[A-Za-z][A-Za-z._-]*(?:/[\w.+-]{1,16})?))*"
     r"|x-stainless-[\w-]+: (?:[A-Za-z]+:?|[\d.]+|[A-Za-z]+[:-][\w.-]{1,15}|x\d\d|arm\d\d)"

@@ -3,13 +3,14 @@
 Record them again, from any server that has `smollm2:135m`:
 
     export GRAFTAGE_LIVE_OLLAMA=http://127.0.0.1:11434
-    pytest providers/ollama/tests/test_ollama_conformance.py --graftage-record
+    pytest providers/ollama/tests/test_ollama_conformance.py --record-mode=all
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -56,7 +57,16 @@ class TestOllama(ProviderSuite):
     @pytest.fixture(autouse=True)
     def _prepared(self, request: pytest.FixtureRequest) -> None:
         """Send the server what recordings need, so that no cassette contains it."""
-        if LIVE and request.config.getoption("--graftage-record"):
+        if LIVE and request.config.getoption("record_mode"):
             create_tool_model(LIVE)
             data = self.adapter.file.read_bytes()
-            httpx.post(f"{LIVE}/api/blobs/{self.adapter.digest}", content=data, trust_env=False).raise_for_status()
+            with httpx.Client(base_url=LIVE, trust_env=False) as client:
+                client.post(f"/api/blobs/{self.adapter.digest}", content=data).raise_for_status()
+                server = f"Ollama {client.get('/api/version').json()['version']}"
+            self.recording = {"server": server, "before_record_response": without_folders}
+
+
+def without_folders(response: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the paths of models, which may contain a user name."""
+    body = response["body"]
+    return {**response, "body": {"string": re.sub(rb"/[\w./-]*?/blobs/", b"/models/blobs/", body["string"])}}

@@ -24,7 +24,6 @@ from graftage.testing.cassettes import Cassette
 from graftage.testing.conformance import report
 from graftage.testing.conformance.spy import Spy
 from graftage.testing.conformance.standin import PATIENCE, Answer, Probe, Redirect, Seen, StandIn, served
-from graftage.testing.files import CassetteFile
 
 if TYPE_CHECKING:
     from graftage.calls import ResolveRequest
@@ -82,15 +81,15 @@ class Recording:
     A test that is skipped needs none.
     """
 
-    def __init__(self, path: Path, *, mode: Any, live: str | None) -> None:
+    def __init__(self, path: Path, *, live: str | None, **options: Any) -> None:
         self._path = path
-        self._mode = mode
         self._live = live
+        self._options = options
 
     @functools.cached_property
     def cassette(self) -> Cassette:
         """The cassette."""
-        return Cassette(self._path, mode=self._mode)
+        return Cassette(self._path, **self._options)
 
     def wrap(self, network: Callable[[], Transport]) -> Transport:
         """Return a transport that replays, or that records the server `live`."""
@@ -98,7 +97,7 @@ class Recording:
 
     def save(self) -> None:
         """Write what was recorded, if anything was."""
-        if self._mode != "none" and "cassette" in vars(self):
+        if "cassette" in vars(self):
             self.cassette.save()
 
 
@@ -119,6 +118,8 @@ class Adoption:
     """An adapter that fits the model, if the provider loads adapters."""
     live: str | None = None
     """The server to record from, if its address is not that in `settings`."""
+    recording: Mapping[str, Any] = {}
+    """Arguments of `Cassette` for recordings, such as `server`, `model`, `digest` and `before_record_response`."""
     suite: ClassVar[str] = __version__
     """The release of Graftage whose suite the plugin passes: a newer test that fails is a warning."""
     deviations: ClassVar[Mapping[str, str]] = {}
@@ -140,10 +141,13 @@ class Adoption:
                 raise TypeError(f"`deviations` names no test of the suite: {name}{f' (or {near[0]}?)' if near else ''}")
             if not isinstance(reason, str) or not reason.strip():
                 raise TypeError(f"the deviation `{name}` has no reason")
-            setattr(cls, name, _may_fail(tests[name], reason, strict=True))
         for name, test in tests.items():
-            if name not in cls.deviations and _release(getattr(test, "since", "0")) > _release(cls.suite):
-                setattr(cls, name, _may_fail(test, f"{report.NEW} {getattr(test, 'since', '')}", strict=False))
+            if reason := cls.deviations.get(name):
+                setattr(cls, name, _may_fail(test, reason, strict=True))
+            elif _release(getattr(test, "since", "0")) > _release(cls.suite):
+                setattr(cls, name, _may_fail(test, f"{report.NEW} {test.since}", strict=False))
+            else:
+                setattr(cls, name, test)
 
     # --- Fixtures --------------------------------------------------------------------------------------------------
 
@@ -186,11 +190,13 @@ class Adoption:
             self.pause = 0.2
             yield None
             return
-        # The sync test records, and the async one replays that.
-        mode = request.config.getoption("record_mode", None) if both.mode == "sync" else None
-        path = self._cassette(request.function.__name__)
-        found = Recording(path, mode="all" if mode == "rewrite" else mode or "none", live=self.live)
-        self.pause = 0.2 if mode not in (None, "none") else 0.0
+        mode = str(request.config.getoption("record_mode", None) or "none").replace("rewrite", "all")
+        records = mode != "none" and both.mode == "sync"  # The async client replays what the sync one records.
+        options = {**self.recording, "mode": mode} if records else {}
+        found = Recording(self._cassette(request.function.__name__), live=self.live, **options)
+        self.pause = 0.2 if records else 0.0
+        with suppress(pytest.FixtureLookupError):  # Our plugin for pytest is not enabled.
+            request.getfixturevalue("claim_cassette")(self._cassette(request.function.__name__))
         failures = request.session.testsfailed
         yield found
         if request.session.testsfailed == failures:
@@ -285,7 +291,7 @@ class Adoption:
         if self.cassettes is None:
             return []
         paths = [self._cassette(test) for test in RECORDED_CHATS]
-        return [pair for path in paths if path.exists() for pair in served(CassetteFile.read(path))]
+        return [pair for path in paths if path.exists() for pair in served(Cassette(path).interactions)]
 
     def _uses_http(self) -> bool:
         """Whether a chat passes through the transport."""

@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from graftage.exceptions import ConnectionFailed
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from graftage.http import Clock, Request, Response, Transport
+    from graftage.testing.interactions import Interaction
 
 __all__ = ["PATIENCE", "Answer", "Probe", "Redirect", "Seen", "StandIn", "dead_address", "served"]
 
@@ -211,9 +212,9 @@ def dead_address() -> str:
         return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
-def served(recorded: Iterable[Any]) -> Iterator[tuple[Seen, Answer]]:
+def served(recorded: Iterable[Interaction]) -> Iterator[tuple[Seen, Answer]]:
     """Yield the requests of a cassette with their answers."""
     for each in recorded:
-        headers = {name: values[0] for name, values in each.headers.items()}
+        headers = {name: values[0] for name, values in each.headers.items() if values}
         seen = Seen(each.request.method, each.request.target, {}, each.request.body)
-        yield seen, Answer(tuple(each.chunks), each.status, headers)
+        yield seen, Answer(each.chunks, each.status, headers)
