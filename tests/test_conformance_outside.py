@@ -65,7 +65,7 @@ class TestFunction(ProviderSuite):
 
 class TestOpenai(ProviderSuite):
     provider = template("openai")
-    cassettes = ROOT / "cassettes" / "test_conformance_outside"
+    cassettes = TEMPLATES / "openai" / "cassettes"
     settings = {"host": "http://127.0.0.1:11434/v1"}
     model = "smollm2:135m"
     models = {"tools": TOOL_MODEL}

@@ -140,3 +140,12 @@ with graftage.connect("openai-wire:smollm2:135m", transport=Cassette(sys.argv[1]
         )
         assert done.returncode != 0
         assert "Nothing listens at http://127.0.0.1:9." in done.stderr
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_passes_the_suite_as_written(written: Path, environment: dict[str, str], name: str) -> None:
+    done = run(
+        {**environment, "PYTEST_ADDOPTS": "-q -p no:cacheprovider"}, "-m", "pytest", str(written / f"graftage-{name}")
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

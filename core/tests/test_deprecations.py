@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import warnings
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 from sources import modules, tree
@@ -14,6 +16,7 @@ from graftage._engine.checking import check_hooks
 from graftage._records import dataclass
 from graftage._version import __version__
 from graftage.hookspecs import hookimpl, hookspec
+from graftage.testing import Cassette
 
 
 class OldHooks(Protocol):
@@ -61,6 +64,16 @@ def test_field_warns_where_it_is_read() -> None:
         assert Provider().answers(Request(name="Ada")) == "Ada"
     (warning,) = caught
     assert (warning.filename, warning.lineno) == (__file__, LINE + 2)
+
+
+@pytest.mark.parametrize(("old", "new"), [("record", "all"), ("replay", "none")])
+def test_argument_warns_where_it_is_passed(tmp_path: Path, old: Any, new: str) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("version: 1\ninteractions: []\n", encoding="utf-8")
+    expected = f'`mode="{old}"` is deprecated since Graftage 0.2, and will be removed in 0.4. Use `mode="{new}"`.'
+    with pytest.warns(DeprecationWarning, match=re.escape(expected)) as caught:
+        Cassette(path, mode=old)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_nothing_stays_after_its_time() -> None:

@@ -66,9 +66,9 @@ def print_plugins(entries: "Sequence[Entry]") -> None:
         show.line("No provider or plugin is installed. `pip install graftage-ollama` brings one.")
         return
     show.print_table(
-        ("name", "kind", "distribution", "version", "state", "hooks"),
+        ("name", "kind", "distribution", "version", "contract", "state", "hooks"),
         (
-            (each.name, each.kind, each.distribution, each.version, each.state, ", ".join(each.hooks))
+            (each.name, each.kind, each.distribution, each.version, each.contract, each.state, ", ".join(each.hooks))
             for each in entries
         ),
     )
@@ -84,6 +84,7 @@ def plugin_data(entry: "Entry") -> dict[str, Any]:
         "kind": entry.kind,
         "distribution": entry.distribution,
         "version": entry.version,
+        "contract": entry.contract,
         "hooks": list(entry.hooks),
         "state": entry.state,
         "why": _reason(entry),

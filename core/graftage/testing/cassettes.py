@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from graftage._deprecations import deprecation
 from graftage._version import __version__
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout, StreamInterrupted
 from graftage.testing.files import CassetteFile, pieces
@@ -111,7 +112,7 @@ class Cassette:
         """
         if mode in _OLD_MODES:
             new = _OLD_MODES[mode]
-            warnings.warn(f'`mode="{mode}"` is now `mode="{new}"`.', DeprecationWarning, stacklevel=2)
+            warnings.warn(deprecation(f'`mode="{mode}"`', since="0.2", instead=f'`mode="{new}"`'), stacklevel=2)
             mode = new  # type: ignore[assignment]
         if mode not in MODES:
             raise ValueError(f"`mode` must be {', '.join(f'`{each}`' for each in MODES)}, not {mode!r}")

@@ -25,12 +25,13 @@ def test_plugins_are_listed_with_their_source(shell: Shell) -> None:
         "kind": "provider",
         "distribution": "graftage-fake",
         "version": "1.0",
+        "contract": 1,
         "hooks": ["connect"],
         "state": "loaded",
         "why": None,
     }
     assert re.search(
-        r"^fake +provider +graftage-fake +1\.0 +loaded +connect *$", shell.run("plugins").out, re.MULTILINE
+        r"^fake +provider +graftage-fake +1\.0 +1 +loaded +connect *$", shell.run("plugins").out, re.MULTILINE
     )
 
 

@@ -12,3 +12,4 @@ class TestProvider(ProviderSuite):
     cassettes = Path(__file__).parent / "cassettes"
     settings = {"host": "http://127.0.0.1:11434/v1"}
     model = "smollm2:135m"
+    models = {"tools": "smollm2-tools:135m"}
