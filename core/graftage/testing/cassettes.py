@@ -57,9 +57,19 @@ __all__ = ["Cassette", "CassetteError", "CassetteMiss"]
 
 Mode: TypeAlias = Literal["none", "once", "new_episodes", "all"]
 MODES: Final = ("none", "once", "new_episodes", "all")
-_OLD_MODES: Final = {"replay": "none", "record": "all"}
+_OLD_MODES: Final[dict[str, Mode]] = {"replay": "none", "record": "all"}
 KEPT_REQUEST_HEADERS: Final = ("content-type",)
 KEPT_RESPONSE_HEADERS: Final = ("content-type", "retry-after", "content-encoding")
+
+
+def _current(mode: str) -> Mode:
+    if mode in _OLD_MODES:
+        new = _OLD_MODES[mode]
+        warnings.warn(deprecation(f'`mode="{mode}"`', since="0.2", instead=f'`mode="{new}"`'), stacklevel=3)
+        return new
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be {', '.join(f'`{each}`' for each in MODES)}, not {mode!r}")
+    return mode  # type: ignore[return-value] # it is one of them
 
 
 class Cassette:
@@ -68,6 +78,15 @@ class Cassette:
     Each recorded response is given once: equal requests get theirs in the order of the recording. The file is written
     when the block ends without an error. Faults are recorded as well, and raised again: a retry replays its attempts.
     A recorded timeout is raised at once. A response whose reader stopped early is replayed as a whole one.
+
+    The modes are those of vcrpy. `none` replays, and never opens a connection. `once` records if there is no file, and
+    else replays. `new_episodes` replays what the file holds, and adds the rest. `all` sends every request, and replaces
+    the file.
+
+    `match_on` takes vcrpy's names (`method`, `scheme`, `host`, `port`, `path`, `query`, `uri`, `headers`, `body`,
+    `raw_body`), `chat` (messages, tools and options by their meaning), and functions as for vcrpy: of the request and a
+    recorded one; False or an `AssertionError` means that they differ. Names of the loopback are one host. As part of
+    `host`, the port counts if the file has several of it.
     """
 
     def __init__(
@@ -89,16 +108,11 @@ class Cassette:
 
         Args:
             path: where the file is, or will be. A file whose name ends in `.json` is written as JSON.
-            mode: as vcrpy's. `none` replays, and never opens a connection. `once` records if there is no file, and
-                else replays. `new_episodes` replays what the file holds, and adds the rest. `all` sends every request,
-                and replaces the file.
+            mode: `none`, `once`, `new_episodes` or `all`, as above.
             server: the server and its version, such as `Ollama 0.9.3`, kept in the file.
             model: the model's name, kept in the file; by default what each request says.
             digest: the model's digest, kept in the file.
-            match_on: what must be equal: vcrpy's names (`method`, `scheme`, `host`, `port`, `path`, `query`, `uri`,
-                `headers`, `body`, `raw_body`), `chat` (messages, tools and options by their meaning), and functions as
-                for vcrpy: of the request and a recorded one; False or an `AssertionError` means that they differ.
-                Names of the loopback are one host. As part of `host`, the port counts if the file has several of it.
+            match_on: what must be equal in a request and a recorded one.
             normalise: changes the JSON of a body before it is compared. `graftage.testing.matching.blur` is one.
             keep_headers: headers of requests and responses that are kept, besides those about the content.
             allow: what may be in the file although it looks like a secret. It is kept in the file, with its reasons.
@@ -110,12 +124,7 @@ class Cassette:
             ValueError: the mode or a matcher is invalid.
             CassetteError: the file to replay is missing or malformed.
         """
-        if mode in _OLD_MODES:
-            new = _OLD_MODES[mode]
-            warnings.warn(deprecation(f'`mode="{mode}"`', since="0.2", instead=f'`mode="{new}"`'), stacklevel=2)
-            mode = new  # type: ignore[assignment]
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be {', '.join(f'`{each}`' for each in MODES)}, not {mode!r}")
+        mode = _current(mode)
         more = tuple(each.lower() for each in keep_headers)
         self.path = Path(path)
         self.mode: Final = mode
@@ -128,7 +137,6 @@ class Cassette:
         self._allow = tuple(allow)
         self.before_record_request = before_record_request
         self.before_record_response = before_record_response
-        self._file = CassetteFile()
         self._tracks: list[Track] = []
         self._sent: dict[str, str] = {}
         """The secrets that requests sent, each with the name of its header; they are never written."""
@@ -136,12 +144,14 @@ class Cassette:
         is_there = self.path.exists() if mode in ("once", "new_episodes") else mode == "none"
         self.records: Final = mode in ("new_episodes", "all") or not is_there
         """Whether requests may be sent."""
-        if is_there:
-            self._file = CassetteFile.read(self.path)
+        self._file = CassetteFile.read(self.path) if is_there else CassetteFile()
+        self._wait_for(len(self._file))
+
+    def _wait_for(self, count: int) -> None:
         self._matching.know(self._file.places)
-        self._unread = dict.fromkeys(range(len(self._file)))
+        self._unread = dict.fromkeys(range(count))
         """Places in the file that were not compared yet, in order."""
-        self._patience = 4 * len(self._file)
+        self._patience = 4 * count
         """How often such a place may still be passed over."""
         self._waiting: defaultdict[Key, list[int]] = defaultdict(list)
         """Heaps of places in the file that were not played."""

@@ -7,6 +7,8 @@ import hashlib
 import json
 from typing import Any, Final
 
+__all__ = ["to_chat"]
+
 _OPTIONS: Final = {
     "num_predict": "max_tokens",
     "max_completion_tokens": "max_tokens",

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
+__all__ = ["CassetteFile", "check_depth", "pieces", "to_plain"]
+
 MAX_BYTES: Final = 16 * 1024 * 1024
 """Larger files are refused before they are parsed, and bodies that become larger when they are decompressed."""
 NO_RESPONSE: Final = 502

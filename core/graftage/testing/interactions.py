@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from graftage.types import Phase
 
+__all__ = ["CassetteError", "CassetteMiss", "Fault", "Interaction", "Recorded", "RecordedRequest", "address_of"]
+
 
 class CassetteError(GraftageError):
     """A cassette cannot be read, or must not be written."""

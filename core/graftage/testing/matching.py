@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     Normaliser: TypeAlias = Callable[[Any], Any]
     Key: TypeAlias = tuple[object, ...]
 
+__all__ = ["Matching", "blur", "canonical", "difference", "flatten"]
+
 DEFAULT: Final = ("method", "host", "path", "query", "body")
 MATCHERS: Final = ("method", "scheme", "host", "port", "path", "query", "uri", "headers", "body", "raw_body", "chat")
 """The names of matchers: vcrpy's, and `chat`."""
