@@ -21,7 +21,7 @@ from graftage.testing.interactions import CassetteError
 from graftage.testing.shapes import in_address, is_placeholder, looks_random, shapes_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Container, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from graftage.http import Headers
@@ -77,15 +77,18 @@ def find_secrets(texts: Texts, sent: Mapping[str, str], allowed: Iterable[Allowe
         return
     hashes, places = {each.sha256 for each in allowed}, {each.place for each in allowed}
     forms = [(place, "\n".join(_decoded_forms(text))) for place, text in searched]
+    reported = set()
     for value, kind in found.items():
         encoded = _encoded_forms(value)
-        seen: set[str] = set()
+        seen: list[str] = []
         for place in (place for place, text in forms if any(each in text for each in encoded)):
             # A field comes before the text that holds it, and names the place better.
-            if not any(each.startswith(f"{place}, ") for each in seen):
-                seen.add(place)
-                if _hash(value) not in hashes and not _is_allowed(place, places):
-                    yield Found(place=place, kind=kind, sha256=_hash(value))
+            if any(each.startswith(f"{place}, ") for each in seen):
+                continue
+            seen.append(place)
+            if _hash(value) not in hashes and not _is_allowed(place, places) and (place, kind) not in reported:
+                reported.add((place, kind))
+                yield Found(place=place, kind=kind, sha256=_hash(value))
 
 
 def _values_in(text: str, sent: Mapping[str, str]) -> dict[str, str]:
@@ -277,8 +280,12 @@ def _strings(value: object, path: str) -> Iterator[tuple[str, str]]:
         for name, each in value.items():
             yield from _strings(each, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
+        words = [each for each in value if isinstance(each, str)]  # They may be a whole vocabulary.
+        if words and path:
+            yield path, "\n".join(words)
         for place, each in enumerate(value):
-            yield from _strings(each, f"{path}[{place}]")
+            if isinstance(each, dict | list):
+                yield from _strings(each, f"{path}[{place}]")
 
 
 def _label(place: str) -> str:
@@ -286,7 +293,7 @@ def _label(place: str) -> str:
     return place.rstrip("`0123456789[]").rpartition("`")[2].rpartition(".")[2]
 
 
-def _is_allowed(place: str, allowed: Iterable[str]) -> bool:
+def _is_allowed(place: str, allowed: Container[str | None]) -> bool:
     """Return whether a place is allowed, with or without the number of its interaction."""
     return place in allowed or place.removeprefix(place.partition(", ")[0] + ", ") in allowed
 
@@ -311,7 +318,7 @@ def _decoded_forms(text: str) -> Iterator[str]:
 
 def _out_of_base64(text: str) -> str:
     """Return the readable texts that are in a text in base64, which may begin anywhere in a run of its signs."""
-    found = []
+    found: list[str] = []
     for run in dict.fromkeys(_IN_BASE64.findall(text)):
         data = run.replace("-", "+").replace("_", "/").encode()
         for start in range(4):
