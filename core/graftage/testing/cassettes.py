@@ -124,10 +124,9 @@ class Cassette:
             ValueError: the mode or a matcher is invalid.
             CassetteError: the file to replay is missing or malformed.
         """
-        mode = _current(mode)
         more = tuple(each.lower() for each in keep_headers)
         self.path = Path(path)
-        self.mode: Final = mode
+        self.mode: Final = _current(mode)
         self.misses: list[CassetteError] = []
         """Requests that were not found, even if a provider swallowed the error."""
         self._given = Recorded(client=f"graftage {__version__}", server=server, model=model, digest=digest)
@@ -137,17 +136,17 @@ class Cassette:
         self._allow = tuple(allow)
         self.before_record_request = before_record_request
         self.before_record_response = before_record_response
+        self._lock = threading.Lock()
+        is_there = self.path.exists() if self.mode in ("once", "new_episodes") else self.mode == "none"
+        self.records: Final = self.mode in ("new_episodes", "all") or not is_there
+        """Whether requests may be sent."""
+        self._file = CassetteFile.read(self.path) if is_there else CassetteFile()
+        self._begin(len(self._file))
+
+    def _begin(self, count: int) -> None:
         self._tracks: list[Track] = []
         self._sent: dict[str, str] = {}
         """The secrets that requests sent, each with the name of its header; they are never written."""
-        self._lock = threading.Lock()
-        is_there = self.path.exists() if mode in ("once", "new_episodes") else mode == "none"
-        self.records: Final = mode in ("new_episodes", "all") or not is_there
-        """Whether requests may be sent."""
-        self._file = CassetteFile.read(self.path) if is_there else CassetteFile()
-        self._wait_for(len(self._file))
-
-    def _wait_for(self, count: int) -> None:
         self._matching.know(self._file.places)
         self._unread = dict.fromkeys(range(count))
         """Places in the file that were not compared yet, in order."""
