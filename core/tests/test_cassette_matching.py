@@ -237,6 +237,7 @@ class TestChat:
             {"model": "n"},
             {"messages": OPENAI["messages"][1:]},
             {"messages": [{"role": "user", "content": "Look"}]},
+            {"messages": [*OPENAI["messages"][:1], {"role": "user", "content": "Look"}, *OPENAI["messages"][2:]]},
             {"tools": [{"type": "function", "function": {"name": "g", "parameters": CITY}}]},
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]},
             {"temperature": 1},
@@ -304,6 +305,25 @@ class TestLargeFiles:
             given.setdefault(n // 2, []).extend(exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body=body)[1])
         assert given == {n: [b"%d" % (2 * n), b"%d" % (2 * n + 1)] for n in range(150)}
         assert (cassette.unplayed, len(cassette)) == ((), 300)
+
+    def test_own_normaliser_sees_every_body(self, large: Path) -> None:
+        cassette = Cassette(large, normalise=lambda body: {"prompt": body["prompt"][:11]})
+        assert exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body={"prompt": "Tale number of none"})[0] == 200
+
+    def test_first_of_equal_ones_comes_first(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.yaml"
+        bodies = [{"prompt": "alpha"}, {"prompt": "alpha", "created": "omega"}, {"prompt": "alpha omega"}]
+        path.write_bytes(
+            CassetteFile().with_more(
+                Interaction(request=asked(each), status=200, chunks=(b"%d" % n,)) for n, each in enumerate(bodies)
+            )
+        )
+        cassette = Cassette(path)
+        # To find the last, the first is passed over unread, but not the second, which has both words.
+        assert [
+            exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body=each)[1]
+            for each in (bodies[2], bodies[0], bodies[0])
+        ] == [[b"2"], [b"0"], [b"1"]]
 
     def test_parse_only_what_is_played(self, large: Path) -> None:
         file = CassetteFile.read(large)

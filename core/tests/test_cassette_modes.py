@@ -6,10 +6,12 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recording import ELSEWHERE, STREAM, exchange, modes, recorded
+from recording import CALL, ELSEWHERE, JSON, STREAM, exchange, modes, recorded, run
 
 import graftage
 from graftage.exceptions import ConnectionFailed, ProtocolError, ProviderError, ProviderTimeout, StreamInterrupted
+from graftage.http import Clock, Request
+from graftage.http._blocking import BlockingNetwork
 from graftage.testing import Cassette, CassetteMiss
 from graftage.testing.interactions import HeaderDict, RecordedRequest
 from graftage.types import Timeouts
@@ -126,6 +128,7 @@ class TestScrubbers:
             assert b"".join(exchange("sync", cassette, f"{fake.url}/api/chat")[1]) == b"this is mine"
             exchange("sync", cassette, f"{fake.url}/nowhere")
         assert [each.body for each in cassette.interactions] == [b"this is yours"]
+        assert [each._chunks for each in cassette._tracks] == [[], []]
         assert b"mine" not in path.read_bytes()
         assert exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat") == (200, [b"this is yours"])
 
@@ -220,6 +223,13 @@ class TestFaults:
         cassette = Cassette(path)
         assert (ask(cassette), cassette.unplayed) == (live, ())
         assert live[0] == "ok"
+
+    def test_no_response_is_no_empty_one(self, tmp_path: Path) -> None:
+        with Cassette(tmp_path / "a.yaml", mode="once") as cassette:
+            failing(cassette, refusing(), "sync")
+        request = Request(method="POST", url=f"{ELSEWHERE}/api/chat", headers=JSON, body=b'{"model":"m"}')
+        with pytest.raises(ConnectionFailed):
+            run("sync", Cassette(cassette.path).wrap(BlockingNetwork).send(request, Clock(CALL)))
 
     @modes
     def test_early_leave_replays_as_whole(self, tmp_path: Path, fake: FakeOllama, mode: str) -> None:

@@ -330,9 +330,8 @@ class Track:
         self._chunks: list[bytes] = []
         self._times: list[float] = []
         self._fault: Fault | None = None
-        self._ended = False
+        self._whole = self._done = False
         self._kept: Interaction | None = None
-        self._left_out = False
 
     def begin(self, status: int, reason: str = "", headers: Headers = ()) -> None:
         """Note the head of the response. The file has the order in which responses began."""
@@ -346,16 +345,23 @@ class Track:
         self._times.append(round(time.monotonic() - self._begun, 3))
 
     def end(self) -> None:
-        """Note that the body is whole. Without this or a fault, the reader has stopped."""
-        self._ended = True
+        """Note that the body is whole."""
+        self._whole = True
+        self.stop()
 
     def fail(self, error: BaseException) -> None:
         """Note how the exchange failed, if that is a fault of the server or the network."""
         self._fault = _fault_of(error, answered=bool(self._status))
         if self._fault is not None:
-            self._ended = True
+            self.stop()
             if not self._status:
                 self._keep()
+
+    def stop(self) -> None:
+        """Note that nothing more comes: the reader has enough, unless the body is whole or failed."""
+        if not self._done and self._request is not None:
+            self._kept, self._done = self.interaction, True
+            self._chunks.clear()  # What was scrubbed away is not kept either.
 
     def _keep(self) -> None:
         if self._request is not None:
@@ -364,10 +370,10 @@ class Track:
     @property
     def interaction(self) -> Interaction | None:
         """What was recorded; None if `before_record_response` leaves it out."""
-        if self._left_out or self._kept is not None:
+        if self._done:
             return self._kept
         assert self._request is not None  # noqa: S101 - else it would not be in the cassette
-        found = self._cassette.finish(
+        return self._cassette.finish(
             Interaction(
                 request=self._request,
                 status=self._status,
@@ -376,13 +382,9 @@ class Track:
                 chunks=tuple(self._chunks),
                 times=tuple(self._times),
                 fault=self._fault,
-                stopped=not self._ended,
+                stopped=not self._whole and self._fault is None,
             )
         )
-        if self._ended:
-            self._kept, self._left_out = found, found is None
-            self._chunks.clear()  # What was scrubbed away is not kept either.
-        return found
 
 
 def _replaced(interaction: Interaction, response: Mapping[str, Any]) -> Interaction:
@@ -508,6 +510,7 @@ class _Recording:
         return piece
 
     async def close(self) -> None:
+        self._track.stop()
         await self._inner.close()
 
 
