@@ -321,6 +321,7 @@ HARMLESS = [
     '{"prompt_cache_key": "conversation-of-the-team-17"}',
     '{"max_tokens": 16384, "eos_token": "<|end_of_text|>"}',
     "A password must have at least sixteen-characters-and-digits.",
+    "api_key = ReadTheKeyFromTheSettingsOfTheBuild()",
     "password: correct-horse-battery-staple",
     "The secret: Llama-3.2-1B-Instruct-Q4_K_M.gguf is small.",
     "api_key: ${SECRETS_OF_THE_BUILD_SERVER_V2}",
@@ -432,7 +433,7 @@ class TestEnvironment:
             ("AUTH", "service-account"),
             ("DB_PASSWORD", "postgres"),
             ("TOKEN_URL", "https://login.example.com/oauth2/token"),
-            ("DB_DSN", "postgres://user:password@localhost/app"),
+            ("DB_DSN", "postgres://user:password123@localhost/app"),
         ],
     )
     def test_harmless_variables(self, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
