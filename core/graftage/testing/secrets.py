@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     Texts: TypeAlias = Iterable[tuple[str, str]]
     """Places, such as `request body`, and their texts."""
 
+__all__ = ["Allowed", "Found", "find_secrets", "refuse_secrets", "secrets_of", "texts_of"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+__all__ = ["in_address", "is_placeholder", "looks_random", "shapes_in"]
+
 _PREFIXES: Final = {
     "a GitHub token": "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_",
     "a GitLab token": "glpat- gldt- glft- glsoat- glrt- glcbt- glptt- glimt- glagent- gloas- glffct- GR1348941",
