@@ -44,9 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="Run what takes too long for each change, too.")
 
 
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    # Many tests wait for time limits or for programs they start.
-    return (os.cpu_count() or 2) * 3 // 2
+    # Most tests wait more than they compute: for time limits, threads and programs.
+    return (os.cpu_count() or 1) * 2
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,8 +71,9 @@ def _is_for_the_night(item: pytest.Item) -> bool:
     return turn not in ids and len(others) < len(item.callspec.id)
 
 
-def pytest_collection_finish() -> None:
-    # Thousands of collected tests make each full garbage collection slow, and tests that look for leaks ask for many.
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    # Thousands of tests and what they leave make each full garbage collection slow, and tests for leaks ask for many.
     gc.collect()
     gc.freeze()
 

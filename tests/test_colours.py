@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from giving import Giving
+from patience import soon
 
 import graftage
 from graftage.exceptions import (
@@ -51,15 +52,6 @@ END = Chunk(finish_reason="stop")
 SHORT = Timeouts(connect=5.0, first_token=0.4, idle=0.4, total=1.5)
 PATIENCE = 20.0
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
-
-
-def soon(truth: Callable[[], Any]) -> bool:
-    """Check that something becomes true soon; collect garbage meanwhile."""
-    until = time.monotonic() + 5
-    while not truth() and time.monotonic() < until:
-        gc.collect()
-        time.sleep(0.005)
-    return bool(truth())
 
 
 def run(program: str, *arguments: str) -> str:

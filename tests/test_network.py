@@ -44,7 +44,8 @@ from network_servers import (
     secured,
     stalled_handshake,
 )
-from test_colours import MODEL, OnToolkit, needs_fork, run, soon
+from patience import soon
+from test_colours import MODEL, OnToolkit, needs_fork, run
 
 import graftage
 from graftage.exceptions import (
@@ -161,8 +162,8 @@ class TestHostNames:
         ended.set()
 
     @pytest.mark.parametrize("host", ["a..b", "x" * 70, "\u00fc..de", "\u00fc" * 70])
-    def test_invalid_name_is_a_failed_connection(self, both: Any, monkeypatch: Any, host: str) -> None:
-        monkeypatch.undo()  # These names are invalid, so there is no lookup.
+    def test_invalid_name_is_a_failed_connection(self, both: Any, no_network: Any, host: str) -> None:
+        no_network.open(host)  # The name is invalid, so there is no lookup.
         with pytest.raises(ConnectionFailed) as caught:
             both.connect(on(f"http://{host}"), model=MODEL, attempts=1).chat("x")
         assert caught.value.details["cause"] == "dns"

@@ -26,7 +26,8 @@ from network_servers import (
     saying,
     secured,
 )
-from test_colours import MODEL, soon
+from patience import soon
+from test_colours import MODEL
 
 from graftage.exceptions import (
     ConnectionFailed,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from giving import Giving
 from network_servers import OBJECT, SHORT, Server, Uploading, hang, needs_proc
-from test_colours import MODEL, soon
+from patience import soon
+from test_colours import MODEL
 
 from graftage.exceptions import (
     ProviderError,

@@ -425,14 +425,16 @@ def free_waiting() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_network() -> Iterator[None]:
+def no_network() -> Iterator[Guard]:
     """Allow connections and look-ups to this machine only, and to what is recorded; others raise `NetworkRefused`.
+
+    `no_network.open(host)` allows a host for the rest of the test.
 
     Other processes, and code that does not use Python's `socket`, are not restricted.
     """
     guard = Guard("The fixture `no_network`", "Does the test need it? Then do not use that fixture.", loopback=True)
     with guard.installed():
-        yield
+        yield guard
 
 
 @pytest.fixture(autouse=True)

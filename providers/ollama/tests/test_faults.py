@@ -10,7 +10,6 @@ means the same. `check_scenario` checks what must be true of all of them.
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import os
@@ -19,7 +18,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise, repeat
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from giving import Giving
+from patience import soon
 
 from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import (
@@ -1471,15 +1470,6 @@ def has_ipv6() -> bool:
 def kept(*pieces: bytes) -> Answer:
     """Raw bytes, after which the server waits for the next request."""
     return Answer(pieces, raw=b"", ending="keep")
-
-
-def soon(truth: Callable[[], bool]) -> bool:
-    """Wait until a condition is true, and collect garbage meanwhile."""
-    until = time.monotonic() + PATIENCE
-    while not truth() and time.monotonic() < until:
-        gc.collect()
-        time.sleep(0.005)
-    return truth()
 
 
 class Asking:
