@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     # Most tests wait more than they compute: for time limits, threads and programs.
-    return (os.cpu_count() or 1) * 2
+    return (os.cpu_count() or 2) * 3 // 2
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import pytest
+
     from graftage.http import Clock, Request, Response, Transport
 
 __all__ = ["NetworkRefused"]
@@ -47,21 +49,19 @@ class Guard:
         self._opened: set[str] = set()
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Guard the functions of `socket` during the block."""
-        import pytest
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name, place in (("connect", 1), ("connect_ex", 1), ("sendto", -1), ("sendmsg", 4)):
-                patch.setattr(socket.socket, name, self._guard_address(getattr(socket.socket, name), place))
-            for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
-                patch.setattr(socket, name, self._guard_look_up(getattr(socket, name)))
-            patch.setattr(socket, "socketpair", _note_pairing(socket.socketpair))
-            _active.append(self)
-            try:
-                yield
-            finally:
-                _active.remove(self)
+    def installed(self, patch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Guard the functions of `socket` until the patch is undone."""
+        # With a patch of its own, the test's patches could restore guarded functions after the guard has ended.
+        for name, place in (("connect", 1), ("connect_ex", 1), ("sendto", -1), ("sendmsg", 4)):
+            patch.setattr(socket.socket, name, self._guard_address(getattr(socket.socket, name), place))
+        for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
+            patch.setattr(socket, name, self._guard_look_up(getattr(socket, name)))
+        patch.setattr(socket, "socketpair", _note_pairing(socket.socketpair))
+        _active.append(self)
+        try:
+            yield
+        finally:
+            _active.remove(self)
 
     def open(self, host: str) -> None:
         """Allow a host from now on."""

@@ -425,7 +425,7 @@ def free_waiting() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_network() -> Iterator[Guard]:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
     """Allow connections and look-ups to this machine only, and to what is recorded; others raise `NetworkRefused`.
 
     `no_network.open(host)` allows a host for the rest of the test.
@@ -433,12 +433,12 @@ def no_network() -> Iterator[Guard]:
     Other processes, and code that does not use Python's `socket`, are not restricted.
     """
     guard = Guard("The fixture `no_network`", "Does the test need it? Then do not use that fixture.", loopback=True)
-    with guard.installed():
+    with guard.installed(monkeypatch):
         yield guard
 
 
 @pytest.fixture(autouse=True)
-def _block_network(request: pytest.FixtureRequest) -> Iterator[None]:
+def _block_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Refuse connections if an option or a mark asks for it; tests marked `vcr` are left to pytest-recording."""
     mark = request.node.get_closest_marker("block_network")
     wanted = mark or request.config.getoption("block_network", default=False)
@@ -449,7 +449,7 @@ def _block_network(request: pytest.FixtureRequest) -> Iterator[None]:
         raise pytest.UsageError("The mark `block_network` has no argument but `allowed_hosts=[...]`.")
     patterns = _allowed_hosts(request.node)
     way_out = "Name it in `--allowed-hosts`, or in the mark `allowed_hosts`."
-    with Guard("A blocked network", way_out, loopback=False, patterns=patterns).installed():
+    with Guard("A blocked network", way_out, loopback=False, patterns=patterns).installed(monkeypatch):
         yield
 
 
