@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import zlib
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +31,9 @@ pytest_plugins = ["graftage.testing.plugin", "engine_fixtures", "network_servers
 
 PATIENCE = 60.0
 """Seconds after which a hanging test fails."""
+
+LONG_TABLE = 4
+"""Cases of a test from which each of them runs under one client only."""
 
 LONG = 600.0
 """Seconds for a test that may download a model, start an engine, or wait for the one real server."""
@@ -53,22 +57,32 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--nightly"):
-        later = {id(item) for item in items if _is_for_the_night(item)}
-        config.hook.pytest_deselected(items=[item for item in items if id(item) in later])
-        items[:] = [item for item in items if id(item) not in later]
+        later = _for_the_night(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in later])
+        items[:] = [item for item in items if item not in later]
     for item in items:
         if item.get_closest_marker("engine") or item.get_closest_marker("live"):
             item.add_marker(pytest.mark.timeout(LONG))
 
 
-def _is_for_the_night(item: pytest.Item) -> bool:
-    """Return whether a test waits for `--nightly`: all marked `nightly`, and one client of each marked `by_turns`."""
-    if item.get_closest_marker("by_turns") is None or not hasattr(item, "callspec"):
-        return item.get_closest_marker("nightly") is not None
-    ids = item.callspec.id.split("-")
-    others = "-".join(each for each in ids if each not in ("sync", "async"))
-    turn = ("sync", "async")[zlib.crc32(f"{item.nodeid.partition('[')[0]}[{others}]".encode()) % 2]
-    return turn not in ids and len(others) < len(item.callspec.id)
+def _for_the_night(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the tests that wait for `--nightly`.
+
+    These are all that are marked `nightly`, and every other case of a long table, or of a test marked `by_turns`: its
+    cases run under the sync and the async client by turns.
+    """
+    later = {item for item in items if item.get_closest_marker("nightly")}
+    tables: dict[str, dict[str, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        name, _, case = item.nodeid.partition("[")
+        parts = case.rstrip("]").split("-")
+        if not {"sync", "async"}.isdisjoint(parts):
+            tables[name]["-".join(each for each in parts if each not in ("sync", "async"))].append(item)
+    for name, table in tables.items():
+        for place, both in enumerate(table.values(), zlib.crc32(name.encode())):
+            if len(both) == 2 and (len(table) >= LONG_TABLE or both[0].get_closest_marker("by_turns")):
+                later.add(both[place % 2])
+    return later
 
 
 @pytest.fixture(autouse=True, scope="module")

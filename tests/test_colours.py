@@ -518,7 +518,6 @@ class TestBackgroundLoop:
 
     @pytest.mark.parametrize("where", ["before", "between"])
     @pytest.mark.parametrize("use", ["chat", "stream", "embed"])
-    @pytest.mark.by_turns
     def test_hanging_hook_ends_in_time(self, both: Any, use: str, where: str) -> None:
         connection = Sleepy(where, needs_loop=True)
         connection.hang = True
@@ -989,7 +988,6 @@ CROWDED = {
 
 class TestResponses:
     @pytest.mark.parametrize(("answer", "phases"), SLOW.values(), ids=SLOW)
-    @pytest.mark.by_turns
     def test_dripping_events_end_in_time(self, both: Any, fake: FakeOllama, answer: Answer, phases: set[str]) -> None:
         fake.script("/chat", answer)
         llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
@@ -1003,7 +1001,6 @@ class TestResponses:
 
     @pytest.mark.parametrize("data", [b" ", b"\n", b'{"'], ids=["blanks", "empty lines", "an object"])
     @pytest.mark.parametrize("use", ["models", "embed"])
-    @pytest.mark.by_turns
     def test_dripping_objects_end_in_time(self, both: Any, fake: FakeOllama, use: str, data: bytes) -> None:
         fake.script(f"/{use}", Answer([data] * 200, delay=0.05))
         llm = both.connect(on_toolkit(fake), model=MODEL, timeouts=SHORT, attempts=1, concurrency=1)
@@ -1013,7 +1010,6 @@ class TestResponses:
         assert soon(lambda: fake.open_connections == 0)
 
     @pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
-    @pytest.mark.by_turns
     def test_wrong_events_are_typed_errors(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
         fake.script("/chat", answer, answer, streamed())
         timeouts = Timeouts(connect=5, first_token=8, idle=8, total=12)

@@ -48,7 +48,6 @@ def llm(request: pytest.FixtureRequest, both: Any, tmp_path: Path) -> Iterator[A
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.by_turns
 def test_adapter_replies_only_where_named(llm: Any, layout: str) -> None:
     before = llm.chat(ASKED, options=GREEDY, max_tokens=4)
     reply = llm.chat(ASKED, options=GREEDY, max_tokens=24, adapter=LORA / layout)

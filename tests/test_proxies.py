@@ -100,7 +100,6 @@ UNUSABLE = {
 
 class TestFailures:
     @pytest.mark.parametrize(("serve", "kind"), REFUSING.values(), ids=REFUSING)
-    @pytest.mark.by_turns
     def test_refused_tunnel_names_the_proxy(
         self, both: Any, monkeypatch: Any, serve: Any, kind: type[ProviderError]
     ) -> None:

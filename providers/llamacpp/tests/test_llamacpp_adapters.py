@@ -344,7 +344,6 @@ class TestPromptCache:
             pytest.param(lambda llm, _: llm.load(), None, True, id="load"),
         ],
     )
-    @pytest.mark.by_turns
     def test_cache_is_reused_only_within_one_adapter(
         self, between: Any, adapter: Any, reused: bool, cached: Any
     ) -> None:
@@ -427,7 +426,6 @@ def _blocked(damage: str, name: str | None) -> bool:
 
 class TestLostFiles:
     @pytest.mark.parametrize("restart", RESTARTS)
-    @pytest.mark.by_turns
     def test_emptied_cache_before_restart(self, restart: str, made: Any, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "cache")
         RESTARTS[restart](made)
@@ -437,7 +435,6 @@ class TestLostFiles:
 
     @pytest.mark.parametrize("first", ["ahoy", "mute", None])
     @pytest.mark.parametrize("damage", ["deleted", "emptied", "garbage", "cut", "swapped", "folder"])
-    @pytest.mark.by_turns
     def test_damaged_file_is_remade(self, damage: str, first: str | None, made: Any, tmp_path: Path) -> None:
         one, other = sorted((tmp_path / "cache").glob("*.gguf"))
         if damage in ("deleted", "folder"):

@@ -1048,7 +1048,6 @@ def check_retry(both: Any, fake: FakeOllama, fault: Fault) -> None:
 
 
 @named(ALL)
-@pytest.mark.by_turns
 def test_fault_in_every_mode(both: Any, fake: FakeOllama, fault: Fault) -> None:
     llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=fault.timeouts, attempts=1)
     asked = modes(fault)
@@ -1077,7 +1076,6 @@ def test_fault_in_every_mode(both: Any, fake: FakeOllama, fault: Fault) -> None:
 
 
 @named([fault for fault in (*BROKEN, *NONSENSE, *SLOW, *REFUSED) if fault.partial is None])
-@pytest.mark.by_turns
 def test_health_reports_every_fault(both: Any, fake: FakeOllama, fault: Fault) -> None:
     fake.script("/api/version", fault.answer)
     timeouts = CALM if fault.timeouts is CALM else SHORT
@@ -1161,7 +1159,6 @@ LISTINGS = [
 
 class TestObjects:
     @pytest.mark.parametrize(("answer", "kind"), [each[1:] for each in OBJECTS], ids=[each[0] for each in OBJECTS])
-    @pytest.mark.by_turns
     def test_object_is_whole_or_typed_error(
         self, both: Any, fake: FakeOllama, answer: Answer, kind: type[ProviderError] | None
     ) -> None:
@@ -1621,7 +1618,6 @@ class TestConnections:
 
     @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
     @pytest.mark.parametrize("answer", SINGLE.values(), ids=SINGLE)
-    @pytest.mark.by_turns
     def test_single_use_connection(self, both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
         fake.script("/api/chat", *[answer] * 3)
         llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
@@ -1632,7 +1628,6 @@ class TestConnections:
         assert soon(lambda: fake.open_connections == 0)
 
     @pytest.mark.parametrize("answer", STALE.values(), ids=STALE)
-    @pytest.mark.by_turns
     def test_closed_idle_connection_costs_no_attempt(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
         fake.script("/api/chat", *[answer] * 2)
         llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=CALM, attempts=1)
@@ -1649,7 +1644,6 @@ class TestConnections:
 
     @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
     @pytest.mark.parametrize("answer", BEYOND.values(), ids=BEYOND)
-    @pytest.mark.by_turns
     def test_surplus_bytes_never_answer_next_request(
         self, both: Any, fake: FakeOllama, answer: Answer, stream: bool
     ) -> None:
@@ -1682,7 +1676,6 @@ class TestConnections:
         "answer", [Answer([FIRST], ending="stall"), Answer(repeat(FIRST))], ids=["stalls", "goes on"]
     )
     @pytest.mark.parametrize("leave", [leave_by_break, leave_by_close, leave_to_garbage_collection])
-    @pytest.mark.by_turns
     def test_dropped_stream_frees_slot_and_socket(
         self, both: Any, fake: FakeOllama, leave: Callable[[Any], None], answer: Answer
     ) -> None:
@@ -1707,7 +1700,6 @@ class TestConnections:
 
     @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
     @pytest.mark.parametrize("answer", FLOODS.values(), ids=FLOODS)
-    @pytest.mark.by_turns
     def test_flood_ends_in_typed_error(self, both: Any, fake: FakeOllama, answer: Answer, stream: bool) -> None:
         fake.script("/api/chat", answer)
         llm = both.connect("ollama", model=MODEL, host=fake.url, timeouts=SHORTER, attempts=1)
@@ -1718,7 +1710,6 @@ class TestConnections:
 
     @pytest.mark.parametrize("kind", ["text", "file"])
     @pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
-    @pytest.mark.by_turns
     def test_early_response_to_large_request(
         self,
         both: Any,
