@@ -202,7 +202,8 @@ class TestShow:
         done = shell.run("cassettes", "show", str(STREAM))
         assert done.code == 0
         lines = done.out.splitlines()
-        assert lines[0].startswith("1. POST http://localhost:11434/api/chat → 200 OK · Ollama 0.9.3")
+        assert lines[0].startswith("1. POST http://127.0.0.1:")
+        assert "/api/chat → 200 OK · Ollama 0.9.3 · smollm2:135m · " in lines[0]
         assert "  user        Count to three." in lines
         assert "  assistant   I'm counting to three, and I have 3 in my hand." in lines
         assert lines[-1].startswith("              24 tokens in, 16 tokens out, ended by stop, 16 chunks")
