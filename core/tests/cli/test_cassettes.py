@@ -206,7 +206,7 @@ class TestShow:
         assert "/api/chat → 200 OK · Ollama 0.9.3 · smollm2:135m · " in lines[0]
         assert "  user        Count to three." in lines
         assert "  assistant   I'm counting to three, and I have 3 in my hand." in lines
-        assert lines[-1].startswith("              24 tokens in, 16 tokens out, ended by stop, 16 chunks")
+        assert lines[-1].startswith("              24 tokens in, 16 tokens out, ended by stop, ")
 
     def test_tools_are_shown(self, shell: Shell) -> None:
         lines = shell.run("cassettes", "show", str(TOOLS)).out.splitlines()
