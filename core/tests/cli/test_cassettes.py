@@ -205,8 +205,8 @@ class TestShow:
         assert lines[0].startswith("1. POST http://127.0.0.1:")
         assert "/api/chat → 200 OK · Ollama 0.9.3 · smollm2:135m · " in lines[0]
         assert "  user        Count to three." in lines
-        assert "  assistant   I'm counting to three, and I have 3 in my hand." in lines
-        assert lines[-1].startswith("              24 tokens in, 16 tokens out, ended by stop, ")
+        assert "  assistant   I'm counting to three, and I've got it right! It's a classic phrase that has" in lines
+        assert lines[-1].startswith("              24 tokens in, 20 tokens out, ended by length, 20 chunks, ")
 
     def test_tools_are_shown(self, shell: Shell) -> None:
         lines = shell.run("cassettes", "show", str(TOOLS)).out.splitlines()
