@@ -10,6 +10,7 @@ import sys
 import threading
 import zlib
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import settings
 
 from graftage._engine.delivery import flush
 from graftage.hookspecs import hookimpl
+from graftage.retry import no_waiting
 from graftage.testing.both import Both
 from graftage_ollama.testing import FakeOllama
 
@@ -39,7 +41,7 @@ LONG = 600.0
 """Seconds for a test that may download a model, start an engine, or wait for the one real server."""
 
 # The gate gives the same result each time, also on a slow machine. `--hypothesis-profile=search` tries more inputs.
-settings.register_profile("gate", deadline=None, derandomize=True)
+settings.register_profile("gate", deadline=None, derandomize=True, max_examples=30)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("gate")
 
@@ -51,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     # Most tests wait more than they compute: for time limits, threads and programs.
-    return (os.cpu_count() or 2) * 3 // 2
+    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -93,13 +95,25 @@ def _settled() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """With several workers, let one test at a time use the real server, since each counts its models."""
-    if request.node.get_closest_marker("live") is None:
-        yield
-        return
-    # All workers share the folder above their own.
-    with FileLock(tmp_path_factory.getbasetemp().parent / "live.lock"):
+def _isolated(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    no_network: object,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """Reach only loopback, without the machine's settings, proxies and plugins, and without waits between attempts."""
+    for name in list(os.environ):
+        if name.startswith(("GRAFTAGE_", "OLLAMA_")) and not name.startswith("GRAFTAGE_LIVE"):
+            monkeypatch.delenv(name)
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "lora,m4")
+    monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path_factory.getbasetemp() / "no-settings.toml"))
+    marks = {each.name for each in request.node.iter_markers()}
+    # With several workers, one test at a time uses the real server, since each counts its models. All share the folder
+    # above their own.
+    alone = FileLock(tmp_path_factory.getbasetemp().parent / "live.lock") if "live" in marks else nullcontext()
+    with alone, nullcontext() if "waits" in marks else no_waiting():
         yield
 
 
@@ -116,28 +130,6 @@ def outer(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeconftest('pytest_plugins = ["graftage.testing.plugin"]')
     return pytester
-
-
-@pytest.fixture(autouse=True)
-def _offline(no_network: None) -> None:
-    """Let tests reach only loopback."""
-
-
-@pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Hide the machine's settings, proxies and plugins from tests; only the installed providers stay."""
-    for name in list(os.environ):
-        if name.startswith(("GRAFTAGE_", "OLLAMA_")) and not name.startswith("GRAFTAGE_LIVE"):
-            monkeypatch.delenv(name)
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "lora,m4")
-    monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path_factory.getbasetemp() / "no-settings.toml"))
-
-
-@pytest.fixture(autouse=True)
-def _free(free_waiting: None) -> None:
-    """Skip waits between attempts."""
 
 
 @pytest.fixture

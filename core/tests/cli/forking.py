@@ -21,6 +21,8 @@ from typing import Any
 import graftage
 from graftage._cli.app import main
 
+TESTS = ("graftage.testing.plugin", "graftage.testing.conformance", "graftage.testing.both")
+"""What only tests import."""
 PIECE = 1 << 20
 """Bytes to read at once."""
 
@@ -28,7 +30,7 @@ PIECE = 1 << 20
 def preload() -> None:
     """Import what commands import when they run."""
     for each in pkgutil.walk_packages(graftage.__path__, "graftage."):
-        if not each.name.endswith(("__main__", "testing.plugin")):
+        if not each.name.endswith("__main__") and not each.name.startswith(TESTS):
             importlib.import_module(each.name)
     for name in ("importlib.metadata", "rich.console", "rich.table", "rich.text"):
         importlib.import_module(name)
