@@ -24,7 +24,6 @@ import pytest
 from places import ROOT
 
 import graftage
-from graftage import retry
 from graftage.exceptions import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -43,7 +42,7 @@ from graftage.types import Embeddings, Health, LoadedModel, ModelInfo, Reply, Ti
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 MODEL = "smollm2:135m"
 DAY = 86_400.0
@@ -509,16 +508,9 @@ class TestFault26Requests:
         assert "probably cut" in warning
 
 
-@pytest.fixture
-def waiting() -> Iterator[None]:
-    """Waits between attempts take their real time."""
-    token = retry._waits.set(True)
-    yield
-    retry._waits.reset(token)
-
-
 class TestFault27Documentation:
-    def test_documented_waits_are_used(self, both: Any, dead: str, fake: FakeOllama, waiting: None) -> None:
+    @pytest.mark.waits
+    def test_documented_waits_are_used(self, both: Any, dead: str, fake: FakeOllama) -> None:
         # Within 3 s a dead server is tried three times, a busy one once: its first wait takes 4 s.
         fake.script("/api/chat", BUSY)
         attempts = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from graftage._records import dataclass
@@ -69,17 +68,18 @@ def _retry_after(error: BaseException | None) -> float | None:
 DEFAULT_POLICY: Final = RetryPolicy()
 
 
-_waits: ContextVar[bool] = ContextVar("graftage_retry_waits", default=True)
+_skipping: list[None] = []
+"""An item for each `no_waiting` that is open."""
 
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Skip the waits between attempts, for tests. Attempts, budget and events stay as they are."""
-    token = _waits.set(False)
+    """Skip the waits between attempts in the whole process, for tests. Attempts, budget and events stay as they are."""
+    _skipping.append(None)
     try:
         yield
     finally:
-        _waits.reset(token)
+        _skipping.pop()
 
 
 async def call(function: Callable[[], Awaitable[T]], of: Call, *, policy: RetryPolicy = DEFAULT_POLICY) -> T:
@@ -125,7 +125,7 @@ def _schedule(of: Call, policy: RetryPolicy) -> dict[str, Any]:
 
     def wait(state: tenacity.RetryCallState) -> float:
         seconds = policy.wait(error_of(state), state.attempt_number, random.random())  # noqa: S311 - not a secret
-        return seconds if _waits.get() else 0.0
+        return 0.0 if _skipping else seconds
 
     def stop(state: tenacity.RetryCallState) -> bool:
         error = error_of(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,6 @@ KINDS = [
 
 
 class TestWhatIsRetried:
-    @pytest.mark.usefixtures("_free")
     def test_safe_failures_are(self, attempt: Callable[..., str]) -> None:
         server = Server(GONE, GONE)
         assert attempt(server, Call()) == "answer"
@@ -159,14 +159,11 @@ class TestDeadline:
             attempt(server, Call(deadline=time.monotonic() - 1, attempts=9))
         assert server.asked == 1
 
+    @pytest.mark.waits
     def test_no_wait_ends_after_it(self) -> None:
         server = Server(Overloaded("busy", retry_after=50))
-        reset = retry._waits.set(True)
-        try:
-            with pytest.raises(Overloaded):
-                drive(retry.call(server.ask, Call(deadline=time.monotonic() + 5)))
-        finally:
-            retry._waits.reset(reset)
+        with pytest.raises(Overloaded):
+            drive(retry.call(server.ask, Call(deadline=time.monotonic() + 5)))
         assert server.asked == 1
 
     @pytest.mark.parametrize(
@@ -282,6 +279,7 @@ class TestEvents:
 
 
 class TestWaiting:
+    @pytest.mark.waits
     def test_is_skipped_only_inside_no_waiting(self) -> None:
         delays: list[float] = []
 
@@ -289,20 +287,23 @@ class TestWaiting:
             delays.append(facts["delay"])
 
         quick = RetryPolicy(connection_waits=(0.001,), jitter=0)
-        drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
-        reset = retry._waits.set(True)
-        try:
-            drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
-            with retry.no_waiting():
-                drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
-        finally:
-            retry._waits.reset(reset)
-        assert delays == [0.0, 0.001, 0.0]
 
+        def ask() -> None:
+            drive(retry.call(Server(GONE).ask, Call(emit=note), policy=quick))
+
+        ask()
+        with retry.no_waiting():
+            ask()
+            thread = threading.Thread(target=ask)  # Of a host that is tested.
+            thread.start()
+            thread.join()
+        ask()
+        assert delays == [0.001, 0.0, 0.0, 0.001]
+
+    @pytest.mark.waits
     def test_can_be_cancelled(self) -> None:
         async def main() -> int:
             server = Server(Overloaded("busy", retry_after=60))
-            retry._waits.set(True)
             task = asyncio.create_task(retry.call(server.ask, Call(waiting=AwaitingIO())))
             await asyncio.sleep(0.01)
             task.cancel()
