@@ -12,7 +12,7 @@ from recording import ELSEWHERE, exchange
 from graftage.testing import Cassette, CassetteMiss
 from graftage.testing.files import CassetteFile
 from graftage.testing.interactions import HeaderDict, Interaction, RecordedRequest, address_of
-from graftage.testing.matching import Matching, blur, difference
+from graftage.testing.matching import Matching, blur
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ UUIDS = ("8a6e0804-2bd0-4672-b79d-d97027f9071a", "8A6E0804-2BD0-4672-B79D-D97027
 def asked(body: Any = None, uri: str = "http://localhost/api/chat", **headers: str) -> RecordedRequest:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return RecordedRequest(method="POST", uri=address_of(uri), headers=HeaderDict(headers), body=data)
+
+
+def difference(recorded: RecordedRequest, now: RecordedRequest) -> list[str]:
+    return list(Matching().differences(recorded, now))
 
 
 class TestBodies:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Normaliser: TypeAlias = Callable[[Any], Any]
     Key: TypeAlias = tuple[object, ...]
 
-__all__ = ["Matching", "blur", "canonical", "difference", "flatten"]
+__all__ = ["Matching", "blur", "canonical", "flatten"]
 
 DEFAULT: Final = ("method", "host", "path", "query", "body")
 MATCHERS: Final = ("method", "scheme", "host", "port", "path", "query", "uri", "headers", "body", "raw_body", "chat")
@@ -136,11 +136,6 @@ class Matching:
         if name == "chat":
             return _chat(request, self._normalise)
         return getattr(request, name)
-
-
-def difference(recorded: RecordedRequest, asked: RecordedRequest) -> list[str]:
-    """Return what a default cassette sees as different in two requests."""
-    return list(Matching().differences(recorded, asked))
 
 
 def _host(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
 
 import pytest
 
+from graftage._engine.checking import contract_of
 from graftage._engine.plugins import plugin_name
 from graftage._values import close, entry_points, identity
 from graftage._version import __version__
@@ -310,7 +311,7 @@ class Adoption:
                 features = llm.capabilities().features
                 llm.chat("Hi", timeout=PATIENCE)
             both.close()
-            facts = {**_identity(self.provider), "features": sorted(features)}
+            facts = {**_identity(self.provider), "contract": contract_of(self.provider), "features": sorted(features)}
             kind._looked = {"facts": facts, "http": bool(probe.requests)}  # noqa: SLF001 - of this class
         return kind._looked  # noqa: SLF001
 

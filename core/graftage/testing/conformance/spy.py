@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from graftage.hookspecs import ConnectRequest
 
-__all__ = ["Seen", "Spy"]
+__all__ = ["HookCall", "Spy"]
 
 
 @dataclass
-class Seen:
+class HookCall:
     """One call of a hook."""
 
     hook: str
@@ -38,14 +38,14 @@ class Spy:
 
     def __init__(self, provider: Any) -> None:
         self.name = plugin_name(provider)
-        self.seen: list[Seen] = []
+        self.seen: list[HookCall] = []
         self.hooks: set[str] = set()
         """The hooks of its connection."""
         self._provider = provider
         if hasattr(provider, "settings_model"):
             self.settings_model = provider.settings_model
 
-    def calls(self, hook: str) -> list[Seen]:
+    def calls(self, hook: str) -> list[HookCall]:
         """Return the calls of one hook."""
         return [each for each in self.seen if each.hook == hook]
 
@@ -65,8 +65,8 @@ class Spy:
         return SimpleNamespace(**attributes, **wrapped, **own)
 
     def _around(self, name: str, hook: Any, *, takes: bool) -> Callable[[Any], Any]:
-        def begin(request: object) -> tuple[Seen, Any]:
-            note = Seen(name, request)
+        def begin(request: object) -> tuple[HookCall, Any]:
+            note = HookCall(name, request)
             self.seen.append(note)
             try:
                 return note, hook(request) if takes else hook()
@@ -74,62 +74,79 @@ class Spy:
                 note.error = error
                 raise
 
-        wrap = {
-            (True, True): _async_stream,
-            (True, False): _stream,
-            (False, True): _async_once,
-            (False, False): _once,
-        }[name in STREAMS, is_async(hook)]
-        wrapped: Callable[[Any], Any] = hookimpl(wrap(begin, 2 if name == "close" else 1))
-        return wrapped
+        waits = is_async(hook)
+        if name in STREAMS:
+            wrapped = (_async_stream if waits else _stream)(begin)
+        else:
+            wrapped = (_async_once if waits else _once)(begin)
+        if name == "close":
+            wrapped = (_async_twice if waits else _twice)(wrapped)
+        marked: Callable[[Any], Any] = hookimpl(wrapped)
+        return marked
 
 
-def _async_stream(begin: Any, _times: int) -> Callable[[Any], Any]:
+def _async_stream(begin: Any) -> Callable[[Any], Any]:
     async def stream(request: Any) -> AsyncIterator[Any]:
         note, items = begin(request)
         async with aclosing(items):
             async for item in items:
-                note.items.append(item)
-                if len(note.items) > 1:
-                    yield note.items[-2]
-        if note.items:
-            yield note.items[-1]
+                for ready in _behind(note, item):
+                    yield ready
+        for last in note.items[-1:]:
+            yield last
 
     return stream
 
 
-def _stream(begin: Any, _times: int) -> Callable[[Any], Any]:
+def _stream(begin: Any) -> Callable[[Any], Any]:
     def stream(request: Any) -> Iterator[Any]:
         note, items = begin(request)
         for item in items:
-            note.items.append(item)
-            if len(note.items) > 1:
-                yield note.items[-2]
-        if note.items:
-            yield note.items[-1]
+            yield from _behind(note, item)
+        yield from note.items[-1:]
 
     return stream
 
 
-def _async_once(begin: Any, times: int) -> Callable[[Any], Any]:
+def _behind(note: HookCall, item: Any) -> list[Any]:
+    """Note an item, and return the one before it, if there is one."""
+    note.items.append(item)
+    return note.items[-2:-1]
+
+
+def _async_once(begin: Any) -> Callable[[Any], Any]:
     async def once(request: Any) -> Any:
-        for _ in range(times):
-            note, result = begin(request)
-            try:
-                note.items.append(await result)
-            except BaseException as error:
-                note.error = error
-                raise
-        return note.items[-1]
+        note, result = begin(request)
+        try:
+            note.items.append(await result)
+        except BaseException as error:
+            note.error = error
+            raise
+        return note.items[0]
 
     return once
 
 
-def _once(begin: Any, times: int) -> Callable[[Any], Any]:
+def _once(begin: Any) -> Callable[[Any], Any]:
     def once(request: Any) -> Any:
-        for _ in range(times):
-            note, result = begin(request)
-            note.items.append(result)
-        return note.items[-1]
+        note, result = begin(request)
+        note.items.append(result)
+        return result
 
     return once
+
+
+def _async_twice(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    async def twice(request: Any) -> None:
+        await hook(request)
+        await hook(request)
+
+    return twice
+
+
+def _twice(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def twice(request: Any) -> None:
+        hook(request)
+        hook(request)
+
+    return twice
