@@ -313,6 +313,14 @@ class TestLargeFiles:
     def test_own_normaliser_sees_every_body(self, large: Path) -> None:
         cassette = Cassette(large, normalise=lambda body: {"prompt": body["prompt"][:11]})
         assert exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body={"prompt": "Tale number of none"})[0] == 200
+        cassette = Cassette(large, normalise=lambda _: {"prompt": "the same"})
+        assert exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body={"prompt": "another"})[0] == 200
+
+    def test_generated_ids_are_not_searched(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.yaml"
+        path.write_bytes(CassetteFile().with_more([Interaction(request=asked({"tool_use_id": "a"}), status=200)]))
+        cassette = Cassette(path)
+        assert exchange("sync", cassette, f"{ELSEWHERE}/api/chat", body={"tool_use_id": "b"})[0] == 200
 
     def test_first_of_equal_ones_comes_first(self, tmp_path: Path) -> None:
         path = tmp_path / "a.yaml"

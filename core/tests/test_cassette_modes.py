@@ -132,6 +132,13 @@ class TestScrubbers:
         assert b"mine" not in path.read_bytes()
         assert exchange("sync", Cassette(path), f"{ELSEWHERE}/api/chat") == (200, [b"this is yours"])
 
+    def test_reader_who_leaves_leaves_nothing_raw(self, tmp_path: Path, fake: FakeOllama) -> None:
+        fake.script("/api/chat", Answer([b"mine", b"more"], delay=0.05))
+        with Cassette(tmp_path / "a.yaml", mode="once", before_record_response=lambda each: each) as cassette:
+            exchange("sync", cassette, f"{fake.url}/api/chat", leave_after=1)
+            assert [each._chunks for each in cassette._tracks] == [[]]
+        assert [each.stopped for each in cassette.interactions] == [True]
+
     def test_headers_are_kept_by_a_list(self, tmp_path: Path, fake: FakeOllama) -> None:
         path = tmp_path / "a.yaml"
         fake.script("/api/chat", Answer(headers={"X-Request-Cost": "7", "X-Other": "1"}))

@@ -152,7 +152,8 @@ _MOMENTS: Final = frozenset({"created", "created_at", "timestamp", "request_id",
 """Fields that say nothing about what is requested."""
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 _DATE: Final = re.compile(r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?: ?Z|[+-]\d\d:?\d\d)?)?")
-_WORD: Final = re.compile(r"[A-Za-z0-9]{4,}")
+_WORD: Final = re.compile(r"[A-Za-z0-9]+")
+_NUMBERED: Final = re.compile(r"#\d+")
 _SAYS_NOTHING: Final[tuple[object, ...]] = (None, "", {})
 
 
@@ -222,7 +223,7 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for each in value:
             yield from _texts(each)
-    elif isinstance(value, str):
+    elif isinstance(value, str) and not _NUMBERED.fullmatch(value):  # It stands for an id.
         yield value
 
 
