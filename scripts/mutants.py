@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
 TIME_LIMIT = 300.0
 """Seconds for the tests of one mutant. A mutant that makes them hang counts as killed."""
-PACKAGES = ("core", "providers/ollama", "providers/llamacpp", "plugins/lora", "plugins/m4")
+PACKAGES = ("core", "providers/ollama", "providers/llamacpp", "providers/openai", "plugins/lora", "plugins/m4")
 PASSED, FAILED = 0, 1
 """How pytest exits if all tests pass, and if some fail."""
 

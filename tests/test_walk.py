@@ -37,7 +37,7 @@ FORBIDDEN = (
     *("ollama", "openai", "aiohttp", "requests", "trio", "anyio._backends", "loguru", "vcr", "yaml", "pytest"),
     *("pydantic_settings", "dotenv", "difflib", "tomllib", "packaging"),
     *("graftage._cli", "graftage.testing", "graftage.footprint"),
-    *("graftage_llamacpp", "graftage_lora", "graftage_m4"),
+    *("graftage_llamacpp", "graftage_openai", "graftage_lora", "graftage_m4"),
 )
 """What a plain chat with Ollama must not import if no other plugin is enabled."""
 

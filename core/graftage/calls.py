@@ -222,9 +222,19 @@ class Event:
     """Something that happened, for observers and logs. It never holds a prompt or a reply."""
 
     kind: Literal[
-        "start", "admitted", "attempt", "retry", "prompt_progress", "first_chunk", "progress", "finish", "error"
+        "start",
+        "admitted",
+        "attempt",
+        "retry",
+        "prompt_progress",
+        "first_chunk",
+        "progress",
+        "finish",
+        "error",
+        "tool",
     ]
-    """Each call has one `start` and one `finish` or `error`; the others are between them."""
+    """Each call has one `start` and one `finish` or `error`; the others are between them, except `tool`: `run_tools`
+    has run a tool after the call that asked for it."""
     call_id: str
     operation: Operation
     provider: str
@@ -242,6 +252,10 @@ class Event:
     usage: Usage | None = None
     timings: Timings | None = None
     progress: PullProgress | None = None
+    tool: str | None = None
+    """With `tool`: the tool's name."""
+    seconds: float | None = None
+    """With `tool`: how long it ran; `error` is set if it failed."""
     prompt: PromptProgress | None = None
     """With `prompt_progress`: how much of the prompt has been read."""
 
@@ -264,6 +278,9 @@ class ChatRequest:
     model: str
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
+    tool_choice: str | None = None
+    """`required`, or the name of the tool that the model must call; None leaves it to the model. Only for a provider
+    with the feature `tool_choice`."""
     format: Mapping[str, Any] | Literal["json"] | None = None
     """A JSON schema; `json` allows any JSON."""
     think: bool | str | None = None

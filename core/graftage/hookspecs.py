@@ -102,6 +102,7 @@ __all__ = [
     "LoadAdapter",
     "LoadModel",
     "LoadedModels",
+    "LocalAddresses",
     "MakeHttp",
     "Native",
     "Observe",
@@ -167,7 +168,7 @@ class ConnectRequest:
     """The argument of `connect`."""
 
     name: str
-    """The provider's plugin name."""
+    """The provider's plugin name, or the name of the instance."""
     settings: Settings
     """An instance of the class from `settings_model`."""
     http: MakeHttp = field(default=_no_http, repr=False)
@@ -241,6 +242,20 @@ class Answers(Protocol):
         machine without the user's consent, so return None for a remote address unless `host` is in `request.given`.
 
         Since 0.1.
+        """
+        ...
+
+
+class LocalAddresses(Protocol):
+    """Name the addresses at which servers of this kind usually listen on this machine."""
+
+    @hookspec(firstresult=True)
+    def local_addresses(self) -> tuple[str, ...]:
+        """Called by `graftage providers --scan`, which connects to each address with the setting `host`.
+
+        Return URLs on loopback, without I/O: the ports that the servers have by default.
+
+        Since 0.3.
         """
         ...
 
@@ -551,7 +566,7 @@ class Observe(Protocol):
         ...
 
 
-PROVIDER_SPECS = (Connect, SettingsModel, Answers)
+PROVIDER_SPECS = (Connect, SettingsModel, Answers, LocalAddresses)
 CONNECTION_SPECS = (
     Chat,
     CheckHealth,

@@ -49,6 +49,7 @@ __all__ = [
     "ModelInfo",
     "Operation",
     "Phase",
+    "PortableAdapter",
     "PromptProgress",
     "PullProgress",
     "Ranked",
@@ -56,6 +57,7 @@ __all__ = [
     "Reply",
     "Role",
     "Stats",
+    "Step",
     "Timeouts",
     "Timings",
     "Tool",
@@ -74,6 +76,7 @@ Feature: TypeAlias = Literal[
     "generate",
     "embed",
     "tools",
+    "tool_choice",
     "structured_output",
     "thinking",
     "images",
@@ -173,6 +176,11 @@ class Usage:
     input_tokens: int | None = None
     """Tokens of the whole prompt, including those in the server's cache."""
     output_tokens: int | None = None
+    """Tokens of the whole reply, including those of its thinking."""
+    cached_tokens: int | None = None
+    """How many of the input tokens the server did not have to read again."""
+    reasoning_tokens: int | None = None
+    """How many of the output tokens were thinking."""
 
     @property
     def total_tokens(self) -> int | None:
@@ -230,6 +238,10 @@ class Chunk:
     model: str | None = None
     """The model that replied, as the server names it."""
     warnings: tuple[str, ...] = ()
+    request_id: str | None = None
+    """On the last chunk: the server's name for the request, for its operators."""
+    rate_limits: Mapping[str, str] | None = None
+    """On the last chunk: the response headers about rate limits, by name in lower case."""
     raw: Mapping[str, Any] | None = field(default=None, repr=False)
     """On the last chunk: what the server sent, unchanged."""
 
@@ -257,6 +269,12 @@ class Reply:
     warnings: tuple[str, ...] = ()
     attempts: int = 1
     """How often the model was asked until its reply matched the `format`; `usage` is the sum over all of them."""
+    request_id: str | None = None
+    """The server's name for the request, for its operators."""
+    rate_limits: Mapping[str, str] | None = None
+    """The response headers about rate limits, by name in lower case, such as `x-ratelimit-remaining-requests`."""
+    steps: tuple[Step, ...] = ()
+    """Of `run_tools`: what happened before this reply, in order; `usage` is then the sum over all."""
     raw: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -266,6 +284,23 @@ class Reply:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A step of `run_tools`: the model's calls of tools, and their results."""
+
+    message: Message
+    """The model's message with its `tool_calls`."""
+    results: tuple[Message, ...]
+    """The result of each call, in their order, with the role `tool`."""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    """What went wrong, by `ToolCall.id`; the model was informed of it in the result."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The messages that this step added to the conversation."""
+        return (self.message, *self.results)
 
 
 _NOT_FINITE: Final = "a vector with a value that is not a finite number"
@@ -511,6 +546,8 @@ class Health:
     answers: bool | None = None
     version: str | None = None
     """The server's version."""
+    server: str | None = None
+    """The server's software, such as `llama-server`, if a provider serves several."""
     address: str | None = None
     model: str | None = None
     latency: float | None = None
@@ -692,6 +729,27 @@ class Adapter(Protocol):
             base_file: the base model in GGUF.
             out: the file to write.
             on_progress: called with the bytes written and the total; an error that it raises ends the merge.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class PortableAdapter(Adapter, Protocol):
+    """An `Adapter` that its resolver can also supply in the layouts of training tools, for servers that read these."""
+
+    def peft(self, base: ModelInfo) -> Path:
+        """Return a folder with the adapter in PEFT's layout, converted if needed.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit.
+        """
+        ...
+
+    def mlx(self, base: ModelInfo) -> Path:
+        """Return a folder with the adapter in the layout of `mlx_lm`, converted if needed.
 
         Raises:
             AdapterError: it cannot be read or does not fit.

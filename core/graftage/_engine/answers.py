@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -149,7 +150,7 @@ def read_usage(usage: Usage | None) -> Usage | None:
     """Return the counts of tokens without impossible ones."""
     if usage is None:
         return None
-    return Usage(input_tokens=read_count(usage.input_tokens), output_tokens=read_count(usage.output_tokens))
+    return Usage(**{each.name: read_count(getattr(usage, each.name)) for each in fields(usage)})
 
 
 def read_vectors(data: Any) -> list[Any]:

@@ -138,6 +138,8 @@ class Run:
             adapter=self.adapter,
             limits=self.limits,
             warnings=(*self.warnings, *fold.warnings),
+            request_id=last.request_id,
+            rate_limits=last.rate_limits,
             raw=last.raw,
         )
 
