@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import typer
 
 from graftage._cli import options, show
-from graftage._cli.errors import FAILED, exit_code, way_out
+from graftage._cli.errors import FAILED, Misuse, exit_code, way_out
 from graftage._cli.plugins import plugin_data, print_plugins
 from graftage._secrets import SECRET_NAMES
 from graftage.exceptions import GraftageError, ModelNotFound
@@ -44,6 +44,10 @@ class Check:
 
 
 def doctor(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The provider or instance. Default: as of `chat`.")
+    ] = None,
+    *,
     model: options.Model = None,
     provider: options.Provider = None,
     host: options.Host = None,
@@ -55,7 +59,9 @@ def doctor(
     """
     from graftage._engine.plugins import Catalog
 
-    with contextlib.closing(Examination(model, provider, host)) as examination:
+    if name and provider and name != provider:
+        raise Misuse(f"`{name}` and `-p {provider}` name two providers.", hint="Name one.")
+    with contextlib.closing(Examination(model, name or provider, host)) as examination:
         checks = []
         for check in examination.checks():
             checks.append(check)
@@ -159,7 +165,7 @@ class Examination:
                 self._model, self._model_origin = client.model, "the one in use there"
         if self._provider == usual:
             return None
-        return f"`{usual}` cannot answer now: `graftage doctor -p {usual}` shows why."
+        return f"`{usual}` cannot answer now: `graftage doctor {usual}` shows why."
 
     def _settings_read(self) -> Check:
         self._client = options.open_client(self._model, self._provider, host=self._host)

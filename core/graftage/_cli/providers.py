@@ -1,17 +1,18 @@
 """`graftage providers`: compares the installed providers."""
 
 import json
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from graftage._cli import options, show
 from graftage._cli.errors import describe
+from graftage._cli.parallel import run_all
+from graftage._cli.scan import scan
 from graftage.exceptions import PluginError
 
 if TYPE_CHECKING:
@@ -51,10 +52,22 @@ class Finding:
 
 
 def providers(
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit for each.")] = TIMEOUT,
+    *,
+    find: Annotated[bool, typer.Option("--scan", help="Find the servers that listen on this machine.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit for each. Default: 10, with --scan 5."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare the installed providers: their health, features and models."""
+    """Compare the installed providers and the instances: their health, features and models."""
+    if find:
+        scan(timeout, as_json=as_json)
+    else:
+        _compare(timeout or TIMEOUT, as_json=as_json)
+
+
+def _compare(timeout: float, *, as_json: bool) -> None:
     from graftage._engine.plugins import Catalog
 
     entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
@@ -79,14 +92,9 @@ def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
         )
         for entry in entries
     ]
-    # A daemon thread: a plugin that hangs must not keep the command from ending.
-    looks = [threading.Thread(target=_inspect, args=(each, timeout), daemon=True) for each in found]
-    for thread in looks:
-        thread.start()
-    deadline = time.monotonic() + timeout + GRACE
-    for thread, each in zip(looks, found, strict=True):
-        thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive():
+    ended = run_all([partial(_inspect, each, timeout) for each in found], timeout + GRACE)
+    for each, in_time in zip(found, ended, strict=True):
+        if not in_time:
             each.problems.append(f"It did not answer within {timeout:g} s.")
     return [replace(each) for each in found]  # A copy, which late results cannot change.
 

@@ -206,5 +206,5 @@ def test_checks_embedded_if_no_server_answers(shell: Shell, closed_port: int) ->
     report = json.loads(shell.run("doctor", "--json", **auto).out)
     provider = next(each for each in report["checks"] if each["name"] == "provider")
     assert (provider["state"], provider["text"].split()[0]) == ("note", "`llamacpp`")
-    assert "`graftage doctor -p ollama`" in provider["hint"]
+    assert "`graftage doctor ollama`" in provider["hint"]
     assert states(examined(shell, "-p", "ollama", code=1, **auto))["port"] == "fail"
