@@ -178,9 +178,7 @@ def _provider_hint(error: GraftageError) -> str | None:
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
         return None
-    from graftage._engine.plugins import Catalog
-
-    installed = Catalog().names("provider")
+    installed = _provider_names()
     name, _, rest = model.removesuffix(":latest").partition(":")
     if not rest and name in installed:
         return f"`{name}` is a provider: write `{name}:`, or `{name}:MODEL`."
@@ -191,6 +189,12 @@ def _provider_hint(error: GraftageError) -> str | None:
     if isinstance(error, ModelNotFound) and error.suggestions:
         return None
     return f"`{name}` is not a provider. Installed: {', '.join(f'`{each}`' for each in installed)}."
+
+
+def _provider_names() -> list[str]:
+    from graftage._cli.options import provider_names
+
+    return provider_names()
 
 
 def _further_reasons(error: GraftageError) -> list[str]:

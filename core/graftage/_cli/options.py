@@ -11,10 +11,11 @@ import typer
 from graftage._cli import progress, show
 from graftage._cli.errors import Misuse
 from graftage._values import SMALLEST_WINDOW
-from graftage.exceptions import CapabilityUnsupported, GraftageError
+from graftage.exceptions import CapabilityUnsupported, GraftageError, SettingsError
 
 if TYPE_CHECKING:
     from graftage import Client
+    from graftage._engine.instances import Listed
 
 Model = Annotated[
     str | None,
@@ -22,7 +23,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="[PROVIDER:]MODEL",
-        help="The model, and the provider if not the default one. Default: GRAFTAGE_MODEL, or the settings file.",
+        help="The model, and the provider or instance if not the default one. Default: GRAFTAGE_MODEL, or the settings file.",
     ),
 ]
 Provider = Annotated[
@@ -30,7 +31,7 @@ Provider = Annotated[
     typer.Option(
         "--provider",
         "-p",
-        help="The provider. Default: GRAFTAGE_PROVIDER, or the settings file, else the first that answers.",
+        help="The provider or instance. Default: GRAFTAGE_PROVIDER, or the settings file, else the first that answers.",
     ),
 ]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
@@ -71,7 +72,7 @@ Raw = Annotated[
 def open_client(model: str | None, provider: str | None = None, **overrides: Any) -> "Client":
     """Open the client that the options name.
 
-    The part before the first colon is a provider only if it is installed: `llama3.2:1b` is a model.
+    The part before the first colon is a provider only if it is installed or an instance: `llama3.2:1b` is a model.
     """
     import graftage
 
@@ -154,13 +155,34 @@ def default_provider(host: str | None = None) -> tuple[str, str]:
 
 
 def split(model: str | None) -> tuple[str | None, str | None]:
-    """Split off the provider, if it is installed."""
-    from graftage._engine.plugins import Catalog
-
+    """Split off the provider, if it is installed, or the instance."""
     name, colon, rest = (model or "").partition(":")
-    if colon and name in Catalog().names("provider"):
+    if colon and name in provider_names():
         return name, rest or None
     return None, model
+
+
+def provider_names() -> list[str]:
+    """Return what can be named as a provider: those that are installed, and the instances."""
+    from graftage._engine.plugins import Catalog
+
+    return sorted([*Catalog().names("provider"), *(each.name for each in instances())])
+
+
+def instances() -> "list[Listed]":
+    """Return the instances of the settings file; none if they are invalid, which each client reports."""
+    from graftage._engine.instances import listed
+
+    with suppress(SettingsError):
+        return listed()
+    return []
+
+
+def settings_file() -> str:
+    """Return the path of the settings file."""
+    from graftage.settings import config_path
+
+    return str(config_path())
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,6 @@ GRACE = 1.0
 """Seconds until a provider that exceeds its limit is left out."""
 REPORT = "graftage-report.json"
 MAX_REPORT = 1024 * 1024
-SHOWN_MODELS = 5
-"""Models named in the table."""
 
 
 @dataclass(kw_only=True)
@@ -154,20 +152,13 @@ def _print(found: Sequence[Finding]) -> None:
         ("health", *(each.health for each in found)),
         ("address", *(each.address for each in found)),
         ("version", *(each.server_version for each in found)),
-        ("models", *(_names(each.models) for each in found)),
+        ("models", *(show.some(each.models) for each in found)),
         *((feature, *(_support(each, feature) for each in found)) for feature in _features(found)),
     ]
     show.print_table(("", *(each.name for each in found)), rows)
     for each in found:
         for problem in each.problems:
             show.line(f"\n{show.cell(each.name)}: {show.cell(problem)}")
-
-
-def _names(models: Sequence[str] | None) -> str | None:
-    if models is None:
-        return None
-    more = f" and {len(models) - SHOWN_MODELS} more" if len(models) > SHOWN_MODELS else ""
-    return (", ".join(models[:SHOWN_MODELS]) or "none") + more
 
 
 def _features(found: Iterable[Finding]) -> list[str]:

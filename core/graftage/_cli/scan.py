@@ -4,7 +4,7 @@ import json
 import re
 import socket
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -133,7 +133,7 @@ def _ask(client: "Client", place: Place, timeout: float) -> None:
 
 
 def _port(address: str) -> tuple[str, int]:
-    parts = urlsplit(address)
+    parts = urlsplit(address if "://" in address else f"//{address}")
     return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 80)
 
 
@@ -168,6 +168,17 @@ def _name(found: Iterable[Place]) -> None:
                 each.instance["model"] = each.models[0]
 
 
+def _known() -> dict[tuple[str, int], str]:
+    """Return the ports that providers and instances use, each with the name."""
+    from graftage._engine.plugins import Catalog
+
+    known = {_port(each.host): each.name for each in options.instances() if each.host}
+    for name in Catalog().names("provider", enabled=True):
+        with suppress(GraftageError), options.open_client(None, name) as client:
+            known.setdefault(_port(client.address), name)
+    return known
+
+
 def _new_name(place: Place, taken: set[str]) -> str:
     """Return the server's name, or the provider's, with the port if that is taken."""
     name = re.sub(r"[^a-z0-9]+", "-", (place.server or place.provider).lower()).strip("-") or place.provider
@@ -181,17 +192,34 @@ def _print(found: Sequence[Place]) -> None:
     """Print the servers, what else listens, and the instances for the settings file."""
     servers = [each for each in found if each.state == "server"]
     if servers:
-        rows = [(each.address, _software(each), each.provider, names(each.models), each.name) for each in servers]
+        rows = [(each.address, _software(each), each.provider, show.some(each.models), each.name) for each in servers]
         show.print_table(("address", "server", "provider", "models", "name"), rows)
     else:
         show.line(_nothing(found))
     for each in found:
         if each.state == "other":
-            show.line(f"\n{show.cell(f'{each.address} is not a server that `{each.provider}` can use: {each.problem}')}")
+            show.line(
+                f"\n{show.cell(f'{each.address} is not a server that `{each.provider}` can use: {each.problem}')}"
+            )
     new = {each.name: each.instance for each in servers if each.instance}
     if new:
-        show.line(f"\nTo use them by name, as in `graftage chat -p {next(iter(new))}`, add to {show.cell(_file())}:")
+        show.line(f"\nTo use them by name, as in `graftage chat -p {next(iter(new))}`, add to {show.cell(options.settings_file())}:")
     for name, table in new.items():
         show.line(f"\n[instances.{name}]")
         for key, value in table.items():
             show.line(f"{key} = {show.cell(json.dumps(value, ensure_ascii=False))}")
+
+
+def _software(place: Place) -> str:
+    return " ".join(filter(None, (place.server or place.provider, place.version)))
+
+
+def _nothing(found: Sequence[Place]) -> str:
+    """Explain that no server was found."""
+    if not found:
+        return "No installed provider says where its servers listen. `pip install graftage-openai` brings one."
+    tried = ", ".join(sorted(f"{host}:{port}" for host, port in (_port(each.address) for each in found)))
+    return (
+        f"No server was found on this machine. Tried: {tried}.\n"
+        "For one that listens elsewhere, name its address: `graftage doctor PROVIDER --host ADDRESS`."
+    )
