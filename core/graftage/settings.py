@@ -69,6 +69,10 @@ LARGEST_FILE = 64 * 1024
 """Bytes of a settings file: the time to read nested names grows with the square of their number."""
 CHOICE_KEYS = ("provider", "model")
 """Keys at the top of the file that select a provider and a model."""
+INSTANCES = "instances"
+"""The table of named instances, in the file and in the mapping."""
+INSTANCE_KEYS = ("provider", "model", "adapter", "api_key_from")
+"""Keys of an instance that are not settings of its provider."""
 MAPPING = "the `settings` mapping"
 GIVEN = ("argument", "argument of the member", MAPPING)
 """Origins inside a call of `connect`."""
@@ -182,6 +186,28 @@ class Loaded(Generic[AnySettings]):
     """For each field that is not a default: `argument`, `environment GRAFTAGE_HOST`, or the path of a file."""
     ignored: tuple[str, ...] = ()
     """Unknown variables of the prefix, probably for plugins that are not installed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """A named instance: a provider with an address, a key and defaults of its own."""
+
+    name: str
+    provider: str
+    """The plugin's name."""
+    model: str | None = None
+    adapter: str | None = None
+    """Active from the start."""
+    api_key_from: str | None = None
+    """`keyring`, or the path of a file."""
+    origin: str = ""
+    """Where it is declared."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each of its own values came from."""
+    given: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=(), repr=False)
+    """Its tables in the call of `connect`, each with its origin. They may hold secrets."""
+    written: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=(), repr=False)
+    """Its table in the file, if there is one, with its origin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +405,7 @@ def _is_private(key: str, model: type[PluginSettings]) -> bool:
 
 
 def _shared_secret_error(key: str, origin: str, provider: str, prefix: str) -> SettingsError:
-    variable = f"{prefix}_{_variable_part(provider)}{key}".upper()
+    variable = f"{prefix}_{variable_part(provider)}{key}".upper()
     return SettingsError(
         f"The setting `{key}` ({origin}) would reach every member of the chain.",
         key=key,
@@ -391,7 +417,7 @@ def _shared_secret_error(key: str, origin: str, provider: str, prefix: str) -> S
 
 def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
     everyones = f"{sources.prefix}_"
-    for prefix in (f"{everyones}{_variable_part(owner.name)}", everyones)[: 1 + owner.is_provider]:
+    for prefix in (f"{everyones}{variable_part(owner.name)}", everyones)[: 1 + owner.is_provider]:
         for key, found in _variables(prefix, sources.environment).items():
             annotation = owner.model.model_fields[key].annotation if key in owner.writable else str
             if key in owner.writable and (() in found or _kinds(annotation) != {"text"}):
@@ -404,6 +430,13 @@ def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
     for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
             yield f"environment {variable}", key, value, False
+
+
+def variable_of(sources: Sources, owner: str, key: str) -> tuple[str | None, str]:
+    """Return the text of an owner's own variable for a key, and its origin; None if there is none."""
+    found = _variables(f"{sources.prefix}_{variable_part(owner)}", sources.environment).get(key, {})
+    name, text = found.get((), (None, None))
+    return text, f"environment {name}"
 
 
 def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tuple[str, ...], tuple[str, str]]]:
@@ -487,7 +520,7 @@ def _json_error(key: str, origin: str, prefix: str) -> SettingsError:
     )
 
 
-def _variable_part(plugin: str) -> str:
+def variable_part(plugin: str) -> str:
     """Return what follows the prefix in the names of a plugin's own variables."""
     return f"{plugin}_".upper().replace("-", "_")
 
@@ -503,9 +536,9 @@ def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
         if rest == variable or rest in RESERVED or (owner.is_provider and _field(rest, owner.model) in owner.writable):
             continue
         origin = f"environment {variable}"
-        whose = max((each for each in owner.plugins if rest.startswith(_variable_part(each))), key=len, default=None)
+        whose = max((each for each in owner.plugins if rest.startswith(variable_part(each))), key=len, default=None)
         if whose == owner.name:
-            _check_known(_field(rest.removeprefix(_variable_part(whose)), owner.model), owner.writable, origin)
+            _check_known(_field(rest.removeprefix(variable_part(whose)), owner.model), owner.writable, origin)
         elif whose is None:
             name = _field(rest, owner.model)
             known = {*owner.writable, *map(str.lower, RESERVED)} if owner.is_provider else set()
@@ -520,12 +553,12 @@ def _likely_setting(name: str, owner: _Owner) -> str | None:
     """Return the setting, also of another plugin, that a variable's name is a misspelling of; None if there is none."""
     name = name.partition(NESTED)[0]
     fields = {*owner.model.model_fields, *(map(str.lower, RESERVED) if owner.is_provider else ())}
-    plugins = [_variable_part(each).lower() for each in owner.plugins]
+    plugins = [variable_part(each).lower() for each in owner.plugins]
     for each in fields:
         if name.endswith(f"_{each}"):
             near = close(name.removesuffix(each), plugins, cutoff=SIMILARITY)
             return f"{near[0]}{each}" if near else None
-    own = fields if owner.is_provider else {f"{_variable_part(owner.name)}{each}".lower() for each in fields}
+    own = fields if owner.is_provider else {f"{variable_part(owner.name)}{each}".lower() for each in fields}
     return next(iter(close(name, own, cutoff=SIMILARITY)), None)
 
 
