@@ -98,6 +98,7 @@ class Examination:
             "settings file": self._settings_file,
             "provider": self._provider_found,
             "settings": self._settings_read,
+            "key": self._key_found,
             "address": self._address_read,
             "proxy": self._proxy_found,
             "name": self._name_resolved,
@@ -146,6 +147,7 @@ class Examination:
         return Check("settings file", "ok", f"{sources.file} does not exist, which is fine")
 
     def _provider_found(self) -> Check:
+        from graftage._engine.instances import listed
         from graftage._engine.plugins import Catalog
 
         origin, hint = "command line", None
@@ -153,9 +155,12 @@ class Examination:
             self._provider, origin = options.default_provider(self._host)
             if origin == options.DEFAULT and self._host is None:
                 hint = self._auto_hint(self._provider)
-        entry = Catalog().provider(self._provider)
-        text = f"`{entry.name}` from {entry.origin} ({origin})"
-        return Check("provider", "note" if hint else "ok", text, hint)
+        instance = next((each for each in listed() if each.name == self._provider), None)
+        entry = Catalog().provider(instance.provider if instance else self._provider)
+        text = f"`{entry.name}` from {entry.origin}"
+        if instance:
+            text = f"`{instance.name}` in {instance.origin} uses {text}"
+        return Check("provider", "note" if hint else "ok", f"{text} ({origin})", hint)
 
     def _auto_hint(self, usual: str) -> str | None:
         """Use the provider that `auto` chooses, if it finds one; explain if it is not the usual one."""
@@ -171,6 +176,10 @@ class Examination:
         self._client = options.open_client(self._model, self._provider, host=self._host)
         known = [name for name in self._client.origins if name not in ("model", "provider")]
         return Check("settings", "ok", f"{len(known)} set, the rest are defaults" if known else "all are defaults")
+
+    def _key_found(self) -> Check:
+        key = self._connected.settings.api_key
+        return Check("key", "ok", f"it comes from: {self._origin('api_key')}" if key else "none is set")
 
     def _address_read(self) -> Check:
         given = str(self._connected.settings.host or "")

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from graftage._cli import show
+from graftage._cli.names import provider_names
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -169,7 +170,7 @@ def _in_command_words(found: re.Match[str], error: GraftageError) -> str:
         return f"GRAFTAGE_{name.upper()}"
     provider = getattr(error, "provider", None)
     if provider and found.string[: found.start()].endswith("the setting "):
-        return f"GRAFTAGE_{provider.upper()}_{name.upper()}"
+        return f"GRAFTAGE_{provider}_{name}".upper().replace("-", "_")
     return found[0]
 
 
@@ -178,7 +179,7 @@ def _provider_hint(error: GraftageError) -> str | None:
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
         return None
-    installed = _provider_names()
+    installed = provider_names()
     name, _, rest = model.removesuffix(":latest").partition(":")
     if not rest and name in installed:
         return f"`{name}` is a provider: write `{name}:`, or `{name}:MODEL`."
@@ -189,12 +190,6 @@ def _provider_hint(error: GraftageError) -> str | None:
     if isinstance(error, ModelNotFound) and error.suggestions:
         return None
     return f"`{name}` is not a provider. Installed: {', '.join(f'`{each}`' for each in installed)}."
-
-
-def _provider_names() -> list[str]:
-    from graftage._cli.options import provider_names
-
-    return provider_names()
 
 
 def _further_reasons(error: GraftageError) -> list[str]:

@@ -8,6 +8,7 @@ import typer
 
 from graftage._cli import options, show
 from graftage._cli.errors import Misuse, describe
+from graftage._cli.names import settings_file
 from graftage.exceptions import SettingsError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def list_keys(as_json: options.AsJson = False) -> None:
     if as_json:
         show.print_json(found)
     elif not found:
-        show.line(f"There is no instance in {show.cell(options.settings_file())}.")
+        show.line(f"There is no instance in {show.cell(settings_file())}.")
     else:
         rows = [(each["instance"], each["provider"], each["from"] or "no key", _word(each)) for each in found]
         show.print_table(("instance", "provider", "key from", "is there"), rows)
@@ -69,7 +70,7 @@ def _of_keyring(name: str) -> "Listed":
     from graftage.settings import nearest
 
     known = {each.name: each for each in listed()}
-    file = options.settings_file()
+    file = settings_file()
     if name not in known:
         hint = f"Add it to {file}: `[instances.{name}]` with its `provider`."
         raise Misuse(f"There is no instance `{name}`.", hint=nearest(name, known) if known else hint)
@@ -100,7 +101,8 @@ def _state(instance: "Listed") -> dict[str, Any]:
     """Return where the key of an instance comes from, and whether it is there; None if that cannot be found out."""
     from graftage import _keys
 
-    present, problem = instance.key is not None, None
+    present: bool | None = instance.key is not None
+    problem = None
     if instance.key and instance.key == instance.api_key_from:
         try:
             if instance.key == _keys.KEYRING:

@@ -10,12 +10,12 @@ import typer
 
 from graftage._cli import progress, show
 from graftage._cli.errors import Misuse
+from graftage._cli.names import provider_names
 from graftage._values import SMALLEST_WINDOW
-from graftage.exceptions import CapabilityUnsupported, GraftageError, SettingsError
+from graftage.exceptions import CapabilityUnsupported, GraftageError
 
 if TYPE_CHECKING:
     from graftage import Client
-    from graftage._engine.instances import Listed
 
 Model = Annotated[
     str | None,
@@ -23,7 +23,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="[PROVIDER:]MODEL",
-        help="The model, and the provider or instance if not the default one. Default: GRAFTAGE_MODEL, or the settings file.",
+        help="The model, and the provider or instance if not the default one. Default: GRAFTAGE_MODEL, or the settings "
+        "file.",
     ),
 ]
 Provider = Annotated[
@@ -160,29 +161,6 @@ def split(model: str | None) -> tuple[str | None, str | None]:
     if colon and name in provider_names():
         return name, rest or None
     return None, model
-
-
-def provider_names() -> list[str]:
-    """Return what can be named as a provider: those that are installed, and the instances."""
-    from graftage._engine.plugins import Catalog
-
-    return sorted([*Catalog().names("provider"), *(each.name for each in instances())])
-
-
-def instances() -> "list[Listed]":
-    """Return the instances of the settings file; none if they are invalid, which each client reports."""
-    from graftage._engine.instances import listed
-
-    with suppress(SettingsError):
-        return listed()
-    return []
-
-
-def settings_file() -> str:
-    """Return the path of the settings file."""
-    from graftage.settings import config_path
-
-    return str(config_path())
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from graftage._cli import options, show
 from graftage._cli.errors import describe
+from graftage._cli.names import instances, settings_file
 from graftage._cli.parallel import run_all
 from graftage.exceptions import GraftageError
 
@@ -172,7 +173,7 @@ def _known() -> dict[tuple[str, int], str]:
     """Return the ports that providers and instances use, each with the name."""
     from graftage._engine.plugins import Catalog
 
-    known = {_port(each.host): each.name for each in options.instances() if each.host}
+    known = {_port(each.host): each.name for each in instances() if each.host}
     for name in Catalog().names("provider", enabled=True):
         with suppress(GraftageError), options.open_client(None, name) as client:
             known.setdefault(_port(client.address), name)
@@ -198,12 +199,13 @@ def _print(found: Sequence[Place]) -> None:
         show.line(_nothing(found))
     for each in found:
         if each.state == "other":
-            show.line(
-                f"\n{show.cell(f'{each.address} is not a server that `{each.provider}` can use: {each.problem}')}"
-            )
+            text = f"{each.address} is not a server that `{each.provider}` can use: {each.problem}"
+            show.line(f"\n{show.cell(text)}")
     new = {each.name: each.instance for each in servers if each.instance}
     if new:
-        show.line(f"\nTo use them by name, as in `graftage chat -p {next(iter(new))}`, add to {show.cell(options.settings_file())}:")
+        show.line(
+            f"\nTo use them by name, as in `graftage chat -p {next(iter(new))}`, add to {show.cell(settings_file())}:"
+        )
     for name, table in new.items():
         show.line(f"\n[instances.{name}]")
         for key, value in table.items():

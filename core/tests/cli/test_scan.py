@@ -100,7 +100,7 @@ def test_what_it_prints_is_a_settings_file(shell: Shell, fake: FakeOllama) -> No
     assert str(shell.folder / "config.toml") in out
     table, _, piece = out.partition("[instances.")
     assert "a:1b, b:1b" in table
-    (name, instance), = tomllib.loads(f"[instances.{piece}")["instances"].items()
+    ((name, instance),) = tomllib.loads(f"[instances.{piece}")["instances"].items()
     assert instance == {"provider": "fake", "host": fake.url, "model": "a:1b"}
     (shell.folder / "config.toml").write_text(f"[instances.{piece}")
     assert shell.run("chat", "-p", name, "Hi", GRAFTAGE_MODEL="") == (0, "Hello from the fake.\n", "")
@@ -128,7 +128,9 @@ def test_no_key_is_sent(shell: Shell, fake: FakeOllama) -> None:
 
 
 def test_provider_that_can_do_more_is_shown(shell: Shell) -> None:
-    source = "class It(Echo):\n    @hookimpl\n    def local_addresses(self):\n        return ('{url}',)\nit = It({without})"
+    source = (
+        "class It(Echo):\n    @hookimpl\n    def local_addresses(self):\n        return ('{url}',)\nit = It({without})"
+    )
     with FakeOllama() as fake:
         shell.install(source.format(url=f"{fake.url}/v1", without="without=['embed']"), name="a")
         shell.install(source.format(url=fake.url, without=""), name="b")
