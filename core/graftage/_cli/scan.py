@@ -88,9 +88,9 @@ def _usual_places() -> list[Place]:
     return places
 
 
-def _addresses(entry: "Entry") -> Iterable[str]:
+def _addresses(entry: "Entry") -> tuple[str, ...]:
     plugin: Any = entry.plugin
-    return plugin.local_addresses() if "local_addresses" in entry.hooks else ()
+    return tuple(plugin.local_addresses()) if "local_addresses" in entry.hooks else ()
 
 
 def _look_at(places: Sequence[Place], timeout: float) -> None:

@@ -51,7 +51,7 @@ def test_goes_all_the_way_to_the_model(shell: Shell, port: int) -> None:
     shell.install(f"it = Echo(models=['small:1b'], strict=True, address='http://127.0.0.1:{port}')")
     report = examined(shell)
     assert states(report) == dict.fromkeys(
-        ("settings file", "provider", "settings", "address", "proxy", "name", "port", "server", "model"), "ok"
+        ("settings file", "provider", "settings", "key", "address", "proxy", "name", "port", "server", "model"), "ok"
     )
     assert "version echo" in report["checks"]["server"]["text"]
     assert "fake" in [each["name"] for each in report["plugins"]]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _alone(shell: Shell) -> None:
     """Disable the providers that are really installed: they could ask a real server."""
-    shell.environment["GRAFTAGE_DISABLED_PLUGINS"] = "ollama,llamacpp"
+    shell.environment["GRAFTAGE_DISABLED_PLUGINS"] = "ollama,llamacpp,openai"
 
 
 def compared(shell: Shell, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -42,8 +42,8 @@ def test_table_has_a_column_each(shell: Shell) -> None:
     shell.install("it = Echo(models=[f'm:{n}' for n in range(7)] + ['\\x1b[2J'])")
     shell.install("it = Echo(without=['embed'])", name="other")
     out = shell.run("providers").out
-    assert out.split("\n")[0].split() == ["fake", "llamacpp", "ollama", "other"]
-    assert re.search(r"^state +loaded +disabled +disabled +loaded *$", out, re.MULTILINE)
+    assert out.split("\n")[0].split() == ["fake", "llamacpp", "ollama", "openai", "other"]
+    assert re.search(r"^state +loaded +(disabled +){3}loaded *$", out, re.MULTILINE)
     assert re.search(r"^embed +yes +no *$", out, re.MULTILINE)
     assert "m:0, m:1, m:2, m:3, m:4 and 3 more" in out
     assert "ollama: GRAFTAGE_DISABLED_PLUGINS names it." in out
