@@ -168,7 +168,26 @@ def leave_in_a_thread(stream: Any) -> None:
     closer.join()
 
 
+class WithHeaders(OnToolkit):
+    """A connection whose last chunk has the headers of its stream."""
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        items = self.http.events("POST", "/chat", {}, call=request.call, read=lambda event: event.json())
+        assert items.headers == ()
+        async for found in items:
+            assert ("x-request-id", "r1") in items.headers
+            yield Chunk(text=found["text"])
+        yield Chunk(finish_reason="stop", raw=dict(items.headers))
+
+
 class TestToolkit:
+    @pytest.mark.parametrize("last", [b"data: [DONE]\n\n", b""], ids=["done", "end"])
+    def test_headers_outlive_the_stream(self, both: Any, fake: FakeOllama, last: bytes) -> None:
+        fake.script("/chat", Answer([event(text="Hi"), last], headers=EVENTS | {"x-request-id": "r1"}))
+        llm = both.connect(Giving(lambda request: WithHeaders(request, fake.url)), model=MODEL)
+        assert llm.chat("Hi").raw["x-request-id"] == "r1"
+
     def test_one_hook_serves_both_clients(self, both: Any, fake: FakeOllama) -> None:
         fake.script("/chat", streamed(), streamed())
         fake.script("/models", Answer([b'{"models": ["a", "b"]}']))

@@ -354,6 +354,8 @@ class Items(Generic[T]):
         self._words = words
         self._most = call.max_reply_bytes
         self._response: Response | None = None
+        self.headers: Headers = ()
+        """The headers of the response, once its first item is read. They stay after the end."""
         self._begin()
 
     def _begin(self) -> None:
@@ -363,11 +365,6 @@ class Items(Generic[T]):
         self._rest = bytearray()
         self._size = 0
         self._over = self._started = False
-
-    @property
-    def headers(self) -> Headers:
-        """The headers of the response, once its first item has come."""
-        return self._response.headers if self._response else ()
 
     def __aiter__(self) -> Self:
         return self
@@ -449,6 +446,7 @@ class Items(Generic[T]):
         self._begin()  # An earlier attempt may have read to the end of its response.
         self._call.opened[id(self)] = self
         self._response = await self._http.send(self._request, self._call, self._clock)
+        self.headers = self._response.headers
         try:
             return await self.__anext__()
         except StopAsyncIteration:
