@@ -1043,6 +1043,19 @@ class TestResponses:
         assert llm.chat("x").text == "Hello world"
         assert llm.stats().running == 0
 
+    @pytest.mark.parametrize("data", ["The runner died", '["The runner died"]', '{"detail": "The runner died"}'])
+    def test_event_named_error_keeps_its_words(self, both: Any, fake: FakeOllama, data: str) -> None:
+        fake.script("/chat", streamed(WHOLE[0], f"event: error\ndata: {data}\n\n".encode()))
+        with pytest.raises(InferenceFailed, match="The runner died") as caught:
+            both.connect(on_toolkit(fake), model=MODEL).chat("x")
+        assert caught.value.partial is not None
+
+    def test_text_instead_of_events_is_reported(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/chat", Answer([b"It works!\n"], headers={"content-type": "text/plain"}))
+        with pytest.raises(ProtocolError, match="`text/plain`") as caught:
+            both.connect(on_toolkit(fake), model=MODEL).chat("x")
+        assert "host" in str(caught.value)
+
     @pytest.mark.parametrize("answer", OBJECTS.values(), ids=OBJECTS)
     def test_wrong_objects_are_typed_errors(self, both: Any, fake: FakeOllama, answer: Answer) -> None:
         fake.script("/models", answer, Answer([b'{"models": []}']))

@@ -51,6 +51,7 @@ DRAIN: Final = 0.2
 """Seconds to wait for the end of a body after its last item, before the connection is given up."""
 AGENT: Final = "graftage"
 ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+EVENTS: Final = "text/event-stream"
 FIELDS: Final = ("event", "id", "retry")
 """Fields of an event besides its data; others are ignored."""
 DONE: Final = "[DONE]"
@@ -194,7 +195,7 @@ class Http:
         belong together, such as a finish reason and the usage after it, let `read` keep them, and yield the last chunk
         after the loop.
         """
-        request = self._request(method, path, _encoded(body), ("accept", "text/event-stream"), context=context)
+        request = self._request(method, path, _encoded(body), ("accept", EVENTS), context=context)
         return Items(self, request, call, _Events(self, call, read))
 
     async def upload(self, path: str, file: Path, *, call: Call, method: str = "POST") -> None:
@@ -450,7 +451,14 @@ class Items(Generic[T]):
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            raise StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.") from None
+            raise self._empty_error() from None
+
+    def _empty_error(self) -> ProviderError:
+        """Return the error for a response without an item. Comments, which servers send while they load, are none."""
+        kind = (header(self.headers, "content-type") or EVENTS).partition(";")[0]
+        if self._size and kind != EVENTS and isinstance(self._reader, _Events):
+            return ProtocolError(f"The response is `{kind[:80]}`, not a stream.", hint="Is `host` the URL of an API?")
+        return StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.")
 
     async def _drain(self) -> None:
         """Read and drop the rest of the body, so that the connection can be used again."""
@@ -566,6 +574,8 @@ class Event:
             found = _parsed(data)
         except (ValueError, RecursionError):
             found = None
+        if self.event == "error" and not isinstance(found, dict):
+            raise self._http.refused(OK, (), _encoded({"error": found or self.data}), self._call)
         if not isinstance(found, dict):
             raise ProtocolError("An event of the stream is not a JSON object.", hint="Check that `host` is right.")
         if found.get("error") is not None or self.event == "error":
