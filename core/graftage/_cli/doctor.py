@@ -45,7 +45,8 @@ class Check:
 
 def doctor(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The provider or instance. Default: as of `chat`.")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Provider or instance. Default: the one that `chat` takes."),
     ] = None,
     *,
     model: options.Model = None,
@@ -59,9 +60,12 @@ def doctor(
     """
     from graftage._engine.plugins import Catalog
 
-    if name and provider and name != provider:
-        raise Misuse(f"`{name}` and `-p {provider}` name two providers.", hint="Name one.")
-    with contextlib.closing(Examination(model, name or provider, host)) as examination:
+    if name:
+        if provider:
+            raise Misuse(f"`{name}` and `-p {provider}` both name a provider.", hint="Give one of them.")
+        provider, _, rest = name.partition(":")
+        model = model or rest or None
+    with contextlib.closing(Examination(model, provider, host)) as examination:
         checks = []
         for check in examination.checks():
             checks.append(check)
