@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -57,8 +57,7 @@ def listed(sources: Sources | None = None) -> list[Listed]:
         SettingsError: one is invalid.
     """
     sources = sources or Sources.of()
-    catalog = Catalog(environment=sources.environment, prefix=sources.prefix)
-    found = find(sources, catalog.names(), catalog.names("provider"))
+    found = find(sources, Catalog(environment=sources.environment, prefix=sources.prefix))
     return [_listed(found[name], sources) for name in sorted(found)]
 
 
@@ -79,19 +78,20 @@ def _listed(instance: Instance, sources: Sources) -> Listed:
 
 def find(
     sources: Sources,
-    plugins: Collection[str],
-    providers: Collection[str],
+    catalog: Catalog,
     mapping: Mapping[Any, Any] | None = None,
     argument: object = None,
+    *,
+    installed: bool = True,
 ) -> dict[str, Instance]:
     """Return the instances of all sources by name.
 
     Args:
         sources: the environment and the file.
-        plugins: the names of all installed plugins, which an instance must not have.
-        providers: the names of the installed providers.
+        catalog: the plugins that are installed, whose names an instance must not have.
         mapping: the argument `settings`.
         argument: the argument `instances`.
+        installed: whether the providers must be installed.
 
     Raises:
         SettingsError: a table or a name is invalid, or a provider is not installed.
@@ -101,7 +101,9 @@ def find(
     given = list(_tables(places))
     stored = list(_tables(written))
     names = dict.fromkeys(name for name, _, _ in (*given, *stored))
-    _check_names(names, plugins)
+    if not names:
+        return {}
+    _check_names(names, catalog.names())
     found = {}
     for name in names:
         bare = Instance(
@@ -110,7 +112,7 @@ def find(
             given=tuple((origin, table) for each, origin, table in given if each == name),
             written=tuple((origin, table) for each, origin, table in stored if each == name),
         )
-        found[name] = _read(bare, sources, providers)
+        found[name] = _read(bare, sources, catalog.names("provider") if installed else None)
     return found
 
 
@@ -144,7 +146,7 @@ def _tables(places: Mapping[str, object]) -> Iterator[tuple[str, str, Mapping[st
             yield name, origin, table
 
 
-def _check_names(names: Iterable[str], plugins: Collection[str]) -> None:
+def _check_names(names: Iterable[str], plugins: Iterable[str]) -> None:
     """Refuse names that mean something else, or whose variables do."""
     taken = {variable_part(each): f"the plugin `{each}`" for each in plugins}
     taken[variable_part(AUTO)] = "the choice among all providers"
@@ -158,7 +160,7 @@ def _check_names(names: Iterable[str], plugins: Collection[str]) -> None:
             )
 
 
-def _read(bare: Instance, sources: Sources, providers: Collection[str]) -> Instance:
+def _read(bare: Instance, sources: Sources, providers: Sequence[str] | None) -> Instance:
     """Return an instance with the values that are not settings of its provider."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -179,7 +181,7 @@ def _read(bare: Instance, sources: Sources, providers: Collection[str]) -> Insta
             source=origin,
             hint="Set `provider` to the name of an installed provider.",
         )
-    if values["provider"] not in providers:
+    if providers is not None and values["provider"] not in providers:
         raise SettingsError(
             f"There is no provider `{values['provider']}` for the instance `{bare.name}` ({origins['provider']}).",
             key="provider",
