@@ -159,8 +159,9 @@ class Examination:
             self._provider, origin = options.default_provider(self._host)
             if origin == options.DEFAULT and self._host is None:
                 hint = self._auto_hint(self._provider)
-        instance = next((each for each in listed() if each.name == self._provider), None)
-        entry = Catalog().provider(instance.provider if instance else self._provider)
+        known = {each.name: each for each in listed()}
+        instance = known.get(self._provider)
+        entry = Catalog().provider(instance.provider if instance else self._provider, known)
         text = f"`{entry.name}` from {entry.origin}"
         if instance:
             text = f"`{instance.name}` in {instance.origin} uses {text}"

@@ -128,7 +128,7 @@ class TestInstances:
         (shell.folder / "config.toml").write_text("".join(f'[instances.{name}]\nprovider = "fake"\n' for name in names))
         child = shell.terminal("providers")
         assert shell.ends(child) == 0
-        lines = child.before.splitlines()
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", child.before).splitlines()
         assert max(map(len, lines)) <= 80
         assert all(any(name in line.split() for line in lines) for name in names)
 
