@@ -22,10 +22,24 @@ known one, and so is a variable that is similar to a known one. Other unknown va
 the log. A variable for an object holds JSON, or each part has its own, such as `GRAFTAGE_TIMEOUTS__IDLE`. A variable
 for a list holds JSON, or text that the field's validator splits.
 
+A **named instance** is a provider with an address, a key and defaults of its own, in the table `[instances.NAME]`. Its
+name is then the name of a provider. It has a `provider`, may have a `model`, an `adapter` and `api_key_from`, and takes
+these and the provider's settings from the first of these sources:
+
+1. its pair in a chain, and arguments of `connect`; for the model, first `"name:model"`
+2. its table in the argument `instances`, then in the mapping passed as `settings`
+3. the rest of that mapping
+4. `GRAFTAGE_<INSTANCE>_<FIELD>`, then the variables of its provider, as above
+5. its table in the TOML file, then the rest of that file, as above
+
+An address or a secret of an instance comes only from its own sources: its pair, an argument, its tables, its variables.
+If none has its key, it is read from where `api_key_from` says.
+
 Other plugins subclass `PluginSettings`. Their values come from the arguments of their object, their table in the
 mapping, `GRAFTAGE_<PLUGIN>_<FIELD>`, and their table in the file.
 
-An address or a secret is for one server. A member of a chain takes it only from a source that names that member.
+An address or a secret is for one server. A member of a chain takes it only from a source that names that member. A
+secret from another tool's variable reaches only the host that the provider names in `native_hosts`.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class Connection:
         """Refuse what the provider cannot do, or this model is known not to do."""
         able = self.capabilities().features
         info = self._infos.get(model)
-        for feature in needs:
+        for feature in sorted(needs):
             inputs.require(feature, feature in able, self.provider)
             if info is not None and info.features is not None and feature in MODEL_DECIDES:
                 inputs.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
