@@ -214,11 +214,11 @@ class Http:
         await retry.call(send, call)
 
     def httpx_transport(self) -> BlockingTransport | AsyncTransport:
-        """Return a transport for the client of an SDK built on httpx, sync or async as this client is.
+        """Return a transport for the client of an SDK built on httpx or httpx2, sync or async as this client is.
 
         Each request has the limits of the settings and is sent once. The SDK's own timeouts, proxies, redirects and
-        keys are ignored. Errors are those of httpx, each with the typed error as its cause. Closing the transport does
-        nothing: its connections belong to this client.
+        keys are ignored. Errors are those of that library, each with the typed error as its cause. Closing the
+        transport does nothing: its connections belong to this client.
         """
         from graftage.http.httpx_transport import AsyncTransport, BlockingTransport
 
