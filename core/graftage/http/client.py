@@ -51,6 +51,7 @@ DRAIN: Final = 0.2
 """Seconds to wait for the end of a body after its last item, before the connection is given up."""
 AGENT: Final = "graftage"
 ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+EVENTS: Final = "text/event-stream"
 FIELDS: Final = ("event", "id", "retry")
 """Fields of an event besides its data; others are ignored."""
 DONE: Final = "[DONE]"
@@ -194,7 +195,7 @@ class Http:
         belong together, such as a finish reason and the usage after it, let `read` keep them, and yield the last chunk
         after the loop.
         """
-        request = self._request(method, path, _encoded(body), ("accept", "text/event-stream"), context=context)
+        request = self._request(method, path, _encoded(body), ("accept", EVENTS), context=context)
         return Items(self, request, call, _Events(self, call, read))
 
     async def upload(self, path: str, file: Path, *, call: Call, method: str = "POST") -> None:
@@ -354,6 +355,8 @@ class Items(Generic[T]):
         self._words = words
         self._most = call.max_reply_bytes
         self._response: Response | None = None
+        self.headers: Headers = ()
+        """The headers of the response, once its first item is read. They stay after the end."""
         self._begin()
 
     def _begin(self) -> None:
@@ -363,11 +366,6 @@ class Items(Generic[T]):
         self._rest = bytearray()
         self._size = 0
         self._over = self._started = False
-
-    @property
-    def headers(self) -> Headers:
-        """The headers of the response, once its first item has come."""
-        return self._response.headers if self._response else ()
 
     def __aiter__(self) -> Self:
         return self
@@ -449,10 +447,18 @@ class Items(Generic[T]):
         self._begin()  # An earlier attempt may have read to the end of its response.
         self._call.opened[id(self)] = self
         self._response = await self._http.send(self._request, self._call, self._clock)
+        self.headers = self._response.headers
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            raise StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.") from None
+            raise self._empty_error() from None
+
+    def _empty_error(self) -> ProviderError:
+        """Return the error for a response without an item. Comments, which servers send while they load, are none."""
+        kind = (header(self.headers, "content-type") or EVENTS).partition(";")[0]
+        if self._size and kind != EVENTS and isinstance(self._reader, _Events):
+            return ProtocolError(f"The response is `{kind[:80]}`, not a stream.", hint="Is `host` the URL of an API?")
+        return StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.")
 
     async def _drain(self) -> None:
         """Read and drop the rest of the body, so that the connection can be used again."""
@@ -568,6 +574,8 @@ class Event:
             found = _parsed(data)
         except (ValueError, RecursionError):
             found = None
+        if self.event == "error" and not isinstance(found, dict):
+            raise self._http.refused(OK, (), _encoded({"error": found or self.data}), self._call)
         if not isinstance(found, dict):
             raise ProtocolError("An event of the stream is not a JSON object.", hint="Check that `host` is right.")
         if found.get("error") is not None or self.event == "error":
