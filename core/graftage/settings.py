@@ -26,14 +26,15 @@ A **named instance** is a provider with an address, a key and defaults of its ow
 name is then the name of a provider. It has a `provider`, may have a `model`, an `adapter` and `api_key_from`, and takes
 these and the provider's settings from the first of these sources:
 
-1. its pair in a chain, and arguments of `connect`; for the model, first `"name:model"`
+1. its pair in a chain, and arguments of `connect`
 2. its table in the argument `instances`, then in the mapping passed as `settings`
 3. the rest of that mapping
 4. `GRAFTAGE_<INSTANCE>_<FIELD>`, then the variables of its provider, as above
 5. its table in the TOML file, then the rest of that file, as above
 
 An address or a secret of an instance comes only from its own sources: its pair, an argument, its tables, its variables.
-If none has its key, it is read from where `api_key_from` says.
+If they hold no key, it is read from where `api_key_from` says. The model of calls is the one in `"name:model"`, else
+that of these sources, else `GRAFTAGE_MODEL`, else the `model` at the top of the file.
 
 Other plugins subclass `PluginSettings`. Their values come from the arguments of their object, their table in the
 mapping, `GRAFTAGE_<PLUGIN>_<FIELD>`, and their table in the file.

@@ -117,12 +117,11 @@ def _read_needs(needs: object) -> frozenset[Any]:
 
     if isinstance(needs, (str, bytes, Mapping)) or not isinstance(needs, Iterable):
         raise rejected("`needs`", "a set of features, such as {'tools'}", needs)
+    known = get_args(Feature)
     found = tuple(needs)
     for each in found:
-        if each not in get_args(Feature):
-            raise RequestRejected(
-                f"There is no feature `{each}` (`needs`).", hint=suggest(str(each), get_args(Feature))
-            )
+        if each not in known:
+            raise RequestRejected(f"There is no feature `{each}` (`needs`).", hint=suggest(str(each), known))
     return frozenset(found)
 
 

@@ -509,7 +509,7 @@ def _is_local(address: str) -> bool:
     from graftage.http.address import UNIX, is_loopback
 
     parts = urlsplit(address if "://" in address else f"//{address}")
-    return parts.scheme == UNIX or is_loopback(parts.hostname or "") or bool(re.fullmatch(r"[\w-]*", address))
+    return parts.scheme == UNIX or is_loopback(parts.hostname or "") or bool(re.fullmatch(r"[\w/-]*", address))
 
 
 def _age(model: ModelInfo) -> float:
