@@ -244,7 +244,8 @@ class Examination:
     def _server_answers(self) -> Check:
         health = self._check_health("api")
         version = f"version {health.version}" if health.version else "of unknown version"
-        return Check("server", "ok", f"answers, {version}, in {1000 * (health.latency or 0):.0f} ms")
+        software = f"{health.server} " if health.server else ""
+        return Check("server", "ok", f"{software}answers, {version}, in {1000 * (health.latency or 0):.0f} ms")
 
     def _model_present(self) -> Check:
         model = self._connected.model

@@ -46,7 +46,7 @@ def list_keys(as_json: options.AsJson = False) -> None:
     elif not found:
         show.line(f"There is no instance in {show.cell(settings_file())}.")
     else:
-        rows = [(each["instance"], each["provider"], each["from"] or "no key", _word(each)) for each in found]
+        rows = [(each["instance"], each["provider"], each["from"] or "none", _word(each)) for each in found]
         show.print_table(("instance", "provider", "key from", "is there"), rows)
         for each in found:
             if each["problem"]:
@@ -121,4 +121,4 @@ def _state(instance: "Listed") -> dict[str, Any]:
 
 
 def _word(state: dict[str, Any]) -> str:
-    return {None: "unknown", True: "yes", False: "no"}[state["present"]]
+    return {None: "unknown", True: "yes", False: "no"}[state["present"]] if state["from"] else ""

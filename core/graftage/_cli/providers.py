@@ -178,7 +178,7 @@ def _print_columns(found: Sequence[Finding]) -> None:
         ("state", *(each.state for each in found)),
         ("tests", *(each.tests for each in found)),
         ("health", *(each.health for each in found)),
-        ("address", *(each.address for each in found)),
+        ("address", *((each.address or "").removeprefix("http://") for each in found)),
         ("key", *(each.key for each in found)),
         ("server", *(each.server for each in found)),
         ("version", *(each.server_version for each in found)),
