@@ -31,6 +31,16 @@ it = sys.modules[__name__]
 """A provider of Ollama servers at other addresses."""
 
 
+KNOWING = """
+class It(Echo):
+    @hookimpl
+    def local_addresses(self):
+        return ("{url}",)
+
+"""
+"""A provider that finds itself at an address."""
+
+
 @pytest.fixture(autouse=True)
 def _alone(shell: Shell) -> None:
     """Disable the providers that are really installed: they could ask a real server."""
@@ -160,3 +170,11 @@ def test_broken_provider_hides_no_server(shell: Shell, fake: FakeOllama) -> None
     assert [each["state"] for each in json.loads(done.out)] == ["server"]
     assert "out of order" in done.err
     assert "int" in done.err
+
+
+def test_names_cannot_control_the_terminal(shell: Shell, fake: FakeOllama) -> None:
+    shell.install(KNOWING.format(url=fake.url) + 'it = It(models=["\\x1b[0m\\nb:1"])')
+    out = shell.run("providers", "--scan").out
+    assert "\x1b" not in out
+    (instance,) = tomllib.loads(out[out.index("[instances.") :])["instances"].values()
+    assert instance["model"] == "\x1b[0m\nb:1"
