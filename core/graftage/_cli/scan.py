@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 from graftage._cli import options, show
 from graftage._cli.errors import describe
-from graftage._cli.names import instances, settings_file
+from graftage._cli.names import settings_file
 from graftage._cli.parallel import run_all
 from graftage.exceptions import GraftageError
 
 if TYPE_CHECKING:
     from graftage import Client
+    from graftage._engine.instances import Listed
     from graftage._engine.plugins import Entry
 
 __all__ = ["scan"]
@@ -58,10 +59,13 @@ class Place:
 
 def scan(timeout: float | None, *, as_json: bool) -> None:
     """Find the servers at the addresses that providers know, and print them."""
+    from graftage._engine.instances import listed
+
+    known = listed()
     places = _usual_places()
     _look_at(places, timeout or TIMEOUT)
     found = [replace(each) for each in _best(places)]  # A copy, which late results cannot change.
-    _name(found)
+    _name(found, known)
     if as_json:
         show.print_json([asdict(each) for each in found])
     else:
@@ -71,32 +75,30 @@ def scan(timeout: float | None, *, as_json: bool) -> None:
 def _usual_places() -> list[Place]:
     """Return the addresses that the installed providers name. A provider that fails is left out with a note."""
     from graftage._engine.plugins import Catalog
-    from graftage.http import is_loopback
 
     catalog = Catalog()
     places = []
     for name in catalog.names("provider", enabled=True):
         try:
-            entry = catalog.provider(name)
-            addresses = _addresses(entry)
+            places += [Place(address=each, provider=name) for each in _addresses(catalog.provider(name))]
         except Exception as error:  # noqa: BLE001 - one provider must not affect the others
             show.note(describe(error))
-            continue
-        places += [
-            Place(address=each, provider=name) for each in addresses if is_loopback(urlsplit(each).hostname or "")
-        ]
     return places
 
 
-def _addresses(entry: "Entry") -> tuple[str, ...]:
+def _addresses(entry: "Entry") -> list[str]:
+    """Return the addresses on this machine that a provider names."""
+    from graftage.http import is_loopback
+
     plugin: Any = entry.plugin
-    return tuple(plugin.local_addresses()) if "local_addresses" in entry.hooks else ()
+    named = plugin.local_addresses() if "local_addresses" in entry.hooks else ()
+    return [each for each in named if is_loopback(_port(each)[0])]
 
 
 def _look_at(places: Sequence[Place], timeout: float) -> None:
     ended = run_all([partial(_look, each, timeout) for each in places], timeout + GRACE)
     for each, in_time in zip(places, ended, strict=True):
-        if not in_time:
+        if not in_time and each.state != "server":
             each.state, each.problem = "other", f"It did not answer within {timeout:g} s."
 
 
@@ -131,11 +133,17 @@ def _ask(client: "Client", place: Place, timeout: float) -> None:
     place.features = sorted(client.capabilities().features)
     with suppress(GraftageError):
         place.models = [each.name for each in client.models(timeout=timeout)]
+    with suppress(GraftageError), options.open_client(None, place.provider) as own:
+        place.name = place.provider if _port(own.address) == _port(place.address) else None
 
 
 def _port(address: str) -> tuple[str, int]:
+    """Return the host and the port of an address, as far as it has them."""
     parts = urlsplit(address if "://" in address else f"//{address}")
-    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 80)
+    host = parts.hostname or ""
+    with suppress(ValueError):  # An instance may have an invalid one, which its client reports.
+        return "127.0.0.1" if host == "localhost" else host, parts.port or PORTS.get(parts.scheme, 80)
+    return host, 0
 
 
 def _best(places: Iterable[Place]) -> list[Place]:
@@ -153,37 +161,28 @@ def _preference(place: Place) -> tuple[int, int]:
 # --- Names -----------------------------------------------------------------------------------------------------------
 
 
-def _name(found: Iterable[Place]) -> None:
+def _name(found: Iterable[Place], known: Sequence["Listed"]) -> None:
     """Name each server as the settings do; for another one, make a name and the table of an instance."""
-    known = _known()
-    taken = {*known.values(), "auto"}
+    from graftage._engine.plugins import Catalog
+    from graftage.settings import variable_part
+
+    named = {_port(each.host): each.name for each in known if each.host}
+    taken = {variable_part(each) for each in ("auto", *Catalog().names(), *(each.name for each in known))}
     for each in found:
-        if each.state != "server":
-            continue
-        each.name = known.get(_port(each.address))
-        if each.name is None:
-            each.name = _new_name(each, taken)
-            taken.add(each.name)
+        each.name = named.get(_port(each.address), each.name)
+        if each.state == "server" and each.name is None:
+            each.name = _new_name(each)
+            if variable_part(each.name) in taken:
+                each.name += f"-{_port(each.address)[1]}"
+            taken.add(variable_part(each.name))
             each.instance = {"provider": each.provider, "host": each.address}
             if each.models:
                 each.instance["model"] = each.models[0]
 
 
-def _known() -> dict[tuple[str, int], str]:
-    """Return the ports that providers and instances use, each with the name."""
-    from graftage._engine.plugins import Catalog
-
-    known = {_port(each.host): each.name for each in instances() if each.host}
-    for name in Catalog().names("provider", enabled=True):
-        with suppress(GraftageError), options.open_client(None, name) as client:
-            known.setdefault(_port(client.address), name)
-    return known
-
-
-def _new_name(place: Place, taken: set[str]) -> str:
-    """Return the server's name, or the provider's, with the port if that is taken."""
-    name = re.sub(r"[^a-z0-9]+", "-", (place.server or place.provider).lower()).strip("-") or place.provider
-    return f"{name}-{_port(place.address)[1]}" if name in taken else name
+def _new_name(place: Place) -> str:
+    """Return a name from the server's, or else the provider's."""
+    return re.sub(r"[^a-z0-9]+", "-", (place.server or place.provider).lower()).strip("-") or place.provider
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -199,7 +198,7 @@ def _print(found: Sequence[Place]) -> None:
         show.line(_nothing(found))
     for each in found:
         if each.state == "other":
-            text = f"{each.address} is not a server that `{each.provider}` can use: {each.problem}"
+            text = f"{each.address} listens, but `{each.provider}` cannot use it: {each.problem}"
             show.line(f"\n{show.cell(text)}")
     new = {each.name: each.instance for each in servers if each.instance}
     if new:

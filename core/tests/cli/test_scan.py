@@ -112,7 +112,7 @@ def test_what_it_prints_is_a_settings_file(shell: Shell, fake: FakeOllama) -> No
     assert "a:1b, b:1b" in table
     ((name, instance),) = tomllib.loads(f"[instances.{piece}")["instances"].items()
     assert instance == {"provider": "fake", "host": fake.url, "model": "a:1b"}
-    (shell.folder / "config.toml").write_text(f"[instances.{piece}")
+    (shell.folder / "config.toml").write_text(f"[instances.{piece}".replace("127.0.0.1", "localhost"))
     assert shell.run("chat", "-p", name, "Hi", GRAFTAGE_MODEL="") == (0, "Hello from the fake.\n", "")
     assert scanned(shell)[fake.url]["instance"] is None
     assert scanned(shell)[fake.url]["name"] == name
@@ -124,7 +124,7 @@ def test_other_services_are_named_as_such(shell: Shell, page: str, silent: str) 
     assert {each["state"] for each in found.values()} == {"other"}
     assert all(each["problem"] for each in found.values())
     out = shell.run("providers", "--scan", "--timeout", "0.5").out
-    assert f"{page} is not a server that `fake` can use: " in out
+    assert f"{page} listens, but `fake` cannot use it: " in out
     assert "[instances." not in out
 
 
@@ -178,3 +178,17 @@ def test_names_cannot_control_the_terminal(shell: Shell, fake: FakeOllama) -> No
     assert "\x1b" not in out
     (instance,) = tomllib.loads(out[out.index("[instances.") :])["instances"].values()
     assert instance["model"] == "\x1b[0m\nb:1"
+
+
+def test_invalid_settings_are_wrong_usage(shell: Shell, fake: FakeOllama) -> None:
+    shell.install(SERVERS.format(addresses=(fake.url,)))
+    (shell.folder / "config.toml").write_text('[instances.work]\nprovider = "nothing"\n')
+    done = shell.run("providers", "--scan")
+    assert done.code == 2
+    assert "There is no provider `nothing`" in done.err
+
+
+def test_own_address_of_a_provider_has_its_name(shell: Shell, fake: FakeOllama) -> None:
+    shell.install(SERVERS.format(addresses=(fake.url,)))
+    there = scanned(shell, GRAFTAGE_FAKE_HOST=fake.url)[fake.url]
+    assert (there["name"], there["instance"]) == ("fake", None)
