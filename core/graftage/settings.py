@@ -342,21 +342,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """The plugin whose settings are loaded."""
+    """The plugin or the instance whose settings are loaded."""
 
     name: str
+    plugin: str
+    """The plugin's name, which is also that of its own table. An instance has another name."""
     model: type[PluginSettings]
     plugins: frozenset[str]
     """Names of all installed plugins, its own included."""
-    instance: Instance | None = None
-    """The instance, if they are loaded for one. Then `name` is its name."""
-    instances: frozenset[str] = frozenset()
+    instance: Instance | None
+    instances: frozenset[str]
     """Names of all instances."""
-
-    @property
-    def plugin(self) -> str:
-        """The plugin's name, also for an instance."""
-        return self.instance.provider if self.instance else self.name
 
     @property
     def prefixes(self) -> list[str]:
@@ -405,21 +401,11 @@ def load(
     """
     sources = sources or Sources.of()
     instance = (instances or {}).get(name)
-    owner = _Owner(
-        name, model, frozenset({*plugins} if instance else {name, *plugins}), instance, frozenset(instances or ())
-    )
-    known = set(model.model_fields)
+    plugin = instance.provider if instance else name
+    owner = _Owner(name, plugin, model, frozenset({plugin, *plugins}), instance, frozenset(instances or ()))
     # Under a host's prefix there are variables for other things; under ours an unknown one may be a mistake.
     ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
-    layers = [
-        *_from_mapping(own or {}, "argument of the member", known, shared=False),
-        *_from_mapping(arguments, ARGUMENT, known),
-        *(_from_instance(instance.given, known) if instance else ()),
-        *_from_document(mapping or {}, MAPPING, owner, known),
-        *_from_environment(owner, sources),
-        *(_from_instance(instance.written, owner.writable) if instance else ()),
-        *_from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS),
-    ]
+    layers = list(_layers(owner, sources, own or {}, arguments, mapping or {}))
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, key, value, shared in _allowed(layers, owner):
@@ -438,7 +424,26 @@ def load(
 
 
 _Layer = tuple[str, str, Any, bool]
-"""The origin of a value, its key, the value, and whether every member of a chain would get it."""
+"""The origin of a value, its key, the value, and whether others than this provider or instance would get it."""
+
+
+def _layers(
+    owner: _Owner,
+    sources: Sources,
+    own: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    mapping: Mapping[Any, Any],
+) -> Iterable[_Layer]:
+    """Yield the values of all sources, the first source first."""
+    known = set(owner.model.model_fields)
+    given, written = (owner.instance.given, owner.instance.written) if owner.instance else ((), ())
+    yield from _from_mapping(own, "argument of the member", known, shared=False)
+    yield from _from_mapping(arguments, ARGUMENT, known)
+    yield from _from_instance(given, known)
+    yield from _from_document(mapping, MAPPING, owner, known)
+    yield from _from_environment(owner, sources)
+    yield from _from_instance(written, owner.writable)
+    yield from _from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS)
 
 
 def _from_mapping(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
