@@ -84,6 +84,8 @@ LARGEST_FILE = 64 * 1024
 """Bytes of a settings file: the time to read nested names grows with the square of their number."""
 CHOICE_KEYS = ("provider", "model")
 """Keys at the top of the file that select a provider and a model."""
+AUTO = "auto"
+"""The name of the choice among all providers and instances."""
 INSTANCES = "instances"
 """The table of named instances, in the file and in the mapping."""
 INSTANCE_KEYS = ("provider", "model", "adapter", "api_key_from")
@@ -355,12 +357,6 @@ class _Owner:
     """Names of all instances."""
 
     @property
-    def prefixes(self) -> list[str]:
-        """What the names of its variables begin with, after the prefix of all."""
-        own = [variable_part(each) for each in dict.fromkeys((self.name, self.plugin))]
-        return [*own, ""] if self.is_provider else own
-
-    @property
     def is_provider(self) -> bool:
         """Whether it also takes the settings for all providers."""
         return issubclass(self.model, Settings)
@@ -406,9 +402,11 @@ def load(
     # Under a host's prefix there are variables for other things; under ours an unknown one may be a mistake.
     ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
     layers = list(_layers(owner, sources, own or {}, arguments, mapping or {}))
+    if instance or model.native_hosts:
+        layers = _allowed(layers, owner)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, key, value, shared in _allowed(layers, owner):
+    for origin, key, value, shared in layers:
         whole = key not in merged
         private = chained and owner.is_provider and shared and _is_private(key, model)
         if private and value and (whole or isinstance(value, Mapping)):
@@ -436,13 +434,14 @@ def _layers(
 ) -> Iterable[_Layer]:
     """Yield the values of all sources, the first source first."""
     known = set(owner.model.model_fields)
-    given, written = (owner.instance.given, owner.instance.written) if owner.instance else ((), ())
     yield from _from_mapping(own, "argument of the member", known, shared=False)
     yield from _from_mapping(arguments, ARGUMENT, known)
-    yield from _from_instance(given, known)
+    if owner.instance:
+        yield from _from_instance(owner.instance.given, known)
     yield from _from_document(mapping, MAPPING, owner, known)
     yield from _from_environment(owner, sources)
-    yield from _from_instance(written, owner.writable)
+    if owner.instance:
+        yield from _from_instance(owner.instance.written, owner.writable)
     yield from _from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS)
 
 
@@ -459,8 +458,9 @@ def _from_instance(tables: Iterable[tuple[str, Mapping[str, Any]]], known: set[s
                 yield layer
 
 
-def _allowed(layers: Sequence[_Layer], owner: _Owner) -> Iterable[_Layer]:
-    """Yield the layers whose values may reach the owner's server: secrets are for the server they were given for."""
+def _allowed(layers: Sequence[_Layer], owner: _Owner) -> list[_Layer]:
+    """Return the layers whose values may reach the owner's server: secrets are for the server they were given for."""
+    allowed = []
     model = owner.model
     natives = {key: f"environment {variable}" for key, variable in model.native_environment.items()}
     host = next((value for _, key, value, _ in layers if key == "host"), None)
@@ -470,7 +470,8 @@ def _allowed(layers: Sequence[_Layer], owner: _Owner) -> Iterable[_Layer]:
             continue
         if key in model.native_hosts and origin == natives.get(key) and not _is_host(host, model.native_hosts[key]):
             continue
-        yield layer
+        allowed.append(layer)
+    return allowed
 
 
 def _is_host(address: object, name: str) -> bool:
@@ -504,7 +505,9 @@ def _shared_secret_error(key: str, origin: str, owner: _Owner, prefix: str) -> S
 
 
 def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
-    for part in owner.prefixes:
+    own = variable_part(owner.name)
+    parts = [own, *([variable_part(owner.plugin)] if owner.instance else ()), *([""] if owner.is_provider else ())]
+    for part in parts:
         prefix = f"{sources.prefix}_{part}"
         for key, found in _variables(prefix, sources.environment).items():
             annotation = owner.model.model_fields[key].annotation if key in owner.writable else str
@@ -514,7 +517,7 @@ def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
                     value = _from_texts(annotation, {parts: text for parts, (_, text) in found.items()})
                 except (ValueError, RecursionError):
                     raise _json_error(key, origin, prefix) from None
-                yield origin, key, value, part != owner.prefixes[0] if owner.instance else not part
+                yield origin, key, value, part != own
     for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
             yield f"environment {variable}", key, value, owner.instance is not None
