@@ -84,6 +84,8 @@ LARGEST_FILE = 64 * 1024
 """Bytes of a settings file: the time to read nested names grows with the square of their number."""
 CHOICE_KEYS = ("provider", "model")
 """Keys at the top of the file that select a provider and a model."""
+AUTO = "auto"
+"""The name of the choice among all providers and instances."""
 INSTANCES = "instances"
 """The table of named instances, in the file and in the mapping."""
 INSTANCE_KEYS = ("provider", "model", "adapter", "api_key_from")
@@ -342,27 +344,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """The plugin whose settings are loaded."""
+    """The plugin or the instance whose settings are loaded."""
 
     name: str
+    plugin: str
+    """The plugin's name, which is also that of its own table. An instance has another name."""
     model: type[PluginSettings]
     plugins: frozenset[str]
     """Names of all installed plugins, its own included."""
-    instance: Instance | None = None
-    """The instance, if they are loaded for one. Then `name` is its name."""
-    instances: frozenset[str] = frozenset()
+    instance: Instance | None
+    instances: frozenset[str]
     """Names of all instances."""
-
-    @property
-    def plugin(self) -> str:
-        """The plugin's name, also for an instance."""
-        return self.instance.provider if self.instance else self.name
-
-    @property
-    def prefixes(self) -> list[str]:
-        """What the names of its variables begin with, after the prefix of all."""
-        own = [variable_part(each) for each in dict.fromkeys((self.name, self.plugin))]
-        return [*own, ""] if self.is_provider else own
 
     @property
     def is_provider(self) -> bool:
@@ -405,24 +397,16 @@ def load(
     """
     sources = sources or Sources.of()
     instance = (instances or {}).get(name)
-    owner = _Owner(
-        name, model, frozenset({*plugins} if instance else {name, *plugins}), instance, frozenset(instances or ())
-    )
-    known = set(model.model_fields)
+    plugin = instance.provider if instance else name
+    owner = _Owner(name, plugin, model, frozenset({plugin, *plugins}), instance, frozenset(instances or ()))
     # Under a host's prefix there are variables for other things; under ours an unknown one may be a mistake.
     ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
-    layers = [
-        *_from_mapping(own or {}, "argument of the member", known, shared=False),
-        *_from_mapping(arguments, ARGUMENT, known),
-        *(_from_instance(instance.given, known) if instance else ()),
-        *_from_document(mapping or {}, MAPPING, owner, known),
-        *_from_environment(owner, sources),
-        *(_from_instance(instance.written, owner.writable) if instance else ()),
-        *_from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS),
-    ]
+    layers = list(_layers(owner, sources, own or {}, arguments, mapping or {}))
+    if instance or model.native_hosts:
+        layers = _allowed(layers, owner)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, key, value, shared in _allowed(layers, owner):
+    for origin, key, value, shared in layers:
         whole = key not in merged
         private = chained and owner.is_provider and shared and _is_private(key, model)
         if private and value and (whole or isinstance(value, Mapping)):
@@ -438,7 +422,27 @@ def load(
 
 
 _Layer = tuple[str, str, Any, bool]
-"""The origin of a value, its key, the value, and whether every member of a chain would get it."""
+"""The origin of a value, its key, the value, and whether others than this provider or instance would get it."""
+
+
+def _layers(
+    owner: _Owner,
+    sources: Sources,
+    own: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    mapping: Mapping[Any, Any],
+) -> Iterable[_Layer]:
+    """Yield the values of all sources, the first source first."""
+    known = set(owner.model.model_fields)
+    yield from _from_mapping(own, "argument of the member", known, shared=False)
+    yield from _from_mapping(arguments, ARGUMENT, known)
+    if owner.instance:
+        yield from _from_instance(owner.instance.given, known)
+    yield from _from_document(mapping, MAPPING, owner, known)
+    yield from _from_environment(owner, sources)
+    if owner.instance:
+        yield from _from_instance(owner.instance.written, owner.writable)
+    yield from _from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS)
 
 
 def _from_mapping(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
@@ -454,8 +458,9 @@ def _from_instance(tables: Iterable[tuple[str, Mapping[str, Any]]], known: set[s
                 yield layer
 
 
-def _allowed(layers: Sequence[_Layer], owner: _Owner) -> Iterable[_Layer]:
-    """Yield the layers whose values may reach the owner's server: secrets are for the server they were given for."""
+def _allowed(layers: Sequence[_Layer], owner: _Owner) -> list[_Layer]:
+    """Return the layers whose values may reach the owner's server: secrets are for the server they were given for."""
+    allowed = []
     model = owner.model
     natives = {key: f"environment {variable}" for key, variable in model.native_environment.items()}
     host = next((value for _, key, value, _ in layers if key == "host"), None)
@@ -465,7 +470,8 @@ def _allowed(layers: Sequence[_Layer], owner: _Owner) -> Iterable[_Layer]:
             continue
         if key in model.native_hosts and origin == natives.get(key) and not _is_host(host, model.native_hosts[key]):
             continue
-        yield layer
+        allowed.append(layer)
+    return allowed
 
 
 def _is_host(address: object, name: str) -> bool:
@@ -499,7 +505,9 @@ def _shared_secret_error(key: str, origin: str, owner: _Owner, prefix: str) -> S
 
 
 def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
-    for part in owner.prefixes:
+    own = variable_part(owner.name)
+    parts = [own, *([variable_part(owner.plugin)] if owner.instance else ()), *([""] if owner.is_provider else ())]
+    for part in parts:
         prefix = f"{sources.prefix}_{part}"
         for key, found in _variables(prefix, sources.environment).items():
             annotation = owner.model.model_fields[key].annotation if key in owner.writable else str
@@ -509,7 +517,7 @@ def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
                     value = _from_texts(annotation, {parts: text for parts, (_, text) in found.items()})
                 except (ValueError, RecursionError):
                     raise _json_error(key, origin, prefix) from None
-                yield origin, key, value, part != owner.prefixes[0] if owner.instance else not part
+                yield origin, key, value, part != own
     for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
             yield f"environment {variable}", key, value, owner.instance is not None

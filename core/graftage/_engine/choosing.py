@@ -19,11 +19,9 @@ from graftage._engine.delivery import Delivery
 from graftage._engine.events import log
 from graftage._engine.fallback import Chain, skipped_note
 from graftage._engine.faults import in_words, is_fault
-from graftage._engine.instances import AUTO, find
 from graftage._engine.plugins import Catalog, Entry
 from graftage._engine.session import HEALTH_TIMEOUTS, Session
 from graftage._engine.waiting import IO
-from graftage._keys import read as read_key
 from graftage._records import dataclass
 from graftage.exceptions import (
     CapabilityUnsupported,
@@ -36,7 +34,7 @@ from graftage.exceptions import (
     SettingsError,
 )
 from graftage.hookspecs import AnswersRequest, ConnectRequest
-from graftage.settings import GIVEN, Instance, Loaded, PluginSettings, Settings, Sources, load
+from graftage.settings import AUTO, GIVEN, INSTANCES, Instance, Loaded, PluginSettings, Settings, Sources, load
 from graftage.types import ModelInfo, canonical_name
 
 AnySettings = TypeVar("AnySettings", bound=PluginSettings)
@@ -138,8 +136,7 @@ class Opening:
         self._catalog = Catalog([*objects, *options.plugins], self._sources.environment, self._sources.prefix)
         self._installed = self._catalog.names()
         self._mapping = _as_mapping(options.settings)
-        # A replay needs no provider.
-        self._instances = find(self._sources, self._catalog, self._mapping, options.instances, installed=not _stand_ins)
+        self._instances = self._read_instances()
         if not wanted:
             raise ProviderNotFound("The list of providers is empty.", hint="Name at least one.")
         self._several = len(wanted) > 1
@@ -150,6 +147,15 @@ class Opening:
         for member in self._members:
             self.origins.update(member.origins)
         self._plugins = self._loaded_plugins()
+
+    def _read_instances(self) -> Mapping[str, Instance]:
+        given = self._options.instances
+        if given is None and INSTANCES not in {**(self._mapping or {}), **self._sources.document()}:
+            return {}
+        from graftage._engine.instances import find  # Most programs have none.
+
+        # A replay needs no provider.
+        return find(self._sources, self._catalog, self._mapping, given, installed=not _stand_ins)
 
     @property
     def is_auto(self) -> bool:
@@ -269,7 +275,9 @@ class Opening:
         instance = member.instance
         if instance is None or instance.api_key_from is None or member.settings.api_key is not None:
             return member
-        key = read_key(instance.name, instance.api_key_from, prefix=self._sources.prefix)
+        from graftage._keys import read  # Few instances need it.
+
+        key = read(instance.name, instance.api_key_from, prefix=self._sources.prefix)
         table = (instance.api_key_from, {"api_key": key})
         with_key = replace(instance, given=(table, *instance.given))
         loaded = self._settings_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -244,8 +244,10 @@ class Connection:
                     "show_model", ModelRequest(call=call, model=model), call, ModelInfo
                 )
 
-    def require_features(self, model: str, needs: Iterable[str]) -> None:
+    def require_features(self, model: str, needs: Collection[str]) -> None:
         """Refuse what the provider cannot do, or this model is known not to do."""
+        if not needs:
+            return
         able = self.capabilities().features
         info = self._infos.get(model)
         for feature in sorted(needs):

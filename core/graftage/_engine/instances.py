@@ -11,6 +11,7 @@ from graftage._engine.plugins import Catalog
 from graftage._records import dataclass
 from graftage.exceptions import SettingsError
 from graftage.settings import (
+    AUTO,
     INSTANCE_KEYS,
     INSTANCES,
     MAPPING,
@@ -22,10 +23,8 @@ from graftage.settings import (
     without_user,
 )
 
-__all__ = ["AUTO", "Listed", "find", "listed"]
+__all__ = ["Listed", "find", "listed"]
 
-AUTO: Final = "auto"
-"""The name of the choice among all providers and instances."""
 ARGUMENT: Final = "the argument `instances`"
 NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 
