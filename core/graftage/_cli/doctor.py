@@ -46,7 +46,7 @@ class Check:
 def doctor(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Provider or instance. Default: the one that `chat` takes."),
+        typer.Argument(metavar="NAME", help="Provider or instance. Default: the one that `chat` takes."),
     ] = None,
     *,
     model: options.Model = None,

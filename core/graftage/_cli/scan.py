@@ -113,7 +113,12 @@ def _look(place: Place, timeout: float) -> None:
         with _client(place) as client:
             _ask(client, place, timeout)
     except Exception as error:  # noqa: BLE001 - one server must not affect the others
-        place.problem = describe(error)
+        place.problem = _without_hint(error)
+
+
+def _without_hint(error: Exception) -> str:
+    """Return an error without its hint, which is about a server that its user has named."""
+    return error.message if isinstance(error, GraftageError) else describe(error)
 
 
 def _client(place: Place) -> "Client":
@@ -127,7 +132,7 @@ def _client(place: Place) -> "Client":
 def _ask(client: "Client", place: Place, timeout: float) -> None:
     health = client.health("api", max_age=0, timeout=timeout)
     if not health.ok:
-        place.problem = describe(health.error) if health.error else "It is not well."
+        place.problem = _without_hint(health.error) if health.error else "It is not well."
         return
     place.state, place.server, place.version = "server", health.server, health.version
     place.features = sorted(client.capabilities().features)

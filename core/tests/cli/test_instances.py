@@ -66,3 +66,12 @@ def test_invalid_instance_is_wrong_usage(shell: Shell) -> None:
         done = shell.run(*arguments)
         assert done.code == 2, done
         assert "There is no provider `nothing` for the instance `work`" in done.out + done.err
+
+
+def test_hint_names_the_variable_of_the_instance(shell: Shell) -> None:
+    gone = "{'list_models': ConnectionFailed('Gone.', hint='Raise `attempts` or `timeouts.connect`.')}"
+    shell.install(f"it = Echo(errors={gone})", name="gone")
+    (shell.folder / "config.toml").write_text('[instances.my-work]\nprovider = "gone"\n')
+    for name, prefix in {"my-work": "GRAFTAGE_MY_WORK_", "gone": "GRAFTAGE_"}.items():
+        done = shell.run("models", "list", "-p", name)
+        assert done.err == f"error: Gone.\nhint: Raise {prefix}ATTEMPTS or {prefix}TIMEOUTS__CONNECT.\n"
