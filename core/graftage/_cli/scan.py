@@ -15,7 +15,7 @@ from graftage._cli import options, show
 from graftage._cli.errors import describe
 from graftage._cli.names import settings_file
 from graftage._cli.parallel import run_all
-from graftage.exceptions import GraftageError
+from graftage.exceptions import AuthenticationFailed, GraftageError
 
 if TYPE_CHECKING:
     from graftage import Client
@@ -118,6 +118,8 @@ def _look(place: Place, timeout: float) -> None:
 
 def _without_hint(error: Exception) -> str:
     """Return an error without its hint, which is about a server that its user has named."""
+    if isinstance(error, AuthenticationFailed):
+        return f"{error.message} If it runs models, it needs a key: add it to the settings file as an instance."
     return error.message if isinstance(error, GraftageError) else describe(error)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from graftage_ollama.testing import FakeOllama
+from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,6 +126,14 @@ def test_other_services_are_named_as_such(shell: Shell, page: str, silent: str) 
     out = shell.run("providers", "--scan", "--timeout", "0.5").out
     assert f"{page} listens, but `fake` cannot use it: " in out
     assert "[instances." not in out
+
+
+def test_server_that_wants_a_key_says_so(shell: Shell, fake: FakeOllama) -> None:
+    shell.install(SERVERS.format(addresses=(fake.url,)))
+    fake.script("/api/version", Answer([{"error": "unauthorized"}], status=401))
+    there = scanned(shell)[fake.url]
+    assert there["state"] == "other"
+    assert there["problem"].endswith("add it to the settings file as an instance.")
 
 
 def test_no_key_is_sent(shell: Shell, fake: FakeOllama) -> None:
