@@ -146,9 +146,7 @@ def test_no_key_is_sent(shell: Shell, fake: FakeOllama) -> None:
 
 
 def test_provider_that_can_do_more_is_shown(shell: Shell) -> None:
-    source = (
-        "class It(Echo):\n    @hookimpl\n    def local_addresses(self):\n        return ('{url}',)\nit = It({without})"
-    )
+    source = KNOWING + "it = It({without})"
     with FakeOllama() as fake:
         shell.install(source.format(url=f"{fake.url}/v1", without="without=['embed']"), name="a")
         shell.install(source.format(url=fake.url, without=""), name="b")
