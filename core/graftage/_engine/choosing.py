@@ -105,6 +105,11 @@ class _Member:
     """Its own settings in a chain."""
 
     @property
+    def lacks_key(self) -> bool:
+        """Whether its key is still to be read from a keyring or a file."""
+        return bool(self.instance and self.instance.api_key_from and self.settings.api_key is None)
+
+    @property
     def given(self) -> frozenset[str]:
         """The settings that were given to Graftage and do not come from another tool's variable.
 
@@ -273,7 +278,7 @@ class Opening:
     def _with_key(self, member: _Member) -> _Member:
         """Return a member with the key that its instance keeps in a keyring or a file."""
         instance = member.instance
-        if instance is None or instance.api_key_from is None or member.settings.api_key is not None:
+        if instance is None or instance.api_key_from is None or not member.lacks_key:
             return member
         from graftage._keys import read  # Few instances need it.
 
@@ -323,9 +328,9 @@ class Opening:
         members, wrong = self._ranked()
         for member in members:
             try:
-                if member.instance and not await self._is_here(member, io):
-                    continue
                 session = await self._well(member, io)
+                if session is None:
+                    continue
                 await self._choose_model(session)
             except (ProviderError, PluginError) as error:
                 if "host" in member.given:
@@ -374,20 +379,19 @@ class Opening:
         given = {**(self._mapping or {}), **self._options.overrides}
         return bool(given.keys() & {"host", "api_key", "headers"} or self._sources.choice("host")[0])
 
-    async def _is_here(self, member: _Member, io: IO) -> bool:
-        """Whether an instance is on this machine; no keyring is asked for it."""
-        session = await io.run(self._connected, member, io)
-        address = session.address
-        await _given_back(session)
-        return _is_local(address)
-
-    async def _well(self, member: _Member, io: IO) -> Session:
-        """Return a session of a provider that answers.
+    async def _well(self, member: _Member, io: IO) -> Session | None:
+        """Return a session of a provider that answers; None for an instance that is not on this machine.
 
         Raises:
             ProviderError: it does not answer.
         """
-        session = await self._session(member, io)
+        session = await io.run(self._connected, member, io)
+        if member.instance and not _is_local(session.address):
+            await _given_back(session)
+            return None
+        if member.lacks_key:  # Only now: no keyring is asked for an instance that is not taken.
+            await _given_back(session)
+            session = await self._session(member, io)
         try:
             session.require_features("", self._options.needs)
             # A check has short limits: a server that hangs must not hold up the choice.
