@@ -117,6 +117,7 @@ class Http:
         call: Call,
         read: Callable[[Document], T] = lambda found: found,  # type: ignore[assignment, return-value]
         empty: bool = False,
+        wrap: str | None = None,
         vectors: str | None = None,
         context: Mapping[str, object] | None = None,
     ) -> T:
@@ -129,6 +130,7 @@ class Http:
             call: the call whose limits hold.
             read: turns the object into the result; an error of it that is not typed becomes a `ProtocolError`.
             empty: whether an empty body counts as an empty object.
+            wrap: a name; a body that is an array or plain text counts as an object that has it under this name.
             vectors: a name in the object that may hold many vectors; valid ones become `Vectors` at once.
             context: for the provider's own transport; it is not sent.
 
@@ -146,7 +148,7 @@ class Http:
                 await response.close()
             if not within:
                 raise _too_large(call)
-            document = Document() if empty and not data else self._document(data, response.headers, call, vectors)
+            document = Document() if empty and not data else self._document(data, response.headers, call, vectors, wrap)
             with typed_errors():
                 return read(document)
 
@@ -324,11 +326,13 @@ class Http:
         answer = Answer(status=status, headers=headers, body=self._redact(body), call=call, server=self._server)
         return refused(answer, self._refusal)
 
-    def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None) -> Document:
+    def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None, wrap: str | None) -> Document:
         try:
             found = (vectors and _with_vectors(data, vectors)) or _parsed(data)
         except (ValueError, RecursionError):
             found = None
+        if wrap is not None and not isinstance(found, dict):
+            found = {wrap: data.decode(errors="replace") if found is None else found}
         if not isinstance(found, dict):
             raise ProtocolError("The response is not a JSON object.", hint="Is it another service? Check `host`.")
         if found.get("error") is not None:
