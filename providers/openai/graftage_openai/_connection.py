@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from graftage.calls import (
     LoadAdapterRequest,
     ModelRequest,
     ModelsRequest,
+    NativeRequest,
     UnloadAdapterRequest,
 )
 from graftage.exceptions import (
@@ -248,6 +250,32 @@ class OpenAIConnection:
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
         await self._adapters.unload(request)
+
+    # --- The official client ------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def native(self, request: NativeRequest) -> object:  # noqa: ARG002 - required by the hook
+        try:
+            openai: Any = importlib.import_module("openai")
+        except ImportError as error:
+            hint = 'Run `pip install "graftage-openai[native]"`.'
+            raise CapabilityUnsupported("The package `openai` cannot be imported.", hint=hint) from error
+        kinds = (
+            ("OpenAI", "DefaultHttpxClient")
+            if self._http.colour == "sync"
+            else ("AsyncOpenAI", "DefaultAsyncHttpxClient")
+        )
+        kind, inner = (getattr(openai, each) for each in kinds)
+        client: Any = kind(
+            base_url=f"{self._http.base_url}{self._api}",
+            # A placeholder, so that it takes no key from the environment: the transport replaces it.
+            api_key="-",
+            max_retries=0,
+            http_client=inner(transport=self._http.httpx_transport(), trust_env=False, follow_redirects=False),
+        )
+        client.organization = client.project = None  # They come from the environment, and are OpenAI's alone.
+        found: object = client
+        return found
 
     # --- Health ------------------------------------------------------------------------------------------------------
 
