@@ -152,7 +152,11 @@ class OpenAIConnection:
     async def _answer(
         self, path: str, body: dict[str, Any], request: ChatRequest | GenerateRequest, profile: Profile
     ) -> AsyncIterator[Chunk]:
-        """Yield the chunks of a reply. Without a reason for its end, there is no last one."""
+        """Yield the chunks of a reply.
+
+        Raises:
+            StreamInterrupted: it has no reason for its end, and so may be cut.
+        """
         body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = _convert.Reader(request, profile, self._learned)
         whole = bool(body.get("logprobs")) and not profile.streams_logprobs
@@ -167,10 +171,13 @@ class OpenAIConnection:
                 if reader.finish is None:  # With a reason, the reply is complete.
                     raise
             except RequestRejected as error:
-                if not (adjusted := self._learned.adjust(body, error)):
+                if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-        if reader.finish is not None:
-            yield reader.last()
+                adjusted = True
+        if reader.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
+        yield reader.last()
 
     async def _stream(
         self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
@@ -322,7 +329,7 @@ class OpenAIConnection:
 
 RULES: Final[Rules] = (
     (
-        ("generation thread died", "status unavailable"),
+        ("generation thread died", '"status": "unavailable"'),
         says(InferenceFailed, "The server's engine has died: it will answer nothing more.", "Restart the server."),
     ),
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
@@ -358,6 +365,12 @@ RULES: Final[Rules] = (
     (
         ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
         says(RequestRejected, "", "Correct the request."),
+    ),
+    (
+        ("unexpected endpoint",),  # LM Studio, with status 200.
+        says(
+            CapabilityUnsupported, "The server has no such endpoint.", "Check the path in `host`: it is usually `/v1`."
+        ),
     ),
     (
         ("does not match the expected", "tool_use_failed"),
