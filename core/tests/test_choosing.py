@@ -221,6 +221,12 @@ class TestAutoModel:
     def test_otherwise_any_is_taken(self, both: Any, ollama: Any) -> None:
         assert both.opened().model in ollama.models
 
+    @pytest.mark.parametrize("without", ["loaded_models", "show_model", "list_models"])
+    def test_server_may_not_say_what_it_has(self, both: Any, without: str) -> None:
+        refusal = CapabilityUnsupported("This server cannot say it.")
+        llm = both.opened("auto", plugins=[Able({"m:1": None}, errors={without: refusal})])
+        assert (llm.provider, llm.model) == ("able", None if without == "list_models" else "m:1")
+
     @pytest.mark.usefixtures("no_server")
     def test_must_chat_without_adapter(self, both: Any, site: Any) -> None:
         site.add("graftage-llamacpp", providers={"llamacpp": "stand_in:it"}, modules={"stand_in": EMBEDDED + EMBEDDING})

@@ -35,7 +35,7 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import AnswersRequest, ConnectRequest
 from graftage.settings import AUTO, GIVEN, INSTANCES, Instance, Loaded, PluginSettings, Settings, Sources, load
-from graftage.types import ModelInfo, canonical_name
+from graftage.types import LoadedModel, ModelInfo, canonical_name
 
 AnySettings = TypeVar("AnySettings", bound=PluginSettings)
 
@@ -103,6 +103,11 @@ class _Member:
     instance: Instance | None
     own: Mapping[str, Any] = field(repr=False)
     """Its own settings in a chain."""
+
+    @property
+    def lacks_key(self) -> bool:
+        """Whether its key is still to be read from a keyring or a file."""
+        return bool(self.instance and self.instance.api_key_from and self.settings.api_key is None)
 
     @property
     def given(self) -> frozenset[str]:
@@ -273,7 +278,7 @@ class Opening:
     def _with_key(self, member: _Member) -> _Member:
         """Return a member with the key that its instance keeps in a keyring or a file."""
         instance = member.instance
-        if instance is None or instance.api_key_from is None or member.settings.api_key is not None:
+        if instance is None or instance.api_key_from is None or not member.lacks_key:
             return member
         from graftage._keys import read  # Few instances need it.
 
@@ -323,9 +328,9 @@ class Opening:
         members, wrong = self._ranked()
         for member in members:
             try:
-                if member.instance and not await self._is_here(member, io):
-                    continue
                 session = await self._well(member, io)
+                if session is None:
+                    continue
                 await self._choose_model(session)
             except (ProviderError, PluginError) as error:
                 if "host" in member.given:
@@ -374,20 +379,19 @@ class Opening:
         given = {**(self._mapping or {}), **self._options.overrides}
         return bool(given.keys() & {"host", "api_key", "headers"} or self._sources.choice("host")[0])
 
-    async def _is_here(self, member: _Member, io: IO) -> bool:
-        """Whether an instance is on this machine; no keyring is asked for it."""
-        session = await io.run(self._connected, member, io)
-        address = session.address
-        await _given_back(session)
-        return _is_local(address)
-
-    async def _well(self, member: _Member, io: IO) -> Session:
-        """Return a session of a provider that answers.
+    async def _well(self, member: _Member, io: IO) -> Session | None:
+        """Return a session of a provider that answers; None for an instance that is not on this machine.
 
         Raises:
             ProviderError: it does not answer.
         """
-        session = await self._session(member, io)
+        session = await io.run(self._connected, member, io)
+        if member.instance and not _is_local(session.address):
+            await _given_back(session)
+            return None
+        if member.lacks_key:  # Only now: no keyring is asked for an instance that is not taken.
+            await _given_back(session)
+            session = await self._session(member, io)
         try:
             session.require_features("", self._options.needs)
             # A check has short limits: a server that hangs must not hold up the choice.
@@ -415,7 +419,7 @@ class Opening:
             if session.model is None:
                 session.model = await _default_model(session)
             elif session.needs and session.has("show_model"):
-                with contextlib.suppress(ModelNotFound):
+                with contextlib.suppress(ModelNotFound, CapabilityUnsupported):
                     await session.show(session.model, HEALTH_TIMEOUTS)
                 session.require_features(session.model, session.needs)
         except BaseException:
@@ -424,8 +428,9 @@ class Opening:
 
     def _none_taken(self, wrong: Mapping[str, GraftageError]) -> GraftageError:
         if wrong:
-            # The error of a server says more than an error of settings.
-            error = min(wrong.values(), key=lambda each: not isinstance(each, ProviderError))
+            # The error of a server says more than an error of settings, and what answers but lacks a feature says most.
+            kinds = (CapabilityUnsupported, ProviderError, GraftageError)
+            error = min(wrong.values(), key=lambda each: [not isinstance(each, kind) for kind in kinds])
             if len(wrong) == 1 and not isinstance(error, CapabilityUnsupported):
                 error.hint = f"{error.hint or ''} Or install `graftage-llamacpp`, which needs no server.".strip()
             return error
@@ -482,9 +487,12 @@ async def _default_model(session: Session) -> str | None:
     wanted = needs if needs and needs <= MEASURES else (needs & MODEL_DECIDES) | {"chat"}
     if not session.has("list_models"):
         return None
-    listed = sorted(await session.models(HEALTH_TIMEOUTS), key=_age, reverse=True)
+    listed: Sequence[ModelInfo] = ()
+    loaded: Sequence[LoadedModel] = ()
+    with contextlib.suppress(CapabilityUnsupported):  # A provider may have servers that cannot say it.
+        listed = sorted(await session.models(HEALTH_TIMEOUTS), key=_age, reverse=True)
+        loaded = await session.loaded(HEALTH_TIMEOUTS) if session.has("loaded_models") else ()
     found = {canonical_name(each.name): each for each in listed if not each.name.startswith(DERIVED)}
-    loaded = await session.loaded(HEALTH_TIMEOUTS) if session.has("loaded_models") else ()
     for name in dict.fromkeys([*(canonical_name(each.name) for each in loaded), *found]):
         # A model that was deleted may still be in memory.
         if name in found and await _fits(session, found[name], wanted):
@@ -492,9 +500,9 @@ async def _default_model(session: Session) -> str | None:
     if needs:
         able = ", ".join(f"`{each}`" for each in sorted(wanted))
         raise CapabilityUnsupported(
-            f"The provider `{session.provider}` has no model with {able}.",
+            f"The provider `{session.provider}` has no model with {able} to choose.",
             provider=session.provider,
-            hint="Get one, or choose another provider.",
+            hint="Name a model, get one, or choose another provider.",
         )
     return None
 
@@ -503,7 +511,8 @@ async def _fits(session: Session, model: ModelInfo, wanted: frozenset[str]) -> b
     """Whether a model has features, and no adapter in it. A list may not say it; `show` does."""
     if model.features is None and session.has("show_model"):
         try:
-            model = await session.show(model.name, HEALTH_TIMEOUTS)
+            with contextlib.suppress(CapabilityUnsupported):
+                model = await session.show(model.name, HEALTH_TIMEOUTS)
         except ModelNotFound:
             return False
     return not model.adapters and (model.features is None or wanted <= model.features)
