@@ -7,8 +7,8 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from graftage._engine.inputs import Parse, as_mapping, copy_json_object, is_model_object, items, rejected, suggest, text
 from graftage.exceptions import RequestRejected
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, TypeAdapter
 
 ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type | BaseModel"
+Tools: TypeAlias = "Sequence[ToolLike] | ToolList | None"
 Format: TypeAlias = "Literal['json', ''] | Mapping[str, Any] | type | UnionType | TypeAdapter[Any] | None"
+
+
+class ToolList(Protocol):
+    """The result of `list_tools` of an MCP client."""
+
+    tools: Any
+
 
 SCHEMA_KEYS = ("parameters", "inputSchema", "input_schema")
 """The names of a tool's schema: here and in OpenAI's API, in MCP, in Anthropic's API."""
@@ -64,13 +72,22 @@ WANTED = "a pydantic model or another type, a JSON schema, or 'json'"
 # --- Tools -----------------------------------------------------------------------------------------------------------
 
 
-def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
+def tool_items(values: Tools) -> tuple[ToolLike, ...]:
+    """Return the tools one by one, as they were given.
+
+    Raises:
+        RequestRejected: they are neither a sequence nor the result of `list_tools` of an MCP client.
+    """
+    return items(getattr(values, "tools", values), "`tools`", "a sequence of tools")
+
+
+def read_tools(values: Tools) -> tuple[Tool, ...]:
     """Return tools from functions, pydantic models, `Tool`s, or mappings in the form of OpenAI, Anthropic or MCP.
 
     Raises:
         RequestRejected: a tool cannot be read.
     """
-    return tuple(_read_tool(each) for each in items(values, "`tools`", "a sequence of tools"))
+    return tuple(_read_tool(each) for each in tool_items(values))
 
 
 def _read_tool(value: ToolLike) -> Tool:

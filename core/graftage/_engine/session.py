@@ -116,6 +116,7 @@ class Session(Connection):
             with run.failing():
                 request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
+                run.tool_choice = getattr(request, "tool_choice", None)
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
             first = await run.pull()
             while not stream and run.reply is None:
