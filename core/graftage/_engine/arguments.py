@@ -241,7 +241,7 @@ def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, object]) -> 
     if isinstance(options, Mapping) and options.get("truncate") is not None:
         raise RequestRejected("`truncate` is not an option of `embed`.", hint="Use the parameter `truncate`.")
     dimensions = arguments.get("dimensions")
-    _check_count("dimensions", dimensions, "numbers")
+    check_count("dimensions", dimensions, "numbers")
     truncate = read_flag("truncate", arguments.get("truncate"), default=True)
     purpose = arguments.get("purpose")
     if purpose is not None and purpose not in ("query", "document"):
@@ -303,10 +303,15 @@ def check_tokens(name: str, value: object) -> None:
     Raises:
         RequestRejected: it is neither None nor an integer that engines accept.
     """
-    _check_count(name, value, "tokens")
+    check_count(name, value, "tokens")
 
 
-def _check_count(name: str, value: object, unit: str) -> None:
+def check_count(name: str, value: object, unit: str) -> None:
+    """Check a number of something.
+
+    Raises:
+        RequestRejected: it is neither None nor a whole number from 1 on, within the range of engines.
+    """
     if value is None:
         return
     least = SMALLEST_WINDOW if name == "context_window" else 1
@@ -363,16 +368,16 @@ def read_seconds(name: str, value: object) -> float | None:
     raise RequestRejected(f"`{name}` is invalid.", hint="Give a number of seconds from 0 on, or leave it out.")
 
 
-def check_progress(on_progress: object) -> None:
-    """Check the function to call with the steps of a download, before the download begins.
+def check_callback(name: str, callback: object) -> None:
+    """Check the function to call with each step of an operation, before it begins.
 
     Raises:
         RequestRejected: it is neither None nor a plain function.
     """
-    if on_progress is None:
+    if callback is None:
         return
-    if not callable(on_progress) or any(map(inspect.iscoroutinefunction, (on_progress, type(on_progress).__call__))):
-        raise reading.rejected("`on_progress`", "a plain function to call with each step", on_progress)
+    if not callable(callback) or any(map(inspect.iscoroutinefunction, (callback, type(callback).__call__))):
+        raise reading.rejected(f"`{name}`", "a plain function to call with each step", callback)
 
 
 def read_reference(reference: object) -> str:

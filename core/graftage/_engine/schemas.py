@@ -159,7 +159,7 @@ def _tool_from_function(function: Callable[..., Any]) -> Tool:
     if called == "<lambda>":
         raise _cannot_offer(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
     try:
-        schema = _type_adapter(function).json_schema()
+        schema = type_adapter(function).json_schema()
     except Exception as error:  # The caller's types may raise anything.
         raise _cannot_offer(function, _first_sentence(error)) from error
     if schema.get("type") != "object":  # Positional-only parameters make an array.
@@ -269,7 +269,7 @@ def _schema_and_parse(kind: object) -> tuple[dict[str, Any], Parse]:
     try:
         if _has_schema(kind):
             return kind.model_json_schema(), kind.model_validate_json
-        adapter = kind if _is_adapter(kind) else _type_adapter(kind) if _is_type(kind) else None
+        adapter = kind if _is_adapter(kind) else type_adapter(kind) if _is_type(kind) else None
         if adapter is not None:
             return adapter.json_schema(), adapter.validate_json
     except Exception as error:  # The types of the caller may raise anything.
@@ -291,7 +291,8 @@ def _is_type(value: object) -> bool:
     return inspect.isclass(value) or typing.get_origin(value) is not None or alias
 
 
-def _type_adapter(kind: Any) -> TypeAdapter[Any]:
+def type_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return what checks and reads values of a type, or the arguments of a function."""
     from pydantic import TypeAdapter  # Tools and formats are rare, and pydantic is slow to import
 
     if sys.version_info < (3, 12) and typing.is_typeddict(kind):
