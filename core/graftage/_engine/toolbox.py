@@ -174,7 +174,8 @@ class Job:
         name = self.call.name
         limit = min(timeout, deadline - self.begun)
         try:
-            await io.wait(self.future, self.begun + limit)
+            if not self.future.done():  # It is, if the calls before it took long.
+                await io.wait(self.future, self.begun + limit)
         except TimeoutError:
             self.future.cancel()  # An async tool ends; a thread is left behind.
             return Outcome(f"The tool `{name}` did not finish within {limit:.3g} s.", "it took too long")
@@ -301,7 +302,7 @@ def _to_text(value: Any) -> tuple[str, bool]:
 
 
 def _block_text(block: Mapping[str, Any]) -> str:
-    inner = block.get("resource", block)
+    inner = block.get("resource") or block
     return str(inner.get("text") or inner.get("uri") or f"[{block.get('type')}, which is not text]")
 
 
