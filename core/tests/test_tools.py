@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from adding import PATIENCE, begin, run
 from giving import Giving
 from patience import soon
 from pydantic import BaseModel, Field
@@ -29,12 +30,10 @@ from graftage.types import Capabilities, Chunk, Message, Reply, Tool, ToolCall, 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from concurrent.futures import Future
 
     from suite import Watcher
 
 MODEL = "m:1"
-PATIENCE = 60.0
 
 
 class Unit(enum.Enum):
@@ -82,20 +81,6 @@ def calls(*asked: tuple[str, dict[str, Any]], **of: Any) -> Reply:
     """A reply that calls tools."""
     made = (ToolCall(name=name, arguments=given, id=f"c{place}") for place, (name, given) in enumerate(asked))
     return Reply(text="", tool_calls=tuple(made), usage=Usage(input_tokens=10, output_tokens=1), **of)
-
-
-def begin(both: Both, llm: Any, *given: Any, **arguments: Any) -> Future[Reply]:
-    """Start a run of either client."""
-    if both.mode == "sync":
-        return both.start(graftage.run_tools, llm, *given, **arguments)
-    work = graftage.run_tools_async(llm._inner, *given, **arguments)
-    assert both._loop is not None
-    return asyncio.run_coroutine_threadsafe(work, both._loop)
-
-
-def run(both: Both, llm: Any, *given: Any, **arguments: Any) -> Reply:
-    """Run the tools to the end."""
-    return begin(both, llm, *given, **arguments).result(PATIENCE)
 
 
 def results(echo: Echo) -> list[str]:
