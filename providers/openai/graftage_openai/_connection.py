@@ -338,6 +338,7 @@ RULES: Final[Rules] = (
             "cached snapshot folder",
             "not a valid model identifier",
             "repository not found",
+            "repo id must",
             "'config.json'",
             "model_not_found",
             "no models loaded",
