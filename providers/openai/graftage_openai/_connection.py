@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -110,7 +111,6 @@ class OpenAIConnection:
         if request.raw or request.suffix is not None:
             self._check(request, profile, suffix=request.suffix is not None)
             body = _convert.completion_body(request, profile, self._learned)
-            body |= self._adapters.body(request.adapter, profile)
             answer = self._answer("/completions", body, request, profile)
         else:
             chat = _convert.as_chat(request)
@@ -128,8 +128,7 @@ class OpenAIConnection:
             thinking=request.think,
             images=any(each.images for each in request.messages),
         )
-        body = _convert.chat_body(request, profile, self._learned)
-        return body | self._adapters.body(request.adapter, profile)
+        return _convert.chat_body(request, profile, self._learned)
 
     def _check(self, request: ChatRequest | GenerateRequest, profile: Profile, **wanted: object) -> None:
         """Refuse what the core did not, because the server was not known."""
@@ -145,6 +144,7 @@ class OpenAIConnection:
         self, path: str, body: dict[str, Any], request: ChatRequest | GenerateRequest, profile: Profile
     ) -> AsyncIterator[Chunk]:
         """Yield the chunks of a reply. Without a reason for its end, there is no last one."""
+        body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = _convert.Reader(request, profile, self._learned)
         whole = bool(body.get("logprobs")) and not profile.streams_logprobs
         while True:
@@ -225,7 +225,10 @@ class OpenAIConnection:
 
     @hookimpl
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
-        return await self._adapters.load(request, await self._profile(request.call))
+        base = ModelInfo(name=request.model)
+        with contextlib.suppress(ModelNotFound):  # mlx_lm takes any path, also of a model that it does not list.
+            base = await self.show_model(ModelRequest(call=request.call, model=request.model))
+        return await self._adapters.load(request, await self._profile(request.call), base)
 
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
