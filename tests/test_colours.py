@@ -26,6 +26,7 @@ from giving import Giving
 from patience import soon
 
 import graftage
+from graftage._engine.answers import decode
 from graftage.exceptions import (
     GraftageError,
     InferenceFailed,
@@ -181,7 +182,31 @@ class WithHeaders(OnToolkit):
         yield Chunk(finish_reason="stop", raw=dict(items.headers))
 
 
+class Quick(OnToolkit):
+    """A connection with a faster reader, which marks what it has read."""
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        def read(event: Any) -> Chunk:
+            found = event.json()
+            return Chunk(text=found["text"], finish_reason=found.get("end"))
+
+        def words(data: bytes) -> tuple[str, str] | None:
+            return None if b"end" in data else (f"<{decode(data)['text']}>", "")
+
+        async for chunk in self.http.events("POST", "/chat", call=request.call, read=read, words=words):
+            yield chunk
+
+
 class TestToolkit:
+    def test_words_are_read_from_plain_events(self, both: Any, fake: FakeOllama) -> None:
+        plain = event(text="Hi")
+        body = b"".join([plain, b"id: 1\n" + plain, plain, plain, *WHOLE[2:]])
+        fake.script("/chat", streamed(body), streamed(body))
+        llm = both.connect(Giving(lambda request: Quick(request, fake.url)), model=MODEL)
+        assert [chunk.text for chunk in llm.chat("x", stream=True)] == ["<Hi>", "Hi", "<Hi>", "<Hi>", ""]
+        assert llm.chat("x").text == "<Hi>Hi<Hi><Hi>"
+
     @pytest.mark.parametrize("last", [b"data: [DONE]\n\n", b""], ids=["done", "end"])
     def test_headers_outlive_the_stream(self, both: Any, fake: FakeOllama, last: bytes) -> None:
         fake.script("/chat", Answer([event(text="Hi"), last], headers=EVENTS | {"x-request-id": "r1"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
@@ -89,7 +90,7 @@ class Profile:
     features: frozenset[Feature]
     """Features of a chat; the hooks show the others."""
     options: frozenset[str] = COMMON
-    names: Mapping[str, str] = {}
+    names: Mapping[str, str] = field(default_factory=dict)
     """The server's names of options that it calls otherwise."""
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """The field that limits the reply."""
