@@ -107,7 +107,7 @@ class Adapters:
             raise _unsupported(
                 request,
                 f"with the model's name `{request.model}`, {profile.name} ignores adapters",
-                "Name the model by its folder or its repository, as the list of models does.",
+                f"Name the model by its folder, {f'`{base.path}`' if base.path else 'or by its repository'}.",
             )
         folder = await self._folder(request, "mlx", base)
         return self._loaded(request, "request", str(folder))
@@ -146,8 +146,7 @@ class Adapters:
                 return self._loaded(request, "slots", path, slot=slot, scale=own[1] / other[1])
             if other is None and PurePosixPath(path).stem in (adapter.name, file and file.stem):
                 note = f"The server's file `{PurePosixPath(path).name}` was taken for the adapter because of its name."
-                notes = (*adapter.verdict.warnings, note)
-                return self._loaded(request, "slots", path, slot=slot, warnings=notes)
+                return self._loaded(request, "slots", path, slot=slot, warnings=(note,))
         raise _unsupported(
             request,
             f"{profile.name} was not started with it, but with {len(slots)} other adapters",
@@ -178,7 +177,7 @@ class Adapters:
     def _loaded(self, request: LoadAdapterRequest, strategy: str, place: str, **more: Any) -> LoadedAdapter:
         adapter = request.adapter
         known = {"name": adapter.name, "digest": adapter.digest, "model": request.model, "strategy": strategy}
-        loaded = LoadedAdapter(**{"warnings": adapter.verdict.warnings, **known, **more})
+        loaded = LoadedAdapter(**{**known, **more})
         self._places[loaded.digest, loaded.model] = place
         return loaded
 

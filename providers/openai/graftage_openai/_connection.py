@@ -32,7 +32,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
-from graftage.http import Document, Headers, read_word
+from graftage.http import Document, Headers, is_loopback, read_word
 from graftage.http.client import typed_errors
 from graftage.types import (
     Capabilities,
@@ -207,11 +207,18 @@ class OpenAIConnection:
         model = next((each for each in listed if canonical_name(each.name) == canonical_name(request.model)), None)
         if model is None:
             raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
-        if profile.show is None:
-            return model
-        method, body = ("POST", {"model": request.model}) if profile.show == "/api/show" else ("GET", None)
-        read = partial(_convert.described, model)
-        return await self._http.json(method, profile.show, body, call=request.call, read=read)
+        if (
+            model.name == profile.default_model
+        ):  # Of the models in the list, it was started with the one that is a path.
+            path = next((each.name for each in listed if each.name.startswith("/")), None)
+            model = replace(model, raw={"root": path})
+        if profile.show is not None:
+            method, body = ("POST", {"model": request.model}) if profile.show == "/api/show" else ("GET", None)
+            read = partial(_convert.described, model)
+            model = await self._http.json(method, profile.show, body, call=request.call, read=read)
+        if is_loopback(urlsplit(self.address).hostname or ""):
+            model = await request.call.run(_convert.with_files, model)
+        return model
 
     @hookimpl
     async def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
@@ -219,7 +226,8 @@ class OpenAIConnection:
         if profile.loaded is None:
             raise _convert.unsupported("loaded_models", profile)
         path = f"{self._api}/models" if profile.loaded == "/models" else profile.loaded
-        return await self._get(path, request.call, _convert.loaded_models)
+        found: tuple[LoadedModel, ...] = await self._get(path, request.call, _convert.loaded_models)
+        return found
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from graftage import gguf
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import (
     CapabilityUnsupported,
@@ -19,6 +23,7 @@ from graftage.exceptions import (
     ProviderError,
     RequestRejected,
 )
+from graftage.footprint import footprint, read_shape
 from graftage.http import (
     Answer,
     Document,
@@ -494,15 +499,16 @@ def _model(found: Mapping[str, Any]) -> ModelInfo:
         parameters=str(count) if count else None,
         quantization=read_word(meta.get("ftype")),
         context_window=next(filter(None, (read_count(facts.get(name)) for name in WINDOWS)), None),
+        parent=read_word(found.get("parent")),
         metadata=meta,
         raw=found,
     )
 
 
 def described(model: ModelInfo, found: Mapping[str, Any]) -> ModelInfo:
-    """Add what `/props` of llama-server or `/api/show` of Ollama says about a model."""
-    from dataclasses import replace
-
+    """Add what `/props` of llama-server, `/api/show` of Ollama or `/api/v1/models` of LM Studio says about a model."""
+    if isinstance(found.get("models"), list):
+        return next((_lmstudio(model, each) for each in map(read_object, found["models"]) if _has(each, model)), model)
     words = found.get("capabilities")
     if isinstance(words, list):
         features = frozenset(feature for each in words for feature in OLLAMA_FEATURES.get(str(each), ()))
@@ -514,7 +520,99 @@ def described(model: ModelInfo, found: Mapping[str, Any]) -> ModelInfo:
         "tools": re.search(r"\btools\b", template),
         "thinking": re.search(r"enable_thinking|reasoning_content|reasoning_effort|<think>", template),
     }
-    return replace(model, features=features.union(each for each in able if able[each]), template=template or None)
+    features = features.union(each for each in able if able[each])
+    return replace(model, features=features, template=template or None, raw={**model.raw, **found})
+
+
+def _has(found: Mapping[str, Any], model: ModelInfo) -> bool:
+    return model.name in (found.get("key"), *(each.get("id") for each in _instances(found)))
+
+
+def _instances(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [read_object(each) for each in found.get("loaded_instances") or ()]
+
+
+def _lmstudio(model: ModelInfo, found: Mapping[str, Any]) -> ModelInfo:
+    # Both names of the format are those of Ollama, which the estimate of a model's memory knows.
+    details = {"format": "safetensors" if found.get("format") == "mlx" else found.get("format")}
+    return replace(
+        model,
+        size=read_count(found.get("size_bytes")),
+        architecture=read_word(found.get("architecture")),
+        parameters=read_word(found.get("params_string")),
+        quantization=read_word(read_object(found.get("quantization")).get("name")),
+        context_window=read_count(found.get("max_context_length")),
+        raw={**found, "details": details},
+    )
+
+
+def with_files(model: ModelInfo) -> ModelInfo:
+    """Add what a model's own files say, if they are on this machine: a GGUF file, or a folder as mlx_lm reads it."""
+    try:
+        place = Path(read_word(model.raw.get("model_path")) or read_word(model.raw.get("root")) or model.name)
+        if place.suffix == ".gguf" and place.is_file():
+            return _with_gguf(model, place)
+        folder = place if place.is_dir() else _downloaded(model.name)
+        return _with_folder(model, folder, read_object(json.loads((folder / "config.json").read_bytes())))
+    except (OSError, ValueError, RecursionError):
+        return model
+
+
+def _downloaded(name: str) -> Path:
+    """Return the folder of a model that mlx_lm has downloaded by its repository's name."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    repository = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    return repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
+
+
+def _with_gguf(model: ModelInfo, file: Path) -> ModelInfo:
+    header = gguf.read_file(file)
+    return replace(
+        model,
+        path=file,
+        size=header.size,
+        architecture=header.architecture,
+        metadata={**model.metadata, **header.metadata},
+        tensors={name: each.shape for name, each in header.tensors.items()},
+    )
+
+
+def _with_folder(model: ModelInfo, folder: Path, config: Mapping[str, Any]) -> ModelInfo:
+    config = {**config, **read_object(config.get("text_config"))}
+    kind = read_word(config.get("model_type")) or ""
+    kind = GGUF_ARCHITECTURES.get(kind, kind)
+    keys = {f"{kind}.{key}": config[name] for name, key in GGUF_KEYS if config.get(name) is not None}
+    bits = read_count(read_object(config.get("quantization")).get("bits"))
+    return replace(
+        model,
+        path=folder,
+        size=sum(each.stat().st_size for each in folder.glob("*.safetensors")) or None,
+        architecture=kind or None,
+        quantization=f"{bits}-bit" if bits else None,
+        context_window=read_count(config.get("max_position_embeddings")),
+        metadata={"general.architecture": kind, **keys},
+        raw={**model.raw, "details": {"format": "safetensors"}},
+    )
+
+
+GGUF_ARCHITECTURES: Final = {"mistral": "llama", "gemma3_text": "gemma3"}
+GGUF_KEYS: Final = (
+    ("num_hidden_layers", "block_count"),
+    ("hidden_size", "embedding_length"),
+    ("intermediate_size", "feed_forward_length"),
+    ("num_attention_heads", "attention.head_count"),
+    ("num_key_value_heads", "attention.head_count_kv"),
+    ("head_dim", "attention.key_length"),
+    ("head_dim", "attention.value_length"),
+    ("sliding_window", "attention.sliding_window"),
+    ("sliding_window_pattern", "attention.sliding_window_pattern"),
+    ("max_position_embeddings", "context_length"),
+    ("vocab_size", "vocab_size"),
+    ("num_experts", "expert_count"),
+    ("num_local_experts", "expert_count"),
+    ("num_experts_per_tok", "expert_used_count"),
+)
+"""Names in a `config.json`, and the GGUF keys that mean the same."""
 
 
 OLLAMA_FEATURES: Final = {
@@ -528,28 +626,34 @@ OLLAMA_FEATURES: Final = {
 
 
 def loaded_models(found: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
-    """Read the models in memory, from the list of llama-server or vLLM, of Ollama, or of LM Studio."""
+    """Read the models in memory, from the list of llama-server or vLLM, of Ollama, or of LM Studio.
+
+    llama-server and LM Studio tell the size of the weights; the cache for the window is estimated.
+    """
     if isinstance(found.get("data"), list):
-        return tuple(
-            LoadedModel(name=each.name, size=each.size, context_window=each.context_window, raw=each.raw)
-            for each in models(found)
-        )
-    records = found["models"]
-    instances = [
-        {**each, **read_object(one), **read_object(read_object(one).get("config"))}
-        for each in map(read_object, records or ())
-        for one in each.get("loaded_instances") or ()
-    ]
-    if instances or any("loaded_instances" in read_object(each) for each in records or ()):
-        records = instances
-    return read_records(records, _loaded_model)
+        return tuple(_estimated(each, each.context_window) for each in models(found) if not each.parent)
+    loaded: list[LoadedModel] = []
+    for each in map(read_object, found["models"] or ()):
+        if "loaded_instances" not in each:
+            loaded += read_records([each], _ollama)
+        for one in _instances(each):
+            window = read_count(read_object(one.get("config")).get("context_length"))
+            loaded.append(_estimated(_lmstudio(ModelInfo(name=read_text(one.get("id"))), each), window))
+    return tuple(loaded)
 
 
-def _loaded_model(found: Mapping[str, Any]) -> LoadedModel:
+def _estimated(model: ModelInfo, window: int | None) -> LoadedModel:
+    shape = read_shape(model)
+    cache = footprint(shape, window).cache if shape is not None and window else 0
+    size = model.size + cache if model.size else None
+    return LoadedModel(name=model.name, size=size, context_window=window, raw=model.raw)
+
+
+def _ollama(found: Mapping[str, Any]) -> LoadedModel:
     return LoadedModel(
-        name=read_word(found.get("id")) or found["name"],
+        name=found["name"],
         digest=read_word(found.get("digest")),
-        size=read_count(found.get("size")) or read_count(found.get("size_bytes")),
+        size=read_count(found.get("size")),
         accelerator_size=read_count(found.get("size_vram")),
         expires_at=read_moment(found.get("expires_at")),
         context_window=read_count(found.get("context_length")),

@@ -120,7 +120,7 @@ class Profile:
     """The path and the field that tell its version."""
     count: tuple[str, str] | None = None
     """The path and the field that count the tokens of a chat."""
-    show: Literal["/props", "/api/show"] | None = None
+    show: Literal["/props", "/api/show", "/api/v1/models"] | None = None
     """Where a model is described further than in the list."""
     loaded: Literal["/models", "/api/ps", "/api/v1/models"] | None = None
     """Where it tells which models are in memory; `/models` if its list has no others."""
@@ -175,6 +175,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         json_object=False,
         think=None,
         thought="reasoning_content",
+        show="/api/v1/models",
         loaded="/api/v1/models",
     ),
     "vllm": Profile(
