@@ -148,7 +148,8 @@ class Http:
                 await response.close()
             if not within:
                 raise _too_large(call)
-            document = Document() if empty and not data else self._document(data, response.headers, call, vectors, wrap)
+            data = data or (b"{}" if empty else b"")
+            document = self._document(data, response.headers, call, vectors, wrap)
             with typed_errors():
                 return read(document)
 

@@ -23,7 +23,10 @@ from graftage.calls import (
 )
 from graftage.exceptions import (
     AuthenticationFailed,
+    CapabilityUnsupported,
     ConnectionFailed,
+    ContextOverflow,
+    InferenceFailed,
     ModelNotFound,
     Overloaded,
     ProviderError,
@@ -32,12 +35,14 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.hookspecs import hookimpl
-from graftage.http import Document, Headers, is_loopback, read_word
+from graftage.http import Answer, Document, Rules, by_words, read_word, says
 from graftage.http.client import typed_errors
+from graftage.http.transport import header
 from graftage.types import (
     Capabilities,
     Chunk,
     Embeddings,
+    Feature,
     Health,
     LoadedAdapter,
     LoadedModel,
@@ -47,6 +52,7 @@ from graftage.types import (
 )
 from graftage_openai import _convert
 from graftage_openai._adapters import Adapters
+from graftage_openai._convert import unsupported
 from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host, recognise
 
 if TYPE_CHECKING:
@@ -57,7 +63,7 @@ __all__ = ["OpenAIConnection"]
 LOOK: Final = 2.0
 """Seconds to find out which server it is."""
 PASSING: Final = (AuthenticationFailed, ConnectionFailed, Overloaded, ProviderTimeout)
-"""Errors after which the server is asked again, at the next call."""
+"""Errors after which the next call tries to find it out again."""
 
 
 class OpenAIConnection:
@@ -65,13 +71,14 @@ class OpenAIConnection:
 
     def __init__(self, request: ConnectRequest, settings: OpenAISettings) -> None:
         root, self._api = parse_host(settings.host)
-        self._http = request.http(root, refusal=_convert.refusal)
+        self._http = request.http(root, refusal=_refusal)
         self.address = self._http.base_url
         self._known = PROFILES[settings.profile] if settings.profile else HOSTS.get(urlsplit(root).hostname or "")
         self._declared = self._known or WIDEST
         self.default_model = self._declared.default_model
         self._adapters = Adapters(self._http, self._api)
         self._learned = _convert.Learned()
+        self._able: frozenset[Feature] | None = None
 
     @hookimpl
     def capabilities(self) -> Capabilities:
@@ -92,7 +99,7 @@ class OpenAIConnection:
 
     async def _listed(self, call: Call) -> Document:
         """Return the list of models, which shows which server it is."""
-        found: Document = await self._http.json("GET", f"{self._api}/models", call=call, empty=True)
+        found: Document = await self._get(f"{self._api}/models", call)
         self._known = self._known or recognise(found) or UNKNOWN
         return found
 
@@ -101,6 +108,9 @@ class OpenAIConnection:
     @hookimpl
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         profile = await self._profile(request.call)
+        able = await self._features(request.call, profile) if request.tools else None
+        if able is not None and "tools" not in able:
+            raise unsupported(f"tools` with the template of `{request.model}", profile)
         body = self._chat_body(request, profile)
         async for chunk in self._answer("/chat/completions", body, request, profile):
             yield chunk
@@ -132,13 +142,10 @@ class OpenAIConnection:
 
     def _check(self, request: ChatRequest | GenerateRequest, profile: Profile, **wanted: object) -> None:
         """Refuse what the core did not, because the server was not known."""
-        if self._declared is not WIDEST:
-            return
-        for feature, value in {**wanted, "logprobs": request.options.get("logprobs")}.items():
-            if value and feature not in profile.features:
-                raise _convert.unsupported(feature, profile)
-        for option in request.options.keys() & (WIDEST.options - profile.options):
-            raise _convert.unsupported(option, profile)
+        if self._declared is WIDEST:
+            features = {name for name, value in wanted.items() if value} - profile.features
+            for name in (*features, *(request.options.keys() & WIDEST.options - profile.options)):
+                raise unsupported(name, profile)
 
     async def _answer(
         self, path: str, body: dict[str, Any], request: ChatRequest | GenerateRequest, profile: Profile
@@ -147,31 +154,41 @@ class OpenAIConnection:
         body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = _convert.Reader(request, profile, self._learned)
         whole = bool(body.get("logprobs")) and not profile.streams_logprobs
-        while True:
-            headers: Headers = ()
+        pieces = self._whole if whole else self._stream
+        adjusted = True
+        while adjusted:
+            adjusted = False
             try:
-                if whole:
-                    plain = {name: value for name, value in body.items() if not name.startswith("stream")}
-                    found = await self._http.json("POST", f"{self._api}{path}", plain, call=request.call)
-                    headers = found.headers
-                    if (chunk := reader.take(found)) is not None:
-                        yield chunk
-                else:
-                    items = self._http.events("POST", f"{self._api}{path}", body, call=request.call, read=reader.read)
-                    async for chunk in items:
-                        headers = items.headers
-                        if chunk is not None:
-                            yield chunk
+                async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
+                    yield chunk
             except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
-                if reader.finish is None:  # With a reason, the reply is whole.
+                if reader.finish is None:  # With a reason, the reply is complete.
                     raise
             except RequestRejected as error:
-                if not self._learned.adjust(body, error):
+                if not (adjusted := self._learned.adjust(body, error)):
                     raise
-                continue
-            break
         if reader.finish is not None:
-            yield reader.last(headers)
+            yield reader.last()
+
+    async def _stream(
+        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
+    ) -> AsyncIterator[Chunk]:
+        items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
+        async for chunk in items:
+            reader.headers = items.headers
+            if chunk is not None:
+                yield chunk
+
+    async def _whole(
+        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
+    ) -> AsyncIterator[Chunk]:
+        plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        found: Document = await self._http.json("POST", path, plain, call=call)
+        reader.headers = found.headers
+        with typed_errors():
+            chunk = reader.take(found)
+        if chunk is not None:
+            yield chunk
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -183,12 +200,10 @@ class OpenAIConnection:
     async def count_tokens(self, request: ChatRequest) -> int:
         profile = await self._profile(request.call)
         if profile.count is None:
-            raise _convert.unsupported("count_tokens", profile)
-        path, field = profile.count
-        whole = self._chat_body(request, profile)
-        body = {name: whole[name] for name in ("model", "messages", "tools", "chat_template_kwargs") if name in whole}
-        read = partial(_read_field, field)
-        return int(await self._http.json("POST", path, body, call=request.call, read=read))
+            raise unsupported("count_tokens", profile)
+        (path, field), whole = profile.count, self._chat_body(request, profile)
+        body = {name: whole[name] for name in whole.keys() & {"model", "messages", "tools", "chat_template_kwargs"}}
+        return await self._http.json("POST", path, body, call=request.call, read=lambda found: int(found[field]))
 
     # --- Models ------------------------------------------------------------------------------------------------------
 
@@ -196,38 +211,30 @@ class OpenAIConnection:
     async def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
         found = await self._listed(request.call)
         with typed_errors():
-            listed = _convert.models(found)
-        own = (await self._profile(request.call)).default_model
-        return (ModelInfo(name=own), *listed) if own else listed
+            return _convert.models(self._known or UNKNOWN, found)
 
     @hookimpl
     async def show_model(self, request: ModelRequest) -> ModelInfo:
-        profile = await self._profile(request.call)
-        listed = await self.list_models(ModelsRequest(call=request.call))
-        model = next((each for each in listed if canonical_name(each.name) == canonical_name(request.model)), None)
-        if model is None:
-            raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
-        if (
-            model.name == profile.default_model
-        ):  # Of the models in the list, it was started with the one that is a path.
-            path = next((each.name for each in listed if each.name.startswith("/")), None)
-            model = replace(model, raw={"root": path})
-        if profile.show is not None:
-            method, body = ("POST", {"model": request.model}) if profile.show == "/api/show" else ("GET", None)
-            read = partial(_convert.described, model)
-            model = await self._http.json(method, profile.show, body, call=request.call, read=read)
-        if is_loopback(urlsplit(self.address).hostname or ""):
-            model = await request.call.run(_convert.with_files, model)
-        return model
+        for each in await self.list_models(ModelsRequest(call=request.call)):
+            if canonical_name(each.name) == canonical_name(request.model):
+                return replace(each, features=await self._features(request.call, self._known or UNKNOWN))
+        raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
+
+    async def _features(self, call: Call, profile: Profile) -> frozenset[Feature] | None:
+        """Return what the one model of the server can do; None if it does not say."""
+        if self._able is None and profile.props:
+            with contextlib.suppress(ProviderError):
+                self._able = await self._get(profile.props, call, partial(_convert.features, profile))
+        return self._able
 
     @hookimpl
     async def loaded_models(self, request: ModelsRequest) -> tuple[LoadedModel, ...]:
         profile = await self._profile(request.call)
         if profile.loaded is None:
-            raise _convert.unsupported("loaded_models", profile)
+            raise unsupported("loaded_models", profile)
         path = f"{self._api}/models" if profile.loaded == "/models" else profile.loaded
-        found: tuple[LoadedModel, ...] = await self._get(path, request.call, _convert.loaded_models)
-        return found
+        loaded: tuple[LoadedModel, ...] = await self._get(path, request.call, partial(_convert.loaded_models, profile))
+        return loaded
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +264,7 @@ class OpenAIConnection:
         """Check each level up to the requested one."""
         call, model = request.call, request.model or ""
         listed = await self.list_models(ModelsRequest(call=call))
-        profile = await self._profile(call)
+        profile = self._known or UNKNOWN
         found["server"] = profile.name or None
         if profile.health:
             await self._get(profile.health, call)
@@ -283,5 +290,63 @@ class OpenAIConnection:
         return await self._http.json("GET", path, call=call, read=read, empty=True)
 
 
-def _read_field(field: str, found: Mapping[str, Any]) -> Any:
-    return found[field]
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+RULES: Final[Rules] = (
+    (
+        ("generation thread died", "status unavailable"),
+        says(InferenceFailed, "The server's engine has died: it will answer nothing more.", "Restart the server."),
+    ),
+    (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
+    (
+        (
+            "cached snapshot folder",
+            "not a valid model identifier",
+            "repository not found",
+            "'config.json'",
+            "model_not_found",
+            "no models loaded",
+        ),
+        says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
+    ),
+    (
+        ("exceed_context_size_error", "context_length_exceeded", "maximum context length"),
+        says(
+            ContextOverflow,
+            "The prompt does not fit into the context window.",
+            "Send less, or start the server with a larger window.",
+        ),
+    ),
+    (
+        ("image input is not supported", "only 'text' content type", "does not support image"),
+        says(
+            CapabilityUnsupported, "{model} cannot read images here.", "Choose another; llama-server needs `--mmproj`."
+        ),
+    ),
+    (
+        ("does not support tools", "not_supported_error", "--enable-auto-tool-choice"),
+        says(CapabilityUnsupported, "", "Choose another model, or start the server with the option for it."),
+    ),
+    (
+        ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
+        says(RequestRejected, "", "Correct the request."),
+    ),
+    (
+        ("does not match the expected", "tool_use_failed"),
+        says(InferenceFailed, "The model's call of a tool cannot be read.", "Ask again, or choose a larger model."),
+    ),
+)
+"""Words and codes of these servers, whatever the status: some call a wrong request 404 or 500."""
+NOT_FOUND: Final = 404
+
+
+def _refusal(answer: Answer) -> ProviderError | None:
+    if (error := by_words(answer, RULES)) is not None or answer.status != NOT_FOUND:
+        return error
+    if answer.words.strip().lower() in ("not found", "file not found"):
+        hint = "Check the path in `host`: it is usually `/v1`."
+        return CapabilityUnsupported("The server has no such endpoint.", hint=hint)
+    # mlx_lm.server gives this status to whatever fails before the first token, with a text as the error.
+    if (header(answer.headers, "server") or "").startswith("BaseHTTP") and b'"message"' not in answer.body:
+        return RequestRejected(answer.said, hint="Correct the request.") if answer.known else None
+    return None

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -19,7 +18,7 @@ from graftage.types import Feature
 if TYPE_CHECKING:
     from graftage.http import Document
 
-__all__ = ["DEFAULT_MODEL", "PROFILES", "UNKNOWN", "WIDEST", "OpenAISettings", "Profile", "parse_host", "recognise"]
+__all__ = ["HOSTS", "PROFILES", "UNKNOWN", "WIDEST", "OpenAISettings", "Profile", "parse_host", "recognise"]
 
 ProfileName: TypeAlias = Literal["openai", "mlx", "llama-server", "lmstudio", "vllm", "ollama-v1", "openrouter"]
 
@@ -54,41 +53,37 @@ def parse_host(text: str | None) -> tuple[str, str]:
     """
     url = (text or "").strip().strip("'\"").strip() or DEFAULT_HOST
     if "://" not in url:
-        parts = urlsplit(f"//{url}")
-        bare = is_loopback(parts.hostname or "") or re.search(r":[0-9]+$", parts.netloc) or parts.hostname is None
-        url = f"{'http' if bare else 'https'}://{url}"
+        name = re.split("[/?#]", url, maxsplit=1)[0].rpartition("@")[2]
+        here = is_loopback(re.sub(r":[0-9]*$", "", name))
+        url = f"{'http' if here or re.search(r':[0-9]+$', name) else 'https'}://{url}"
     url = _ENDPOINT.sub("", url.rstrip("/"))
     scheme, _, rest = url.partition("://")
     place, slash, path = rest.partition("/")
     if not slash:
         return url, "/v1"
-    if found := _VERSION.search(f"/{path}"):
-        return url[: -len(found[0])], found[0]
-    return f"{scheme}://{place}", f"/{path}"
+    version = _VERSION.search(f"/{path}")
+    return (url[: -len(version[0])], version[0]) if version else (f"{scheme}://{place}", f"/{path}")
 
 
 # --- Servers ---------------------------------------------------------------------------------------------------------
 
-COMMON: Final = frozenset(
-    {"frequency_penalty", "logprobs", "presence_penalty", "seed", "server", "stop", "temperature", "top_logprobs"}
-    | {"top_p"}
-)
+LOGPROBS: Final = frozenset({"logprobs", "top_logprobs"})
+COMMON: Final = LOGPROBS | {"frequency_penalty", "presence_penalty", "seed", "server", "stop", "temperature", "top_p"}
 """The options of OpenAI's API."""
 SAMPLING: Final = COMMON | {"min_p", "repeat_penalty", "top_k"}
 EVERY: Final = SAMPLING | {"mirostat", "mirostat_eta", "mirostat_tau", "repeat_last_n", "typical_p"}
 REPETITION: Final = {"repeat_penalty": "repetition_penalty", "repeat_last_n": "repetition_context_size"}
-DEFAULT_MODEL: Final = "default_model"
-"""mlx_lm's name for the model that it was started with."""
+CHAT: Final = frozenset[Feature]({"tools", "structured_output", "thinking", "images", "logprobs"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What a server can do beyond text, as seen or as its documentation says."""
+    """What a server can do, as seen or as its documentation says."""
 
-    name: str
+    name: str = ""
     """The server's software."""
-    features: frozenset[Feature]
-    """Features of a chat; the hooks show the others."""
+    features: frozenset[Feature] = CHAT | {"tool_choice"}
+    """Features that no hook shows."""
     options: frozenset[str] = COMMON
     names: Mapping[str, str] = field(default_factory=dict)
     """The server's names of options that it calls otherwise."""
@@ -101,13 +96,13 @@ class Profile:
     think: Literal["effort", "template", "reasoning"] | None = "effort"
     """Where `think` goes: `reasoning_effort`, arguments of the model's template, or OpenRouter's `reasoning`."""
     thought: Literal["reasoning", "reasoning_content"] | None = None
-    """The field of a message for what the model thought; None: that of the server's replies so far."""
+    """The field of a message for what the model thought; None: the one in which the server has sent it."""
     streams_logprobs: bool = True
     """Whether log-probabilities come in streams. If not, such a chat comes in one piece."""
     embeds: Literal["base64", "float"] | None = "float"
     """How it encodes vectors."""
-    cuts_inputs: bool = False
-    """Whether it cuts an input of an embedding that is too long without a word."""
+    cuts: bool = False
+    """Whether it ignores without a word what a model cannot take: images, the end of a long input."""
     raw: bool = True
     """Whether `/completions` continues a prompt without the model's template."""
     keeps_name: bool = False
@@ -117,25 +112,20 @@ class Profile:
     health: str | None = None
     """A path that says whether the server works, besides the list of models."""
     version: tuple[str, str] | None = None
-    """The path and the field that tell its version."""
+    """The path and the field with its version."""
     count: tuple[str, str] | None = None
-    """The path and the field that count the tokens of a chat."""
-    show: Literal["/props", "/api/show", "/api/v1/models"] | None = None
-    """Where a model is described further than in the list."""
-    loaded: Literal["/models", "/api/ps", "/api/v1/models"] | None = None
-    """Where it tells which models are in memory; `/models` if its list has no others."""
+    """The path and the field with the number of tokens of a chat."""
+    props: str | None = None
+    """A path with the template of its one model, which shows what that can do."""
+    loaded: Literal["/models", "/api/v1/models"] | None = None
+    """Where it says which models are in memory: `/models` if it lists no others."""
     adapters: Literal["request", "slots", "endpoints"] | None = None
-    """How it takes adapters: by a field of each request, by scales for those it was started with, or by endpoints."""
+    """How it takes adapters: a field of each request, scales for those it was started with, or endpoints."""
 
-
-_CHAT: Final[frozenset[Feature]] = frozenset({"tools", "structured_output", "thinking", "images", "logprobs"})
 
 PROFILES: Final[Mapping[str, Profile]] = {
     "openai": Profile(
-        name="OpenAI",
-        features=_CHAT | {"tool_choice", "suffix"},
-        limit="max_completion_tokens",
-        embeds="base64",
+        name="OpenAI", features=CHAT | {"tool_choice", "suffix"}, limit="max_completion_tokens", embeds="base64"
     ),
     "mlx": Profile(
         name="mlx_lm.server",
@@ -146,13 +136,12 @@ PROFILES: Final[Mapping[str, Profile]] = {
         thought="reasoning",
         streams_logprobs=False,
         embeds=None,
-        default_model=DEFAULT_MODEL,
+        default_model="default_model",
         health="/health",
         adapters="request",
     ),
     "llama-server": Profile(
         name="llama-server",
-        features=_CHAT | {"tool_choice"},
         options=EVERY,
         named_tool=False,
         json_object=False,
@@ -163,24 +152,22 @@ PROFILES: Final[Mapping[str, Profile]] = {
         health="/health",
         version=("/props", "build_info"),
         count=("/v1/chat/completions/input_tokens", "input_tokens"),
-        show="/props",
+        props="/props",
         loaded="/models",
         adapters="slots",
     ),
     "lmstudio": Profile(
         name="LM Studio",
         features=frozenset({"tools", "tool_choice", "structured_output", "images"}),
-        options=COMMON - {"logprobs", "top_logprobs"} | {"repeat_penalty", "top_k"},
+        options=(COMMON - LOGPROBS) | {"repeat_penalty", "top_k"},
         named_tool=False,
         json_object=False,
         think=None,
         thought="reasoning_content",
-        show="/api/v1/models",
         loaded="/api/v1/models",
     ),
     "vllm": Profile(
         name="vLLM",
-        features=_CHAT | {"tool_choice"},
         options=SAMPLING,
         names=REPETITION,
         think="template",
@@ -194,47 +181,37 @@ PROFILES: Final[Mapping[str, Profile]] = {
     ),
     "ollama-v1": Profile(
         name="Ollama",
-        features=_CHAT | {"suffix"},
+        features=CHAT | {"suffix"},
         thought="reasoning",
-        cuts_inputs=True,
+        cuts=True,
         raw=False,
         version=("/api/version", "version"),
-        show="/api/show",
-        loaded="/api/ps",
     ),
     "openrouter": Profile(
-        name="OpenRouter",
-        features=_CHAT | {"tool_choice"},
-        options=SAMPLING,
-        names=REPETITION,
-        think="reasoning",
-        thought="reasoning",
+        name="OpenRouter", options=SAMPLING, names=REPETITION, think="reasoning", thought="reasoning"
     ),
 }
-UNKNOWN: Final = Profile(name="", features=_CHAT | {"tool_choice"}, options=EVERY)
+UNKNOWN: Final = Profile(options=EVERY)
 """A server that was not recognised. What it cannot do, it must refuse itself."""
-WIDEST: Final = Profile(name="", features=_CHAT | {"tool_choice", "suffix"}, options=EVERY)
+WIDEST: Final = Profile(options=EVERY, features=CHAT | {"tool_choice", "suffix"})
 """What may be possible before the server is known."""
 HOSTS: Final = {"api.openai.com": PROFILES["openai"], "openrouter.ai": PROFILES["openrouter"]}
-_OWNERS: Final = {
+OWNERS: Final = {
     "llamacpp": "llama-server",
     "vllm": "vllm",
     "organization_owner": "lmstudio",
     "library": "ollama-v1",
 }
-"""What each server writes as `owned_by` into its list of models."""
+"""What servers write as `owned_by` into their lists of models."""
 
 
 def recognise(listed: Document) -> Profile | None:
-    """Return the profile of the server that sent a list of models; None if it is not among the known ones."""
-    software = header(listed.headers, "server") or ""
-    models = listed.get("data")
+    """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
+    software, models = header(listed.headers, "server") or "", listed.get("data")
     first = read_object(models[0]) if isinstance(models, list) and models else {}
+    owner = first.get("owned_by")
     if software == "llama.cpp":
         return PROFILES["llama-server"]
-    owner = first.get("owned_by")
     if software.startswith("BaseHTTP") and owner is None and (first or not listed):
         return PROFILES["mlx"]
-    if owner is None and "max_model_len" in first:
-        return PROFILES["vllm"]
-    return PROFILES.get(_OWNERS.get(str(owner), ""))
+    return PROFILES.get(OWNERS.get(str(owner), ""))
