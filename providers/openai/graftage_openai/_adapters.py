@@ -50,6 +50,7 @@ class Adapters:
     def __init__(self, http: Http, api: str) -> None:
         self._http = http
         self._api = api
+        self.is_local = is_loopback(urlsplit(http.base_url).hostname or "")
         self._places: dict[tuple[str, str], str] = {}
         """By digest and model: the folder for mlx_lm, or the file of llama-server."""
         self._slots: dict[int | None, str] | None = None
@@ -140,7 +141,7 @@ class Adapters:
             file = await run(adapter.gguf, base)
             own = await run(_content, file)
         for slot, path in slots.items():
-            other = await run(_content, Path(path)) if self._is_local() else None
+            other = await run(_content, Path(path)) if self.is_local else None
             if own and other and own[0] == other[0]:
                 # A registry may give it another scale than the server's file has.
                 return self._loaded(request, "slots", path, slot=slot, scale=own[1] / other[1])
@@ -164,15 +165,12 @@ class Adapters:
 
     async def _folder(self, request: LoadAdapterRequest, layout: str, base: ModelInfo) -> Path:
         """Return a folder that the server can read, with the adapter in a layout."""
-        if not self._is_local():
+        if not self.is_local:
             raise _unsupported(request, "the server reads its own disk, on another machine", "Load the adapter there.")
         if not isinstance(request.adapter, PortableAdapter):
             raise _unsupported(request, f"its resolver cannot write {layout}'s layout", "Use `graftage-lora`.")
         folder: Path = await request.call.run(getattr(request.adapter, layout), base)
         return folder
-
-    def _is_local(self) -> bool:
-        return is_loopback(urlsplit(self._http.base_url).hostname or "")
 
     def _loaded(self, request: LoadAdapterRequest, strategy: str, place: str, **more: Any) -> LoadedAdapter:
         adapter = request.adapter
