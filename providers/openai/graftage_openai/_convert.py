@@ -495,15 +495,18 @@ def _model(found: Mapping[str, Any]) -> ModelInfo:
     )
 
 
-def features(profile: Profile, props: Mapping[str, Any]) -> frozenset[Feature]:
-    """Return what a model can do by its template, which may drop tools without a word."""
-    template = http.read_word(props.get("chat_template")) or ""
+def features(profile: Profile, props: Mapping[str, Any]) -> frozenset[Feature] | None:
+    """Return what a model can do by its template, which may drop tools without a word; None if there is none."""
+    template = http.read_word(props.get("chat_template"))
+    if template is None:
+        return None
     missing: set[Feature] = set() if http.read_object(props.get("modalities")).get("vision") else {"images"}
     if not re.search(r"\btools\b", template):
         missing |= {"tools", "tool_choice"}
     if not re.search(r"enable_thinking|reasoning_content|reasoning_effort|<think>", template):
         missing |= {"thinking"}
-    return (profile.features | {"chat", "generate", "embed", "count_tokens"}) - missing
+    shown: set[Feature] = {"chat", "generate", "embed", "count_tokens"}
+    return profile.features.union(shown) - missing
 
 
 def loaded_models(profile: Profile, found: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
