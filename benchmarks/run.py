@@ -91,6 +91,14 @@ ROWS = (
 )
 
 
+OPENAI_ROWS = tuple(
+    row._replace(title=row.title.replace("ps()", "models.list()"), reference="")
+    for row in ROWS
+    if row.command != "embed"
+)
+"""The rows for OpenAI's API, whose streams are compared with streams."""
+
+
 class Bench:
     """The server and the environments of the clients.
 
@@ -231,8 +239,10 @@ def usable_clients(bench: Bench, clients: Sequence[str]) -> list[str]:
     return found
 
 
-def compare(bench: Bench, clients: Sequence[str], reference: str, repetitions: int) -> list[dict[str, Any]]:
-    """Return all rows, each with the figures of every client, and their ratios to those of one."""
+def compare(
+    bench: Bench, clients: Sequence[str], reference: str, rows: Sequence[Row], repetitions: int
+) -> list[dict[str, Any]]:
+    """Return rows, each with the figures of every client, and their ratios to those of the reference."""
     taken: list[dict[tuple[str, str], dict[str, float]]] = []
     failed: set[tuple[str, str]] = set()
     for repetition in range(repetitions):
@@ -252,7 +262,7 @@ def compare(bench: Bench, clients: Sequence[str], reference: str, repetitions: i
                         log(f"{client}, {name}: {error}")
     return [
         {**row._asdict(), "clients": {client: _cell(row, client, reference, taken) for client in clients}}
-        for row in ROWS
+        for row in rows
     ]
 
 
@@ -304,8 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "repetitions": repetitions,
             "versions": {client: bench.version(client) for client in (*clients, *OPENAI) if client != FLOOR},
         }
-        rows = compare(bench, clients, REFERENCE, repetitions)
-        openai = [row for row in compare(bench, OPENAI, OPENAI[0], repetitions) if all(row["clients"].values())]
+        rows = compare(bench, clients, REFERENCE, ROWS, repetitions)
+        openai = compare(bench, OPENAI, OPENAI[0], OPENAI_ROWS, repetitions)
         curves = growth.measure(bench)
     found = {"about": {**about, "load after": os.getloadavg()[0]}, "rows": rows, "openai": openai, "growth": curves}
     (given.out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from graftage.calls import (
     LoadAdapterRequest,
     ModelRequest,
     ModelsRequest,
+    NativeRequest,
     UnloadAdapterRequest,
 )
 from graftage.exceptions import (
@@ -152,7 +154,11 @@ class OpenAIConnection:
     async def _answer(
         self, path: str, body: dict[str, Any], request: ChatRequest | GenerateRequest, profile: Profile
     ) -> AsyncIterator[Chunk]:
-        """Yield the chunks of a reply. Without a reason for its end, there is no last one."""
+        """Yield the chunks of a reply.
+
+        Raises:
+            StreamInterrupted: it has no reason for its end, and so may be cut.
+        """
         body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = _convert.Reader(request, profile, self._learned)
         whole = bool(body.get("logprobs")) and not profile.streams_logprobs
@@ -167,10 +173,13 @@ class OpenAIConnection:
                 if reader.finish is None:  # With a reason, the reply is complete.
                     raise
             except RequestRejected as error:
-                if not (adjusted := self._learned.adjust(body, error)):
+                if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-        if reader.finish is not None:
-            yield reader.last()
+                adjusted = True
+        if reader.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
+        yield reader.last()
 
     async def _stream(
         self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
@@ -275,6 +284,32 @@ class OpenAIConnection:
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
         await self._adapters.unload(request)
 
+    # --- The official client ------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def native(self, request: NativeRequest) -> object:  # noqa: ARG002 - required by the hook
+        try:
+            openai: Any = importlib.import_module("openai")
+        except ImportError as error:
+            hint = 'Run `pip install "graftage-openai[native]"`.'
+            raise CapabilityUnsupported("The package `openai` cannot be imported.", hint=hint) from error
+        kinds = (
+            ("OpenAI", "DefaultHttpxClient")
+            if self._http.colour == "sync"
+            else ("AsyncOpenAI", "DefaultAsyncHttpxClient")
+        )
+        kind, inner = (getattr(openai, each) for each in kinds)
+        client: Any = kind(
+            base_url=f"{self._http.base_url}{self._api}",
+            # A placeholder, so that it takes no key from the environment: the transport replaces it.
+            api_key="-",
+            max_retries=0,
+            http_client=inner(transport=self._http.httpx_transport(), trust_env=False, follow_redirects=False),
+        )
+        client.organization = client.project = None  # They come from the environment, and are OpenAI's alone.
+        found: object = client
+        return found
+
     # --- Health ------------------------------------------------------------------------------------------------------
 
     @hookimpl
@@ -320,7 +355,7 @@ class OpenAIConnection:
 
 RULES: Final[Rules] = (
     (
-        ("generation thread died", "status unavailable"),
+        ("generation thread died", '"status": "unavailable"'),
         says(InferenceFailed, "The server's engine has died: it will answer nothing more.", "Restart the server."),
     ),
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
@@ -356,6 +391,12 @@ RULES: Final[Rules] = (
     (
         ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
         says(RequestRejected, "", "Correct the request."),
+    ),
+    (
+        ("unexpected endpoint",),  # LM Studio, with status 200.
+        says(
+            CapabilityUnsupported, "The server has no such endpoint.", "Check the path in `host`: it is usually `/v1`."
+        ),
     ),
     (
         ("does not match the expected", "tool_use_failed"),

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -301,6 +301,7 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     delta: _Delta
+    index: Literal[0] = 0
     finish_reason: None = None
     logprobs: None = None
 
@@ -330,7 +331,7 @@ class Reader:
         self._calls = Calls()
         self._last: dict[str, Any] = {}
         self._model = ""
-        self._field = self._logprobs = False
+        self._field = self._logprobs = self._refused = False
         self.headers: http.Headers = ()
         self.finish: str | None = None
         """The server's reason for the end. Without one, the reply is not complete."""
@@ -352,8 +353,8 @@ class Reader:
 
     def take(self, found: Mapping[str, Any]) -> Chunk | None:
         """Return the chunk of an event or of a whole response, if it has one."""
-        choices, model = found.get("choices"), found.get("model")
-        choice = http.read_object(choices[0]) if isinstance(choices, list) and choices else {}
+        choices, model = http.read_entries(found.get("choices"), http.read_object), found.get("model")
+        choice = next((each for each in choices if not each.get("index")), {})  # With `n`, there are others.
         delta = http.read_object(choice.get("delta") or choice.get("message")) or {"content": choice.get("text")}
         calls = delta.get("tool_calls") or ()
         for each in [calls] if isinstance(calls, Mapping) else calls:
@@ -361,9 +362,8 @@ class Reader:
         text, thinking = self._words(delta)
         logprobs = _logprobs(http.read_object(choice.get("logprobs")), top="top_logprobs" in self._request.options)
         self._logprobs = self._logprobs or bool(logprobs)
-        self.finish = (
-            "refusal" if delta.get("refusal") else http.read_word(choice.get("finish_reason"))
-        ) or self.finish
+        self._refused = self._refused or bool(delta.get("refusal"))
+        self.finish = http.read_word(choice.get("finish_reason")) or self.finish
         if self.finish or found.get("usage") or found.get("timings"):
             self._last |= {name: value for name, value in found.items() if value or name not in self._last}
         elif model == "" and self._model and not (text or thinking or calls):  # Ollama sends no other sign.
@@ -396,7 +396,7 @@ class Reader:
             text=text,
             thinking="" if self._field else thinking,
             tool_calls=self._calls.read(cut=self.finish in ("length", "max_tokens")),
-            finish_reason=self.finish,
+            finish_reason="refusal" if self._refused else self.finish,
             usage=_usage(self._last),
             timings=Timings(prompt=prompt, generation=generation),
             model=self._model or None,
