@@ -32,7 +32,7 @@ def connect(both: Any, fake: FakeOllama) -> Callable[..., Any]:
     return lambda **given: both.connect("openai", **{"model": "m", "host": fake.url, "attempts": 1, **given})
 
 
-def as_json(body: Any, status: int = 200, **headers: str) -> Answer:
+def as_json(body: Any, status: int = 200, **headers: Any) -> Answer:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return Answer([data], status=status, headers={"content-type": "application/json", **headers})
 
@@ -43,7 +43,7 @@ def streamed(**delta: Any) -> Answer:
     return Answer([*events, b"data: [DONE]\n\n"], headers={"content-type": "text/event-stream"})
 
 
-def listed(*models: dict[str, Any], **headers: str) -> Answer:
+def listed(*models: dict[str, Any], **headers: Any) -> Answer:
     return as_json({"object": "list", "data": list(models)}, **headers)
 
 
@@ -280,8 +280,8 @@ class TestServer:
     def test_refuses_what_it_cannot_do(
         self, connect: Any, fake: FakeOllama, profile: str, asked: dict[str, Any], *, told: bool
     ) -> None:
-        owners = {"mlx": None, "lmstudio": "organization_owner", "ollama-v1": "library"}
-        model = {"id": "m"} | ({"owned_by": owners[profile]} if owners[profile] else {})
+        owners = {"lmstudio": "organization_owner", "ollama-v1": "library"}
+        model = {"id": "m", "owned_by": owners.get(profile)}
         fake.script(MODELS, *[listed(model, server="BaseHTTP/0.6")] * 2)
         kind = RequestRejected if told and "options" in asked else CapabilityUnsupported
         with pytest.raises(kind):
