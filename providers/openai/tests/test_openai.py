@@ -380,8 +380,8 @@ class TestOtherOperations:
 
     def test_models_have_their_windows(self, connect: Any, fake: FakeOllama) -> None:
         meta = {"n_ctx": 1024, "n_ctx_train": 8192, "size": 9, "n_params": 5, "ftype": "Q4_1"}
-        models = {"a": {"meta": meta}, "b": {"max_model_len": 512}, "c": {"context_length": 256}, "d": {}}
-        fake.script(MODELS, *[listed(*({"id": name, **more} for name, more in models.items()))] * 2)
+        windows = [{"id": "b", "max_model_len": 512}, {"id": "c", "context_length": 256}, {"id": "d"}]
+        fake.script(MODELS, *[listed({"id": "a", "meta": meta}, *windows)] * 2)
         llm = connect(profile="openrouter")
         assert [each.context_window for each in llm.models()] == [1024, 512, 256, None]
         found = llm.show("a")
@@ -429,8 +429,8 @@ class TestReplies:
     def test_log_probabilities_of_mlx_come_in_one_piece(self, connect: Any, fake: FakeOllama) -> None:
         entry = {"id": 1, "token": "Hi", "logprob": -0.5, "top_logprobs": [{"token": "Hi", "logprob": -0.5}]}
         choice = {"message": {"content": "Hi"}, "logprobs": {"content": [entry]}, "finish_reason": "stop"}
-        answer = as_json({"model": "m", "choices": [choice], "usage": {"prompt_tokens": 3}}, **{"x-request-id": "r1"})
-        fake.script(CHAT, answer)
+        headers: Any = {"x-request-id": "r1"}
+        fake.script(CHAT, as_json({"model": "m", "choices": [choice], "usage": {"prompt_tokens": 3}}, **headers))
         reply = connect(profile="mlx").chat("Hi", options={"logprobs": True})
         assert [(each.token, each.logprob, each.top) for each in reply.logprobs] == [("Hi", -0.5, ())]
         assert (reply.text, reply.usage.input_tokens, reply.request_id) == ("Hi", 3, "r1")
