@@ -317,8 +317,9 @@ class Session(Connection):
             asked: Health = await self.call("health", request, call, Health)
             if isinstance(asked.error, ModelNotFound):
                 await self._suggest(asked.error, "health", call)
-            only_embeds = asked.model_present and isinstance(asked.error, CapabilityUnsupported)
-            if request.model is None or request.level != "answers" or not only_embeds:
+            if request.model is None or request.level != "answers":
+                return asked
+            if not (asked.model_present and isinstance(asked.error, CapabilityUnsupported)):
                 return asked
             try:
                 await self._one_vector(request, request.model, asked.error)
