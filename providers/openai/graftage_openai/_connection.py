@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -36,6 +36,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
+from graftage.files import read_model
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
 from graftage.http.client import typed_errors
@@ -81,6 +82,7 @@ class OpenAIConnection:
         self._adapters = Adapters(self._http, self._api)
         self._learned = _convert.Learned()
         self._able: frozenset[Feature] | None = None
+        self._file: str | None = None
 
     @hookimpl
     def capabilities(self) -> Capabilities:
@@ -224,16 +226,40 @@ class OpenAIConnection:
 
     @hookimpl
     async def show_model(self, request: ModelRequest) -> ModelInfo:
-        for each in await self.list_models(ModelsRequest(call=request.call)):
+        listed = await self.list_models(ModelsRequest(call=request.call))
+        for each in listed:
             if canonical_name(each.name) == canonical_name(request.model):
-                return replace(each, features=await self._features(request.call, self._known or UNKNOWN))
+                profile = await self._profile(request.call)
+                model = replace(each, features=await self._features(request.call, profile))
+                if profile.loaded == "/api/v1/models":
+                    read = partial(_convert.from_lmstudio, model)
+                    return await self._http.json("GET", profile.loaded, call=request.call, read=read)
+                return await request.call.run(self._with_files, model, listed)
         raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
+
+    def _with_files(self, model: ModelInfo, listed: Sequence[ModelInfo]) -> ModelInfo:
+        """Add what the model's own files say, if they are on this machine."""
+        place = self._file or str(model.raw.get("root") or model.name)
+        if self._known and model.name == self._known.default_model:  # mlx_lm was started with the one that is a path.
+            place = next((each.name for each in listed if each.name.startswith("/")), place)
+        found = read_model(place) if self._adapters.is_local else None
+        if found is None:
+            return model
+        return replace(
+            found,
+            name=model.name,
+            context_window=model.context_window or found.context_window,
+            features=model.features,
+            metadata={**model.metadata, **found.metadata},
+            raw={**found.raw, **model.raw},
+        )
 
     async def _features(self, call: Call, profile: Profile) -> frozenset[Feature] | None:
         """Return what the one model of the server can do; None if it does not say."""
         if self._able is None and profile.props:
             with contextlib.suppress(ProviderError):
-                self._able = await self._get(profile.props, call, partial(_convert.features, profile))
+                props: Document = await self._get(profile.props, call)
+                self._able, self._file = _convert.features(profile, props), read_word(props.get("model_path"))
         return self._able
 
     @hookimpl
@@ -267,12 +293,8 @@ class OpenAIConnection:
         except ImportError as error:
             hint = 'Run `pip install "graftage-openai[native]"`.'
             raise CapabilityUnsupported("The package `openai` cannot be imported.", hint=hint) from error
-        kinds = (
-            ("OpenAI", "DefaultHttpxClient")
-            if self._http.colour == "sync"
-            else ("AsyncOpenAI", "DefaultAsyncHttpxClient")
-        )
-        kind, inner = (getattr(openai, each) for each in kinds)
+        names = ("OpenAI", "DefaultHttpxClient"), ("AsyncOpenAI", "DefaultAsyncHttpxClient")
+        kind, inner = (getattr(openai, each) for each in names[self._http.colour != "sync"])
         client: Any = kind(
             base_url=f"{self._http.base_url}{self._api}",
             # A placeholder, so that it takes no key from the environment: the transport replaces it.
@@ -327,6 +349,9 @@ class OpenAIConnection:
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
+NO_ENDPOINT: Final = says(
+    CapabilityUnsupported, "The server has no such endpoint.", "Check the path in `host`: it is usually `/v1`."
+)
 RULES: Final[Rules] = (
     (
         ("generation thread died", '"status": "unavailable"'),
@@ -335,29 +360,22 @@ RULES: Final[Rules] = (
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
         (
-            "cached snapshot folder",
-            "not a valid model identifier",
-            "repository not found",
-            "repo id must",
-            "'config.json'",
             "model_not_found",
             "no models loaded",
+            "not a valid model",
+            "cached snapshot",
+            "repo id must",
+            "'config.json'",
         ),
         says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
     ),
     (
         ("exceed_context_size_error", "context_length_exceeded", "maximum context length"),
-        says(
-            ContextOverflow,
-            "The prompt does not fit into the context window.",
-            "Send less, or start the server with a larger window.",
-        ),
+        says(ContextOverflow, "The prompt does not fit into the context window.", "Send less, or enlarge the window."),
     ),
     (
         ("image input is not supported", "only 'text' content type", "does not support image"),
-        says(
-            CapabilityUnsupported, "{model} cannot read images here.", "Choose another; llama-server needs `--mmproj`."
-        ),
+        says(CapabilityUnsupported, "{model} cannot read images here.", "Use another; llama-server needs `--mmproj`."),
     ),
     (
         ("does not support tools", "not_supported_error", "--enable-auto-tool-choice"),
@@ -367,12 +385,7 @@ RULES: Final[Rules] = (
         ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
         says(RequestRejected, "", "Correct the request."),
     ),
-    (
-        ("unexpected endpoint",),  # LM Studio, with status 200.
-        says(
-            CapabilityUnsupported, "The server has no such endpoint.", "Check the path in `host`: it is usually `/v1`."
-        ),
-    ),
+    (("unexpected endpoint",), NO_ENDPOINT),  # LM Studio, with status 200.
     (
         ("does not match the expected", "tool_use_failed"),
         says(InferenceFailed, "The model's call of a tool cannot be read.", "Ask again, or choose a larger model."),
@@ -386,8 +399,7 @@ def _refusal(answer: Answer) -> ProviderError | None:
     if (error := by_words(answer, RULES)) is not None or answer.status != NOT_FOUND:
         return error
     if answer.words.strip().lower() in ("not found", "file not found"):
-        hint = "Check the path in `host`: it is usually `/v1`."
-        return CapabilityUnsupported("The server has no such endpoint.", hint=hint)
+        return NO_ENDPOINT(answer)
     # mlx_lm.server gives this status to whatever fails before the first token, with a text as the error.
     if (header(answer.headers, "server") or "").startswith("BaseHTTP") and b'"message"' not in answer.body:
         return RequestRejected(answer.said, hint="Correct the request.") if answer.known else None
