@@ -14,9 +14,11 @@ from graftage_ollama.testing import FakeOllama
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 FAKES = ROOT / "providers" / "ollama" / "README.md"
 TESTING = ROOT / "docs" / "testing.md"
+TOOLS = ROOT / "docs" / "tools.md"
 NAMED = re.compile(r"# ([\w/]+\.py)\n")
 RECORD = ["--record-mode=once", "-p", "no:cacheprovider"]
 
@@ -37,6 +39,31 @@ def test_examples_of_the_fake_run(number: int, monkeypatch: pytest.MonkeyPatch) 
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         exec(blocks("python", FAKES.read_text(encoding="utf-8"))[number], {})
+
+
+@pytest.mark.parametrize("guide", [TESTING, TOOLS], ids=lambda path: path.stem)
+def test_commands_exist(guide: Path) -> None:
+    from typer.main import get_command
+
+    from graftage._cli.app import app
+
+    text = guide.read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for block in blocks("bash", text) for line in block.splitlines()]
+    commands = [line[1:] for line in lines if line and line[0] == "graftage"]
+    assert commands
+    for words in commands:
+        command = get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        known = {name for each in command.params for name in each.opts}
+        assert {word for word in words if word.startswith("-")} <= known
+
+
+@pytest.mark.parametrize("block", blocks("python", TOOLS.read_text(encoding="utf-8")))
+def test_examples_of_tools_run(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeOllama() as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        exec(compile(block, "tools.md", "exec", dont_inherit=True), {})  # Its annotations are types.
 
 
 class TestTesting:
@@ -62,21 +89,6 @@ class TestTesting:
                     exec(block, {})
                     ran += 1
         assert ran
-
-    def test_its_commands_exist(self) -> None:
-        from typer.main import get_command
-
-        from graftage._cli.app import app
-
-        lines = [shlex.split(line, comments=True) for block in blocks("bash", self.TEXT) for line in block.splitlines()]
-        commands = [line[1:] for line in lines if line and line[0] == "graftage"]
-        assert commands
-        for words in commands:
-            command = get_command(app)
-            while hasattr(command, "commands"):
-                command = command.commands[words.pop(0)]
-            known = {name for each in command.params for name in each.opts}
-            assert {word for word in words if word.startswith("-")} <= known
 
     def test_it_is_short(self) -> None:
         assert len(self.TEXT.splitlines()) < 250

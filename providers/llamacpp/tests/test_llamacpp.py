@@ -19,6 +19,7 @@ from small_engine import LONG, MODEL, WINDOW, write_embedder
 
 import graftage
 from graftage._engine.driving import drive
+from graftage._engine.schemas import read_tools
 from graftage._values import LONGEST_STAY
 from graftage.calls import Call, ChatRequest
 from graftage.exceptions import (
@@ -196,6 +197,17 @@ def test_thinking_and_engine_options_are_sent(think: Any, on: bool) -> None:
         "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "bob"}],
         "chat_template_kwargs": {"custom": 1, "enable_thinking": on, **effort},
     }
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "sent"),
+    [(None, ["add", "subtract"], None), ("required", ["add", "subtract"], "required"), ("add", ["add"], "required")],
+)
+def test_tool_choice_is_sent(choice: str | None, names: list[str], sent: str | None) -> None:
+    messages, tools = (Message(role="user", content="Hi"),), read_tools([add, subtract])
+    request = ChatRequest(call=Call(), model="m", messages=messages, tools=tools, tool_choice=choice)
+    body = _convert.chat_body(request, cast("Any", SimpleNamespace(architecture="", template="tools", figure={}.get)))
+    assert ([each["function"]["name"] for each in body["tools"]], body.get("tool_choice")) == (names, sent)
 
 
 TOOL_TEMPLATE = (
