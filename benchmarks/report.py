@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 REFERENCE, OURS, FLOOR = "ollama", "graftage", "floor"
+OPENAI = ("openai", "graftage-openai")
 UNITS = {"µs": 1e6, "ms": 1e3, "MB": 1e-6}
 TEXT, LINE, PEER, GOOD, BAD = "#757b83", "#757b8355", "#757b83aa", "#2da44e", "#d4762c"
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -26,7 +27,7 @@ def ratio_text(ratio: float) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Return the tables, with the machine and the versions."""
-    about, clients = found["about"], list(found["rows"][0]["clients"])
+    about = found["about"]
     facts = (
         f"Python {about['python']}, {about['machine']}, load {about['load before']:.1f} to {about['load after']:.1f}"
     )
@@ -39,7 +40,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         ),
         f"{facts}; median of {about['repetitions']}; {versions}.\n",
         "CPU time of the client's process unless a row names something else, and its ratio to Ollama's own client.\n",
-        *_table(["", "unit", *clients], [[row["title"], row["unit"], *_cells(row)] for row in found["rows"]]),
+        *_comparison(found["rows"]),
+        "\nThe same on OpenAI's API, and the ratio to OpenAI's own client:\n",
+        *_comparison(found["openai"]),
         "\nHow the cost of Graftage grows:\n",
         *_table(
             ["with the number of", "sizes", "CPU ms", "memory MB", "CPU ∝ n^", "memory ∝ n^", "linear or better"],
@@ -55,6 +58,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return _table(["", "unit", *rows[0]["clients"]], [[row["title"], row["unit"], *_cells(row)] for row in rows])
 
 
 def _series(curve: Mapping[str, Any]) -> tuple[Sequence[float], ...]:

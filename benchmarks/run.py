@@ -1,7 +1,7 @@
-"""Compare Graftage with Ollama's own client, with a socket and `json`, and with other frameworks.
+"""Compare Graftage with Ollama's and OpenAI's own clients, with a socket and `json`, and with other frameworks.
 
 Each client runs in a separate process. In each repetition, all clients run each command in turn, in random order, and
-each figure is divided by that of Ollama's own client. The report has the median of these ratios.
+each figure is divided by that of the server's own client. The report has the median of these ratios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import growth, overshoot, report
 from benchmarks.peers import REQUIREMENTS
-from benchmarks.report import FLOOR, OURS, REFERENCE
+from benchmarks.report import FLOOR, OPENAI, OURS, REFERENCE
 
 HERE = Path(__file__).resolve().parent
 TIME_LIMIT = 300.0
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     each: int = 1
     """The figure is divided by this."""
     reference: str = ""
-    """The command of Ollama's own client to compare with, if it is another one."""
+    """The command of the server's own client to compare with, if it is another one."""
 
 
 ROWS = (
@@ -89,6 +89,14 @@ ROWS = (
     Row("64 threads, a chat each", "threads"),
     Row("64 threads, a chat each; wall", "threads", "wall"),
 )
+
+
+OPENAI_ROWS = tuple(
+    row._replace(title=row.title.replace("ps()", "models.list()"), reference="")
+    for row in ROWS
+    if row.command != "embed"
+)
+"""The rows for OpenAI's API, whose streams are compared with streams."""
 
 
 class Bench:
@@ -231,8 +239,10 @@ def usable_clients(bench: Bench, clients: Sequence[str]) -> list[str]:
     return found
 
 
-def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
-    """Return all rows, each with the figures and ratios of every client."""
+def compare(
+    bench: Bench, clients: Sequence[str], reference: str, rows: Sequence[Row], repetitions: int
+) -> list[dict[str, Any]]:
+    """Return rows, each with the figures of every client, and their ratios to those of the reference."""
     taken: list[dict[tuple[str, str], dict[str, float]]] = []
     failed: set[tuple[str, str]] = set()
     for repetition in range(repetitions):
@@ -250,15 +260,20 @@ def compare(bench: Bench, clients: Sequence[str], repetitions: int) -> list[dict
                     except RuntimeError as error:
                         failed.add((name, client))
                         log(f"{client}, {name}: {error}")
-    return [{**row._asdict(), "clients": {client: _cell(row, client, taken) for client in clients}} for row in ROWS]
+    return [
+        {**row._asdict(), "clients": {client: _cell(row, client, reference, taken) for client in clients}}
+        for row in rows
+    ]
 
 
-def _cell(row: Row, client: str, taken: Sequence[Mapping[tuple[str, str], Mapping[str, float]]]) -> dict[str, Any]:
-    """Return the median of a client's figures, and of their ratios to Ollama's own client in the same repetition."""
+def _cell(
+    row: Row, client: str, reference: str, taken: Sequence[Mapping[tuple[str, str], Mapping[str, float]]]
+) -> dict[str, Any]:
+    """Return the median of a client's figures, and of their ratios to the reference in the same repetition."""
     values, ratios = [], []
     for figures in taken:
         value = figures.get((row.command, client), {}).get(row.figure)
-        base = figures.get((row.reference or row.command, REFERENCE), {}).get(row.figure)
+        base = figures.get((row.reference or row.command, reference), {}).get(row.figure)
         if value is not None:
             values.append(value / row.each)
             ratios += [value / base] if base else []
@@ -297,11 +312,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "load before": os.getloadavg()[0],
             "quick": given.quick,
             "repetitions": repetitions,
-            "versions": {client: bench.version(client) for client in clients if client != FLOOR},
+            "versions": {client: bench.version(client) for client in (*clients, *OPENAI) if client != FLOOR},
         }
-        rows = compare(bench, clients, repetitions)
+        rows = compare(bench, clients, REFERENCE, ROWS, repetitions)
+        openai = compare(bench, OPENAI, OPENAI[0], OPENAI_ROWS, repetitions)
         curves = growth.measure(bench)
-    found = {"about": {**about, "load after": os.getloadavg()[0]}, "rows": rows, "growth": curves}
+    found = {"about": {**about, "load after": os.getloadavg()[0]}, "rows": rows, "openai": openai, "growth": curves}
     (given.out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = report.markdown(found)
     (given.out / "benchmark.md").write_text(text, encoding="utf-8")

@@ -83,6 +83,7 @@ def respond(path: str, model: str, *, stream: bool) -> tuple[list[bytes], float]
         "/api/ps": {"models": []},
         "/api/tags": {"models": [{**tag, "details": DETAILS} for tag in tags]},
         "/api/show": {"details": DETAILS, "model_info": {}, "capabilities": ["completion"], "modified_at": DATE},
+        "/v1/models": {"object": "list", "data": [{"id": each, "object": "model"} for each in MODELS]},
         "/api/embed": {"model": model, "embeddings": vectors, "prompt_eval_count": 256},
     }
     if path in plain:

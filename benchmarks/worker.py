@@ -199,19 +199,49 @@ class Official(Client):
         self.api.Client(host=self.url)
 
 
+class OpenAI(Client):
+    """OpenAI's client for Python."""
+
+    module = "openai"
+    text_of = staticmethod(lambda found: found.choices[0].message.content)
+    chunk_text_of = staticmethod(lambda found: found.choices[0].delta.content)
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url}/v1")
+        self.sync = self.make("OpenAI")
+
+    def make(self, kind: str) -> Any:
+        """Return a new client."""
+        return getattr(self.api, kind)(base_url=self.url, api_key="none")
+
+    def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
+        client = self.cached("async", lambda: self.make("AsyncOpenAI")) if is_async else self.sync
+        return client.chat.completions.create(model=model, messages=HELLO, stream=stream)
+
+    def health(self, model: str) -> None:
+        self.sync.models.list()
+
+    def construct(self, model: str) -> None:
+        self.make("OpenAI")
+
+
 class Graftage(Client):
     """Graftage, with the installed plugins."""
 
     module = "graftage"
     text_of = attrgetter("text")
+    provider = "ollama"
+    path = ""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.sync = self.api.connect("ollama", host=url)
+        super().__init__(f"{url}{self.path}")
+        self.sync = self.api.connect(self.provider, host=self.url)
 
     def send(self, model: str, *, stream: bool, is_async: bool) -> Any:
         client = (
-            self.cached("async", lambda: self.api.connect_async("ollama", host=self.url)) if is_async else self.sync
+            self.cached("async", lambda: self.api.connect_async(self.provider, host=self.url))
+            if is_async
+            else self.sync
         )
         return client.chat(self.prompt, model=model, stream=stream)
 
@@ -222,10 +252,26 @@ class Graftage(Client):
         self.sync.health(max_age=0).raise_for_error()
 
     def construct(self, model: str) -> None:
-        self.api.connect("ollama", host=self.url)
+        self.api.connect(self.provider, host=self.url)
 
 
-CLIENTS: dict[str, type[Client]] = {"floor": Floor, "ollama": Official, "graftage": Graftage}
+class GraftageOpenAI(Graftage):
+    """Graftage on OpenAI's API."""
+
+    provider = "openai"
+    path = "/v1"
+
+    def vectors(self, model: str) -> Any:
+        raise NotImplementedError
+
+
+CLIENTS: dict[str, type[Client]] = {
+    "floor": Floor,
+    "ollama": Official,
+    "graftage": Graftage,
+    "openai": OpenAI,
+    "graftage-openai": GraftageOpenAI,
+}
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------

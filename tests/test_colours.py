@@ -26,6 +26,7 @@ from giving import Giving
 from patience import soon
 
 import graftage
+from graftage._engine.answers import decode
 from graftage.exceptions import (
     GraftageError,
     InferenceFailed,
@@ -168,7 +169,50 @@ def leave_in_a_thread(stream: Any) -> None:
     closer.join()
 
 
+class WithHeaders(OnToolkit):
+    """A connection whose last chunk has the headers of its stream."""
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        items = self.http.events("POST", "/chat", {}, call=request.call, read=lambda event: event.json())
+        assert items.headers == ()
+        async for found in items:
+            assert ("x-request-id", "r1") in items.headers
+            yield Chunk(text=found["text"])
+        yield Chunk(finish_reason="stop", raw=dict(items.headers))
+
+
+class Quick(OnToolkit):
+    """A connection with a faster reader, which marks what it has read."""
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        def read(event: Any) -> Chunk:
+            found = event.json()
+            return Chunk(text=found["text"], finish_reason=found.get("end"))
+
+        def words(data: bytes) -> tuple[str, str] | None:
+            return None if b"end" in data else (f"<{decode(data)['text']}>", "")
+
+        async for chunk in self.http.events("POST", "/chat", call=request.call, read=read, words=words):
+            yield chunk
+
+
 class TestToolkit:
+    def test_words_are_read_from_plain_events(self, both: Any, fake: FakeOllama) -> None:
+        plain = event(text="Hi")
+        body = b"".join([plain, b"id: 1\n" + plain, plain, plain, *WHOLE[2:]])
+        fake.script("/chat", streamed(body), streamed(body))
+        llm = both.connect(Giving(lambda request: Quick(request, fake.url)), model=MODEL)
+        assert [chunk.text for chunk in llm.chat("x", stream=True)] == ["<Hi>", "Hi", "<Hi>", "<Hi>", ""]
+        assert llm.chat("x").text == "<Hi>Hi<Hi><Hi>"
+
+    @pytest.mark.parametrize("last", [b"data: [DONE]\n\n", b""], ids=["done", "end"])
+    def test_headers_outlive_the_stream(self, both: Any, fake: FakeOllama, last: bytes) -> None:
+        fake.script("/chat", Answer([event(text="Hi"), last], headers=EVENTS | {"x-request-id": "r1"}))
+        llm = both.connect(Giving(lambda request: WithHeaders(request, fake.url)), model=MODEL)
+        assert llm.chat("Hi").raw["x-request-id"] == "r1"
+
     def test_one_hook_serves_both_clients(self, both: Any, fake: FakeOllama) -> None:
         fake.script("/chat", streamed(), streamed())
         fake.script("/models", Answer([b'{"models": ["a", "b"]}']))
@@ -1023,6 +1067,19 @@ class TestResponses:
             assert type(caught.value) is not ProviderError, caught.value
         assert llm.chat("x").text == "Hello world"
         assert llm.stats().running == 0
+
+    @pytest.mark.parametrize("data", ["The runner died", '["The runner died"]', '{"detail": "The runner died"}'])
+    def test_event_named_error_keeps_its_words(self, both: Any, fake: FakeOllama, data: str) -> None:
+        fake.script("/chat", streamed(WHOLE[0], f"event: error\ndata: {data}\n\n".encode()))
+        with pytest.raises(InferenceFailed, match="The runner died") as caught:
+            both.connect(on_toolkit(fake), model=MODEL).chat("x")
+        assert caught.value.partial is not None
+
+    def test_text_instead_of_events_is_reported(self, both: Any, fake: FakeOllama) -> None:
+        fake.script("/chat", Answer([b"It works!\n"], headers={"content-type": "text/plain"}))
+        with pytest.raises(ProtocolError, match="`text/plain`") as caught:
+            both.connect(on_toolkit(fake), model=MODEL).chat("x")
+        assert "host" in str(caught.value)
 
     @pytest.mark.parametrize("answer", OBJECTS.values(), ids=OBJECTS)
     def test_wrong_objects_are_typed_errors(self, both: Any, fake: FakeOllama, answer: Answer) -> None:

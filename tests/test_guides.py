@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import TYPE_CHECKING
+import socket
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from places import ROOT
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FAKES = ROOT / "providers" / "ollama" / "README.md"
 TESTING = ROOT / "docs" / "testing.md"
+SERVERS = ROOT / "docs" / "servers.md"
 TOOLS = ROOT / "docs" / "tools.md"
 NAMED = re.compile(r"# ([\w/]+\.py)\n")
 RECORD = ["--record-mode=once", "-p", "no:cacheprovider"]
@@ -34,20 +36,12 @@ def files(text: str) -> Iterator[tuple[str, str]]:
             yield named[1], block
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python", FAKES.read_text(encoding="utf-8")))))
-def test_examples_of_the_fake_run(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeOllama() as fake:
-        monkeypatch.setenv("OLLAMA_HOST", fake.url)
-        exec(blocks("python", FAKES.read_text(encoding="utf-8"))[number], {})
-
-
-@pytest.mark.parametrize("guide", [TESTING, TOOLS], ids=lambda path: path.stem)
-def test_commands_exist(guide: Path) -> None:
+def check_commands(text: str) -> None:
+    """Check that the commands of a page exist, with their options."""
     from typer.main import get_command
 
     from graftage._cli.app import app
 
-    text = guide.read_text(encoding="utf-8")
     lines = [shlex.split(line, comments=True) for block in blocks("bash", text) for line in block.splitlines()]
     commands = [line[1:] for line in lines if line and line[0] == "graftage"]
     assert commands
@@ -59,11 +53,24 @@ def test_commands_exist(guide: Path) -> None:
         assert {word for word in words if word.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("block", blocks("python", TOOLS.read_text(encoding="utf-8")))
-def test_examples_of_tools_run(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", range(len(blocks("python", FAKES.read_text(encoding="utf-8")))))
+def test_examples_of_the_fake_run(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
-        exec(compile(block, "tools.md", "exec", dont_inherit=True), {})  # Its annotations are types.
+        exec(blocks("python", FAKES.read_text(encoding="utf-8"))[number], {})
+
+
+class TestTools:
+    TEXT = TOOLS.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("block", blocks("python", TEXT))
+    def test_its_blocks_run(self, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        with FakeOllama(models=["qwen3"]) as fake:
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            exec(compile(block, "tools.md", "exec", dont_inherit=True), {})  # Its annotations are types.
+
+    def test_its_commands_exist(self) -> None:
+        check_commands(self.TEXT)
 
 
 class TestTesting:
@@ -90,6 +97,30 @@ class TestTesting:
                     ran += 1
         assert ran
 
+    def test_its_commands_exist(self) -> None:
+        check_commands(self.TEXT)
+
     def test_it_is_short(self) -> None:
         assert len(self.TEXT.splitlines()) < 250
         assert graftage.__name__ in self.TEXT
+
+
+class TestServers:
+    TEXT = SERVERS.read_text(encoding="utf-8")
+
+    def test_its_blocks_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            closed = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with FakeOllama() as fake:
+            text = self.TEXT.replace("http://127.0.0.1:11434", fake.url).replace("http://127.0.0.1:8081", closed)
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            monkeypatch.setenv("GRAFTAGE_CONFIG", str(tmp_path / "config.toml"))
+            (settings,) = blocks("toml", text)
+            (tmp_path / "config.toml").write_text(settings, encoding="utf-8")
+            names: dict[str, Any] = {}
+            for block in blocks("python", text):
+                exec(block, names)
+        assert names["reply"].text
+
+    def test_its_commands_exist(self) -> None:
+        check_commands(self.TEXT)

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
+import httpx2
 import ollama
 import pytest
 from pydantic import BaseModel, ConfigDict
@@ -57,14 +58,18 @@ class Sdk:
 
     name = "sdk"
 
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
     @hookimpl
     def connect(self, request: ConnectRequest) -> object:
-        return _Connection(request)
+        return _Connection(request, self._library)
 
 
 class _Connection:
-    def __init__(self, request: ConnectRequest) -> None:
+    def __init__(self, request: ConnectRequest, library: Any) -> None:
         self._http = request.http(request.settings.host or "")
+        self._library = library
 
     @hookimpl
     async def chat(self, request: ChatRequest) -> Any:
@@ -73,13 +78,13 @@ class _Connection:
     @hookimpl
     def native(self, request: NativeRequest) -> object:
         transport: Any = self._http.httpx_transport()
-        kind: Any = httpx.Client if self._http.colour == "sync" else httpx.AsyncClient
+        kind = self._library.Client if self._http.colour == "sync" else self._library.AsyncClient
         headers = {"x-api-key": "the-sdk's", "x-sdk": "1"}
         return kind(base_url=self._http.base_url, transport=transport, headers=headers, follow_redirects=True)
 
 
-def sdk(both: Both, fake: FakeOllama, **settings: Any) -> Any:
-    return both.native(both.connect(Sdk(), host=fake.url, **settings))
+def sdk(both: Both, fake: FakeOllama, library: Any = httpx, **settings: Any) -> Any:
+    return both.native(both.connect(Sdk(library), host=fake.url, **settings))
 
 
 WEB: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -219,29 +224,30 @@ class TestFeature:
         assert "native" in both.opened("ollama", host=fake.url).capabilities().features
 
 
-FAULTS: dict[str, tuple[Answer, type[httpx.TransportError], type[GraftageError]]] = {
-    "closed at once": (Answer(raw=b"", ending="close"), httpx.ConnectError, ConnectionFailed),
-    "another protocol": (Answer(raw=b"SSH-2.0\r\n\r\n", ending="close"), httpx.RemoteProtocolError, ProtocolError),
-    "a web page": (Answer([b"<p>"], headers={"content-type": "text/html"}), httpx.RemoteProtocolError, ProtocolError),
-    "compressed": (Answer([b"x"], headers={"content-encoding": "gzip"}), httpx.RemoteProtocolError, ProtocolError),
-    "cut": (Answer([b"x"], ending="close"), httpx.RemoteProtocolError, StreamInterrupted),
-    "too large": (Answer([b"x" * 999] * 9), httpx.RemoteProtocolError, ProtocolError),
-    "silent": (Answer(raw=b"", ending="stall"), httpx.ReadTimeout, ProviderTimeout),
-    "silent half-way": (Answer([b"x"], ending="stall"), httpx.ReadTimeout, ProviderTimeout),
-    "dripping": (Answer([b"x"] * 999, delay=0.05), httpx.ReadTimeout, ProviderTimeout),
+FAULTS: dict[str, tuple[Answer, str, type[GraftageError]]] = {
+    "closed at once": (Answer(raw=b"", ending="close"), "ConnectError", ConnectionFailed),
+    "another protocol": (Answer(raw=b"SSH-2.0\r\n\r\n", ending="close"), "RemoteProtocolError", ProtocolError),
+    "a web page": (Answer([b"<p>"], headers={"content-type": "text/html"}), "RemoteProtocolError", ProtocolError),
+    "compressed": (Answer([b"x"], headers={"content-encoding": "gzip"}), "RemoteProtocolError", ProtocolError),
+    "cut": (Answer([b"x"], ending="close"), "RemoteProtocolError", StreamInterrupted),
+    "too large": (Answer([b"x" * 999] * 9), "RemoteProtocolError", ProtocolError),
+    "silent": (Answer(raw=b"", ending="stall"), "ReadTimeout", ProviderTimeout),
+    "silent half-way": (Answer([b"x"], ending="stall"), "ReadTimeout", ProviderTimeout),
+    "dripping": (Answer([b"x"] * 999, delay=0.05), "ReadTimeout", ProviderTimeout),
 }
 
 
 class TestAnySdk:
     """What holds for every SDK that sends through the connection."""
 
+    @pytest.mark.parametrize("library", [httpx, httpx2])
     @pytest.mark.parametrize("fault", FAULTS)
-    def test_faults_are_httpx_errors_with_cause(self, both: Both, fake: FakeOllama, fault: str) -> None:
+    def test_faults_are_its_own_errors_with_cause(self, both: Both, fake: FakeOllama, fault: str, library: Any) -> None:
         answer, kind, cause = FAULTS[fault]
         fake.script("/x", answer)
-        slow = kind is httpx.ReadTimeout
-        client = sdk(both, fake, max_reply_bytes=5000, **({"timeouts": SHORT} if slow else {}))
-        with pytest.raises(kind) as caught:
+        slow = kind == "ReadTimeout"
+        client = sdk(both, fake, library, max_reply_bytes=5000, **({"timeouts": SHORT} if slow else {}))
+        with pytest.raises(getattr(library, kind)) as caught:
             client.get("/x")
         assert type(caught.value.__cause__) is cause
         assert len(fake.requests) == 1
@@ -268,8 +274,9 @@ class TestAnySdk:
             assert isinstance(caught.value.__cause__, RequestRejected)
             assert (fake.accepted, other.accepted) == (0, 0)
 
-    def test_keys_of_the_sdk_are_dropped(self, both: Both, fake: FakeOllama) -> None:
-        client = sdk(both, fake, api_key=KEY)
+    @pytest.mark.parametrize("library", [httpx, httpx2])
+    def test_keys_of_the_sdk_are_dropped(self, both: Both, fake: FakeOllama, library: Any) -> None:
+        client = sdk(both, fake, library, api_key=KEY)
         client.get("/api/tags", headers={"authorization": "Bearer the-sdk's", "cookie": "a=b"})
         (seen,) = fake.requests
         assert seen.headers["authorization"] == f"Bearer {KEY}"

@@ -40,6 +40,7 @@ ENGINE = [
     "slots",
     "checking",
     "plugins",
+    "instances",
     "waiting",
     "toolbox",
     "awaiting",

@@ -486,7 +486,7 @@ class ModelInfo:
     system: str | None = None
     licence: str | None = None
     path: Path | None = None
-    """The model's file, if it is on this machine and readable."""
+    """The model's file or folder, if it is on this machine and readable."""
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The keys of its GGUF file with their arrays, or similar data."""
     tensors: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)

@@ -1174,7 +1174,8 @@ class TestEveryPath:
         assert asked[0]
 
     def test_none_means_not_given_to_connect(self, both: Any) -> None:
-        names = ("model", "settings", "plugins", "translate_error", "env_prefix", *Settings.model_fields)
+        own = ("model", "settings", "plugins", "translate_error", "env_prefix", "instances", "needs")
+        names = (*own, *Settings.model_fields)
         llm = both.opened(Echo(), **dict.fromkeys(names))
         assert llm.origins == {}
         assert llm.settings == both.opened(Echo()).settings
@@ -1200,7 +1201,7 @@ class TestEveryPath:
 
     @pytest.mark.parametrize(
         "given",
-        [{"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
+        [{"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}, {"needs": "tools"}],
         ids=str,
     )
     def test_client_arguments_are_read_strictly(self, both: Any, given: Any) -> None:

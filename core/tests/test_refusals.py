@@ -151,6 +151,25 @@ class TestErrorInTheBody:
         error = error_of(200, {"error": {"message": "no", "code": code}})
         assert (type(error), error.status) == (Overloaded, 429)
 
+    @pytest.mark.parametrize(
+        ("body", "words"),
+        [
+            ({"error": "no"}, "no"),
+            ({"object": "error", "message": "no", "type": "x", "code": 400}, "no"),
+            ([{"error": {"message": "no", "status": "INVALID_ARGUMENT"}}], "no"),
+            ({"error": {"message": '{"error": {"message": "no", "code": 400}}'}}, "no"),
+            ({"message": {"detail": [{"msg": "Wrong", "loc": ["n"], "input": "x"}]}}, "Wrong: n"),
+            ({"detail": [{"msg": "Missing", "loc": ["body", 0]}]}, "Missing: body.0"),
+            ({"error": {"message": "odd", "metadata": {"raw": '{"error": {"message": "no"}}'}}}, "no"),
+            ({"error": {"message": "odd", "metadata": {"raw": "no"}}}, "no"),
+            ({"error": {"message": "no", "metadata": {"raw": None}}}, "no"),
+        ],
+        ids=["text", "flat", "list", "nested", "pydantic", "FastAPI", "quoted", "quoted text", "nothing quoted"],
+    )
+    def test_words_are_found_in_any_form(self, body: Any, words: str) -> None:
+        error = error_of(400, body)
+        assert (type(error), error.details["server_message"]) == (RequestRejected, words)
+
     def test_list_with_an_error_is_read(self) -> None:
         error = error_of(429, [{"error": {"code": 429, "message": "You exceeded your current quota."}}])
         assert type(error) is QuotaExceeded
@@ -217,6 +236,15 @@ class TestStatus:
     )
     def test_200_gives_way_to_the_body(self, code: int | None, status: int | None) -> None:
         assert error_of(200, {"error": {"message": "no", "code": code}}).status == status
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict", "retryable"),
+    [(409, "true", True), (409, None, False), (503, "false", False), (503, "maybe", True), (503, None, True)],
+)
+def test_server_decides_about_retries(status: int, verdict: str | None, *, retryable: bool) -> None:
+    headers = {"x-should-retry": verdict} if verdict else {}
+    assert error_of(status, {"error": "no"}, headers).retryable is retryable
 
 
 def test_figures_of_the_server_become_details() -> None:

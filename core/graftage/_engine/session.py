@@ -83,10 +83,10 @@ NAMED = 9
 class Session(Connection):
     """The operations of a client, on one connection with its admission and its adapters."""
 
-    def __init__(self, **of: Any) -> None:
+    def __init__(self, *, adapter: str | None = None, **of: Any) -> None:
         super().__init__(**of)
         self.admission = Admission(self)
-        self.adapters = Adapters(self, self.admission)
+        self.adapters = Adapters(self, self.admission, adapter)
 
     def single(self) -> Session:
         """Return this session; a chain of several providers raises."""
@@ -158,10 +158,10 @@ class Session(Connection):
         """Get all that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
         options = read_options(asked.options, self.capabilities().options)
-        self._require_features(model, asked.needs)
-        if "images" in asked.needs:  # Some servers silently drop them, and the model invents.
+        self.require_features(model, asked.needs)
+        if self.needs or "images" in asked.needs:  # Some servers silently drop pictures, and the model invents.
             await self._know(model, run.call)
-            self._require_features(model, asked.needs)
+            self.require_features(model, (*self.needs, *asked.needs))
         adapter, notes = await self.adapters.for_call(asked, model, run)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
@@ -317,7 +317,8 @@ class Session(Connection):
             asked: Health = await self.call("health", request, call, Health)
             if isinstance(asked.error, ModelNotFound):
                 await self._suggest(asked.error, "health", call)
-            if request.model is None or not (asked.model_present and isinstance(asked.error, CapabilityUnsupported)):
+            only_embeds = asked.model_present and isinstance(asked.error, CapabilityUnsupported)
+            if request.model is None or request.level != "answers" or not only_embeds:
                 return asked
             try:
                 await self._one_vector(request, request.model, asked.error)
@@ -425,7 +426,7 @@ class Session(Connection):
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
         with run.failing():
             self.require("pull_model")
-            slot = slots_for(f"pull {self.provider}", f"{self.address} {name}")
+            slot = slots_for(f"pull {self.plugin}", f"{self.address} {name}")
             with holding(slot, f"`on_progress` of the pull of `{name}` pulls it again, which would wait for ever."):
                 await self.admission.granted(slot, slot.enter(1), run.call)
                 run.at_end(slot.leave)

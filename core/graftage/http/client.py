@@ -51,9 +51,10 @@ DRAIN: Final = 0.2
 """Seconds to wait for the end of a body after its last item, before the connection is given up."""
 AGENT: Final = "graftage"
 ABOUT_BODY: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+EVENTS: Final = "text/event-stream"
 FIELDS: Final = ("event", "id", "retry")
 """Fields of an event besides its data; others are ignored."""
-DONE: Final = "[DONE]"
+DONE: Final = b"[DONE]"
 """The data of the last event in OpenAI's API."""
 
 
@@ -116,6 +117,7 @@ class Http:
         call: Call,
         read: Callable[[Document], T] = lambda found: found,  # type: ignore[assignment, return-value]
         empty: bool = False,
+        wrap: str | None = None,
         vectors: str | None = None,
         context: Mapping[str, object] | None = None,
     ) -> T:
@@ -128,6 +130,7 @@ class Http:
             call: the call whose limits hold.
             read: turns the object into the result; an error of it that is not typed becomes a `ProtocolError`.
             empty: whether an empty body counts as an empty object.
+            wrap: a name; a body that is an array or plain text counts as an object that has it under this name.
             vectors: a name in the object that may hold many vectors; valid ones become `Vectors` at once.
             context: for the provider's own transport; it is not sent.
 
@@ -145,7 +148,8 @@ class Http:
                 await response.close()
             if not within:
                 raise _too_large(call)
-            document = Document() if empty and not data else self._document(data, response.headers, call, vectors)
+            data = data or (b"{}" if empty else b"")
+            document = self._document(data, response.headers, call, vectors, wrap)
             with typed_errors():
                 return read(document)
 
@@ -186,16 +190,17 @@ class Http:
         *,
         call: Call,
         read: Callable[[Event], T],
+        words: Words | None = None,
         context: Mapping[str, object] | None = None,
     ) -> Items[T]:
         """Request server-sent events, with the arguments of `lines`. `[DONE]` ends them.
 
-        `read` takes an `Event`, whose `json()` returns the data as an object or raises the error in it. If events
-        belong together, such as a finish reason and the usage after it, let `read` keep them, and yield the last chunk
-        after the loop.
+        `read` takes an `Event`, whose `json()` returns the data as an object or raises the error in it; `words` takes
+        the data of an event that has no name and no id. If events belong together, such as a finish reason and the
+        usage after it, let `read` keep them, and yield the last chunk after the loop.
         """
-        request = self._request(method, path, _encoded(body), ("accept", "text/event-stream"), context=context)
-        return Items(self, request, call, _Events(self, call, read))
+        request = self._request(method, path, _encoded(body), ("accept", EVENTS), context=context)
+        return Items(self, request, call, _Events(self, call, read), words)
 
     async def upload(self, path: str, file: Path, *, call: Call, method: str = "POST") -> None:
         """Send a file. It may take long as long as it makes progress.
@@ -213,11 +218,11 @@ class Http:
         await retry.call(send, call)
 
     def httpx_transport(self) -> BlockingTransport | AsyncTransport:
-        """Return a transport for the client of an SDK built on httpx, sync or async as this client is.
+        """Return a transport for the client of an SDK built on httpx or httpx2, sync or async as this client is.
 
         Each request has the limits of the settings and is sent once. The SDK's own timeouts, proxies, redirects and
-        keys are ignored. Errors are those of httpx, each with the typed error as its cause. Closing the transport does
-        nothing: its connections belong to this client.
+        keys are ignored. Errors are those of that library, each with the typed error as its cause. Closing the
+        transport does nothing: its connections belong to this client.
         """
         from graftage.http.httpx_transport import AsyncTransport, BlockingTransport
 
@@ -322,11 +327,13 @@ class Http:
         answer = Answer(status=status, headers=headers, body=self._redact(body), call=call, server=self._server)
         return refused(answer, self._refusal)
 
-    def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None) -> Document:
+    def _document(self, data: bytes, headers: Headers, call: Call, vectors: str | None, wrap: str | None) -> Document:
         try:
             found = (vectors and _with_vectors(data, vectors)) or _parsed(data)
         except (ValueError, RecursionError):
             found = None
+        if wrap is not None and not isinstance(found, dict):
+            found = {wrap: data.decode(errors="replace") if found is None else found}
         if not isinstance(found, dict):
             raise ProtocolError("The response is not a JSON object.", hint="Is it another service? Check `host`.")
         if found.get("error") is not None:
@@ -354,6 +361,8 @@ class Items(Generic[T]):
         self._words = words
         self._most = call.max_reply_bytes
         self._response: Response | None = None
+        self.headers: Headers = ()
+        """The headers of the response, once its first item is read. They stay after the end."""
         self._begin()
 
     def _begin(self) -> None:
@@ -363,11 +372,6 @@ class Items(Generic[T]):
         self._rest = bytearray()
         self._size = 0
         self._over = self._started = False
-
-    @property
-    def headers(self) -> Headers:
-        """The headers of the response, once its first item has come."""
-        return self._response.headers if self._response else ()
 
     def __aiter__(self) -> Self:
         return self
@@ -395,7 +399,7 @@ class Items(Generic[T]):
                     self._rest += rest
                 if not piece or self._reader.done or len(self._rest) > MAX_LINE or self._size > self._most:
                     await self._end(piece)
-            found = words(ready[0]) if words is not None else None
+            found = words(ready[0]) if words is not None and isinstance(ready[0], bytes) else None
             if found is not None:
                 ready.popleft()
                 text, thinking = self._joined(*found) if self._call.whole and ready else found
@@ -426,7 +430,7 @@ class Items(Generic[T]):
         words: Any = self._words
         ready = self._ready
         texts, thoughts = [text], [thinking]
-        while ready and (found := words(ready[0])) is not None:
+        while ready and isinstance(ready[0], bytes) and (found := words(ready[0])) is not None:
             ready.popleft()
             texts.append(found[0])
             thoughts.append(found[1])
@@ -449,10 +453,18 @@ class Items(Generic[T]):
         self._begin()  # An earlier attempt may have read to the end of its response.
         self._call.opened[id(self)] = self
         self._response = await self._http.send(self._request, self._call, self._clock)
+        self.headers = self._response.headers
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            raise StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.") from None
+            raise self._empty_error() from None
+
+    def _empty_error(self) -> ProviderError:
+        """Return the error for a response without an item. Comments, which servers send while they load, are none."""
+        kind = (header(self.headers, "content-type") or EVENTS).partition(";")[0]
+        if self._size and kind != EVENTS and isinstance(self._reader, _Events):
+            return ProtocolError(f"The response is `{kind[:80]}`, not a stream.", hint="Is `host` the URL of an API?")
+        return StreamInterrupted("The server sent an empty response.", retryable=True, hint="Try again.")
 
     async def _drain(self) -> None:
         """Read and drop the rest of the body, so that the connection can be used again."""
@@ -547,15 +559,20 @@ class _Lines(Generic[T]):
 class Event:
     """A server-sent event."""
 
-    __slots__ = ("_call", "_http", "data", "event", "id", "retry")
+    __slots__ = ("_call", "_data", "_http", "event", "id", "retry")
 
-    def __init__(self, http: Http, call: Call, fields: Mapping[str, str], data: str) -> None:
+    def __init__(self, http: Http, call: Call, fields: Mapping[str, str], data: bytes) -> None:
         self._http = http
         self._call = call
-        self.data = data
+        self._data = data
         self.event = fields.get("event", "message")
         self.id = fields.get("id")
         self.retry = fields.get("retry")
+
+    @property
+    def data(self) -> str:
+        """The data as text."""
+        return self._data.decode("utf-8", "replace")
 
     def json(self) -> dict[str, Any]:
         """Return the data as a JSON object.
@@ -563,15 +580,16 @@ class Event:
         Raises:
             ProviderError: the data is an error of the server.
         """
-        data = self.data.encode()
         try:
-            found = _parsed(data)
+            found = _parsed(self._data)
         except (ValueError, RecursionError):
             found = None
+        if self.event == "error" and not isinstance(found, dict):
+            raise self._http.refused(OK, (), _encoded({"error": found or self.data}), self._call)
         if not isinstance(found, dict):
             raise ProtocolError("An event of the stream is not a JSON object.", hint="Check that `host` is right.")
         if found.get("error") is not None or self.event == "error":
-            raise self._http.refused(OK, (), data, self._call)
+            raise self._http.refused(OK, (), self._data, self._call)
         return found
 
 
@@ -588,52 +606,53 @@ class _Events(Generic[T]):
         """Begin with another response."""
         self.done = False
         self._fields: dict[str, str] = {}
-        self._data: list[str] = []
+        self._data: list[bytes] = []
 
-    def take(self, lines: Iterable[bytes]) -> Iterator[Event | str]:
-        """Yield the events that these lines complete; yield a line that looks like a JSON object unchanged, as text."""
+    def take(self, lines: Iterable[bytes]) -> Iterator[Event | bytes | str]:
+        """Yield the events that these lines complete; of one that has nothing else, its data.
+
+        A line that looks like a JSON object comes unchanged, as text.
+        """
         for each in lines:
-            line = each.removesuffix(b"\r").decode("utf-8", "replace")
-            if line.startswith("{"):  # No field has such a name.
-                yield line
+            line = each.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif line.startswith(b"{"):  # No field has such a name.
+                yield line.decode("utf-8", "replace")
             elif line:
-                self._take(line)
+                self._take(line.decode("utf-8", "replace"))
             elif self._data:
-                event = self._whole()
-                self.done = self.done or event.data.strip() == DONE
+                data = b"\n".join(self._data)
+                self.done = self.done or data.strip() == DONE
                 if not self.done:
-                    yield event
+                    yield Event(self._http, self._call, self._fields, data) if self._fields else data
+                    self._fields = {}
+                self._data.clear()
         if len(self._data) > MAX_OBJECTS:
             raise _too_many(len(self._data), "lines in one event")
 
-    def end(self, rest: bytes) -> Iterator[Event | str]:
+    def end(self, rest: bytes) -> Iterator[Event | bytes | str]:
         """Yield the last events. An event without its empty line is incomplete, and an error."""
         yield from self.take([rest] if rest else [])
-        if self._data and not self.done and "".join(self._data).strip() != DONE:
+        if self._data and not self.done and b"".join(self._data).strip() != DONE:
             raise _cut()
         self.done = self.done or bool(self._data)
 
-    def read(self, found: Event | str) -> T:
+    def read(self, found: Event | bytes | str) -> T:
         """Read an event as an item."""
-        if isinstance(found, Event):
-            return self._of(found)
-        Event(self._http, self._call, {}, found).json()
+        if not isinstance(found, str):
+            return self._of(found if isinstance(found, Event) else Event(self._http, self._call, {}, found))
+        Event(self._http, self._call, {}, found.encode()).json()
         raise ProtocolError("The response is a JSON object, not a stream of events.", hint="Is it the right service?")
 
     def _take(self, line: str) -> None:
-        if line.startswith(":"):  # A comment.
-            return
+        """Take a field that is rarely sent; a comment has no name."""
         name, _, value = line.removeprefix("\ufeff").partition(":")
         value = value.removeprefix(" ")
         if name == "data":
-            self._data.append(value)
+            self._data.append(value.encode())
         elif name in FIELDS:
             self._fields[name] = value
-
-    def _whole(self) -> Event:
-        data, self._data = "\n".join(self._data), []
-        fields, self._fields = self._fields, {}
-        return Event(self._http, self._call, fields, data)
 
 
 def _too_long() -> ProtocolError:

@@ -20,6 +20,7 @@ from graftage.exceptions import (
     RequestRejected,
 )
 from graftage.http.refusal import MAX_WORDS, OK, Answer, Make, Refusal, Rules, by_words, says
+from graftage.http.transport import header
 
 __all__ = ["refused"]
 
@@ -307,6 +308,8 @@ def refused(it: Answer, own: Refusal | None) -> ProviderError:
     error.operation = error.operation or it.call.operation or None
     # An error inside a stream has no status; 200 would be wrong.
     error.status = None if it.inner_status == OK else it.inner_status
+    if (verdict := header(it.headers, "x-should-retry")) in ("true", "false"):  # OpenAI's own client obeys it as well.
+        error.retryable = verdict == "true"
     if isinstance(error, (Overloaded, QuotaExceeded)) and error.retry_after is None:
         _add_retry_after(error, it.retry_after)
     error.details.setdefault("server_message", it.words[:MAX_WORDS])

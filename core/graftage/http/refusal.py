@@ -58,7 +58,7 @@ class Answer:
             if not isinstance(value, Mapping):
                 break
             facts.update(_facts(value))
-            inner = next((value[key] for key in ("error", "message", "detail") if value.get(key) is not None), None)
+            inner = _inner(value)
             if inner is None:
                 break
             known, value = True, inner
@@ -155,6 +155,16 @@ def _parsed(text: str) -> Any:
             with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(each)
     return text
+
+
+def _inner(value: Mapping[str, Any]) -> Any:
+    """Return the error inside an object, or its text; None if there is neither."""
+    quoted = value.get("metadata")  # Where OpenRouter puts the error of the server behind it.
+    if isinstance(quoted, Mapping) and quoted.get("raw"):
+        return quoted["raw"]
+    if isinstance(value.get("msg"), str) and isinstance(value.get("loc"), list):  # An error of pydantic.
+        return f"{value['msg']}: {'.'.join(map(str, value['loc']))}"
+    return next((value[key] for key in ("error", "message", "detail") if value.get(key) is not None), None)
 
 
 def _facts(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -39,11 +39,13 @@ __all__ = [
     "Lora",
     "Part",
     "Shape",
+    "even_scale",
     "gguf_name",
     "head_count",
     "is_placed",
     "judge",
     "layer_of",
+    "module_name",
 ]
 
 Array: TypeAlias = "npt.NDArray[Any]"
@@ -63,6 +65,8 @@ llama.cpp's converter therefore reorders the rows within each head (`LlamaModel.
 
 SCALES: Final = (1e-9, 1e9)
 """Bounds of a plausible scale; beyond them, its product with a weight might not fit F32."""
+TOLERANCE: Final = 1e-6
+"""Relative difference of scales that does not count: GGUF has them as F32."""
 MODULES: Final[Mapping[str, str]] = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -72,6 +76,7 @@ MODULES: Final[Mapping[str, str]] = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+KINDS: Final = {kind: module for module, kind in MODULES.items()}
 EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"
 ENDS: Final[Mapping[str, str]] = {"model.embed_tokens": EMBEDDING, "embed_tokens": EMBEDDING, "lm_head": OUTPUT}
@@ -87,6 +92,14 @@ def gguf_name(module: str) -> str:
     if match and match[2] in MODULES:
         return f"blk.{int(match[1])}.{MODULES[match[2]]}.weight"
     return module
+
+
+def module_name(tensor: str) -> str:
+    """Return the name of a weight's module in training tools, or the name itself if the table does not have it."""
+    if tensor in (EMBEDDING, OUTPUT):
+        return "model.embed_tokens" if tensor == EMBEDDING else "lm_head"
+    module, layer = KINDS.get(kind_of(tensor)), layer_of(tensor)
+    return tensor if module is None or layer is None else f"model.layers.{layer}.{module}"
 
 
 def is_placed(tensor: str) -> bool:
@@ -137,6 +150,11 @@ def restore(rows: Array, count: int) -> Array:
     """Reorder rows from GGUF's order to the original one: the inverse of `reorder`."""
     found: Array = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
     return found
+
+
+def even_scale(rows: Array, factor: float) -> Array:
+    """Return B times a factor: as F32, unless the factor is 1."""
+    return rows if abs(factor - 1) <= TOLERANCE else rows.astype(np.float32) * np.float32(factor)
 
 
 def checked_scale(scale: float) -> float:
@@ -231,6 +249,16 @@ class Lora:
             return part.b
         return reorder(part.b, _heads_of(part, metadata))
 
+    def original_rows(self, part: Part, metadata: Mapping[str, object]) -> Array:
+        """Return B with its rows in the order of the original weights.
+
+        Raises:
+            Refused: they have GGUF's order, and the base model's metadata lacks the number of heads.
+        """
+        if self.facts.layout != "gguf" or not is_reordered(self.facts.architecture, part.tensor):
+            return part.b
+        return restore(part.b, _heads_of(part, metadata))
+
     def digest(self, metadata: Mapping[str, object]) -> str:
         """Return `sha256:…` over names, scales and weights as F32, with rows in the original order.
 
@@ -240,19 +268,14 @@ class Lora:
         found = hashlib.sha256(b"graftage-lora 1\n")
         found.update(f"{self.facts.invocation}\n".encode())
         for part in self.parts:
-            rows, order = self._original_rows(part, metadata)
+            try:
+                rows, order = self.original_rows(part, metadata), ""
+            except Refused:
+                rows, order = part.b, "reordered"
             found.update(f"{part.tensor} {part.a.shape} {part.b.shape} {part.scale:.6g} {order}\n".encode())
             for data in (part.a, rows):
                 found.update(np.ascontiguousarray(data, "<f4").data)
         return f"sha256:{found.hexdigest()}"
-
-    def _original_rows(self, part: Part, metadata: Mapping[str, object]) -> tuple[Array, str]:
-        if self.facts.layout != "gguf" or not is_reordered(self.facts.architecture, part.tensor):
-            return part.b, ""
-        try:
-            return restore(part.b, _heads_of(part, metadata)), ""
-        except Refused:
-            return part.b, "reordered"
 
 
 def _heads_of(part: Part, metadata: Mapping[str, object]) -> int:

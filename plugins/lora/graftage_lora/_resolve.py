@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from graftage.exceptions import (
 )
 from graftage.gguf import MAX_HEAD, Header
 from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
-from graftage_lora import _write
+from graftage_lora import _layouts, _write
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Facts, Lora, judge
 from graftage_lora._read import read, stated_base
@@ -244,10 +244,29 @@ class FileAdapter:
             AdapterUnsupported: its modules have no known names in such a model.
             AdapterError: the cache cannot be written.
         """
+        return self._written(lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
+
+    def peft(self, base: ModelInfo) -> Path:
+        """Write a folder of the adapter in PEFT's layout to the cache, as `gguf` does; always a copy of our own.
+
+        A trainer may write to the adapter's own folder at any time, and servers read theirs again.
+
+        Raises:
+            AdapterInvalid: its files have changed since it was resolved.
+            AdapterUnsupported: the layout cannot hold it.
+            AdapterError: the cache cannot be written.
+        """
+        return self._written(lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
+
+    def mlx(self, base: ModelInfo) -> Path:
+        """Write a folder of the adapter in mlx-lm's layout to the cache; errors are those of `peft`."""
+        return self._written(lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
+
+    def _written(self, write: Callable[[Lora, Path, str], Path]) -> Path:
         lora = self._read()
         try:
             with self._translate_errors("written"):
-                return _write.store(_write.encode(lora, base.metadata), self.settings.cache, _slug(self.name))
+                return write(lora, self.settings.cache, _slug(self.name))
         except Refused as error:
             raise self._unsupported(error) from None
 

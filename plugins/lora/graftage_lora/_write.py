@@ -29,16 +29,14 @@ import numpy as np
 
 from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPES, Header, Tensor, bytes_of
 from graftage_lora._files import CheckedFile, Refused
-from graftage_lora._lora import ARCHITECTURES, EMBEDDING, Array, Lora, Part, is_placed
+from graftage_lora._lora import ARCHITECTURES, EMBEDDING, Array, Lora, Part, even_scale, is_placed
 from graftage_lora._read import dequantize
 
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store"]
+__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder"]
 
-TOLERANCE: Final = 1e-6
-"""Relative difference of scales that does not count: alpha is written as F32."""
 STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
 
@@ -84,9 +82,7 @@ def _keys(lora: Lora, metadata: Mapping[str, object], alpha: float) -> dict[str,
 
 
 def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
-    if abs(factor - 1) > TOLERANCE:
-        rows = rows.astype(np.float32) * np.float32(factor)
-    a = part.a
+    a, rows = part.a, even_scale(rows, factor)
     if part.tensor == EMBEDDING:
         # llama.cpp looks up rows of A by token, so the halves change places.
         a, rows = rows, a.T
@@ -125,19 +121,28 @@ def store(content: Iterable[bytes], folder: Path, name: str) -> Path:
     """Keep a file in a folder under a name that ends with the start of its SHA-256, unless it exists."""
     data = b"".join(content)
     sha256 = hashlib.sha256(data).hexdigest()
-    path = folder / f"{name}-{sha256[:16]}.gguf"
-    if not _has_content(path, len(data), sha256):
-        _write_atomically(path, lambda file: file.write(data))
+    return _keep(folder / f"{name}-{sha256[:16]}.gguf", data)
+
+
+def store_folder(files: Mapping[str, bytes], folder: Path, name: str) -> Path:
+    """Keep files in a folder of their own, whose name ends with the start of a SHA-256 over them."""
+    found = hashlib.sha256()
+    for each, data in sorted(files.items()):
+        found.update(f"{each} {len(data)}\n".encode() + data)
+    path = folder / f"{name}-{found.hexdigest()[:16]}"
+    for each, data in files.items():
+        _keep(path / each, data)
     return path
 
 
-def _has_content(path: Path, size: int, sha256: str) -> bool:
-    """Return whether a file has this content: it may have been cut or changed since it was written."""
+def _keep(path: Path, data: bytes) -> Path:
+    """Write a file unless it has this content: it may have been cut or changed since it was written."""
     try:
         with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size == size and hashlib.sha256(file.read(size)).hexdigest() == sha256
+            known = os.fstat(file.fileno()).st_size == len(data) and file.read(len(data)) == data
     except OSError:
-        return False
+        known = False
+    return path if known else _write_atomically(path, lambda file: file.write(data))
 
 
 # --- Merged models ---------------------------------------------------------------------------------------------------

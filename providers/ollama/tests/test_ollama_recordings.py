@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recorded import Answering
 
 from graftage.exceptions import (
     AuthenticationFailed,
@@ -26,45 +27,16 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
-from graftage.testing import Cassette
-from graftage.testing.cassettes import Replayed
 from graftage.types import Message, ToolCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from graftage.http import Clock, Request, Response, Transport
 
 OLD, NEW = "0.24.0", "0.32.15"
 VERSIONS = (OLD, NEW)
 MODEL = "smollm2:135m"
-
-
-class Answering:
-    """A transport that gives recorded responses in turn to any request, and repeats the last one."""
-
-    colour = None
-
-    def __init__(self, *paths: Path) -> None:
-        self.interactions = [interaction for path in paths for interaction in Cassette(path).interactions]
-        self.requests: list[Request] = []
-
-    def wrap(self, network: Callable[[], Transport]) -> Answering:
-        return self
-
-    async def send(self, request: Request, clock: Clock) -> Response:
-        self.requests.append(request)
-        clock.sent()
-        return Replayed(self.interactions[min(len(self.requests), len(self.interactions)) - 1])
-
-    async def close(self) -> None:
-        pass
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of the first response, read without the provider."""
-        return [json.loads(line) for line in b"".join(self.interactions[0].chunks).splitlines()]
 
 
 @dataclass
