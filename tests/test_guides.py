@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FAKES = ROOT / "providers" / "ollama" / "README.md"
 TESTING = ROOT / "docs" / "testing.md"
 SERVERS = ROOT / "docs" / "servers.md"
+TOOLS = ROOT / "docs" / "tools.md"
 NAMED = re.compile(r"# ([\w/]+\.py)\n")
 RECORD = ["--record-mode=once", "-p", "no:cacheprovider"]
 
@@ -57,6 +58,19 @@ def test_examples_of_the_fake_run(number: int, monkeypatch: pytest.MonkeyPatch) 
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         exec(blocks("python", FAKES.read_text(encoding="utf-8"))[number], {})
+
+
+class TestTools:
+    TEXT = TOOLS.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("block", blocks("python", TEXT))
+    def test_its_blocks_run(self, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        with FakeOllama(models=["qwen3"]) as fake:
+            monkeypatch.setenv("OLLAMA_HOST", fake.url)
+            exec(compile(block, "tools.md", "exec", dont_inherit=True), {})  # Its annotations are types.
+
+    def test_its_commands_exist(self) -> None:
+        check_commands(self.TEXT)
 
 
 class TestTesting:

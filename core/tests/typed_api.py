@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -54,6 +54,7 @@ from graftage.types import (
     Ranking,
     Reply,
     Stats,
+    Step,
     Timeouts,
     Vectors,
 )
@@ -73,6 +74,16 @@ def look_up(name: str) -> str:
 def show(step: PullProgress) -> None:
     """Watch a download."""
     assert_type(step.completed, int | None)
+
+
+def watch(step: Step) -> None:
+    """Watch a run of tools."""
+    assert_type(step.errors, Mapping[str, str])
+
+
+async def take(name: str, arguments: dict[str, Any]) -> str:
+    """Call a tool."""
+    return f"{name} {arguments}"
 
 
 class HostError(Exception):
@@ -96,6 +107,8 @@ def sync_host(streamed: bool) -> None:
         assert_type(llm.generate("x", suffix="y", raw=True), Reply)
         assert_type(llm.chat([Message(role="user", content="x"), {"role": "user", "content": "y"}]), Reply)
         assert_type(llm.chat("x", tools=[look_up], format=City, images=[Path("a.png"), b""], timeout=3), Reply)
+        assert_type(llm.chat("x", tools=[look_up], tool_choice="look_up").messages, tuple[Message, ...])
+        assert_type(graftage.run_tools(llm, "x", [look_up], max_steps=3, on_step=watch, format=City), Reply)
         assert_type(llm.chat("x", adapter=None, options={"seed": 1}, keep_alive="5m", force=True), Reply)
         with llm.chat("x", stream=True) as stream:
             assert_type(stream, graftage.Stream)
@@ -152,6 +165,8 @@ async def async_host() -> None:
         assert_type(stream.reply, Reply)
         assert_type(await llm.embed("x"), Embeddings)
         assert_type(await llm.rerank("x", ["y"]), Ranking)
+        assert_type(await graftage.run_tools_async(llm, "x", [look_up, take], call=take, timeout=3), Reply)
+        graftage.run_tools(llm, "x", [look_up])  # type: ignore[arg-type] # the other client
         assert_type(await llm.count_tokens("x"), int)
         await llm.delete("m")
         assert_type(await llm.health(), Health)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import pydantic
 import pytest
+from adding import EXACT, LESSON, add, run, subtract
 from engine_fixtures import eventually
 from gguf_files import figure, flag, gguf, head, number, tensor, word, words_of
 from small_engine import LONG, MODEL, WINDOW, write_embedder
 
 import graftage
 from graftage._engine.driving import drive
+from graftage._engine.schemas import read_tools
 from graftage._values import LONGEST_STAY
 from graftage.calls import Call, ChatRequest
 from graftage.exceptions import (
@@ -33,12 +35,15 @@ from graftage.exceptions import (
     SettingsError,
     StreamInterrupted,
 )
+from graftage.gguf import read_file
 from graftage.testing import Cassette
 from graftage.types import Message
 from graftage_llamacpp import DEFAULT_MODEL, _convert, _engine
 
 if TYPE_CHECKING:
     from suite import Watcher
+
+    from graftage.testing.both import Both
 
 pytestmark = [pytest.mark.engine, pytest.mark.by_turns]
 
@@ -192,6 +197,56 @@ def test_thinking_and_engine_options_are_sent(think: Any, on: bool) -> None:
         "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "bob"}],
         "chat_template_kwargs": {"custom": 1, "enable_thinking": on, **effort},
     }
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "sent"),
+    [(None, ["add", "subtract"], None), ("required", ["add", "subtract"], "required"), ("add", ["add"], "required")],
+)
+def test_tool_choice_is_sent(choice: str | None, names: list[str], sent: str | None) -> None:
+    messages, tools = (Message(role="user", content="Hi"),), read_tools([add, subtract])
+    request = ChatRequest(call=Call(), model="m", messages=messages, tools=tools, tool_choice=choice)
+    body = _convert.chat_body(request, cast("Any", SimpleNamespace(architecture="", template="tools", figure={}.get)))
+    assert ([each["function"]["name"] for each in body["tools"]], body.get("tool_choice")) == (names, sent)
+
+
+TOOL_TEMPLATE = (
+    "{{'<|im_start|>system\nYou call add.<|im_end|>\n' if tools}}"
+    "{% for m in messages %}{{'<|im_start|>'+m.role+'\n'+(m.content or '')}}{% for c in m.tool_calls or [] %}"
+    "{{'<tool_call>{\"name\": \"'+c.function.name+'\", \"arguments\": '+(c.function.arguments|tojson)+'}</tool_call>'}}"
+    "{% endfor %}{{'<|im_end|>\n'}}{% endfor %}{{'<|im_start|>assistant\n' if add_generation_prompt}}"
+)
+
+
+@pytest.fixture(scope="module")
+def tool_model(engine_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model with that template, which has spaces in its last tag for the same length."""
+    source, out = engine_models / "smollm2-135m.gguf", tmp_path_factory.mktemp("tools") / "tools.gguf"
+    length = len(read_file(source).template.encode())
+    template = TOOL_TEMPLATE[:-2].ljust(length - 2) + "}}"
+    return patched(source, out, "tokenizer.chat_template", length.to_bytes(8, "little") + template.encode())
+
+
+class TestTools:
+    """The default model learns from the conversation to call tools."""
+
+    @pytest.fixture
+    def tooled(self, both: Both, tool_model: Path) -> Any:
+        return both.connect("llamacpp", model=str(tool_model), context_window=1024)
+
+    @pytest.mark.slow
+    def test_named_tool_is_called_and_answered(self, both: Both, tooled: Any) -> None:
+        question = [*LESSON[-8:], "What is 9 + 7?"]  # The model would call `add`.
+        limits = {"options": EXACT, "max_tokens": 40}
+        reply = run(both, tooled, question, [add, subtract], tool_choice="subtract", **limits)
+        assert [(each.tool_name, each.content) for each in reply.steps[0].results] == [("subtract", "2")]
+        assert "2" in reply.text
+
+    def test_cut_before_required_call_is_an_error(self, tooled: Any) -> None:
+        with pytest.raises(InferenceFailed, match="was cut before the call") as caught:
+            list(tooled.chat(FRANCE, tools=[add], tool_choice="required", max_tokens=3, options=SURE, stream=True))
+        assert caught.value.partial is not None
+        assert caught.value.partial.text
 
 
 class TestRefusals:

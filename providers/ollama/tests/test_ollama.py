@@ -115,7 +115,6 @@ class TestTools:
         reply = run(both, tooled, [*LESSON, "What is 9 + 7?"], [add], options=EXACT, max_tokens=40)
         assert [each.content for step in reply.steps for each in step.results] == ["16"]
         assert "16" in reply.text
-        assert reply.usage.output_tokens > 20
 
     def test_answer_comes_in_the_format(self, both: Both, tooled: Any) -> None:
         schema = {"type": "object", "properties": {"result": {"type": "integer"}}, "required": ["result"]}
