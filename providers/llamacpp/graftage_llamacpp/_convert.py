@@ -6,7 +6,6 @@ change with each start.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -20,18 +19,17 @@ from graftage.exceptions import (
     RequestRejected,
 )
 from graftage.gguf import Header
-from graftage.http import (
-    Answer,
-    Event,
-    read_logprobs,
-    read_object,
-    read_records,
-    read_seconds,
-    read_text,
-    read_tool_call,
-    read_vectors,
+from graftage.http import Answer, read_object, read_records
+from graftage.http.completions import (
+    as_chat,
+    read_template,
+    write_format,
+    write_message,
+    write_options,
+    write_thinking,
+    write_tools,
 )
-from graftage.types import Chunk, Embeddings, Message, ModelInfo, Ranked, Ranking, Timings, Tool, Usage
+from graftage.types import Message, ModelInfo, Ranked, Ranking, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FEATURES",
     "OPTIONS",
-    "ChunkReader",
     "chat_body",
     "features",
     "generate_body",
@@ -81,7 +78,6 @@ SYSTEM_PROMPT: Final = "You are a helpful assistant."
 """Sent if the caller gives none: with their built-in prompts, small models answer nonsense."""
 NO_SYSTEM_ROLE: Final = re.compile(r"system role not supported", re.IGNORECASE)
 ANY_OBJECT: Final = {"type": "object"}
-"""A schema for any object: the engine's `json_object` does not force the model to write JSON."""
 STATUS_UNAUTHORISED: Final = 401
 EMBEDDERS: Final = frozenset(
     {
@@ -113,12 +109,7 @@ def features(header: Header) -> frozenset[str]:
         return frozenset({"rerank"})
     if header.architecture in EMBEDDERS:
         return frozenset({"embed"})
-    found = {"chat", "generate", "embed", "structured_output", "logprobs"}
-    if re.search(r"\btools\b", header.template):
-        found.add("tools")
-    if re.search(r"enable_thinking|reasoning_content|reasoning_effort|<think>", header.template):
-        found.add("thinking")
-    return frozenset(found)
+    return read_template(header.template) | {"chat", "generate", "embed", "structured_output", "logprobs"}
 
 
 def pooling(header: Header) -> Literal["MEAN", "RANK"] | None:
@@ -178,16 +169,15 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
         require("images", able, request.model)
     body = _shared_body(request)
     body["messages"] = _with_system([_message(each) for each in request.messages], header)
-    if request.tools:
-        choice = request.tool_choice
-        # The engine treats a name as a choice of its own; if only this tool is there, `required` means the same.
-        named = [each for each in request.tools if each.name == choice]
-        body["tools"] = [_tool(each) for each in named or request.tools]
-        if choice is not None:
-            body["tool_choice"] = "required"
+    # The engine treats the name of a tool as a choice of its own.
+    body |= write_tools(request.tools, request.tool_choice, by_name=False)
     if request.format is not None:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"schema": _schema(request.format)}}
-    _set_thinking(body, request.think, header, request.model)
+        # The engine's `json_object` does not force the model to write JSON.
+        body["response_format"] = write_format(request.format, json_object=False)
+    if request.think is not None:
+        if request.think not in (False, "none"):
+            require("thinking", able, request.model)
+        body["chat_template_kwargs"] = write_thinking(request.think, body.get("chat_template_kwargs"))
     return body
 
 
@@ -205,10 +195,7 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
     if request.images:
         require("images", able, request.model)
     if not request.raw:
-        system = (Message(role="system", content=request.system),) if request.system is not None else ()
-        names = ("call", "model", "format", "think", "options", "max_tokens", "context_window", "adapter")
-        same = {name: getattr(request, name) for name in names}
-        return chat_body(ChatRequest(messages=(*system, Message(role="user", content=request.prompt)), **same), header)
+        return chat_body(as_chat(request), header)
     if request.system is not None:
         raise RequestRejected(
             "`raw` cannot be combined with a system prompt.", hint="Write it into the prompt, or leave `raw` out."
@@ -217,27 +204,15 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
         raise RequestRejected("The prompt is empty.", hint="A raw prompt must have text to continue.")
     body = _shared_body(request)
     body["prompt"] = request.prompt
-    if body.pop("logprobs", False):
-        body["logprobs"] = body.pop("top_logprobs", 1)  # Here, this is the number.
     if request.format is not None:
-        body["json_schema"] = _schema(request.format)
+        body["json_schema"] = ANY_OBJECT if request.format == "json" else request.format
     if request.think:
         require("thinking", frozenset(), request.model)
     return body
 
 
 def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        **request.options,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if body.get("logprobs"):
-        body["top_logprobs"] = body.get("top_logprobs") or 1  # With 0, the engine sends no logprobs at all.
-        body["logprobs"] = True
-    else:
-        body.pop("logprobs", None)
-        body.pop("top_logprobs", None)
+    body = write_options(request.options, chat=isinstance(request, ChatRequest))
     if request.max_tokens is not None:
         body["max_tokens"] = request.max_tokens
     if request.adapter is not None:
@@ -259,23 +234,6 @@ def require(feature: str, able: frozenset[str], model: str) -> None:
         )
 
 
-def _schema(wanted: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    return ANY_OBJECT if isinstance(wanted, str) else wanted
-
-
-def _set_thinking(body: dict[str, Any], think: bool | str | None, header: Header, model: str) -> None:
-    if think is None:
-        return
-    on = think not in (False, "none")
-    if on:
-        require("thinking", features(header), model)
-    arguments: dict[str, Any] = {"enable_thinking": on}
-    if isinstance(think, str):
-        arguments["reasoning_effort"] = think
-    passed_on = body.get("chat_template_kwargs")
-    body["chat_template_kwargs"] = {**passed_on, **arguments} if isinstance(passed_on, dict) else arguments
-
-
 def _with_system(messages: list[dict[str, Any]], header: Header) -> list[dict[str, Any]]:
     if any(each["role"] == "system" for each in messages) or NO_SYSTEM_ROLE.search(header.template):
         return messages
@@ -283,91 +241,11 @@ def _with_system(messages: list[dict[str, Any]], header: Header) -> list[dict[st
 
 
 def _message(message: Message) -> dict[str, Any]:
-    out: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thinking:
-        out["reasoning_content"] = message.thinking
-    if message.tool_calls:
-        out["tool_calls"] = [
-            {
-                "id": each.id,
-                "type": "function",
-                "function": {"name": each.name, "arguments": json.dumps(dict(each.arguments))},
-            }
-            for each in message.tool_calls
-        ]
-    if name := message.tool_name or message.name:
-        out["name"] = name
-    if message.tool_call_id:
-        out["tool_call_id"] = message.tool_call_id
-    return out
-
-
-def _tool(tool: Tool) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function}
+    body = write_message(message, "reasoning_content" if message.thinking else None)
+    return {**body, "name": message.tool_name} if message.tool_name else body
 
 
 # --- Responses -------------------------------------------------------------------------------------------------------
-
-
-class ChunkReader:
-    """Turns the events of one response into chunks."""
-
-    def __init__(self, model: str, *, top: bool) -> None:
-        self._model = model
-        self._top = top
-        self._calls: dict[int, dict[str, str]] = {}
-        self._last: dict[str, Any] = {}
-        self.finish: str | None = None
-        """The engine's reason for the end, once it has ended."""
-
-    def read(self, event: Event) -> Chunk | None:
-        """Return the chunk of an event, if it has one."""
-        found = event.json()
-        if found.get("usage") or found.get("timings"):
-            self._last = found
-        choices = found.get("choices") or ()
-        if not choices:
-            return None
-        choice = choices[0]
-        self.finish = choice.get("finish_reason") or self.finish
-        delta = choice.get("delta") or {"content": choice.get("text")}
-        for call in delta.get("tool_calls") or ():
-            self._add_call(call)
-        text, thinking = read_text(delta.get("content")), read_text(delta.get("reasoning_content"))
-        logprobs = read_logprobs(read_object(choice.get("logprobs")).get("content"), top=self._top)
-        if not (text or thinking or logprobs):
-            return None
-        return Chunk(text=text, thinking=thinking, logprobs=logprobs)
-
-    def _add_call(self, part: Mapping[str, Any]) -> None:
-        """Add a part of a tool call: first comes its name, then its arguments in pieces."""
-        call = self._calls.setdefault(int(part.get("index") or 0), {"id": "", "name": "", "arguments": ""})
-        function = part.get("function") or {}
-        call["id"] = part.get("id") or call["id"]
-        call["name"] += function.get("name") or ""
-        piece = function.get("arguments")
-        if piece is not None:
-            call["arguments"] += piece if isinstance(piece, str) else json.dumps(piece)
-
-    def last(self, load: float | None, notes: tuple[str, ...]) -> Chunk:
-        """Return the last chunk, with the seconds that the engine took to start, and warnings."""
-        usage, timings = read_object(self._last.get("usage")), read_object(self._last.get("timings"))
-        return Chunk(
-            tool_calls=tuple(
-                read_tool_call(call["name"], call["arguments"], call["id"]) for _, call in sorted(self._calls.items())
-            ),
-            finish_reason=self.finish or "",
-            usage=Usage(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens")),
-            timings=Timings(
-                load=load,
-                prompt=read_seconds(timings.get("prompt_ms"), per_second=1e3),
-                generation=read_seconds(timings.get("predicted_ms"), per_second=1e3),
-            ),
-            model=self._model,
-            warnings=notes,
-            raw=self._last,
-        )
 
 
 def tokens(found: Mapping[str, Any]) -> list[int]:
@@ -384,16 +262,6 @@ def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> 
     """Read the scores of documents."""
     return Ranking(
         results=read_records(found["results"], lambda each: Ranked(index=each["index"], score=each["relevance_score"])),
-        model=model,
-        usage=Usage(input_tokens=read_object(found.get("usage")).get("prompt_tokens")),
-        warnings=warnings,
-    )
-
-
-def embeddings(found: Mapping[str, object], model: str, warnings: tuple[str, ...]) -> Embeddings:
-    """Read the vectors of a response, in the order of the inputs."""
-    return Embeddings(
-        vectors=read_vectors(found["data"]),
         model=model,
         usage=Usage(input_tokens=read_object(found.get("usage")).get("prompt_tokens")),
         warnings=warnings,

@@ -36,6 +36,7 @@ from graftage.exceptions import (
     StreamInterrupted,
 )
 from graftage.gguf import read_file
+from graftage.http.completions import read_embeddings
 from graftage.testing import Cassette
 from graftage.types import Message
 from graftage_llamacpp import DEFAULT_MODEL, _convert, _engine
@@ -659,7 +660,7 @@ class TestEmbed:
     def test_misnumbered_vectors_raise(self) -> None:
         data = [{"index": 0, "embedding": [1.0]}, {"index": 0, "embedding": [2.0]}]
         with pytest.raises(ProtocolError, match="2 vectors, which are not numbered"):
-            _convert.embeddings({"data": data}, "m", ())
+            read_embeddings({"data": data})
 
 
 def calling(function: dict[str, Any]) -> Saying:

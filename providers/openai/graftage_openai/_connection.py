@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -40,6 +40,7 @@ from graftage.files import read_model
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
 from graftage.http.client import typed_errors
+from graftage.http.completions import Reader, as_chat
 from graftage.http.transport import header
 from graftage.types import (
     Capabilities,
@@ -121,14 +122,13 @@ class OpenAIConnection:
 
     @hookimpl
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        profile = await self._profile(request.call)
-        if request.raw or request.suffix is not None:
+        if not request.raw and request.suffix is None:
+            answer = self.chat(as_chat(request))
+        else:
+            profile = await self._profile(request.call)
             self._check(request, profile, suffix=request.suffix is not None)
             body = _convert.completion_body(request, profile, self._learned)
             answer = self._answer("/completions", body, request, profile)
-        else:
-            chat = _convert.as_chat(request)
-            answer = self._answer("/chat/completions", self._chat_body(chat, profile), chat, profile)
         async for chunk in answer:
             yield chunk
 
@@ -160,46 +160,38 @@ class OpenAIConnection:
             StreamInterrupted: it has no reason for its end, and so may be cut.
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
-        reader = _convert.Reader(request, profile, self._learned)
-        whole = bool(body.get("logprobs")) and not profile.streams_logprobs
-        pieces = self._whole if whole else self._stream
-        adjusted = True
+        reader = Reader(tags=isinstance(request, ChatRequest), top="top_logprobs" in request.options)
+        pieces = self._whole if body.get("logprobs") and not profile.streams_logprobs else self._stream
+        async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
+            if chunk is not None:
+                yield chunk
+        if reader.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
+        self._learned.thought = reader.thought or self._learned.thought
+        yield replace(reader.last(), warnings=tuple(_convert.warnings(request, profile, reader)))
+
+    async def _stream(self, path: str, body: dict[str, Any], call: Call, reader: Reader) -> AsyncIterator[Chunk | None]:
+        adjusted, begun = True, False
         while adjusted:
             adjusted = False
+            items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
             try:
-                async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
+                async for chunk in items:
+                    begun = True
                     yield chunk
             except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
                 if reader.finish is None:  # With a reason, the reply is complete.
                     raise
             except RequestRejected as error:
-                if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
+                if begun or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
                 adjusted = True
-        if reader.finish is None:
-            hint = "Was it stopped? See its log, and ask again."
-            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
-        yield reader.last()
-
-    async def _stream(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
-        items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
-        async for chunk in items:
             reader.headers = items.headers
-            if chunk is not None:
-                yield chunk
 
-    async def _whole(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
+    async def _whole(self, path: str, body: dict[str, Any], call: Call, reader: Reader) -> AsyncIterator[Chunk | None]:
         plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        found: Document = await self._http.json("POST", path, plain, call=call)
-        reader.headers = found.headers
-        with typed_errors():
-            chunk = reader.take(found)
-        if chunk is not None:
-            yield chunk
+        yield await self._http.json("POST", path, plain, call=call, read=reader.read_whole)
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -232,8 +224,10 @@ class OpenAIConnection:
                 profile = await self._profile(request.call)
                 model = replace(each, features=await self._features(request.call, profile))
                 if profile.loaded == "/api/v1/models":
-                    read = partial(_convert.from_lmstudio, model)
-                    return await self._http.json("GET", profile.loaded, call=request.call, read=read)
+                    more = await self._get(
+                        profile.loaded, request.call, partial(_convert.lmstudio_models, loaded=False)
+                    )
+                    return next((one for one in more if one.name == model.name), model)
                 return await request.call.run(self._with_files, model, listed)
         raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
 
