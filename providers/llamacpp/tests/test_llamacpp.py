@@ -110,7 +110,9 @@ class TestChat:
         texts = [chunk.text for chunk in stream]
         assert len(texts) > 5
         assert "".join(texts) == plain.text == stream.reply.text
-        assert stream.reply.usage == plain.usage
+        (first, second) = plain.usage, stream.reply.usage
+        assert (first.input_tokens, first.output_tokens) == (second.input_tokens, second.output_tokens)
+        assert second.cached_tokens > 0
 
     def test_default_system_prompt(self, llm: Any) -> None:
         plain = llm.chat("Hi", max_tokens=1).usage.input_tokens
