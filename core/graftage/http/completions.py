@@ -5,6 +5,7 @@
     async for chunk in items:
         if chunk is not None:
             yield chunk
+    reader.headers = items.headers
     if reader.finish is not None:
         yield reader.last()
 

@@ -135,9 +135,7 @@ GENERAL_WORDS: Final[Rules] = (
     (RETIRED_WORDS, _retired),
     (
         OVERFLOW_WORDS,
-        says(
-            ContextOverflow, "The prompt does not fit into the context window.", "Send less, or raise `context_window`."
-        ),
+        says(ContextOverflow, "The prompt does not fit into the context window.", "Send less, or enlarge the window."),
     ),
     (
         ("too large to process",),
@@ -150,6 +148,26 @@ GENERAL_WORDS: Final[Rules] = (
     (
         ("no input provided", "input content cannot be empty"),
         says(RequestRejected, "The server refuses empty inputs.", "Leave them out."),
+    ),
+    (
+        ("model_not_found", "no models loaded"),
+        says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
+    ),
+    (
+        ("image input is not supported", "does not support image"),
+        says(CapabilityUnsupported, "{model} cannot read images here.", "Use another; llama-server needs `--mmproj`."),
+    ),
+    (
+        ("not_supported_error", "does not support tools", "--enable-auto-tool-choice"),
+        says(CapabilityUnsupported, "", "Choose another model, or start the server with the option for it."),
+    ),
+    (
+        ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
+        says(RequestRejected, "", FIX),
+    ),
+    (
+        ("tool_use_failed", "model produced output that does not match"),
+        says(InferenceFailed, "The model's call of a tool cannot be read.", "Ask again, or choose a larger model."),
     ),
 )
 """What words mean with any status."""
@@ -200,7 +218,6 @@ BACKEND: Final[Rules] = (
             "enginedeaderror",
             "enginecore encountered",
             "model has crashed",
-            "generation thread died",
             "process has terminated",
             "process no longer running",
             "runner has unexpectedly stopped",
@@ -234,17 +251,22 @@ BACKEND: Final[Rules] = (
     ),
 )
 """Words about sockets mean the server's own runner, or another server, with any status."""
+LOADING: Final[Rules] = (
+    (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
+)
 WORDS_BY_STATUS: Final[Mapping[int, Rules]] = {
     OK: (
         *RATE_LIMITS,
         *BACKEND,
         (("invalid_api_key", "authentication_error", "unauthorized"), _sign_in),
-        (("model_not_found",), says(ModelNotFound, "The server does not have {model}.", "Check its name.")),
     ),
     400: BACKEND,
     403: ABOUT_PLANS,
     429: (*RATE_LIMITS, *ABOUT_PLANS),
     500: (*RATE_LIMITS, *BACKEND),
+    503: (
+        (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
+    ),
 }
 """What words mean with one status."""
 

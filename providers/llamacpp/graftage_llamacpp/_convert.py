@@ -14,7 +14,6 @@ from graftage.calls import ChatRequest, GenerateRequest
 from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
-    ContextOverflow,
     ProviderError,
     RequestRejected,
 )
@@ -269,16 +268,7 @@ def ranking(found: Mapping[str, Any], model: str, warnings: tuple[str, ...]) -> 
 
 
 def refusal(answer: Answer) -> ProviderError | None:
-    """Return the typed error for a refusal of the engine, or None if only its status can decide."""
-    kind = answer.facts.get("type")
-    if kind == "exceed_context_size_error" or "exceeds the available context size" in answer.words:
-        return ContextOverflow(
-            f"The prompt of {answer.facts.get('n_prompt_tokens', 'too many')} tokens does not fit into the context"
-            f" window ({answer.facts.get('n_ctx', 'fewer')} tokens).",
-            hint="Raise `context_window`, or send less.",
-        )
+    """Return the typed error for a refusal that means something else than from a server, or None."""
     if answer.inner_status == STATUS_UNAUTHORISED:
         return AuthenticationFailed("The engine did not accept its key.", hint="Close the client and open another.")
-    if kind == "not_supported_error":
-        return CapabilityUnsupported(answer.said, hint="Choose another model.")
     return None

@@ -66,7 +66,6 @@ UNSUPPORTED = ("does not support", "not support multimodal", "this model is miss
 REJECTED = (
     "must be of type",
     "invalid format",
-    "invalid json schema",
     "invalid duration",
     "invalid model name",
     "model is required",
@@ -226,7 +225,6 @@ PULLS: Final[Rules] = (
 )
 """Failures of a pull, in messages of the server and of registries. Nearly all come as a line under status 200."""
 RULES: Final[Rules] = (
-    (("server busy",), says(Overloaded, "The server is busy.", "Try again later, or send fewer requests at once.")),
     (LOADING, says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
         MEMORY,

@@ -27,7 +27,6 @@ from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
     ConnectionFailed,
-    ContextOverflow,
     InferenceFailed,
     ModelNotFound,
     Overloaded,
@@ -352,42 +351,18 @@ RULES: Final[Rules] = (
         ("generation thread died", '"status": "unavailable"'),
         says(InferenceFailed, "The server's engine has died: it will answer nothing more.", "Restart the server."),
     ),
-    (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
-    (
-        (
-            "model_not_found",
-            "no models loaded",
-            "not a valid model",
-            "cached snapshot",
-            "repo id must",
-            "'config.json'",
-        ),
-        says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
-    ),
-    (
-        ("exceed_context_size_error", "context_length_exceeded", "maximum context length"),
-        says(ContextOverflow, "The prompt does not fit into the context window.", "Send less, or enlarge the window."),
-    ),
-    (
-        ("image input is not supported", "only 'text' content type", "does not support image"),
-        says(CapabilityUnsupported, "{model} cannot read images here.", "Use another; llama-server needs `--mmproj`."),
-    ),
-    (
-        ("does not support tools", "not_supported_error", "--enable-auto-tool-choice"),
-        says(CapabilityUnsupported, "", "Choose another model, or start the server with the option for it."),
-    ),
-    (
-        ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
-        says(RequestRejected, "", "Correct the request."),
-    ),
     (("unexpected endpoint",), NO_ENDPOINT),  # LM Studio, with status 200.
-    (
-        ("does not match the expected", "tool_use_failed"),
-        says(InferenceFailed, "The model's call of a tool cannot be read.", "Ask again, or choose a larger model."),
-    ),
 )
-"""Words and codes of these servers, whatever the status: some call a wrong request 404 or 500."""
 NOT_FOUND: Final = 404
+MLX: Final[Rules] = (
+    (("only 'text' content type",), says(CapabilityUnsupported, "{model} cannot read images here.", "Use another.")),
+    (
+        ("not a valid model", "cached snapshot", "repo id must", "'config.json'"),
+        says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or name its folder."),
+    ),
+    (("",), says(RequestRejected, "", "Correct the request.")),
+)
+"""mlx_lm.server gives the status 404, with a text as the error, to whatever fails before the first token."""
 
 
 def _refusal(answer: Answer) -> ProviderError | None:
@@ -395,7 +370,5 @@ def _refusal(answer: Answer) -> ProviderError | None:
         return error
     if answer.words.strip().lower() in ("not found", "file not found"):
         return NO_ENDPOINT(answer)
-    # mlx_lm.server gives this status to whatever fails before the first token, with a text as the error.
-    if (header(answer.headers, "server") or "").startswith("BaseHTTP") and b'"message"' not in answer.body:
-        return RequestRejected(answer.said, hint="Correct the request.") if answer.known else None
-    return None
+    is_mlx = (header(answer.headers, "server") or "").startswith("BaseHTTP") and b'"message"' not in answer.body
+    return by_words(answer, MLX) if is_mlx and answer.known else None

@@ -1,14 +1,21 @@
 """The provider NAME for Graftage: speaks OpenAI's chat API, as many servers do."""
 
-import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from graftage.calls import ChatRequest, EmbedRequest, ModelsRequest
-from graftage.exceptions import ContextOverflow, ProviderError, QuotaExceeded
+from graftage.exceptions import ContextOverflow, ProviderError
 from graftage.hookspecs import ConnectRequest, hookimpl
-from graftage.http import Answer, Event, place, read_object, read_records, read_tool_call, read_vectors
-from graftage.types import Capabilities, Chunk, Embeddings, Message, ModelInfo, Usage
+from graftage.http import Answer, place, read_records
+from graftage.http.completions import (
+    Reader,
+    read_embeddings,
+    write_format,
+    write_message,
+    write_options,
+    write_tools,
+)
+from graftage.types import Capabilities, Chunk, Embeddings, ModelInfo
 
 graftage_contract = 1
 FEATURES = frozenset({"tools", "structured_output"})
@@ -27,48 +34,23 @@ class Connection:
 
     @hookimpl
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        reader, body = Reader(), chat_body(request)
-        async for text in self._http.events("POST", "/chat/completions", body, call=request.call, read=reader.text):
-            if text:
-                yield Chunk(text=text)
-        if reader.end:  # The usage comes after the reason, so both wait for the end.
+        path, body, reader = "/chat/completions", chat_body(request), Reader()
+        items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
+        async for chunk in items:
+            if chunk is not None:
+                yield chunk
+        reader.headers = items.headers
+        if reader.finish is not None:  # The usage comes after the reason, so the last chunk waits for the end.
             yield reader.last()
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
         body = {**request.options, "model": request.model, "input": request.inputs, "dimensions": request.dimensions}
-        return await self._http.json("POST", "/embeddings", given(body), call=request.call, read=embeddings)
+        return await self._http.json("POST", "/embeddings", given(body), call=request.call, read=read_embeddings)
 
     @hookimpl
     async def list_models(self, request: ModelsRequest) -> tuple[ModelInfo, ...]:
         return await self._http.json("GET", "/models", call=request.call, read=models)
-
-
-class Reader:
-    """Reads the events of one answer: the text of each, and at the end what else was in them."""
-
-    def __init__(self) -> None:
-        self.end: dict[str, Any] = {}
-        self._calls: dict[int, tuple[str, str, str]] = {}
-        self._usage: Usage | None = None
-
-    def text(self, event: Event) -> str:
-        part = event.json()
-        self._usage = usage(part) or self._usage
-        choice = (part["choices"] or [{"delta": {}}])[0]
-        if choice.get("finish_reason"):
-            self.end = part
-        for each in choice["delta"].get("tool_calls") or ():
-            function, place = each["function"], each["index"]
-            name, arguments, call_id = self._calls.get(place, ("", "", ""))
-            arguments += function.get("arguments") or ""
-            self._calls[place] = (function.get("name") or name, arguments, each.get("id") or call_id)
-        return "" + (choice["delta"].get("content") or "")  # Anything but a text is an error here.
-
-    def last(self) -> Chunk:
-        calls = tuple(read_tool_call(*call) for _, call in sorted(self._calls.items()))
-        reason = self.end["choices"][0]["finish_reason"]
-        return Chunk(tool_calls=calls, finish_reason=reason, usage=self._usage, raw=self.end)
 
 
 def given(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,33 +58,13 @@ def given(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chat_body(request: ChatRequest) -> dict[str, Any]:
-    schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.format}}
-    tools = [{"name": it.name, "description": it.description, "parameters": it.parameters} for it in request.tools]
-    body = {**request.options, "model": request.model, "messages": [message(each) for each in request.messages]}
-    body |= {"max_tokens": request.max_tokens, "stream": True, "stream_options": {"include_usage": True}}
-    body["tools"] = [{"type": "function", "function": each} for each in tools] or None
-    body["response_format"] = request.format and ({"type": "json_object"} if request.format == "json" else schema)
-    return given(body)
-
-
-def message(it: Message) -> dict[str, Any]:
-    calls = [
-        {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": json.dumps(each.arguments)}}
-        for each in it.tool_calls
-    ]
-    body = {"role": it.role, "content": it.content, "name": it.name, "tool_call_id": it.tool_call_id}
-    return given(body | {"tool_calls": calls or None})
-
-
-def usage(answer: Mapping[str, Any]) -> Usage | None:
-    found = read_object(answer.get("usage"))
-    return (
-        Usage(input_tokens=found.get("prompt_tokens"), output_tokens=found.get("completion_tokens")) if found else None
-    )
-
-
-def embeddings(answer: Mapping[str, Any]) -> Embeddings:
-    return Embeddings(vectors=read_vectors(answer["data"]), usage=usage(answer) or Usage())
+    body = {
+        "model": request.model,
+        "messages": [write_message(each) for each in request.messages],
+        "max_tokens": request.max_tokens,
+        "response_format": request.format and write_format(request.format),
+    }
+    return {**write_options(request.options), **write_tools(request.tools), **given(body)}
 
 
 def models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
@@ -110,9 +72,10 @@ def models(answer: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
 
 
 def refusal(answer: Answer) -> ProviderError | None:
-    kinds = {"context_length_exceeded": ContextOverflow, "insufficient_quota": QuotaExceeded}
-    kind = kinds.get(answer.facts.get("code", ""))
-    return kind(answer.said, hint="Send less, or check the account's plan.") if kind else None
+    """Return the error for what this server says in its own way; the toolkit knows the words of most servers."""
+    if answer.facts.get("code") == "prompt_too_long":
+        return ContextOverflow(answer.said, hint="Send less.")
+    return None
 
 
 @hookimpl
