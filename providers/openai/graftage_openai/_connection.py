@@ -38,6 +38,7 @@ from graftage.exceptions import (
 from graftage.files import read_model
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
+from graftage.http.chat import ChatReader, as_chat
 from graftage.http.client import typed_errors
 from graftage.http.transport import header
 from graftage.types import (
@@ -126,7 +127,7 @@ class OpenAIConnection:
             body = _convert.completion_body(request, profile, self._learned)
             answer = self._answer("/completions", body, request, profile)
         else:
-            chat = _convert.as_chat(request)
+            chat = as_chat(request)
             answer = self._answer("/chat/completions", self._chat_body(chat, profile), chat, profile)
         async for chunk in answer:
             yield chunk
@@ -159,7 +160,7 @@ class OpenAIConnection:
             StreamInterrupted: it has no reason for its end, and so may be cut.
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
-        reader = _convert.Reader(request, profile, self._learned)
+        reader = ChatReader(request)
         whole = bool(body.get("logprobs")) and not profile.streams_logprobs
         pieces = self._whole if whole else self._stream
         adjusted = True
@@ -178,20 +179,17 @@ class OpenAIConnection:
         if reader.finish is None:
             hint = "Was it stopped? See its log, and ask again."
             raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
-        yield reader.last()
+        self._learned.thought = reader.thought or self._learned.thought
+        yield _convert.last_chunk(reader, request, profile)
 
-    async def _stream(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
+    async def _stream(self, path: str, body: Mapping[str, Any], call: Call, reader: ChatReader) -> AsyncIterator[Chunk]:
         items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
         async for chunk in items:
             reader.headers = items.headers
             if chunk is not None:
                 yield chunk
 
-    async def _whole(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
+    async def _whole(self, path: str, body: Mapping[str, Any], call: Call, reader: ChatReader) -> AsyncIterator[Chunk]:
         plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
         found: Document = await self._http.json("POST", path, plain, call=call)
         reader.headers = found.headers
