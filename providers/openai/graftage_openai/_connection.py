@@ -161,45 +161,31 @@ class OpenAIConnection:
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = _convert.Reader(request, profile, self._learned)
-        whole = bool(body.get("logprobs")) and not profile.streams_logprobs
-        pieces = self._whole if whole else self._stream
-        adjusted = True
-        while adjusted:
-            adjusted = False
+        path, whole = f"{self._api}{path}", "logprobs" in body and not profile.streams_logprobs
+        if whole:
+            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        while True:
             try:
-                async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
-                    yield chunk
+                if whole:
+                    yield await self._http.json("POST", path, body, call=request.call, read=reader.whole)
+                    break
+                items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
+                async for chunk in items:
+                    reader.headers = items.headers
+                    if chunk is not None:
+                        yield chunk
+                break
             except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
-                if reader.finish is None:  # With a reason, the reply is complete.
+                if reader.finish is None:
                     raise
+                break  # With a reason for its end, the reply is complete.
             except RequestRejected as error:
                 if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-                adjusted = True
         if reader.finish is None:
             hint = "Was it stopped? See its log, and ask again."
             raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         yield reader.last()
-
-    async def _stream(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
-        items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
-        async for chunk in items:
-            reader.headers = items.headers
-            if chunk is not None:
-                yield chunk
-
-    async def _whole(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
-        plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        found: Document = await self._http.json("POST", path, plain, call=call)
-        reader.headers = found.headers
-        with typed_errors():
-            chunk = reader.take(found)
-        if chunk is not None:
-            yield chunk
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
