@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -182,9 +182,6 @@ class OpenAIConnection:
             except RequestRejected as error:
                 if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-        if reader.finish is None:
-            hint = "Was it stopped? See its log, and ask again."
-            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         yield reader.last()
 
     @hookimpl

@@ -14,7 +14,13 @@ import msgspec
 
 from graftage import http
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
-from graftage.exceptions import CapabilityUnsupported, InferenceFailed, ProviderError, RequestRejected
+from graftage.exceptions import (
+    CapabilityUnsupported,
+    InferenceFailed,
+    ProviderError,
+    RequestRejected,
+    StreamInterrupted,
+)
 from graftage.footprint import footprint, read_shape
 from graftage.http.transport import header
 from graftage.types import (
@@ -389,8 +395,12 @@ class Reader:
         """Return the last chunk: what was held back, and what else is known.
 
         Raises:
+            StreamInterrupted: the reply has no reason for its end, and so may be cut.
             InferenceFailed: a tool call cannot be read.
         """
+        if self.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         text, thinking = self._thoughts.split("", last=True)
         timings = http.read_object(self._last.get("timings"))
         prompt, generation = (
