@@ -27,7 +27,6 @@ from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
     ConnectionFailed,
-    ContextOverflow,
     InferenceFailed,
     ModelNotFound,
     Overloaded,
@@ -356,18 +355,12 @@ RULES: Final[Rules] = (
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
         (
-            "model_not_found",
-            "no models loaded",
             "not a valid model",
             "cached snapshot",
             "repo id must",
             "'config.json'",
         ),
         says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
-    ),
-    (
-        ("exceed_context_size_error", "context_length_exceeded", "maximum context length"),
-        says(ContextOverflow, "The prompt does not fit into the context window.", "Send less, or enlarge the window."),
     ),
     (
         ("image input is not supported", "only 'text' content type", "does not support image"),
