@@ -189,6 +189,15 @@ class TestMlx:
         llm.chat(QUESTION, adapter="ahoy")
         assert len(sent(fake)) == 8
 
+    def test_server_elsewhere_cannot_read_folder(
+        self, connect: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTP_PROXY", fake.url)
+        fake.script(f"http://far.test{MODELS}", body({"data": []}))
+        with pytest.raises(AdapterUnsupported, match="reads its own disk, on another machine"):
+            connect("mlx", host="http://far.test").chat(QUESTION, adapter="ahoy")
+        assert len(fake.requests) == 1
+
     def test_resolver_must_know_layout(self, connect: Any, fake: FakeOllama) -> None:
         class Plain:
             name, digest, scale, verdict, served_as = "plain", DIGEST, 1.0, FITS, None
