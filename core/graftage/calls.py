@@ -472,6 +472,7 @@ class LimitsQuery:
 
     operation: Operation
     provider: str
+    """The provider's plugin name, also for a named instance."""
     address: str
     model: str
     context_window: int | None = None

@@ -22,10 +22,25 @@ known one, and so is a variable that is similar to a known one. Other unknown va
 the log. A variable for an object holds JSON, or each part has its own, such as `GRAFTAGE_TIMEOUTS__IDLE`. A variable
 for a list holds JSON, or text that the field's validator splits.
 
+A **named instance** is a provider with an address, a key and defaults of its own, in the table `[instances.NAME]`. Its
+name is then the name of a provider. It has a `provider`, may have a `model`, an `adapter` and `api_key_from`, and takes
+these and the provider's settings from the first of these sources:
+
+1. its pair in a chain, and arguments of `connect`
+2. its table in the argument `instances`, then in the mapping passed as `settings`
+3. the rest of that mapping
+4. `GRAFTAGE_<INSTANCE>_<FIELD>`, then the variables of its provider, as above
+5. its table in the TOML file, then the rest of that file, as above
+
+An address or a secret of an instance comes only from its own sources: its pair, an argument, its tables, its variables.
+If they hold no key, it is read from where `api_key_from` says. The model of calls is the one in `"name:model"`, else
+that of these sources, else `GRAFTAGE_MODEL`, else the `model` at the top of the file.
+
 Other plugins subclass `PluginSettings`. Their values come from the arguments of their object, their table in the
 mapping, `GRAFTAGE_<PLUGIN>_<FIELD>`, and their table in the file.
 
-An address or a secret is for one server. A member of a chain takes it only from a source that names that member.
+An address or a secret is for one server. A member of a chain takes it only from a source that names that member. A
+secret from another tool's variable reaches only the host that the provider names in `native_hosts`.
 """
 
 from __future__ import annotations
@@ -69,8 +84,15 @@ LARGEST_FILE = 64 * 1024
 """Bytes of a settings file: the time to read nested names grows with the square of their number."""
 CHOICE_KEYS = ("provider", "model")
 """Keys at the top of the file that select a provider and a model."""
+AUTO = "auto"
+"""The name of the choice among all providers and instances."""
+INSTANCES = "instances"
+"""The table of named instances, in the file and in the mapping."""
+INSTANCE_KEYS = ("provider", "model", "adapter", "api_key_from")
+"""Keys of an instance that are not settings of its provider."""
 MAPPING = "the `settings` mapping"
-GIVEN = ("argument", "argument of the member", MAPPING)
+ARGUMENT = "argument"
+GIVEN = (ARGUMENT, "argument of the member", MAPPING)
 """Origins inside a call of `connect`."""
 SIMILARITY = 0.75
 """How similar a name must be to a known one, from 0 to 1, to count as misspelt."""
@@ -92,6 +114,9 @@ class PluginSettings(BaseModel):
 
     native_environment: ClassVar[Mapping[str, str]] = {}
     """Field to environment variable, for variables that other tools read."""
+    native_hosts: ClassVar[Mapping[str, str]] = {}
+    """Field to host name, for secrets in such variables that are for one host only. They reach the provider if its
+    setting `host` has its default or names that host."""
 
 
 class Settings(PluginSettings):
@@ -185,6 +210,28 @@ class Loaded(Generic[AnySettings]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """A named instance: a provider with an address, a key and defaults of its own."""
+
+    name: str
+    provider: str
+    """The plugin's name."""
+    model: str | None = None
+    adapter: str | None = None
+    """Active from the start."""
+    api_key_from: str | None = None
+    """`keyring`, or the path of a file."""
+    origin: str = ""
+    """Where it is declared."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each of its own values came from."""
+    given: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=(), repr=False)
+    """Its tables in the call of `connect`, each with its origin. They may hold secrets."""
+    written: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=(), repr=False)
+    """Its table in the file, if there is one, with its origin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """Sources of settings besides arguments."""
 
@@ -194,6 +241,8 @@ class Sources:
     file: Path | None = None
     required: bool = False
     """Whether a missing file is an error."""
+    _document: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The file's content, once it was read."""
 
     @classmethod
     def of(cls, prefix: str | None = None, file: str | Path | None = None) -> Sources:
@@ -212,11 +261,16 @@ class Sources:
         return cls(prefix=chosen, file=user_path(file) if file else config_path(chosen), required=bool(file))
 
     def document(self) -> dict[str, Any]:
-        """Return the TOML file as plain data; empty if there is none.
+        """Return the TOML file as plain data, as it was when this was first called; empty if there is none.
 
         Raises:
             SettingsError: it cannot be read, is not a regular file, is larger than `LARGEST_FILE`, or is not TOML.
         """
+        if not self._document:
+            self._document.append(self._read())
+        return self._document[0]
+
+    def _read(self) -> dict[str, Any]:
         if self.file is None or str(self.file) == os.devnull:
             return {}
         try:
@@ -290,12 +344,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """The plugin whose settings are loaded."""
+    """The plugin or the instance whose settings are loaded."""
 
     name: str
+    plugin: str
+    """The plugin's name, which is also that of its own table. An instance has another name."""
     model: type[PluginSettings]
     plugins: frozenset[str]
     """Names of all installed plugins, its own included."""
+    instance: Instance | None
+    instances: frozenset[str]
+    """Names of all instances."""
 
     @property
     def is_provider(self) -> bool:
@@ -317,42 +376,41 @@ def load(
     mapping: Mapping[str, Any] | None = None,
     sources: Sources | None = None,
     plugins: Iterable[str] = (),
+    instances: Mapping[str, Instance] | None = None,
     chained: bool = False,
 ) -> Loaded[AnySettings]:
-    """Load and check the settings of one provider or plugin.
+    """Load and check the settings of one provider, instance or plugin.
 
     Args:
         model: its settings class.
-        name: its plugin name, which names its table and its variables.
+        name: its name, which names its table and its variables.
         arguments: keyword arguments of the caller.
         own: arguments for this one member of a chain.
         mapping: the argument `settings`.
         sources: environment and file; by default those of the process.
         plugins: names of all installed plugins, whose tables and variables are skipped.
+        instances: all instances by name, whose variables are skipped; one of them may have this `name`.
         chained: whether there are other members, which must not get this one's key or address.
 
     Raises:
         SettingsError: a key is unknown or a value is invalid; the message names the source and the nearest key.
     """
     sources = sources or Sources.of()
-    owner = _Owner(name, model, frozenset({name, *plugins}))
-    known = set(model.model_fields)
+    instance = (instances or {}).get(name)
+    plugin = instance.provider if instance else name
+    owner = _Owner(name, plugin, model, frozenset({plugin, *plugins}), instance, frozenset(instances or ()))
     # Under a host's prefix there are variables for other things; under ours an unknown one may be a mistake.
     ignored = _check_variables(owner, sources) if sources.prefix == PREFIX else ()
-    layers = [
-        *_from_mapping(own or {}, "argument of the member", known, shared=False),
-        *_from_mapping(arguments, "argument", known),
-        *_from_document(mapping or {}, MAPPING, owner, known),
-        *_from_environment(owner, sources),
-        *_from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS),
-    ]
+    layers = list(_layers(owner, sources, own or {}, arguments, mapping or {}))
+    if instance or model.native_hosts:
+        layers = _allowed(layers, owner)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, key, value, shared in layers:
         whole = key not in merged
         private = chained and owner.is_provider and shared and _is_private(key, model)
         if private and value and (whole or isinstance(value, Mapping)):
-            raise _shared_secret_error(key, origin, name, sources.prefix)
+            raise _shared_secret_error(key, origin, owner, sources.prefix)
         if whole:
             merged[key], origins[key] = value, origin
         elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
@@ -364,7 +422,27 @@ def load(
 
 
 _Layer = tuple[str, str, Any, bool]
-"""The origin of a value, its key, the value, and whether every member of a chain would get it."""
+"""The origin of a value, its key, the value, and whether others than this provider or instance would get it."""
+
+
+def _layers(
+    owner: _Owner,
+    sources: Sources,
+    own: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    mapping: Mapping[Any, Any],
+) -> Iterable[_Layer]:
+    """Yield the values of all sources, the first source first."""
+    known = set(owner.model.model_fields)
+    yield from _from_mapping(own, "argument of the member", known, shared=False)
+    yield from _from_mapping(arguments, ARGUMENT, known)
+    if owner.instance:
+        yield from _from_instance(owner.instance.given, known)
+    yield from _from_document(mapping, MAPPING, owner, known)
+    yield from _from_environment(owner, sources)
+    if owner.instance:
+        yield from _from_instance(owner.instance.written, owner.writable)
+    yield from _from_document(sources.document(), str(sources.file), owner, owner.writable, CHOICE_KEYS)
 
 
 def _from_mapping(values: Mapping[Any, Any], origin: str, known: set[str], *, shared: bool = True) -> Iterable[_Layer]:
@@ -373,25 +451,64 @@ def _from_mapping(values: Mapping[Any, Any], origin: str, known: set[str], *, sh
         yield origin, key, value, shared
 
 
+def _from_instance(tables: Iterable[tuple[str, Mapping[str, Any]]], known: set[str]) -> Iterable[_Layer]:
+    for origin, table in tables:
+        for layer in _from_mapping(table, origin, {*known, *INSTANCE_KEYS}, shared=False):
+            if layer[1] not in INSTANCE_KEYS:
+                yield layer
+
+
+def _allowed(layers: Sequence[_Layer], owner: _Owner) -> list[_Layer]:
+    """Return the layers whose values may reach the owner's server: secrets are for the server they were given for."""
+    allowed = []
+    model = owner.model
+    natives = {key: f"environment {variable}" for key, variable in model.native_environment.items()}
+    host = next((value for _, key, value, _ in layers if key == "host"), None)
+    for layer in layers:
+        origin, key, _, shared = layer
+        if owner.instance and shared and origin != ARGUMENT and _is_private(key, model):
+            continue
+        if key in model.native_hosts and origin == natives.get(key) and not _is_host(host, model.native_hosts[key]):
+            continue
+        allowed.append(layer)
+    return allowed
+
+
+def _is_host(address: object, name: str) -> bool:
+    """Whether an address is that of a host; the provider's default is."""
+    from urllib.parse import urlsplit  # Slow to import, and few settings need it.
+
+    if not address:
+        return True
+    text = str(address).strip()
+    try:
+        return urlsplit(text if "://" in text else f"//{text}").hostname == name
+    except ValueError:
+        return False
+
+
 def _is_private(key: str, model: type[PluginSettings]) -> bool:
     """Whether a setting is for one server: its address or a secret."""
     return key == "host" or "Secret" in repr(model.model_fields[key].annotation)
 
 
-def _shared_secret_error(key: str, origin: str, provider: str, prefix: str) -> SettingsError:
-    variable = f"{prefix}_{_variable_part(provider)}{key}".upper()
+def _shared_secret_error(key: str, origin: str, owner: _Owner, prefix: str) -> SettingsError:
+    variable = f"{prefix}_{variable_part(owner.name)}{key}".upper()
+    table = f"{INSTANCES}.{owner.name}" if owner.instance else owner.name
     return SettingsError(
         f"The setting `{key}` ({origin}) would reach every member of the chain.",
         key=key,
         source=origin,
         hint=f"Set it for one member: as `(provider, {{{key!r}: ...}})` in the list, in the provider's table of the "
-        f"settings file, such as `[{provider}]`, or in the provider's variable, such as {variable}.",
+        f"settings file, such as `[{table}]`, or in the provider's variable, such as {variable}.",
     )
 
 
 def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
-    everyones = f"{sources.prefix}_"
-    for prefix in (f"{everyones}{_variable_part(owner.name)}", everyones)[: 1 + owner.is_provider]:
+    own = variable_part(owner.name)
+    parts = [own, *([variable_part(owner.plugin)] if owner.instance else ()), *([""] if owner.is_provider else ())]
+    for part in parts:
+        prefix = f"{sources.prefix}_{part}"
         for key, found in _variables(prefix, sources.environment).items():
             annotation = owner.model.model_fields[key].annotation if key in owner.writable else str
             if key in owner.writable and (() in found or _kinds(annotation) != {"text"}):
@@ -400,10 +517,17 @@ def _from_environment(owner: _Owner, sources: Sources) -> Iterable[_Layer]:
                     value = _from_texts(annotation, {parts: text for parts, (_, text) in found.items()})
                 except (ValueError, RecursionError):
                     raise _json_error(key, origin, prefix) from None
-                yield origin, key, value, prefix == everyones
+                yield origin, key, value, part != own
     for key, variable in owner.model.native_environment.items():
         if value := sources.environment.get(variable):
-            yield f"environment {variable}", key, value, False
+            yield f"environment {variable}", key, value, owner.instance is not None
+
+
+def variable_of(sources: Sources, owner: str, key: str) -> tuple[str | None, str]:
+    """Return the text of an owner's own variable for a key, and its origin; None if there is none."""
+    found = _variables(f"{sources.prefix}_{variable_part(owner)}", sources.environment).get(key, {})
+    name, text = found.get((), (None, None))
+    return text, f"environment {name}"
 
 
 def _variables(prefix: str, environment: Mapping[str, str]) -> dict[str, dict[tuple[str, ...], tuple[str, str]]]:
@@ -487,7 +611,7 @@ def _json_error(key: str, origin: str, prefix: str) -> SettingsError:
     )
 
 
-def _variable_part(plugin: str) -> str:
+def variable_part(plugin: str) -> str:
     """Return what follows the prefix in the names of a plugin's own variables."""
     return f"{plugin}_".upper().replace("-", "_")
 
@@ -498,14 +622,16 @@ def _check_variables(owner: _Owner, sources: Sources) -> Sequence[str]:
     Return those that are not similar to any known name.
     """
     ignored = []
+    others = {*owner.plugins, *owner.instances}
     for variable in sources.environment:
         rest = variable.removeprefix(f"{sources.prefix}_")
         if rest == variable or rest in RESERVED or (owner.is_provider and _field(rest, owner.model) in owner.writable):
             continue
         origin = f"environment {variable}"
-        whose = max((each for each in owner.plugins if rest.startswith(_variable_part(each))), key=len, default=None)
-        if whose == owner.name:
-            _check_known(_field(rest.removeprefix(_variable_part(whose)), owner.model), owner.writable, origin)
+        whose = max((each for each in others if rest.startswith(variable_part(each))), key=len, default=None)
+        if whose in (owner.name, owner.plugin):
+            known = {*owner.writable, *(INSTANCE_KEYS if whose in owner.instances else ())}
+            _check_known(_field(rest.removeprefix(variable_part(str(whose))), owner.model), known, origin)
         elif whose is None:
             name = _field(rest, owner.model)
             known = {*owner.writable, *map(str.lower, RESERVED)} if owner.is_provider else set()
@@ -520,12 +646,12 @@ def _likely_setting(name: str, owner: _Owner) -> str | None:
     """Return the setting, also of another plugin, that a variable's name is a misspelling of; None if there is none."""
     name = name.partition(NESTED)[0]
     fields = {*owner.model.model_fields, *(map(str.lower, RESERVED) if owner.is_provider else ())}
-    plugins = [_variable_part(each).lower() for each in owner.plugins]
+    plugins = [variable_part(each).lower() for each in (*owner.plugins, *owner.instances)]
     for each in fields:
         if name.endswith(f"_{each}"):
             near = close(name.removesuffix(each), plugins, cutoff=SIMILARITY)
             return f"{near[0]}{each}" if near else None
-    own = fields if owner.is_provider else {f"{_variable_part(owner.name)}{each}".lower() for each in fields}
+    own = fields if owner.is_provider else {f"{variable_part(owner.name)}{each}".lower() for each in fields}
     return next(iter(close(name, own, cutoff=SIMILARITY)), None)
 
 
@@ -541,15 +667,18 @@ def _from_document(
     document: Mapping[Any, Any], origin: str, owner: _Owner, known: set[str], choices: Iterable[str] = ()
 ) -> Iterable[_Layer]:
     """Yield the values in the plugin's own table and, for a provider, at the top of the file or mapping."""
-    table = document.get(owner.name, {})
+    table = document.get(owner.plugin, {})
     if not isinstance(table, Mapping):
-        raise SettingsError(f"`{owner.name}` in {origin} must be a table.", key=owner.name, source=origin)
-    yield from _from_mapping(table, f"{origin} [{owner.name}]", known, shared=False)
+        raise SettingsError(f"`{owner.plugin}` in {origin} must be a table.", key=owner.plugin, source=origin)
+    yield from _from_mapping(table, f"{origin} [{owner.plugin}]", known, shared=owner.instance is not None)
     for key, value in document.items() if owner.is_provider else ():
-        if key in choices or key in owner.plugins:
+        if key in choices or key in owner.plugins or key == INSTANCES:
             continue
         if isinstance(value, Mapping) and key not in known:
-            hint = f"No provider or plugin with that name is installed. {nearest(str(key), {*known, *owner.plugins})}"
+            tables = {*known, *owner.plugins, INSTANCES}
+            hint = f"No provider or plugin with that name is installed. {nearest(str(key), tables)}"
+            if key in owner.instances:
+                hint = f"The table of that instance is `[{INSTANCES}.{key}]`."
             raise SettingsError(f"There is no table `{key}` ({origin}).", key=str(key), source=origin, hint=hint)
         _check_known(key, {*known, *choices, *owner.plugins}, origin)
         yield origin, key, value, True

@@ -282,6 +282,11 @@ class Reply:
         """The reply as the next message of the conversation."""
         return Message(role="assistant", content=self.text, tool_calls=self.tool_calls, thinking=self.thinking or None)
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What continues the conversation: the messages of the `steps`, and the reply's own."""
+        return (*(message for step in self.steps for message in step.messages), self.message)
+
     def __str__(self) -> str:
         return self.text
 

@@ -1113,16 +1113,17 @@ WRONG_ARGUMENTS: dict[str, list[Any]] = {
     "suffix": [5, [], True],
     "images": [5, "cat.png", b"x", [5], [None], Path("cat.png")],
     "tools": [5, "f", [5], [None], {"name": "f"}],
+    "tool_choice": [5, "", True, [], "required", "look_up", {"type": "function"}],
     "format": [5, True, "xml", [], object()],
     "think": [5, "", []],
 }
 COMMON = ("model", "timeout", "options", "keep_alive", "context_window", "force")
 INFERENCE = (*COMMON, "adapter", "max_tokens", "images", "format", "think", "stream")
 TAKES: dict[str, tuple[str, ...]] = {
-    "chat": (*INFERENCE, "tools", "retries"),
+    "chat": (*INFERENCE, "tools", "tool_choice", "retries"),
     "generate": (*INFERENCE, "system", "suffix", "raw"),
     "embed": (*COMMON, "dimensions", "truncate", "purpose"),
-    "count_tokens": (*COMMON, "tools", "images", "think"),
+    "count_tokens": (*COMMON, "tools", "tool_choice", "images", "think"),
     "rerank": COMMON,
     "delete": ("timeout",),
     "health": ("level", "model", "max_age", "timeout"),
@@ -1173,7 +1174,8 @@ class TestEveryPath:
         assert asked[0]
 
     def test_none_means_not_given_to_connect(self, both: Any) -> None:
-        names = ("model", "settings", "plugins", "translate_error", "env_prefix", *Settings.model_fields)
+        own = ("model", "settings", "plugins", "translate_error", "env_prefix", "instances", "needs")
+        names = (*own, *Settings.model_fields)
         llm = both.opened(Echo(), **dict.fromkeys(names))
         assert llm.origins == {}
         assert llm.settings == both.opened(Echo()).settings
@@ -1199,7 +1201,7 @@ class TestEveryPath:
 
     @pytest.mark.parametrize(
         "given",
-        [{"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}],
+        [{"plugins": 5}, {"plugins": "m4"}, {"translate_error": 5}, {"needs": "tools"}],
         ids=str,
     )
     def test_client_arguments_are_read_strictly(self, both: Any, given: Any) -> None:

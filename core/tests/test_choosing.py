@@ -40,11 +40,11 @@ from graftage.exceptions import (
 from graftage.hookspecs import hookimpl
 from graftage.settings import Settings
 from graftage.testing import Cassette, Echo, Pause
-from graftage.types import AdapterInfo, Chunk, Timeouts, Verdict
+from graftage.types import AdapterInfo, Chunk, ModelInfo, Timeouts, Verdict
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 MODEL = "m:1"
@@ -221,6 +221,12 @@ class TestAutoModel:
     def test_otherwise_any_is_taken(self, both: Any, ollama: Any) -> None:
         assert both.opened().model in ollama.models
 
+    @pytest.mark.parametrize("without", ["loaded_models", "show_model", "list_models"])
+    def test_server_may_not_say_what_it_has(self, both: Any, without: str) -> None:
+        refusal = CapabilityUnsupported("This server cannot say it.")
+        llm = both.opened("auto", plugins=[Able({"m:1": None}, errors={without: refusal})])
+        assert (llm.provider, llm.model) == ("able", None if without == "list_models" else "m:1")
+
     @pytest.mark.usefixtures("no_server")
     def test_must_chat_without_adapter(self, both: Any, site: Any) -> None:
         site.add("graftage-llamacpp", providers={"llamacpp": "stand_in:it"}, modules={"stand_in": EMBEDDED + EMBEDDING})
@@ -278,7 +284,7 @@ class TestAutoSkips:
             both.opened()
 
     def test_no_provider_says_what_to_install(self, both: Any, monkeypatch: Any) -> None:
-        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp, ollama")
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", "llamacpp, ollama,openai")
         with pytest.raises(ProviderNotFound, match="Install `graftage-ollama` or `graftage-llamacpp`"):
             both.opened()
 
@@ -949,3 +955,104 @@ class TestChainSettings:
         with pytest.raises(error, match=message) as caught:
             both.opened([(Echo(), own), Echo()], model=MODEL)
         assert SECRET not in str(caught.value)
+
+
+class Able(Echo):
+    """A provider that `auto` takes first, whose models say what they can do."""
+
+    name = "able"
+
+    def __init__(self, models: Mapping[str, Sequence[str] | None], **of: Any) -> None:
+        facts = [ModelInfo(name=name, features=None if can is None else frozenset(can)) for name, can in models.items()]
+        super().__init__(models=facts, **of)
+
+    @hookimpl
+    def answers(self) -> int:
+        return 30
+
+
+PLAIN: Any = {"plain:1": ["chat", "embed"]}
+SKILLED: Any = {"plain:1": ["chat"], "vectors:1": ["embed"], "skilled:1": ["chat", "tools", "images"]}
+
+
+class TestNeeds:
+    def test_named_provider_must_have_them(self, both: Any) -> None:
+        echo = Echo(without=["capabilities", "embed"])
+        with pytest.raises(CapabilityUnsupported, match="`echo` does not support `tools`"):
+            both.opened(echo, model=MODEL, needs={"tools"})
+        assert echo.closed
+        assert both.opened(Echo(), model=MODEL, needs=["tools", "embed"]).chat("x").text == "x"
+
+    def test_named_model_must_have_them(self, both: Any) -> None:
+        able = Able(SKILLED)
+        llm = both.opened(able, model="plain:1", needs={"tools"})
+        with pytest.raises(CapabilityUnsupported, match="`tools` with `plain:1`"):
+            llm.chat("x")
+        assert [hook for hook, _ in able.calls if hook == "chat"] == []
+        assert llm.chat("x", model="skilled:1").text == "x"
+        assert both.opened(Able({"m:1": None}), model=MODEL, needs={"tools"}).chat("x").text == "x"
+
+    @pytest.mark.parametrize(
+        ("needs", "model"),
+        [
+            ({"tools"}, "skilled:1"),
+            (("tools", "images"), "skilled:1"),
+            ({"embed"}, "vectors:1"),
+            ({"embed", "tools"}, "skilled:1"),
+            ({"list_models"}, "plain:1"),
+            (set(), "plain:1"),
+            (None, "plain:1"),
+        ],
+    )
+    def test_auto_chooses_an_able_model(self, both: Any, needs: Any, model: str) -> None:
+        assert both.opened("auto", plugins=[Able(SKILLED)], needs=needs).model == model
+
+    @pytest.mark.parametrize(
+        ("models", "without"),
+        [(PLAIN, ["capabilities"]), (PLAIN, []), ({}, [])],
+        ids=["its provider", "its models", "without models"],
+    )
+    def test_auto_passes_over_the_unable(
+        self, both: Any, embedded: Any, no_server: None, models: Any, without: list[str]
+    ) -> None:
+        first = Able(models, without=without)
+        llm = both.opened("auto", plugins=[first, Second()], needs={"tools"})
+        assert llm.provider == "llamacpp"
+        assert re.search("`able` cannot be taken: The provider `able` .*`tools`", llm.origins["provider"])
+        assert first.closed
+
+    def test_auto_checks_the_named_model(self, both: Any, embedded: Any, no_server: None) -> None:
+        able = Able(SKILLED)
+        assert both.opened("auto", plugins=[able], model="plain:1", needs={"tools"}).provider == "llamacpp"
+        assert both.opened("auto", plugins=[able], model="skilled:1", needs={"tools"}).provider == "able"
+        with pytest.raises(CapabilityUnsupported, match="`tools` with `plain:1`") as caught:
+            both.opened("auto", plugins=[able], model="plain:1", needs={"tools"}, host=DEAD)
+        assert "install" not in str(caught.value.hint)
+
+    def test_chain_leaves_out_the_unable(self, both: Any) -> None:
+        unable = Echo(["one"], without=["capabilities"])
+        able = Able({"m:1": None, "plain:1": ["chat"]}, script=["two", "three"])
+        llm = both.opened([unable, able], model=MODEL, needs={"tools"})
+        assert (llm.provider, unable.closed) == ("able", True)
+        assert llm.chat("x").warnings == ("`echo:m:1` was skipped: The provider `echo` does not support `tools`.",)
+        llm = both.opened([(able, {"model": "plain:1"}), Second(["four"])], model=MODEL, needs={"tools"})
+        reply = llm.chat("x")
+        assert (reply.text, len(reply.warnings)) == ("four", 1)
+
+    def test_chain_of_the_unable_is_an_error(self, both: Any) -> None:
+        members = [Echo(without=["capabilities"]), Second(without=["capabilities"])]
+        with pytest.raises(CapabilityUnsupported, match="`second` does not support `tools`") as caught:
+            both.opened(members, model=MODEL, needs={"tools"})
+        assert "`echo:m:1` was skipped" in str(caught.value.hint)
+        assert all(each.closed for each in members)
+
+    @pytest.mark.parametrize("needs", ["tools", 5, {"tools": True}, b"tools"])
+    def test_must_be_a_set_of_features(self, both: Any, needs: Any) -> None:
+        with pytest.raises(RequestRejected, match="`needs` is invalid"):
+            both.opened(Echo(), model=MODEL, needs=needs)
+
+    @pytest.mark.parametrize(("needs", "hint"), [({"toolz"}, "Did you mean `tools`"), ([5], "Known names: chat")])
+    def test_unknown_feature_gets_the_nearest(self, both: Any, needs: Any, hint: str) -> None:
+        with pytest.raises(RequestRejected, match="There is no feature") as caught:
+            both.opened(Echo(), model=MODEL, needs=needs)
+        assert hint in str(caught.value.hint)

@@ -107,6 +107,51 @@ class TestPrecedence:
         assert loaded.settings.timeouts == Timeouts(idle=3.0)
 
 
+class Cloud(Settings):
+    """Settings of a provider whose variable is for one host."""
+
+    native_environment: ClassVar[Mapping[str, str]] = {"api_key": "CLOUD_KEY"}
+    native_hosts: ClassVar[Mapping[str, str]] = {"api_key": "api.cloud.example"}
+
+
+class TestNativeHosts:
+    @pytest.mark.parametrize(
+        ("host", "reached"),
+        [
+            (None, True),
+            ("", True),
+            ("api.cloud.example", True),
+            ("API.Cloud.Example:443", True),
+            (" https://api.cloud.example/v1", True),
+            ("http://127.0.0.1:8080/v1", False),
+            ("https://api.cloud.example.evil.example", False),
+            ("https://api.cloud.example@evil.example", False),
+            ("https://evil.example/api.cloud.example", False),
+            ("https://api.cloud.example:pw@evil.example#@api.cloud.example", False),
+            ("evil.example#api.cloud.example", False),
+            ("http://[", False),
+        ],
+    )
+    @pytest.mark.parametrize("source", ["argument", "variable", "table"])
+    def test_secret_reaches_one_host_alone(self, toml: Any, host: str | None, reached: bool, source: str) -> None:
+        environment = {"CLOUD_KEY": SECRET}
+        if source == "variable" and host:
+            environment["GRAFTAGE_HOST"] = host
+        file = toml(f"[cloud]\nhost = {host!r}\n" if source == "table" and host is not None else "")
+        arguments = {"host": host} if source == "argument" else {}
+        sources = Sources(environment=environment, file=file)
+        loaded = load(Cloud, name="cloud", arguments=arguments, sources=sources)
+        assert loaded.settings.api_key == (SecretStr(SECRET) if reached else None)
+        assert loaded.origins.get("api_key") == ("environment CLOUD_KEY" if reached else None)
+
+    def test_withheld_one_leaves_room(self, toml: Any) -> None:
+        file = toml("[cloud]\napi_key = 'own'\n")
+        sources = Sources(environment={"CLOUD_KEY": SECRET}, file=file)
+        for host, key in (("http://127.0.0.1:1", "own"), (None, SECRET)):
+            loaded = load(Cloud, name="cloud", arguments={"host": host}, sources=sources)
+            assert loaded.settings.api_key == SecretStr(key)
+
+
 class Stem(BaseModel):
     """A part of a setting, with its own parts."""
 

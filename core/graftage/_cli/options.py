@@ -57,6 +57,17 @@ Images = Annotated[
 Format = Annotated[
     str | None, typer.Option("--format", metavar="json|FILE", help="Reply in JSON, or by the JSON schema in a file.")
 ]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tool",
+        metavar="MODULE:FUNCTION",
+        help="Python function that the model may call: it runs here, with your rights. May be repeated.",
+    ),
+]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", min=1, help="How often the model may call tools for a reply. Default: 10.")
+]
 NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")]
 IN_PROCESS = "embedded"
 """The address of a connection whose engine runs in this process."""

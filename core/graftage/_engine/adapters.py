@@ -49,10 +49,11 @@ class _State:
 class Adapters:
     """The active adapter and those loaded so far."""
 
-    def __init__(self, session: Connection, admission: Admission) -> None:
+    def __init__(self, session: Connection, admission: Admission, reference: str | None = None) -> None:
+        """Build it; `reference` is active from the start, and loaded by the first call."""
         self._session = session
         self._admission = admission
-        self._state = _State()
+        self._state = _State(reference)
         self._switches = Slots()
         """One switch at a time: the last one that was asked for is in effect at the end."""
         self._loaded: dict[tuple[str, str], LoadedAdapter] = {}
@@ -60,8 +61,10 @@ class Adapters:
     @property
     def active(self) -> str | None:
         """The name of the active adapter."""
-        loaded = self._state.loaded
-        return loaded.name if loaded else None
+        state = self._state
+        if state.loaded is None:
+            return state.reference if state.error is None else None
+        return state.loaded.name
 
     @contextlib.contextmanager
     def switching(self, reference: object) -> Iterator[None]:
@@ -114,10 +117,22 @@ class Adapters:
             raise _again(state)
         if state.reference is None:
             return state.loaded, state.warnings
+        if state.loaded is None:
+            await self._begin(state, state.reference, model, run)
+            return await self.for_call(asked, model, run)
         if canonical_name(state.model) == canonical_name(model) and self._holds(state.loaded):
             return state.loaded, state.warnings
         forced = replace(asked, force=asked.force or state.force)
         return await self._load(state.reference, model, run, forced), state.warnings
+
+    async def _begin(self, first: _State, reference: str, model: str, run: Run) -> None:
+        """Load the adapter that is active from the start, unless another switch came before."""
+        await self._admission.granted(self._switches, self._switches.enter(1), run.call)
+        try:
+            if self._state is first:
+                self._state = await self._switched(reference, model, run, "error", force=False)
+        finally:
+            self._switches.leave()
 
     def _holds(self, loaded: LoadedAdapter | None) -> bool:
         """Whether an adapter is still loaded: after `prune` or `unload` it must be loaded again."""
@@ -154,7 +169,7 @@ class Adapters:
             key = (adapter.digest, canonical_name(model))
         loaded = self._loaded.get(key)
         if loaded is None:
-            slot = slots_for(f"adapter {session.provider}", f"{session.address} {key}")
+            slot = slots_for(f"adapter {session.plugin}", f"{session.address} {key}")
             await self._admission.granted(slot, slot.enter(1), call)  # One call loads it, the others wait.
             try:
                 loaded = self._loaded.get(key)

@@ -50,7 +50,7 @@ class Admission:
     @property
     def slots(self) -> Slots:
         """The slots of the server. Looked up each time: a forked process has its own."""
-        return slots_for(self._session.provider, self._session.address)
+        return slots_for(self._session.plugin, self._session.address)
 
     async def admit(self, run: Run, operation: str, asked: CallOptions, model: str) -> dict[str, Any]:
         """Ask the policies, unload what they name, clamp, take a slot; return the figures that the request may have."""
@@ -183,7 +183,7 @@ class Admission:
 
         return lambda: LimitsQuery(
             operation=operation,
-            provider=session.provider,
+            provider=session.plugin,
             address=session.address,
             model=model,
             prompt_characters=asked.prompt_characters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -50,6 +50,8 @@ BRIEF = Timeouts(connect=1.0, first_token=2.0, idle=2.0, total=3.0)
 """Limits of the search for close names, which must not delay the error."""
 RECORDS = {"list_models": ModelInfo, "loaded_models": LoadedModel, "prune_adapters": ModelInfo}
 """The kind of each item, for hooks that return several."""
+MODEL_DECIDES = frozenset({"tools", "images", "thinking"})
+"""Features that only some models of a provider have."""
 SOON = 30.0
 """Seconds for facts about models."""
 
@@ -61,6 +63,8 @@ class Connection:
         self,
         *,
         author: Author,
+        plugin: str,
+        needs: frozenset[str] = frozenset(),
         model: str | None,
         settings: Settings,
         connection: object,
@@ -71,6 +75,11 @@ class Connection:
     ) -> None:
         self.author = author
         self.provider = author.name
+        self.plugin = plugin
+        """The plugin's name. `provider` is that of the instance, if it is one; all instances of a server share its
+        slots and limits."""
+        self.needs = needs
+        """The features that the model of each call must have."""
         self.model = model or getattr(connection, "default_model", None)
         self.settings = settings
         self.io = io
@@ -235,13 +244,15 @@ class Connection:
                     "show_model", ModelRequest(call=call, model=model), call, ModelInfo
                 )
 
-    def _require_features(self, model: str, needs: Sequence[str]) -> None:
+    def require_features(self, model: str, needs: Collection[str]) -> None:
         """Refuse what the provider cannot do, or this model is known not to do."""
+        if not needs:
+            return
         able = self.capabilities().features
         info = self._infos.get(model)
-        for feature in needs:
+        for feature in sorted(needs):
             inputs.require(feature, feature in able, self.provider)
-            if info is not None and info.features is not None and feature in ("tools", "images", "thinking"):
+            if info is not None and info.features is not None and feature in MODEL_DECIDES:
                 inputs.require(feature, feature in info.features, self.provider, f"{feature}` with `{model}")
 
     def from_plugin(self, hook: str, request: Any) -> Any:

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from graftage._engine.arguments import CallOptions
     from graftage._engine.call import Run
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "skipped_note"]
 
 T = TypeVar("T")
+
+
+def skipped_note(provider: str, model: str | None, error: GraftageError) -> str:
+    """Return the note about a member that was skipped."""
+    return f"`{provider}:{model or ''}` was skipped: {error.message}"
 
 
 def _note_skipped(error: GraftageError, skipped: Sequence[str]) -> None:
@@ -34,7 +39,7 @@ def _note_skipped(error: GraftageError, skipped: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """What `use_adapter` asked for."""
+    """What `use_adapter` asked for; until then, the adapter that is active at each member."""
 
     reference: Any
     on_missing: Literal["error", "base"] = "error"
@@ -44,9 +49,11 @@ class _Adapter:
 class Chain:
     """Sessions in order, with the methods of a session that make sense for several providers."""
 
-    def __init__(self, sessions: Sequence[Session]) -> None:
+    def __init__(self, sessions: Sequence[Session], left_out: Sequence[str] = ()) -> None:
         self.sessions = tuple(sessions)
-        self._adapter = _Adapter(None)
+        self._left_out = tuple(left_out)
+        """Why members are not among them, in words."""
+        self._adapter = _Adapter(ACTIVE)
 
     @property
     def io(self) -> Any:
@@ -76,6 +83,10 @@ class Chain:
     def single(self) -> Session:
         """Refuse an operation for one provider."""
         raise RuntimeError("this client has several providers: call it on one of its `members`")
+
+    def timeouts(self, given: float | Timeouts | None) -> Timeouts:
+        """Return the limits of a call, on all members together."""
+        return self.sessions[0].timeouts(given)
 
     async def infer(
         self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool
@@ -116,9 +127,9 @@ class Chain:
         return await self._first(ask, asked.timeout)
 
     async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
-        timeouts = self.sessions[0].timeouts(timeout)
+        timeouts = self.timeouts(timeout)
         deadline = time.monotonic() + timeouts.total
-        skipped: list[str] = []
+        skipped = list(self._left_out)
         for session in self.sessions:
             left = max(deadline - time.monotonic(), 0.001)
             try:
@@ -129,8 +140,8 @@ class Chain:
                 if session is self.sessions[-1] or late or begun or not error.falls_back:
                     _note_skipped(error, skipped)
                     raise
-                model = getattr(error, "model", None) or session.model or ""
-                skipped.append(f"`{session.provider}:{model}` was skipped: {error.message}")
+                model = getattr(error, "model", None) or session.model
+                skipped.append(skipped_note(session.provider, model, error))
         raise RuntimeError("a chain without members")  # pragma: no cover - connect refuses an empty list
 
     async def use_adapter(
@@ -147,7 +158,7 @@ class Chain:
         self._adapter = _Adapter(reference, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
         if model is not None:
             check_model(model)
-        self.sessions[0].timeouts(timeout)
+        self.timeouts(timeout)
         if reference is not None:
             read_reference(reference)
         return None
@@ -173,7 +184,10 @@ class Chain:
         each = [session.stats() for session in self.sessions]
         names = [each.name for each in fields(Stats) if each.name != "active_adapter"]
         reference = self._adapter.reference
-        active = str(reference) if reference is not None else None
+        if reference is ACTIVE:
+            active = next(filter(None, (one.active_adapter for one in each)), None)
+        else:
+            active = str(reference) if reference is not None else None
         return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)
 
     async def close(self) -> None:

@@ -129,8 +129,12 @@ class Catalog:
         found = (entry for entry in self.entries if kind in (None, entry.kind))
         return sorted({entry.name for entry in found if not enabled or entry.state != "disabled"})
 
-    def provider(self, name: str) -> Entry:
+    def provider(self, name: str, others: Iterable[str] = ()) -> Entry:
         """Return the provider of that name, loaded.
+
+        Args:
+            name: its name.
+            others: names that are known, too, for the hint if this one is not.
 
         Raises:
             ProviderNotFound: it is not installed, or disabled.
@@ -139,7 +143,7 @@ class Catalog:
         """
         entry = next((each for each in self.entries if (each.kind, each.name) == ("provider", name)), None)
         if entry is None:
-            raise self._not_found(name)
+            raise self._not_found(name, others)
         if entry.state == "disabled":
             raise ProviderNotFound(
                 f"The provider `{name}` is disabled.",
@@ -267,9 +271,9 @@ class Catalog:
         error.__cause__ = cause or error.__cause__
         entry.state, entry.error, entry.plugin = "quarantined", error, None
 
-    def _not_found(self, name: str) -> ProviderNotFound:
+    def _not_found(self, name: str, others: Iterable[str]) -> ProviderNotFound:
         names = self.names("provider")
-        near = close(name, names)
+        near = close(name, [*names, *others])
         installed = f"Installed: {', '.join(f'`{each}`' for each in names)}." if names else "None is installed."
         hint = f"Did you mean `{near[0]}`?" if near else f"{installed} Install one, for example `graftage-ollama`."
         return ProviderNotFound(f"There is no provider `{name}`.", plugin=name, hint=hint)

@@ -13,7 +13,7 @@ from graftage._engine import inputs
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
-from graftage._engine.arguments import CallOptions, check_model, check_progress, check_tokens, read_flag, read_seconds
+from graftage._engine.arguments import CallOptions, check_callback, check_model, check_tokens, read_flag, read_seconds
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
@@ -83,10 +83,10 @@ NAMED = 9
 class Session(Connection):
     """The operations of a client, on one connection with its admission and its adapters."""
 
-    def __init__(self, **of: Any) -> None:
+    def __init__(self, *, adapter: str | None = None, **of: Any) -> None:
         super().__init__(**of)
         self.admission = Admission(self)
-        self.adapters = Adapters(self, self.admission)
+        self.adapters = Adapters(self, self.admission, adapter)
 
     def single(self) -> Session:
         """Return this session; a chain of several providers raises."""
@@ -116,6 +116,7 @@ class Session(Connection):
             with run.failing():
                 request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
+                run.tool_choice = getattr(request, "tool_choice", None)
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
             first = await run.pull()
             while not stream and run.reply is None:
@@ -157,10 +158,10 @@ class Session(Connection):
         """Get all that a request needs: options, adapter, limits and a slot."""
         self.require(operation)
         options = read_options(asked.options, self.capabilities().options)
-        self._require_features(model, asked.needs)
-        if "images" in asked.needs:  # Some servers silently drop them, and the model invents.
+        self.require_features(model, asked.needs)
+        if self.needs or "images" in asked.needs:  # Some servers silently drop pictures, and the model invents.
             await self._know(model, run.call)
-            self._require_features(model, asked.needs)
+            self.require_features(model, (*self.needs, *asked.needs))
         adapter, notes = await self.adapters.for_call(asked, model, run)
         run.adapter = adapter.name if adapter else None
         run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
@@ -316,8 +317,9 @@ class Session(Connection):
             asked: Health = await self.call("health", request, call, Health)
             if isinstance(asked.error, ModelNotFound):
                 await self._suggest(asked.error, "health", call)
-            only_embeds = asked.model_present and isinstance(asked.error, CapabilityUnsupported)
-            if request.model is None or request.level != "answers" or not only_embeds:
+            if request.model is None or request.level != "answers":
+                return asked
+            if not (asked.model_present and isinstance(asked.error, CapabilityUnsupported)):
                 return asked
             try:
                 await self._one_vector(request, request.model, asked.error)
@@ -419,13 +421,13 @@ class Session(Connection):
         self, model: str | None, on_progress: Callable[[PullProgress], None] | None, timeout: float | Timeouts | None
     ) -> PullProgress:
         """Download a model, one download of a model at a time in this process."""
-        check_progress(on_progress)
+        check_callback("on_progress", on_progress)
         name = self.choose_model(model)
         given = timeout if timeout is not None else self.settings.timeouts
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
         with run.failing():
             self.require("pull_model")
-            slot = slots_for(f"pull {self.provider}", f"{self.address} {name}")
+            slot = slots_for(f"pull {self.plugin}", f"{self.address} {name}")
             with holding(slot, f"`on_progress` of the pull of `{name}` pulls it again, which would wait for ever."):
                 await self.admission.granted(slot, slot.enter(1), run.call)
                 run.at_end(slot.leave)
@@ -469,7 +471,7 @@ class Session(Connection):
             raise RequestRejected(
                 f"`policy` must be never, missing or always, not {policy!r}.", hint="Or leave it out."
             )
-        check_progress(on_progress)
+        check_callback("on_progress", on_progress)
         self.timeouts(timeout)
         if policy == "always":
             await self.pull(model, on_progress, timeout)

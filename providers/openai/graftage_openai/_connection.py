@@ -161,45 +161,31 @@ class OpenAIConnection:
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = _convert.Reader(request, profile, self._learned)
-        whole = bool(body.get("logprobs")) and not profile.streams_logprobs
-        pieces = self._whole if whole else self._stream
-        adjusted = True
-        while adjusted:
-            adjusted = False
+        path, whole = f"{self._api}{path}", "logprobs" in body and not profile.streams_logprobs
+        if whole:
+            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        while True:
             try:
-                async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
-                    yield chunk
+                if whole:
+                    yield await self._http.json("POST", path, body, call=request.call, read=reader.whole)
+                    break
+                items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
+                async for chunk in items:
+                    reader.headers = items.headers
+                    if chunk is not None:
+                        yield chunk
+                break
             except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
-                if reader.finish is None:  # With a reason, the reply is complete.
+                if reader.finish is None:
                     raise
+                break  # With a reason for its end, the reply is complete.
             except RequestRejected as error:
                 if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-                adjusted = True
         if reader.finish is None:
             hint = "Was it stopped? See its log, and ask again."
             raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         yield reader.last()
-
-    async def _stream(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
-        items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
-        async for chunk in items:
-            reader.headers = items.headers
-            if chunk is not None:
-                yield chunk
-
-    async def _whole(
-        self, path: str, body: Mapping[str, Any], call: Call, reader: _convert.Reader
-    ) -> AsyncIterator[Chunk]:
-        plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        found: Document = await self._http.json("POST", path, plain, call=call)
-        reader.headers = found.headers
-        with typed_errors():
-            chunk = reader.take(found)
-        if chunk is not None:
-            yield chunk
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -294,12 +280,8 @@ class OpenAIConnection:
         except ImportError as error:
             hint = 'Run `pip install "graftage-openai[native]"`.'
             raise CapabilityUnsupported("The package `openai` cannot be imported.", hint=hint) from error
-        kinds = (
-            ("OpenAI", "DefaultHttpxClient")
-            if self._http.colour == "sync"
-            else ("AsyncOpenAI", "DefaultAsyncHttpxClient")
-        )
-        kind, inner = (getattr(openai, each) for each in kinds)
+        names = ("OpenAI", "DefaultHttpxClient"), ("AsyncOpenAI", "DefaultAsyncHttpxClient")
+        kind, inner = (getattr(openai, each) for each in names[self._http.colour != "sync"])
         client: Any = kind(
             base_url=f"{self._http.base_url}{self._api}",
             # A placeholder, so that it takes no key from the environment: the transport replaces it.
@@ -354,6 +336,9 @@ class OpenAIConnection:
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
+NO_ENDPOINT: Final = says(
+    CapabilityUnsupported, "The server has no such endpoint.", "Check the path in `host`: it is usually `/v1`."
+)
 RULES: Final[Rules] = (
     (
         ("generation thread died", '"status": "unavailable"'),
@@ -362,28 +347,22 @@ RULES: Final[Rules] = (
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
         (
-            "cached snapshot folder",
-            "not a valid model identifier",
-            "repository not found",
-            "'config.json'",
             "model_not_found",
             "no models loaded",
+            "not a valid model",
+            "cached snapshot",
+            "repo id must",
+            "'config.json'",
         ),
         says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
     ),
     (
         ("exceed_context_size_error", "context_length_exceeded", "maximum context length"),
-        says(
-            ContextOverflow,
-            "The prompt does not fit into the context window.",
-            "Send less, or start the server with a larger window.",
-        ),
+        says(ContextOverflow, "The prompt does not fit into the context window.", "Send less, or enlarge the window."),
     ),
     (
         ("image input is not supported", "only 'text' content type", "does not support image"),
-        says(
-            CapabilityUnsupported, "{model} cannot read images here.", "Choose another; llama-server needs `--mmproj`."
-        ),
+        says(CapabilityUnsupported, "{model} cannot read images here.", "Use another; llama-server needs `--mmproj`."),
     ),
     (
         ("does not support tools", "not_supported_error", "--enable-auto-tool-choice"),
@@ -393,12 +372,7 @@ RULES: Final[Rules] = (
         ("failed to parse tool", "failed to parse messages", "invalid json schema", "unable to generate parser"),
         says(RequestRejected, "", "Correct the request."),
     ),
-    (
-        ("unexpected endpoint",),  # LM Studio, with status 200.
-        says(
-            CapabilityUnsupported, "The server has no such endpoint.", "Check the path in `host`: it is usually `/v1`."
-        ),
-    ),
+    (("unexpected endpoint",), NO_ENDPOINT),  # LM Studio, with status 200.
     (
         ("does not match the expected", "tool_use_failed"),
         says(InferenceFailed, "The model's call of a tool cannot be read.", "Ask again, or choose a larger model."),
@@ -412,8 +386,7 @@ def _refusal(answer: Answer) -> ProviderError | None:
     if (error := by_words(answer, RULES)) is not None or answer.status != NOT_FOUND:
         return error
     if answer.words.strip().lower() in ("not found", "file not found"):
-        hint = "Check the path in `host`: it is usually `/v1`."
-        return CapabilityUnsupported("The server has no such endpoint.", hint=hint)
+        return NO_ENDPOINT(answer)
     # mlx_lm.server gives this status to whatever fails before the first token, with a text as the error.
     if (header(answer.headers, "server") or "").startswith("BaseHTTP") and b'"message"' not in answer.body:
         return RequestRejected(answer.said, hint="Correct the request.") if answer.known else None

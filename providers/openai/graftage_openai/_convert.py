@@ -349,10 +349,14 @@ class Reader:
 
     def read(self, event: http.Event) -> Chunk | None:
         """Return the chunk of an event, if it has one."""
-        return self.take(event.json())
+        return self._take(event.json())
 
-    def take(self, found: Mapping[str, Any]) -> Chunk | None:
-        """Return the chunk of an event or of a whole response, if it has one."""
+    def whole(self, found: http.Document) -> Chunk:
+        """Return the chunk of a reply that comes in one piece."""
+        self.headers = found.headers
+        return self._take(found) or Chunk()
+
+    def _take(self, found: Mapping[str, Any]) -> Chunk | None:
         choices, model = http.read_entries(found.get("choices"), http.read_object), found.get("model")
         choice = next((each for each in choices if not each.get("index")), {})  # With `n`, there are others.
         delta = http.read_object(choice.get("delta") or choice.get("message")) or {"content": choice.get("text")}

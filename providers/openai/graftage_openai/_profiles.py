@@ -59,7 +59,7 @@ def parse_host(text: str | None) -> tuple[str, str]:
     url = _ENDPOINT.sub("", url.rstrip("/"))
     scheme, _, rest = url.partition("://")
     place, slash, path = rest.partition("/")
-    if not slash:
+    if not slash or "?" in path or "#" in path:  # `request.http` refuses a query.
         return url, "/v1"
     version = _VERSION.search(f"/{path}")
     return (url[: -len(version[0])], version[0]) if version else (f"{scheme}://{place}", f"/{path}")
