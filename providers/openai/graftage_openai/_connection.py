@@ -260,10 +260,11 @@ class OpenAIConnection:
 
     @hookimpl
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
-        base = ModelInfo(name=request.model)
-        with contextlib.suppress(ModelNotFound):  # mlx_lm takes any path, also of a model that it does not list.
-            base = await self.show_model(ModelRequest(call=request.call, model=request.model))
-        return await self._adapters.load(request, await self._profile(request.call), base)
+        profile, base = await self._profile(request.call), ModelInfo(name=request.model)
+        if profile.adapters is not None:
+            with contextlib.suppress(ModelNotFound):  # mlx_lm takes any path, also of a model that it does not list.
+                base = await self.show_model(ModelRequest(call=request.call, model=request.model))
+        return await self._adapters.load(request, profile, base)
 
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
