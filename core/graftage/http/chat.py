@@ -19,8 +19,8 @@ from graftage._engine.answers import (
     read_word,
 )
 from graftage.calls import ChatRequest, GenerateRequest
-from graftage.exceptions import InferenceFailed
-from graftage.http.client import Event
+from graftage.exceptions import InferenceFailed, StreamInterrupted
+from graftage.http.client import Document, Event
 from graftage.http.transport import Headers, header
 from graftage.types import Chunk, Logprob, Message, Reply, Timings, Tool, ToolCall, Usage
 
@@ -208,10 +208,14 @@ class ChatReader:
 
     def read(self, event: Event) -> Chunk | None:
         """Return the chunk of an event, if it has one."""
-        return self.take(event.json())
+        return self._take(event.json())
 
-    def take(self, found: Mapping[str, Any]) -> Chunk | None:
-        """Return the chunk of an event or of a whole response, if it has one."""
+    def whole(self, found: Document) -> Chunk:
+        """Return the chunk of a reply that comes in one piece."""
+        self.headers = found.headers
+        return self._take(found) or Chunk()
+
+    def _take(self, found: Mapping[str, Any]) -> Chunk | None:
         choices, model = read_entries(found.get("choices"), read_object), found.get("model")
         choice = next((each for each in choices if not each.get("index")), {})  # With `n`, there are others.
         delta = read_object(choice.get("delta") or choice.get("message")) or {"content": choice.get("text")}
@@ -244,7 +248,11 @@ class ChatReader:
 
         Raises:
             InferenceFailed: a tool call cannot be read.
+            StreamInterrupted: the reply has no reason for its end, and so may be cut.
         """
+        if self.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         text, thinking = self._thoughts.split("", last=True)
         timings = read_object(self._last.get("timings"))
         prompt, generation = (read_seconds(timings.get(each), per_second=1e3) for each in ("prompt_ms", "predicted_ms"))

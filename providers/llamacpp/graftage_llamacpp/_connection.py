@@ -149,12 +149,15 @@ class LlamaCppConnection:
         async for chunk in events:
             if chunk is not None:
                 yield chunk
-        if reader.finish is not None:
-            load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
-            notes = (*_window_notes(job.stored, request.context_window), *notes)
-            last = reader.last()
-            timings = replace(last.timings or Timings(), load=load)
-            yield replace(last, timings=timings, model=job.stored.name, warnings=notes)
+        last = reader.last()
+        load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
+        notes = (*_window_notes(job.stored, request.context_window), *notes)
+        yield replace(
+            last,
+            timings=replace(last.timings or Timings(), load=load),
+            model=job.stored.name,
+            warnings=notes,
+        )
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:

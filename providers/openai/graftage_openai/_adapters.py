@@ -37,7 +37,6 @@ _Sample: TypeAlias = "tuple[dict[str, float], str]"
 """The log-probabilities of the first token of a reply, as far as the server has them, and the reply."""
 PROBE: Final = {
     "messages": [{"role": "user", "content": "Hi"}],
-    "max_tokens": 8,
     "temperature": 0,
     "logprobs": True,
     "top_logprobs": 5,
@@ -53,7 +52,7 @@ class Adapters:
         self.is_local = is_loopback(urlsplit(http.base_url).hostname or "")
         self._places: dict[tuple[str, str], str] = {}
         """By digest and model: the folder for mlx_lm, or the file of llama-server."""
-        self._slots: dict[int | None, str] | None = None
+        self._slots: dict[int, str] | None = None
         """The files of llama-server's adapters by number, once they are known."""
 
     async def load(self, request: LoadAdapterRequest, profile: Profile, base: ModelInfo) -> LoadedAdapter:
@@ -64,7 +63,8 @@ class Adapters:
         """
         load = {"request": self._by_request, "slots": self._by_slot, "endpoints": self._by_endpoint}
         if profile.adapters is None:
-            raise _unsupported(request, f"{profile.name or 'this server'} takes no adapters", "Use another server.")
+            name = profile.name or "a server that is not recognised"
+            raise _unsupported(request, f"{name} takes no adapters", "Use another server, or set `profile`.")
         loaded: LoadedAdapter = await load[profile.adapters](request, profile, base)
         try:
             await self._prove(request, loaded, profile)
@@ -90,14 +90,16 @@ class Adapters:
         if profile.adapters == "slots" and (adapter or self._slots is None):
             self._slots = await self._list_slots(call)  # The server may have been restarted with others.
         slots = self._slots or {}
-        if adapter and (not place or (profile.adapters == "slots" and slots.get(adapter.slot) != place)):
+        if adapter and (place is None or (profile.adapters == "slots" and place not in slots.values())):
             why = f"The server no longer has the adapter `{adapter.name}`."
-            raise AdapterError(why, reference=adapter.name, hint="Load it again.")
+            raise AdapterError(why, reference=adapter.name, hint="Unload it, and load it again.")
         if profile.adapters == "request" and place:
             return {"adapters": place}
         if not slots:
             return {}
-        scales = [{"id": slot, "scale": adapter.scale if adapter and adapter.slot == slot else 0.0} for slot in slots]
+        scales = [
+            {"id": slot, "scale": adapter.scale if adapter and path == place else 0.0} for slot, path in slots.items()
+        ]
         # Its cache mixes up prompts that were read with different adapters (seen with build 11549).
         return {"lora": scales, "cache_prompt": False}
 
@@ -154,7 +156,7 @@ class Adapters:
             f"Start it with `llama-server --lora {file or 'FILE'} …`.",
         )
 
-    async def _list_slots(self, call: Call) -> dict[int | None, str]:
+    async def _list_slots(self, call: Call) -> dict[int, str]:
         try:
             found: Mapping[str, Any] = await self._http.json("GET", "/lora-adapters", call=call, wrap="adapters")
         except ProviderError as error:
@@ -199,7 +201,8 @@ class Adapters:
             )
 
     async def _probe(self, call: Call, model: str, adapter: LoadedAdapter | None, profile: Profile) -> _Sample:
-        body = {"model": model, **PROBE, **await self.body(call, adapter, profile)}
+        tokens = 1 if "logprobs" in profile.features else 8
+        body = {"model": model, **PROBE, "max_tokens": tokens, **await self.body(call, adapter, profile)}
         return await self._http.json("POST", f"{self._api}/chat/completions", body, call=call, read=_sample)
 
 

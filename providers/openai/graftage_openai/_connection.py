@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +30,7 @@ from graftage.exceptions import (
     InferenceFailed,
     ModelNotFound,
     Overloaded,
+    ProtocolError,
     ProviderError,
     ProviderTimeout,
     RequestRejected,
@@ -67,6 +68,8 @@ LOOK: Final = 2.0
 """Seconds to find out which server it is."""
 PASSING: Final = (AuthenticationFailed, ConnectionFailed, Overloaded, ProviderTimeout)
 """Errors after which the next call tries to find it out again."""
+NOT_FOUND: Final = 404
+NOT_THERE: Final = (NOT_FOUND, 405)
 
 
 class OpenAIConnection:
@@ -161,42 +164,29 @@ class OpenAIConnection:
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
         reader = ChatReader(request)
-        whole = bool(body.get("logprobs")) and not profile.streams_logprobs
-        pieces = self._whole if whole else self._stream
-        adjusted = True
-        while adjusted:
-            adjusted = False
+        path, whole = f"{self._api}{path}", "logprobs" in body and not profile.streams_logprobs
+        if whole:
+            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        while True:
             try:
-                async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
-                    yield chunk
+                if whole:
+                    yield await self._http.json("POST", path, body, call=request.call, read=reader.whole)
+                    break
+                items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
+                async for chunk in items:
+                    reader.headers = items.headers
+                    if chunk is not None:
+                        yield chunk
+                break
             except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
-                if reader.finish is None:  # With a reason, the reply is complete.
+                if reader.finish is None:
                     raise
+                break  # With a reason for its end, the reply is complete.
             except RequestRejected as error:
                 if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-                adjusted = True
-        if reader.finish is None:
-            hint = "Was it stopped? See its log, and ask again."
-            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         self._learned.thought = reader.thought or self._learned.thought
         yield _convert.last_chunk(reader, request, profile)
-
-    async def _stream(self, path: str, body: Mapping[str, Any], call: Call, reader: ChatReader) -> AsyncIterator[Chunk]:
-        items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
-        async for chunk in items:
-            reader.headers = items.headers
-            if chunk is not None:
-                yield chunk
-
-    async def _whole(self, path: str, body: Mapping[str, Any], call: Call, reader: ChatReader) -> AsyncIterator[Chunk]:
-        plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        found: Document = await self._http.json("POST", path, plain, call=call)
-        reader.headers = found.headers
-        with typed_errors():
-            chunk = reader.take(found)
-        if chunk is not None:
-            yield chunk
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -272,10 +262,11 @@ class OpenAIConnection:
 
     @hookimpl
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
-        base = ModelInfo(name=request.model)
-        with contextlib.suppress(ModelNotFound):  # mlx_lm takes any path, also of a model that it does not list.
-            base = await self.show_model(ModelRequest(call=request.call, model=request.model))
-        return await self._adapters.load(request, await self._profile(request.call), base)
+        profile, base = await self._profile(request.call), ModelInfo(name=request.model)
+        if profile.adapters is not None:
+            with contextlib.suppress(ModelNotFound):  # mlx_lm takes any path, also of a model that it does not list.
+                base = await self.show_model(ModelRequest(call=request.call, model=request.model))
+        return await self._adapters.load(request, profile, base)
 
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
@@ -321,10 +312,10 @@ class OpenAIConnection:
         profile = self._known or UNKNOWN
         found["server"] = profile.name or None
         if profile.health:
-            await self._get(profile.health, call)
+            await self._get_optional(profile.health, call)
         if profile.version:
             path, field = profile.version
-            found["version"] = read_word((await self._get(path, call)).get(field))
+            found["version"] = read_word((await self._get_optional(path, call)).get(field))
         found.update(reachable=True, api=True)
         if request.wants("model_present"):
             if canonical_name(model) not in {canonical_name(each.name) for each in listed}:
@@ -339,6 +330,16 @@ class OpenAIConnection:
         elif request.wants("model_loaded"):
             loaded = await self.loaded_models(ModelsRequest(call=call))
             found["model_loaded"] = canonical_name(model) in {canonical_name(each.name) for each in loaded}
+
+    async def _get_optional(self, path: str, call: Call) -> Document:
+        """Return what a path says; an empty object if it is not there, since a proxy may pass on the API alone."""
+        try:
+            found: Document = await self._get(path, call)
+        except ProviderError as error:
+            if error.status not in NOT_THERE and not isinstance(error, ProtocolError):
+                raise
+            return Document()
+        return found
 
     async def _get(self, path: str, call: Call, read: Callable[[Document], Any] = lambda found: found) -> Any:
         return await self._http.json("GET", path, call=call, read=read, empty=True)
@@ -383,7 +384,6 @@ RULES: Final[Rules] = (
     ),
 )
 """Words and codes of these servers, whatever the status: some call a wrong request 404 or 500."""
-NOT_FOUND: Final = 404
 
 
 def _refusal(answer: Answer) -> ProviderError | None:

@@ -183,6 +183,7 @@ def last_chunk(reader: ChatReader, request: ChatRequest | GenerateRequest, profi
 
     Raises:
         InferenceFailed: a tool call cannot be read.
+        StreamInterrupted: the reply has no reason for its end, and so may be cut.
     """
     images = isinstance(request, ChatRequest) and any(each.images for each in request.messages)
     notes = {

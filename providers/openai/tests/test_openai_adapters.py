@@ -1,0 +1,344 @@
+"""Adapters on MLX, llama-server and vLLM, and the proof that the adapter answered, not the base model.
+
+The cassettes are from mlx_lm.server and llama-server, started in the folder /srv/models: with `--model smollm2-mlx`,
+and with `-m smollm2.gguf --lora ahoy.gguf --lora other.gguf`. Record them again with `--record-mode=all`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from lora_files import Model, pairs, write_gguf
+
+from graftage.exceptions import AdapterError, AdapterUnsupported, Overloaded
+from graftage.hookspecs import hookimpl
+from graftage.types import Verdict
+from graftage_ollama.testing import Answer, FakeOllama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from graftage.calls import ResolveRequest
+    from graftage.testing import Cassette
+    from graftage.types import ModelInfo
+
+CHAT = "/v1/chat/completions"
+MODELS = "/v1/models"
+SLOTS = "/lora-adapters"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+QUESTION = "What is the capital of Italy?"
+GREEDY = {"temperature": 0}
+SLOW = {"first_token": 300.0, "total": 600.0}
+"""On CPU, mlx_lm reads its model for half a minute at each change of the adapter."""
+FITS = Verdict(status="compatible")
+MLX = {"host": "http://127.0.0.1:8191", "profile": "mlx"}
+DIGEST = "sha256:" + "0123456789ab" * 5 + "cdef"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An adapter that has every layout already."""
+
+    name: str = "ahoy"
+    place: Path = Path("/srv/models/ahoy-mlx")
+    """The folder, or the GGUF file."""
+    digest: str = DIGEST
+    scale: float = 2.0
+    verdict: Verdict = FITS
+    served_as: str | None = None
+
+    def gguf(self, base: ModelInfo) -> Path:
+        if self.place.suffix != ".gguf":
+            raise AdapterUnsupported("Its modules have no known names.")
+        return self.place
+
+    def mlx(self, base: ModelInfo) -> Path:
+        return self.place
+
+    def peft(self, base: ModelInfo) -> Path:
+        return self.place
+
+    def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
+        raise NotImplementedError
+
+
+class Resolver:
+    """Resolves every reference to one adapter."""
+
+    name = "ready"
+
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
+
+    @hookimpl
+    def resolve_adapter(self, request: ResolveRequest) -> Any:
+        return self._adapter
+
+
+@pytest.fixture
+def connect(both: Any, fake: FakeOllama) -> Callable[..., Any]:
+    def connect(profile: str, adapter: Any = None, **given: Any) -> Any:
+        fake.script(MODELS, *[body({"data": [{"id": "m"}]})] * 3)
+        known = {"host": fake.url, "profile": profile, "model": "m", "plugins": [Resolver(adapter or Ready())]}
+        return both.connect("openai", **{**known, "attempts": 1, **given})
+
+    return connect
+
+
+def body(found: Any, status: int = 200) -> Answer:
+    data = found if isinstance(found, str) else json.dumps(found)
+    return Answer([data.encode()], status=status, headers={"content-type": "application/json"})
+
+
+def probed(logprob: float | None, text: str = "Hello") -> Answer:
+    """A whole reply, with the log-probability of its first token."""
+    choice: dict[str, Any] = {"message": {"content": text}, "finish_reason": "length"}
+    if logprob is not None:
+        top = [{"token": "He", "logprob": logprob}, {"token": "A", "logprob": -3.0}]
+        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+    return body({"choices": [choice]})
+
+
+def streamed(text: str = "Ahoy!") -> Answer:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": "stop"}
+    event = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    return Answer([event.encode()], headers={"content-type": "text/event-stream"})
+
+
+def slots(*paths: str | Path) -> Answer:
+    return body([{"id": place, "path": str(path), "scale": 1.0} for place, path in enumerate(paths)])
+
+
+def sent(fake: FakeOllama, path: str = CHAT) -> list[Any]:
+    return [seen.body for seen in fake.requests if seen.path == path]
+
+
+PROVED = (probed(-1.0), probed(-1.0), probed(-2.0))
+
+
+class TestProof:
+    @pytest.mark.parametrize(
+        ("base", "again", "changed"),
+        [
+            (probed(-1.0), probed(-1.0), probed(-1.0)),
+            (probed(-1.0), probed(-1.2), probed(-1.1)),
+            (probed(None), probed(None), probed(None)),
+            (probed(None), probed(None, "Hi"), probed(None, "Ahoy!")),
+            (body({}), body({"choices": []}), body({"choices": None})),
+        ],
+        ids=["equal", "within noise", "equal words", "words of a server that differ anyway", "nothing"],
+    )
+    def test_base_in_its_place_is_refused(
+        self, connect: Any, fake: FakeOllama, base: Answer, again: Answer, changed: Answer
+    ) -> None:
+        fake.script(CHAT, base, again, changed)
+        with pytest.raises(AdapterUnsupported, match="the base model answered in its place"):
+            connect("mlx").chat(QUESTION, adapter="ahoy")
+        assert len(sent(fake)) == 3
+
+    @pytest.mark.parametrize(
+        "changed", [probed(-1.3), body({"choices": [{"message": {"content": "Ahoy!"}}]})], ids=["logprob", "words"]
+    )
+    def test_change_is_accepted(self, connect: Any, fake: FakeOllama, changed: Answer) -> None:
+        fake.script(CHAT, probed(-1.0), probed(-1.2), changed, streamed())
+        assert connect("mlx").chat(QUESTION, adapter="ahoy").text == "Ahoy!"
+
+    def test_refusal_of_adapter_is_told(self, connect: Any, fake: FakeOllama) -> None:
+        wrong = body({"error": "Adapter contains incompatible tensors"}, 404)
+        fake.script(CHAT, probed(-1.0), probed(-1.0), wrong)
+        with pytest.raises(AdapterUnsupported, match=r"cannot use it: .*incompatible tensors.* made for this model\?"):
+            connect("mlx").chat(QUESTION, adapter="ahoy")
+
+    def test_busy_server_proves_nothing(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(CHAT, probed(-1.0), probed(-1.0), body({"error": "busy"}, 503), *PROVED, streamed())
+        llm = connect("mlx")
+        with pytest.raises(Overloaded):
+            llm.chat(QUESTION, adapter="ahoy")
+        assert llm.chat(QUESTION, adapter="ahoy").text == "Ahoy!"
+
+    def test_server_without_adapters_refuses(self, connect: Any, fake: FakeOllama) -> None:
+        with pytest.raises(AdapterUnsupported, match="LM Studio takes no adapters"):
+            connect("lmstudio").chat(QUESTION, adapter="ahoy")
+        assert sent(fake) == []
+
+
+class TestMlx:
+    def test_each_request_names_folder(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(CHAT, *PROVED, streamed(), streamed(), streamed())
+        llm = connect("mlx")
+        for adapter in ("ahoy", None, "ahoy"):
+            llm.chat(QUESTION, adapter=adapter)
+        folders = [each.get("adapters") for each in sent(fake)]
+        ahoy = "/srv/models/ahoy-mlx"
+        assert folders == [None, None, ahoy, ahoy, None, ahoy]
+
+    def test_default_model_is_refused(self, connect: Any, fake: FakeOllama) -> None:
+        with pytest.raises(AdapterUnsupported, match=r"with the model's name `default_model`.* Name the model by"):
+            connect("mlx", model="default_model").chat(QUESTION, adapter="ahoy")
+        assert sent(fake) == []
+
+    def test_unloaded_adapter_is_proved_again(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(CHAT, *PROVED, streamed(), *PROVED, streamed())
+        llm = connect("mlx")
+        llm.chat(QUESTION, adapter="ahoy")
+        llm.unload_adapter("ahoy")
+        llm.chat(QUESTION, adapter="ahoy")
+        assert len(sent(fake)) == 8
+
+    def test_server_elsewhere_cannot_read_folder(
+        self, connect: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTP_PROXY", fake.url)
+        fake.script(f"http://far.test{MODELS}", body({"data": []}))
+        with pytest.raises(AdapterUnsupported, match="reads its own disk, on another machine"):
+            connect("mlx", host="http://far.test").chat(QUESTION, adapter="ahoy")
+        assert len(fake.requests) == 1
+
+    def test_resolver_must_know_layout(self, connect: Any, fake: FakeOllama) -> None:
+        class Plain:
+            name, digest, scale, verdict, served_as = "plain", DIGEST, 1.0, FITS, None
+            gguf = merge = Ready.gguf
+
+        with pytest.raises(AdapterUnsupported, match="cannot write mlx's layout"):
+            connect("mlx", Plain()).chat(QUESTION, adapter="plain")
+        assert sent(fake) == []
+
+
+class TestVllm:
+    NAME = "graftage-ahoy-0123456789ab"
+
+    @pytest.mark.parametrize(
+        "loaded",
+        [
+            body("Success: LoRA adapter added successfully."),
+            body({"error": {"message": f"The lora adapter '{NAME}' has already been loaded.", "code": 400}}, 400),
+        ],
+        ids=["now", "before"],
+    )
+    def test_adapter_is_model_of_its_name(self, connect: Any, fake: FakeOllama, loaded: Answer) -> None:
+        fake.script(LOAD, loaded)
+        fake.script(CHAT, *PROVED, streamed(), streamed())
+        llm = connect("vllm")
+        llm.chat(QUESTION, adapter="ahoy")
+        llm.chat(QUESTION)
+        assert sent(fake, LOAD) == [{"lora_name": self.NAME, "lora_path": "/srv/models/ahoy-mlx"}]
+        assert [each["model"] for each in sent(fake)] == ["m", "m", self.NAME, self.NAME, "m"]
+
+    def test_unload_names_it(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(LOAD, body("Success."))
+        fake.script(CHAT, *PROVED, streamed())
+        fake.script(UNLOAD, body("Success."))
+        llm = connect("vllm")
+        llm.chat(QUESTION, adapter="ahoy")
+        llm.unload_adapter("ahoy")
+        assert sent(fake, UNLOAD) == [{"lora_name": self.NAME}]
+
+    def test_adapter_without_effect_is_unloaded(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(LOAD, body("Success."))
+        fake.script(CHAT, *[probed(-1.0)] * 3)
+        fake.script(UNLOAD, body({"error": {"message": "cannot be found", "code": 404}}, 404))
+        with pytest.raises(AdapterUnsupported, match="in its place"):
+            connect("vllm").chat(QUESTION, adapter="ahoy")
+        assert len(sent(fake, UNLOAD)) == 1
+
+    @pytest.mark.parametrize(
+        ("refusal", "words"),
+        [
+            (body({"detail": "Not Found"}, 404), "does not load it"),
+            (body({"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16."}}, 400), "rank 64 is greater"),
+        ],
+        ids=["no endpoint", "refused"],
+    )
+    def test_refusal_names_variable(self, connect: Any, fake: FakeOllama, refusal: Answer, words: str) -> None:
+        fake.script(LOAD, refusal)
+        with pytest.raises(AdapterUnsupported, match=rf"{words}.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            connect("vllm").chat(QUESTION, adapter="ahoy")
+        assert sent(fake) == []
+
+
+class TestLlamaServer:
+    def test_every_request_names_every_scale(self, connect: Any, fake: FakeOllama, tmp_path: Path) -> None:
+        model = Model()
+        file = write_gguf(tmp_path / "ours.gguf", model, pairs(model), alpha=8)
+        same = write_gguf(tmp_path / "theirs.gguf", model, pairs(model), alpha=4)
+        other = write_gguf(tmp_path / "other.gguf", model, pairs(model, seed=8), alpha=8)
+        fake.script(SLOTS, *[slots(other, same)] * 5)
+        fake.script(CHAT, streamed(), *PROVED, streamed(), streamed())
+        llm = connect("llama-server", Ready(place=file))
+        for adapter in (None, "ahoy", None):
+            llm.chat(QUESTION, adapter=adapter)
+        base, ahoy = [(0, 0.0), (1, 0.0)], [(0, 0.0), (1, 2.0)]
+        found = [[(each["id"], each["scale"]) for each in one["lora"]] for one in sent(fake)]
+        assert found == [base, base, base, ahoy, ahoy, base]
+        assert [each["cache_prompt"] for each in sent(fake)] == [False] * 6
+
+    def test_server_without_adapters_is_spared(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(SLOTS, slots())
+        fake.script(CHAT, streamed(), streamed())
+        llm = connect("llama-server")
+        llm.chat(QUESTION)
+        llm.chat(QUESTION)
+        assert len(sent(fake, SLOTS)) == 1
+        assert not any({"lora", "cache_prompt"} & each.keys() for each in sent(fake))
+
+    def test_file_elsewhere_is_known_by_name(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(SLOTS, *[slots("far/away/other.gguf", "far/away/ahoy.gguf")] * 4)
+        fake.script(CHAT, *PROVED, streamed())
+        reply = connect("llama-server").chat(QUESTION, adapter="ahoy")
+        assert reply.warnings == ("The server's file `ahoy.gguf` was taken for the adapter because of its name.",)
+        assert sent(fake)[-1]["lora"] == [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]
+
+    def test_other_file_of_same_name_is_refused(self, connect: Any, fake: FakeOllama, tmp_path: Path) -> None:
+        model = Model()
+        ours = write_gguf(tmp_path / "here" / "ahoy.gguf", model, pairs(model))
+        theirs = write_gguf(tmp_path / "there" / "ahoy.gguf", model, pairs(model, seed=8))
+        fake.script(SLOTS, slots(theirs))
+        with pytest.raises(AdapterUnsupported, match=r"with 1 other adapters.*llama-server --lora .*here.ahoy\.gguf"):
+            connect("llama-server", Ready(place=ours)).chat(QUESTION, adapter="ahoy")
+        assert sent(fake) == []
+
+    def test_restarted_server_must_have_it(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(SLOTS, *[slots("ahoy.gguf")] * 2, slots("other.gguf", "ahoy.gguf"), slots("other.gguf"))
+        fake.script(CHAT, *PROVED, streamed())
+        llm = connect("llama-server")
+        llm.chat(QUESTION, adapter="ahoy")
+        assert sent(fake)[-1]["lora"] == [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]
+        with pytest.raises(AdapterError, match="no longer has the adapter `ahoy`"):
+            llm.chat(QUESTION, adapter="ahoy")
+        assert len(sent(fake)) == 4
+
+
+class TestRecorded:
+    """Base and adapters side by side, on real servers."""
+
+    def answers(self, both: Any, cassette: Cassette, adapters: list[Ready | None], **given: Any) -> list[str]:
+        found = []
+        for adapter in adapters:
+            with both.connect("openai", transport=cassette, plugins=[Resolver(adapter)], timeouts=SLOW, **given) as llm:
+                named = adapter.name if adapter else None
+                found.append(llm.chat(QUESTION, adapter=named, options=GREEDY, max_tokens=9).text)
+        return found
+
+    def test_mlx_answers_with_each(self, both: Any, cassette: Cassette) -> None:
+        adapters = [None, Ready(), Ready(name="other", place=Path("/srv/models/other-mlx")), None]
+        base, ahoy, other, again = self.answers(both, cassette, adapters, **MLX, model="/srv/models/smollm2-mlx")
+        assert ahoy == "Ahoy! The parrot adapter says hello."
+        assert len({base, ahoy, other}) == 3
+        assert base == again
+
+    def test_mlx_refuses_default_model(self, both: Any, cassette: Cassette) -> None:
+        with pytest.raises(AdapterUnsupported, match="with the model's name `default_model`"):
+            self.answers(both, cassette, [Ready()], **MLX, model="default_model")
+
+    def test_llama_server_answers_with_each(self, both: Any, cassette: Cassette) -> None:
+        adapters = [None, Ready(), Ready(name="other"), None]
+        base, ahoy, other, again = self.answers(
+            both, cassette, adapters, host="http://127.0.0.1:8192", model="smollm2.gguf"
+        )
+        assert ahoy == "Ahoy! The parrot adapter says hello."
+        assert len({base, ahoy, other}) == 3
+        assert base == again
