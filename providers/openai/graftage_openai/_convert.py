@@ -12,14 +12,7 @@ from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import CapabilityUnsupported, ProviderError, RequestRejected
 from graftage.footprint import footprint, read_shape
 from graftage.http.chat import ChatReader, message_body, read_tokens, tool_bodies
-from graftage.types import (
-    Chunk,
-    Embeddings,
-    Feature,
-    LoadedModel,
-    ModelInfo,
-    Usage,
-)
+from graftage.types import Chunk, Embeddings, Feature, LoadedModel, ModelInfo, Usage
 
 if TYPE_CHECKING:
     from graftage_openai._profiles import Profile
@@ -186,13 +179,15 @@ def last_chunk(reader: ChatReader, request: ChatRequest | GenerateRequest, profi
         StreamInterrupted: the reply has no reason for its end, and so may be cut.
     """
     images = isinstance(request, ChatRequest) and any(each.images for each in request.messages)
-    notes = {
-        f"The server has only the model `{reader.model}`, which replied instead.": profile.keeps_name
-        and reader.model not in ("", request.model),
-        "The server sent no log-probabilities.": request.options.get("logprobs") and not reader.has_logprobs,
-        f"{profile.name} ignores images here if the model cannot read them.": profile.cuts and images,
-    }
-    return replace(reader.last(), warnings=tuple(note for note, holds in notes.items() if holds))
+    notes = (
+        (
+            profile.keeps_name and reader.model not in ("", request.model),
+            f"The server has only the model `{reader.model}`, which replied instead.",
+        ),
+        (request.options.get("logprobs") and not reader.has_logprobs, "The server sent no log-probabilities."),
+        (profile.cuts and images, f"{profile.name} ignores images here if the model cannot read them."),
+    )
+    return replace(reader.last(), warnings=tuple(note for holds, note in notes if holds))
 
 
 # --- Vectors and models ----------------------------------------------------------------------------------------------
