@@ -31,7 +31,6 @@ ENGINE = [
     "events",
     "health",
     "answers",
-    "fragments",
     "inputs",
     "schemas",
     "options",

@@ -37,6 +37,7 @@ from graftage.exceptions import (
 )
 from graftage.footprint import footprint, read_shape
 from graftage.hookspecs import hookimpl
+from graftage.http.chat import ChatReader
 from graftage.types import (
     Capabilities,
     Chunk,
@@ -47,6 +48,7 @@ from graftage.types import (
     ModelInfo,
     PullProgress,
     Ranking,
+    Timings,
 )
 from graftage_llamacpp import _convert, _engine
 from graftage_llamacpp._engine import (
@@ -139,15 +141,23 @@ class LlamaCppConnection:
     async def _chunks(
         self, request: ChatRequest | GenerateRequest, job: Job, path: str, body: Mapping[str, object]
     ) -> AsyncIterator[Chunk]:
-        reader = _convert.ChunkReader(job.stored.name, top=bool(request.options.get("top_logprobs")))
+        reader = ChatReader(request)
         body = {**_default_options(job.stored, request), **body}
-        events = self._http.events("POST", path, body, call=request.call, read=reader.read, context={"job": job})
+        events = self._http.events(
+            "POST", path, body, call=request.call, read=reader.read, words=reader.words, context={"job": job}
+        )
         async for chunk in events:
             if chunk is not None:
                 yield chunk
-        if reader.finish is not None:
-            load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
-            yield reader.last(load, (*_window_notes(job.stored, request.context_window), *notes))
+        last = reader.last()
+        load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
+        notes = (*_window_notes(job.stored, request.context_window), *notes)
+        yield replace(
+            last,
+            timings=replace(last.timings or Timings(), load=load),
+            model=job.stored.name,
+            warnings=notes,
+        )
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:

@@ -6,7 +6,6 @@ change with each start.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -22,16 +21,12 @@ from graftage.exceptions import (
 from graftage.gguf import Header
 from graftage.http import (
     Answer,
-    CallJoiner,
-    Event,
-    read_logprobs,
     read_object,
     read_records,
-    read_seconds,
-    read_text,
     read_vectors,
 )
-from graftage.types import Chunk, Embeddings, Message, ModelInfo, Ranked, Ranking, Timings, Tool, Usage
+from graftage.http.chat import as_chat, message_body, tool_bodies
+from graftage.types import Embeddings, Message, ModelInfo, Ranked, Ranking, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FEATURES",
     "OPTIONS",
-    "ChunkReader",
     "chat_body",
     "features",
     "generate_body",
@@ -182,7 +176,7 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
         choice = request.tool_choice
         # The engine treats a name as a choice of its own; if only this tool is there, `required` means the same.
         named = [each for each in request.tools if each.name == choice]
-        body["tools"] = [_tool(each) for each in named or request.tools]
+        body["tools"] = tool_bodies(named or request.tools)
         if choice is not None:
             body["tool_choice"] = "required"
     if request.format is not None:
@@ -205,10 +199,7 @@ def generate_body(request: GenerateRequest, header: Header) -> dict[str, Any]:
     if request.images:
         require("images", able, request.model)
     if not request.raw:
-        system = (Message(role="system", content=request.system),) if request.system is not None else ()
-        names = ("call", "model", "format", "think", "options", "max_tokens", "context_window", "adapter")
-        same = {name: getattr(request, name) for name in names}
-        return chat_body(ChatRequest(messages=(*system, Message(role="user", content=request.prompt)), **same), header)
+        return chat_body(as_chat(request), header)
     if request.system is not None:
         raise RequestRejected(
             "`raw` cannot be combined with a system prompt.", hint="Write it into the prompt, or leave `raw` out."
@@ -283,79 +274,11 @@ def _with_system(messages: list[dict[str, Any]], header: Header) -> list[dict[st
 
 
 def _message(message: Message) -> dict[str, Any]:
-    out: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thinking:
-        out["reasoning_content"] = message.thinking
-    if message.tool_calls:
-        out["tool_calls"] = [
-            {
-                "id": each.id,
-                "type": "function",
-                "function": {"name": each.name, "arguments": json.dumps(dict(each.arguments))},
-            }
-            for each in message.tool_calls
-        ]
-    if name := message.tool_name or message.name:
-        out["name"] = name
-    if message.tool_call_id:
-        out["tool_call_id"] = message.tool_call_id
-    return out
-
-
-def _tool(tool: Tool) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function}
+    body = message_body(message, "reasoning_content")
+    return {**body, "name": message.tool_name} if message.tool_name else body
 
 
 # --- Responses -------------------------------------------------------------------------------------------------------
-
-
-class ChunkReader:
-    """Turns the events of one response into chunks."""
-
-    def __init__(self, model: str, *, top: bool) -> None:
-        self._model = model
-        self._top = top
-        self._calls = CallJoiner()
-        self._last: dict[str, Any] = {}
-        self.finish: str | None = None
-        """The engine's reason for the end, once it has ended."""
-
-    def read(self, event: Event) -> Chunk | None:
-        """Return the chunk of an event, if it has one."""
-        found = event.json()
-        if found.get("usage") or found.get("timings"):
-            self._last = found
-        choices = found.get("choices") or ()
-        if not choices:
-            return None
-        choice = choices[0]
-        self.finish = choice.get("finish_reason") or self.finish
-        delta = choice.get("delta") or {"content": choice.get("text")}
-        for call in delta.get("tool_calls") or ():
-            self._calls.add(call)
-        text, thinking = read_text(delta.get("content")), read_text(delta.get("reasoning_content"))
-        logprobs = read_logprobs(read_object(choice.get("logprobs")).get("content"), top=self._top)
-        if not (text or thinking or logprobs):
-            return None
-        return Chunk(text=text, thinking=thinking, logprobs=logprobs)
-
-    def last(self, load: float | None, notes: tuple[str, ...]) -> Chunk:
-        """Return the last chunk, with the seconds that the engine took to start, and warnings."""
-        usage, timings = read_object(self._last.get("usage")), read_object(self._last.get("timings"))
-        return Chunk(
-            tool_calls=self._calls.read(cut=self.finish == "length"),
-            finish_reason=self.finish or "",
-            usage=Usage(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens")),
-            timings=Timings(
-                load=load,
-                prompt=read_seconds(timings.get("prompt_ms"), per_second=1e3),
-                generation=read_seconds(timings.get("predicted_ms"), per_second=1e3),
-            ),
-            model=self._model,
-            warnings=notes,
-            raw=self._last,
-        )
 
 
 def tokens(found: Mapping[str, Any]) -> list[int]:

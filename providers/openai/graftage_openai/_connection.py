@@ -39,6 +39,7 @@ from graftage.exceptions import (
 from graftage.files import read_model
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
+from graftage.http.chat import ChatReader, as_chat
 from graftage.http.client import typed_errors
 from graftage.http.transport import header
 from graftage.types import (
@@ -55,8 +56,8 @@ from graftage.types import (
 )
 from graftage_openai import _convert
 from graftage_openai._adapters import Adapters
-from graftage_openai._convert import unsupported
-from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host, recognise
+from graftage_openai._convert import recognise, unsupported
+from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host
 
 if TYPE_CHECKING:
     from graftage.hookspecs import ConnectRequest
@@ -129,7 +130,7 @@ class OpenAIConnection:
             body = _convert.completion_body(request, profile, self._learned)
             answer = self._answer("/completions", body, request, profile)
         else:
-            chat = _convert.as_chat(request)
+            chat = as_chat(request)
             answer = self._answer("/chat/completions", self._chat_body(chat, profile), chat, profile)
         async for chunk in answer:
             yield chunk
@@ -162,7 +163,7 @@ class OpenAIConnection:
             StreamInterrupted: it has no reason for its end, and so may be cut.
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
-        reader = _convert.Reader(request, profile, self._learned)
+        reader = ChatReader(request)
         path, whole = f"{self._api}{path}", "logprobs" in body and not profile.streams_logprobs
         if whole:
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
@@ -184,7 +185,8 @@ class OpenAIConnection:
             except RequestRejected as error:
                 if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-        yield reader.last()
+        self._learned.thought = reader.thought or self._learned.thought
+        yield _convert.last_chunk(reader, request, profile)
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:

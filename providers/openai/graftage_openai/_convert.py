@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal
-
-import msgspec
+from typing import Any, Final
 
 from graftage import http
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
-from graftage.exceptions import (
-    CapabilityUnsupported,
-    InferenceFailed,
-    ProviderError,
-    RequestRejected,
-    StreamInterrupted,
-)
+from graftage.exceptions import CapabilityUnsupported, ProviderError, RequestRejected
 from graftage.footprint import footprint, read_shape
+from graftage.http.chat import ChatReader, message_body, read_tokens, tool_bodies
 from graftage.http.transport import header
-from graftage.types import Chunk, Embeddings, Feature, LoadedModel, Logprob, Message, ModelInfo, Timings, Usage
-
-if TYPE_CHECKING:
-    from graftage_openai._profiles import Profile
+from graftage.types import Chunk, Embeddings, Feature, LoadedModel, ModelInfo, Usage
+from graftage_openai._profiles import OWNERS, PROFILES, Profile
 
 __all__ = [
     "Learned",
-    "Reader",
-    "as_chat",
     "chat_body",
     "completion_body",
     "embed_body",
     "embeddings",
     "features",
+    "last_chunk",
     "loaded_models",
     "models",
+    "recognise",
     "unsupported",
 ]
 
@@ -86,14 +75,6 @@ def unsupported(what: str, profile: Profile) -> CapabilityUnsupported:
     return CapabilityUnsupported(f"{profile.name or 'This server'} does not support `{what}`.", hint=hint)
 
 
-def as_chat(request: GenerateRequest) -> ChatRequest:
-    """Return the chat that a prompt is for a model with a template."""
-    names = ("call", "model", "format", "think", "options", "max_tokens", "context_window", "keep_alive", "adapter")
-    system = (Message(role="system", content=request.system),) if request.system is not None else ()
-    user = Message(role="user", content=request.prompt, images=request.images)
-    return ChatRequest(messages=(*system, user), **{name: getattr(request, name) for name in names})
-
-
 def chat_body(request: ChatRequest, profile: Profile, learned: Learned) -> dict[str, Any]:
     """Return the JSON of a chat.
 
@@ -105,7 +86,7 @@ def chat_body(request: ChatRequest, profile: Profile, learned: Learned) -> dict[
         body["top_logprobs"] = body.get("top_logprobs") or 1  # Without it, some servers omit the tokens.
     if request.max_tokens is not None:
         body[learned.limit or profile.limit] = min(request.max_tokens, LONGEST)
-    body["messages"] = [_message(each, profile.thought or learned.thought) for each in request.messages]
+    body["messages"] = [message_body(each, profile.thought or learned.thought) for each in request.messages]
     if request.tools:
         body |= _tools(request, profile)
     if request.format == "json":
@@ -142,28 +123,6 @@ def _shared_body(request: ChatRequest | GenerateRequest, profile: Profile, learn
     return {**options, "model": request.model, "stream": True, **learned.usage}
 
 
-def _message(message: Message, thought: str | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.images:
-        kinds = [(each.media_type or "image/png", base64.b64encode(each.data).decode()) for each in message.images]
-        images = [{"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}} for kind, data in kinds]
-        body["content"] = [{"type": "text", "text": message.content}, *images] if message.content else images
-    # DeepSeek refuses turns with calls that lack the field, even if it is empty.
-    if thought and (message.thinking or message.tool_calls):
-        body[thought] = message.thinking or ""
-    if message.tool_calls:
-        body["tool_calls"] = [
-            {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": _json(each.arguments)}}
-            for each in message.tool_calls
-        ]
-    named = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return body | {name: value for name, value in named.items() if value}
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(dict(value), ensure_ascii=False)
-
-
 def _tools(request: ChatRequest, profile: Profile) -> dict[str, Any]:
     choice: Any = request.tool_choice
     tools = request.tools
@@ -172,8 +131,7 @@ def _tools(request: ChatRequest, profile: Profile) -> dict[str, Any]:
             choice = {"type": "function", "function": {"name": choice}}
         else:
             tools, choice = tuple(each for each in tools if each.name == choice), "required"
-    functions = [{"name": it.name, "description": it.description, "parameters": dict(it.parameters)} for it in tools]
-    body = {"tools": [{"type": "function", "function": each} for each in functions]}
+    body = {"tools": tool_bodies(tools)}
     return body if choice is None else {**body, "tool_choice": choice}
 
 
@@ -213,170 +171,21 @@ def embed_body(request: EmbedRequest, profile: Profile) -> dict[str, Any]:
 # --- Replies ---------------------------------------------------------------------------------------------------------
 
 
-class _Delta(msgspec.Struct):
-    content: str
-    reasoning: None = None
-    reasoning_content: None = None
-    refusal: None = None
-    tool_calls: None = None
+def last_chunk(reader: ChatReader, request: ChatRequest | GenerateRequest, profile: Profile) -> Chunk:
+    """Return the last chunk of a reply, with warnings of what the server has ignored.
 
-
-class _Choice(msgspec.Struct):
-    delta: _Delta
-    index: Literal[0] = 0
-    finish_reason: None = None
-    logprobs: None = None
-
-
-class _TextEvent(msgspec.Struct):
-    """An event with text only. Fields of type None must be absent."""
-
-    choices: tuple[_Choice]
-    model: str
-    error: None = None
-    usage: None = None
-    timings: None = None
-
-
-_text_event = msgspec.json.Decoder(_TextEvent).decode
-
-
-class Reader:
-    """Turns the events of one response into chunks, and holds its end until the usage has come."""
-
-    def __init__(self, request: ChatRequest | GenerateRequest, profile: Profile, learned: Learned) -> None:
-        self._request = request
-        self._profile = profile
-        self._learned = learned
-        self._thoughts = http.ThoughtSplitter()
-        self._thoughts.over = isinstance(request, GenerateRequest)
-        self._calls = http.CallJoiner()
-        self._last: dict[str, Any] = {}
-        self._model = ""
-        # Whether a thought came in a field of its own, and whether log-probabilities and a refusal came.
-        self._field = self._logprobs = self._refused = False
-        self.headers: http.Headers = ()
-        self.finish: str | None = None
-        """The server's reason for the end. Without one, the reply is not complete."""
-
-    def words(self, data: bytes) -> tuple[str, str] | None:
-        """Return the text of an event that has nothing else."""
-        if self._model and self._thoughts.over:
-            try:
-                found = _text_event(data)
-            except (msgspec.MsgspecError, ValueError, RecursionError):
-                return None
-            if found.model == self._model and (text := found.choices[0].delta.content):
-                return self._thoughts.split(text)
-        return None
-
-    def read(self, event: http.Event) -> Chunk | None:
-        """Return the chunk of an event, if it has one."""
-        return self._take(event.json())
-
-    def whole(self, found: http.Document) -> Chunk:
-        """Return the chunk of a reply that comes in one piece."""
-        self.headers = found.headers
-        return self._take(found) or Chunk()
-
-    def _take(self, found: Mapping[str, Any]) -> Chunk | None:
-        choices, model = http.read_entries(found.get("choices"), http.read_object), found.get("model")
-        choice = next((each for each in choices if not each.get("index")), {})  # With `n`, there are others.
-        delta = http.read_object(choice.get("delta") or choice.get("message")) or {"content": choice.get("text")}
-        calls = delta.get("tool_calls") or ()
-        for each in [calls] if isinstance(calls, Mapping) else calls:
-            self._calls.add(http.read_object(each))
-        text, thinking = self._words(delta)
-        logprobs = _logprobs(http.read_object(choice.get("logprobs")), top="top_logprobs" in self._request.options)
-        self._logprobs = self._logprobs or bool(logprobs)
-        self._refused = self._refused or bool(delta.get("refusal"))
-        self.finish = http.read_word(choice.get("finish_reason")) or self.finish
-        if self.finish or found.get("usage") or found.get("timings"):
-            self._last |= {name: value for name, value in found.items() if value or name not in self._last}
-        elif model == "" and self._model and not (text or thinking or calls):  # Ollama sends no other sign.
-            raise InferenceFailed("The model stopped working in the middle of its reply.", hint="See the server's log.")
-        self._model = http.read_word(model) or self._model
-        return Chunk(text=text, thinking=thinking, logprobs=logprobs) if text or thinking or logprobs else None
-
-    def _words(self, delta: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the text and the thinking of a message, which come in several forms, sometimes in two at once."""
-        text, thinking = _blocks(delta.get("content") or delta.get("refusal"))
-        fields = ((name, http.read_word(delta.get(name))) for name in ("reasoning_content", "reasoning"))
-        if found := next(filter(lambda pair: pair[1], fields), None):
-            self._learned.thought, thinking = found[0], found[1] or ""
-        self._field = self._field or bool(thinking)
-        text, tagged = self._thoughts.split(text) if text else ("", "")
-        return text, thinking or ("" if self._field else tagged)
-
-    def last(self) -> Chunk:
-        """Return the last chunk: what was held back, and what else is known.
-
-        Raises:
-            StreamInterrupted: the reply has no reason for its end, and so may be cut.
-            InferenceFailed: a tool call cannot be read.
-        """
-        if self.finish is None:
-            hint = "Was it stopped? See its log, and ask again."
-            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
-        text, thinking = self._thoughts.split("", last=True)
-        timings = http.read_object(self._last.get("timings"))
-        prompt, generation = (
-            http.read_seconds(timings.get(each), per_second=1e3) for each in ("prompt_ms", "predicted_ms")
-        )
-        return Chunk(
-            text=text,
-            thinking="" if self._field else thinking,
-            tool_calls=self._calls.read(cut=self.finish in ("length", "max_tokens")),
-            finish_reason="refusal" if self._refused else self.finish,
-            usage=_usage(self._last),
-            timings=Timings(prompt=prompt, generation=generation),
-            model=self._model or None,
-            warnings=tuple(self._warnings()),
-            request_id=next(filter(None, (header(self.headers, each) for each in REQUEST_IDS)), None),
-            rate_limits={name: value for name, value in self.headers if "ratelimit" in name} or None,
-            raw=self._last,
-        )
-
-    def _warnings(self) -> Iterator[str]:
-        request = self._request
-        if self._profile.keeps_name and self._model not in ("", request.model):
-            yield f"The server has only the model `{self._model}`, which replied instead."
-        if request.options.get("logprobs") and not self._logprobs:
-            yield "The server sent no log-probabilities."
-        if self._profile.cuts and isinstance(request, ChatRequest) and any(each.images for each in request.messages):
-            yield f"{self._profile.name} ignores images here if the model cannot read them."
-
-
-REQUEST_IDS: Final = ("x-request-id", "request-id", "x-generation-id", "apim-request-id")
-
-
-def _blocks(content: object) -> tuple[str, str]:
-    """Return the text and the thinking of a content that is a text or, as Mistral sends it, a list of blocks."""
-    if not isinstance(content, list):
-        return http.read_text(content), ""
-    blocks = [http.read_object(each) for each in content]
-    text = "".join(http.read_text(each.get("text")) for each in blocks)
-    return text, "".join(_blocks(each.get("thinking"))[0] for each in blocks)
-
-
-def _logprobs(found: Mapping[str, Any], *, top: bool) -> tuple[Logprob, ...]:
-    entries = found.get("content")
-    if isinstance(found.get("tokens"), list):  # The form of completions.
-        pairs = zip(found["tokens"], found.get("token_logprobs") or (), strict=False)
-        entries = [{"token": token, "logprob": logprob} for token, logprob in pairs]
-    return http.read_logprobs(entries, top=top)
-
-
-def _usage(found: Mapping[str, Any]) -> Usage | None:
-    usage, timings = http.read_object(found.get("usage")), http.read_object(found.get("timings"))
-    read, written = (http.read_object(usage.get(f"{each}_tokens_details")) for each in ("prompt", "completion"))
-    counts = Usage(
-        input_tokens=usage.get("prompt_tokens"),
-        output_tokens=usage.get("completion_tokens"),
-        cached_tokens=read.get("cached_tokens", timings.get("cache_n")),
-        reasoning_tokens=written.get("reasoning_tokens"),
-    )
-    return None if counts == Usage() else counts
+    Raises:
+        InferenceFailed: a tool call cannot be read.
+        StreamInterrupted: the reply has no reason for its end, and so may be cut.
+    """
+    images = isinstance(request, ChatRequest) and any(each.images for each in request.messages)
+    notes = {
+        f"The server has only the model `{reader.model}`, which replied instead.": profile.keeps_name
+        and reader.model not in ("", request.model),
+        "The server sent no log-probabilities.": request.options.get("logprobs") and not reader.has_logprobs,
+        f"{profile.name} ignores images here if the model cannot read them.": profile.cuts and images,
+    }
+    return replace(reader.last(), warnings=tuple(note for note, holds in notes.items() if holds))
 
 
 # --- Vectors and models ----------------------------------------------------------------------------------------------
@@ -393,7 +202,20 @@ def embeddings(request: EmbedRequest, found: Mapping[str, Any]) -> Embeddings:
         problem = f"The vectors of `{request.model}` have {len(vectors[0])} numbers, not {request.dimensions}."
         hint = "Leave `dimensions` out, or choose a model that can shorten its vectors."
         raise CapabilityUnsupported(problem, hint=hint)
-    return Embeddings(vectors=vectors, model=http.read_word(found.get("model")) or "", usage=_usage(found) or Usage())
+    return Embeddings(
+        vectors=vectors, model=http.read_word(found.get("model")) or "", usage=read_tokens(found) or Usage()
+    )
+
+
+def recognise(listed: http.Document) -> Profile | None:
+    """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
+    software = header(listed.headers, "server") or ""
+    owners = http.read_entries(listed.get("data"), lambda each: each.get("owned_by"))
+    if software == "llama.cpp":
+        return PROFILES["llama-server"]
+    if software.startswith("BaseHTTP") and (set(owners) == {None} or not listed):
+        return PROFILES["mlx"]
+    return next((PROFILES[OWNERS[each]] for each in owners if each in OWNERS), None)
 
 
 WINDOWS: Final = ("n_ctx", "max_model_len", "context_length", "max_context_length", "context_window")

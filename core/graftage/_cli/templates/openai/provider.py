@@ -7,7 +7,8 @@ from typing import Any
 from graftage.calls import ChatRequest, EmbedRequest, ModelsRequest
 from graftage.exceptions import ContextOverflow, ProviderError, QuotaExceeded
 from graftage.hookspecs import ConnectRequest, hookimpl
-from graftage.http import Answer, CallJoiner, Event, place, read_object, read_records, read_vectors
+from graftage.http import Answer, Event, place, read_object, read_records, read_vectors
+from graftage.http.chat import CallJoiner
 from graftage.types import Capabilities, Chunk, Embeddings, Message, ModelInfo, Usage
 
 graftage_contract = 1
