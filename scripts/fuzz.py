@@ -9,6 +9,7 @@ It needs `pip install atheris`, and runs until it finds an error. `tests/test_fu
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -90,13 +91,11 @@ class ScriptedTransport:
 
 
 TRANSPORT: Final = ScriptedTransport()
-_clients: list[graftage.Client] = []
 
 
-def _client() -> graftage.Client:
-    if not _clients:
-        _clients.append(graftage.connect("ollama", host="127.0.0.1", model="m", transport=TRANSPORT, attempts=1))
-    return _clients[0]
+@functools.cache
+def _client(provider: str, **settings: Any) -> graftage.Client:
+    return graftage.connect(provider, host="127.0.0.1:9", model="m", transport=TRANSPORT, attempts=1, **settings)
 
 
 def _text_in(body: bytes) -> str:
@@ -116,13 +115,29 @@ def lines(data: bytes) -> None:
     TRANSPORT.pieces = iter(split(data))
     seen: list[str] = []
     try:
-        with _client().chat("x", stream=True) as stream:
+        with _client("ollama").chat("x", stream=True) as stream:
             seen.extend(chunk.text for chunk in stream)
         whole = _text_in(data)
         assert stream.reply.text == whole
     except GraftageError as error:
         whole = error.partial.text if error.partial else ""
     assert "".join(seen) == whole
+
+
+def events(data: bytes) -> None:
+    """A stream of events gives the same reply or error, in whichever pieces it arrives."""
+    found = _read_events([data])
+    assert found == _read_events(split(data))
+    assert found[0] is not ProviderError
+
+
+def _read_events(pieces: list[bytes]) -> tuple[Any, ...]:
+    TRANSPORT.pieces = iter(pieces)
+    try:
+        reply = _client("openai", profile="mlx").chat("x", tools=[{"name": "f"}])
+    except GraftageError as error:
+        return type(error), error.partial and error.partial.text
+    return reply.text, reply.thinking, reply.finish_reason, [(each.name, each.arguments) for each in reply.tool_calls]
 
 
 def framing(data: bytes) -> None:
@@ -220,9 +235,21 @@ def gguf(data: bytes) -> None:
 
 _LINE = b'{"model":"m","message":{"role":"assistant","content":"a\xc2\x85b\\u00e9"},"done":false}\n'
 _LAST = b'{"message":{"content":"c"},"done":true,"done_reason":"stop","eval_count":2}\n'
+_HEAD = b'data: {"model":"m","choices":[{"index":0,"delta":'
+_TEXT = _HEAD + b'{"content":"<think>a</think>b\\u00e9","reasoning":""},"finish_reason":null}]}\n\n'
+_CALL = _HEAD + b'{"tool_calls":[{"index":0,"function":{"name":"f","arguments":"{}"}}]},"finish_reason":null}]}\n\n'
+_STOP = _HEAD + b'{},"finish_reason":"stop"}],"usage":{"prompt_tokens":1}}\n\ndata: [DONE]\n\n'
 _KEY = b"\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama"
 TARGETS: Final[dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]]] = {
     "lines": (lines, (_LINE * 3 + _LAST, _LINE + b"\r\n \n" + _LAST + _LINE, b'{"error":"busy"}\n')),
+    "events": (
+        events,
+        (
+            b": ping\n\n" + _TEXT * 3 + _STOP,
+            b"id: 1\r\n" + _TEXT + _CALL + _STOP,
+            _TEXT + b'event: error\ndata: {"message":"busy"}\n\n',
+        ),
+    ),
     "framing": (
         framing,
         (

@@ -388,7 +388,6 @@ class TestErrors:
             b"data: [1]\n\n",
             b'data: {"choices": 5}\n\n',
             b'data: {"choices": [{"delta": null}]}\n\n',
-            b'data: {"choices": [{"delta": {"tool_calls": [{"function": {}}]}}]}\n\n',
             b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',
         ],
     )

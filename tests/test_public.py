@@ -31,6 +31,7 @@ ENGINE = [
     "events",
     "health",
     "answers",
+    "fragments",
     "inputs",
     "schemas",
     "options",

@@ -28,6 +28,7 @@ from graftage._engine.answers import (
     read_vectors,
     read_word,
 )
+from graftage._engine.fragments import CallJoiner, ThoughtSplitter
 from graftage.http.address import is_loopback, is_private, place, proxy_for
 from graftage.http.client import Document, Event, Http, Items
 from graftage.http.clock import Clock
@@ -36,6 +37,7 @@ from graftage.http.transport import Colour, Headers, Request, Response, Transpor
 
 __all__ = [
     "Answer",
+    "CallJoiner",
     "Clock",
     "Colour",
     "Document",
@@ -47,6 +49,7 @@ __all__ = [
     "Request",
     "Response",
     "Rules",
+    "ThoughtSplitter",
     "Transport",
     "Wrapper",
     "by_words",

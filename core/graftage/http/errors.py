@@ -136,8 +136,14 @@ GENERAL_WORDS: Final[Rules] = (
     (
         OVERFLOW_WORDS,
         says(
-            ContextOverflow, "The prompt does not fit into the context window.", "Send less, or raise `context_window`."
+            ContextOverflow,
+            "The prompt does not fit into the context window.",
+            "Send less, or raise `context_window` or the server's own limit.",
         ),
+    ),
+    (
+        ("model_not_found", "no models loaded"),
+        says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
     ),
     (
         ("too large to process",),
@@ -239,7 +245,6 @@ WORDS_BY_STATUS: Final[Mapping[int, Rules]] = {
         *RATE_LIMITS,
         *BACKEND,
         (("invalid_api_key", "authentication_error", "unauthorized"), _sign_in),
-        (("model_not_found",), says(ModelNotFound, "The server does not have {model}.", "Check its name.")),
     ),
     400: BACKEND,
     403: ABOUT_PLANS,

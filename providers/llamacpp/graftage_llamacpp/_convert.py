@@ -22,13 +22,13 @@ from graftage.exceptions import (
 from graftage.gguf import Header
 from graftage.http import (
     Answer,
+    CallJoiner,
     Event,
     read_logprobs,
     read_object,
     read_records,
     read_seconds,
     read_text,
-    read_tool_call,
     read_vectors,
 )
 from graftage.types import Chunk, Embeddings, Message, ModelInfo, Ranked, Ranking, Timings, Tool, Usage
@@ -316,7 +316,7 @@ class ChunkReader:
     def __init__(self, model: str, *, top: bool) -> None:
         self._model = model
         self._top = top
-        self._calls: dict[int, dict[str, str]] = {}
+        self._calls = CallJoiner()
         self._last: dict[str, Any] = {}
         self.finish: str | None = None
         """The engine's reason for the end, once it has ended."""
@@ -333,30 +333,18 @@ class ChunkReader:
         self.finish = choice.get("finish_reason") or self.finish
         delta = choice.get("delta") or {"content": choice.get("text")}
         for call in delta.get("tool_calls") or ():
-            self._add_call(call)
+            self._calls.add(call)
         text, thinking = read_text(delta.get("content")), read_text(delta.get("reasoning_content"))
         logprobs = read_logprobs(read_object(choice.get("logprobs")).get("content"), top=self._top)
         if not (text or thinking or logprobs):
             return None
         return Chunk(text=text, thinking=thinking, logprobs=logprobs)
 
-    def _add_call(self, part: Mapping[str, Any]) -> None:
-        """Add a part of a tool call: first comes its name, then its arguments in pieces."""
-        call = self._calls.setdefault(int(part.get("index") or 0), {"id": "", "name": "", "arguments": ""})
-        function = part.get("function") or {}
-        call["id"] = part.get("id") or call["id"]
-        call["name"] += function.get("name") or ""
-        piece = function.get("arguments")
-        if piece is not None:
-            call["arguments"] += piece if isinstance(piece, str) else json.dumps(piece)
-
     def last(self, load: float | None, notes: tuple[str, ...]) -> Chunk:
         """Return the last chunk, with the seconds that the engine took to start, and warnings."""
         usage, timings = read_object(self._last.get("usage")), read_object(self._last.get("timings"))
         return Chunk(
-            tool_calls=tuple(
-                read_tool_call(call["name"], call["arguments"], call["id"]) for _, call in sorted(self._calls.items())
-            ),
+            tool_calls=self._calls.read(cut=self.finish == "length"),
             finish_reason=self.finish or "",
             usage=Usage(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens")),
             timings=Timings(

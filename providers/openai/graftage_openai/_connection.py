@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -27,10 +27,10 @@ from graftage.exceptions import (
     AuthenticationFailed,
     CapabilityUnsupported,
     ConnectionFailed,
-    ContextOverflow,
     InferenceFailed,
     ModelNotFound,
     Overloaded,
+    ProtocolError,
     ProviderError,
     ProviderTimeout,
     RequestRejected,
@@ -67,6 +67,8 @@ LOOK: Final = 2.0
 """Seconds to find out which server it is."""
 PASSING: Final = (AuthenticationFailed, ConnectionFailed, Overloaded, ProviderTimeout)
 """Errors after which the next call tries to find it out again."""
+NOT_FOUND: Final = 404
+NOT_THERE: Final = (NOT_FOUND, 405)
 
 
 class OpenAIConnection:
@@ -182,9 +184,6 @@ class OpenAIConnection:
             except RequestRejected as error:
                 if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
-        if reader.finish is None:
-            hint = "Was it stopped? See its log, and ask again."
-            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         yield reader.last()
 
     @hookimpl
@@ -311,10 +310,10 @@ class OpenAIConnection:
         profile = self._known or UNKNOWN
         found["server"] = profile.name or None
         if profile.health:
-            await self._get(profile.health, call)
+            await self._get_optional(profile.health, call)
         if profile.version:
             path, field = profile.version
-            found["version"] = read_word((await self._get(path, call)).get(field))
+            found["version"] = read_word((await self._get_optional(path, call)).get(field))
         found.update(reachable=True, api=True)
         if request.wants("model_present"):
             if canonical_name(model) not in {canonical_name(each.name) for each in listed}:
@@ -329,6 +328,16 @@ class OpenAIConnection:
         elif request.wants("model_loaded"):
             loaded = await self.loaded_models(ModelsRequest(call=call))
             found["model_loaded"] = canonical_name(model) in {canonical_name(each.name) for each in loaded}
+
+    async def _get_optional(self, path: str, call: Call) -> Document:
+        """Return what a path says; an empty object if it is not there, since a proxy may pass on the API alone."""
+        try:
+            found: Document = await self._get(path, call)
+        except ProviderError as error:
+            if error.status not in NOT_THERE and not isinstance(error, ProtocolError):
+                raise
+            return Document()
+        return found
 
     async def _get(self, path: str, call: Call, read: Callable[[Document], Any] = lambda found: found) -> Any:
         return await self._http.json("GET", path, call=call, read=read, empty=True)
@@ -347,18 +356,12 @@ RULES: Final[Rules] = (
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
         (
-            "model_not_found",
-            "no models loaded",
             "not a valid model",
             "cached snapshot",
             "repo id must",
             "'config.json'",
         ),
         says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
-    ),
-    (
-        ("exceed_context_size_error", "context_length_exceeded", "maximum context length"),
-        says(ContextOverflow, "The prompt does not fit into the context window.", "Send less, or enlarge the window."),
     ),
     (
         ("image input is not supported", "only 'text' content type", "does not support image"),
@@ -379,7 +382,6 @@ RULES: Final[Rules] = (
     ),
 )
 """Words and codes of these servers, whatever the status: some call a wrong request 404 or 500."""
-NOT_FOUND: Final = 404
 
 
 def _refusal(answer: Answer) -> ProviderError | None:

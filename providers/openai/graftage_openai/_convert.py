@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -14,7 +13,13 @@ import msgspec
 
 from graftage import http
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
-from graftage.exceptions import CapabilityUnsupported, InferenceFailed, ProviderError, RequestRejected
+from graftage.exceptions import (
+    CapabilityUnsupported,
+    InferenceFailed,
+    ProviderError,
+    RequestRejected,
+    StreamInterrupted,
+)
 from graftage.footprint import footprint, read_shape
 from graftage.http.transport import header
 from graftage.types import (
@@ -25,9 +30,7 @@ from graftage.types import (
     Logprob,
     Message,
     ModelInfo,
-    Reply,
     Timings,
-    ToolCall,
     Usage,
 )
 
@@ -220,77 +223,6 @@ def embed_body(request: EmbedRequest, profile: Profile) -> dict[str, Any]:
 # --- Replies ---------------------------------------------------------------------------------------------------------
 
 
-class Thoughts:
-    """Takes a thought in `<think>` tags from the start of a text that comes in pieces."""
-
-    OPEN: Final = "<think>"
-    CLOSE: Final = "</think>"
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._inside = self._gap = self.over = False
-
-    def split(self, piece: str, *, last: bool = False) -> tuple[str, str]:
-        """Return the text and the thought of a piece, and hold back what may be the begin of a tag."""
-        if self.over and not self._gap:
-            return piece, ""
-        held, self._held = self._held + piece, ""
-        if not self._inside and not self.over:
-            start = held.lstrip()
-            if self.OPEN.startswith(start) and start != self.OPEN and not last:
-                self._held = held
-                return "", ""
-            self._inside = start.startswith(self.OPEN)
-            self.over = not self._inside
-            if self.over:
-                return held, ""
-            held = start.removeprefix(self.OPEN)
-        thought, closed, text = ("", "", held) if self.over else held.partition(self.CLOSE)
-        if closed or self.over:
-            self.over, text = True, text.lstrip()
-            self._gap = not text
-            return text, thought
-        keep = 0 if last else next(n for n in range(len(self.CLOSE) - 1, -1, -1) if held.endswith(self.CLOSE[:n]))
-        self._held = held[len(held) - keep :]
-        return "", held[: len(held) - keep]
-
-
-class Calls:
-    """Joins the fragments of tool calls."""
-
-    def __init__(self) -> None:
-        self._calls: list[dict[str, str]] = []
-        self._places: dict[object, dict[str, str]] = {}
-
-    def add(self, part: Mapping[str, Any]) -> None:
-        """Add a fragment: to the call with its index or id; else to a new call if it has a name, or to the last one."""
-        function = http.read_object(part.get("function"))
-        place, call_id, name = (part.get("index"), *map(http.read_word, (part.get("id"), function.get("name"))))
-        place = call_id if place is None else place
-        call = self._places.get(place)
-        if place is None and not name and self._calls:
-            call = self._calls[-1]
-        if call is None or (call_id and name and call["id"] not in ("", call_id)):  # Some servers count all as 0.
-            call = {"id": "", "name": "", "arguments": ""}
-            self._calls.append(call)
-        if place is not None:
-            self._places[place] = call
-        arguments = function.get("arguments")
-        call["id"], call["name"] = call["id"] or call_id or "", call["name"] or name or ""
-        call["arguments"] += arguments if isinstance(arguments, str) else _json(arguments) if arguments else ""
-
-    def read(self, *, cut: bool) -> tuple[ToolCall, ...]:
-        """Return the calls.
-
-        Raises:
-            InferenceFailed: a call is malformed, or `cut` by the limit of the reply.
-        """
-        if cut and self._calls and not (last := self._calls[-1])["arguments"].rstrip().endswith("}"):
-            problem = f"The reply reached its limit in the middle of a call of the tool `{last['name'][:80]}`."
-            raise InferenceFailed(problem, hint="Raise `max_tokens`.", partial=Reply(text="", raw=last))
-        return tuple(http.read_tool_call(each["name"], each["arguments"], each["id"]) for each in self._calls)
-
-
 class _Delta(msgspec.Struct):
     content: str
     reasoning: None = None
@@ -326,9 +258,9 @@ class Reader:
         self._request = request
         self._profile = profile
         self._learned = learned
-        self._thoughts = Thoughts()
+        self._thoughts = http.ThoughtSplitter()
         self._thoughts.over = isinstance(request, GenerateRequest)
-        self._calls = Calls()
+        self._calls = http.CallJoiner()
         self._last: dict[str, Any] = {}
         self._model = ""
         self._field = self._logprobs = self._refused = False
@@ -389,8 +321,12 @@ class Reader:
         """Return the last chunk: what was held back, and what else is known.
 
         Raises:
+            StreamInterrupted: the reply has no reason for its end, and so may be cut.
             InferenceFailed: a tool call cannot be read.
         """
+        if self.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         text, thinking = self._thoughts.split("", last=True)
         timings = http.read_object(self._last.get("timings"))
         prompt, generation = (
@@ -456,24 +392,17 @@ def _usage(found: Mapping[str, Any]) -> Usage | None:
 
 
 def embeddings(request: EmbedRequest, found: Mapping[str, Any]) -> Embeddings:
-    """Read the vectors of a response, as numbers or as base64 of little-endian 32-bit floats.
+    """Read the vectors of a response.
 
     Raises:
         CapabilityUnsupported: the server ignored `dimensions`.
     """
-    vectors = [_vector(each) for each in http.read_vectors(found["data"])]
+    vectors = http.read_vectors(found["data"])
     if request.dimensions is not None and vectors and len(vectors[0]) != request.dimensions:
         problem = f"The vectors of `{request.model}` have {len(vectors[0])} numbers, not {request.dimensions}."
         hint = "Leave `dimensions` out, or choose a model that can shorten its vectors."
         raise CapabilityUnsupported(problem, hint=hint)
     return Embeddings(vectors=vectors, model=http.read_word(found.get("model")) or "", usage=_usage(found) or Usage())
-
-
-def _vector(found: Any) -> Any:
-    if not isinstance(found, str):
-        return found
-    data = base64.b64decode(found, validate=True)
-    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 WINDOWS: Final = ("n_ctx", "max_model_len", "context_length", "max_context_length", "context_window")

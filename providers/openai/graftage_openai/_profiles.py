@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
 from pydantic import Field
 
 from graftage._records import dataclass
-from graftage.http import is_loopback, read_object
+from graftage.http import is_loopback, read_entries
 from graftage.http.transport import header
 from graftage.settings import Settings
 from graftage.types import Feature
@@ -96,7 +96,7 @@ class Profile:
     think: Literal["effort", "template", "reasoning"] | None = "effort"
     """Where `think` goes: `reasoning_effort`, arguments of the model's template, or OpenRouter's `reasoning`."""
     thought: Literal["reasoning", "reasoning_content"] | None = None
-    """The field of a message for what the model thought; None: the one in which the server has sent it."""
+    """The field of a message that the server or its templates read as a thought; None: the one that it has sent."""
     streams_logprobs: bool = True
     """Whether log-probabilities come in streams. If not, such a chat comes in one piece."""
     embeds: Literal["base64", "float"] | None = "float"
@@ -129,11 +129,11 @@ PROFILES: Final[Mapping[str, Profile]] = {
     ),
     "mlx": Profile(
         name="mlx_lm.server",
-        features=frozenset({"tools", "thinking", "logprobs"}),
+        features=CHAT - {"structured_output"},
         options=SAMPLING | {"repeat_last_n"},
         names=REPETITION,
         think="template",
-        thought="reasoning",
+        thought="reasoning_content",
         streams_logprobs=False,
         embeds=None,
         default_model="default_model",
@@ -207,11 +207,10 @@ OWNERS: Final = {
 
 def recognise(listed: Document) -> Profile | None:
     """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
-    software, models = header(listed.headers, "server") or "", listed.get("data")
-    first = read_object(models[0]) if isinstance(models, list) and models else {}
-    owner = first.get("owned_by")
+    software = header(listed.headers, "server") or ""
+    owners = read_entries(listed.get("data"), lambda each: each.get("owned_by"))
     if software == "llama.cpp":
         return PROFILES["llama-server"]
-    if software.startswith("BaseHTTP") and owner is None and (first or not listed):
+    if software.startswith("BaseHTTP") and (set(owners) == {None} or not listed):
         return PROFILES["mlx"]
-    return PROFILES.get(OWNERS.get(str(owner), ""))
+    return next((PROFILES[OWNERS[each]] for each in owners if each in OWNERS), None)

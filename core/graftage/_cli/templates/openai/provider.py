@@ -7,7 +7,7 @@ from typing import Any
 from graftage.calls import ChatRequest, EmbedRequest, ModelsRequest
 from graftage.exceptions import ContextOverflow, ProviderError, QuotaExceeded
 from graftage.hookspecs import ConnectRequest, hookimpl
-from graftage.http import Answer, Event, place, read_object, read_records, read_tool_call, read_vectors
+from graftage.http import Answer, CallJoiner, Event, place, read_object, read_records, read_vectors
 from graftage.types import Capabilities, Chunk, Embeddings, Message, ModelInfo, Usage
 
 graftage_contract = 1
@@ -49,7 +49,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.end: dict[str, Any] = {}
-        self._calls: dict[int, tuple[str, str, str]] = {}
+        self._calls = CallJoiner()
         self._usage: Usage | None = None
 
     def text(self, event: Event) -> str:
@@ -59,15 +59,12 @@ class Reader:
         if choice.get("finish_reason"):
             self.end = part
         for each in choice["delta"].get("tool_calls") or ():
-            function, place = each["function"], each["index"]
-            name, arguments, call_id = self._calls.get(place, ("", "", ""))
-            arguments += function.get("arguments") or ""
-            self._calls[place] = (function.get("name") or name, arguments, each.get("id") or call_id)
+            self._calls.add(each)
         return "" + (choice["delta"].get("content") or "")  # Anything but a text is an error here.
 
     def last(self) -> Chunk:
-        calls = tuple(read_tool_call(*call) for _, call in sorted(self._calls.items()))
         reason = self.end["choices"][0]["finish_reason"]
+        calls = self._calls.read(cut=reason == "length")
         return Chunk(tool_calls=calls, finish_reason=reason, usage=self._usage, raw=self.end)
 
 
