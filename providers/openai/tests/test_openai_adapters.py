@@ -351,6 +351,7 @@ class TestRecorded:
         assert base == again
 
 
+POISONS: tuple[dict[str, Any], ...] = ({}, {"lora": []})
 SERVER = """
 import json, sys, xllamacpp
 order = json.loads(sys.stdin.readline())
@@ -392,7 +393,7 @@ class TestEngine:
             base, ahoy, contrary = (llm.chat(QUESTION, adapter=each, **asked) for each in (None, "ahoy", "contrary"))
             assert len({base.text, ahoy.text, contrary.text}) == 3
             assert ahoy.warnings == base.warnings == ()
-            for other in ({}, {"lora": []}):
+            for other in POISONS:
                 # Another client whose request takes the cached prompt of the adapter for its own.
                 assert llm.chat(QUESTION, adapter="ahoy", **asked).text == ahoy.text
                 httpx.post(
