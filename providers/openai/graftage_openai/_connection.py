@@ -212,15 +212,13 @@ class OpenAIConnection:
     @hookimpl
     async def show_model(self, request: ModelRequest) -> ModelInfo:
         listed = await self.list_models(ModelsRequest(call=request.call))
-        for each in listed:
-            if canonical_name(each.name) == canonical_name(request.model):
-                profile = await self._profile(request.call)
-                model = replace(each, features=await self._features(request.call, profile))
-                if profile.loaded == "/api/v1/models":
-                    read = partial(_convert.from_lmstudio, model)
-                    return await self._http.json("GET", profile.loaded, call=request.call, read=read)
-                return await request.call.run(self._with_files, model, listed)
-        raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
+        profile = self._known or UNKNOWN
+        found = _find(request.model, listed)
+        model = replace(found, features=await self._features(request.call, profile))
+        if profile.loaded == "/api/v1/models":
+            read = partial(_convert.from_lmstudio, model)
+            return await self._http.json("GET", profile.loaded, call=request.call, read=read)
+        return await request.call.run(self._with_files, model, listed)
 
     def _with_files(self, model: ModelInfo, listed: Sequence[ModelInfo]) -> ModelInfo:
         """Add what the model's own files say, if they are on this machine."""
@@ -316,8 +314,7 @@ class OpenAIConnection:
             found["version"] = read_word((await self._get_optional(path, call)).get(field))
         found.update(reachable=True, api=True)
         if request.wants("model_present"):
-            if canonical_name(model) not in {canonical_name(each.name) for each in listed}:
-                raise ModelNotFound(f"The server does not list `{model}`.", hint="Choose one that it lists.")
+            _find(model, listed)
             found["model_present"] = True
         if request.wants("answers"):
             found["model_loaded"] = None  # It is unknown if the next step fails.
@@ -343,6 +340,14 @@ class OpenAIConnection:
         return await self._http.json("GET", path, call=call, read=read, empty=True)
 
 
+def _find(name: str, listed: Sequence[ModelInfo]) -> ModelInfo:
+    """Return the model of a name."""
+    for each in listed:
+        if canonical_name(each.name) == canonical_name(name):
+            return each
+    raise ModelNotFound(f"The server does not list `{name}`.", hint="Choose one that it lists.")
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 NO_ENDPOINT: Final = says(
@@ -355,12 +360,7 @@ RULES: Final[Rules] = (
     ),
     (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
     (
-        (
-            "not a valid model",
-            "cached snapshot",
-            "repo id must",
-            "'config.json'",
-        ),
+        ("not a valid model", "cached snapshot", "repository not found", "repo id must", "'config.json'"),
         says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or load it there first."),
     ),
     (

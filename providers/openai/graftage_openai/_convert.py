@@ -22,17 +22,7 @@ from graftage.exceptions import (
 )
 from graftage.footprint import footprint, read_shape
 from graftage.http.transport import header
-from graftage.types import (
-    Chunk,
-    Embeddings,
-    Feature,
-    LoadedModel,
-    Logprob,
-    Message,
-    ModelInfo,
-    Timings,
-    Usage,
-)
+from graftage.types import Chunk, Embeddings, Feature, LoadedModel, Logprob, Message, ModelInfo, Timings, Usage
 
 if TYPE_CHECKING:
     from graftage_openai._profiles import Profile
@@ -263,6 +253,7 @@ class Reader:
         self._calls = http.CallJoiner()
         self._last: dict[str, Any] = {}
         self._model = ""
+        # Whether a thought came in a field of its own, and whether log-probabilities and a refusal came.
         self._field = self._logprobs = self._refused = False
         self.headers: http.Headers = ()
         self.finish: str | None = None
