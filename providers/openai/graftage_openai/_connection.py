@@ -56,8 +56,8 @@ from graftage.types import (
 )
 from graftage_openai import _convert
 from graftage_openai._adapters import Adapters
-from graftage_openai._convert import unsupported
-from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host, recognise
+from graftage_openai._convert import recognise, unsupported
+from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host
 
 if TYPE_CHECKING:
     from graftage.hookspecs import ConnectRequest

@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from graftage import http
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import CapabilityUnsupported, ProviderError, RequestRejected
 from graftage.footprint import footprint, read_shape
 from graftage.http.chat import ChatReader, message_body, read_tokens, tool_bodies
+from graftage.http.transport import header
 from graftage.types import Chunk, Embeddings, Feature, LoadedModel, ModelInfo, Usage
-
-if TYPE_CHECKING:
-    from graftage_openai._profiles import Profile
+from graftage_openai._profiles import OWNERS, PROFILES, Profile
 
 __all__ = [
     "Learned",
@@ -27,6 +26,7 @@ __all__ = [
     "last_chunk",
     "loaded_models",
     "models",
+    "recognise",
     "unsupported",
 ]
 
@@ -207,6 +207,17 @@ def embeddings(request: EmbedRequest, found: Mapping[str, Any]) -> Embeddings:
     return Embeddings(
         vectors=vectors, model=http.read_word(found.get("model")) or "", usage=read_tokens(found) or Usage()
     )
+
+
+def recognise(listed: http.Document) -> Profile | None:
+    """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
+    software = header(listed.headers, "server") or ""
+    owners = http.read_entries(listed.get("data"), lambda each: each.get("owned_by"))
+    if software == "llama.cpp":
+        return PROFILES["llama-server"]
+    if software.startswith("BaseHTTP") and (set(owners) == {None} or not listed):
+        return PROFILES["mlx"]
+    return next((PROFILES[OWNERS[each]] for each in owners if each in OWNERS), None)
 
 
 WINDOWS: Final = ("n_ctx", "max_model_len", "context_length", "max_context_length", "context_window")

@@ -5,20 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
 from graftage._records import dataclass
-from graftage.http import is_loopback, read_entries
-from graftage.http.transport import header
 from graftage.settings import Settings
 from graftage.types import Feature
 
-if TYPE_CHECKING:
-    from graftage.http import Document
-
-__all__ = ["HOSTS", "PROFILES", "UNKNOWN", "WIDEST", "OpenAISettings", "Profile", "parse_host", "recognise"]
+__all__ = ["HOSTS", "OWNERS", "PROFILES", "UNKNOWN", "WIDEST", "OpenAISettings", "Profile", "parse_host"]
 
 ProfileName: TypeAlias = Literal["openai", "mlx", "llama-server", "lmstudio", "vllm", "ollama-v1", "openrouter"]
 
@@ -51,6 +46,8 @@ def parse_host(text: str | None) -> tuple[str, str]:
     Without a scheme, an address with a port or on this machine is http, and any other is https. `request.http` checks
     the URL.
     """
+    from graftage.http.address import is_loopback
+
     url = (text or "").strip().strip("'\"").strip() or DEFAULT_HOST
     if "://" not in url:
         name = re.split("[/?#]", url, maxsplit=1)[0].rpartition("@")[2]
@@ -203,14 +200,3 @@ OWNERS: Final = {
     "library": "ollama-v1",
 }
 """What servers write as `owned_by` into their lists of models."""
-
-
-def recognise(listed: Document) -> Profile | None:
-    """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
-    software = header(listed.headers, "server") or ""
-    owners = read_entries(listed.get("data"), lambda each: each.get("owned_by"))
-    if software == "llama.cpp":
-        return PROFILES["llama-server"]
-    if software.startswith("BaseHTTP") and (set(owners) == {None} or not listed):
-        return PROFILES["mlx"]
-    return next((PROFILES[OWNERS[each]] for each in owners if each in OWNERS), None)
