@@ -71,7 +71,7 @@ class Learned:
 
 def unsupported(what: str, profile: Profile) -> CapabilityUnsupported:
     """Return the error for what the server cannot do."""
-    hint = "Leave it out, or use another server. If it is another one, name it in the setting `profile`."
+    hint = "Leave it out, or use another server. If the server was taken for another one, set `profile`."
     return CapabilityUnsupported(f"{profile.name or 'This server'} does not support `{what}`.", hint=hint)
 
 

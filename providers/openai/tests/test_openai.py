@@ -258,6 +258,11 @@ class TestServer:
         assert connect(profile="vllm").chat("Hi", options={"min_p": 0.5}).text == "Hi"
         assert [each.path for each in fake.requests] == [CHAT]
 
+    def test_mlx_has_a_default_model(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(CHAT, streamed(content="Hi"))
+        connect(profile="mlx", model=None).chat("Hi")
+        assert fake.requests[-1].body["model"] == "default_model"
+
     def test_openai_is_known_by_its_host(self, connect: Any) -> None:
         with pytest.raises(RequestRejected, match="min_p"):
             connect(host="https://api.openai.com/v1").chat("Hi", options={"min_p": 0.5})
