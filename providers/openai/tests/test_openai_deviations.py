@@ -198,6 +198,7 @@ REPLIES: dict[str, tuple[list[bytes], dict[str, Any]]] = {
     "a byte at a time": ([*bytewise(b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n"))], {}),
     "all at once": ([TEXT], {}),
     "ids and names": ([b"id: 1\nevent: message\n" + HELLO, b"retry: 5\n" + STOP, DONE], {}),
+    "names without data": ([b"event: error\n\n", HELLO, b"id: 2\n\n", STOP, DONE], {}),
     "choices empty": ([found(prompt_filter_results=[{"prompt_index": 0}]), HELLO, STOP, DONE], {}),
     "choices absent": ([event({"x_groq": {"id": "r"}}), HELLO, STOP, event({"timings": {}}), DONE], {}),
     "choices null": ([HELLO, event({"choices": None}), STOP, DONE], {}),
