@@ -20,6 +20,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
+from graftage.types import Timeouts
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -270,6 +271,12 @@ class TestReplies:
         assert {name: getattr(reply, name) for name in expected} == expected
         if "usage" in case:
             assert (reply.usage.input_tokens, reply.usage.output_tokens) == counts
+
+    @pytest.mark.parametrize("ending", ["close", "reset", "stall"])
+    def test_are_whole_with_a_reason(self, connect: Any, fake: FakeOllama, ending: Any) -> None:
+        fake.script(CHAT, streamed(HELLO, STOP, ending=ending))
+        reply = connect(timeouts=Timeouts(idle=0.2)).chat("Hi")
+        assert (reply.text, reply.finish_reason) == ("Hello", "stop")
 
     def test_details_of_usage_are_read(self, connect: Any, fake: FakeOllama) -> None:
         details = {"prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 1}}
