@@ -49,10 +49,11 @@ def read_model(place: str) -> ModelInfo | None:
         path = Path(place)
         if path.is_file():
             return _from_gguf(place, path)
-        folder = path if path.is_dir() else _downloaded(place)
-        with (folder / "config.json").open("rb") as file:
-            config = json.loads(file.read(MAX_CONFIG))
-        return _from_folder(place, folder, config)
+        config = (path if path.is_dir() else _downloaded(place)) / "config.json"
+        if not config.is_file():  # Opening a pipe could wait for ever.
+            return None
+        with config.open("rb") as file:
+            return _from_folder(place, config.parent, json.loads(file.read(MAX_CONFIG)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 

@@ -157,6 +157,8 @@ def read_usage(usage: Usage | None) -> Usage | None:
 def read_vectors(data: Any) -> list[Any]:
     """Return the vectors of a response in OpenAI's form, in the order of their `index`.
 
+    Each is a list of numbers, or the base64 of its 32-bit floats.
+
     Raises:
         ProtocolError: the indexes are not the numbers from 0 on.
     """
@@ -166,7 +168,17 @@ def read_vectors(data: Any) -> list[Any]:
             f"The response has {len(data)} vectors, which are not numbered from 0 to {len(data) - 1}.",
             hint="Embed one text at a time, and report it to the server's authors.",
         )
-    return [each["embedding"] for each in sorted(data, key=lambda each: each.get("index") or 0)]
+    return [_read_vector(each["embedding"]) for each in sorted(data, key=lambda each: each.get("index") or 0)]
+
+
+def _read_vector(found: Any) -> Any:
+    if not isinstance(found, str):
+        return found
+    import base64
+    import struct
+
+    data = base64.b64decode(found, validate=True)
+    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

@@ -617,17 +617,17 @@ class _Events(Generic[T]):
             line = each.removesuffix(b"\r")
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
-            elif line.startswith(b"{"):  # No field has such a name.
-                yield line.decode("utf-8", "replace")
-            elif line:
-                self._take(line.decode("utf-8", "replace"))
-            elif self._data:
+            elif not line:
                 data = b"\n".join(self._data)
                 self.done = self.done or data.strip() == DONE
-                if not self.done:
+                if self._data and not self.done:
                     yield Event(self._http, self._call, self._fields, data) if self._fields else data
-                    self._fields = {}
                 self._data.clear()
+                self._fields = {}
+            elif line.startswith(b"{"):  # No field has such a name.
+                yield line.decode("utf-8", "replace")
+            else:
+                self._take(line.decode("utf-8", "replace"))
         if len(self._data) > MAX_OBJECTS:
             raise _too_many(len(self._data), "lines in one event")
 

@@ -1,13 +1,12 @@
 """OpenAI's chat API as JSON: requests, and replies in all the forms in which servers send them.
 
-    reader = Reader()
+    reader = ChatReader(request)
     items = self._http.events("POST", "/chat/completions", body, call=call, read=reader.read, words=reader.words)
     async for chunk in items:
         if chunk is not None:
             yield chunk
     reader.headers = items.headers
-    if reader.finish is not None:
-        yield reader.last()
+    yield reader.last()
 
 Import it by this path: `graftage.http` does not load it.
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -34,13 +32,15 @@ from graftage._engine.answers import (
     read_word,
 )
 from graftage.calls import ChatRequest, GenerateRequest
-from graftage.exceptions import InferenceFailed
+from graftage.exceptions import InferenceFailed, StreamInterrupted
 from graftage.http.client import Document, Event
 from graftage.http.transport import Headers, header
 from graftage.types import Chunk, Embeddings, Logprob, Message, Reply, Timings, Tool, ToolCall, Usage
 
 __all__ = [
-    "Reader",
+    "CallJoiner",
+    "ChatReader",
+    "ThoughtSplitter",
     "as_chat",
     "read_embeddings",
     "read_template",
@@ -158,17 +158,17 @@ def _json(value: Mapping[str, Any]) -> str:
 # --- Replies ---------------------------------------------------------------------------------------------------------
 
 
-class _Thoughts:
+class ThoughtSplitter:
     """Takes a thought in `<think>` tags from the start of a text that comes in pieces."""
 
     OPEN: Final = "<think>"
     CLOSE: Final = "</think>"
 
-    def __init__(self, *, over: bool) -> None:
+    def __init__(self) -> None:
         self._held = ""
         self._inside = self._gap = False
-        self.over = over
-        """Whether the rest is text."""
+        self.over = False
+        """Whether all that follows is text."""
 
     def split(self, piece: str, *, last: bool = False) -> tuple[str, str]:
         """Return the text and the thought of a piece, and hold back what may be the begin of a tag."""
@@ -195,8 +195,8 @@ class _Thoughts:
         return "", held[: len(held) - keep]
 
 
-class _Calls:
-    """Joins the fragments of tool calls."""
+class CallJoiner:
+    """Joins the fragments of tool calls, also where servers leave out their index or id."""
 
     def __init__(self) -> None:
         self._calls: list[dict[str, str]] = []
@@ -223,7 +223,7 @@ class _Calls:
         """Return the calls.
 
         Raises:
-            InferenceFailed: a call is malformed, or `cut` by the limit of the reply.
+            InferenceFailed: a call is malformed, or `cut` by the limit of the reply; `partial.raw` has it.
         """
         if cut and self._calls and not (last := self._calls[-1])["arguments"].rstrip().endswith("}"):
             problem = f"The reply reached its limit in the middle of a call of the tool `{last['name'][:80]}`."
@@ -259,28 +259,25 @@ class _TextEvent(msgspec.Struct):
 _text_event = msgspec.json.Decoder(_TextEvent).decode
 
 
-class Reader:
-    """Turns the events of one reply, or its one response, into chunks; holds the end until the usage has come.
+class ChatReader:
+    """Turns the events of one reply, or its one response, into chunks; holds the end until the usage has come."""
 
-    Args:
-        tags: whether a text may begin with a thought in `<think>` tags, as in a chat.
-        top: whether to keep the most probable tokens at each place.
-    """
-
-    def __init__(self, *, tags: bool = True, top: bool = False) -> None:
-        self._thoughts = _Thoughts(over=not tags)
-        self._calls = _Calls()
-        self._top = top
+    def __init__(self, request: ChatRequest | GenerateRequest) -> None:
+        self._top = "top_logprobs" in request.options
+        self._thoughts = ThoughtSplitter()
+        self._thoughts.over = isinstance(request, GenerateRequest)
+        self._calls = CallJoiner()
         self._last: dict[str, Any] = {}
         self._refused = False
+        self.headers: Headers = ()
+        """The headers of the response, for its id and the limits on the rate."""
         self.finish: str | None = None
         """The server's reason for the end. Without one, the reply is not complete."""
         self.model = ""
+        """The server's name of the model."""
         self.thought: str | None = None
         """The field in which the server has sent a thought: `reasoning` or `reasoning_content`."""
         self.has_logprobs = False
-        self.headers: Headers = ()
-        """Set them before `last`: they name the request and the limits on the rate."""
 
     def words(self, data: bytes) -> tuple[str, str] | None:
         """Return the text of an event that has nothing else."""
@@ -297,10 +294,10 @@ class Reader:
         """Return the chunk of an event, if it has one."""
         return self._take(event.json())
 
-    def read_whole(self, found: Document) -> Chunk | None:
-        """Return the chunk of a response that was not streamed."""
+    def read_whole(self, found: Document) -> Chunk:
+        """Return the chunk of a reply that comes in one piece."""
         self.headers = found.headers
-        return self._take(found)
+        return self._take(found) or Chunk()
 
     def _take(self, found: Mapping[str, Any]) -> Chunk | None:
         choices, model = read_records(found.get("choices"), read_object), found.get("model")
@@ -335,7 +332,11 @@ class Reader:
 
         Raises:
             InferenceFailed: a tool call cannot be read.
+            StreamInterrupted: the reply has no reason for its end, and so may be cut.
         """
+        if self.finish is None:
+            hint = "Was it stopped? See its log, and ask again."
+            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
         text, thinking = self._thoughts.split("", last=True)
         timings = read_object(self._last.get("timings"))
         prompt, generation = (read_seconds(timings.get(each), per_second=1e3) for each in ("prompt_ms", "predicted_ms"))
@@ -387,13 +388,6 @@ def read_usage(found: Mapping[str, Any]) -> Usage | None:
 
 
 def read_embeddings(found: Mapping[str, Any]) -> Embeddings:
-    """Read vectors in the order of the inputs, as numbers or as base64 of little-endian 32-bit floats."""
-    vectors = [_read_vector(each) for each in read_vectors(found["data"])]
-    return Embeddings(vectors=vectors, model=read_word(found.get("model")) or "", usage=read_usage(found) or Usage())
-
-
-def _read_vector(found: Any) -> Any:
-    if not isinstance(found, str):
-        return found
-    data = base64.b64decode(found, validate=True)
-    return struct.unpack(f"<{len(data) // 4}f", data)
+    """Read the vectors of a response, in the order of the inputs."""
+    model, usage = read_word(found.get("model")) or "", read_usage(found) or Usage()
+    return Embeddings(vectors=read_vectors(found["data"]), model=model, usage=usage)

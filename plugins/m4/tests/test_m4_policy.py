@@ -142,12 +142,15 @@ class Desk:
         self.used: Counter[str] = Counter()
         self.reports = True
         """Whether the server reports which models are loaded."""
+        self.provider = "ollama"
+        self.parameters: frozenset[str] | None = None
 
     def ask(self, info: ModelInfo | None, window: int | None = None, **more: Any) -> Limits:
         query = LimitsQuery(
             operation="chat",
-            provider="ollama",
+            provider=self.provider,
             address=self.address,
+            parameters=self.parameters,
             model=info.name if info else "unknown:1",
             context_window=window,
             model_info=lambda: info,
@@ -717,6 +720,47 @@ class TestLedger:
             ledger.reset_after_fork()
         assert ledger.lock.acquire(blocking=False)
         assert ledger.in_use("x") == set()
+
+
+class TestProviders:
+    def test_share_one_server(self) -> None:
+        desk = Desk(Mac(16))
+        other = Desk(desk.mac, plugin=desk.plugin)
+        other.provider = "my-instance"
+        desk.give(MIDDLE, 16_384)
+        other.loaded = desk.loaded
+        assert other.ask(SMALL).unload == (MIDDLE.name,)
+        assert other.ask(MIDDLE).reasons["context_window"] == "the model is loaded with this window"
+        desk.used[MIDDLE.name] = 1
+        with pytest.raises(ResourceLimitExceeded, match="in use elsewhere"):
+            other.ask(SMALL, 32_768)
+
+
+class TestServerThatKeepsModels:
+    """One that neither reports what is loaded nor takes a `keep_alive`, such as mlx_lm.server."""
+
+    @pytest.fixture
+    def desk(self) -> Desk:
+        desk = Desk(Mac(16), "http://127.0.0.1:8081")
+        desk.reports, desk.parameters = False, frozenset({"max_tokens"})
+        return desk
+
+    def test_model_may_be_in_memory_already(self, desk: Desk) -> None:
+        desk.mac.free = 3 * GIB
+        limits = desk.ask(MIDDLE)
+        assert limits.context_window == 16_384
+        assert any("what is free now is not compared" in each for each in limits.warnings)
+        with pytest.raises(ResourceLimitExceeded, match="this Mac has"):
+            desk.ask(HUGE)
+
+    def test_model_counts_until_another_is_used(self, desk: Desk) -> None:
+        other = Desk(desk.mac, plugin=desk.plugin)
+        desk.ask(MIDDLE, 16_384)
+        desk.mac.now += 3600
+        with pytest.raises(ResourceLimitExceeded, match=r"in use elsewhere on this Mac take 8\.0 GB"):
+            other.ask(MIDDLE)
+        desk.ask(SMALL, 4096)
+        assert other.ask(SMALL, 4096).context_window == 4096
 
 
 class TestPromise:

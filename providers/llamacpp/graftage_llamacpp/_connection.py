@@ -37,7 +37,7 @@ from graftage.exceptions import (
 )
 from graftage.footprint import footprint, read_shape
 from graftage.hookspecs import hookimpl
-from graftage.http.completions import Reader, read_embeddings
+from graftage.http.completions import ChatReader, read_embeddings
 from graftage.types import (
     Capabilities,
     Chunk,
@@ -141,7 +141,7 @@ class LlamaCppConnection:
     async def _chunks(
         self, request: ChatRequest | GenerateRequest, job: Job, path: str, body: Mapping[str, object]
     ) -> AsyncIterator[Chunk]:
-        reader = Reader(tags=False, top=bool(request.options.get("top_logprobs")))
+        reader = ChatReader(request)
         body = {**_default_options(job.stored, request), **body}
         events = self._http.events(
             "POST", path, body, call=request.call, read=reader.read, words=reader.words, context={"job": job}
@@ -149,11 +149,10 @@ class LlamaCppConnection:
         async for chunk in events:
             if chunk is not None:
                 yield chunk
-        if reader.finish is not None:
-            load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
-            last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
-            timings = replace(last.timings or Timings(), load=load)
-            yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
+        load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
+        last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
+        timings = replace(last.timings or Timings(), load=load)
+        yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:

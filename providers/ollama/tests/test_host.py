@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import graftage_ollama
 from graftage.exceptions import AuthenticationFailed, SettingsError
 from graftage_ollama._settings import parse_host
 from graftage_ollama.testing import Answer, FakeOllama
@@ -127,6 +128,9 @@ REFUSED = {
 
 
 class TestParsing:
+    def test_scan_looks_at_the_default(self) -> None:
+        assert graftage_ollama.local_addresses() == (ACCEPTED[None],)
+
     @pytest.mark.parametrize(("given", "url"), ACCEPTED.items(), ids=map(repr, ACCEPTED))
     def test_accepts_what_ollama_accepts(self, given: str | None, url: str) -> None:
         assert str(parse_host(given)).rstrip("/") == url

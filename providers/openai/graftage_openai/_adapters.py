@@ -30,17 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapters"]
 
-KEY: Final = 12
-"""Characters of the digest in a name."""
 NOT_THERE: Final = (400, 404, 405)
 _Sample: TypeAlias = "tuple[dict[str, float], str]"
 """The log-probabilities of the first token of a reply, as far as the server has them, and the reply."""
-PROBE: Final = {
-    "messages": [{"role": "user", "content": "Hi"}],
-    "temperature": 0,
-    "logprobs": True,
-    "top_logprobs": 5,
-}
+PROBE: Final = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "logprobs": True, "top_logprobs": 5}
 
 
 class Adapters:
@@ -78,7 +71,7 @@ class Adapters:
         adapter = request.adapter
         self._places.pop((adapter.digest, adapter.model), None)
         if adapter.strategy == "endpoints":
-            await self._post(request.call, "unload", {"lora_name": adapter.model})
+            await self._ask(request.call, "POST", f"{self._api}/unload_lora_adapter", {"lora_name": adapter.model})
 
     async def body(self, call: Call, adapter: LoadedAdapter | None, profile: Profile) -> Mapping[str, object]:
         """Return the fields to add to a chat or completion, also to one without an adapter.
@@ -97,9 +90,8 @@ class Adapters:
             return {"adapters": place}
         if not slots:
             return {}
-        scales = [
-            {"id": slot, "scale": adapter.scale if adapter and path == place else 0.0} for slot, path in slots.items()
-        ]
+        scale = adapter.scale if adapter else 0.0
+        scales = [{"id": slot, "scale": scale if path == place else 0.0} for slot, path in slots.items()]
         # Its cache mixes up prompts that were read with different adapters (seen with build 11549).
         return {"lora": scales, "cache_prompt": False}
 
@@ -118,22 +110,13 @@ class Adapters:
     async def _by_endpoint(self, request: LoadAdapterRequest, profile: Profile, base: ModelInfo) -> LoadedAdapter:
         folder = await self._folder(request, "peft", base)
         slug = re.sub(r"[^a-z0-9]+", "-", request.adapter.name.lower()).strip("-")[:40]
-        name = f"graftage-{slug}-{request.adapter.digest.removeprefix('sha256:')[:KEY]}"
-        refusal = await self._post(request.call, "load", {"lora_name": name, "lora_path": str(folder)})
+        name = f"graftage-{slug}-{request.adapter.digest.removeprefix('sha256:')[:12]}"
+        body = {"lora_name": name, "lora_path": str(folder)}
+        _, refusal = await self._ask(request.call, "POST", f"{self._api}/load_lora_adapter", body)
         if refusal is not None and "already been loaded" not in refusal:
             hint = "Start vLLM with `--enable-lora`, and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
-            raise _unsupported(request, f"{profile.name} does not load it ({refusal or 'there is no endpoint'})", hint)
+            raise _unsupported(request, f"{profile.name} does not load it: {refusal.rstrip('.')}", hint)
         return self._loaded(request, "endpoints", str(folder), model=name)
-
-    async def _post(self, call: Call, verb: str, body: Mapping[str, object]) -> str | None:
-        """Return the words of a refusal, or None."""
-        try:
-            await self._http.json("POST", f"{self._api}/{verb}_lora_adapter", body, call=call, wrap="text")
-        except ProviderError as error:
-            if error.status not in NOT_THERE:
-                raise
-            return str(error.details.get("server_message") or "")
-        return None
 
     async def _by_slot(self, request: LoadAdapterRequest, profile: Profile, base: ModelInfo) -> LoadedAdapter:
         adapter, run = request.adapter, request.call.run
@@ -157,13 +140,19 @@ class Adapters:
         )
 
     async def _list_slots(self, call: Call) -> dict[int, str]:
+        found, _ = await self._ask(call, "GET", "/lora-adapters")
+        return dict(read_entries(found.get("body"), lambda entry: (int(entry["id"]), str(entry["path"]))))
+
+    async def _ask(
+        self, call: Call, method: str, path: str, body: Mapping[str, object] | None = None
+    ) -> tuple[Mapping[str, Any], str | None]:
+        """Use an endpoint that the server may not have; return what it sent, or the words of its refusal."""
         try:
-            found: Mapping[str, Any] = await self._http.json("GET", "/lora-adapters", call=call, wrap="adapters")
+            return await self._http.json(method, path, body, call=call, wrap="body"), None
         except ProviderError as error:
             if error.status not in NOT_THERE:
                 raise
-            return {}
-        return dict(read_entries(found.get("adapters"), lambda entry: (int(entry["id"]), str(entry["path"]))))
+            return {}, str(error.details.get("server_message") or error.message)
 
     async def _folder(self, request: LoadAdapterRequest, layout: str, base: ModelInfo) -> Path:
         """Return a folder that the server can read, with the adapter in a layout."""
@@ -190,7 +179,8 @@ class Adapters:
         except ProviderError as error:
             if error.retryable:
                 raise
-            why = f"{profile.name} cannot use it: {error.details.get('server_message') or error.message}"
+            words = str(error.details.get("server_message") or error.message).rstrip(".")
+            why = f"{profile.name} cannot use it: {words}"
             raise _unsupported(request, why, "Was it made for this model?") from error
         # Two replies of the base model may differ as well: a cached prompt or a batch is computed in another order.
         if _distance(base[0], changed) <= _distance(*base):
@@ -240,7 +230,5 @@ def _content(file: Path) -> tuple[str, float] | None:
 
 
 def _unsupported(request: LoadAdapterRequest, reason: str, hint: str) -> AdapterUnsupported:
-    name = request.adapter.name
-    return AdapterUnsupported(
-        f"The adapter `{name}` cannot be used: {reason}.", reference=name, reasons=[reason], hint=hint
-    )
+    what = f"The adapter `{request.adapter.name}` cannot be used: {reason}."
+    return AdapterUnsupported(what, reference=request.adapter.name, reasons=[reason], hint=hint)

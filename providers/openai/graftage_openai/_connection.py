@@ -30,6 +30,7 @@ from graftage.exceptions import (
     InferenceFailed,
     ModelNotFound,
     Overloaded,
+    ProtocolError,
     ProviderError,
     ProviderTimeout,
     RequestRejected,
@@ -39,7 +40,7 @@ from graftage.files import read_model
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
 from graftage.http.client import typed_errors
-from graftage.http.completions import Reader, as_chat
+from graftage.http.completions import ChatReader, as_chat
 from graftage.http.transport import header
 from graftage.types import (
     Capabilities,
@@ -55,8 +56,8 @@ from graftage.types import (
 )
 from graftage_openai import _convert
 from graftage_openai._adapters import Adapters
-from graftage_openai._convert import unsupported
-from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host, recognise
+from graftage_openai._convert import recognise, unsupported
+from graftage_openai._profiles import HOSTS, PROFILES, UNKNOWN, WIDEST, OpenAISettings, Profile, parse_host
 
 if TYPE_CHECKING:
     from graftage.hookspecs import ConnectRequest
@@ -67,6 +68,8 @@ LOOK: Final = 2.0
 """Seconds to find out which server it is."""
 PASSING: Final = (AuthenticationFailed, ConnectionFailed, Overloaded, ProviderTimeout)
 """Errors after which the next call tries to find it out again."""
+NOT_FOUND: Final = 404
+NOT_THERE: Final = (NOT_FOUND, 405)
 
 
 class OpenAIConnection:
@@ -159,38 +162,30 @@ class OpenAIConnection:
             StreamInterrupted: it has no reason for its end, and so may be cut.
         """
         body |= await self._adapters.body(request.call, request.adapter, profile)
-        reader = Reader(tags=isinstance(request, ChatRequest), top="top_logprobs" in request.options)
-        pieces = self._whole if body.get("logprobs") and not profile.streams_logprobs else self._stream
-        async for chunk in pieces(f"{self._api}{path}", body, request.call, reader):
-            if chunk is not None:
-                yield chunk
-        if reader.finish is None:
-            hint = "Was it stopped? See its log, and ask again."
-            raise StreamInterrupted("The server ended its reply without a reason.", retryable=True, hint=hint)
+        reader = ChatReader(request)
+        path, whole = f"{self._api}{path}", "logprobs" in body and not profile.streams_logprobs
+        if whole:
+            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        while True:
+            try:
+                if whole:
+                    yield await self._http.json("POST", path, body, call=request.call, read=reader.read_whole)
+                    break
+                items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
+                async for chunk in items:
+                    reader.headers = items.headers
+                    if chunk is not None:
+                        yield chunk
+                break
+            except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
+                if reader.finish is None:
+                    raise
+                break  # With a reason for its end, the reply is complete.
+            except RequestRejected as error:
+                if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
+                    raise
         self._learned.thought = reader.thought or self._learned.thought
         yield replace(reader.last(), warnings=tuple(_convert.warnings(request, profile, reader)))
-
-    async def _stream(self, path: str, body: dict[str, Any], call: Call, reader: Reader) -> AsyncIterator[Chunk | None]:
-        adjusted, begun = True, False
-        while adjusted:
-            adjusted = False
-            items = self._http.events("POST", path, body, call=call, read=reader.read, words=reader.words)
-            try:
-                async for chunk in items:
-                    begun = True
-                    yield chunk
-            except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
-                if reader.finish is None:  # With a reason, the reply is complete.
-                    raise
-            except RequestRejected as error:
-                if begun or not self._learned.adjust(body, error):  # After the first event, it is too late.
-                    raise
-                adjusted = True
-            reader.headers = items.headers
-
-    async def _whole(self, path: str, body: dict[str, Any], call: Call, reader: Reader) -> AsyncIterator[Chunk | None]:
-        plain = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        yield await self._http.json("POST", path, plain, call=call, read=reader.read_whole)
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -218,17 +213,13 @@ class OpenAIConnection:
     @hookimpl
     async def show_model(self, request: ModelRequest) -> ModelInfo:
         listed = await self.list_models(ModelsRequest(call=request.call))
-        for each in listed:
-            if canonical_name(each.name) == canonical_name(request.model):
-                profile = await self._profile(request.call)
-                model = replace(each, features=await self._features(request.call, profile))
-                if profile.loaded == "/api/v1/models":
-                    more = await self._get(
-                        profile.loaded, request.call, partial(_convert.lmstudio_models, loaded=False)
-                    )
-                    return next((one for one in more if one.name == model.name), model)
-                return await request.call.run(self._with_files, model, listed)
-        raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
+        profile = self._known or UNKNOWN
+        found = _find(request.model, listed)
+        model = replace(found, features=await self._features(request.call, profile))
+        if profile.loaded == "/api/v1/models":
+            more = await self._get(profile.loaded, request.call, partial(_convert.lmstudio_models, loaded=False))
+            return next((replace(one, features=model.features) for one in more if one.name == model.name), model)
+        return await request.call.run(self._with_files, model, listed)
 
     def _with_files(self, model: ModelInfo, listed: Sequence[ModelInfo]) -> ModelInfo:
         """Add what the model's own files say, if they are on this machine."""
@@ -318,14 +309,13 @@ class OpenAIConnection:
         profile = self._known or UNKNOWN
         found["server"] = profile.name or None
         if profile.health:
-            await self._get(profile.health, call)
+            await self._get_optional(profile.health, call)
         if profile.version:
             path, field = profile.version
-            found["version"] = read_word((await self._get(path, call)).get(field))
+            found["version"] = read_word((await self._get_optional(path, call)).get(field))
         found.update(reachable=True, api=True)
         if request.wants("model_present"):
-            if canonical_name(model) not in {canonical_name(each.name) for each in listed}:
-                raise ModelNotFound(f"The server does not list `{model}`.", hint="Choose one that it lists.")
+            _find(model, listed)
             found["model_present"] = True
         if request.wants("answers"):
             found["model_loaded"] = None  # It is unknown if the next step fails.
@@ -337,8 +327,26 @@ class OpenAIConnection:
             loaded = await self.loaded_models(ModelsRequest(call=call))
             found["model_loaded"] = canonical_name(model) in {canonical_name(each.name) for each in loaded}
 
+    async def _get_optional(self, path: str, call: Call) -> Document:
+        """Return what a path says; an empty object if it is not there, since a proxy may pass on the API alone."""
+        try:
+            found: Document = await self._get(path, call)
+        except ProviderError as error:
+            if error.status not in NOT_THERE and not isinstance(error, ProtocolError):
+                raise
+            return Document()
+        return found
+
     async def _get(self, path: str, call: Call, read: Callable[[Document], Any] = lambda found: found) -> Any:
         return await self._http.json("GET", path, call=call, read=read, empty=True)
+
+
+def _find(name: str, listed: Sequence[ModelInfo]) -> ModelInfo:
+    """Return the model of a name."""
+    for each in listed:
+        if canonical_name(each.name) == canonical_name(name):
+            return each
+    raise ModelNotFound(f"The server does not list `{name}`.", hint="Choose one that it lists.")
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
@@ -353,11 +361,10 @@ RULES: Final[Rules] = (
     ),
     (("unexpected endpoint",), NO_ENDPOINT),  # LM Studio, with status 200.
 )
-NOT_FOUND: Final = 404
 MLX: Final[Rules] = (
     (("only 'text' content type",), says(CapabilityUnsupported, "{model} cannot read images here.", "Use another.")),
     (
-        ("not a valid model", "cached snapshot", "repo id must", "'config.json'"),
+        ("not a valid model", "cached snapshot", "repository not found", "repo id must", "'config.json'"),
         says(ModelNotFound, "The server does not have {model}.", "Choose one that it lists, or name its folder."),
     ),
     (("",), says(RequestRejected, "", "Correct the request.")),

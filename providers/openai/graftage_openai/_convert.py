@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from graftage import http
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import CapabilityUnsupported, ProviderError, RequestRejected
 from graftage.footprint import footprint, read_shape
 from graftage.http.completions import (
-    Reader,
+    ChatReader,
     read_embeddings,
     read_template,
     write_format,
@@ -21,10 +21,9 @@ from graftage.http.completions import (
     write_thinking,
     write_tools,
 )
+from graftage.http.transport import header
 from graftage.types import Embeddings, Feature, LoadedModel, ModelInfo
-
-if TYPE_CHECKING:
-    from graftage_openai._profiles import Profile
+from graftage_openai._profiles import OWNERS, PROFILES, Profile
 
 __all__ = [
     "Learned",
@@ -36,6 +35,7 @@ __all__ = [
     "lmstudio_models",
     "loaded_models",
     "models",
+    "recognise",
     "unsupported",
     "warnings",
 ]
@@ -81,7 +81,7 @@ class Learned:
 
 def unsupported(what: str, profile: Profile) -> CapabilityUnsupported:
     """Return the error for what the server cannot do."""
-    hint = "Leave it out, or use another server. If it is another one, name it in the setting `profile`."
+    hint = "Leave it out, or use another server. If the server was taken for another one, set `profile`."
     return CapabilityUnsupported(f"{profile.name or 'This server'} does not support `{what}`.", hint=hint)
 
 
@@ -151,8 +151,8 @@ def embed_body(request: EmbedRequest, profile: Profile) -> dict[str, Any]:
 # --- Replies ---------------------------------------------------------------------------------------------------------
 
 
-def warnings(request: ChatRequest | GenerateRequest, profile: Profile, reader: Reader) -> Iterator[str]:
-    """Yield what a server has ignored in a reply, as far as can be seen."""
+def warnings(request: ChatRequest | GenerateRequest, profile: Profile, reader: ChatReader) -> Iterator[str]:
+    """Yield what a server has ignored, as far as its reply shows."""
     if profile.keeps_name and reader.model not in ("", request.model):
         yield f"The server has only the model `{reader.model}`, which replied instead."
     if request.options.get("logprobs") and not reader.has_logprobs:
@@ -176,6 +176,17 @@ def embeddings(request: EmbedRequest, found: Mapping[str, Any]) -> Embeddings:
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def recognise(listed: http.Document) -> Profile | None:
+    """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
+    software = header(listed.headers, "server") or ""
+    owners = http.read_entries(listed.get("data"), lambda each: each.get("owned_by"))
+    if software == "llama.cpp":
+        return PROFILES["llama-server"]
+    if software.startswith("BaseHTTP") and (set(owners) == {None} or not listed):
+        return PROFILES["mlx"]
+    return next((PROFILES[OWNERS[each]] for each in owners if each in OWNERS), None)
 
 
 WINDOWS: Final = ("n_ctx", "max_model_len", "context_length", "max_context_length", "context_window")

@@ -5,20 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
 from graftage._records import dataclass
-from graftage.http import is_loopback, read_object
-from graftage.http.transport import header
 from graftage.settings import Settings
 from graftage.types import Feature
 
-if TYPE_CHECKING:
-    from graftage.http import Document
-
-__all__ = ["HOSTS", "PROFILES", "UNKNOWN", "WIDEST", "OpenAISettings", "Profile", "parse_host", "recognise"]
+__all__ = ["HOSTS", "OWNERS", "PROFILES", "UNKNOWN", "WIDEST", "OpenAISettings", "Profile", "parse_host"]
 
 ProfileName: TypeAlias = Literal["openai", "mlx", "llama-server", "lmstudio", "vllm", "ollama-v1", "openrouter"]
 
@@ -51,6 +46,8 @@ def parse_host(text: str | None) -> tuple[str, str]:
     Without a scheme, an address with a port or on this machine is http, and any other is https. `request.http` checks
     the URL.
     """
+    from graftage.http.address import is_loopback
+
     url = (text or "").strip().strip("'\"").strip() or DEFAULT_HOST
     if "://" not in url:
         name = re.split("[/?#]", url, maxsplit=1)[0].rpartition("@")[2]
@@ -96,7 +93,7 @@ class Profile:
     think: Literal["effort", "template", "reasoning"] | None = "effort"
     """Where `think` goes: `reasoning_effort`, arguments of the model's template, or OpenRouter's `reasoning`."""
     thought: Literal["reasoning", "reasoning_content"] | None = None
-    """The field of a message for what the model thought; None: the one in which the server has sent it."""
+    """The field of a message that the server or its templates read as a thought; None: the one that it has sent."""
     streams_logprobs: bool = True
     """Whether log-probabilities come in streams. If not, such a chat comes in one piece."""
     embeds: Literal["base64", "float"] | None = "float"
@@ -129,11 +126,11 @@ PROFILES: Final[Mapping[str, Profile]] = {
     ),
     "mlx": Profile(
         name="mlx_lm.server",
-        features=frozenset({"tools", "thinking", "logprobs"}),
+        features=CHAT - {"structured_output"},
         options=SAMPLING | {"repeat_last_n"},
         names=REPETITION,
         think="template",
-        thought="reasoning",
+        thought="reasoning_content",
         streams_logprobs=False,
         embeds=None,
         default_model="default_model",
@@ -203,15 +200,3 @@ OWNERS: Final = {
     "library": "ollama-v1",
 }
 """What servers write as `owned_by` into their lists of models."""
-
-
-def recognise(listed: Document) -> Profile | None:
-    """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
-    software, models = header(listed.headers, "server") or "", listed.get("data")
-    first = read_object(models[0]) if isinstance(models, list) and models else {}
-    owner = first.get("owned_by")
-    if software == "llama.cpp":
-        return PROFILES["llama-server"]
-    if software.startswith("BaseHTTP") and owner is None and (first or not listed):
-        return PROFILES["mlx"]
-    return PROFILES.get(OWNERS.get(str(owner), ""))

@@ -197,7 +197,12 @@ class TestBody:
 
     @pytest.mark.parametrize(
         ("profile", "field"),
-        [("openai", None), ("llama-server", "reasoning_content"), ("openrouter", "reasoning"), ("mlx", "reasoning")],
+        [
+            ("openai", None),
+            ("llama-server", "reasoning_content"),
+            ("openrouter", "reasoning"),
+            ("mlx", "reasoning_content"),
+        ],
     )
     def test_history_has_its_calls_and_thoughts(self, profile: str, field: str | None) -> None:
         calls = (ToolCall(id="a", name="weather", arguments={"city": "Köln"}),)
@@ -217,7 +222,7 @@ RECOGNISED: dict[str, tuple[Answer, str | None]] = {
     "MLX without a cache": (as_json(b"", server="BaseHTTP/0.6 Python/3.11.7"), "mlx_lm.server"),
     "vLLM": (listed({"id": "m", "owned_by": "vllm", "max_model_len": 512}), "vLLM"),
     "LM Studio": (listed({"id": "m", "owned_by": "organization_owner"}), "LM Studio"),
-    "Ollama": (listed({"id": "m", "owned_by": "library"}), "Ollama"),
+    "Ollama": (listed({"id": "hf.co/me/m", "owned_by": "me"}, {"id": "m", "owned_by": "library"}), "Ollama"),
     "SGLang": (listed({"id": "m", "owned_by": "sglang", "max_model_len": 512}), None),
     "another one": (listed({"id": "m", "owned_by": "me"}), None),
 }
@@ -233,6 +238,13 @@ class TestServer:
         health = connect().health()
         assert (health.server, health.ok) == (name, True)
 
+    def test_is_healthy_behind_a_proxy_of_the_api(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(MODELS, listed({"id": "m"}))
+        fake.script("/health", Answer([b"no such page"], status=404, headers={"content-type": "text/plain"}))
+        fake.script("/version", as_json({"detail": "Not Found"}, 404))
+        health = connect(profile="vllm").health()
+        assert (health.ok, health.version) == (True, None)
+
     def test_is_asked_once(self, connect: Any, fake: FakeOllama) -> None:
         fake.script(MODELS, listed({"id": "m", "owned_by": "organization_owner"}))
         fake.script(CHAT, *[streamed(content="Hi")] * 2)
@@ -245,6 +257,11 @@ class TestServer:
         fake.script(CHAT, streamed(content="Hi"))
         assert connect(profile="vllm").chat("Hi", options={"min_p": 0.5}).text == "Hi"
         assert [each.path for each in fake.requests] == [CHAT]
+
+    def test_mlx_has_a_default_model(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(CHAT, streamed(content="Hi"))
+        connect(profile="mlx", model=None).chat("Hi")
+        assert fake.requests[-1].body["model"] == "default_model"
 
     def test_openai_is_known_by_its_host(self, connect: Any) -> None:
         with pytest.raises(RequestRejected, match="min_p"):
@@ -269,7 +286,7 @@ class TestServer:
         ("profile", "asked"),
         [
             ("mlx", {"format": "json"}),
-            ("mlx", {"images": [PNG]}),
+            ("mlx", {"think": True, "format": STRICT}),
             ("lmstudio", {"think": True}),
             ("lmstudio", {"think": False}),
             ("lmstudio", {"options": {"logprobs": True}}),

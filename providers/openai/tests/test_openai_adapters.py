@@ -7,20 +7,27 @@ and with `-m smollm2.gguf --lora ahoy.gguf --lora other.gguf`. Record them again
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
-from lora_files import Model, pairs, write_gguf
+from lora_files import Model, pairs, write_gguf, write_peft
+from small_engine import ADAPTERS
+from small_engine import MODEL as SMALL
 
 from graftage.exceptions import AdapterError, AdapterUnsupported, Overloaded
 from graftage.hookspecs import hookimpl
 from graftage.types import Verdict
+from graftage_lora import LoraPlugin
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from graftage.calls import ResolveRequest
     from graftage.testing import Cassette
@@ -189,6 +196,15 @@ class TestMlx:
         llm.chat(QUESTION, adapter="ahoy")
         assert len(sent(fake)) == 8
 
+    def test_server_elsewhere_cannot_read_folder(
+        self, connect: Any, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTP_PROXY", fake.url)
+        fake.script(f"http://far.test{MODELS}", body({"data": []}))
+        with pytest.raises(AdapterUnsupported, match="reads its own disk, on another machine"):
+            connect("mlx", host="http://far.test").chat(QUESTION, adapter="ahoy")
+        assert len(fake.requests) == 1
+
     def test_resolver_must_know_layout(self, connect: Any, fake: FakeOllama) -> None:
         class Plain:
             name, digest, scale, verdict, served_as = "plain", DIGEST, 1.0, FITS, None
@@ -333,3 +349,54 @@ class TestRecorded:
         assert ahoy == "Ahoy! The parrot adapter says hello."
         assert len({base, ahoy, other}) == 3
         assert base == again
+
+
+POISONS: tuple[dict[str, Any], ...] = ({}, {"lora": []})
+SERVER = """
+import json, sys, xllamacpp
+order = json.loads(sys.stdin.readline())
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.verbosity = order["model"], 1024, 1, 1
+params.cpuparams.n_threads, params.fit_params, params.cache_ram_mib = 1, False, 0
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(each, 0.0) for each in order["adapters"]]
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A llama-server in a separate process with two adapters, and the folder with both in PEFT's layout."""
+    folder = tmp_path_factory.mktemp("engine")
+    SMALL.write_for_engine(folder / "small.gguf")
+    for name in ("ahoy", "contrary"):
+        write_peft(folder / name, ADAPTERS[name])
+        write_gguf(folder / "served" / f"{name}-under-another-name.gguf", SMALL, ADAPTERS[name])
+    order = {"model": str(folder / "small.gguf"), "adapters": [str(each) for each in (folder / "served").iterdir()]}
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(f"{json.dumps(order)}\n")
+        process.stdin.flush()
+        yield process.stdout.readline().strip(), folder
+        process.stdin.close()
+
+
+@pytest.mark.engine
+class TestEngine:
+    def test_each_request_has_its_own_adapter(self, both: Any, engine: tuple[str, Path], tmp_path: Path) -> None:
+        url, folder = engine
+        plugin = LoraPlugin(folders=[folder], cache=tmp_path, registry=tmp_path / "none.toml")
+        asked = {"options": GREEDY, "max_tokens": 8}
+        with both.connect("openai", host=url, model=f"{folder}/small.gguf", plugins=[plugin]) as llm:
+            base, ahoy, contrary = (llm.chat(QUESTION, adapter=each, **asked) for each in (None, "ahoy", "contrary"))
+            assert len({base.text, ahoy.text, contrary.text}) == 3
+            assert ahoy.warnings == base.warnings == ()
+            for other in POISONS:
+                # Another client whose request takes the cached prompt of the adapter for its own.
+                assert llm.chat(QUESTION, adapter="ahoy", **asked).text == ahoy.text
+                httpx.post(
+                    f"{url}{CHAT}", json={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1, **other}
+                )
+                assert llm.chat(QUESTION, **asked).text == base.text

@@ -20,6 +20,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
+from graftage.types import Timeouts
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ REPLIES: dict[str, tuple[list[bytes], dict[str, Any]]] = {
     "a byte at a time": ([*bytewise(b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n"))], {}),
     "all at once": ([TEXT], {}),
     "ids and names": ([b"id: 1\nevent: message\n" + HELLO, b"retry: 5\n" + STOP, DONE], {}),
+    "names without data": ([b"event: error\n\n", HELLO, b"id: 2\n\n", STOP, DONE], {}),
     "choices empty": ([found(prompt_filter_results=[{"prompt_index": 0}]), HELLO, STOP, DONE], {}),
     "choices absent": ([event({"x_groq": {"id": "r"}}), HELLO, STOP, event({"timings": {}}), DONE], {}),
     "choices null": ([HELLO, event({"choices": None}), STOP, DONE], {}),
@@ -269,6 +271,12 @@ class TestReplies:
         assert {name: getattr(reply, name) for name in expected} == expected
         if "usage" in case:
             assert (reply.usage.input_tokens, reply.usage.output_tokens) == counts
+
+    @pytest.mark.parametrize("ending", ["close", "reset", "stall"])
+    def test_are_whole_with_a_reason(self, connect: Any, fake: FakeOllama, ending: Any) -> None:
+        fake.script(CHAT, streamed(HELLO, STOP, ending=ending))
+        reply = connect(timeouts=Timeouts(idle=0.2)).chat("Hi")
+        assert (reply.text, reply.finish_reason) == ("Hello", "stop")
 
     def test_details_of_usage_are_read(self, connect: Any, fake: FakeOllama) -> None:
         details = {"prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 1}}

@@ -8,7 +8,7 @@ from graftage.exceptions import ContextOverflow, ProviderError
 from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.http import Answer, place, read_records
 from graftage.http.completions import (
-    Reader,
+    ChatReader,
     read_embeddings,
     write_format,
     write_message,
@@ -34,14 +34,13 @@ class Connection:
 
     @hookimpl
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        path, body, reader = "/chat/completions", chat_body(request), Reader()
+        path, body, reader = "/chat/completions", chat_body(request), ChatReader(request)
         items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
         async for chunk in items:
             if chunk is not None:
                 yield chunk
         reader.headers = items.headers
-        if reader.finish is not None:  # The usage comes after the reason, so the last chunk waits for the end.
-            yield reader.last()
+        yield reader.last()  # It waits for the usage, which comes after the reason.
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
