@@ -1009,7 +1009,7 @@ class TestNeeds:
 
     @pytest.mark.parametrize(
         ("models", "without"),
-        [(PLAIN, ["capabilities"]), (PLAIN, []), ({}, [])],
+        [(SKILLED, ["capabilities"]), (PLAIN, []), ({}, [])],
         ids=["its provider", "its models", "without models"],
     )
     def test_auto_passes_over_the_unable(
@@ -1020,6 +1020,14 @@ class TestNeeds:
         assert llm.provider == "llamacpp"
         assert re.search("`able` cannot be taken: The provider `able` .*`tools`", llm.origins["provider"])
         assert first.closed
+
+    @pytest.mark.usefixtures("no_server")
+    @pytest.mark.parametrize("disabled", ["llamacpp", "llamacpp,ollama"])
+    def test_auto_without_the_able_says_so(self, both: Any, monkeypatch: Any, disabled: str) -> None:
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", f"{disabled},openai,lora,m4")
+        with pytest.raises(CapabilityUnsupported, match="`able` has no model with `chat`, `tools`") as caught:
+            both.opened("auto", plugins=[Able(PLAIN)], needs={"tools"})
+        assert "install" not in str(caught.value.hint)
 
     def test_auto_checks_the_named_model(self, both: Any, embedded: Any, no_server: None) -> None:
         able = Able(SKILLED)
