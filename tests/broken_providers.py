@@ -669,6 +669,13 @@ class DropsTools(Wire):
             yield chunk
 
 
+@breaks("List what the provider can do.", "test_tool_choice_reaches_the_server")
+class DropsToolChoice(Wire):
+    @hookimpl
+    def capabilities(self) -> Capabilities:
+        return Capabilities(features=frozenset({"tools", "tool_choice"}))
+
+
 @breaks("List what the provider can do.", "test_images_reach_the_server")
 class DropsImages(Wire):
     @hookimpl

@@ -38,6 +38,7 @@ PUBLIC = [
     "graftage",
     "graftage.calls",
     "graftage.exceptions",
+    "graftage.files",
     "graftage.footprint",
     "graftage.gguf",
     "graftage.hookspecs",

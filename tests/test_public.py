@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 AGREED = Path(__file__).with_name("public.txt")
 RENEW = "python tests/test_public.py > tests/public.txt"
 ARGUMENTS = "graftage._engine.arguments"
-TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments", "RerankArguments"}
+TAKEN = {"Arguments", "ChatArguments", "EmbedArguments", "GenerateArguments", "RerankArguments", "RunArguments"}
 """The arguments of `chat(**arguments)` and similar methods, which a private module defines."""
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 ENGINE = [
@@ -42,6 +42,7 @@ ENGINE = [
     "plugins",
     "instances",
     "waiting",
+    "toolbox",
     "awaiting",
     "hooks",
     "call",

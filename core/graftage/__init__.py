@@ -1,5 +1,7 @@
 """Graftage joins language-model providers to an application through plugins."""
 
+from typing import TYPE_CHECKING, Any
+
 from graftage._client.async_client import AsyncClient
 from graftage._client.connecting import connect, connect_async
 from graftage._client.streams import AsyncStream, Stream
@@ -8,6 +10,9 @@ from graftage._engine.events import enable_logging
 from graftage._version import __version__
 from graftage.exceptions import GraftageError
 from graftage.types import ACTIVE, Image, Message, Reply, Timeouts, Tool
+
+if TYPE_CHECKING:
+    from graftage.tools import run_tools, run_tools_async
 
 __all__ = [
     "ACTIVE",
@@ -25,4 +30,14 @@ __all__ = [
     "connect",
     "connect_async",
     "enable_logging",
+    "run_tools",
+    "run_tools_async",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("run_tools", "run_tools_async"):  # Imported by the hosts that use them.
+        from graftage import tools
+
+        return getattr(tools, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -118,7 +118,7 @@ def _asked(ask: Callable[[Any], T], name: str, prefix: str = "GRAFTAGE") -> T:
     except Exception as error:
         what = PROBLEMS.get(type(error).__name__, f"it failed with {type(error).__name__}")
         problem = f"The keyring cannot be used for the instance `{name}`: {what}."
-        raise _error(problem, KEYRING, name, prefix) from error
+        raise _error(problem, KEYRING, name, prefix, "Where a keyring is unlocked, store it") from error
 
 
 def _error(problem: str, source: str, name: str, prefix: str, first: str = "Store it") -> SettingsError:

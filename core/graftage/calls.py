@@ -483,6 +483,9 @@ class LimitsQuery:
     adapter: str | None = None
     force: bool = False
     """The caller ignores limits: a refusal or a lowered value becomes a warning on the reply."""
+    parameters: frozenset[str] | None = None
+    """Which of the fields above the provider reads, as in `Capabilities`; None if it does not say. A server whose
+    provider does not read `keep_alive` decides itself how long a model stays."""
     model_info: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
     """Return facts about the model, looked up once per connection; `None` if unknown."""
     loaded_models: Callable[[], tuple[LoadedModel, ...] | None] = field(default=lambda: None, repr=False)

@@ -282,6 +282,11 @@ class Reply:
         """The reply as the next message of the conversation."""
         return Message(role="assistant", content=self.text, tool_calls=self.tool_calls, thinking=self.thinking or None)
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What continues the conversation: the messages of the `steps`, and the reply's own."""
+        return (*(message for step in self.steps for message in step.messages), self.message)
+
     def __str__(self) -> str:
         return self.text
 
@@ -481,7 +486,7 @@ class ModelInfo:
     system: str | None = None
     licence: str | None = None
     path: Path | None = None
-    """The model's file, if it is on this machine and readable."""
+    """The model's file or folder, if it is on this machine and readable."""
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The keys of its GGUF file with their arrays, or similar data."""
     tensors: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)

@@ -1113,16 +1113,17 @@ WRONG_ARGUMENTS: dict[str, list[Any]] = {
     "suffix": [5, [], True],
     "images": [5, "cat.png", b"x", [5], [None], Path("cat.png")],
     "tools": [5, "f", [5], [None], {"name": "f"}],
+    "tool_choice": [5, "", True, [], "required", "look_up", {"type": "function"}],
     "format": [5, True, "xml", [], object()],
     "think": [5, "", []],
 }
 COMMON = ("model", "timeout", "options", "keep_alive", "context_window", "force")
 INFERENCE = (*COMMON, "adapter", "max_tokens", "images", "format", "think", "stream")
 TAKES: dict[str, tuple[str, ...]] = {
-    "chat": (*INFERENCE, "tools", "retries"),
+    "chat": (*INFERENCE, "tools", "tool_choice", "retries"),
     "generate": (*INFERENCE, "system", "suffix", "raw"),
     "embed": (*COMMON, "dimensions", "truncate", "purpose"),
-    "count_tokens": (*COMMON, "tools", "images", "think"),
+    "count_tokens": (*COMMON, "tools", "tool_choice", "images", "think"),
     "rerank": COMMON,
     "delete": ("timeout",),
     "health": ("level", "model", "max_age", "timeout"),

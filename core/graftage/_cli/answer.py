@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from graftage.types import Chunk, Reply
 
-__all__ = ["Stopped", "print_reply", "stream_reply"]
+__all__ = ["Stopped", "print_reply"]
 
 Ask = Callable[..., Any]
-"""`Client.chat` or `Client.generate` with all arguments but `stream`."""
+"""`Client.chat`, `Client.generate` or `asking_with_tools`, with all arguments but `stream`."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,28 +29,27 @@ class Stopped(KeyboardInterrupt):
         """What had arrived."""
 
 
-def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> None:
-    """Ask, and print the reply as text, as a stream of text, or as JSON."""
+def print_reply(ask: Ask, *, stream: bool, as_json: bool, raw: bool) -> "Reply":
+    """Ask, print the reply as text, as a stream of text, or as JSON, and return it.
+
+    Raises:
+        Stopped: Ctrl-C came during a stream.
+    """
     if stream and not as_json:
-        stream_reply(ask, raw=raw)
-        return
+        return _stream_reply(ask, raw=raw)
     with Waiting("waiting for the reply"):
-        reply = ask(stream=False)
+        reply: Reply = ask(stream=False)
     if as_json:
         show.print_json(_reply_data(reply))
-        return
+        return reply
     printer = _ReplyPrinter(raw=raw)
     printer.add(reply)
     printer.end()
     _print_warnings(reply)
+    return reply
 
 
-def stream_reply(ask: Ask, *, raw: bool) -> "Reply":
-    """Ask, print the reply as it arrives, and return it.
-
-    Raises:
-        Stopped: Ctrl-C came; the stream is closed.
-    """
+def _stream_reply(ask: Ask, *, raw: bool) -> "Reply":
     with Waiting("waiting for the first word"):
         stream = ask(stream=True)
     printer = _ReplyPrinter(raw=raw)
@@ -142,7 +141,7 @@ def _cut(reply: "Reply") -> str:
 
 def _reply_data(reply: "Reply") -> dict[str, Any]:
     """Convert a reply to plain data."""
-    data = {
+    data: dict[str, Any] = {
         "text": reply.text,
         "model": reply.model,
         "provider": reply.provider,
@@ -156,4 +155,8 @@ def _reply_data(reply: "Reply") -> dict[str, Any]:
         data["thinking"] = reply.thinking
     if reply.parsed is not None:
         data["parsed"] = reply.parsed
+    if reply.steps:
+        from graftage._cli.tools import step_data
+
+        data["steps"] = [step_data(each) for each in reply.steps]
     return data

@@ -13,6 +13,7 @@ from graftage._cli import (
     embed,
     errors,
     generate,
+    keys,
     models,
     new,
     plugins,
@@ -39,6 +40,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(cassettes.app, name="cassettes")
 app.command("providers")(providers.providers)
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(keys.app, name="keys")
 app.command("doctor")(doctor.doctor)
 app.add_typer(new.app, name="new")
 

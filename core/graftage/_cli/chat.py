@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftage._cli import options
+from graftage._cli import options, tools
 from graftage._cli.answer import print_reply
 from graftage._cli.errors import Misuse
 from graftage._cli.prompt import read_prompt
@@ -31,6 +31,8 @@ def chat(
     think: options.Think = None,
     image: options.Images = None,
     answer_format: options.Format = None,
+    tool: options.Tools = None,
+    max_steps: options.MaxSteps = None,
     timeout: options.Timeout = None,
     host: options.Host = None,
     force: options.Force = False,
@@ -40,7 +42,7 @@ def chat(
 ) -> None:
     """Ask a model, or have a conversation.
 
-    `cat notes.txt | graftage chat "Summarise this."` sends both.
+    `cat notes.txt | graftage chat "Summarise this."` sends both. With `--tool` a reply is printed when it is complete.
     """
     arguments = options.given(
         {
@@ -55,19 +57,24 @@ def chat(
             "force": force or None,
         }
     )
+    functions = tools.find_tools(tool or ())
+    if max_steps and not functions:
+        raise Misuse("`--max-steps` needs a `--tool`.", hint="Name a function that the model may call.")
     text = read_prompt(prompt)
     if text is None and as_json:
         raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
     with options.open_to_ask(model, provider, host=host, announce=text is not None) as client:
+        ask = tools.asking_with_tools(client, functions, max_steps) if functions else client.chat
+        stream = not (no_stream or functions)
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
             from graftage._cli.conversation import Conversation
 
             options.require_chat(client)
-            Conversation(client, messages, arguments, images=image or (), raw=raw).run()
+            Conversation(client, ask, messages, arguments, images=image or (), stream=not functions, raw=raw).run()
             return
         messages.append(_user_message(text, image))
-        print_reply(partial(client.chat, messages, **arguments), stream=not no_stream, as_json=as_json, raw=raw)
+        print_reply(partial(ask, messages, **arguments), stream=stream, as_json=as_json, raw=raw)
 
 
 def _user_message(text: str, images: list[Path] | None) -> dict[str, Any]:

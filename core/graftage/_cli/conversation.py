@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftage._cli import errors, show
-from graftage._cli.answer import Stopped, stream_reply
+from graftage._cli.answer import Ask, Stopped, print_reply
 from graftage.exceptions import GraftageError
 
 if TYPE_CHECKING:
-    from graftage import Client
+    from graftage import Client, Message
 
 __all__ = ["Conversation"]
 
@@ -38,22 +38,28 @@ class Conversation:
 
     Args:
         client: the client to ask.
+        ask: `Client.chat`, or `asking_with_tools`, whose reply is no stream.
         start: the first messages, which `/clear` keeps.
         arguments: arguments of each call.
         images: pictures for the first question.
+        stream: print each reply as it arrives.
         raw: print control characters as they are.
     """
 
     def __init__(
         self,
         client: "Client",
-        start: Sequence[Mapping[str, object]],
+        ask: Ask,
+        start: "Sequence[Mapping[str, object] | Message]",
         arguments: Mapping[str, object],
         *,
         images: Sequence[Path] = (),
+        stream: bool = True,
         raw: bool = False,
     ) -> None:
         self._client = client
+        self._ask_model = ask
+        self._stream = stream
         self._start = tuple(start)
         self._history = list(start)
         self._arguments = arguments
@@ -90,7 +96,8 @@ class Conversation:
         """Ask one question, and print the reply. A question without a reply is forgotten."""
         messages = [*self._history, {"role": "user", "content": text, "images": self._images}]
         try:
-            reply = stream_reply(partial(self._client.chat, messages, **self._arguments), raw=self._raw)
+            ask = partial(self._ask_model, messages, **self._arguments)
+            reply = print_reply(ask, stream=self._stream, as_json=False, raw=self._raw)
         except Stopped as stopped:
             show.note("(stopped)")
             reply = stopped.partial
@@ -101,7 +108,7 @@ class Conversation:
             errors.report(error)
             return
         if reply.text:
-            self._history = [*messages, {"role": "assistant", "content": reply.text}]
+            self._history = [*messages, *reply.messages[:-1], {"role": "assistant", "content": reply.text}]
             self._images = []
 
 

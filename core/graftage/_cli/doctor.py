@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import typer
 
 from graftage._cli import options, show
-from graftage._cli.errors import FAILED, exit_code, way_out
+from graftage._cli.errors import FAILED, Misuse, exit_code, way_out
 from graftage._cli.plugins import plugin_data, print_plugins
 from graftage._secrets import SECRET_NAMES
 from graftage.exceptions import GraftageError, ModelNotFound
@@ -44,6 +44,11 @@ class Check:
 
 
 def doctor(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Provider or instance. Default: the one that `chat` takes."),
+    ] = None,
+    *,
     model: options.Model = None,
     provider: options.Provider = None,
     host: options.Host = None,
@@ -55,6 +60,11 @@ def doctor(
     """
     from graftage._engine.plugins import Catalog
 
+    if name:
+        if provider:
+            raise Misuse(f"`{name}` and `-p {provider}` both name a provider.", hint="Give one of them.")
+        provider, _, rest = name.partition(":")
+        model = model or rest or None
     with contextlib.closing(Examination(model, provider, host)) as examination:
         checks = []
         for check in examination.checks():
@@ -92,6 +102,7 @@ class Examination:
             "settings file": self._settings_file,
             "provider": self._provider_found,
             "settings": self._settings_read,
+            "key": self._key_found,
             "address": self._address_read,
             "proxy": self._proxy_found,
             "name": self._name_resolved,
@@ -140,6 +151,7 @@ class Examination:
         return Check("settings file", "ok", f"{sources.file} does not exist, which is fine")
 
     def _provider_found(self) -> Check:
+        from graftage._engine.instances import listed
         from graftage._engine.plugins import Catalog
 
         origin, hint = "command line", None
@@ -147,9 +159,13 @@ class Examination:
             self._provider, origin = options.default_provider(self._host)
             if origin == options.DEFAULT and self._host is None:
                 hint = self._auto_hint(self._provider)
-        entry = Catalog().provider(self._provider)
-        text = f"`{entry.name}` from {entry.origin} ({origin})"
-        return Check("provider", "note" if hint else "ok", text, hint)
+        known = {each.name: each for each in listed()}
+        instance = known.get(self._provider)
+        entry = Catalog().provider(instance.provider if instance else self._provider, known)
+        text = f"`{entry.name}` from {entry.origin}"
+        if instance:
+            text = f"`{instance.name}` in {instance.origin} uses {text}"
+        return Check("provider", "note" if hint else "ok", f"{text} ({origin})", hint)
 
     def _auto_hint(self, usual: str) -> str | None:
         """Use the provider that `auto` chooses, if it finds one; explain if it is not the usual one."""
@@ -159,12 +175,16 @@ class Examination:
                 self._model, self._model_origin = client.model, "the one in use there"
         if self._provider == usual:
             return None
-        return f"`{usual}` cannot answer now: `graftage doctor -p {usual}` shows why."
+        return f"`{usual}` cannot answer now: `graftage doctor {usual}` shows why."
 
     def _settings_read(self) -> Check:
         self._client = options.open_client(self._model, self._provider, host=self._host)
         known = [name for name in self._client.origins if name not in ("model", "provider")]
         return Check("settings", "ok", f"{len(known)} set, the rest are defaults" if known else "all are defaults")
+
+    def _key_found(self) -> Check:
+        key = self._connected.settings.api_key
+        return Check("key", "ok", f"it comes from: {self._origin('api_key')}" if key else "none is set")
 
     def _address_read(self) -> Check:
         given = str(self._connected.settings.host or "")
@@ -224,7 +244,8 @@ class Examination:
     def _server_answers(self) -> Check:
         health = self._check_health("api")
         version = f"version {health.version}" if health.version else "of unknown version"
-        return Check("server", "ok", f"answers, {version}, in {1000 * (health.latency or 0):.0f} ms")
+        software = f"{health.server} " if health.server else ""
+        return Check("server", "ok", f"{software}answers, {version}, in {1000 * (health.latency or 0):.0f} ms")
 
     def _model_present(self) -> Check:
         model = self._connected.model

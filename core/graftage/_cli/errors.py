@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from graftage._cli import show
+from graftage._cli.names import instances, provider_names
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -161,15 +162,18 @@ def _in_command_words(found: re.Match[str], error: GraftageError) -> str:
         return f"`graftage models {name}`"
     from graftage.settings import Settings
 
-    if part:
-        return f"GRAFTAGE_TIMEOUTS__{name.upper()}"
-    if name == "timeout":
-        return "GRAFTAGE_TIMEOUTS__TOTAL"
-    if name in Settings.model_fields:
-        return f"GRAFTAGE_{name.upper()}"
     provider = getattr(error, "provider", None)
+    prefix = "GRAFTAGE_"
+    if provider in [each.name for each in instances()]:  # The address of another server is not for it.
+        prefix += f"{provider}_".upper().replace("-", "_")
+    if part:
+        return f"{prefix}TIMEOUTS__{name.upper()}"
+    if name == "timeout":
+        return f"{prefix}TIMEOUTS__TOTAL"
+    if name in Settings.model_fields:
+        return f"{prefix}{name.upper()}"
     if provider and found.string[: found.start()].endswith("the setting "):
-        return f"GRAFTAGE_{provider.upper()}_{name.upper()}"
+        return f"GRAFTAGE_{provider}_{name}".upper().replace("-", "_")
     return found[0]
 
 
@@ -178,9 +182,7 @@ def _provider_hint(error: GraftageError) -> str | None:
     model = error.model if isinstance(error, (ModelNotFound, RequestRejected)) else None
     if not model or (isinstance(error, RequestRejected) and f"`{model}`" not in error.message):
         return None
-    from graftage._engine.plugins import Catalog
-
-    installed = Catalog().names("provider")
+    installed = provider_names()
     name, _, rest = model.removesuffix(":latest").partition(":")
     if not rest and name in installed:
         return f"`{name}` is a provider: write `{name}:`, or `{name}:MODEL`."

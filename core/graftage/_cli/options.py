@@ -10,6 +10,7 @@ import typer
 
 from graftage._cli import progress, show
 from graftage._cli.errors import Misuse
+from graftage._cli.names import provider_names
 from graftage._values import SMALLEST_WINDOW
 from graftage.exceptions import CapabilityUnsupported, GraftageError
 
@@ -22,7 +23,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="[PROVIDER:]MODEL",
-        help="The model, and the provider if not the default one. Default: GRAFTAGE_MODEL, or the settings file.",
+        help="The model, and the provider or instance if not the default one. Default: GRAFTAGE_MODEL, or the settings "
+        "file.",
     ),
 ]
 Provider = Annotated[
@@ -30,7 +32,7 @@ Provider = Annotated[
     typer.Option(
         "--provider",
         "-p",
-        help="The provider. Default: GRAFTAGE_PROVIDER, or the settings file, else the first that answers.",
+        help="The provider or instance. Default: GRAFTAGE_PROVIDER, or the settings file, else the first that answers.",
     ),
 ]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
@@ -57,6 +59,17 @@ Images = Annotated[
 Format = Annotated[
     str | None, typer.Option("--format", metavar="json|FILE", help="Reply in JSON, or by the JSON schema in a file.")
 ]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tool",
+        metavar="MODULE:FUNCTION",
+        help="Python function that the model may call: it runs here, with your rights. May be repeated.",
+    ),
+]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", min=1, help="How often the model may call tools for a reply. Default: 10.")
+]
 NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")]
 IN_PROCESS = "embedded"
 """The address of a connection whose engine runs in this process."""
@@ -71,7 +84,7 @@ Raw = Annotated[
 def open_client(model: str | None, provider: str | None = None, **overrides: Any) -> "Client":
     """Open the client that the options name.
 
-    The part before the first colon is a provider only if it is installed: `llama3.2:1b` is a model.
+    The part before the first colon is a provider only if it is installed or an instance: `llama3.2:1b` is a model.
     """
     import graftage
 
@@ -154,11 +167,9 @@ def default_provider(host: str | None = None) -> tuple[str, str]:
 
 
 def split(model: str | None) -> tuple[str | None, str | None]:
-    """Split off the provider, if it is installed."""
-    from graftage._engine.plugins import Catalog
-
+    """Split off the provider, if it is installed, or the instance."""
     name, colon, rest = (model or "").partition(":")
-    if colon and name in Catalog().names("provider"):
+    if colon and name in provider_names():
         return name, rest or None
     return None, model
 

@@ -1,17 +1,19 @@
 """`graftage providers`: compares the installed providers."""
 
 import json
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from graftage._cli import options, show
 from graftage._cli.errors import describe
+from graftage._cli.names import instances
+from graftage._cli.parallel import run_all
+from graftage._cli.scan import scan
 from graftage.exceptions import PluginError
 
 if TYPE_CHECKING:
@@ -26,21 +28,29 @@ GRACE = 1.0
 """Seconds until a provider that exceeds its limit is left out."""
 REPORT = "graftage-report.json"
 MAX_REPORT = 1024 * 1024
-SHOWN_MODELS = 5
-"""Models named in the table."""
+
+
+COLUMN = 20
+"""Columns of the terminal for each, and for the words before them."""
 
 
 @dataclass(kw_only=True)
 class Finding:
-    """What was found out about a provider; None is unknown."""
+    """What was found out about a provider or an instance; None is unknown."""
 
     name: str
+    instance_of: str | None = None
+    """The provider of an instance."""
     distribution: str | None
     version: str | None
     state: str = "available"
     health: str = "unknown"
     """`well`, `not well` or `unknown`."""
     address: str | None = None
+    key: str | None = None
+    """Where its key comes from."""
+    server: str | None = None
+    """The server's software, if the provider serves several."""
     server_version: str | None = None
     models: list[str] | None = None
     features: list[str] | None = None
@@ -51,14 +61,23 @@ class Finding:
 
 
 def providers(
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit for each.")] = TIMEOUT,
+    *,
+    find: Annotated[bool, typer.Option("--scan", help="Find the servers that listen on this machine.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Limit for each. Default: 10, with --scan 5."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare the installed providers: their health, features and models."""
-    from graftage._engine.plugins import Catalog
+    """Compare the installed providers and the instances: their health, features and models."""
+    if find:
+        scan(timeout, as_json=as_json)
+    else:
+        _compare(timeout or TIMEOUT, as_json=as_json)
 
-    entries = [entry for entry in Catalog().entries if entry.kind == "provider"]
-    found = _inspect_all(sorted(entries, key=lambda entry: entry.name), timeout)
+
+def _compare(timeout: float, *, as_json: bool) -> None:
+    found = _inspect_all(_findings(), timeout)
     if as_json:
         show.print_json([asdict(each) for each in found])
     elif not found:
@@ -67,26 +86,28 @@ def providers(
         _print(found)
 
 
-def _inspect_all(entries: "Sequence[Entry]", timeout: float) -> list[Finding]:
-    """Inspect all at the same time; a provider that exceeds its limit is left out."""
-    found = [
-        Finding(
-            name=entry.name,
-            distribution=entry.distribution,
-            version=entry.version,
-            state=entry.state,
-            tests=_tests(entry),
-        )
-        for entry in entries
+def _findings() -> list[Finding]:
+    """Return what is known of each provider and each instance before anything is asked."""
+    from graftage._engine.plugins import Catalog
+
+    entries = sorted((each for each in Catalog().entries if each.kind == "provider"), key=lambda entry: entry.name)
+    of = {entry.name: entry for entry in entries}
+    return [
+        *(_finding(entry, tests=_tests(entry)) for entry in entries),
+        *(_finding(of[each.provider], name=each.name, instance_of=each.provider) for each in instances()),
     ]
-    # A daemon thread: a plugin that hangs must not keep the command from ending.
-    looks = [threading.Thread(target=_inspect, args=(each, timeout), daemon=True) for each in found]
-    for thread in looks:
-        thread.start()
-    deadline = time.monotonic() + timeout + GRACE
-    for thread, each in zip(looks, found, strict=True):
-        thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive():
+
+
+def _finding(entry: "Entry", **more: str | None) -> Finding:
+    known: dict[str, Any] = {"name": entry.name, "distribution": entry.distribution, "version": entry.version}
+    return Finding(**{**known, "state": entry.state, **more})
+
+
+def _inspect_all(found: Sequence[Finding], timeout: float) -> list[Finding]:
+    """Inspect all at the same time; a provider that exceeds its limit is left out."""
+    ended = run_all([partial(_inspect, each, timeout) for each in found], timeout + GRACE)
+    for each, in_time in zip(found, ended, strict=True):
+        if not in_time:
             each.problems.append(f"It did not answer within {timeout:g} s.")
     return [replace(each) for each in found]  # A copy, which late results cannot change.
 
@@ -110,7 +131,7 @@ def _outcomes(report: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
 def _inspect(finding: Finding, timeout: float) -> None:
     """Fill in a finding; an error of the provider becomes a problem in it."""
     if finding.state == "disabled":
-        finding.problems.append("GRAFTAGE_DISABLED_PLUGINS names it.")
+        finding.problems.append(f"GRAFTAGE_DISABLED_PLUGINS names {finding.instance_of or 'it'}.")
         return
     try:
         with options.open_client(None, finding.name) as client:
@@ -128,9 +149,10 @@ def _ask(client: "Client", finding: Finding, timeout: float) -> None:
     capabilities = client.capabilities()
     finding.features = sorted(capabilities.features)
     finding.address = without_user(client.address) or None
+    finding.key = client.origins.get("api_key")
     health = client.health("api", max_age=0, timeout=timeout)
     finding.health = "well" if health.ok else "not well"
-    finding.server_version = health.version
+    finding.server, finding.server_version = health.server, health.version
     if health.error is not None:
         finding.problems.append(describe(health.error))
     elif "list_models" in capabilities.features:
@@ -138,28 +160,33 @@ def _ask(client: "Client", finding: Finding, timeout: float) -> None:
 
 
 def _print(found: Sequence[Finding]) -> None:
-    """Print a column for each provider, and the problems below."""
-    rows = [
-        ("distribution", *(" ".join(filter(None, (each.distribution, each.version))) for each in found)),
-        ("state", *(each.state for each in found)),
-        ("tests", *(each.tests for each in found)),
-        ("health", *(each.health for each in found)),
-        ("address", *(each.address for each in found)),
-        ("version", *(each.server_version for each in found)),
-        ("models", *(_names(each.models) for each in found)),
-        *((feature, *(_support(each, feature) for each in found)) for feature in _features(found)),
-    ]
-    show.print_table(("", *(each.name for each in found)), rows)
+    """Print a column for each, in several tables on a narrow terminal, and the problems below."""
+    columns = max(1, show.console().width // COLUMN - 1)
+    for start in range(0, len(found), columns):
+        if start:
+            show.line("")
+        _print_columns(found[start : start + columns])
     for each in found:
         for problem in each.problems:
             show.line(f"\n{show.cell(each.name)}: {show.cell(problem)}")
 
 
-def _names(models: Sequence[str] | None) -> str | None:
-    if models is None:
-        return None
-    more = f" and {len(models) - SHOWN_MODELS} more" if len(models) > SHOWN_MODELS else ""
-    return (", ".join(models[:SHOWN_MODELS]) or "none") + more
+def _print_columns(found: Sequence[Finding]) -> None:
+    rows = [
+        ("instance of", *(each.instance_of for each in found)),
+        ("distribution", *(" ".join(filter(None, (each.distribution, each.version))) for each in found)),
+        ("state", *(each.state for each in found)),
+        ("tests", *(each.tests for each in found)),
+        ("health", *(each.health for each in found)),
+        ("address", *((each.address or "").removeprefix("http://") for each in found)),
+        ("key", *(each.key for each in found)),
+        ("server", *(each.server for each in found)),
+        ("version", *(each.server_version for each in found)),
+        ("models", *(show.some(each.models) for each in found)),
+    ]
+    known = [row for row in rows if any(row[1:])]
+    support = [(feature, *(_support(each, feature) for each in found)) for feature in _features(found)]
+    show.print_table(("", *(each.name for each in found)), [*known, *support])
 
 
 def _features(found: Iterable[Finding]) -> list[str]:

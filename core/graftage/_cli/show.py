@@ -39,6 +39,7 @@ __all__ = [
     "print_table",
     "record",
     "size",
+    "some",
 ]
 
 _RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -46,6 +47,7 @@ _RISKY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202
 _PIPE_WIDTH = 1000
 """Columns of a table in a file or a pipe, where nothing is cut or folded."""
 _NAME_WIDTH = 24
+_SHOWN_NAMES = 5
 _HIDDEN = ("raw", "tensors")
 """Fields that `--json` leaves out: the server's own data, and thousands of shapes."""
 _LATIN_1_END = 0xFF
@@ -225,6 +227,14 @@ def _table(columns: Sequence[str], *, first: int) -> Table:
     for place, name in enumerate(columns):
         table.add_column(name, overflow="fold", min_width=None if place else min(first, _NAME_WIDTH))
     return table
+
+
+def some(names: Sequence[str] | None) -> str | None:
+    """Return the first names, and how many more there are."""
+    if names is None:
+        return None
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return (", ".join(names[:_SHOWN_NAMES]) or "none") + more
 
 
 def size(count: int | None) -> str | None:

@@ -60,7 +60,10 @@ class AsyncClient(_AwaitingClient):
             arguments: all optional.
                 `model`: the model, if it is not the client's.
                 `adapter`: an adapter for this call; None for the base model; left out, the active one.
-                `tools`: what the model may call: Python functions, pydantic models, mappings or `Tool`s.
+                `tools`: what the model may call: Python functions, pydantic models, mappings, `Tool`s, or the result
+                of `list_tools` of an MCP client. `graftage.run_tools` calls them and goes on.
+                `tool_choice`: `"auto"`; `"none"`, so that no tools are sent; `"required"`; or the name of the tool to
+                call. If the model does not call it, that is an `InferenceFailed`.
                 `format`: a pydantic model or another type, a JSON schema, or `"json"`; the result is in `Reply.parsed`.
                 `retries`: how often to ask again if the reply does not fit the `format`, up to 10. The conversation
                 goes on with that reply and with what is wrong with it. Each attempt is a separate call for `stats` and

@@ -189,6 +189,7 @@ class Admission:
             prompt_characters=asked.prompt_characters,
             adapter=run.adapter,
             force=asked.force,
+            parameters=session.capabilities().parameters,
             model_info=_once(lambda: session.facts(model, call)),
             loaded_models=ask("loaded_models"),
             models=ask("list_models"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graftage.calls import ChatRequest
 
 __all__ = [
+    "check_tool_choice",
     "cut_warning",
     "decode",
     "parsed",
@@ -238,6 +239,27 @@ def parsed(reply: Reply, parse: Callable[[str], Any]) -> Any:
             partial=reply,
             details={"reason": f"ValidationError of {error.title}"},
         ) from error
+
+
+def check_tool_choice(reply: Reply, choice: str) -> None:
+    """Check that a reply has the call that was required: servers do not enforce it, or a limit comes first.
+
+    Args:
+        reply: the whole reply.
+        choice: `required`, or the name of the tool.
+
+    Raises:
+        InferenceFailed: no tool was called, or another one.
+    """
+    called = {each.name for each in reply.tool_calls}
+    if called == {choice} or (called and choice == "required"):
+        return
+    cut = reply.finish_reason == "length"
+    wanted = "a tool" if choice == "required" else f"`{choice}` alone"
+    raise InferenceFailed(
+        f"The reply {'was cut before' if cut else 'lacks'} the call of {wanted} that `tool_choice` requires.",
+        hint="Raise `max_tokens`." if cut else "Ask again, or try a model that is better with tools.",
+    )
 
 
 def reason_of(error: InferenceFailed) -> str:

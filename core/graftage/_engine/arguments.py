@@ -15,7 +15,7 @@ from graftage._records import dataclass
 from graftage._values import LARGEST_COUNT, SMALLEST_WINDOW, close, keep_alive_seconds
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest, RerankRequest
 from graftage.exceptions import RequestRejected
-from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts
+from graftage.types import ACTIVE, AdapterChoice, Message, Reply, Timeouts, Tool
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -56,14 +56,23 @@ class Arguments(TypedDict, total=False):
     """Seconds for the whole call, or `Timeouts`."""
 
 
-class ChatArguments(Arguments, total=False):
-    """The arguments of `chat` besides the messages."""
+class RunArguments(Arguments, total=False):
+    """The arguments of `run_tools` that are those of `chat`."""
 
-    tools: Sequence[schemas.ToolLike] | None
-    """The tools that the model may call: Python functions, pydantic models, mappings or `Tool`s."""
+    tool_choice: str | None
+    """Whether the model may call tools: `auto`, the default; `none`; `required`, at least one; or the name of the one
+    that it must call. A reply without that call is an `InferenceFailed`."""
     retries: int | None
     """How often to ask again if the reply does not match the `format`, with the error as a message; not for a stream.
     `timeout` applies to all attempts together."""
+
+
+class ChatArguments(RunArguments, total=False):
+    """The arguments of `chat` besides the messages."""
+
+    tools: schemas.Tools
+    """The tools that the model may call: Python functions, pydantic models, mappings, `Tool`s, or the result of
+    `list_tools` of an MCP client."""
 
 
 class GenerateArguments(Arguments, total=False):
@@ -148,12 +157,12 @@ def read_chat(messages: reading.Messages, arguments: Mapping[str, object]) -> Ca
     """Read the arguments of `chat`."""
     arguments = _given_arguments("chat", arguments, ChatArguments)
     read = reading.read_messages(messages, arguments.get("images"))
-    tools = schemas.read_tools(arguments.get("tools"))
+    tools, tool_choice = _read_tools(arguments)
     schema, parse = schemas.read_format(arguments.get("format"))
     think = _read_think(arguments.get("think"))
 
     def build(**settled: Any) -> ChatRequest:
-        return ChatRequest(messages=read, tools=tools, format=schema, think=think, **settled)
+        return ChatRequest(messages=read, tools=tools, tool_choice=tool_choice, format=schema, think=think, **settled)
 
     has_images = any(each.images for each in read)
     return CallOptions(
@@ -161,9 +170,37 @@ def read_chat(messages: reading.Messages, arguments: Mapping[str, object]) -> Ca
         parse=parse,
         retries=_read_retries(arguments),
         prompt_characters=sum(len(each.content) for each in read),
-        needs=_needs(arguments, tools=tools, images=has_images, structured_output=schema, thinking=think),
+        needs=_needs(
+            arguments,
+            tools=tools,
+            tool_choice=tool_choice,
+            images=has_images,
+            structured_output=schema,
+            thinking=think,
+        ),
         **_common(arguments),
     )
+
+
+def _read_tools(arguments: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str | None]:
+    """Return the tools to send, and what the model must call: `required`, the name of a tool, or None."""
+    tools = schemas.read_tools(arguments.get("tools"))
+    choice = arguments.get("tool_choice", "auto")
+    if not isinstance(choice, str):
+        raise reading.rejected("`tool_choice`", "'auto', 'none', 'required' or the name of a tool", choice)
+    if choice in ("auto", "none"):
+        return tools if choice == "auto" else (), None
+    names = [each.name for each in tools]
+    if not names:
+        raise RequestRejected(
+            "`tool_choice` needs `tools`.", hint="Give the tools that the model may call, or leave it out."
+        )
+    if choice != "required" and choice not in names:
+        raise RequestRejected(
+            f"`tool_choice` names {choice[:80]!r}, which is not one of the `tools`.",
+            hint=reading.suggest(choice, [*names, "auto", "none", "required"]),
+        )
+    return tools, choice
 
 
 def read_generate(prompt: str, arguments: Mapping[str, object]) -> CallOptions:
@@ -204,7 +241,7 @@ def read_embed(inputs: str | Iterable[str], arguments: Mapping[str, object]) -> 
     if isinstance(options, Mapping) and options.get("truncate") is not None:
         raise RequestRejected("`truncate` is not an option of `embed`.", hint="Use the parameter `truncate`.")
     dimensions = arguments.get("dimensions")
-    _check_count("dimensions", dimensions, "numbers")
+    check_count("dimensions", dimensions, "numbers")
     truncate = read_flag("truncate", arguments.get("truncate"), default=True)
     purpose = arguments.get("purpose")
     if purpose is not None and purpose not in ("query", "document"):
@@ -266,10 +303,15 @@ def check_tokens(name: str, value: object) -> None:
     Raises:
         RequestRejected: it is neither None nor an integer that engines accept.
     """
-    _check_count(name, value, "tokens")
+    check_count(name, value, "tokens")
 
 
-def _check_count(name: str, value: object, unit: str) -> None:
+def check_count(name: str, value: object, unit: str) -> None:
+    """Check a number of something.
+
+    Raises:
+        RequestRejected: it is neither None nor a whole number from 1 on, within the range of engines.
+    """
     if value is None:
         return
     least = SMALLEST_WINDOW if name == "context_window" else 1
@@ -326,16 +368,16 @@ def read_seconds(name: str, value: object) -> float | None:
     raise RequestRejected(f"`{name}` is invalid.", hint="Give a number of seconds from 0 on, or leave it out.")
 
 
-def check_progress(on_progress: object) -> None:
-    """Check the function to call with the steps of a download, before the download begins.
+def check_callback(name: str, callback: object) -> None:
+    """Check the function to call with each step of an operation, before it begins.
 
     Raises:
         RequestRejected: it is neither None nor a plain function.
     """
-    if on_progress is None:
+    if callback is None:
         return
-    if not callable(on_progress) or any(map(inspect.iscoroutinefunction, (on_progress, type(on_progress).__call__))):
-        raise reading.rejected("`on_progress`", "a plain function to call with each step", on_progress)
+    if not callable(callback) or any(map(inspect.iscoroutinefunction, (callback, type(callback).__call__))):
+        raise reading.rejected(f"`{name}`", "a plain function to call with each step", callback)
 
 
 def read_reference(reference: object) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from graftage._engine.answers import cut_warning, parsed, read_finish_reason, read_usage
+from graftage._engine.answers import check_tool_choice, cut_warning, parsed, read_finish_reason, read_usage
 from graftage._engine.faults import Author, is_fault, kind_of
 from graftage._engine.inputs import Parse
 from graftage.calls import MAX_OBJECTS
@@ -95,6 +95,8 @@ class Run:
     adapter: str | None = None
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
+    tool_choice: str | None = None
+    """What the model must call: `required`, or the name of a tool."""
     request: ChatRequest | GenerateRequest | None = None
     """The request, as far as the provider reads it."""
     source: Source | None = None
@@ -214,7 +216,8 @@ class Run:
     def misfits(self) -> bool:
         """Whether a whole reply came but does not match its format. A reply cut by a limit would only be cut again."""
         last = self.fold.last
-        return self.reply is None and last is not None and last.finish_reason not in (None, "length")
+        whole = last is not None and last.finish_reason not in (None, "length")
+        return self.reply is None and whole and self.tool_choice is None
 
     def whole(self) -> Reply:
         """Return the reply, which must have been read to its end."""
@@ -224,6 +227,8 @@ class Run:
 
     def _finish(self, last: Chunk) -> None:
         reply = self.so_far()
+        if self.tool_choice is not None:
+            check_tool_choice(reply, self.tool_choice)
         if self.parse is not None and not reply.tool_calls:
             try:
                 reply = replace(reply, parsed=parsed(reply, self.parse))

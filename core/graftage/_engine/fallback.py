@@ -84,6 +84,10 @@ class Chain:
         """Refuse an operation for one provider."""
         raise RuntimeError("this client has several providers: call it on one of its `members`")
 
+    def timeouts(self, given: float | Timeouts | None) -> Timeouts:
+        """Return the limits of a call, on all members together."""
+        return self.sessions[0].timeouts(given)
+
     async def infer(
         self, operation: Literal["chat", "generate"], asked: CallOptions, *, stream: bool
     ) -> tuple[Run, Any]:
@@ -123,7 +127,7 @@ class Chain:
         return await self._first(ask, asked.timeout)
 
     async def _first(self, ask: Callable[..., Coroutine[Any, Any, T]], timeout: float | Timeouts | None) -> T:
-        timeouts = self.sessions[0].timeouts(timeout)
+        timeouts = self.timeouts(timeout)
         deadline = time.monotonic() + timeouts.total
         skipped = list(self._left_out)
         for session in self.sessions:
@@ -154,7 +158,7 @@ class Chain:
         self._adapter = _Adapter(reference, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
         if model is not None:
             check_model(model)
-        self.sessions[0].timeouts(timeout)
+        self.timeouts(timeout)
         if reference is not None:
             read_reference(reference)
         return None

@@ -103,6 +103,8 @@ def read_message(value: MessageLike) -> tuple[Message, ...]:
     """Return the messages that one stands for: Anthropic puts tool results inside a message of the user."""
     if isinstance(value, str):
         return (Message(role="user", content=text(value, "the text of a message")),)
+    if isinstance(value, Reply):
+        return tuple(message for each in value.messages for message in read_message(each))
     given = _message_fields(as_mapping(value))
     role = given.get("role")
     role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
@@ -128,9 +130,7 @@ def read_message(value: MessageLike) -> tuple[Message, ...]:
     return (*found.results, *((message,) if rest else ()))
 
 
-def _message_fields(value: Message | Reply | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(value, Reply):
-        value = value.message
+def _message_fields(value: Message | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(value, Message):
         return {name: getattr(value, name) for name in MESSAGE_KEYS}
     if not isinstance(value, Mapping):

@@ -45,6 +45,8 @@ class Listed:
     key: str | None
     """Where its key comes from: a variable, the table, `keyring`, or the path of a key file; None if it names none.
     Whether the keyring or the key file has one was not asked."""
+    api_key_from: str | None
+    """`keyring`, or the path of a key file: used if no variable and no table has the key itself."""
 
 
 def listed(sources: Sources | None = None) -> list[Listed]:
@@ -69,6 +71,7 @@ def _listed(instance: Instance, sources: Sources) -> Listed:
         adapter=instance.adapter,
         origin=instance.origin,
         key=origin if key else instance.api_key_from,
+        api_key_from=instance.api_key_from,
     )
 
 

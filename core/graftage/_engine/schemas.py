@@ -7,8 +7,8 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from graftage._engine.inputs import Parse, as_mapping, copy_json_object, is_model_object, items, rejected, suggest, text
 from graftage.exceptions import RequestRejected
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, TypeAdapter
 
 ToolLike: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any] | type | BaseModel"
+Tools: TypeAlias = "Sequence[ToolLike] | ToolList | None"
 Format: TypeAlias = "Literal['json', ''] | Mapping[str, Any] | type | UnionType | TypeAdapter[Any] | None"
+
+
+class ToolList(Protocol):
+    """The result of `list_tools` of an MCP client."""
+
+    tools: Any
+
 
 SCHEMA_KEYS = ("parameters", "inputSchema", "input_schema")
 """The names of a tool's schema: here and in OpenAI's API, in MCP, in Anthropic's API."""
@@ -64,13 +72,22 @@ WANTED = "a pydantic model or another type, a JSON schema, or 'json'"
 # --- Tools -----------------------------------------------------------------------------------------------------------
 
 
-def read_tools(values: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
+def tool_items(values: Tools) -> tuple[ToolLike, ...]:
+    """Return the tools one by one, as they were given.
+
+    Raises:
+        RequestRejected: they are neither a sequence nor the result of `list_tools` of an MCP client.
+    """
+    return items(getattr(values, "tools", values), "`tools`", "a sequence of tools")
+
+
+def read_tools(values: Tools) -> tuple[Tool, ...]:
     """Return tools from functions, pydantic models, `Tool`s, or mappings in the form of OpenAI, Anthropic or MCP.
 
     Raises:
         RequestRejected: a tool cannot be read.
     """
-    return tuple(_read_tool(each) for each in items(values, "`tools`", "a sequence of tools"))
+    return tuple(_read_tool(each) for each in tool_items(values))
 
 
 def _read_tool(value: ToolLike) -> Tool:
@@ -142,7 +159,7 @@ def _tool_from_function(function: Callable[..., Any]) -> Tool:
     if called == "<lambda>":
         raise _cannot_offer(function, "it has no name", "Give it a name with `def`, or give a `Tool`.")
     try:
-        schema = _type_adapter(function).json_schema()
+        schema = type_adapter(function).json_schema()
     except Exception as error:  # The caller's types may raise anything.
         raise _cannot_offer(function, _first_sentence(error)) from error
     if schema.get("type") != "object":  # Positional-only parameters make an array.
@@ -252,7 +269,7 @@ def _schema_and_parse(kind: object) -> tuple[dict[str, Any], Parse]:
     try:
         if _has_schema(kind):
             return kind.model_json_schema(), kind.model_validate_json
-        adapter = kind if _is_adapter(kind) else _type_adapter(kind) if _is_type(kind) else None
+        adapter = kind if _is_adapter(kind) else type_adapter(kind) if _is_type(kind) else None
         if adapter is not None:
             return adapter.json_schema(), adapter.validate_json
     except Exception as error:  # The types of the caller may raise anything.
@@ -274,7 +291,8 @@ def _is_type(value: object) -> bool:
     return inspect.isclass(value) or typing.get_origin(value) is not None or alias
 
 
-def _type_adapter(kind: Any) -> TypeAdapter[Any]:
+def type_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return what checks and reads values of a type, or the arguments of a function."""
     from pydantic import TypeAdapter  # Tools and formats are rare, and pydantic is slow to import
 
     if sys.version_info < (3, 12) and typing.is_typeddict(kind):

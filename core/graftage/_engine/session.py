@@ -13,7 +13,7 @@ from graftage._engine import inputs
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
-from graftage._engine.arguments import CallOptions, check_model, check_progress, check_tokens, read_flag, read_seconds
+from graftage._engine.arguments import CallOptions, check_callback, check_model, check_tokens, read_flag, read_seconds
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
@@ -116,6 +116,7 @@ class Session(Connection):
             with run.failing():
                 request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
+                run.tool_choice = getattr(request, "tool_choice", None)
                 run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
             first = await run.pull()
             while not stream and run.reply is None:
@@ -419,7 +420,7 @@ class Session(Connection):
         self, model: str | None, on_progress: Callable[[PullProgress], None] | None, timeout: float | Timeouts | None
     ) -> PullProgress:
         """Download a model, one download of a model at a time in this process."""
-        check_progress(on_progress)
+        check_callback("on_progress", on_progress)
         name = self.choose_model(model)
         given = timeout if timeout is not None else self.settings.timeouts
         run = self.run("pull_model", name, self.timeouts(given), bounded=timeout is not None)
@@ -469,7 +470,7 @@ class Session(Connection):
             raise RequestRejected(
                 f"`policy` must be never, missing or always, not {policy!r}.", hint="Or leave it out."
             )
-        check_progress(on_progress)
+        check_callback("on_progress", on_progress)
         self.timeouts(timeout)
         if policy == "always":
             await self.pull(model, on_progress, timeout)

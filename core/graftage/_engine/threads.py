@@ -16,7 +16,7 @@ from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
-__all__ = ["Items", "start", "submit"]
+__all__ = ["Items", "RaisedInThread", "start", "submit"]
 
 T = TypeVar("T")
 MAX_IDLE: Final = 8
@@ -25,6 +25,10 @@ MAX_AHEAD: Final = 16
 """Items that a provider may make before the caller asks for them."""
 
 Work = Callable[[], None]
+
+
+class RaisedInThread(RuntimeError):
+    """What a function raised would end what waits for it. That is the cause."""
 
 
 class _Threads:
@@ -99,7 +103,7 @@ def _raisable(error: BaseException) -> BaseException:
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    wrapped = RuntimeError(f"a function raised {type(error).__name__}")
+    wrapped = RaisedInThread(f"a function raised {type(error).__name__}")
     wrapped.__cause__ = error
     return wrapped
 

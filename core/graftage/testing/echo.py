@@ -118,7 +118,7 @@ _OPERATIONS: Final = (
     "unload_adapter",
     "prune_adapters",
 )
-_ACCEPTED: Final = frozenset({"tools", "structured_output", "thinking", "images", "logprobs", "suffix"})
+_ACCEPTED: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "images", "logprobs", "suffix"})
 _PARAMETERS: Final = frozenset({"keep_alive", "context_window", "max_tokens"})
 _CONTEXT_WINDOW: Final = 8192
 _DIMENSIONS: Final = 8

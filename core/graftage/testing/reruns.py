@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "rerun"]
 
-_PASSED_ON: Final = ("format", "think", "options", "context_window", "max_tokens", "system", "suffix", "raw")
+_PASSED_ON: Final = (
+    "tool_choice",
+    "format",
+    "think",
+    "options",
+    "context_window",
+    "max_tokens",
+    "system",
+    "suffix",
+    "raw",
+)
 _OPERATIONS: Final = {"/chat": "chat", "/generate": "generate"}
 _NAMES: Final = ("text", "thinking", "tool_calls", "finish_reason", "usage")
 _MAX_SHOWN: Final = 60

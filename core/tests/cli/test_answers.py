@@ -183,7 +183,7 @@ class TestReply:
             "provider": "fake",
             "adapter": None,
             "finish_reason": "length",
-            "usage": {"input_tokens": 2, "output_tokens": None},
+            "usage": {"input_tokens": 2, "output_tokens": None, "cached_tokens": None, "reasoning_tokens": None},
             "warnings": ["odd"],
         }
         assert set(timings) == {"total", "load", "prompt", "generation", "first_chunk", "wall"}

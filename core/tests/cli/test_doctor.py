@@ -51,7 +51,7 @@ def test_goes_all_the_way_to_the_model(shell: Shell, port: int) -> None:
     shell.install(f"it = Echo(models=['small:1b'], strict=True, address='http://127.0.0.1:{port}')")
     report = examined(shell)
     assert states(report) == dict.fromkeys(
-        ("settings file", "provider", "settings", "address", "proxy", "name", "port", "server", "model"), "ok"
+        ("settings file", "provider", "settings", "key", "address", "proxy", "name", "port", "server", "model"), "ok"
     )
     assert "version echo" in report["checks"]["server"]["text"]
     assert "fake" in [each["name"] for each in report["plugins"]]
@@ -206,5 +206,53 @@ def test_checks_embedded_if_no_server_answers(shell: Shell, closed_port: int) ->
     report = json.loads(shell.run("doctor", "--json", **auto).out)
     provider = next(each for each in report["checks"] if each["name"] == "provider")
     assert (provider["state"], provider["text"].split()[0]) == ("note", "`llamacpp`")
-    assert "`graftage doctor -p ollama`" in provider["hint"]
+    assert "`graftage doctor ollama`" in provider["hint"]
     assert states(examined(shell, "-p", "ollama", code=1, **auto))["port"] == "fail"
+
+
+class TestName:
+    FILE = '[instances.work]\nprovider = "fake"\nmodel = "mine:1b"\napi_key_from = "KEY"\n'
+
+    @pytest.fixture(autouse=True)
+    def _instance(self, shell: Shell) -> None:
+        shell.install("it = Echo(models=['mine:1b', 'other:1b'], strict=True)")
+        key = shell.folder / "key"
+        key.write_text("hidden")
+        key.chmod(0o600)
+        (shell.folder / "config.toml").write_text(self.FILE.replace("KEY", str(key)))
+
+    def test_instance_is_examined(self, shell: Shell) -> None:
+        report = examined(shell, "work", GRAFTAGE_MODEL="")
+        checks = report["checks"]
+        assert checks["provider"]["text"].startswith("`work` in ")
+        assert "`fake` from graftage-fake 1.0" in checks["provider"]["text"]
+        assert str(shell.folder / "key") in checks["key"]["text"]
+        assert checks["model"]["text"].startswith("`mine:1b` is available")
+        assert "hidden" not in json.dumps(report)
+
+    def test_name_may_have_a_model(self, shell: Shell) -> None:
+        for arguments in (["work:other:1b"], ["-m", "work:other:1b"], ["work", "-m", "other:1b"]):
+            checks = examined(shell, *arguments)["checks"]
+            assert "`other:1b` is available" in checks["model"]["text"]
+            assert checks["provider"]["text"].startswith("`work` in ")
+
+    def test_provider_is_examined_by_name(self, shell: Shell) -> None:
+        checks = examined(shell, "fake", "-m", "other:1b", GRAFTAGE_PROVIDER="ollama")["checks"]
+        assert checks["provider"]["text"] == "`fake` from graftage-fake 1.0 (command line)"
+        assert checks["key"]["text"] == "none is set"
+
+    def test_missing_key_is_explained(self, shell: Shell) -> None:
+        (shell.folder / "key").unlink()
+        report = examined(shell, "work", code=2)
+        failed = next(each for each in report["checks"].values() if each["state"] == "fail")
+        assert "GRAFTAGE_WORK_API_KEY" in failed["hint"]
+
+    def test_unknown_name_gets_the_nearest(self, shell: Shell) -> None:
+        provider = examined(shell, "wrok", code=1)["checks"]["provider"]
+        assert (provider["state"], provider["text"]) == ("fail", "There is no provider `wrok`.")
+        assert "`work`" in provider["hint"]
+
+    def test_two_names_are_refused(self, shell: Shell) -> None:
+        done = shell.run("doctor", "work", "-p", "fake")
+        assert (done.code, done.out) == (2, "")
+        assert "`work` and `-p fake`" in done.err

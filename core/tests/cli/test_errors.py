@@ -56,7 +56,7 @@ class TestMissingModel:
         assert "Did you mean `nope:foo1`?" in (near := shell.run("chat", "-m", "nope:foo", "Hi").err)
         assert "is not a provider" not in near
         far = shell.run("chat", "-m", "strange:thing", "Hi").err
-        assert re.search(r"hint: `strange` is not a provider. Installed: `fake`, .*`ollama`\.", far)
+        assert re.search(r"hint: `strange` is not a provider. Installed: `fake`, .*`openai`\.", far)
 
     def test_other_rejection_names_no_provider(self, shell: Shell) -> None:
         shell.install("it = Echo([RequestRejected('No such option.', hint='Leave it out.')])")

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _alone(shell: Shell) -> None:
     """Disable the providers that are really installed: they could ask a real server."""
-    shell.environment["GRAFTAGE_DISABLED_PLUGINS"] = "ollama,llamacpp"
+    shell.environment["GRAFTAGE_DISABLED_PLUGINS"] = "ollama,llamacpp,openai"
 
 
-def compared(shell: Shell, *arguments: str) -> dict[str, dict[str, Any]]:
-    done = shell.run("providers", "--json", *arguments)
+def compared(shell: Shell, *arguments: str, **environment: str) -> dict[str, dict[str, Any]]:
+    done = shell.run("providers", "--json", *arguments, **environment)
     assert done.code == 0, done
     return {each["name"]: each for each in json.loads(done.out)}
 
@@ -42,8 +42,8 @@ def test_table_has_a_column_each(shell: Shell) -> None:
     shell.install("it = Echo(models=[f'm:{n}' for n in range(7)] + ['\\x1b[2J'])")
     shell.install("it = Echo(without=['embed'])", name="other")
     out = shell.run("providers").out
-    assert out.split("\n")[0].split() == ["fake", "llamacpp", "ollama", "other"]
-    assert re.search(r"^state +loaded +disabled +disabled +loaded *$", out, re.MULTILINE)
+    assert out.split("\n")[0].split() == ["fake", "llamacpp", "ollama", "openai", "other"]
+    assert re.search(r"^state +loaded +(disabled +){3}loaded *$", out, re.MULTILINE)
     assert re.search(r"^embed +yes +no *$", out, re.MULTILINE)
     assert "m:0, m:1, m:2, m:3, m:4 and 3 more" in out
     assert "ollama: GRAFTAGE_DISABLED_PLUGINS names it." in out
@@ -97,3 +97,43 @@ def test_report_in_a_package_is_shown(shell: Shell) -> None:
     found = compared(shell)
     assert found["fake"]["tests"] == "2 passed, 1 deviation"
     assert found["torn"]["tests"] == "unknown: its report cannot be read (JSONDecodeError)"
+
+
+class TestInstances:
+    def test_instances_stand_beside_providers(self, shell: Shell) -> None:
+        shell.install("it = Echo(models=['a:1'], address='http://here')")
+        (shell.folder / "config.toml").write_text(
+            '[instances.work]\nprovider = "fake"\napi_key_from = "/missing"\n[instances.home]\nprovider = "fake"\n'
+        )
+        found = compared(shell, GRAFTAGE_WORK_API_KEY="hidden")
+        assert list(found)[-2:] == ["home", "work"]
+        home, work = found["home"], found["work"]
+        assert (home["instance_of"], home["health"], home["models"]) == ("fake", "well", ["a:1"])
+        assert (home["distribution"], home["key"]) == ("graftage-fake", None)
+        assert work["key"] == "environment GRAFTAGE_WORK_API_KEY"
+        assert found["fake"]["instance_of"] is None
+
+    def test_missing_key_is_a_problem_of_one(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        (shell.folder / "config.toml").write_text(
+            '[instances.work]\nprovider = "fake"\napi_key_from = "/missing"\n[instances.home]\nprovider = "fake"\n'
+        )
+        found = compared(shell)
+        assert "/missing" in found["work"]["problems"][0]
+        assert (found["home"]["health"], found["home"]["problems"]) == ("well", [])
+
+    def test_narrow_terminal_gets_several_tables(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        names = [f"instance-number-{number}" for number in range(4)]
+        (shell.folder / "config.toml").write_text("".join(f'[instances.{name}]\nprovider = "fake"\n' for name in names))
+        child = shell.terminal("providers")
+        assert shell.ends(child) == 0
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", child.before).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert all(any(name in line.split() for line in lines) for name in names)
+
+
+def test_invalid_instance_is_shown_at_each(shell: Shell) -> None:
+    shell.install("it = Echo()")
+    (shell.folder / "config.toml").write_text("[instances.work]\nprovider = 'nothing'\n")
+    assert "There is no provider `nothing`" in compared(shell)["fake"]["problems"][0]

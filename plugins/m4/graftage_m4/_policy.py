@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from math import inf
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from graftage.exceptions import ConnectionFailed, GraftageError, ResourceLimitExceeded
@@ -15,6 +16,7 @@ from graftage_m4._machine import GIB, Collector, budget_of, gb, readable_window
 from graftage_m4._state import (
     ALIVE,
     RESIDENTS_UNKNOWN,
+    Door,
     Grant,
     Key,
     Ledger,
@@ -50,7 +52,7 @@ ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
 """Seconds: the default limit on a whole call; the `keep_alive` of a model starts when its call ends."""
 LOADING_TIME: Final = 60.0
-"""Seconds for which a model that was granted through another address of the server is assumed to be still loading."""
+"""Seconds for which a model that was granted through another door to the server is assumed to be still loading."""
 MAX_STRETCH: Final = 8
 """A reported window longer than this many times what the model was trained for is not believed."""
 MAX_NAMED: Final = 5
@@ -63,12 +65,12 @@ MINUTES: Final = (
     (28, (30, 15, 10, 5, 5, 5)),
     (40, (30, 30, 15, 10, 5, 5)),
     (56, (60, 60, 60, 60, 30, 10)),
-    (float("inf"), (60, 60, 60, 60, 60, 10)),
+    (inf, (60, 60, 60, 60, 60, 10)),
 )
 """Minutes that a model stays, by memory (below so many gigabytes) and class."""
-MAX_CONCURRENCY: Final = ((28, 2), (float("inf"), 4))
+MAX_CONCURRENCY: Final = ((28, 2), (inf, 4))
 """The most requests at once, by memory."""
-MAX_LOADED: Final = ((20, 1), (40, 2), (float("inf"), 3))
+MAX_LOADED: Final = ((20, 1), (40, 2), (inf, 3))
 """The most models in memory, by memory; 3 is Ollama's own limit on a Mac."""
 
 T = TypeVar("T")
@@ -101,7 +103,7 @@ class Policy:
 
     def _listed_size(self, query: LimitsQuery, info: ModelInfo) -> int | None:
         """Return the size of a model from its server's list, which is read once for each version of the model."""
-        key = _key(server_of(query.provider, query.address), query.model)
+        key = _key(server_of(query.address), query.model)
         version = (key, info.digest, info.modified_at, info.size)
         if version not in self.ledger.listed:
             models = _ask(query.models)
@@ -121,15 +123,16 @@ class Policy:
         budget = budget_of(static, readings, self.settings.profile)
         if budget is None:
             return _unreadable_mac_limits(self.settings)
-        server = server_of(query.provider, query.address)
-        self.ledger.register_usage(server, query.address, query.in_use)
+        server = server_of(query.address)
+        door = (query.provider, query.address)
+        self.ledger.register_usage(server, door, query.in_use)
         key = _key(server, query.model)
         shape = self._shape(key, info, size)
         if shape is None:
             return _unknown_model_limits(query, self.settings)
         reported = [self._plausible(server, each) for each in loaded or ()]
         slots = self._learn_slots(server, reported)
-        residents = self._residents(server, query.address, None if loaded is None else reported, slots)
+        residents = self._residents(server, door, None if loaded is None else reported, slots)
         current = residents.pop(key, None)
         others, beyond = _split_reachable(query, residents.values())
         elsewhere, coming = self._elsewhere(server)
@@ -154,6 +157,7 @@ class Policy:
             promise=promise,
             odd=tuple(each.name for each, believed in zip(loaded or (), reported, strict=True) if each != believed),
             seen=loaded is not None,
+            keeps="keep_alive" not in (query.parameters or {"keep_alive"}),
             settings=self.settings,
         )
 
@@ -185,7 +189,7 @@ class Policy:
             window = each.context_window or (grant.window if grant else None)
             if shape is not None and shape.layers and not shape.embeds and window and each.size:
                 remember(self.ledger.slots, key, self._slots_of(shape, window, each.size))
-        return max((slots for key, slots in self.ledger.slots.items() if key[:2] == server), default=1)
+        return max((slots for key, slots in self.ledger.slots.items() if key[0] == server), default=1)
 
     def _slots_of(self, shape: Shape, window: int, size: int) -> int:
         for slots in range(1, MAX_SLOTS + 1):
@@ -194,7 +198,7 @@ class Policy:
         return 1  # No number of slots explains the size; the size itself counts anyway.
 
     def _residents(
-        self, server: Server, address: str, loaded: list[LoadedModel] | None, slots: int
+        self, server: Server, door: Door, loaded: list[LoadedModel] | None, slots: int
     ) -> dict[Key, Resident]:
         """Return the models in memory and those being loaded by admitted requests; `loaded` is None if unknown."""
         used = self.ledger.in_use(server)
@@ -204,9 +208,9 @@ class Policy:
             before = found.get(resident.key, resident)
             found[resident.key] = max(before, resident, key=lambda one: one.size)
         for key, grant in list(self.ledger.grants.items()):
-            if key[:2] != server or key in found:
+            if key[0] != server or key in found:
                 continue
-            if key[2] in used or self._is_loading(grant, address):
+            if key[1] in used or self._is_loading(grant, door):
                 found[key] = _loading(key, grant)
             elif loaded is None and self._may_be_loaded(grant):
                 found[key] = self._assumed(key, grant)
@@ -214,9 +218,9 @@ class Policy:
                 del self.ledger.grants[key]
         return found
 
-    def _is_loading(self, grant: Grant, address: str) -> bool:
-        """Return whether a model was just granted to a client that writes the server's address differently."""
-        return grant.pending and grant.address != address and self.collector.clock() - grant.at < LOADING_TIME
+    def _is_loading(self, grant: Grant, door: Door) -> bool:
+        """Return whether a model was just granted through another door to the server."""
+        return grant.pending and grant.door != door and self.collector.clock() - grant.at < LOADING_TIME
 
     def _may_be_loaded(self, grant: Grant) -> bool:
         """Return whether a model may still be in memory."""
@@ -240,12 +244,12 @@ class Policy:
         window = model.context_window or (grant.window if grant else None)
         reported = model.size or 0
         estimate = self.settings.footprint(shape, window, slots).total if shape is not None and window else 0
-        loads = grant is not None and key[2] in used and (window or 0) < grant.window
+        loads = grant is not None and key[1] in used and (window or 0) < grant.window
         if grant is not None and grant.pending and not loads:
             ledger.grants[key] = replace(grant, pending=False)
         # `/api/ps` counts too little for sliding windows, so it is only a lower bound. A model in use may be about to
         # be reloaded with the window it was granted.
-        size = max(estimate, reported + RUNTIME, grant.size if grant and key[2] in used else 0)
+        size = max(estimate, reported + RUNTIME, grant.size if grant and key[1] in used else 0)
         on_cpu = bool(reported) and model.accelerator_size is not None and model.accelerator_size < reported
         if on_cpu:
             ledger.on_cpu.add(key)
@@ -256,7 +260,7 @@ class Policy:
             freed=reported,
             coming=max(size - reported, 0) if loads else 0,
             window=window,
-            busy=key[2] in used,
+            busy=key[1] in used,
             expires=_expiry(model.expires_at),
             small=bool(shape and shape.embeds) and size <= SMALL_EMBEDDING + RUNTIME,
             on_cpu=on_cpu,
@@ -269,9 +273,9 @@ class Policy:
         """
         total = coming = 0
         for key, grant in self.ledger.grants.items():
-            if key[:2] == here:
+            if key[0] == here:
                 continue
-            busy = key[2] in self.ledger.in_use(key[:2])
+            busy = key[1] in self.ledger.in_use(key[0])
             known = self.settings.machine is None or grant.by is self._signature
             if busy or (known and self._may_be_loaded(grant)):
                 total += grant.size
@@ -367,7 +371,7 @@ class Policy:
 
     def _too_large(self, state: State, window: int) -> ResourceLimitExceeded:
         shapes = self.ledger.shapes
-        known = {key[2]: shape for key, shape in shapes.items() if key[:2] == state.key[:2] and key != state.key}
+        known = {key[1]: shape for key, shape in shapes.items() if key[0] == state.key[0] and key != state.key}
         return too_large(state, window, known)
 
     def _lowered(self, state: State, wanted: int) -> int:
@@ -432,12 +436,12 @@ class Policy:
                 window = max(window, current.window or 0, before.window if before else 0)
         grant = Grant(
             name=state.query.model,
-            address=state.query.address,
+            door=(state.query.provider, state.query.address),
             by=self._signature,
             window=window,
             size=size,
             at=self.collector.clock(),
-            keep_alive=keep,
+            keep_alive=inf if state.keeps else keep,
             pending=plan.loads or bool(current and current.coming),
         )
         for each in plan.unload:
@@ -517,7 +521,8 @@ def _budget_warning(state: State, plan: Plan) -> Iterator[str]:
 def _doubt_warnings(state: State) -> Iterator[str]:
     """Warn of missing and impossible figures of a server."""
     if not state.seen:
-        yield "The server does not report which models are loaded: one model is used at a time."
+        what = "what is free now is not compared" if state.keeps else "one model is used at a time"
+        yield f"The server does not report which models are loaded: {what}."
     if state.shape.estimated:
         yield f"The server does not report the size of `{state.query.model}`: {state.shape.notes[0]}."
     if state.shape.odd:
@@ -573,13 +578,13 @@ def _loading(key: Key, grant: Grant) -> Resident:
 def _split_reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Resident, ...], list[Resident]]:
     """Split other models into those that the core can unload or wait for, and those that it cannot.
 
-    The core does not know models that are used through another address of the server, or that have no name.
+    The core does not know models that are used through another door to the server, or that have no name.
     """
     known = {canonical_name(model) for model, count in query.in_use().items() if count > 0}
     reach: list[Resident] = []
     beyond: list[Resident] = []
     for each in others:
-        (reach if each.name and (not each.busy or each.key[2] in known) else beyond).append(each)
+        (reach if each.name and (not each.busy or each.key[1] in known) else beyond).append(each)
     return tuple(reach), beyond
 
 
@@ -623,11 +628,11 @@ def _ask(ask: Callable[[], T]) -> T | None:
 
 
 def _key(server: Server, model: str) -> Key:
-    return *server, canonical_name(model)
+    return server, canonical_name(model)
 
 
 def _expiry(moment: datetime | None) -> float:
     try:
-        return float("inf") if moment is None else moment.timestamp()
+        return inf if moment is None else moment.timestamp()
     except (OverflowError, ValueError, OSError):  # A year without a time zone at either end of the calendar.
         return 0.0

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RESIDENTS_UNKNOWN",
+    "Door",
     "Grant",
     "Key",
     "Ledger",
@@ -50,10 +51,12 @@ MLX_RESERVE = 3 * GIB
 """While it reads a prompt, MLX briefly takes far more than its cache."""
 
 N = TypeVar("N", int, float)
-Server: TypeAlias = tuple[str, str]
-"""Provider and address."""
-Key: TypeAlias = tuple[str, str, str]
-"""Provider, address, and the model's canonical name."""
+Server: TypeAlias = str
+"""Its address. Several providers, and instances of them, may use one server."""
+Door: TypeAlias = tuple[str, str]
+"""A provider or instance, and the address as it writes it. A query knows what is in use through its own door only."""
+Key: TypeAlias = tuple[Server, str]
+"""The server, and the model's canonical name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +87,8 @@ class Grant:
     """What a model was granted last, while it may be in memory."""
 
     name: str
-    address: str
-    """As the client writes it."""
+    door: Door
+    """Through which it was granted."""
     by: object
     """The signature of the policy."""
     window: int
@@ -146,7 +149,7 @@ class State:
     others: tuple[Resident, ...]
     elsewhere: int
     """Bytes of models that this request can neither wait for nor unload: those on other servers of this Mac, and those
-    in use through another address of this server."""
+    in use through another door to this server."""
     coming_elsewhere: int
     """The part of them that may not be taken yet."""
     slots: int
@@ -157,6 +160,8 @@ class State:
     """Loaded models for which the server reports impossible figures."""
     seen: bool
     """Whether the server reported what it has in memory."""
+    keeps: bool
+    """Whether the server keeps a model until another one takes its place, whatever is asked."""
     settings: M4Settings
 
     @property
@@ -180,7 +185,9 @@ class State:
         static = self.budget.static - self.elsewhere - sum(each.size for each in stay)
         if self.shape.mlx:
             static -= max(MLX_RESERVE - self.budget.reserve, 0)
-        free = self.readings.available(self.memory) if loading else None
+        # If the server may have the model already, what is free now does not show whether it fits.
+        hidden = self.keeps and not self.seen
+        free = self.readings.available(self.memory) if loading and not hidden else None
         if free is None:
             return Room(static=static, live=None)
         # Models being loaded have not taken all of their memory yet; a reload frees what the model has now.
@@ -376,15 +383,15 @@ class Ledger:
         self.slots: dict[Key, int] = {}
         """The parallel slots that follow from the last reported size of each model."""
         self.on_cpu: set[Key] = set()
-        self._in_use: dict[Server, dict[str, Callable[[], Mapping[str, int]]]] = {}
-        """For each server, and each way to write its address, how to get the models in use."""
+        self._in_use: dict[Server, dict[Door, Callable[[], Mapping[str, int]]]] = {}
+        """For each server, and each door to it, how to get the models in use."""
 
-    def register_usage(self, server: Server, address: str, in_use: Callable[[], Mapping[str, int]]) -> None:
+    def register_usage(self, server: Server, door: Door, in_use: Callable[[], Mapping[str, int]]) -> None:
         """Remember how to get the models of a server that are in use."""
-        self._in_use.setdefault(server, {})[address] = in_use
+        self._in_use.setdefault(server, {})[door] = in_use
 
     def in_use(self, server: Server) -> set[str]:
-        """Return the canonical names of a server's models in use, through any of its addresses."""
+        """Return the canonical names of a server's models in use, through any door."""
         counts = [in_use() for in_use in self._in_use.get(server, {}).values()]
         return {canonical_name(model) for each in counts for model, count in each.items() if count > 0}
 
@@ -431,15 +438,15 @@ def is_local_server(address: str) -> bool:
     return "://" not in address or _is_local(urlsplit(address).hostname or "")
 
 
-def server_of(provider: str, address: str) -> Server:
+def server_of(address: str) -> Server:
     """Identify a server, however its address is written: all names of this machine are one."""
     try:
         parts = urlsplit(address)
         port = parts.port or PORTS.get(parts.scheme)
     except ValueError:
-        return provider, address
+        return address
     own = "://" in address and _is_local(parts.hostname or "")
-    return provider, f"this machine:{port}{parts.path.rstrip('/')}" if own else address
+    return f"this machine:{port}{parts.path.rstrip('/')}" if own else address
 
 
 def _is_local(host: str) -> bool:

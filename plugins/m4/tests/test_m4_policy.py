@@ -707,16 +707,16 @@ class TestLedger:
         ],
     )
     def test_server_is_identified_by_port(self, address: str, other: str, *, same: bool) -> None:
-        assert (server_of("ollama", address) == server_of("ollama", other)) is same
+        assert (server_of(address) == server_of(other)) is same
 
     def test_fork_drops_parent_requests(self) -> None:
         ledger = Ledger()
-        ledger.register_usage(("ollama", "x"), "x", lambda: {"a:1": 1})
-        assert ledger.in_use(("ollama", "x")) == {"a:1"}
+        ledger.register_usage("x", ("ollama", "x"), lambda: {"a:1": 1})
+        assert ledger.in_use("x") == {"a:1"}
         with ledger.lock:
             ledger.reset_after_fork()
         assert ledger.lock.acquire(blocking=False)
-        assert ledger.in_use(("ollama", "x")) == set()
+        assert ledger.in_use("x") == set()
 
 
 class TestPromise:

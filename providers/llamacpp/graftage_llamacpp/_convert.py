@@ -75,7 +75,7 @@ OPTIONS: Final = frozenset(
         "typical_p",
     }
 )
-FEATURES: Final = frozenset({"tools", "structured_output", "thinking", "logprobs"})
+FEATURES: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "logprobs"})
 """Features of the engine that its hooks do not show."""
 SYSTEM_PROMPT: Final = "You are a helpful assistant."
 """Sent if the caller gives none: with their built-in prompts, small models answer nonsense."""
@@ -179,7 +179,12 @@ def chat_body(request: ChatRequest, header: Header) -> dict[str, Any]:
     body = _shared_body(request)
     body["messages"] = _with_system([_message(each) for each in request.messages], header)
     if request.tools:
-        body["tools"] = [_tool(each) for each in request.tools]
+        choice = request.tool_choice
+        # The engine treats a name as a choice of its own; if only this tool is there, `required` means the same.
+        named = [each for each in request.tools if each.name == choice]
+        body["tools"] = [_tool(each) for each in named or request.tools]
+        if choice is not None:
+            body["tool_choice"] = "required"
     if request.format is not None:
         body["response_format"] = {"type": "json_schema", "json_schema": {"schema": _schema(request.format)}}
     _set_thinking(body, request.think, header, request.model)

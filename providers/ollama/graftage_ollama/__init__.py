@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from graftage.hookspecs import AnswersRequest, ConnectRequest
     from graftage.settings import Settings
 
-__all__ = ["OllamaSettings", "answers", "connect", "settings_model"]
+__all__ = ["OllamaSettings", "answers", "connect", "local_addresses", "settings_model"]
 
 
 @hookimpl
@@ -29,6 +29,12 @@ def answers(request: AnswersRequest) -> int | None:
     url = parse_host(request.settings.host)
     here = socket_path(url) is not None or is_loopback(urlsplit(url).hostname or "")
     return 20 if here or "host" in request.given else None
+
+
+@hookimpl
+def local_addresses() -> tuple[str, ...]:
+    """Return the address that a server has by default."""
+    return (parse_host(None),)
 
 
 @hookimpl

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 import pytest
+from adding import EXACT, LESSON, add, run
 from places import LORA
 from pydantic import BaseModel
+from test_outside_openai import TOOL_MODEL, create_tool_model
 
 import graftage
 from graftage.exceptions import (
@@ -90,13 +92,42 @@ def without_folders(response: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def connect(both: Both, cassette: Cassette) -> Callable[..., Any]:
     """Make sync or async clients that replay or record the test's cassette."""
-    return lambda **given: both.connect("ollama", model=MODEL, host=LIVE or None, transport=cassette, **given)
+    return lambda **given: both.connect(
+        "ollama", **{"model": MODEL, "host": LIVE or None, "transport": cassette, **given}
+    )
 
 
 @pytest.fixture
 def llm(connect: Callable[..., Any]) -> Any:
     """Return a sync or async client that replays or records the test's cassette."""
     return connect()
+
+
+class TestTools:
+    @pytest.fixture
+    def tooled(self, connect: Callable[..., Any], cassette: Cassette) -> Any:
+        """A client of a model with tools, which is made when recording."""
+        if cassette.records:
+            create_tool_model(LIVE)
+        return connect(model=TOOL_MODEL)
+
+    def test_results_go_back_until_the_answer(self, both: Both, tooled: Any) -> None:
+        reply = run(both, tooled, [*LESSON, "What is 9 + 7?"], [add], options=EXACT, max_tokens=40)
+        assert [each.content for step in reply.steps for each in step.results] == ["16"]
+        assert "16" in reply.text
+        assert reply.usage.output_tokens > 20
+
+    def test_answer_comes_in_the_format(self, both: Both, tooled: Any) -> None:
+        schema = {"type": "object", "properties": {"result": {"type": "integer"}}, "required": ["result"]}
+        question = [*LESSON, "What is 9 + 7?"]
+        reply = run(both, tooled, question, [add], options=EXACT, max_tokens=40, format=schema)
+        assert (reply.parsed, len(reply.steps)) == ({"result": 16}, 1)
+
+    def test_call_cannot_be_required(self, both: Both, fake: FakeOllama) -> None:
+        llm = both.connect("ollama", host=fake.url, model=MODEL)
+        with pytest.raises(CapabilityUnsupported, match="tool_choice"):
+            llm.chat("What is 9 + 7?", tools=[add], tool_choice="required")
+        assert fake.requests == []
 
 
 class Person(BaseModel):

@@ -50,6 +50,7 @@ class Adapters:
     def __init__(self, http: Http, api: str) -> None:
         self._http = http
         self._api = api
+        self.is_local = is_loopback(urlsplit(http.base_url).hostname or "")
         self._places: dict[tuple[str, str], str] = {}
         """By digest and model: the folder for mlx_lm, or the file of llama-server."""
         self._slots: dict[int | None, str] | None = None
@@ -107,7 +108,7 @@ class Adapters:
             raise _unsupported(
                 request,
                 f"with the model's name `{request.model}`, {profile.name} ignores adapters",
-                "Name the model by its folder or its repository, as the list of models does.",
+                f"Name the model by its folder, {f'`{base.path}`' if base.path else 'or by its repository'}.",
             )
         folder = await self._folder(request, "mlx", base)
         return self._loaded(request, "request", str(folder))
@@ -140,14 +141,13 @@ class Adapters:
             file = await run(adapter.gguf, base)
             own = await run(_content, file)
         for slot, path in slots.items():
-            other = await run(_content, Path(path)) if self._is_local() else None
+            other = await run(_content, Path(path)) if self.is_local else None
             if own and other and own[0] == other[0]:
                 # A registry may give it another scale than the server's file has.
                 return self._loaded(request, "slots", path, slot=slot, scale=own[1] / other[1])
             if other is None and PurePosixPath(path).stem in (adapter.name, file and file.stem):
                 note = f"The server's file `{PurePosixPath(path).name}` was taken for the adapter because of its name."
-                notes = (*adapter.verdict.warnings, note)
-                return self._loaded(request, "slots", path, slot=slot, warnings=notes)
+                return self._loaded(request, "slots", path, slot=slot, warnings=(note,))
         raise _unsupported(
             request,
             f"{profile.name} was not started with it, but with {len(slots)} other adapters",
@@ -165,20 +165,17 @@ class Adapters:
 
     async def _folder(self, request: LoadAdapterRequest, layout: str, base: ModelInfo) -> Path:
         """Return a folder that the server can read, with the adapter in a layout."""
-        if not self._is_local():
+        if not self.is_local:
             raise _unsupported(request, "the server reads its own disk, on another machine", "Load the adapter there.")
         if not isinstance(request.adapter, PortableAdapter):
             raise _unsupported(request, f"its resolver cannot write {layout}'s layout", "Use `graftage-lora`.")
         folder: Path = await request.call.run(getattr(request.adapter, layout), base)
         return folder
 
-    def _is_local(self) -> bool:
-        return is_loopback(urlsplit(self._http.base_url).hostname or "")
-
     def _loaded(self, request: LoadAdapterRequest, strategy: str, place: str, **more: Any) -> LoadedAdapter:
         adapter = request.adapter
         known = {"name": adapter.name, "digest": adapter.digest, "model": request.model, "strategy": strategy}
-        loaded = LoadedAdapter(**{"warnings": adapter.verdict.warnings, **known, **more})
+        loaded = LoadedAdapter(**{**known, **more})
         self._places[loaded.digest, loaded.model] = place
         return loaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -36,6 +36,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
+from graftage.files import read_model
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
 from graftage.http.client import typed_errors
@@ -81,6 +82,7 @@ class OpenAIConnection:
         self._adapters = Adapters(self._http, self._api)
         self._learned = _convert.Learned()
         self._able: frozenset[Feature] | None = None
+        self._file: str | None = None
 
     @hookimpl
     def capabilities(self) -> Capabilities:
@@ -224,16 +226,40 @@ class OpenAIConnection:
 
     @hookimpl
     async def show_model(self, request: ModelRequest) -> ModelInfo:
-        for each in await self.list_models(ModelsRequest(call=request.call)):
+        listed = await self.list_models(ModelsRequest(call=request.call))
+        for each in listed:
             if canonical_name(each.name) == canonical_name(request.model):
-                return replace(each, features=await self._features(request.call, self._known or UNKNOWN))
+                profile = await self._profile(request.call)
+                model = replace(each, features=await self._features(request.call, profile))
+                if profile.loaded == "/api/v1/models":
+                    read = partial(_convert.from_lmstudio, model)
+                    return await self._http.json("GET", profile.loaded, call=request.call, read=read)
+                return await request.call.run(self._with_files, model, listed)
         raise ModelNotFound(f"The server does not list `{request.model}`.", hint="Choose one that it lists.")
+
+    def _with_files(self, model: ModelInfo, listed: Sequence[ModelInfo]) -> ModelInfo:
+        """Add what the model's own files say, if they are on this machine."""
+        place = self._file or str(model.raw.get("root") or model.name)
+        if self._known and model.name == self._known.default_model:  # mlx_lm was started with the one that is a path.
+            place = next((each.name for each in listed if each.name.startswith("/")), place)
+        found = read_model(place) if self._adapters.is_local else None
+        if found is None:
+            return model
+        return replace(
+            found,
+            name=model.name,
+            context_window=model.context_window or found.context_window,
+            features=model.features,
+            metadata={**model.metadata, **found.metadata},
+            raw={**found.raw, **model.raw},
+        )
 
     async def _features(self, call: Call, profile: Profile) -> frozenset[Feature] | None:
         """Return what the one model of the server can do; None if it does not say."""
         if self._able is None and profile.props:
             with contextlib.suppress(ProviderError):
-                self._able = await self._get(profile.props, call, partial(_convert.features, profile))
+                props: Document = await self._get(profile.props, call)
+                self._able, self._file = _convert.features(profile, props), read_word(props.get("model_path"))
         return self._able
 
     @hookimpl
@@ -338,6 +364,7 @@ RULES: Final[Rules] = (
             "cached snapshot folder",
             "not a valid model identifier",
             "repository not found",
+            "repo id must",
             "'config.json'",
             "model_not_found",
             "no models loaded",

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 from graftage import http
 from graftage.calls import ChatRequest, EmbedRequest, GenerateRequest
 from graftage.exceptions import CapabilityUnsupported, InferenceFailed, ProviderError, RequestRejected
+from graftage.footprint import footprint, read_shape
 from graftage.http.transport import header
 from graftage.types import (
     Chunk,
@@ -508,18 +510,46 @@ def features(profile: Profile, props: Mapping[str, Any]) -> frozenset[Feature] |
 
 
 def loaded_models(profile: Profile, found: Mapping[str, Any]) -> tuple[LoadedModel, ...]:
-    """Read the models in memory, from a list of models or from LM Studio's own."""
-    if "data" in found:
-        pairs = [(each.raw, each.name, each.size, each.context_window) for each in models(profile, found)]
-    else:
-        pairs = [
-            (
-                each,
-                str(one["id"]),
-                http.read_count(each.get("size_bytes")),
-                http.read_count(one["config"]["context_length"]),
+    """Read the models in memory, from a list of models or from LM Studio's own.
+
+    Both state the size of the weights; the cache is estimated from that size and the window.
+    """
+    loaded = models(profile, found) if "data" in found else [each for _, each in _instances(found)]
+    return tuple(
+        LoadedModel(name=each.name, size=_in_memory(each), context_window=each.context_window, raw=each.raw)
+        for each in loaded
+    )
+
+
+def _in_memory(model: ModelInfo) -> int | None:
+    shape = read_shape(ModelInfo(name=model.name, size=model.size))
+    cache = footprint(shape, model.context_window).cache if shape is not None and model.context_window else 0
+    return model.size + cache if model.size else None
+
+
+def from_lmstudio(model: ModelInfo, found: Mapping[str, Any]) -> ModelInfo:
+    """Add what LM Studio's own list says about a model, or about a loaded instance of it."""
+    for key, each in _instances(found, loaded=False):
+        if model.name in (key, each.name):
+            return replace(each, name=model.name, context_window=model.context_window or each.context_window)
+    return model
+
+
+def _instances(found: Mapping[str, Any], *, loaded: bool = True) -> Iterator[tuple[str, ModelInfo]]:
+    """Yield each loaded instance with its model's key, and models that are not loaded if those count, too."""
+    for each in found["models"]:
+        unloaded = {"id": each["key"], "config": {"context_length": each.get("max_context_length")}}
+        for one in [*each["loaded_instances"], *([] if loaded else [unloaded])]:
+            yield (
+                each["key"],
+                ModelInfo(
+                    name=str(one["id"]),
+                    size=http.read_count(each.get("size_bytes")),
+                    architecture=http.read_word(each.get("architecture")),
+                    parameters=http.read_word(each.get("params_string")),
+                    quantization=http.read_word(http.read_object(each.get("quantization")).get("name")),
+                    context_window=http.read_count(one["config"]["context_length"]),
+                    # In the words of Ollama, which `graftage.footprint` knows.
+                    raw={**each, "details": {"format": "safetensors" if each.get("format") == "mlx" else "gguf"}},
+                ),
             )
-            for each in found["models"]
-            for one in each["loaded_instances"]
-        ]
-    return tuple(LoadedModel(name=name, size=size, context_window=room, raw=raw) for raw, name, size, room in pairs)

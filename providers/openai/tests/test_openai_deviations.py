@@ -282,6 +282,15 @@ class TestReplies:
         reply = connect().chat("Hi")
         assert (reply.request_id, reply.rate_limits) == ("r1", {"x-ratelimit-remaining-tokens": "9"})
 
+    def test_body_may_end_with_the_connection(self, connect: Any, fake: FakeOllama) -> None:
+        head = b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+        fake.script(CHAT, *(Answer([each], raw=head, ending="close") for each in (TEXT, HELLO, TEXT)))
+        llm = connect()
+        assert llm.chat("Hi").text == "Hello"
+        with pytest.raises(StreamInterrupted):
+            llm.chat("Hi")
+        assert llm.chat("Hi").text == "Hello"
+
     def test_another_model_is_named(self, connect: Any, fake: FakeOllama) -> None:
         fake.script(CHAT, streamed(TEXT.replace(b'"model": "m"', b'"model": "other"')))
         reply = connect(profile="llama-server").chat("Hi")

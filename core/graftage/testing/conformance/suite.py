@@ -211,6 +211,7 @@ class ProviderSuite(Adoption):
             "rerank": lambda: llm.rerank("Hi", ["one"]),
             "count_tokens": lambda: llm.count_tokens("Hi"),
             "tools": lambda: llm.chat("Hi", tools=[TOOL]),
+            "tool_choice": lambda: llm.chat("Hi", tools=[TOOL], tool_choice="required"),
             "structured_output": lambda: llm.chat("Hi", format="json"),
             "thinking": lambda: llm.chat("Hi", think=True),
             "images": lambda: llm.chat("Hi", images=[PICTURE]),
@@ -398,6 +399,18 @@ class ProviderSuite(Adoption):
         llm.chat(messages, tools=[TOOL], model=model, stream=True).close()
         for text in (str(TOOL["description"]), "Paris-sur-Mer", "sunny-spells"):
             assert text.encode() in server.chats[-1]
+
+    def test_tool_choice_reaches_the_server(self, connect: Any, server: StandIn, reply: Answer) -> None:
+        """A call that is required changes what is sent.
+
+        If it fails: send `request.tool_choice`, or do not declare it.
+        """
+        llm = connect(transport=Redirect(server.url))
+        model = self.model_with(llm, "tool_choice")
+        server.answer_chats(reply)
+        for choice in (None, "required"):
+            llm.chat("Hi", tools=[TOOL], tool_choice=choice, model=model, stream=True).close()
+        assert server.chats[-1] != server.chats[-2]
 
     def test_tool_calls_can_be_read(self, llm: Any) -> None:
         """A model with tools replies with text, or with calls that have a name, arguments and an id.

@@ -1,0 +1,251 @@
+"""`run_tools`: ask a model, run the tools that it calls, send the results back, until it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from graftage._client.async_client import AsyncClient
+from graftage._client.opening import translate_errors, translate_errors_async
+from graftage._client.sync_client import Client
+from graftage._engine.answers import parsed
+from graftage._engine.arguments import check_callback, check_count, read_chat, read_seconds
+from graftage._engine.driving import drive
+from graftage._engine.inputs import Messages, read_messages
+from graftage._engine.schemas import Tools, read_format
+from graftage._engine.toolbox import CallTool, Toolbox
+from graftage.exceptions import GraftageError, InferenceFailed, ProviderError, ProviderTimeout
+from graftage.types import Message, Reply, Step
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from graftage._engine.arguments import RunArguments
+    from graftage._engine.call import Run
+    from graftage._engine.fallback import Chain
+    from graftage._engine.session import Session
+
+__all__ = ["run_tools", "run_tools_async"]
+
+MAX_STEPS: Final = 10
+TOOL_TIMEOUT: Final = 60.0
+
+
+@translate_errors
+def run_tools(
+    llm: Client,
+    /,
+    messages: Messages,
+    tools: Tools,
+    *,
+    call: CallTool | None = None,
+    max_steps: int | None = None,
+    tool_timeout: float | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    **arguments: Unpack[RunArguments],
+) -> Reply:
+    """Ask the model, run the tools that it calls, and send the results back, until it answers without a call.
+
+    Only the given tools are run, with arguments that fit: a function gets what its annotations say, another tool what
+    its JSON schema says of names, simple types, enums, lists and nested objects. A result is sent as it is if it is a
+    string, or else as JSON, and cut after 32000 characters. A wrong call, an exception of a tool (its type and its
+    message, without folders) and a timeout are its result, so that the model can try again. An exception that does
+    not derive from `Exception` ends the run. The calls of one message run at the same time, each in a thread.
+
+    Args:
+        llm: the client.
+        messages: as for `chat`.
+        tools: as for `chat`: Python functions, and with `call` also pydantic models, mappings, `Tool`s, or the result
+            of `list_tools` of an MCP client.
+        call: runs the tools that are not functions; it gets a name and the arguments as a dictionary. What it returns
+            may be the result of `call_tool` of an MCP client.
+        max_steps: how many messages with calls are answered, at most; 10 by default.
+        tool_timeout: seconds for each tool, 60 by default. The thread of a tool that takes longer is left behind; it
+            delays neither the run nor the end of the process.
+        on_step: called after each step; an error that it raises ends the run.
+        arguments: all others of `chat`, for each time the model is asked, except:
+            `timeout`: seconds for the whole run, with its tools; the default is the client's limit for a call.
+            `tool_choice`: for the first time.
+            `format`, `retries`: for the answer. If the answer does not fit, the model is asked for it once more, with
+            the format and without the tools: many servers let no calls through while they enforce a format.
+
+    Returns:
+        the answer, with all `steps`; `usage` and `warnings` are of the whole run. `Reply.messages` continues the
+        conversation.
+
+    Raises:
+        InferenceFailed: the model still called tools after `max_steps`, among other reasons.
+        ProviderTimeout: the run took too long.
+        RequestRejected: a tool cannot be read or run, or an argument is invalid.
+        ProviderError: as for `chat`. In all errors, `partial.steps` has what was done.
+    """
+    if not isinstance(llm, Client):
+        raise TypeError("run_tools() needs a client of `connect`; for one of `connect_async`, use run_tools_async()")
+    session = llm._open()  # noqa: SLF001 - a client of ours
+    loop = _Loop(session, Toolbox(tools, call, session.io), max_steps, tool_timeout, on_step, **arguments)
+    return drive(loop.run(messages))
+
+
+@translate_errors_async
+async def run_tools_async(
+    llm: AsyncClient,
+    /,
+    messages: Messages,
+    tools: Tools,
+    *,
+    call: CallTool | None = None,
+    max_steps: int | None = None,
+    tool_timeout: float | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    **arguments: Unpack[RunArguments],
+) -> Reply:
+    """`run_tools` for asyncio. Tools and `call` may be async: they are awaited, and cancelled at their time limit.
+
+    Args:
+        llm: the client.
+        messages: as for `run_tools`, like all that follow.
+        tools: the tools; plain functions run in threads, so that they do not block the event loop.
+        call: runs the tools that are not functions, such as `call_tool` of an MCP client.
+        max_steps: how many messages with calls are answered.
+        tool_timeout: seconds for each tool.
+        on_step: called after each step.
+        arguments: all others of `chat`.
+
+    Raises:
+        GraftageError: as for `run_tools`.
+    """
+    if not isinstance(llm, AsyncClient):
+        raise TypeError("run_tools_async() needs a client of `connect_async`; for one of `connect`, use run_tools()")
+    session = await llm._open()  # noqa: SLF001 - a client of ours
+    loop = _Loop(session, Toolbox(tools, call, session.io), max_steps, tool_timeout, on_step, **arguments)
+    return await loop.run(messages)
+
+
+class _Loop:
+    """One run, for both clients: the session knows how to wait."""
+
+    def __init__(
+        self,
+        session: Session | Chain,
+        toolbox: Toolbox,
+        max_steps: int | None,
+        tool_timeout: float | None,
+        on_step: Callable[[Step], None] | None,
+        **arguments: Any,
+    ) -> None:
+        check_count("max_steps", max_steps, "steps")
+        check_callback("on_step", on_step)
+        seconds = read_seconds("tool_timeout", tool_timeout)
+        given = {name: value for name, value in arguments.items() if value is not None or name == "adapter"}
+        self._session = session
+        self._toolbox = toolbox
+        self._max_steps = MAX_STEPS if max_steps is None else max_steps
+        self._tool_timeout = TOOL_TIMEOUT if seconds is None else seconds
+        self._on_step = on_step
+        self._timeouts = session.timeouts(given.pop("timeout", None))
+        self._deadline = time.monotonic() + self._timeouts.total
+        self._images = given.pop("images", None)
+        self._of_answer: dict[str, Any] = {name: given.pop(name) for name in ("format", "retries") if name in given}
+        self._parse = read_format(self._of_answer.get("format"))[1]
+        self._arguments = given
+        self._messages: tuple[Message, ...] = ()
+        self._steps: list[Step] = []
+        self._asked: list[Reply] = []
+        """The replies so far, except the last."""
+
+    async def run(self, messages: Messages) -> Reply:
+        """Run until the model answers."""
+        self._messages = await self._session.io.run(read_messages, messages, self._images)
+        try:
+            return await self._to_end()
+        except GraftageError as error:
+            if self._asked:
+                error.partial = self._whole(error.partial)
+                if isinstance(error, ProviderError):
+                    error.retryable = False  # The tools would run twice.
+            raise
+
+    async def _to_end(self) -> Reply:
+        arguments = {**self._arguments, "tools": self._toolbox.tools}
+        while True:
+            run = await self._ask(arguments)
+            reply = run.whole()
+            if not reply.tool_calls:
+                return await self._answer(reply)
+            if len(self._steps) == self._max_steps:
+                raise InferenceFailed(
+                    f"The model still called tools after {self._max_steps} steps.",
+                    hint="Raise `max_steps`, or go on from the messages of `partial.steps`.",
+                    provider=reply.provider,
+                    model=reply.model,
+                    operation="chat",
+                    partial=reply,
+                )
+            self._asked.append(reply)
+            await self._step(reply, run.emit)
+            arguments.pop("tool_choice", None)
+
+    async def _ask(self, arguments: dict[str, Any]) -> Run:
+        """Ask the model, within the time that is left."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise ProviderTimeout(
+                f"The run did not finish within {self._timeouts.total:g} s.",
+                phase="total",
+                hint="Raise `timeout`, or lower `tool_timeout`.",
+                operation="chat",
+            )
+        done = (message for step in self._steps for message in step.messages)
+        timeouts = replace(self._timeouts, total=left)
+        asked = read_chat((*self._messages, *done), {**arguments, "timeout": timeouts})
+        run, _ = await self._session.infer("chat", asked, stream=False)
+        return run
+
+    async def _step(self, reply: Reply, emit: Callable[..., None]) -> None:
+        """Run the tools that a reply calls."""
+        jobs = self._toolbox.start(reply.tool_calls)
+        results, errors = [], {}
+        try:
+            for job in jobs:
+                name, call_id = job.call.name, job.call.id
+                outcome = await job.outcome(self._session.io, self._tool_timeout, self._deadline)
+                results.append(Message(role="tool", content=outcome.text, tool_name=name, tool_call_id=call_id))
+                error = None
+                if outcome.reason is not None:
+                    errors[call_id] = outcome.text
+                    error = GraftageError(f"The tool failed: {outcome.reason}.")
+                known = name if self._toolbox.knows(name) else None  # A made-up name may be anything.
+                emit("tool", tool=known, seconds=job.seconds, error=error)
+        finally:
+            for job in jobs:
+                job.future.cancel()  # If the run ends here, so do its async tools.
+        step = Step(message=reply.message, results=tuple(results), errors=errors)
+        self._steps.append(step)
+        if self._on_step is not None:
+            self._on_step(step)
+
+    async def _answer(self, reply: Reply) -> Reply:
+        if self._parse is None:
+            return self._whole(reply)
+        with contextlib.suppress(InferenceFailed):
+            return self._whole(replace(reply, parsed=parsed(reply, self._parse)))
+        self._asked.append(reply)
+        arguments = {name: value for name, value in self._arguments.items() if name != "tool_choice"}
+        run = await self._ask({**arguments, **self._of_answer})
+        return self._whole(run.whole())
+
+    def _whole(self, last: Reply | None) -> Reply:
+        """Return the last reply with what was before it."""
+        replies = [*self._asked, *([last] if last else [])]
+        warnings = dict.fromkeys(warning for each in replies for warning in each.warnings)
+        return replace(
+            last or Reply(text=""),
+            steps=tuple(self._steps),
+            usage=functools.reduce(operator.add, (each.usage for each in replies)),
+            warnings=tuple(warnings),
+        )
