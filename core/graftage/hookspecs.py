@@ -180,12 +180,13 @@ class AnswersRequest:
     """The argument of `answers`."""
 
     name: str
-    """The provider's plugin name."""
+    """The provider's plugin name, or the name of the instance."""
     settings: Settings
     """An instance of the class from `settings_model`."""
     given: frozenset[str] = frozenset()
     """The names of the settings that the user gave to Graftage: by an argument, one of its variables, or its file.
-    Settings from the variables of other tools are not included."""
+    Settings from the variables of other tools are not included, and for a named instance `host` is not: `auto` never
+    takes one that is not on this machine."""
 
 
 # --- A provider plugin: the module or object behind an entry point of `graftage.providers` ---------------------------

@@ -961,6 +961,7 @@ class Able(Echo):
     """A provider that `auto` takes first, whose models say what they can do."""
 
     name = "able"
+    rank = 30
 
     def __init__(self, models: Mapping[str, Sequence[str] | None], **of: Any) -> None:
         facts = [ModelInfo(name=name, features=None if can is None else frozenset(can)) for name, can in models.items()]
@@ -968,7 +969,7 @@ class Able(Echo):
 
     @hookimpl
     def answers(self) -> int:
-        return 30
+        return self.rank
 
 
 PLAIN: Any = {"plain:1": ["chat", "embed"]}
@@ -1009,7 +1010,7 @@ class TestNeeds:
 
     @pytest.mark.parametrize(
         ("models", "without"),
-        [(PLAIN, ["capabilities"]), (PLAIN, []), ({}, [])],
+        [(SKILLED, ["capabilities"]), (PLAIN, []), ({}, [])],
         ids=["its provider", "its models", "without models"],
     )
     def test_auto_passes_over_the_unable(
@@ -1020,6 +1021,16 @@ class TestNeeds:
         assert llm.provider == "llamacpp"
         assert re.search("`able` cannot be taken: The provider `able` .*`tools`", llm.origins["provider"])
         assert first.closed
+
+    @pytest.mark.usefixtures("no_server")
+    @pytest.mark.parametrize("disabled", ["llamacpp", "llamacpp,ollama"])
+    def test_auto_without_the_able_says_so(self, both: Any, monkeypatch: Any, disabled: str) -> None:
+        monkeypatch.setenv("GRAFTAGE_DISABLED_PLUGINS", f"{disabled},openai,lora,m4")
+        able = Able(PLAIN)
+        able.rank = 1
+        with pytest.raises(CapabilityUnsupported, match="`able` has no model with `chat`, `tools`") as caught:
+            both.opened("auto", plugins=[able], needs={"tools"})
+        assert "install" not in str(caught.value.hint)
 
     def test_auto_checks_the_named_model(self, both: Any, embedded: Any, no_server: None) -> None:
         able = Able(SKILLED)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Mapping
+from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keyring
@@ -15,7 +17,7 @@ from keyring.backends import fail
 from keyring.errors import KeyringLocked
 from pydantic import SecretStr
 from suite import Watcher
-from test_adapters import loads, shelf
+from test_adapters import Patch, loads, shelf
 
 from graftage import _keys
 from graftage._engine.instances import listed
@@ -30,7 +32,7 @@ from graftage.exceptions import (
 )
 from graftage.hookspecs import hookimpl
 from graftage.settings import Settings
-from graftage.testing import Echo, Pause
+from graftage.testing import Cassette, Echo, Pause, replaying
 from graftage_ollama.testing import FakeOllama
 
 if TYPE_CHECKING:
@@ -273,6 +275,16 @@ class TestNames:
             llm.chat("x")
         assert caught.value.provider == "oak"
 
+    def test_replay_needs_no_provider(self, both: Any, tmp_path: Path) -> None:
+        file = tmp_path / "calls.yaml"
+        trees = {**oak(model=MODEL), "elm": {"provider": "tree", "model": MODEL}}
+        for mode in ("all", "none"):
+            script = Tree(["from the oak", "from the elm"])
+            with Cassette(file, mode=mode) as cassette, replaying(cassette):
+                plugins = [script] if mode == "all" else []
+                found = [both.opened(name, plugins=plugins, instances=trees).chat("x") for name in trees]
+            assert [(each.provider, each.text) for each in found] == [("oak", "from the oak"), ("elm", "from the elm")]
+
     def test_faults_name_instance_and_distribution(self, both: Any, site: Any) -> None:
         source = "from graftage.hookspecs import hookimpl\n@hookimpl\ndef connect(request):\n    raise OSError('no')\n"
         site.add("graftage-birch", providers={"birch": "birch"}, modules={"birch": source})
@@ -370,6 +382,28 @@ class TestAdapters:
         assert tree.requests == []
         llm.use_adapter(None)
         assert llm.chat("x").adapter is None
+        with pytest.raises(AdapterNotFound):
+            llm.use_adapter("clerk")
+        assert llm.stats().active_adapter is None
+
+    def test_switch_under_way_wins(self, both: Any) -> None:
+        begun, go_on = Event(), Event()
+
+        def slowly(_: Any) -> Any:
+            begun.set()
+            assert go_on.wait(60)
+            return Patch("clerk")
+
+        plugins = [Tree(), shelf("poet", clerk=slowly)]
+        llm = both.opened("oak", plugins=plugins, model=MODEL, instances=oak(adapter="poet"))
+        switch = both.start(llm.use_adapter, "clerk")
+        assert begun.wait(60)
+        call = both.start(llm.chat, "x")
+        while llm.stats().waiting < 1:
+            time.sleep(0.01)
+        go_on.set()
+        assert (switch.result(60).name, call.result(60).adapter) == ("clerk", "clerk")
+        assert llm.chat("x").adapter == "clerk"
 
     def test_another_switch_replaces_it(self, both: Any) -> None:
         tree = Tree()

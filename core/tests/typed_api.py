@@ -147,7 +147,9 @@ def sync_host(streamed: bool) -> None:
 
 async def async_host() -> None:
     """Use every method of `AsyncClient`."""
-    async with graftage.connect_async(["ollama:m", "llamacpp"]) as llm:
+    async with graftage.connect_async(
+        ["ollama:m", "mini"], instances={"mini": {"provider": "ollama", "host": "mini"}}, needs={"tools"}
+    ) as llm:
         assert_type(llm, graftage.AsyncClient)
         assert_type(await llm.chat("x"), Reply)
         assert_type(await llm.generate("x"), Reply)
