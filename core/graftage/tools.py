@@ -17,7 +17,7 @@ from graftage._engine.answers import parsed
 from graftage._engine.arguments import check_callback, check_count, read_chat, read_seconds
 from graftage._engine.driving import drive
 from graftage._engine.inputs import Messages, read_messages
-from graftage._engine.schemas import Tools, read_format
+from graftage._engine.schemas import Tools
 from graftage._engine.toolbox import CallTool, Toolbox
 from graftage.exceptions import GraftageError, InferenceFailed, ProviderError, ProviderTimeout
 from graftage.types import Message, Reply, Step
@@ -151,7 +151,7 @@ class _Loop:
         self._deadline = time.monotonic() + self._timeouts.total
         self._images = given.pop("images", None)
         self._of_answer: dict[str, Any] = {name: given.pop(name) for name in ("format", "retries") if name in given}
-        self._parse = read_format(self._of_answer.get("format"))[1]
+        self._parse = read_chat("-", self._of_answer).parse
         self._arguments = given
         self._messages: tuple[Message, ...] = ()
         self._steps: list[Step] = []

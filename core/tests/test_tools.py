@@ -525,6 +525,7 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "an async watcher": ([add], {"on_step": sleep}, "on_step"),
     "a wrong format": ([add], {"format": 5}, "format"),
     "a wrong time": ([add], {"timeout": "x"}, "timeout"),
+    "retries without a format": ([add], {"retries": 1}, "`retries` needs a `format`"),
     "an unknown choice": ([add], {"tool_choice": "ad"}, "tool_choice"),
 }
 
