@@ -16,8 +16,8 @@ from graftage._client.sync_client import Client
 from graftage._engine.answers import parsed
 from graftage._engine.arguments import check_callback, check_count, read_chat, read_seconds
 from graftage._engine.driving import drive
-from graftage._engine.inputs import Messages, read_messages
-from graftage._engine.schemas import Tools, read_format
+from graftage._engine.inputs import Messages, read_messages, require
+from graftage._engine.schemas import Tools
 from graftage._engine.toolbox import CallTool, Toolbox
 from graftage.exceptions import GraftageError, InferenceFailed, ProviderError, ProviderTimeout
 from graftage.types import Message, Reply, Step
@@ -151,7 +151,7 @@ class _Loop:
         self._deadline = time.monotonic() + self._timeouts.total
         self._images = given.pop("images", None)
         self._of_answer: dict[str, Any] = {name: given.pop(name) for name in ("format", "retries") if name in given}
-        self._parse = read_format(self._of_answer.get("format"))[1]
+        self._parse = read_chat("-", self._of_answer).parse
         self._arguments = given
         self._messages: tuple[Message, ...] = ()
         self._steps: list[Step] = []
@@ -160,6 +160,9 @@ class _Loop:
 
     async def run(self, messages: Messages) -> Reply:
         """Run until the model answers."""
+        if self._parse is not None:  # Otherwise this would show only at the answer.
+            able, provider = self._session.capabilities().features, self._session.provider
+            require("structured_output", "structured_output" in able, provider)
         self._messages = await self._session.io.run(read_messages, messages, self._images)
         try:
             return await self._to_end()
@@ -194,17 +197,22 @@ class _Loop:
         """Ask the model, within the time that is left."""
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise ProviderTimeout(
-                f"The run did not finish within {self._timeouts.total:g} s.",
-                phase="total",
-                hint="Raise `timeout`, or lower `tool_timeout`.",
-                operation="chat",
-            )
+            raise self._late()
         done = (message for step in self._steps for message in step.messages)
         timeouts = replace(self._timeouts, total=left)
         asked = read_chat((*self._messages, *done), {**arguments, "timeout": timeouts})
-        run, _ = await self._session.infer("chat", asked, stream=False)
+        try:
+            run, _ = await self._session.infer("chat", asked, stream=False)
+        except ProviderTimeout as error:
+            if error.phase != "total" or not self._asked:
+                raise
+            raise self._late(provider=error.provider, model=error.model, partial=error.partial) from error
         return run
+
+    def _late(self, **of: Any) -> ProviderTimeout:
+        hint = "Raise `timeout`, or lower `tool_timeout`."
+        message = f"The run did not finish within {self._timeouts.total:g} s."
+        return ProviderTimeout(message, phase="total", hint=hint, operation="chat", **of)
 
     async def _step(self, reply: Reply, emit: Callable[..., None]) -> None:
         """Run the tools that a reply calls."""

@@ -26,6 +26,7 @@ from graftage.exceptions import (
 from graftage.hookspecs import hookimpl
 from graftage.testing import Echo
 from graftage.testing.both import Both
+from graftage.testing.echo import Pause
 from graftage.types import Capabilities, Chunk, Message, Reply, Tool, ToolCall, Usage
 
 if TYPE_CHECKING:
@@ -182,6 +183,10 @@ class TestFormat:
         assert run(both, both.connect(echo, model=MODEL), "x", [add], format=Answer).parsed == Answer(result=3)
         assert len(echo.requests) == 2
 
+    def test_provider_must_be_able_to(self, both: Both) -> None:
+        with pytest.raises(CapabilityUnsupported, match="structured_output"):
+            run(both, both.connect(Giving(lambda _: Plain()), model=MODEL), "x", [add], format=Answer)
+
     def test_answer_may_be_asked_for_again(self, both: Both) -> None:
         echo = Echo(["Three.", "Three!", '{"result": 3}'])
         assert run(both, both.connect(echo, model=MODEL), "x", [add], format=Answer, retries=1).attempts == 2
@@ -220,8 +225,8 @@ class TestAsync:
                 ended.append("yes")
 
         echo = Echo([calls(("hang", {}), ("add", {"a": 1}))])
-        assert run(both, both.connect(echo, model=MODEL), "x", [hang, add], tool_timeout=0.05).text == "x"
-        assert results(echo) == ["The tool `hang` did not finish within 0.05 s.", "3"]
+        assert run(both, both.connect(echo, model=MODEL), "x", [hang, add], tool_timeout=0.5).text == "x"
+        assert results(echo) == ["The tool `hang` did not finish within 0.5 s.", "3"]
         assert soon(lambda: ended)
 
     def test_cancelled_run_cancels_its_tools(self, both: Both) -> None:
@@ -331,10 +336,10 @@ class TestWrongCalls:
             release.wait(PATIENCE)
 
         echo = Echo([calls(("hang", {}), ("add", {"a": 1})), "Well."])
-        reply = run(both, both.connect(echo, model=MODEL), "x", [hang, add], tool_timeout=0.05)
+        reply = run(both, both.connect(echo, model=MODEL), "x", [hang, add], tool_timeout=0.5)
         release.set()
         assert reply.text == "Well."
-        assert results(echo) == ["The tool `hang` did not finish within 0.05 s.", "3"]
+        assert results(echo) == ["The tool `hang` did not finish within 0.5 s.", "3"]
 
 
 NESTED = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
@@ -473,14 +478,21 @@ class TestBounds:
             release.wait(PATIENCE)
 
         llm = both.connect(Echo([calls(("hang", {}), ("add", {"a": 1}))]), model=MODEL)
-        with pytest.raises(ProviderTimeout, match=r"within 0.2 s") as caught:
-            run(both, llm, "x", [hang, add], timeout=0.2)
+        with pytest.raises(ProviderTimeout, match=r"within 1 s") as caught:
+            run(both, llm, "x", [hang, add], timeout=1.0)
         release.set()
         assert (caught.value.phase, caught.value.retryable) == ("total", False)
         assert caught.value.partial is not None
         step = caught.value.partial.steps[0]
         assert step.results[1].content == "3"
         assert "did not finish" in step.errors["c0"]
+
+    def test_time_is_bounded_while_the_model_writes(self, both: Both) -> None:
+        llm = both.connect(Echo([calls(("add", {"a": 1})), [Pause()]]), model=MODEL)
+        with pytest.raises(ProviderTimeout, match=r"The run did not finish within 1 s") as caught:
+            run(both, llm, "x", [add], timeout=1.0)
+        assert caught.value.partial is not None
+        assert caught.value.partial.steps[0].results[0].content == "3"
 
     def test_failure_keeps_the_steps(self, both: Both) -> None:
         llm = both.connect(Echo([calls(("add", {"a": 1})), ConnectionFailed("gone")]), model=MODEL, attempts=1)
@@ -525,6 +537,7 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "an async watcher": ([add], {"on_step": sleep}, "on_step"),
     "a wrong format": ([add], {"format": 5}, "format"),
     "a wrong time": ([add], {"timeout": "x"}, "timeout"),
+    "retries without a format": ([add], {"retries": 1}, "`retries` needs a `format`"),
     "an unknown choice": ([add], {"tool_choice": "ad"}, "tool_choice"),
 }
 

@@ -181,7 +181,7 @@ def _log_event(event: Event) -> None:
     elif event.kind == "finish":
         log("INFO", f"{subject}: {event.finish_reason or 'done'}", **facts)
     else:
-        log("DEBUG", f"{subject}: {event.kind}", **facts)
+        log("DEBUG", f"{subject}: {event.kind} {event.tool or ''}".rstrip(), **facts)
 
 
 def _name(event: Event) -> str:
