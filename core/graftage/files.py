@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from graftage import gguf
 from graftage.types import ModelInfo
 
-__all__ = ["read_model"]
+__all__ = ["add_files", "read_model"]
 
 MAX_CONFIG: Final = 1 << 20
 ARCHITECTURES: Final = {"mistral": "llama", "gemma3_text": "gemma3"}
@@ -56,6 +57,21 @@ def read_model(place: str) -> ModelInfo | None:
             return _from_folder(place, config.parent, json.loads(file.read(MAX_CONFIG)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
+
+
+def add_files(model: ModelInfo, place: str) -> ModelInfo:
+    """Add to what a server says about a model what its files say; `place` is that of `read_model`."""
+    found = read_model(place)
+    if found is None:
+        return model
+    return replace(
+        found,
+        name=model.name,
+        context_window=model.context_window or found.context_window,
+        features=model.features,
+        metadata={**model.metadata, **found.metadata},
+        raw={**found.raw, **model.raw},
+    )
 
 
 def _downloaded(repository: str) -> Path:

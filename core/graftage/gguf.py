@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "Tensor",
     "bytes_of",
+    "hash_adapter",
     "read",
     "read_file",
 ]
@@ -252,6 +253,26 @@ def read_file(path: Path, *, long_arrays: bool = False) -> Header:
         raise GgufError("it is not a regular file")
     with path.open("rb") as file:
         return read(file, status.st_size, long_arrays=long_arrays)
+
+
+def hash_adapter(path: Path) -> tuple[str, float] | None:
+    """Return a hash over the tensors of a LoRA adapter, and its alpha, without which two files may be the same adapter.
+
+    Return None if the file cannot be read, or has no alpha.
+    """
+    from hashlib import sha256  # Slow to import
+
+    found = sha256()
+    try:
+        header = read_file(path)
+        alpha = float(header.metadata["adapter.lora.alpha"])
+        with path.open("rb") as data:
+            for name, tensor in sorted(header.tensors.items()):
+                data.seek(tensor.offset)
+                found.update(f"{name} {tensor.shape} {tensor.kind}\n".encode() + data.read(tensor.size))
+    except (OSError, GgufError, KeyError, TypeError, ValueError):
+        return None
+    return (found.hexdigest(), alpha) if alpha else None
 
 
 def read(source: Source, size: int, *, most: int = MAX_HEAD, long_arrays: bool = False) -> Header:

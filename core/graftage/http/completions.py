@@ -35,7 +35,7 @@ from graftage.calls import ChatRequest, GenerateRequest
 from graftage.exceptions import InferenceFailed, StreamInterrupted
 from graftage.http.client import Document, Event
 from graftage.http.transport import Headers, header
-from graftage.types import Chunk, Embeddings, Logprob, Message, Reply, Timings, Tool, ToolCall, Usage
+from graftage.types import Chunk, Embeddings, Feature, Logprob, Message, Reply, Timings, Tool, ToolCall, Usage
 
 __all__ = [
     "CallJoiner",
@@ -145,10 +145,11 @@ def write_thinking(think: bool | str, given: object = None) -> dict[str, Any]:
     return {**read_object(given), "enable_thinking": think not in (False, "none"), **effort}
 
 
-def read_template(template: str) -> frozenset[str]:
-    """Return which of the features `tools` and `thinking` a model's template has: others it drops without a word."""
-    words = {"tools": r"\btools\b", "thinking": "enable_thinking|reasoning_content|reasoning_effort|<think>"}
-    return frozenset(name for name, pattern in words.items() if re.search(pattern, template))
+def read_template(template: str) -> frozenset[Feature]:
+    """Return the features that a model's template has: of tools and thinking, others are dropped without a word."""
+    tools: frozenset[Feature] = frozenset({"tools", "tool_choice"} if re.search(r"\btools\b", template) else ())
+    thinks = re.search("enable_thinking|reasoning_content|reasoning_effort|<think>", template)
+    return tools | {"thinking"} if thinks else tools
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -8,12 +8,11 @@ model and in old releases, llama-server for a number that it does not know.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from graftage import gguf
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Adapters"]
 
 NOT_THERE: Final = (400, 404, 405)
-_Sample: TypeAlias = "tuple[dict[str, float], str]"
-"""The log-probabilities of the first token of a reply, as far as the server has them, and the reply."""
 PROBE: Final = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "logprobs": True, "top_logprobs": 5}
 
 
@@ -124,9 +121,9 @@ class Adapters:
         file = own = None
         with contextlib.suppress(AdapterUnsupported):  # Its modules may have no known names in this model.
             file = await run(adapter.gguf, base)
-            own = await run(_content, file)
+            own = await run(gguf.hash_adapter, file)
         for slot, path in slots.items():
-            other = await run(_content, Path(path)) if self.is_local else None
+            other = await run(gguf.hash_adapter, Path(path)) if self.is_local else None
             if own and other and own[0] == other[0]:
                 # A registry may give it another scale than the server's file has.
                 return self._loaded(request, "slots", path, slot=slot, scale=own[1] / other[1])
@@ -190,43 +187,23 @@ class Adapters:
                 "mlx_lm before 0.31.4 ignores adapters: update it. Or the adapter has no effect.",
             )
 
-    async def _probe(self, call: Call, model: str, adapter: LoadedAdapter | None, profile: Profile) -> _Sample:
+    async def _probe(self, call: Call, model: str, adapter: LoadedAdapter | None, profile: Profile) -> dict[str, float]:
         tokens = 1 if "logprobs" in profile.features else 8
         body = {"model": model, **PROBE, "max_tokens": tokens, **await self.body(call, adapter, profile)}
         return await self._http.json("POST", f"{self._api}/chat/completions", body, call=call, read=_sample)
 
 
-def _sample(found: Mapping[str, Any]) -> _Sample:
+def _sample(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the log-probabilities of a reply's first token; if the server sends none, the reply as the only token."""
     choice = read_object((found.get("choices") or [None])[0])
     first = read_logprobs(read_object(choice.get("logprobs")).get("content"))[:1]
     likely = {each.token: each.logprob for token in first for each in (token, *token.top)}
-    return likely, str(read_object(choice.get("message")).get("content"))
+    return likely or {str(read_object(choice.get("message")).get("content")): 0.0}
 
 
-def _distance(one: _Sample, other: _Sample) -> float:
-    """Return by how much two replies differ: in the log-probabilities that both have, else in their words."""
-    shared = one[0].keys() & other[0].keys()
-    if shared:
-        return max(abs(one[0][each] - other[0][each]) for each in shared)
-    return 0.0 if one == other else math.inf
-
-
-# --- Adapters and files ----------------------------------------------------------------------------------------------
-
-
-def _content(file: Path) -> tuple[str, float] | None:
-    """Return a hash over an adapter's tensors, and its alpha; None if the file is not on this machine."""
-    found = hashlib.sha256()
-    try:
-        header = gguf.read_file(file)
-        alpha = float(header.metadata["adapter.lora.alpha"])
-        with file.open("rb") as data:
-            for name, tensor in sorted(header.tensors.items()):
-                data.seek(tensor.offset)
-                found.update(f"{name} {tensor.shape} {tensor.kind}\n".encode() + data.read(tensor.size))
-    except (OSError, gguf.GgufError, KeyError, TypeError, ValueError):
-        return None
-    return (found.hexdigest(), alpha) if alpha else None
+def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Return the largest difference of a log-probability that both have."""
+    return max((abs(one[each] - other[each]) for each in one.keys() & other.keys()), default=math.inf)
 
 
 def _unsupported(request: LoadAdapterRequest, reason: str, hint: str) -> AdapterUnsupported:

@@ -36,7 +36,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
-from graftage.files import read_model
+from graftage.files import add_files
 from graftage.hookspecs import hookimpl
 from graftage.http import Answer, Document, Rules, by_words, read_word, says
 from graftage.http.client import typed_errors
@@ -219,24 +219,10 @@ class OpenAIConnection:
         if profile.loaded == "/api/v1/models":
             more = await self._get(profile.loaded, request.call, partial(_convert.lmstudio_models, loaded=False))
             return next((replace(one, features=model.features) for one in more if one.name == model.name), model)
-        return await request.call.run(self._with_files, model, listed)
-
-    def _with_files(self, model: ModelInfo, listed: Sequence[ModelInfo]) -> ModelInfo:
-        """Add what the model's own files say, if they are on this machine."""
         place = self._file or str(model.raw.get("root") or model.name)
-        if self._known and model.name == self._known.default_model:  # mlx_lm was started with the one that is a path.
+        if model.name == profile.default_model:  # mlx_lm was started with the one that is a path.
             place = next((each.name for each in listed if each.name.startswith("/")), place)
-        found = read_model(place) if self._adapters.is_local else None
-        if found is None:
-            return model
-        return replace(
-            found,
-            name=model.name,
-            context_window=model.context_window or found.context_window,
-            features=model.features,
-            metadata={**model.metadata, **found.metadata},
-            raw={**found.raw, **model.raw},
-        )
+        return await request.call.run(add_files, model, place) if self._adapters.is_local else model
 
     async def _features(self, call: Call, profile: Profile) -> frozenset[Feature] | None:
         """Return what the one model of the server can do; None if it does not say."""
@@ -308,10 +294,7 @@ class OpenAIConnection:
         listed = await self.list_models(ModelsRequest(call=call))
         profile = self._known or UNKNOWN
         found["server"] = profile.name or None
-        if profile.health:
-            await self._get_optional(profile.health, call)
-        if profile.version:
-            path, field = profile.version
+        for path, field in profile.health.items():
             found["version"] = read_word((await self._get_optional(path, call)).get(field))
         found.update(reachable=True, api=True)
         if request.wants("model_present"):

@@ -217,15 +217,11 @@ def features(profile: Profile, props: Mapping[str, Any]) -> frozenset[Feature] |
     template = http.read_word(props.get("chat_template"))
     if template is None:
         return None
-    shown: set[Feature] = {"chat", "generate", "embed", "count_tokens"}
-    able, missing = read_template(template), set[Feature]()
-    if not http.read_object(props.get("modalities")).get("vision"):
-        missing |= {"images"}
-    if "tools" not in able:
-        missing |= {"tools", "tool_choice"}
-    if "thinking" not in able:
-        missing |= {"thinking"}
-    return profile.features.union(shown) - missing
+    able: set[Feature] = {"chat", "generate", "embed", "count_tokens"}
+    missing = {"tools", "tool_choice", "thinking", "images"} - read_template(template)
+    if http.read_object(props.get("modalities")).get("vision"):
+        missing -= {"images"}
+    return profile.features.union(able) - missing
 
 
 def loaded_models(profile: Profile, found: Mapping[str, Any]) -> tuple[LoadedModel, ...]:

@@ -106,10 +106,8 @@ class Profile:
     """Whether it replies to any model's name with the one model that it has."""
     default_model: str | None = None
     """A name that it knows but does not list."""
-    health: str | None = None
-    """A path that says whether the server works, besides the list of models."""
-    version: tuple[str, str] | None = None
-    """The path and the field with its version."""
+    health: Mapping[str, str] = field(default_factory=dict)
+    """Paths that show whether the server works, besides the list of models, and the field there with its version."""
     count: tuple[str, str] | None = None
     """The path and the field with the number of tokens of a chat."""
     props: str | None = None
@@ -134,7 +132,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         streams_logprobs=False,
         embeds=None,
         default_model="default_model",
-        health="/health",
+        health={"/health": ""},
         adapters="request",
     ),
     "llama-server": Profile(
@@ -146,8 +144,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         thought="reasoning_content",
         embeds="base64",
         keeps_name=True,
-        health="/health",
-        version=("/props", "build_info"),
+        health={"/health": "", "/props": "build_info"},
         count=("/v1/chat/completions/input_tokens", "input_tokens"),
         props="/props",
         loaded="/models",
@@ -170,8 +167,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         think="template",
         thought="reasoning",
         embeds="base64",
-        health="/health",
-        version=("/version", "version"),
+        health={"/health": "", "/version": "version"},
         count=("/tokenize", "count"),
         loaded="/models",
         adapters="endpoints",
@@ -182,7 +178,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         thought="reasoning",
         cuts=True,
         raw=False,
-        version=("/api/version", "version"),
+        health={"/api/version": "version"},
     ),
     "openrouter": Profile(
         name="OpenRouter", options=SAMPLING, names=REPETITION, think="reasoning", thought="reasoning"
