@@ -36,7 +36,7 @@ MACHINE = M4 / "mini-16-macos15.json"
 FORBIDDEN = (
     *("ollama", "openai", "aiohttp", "requests", "trio", "anyio._backends", "loguru", "vcr", "yaml", "pytest"),
     *("pydantic_settings", "dotenv", "difflib", "tomllib", "packaging"),
-    *("graftage._cli", "graftage.testing", "graftage.footprint"),
+    *("graftage._cli", "graftage.testing", "graftage.footprint", "graftage.http.completions"),
     *("graftage_llamacpp", "graftage_openai", "graftage_lora", "graftage_m4"),
 )
 """What a plain chat with Ollama must not import if no other plugin is enabled."""
