@@ -321,15 +321,14 @@ class Kept:
 class NeverCloses(Wire):
     @hookimpl
     async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-        reader = wire.Reader()
+        reader = wire.ChatReader(request)
         unowned = replace(request.call, opened={})
-        events = self._http.events("POST", "/chat/completions", wire.chat_body(request), call=unowned, read=reader.text)
+        events = self._http.events("POST", "/chat/completions", wire.chat_body(request), call=unowned, read=reader.read)
         Kept.responses.append(events)
-        while (text := await anext(events, None)) is not None:
-            if text:
-                yield Chunk(text=text)
-        if reader.end:
-            yield reader.last()
+        async for chunk in events:
+            if chunk is not None:
+                yield chunk
+        yield reader.last()
 
 
 @breaks("closing it must stop the work", "test_cancelled_call_is_seen_at_the_server")
@@ -681,6 +680,12 @@ class DropsImages(Wire):
     @hookimpl
     def capabilities(self) -> Capabilities:
         return Capabilities(features=frozenset({"images"}))
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        blind = tuple(replace(each, images=()) for each in request.messages)
+        async for chunk in super().chat(replace(request, messages=blind)):
+            yield chunk
 
 
 @breaks("List what the provider can do.", "test_thinking_is_asked_for")
