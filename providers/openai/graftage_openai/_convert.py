@@ -168,7 +168,8 @@ def embeddings(request: EmbedRequest, found: Mapping[str, Any]) -> Embeddings:
         CapabilityUnsupported: the server ignored `dimensions`.
     """
     read = read_embeddings(found)
-    if request.dimensions not in (None, size := len(read.vectors[0]) if read.vectors else None):
+    size = len(read.vectors[0]) if read.vectors else request.dimensions
+    if request.dimensions not in (None, size):
         problem = f"The vectors of `{request.model}` have {size} numbers, not {request.dimensions}."
         hint = "Leave `dimensions` out, or choose a model that can shorten its vectors."
         raise CapabilityUnsupported(problem, hint=hint)
