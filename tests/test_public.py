@@ -52,6 +52,7 @@ ENGINE = [
     "adapters",
     "session",
     "fallback",
+    "tool_loop",
     "choosing",
 ]
 """The modules of the engine, lowest first: each imports only those before it."""

@@ -1,18 +1,14 @@
 """Graftage joins language-model providers to an application through plugins."""
 
-from typing import TYPE_CHECKING, Any
-
 from graftage._client.async_client import AsyncClient
 from graftage._client.connecting import connect, connect_async
 from graftage._client.streams import AsyncStream, Stream
 from graftage._client.sync_client import Client
+from graftage._client.tools import run_tools, run_tools_async
 from graftage._engine.events import enable_logging
 from graftage._version import __version__
 from graftage.exceptions import GraftageError
 from graftage.types import ACTIVE, Image, Message, Reply, Timeouts, Tool
-
-if TYPE_CHECKING:
-    from graftage.tools import run_tools, run_tools_async
 
 __all__ = [
     "ACTIVE",
@@ -33,11 +29,3 @@ __all__ = [
     "run_tools",
     "run_tools_async",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("run_tools", "run_tools_async"):  # Imported by the hosts that use them.
-        from graftage import tools
-
-        return getattr(tools, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -578,10 +578,6 @@ class TestRefusals:
         with graftage.connect(Echo(), model=MODEL) as llm, pytest.raises(TypeError, match=r"run_tools\(\)"):
             asyncio.run(self._run(llm))
 
-    def test_other_names_of_the_package_do_not_exist(self) -> None:
-        with pytest.raises(AttributeError, match="run_tool"):
-            graftage.run_tool  # noqa: B018
-
 
 class TestEvents:
     def test_each_tool_is_an_event_without_content(self, both: Both, watcher: Watcher) -> None:

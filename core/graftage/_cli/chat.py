@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from graftage._cli import options, tools
 from graftage._cli.answer import print_reply
 from graftage._cli.errors import Misuse
 from graftage._cli.prompt import read_prompt
+
+if TYPE_CHECKING:
+    from graftage import Client
 
 __all__ = ["chat"]
 
@@ -42,7 +45,7 @@ def chat(
 ) -> None:
     """Ask a model, or have a conversation.
 
-    `cat notes.txt | graftage chat "Summarise this."` sends both. With `--tool` a reply is printed when it is complete.
+    `cat notes.txt | graftage chat "Summarise this."` sends both.
     """
     arguments = options.given(
         {
@@ -57,24 +60,26 @@ def chat(
             "force": force or None,
         }
     )
-    functions = tools.find_tools(tool or ())
-    if max_steps and not functions:
-        raise Misuse("`--max-steps` needs a `--tool`.", hint="Name a function that the model may call.")
+    functions = tools.find_tools(tool or (), max_steps)
     text = read_prompt(prompt)
     if text is None and as_json:
         raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
     with options.open_to_ask(model, provider, host=host, announce=text is not None) as client:
-        ask = tools.asking_with_tools(client, functions, max_steps) if functions else client.chat
+        ask = tools.asking_with_tools(client, functions, max_steps)
         stream = not (no_stream or functions)
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
-            from graftage._cli.conversation import Conversation
+            _converse(client, ask, messages, arguments, images=image or (), stream=not functions, raw=raw)
+        else:
+            messages.append(_user_message(text, image))
+            print_reply(partial(ask, messages, **arguments), stream=stream, as_json=as_json, raw=raw)
 
-            options.require_chat(client)
-            Conversation(client, ask, messages, arguments, images=image or (), stream=not functions, raw=raw).run()
-            return
-        messages.append(_user_message(text, image))
-        print_reply(partial(ask, messages, **arguments), stream=stream, as_json=as_json, raw=raw)
+
+def _converse(client: "Client", *arguments: Any, **named: Any) -> None:
+    from graftage._cli.conversation import Conversation
+
+    options.require_chat(client)
+    Conversation(client, *arguments, **named).run()
 
 
 def _user_message(text: str, images: list[Path] | None) -> dict[str, Any]:

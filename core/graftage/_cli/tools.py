@@ -22,12 +22,14 @@ MAX_SHOWN = 200
 """Characters of a call or of a result."""
 
 
-def find_tools(references: Sequence[str]) -> list[Callable[..., Any]]:
+def find_tools(references: Sequence[str], max_steps: int | None) -> list[Callable[..., Any]]:
     """Import functions, each named as `MODULE:FUNCTION`, from the current folder as well, as `python -m` does.
 
     Raises:
-        Misuse: there is no such function.
+        Misuse: there is no such function, or `max_steps` is given without one.
     """
+    if max_steps and not references:
+        raise Misuse("`--max-steps` needs a `--tool`.", hint="Name a function that the model may call.")
     folder = str(Path.cwd())
     if references and folder not in sys.path:
         sys.path.insert(0, folder)
@@ -61,8 +63,8 @@ def _is_plain(value: object) -> bool:
 
 
 def asking_with_tools(client: "Client", tools: Sequence[Callable[..., Any]], max_steps: int | None) -> Any:
-    """Return what asks the model, as `Client.chat` does, and runs the tools that it calls."""
-    return partial(_ask, client, tools, max_steps)
+    """Return what asks the model, as `Client.chat` does, and runs the tools that it calls, if there are any."""
+    return partial(_ask, client, tools, max_steps) if tools else client.chat
 
 
 def _ask(
