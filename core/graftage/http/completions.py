@@ -89,6 +89,8 @@ def write_message(message: Message, thought: str | None = None) -> dict[str, Any
     if thought and (message.thinking or message.tool_calls):
         body[thought] = message.thinking or ""
     if message.tool_calls:
+        # For Ollama 0.9.3, a message with a text has no calls, even if the text is empty.
+        body["content"] = body["content"] or None
         body["tool_calls"] = [
             {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": _json(each.arguments)}}
             for each in message.tool_calls
