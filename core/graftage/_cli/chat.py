@@ -66,13 +66,12 @@ def chat(
         raise Misuse("`--json` needs a prompt.", hint="A conversation has no JSON form.")
     with options.open_to_ask(model, provider, host=host, announce=text is not None) as client:
         ask = tools.asking_with_tools(client, functions, max_steps)
-        stream = not (no_stream or functions)
         messages = [{"role": "system", "content": system}] if system else []
         if text is None:
             _converse(client, ask, messages, arguments, images=image or (), stream=not functions, raw=raw)
         else:
-            messages.append(_user_message(text, image))
-            print_reply(partial(ask, messages, **arguments), stream=stream, as_json=as_json, raw=raw)
+            ask = partial(ask, [*messages, _user_message(text, image)], **arguments)
+            print_reply(ask, stream=not (no_stream or functions), as_json=as_json, raw=raw)
 
 
 def _converse(client: "Client", *arguments: Any, **named: Any) -> None:
