@@ -70,10 +70,8 @@ def chat(
         if text is None:
             _converse(client, ask, messages, arguments, images=image or (), stream=not functions, raw=raw)
         else:
-            messages.append(_user_message(text, image))
-            print_reply(
-                partial(ask, messages, **arguments), stream=not (no_stream or functions), as_json=as_json, raw=raw
-            )
+            ask = partial(ask, [*messages, _user_message(text, image)], **arguments)
+            print_reply(ask, stream=not (no_stream or functions), as_json=as_json, raw=raw)
 
 
 def _converse(client: "Client", *arguments: Any, **named: Any) -> None:
