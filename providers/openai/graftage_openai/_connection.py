@@ -82,6 +82,7 @@ class OpenAIConnection:
         self._known = PROFILES[settings.profile] if settings.profile else HOSTS.get(urlsplit(root).hostname or "")
         self._declared = self._known or WIDEST
         self.default_model = self._declared.default_model
+        self._lacks_key = self._known in HOSTS.values() and not (settings.api_key or settings.headers)
         self._adapters = Adapters(self._http, self._api)
         self._learned = _convert.Learned()
         self._able: frozenset[Feature] | None = None
@@ -291,6 +292,10 @@ class OpenAIConnection:
     async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
         """Check each level up to the requested one."""
         call, model = request.call, request.model or ""
+        if self._lacks_key:  # Without one, it would only be asked in vain.
+            found["reachable"] = False
+            hint = "Set `api_key`, or the `host` of another server."
+            raise AuthenticationFailed(f"There is no key for {self.address}.", hint=hint)
         listed = await self.list_models(ModelsRequest(call=call))
         profile = self._known or UNKNOWN
         found["server"] = profile.name or None

@@ -10,7 +10,13 @@ import pytest
 
 import graftage_openai
 from graftage.calls import Call, ChatRequest
-from graftage.exceptions import CapabilityUnsupported, ModelNotFound, RequestRejected, SettingsError
+from graftage.exceptions import (
+    AuthenticationFailed,
+    CapabilityUnsupported,
+    ModelNotFound,
+    RequestRejected,
+    SettingsError,
+)
 from graftage.hookspecs import AnswersRequest
 from graftage.types import Image, Message, Tool, ToolCall
 from graftage_ollama.testing import Answer, FakeOllama
@@ -263,6 +269,10 @@ class TestServer:
         fake.script(CHAT, streamed(content="Hi"))
         connect(profile="mlx", model=None).chat("Hi")
         assert fake.requests[-1].body["model"] == "default_model"
+
+    def test_cloud_without_a_key_is_not_asked(self, connect: Any) -> None:
+        health = connect(host="https://api.openai.com/v1").health()
+        assert (health.reachable, health.ok, type(health.error)) == (False, False, AuthenticationFailed)
 
     def test_openai_is_known_by_its_host(self, connect: Any) -> None:
         with pytest.raises(RequestRejected, match="min_p"):
