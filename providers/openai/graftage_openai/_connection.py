@@ -79,10 +79,11 @@ class OpenAIConnection:
         root, self._api = parse_host(settings.host)
         self._http = request.http(root, refusal=_refusal)
         self.address = self._http.base_url
-        self._known = PROFILES[settings.profile] if settings.profile else HOSTS.get(urlsplit(root).hostname or "")
+        cloud = HOSTS.get(urlsplit(root).hostname or "")
+        self._known = PROFILES[settings.profile] if settings.profile else cloud
         self._declared = self._known or WIDEST
         self.default_model = self._declared.default_model
-        self._lacks_key = self._known in HOSTS.values() and not (settings.api_key or settings.headers)
+        self._lacks_key = cloud is not None and not (settings.api_key or settings.headers)
         self._adapters = Adapters(self._http, self._api)
         self._learned = _convert.Learned()
         self._able: frozenset[Feature] | None = None
