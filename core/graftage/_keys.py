@@ -47,11 +47,7 @@ def read(name: str, source: str, *, prefix: str) -> str:
         if key is None:
             raise _error(f"The keyring has no key for the instance `{name}`.", KEYRING, name, prefix)
         return key
-    path = user_path(source)
-    if not path.is_absolute():
-        problem = f"`api_key_from` of the instance `{name}` must be `{KEYRING}`, or the path of a file from `/` or `~`."
-        raise _error(problem, source, name, prefix)
-    return _from_file(path, name, prefix)
+    return _from_file(user_path(source), name, prefix)
 
 
 def _from_file(path: Path, name: str, prefix: str) -> str:

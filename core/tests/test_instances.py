@@ -570,8 +570,9 @@ class TestKeyFile:
 
     @pytest.mark.parametrize("path", ["keyrnig", "keys/oak.key"])
     def test_path_must_be_whole(self, both: Any, path: str) -> None:
-        with pytest.raises(SettingsError, match="`keyring`, or the path"):
+        with pytest.raises(SettingsError, match="`keyring`, or the path") as caught:
             both.opened("oak", plugins=[Tree()], instances=oak(api_key_from=path))
+        assert path not in shown(caught.value), "it may be a key"
 
 
 class Ranked(Tree):

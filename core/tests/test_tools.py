@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import datetime as dt
 import enum
+import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -442,6 +443,12 @@ class TestResults:
         reply = run(both, both.connect(echo, model=MODEL), "x", [Tool(name="it")], call=lambda *_: value)
         assert results(echo) == [wanted]
         assert dict(reply.steps[0].errors) == {}
+
+    def test_endless_result_is_refused(self, both: Both) -> None:
+        echo = Echo([calls(("it", {}))])
+        reply = run(both, both.connect(echo, model=MODEL), "x", [Tool(name="it")], call=lambda *_: itertools.count())
+        assert results(echo) == ["The result of the tool, count, cannot be converted to text."]
+        assert list(reply.steps[0].errors) == ["c0"]
 
     def test_mcp_tools_work_as_they_are(self, both: Both) -> None:
         def call(name: str, arguments: dict[str, Any]) -> CallToolResult:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from graftage._engine.plugins import Catalog
+from graftage._keys import KEYRING
 from graftage._records import dataclass
+from graftage._values import user_path
 from graftage.exceptions import SettingsError
 from graftage.settings import (
     AUTO,
@@ -171,6 +173,13 @@ def _read(bare: Instance, sources: Sources, providers: Sequence[str] | None) -> 
             raise SettingsError(
                 f"`{key}` of the instance `{bare.name}` must be text ({origin}).", key=key, source=origin
             )
+        if key == "api_key_from" and value != KEYRING and not user_path(value).is_absolute():
+            # It may be a key that was written there by mistake, so the error does not show it.
+            problem = (
+                f"`{key}` of the instance `{bare.name}` must be `{KEYRING}`, or the path of a file from `/` or `~`."
+            )
+            hint = f"Run `graftage keys set {bare.name}` to store a key."
+            raise SettingsError(problem, key=key, source=origin, hint=hint)
         values[key], origins[key] = value, origin
     origin = (*bare.given, *bare.written)[0][0]
     if "provider" not in values:

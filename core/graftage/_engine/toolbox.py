@@ -7,9 +7,9 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, Required, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NotRequired, Required, TypeAlias
 
 from graftage._engine.faults import in_words, kind_of
 from graftage._engine.inputs import is_model_object, rejected, suggest
@@ -122,7 +122,7 @@ class Toolbox:
                 raise Mistake(f"There is no tool `{call.name}`. {hint}", "an unknown tool")
             run = _read(runnable, call)
             if self._io.colour == "sync":
-                return submit(run)
+                return submit(lambda: _converted(run()))
             import asyncio
 
             work = self._await(run, in_thread=not runnable.is_async)
@@ -133,8 +133,10 @@ class Toolbox:
             return failed
 
     async def _await(self, run: Run, *, in_thread: bool) -> Any:
-        found = await self._io.run(run) if in_thread else run()
-        return await found if inspect.isawaitable(found) else found
+        found = await self._io.run(lambda: _converted(run())) if in_thread else run()
+        if inspect.isawaitable(found):
+            found = await found
+        return found if isinstance(found, _Text) else await self._io.run(_converted, found)
 
 
 def _needs_loop(name: str) -> RequestRejected:
@@ -181,9 +183,8 @@ class Job:
             return Outcome(f"The tool `{name}` did not finish within {limit:.3g} s.", "it took too long")
         try:
             found = self.future.result()
-            if not inspect.isawaitable(found):
-                text, is_error = _to_text(found)
-                return Outcome(text, "its result is an error" if is_error else None)
+            if isinstance(found, _Text):
+                return Outcome(found.text, "its result is an error" if found.is_error else None)
             getattr(found, "close", lambda: None)()  # Or Python warns that it was never awaited.
         except Mistake as mistake:
             return Outcome(_bounded(str(mistake)), mistake.reason)
@@ -276,25 +277,35 @@ def _object(schema: Mapping[str, Any]) -> Any:
 # --- Results ---------------------------------------------------------------------------------------------------------
 
 
-def _to_text(value: Any) -> tuple[str, bool]:
+class _Text(NamedTuple):
+    """A result as text, and whether it is an error, as MCP says."""
+
+    text: str
+    is_error: bool = False
+
+
+def _converted(value: Any) -> Any:
     """Return a result as text: a string as it is, the blocks of an MCP result, anything else as JSON.
 
-    Returns:
-        the text, and whether it is an error, as MCP says.
+    It is a part of the tool's work, within its time limit. What must be awaited is returned as it is.
 
     Raises:
-        Mistake: JSON cannot hold the result.
+        Mistake: JSON cannot hold the result, or it may be without an end.
     """
+    if inspect.isawaitable(value):
+        return value
     if isinstance(value, str):
-        return _bounded(value), False
+        return _Text(_bounded(value))
     from pydantic_core import to_json
 
     try:
+        if isinstance(value, Iterator):
+            raise TypeError("it is read one by one")
         found = value.model_dump(mode="json", by_alias=True) if is_model_object(value) else value
         if isinstance(found, Mapping) and isinstance(found.get("content"), list) and "isError" in found:
             text = "\n".join(map(_block_text, found["content"]))
-            return _bounded(text or to_json(found.get("structuredContent")).decode()), bool(found["isError"])
-        return _bounded(to_json(found).decode()), False
+            return _Text(_bounded(text or to_json(found.get("structuredContent")).decode()), bool(found["isError"]))
+        return _Text(_bounded(to_json(found).decode()))
     except Exception as error:
         raise Mistake(
             f"The result of the tool, {kind_of(value)}, cannot be converted to text.", "an unreadable result"

@@ -231,7 +231,11 @@ class CallJoiner:
         if cut and self._calls and not (last := self._calls[-1])["arguments"].rstrip().endswith("}"):
             problem = f"The reply reached its limit in the middle of a call of the tool `{last['name'][:80]}`."
             raise InferenceFailed(problem, hint="Raise `max_tokens`.", partial=Reply(text="", raw=last))
-        return tuple(read_tool_call(each["name"], each["arguments"], each["id"]) for each in self._calls)
+        ids = dict.fromkeys(each["id"] for each in self._calls)  # A repeated one gets a new name.
+        return tuple(
+            read_tool_call(each["name"], each["arguments"], each["id"] if ids.pop(each["id"], 0) is None else None)
+            for each in self._calls
+        )
 
 
 class _Delta(msgspec.Struct):
@@ -303,9 +307,9 @@ class ChatReader:
         return self._take(found) or Chunk()
 
     def _take(self, found: Mapping[str, Any]) -> Chunk | None:
-        choices, model = read_records(found.get("choices"), read_object), found.get("model")
+        choices, model = read_records(found.get("choices"), dict), found.get("model")
         choice = next((each for each in choices if not each.get("index")), {})  # With `n`, there are others.
-        delta = read_object(choice.get("delta") or choice.get("message")) or {"content": choice.get("text")}
+        delta = dict(choice.get("delta") or choice.get("message") or {"content": choice.get("text")})
         calls = delta.get("tool_calls") or ()
         for each in [calls] if isinstance(calls, Mapping) else calls:
             self._calls.add(read_object(each))
@@ -323,10 +327,11 @@ class ChatReader:
 
     def _words(self, delta: Mapping[str, Any]) -> tuple[str, str]:
         """Return the text and the thinking of a message, which come in several forms, sometimes in two at once."""
-        text, thinking = _read_blocks(delta.get("content") or delta.get("refusal"))
-        for name in ("reasoning", "reasoning_content"):
-            if found := read_word(delta.get(name)):
-                self.thought, thinking = name, found
+        text, thinking = _read_blocks(delta.get("content"))
+        text += read_text(delta.get("refusal"))
+        fields = {name: found for name in ("reasoning", "reasoning_content") if (found := read_word(delta.get(name)))}
+        if fields:
+            self.thought, thinking = [*fields][-1], "".join(dict.fromkeys(fields.values()))  # Both may say the same.
         text, tagged = self._thoughts.split(text) if text else ("", "")
         return text, thinking or ("" if self.thought else tagged)
 
@@ -364,7 +369,7 @@ def _read_blocks(content: object) -> tuple[str, str]:
     """Return the text and the thinking of a content that is a text or, as Mistral sends it, a list of blocks."""
     if not isinstance(content, list):
         return read_text(content), ""
-    blocks = [read_object(each) for each in content]
+    blocks = [{"text": each} if isinstance(each, str) else read_object(each) for each in content]
     text = "".join(read_text(each.get("text")) for each in blocks)
     return text, "".join(_read_blocks(each.get("thinking"))[0] for each in blocks)
 

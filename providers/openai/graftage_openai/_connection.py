@@ -66,7 +66,7 @@ __all__ = ["OpenAIConnection"]
 
 LOOK: Final = 2.0
 """Seconds to find out which server it is."""
-PASSING: Final = (AuthenticationFailed, ConnectionFailed, Overloaded, ProviderTimeout)
+PASSING: Final = (ConnectionFailed, Overloaded)
 """Errors after which the next call tries to find it out again."""
 NOT_FOUND: Final = 404
 NOT_THERE: Final = (NOT_FOUND, 405)
@@ -168,6 +168,7 @@ class OpenAIConnection:
         path, whole = f"{self._api}{path}", "logprobs" in body and not profile.streams_logprobs
         if whole:
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        begun = False
         while True:
             try:
                 if whole:
@@ -175,7 +176,7 @@ class OpenAIConnection:
                     break
                 items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
                 async for chunk in items:
-                    reader.headers = items.headers
+                    begun, reader.headers = True, items.headers
                     if chunk is not None:
                         yield chunk
                 break
@@ -184,7 +185,7 @@ class OpenAIConnection:
                     raise
                 break  # With a reason for its end, the reply is complete.
             except RequestRejected as error:
-                if reader.headers or not self._learned.adjust(body, error):  # After the first event, it is too late.
+                if begun or not self._learned.adjust(body, error):  # After the first event, it is too late.
                     raise
         self._learned.thought = reader.thought or self._learned.thought
         yield replace(reader.last(), warnings=tuple(_convert.warnings(request, profile, reader)))

@@ -43,9 +43,10 @@ __all__ = [
 LONGEST: Final = 2**31 - 1
 """Tokens: llama-server takes a larger limit for a small one."""
 LIMITS: Final = ("max_tokens", "max_completion_tokens")
-UNWANTED: Final = re.compile(
-    "unsupported|not (supported|permitted)|unknown|unrecognized|unexpected|extra", re.IGNORECASE
-)
+_UNWANTED: Final = "unsupported|not supported|not permitted|unknown|unrecognized|unexpected|extra"
+UNWANTED: Final = re.compile(_UNWANTED, re.IGNORECASE)
+UNWANTED_FIELD: Final = rf"(?i)(?:{_UNWANTED})\W+(?:\w+\W+){{{{0,3}}}}{{0}}\b|\b{{0}}\W+(?:is )?(?:{_UNWANTED})"
+"""The words for an unknown field stand beside its name; farther away they may be about its value."""
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Learned:
         """Change the field of a body that a refusal names. Return False if nothing can be changed."""
         said = str(error.details.get("server_message", "")) if error.status in (400, 422) else ""
         sent = next((each for each in LIMITS if each in body), "")
+        other = LIMITS[sent == LIMITS[0]]
         if "response_format" in said and body.get("response_format") == {"type": "json_object"}:
             body["response_format"] = write_format("json", json_object=False)
         elif not UNWANTED.search(said):
@@ -68,9 +70,9 @@ class Learned:
         elif "stream_options" in said and "stream_options" in body:
             self.counts = False
             del body["stream_options"]
-        elif sent and not self.limit and re.search(rf"\b{sent}\b", said):
-            self.limit = LIMITS[sent == LIMITS[0]]
-            body[self.limit] = body.pop(sent)
+        elif sent and self.limit in (None, other) and (other in said or re.search(UNWANTED_FIELD.format(sent), said)):
+            self.limit = other  # Calls that began before this was known may be changed, too.
+            body[other] = body.pop(sent)
         else:
             return False
         return True
@@ -182,7 +184,7 @@ def embeddings(request: EmbedRequest, found: Mapping[str, Any]) -> Embeddings:
 def recognise(listed: http.Document) -> Profile | None:
     """Return the profile of the server that sent a list of models; None if it is none of the known ones."""
     software = header(listed.headers, "server") or ""
-    owners = http.read_entries(listed.get("data"), lambda each: each.get("owned_by"))
+    owners = http.read_entries(listed.get("data"), lambda each: http.read_word(each.get("owned_by")))
     if software == "llama.cpp":
         return PROFILES["llama-server"]
     if software.startswith("BaseHTTP") and (set(owners) == {None} or not listed):
@@ -200,10 +202,12 @@ def models(profile: Profile, found: Mapping[str, Any]) -> tuple[ModelInfo, ...]:
 
 
 def _model(found: Mapping[str, Any]) -> ModelInfo:
+    if not (name := http.read_word(found["id"])):
+        raise ValueError("it has no name")
     meta = http.read_object(found.get("meta"))
     facts = {**found, **meta}
     return ModelInfo(
-        name=str(found["id"]),
+        name=name,
         size=http.read_count(meta.get("size")) or None,
         parameters=str(meta["n_params"]) if meta.get("n_params") else None,
         quantization=http.read_word(meta.get("ftype")),

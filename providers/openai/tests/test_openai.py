@@ -419,6 +419,11 @@ class TestOtherOperations:
         found = llm.show("a")
         assert (found.size, found.parameters, found.quantization) == (9, "5", "Q4_1")
 
+    def test_entries_without_a_name_are_left_out(self, connect: Any, fake: FakeOllama) -> None:
+        odd: list[dict[str, Any]] = [{"id": None}, {"id": ["a"]}, {"id": ""}, {"id": "m", "owned_by": {"x": 1}}]
+        fake.script(MODELS, *[listed(*odd)] * 2)
+        assert [each.name for each in connect().models()] == ["m"]
+
     def test_unlisted_model_is_not_shown(self, connect: Any, fake: FakeOllama) -> None:
         fake.script(MODELS, *[listed({"id": "other"})] * 2)
         with pytest.raises(ModelNotFound, match="does not list"):

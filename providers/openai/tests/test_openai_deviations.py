@@ -22,6 +22,7 @@ from graftage.exceptions import (
 )
 from graftage.types import Timeouts
 from graftage_ollama.testing import Answer, FakeOllama
+from graftage_openai._convert import Learned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -172,6 +173,15 @@ class TestCalls:
         assert reply.finish_reason == ("length" if "length" in case else "tool_calls")
         assert reply.text == ""
 
+    def test_repeated_id_gets_a_new_name(self, connect: Any, fake: FakeOllama) -> None:
+        events = [
+            calling({**piece("{}", index=place, id="same"), "function": {"name": "add", "arguments": "{}"}})
+            for place in (0, 1)
+        ]
+        fake.script(CHAT, streamed(*events, CALLED, DONE))
+        first, second = connect().chat("Hi", tools=[TOOL]).tool_calls
+        assert first.id == "same" != second.id
+
     def test_first_id_is_kept(self, connect: Any, fake: FakeOllama) -> None:
         fake.script(CHAT, streamed(calling(NAMED), calling(piece("{}", index=0, id="b")), CALLED))
         (call,) = connect().chat("Hi", tools=[TOOL]).tool_calls
@@ -247,6 +257,12 @@ REPLIES: dict[str, tuple[list[bytes], dict[str, Any]]] = {
     "a tag that is none": ([part(content="<"), part(content="thin ice"), STOP], {"text": "<thin ice"}),
     "a tag in the middle": ([part(content="Hello <think>"), STOP], {"text": "Hello <think>"}),
     "a tag cut short": ([part(content="<thi"), STOP], {"text": "<thi"}),
+    "a list of texts": ([part(content=["Hel", block("lo")]), STOP], {}),
+    "a text beside a refusal": ([part(content="Hel", refusal="lo"), STOP], {"finish_reason": "content_filter"}),
+    "two different thoughts": (
+        [part(reasoning="So", reasoning_content=" it is"), HELLO, STOP],
+        {"thinking": "So it is"},
+    ),
     "a thought without an answer": (
         [part(content="<think>So"), part("length")],
         {"text": "", "thinking": "So", "finish_reason": "length"},
@@ -494,6 +510,19 @@ class TestRequests:
             llm.chat("Hi", max_tokens=5)
         limits = [[name for name in ("max_tokens", "max_completion_tokens") if name in each] for each in sent(fake)]
         assert limits == [[first], [second], [second], [second]]
+
+    def test_refused_value_swaps_nothing(self, connect: Any, fake: FakeOllama) -> None:
+        error = {"error": {"message": "max_tokens 99999 is not supported by this model: the most is 4096"}}
+        fake.script(CHAT, refused(400, error))
+        with pytest.raises(RequestRejected):
+            connect().chat("Hi", max_tokens=99999)
+        assert len(sent(fake)) == 1
+
+    def test_calls_at_once_are_all_swapped(self) -> None:
+        learned, bodies = Learned(), [{"max_tokens": 5}, {"max_tokens": 6}]
+        error = RequestRejected(UNSUPPORTED, status=400, details={"server_message": UNSUPPORTED})
+        assert [learned.adjust(each, error) for each in bodies] == [True, True]
+        assert bodies == [{"max_completion_tokens": 5}, {"max_completion_tokens": 6}]
 
     def test_refused_json_object_becomes_a_schema(self, connect: Any, fake: FakeOllama) -> None:
         error = {"error": "'response_format.type' must be 'json_schema' or 'text'"}
