@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from graftage._records import dataclass
-from graftage.exceptions import ConnectionFailed, ProviderTimeout
+from graftage.exceptions import ConnectionFailed, GraftageError, ProviderTimeout
 from graftage.types import HEALTH_LEVELS, Health, Timeouts
 
 if TYPE_CHECKING:
@@ -370,6 +370,14 @@ class HealthRequest:
             if levels.setdefault("reachable", reached) and (failed := next(missing, None)) is not None:
                 levels[failed] = False
         return Health(level=self.level, model=self.model, error=error, **{"reachable": False, **levels})
+
+    async def check(self, levels: Callable[[dict[str, Any]], Awaitable[None]], **found: Any) -> Health:
+        """Return the `Health` for what a function finds. It adds each level that it has checked; an error ends it."""
+        try:
+            await levels(found)
+        except GraftageError as error:
+            return self.result(found, error)
+        return self.result(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

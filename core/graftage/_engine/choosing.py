@@ -386,7 +386,7 @@ class Opening:
             ProviderError: it does not answer.
         """
         session = await io.run(self._connected, member, io)
-        if member.instance and not _is_local(session.address):
+        if member.instance and not _stays_here(session.address):
             await _given_back(session)
             return None
         if member.lacks_key:  # Only now: no keyring is asked for an instance that is not taken.
@@ -518,15 +518,11 @@ async def _fits(session: Session, model: ModelInfo, wanted: frozenset[str]) -> b
     return not model.adapters and (model.features is None or wanted <= model.features)
 
 
-def _is_local(address: str) -> bool:
-    """Whether a connection stays on this machine: on loopback, on a Unix socket, or without a URL, as `embedded`."""
-    # Slow to import, and needed only for an instance under `auto`.
-    from urllib.parse import urlsplit
+def _stays_here(address: str) -> bool:
+    """Whether a connection stays on this machine; without a URL it may be a word, such as `embedded`."""
+    from graftage.http.address import is_local  # Needed only for an instance under `auto`.
 
-    from graftage.http.address import UNIX, is_loopback
-
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    return parts.scheme == UNIX or is_loopback(parts.hostname or "") or bool(re.fullmatch(r"[\w/-]*", address))
+    return is_local(address if "://" in address else f"//{address}") or bool(re.fullmatch(r"[\w/-]*", address))
 
 
 def _age(model: ModelInfo) -> float:

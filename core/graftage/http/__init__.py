@@ -28,7 +28,7 @@ from graftage._engine.answers import (
     read_vectors,
     read_word,
 )
-from graftage.http.address import is_loopback, is_private, place, proxy_for
+from graftage.http.address import is_local, is_loopback, is_private, place, proxy_for
 from graftage.http.client import Document, Event, Http, Items
 from graftage.http.clock import Clock
 from graftage.http.refusal import Answer, Refusal, Rules, by_words, says
@@ -50,6 +50,7 @@ __all__ = [
     "Transport",
     "Wrapper",
     "by_words",
+    "is_local",
     "is_loopback",
     "is_private",
     "place",

@@ -10,7 +10,17 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from graftage.exceptions import SettingsError
 
-__all__ = ["basic", "is_loopback", "is_private", "named_proxy", "place", "proxy_for", "read_base", "socket_path"]
+__all__ = [
+    "basic",
+    "is_local",
+    "is_loopback",
+    "is_private",
+    "named_proxy",
+    "place",
+    "proxy_for",
+    "read_base",
+    "socket_path",
+]
 
 UNIX: Final = "http+unix"
 """The scheme of a server on a Unix socket."""
@@ -30,6 +40,12 @@ def is_loopback(host: str) -> bool:
         return False
     # Python before 3.13 does not look inside: `::ffff:127.0.0.1` is 127.0.0.1.
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL is of a server on this machine: on loopback, or on a Unix socket."""
+    parts = urlsplit(url)
+    return parts.scheme == UNIX or is_loopback(parts.hostname or "")
 
 
 def read_base(text: str) -> tuple[str, dict[str, str]]:
@@ -83,8 +99,7 @@ def socket_path(url: str) -> str | None:
 
 def is_private(url: str) -> bool:
     """Whether nobody between can read what is sent to `url`: it uses TLS or stays on this machine."""
-    parts = urlsplit(url)
-    return parts.scheme in ("https", UNIX) or is_loopback(parts.hostname or "")
+    return urlsplit(url).scheme == "https" or is_local(url)
 
 
 def place(url: str) -> str:

@@ -264,9 +264,7 @@ WORDS_BY_STATUS: Final[Mapping[int, Rules]] = {
     403: ABOUT_PLANS,
     429: (*RATE_LIMITS, *ABOUT_PLANS),
     500: (*RATE_LIMITS, *BACKEND),
-    503: (
-        (("loading model",), says(Overloaded, "The server is still loading {model}.", "Try again in a few seconds.")),
-    ),
+    503: LOADING,
 }
 """What words mean with one status."""
 

@@ -16,12 +16,12 @@ from graftage_m4._machine import GIB, Collector, budget_of, gb, readable_window
 from graftage_m4._state import (
     ALIVE,
     RESIDENTS_UNKNOWN,
-    Door,
     Grant,
     Key,
     Ledger,
     Plan,
     Resident,
+    Route,
     Server,
     State,
     Watch,
@@ -52,7 +52,7 @@ ROOM_FOR_ANSWER: Final = 1024
 LONGEST_CALL: Final = 600.0
 """Seconds: the default limit on a whole call; the `keep_alive` of a model starts when its call ends."""
 LOADING_TIME: Final = 60.0
-"""Seconds for which a model that was granted through another door to the server is assumed to be still loading."""
+"""Seconds for which a model that was granted through another route to the server is assumed to be still loading."""
 MAX_STRETCH: Final = 8
 """A reported window longer than this many times what the model was trained for is not believed."""
 MAX_NAMED: Final = 5
@@ -124,15 +124,15 @@ class Policy:
         if budget is None:
             return _unreadable_mac_limits(self.settings)
         server = server_of(query.address)
-        door = (query.provider, query.address)
-        self.ledger.register_usage(server, door, query.in_use)
+        route = (query.provider, query.address)
+        self.ledger.register_usage(server, route, query.in_use)
         key = _key(server, query.model)
         shape = self._shape(key, info, size)
         if shape is None:
             return _unknown_model_limits(query, self.settings)
         reported = [self._plausible(server, each) for each in loaded or ()]
         slots = self._learn_slots(server, reported)
-        residents = self._residents(server, door, None if loaded is None else reported, slots)
+        residents = self._residents(server, route, None if loaded is None else reported, slots)
         current = residents.pop(key, None)
         others, beyond = _split_reachable(query, residents.values())
         elsewhere, coming = self._elsewhere(server)
@@ -198,7 +198,7 @@ class Policy:
         return 1  # No number of slots explains the size; the size itself counts anyway.
 
     def _residents(
-        self, server: Server, door: Door, loaded: list[LoadedModel] | None, slots: int
+        self, server: Server, route: Route, loaded: list[LoadedModel] | None, slots: int
     ) -> dict[Key, Resident]:
         """Return the models in memory and those being loaded by admitted requests; `loaded` is None if unknown."""
         used = self.ledger.in_use(server)
@@ -210,7 +210,7 @@ class Policy:
         for key, grant in list(self.ledger.grants.items()):
             if key[0] != server or key in found:
                 continue
-            if key[1] in used or self._is_loading(grant, door):
+            if key[1] in used or self._is_loading(grant, route):
                 found[key] = _loading(key, grant)
             elif loaded is None and self._may_be_loaded(grant):
                 found[key] = self._assumed(key, grant)
@@ -218,9 +218,9 @@ class Policy:
                 del self.ledger.grants[key]
         return found
 
-    def _is_loading(self, grant: Grant, door: Door) -> bool:
-        """Return whether a model was just granted through another door to the server."""
-        return grant.pending and grant.door != door and self.collector.clock() - grant.at < LOADING_TIME
+    def _is_loading(self, grant: Grant, route: Route) -> bool:
+        """Return whether a model was just granted through another route to the server."""
+        return grant.pending and grant.route != route and self.collector.clock() - grant.at < LOADING_TIME
 
     def _may_be_loaded(self, grant: Grant) -> bool:
         """Return whether a model may still be in memory."""
@@ -436,7 +436,7 @@ class Policy:
                 window = max(window, current.window or 0, before.window if before else 0)
         grant = Grant(
             name=state.query.model,
-            door=(state.query.provider, state.query.address),
+            route=(state.query.provider, state.query.address),
             by=self._signature,
             window=window,
             size=size,
@@ -578,7 +578,7 @@ def _loading(key: Key, grant: Grant) -> Resident:
 def _split_reachable(query: LimitsQuery, others: Iterable[Resident]) -> tuple[tuple[Resident, ...], list[Resident]]:
     """Split other models into those that the core can unload or wait for, and those that it cannot.
 
-    The core does not know models that are used through another door to the server, or that have no name.
+    The core does not know models that are used through another route to the server, or that have no name.
     """
     known = {canonical_name(model) for model, count in query.in_use().items() if count > 0}
     reach: list[Resident] = []

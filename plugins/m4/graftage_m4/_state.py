@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RESIDENTS_UNKNOWN",
-    "Door",
     "Grant",
     "Key",
     "Ledger",
     "Plan",
     "Resident",
     "Room",
+    "Route",
     "Rules",
     "Server",
     "State",
@@ -53,8 +53,8 @@ MLX_RESERVE = 3 * GIB
 N = TypeVar("N", int, float)
 Server: TypeAlias = str
 """Its address. Several providers, and instances of them, may use one server."""
-Door: TypeAlias = tuple[str, str]
-"""A provider or instance, and the address as it writes it. A query knows what is in use through its own door only."""
+Route: TypeAlias = tuple[str, str]
+"""A provider or instance, and the address as it writes it. A query knows what is in use through its own route only."""
 Key: TypeAlias = tuple[Server, str]
 """The server, and the model's canonical name."""
 
@@ -87,7 +87,7 @@ class Grant:
     """What a model was granted last, while it may be in memory."""
 
     name: str
-    door: Door
+    route: Route
     """Through which it was granted."""
     by: object
     """The signature of the policy."""
@@ -149,7 +149,7 @@ class State:
     others: tuple[Resident, ...]
     elsewhere: int
     """Bytes of models that this request can neither wait for nor unload: those on other servers of this Mac, and those
-    in use through another door to this server."""
+    in use through another route to this server."""
     coming_elsewhere: int
     """The part of them that may not be taken yet."""
     slots: int
@@ -383,15 +383,15 @@ class Ledger:
         self.slots: dict[Key, int] = {}
         """The parallel slots that follow from the last reported size of each model."""
         self.on_cpu: set[Key] = set()
-        self._in_use: dict[Server, dict[Door, Callable[[], Mapping[str, int]]]] = {}
-        """For each server, and each door to it, how to get the models in use."""
+        self._in_use: dict[Server, dict[Route, Callable[[], Mapping[str, int]]]] = {}
+        """For each server, and each route to it, how to get the models in use."""
 
-    def register_usage(self, server: Server, door: Door, in_use: Callable[[], Mapping[str, int]]) -> None:
+    def register_usage(self, server: Server, route: Route, in_use: Callable[[], Mapping[str, int]]) -> None:
         """Remember how to get the models of a server that are in use."""
-        self._in_use.setdefault(server, {})[door] = in_use
+        self._in_use.setdefault(server, {})[route] = in_use
 
     def in_use(self, server: Server) -> set[str]:
-        """Return the canonical names of a server's models in use, through any door."""
+        """Return the canonical names of a server's models in use, through any route."""
         counts = [in_use() for in_use in self._in_use.get(server, {}).values()]
         return {canonical_name(model) for each in counts for model, count in each.items() if count > 0}
 

@@ -32,7 +32,6 @@ from graftage.exceptions import (
     CapabilityUnsupported,
     ConnectionFailed,
     ContextOverflow,
-    GraftageError,
     ModelLoadFailed,
 )
 from graftage.footprint import footprint, read_shape
@@ -286,12 +285,7 @@ class LlamaCppConnection:
 
     @hookimpl
     async def health(self, request: HealthRequest) -> Health:
-        found: dict[str, Any] = {"address": self.address, "reachable": False}
-        try:
-            await self._check_levels(request, found)
-        except GraftageError as error:
-            return request.result(found, error)
-        return request.result(found)
+        return await request.check(partial(self._check_levels, request), address=self.address, reachable=False)
 
     async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
         """Check each level up to the requested one."""

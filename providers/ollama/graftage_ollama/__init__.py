@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
 
 from graftage.hookspecs import hookimpl
 from graftage_ollama._settings import OllamaSettings, parse_host
@@ -24,10 +23,9 @@ def settings_model() -> type[Settings]:
 @hookimpl
 def answers(request: AnswersRequest) -> int | None:
     """Rank before the embedded engine, if the server is on this machine or the user named one."""
-    from graftage.http.address import is_loopback, socket_path
+    from graftage.http.address import is_local
 
-    url = parse_host(request.settings.host)
-    here = socket_path(url) is not None or is_loopback(urlsplit(url).hostname or "")
+    here = is_local(parse_host(request.settings.host))
     return 20 if here or "host" in request.given else None
 
 

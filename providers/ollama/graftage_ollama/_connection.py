@@ -173,12 +173,7 @@ class OllamaConnection:
 
     @hookimpl
     async def health(self, request: HealthRequest) -> Health:
-        found: dict[str, Any] = {"address": self.address}
-        try:
-            await self._check_levels(request, found)
-        except ProviderError as error:
-            return request.result(found, error)
-        return request.result(found)
+        return await request.check(partial(self._check_levels, request), address=self.address)
 
     async def _check_levels(self, request: HealthRequest, found: dict[str, Any]) -> None:
         """Check each level up to the requested one."""

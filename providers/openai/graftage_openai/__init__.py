@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
 
 from graftage.hookspecs import hookimpl
 from graftage_openai._profiles import OpenAISettings, parse_host
@@ -24,14 +23,13 @@ def settings_model() -> type[Settings]:
 @hookimpl
 def answers(request: AnswersRequest) -> int | None:
     """Rank between Ollama and the embedded engine, if the user named a server."""
-    from graftage.http.address import is_loopback, socket_path
+    from graftage.http.address import is_local
 
     host = request.settings.host
     if host is None:
         return None
     root, _ = parse_host(host)
-    here = socket_path(root) is not None or is_loopback(urlsplit(root).hostname or "")
-    return 15 if here or "host" in request.given else None
+    return 15 if is_local(root) or "host" in request.given else None
 
 
 @hookimpl

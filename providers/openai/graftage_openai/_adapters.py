@@ -13,12 +13,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 from graftage import gguf
 from graftage.calls import UnloadAdapterRequest
 from graftage.exceptions import AdapterError, AdapterUnsupported, ProviderError
-from graftage.http import is_loopback, read_entries, read_logprobs, read_object
+from graftage.http import is_local, read_entries, read_logprobs, read_object
 from graftage.types import LoadedAdapter, PortableAdapter
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Adapters:
     def __init__(self, http: Http, api: str) -> None:
         self._http = http
         self._api = api
-        self.is_local = is_loopback(urlsplit(http.base_url).hostname or "")
+        self.is_local = is_local(http.base_url)
         self._places: dict[tuple[str, str], str] = {}
         """By digest and model: the folder for mlx_lm, or the file of llama-server."""
         self._slots: dict[int, str] | None = None
