@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
@@ -53,6 +53,7 @@ __all__ = [
     "NativeRequest",
     "Owned",
     "PruneAdaptersRequest",
+    "PullAdapterRequest",
     "RerankRequest",
     "ResolveRequest",
     "UnloadAdapterRequest",
@@ -425,6 +426,9 @@ class LoadAdapterRequest:
     """The caller wants it loaded even if it may not fit."""
     keep_alive: float | None = None
     context_window: int | None = None
+    others: Callable[[], Sequence[Adapter]] = field(default=tuple, repr=False)
+    """Return the other known adapters that fit the model, for a server that can only load adapters when it starts. It
+    reads and checks each one in the first call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -469,6 +473,25 @@ class ResolveRequest:
 class ListAdaptersRequest:
     """The argument of `list_adapters`."""
 
+    model: str | None = None
+    """The model that each adapter is judged against; `None` to list them without a verdict."""
+    base: Callable[[], ModelInfo | None] = field(default=lambda: None, repr=False)
+    """Return facts about that model."""
+    settings: PluginSettings | None = None
+    """As for `resolve_adapter`."""
+    call: Call = field(default_factory=Call)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullAdapterRequest:
+    """The argument of `pull_adapter`."""
+
+    reference: str
+    """The adapter to download, such as `hf://owner/name@revision`."""
+    name: str | None = None
+    """The name to bind it to; `None` for the last part of the reference."""
+    overwrite: bool = False
+    """Whether the name may be bound to something else already."""
     settings: PluginSettings | None = None
     """As for `resolve_adapter`."""
     call: Call = field(default_factory=Call)

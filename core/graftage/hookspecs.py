@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         ModelsRequest,
         NativeRequest,
         PruneAdaptersRequest,
+        PullAdapterRequest,
         RerankRequest,
         ResolveRequest,
         UnloadAdapterRequest,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         ModelInfo,
         PullProgress,
         Ranking,
+        Warmed,
     )
 
     T = TypeVar("T")
@@ -107,6 +109,7 @@ __all__ = [
     "Native",
     "Observe",
     "PruneAdapters",
+    "PullAdapter",
     "PullModel",
     "Rerank",
     "ResolveAdapter",
@@ -115,6 +118,7 @@ __all__ = [
     "ShowModel",
     "UnloadAdapter",
     "UnloadModel",
+    "Warm",
     "hookimpl",
     "hookspec",
 ]
@@ -491,6 +495,21 @@ class PruneAdapters(Protocol):
         ...
 
 
+class Warm(Protocol):
+    """Read a prompt ahead."""
+
+    @hookspec(firstresult=True)
+    def warm(self, request: ChatRequest) -> Once[Warmed]:
+        """Called to read the beginning of later prompts, and to keep what was computed, if possible on disk.
+
+        Without this hook the core sends the messages as a chat with a reply of one token. What was computed with one
+        adapter, weight or window must never be used with another.
+
+        Since 0.3.
+        """
+        ...
+
+
 class Native(Protocol):
     """Return the server's official client."""
 
@@ -550,6 +569,21 @@ class ResolveAdapter(Protocol):
         ...
 
 
+class PullAdapter(Protocol):
+    """Download an adapter."""
+
+    @hookspec
+    def pull_adapter(self, request: PullAdapterRequest) -> AdapterInfo | None:
+        """Called to download an adapter, one resolver after another until one does it; never without a caller's wish.
+
+        Return None if the reference is not of this plugin's kind. Report progress with
+        `request.call.emit("progress", …)`.
+
+        Since 0.3.
+        """
+        ...
+
+
 class Observe(Protocol):
     """Watch the events of a client."""
 
@@ -587,6 +621,7 @@ CONNECTION_SPECS = (
     LoadAdapter,
     UnloadAdapter,
     PruneAdapters,
+    Warm,
     Native,
 )
-PLUGIN_SPECS = (SettingsModel, ResourceLimits, ResolveAdapter, Observe)
+PLUGIN_SPECS = (SettingsModel, ResourceLimits, ResolveAdapter, PullAdapter, Observe)

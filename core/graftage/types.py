@@ -10,7 +10,7 @@ import contextlib
 import enum
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,7 @@ __all__ = [
     "Adapter",
     "AdapterChoice",
     "AdapterInfo",
+    "AdapterReference",
     "Capabilities",
     "Chunk",
     "Embeddings",
@@ -46,6 +47,7 @@ __all__ = [
     "LoadedModel",
     "Logprob",
     "Message",
+    "MixableAdapter",
     "ModelInfo",
     "Operation",
     "Phase",
@@ -65,6 +67,7 @@ __all__ = [
     "Usage",
     "Vectors",
     "Verdict",
+    "Warmed",
     "canonical_name",
 ]
 
@@ -90,8 +93,10 @@ Feature: TypeAlias = Literal[
     "unload_model",
     "delete_model",
     "load_adapter",
+    "adapter_weights",
     "unload_adapter",
     "prune_adapters",
+    "warm",
     "count_tokens",
     "rerank",
     "native",
@@ -109,7 +114,10 @@ class _Unset(enum.Enum):
 
 ACTIVE: Final = _Unset.ACTIVE
 """The adapter that `use_adapter` made active; `None` means the base model."""
-AdapterChoice: TypeAlias = "str | Path | Literal[_Unset.ACTIVE] | None"
+AdapterReference: TypeAlias = "str | Path | tuple[str | Path, float]"
+"""An adapter by name or path, or that with its weight, which is 1 if it is left out."""
+AdapterChoice: TypeAlias = "AdapterReference | Sequence[AdapterReference] | Literal[_Unset.ACTIVE] | None"
+"""One adapter, several at once, the active one, or the base model."""
 
 
 # --- Messages --------------------------------------------------------------------------------------------------------
@@ -263,7 +271,9 @@ class Reply:
     provider: str = ""
     """The provider that replied."""
     adapter: str | None = None
-    """The adapter that was used, or `None` for the base model."""
+    """The adapter that was used, or `None` for the base model; several at once as `style + 0.6 domain`."""
+    adapter_digest: str | None = None
+    """The digest of its content: equal names may mean different adapters at different times."""
     limits: Limits | None = None
     """What the policies allowed, and why."""
     warnings: tuple[str, ...] = ()
@@ -680,9 +690,10 @@ class Timeouts:
 class Verdict:
     """Whether an adapter fits a base model."""
 
-    status: Literal["compatible", "incompatible", "unknown"]
+    status: Literal["compatible", "incompatible", "unsupported", "unknown"]
+    """`unsupported` if it may fit, but its resolver cannot convert it for such a model."""
     reasons: tuple[str, ...] = ()
-    """Every contradiction, or what is missing for a decision."""
+    """Every contradiction, what cannot be converted, or what is missing for a decision."""
     warnings: tuple[str, ...] = ()
 
 
@@ -762,9 +773,22 @@ class PortableAdapter(Adapter, Protocol):
         ...
 
 
+@runtime_checkable
+class MixableAdapter(Adapter, Protocol):
+    """An `Adapter` that its resolver can add up with others, for servers that apply only one at a time."""
+
+    def mix(self, weight: float, others: Sequence[tuple[Adapter, float]]) -> Adapter:
+        """Return one adapter that changes the model as this one and others together do, each by its weight.
+
+        Raises:
+            AdapterUnsupported: one of the others comes from another resolver, or they cannot be added up.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """An adapter that a plugin knows, not yet checked against a model."""
+    """An adapter that a plugin knows, or a place that it could not read (then with a `problem` and without a name)."""
 
     name: str
     reference: str
@@ -773,6 +797,16 @@ class AdapterInfo:
     """Where it was found, in the plugin's words."""
     base_model: str | None = None
     digest: str | None = None
+    path: Path | None = None
+    """Its file or folder."""
+    size: int | None = None
+    """Bytes of its weights."""
+    rank: int | None = None
+    """Of most of its modules."""
+    verdict: Verdict | None = None
+    """Whether it fits the model that was asked about."""
+    problem: str | None = None
+    """Why it cannot be used, or why its source could not be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -788,6 +822,27 @@ class LoadedAdapter:
     scale: float = 1.0
     strategy: str = ""
     """How it was loaded, in the provider's words."""
+    warnings: tuple[str, ...] = ()
+    parts: tuple[tuple[LoadedAdapter, float], ...] = ()
+    """Several at once, or one with a weight other than 1: the loaded adapters, each with its weight. Only for a
+    provider with the feature `adapter_weights`."""
+
+    @property
+    def weights(self) -> tuple[tuple[LoadedAdapter, float], ...]:
+        """Each adapter to apply, with the factor on its own scale."""
+        return self.parts or ((self, 1.0),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warmed:
+    """A prompt that has been read ahead; the result of `Client.warm`."""
+
+    tokens: int | None = None
+    """Tokens of the prompt; `None` if the server does not say."""
+    cached_tokens: int | None = None
+    """Those that did not have to be read again."""
+    saved: int | None = None
+    """Bytes on disk from which a later process can continue; `None` if nothing was saved."""
     warnings: tuple[str, ...] = ()
 
 

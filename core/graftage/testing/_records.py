@@ -30,6 +30,7 @@ from graftage.types import (
     Ranking,
     Reply,
     Vectors,
+    Warmed,
 )
 
 __all__ = ["ANSWERS", "MANY", "STREAMS", "answer_of", "line_of", "record_of", "request_body"]
@@ -51,6 +52,7 @@ ANSWERS: Final[Mapping[str, type]] = {
     "unload_model": type(None),
     "delete_model": type(None),
     "unload_adapter": type(None),
+    "warm": Warmed,
 }
 """What each hook answers with, or the kind of its items; `native` cannot be recorded, and `close` needs no answer."""
 STREAMS: Final = ("chat", "generate", "pull_model")
