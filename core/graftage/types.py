@@ -865,3 +865,30 @@ class Stats:
     events_dropped: int = 0
     """Events that observers missed because they were too slow."""
     active_adapter: str | None = None
+
+
+# --- Moved -----------------------------------------------------------------------------------------------------------
+
+if not TYPE_CHECKING:  # A type checker must go on to refuse unknown names.
+    _CALLS: Final = (
+        "Call ChatRequest CloseRequest EmbedRequest Event GenerateRequest HealthRequest LimitsQuery LoadAdapterRequest"
+        " LoadModelRequest ModelRequest ModelsRequest PruneAdaptersRequest ResolveRequest UnloadAdapterRequest"
+    )
+    _MOVED: Final = {
+        **dict.fromkeys(_CALLS.split(), "graftage.calls"),
+        "ConnectRequest": "graftage.hookspecs",
+        "Transport": "graftage.http",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Return what hooks are given, which plugins written for an earlier release import from here."""
+        if name not in _MOVED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+        import warnings
+
+        from graftage._deprecations import deprecation
+
+        new = f"`{_MOVED[name]}.{name}`"
+        warnings.warn(deprecation(f"`graftage.types.{name}`", since="0.3", instead=new), stacklevel=2)
+        return getattr(importlib.import_module(_MOVED[name]), name)

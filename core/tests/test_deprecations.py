@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 from sources import modules, tree
 
+from graftage import types
 from graftage._deprecations import deprecation
 from graftage._engine.checking import check_hooks
 from graftage._records import dataclass
@@ -89,3 +91,16 @@ def test_nothing_stays_after_its_time() -> None:
     for release in since:
         major, minor = map(int, release.split("."))
         assert now < (major, minor + 2), f"what is deprecated since {release} must be removed now"
+
+
+@pytest.mark.parametrize(("name", "home"), [("ResolveRequest", "calls"), ("ConnectRequest", "hookspecs")])
+def test_moved_names_still_work(name: str, home: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"Use `graftage.{home}.{name}`") as caught:
+        found = getattr(types, name)
+    assert found is getattr(import_module(f"graftage.{home}"), name)
+    assert caught[0].filename == __file__
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        getattr(types, "Nothing")  # noqa: B009 - a type checker would refuse it
