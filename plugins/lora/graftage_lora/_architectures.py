@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 __all__ = [
     "ARCHITECTURES",
@@ -61,8 +61,6 @@ class Architecture:
     """
     has_towers: bool = False
     """Whether its models may see or hear: then the names of their modules depend on the program that runs them."""
-    proven: Literal["numbers", "names"] = "numbers"
-    """`numbers`: an adapter does in the engine what it does in a model merged by hand. `names`: only names agree."""
 
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
@@ -193,7 +191,7 @@ def kind_of(tensor: str) -> str:
 
 # --- Places ----------------------------------------------------------------------------------------------------------
 
-EXPERTS: Final = re.compile(r"(?:.+\.)?(?:experts\..+|mlp\.gate|\w*router|block_sparse_moe\..+)")
+EXPERTS: Final = re.compile(r"(?:\w+\.)*(?:experts|router|block_sparse_moe)(?:\..+)?|mlp\.gate")
 
 
 def no_row(architecture: str) -> str:

@@ -387,14 +387,21 @@ def _expected_shape(metadata: Mapping[str, object], tensor: str) -> tuple[int | 
         key = value = None  # Which layers have which width is not stated here.
     row = ARCHITECTURES.get(str(architecture))
     fused = 2 if row and "mlp.gate_up_proj" in row.modules else 1
+    q, k, v = _times(count, key), _times(shared, key), _times(shared, value)
+    per_layer_input = figure("embedding_length_per_layer_input")
     shapes = {
-        "attn_q": (hidden, _times(count, key)),
-        "attn_k": (hidden, _times(shared, key)),
-        "attn_v": (hidden, _times(shared, value)),
+        "attn_q": (hidden, q),
+        "attn_k": (hidden, k),
+        "attn_v": (hidden, v),
+        "attn_qkv": (hidden, q + k + v if q and k and v else None),
         "attn_output": (_times(count, value), hidden),
         "ffn_gate": (hidden, forward),
         "ffn_up": (hidden, _times(fused, forward)),
         "ffn_down": (forward, hidden),
+        "shortconv.in_proj": (hidden, _times(3, hidden)),
+        "shortconv.out_proj": (hidden, hidden),
+        "inp_gate": (hidden, per_layer_input),
+        "proj": (per_layer_input, hidden),
         "token_embd": (hidden, _vocabulary(metadata)),
         "output": (hidden, _vocabulary(metadata)),
     }
