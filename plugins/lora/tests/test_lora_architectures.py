@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -23,7 +24,7 @@ from graftage.types import ModelInfo
 from graftage_lora._architectures import ARCHITECTURES, LEAVE_OUT, gguf_name, module_name, tower_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 TOKENS = [3, 14, 15, 9, 2, 6, 5]
@@ -329,7 +330,7 @@ for order in json.load(sys.stdin):
 """
 
 
-def served(*orders: tuple[Path, list[Path], list[list[float]]]) -> list[Any]:
+def served(*orders: tuple[Path, Sequence[Path], Sequence[Sequence[float]]]) -> list[Any]:
     """Log-probabilities of all words after `TOKENS`, for each model and each set of scales."""
     asked = [
         {"model": str(model), "adapters": [str(each) for each in adapters], "asked": scales, "tokens": TOKENS}
@@ -559,9 +560,8 @@ class TestUnsupported:
         found = {}
         for architecture, small in SMALL.items():
             layers = {name: pair for name, pair in changes(small).items() if "layers" in name}
-            base = ModelInfo(name="x", metadata=metadata(architecture))
-            folder = write_peft(place.folder / architecture, layers)
-            found[architecture] = place.resolve(folder, base=lambda base=base: base).verdict
+            base = partial(ModelInfo, name="x", metadata=metadata(architecture))
+            found[architecture] = place.resolve(write_peft(place.folder / architecture, layers), base=base).verdict
         unsure = {architecture for architecture, verdict in found.items() if verdict.status != "compatible"}
         assert unsure == {"gemma3n", "gemma4"}  # Their figures do not tell every shape.
         assert {found[architecture].status for architecture in unsure} == {"unknown"}
