@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -38,6 +38,7 @@ from graftage_lora._architectures import (
     why_misplaced,
 )
 from graftage_lora._files import Refused
+from graftage_lora._names import name_warnings
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -263,7 +264,7 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
         reason = "the provider does not report the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
-    warnings = (*facts.warnings, *_name_warnings((facts.base_model, meant_for), base))
+    warnings = (*facts.warnings, *name_warnings((facts.base_model, meant_for), base))
     found = [*_check_architecture(facts, base), *_check_layers(facts, base)]
     for kind, status in STATUSES.items():
         if reasons := tuple(reason for each, reason in found if each == kind):
@@ -418,40 +419,3 @@ def _vocabulary(metadata: Mapping[str, object]) -> int | None:
     if isinstance(stated, int):
         return stated
     return len(tokens) if isinstance(tokens, (list, tuple, range)) else None
-
-
-# --- Names -----------------------------------------------------------------------------------------------------------
-
-QUANTISED: Final = re.compile(
-    r"\b(i?q\d(_[0-9a-z]+)*|[bf]p?f?16|fp?32|int[48]|[48]bit|bnb|gguf|ggml|mlx|awq|gptq|dynamic|latest)\b"
-)
-SIZE: Final = re.compile(r"\b\d+(\.\d+)?[bm]\b")
-
-
-def _name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:
-    names = [
-        base.name,
-        *(each for each in (base.metadata.get("general.basename"), base.parent) if isinstance(each, str)),
-    ]
-    return tuple(
-        f"It was made for `{each}`, but the base model is `{base.name}`: check that they are the same model."
-        for each in dict.fromkeys(filter(None, stated))
-        if all(_surely_differ(each, name) for name in names)
-    )
-
-
-def _surely_differ(left: str, right: str) -> bool:
-    """Return whether two names differ in family or size, as far as both state them."""
-    (family, size), (other, other_size) = _family_and_size(left), _family_and_size(right)
-    if size and other_size and size != other_size:
-        return True
-    return bool(family and other) and not family.startswith(other) and not other.startswith(family)
-
-
-def _family_and_size(text: str) -> tuple[str, str]:
-    """Split a model's name into family and size, without owner, path and quantisation."""
-    last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
-    words = QUANTISED.sub(" ", re.sub(r"[:\s-]+", " ", last))
-    size = SIZE.search(words)
-    family = words[: size.start()] if size else words
-    return re.sub(r"[^a-z0-9]|instruct|chat", "", family), size[0] if size else ""
