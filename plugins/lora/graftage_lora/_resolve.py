@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -26,6 +27,7 @@ from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
 from graftage_lora import _layouts, _write
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Facts, Lora, judge
+from graftage_lora._mix import mixed
 from graftage_lora._read import read, stated_base
 from graftage_lora._sources import Found, NotKnown, Reference, chain, parse
 from graftage_lora._write import Progress
@@ -37,6 +39,8 @@ __all__ = ["Resolver"]
 
 MODEL: Final = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){0,3}(?::\w[\w.-]*)?", re.ASCII)
 """The pattern of model names."""
+STATUSES: Final = ("compatible", "unknown", "unsupported", "incompatible")
+"""From the best to the worst."""
 REMEMBERED: Final = 64
 """Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
@@ -235,6 +239,38 @@ class FileAdapter:
     meant_for: str | None = None
     """The base model that the registry names."""
     served_as: str | None = None
+    parts: tuple[tuple[FileAdapter, float], ...] = field(default=(), repr=False)
+    """The adapters that it is the sum of, each with its weight; empty if it is one."""
+
+    def mix(self, weight: float, others: Sequence[tuple[Adapter, float]]) -> FileAdapter:
+        """Return one adapter that is exactly the sum of this one and others, each by its weight.
+
+        Raises:
+            AdapterUnsupported: one of the others comes from another resolver, or they cannot be added up.
+        """
+        parts = [(self, weight)]
+        for each, factor in others:
+            if not isinstance(each, FileAdapter):
+                raise unsupported_adapter(
+                    self.name, Refused(f"`{each.name}` has no files to add to it", "Give its files.")
+                )
+            parts.append((each, factor))
+        for each, _ in parts:
+            _check_part(each, alone=len(parts) == 1)
+        if parts == [(self, 1.0)]:
+            return self
+        name = " + ".join(each.name if factor == 1 else f"{factor:g} {each.name}" for each, factor in parts)
+        # The sum does not depend on the order, so neither do digest and files.
+        ordered = sorted(parts, key=lambda part: (part[0].digest, part[1]))
+        lines = ["graftage-lora mix 1", *(f"{each.digest} {float(factor)!r}" for each, factor in ordered)]
+        return replace(
+            self,
+            name=name,
+            digest=f"sha256:{hashlib.sha256('|'.join(lines).encode()).hexdigest()}",
+            scale=1.0 if others else self.scale * weight,
+            verdict=_joint(each.verdict for each, _ in parts),
+            parts=tuple(ordered),
+        )
 
     def gguf(self, base: ModelInfo) -> Path:
         """Write a GGUF file of the adapter for a base model to the cache; equal content gives equal bytes.
@@ -244,7 +280,7 @@ class FileAdapter:
             AdapterUnsupported: its modules have no known names in such a model.
             AdapterError: the cache cannot be written.
         """
-        return self._written(lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
+        return self._written(base, lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
 
     def peft(self, base: ModelInfo) -> Path:
         """Write a folder of the adapter in PEFT's layout to the cache, as `gguf` does; always a copy of our own.
@@ -256,19 +292,18 @@ class FileAdapter:
             AdapterUnsupported: the layout cannot hold it.
             AdapterError: the cache cannot be written.
         """
-        return self._written(lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
+        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
 
     def mlx(self, base: ModelInfo) -> Path:
         """Write a folder of the adapter in mlx-lm's layout to the cache; errors are those of `peft`."""
-        return self._written(lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
+        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
 
-    def _written(self, write: Callable[[Lora, Path, str], Path]) -> Path:
-        lora = self._read()
+    def _written(self, base: ModelInfo, write: Callable[[Lora, Path, str], Path]) -> Path:
         try:
             with self._translate_errors("written"):
-                return write(lora, self.settings.cache, _slug(self.name))
+                return write(self._content(base.metadata), self.settings.cache, _slug(self.name))
         except Refused as error:
-            raise self._unsupported(error) from None
+            raise unsupported_adapter(self.name, error) from None
 
     def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:
         """Write the base model with the adapter merged into it to `out`; leave nothing if that fails.
@@ -287,16 +322,16 @@ class FileAdapter:
             AdapterUnsupported: the adapter or the base model cannot be merged.
             AdapterError: the disk is full, or a file cannot be read or written.
         """
-        lora = self._read()
         try:
             with self._translate_errors("merged"), CheckedFile(base_file) as base:
                 header = self._read_base(base, base_file, out)
+                lora = self._content(header.metadata)
                 kind = self.settings.merge_type
                 return _write.merge(
                     base, header, lora, out, digest=self.digest, kind=kind, on_progress=_guarded(on_progress)
                 )
         except Refused as error:
-            raise self._unsupported(error) from None
+            raise unsupported_adapter(self.name, error) from None
         except _Stopped as stopped:
             raise stopped.error from None
 
@@ -307,7 +342,8 @@ class FileAdapter:
         if header.is_adapter:
             raise Refused(f"`{base.name}` is an adapter, not a model")
         tensors = {name: tensor.shape for name, tensor in header.tensors.items()}
-        verdict = judge(self.facts, ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors))
+        model = ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors)
+        verdict = _joint(judge(each.facts, model) for each in self._single)
         if verdict.status == "incompatible":
             raise AdapterIncompatible(
                 f"The adapter `{self.name}` does not fit `{base.name}`: {'; '.join(verdict.reasons)}.",
@@ -315,11 +351,28 @@ class FileAdapter:
                 reasons=verdict.reasons,
                 hint="Use the model that it was made for.",
             )
-        if verdict.status == "unknown":
+        if verdict.status != "compatible":
             raise Refused(f"it may not fit `{base.name}`: {'; '.join(verdict.reasons)}")
         return header
 
-    def _read(self) -> Lora:
+    @property
+    def _single(self) -> tuple[FileAdapter, ...]:
+        """The adapters that it consists of."""
+        return tuple(each for each, _ in self.parts) or (self,)
+
+    def _content(self, metadata: Mapping[str, object]) -> Lora:
+        """Read it for a base model with this metadata."""
+        if not self.parts:
+            return self.read()
+        return mixed([(each.read(), weight) for each, weight in self.parts], metadata)
+
+    def read(self) -> Lora:
+        """Read its own files again.
+
+        Raises:
+            AdapterInvalid: they have changed.
+            AdapterError: they cannot be read.
+        """
         try:
             with self._translate_errors("read"):
                 lora = load(self.files, self.given_scale, self.settings)
@@ -340,13 +393,33 @@ class FileAdapter:
                 f"The adapter `{self.name}` could not be {done}: {words}.", reference=self.name
             ) from error
 
-    def _unsupported(self, error: Refused) -> AdapterUnsupported:
-        return AdapterUnsupported(
-            f"The adapter `{self.name}` cannot be used this way: {error.reason}.",
-            reference=self.name,
-            reasons=[error.reason],
-            hint=error.hint or None,
-        )
+
+def unsupported_adapter(name: str, error: Refused) -> AdapterUnsupported:
+    """Build the error for an adapter that cannot be used in one way."""
+    return AdapterUnsupported(
+        f"The adapter `{name}` cannot be used this way: {error.reason}.",
+        reference=name,
+        reasons=[error.reason],
+        hint=error.hint or None,
+    )
+
+
+def _check_part(adapter: FileAdapter, *, alone: bool) -> None:
+    """Refuse an adapter that cannot be a part of a sum."""
+    if adapter.parts:
+        raise unsupported_adapter(adapter.name, Refused("it is a sum already", "Mix the adapters themselves."))
+    if adapter.facts.invocation and not alone:
+        reason = "it acts only after its invocation tokens, but the sum would always act"
+        raise unsupported_adapter(adapter.name, Refused(reason, "Use it alone."))
+
+
+def _joint(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the worst of some verdicts, with its reasons and everyone's warnings."""
+    found = tuple(verdicts)
+    status = max((each.status for each in found), key=STATUSES.index)
+    reasons = dict.fromkeys(reason for each in found if each.status == status for reason in each.reasons)
+    warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
+    return Verdict(status=status, reasons=tuple(reasons), warnings=tuple(warnings))
 
 
 class _Stopped(Exception):
