@@ -8,6 +8,7 @@ llama.cpp's converter, and shares no code with the plugin.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import gguf
 import numpy as np
 import pytest
 from lora_files import Pair, Place, add, close, neighbours, write_mlx, write_peft
+from places import ROOT
 
 from graftage.exceptions import AdapterInvalid, AdapterUnsupported
 from graftage.types import ModelInfo
@@ -410,6 +412,13 @@ class TestTable:
                 assert module_name(gguf_name(module), architecture) == (None if row.has_towers else module)
         assert module_name("blk.0.attn_q.weight", "gpt2") is None
         assert module_name("blk.0.ffn_gate.weight", "phi3") is None
+
+    def test_page_has_every_row(self) -> None:
+        page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+        rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\w ]+) \| (yes|no) \|$", page, re.MULTILINE)
+        assert {name: (order == "reordered", towers == "yes") for name, order, towers in rows} == {
+            name: (row.reordered, row.has_towers) for name, row in ARCHITECTURES.items()
+        }
 
     def test_layouts_are_one_adapter(self, place: Place) -> None:
         for architecture, row in ARCHITECTURES.items():
