@@ -88,8 +88,11 @@ class LoraPlugin:
 
     @hookimpl
     def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
-        """List the adapters that the sources have."""
-        return tuple(self._resolver(request).known())
+        """List the adapters that the sources have, the broken ones among them, and the sources that cannot be read.
+
+        Each adapter is read completely, one at a time: about a second for 500 MB, the first time.
+        """
+        return tuple(self._resolver(request).known(request))
 
     def _resolver(self, request: ResolveRequest | ListAdaptersRequest) -> Resolver:
         """Return the resolver for the request's settings; it remembers the adapters that it has read."""
