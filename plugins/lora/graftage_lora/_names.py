@@ -46,8 +46,8 @@ DECIMAL: Final = re.compile(r"(?<=\d)_(?=\d)|(?<![\d.]\d)(?<=\d)-(?=\d(?![\d._]*
 """What stands for the point of a number in names without points: `llama-3_2-1b`, `llama-3-2-1b`."""
 LONGEST: Final = 500
 """Letters of a name that are read."""
-TOKEN: Final = re.compile(r"(?<![a-z\d.])(\d+x|e)?\d+(\.\d+)?[bm]\b|v?\d+(\.\d+)*|[a-z]+")
-SIZE: Final = re.compile(r"(\d+x|e)?\d+(\.\d+)?[bm]")
+TOKEN: Final = re.compile(r"(?<![a-z\d.])(\d{1,4}x|e)?\d{1,4}(\.\d{1,4})?[bm]\b|v?\d+(\.\d+)*|[a-z]+")
+SIZE: Final = re.compile(r"(\d{1,4}x|e)?\d{1,4}(\.\d{1,4})?[bm]")
 DATE: Final = re.compile(r"2[3-9](0[1-9]|1[0-2])")
 """Year and month, as in `-2507`."""
 
