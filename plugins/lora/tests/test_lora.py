@@ -480,7 +480,6 @@ DIFFERENT: dict[str, tuple[Model, str]] = {
 GAPS: dict[str, tuple[Callable[[Model], ModelInfo | None], str]] = {
     "nothing is known": (lambda _: None, "does not report"),
     "no architecture is known": (lambda model: model.info(metadata={}), "does not report"),
-    "an architecture without a table": (lambda _: Model(architecture="phi3").info(), "no known names"),
     "no number of heads": (
         lambda model: model.info(
             metadata={key: value for key, value in model.metadata().items() if "head_count" not in key}
@@ -490,15 +489,6 @@ GAPS: dict[str, tuple[Callable[[Model], ModelInfo | None], str]] = {
     "nothing but an architecture": (
         lambda model: model.info(metadata={"general.architecture": "llama"}, tensors=None),
         "not known",
-    ),
-    "fused tensors": (
-        lambda model: model.info(
-            tensors={
-                **{name: shape for name, shape in model.tensors().items() if "attn_q" not in name},
-                **{f"blk.{layer}.attn_qkv.weight": (64, 128) for layer in range(2)},
-            }
-        ),
-        "attn_qkv",
     ),
 }
 
