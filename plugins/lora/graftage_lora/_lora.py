@@ -285,8 +285,12 @@ def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
             "contradiction",
             f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
         )
-    if facts.layout != "gguf" and architecture not in ARCHITECTURES:
-        yield "obstacle" if _is_gguf(base) else "gap", no_row(architecture)
+    if architecture in ARCHITECTURES:
+        return
+    if facts.layout != "gguf" and _is_gguf(base):
+        yield "obstacle", no_row(architecture)
+    elif base.tensors is None:
+        yield "gap", f"the shapes of the architecture `{architecture[:40]}` are not known"
 
 
 def _check_layers(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
@@ -354,6 +358,8 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         if shape.tensor != OUTPUT:  # `_check_ends` has reported it.
             yield _missing_tensor(shape, base.tensors)
         return
+    if base.tensors is None and base.metadata["general.architecture"] not in ARCHITECTURES:
+        return  # `_check_architecture` has reported it.
     sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         yield "gap", "has an unknown shape in the base model"

@@ -411,6 +411,16 @@ class TestTable:
         assert module_name("blk.0.attn_q.weight", "gpt2") is None
         assert module_name("blk.0.ffn_gate.weight", "phi3") is None
 
+    def test_layouts_are_one_adapter(self, place: Place) -> None:
+        for architecture, row in ARCHITECTURES.items():
+            layers = {name: pair for name, pair in changes(SMALL[architecture]).items() if "layers" in name}
+            base, report = partial(info, architecture), info(architecture)
+            first = place.resolve(write_peft(place.folder / architecture, layers), base=base)
+            second = place.resolve(first.gguf(report), base=base)
+            assert (second.verdict.status, second.digest) == ("compatible", first.digest)
+            if not row.has_towers:
+                assert place.resolve(second.mlx(report), base=base).digest == first.digest
+
 
 AROUND = [
     "model.layers.1.{}",
@@ -545,7 +555,9 @@ class TestUnsupported:
         strange = ModelInfo(
             name="x", metadata={"general.architecture": "gpt2"}, raw={"details": {"format": "safetensors"}}
         )
-        assert place.resolve(folder, base=lambda: strange).verdict.status == "unknown"
+        found = place.resolve(folder, base=lambda: strange)
+        assert (found.verdict.status, "shapes" in found.verdict.reasons[0]) == ("unknown", True)
+        assert found.peft(strange).exists()
 
     def test_names_outside_of_gguf_must_be_certain(self, place: Place) -> None:
         folder = write_peft(place.folder / "layers", changes(SMALL["gemma3"]))
