@@ -437,6 +437,8 @@ AROUND = [
     "model.language_model.layers.1.{}",
     "language_model.model.layers.1.{}",
     "model.text_model.layers.1.{}",
+    "thinker.model.layers.1.{}",
+    "llm.model.layers.1.{}",
     "_orig_mod.model.layers.1.{}",
     "module.module.model.layers.1.{}",
     "_orig_mod.module.base_model.model.model.language_model.layers.1.{}",
