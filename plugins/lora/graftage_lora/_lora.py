@@ -334,8 +334,12 @@ def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
             "contradiction",
             f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
         )
-    if facts.layout != "gguf" and architecture not in ARCHITECTURES:
-        yield "obstacle" if _is_gguf(base) else "gap", no_row(architecture)
+    if architecture in ARCHITECTURES:
+        return
+    if facts.layout != "gguf" and _is_gguf(base):
+        yield "obstacle", no_row(architecture)
+    elif base.tensors is None:
+        yield "gap", f"the shapes of the architecture `{architecture[:40]}` are not known"
 
 
 def _check_layers(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
@@ -403,6 +407,8 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         if shape.tensor != OUTPUT:  # `_check_ends` has reported it.
             yield _missing_tensor(shape, base.tensors)
         return
+    if base.tensors is None and base.metadata["general.architecture"] not in ARCHITECTURES:
+        return  # `_check_architecture` has reported it.
     sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         yield "gap", "has an unknown shape in the base model"
@@ -418,7 +424,7 @@ def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
-        return "obstacle", f"is replaced by `{instead[0]}` in the base model: train on a model with that module"
+        return "obstacle", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
     return "contradiction", "is missing in the base model"
 
 

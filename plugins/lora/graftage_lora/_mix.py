@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from graftage_lora._architectures import module_name
 from graftage_lora._configs import MAX_RANK
 from graftage_lora._files import Refused
 from graftage_lora._lora import Lora, Part, checked_scale, even_scale
@@ -31,8 +32,11 @@ def mixed(loras: Sequence[tuple[Lora, float]], metadata: Mapping[str, object]) -
     found: dict[str, list[Part]] = defaultdict(list)
     for lora, weight in loras:
         for part in lora.parts:
-            rows = part.b if uniform else lora.original_rows(part, metadata)
-            found[part.tensor].append(replace(part, b=rows, scale=checked_scale(part.scale * weight)))
+            scaled = replace(part, scale=checked_scale(part.scale * weight))
+            if not uniform:  # What has GGUF's order and no other name gets the original ones.
+                module = part.module or module_name(part.tensor, lora.facts.architecture) or ""
+                scaled = replace(scaled, b=lora.original_rows(part, metadata), module=module)
+            found[part.tensor].append(scaled)
     parts = tuple(_sum(each) for _, each in sorted(found.items()))
     facts = replace(first, shapes=tuple(part.shape for part in parts))
     return Lora(facts=facts if uniform else replace(facts, layout="peft", architecture=None), parts=parts)

@@ -55,7 +55,7 @@ class Resolver:
     """Implements `resolve_adapter` and `list_adapters` for one set of settings."""
 
     def __init__(self, settings: LoraSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._sources = chain(settings)
         self._read: OrderedDict[object, tuple[Facts, str]] = OrderedDict()
         self._lock = threading.Lock()
@@ -72,11 +72,11 @@ class Resolver:
         except NotKnown as reason:
             raise _not_found(ascii(request.reference[:80]), [str(reason)]) from None
         try:
-            found, reasons = self._candidates(reference)
+            found, reasons = self.candidates(reference)
             if not found:
                 return self._from_server(reference, request, reasons)
             if len(found) == 1:
-                return self._from_files(_usable(found[0]), reference, request)
+                return self._from_files(usable(found[0]), reference, request)
             return self._chosen(found, reference, request)
         except Refused as error:
             raise invalid_adapter(request.reference, error) from None
@@ -98,19 +98,19 @@ class Resolver:
         blocked = any(map(is_unreadable_registry, found.values()))
         for each in found.values():
             settled = each.source == Registry.name or names[each.name] == 1
-            info = self._info(each, base, settled=settled and not blocked)
+            info = self.info(each, base, settled=settled and not blocked)
             if request.model is None:
                 info = replace(info, verdict=None)
             elif unreachable and info.verdict:
                 info = replace(info, verdict=unreachable)
             yield info
 
-    def _info(self, found: Found | Broken, base: ModelInfo | None, *, settled: bool) -> AdapterInfo:
-        """Describe an adapter; `settled` means that its name finds it."""
+    def info(self, found: Found | Broken, base: ModelInfo | None, *, settled: bool) -> AdapterInfo:
+        """Describe an adapter, or what is wrong with it; `settled` means that its name finds it."""
         info = AdapterInfo(name=found.name, reference=found.reference, source=found.source, path=found.path.absolute())
         try:
-            found = _usable(found)
-            facts, digest = self._facts(found, base)
+            found = usable(found)
+            facts, digest = self.facts(found, base)
             _require_digest(found.digest, digest, facts.sha256)
             info = replace(
                 info,
@@ -122,14 +122,14 @@ class Resolver:
             )
         except (Refused, OSError) as error:
             info = replace(info, problem=_problem(error))
-        if not found.name or found.reference != found.name or (settled and _is_plain(found.name)):
+        if not found.name or found.reference != found.name or (settled and is_plain(found.name)):
             return info
-        if info.digest and (getattr(found, "bound", False) or not self._settings.paths):
+        if info.digest and (getattr(found, "bound", False) or not self.settings.paths):
             return replace(info, reference=f"{found.name}@{info.digest[:PINNED]}")
         # A slash at its end keeps the end of a name from being read as a digest.
-        return replace(info, reference=f"{info.path}" + ("" if _is_plain(f"{info.path}") else "/"))
+        return replace(info, reference=f"{info.path}" + ("" if is_plain(f"{info.path}") else "/"))
 
-    def _candidates(self, reference: Reference) -> tuple[list[Found | Broken], list[str]]:
+    def candidates(self, reference: Reference) -> tuple[list[Found | Broken], list[str]]:
         """Return the adapters that a reference may mean, and a reason from each source that has none."""
         found: list[Found | Broken] = []
         reasons = []
@@ -151,41 +151,41 @@ class Resolver:
             AdapterInvalid: the name is ambiguous; `reasons` has the path of each.
             Refused: none has the required digest.
         """
-        usable: dict[str, Found] = {}
+        versions: dict[str, Found] = {}
         reasons = []
         broken = False
         for each in found:
             try:
-                facts, digest = self._facts(_usable(each), request.base())
+                facts, digest = self.facts(usable(each), request.base())
             except Refused as error:
                 reasons.append(f"{each.path}: {error.reason}")
                 broken = True
                 continue
             reasons.append(f"{each.path}: {digest[:PINNED]}")
             if _has_digest(reference.digest, digest, facts.sha256):
-                usable.setdefault(digest, _usable(each))
-        if reference.digest and not usable:
+                versions.setdefault(digest, usable(each))
+        if reference.digest and not versions:
             raise Refused(f"none of its versions has the digest {reference.digest}: {'; '.join(reasons)}")
-        if len(usable) == 1 and (reference.digest or not broken):
-            return self._from_files(*usable.values(), reference, request)
+        first = next(iter(versions.values()), None)
+        if first and len(versions) == 1 and (reference.digest or not broken):
+            return self._from_files(first, reference, request)
         ambiguous = AdapterInvalid(
             f"The adapter name `{reference.text}` is ambiguous: {'; '.join(reasons)}.",
             reference=reference.text,
             reasons=reasons,
-            hint=f"Give the path, add `@` and the digest, or bind the name in {self._settings.registry}.",
+            hint=f"Give the path, add `@` and the digest, or bind the name in {self.settings.registry}.",
         )
-        if request.call.operation != LOOKING or not usable:
+        if request.call.operation != LOOKING or first is None:
             raise ambiguous
         # Who only looks sees the first one; its use is refused.
-        first = self._from_files(next(iter(usable.values())), reference, request)
-        verdict = Verdict(
-            status="unknown", reasons=("its name is ambiguous", *reasons), warnings=first.verdict.warnings
-        )
-        return replace(first, verdict=verdict, refusal=ambiguous)
+        shown = self._from_files(first, reference, request)
+        reasons = ["its name is ambiguous", *reasons]
+        verdict = Verdict(status="unknown", reasons=tuple(reasons), warnings=shown.verdict.warnings)
+        return replace(shown, verdict=verdict, refusal=ambiguous)
 
     def _from_files(self, found: Found, reference: Reference, request: ResolveRequest) -> FileAdapter:
         base = request.base()
-        facts, digest = self._facts(found, base)
+        facts, digest = self.facts(found, base)
         for pin in (reference.digest, found.digest):
             _require_digest(pin, digest, facts.sha256)
         return FileAdapter(
@@ -195,19 +195,19 @@ class Resolver:
             verdict=judge(facts, base, meant_for=found.base_model),
             facts=facts,
             files=found.files,
-            settings=self._settings,
+            settings=self.settings,
             source=found.source,
             given_scale=found.scale,
             meant_for=found.base_model,
         )
 
-    def _facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
+    def facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
         """Return facts and digest, from memory as long as the files are unchanged."""
         metadata = base.metadata if base is not None else {}
         with self._lock:  # One of several callers reads it for all.
             key = (_signature(found.files), found.scale, _row_order(metadata))
             if key not in self._read:
-                lora = load(found.files, found.scale, self._settings)
+                lora = load(found.files, found.scale, self.settings)
                 if _signature(found.files) != key[0]:
                     raise Refused("its files changed while they were read", "Resolve it again.")
                 self._read[key] = lora.facts, lora.digest(metadata)
@@ -232,14 +232,14 @@ class Resolver:
         raise _not_found(reference.text, [*reasons, f"server: {why}"])
 
 
-def _usable(found: Found | Broken) -> Found:
+def usable(found: Found | Broken) -> Found:
     """Return what was found, if it has files."""
     if isinstance(found, Broken):
         raise found.error
     return found
 
 
-def _is_plain(text: str) -> bool:
+def is_plain(text: str) -> bool:
     """Return whether a reference has no digest."""
     return parse(text).digest is None
 
@@ -316,7 +316,7 @@ def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
     Raises:
         Refused: it is malformed, unsafe or not supported.
     """
-    lora = read(files, max_bytes=settings.max_bytes)
+    lora = read(files, max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
     return lora if scale is None else lora.scaled(scale)
 
 

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 REGISTRY: Final = "adapters.toml"
+SHARED: Final = "blobs"
+"""Where `huggingface_hub` since 2.0 keeps blobs of several repositories."""
 PROJECT: Final = Path(".graftage") / "adapters"
 HUB: Final = "hf://"
 MAX_REFERENCE: Final = 4096
@@ -488,7 +490,7 @@ class Hub:
             try:
                 commit = revision if COMMIT.fullmatch(revision) else _commit(folder, revision or "main")
                 path = folder / "snapshots" / commit
-                if commit in shown or not path.is_dir() or not has_adapter(path, folder):
+                if commit in shown or not path.is_dir() or not has_adapter(path, self._folder):
                     continue  # Most repositories are models.
                 shown.add(commit)
                 yield self._found(owner, name, revision)
@@ -510,8 +512,16 @@ class Hub:
         snapshot = folder / "snapshots" / commit
         if not snapshot.is_dir():
             raise NotKnown(f"{self._folder} does not have its revision {revision or 'main'}; {pull}")
-        files = _locate_inside(snapshot, folder)
+        files = self._located(snapshot, folder)
         return Found(name=name, reference=f"{HUB}{text}", source=self.name, path=snapshot, files=files)
+
+    def _located(self, snapshot: Path, folder: Path) -> Files:
+        """Find the files of a snapshot: links to the repository's blobs, or to those that all repositories share."""
+        files = locate(snapshot, within=self._folder)
+        for each in (snapshot, files.weights, files.config):
+            if each is not None and all(is_outside(each, where) for where in (folder, self._folder / SHARED)):
+                raise Refused(f"`{each.name}` leads out of its folder", "Download it again.")
+        return files
 
     def _names(self) -> list[str]:
         return _list_names(self._folder)

@@ -36,7 +36,7 @@ from graftage_lora._read import dequantize
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder"]
+__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
 
 STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
@@ -94,7 +94,7 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
 # --- Atomic files ----------------------------------------------------------------------------------------------------
 
 
-def _write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+def write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     """Write a file that appears under its name only once complete; leave nothing after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_stale(out)
@@ -144,7 +144,7 @@ def _keep(path: Path, data: bytes) -> Path:
             known = os.fstat(file.fileno()).st_size == len(data) and file.read(len(data)) == data
     except OSError:
         known = False
-    return path if known else _write_atomically(path, lambda file: file.write(data))
+    return path if known else write_atomically(path, lambda file: file.write(data))
 
 
 # --- Merged models ---------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def merge(
             done += file.write(data)
         on_progress(done, total)
 
-    _write_atomically(out, fill)
+    write_atomically(out, fill)
     return out
 
 

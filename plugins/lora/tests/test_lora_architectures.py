@@ -8,6 +8,7 @@ llama.cpp's converter, and shares no code with the plugin.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import gguf
 import numpy as np
 import pytest
 from lora_files import Pair, Place, add, close, neighbours, write_mlx, write_peft
+from places import ROOT
 
 from graftage.exceptions import AdapterInvalid, AdapterUnsupported
 from graftage.types import ModelInfo
@@ -411,6 +413,23 @@ class TestTable:
         assert module_name("blk.0.attn_q.weight", "gpt2") is None
         assert module_name("blk.0.ffn_gate.weight", "phi3") is None
 
+    def test_page_has_every_row(self) -> None:
+        page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+        rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\w ]+) \| (yes|no) \|$", page, re.MULTILINE)
+        assert {name: (order == "reordered", towers == "yes") for name, order, towers in rows} == {
+            name: (row.reordered, row.has_towers) for name, row in ARCHITECTURES.items()
+        }
+
+    def test_layouts_are_one_adapter(self, place: Place) -> None:
+        for architecture, row in ARCHITECTURES.items():
+            layers = {name: pair for name, pair in changes(SMALL[architecture]).items() if "layers" in name}
+            base, report = partial(info, architecture), info(architecture)
+            first = place.resolve(write_peft(place.folder / architecture, layers), base=base)
+            second = place.resolve(first.gguf(report), base=base)
+            assert (second.verdict.status, second.digest) == ("compatible", first.digest)
+            if not row.has_towers:
+                assert place.resolve(second.mlx(report), base=base).digest == first.digest
+
 
 AROUND = [
     "model.layers.1.{}",
@@ -507,7 +526,7 @@ UNSUPPORTED = {
     "a fused module of a split model": ("llama", "mlp.gate_up_proj", "fused", "no tensor of its own"),
     "a module of another architecture": ("llama", "feed_forward.w1", "up", "no tensor of its own"),
     "a module that the engine ignores": ("gemma3n", "altup.modality_router", "up", "no tensor of its own"),
-    "a gate in a model without gates": ("phi3", "mlp.gate_proj", "up", "replaced by `ffn_up`"),
+    "a gate in a model without gates": ("phi3", "mlp.gate_proj", "up", "part of `ffn_up`"),
     "a shared expert": ("granite", "shared_mlp.input_linear", "fused", "no tensor of its own"),
 }
 
@@ -522,8 +541,8 @@ class TestUnsupported:
         found = place.resolve(folder, base=lambda: info(architecture))
         assert found.verdict.status == "unsupported"
         assert reason in found.verdict.reasons[0]
-        assert "train" in found.verdict.reasons[0]
-        if "replaced" not in reason:  # Only the base model's tensors tell.
+        assert "train" in found.verdict.reasons[0]  # The way out.
+        if "part of" not in reason:  # Only the base model's tensors tell.
             with pytest.raises(AdapterUnsupported, match=reason):
                 found.gguf(info(architecture))
 
@@ -545,7 +564,9 @@ class TestUnsupported:
         strange = ModelInfo(
             name="x", metadata={"general.architecture": "gpt2"}, raw={"details": {"format": "safetensors"}}
         )
-        assert place.resolve(folder, base=lambda: strange).verdict.status == "unknown"
+        found = place.resolve(folder, base=lambda: strange)
+        assert (found.verdict.status, "shapes" in found.verdict.reasons[0]) == ("unknown", True)
+        assert found.peft(strange).exists()
 
     def test_names_outside_of_gguf_must_be_certain(self, place: Place) -> None:
         folder = write_peft(place.folder / "layers", changes(SMALL["gemma3"]))

@@ -101,9 +101,10 @@ class TestNumbers:
             )
             assert np.abs(after[gguf_name(module)] - before[gguf_name(module)] - change).max() < EXACT
 
+    @pytest.mark.parametrize("which", ["two layouts", "each has a tensor of its own"])
     @pytest.mark.parametrize("layout", ["peft", "mlx"])
-    def test_folders_are_sum(self, place: Place, layout: str) -> None:
-        weights = {"style": 1.0, "domain": 0.6}
+    def test_folders_are_sum(self, place: Place, layout: str, which: str) -> None:
+        weights = WEIGHTS[which]
         folder = getattr(mix(place, weights), layout)(place.model.info())
         again = place.resolve(folder).gguf(place.model.info())
         for module, change in total(place.model, weights).items():

@@ -115,7 +115,7 @@ class TestAmbiguous:
 
     def test_one_folder_given_twice_is_one(self, place: Place) -> None:
         write_peft(place.folder / "x" / "mine", pairs(place.model))
-        settings = {"folders": [place.folder / "x"] * 2}
+        settings: dict[str, Any] = {"folders": [place.folder / "x"] * 2}
         assert [each.reference for each in listed(place, **settings)] == ["mine"]
         assert place.resolve("mine", **settings).name == "mine"
 
@@ -261,7 +261,7 @@ class TestList:
         file = place.folder / "file"
         file.write_text("not a folder", encoding="utf-8")
         (place.folder / "adapters.toml").write_text("broken", encoding="utf-8")
-        settings = {"folders": [place.folder / "adapters", file, place.folder / "nowhere"]}
+        settings: dict[str, Any] = {"folders": [place.folder / "adapters", file, place.folder / "nowhere"]}
         mine, *others = sorted(listed(place, **settings), key=lambda each: not each.name)
         assert {each.path for each in others} == {file, place.folder / "nowhere", place.folder / "adapters.toml"}
         assert all(each.problem and not each.reference for each in others)
