@@ -218,11 +218,11 @@ def _peft_scales(config: Mapping[str, object]) -> Scales:
     alpha = _number(config, "lora_alpha")
     pattern = _pattern(config, "alpha_pattern")
     alphas = Patterns({key: _number({"alpha_pattern": each}, "alpha_pattern") for key, each in pattern.items()})
-    power = 0.5 if config.get("use_rslora") else 1.0
+    stabilised = bool(config.get("use_rslora"))
 
     def scale(module: str, rank: int) -> float:
         _require_rank(module, rank, ranks)
-        return alphas.find(module, alpha) / rank**power
+        return alphas.find(module, alpha) / (math.sqrt(rank) if stabilised else rank)
 
     return scale
 

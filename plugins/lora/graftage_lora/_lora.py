@@ -415,7 +415,9 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         return
     for side, own, other in (("inputs", shape.inputs, sides[0]), ("outputs", shape.outputs, sides[1])):
         if own != other:
-            yield "contradiction", f"has {own} {side}, but {other} in the base model"
+            rows = side == "outputs" and shape.tensor in (EMBEDDING, OUTPUT)
+            why = ": its vocabulary was resized, or it is for another model" if rows else ""
+            yield "contradiction", f"has {own} {side}, but {other} in the base model{why}"
 
 
 def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:

@@ -316,7 +316,7 @@ def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
     Raises:
         Refused: it is malformed, unsafe or not supported.
     """
-    lora = read(files, max_bytes=settings.max_bytes)
+    lora = read(files, max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
     return lora if scale is None else lora.scaled(scale)
 
 

@@ -115,7 +115,8 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
         {**GOOD, "model.embed_tokens.weight": entry([2, 4], 64, 96, "X9")}, DATA + DATA[:32])),
     "a module of a vision tower": ("belongs to the vision tower", safetensors(
         {**GOOD, "vision_tower.layers.0.q_proj.lora_A.weight": entry([2, 2, 2], 64, 96)}, DATA + DATA[:32])),
-    "a half that was not gathered": ("two sides", safetensors({A: entry([0], 0, 0), B: entry([4, 2], 0, 32)}, DATA[:32])),
+    "a half that was not gathered": ("two sides", safetensors(
+        {A: entry([0], 0, 0), B: entry([4, 2], 0, 32)}, DATA[:32])),
     "a pointer of Git LFS": ("Git LFS pointer", POINTER),
     "halves of two ranks": ("ranks", safetensors({**GOOD, B: entry([2, 4], 32, 64)})),
     "another rank than stated": ("states 2", safetensors({A: entry([4, 2], 0, 32), B: entry([2, 4], 32, 64)})),
@@ -389,6 +390,37 @@ class TestTruncated:
                 place.resolve(folder)
 
 
+SETTINGS = json.dumps(CONFIG).encode()
+ACCIDENTS: dict[str, tuple[dict[str, bytes], str, str]] = {
+    "a pointer as a GGUF file": ({"a.gguf": POINTER}, "Git LFS pointer", "git lfs pull"),
+    "checkpoints only": (
+        {f"checkpoint-{step}/adapter_config.json": SETTINGS for step in (9, 100, 50)},
+        "its checkpoints do",
+        "checkpoint-100`",
+    ),
+    "an adapter in a folder": ({"final/adapter_config.json": SETTINGS}, "folders in it do", "final`"),
+    "steps of mlx-lm": (
+        {"adapter_config.json": b"{}", "0000100_adapters.safetensors": b"x", "0000200_adapters.safetensors": b"x"},
+        "the last is `0000200_adapters",
+        "`adapters.safetensors`",
+    ),
+    "weights in parts": (
+        {
+            "adapter_config.json": SETTINGS,
+            "adapter_model-00001-of-00002.safetensors": b"x",
+            "adapter_model-00002-of-00002.safetensors": b"x",
+            "adapter_model.safetensors.index.json": b"{}",
+        },
+        "in parts, the first is `adapter_model-00001",
+        "`adapter_model.safetensors`",
+    ),
+    "a whole model": ({"config.json": b"{}", "model.safetensors": b"x"}, "whole model", "as the model"),
+    "an old whole model": ({"config.json": b"{}", "pytorch_model.bin": b"x"}, "whole model", "as the model"),
+    "weights alone": ({"adapter_model.safetensors": b"x"}, "missing beside", "into the folder"),
+    "a configuration alone": ({"adapter_config.json": SETTINGS}, "no adapter", "adapter_model.safetensors"),
+}
+
+
 class TestFiles:
     def test_pickles_are_named_not_opened(self, place: Place) -> None:
         folder = place.folder / "given"
@@ -448,6 +480,16 @@ class TestFiles:
         with pytest.raises(AdapterInvalid, match=r"circular link|cannot be opened|symbolic links"):
             place.resolve(folder)
 
+    @pytest.mark.parametrize("what", list(ACCIDENTS))
+    def test_accident_leads_to_way_out(self, place: Place, what: str) -> None:
+        files, reason, way_out = ACCIDENTS[what]
+        for name, data in files.items():
+            path = place.folder / "given" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        error = refused(place, place.folder / "given", reason)
+        assert way_out in str(error.hint)
+
     def test_empty_folder_says_what_was_expected(self, place: Place) -> None:
         (place.folder / "given").mkdir()
         error = refused(place, place.folder / "given", "no adapter")
@@ -503,7 +545,19 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-NAMES = st.sampled_from([A, B, f"{MODULE}.lora_a", f"{MODULE}.lora_b", "lora_A", "__metadata__"]) | st.text(max_size=12)
+NAMES = st.sampled_from(
+    [
+        A,
+        B,
+        f"{MODULE}.base_layer.weight",
+        "lm_head.weight",
+        f"{MODULE}.lora_a",
+        f"{MODULE}.lora_b",
+        "lora_A",
+        "__metadata__",
+    ]
+) | st.text(max_size=12)
+FUZZED_KEYS = ("lora_parameters", "fine_tune_type", "rank_pattern", "alpha_pattern", "target_modules", "num_layers")
 FIELDS = st.sampled_from(["dtype", "shape", "data_offsets"]) | st.text(max_size=4)
 
 
@@ -525,7 +579,7 @@ class TestFuzz:
     @FUZZED
     @given(
         head=st.dictionaries(NAMES, st.dictionaries(FIELDS, JSON, max_size=4) | JSON, max_size=4),
-        config=st.dictionaries(st.sampled_from([*CONFIG, "lora_parameters", "fine_tune_type", "rank_pattern"]), JSON),
+        config=st.dictionaries(st.sampled_from([*CONFIG, *FUZZED_KEYS]), JSON),
         data=st.binary(max_size=80),
     )
     def test_any_json(self, tmp_path: Path, head: Any, config: Any, data: bytes) -> None:
