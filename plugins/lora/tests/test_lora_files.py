@@ -137,6 +137,13 @@ class TestConfiguration:
         folder = write_mlx(place.folder / "given", pairs(place.model), parameters=parameters, **config)
         assert place.resolve(folder).scale == scale
 
+    def test_weights_decide_between_two_vocabularies(self, place: Place) -> None:
+        peft = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+        mlx = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 3.0}}
+        adapter = pairs(place.model)
+        assert place.resolve(write_mlx(place.folder / "mlx", adapter, **{**mlx, **peft})).scale == 3.0
+        assert place.resolve(write_peft(place.folder / "peft", adapter, **{**mlx, **peft})).scale == 1.0
+
     def test_old_mlx_alpha_is_refused(self, place: Place) -> None:
         folder = write_mlx(
             place.folder / "given", pairs(place.model), parameters={"rank": 4, "alpha": 16, "scale": 2.0}
