@@ -17,7 +17,17 @@ from graftage_lora._files import CheckedFile, Files, Refused
 from graftage_lora._lora import Targets
 from graftage_lora._patterns import Patterns
 
-__all__ = ["MAX_RANK", "Config", "Scales", "invocation_tokens", "is_finite", "parse_json", "read_config", "stated_base"]
+__all__ = [
+    "MAX_RANK",
+    "MERGE",
+    "Config",
+    "Scales",
+    "invocation_tokens",
+    "is_finite",
+    "parse_json",
+    "read_config",
+    "stated_base",
+]
 
 MAX_CONFIG: Final = 1 << 20
 MAX_RANK: Final = 1024
