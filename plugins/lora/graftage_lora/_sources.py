@@ -578,6 +578,7 @@ def _commit(folder: Path, revision: str) -> str:
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapters.npz", "pytorch_model.bin")
+PART: Final = re.compile(r"(adapter_model|adapters?)[-_]\d{1,5}-of-\d{1,5}\.(safetensors|bin)")
 MAX_FOLDER: Final = 10_000
 """The most entries of a folder that are read."""
 
@@ -612,24 +613,54 @@ def locate(path: Path, within: Path | None = None) -> Files:
 
 def _in_folder(folder: Path, within: Path | None) -> Files:
     names = list_folder(folder)
-    if CONFIG in names:
-        for name in WEIGHTS.values():
-            if name in names:
-                return Files(weights=folder / name, config=folder / CONFIG, within=within)
-    adapters = [name for name in names if name.endswith(".gguf") and is_adapter(folder / name, within)]
+    weights = next((name for name in WEIGHTS.values() if name in names), None)
+    if CONFIG in names and weights:
+        return Files(weights=folder / weights, config=folder / CONFIG, within=within)
+    models = [name for name in names if name.endswith(".gguf")]
+    adapters = [name for name in models if is_adapter(folder / name, within)]
     if len(adapters) == 1:
         return Files(weights=folder / adapters[0], within=within)
     if adapters:
         raise Refused(f"the folder contains several adapters: {', '.join(adapters)}", "Name one of the files.")
-    if pickles := [name for name in PICKLES if name in names]:
-        raise Refused(
+    for name in models:
+        CheckedFile(folder / name, within=within).close()  # It may say why it cannot be read.
+    raise _nothing_usable(folder, names, weights)
+
+
+def _nothing_usable(folder: Path, names: list[str], weights: str | None) -> Refused:
+    """Return why a folder contains no adapter, and the way out."""
+    if weights:
+        return Refused(f"`{CONFIG}` with the scale is missing beside `{weights}`", "Put it into the folder.")
+    if parts := [name for name in names if PART.fullmatch(name)]:
+        joined = WEIGHTS["mlx" if parts[0].startswith("adapters") else "peft"]
+        return Refused(
+            f"its weights are in parts, the first is `{parts[0]}`",
+            f"Join them with the package safetensors: load each with `load_file`, and save all tensors as `{joined}`.",
+        )
+    if pickles := [name for name in names if name in PICKLES and "config.json" not in names]:
+        return Refused(
             f"`{pickles[0]}` is a pickle, which can run code when it is read",
             "Save the adapter as safetensors, the default of every current trainer.",
         )
-    raise Refused(
+    if "config.json" in names or any(name.endswith(".gguf") for name in names):
+        return Refused("the folder contains a whole model, not an adapter", "Use it as the model instead.")
+    if saved := [name for name in names if name.endswith(f"_{WEIGHTS['mlx']}")]:
+        return Refused(
+            f"the folder contains only saved steps, the last is `{saved[-1]}`",
+            f"Copy it to `{WEIGHTS['mlx']}`, beside {CONFIG}.",
+        )
+    if inner := sorted((name for name in names if (folder / name / CONFIG).is_file()), key=_step):
+        what = "its checkpoints do" if inner[-1].startswith("checkpoint-") else "folders in it do"
+        return Refused(f"the folder contains no adapter, but {what}", f"Name the last one: `{folder / inner[-1]}`.")
+    return Refused(
         "the folder contains no adapter",
         f"It must contain {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
     )
+
+
+def _step(name: str) -> tuple[int, str]:
+    number = name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and len(number) < 10 else -1, name
 
 
 def is_adapter(path: Path, within: Path | None) -> bool:
