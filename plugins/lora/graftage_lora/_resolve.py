@@ -31,7 +31,17 @@ from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Facts, Lora, head_count, is_reordered, judge
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
-from graftage_lora._sources import Broken, Found, NotKnown, Reference, Registry, chain, is_unreadable_registry, parse
+from graftage_lora._sources import (
+    Broken,
+    Found,
+    Hub,
+    NotKnown,
+    Reference,
+    Registry,
+    chain,
+    is_unreadable_registry,
+    parse,
+)
 from graftage_lora._write import Progress
 
 if TYPE_CHECKING:
@@ -93,7 +103,8 @@ class Resolver:
             unreachable = Verdict(status="unknown", reasons=(error.message,))
         found: dict[object, Found | Broken] = {}
         for each in (each for source in self._sources for each in source.known()):
-            found.setdefault((each.name, each.path.absolute()), each)
+            if each.source != Hub.name or not any(each.path == other.path for other in found.values()):
+                found.setdefault((each.name, each.path.absolute()), each)
         names = Counter(each.name for each in found.values() if each.reference == each.name)
         blocked = any(map(is_unreadable_registry, found.values()))
         for each in found.values():

@@ -209,7 +209,8 @@ class Paths:
             raise NotKnown("it is on another machine")
         path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
-            raise NotKnown("no such file or folder")
+            pull = f"; `{HUB}{text}` is a repository of Hugging Face" if _is_repository(text) else ""
+            raise NotKnown(f"no such file or folder{pull}")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
         return (Found(name=name or text, reference=text, source=self.name, path=path, files=locate(path)),)
 
@@ -479,9 +480,9 @@ class Hub:
     def known(self) -> Iterator[Found | Broken]:
         """List all repositories that are adapters, in each revision that is here."""
         for entry in self._names():
-            kind, owner, *name = entry.split("--", 2)
-            if kind == "models" and name and _is_hub_part(owner) and _is_hub_part(name[0]):
-                yield from self._revisions(owner, name[0], self._folder / entry)
+            kind, *parts = entry.split("--", 2)
+            if kind == "models" and len(parts) == 2 and all(map(_is_hub_part, parts)):
+                yield from self._revisions(*parts, self._folder / entry)
 
     def _revisions(self, owner: str, name: str, folder: Path) -> Iterator[Found | Broken]:
         shown = set()
@@ -550,6 +551,13 @@ def split_repository(text: str) -> tuple[str, str, str]:
     if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
         raise NotKnown(f"`{HUB}` must be followed by `owner/name` or `owner/name@revision`")
     return parts[0], parts[1], revision
+
+
+def _is_repository(text: str) -> bool:
+    try:
+        return bool(split_repository(text))
+    except NotKnown:
+        return False
 
 
 def _is_hub_part(text: str) -> bool:

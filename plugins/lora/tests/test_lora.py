@@ -387,6 +387,8 @@ class TestHub:
             place.resolve("hf://someone/ahoy@next")
         with pytest.raises(AdapterNotFound, match="does not have it"):
             place.resolve("hf://Someone/AHOY")
+        with pytest.raises(AdapterNotFound, match="`hf://someone/ahoy` is a repository"):
+            place.resolve("someone/ahoy")
 
     def test_link_to_other_repository_is_refused(self, place: Place) -> None:
         folder = hub(place)
