@@ -424,7 +424,7 @@ def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
-        return "obstacle", f"is replaced by `{instead[0]}` in the base model: train on a model with that module"
+        return "obstacle", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
     return "contradiction", "is missing in the base model"
 
 
