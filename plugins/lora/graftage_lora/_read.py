@@ -17,7 +17,16 @@ import numpy as np
 
 from graftage.gguf import MAGIC, Header, Tensor, bytes_of
 from graftage_lora._architectures import EMBEDDING, LEAVE_OUT, OUTPUT, clean_name, gguf_name, tower_of
-from graftage_lora._configs import MAX_RANK, Config, Scales, invocation_tokens, is_finite, parse_json, read_config
+from graftage_lora._configs import (
+    MAX_RANK,
+    MERGE,
+    Config,
+    Scales,
+    invocation_tokens,
+    is_finite,
+    parse_json,
+    read_config,
+)
 from graftage_lora._configs import stated_base as configured_base
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Array, Facts, Lora, Part, checked_scale
@@ -186,7 +195,7 @@ def _check_whole(name: str, tensor: str, entry: Entry, pair: Mapping[str, Array]
         raise Refused(
             f"it contains the whole weight `{name[:120]}` of the shape {str(entry.shape)[:60]}: the vocabulary was"
             " resized, or the module was trained as a whole, which no server can apply",
-            "Merge it in its trainer (`merge_and_unload`), and use the result as the model.",
+            MERGE,
         )
     if len(pair) < 2:
         raise Refused(f"the tensor `{name[:120]}` is a whole weight, not one half of a LoRA pair")

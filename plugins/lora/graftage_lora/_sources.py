@@ -611,6 +611,8 @@ def locate(path: Path, within: Path | None = None) -> Files:
     Raises:
         Refused: there is no usable adapter.
     """
+    if path.name == CONFIG and path.is_file():
+        path = path.parent
     if path.is_dir():
         return _in_folder(path, within)
     if not path.exists():

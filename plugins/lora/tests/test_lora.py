@@ -55,7 +55,8 @@ class TestReference:
 
     def test_path(self, place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = place.resolve(ours / "mine")
-        assert place.resolve(ours / "mine" / "adapter_model.safetensors").digest == whole.digest
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert place.resolve(ours / "mine" / name).digest == whole.digest
         monkeypatch.chdir(ours)
         assert place.resolve("./mine", folders=[]).digest == whole.digest
         assert place.resolve("../adapters/mine", folders=[]).name == "mine"
