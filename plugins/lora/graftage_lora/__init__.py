@@ -93,7 +93,7 @@ class LoraPlugin:
     def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
         """List the adapters that the sources have, the broken ones among them, and the sources that cannot be read.
 
-        Each adapter is read completely, one at a time: about a second for 500 MB, the first time.
+        Each adapter is read completely, one at a time: about half a second for 100 MB, the first time.
         """
         return tuple(self._resolver(request).known(request))
 

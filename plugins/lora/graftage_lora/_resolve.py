@@ -57,7 +57,7 @@ PINNED: Final = len("sha256:") + 12
 """Characters of a digest that tell two adapters of one name apart."""
 STATUSES: Final = ("compatible", "unknown", "unsupported", "incompatible")
 """From the best to the worst."""
-REMEMBERED: Final = 64
+REMEMBERED: Final = 256
 """Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
 

@@ -238,14 +238,14 @@ class Folder:
         name = reference.name
         if problem := name_problem(name):
             raise NotKnown(problem)
-        names = {composed(entry): entry for entry in self._names()}
+        names = self._names()
         try:
             if bound := self._registry.get(name):
                 return (replace(bound, source=self.name),)
         except Refused as error:
             path = self._folder / REGISTRY
             return (Broken(name=name, reference=name, source=self.name, path=path, error=error),)
-        found = tuple(self._entry(name, names[each]) for each in (name, f"{name}.gguf") if each in names)
+        found = tuple(self._entry(name, each) for each in names if composed(each) in (name, f"{name}.gguf"))
         if not found:
             raise NotKnown(_not_listed(name, names))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,6 +68,13 @@ def bound(place: Place) -> dict[str, Any]:
     return settings
 
 
+def forms(place: Place) -> dict[str, Any]:
+    """Two names that differ only in their Unicode form."""
+    for number, form in enumerate(("NFC", "NFD")):
+        write_peft(place.folder / "x" / unicodedata.normalize(form, "müne"), pairs(place.model, seed=number))
+    return {"folders": [place.folder / "x"]}
+
+
 TWICE: dict[str, Callable[[Place], dict[str, Any]]] = {
     "two folders": two,
     "a folder and a file": beside,
@@ -95,6 +103,13 @@ class TestAmbiguous:
         assert len({each.path for each in mine}) == 2
         for each in mine:
             assert place.resolve(each.reference, **settings).digest == each.digest
+
+    def test_unicode_forms_are_one_name(self, place: Place) -> None:
+        settings = forms(place)
+        with pytest.raises(AdapterInvalid, match="ambiguous"):
+            place.resolve("müne", **settings)
+        found = listed(place, **settings)
+        assert len({place.resolve(each.reference, **settings).digest for each in found}) == 2
 
     def test_digest_selects_one(self, place: Place) -> None:
         settings = two(place)
