@@ -94,7 +94,7 @@ class Resolver:
     def known(self, request: ListAdaptersRequest) -> Iterator[AdapterInfo]:
         """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read.
 
-        Each is read completely, one at a time, unless it is remembered.
+        Each is read completely when the iterator reaches it, unless it is remembered.
         """
         base, unreachable = None, None
         try:
@@ -216,11 +216,14 @@ class Resolver:
         """Return facts and digest, from memory as long as the files are unchanged."""
         metadata = base.metadata if base is not None else {}
         with self._lock:  # One of several callers reads it for all.
-            key = (_signature(found.files), found.scale, _row_order(metadata))
-            if key not in self._read:
+            own = (_signature(found.files), found.scale)
+            keys = (own, (*own, _row_order(metadata)))  # Most digests are the same for every base model.
+            key = next((each for each in keys if each in self._read), None)
+            if key is None:
                 lora = load(found.files, found.scale, self.settings)
-                if _signature(found.files) != key[0]:
+                if _signature(found.files) != own[0]:
                     raise Refused("its files changed while they were read", "Resolve it again.")
+                key = keys[0 if is_lasting(lora.facts, None) else 1]
                 self._read[key] = lora.facts, lora.digest(metadata)
             self._read.move_to_end(key)
             while len(self._read) > REMEMBERED:

@@ -482,7 +482,7 @@ class Hub:
         for entry in self._names():
             kind, *parts = entry.split("--", 2)
             if kind == "models" and len(parts) == 2 and all(map(_is_hub_part, parts)):
-                yield from self._revisions(*parts, self._folder / entry)
+                yield from self._revisions(parts[0], parts[1], self._folder / entry)
 
     def _revisions(self, owner: str, name: str, folder: Path) -> Iterator[Found | Broken]:
         shown = set()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +18,6 @@ from graftage.testing.echo import Echo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from graftage.types import AdapterInfo
 
@@ -37,6 +38,19 @@ def look(place: Place, reference: str, **settings: Any) -> Any:
     call = Call(operation="resolve_adapter")
     request = ResolveRequest(reference=reference, model="small:1m", base=place.model.info, call=call)
     return place.plugin(**settings).resolve_adapter(request)
+
+
+def watch_opening(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the folders in which a file was opened."""
+    opened: list[str] = []
+    real = os.open
+
+    def noted(path: Any, *rest: Any) -> int:
+        opened.append(Path(path).parent.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", noted)
+    return opened
 
 
 def two(place: Place, second: int = 2) -> dict[str, Any]:
@@ -70,8 +84,8 @@ def bound(place: Place) -> dict[str, Any]:
 
 def forms(place: Place) -> dict[str, Any]:
     """Two names that differ only in their Unicode form."""
-    for number, form in enumerate(("NFC", "NFD")):
-        write_peft(place.folder / "x" / unicodedata.normalize(form, "müne"), pairs(place.model, seed=number))
+    write_peft(place.folder / "x" / unicodedata.normalize("NFC", "müne"), pairs(place.model, seed=1))
+    write_peft(place.folder / "x" / unicodedata.normalize("NFD", "müne"), pairs(place.model, seed=2))
     return {"folders": [place.folder / "x"]}
 
 
@@ -212,6 +226,18 @@ class TestList:
         found = {each.name: each for each in place.plugin().list_adapters(ListAdaptersRequest())}
         assert (found["mine"].verdict, found["mine"].digest) == (None, place.resolve("mine").digest)
         assert found["file"].digest is None, "its rows are in the order of a base model that is not known"
+
+    def test_each_is_read_once_and_when_it_is_needed(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("a", "b"):
+            write_peft(place.folder / "adapters" / name, pairs(place.model))
+        plugin = place.plugin()
+        opened = watch_opening(monkeypatch)
+        first = next(iter(plugin.list_adapters(ListAdaptersRequest())))
+        assert (first.name, "b" in opened) == ("a", False)
+        opened.clear()
+        request = ResolveRequest(reference="a", model="small:1m", base=place.model.info)
+        assert plugin.resolve_adapter(request).digest == first.digest
+        assert not opened
 
     def test_unreachable_server_hides_nothing(self, place: Place) -> None:
         write_peft(place.folder / "adapters" / "mine", pairs(place.model))
