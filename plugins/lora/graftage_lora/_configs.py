@@ -17,10 +17,21 @@ from graftage_lora._files import CheckedFile, Files, Refused
 from graftage_lora._lora import Targets
 from graftage_lora._patterns import Patterns
 
-__all__ = ["MAX_RANK", "Config", "Scales", "invocation_tokens", "is_finite", "parse_json", "read_config", "stated_base"]
+__all__ = [
+    "MAX_RANK",
+    "MERGE",
+    "Config",
+    "Scales",
+    "invocation_tokens",
+    "is_finite",
+    "parse_json",
+    "read_config",
+    "stated_base",
+]
 
 MAX_CONFIG: Final = 1 << 20
 MAX_RANK: Final = 1024
+MLX_WEIGHTS: Final = "adapters.safetensors"
 MAX_TOKEN: Final = 1 << 31
 MERGE: Final = "Merge it in its trainer (`merge_and_unload`), and use the result as the model."
 Scales: TypeAlias = Callable[[str, int], float]
@@ -49,7 +60,9 @@ def read_config(files: Files) -> Config:
         Refused: it is missing, invalid, or of another kind.
     """
     found = _document(files)
-    if "peft_type" in found:
+    # Some converters write both vocabularies; each program reads its own, with the weights of its own name.
+    both = "peft_type" in found and "lora_parameters" in found
+    if "peft_type" in found and not (both and files.weights.name == MLX_WEIGHTS):
         _check_peft(found)
         return Config(
             layout="peft",

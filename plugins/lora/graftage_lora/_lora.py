@@ -309,14 +309,16 @@ def _expected(
 ) -> Iterator[str]:
     """Yield the base model's tensors that an adapter should change."""
     modules = {kind: module for module, kind in row.modules.items()}
-    kinds, whole = {kind_of(each) for each in own}, {gguf_name(each) for each in targets.names}
-    ends = tuple(f".{each}" for each in targets.names)
+    kinds, names = {kind_of(each) for each in own}, set(targets.names)
+    whole = {gguf_name(each) for each in names}
     for tensor in tensors:
         layer, kind = layer_of(tensor), kind_of(tensor)
         if layer is None or kind not in modules:
             continue
+        parts = f"layers.{layer}.{modules[kind]}".split(".")
+        ends = (".".join(parts[at:]) for at in range(len(parts)))
         within = targets.layers is None or layer in targets.layers
-        named = f".{layer}.{modules[kind]}".endswith(ends) if targets.names else kind in kinds
+        named = not names.isdisjoint(ends) if names else kind in kinds
         if tensor in whole or (named and within and layer >= count - (targets.last or count)):
             yield tensor
 

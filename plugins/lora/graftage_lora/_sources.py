@@ -209,7 +209,8 @@ class Paths:
             raise NotKnown("it is on another machine")
         path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
-            raise NotKnown("no such file or folder")
+            pull = f"; `{HUB}{text}` is a repository of Hugging Face" if _is_repository(text) else ""
+            raise NotKnown(f"no such file or folder{pull}")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
         return (Found(name=name or text, reference=text, source=self.name, path=path, files=locate(path)),)
 
@@ -237,14 +238,14 @@ class Folder:
         name = reference.name
         if problem := name_problem(name):
             raise NotKnown(problem)
-        names = {composed(entry): entry for entry in self._names()}
+        names = self._names()
         try:
             if bound := self._registry.get(name):
                 return (replace(bound, source=self.name),)
         except Refused as error:
             path = self._folder / REGISTRY
             return (Broken(name=name, reference=name, source=self.name, path=path, error=error),)
-        found = tuple(self._entry(name, names[each]) for each in (name, f"{name}.gguf") if each in names)
+        found = tuple(self._entry(name, each) for each in names if composed(each) in (name, f"{name}.gguf"))
         if not found:
             raise NotKnown(_not_listed(name, names))
         return found
@@ -479,9 +480,9 @@ class Hub:
     def known(self) -> Iterator[Found | Broken]:
         """List all repositories that are adapters, in each revision that is here."""
         for entry in self._names():
-            kind, owner, *name = entry.split("--", 2)
-            if kind == "models" and name and _is_hub_part(owner) and _is_hub_part(name[0]):
-                yield from self._revisions(owner, name[0], self._folder / entry)
+            kind, *parts = entry.split("--", 2)
+            if kind == "models" and len(parts) == 2 and all(map(_is_hub_part, parts)):
+                yield from self._revisions(parts[0], parts[1], self._folder / entry)
 
     def _revisions(self, owner: str, name: str, folder: Path) -> Iterator[Found | Broken]:
         shown = set()
@@ -552,6 +553,13 @@ def split_repository(text: str) -> tuple[str, str, str]:
     return parts[0], parts[1], revision
 
 
+def _is_repository(text: str) -> bool:
+    try:
+        return bool(split_repository(text))
+    except NotKnown:
+        return False
+
+
 def _is_hub_part(text: str) -> bool:
     return HUB_PART.fullmatch(text) is not None and ".." not in text and "--" not in text
 
@@ -603,6 +611,8 @@ def locate(path: Path, within: Path | None = None) -> Files:
     Raises:
         Refused: there is no usable adapter.
     """
+    if path.name == CONFIG and path.is_file():
+        path = path.parent
     if path.is_dir():
         return _in_folder(path, within)
     if not path.exists():

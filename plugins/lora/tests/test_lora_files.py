@@ -84,18 +84,18 @@ class TestUntouched:
         assert "vocabulary" in verdict.reasons[0]
 
     def test_vision_is_left_out_on_request(self, place: Place) -> None:
-        from graftage_lora._files import Files
-        from graftage_lora._read import read
-
         tower = "base_model.model.visual.blocks.0.attn.qkv"
         halves = {f"{tower}.lora_A.weight": np.ones((4, 3, 2, 2)), f"{tower}.lora_B.weight": np.ones((9, 4))}
-        folder = save_more(write_peft(place.folder / "given", pairs(place.model)), halves)
-        with pytest.raises(AdapterInvalid, match="vision tower"):
+        plain = place.resolve(write_peft(place.folder / "given", pairs(place.model)))
+        folder = save_more(place.folder / "given", halves)
+        with pytest.raises(AdapterInvalid, match="vision tower") as caught:
             place.resolve(folder)
-        files = Files(weights=folder / "adapter_model.safetensors", config=folder / "adapter_config.json")
-        facts = read(files, leave_out_vision=True).facts
-        assert len(facts.shapes) == len(place.model.modules())
-        assert facts.warnings == ("1 modules of the vision tower are left out: only the language model is changed.",)
+        assert "leave_out_vision" in str(caught.value.hint)
+        found = place.resolve(folder, leave_out_vision=True)
+        assert found.digest == plain.digest
+        assert found.verdict.warnings == (
+            "Modules of the vision tower are left out (1): only the language model is changed.",
+        )
 
 
 class TestConfiguration:
@@ -136,6 +136,13 @@ class TestConfiguration:
     ) -> None:
         folder = write_mlx(place.folder / "given", pairs(place.model), parameters=parameters, **config)
         assert place.resolve(folder).scale == scale
+
+    def test_weights_decide_between_two_vocabularies(self, place: Place) -> None:
+        peft: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+        mlx: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 3.0}}
+        adapter = pairs(place.model)
+        assert place.resolve(write_mlx(place.folder / "mlx", adapter, **{**mlx, **peft})).scale == 3.0
+        assert place.resolve(write_peft(place.folder / "peft", adapter, **{**mlx, **peft})).scale == 1.0
 
     def test_old_mlx_alpha_is_refused(self, place: Place) -> None:
         folder = write_mlx(
