@@ -192,6 +192,16 @@ class Session(Connection):
         run.again = again
         return build(model=run.model, adapter=applied.loaded)
 
+    async def _call_model(self, hook: str, request: Any, run: Run, answers: type) -> Any:
+        """Call a hook that answers once and may use an adapter; again if the server has lost that."""
+        try:
+            return await self.call(hook, request, run.call, answers)
+        except GraftageError as error:
+            again = run.take_again(error)
+            if again is None:
+                raise
+        return await self.call(hook, await again(), run.call, answers)
+
     async def embed(self, asked: CallOptions) -> Embeddings:
         """Return one vector for each input."""
         return await self._measure("embed", asked, Embeddings, _checked_embeddings)
@@ -260,12 +270,7 @@ class Session(Connection):
         run = self.run("count_tokens", model, self.timeouts(asked.timeout))
         with run.failing():
             request = await self._inference_request(run, "count_tokens", asked, model)
-            try:
-                count: int = await self.call("count_tokens", request, run.call, int)
-            except GraftageError as error:
-                if (again := run.take_again(error)) is None:
-                    raise
-                count = await self.call("count_tokens", await again(), run.call, int)
+            count: int = await self._call_model("count_tokens", request, run, int)
             if not read_count(count):
                 hint = "A conversation cannot be that short: report it to the provider's authors."
                 raise ProtocolError(f"The provider counted {count} tokens.", hint=hint)
