@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from graftage._engine.arguments import Choice
     from graftage._engine.call import Run
     from graftage._engine.connection import Connection
+    from graftage.types import _Unset
 
 __all__ = ["Adapters", "Applied", "missing_note", "name_of", "read_on_missing"]
 
@@ -97,20 +98,37 @@ class Applied:
 class Adapters:
     """The active adapter and those loaded so far."""
 
-    def __init__(self, session: Connection, admission: Admission, choice: Choice | None = None) -> None:
+    def __init__(
+        self,
+        session: Connection,
+        admission: Admission,
+        choice: Choice | None = None,
+        *,
+        state: _State | None = None,
+        loaded: OrderedDict[Key, LoadedAdapter] | None = None,
+    ) -> None:
         """Build it; `choice` is active from the start, and loaded by the first call."""
         self._session = session
         self._admission = admission
-        self._state = _State(choice, name=name_of(choice) if choice else None)
+        self._first = choice
+        self._state = state or _State(choice, name=name_of(choice) if choice else None)
         self._switches = Slots()
         """One switch at a time: the last one that was asked for is in effect at the end."""
-        self._loaded: OrderedDict[Key, LoadedAdapter] = OrderedDict()
+        self._loaded: OrderedDict[Key, LoadedAdapter] = OrderedDict() if loaded is None else loaded
         """The least recently used first."""
 
     @property
     def active(self) -> str | None:
         """The name of the active adapter."""
         return self._state.name
+
+    def view(self, adapter: Choice | Literal[_Unset.ACTIVE] | None, *, fresh: bool) -> Adapters:
+        """Return these adapters with an active one of their own, as `Session.view` documents."""
+        state = None
+        choice = self._first if adapter is ACTIVE else adapter
+        if adapter is ACTIVE and not fresh:
+            state = replace(self._state, digests=dict(self._state.digests))
+        return Adapters(self._session, self._admission, choice, state=state, loaded=self._loaded)
 
     @contextlib.contextmanager
     def switching(self, reference: object) -> Iterator[None]:

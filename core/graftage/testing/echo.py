@@ -115,10 +115,10 @@ _OPERATIONS: Final = (
     "delete_model",
     "count_tokens",
     "rerank",
-    "warm",
     "load_adapter",
     "unload_adapter",
     "prune_adapters",
+    "warm",
 )
 _ACCEPTED: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "images", "logprobs", "suffix"})
 _PARAMETERS: Final = frozenset({"keep_alive", "context_window", "max_tokens"})
@@ -306,9 +306,6 @@ class _EchoBase:
         self._check_model(request.model, hook)
         return max(_count_words(request), 1)
 
-    def _warm(self, hook: str, request: ChatRequest) -> Warmed:
-        return Warmed(tokens=self._count_tokens(hook, request), cached_tokens=0)
-
     def _rerank(self, hook: str, request: RerankRequest) -> Ranking:
         """Score each document by the number of words that it shares with the query."""
         self._echo.note(hook, request)
@@ -428,6 +425,12 @@ class _EchoBase:
                 self._echo.loaded.pop(name, None)
         return found
 
+    def _warm(self, hook: str, request: ChatRequest) -> Warmed:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        self._load(request.model, request.context_window)
+        return Warmed(tokens=_count_words(request), cached_tokens=0)
+
     def _load(self, model: str, context_window: int | None) -> None:
         name = canonical_name(model)
         with self._echo.lock:
@@ -485,10 +488,6 @@ class EchoConnection(_EchoBase):
         return self._count_tokens("count_tokens", request)
 
     @hookimpl
-    async def warm(self, request: ChatRequest) -> Warmed:
-        return self._warm("warm", request)
-
-    @hookimpl
     async def rerank(self, request: RerankRequest) -> Ranking:
         return self._rerank("rerank", request)
 
@@ -537,6 +536,10 @@ class EchoConnection(_EchoBase):
     @hookimpl
     async def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
         return self._prune_adapters("prune_adapters", request)
+
+    @hookimpl
+    async def warm(self, request: ChatRequest) -> Warmed:
+        return self._warm("warm", request)
 
     @hookimpl
     def capabilities(self) -> Capabilities:
