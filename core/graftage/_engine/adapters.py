@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import time
 from collections import OrderedDict
 from dataclasses import dataclass as mutable
 from dataclasses import field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from graftage._engine.admission import once
 from graftage._engine.arguments import CallOptions, read_adapter, read_flag, read_reference
 from graftage._engine.faults import in_words
 from graftage._engine.slots import Slots, slots_for
 from graftage._records import dataclass
-from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
+from graftage.calls import Call, ListAdaptersRequest, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapters", "Applied", "missing_note", "name_of", "read_on_missing"]
 
+MOST_OTHERS: Final = 64
+"""Adapters that a provider is offered besides the one to load."""
+OTHERS_SECONDS: Final = 10.0
+"""How long the search for them goes on."""
 REMEMBERED: Final = 256
 """Loaded adapters that the core knows of: a call with an older one asks the provider to load it, which may be cheap."""
 Key: TypeAlias = "tuple[str, str]"
@@ -57,6 +64,11 @@ class _State:
     """What the last call used, by base model."""
     error: BaseException | None = None
     """Why the last switch failed. Every call raises it: another project's adapter must not answer."""
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether no call has used its adapter, as at the start of a client."""
+        return self.choice is not None and not self.digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +167,9 @@ class Adapters:
             return None, ()
         if asked.adapter is not ACTIVE:
             return await self._apply(read_adapter(asked.adapter), model, run, asked), ()
+        if self._state.is_untried:  # A switch under way, which began before this call, comes first.
+            await self._admission.granted(self._switches, self._switches.enter(1), run.call)
+            self._switches.leave()
         state = self._state
         if state.error is not None:
             raise _again(state.error)
@@ -345,11 +360,33 @@ class Adapters:
             figures, give_back = allowed.figures, allowed.give_back
         try:
             own = {name: figures[name] for name in ("keep_alive", "context_window")}
-            request = LoadAdapterRequest(call=run.call, adapter=adapter, model=model, force=asked.force, **own)
+            others = self._session.io.in_thread(once(lambda: self._others(adapter, model, run.call)))
+            request = LoadAdapterRequest(
+                call=run.call, adapter=adapter, model=model, force=asked.force, others=others, **own
+            )
             loaded: LoadedAdapter = await session.call("load_adapter", request, run.call, LoadedAdapter)
             return loaded
         finally:
             give_back()
+
+    def _others(self, adapter: Adapter, model: str, call: Call) -> tuple[Adapter, ...]:
+        """Return other known adapters that fit a model, those used last first. It blocks, and never fails."""
+        session = self._session
+        until = min(time.monotonic() + OTHERS_SECONDS, call.deadline)
+        fitting = {adapter.digest: adapter}
+        for _, known in session.relay.each("list_adapters"):
+            with contextlib.suppress(Exception):
+                for info in known(ListAdaptersRequest(call=call)):
+                    if time.monotonic() > until or len(fitting) > MOST_OTHERS:
+                        break
+                    with contextlib.suppress(Exception):  # A broken one is left out.
+                        found = session.io.from_thread(partial(self.resolve, info.reference, model, call))
+                        if found.verdict.status == "compatible":
+                            fitting.setdefault(found.digest, found)
+        del fitting[adapter.digest]
+        used = [digest for digest, base in list(self._loaded) if base == canonical_name(model)]
+        places = {digest: place for place, digest in enumerate(used)}
+        return tuple(sorted(fitting.values(), key=lambda each: -places.get(each.digest, -1)))
 
     async def _part(self, reference: str, weight: float, model: str, call: Call) -> _Part:
         """Find an adapter."""
