@@ -29,10 +29,12 @@ from graftage.calls import (
 )
 from graftage.exceptions import (
     AdapterError,
+    AdapterUnsupported,
     CapabilityUnsupported,
     ConnectionFailed,
     ContextOverflow,
     ModelLoadFailed,
+    ProtocolError,
 )
 from graftage.footprint import footprint, read_shape
 from graftage.hookspecs import hookimpl
@@ -80,6 +82,7 @@ from graftage_llamacpp._store import Store, Stored
 
 if TYPE_CHECKING:
     from graftage.hookspecs import ConnectRequest
+    from graftage.types import Adapter
 
 __all__ = ["LlamaCppConnection"]
 
@@ -96,6 +99,10 @@ CAPABILITIES: Final = Capabilities(
 )
 DEFAULT_WINDOW: Final = 4096
 """Tokens if neither the caller nor a policy sets them; fewer if the model was trained for fewer."""
+KNOWN_ADAPTERS: Final = 256
+"""How many adapters a connection remembers. The core loads an older one again."""
+OTHERS_SHARE: Final = 0.25
+"""Share of a call's time for the conversion of adapters that it does not need."""
 SPECIAL_TOKENS: Final = 4
 """How many tokens a tokenizer may add to a text."""
 
@@ -150,6 +157,10 @@ class LlamaCppConnection:
                 yield chunk
         load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
         last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
+        if job.lease is not None:
+            _check_cache(job.lease, last)
+        for each in job.need.adapters:
+            notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
         yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
 
@@ -229,7 +240,12 @@ class LlamaCppConnection:
             size=resident_memory(process.pid),
             expires_at=engine.expires,
             context_window=process.window,
-            raw={"pid": process.pid, "version": process.version, "adapters": list(process.adapters)},
+            raw={
+                "pid": process.pid,
+                "version": process.version,
+                "adapters": list(process.adapters),
+                "starts": engine.starts,
+            },
         )
 
     @hookimpl
@@ -258,11 +274,17 @@ class LlamaCppConnection:
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         call, adapter = request.call, request.adapter
         job = await self._job(request)
-        file = AdapterFile(adapter, lambda: self._store.find(request.model, Watch(call), long_lists=True))
+        file = self._file(adapter, request)
         await call.run(file.prepare)
         call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
-        self._adapters[adapter.digest] = job.need.adapter = file
+        running = job.engine.running
+        if running is None or adapter.digest not in running.adapters:
+            # The engine loads adapters only when it starts, so it starts with all that may be needed next.
+            job.need.others = await call.run(self._other_files, request)
+        job.need.adapters = (file,)
         lease = await _load(job)
+        file.notes = lease.notes
+        self._keep(file)
         # The file contains its scale, so the engine applies it with 1.
         return LoadedAdapter(
             name=adapter.name,
@@ -271,8 +293,30 @@ class LlamaCppConnection:
             slot=lease.process.adapters.index(adapter.digest),
             scale=1.0,
             strategy="hot",
-            warnings=lease.notes,
         )
+
+    def _file(self, adapter: Adapter, request: LoadAdapterRequest) -> AdapterFile:
+        return AdapterFile(adapter, lambda: self._store.find(request.model, Watch(request.call), long_lists=True))
+
+    def _other_files(self, request: LoadAdapterRequest) -> tuple[AdapterFile, ...]:
+        """Convert the other known adapters that there is room for; those that cannot be converted are left out."""
+        now, found, size = time.monotonic(), [], 0
+        end = now + (request.call.deadline - now) * OTHERS_SHARE
+        for adapter in request.others()[: self._settings.adapter_count]:
+            if time.monotonic() > end:
+                break
+            file = self._file(adapter, request)
+            if file.usable() and size + file.size <= self._settings.adapter_bytes:
+                found.append(file)
+                size += file.size
+        return tuple(found)
+
+    def _keep(self, file: AdapterFile) -> None:
+        """Remember an adapter: the engine may drop it, and a later request load it again."""
+        self._adapters.pop(file.digest, None)
+        self._adapters[file.digest] = file
+        while len(self._adapters) > KNOWN_ADAPTERS:
+            self._adapters.pop(next(iter(self._adapters)))
 
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
@@ -326,7 +370,9 @@ class LlamaCppConnection:
             window=_window(stored, request.context_window),
             default_window=_window(stored, DEFAULT_WINDOW) or DEFAULT_WINDOW,
             keep_alive=request.keep_alive,
-            adapter=self._known_adapter(adapter) if adapter is not None else None,
+            adapters=self._known_adapters(adapter) if adapter is not None else (),
+            adapter_count=self._settings.adapter_count,
+            adapter_bytes=self._settings.adapter_bytes,
         )
         if self._settings.memory_check:
             _require_memory(stored, engine, need)
@@ -351,15 +397,25 @@ class LlamaCppConnection:
         )
         return _engine.acquire(launch, id(self))
 
-    def _known_adapter(self, adapter: LoadedAdapter) -> AdapterFile:
-        """Return the file of a request's adapter. The engine may have been restarted without that adapter."""
-        file = self._adapters.get(adapter.digest)
-        if file is None:
-            # The engine would accept any number and use the base model.
-            raise AdapterError(
-                f"The adapter `{adapter.name}` is not loaded here.", reference=adapter.name, hint="Load it again."
-            )
-        return file
+    def _known_adapters(self, adapter: LoadedAdapter) -> tuple[AdapterFile, ...]:
+        """Return the files of a request's adapters. The engine may have been restarted without them."""
+        found = []
+        for part, weight in adapter.weights:
+            file = self._adapters.get(part.digest)
+            if file is None:
+                # The engine would accept any number and use the base model.
+                raise AdapterError(
+                    f"The adapter `{part.name}` is not loaded here.", reference=part.name, hint="Load it again."
+                )
+            if file.activated and (weight < 0 or len(adapter.weights) > 1):
+                raise AdapterUnsupported(
+                    f"The adapter `{part.name}` acts only after its invocation tokens, so the engine cannot combine it"
+                    " with others or subtract it.",
+                    reference=part.name,
+                    hint="Use it alone, with a positive weight.",
+                )
+            found.append(file)
+        return tuple(found)
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -374,6 +430,23 @@ async def _load(job: Job) -> Lease:
         return lease
 
     return await retry.call(load, job.call)
+
+
+def _check_cache(lease: Lease, last: Chunk) -> None:
+    """Check that the engine read the whole prompt if it had to.
+
+    Raises:
+        ProtocolError: it used what another adapter or weight may have computed.
+    """
+    cached = last.usage.cached_tokens if last.usage else None
+    if lease.use is not None and not lease.use.reuse and cached:
+        lease.use.distrust()
+        raise ProtocolError(
+            f"The engine used {cached} tokens of its cache, which other adapters may have computed: the reply may be"
+            " wrong.",
+            retryable=True,
+            hint="Ask again. If that does not help, unload the model.",
+        )
 
 
 def _window(stored: Stored, wanted: int | None) -> int | None:

@@ -1,7 +1,7 @@
 """Requests to the JSON of llama.cpp's server, and its responses to Graftage's types.
 
-The bodies name an adapter by its digest, under `adapter`. The transport replaces that by the engine's numbers, which
-change with each start.
+The bodies name adapters by their digests, with their weights, under `adapter`. The transport replaces that by the
+engine's numbers, which change with each start.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ OPTIONS: Final = frozenset(
         "typical_p",
     }
 )
-FEATURES: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "logprobs"})
+FEATURES: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "logprobs", "adapter_weights"})
 """Features of the engine that its hooks do not show."""
 SYSTEM_PROMPT: Final = "You are a helpful assistant."
 """Sent if the caller gives none: with their built-in prompts, small models answer nonsense."""
@@ -215,7 +215,8 @@ def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
     if request.max_tokens is not None:
         body["max_tokens"] = request.max_tokens
     if request.adapter is not None:
-        body["adapter"] = {"digest": request.adapter.digest, "scale": request.adapter.scale}
+        # The file contains the adapter's own scale, so the engine's is the weight alone.
+        body["adapter"] = [[part.digest, weight] for part, weight in request.adapter.weights]
     return body
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -198,25 +198,34 @@ def _wire_request(request: Request, lease: Lease) -> Request:
     """Return the request to send: with the engine's address, its key, and its numbers of the adapters."""
     process = lease.process
     headers = (("authorization", f"Bearer {process.key}"), ("content-type", "application/json"))
-    body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
+    adapted = process.adapters or b'"adapter"' in request.body
+    body = _with_adapters(request.body, request.target, lease) if adapted else request.body
     if request.target in (CHAT, COMPLETIONS) and len(body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
         body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch has no progress.
     return Request(method=request.method, url=f"{process.address}{request.target}", headers=headers, body=body)
 
 
 def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
-    """Add the scale of every adapter to a body, the slot, and whether to reuse the slot's cache."""
+    """Add the scale of every adapter to a body, the slot, and whether to reuse the slot's cache.
+
+    Raises:
+        AdapterError: the engine does not have an adapter, and would answer with the base model.
+    """
     if path in (TOKENIZE, COUNT):
         return body
     process, found = lease.process, json.loads(body)
-    wanted = found.pop("adapter", None) or {"digest": None}
-    scales = tuple(wanted["scale"] if digest == wanted["digest"] else 0.0 for digest in process.adapters)
+    wanted: Counter[str] = Counter()
+    for digest, weight in found.pop("adapter", ()):
+        wanted[digest] += weight
+    if not wanted.keys() <= set(process.adapters):
+        raise AdapterError("The engine has not loaded an adapter of the request.", hint="Load it again.")
+    scales = tuple(float(wanted[digest]) for digest in process.adapters)
     found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     if path in (EMBEDDINGS, RERANK):
         lease.use = process.slots.take_any()
     else:
         text = found.get("messages") or found.get("prompt") or ()
-        lease.use = process.slots.take(None if wanted["digest"] in process.activated else scales, text)
+        lease.use = process.slots.take(None if process.activated & wanted.keys() else scales, text)
         found.update(id_slot=lease.use.number, cache_prompt=lease.use.reuse)
     return json.dumps(found).encode()
 
@@ -242,8 +251,13 @@ class Need:
     window: int | None = None
     """None for any window."""
     default_window: int = 4096
-    adapter: AdapterFile | None = None
-    """The adapter that must be loaded."""
+    adapters: tuple[AdapterFile, ...] = ()
+    """The adapters that must be loaded."""
+    others: tuple[AdapterFile, ...] = ()
+    """Adapters that a restart loads, too, if there is room."""
+    adapter_count: int = 1
+    adapter_bytes: int = 0
+    """The room for all adapters. Those that must be loaded may exceed it."""
     keep_alive: float | None = None
     stop: bool = False
     """Whether to end the engine instead, once it is idle."""
@@ -289,7 +303,9 @@ class Engine:
         """When an idle child ends; None if it stays until the last client is closed."""
         self.holders: set[int] = set()
         self.adapters: dict[str, AdapterFile] = {}
-        """The adapters that the next start loads, in this order, by digest."""
+        """The loaded adapters, or those that the next start loads, by digest; the least recently used first."""
+        self.starts = 0
+        """How often a child was started."""
         self._waiting: deque[Need] = deque()
         self._running = 0
         self._busy = False
@@ -426,13 +442,15 @@ class Engine:
             return None
         if process.state != _file_state(Path(self.launch.model)):
             return None  # The file may have changed since it was loaded.
-        if need.adapter is not None and need.adapter.digest not in process.adapters:
+        if any(each.digest not in process.adapters for each in need.adapters):
             return None
         return process
 
     def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
         self._running += 1
         self._cancel_timer()
+        for each in need.adapters:
+            self.adapters[each.digest] = self.adapters.pop(each.digest, each)
         return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
 
     def _restart(self, need: Need) -> None:
@@ -447,7 +465,7 @@ class Engine:
         adapters: dict[str, AdapterFile] = {}
         try:
             if not need.stop:
-                adapters = self._usable_adapters(need.adapter)
+                adapters = self._choose_adapters(need)
             if before is not None:
                 self.process = None
                 before.stop()
@@ -466,7 +484,7 @@ class Engine:
             if process is not None:
                 self.process = process
                 self.adapters = {digest: adapters[digest] for digest in process.adapters}
-                notes = _notes(before, process, died=died)
+                notes = _notes(before, process, need, died=died)
                 lease = self._lease(need, process, time.monotonic() - began, notes)
             elif self.process is not None:
                 self._start_idle_timer(need.keep_alive)
@@ -476,29 +494,39 @@ class Engine:
             need.future.set_result(lease)
         self._grant_next()
 
-    def _usable_adapters(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
-        """Return the adapters to load. One without a usable file is left out: only requests for it fail."""
-        usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
-        if needed is not None:
-            needed.prepare()
-            usable[needed.digest] = needed
-        return usable
+    def _choose_adapters(self, need: Need) -> dict[str, AdapterFile]:
+        """Return the adapters to load: those that the request needs, then the last ones used that there is room for.
+
+        One without a usable file is left out: only requests for it fail.
+        """
+        for each in need.adapters:
+            each.prepare()
+        chosen = {each.digest: each for each in need.adapters}
+        size = sum(each.size for each in chosen.values())
+        for each in (*reversed([*self.adapters.values()]), *need.others):
+            if len(chosen) >= need.adapter_count:
+                break
+            if each.digest not in chosen and each.usable() and size + each.size <= need.adapter_bytes:
+                chosen[each.digest] = each
+                size += each.size
+        return dict(reversed(chosen.items()))
 
     def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
         """Start a child; if that fails, try again without the adapters that the request does not need."""
-        try:
-            return self._start_child(window, adapters, need.deadline)
-        except ModelLoadFailed as error:
-            failed = error
-        needed = {} if need.adapter is None else {need.adapter.digest: need.adapter}
-        if len(needed) < len(adapters) and failed.reason != "timeout":
+        needed = {each.digest: each for each in need.adapters}
+        for attempt in (adapters, needed):
             try:
-                return self._start_child(window, needed, need.deadline)
+                return self._start_child(window, attempt, need.deadline)
             except ModelLoadFailed as error:
                 failed = error
-        raise failed if need.adapter is None else need.adapter.load_error(failed)
+            if failed.reason == "timeout" or len(needed) == len(adapters):
+                break
+        words = str(failed.details.get("engine_stderr", ""))
+        culprits = [each for each in need.adapters if str(each.path) in words] or need.adapters
+        raise culprits[0].load_error(failed) if culprits else failed
 
     def _start_child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
+        self.starts += 1
         state = _file_state(Path(self.launch.model))
         process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
         process.state = state
@@ -531,7 +559,7 @@ class Engine:
         self._grant_next()
 
 
-def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str, ...]:
+def _notes(before: Process | None, process: Process, need: Need, *, died: bool) -> tuple[str, ...]:
     if before is None:
         return ()
     if died:
@@ -542,6 +570,11 @@ def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str
         return (
             f"The engine was restarted with a context window of {process.window} tokens instead of {before.window}.",
         )
+    if new := [f"`{each.name}`" for each in need.adapters if each.digest not in before.adapters]:
+        note = f"The engine was restarted to load the adapter {' and '.join(new)}"
+        dropped = len(set(before.adapters) - set(process.adapters))
+        room = "; raise `adapter_count` and `adapter_bytes` to keep more" if dropped else ""
+        return (f"{note}{f', and dropped {dropped}' if dropped else ''}{room}.",)
     return ()
 
 
@@ -555,11 +588,18 @@ class AdapterFile:
         self.name = adapter.name
         self.digest = adapter.digest
         self.path = Path()
+        self.notes: tuple[str, ...] = ()
+        """Warnings for the next reply with it."""
         self.activated = False
         """Whether it has an effect only after its invocation tokens."""
         self._adapter = adapter
         self._model = model
         self._state: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the prepared file, which takes about as much memory."""
+        return self._state[2] if self._state else 0
 
     def prepare(self) -> None:
         """Make the file at `path`, unless it exists unchanged.

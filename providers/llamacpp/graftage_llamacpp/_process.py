@@ -93,6 +93,12 @@ class LlamaCppSettings(Settings):
         description="Layers on the graphics processor if there is one, by default all",
     )
     memory_check: bool = Field(default=True, description="Refuse a model that the free memory cannot hold")
+    adapter_count: int = Field(
+        default=16, ge=1, le=1024, description="Adapters kept in the engine; the least recently used goes first"
+    )
+    adapter_bytes: int = Field(
+        default=512 * 1024 * 1024, ge=1024, description="Bytes of all adapters kept in the engine, as GGUF files"
+    )
 
 
 # --- One child -------------------------------------------------------------------------------------------------------
@@ -426,6 +432,12 @@ class SlotUse:
             for slot in self.slots:
                 if all(each == self.scales for each in slot.running):
                     slot.made_with = self.scales
+
+    def distrust(self) -> None:
+        """Note that the cache may be wrong, so that the next request reads its whole prompt."""
+        with self.of.lock:
+            for slot in self.slots:
+                slot.made_with = None
 
     def end(self) -> None:
         """Leave the slot."""

@@ -140,7 +140,7 @@ class Weaker:
 
     async def send(self, request: Any, clock: Any) -> Any:
         body = json.loads(request.body)
-        body["adapter"]["scale"] = self.scale
+        body["adapter"] = [[digest, self.scale] for digest, _ in body["adapter"]]
         return await self._inner.send(replace(request, body=json.dumps(body).encode()), clock)
 
     async def close(self) -> None:
