@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -50,6 +50,8 @@ from graftage.types import (
     PullProgress,
     Ranking,
     Timings,
+    Usage,
+    Warmed,
 )
 from graftage_llamacpp import _convert, _engine
 from graftage_llamacpp._engine import (
@@ -59,6 +61,7 @@ from graftage_llamacpp._engine import (
     COUNT,
     EMBEDDINGS,
     RERANK,
+    TEMPLATE,
     TOKENIZE,
     AdapterFile,
     Engine,
@@ -71,6 +74,7 @@ from graftage_llamacpp._process import (
     DEFAULT_MODEL,
     Launch,
     LlamaCppSettings,
+    common_prefix,
     default_threads,
     find_package,
     free_memory,
@@ -78,6 +82,7 @@ from graftage_llamacpp._process import (
     resident_memory,
 )
 from graftage_llamacpp._sources import Watch
+from graftage_llamacpp._states import States
 from graftage_llamacpp._store import Store, Stored
 
 if TYPE_CHECKING:
@@ -163,6 +168,51 @@ class LlamaCppConnection:
             notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
         yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
+
+    @hookimpl
+    async def warm(self, request: ChatRequest) -> Warmed:
+        job = await self._job(request, request.adapter)
+        text, tokens = await self._beginning(request, job)
+        if not tokens:
+            return Warmed(tokens=0, cached_tokens=0)
+        raw = GenerateRequest(
+            call=request.call,
+            model=request.model,
+            prompt=text,
+            raw=True,
+            max_tokens=1,
+            keep_alive=request.keep_alive,
+            context_window=request.context_window,
+            adapter=request.adapter,
+        )
+        body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
+        last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
+        usage, kept, warnings = last.usage or Usage(), job.kept, last.warnings
+        if kept is not None:
+            warnings = (*warnings, *kept.warnings)
+        elif job.lease is not None and job.states is not None:
+            warnings = (*warnings, "The prompt was not saved: an adapter acts only in places, or its file has changed.")
+        return Warmed(
+            tokens=usage.input_tokens,
+            cached_tokens=usage.cached_tokens,
+            saved=kept.size if kept else None,
+            warnings=warnings,
+        )
+
+    async def _beginning(self, request: ChatRequest, job: Job) -> tuple[str, list[int]]:
+        """Return the text with which later prompts begin, and its tokens.
+
+        What two different continuations have in common is right for any template, and wherever the tokenizer cuts.
+        """
+        texts, tokens = [], []
+        for messages in _convert.continuations(request.messages):
+            changed = replace(request, messages=messages, adapter=None)
+            body = _convert.chat_body(changed, job.stored.header)
+            text = await self._post(job, TEMPLATE, body, lambda found: str(found["prompt"]))
+            whole = {"content": text, "add_special": True, "parse_special": True}
+            texts.append(text)
+            tokens.append(await self._post(job, TOKENIZE, whole, _convert.tokens))
+        return texts[0][: common_prefix(*texts)], tokens[0][: common_prefix(*tokens)]
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -376,7 +426,17 @@ class LlamaCppConnection:
         )
         if self._settings.memory_check:
             _require_memory(stored, engine, need)
-        return Job(call=request.call, stored=stored, engine=engine, need=need)
+        states = self._states if self._settings.prompts_bytes else None
+        return Job(call=request.call, stored=stored, engine=engine, need=need, states=states)
+
+    @cached_property
+    def _states(self) -> States:
+        folder = self._settings.prompts_path
+        if folder is None:
+            from platformdirs import user_cache_path
+
+            folder = user_cache_path("graftage", appauthor=False) / "prompts"
+        return States(folder.expanduser().absolute(), self._settings.prompts_bytes)
 
     def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
         """Find the model's file. The default model is pulled on its first use, and again if its file has changed."""
@@ -394,6 +454,7 @@ class LlamaCppConnection:
             batch=settings.batch,
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
+            prompts=str(self._states.folder) if settings.prompts_bytes else "",
         )
         return _engine.acquire(launch, id(self))
 
@@ -439,7 +500,7 @@ def _check_cache(lease: Lease, last: Chunk) -> None:
         ProtocolError: it used what another adapter or weight may have computed.
     """
     cached = last.usage.cached_tokens if last.usage else None
-    if lease.use is not None and not lease.use.reuse and cached:
+    if lease.use is not None and cached is not None and cached > lease.use.most:
         lease.use.distrust()
         raise ProtocolError(
             f"The engine used {cached} tokens of its cache, which other adapters may have computed: the reply may be"
