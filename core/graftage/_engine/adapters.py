@@ -7,7 +7,7 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftage._engine.arguments import CallOptions, read_flag, read_reference
+from graftage._engine.arguments import Bound, CallOptions, read_flag, read_reference
 from graftage._engine.faults import in_words
 from graftage._engine.slots import Slots, slots_for
 from graftage._records import dataclass
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from graftage._engine.call import Run
     from graftage._engine.connection import Connection
 
-__all__ = ["Adapters"]
+__all__ = ["Adapters", "State"]
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
     """The adapter of calls that do not name one."""
 
     reference: str | None = None
@@ -49,14 +49,20 @@ class _State:
 class Adapters:
     """The active adapter and those loaded so far."""
 
-    def __init__(self, session: Connection, admission: Admission, reference: str | None = None) -> None:
-        """Build it; `reference` is active from the start, and loaded by the first call."""
+    def __init__(
+        self,
+        session: Connection,
+        admission: Admission,
+        first: State,
+        loaded: dict[tuple[str, str], LoadedAdapter] | None = None,
+    ) -> None:
+        """Build it with the state to begin with, whose adapter the first call loads, and those loaded already."""
         self._session = session
         self._admission = admission
-        self._state = _State(reference)
+        self._state = self._first = first
         self._switches = Slots()
         """One switch at a time: the last one that was asked for is in effect at the end."""
-        self._loaded: dict[tuple[str, str], LoadedAdapter] = {}
+        self._loaded: dict[tuple[str, str], LoadedAdapter] = {} if loaded is None else loaded
 
     @property
     def active(self) -> str | None:
@@ -66,13 +72,20 @@ class Adapters:
             return state.reference if state.error is None else None
         return state.loaded.name
 
+    def view(self, bound: Bound, *, fresh: bool) -> Adapters:
+        """Return these adapters with an active one of their own, as `Session.view` documents."""
+        state = self._first if fresh else self._state
+        if bound.adapter is not ACTIVE:
+            state = State(bound.adapter)  # type: ignore[arg-type] # CORE
+        return Adapters(self._session, self._admission, state, self._loaded)
+
     @contextlib.contextmanager
     def switching(self, reference: object) -> Iterator[None]:
         """Run a switch in this block, with the reading of its arguments, and record any error as its failure."""
         try:
             yield
         except BaseException as error:
-            self._state = _State(str(reference), error=error)
+            self._state = State(str(reference), error=error)
             raise
 
     async def switch(
@@ -90,21 +103,21 @@ class Adapters:
         name = None if reference is None else read_reference(reference)
         await self._admission.granted(self._switches, self._switches.enter(1), run.call)
         try:
-            state = _State() if name is None else await self._switched(name, model, run, on_missing, force=force)
+            state = State() if name is None else await self._switched(name, model, run, on_missing, force=force)
             self._state = state
         finally:
             self._switches.leave()
         return state.loaded
 
-    async def _switched(self, reference: str, model: str, run: Run, on_missing: str, *, force: bool) -> _State:
+    async def _switched(self, reference: str, model: str, run: Run, on_missing: str, *, force: bool) -> State:
         try:
             loaded = await self._load(reference, model, run, CallOptions(force=force))
         except AdapterNotFound:
             if on_missing != "base":
                 raise
             note = f"The adapter `{reference}` was not found; the base model answers."
-            return _State(None, model, warnings=(note,))
-        return _State(reference, model, loaded, force=force)
+            return State(None, model, warnings=(note,))
+        return State(reference, model, loaded, force=force)
 
     async def for_call(self, asked: CallOptions, model: str, run: Run) -> tuple[LoadedAdapter | None, tuple[str, ...]]:
         """Return the adapter of one call, and warnings: a snapshot that later switches do not change."""
@@ -117,7 +130,7 @@ class Adapters:
             raise _again(state)
         if state.reference is None:
             return state.loaded, state.warnings
-        if state.loaded is None:
+        if state.loaded is None and not asked.force:
             await self._begin(state, state.reference, model, run)
             return await self.for_call(asked, model, run)
         if canonical_name(state.model) == canonical_name(model) and self._holds(state.loaded):
@@ -125,7 +138,7 @@ class Adapters:
         forced = replace(asked, force=asked.force or state.force)
         return await self._load(state.reference, model, run, forced), state.warnings
 
-    async def _begin(self, first: _State, reference: str, model: str, run: Run) -> None:
+    async def _begin(self, first: State, reference: str, model: str, run: Run) -> None:
         """Load the adapter that is active from the start, unless another switch came before."""
         await self._admission.granted(self._switches, self._switches.enter(1), run.call)
         try:
@@ -267,7 +280,7 @@ def _checked(adapter: Adapter, reference: str, model: str, *, force: bool) -> tu
     )
 
 
-def _again(state: _State) -> BaseException:
+def _again(state: State) -> BaseException:
     """Return the error of a failed switch, for a later call to raise."""
     error = state.error
     if isinstance(error, AdapterError):

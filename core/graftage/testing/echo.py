@@ -40,6 +40,7 @@ from graftage.types import (
     Timings,
     ToolCall,
     Usage,
+    Warmed,
     canonical_name,
 )
 
@@ -117,6 +118,7 @@ _OPERATIONS: Final = (
     "load_adapter",
     "unload_adapter",
     "prune_adapters",
+    "warm",
 )
 _ACCEPTED: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "images", "logprobs", "suffix"})
 _PARAMETERS: Final = frozenset({"keep_alive", "context_window", "max_tokens"})
@@ -410,6 +412,12 @@ class _EchoBase:
                 self._echo.loaded.pop(name, None)
         return found
 
+    def _warm(self, hook: str, request: ChatRequest) -> Warmed:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        self._load(request.model, request.context_window)
+        return Warmed(tokens=_count_words(request), cached_tokens=0)
+
     def _load(self, model: str, context_window: int | None) -> None:
         name = canonical_name(model)
         with self._echo.lock:
@@ -515,6 +523,10 @@ class EchoConnection(_EchoBase):
     @hookimpl
     async def prune_adapters(self, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
         return self._prune_adapters("prune_adapters", request)
+
+    @hookimpl
+    async def warm(self, request: ChatRequest) -> Warmed:
+        return self._warm("warm", request)
 
     @hookimpl
     def capabilities(self) -> Capabilities:
