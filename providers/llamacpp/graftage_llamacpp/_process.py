@@ -227,10 +227,7 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
         "key": key,
         "window": window,
         "adapters": [str(path) for path in adapters.values()],
-        **{
-            name: getattr(launch, name)
-            for name in ("model", "slots", "threads", "batch", "gpu_layers", "pooling", "prompts")
-        },
+        **asdict(launch),
     }
     process, answer = _launch(order, deadline)
     try:
