@@ -187,16 +187,12 @@ class LlamaCppConnection:
         )
         body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
         last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
-        usage, kept, warnings = last.usage or Usage(), job.kept, last.warnings
-        if kept is not None:
-            warnings = (*warnings, *kept.warnings)
-        elif job.lease is not None and job.states is not None:
-            warnings = (*warnings, "The prompt was not saved: an adapter acts only in places, or its file has changed.")
+        usage, place = last.usage or Usage(), job.place
         return Warmed(
             tokens=usage.input_tokens,
             cached_tokens=usage.cached_tokens,
-            saved=kept.size if kept else None,
-            warnings=warnings,
+            saved=place.size if place else None,
+            warnings=(*last.warnings, *((place.problem,) if place and place.problem else ())),
         )
 
     async def _beginning(self, request: ChatRequest, job: Job) -> tuple[str, list[int]]:

@@ -37,7 +37,7 @@ from graftage.types import PromptProgress
 from graftage_llamacpp import _convert
 from graftage_llamacpp._process import Launch, Process, SlotUse, file_state, start
 from graftage_llamacpp._sources import check_adapter
-from graftage_llamacpp._states import Kept, Place, States, key_of
+from graftage_llamacpp._states import Place, States, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,8 +101,8 @@ class Job:
     """The saved prompts; None if nothing is saved."""
     lease: Lease | None = None
     """The lease of its last request; a replay has none."""
-    kept: Kept | None = None
-    """What became of a prompt that was to be saved."""
+    place: Place | None = None
+    """Where the prompt of its last request is saved."""
 
     async def take(self, deadline: float) -> Lease:
         """Wait for the right to send a request.
@@ -129,10 +129,10 @@ class EngineTransport:
         lease = await job.take(time.monotonic() + clock.left() - MARGIN)
         try:
             body = _with_adapters(request, lease)
-            place = await self._place(body, job, lease, clock) if body is not None else None
+            job.place = await self._place(body, job, lease, clock) if body is not None else None
             clock.enter("connect")
             wire = _wire_request(request, lease, request.body if body is None else json.dumps(body).encode())
-            return _LeasedResponse(await self._network.send(wire, clock), job, lease, place)
+            return _LeasedResponse(await self._network.send(wire, clock), lease, job.call, job.place)
         except ConnectionFailed as error:
             ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
             lease.end()
@@ -184,13 +184,12 @@ class EngineTransport:
 class _LeasedResponse:
     """A response of the engine. Its end gives the lease back."""
 
-    def __init__(self, inner: Response, job: Job, lease: Lease, place: Place | None) -> None:
+    def __init__(self, inner: Response, lease: Lease, call: Call, place: Place | None = None) -> None:
         self.status, self.reason, self.headers = inner.status, inner.reason, inner.headers
         self._inner = inner
-        self._job = job
         self._lease = lease
+        self._call = call
         self._place = place
-        self._call = job.call
         self._begun = False
 
     async def read(self) -> bytes:
@@ -206,7 +205,7 @@ class _LeasedResponse:
             if self._lease.use is not None:
                 self._lease.use.answered()
             if self._place is not None and self._place.keep:
-                self._job.kept = await self._place.save()
+                await self._place.save()
         return piece
 
     def _cut_progress(self, piece: bytes) -> bytes:
@@ -267,7 +266,8 @@ def _with_adapters(request: Request, lease: Lease) -> dict[str, Any] | None:
     path = request.target
     if path in (TOKENIZE, TEMPLATE, COUNT):
         return None
-    process, found = lease.process, json.loads(request.body)
+    process = lease.process
+    found: dict[str, Any] = json.loads(request.body)
     wanted: Counter[str] = Counter()
     for digest, weight in found.pop("adapter", ()):
         wanted[digest] += weight

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from graftage_llamacpp._process import Process, SlotUse
 
-__all__ = ["Kept", "Place", "State", "States", "key_of"]
+__all__ = ["Place", "State", "States", "key_of"]
 
 Post: TypeAlias = "Callable[[str, Mapping[str, object]], Awaitable[Mapping[str, Any]]]"
 """Sends JSON to a path of the engine; returns its answer, which is empty if the engine refused."""
@@ -182,7 +182,7 @@ class States:
             raise PermissionError(13, "Permission denied")
         return f"{secrets.token_hex(8)}.part"
 
-    def install(self, part: str, key: str, text: str, tokens: int) -> State:
+    def install(self, part: str, key: str, text: str, tokens: int) -> None:
         """Give a finished file its name, write its note, and make room for it.
 
         Raises:
@@ -202,7 +202,6 @@ class States:
         path.replace(self.folder / name)
         note.replace(self.folder / f"{name}.json")
         self.prune(name)
-        return state
 
     def prune(self, kept: str = "") -> None:
         """Delete what is beyond the limit, except one, and what was left behind."""
@@ -232,18 +231,9 @@ def _is_ours(path: Path) -> bool:
 # --- One request -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """What became of a prompt that was to be saved."""
-
-    size: int | None = None
-    """Bytes on disk; None if it was not saved."""
-    warnings: tuple[str, ...] = ()
-
-
 @dataclass(slots=True, kw_only=True)
 class Place:
-    """The slot of one request, and where its prompts are saved."""
+    """The slot of one request, and where its prompt is saved."""
 
     states: States
     key: str
@@ -252,6 +242,10 @@ class Place:
     """Whether to save the prompt after it was read."""
     post: Post
     run: Run
+    size: int | None = None
+    """Bytes of the saved prompt; None if it is not saved."""
+    problem: str = ""
+    """Why it was not saved."""
 
     async def restore(self, scales: object) -> None:
         """Restore the best saved state, unless the slot has as much itself. The request may then use the cache.
@@ -266,12 +260,11 @@ class Place:
         state = found[0]
         if not await self.run(self.states.is_whole, state):
             return
-        path = f"/slots/{use.number}?action=restore"
         first = {"prompt": "", "n_predict": 0, "id_slot": use.number, "cache_prompt": False, "lora": scales}
         try:
             if scales:
                 await self.post("/completion", first)
-            answer = await self.post(path, {"filename": state.name})
+            answer = await self.post(f"/slots/{use.number}?action=restore", {"filename": state.name})
         except BaseException:
             self.states.delete(state)  # If the engine crashed on it, it would again.
             raise
@@ -281,29 +274,31 @@ class Place:
             use.distrust()
             self.states.delete(state)
 
-    async def save(self) -> Kept:
+    async def save(self) -> None:
         """Save the slot's state after its prompt was read, unless it is saved already."""
         text = self.use.rendered
         found = await self.run(self.states.find, self.key, text)
         if found and found[1] == len(text) == found[0].length and await self.run(self.states.is_whole, found[0]):
-            return Kept(size=found[0].size)
-        if not self.use.alone:
-            return Kept(warnings=("The prompt was not saved: other requests used its slot. Warm it again.",))
+            self.size = found[0].size
+            return
         try:
-            return await self._save(await self.run(self.states.new_part))
+            self.problem = await self._save(await self.run(self.states.new_part), text)
         except OSError as error:
-            words = f"the folder {self.states.folder} cannot be written ({error.strerror})"
-            return Kept(warnings=(f"The prompt was not saved: {words}. See the setting `prompts_path`.",))
+            self.problem = f"the folder {self.states.folder} cannot be written ({error.strerror})"
 
-    async def _save(self, part: str) -> Kept:
-        text, tokens = self.use.rendered, len(self.use.text)
+    async def _save(self, part: str, text: str) -> str:
+        path, tokens = self.states.folder / part, len(self.use.text)
         try:
             answer = await self.post(f"/slots/{self.use.number}?action=save", {"filename": part})
-            if answer.get("n_saved") != tokens or not self.use.alone:
-                return Kept(warnings=("The prompt was not saved: the engine could not. Is the disk full?",))
-            if (size := (self.states.folder / part).stat().st_size) > self.states.limit:
-                return Kept(warnings=(f"The prompt was not saved: {size} bytes are more than `prompts_bytes`.",))
-            return Kept(size=(await self.run(self.states.install, part, self.key, text, tokens)).size)
+            if not self.use.alone:
+                return "other requests use its slot"
+            if answer.get("n_saved") != tokens:
+                return f"the engine cannot write it to {self.states.folder}"
+            if (size := path.stat().st_size) > self.states.limit:
+                return f"its {size} bytes are more than the setting `prompts_bytes` allows"
+            await self.run(self.states.install, part, self.key, text, tokens)
+            self.size = size
+            return ""
         finally:
             with contextlib.suppress(OSError):
-                (self.states.folder / part).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
