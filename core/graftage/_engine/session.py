@@ -8,10 +8,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from graftage._engine import inputs
-from graftage._engine.adapters import Adapters, State
+from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
 from graftage._engine.arguments import (
@@ -20,6 +21,7 @@ from graftage._engine.arguments import (
     check_callback,
     check_model,
     check_tokens,
+    read_adapter,
     read_flag,
     read_reference,
     read_seconds,
@@ -100,7 +102,7 @@ class Session(Connection):
     def __init__(self, *, adapter: str | None = None, **of: Any) -> None:
         super().__init__(**of)
         self.admission = Admission(self)
-        self.adapters = Adapters(self, self.admission, State(adapter))
+        self.adapters = Adapters(self, self.admission, read_adapter(adapter) if adapter else None)
 
     def single(self) -> Session:
         """Return this session; a chain of several providers raises."""
@@ -121,7 +123,7 @@ class Session(Connection):
         view = copy.copy(self)
         view.root = self.root or self
         view.model = bound.model or self.model
-        view.adapters = self.adapters.view(bound, fresh=fresh)
+        view.adapters = self.adapters.view(bound.adapter, fresh=fresh)
         return view
 
     # --- Inference ---------------------------------------------------------------------------------------------------
@@ -149,15 +151,14 @@ class Session(Connection):
                 request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
                 run.tool_choice = getattr(request, "tool_choice", None)
-                run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
+                run.open = lambda found: open_hook(self.io, self.relay.hooks[operation], found, run.call)
+                run.source = run.open(request)
             first = await run.pull()
             while not stream and run.reply is None:
                 await run.pull()
             return run, first
-        except Exception as error:
-            if run.adapter and isinstance(error, ModelNotFound):
-                self.adapters.forget(run.model)  # It was deleted: the next call loads it again.
-            if asked.retries and isinstance(error, InferenceFailed) and run.misfits():
+        except InferenceFailed as error:
+            if asked.retries and run.misfits():
                 return await self._ask_again(asked, run, error, warnings)
             raise
 
@@ -194,16 +195,27 @@ class Session(Connection):
         if self.needs or "images" in asked.needs:  # Some servers silently drop pictures, and the model invents.
             await self._know(model, run.call)
             self.require_features(model, (*self.needs, *asked.needs))
-        adapter, notes = await self.adapters.for_call(asked, model, run)
-        run.adapter = adapter.name if adapter else None
-        run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
-        run.model = adapter.model if adapter else model
+        applied, notes = await self.adapters.for_call(asked, model, run)
+        run.warnings = (*run.warnings, *notes)
+        if applied is not None:
+            run.applied(applied.loaded)
+            run.warnings = (*run.warnings, *applied.loaded.warnings)
         figures = await self.admission.admit(run, operation, asked, run.model)
         if self.is_closed:
             raise closed_meanwhile()
         if asked.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
-        return asked.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
+        build = partial(asked.build, call=run.call, options=options, **figures)
+        if applied is None:
+            return build(model=run.model, adapter=None)
+
+        async def again() -> Any:
+            found = await self.adapters.again(applied, model, run, asked, figures)
+            run.applied(found.loaded)
+            return build(model=run.model, adapter=found.loaded)
+
+        run.again = again
+        return build(model=run.model, adapter=applied.loaded)
 
     async def embed(self, asked: CallOptions) -> Embeddings:
         """Return one vector for each input."""
@@ -273,7 +285,7 @@ class Session(Connection):
         run = self.run("count_tokens", model, self.timeouts(asked.timeout))
         with run.failing():
             request = await self._inference_request(run, "count_tokens", asked, model)
-            count: int = await self.call("count_tokens", request, run.call, int)
+            count: int = await self._once(run, "count_tokens", request, int)
             if not read_count(count):
                 hint = "A conversation cannot be that short: report it to the provider's authors."
                 raise ProtocolError(f"The provider counted {count} tokens.", hint=hint)
@@ -282,6 +294,15 @@ class Session(Connection):
         run.end()
         run.emit("finish", usage=Usage(input_tokens=count))
         return count
+
+    async def _once(self, run: Run, hook: str, request: Any, answers: type) -> Any:
+        """Call a hook that returns once; if the server has lost the adapter, load it again and call once more."""
+        try:
+            return await self.call(hook, request, run.call, answers)
+        except GraftageError as error:
+            if (again := run.take_again(error)) is None:
+                raise
+            return await self.call(hook, await again(), run.call, answers)
 
     async def warm(self, asked: CallOptions) -> Warmed:
         """Load an adapter and its model, and read the messages ahead, if there are any."""
@@ -293,27 +314,23 @@ class Session(Connection):
             )
         model = self.choose_model(asked.model)
         run = self.run("warm", model, self.timeouts(asked.timeout))
-        try:
-            with run.failing():
-                warmed = await (self._load_ahead if asked.build is None else self._read_ahead)(run, asked, model)
-        except ModelNotFound:
-            self.adapters.forget(run.model)
-            raise
+        with run.failing():
+            warmed = await (self._load_ahead if asked.build is None else self._read_ahead)(run, asked, model)
         run.end()
         run.emit("finish", usage=Usage(input_tokens=warmed.tokens, cached_tokens=warmed.cached_tokens))
         return replace(warmed, warnings=(*run.warnings, *warmed.warnings))
 
     async def _read_ahead(self, run: Run, asked: CallOptions, model: str) -> Warmed:
         request = await self._inference_request(run, "chat", asked, model)
-        warmed: Warmed = await self.call("warm", request, run.call, Warmed)
+        warmed: Warmed = await self._once(run, "warm", request, Warmed)
         return replace(warmed, warnings=(*warmed.warnings, *cut_warning(self._as_read(request), warmed.tokens)))
 
     async def _load_ahead(self, run: Run, asked: CallOptions, model: str) -> Warmed:
         """Load the adapter, or else the model."""
-        adapter, notes = await self.adapters.for_call(asked, model, run)
-        run.warnings = (*notes, *(adapter.warnings if adapter else ()))
-        if adapter is None:
+        applied, notes = await self.adapters.for_call(asked, model, run)
+        if applied is None:
             await self._load(run, asked, model)
+        run.warnings = (*run.warnings, *notes, *(applied.loaded.warnings if applied else ()))
         return Warmed(tokens=0)
 
     # --- Health ------------------------------------------------------------------------------------------------------
@@ -703,15 +720,20 @@ class Session(Connection):
     async def _pulled(self, request: PullAdapterRequest) -> AdapterInfo:
         pullers = self.relay.each("pull_adapter")
         for plugin, function in pullers:
-            found: Any = await self.io.ask(plugin, function, request, request.call)
-            if isinstance(found, AdapterInfo):
-                return found
-            if found is not None:
+            try:
+                found: Any = await self.io.ask(plugin, function, request, request.call)
+                if isinstance(found, AdapterInfo):
+                    return found
+                if found is not None:
+                    raise TypeError(f"it answered `pull_adapter` with {kind_of(found)}")
+            except GraftageError:
+                raise
+            except Exception as error:
                 raise PluginError(
-                    f"The plugin {self.relay.named(plugin)} answered `pull_adapter` with {kind_of(found)}.",
+                    f"The plugin {self.relay.named(plugin)} failed with {in_words(error)}.",
                     plugin=plugin,
                     hint="Report it to its authors.",
-                )
+                ) from error
         hint = (
             "Give the name of a repository, such as `owner/name`, or download its files yourself and give their path."
         )
