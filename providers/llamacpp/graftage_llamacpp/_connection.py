@@ -106,6 +106,11 @@ DEFAULT_WINDOW: Final = 4096
 """Tokens if neither the caller nor a policy sets them; fewer if the model was trained for fewer."""
 KNOWN_ADAPTERS: Final = 256
 """How many adapters a connection remembers. The core loads an older one again."""
+EARLY: Final = (
+    "The engine applies the adapter `{}` from the token before its invocation tokens on, and its trainer from the first"
+    " of them on: replies may differ."
+)
+"""llama.cpp's `server-context.cpp` reads the prompt up to `alora_invocation_start - 1` without such an adapter."""
 OTHERS_SHARE: Final = 0.25
 """Share of a call's time for the conversion of adapters that it does not need."""
 SPECIAL_TOKENS: Final = 4
@@ -339,6 +344,7 @@ class LlamaCppConnection:
             slot=lease.process.adapters.index(adapter.digest),
             scale=1.0,
             strategy="hot",
+            warnings=(EARLY.format(adapter.name),) if file.activated else (),
         )
 
     def _file(self, adapter: Adapter, request: LoadAdapterRequest) -> AdapterFile:
@@ -462,7 +468,10 @@ class LlamaCppConnection:
             if file is None:
                 # The engine would accept any number and use the base model.
                 raise AdapterError(
-                    f"The adapter `{part.name}` is not loaded here.", reference=part.name, hint="Load it again."
+                    f"The adapter `{part.name}` is not loaded here.",
+                    reference=part.name,
+                    retryable=True,
+                    hint="Load it again.",
                 )
             if file.activated and (weight < 0 or len(adapter.weights) > 1):
                 raise AdapterUnsupported(

@@ -272,7 +272,9 @@ def _with_adapters(request: Request, lease: Lease) -> dict[str, Any] | None:
     for digest, weight in found.pop("adapter", ()):
         wanted[digest] += weight
     if not wanted.keys() <= set(process.adapters):
-        raise AdapterError("The engine has not loaded an adapter of the request.", hint="Load it again.")
+        raise AdapterError(
+            "The engine has not loaded an adapter of the request.", retryable=True, hint="Load it again."
+        )
     scales = tuple(float(wanted[digest]) for digest in process.adapters)
     found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     if path in (EMBEDDINGS, RERANK):
