@@ -74,6 +74,7 @@ from graftage_llamacpp._process import (
     DEFAULT_MODEL,
     Launch,
     LlamaCppSettings,
+    SlotUse,
     common_prefix,
     default_threads,
     find_package,
@@ -167,8 +168,8 @@ class LlamaCppConnection:
                 yield chunk
         load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
         last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
-        if job.lease is not None:
-            _check_cache(job.lease, last)
+        if job.lease is not None and job.lease.use is not None:
+            notes = (*notes, *_check_cache(job.lease.use, last))
         for each in job.need.adapters:
             notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
@@ -192,13 +193,13 @@ class LlamaCppConnection:
         )
         body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
         last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
-        usage, place = last.usage or Usage(), job.place
-        return Warmed(
-            tokens=usage.input_tokens,
-            cached_tokens=usage.cached_tokens,
-            saved=place.size if place else None,
-            warnings=(*last.warnings, *((place.problem,) if place and place.problem else ())),
-        )
+        usage, saved, warnings = last.usage or Usage(), job.place.size if job.place else None, last.warnings
+        if saved is None and job.lease is not None and self._settings.prompts_bytes:
+            problem = job.place.problem if job.place else "an adapter's file has changed since it was loaded"
+            if any(each.activated for each in job.need.adapters):
+                problem = "its adapter acts only after its invocation, so the whole prompt is read each time"
+            warnings = (*warnings, f"The prompt was not saved: {problem}.")
+        return Warmed(tokens=usage.input_tokens, cached_tokens=usage.cached_tokens, saved=saved, warnings=warnings)
 
     async def _beginning(self, request: ChatRequest, job: Job) -> tuple[str, list[int]]:
         """Return the text with which later prompts begin, and its tokens.
@@ -456,7 +457,7 @@ class LlamaCppConnection:
             batch=settings.batch,
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
-            prompts=str(self._states.folder) if settings.prompts_bytes else "",
+            prompts=str(self._states.folder),
         )
         return _engine.acquire(launch, id(self))
 
@@ -498,21 +499,24 @@ async def _load(job: Job) -> Lease:
     return await retry.call(load, job.call)
 
 
-def _check_cache(lease: Lease, last: Chunk) -> None:
-    """Check that the engine read the whole prompt if it had to.
+def _check_cache(use: SlotUse, last: Chunk) -> tuple[str, ...]:
+    """Check that the engine read the whole prompt if it had to; return warnings.
 
     Raises:
         ProtocolError: it used what another adapter or weight may have computed.
     """
     cached = last.usage.cached_tokens if last.usage else None
-    if lease.use is not None and cached is not None and cached > lease.use.most:
-        lease.use.distrust()
+    if cached is not None and cached > use.most:
+        use.distrust()
         raise ProtocolError(
             f"The engine used {cached} tokens of its cache, which other adapters may have computed: the reply may be"
             " wrong.",
             retryable=True,
             hint="Ask again. If that does not help, unload the model.",
         )
+    if use.saved is not None and not cached:
+        return ("A saved prompt was restored, but the engine read it again.",)
+    return ()
 
 
 def _window(stored: Stored, wanted: int | None) -> int | None:

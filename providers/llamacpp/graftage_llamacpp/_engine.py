@@ -146,10 +146,10 @@ class EngineTransport:
     async def _place(self, body: dict[str, Any], job: Job, lease: Lease, clock: Clock) -> Place | None:
         """Restore what is saved of a prompt; return where it is saved, or None if it has no place there."""
         use, keep = lease.use, body.pop("keep", None)
-        if use is None or use.scales is None or job.states is None:
+        if use is None or use.scales is None or job.states is None or not (keep or job.states.folder.exists()):
             return None
         key = await job.call.run(key_of, lease.process, job.stored.digest, use.weights)
-        if key is None or not (keep or await job.call.run(job.states.has, key)):
+        if key is None or not (keep or job.states.has(key)):
             return None
         post = partial(self._post, lease, clock)
         text = keep or body.get("prompt") or (await post(TEMPLATE, body)).get("prompt")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graftage.exceptions import ConnectionFailed, StreamInterrupted
 from graftage_llamacpp._process import file_state
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def key_of(process: Process, digest: str | None, weights: Mapping[str, float]) -
         adapters.append((content, weight))
     model = process.state or ()
     facts = {
+        "format": 1,
         "engine": process.version,
         # Size and time belong to the file that was loaded, also if the digest was read before a change.
         "model": (digest, model[2:4]) if digest else model,
@@ -98,6 +100,7 @@ class State(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
+    key: str
     tokens: int = Field(gt=0)
     size: int = Field(gt=0)
     digest: str
@@ -143,7 +146,9 @@ class States:
         for path in self.folder.glob(f"{key}-*{SUFFIX}.json"):
             try:
                 if _is_ours(path) and _is_ours(path.with_suffix("")):
-                    yield State.model_validate_json(path.read_bytes()).model_copy(update={"name": path.stem})
+                    state = State.model_validate_json(path.read_bytes())
+                    if state.key == key:
+                        yield state.model_copy(update={"name": path.stem})
             except (OSError, ValueError):
                 self._delete(path.stem)
 
@@ -189,12 +194,12 @@ class States:
             OSError: the folder cannot be written.
         """
         path = self.folder / part
-        with path.open("r+b") as file:
+        with path.open("rb") as file:
             path.chmod(0o600)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
         marks = tuple(_marks(text))
-        state = State(tokens=tokens, size=path.stat().st_size, digest=digest, length=len(text), marks=marks)
+        size = path.stat().st_size
+        state = State(key=key, tokens=tokens, size=size, digest=digest, length=len(text), marks=marks)
         name = f"{key}-{marks[-1]}{SUFFIX}"
         note = self.folder / f"{part}.json"
         note.touch(0o600)
@@ -265,7 +270,7 @@ class Place:
             if scales:
                 await self.post("/completion", first)
             answer = await self.post(f"/slots/{use.number}?action=restore", {"filename": state.name})
-        except BaseException:
+        except (ConnectionFailed, StreamInterrupted):
             self.states.delete(state)  # If the engine crashed on it, it would again.
             raise
         if answer.get("n_restored") == state.tokens and use.alone:
