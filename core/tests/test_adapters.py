@@ -312,7 +312,7 @@ class TestSeveral:
             @hookimpl
             def connect(self, request: Any) -> Any:
                 self.adapter_weights = False
-                found = super().connect(request)
+                found: Any = super().connect(request)
                 claimed = found.capabilities()
                 found.capabilities = hookimpl(lambda: replace(claimed, features=claimed.features | {"adapter_weights"}))
                 return found
@@ -350,7 +350,7 @@ class TestSeveral:
         echo = Echo(adapter_weights=True)
         plugin = shelf("style", same=Patch("same", content="style"))
         llm = both.connect(echo, model=MODEL, plugins=[plugin])
-        for act in (lambda: llm.chat("x", adapter=adapter), lambda: llm.use_adapter(adapter)):
+        for act in (partial(llm.chat, "x", adapter=adapter), partial(llm.use_adapter, adapter)):
             with pytest.raises(RequestRejected) as caught:
                 act()
             assert caught.value.hint

@@ -362,6 +362,10 @@ class Client(_BlockingClient):
     ) -> LoadedAdapter | None:
         """Switch the adapter of all calls that follow, and return the one that is now active.
 
+        Each of them finds the adapter again, as if it had named the adapter: after the files have changed, the new
+        content answers, and the first reply warns; once they are gone, calls raise `AdapterNotFound`, or the base model
+        answers if `on_missing` says so.
+
         After a failed switch every call raises that error until a switch succeeds, so that neither another adapter nor
         the base model answers by accident. Switches happen one at a time, in the order in which they were asked for.
 
