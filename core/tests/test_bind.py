@@ -260,7 +260,7 @@ class TestSharing:
             llm.bind()
 
     def test_closed_unopened_view_stays_closed(self, both: Any) -> None:
-        llm = both.connect(Echo(), model=MODEL)
+        llm = both.connect("auto", model=MODEL, plugins=[First()])
         view = llm.bind()
         view.close()
         with pytest.raises(RuntimeError, match="the client is closed"):
@@ -268,22 +268,33 @@ class TestSharing:
         assert llm.chat("x").text == "x"
 
 
+class First(Echo):
+    """A provider that `auto` takes first."""
+
+    name = "first"
+
+    @hookimpl
+    def answers(self) -> int:
+        return 99
+
+
 class TestUnopened:
-    """A client that opens at its first call: an async one, or one that chooses its provider."""
+    """A client that chooses its provider at its first call."""
 
     def test_first_view_opens_the_client(self, both: Any) -> None:
-        echo = Echo()
-        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        echo = First()
+        llm = both.connect("auto", model=MODEL, plugins=[echo, shelf("poet")])
         view = llm.bind(adapter="poet", model="other:7b")
         assert both.together([lambda: view.chat("x").model] * 5) == ["other:7b+poet"] * 5
         assert (llm.chat("x").model, len(echo.connections)) == (MODEL, 1)
         assert view.origins == llm.origins
 
     def test_adapter_is_that_of_the_binding(self, both: Any) -> None:
-        llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
+        llm = both.connect("auto", model=MODEL, plugins=[First(), shelf("poet")])
         view = llm.bind()
         llm.use_adapter("poet")
         assert (view.chat("x").adapter, llm.chat("x").adapter) == (None, "poet")
+        assert llm.bind().chat("x").adapter == "poet"
 
     def test_failed_switch_is_not_forgotten(self) -> None:
         class Late(Echo):

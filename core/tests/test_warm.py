@@ -57,11 +57,14 @@ class TestWarm:
         usage = Usage(input_tokens=40, output_tokens=1, cached_tokens=30)
         echo = Echo([Reply(text="Ahoy there", usage=usage)], without=["warm"])
         llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
-        warmed = llm.warm("poet", SYSTEM["content"], tools=[look], tool_choice="required", format="json")
+        warmed = llm.warm("poet", [SYSTEM], tools=[look], tool_choice="required", format="json")
         assert warmed == Warmed(tokens=40, cached_tokens=30)
         request = echo.requests[-1]
         assert (hooks(echo), request.max_tokens, request.adapter.name) == (["load_adapter", "chat"], 1, "poet")
         assert [each.name for each in request.tools] == ["look"]
+        assert [each.role for each in request.messages] == ["system", "user"]
+        llm.warm("poet", "Ahoy!")
+        assert [each.content for each in echo.requests[-1].messages] == ["Ahoy!"]
 
     @pytest.mark.parametrize("without", [(), ("warm",)])
     def test_without_messages_the_adapter_is_loaded(self, both: Any, without: tuple[str, ...]) -> None:

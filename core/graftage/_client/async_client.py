@@ -405,7 +405,8 @@ class AsyncClient(_AwaitingClient):
 
         A later `chat` with the same adapter, model, tools and window reads only what comes after them, as long as its
         server still holds what was read. The embedded engine also saves it on the disk, for later processes. Other
-        servers are sent the messages as a chat with a reply of one token.
+        servers are sent the messages as a chat with a reply of one token, with a short question if none has the role
+        `user`: the templates of some models need one.
 
         Args:
             adapter: as for `chat`.

@@ -307,6 +307,7 @@ class Session(Connection):
     async def warm(self, asked: CallOptions) -> Warmed:
         """Load an adapter and its model, and read the messages ahead, if there are any."""
         if asked.build is not None and not self.has("warm"):
+            asked = replace(asked, build=partial(_with_a_question, asked.build))
             run, _ = await self.infer("chat", asked, stream=False)
             reply = run.whole()
             return Warmed(
@@ -772,6 +773,14 @@ class Session(Connection):
                 await self.waiting.finish(self._clients.close)
             finally:
                 await self.delivery.close(self.io.wait)
+
+
+def _with_a_question(build: Callable[..., ChatRequest], **settled: Any) -> ChatRequest:
+    """Return a request in which the user says something: the templates of some models need that."""
+    request = build(**settled)
+    if any(each.role == "user" for each in request.messages):
+        return request
+    return replace(request, messages=(*request.messages, Message(role="user", content="Hi")))
 
 
 def _checked_adapters(listed: Any) -> tuple[AdapterInfo, ...]:
