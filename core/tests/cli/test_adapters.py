@@ -75,6 +75,7 @@ it = Lore()
 @pytest.fixture(autouse=True)
 def _installed(shell: Shell) -> None:
     shell.install(LORE, name="lore", group="graftage.plugins")
+    shell.environment["GRAFTAGE_DISABLED_PLUGINS"] = "lora"  # It would look in the user's folders, and on the network.
     for name in ("base", "other", "slow", "bad"):
         (shell.folder / f"{name}.gguf").write_text("")
 
