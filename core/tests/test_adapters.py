@@ -433,6 +433,16 @@ class TestLost:
         assert first.call is second.call
         assert (first.messages, first.max_tokens) == (second.messages, 7)
 
+    def test_facts_of_its_model_are_asked_again(self, both: Any) -> None:
+        def served(request: ResolveRequest) -> Patch | None:
+            return Patch("poet") if request.show("m:1+poet") else None
+
+        echo = Echo([lost(), "a"])
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(poet=served)])
+        llm.chat("x", adapter="poet")
+        llm.chat("x", adapter="poet")
+        assert [request.model for hook, request in echo.calls if hook == "show_model"] == ["m:1+poet"] * 2
+
     def test_count_loads_again_too(self, both: Any) -> None:
         class Once(dict[str, Any]):
             def get(self, key: str, default: Any = None) -> Any:
@@ -455,6 +465,15 @@ class TestLost:
         pause.release()
         assert [each.result(10).adapter for each in calls] == ["poet"] * 8
         assert len(loads(echo)) == 2
+
+
+class TestMemory:
+    def test_is_bounded(self, both: Any) -> None:
+        echo, names = Echo(), [f"a{number}" for number in range(258)]
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(*names)])
+        for name in [*names[:256], "a0", *names[256:], "a0", "a1"]:
+            assert llm.chat("x", adapter=name).adapter == name
+        assert [each.adapter.name for each in loads(echo)] == [*names, "a1"]
 
 
 class TestFollowing:

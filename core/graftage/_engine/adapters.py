@@ -238,6 +238,8 @@ class Adapters:
     async def again(self, applied: Applied, model: str, run: Run, asked: CallOptions, figures: Any) -> Applied:
         """Load adapters that the server has lost, with the figures that the policies have allowed the call."""
         for key, loaded in applied.held:
+            if loaded.model != model:
+                self._session.forget_facts(loaded.model)
             if self._loaded.get(key) is loaded:  # Another call may have loaded it again.
                 self._loaded.pop(key, None)
         return await self._bring(applied, model, run, asked, figures)
