@@ -157,6 +157,16 @@ class TestUse:
         hooks = [hook for hook, _ in echo.calls if "load_adapter" in hook]
         assert hooks == ["load_adapter", "unload_adapter", "load_adapter"]
 
+    @pytest.mark.parametrize("change", ["pull", "delete"])
+    def test_new_base_loads_it_again(self, both: Any, change: str) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        llm.use_adapter("poet")
+        llm.pull(MODEL)
+        getattr(llm, change)(MODEL)
+        assert llm.chat("x").adapter == "poet"
+        assert len(loads(echo)) == 2
+
     def test_prune_is_dry_by_default(self, both: Any) -> None:
         echo = Echo()
         llm = both.connect(echo, model=MODEL, plugins=[shelf("poet", "pirate")])
@@ -837,7 +847,8 @@ class AdapterMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.echo = Echo()
-        self.llm = graftage.connect(self.echo, model=MODEL, plugins=[shelf(*NAMES, **UNFIT)])
+        self.shelf = shelf(*NAMES, **UNFIT)
+        self.llm = graftage.connect(self.echo, model=MODEL, plugins=[self.shelf])
         self.expected: str | None = None
         self.failed = False
 
@@ -864,6 +875,11 @@ class AdapterMachine(RuleBasedStateMachine):
         assert reply.adapter == self.expected
         assert reply.model == (f"{MODEL}+{self.expected}" if self.expected else MODEL)
         assert self.echo.requests[-1].model == reply.model
+        assert reply.adapter_digest == (self.shelf.patches[self.expected].digest if self.expected else None)
+
+    @rule(name=st.sampled_from(NAMES), content=st.integers(0, 2))
+    def retrain(self, name: str, content: int) -> None:
+        self.shelf.patches[name] = Patch(name, content=f"{name} {content}")
 
     @rule(name=st.sampled_from([*NAMES, None]), lost=st.booleans())
     def chat_once_with(self, name: str | None, lost: bool) -> None:

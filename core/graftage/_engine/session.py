@@ -519,6 +519,7 @@ class Session(Connection):
                     await run.abandon()
         run.emit("finish")
         self.forget_facts(name)
+        self.adapters.forget(name)
         self.health_cache.drop()
         return last
 
