@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from plain import LoopedEcho, PlainEcho
 
 import graftage
 from graftage.exceptions import (
@@ -442,6 +443,14 @@ class TestLost:
         first, second = (request for hook, request in echo.calls if hook == "chat")
         assert first.call is second.call
         assert (first.messages, first.max_tokens) == (second.messages, 7)
+
+    @pytest.mark.parametrize("kind", [PlainEcho, LoopedEcho])
+    def test_is_loaded_again_on_other_threads(self, both: Any, kind: Any) -> None:
+        echo = kind([lost(), "a b"])
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        stream = llm.chat("x", adapter="poet", stream=True)
+        assert "".join(chunk.text for chunk in stream) == "a b"
+        assert len(loads(echo)) == 2
 
     def test_facts_of_its_model_are_asked_again(self, both: Any) -> None:
         def served(request: ResolveRequest) -> Patch | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from giving import Giving
-from plain import PlainEcho
+from plain import LoopedEcho, PlainEcho
 
 import graftage
 from graftage import exceptions
@@ -58,31 +57,11 @@ from graftage.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from graftage.testing.both import Both
     from graftage_ollama.testing import FakeOllama
-
-
-class LoopedEcho(Echo):
-    """`Echo` whose chat needs an event loop."""
-
-    @hookimpl
-    def connect(self, request: Any) -> object:
-        inner: Any = super().connect(request)
-        kind = type(inner)
-
-        class Looped(kind):  # type: ignore[misc,valid-type]
-            needs_event_loop = True
-
-            @hookimpl
-            async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-                async for chunk in kind.chat(self, request):
-                    await asyncio.sleep(0)
-                    yield chunk
-
-        return Looped(self)
 
 
 def named(name: str, echo: Echo) -> Giving:
