@@ -23,7 +23,6 @@ from graftage.exceptions import (
     AdapterUnsupported,
     CapabilityUnsupported,
     ConnectionFailed,
-    ModelNotFound,
     RequestRejected,
     ResourceLimitExceeded,
 )
@@ -146,16 +145,6 @@ class TestUse:
         assert [each.name for each in llm.prune_adapters(keep=["m:1+poet"], dry_run=False)] == ["m:1+pirate"]
         assert echo.derived == {"m:1+poet"}
         assert llm.chat("x", adapter="pirate").adapter == "pirate"
-
-    def test_deleted_model_is_made_again(self, both: Any) -> None:
-        gone = ModelNotFound("deleted", model="m:1+poet")
-        echo = Echo(["a", gone, "b"])
-        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
-        assert llm.chat("x", adapter="poet").text == "a"
-        with pytest.raises(ModelNotFound):
-            llm.chat("x", adapter="poet")
-        assert llm.chat("x", adapter="poet").text == "b"
-        assert len(loads(echo)) == 2
 
     def test_running_call_keeps_its_adapter(self) -> None:
         async def main() -> None:
@@ -392,7 +381,7 @@ class TestResolvers:
                 "x", adapter="poet"
             )
 
-    @pytest.mark.parametrize("reference", ["", "  ", 5, b"poet", ["poet"]])
+    @pytest.mark.parametrize("reference", ["", "  ", 5, b"poet", [5]])
     def test_invalid_references_are_refused(self, both: Any, reference: Any) -> None:
         llm = both.connect(Echo(), model=MODEL, plugins=[shelf("poet")])
         with pytest.raises(RequestRejected, match="dapter"):
@@ -439,14 +428,12 @@ class TestIdentity:
         llm = both.connect(echo, model=MODEL, plugins=[plugin])
         llm.use_adapter("poet")
         plugin.patches["poet"] = new
-        for how, digest in (({"adapter": "poet"}, new.digest), ({}, old.digest)):
-            llm.chat("x", **how)
+        for how in ({"adapter": "poet"}, {}, {"adapter": "old"}):
+            reply = llm.chat("x", **how)
+            digest = old.digest if how.get("adapter") == "old" else new.digest
+            assert reply.adapter_digest == digest
             assert marks(echo.requests[-1]) == ("poet", digest)
         assert [request.adapter.digest for request in loads(echo)] == [old.digest, new.digest]
-        # This unloads the active one, though another is loaded under its name.
-        llm.unload_adapter("old")
-        llm.chat("x")
-        assert marks(echo.requests[-1]) == ("poet", new.digest)
 
 
 NAMES = ("one", "two", "three")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from graftage._engine import inputs as reading
 from graftage._engine import schemas
@@ -21,9 +22,16 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from graftage._engine.purposes import Purpose
+    from graftage.types import _Unset
 
 Timeout: TypeAlias = "float | Timeouts | None"
+Choice: TypeAlias = "tuple[tuple[str, float], ...]"
+"""The adapters of a call, each with its weight."""
 MOST_RETRIES = 10
+MOST_ADAPTERS = 8
+"""How many adapters may act at once."""
+LARGEST_WEIGHT = 1e6
+"""Weights beyond it, or below its inverse, are mistakes, and their products might not fit the numbers of an engine."""
 
 
 class Arguments(TypedDict, total=False):
@@ -32,7 +40,8 @@ class Arguments(TypedDict, total=False):
     model: str | None
     """The model, if it is not the client's."""
     adapter: AdapterChoice
-    """An adapter for this call; None for the base model; leave it out for the active adapter."""
+    """An adapter for this call, `(adapter, weight)`, or a list of these for several at once; None for the base model;
+    leave it out for the active adapter."""
     format: schemas.Format | None
     """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`. The
     result is in `Reply.parsed`."""
@@ -119,7 +128,7 @@ class CallOptions:
     """A call's arguments, read, and checked as far as possible without a model."""
 
     model: str | None = None
-    adapter: AdapterChoice = ACTIVE
+    adapter: Choice | Literal[_Unset.ACTIVE] | None = ACTIVE
     timeout: float | Timeouts | None = None
     keep_alive: float | str | None = None
     context_window: int | None = None
@@ -281,7 +290,7 @@ def _common(arguments: Mapping[str, object]) -> dict[str, Any]:
     if common.get("model") is not None:
         check_model(common["model"])
     if common.get("adapter", ACTIVE) not in (ACTIVE, None):
-        read_reference(common["adapter"])
+        common["adapter"] = read_adapter(common["adapter"])
     return common
 
 
@@ -380,6 +389,44 @@ def check_callback(name: str, callback: object) -> None:
         raise reading.rejected(f"`{name}`", "a plain function to call with each step", callback)
 
 
+def read_adapter(value: object) -> Choice:
+    """Return the adapters of an argument, each with its weight. What it returns may be read again.
+
+    Raises:
+        RequestRejected: a reference or a weight is invalid, an adapter comes twice, or there are none or too many.
+    """
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and not _has_weight(value)
+    choice = tuple(_read_weighted(each) for each in (value if several else (value,)))  # type: ignore[attr-defined] # it is a sequence
+    names = [name for name, _ in choice]
+    if not choice:
+        raise RequestRejected("`adapter` is empty.", hint="Give None for the base model.")
+    if len(choice) > MOST_ADAPTERS:
+        hint = f"Give at most {MOST_ADAPTERS}."
+        raise RequestRejected(f"{len(choice)} adapters are too many at once.", hint=hint)
+    for twice in (name for name in names if names.count(name) > 1):
+        raise RequestRejected(f"The adapter `{twice}` comes twice.", hint=f"Give it once, as `({twice!r}, 2.0)`.")
+    return choice
+
+
+def _has_weight(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], numbers.Real)
+
+
+def _read_weighted(value: Any) -> tuple[str, float]:
+    reference, given = value if _has_weight(value) else (value, 1.0)
+    name = read_reference(reference)
+    try:
+        weight = 0.0 if isinstance(given, bool) else float(given)
+    except OverflowError:
+        weight = 0.0
+    if not 1 / LARGEST_WEIGHT <= abs(weight) <= LARGEST_WEIGHT:
+        hint = (
+            f"Give a number other than 0, such as 0.5: from {1 / LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, or below 0."
+        )
+        raise RequestRejected(f"The weight of the adapter `{name}` is invalid: {given!r}.", hint=hint)
+    return name, weight
+
+
 def read_reference(reference: object) -> str:
     """Return a reference to an adapter as a string.
 
@@ -388,9 +435,8 @@ def read_reference(reference: object) -> str:
     """
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
     if not isinstance(name, str) or not name.strip():
-        raise RequestRejected(
-            f"An adapter cannot be {reference!r}.", hint="Give its name as a string, or the path of its file or folder."
-        )
+        hint = "Give its name as a string, or the path of its file or folder; with a weight, `(name, 0.5)`."
+        raise RequestRejected(f"An adapter cannot be {reference!r}.", hint=hint)
     return reading.text(name, "the name of the adapter")
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graftage._engine.adapters import read_on_missing
-from graftage._engine.arguments import check_model, read_flag, read_reference
+from graftage._engine.adapters import missing_note, name_of, read_on_missing
+from graftage._engine.arguments import check_model, read_adapter, read_flag
 from graftage._engine.session import Measured, Session
 from graftage._records import dataclass
-from graftage.exceptions import AdapterNotFound, GraftageError
+from graftage.exceptions import AdapterNotFound, GraftageError, RequestRejected
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Ranking, Stats, Timeouts
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Chain:
             except AdapterNotFound:
                 if adapter.on_missing != "base":
                     raise
-                notes = (*notes, f"The adapter `{adapter.reference}` was not found; the base model answers.")
+                notes = (*notes, missing_note(read_adapter(adapter.reference)))
                 here = replace(here, adapter=None)
                 run, first = await session.infer(operation, here, stream=stream, warnings=notes)
             return run, first
@@ -155,12 +156,11 @@ class Chain:
     ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it at its next call."""
         self._adapter = _Adapter(reference)  # If an argument is invalid, the adapter before must not answer.
-        self._adapter = _Adapter(reference, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
+        choice = None if reference is None else read_adapter(reference)
+        self._adapter = _Adapter(choice, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
         if model is not None:
             check_model(model)
         self.timeouts(timeout)
-        if reference is not None:
-            read_reference(reference)
         return None
 
     def switch_failed(self, reference: object, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
@@ -183,11 +183,12 @@ class Chain:
         """Return the sums of the counters of all members."""
         each = [session.stats() for session in self.sessions]
         names = [each.name for each in fields(Stats) if each.name != "active_adapter"]
-        reference = self._adapter.reference
+        reference, active = self._adapter.reference, None
         if reference is ACTIVE:
             active = next(filter(None, (one.active_adapter for one in each)), None)
-        else:
-            active = str(reference) if reference is not None else None
+        elif reference is not None:
+            with contextlib.suppress(RequestRejected):  # Every call raises it.
+                active = name_of(read_adapter(reference))
         return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)
 
     async def close(self) -> None:

@@ -7,13 +7,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from graftage._engine import inputs
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
-from graftage._engine.arguments import CallOptions, check_callback, check_model, check_tokens, read_flag, read_seconds
+from graftage._engine.arguments import (
+    CallOptions,
+    check_callback,
+    check_model,
+    check_tokens,
+    read_adapter,
+    read_flag,
+    read_seconds,
+)
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
@@ -86,7 +95,7 @@ class Session(Connection):
     def __init__(self, *, adapter: str | None = None, **of: Any) -> None:
         super().__init__(**of)
         self.admission = Admission(self)
-        self.adapters = Adapters(self, self.admission, adapter)
+        self.adapters = Adapters(self, self.admission, read_adapter(adapter) if adapter else None)
 
     def single(self) -> Session:
         """Return this session; a chain of several providers raises."""
@@ -117,15 +126,14 @@ class Session(Connection):
                 request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
                 run.tool_choice = getattr(request, "tool_choice", None)
-                run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
+                run.open = lambda found: open_hook(self.io, self.relay.hooks[operation], found, run.call)
+                run.source = run.open(request)
             first = await run.pull()
             while not stream and run.reply is None:
                 await run.pull()
             return run, first
-        except Exception as error:
-            if run.adapter and isinstance(error, ModelNotFound):
-                self.adapters.forget(run.model)  # It was deleted: the next call loads it again.
-            if asked.retries and isinstance(error, InferenceFailed) and run.misfits():
+        except InferenceFailed as error:
+            if asked.retries and run.misfits():
                 return await self._ask_again(asked, run, error, warnings)
             raise
 
@@ -162,16 +170,27 @@ class Session(Connection):
         if self.needs or "images" in asked.needs:  # Some servers silently drop pictures, and the model invents.
             await self._know(model, run.call)
             self.require_features(model, (*self.needs, *asked.needs))
-        adapter, notes = await self.adapters.for_call(asked, model, run)
-        run.adapter = adapter.name if adapter else None
-        run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
-        run.model = adapter.model if adapter else model
+        applied, notes = await self.adapters.for_call(asked, model, run)
+        run.warnings = (*run.warnings, *notes)
+        if applied is not None:
+            run.applied(applied.loaded)
+            run.warnings = (*run.warnings, *applied.loaded.warnings)
         figures = await self.admission.admit(run, operation, asked, run.model)
         if self._closed:
             raise closed_meanwhile()
         if asked.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
-        return asked.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
+        build = partial(asked.build, call=run.call, options=options, **figures)
+        if applied is None:
+            return build(model=run.model, adapter=None)
+
+        async def again() -> Any:
+            found = await self.adapters.again(applied, model, run, asked, figures)
+            run.applied(found.loaded)
+            return build(model=run.model, adapter=found.loaded)
+
+        run.again = again
+        return build(model=run.model, adapter=applied.loaded)
 
     async def embed(self, asked: CallOptions) -> Embeddings:
         """Return one vector for each input."""
@@ -241,7 +260,12 @@ class Session(Connection):
         run = self.run("count_tokens", model, self.timeouts(asked.timeout))
         with run.failing():
             request = await self._inference_request(run, "count_tokens", asked, model)
-            count: int = await self.call("count_tokens", request, run.call, int)
+            try:
+                count: int = await self.call("count_tokens", request, run.call, int)
+            except GraftageError as error:
+                if (again := run.take_again(error)) is None:
+                    raise
+                count = await self.call("count_tokens", await again(), run.call, int)
             if not read_count(count):
                 hint = "A conversation cannot be that short: report it to the provider's authors."
                 raise ProtocolError(f"The provider counted {count} tokens.", hint=hint)
