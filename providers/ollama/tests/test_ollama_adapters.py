@@ -309,7 +309,6 @@ class TestNative:
             connect().use_adapter("ahoy")
         assert made(fake) == []
 
-
     def test_activated_adapter_is_refused(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
         adapter.file.write_bytes(gguf(**{"general.type": "adapter", "adapter.alora.invocation_tokens": "a"}))
         with pytest.raises(AdapterUnsupported, match=r"only after its invocation tokens.* Use the embedded provider"):
