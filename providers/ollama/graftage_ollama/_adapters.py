@@ -63,6 +63,7 @@ PART_LENGTH: Final = 80
 """Characters of one part of a model's name (Ollama's `types/model/name.go`)."""
 SPACE_FACTOR: Final = 2
 """A merged model is at most this much larger than its base: touched 4-bit tensors become 8-bit ones."""
+AGAIN: Final = "Try again: it is then made again. Does another program clean the server?"
 READ_SIZE: Final = 1 << 20
 MISFIT: Final = re.compile(
     r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
@@ -126,34 +127,44 @@ class Adapters:
         )
 
     async def checked(self, call: Call, adapter: LoadedAdapter, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-        """Yield the chunks of a reply, after a check of its first one."""
-        is_checked = False
+        """Yield the chunks of a reply, once it is certain that the adapter gives it."""
+        async with self.certain(call, adapter):
+            first = await anext(chunks, None)
+        if first is not None:
+            yield first
         async for chunk in chunks:
-            if not is_checked:
-                await self.check(call, adapter)
-                is_checked = True
             yield chunk
 
-    async def check(self, call: Call, adapter: LoadedAdapter) -> None:
-        """Make sure that a reply that has begun comes from the model that was proven.
+    @contextlib.asynccontextmanager
+    async def certain(self, call: Call, adapter: LoadedAdapter | None) -> AsyncIterator[None]:
+        """Make sure that the answer to the request in this block comes from the model that was proven.
 
-        The server looked its name up before the reply began, and `/api/tags` shows what the name means now (1.3 ms, and
-        0.2 ms for each model; `/api/show` takes 26 ms, and `/api/ps` does not show which runner answers). So a reply of
-        another model passes only if that had the name for this moment and is gone again.
+        The server looks its name up before it answers, and `/api/tags` shows what the name means afterwards (1.3 ms,
+        and 0.2 ms for each model; `/api/show` takes 26 ms, and `/api/ps` does not show which runner answers). So an
+        answer of another model passes only if that had the name for this moment alone.
 
         Raises:
             AdapterError: the name is gone, or means another model.
         """
-        name = canonical_name(adapter.model)
-        listed = await self._digests(call)
-        if name in listed and name in self._proven and listed[name] == self._proven[name]:
-            return
-        self._proven.pop(name, None)
-        raise AdapterError(
+        try:
+            yield
+        except ModelNotFound as error:
+            if adapter is None:
+                raise
+            raise self._lost(adapter) from error
+        if adapter is not None:
+            name = canonical_name(adapter.model)
+            listed = await self._digests(call)
+            if name not in listed or name not in self._proven or listed[name] != self._proven[name]:
+                raise self._lost(adapter)
+
+    def _lost(self, adapter: LoadedAdapter) -> AdapterError:
+        self._proven.pop(canonical_name(adapter.model), None)
+        return AdapterError(
             f"Another program has deleted or replaced the server's model with the adapter `{adapter.name}`.",
             reference=adapter.name,
             retryable=True,
-            hint="Try again: it is then made again.",
+            hint=AGAIN,
         )
 
     async def _digests(self, call: Call) -> dict[str, str | None]:
@@ -366,7 +377,7 @@ class Adapters:
             raise _StrategyUnavailable(why) from error
         is_proven = await self._prove(request.call, derived.name, derived.proves)
         if is_proven is None:
-            raise ModelNotFound("The new model was deleted at once.", hint="Does another program clean the server?")
+            raise ModelNotFound("Another program has deleted the new model.", hint=AGAIN)
         if is_proven:
             return
         why = "the created model does not contain the adapter"
@@ -397,6 +408,8 @@ class Adapters:
             words = str(error.details.get("server_message", ""))
             if not _is_misfit(error, words, is_new=not derived.exists):
                 raise
+            if not await self._prove(request.call, derived.name, derived.proves):
+                raise ModelNotFound("Another program has deleted or replaced the new model.", hint=AGAIN) from error
             if not derived.exists:
                 await self._delete(request.call, derived.name)
             if "not yet implemented" in words:

@@ -72,14 +72,14 @@ class OllamaConnection:
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         body = _convert.chat_body(request)
         read, words = _convert.chat_chunk, _convert.chat_text
-        chunks = self._http.lines("POST", "/api/chat", body, call=_about(request), read=read, words=words)
+        chunks = self._http.lines("POST", "/api/chat", body, call=request.call, read=read, words=words)
         async for chunk in self._checked(request, chunks):
             yield chunk
 
     @hookimpl
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         body = _convert.generate_body(request)
-        chunks = self._http.lines("POST", "/api/generate", body, call=_about(request), read=_convert.generate_chunk)
+        chunks = self._http.lines("POST", "/api/generate", body, call=request.call, read=_convert.generate_chunk)
         async for chunk in self._checked(request, chunks):
             yield chunk
 
@@ -97,9 +97,8 @@ class OllamaConnection:
         # No endpoint only counts. `num_predict: 0` would mean no limit.
         body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.NO_TRUNCATION}))
         body["stream"] = False
-        last = await self._http.json("POST", "/api/chat", body, call=_about(request), read=_convert.chat_chunk)
-        if request.adapter:
-            await self._adapters.check(request.call, request.adapter)
+        async with self._adapters.certain(request.call, request.adapter):
+            last = await self._http.json("POST", "/api/chat", body, call=request.call, read=_convert.chat_chunk)
         return _convert.prompt_tokens(last)
 
     # --- Models ------------------------------------------------------------------------------------------------------
@@ -209,11 +208,6 @@ class OllamaConnection:
 
     async def _post_generate(self, body: Mapping[str, object], call: Call) -> None:
         await self._http.json("POST", "/api/generate", body, call=call)
-
-
-def _about(request: ChatRequest | GenerateRequest) -> Call:
-    """Return the call, with the model that errors are about: with an adapter, it is another than the caller's."""
-    return replace(request.call, model=request.model) if request.adapter else request.call
 
 
 def _refusal(answer: Answer) -> ProviderError | None:

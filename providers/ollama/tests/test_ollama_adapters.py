@@ -797,7 +797,7 @@ class TestHealing:
         llm.use_adapter("ahoy")
         gone = Answer([{"error": "model not found, try pulling it first"}], status=404, framing="length")
         fake.script("/api/chat", gone, gone)
-        with pytest.raises(ModelNotFound):
+        with pytest.raises(AdapterError, match=r"deleted or replaced.*Try again"):
             llm.chat("Hi")
         assert llm.chat("Hi").text == fake.reply
 
