@@ -487,9 +487,10 @@ def lora(path: Path, rows: int) -> Path:
     head = b"GGUF" + struct.pack("<IQQ", 3, 2, len(texts) + 1)
     head += b"".join(text(name) + struct.pack("<I", 8) + text(value) for name, value in texts.items())
     head += text("adapter.lora.alpha") + struct.pack("<If", 6, 1.0)
-    for name, shape, offset in (("lora_a", (rows, 1), 0), ("lora_b", (1, 576), 2 * rows)):
+    second = 2 * rows + -2 * rows % 32
+    for name, shape, offset in (("lora_a", (rows, 1), 0), ("lora_b", (1, 576), second)):
         head += text(f"blk.0.attn_q.weight.{name}") + struct.pack("<IQQIQ", 2, *shape, 1, offset)
-    path.write_bytes(head + bytes(-len(head) % 32) + bytes(2 * rows + 2 * 576))
+    path.write_bytes(head + bytes(-len(head) % 32) + bytes(second + 2 * 576))
     return path
 
 
@@ -514,6 +515,30 @@ class TestAdapters:
         assert (listed.name, listed.adapters) == (loaded.model, (adapter.digest,))
         assert [each.name for each in llm.prune_adapters(dry_run=False)] == [loaded.model]
         assert loaded.model not in [each.name for each in llm.models()]
+
+    def test_model_lost_to_others_is_made_again(
+        self, both: Both, connect: Callable[..., Any], cassette: Cassette
+    ) -> None:
+        adapter = Ready(AHOY)
+        llm, other = connect(plugins=[adapter]), connect()
+
+        def answer() -> Any:
+            if cassette.records:
+                adapter.send()
+            reply = llm.chat("What is the capital of Italy?", adapter="ready", options=CALM, max_tokens=20)
+            assert (reply.text, reply.adapter) == ("Ahoy! The parrot adapter says hello.", "ready")
+            return reply
+
+        name = answer().model
+        other.delete(name)
+        assert answer().model == name
+        both.native(other).copy(MODEL, name)
+        longer = answer().model
+        assert longer.startswith(name)
+        assert longer != name
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [longer]
+        assert {each.name for each in llm.models()} == {MODEL, name}
+        other.delete(name)
 
     def test_missing_file_is_uploaded(self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path) -> None:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))
