@@ -272,7 +272,7 @@ class FakeOllama:
         if not any(made.values()):
             return _digest(model)
         if not any(value for name, value in made.items() if name != "from"):
-            return self._manifest(made["from"])
+            return self._manifest(str(made["from"]))
         return f"sha256:{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()}"
 
     def _create(self, asked: Mapping[str, Any]) -> Answer:
