@@ -281,6 +281,14 @@ class LlamaCppConnection:
         job = await self._job(request)
         file = self._file(adapter, request)
         await call.run(file.prepare)
+        if file.activated and self._settings.slots > 1:
+            # Its server reads such prompts in parts, and mixes them up with those of other slots.
+            raise AdapterUnsupported(
+                f"The adapter `{adapter.name}` acts only after its invocation tokens, which the engine does rightly only"
+                " with one slot.",
+                reference=adapter.name,
+                hint="Set `slots` to 1.",
+            )
         call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
         running = job.engine.running
         if running is None or adapter.digest not in running.adapters:
@@ -397,7 +405,8 @@ class LlamaCppConnection:
             model=str(stored.path),
             slots=settings.slots,
             threads=settings.threads or default_threads(),
-            batch=settings.batch,
+            # The engine shares a batch out equally among its slots, and crashes if it cannot.
+            batch=-(-settings.batch // settings.slots) * settings.slots,
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
         )
