@@ -284,7 +284,7 @@ class LlamaCppConnection:
         if file.activated and self._settings.slots > 1:
             # Its server reads such prompts in parts, and mixes them up with those of other slots.
             raise AdapterUnsupported(
-                f"The adapter `{adapter.name}` acts only after its invocation tokens, and the engine can do that only with"
+                f"The adapter `{adapter.name}` acts only after its invocation tokens, which the engine can do only with"
                 " one slot.",
                 reference=adapter.name,
                 hint="Set `slots` to 1.",
