@@ -720,15 +720,20 @@ class Session(Connection):
     async def _pulled(self, request: PullAdapterRequest) -> AdapterInfo:
         pullers = self.relay.each("pull_adapter")
         for plugin, function in pullers:
-            found: Any = await self.io.ask(plugin, function, request, request.call)
-            if isinstance(found, AdapterInfo):
-                return found
-            if found is not None:
+            try:
+                found: Any = await self.io.ask(plugin, function, request, request.call)
+                if isinstance(found, AdapterInfo):
+                    return found
+                if found is not None:
+                    raise TypeError(f"it answered `pull_adapter` with {kind_of(found)}")
+            except GraftageError:
+                raise
+            except Exception as error:
                 raise PluginError(
-                    f"The plugin {self.relay.named(plugin)} answered `pull_adapter` with {kind_of(found)}.",
+                    f"The plugin {self.relay.named(plugin)} failed with {in_words(error)}.",
                     plugin=plugin,
                     hint="Report it to its authors.",
-                )
+                ) from error
         hint = (
             "Give the name of a repository, such as `owner/name`, or download its files yourself and give their path."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -50,6 +50,8 @@ from graftage.types import (
     PullProgress,
     Ranking,
     Timings,
+    Usage,
+    Warmed,
 )
 from graftage_llamacpp import _convert, _engine
 from graftage_llamacpp._engine import (
@@ -59,6 +61,7 @@ from graftage_llamacpp._engine import (
     COUNT,
     EMBEDDINGS,
     RERANK,
+    TEMPLATE,
     TOKENIZE,
     AdapterFile,
     Engine,
@@ -71,6 +74,8 @@ from graftage_llamacpp._process import (
     DEFAULT_MODEL,
     Launch,
     LlamaCppSettings,
+    SlotUse,
+    common_prefix,
     default_threads,
     find_package,
     free_memory,
@@ -78,6 +83,7 @@ from graftage_llamacpp._process import (
     resident_memory,
 )
 from graftage_llamacpp._sources import Watch
+from graftage_llamacpp._states import States
 from graftage_llamacpp._store import Store, Stored
 
 if TYPE_CHECKING:
@@ -162,12 +168,53 @@ class LlamaCppConnection:
                 yield chunk
         load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
         last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
-        if job.lease is not None:
-            _check_cache(job.lease, last)
+        if job.lease is not None and job.lease.use is not None:
+            notes = (*notes, *_check_cache(job.lease.use, last))
         for each in job.need.adapters:
             notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
         yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
+
+    @hookimpl
+    async def warm(self, request: ChatRequest) -> Warmed:
+        job = await self._job(request, request.adapter)
+        text, tokens = await self._beginning(request, job)
+        if not tokens:
+            return Warmed(tokens=0, cached_tokens=0)
+        raw = GenerateRequest(
+            call=request.call,
+            model=request.model,
+            prompt=text,
+            raw=True,
+            max_tokens=1,
+            keep_alive=request.keep_alive,
+            context_window=request.context_window,
+            adapter=request.adapter,
+        )
+        body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
+        last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
+        usage, saved, warnings = last.usage or Usage(), job.place.size if job.place else None, last.warnings
+        if saved is None and job.lease is not None and self._settings.prompts_bytes:
+            problem = job.place.problem if job.place else "an adapter's file has changed since it was loaded"
+            if any(each.activated for each in job.need.adapters):
+                problem = "its adapter acts only after its invocation, so the whole prompt is read each time"
+            warnings = (*warnings, f"The prompt was not saved: {problem}.")
+        return Warmed(tokens=usage.input_tokens, cached_tokens=usage.cached_tokens, saved=saved, warnings=warnings)
+
+    async def _beginning(self, request: ChatRequest, job: Job) -> tuple[str, list[int]]:
+        """Return the text with which later prompts begin, and its tokens.
+
+        What two different continuations have in common is right for any template, and wherever the tokenizer cuts.
+        """
+        texts, tokens = [], []
+        for messages in _convert.continuations(request.messages):
+            changed = replace(request, messages=messages, adapter=None)
+            body = _convert.chat_body(changed, job.stored.header)
+            text = await self._post(job, TEMPLATE, body, lambda found: str(found["prompt"]))
+            whole = {"content": text, "add_special": True, "parse_special": True}
+            texts.append(text)
+            tokens.append(await self._post(job, TOKENIZE, whole, _convert.tokens))
+        return texts[0][: common_prefix(*texts)], tokens[0][: common_prefix(*tokens)]
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -394,7 +441,17 @@ class LlamaCppConnection:
         )
         if self._settings.memory_check:
             _require_memory(stored, engine, need)
-        return Job(call=request.call, stored=stored, engine=engine, need=need)
+        states = self._states if self._settings.prompts_bytes else None
+        return Job(call=request.call, stored=stored, engine=engine, need=need, states=states)
+
+    @cached_property
+    def _states(self) -> States:
+        folder = self._settings.prompts_path
+        if folder is None:
+            from platformdirs import user_cache_path
+
+            folder = user_cache_path("graftage", appauthor=False) / "prompts"
+        return States(folder.expanduser().absolute(), self._settings.prompts_bytes)
 
     def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
         """Find the model's file. The default model is pulled on its first use, and again if its file has changed."""
@@ -413,6 +470,7 @@ class LlamaCppConnection:
             batch=-(-settings.batch // settings.slots) * settings.slots,
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
+            prompts=str(self._states.folder),
         )
         return _engine.acquire(launch, id(self))
 
@@ -454,21 +512,24 @@ async def _load(job: Job) -> Lease:
     return await retry.call(load, job.call)
 
 
-def _check_cache(lease: Lease, last: Chunk) -> None:
-    """Check that the engine read the whole prompt if it had to.
+def _check_cache(use: SlotUse, last: Chunk) -> tuple[str, ...]:
+    """Check that the engine read the whole prompt if it had to; return warnings.
 
     Raises:
         ProtocolError: it used what another adapter or weight may have computed.
     """
     cached = last.usage.cached_tokens if last.usage else None
-    if lease.use is not None and not lease.use.reuse and cached:
-        lease.use.distrust()
+    if cached is not None and cached > use.most:
+        use.distrust()
         raise ProtocolError(
             f"The engine used {cached} tokens of its cache, which other adapters may have computed: the reply may be"
             " wrong.",
             retryable=True,
             hint="Ask again. If that does not help, unload the model.",
         )
+    if use.saved is not None and not cached:
+        return ("A saved prompt was restored, but the engine read it again.",)
+    return ()
 
 
 def _window(stored: Stored, wanted: int | None) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from graftage.calls import ChatRequest, GenerateRequest
@@ -31,7 +32,7 @@ from graftage.http.completions import (
 from graftage.types import Message, ModelInfo, Ranked, Ranking, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from graftage_llamacpp._store import Stored
 
@@ -39,6 +40,7 @@ __all__ = [
     "FEATURES",
     "OPTIONS",
     "chat_body",
+    "continuations",
     "features",
     "generate_body",
     "model_info",
@@ -232,6 +234,16 @@ def require(feature: str, able: frozenset[str], model: str) -> None:
             model=model,
             hint="Choose another model: `show` lists the features of each.",
         )
+
+
+def continuations(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
+    """Return two continuations of messages that have nothing in common."""
+    for text in ("x", "\n1"):
+        *before, last = messages or (Message(role="user", content=""),)
+        if last.role == "user":
+            yield (*before, replace(last, content=last.content + text))
+        else:
+            yield (*messages, Message(role="user", content=text))
 
 
 def _with_system(messages: list[dict[str, Any]], header: Header) -> list[dict[str, Any]]:
