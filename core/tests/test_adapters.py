@@ -396,7 +396,9 @@ class TestResolvers:
         llm = both.connect(
             Echo(), model=MODEL, plugins=[shelf("poet"), Broken(name="broken"), Shelf({"pirate": 1}, "b")]
         )
-        assert [each.name for each in llm.adapters()] == ["poet", "pirate"]
+        poet, broken, pirate = llm.adapters()
+        assert (poet.name, broken.name, pirate.name) == ("poet", "", "pirate")
+        assert (broken.source, "OSError: no disk" in broken.problem) == ("broken", True)
 
 
 class TestIdentity:

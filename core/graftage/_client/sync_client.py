@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from graftage._client.opening import _BlockingClient, translate_errors
 from graftage._client.streams import Stream
 from graftage._engine.driving import drive
+from graftage.types import ACTIVE
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, RerankArguments, Timeout
+    from graftage._engine.arguments import (
+        ChatArguments,
+        DefaultArguments,
+        EmbedArguments,
+        GenerateArguments,
+        RerankArguments,
+        Timeout,
+    )
     from graftage._engine.inputs import Messages
     from graftage.types import (
         Adapter,
+        AdapterChoice,
         AdapterInfo,
         Embeddings,
         Health,
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
         PullProgress,
         Ranking,
         Reply,
+        Warmed,
     )
 
 __all__ = ["Client"]
@@ -169,7 +179,7 @@ class Client(_BlockingClient):
         from graftage._engine.arguments import read_chat
 
         session = self._open()
-        asked = self._read(read_chat, messages, arguments)
+        asked = self._read(read_chat, messages, self._with_defaults("chat", arguments))
         return drive(session.single().count_tokens(asked))
 
     @translate_errors
@@ -371,14 +381,80 @@ class Client(_BlockingClient):
         return drive(session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout))
 
     @translate_errors
-    def adapters(self) -> tuple[AdapterInfo, ...]:
-        """List the adapters that the installed plugins know.
+    def warm(
+        self,
+        adapter: AdapterChoice = ACTIVE,
+        messages: Messages = (),
+        *,
+        model: str | None = None,
+        **arguments: Unpack[DefaultArguments],
+    ) -> Warmed:
+        """Load an adapter, and read ahead the messages that later calls begin with: usually the system message.
+
+        A later `chat` with the same adapter, model, tools and window reads only what comes after them, as long as its
+        server still holds what was read. The embedded engine also saves it on the disk, for later processes. Other
+        servers are sent the messages as a chat with a reply of one token.
+
+        Args:
+            adapter: as for `chat`.
+            messages: as for `chat`; without any, only the adapter is loaded, or for the base model the model.
+            model: the model, if it is not the client's.
+            arguments: all others of `chat` but `images`: `tools`, `think`, `context_window`, `keep_alive`, `options`
+                and so on must be those of the later calls.
 
         Raises:
+            AdapterError: the adapter cannot be used.
+            ContextOverflow: the messages do not fit the window.
+            ResourceLimitExceeded: a policy refused.
+        """
+        from graftage._engine.arguments import read_warm
+
+        session = self._open()
+        given = self._with_defaults("chat", {"model": model, "adapter": adapter, **arguments})
+        asked = self._read(read_warm, messages, given)
+        return drive(session.single().warm(asked))
+
+    @translate_errors
+    def adapters(self, *, model: str | None = None, timeout: Timeout = None) -> tuple[AdapterInfo, ...]:
+        """List the adapters that the installed plugins know. What could not be read is an entry with a `problem`.
+
+        Args:
+            model: judge each adapter against this model: `AdapterInfo.verdict`. Without it no server is asked.
+            timeout: seconds to describe the model, or `Timeouts`.
+
+        Raises:
+            ModelNotFound: the model is not there.
             SettingsError: a plugin's settings name a folder or file that it cannot read.
         """
         session = self._open()
-        return drive(session.list_adapters())
+        return drive(session.list_adapters(model, timeout))
+
+    @translate_errors
+    def pull_adapter(
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        overwrite: bool | None = None,
+        timeout: Timeout = None,
+    ) -> AdapterInfo:
+        """Download an adapter, and bind it to a name. No server of models is asked.
+
+        The download has a limit only if `timeout` is given. Observers get its progress as events.
+
+        Args:
+            reference: what to download, such as `owner/name@revision` for a repository of Hugging Face.
+            name: the name to bind it to, by default the last part of the reference.
+            overwrite: bind the name to it even if it is bound to something else.
+            timeout: seconds for the whole download.
+
+        Raises:
+            AdapterNotFound: there is no such adapter, or no plugin can download it.
+            AdapterInvalid: what was downloaded is not an adapter.
+            AdapterError: the name is bound to something else.
+        """
+        session = self._open()
+        return drive(session.pull_adapter(reference, name, overwrite, timeout))
 
     @translate_errors
     def resolve_adapter(self, reference: str | Path, *, model: str | None = None, timeout: Timeout = None) -> Adapter:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import time
 from collections import OrderedDict
 from dataclasses import dataclass as mutable
 from dataclasses import field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from graftage._engine.admission import once
 from graftage._engine.arguments import CallOptions, read_adapter, read_flag, read_reference
 from graftage._engine.faults import in_words
 from graftage._engine.slots import Slots, slots_for
 from graftage._records import dataclass
-from graftage.calls import Call, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
+from graftage.calls import Call, ListAdaptersRequest, LoadAdapterRequest, ResolveRequest, UnloadAdapterRequest
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -34,9 +37,14 @@ if TYPE_CHECKING:
     from graftage._engine.arguments import Choice
     from graftage._engine.call import Run
     from graftage._engine.connection import Connection
+    from graftage.types import _Unset
 
 __all__ = ["Adapters", "Applied", "missing_note", "name_of", "read_on_missing"]
 
+MOST_OTHERS: Final = 64
+"""Adapters that a provider is offered besides the one to load."""
+OTHERS_SECONDS: Final = 10.0
+"""How long the search for them goes on."""
 REMEMBERED: Final = 256
 """Loaded adapters that the core knows of: a call with an older one asks the provider to load it, which may be cheap."""
 Key: TypeAlias = "tuple[str, str]"
@@ -56,6 +64,11 @@ class _State:
     """What the last call used, by base model."""
     error: BaseException | None = None
     """Why the last switch failed. Every call raises it: another project's adapter must not answer."""
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether no call has used its adapter, as at the start of a client."""
+        return self.choice is not None and not self.digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +98,37 @@ class Applied:
 class Adapters:
     """The active adapter and those loaded so far."""
 
-    def __init__(self, session: Connection, admission: Admission, choice: Choice | None = None) -> None:
+    def __init__(
+        self,
+        session: Connection,
+        admission: Admission,
+        choice: Choice | None = None,
+        *,
+        state: _State | None = None,
+        loaded: OrderedDict[Key, LoadedAdapter] | None = None,
+    ) -> None:
         """Build it; `choice` is active from the start, and loaded by the first call."""
         self._session = session
         self._admission = admission
-        self._state = _State(choice, name=name_of(choice) if choice else None)
+        self._first = choice
+        self._state = state or _State(choice, name=name_of(choice) if choice else None)
         self._switches = Slots()
         """One switch at a time: the last one that was asked for is in effect at the end."""
-        self._loaded: OrderedDict[Key, LoadedAdapter] = OrderedDict()
+        self._loaded: OrderedDict[Key, LoadedAdapter] = OrderedDict() if loaded is None else loaded
         """The least recently used first."""
 
     @property
     def active(self) -> str | None:
         """The name of the active adapter."""
         return self._state.name
+
+    def view(self, adapter: Choice | Literal[_Unset.ACTIVE] | None, *, fresh: bool) -> Adapters:
+        """Return these adapters with an active one of their own, as `Session.view` documents."""
+        state = None
+        choice = self._first if adapter is ACTIVE else adapter
+        if adapter is ACTIVE and not fresh:
+            state = replace(self._state, digests=dict(self._state.digests))
+        return Adapters(self._session, self._admission, choice, state=state, loaded=self._loaded)
 
     @contextlib.contextmanager
     def switching(self, reference: object) -> Iterator[None]:
@@ -137,6 +167,9 @@ class Adapters:
             return None, ()
         if asked.adapter is not ACTIVE:
             return await self._apply(read_adapter(asked.adapter), model, run, asked), ()
+        if self._state.is_untried:  # A switch under way, which began before this call, comes first.
+            await self._admission.granted(self._switches, self._switches.enter(1), run.call)
+            self._switches.leave()
         state = self._state
         if state.error is not None:
             raise _again(state.error)
@@ -327,11 +360,33 @@ class Adapters:
             figures, give_back = allowed.figures, allowed.give_back
         try:
             own = {name: figures[name] for name in ("keep_alive", "context_window")}
-            request = LoadAdapterRequest(call=run.call, adapter=adapter, model=model, force=asked.force, **own)
+            others = self._session.io.in_thread(once(lambda: self._others(adapter, model, run.call)))
+            request = LoadAdapterRequest(
+                call=run.call, adapter=adapter, model=model, force=asked.force, others=others, **own
+            )
             loaded: LoadedAdapter = await session.call("load_adapter", request, run.call, LoadedAdapter)
             return loaded
         finally:
             give_back()
+
+    def _others(self, adapter: Adapter, model: str, call: Call) -> tuple[Adapter, ...]:
+        """Return other known adapters that fit a model, those used last first. It blocks, and never fails."""
+        session = self._session
+        until = min(time.monotonic() + OTHERS_SECONDS, call.deadline)
+        fitting = {adapter.digest: adapter}
+        for _, known in session.relay.each("list_adapters"):
+            with contextlib.suppress(Exception):
+                for info in known(ListAdaptersRequest(call=call)):
+                    if time.monotonic() > until or len(fitting) > MOST_OTHERS:
+                        break
+                    with contextlib.suppress(Exception):  # A broken one is left out.
+                        found = session.io.from_thread(partial(self.resolve, info.reference, model, call))
+                        if found.verdict.status == "compatible":
+                            fitting.setdefault(found.digest, found)
+        del fitting[adapter.digest]
+        used = [digest for digest, base in list(self._loaded) if base == canonical_name(model)]
+        places = {digest: place for place, digest in enumerate(used)}
+        return tuple(sorted(fitting.values(), key=lambda each: -places.get(each.digest, -1)))
 
     async def _part(self, reference: str, weight: float, model: str, call: Call) -> _Part:
         """Find an adapter."""

@@ -6,6 +6,7 @@ import inspect
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -34,22 +35,14 @@ LARGEST_WEIGHT = 1e6
 """Weights beyond it, or below its inverse, are mistakes, and their products might not fit the numbers of an engine."""
 
 
-class Arguments(TypedDict, total=False):
-    """The arguments that `chat` and `generate` share."""
+class Settled(TypedDict, total=False):
+    """The arguments that `chat` and `generate` share, and that may be the same for many calls."""
 
-    model: str | None
-    """The model, if it is not the client's."""
-    adapter: AdapterChoice
-    """An adapter for this call, `(adapter, weight)`, or a list of these for several at once; None for the base model;
-    leave it out for the active adapter."""
     format: schemas.Format | None
     """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`. The
     result is in `Reply.parsed`."""
     think: bool | str | None
     """Whether to think first, or how hard: `low`, `medium`, `high`, or another level that the server knows."""
-    images: Sequence[reading.ImageLike] | None
-    """Images for the user's last message, each at most 64 MB: bytes, `Path`, `Image`, or a string with a `data:` URI or
-    a path. Inside a message, a string is a `data:` URI or base64, never a path."""
     options: Mapping[str, Any] | BaseModel | None
     """`temperature`, `seed` and so on; `capabilities().options` lists the names. If `server` is one of them, options
     that only the server knows go into `{"server": {...}}`."""
@@ -65,9 +58,20 @@ class Arguments(TypedDict, total=False):
     """Seconds for the whole call, or `Timeouts`."""
 
 
-class RunArguments(Arguments, total=False):
-    """The arguments of `run_tools` that are those of `chat`."""
+class Arguments(Settled, total=False):
+    """The arguments that `chat` and `generate` share."""
 
+    model: str | None
+    """The model, if it is not the client's."""
+    adapter: AdapterChoice
+    """An adapter for this call, `(adapter, weight)`, or a list of these for several at once; None for the base model;
+    leave it out for the active adapter."""
+    images: Sequence[reading.ImageLike] | None
+    """Images for the user's last message, each at most 64 MB: bytes, `Path`, `Image`, or a string with a `data:` URI or
+    a path. Inside a message, a string is a `data:` URI or base64, never a path."""
+
+
+class _Run(TypedDict, total=False):
     tool_choice: str | None
     """Whether the model may call tools: `auto`, the default; `none`; `required`, at least one; or the name of the one
     that it must call. A reply without that call is an `InferenceFailed`."""
@@ -76,12 +80,22 @@ class RunArguments(Arguments, total=False):
     `timeout` applies to all attempts together."""
 
 
-class ChatArguments(RunArguments, total=False):
-    """The arguments of `chat` besides the messages."""
-
+class _Tools(TypedDict, total=False):
     tools: schemas.Tools
     """The tools that the model may call: Python functions, pydantic models, mappings, `Tool`s, or the result of
     `list_tools` of an MCP client."""
+
+
+class RunArguments(Arguments, _Run, total=False):
+    """The arguments of `run_tools` that are those of `chat`."""
+
+
+class ChatArguments(Arguments, _Run, _Tools, total=False):
+    """The arguments of `chat` besides the messages."""
+
+
+class DefaultArguments(Settled, _Run, _Tools, total=False):
+    """The arguments of `chat` that `bind` and `warm` take besides the model and the adapter."""
 
 
 class GenerateArguments(Arguments, total=False):
@@ -143,6 +157,21 @@ class CallOptions:
     purpose: Purpose | None = None
     build: Callable[..., Any] | None = None
     """Build the request from what is known later: call, model, adapter, options and limits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """What a view has of its own, or what `bind` gives it."""
+
+    model: str | None = None
+    adapter: Choice | Literal[_Unset.ACTIVE] | None = ACTIVE
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of calls that do not give them."""
+
+    def over(self, before: Bound) -> Bound:
+        """Return this on top of what the client already has of its own; the defaults are merged already."""
+        adapter = before.adapter if self.adapter is ACTIVE else self.adapter
+        return replace(self, model=self.model or before.model, adapter=adapter)
 
 
 def may_read_files(subject: object, arguments: Mapping[str, object]) -> bool:
@@ -210,6 +239,45 @@ def _read_tools(arguments: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str | N
             hint=reading.suggest(choice, [*names, "auto", "none", "required"]),
         )
     return tools, choice
+
+
+def read_bound(
+    model: str | None, adapter: AdapterChoice, before: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Bound:
+    """Read the arguments of `bind`; `before` are the defaults of the client that it is called on.
+
+    Raises:
+        RequestRejected: one of them is invalid, as far as this shows without a provider.
+        TypeError: an argument is unknown.
+    """
+    given = _given_arguments("bind", defaults, DefaultArguments)
+    merged = with_defaults("chat", before, given)
+    asked = read_chat("-", {"model": model, "adapter": adapter, **merged})
+    read_timeouts(asked.timeout, Timeouts())
+    return Bound(model=model, adapter=asked.adapter, defaults=merged)
+
+
+def with_defaults(
+    operation: Literal["chat", "generate", "run_tools"], defaults: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the arguments of a call with the defaults of its view. Options are merged name by name."""
+    known = {"chat": ChatArguments, "generate": GenerateArguments, "run_tools": RunArguments}[operation]
+    merged = {name: value for name, value in defaults.items() if name in known.__annotations__}
+    for name, value in arguments.items():
+        if name == "options" and isinstance(own := reading.as_mapping(value), Mapping):
+            merged["options"] = {**(reading.as_mapping(merged.get("options")) or {}), **own}
+        elif value is not None or name == "adapter":
+            merged[name] = value
+    return merged
+
+
+def read_warm(messages: reading.Messages, arguments: Mapping[str, object]) -> CallOptions:
+    """Read the arguments of `warm`. Without messages there is nothing to build."""
+    given = _given_arguments("warm", arguments, ChatArguments)
+    if given.get("tool_choice") != "none":  # The reply is cut off after a token: it cannot be a call.
+        given.pop("tool_choice", None)
+    asked = read_chat(messages or "-", {**given, "max_tokens": 1})
+    return replace(asked, parse=None, retries=0, build=asked.build if messages else None)
 
 
 def read_generate(prompt: str, arguments: Mapping[str, object]) -> CallOptions:
@@ -352,6 +420,23 @@ def read_flag(name: str, value: object, *, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise reading.rejected(f"`{name}`", "True or False", value)
     return value
+
+
+def read_timeouts(given: float | Timeouts | None, own: Timeouts) -> Timeouts:
+    """Return the limits of a call, by default those of the client; a number means the total.
+
+    Raises:
+        RequestRejected: it is not a length of time.
+    """
+    if given is None:
+        return own
+    if isinstance(given, Timeouts):
+        return given
+    try:
+        return replace(own, total=given)
+    except ValueError as error:
+        hint = "Give seconds above 0, or `Timeouts`."
+        raise RequestRejected(f"`timeout` is invalid: {error}.", hint=hint) from error
 
 
 def _read_retries(arguments: Mapping[str, object]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from graftage._engine import inputs
-from graftage._engine.arguments import check_model, read_keep_alive
+from graftage._engine.arguments import check_model, read_keep_alive, read_timeouts
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
 from graftage._engine.delivery import Delivery
@@ -58,6 +58,9 @@ SOON = 30.0
 
 class Connection:
     """A provider's connection and what belongs to it."""
+
+    root: Connection | None = None
+    """Of a view: the connection that it shares, which it neither opens nor closes."""
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Connection:
             release=lambda: self.counters.add(running=-1),
             count=self._count,
             hide=self.hide,
-            closed=lambda: self._closed,
+            closed=lambda: (self.root or self).is_closed,
             suggest=lambda error: self._suggest(error, operation, call),
         )
 
@@ -204,6 +207,11 @@ class Connection:
             hint = error.hint if self.has("pull_model") else None  # Otherwise only a listed model helps.
             otherwise = f" If not, {hint[0].lower()}{hint[1:]}" if hint else ""
             error.hint = f"Did you mean `{error.suggestions[0]}`?{otherwise}"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or the connection that it shares."""
+        return self._closed or (self.root is not None and self.root.is_closed)
 
     def has(self, hook: str) -> bool:
         """Whether the connection implements a hook."""
@@ -274,15 +282,7 @@ class Connection:
 
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """Return the limits of a call; a number means the total."""
-        if given is None:
-            return self.settings.timeouts
-        if isinstance(given, Timeouts):
-            return given
-        try:
-            return replace(self.settings.timeouts, total=given)
-        except ValueError as error:
-            hint = "Give seconds above 0, or `Timeouts`."
-            raise RequestRejected(f"`timeout` is invalid: {error}.", hint=hint) from error
+        return read_timeouts(given, self.settings.timeouts)
 
     def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
         """Return shorter limits, for calls that do not make a model work."""
@@ -320,5 +320,5 @@ class Connection:
         self.counters.add(**changes)
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self.is_closed:
             raise RuntimeError("the client is closed")

@@ -16,7 +16,7 @@ from graftage.exceptions import AdapterNotFound, GraftageError, RequestRejected
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Ranking, Stats, Timeouts
 
 if TYPE_CHECKING:
-    from graftage._engine.arguments import CallOptions
+    from graftage._engine.arguments import Bound, CallOptions
     from graftage._engine.call import Run
 
 __all__ = ["Chain", "skipped_note"]
@@ -50,11 +50,13 @@ class _Adapter:
 class Chain:
     """Sessions in order, with the methods of a session that make sense for several providers."""
 
-    def __init__(self, sessions: Sequence[Session], left_out: Sequence[str] = ()) -> None:
+    def __init__(
+        self, sessions: Sequence[Session], left_out: Sequence[str] = (), adapter: _Adapter | None = None
+    ) -> None:
         self.sessions = tuple(sessions)
         self._left_out = tuple(left_out)
         """Why members are not among them, in words."""
-        self._adapter = _Adapter(ACTIVE)
+        self._adapter = adapter or _Adapter(ACTIVE)
 
     @property
     def io(self) -> Any:
@@ -84,6 +86,13 @@ class Chain:
     def single(self) -> Session:
         """Refuse an operation for one provider."""
         raise RuntimeError("this client has several providers: call it on one of its `members`")
+
+    def view(self, bound: Bound, *, fresh: bool = False) -> Chain:
+        """Return the same chain with a model and an active adapter of its own, as `Session.view` does."""
+        here = replace(bound, adapter=ACTIVE)
+        sessions = [session.view(here, fresh=fresh) for session in self.sessions]
+        own = bound.adapter is not ACTIVE or fresh
+        return Chain(sessions, self._left_out, _Adapter(bound.adapter) if own else self._adapter)
 
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """Return the limits of a call, on all members together."""
@@ -167,9 +176,18 @@ class Chain:
         """Note a switch that failed before the client was open."""
         self._adapter = _Adapter(reference)
 
-    async def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        """List the adapters that the plugins know."""
-        return await self.sessions[0].list_adapters()
+    async def list_adapters(
+        self, model: str | None = None, timeout: float | Timeouts | None = None
+    ) -> tuple[AdapterInfo, ...]:
+        """List the adapters that the plugins know. Only one provider can describe a model to judge them against."""
+        asked = self.sessions[0] if model is None else self.single()
+        return await asked.list_adapters(model, timeout)
+
+    async def pull_adapter(
+        self, reference: object, name: str | None, overwrite: bool | None, timeout: float | Timeouts | None
+    ) -> AdapterInfo:
+        """Download an adapter by the first plugin that knows such references: no member is asked."""
+        return await self.sessions[0].pull_adapter(reference, name, overwrite, timeout)
 
     def capabilities(self) -> Capabilities:
         """Return what at least one member can do, with the options that all of them take."""
