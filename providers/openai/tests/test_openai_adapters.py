@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from lora_files import Model, pairs, write_gguf, write_peft
-from small_engine import ADAPTERS
+from small_engine import ADAPTERS, first_letters
 from small_engine import MODEL as SMALL
+from small_engine import QUESTION as ENGINE_QUESTION
 
 from graftage.exceptions import AdapterUnsupported, Overloaded
 from graftage.hookspecs import hookimpl
 from graftage.types import Verdict
+from graftage_llamacpp._convert import SYSTEM_PROMPT
 from graftage_lora import LoraPlugin
 from graftage_ollama.testing import Answer, FakeOllama
 
@@ -484,3 +486,15 @@ class TestEngine:
                     f"{url}{CHAT}", json={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1, **other}
                 )
                 assert llm.chat(QUESTION, **asked).text == base.text
+
+    def test_weights_match_merges_by_hand(self, both: Any, engine: tuple[str, Path], tmp_path: Path) -> None:
+        url, folder = engine
+        plugin = LoraPlugin(folders=[folder], cache=tmp_path, registry=tmp_path / "none.toml")
+        said = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": ENGINE_QUESTION}]
+        options = {**GREEDY, "logprobs": True, "top_logprobs": 20}
+        with both.connect("openai", host=url, model=f"{folder}/small.gguf", plugins=[plugin]) as llm:
+            for weights in ({"ahoy": 0.5}, {"ahoy": 1.0, "contrary": 0.6}, {"contrary": 1.3, "ahoy": -0.4}):
+                reply = llm.chat(said, adapter=list(weights.items()), options=options, max_tokens=1)
+                expected, found = first_letters(weights), reply.logprobs[0].top
+                assert len(found) == 20
+                assert max(abs(each.logprob - expected[each.token]) for each in found) < 0.05, weights
