@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import time
 from functools import partial
@@ -46,7 +47,7 @@ from graftage.types import Verdict
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from graftage.calls import ResolveRequest
     from graftage.testing.both import Both
@@ -448,6 +449,7 @@ class TestModels:
         assert not caught.value.retryable
 
 
+ALPHA = b"adapter.lora.alpha"
 AHOY = LORA / "ahoy-lora.f16.gguf"
 """Trained to reply to everything with "Ahoy! The parrot adapter says hello.\""""
 
@@ -470,6 +472,16 @@ class Ready:
 
     def gguf(self, base: ModelInfo) -> Path:
         return self._file
+
+    def mix(self, weight: float, others: Sequence[tuple[Any, float]]) -> Ready:
+        """Return it with its scale times a weight, from a file beside its own."""
+        assert not others
+        data = self._file.read_bytes()
+        place = data.index(ALPHA) + len(ALPHA) + 4
+        (alpha,) = struct.unpack_from("<f", data, place)
+        file = self._file.with_name(f"{weight:g}.gguf")
+        file.write_bytes(data[:place] + struct.pack("<f", alpha * weight) + data[place + 4 :])
+        return Ready(file)
 
     def send(self) -> None:
         """Upload the file to the live server directly, so that the cassette does not contain it."""
@@ -539,6 +551,24 @@ class TestAdapters:
         assert [each.name for each in llm.prune_adapters(dry_run=False)] == [longer]
         assert {each.name for each in llm.models()} == {MODEL, name}
         other.delete(name)
+
+    def test_weighted_adapter_is_another_model(
+        self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path
+    ) -> None:
+        whole = Ready(Path(shutil.copy(AHOY, tmp_path)))
+        if cassette.records:
+            whole.send()
+            whole.mix(0.25, ()).send()
+        llm = connect(plugins=[whole])
+        quarter, full, base = (
+            llm.chat("What is the capital of Italy?", adapter=each, options=CALM, max_tokens=9)
+            for each in (("ready", 0.25), "ready", None)
+        )
+        assert [each.adapter for each in (quarter, full)] == ["0.25 ready", "ready"]
+        assert len({each.text for each in (quarter, full, base)}) == 3
+        assert len({each.adapter_digest for each in (quarter, full, base)}) == 3
+        gone = {each.name for each in llm.prune_adapters(dry_run=False)}
+        assert gone == {quarter.model, full.model}
 
     def test_missing_file_is_uploaded(self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path) -> None:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))

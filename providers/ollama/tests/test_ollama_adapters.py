@@ -49,7 +49,7 @@ from graftage_ollama._adapters import _key, _name
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from graftage.calls import ResolveRequest
     from graftage.types import ModelInfo
@@ -89,6 +89,13 @@ class Ahoy:
         if self.fails:
             raise self.fails
         return self.file
+
+    def mix(self, weight: float, others: Sequence[tuple[Any, float]]) -> Ahoy:
+        words = " ".join(f"{each.digest} {factor}" for each, factor in ((self, weight), *others))
+        digest = hashlib.sha256(words.encode()).hexdigest()
+        file = self.file.with_name(f"{digest[:9]}.gguf")
+        file.write_bytes(gguf(**{"general.type": "adapter", "mix": words}))
+        return Ahoy(file, name=f"mix of {len(others) + 1}", digest=f"sha256:{digest}")
 
     def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
         self.merged.append(base_file)
@@ -619,6 +626,25 @@ class TestTrial:
             connect().use_adapter("ahoy")
         assert caught.value.reason == "memory"
         assert len(made(fake)) == 1
+
+
+class TestMixes:
+    def test_mix_is_one_model_that_is_pruned(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        other = Ahoy(adapter.file, name="other", digest="sha256:" + "b" * 64)
+        llm = connect(Resolver(other))
+        choices = (["ahoy", ("other", 0.6)], [("ahoy", 0.6), "other"], ("ahoy", 0.6), "ahoy")
+        replies = [llm.chat("Hi", adapter=each) for each in (*choices, *choices)]
+        assert [each.adapter for each in replies[:4]] == ["ahoy + 0.6 other", "0.6 ahoy + other", "0.6 ahoy", "ahoy"]
+        assert len(made(fake)) == 4
+        assert [each.model for each in replies] == made(fake) * 2
+        assert len(llm.prune_adapters(dry_run=False)) == 4
+        assert made(fake) == []
+
+    def test_lost_mix_is_made_again(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        name = llm.chat("Hi", adapter=("ahoy", 0.5)).model
+        replace(fake, name)
+        assert llm.chat("Hi", adapter=("ahoy", 0.5)).model == made(fake)[1]
 
 
 class TestServed:
