@@ -270,7 +270,7 @@ class Adapters:
         )
 
     def _applies_weights(self) -> bool:
-        return "adapter_weights" in self._session.capabilities().features
+        return "adapter_weights" in self._session.asked_capabilities().features
 
     def _keys(self, parts: Sequence[_Part], model: str) -> list[Key]:
         """Return what is loaded for some adapters: each one, or their mix."""
