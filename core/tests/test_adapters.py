@@ -548,8 +548,9 @@ class TestOthers:
         names = ("one", "two", "three", "last")
         plugin = shelf(*names, same=Patch("same", content="last"), based=lambda request: request.base() and Patch("b"))
         plugin.patches.update(unfit)
-        echo = Echo()
-        llm = both.opened(echo, model=MODEL, plugins=[BrokenShelf(name="broken"), plugin])
+        echo, odd = Echo(), Shelf(name="odd")
+        odd.list_adapters = hookimpl(lambda: [5])  # type: ignore[method-assign]
+        llm = both.opened(echo, model=MODEL, plugins=[BrokenShelf(name="broken"), odd, plugin])
         for name in ("three", "two", "last"):
             llm.chat("x", adapter=name)
         others, asked = loads(echo)[-1].others, len(plugin.asked)

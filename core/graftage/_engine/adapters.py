@@ -28,7 +28,7 @@ from graftage.exceptions import (
     RequestRejected,
     SettingsError,
 )
-from graftage.types import ACTIVE, Adapter, LoadedAdapter, canonical_name
+from graftage.types import ACTIVE, Adapter, AdapterInfo, LoadedAdapter, canonical_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -373,18 +373,20 @@ class Adapters:
 
     def _others(self, adapter: Adapter, model: str, call: Call) -> tuple[Adapter, ...]:
         """Return other known adapters that fit a model, those used last first. It blocks, and never fails."""
-        session = self._session
-        until = min(time.monotonic() + OTHERS_SECONDS, call.deadline)
+        session, io = self._session, self._session.io
+        brief = replace(call, deadline=min(call.deadline, time.monotonic() + OTHERS_SECONDS))
+        request = ListAdaptersRequest(call=brief, model=model, base=lambda: session.facts(model, brief))
         fitting = {adapter.digest: adapter}
-        for _, known in session.relay.each("list_adapters"):
-            with contextlib.suppress(Exception):
-                for info in known(ListAdaptersRequest(call=call)):
-                    if time.monotonic() > until or len(fitting) > MOST_OTHERS:
-                        break
-                    with contextlib.suppress(Exception):  # A broken one is left out.
-                        found = session.io.from_thread(partial(self.resolve, info.reference, model, call))
-                        if found.verdict.status == "compatible":
-                            fitting.setdefault(found.digest, found)
+        for name, known in session.relay.each("list_adapters"):
+            found: tuple[AdapterInfo, ...] = ()
+            with contextlib.suppress(Exception):  # A broken or slow plugin hides no other.
+                found = tuple(io.from_thread(partial(io.ask, name, known, request, brief)))
+                found = tuple(each for each in found if each.verdict is None or each.verdict.status == "compatible")
+            for info in found:
+                with contextlib.suppress(Exception):
+                    other = io.from_thread(partial(self.resolve, info.reference, model, brief))
+                    if other.verdict.status == "compatible" and len(fitting) <= MOST_OTHERS:
+                        fitting.setdefault(other.digest, other)
         del fitting[adapter.digest]
         used = [digest for digest, base in list(self._loaded) if base == canonical_name(model)]
         places = {digest: place for place, digest in enumerate(used)}
