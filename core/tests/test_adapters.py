@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from plain import LoopedEcho, PlainEcho
 
 import graftage
 from graftage.exceptions import (
@@ -156,6 +157,16 @@ class TestUse:
         assert llm.chat("x", adapter="poet").adapter == "poet"
         hooks = [hook for hook, _ in echo.calls if "load_adapter" in hook]
         assert hooks == ["load_adapter", "unload_adapter", "load_adapter"]
+
+    @pytest.mark.parametrize("change", ["pull", "delete"])
+    def test_new_base_loads_it_again(self, both: Any, change: str) -> None:
+        echo = Echo()
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        llm.use_adapter("poet")
+        llm.pull(MODEL)
+        getattr(llm, change)(MODEL)
+        assert llm.chat("x").adapter == "poet"
+        assert len(loads(echo)) == 2
 
     def test_prune_is_dry_by_default(self, both: Any) -> None:
         echo = Echo()
@@ -433,6 +444,24 @@ class TestLost:
         assert first.call is second.call
         assert (first.messages, first.max_tokens) == (second.messages, 7)
 
+    @pytest.mark.parametrize("kind", [PlainEcho, LoopedEcho])
+    def test_is_loaded_again_on_other_threads(self, both: Any, kind: Any) -> None:
+        echo = kind([lost(), "a b"])
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("poet")])
+        stream = llm.chat("x", adapter="poet", stream=True)
+        assert "".join(chunk.text for chunk in stream) == "a b"
+        assert len(loads(echo)) == 2
+
+    def test_facts_of_its_model_are_asked_again(self, both: Any) -> None:
+        def served(request: ResolveRequest) -> Patch | None:
+            return Patch("poet") if request.show("m:1+poet") else None
+
+        echo = Echo([lost(), "a"])
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(poet=served)])
+        llm.chat("x", adapter="poet")
+        llm.chat("x", adapter="poet")
+        assert [request.model for hook, request in echo.calls if hook == "show_model"] == ["m:1+poet"] * 2
+
     def test_count_loads_again_too(self, both: Any) -> None:
         class Once(dict[str, Any]):
             def get(self, key: str, default: Any = None) -> Any:
@@ -455,6 +484,15 @@ class TestLost:
         pause.release()
         assert [each.result(10).adapter for each in calls] == ["poet"] * 8
         assert len(loads(echo)) == 2
+
+
+class TestMemory:
+    def test_is_bounded(self, both: Any) -> None:
+        echo, names = Echo(), [f"a{number}" for number in range(258)]
+        llm = both.connect(echo, model=MODEL, plugins=[shelf(*names)])
+        for name in [*names[:256], "a0", *names[256:], "a0", "a1"]:
+            assert llm.chat("x", adapter=name).adapter == name
+        assert [each.adapter.name for each in loads(echo)] == [*names, "a1"]
 
 
 class TestFollowing:
@@ -510,8 +548,9 @@ class TestOthers:
         names = ("one", "two", "three", "last")
         plugin = shelf(*names, same=Patch("same", content="last"), based=lambda request: request.base() and Patch("b"))
         plugin.patches.update(unfit)
-        echo = Echo()
-        llm = both.opened(echo, model=MODEL, plugins=[BrokenShelf(name="broken"), plugin])
+        echo, odd = Echo(), Shelf(name="odd")
+        odd.list_adapters = hookimpl(lambda: [5])  # type: ignore[method-assign]
+        llm = both.opened(echo, model=MODEL, plugins=[BrokenShelf(name="broken"), odd, plugin])
         for name in ("three", "two", "last"):
             llm.chat("x", adapter=name)
         others, asked = loads(echo)[-1].others, len(plugin.asked)
@@ -818,7 +857,8 @@ class AdapterMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.echo = Echo()
-        self.llm = graftage.connect(self.echo, model=MODEL, plugins=[shelf(*NAMES, **UNFIT)])
+        self.shelf = shelf(*NAMES, **UNFIT)
+        self.llm = graftage.connect(self.echo, model=MODEL, plugins=[self.shelf])
         self.expected: str | None = None
         self.failed = False
 
@@ -845,6 +885,11 @@ class AdapterMachine(RuleBasedStateMachine):
         assert reply.adapter == self.expected
         assert reply.model == (f"{MODEL}+{self.expected}" if self.expected else MODEL)
         assert self.echo.requests[-1].model == reply.model
+        assert reply.adapter_digest == (self.shelf.patches[self.expected].digest if self.expected else None)
+
+    @rule(name=st.sampled_from(NAMES), content=st.integers(0, 2))
+    def retrain(self, name: str, content: int) -> None:
+        self.shelf.patches[name] = Patch(name, content=f"{name} {content}")
 
     @rule(name=st.sampled_from([*NAMES, None]), lost=st.booleans())
     def chat_once_with(self, name: str | None, lost: bool) -> None:

@@ -31,7 +31,17 @@ from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Facts, Lora, head_count, is_reordered, judge
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
-from graftage_lora._sources import Broken, Found, NotKnown, Reference, Registry, chain, is_unreadable_registry, parse
+from graftage_lora._sources import (
+    Broken,
+    Found,
+    Hub,
+    NotKnown,
+    Reference,
+    Registry,
+    chain,
+    is_unreadable_registry,
+    parse,
+)
 from graftage_lora._write import Progress
 
 if TYPE_CHECKING:
@@ -47,7 +57,7 @@ PINNED: Final = len("sha256:") + 12
 """Characters of a digest that tell two adapters of one name apart."""
 STATUSES: Final = ("compatible", "unknown", "unsupported", "incompatible")
 """From the best to the worst."""
-REMEMBERED: Final = 64
+REMEMBERED: Final = 256
 """Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
 
@@ -84,7 +94,7 @@ class Resolver:
     def known(self, request: ListAdaptersRequest) -> Iterator[AdapterInfo]:
         """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read.
 
-        Each is read completely, one at a time, unless it is remembered.
+        Each is read completely when the iterator reaches it, unless it is remembered.
         """
         base, unreachable = None, None
         try:
@@ -93,7 +103,8 @@ class Resolver:
             unreachable = Verdict(status="unknown", reasons=(error.message,))
         found: dict[object, Found | Broken] = {}
         for each in (each for source in self._sources for each in source.known()):
-            found.setdefault((each.name, each.path.absolute()), each)
+            if each.source != Hub.name or not any(each.path == other.path for other in found.values()):
+                found.setdefault((each.name, each.path.absolute()), each)
         names = Counter(each.name for each in found.values() if each.reference == each.name)
         blocked = any(map(is_unreadable_registry, found.values()))
         for each in found.values():
@@ -205,11 +216,14 @@ class Resolver:
         """Return facts and digest, from memory as long as the files are unchanged."""
         metadata = base.metadata if base is not None else {}
         with self._lock:  # One of several callers reads it for all.
-            key = (_signature(found.files), found.scale, _row_order(metadata))
-            if key not in self._read:
+            own = (_signature(found.files), found.scale)
+            keys = (own, (*own, _row_order(metadata)))  # Most digests are the same for every base model.
+            key = next((each for each in keys if each in self._read), None)
+            if key is None:
                 lora = load(found.files, found.scale, self.settings)
-                if _signature(found.files) != key[0]:
+                if _signature(found.files) != own[0]:
                     raise Refused("its files changed while they were read", "Resolve it again.")
+                key = keys[0 if is_lasting(lora.facts, None) else 1]
                 self._read[key] = lora.facts, lora.digest(metadata)
             self._read.move_to_end(key)
             while len(self._read) > REMEMBERED:
@@ -316,7 +330,7 @@ def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
     Raises:
         Refused: it is malformed, unsafe or not supported.
     """
-    lora = read(files, max_bytes=settings.max_bytes)
+    lora = read(files, max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
     return lora if scale is None else lora.scaled(scale)
 
 

@@ -112,8 +112,8 @@ EARLY: Final = (
     " of them on: replies may differ."
 )
 """llama.cpp's `server-context.cpp` reads the prompt up to `alora_invocation_start - 1` without such an adapter."""
-OTHERS_SHARE: Final = 0.25
-"""Share of a call's time for the conversion of adapters that it does not need."""
+OTHERS_SECONDS: Final = 10.0
+"""Most of the time for the conversion of adapters that a call does not need; never more than a quarter of its time."""
 SPECIAL_TOKENS: Final = 4
 """How many tokens a tokenizer may add to a text."""
 
@@ -328,6 +328,14 @@ class LlamaCppConnection:
         job = await self._job(request)
         file = self._file(adapter, request)
         await call.run(file.prepare)
+        if file.activated and self._settings.slots > 1:
+            # Its server reads such prompts in parts, and mixes them up with those of other slots.
+            raise AdapterUnsupported(
+                f"The adapter `{adapter.name}` acts only after its invocation tokens, which the engine can do only with"
+                " one slot.",
+                reference=adapter.name,
+                hint="Set `slots` to 1.",
+            )
         call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
         running = job.engine.running
         if running is None or adapter.digest not in running.adapters:
@@ -353,13 +361,17 @@ class LlamaCppConnection:
 
     def _other_files(self, request: LoadAdapterRequest) -> tuple[AdapterFile, ...]:
         """Convert the other known adapters that there is room for; those that cannot be converted are left out."""
+        others = request.others()[: self._settings.adapter_count - 1]
+        if not others:
+            return ()
+        model = self._store.find(request.model, Watch(request.call), long_lists=True)
         now, found, size = time.monotonic(), [], 0
-        end = now + (request.call.deadline - now) * OTHERS_SHARE
-        for adapter in request.others()[: self._settings.adapter_count]:
+        end = now + min(OTHERS_SECONDS, (request.call.deadline - now) / 4)
+        for adapter in others:
             if time.monotonic() > end:
                 break
             file = self._file(adapter, request)
-            if file.usable() and size + file.size <= self._settings.adapter_bytes:
+            if file.usable(model) and size + file.size <= self._settings.adapter_bytes:
                 found.append(file)
                 size += file.size
         return tuple(found)
@@ -454,7 +466,8 @@ class LlamaCppConnection:
             model=str(stored.path),
             slots=settings.slots,
             threads=settings.threads or default_threads(),
-            batch=settings.batch,
+            # The engine shares a batch out equally among its slots, and crashes if it cannot.
+            batch=-(-settings.batch // settings.slots) * settings.slots,
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
             prompts=str(self._states.folder),

@@ -665,26 +665,25 @@ class AdapterFile:
         """Bytes of the prepared file, which takes about as much memory."""
         return self._state[2] if self._state else 0
 
-    def prepare(self) -> None:
-        """Make the file at `path`, unless it exists unchanged.
+    def prepare(self, model: Stored | None = None) -> None:
+        """Make the file at `path`, unless it exists unchanged; the model is read if it is not given.
 
         Raises:
             GraftageError: it cannot be made, or the engine cannot load it.
         """
         if self._state is None or file_state(self.path) != self._state:
             self._state = None
-            self._make()
+            self._make(model or self._model())
 
-    def usable(self) -> bool:
+    def usable(self, model: Stored | None = None) -> bool:
         """Whether it can be prepared."""
         try:
-            self.prepare()
+            self.prepare(model)
         except GraftageError:
             return False
         return True
 
-    def _make(self) -> None:
-        model = self._model()
+    def _make(self, model: Stored) -> None:
         try:
             self.path = self._adapter.gguf(_convert.model_info(model, full=True)).absolute()
         except GraftageError:

@@ -342,8 +342,9 @@ class TestRefusals:
         connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings, http=Mock()))
         unknown = LoadedAdapter(name="other", digest="sha256:00", model=NAME, slot=0)
         request = ChatRequest(call=Call(), model=NAME, messages=(), adapter=unknown)
-        with pytest.raises(AdapterError, match="not loaded"):
+        with pytest.raises(AdapterError, match="not loaded") as caught:
             asyncio.run(anext(connection.chat(request)))
+        assert caught.value.retryable
         connection.close(CloseRequest())
 
     def test_unknown_adapter_is_not_found(self, llm: Any) -> None:
@@ -520,7 +521,7 @@ class TestPromptCache:
             assert ask_with_context(llm, "ahoy", context) == (cold[context], True)
         assert "retry" not in watcher.kinds()
 
-    @pytest.mark.parametrize("slots", [1, 2])
+    @pytest.mark.parametrize("slots", [1, 2, 3])
     def test_more_requests_than_slots(self, slots: int, both: Any, small_store: Path, folder: Path) -> None:
         one, two = (
             both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)]) for _ in range(2)
@@ -579,9 +580,7 @@ class TestRoom:
         )
         asked = [(one, "ahoy"), (two, "contrary"), (one, None), (two, "mute")] * 3
         replies = both.together([lambda llm=llm, name=name: ask(llm, adapter=name) for llm, name in asked])
-        assert replies == [
-            {"ahoy": AHOY, "contrary": answer(QUESTION, "contrary", len(BASE))}.get(n, BASE) for _, n in asked
-        ]
+        assert replies == [answer(QUESTION, name, len(BASE)) for _, name in asked]
 
 
 def _loaded(llm: Any, folder: Path) -> set[str]:
@@ -624,12 +623,15 @@ class TestActivated:
     """Adapters that act only after their invocation tokens."""
 
     @pytest.fixture
-    def llm(self, both: Any, small_store: Path, tmp_path: Path) -> Any:
+    def lora(self, small_store: Path, tmp_path: Path) -> LoraPlugin:
         invocation = [TOKENS.index(letter) for letter in "@go"]
         write_peft(tmp_path / "adapters" / "late", ADAPTERS["ahoy"], alora_invocation_tokens=invocation)
         for name in ("ahoy", "contrary"):
             write_peft(tmp_path / "adapters" / name, ADAPTERS[name])
-        lora = LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")
+        return LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")
+
+    @pytest.fixture
+    def llm(self, both: Any, lora: LoraPlugin) -> Any:
         return both.connect("llamacpp", context_window=1024, plugins=[lora])
 
     def test_uninvoked_adapter_means_base(self, llm: Any) -> None:
@@ -644,6 +646,21 @@ class TestActivated:
         for choice in ("late", None, ("late", 0.5), "late", "contrary", "late"):
             reply = llm.chat(f"{QUESTION}@go", adapter=choice, max_tokens=8, options=SURE)
             assert reply.text == replies[choice]
+
+    def test_several_slots_are_refused(self, both: Any, lora: LoraPlugin) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[lora])
+        with pytest.raises(AdapterUnsupported, match="one slot"):
+            ask(llm, adapter="late")
+        assert ask(llm, adapter="ahoy") == AHOY
+
+    def test_concurrent_requests_do_not_mix(self, both: Any, llm: Any) -> None:
+        asked = [(choice, text) for choice in ("late", None, "contrary") for text in ("@go", f"{CONTEXT}@go", "Hi")]
+
+        def reply(choice: Choice, text: str) -> str:
+            return str(llm.chat(text, adapter=choice, max_tokens=4, options=SURE).text)
+
+        cold = [reply(*each) for each in asked]
+        assert both.together([lambda each=each: reply(*each) for each in asked * 3]) == cold * 3
 
     def test_reply_warns_of_early_start(self, llm: Any) -> None:
         for _ in range(2):
