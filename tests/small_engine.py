@@ -82,20 +82,35 @@ LONG: Mapping[str, Any] = {"max_tokens": 30_000, "context_window": WINDOW, "opti
 
 def answer(question: str, adapter: str | None, count: int) -> str:
     """Return the most likely letters after a question, in F64."""
-    weights = MODEL.weights()
-    for name, pair in ADAPTERS[adapter].items() if adapter else ():
-        weights[name] = weights[name].astype(np.float64) + pair.change
-    placed = MODEL.placed(weights)
-    tokens = [
-        *_said("system", SYSTEM_PROMPT),
-        *_said("user", question),
-        TOKENS.index(START),
-        *_spelt("assistant\n"),
-    ]
+    placed = _merged({adapter: 1.0} if adapter else {})
+    tokens = _prompt(SYSTEM_PROMPT, question)
     begin = len(tokens)
     for _ in range(count):
         tokens.append(int(logits(MODEL, placed, tokens, side_by_side=True)[-1].argmax()))
-    return "".join(TOKENS[number] for number in tokens[begin:]).replace("Ġ", " ").replace("Ċ", "\n")
+    return "".join(_letter(number) for number in tokens[begin:])
+
+
+def first_letters(adapters: Mapping[str, float], system: str = SYSTEM_PROMPT) -> dict[str, float]:
+    """Return the log-probability of each first letter after the question, in F64, with weighted adapters."""
+    found = logits(MODEL, _merged(adapters), _prompt(system, QUESTION), side_by_side=True)[-1]
+    found = found - np.log(np.exp(found).sum())
+    return {_letter(number): float(each) for number, each in enumerate(found)}
+
+
+def _merged(adapters: Mapping[str, float]) -> dict[str, Any]:
+    weights = MODEL.weights()
+    for adapter, weight in adapters.items():
+        for name, pair in ADAPTERS[adapter].items():
+            weights[name] = weights[name].astype(np.float64) + weight * pair.change
+    return MODEL.placed(weights)
+
+
+def _prompt(system: str, question: str) -> list[int]:
+    return [*_said("system", system), *_said("user", question), TOKENS.index(START), *_spelt("assistant\n")]
+
+
+def _letter(number: int) -> str:
+    return {"Ġ": " ", "Ċ": "\n"}.get(TOKENS[number], TOKENS[number])
 
 
 def _said(role: str, text: str) -> list[int]:

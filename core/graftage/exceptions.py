@@ -21,7 +21,7 @@
     │   ├── InferenceFailed         the model or its runner failed, or its output cannot be read
     │   ├── StreamInterrupted       the stream ended too early; .partial
     │   └── ProtocolError           the response is not what the API promises
-    ├── AdapterError                .reference .reasons
+    ├── AdapterError                .reference .reasons .retryable
     │   ├── AdapterNotFound         no resolver knows the reference
     │   ├── AdapterInvalid          malformed, unsafe or unsupported file
     │   ├── AdapterIncompatible     the adapter does not fit the base model
@@ -338,6 +338,7 @@ class AdapterError(GraftageError):
         *,
         reference: str | None = None,
         reasons: Iterable[str] = (),
+        retryable: bool = False,
         hint: str | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
@@ -345,6 +346,8 @@ class AdapterError(GraftageError):
         """The reference that the caller gave."""
         self.reasons = tuple(reasons)
         """Every reason found, not only the first."""
+        self.retryable = retryable
+        """Whether loading the adapter again may help: the server has lost or replaced it. The core does so once."""
 
 
 class AdapterNotFound(AdapterError):

@@ -358,7 +358,7 @@ class TestAdapters:
         llm = both.opened(["oak", "elm"] if chained else "oak", plugins=[tree, shelf_], model=MODEL, instances=trees)
         assert (llm.stats().active_adapter, shelf_.asked) == ("poet", [])
         assert [llm.chat("x").adapter, llm.chat("x").adapter] == ["poet", "poet"]
-        assert (len(loads(tree)), len(shelf_.asked)) == (1, 1)
+        assert (len(loads(tree)), len(shelf_.asked)) == (1, 2)
         assert llm.chat("x", adapter=None).adapter is None
         assert llm.chat("x", adapter="clerk").adapter == "clerk"
         assert llm.chat("x").adapter == "poet"

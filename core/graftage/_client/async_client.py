@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from graftage._client.opening import _AwaitingClient, translate_errors_async
 from graftage._client.streams import AsyncStream
+from graftage.types import ACTIVE
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from graftage._engine.arguments import ChatArguments, EmbedArguments, GenerateArguments, RerankArguments, Timeout
+    from graftage._engine.arguments import (
+        ChatArguments,
+        DefaultArguments,
+        EmbedArguments,
+        GenerateArguments,
+        RerankArguments,
+        Timeout,
+    )
     from graftage._engine.inputs import Messages
     from graftage.types import (
         Adapter,
+        AdapterChoice,
         AdapterInfo,
+        AdapterReference,
         Embeddings,
         Health,
         HealthLevel,
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
         PullProgress,
         Ranking,
         Reply,
+        Warmed,
     )
 
 __all__ = ["AsyncClient"]
@@ -59,7 +70,8 @@ class AsyncClient(_AwaitingClient):
             stream: return an `AsyncStream` of chunks instead of the whole `Reply`.
             arguments: all optional.
                 `model`: the model, if it is not the client's.
-                `adapter`: an adapter for this call; None for the base model; left out, the active one.
+                `adapter`: an adapter for this call, `("style", 0.6)` for one with a weight, or a list of these for
+                several at once; None for the base model; left out, the active one.
                 `tools`: what the model may call: Python functions, pydantic models, mappings, `Tool`s, or the result
                 of `list_tools` of an MCP client. `graftage.run_tools` calls them and goes on.
                 `tool_choice`: `"auto"`; `"none"`, so that no tools are sent; `"required"`; or the name of the tool to
@@ -174,7 +186,7 @@ class AsyncClient(_AwaitingClient):
         from graftage._engine.arguments import read_chat
 
         session = await self._open()
-        asked = await self._read(read_chat, messages, arguments)
+        asked = await self._read(read_chat, messages, self._with_defaults("chat", arguments))
         return await session.single().count_tokens(asked)
 
     @translate_errors_async
@@ -346,7 +358,7 @@ class AsyncClient(_AwaitingClient):
     @translate_errors_async
     async def use_adapter(
         self,
-        reference: str | Path | None,
+        reference: AdapterReference | Sequence[AdapterReference] | None,
         *,
         on_missing: Literal["error", "base"] | None = None,
         force: bool | None = None,
@@ -355,11 +367,16 @@ class AsyncClient(_AwaitingClient):
     ) -> LoadedAdapter | None:
         """Switch the adapter of all calls that follow, and return the one that is now active.
 
+        Each of them finds the adapter again, as if it had named the adapter: after the files have changed, the new
+        content answers, and the first reply warns; once they are gone, calls raise `AdapterNotFound`, or the base model
+        answers if `on_missing` says so.
+
         After a failed switch every call raises that error until a switch succeeds, so that neither another adapter nor
         the base model answers by accident. Switches happen one at a time, in the order in which they were asked for.
 
         Args:
-            reference: a name, a path, or what else the installed resolvers understand; None for the base model.
+            reference: a name, a path, or what else the installed resolvers understand; `(reference, weight)`; a list
+                of these for several at once; None for the base model.
             on_missing: `"error"`, or `"base"`: if the adapter is not found, the base model answers and each reply
                 warns.
             force: use the adapter even if it does not fit the model; each reply warns.
@@ -376,14 +393,81 @@ class AsyncClient(_AwaitingClient):
         return await session.use_adapter(reference, on_missing=on_missing, force=force, model=model, timeout=timeout)
 
     @translate_errors_async
-    async def adapters(self) -> tuple[AdapterInfo, ...]:
-        """List the adapters that the installed plugins know.
+    async def warm(
+        self,
+        adapter: AdapterChoice = ACTIVE,
+        messages: Messages = (),
+        *,
+        model: str | None = None,
+        **arguments: Unpack[DefaultArguments],
+    ) -> Warmed:
+        """Load an adapter, and read ahead the messages that later calls begin with: usually the system message.
+
+        A later `chat` with the same adapter, model, tools and window reads only what comes after them, as long as its
+        server still holds what was read. The embedded engine also saves it on the disk, for later processes. Other
+        servers are sent the messages as a chat with a reply of one token, with a short question if none has the role
+        `user`: the templates of some models need one.
+
+        Args:
+            adapter: as for `chat`.
+            messages: as for `chat`; without any, only the adapter is loaded, or for the base model the model.
+            model: the model, if it is not the client's.
+            arguments: all others of `chat` but `images`: `tools`, `think`, `context_window`, `keep_alive`, `options`
+                and so on must be those of the later calls.
 
         Raises:
+            AdapterError: the adapter cannot be used.
+            ContextOverflow: the messages do not fit the window.
+            ResourceLimitExceeded: a policy refused.
+        """
+        from graftage._engine.arguments import read_warm
+
+        session = await self._open()
+        given = self._with_defaults("chat", {"model": model, "adapter": adapter, **arguments})
+        asked = await self._read(read_warm, messages, given)
+        return await session.single().warm(asked)
+
+    @translate_errors_async
+    async def adapters(self, *, model: str | None = None, timeout: Timeout = None) -> tuple[AdapterInfo, ...]:
+        """List the adapters that the installed plugins know. What could not be read is an entry with a `problem`.
+
+        Args:
+            model: judge each adapter against this model: `AdapterInfo.verdict`. Without it no server is asked.
+            timeout: seconds to describe the model, or `Timeouts`.
+
+        Raises:
+            ModelNotFound: the model is not there.
             SettingsError: a plugin's settings name a folder or file that it cannot read.
         """
         session = await self._open()
-        return await session.list_adapters()
+        return await session.list_adapters(model, timeout)
+
+    @translate_errors_async
+    async def pull_adapter(
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        overwrite: bool | None = None,
+        timeout: Timeout = None,
+    ) -> AdapterInfo:
+        """Download an adapter, and bind it to a name. No server of models is asked.
+
+        The download has a limit only if `timeout` is given. Observers get its progress as events.
+
+        Args:
+            reference: what to download, such as `owner/name@revision` for a repository of Hugging Face.
+            name: the name to bind it to, by default the last part of the reference.
+            overwrite: bind the name to it even if it is bound to something else.
+            timeout: seconds for the whole download.
+
+        Raises:
+            AdapterNotFound: there is no such adapter, or no plugin can download it.
+            AdapterInvalid: what was downloaded is not an adapter.
+            AdapterError: the name is bound to something else.
+        """
+        session = await self._open()
+        return await session.pull_adapter(reference, name, overwrite, timeout)
 
     @translate_errors_async
     async def resolve_adapter(

@@ -16,18 +16,19 @@ from graftage._client.streams import AsyncStream, Stream
 from graftage._engine.call import raise_translated
 from graftage._engine.driving import drive
 from graftage.exceptions import GraftageError
+from graftage.types import ACTIVE
 
 if TYPE_CHECKING:
     import asyncio
-    from typing import Self
+    from typing import Self, Unpack
 
     from graftage._client.streams import Begun
-    from graftage._engine.arguments import CallOptions
+    from graftage._engine.arguments import Bound, CallOptions, DefaultArguments
     from graftage._engine.choosing import ConnectOptions, Opening
     from graftage._engine.fallback import Chain
     from graftage._engine.session import Session
     from graftage.settings import Settings
-    from graftage.types import Capabilities, Reply, Stats
+    from graftage.types import AdapterChoice, Capabilities, Reply, Stats
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,16 +67,40 @@ def _client(arguments: Any) -> ConnectOptions:
     return options
 
 
+class _View:
+    """What makes a client a view of another."""
+
+    def __init__(self, root: Any, bound: Bound, failed_switch: tuple[Any, BaseException] | None) -> None:
+        self.root = root
+        """The client whose connection it shares, of the same class."""
+        self.bound = bound
+        self.failed_switch = failed_switch
+        """The switch that failed before, if neither client was open yet."""
+
+
 class _Client:
     """What both clients share. An async client knows these facts once it is open."""
 
-    def __init__(self, options: ConnectOptions, session: Session | Chain | None = None) -> None:
+    def __init__(
+        self, options: ConnectOptions, session: Session | Chain | None = None, view: _View | None = None
+    ) -> None:
         self._options = options
+        self._view = view
         self._session = session
         self._lock = threading.Lock()
         self._closed = False
         self._origins: Mapping[str, str] = {}
-        self._failed_switch: tuple[Any, BaseException] | None = None
+        self._failed_switch = view.failed_switch if view is not None else None
+
+    def _with_defaults(
+        self, operation: Literal["chat", "generate", "run_tools"], arguments: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return the arguments of a call with the defaults of this view."""
+        if self._view is None:
+            return arguments
+        from graftage._engine.arguments import with_defaults
+
+        return with_defaults(operation, self._view.bound.defaults, arguments)
 
     def _ready(self) -> Session | Chain:
         """Return the session; a sync client opens it, an async one must be open."""
@@ -93,6 +118,38 @@ class _Client:
         self._failed_switch = (reference, error)
         if self._session is not None:
             self._session.switch_failed(reference, error)
+
+    @translate_errors
+    def bind(
+        self, *, model: str | None = None, adapter: AdapterChoice = ACTIVE, **defaults: Unpack[DefaultArguments]
+    ) -> Self:
+        """Return a view of this client with a model, an active adapter and default arguments of its own.
+
+        It shares everything else: connection, slots, counters, plugins, loaded adapters. It asks no server, so that a
+        program can have a view for each project. What a call gives itself is used instead of a default; `use_adapter`
+        of a view, also a failed one, changes no other view and not this client, whose later switches do not change the
+        view. Closing a view ends the view alone; it must be this client that is closed, which ends all its views.
+        A view of a view has the defaults of both.
+
+        Args:
+            model: the model, if it is not that of this client.
+            adapter: the adapter that is active from the start, loaded by the first call; None for the base model;
+                left out, the one that is active in this client now.
+            defaults: arguments of `chat` except `images`: for `chat`, `generate` (those that it has), `count_tokens`,
+                `warm` and `run_tools`. `options` are merged with those of a call, name by name.
+
+        Raises:
+            RequestRejected: an argument is invalid, as far as this shows without a server.
+        """
+        from graftage._engine.arguments import Bound, read_bound
+
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        root, before = (self._view.root, self._view.bound) if self._view else (self, Bound())
+        bound = read_bound(model, adapter, before.defaults, defaults)
+        failed = self._failed_switch if adapter is ACTIVE else None
+        session = self._session.view(bound) if self._session is not None else None
+        return type(self)(self._options, session, _View(root, bound.over(before), failed))
 
     @property
     @translate_errors
@@ -117,7 +174,7 @@ class _Client:
     def members(self) -> tuple[Self, ...]:
         """The providers of a chain, each as a client; of a client that is not a chain, the client itself."""
         sessions = getattr(self._ready(), "sessions", None)
-        return tuple(type(self)(self._options, each) for each in sessions) if sessions else (self,)
+        return tuple(type(self)(self._options, each, self._view) for each in sessions) if sessions else (self,)
 
     @property
     @translate_errors
@@ -128,7 +185,7 @@ class _Client:
     @property
     def origins(self) -> Mapping[str, str]:
         """Where each setting that is not a default came from."""
-        return self._origins
+        return self._view.root.origins if self._view is not None else self._origins
 
     @translate_errors
     def capabilities(self) -> Capabilities:
@@ -144,9 +201,11 @@ class _Client:
 class _BlockingClient(_Client):
     """Finds and checks everything when it is made. What must ask a server, the choice by `auto`, waits for a call."""
 
-    def __init__(self, options: ConnectOptions, session: Session | Chain | None = None) -> None:
-        super().__init__(options, session)
-        if session is None:
+    def __init__(
+        self, options: ConnectOptions, session: Session | Chain | None = None, view: _View | None = None
+    ) -> None:
+        super().__init__(options, session, view)
+        if session is None and view is None:
             from graftage._engine.choosing import Opening
 
             try:
@@ -160,6 +219,9 @@ class _BlockingClient(_Client):
     def _resolve(self) -> Session | Chain:
         from graftage._engine.waiting import BlockingIO
 
+        if self._view is not None:
+            session = self._view.root._open()  # noqa: SLF001 - a client of ours
+            return self._adopt(session.view(self._view.bound, fresh=True))
         return self._adopt(drive(self._opening.resolve(BlockingIO())))
 
     def _open(self) -> Session | Chain:
@@ -194,7 +256,8 @@ class _BlockingClient(_Client):
         """Return the reply, or a stream whose first chunk has come."""
         try:
             session = self._open()
-            begun = drive(session.infer(operation, read(subject, arguments), stream=stream))
+            asked = read(subject, self._with_defaults(operation, arguments))
+            begun = drive(session.infer(operation, asked, stream=stream))
         except GraftageError as error:
             raise_translated(error, self._options.translate)
         return Stream(begun, self._options.translate) if stream else begun[0].whole()
@@ -241,6 +304,10 @@ class _AwaitingClient(_Client):
         from graftage._engine.choosing import Opening
         from graftage._engine.threads import submit
 
+        if self._view is not None:
+            session = await self._view.root._open()  # noqa: SLF001 - a client of ours
+            self._adopt(session.view(self._view.bound, fresh=True))
+            return
         # It imports and reads files: not on the event loop.
         opening = await asyncio.wrap_future(submit(Opening, self._options))
         self._adopt(await opening.resolve(AwaitingIO()))
@@ -273,7 +340,8 @@ class _AwaitingClient(_Client):
 
         async def begin() -> Begun:
             session = await self._open()
-            return await session.infer(operation, await self._read(read, subject, arguments), stream=stream)
+            asked = await self._read(read, subject, self._with_defaults(operation, arguments))
+            return await session.infer(operation, asked, stream=stream)
 
         if stream:
             return AsyncStream(begin, self._options.translate)

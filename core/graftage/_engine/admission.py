@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from graftage._engine.slots import Slots
     from graftage.calls import Call
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "once"]
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ class Admission:
         session, call = self._session, run.call
 
         def ask(hook: str) -> Callable[[], Any]:
-            return _once(lambda: session.from_plugin(hook, ModelsRequest(call=call)))
+            return once(lambda: session.from_plugin(hook, ModelsRequest(call=call)))
 
         return lambda: LimitsQuery(
             operation=operation,
@@ -190,7 +190,7 @@ class Admission:
             adapter=run.adapter,
             force=asked.force,
             parameters=session.capabilities().parameters,
-            model_info=_once(lambda: session.facts(model, call)),
+            model_info=once(lambda: session.facts(model, call)),
             loaded_models=ask("loaded_models"),
             models=ask("list_models"),
             in_use=self.slots.in_use,
@@ -227,12 +227,13 @@ class Admission:
         raise PluginError(f"The policy {self._session.relay.named(name)} {problem}.", plugin=name, hint=hint) from cause
 
 
-def _once(ask: Callable[[], T]) -> Callable[[], T]:
+def once(ask: Callable[[], T]) -> Callable[[], T]:
+    """Return a function that asks at its first call, and returns the same answer from then on."""
     answers: list[T] = []
 
-    def once() -> T:
+    def answer() -> T:
         if not answers:
             answers.append(ask())
         return answers[0]
 
-    return once
+    return answer

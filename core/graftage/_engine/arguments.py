@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, replace
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from graftage._engine import inputs as reading
 from graftage._engine import schemas
@@ -21,26 +23,26 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from graftage._engine.purposes import Purpose
+    from graftage.types import _Unset
 
 Timeout: TypeAlias = "float | Timeouts | None"
+Choice: TypeAlias = "tuple[tuple[str, float], ...]"
+"""The adapters of a call, each with its weight."""
 MOST_RETRIES = 10
+MOST_ADAPTERS = 8
+"""How many adapters may act at once."""
+LARGEST_WEIGHT = 1e6
+"""Weights beyond it, or below its inverse, are mistakes, and their products might not fit the numbers of an engine."""
 
 
-class Arguments(TypedDict, total=False):
-    """The arguments that `chat` and `generate` share."""
+class Settled(TypedDict, total=False):
+    """The arguments that `chat` and `generate` share, and that may be the same for many calls."""
 
-    model: str | None
-    """The model, if it is not the client's."""
-    adapter: AdapterChoice
-    """An adapter for this call; None for the base model; leave it out for the active adapter."""
     format: schemas.Format | None
     """A pydantic model or another type that pydantic knows, a JSON schema, OpenAI's `response_format`, or `"json"`. The
     result is in `Reply.parsed`."""
     think: bool | str | None
     """Whether to think first, or how hard: `low`, `medium`, `high`, or another level that the server knows."""
-    images: Sequence[reading.ImageLike] | None
-    """Images for the user's last message, each at most 64 MB: bytes, `Path`, `Image`, or a string with a `data:` URI or
-    a path. Inside a message, a string is a `data:` URI or base64, never a path."""
     options: Mapping[str, Any] | BaseModel | None
     """`temperature`, `seed` and so on; `capabilities().options` lists the names. If `server` is one of them, options
     that only the server knows go into `{"server": {...}}`."""
@@ -56,9 +58,20 @@ class Arguments(TypedDict, total=False):
     """Seconds for the whole call, or `Timeouts`."""
 
 
-class RunArguments(Arguments, total=False):
-    """The arguments of `run_tools` that are those of `chat`."""
+class Arguments(Settled, total=False):
+    """The arguments that `chat` and `generate` share."""
 
+    model: str | None
+    """The model, if it is not the client's."""
+    adapter: AdapterChoice
+    """An adapter for this call, `(adapter, weight)`, or a list of these for several at once; None for the base model;
+    leave it out for the active adapter."""
+    images: Sequence[reading.ImageLike] | None
+    """Images for the user's last message, each at most 64 MB: bytes, `Path`, `Image`, or a string with a `data:` URI or
+    a path. Inside a message, a string is a `data:` URI or base64, never a path."""
+
+
+class _Run(TypedDict, total=False):
     tool_choice: str | None
     """Whether the model may call tools: `auto`, the default; `none`; `required`, at least one; or the name of the one
     that it must call. A reply without that call is an `InferenceFailed`."""
@@ -67,12 +80,22 @@ class RunArguments(Arguments, total=False):
     `timeout` applies to all attempts together."""
 
 
-class ChatArguments(RunArguments, total=False):
-    """The arguments of `chat` besides the messages."""
-
+class _Tools(TypedDict, total=False):
     tools: schemas.Tools
     """The tools that the model may call: Python functions, pydantic models, mappings, `Tool`s, or the result of
     `list_tools` of an MCP client."""
+
+
+class RunArguments(Arguments, _Run, total=False):
+    """The arguments of `run_tools` that are those of `chat`."""
+
+
+class ChatArguments(Arguments, _Run, _Tools, total=False):
+    """The arguments of `chat` besides the messages."""
+
+
+class DefaultArguments(Settled, _Run, _Tools, total=False):
+    """The arguments of `chat` that `bind` and `warm` take besides the model and the adapter."""
 
 
 class GenerateArguments(Arguments, total=False):
@@ -119,7 +142,7 @@ class CallOptions:
     """A call's arguments, read, and checked as far as possible without a model."""
 
     model: str | None = None
-    adapter: AdapterChoice = ACTIVE
+    adapter: Choice | Literal[_Unset.ACTIVE] | None = ACTIVE
     timeout: float | Timeouts | None = None
     keep_alive: float | str | None = None
     context_window: int | None = None
@@ -134,6 +157,21 @@ class CallOptions:
     purpose: Purpose | None = None
     build: Callable[..., Any] | None = None
     """Build the request from what is known later: call, model, adapter, options and limits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """What a view has of its own, or what `bind` gives it."""
+
+    model: str | None = None
+    adapter: Choice | Literal[_Unset.ACTIVE] | None = ACTIVE
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of calls that do not give them."""
+
+    def over(self, before: Bound) -> Bound:
+        """Return this on top of what the client already has of its own; the defaults are merged already."""
+        adapter = before.adapter if self.adapter is ACTIVE else self.adapter
+        return replace(self, model=self.model or before.model, adapter=adapter)
 
 
 def may_read_files(subject: object, arguments: Mapping[str, object]) -> bool:
@@ -201,6 +239,45 @@ def _read_tools(arguments: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str | N
             hint=reading.suggest(choice, [*names, "auto", "none", "required"]),
         )
     return tools, choice
+
+
+def read_bound(
+    model: str | None, adapter: AdapterChoice, before: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Bound:
+    """Read the arguments of `bind`; `before` are the defaults of the client that it is called on.
+
+    Raises:
+        RequestRejected: one of them is invalid, as far as this shows without a provider.
+        TypeError: an argument is unknown.
+    """
+    given = _given_arguments("bind", defaults, DefaultArguments)
+    merged = with_defaults("chat", before, given)
+    asked = read_chat("-", {"model": model, "adapter": adapter, **merged})
+    read_timeouts(asked.timeout, Timeouts())
+    return Bound(model=model, adapter=asked.adapter, defaults=merged)
+
+
+def with_defaults(
+    operation: Literal["chat", "generate", "run_tools"], defaults: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the arguments of a call with the defaults of its view. Options are merged name by name."""
+    known = {"chat": ChatArguments, "generate": GenerateArguments, "run_tools": RunArguments}[operation]
+    merged = {name: value for name, value in defaults.items() if name in known.__annotations__}
+    for name, value in arguments.items():
+        if name == "options" and isinstance(own := reading.as_mapping(value), Mapping):
+            merged["options"] = {**(reading.as_mapping(merged.get("options")) or {}), **own}
+        elif value is not None or name == "adapter":
+            merged[name] = value
+    return merged
+
+
+def read_warm(messages: reading.Messages, arguments: Mapping[str, object]) -> CallOptions:
+    """Read the arguments of `warm`. Without messages there is nothing to build."""
+    given = _given_arguments("warm", arguments, ChatArguments)
+    if given.get("tool_choice") != "none":  # The reply is cut off after a token: it cannot be a call.
+        given.pop("tool_choice", None)
+    asked = read_chat(messages or "-", {**given, "max_tokens": 1})
+    return replace(asked, parse=None, retries=0, build=asked.build if messages else None)
 
 
 def read_generate(prompt: str, arguments: Mapping[str, object]) -> CallOptions:
@@ -281,7 +358,7 @@ def _common(arguments: Mapping[str, object]) -> dict[str, Any]:
     if common.get("model") is not None:
         check_model(common["model"])
     if common.get("adapter", ACTIVE) not in (ACTIVE, None):
-        read_reference(common["adapter"])
+        common["adapter"] = read_adapter(common["adapter"])
     return common
 
 
@@ -345,6 +422,23 @@ def read_flag(name: str, value: object, *, default: bool = False) -> bool:
     return value
 
 
+def read_timeouts(given: float | Timeouts | None, own: Timeouts) -> Timeouts:
+    """Return the limits of a call, by default those of the client; a number means the total.
+
+    Raises:
+        RequestRejected: it is not a length of time.
+    """
+    if given is None:
+        return own
+    if isinstance(given, Timeouts):
+        return given
+    try:
+        return replace(own, total=given)
+    except ValueError as error:
+        hint = "Give seconds above 0, or `Timeouts`."
+        raise RequestRejected(f"`timeout` is invalid: {error}.", hint=hint) from error
+
+
 def _read_retries(arguments: Mapping[str, object]) -> int:
     retries = arguments.get("retries", 0)
     if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= MOST_RETRIES:
@@ -380,6 +474,44 @@ def check_callback(name: str, callback: object) -> None:
         raise reading.rejected(f"`{name}`", "a plain function to call with each step", callback)
 
 
+def read_adapter(value: object) -> Choice:
+    """Return the adapters of an argument, each with its weight. What it returns may be read again.
+
+    Raises:
+        RequestRejected: a reference or a weight is invalid, an adapter comes twice, or there are none or too many.
+    """
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and not _has_weight(value)
+    choice = tuple(_read_weighted(each) for each in (value if several else (value,)))  # type: ignore[attr-defined] # it is a sequence
+    names = [name for name, _ in choice]
+    if not choice:
+        raise RequestRejected("`adapter` is empty.", hint="Give None for the base model.")
+    if len(choice) > MOST_ADAPTERS:
+        hint = f"Give at most {MOST_ADAPTERS}."
+        raise RequestRejected(f"{len(choice)} adapters are too many at once.", hint=hint)
+    for twice in (name for name in names if names.count(name) > 1):
+        raise RequestRejected(f"The adapter `{twice}` comes twice.", hint=f"Give it once, as `({twice!r}, 2.0)`.")
+    return choice
+
+
+def _has_weight(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], numbers.Real)
+
+
+def _read_weighted(value: Any) -> tuple[str, float]:
+    reference, given = value if _has_weight(value) else (value, 1.0)
+    name = read_reference(reference)
+    try:
+        weight = 0.0 if isinstance(given, bool) else float(given)
+    except OverflowError:
+        weight = 0.0
+    if not 1 / LARGEST_WEIGHT <= abs(weight) <= LARGEST_WEIGHT:
+        hint = (
+            f"Give a number other than 0, such as 0.5: from {1 / LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, or below 0."
+        )
+        raise RequestRejected(f"The weight of the adapter `{name}` is invalid: {given!r}.", hint=hint)
+    return name, weight
+
+
 def read_reference(reference: object) -> str:
     """Return a reference to an adapter as a string.
 
@@ -388,9 +520,8 @@ def read_reference(reference: object) -> str:
     """
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else None
     if not isinstance(name, str) or not name.strip():
-        raise RequestRejected(
-            f"An adapter cannot be {reference!r}.", hint="Give its name as a string, or the path of its file or folder."
-        )
+        hint = "Give its name as a string, or the path of its file or folder; with a weight, `(name, 0.5)`."
+        raise RequestRejected(f"An adapter cannot be {reference!r}.", hint=hint)
     return reading.text(name, "the name of the adapter")
 
 

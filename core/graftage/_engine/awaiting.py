@@ -57,12 +57,7 @@ class AwaitingIO:
         return _AwaitedSource(hook, request, call)
 
     async def ask(self, plugin: str, function: Callable[..., T], question: object, call: Call) -> T:
-        token = _loop.set(asyncio.get_running_loop())
-        try:
-            future = submit(function, question)
-        finally:
-            _loop.reset(token)
-        return await await_plugin(self, plugin, future, call)
+        return await await_plugin(self, plugin, submit(self.in_thread(function), question), call)
 
     async def wait(self, future: Future[Any], deadline: float) -> None:
         done = asyncio.get_running_loop().create_future()
@@ -72,8 +67,23 @@ class AwaitingIO:
         async with asyncio.timeout(None if deadline == math.inf else max(deadline - time.monotonic(), 0)):
             await done
 
+    def in_thread(self, function: Callable[..., T]) -> Callable[..., T]:
+        loop = asyncio.get_running_loop()
+
+        def call(*arguments: Any) -> T:
+            token = _loop.set(loop)
+            try:
+                return function(*arguments)
+            finally:
+                _loop.reset(token)
+
+        return call
+
     def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        return asyncio.run_coroutine_threadsafe(work(), _loop.get()).result()
+        loop = _loop.get()
+        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - as documented, but without an exception
+            raise RuntimeError("this code blocks: call it in a thread, with `request.call.run`")
+        return asyncio.run_coroutine_threadsafe(work(), loop).result()
 
 
 _loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("graftage_loop")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from graftage._engine.answers import check_tool_choice, cut_warning, parsed, read_finish_reason, read_usage
@@ -14,6 +15,7 @@ from graftage._engine.faults import Author, is_fault, kind_of
 from graftage._engine.inputs import Parse
 from graftage.calls import MAX_OBJECTS
 from graftage.exceptions import (
+    AdapterError,
     ConnectionFailed,
     GraftageError,
     ModelNotFound,
@@ -21,12 +23,12 @@ from graftage.exceptions import (
     ProviderError,
     StreamInterrupted,
 )
-from graftage.types import Chunk, Limits, Logprob, Reply, Timings, ToolCall, Usage
+from graftage.types import Chunk, Limits, Logprob, Reply, Timings, ToolCall, Usage, canonical_name
 
 if TYPE_CHECKING:
     from graftage._engine.waiting import Source
     from graftage.calls import Call, ChatRequest, GenerateRequest
-    from graftage.types import FinishReason
+    from graftage.types import FinishReason, LoadedAdapter
 
 __all__ = ["Run"]
 
@@ -93,12 +95,17 @@ class Run:
     """Adds close names to the error about a missing model."""
     parse: Parse | None = None
     adapter: str | None = None
+    adapter_digest: str | None = None
     limits: Limits | None = None
     warnings: tuple[str, ...] = ()
     tool_choice: str | None = None
     """What the model must call: `required`, or the name of a tool."""
     request: ChatRequest | GenerateRequest | None = None
     """The request, as far as the provider reads it."""
+    open: Callable[[Any], Source] | None = None
+    """Sends a request."""
+    again: Callable[[], Coroutine[Any, Any, Any]] | None = None
+    """Loads an adapter again that the server has lost, and returns the request to send; used once."""
     source: Source | None = None
     fold: Fold = field(default_factory=Fold)
     reply: Reply | None = None
@@ -138,6 +145,7 @@ class Run:
             model=last.model or self.model,
             provider=self.provider,
             adapter=self.adapter,
+            adapter_digest=self.adapter_digest,
             limits=self.limits,
             warnings=(*self.warnings, *fold.warnings),
             request_id=last.request_id,
@@ -172,10 +180,41 @@ class Run:
                 await self._close_source()
                 self._finish(chunk)
         except BaseException as error:  # noqa: BLE001 - raised again, unless the reader has stopped
+            if self.again is not None and fold.last is None and (again := self.take_again(error)) is not None:
+                return await self._pull_again(again)
             await self._broken(error)
             return None
         taken: Chunk = chunk
         return taken
+
+    def applied(self, adapter: LoadedAdapter) -> None:
+        """Note the adapter that answers, and the model that contains it."""
+        self.adapter, self.adapter_digest, self.model = adapter.name, adapter.digest, adapter.model
+        self.emit = partial(self.emit, adapter=adapter.name)
+
+    def take_again(self, error: BaseException) -> Callable[[], Coroutine[Any, Any, Any]] | None:
+        """Return `again`, once, if an error says that the server has lost the adapter or its model."""
+        base = canonical_name(self.call.model or "")
+        lost = isinstance(error, AdapterError) and error.retryable
+        if isinstance(error, ModelNotFound) and canonical_name(self.model) != base:
+            lost = error.model is None or canonical_name(error.model) == canonical_name(self.model)
+        if self.again is None or not lost:
+            return None
+        again, self.again = self.again, None
+        self.emit("retry", attempt=1, delay=0.0, error=error)
+        return again
+
+    async def _pull_again(self, again: Callable[[], Coroutine[Any, Any, Any]]) -> Chunk | None:
+        """Load the adapter again, send the request again, and return the first chunk."""
+        try:
+            await self._close_source()
+            request = await again()
+            if self.open is not None and not self.stopped:
+                self.source = self.open(request)
+        except BaseException as error:  # noqa: BLE001 - raised again, unless the reader has stopped
+            await self._broken(error)
+            return None
+        return await self.pull()
 
     def _last(self, last: Chunk) -> Chunk:
         """Return the last chunk with its reason in our words, checked counts, and a warning if the prompt was cut."""

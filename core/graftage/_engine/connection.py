@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from graftage._engine import inputs
-from graftage._engine.arguments import check_model, read_keep_alive
+from graftage._engine.arguments import check_model, read_keep_alive, read_timeouts
 from graftage._engine.call import Run
 from graftage._engine.clients import Clients
 from graftage._engine.delivery import Delivery
@@ -58,6 +58,9 @@ SOON = 30.0
 
 class Connection:
     """A provider's connection and what belongs to it."""
+
+    root: Connection | None = None
+    """Of a view: the connection that it shares, which it neither opens nor closes."""
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Connection:
             release=lambda: self.counters.add(running=-1),
             count=self._count,
             hide=self.hide,
-            closed=lambda: self._closed,
+            closed=lambda: (self.root or self).is_closed,
             suggest=lambda error: self._suggest(error, operation, call),
         )
 
@@ -205,6 +208,11 @@ class Connection:
             otherwise = f" If not, {hint[0].lower()}{hint[1:]}" if hint else ""
             error.hint = f"Did you mean `{error.suggestions[0]}`?{otherwise}"
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or the connection that it shares."""
+        return self._closed or (self.root is not None and self.root.is_closed)
+
     def has(self, hook: str) -> bool:
         """Whether the connection implements a hook."""
         return hook in self.relay.hooks
@@ -221,10 +229,10 @@ class Connection:
     def capabilities(self) -> Capabilities:
         """Return what the provider can do, as it says and as its hooks show."""
         if self._capabilities is None:
-            self._capabilities = self._asked_capabilities()
+            self._capabilities = self.asked_capabilities()
         return self._capabilities
 
-    def _asked_capabilities(self) -> Capabilities:
+    def asked_capabilities(self) -> Capabilities:
         shown = frozenset(name for name in get_args(Feature) if self.has(name))
         if not self.has("capabilities"):
             return Capabilities(features=shown)
@@ -272,17 +280,13 @@ class Connection:
             self._infos[model] = info
         return self._infos[model]
 
+    def forget_facts(self, model: str) -> None:
+        """Forget what is known of a model that was pulled, deleted or replaced."""
+        self._infos.pop(model, None)
+
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """Return the limits of a call; a number means the total."""
-        if given is None:
-            return self.settings.timeouts
-        if isinstance(given, Timeouts):
-            return given
-        try:
-            return replace(self.settings.timeouts, total=given)
-        except ValueError as error:
-            hint = "Give seconds above 0, or `Timeouts`."
-            raise RequestRejected(f"`timeout` is invalid: {error}.", hint=hint) from error
+        return read_timeouts(given, self.settings.timeouts)
 
     def _soon(self, given: float | Timeouts | None) -> float | Timeouts:
         """Return shorter limits, for calls that do not make a model work."""
@@ -320,5 +324,5 @@ class Connection:
         self.counters.add(**changes)
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self.is_closed:
             raise RuntimeError("the client is closed")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graftage._engine.adapters import read_on_missing
-from graftage._engine.arguments import check_model, read_flag, read_reference
+from graftage._engine.adapters import missing_note, name_of, read_on_missing
+from graftage._engine.arguments import check_model, read_adapter, read_flag
 from graftage._engine.session import Measured, Session
 from graftage._records import dataclass
-from graftage.exceptions import AdapterNotFound, GraftageError
+from graftage.exceptions import AdapterNotFound, GraftageError, RequestRejected
 from graftage.types import ACTIVE, AdapterInfo, Capabilities, Embeddings, LoadedAdapter, Ranking, Stats, Timeouts
 
 if TYPE_CHECKING:
-    from graftage._engine.arguments import CallOptions
+    from graftage._engine.arguments import Bound, CallOptions
     from graftage._engine.call import Run
 
 __all__ = ["Chain", "skipped_note"]
@@ -49,11 +50,13 @@ class _Adapter:
 class Chain:
     """Sessions in order, with the methods of a session that make sense for several providers."""
 
-    def __init__(self, sessions: Sequence[Session], left_out: Sequence[str] = ()) -> None:
+    def __init__(
+        self, sessions: Sequence[Session], left_out: Sequence[str] = (), adapter: _Adapter | None = None
+    ) -> None:
         self.sessions = tuple(sessions)
         self._left_out = tuple(left_out)
         """Why members are not among them, in words."""
-        self._adapter = _Adapter(ACTIVE)
+        self._adapter = adapter or _Adapter(ACTIVE)
 
     @property
     def io(self) -> Any:
@@ -84,6 +87,13 @@ class Chain:
         """Refuse an operation for one provider."""
         raise RuntimeError("this client has several providers: call it on one of its `members`")
 
+    def view(self, bound: Bound, *, fresh: bool = False) -> Chain:
+        """Return the same chain with a model and an active adapter of its own, as `Session.view` does."""
+        here = replace(bound, adapter=ACTIVE)
+        sessions = [session.view(here, fresh=fresh) for session in self.sessions]
+        own = bound.adapter is not ACTIVE or fresh
+        return Chain(sessions, self._left_out, _Adapter(bound.adapter) if own else self._adapter)
+
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """Return the limits of a call, on all members together."""
         return self.sessions[0].timeouts(given)
@@ -102,7 +112,7 @@ class Chain:
             except AdapterNotFound:
                 if adapter.on_missing != "base":
                     raise
-                notes = (*notes, f"The adapter `{adapter.reference}` was not found; the base model answers.")
+                notes = (*notes, missing_note(read_adapter(adapter.reference)))
                 here = replace(here, adapter=None)
                 run, first = await session.infer(operation, here, stream=stream, warnings=notes)
             return run, first
@@ -155,21 +165,29 @@ class Chain:
     ) -> LoadedAdapter | None:
         """Note the adapter of all calls that follow: each member resolves it at its next call."""
         self._adapter = _Adapter(reference)  # If an argument is invalid, the adapter before must not answer.
-        self._adapter = _Adapter(reference, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
+        choice = None if reference is None else read_adapter(reference)
+        self._adapter = _Adapter(choice, on_missing=read_on_missing(on_missing), force=read_flag("force", force))
         if model is not None:
             check_model(model)
         self.timeouts(timeout)
-        if reference is not None:
-            read_reference(reference)
         return None
 
     def switch_failed(self, reference: object, error: BaseException) -> None:  # noqa: ARG002 - the next call tries again
         """Note a switch that failed before the client was open."""
         self._adapter = _Adapter(reference)
 
-    async def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        """List the adapters that the plugins know."""
-        return await self.sessions[0].list_adapters()
+    async def list_adapters(
+        self, model: str | None = None, timeout: float | Timeouts | None = None
+    ) -> tuple[AdapterInfo, ...]:
+        """List the adapters that the plugins know. Only one provider can describe a model to judge them against."""
+        asked = self.sessions[0] if model is None else self.single()
+        return await asked.list_adapters(model, timeout)
+
+    async def pull_adapter(
+        self, reference: object, name: str | None, overwrite: bool | None, timeout: float | Timeouts | None
+    ) -> AdapterInfo:
+        """Download an adapter by the first plugin that knows such references: no member is asked."""
+        return await self.sessions[0].pull_adapter(reference, name, overwrite, timeout)
 
     def capabilities(self) -> Capabilities:
         """Return what at least one member can do, with the options that all of them take."""
@@ -183,11 +201,12 @@ class Chain:
         """Return the sums of the counters of all members."""
         each = [session.stats() for session in self.sessions]
         names = [each.name for each in fields(Stats) if each.name != "active_adapter"]
-        reference = self._adapter.reference
+        reference, active = self._adapter.reference, None
         if reference is ACTIVE:
             active = next(filter(None, (one.active_adapter for one in each)), None)
-        else:
-            active = str(reference) if reference is not None else None
+        elif reference is not None:
+            with contextlib.suppress(RequestRejected):  # Every call raises it.
+                active = name_of(read_adapter(reference))
         return Stats(**{name: sum(getattr(one, name) for one in each) for name in names}, active_adapter=active)
 
     async def close(self) -> None:

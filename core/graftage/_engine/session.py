@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from graftage._engine import inputs
 from graftage._engine.adapters import Adapters
 from graftage._engine.admission import Admission
 from graftage._engine.answers import cut_warning, read_count, read_usage, reason_of
-from graftage._engine.arguments import CallOptions, check_callback, check_model, check_tokens, read_flag, read_seconds
+from graftage._engine.arguments import (
+    Bound,
+    CallOptions,
+    check_callback,
+    check_model,
+    check_tokens,
+    read_adapter,
+    read_flag,
+    read_reference,
+    read_seconds,
+)
 from graftage._engine.call import Run, closed_meanwhile
 from graftage._engine.connection import Connection
 from graftage._engine.events import log
@@ -33,14 +45,17 @@ from graftage.calls import (
     ModelsRequest,
     NativeRequest,
     PruneAdaptersRequest,
+    PullAdapterRequest,
     RerankRequest,
 )
 from graftage.exceptions import (
+    AdapterNotFound,
     CapabilityUnsupported,
     ContextOverflow,
     GraftageError,
     InferenceFailed,
     ModelNotFound,
+    PluginError,
     ProtocolError,
     ProviderError,
     RequestRejected,
@@ -67,6 +82,7 @@ from graftage.types import (
     Timeouts,
     Usage,
     Vectors,
+    Warmed,
     canonical_name,
 )
 
@@ -86,11 +102,29 @@ class Session(Connection):
     def __init__(self, *, adapter: str | None = None, **of: Any) -> None:
         super().__init__(**of)
         self.admission = Admission(self)
-        self.adapters = Adapters(self, self.admission, adapter)
+        self.adapters = Adapters(self, self.admission, read_adapter(adapter) if adapter else None)
 
     def single(self) -> Session:
         """Return this session; a chain of several providers raises."""
         return self
+
+    def view(self, bound: Bound, *, fresh: bool = False) -> Session:
+        """Return a session on the same connection, with a model and an active adapter of its own.
+
+        Args:
+            bound: its model, if it has one, and its adapter: `ACTIVE` for the one that is active here now.
+            fresh: `ACTIVE` means the one that was active from the start.
+
+        Raises:
+            RequestRejected: an option among the defaults is unknown or invalid.
+        """
+        self._require_open()
+        read_options(bound.defaults.get("options"), self.capabilities().options)
+        view = copy.copy(self)
+        view.root = self.root or self
+        view.model = bound.model or self.model
+        view.adapters = self.adapters.view(bound.adapter, fresh=fresh)
+        return view
 
     # --- Inference ---------------------------------------------------------------------------------------------------
 
@@ -117,15 +151,14 @@ class Session(Connection):
                 request = await self._inference_request(run, operation, asked, model)
                 run.request = self._as_read(request)
                 run.tool_choice = getattr(request, "tool_choice", None)
-                run.source = open_hook(self.io, self.relay.hooks[operation], request, run.call)
+                run.open = lambda found: open_hook(self.io, self.relay.hooks[operation], found, run.call)
+                run.source = run.open(request)
             first = await run.pull()
             while not stream and run.reply is None:
                 await run.pull()
             return run, first
-        except Exception as error:
-            if run.adapter and isinstance(error, ModelNotFound):
-                self.adapters.forget(run.model)  # It was deleted: the next call loads it again.
-            if asked.retries and isinstance(error, InferenceFailed) and run.misfits():
+        except InferenceFailed as error:
+            if asked.retries and run.misfits():
                 return await self._ask_again(asked, run, error, warnings)
             raise
 
@@ -162,16 +195,27 @@ class Session(Connection):
         if self.needs or "images" in asked.needs:  # Some servers silently drop pictures, and the model invents.
             await self._know(model, run.call)
             self.require_features(model, (*self.needs, *asked.needs))
-        adapter, notes = await self.adapters.for_call(asked, model, run)
-        run.adapter = adapter.name if adapter else None
-        run.warnings = (*run.warnings, *notes, *(adapter.warnings if adapter else ()))
-        run.model = adapter.model if adapter else model
+        applied, notes = await self.adapters.for_call(asked, model, run)
+        run.warnings = (*run.warnings, *notes)
+        if applied is not None:
+            run.applied(applied.loaded)
+            run.warnings = (*run.warnings, *applied.loaded.warnings)
         figures = await self.admission.admit(run, operation, asked, run.model)
-        if self._closed:
+        if self.is_closed:
             raise closed_meanwhile()
         if asked.build is None:  # pragma: no cover - chat and generate always have one
             raise RuntimeError("there is no request to build")
-        return asked.build(call=run.call, model=run.model, adapter=adapter, options=options, **figures)
+        build = partial(asked.build, call=run.call, options=options, **figures)
+        if applied is None:
+            return build(model=run.model, adapter=None)
+
+        async def again() -> Any:
+            found = await self.adapters.again(applied, model, run, asked, figures)
+            run.applied(found.loaded)
+            return build(model=run.model, adapter=found.loaded)
+
+        run.again = again
+        return build(model=run.model, adapter=applied.loaded)
 
     async def embed(self, asked: CallOptions) -> Embeddings:
         """Return one vector for each input."""
@@ -241,7 +285,7 @@ class Session(Connection):
         run = self.run("count_tokens", model, self.timeouts(asked.timeout))
         with run.failing():
             request = await self._inference_request(run, "count_tokens", asked, model)
-            count: int = await self.call("count_tokens", request, run.call, int)
+            count: int = await self._once(run, "count_tokens", request, int)
             if not read_count(count):
                 hint = "A conversation cannot be that short: report it to the provider's authors."
                 raise ProtocolError(f"The provider counted {count} tokens.", hint=hint)
@@ -250,6 +294,45 @@ class Session(Connection):
         run.end()
         run.emit("finish", usage=Usage(input_tokens=count))
         return count
+
+    async def _once(self, run: Run, hook: str, request: Any, answers: type) -> Any:
+        """Call a hook that returns once; if the server has lost the adapter, load it again and call once more."""
+        try:
+            return await self.call(hook, request, run.call, answers)
+        except GraftageError as error:
+            if (again := run.take_again(error)) is None:
+                raise
+            return await self.call(hook, await again(), run.call, answers)
+
+    async def warm(self, asked: CallOptions) -> Warmed:
+        """Load an adapter and its model, and read the messages ahead, if there are any."""
+        if asked.build is not None and not self.has("warm"):
+            asked = replace(asked, build=partial(_with_a_question, asked.build))
+            run, _ = await self.infer("chat", asked, stream=False)
+            reply = run.whole()
+            return Warmed(
+                tokens=reply.usage.input_tokens, cached_tokens=reply.usage.cached_tokens, warnings=reply.warnings
+            )
+        model = self.choose_model(asked.model)
+        run = self.run("warm", model, self.timeouts(asked.timeout))
+        with run.failing():
+            warmed = await (self._load_ahead if asked.build is None else self._read_ahead)(run, asked, model)
+        run.end()
+        run.emit("finish", usage=Usage(input_tokens=warmed.tokens, cached_tokens=warmed.cached_tokens))
+        return replace(warmed, warnings=(*run.warnings, *warmed.warnings))
+
+    async def _read_ahead(self, run: Run, asked: CallOptions, model: str) -> Warmed:
+        request = await self._inference_request(run, "chat", asked, model)
+        warmed: Warmed = await self._once(run, "warm", request, Warmed)
+        return replace(warmed, warnings=(*warmed.warnings, *cut_warning(self._as_read(request), warmed.tokens)))
+
+    async def _load_ahead(self, run: Run, asked: CallOptions, model: str) -> Warmed:
+        """Load the adapter, or else the model."""
+        applied, notes = await self.adapters.for_call(asked, model, run)
+        if applied is None:
+            await self._load(run, asked, model)
+        run.warnings = (*run.warnings, *notes, *(applied.loaded.warnings if applied else ()))
+        return Warmed(tokens=0)
 
     # --- Health ------------------------------------------------------------------------------------------------------
 
@@ -436,7 +519,8 @@ class Session(Connection):
                 finally:
                     await run.abandon()
         run.emit("finish")
-        self._infos.pop(name, None)
+        self.forget_facts(name)
+        self.adapters.forget(name)
         self.health_cache.drop()
         return last
 
@@ -498,16 +582,19 @@ class Session(Connection):
         asked = CallOptions(keep_alive=keep_alive, context_window=context_window, force=read_flag("force", force))
         run = self.run("load_model", name, self.timeouts(timeout))
         with run.failing():
-            self.require("load_model")
-            figures = await self.admission.admit(run, "load_model", asked, name)
-            figures.pop("max_tokens")
-            request = LoadModelRequest(call=run.call, model=name, **figures)
-            try:
-                await self.call("load_model", request, run.call)
-            except CapabilityUnsupported as refusal:
-                await self._one_vector(request, name, refusal)
+            await self._load(run, asked, name)
         run.end()
         run.emit("finish")
+
+    async def _load(self, run: Run, asked: CallOptions, model: str) -> None:
+        self.require("load_model")
+        figures = await self.admission.admit(run, "load_model", asked, model)
+        figures.pop("max_tokens")
+        request = LoadModelRequest(call=run.call, model=model, **figures)
+        try:
+            await self.call("load_model", request, run.call)
+        except CapabilityUnsupported as refusal:
+            await self._one_vector(request, model, refusal)
 
     async def unload(self, model: str | None, timeout: float | Timeouts | None) -> None:
         """Remove a model from memory."""
@@ -518,7 +605,7 @@ class Session(Connection):
         """Delete the model of exactly this name; the default is never meant."""
         check_model(model)
         await self.ask("delete_model", lambda call: ModelRequest(call=call, model=model), model=model, timeout=timeout)
-        self._infos.pop(model, None)
+        self.forget_facts(model)
         self.adapters.forget(model)
         self.health_cache.drop()
 
@@ -589,19 +676,74 @@ class Session(Connection):
             self.adapters.forget_all()
         return found
 
-    async def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        """List the adapters that the plugins know. If one plugin fails, the others are still asked."""
+    async def list_adapters(
+        self, model: str | None = None, timeout: float | Timeouts | None = None
+    ) -> tuple[AdapterInfo, ...]:
+        """List the adapters that the plugins know, judged against a model if one is given.
+
+        If one plugin fails, the others are still asked.
+        """
         self._require_open()
+        base: ModelInfo | None = None
+        if model is not None:
+            check_model(model)
+            with contextlib.suppress(CapabilityUnsupported):
+                base = await self.show(model, timeout)
+        call = Call(operation="list_adapters", model=model, waiting=self.io)
+        request = ListAdaptersRequest(model=model, base=lambda: base, call=call)
         found: list[AdapterInfo] = []
-        request = ListAdaptersRequest(call=Call(operation="list_adapters", waiting=self.io))
         for name, function in self.relay.each("list_adapters"):
             try:
-                found += await self.io.run(lambda ask=function: tuple(ask(request)))
+                found += await self.io.run(lambda ask=function: _checked_adapters(ask(request)))
             except Exception as error:
                 if isinstance(error, SettingsError):  # The user must correct it.
                     raise
                 log("WARNING", f"the plugin `{name}` failed to list its adapters: {in_words(error)}")
+                found.append(AdapterInfo(name="", reference="", source=name, problem=in_words(error)))
         return tuple(found)
+
+    async def pull_adapter(
+        self, reference: object, name: str | None, overwrite: bool | None, timeout: float | Timeouts | None
+    ) -> AdapterInfo:
+        """Download an adapter by the first plugin that knows such references."""
+        wanted = read_reference(reference)
+        name = inputs.optional_text(name, "`name`")
+        given = timeout if timeout is not None else self.settings.timeouts
+        run = self.run("pull_adapter", None, self.timeouts(given), bounded=timeout is not None)
+        with run.failing():
+            request = PullAdapterRequest(
+                reference=wanted, name=name, overwrite=read_flag("overwrite", overwrite), call=run.call
+            )
+            found = await self._pulled(request)
+        run.end()
+        run.emit("finish", adapter=found.name)
+        return found
+
+    async def _pulled(self, request: PullAdapterRequest) -> AdapterInfo:
+        pullers = self.relay.each("pull_adapter")
+        for plugin, function in pullers:
+            try:
+                found: Any = await self.io.ask(plugin, function, request, request.call)
+                if isinstance(found, AdapterInfo):
+                    return found
+                if found is not None:
+                    raise TypeError(f"it answered `pull_adapter` with {kind_of(found)}")
+            except GraftageError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"The plugin {self.relay.named(plugin)} failed with {in_words(error)}.",
+                    plugin=plugin,
+                    hint="Report it to its authors.",
+                ) from error
+        hint = (
+            "Give the name of a repository, such as `owner/name`, or download its files yourself and give their path."
+        )
+        raise AdapterNotFound(
+            f"No plugin can download the adapter `{request.reference}`.",
+            reference=request.reference,
+            hint=hint if pullers else "Install `graftage-lora`, which can, or download it yourself and give its path.",
+        )
 
     async def native(self) -> Any:
         """Return the server's own client, on this connection."""
@@ -618,6 +760,8 @@ class Session(Connection):
         if self._closed:
             return
         self._closed = True
+        if self.root is not None:
+            return
         try:
             if self.has("close"):
                 request = CloseRequest(call=Call(waiting=self.waiting))
@@ -630,6 +774,27 @@ class Session(Connection):
                 await self.waiting.finish(self._clients.close)
             finally:
                 await self.delivery.close(self.io.wait)
+
+
+def _with_a_question(build: Callable[..., ChatRequest], **settled: Any) -> ChatRequest:
+    """Return a request in which the user says something: the templates of some models need that."""
+    request = build(**settled)
+    if any(each.role == "user" for each in request.messages):
+        return request
+    return replace(request, messages=(*request.messages, Message(role="user", content="Hi")))
+
+
+def _checked_adapters(listed: Any) -> tuple[AdapterInfo, ...]:
+    """Return what a plugin has listed.
+
+    Raises:
+        TypeError: it is not a sequence of `AdapterInfo`.
+    """
+    found = tuple(listed)
+    for each in found:
+        if not isinstance(each, AdapterInfo):
+            raise TypeError(f"it listed {kind_of(each)} instead of an `AdapterInfo`")
+    return found
 
 
 def _tell(run: Run, on_progress: Callable[[PullProgress], None], step: PullProgress) -> None:

@@ -85,6 +85,10 @@ class IO(Protocol):
         """
         ...
 
+    def in_thread(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Return a function for any thread, in which `from_thread` works as in those that `ask` calls."""
+        ...
+
     def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine of the engine, for a plugin's blocking code that `ask` runs."""
         ...
@@ -106,6 +110,9 @@ class BlockingIO(Blocking):
 
     async def ask(self, plugin: str, function: Callable[..., T], question: object, call: Call) -> T:
         return await await_plugin(self, plugin, submit(function, question), call)
+
+    def in_thread(self, function: Callable[..., T]) -> Callable[..., T]:
+        return function
 
     def from_thread(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return drive(work())

@@ -122,7 +122,7 @@ class _Waiting:
             result = value(*arguments, **named)
             if inspect.isawaitable(result):
                 result = self._run(_awaited(result))
-            return _Waiting(result, self._run) if hasattr(result, "__anext__") else result
+            return _Waiting(result, self._run) if hasattr(result, "__aenter__") else result
 
         return call
 

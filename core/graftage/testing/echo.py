@@ -40,6 +40,7 @@ from graftage.types import (
     Timings,
     ToolCall,
     Usage,
+    Warmed,
     canonical_name,
 )
 
@@ -117,6 +118,7 @@ _OPERATIONS: Final = (
     "load_adapter",
     "unload_adapter",
     "prune_adapters",
+    "warm",
 )
 _ACCEPTED: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "images", "logprobs", "suffix"})
 _PARAMETERS: Final = frozenset({"keep_alive", "context_window", "max_tokens"})
@@ -153,6 +155,7 @@ class Echo:
         without: Iterable[str] = (),
         errors: Mapping[str, Exception] | None = None,
         address: str | None = None,
+        adapter_weights: bool = False,
     ) -> None:
         """Build the plugin.
 
@@ -163,7 +166,10 @@ class Echo:
             without: hooks that its connections lack, such as `embed`.
             errors: what other operations than those of the script raise, by name; `health` reports it instead.
             address: the connection's address; by default a unique one, so that two tests never share slots.
+            adapter_weights: switch adapters with each request, several at once and with weights, instead of making a
+                model of each one. The model of a reply names them, such as `echo:latest+style+0.6*domain`.
         """
+        self.adapter_weights = adapter_weights
         self.strict = strict
         self.errors = dict(errors or {})
         self.address = address or f"echo/{next(_counter)}"
@@ -178,6 +184,8 @@ class Echo:
         self.loaded: dict[str, LoadedModel] = {}
         self.derived: set[str] = set()
         """Names of the models that were made for adapters."""
+        self.slots: dict[str, int] = {}
+        """With `adapter_weights`: the slots of adapters, by digest."""
         self._script = deque(script)
         self._kind = _connection_class(frozenset(without))
 
@@ -231,7 +239,7 @@ class _EchoBase:
 
     def _open(self, hook: str, request: ChatRequest | GenerateRequest) -> Iterator[Item]:
         self._echo.note(hook, request)
-        model = request.adapter.model if request.adapter else request.model
+        model = _with_adapters(request.model, request.adapter)
         self._check_model(request.model, hook)
         self._load(request.model, request.context_window)
         answer = self._echo.next_step(request)
@@ -382,10 +390,16 @@ class _EchoBase:
             raise self._no_model(request.model, hook)
 
     def _load_adapter(self, hook: str, request: LoadAdapterRequest) -> LoadedAdapter:
-        """Act like a server that keeps an adapter as a separate model."""
+        """Act like a server that keeps an adapter as a separate model, or in a slot."""
         self._echo.note(hook, request)
         self._check_model(request.model, hook)
         adapter = request.adapter
+        if self._echo.adapter_weights:
+            with self._echo.lock:
+                slot = self._echo.slots.setdefault(adapter.digest, len(self._echo.slots))
+            return LoadedAdapter(
+                name=adapter.name, digest=adapter.digest, model=request.model, slot=slot, strategy="slot"
+            )
         derived = f"{request.model}+{adapter.name}"
         with self._echo.lock:
             self._echo.models.setdefault(canonical_name(derived), _model_info(derived))
@@ -397,7 +411,8 @@ class _EchoBase:
 
     def _unload_adapter(self, hook: str, request: UnloadAdapterRequest) -> None:
         self._echo.note(hook, request)
-        self._forget(request.adapter.model)
+        if not self._echo.adapter_weights:
+            self._forget(request.adapter.model)
 
     def _prune_adapters(self, hook: str, request: PruneAdaptersRequest) -> tuple[ModelInfo, ...]:
         self._echo.note(hook, request)
@@ -409,6 +424,12 @@ class _EchoBase:
                 self._echo.models.pop(name, None)
                 self._echo.loaded.pop(name, None)
         return found
+
+    def _warm(self, hook: str, request: ChatRequest) -> Warmed:
+        self._echo.note(hook, request)
+        self._check_model(request.model, hook)
+        self._load(request.model, request.context_window)
+        return Warmed(tokens=_count_words(request), cached_tokens=0)
 
     def _load(self, model: str, context_window: int | None) -> None:
         name = canonical_name(model)
@@ -517,8 +538,13 @@ class EchoConnection(_EchoBase):
         return self._prune_adapters("prune_adapters", request)
 
     @hookimpl
+    async def warm(self, request: ChatRequest) -> Warmed:
+        return self._warm("warm", request)
+
+    @hookimpl
     def capabilities(self) -> Capabilities:
         present = {name for name in _OPERATIONS if hasattr(self, name)}
+        present |= {"adapter_weights"} if self._echo.adapter_weights else set()
         return Capabilities(features=_ACCEPTED | present, options=OPTIONS, parameters=_PARAMETERS)
 
     @hookimpl
@@ -582,6 +608,14 @@ def _model_info(model: str | ModelInfo) -> ModelInfo:
         context_window=_CONTEXT_WINDOW,
         features=_ACCEPTED | {"chat", "generate", "embed"},
     )
+
+
+def _with_adapters(model: str, adapter: LoadedAdapter | None) -> str:
+    """Return what a request's adapters make of its model, as a name."""
+    if adapter is None or not (adapter.parts or adapter.slot is not None):
+        return adapter.model if adapter else model
+    names = (each.name if weight == 1 else f"{weight:g}*{each.name}" for each, weight in adapter.weights)
+    return "+".join((model, *names))
 
 
 def _vector(text: str, dimensions: int) -> tuple[float, ...]:

@@ -182,6 +182,7 @@ class TestReply:
             "model": "m:1",
             "provider": "fake",
             "adapter": None,
+            "adapter_digest": None,
             "finish_reason": "length",
             "usage": {"input_tokens": 2, "output_tokens": None, "cached_tokens": None, "reasoning_tokens": None},
             "warnings": ["odd"],

@@ -40,6 +40,7 @@ def run_command() -> None:
 def run_engine() -> None:
     """Serve until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which may continue.
+    os.umask(0o077)  # A saved prompt is private.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Output of native code must not mix with the answer.
     order = json.loads(sys.stdin.buffer.readline())
@@ -111,6 +112,8 @@ def _serve(order: dict[str, Any]) -> dict[str, Any]:
     if order["pooling"]:
         params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{order['pooling']}")
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in order["adapters"]]
+    if order["prompts"]:
+        params.slot_save_path = order["prompts"] + os.sep
     params.api_keys = [order["key"]]
     params.cors_origins = ""
     params.endpoint_slots = params.ui = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -29,10 +29,12 @@ from graftage.calls import (
 )
 from graftage.exceptions import (
     AdapterError,
+    AdapterUnsupported,
     CapabilityUnsupported,
     ConnectionFailed,
     ContextOverflow,
     ModelLoadFailed,
+    ProtocolError,
 )
 from graftage.footprint import footprint, read_shape
 from graftage.hookspecs import hookimpl
@@ -48,6 +50,8 @@ from graftage.types import (
     PullProgress,
     Ranking,
     Timings,
+    Usage,
+    Warmed,
 )
 from graftage_llamacpp import _convert, _engine
 from graftage_llamacpp._engine import (
@@ -57,6 +61,7 @@ from graftage_llamacpp._engine import (
     COUNT,
     EMBEDDINGS,
     RERANK,
+    TEMPLATE,
     TOKENIZE,
     AdapterFile,
     Engine,
@@ -69,6 +74,8 @@ from graftage_llamacpp._process import (
     DEFAULT_MODEL,
     Launch,
     LlamaCppSettings,
+    SlotUse,
+    common_prefix,
     default_threads,
     find_package,
     free_memory,
@@ -76,10 +83,12 @@ from graftage_llamacpp._process import (
     resident_memory,
 )
 from graftage_llamacpp._sources import Watch
+from graftage_llamacpp._states import States
 from graftage_llamacpp._store import Store, Stored
 
 if TYPE_CHECKING:
     from graftage.hookspecs import ConnectRequest
+    from graftage.types import Adapter
 
 __all__ = ["LlamaCppConnection"]
 
@@ -96,6 +105,15 @@ CAPABILITIES: Final = Capabilities(
 )
 DEFAULT_WINDOW: Final = 4096
 """Tokens if neither the caller nor a policy sets them; fewer if the model was trained for fewer."""
+KNOWN_ADAPTERS: Final = 256
+"""How many adapters a connection remembers. The core loads an older one again."""
+EARLY: Final = (
+    "The engine applies the adapter `{}` from the token before its invocation tokens on, and its trainer from the first"
+    " of them on: replies may differ."
+)
+"""llama.cpp's `server-context.cpp` reads the prompt up to `alora_invocation_start - 1` without such an adapter."""
+OTHERS_SECONDS: Final = 10.0
+"""Most of the time for the conversion of adapters that a call does not need; never more than a quarter of its time."""
 SPECIAL_TOKENS: Final = 4
 """How many tokens a tokenizer may add to a text."""
 
@@ -150,8 +168,53 @@ class LlamaCppConnection:
                 yield chunk
         load, notes = (job.lease.load, job.lease.notes) if job.lease else (None, ())
         last, window_notes = reader.last(), _window_notes(job.stored, request.context_window)
+        if job.lease is not None and job.lease.use is not None:
+            notes = (*notes, *_check_cache(job.lease.use, last))
+        for each in job.need.adapters:
+            notes, each.notes = (*each.notes, *notes), ()
         timings = replace(last.timings or Timings(), load=load)
         yield replace(last, model=job.stored.name, timings=timings, warnings=(*window_notes, *notes))
+
+    @hookimpl
+    async def warm(self, request: ChatRequest) -> Warmed:
+        job = await self._job(request, request.adapter)
+        text, tokens = await self._beginning(request, job)
+        if not tokens:
+            return Warmed(tokens=0, cached_tokens=0)
+        raw = GenerateRequest(
+            call=request.call,
+            model=request.model,
+            prompt=text,
+            raw=True,
+            max_tokens=1,
+            keep_alive=request.keep_alive,
+            context_window=request.context_window,
+            adapter=request.adapter,
+        )
+        body = {**_convert.generate_body(raw, job.stored.header), "prompt": tokens, "keep": text}
+        last = [chunk async for chunk in self._chunks(raw, job, COMPLETIONS, body)][-1]
+        usage, saved, warnings = last.usage or Usage(), job.place.size if job.place else None, last.warnings
+        if saved is None and job.lease is not None and self._settings.prompts_bytes:
+            problem = job.place.problem if job.place else "an adapter's file has changed since it was loaded"
+            if any(each.activated for each in job.need.adapters):
+                problem = "its adapter acts only after its invocation, so the whole prompt is read each time"
+            warnings = (*warnings, f"The prompt was not saved: {problem}.")
+        return Warmed(tokens=usage.input_tokens, cached_tokens=usage.cached_tokens, saved=saved, warnings=warnings)
+
+    async def _beginning(self, request: ChatRequest, job: Job) -> tuple[str, list[int]]:
+        """Return the text with which later prompts begin, and its tokens.
+
+        What two different continuations have in common is right for any template, and wherever the tokenizer cuts.
+        """
+        texts, tokens = [], []
+        for messages in _convert.continuations(request.messages):
+            changed = replace(request, messages=messages, adapter=None)
+            body = _convert.chat_body(changed, job.stored.header)
+            text = await self._post(job, TEMPLATE, body, lambda found: str(found["prompt"]))
+            whole = {"content": text, "add_special": True, "parse_special": True}
+            texts.append(text)
+            tokens.append(await self._post(job, TOKENIZE, whole, _convert.tokens))
+        return texts[0][: common_prefix(*texts)], tokens[0][: common_prefix(*tokens)]
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -229,7 +292,12 @@ class LlamaCppConnection:
             size=resident_memory(process.pid),
             expires_at=engine.expires,
             context_window=process.window,
-            raw={"pid": process.pid, "version": process.version, "adapters": list(process.adapters)},
+            raw={
+                "pid": process.pid,
+                "version": process.version,
+                "adapters": list(process.adapters),
+                "starts": engine.starts,
+            },
         )
 
     @hookimpl
@@ -258,11 +326,25 @@ class LlamaCppConnection:
     async def load_adapter(self, request: LoadAdapterRequest) -> LoadedAdapter:
         call, adapter = request.call, request.adapter
         job = await self._job(request)
-        file = AdapterFile(adapter, lambda: self._store.find(request.model, Watch(call), long_lists=True))
+        file = self._file(adapter, request)
         await call.run(file.prepare)
+        if file.activated and self._settings.slots > 1:
+            # Its server reads such prompts in parts, and mixes them up with those of other slots.
+            raise AdapterUnsupported(
+                f"The adapter `{adapter.name}` acts only after its invocation tokens, which the engine can do only with"
+                " one slot.",
+                reference=adapter.name,
+                hint="Set `slots` to 1.",
+            )
         call.emit("progress", progress=PullProgress(status=f"loading the adapter {adapter.name}"))
-        self._adapters[adapter.digest] = job.need.adapter = file
+        running = job.engine.running
+        if running is None or adapter.digest not in running.adapters:
+            # The engine loads adapters only when it starts, so it starts with all that may be needed next.
+            job.need.others = await call.run(self._other_files, request)
+        job.need.adapters = (file,)
         lease = await _load(job)
+        file.notes = lease.notes
+        self._keep(file)
         # The file contains its scale, so the engine applies it with 1.
         return LoadedAdapter(
             name=adapter.name,
@@ -271,8 +353,35 @@ class LlamaCppConnection:
             slot=lease.process.adapters.index(adapter.digest),
             scale=1.0,
             strategy="hot",
-            warnings=lease.notes,
+            warnings=(EARLY.format(adapter.name),) if file.activated else (),
         )
+
+    def _file(self, adapter: Adapter, request: LoadAdapterRequest) -> AdapterFile:
+        return AdapterFile(adapter, lambda: self._store.find(request.model, Watch(request.call), long_lists=True))
+
+    def _other_files(self, request: LoadAdapterRequest) -> tuple[AdapterFile, ...]:
+        """Convert the other known adapters that there is room for; those that cannot be converted are left out."""
+        others = request.others()[: self._settings.adapter_count - 1]
+        if not others:
+            return ()
+        model = self._store.find(request.model, Watch(request.call), long_lists=True)
+        now, found, size = time.monotonic(), [], 0
+        end = now + min(OTHERS_SECONDS, (request.call.deadline - now) / 4)
+        for adapter in others:
+            if time.monotonic() > end:
+                break
+            file = self._file(adapter, request)
+            if file.usable(model) and size + file.size <= self._settings.adapter_bytes:
+                found.append(file)
+                size += file.size
+        return tuple(found)
+
+    def _keep(self, file: AdapterFile) -> None:
+        """Remember an adapter: the engine may drop it, and a later request load it again."""
+        self._adapters.pop(file.digest, None)
+        self._adapters[file.digest] = file
+        while len(self._adapters) > KNOWN_ADAPTERS:
+            self._adapters.pop(next(iter(self._adapters)))
 
     @hookimpl
     async def unload_adapter(self, request: UnloadAdapterRequest) -> None:
@@ -326,11 +435,23 @@ class LlamaCppConnection:
             window=_window(stored, request.context_window),
             default_window=_window(stored, DEFAULT_WINDOW) or DEFAULT_WINDOW,
             keep_alive=request.keep_alive,
-            adapter=self._known_adapter(adapter) if adapter is not None else None,
+            adapters=self._known_adapters(adapter) if adapter is not None else (),
+            adapter_count=self._settings.adapter_count,
+            adapter_bytes=self._settings.adapter_bytes,
         )
         if self._settings.memory_check:
             _require_memory(stored, engine, need)
-        return Job(call=request.call, stored=stored, engine=engine, need=need)
+        states = self._states if self._settings.prompts_bytes else None
+        return Job(call=request.call, stored=stored, engine=engine, need=need, states=states)
+
+    @cached_property
+    def _states(self) -> States:
+        folder = self._settings.prompts_path
+        if folder is None:
+            from platformdirs import user_cache_path
+
+            folder = user_cache_path("graftage", appauthor=False) / "prompts"
+        return States(folder.expanduser().absolute(), self._settings.prompts_bytes)
 
     def _find_or_pull(self, model: str, call: Call, watch: Watch) -> Stored:
         """Find the model's file. The default model is pulled on its first use, and again if its file has changed."""
@@ -345,21 +466,36 @@ class LlamaCppConnection:
             model=str(stored.path),
             slots=settings.slots,
             threads=settings.threads or default_threads(),
-            batch=settings.batch,
+            # The engine shares a batch out equally among its slots, and crashes if it cannot.
+            batch=-(-settings.batch // settings.slots) * settings.slots,
             gpu_layers=settings.gpu_layers,
             pooling=_convert.pooling(stored.header),
+            prompts=str(self._states.folder),
         )
         return _engine.acquire(launch, id(self))
 
-    def _known_adapter(self, adapter: LoadedAdapter) -> AdapterFile:
-        """Return the file of a request's adapter. The engine may have been restarted without that adapter."""
-        file = self._adapters.get(adapter.digest)
-        if file is None:
-            # The engine would accept any number and use the base model.
-            raise AdapterError(
-                f"The adapter `{adapter.name}` is not loaded here.", reference=adapter.name, hint="Load it again."
-            )
-        return file
+    def _known_adapters(self, adapter: LoadedAdapter) -> tuple[AdapterFile, ...]:
+        """Return the files of a request's adapters. The engine may have been restarted without them."""
+        found = []
+        for part, weight in adapter.weights:
+            file = self._adapters.get(part.digest)
+            if file is None:
+                # The engine would accept any number and use the base model.
+                raise AdapterError(
+                    f"The adapter `{part.name}` is not loaded here.",
+                    reference=part.name,
+                    retryable=True,
+                    hint="Load it again.",
+                )
+            if file.activated and (weight < 0 or len(adapter.weights) > 1):
+                raise AdapterUnsupported(
+                    f"The adapter `{part.name}` acts only after its invocation tokens, so the engine cannot combine it"
+                    " with others or subtract it.",
+                    reference=part.name,
+                    hint="Use it alone, with a positive weight.",
+                )
+            found.append(file)
+        return tuple(found)
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -374,6 +510,26 @@ async def _load(job: Job) -> Lease:
         return lease
 
     return await retry.call(load, job.call)
+
+
+def _check_cache(use: SlotUse, last: Chunk) -> tuple[str, ...]:
+    """Check that the engine read the whole prompt if it had to; return warnings.
+
+    Raises:
+        ProtocolError: it used what another adapter or weight may have computed.
+    """
+    cached = last.usage.cached_tokens if last.usage else None
+    if cached is not None and cached > use.most:
+        use.distrust()
+        raise ProtocolError(
+            f"The engine used {cached} tokens of its cache, which other adapters may have computed: the reply may be"
+            " wrong.",
+            retryable=True,
+            hint="Ask again. If that does not help, unload the model.",
+        )
+    if use.saved is not None and not cached:
+        return ("A saved prompt was restored, but the engine read it again.",)
+    return ()
 
 
 def _window(stored: Stored, wanted: int | None) -> int | None:

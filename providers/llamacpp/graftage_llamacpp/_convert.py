@@ -1,13 +1,14 @@
 """Requests to the JSON of llama.cpp's server, and its responses to Graftage's types.
 
-The bodies name an adapter by its digest, under `adapter`. The transport replaces that by the engine's numbers, which
-change with each start.
+The bodies name adapters by their digests, with their weights, under `adapter`. The transport replaces that by the
+engine's numbers, which change with each start.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from graftage.calls import ChatRequest, GenerateRequest
@@ -31,7 +32,7 @@ from graftage.http.completions import (
 from graftage.types import Message, ModelInfo, Ranked, Ranking, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from graftage_llamacpp._store import Stored
 
@@ -39,6 +40,7 @@ __all__ = [
     "FEATURES",
     "OPTIONS",
     "chat_body",
+    "continuations",
     "features",
     "generate_body",
     "model_info",
@@ -71,7 +73,7 @@ OPTIONS: Final = frozenset(
         "typical_p",
     }
 )
-FEATURES: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "logprobs"})
+FEATURES: Final = frozenset({"tools", "tool_choice", "structured_output", "thinking", "logprobs", "adapter_weights"})
 """Features of the engine that its hooks do not show."""
 SYSTEM_PROMPT: Final = "You are a helpful assistant."
 """Sent if the caller gives none: with their built-in prompts, small models answer nonsense."""
@@ -215,7 +217,8 @@ def _shared_body(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
     if request.max_tokens is not None:
         body["max_tokens"] = request.max_tokens
     if request.adapter is not None:
-        body["adapter"] = {"digest": request.adapter.digest, "scale": request.adapter.scale}
+        # The file contains the adapter's own scale, so the engine's is the weight alone.
+        body["adapter"] = [[part.digest, weight] for part, weight in request.adapter.weights]
     return body
 
 
@@ -231,6 +234,16 @@ def require(feature: str, able: frozenset[str], model: str) -> None:
             model=model,
             hint="Choose another model: `show` lists the features of each.",
         )
+
+
+def continuations(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
+    """Return two continuations of messages that have nothing in common."""
+    for text in ("x", "\n1"):
+        *before, last = messages or (Message(role="user", content=""),)
+        if last.role == "user":
+            yield (*before, replace(last, content=last.content + text))
+        else:
+            yield (*messages, Message(role="user", content=text))
 
 
 def _with_system(messages: list[dict[str, Any]], header: Header) -> list[dict[str, Any]]:

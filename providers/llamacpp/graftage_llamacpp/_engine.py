@@ -12,12 +12,13 @@ import math
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from graftage.exceptions import (
     AdapterError,
@@ -34,14 +35,15 @@ from graftage.gguf import GgufError, read_file
 from graftage.http import Request, Response, Transport
 from graftage.types import PromptProgress
 from graftage_llamacpp import _convert
-from graftage_llamacpp._process import Launch, Process, SlotUse, start
+from graftage_llamacpp._process import Launch, Process, SlotUse, file_state, start
 from graftage_llamacpp._sources import check_adapter
+from graftage_llamacpp._states import Place, States, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from graftage.calls import Call
-    from graftage.http import Clock
+    from graftage.http import Clock, Headers
     from graftage.types import Adapter, Phase
     from graftage_llamacpp._store import Stored
 
@@ -52,6 +54,7 @@ __all__ = [
     "COUNT",
     "EMBEDDINGS",
     "RERANK",
+    "TEMPLATE",
     "TOKENIZE",
     "AdapterFile",
     "Engine",
@@ -66,6 +69,7 @@ __all__ = [
 BASE_URL: Final = "http://llamacpp.invalid"
 """Stands for the engine's address, which changes with each start."""
 TOKENIZE: Final = "/tokenize"
+TEMPLATE: Final = "/apply-template"
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 COUNT: Final = "/v1/chat/completions/input_tokens"
@@ -77,6 +81,7 @@ PROGRESS: Final = b'"prompt_progress"'
 EVENT_END: Final = b"\n\n"
 MARGIN: Final = 0.05
 """Seconds subtracted from a limit, so that the engine's error comes before that of the clock."""
+STATUS_OK: Final = 200
 EXIT_WAIT: Final = 0.2
 """Seconds to wait for the exit code of a broken engine."""
 
@@ -92,8 +97,12 @@ class Job:
     stored: Stored
     engine: Engine
     need: Need
+    states: States | None = None
+    """The saved prompts; None if nothing is saved."""
     lease: Lease | None = None
     """The lease of its last request; a replay has none."""
+    place: Place | None = None
+    """Where the prompt of its last request is saved."""
 
     async def take(self, deadline: float) -> Lease:
         """Wait for the right to send a request.
@@ -119,8 +128,11 @@ class EngineTransport:
         clock.enter("first_token")
         lease = await job.take(time.monotonic() + clock.left() - MARGIN)
         try:
+            body = _with_adapters(request, lease)
+            job.place = await self._place(body, job, lease, clock) if body is not None else None
             clock.enter("connect")
-            return _LeasedResponse(await self._network.send(_wire_request(request, lease), clock), lease, job.call)
+            wire = _wire_request(request, lease, request.body if body is None else json.dumps(body).encode())
+            return _LeasedResponse(await self._network.send(wire, clock), lease, job.call, job.place)
         except ConnectionFailed as error:
             ended = await job.call.run(lease.process.exit_reason, EXIT_WAIT)
             lease.end()
@@ -131,6 +143,39 @@ class EngineTransport:
             lease.end()
             raise
 
+    async def _place(self, body: dict[str, Any], job: Job, lease: Lease, clock: Clock) -> Place | None:
+        """Restore what is saved of a prompt; return where it is saved, or None if it has no place there."""
+        use, keep = lease.use, body.pop("keep", None)
+        if use is None or use.scales is None or job.states is None or not (keep or job.states.folder.exists()):
+            return None
+        key = await job.call.run(key_of, lease.process, job.stored.digest, use.weights)
+        if key is None or not (keep or job.states.has(key)):
+            return None
+        post = partial(self._post, lease, clock)
+        text = keep or body.get("prompt") or (await post(TEMPLATE, body)).get("prompt")
+        if not text:
+            return None
+        use.rendered = text
+        place = Place(states=job.states, key=key, use=use, keep=bool(keep), post=post, run=job.call.run)
+        await place.restore(body["lora"])
+        body["cache_prompt"] = use.reuse
+        return place
+
+    async def _post(self, lease: Lease, clock: Clock, path: str, body: Mapping[str, object]) -> Mapping[str, Any]:
+        """Send JSON to the engine, and return its answer; empty if it refused."""
+        clock.enter("first_token")
+        url, headers = f"{lease.process.address}{path}", _headers(lease.process)
+        request = Request(method="POST", url=url, headers=headers, body=json.dumps(body).encode())
+        response = await self._network.send(request, clock)
+        try:
+            pieces = []
+            while piece := await response.read():
+                pieces.append(piece)
+        finally:
+            await response.close()
+        found = json.loads(b"".join(pieces)) if response.status == STATUS_OK else {}
+        return found if isinstance(found, dict) else {}
+
     async def close(self) -> None:
         """Close every connection."""
         await self._network.close()
@@ -139,11 +184,12 @@ class EngineTransport:
 class _LeasedResponse:
     """A response of the engine. Its end gives the lease back."""
 
-    def __init__(self, inner: Response, lease: Lease, call: Call) -> None:
+    def __init__(self, inner: Response, lease: Lease, call: Call, place: Place | None = None) -> None:
         self.status, self.reason, self.headers = inner.status, inner.reason, inner.headers
         self._inner = inner
         self._lease = lease
         self._call = call
+        self._place = place
         self._begun = False
 
     async def read(self) -> bytes:
@@ -158,6 +204,8 @@ class _LeasedResponse:
             self._begun = True
             if self._lease.use is not None:
                 self._lease.use.answered()
+            if self._place is not None and self._place.keep:
+                await self._place.save()
         return piece
 
     def _cut_progress(self, piece: bytes) -> bytes:
@@ -194,31 +242,49 @@ class _LeasedResponse:
             self._lease.end()
 
 
-def _wire_request(request: Request, lease: Lease) -> Request:
-    """Return the request to send: with the engine's address, its key, and its numbers of the adapters."""
+def _headers(process: Process) -> Headers:
+    return (("authorization", f"Bearer {process.key}"), ("content-type", "application/json"))
+
+
+def _wire_request(request: Request, lease: Lease, body: bytes) -> Request:
+    """Return the request to send: with the engine's address and its key."""
     process = lease.process
-    headers = (("authorization", f"Bearer {process.key}"), ("content-type", "application/json"))
-    body = _with_adapters(request.body, request.target, lease) if process.adapters else request.body
     if request.target in (CHAT, COMPLETIONS) and len(body) > CHARS_PER_TOKEN * lease.engine.launch.batch:
         body = body[:-1] + b',"return_progress":true}'  # A prompt of one batch has no progress.
-    return Request(method=request.method, url=f"{process.address}{request.target}", headers=headers, body=body)
+    url = f"{process.address}{request.target}"
+    return Request(method=request.method, url=url, headers=_headers(process), body=body)
 
 
-def _with_adapters(body: bytes, path: str, lease: Lease) -> bytes:
-    """Add the scale of every adapter to a body, the slot, and whether to reuse the slot's cache."""
-    if path in (TOKENIZE, COUNT):
-        return body
-    process, found = lease.process, json.loads(body)
-    wanted = found.pop("adapter", None) or {"digest": None}
-    scales = tuple(wanted["scale"] if digest == wanted["digest"] else 0.0 for digest in process.adapters)
+def _with_adapters(request: Request, lease: Lease) -> dict[str, Any] | None:
+    """Return a body with the scale of every adapter, the slot, and whether to reuse the slot's cache.
+
+    None for a request that needs no slot.
+
+    Raises:
+        AdapterError: the engine does not have an adapter, and would answer with the base model.
+    """
+    path = request.target
+    if path in (TOKENIZE, TEMPLATE, COUNT):
+        return None
+    process = lease.process
+    found: dict[str, Any] = json.loads(request.body)
+    wanted: Counter[str] = Counter()
+    for digest, weight in found.pop("adapter", ()):
+        wanted[digest] += weight
+    if not wanted.keys() <= set(process.adapters):
+        raise AdapterError(
+            "The engine has not loaded an adapter of the request.", retryable=True, hint="Load it again."
+        )
+    scales = tuple(float(wanted[digest]) for digest in process.adapters)
     found["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     if path in (EMBEDDINGS, RERANK):
         lease.use = process.slots.take_any()
     else:
         text = found.get("messages") or found.get("prompt") or ()
-        lease.use = process.slots.take(None if wanted["digest"] in process.activated else scales, text)
+        lease.use = process.slots.take(None if process.activated & wanted.keys() else scales, text)
+        lease.use.weights = {digest: weight for digest, weight in wanted.items() if weight}
         found.update(id_slot=lease.use.number, cache_prompt=lease.use.reuse)
-    return json.dumps(found).encode()
+    return found
 
 
 def _ended_error(how: str, process: Process) -> ConnectionFailed:
@@ -242,8 +308,13 @@ class Need:
     window: int | None = None
     """None for any window."""
     default_window: int = 4096
-    adapter: AdapterFile | None = None
-    """The adapter that must be loaded."""
+    adapters: tuple[AdapterFile, ...] = ()
+    """The adapters that must be loaded."""
+    others: tuple[AdapterFile, ...] = ()
+    """Adapters that a restart loads, too, if there is room."""
+    adapter_count: int = 1
+    adapter_bytes: int = 0
+    """The room for all adapters. Those that must be loaded may exceed it."""
     keep_alive: float | None = None
     stop: bool = False
     """Whether to end the engine instead, once it is idle."""
@@ -289,7 +360,9 @@ class Engine:
         """When an idle child ends; None if it stays until the last client is closed."""
         self.holders: set[int] = set()
         self.adapters: dict[str, AdapterFile] = {}
-        """The adapters that the next start loads, in this order, by digest."""
+        """The loaded adapters, or those that the next start loads, by digest; the least recently used first."""
+        self.starts = 0
+        """How often a child was started."""
         self._waiting: deque[Need] = deque()
         self._running = 0
         self._busy = False
@@ -424,15 +497,17 @@ class Engine:
             return None
         if need.window not in (None, process.window):
             return None
-        if process.state != _file_state(Path(self.launch.model)):
+        if process.state != file_state(Path(self.launch.model)):
             return None  # The file may have changed since it was loaded.
-        if need.adapter is not None and need.adapter.digest not in process.adapters:
+        if any(each.digest not in process.adapters for each in need.adapters):
             return None
         return process
 
     def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
         self._running += 1
         self._cancel_timer()
+        for each in need.adapters:
+            self.adapters[each.digest] = self.adapters.pop(each.digest, each)
         return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
 
     def _restart(self, need: Need) -> None:
@@ -447,7 +522,7 @@ class Engine:
         adapters: dict[str, AdapterFile] = {}
         try:
             if not need.stop:
-                adapters = self._usable_adapters(need.adapter)
+                adapters = self._choose_adapters(need)
             if before is not None:
                 self.process = None
                 before.stop()
@@ -466,7 +541,7 @@ class Engine:
             if process is not None:
                 self.process = process
                 self.adapters = {digest: adapters[digest] for digest in process.adapters}
-                notes = _notes(before, process, died=died)
+                notes = _notes(before, process, need, died=died)
                 lease = self._lease(need, process, time.monotonic() - began, notes)
             elif self.process is not None:
                 self._start_idle_timer(need.keep_alive)
@@ -476,31 +551,43 @@ class Engine:
             need.future.set_result(lease)
         self._grant_next()
 
-    def _usable_adapters(self, needed: AdapterFile | None) -> dict[str, AdapterFile]:
-        """Return the adapters to load. One without a usable file is left out: only requests for it fail."""
-        usable = {digest: each for digest, each in self.adapters.items() if each.usable()}
-        if needed is not None:
-            needed.prepare()
-            usable[needed.digest] = needed
-        return usable
+    def _choose_adapters(self, need: Need) -> dict[str, AdapterFile]:
+        """Return the adapters to load: those that the request needs, then the last ones used that there is room for.
+
+        One without a usable file is left out: only requests for it fail.
+        """
+        for each in need.adapters:
+            each.prepare()
+        chosen = {each.digest: each for each in need.adapters}
+        size = sum(each.size for each in chosen.values())
+        for each in (*reversed([*self.adapters.values()]), *need.others):
+            if len(chosen) >= need.adapter_count:
+                break
+            if each.digest not in chosen and each.usable() and size + each.size <= need.adapter_bytes:
+                chosen[each.digest] = each
+                size += each.size
+        return dict(reversed(chosen.items()))
 
     def _start(self, window: int, adapters: Mapping[str, AdapterFile], need: Need) -> Process:
         """Start a child; if that fails, try again without the adapters that the request does not need."""
-        try:
-            return self._start_child(window, adapters, need.deadline)
-        except ModelLoadFailed as error:
-            failed = error
-        needed = {} if need.adapter is None else {need.adapter.digest: need.adapter}
-        if len(needed) < len(adapters) and failed.reason != "timeout":
+        needed = {each.digest: each for each in need.adapters}
+        for attempt in (adapters, needed):
             try:
-                return self._start_child(window, needed, need.deadline)
+                return self._start_child(window, attempt, need.deadline)
             except ModelLoadFailed as error:
                 failed = error
-        raise failed if need.adapter is None else need.adapter.load_error(failed)
+            if failed.reason == "timeout" or len(needed) == len(adapters):
+                break
+        words = str(failed.details.get("engine_stderr", ""))
+        culprits = [each for each in need.adapters if str(each.path) in words] or need.adapters
+        raise culprits[0].load_error(failed) if culprits else failed
 
     def _start_child(self, window: int, adapters: Mapping[str, AdapterFile], deadline: float) -> Process:
-        state = _file_state(Path(self.launch.model))
+        self.starts += 1
+        state = file_state(Path(self.launch.model))
+        files = {digest: each.file for digest, each in adapters.items()}
         process = start(self.launch, window, {digest: each.path for digest, each in adapters.items()}, deadline)
+        process.files = files
         process.state = state
         # The cache of such an adapter depends on where it was invoked, so no other request can use it.
         process.activated = frozenset(digest for digest, each in adapters.items() if each.activated)
@@ -531,7 +618,7 @@ class Engine:
         self._grant_next()
 
 
-def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str, ...]:
+def _notes(before: Process | None, process: Process, need: Need, *, died: bool) -> tuple[str, ...]:
     if before is None:
         return ()
     if died:
@@ -542,6 +629,11 @@ def _notes(before: Process | None, process: Process, *, died: bool) -> tuple[str
         return (
             f"The engine was restarted with a context window of {process.window} tokens instead of {before.window}.",
         )
+    if new := [f"`{each.name}`" for each in need.adapters if each.digest not in before.adapters]:
+        note = f"The engine was restarted to load the adapter {' and '.join(new)}"
+        dropped = len(set(before.adapters) - set(process.adapters))
+        room = "; raise `adapter_count` and `adapter_bytes` to keep more" if dropped else ""
+        return (f"{note}{f', and dropped {dropped}' if dropped else ''}{room}.",)
     return ()
 
 
@@ -555,32 +647,43 @@ class AdapterFile:
         self.name = adapter.name
         self.digest = adapter.digest
         self.path = Path()
+        self.notes: tuple[str, ...] = ()
+        """Warnings for the next reply with it."""
         self.activated = False
         """Whether it has an effect only after its invocation tokens."""
         self._adapter = adapter
         self._model = model
         self._state: tuple[int, ...] | None = None
 
-    def prepare(self) -> None:
-        """Make the file at `path`, unless it exists unchanged.
+    @property
+    def file(self) -> tuple[Path, tuple[int, ...] | None]:
+        """The prepared file and its state."""
+        return self.path, self._state
+
+    @property
+    def size(self) -> int:
+        """Bytes of the prepared file, which takes about as much memory."""
+        return self._state[2] if self._state else 0
+
+    def prepare(self, model: Stored | None = None) -> None:
+        """Make the file at `path`, unless it exists unchanged; the model is read if it is not given.
 
         Raises:
             GraftageError: it cannot be made, or the engine cannot load it.
         """
-        if self._state is None or _file_state(self.path) != self._state:
+        if self._state is None or file_state(self.path) != self._state:
             self._state = None
-            self._make()
+            self._make(model or self._model())
 
-    def usable(self) -> bool:
+    def usable(self, model: Stored | None = None) -> bool:
         """Whether it can be prepared."""
         try:
-            self.prepare()
+            self.prepare(model)
         except GraftageError:
             return False
         return True
 
-    def _make(self) -> None:
-        model = self._model()
+    def _make(self, model: Stored) -> None:
         try:
             self.path = self._adapter.gguf(_convert.model_info(model, full=True)).absolute()
         except GraftageError:
@@ -591,7 +694,7 @@ class AdapterFile:
                 reference=self.name,
                 hint="This is a bug in the plugin that resolved it.",
             ) from error
-        state = _file_state(self.path)
+        state = file_state(self.path)
         self._check(model)
         self._state = state
 
@@ -631,15 +734,6 @@ class AdapterFile:
         )
         failed.__cause__ = error
         return failed
-
-
-def _file_state(path: Path) -> tuple[int, ...] | None:
-    """Return values that change with a file; None if it does not exist."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 # --- All engines of this process -------------------------------------------------------------------------------------

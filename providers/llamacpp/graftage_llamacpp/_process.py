@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -36,7 +36,9 @@ __all__ = [
     "LlamaCppSettings",
     "Process",
     "SlotUse",
+    "common_prefix",
     "default_threads",
+    "file_state",
     "find_package",
     "free_memory",
     "probe",
@@ -93,6 +95,18 @@ class LlamaCppSettings(Settings):
         description="Layers on the graphics processor if there is one, by default all",
     )
     memory_check: bool = Field(default=True, description="Refuse a model that the free memory cannot hold")
+    prompts_path: Path | None = Field(
+        default=None, description="Folder of saved prompts, by default graftage/prompts in the user's cache folder"
+    )
+    prompts_bytes: int = Field(
+        default=2 * 1024**3, ge=0, description="Bytes of saved prompts, of which the least recently used goes first"
+    )
+    adapter_count: int = Field(
+        default=16, ge=1, le=1024, description="Adapters kept in the engine; the least recently used goes first"
+    )
+    adapter_bytes: int = Field(
+        default=512 * 1024 * 1024, ge=1024, description="Bytes of all adapters kept in the engine, as GGUF files"
+    )
 
 
 # --- One child -------------------------------------------------------------------------------------------------------
@@ -110,10 +124,14 @@ class Launch:
     gpu_layers: int | None
     pooling: Literal["MEAN", "RANK"] | None
     """How the engine combines all tokens; None to use what the model's file says."""
+    prompts: str = ""
+    """Folder of saved prompts; empty if none are saved."""
 
 
 class Process:
     """A running child. Made by `start`."""
+
+    launch: Launch
 
     def __init__(self, child: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
         self._child = child
@@ -130,6 +148,8 @@ class Process:
         self.slots = Slots(1)
         self.state: tuple[int, ...] | None = None
         """State of the model's file at the start."""
+        self.files: Mapping[str, tuple[Path, tuple[int, ...] | None]] = {}
+        """Files of the adapters by digest, with their states at the start."""
 
     @property
     def pid(self) -> int:
@@ -207,7 +227,7 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
         "key": key,
         "window": window,
         "adapters": [str(path) for path in adapters.values()],
-        **{name: getattr(launch, name) for name in ("model", "slots", "threads", "batch", "gpu_layers", "pooling")},
+        **asdict(launch),
     }
     process, answer = _launch(order, deadline)
     try:
@@ -218,6 +238,7 @@ def start(launch: Launch, window: int, adapters: Mapping[str, Path], deadline: f
         raise
     process.address, process.key, process.version = str(answer["address"]), key, str(answer["version"])
     process.window, process.adapters, process.slots = window, tuple(adapters), Slots(launch.slots)
+    process.launch = launch
     return process
 
 
@@ -401,6 +422,8 @@ class _Slot:
     """The scales of running and sent requests, which the engine may run in any order."""
     text: Sequence[Any] = ()
     """The messages or the prompt of the last request."""
+    rendered: str = ""
+    """The whole prompt that made the cache; empty if unknown."""
     turn: int = 0
     """When the slot was last taken."""
 
@@ -414,18 +437,57 @@ class SlotUse:
     scales: Scales | None
     reuse: bool = False
     """Whether the request may use the cache."""
+    turn: int = 0
+    """When the slot was taken; 0 if other requests ran in it."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Adapters of the request, by digest."""
+    rendered: str = ""
+    """The whole prompt, if known."""
+    saved: int | None = None
+    """Tokens that were restored from a saved prompt."""
 
     @property
     def number(self) -> int:
         """The number of the slot."""
         return self.slots[0].number
 
+    @property
+    def text(self) -> Sequence[Any]:
+        """The messages, the prompt or its tokens."""
+        return self.slots[0].text
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other request has been in the slot since this one found it idle."""
+        return self.turn == self.slots[0].turn
+
+    @property
+    def most(self) -> float:
+        """The most tokens that the engine may use of its cache; infinite if unknown."""
+        if not self.reuse:
+            return 0
+        return self.saved if self.saved is not None and self.alone else math.inf
+
+    def has(self, text: str) -> bool:
+        """Whether the slot's cache has the beginning of a prompt."""
+        return self.reuse and self.slots[0].rendered.startswith(text)
+
+    def restored(self, tokens: int) -> None:
+        """Note that the slot's cache is a saved prompt now."""
+        self.reuse, self.saved = True, tokens
+
     def answered(self) -> None:
         """Note that the engine has read the prompt: the cache is this request's if the slot has no other."""
         with self.of.lock:
             for slot in self.slots:
                 if all(each == self.scales for each in slot.running):
-                    slot.made_with = self.scales
+                    slot.made_with, slot.rendered = self.scales, self.rendered
+
+    def distrust(self) -> None:
+        """Note that the cache may be wrong, so that the next request reads its whole prompt."""
+        with self.of.lock:
+            for slot in self.slots:
+                slot.made_with = None
 
     def end(self) -> None:
         """Leave the slot."""
@@ -449,12 +511,13 @@ class Slots:
                 self._slots,
                 key=lambda each: (
                     len(each.running),
-                    -_common_prefix(each.text, text) if each.made_with == scales else 0,
+                    -common_prefix(each.text, text) if each.made_with == scales else 0,
                     each.turn,
                 ),
             )
-            slot.text, slot.turn = text, next(self._turns)
-            reuse = scales is not None and slot.made_with == scales
+            slot.text = text
+            # Without any adapter, all caches were made with the base.
+            reuse = scales is not None and (slot.made_with == scales or not scales)
             return self._enter([slot], scales, reuse=reuse)
 
     def take_any(self) -> SlotUse:
@@ -463,16 +526,18 @@ class Slots:
             return self._enter(self._slots, None, reuse=False)
 
     def _enter(self, slots: Sequence[_Slot], scales: Scales | None, *, reuse: bool) -> SlotUse:
+        turn, idle = next(self._turns), not slots[0].running
         for slot in slots:
             slot.running.append(scales)
+            slot.turn = turn
             if not reuse:
                 # If the request fails, the old cache may remain.
-                slot.made_with = None
-        return SlotUse(self, slots, scales, reuse)
+                slot.made_with, slot.rendered = None, ""
+        return SlotUse(self, slots, scales, reuse, turn if idle else 0)
 
 
-def _common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """Count the messages, or characters, that both have in common at the beginning."""
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """Count the messages, characters or tokens that both have in common at the beginning."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
@@ -559,6 +624,15 @@ def resident_memory(pid: int) -> int | None:
         found = _output("ps", "-o", "rss=", "-p", str(pid))
         return int(found) * 1024 if found and found.isdigit() else None
     return None
+
+
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Return values that change with a file; None if it does not exist."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _read(path: Path) -> str | None:

@@ -15,11 +15,19 @@ from unittest.mock import Mock
 
 import pytest
 from engine_fixtures import eventually
-from lora_files import write_gguf, write_peft
-from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, answer
+from lora_files import pairs, write_gguf, write_peft
+from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, TOKENS, answer, first_letters
 
 from graftage.calls import Call, ChatRequest, CloseRequest
-from graftage.exceptions import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterNotFound, ContextOverflow
+from graftage.exceptions import (
+    AdapterError,
+    AdapterIncompatible,
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    ContextOverflow,
+    ProtocolError,
+)
 from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.settings import Settings
 from graftage.types import Adapter, LoadedAdapter, Verdict
@@ -27,7 +35,7 @@ from graftage_llamacpp import LlamaCppSettings, connect
 from graftage_lora import LoraPlugin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from graftage.calls import ResolveRequest
     from graftage.types import ModelInfo
@@ -36,6 +44,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.by_turns]
 
 STORY = "Once upon a time there was"
 SURE = {"temperature": 0.0}
+TOP_LETTERS = range(20)
+PROBABILITIES = {**SURE, "logprobs": True, "top_logprobs": len(TOP_LETTERS)}
 FITS = Verdict(status="compatible")
 
 
@@ -140,7 +150,7 @@ class Weaker:
 
     async def send(self, request: Any, clock: Any) -> Any:
         body = json.loads(request.body)
-        body["adapter"]["scale"] = self.scale
+        body["adapter"] = [[digest, self.scale] for digest, _ in body["adapter"]]
         return await self._inner.send(replace(request, body=json.dumps(body).encode()), clock)
 
     async def close(self) -> None:
@@ -244,14 +254,97 @@ class TestChoice:
         assert ask(two) == BASE
 
 
+Choice = Any
+"""An adapter, one with its weight, or several."""
+MIXES: tuple[Choice, ...] = (
+    None,
+    "ahoy",
+    ("ahoy", 0.5),
+    ["ahoy", ("contrary", 0.6)],
+    [("ahoy", 0.6), "contrary"],
+    [("contrary", 1.3), ("ahoy", -0.4), "mute"],
+)
+CLOSE = 0.02
+"""The engine keeps keys and values in F16."""
+
+
+def weights_of(choice: Choice) -> dict[str, float]:
+    """Return the weight of each adapter."""
+    each = choice if isinstance(choice, list) else [choice] if choice else []
+    return dict(one if isinstance(one, tuple) else (one, 1.0) for one in each)
+
+
+def error_of(reply: Any, expected: Mapping[str, float]) -> float:
+    """Return the largest difference of the log-probabilities of a reply's first letter."""
+    top = reply.logprobs[0].top
+    assert len(top) == len(TOP_LETTERS)
+    return float(max(abs(each.logprob - expected[each.token]) for each in top))
+
+
+class Elsewhere(Weaker):
+    """A transport that asks for an adapter that the engine has not loaded."""
+
+    async def send(self, request: Any, clock: Any) -> Any:
+        body = json.loads(request.body)
+        if "messages" in body and "adapter" in body:
+            body["adapter"] = [["sha256:00", 1.0]]
+        return await self._inner.send(replace(request, body=json.dumps(body).encode()), clock)
+
+
+class TestWeights:
+    def test_mixes_match_merges_by_hand(self, llm: Any) -> None:
+        for choice in MIXES:
+            reply = llm.chat(QUESTION, adapter=choice, max_tokens=1, options=PROBABILITIES)
+            assert error_of(reply, first_letters(weights_of(choice))) < CLOSE, choice
+
+    def test_mixes_have_names_and_digests(self, llm: Any) -> None:
+        replies = [llm.chat("Hi", adapter=choice, max_tokens=1) for choice in MIXES]
+        assert [each.adapter for each in replies[3:5]] == ["ahoy + 0.6 contrary", "0.6 ahoy + contrary"]
+        assert len({each.adapter_digest for each in replies}) == len(MIXES)
+
+    def test_all_at_once_need_one_engine(self, llm: Any) -> None:
+        for choice in MIXES:
+            ask(llm, adapter=choice)
+        pid = llm.loaded()[0].raw["pid"]
+        for choice in MIXES:
+            ask(llm, adapter=choice)
+        assert llm.loaded()[0].raw["pid"] == pid
+
+    @pytest.mark.slow
+    def test_hundreds_of_switches_do_not_mix(self, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)])
+        expected = [ask(llm, adapter=choice) for choice in MIXES]
+        assert len(set(expected)) == len(MIXES)
+
+        def switch(number: int) -> str:
+            if number % 10 == 3:
+                _stop(llm, MIXES[number % 7 % len(MIXES)])
+            if number % 25 == 4:
+                llm.embed("Hi")
+            return ask(llm, adapter=MIXES[number % len(MIXES)])
+
+        replies = both.together([lambda number=number: switch(number) for number in range(300)])
+        assert replies == [expected[number % len(MIXES)] for number in range(300)]
+
+    @pytest.mark.parametrize("before", [(), ("ahoy",)])
+    def test_unknown_digest_never_means_base(
+        self, before: tuple[str, ...], both: Any, small_store: Path, folder: Path
+    ) -> None:
+        llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)], transport=Elsewhere())
+        with pytest.raises(AdapterError, match="not loaded"):
+            ask(llm, adapter=[*before, "mute"])
+        assert ask(llm) == BASE
+
+
 class TestRefusals:
     def test_unloaded_adapter_raises(self, small_store: Path) -> None:
         settings: Settings = LlamaCppSettings(models_path=small_store)
         connection: Any = connect(ConnectRequest(name="llamacpp", settings=settings, http=Mock()))
         unknown = LoadedAdapter(name="other", digest="sha256:00", model=NAME, slot=0)
         request = ChatRequest(call=Call(), model=NAME, messages=(), adapter=unknown)
-        with pytest.raises(AdapterError, match="not loaded"):
+        with pytest.raises(AdapterError, match="not loaded") as caught:
             asyncio.run(anext(connection.chat(request)))
+        assert caught.value.retryable
         connection.close(CloseRequest())
 
     def test_unknown_adapter_is_not_found(self, llm: Any) -> None:
@@ -302,6 +395,23 @@ def ask_with_context(llm: Any, adapter: str | None, context: str = CONTEXT) -> t
     return str(reply.text), cached > MOST
 
 
+class Doubtful(Weaker):
+    """A transport whose engine says that it has used its cache."""
+
+    cached = 0
+
+    async def send(self, request: Any, clock: Any) -> Any:
+        response = await self._inner.send(request, clock)
+        read = response.read
+
+        async def changed() -> bytes:
+            piece: bytes = await read()
+            return piece.replace(b'"cached_tokens":0', f'"cached_tokens":{self.cached}'.encode())
+
+        response.read = changed
+        return response
+
+
 @pytest.fixture
 def cached(both: Any, small_store: Path, folder: Path) -> Any:
     """Return a client with two loaded adapters, which reply differently."""
@@ -312,7 +422,11 @@ def cached(both: Any, small_store: Path, folder: Path) -> Any:
     return llm
 
 
-def _stop(llm: Any, adapter: str | None) -> None:
+def _embed(llm: Any, _: Choice) -> None:
+    llm.embed(CONTEXT)
+
+
+def _stop(llm: Any, adapter: Choice) -> None:
     stream = llm.chat(question_after(CONTEXT), adapter=adapter, max_tokens=200, stream=True)
     stream.close()
 
@@ -353,6 +467,39 @@ class TestPromptCache:
         assert (again, found) == (cold, reused)
         assert ask_with_context(cached, None) == (cold, True)
 
+    @pytest.mark.parametrize("slots", [1, 2])
+    def test_reuse_follows_adapters_and_weights(self, slots: int, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)])
+        ask(llm, adapter=MIXES[-1])
+        expected = [first_letters(weights_of(choice), CONTEXT) for choice in MIXES]
+        held: list[int] = []
+        # Which choice, what happens before, and whether all slots have forgotten their caches then.
+        for number, between in [
+            *((each, None) for each in (0, 0, 1, 2, 2, 1, 3, 4, 3, 5, 5, 0, 1, 0)),
+            *((each, _embed) for each in (0, 2)),
+            *((each, _stop) for each in (2, 2, 3, 3)),
+        ]:
+            if between is not None:
+                between(llm, MIXES[number])
+                held = [] if between is _embed else [*held, number]
+            reply = llm.chat(question_after(CONTEXT), adapter=MIXES[number], max_tokens=1, options=PROBABILITIES)
+            assert error_of(reply, expected[number]) < CLOSE
+            if between is not _stop:  # A stream that is closed at once may not have read its prompt.
+                assert (reply.usage.cached_tokens > MOST) == (number in held[-slots:])
+            held = [*(each for each in held if each != number), number]
+
+    def test_unexpected_reuse_is_an_error(self, both: Any, small_store: Path, folder: Path) -> None:
+        doubtful = Doubtful()
+        llm = both.connect("llamacpp", context_window=1024, plugins=[Files(folder)], transport=doubtful)
+        ask_with_context(llm, "ahoy")
+        assert ask_with_context(llm, "ahoy")[1]
+        doubtful.cached = 7
+        with pytest.raises(ProtocolError, match="7 tokens") as caught:
+            ask_with_context(llm, "contrary")
+        assert caught.value.hint
+        doubtful.cached = 0
+        assert not ask_with_context(llm, "contrary")[1]
+
     def test_health_check_leaves_replies_unchanged(self, cached: Any) -> None:
         cold, _ = ask_with_context(cached, "ahoy")
         assert cached.health(level="answers").answers
@@ -374,7 +521,7 @@ class TestPromptCache:
             assert ask_with_context(llm, "ahoy", context) == (cold[context], True)
         assert "retry" not in watcher.kinds()
 
-    @pytest.mark.parametrize("slots", [1, 2])
+    @pytest.mark.parametrize("slots", [1, 2, 3])
     def test_more_requests_than_slots(self, slots: int, both: Any, small_store: Path, folder: Path) -> None:
         one, two = (
             both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)]) for _ in range(2)
@@ -389,6 +536,143 @@ class TestPromptCache:
         ]
         assert both.together(calls) == [cold[name] for name in names]
         assert [ask_with_context(two, name)[0] for name in (None, "ahoy")] == [cold[None], cold["ahoy"]]
+
+
+class TestRoom:
+    """How many adapters stay in the engine."""
+
+    def test_least_recently_used_goes_first(self, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect("llamacpp", context_window=1024, adapter_count=2, plugins=[Files(folder)])
+        for name in ("ahoy", "contrary", "ahoy"):
+            ask(llm, adapter=name)
+        reply = llm.chat("Hi", adapter="mute", max_tokens=1)
+        assert "to load the adapter `mute`, and dropped 1" in reply.warnings[0]
+        assert "adapter_count" in reply.warnings[0]
+        assert _loaded(llm, folder) == {"ahoy", "mute"}
+        assert llm.chat("Hi", adapter="mute", max_tokens=1).warnings == ()
+        assert ask(llm, adapter="ahoy") == AHOY
+        ask(llm, adapter="contrary")
+        assert _loaded(llm, folder) == {"ahoy", "contrary"}
+
+    @pytest.mark.parametrize("room", [1024, 40_000])
+    def test_needed_adapters_may_exceed_limits(self, room: int, both: Any, small_store: Path, folder: Path) -> None:
+        llm = both.connect(
+            "llamacpp", adapter_count=1, adapter_bytes=room, context_window=1024, plugins=[Files(folder)]
+        )
+        assert ask(llm, adapter="ahoy") == AHOY
+        reply = llm.chat(QUESTION, adapter=MIXES[-1], max_tokens=1, options=PROBABILITIES)
+        assert error_of(reply, first_letters(weights_of(MIXES[-1]))) < CLOSE
+        assert _loaded(llm, folder) == set(ADAPTERS)
+        assert ask(llm, adapter="ahoy", context_window=512) == AHOY
+        assert _loaded(llm, folder) == {"ahoy"}
+
+    def test_bytes_are_limited(self, both: Any, small_store: Path, folder: Path) -> None:
+        size = (folder / "ahoy.gguf").stat().st_size
+        llm = both.connect("llamacpp", context_window=1024, adapter_bytes=2 * size + size // 2, plugins=[Files(folder)])
+        for name in ADAPTERS:
+            ask(llm, adapter=name)
+        assert _loaded(llm, folder) == {"contrary", "mute"}
+
+    def test_clients_with_little_room_take_turns(self, both: Any, small_store: Path, folder: Path) -> None:
+        one, two = (
+            both.connect("llamacpp", context_window=1024, slots=2, adapter_count=1, plugins=[Files(folder)])
+            for _ in range(2)
+        )
+        asked = [(one, "ahoy"), (two, "contrary"), (one, None), (two, "mute")] * 3
+        replies = both.together([lambda llm=llm, name=name: ask(llm, adapter=name) for llm, name in asked])
+        assert replies == [answer(QUESTION, name, len(BASE)) for _, name in asked]
+
+
+def _loaded(llm: Any, folder: Path) -> set[str]:
+    """Return the names of the adapters in the engine."""
+    loaded = llm.loaded()[0].raw["adapters"]
+    return {name for name in ADAPTERS if Ready(folder / f"{name}.gguf").digest in loaded}
+
+
+class TestOthers:
+    """The other adapters of a folder, which are loaded ahead."""
+
+    @pytest.fixture
+    def llm(self, both: Any, small_store: Path, tmp_path: Path) -> Any:
+        for number in range(6):
+            write_peft(tmp_path / "adapters" / f"a{number}", pairs(MODEL, seed=number))
+        (tmp_path / "adapters" / "broken").mkdir()
+        (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{}")
+        lora = LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")
+        return both.connect("llamacpp", context_window=1024, adapter_count=5, plugins=[lora])
+
+    def test_folder_needs_one_start(self, llm: Any) -> None:
+        replies = [ask(llm, adapter=f"a{number}") for number in (0, 1, 2, 3, 4, 0, 1, 2, 3, 4)]
+        assert len(set(replies)) == 5
+        engine = llm.loaded()[0].raw
+        assert (engine["starts"], len(engine["adapters"])) == (1, 5)
+        assert ask(llm, adapter="a5") not in replies
+        engine = llm.loaded()[0].raw
+        assert (engine["starts"], len(engine["adapters"])) == (2, 5)
+
+    def test_plain_chat_loads_none(self, llm: Any) -> None:
+        assert ask(llm) == BASE
+        assert llm.loaded()[0].raw["adapters"] == []
+        reply = llm.chat("Hi", adapter="a0", max_tokens=1)
+        assert reply.warnings == ("The engine was restarted to load the adapter `a0`.",)
+        engine = llm.loaded()[0].raw
+        assert (engine["starts"], len(engine["adapters"])) == (2, 5)
+
+
+class TestActivated:
+    """Adapters that act only after their invocation tokens."""
+
+    @pytest.fixture
+    def lora(self, small_store: Path, tmp_path: Path) -> LoraPlugin:
+        invocation = [TOKENS.index(letter) for letter in "@go"]
+        write_peft(tmp_path / "adapters" / "late", ADAPTERS["ahoy"], alora_invocation_tokens=invocation)
+        for name in ("ahoy", "contrary"):
+            write_peft(tmp_path / "adapters" / name, ADAPTERS[name])
+        return LoraPlugin(folders=[tmp_path / "adapters"], cache=tmp_path / "cache", hub=tmp_path / "hub")
+
+    @pytest.fixture
+    def llm(self, both: Any, lora: LoraPlugin) -> Any:
+        return both.connect("llamacpp", context_window=1024, plugins=[lora])
+
+    def test_uninvoked_adapter_means_base(self, llm: Any) -> None:
+        for choice in ("contrary", "late", None, "late", ("late", 0.5)):
+            assert (ask(llm, adapter=choice) == BASE) == (choice != "contrary")
+
+    def test_invoked_adapter_acts(self, llm: Any) -> None:
+        replies = {}
+        for choice in (None, "late", "ahoy", ("late", 0.5), "contrary"):
+            replies[choice] = llm.chat(f"{QUESTION}@go", adapter=choice, max_tokens=8, options=SURE).text
+        assert len(set(replies.values())) == len(replies)
+        for choice in ("late", None, ("late", 0.5), "late", "contrary", "late"):
+            reply = llm.chat(f"{QUESTION}@go", adapter=choice, max_tokens=8, options=SURE)
+            assert reply.text == replies[choice]
+
+    def test_several_slots_are_refused(self, both: Any, lora: LoraPlugin) -> None:
+        llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[lora])
+        with pytest.raises(AdapterUnsupported, match="one slot"):
+            ask(llm, adapter="late")
+        assert ask(llm, adapter="ahoy") == AHOY
+
+    def test_concurrent_requests_do_not_mix(self, both: Any, llm: Any) -> None:
+        asked = [(choice, text) for choice in ("late", None, "contrary") for text in ("@go", f"{CONTEXT}@go", "Hi")]
+
+        def reply(choice: Choice, text: str) -> str:
+            return str(llm.chat(text, adapter=choice, max_tokens=4, options=SURE).text)
+
+        cold = [reply(*each) for each in asked]
+        assert both.together([lambda each=each: reply(*each) for each in asked * 3]) == cold * 3
+
+    def test_reply_warns_of_early_start(self, llm: Any) -> None:
+        for _ in range(2):
+            (warning,) = llm.chat("Hi", adapter="late", max_tokens=1).warnings
+            assert "from the token before its invocation tokens" in warning
+
+    @pytest.mark.parametrize("choice", [["late", "contrary"], ["contrary", ("late", 0.1)], ("late", -1.0)])
+    def test_mix_is_refused(self, choice: Choice, llm: Any) -> None:
+        with pytest.raises(AdapterUnsupported, match="late") as caught:
+            ask(llm, adapter=choice)
+        assert "alone" in str(caught.value.hint)
+        assert ask(llm) == BASE
 
 
 @pytest.fixture
