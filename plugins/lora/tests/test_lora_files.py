@@ -215,10 +215,11 @@ class TestPatterns:
 
     def test_endless_work_is_refused(self) -> None:
         patterns = Patterns({r"(?:.*a)?" + ".*" * 140 + "x": 2.0})
-        with pytest.raises(Refused, match="too many patterns"):
-            _ = [patterns.find(f"model.{number}", 1.0) for number in range(10_000)]
-        with pytest.raises(Refused, match="too long"):
-            Patterns({r"\d+": 2.0}).find("a" * 1000, 1.0)
+        with pytest.raises(Refused, match="take too long"):
+            patterns.find("model.layers.1", 1.0)
+        many = Patterns({".*x.*y": 2.0})
+        with pytest.raises(Refused, match="take too long"):
+            _ = [many.find("model." + "a" * 300, 1.0) for _ in range(1000)]
 
     def test_pattern_changes_scale_of_its_modules(self, place: Place) -> None:
         config = {"rank_pattern": {r".*\.q_proj": 4, "(a+)+$": 8}, "alpha_pattern": {r"model\.layers\.0\..*_proj": 16}}

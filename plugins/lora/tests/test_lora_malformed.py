@@ -199,7 +199,6 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "an expression that is too long": ("expression", {**CONFIG, "alpha_pattern": {"a*" * 200: 2}}),
     "an expression that is not one": ("expression", {**CONFIG, "alpha_pattern": {"(q|k_proj": 2}}),
     "an expression of other syntax": ("expression", {**CONFIG, "alpha_pattern": {"(?=q)q_proj": 2}}),
-    "groups in many groups": ("expression", {**CONFIG, "alpha_pattern": {"(" * 99 + "a" + ")" * 99: 2}}),
     "an unknown configuration": ("next_config", {**CONFIG, "next_config": {"a": 1}}),
     "block-diagonal halves": ("use_bdlora", {**CONFIG, "use_bdlora": {"nblocks": 2}}),
     "an unknown start": ("next_init", {**CONFIG, "init_lora_weights": "next_init"}),
