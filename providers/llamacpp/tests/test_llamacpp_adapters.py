@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -711,7 +712,9 @@ def made(both: Any, small_store: Path, tmp_path: Path) -> Any:
 
 
 def _crash(llm: Any) -> None:
-    os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
+    for model in llm.loaded():
+        with suppress(ProcessLookupError):
+            os.kill(model.raw["pid"], signal.SIGKILL)
 
 
 def _expire(llm: Any) -> None:
