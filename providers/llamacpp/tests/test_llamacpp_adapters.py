@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 from engine_fixtures import eventually
 from lora_files import pairs, write_gguf, write_peft
-from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, TOKENS, answer, first_letters
+from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, TOKENS, answer, first_letters, place_of
 
 from graftage.calls import Call, ChatRequest, CloseRequest
 from graftage.exceptions import (
@@ -670,6 +670,16 @@ class TestActivated:
         for choice in ("late", None, ("late", 0.5), "late", "contrary", "late"):
             reply = llm.chat(f"{QUESTION}@go", adapter=choice, max_tokens=8, options=SURE)
             assert reply.text == replies[choice]
+
+    def test_invoked_adapter_acts_one_token_early(self, llm: Any) -> None:
+        question = f"{QUESTION}@go now"
+        place = place_of("@go", question)
+        for weight in (1.0, 0.5):
+            reply = llm.chat(question, adapter=("late", weight), max_tokens=1, options=PROBABILITIES)
+            early, exact = (
+                first_letters({"ahoy": weight}, question=question, until=each) for each in (place - 1, place)
+            )
+            assert error_of(reply, early) < CLOSE < error_of(reply, exact)
 
     def test_several_slots_are_refused(self, both: Any, lora: LoraPlugin) -> None:
         llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[lora])
