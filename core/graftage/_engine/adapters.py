@@ -206,10 +206,10 @@ class Adapters:
                 await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
 
     def forget(self, model: str) -> None:
-        """Forget the adapters loaded as this model, which is gone from the server: the next call loads them again."""
+        """Forget the adapters loaded as this model or for it, as it is gone or new: the next call loads them again."""
         name = canonical_name(model)
         for key, loaded in list(self._loaded.items()):
-            if canonical_name(loaded.model) == name:
+            if name in (key[1], canonical_name(loaded.model)):
                 self._loaded.pop(key, None)
 
     def forget_all(self) -> None:
@@ -229,8 +229,8 @@ class Adapters:
             with session.relay.contained:  # Its attributes may be properties.
                 warnings += _checked(part.adapter, reference, model, force=asked.force)
             for same in (each for each in parts if each.digest == part.digest):
-                hint = f"Give it once, with the weight {same.weight + weight:g}."
-                raise RequestRejected(f"`{same.name}` and `{part.name}` are the same adapter.", hint=hint)
+                what = f"`{same.name}` and `{part.name}` have the same content."
+                raise RequestRejected(what, hint="Name one of them, with its weight.")
             parts.append(part)
         applied = Applied(LoadedAdapter(name="", digest="", model=model), tuple(warnings), tuple(parts), ())
         return await self._bring(applied, model, run, asked)
@@ -238,6 +238,8 @@ class Adapters:
     async def again(self, applied: Applied, model: str, run: Run, asked: CallOptions, figures: Any) -> Applied:
         """Load adapters that the server has lost, with the figures that the policies have allowed the call."""
         for key, loaded in applied.held:
+            if loaded.model != model:
+                self._session.forget_facts(loaded.model)
             if self._loaded.get(key) is loaded:  # Another call may have loaded it again.
                 self._loaded.pop(key, None)
         return await self._bring(applied, model, run, asked, figures)
@@ -268,7 +270,7 @@ class Adapters:
         )
 
     def _applies_weights(self) -> bool:
-        return "adapter_weights" in self._session.capabilities().features
+        return "adapter_weights" in self._session.asked_capabilities().features
 
     def _keys(self, parts: Sequence[_Part], model: str) -> list[Key]:
         """Return what is loaded for some adapters: each one, or their mix."""

@@ -229,10 +229,10 @@ class Connection:
     def capabilities(self) -> Capabilities:
         """Return what the provider can do, as it says and as its hooks show."""
         if self._capabilities is None:
-            self._capabilities = self._asked_capabilities()
+            self._capabilities = self.asked_capabilities()
         return self._capabilities
 
-    def _asked_capabilities(self) -> Capabilities:
+    def asked_capabilities(self) -> Capabilities:
         shown = frozenset(name for name in get_args(Feature) if self.has(name))
         if not self.has("capabilities"):
             return Capabilities(features=shown)
@@ -279,6 +279,10 @@ class Connection:
                 return None
             self._infos[model] = info
         return self._infos[model]
+
+    def forget_facts(self, model: str) -> None:
+        """Forget what is known of a model that was pulled, deleted or replaced."""
+        self._infos.pop(model, None)
 
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """Return the limits of a call; a number means the total."""

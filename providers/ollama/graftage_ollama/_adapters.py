@@ -3,7 +3,8 @@
 Nothing here knows the content of an adapter; the resolver's `Adapter` does.
 
 A success of `create` proves nothing: servers ignore unknown fields, and one without adapters may leave a plain copy of
-the base. So each model is shown afterwards, and a wrong one is deleted.
+the base. So each model is shown afterwards, and a wrong one is deleted. And each reply with an adapter is checked when
+it begins: another process may have deleted the model, or put another one under its name.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from graftage import gguf
 from graftage.calls import Call
 from graftage.exceptions import (
     AdapterError,
@@ -38,7 +40,7 @@ from graftage.exceptions import (
     RequestRejected,
     StreamInterrupted,
 )
-from graftage.types import LoadedAdapter, ModelInfo, PullProgress, canonical_name
+from graftage.types import Chunk, LoadedAdapter, ModelInfo, PullProgress, canonical_name
 from graftage_ollama import _convert
 
 if TYPE_CHECKING:
@@ -53,11 +55,15 @@ NAMESPACE: Final = "graftage-lora"
 """The prefix of derived models: nothing outside it is ever deleted."""
 MARK: Final = "graftage.adapter.digest"
 """The metadata key by which a merged model names its adapter; servers show it."""
-KEY_LENGTH: Final = 12
+ACTIVATED: Final = "adapter.alora.invocation_tokens"
+"""The metadata key of an adapter that acts only after some tokens (llama.cpp's `gguf-py/gguf/constants.py`)."""
+KEY_LENGTHS: Final = (12, 24)
+"""Digits of the key in a model's name: more if another model has the shorter name."""
 PART_LENGTH: Final = 80
 """Characters of one part of a model's name (Ollama's `types/model/name.go`)."""
 SPACE_FACTOR: Final = 2
 """A merged model is at most this much larger than its base: touched 4-bit tensors become 8-bit ones."""
+AGAIN: Final = "Try again: it is then made again. Does another program clean the server?"
 READ_SIZE: Final = 1 << 20
 MISFIT: Final = re.compile(
     r"terminated: panic|unable to load lora|loras are not|unable to load model|invalid file magic"
@@ -76,12 +82,11 @@ class _StrategyUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derived:
-    """A model to create: its request, and the check that it is right."""
+    """A model to create: its name, and the check that it is right."""
 
     name: str
-    strategy: str
     proves: Callable[[ModelInfo], bool]
-    body: Mapping[str, Any]
+    exists: bool
 
 
 class Adapters:
@@ -92,6 +97,8 @@ class Adapters:
         self._address = address
         self._merge = merge
         self._base_file = base_file
+        self._proven: dict[str, str | None] = {}
+        """The digest of each model that was proven to contain its adapter, by name."""
 
     async def load(self, request: LoadAdapterRequest) -> LoadedAdapter:
         """Make an adapter usable by the first strategy that works.
@@ -106,7 +113,10 @@ class Adapters:
         reasons: list[str] = []
         for strategy, attempt in (("served", self._served), ("native", self._native), ("merged", self._merged)):
             try:
-                return await attempt(request, base)
+                try:
+                    return await attempt(request, base)
+                except ModelNotFound:  # The base exists: another process has just deleted what is made from it.
+                    return await attempt(request, base)
             except _StrategyUnavailable as why:
                 reasons.append(f"{strategy}: {why}")
         raise AdapterUnsupported(
@@ -115,6 +125,62 @@ class Adapters:
             reasons=reasons,
             hint="Allow the setting `merge_adapters`, use Ollama before 0.34, or the embedded provider.",
         )
+
+    async def checked(self, call: Call, adapter: LoadedAdapter, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+        """Yield the chunks of a reply, once it is certain that the adapter gives it."""
+        async with self.certain(call, adapter):
+            first = await anext(chunks, None)
+        if first is not None:
+            yield first
+        async for chunk in chunks:
+            yield chunk
+
+    @contextlib.asynccontextmanager
+    async def certain(self, call: Call, adapter: LoadedAdapter | None) -> AsyncIterator[None]:
+        """Make sure that the answer to the request in this block comes from the model that was proven.
+
+        The server looks its name up before it answers, and `/api/tags` shows what the name means afterwards (1.3 ms,
+        and 0.2 ms for each model; `/api/show` takes 26 ms, and `/api/ps` does not show which runner answers). So an
+        answer of another model passes only if that had the name for this moment alone.
+
+        Raises:
+            AdapterError: the name is gone, or means another model.
+        """
+        try:
+            yield
+        except ModelNotFound as error:
+            if adapter is None:
+                raise
+            raise self._lost(adapter) from error
+        if adapter is not None:
+            name = canonical_name(adapter.model)
+            listed = await self._digests(call)
+            if name not in listed or name not in self._proven or listed[name] != self._proven[name]:
+                raise self._lost(adapter)
+
+    def _lost(self, adapter: LoadedAdapter) -> AdapterError:
+        self._proven.pop(canonical_name(adapter.model), None)
+        return AdapterError(
+            f"Another program has deleted or replaced the server's model with the adapter `{adapter.name}`.",
+            reference=adapter.name,
+            retryable=True,
+            hint=AGAIN,
+        )
+
+    async def _digests(self, call: Call) -> dict[str, str | None]:
+        """Return the digest of each model of the server, by name."""
+        models: Sequence[ModelInfo] = await self._request(call, "GET", "/api/tags", read=_convert.listed_models)
+        return {canonical_name(each.name): each.digest for each in models}
+
+    async def _prove(self, call: Call, name: str, proves: Callable[[ModelInfo], bool]) -> bool | None:
+        """Whether a model contains its adapter; None if it does not exist. If it does, remember its digest."""
+        listed = await self._digests(call)  # Before the model is shown: what replaces it in between is noticed later.
+        key = canonical_name(name)
+        if key not in listed or (model := await self._show_or_none(call, name)) is None:
+            return None
+        if is_proven := proves(model):
+            self._proven[key] = listed[key]
+        return is_proven
 
     async def unload(self, request: UnloadAdapterRequest) -> None:
         """Free the memory of an adapter's model, if it still exists."""
@@ -146,12 +212,17 @@ class Adapters:
         adapter = request.adapter
         if adapter.served_as is None:
             raise _StrategyUnavailable("no model that contains it was named")
-        try:
-            model = await self._show(request.call, adapter.served_as)
-        except ModelNotFound:
-            raise _StrategyUnavailable(f"`{adapter.served_as}` no longer exists") from None
-        if adapter.digest not in (model.metadata.get(MARK), *model.adapters):
-            raise _StrategyUnavailable(f"`{adapter.served_as}` does not contain it")
+        found: list[ModelInfo] = []
+
+        def proves(model: ModelInfo) -> bool:
+            found.append(model)
+            return adapter.digest in (model.metadata.get(MARK), *model.adapters)
+
+        is_proven = await self._prove(request.call, adapter.served_as, proves)
+        if not is_proven:
+            why = "no longer exists" if is_proven is None else "does not contain it"
+            raise _StrategyUnavailable(f"`{adapter.served_as}` {why}")
+        model = found[-1]
         if model.adapters and _weights(model) != _weights(base) and not request.force:
             reason = f"`{adapter.served_as}` was made from a model other than `{request.model}`"
             raise AdapterIncompatible(
@@ -172,18 +243,15 @@ class Adapters:
         def proves(model: ModelInfo) -> bool:
             return _weights(model) == weights and sorted(model.adapters) == sorted((*base.adapters, digest))
 
-        name = _name(request.model, request.adapter.name, "native", digest, weights)
-        body = {"model": name, "from": request.model, "adapters": {"adapter.gguf": digest}, "stream": False}
-        derived = _Derived(name=name, strategy="native", proves=proves, body=body)
-        is_new = not await self._exists(request, derived)
-        if is_new:
+        derived = await self._derive(request, _key("native", digest, weights), proves)
+        if not derived.exists:
             record = await self._record(request.call)
             if record.reason:
                 raise _StrategyUnavailable(record.reason)
             await self._upload_adapter(request, base, file, digest)
-            await self._create(request, derived, record)
-        await self._probe(request, derived, is_new=is_new)
-        return _loaded(request.adapter, name, "native")
+            await self._create(request, derived, {"from": request.model, "adapters": {"adapter.gguf": digest}}, record)
+        await self._probe(request, derived)
+        return _loaded(request.adapter, derived.name, "native")
 
     async def _merged(self, request: LoadAdapterRequest, base: ModelInfo) -> LoadedAdapter:
         """Create a model from a copy of the base file with the adapter merged into it. Costly, so only if allowed."""
@@ -193,10 +261,8 @@ class Adapters:
             same = (model.template, model.system) == (base.template, base.system)
             return same and model.metadata.get(MARK) == adapter.digest
 
-        name = _name(request.model, adapter.name, "merged", adapter.digest, _weights(base))
-        derived = _Derived(name=name, strategy="merged", proves=proves, body={})
-        is_new = not await self._exists(request, derived)
-        if is_new:
+        derived = await self._derive(request, _key("merged", adapter.digest, _weights(base)), proves)
+        if not derived.exists:
             base_file, size = self._allowed_base_file(base)
             folder = _temporary_folder(SPACE_FACTOR * size)
             try:
@@ -205,10 +271,9 @@ class Adapters:
                 await self._upload(request.call, digest, file)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            body = {"model": name, "files": {"model.gguf": digest}, "stream": False, **_model_settings(base)}
-            await self._create(request, replace(derived, body=body))
-        await self._probe(request, derived, is_new=is_new)
-        return _loaded(adapter, name, "merged")
+            await self._create(request, derived, {"files": {"model.gguf": digest}, **_model_settings(base)})
+        await self._probe(request, derived)
+        return _loaded(adapter, derived.name, "merged")
 
     def _allowed_base_file(self, base: ModelInfo) -> tuple[Path, int]:
         """Return the file to merge into, and its size."""
@@ -234,14 +299,17 @@ class Adapters:
     async def _convert_adapter(self, request: LoadAdapterRequest, base: ModelInfo) -> tuple[Path, str]:
         """Return the adapter's GGUF file and its digest. The file is in a cache, which may be emptied at any time."""
 
-        def make() -> tuple[Path, str]:
+        def make() -> tuple[Path, str, bool]:
             for _ in range(2):
                 file = request.adapter.gguf(base)
                 with contextlib.suppress(FileNotFoundError):
-                    return file, _sha256(file)
+                    return file, _sha256(file), ACTIVATED in gguf.read_file(file).metadata
             raise _file_vanished(request, file)
 
-        return await self._from_resolver(request.call, make)
+        file, digest, is_activated = await self._from_resolver(request.call, make)
+        if is_activated:
+            raise _activated(request)
+        return file, digest
 
     async def _upload_adapter(self, request: LoadAdapterRequest, base: ModelInfo, file: Path, digest: str) -> None:
         """Upload the adapter's file, converted once more if it was deleted meanwhile."""
@@ -270,49 +338,55 @@ class Adapters:
 
     # --- Create and verify -------------------------------------------------------------------------------------------
 
-    async def _exists(self, request: LoadAdapterRequest, derived: _Derived) -> bool:
-        """Whether the derived model exists already.
+    async def _derive(self, request: LoadAdapterRequest, key: str, proves: Callable[[ModelInfo], bool]) -> _Derived:
+        """Return the derived model, which may exist already, under a name that no other model has.
 
         Raises:
-            AdapterError: another model has that name. It is not overwritten.
+            AdapterError: other models have its names. They are not overwritten.
         """
-        model = await self._show_or_none(request.call, derived.name)
-        if model is None:
-            return False
-        if not derived.proves(model):
-            raise AdapterError(
-                f"The model `{derived.name}` exists but does not contain this adapter: it is not overwritten.",
-                reference=request.adapter.name,
-                hint=f"If it is not needed, delete it: `ollama rm {derived.name}`.",
-            )
-        return True
+        for length in KEY_LENGTHS:
+            name = _name(request.model, request.adapter.name, key[:length])
+            exists = await self._prove(request.call, name, proves)
+            if exists is not False:
+                return _Derived(name=name, proves=proves, exists=bool(exists))
+        raise AdapterError(
+            f"Other models have the names that the adapter `{request.adapter.name}` would get on the server.",
+            reference=request.adapter.name,
+            hint="They are not overwritten: give the adapter another name.",
+        )
 
     async def _create(
-        self, request: LoadAdapterRequest, derived: _Derived, record: _ServerRecord | None = None
+        self,
+        request: LoadAdapterRequest,
+        derived: _Derived,
+        body: Mapping[str, Any],
+        record: _ServerRecord | None = None,
     ) -> None:
         """Create a model and read it back; a wrong one is deleted.
 
         Raises:
             _StrategyUnavailable: the server refused, or created something else. `record` notes it if it always would.
+            ModelNotFound: another process has deleted it at once.
         """
         try:
-            await self._request(request.call, "POST", "/api/create", derived.body)
+            await self._request(request.call, "POST", "/api/create", {"model": derived.name, **body, "stream": False})
         except TRY_NEXT as error:
             why = f"the server refused to create the model ({_cause(error)})"
             if record is not None and "adapter" in str(error.details.get("server_message", error)).lower():
                 record.reason = why  # Other refusals may be about this request only.
             raise _StrategyUnavailable(why) from error
-        model = await self._show_or_none(request.call, derived.name)
-        if model is not None and derived.proves(model):
+        is_proven = await self._prove(request.call, derived.name, derived.proves)
+        if is_proven is None:
+            raise ModelNotFound("Another program has deleted the new model.", hint=AGAIN)
+        if is_proven:
             return
         why = "the created model does not contain the adapter"
-        if model is not None:
-            await self._delete(request.call, derived.name)
+        await self._delete(request.call, derived.name)
         if record is not None:
             record.reason = why
         raise _StrategyUnavailable(why)
 
-    async def _probe(self, request: LoadAdapterRequest, derived: _Derived, *, is_new: bool) -> None:
+    async def _probe(self, request: LoadAdapterRequest, derived: _Derived) -> None:
         """Generate one token: `create` accepts an adapter that does not fit, which then ends the runner.
 
         A model that existed before this call has worked before: it is never deleted.
@@ -332,15 +406,17 @@ class Adapters:
             await self._request(request.call, "POST", "/api/generate", body)
         except ModelLoadFailed as error:
             words = str(error.details.get("server_message", ""))
-            if not _is_misfit(error, words, is_new=is_new):
+            if not _is_misfit(error, words, is_new=not derived.exists):
                 raise
-            if is_new:
+            if not await self._prove(request.call, derived.name, derived.proves):
+                raise ModelNotFound("Another program has deleted or replaced the new model.", hint=AGAIN) from error
+            if not derived.exists:
                 await self._delete(request.call, derived.name)
             if "not yet implemented" in words:
                 raise _StrategyUnavailable(
                     "the server's engine for this architecture does not support adapters"
                 ) from error
-            raise _incompatible(request, derived, error, is_new=is_new) from error
+            raise _incompatible(request, derived, error) from error
 
     async def _upload(self, call: Call, digest: str, file: Path) -> None:
         """Upload a file, unless the server has it: that saves the transfer, and a reset in the middle of it."""
@@ -435,15 +511,15 @@ def _server_record(address: str, version: str) -> _ServerRecord:
 # --- Names and proofs ------------------------------------------------------------------------------------------------
 
 
-def _name(base: str, adapter: str, strategy: str, digest: str, weights: Sequence[str]) -> str:
+def _name(base: str, adapter: str, key: str) -> str:
     """Return `graftage-lora/BASE:ADAPTER-KEY`, which is equal for equal content only."""
-    base, adapter = _slug(base, PART_LENGTH), _slug(adapter, PART_LENGTH - KEY_LENGTH - 1)
-    return f"{NAMESPACE}/{base}:{adapter}-{_key(strategy, digest, weights)}"
+    base, adapter = _slug(base, PART_LENGTH), _slug(adapter, PART_LENGTH - len(key) - 1)
+    return f"{NAMESPACE}/{base}:{adapter}-{key}"
 
 
 def _key(strategy: str, digest: str, weights: Sequence[str]) -> str:
     text = "\n".join((strategy, digest, *weights))
-    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _slug(text: str, length: int) -> str:
@@ -463,8 +539,12 @@ def _made_from(base: ModelInfo, model: ModelInfo) -> bool:
     if _model_settings(model) != _model_settings(base):
         return False  # The user has changed it.
     if isinstance(mark := model.metadata.get(MARK), str):
-        return key == _key("merged", mark, weights)
-    return _weights(model) == weights and any(key == _key("native", digest, weights) for digest in model.adapters)
+        keys = [_key("merged", mark, weights)]
+    elif _weights(model) == weights:
+        keys = [_key("native", digest, weights) for digest in model.adapters]
+    else:
+        return False
+    return key in {each[:length] for each in keys for length in KEY_LENGTHS}
 
 
 def _model_settings(model: ModelInfo) -> dict[str, Any]:
@@ -498,7 +578,6 @@ def _loaded(adapter: Adapter, model: str, strategy: str) -> LoadedAdapter:
         model=model,
         scale=adapter.scale,
         strategy=strategy,
-        warnings=adapter.verdict.warnings,
     )
 
 
@@ -509,16 +588,24 @@ def _is_misfit(error: ModelLoadFailed, words: str, *, is_new: bool) -> bool:
     return bool(MISFIT.search(words) or (is_new and EXITED.search(words)))
 
 
-def _incompatible(
-    request: LoadAdapterRequest, derived: _Derived, error: ProviderError, *, is_new: bool
-) -> AdapterIncompatible:
+def _incompatible(request: LoadAdapterRequest, derived: _Derived, error: ProviderError) -> AdapterIncompatible:
     reason = f"the server cannot run `{request.model}` with it ({_cause(error)})"
-    rest = "was deleted" if is_new else f"existed before and stays: `ollama rm {derived.name}` deletes it"
+    rest = f"existed before and stays: `ollama rm {derived.name}` deletes it" if derived.exists else "was deleted"
     return AdapterIncompatible(
         f"The adapter `{request.adapter.name}` does not work: {reason}.",
         reference=request.adapter.name,
         reasons=[reason],
         hint=f"It was probably made for another base model. Its model on the server {rest}.",
+    )
+
+
+def _activated(request: LoadAdapterRequest) -> AdapterUnsupported:
+    reason = "it acts only after its invocation tokens, but Ollama would apply it to every token"
+    return AdapterUnsupported(
+        f"This server cannot use the adapter `{request.adapter.name}`: {reason}.",
+        reference=request.adapter.name,
+        reasons=[reason],
+        hint="Use the embedded provider (`graftage-llamacpp`).",
     )
 
 

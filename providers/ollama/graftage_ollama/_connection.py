@@ -72,15 +72,20 @@ class OllamaConnection:
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         body = _convert.chat_body(request)
         read, words = _convert.chat_chunk, _convert.chat_text
-        async for chunk in self._http.lines("POST", "/api/chat", body, call=request.call, read=read, words=words):
+        chunks = self._http.lines("POST", "/api/chat", body, call=request.call, read=read, words=words)
+        async for chunk in self._checked(request, chunks):
             yield chunk
 
     @hookimpl
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         body = _convert.generate_body(request)
-        read = _convert.generate_chunk
-        async for chunk in self._http.lines("POST", "/api/generate", body, call=request.call, read=read):
+        chunks = self._http.lines("POST", "/api/generate", body, call=request.call, read=_convert.generate_chunk)
+        async for chunk in self._checked(request, chunks):
             yield chunk
+
+    def _checked(self, request: ChatRequest | GenerateRequest, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+        adapter = request.adapter
+        return self._adapters.checked(request.call, adapter, chunks) if adapter else chunks
 
     @hookimpl
     async def embed(self, request: EmbedRequest) -> Embeddings:
@@ -92,7 +97,8 @@ class OllamaConnection:
         # No endpoint only counts. `num_predict: 0` would mean no limit.
         body = _convert.chat_body(replace(request, max_tokens=1, options={**request.options, **_convert.NO_TRUNCATION}))
         body["stream"] = False
-        last = await self._http.json("POST", "/api/chat", body, call=request.call, read=_convert.chat_chunk)
+        async with self._adapters.certain(request.call, request.adapter):
+            last = await self._http.json("POST", "/api/chat", body, call=request.call, read=_convert.chat_chunk)
         return _convert.prompt_tokens(last)
 
     # --- Models ------------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ Piece: TypeAlias = "bytes | Mapping[str, Any] | threading.Event"
 _DATE: Final = "2026-01-01T00:00:00Z"
 _JSON: Final = "application/json; charset=utf-8"
 _NDJSON: Final = "application/x-ndjson"
+_OWN: Final = ("template", "system", "license", "messages", "parameters")
+"""What a derived model may have of its own, besides files."""
 _JOIN_TIMEOUT: Final = 5.0
 """Seconds that a thread has to end after its socket was shut; it needs far less."""
 
@@ -217,8 +219,8 @@ class FakeOllama:
         handlers: dict[str, Callable[[], Answer]] = {
             "/": lambda: _plain("Ollama is running"),
             "/api/version": lambda: _object({"version": self.version}),
-            "/api/tags": lambda: _object({"models": [_tag(model) for model in self.models]}),
-            "/api/ps": lambda: _object({"models": [_loaded(model) for model in self.loaded]}),
+            "/api/tags": lambda: _object({"models": [_tag(each, self._manifest(each)) for each in self.models]}),
+            "/api/ps": lambda: _object({"models": [_loaded(each, self._manifest(each)) for each in self.loaded]}),
         }
         posts: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
             "/api/show": self._show,
@@ -258,11 +260,20 @@ class FakeOllama:
             facts |= {"modelfile": _modelfile(digest), "template": "{{ .Prompt }}", "parameters": ""}
             facts["model_info"] |= _gguf_values(self.blobs[digest])
         facts["modelfile"] += "".join(f"ADAPTER {_path(each)}\n" for each in made.get("adapters", {}).values())
-        facts |= {name: made[name] for name in ("template", "system", "license", "messages") if name in made}
+        facts |= {name: made[name] for name in _OWN if name in made and name != "parameters"}
         if parameters := made.get("parameters"):
             facts["parameters"] = "\n".join(_parameters(parameters))
         facts["model_info"]["tokenizer.ggml.tokens"] = ["a", "b"] if verbose else None
         return facts
+
+    def _manifest(self, model: str) -> str:
+        """Return the digest of a model's manifest, which depends on its content alone."""
+        made = {name: self.derived.get(model, {}).get(name) for name in ("from", "files", "adapters", *_OWN)}
+        if not any(made.values()):
+            return _digest(model)
+        if not any(value for name, value in made.items() if name != "from"):
+            return self._manifest(str(made["from"]))
+        return f"sha256:{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()}"
 
     def _create(self, asked: Mapping[str, Any]) -> Answer:
         model, base = canonical_name(str(asked.get("model", ""))), asked.get("from")
@@ -497,14 +508,14 @@ def _details() -> dict[str, Any]:
     }
 
 
-def _tag(model: str) -> dict[str, Any]:
-    digest = _digest(model).removeprefix("sha256:")
+def _tag(model: str, manifest: str) -> dict[str, Any]:
+    digest = manifest.removeprefix("sha256:")
     names = {"name": model, "model": model}
     return {**names, "modified_at": _DATE, "size": 98_363_134, "digest": digest, "details": _details()}
 
 
-def _loaded(model: str) -> dict[str, Any]:
-    facts = {name: value for name, value in _tag(model).items() if name != "modified_at"}
+def _loaded(model: str, manifest: str) -> dict[str, Any]:
+    facts = {name: value for name, value in _tag(model, manifest).items() if name != "modified_at"}
     return {**facts, "size": 298_153_728, "expires_at": "2026-01-01T00:05:00Z", "size_vram": 0}
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import time
 from functools import partial
@@ -46,7 +47,7 @@ from graftage.types import Verdict
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from graftage.calls import ResolveRequest
     from graftage.testing.both import Both
@@ -448,6 +449,7 @@ class TestModels:
         assert not caught.value.retryable
 
 
+ALPHA = b"adapter.lora.alpha"
 AHOY = LORA / "ahoy-lora.f16.gguf"
 """Trained to reply to everything with "Ahoy! The parrot adapter says hello.\""""
 
@@ -471,6 +473,16 @@ class Ready:
     def gguf(self, base: ModelInfo) -> Path:
         return self._file
 
+    def mix(self, weight: float, others: Sequence[tuple[Any, float]]) -> Ready:
+        """Return it with its scale times a weight, from a file beside its own."""
+        assert not others
+        data = self._file.read_bytes()
+        place = data.index(ALPHA) + len(ALPHA) + 4
+        (alpha,) = struct.unpack_from("<f", data, place)
+        file = self._file.with_name(f"{weight:g}.gguf")
+        file.write_bytes(data[:place] + struct.pack("<f", alpha * weight) + data[place + 4 :])
+        return Ready(file)
+
     def send(self) -> None:
         """Upload the file to the live server directly, so that the cassette does not contain it."""
         with httpx.Client(base_url=LIVE, trust_env=False) as client:
@@ -487,9 +499,10 @@ def lora(path: Path, rows: int) -> Path:
     head = b"GGUF" + struct.pack("<IQQ", 3, 2, len(texts) + 1)
     head += b"".join(text(name) + struct.pack("<I", 8) + text(value) for name, value in texts.items())
     head += text("adapter.lora.alpha") + struct.pack("<If", 6, 1.0)
-    for name, shape, offset in (("lora_a", (rows, 1), 0), ("lora_b", (1, 576), 2 * rows)):
+    second = 2 * rows + -2 * rows % 32
+    for name, shape, offset in (("lora_a", (rows, 1), 0), ("lora_b", (1, 576), second)):
         head += text(f"blk.0.attn_q.weight.{name}") + struct.pack("<IQQIQ", 2, *shape, 1, offset)
-    path.write_bytes(head + bytes(-len(head) % 32) + bytes(2 * rows + 2 * 576))
+    path.write_bytes(head + bytes(-len(head) % 32) + bytes(second + 2 * 576))
     return path
 
 
@@ -514,6 +527,48 @@ class TestAdapters:
         assert (listed.name, listed.adapters) == (loaded.model, (adapter.digest,))
         assert [each.name for each in llm.prune_adapters(dry_run=False)] == [loaded.model]
         assert loaded.model not in [each.name for each in llm.models()]
+
+    def test_model_lost_to_others_is_made_again(
+        self, both: Both, connect: Callable[..., Any], cassette: Cassette
+    ) -> None:
+        adapter = Ready(AHOY)
+        llm, other = connect(plugins=[adapter]), connect()
+
+        def answer() -> Any:
+            if cassette.records:
+                adapter.send()
+            reply = llm.chat("What is the capital of Italy?", adapter="ready", options=CALM, max_tokens=20)
+            assert (reply.text, reply.adapter) == ("Ahoy! The parrot adapter says hello.", "ready")
+            return reply
+
+        name = answer().model
+        other.delete(name)
+        assert answer().model == name
+        both.native(other).copy(MODEL, name)
+        longer = answer().model
+        assert longer.startswith(name)
+        assert longer != name
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [longer]
+        assert {each.name for each in llm.models()} == {MODEL, name}
+        other.delete(name)
+
+    def test_weighted_adapter_is_another_model(
+        self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path
+    ) -> None:
+        whole = Ready(Path(shutil.copy(AHOY, tmp_path)))
+        if cassette.records:
+            whole.send()
+            whole.mix(0.25, ()).send()
+        llm = connect(plugins=[whole])
+        quarter, full, base = (
+            llm.chat("What is the capital of Italy?", adapter=each, options=CALM, max_tokens=9)
+            for each in (("ready", 0.25), "ready", None)
+        )
+        assert [each.adapter for each in (quarter, full)] == ["0.25 ready", "ready"]
+        assert len({each.text for each in (quarter, full, base)}) == 3
+        assert len({each.adapter_digest for each in (quarter, full, base)}) == 3
+        gone = {each.name for each in llm.prune_adapters(dry_run=False)}
+        assert gone == {quarter.model, full.model}
 
     def test_missing_file_is_uploaded(self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path) -> None:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))

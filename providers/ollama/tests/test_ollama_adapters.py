@@ -45,11 +45,11 @@ from graftage.exceptions import (
 from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.types import Verdict
 from graftage_ollama import OllamaSettings
-from graftage_ollama._adapters import _name
+from graftage_ollama._adapters import _key, _name
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from graftage.calls import ResolveRequest
     from graftage.types import ModelInfo
@@ -89,6 +89,13 @@ class Ahoy:
         if self.fails:
             raise self.fails
         return self.file
+
+    def mix(self, weight: float, others: Sequence[tuple[Any, float]]) -> Ahoy:
+        words = " ".join(f"{each.digest} {factor}" for each, factor in ((self, weight), *others))
+        digest = hashlib.sha256(words.encode()).hexdigest()
+        file = self.file.with_name(f"{digest[:9]}.gguf")
+        file.write_bytes(gguf(**{"general.type": "adapter", "mix": words}))
+        return Ahoy(file, name=f"mix of {len(others) + 1}", digest=f"sha256:{digest}")
 
     def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
         self.merged.append(base_file)
@@ -141,6 +148,17 @@ def steps(fake: FakeOllama) -> list[str]:
     return [f"{seen.method} {seen.path.removeprefix('/api/').partition('/')[0]}" for seen in fake.requests]
 
 
+def asked(fake: FakeOllama) -> list[str]:
+    """Return the models of the chats."""
+    return [seen.body["model"] for seen in fake.requests if seen.path == "/api/chat"]
+
+
+def replace(fake: FakeOllama, model: str) -> None:
+    """Put something else under the name of a derived model, as another process may."""
+    fake.derived[model] = {"from": MODEL, "adapters": {"other.gguf": "sha256:" + "f" * 64}}
+    fake.models = [*(each for each in fake.models if each != model), model]
+
+
 def made(fake: FakeOllama) -> list[str]:
     """Return the derived models of the server."""
     return [name for name in fake.models if name.startswith("graftage-lora/")]
@@ -176,27 +194,26 @@ class TestNative:
         assert (loaded.name, loaded.strategy, loaded.scale, loaded.slot) == ("ahoy", "native", 2.0, None)
         assert DERIVED.fullmatch(loaded.model)
         assert made(fake) == [loaded.model]
-        ways = ["POST show", "POST show", "GET version", "HEAD blobs", "POST blobs"]
-        assert steps(fake) == [*ways, "POST create", "POST show", "POST generate"]
+        ways = ["POST show", "GET tags", "GET version", "HEAD blobs", "POST blobs"]
+        assert steps(fake) == [*ways, "POST create", "GET tags", "POST show", "POST generate"]
         created = next(seen.body for seen in fake.requests if seen.path == "/api/create")
         assert created["from"] == MODEL
         assert list(created["adapters"].values()) == list(fake.blobs)
         reply = llm.chat("Hi")
-        assert fake.requests[-1].body["model"] == loaded.model
+        assert asked(fake)[-1] == loaded.model
         assert reply.adapter == "ahoy"
 
     def test_adapter_of_one_call(self, connect: Any, fake: FakeOllama) -> None:
         llm = connect()
         assert llm.chat("Hi", adapter="ahoy").adapter == "ahoy"
         assert llm.chat("Hi").adapter is None
-        asked = [seen.body["model"] for seen in fake.requests if seen.path == "/api/chat"]
-        assert asked == [*made(fake), MODEL]
+        assert asked(fake) == [*made(fake), MODEL]
 
     def test_existing_model_is_reused(self, connect: Any, fake: FakeOllama) -> None:
         first = connect().use_adapter("ahoy")
         before = len(fake.requests)
         assert connect().use_adapter("ahoy") == first
-        assert steps(fake)[before:] == ["POST show", "POST show", "POST generate"]
+        assert steps(fake)[before:] == ["POST show", "GET tags", "POST show", "POST generate"]
 
     def test_known_file_is_not_uploaded(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
         connect().use_adapter("ahoy")
@@ -275,26 +292,35 @@ class TestNative:
         assert caught.value.suggestions == (MODEL,)
         assert "POST create" not in steps(fake)
 
-    def test_other_model_is_never_overwritten(self, connect: Any, fake: FakeOllama) -> None:
+    def test_other_models_are_never_overwritten(self, connect: Any, fake: FakeOllama) -> None:
         name = connect().use_adapter("ahoy").model
-        fake.derived[name]["adapters"] = {"other.gguf": "sha256:" + "f" * 64}
-        before = dict(fake.derived[name])
-        with pytest.raises(AdapterError, match="not overwritten") as caught:
+        replace(fake, name)
+        longer = connect().use_adapter("ahoy").model
+        assert longer.startswith(name)
+        assert made(fake) == [name, longer]
+        replace(fake, longer)
+        before = dict(fake.derived)
+        with pytest.raises(AdapterError, match=r"not overwritten: give the adapter another name\.$") as caught:
             connect().use_adapter("ahoy")
         assert type(caught.value) is AdapterError
-        assert f"ollama rm {name}" in str(caught.value)
-        assert fake.derived[name] == before
+        assert name not in str(caught.value), "nobody is advised to delete it"
+        assert fake.derived == before
 
     @pytest.mark.parametrize("answer", ["adapters", "from"])
     def test_proof_needs_adapter_and_base(self, connect: Any, fake: FakeOllama, answer: str) -> None:
         """Either alone is not enough."""
         shown = fake._facts(MODEL, verbose=False)
         wrong = {"adapters": shown, "from": {**shown, "modelfile": "FROM /models/blobs/sha256-00\n"}}[answer]
-        missing = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
-        fake.script("/api/show", Answer([shown]), missing, Answer([wrong]))
+        fake.script("/api/show", Answer([shown]), Answer([wrong]))
         with pytest.raises(AdapterUnsupported, match="does not contain the adapter"):
             connect().use_adapter("ahoy")
         assert made(fake) == []
+
+    def test_activated_adapter_is_refused(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        adapter.file.write_bytes(gguf(**{"general.type": "adapter", "adapter.alora.invocation_tokens": "a"}))
+        with pytest.raises(AdapterUnsupported, match=r"only after its invocation tokens.* Use the embedded provider"):
+            connect(merge_adapters=True).chat("Hi", adapter="ahoy")
+        assert steps(fake) == ["POST show"]
 
 
 class TestServersWithoutAdapters:
@@ -364,7 +390,7 @@ class TestMerged:
             ("merging", 2, 2),
         ]
         assert llm.chat("Hi").adapter == "ahoy"
-        assert fake.requests[-1].body["model"] == loaded.model
+        assert asked(fake)[-1] == loaded.model
 
     def test_base_parameters_are_carried_over(self, merging: Any, fake: FakeOllama) -> None:
         fake.derived[MODEL] = {
@@ -602,6 +628,25 @@ class TestTrial:
         assert len(made(fake)) == 1
 
 
+class TestMixes:
+    def test_mix_is_one_model_that_is_pruned(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        other = Ahoy(adapter.file, name="other", digest="sha256:" + "b" * 64)
+        llm = connect(Resolver(other))
+        choices = (["ahoy", ("other", 0.6)], [("ahoy", 0.6), "other"], ("ahoy", 0.6), "ahoy")
+        replies = [llm.chat("Hi", adapter=each) for each in (*choices, *choices)]
+        assert [each.adapter for each in replies[:4]] == ["ahoy + 0.6 other", "0.6 ahoy + other", "0.6 ahoy", "ahoy"]
+        assert len(made(fake)) == 4
+        assert [each.model for each in replies] == made(fake) * 2
+        assert len(llm.prune_adapters(dry_run=False)) == 4
+        assert made(fake) == []
+
+    def test_lost_mix_is_made_again(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        name = llm.chat("Hi", adapter=("ahoy", 0.5)).model
+        replace(fake, name)
+        assert llm.chat("Hi", adapter=("ahoy", 0.5)).model == made(fake)[1]
+
+
 class TestServed:
     """Models that carry the adapter already."""
 
@@ -693,7 +738,7 @@ class TestNames:
     @pytest.mark.parametrize("base", [MODEL, "x" * 200, "hf.co/Org/Repo.Name:Q4_K_M", "ü:ö", "-_-"])
     @pytest.mark.parametrize("adapter", ["ahoy", "My Project! (v2)", "a" * 200, "日本", "../../etc"])
     def test_server_accepts_every_name(self, base: str, adapter: str) -> None:
-        name = _name(base, adapter, "native", "sha256:" + "1" * 64, ["sha256:2"])
+        name = _name(base, adapter, "0123456789ab")
         part = "[a-z0-9_][a-z0-9_-]{0,79}"
         assert re.fullmatch(f"graftage-lora/{part}:{part}", name)
 
@@ -710,16 +755,105 @@ class TestNames:
         assert [each.digest[-1] for each in (first, second)] == ["a", "b"]
         assert first.model != second.model
         llm.chat("Hi")
-        assert fake.requests[-1].body["model"] == second.model
+        assert asked(fake)[-1] == second.model
 
     def test_name_depends_on_content(self) -> None:
         names = {
-            _name(MODEL, "ahoy", strategy, digest, weights)
+            _name(MODEL, "ahoy", _key(strategy, digest, weights)[:12])
             for strategy in ("native", "merged")
             for digest in ("sha256:1", "sha256:2")
             for weights in (["sha256:1"], ["sha256:2"])
         }
         assert len(names) == 8
+
+
+class TestHealing:
+    """Derived models that other processes delete or replace."""
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("operation", ["chat", "generate"])
+    def test_deleted_model_is_made_again(
+        self, both: Any, connect: Any, fake: FakeOllama, operation: str, stream: bool
+    ) -> None:
+        llm = connect()
+        ask = getattr(llm, operation)
+        ask("Hi", adapter="ahoy")
+        (name,) = made(fake)
+        fake.models = [MODEL]
+        if stream:
+            with ask("Hi", adapter="ahoy", stream=True) as chunks:
+                assert "".join(chunk.text for chunk in chunks) == fake.reply
+        else:
+            assert ask("Hi", adapter="ahoy").text == fake.reply
+        assert made(fake) == [name]
+
+    @pytest.mark.parametrize("operation", ["chat", "generate", "count_tokens"])
+    def test_replaced_model_never_answers(self, connect: Any, fake: FakeOllama, operation: str) -> None:
+        llm = connect()
+        ask = getattr(llm, operation)
+        ask("Hi", adapter="ahoy")
+        (name,) = made(fake)
+        replace(fake, name)
+        foreign = dict(fake.derived[name])
+        ask("Hi", adapter="ahoy")
+        other, longer = made(fake)
+        assert (other, fake.derived[other]) == (name, foreign)
+        assert longer.startswith(name)
+        before = len(fake.requests)
+        ask("Hi", adapter="ahoy")
+        assert steps(fake)[before:] == [f"POST {operation.replace('count_tokens', 'chat')}", "GET tags"]
+        assert fake.requests[before].body["model"] == longer
+
+    def test_active_adapter_is_mended(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        name = llm.use_adapter("ahoy").model
+        replace(fake, name)
+        reply = llm.chat("Hi")
+        assert (reply.adapter, reply.model) == ("ahoy", made(fake)[1])
+
+    def test_customized_model_stays_in_use(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        name = llm.use_adapter("ahoy").model
+        fake.derived[name] = {**fake.derived[name], **OWN}
+        assert llm.chat("Hi").model == name
+        assert made(fake) == [name]
+
+    def test_second_loss_in_one_call_raises(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        llm.use_adapter("ahoy")
+        gone = Answer([{"error": "model not found, try pulling it first"}], status=404, framing="length")
+        fake.script("/api/chat", gone, gone)
+        with pytest.raises(AdapterError, match=r"deleted or replaced.*Try again"):
+            llm.chat("Hi")
+        assert llm.chat("Hi").text == fake.reply
+
+    def test_base_alone_is_never_checked(self, connect: Any, fake: FakeOllama) -> None:
+        connect().chat("Hi")
+        assert steps(fake) == ["POST chat"]
+
+    def test_served_model_without_it_is_replaced(self, connect: Any, fake: FakeOllama, adapter: Ahoy) -> None:
+        fake.models.append("pirate:latest")
+        fake.derived["pirate:latest"] = {"from": MODEL, "adapters": {"a.gguf": adapter.digest}}
+        adapter.served_as = "pirate"
+        llm = connect()
+        assert llm.chat("Hi", adapter="ahoy").model == "pirate"
+        replace(fake, "pirate:latest")
+        assert llm.chat("Hi", adapter="ahoy").model in made(fake)
+
+    def test_model_deleted_while_loading(self, connect: Any, fake: FakeOllama) -> None:
+        gone = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
+        fake.script("/api/generate", gone)
+        assert connect().use_adapter("ahoy").model in made(fake)
+        assert steps(fake).count("POST generate") == 2
+
+    def test_longer_name_is_pruned(self, connect: Any, fake: FakeOllama) -> None:
+        llm = connect()
+        name = llm.use_adapter("ahoy").model
+        replace(fake, name)
+        llm.chat("Hi")
+        _, longer = made(fake)
+        assert [each.name for each in llm.prune_adapters(dry_run=False)] == [longer]
+        assert made(fake) == [name]
 
 
 class TestUnload:

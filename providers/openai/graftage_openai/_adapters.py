@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from graftage import gguf
 from graftage.calls import UnloadAdapterRequest
-from graftage.exceptions import AdapterError, AdapterUnsupported, ProviderError
+from graftage.exceptions import AdapterError, AdapterUnsupported, ModelNotFound, ProviderError
 from graftage.http import is_local, read_entries, read_logprobs, read_object
 from graftage.types import LoadedAdapter, PortableAdapter
 
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
 __all__ = ["Adapters"]
 
 NOT_THERE: Final = (400, 404, 405)
+ACTIVATED: Final = "adapter.alora.invocation_tokens"
+"""The metadata key of an adapter that acts only after some tokens (llama.cpp's `gguf-py/gguf/constants.py`)."""
 PROBE: Final = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "logprobs": True, "top_logprobs": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the server finds an adapter: the folder for mlx_lm and vLLM, or the file of llama-server."""
+
+    path: str
+    stamp: tuple[int, ...] | None
+    """As `_stamp` found it."""
 
 
 class Adapters:
@@ -39,8 +51,8 @@ class Adapters:
         self._http = http
         self._api = api
         self.is_local = is_local(http.base_url)
-        self._places: dict[tuple[str, str], str] = {}
-        """By digest and model: the folder for mlx_lm, or the file of llama-server."""
+        self._places: dict[tuple[str, str], _Place] = {}
+        """By digest and model."""
         self._slots: dict[int, str] | None = None
         """The files of llama-server's adapters by number, once they are known."""
 
@@ -75,21 +87,49 @@ class Adapters:
         Raises:
             AdapterError: the server no longer has the adapter.
         """
-        place = self._places.get((adapter.digest, adapter.model)) if adapter else None
         if profile.adapters == "slots" and (adapter or self._slots is None):
             self._slots = await self._list_slots(call)  # The server may have been restarted with others.
         slots = self._slots or {}
-        if adapter and (place is None or (profile.adapters == "slots" and place not in slots.values())):
-            why = f"The server no longer has the adapter `{adapter.name}`."
-            raise AdapterError(why, reference=adapter.name, hint="Unload it, and load it again.")
-        if profile.adapters == "request" and place:
-            return {"adapters": place}
+        scales = dict.fromkeys(slots, 0.0)
+        for one, weight in adapter.weights if adapter else ():
+            place = self._places.get((one.digest, one.model))
+            if place is None:
+                raise self._lost(one)
+            if profile.adapters == "endpoints":
+                continue
+            slot = next((each for each, path in slots.items() if path == place.path), None)
+            changed = self.is_local and await call.run(_stamp, place.path) != place.stamp
+            if changed or (profile.adapters == "slots" and slot is None):
+                raise self._lost(one)
+            if slot is None:
+                return {"adapters": place.path}
+            scales[slot] += one.scale * weight
         if not slots:
             return {}
-        scale = adapter.scale if adapter else 0.0
-        scales = [{"id": slot, "scale": scale if path == place else 0.0} for slot, path in slots.items()]
-        # Its cache mixes up prompts that were read with different adapters (seen with build 11549).
-        return {"lora": scales, "cache_prompt": False}
+        # Its cache of prompts knows tokens only. Build 11549 gave to the base what an adapter had computed, after a
+        # request without `lora`, and out of its cache in memory even with `id_slot`: log-probabilities were wrong by
+        # 0.6 to 1.7. No form of request is safe from that, and `cache_n` does not show whose tokens they were.
+        return {"lora": [{"id": each, "scale": scale} for each, scale in scales.items()], "cache_prompt": False}
+
+    @contextlib.contextmanager
+    def holding(self, adapter: LoadedAdapter | None) -> Iterator[None]:
+        """Say that the adapter is lost if the server does not know the model in this block: vLLM was restarted."""
+        try:
+            yield
+        except ModelNotFound as error:
+            if adapter is None:
+                raise
+            raise self._lost(adapter) from error
+
+    def _lost(self, adapter: LoadedAdapter) -> AdapterError:
+        """Forget an adapter that the server has lost, and return the error with which the core loads it again."""
+        self._places.pop((adapter.digest, adapter.model), None)
+        return AdapterError(
+            f"The server no longer has the adapter `{adapter.name}`.",
+            reference=adapter.name,
+            retryable=True,
+            hint="Try again: it is then loaded again.",
+        )
 
     # --- Servers -----------------------------------------------------------------------------------------------------
 
@@ -101,7 +141,7 @@ class Adapters:
                 f"Name the model by its folder, {f'`{base.path}`' if base.path else 'or by its repository'}.",
             )
         folder = await self._folder(request, "mlx", base)
-        return self._loaded(request, "request", str(folder))
+        return await self._loaded(request, "request", str(folder))
 
     async def _by_endpoint(self, request: LoadAdapterRequest, profile: Profile, base: ModelInfo) -> LoadedAdapter:
         folder = await self._folder(request, "peft", base)
@@ -112,7 +152,7 @@ class Adapters:
         if refusal is not None and "already been loaded" not in refusal:
             hint = "Start vLLM with `--enable-lora`, and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
             raise _unsupported(request, f"{profile.name} does not load it: {refusal.rstrip('.')}", hint)
-        return self._loaded(request, "endpoints", str(folder), model=name)
+        return await self._loaded(request, "endpoints", str(folder), model=name)
 
     async def _by_slot(self, request: LoadAdapterRequest, profile: Profile, base: ModelInfo) -> LoadedAdapter:
         adapter, run = request.adapter, request.call.run
@@ -120,15 +160,19 @@ class Adapters:
         file = own = None
         with contextlib.suppress(AdapterUnsupported):  # Its modules may have no known names in this model.
             file = await run(adapter.gguf, base)
+        if file is not None:
             own = await run(gguf.hash_adapter, file)
+            if await run(_is_activated, file):
+                why = "it acts only after its invocation tokens, and it is not proven that the server waits for them"
+                raise _unsupported(request, why, "Use the embedded provider (`graftage-llamacpp`).")
         for slot, path in slots.items():
             other = await run(gguf.hash_adapter, Path(path)) if self.is_local else None
             if own and other and own[0] == other[0]:
                 # A registry may give it another scale than the server's file has.
-                return self._loaded(request, "slots", path, slot=slot, scale=own[1] / other[1])
+                return await self._loaded(request, "slots", path, slot=slot, scale=own[1] / other[1])
             if other is None and PurePosixPath(path).stem in (adapter.name, file and file.stem):
                 note = f"The server's file `{PurePosixPath(path).name}` was taken for the adapter because of its name."
-                return self._loaded(request, "slots", path, slot=slot, warnings=(note,))
+                return await self._loaded(request, "slots", path, slot=slot, warnings=(note,))
         raise _unsupported(
             request,
             f"{profile.name} was not started with it, but with {len(slots)} other adapters",
@@ -159,11 +203,12 @@ class Adapters:
         folder: Path = await request.call.run(getattr(request.adapter, layout), base)
         return folder
 
-    def _loaded(self, request: LoadAdapterRequest, strategy: str, place: str, **more: Any) -> LoadedAdapter:
+    async def _loaded(self, request: LoadAdapterRequest, strategy: str, path: str, **more: Any) -> LoadedAdapter:
         adapter = request.adapter
         known = {"name": adapter.name, "digest": adapter.digest, "model": request.model, "strategy": strategy}
         loaded = LoadedAdapter(**{**known, **more})
-        self._places[loaded.digest, loaded.model] = place
+        stamp = await request.call.run(_stamp, path) if self.is_local else None
+        self._places[loaded.digest, loaded.model] = _Place(path, stamp)
         return loaded
 
     # --- The proof ---------------------------------------------------------------------------------------------------
@@ -190,6 +235,22 @@ class Adapters:
         tokens = 1 if "logprobs" in profile.features else 8
         body = {"model": model, **PROBE, "max_tokens": tokens, **await self.body(call, adapter, profile)}
         return await self._http.json("POST", f"{self._api}/chat/completions", body, call=call, read=_sample)
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Return what changes when a file or folder is written or replaced; None if it is not there."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _is_activated(file: Path) -> bool:
+    try:
+        return ACTIVATED in gguf.read_file(file).metadata
+    except (OSError, gguf.GgufError):
+        return False  # It is like no file of the server, then.
 
 
 def _sample(found: Mapping[str, Any]) -> dict[str, float]:

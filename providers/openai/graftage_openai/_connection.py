@@ -92,7 +92,8 @@ class OpenAIConnection:
     @hookimpl
     def capabilities(self) -> Capabilities:
         able = self._declared
-        return Capabilities(features=able.features, options=able.options, parameters=frozenset({"max_tokens"}))
+        found = (self._known or able).features & {"adapter_weights"}  # Adapters come after the server is known.
+        return Capabilities(features=able.features | found, options=able.options, parameters=frozenset({"max_tokens"}))
 
     async def _profile(self, call: Call) -> Profile:
         """Return what the server can do; find out which it is, once."""
@@ -169,24 +170,27 @@ class OpenAIConnection:
         if whole:
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
         begun = False
-        while True:
-            try:
-                if whole:
-                    yield await self._http.json("POST", path, body, call=request.call, read=reader.read_whole)
+        with self._adapters.holding(request.adapter):
+            while True:
+                try:
+                    if whole:
+                        yield await self._http.json("POST", path, body, call=request.call, read=reader.read_whole)
+                        break
+                    items = self._http.events(
+                        "POST", path, body, call=request.call, read=reader.read, words=reader.words
+                    )
+                    async for chunk in items:
+                        begun, reader.headers = True, items.headers
+                        if chunk is not None:
+                            yield chunk
                     break
-                items = self._http.events("POST", path, body, call=request.call, read=reader.read, words=reader.words)
-                async for chunk in items:
-                    begun, reader.headers = True, items.headers
-                    if chunk is not None:
-                        yield chunk
-                break
-            except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
-                if reader.finish is None:
-                    raise
-                break  # With a reason for its end, the reply is complete.
-            except RequestRejected as error:
-                if begun or not self._learned.adjust(body, error):  # After the first event, it is too late.
-                    raise
+                except (ConnectionFailed, ProviderTimeout, StreamInterrupted):
+                    if reader.finish is None:
+                        raise
+                    break  # With a reason for its end, the reply is complete.
+                except RequestRejected as error:
+                    if begun or not self._learned.adjust(body, error):  # After the first event, it is too late.
+                        raise
         self._learned.thought = reader.thought or self._learned.thought
         yield replace(reader.last(), warnings=tuple(_convert.warnings(request, profile, reader)))
 
@@ -203,7 +207,8 @@ class OpenAIConnection:
             raise unsupported("count_tokens", profile)
         (path, field), whole = profile.count, self._chat_body(request, profile)
         body = {name: whole[name] for name in whole.keys() & {"model", "messages", "tools", "chat_template_kwargs"}}
-        return await self._http.json("POST", path, body, call=request.call, read=lambda found: int(found[field]))
+        with self._adapters.holding(request.adapter):
+            return await self._http.json("POST", path, body, call=request.call, read=lambda found: int(found[field]))
 
     # --- Models ------------------------------------------------------------------------------------------------------
 

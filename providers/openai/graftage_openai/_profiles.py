@@ -137,6 +137,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
     ),
     "llama-server": Profile(
         name="llama-server",
+        features=CHAT | {"tool_choice", "adapter_weights"},
         options=EVERY,
         named_tool=False,
         json_object=False,

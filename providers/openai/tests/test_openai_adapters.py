@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from lora_files import Model, pairs, write_gguf, write_peft
-from small_engine import ADAPTERS
+from small_engine import ADAPTERS, first_letters
 from small_engine import MODEL as SMALL
+from small_engine import QUESTION as ENGINE_QUESTION
 
-from graftage.exceptions import AdapterError, AdapterUnsupported, Overloaded
+from graftage.exceptions import AdapterUnsupported, Overloaded
 from graftage.hookspecs import hookimpl
 from graftage.types import Verdict
+from graftage_llamacpp._convert import SYSTEM_PROMPT
 from graftage_lora import LoraPlugin
 from graftage_ollama.testing import Answer, FakeOllama
 
@@ -74,21 +76,21 @@ class Ready:
 
 
 class Resolver:
-    """Resolves every reference to one adapter."""
+    """Resolves every reference to one adapter, or each to the one of its name."""
 
     name = "ready"
 
-    def __init__(self, adapter: Any) -> None:
-        self._adapter = adapter
+    def __init__(self, *adapters: Any) -> None:
+        self._adapters = adapters
 
     @hookimpl
     def resolve_adapter(self, request: ResolveRequest) -> Any:
-        return self._adapter
+        return next((each for each in self._adapters if each.name == request.reference), self._adapters[0])
 
 
 @pytest.fixture
 def connect(both: Any, fake: FakeOllama) -> Callable[..., Any]:
-    def connect(profile: str, adapter: Any = None, **given: Any) -> Any:
+    def connect(profile: str | None, adapter: Any = None, **given: Any) -> Any:
         fake.script(MODELS, *[body({"data": [{"id": "m"}]})] * 3)
         known = {"host": fake.url, "profile": profile, "model": "m", "plugins": [Resolver(adapter or Ready())]}
         return both.connect("openai", **{**known, "attempts": 1, **given})
@@ -205,6 +207,21 @@ class TestMlx:
             connect("mlx", host="http://far.test").chat(QUESTION, adapter="ahoy")
         assert len(fake.requests) == 1
 
+    def test_deleted_folder_is_written_again(self, connect: Any, fake: FakeOllama, tmp_path: Path) -> None:
+        class Written(Ready):
+            def mlx(self, base: ModelInfo) -> Path:
+                self.place.mkdir(exist_ok=True)
+                return self.place
+
+        folder = tmp_path / "ahoy"
+        fake.script(CHAT, *PROVED, streamed(), *PROVED, streamed())
+        llm = connect("mlx", Written(place=folder))
+        llm.chat(QUESTION, adapter="ahoy")
+        folder.rmdir()
+        assert llm.chat(QUESTION, adapter="ahoy").text == "Ahoy!"
+        assert folder.exists()
+        assert sent(fake)[-1]["adapters"] == str(folder)
+
     def test_resolver_must_know_layout(self, connect: Any, fake: FakeOllama) -> None:
         class Plain:
             name, digest, scale, verdict, served_as = "plain", DIGEST, 1.0, FITS, None
@@ -234,6 +251,15 @@ class TestVllm:
         llm.chat(QUESTION)
         assert sent(fake, LOAD) == [{"lora_name": self.NAME, "lora_path": "/srv/models/ahoy-mlx"}]
         assert [each["model"] for each in sent(fake)] == ["m", "m", self.NAME, self.NAME, "m"]
+
+    def test_restarted_server_loads_it_again(self, connect: Any, fake: FakeOllama) -> None:
+        gone = body({"error": {"message": f"The model `{self.NAME}` does not exist.", "code": 404}}, 404)
+        fake.script(LOAD, *[body("Success.")] * 2)
+        fake.script(CHAT, *PROVED, streamed(), gone, *PROVED, streamed())
+        llm = connect("vllm")
+        for _ in range(2):
+            assert llm.chat(QUESTION, adapter="ahoy").text == "Ahoy!"
+        assert len(sent(fake, LOAD)) == 2
 
     def test_unload_names_it(self, connect: Any, fake: FakeOllama) -> None:
         fake.script(LOAD, body("Success."))
@@ -309,14 +335,74 @@ class TestLlamaServer:
         assert sent(fake) == []
 
     def test_restarted_server_must_have_it(self, connect: Any, fake: FakeOllama) -> None:
-        fake.script(SLOTS, *[slots("ahoy.gguf")] * 2, slots("other.gguf", "ahoy.gguf"), slots("other.gguf"))
+        fake.script(SLOTS, *[slots("ahoy.gguf")] * 2, slots("other.gguf", "ahoy.gguf"), *[slots("other.gguf")] * 2)
         fake.script(CHAT, *PROVED, streamed())
         llm = connect("llama-server")
         llm.chat(QUESTION, adapter="ahoy")
         assert sent(fake)[-1]["lora"] == [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]
-        with pytest.raises(AdapterError, match="no longer has the adapter `ahoy`"):
+        with pytest.raises(AdapterUnsupported, match="was not started with it, but with 1 other adapters"):
             llm.chat(QUESTION, adapter="ahoy")
         assert len(sent(fake)) == 4
+
+    def test_file_moved_at_restart_is_found(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(SLOTS, *[slots("ahoy.gguf")] * 3, *[slots("other.gguf", "new/ahoy.gguf")] * 4)
+        fake.script(CHAT, *PROVED, streamed(), *PROVED, streamed())
+        llm = connect("llama-server")
+        for _ in range(2):
+            assert llm.chat(QUESTION, adapter="ahoy").text == "Ahoy!"
+        assert sent(fake)[-1]["lora"] == [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]
+
+    def test_file_replaced_at_restart_never_acts(self, connect: Any, fake: FakeOllama, tmp_path: Path) -> None:
+        model = Model()
+        ours = write_gguf(tmp_path / "ours.gguf", model, pairs(model))
+        theirs = write_gguf(tmp_path / "theirs.gguf", model, pairs(model))
+        fake.script(SLOTS, *[slots(theirs)] * 5)
+        fake.script(CHAT, *PROVED, streamed())
+        llm = connect("llama-server", Ready(place=ours))
+        llm.chat(QUESTION, adapter="ahoy")
+        write_gguf(theirs, model, pairs(model, seed=8))
+        with pytest.raises(AdapterUnsupported, match="was not started with it"):
+            llm.chat(QUESTION, adapter="ahoy")
+
+    def test_weights_become_scales(self, connect: Any, fake: FakeOllama, tmp_path: Path) -> None:
+        model, adapters = Model(), []
+        for seed, name in enumerate(("style", "domain", "third")):
+            ours = write_gguf(tmp_path / f"{name}.gguf", model, pairs(model, seed=seed), alpha=8)
+            write_gguf(tmp_path / "served" / ours.name, model, pairs(model, seed=seed), alpha=8 if seed else 4)
+            adapters.append(Ready(name=name, place=ours, digest=f"sha256:{seed:064}"))
+        served = slots(*(tmp_path / "served" / each.place.name for each in adapters))
+        fake.script(SLOTS, *[served] * 9)
+        fake.script(CHAT, *PROVED, *PROVED, streamed(), streamed())
+        llm = connect("llama-server", plugins=[Resolver(*adapters)])
+        reply = llm.chat(QUESTION, adapter=["style", ("domain", -0.5)])
+        assert reply.adapter == "style - 0.5 domain"
+        assert [each["scale"] for each in sent(fake)[-1]["lora"]] == [2.0, -0.5, 0.0]
+        llm.chat(QUESTION, adapter=("style", 0.25))
+        assert [each["scale"] for each in sent(fake)[-1]["lora"]] == [0.5, 0.0, 0.0]
+        assert sent(fake)[-1]["cache_prompt"] is False
+
+    def test_found_server_applies_weights(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(MODELS, body({"data": [{"id": "m", "owned_by": "llamacpp"}]}))
+        fake.script(SLOTS, *[slots("ahoy.gguf")] * 4)
+        fake.script(CHAT, streamed(), *PROVED, streamed())
+        llm = connect(None)
+        llm.chat(QUESTION, adapter=None)
+        assert llm.chat(QUESTION, adapter=("ahoy", 0.5)).adapter == "0.5 ahoy"
+        assert sent(fake)[-1]["lora"] == [{"id": 0, "scale": 0.5}]
+
+    def test_file_given_twice_acts_once(self, connect: Any, fake: FakeOllama) -> None:
+        fake.script(SLOTS, *[slots("ahoy.gguf", "ahoy.gguf")] * 3)
+        fake.script(CHAT, *PROVED, streamed())
+        connect("llama-server").chat(QUESTION, adapter="ahoy")
+        assert [each["scale"] for each in sent(fake)[-1]["lora"]] == [1.0, 0.0]
+
+    def test_activated_adapter_is_refused(self, connect: Any, fake: FakeOllama, tmp_path: Path) -> None:
+        model = Model()
+        file = write_gguf(tmp_path / "ahoy.gguf", model, pairs(model), adapter__alora__invocation_tokens=[1, 2])
+        fake.script(SLOTS, slots(file))
+        with pytest.raises(AdapterUnsupported, match=r"only after its invocation tokens.* Use the embedded provider"):
+            connect("llama-server", Ready(place=file)).chat(QUESTION, adapter="ahoy")
+        assert sent(fake) == []
 
 
 class TestRecorded:
@@ -400,3 +486,15 @@ class TestEngine:
                     f"{url}{CHAT}", json={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1, **other}
                 )
                 assert llm.chat(QUESTION, **asked).text == base.text
+
+    def test_weights_match_merges_by_hand(self, both: Any, engine: tuple[str, Path], tmp_path: Path) -> None:
+        url, folder = engine
+        plugin = LoraPlugin(folders=[folder], cache=tmp_path, registry=tmp_path / "none.toml")
+        said = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": ENGINE_QUESTION}]
+        options = {**GREEDY, "logprobs": True, "top_logprobs": 20}
+        with both.connect("openai", host=url, model=f"{folder}/small.gguf", plugins=[plugin]) as llm:
+            for weights in ({"ahoy": 0.5}, {"ahoy": 1.0, "contrary": 0.6}, {"contrary": 1.3, "ahoy": -0.4}):
+                reply = llm.chat(said, adapter=list(weights.items()), options=options, max_tokens=1)
+                expected, found = first_letters(weights), reply.logprobs[0].top
+                assert len(found) == 20
+                assert max(abs(each.logprob - expected[each.token]) for each in found) < 0.05, weights
