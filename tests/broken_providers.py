@@ -45,6 +45,7 @@ from graftage.types import (
     Ranking,
     Timeouts,
     Usage,
+    Warmed,
 )
 
 CAUGHT: dict[str, tuple[str, str]] = {}
@@ -798,6 +799,20 @@ class BaseModelOnly(Local):
         return LoadedAdapter(name=request.adapter.name, digest=request.adapter.digest, model=request.model)
 
 
+@breaks("apply each of `request.adapter.weights` and no other adapter", "test_weights_change_replies")
+class IgnoresWeights(EchoConnection):
+    def __init__(self, echo: Echo) -> None:
+        super().__init__(echo)
+        echo.adapter_weights = True
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        if request.adapter is not None:
+            request = replace(request, adapter=request.adapter.weights[0][0])
+        async for chunk in super().chat(request):
+            yield chunk
+
+
 @breaks("Delete nothing.", "test_adapter_is_loaded_and_freed")
 class UnloadDeletes(Local):
     @hookimpl
@@ -818,6 +833,26 @@ class PrunesOthers(Local):
     async def prune_adapters(self, request: Any) -> tuple[ModelInfo, ...]:
         self._echo.derived.add("echo:latest")
         return self._prune_adapters("prune_adapters", request)
+
+
+@breaks(
+    "What was computed with one adapter, weight or window must never be used with another.",
+    "test_warm_prompt_changes_no_reply",
+)
+class WarmsForAll(EchoConnection):
+    warmed: Any = None
+
+    @hookimpl
+    async def warm(self, request: Any) -> Warmed:
+        self.warmed = request.adapter
+        return self._warm("warm", request)
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        if self.warmed is not None:
+            yield Chunk(text=f"{self.warmed.name}: ")
+        async for chunk in super().chat(request):
+            yield chunk
 
 
 @breaks("sync or async as the Graftage client is", "test_native_client_has_the_colour_of_ours")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
+from places import LORA
 from safetensors.numpy import save_file
 
 from graftage.calls import ResolveRequest
@@ -380,3 +381,25 @@ class Place:
         """Return the adapter for a reference, on the small model or another base."""
         request = ResolveRequest(reference=str(reference), model="small:1m", base=base or self.model.info)
         return self.plugin(**settings).resolve_adapter(request)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def bind(registry: Path, /, **table: Any) -> None:
+    """Write a registry with one name."""
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+    registry.write_text(f"[bound]\n{lines}\n", encoding="utf-8")
+
+
+def hub(place: Place, repository: str = "models--someone--ahoy") -> Path:
+    """A repository as `huggingface_hub` keeps it: links to blobs."""
+    folder = place.folder / "hub" / repository
+    snapshot, blobs = folder / "snapshots" / COMMIT, folder / "blobs"
+    for each in (snapshot, blobs, folder / "refs"):
+        each.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT, encoding="ascii")
+    for number, source in enumerate((LORA / "ahoy-peft").iterdir()):
+        (blobs / f"{number:064x}").write_bytes(source.read_bytes())
+        (snapshot / source.name).symlink_to(f"../../blobs/{number:064x}")
+    return folder

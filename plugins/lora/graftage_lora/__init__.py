@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from graftage.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from graftage.calls import ListAdaptersRequest, ResolveRequest
+    from graftage.calls import ListAdaptersRequest, PullAdapterRequest, ResolveRequest
     from graftage.types import Adapter, AdapterInfo
     from graftage_lora._resolve import Resolver
     from graftage_lora._settings import LoraSettings
@@ -36,6 +36,7 @@ class LoraPlugin:
         cache: where converted adapters are kept.
         paths: whether a reference may be a path. Disable it if references come from untrusted users.
         max_bytes: the largest adapter; default: 2 GiB.
+        leave_out_vision: whether to use an adapter without what it changes in a vision or audio tower.
         merge_type: the type of a quantised tensor after a merge, `Q8_0` (the default) or `F16`.
 
     Invalid settings raise `SettingsError` when a client opens.
@@ -53,6 +54,7 @@ class LoraPlugin:
         cache: AnyPath | None = None,
         paths: bool | None = None,
         max_bytes: int | None = None,
+        leave_out_vision: bool | None = None,
         merge_type: str | None = None,
     ) -> None:
         given: dict[str, Any] = {
@@ -63,6 +65,7 @@ class LoraPlugin:
             "cache": cache,
             "paths": paths,
             "max_bytes": max_bytes,
+            "leave_out_vision": leave_out_vision,
             "merge_type": merge_type,
         }
         self.arguments = {key: value for key, value in given.items() if value is not None}
@@ -88,10 +91,24 @@ class LoraPlugin:
 
     @hookimpl
     def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
-        """List the adapters that the sources have."""
-        return tuple(self._resolver(request).known())
+        """List the adapters that the sources have, the broken ones among them, and the sources that cannot be read.
 
-    def _resolver(self, request: ResolveRequest | ListAdaptersRequest) -> Resolver:
+        Each adapter is read completely, one at a time: about a second for 500 MB, the first time.
+        """
+        return tuple(self._resolver(request).known(request))
+
+    @hookimpl
+    def pull_adapter(self, request: PullAdapterRequest) -> AdapterInfo | None:
+        """Download the adapter of a repository of Hugging Face, and bind it to a name in the user's registry.
+
+        Raises:
+            AdapterError: it cannot be downloaded or used, or its name means something else.
+        """
+        from graftage_lora._hub import pull
+
+        return pull(request, self._resolver(request))
+
+    def _resolver(self, request: ResolveRequest | ListAdaptersRequest | PullAdapterRequest) -> Resolver:
         """Return the resolver for the request's settings; it remembers the adapters that it has read."""
         from graftage.settings import load
         from graftage_lora._resolve import Resolver  # Imports NumPy.

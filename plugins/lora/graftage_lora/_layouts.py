@@ -15,8 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from graftage_lora._architectures import EMBEDDING, layer_of, module_name
 from graftage_lora._files import Refused
-from graftage_lora._lora import EMBEDDING, Array, Lora, Part, even_scale, is_placed, layer_of, module_name
+from graftage_lora._lora import Array, Lora, Part, even_scale
 
 __all__ = ["mlx", "peft"]
 
@@ -86,9 +87,12 @@ def _even(lora: Lora, metadata: Mapping[str, object]) -> tuple[list[tuple[str, A
 
 
 def _module(lora: Lora, part: Part) -> str:
-    module = module_name(part.tensor)
-    if module == part.tensor and (lora.facts.layout == "gguf" or is_placed(part.tensor)):
-        raise Refused(f"`{part.tensor[:120]}` has no known name outside of GGUF")
+    module = part.module or module_name(part.tensor, lora.facts.architecture)
+    if module is None:
+        raise Refused(
+            f"`{part.tensor[:120]}` of `{lora.facts.architecture}` has no certain name outside of GGUF",
+            "Use the adapter as its trainer wrote it.",
+        )
     return module
 
 

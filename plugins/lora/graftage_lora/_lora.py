@@ -9,7 +9,8 @@ and names are only hints. What is compared:
     architecture      a GGUF adapter's with the base model's                  different: incompatible
     layers            the highest one with `block_count`                      beyond: incompatible
     shapes            inputs and outputs of each part with the tensor's       different: incompatible
-    tensors           each part's with the base model's                       missing: incompatible; fused: unknown
+    tensors           each part's with the base model's                       missing: incompatible; fused: unsupported
+    modules           with the table of architectures, if the base is GGUF    without a place: unsupported
     vocabulary        rows of the embedding and the output                    different, or both tied: incompatible
 """
 
@@ -18,105 +19,40 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from graftage.types import Verdict
+from graftage_lora._architectures import (
+    ARCHITECTURES,
+    EMBEDDING,
+    OUTPUT,
+    is_placed,
+    kind_of,
+    layer_of,
+    module_name,
+    no_row,
+    why_misplaced,
+)
 from graftage_lora._files import Refused
+from graftage_lora._names import name_warnings
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from graftage.types import ModelInfo
 
-__all__ = [
-    "ARCHITECTURES",
-    "Array",
-    "Facts",
-    "Lora",
-    "Part",
-    "Shape",
-    "even_scale",
-    "gguf_name",
-    "head_count",
-    "is_placed",
-    "judge",
-    "layer_of",
-    "module_name",
-]
+__all__ = ["Array", "Facts", "Lora", "Part", "Shape", "checked_scale", "even_scale", "head_count", "judge"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
-
-ARCHITECTURES: Final[Mapping[str, bool]] = {
-    "llama": True,
-    "qwen2": False,
-    "qwen3": False,
-    "gemma2": False,
-    "gemma3": False,
-}
-"""Architectures whose modules have known GGUF names; true if GGUF reorders the rows of q and k.
-
-These GGUF files rotate pairs of neighbouring numbers, while the original weights pair numbers half a head apart.
-llama.cpp's converter therefore reorders the rows within each head (`LlamaModel.permute`).
-"""
 
 SCALES: Final = (1e-9, 1e9)
 """Bounds of a plausible scale; beyond them, its product with a weight might not fit F32."""
 TOLERANCE: Final = 1e-6
 """Relative difference of scales that does not count: GGUF has them as F32."""
-MODULES: Final[Mapping[str, str]] = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-KINDS: Final = {kind: module for module, kind in MODULES.items()}
-EMBEDDING: Final = "token_embd.weight"
-OUTPUT: Final = "output.weight"
-ENDS: Final[Mapping[str, str]] = {"model.embed_tokens": EMBEDDING, "embed_tokens": EMBEDDING, "lm_head": OUTPUT}
-LAYER: Final = re.compile(r"(?:model\.)?layers\.(\d{1,5})\.([a-z_.]+)")
-PLACED: Final = re.compile(r"blk\.(\d{1,5})\.([a-z0-9_]+)\.weight|token_embd\.weight|output\.weight")
-
-
-def gguf_name(module: str) -> str:
-    """Return the GGUF name of a module's weight, or the module's name if the table does not have it."""
-    if module in ENDS:
-        return ENDS[module]
-    match = LAYER.fullmatch(module)
-    if match and match[2] in MODULES:
-        return f"blk.{int(match[1])}.{MODULES[match[2]]}.weight"
-    return module
-
-
-def module_name(tensor: str) -> str:
-    """Return the name of a weight's module in training tools, or the name itself if the table does not have it."""
-    if tensor in (EMBEDDING, OUTPUT):
-        return "model.embed_tokens" if tensor == EMBEDDING else "lm_head"
-    module, layer = KINDS.get(kind_of(tensor)), layer_of(tensor)
-    return tensor if module is None or layer is None else f"model.layers.{layer}.{module}"
-
-
-def is_placed(tensor: str) -> bool:
-    """Return whether a name is a GGUF name of a weight."""
-    return PLACED.fullmatch(tensor) is not None
-
-
-def layer_of(tensor: str) -> int | None:
-    """Return the layer of a tensor; `None` for the embedding and the output."""
-    match = PLACED.fullmatch(tensor)
-    return int(match[1]) if match and match[1] else None
-
-
-def kind_of(tensor: str) -> str:
-    """Return a tensor's name without its layer: `attn_q`."""
-    match = PLACED.fullmatch(tensor)
-    return match[2] if match and match[2] else tensor.removesuffix(".weight")
 
 
 def head_count(metadata: Mapping[str, object], tensor: str) -> int | None:
@@ -137,7 +73,8 @@ def per_layer(figure: object, layer: int | None) -> int | None:
 
 def is_reordered(architecture: str | None, tensor: str) -> bool:
     """Return whether GGUF files of an architecture hold the rows of a tensor in a different order."""
-    return ARCHITECTURES.get(architecture or "", False) and kind_of(tensor) in ("attn_q", "attn_k")
+    row = ARCHITECTURES.get(architecture or "")
+    return row is not None and row.reordered and kind_of(tensor) in ("attn_q", "attn_k")
 
 
 def reorder(rows: Array, count: int) -> Array:
@@ -177,6 +114,7 @@ class Shape:
     outputs: int
     rank: int
     scale: float
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,12 +127,15 @@ class Part:
     b: Array
     """Outputs by rank."""
     scale: float
+    module: str = ""
+    """Its clean name in the training tool; empty in a GGUF adapter."""
 
     @property
     def shape(self) -> Shape:
         """The part without its weights."""
         (rank, inputs), outputs = self.a.shape, len(self.b)
-        return Shape(tensor=self.tensor, inputs=inputs, outputs=outputs, rank=rank, scale=self.scale)
+        sides = {"inputs": inputs, "outputs": outputs, "rank": rank}
+        return Shape(tensor=self.tensor, **sides, scale=self.scale, module=self.module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,17 +231,26 @@ def _heads_of(part: Part, metadata: Mapping[str, object]) -> int:
 # --- The verdict -----------------------------------------------------------------------------------------------------
 
 
-Finding: TypeAlias = "tuple[Literal['contradiction', 'gap'], str]"
-"""What is wrong with a part (without its layer), or what is not known."""
-FUSED: Final[Mapping[str, tuple[str, ...]]] = {
+Finding: TypeAlias = "tuple[Literal['contradiction', 'obstacle', 'gap'], str]"
+"""What is wrong with a part (without its layer), what prevents its conversion, or what is not known."""
+REPLACED: Final[Mapping[str, tuple[str, ...]]] = {
     "attn_q": ("attn_qkv",),
     "attn_k": ("attn_qkv",),
     "attn_v": ("attn_qkv",),
+    "attn_qkv": ("attn_q",),
     "ffn_gate": ("ffn_gate_exps", "ffn_up"),
     "ffn_up": ("ffn_up_exps",),
     "ffn_down": ("ffn_down_exps",),
 }
-"""Tensors that some architectures have instead, which may hold a tensor fused with others."""
+"""Tensors that some models have instead, which may hold a tensor fused with others."""
+
+
+STATUSES: Final[Mapping[str, Literal["incompatible", "unsupported", "unknown"]]] = {
+    "contradiction": "incompatible",
+    "obstacle": "unsupported",
+    "gap": "unknown",
+}
+"""What the gravest finding makes of the verdict, from the gravest on."""
 
 
 def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None) -> Verdict:
@@ -314,32 +264,40 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
         reason = "the provider does not report the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
-    warnings = (*facts.warnings, *_name_warnings((facts.base_model, meant_for), base))
-    found = [*_check_architecture(facts, base.metadata), *_check_layers(facts.shapes, base)]
-    contradictions = tuple(reason for kind, reason in found if kind == "contradiction")
-    gaps = tuple(reason for kind, reason in found if kind == "gap")
-    if contradictions:
-        return Verdict(status="incompatible", reasons=contradictions, warnings=warnings)
-    return Verdict(status="unknown" if gaps else "compatible", reasons=gaps, warnings=warnings)
+    warnings = (*facts.warnings, *name_warnings((facts.base_model, meant_for), base))
+    found = [*_check_architecture(facts, base), *_check_layers(facts, base)]
+    for kind, status in STATUSES.items():
+        if reasons := tuple(reason for each, reason in found if each == kind):
+            return Verdict(status=status, reasons=reasons, warnings=warnings)
+    return Verdict(status="compatible", warnings=warnings)
 
 
-def _check_architecture(facts: Facts, metadata: Mapping[str, object]) -> Iterator[Finding]:
-    architecture = metadata["general.architecture"]
+def _is_gguf(base: ModelInfo) -> bool:
+    """Return whether adapters must become GGUF for a base model: only a folder of safetensors takes others."""
+    details = base.raw.get("details")
+    return not (isinstance(details, Mapping) and details.get("format") == "safetensors")
+
+
+def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
+    architecture = str(base.metadata["general.architecture"])
     if facts.architecture is not None and facts.architecture != architecture:
         yield (
             "contradiction",
             f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
         )
-    if facts.layout != "gguf" and architecture not in ARCHITECTURES:
-        known = ", ".join(f"`{each}`" for each in ARCHITECTURES)
-        yield "gap", f"its modules have no known names in the architecture `{architecture}`, only in {known}"
+    if architecture in ARCHITECTURES:
+        return
+    if facts.layout != "gguf" and _is_gguf(base):
+        yield "obstacle", no_row(architecture)
+    elif base.tensors is None:
+        yield "gap", f"the shapes of the architecture `{architecture[:40]}` are not known"
 
 
-def _check_layers(shapes: Iterable[Shape], base: ModelInfo) -> Iterator[Finding]:
+def _check_layers(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     """Yield one finding for all layers that share it."""
     layers: dict[tuple[Finding, str], list[int]] = defaultdict(list)
-    for shape in shapes:
-        for finding in _check_part(shape, base):
+    for shape in facts.shapes:
+        for finding in _check_part(shape, facts, base):
             layer = layer_of(shape.tensor)
             layers[finding, _label(shape.tensor)].append(-1 if layer is None else layer)
     for ((kind, text), tensor), found in layers.items():
@@ -359,19 +317,31 @@ def _span(layers: list[int]) -> str:
     return f" of the {len(layers)} layers from {layers[0]} to {layers[-1]}" if whole else f" of {len(layers)} layers"
 
 
-def _check_part(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
-    if not is_placed(shape.tensor):
-        yield "gap", "is not a known module"
-        return
+def _check_part(shape: Shape, facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     metadata, layer = base.metadata, layer_of(shape.tensor)
     count = metadata.get(f"{metadata['general.architecture']}.block_count")
     if layer is not None and isinstance(count, int) and layer >= count:
         yield "contradiction", f"is beyond the base model's {count} layers"
         return
+    place = _check_place(shape, facts, base)
+    if place is not None:
+        yield place
+        return
     yield from _check_ends(shape, base)
     yield from _check_shape(shape, base)
     if is_reordered(metadata["general.architecture"], shape.tensor) and head_count(metadata, shape.tensor) is None:
         yield "gap", "cannot be reordered: the number of heads is not known"
+
+
+def _check_place(shape: Shape, facts: Facts, base: ModelInfo) -> Finding | None:
+    """Return what prevents a part from being written for the base model."""
+    row = ARCHITECTURES.get(str(base.metadata["general.architecture"]))
+    if not _is_gguf(base):
+        if not shape.module and module_name(shape.tensor, facts.architecture) is None:
+            return "obstacle", "has no certain name outside of GGUF: use the adapter as its trainer wrote it"
+    elif shape.module and row and (why := why_misplaced(shape.module, shape.tensor, row)):
+        return "obstacle", why
+    return None if is_placed(shape.tensor) else ("gap", "is not a known module")
 
 
 def _check_ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
@@ -388,6 +358,8 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         if shape.tensor != OUTPUT:  # `_check_ends` has reported it.
             yield _missing_tensor(shape, base.tensors)
         return
+    if base.tensors is None and base.metadata["general.architecture"] not in ARCHITECTURES:
+        return  # `_check_architecture` has reported it.
     sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         yield "gap", "has an unknown shape in the base model"
@@ -399,33 +371,44 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
 
 def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
     kind = kind_of(shape.tensor)
-    instead = [each for each in FUSED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
+    instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
-        return "gap", f"is replaced by `{instead[0]}` in the base model"
+        return "obstacle", f"is replaced by `{instead[0]}` in the base model: train on a model with that module"
     return "contradiction", "is missing in the base model"
 
 
 def _expected_shape(metadata: Mapping[str, object], tensor: str) -> tuple[int | None, ...]:
-    """Derive inputs and outputs of a tensor from the model's figures, as llama.cpp does."""
+    """Derive inputs and outputs of a tensor from the model's figures, as llama.cpp does; `()` if they do not say."""
     architecture, layer = metadata["general.architecture"], layer_of(tensor)
 
     def figure(key: str) -> int | None:
         return per_layer(metadata.get(f"{architecture}.{key}"), layer)
 
-    hidden, count = figure("embedding_length"), figure("attention.head_count")
+    hidden, count, forward = figure("embedding_length"), figure("attention.head_count"), figure("feed_forward_length")
     shared = figure("attention.head_count_kv") or count
     # A head's width is stated only if it differs from the even share.
     even = hidden // count if hidden and count and hidden % count == 0 else None
     key = figure("attention.key_length") or even
     value = figure("attention.value_length") or even
+    if figure("attention.key_length_swa"):
+        key = value = None  # Which layers have which width is not stated here.
+    row = ARCHITECTURES.get(str(architecture))
+    fused = 2 if row and "mlp.gate_up_proj" in row.modules else 1
+    q, k, v = _times(count, key), _times(shared, key), _times(shared, value)
+    per_layer_input = figure("embedding_length_per_layer_input")
     shapes = {
-        "attn_q": (hidden, _times(count, key)),
-        "attn_k": (hidden, _times(shared, key)),
-        "attn_v": (hidden, _times(shared, value)),
+        "attn_q": (hidden, q),
+        "attn_k": (hidden, k),
+        "attn_v": (hidden, v),
+        "attn_qkv": (hidden, q + k + v if q and k and v else None),
         "attn_output": (_times(count, value), hidden),
-        "ffn_gate": (hidden, figure("feed_forward_length")),
-        "ffn_up": (hidden, figure("feed_forward_length")),
-        "ffn_down": (figure("feed_forward_length"), hidden),
+        "ffn_gate": (hidden, forward),
+        "ffn_up": (hidden, _times(fused, forward)),
+        "ffn_down": (forward, hidden),
+        "shortconv.in_proj": (hidden, _times(3, hidden)),
+        "shortconv.out_proj": (hidden, hidden),
+        "inp_gate": (hidden, per_layer_input),
+        "proj": (per_layer_input, hidden),
         "token_embd": (hidden, _vocabulary(metadata)),
         "output": (hidden, _vocabulary(metadata)),
     }
@@ -442,40 +425,3 @@ def _vocabulary(metadata: Mapping[str, object]) -> int | None:
     if isinstance(stated, int):
         return stated
     return len(tokens) if isinstance(tokens, (list, tuple, range)) else None
-
-
-# --- Names -----------------------------------------------------------------------------------------------------------
-
-QUANTISED: Final = re.compile(
-    r"\b(i?q\d(_[0-9a-z]+)*|[bf]p?f?16|fp?32|int[48]|[48]bit|bnb|gguf|ggml|mlx|awq|gptq|dynamic|latest)\b"
-)
-SIZE: Final = re.compile(r"\b\d+(\.\d+)?[bm]\b")
-
-
-def _name_warnings(stated: Iterable[str | None], base: ModelInfo) -> tuple[str, ...]:
-    names = [
-        base.name,
-        *(each for each in (base.metadata.get("general.basename"), base.parent) if isinstance(each, str)),
-    ]
-    return tuple(
-        f"It was made for `{each}`, but the base model is `{base.name}`: check that they are the same model."
-        for each in dict.fromkeys(filter(None, stated))
-        if all(_surely_differ(each, name) for name in names)
-    )
-
-
-def _surely_differ(left: str, right: str) -> bool:
-    """Return whether two names differ in family or size, as far as both state them."""
-    (family, size), (other, other_size) = _family_and_size(left), _family_and_size(right)
-    if size and other_size and size != other_size:
-        return True
-    return bool(family and other) and not family.startswith(other) and not other.startswith(family)
-
-
-def _family_and_size(text: str) -> tuple[str, str]:
-    """Split a model's name into family and size, without owner, path and quantisation."""
-    last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
-    words = QUANTISED.sub(" ", re.sub(r"[:\s-]+", " ", last))
-    size = SIZE.search(words)
-    family = words[: size.start()] if size else words
-    return re.sub(r"[^a-z0-9]|instruct|chat", "", family), size[0] if size else ""

@@ -12,13 +12,15 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from graftage.gguf import MAGIC, Header, Tensor, bytes_of
+from graftage_lora._architectures import EMBEDDING, clean_name, gguf_name
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
-from graftage_lora._lora import EMBEDDING, Array, Facts, Lora, Part, checked_scale, gguf_name
+from graftage_lora._lora import Array, Facts, Lora, Part, checked_scale
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -274,9 +276,11 @@ def _read_safetensors(file: CheckedFile, config: Mapping[str, object]) -> Lora:
     for name, data in _safetensors(file).items():
         module, half, array = named(name, data)
         tensor = gguf_name(module)
-        modules[tensor] = module
+        if modules.setdefault(tensor, module) != module:
+            raise Refused(f"`{modules[tensor][:120]}` and `{module[:120]}` are two names of one module")
         _add(halves, tensor, half, array)
-    parts = _pair(halves, lambda tensor: scale(modules[tensor]))
+    found = _pair(halves, lambda tensor: scale(modules[tensor]))
+    parts = [replace(part, module=clean_name(modules[part.tensor])) for part in found]
     return _lora(
         parts,
         layout=layout,

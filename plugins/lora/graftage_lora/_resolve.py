@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from graftage.calls import ResolveRequest
+from graftage.calls import ListAdaptersRequest, ResolveRequest
 from graftage.exceptions import (
     AdapterError,
     AdapterIncompatible,
@@ -19,15 +21,17 @@ from graftage.exceptions import (
     AdapterNotFound,
     AdapterUnsupported,
     CapabilityUnsupported,
+    GraftageError,
     RequestRejected,
 )
 from graftage.gguf import MAX_HEAD, Header
 from graftage.types import Adapter, AdapterInfo, ModelInfo, Verdict
 from graftage_lora import _layouts, _write
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
-from graftage_lora._lora import Facts, Lora, judge
-from graftage_lora._read import read, stated_base
-from graftage_lora._sources import Found, NotKnown, Reference, chain, parse
+from graftage_lora._lora import Facts, Lora, head_count, is_reordered, judge
+from graftage_lora._mix import mixed
+from graftage_lora._read import read
+from graftage_lora._sources import Broken, Found, NotKnown, Reference, Registry, chain, is_unreadable_registry, parse
 from graftage_lora._write import Progress
 
 if TYPE_CHECKING:
@@ -37,6 +41,12 @@ __all__ = ["Resolver"]
 
 MODEL: Final = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){0,3}(?::\w[\w.-]*)?", re.ASCII)
 """The pattern of model names."""
+LOOKING: Final = "resolve_adapter"
+"""The operation that uses no adapter."""
+PINNED: Final = len("sha256:") + 12
+"""Characters of a digest that tell two adapters of one name apart."""
+STATUSES: Final = ("compatible", "unknown", "unsupported", "incompatible")
+"""From the best to the worst."""
 REMEMBERED: Final = 64
 """Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
@@ -45,7 +55,7 @@ class Resolver:
     """Implements `resolve_adapter` and `list_adapters` for one set of settings."""
 
     def __init__(self, settings: LoraSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._sources = chain(settings)
         self._read: OrderedDict[object, tuple[Facts, str]] = OrderedDict()
         self._lock = threading.Lock()
@@ -55,51 +65,127 @@ class Resolver:
 
         Raises:
             AdapterNotFound: no source has it; `reasons` has a reason from each.
-            AdapterInvalid: it was found and cannot be used.
+            AdapterInvalid: it was found and cannot be used, or its name is ambiguous.
         """
         try:
             reference = parse(request.reference)
         except NotKnown as reason:
             raise _not_found(ascii(request.reference[:80]), [str(reason)]) from None
         try:
-            found = self._find(reference)
-            if isinstance(found, Found):
-                return self._from_files(found, reference, request)
-            return self._from_server(reference, request, found)
+            found, reasons = self.candidates(reference)
+            if not found:
+                return self._from_server(reference, request, reasons)
+            if len(found) == 1:
+                return self._from_files(usable(found[0]), reference, request)
+            return self._chosen(found, reference, request)
         except Refused as error:
             raise invalid_adapter(request.reference, error) from None
 
-    def known(self) -> Iterator[AdapterInfo]:
-        """List the adapters of all sources, without broken ones."""
-        for source in self._sources:
-            try:
-                found = list(source.known())
-            except (NotKnown, Refused, OSError):
-                continue
-            for each in found:
-                yield AdapterInfo(
-                    name=each.name,
-                    reference=each.reference,
-                    source=source.name,
-                    base_model=each.base_model or stated_base(each.files),
-                    digest=f"sha256:{each.digest}" if each.digest else None,
-                )
+    def known(self, request: ListAdaptersRequest) -> Iterator[AdapterInfo]:
+        """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read.
 
-    def _find(self, reference: Reference) -> Found | list[str]:
-        """Return what the first source finds, or a reason from each source."""
+        Each is read completely, one at a time, unless it is remembered.
+        """
+        base, unreachable = None, None
+        try:
+            base = request.base() if request.model is not None else None
+        except GraftageError as error:  # A server that does not answer hides no adapter.
+            unreachable = Verdict(status="unknown", reasons=(error.message,))
+        found: dict[object, Found | Broken] = {}
+        for each in (each for source in self._sources for each in source.known()):
+            found.setdefault((each.name, each.path.absolute()), each)
+        names = Counter(each.name for each in found.values() if each.reference == each.name)
+        blocked = any(map(is_unreadable_registry, found.values()))
+        for each in found.values():
+            settled = each.source == Registry.name or names[each.name] == 1
+            info = self.info(each, base, settled=settled and not blocked)
+            if request.model is None:
+                info = replace(info, verdict=None)
+            elif unreachable and info.verdict:
+                info = replace(info, verdict=unreachable)
+            yield info
+
+    def info(self, found: Found | Broken, base: ModelInfo | None, *, settled: bool) -> AdapterInfo:
+        """Describe an adapter, or what is wrong with it; `settled` means that its name finds it."""
+        info = AdapterInfo(name=found.name, reference=found.reference, source=found.source, path=found.path.absolute())
+        try:
+            found = usable(found)
+            facts, digest = self.facts(found, base)
+            _require_digest(found.digest, digest, facts.sha256)
+            info = replace(
+                info,
+                base_model=found.base_model or facts.base_model,
+                digest=digest if is_lasting(facts, base) else None,
+                size=found.files.weights.stat().st_size,
+                rank=Counter(each.rank for each in facts.shapes).most_common(1)[0][0],
+                verdict=judge(facts, base, meant_for=found.base_model),
+            )
+        except (Refused, OSError) as error:
+            info = replace(info, problem=_problem(error))
+        if not found.name or found.reference != found.name or (settled and is_plain(found.name)):
+            return info
+        if info.digest and (getattr(found, "bound", False) or not self.settings.paths):
+            return replace(info, reference=f"{found.name}@{info.digest[:PINNED]}")
+        # A slash at its end keeps the end of a name from being read as a digest.
+        return replace(info, reference=f"{info.path}" + ("" if is_plain(f"{info.path}") else "/"))
+
+    def candidates(self, reference: Reference) -> tuple[list[Found | Broken], list[str]]:
+        """Return the adapters that a reference may mean, and a reason from each source that has none."""
+        found: list[Found | Broken] = []
         reasons = []
         for source in self._sources:
             try:
-                return source.find(reference)
+                found += source.find(reference)
             except NotKnown as reason:
                 reasons.append(f"{source.name}: {reason}")
             except OSError as error:
                 reasons.append(f"{source.name}: {error.strerror or error}")
-        return reasons
+            if found and source.settles:
+                break
+        return found, reasons
+
+    def _chosen(self, found: Sequence[Found | Broken], reference: Reference, request: ResolveRequest) -> FileAdapter:
+        """Return the adapter that a name means: the one with the required digest, or any if all are equal.
+
+        Raises:
+            AdapterInvalid: the name is ambiguous; `reasons` has the path of each.
+            Refused: none has the required digest.
+        """
+        versions: dict[str, Found] = {}
+        reasons = []
+        broken = False
+        for each in found:
+            try:
+                facts, digest = self.facts(usable(each), request.base())
+            except Refused as error:
+                reasons.append(f"{each.path}: {error.reason}")
+                broken = True
+                continue
+            reasons.append(f"{each.path}: {digest[:PINNED]}")
+            if _has_digest(reference.digest, digest, facts.sha256):
+                versions.setdefault(digest, usable(each))
+        if reference.digest and not versions:
+            raise Refused(f"none of its versions has the digest {reference.digest}: {'; '.join(reasons)}")
+        first = next(iter(versions.values()), None)
+        if first and len(versions) == 1 and (reference.digest or not broken):
+            return self._from_files(first, reference, request)
+        ambiguous = AdapterInvalid(
+            f"The adapter name `{reference.text}` is ambiguous: {'; '.join(reasons)}.",
+            reference=reference.text,
+            reasons=reasons,
+            hint=f"Give the path, add `@` and the digest, or bind the name in {self.settings.registry}.",
+        )
+        if request.call.operation != LOOKING or first is None:
+            raise ambiguous
+        # Who only looks sees the first one; its use is refused.
+        shown = self._from_files(first, reference, request)
+        reasons = ["its name is ambiguous", *reasons]
+        verdict = Verdict(status="unknown", reasons=tuple(reasons), warnings=shown.verdict.warnings)
+        return replace(shown, verdict=verdict, refusal=ambiguous)
 
     def _from_files(self, found: Found, reference: Reference, request: ResolveRequest) -> FileAdapter:
         base = request.base()
-        facts, digest = self._facts(found, base)
+        facts, digest = self.facts(found, base)
         for pin in (reference.digest, found.digest):
             _require_digest(pin, digest, facts.sha256)
         return FileAdapter(
@@ -109,19 +195,19 @@ class Resolver:
             verdict=judge(facts, base, meant_for=found.base_model),
             facts=facts,
             files=found.files,
-            settings=self._settings,
+            settings=self.settings,
             source=found.source,
             given_scale=found.scale,
             meant_for=found.base_model,
         )
 
-    def _facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
+    def facts(self, found: Found, base: ModelInfo | None) -> tuple[Facts, str]:
         """Return facts and digest, from memory as long as the files are unchanged."""
         metadata = base.metadata if base is not None else {}
         with self._lock:  # One of several callers reads it for all.
             key = (_signature(found.files), found.scale, _row_order(metadata))
             if key not in self._read:
-                lora = load(found.files, found.scale, self._settings)
+                lora = load(found.files, found.scale, self.settings)
                 if _signature(found.files) != key[0]:
                     raise Refused("its files changed while they were read", "Resolve it again.")
                 self._read[key] = lora.facts, lora.digest(metadata)
@@ -144,6 +230,33 @@ class Resolver:
         else:
             why = "the model of that name has no adapter"
         raise _not_found(reference.text, [*reasons, f"server: {why}"])
+
+
+def usable(found: Found | Broken) -> Found:
+    """Return what was found, if it has files."""
+    if isinstance(found, Broken):
+        raise found.error
+    return found
+
+
+def is_plain(text: str) -> bool:
+    """Return whether a reference has no digest."""
+    return parse(text).digest is None
+
+
+def _problem(error: Refused | OSError) -> str:
+    if isinstance(error, Refused):
+        return " ".join(filter(None, (f"{error.reason}.", error.hint)))
+    return f"it cannot be read: {error.strerror or error}."
+
+
+def is_lasting(facts: Facts, base: ModelInfo | None) -> bool:
+    """Return whether a digest is that for every base model: without it, some rows of GGUF adapters stay reordered."""
+    metadata = base.metadata if base is not None else {}
+    return facts.layout != "gguf" or not any(
+        is_reordered(facts.architecture, each.tensor) and head_count(metadata, each.tensor) is None
+        for each in facts.shapes
+    )
 
 
 def _served_model(name: str, request: ResolveRequest) -> ModelInfo | None:
@@ -176,9 +289,13 @@ def _row_order(metadata: Mapping[str, object]) -> str:
     return repr((architecture, *heads))
 
 
+def _has_digest(pin: str | None, digest: str, weights: str = "") -> bool:
+    return not pin or digest.removeprefix("sha256:").startswith(pin) or weights.startswith(pin)
+
+
 def _require_digest(pin: str | None, digest: str, weights: str = "") -> None:
     """Refuse an adapter unless its digest, or its weights' SHA-256, starts with the pin."""
-    if pin and not digest.removeprefix("sha256:").startswith(pin) and not weights.startswith(pin):
+    if not _has_digest(pin, digest, weights):
         also = f" (weights: {weights[:12]}…)" if weights else ""
         raise Refused(
             f"its digest is {digest}{also}, not {pin}",
@@ -235,6 +352,40 @@ class FileAdapter:
     meant_for: str | None = None
     """The base model that the registry names."""
     served_as: str | None = None
+    refusal: AdapterInvalid | None = field(default=None, repr=False)
+    """Why it may only be looked at."""
+    parts: tuple[tuple[FileAdapter, float], ...] = field(default=(), repr=False)
+    """The adapters that it is the sum of, each with its weight; empty if it is one."""
+
+    def mix(self, weight: float, others: Sequence[tuple[Adapter, float]]) -> FileAdapter:
+        """Return one adapter that is exactly the sum of this one and others, each by its weight.
+
+        Raises:
+            AdapterUnsupported: one of the others comes from another resolver, or they cannot be added up.
+        """
+        parts = [(self, weight)]
+        for each, factor in others:
+            if not isinstance(each, FileAdapter):
+                raise unsupported_adapter(
+                    self.name, Refused(f"`{each.name}` has no files to add to it", "Give its files.")
+                )
+            parts.append((each, factor))
+        for each, _ in parts:
+            _check_part(each, alone=len(parts) == 1)
+        if parts == [(self, 1.0)]:
+            return self
+        name = " + ".join(each.name if factor == 1 else f"{factor:g} {each.name}" for each, factor in parts)
+        # The sum does not depend on the order, so neither do digest and files.
+        ordered = sorted(parts, key=lambda part: (part[0].digest, part[1]))
+        lines = ["graftage-lora mix 1", *(f"{each.digest} {float(factor)!r}" for each, factor in ordered)]
+        return replace(
+            self,
+            name=name,
+            digest=f"sha256:{hashlib.sha256('|'.join(lines).encode()).hexdigest()}",
+            scale=1.0 if others else self.scale * weight,
+            verdict=_joint(each.verdict for each, _ in parts),
+            parts=tuple(ordered),
+        )
 
     def gguf(self, base: ModelInfo) -> Path:
         """Write a GGUF file of the adapter for a base model to the cache; equal content gives equal bytes.
@@ -244,7 +395,7 @@ class FileAdapter:
             AdapterUnsupported: its modules have no known names in such a model.
             AdapterError: the cache cannot be written.
         """
-        return self._written(lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
+        return self._written(base, lambda lora, *place: _write.store(_write.encode(lora, base.metadata), *place))
 
     def peft(self, base: ModelInfo) -> Path:
         """Write a folder of the adapter in PEFT's layout to the cache, as `gguf` does; always a copy of our own.
@@ -256,19 +407,18 @@ class FileAdapter:
             AdapterUnsupported: the layout cannot hold it.
             AdapterError: the cache cannot be written.
         """
-        return self._written(lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
+        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.peft(lora, base.metadata), *place))
 
     def mlx(self, base: ModelInfo) -> Path:
         """Write a folder of the adapter in mlx-lm's layout to the cache; errors are those of `peft`."""
-        return self._written(lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
+        return self._written(base, lambda lora, *place: _write.store_folder(_layouts.mlx(lora, base.metadata), *place))
 
-    def _written(self, write: Callable[[Lora, Path, str], Path]) -> Path:
-        lora = self._read()
+    def _written(self, base: ModelInfo, write: Callable[[Lora, Path, str], Path]) -> Path:
         try:
             with self._translate_errors("written"):
-                return write(lora, self.settings.cache, _slug(self.name))
+                return write(self._content(base.metadata), self.settings.cache, _slug(self.name))
         except Refused as error:
-            raise self._unsupported(error) from None
+            raise unsupported_adapter(self.name, error) from None
 
     def merge(self, base_file: Path, out: Path, on_progress: Progress = _no_progress) -> Path:
         """Write the base model with the adapter merged into it to `out`; leave nothing if that fails.
@@ -287,16 +437,16 @@ class FileAdapter:
             AdapterUnsupported: the adapter or the base model cannot be merged.
             AdapterError: the disk is full, or a file cannot be read or written.
         """
-        lora = self._read()
         try:
             with self._translate_errors("merged"), CheckedFile(base_file) as base:
                 header = self._read_base(base, base_file, out)
+                lora = self._content(header.metadata)
                 kind = self.settings.merge_type
                 return _write.merge(
                     base, header, lora, out, digest=self.digest, kind=kind, on_progress=_guarded(on_progress)
                 )
         except Refused as error:
-            raise self._unsupported(error) from None
+            raise unsupported_adapter(self.name, error) from None
         except _Stopped as stopped:
             raise stopped.error from None
 
@@ -307,7 +457,8 @@ class FileAdapter:
         if header.is_adapter:
             raise Refused(f"`{base.name}` is an adapter, not a model")
         tensors = {name: tensor.shape for name, tensor in header.tensors.items()}
-        verdict = judge(self.facts, ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors))
+        model = ModelInfo(name=base.name, metadata=header.metadata, tensors=tensors)
+        verdict = _joint(judge(each.facts, model) for each in self._single)
         if verdict.status == "incompatible":
             raise AdapterIncompatible(
                 f"The adapter `{self.name}` does not fit `{base.name}`: {'; '.join(verdict.reasons)}.",
@@ -315,11 +466,30 @@ class FileAdapter:
                 reasons=verdict.reasons,
                 hint="Use the model that it was made for.",
             )
-        if verdict.status == "unknown":
+        if verdict.status != "compatible":
             raise Refused(f"it may not fit `{base.name}`: {'; '.join(verdict.reasons)}")
         return header
 
-    def _read(self) -> Lora:
+    @property
+    def _single(self) -> tuple[FileAdapter, ...]:
+        """The adapters that it consists of."""
+        return tuple(each for each, _ in self.parts) or (self,)
+
+    def _content(self, metadata: Mapping[str, object]) -> Lora:
+        """Read it for a base model with this metadata."""
+        if not self.parts:
+            return self.read()
+        return mixed([(each.read(), weight) for each, weight in self.parts], metadata)
+
+    def read(self) -> Lora:
+        """Read its own files again.
+
+        Raises:
+            AdapterInvalid: they have changed, or the adapter may only be looked at.
+            AdapterError: they cannot be read.
+        """
+        if self.refusal is not None:
+            raise copy.copy(self.refusal)  # One instance raised twice would mix tracebacks.
         try:
             with self._translate_errors("read"):
                 lora = load(self.files, self.given_scale, self.settings)
@@ -340,13 +510,33 @@ class FileAdapter:
                 f"The adapter `{self.name}` could not be {done}: {words}.", reference=self.name
             ) from error
 
-    def _unsupported(self, error: Refused) -> AdapterUnsupported:
-        return AdapterUnsupported(
-            f"The adapter `{self.name}` cannot be used this way: {error.reason}.",
-            reference=self.name,
-            reasons=[error.reason],
-            hint=error.hint or None,
-        )
+
+def unsupported_adapter(name: str, error: Refused) -> AdapterUnsupported:
+    """Build the error for an adapter that cannot be used in one way."""
+    return AdapterUnsupported(
+        f"The adapter `{name}` cannot be used this way: {error.reason}.",
+        reference=name,
+        reasons=[error.reason],
+        hint=error.hint or None,
+    )
+
+
+def _check_part(adapter: FileAdapter, *, alone: bool) -> None:
+    """Refuse an adapter that cannot be a part of a sum."""
+    if adapter.parts:
+        raise unsupported_adapter(adapter.name, Refused("it is a sum already", "Mix the adapters themselves."))
+    if adapter.facts.invocation and not alone:
+        reason = "it acts only after its invocation tokens, but the sum would always act"
+        raise unsupported_adapter(adapter.name, Refused(reason, "Use it alone."))
+
+
+def _joint(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the worst of some verdicts, with its reasons and everyone's warnings."""
+    found = tuple(verdicts)
+    status = max((each.status for each in found), key=STATUSES.index)
+    reasons = dict.fromkeys(reason for each in found if each.status == status for reason in each.reasons)
+    warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
+    return Verdict(status=status, reasons=tuple(reasons), warnings=tuple(warnings))
 
 
 class _Stopped(Exception):

@@ -41,9 +41,7 @@ class LoraSettings(PluginSettings):
         default_factory=lambda: platformdirs.user_config_path("graftage", appauthor=False) / "adapters.toml",
         description="The user's file that binds names to adapters",
     )
-    hub: Path = Field(
-        default_factory=_hub, description="The cache of `huggingface_hub`, only read; located by HF_… variables"
-    )
+    hub: Path = Field(default_factory=_hub, description="The cache of `huggingface_hub`; located by HF_… variables")
     cache: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("graftage", appauthor=False) / "adapters",
         description="Where converted adapters are kept",
@@ -52,6 +50,9 @@ class LoraSettings(PluginSettings):
         default=True, description="Whether a reference may be a path; names alone cannot leave a folder"
     )
     max_bytes: int = Field(default=2 << 30, ge=1024, description="The largest adapter")
+    leave_out_vision: bool = Field(
+        default=False, description="Whether an adapter is used without what it changes in a vision or audio tower"
+    )
     merge_type: Literal["Q8_0", "F16"] = Field(
         default="Q8_0", description="The type of a quantised tensor that a merge has changed"
     )

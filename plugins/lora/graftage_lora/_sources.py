@@ -1,5 +1,8 @@
 """Where adapters are found: a chain of sources, each of which finds the files of a reference or says why it cannot.
 
+A path, a repository, or a name in the user's registry means one adapter. Any other name is looked up in all folders:
+it may be in several, and the first is no better than the others.
+
 A name is one path component. It must stand in the listing of its folder exactly as written, and is never joined to a
 path before that. So no name leaves its folder, however the file system treats case, dots, colons or device names. A
 link is followed only if it stays inside.
@@ -7,7 +10,6 @@ link is followed only if it stays inside.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
@@ -20,20 +22,35 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from graftage.gguf import MAX_HEAD
 from graftage.settings import nearest
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
 
 if TYPE_CHECKING:
     from graftage_lora._settings import LoraSettings
 
-__all__ = ["Found", "NotKnown", "Reference", "Source", "chain", "parse"]
+__all__ = [
+    "HUB",
+    "Broken",
+    "Found",
+    "Hub",
+    "NotKnown",
+    "Reference",
+    "Source",
+    "chain",
+    "is_unreadable_registry",
+    "name_problem",
+    "parse",
+]
 
 REGISTRY: Final = "adapters.toml"
+SHARED: Final = "blobs"
+"""Where `huggingface_hub` since 2.0 keeps blobs of several repositories."""
 PROJECT: Final = Path(".graftage") / "adapters"
 HUB: Final = "hf://"
 MAX_REFERENCE: Final = 4096
 MAX_REGISTRY: Final = 1 << 20
-NAME: Final = re.compile(r"\w[\w.+ -]{0,127}")
+NAME: Final = re.compile(r"\w[\w.+@ -]{0,127}")
 DEVICES: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)", re.IGNORECASE)
 PINNED: Final = re.compile(r"(.+)@(?:sha256:([0-9a-f]{8,64})|([0-9a-f]{12,64}))")
 HUB_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -91,7 +108,8 @@ def name_problem(name: str) -> str | None:
         return "a name cannot contain path separators"
     if not NAME.fullmatch(name) or name.endswith((".", " ")):
         return (
-            "a name must consist of letters, digits, `_`, `.`, `+`, `-` and spaces, without dots or spaces at its ends"
+            "a name must consist of letters, digits, `_`, `.`, `+`, `-`, `@` and spaces, "
+            "without dots or spaces at its ends"
         )
     if DEVICES.fullmatch(unicodedata.normalize("NFKC", name.partition(".")[0]).strip()):
         return "it is a device on Windows"
@@ -104,30 +122,52 @@ class Found:
 
     name: str
     reference: str
-    """A reference that finds it again."""
+    """A reference that finds it again, unless another adapter has its name."""
     source: str
+    path: Path
+    """Its folder or file."""
     files: Files
     digest: str | None = None
     scale: float | None = None
     base_model: str | None = None
+    bound: bool = False
+    """Whether a registry names it: its path alone may then find another scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """An adapter without usable files; or, if it has no name, a place that cannot be read."""
+
+    source: str
+    path: Path
+    error: Refused
+    name: str = ""
+    reference: str = ""
+
+
+def is_unreadable_registry(entry: Found | Broken) -> bool:
+    """Return whether an entry is a registry that cannot be read, and so refuses every name."""
+    return isinstance(entry, Broken) and not entry.name and entry.path.name == REGISTRY
 
 
 class Source(Protocol):
     """One place to look for adapters."""
 
     name: str
+    settles: bool
+    """Whether what it finds is the only meaning of a reference."""
 
-    def find(self, reference: Reference) -> Found:
-        """Find the files of a reference.
+    def find(self, reference: Reference) -> tuple[Found | Broken, ...]:
+        """Find the adapters that a reference may mean.
 
         Raises:
-            NotKnown: the source does not have it; the next one is asked.
+            NotKnown: the source does not have it.
             Refused: the source has it, but it cannot be used; the search ends.
         """
         ...
 
-    def known(self) -> Iterator[Found]:
-        """List the adapters here, without broken ones."""
+    def known(self) -> Iterator[Found | Broken]:
+        """List the adapters here, also those that cannot be used."""
         ...
 
 
@@ -136,7 +176,7 @@ def chain(settings: LoraSettings) -> tuple[Source, ...]:
     hub = Hub(settings.hub)
     folders = [Folder(f"folder {each}", each) for each in settings.folders]
     if settings.project is not None:
-        folders.append(Folder("project", settings.project / PROJECT))
+        folders.append(Folder("project", settings.project / PROJECT, required=False))
     return (Paths(allowed=settings.paths), Registry(settings.registry, hub, trusted=True), *folders, hub)
 
 
@@ -153,11 +193,12 @@ class Paths:
     """Explicit paths, which may lead anywhere."""
 
     name = "path"
+    settles = True
 
     def __init__(self, *, allowed: bool) -> None:
         self._allowed = allowed
 
-    def find(self, reference: Reference) -> Found:
+    def find(self, reference: Reference) -> tuple[Found]:
         """Find the files at a path."""
         text = reference.text
         if reference.is_hub or not re.search(r"[/\\]", text):
@@ -170,9 +211,9 @@ class Paths:
         if not path.exists():
             raise NotKnown("no such file or folder")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
-        return Found(name=name or text, reference=text, source=self.name, files=locate(path))
+        return (Found(name=name or text, reference=text, source=self.name, path=path, files=locate(path)),)
 
-    def known(self) -> Iterator[Found]:
+    def known(self) -> Iterator[Found | Broken]:
         """List nothing: paths are unlimited."""
         yield from ()
 
@@ -183,52 +224,96 @@ class Paths:
 class Folder:
     """A folder of adapters: `NAME/`, `NAME.gguf`, or names bound in its `adapters.toml`."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    settles = False
+
+    def __init__(self, name: str, folder: Path, *, required: bool = True) -> None:
         self.name = name
         self._folder = folder
+        self._required = required
         self._registry = Registry(folder / REGISTRY, None, trusted=False)
 
-    def find(self, reference: Reference) -> Found:
-        """Find the files of a name."""
+    def find(self, reference: Reference) -> tuple[Found | Broken, ...]:
+        """Find the adapters of a name: the folder may have one in files and a GGUF file beside it."""
         name = reference.name
         if problem := name_problem(name):
             raise NotKnown(problem)
         names = {composed(entry): entry for entry in self._names()}
-        if bound := self._registry.get(name):
-            return replace(bound, source=self.name)
-        for entry in (name, f"{name}.gguf"):
-            if entry in names:
-                return self._found(name, names[entry])
-        raise NotKnown(_not_listed(name, names))
+        try:
+            if bound := self._registry.get(name):
+                return (replace(bound, source=self.name),)
+        except Refused as error:
+            path = self._folder / REGISTRY
+            return (Broken(name=name, reference=name, source=self.name, path=path, error=error),)
+        found = tuple(self._entry(name, names[each]) for each in (name, f"{name}.gguf") if each in names)
+        if not found:
+            raise NotKnown(_not_listed(name, names))
+        return found
 
-    def known(self) -> Iterator[Found]:
+    def known(self) -> Iterator[Found | Broken]:
         """List all adapters in the folder."""
-        names = self._names()
+        try:
+            names = self._names()
+        except NotKnown as reason:
+            if self._required:
+                yield Broken(source=self.name, path=self._folder, error=Refused(str(reason)))
+            return
+        except OSError as error:
+            yield Broken(source=self.name, path=self._folder, error=Refused(_error_text(error)))
+            return
         bound = list(self._registry.known())
         yield from (replace(each, source=self.name) for each in bound)
         taken = {each.name for each in bound}
         for entry in names:
             name = composed(entry).removesuffix(".gguf")
-            if name not in taken and name_problem(name) is None and self._is_adapter(entry):
-                taken.add(name)
-                yield self._found(name, entry)
+            if name not in taken and name_problem(name) is None and self._may_be_adapter(entry):
+                yield self._entry(name, entry)
 
-    def _is_adapter(self, entry: str) -> bool:
+    def _entry(self, name: str, entry: str) -> Found | Broken:
+        path = self._folder / entry
         try:
-            files = _locate_inside(self._folder / entry, self._folder)
-        except (Refused, OSError):
-            return False
-        return files.config is not None or is_adapter(files.weights, self._folder)
+            files = _locate_inside(path, self._folder)
+        except Refused as error:
+            refused = error
+        except OSError as error:
+            refused = Refused(_error_text(error))
+        else:
+            return Found(name=name, reference=name, source=self.name, path=path, files=files)
+        return Broken(name=name, reference=name, source=self.name, path=path, error=refused)
 
-    def _found(self, name: str, entry: str) -> Found:
-        files = _locate_inside(self._folder / entry, self._folder)
-        return Found(name=name, reference=name, source=self.name, files=files)
+    def _may_be_adapter(self, entry: str) -> bool:
+        """Return whether an entry is an adapter or a broken one, not something else that lies in the folder."""
+        path = self._folder / entry
+        try:
+            if is_outside(path, self._folder):
+                return True
+            return has_adapter(path, self._folder) if path.is_dir() else is_gguf_adapter(path, self._folder)
+        except OSError:
+            return True
 
     def _names(self) -> list[str]:
         try:
             return list_folder(self._folder)
         except FileNotFoundError:
             raise NotKnown("the folder does not exist") from None
+
+
+MARK: Final = re.compile(r"adapter_config\.json|adapter_model\..+|adapters\.(safetensors|npz)|checkpoint-\d+")
+"""Names that a folder with an adapter has, even if it is not usable."""
+
+
+def has_adapter(folder: Path, within: Path) -> bool:
+    """Return whether a folder contains an adapter, usable or not."""
+    names = list_folder(folder)
+    return any(MARK.fullmatch(each) for each in names) or any(is_gguf_adapter(folder / each, within) for each in names)
+
+
+def is_gguf_adapter(path: Path, within: Path) -> bool:
+    """Return whether a path is a GGUF adapter, usable or not: a file with that ending, but no model."""
+    try:
+        with CheckedFile(path, within=within) as file:
+            return path.suffix == ".gguf" and read_head(file, MAX_HEAD).is_adapter
+    except Refused:
+        return path.suffix == ".gguf"
 
 
 def _by_name(document: Mapping[str, object]) -> dict[str, Any]:
@@ -253,7 +338,8 @@ class Binding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="The adapter's files, relative to the registry; or `hf://owner/name`")
+    path: str = Field(description="The adapter's files, relative to the registry; or `hf://owner/name@revision`")
+    revision: str | None = Field(default=None, description="The branch or tag that was pulled; only a note")
     base_model: str | None = None
     digest: str | None = Field(default=None, pattern=r"^(sha256:)?[0-9a-f]{8,64}$")
     scale: float | None = Field(default=None, allow_inf_nan=False)
@@ -274,18 +360,19 @@ class Registry:
     """
 
     name = "registry"
+    settles = True
 
     def __init__(self, path: Path, hub: Hub | None, *, trusted: bool) -> None:
         self._path = path
         self._hub = hub
         self._trusted = trusted
 
-    def find(self, reference: Reference) -> Found:
+    def find(self, reference: Reference) -> tuple[Found]:
         """Find the files of a name."""
         if problem := name_problem(reference.name):
             raise NotKnown(problem)
         if found := self.get(reference.name):
-            return found
+            return (found,)
         raise NotKnown(f"it is not in {self._path}")
 
     def get(self, name: str) -> Found | None:
@@ -297,12 +384,20 @@ class Registry:
         document = self._document()
         return self._found(name, document[name]) if name in document else None
 
-    def known(self) -> Iterator[Found]:
-        """List all names whose files exist."""
-        for name, entry in self._document().items():
-            if name_problem(name) is None:
-                with contextlib.suppress(Refused):
-                    yield self._found(name, entry)
+    def known(self) -> Iterator[Found | Broken]:
+        """List all names, also those whose files do not exist."""
+        try:
+            document = self._document()
+        except Refused as error:
+            yield Broken(source=self.name, path=self._path, error=error)
+            return
+        for name, entry in document.items():
+            try:
+                if problem := name_problem(name):
+                    raise Refused(problem)
+                yield self._found(name, entry)
+            except Refused as error:
+                yield Broken(name=name, reference=name, source=self.name, path=self._path, error=error)
 
     def _document(self) -> dict[str, Any]:
         within = None if self._trusted else self._path.parent
@@ -321,14 +416,16 @@ class Registry:
     def _found(self, name: str, entry: object) -> Found:
         binding = self._binding(name, entry)
         try:
-            files = self._files(binding.path)
+            path, files = self._files(binding.path)
         except (NotKnown, OSError) as error:
             raise Refused(f"{self._path} binds it to `{binding.path[:200]}`: {_error_text(error)}") from None
         return Found(
             name=name,
             reference=name,
             source=self.name,
+            path=path,
             files=files,
+            bound=True,
             digest=binding.digest.removeprefix("sha256:") if binding.digest else None,
             scale=binding.scale,
             base_model=binding.base_model,
@@ -349,14 +446,15 @@ class Registry:
             where = ".".join(str(each) for each in first["loc"])
             raise Refused(f"{self._path} has an invalid `{where}` in `[{name}]`: {first['msg']}") from None
 
-    def _files(self, path: str) -> Files:
+    def _files(self, path: str) -> tuple[Path, Files]:
         if path.startswith(HUB):
             if self._hub is None:
                 raise Refused("only the user's registry may name a repository of Hugging Face")
-            return self._hub.find(Reference(text=path)).files
+            (found,) = self._hub.find(Reference(text=path))
+            return found.path, found.files
         folder = self._path.parent
         whole = folder / (os.path.expanduser(path) if self._trusted else path)  # noqa: PTH111 - not at its beginning only
-        return locate(whole) if self._trusted else _locate_inside(whole, folder)
+        return whole, locate(whole) if self._trusted else _locate_inside(whole, folder)
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -366,48 +464,92 @@ class Hub:
     """The cache of `huggingface_hub`, never the network: `hf://owner/name` or `hf://owner/name@revision`."""
 
     name = "hub"
+    settles = True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def find(self, reference: Reference) -> Found:
+    def find(self, reference: Reference) -> tuple[Found]:
         """Find the files of a repository."""
         if not reference.is_hub:
             raise NotKnown(f"it does not start with `{HUB}`")
-        repository, _, revision = reference.text.removeprefix(HUB).partition("@")
-        parts = repository.split("/")
-        if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
-            raise NotKnown(f"`{HUB}` must be followed by `owner/name` or `owner/name@revision`")
-        return self._found(parts[0], parts[1], revision)
+        owner, name, revision = split_repository(reference.text)
+        return (self._found(owner, name, revision),)
 
-    def known(self) -> Iterator[Found]:
-        """List all repositories that are adapters."""
+    def known(self) -> Iterator[Found | Broken]:
+        """List all repositories that are adapters, in each revision that is here."""
         for entry in self._names():
             kind, owner, *name = entry.split("--", 2)
             if kind == "models" and name and _is_hub_part(owner) and _is_hub_part(name[0]):
-                try:
-                    yield self._found(owner, name[0], "")
-                except (Refused, NotKnown, OSError):
-                    continue
+                yield from self._revisions(owner, name[0], self._folder / entry)
+
+    def _revisions(self, owner: str, name: str, folder: Path) -> Iterator[Found | Broken]:
+        shown = set()
+        for revision in ("", *_refs(folder), *_list_names(folder / "snapshots")):
+            path = folder
+            try:
+                commit = revision if COMMIT.fullmatch(revision) else _commit(folder, revision or "main")
+                path = folder / "snapshots" / commit
+                if commit in shown or not path.is_dir() or not has_adapter(path, self._folder):
+                    continue  # Most repositories are models.
+                shown.add(commit)
+                yield self._found(owner, name, revision)
+            except NotKnown:
+                continue
+            except (Refused, OSError) as error:
+                refused = error if isinstance(error, Refused) else Refused(_error_text(error))
+                text = f"{HUB}{owner}/{name}" + (f"@{revision}" if revision else "")
+                yield Broken(name=name, reference=text, source=self.name, path=path, error=refused)
 
     def _found(self, owner: str, name: str, revision: str) -> Found:
         entry = f"models--{owner}--{name}"
-        names = self._names()
-        if entry not in names:
-            raise NotKnown(f"{self._folder} does not have it; download it with `hf download {owner}/{name}`")
+        text = f"{owner}/{name}" + (f"@{revision}" if revision else "")
+        pull = f"download it with `graftage adapters pull {text}`"
+        if entry not in self._names():
+            raise NotKnown(f"{self._folder} does not have it; {pull}")
         folder = self._folder / entry
         commit = revision if COMMIT.fullmatch(revision) else _commit(folder, revision or "main")
         snapshot = folder / "snapshots" / commit
         if not snapshot.is_dir():
-            raise NotKnown(f"{self._folder} does not have its revision {revision or 'main'}")
-        text = f"{HUB}{owner}/{name}" + (f"@{revision}" if revision else "")
-        return Found(name=name, reference=text, source=self.name, files=_locate_inside(snapshot, folder))
+            raise NotKnown(f"{self._folder} does not have its revision {revision or 'main'}; {pull}")
+        files = self._located(snapshot, folder)
+        return Found(name=name, reference=f"{HUB}{text}", source=self.name, path=snapshot, files=files)
+
+    def _located(self, snapshot: Path, folder: Path) -> Files:
+        """Find the files of a snapshot: links to the repository's blobs, or to those that all repositories share."""
+        files = locate(snapshot, within=self._folder)
+        for each in (snapshot, files.weights, files.config):
+            if each is not None and all(is_outside(each, where) for where in (folder, self._folder / SHARED)):
+                raise Refused(f"`{each.name}` leads out of its folder", "Download it again.")
+        return files
 
     def _names(self) -> list[str]:
-        try:
-            return [entry.name for entry in self._folder.iterdir()]
-        except FileNotFoundError:
-            return []
+        return _list_names(self._folder)
+
+
+def _list_names(folder: Path) -> list[str]:
+    try:
+        return list_folder(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _refs(folder: Path) -> list[str]:
+    """List the branches and tags of a repository in the cache, without those that contain `/`."""
+    return [each for each in _list_names(folder / "refs") if each != "main" and _is_revision(each)]
+
+
+def split_repository(text: str) -> tuple[str, str, str]:
+    """Split `hf://owner/name@revision` into owner, name and revision, which may be empty.
+
+    Raises:
+        NotKnown: it has another form.
+    """
+    repository, _, revision = text.removeprefix(HUB).partition("@")
+    parts = repository.split("/")
+    if len(parts) != 2 or not all(map(_is_hub_part, parts)) or not _is_revision(revision or "main"):
+        raise NotKnown(f"`{HUB}` must be followed by `owner/name` or `owner/name@revision`")
+    return parts[0], parts[1], revision
 
 
 def _is_hub_part(text: str) -> bool:
@@ -422,7 +564,7 @@ def _is_revision(text: str) -> bool:
 def _commit(folder: Path, revision: str) -> str:
     path = folder / "refs" / revision
     if not path.exists():
-        raise NotKnown(f"the revision {revision} is not in the cache")
+        raise NotKnown(f"its revision {revision} is not in the cache")
     with CheckedFile(path, within=folder, limit=1024) as file:
         text = bytes(file.rest()).strip()
     commit = text.decode("ascii", "replace")

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from graftage.gguf import ALIGNMENT, ARRAY, BLOCKS, MAGIC, SCALARS, STRING, TYPES, Header, Tensor, bytes_of
+from graftage_lora._architectures import ARCHITECTURES, EMBEDDING, is_placed, no_row, why_misplaced
 from graftage_lora._files import CheckedFile, Refused
-from graftage_lora._lora import ARCHITECTURES, EMBEDDING, Array, Lora, Part, even_scale, is_placed
+from graftage_lora._lora import Array, Lora, Part, even_scale
 from graftage_lora._read import dequantize
 
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder"]
+__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
 
 STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
@@ -56,16 +57,17 @@ def encode(lora: Lora, metadata: Mapping[str, object]) -> Iterator[bytes]:
 
 
 def _check_placed(lora: Lora, metadata: Mapping[str, object]) -> None:
-    """Refuse an adapter whose modules have no known names in a model with this metadata."""
-    architecture = metadata.get("general.architecture")
-    if lora.facts.layout != "gguf" and architecture not in ARCHITECTURES:
-        raise Refused(
-            f"its modules have no known names in the architecture `{str(architecture)[:40]}`",
-            f"Supported: {', '.join(ARCHITECTURES)}; for others, convert the adapter to GGUF yourself.",
-        )
+    """Refuse an adapter whose modules have no known places in a model with this metadata."""
+    architecture = str(metadata.get("general.architecture"))
+    row = ARCHITECTURES.get(architecture)
+    if lora.facts.layout != "gguf" and row is None:
+        raise Refused(no_row(architecture))
     for part in lora.parts:
-        if not is_placed(part.tensor):
-            raise Refused(f"`{part.tensor[:120]}` is not a known module")
+        why = why_misplaced(part.module, part.tensor, row) if part.module and row else None
+        if why is None and not is_placed(part.tensor):
+            why = "is not a known module"
+        if why is not None:
+            raise Refused(f"`{(part.module or part.tensor)[:120]}` {why}")
 
 
 def _keys(lora: Lora, metadata: Mapping[str, object], alpha: float) -> dict[str, Value]:
@@ -92,7 +94,7 @@ def _halves(part: Part, rows: Array, factor: float) -> list[tuple[str, Array]]:
 # --- Atomic files ----------------------------------------------------------------------------------------------------
 
 
-def _write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+def write_atomically(out: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     """Write a file that appears under its name only once complete; leave nothing after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_stale(out)
@@ -142,7 +144,7 @@ def _keep(path: Path, data: bytes) -> Path:
             known = os.fstat(file.fileno()).st_size == len(data) and file.read(len(data)) == data
     except OSError:
         known = False
-    return path if known else _write_atomically(path, lambda file: file.write(data))
+    return path if known else write_atomically(path, lambda file: file.write(data))
 
 
 # --- Merged models ---------------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def merge(
             done += file.write(data)
         on_progress(done, total)
 
-    _write_atomically(out, fill)
+    write_atomically(out, fill)
     return out
 
 

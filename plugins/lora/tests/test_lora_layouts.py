@@ -173,7 +173,7 @@ class TestRefusals:
         file = write_gguf(place.folder / "a.gguf", place.model, pairs(place.model, modules=place.model.modules()[:1]))
         renamed = file.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight")
         file.write_bytes(renamed)
-        with pytest.raises(AdapterUnsupported, match=r"attn_z.*no known name"):
+        with pytest.raises(AdapterUnsupported, match=r"attn_z.*no certain name"):
             place.resolve(file, base=lambda: None).mlx(place.model.info())
 
     def test_changed_source_is_refused(self, place: Place) -> None:

@@ -850,6 +850,23 @@ class ProviderSuite(Adoption):
         llm.unload_adapter("any")
         assert {each.name for each in llm.models()} == names
 
+    def test_weights_change_replies(self, spy: tuple[Any, Spy]) -> None:
+        """With the feature `adapter_weights`, the same adapter acts otherwise with another weight.
+
+        If it fails: apply each adapter of `request.adapter.weights` with its factor, which multiplies its own scale.
+        """
+        llm, seen = spy
+        self.model_with(llm, "adapter_weights")
+        loaded = self._use_adapter(llm)
+        given = self.short(llm)
+        if "logprobs" in llm.capabilities().options:
+            given = {**given, "options": {**given.get("options", {}), "logprobs": True}}
+        replies = [llm.chat(PROMPT, adapter=("any", weight), **given) for weight in (1, 0.25)]
+        assert [each.adapter for each in replies] == [loaded.name, f"0.25 {loaded.name}"]
+        assert [call.request.adapter.weights[0][1] for call in seen.calls("chat")] == [1, 0.25]
+        whole, part = ((each.model, each.text, each.logprobs) for each in replies)
+        assert whole != part
+
     def test_pruning_keeps_other_models(self, llm: Any) -> None:
         """`prune_adapters` shows what it would delete, and deletes only what the provider has made.
 
@@ -865,6 +882,20 @@ class ProviderSuite(Adoption):
         assert {each.name for each in llm.prune_adapters(dry_run=False)} == shown
         assert {each.name for each in llm.models()} == before - shown
         assert canonical_name(llm.model) not in {canonical_name(each) for each in shown}
+
+    def test_warm_prompt_changes_no_reply(self, llm: Any) -> None:
+        """A prompt that was read ahead has tokens, and the replies of the base model and of an adapter stay the same.
+
+        If it fails: keep what was computed under a key of the model, the adapters with their weights, and the window.
+        """
+        self.model_with(llm, "warm")
+        choices = [None, "any"] if self.adapter and "load_adapter" in llm.capabilities().features else [None]
+        given = self.short(llm)
+        before = [llm.chat(PROMPT, adapter=each, **given).text for each in choices]
+        warmed = [llm.warm(each, PROMPT) for each in choices]
+        assert [llm.chat(PROMPT, adapter=each, **given).text for each in choices] == before
+        for each in warmed:
+            assert each.tokens is None or each.tokens >= max(1, each.cached_tokens or 0)
 
     def _use_adapter(self, llm: Any) -> Any:
         self.model_with(llm, "load_adapter")
