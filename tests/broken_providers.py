@@ -45,6 +45,7 @@ from graftage.types import (
     Ranking,
     Timeouts,
     Usage,
+    Warmed,
 )
 
 CAUGHT: dict[str, tuple[str, str]] = {}
@@ -832,6 +833,26 @@ class PrunesOthers(Local):
     async def prune_adapters(self, request: Any) -> tuple[ModelInfo, ...]:
         self._echo.derived.add("echo:latest")
         return self._prune_adapters("prune_adapters", request)
+
+
+@breaks(
+    "What was computed with one adapter, weight or window must never be used with another.",
+    "test_warm_prompt_changes_no_reply",
+)
+class WarmsForAll(EchoConnection):
+    warmed: Any = None
+
+    @hookimpl
+    async def warm(self, request: Any) -> Warmed:
+        self.warmed = request.adapter
+        return self._warm("warm", request)
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        if self.warmed is not None:
+            yield Chunk(text=f"{self.warmed.name}: ")
+        async for chunk in super().chat(request):
+            yield chunk
 
 
 @breaks("sync or async as the Graftage client is", "test_native_client_has_the_colour_of_ours")

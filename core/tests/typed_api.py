@@ -57,6 +57,7 @@ from graftage.types import (
     Step,
     Timeouts,
     Vectors,
+    Warmed,
 )
 
 
@@ -130,7 +131,11 @@ def sync_host(streamed: bool) -> None:
         assert_type(llm.ensure(policy="never"), ModelInfo)
         assert_type(llm.use_adapter("a", on_missing="base"), LoadedAdapter | None)
         assert_type(llm.resolve_adapter("a"), Adapter)
-        assert_type(llm.adapters(), tuple[AdapterInfo, ...])
+        assert_type(llm.adapters(model="m"), tuple[AdapterInfo, ...])
+        assert_type(llm.pull_adapter("owner/name", name="a", overwrite=True), AdapterInfo)
+        view = llm.bind(model="m", adapter=["a", ("b", 0.5)], options={"seed": 1}, tools=[look_up], format=City)
+        assert_type(view, graftage.Client)
+        assert_type(view.warm("a", [{"role": "system", "content": "x"}], context_window=4096), Warmed)
         assert_type(llm.prune_adapters(older_than=3.0), tuple[ModelInfo, ...])
         assert_type(llm.capabilities(), Capabilities)
         assert_type(llm.stats(), Stats)
@@ -143,6 +148,8 @@ def sync_host(streamed: bool) -> None:
         llm.embed("x", purpose="search")  # type: ignore[arg-type] # unknown purpose
         llm.delete()  # type: ignore[call-arg] # the name is required
         llm.health("well")  # type: ignore[arg-type] # unknown level
+        llm.bind(max_token=1)  # type: ignore[call-arg] # misspelt argument
+        llm.bind(images=[])  # type: ignore[call-arg] # not the same for many calls
 
 
 async def async_host() -> None:

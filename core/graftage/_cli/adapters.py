@@ -219,7 +219,7 @@ def load_adapter(
 @app.command("warm")
 def warm_adapters(
     references: Annotated[
-        list[str], typer.Argument(metavar="NAME[=WEIGHT]...", help="Names, paths or other references of adapters.")
+        list[str], typer.Argument(metavar="NAME[=WEIGHT]", help="Names, paths or other references of adapters.")
     ],
     *,
     model: options.Model = None,
@@ -272,10 +272,11 @@ def _system_message(system: str | None, file: Path | None) -> list[dict[str, str
 
 def _how_warm(warmed: "Warmed") -> str:
     """Say what was read, what did not have to be read again, and what is kept on the disk."""
-    tokens = "the prompt" if warmed.tokens is None else f"{warmed.tokens} tokens"
-    kept = f", {warmed.cached_tokens} of them from an earlier reading" if warmed.cached_tokens else ""
+    count = warmed.tokens
+    tokens = "the prompt" if count is None else f"{count} token{'' if count == 1 else 's'}"
+    kept = f" ({warmed.cached_tokens} kept from before)" if warmed.cached_tokens else ""
     saved = f"; {show.size(warmed.saved)} saved on the disk" if warmed.saved is not None else ""
-    return f"loaded, with {tokens} read{kept}{saved}"
+    return f"loaded, with {tokens} read ahead{kept}{saved}"
 
 
 def _what_stays(client: "Client", *, read: bool) -> str:

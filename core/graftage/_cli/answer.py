@@ -146,6 +146,7 @@ def _reply_data(reply: "Reply") -> dict[str, Any]:
         "model": reply.model,
         "provider": reply.provider,
         "adapter": reply.adapter,
+        "adapter_digest": reply.adapter_digest,
         "finish_reason": reply.finish_reason,
         "usage": asdict(reply.usage),
         "timings": asdict(reply.timings),

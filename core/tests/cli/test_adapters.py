@@ -236,15 +236,15 @@ class TestWarm:
         done = shell.run("adapters", "warm", "compatible", "unknown=0.5", "--system-file", "system.txt")
         assert done.code == 0
         assert done.out.splitlines() == [
-            "compatible is loaded, with 5 tokens read.",
-            "unknown=0.5 is loaded, with 5 tokens read.",
+            "compatible is loaded, with 5 tokens read ahead.",
+            "unknown=0.5 is loaded, with 5 tokens read ahead.",
         ]
         assert "The server keeps that until it needs the memory" in done.err
 
     def test_embedded_one_says_what_stays(self, shell: Shell) -> None:
         shell.install(WARMER % "embedded")
         done = shell.run("adapters", "warm", "compatible", "--system", "You are nice.", "--context-window", "4096")
-        read = "compatible is loaded, with 3 tokens read, 1 of them from an earlier reading; 26.6 MB saved on the disk."
+        read = "compatible is loaded, with 3 tokens read ahead (1 kept from before); 26.6 MB saved on the disk."
         assert done.out == f"{read}\n"
         assert "warning: window 4096\n" in done.err
         assert "What stays is on the disk: the converted adapters and the saved prompts" in done.err
@@ -258,7 +258,7 @@ class TestWarm:
     def test_failure_stops_no_other(self, shell: Shell) -> None:
         shell.install("it = Echo()")
         done = shell.run("adapters", "warm", "incompatible", "compatible", "--system", "Hi")
-        assert (done.code, done.out) == (1, "compatible is loaded, with 1 tokens read.\n")
+        assert (done.code, done.out) == (1, "compatible is loaded, with 1 token read ahead.\n")
         assert done.err.startswith("error: The adapter `incompatible` does not fit")
         alone = shell.run("adapters", "warm", "nobody")
         assert (alone.code, alone.out, "keeps" in alone.err) == (1, "", False)

@@ -132,6 +132,9 @@ class EngineTransport:
         try:
             body = _with_adapters(request, lease)
             job.place = await self._place(body, job, lease, clock) if body is not None else None
+            if body is not None and job.place is not None:
+                await job.place.restore(body["lora"])
+                body["cache_prompt"] = job.place.use.reuse
             clock.enter("connect")
             wire = _wire_request(request, lease, request.body if body is None else json.dumps(body).encode())
             return _LeasedResponse(await self._network.send(wire, clock), lease, job.call, job.place)
@@ -140,13 +143,14 @@ class EngineTransport:
             lease.end()
             if ended is None:
                 raise
-            raise _ended_error(ended, lease.process) from error
+            broken = job.place is not None and job.place.broken
+            raise _ended_error(ended, lease.process, retryable=lease.process.was_killed or broken) from error
         except BaseException:
             lease.end()
             raise
 
     async def _place(self, body: dict[str, Any], job: Job, lease: Lease, clock: Clock) -> Place | None:
-        """Restore what is saved of a prompt; return where it is saved, or None if it has no place there."""
+        """Return where a prompt is saved; None if it is not and cannot be."""
         use, keep = lease.use, body.pop("keep", None)
         if use is None or use.scales is None or job.states is None or not (keep or job.states.folder.exists()):
             return None
@@ -158,10 +162,7 @@ class EngineTransport:
         if not text:
             return None
         use.rendered = text
-        place = Place(states=job.states, key=key, use=use, keep=bool(keep), post=post, run=job.call.run)
-        await place.restore(body["lora"])
-        body["cache_prompt"] = use.reuse
-        return place
+        return Place(states=job.states, key=key, use=use, keep=bool(keep), post=post, run=job.call.run)
 
     async def _post(self, lease: Lease, clock: Clock, path: str, body: Mapping[str, object]) -> Mapping[str, Any]:
         """Send JSON to the engine, and return its answer; empty if it refused."""
@@ -289,11 +290,11 @@ def _with_adapters(request: Request, lease: Lease) -> dict[str, Any] | None:
     return found
 
 
-def _ended_error(how: str, process: Process) -> ConnectionFailed:
+def _ended_error(how: str, process: Process, *, retryable: bool) -> ConnectionFailed:
     """Return the error for an engine that ended before it answered."""
     return ConnectionFailed(
         f"The engine {how} before it answered.",
-        retryable=process.was_killed,
+        retryable=retryable,
         hint=process.hint_after_exit,
         details={"cause": "engine", "engine_stderr": process.stderr_tail()},
     )

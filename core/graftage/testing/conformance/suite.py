@@ -883,6 +883,20 @@ class ProviderSuite(Adoption):
         assert {each.name for each in llm.models()} == before - shown
         assert canonical_name(llm.model) not in {canonical_name(each) for each in shown}
 
+    def test_warm_prompt_changes_no_reply(self, llm: Any) -> None:
+        """A prompt that was read ahead has tokens, and the replies of the base model and of an adapter stay the same.
+
+        If it fails: keep what was computed under a key of the model, the adapters with their weights, and the window.
+        """
+        self.model_with(llm, "warm")
+        choices = [None, "any"] if self.adapter and "load_adapter" in llm.capabilities().features else [None]
+        given = self.short(llm)
+        before = [llm.chat(PROMPT, adapter=each, **given).text for each in choices]
+        warmed = [llm.warm(each, PROMPT) for each in choices]
+        assert [llm.chat(PROMPT, adapter=each, **given).text for each in choices] == before
+        for each in warmed:
+            assert each.tokens is None or each.tokens >= max(1, each.cached_tokens or 0)
+
     def _use_adapter(self, llm: Any) -> Any:
         self.model_with(llm, "load_adapter")
         if self.adapter is None:
