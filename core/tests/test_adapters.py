@@ -549,7 +549,7 @@ class TestOthers:
         plugin = shelf(*names, same=Patch("same", content="last"), based=lambda request: request.base() and Patch("b"))
         plugin.patches.update(unfit)
         echo, odd = Echo(), Shelf(name="odd")
-        odd.list_adapters = hookimpl(lambda: [5])  # type: ignore[method-assign]
+        odd.list_adapters = hookimpl(lambda: [5])  # type: ignore[assignment]
         llm = both.opened(echo, model=MODEL, plugins=[BrokenShelf(name="broken"), odd, plugin])
         for name in ("three", "two", "last"):
             llm.chat("x", adapter=name)
