@@ -107,7 +107,7 @@ UNEXPECTED: Final = {
 class Entry(NamedTuple):
     """A tensor of a safetensors file, not yet checked or converted."""
 
-    kind: object
+    kind: str
     shape: list[int]
     start: int
     end: int
@@ -150,8 +150,10 @@ def _read_safetensors(file: CheckedFile, config: Config, *, leave_out_vision: bo
 
 
 def _left_out(modules: Mapping[str, str]) -> tuple[str, ...]:
+    if not modules:
+        return ()
     towers = " and ".join(sorted(set(modules.values())))
-    return (f"{len(modules)} modules of {towers} are left out: only the language model is changed.",) if modules else ()
+    return (f"Modules of {towers} are left out ({len(modules)}): only the language model is changed.",)
 
 
 def _peft_half(name: str) -> tuple[str, str, bool]:
@@ -232,18 +234,20 @@ def _check_entry(name: str, entry: object) -> Entry:
         raise Refused(f"{label} has a name of {len(name)} characters; at most {MAX_NAME} are allowed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(f"{label} must have exactly dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str):
+        raise Refused(f"{label} has the invalid type {str(kind)[:20]}")
     if not _are_integers(shape):
         raise Refused(f"{label} has the invalid shape {str(shape)[:60]}")
     if not _are_integers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
         raise Refused(f"{label} has the invalid data_offsets {str(offsets)[:60]}")
-    return Entry(entry["dtype"], shape, *offsets)
+    return Entry(kind, shape, *offsets)
 
 
 def _entry_array(name: str, entry: Entry, data: memoryview) -> Array:
     label, kind, shape = f"the tensor `{name[:120]}`", entry.kind, entry.shape
-    if not isinstance(kind, str) or kind not in FLOATS:
-        raise Refused(f"{label} has the type {str(kind)[:20]}; it must be F32, F16 or BF16")
+    if kind not in FLOATS:
+        raise Refused(f"{label} has the type {kind[:20]}; it must be F32, F16 or BF16")
     if len(shape) != 2 or not all(1 <= side < MAX_SIDE for side in shape):
         raise Refused(f"{label} has the shape {str(shape)[:60]}; it must have two sides of at least 1", UNGATHERED)
     if shape[0] * shape[1] * np.dtype(FLOATS[kind]).itemsize != entry.end - entry.start:

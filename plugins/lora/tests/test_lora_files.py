@@ -94,7 +94,7 @@ class TestUntouched:
         found = place.resolve(folder, leave_out_vision=True)
         assert found.digest == plain.digest
         assert found.verdict.warnings == (
-            "1 modules of the vision tower are left out: only the language model is changed.",
+            "Modules of the vision tower are left out (1): only the language model is changed.",
         )
 
 

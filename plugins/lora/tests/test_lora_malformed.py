@@ -110,6 +110,8 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
     "a weight of the base": ("whole weight", safetensors({A: GOOD[A], f"{MODULE}.base_layer.weight": GOOD[B]})),
     "a weight of the base in another shape": ("but its halves", safetensors(
         {**GOOD, f"{MODULE}.base_layer.weight": entry([2, 4], 64, 96)}, DATA + DATA[:32])),
+    "a weight of the base whose type is a list": ("invalid type", safetensors(
+        {**GOOD, f"{MODULE}.base_layer.weight": entry([4, 4], 64, 96, ["F32"])}, DATA + DATA[:32])),
     "a whole output": ("vocabulary", safetensors({**GOOD, "lm_head.weight": entry([2, 4], 64, 96)}, DATA + DATA[:32])),
     "a whole embedding of no type": ("vocabulary", safetensors(
         {**GOOD, "model.embed_tokens.weight": entry([2, 4], 64, 96, "X9")}, DATA + DATA[:32])),
