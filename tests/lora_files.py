@@ -177,8 +177,20 @@ def neighbours(rows: Array, heads: int) -> Array:
 # --- A forward pass --------------------------------------------------------------------------------------------------
 
 
-def logits(model: Model, weights: Mapping[str, Array], tokens: list[int], *, side_by_side: bool) -> npt.NDArray[Any]:
-    """Return the logits of a llama, in F64. Weights have GGUF names; `side_by_side` is their order of rotary pairs."""
+def logits(
+    model: Model,
+    weights: Mapping[str, Array],
+    tokens: list[int],
+    *,
+    side_by_side: bool,
+    until: int = 0,
+    before: Mapping[str, Array] | None = None,
+) -> npt.NDArray[Any]:
+    """Return the logits of a llama, in F64. Weights have GGUF names; `side_by_side` is their order of rotary pairs.
+
+    The modules of tokens until a place have the weights `before`.
+    """
+    earlier = {name: np.asarray(data, np.float64) for name, data in (before or {}).items()}
     held = {name: np.asarray(data, np.float64) for name, data in weights.items()}
     x = held["token_embd.weight"][tokens]
     for layer in range(model.layers):
@@ -187,10 +199,17 @@ def logits(model: Model, weights: Mapping[str, Array], tokens: list[int], *, sid
             for name, data in held.items()
             if name.startswith(f"blk.{layer}.")
         }
-        x = x + _attention(model, own, _normed(x, own["attn_norm"]), side_by_side=side_by_side)
+
+        def times(x: Array, name: str, layer: int = layer, own: Mapping[str, Array] = own) -> Array:
+            out = x @ own[name].T
+            if until:
+                out[:until] = x[:until] @ earlier[f"blk.{layer}.{name}.weight"].T
+            return out
+
+        x = x + _attention(model, times, _normed(x, own["attn_norm"]), side_by_side=side_by_side)
         y = _normed(x, own["ffn_norm"])
-        gate = y @ own["ffn_gate"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ own["ffn_up"].T)) @ own["ffn_down"].T
+        gate = times(y, "ffn_gate")
+        x = x + times(gate / (1 + np.exp(-gate)) * times(y, "ffn_up"), "ffn_down")
     answers: npt.NDArray[Any] = _normed(x, held["output_norm.weight"]) @ held["output.weight"].T
     return answers
 
@@ -199,10 +218,10 @@ def _normed(x: Array, weight: Array) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
 
 
-def _attention(model: Model, own: Mapping[str, Array], x: Array, *, side_by_side: bool) -> Array:
+def _attention(model: Model, times: Callable[[Array, str], Array], x: Array, *, side_by_side: bool) -> Array:
     count = len(x)
     q, k, v = (
-        (x @ own[name].T).reshape(count, heads, model.width)
+        times(x, name).reshape(count, heads, model.width)
         for name, heads in (("attn_q", model.heads), ("attn_k", model.shared), ("attn_v", model.shared))
     )
     q, k = (_turned(each, side_by_side=side_by_side) for each in (q, k))
@@ -211,7 +230,7 @@ def _attention(model: Model, own: Mapping[str, Array], x: Array, *, side_by_side
     scores = np.where(np.tril(np.ones((count, count), bool)), scores, -np.inf)
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
-    return np.einsum("hij,jhd->ihd", scores, v).reshape(count, -1) @ own["attn_output"].T
+    return times(np.einsum("hij,jhd->ihd", scores, v).reshape(count, -1), "attn_output")
 
 
 def _turned(x: Array, *, side_by_side: bool) -> Array:

@@ -90,9 +90,15 @@ def answer(question: str, adapter: str | None, count: int) -> str:
     return "".join(_letter(number) for number in tokens[begin:])
 
 
-def first_letters(adapters: Mapping[str, float], system: str = SYSTEM_PROMPT) -> dict[str, float]:
-    """Return the log-probability of each first letter after the question, in F64, with weighted adapters."""
-    found = logits(MODEL, _merged(adapters), _prompt(system, QUESTION), side_by_side=True)[-1]
+def first_letters(
+    adapters: Mapping[str, float], system: str = SYSTEM_PROMPT, question: str = QUESTION, *, until: int = 0
+) -> dict[str, float]:
+    """Return the log-probability of each first letter after a question, in F64.
+
+    The weighted adapters do not act on the letters until a place of the prompt.
+    """
+    tokens = _prompt(system, question)
+    found = logits(MODEL, _merged(adapters), tokens, side_by_side=True, until=until, before=_merged({}))[-1]
     found = found - np.log(np.exp(found).sum())
     return {_letter(number): float(each) for number, each in enumerate(found)}
 
@@ -107,6 +113,11 @@ def _merged(adapters: Mapping[str, float]) -> dict[str, Any]:
 
 def _prompt(system: str, question: str) -> list[int]:
     return [*_said("system", system), *_said("user", question), TOKENS.index(START), *_spelt("assistant\n")]
+
+
+def place_of(letters: str, question: str) -> int:
+    """Return the place of letters of a question in its prompt."""
+    return len(_said("system", SYSTEM_PROMPT)) + len([START, *"user\n"]) + question.rindex(letters)
 
 
 def _letter(number: int) -> str:

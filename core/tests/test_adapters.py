@@ -444,6 +444,26 @@ class TestLost:
         assert first.call is second.call
         assert (first.messages, first.max_tokens) == (second.messages, 7)
 
+    def test_evicted_ones_are_loaded_again(self, both: Any) -> None:
+        class Small(Echo):
+            """A provider with room for two adapters."""
+
+            room: tuple[str, ...] = ()
+
+            def note(self, hook: str, request: Any) -> None:
+                super().note(hook, request)
+                if hook == "load_adapter":
+                    self.room = (*self.room, request.adapter.digest)[-2:]
+                elif hook == "chat" and not {each.digest for each, _ in request.adapter.weights} <= {*self.room}:
+                    raise lost()
+
+        echo = Small(adapter_weights=True)
+        llm = both.connect(echo, model=MODEL, plugins=[shelf("one", "two", "three")])
+        turns: list[Any] = ["one", "two", "three", ["one", "two"], "three", ["three", ("one", 2)], "two"] * 2
+        models = ["one", "two", "three", "one+two", "three", "three+2*one", "two"] * 2
+        assert [llm.chat("x", adapter=each).model for each in turns] == [f"{MODEL}+{each}" for each in models]
+        assert llm.stats().failures == 0
+
     @pytest.mark.parametrize("kind", [PlainEcho, LoopedEcho])
     def test_is_loaded_again_on_other_threads(self, both: Any, kind: Any) -> None:
         echo = kind([lost(), "a b"])
@@ -549,7 +569,7 @@ class TestOthers:
         plugin = shelf(*names, same=Patch("same", content="last"), based=lambda request: request.base() and Patch("b"))
         plugin.patches.update(unfit)
         echo, odd = Echo(), Shelf(name="odd")
-        odd.list_adapters = hookimpl(lambda: [5])  # type: ignore[method-assign]
+        odd.list_adapters = hookimpl(lambda: [5])  # type: ignore[assignment]
         llm = both.opened(echo, model=MODEL, plugins=[BrokenShelf(name="broken"), odd, plugin])
         for name in ("three", "two", "last"):
             llm.chat("x", adapter=name)
@@ -571,16 +591,19 @@ class TestOthers:
 
 
 class TestMany:
-    def test_each_reply_is_of_its_own(self, both: Any) -> None:
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_each_reply_is_of_its_own(self, both: Any, weighted: bool) -> None:
         mixes: list[Any] = [None, "one", "two", ("three", 0.5), ["one", "two"], ["one", ("two", 0.5)], [("two", -1)]]
-        models = ["", "+one", "+two", "+0.5*three", "+one+two", "+one+0.5*two", "+-1*two"]
-        echo = Echo(adapter_weights=True)
-        llm = both.connect(echo, model=MODEL, plugins=[shelf("one", "two", "three")])
+        ways = ["", "+one", "+two", "+0.5*three", "+one+two", "+one+0.5*two", "+-1*two"]
+        if not weighted:
+            ways[3:] = [f"+mix of {each}" for each in ("0.5 three", "1 one and 1 two", "1 one and 0.5 two", "-1 two")]
+        echo = Echo(adapter_weights=weighted)
+        llm = both.connect(echo, model=MODEL, plugins=[Shelf({each: Scion(each) for each in ("one", "two", "three")})])
         order = [place % len(mixes) for place in range(300)]
         replies = both.together([partial(llm.chat, f"prompt {place}", adapter=mixes[place]) for place in order])
-        assert [each.model for each in replies] == [MODEL + models[place] for place in order]
+        assert [each.model for each in replies] == [MODEL + ways[place] for place in order]
         assert [each.text for each in replies] == [f"prompt {place}" for place in order]
-        assert sorted(each.adapter.name for each in loads(echo)) == ["one", "three", "two"]
+        assert len(loads(echo)) == (3 if weighted else 6)
 
 
 class TestSwitch:

@@ -8,7 +8,7 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -68,6 +68,7 @@ class Resolver:
         self.settings = settings
         self._sources = chain(settings)
         self._read: OrderedDict[object, tuple[Facts, str]] = OrderedDict()
+        self._judged: OrderedDict[object, tuple[Facts, ModelInfo | None, Verdict]] = OrderedDict()
         self._lock = threading.Lock()
 
     def resolve(self, request: ResolveRequest) -> Adapter:
@@ -129,7 +130,7 @@ class Resolver:
                 digest=digest if is_lasting(facts, base) else None,
                 size=found.files.weights.stat().st_size,
                 rank=Counter(each.rank for each in facts.shapes).most_common(1)[0][0],
-                verdict=judge(facts, base, meant_for=found.base_model),
+                verdict=self._verdict(facts, base, found.base_model),
             )
         except (Refused, OSError) as error:
             info = replace(info, problem=_problem(error))
@@ -203,7 +204,7 @@ class Resolver:
             name=found.name,
             digest=digest,
             scale=facts.scale,
-            verdict=judge(facts, base, meant_for=found.base_model),
+            verdict=self._verdict(facts, base, found.base_model),
             facts=facts,
             files=found.files,
             settings=self.settings,
@@ -229,6 +230,18 @@ class Resolver:
             while len(self._read) > REMEMBERED:
                 self._read.popitem(last=False)
             return self._read[key]
+
+    def _verdict(self, facts: Facts, base: ModelInfo | None, meant_for: str | None) -> Verdict:
+        """Judge an adapter once for all calls that use it: that takes longer than all else in a call."""
+        key = (id(facts), id(base), meant_for)
+        known = self._judged.get(key)
+        if known is None:
+            # With the objects, so that no others get their identities.
+            known = self._judged[key] = facts, base, judge(facts, base, meant_for=meant_for)
+            while len(self._judged) > REMEMBERED:
+                with suppress(KeyError):
+                    self._judged.popitem(last=False)
+        return known[2]
 
     def _from_server(self, reference: Reference, request: ResolveRequest, reasons: list[str]) -> ServedAdapter:
         """Look for a model of the server that already contains an adapter."""

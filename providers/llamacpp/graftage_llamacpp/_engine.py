@@ -104,14 +104,15 @@ class Job:
     place: Place | None = None
     """Where the prompt of its last request is saved."""
 
-    async def take(self, deadline: float) -> Lease:
-        """Wait for the right to send a request.
+    async def take(self, deadline: float, *, slot: bool = False) -> Lease:
+        """Wait for the right to send a request, which may need a slot.
 
         Raises:
             ProviderTimeout: the engine was not free in time.
             ModelLoadFailed: it could not be started.
         """
-        self.lease = cast("Lease", await self.engine.grant(self.need, self.call, deadline))
+        need = replace(self.need, slot=slot)
+        self.lease = cast("Lease", await self.engine.grant(need, self.call, deadline))
         return self.lease
 
 
@@ -126,10 +127,14 @@ class EngineTransport:
         """Wait for the engine, send it a request, and wait for the head of its response."""
         job = cast("Job", request.context["job"])
         clock.enter("first_token")
-        lease = await job.take(time.monotonic() + clock.left() - MARGIN)
+        slot = request.target in (CHAT, COMPLETIONS)
+        lease = await job.take(time.monotonic() + clock.left() - MARGIN, slot=slot)
         try:
             body = _with_adapters(request, lease)
             job.place = await self._place(body, job, lease, clock) if body is not None else None
+            if body is not None and job.place is not None:
+                await job.place.restore(body["lora"])
+                body["cache_prompt"] = job.place.use.reuse
             clock.enter("connect")
             wire = _wire_request(request, lease, request.body if body is None else json.dumps(body).encode())
             return _LeasedResponse(await self._network.send(wire, clock), lease, job.call, job.place)
@@ -138,13 +143,14 @@ class EngineTransport:
             lease.end()
             if ended is None:
                 raise
-            raise _ended_error(ended, lease.process) from error
+            broken = job.place is not None and job.place.broken
+            raise _ended_error(ended, lease.process, retryable=lease.process.was_killed or broken) from error
         except BaseException:
             lease.end()
             raise
 
     async def _place(self, body: dict[str, Any], job: Job, lease: Lease, clock: Clock) -> Place | None:
-        """Restore what is saved of a prompt; return where it is saved, or None if it has no place there."""
+        """Return where a prompt is saved; None if it is not and cannot be."""
         use, keep = lease.use, body.pop("keep", None)
         if use is None or use.scales is None or job.states is None or not (keep or job.states.folder.exists()):
             return None
@@ -156,10 +162,7 @@ class EngineTransport:
         if not text:
             return None
         use.rendered = text
-        place = Place(states=job.states, key=key, use=use, keep=bool(keep), post=post, run=job.call.run)
-        await place.restore(body["lora"])
-        body["cache_prompt"] = use.reuse
-        return place
+        return Place(states=job.states, key=key, use=use, keep=bool(keep), post=post, run=job.call.run)
 
     async def _post(self, lease: Lease, clock: Clock, path: str, body: Mapping[str, object]) -> Mapping[str, Any]:
         """Send JSON to the engine, and return its answer; empty if it refused."""
@@ -202,10 +205,10 @@ class _LeasedResponse:
         # Status and comments may come before the prompt is read: the reply begins with its first choice.
         if not self._begun and b'"choices"' in piece:
             self._begun = True
-            if self._lease.use is not None:
-                self._lease.use.answered()
             if self._place is not None and self._place.keep:
                 await self._place.save()
+            if self._lease.use is not None:
+                self._lease.answered()
         return piece
 
     def _cut_progress(self, piece: bytes) -> bytes:
@@ -287,11 +290,11 @@ def _with_adapters(request: Request, lease: Lease) -> dict[str, Any] | None:
     return found
 
 
-def _ended_error(how: str, process: Process) -> ConnectionFailed:
+def _ended_error(how: str, process: Process, *, retryable: bool) -> ConnectionFailed:
     """Return the error for an engine that ended before it answered."""
     return ConnectionFailed(
         f"The engine {how} before it answered.",
-        retryable=process.was_killed,
+        retryable=retryable,
         hint=process.hint_after_exit,
         details={"cause": "engine", "engine_stderr": process.stderr_tail()},
     )
@@ -316,6 +319,8 @@ class Need:
     adapter_bytes: int = 0
     """The room for all adapters. Those that must be loaded may exceed it."""
     keep_alive: float | None = None
+    slot: bool = False
+    """Whether it needs a slot of which the last request has been answered."""
     stop: bool = False
     """Whether to end the engine instead, once it is idle."""
     future: Future[Lease | None] = field(default_factory=Future, init=False)
@@ -335,7 +340,15 @@ class Lease:
     keep_alive: float | None = None
     use: SlotUse | None = None
     """The use of a slot, while adapters are loaded."""
+    reading: bool = False
+    """Whether its slot waits for the beginning of the reply."""
     _ended: bool = False
+
+    def answered(self) -> None:
+        """Note that the reply has begun: the engine has read the prompt, and another request may wait for the slot."""
+        if self.use is not None:
+            self.use.answered()
+        self.engine.answered(self)
 
     def end(self) -> None:
         """Give the lease back. A second call does nothing."""
@@ -365,6 +378,8 @@ class Engine:
         """How often a child was started."""
         self._waiting: deque[Need] = deque()
         self._running = 0
+        self._reading = 0
+        """Leases whose slot waits for the beginning of a reply."""
         self._busy = False
         self._closed = False
         self._timer: threading.Timer | None = None
@@ -402,6 +417,12 @@ class Engine:
         phase: Phase = "total" if deadline >= call.deadline - 2 * MARGIN else "first_token"
         if not self._running:
             return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the time limit.")
+        if self._reading >= self.launch.slots:
+            return ProviderTimeout(
+                "No slot was free in time.",
+                phase=phase,
+                hint="Raise the setting `slots` or the time limit, or ask less at once.",
+            )
         return ProviderTimeout(
             f"The engine could not be restarted or ended in time: {self._running} requests still use it.",
             phase=phase,
@@ -429,10 +450,19 @@ class Engine:
             future.add_done_callback(give_back)
         self._grant_next()
 
+    def answered(self, lease: Lease) -> None:
+        """Let the next request have a slot."""
+        with self._lock:
+            self._reading -= lease.reading
+            lease.reading = False
+        self._grant_next()
+
     def give_back(self, lease: Lease) -> None:
         """End one request."""
         with self._lock:
             self._running -= 1
+            self._reading -= lease.reading
+            lease.reading = False
             self._start_idle_timer(lease.keep_alive)
         self._grant_next()
 
@@ -470,16 +500,19 @@ class Engine:
         """Grant all possible leases, and restart the engine if the next request needs that."""
         granted: list[tuple[Need, Lease]] = []
         with self._lock:
-            while self._waiting and not self._busy:
-                need = self._waiting[0]
+            for need in [*self._waiting]:
+                if self._busy:
+                    break
                 if need.future.cancelled():
-                    self._waiting.popleft()
+                    self._waiting.remove(need)
                 elif not need.stop and (process := self._fitting_process(need)) is not None:
-                    self._waiting.popleft()
+                    if need.slot and self._reading >= self.launch.slots:
+                        continue
+                    self._waiting.remove(need)
                     if need.future.set_running_or_notify_cancel():
                         granted.append((need, self._lease(need, process)))
                 elif self._running == 0:
-                    self._waiting.popleft()
+                    self._waiting.remove(need)
                     if need.future.set_running_or_notify_cancel():
                         self._busy = True
                         threading.Thread(
@@ -505,10 +538,13 @@ class Engine:
 
     def _lease(self, need: Need, process: Process, load: float | None = None, notes: tuple[str, ...] = ()) -> Lease:
         self._running += 1
+        self._reading += need.slot
         self._cancel_timer()
         for each in need.adapters:
             self.adapters[each.digest] = self.adapters.pop(each.digest, each)
-        return Lease(engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive)
+        return Lease(
+            engine=self, process=process, load=load, notes=notes, keep_alive=need.keep_alive, reading=need.slot
+        )
 
     def _restart(self, need: Need) -> None:
         """End the child that does not fit, and start one that does. Runs on its own thread, one at a time."""

@@ -419,13 +419,20 @@ class _Slot:
     made_with: Scales | None = None
     """The scales that made all of the cache; None if unknown."""
     running: list[Scales | None] = field(default_factory=list)
-    """The scales of running and sent requests, which the engine may run in any order."""
+    """The scales of its requests. The engine has begun to answer all but the last one."""
+    reading: int = 0
+    """The turn of the request that waits for the beginning of its reply; 0 if none does."""
     text: Sequence[Any] = ()
     """The messages or the prompt of the last request."""
     rendered: str = ""
     """The whole prompt that made the cache; empty if unknown."""
     turn: int = 0
     """When the slot was last taken."""
+
+    def answered(self, turn: int) -> None:
+        """Note that a request no longer waits for its reply."""
+        if self.reading == turn:
+            self.reading = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -438,7 +445,7 @@ class SlotUse:
     reuse: bool = False
     """Whether the request may use the cache."""
     turn: int = 0
-    """When the slot was taken; 0 if other requests ran in it."""
+    """When the slot was taken."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Adapters of the request, by digest."""
     rendered: str = ""
@@ -458,7 +465,7 @@ class SlotUse:
 
     @property
     def alone(self) -> bool:
-        """Whether no other request has been in the slot since this one found it idle."""
+        """Whether no other request has come to the slot after this one."""
         return self.turn == self.slots[0].turn
 
     @property
@@ -477,11 +484,12 @@ class SlotUse:
         self.reuse, self.saved = True, tokens
 
     def answered(self) -> None:
-        """Note that the engine has read the prompt: the cache is this request's if the slot has no other."""
+        """Note that the engine has read the prompt: the cache is that of this request."""
         with self.of.lock:
             for slot in self.slots:
-                if all(each == self.scales for each in slot.running):
+                if self.alone:
                     slot.made_with, slot.rendered = self.scales, self.rendered
+                slot.answered(self.turn)
 
     def distrust(self) -> None:
         """Note that the cache may be wrong, so that the next request reads its whole prompt."""
@@ -494,6 +502,7 @@ class SlotUse:
         with self.of.lock:
             for slot in self.slots:
                 slot.running.remove(self.scales)
+                slot.answered(self.turn)
 
 
 class Slots:
@@ -510,6 +519,7 @@ class Slots:
             slot = min(
                 self._slots,
                 key=lambda each: (
+                    each.reading > 0,
                     len(each.running),
                     -common_prefix(each.text, text) if each.made_with == scales else 0,
                     each.turn,
@@ -518,7 +528,9 @@ class Slots:
             slot.text = text
             # Without any adapter, all caches were made with the base.
             reuse = scales is not None and (slot.made_with == scales or not scales)
-            return self._enter([slot], scales, reuse=reuse)
+            use = self._enter([slot], scales, reuse=reuse)
+            slot.reading = use.turn
+            return use
 
     def take_any(self) -> SlotUse:
         """Let the engine choose. It does not report the slot, so every cache is unknown afterwards."""
@@ -526,14 +538,14 @@ class Slots:
             return self._enter(self._slots, None, reuse=False)
 
     def _enter(self, slots: Sequence[_Slot], scales: Scales | None, *, reuse: bool) -> SlotUse:
-        turn, idle = next(self._turns), not slots[0].running
+        turn = next(self._turns)
         for slot in slots:
             slot.running.append(scales)
             slot.turn = turn
             if not reuse:
                 # If the request fails, the old cache may remain.
                 slot.made_with, slot.rendered = None, ""
-        return SlotUse(self, slots, scales, reuse, turn if idle else 0)
+        return SlotUse(self, slots, scales, reuse, turn)
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:

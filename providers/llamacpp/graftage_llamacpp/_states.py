@@ -106,10 +106,13 @@ class State(BaseModel):
     digest: str
     length: int = Field(gt=0)
     """Characters of the text."""
-    marks: tuple[str, ...] = Field(strict=False)
+    marks: tuple[str, ...] = Field(strict=False, min_length=1)
     """Hashes of the text's first 512 characters, first 1024, and so on; the last one is of the whole text."""
-    name: str = ""
-    """Name of the file. It is set when the note is read, never taken from it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return f"{self.key}-{self.marks[-1]}{SUFFIX}"
 
     def matching(self, text: str) -> int:
         """Count the characters that a text has in common with the saved one, in steps."""
@@ -147,8 +150,8 @@ class States:
             try:
                 if _is_ours(path) and _is_ours(path.with_suffix("")):
                     state = State.model_validate_json(path.read_bytes())
-                    if state.key == key:
-                        yield state.model_copy(update={"name": path.stem})
+                    if state.name == path.stem:
+                        yield state
             except (OSError, ValueError):
                 self._delete(path.stem)
 
@@ -200,13 +203,12 @@ class States:
         marks = tuple(_marks(text))
         size = path.stat().st_size
         state = State(key=key, tokens=tokens, size=size, digest=digest, length=len(text), marks=marks)
-        name = f"{key}-{marks[-1]}{SUFFIX}"
         note = self.folder / f"{part}.json"
         note.touch(0o600)
-        note.write_text(state.model_dump_json(exclude={"name"}), encoding="utf-8")
-        path.replace(self.folder / name)
-        note.replace(self.folder / f"{name}.json")
-        self.prune(name)
+        note.write_text(state.model_dump_json(), encoding="utf-8")
+        path.replace(self.folder / state.name)
+        note.replace(self.folder / f"{state.name}.json")
+        self.prune(state.name)
 
     def prune(self, kept: str = "") -> None:
         """Delete what is beyond the limit, except one, and what was left behind."""
@@ -251,6 +253,8 @@ class Place:
     """Bytes of the saved prompt; None if it is not saved."""
     problem: str = ""
     """Why it was not saved."""
+    broken: bool = False
+    """Whether the engine ended while it restored a state, which is deleted: another attempt is safe."""
 
     async def restore(self, scales: object) -> None:
         """Restore the best saved state, unless the slot has as much itself. The request may then use the cache.
@@ -271,7 +275,8 @@ class Place:
                 await self.post("/completion", first)
             answer = await self.post(f"/slots/{use.number}?action=restore", {"filename": state.name})
         except (ConnectionFailed, StreamInterrupted):
-            self.states.delete(state)  # If the engine crashed on it, it would again.
+            self.states.delete(state)
+            self.broken = True
             raise
         if answer.get("n_restored") == state.tokens and use.alone:
             use.restored(state.tokens)

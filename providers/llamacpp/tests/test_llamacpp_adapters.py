@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -16,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 from engine_fixtures import eventually
 from lora_files import pairs, write_gguf, write_peft
-from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, TOKENS, answer, first_letters
+from small_engine import ADAPTERS, AHOY, BASE, MODEL, NAME, QUESTION, TOKENS, answer, first_letters, place_of
 
 from graftage.calls import Call, ChatRequest, CloseRequest
 from graftage.exceptions import (
@@ -25,13 +27,16 @@ from graftage.exceptions import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterUnsupported,
+    ConnectionFailed,
     ContextOverflow,
     ProtocolError,
+    StreamInterrupted,
 )
 from graftage.hookspecs import ConnectRequest, hookimpl
 from graftage.settings import Settings
 from graftage.types import Adapter, LoadedAdapter, Verdict
 from graftage_llamacpp import LlamaCppSettings, connect
+from graftage_llamacpp._convert import SYSTEM_PROMPT
 from graftage_lora import LoraPlugin
 
 if TYPE_CHECKING:
@@ -268,10 +273,12 @@ CLOSE = 0.02
 """The engine keeps keys and values in F16."""
 
 
-def weights_of(choice: Choice) -> dict[str, float]:
-    """Return the weight of each adapter."""
-    each = choice if isinstance(choice, list) else [choice] if choice else []
-    return dict(one if isinstance(one, tuple) else (one, 1.0) for one in each)
+@cache
+def expected_letters(number: int, system: str = SYSTEM_PROMPT) -> Mapping[str, float]:
+    """Return the log-probability of each first letter with one of the choices, merged by hand."""
+    choice = MIXES[number]
+    parts = choice if isinstance(choice, list) else [choice] if choice else []
+    return first_letters(dict(each if isinstance(each, tuple) else (each, 1.0) for each in parts), system)
 
 
 def error_of(reply: Any, expected: Mapping[str, float]) -> float:
@@ -293,9 +300,9 @@ class Elsewhere(Weaker):
 
 class TestWeights:
     def test_mixes_match_merges_by_hand(self, llm: Any) -> None:
-        for choice in MIXES:
+        for number, choice in enumerate(MIXES):
             reply = llm.chat(QUESTION, adapter=choice, max_tokens=1, options=PROBABILITIES)
-            assert error_of(reply, first_letters(weights_of(choice))) < CLOSE, choice
+            assert error_of(reply, expected_letters(number)) < CLOSE, choice
 
     def test_mixes_have_names_and_digests(self, llm: Any) -> None:
         replies = [llm.chat("Hi", adapter=choice, max_tokens=1) for choice in MIXES]
@@ -325,6 +332,22 @@ class TestWeights:
 
         replies = both.together([lambda number=number: switch(number) for number in range(300)])
         assert replies == [expected[number % len(MIXES)] for number in range(300)]
+
+    def test_killed_engine_never_answers_wrongly(self, both: Any, small_store: Path, folder: Path) -> None:
+        one, two = (both.connect("llamacpp", context_window=1024, slots=2, plugins=[Files(folder)]) for _ in range(2))
+        cold = [ask(one, adapter=choice) for choice in MIXES]
+
+        def switch(number: int) -> str | None:
+            if number in (5, 11):
+                _crash(two)
+            try:
+                return ask((one, two)[number % 2], adapter=MIXES[number % len(MIXES)])
+            except (ConnectionFailed, StreamInterrupted):
+                return None
+
+        for number, reply in enumerate(both.together([lambda each=each: switch(each) for each in range(18)])):
+            assert reply in (None, cold[number % len(MIXES)])
+        assert [ask(two, adapter=choice) for choice in MIXES] == cold
 
     @pytest.mark.parametrize("before", [(), ("ahoy",)])
     def test_unknown_digest_never_means_base(
@@ -471,7 +494,6 @@ class TestPromptCache:
     def test_reuse_follows_adapters_and_weights(self, slots: int, both: Any, small_store: Path, folder: Path) -> None:
         llm = both.connect("llamacpp", context_window=1024, slots=slots, plugins=[Files(folder)])
         ask(llm, adapter=MIXES[-1])
-        expected = [first_letters(weights_of(choice), CONTEXT) for choice in MIXES]
         held: list[int] = []
         # Which choice, what happens before, and whether all slots have forgotten their caches then.
         for number, between in [
@@ -483,7 +505,7 @@ class TestPromptCache:
                 between(llm, MIXES[number])
                 held = [] if between is _embed else [*held, number]
             reply = llm.chat(question_after(CONTEXT), adapter=MIXES[number], max_tokens=1, options=PROBABILITIES)
-            assert error_of(reply, expected[number]) < CLOSE
+            assert error_of(reply, expected_letters(number, CONTEXT)) < CLOSE
             if between is not _stop:  # A stream that is closed at once may not have read its prompt.
                 assert (reply.usage.cached_tokens > MOST) == (number in held[-slots:])
             held = [*(each for each in held if each != number), number]
@@ -561,7 +583,7 @@ class TestRoom:
         )
         assert ask(llm, adapter="ahoy") == AHOY
         reply = llm.chat(QUESTION, adapter=MIXES[-1], max_tokens=1, options=PROBABILITIES)
-        assert error_of(reply, first_letters(weights_of(MIXES[-1]))) < CLOSE
+        assert error_of(reply, expected_letters(len(MIXES) - 1)) < CLOSE
         assert _loaded(llm, folder) == set(ADAPTERS)
         assert ask(llm, adapter="ahoy", context_window=512) == AHOY
         assert _loaded(llm, folder) == {"ahoy"}
@@ -578,9 +600,11 @@ class TestRoom:
             both.connect("llamacpp", context_window=1024, slots=2, adapter_count=1, plugins=[Files(folder)])
             for _ in range(2)
         )
-        asked = [(one, "ahoy"), (two, "contrary"), (one, None), (two, "mute")] * 3
-        replies = both.together([lambda llm=llm, name=name: ask(llm, adapter=name) for llm, name in asked])
-        assert replies == [answer(QUESTION, name, len(BASE)) for _, name in asked]
+        asked = [(one, "ahoy"), (two, "contrary"), (one, None), (two, "ahoy")]
+        cold = [ask(llm, adapter=name) for llm, name in asked]
+        assert cold == [AHOY, cold[1], BASE, AHOY]
+        assert cold[1] not in (AHOY, BASE)
+        assert both.together([lambda llm=llm, name=name: ask(llm, adapter=name) for llm, name in asked * 2]) == cold * 2
 
 
 def _loaded(llm: Any, folder: Path) -> set[str]:
@@ -647,6 +671,16 @@ class TestActivated:
             reply = llm.chat(f"{QUESTION}@go", adapter=choice, max_tokens=8, options=SURE)
             assert reply.text == replies[choice]
 
+    def test_invoked_adapter_acts_one_token_early(self, llm: Any) -> None:
+        question = f"{QUESTION}@go now"
+        place = place_of("@go", question)
+        for weight in (1.0, 0.5):
+            reply = llm.chat(question, adapter=("late", weight), max_tokens=1, options=PROBABILITIES)
+            early, exact = (
+                first_letters({"ahoy": weight}, question=question, until=each) for each in (place - 1, place)
+            )
+            assert error_of(reply, early) < CLOSE < error_of(reply, exact)
+
     def test_several_slots_are_refused(self, both: Any, lora: LoraPlugin) -> None:
         llm = both.connect("llamacpp", context_window=1024, slots=2, plugins=[lora])
         with pytest.raises(AdapterUnsupported, match="one slot"):
@@ -688,7 +722,9 @@ def made(both: Any, small_store: Path, tmp_path: Path) -> Any:
 
 
 def _crash(llm: Any) -> None:
-    os.kill(llm.loaded()[0].raw["pid"], signal.SIGKILL)
+    for model in llm.loaded():
+        with suppress(ProcessLookupError):
+            os.kill(model.raw["pid"], signal.SIGKILL)
 
 
 def _expire(llm: Any) -> None:
