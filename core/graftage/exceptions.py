@@ -355,7 +355,7 @@ class AdapterNotFound(AdapterError):
 
 
 class AdapterInvalid(AdapterError):
-    """The file is malformed, unsafe, or of an unsupported kind."""
+    """The file is malformed, unsafe, or of an unsupported kind; or its name means several adapters."""
 
 
 class AdapterIncompatible(AdapterError):
