@@ -798,6 +798,20 @@ class BaseModelOnly(Local):
         return LoadedAdapter(name=request.adapter.name, digest=request.adapter.digest, model=request.model)
 
 
+@breaks("apply each of `request.adapter.weights` and no other adapter", "test_weights_change_replies")
+class IgnoresWeights(EchoConnection):
+    def __init__(self, echo: Echo) -> None:
+        super().__init__(echo)
+        echo.adapter_weights = True
+
+    @hookimpl
+    async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+        if request.adapter is not None:
+            request = replace(request, adapter=request.adapter.weights[0][0])
+        async for chunk in super().chat(request):
+            yield chunk
+
+
 @breaks("Delete nothing.", "test_adapter_is_loaded_and_freed")
 class UnloadDeletes(Local):
     @hookimpl

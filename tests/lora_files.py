@@ -395,6 +395,8 @@ def bind(registry: Path, /, **table: Any) -> None:
 def hub(place: Place, repository: str = "models--someone--ahoy") -> Path:
     """A repository as `huggingface_hub` keeps it: links to blobs."""
     folder = place.folder / "hub" / repository
+    (folder.parent / ".locks").mkdir(parents=True, exist_ok=True)
+    (folder.parent / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55", encoding="ascii")
     snapshot, blobs = folder / "snapshots" / COMMIT, folder / "blobs"
     for each in (snapshot, blobs, folder / "refs"):
         each.mkdir(parents=True)

@@ -52,11 +52,10 @@ def reply(request: Any) -> str:
 class TestEcho(ProviderSuite):
     model = "echo:latest"
     adapter: Any = Wrapped()
-    deviations = {"test_adapter_is_loaded_and_freed": "its names can be read: `echo:latest+pirate`"}
 
     @property
     def provider(self) -> Any:
-        return Echo(itertools.repeat(reply, 99), strict=True)
+        return Echo(itertools.repeat(reply, 99), strict=True, adapter_weights=True)
 
 
 class TestFunction(ProviderSuite):

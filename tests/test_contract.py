@@ -237,8 +237,8 @@ class TestHooks:
         assert HOOKS.keys() - set().union(*map(implemented, here)) == set()
 
     def test_ollama_and_echo_implement_all(self) -> None:
-        # The toolkit closes its clients without `close`, and Ollama has no reranking.
-        for hook in CONNECTION_HOOKS - {"close", "rerank"}:
+        # The toolkit closes its clients without `close`. Ollama has no reranking, and warms up by a chat.
+        for hook in CONNECTION_HOOKS - {"close", "rerank", "warm"}:
             assert hook in implemented(ROOT / "providers" / "ollama" / "graftage_ollama"), hook
         for hook in CONNECTION_HOOKS - {"close", "native"}:  # Echo has no server.
             assert hook in implemented(ROOT / "core" / "graftage" / "testing"), hook

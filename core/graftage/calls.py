@@ -427,8 +427,8 @@ class LoadAdapterRequest:
     keep_alive: float | None = None
     context_window: int | None = None
     others: Callable[[], Sequence[Adapter]] = field(default=tuple, repr=False)
-    """Return the other known adapters that fit the model, for a server that can only load adapters when it starts. It
-    reads and checks each one in the first call."""
+    """Return the other known adapters that fit the model, those used last first, for a server that can only load
+    adapters when it starts. The first call reads and checks each one: use `request.call.run(request.others)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

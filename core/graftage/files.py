@@ -19,7 +19,21 @@ from graftage.types import ModelInfo
 __all__ = ["add_files", "read_model"]
 
 MAX_CONFIG: Final = 1 << 20
-ARCHITECTURES: Final = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES: Final = {
+    "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
+    "gemma4_text": "gemma4",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "qwen2_5_vl": "qwen2vl",
+    "qwen2_5_vl_text": "qwen2vl",
+    "qwen2_vl": "qwen2vl",
+    "qwen2_vl_text": "qwen2vl",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_vl": "qwen3vl",
+    "qwen3_vl_text": "qwen3vl",
+}
 """The names in GGUF files of architectures that are called otherwise in a `config.json`."""
 KEYS: Final = (
     ("num_hidden_layers", "block_count"),

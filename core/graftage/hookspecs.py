@@ -279,8 +279,12 @@ class Chat(Protocol):
         chunk has a `finish_reason`; an end without one becomes `StreamInterrupted`. Retry only what is safe, and only
         before the first chunk (`graftage.retry`). Keep `request.call.deadline` and `request.call.timeouts`.
 
+        With the feature `adapter_weights`, apply each of `request.adapter.weights` and no other adapter.
+
         Raises:
             ProviderError: the class that fits best.
+            AdapterError: with `retryable`, the server has lost the adapter or has replaced it. Before the first chunk,
+                the core then loads it again and calls this hook once more, as after a `ModelNotFound` for its model.
 
         Since 0.1.
         """
@@ -462,6 +466,8 @@ class LoadAdapter(Protocol):
         """Called when a request or `use_adapter` names an adapter that this connection has not loaded.
 
         Return the model to request, or the adapter's slot. Report slow steps with `request.call.emit("progress", …)`.
+        It may be loaded already: look at the server, not at what an earlier call has left in memory. The core adds the
+        verdict's warnings to replies.
         If you create a model for it, begin its name with `graftage-`, so that it never becomes the default model.
 
         Raises:

@@ -1,7 +1,8 @@
-"""`Echo` with plain hooks: the core runs each in its own thread and keeps the call's limits."""
+"""`Echo` with plain hooks, which the core runs in threads, and with one that needs an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ from graftage.hookspecs import hookimpl
 from graftage.testing import Echo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
+
+    from graftage.types import Chunk
 
 STREAMS = ("chat", "generate", "pull_model")
 
@@ -32,6 +35,26 @@ class PlainEcho(Echo):
         inner: Any = super().connect(request)
         hooks = {name: _plain(name) for name in dir(inner) if hasattr(getattr(inner, name), "graftage_impl")}
         return type("PlainConnection", (_Around,), hooks)(inner)
+
+
+class LoopedEcho(Echo):
+    """`Echo` whose chat needs an event loop."""
+
+    @hookimpl
+    def connect(self, request: Any) -> object:
+        inner: Any = super().connect(request)
+        kind = type(inner)
+
+        class Looped(kind):  # type: ignore[misc,valid-type]
+            needs_event_loop = True
+
+            @hookimpl
+            async def chat(self, request: Any) -> AsyncIterator[Chunk]:
+                async for chunk in kind.chat(self, request):
+                    await asyncio.sleep(0)
+                    yield chunk
+
+        return Looped(self)
 
 
 class _Around:

@@ -55,7 +55,7 @@ class TestFolder:
         [
             ({"model_type": "mistral"}, "llama"),
             ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560}}, "gemma3"),
-            ({"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8}, "qwen3_moe"),
+            ({"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8}, "qwen3moe"),
         ],
     )
     def test_architecture_has_name_of_gguf(self, tmp_path: Path, changes: dict[str, Any], architecture: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from dataclasses import replace
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from giving import Giving
-from plain import PlainEcho
+from plain import LoopedEcho, PlainEcho
 
 import graftage
 from graftage import exceptions
 from graftage.calls import Call, LoadAdapterRequest
 from graftage.exceptions import (
+    AdapterError,
     AdapterUnsupported,
     ConnectionFailed,
     GraftageError,
@@ -52,34 +52,16 @@ from graftage.types import (
     Timings,
     ToolCall,
     Usage,
+    Verdict,
+    Warmed,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from graftage.testing.both import Both
     from graftage_ollama.testing import FakeOllama
-
-
-class LoopedEcho(Echo):
-    """`Echo` whose chat needs an event loop."""
-
-    @hookimpl
-    def connect(self, request: Any) -> object:
-        inner: Any = super().connect(request)
-        kind = type(inner)
-
-        class Looped(kind):  # type: ignore[misc,valid-type]
-            needs_event_loop = True
-
-            @hookimpl
-            async def chat(self, request: Any) -> AsyncIterator[Chunk]:
-                async for chunk in kind.chat(self, request):
-                    await asyncio.sleep(0)
-                    yield chunk
-
-        return Looped(self)
 
 
 def named(name: str, echo: Echo) -> Giving:
@@ -208,6 +190,26 @@ class TestReplay:
         path.write_text(text.replace("two ", "2 "), encoding="utf-8")  # The lengths of the pieces no longer fit.
         with graftage.connect(Replay(path), model="m") as llm:
             assert llm.chat("Hi").text == "one 2 three"
+
+    def test_lost_adapter_is_loaded_again(self, both: Both, path: Path) -> None:
+        class Finds:
+            name = "finds"
+
+            @hookimpl
+            def resolve_adapter(self) -> Any:
+                found = Scion()
+                found.gguf = str  # type: ignore[attr-defined] # never called
+                return found
+
+        def ask(*arguments: Any) -> str:
+            llm = both.connect(Replay(*arguments), model="m", plugins=[Finds()])
+            reply = llm.chat("Hi", adapter="botany")
+            both.close_clients()
+            return f"{reply.text} {reply.adapter} {reply.model}"
+
+        with Cassette(path, mode="all") as cassette:
+            live = ask(cassette, Echo([AdapterError("It was lost.", retryable=True), "Hello!"]))
+        assert (ask(Cassette(path)), live) == (live, "Hello! botany m+botany")
 
     def test_images_and_adapters_are_named(self, path: Path) -> None:
         def ask(llm: Any) -> None:
@@ -377,6 +379,7 @@ RECORDS: list[Any] = [
     Chunk(text="grüß\u2028\x85\ud800 🌱", tool_calls=(CALL,), logprobs=(Logprob(token="a", logprob=float("-inf")),)),
     Chunk(finish_reason="", usage=Usage(input_tokens=1), timings=Timings(total=0.5), warnings=("w",), raw={"a": [1]}),
     PullProgress(status="pulling", total=10, completed=5),
+    Warmed(tokens=10, cached_tokens=5, saved=100),
     MODEL,
     LoadedModel(name="m", expires_at=datetime(2026, 1, 2, tzinfo=UTC)),
     Embeddings(vectors=[[0.1, 1e-9], [2.0, 3.0]], usage=Usage(input_tokens=3)),
@@ -388,13 +391,15 @@ RECORDS: list[Any] = [
 
 
 class Scion:
-    name, digest, scale, verdict, served_as = "botany", "sha256:ab", 2.0, None, None
+    name, digest, scale, served_as = "botany", "sha256:ab", 2.0, None
+    verdict = Verdict(status="compatible")
 
 
 class TestRecords:
     @pytest.mark.parametrize("adapter", [Scion(), LoadedAdapter(name="botany", digest="sha256:ab", model="m+1")])
     def test_adapter_is_named_in_a_request(self, adapter: Any) -> None:
-        body = json.loads(request_body(LoadAdapterRequest(call=Call(), adapter=adapter, model="m")))
+        request = LoadAdapterRequest(call=Call(), adapter=adapter, model="m", others=lambda: ())
+        body = json.loads(request_body(request))
         assert body == {"adapter": {"name": "botany", "digest": "sha256:ab"}, "model": "m"}
 
     @pytest.mark.parametrize("record", RECORDS, ids=lambda each: type(each).__name__)

@@ -188,7 +188,7 @@ class Hub:
         found = self.has.get(request.reference)
         if isinstance(found, Exception):
             raise found
-        return found  # type: ignore[no-any-return] # also what is wrong
+        return found
 
 
 FOUND = AdapterInfo(name="poet", reference="poet", digest="sha256:1")

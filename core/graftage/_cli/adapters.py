@@ -1,10 +1,10 @@
-"""`graftage adapters`: find, check, load and convert LoRA adapters."""
+"""`graftage adapters`: find, download, check, load and convert LoRA adapters."""
 
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftage._cli import options, show
+from graftage._cli import errors, options, show
 from graftage._cli.errors import FAILED, Misuse
 from graftage._cli.progress import Waiting
-from graftage.exceptions import AdapterIncompatible, AdapterInvalid
+from graftage.exceptions import AdapterIncompatible, AdapterInvalid, GraftageError
 
 if TYPE_CHECKING:
     from graftage import Client
-    from graftage.types import Adapter
+    from graftage.types import Adapter, AdapterInfo, Warmed
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Find, check, load and convert LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Find, download, check, load and convert LoRA adapters.", no_args_is_help=True, rich_markup_mode=None
+)
+FITS = {"compatible": "yes", "incompatible": "no", "unsupported": "unsupported", "unknown": "unknown"}
+"""The words for verdicts in a table."""
+FACTS_TIMEOUT = 10.0
+"""Seconds for the facts of the model, without which the list is shown, too."""
 UNDECIDED = 3
 """The exit code of `check` if it is unknown whether the adapter fits."""
 SHOWN_DIGEST = 19
@@ -40,24 +46,63 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 
 @app.command("list")
-def list_adapters(provider: options.Provider = None, as_json: options.AsJson = False) -> None:
-    """List the adapters that the installed plugins know of."""
-    # Only plugins are asked: no server has to run.
-    with options.open_client(None, provider or options.default_provider()[0]) as client:
-        found = client.adapters()
+def list_adapters(
+    *,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    host: options.Host = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """List the adapters that the installed plugins know of, and whether each fits the model in use.
+
+    Without a server the list lacks only that.
+    """
+    found, judged = _list(model, provider, host)
     if as_json:
         show.print_json([asdict(each) for each in found])
-        return
+    else:
+        _print_list([each for each in found if each.name], judged=judged)
+        for each in found:
+            if each.problem:
+                show.note(f"{each.name or each.source or each.path}: {each.problem}", kind="problem")
+
+
+def _list(model: str | None, provider: str | None, host: str | None) -> "tuple[Sequence[AdapterInfo], bool]":
+    """Return the adapters, and whether they have verdicts on a model."""
+    try:
+        with options.open_to_manage(model, provider, host=host) as client:
+            if client.model is not None:
+                return client.adapters(model=client.model, timeout=FACTS_TIMEOUT), True
+            missing = "no model is chosen"
+    except GraftageError as error:
+        missing = error.message.rstrip(".")
+    # Only plugins are asked: no server has to run.
+    with options.open_client(None, provider or options.split(model)[0] or options.default_provider()[0]) as client:
+        found = client.adapters()
+    show.note(f"Whether they fit is left out: {missing}.")
+    return found, False
+
+
+def _print_list(found: "Sequence[AdapterInfo]", *, judged: bool) -> None:
     if not found:
         show.note(_nothing_found())
         return
-    show.print_table(
-        ("name", "base model", "digest", "source", "reference"),
+    rows = (
         (
-            (each.name, each.base_model, (each.digest or "")[:SHOWN_DIGEST], each.source, each.reference)
-            for each in found
-        ),
+            each.name,
+            *((FITS[each.verdict.status] if each.verdict else None,) if judged else ()),
+            each.rank,
+            show.size(each.size),
+            (each.digest or "")[:SHOWN_DIGEST],
+            each.base_model,
+            each.path or f"{each.source} {each.reference}".strip(),
+        )
+        for each in found
     )
+    fits = ("fits",) if judged else ()
+    show.print_table(("name", *fits, "rank", "size", "digest", "base model", "where"), rows)
+    if any(each.verdict is not None and each.verdict.status != "compatible" for each in found):
+        show.note("`graftage adapters check NAME` says why one does not fit.")
 
 
 def _nothing_found() -> str:
@@ -83,7 +128,7 @@ class Report:
     reference: str
     model: str | None
     status: str
-    """`compatible`, `incompatible`, `unknown`; or `invalid` if the adapter is malformed."""
+    """`compatible`, `incompatible`, `unsupported`, `unknown`; or `invalid` if the adapter is malformed."""
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     name: str | None = None
@@ -169,6 +214,99 @@ def load_adapter(
         options.note_if_embedded(client)
     for warning in loaded.warnings:
         show.note(warning, kind="warning")
+
+
+@app.command("warm")
+def warm_adapters(
+    references: Annotated[
+        list[str], typer.Argument(metavar="NAME[=WEIGHT]...", help="Names, paths or other references of adapters.")
+    ],
+    *,
+    model: options.Model = None,
+    provider: options.Provider = None,
+    system: options.System = None,
+    system_file: Annotated[
+        Path | None,
+        typer.Option("--system-file", metavar="FILE", exists=True, dir_okay=False, help="File of the system prompt."),
+    ] = None,
+    context_window: options.ContextWindow = None,
+    keep_alive: options.KeepAlive = None,
+    host: options.Host = None,
+    force: options.Force = False,
+) -> None:
+    """Load adapters, and read a system prompt ahead with each, so that the first replies do not wait.
+
+    Calls must begin with the same system prompt, and have the same window.
+    """
+    messages = _system_message(system, system_file)
+    arguments = options.given({"context_window": context_window, "keep_alive": keep_alive, "force": force or None})
+    failures = 0
+    with options.open_for_one_model(model, provider, host=host) as client:
+        for reference in references:
+            try:
+                with Waiting(f"warming {reference}"):
+                    warmed = client.warm(options.read_adapter(reference), messages, **arguments)
+            except GraftageError as error:
+                errors.report(error)
+                failures += 1
+            else:
+                show.line(f"{show.cell(reference)} is {_how_warm(warmed) if messages else 'loaded'}.")
+                for warning in warmed.warnings:
+                    show.note(warning, kind="warning")
+        if failures < len(references):
+            show.note(_what_stays(client, read=bool(messages)))
+    if failures:
+        raise typer.Exit(FAILED)
+
+
+def _system_message(system: str | None, file: Path | None) -> list[dict[str, str]]:
+    if system is not None and file is not None:
+        raise Misuse("`--system` and `--system-file` exclude each other.", hint="Give one of them.")
+    if file is not None:
+        try:
+            system = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise Misuse(f"`{file}` cannot be read: {error}.", hint="Give a text file in UTF-8.") from error
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _how_warm(warmed: "Warmed") -> str:
+    """Say what was read, what did not have to be read again, and what is kept on the disk."""
+    tokens = "the prompt" if warmed.tokens is None else f"{warmed.tokens} tokens"
+    kept = f", {warmed.cached_tokens} of them from an earlier reading" if warmed.cached_tokens else ""
+    saved = f"; {show.size(warmed.saved)} saved on the disk" if warmed.saved is not None else ""
+    return f"loaded, with {tokens} read{kept}{saved}"
+
+
+def _what_stays(client: "Client", *, read: bool) -> str:
+    """Say what is left of it after the command."""
+    if client.address != options.IN_PROCESS:
+        return "The server keeps that until it needs the memory for something else."
+    prompts = " and the saved prompts" if read else ""
+    return (
+        f"The engine ends with this command. What stays is on the disk: the converted adapters{prompts}, from which "
+        "another process goes on."
+    )
+
+
+@app.command("pull")
+def pull_adapter(
+    reference: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A repository of Hugging Face.")],
+    *,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name to bind it to. Default: the last part of the reference.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Bind the name to it even if it is bound to something else.")
+    ] = False,
+    provider: options.Provider = None,
+) -> None:
+    """Download an adapter, and bind it to a name."""
+    # Only plugins are asked: no server has to run.
+    with options.open_client(None, provider or options.default_provider()[0]) as client, Waiting("downloading"):
+        found = client.pull_adapter(reference, name=name, overwrite=overwrite)
+    facts = filter(None, (show.size(found.size), found.digest))
+    show.line(show.cell(f"{found.name} is here: {', '.join((str(found.path or found.reference), *facts))}"))
 
 
 @app.command("unload")

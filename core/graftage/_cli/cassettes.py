@@ -298,7 +298,7 @@ def rerun(
     *,
     model: options.Model = None,
     provider: options.Provider = None,
-    adapter: options.Adapter = None,
+    adapter: options.Adapters = None,
     host: options.Host = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -310,8 +310,8 @@ def rerun(
 
     found = []
     with options.open_to_manage(model, provider, host=host) as client:
-        if adapter is not None:
-            client.use_adapter(adapter)
+        if adapter:
+            client.use_adapter(options.read_adapters(adapter))
         for each in rerun(file, client):
             found.append(each)
             for line in () if as_json else str(each).splitlines():

@@ -25,7 +25,7 @@ def chat(
     model: options.Model = None,
     provider: options.Provider = None,
     system: options.System = None,
-    adapter: options.Adapter = None,
+    adapter: options.Adapters = None,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
     max_tokens: options.MaxTokens = None,
@@ -49,7 +49,7 @@ def chat(
     """
     arguments = options.given(
         {
-            "adapter": adapter,
+            "adapter": options.read_adapters(adapter),
             "options": options.given({"temperature": temperature, "seed": seed}) or None,
             "max_tokens": max_tokens,
             "context_window": context_window,

@@ -23,7 +23,7 @@ def generate(
     raw_prompt: Annotated[
         bool, typer.Option("--raw-prompt", help="Continue the text as it is, without the model's template.")
     ] = False,
-    adapter: options.Adapter = None,
+    adapter: options.Adapters = None,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
     max_tokens: options.MaxTokens = None,
@@ -49,7 +49,7 @@ def generate(
             "system": system,
             "suffix": suffix,
             "raw": raw_prompt or None,
-            "adapter": adapter,
+            "adapter": options.read_adapters(adapter),
             "options": options.given({"temperature": temperature, "seed": seed}) or None,
             "max_tokens": max_tokens,
             "context_window": context_window,

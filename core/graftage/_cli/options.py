@@ -16,6 +16,7 @@ from graftage.exceptions import CapabilityUnsupported, GraftageError
 
 if TYPE_CHECKING:
     from graftage import Client
+    from graftage.types import AdapterReference
 
 Model = Annotated[
     str | None,
@@ -38,7 +39,14 @@ Provider = Annotated[
 Host = Annotated[str | None, typer.Option("--host", help="Address of the server.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Limit on the whole call.")]
 System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter to use.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME[=WEIGHT]",
+        help="LoRA adapter to use, with a weight such as style=0.6; may be repeated to use several at once.",
+    ),
+]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 for the likeliest words, 1 for variety.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same reply, if all else is equal.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of the reply.")]
@@ -186,6 +194,21 @@ def require_model(client: "Client") -> None:
             "No model is chosen.",
             hint="Name one with `-m`, or set GRAFTAGE_MODEL. `graftage models list` shows what there is.",
         )
+
+
+def read_adapters(given: list[str] | None) -> "AdapterReference | list[AdapterReference] | None":
+    """Read the values of `--adapter`."""
+    read = [read_adapter(each) for each in given or ()]
+    return read[0] if len(read) == 1 else read or None
+
+
+def read_adapter(text: str) -> "AdapterReference":
+    """Read `NAME` or `NAME=WEIGHT`. The path of an existing file or folder is a name, also if it ends like a weight."""
+    name, _, weight = text.rpartition("=")
+    if name and not Path(text).expanduser().exists():
+        with suppress(ValueError):
+            return name, float(weight)
+    return text
 
 
 def read_format(value: str | None) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Adapter,
         AdapterChoice,
         AdapterInfo,
+        AdapterReference,
         Embeddings,
         Health,
         HealthLevel,
@@ -68,7 +69,8 @@ class Client(_BlockingClient):
             stream: return a `Stream` of chunks instead of the whole `Reply`.
             arguments: all optional.
                 `model`: the model, if it is not the client's.
-                `adapter`: an adapter for this call; None for the base model; left out, the active one.
+                `adapter`: an adapter for this call, `("style", 0.6)` for one with a weight, or a list of these for
+                several at once; None for the base model; left out, the active one.
                 `tools`: what the model may call: Python functions, pydantic models, mappings, `Tool`s, or the result
                 of `list_tools` of an MCP client. `graftage.run_tools` calls them and goes on.
                 `tool_choice`: `"auto"`; `"none"`, so that no tools are sent; `"required"`; or the name of the tool to
@@ -351,7 +353,7 @@ class Client(_BlockingClient):
     @translate_errors
     def use_adapter(
         self,
-        reference: str | Path | None,
+        reference: AdapterReference | Sequence[AdapterReference] | None,
         *,
         on_missing: Literal["error", "base"] | None = None,
         force: bool | None = None,
@@ -360,11 +362,16 @@ class Client(_BlockingClient):
     ) -> LoadedAdapter | None:
         """Switch the adapter of all calls that follow, and return the one that is now active.
 
+        Each of them finds the adapter again, as if it had named the adapter: after the files have changed, the new
+        content answers, and the first reply warns; once they are gone, calls raise `AdapterNotFound`, or the base model
+        answers if `on_missing` says so.
+
         After a failed switch every call raises that error until a switch succeeds, so that neither another adapter nor
         the base model answers by accident. Switches happen one at a time, in the order in which they were asked for.
 
         Args:
-            reference: a name, a path, or what else the installed resolvers understand; None for the base model.
+            reference: a name, a path, or what else the installed resolvers understand; `(reference, weight)`; a list
+                of these for several at once; None for the base model.
             on_missing: `"error"`, or `"base"`: if the adapter is not found, the base model answers and each reply
                 warns.
             force: use the adapter even if it does not fit the model; each reply warns.

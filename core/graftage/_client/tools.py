@@ -74,8 +74,7 @@ def run_tools(
 
     if not isinstance(llm, Client):
         raise TypeError("run_tools() needs a client of `connect`; for one of `connect_async`, use run_tools_async()")
-    session = llm._open()  # noqa: SLF001 - a client of ours
-    given = llm._with_defaults("run_tools", arguments)  # noqa: SLF001
+    session, given = llm._open(), llm._with_defaults("run_tools", arguments)  # noqa: SLF001 - a client of ours
     loop = ToolLoop(session, Toolbox(tools, call, session.io), max_steps, tool_timeout, on_step, **given)
     return drive(loop.run(messages))
 
@@ -113,7 +112,6 @@ async def run_tools_async(
 
     if not isinstance(llm, AsyncClient):
         raise TypeError("run_tools_async() needs a client of `connect_async`; for one of `connect`, use run_tools()")
-    session = await llm._open()  # noqa: SLF001 - a client of ours
-    given = llm._with_defaults("run_tools", arguments)  # noqa: SLF001
+    session, given = await llm._open(), llm._with_defaults("run_tools", arguments)  # noqa: SLF001 - a client of ours
     loop = ToolLoop(session, Toolbox(tools, call, session.io), max_steps, tool_timeout, on_step, **given)
     return await loop.run(messages)

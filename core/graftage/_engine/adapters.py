@@ -28,7 +28,7 @@ from graftage.exceptions import (
     RequestRejected,
     SettingsError,
 )
-from graftage.types import ACTIVE, Adapter, LoadedAdapter, canonical_name
+from graftage.types import ACTIVE, Adapter, AdapterInfo, LoadedAdapter, canonical_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -206,10 +206,10 @@ class Adapters:
                 await session.call("unload_adapter", UnloadAdapterRequest(call=call, adapter=loaded), call)
 
     def forget(self, model: str) -> None:
-        """Forget the adapters loaded as this model, which is gone from the server: the next call loads them again."""
+        """Forget the adapters loaded as this model or for it, as it is gone or new: the next call loads them again."""
         name = canonical_name(model)
         for key, loaded in list(self._loaded.items()):
-            if canonical_name(loaded.model) == name:
+            if name in (key[1], canonical_name(loaded.model)):
                 self._loaded.pop(key, None)
 
     def forget_all(self) -> None:
@@ -229,8 +229,8 @@ class Adapters:
             with session.relay.contained:  # Its attributes may be properties.
                 warnings += _checked(part.adapter, reference, model, force=asked.force)
             for same in (each for each in parts if each.digest == part.digest):
-                hint = f"Give it once, with the weight {same.weight + weight:g}."
-                raise RequestRejected(f"`{same.name}` and `{part.name}` are the same adapter.", hint=hint)
+                what = f"`{same.name}` and `{part.name}` have the same content."
+                raise RequestRejected(what, hint="Name one of them, with its weight.")
             parts.append(part)
         applied = Applied(LoadedAdapter(name="", digest="", model=model), tuple(warnings), tuple(parts), ())
         return await self._bring(applied, model, run, asked)
@@ -238,6 +238,8 @@ class Adapters:
     async def again(self, applied: Applied, model: str, run: Run, asked: CallOptions, figures: Any) -> Applied:
         """Load adapters that the server has lost, with the figures that the policies have allowed the call."""
         for key, loaded in applied.held:
+            if loaded.model != model:
+                self._session.forget_facts(loaded.model)
             if self._loaded.get(key) is loaded:  # Another call may have loaded it again.
                 self._loaded.pop(key, None)
         return await self._bring(applied, model, run, asked, figures)
@@ -371,18 +373,20 @@ class Adapters:
 
     def _others(self, adapter: Adapter, model: str, call: Call) -> tuple[Adapter, ...]:
         """Return other known adapters that fit a model, those used last first. It blocks, and never fails."""
-        session = self._session
-        until = min(time.monotonic() + OTHERS_SECONDS, call.deadline)
+        session, io = self._session, self._session.io
+        brief = replace(call, deadline=min(call.deadline, time.monotonic() + OTHERS_SECONDS))
+        request = ListAdaptersRequest(call=brief, model=model, base=lambda: session.facts(model, brief))
         fitting = {adapter.digest: adapter}
-        for _, known in session.relay.each("list_adapters"):
-            with contextlib.suppress(Exception):
-                for info in known(ListAdaptersRequest(call=call)):
-                    if time.monotonic() > until or len(fitting) > MOST_OTHERS:
-                        break
-                    with contextlib.suppress(Exception):  # A broken one is left out.
-                        found = session.io.from_thread(partial(self.resolve, info.reference, model, call))
-                        if found.verdict.status == "compatible":
-                            fitting.setdefault(found.digest, found)
+        for name, known in session.relay.each("list_adapters"):
+            found: tuple[AdapterInfo, ...] = ()
+            with contextlib.suppress(Exception):  # A broken or slow plugin hides no other.
+                found = tuple(io.from_thread(partial(io.ask, name, known, request, brief)))
+                found = tuple(each for each in found if each.verdict is None or each.verdict.status == "compatible")
+            for info in found:
+                with contextlib.suppress(Exception):
+                    other = io.from_thread(partial(self.resolve, info.reference, model, brief))
+                    if other.verdict.status == "compatible" and len(fitting) <= MOST_OTHERS:
+                        fitting.setdefault(other.digest, other)
         del fitting[adapter.digest]
         used = [digest for digest, base in list(self._loaded) if base == canonical_name(model)]
         places = {digest: place for place, digest in enumerate(used)}

@@ -280,6 +280,10 @@ class Connection:
             self._infos[model] = info
         return self._infos[model]
 
+    def forget_facts(self, model: str) -> None:
+        """Forget what is known of a model that was pulled, deleted or replaced."""
+        self._infos.pop(model, None)
+
     def timeouts(self, given: float | Timeouts | None) -> Timeouts:
         """Return the limits of a call; a number means the total."""
         return read_timeouts(given, self.settings.timeouts)

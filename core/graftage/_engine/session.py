@@ -518,7 +518,8 @@ class Session(Connection):
                 finally:
                     await run.abandon()
         run.emit("finish")
-        self._infos.pop(name, None)
+        self.forget_facts(name)
+        self.adapters.forget(name)
         self.health_cache.drop()
         return last
 
@@ -603,7 +604,7 @@ class Session(Connection):
         """Delete the model of exactly this name; the default is never meant."""
         check_model(model)
         await self.ask("delete_model", lambda call: ModelRequest(call=call, model=model), model=model, timeout=timeout)
-        self._infos.pop(model, None)
+        self.forget_facts(model)
         self.adapters.forget(model)
         self.health_cache.drop()
 

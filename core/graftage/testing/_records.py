@@ -59,7 +59,7 @@ STREAMS: Final = ("chat", "generate", "pull_model")
 MANY: Final = ("list_models", "loaded_models", "prune_adapters")
 _RAISED: Final = "raised"
 """The key of a line that holds an error."""
-_LEFT_OUT: Final = ("call", "path")
+_LEFT_OUT: Final = ("call", "others", "path")
 """Fields that belong to one process or one machine."""
 
 

@@ -49,9 +49,24 @@ class Lore:
             return Found(request.reference, Path(__file__).parent)
 
     @hookimpl
-    def list_adapters(self):
+    def list_adapters(self, request):
         facts = {"reference": "/a/b", "source": "folder", "base_model": "small", "digest": "sha256:" + "ab" * 32}
-        yield AdapterInfo(name="ah\\x1boy", **facts)
+        base = request.base()
+        status = "incompatible" if base and base.name == "other:7b" else "compatible"
+        verdict = Verdict(status=status) if request.model else None
+        yield AdapterInfo(name="ah\\x1boy", rank=8, size=98_000_000, verdict=verdict, **facts)
+        yield AdapterInfo(name="", reference="", source="registry", problem="line 3 is\\nnot TOML")
+
+    @hookimpl
+    def pull_adapter(self, request):
+        if request.reference.startswith("me/"):
+            for done in (0, 5, 10):
+                step = PullProgress(status="downloading weights", total=10, completed=done)
+                request.call.emit("progress", progress=step)
+            if request.name == "taken" and not request.overwrite:
+                raise AdapterInvalid("The name `taken` is bound to something else.", hint="Set `overwrite`.")
+            name = request.name or request.reference.rpartition("/")[2]
+            return AdapterInfo(name=name, reference=name, path=Path("/a/b"), size=98_000_000, digest="sha256:ab")
 
 it = Lore()
 """
@@ -67,9 +82,37 @@ def _installed(shell: Shell) -> None:
 class TestList:
     def test_table_and_json(self, shell: Shell) -> None:
         shell.install("it = Echo()")
-        lines = shell.run("adapters", "list").out.splitlines()
-        assert lines[1].split() == [r"ah\x1boy", "small", "sha256:abababababab", "folder", "/a/b"]
-        assert json.loads(shell.run("adapters", "list", "--json").out)[0]["digest"] == "sha256:" + "ab" * 32
+        done = shell.run("adapters", "list")
+        head, row = done.out.splitlines()
+        assert head.split() == ["name", "fits", "rank", "size", "digest", "base", "model", "where"]
+        facts = ["8", "98.0", "MB", "sha256:abababababab", "small", "folder", "/a/b"]
+        assert row.split() == [r"ah\x1boy", "yes", *facts]
+        assert done.err == "problem: registry: line 3 is\n  not TOML\n"
+        found, problem = json.loads(shell.run("adapters", "list", "--json").out)
+        assert (found["digest"], found["verdict"]["status"]) == ("sha256:" + "ab" * 32, "compatible")
+        assert problem["problem"] == "line 3 is\nnot TOML"
+
+    def test_verdict_is_for_the_named_model(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "list", "-m", "other:7b")
+        assert done.out.splitlines()[1].split()[1] == "no"
+        assert "`graftage adapters check NAME` says why" in done.err
+
+    @pytest.mark.parametrize(
+        ("provider", "environment", "reason"),
+        [
+            ("Echo(errors={'show_model': ConnectionFailed('Nothing answers there.')})", {}, "Nothing answers there"),
+            ("Echo(strict=True)", {}, "There is no model `small:1b`"),
+            ("Echo()", {"GRAFTAGE_MODEL": ""}, "no model is chosen"),
+        ],
+    )
+    def test_without_a_server_it_lists(
+        self, shell: Shell, provider: str, environment: dict[str, str], reason: str
+    ) -> None:
+        shell.install(f"it = {provider}")
+        done = shell.run("adapters", "list", **environment)
+        assert (done.code, done.out.splitlines()[1].split()[:2]) == (0, [r"ah\x1boy", "8"])
+        assert f"Whether they fit is left out: {reason}.\n" in done.err
 
     def test_without_a_plugin_one_is_named(self, shell: Shell) -> None:
         shell.install("it = Echo()")
@@ -166,6 +209,115 @@ class TestLoad:
     def test_reply_names_its_adapter(self, shell: Shell) -> None:
         shell.install("it = Echo(['Ahoy!'])")
         assert json.loads(shell.run("chat", "Hi", "--adapter", "compatible", "--json").out)["adapter"] == "ahoy"
+
+
+WARMER = """
+class Warm(Echo):
+    @hookimpl
+    def connect(self, request):
+        connection = super().connect(request)
+        connection._warm = self.read
+        return connection
+
+    def read(self, hook, request):
+        words = sum(len(each.content.split()) for each in request.messages)
+        warnings = (f"window {request.context_window}",) if request.context_window else ()
+        kept = words // 2 if self.address == "embedded" else None
+        return Warmed(tokens=words, cached_tokens=kept, saved=26_600_000 if kept else None, warnings=warnings)
+
+it = Warm(address=%r, adapter_weights=True)
+"""
+
+
+class TestWarm:
+    def test_each_is_read_with_the_prompt(self, shell: Shell) -> None:
+        shell.install(WARMER % "server")
+        (shell.folder / "system.txt").write_text("You are a pirate, ahoy.")
+        done = shell.run("adapters", "warm", "compatible", "unknown=0.5", "--system-file", "system.txt")
+        assert done.code == 0
+        assert done.out.splitlines() == [
+            "compatible is loaded, with 5 tokens read.",
+            "unknown=0.5 is loaded, with 5 tokens read.",
+        ]
+        assert "The server keeps that until it needs the memory" in done.err
+
+    def test_embedded_one_says_what_stays(self, shell: Shell) -> None:
+        shell.install(WARMER % "embedded")
+        done = shell.run("adapters", "warm", "compatible", "--system", "You are nice.", "--context-window", "4096")
+        read = "compatible is loaded, with 3 tokens read, 1 of them from an earlier reading; 26.6 MB saved on the disk."
+        assert done.out == f"{read}\n"
+        assert "warning: window 4096\n" in done.err
+        assert "What stays is on the disk: the converted adapters and the saved prompts" in done.err
+
+    def test_without_a_prompt_it_loads(self, shell: Shell) -> None:
+        shell.install(WARMER % "embedded")
+        done = shell.run("adapters", "warm", "compatible")
+        assert done.out == "compatible is loaded.\n"
+        assert "the converted adapters, from which another process goes on" in done.err
+
+    def test_failure_stops_no_other(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "warm", "incompatible", "compatible", "--system", "Hi")
+        assert (done.code, done.out) == (1, "compatible is loaded, with 1 tokens read.\n")
+        assert done.err.startswith("error: The adapter `incompatible` does not fit")
+        alone = shell.run("adapters", "warm", "nobody")
+        assert (alone.code, alone.out, "keeps" in alone.err) == (1, "", False)
+
+    @pytest.mark.parametrize("arguments", [["--system", "a", "--system-file", "b.txt"], ["--system-file", "gone.txt"]])
+    def test_misuse_is_refused(self, shell: Shell, arguments: list[str]) -> None:
+        shell.install("it = Echo()")
+        (shell.folder / "b.txt").write_bytes(b"\xff")
+        assert shell.run("adapters", "warm", "compatible", *arguments).code == 2
+
+    def test_unreadable_prompt_is_refused(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        (shell.folder / "b.txt").write_bytes(b"\xff")
+        done = shell.run("adapters", "warm", "compatible", "--system-file", "b.txt")
+        assert (done.code, "`b.txt` cannot be read" in done.err) == (2, True)
+
+
+class TestPull:
+    def test_download_is_named(self, shell: Shell) -> None:
+        shell.install("it = Echo(strict=True, errors={'show_model': ConnectionFailed('down')})")
+        done = shell.run("adapters", "pull", "me/poet@main", "--name", "bard")
+        assert done == (0, "bard is here: /a/b, 98.0 MB, sha256:ab\n", "downloading weights\n")
+
+    def test_bound_name_needs_overwrite(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        refused = shell.run("adapters", "pull", "me/poet", "--name", "taken")
+        assert (refused.code, refused.out) == (1, "")
+        assert "--overwrite" in refused.err
+        assert shell.run("adapters", "pull", "me/poet", "--name", "taken", "--overwrite").code == 0
+
+    def test_nobody_knows_it(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        done = shell.run("adapters", "pull", "you/poet")
+        assert (done.code, done.err.startswith("error: No plugin can download the adapter `you/poet`.")) == (1, True)
+
+    def test_terminal_shows_a_bar(self, shell: Shell) -> None:
+        shell.install("it = Echo()")
+        child = shell.terminal("adapters", "pull", "me/poet", columns=100)
+        child.expect("downloading weights")
+        child.expect("poet is here: /a/b")
+        assert shell.ends(child) == 0
+
+
+class TestSeveral:
+    def test_adapters_with_weights_answer(self, shell: Shell) -> None:
+        shell.install("it = Echo(['Ahoy!'] * 3, adapter_weights=True)")
+        one = ("chat", "Hi", "--json", "--adapter", "compatible=0.5")
+        assert json.loads(shell.run(*one).out)["adapter"] == "0.5 ahoy"
+        same = shell.run(*one, "--adapter", "unknown")
+        assert (same.code, "are the same adapter" in same.err) == (1, True)
+        bad = shell.run("generate", "Hi", "--adapter", "compatible=0")
+        assert (bad.code, "The weight of the adapter" in bad.err) == (1, True)
+
+    def test_existing_path_is_no_weight(self, shell: Shell) -> None:
+        shell.install("it = Echo(['Ahoy!'])")
+        (shell.folder / "lr=0.001").mkdir()
+        done = shell.run("chat", "Hi", "--adapter", "lr=0.001")
+        assert "The adapter `lr=0.001` was not found" in done.err
+        assert "The adapter `lr` was not found" in shell.run("chat", "Hi", "--adapter", "lr=0.002").err
 
 
 PRUNER = """

@@ -93,9 +93,9 @@ class LoraPlugin:
     def list_adapters(self, request: ListAdaptersRequest) -> Iterable[AdapterInfo]:
         """List the adapters that the sources have, the broken ones among them, and the sources that cannot be read.
 
-        Each adapter is read completely, one at a time: about a second for 500 MB, the first time.
+        Each adapter is read when the iterator reaches it: about half a second for 100 MB, the first time.
         """
-        return tuple(self._resolver(request).known(request))
+        return self._resolver(request).known(request)
 
     @hookimpl
     def pull_adapter(self, request: PullAdapterRequest) -> AdapterInfo | None:

@@ -121,13 +121,13 @@ MODULES: Final[Mapping[str, str]] = {
 WRAPPERS: Final = {"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """What PyTorch puts into names: compiled, parallel and checkpointed modules."""
 TEXT: Final = re.compile(
-    r"(?:(?:base_model|model|language_model|text_model)\.)*"
+    r"(?:(?:base_model|model|language_model|text_model|thinker|llm)\.)*"
     r"(?:layers\.(?P<layer>\d{1,5})\.(?P<module>[a-z0-9_.]+)|(?P<end>embed_tokens|lm_head))"
 )
 """A module of the language model, within any number of the models around it."""
 PLACED: Final = re.compile(r"blk\.(\d{1,5})\.([a-z0-9_.]+)\.weight|token_embd\.weight|output\.weight")
 TOWERS: Final[Mapping[str, re.Pattern[str]]] = {
-    "the projector": re.compile(r"\w*projector|mm_\w+|multi_?modal\w*|connector"),
+    "the projector": re.compile(r"\w*projector|mm_\w+|multi_?modal\w*|connector|mlp1"),
     "the vision tower": re.compile(r"vis(?:ion|ual)\w*|\w+_vision|ima?ge?_\w+|vit|vpm|resampler"),
     "the audio tower": re.compile(r"(?:audio|speech)\w*|\w+_audio|apm"),
 }

@@ -25,6 +25,9 @@ ADAPTER_HEAD: Final = 1 << 22
 FLAGS: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
 
 
+POINTER: Final = b"version https://git-lfs.github.com/"
+
+
 class Refused(Exception):
     """Why a file cannot be used, as the rest of a sentence, with a hint if there is one."""
 
@@ -68,7 +71,7 @@ class CheckedFile:
     """A file that is read from start to end, at most as far as its first size, and hashed on the way.
 
     Raises:
-        Refused: it is not a regular file, is too large, leaves its folder, or cannot be read.
+        Refused: it is not a regular file, is too large, leaves its folder, stands for another file, or cannot be read.
     """
 
     def __init__(
@@ -86,6 +89,11 @@ class CheckedFile:
         except BaseException:
             os.close(descriptor)
             raise
+        if self.peek(len(POINTER)) == POINTER:
+            self.close()
+            raise Refused(
+                f"`{self.name}` is a Git LFS pointer, not the file itself", "Run `git lfs pull` in its folder."
+            )
 
     def _check(self, limit: int | None, *, empty: bool) -> None:
         if not stat.S_ISREG(self.state.st_mode):

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -273,7 +274,7 @@ def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference:
         what = getattr(error, "strerror", None) or str(error)
         raise AdapterError(f"{registry} cannot be read and written: {what}.", hint="Fix it or move it away.") from None
     (found,), _ = resolver.candidates(parse(name))
-    return resolver.info(found, None, settled=True)
+    return replace(resolver.info(found, None, settled=True), verdict=None)
 
 
 def _is_same(resolver: Resolver, name: str, digest: str) -> bool | None:

@@ -67,7 +67,7 @@ def peft(lora: Lora, metadata: Mapping[str, object]) -> dict[str, bytes]:
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted({module.rpartition(".")[2] for module, *_ in parts}),
+        "target_modules": sorted(module for module, *_ in parts),
     }
     return {"adapter_model.safetensors": _safetensors(tensors), CONFIG: _json(config)}
 

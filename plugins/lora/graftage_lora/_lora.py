@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -30,6 +30,8 @@ from graftage_lora._architectures import (
     ARCHITECTURES,
     EMBEDDING,
     OUTPUT,
+    Architecture,
+    gguf_name,
     is_placed,
     kind_of,
     layer_of,
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
     from graftage.types import ModelInfo
 
-__all__ = ["Array", "Facts", "Lora", "Part", "Shape", "checked_scale", "even_scale", "head_count", "judge"]
+__all__ = ["Array", "Facts", "Lora", "Part", "Shape", "Targets", "checked_scale", "even_scale", "head_count", "judge"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -139,6 +141,18 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """The modules that a configuration names."""
+
+    names: tuple[str, ...]
+    """Ends of their names in training tools; if empty, the kinds that the adapter has."""
+    layers: tuple[int, ...] | None = None
+    """Only these layers."""
+    last: int | None = None
+    """Only so many of the last layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """An adapter without its weights: cheap to keep."""
 
@@ -152,6 +166,8 @@ class Facts:
     """The model that it was trained on, as its author names it."""
     invocation: tuple[int, ...] = ()
     """Tokens after which it acts ("activated LoRA"); empty if it always acts."""
+    targets: Targets | None = None
+    """What it should contain, if that is known."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -264,12 +280,47 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
     if base is None or not isinstance(base.metadata.get("general.architecture"), str):
         reason = "the provider does not report the base model's shapes"
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
-    warnings = (*facts.warnings, *name_warnings((facts.base_model, meant_for), base))
+    warnings = (*facts.warnings, *name_warnings((facts.base_model, meant_for), base), *_check_targets(facts, base))
     found = [*_check_architecture(facts, base), *_check_layers(facts, base)]
     for kind, status in STATUSES.items():
         if reasons := tuple(reason for each, reason in found if each == kind):
             return Verdict(status=status, reasons=reasons, warnings=warnings)
     return Verdict(status="compatible", warnings=warnings)
+
+
+def _check_targets(facts: Facts, base: ModelInfo) -> Iterator[str]:
+    """Warn if modules are missing that the configuration names and the base model has."""
+    row = ARCHITECTURES.get(str(base.metadata["general.architecture"]))
+    count = base.metadata.get(f"{base.metadata['general.architecture']}.block_count")
+    if facts.targets is None or base.tensors is None or row is None or not isinstance(count, int):
+        return
+    own = {shape.tensor for shape in facts.shapes}
+    expected = set(_expected(facts.targets, own, base.tensors, row, count))
+    if missing := sorted(expected - own, key=lambda each: (layer_of(each) or 0, each)):
+        first = f"`{kind_of(missing[0])}`{_span([-1 if (at := layer_of(missing[0])) is None else at])}"
+        yield (
+            f"The adapter may have been saved partly: of the {len(expected)} modules that its configuration names in"
+            f" the base model, {len(missing)} are missing, the first is {first}."
+        )
+
+
+def _expected(
+    targets: Targets, own: Collection[str], tensors: Iterable[str], row: Architecture, count: int
+) -> Iterator[str]:
+    """Yield the base model's tensors that an adapter should change."""
+    modules = {kind: module for module, kind in row.modules.items()}
+    kinds, names = {kind_of(each) for each in own}, set(targets.names)
+    whole = {gguf_name(each) for each in names}
+    for tensor in tensors:
+        layer, kind = layer_of(tensor), kind_of(tensor)
+        if layer is None or kind not in modules:
+            continue
+        parts = f"layers.{layer}.{modules[kind]}".split(".")
+        ends = (".".join(parts[at:]) for at in range(len(parts)))
+        within = targets.layers is None or layer in targets.layers
+        named = not names.isdisjoint(ends) if names else kind in kinds
+        if tensor in whole or (named and within and layer >= count - (targets.last or count)):
+            yield tensor
 
 
 def _is_gguf(base: ModelInfo) -> bool:
@@ -366,14 +417,16 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         return
     for side, own, other in (("inputs", shape.inputs, sides[0]), ("outputs", shape.outputs, sides[1])):
         if own != other:
-            yield "contradiction", f"has {own} {side}, but {other} in the base model"
+            rows = side == "outputs" and shape.tensor in (EMBEDDING, OUTPUT)
+            why = ": its vocabulary was resized, or it is for another model" if rows else ""
+            yield "contradiction", f"has {own} {side}, but {other} in the base model{why}"
 
 
 def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
-        return "obstacle", f"is replaced by `{instead[0]}` in the base model: train on a model with that module"
+        return "obstacle", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
     return "contradiction", "is missing in the base model"
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from graftage_lora._architectures import module_name
+from graftage_lora._configs import MAX_RANK
 from graftage_lora._files import Refused
 from graftage_lora._lora import Lora, Part, checked_scale, even_scale
-from graftage_lora._read import MAX_RANK
 
 __all__ = ["mixed"]
 

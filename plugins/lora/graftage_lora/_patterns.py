@@ -22,7 +22,7 @@ LONGEST: Final = 300
 """Characters of an expression."""
 DEEPEST: Final = 10
 """Groups in groups."""
-MAX_WORK: Final = 20_000_000
+MAX_WORK: Final = 10_000_000
 """Steps that one adapter may take: some seconds."""
 PLAIN: Final = re.compile(r"\^?[\w.]+")
 TOKEN: Final = re.compile(

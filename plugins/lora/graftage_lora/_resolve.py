@@ -8,7 +8,7 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -31,7 +31,17 @@ from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Facts, Lora, head_count, is_reordered, judge
 from graftage_lora._mix import mixed
 from graftage_lora._read import read
-from graftage_lora._sources import Broken, Found, NotKnown, Reference, Registry, chain, is_unreadable_registry, parse
+from graftage_lora._sources import (
+    Broken,
+    Found,
+    Hub,
+    NotKnown,
+    Reference,
+    Registry,
+    chain,
+    is_unreadable_registry,
+    parse,
+)
 from graftage_lora._write import Progress
 
 if TYPE_CHECKING:
@@ -47,7 +57,7 @@ PINNED: Final = len("sha256:") + 12
 """Characters of a digest that tell two adapters of one name apart."""
 STATUSES: Final = ("compatible", "unknown", "unsupported", "incompatible")
 """From the best to the worst."""
-REMEMBERED: Final = 64
+REMEMBERED: Final = 256
 """Adapters whose facts are kept, so that a chat does not read its adapter in every turn."""
 
 
@@ -58,6 +68,7 @@ class Resolver:
         self.settings = settings
         self._sources = chain(settings)
         self._read: OrderedDict[object, tuple[Facts, str]] = OrderedDict()
+        self._judged: OrderedDict[object, tuple[Facts, ModelInfo | None, Verdict]] = OrderedDict()
         self._lock = threading.Lock()
 
     def resolve(self, request: ResolveRequest) -> Adapter:
@@ -84,7 +95,7 @@ class Resolver:
     def known(self, request: ListAdaptersRequest) -> Iterator[AdapterInfo]:
         """List the adapters of all sources, each with what is wrong with it, and the sources that cannot be read.
 
-        Each is read completely, one at a time, unless it is remembered.
+        Each is read completely when the iterator reaches it, unless it is remembered.
         """
         base, unreachable = None, None
         try:
@@ -93,7 +104,8 @@ class Resolver:
             unreachable = Verdict(status="unknown", reasons=(error.message,))
         found: dict[object, Found | Broken] = {}
         for each in (each for source in self._sources for each in source.known()):
-            found.setdefault((each.name, each.path.absolute()), each)
+            if each.source != Hub.name or not any(each.path == other.path for other in found.values()):
+                found.setdefault((each.name, each.path.absolute()), each)
         names = Counter(each.name for each in found.values() if each.reference == each.name)
         blocked = any(map(is_unreadable_registry, found.values()))
         for each in found.values():
@@ -118,7 +130,7 @@ class Resolver:
                 digest=digest if is_lasting(facts, base) else None,
                 size=found.files.weights.stat().st_size,
                 rank=Counter(each.rank for each in facts.shapes).most_common(1)[0][0],
-                verdict=judge(facts, base, meant_for=found.base_model),
+                verdict=self._verdict(facts, base, found.base_model),
             )
         except (Refused, OSError) as error:
             info = replace(info, problem=_problem(error))
@@ -192,7 +204,7 @@ class Resolver:
             name=found.name,
             digest=digest,
             scale=facts.scale,
-            verdict=judge(facts, base, meant_for=found.base_model),
+            verdict=self._verdict(facts, base, found.base_model),
             facts=facts,
             files=found.files,
             settings=self.settings,
@@ -205,16 +217,31 @@ class Resolver:
         """Return facts and digest, from memory as long as the files are unchanged."""
         metadata = base.metadata if base is not None else {}
         with self._lock:  # One of several callers reads it for all.
-            key = (_signature(found.files), found.scale, _row_order(metadata))
-            if key not in self._read:
+            own = (_signature(found.files), found.scale)
+            keys = (own, (*own, _row_order(metadata)))  # Most digests are the same for every base model.
+            key = next((each for each in keys if each in self._read), None)
+            if key is None:
                 lora = load(found.files, found.scale, self.settings)
-                if _signature(found.files) != key[0]:
+                if _signature(found.files) != own[0]:
                     raise Refused("its files changed while they were read", "Resolve it again.")
+                key = keys[0 if is_lasting(lora.facts, None) else 1]
                 self._read[key] = lora.facts, lora.digest(metadata)
             self._read.move_to_end(key)
             while len(self._read) > REMEMBERED:
                 self._read.popitem(last=False)
             return self._read[key]
+
+    def _verdict(self, facts: Facts, base: ModelInfo | None, meant_for: str | None) -> Verdict:
+        """Judge an adapter once for all calls that use it: that takes longer than all else in a call."""
+        key = (id(facts), id(base), meant_for)
+        known = self._judged.get(key)
+        if known is None:
+            # With the objects, so that no others get their identities.
+            known = self._judged[key] = facts, base, judge(facts, base, meant_for=meant_for)
+            while len(self._judged) > REMEMBERED:
+                with suppress(KeyError):
+                    self._judged.popitem(last=False)
+        return known[2]
 
     def _from_server(self, reference: Reference, request: ResolveRequest, reasons: list[str]) -> ServedAdapter:
         """Look for a model of the server that already contains an adapter."""
@@ -316,7 +343,7 @@ def load(files: Files, scale: float | None, settings: LoraSettings) -> Lora:
     Raises:
         Refused: it is malformed, unsafe or not supported.
     """
-    lora = read(files, max_bytes=settings.max_bytes)
+    lora = read(files, max_bytes=settings.max_bytes, leave_out_vision=settings.leave_out_vision)
     return lora if scale is None else lora.scaled(scale)
 
 

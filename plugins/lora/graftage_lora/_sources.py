@@ -209,7 +209,8 @@ class Paths:
             raise NotKnown("it is on another machine")
         path = Path(os.path.expanduser(text) if text.startswith("~/") else text)  # noqa: PTH111 - it never fails
         if not path.exists():
-            raise NotKnown("no such file or folder")
+            pull = f"; `{HUB}{text}` is a repository of Hugging Face" if _is_repository(text) else ""
+            raise NotKnown(f"no such file or folder{pull}")
         name = (path.parent if path.name in (CONFIG, *WEIGHTS.values()) else path).resolve().name.removesuffix(".gguf")
         return (Found(name=name or text, reference=text, source=self.name, path=path, files=locate(path)),)
 
@@ -237,14 +238,14 @@ class Folder:
         name = reference.name
         if problem := name_problem(name):
             raise NotKnown(problem)
-        names = {composed(entry): entry for entry in self._names()}
+        names = self._names()
         try:
             if bound := self._registry.get(name):
                 return (replace(bound, source=self.name),)
         except Refused as error:
             path = self._folder / REGISTRY
             return (Broken(name=name, reference=name, source=self.name, path=path, error=error),)
-        found = tuple(self._entry(name, names[each]) for each in (name, f"{name}.gguf") if each in names)
+        found = tuple(self._entry(name, each) for each in names if composed(each) in (name, f"{name}.gguf"))
         if not found:
             raise NotKnown(_not_listed(name, names))
         return found
@@ -479,9 +480,9 @@ class Hub:
     def known(self) -> Iterator[Found | Broken]:
         """List all repositories that are adapters, in each revision that is here."""
         for entry in self._names():
-            kind, owner, *name = entry.split("--", 2)
-            if kind == "models" and name and _is_hub_part(owner) and _is_hub_part(name[0]):
-                yield from self._revisions(owner, name[0], self._folder / entry)
+            kind, *parts = entry.split("--", 2)
+            if kind == "models" and len(parts) == 2 and all(map(_is_hub_part, parts)):
+                yield from self._revisions(parts[0], parts[1], self._folder / entry)
 
     def _revisions(self, owner: str, name: str, folder: Path) -> Iterator[Found | Broken]:
         shown = set()
@@ -552,6 +553,13 @@ def split_repository(text: str) -> tuple[str, str, str]:
     return parts[0], parts[1], revision
 
 
+def _is_repository(text: str) -> bool:
+    try:
+        return bool(split_repository(text))
+    except NotKnown:
+        return False
+
+
 def _is_hub_part(text: str) -> bool:
     return HUB_PART.fullmatch(text) is not None and ".." not in text and "--" not in text
 
@@ -578,6 +586,7 @@ def _commit(folder: Path, revision: str) -> str:
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapters.npz", "pytorch_model.bin")
+PART: Final = re.compile(r"(adapter_model|adapters?)[-_]\d{1,5}-of-\d{1,5}\.(safetensors|bin)")
 MAX_FOLDER: Final = 10_000
 """The most entries of a folder that are read."""
 
@@ -602,6 +611,8 @@ def locate(path: Path, within: Path | None = None) -> Files:
     Raises:
         Refused: there is no usable adapter.
     """
+    if path.name == CONFIG and path.is_file():
+        path = path.parent
     if path.is_dir():
         return _in_folder(path, within)
     if not path.exists():
@@ -612,24 +623,54 @@ def locate(path: Path, within: Path | None = None) -> Files:
 
 def _in_folder(folder: Path, within: Path | None) -> Files:
     names = list_folder(folder)
-    if CONFIG in names:
-        for name in WEIGHTS.values():
-            if name in names:
-                return Files(weights=folder / name, config=folder / CONFIG, within=within)
-    adapters = [name for name in names if name.endswith(".gguf") and is_adapter(folder / name, within)]
+    weights = next((name for name in WEIGHTS.values() if name in names), None)
+    if CONFIG in names and weights:
+        return Files(weights=folder / weights, config=folder / CONFIG, within=within)
+    models = [name for name in names if name.endswith(".gguf")]
+    adapters = [name for name in models if is_adapter(folder / name, within)]
     if len(adapters) == 1:
         return Files(weights=folder / adapters[0], within=within)
     if adapters:
         raise Refused(f"the folder contains several adapters: {', '.join(adapters)}", "Name one of the files.")
-    if pickles := [name for name in PICKLES if name in names]:
-        raise Refused(
+    for name in models:
+        CheckedFile(folder / name, within=within).close()  # It may say why it cannot be read.
+    raise _nothing_usable(folder, names, weights)
+
+
+def _nothing_usable(folder: Path, names: list[str], weights: str | None) -> Refused:
+    """Return why a folder contains no adapter, and the way out."""
+    if weights:
+        return Refused(f"`{CONFIG}` with the scale is missing beside `{weights}`", "Put it into the folder.")
+    if parts := [name for name in names if PART.fullmatch(name)]:
+        joined = WEIGHTS["mlx" if parts[0].startswith("adapters") else "peft"]
+        return Refused(
+            f"its weights are in parts, the first is `{parts[0]}`",
+            f"Join them with the package safetensors: load each with `load_file`, and save all tensors as `{joined}`.",
+        )
+    if pickles := [name for name in names if name in PICKLES and "config.json" not in names]:
+        return Refused(
             f"`{pickles[0]}` is a pickle, which can run code when it is read",
             "Save the adapter as safetensors, the default of every current trainer.",
         )
-    raise Refused(
+    if "config.json" in names or any(name.endswith(".gguf") for name in names):
+        return Refused("the folder contains a whole model, not an adapter", "Use it as the model instead.")
+    if saved := [name for name in names if name.endswith(f"_{WEIGHTS['mlx']}")]:
+        return Refused(
+            f"the folder contains only saved steps, the last is `{saved[-1]}`",
+            f"Copy it to `{WEIGHTS['mlx']}`, beside {CONFIG}.",
+        )
+    if inner := sorted((name for name in names if (folder / name / CONFIG).is_file()), key=_step):
+        what = "its checkpoints do" if inner[-1].startswith("checkpoint-") else "folders in it do"
+        return Refused(f"the folder contains no adapter, but {what}", f"Name the last one: `{folder / inner[-1]}`.")
+    return Refused(
         "the folder contains no adapter",
         f"It must contain {CONFIG} with {' or '.join(WEIGHTS.values())}, or one GGUF adapter.",
     )
+
+
+def _step(name: str) -> tuple[int, str]:
+    number = name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and len(number) < 10 else -1, name
 
 
 def is_adapter(path: Path, within: Path | None) -> bool:

@@ -55,7 +55,8 @@ class TestReference:
 
     def test_path(self, place: Place, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = place.resolve(ours / "mine")
-        assert place.resolve(ours / "mine" / "adapter_model.safetensors").digest == whole.digest
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert place.resolve(ours / "mine" / name).digest == whole.digest
         monkeypatch.chdir(ours)
         assert place.resolve("./mine", folders=[]).digest == whole.digest
         assert place.resolve("../adapters/mine", folders=[]).name == "mine"
@@ -387,6 +388,8 @@ class TestHub:
             place.resolve("hf://someone/ahoy@next")
         with pytest.raises(AdapterNotFound, match="does not have it"):
             place.resolve("hf://Someone/AHOY")
+        with pytest.raises(AdapterNotFound, match="`hf://someone/ahoy` is a repository"):
+            place.resolve("someone/ahoy")
 
     def test_link_to_other_repository_is_refused(self, place: Place) -> None:
         folder = hub(place)

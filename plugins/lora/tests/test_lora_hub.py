@@ -8,6 +8,7 @@ import http.server
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from urllib.parse import unquote
 import pytest
 from lora_files import Place, bind, pairs, write_gguf, write_mlx, write_peft
 
-from graftage.calls import Call, PullAdapterRequest
+from graftage.calls import Call, ListAdaptersRequest, PullAdapterRequest
 from graftage.exceptions import (
     AdapterError,
     AdapterInvalid,
@@ -99,8 +100,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         parts = [unquote(each) for each in self.path.partition("?")[0].strip("/").split("/")]
         if parts[:2] == ["api", "models"]:
             self._info("/".join(parts[2:4]), "/".join(parts[5:]) or "main")
-        elif parts[2] == "resolve":
+        elif parts[2:3] == ["resolve"]:
             self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        else:
+            self._send(b"", status=404)
 
     def _commit(self, repository: str, revision: str) -> str | None:
         known = {name for name, _ in self.hub.revisions}
@@ -181,7 +184,8 @@ class TestPull:
         right = place.resolve(place.folder / "made" / "2").digest
         assert registry(place) == {"style": {"path": f"hf://{STYLE}@{commit}", "digest": right}}
         assert (found.name, found.reference, found.digest, found.problem) == ("style", "style", right, None)
-        assert (found.rank, found.base_model) == (4, "someone/small-1m")
+        assert (found.rank, found.base_model, found.verdict) == (4, "someone/small-1m", None)
+        assert [each.name for each in place.plugin().list_adapters(ListAdaptersRequest())] == ["style"]
         adapter = place.resolve("style")
         assert (adapter.digest, adapter.source) == (right, "registry")
         assert place.resolve(f"hf://{STYLE}").digest == right
@@ -233,6 +237,16 @@ class TestPull:
             pull(place)
         assert not (place.folder / "adapters.toml").exists()
         assert pull(place, name="theirs").reference == "theirs"
+
+    def test_emptied_cache_is_filled_again(self, place: Place, hub: Hub) -> None:
+        digest = pull(place, name="mine").digest
+        shutil.rmtree(place.folder / "hub")
+        commit = hub.revisions[STYLE, "main"]
+        with pytest.raises(AdapterInvalid, match=f"graftage adapters pull {STYLE}@{commit}"):
+            place.resolve("mine")
+        hub.add(write_peft(place.folder / "made" / "3", pairs(place.model, seed=3)), "main")
+        pull(place, f"{STYLE}@{commit}", name="mine")
+        assert place.resolve("mine").digest == digest
 
     def test_registry_keeps_comments_and_entries(self, place: Place, hub: Hub) -> None:
         path = place.folder / "adapters.toml"

@@ -38,7 +38,7 @@ def read_peft(folder: Path) -> dict[str, Any]:
         else:
             a, b = held[f"{name}.lora_A.weight"], held[f"{name}.lora_B.weight"]
         assert len(a) == config["r"]
-        assert name.rpartition(".")[2] in config["target_modules"]
+        assert name.removeprefix("base_model.model.") in config["target_modules"]
         found[name.removeprefix("base_model.model.")] = config["lora_alpha"] / config["r"] * b.astype(float) @ a
     return found
 

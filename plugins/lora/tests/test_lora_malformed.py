@@ -48,6 +48,9 @@ def numbers(*values: float) -> bytes:
     return np.array([*values, *range(1, 17 - len(values))], dtype="<f4").tobytes()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 1049\n"
+
+
 WEIGHTS: dict[str, tuple[str, bytes]] = {
     "an empty file": ("is empty", b""),
     "seven bytes": ("too short", b"1234567"),
@@ -77,9 +80,9 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
     "a side of 0": ("two sides", safetensors({**GOOD, A: entry([0, 4], 0, 32)})),
     "a negative side": ("two sides", safetensors({**GOOD, A: entry([-2, -4], 0, 32)})),
     "a side of 2^62": ("two sides", safetensors({**GOOD, A: entry([1 << 62, 1 << 62], 0, 32)})),
-    "a side and a half": ("two sides", safetensors({**GOOD, A: entry([2.0, 4.0], 0, 32)})),
-    "a side that is true": ("two sides", safetensors({**GOOD, A: entry([True, 8], 0, 32)})),
-    "a shape that is a text": ("two sides", safetensors({**GOOD, A: entry("24", 0, 32)})),
+    "a side and a half": ("invalid shape", safetensors({**GOOD, A: entry([2.0, 4.0], 0, 32)})),
+    "a side that is true": ("invalid shape", safetensors({**GOOD, A: entry([True, 8], 0, 32)})),
+    "a shape that is a text": ("invalid shape", safetensors({**GOOD, A: entry("24", 0, 32)})),
     "a shape larger than the data": ("contradicts", safetensors({**GOOD, A: entry([1 << 20, 1 << 20], 0, 32)})),
     "a shape smaller than the data": ("contradicts", safetensors({**GOOD, A: entry([1, 4], 0, 32)})),
     "offsets that are reversed": ("data_offsets", safetensors({**GOOD, A: entry([2, 4], 32, 0)})),
@@ -99,11 +102,22 @@ WEIGHTS: dict[str, tuple[str, bytes]] = {
     "the JSON word NaN": ("contains NaN", safetensors(b'{"a": NaN}')),
     "half of a pair": ("lacks its half B", safetensors({A: entry([2, 4], 0, 32)}, DATA[:32])),
     "the other half of a pair": ("lacks its half A", safetensors({B: entry([4, 2], 0, 32)}, DATA[:32])),
-    "an unpaired tensor": ("not one half", safetensors({A: GOOD[A], f"{MODULE}.weight": GOOD[B]})),
+    "a whole weight beside one half": ("whole weight", safetensors({A: GOOD[A], f"{MODULE}.weight": GOOD[B]})),
+    "an unpaired tensor": ("not one half", safetensors({A: GOOD[A], f"{MODULE}.other": GOOD[B]})),
     "a bias": ("bias", safetensors({A: GOOD[A], f"{MODULE}.bias": GOOD[B]})),
     "a magnitude of DoRA": ("DoRA", safetensors({A: GOOD[A], f"{MODULE}.lora_magnitude_vector": GOOD[B]})),
     "a saved module": ("saved module", safetensors({A: GOOD[A], "lm_head.modules_to_save.weight": GOOD[B]})),
-    "a weight of the base": ("base model", safetensors({A: GOOD[A], f"{MODULE}.base_layer.weight": GOOD[B]})),
+    "a weight of the base": ("whole weight", safetensors({A: GOOD[A], f"{MODULE}.base_layer.weight": GOOD[B]})),
+    "a weight of the base in another shape": ("but its halves", safetensors(
+        {**GOOD, f"{MODULE}.base_layer.weight": entry([2, 4], 64, 96)}, DATA + DATA[:32])),
+    "a whole output": ("vocabulary", safetensors({**GOOD, "lm_head.weight": entry([2, 4], 64, 96)}, DATA + DATA[:32])),
+    "a whole embedding of no type": ("vocabulary", safetensors(
+        {**GOOD, "model.embed_tokens.weight": entry([2, 4], 64, 96, "X9")}, DATA + DATA[:32])),
+    "a module of a vision tower": ("belongs to the vision tower", safetensors(
+        {**GOOD, "vision_tower.layers.0.q_proj.lora_A.weight": entry([2, 2, 2], 64, 96)}, DATA + DATA[:32])),
+    "a half that was not gathered": ("two sides", safetensors(
+        {A: entry([0], 0, 0), B: entry([4, 2], 0, 32)}, DATA[:32])),
+    "a pointer of Git LFS": ("Git LFS pointer", POINTER),
     "halves of two ranks": ("ranks", safetensors({**GOOD, B: entry([2, 4], 32, 64)})),
     "another rank than stated": ("states 2", safetensors({A: entry([4, 2], 0, 32), B: entry([2, 4], 32, 64)})),
     "a half twice": ("twice", safetensors({A: GOOD[A], f"{MODULE}.lora_A.weight": entry([2, 4], 32, 64)})),
@@ -179,7 +193,17 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "repeated layers": ("layer_replication", {**CONFIG, "layer_replication": [[0, 4]]}),
     "bare parameters": ("target_parameters", {**CONFIG, "target_parameters": ["experts.up"]}),
     "a start that changes the base": ("pissa", {**CONFIG, "init_lora_weights": "pissa_niter_4"}),
-    "an expression for ranks": ("expressions", {**CONFIG, "rank_pattern": {"(a+)+$": 2}}),
+    "an expression that may run forever": ("expression", {**CONFIG, "alpha_pattern": {"(a+)+$": 2}}),
+    "an expression that is too long": ("expression", {**CONFIG, "alpha_pattern": {"a*" * 200: 2}}),
+    "an expression that is not one": ("expression", {**CONFIG, "alpha_pattern": {"(q|k_proj": 2}}),
+    "an expression of other syntax": ("expression", {**CONFIG, "alpha_pattern": {"(?=q)q_proj": 2}}),
+    "groups in many groups": ("expression", {**CONFIG, "alpha_pattern": {"(" * 99 + "a" + ")" * 99: 2}}),
+    "an unknown configuration": ("next_config", {**CONFIG, "next_config": {"a": 1}}),
+    "block-diagonal halves": ("use_bdlora", {**CONFIG, "use_bdlora": {"nblocks": 2}}),
+    "an unknown start": ("next_init", {**CONFIG, "init_lora_weights": "next_init"}),
+    "a rank and a half": ("`r`", {**CONFIG, "r": 2.5}),
+    "a rank beyond every float": ("`r`", b'{"peft_type": "LORA", "r": 1e999, "lora_alpha": 4}'),
+    "a pointer of Git LFS": ("Git LFS pointer", POINTER),
     "a pattern that is a list": ("rank_pattern", {**CONFIG, "rank_pattern": [2]}),
     "a pattern's rank of 0": ("rank_pattern", {**CONFIG, "rank_pattern": {"q_proj": 0}}),
     "a pattern's alpha of NaN": ("alpha_pattern", {**CONFIG, "alpha_pattern": {"q_proj": "x"}}),
@@ -190,6 +214,7 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "a whole training of mlx-lm": ("fine_tune_type", {"fine_tune_type": "full"}),
     "mlx-lm without a scale": ("lora_parameters", {"fine_tune_type": "lora"}),
     "mlx-lm with a scale of 0": ("scale", {"lora_parameters": {"rank": 2, "scale": 0}}),
+    "mlx-lm with only an alpha": ("scale", {"num_layers": 2, "lora_parameters": {"rank": 2, "alpha": 16}}),
     "mlx-lm with an alpha": ("alpha", {"lora_parameters": {"rank": 2, "alpha": 16, "scale": 2.0}}),
 }
 
@@ -365,6 +390,37 @@ class TestTruncated:
                 place.resolve(folder)
 
 
+SETTINGS = json.dumps(CONFIG).encode()
+ACCIDENTS: dict[str, tuple[dict[str, bytes], str, str]] = {
+    "a pointer as a GGUF file": ({"a.gguf": POINTER}, "Git LFS pointer", "git lfs pull"),
+    "checkpoints only": (
+        {f"checkpoint-{step}/adapter_config.json": SETTINGS for step in (9, 100, 50)},
+        "its checkpoints do",
+        "checkpoint-100`",
+    ),
+    "an adapter in a folder": ({"final/adapter_config.json": SETTINGS}, "folders in it do", "final`"),
+    "steps of mlx-lm": (
+        {"adapter_config.json": b"{}", "0000100_adapters.safetensors": b"x", "0000200_adapters.safetensors": b"x"},
+        "the last is `0000200_adapters",
+        "`adapters.safetensors`",
+    ),
+    "weights in parts": (
+        {
+            "adapter_config.json": SETTINGS,
+            "adapter_model-00001-of-00002.safetensors": b"x",
+            "adapter_model-00002-of-00002.safetensors": b"x",
+            "adapter_model.safetensors.index.json": b"{}",
+        },
+        "in parts, the first is `adapter_model-00001",
+        "`adapter_model.safetensors`",
+    ),
+    "a whole model": ({"config.json": b"{}", "model.safetensors": b"x"}, "whole model", "as the model"),
+    "an old whole model": ({"config.json": b"{}", "pytorch_model.bin": b"x"}, "whole model", "as the model"),
+    "weights alone": ({"adapter_model.safetensors": b"x"}, "missing beside", "into the folder"),
+    "a configuration alone": ({"adapter_config.json": SETTINGS}, "no adapter", "adapter_model.safetensors"),
+}
+
+
 class TestFiles:
     def test_pickles_are_named_not_opened(self, place: Place) -> None:
         folder = place.folder / "given"
@@ -424,6 +480,16 @@ class TestFiles:
         with pytest.raises(AdapterInvalid, match=r"circular link|cannot be opened|symbolic links"):
             place.resolve(folder)
 
+    @pytest.mark.parametrize("what", list(ACCIDENTS))
+    def test_accident_leads_to_way_out(self, place: Place, what: str) -> None:
+        files, reason, way_out = ACCIDENTS[what]
+        for name, data in files.items():
+            path = place.folder / "given" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        error = refused(place, place.folder / "given", reason)
+        assert way_out in str(error.hint)
+
     def test_empty_folder_says_what_was_expected(self, place: Place) -> None:
         (place.folder / "given").mkdir()
         error = refused(place, place.folder / "given", "no adapter")
@@ -479,7 +545,19 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-NAMES = st.sampled_from([A, B, f"{MODULE}.lora_a", f"{MODULE}.lora_b", "lora_A", "__metadata__"]) | st.text(max_size=12)
+NAMES = st.sampled_from(
+    [
+        A,
+        B,
+        f"{MODULE}.base_layer.weight",
+        "lm_head.weight",
+        f"{MODULE}.lora_a",
+        f"{MODULE}.lora_b",
+        "lora_A",
+        "__metadata__",
+    ]
+) | st.text(max_size=12)
+FUZZED_KEYS = ("lora_parameters", "fine_tune_type", "rank_pattern", "alpha_pattern", "target_modules", "num_layers")
 FIELDS = st.sampled_from(["dtype", "shape", "data_offsets"]) | st.text(max_size=4)
 
 
@@ -501,7 +579,7 @@ class TestFuzz:
     @FUZZED
     @given(
         head=st.dictionaries(NAMES, st.dictionaries(FIELDS, JSON, max_size=4) | JSON, max_size=4),
-        config=st.dictionaries(st.sampled_from([*CONFIG, "lora_parameters", "fine_tune_type", "rank_pattern"]), JSON),
+        config=st.dictionaries(st.sampled_from([*CONFIG, *FUZZED_KEYS]), JSON),
         data=st.binary(max_size=80),
     )
     def test_any_json(self, tmp_path: Path, head: Any, config: Any, data: bytes) -> None:

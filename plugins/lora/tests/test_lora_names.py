@@ -56,6 +56,14 @@ DIFFERENT = """
     C:\\Users\\me\\models--Qwen--Qwen2.5-Coder-7B\\snapshots\\0123456789abcdef | qwen2.5:7b
     /home/me/.cache/modelscope/hub/Qwen/Qwen2___5-7B-Instruct | qwen2:7b
     someone/other-7b | small:1m
+    meta-llama/Llama-Guard-3-1B | llama3.2:1b
+    Qwen/Qwen2.5-7B | qwen3:8b
+    Qwen/Qwen3-4B | qwen3-vl:4b
+    Qwen/Qwen3-Embedding-0.6B | qwen3:0.6b
+    mistralai/Mistral-7B-v0.1 | mathstral:7b
+    Qwen/CodeQwen1.5-7B | qwen:7b
+    01-ai/Yi-1.5-6B | llama2:7b
+    meta-llama/Llama-3.2-1B | HuggingFaceTB/SmolLM2-1.7B
 """
 SAME = """
     someone/small-1m | small:1m
@@ -102,6 +110,17 @@ SAME = """
     ibm-granite/granite-3.1-2b-instruct | granite3.1-dense:2b
     HuggingFaceH4/zephyr-7b-beta | zephyr:7b
     mistralai/Mixtral-8x7B-v0.1 | mixtral:8x7b
+    google/gemma-3-270m-it | gemma3:270m
+    microsoft/Phi-4-mini-instruct | phi4-mini:3.8b
+    mlx-community/Meta-Llama-3.1-8B-Instruct-bf16 | llama3.1
+    Qwen/Qwen2.5-7B-Instruct | /m/Qwen_Qwen2.5-7B-Instruct-Q4_K_M-00001-of-00002.gguf
+    Qwen/Qwen2.5-Coder-7B | Qwen2.5-Coder-7B.Q4_K_M.gguf
+    LiquidAI/LFM2-1.2B | lfm2:1.2b
+    openai/gpt-oss-20b | mlx-community/gpt-oss-20b-MXFP4-Q8
+    tiiuae/Falcon3-7B-Instruct | falcon3:7b
+    google/gemma-3-12b-it-qat-q4_0-unquantized | gemma3:12b
+    TheBloke/Llama-2-7B-Chat-GPTQ | llama2:7b-chat
+    ./smollm2-135m-finetuned | smollm2:135m
     ./output/merged | qwen2.5:7b
     ./output/checkpoint-500 | llama3.1:8b
     checkpoint-500/ | smollm2:135m

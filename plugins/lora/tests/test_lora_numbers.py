@@ -127,12 +127,13 @@ class TestScale:
         plain = place.resolve(write_peft(place.folder / "plain", adapter, lora_alpha=8))
         assert plain.scale == 0.5
 
-    def test_mlx_default_is_twenty(self, place: Place) -> None:
+    def test_mlx_scale_is_taken_as_stated(self, place: Place) -> None:
         adapter = pairs(place.model, rank=4, scale=3.0)
-        assert place.resolve(write_mlx(place.folder / "stated", adapter)).scale == 3.0
-        silent = place.resolve(write_mlx(place.folder / "silent", adapter, parameters={"rank": 4}))
-        assert silent.scale == 20.0
-        assert keys_of(silent.gguf(place.model.info()))["adapter.lora.alpha"] == 80.0
+        found = place.resolve(write_mlx(place.folder / "stated", adapter))
+        assert found.scale == 3.0
+        assert keys_of(found.gguf(place.model.info()))["adapter.lora.alpha"] == 12.0
+        with pytest.raises(AdapterInvalid, match="`scale`"):
+            place.resolve(write_mlx(place.folder / "silent", adapter, parameters={"rank": 4}))
 
     def test_patterns_fold_into_one_alpha(self, place: Place) -> None:
         model = place.model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +18,6 @@ from graftage.testing.echo import Echo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from graftage.types import AdapterInfo
 
@@ -36,6 +38,19 @@ def look(place: Place, reference: str, **settings: Any) -> Any:
     call = Call(operation="resolve_adapter")
     request = ResolveRequest(reference=reference, model="small:1m", base=place.model.info, call=call)
     return place.plugin(**settings).resolve_adapter(request)
+
+
+def watch_opening(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the folders in which a file was opened."""
+    opened: list[str] = []
+    real = os.open
+
+    def noted(path: Any, *rest: Any) -> int:
+        opened.append(Path(path).parent.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", noted)
+    return opened
 
 
 def two(place: Place, second: int = 2) -> dict[str, Any]:
@@ -67,6 +82,13 @@ def bound(place: Place) -> dict[str, Any]:
     return settings
 
 
+def forms(place: Place) -> dict[str, Any]:
+    """Two names that differ only in their Unicode form."""
+    write_peft(place.folder / "x" / unicodedata.normalize("NFC", "müne"), pairs(place.model, seed=1))
+    write_peft(place.folder / "x" / unicodedata.normalize("NFD", "müne"), pairs(place.model, seed=2))
+    return {"folders": [place.folder / "x"]}
+
+
 TWICE: dict[str, Callable[[Place], dict[str, Any]]] = {
     "two folders": two,
     "a folder and a file": beside,
@@ -95,6 +117,13 @@ class TestAmbiguous:
         assert len({each.path for each in mine}) == 2
         for each in mine:
             assert place.resolve(each.reference, **settings).digest == each.digest
+
+    def test_unicode_forms_are_one_name(self, place: Place) -> None:
+        settings = forms(place)
+        with pytest.raises(AdapterInvalid, match="ambiguous"):
+            place.resolve("müne", **settings)
+        found = listed(place, **settings)
+        assert len({place.resolve(each.reference, **settings).digest for each in found}) == 2
 
     def test_digest_selects_one(self, place: Place) -> None:
         settings = two(place)
@@ -197,6 +226,18 @@ class TestList:
         found = {each.name: each for each in place.plugin().list_adapters(ListAdaptersRequest())}
         assert (found["mine"].verdict, found["mine"].digest) == (None, place.resolve("mine").digest)
         assert found["file"].digest is None, "its rows are in the order of a base model that is not known"
+
+    def test_each_is_read_once_and_when_it_is_needed(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("a", "b"):
+            write_peft(place.folder / "adapters" / name, pairs(place.model))
+        plugin = place.plugin()
+        opened = watch_opening(monkeypatch)
+        first = next(iter(plugin.list_adapters(ListAdaptersRequest())))
+        assert (first.name, "b" in opened) == ("a", False)
+        opened.clear()
+        request = ResolveRequest(reference="a", model="small:1m", base=place.model.info)
+        assert plugin.resolve_adapter(request).digest == first.digest
+        assert not opened
 
     def test_unreachable_server_hides_nothing(self, place: Place) -> None:
         write_peft(place.folder / "adapters" / "mine", pairs(place.model))

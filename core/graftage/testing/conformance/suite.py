@@ -850,6 +850,23 @@ class ProviderSuite(Adoption):
         llm.unload_adapter("any")
         assert {each.name for each in llm.models()} == names
 
+    def test_weights_change_replies(self, spy: tuple[Any, Spy]) -> None:
+        """With the feature `adapter_weights`, the same adapter acts otherwise with another weight.
+
+        If it fails: apply each adapter of `request.adapter.weights` with its factor, which multiplies its own scale.
+        """
+        llm, seen = spy
+        self.model_with(llm, "adapter_weights")
+        loaded = self._use_adapter(llm)
+        given = self.short(llm)
+        if "logprobs" in llm.capabilities().options:
+            given = {**given, "options": {**given.get("options", {}), "logprobs": True}}
+        replies = [llm.chat(PROMPT, adapter=("any", weight), **given) for weight in (1, 0.25)]
+        assert [each.adapter for each in replies] == [loaded.name, f"0.25 {loaded.name}"]
+        assert [call.request.adapter.weights[0][1] for call in seen.calls("chat")] == [1, 0.25]
+        whole, part = ((each.model, each.text, each.logprobs) for each in replies)
+        assert whole != part
+
     def test_pruning_keeps_other_models(self, llm: Any) -> None:
         """`prune_adapters` shows what it would delete, and deletes only what the provider has made.
 
