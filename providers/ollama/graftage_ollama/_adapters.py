@@ -148,15 +148,18 @@ class Adapters:
         """
         try:
             yield
-        except ModelNotFound as error:
-            if adapter is None:
+        except ProviderError as error:
+            if adapter is None or error.retryable:
                 raise
-            raise self._lost(adapter) from error
-        if adapter is not None:
-            name = canonical_name(adapter.model)
-            listed = await self._digests(call)
-            if name not in listed or name not in self._proven or listed[name] != self._proven[name]:
-                raise self._lost(adapter)
+            if isinstance(error, ModelNotFound) or not await self._is_proven(call, adapter):
+                raise self._lost(adapter) from error
+            raise
+        if adapter is not None and not await self._is_proven(call, adapter):
+            raise self._lost(adapter)
+
+    async def _is_proven(self, call: Call, adapter: LoadedAdapter) -> bool:
+        name, listed = canonical_name(adapter.model), await self._digests(call)
+        return name in listed and name in self._proven and listed[name] == self._proven[name]
 
     def _lost(self, adapter: LoadedAdapter) -> AdapterError:
         self._proven.pop(canonical_name(adapter.model), None)

@@ -827,6 +827,19 @@ class TestHealing:
             llm.chat("Hi")
         assert llm.chat("Hi").text == fake.reply
 
+    @pytest.mark.parametrize("replaced", [True, False])
+    def test_refusal_of_a_replaced_model_is_mended(self, connect: Any, fake: FakeOllama, replaced: bool) -> None:
+        llm = connect()
+        name = llm.use_adapter("ahoy").model
+        if replaced:
+            replace(fake, name)
+        fake.script("/api/chat", Answer([{"error": f'"{name}" does not support chat'}], status=400, framing="length"))
+        if replaced:
+            assert llm.chat("Hi").model == made(fake)[1]
+        else:
+            with pytest.raises(ProviderError, match="does not support chat"):
+                llm.chat("Hi")
+
     def test_base_alone_is_never_checked(self, connect: Any, fake: FakeOllama) -> None:
         connect().chat("Hi")
         assert steps(fake) == ["POST chat"]
