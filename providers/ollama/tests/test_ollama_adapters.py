@@ -855,9 +855,11 @@ class TestHealing:
 
     def test_model_deleted_while_loading(self, connect: Any, fake: FakeOllama) -> None:
         gone = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
-        fake.script("/api/generate", gone)
+        fake.script("/api/generate", *[gone] * 3)
+        with pytest.raises(AdapterError, match="deletes the server's models with the adapter `ahoy`"):
+            connect().use_adapter("ahoy")
         assert connect().use_adapter("ahoy").model in made(fake)
-        assert steps(fake).count("POST generate") == 2
+        assert steps(fake).count("POST generate") == 4
 
     def test_longer_name_is_pruned(self, connect: Any, fake: FakeOllama) -> None:
         llm = connect()
