@@ -107,18 +107,22 @@ class Adapters:
             ModelNotFound: the base model does not exist.
             AdapterIncompatible: the server cannot run the base with it.
             AdapterUnsupported: no strategy works; `reasons` has one reason for each.
+            AdapterError: another program deletes what is made.
         """
         # Check this first: `create` would pull a missing base from a registry.
         base = await self._show(request.call, request.model)
         reasons: list[str] = []
         for strategy, attempt in (("served", self._served), ("native", self._native), ("merged", self._merged)):
             try:
-                try:
+                with contextlib.suppress(ModelNotFound):
                     return await attempt(request, base)
-                except ModelNotFound:  # The base exists: another process has just deleted what is made from it.
-                    return await attempt(request, base)
+                # The base exists, so another program has just deleted what was made from it.
+                return await attempt(request, base)
             except _StrategyUnavailable as why:
                 reasons.append(f"{strategy}: {why}")
+            except ModelNotFound as error:
+                what = f"Another program deletes the server's models with the adapter `{request.adapter.name}`."
+                raise AdapterError(what, reference=request.adapter.name, retryable=True, hint=AGAIN) from error
         raise AdapterUnsupported(
             f"This server cannot use the adapter `{request.adapter.name}`: {'; '.join(reasons)}.",
             reference=request.adapter.name,
@@ -148,15 +152,18 @@ class Adapters:
         """
         try:
             yield
-        except ModelNotFound as error:
-            if adapter is None:
+        except ProviderError as error:
+            if adapter is None or error.retryable:
                 raise
-            raise self._lost(adapter) from error
-        if adapter is not None:
-            name = canonical_name(adapter.model)
-            listed = await self._digests(call)
-            if name not in listed or name not in self._proven or listed[name] != self._proven[name]:
-                raise self._lost(adapter)
+            if isinstance(error, ModelNotFound) or not await self._is_proven(call, adapter):
+                raise self._lost(adapter) from error
+            raise
+        if adapter is not None and not await self._is_proven(call, adapter):
+            raise self._lost(adapter)
+
+    async def _is_proven(self, call: Call, adapter: LoadedAdapter) -> bool:
+        name, listed = canonical_name(adapter.model), await self._digests(call)
+        return name in listed and name in self._proven and listed[name] == self._proven[name]
 
     def _lost(self, adapter: LoadedAdapter) -> AdapterError:
         self._proven.pop(canonical_name(adapter.model), None)
@@ -377,7 +384,7 @@ class Adapters:
             raise _StrategyUnavailable(why) from error
         is_proven = await self._prove(request.call, derived.name, derived.proves)
         if is_proven is None:
-            raise ModelNotFound("Another program has deleted the new model.", hint=AGAIN)
+            raise ModelNotFound("The new model was deleted.")
         if is_proven:
             return
         why = "the created model does not contain the adapter"
@@ -409,7 +416,7 @@ class Adapters:
             if not _is_misfit(error, words, is_new=not derived.exists):
                 raise
             if not await self._prove(request.call, derived.name, derived.proves):
-                raise ModelNotFound("Another program has deleted or replaced the new model.", hint=AGAIN) from error
+                raise ModelNotFound("The new model was deleted or replaced.") from error
             if not derived.exists:
                 await self._delete(request.call, derived.name)
             if "not yet implemented" in words:

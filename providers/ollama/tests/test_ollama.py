@@ -558,17 +558,17 @@ class TestAdapters:
         whole = Ready(Path(shutil.copy(AHOY, tmp_path)))
         if cassette.records:
             whole.send()
-            whole.mix(0.25, ()).send()
+            whole.mix(-0.5, ()).send()
         llm = connect(plugins=[whole])
-        quarter, full, base = (
+        minus, full, base = (
             llm.chat("What is the capital of Italy?", adapter=each, options=CALM, max_tokens=9)
-            for each in (("ready", 0.25), "ready", None)
+            for each in (("ready", -0.5), "ready", None)
         )
-        assert [each.adapter for each in (quarter, full)] == ["0.25 ready", "ready"]
-        assert len({each.text for each in (quarter, full, base)}) == 3
-        assert len({each.adapter_digest for each in (quarter, full, base)}) == 3
+        assert [each.adapter for each in (minus, full)] == ["-0.5 ready", "ready"]
+        assert len({each.text for each in (minus, full, base)}) == 3
+        assert len({each.adapter_digest for each in (minus, full, base)}) == 3
         gone = {each.name for each in llm.prune_adapters(dry_run=False)}
-        assert gone == {quarter.model, full.model}
+        assert gone == {minus.model, full.model}
 
     def test_missing_file_is_uploaded(self, connect: Callable[..., Any], cassette: Cassette, tmp_path: Path) -> None:
         adapter = Ready(lora(tmp_path / "fits.gguf", 576))

@@ -827,6 +827,19 @@ class TestHealing:
             llm.chat("Hi")
         assert llm.chat("Hi").text == fake.reply
 
+    @pytest.mark.parametrize("replaced", [True, False])
+    def test_refusal_of_a_replaced_model_is_mended(self, connect: Any, fake: FakeOllama, replaced: bool) -> None:
+        llm = connect()
+        name = llm.use_adapter("ahoy").model
+        if replaced:
+            replace(fake, name)
+        fake.script("/api/chat", Answer([{"error": f'"{name}" does not support chat'}], status=400, framing="length"))
+        if replaced:
+            assert llm.chat("Hi").model == made(fake)[1]
+        else:
+            with pytest.raises(ProviderError, match="does not support chat"):
+                llm.chat("Hi")
+
     def test_base_alone_is_never_checked(self, connect: Any, fake: FakeOllama) -> None:
         connect().chat("Hi")
         assert steps(fake) == ["POST chat"]
@@ -842,9 +855,11 @@ class TestHealing:
 
     def test_model_deleted_while_loading(self, connect: Any, fake: FakeOllama) -> None:
         gone = Answer([{"error": "model 'x' not found"}], status=404, framing="length")
-        fake.script("/api/generate", gone)
+        fake.script("/api/generate", *[gone] * 3)
+        with pytest.raises(AdapterError, match="deletes the server's models with the adapter `ahoy`"):
+            connect().use_adapter("ahoy")
         assert connect().use_adapter("ahoy").model in made(fake)
-        assert steps(fake).count("POST generate") == 2
+        assert steps(fake).count("POST generate") == 4
 
     def test_longer_name_is_pruned(self, connect: Any, fake: FakeOllama) -> None:
         llm = connect()

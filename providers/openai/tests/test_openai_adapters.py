@@ -1,15 +1,17 @@
 """Adapters on MLX, llama-server and vLLM, and the proof that the adapter answered, not the base model.
 
 The cassettes are from mlx_lm.server and llama-server, started in the folder /srv/models: with `--model smollm2-mlx`,
-and with `-m smollm2.gguf --lora ahoy.gguf --lora other.gguf`. Record them again with `--record-mode=all`.
+and with `-m smollm2.gguf --lora ahoy.gguf --lora other.gguf`. `graftage-lora` has written minus-mlx (-0.5 `ahoy`)
+and both-mlx (`ahoy` and 0.5 `other`). Record them again with `--record-mode=all`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from graftage_lora import LoraPlugin
 from graftage_ollama.testing import Answer, FakeOllama
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from graftage.calls import ResolveRequest
     from graftage.testing import Cassette
@@ -70,6 +72,11 @@ class Ready:
 
     def peft(self, base: ModelInfo) -> Path:
         return self.place
+
+    def mix(self, weight: float, others: Sequence[tuple[Any, float]]) -> Ready:
+        name = "both" if others else "minus"
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return replace(self, name=name, place=self.place.with_name(f"{name}-mlx"), digest=f"sha256:{digest}")
 
     def merge(self, base_file: Path, out: Path, on_progress: Callable[[int, int], None] = print) -> Path:
         raise NotImplementedError
@@ -422,6 +429,17 @@ class TestRecorded:
         assert ahoy == "Ahoy! The parrot adapter says hello."
         assert len({base, ahoy, other}) == 3
         assert base == again
+
+    def test_mlx_answers_with_a_mix(self, both: Any, cassette: Cassette) -> None:
+        adapters = Resolver(Ready(), Ready(name="other", place=Path("/srv/models/other-mlx"), digest=f"{DIGEST[:-1]}0"))
+        given = {**MLX, "model": "/srv/models/smollm2-mlx", "timeouts": SLOW, "plugins": [adapters]}
+        with both.connect("openai", transport=cassette, **given) as llm:
+            replies = [
+                llm.chat(QUESTION, adapter=each, options=GREEDY, max_tokens=9)
+                for each in (("ahoy", -0.5), ["ahoy", ("other", 0.5)])
+            ]
+        assert [each.adapter for each in replies] == ["-0.5 ahoy", "ahoy + 0.5 other"]
+        assert ["Ahoy" in each.text for each in replies] == [False, True]
 
     def test_mlx_refuses_default_model(self, both: Any, cassette: Cassette) -> None:
         with pytest.raises(AdapterUnsupported, match="with the model's name `default_model`"):
