@@ -158,21 +158,20 @@ class TestKey:
         llm.close()
         other = tmp_path / "other.gguf"
         replace(MODEL, seed=7).write_for_engine(other)
-        cases: list[tuple[Any, dict[str, Any]]] = [
-            ("contrary", {}),
-            (("ahoy", 0.5), {}),
-            (("ahoy", 1.001), {}),
-            (["ahoy", ("contrary", 0.5)], {}),
-            ("ahoy", {"context_window": 2048}),
-            (None, {"context_window": 2048}),
-            (None, {"slots": 2}),
-            (None, {"model": str(other)}),
+        cases: list[tuple[list[Any], dict[str, Any]]] = [
+            (["contrary", ("ahoy", 0.5), ("ahoy", 1.001), ["ahoy", ("contrary", 0.5)]], {}),
+            (["ahoy", None], {"context_window": 2048}),
+            ([None], {"slots": 2}),
+            ([None], {"model": str(other)}),
         ]
-        for choice, settings in cases:
-            fresh = ask(start("none", **settings), choice)
-            reply = ask(start(**settings), choice)
-            assert reply[2] == 0
-            assert reply[1] == pytest.approx(fresh[1], abs=1e-4)
+        for choices, settings in cases:
+            llm = start("none", **settings)
+            fresh = [ask(llm, choice) for choice in choices]
+            llm = start(**settings)
+            for choice, expected in zip(choices, fresh, strict=True):
+                reply = ask(llm, choice)
+                assert (reply[0], reply[2]) == (expected[0], 0)
+                assert reply[1] == pytest.approx(expected[1], abs=1e-4)
         assert len(saved(tmp_path)) == 2
 
     def test_changed_model_file(self, both: Any, start: Any, tmp_path: Path) -> None:
