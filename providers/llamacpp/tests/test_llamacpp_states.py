@@ -9,6 +9,8 @@ import signal
 import stat
 import time
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -254,8 +256,6 @@ def _renote(path: Path, **fields: Any) -> None:
 
 
 def _cut_and_note(path: Path, keep: int = -1000) -> None:
-    from hashlib import sha256
-
     data = path.read_bytes()[:keep]
     path.write_bytes(data)
     _renote(path, size=len(data), digest=sha256(data).hexdigest())
@@ -417,11 +417,18 @@ class TestContention:
         llm = start("none")
         expected = {str(choice): ask(llm, choice) for choice in CHOICES}
         llm = start(slots=slots)
+
+        def chat(choice: Any) -> Any:
+            return choice, ask(llm, choice)
+
+        def read(choice: Any) -> None:
+            llm.warm(choice, FIXED)
+            llm.embed("hello")
+
         tasks: list[Callable[[], Any]] = []
         for number in range(4):
-            tasks += [lambda choice=choice: (choice, ask(llm, choice)) for choice in CHOICES]
-            choice = CHOICES[number]
-            tasks.append(lambda choice=choice: llm.warm(choice, FIXED) and llm.embed("hello"))
+            tasks += [partial(chat, choice) for choice in CHOICES]
+            tasks.append(partial(read, CHOICES[number]))
         results = [each for each in both.together(tasks) if isinstance(each, tuple)]
         assert len(results) == 4 * len(CHOICES)
         assert [choice for choice, reply in results if not same(reply, expected[str(choice)])] == []
