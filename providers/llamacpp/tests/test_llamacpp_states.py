@@ -439,11 +439,11 @@ class TestContention:
         pid = llm.loaded()[0].raw["pid"]
         os.kill(pid, signal.SIGSTOP)
         try:
-            errors = both.together([lambda: llm.chat("Hi", max_tokens=1, timeout=0.5)] * 2)
+            errors = both.together([lambda: llm.chat("Hi", max_tokens=1, timeout=1.0)] * 2)
         finally:
             os.kill(pid, signal.SIGCONT)
         assert [type(each) for each in errors] == [ProviderTimeout] * 2
-        assert any("slot" in str(each) for each in errors), errors
+        assert any("slot" in str(each) for each in errors)
         assert llm.chat("Hi", max_tokens=1).text
 
 
