@@ -404,7 +404,7 @@ class Engine:
             return future.result()
         except TimeoutError as error:
             self._withdraw(future)
-            raise self._not_free(call, deadline) from error
+            raise self._not_free(need, call, deadline) from error
         except BaseException:
             self._withdraw(future)
             raise
@@ -413,16 +413,16 @@ class Engine:
         """End the child once it is idle."""
         await self.grant(Need(stop=True), call, call.deadline)
 
-    def _not_free(self, call: Call, deadline: float) -> ProviderTimeout:
+    def _not_free(self, need: Need, call: Call, deadline: float) -> ProviderTimeout:
         phase: Phase = "total" if deadline >= call.deadline - 2 * MARGIN else "first_token"
-        if not self._running:
-            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the time limit.")
-        if self._reading >= self.launch.slots:
+        if self._fitting_process(need) is not None:
             return ProviderTimeout(
                 "No slot was free in time.",
                 phase=phase,
                 hint="Raise the setting `slots` or the time limit, or ask less at once.",
             )
+        if not self._running:
+            return ProviderTimeout("The engine was not started in time.", phase=phase, hint="Raise the time limit.")
         return ProviderTimeout(
             f"The engine could not be restarted or ended in time: {self._running} requests still use it.",
             phase=phase,

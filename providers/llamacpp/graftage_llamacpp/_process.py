@@ -479,9 +479,11 @@ class SlotUse:
         """Whether the slot's cache has the beginning of a prompt."""
         return self.reuse and self.slots[0].rendered.startswith(text)
 
-    def restored(self, tokens: int) -> None:
-        """Note that the slot's cache is a saved prompt now."""
-        self.reuse, self.saved = True, tokens
+    def restored(self, tokens: int | None) -> None:
+        """Note that the slot's cache is a saved prompt of some tokens now; None if it may be anything."""
+        self.reuse, self.saved = tokens is not None, tokens
+        if tokens is None:
+            self.distrust()
 
     def answered(self) -> None:
         """Note that the engine has read the prompt: the cache is that of this request."""

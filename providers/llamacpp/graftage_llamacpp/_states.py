@@ -43,7 +43,6 @@ STEP: Final = 512
 """Characters between two hashes of a text."""
 STALE: Final = 3600.0
 """Seconds after which nobody still writes an unfinished file."""
-BLOCK: Final = 1024 * 1024
 
 
 # --- What the numbers depend on --------------------------------------------------------------------------------------
@@ -63,7 +62,7 @@ def key_of(process: Process, digest: str | None, weights: Mapping[str, float]) -
     for each, weight in weights.items():
         path, state = process.files[each]
         # The digest of an adapter is that of its source, which another version may convert to another file.
-        content = _content(path, state)
+        content = _digest(path, state)
         if content is None:
             return None
         adapters.append((content, weight))
@@ -81,15 +80,19 @@ def key_of(process: Process, digest: str | None, weights: Mapping[str, float]) -
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-@functools.lru_cache(maxsize=256)
-def _content(path: Path, state: tuple[int, ...] | None) -> str | None:
-    """Return the digest of a file; None if it has changed."""
+def _digest(path: Path, state: tuple[int, ...] | None) -> str | None:
+    """Return the digest of a file that is still in a state; None if it has changed or cannot be read."""
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _hash(path, state)
     except OSError:
         return None
     return found if file_state(path) == state else None
+
+
+@functools.lru_cache(maxsize=256)
+def _hash(path: Path, _state: tuple[int, ...] | None) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
@@ -152,23 +155,21 @@ class States:
                     state = State.model_validate_json(path.read_bytes())
                     if state.name == path.stem:
                         yield state
-            except (OSError, ValueError):
+            except (FileNotFoundError, ValueError):
                 self._delete(path.stem)
+            except OSError:
+                continue  # Perhaps too many files are open now.
 
     def is_whole(self, state: State) -> bool:
         """Whether a state is as it was saved. If not, it is deleted: the engine may crash on it."""
         path = self.folder / state.name
-        try:
-            whole = path.stat().st_size == state.size
-            if whole:
-                with path.open("rb") as file:
-                    whole = hashlib.file_digest(file, "sha256").hexdigest() == state.digest
-            os.utime(path.with_name(f"{path.name}.json"))  # It is used.
-        except OSError:
-            whole = False
-        if not whole:
+        found = _digest(path, file_state(path))
+        if found == state.digest:
+            with contextlib.suppress(OSError):
+                os.utime(path.with_name(f"{path.name}.json"))  # It is used.
+        elif found:
             self.delete(state)
-        return whole
+        return found == state.digest
 
     def delete(self, state: State) -> None:
         """Delete a state."""
@@ -183,11 +184,9 @@ class States:
         """Make the folder, which only this user can read, and return a name for an unfinished file.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be made.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
         return f"{secrets.token_hex(8)}.part"
 
     def install(self, part: str, key: str, text: str, tokens: int) -> None:
@@ -198,10 +197,8 @@ class States:
         """
         path = self.folder / part
         with path.open("rb") as file:
-            path.chmod(0o600)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        marks = tuple(_marks(text))
-        size = path.stat().st_size
+        size, marks = path.stat().st_size, tuple(_marks(text))
         state = State(key=key, tokens=tokens, size=size, digest=digest, length=len(text), marks=marks)
         note = self.folder / f"{part}.json"
         note.touch(0o600)
@@ -210,7 +207,7 @@ class States:
         note.replace(self.folder / f"{state.name}.json")
         self.prune(state.name)
 
-    def prune(self, kept: str = "") -> None:
+    def prune(self, kept: str) -> None:
         """Delete what is beyond the limit, except one, and what was left behind."""
         room, now = self.limit, time.time()
         used: list[tuple[bool, float, int, str]] = []
@@ -278,11 +275,10 @@ class Place:
             self.states.delete(state)
             self.broken = True
             raise
-        if answer.get("n_restored") == state.tokens and use.alone:
-            use.restored(state.tokens)
-        else:
-            use.distrust()
+        whole = answer.get("n_restored") == state.tokens
+        if not whole:
             self.states.delete(state)
+        use.restored(state.tokens if whole and use.alone else None)
 
     async def save(self) -> None:
         """Save the slot's state after its prompt was read, unless it is saved already."""
