@@ -37,9 +37,10 @@ def engine_models() -> Path:
 
 
 @pytest.fixture
-def engine_store(engine_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def engine_store(engine_models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The same folder as the default one of the embedded provider."""
     monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(engine_models))
+    monkeypatch.setenv("GRAFTAGE_LLAMACPP_PROMPTS_PATH", str(tmp_path / "prompts"))
     return engine_models
 
 
@@ -54,11 +55,12 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_store(small_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def small_store(small_models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The same folder as the default one of the embedded provider, with its model as the default."""
     from small_engine import NAME
 
     monkeypatch.setenv("GRAFTAGE_LLAMACPP_MODELS_PATH", str(small_models))
+    monkeypatch.setenv("GRAFTAGE_LLAMACPP_PROMPTS_PATH", str(tmp_path / "prompts"))
     monkeypatch.setenv("GRAFTAGE_MODEL", NAME)
     return small_models
 

@@ -26,5 +26,5 @@ class TestLlamacpp(ProviderSuite):
     }
 
     @pytest.fixture(autouse=True)
-    def _stored(self, small_models: Path) -> None:
-        self.settings = {"models_path": small_models}
+    def _stored(self, small_models: Path, tmp_path: Path) -> None:
+        self.settings = {"models_path": small_models, "prompts_path": tmp_path}
