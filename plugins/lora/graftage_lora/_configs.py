@@ -26,7 +26,6 @@ __all__ = [
     "is_finite",
     "parse_json",
     "read_config",
-    "stated_base",
 ]
 
 MAX_CONFIG: Final = 1 << 20
@@ -80,15 +79,6 @@ def read_config(files: Files) -> Config:
             targets=_mlx_targets(found, parameters),
         )
     raise Refused("its configuration is neither PEFT's (`peft_type`) nor mlx-lm's (`lora_parameters`)")
-
-
-def stated_base(files: Files) -> str | None:
-    """Return the base model that a configuration names.
-
-    Raises:
-        Refused: it cannot be read.
-    """
-    return _base(_document(files))
 
 
 def _base(config: Mapping[str, object]) -> str | None:

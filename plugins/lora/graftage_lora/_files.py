@@ -48,8 +48,15 @@ class Files:
     """The folder that links must not leave."""
 
     def signature(self) -> tuple[tuple[int, ...], ...]:
-        """Return a value that changes when a file changes, as far as the file system shows."""
-        found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
+        """Return a value that changes when a file changes, as far as the file system shows.
+
+        Raises:
+            Refused: it cannot be read.
+        """
+        try:
+            found = [each.stat() for each in (self.weights, self.config) if each is not None and each.exists()]
+        except OSError as error:
+            raise Refused(f"it cannot be read: {error.strerror}") from None
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 

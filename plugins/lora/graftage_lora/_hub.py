@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from graftage.exceptions import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnsupported, GraftageError
 from graftage.types import AdapterInfo, PullProgress
 from graftage_lora._files import Refused
-from graftage_lora._resolve import Resolver, invalid_adapter, is_lasting, is_plain, usable
+from graftage_lora._resolve import Resolver, is_lasting, is_plain, refused_adapter
 from graftage_lora._sources import (
     COMMIT,
     CONFIG,
@@ -68,7 +68,7 @@ def pull(request: PullAdapterRequest, resolver: Resolver) -> AdapterInfo | None:
         commit = _Download(label, revision, resolver.settings, request.call).run()
         found = _bind(resolver, request, name, f"{HUB}{label}@{commit}", revision)
     except Refused as error:
-        raise invalid_adapter(reference, error) from None
+        raise refused_adapter(reference, error, AdapterInvalid) from None
     request.call.emit("progress", progress=PullProgress(status="success", digest=found.digest))
     return found
 
@@ -253,7 +253,7 @@ def _bind(resolver: Resolver, request: PullAdapterRequest, name: str, reference:
     from filelock import FileLock
 
     (found,), _ = resolver.candidates(parse(reference))
-    facts, digest = resolver.facts(usable(found), None)
+    facts, digest = resolver.facts(found, None)
     pin = digest if is_lasting(facts, None) else f"sha256:{facts.sha256}"
     entry = {"path": reference, "digest": pin}
     if revision and not COMMIT.fullmatch(revision):
@@ -281,7 +281,7 @@ def _is_same(resolver: Resolver, name: str, digest: str) -> bool | None:
     """Return whether a name means the adapter with this digest; `None` if it means nothing yet."""
     try:
         found, _ = resolver.candidates(parse(name))
-        return all(resolver.facts(usable(each), None)[1] == digest for each in found) if found else None
+        return all(resolver.facts(each, None)[1] == digest for each in found) if found else None
     except Refused:
         return False
 

@@ -47,7 +47,20 @@ if TYPE_CHECKING:
 
     from graftage.types import ModelInfo
 
-__all__ = ["Array", "Facts", "Lora", "Part", "Shape", "Targets", "checked_scale", "even_scale", "head_count", "judge"]
+__all__ = [
+    "STATUSES",
+    "Array",
+    "Facts",
+    "Lora",
+    "Part",
+    "Shape",
+    "Targets",
+    "checked_scale",
+    "even_scale",
+    "head_count",
+    "is_reordered",
+    "judge",
+]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -247,8 +260,10 @@ def _heads_of(part: Part, metadata: Mapping[str, object]) -> int:
 # --- The verdict -----------------------------------------------------------------------------------------------------
 
 
-Finding: TypeAlias = "tuple[Literal['contradiction', 'obstacle', 'gap'], str]"
-"""What is wrong with a part (without its layer), what prevents its conversion, or what is not known."""
+STATUSES: Final = ("incompatible", "unsupported", "unknown")
+"""The statuses of findings, from the gravest on: a contradiction, what prevents a conversion, what is not known."""
+Finding: TypeAlias = "tuple[Literal['incompatible', 'unsupported', 'unknown'], str]"
+"""What is wrong with an adapter, or with a part of it (without its layer)."""
 REPLACED: Final[Mapping[str, tuple[str, ...]]] = {
     "attn_q": ("attn_qkv",),
     "attn_k": ("attn_qkv",),
@@ -259,14 +274,6 @@ REPLACED: Final[Mapping[str, tuple[str, ...]]] = {
     "ffn_down": ("ffn_down_exps",),
 }
 """Tensors that some models have instead, which may hold a tensor fused with others."""
-
-
-STATUSES: Final[Mapping[str, Literal["incompatible", "unsupported", "unknown"]]] = {
-    "contradiction": "incompatible",
-    "obstacle": "unsupported",
-    "gap": "unknown",
-}
-"""What the gravest finding makes of the verdict, from the gravest on."""
 
 
 def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None) -> Verdict:
@@ -282,9 +289,10 @@ def judge(facts: Facts, base: ModelInfo | None, *, meant_for: str | None = None)
         return Verdict(status="unknown", reasons=(reason,), warnings=facts.warnings)
     warnings = (*facts.warnings, *name_warnings((facts.base_model, meant_for), base), *_check_targets(facts, base))
     found = [*_check_architecture(facts, base), *_check_layers(facts, base)]
-    for kind, status in STATUSES.items():
-        if reasons := tuple(reason for each, reason in found if each == kind):
-            return Verdict(status=status, reasons=reasons, warnings=warnings)
+    if found:
+        status = min((each for each, _ in found), key=STATUSES.index)
+        reasons = tuple(reason for each, reason in found if each == status)
+        return Verdict(status=status, reasons=reasons, warnings=warnings)
     return Verdict(status="compatible", warnings=warnings)
 
 
@@ -333,15 +341,15 @@ def _check_architecture(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
     architecture = str(base.metadata["general.architecture"])
     if facts.architecture is not None and facts.architecture != architecture:
         yield (
-            "contradiction",
+            "incompatible",
             f"it is for the architecture `{facts.architecture}`, but the base model is `{architecture}`",
         )
     if architecture in ARCHITECTURES:
         return
     if facts.layout != "gguf" and _is_gguf(base):
-        yield "obstacle", no_row(architecture)
+        yield "unsupported", no_row(architecture)
     elif base.tensors is None:
-        yield "gap", f"the shapes of the architecture `{architecture[:40]}` are not known"
+        yield "unknown", f"the shapes of the architecture `{architecture[:40]}` are not known"
 
 
 def _check_layers(facts: Facts, base: ModelInfo) -> Iterator[Finding]:
@@ -372,7 +380,7 @@ def _check_part(shape: Shape, facts: Facts, base: ModelInfo) -> Iterator[Finding
     metadata, layer = base.metadata, layer_of(shape.tensor)
     count = metadata.get(f"{metadata['general.architecture']}.block_count")
     if layer is not None and isinstance(count, int) and layer >= count:
-        yield "contradiction", f"is beyond the base model's {count} layers"
+        yield "incompatible", f"is beyond the base model's {count} layers"
         return
     place = _check_place(shape, facts, base)
     if place is not None:
@@ -381,7 +389,7 @@ def _check_part(shape: Shape, facts: Facts, base: ModelInfo) -> Iterator[Finding
     yield from _check_ends(shape, base)
     yield from _check_shape(shape, base)
     if is_reordered(metadata["general.architecture"], shape.tensor) and head_count(metadata, shape.tensor) is None:
-        yield "gap", "cannot be reordered: the number of heads is not known"
+        yield "unknown", "cannot be reordered: the number of heads is not known"
 
 
 def _check_place(shape: Shape, facts: Facts, base: ModelInfo) -> Finding | None:
@@ -389,19 +397,19 @@ def _check_place(shape: Shape, facts: Facts, base: ModelInfo) -> Finding | None:
     row = ARCHITECTURES.get(str(base.metadata["general.architecture"]))
     if not _is_gguf(base):
         if not shape.module and module_name(shape.tensor, facts.architecture) is None:
-            return "obstacle", "has no certain name outside of GGUF: use the adapter as its trainer wrote it"
+            return "unsupported", "has no certain name outside of GGUF: use the adapter as its trainer wrote it"
     elif shape.module and row and (why := why_misplaced(shape.module, shape.tensor, row)):
-        return "obstacle", why
-    return None if is_placed(shape.tensor) else ("gap", "is not a known module")
+        return "unsupported", why
+    return None if is_placed(shape.tensor) else ("unknown", "is not a known module")
 
 
 def _check_ends(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
     if shape.tensor not in (EMBEDDING, OUTPUT):
         return
     if base.tensors is None:
-        yield "gap", "may be tied to another tensor: the base model's tensors are not known"
+        yield "unknown", "may be tied to another tensor: the base model's tensors are not known"
     elif OUTPUT not in base.tensors:
-        yield "contradiction", "cannot be changed alone: the base model's embedding and output are tied"
+        yield "incompatible", "cannot be changed alone: the base model's embedding and output are tied"
 
 
 def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
@@ -413,21 +421,21 @@ def _check_shape(shape: Shape, base: ModelInfo) -> Iterator[Finding]:
         return  # `_check_architecture` has reported it.
     sides = base.tensors[shape.tensor] if base.tensors is not None else _expected_shape(base.metadata, shape.tensor)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        yield "gap", "has an unknown shape in the base model"
+        yield "unknown", "has an unknown shape in the base model"
         return
     for side, own, other in (("inputs", shape.inputs, sides[0]), ("outputs", shape.outputs, sides[1])):
         if own != other:
             rows = side == "outputs" and shape.tensor in (EMBEDDING, OUTPUT)
             why = ": its vocabulary was resized, or it is for another model" if rows else ""
-            yield "contradiction", f"has {own} {side}, but {other} in the base model{why}"
+            yield "incompatible", f"has {own} {side}, but {other} in the base model{why}"
 
 
 def _missing_tensor(shape: Shape, tensors: Mapping[str, object]) -> Finding:
     kind = kind_of(shape.tensor)
     instead = [each for each in REPLACED.get(kind, ()) if shape.tensor.replace(kind, each) in tensors]
     if instead:
-        return "obstacle", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
-    return "contradiction", "is missing in the base model"
+        return "unsupported", f"is part of `{instead[0]}` in the base model: use it in the form that was trained"
+    return "incompatible", "is missing in the base model"
 
 
 def _expected_shape(metadata: Mapping[str, object], tensor: str) -> tuple[int | None, ...]:

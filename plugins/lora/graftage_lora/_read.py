@@ -27,14 +27,13 @@ from graftage_lora._configs import (
     parse_json,
     read_config,
 )
-from graftage_lora._configs import stated_base as configured_base
 from graftage_lora._files import CheckedFile, Files, Refused, read_head
 from graftage_lora._lora import Array, Facts, Lora, Part, checked_scale
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["MAX_BYTES", "dequantize", "read", "stated_base"]
+__all__ = ["MAX_BYTES", "dequantize", "read"]
 
 MAX_BYTES: Final = 2 << 30
 MAX_HEADER: Final = 4 << 20
@@ -62,23 +61,12 @@ def read(files: Files, *, max_bytes: int = MAX_BYTES, leave_out_vision: bool = F
     """
     with CheckedFile(files.weights, within=files.within, limit=max_bytes) as file:
         start = file.peek(8)
-        if start.startswith(MAGIC):
+        if files.config is None and start.startswith(MAGIC):
             return _read_gguf(file)
         _refuse_pickle(start, file.name)
         if files.config is None:
             raise Refused(f"`{file.name}` is neither safetensors nor GGUF")
         return _read_safetensors(file, read_config(files), leave_out_vision=leave_out_vision)
-
-
-def stated_base(files: Files) -> str | None:
-    """Return the base model that an adapter names; `None` also for a broken adapter, for use in lists."""
-    try:
-        if files.config is not None:
-            return configured_base(files)
-        with CheckedFile(files.weights, within=files.within) as file:
-            return _gguf_base(read_head(file).metadata)
-    except Refused:
-        return None
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:

@@ -12,6 +12,7 @@ default; a tensor of floats keeps its type.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -36,7 +37,7 @@ from graftage_lora._read import dequantize
 if TYPE_CHECKING:
     from typing import IO
 
-__all__ = ["DIGEST", "SCALE", "DiskFull", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
+__all__ = ["DIGEST", "SCALE", "Progress", "encode", "merge", "store", "store_folder", "write_atomically"]
 
 STALE: Final = 3600.0
 """Seconds without a write after which a file counts as abandoned; a merge writes several times a second."""
@@ -168,10 +169,6 @@ FLOAT_LIMIT: Final = float(np.finfo(np.float32).max)
 Progress = Callable[[int, int], None]
 
 
-class DiskFull(Exception):
-    """The file does not fit on the disk."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """A tensor to write."""
@@ -210,7 +207,7 @@ def merge(
 
     Raises:
         Refused: the adapter or the base model cannot be merged.
-        DiskFull: the merged model does not fit on the disk.
+        OSError: the merged model does not fit on the disk.
     """
     _check(header, lora)
     parts = {part.tensor: part for part in lora.parts}
@@ -246,7 +243,7 @@ def _check_disk(out: Path, total: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < total + SPARE:
-        raise DiskFull(f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
+        raise OSError(errno.ENOSPC, f"the merged model needs {total:,} bytes, but the disk has {free:,} free")
 
 
 def _job(tensor: Tensor, part: Part | None, lora: Lora, metadata: Mapping[str, object], kind: str) -> _Job:
